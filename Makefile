@@ -1,0 +1,52 @@
+# `make run` and `make test` are all a new machine needs: Python 3.11 or newer, make, and a package index.
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check format train clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+
+run: $(VENV)/.installed  ## Serve the bundled model on http://127.0.0.1:8000 (HOST= and PORT= change it)
+	@$(BIN)/modalkit serve --host $(HOST) --port $(PORT)
+
+test: $(VENV)/.installed-dev  ## Run the tests
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev  ## Lint, check formatting, types, layers and pyproject.toml
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/validate-pyproject pyproject.toml
+
+format: $(VENV)/.installed-dev  ## Put the code into its standard form
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+train: $(VENV)/.installed  ## Train the bundled model anew (about 15 minutes on 2 cores)
+	@$(BIN)/python -m pipelines.training
+
+clean:  ## Remove the virtual environment and all caches
+	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "modalkit needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing modalkit into $(VENV) (a minute or two the first time) ..."
+	@$(INSTALL) .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "Installing the test and lint tools into $(VENV) ..."
+	@$(INSTALL) '.[dev]'
+	@touch $@

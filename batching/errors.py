@@ -1,0 +1,56 @@
+"""The errors that the scheduler raises; all derive from `BatchingError`."""
+
+
+class BatchingError(Exception):
+    """The root of all errors of this package."""
+
+
+class QueueFullError(BatchingError):
+    """Raised when a request is refused because the queue has no room for it; the caller may try again later."""
+
+    def __init__(self, depth: int, limit: int, added: int = 1) -> None:
+        super().__init__(
+            f"the queue holds {depth} of at most {limit} requests and has no room for {added} more; "
+            f"retry later, or raise max_queue_items"
+        )
+        self.depth = depth
+        self.limit = limit
+
+
+class RequestTooLargeError(BatchingError):
+    """Raised when a request alone exceeds the token budget of a batch, so that it could never run."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(
+            f"a request of size {size} can never run: max_batch_tokens is {limit}; shorten it, or raise the limit"
+        )
+        self.size = size
+        self.limit = limit
+
+
+class DeadlineExceededError(BatchingError):
+    """Raised when a request's time ran out before its result was there."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"no result within {timeout_s:g} s; allow more time, or send less at once")
+        self.timeout_s = timeout_s
+
+
+class SchedulerClosedError(BatchingError):
+    """Raised when a request comes after the scheduler began to close, or was still unfinished when it was aborted."""
+
+
+class BatchTimeoutError(BatchingError):
+    """Raised for every request of a batch that ran longer than the batch timeout."""
+
+    def __init__(self, timeout_s: float, count: int) -> None:
+        super().__init__(f"a batch of {count} did not finish within the batch timeout of {timeout_s:g} s")
+        self.timeout_s = timeout_s
+        self.count = count
+
+
+class OutputCountError(BatchingError):
+    """Raised when `run_batch` does not return exactly one output for each of its inputs."""
+
+    def __init__(self, expected: int, returned: str) -> None:
+        super().__init__(f"run_batch must return a list with one output for each of {expected} inputs, got {returned}")

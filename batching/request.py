@@ -1,0 +1,49 @@
+"""What waits in the queue, and what becomes of it."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Priority(StrEnum):
+    """The two classes of requests: somebody waits for an answer, or the work only has to be done."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+
+@dataclass(slots=True, eq=False)
+class Request(Generic[T]):
+    """One item on its way to a batch.
+
+    `size` is in the pipeline's own unit (tokens, for text), at least 1. Times are seconds on the clock of whoever
+    drives the queue; a request whose `deadline_s` has come is dropped instead of run.
+    """
+
+    payload: T
+    size: int = 1
+    priority: Priority = Priority.INTERACTIVE
+    arrival_s: float = 0.0
+    deadline_s: float = math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Success(Generic[R_co]):
+    """The outcome of a request that got its result."""
+
+    value: R_co
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The outcome of a request that got an error of its own."""
+
+    error: Exception
+
+
+Outcome = Success[R_co] | Failure
+"""What becomes of one request of several: match it against `Success` and `Failure`."""

