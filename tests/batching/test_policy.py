@@ -1,0 +1,214 @@
+"""The promises of the planner, whatever arrives, expires or is cancelled, in virtual time."""
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
+from batching import Batch, BatchPlanner, BatchPolicy, Decision, PaddedCostModel, Priority, Request
+
+COSTS = PaddedCostModel(fixed_s=0.002, token_s=0.00005)
+INTERACTIVE, BULK = Priority.INTERACTIVE, Priority.BULK
+
+
+def planner(**limits: float | None) -> BatchPlanner[Request[int]]:
+    return BatchPlanner(BatchPolicy(**limits), COSTS)  # type: ignore[arg-type]  # tests name the limits they set
+
+
+def push(to: BatchPlanner[Request[int]], *sizes: int, priority: Priority = INTERACTIVE, at: float = 0.0) -> None:
+    for size in sizes:
+        to.queue.push(Request(size, size, priority, at))
+
+
+def sizes_of(decision: Decision[Request[int]]) -> list[int]:
+    assert decision.batch is not None
+    return [request.size for request in decision.batch.requests]
+
+
+class PlannerMachine(RuleBasedStateMachine):
+    """Checks every decision against the limits, the order of arrival and the book of all requests."""
+
+    requests = Bundle("requests")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = BatchPolicy(
+            max_batch_size=5, max_batch_tokens=400, max_batch_s=0.02, max_wait_s=0.5, max_age_s=2.0, max_queue_items=50
+        )
+        self.planner: BatchPlanner[Request[None]] = BatchPlanner(self.policy, COSTS)
+        self.waiting: list[Request[None]] = []
+        self.running: list[Batch[Request[None]]] = []
+        self.now = 0.0
+
+    @precondition(lambda self: len(self.waiting) < 50)
+    @rule(
+        target=requests,
+        size=st.integers(1, 400),
+        priority=st.sampled_from(Priority),
+        lifetime_s=st.one_of(st.just(math.inf), st.floats(0.01, 5)),
+    )
+    def arrive(self, size: int, priority: Priority, lifetime_s: float) -> Request[None]:
+        request = Request(None, size, priority, self.now, self.now + lifetime_s)
+        self.planner.queue.push(request)
+        self.waiting.append(request)
+        return request
+
+    @rule(request=consumes(requests))
+    def cancel(self, request: Request[None]) -> None:
+        if self.planner.queue.discard(request):
+            self.waiting.remove(request)
+
+    @rule(elapsed_s=st.floats(0, 3))
+    def time_passes(self, elapsed_s: float) -> None:
+        self.now += elapsed_s
+
+    @rule(draining=st.booleans())
+    def decide(self, draining: bool) -> None:
+        decision = self.planner.decide(self.now, draining=draining)
+        for request in decision.expired:
+            assert request.deadline_s <= self.now
+            self.waiting.remove(request)
+        assert all(request.deadline_s > self.now for request in self.waiting)
+        if decision.batch is None:
+            assert self.waiting == [] or not draining
+            assert all(self.now < r.arrival_s + self.policy.max_wait_s for r in self.waiting)
+            assert decision.wake_s > self.now
+            return
+        self.check(decision.batch)
+        for request in decision.batch.requests:
+            self.waiting.remove(request)
+        self.running.append(decision.batch)
+
+    def check(self, batch: Batch[Request[None]]) -> None:
+        of_its_class = [request for request in self.waiting if request.priority is batch.priority]
+        assert all(request in of_its_class for request in batch.requests)
+        assert batch.requests[0] is of_its_class[0], "the oldest request of the class anchors its batch"
+        count, longest = len(batch.requests), max(request.size for request in batch.requests)
+        assert count <= 5
+        assert count * longest <= 400
+        assert count == 1 or COSTS.predict_s(count, longest, 0) <= 0.02
+
+    @precondition(lambda self: self.running)
+    @rule(elapsed_s=st.floats(0, 1))
+    def finish(self, elapsed_s: float) -> None:
+        self.planner.batch_finished(self.running.pop(), elapsed_s)
+
+    @invariant()
+    def nothing_is_lost_or_invented(self) -> None:
+        assert len(self.planner.queue) == len(self.waiting)
+        assert all(request in self.planner.queue for request in self.waiting)
+
+
+TestPlannerMachine = PlannerMachine.TestCase
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 0.3]), st.floats(0.1, 10))
+def test_bulk_gets_its_share_and_no_more_however_busy_interactive_is(
+    seed: int, share: float, bulk_batch_costs: float
+) -> None:
+    """Both classes always wait; batches take random times."""
+    chance = random.Random(seed)
+    plan = planner(max_batch_size=1, bulk_share=share)
+    spent_s = {INTERACTIVE: 0.0, BULK: 0.0}
+    longest_s = 0.0
+    for _ in range(300):
+        push(plan, 1, priority=INTERACTIVE)
+        push(plan, 1, priority=BULK)
+        batch = plan.decide(0.0).batch
+        assert batch is not None
+        elapsed_s = chance.uniform(0.5, 1.5) * (bulk_batch_costs if batch.priority is BULK else 1.0)
+        longest_s = max(longest_s, elapsed_s)
+        spent_s[batch.priority] += elapsed_s
+        plan.batch_finished(batch, elapsed_s)
+    fair_s = share * sum(spent_s.values())
+    assert fair_s - longest_s <= spent_s[BULK] <= fair_s + longest_s
+
+
+def test_bulk_is_owed_nothing_for_the_time_when_none_of_it_waited() -> None:
+    plan = planner(max_batch_size=1)
+    for _ in range(100):
+        push(plan, 1, priority=INTERACTIVE)
+        batch = plan.decide(0.0).batch
+        assert batch is not None
+        plan.batch_finished(batch, 1.0)
+    push(plan, 1, 1, priority=BULK)
+    push(plan, 1, 1, priority=INTERACTIVE)
+    first = plan.decide(0.0).batch
+    assert first is not None
+    assert first.priority is INTERACTIVE
+
+
+def test_a_lone_request_runs_at_once_when_no_waiting_is_asked_for() -> None:
+    plan = planner(max_wait_s=0.0)
+    push(plan, 30, at=7.0)
+    assert sizes_of(plan.decide(7.0)) == [30]
+
+
+def test_an_idle_worker_waits_no_longer_than_it_may_for_companions() -> None:
+    plan = planner(max_wait_s=0.5, max_batch_size=3)
+    push(plan, 30, at=7.0)
+    assert plan.decide(7.2) == Decision(wake_s=7.5)
+    push(plan, 30, at=7.3)
+    assert sizes_of(plan.decide(7.5)) == [30, 30]
+
+
+def test_a_batch_that_is_full_does_not_wait() -> None:
+    plan = planner(max_wait_s=0.5, max_batch_size=3)
+    push(plan, 30, 30, 30, at=7.0)
+    assert sizes_of(plan.decide(7.0)) == [30, 30, 30]
+
+
+def test_nothing_is_waited_for_while_draining() -> None:
+    plan = planner(max_wait_s=0.5)
+    push(plan, 30, at=7.0)
+    assert sizes_of(plan.decide(7.0, draining=True)) == [30]
+
+
+def test_a_waiting_bulk_request_is_run_while_an_interactive_one_may_still_wait() -> None:
+    plan = planner(max_wait_s=0.5)
+    push(plan, 30, priority=BULK, at=7.0)
+    push(plan, 20, priority=INTERACTIVE, at=7.4)
+    assert sizes_of(plan.decide(7.5)) == [30]
+
+
+def test_companions_are_of_similar_size_so_that_padding_stays_small() -> None:
+    plan = planner()
+    push(plan, 30, 200, 31, 199, 29, 5, 28, 201, 30)
+    assert sorted(sizes_of(plan.decide(0.0))) == [28, 29, 30, 30, 31]
+    assert sorted(sizes_of(plan.decide(0.0))) == [199, 200, 201]
+
+
+def test_a_large_fixed_cost_makes_larger_batches_worth_their_padding() -> None:
+    expensive = BatchPlanner[Request[int]](BatchPolicy(), PaddedCostModel(fixed_s=1.0, token_s=0.00005))
+    push(expensive, 30, 200, 31, 199, 29, 5, 28, 201, 30)
+    assert {28, 29, 30, 31, 199, 200, 201} <= set(sizes_of(expensive.decide(0.0)))
+
+
+def test_a_request_whose_deadline_has_come_is_never_run() -> None:
+    plan = planner()
+    late = Request(1, 1, INTERACTIVE, 0.0, deadline_s=5.0)
+    plan.queue.push(late)
+    decision = plan.decide(5.0)
+    assert decision.batch is None
+    assert decision.expired == [late]
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [
+        ("max_batch_size", 0),
+        ("max_batch_tokens", 0),
+        ("max_batch_s", 0),
+        ("max_wait_s", -1),
+        ("max_wait_s", math.inf),
+        ("max_queue_items", 0),
+        ("max_age_s", -0.1),
+        ("bulk_share", 1.0),
+    ],
+)
+def test_a_limit_out_of_range_is_refused_by_name_and_value(limit: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{limit} must be .*, got {value}"):
+        planner(**{limit: value})

@@ -1,0 +1,403 @@
+"""What callers of the scheduler can rely on, on asyncio and trio."""
+
+import math
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import pytest
+
+from batching import (
+    BatchPolicy,
+    BatchScheduler,
+    BatchTimeoutError,
+    DeadlineExceededError,
+    Failure,
+    OutputCountError,
+    Priority,
+    QueueFullError,
+    RequestTooLargeError,
+    SchedulerClosedError,
+    Success,
+)
+
+pytestmark = pytest.mark.anyio
+
+
+class Pipeline:
+    """Doubles numbers, remembers its batches, fails on negative ones, and can be held at the door."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.entered = anyio.Event()
+        self.gate = anyio.Event()
+
+    async def run(self, numbers: list[int]) -> list[int]:
+        self.batches.append(numbers)
+        self.entered.set()
+        await self.gate.wait()
+        for number in numbers:
+            if number < 0:
+                raise ValueError(f"{number} is negative")
+        return [2 * number for number in numbers]
+
+
+@asynccontextmanager
+async def held(
+    pipeline: Pipeline, **options: Any
+) -> AsyncIterator[tuple[BatchScheduler[int, int], anyio.abc.TaskGroup]]:
+    """A scheduler whose worker is busy with the request 0, so that whatever is submitted next waits in the queue."""
+    async with BatchScheduler(pipeline.run, **options) as scheduler, anyio.create_task_group() as group:
+        group.start_soon(scheduler.submit, 0)
+        await pipeline.entered.wait()
+        yield scheduler, group
+        pipeline.gate.set()
+
+
+async def test_requests_that_wait_together_run_together_and_each_gets_its_own_result() -> None:
+    pipeline = Pipeline()
+    results: dict[int, int] = {}
+
+    async def call(number: int) -> None:
+        results[number] = await scheduler.submit(number)
+
+    async with held(pipeline) as (scheduler, group):
+        for number in range(1, 10):
+            group.start_soon(call, number)
+        await anyio.wait_all_tasks_blocked()
+    assert results == {number: 2 * number for number in range(1, 10)}
+    assert [sorted(batch) for batch in pipeline.batches] == [[0], list(range(1, 10))]
+
+
+async def test_a_lone_request_on_an_idle_worker_runs_at_once_in_the_schedulers_own_thread() -> None:
+    threads = []
+
+    def run(items: list[str]) -> list[str]:
+        threads.append(threading.current_thread())
+        return [item.upper() for item in items]
+
+    async with BatchScheduler(run, name="model") as scheduler:
+        assert await scheduler.submit("one") == "ONE"
+        assert await scheduler.submit("two") == "TWO"
+    assert threads[0] is threads[1]
+    assert threads[0].name == "model 0"
+
+
+async def test_many_are_submitted_at_once_and_keep_their_order() -> None:
+    async with BatchScheduler(lambda items: [-item for item in items]) as scheduler:
+        outcomes = await scheduler.submit_many(range(100))
+    assert outcomes == [Success(-number) for number in range(100)]
+
+
+async def test_submitting_nothing_returns_nothing() -> None:
+    async with BatchScheduler(lambda items: items) as scheduler:
+        assert await scheduler.submit_many([]) == []
+
+
+async def test_a_poisoned_item_fails_alone() -> None:
+    pipeline = Pipeline()
+    pipeline.gate.set()
+    async with BatchScheduler(pipeline.run) as scheduler:
+        outcomes = await scheduler.submit_many([1, 2, 3, -4, 5, 6, 7, 8])
+    assert [outcome for outcome in outcomes if isinstance(outcome, Success)] == [
+        Success(2 * number) for number in (1, 2, 3, 5, 6, 7, 8)
+    ]
+    match outcomes[3]:
+        case Failure(ValueError() as error):
+            assert str(error) == "-4 is negative"
+        case other:
+            pytest.fail(f"got {other}")
+    assert len(pipeline.batches) == 1 + 2 * 3
+
+
+async def test_an_exception_among_the_outputs_is_that_items_error_and_costs_no_further_call() -> None:
+    calls = []
+
+    def run(items: list[int]) -> Sequence[int | Exception]:
+        calls.append(items)
+        return [item or LookupError("zero") for item in items]
+
+    async with BatchScheduler(run) as scheduler:
+        good, bad = await scheduler.submit_many([1, 0])
+    assert good == Success(1)
+    assert isinstance(bad, Failure)
+    assert isinstance(bad.error, LookupError)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("run_batch", "message"),
+    [
+        (lambda items: items[1:], "one output for each of 1 inputs, got 0"),
+        (lambda items: [*items, 1], "one output for each of 1 inputs, got 2"),
+        (lambda _: None, "got NoneType"),
+        (lambda _: "ab", "got str"),
+        (lambda items: (item for item in items), "got generator"),
+    ],
+)
+async def test_a_wrong_number_of_outputs_is_an_error_that_says_so(
+    run_batch: Callable[[list[int]], Any], message: str
+) -> None:
+    async with BatchScheduler(run_batch) as scheduler:
+        with pytest.raises(OutputCountError, match=message):
+            await scheduler.submit(1)
+        assert scheduler.statistics().failed == 1
+
+
+async def test_only_the_items_that_lose_their_output_fail() -> None:
+    async with BatchScheduler(lambda items: [item for item in items if item != 3]) as scheduler:
+        outcomes = await scheduler.submit_many(range(6))
+    assert [type(outcome) for outcome in outcomes] == [Success, Success, Success, Failure, Success, Success]
+
+
+async def test_a_batch_that_hangs_fails_in_time_and_the_scheduler_goes_on() -> None:
+    release = threading.Event()
+
+    def run(items: list[str]) -> list[str]:
+        if "hang" in items:
+            release.wait()
+        return items
+
+    async with BatchScheduler(run, batch_timeout_s=0.05) as scheduler:
+        with pytest.raises(BatchTimeoutError, match=r"batch of 1 did not finish within the batch timeout of 0.05 s"):
+            await scheduler.submit("hang")
+        assert await scheduler.submit("go on") == "go on"
+        assert scheduler.statistics().stuck_threads == 1
+        release.set()
+
+
+async def test_an_asynchronous_batch_that_hangs_is_cancelled_in_time() -> None:
+    async def run(items: list[str]) -> list[str]:
+        if "hang" in items:
+            await anyio.sleep_forever()
+        return items
+
+    async with BatchScheduler(run, batch_timeout_s=0.05) as scheduler:
+        with pytest.raises(BatchTimeoutError):
+            await scheduler.submit("hang")
+        assert await scheduler.submit("go on") == "go on"
+
+
+async def test_a_full_queue_refuses_with_its_depth_and_loses_nothing() -> None:
+    pipeline = Pipeline()
+    async with held(pipeline, policy=BatchPolicy(max_queue_items=3)) as (scheduler, group):
+        for number in (1, 2):
+            group.start_soon(scheduler.submit, number)
+        await anyio.wait_all_tasks_blocked()
+        with pytest.raises(QueueFullError) as caught:
+            await scheduler.submit_many([3, 4])
+        assert caught.value.depth == 2
+        assert scheduler.statistics().refused == 2
+        group.start_soon(scheduler.submit, 5)
+        await anyio.wait_all_tasks_blocked()
+    assert [sorted(batch) for batch in pipeline.batches] == [[0], [1, 2, 5]]
+
+
+async def test_a_caller_that_goes_away_takes_its_queued_request_with_it() -> None:
+    pipeline = Pipeline()
+    async with held(pipeline) as (scheduler, group):
+        gone = anyio.CancelScope()
+
+        async def leave() -> None:
+            with gone:
+                await scheduler.submit(1)
+
+        group.start_soon(leave)
+        group.start_soon(scheduler.submit, 2)
+        await anyio.wait_all_tasks_blocked()
+        gone.cancel()
+        await anyio.wait_all_tasks_blocked()
+        assert scheduler.statistics().queued == {Priority.INTERACTIVE: 1, Priority.BULK: 0}
+        assert scheduler.statistics().cancelled == 1
+    assert pipeline.batches == [[0], [2]]
+
+
+async def test_a_caller_that_goes_away_while_its_request_runs_disturbs_no_other() -> None:
+    pipeline = Pipeline()
+    results = []
+
+    async def stay() -> None:
+        results.append(await scheduler.submit(2))
+
+    async with held(pipeline) as (scheduler, group):
+        gone = anyio.CancelScope()
+
+        async def leave() -> None:
+            with gone:
+                await scheduler.submit(1)
+
+        group.start_soon(leave)
+        group.start_soon(stay)
+        await anyio.wait_all_tasks_blocked()
+        pipeline.gate.set()
+        pipeline.gate = anyio.Event()
+        await anyio.wait_all_tasks_blocked()
+        assert sorted(pipeline.batches[-1]) == [1, 2]
+        gone.cancel()
+        await anyio.wait_all_tasks_blocked()
+    assert results == [4]
+    assert scheduler.statistics().cancelled == 1
+
+
+async def test_a_request_whose_caller_left_is_not_run_again_when_its_batch_is_split() -> None:
+    pipeline = Pipeline()
+    async with held(pipeline) as (scheduler, group):
+        gone = anyio.CancelScope()
+
+        async def leave() -> None:
+            with gone:
+                await scheduler.submit(-1)
+
+        async def stay() -> None:
+            assert await scheduler.submit(2) == 4
+
+        group.start_soon(leave)
+        group.start_soon(stay)
+        await anyio.wait_all_tasks_blocked()
+        pipeline.gate.set()
+        pipeline.gate = anyio.Event()
+        await anyio.wait_all_tasks_blocked()
+        gone.cancel()
+        await anyio.wait_all_tasks_blocked()
+    assert [sorted(batch) for batch in pipeline.batches] == [[0], [-1, 2], [2]]
+
+
+async def test_a_deadline_ends_the_wait_and_the_request_never_reaches_the_pipeline() -> None:
+    pipeline = Pipeline()
+    async with held(pipeline) as (scheduler, _):
+        with pytest.raises(DeadlineExceededError, match=r"no result within 0\.01 s"):
+            await scheduler.submit(1, timeout_s=0.01)
+        assert scheduler.statistics().expired == 1
+    assert pipeline.batches == [[0]]
+
+
+async def test_a_deadline_of_many_fails_only_those_without_a_result() -> None:
+    async def run(items: list[str]) -> list[str]:
+        if "slow" in items:
+            await anyio.sleep_forever()
+        return items
+
+    policy = BatchPolicy(max_batch_size=1)
+    async with BatchScheduler(run, policy=policy, batch_timeout_s=0.2) as scheduler:
+        quick, slow = await scheduler.submit_many(["quick", "slow"], timeout_s=0.05)
+    assert quick == Success("quick")
+    assert isinstance(slow, Failure)
+    assert isinstance(slow.error, DeadlineExceededError)
+
+
+async def test_a_request_that_can_never_fit_is_refused_at_once_and_disturbs_no_other() -> None:
+    policy = BatchPolicy(max_batch_tokens=10)
+    async with BatchScheduler(lambda items: items, policy=policy, item_size=len) as scheduler:
+        with pytest.raises(RequestTooLargeError, match=r"size 11 can never run: max_batch_tokens is 10"):
+            await scheduler.submit("x" * 11)
+        short, long = await scheduler.submit_many(["ok", "x" * 11])
+    assert short == Success("ok")
+    assert isinstance(long, Failure)
+
+
+async def test_a_size_below_one_is_refused_and_the_scheduler_goes_on() -> None:
+    async with BatchScheduler(lambda items: items, item_size=len) as scheduler:
+        with pytest.raises(ValueError, match="size of a request must be at least 1, got 0"):
+            await scheduler.submit("")
+        assert await scheduler.submit("ok") == "ok"
+
+
+async def test_leaving_runs_everything_accepted_and_then_refuses() -> None:
+    pipeline = Pipeline()
+    pipeline.gate.set()
+    async with anyio.create_task_group() as group:
+        async with BatchScheduler(pipeline.run, policy=BatchPolicy(max_wait_s=60)) as scheduler:
+            for number in range(3):
+                group.start_soon(scheduler.submit, number)
+            await anyio.wait_all_tasks_blocked()
+            assert pipeline.batches == [], "an idle worker may wait a minute for companions"
+        with pytest.raises(SchedulerClosedError, match="not open"):
+            await scheduler.submit(4)
+    assert [sorted(batch) for batch in pipeline.batches] == [[0, 1, 2]]
+
+
+async def test_submitting_before_opening_is_refused() -> None:
+    with pytest.raises(SchedulerClosedError):
+        await BatchScheduler(lambda items: items).submit(1)
+
+
+async def test_an_error_in_the_block_goes_on_unwrapped_and_ends_all_waiting() -> None:
+    pipeline = Pipeline()
+    errors: list[Exception] = []
+
+    async def call(scheduler: BatchScheduler[int, int], number: int) -> None:
+        try:
+            await scheduler.submit(number)
+        except SchedulerClosedError as error:
+            errors.append(error)
+
+    async with anyio.create_task_group() as group:
+        with pytest.raises(KeyError, match="mine"):  # noqa: PT012  # the block is what is tested
+            async with BatchScheduler(pipeline.run, policy=BatchPolicy(max_batch_size=1)) as scheduler:
+                for number in range(3):
+                    group.start_soon(call, scheduler, number)
+                await anyio.wait_all_tasks_blocked()
+                raise KeyError("mine")
+    assert len(errors) == 3
+
+
+async def test_cancelling_the_block_ends_it_at_once() -> None:
+    pipeline = Pipeline()
+    with anyio.move_on_after(math.inf) as scope:
+        async with BatchScheduler(pipeline.run) as scheduler, anyio.create_task_group() as group:
+            group.start_soon(scheduler.submit, 1)
+            await pipeline.entered.wait()
+            scope.cancel()
+    assert scope.cancelled_caught
+    assert scheduler.statistics().running == 0
+
+
+async def test_bulk_waits_while_interactive_runs_first() -> None:
+    pipeline = Pipeline()
+    async with held(pipeline) as (scheduler, group):
+
+        async def bulk() -> None:
+            await scheduler.submit_many([1, 2], priority=Priority.BULK)
+
+        group.start_soon(bulk)
+        await anyio.wait_all_tasks_blocked()
+        group.start_soon(scheduler.submit, 3)
+        await anyio.wait_all_tasks_blocked()
+    assert pipeline.batches == [[0], [3], [1, 2]]
+
+
+async def test_several_batches_run_at_the_same_time_when_allowed() -> None:
+    pipeline = Pipeline()
+    policy = BatchPolicy(max_batch_size=1)
+    async with (
+        BatchScheduler(pipeline.run, policy=policy, max_in_flight=3) as scheduler,
+        anyio.create_task_group() as group,
+    ):
+        for number in range(5):
+            group.start_soon(scheduler.submit, number)
+        await anyio.wait_all_tasks_blocked()
+        assert [len(batch) for batch in pipeline.batches] == [1, 1, 1]
+        assert scheduler.statistics().running == 3
+        pipeline.gate.set()
+
+
+async def test_statistics_account_for_every_request_and_batch() -> None:
+    policy = BatchPolicy(max_batch_size=4)
+    async with BatchScheduler(lambda items: items, policy=policy, item_size=len) as scheduler:
+        await scheduler.submit_many(["a" * 10] * 4 + ["a" * 9])
+        statistics = scheduler.statistics()
+    assert statistics.accepted == statistics.succeeded == 5
+    assert statistics.batch_sizes == {4: 1, 1: 1}
+    assert statistics.mean_batch_size == 2.5
+    assert statistics.real_tokens == statistics.padded_tokens == 49
+    assert statistics.padding_share == 0
+    assert statistics.busy_s > 0
+
+
+def test_a_scheduler_that_can_run_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_in_flight must be at least 1, got 0"):
+        BatchScheduler(lambda items: items, max_in_flight=0)
+    with pytest.raises(ValueError, match="batch_timeout_s must be positive or None, got 0"):
+        BatchScheduler(lambda items: items, batch_timeout_s=0)
