@@ -31,7 +31,7 @@ format: $(VENV)/.installed-dev  ## Put the code into its standard form
 	@$(BIN)/ruff format .
 
 train: $(VENV)/.installed  ## Train the bundled model anew (about 15 minutes on 2 cores)
-	@$(BIN)/python -m pipelines.training
+	@$(BIN)/python -m pipelines.training train
 
 clean:  ## Remove the virtual environment and all caches
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

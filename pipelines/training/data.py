@@ -23,7 +23,7 @@ NEUTRAL_BOUND = 0.5
 """Sentences rated within this distance of 0 are neutral."""
 
 RATING_ERROR = 0.25
-"""About the standard error of a mean of 20 ratings: how far a rating may lie from the one that more raters would give."""
+"""About the standard error of a mean of 20 ratings: how far it may lie from the mean of very many."""
 
 HELD_OUT_FOLD, FOLDS = 0, 10
 

@@ -100,7 +100,7 @@ def train(
             schedule.step()
             losses.append(loss.item())
         yield epoch, sum(losses) / len(losses), time.perf_counter() - started
-    model.eval()
+    model.train(mode=False)
 
 
 def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -128,7 +128,7 @@ def _batches_of_similar_length(lengths: list[int], shuffler: random.Random) -> l
 def save(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights in half precision (safetensors), configuration and tokenizer; a model card there is kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(folder)
+    model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]  # torch does not annotate it
     tokenizer.save_pretrained(folder)
     for leftover in ("special_tokens_map.json", "vocab.txt"):
         (folder / leftover).unlink(missing_ok=True)

@@ -33,7 +33,7 @@ def kept_token_ids(tokenizer: Tokenizer, texts: Iterable[str], size: int) -> lis
 
 
 def prune_tokenizer(specification: dict[str, Any], kept_ids: list[int]) -> dict[str, Any]:
-    """A copy of a ``tokenizer.json`` document that knows only the tokens `kept_ids`, renumbered from 0 in that order."""
+    """A copy of a ``tokenizer.json`` document that knows only the tokens `kept_ids`, renumbered in that order."""
     new_id = {old: new for new, old in enumerate(kept_ids)}
     model = specification["model"]
     vocabulary = {token: new_id[old] for token, old in model["vocab"].items() if old in new_id}

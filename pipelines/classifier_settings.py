@@ -1,0 +1,68 @@
+"""The settings of a text classifier, checked before any file is opened."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from pipelines.errors import ModelLoadError
+
+BUNDLED = "bundled"
+
+DeviceName = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+SettingsT = TypeVar("SettingsT", bound=BaseModel)
+
+
+class CommonSettings(BaseModel):
+    """``model_settings.common``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: DeviceName = Field(default="auto", description="auto, cpu, mps, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="auto, float32, bfloat16 or float16"
+    )
+    threads: int | None = Field(
+        default=None, ge=1, strict=True, description="a positive whole number of CPU threads, or null for torch's own"
+    )
+
+
+class ClassifierEntry(BaseModel):
+    """A text classifier's entry in ``model_settings.model_entries``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_path: str = Field(
+        default=BUNDLED, min_length=1, strict=True, description="bundled, a folder, or a model's name on a hub"
+    )
+    max_length: int | None = Field(
+        default=None, ge=1, strict=True, description="a positive whole number of tokens, or null for the model's limit"
+    )
+    revision: str | None = Field(default=None, min_length=1, description="a branch, tag or commit on the hub, or null")
+
+
+def parse_settings(
+    model_name: str, common_settings: dict[str, Any], model_entry: dict[str, Any]
+) -> tuple[CommonSettings, ClassifierEntry]:
+    """Check both parts; raises `ModelLoadError` that names every wrong key by its path in the configuration file."""
+    return (
+        _parse(CommonSettings, "model_settings.common", common_settings),
+        _parse(ClassifierEntry, f"model_settings.model_entries.{model_name}", model_entry),
+    )
+
+
+def _parse(model: type[SettingsT], path: str, values: dict[str, Any]) -> SettingsT:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = [
+            f"{path}.{problem['loc'][0]}: {_explain(model, str(problem['loc'][0]), problem['input'])}"
+            for problem in error.errors()
+        ]
+        raise ModelLoadError("; ".join(problems)) from error
+
+
+def _explain(model: type[BaseModel], key: str, value: object) -> str:
+    field = model.model_fields.get(key)
+    if field is None:
+        return f"there is no such setting; there are {', '.join(sorted(model.model_fields))}"
+    return f"{value!r} is not {field.description}"

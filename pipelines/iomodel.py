@@ -1,0 +1,63 @@
+"""What goes into a pipeline and what comes out: the models that users build on.
+
+`SyncInputModel` and `AsyncInputModel` take any message. Parametrised, as in ``AsyncInputModel[SentimentRequest]``, they
+validate it too, which is how the body of an HTTP request is checked.
+"""
+
+from typing import Annotated, Any, Generic
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from typing_extensions import TypeVar
+
+MessageT = TypeVar("MessageT", default=Any)
+
+QueueName = Annotated[str, Field(min_length=1)]
+
+
+class AnyInput(BaseModel):
+    """An item of a pipeline that declares no `input_model`: any JSON object, its fields readable as attributes."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class SyncInputModel(BaseModel, Generic[MessageT]):
+    """One item whose caller waits for the result."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    message: SerializeAsAny[MessageT]
+
+
+class AsyncInputModel(BaseModel, Generic[MessageT]):
+    """One item whose result is kept, and sent to a queue where one is named."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    message: SerializeAsAny[MessageT]
+    success_queue: QueueName | None = Field(
+        default=None, description="Where the result is sent; null sends it nowhere."
+    )
+    failure_queue: QueueName | None = Field(default=None, description="Where an error is sent; null sends it nowhere.")
+    meta: dict[str, Any] = Field(default={}, description="Yours: returned with the result as it is.")
+
+
+class AsyncOutputModel(BaseModel):
+    """The answer to an accepted `AsyncInputModel`."""
+
+    job_id: str
+
+
+class InferenceOutputModel(BaseModel):
+    """One item's result. Pipelines return subclasses of it, or add fields as they please."""
+
+    model_config = ConfigDict(extra="allow")
+
+    status: str = "success"
+    error: str | None = None
+    meta: dict[str, Any] = {}
+
+
+class DelayedFailureOutputModel(InferenceOutputModel):
+    """The result of an asynchronous item that failed, together with what was asked for."""
+
+    original_message: AsyncInputModel

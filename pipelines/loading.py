@@ -1,0 +1,208 @@
+"""Finds, loads and places a sequence-classification model of the transformers library, silently."""
+
+import inspect
+import logging
+import re
+import textwrap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from pipelines.classifier_settings import BUNDLED, ClassifierEntry
+from pipelines.errors import ModelLoadError
+
+BUNDLED_FOLDER = Path(__file__).parent / "sentiment_model"
+DEFAULT_MAX_LENGTH = 512
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_quieting = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A classifier in evaluation mode with its tokenizer; `dtype` is that of the stored weights."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
+    source: str
+
+    @property
+    def labels(self) -> list[str]:
+        """The names of the classes, in the order of the model's outputs."""
+        names = cast("dict[int, str]", self.model.config.id2label)
+        return [names[i] for i in range(len(names))]
+
+    @property
+    def inputs(self) -> frozenset[str]:
+        """The names of the tensors that the tokenizer makes and the model takes."""
+        accepted = inspect.signature(self.model.forward).parameters
+        return frozenset(accepted) & frozenset(self.tokenizer.model_input_names)
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens the model can take: the least of what tokenizer and model say, else `DEFAULT_MAX_LENGTH`."""
+        limits = [self.tokenizer.model_max_length, _positions(self.model)]
+        # A tokenizer that knows no limit says 10**30.
+        return min((limit for limit in limits if limit and limit < 10**9), default=DEFAULT_MAX_LENGTH)
+
+
+def _positions(model: PreTrainedModel) -> int | None:
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the padding token's, so not all rows of the table are usable.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    limit: int | None = getattr(model.config, "max_position_embeddings", None)
+    return limit
+
+
+def load_checkpoint(entry: ClassifierEntry, models_folder: Path, device: torch.device, dtype: str) -> Checkpoint:
+    """Load what `entry` names and put it on `device`. Prints nothing.
+
+    Raises `ModelLoadError` with the place and a remedy when the model cannot be found, read or used.
+    """
+    source, is_folder = _locate(entry, models_folder)
+    place = f"the folder {source}" if is_folder else f"the hub's {source!r}"
+    where: dict[str, Any] = {"local_files_only": True} if is_folder else {"revision": entry.revision or "main"}
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source, **where)
+            stored_dtype = config.dtype or torch.float32
+            tokenizer = AutoTokenizer.from_pretrained(source, **where)
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                source, config=config, dtype=dtype_for(device, dtype, stored_dtype), output_loading_info=True, **where
+            )
+            model = model.to(device)
+    except Exception as error:  # the libraries raise every kind, down to bare Exception
+        raise ModelLoadError(_explain_failure(error, entry, place, models_folder, is_folder=is_folder)) from error
+    checkpoint = Checkpoint(model.eval(), tokenizer, stored_dtype, source)
+    _check_usable(checkpoint, place, report["missing_keys"])
+    return checkpoint
+
+
+def _locate(entry: ClassifierEntry, models_folder: Path) -> tuple[str, bool]:
+    """Where the model lies, and whether that is a folder rather than a name on the hub."""
+    if entry.model_path == BUNDLED:
+        candidates = [BUNDLED_FOLDER]
+    else:
+        path = Path(entry.model_path).expanduser()
+        candidates = [path] if path.is_absolute() else [models_folder / path, Path.cwd() / path]
+    for folder in candidates:
+        if folder.is_dir():
+            if entry.revision is not None:
+                raise ModelLoadError(
+                    f"revision {entry.revision!r} is for a model on the hub, but model_path {entry.model_path!r} is "
+                    f"the folder {folder}: remove revision"
+                )
+            return str(folder.resolve()), True
+    if entry.model_path == BUNDLED or not _HUB_NAME.fullmatch(entry.model_path) or entry.model_path.startswith("."):
+        looked_for = " nor ".join(str(folder) for folder in candidates)
+        raise ModelLoadError(
+            f"model_path {entry.model_path!r}: there is no folder {looked_for}; give the folder that holds the model's "
+            f"config.json, a model's name on the hub, or {BUNDLED!r}"
+        )
+    return entry.model_path, False
+
+
+def _explain_failure(
+    error: Exception, entry: ClassifierEntry, place: str, models_folder: Path, *, is_folder: bool
+) -> str:
+    reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+    if is_folder:
+        return (
+            f"cannot load a text classifier from {place}: {reason}. It needs config.json, tokenizer.json and "
+            "model.safetensors of a sequence-classification model, as save_pretrained() writes them: if they are "
+            "there, copy them anew"
+        )
+    return (
+        f"cannot load a text classifier from {place}: {reason}. If a folder was meant by model_path "
+        f"{entry.model_path!r}: it is neither in {models_folder} nor in {Path.cwd()}"
+    )
+
+
+def _check_usable(checkpoint: Checkpoint, place: str, missing_weights: list[str]) -> None:
+    if missing_weights:
+        missing = ", ".join(sorted(missing_weights)[:4])
+        raise ModelLoadError(
+            f"the model in {place} is no trained text classifier: it has no weights for {missing}. Use one that was "
+            "fine-tuned for sequence classification"
+        )
+    if len(checkpoint.labels) < 2:
+        raise ModelLoadError(
+            f"the model in {place} tells no classes apart: its config.json has {len(checkpoint.labels)} label. Use a "
+            "classifier with two labels or more"
+        )
+    # Without its file, transformers makes up a tokenizer that knows no word.
+    if len(checkpoint.tokenizer) <= len(set(checkpoint.tokenizer.all_special_ids)):
+        raise ModelLoadError(f"the tokenizer in {place} has no vocabulary. Add the tokenizer.json of this very model")
+    if checkpoint.tokenizer.pad_token_id is None:
+        raise ModelLoadError(
+            f"the tokenizer in {place} has no padding token, so texts of different lengths make no batch. Set "
+            '"pad_token" in its tokenizer_config.json to a token of its vocabulary that the model was padded with'
+        )
+    # Decoder models find a text's last token by it.
+    if checkpoint.model.config.pad_token_id is None:
+        checkpoint.model.config.pad_token_id = checkpoint.tokenizer.pad_token_id
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Let transformers and the hub's client print nothing; on leaving, whatever was set before holds again.
+
+    The switches belong to the process, so one thread at a time is let in.
+    """
+    with _quieting:
+        verbosity = transformers_logging.get_verbosity()
+        bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+        transformers_logging.set_verbosity(logging.ERROR)
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the library leaves it untyped
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if bars:
+                transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # as above
+                if not hub_bars:
+                    disable_progress_bars()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `name` (auto, cpu, mps, cuda, cuda:N) stands for on this machine.
+
+    Raises `ModelLoadError` when this machine, or this build of torch, does not have it.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    device = torch.device(name)
+    found = {"cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps), "cpu": 1}[device.type]
+    if (device.index or 0) >= found:
+        raise ModelLoadError(
+            f"model_settings.common.device: {name!r} was asked for, but torch {torch.__version__} finds "
+            f"{found} {device.type.upper()} devices on this machine: set it to auto or cpu, or install a build of "
+            "torch for the device and its driver"
+        )
+    return device
+
+
+def dtype_for(device: torch.device, name: str, stored: torch.dtype) -> torch.dtype:
+    """The number format to compute in; ``auto`` is float32 on a CPU, where half precision is slow, else as `stored`."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else stored
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,200 @@
+"""The sentiment pipeline: any sequence-classification model of the transformers library, by default the bundled one."""
+
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, cast
+
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from pipelines.classifier_settings import parse_settings
+from pipelines.errors import ModelLoadError
+from pipelines.inference_pipeline import InferencePipeline
+from pipelines.iomodel import InferenceOutputModel
+from pipelines.loading import choose_device, dtype_for, load_checkpoint
+from pipelines.tokenization import TextEncoder
+
+MAX_TEXT_CHARACTERS = 100_000
+
+# Tokens of an English text: least squares for the bundled model's tokenizer over the training sentences.
+TOKENS_PER_TEXT, TOKENS_PER_BYTE, TOKENS_PER_SPACE, TOKENS_PER_MARK = 3.18, 0.109, 0.485, 1.095
+MARKS = ".,'-!?"
+
+SAMPLE_WORDS = ["the", "film", "was", "good", "but", "a", "little", "long", "and", "we", "had", "to", "wait"]
+
+COMMON_LABELS = frozenset({"positive", "neutral", "negative"})
+
+
+def _check_text(text: str) -> str:
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise PydanticCustomError(
+            "text_too_long",
+            "The text has {length} characters, at most {limit} are accepted: send its decisive part, or split it into "
+            "several requests",
+            {"length": len(text), "limit": MAX_TEXT_CHARACTERS},
+        )
+    if not text or text.isspace():
+        raise PydanticCustomError("text_blank", "The text is blank: send at least one visible character")
+    return text
+
+
+class SentimentRequest(BaseModel):
+    """One text to judge."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: Annotated[
+        str,
+        AfterValidator(_check_text),
+        Field(
+            description="Not blank. What goes beyond the model's limit of tokens is not read (`truncated`).",
+            json_schema_extra={"minLength": 1, "maxLength": MAX_TEXT_CHARACTERS, "examples": ["What a lovely day!"]},
+        ),
+    ]
+
+
+class SentimentResponse(InferenceOutputModel):
+    """The sentiment of one text."""
+
+    sentiment: str = Field(description="The model's most probable label: positive, neutral or negative.")
+    confidence: float = Field(ge=0, le=1, description="That label's probability.")
+    truncated: bool = Field(
+        default=False,
+        exclude_if=lambda truncated: not truncated,
+        description="True where the text was longer than the model's limit, and only its beginning was read.",
+    )
+
+
+class SentimentPipeline(InferencePipeline):
+    """Classifies texts with a transformers model.
+
+    Keys of its entry: ``model_path`` (``bundled`` by default; a folder, absolute or in `all_model_data_folder` or in
+    the working directory; or a model's name on the Hugging Face hub), ``max_length`` (tokens a text is cut to, the
+    model's own limit by default), ``revision`` (of a model on the hub). `common_settings`: ``device``, ``dtype``
+    (``auto``: float32 on a CPU, elsewhere that of the stored weights) and ``threads``, which holds for the whole
+    process.
+
+    Constructing it loads the model, silently, and raises `ModelLoadError` where that is impossible. Batches may be in
+    different stages on different threads.
+    """
+
+    input_model: ClassVar[type[BaseModel]] = SentimentRequest
+    output_model: ClassVar[type[InferenceOutputModel]] = SentimentResponse
+    deterministic: ClassVar[bool] = True
+
+    def __init__(
+        self, model_name: str, all_model_data_folder: str, common_settings: dict[str, Any], **model_entry: Any
+    ) -> None:
+        super().__init__(model_name, all_model_data_folder, common_settings, **model_entry)
+        common, entry = parse_settings(model_name, common_settings, model_entry)
+        if common.threads is not None:
+            torch.set_num_threads(common.threads)
+        self._dtype_name = common.dtype
+        self.device = choose_device(common.device)
+        self._checkpoint = checkpoint = load_checkpoint(entry, Path(all_model_data_folder), self.device, common.dtype)
+        self._model = checkpoint.model
+        self._inputs = checkpoint.inputs
+        self._encoder = TextEncoder(
+            checkpoint.tokenizer, _token_limit(model_name, entry.max_length, checkpoint.max_length)
+        )
+        self._pad_left = checkpoint.tokenizer.padding_side == "left"
+        self.labels = [label.lower() if label.lower() in COMMON_LABELS else label for label in checkpoint.labels]
+        self._multi_label = self._model.config.problem_type == "multi_label_classification"
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens of a text the model reads, special tokens included."""
+        return self._encoder.max_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format that the model computes in."""
+        return self._model.dtype
+
+    def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
+        """Tokenize, and pad to the longest: ``tensors`` of shape (batch, length) on the CPU, ``truncated`` by item."""
+        encoded = self._encoder.encode([cast("SentimentRequest", item).text for item in input_list])
+        length = max(map(len, encoded.ids))
+        if self.device.type == "cuda":
+            # Tensor cores take multiples of 8; a model's own limit may be none.
+            length = max(length, min(-(-length // 8) * 8, self.max_length))
+        rows = {"input_ids": (encoded.ids, self._checkpoint.tokenizer.pad_token_id)}
+        if "attention_mask" in self._inputs:
+            rows["attention_mask"] = ([[1] * len(row) for row in encoded.ids], 0)
+        if "token_type_ids" in self._inputs:
+            type_ids = encoded.type_ids or [[0] * len(row) for row in encoded.ids]
+            rows["token_type_ids"] = (type_ids, self._checkpoint.tokenizer.pad_token_type_id)
+        tensors = {name: torch.tensor(self._padded(values, fill, length)) for name, (values, fill) in rows.items()}
+        return {"tensors": tensors, "truncated": encoded.truncated}
+
+    def predict(
+        self,
+        input_list: list[BaseModel],  # noqa: ARG002  # part of the contract
+        preprocessed_data: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Run the model: ``probabilities`` of shape (batch, labels), float32 on the CPU."""
+        with torch.inference_mode():
+            tensors = {
+                name: tensor.to(self.device, non_blocking=True) for name, tensor in preprocessed_data["tensors"].items()
+            }
+            logits = self._model(**tensors).logits.float()
+            probabilities = logits.sigmoid() if self._multi_label else logits.softmax(dim=-1)
+        return {"probabilities": probabilities.cpu(), "truncated": preprocessed_data["truncated"]}
+
+    def postprocess(
+        self,
+        input_list: list[BaseModel],  # noqa: ARG002  # part of the contract
+        raw_output: dict[str, Any],
+    ) -> list[InferenceOutputModel]:
+        """The most probable label of each text."""
+        confidences, labels = raw_output["probabilities"].max(dim=-1)
+        return [
+            SentimentResponse(sentiment=self.labels[label], confidence=confidence, truncated=truncated)
+            for label, confidence, truncated in zip(
+                labels.tolist(), confidences.tolist(), raw_output["truncated"], strict=True
+            )
+        ]
+
+    def item_size(self, item: BaseModel) -> int:
+        """Estimate the tokens of a text, in about two microseconds, by its bytes, spaces and punctuation marks.
+
+        For the held-out sentences (25.6 tokens on average) it is off by 2.0 tokens on average, by less than 6 for 95%.
+        """
+        text = cast("SentimentRequest", item).text
+        estimate = (
+            TOKENS_PER_TEXT
+            + TOKENS_PER_BYTE * len(text.encode())
+            + TOKENS_PER_SPACE * text.count(" ")
+            + TOKENS_PER_MARK * sum(map(text.count, MARKS))
+        )
+        return min(int(estimate) + 1, self.max_length)
+
+    def sample_items(self, n: int, size: int) -> list[BaseModel]:
+        """Texts of about `size` tokens, special tokens included."""
+        words = max(1, min(size, self.max_length) - self._encoder.special_tokens)
+        text = " ".join(islice(cycle(SAMPLE_WORDS), words))
+        return [SentimentRequest(text=text) for _ in range(n)]
+
+    def move_to(self, device: str) -> None:
+        """Move the model to `device`; with dtype ``auto`` its number format becomes what suits the device.
+
+        Raises `ModelLoadError` when there is no such device.
+        """
+        self.device = choose_device(device)
+        dtype = dtype_for(self.device, self._dtype_name, self._checkpoint.dtype)
+        torch.nn.Module.to(self._model, device=self.device, dtype=dtype)
+
+    def _padded(self, rows: list[list[int]], fill: int, length: int) -> list[list[int]]:
+        if self._pad_left:
+            return [[fill] * (length - len(row)) + row for row in rows]
+        return [row + [fill] * (length - len(row)) for row in rows]
+
+
+def _token_limit(model_name: str, configured: int | None, model_limit: int) -> int:
+    if configured is not None and configured > model_limit:
+        raise ModelLoadError(
+            f"model_settings.model_entries.{model_name}.max_length: {configured} is more than the {model_limit} tokens "
+            "that the model takes: lower it, or leave it out"
+        )
+    return model_limit if configured is None else configured

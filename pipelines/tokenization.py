@@ -1,0 +1,73 @@
+"""Text to token ids for one model: truncated to its limit, with the truncation made known, on any thread."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTexts:
+    """The tokens of a batch of texts, not padded; `type_ids` is None where they are all 0."""
+
+    ids: list[list[int]]
+    type_ids: list[list[int]] | None
+    truncated: list[bool]
+
+
+class TextEncoder:
+    """Tokenizes for a model that takes at most `max_length` tokens, special tokens included.
+
+    Owns the tokenizer from then on: calling it directly, as in ``tokenizer(text)``, would change the truncation that is
+    set here once, and from another thread would fail. `encode` may be called from several threads at once.
+
+    Raises `ValueError` when `max_length` leaves no room for text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.max_length = max_length
+        self.special_tokens = tokenizer.num_special_tokens_to_add()
+        if max_length <= self.special_tokens:
+            raise ValueError(
+                f"max_length {max_length} leaves no room for text: {self.special_tokens} tokens are the tokenizer's own"
+            )
+        self.encode: Callable[[list[str]], EncodedTexts] = (
+            self._fast_encoder(tokenizer) if tokenizer.is_fast else self._python_encoder(tokenizer)
+        )
+
+    def _fast_encoder(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], EncodedTexts]:
+        backend = tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.enable_truncation(self.max_length, direction=tokenizer.truncation_side)
+        # The fast variant leaves out the offsets of tokens in the text, which a classifier has no use for.
+        encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)
+        typed = any(backend.encode("a").type_ids)
+
+        def encode(texts: list[str]) -> EncodedTexts:
+            encodings = encode_batch(texts)
+            return EncodedTexts(
+                ids=[encoding.ids for encoding in encodings],
+                type_ids=[encoding.type_ids for encoding in encodings] if typed else None,
+                # Only a text that fills the limit can have an overflow, and asking for it copies it.
+                truncated=[len(e) >= self.max_length and bool(e.overflowing) for e in encodings],
+            )
+
+        return encode
+
+    def _python_encoder(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], EncodedTexts]:
+        """For the few models whose tokenizer exists in Python only, such as BERTweet."""
+
+        def encode(texts: list[str]) -> EncodedTexts:
+            encoded = tokenizer(texts, truncation=True, max_length=self.max_length, return_token_type_ids=True)
+            ids, type_ids = encoded["input_ids"], encoded["token_type_ids"]
+            return EncodedTexts(
+                ids=ids,
+                type_ids=type_ids if any(map(any, type_ids)) else None,
+                truncated=[
+                    len(row) >= self.max_length
+                    and len(tokenizer.tokenize(text)) + self.special_tokens > self.max_length
+                    for row, text in zip(ids, texts, strict=True)
+                ],
+            )
+
+        return encode

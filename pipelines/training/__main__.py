@@ -1,0 +1,72 @@
+"""``python -m pipelines.training``: make the bundled model anew, and measure it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.errors import ModelLoadError
+from pipelines.loading import BUNDLED_FOLDER
+from pipelines.sentiment import SentimentPipeline
+from pipelines.training.data import Sentence, fetch_sentences, load_sentences
+from pipelines.training.evaluate import evaluate
+from pipelines.training.train import fine_tune
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Cache = Annotated[Path, typer.Option(help="Where downloads are kept.")]
+DEFAULT_CACHE = Path(".cache/training")
+
+
+def _sentences(cache: Path) -> list[Sentence]:
+    cache.mkdir(parents=True, exist_ok=True)
+    return load_sentences(fetch_sentences(cache))
+
+
+@app.command("train")
+def train_model(
+    output: Annotated[Path, typer.Option(help="The folder to write the model to.")] = BUNDLED_FOLDER,
+    cache: Cache = DEFAULT_CACHE,
+) -> None:
+    """Fine-tune the model on the sentences that are not held out, then measure it on those that are."""
+    sentences = _sentences(cache)
+    fine_tune(sentences, cache, output)
+    _report(output, [sentence for sentence in sentences if sentence.held_out])
+
+
+@app.command("evaluate")
+def evaluate_model(
+    model: Annotated[Path, typer.Argument(help="A folder with a model of the labels negative, neutral, positive.")] = (
+        BUNDLED_FOLDER
+    ),
+    cache: Cache = DEFAULT_CACHE,
+) -> None:
+    """Measure a model, as it is served, on the sentences that are held out."""
+    _report(model, [sentence for sentence in _sentences(cache) if sentence.held_out])
+
+
+@app.command()
+def export_held_out(
+    output: Annotated[Path, typer.Argument(help="The file to write: source, rating and text, separated by tabs.")],
+    cache: Cache = DEFAULT_CACHE,
+) -> None:
+    """Write the sentences that are held out into one file, as the tests have them."""
+    held_out = [sentence for sentence in _sentences(cache) if sentence.held_out]
+    output.write_text("".join(f"{s.source}\t{s.rating}\t{s.text}\n" for s in held_out), encoding="utf-8", newline="\n")
+    print(f"wrote {len(held_out):,} sentences to {output}")
+
+
+def _report(model: Path, sentences: list[Sentence]) -> None:
+    try:
+        pipeline = SentimentPipeline("sentiment", "models", {}, model_path=str(model.resolve()))
+    except ModelLoadError as error:
+        raise typer.BadParameter(str(error)) from error
+    print(
+        "| held-out sentences | count | three-way accuracy | not neutral | polarity accuracy |\n|---|---|---|---|---|"
+    )
+    for name, found in evaluate(pipeline, sentences).items():
+        print(f"| {name} | {found.count:,} | {found.three_way:.3f} | {found.polar_count:,} | {found.polarity:.3f} |")
+
+
+if __name__ == "__main__":
+    app()

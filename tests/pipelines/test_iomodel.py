@@ -1,0 +1,89 @@
+"""The models that users build on, used as the documentation uses them."""
+
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from modalkit.inference_pipeline import InferencePipeline
+from modalkit.iomodel import (
+    AsyncInputModel,
+    AsyncOutputModel,
+    DelayedFailureOutputModel,
+    InferenceOutputModel,
+    SyncInputModel,
+)
+
+
+class Request(BaseModel):
+    text: str
+
+
+class Response(InferenceOutputModel):
+    sentiment: str
+    confidence: float
+
+
+class KeywordPipeline(InferencePipeline):
+    """Judges by a word, with no input or output model declared."""
+
+    def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
+        return {"texts": [getattr(item, "text", str(item)) for item in input_list]}
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        return {"found": [("good" in text, "bad" in text) for text in preprocessed_data["texts"]]}
+
+    def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
+        names = {(True, False): "positive", (False, True): "negative"}
+        return [
+            Response(status="success", sentiment=names.get(found, "neutral"), confidence=0.9)
+            for found in raw_output["found"]
+        ]
+
+
+def test_a_pipeline_needs_no_more_than_its_three_stages() -> None:
+    pipeline = KeywordPipeline("keywords", "models", {"device": "cpu"}, threshold=0.5)
+    assert pipeline.model_entry == {"threshold": 0.5}
+    results = pipeline.run_inference([Request(text="good"), Request(text="bad"), Request(text="so so")])
+    assert [result.model_dump()["sentiment"] for result in results] == ["positive", "negative", "neutral"]
+    assert pipeline.item_size(Request(text="good")) == 1
+    assert pipeline.sample_items(3, 16) == []
+    pipeline.warm_up()
+    pipeline.move_to("cuda")
+    pipeline.on_volume_reload()
+
+
+def test_a_pipeline_without_its_stages_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        InferencePipeline("a", "b", {})  # type: ignore[abstract]  # that is the point
+
+
+def test_requests_refuse_unknown_fields_and_empty_queue_names() -> None:
+    with pytest.raises(ValidationError, match="queue"):
+        AsyncInputModel.model_validate({"message": {"text": "a"}, "queue": "results"})
+    with pytest.raises(ValidationError, match="meta"):
+        SyncInputModel.model_validate({"message": {"text": "a"}, "meta": {}})
+    with pytest.raises(ValidationError, match="success_queue"):
+        AsyncInputModel.model_validate({"message": {"text": "a"}, "success_queue": ""})
+
+
+def test_a_message_may_be_any_object_or_a_model() -> None:
+    plain = AsyncInputModel(message={"text": "a"})
+    assert plain.model_dump() == {"message": {"text": "a"}, "success_queue": None, "failure_queue": None, "meta": {}}
+    assert AsyncInputModel(message=Request(text="a")).model_dump() == plain.model_dump()
+    assert SyncInputModel[Request].model_validate({"message": {"text": "a"}}).message == Request(text="a")
+    with pytest.raises(ValidationError, match=r"message\.text"):
+        AsyncInputModel[Request].model_validate({"message": {}})
+
+
+def test_an_output_keeps_further_fields() -> None:
+    output = InferenceOutputModel.model_validate({"words": 3})
+    assert output.model_dump() == {"status": "success", "error": None, "meta": {}, "words": 3}
+
+
+def test_a_failure_carries_what_was_asked_for() -> None:
+    failure = DelayedFailureOutputModel(
+        status="error", error="no", original_message=AsyncInputModel(message={"text": "a"}, failure_queue="bad")
+    )
+    assert failure.model_dump()["original_message"]["failure_queue"] == "bad"
+    assert AsyncOutputModel(job_id="7").model_dump() == {"job_id": "7"}
