@@ -15,6 +15,12 @@ class QueueFullError(BatchingError):
         )
         self.depth = depth
         self.limit = limit
+        self.added = added
+
+    @property
+    def is_permanent(self) -> bool:
+        """Whether even an empty queue would have no room for so many requests at once."""
+        return self.added > self.limit
 
 
 class RequestTooLargeError(BatchingError):

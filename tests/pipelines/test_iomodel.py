@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from modalkit.inference_pipeline import InferencePipeline
-from modalkit.iomodel import (
+from pipelines.inference_pipeline import InferencePipeline
+from pipelines.iomodel import (
     AsyncInputModel,
     AsyncOutputModel,
     DelayedFailureOutputModel,

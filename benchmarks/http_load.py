@@ -1,0 +1,97 @@
+"""Concurrent HTTP clients, one item a request, next to the same server with batches of one.
+
+Run it with ``python -m benchmarks.http_load``; ``--help`` lists the options. The servers are processes of their own,
+``modalkit serve``, one after the other; the clients share this process.
+"""
+
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import anyio
+import httpx
+import typer
+
+from benchmarks.texts import read_texts
+
+UNBATCHED = {"MODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_BATCH_SIZE": "1"}
+
+
+@contextmanager
+def served(variables: dict[str, str]) -> Iterator[str]:
+    """The address of a server that is ready; on leaving, it is stopped and its summary printed."""
+    command = [sys.executable, "-P", "-c", "from service.cli import main; main()", "serve", "--port", "0"]
+    environment = {"MODALKIT_APP_SETTINGS__ASYNC_CONFIG__STORE": "memory", **os.environ, **variables}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        if process.stderr is None:
+            raise RuntimeError("the server's output is not connected")
+        said = ""
+        while not re.search(r"^Ready", said, re.MULTILINE):
+            line = process.stderr.readline()
+            if not line:
+                raise RuntimeError(f"the server did not start: {said}")
+            said += line
+        address = re.search(r"http://[\w.:]+\d", said)
+        if address is None:
+            raise RuntimeError(f"the server named no address: {said}")
+        try:
+            yield address.group()
+        finally:
+            process.send_signal(signal.SIGINT)
+            print(f"  {process.stderr.read().strip().splitlines()[-1]}")
+
+
+async def load(url: str, texts: list[str], clients: int) -> list[float]:
+    """The latency of each request in seconds; `clients` of them are under way at a time."""
+    latencies_s: list[float] = []
+    waiting = iter(texts)
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+
+        async def caller() -> None:
+            for text in waiting:
+                started_s = time.perf_counter()
+                response = await client.post("/sync/predict", json={"text": text})
+                response.raise_for_status()
+                latencies_s.append(time.perf_counter() - started_s)
+
+        async with anyio.create_task_group() as task_group:
+            for _ in range(clients):
+                task_group.start_soon(caller)
+    return latencies_s
+
+
+def measure(label: str, variables: dict[str, str], texts: list[str], clients: int) -> float:
+    """Items per second of one server."""
+    with served(variables) as url:
+        anyio.run(load, url, texts[: 4 * clients], clients)
+        started_s = time.perf_counter()
+        latencies_ms = [latency_s * 1000 for latency_s in anyio.run(load, url, texts, clients)]
+        rate = len(texts) / (time.perf_counter() - started_s)
+        percentiles = statistics.quantiles(latencies_ms, n=100)
+        print(f"{label}: {rate:.0f} items/s; latency p50 {percentiles[49]:.0f} ms, p99 {percentiles[98]:.0f} ms")
+    return rate
+
+
+def main(
+    clients: Annotated[int, typer.Option(help="Requests under way at a time.")] = 64,
+    texts_file: Annotated[Path | None, typer.Option(help="One text a line; film-review snippets if left out.")] = None,
+    limit: Annotated[int, typer.Option(help="Use only so many texts.")] = 4000,
+) -> None:
+    """Print items/s and latencies with batching and without, and their ratio."""
+    texts = read_texts(texts_file, limit)
+    unbatched = measure("batches of one", UNBATCHED, texts, clients)
+    batched = measure("batched", {}, texts, clients)
+    print(f"{len(texts)} items from {clients} clients: {batched / unbatched:.2f} x the server without batching")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,17 @@
+"""The input and output models that users build on."""
+
+from pipelines.iomodel import (
+    AsyncInputModel,
+    AsyncOutputModel,
+    DelayedFailureOutputModel,
+    InferenceOutputModel,
+    SyncInputModel,
+)
+
+__all__ = [
+    "AsyncInputModel",
+    "AsyncOutputModel",
+    "DelayedFailureOutputModel",
+    "InferenceOutputModel",
+    "SyncInputModel",
+]

@@ -1,0 +1,5 @@
+"""The configuration."""
+
+from service.settings import Settings
+
+__all__ = ["Settings"]

@@ -1,0 +1,1 @@
+"""The worker around a pipeline, and its doors: HTTP, command line and Modal."""

@@ -1,0 +1,76 @@
+"""The command ``modalkit`` and what all its subcommands share: configuration, errors as messages, exit codes."""
+
+import logging
+import os
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from service.cli.check import check
+from service.cli.predict import predict
+from service.cli.serve import serve
+from service.errors import ServiceError
+from service.loading import LoadError, UnknownModelError
+from service.settings import SettingsError
+
+EXIT_CONFIGURATION = 2
+EXIT_FAILURE = 1
+
+app = typer.Typer(
+    name="modalkit",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(serve)
+app.command()(predict)
+app.command()(check)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"modalkit {version('modalkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _modalkit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Run a model on batches of what many callers send one by one.
+
+    Configuration: modalkit.yaml in the working directory, or the files in MODALKIT_CONFIG, or --config; single settings
+    by MODALKIT_... variables. Exit codes: 0 done, 1 failed (or some items failed), 2 wrong usage or configuration.
+    """
+
+
+def main() -> None:
+    """Run the command line; errors that we know become one message on standard error."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"modalkit: warning: {message}\n"
+    # At the end, so that a folder that happens to be called like an installed package does not hide it.
+    sys.path.append(str(Path.cwd()))
+    try:
+        app()
+    except (SettingsError, LoadError, UnknownModelError) as error:
+        _fail(error, EXIT_CONFIGURATION)
+    except (ServiceError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # Whoever read our output has seen enough; nothing is left to say, and nothing to flush at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_FAILURE)
+        _fail(error, EXIT_FAILURE)
+
+
+def _fail(error: Exception, code: int) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"modalkit: error: {error}")
+    sys.exit(code)

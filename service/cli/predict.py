@@ -1,0 +1,227 @@
+"""``modalkit predict``: run a model over many items, through the scheduler at full speed."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from io import TextIOWrapper
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import anyio
+import typer
+from anyio import to_thread
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from batching import Failure, Outcome, Priority, SchedulerStatistics
+from pipelines import InferenceOutputModel, InferencePipeline
+from service.cli.common import ConfigFiles, ModelOption, model_source, notices
+from service.cli.records import FileFormat, Record, Writer, format_of, make_writer, read_records
+from service.errors import describe_error
+from service.jobs import MemoryJobStore
+from service.jobs.manager import JobManager
+from service.settings import Settings
+from service.task_groups import plain_task_group
+from service.worker import InferenceWorker
+
+MOST_ITEMS_IN_A_CHUNK = 4096
+CHUNKS_AT_ONCE = 2
+SHOWN_ERRORS = 20
+KEEP_BAD_BYTES = "surrogateescape"
+"""Bytes that are no UTF-8 come through as characters that no model takes: an error of that line alone."""
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """Some records that follow each other, and their outcomes once they are there."""
+
+    records: list[Record]
+    outcomes: list[Outcome[InferenceOutputModel]] = field(default_factory=list)
+    done: anyio.Event = field(default_factory=anyio.Event)
+
+    async def run(self, worker: InferenceWorker) -> None:
+        items = [record.item for record in self.records if record.item is not None]
+        self.outcomes = await worker.predict_many(items, priority=Priority.BULK)
+        self.done.set()
+
+    def results(self) -> Iterator[tuple[Record, Mapping[str, Any]]]:
+        """Each record with what is written for it."""
+        outcomes = iter(self.outcomes)
+        for record in self.records:
+            outcome = None if record.item is None else next(outcomes)
+            if outcome is None:
+                yield record, {"status": "error", "error": record.error}
+            elif isinstance(outcome, Failure):
+                yield record, {"status": "error", "error": describe_error(outcome.error)}
+            else:
+                yield record, outcome.value.model_dump(mode="json")
+
+
+def predict(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to run.", show_default=False)] = None,
+    input_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            "-i",
+            help="A .txt, .jsonl or .csv file; - is standard input.",
+            show_default=False,
+            allow_dash=True,
+        ),
+    ] = None,
+    output_path: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where results go; standard output if left out.", show_default=False),
+    ] = None,
+    file_format: Annotated[
+        FileFormat | None,
+        typer.Option("--format", "-f", help="The input's format, where its name does not tell.", show_default=False),
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="The CSV column, or JSON key, that holds the text.", show_default=False)
+    ] = None,
+    config: ConfigFiles = None,
+    model: ModelOption = None,
+) -> None:
+    """Run a model over texts and write one result for each, in the same order.
+
+    Results are JSON, one a line; CSV where the output file is called .csv. A line that cannot be read, or fails, gets
+    an error in its place, is reported with its number on standard error, and makes the exit code 1.
+
+    [bold]Examples[/bold]
+
+    modalkit predict "What a lovely day!" "It could be worse."
+
+    modalkit predict --input reviews.csv --column review --output scored.csv
+
+    cat lines.txt | modalkit predict > scored.jsonl
+    """
+    if texts and input_path is not None:
+        raise typer.BadParameter("give texts or --input, not both")
+    if not texts and input_path is None and sys.stdin.isatty():
+        raise typer.BadParameter("there is nothing to read: give texts, --input FILE, or pipe lines in")
+    settings = Settings.load(config)
+    source = model_source(settings, model)
+    with ExitStack() as files:
+        records, total = _open_input(files, texts, input_path, file_format, source.input_model, column)
+        out: TextIO = _use_utf8(sys.stdout)
+        if output_path is not None:
+            out = files.enter_context(output_path.open("w", encoding="utf-8", newline=""))
+        is_csv = output_path is not None and output_path.suffix.lower() == ".csv"
+        writer = make_writer(out, FileFormat.CSV if is_csv else FileFormat.JSONL, source.output_model)
+        with notices.status(f"Loading {source.model_name} ..."):
+            pipeline = source.load()
+        run = _Run(writer, _progress(files, total), settings)
+        anyio.run(run.score, pipeline, records)
+        out.flush()
+    run.report(single=bool(texts))
+    if run.failed:
+        raise typer.Exit(1)
+
+
+def _open_input(
+    files: ExitStack,
+    texts: list[str] | None,
+    path: Path | None,
+    file_format: FileFormat | None,
+    input_model: Any,
+    column: str | None,
+) -> tuple[Iterator[Record], int | None]:
+    """The records, and how many there are where that can be known."""
+    if texts:
+        return read_records(texts, FileFormat.TXT, input_model, None), len(texts)
+    if path is None or str(path) == "-":
+        chosen = file_format or FileFormat.TXT
+        _use_utf8(sys.stdin)
+        return read_records(sys.stdin, chosen, input_model, column), None
+    chosen = format_of(path, file_format)
+    with path.open("rb") as counted:
+        lines = sum(chunk.count(b"\n") for chunk in iter(lambda: counted.read(2**20), b""))
+    stream = files.enter_context(path.open(encoding="utf-8-sig", errors=KEEP_BAD_BYTES, newline=""))
+    return read_records(stream, chosen, input_model, column), lines
+
+
+def _use_utf8(stream: TextIO) -> TextIO:
+    if isinstance(stream, TextIOWrapper):
+        stream.reconfigure(encoding="utf-8", errors=KEEP_BAD_BYTES, newline="")
+    return stream
+
+
+class _Run:
+    """One run of a model over many records, and what is to be told about it."""
+
+    def __init__(self, writer: Writer, progress: Progress, settings: Settings) -> None:
+        self.failed = 0
+        self.written = 0
+        self._writer = writer
+        self._progress = progress
+        self._settings = settings
+        self._elapsed_s = 0.0
+        self._statistics: SchedulerStatistics | None = None
+
+    async def score(self, pipeline: InferencePipeline, records: Iterator[Record]) -> None:
+        """Run all records, a few chunks at a time, and write their results in order."""
+        chunk_size = min(
+            MOST_ITEMS_IN_A_CHUNK, self._settings.app_settings.batch_config.max_queue_size // CHUNKS_AT_ONCE
+        )
+        async with (
+            JobManager(MemoryJobStore()) as jobs,
+            InferenceWorker(pipeline, settings=self._settings, jobs=jobs) as worker,
+            plain_task_group() as task_group,
+        ):
+            started_s = time.perf_counter()
+            waiting: deque[_Chunk] = deque()
+            while chunk_records := await to_thread.run_sync(lambda: list(islice(records, max(1, chunk_size)))):
+                chunk = _Chunk(chunk_records)
+                task_group.start_soon(chunk.run, worker)
+                waiting.append(chunk)
+                if len(waiting) == CHUNKS_AT_ONCE:
+                    await self._write(waiting.popleft(), worker)
+            while waiting:
+                await self._write(waiting.popleft(), worker)
+            self._elapsed_s = time.perf_counter() - started_s
+            self._statistics = worker.statistics()
+
+    async def _write(self, chunk: _Chunk, worker: InferenceWorker) -> None:
+        while not chunk.done.is_set():
+            with anyio.move_on_after(0.2):
+                await chunk.done.wait()
+            self._progress.update(self._progress.task_ids[0], completed=worker.statistics().succeeded)
+        for record, result in chunk.results():
+            self._writer(result)
+            self.written += 1
+            if result["status"] == "error":
+                self.failed += 1
+                if self.failed <= SHOWN_ERRORS:
+                    self._progress.console.print(f"line {record.line}: {result['error']}", markup=False)
+
+    def report(self, *, single: bool) -> None:
+        """Tell on standard error how it went."""
+        if self.failed > SHOWN_ERRORS:
+            notices.print(f"... and {self.failed - SHOWN_ERRORS} more errors, each in its result's place")
+        if single or self._statistics is None:
+            return
+        rate = self.written / self._elapsed_s if self._elapsed_s else 0.0
+        notices.print(
+            f"{self.written} items in {self._elapsed_s:.1f} s ({rate:.0f} items/s), {self.failed} of them with errors; "
+            f"{self._statistics.batches} batches, {self._statistics.mean_batch_size:.1f} items each on average, "
+            f"{self._statistics.padding_share:.0%} padding"
+        )
+
+
+def _progress(files: ExitStack, total: int | None) -> Progress:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(show_speed=True),
+        TimeRemainingColumn(),
+        console=notices,
+        transient=True,
+        disable=not notices.is_terminal,
+    )
+    progress.add_task("Running", total=total)
+    return files.enter_context(progress)

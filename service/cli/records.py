@@ -1,0 +1,133 @@
+"""Reads items for a model from text files and writes their results."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TextIO
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from service.errors import ServiceError
+from service.validation import field_errors, summary
+
+
+class FileFormat(StrEnum):
+    """How a file holds its items."""
+
+    TXT = "txt"
+    """One text a line."""
+    JSONL = "jsonl"
+    """One JSON object, or JSON string, a line."""
+    CSV = "csv"
+    """A header line, then one item a row."""
+
+
+class InputError(ServiceError):
+    """Raised when an input as a whole cannot be read: an unknown format, or a CSV file without the column."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One item of an input: where it stands there, and the item, or what is wrong with it."""
+
+    line: int
+    item: BaseModel | None
+    error: str | None = None
+
+
+def format_of(path: Path | None, given: FileFormat | None) -> FileFormat:
+    """The format as given, else by the file's name, else lines of text. Raises `InputError` for an unknown name."""
+    if given is not None:
+        return given
+    suffix = "txt" if path is None else path.suffix.lower().removeprefix(".")
+    if suffix == "ndjson":
+        return FileFormat.JSONL
+    try:
+        return FileFormat(suffix)
+    except ValueError:
+        raise InputError(f"cannot tell the format of {path} by its name; say --format txt, jsonl or csv") from None
+
+
+def read_records(
+    lines: Iterable[str], file_format: FileFormat, input_model: type[BaseModel], column: str | None
+) -> Iterator[Record]:
+    """The items of a text file, or of other lines; a bad one is a `Record` with an error. Raises `InputError`.
+
+    A plain text becomes the model's field `text`, or its only field. `column` names the column of a CSV file (the key
+    of a JSON object) that holds the text; without it, all columns that the model has fields for are taken.
+    """
+    text_field = _text_field(input_model)
+    if file_format is FileFormat.CSV:
+        yield from _csv_records(lines, input_model, text_field, column)
+        return
+    for line, text in enumerate((text.rstrip("\r\n") for text in lines), start=1):
+        if file_format is FileFormat.TXT:
+            yield _record(line, {text_field: text}, input_model)
+            continue
+        try:
+            value = from_json(text)
+        except ValueError as error:
+            yield Record(line, None, f"not JSON: {error}")
+            continue
+        if isinstance(value, str):
+            value = {text_field: value}
+        elif column is not None and isinstance(value, dict):
+            value = {text_field: value[column]} if column in value else {}
+        yield _record(line, value, input_model)
+
+
+def _record(line: int, value: Any, input_model: type[BaseModel]) -> Record:
+    try:
+        return Record(line, input_model.model_validate(value))
+    except ValidationError as error:
+        return Record(line, None, summary(field_errors(error.errors(include_url=False), input_model)))
+
+
+def _text_field(input_model: type[BaseModel]) -> str:
+    fields = list(input_model.model_fields)
+    return fields[0] if len(fields) == 1 else "text"
+
+
+def _csv_records(
+    lines: Iterable[str], input_model: type[BaseModel], text_field: str, column: str | None
+) -> Iterator[Record]:
+    reader = csv.DictReader(lines)
+    header = list(reader.fieldnames or ())
+    fields = [text_field] if column is not None else [*input_model.model_fields] or [text_field]
+    columns = {field: column or field for field in fields if (column or field) in header}
+    if not columns:
+        wanted = ", ".join(repr(column or field) for field in fields)
+        raise InputError(f"the CSV header has no column {wanted}; it has {header}: name the text's with --column")
+    while True:
+        first_line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Record(first_line, None, f"not CSV: {error}")
+        else:
+            given = {field: row[name] for field, name in columns.items() if row[name] is not None}
+            yield _record(first_line, given, input_model)
+
+
+Writer = Callable[[Mapping[str, Any]], None]
+
+
+def make_writer(stream: TextIO, file_format: FileFormat, output_model: type[BaseModel]) -> Writer:
+    """A function that writes one result to `stream`: a JSON object a line, or a row of a CSV file."""
+    if file_format is FileFormat.CSV:
+        rows = csv.DictWriter(stream, list(output_model.model_fields), extrasaction="ignore", lineterminator="\n")
+        rows.writeheader()
+        return lambda result: rows.writerow(
+            {key: json.dumps(value) if isinstance(value, dict | list) else value for key, value in result.items()}
+        )
+
+    def write_json(result: Mapping[str, Any]) -> None:
+        stream.write(json.dumps(result, ensure_ascii=False) + "\n")
+
+    return write_json

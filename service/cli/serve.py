@@ -1,0 +1,159 @@
+"""``modalkit serve``: the HTTP service over the models of the configuration."""
+
+import logging
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Annotated
+
+import anyio
+import typer
+import uvicorn
+
+from service.cli.common import ConfigFiles, notices
+from service.errors import ServiceError
+from service.gateway import LocalGateway, Readiness
+from service.loading import LoadError
+from service.settings import Settings
+from service.task_groups import plain_task_group
+from service.web import create_app
+
+GRACE_S = 30
+"""How long open HTTP requests may go on after the first signal to stop."""
+
+
+class AddressError(ServiceError):
+    """Raised when the service cannot listen on the address it was given."""
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes any free one.")] = 8000,
+    config: ConfigFiles = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+) -> None:
+    """Serve the configured models over HTTP until interrupted; then finish what was accepted.
+
+    [bold]Examples[/bold]
+
+    modalkit serve
+
+    modalkit serve --host 0.0.0.0 --port 80 --config production.yaml
+    """
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
+    logging.getLogger().setLevel(level)
+    settings = Settings.load(config)
+    gateway = LocalGateway(settings)
+    app = create_app(gateway, auth=settings.app_settings.auth_config, owns_gateway=False)
+    server = _Server(
+        uvicorn.Config(app, log_config=None, access_log=level <= logging.INFO, timeout_graceful_shutdown=GRACE_S)
+    )
+    with _listen(host, port) as listener:
+        use_uvloop = sys.platform != "win32"
+        anyio.run(_serve, server, gateway, listener, settings, backend_options={"use_uvloop": use_uvloop})
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves signals to `_serve`, which has more to stop than HTTP."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        raise AddressError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; stop what uses it, or choose another --port"
+        ) from error
+    with listener:
+        yield listener
+
+
+async def _serve(server: _Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
+    async with plain_task_group() as outer:
+        outer.start_soon(_stop_on_signals, server, outer.cancel_scope)
+        async with gateway, plain_task_group() as task_group:
+            task_group.start_soon(_announce, server, gateway, listener, settings)
+            await server.serve([listener])
+            task_group.cancel_scope.cancel()
+            notices.print("Finishing what was accepted ...")
+        outer.cancel_scope.cancel()
+    _summarize(gateway)
+    if Readiness.FAILED in gateway.readiness().values():
+        raise typer.Exit(2)
+
+
+async def _stop_on_signals(server: _Server, everything: anyio.CancelScope) -> None:
+    """Stop gently on the first signal, at once on the second: accepted jobs are in the store either way."""
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            if server.should_exit:
+                everything.cancel()
+            server.should_exit = True
+
+
+async def _announce(server: _Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
+    """Say how to use the service once it is ready; stop it when a model cannot be loaded, which has been logged."""
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    notices.print(f"modalkit {version('modalkit')} on {url}: loading {', '.join(gateway.readiness())} ...")
+    started_s = time.perf_counter()
+    try:
+        await gateway.wait_until_ready()
+    except LoadError:
+        server.should_exit = True
+        return
+    notices.print(
+        f"Ready after {time.perf_counter() - started_s:.1f} s. Ctrl-C stops.", _things_to_try(url, gateway, settings)
+    )
+
+
+def _things_to_try(url: str, gateway: LocalGateway, settings: Settings) -> str:
+    auth = settings.app_settings.auth_config
+    scheme = "Bearer " if auth.auth_header.lower() == "authorization" else ""
+    key = "" if auth.api_key is None else f" -H '{auth.auth_header}: {scheme}<your key>'"
+
+    def curl(path: str, body: str) -> str:
+        return f"  curl {url}{path}{key} -d {shlex.quote(body)}"
+
+    lines = ["", "Try:"]
+    if "text" in gateway.input_model().model_fields:
+        lines += [
+            curl("/sync/predict", '{"text": "What a lovely day!"}'),
+            curl("/batch/predict", '[{"text": "I love it"}, {"text": "It broke after a week"}]'),
+            curl("/async/predict", '{"message": {"text": "Not bad at all"}, "success_queue": "results"}'),
+            f"  curl{key} '{url}/jobs/<the job_id>?wait=10'",
+        ]
+    return "\n".join([*lines, f"  {url}/docs in a browser"])
+
+
+def _summarize(gateway: LocalGateway) -> None:
+    for model_name, done in gateway.statistics().items():
+        notices.print(
+            f"{model_name}: {done.succeeded} succeeded, {done.failed} failed, {done.expired} expired, "
+            f"{done.cancelled} cancelled; {done.batches} batches, {done.mean_batch_size:.1f} items each on average"
+            f"{_distribution(done.batch_sizes)}"
+        )
+
+
+def _distribution(batch_sizes: Mapping[int, int]) -> str:
+    """How large batches were: the span that holds the middle half of them, and the largest."""
+    if not batch_sizes:
+        return ""
+    sizes = [size for size, count in sorted(batch_sizes.items()) for _ in range(count)]
+    return f" (middle half {sizes[len(sizes) // 4]} to {sizes[3 * len(sizes) // 4]}, largest {sizes[-1]})"

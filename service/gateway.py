@@ -1,0 +1,261 @@
+"""What a door (HTTP, the command line) needs of whatever runs the models, and the gateway to models in this process."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from enum import StrEnum
+from types import TracebackType
+from typing import Protocol, Self
+
+import anyio
+from anyio import to_thread
+from pydantic import BaseModel
+
+from batching import Outcome, Priority, SchedulerStatistics
+from pipelines import AsyncInputModel, InferenceOutputModel, PipelineError
+from service.errors import ServiceError
+from service.jobs import Job, JobStore
+from service.loading import LoadError, ModelSource, UnknownModelError, make_job_manager
+from service.queue_backends import QueueBackend
+from service.settings import Settings
+from service.task_groups import plain_task_group
+from service.worker import InferenceWorker
+
+logger = logging.getLogger(__name__)
+
+
+class Readiness(StrEnum):
+    """Whether a model takes requests, and if not, why."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    BROKEN = "broken"
+    FAILED = "failed"
+
+
+class NotReadyError(ServiceError):
+    """Raised when a request comes for a model that is still loading, could not be loaded, or is shutting down."""
+
+    def __init__(self, model_name: str, readiness: Readiness) -> None:
+        super().__init__(f"model {model_name!r} takes no requests now: it is {readiness}; see /health/ready")
+        self.model_name = model_name
+        self.readiness = readiness
+
+
+class Gateway(Protocol):
+    """Takes requests for one or several models and gives back what became of them.
+
+    An asynchronous context manager: leaving it finishes what was accepted. A `model_name` of None means the first
+    model. Methods raise `UnknownModelError` and `NotReadyError`, and otherwise what those of `InferenceWorker` do.
+    """
+
+    async def __aenter__(self) -> Self: ...  # protocol methods have no body
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None: ...
+
+    def input_model(self, model_name: str | None = None) -> type[BaseModel]:
+        """What a model's items are validated as; known before the model is loaded."""
+        ...
+
+    def output_model(self, model_name: str | None = None) -> type[InferenceOutputModel]:
+        """What a model's outputs look like; known before the model is loaded."""
+        ...
+
+    def readiness(self) -> Mapping[str, Readiness]:
+        """Each model's state by its name, the first model first."""
+        ...
+
+    async def predict(
+        self,
+        item: BaseModel,
+        *,
+        model_name: str | None = None,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> InferenceOutputModel:
+        """Run one item."""
+        ...
+
+    async def predict_many(
+        self,
+        items: Sequence[BaseModel],
+        *,
+        model_name: str | None = None,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> list[Outcome[InferenceOutputModel]]:
+        """Run several items; outcomes in the same order."""
+        ...
+
+    async def submit(self, request: AsyncInputModel, *, model_name: str | None = None) -> str:
+        """Accept a job and return its id."""
+        ...
+
+    async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job | None:
+        """Find a job, waiting for its end if asked to."""
+        ...
+
+    async def cancel(self, job_id: str) -> Job | None:
+        """Cancel a job that has not ended."""
+        ...
+
+
+class _Model:
+    """A configured model and, once it is loaded, its worker."""
+
+    def __init__(self, source: ModelSource, closing: anyio.Event) -> None:
+        self.source = source
+        self.closing = closing
+        self.worker: InferenceWorker | None = None
+        self.error: Exception | None = None
+        self.settled = anyio.Event()
+        """Set once the model is ready or has failed."""
+
+    @property
+    def readiness(self) -> Readiness:
+        if self.error is not None:
+            return Readiness.FAILED
+        if self.closing.is_set():
+            return Readiness.DRAINING
+        if self.worker is None:
+            return Readiness.LOADING
+        return Readiness.BROKEN if self.worker.is_broken else Readiness.READY
+
+
+class LocalGateway:
+    """Serves every model of the configuration from this process: one `InferenceWorker` each, jobs and delivery shared.
+
+    Constructing it imports the classes that the configuration names and raises `LoadError` where that fails; entering
+    it opens the job store and starts to load the models in the background. A model that cannot be loaded, or whose
+    worker breaks down, is `failed` and leaves the others alone.
+    """
+
+    def __init__(
+        self, settings: Settings, *, queue_backend: QueueBackend | None = None, job_store: JobStore | None = None
+    ) -> None:
+        self._settings = settings
+        self._closing = anyio.Event()
+        self._models = {
+            name: _Model(ModelSource(settings, name), self._closing) for name in settings.model_settings.model_entries
+        }
+        if not self._models:
+            raise LoadError("model_settings.model_entries: there is no model; add one")
+        self._jobs = make_job_manager(settings, queue_backend, job_store)
+        self._exit_stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._jobs)
+            task_group = await stack.enter_async_context(plain_task_group())
+            stack.callback(self._closing.set)
+            for model in self._models.values():
+                task_group.start_soon(self._serve, model)
+            self._exit_stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return await self._exit_stack.__aexit__(exc_type, exc, traceback)
+
+    async def wait_until_ready(self) -> None:
+        """Wait until every model is ready; raises the first error of a model that cannot be loaded."""
+        for model in self._models.values():
+            await model.settled.wait()
+            if model.error is not None:
+                raise model.error
+
+    def input_model(self, model_name: str | None = None) -> type[BaseModel]:
+        """What a model's items are validated as. Raises `UnknownModelError`."""
+        return self._model(model_name).source.input_model
+
+    def output_model(self, model_name: str | None = None) -> type[InferenceOutputModel]:
+        """What a model's outputs look like. Raises `UnknownModelError`."""
+        return self._model(model_name).source.output_model
+
+    def readiness(self) -> Mapping[str, Readiness]:
+        """Each model's state by its name, in the order of the configuration."""
+        return {name: model.readiness for name, model in self._models.items()}
+
+    def statistics(self) -> Mapping[str, SchedulerStatistics]:
+        """What each model that has been loaded has done so far."""
+        return {name: model.worker.statistics() for name, model in self._models.items() if model.worker is not None}
+
+    async def predict(
+        self,
+        item: BaseModel,
+        *,
+        model_name: str | None = None,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> InferenceOutputModel:
+        """See `InferenceWorker.predict`."""
+        return await self._worker(model_name).predict(item, priority=priority, timeout_s=timeout_s)
+
+    async def predict_many(
+        self,
+        items: Sequence[BaseModel],
+        *,
+        model_name: str | None = None,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> list[Outcome[InferenceOutputModel]]:
+        """See `InferenceWorker.predict_many`."""
+        return await self._worker(model_name).predict_many(items, priority=priority, timeout_s=timeout_s)
+
+    async def submit(self, request: AsyncInputModel, *, model_name: str | None = None) -> str:
+        """See `InferenceWorker.submit`."""
+        return await self._worker(model_name).submit(request)
+
+    async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job | None:
+        """See `InferenceWorker.job`. Works while models load."""
+        return await self._jobs.get(job_id, wait_s)
+
+    async def cancel(self, job_id: str) -> Job | None:
+        """See `InferenceWorker.cancel`. Works while models load."""
+        return await self._jobs.cancel(job_id)
+
+    async def _serve(self, model: _Model) -> None:
+        """Load one model and own its worker until the gateway is left."""
+        try:
+            pipeline = await to_thread.run_sync(model.source.load, abandon_on_cancel=True)
+            worker = InferenceWorker(
+                pipeline, settings=self._settings, jobs=self._jobs, input_model=model.source.input_model
+            )
+            async with worker:
+                model.worker = worker
+                model.settled.set()
+                await self._closing.wait()
+        except Exception as error:
+            # A failed model must not take the others with it: its state says so, and so does each request for it.
+            model.error = error
+            # A user's own class may fail by a mistake in it, and then needs its traceback; our messages do not.
+            explained = isinstance(error, LoadError) and isinstance(error.__cause__, PipelineError)
+            logger.log(
+                logging.ERROR,
+                "Model %r failed: %s",
+                model.source.model_name,
+                error,
+                exc_info=None if explained else error,
+            )
+        finally:
+            model.settled.set()
+
+    def _model(self, model_name: str | None) -> _Model:
+        if model_name is None:
+            return next(iter(self._models.values()))
+        try:
+            return self._models[model_name]
+        except KeyError:
+            raise UnknownModelError(model_name, list(self._models)) from None
+
+    def _worker(self, model_name: str | None) -> InferenceWorker:
+        model = self._model(model_name)
+        readiness = model.readiness
+        # A broken pipeline may still answer; the probe of /health/ready decides when it has had its chance.
+        if model.worker is None or readiness not in (Readiness.READY, Readiness.BROKEN):
+            raise NotReadyError(model.source.model_name, readiness)
+        return model.worker

@@ -1,0 +1,143 @@
+"""Turns the names in the configuration (`"module:Class"`) into the objects they stand for."""
+
+import importlib
+import inspect
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from pipelines import InferenceOutputModel, InferencePipeline
+from service.errors import ServiceError
+from service.jobs import JobStore, MemoryJobStore, SqliteJobStore
+from service.jobs.manager import JobManager
+from service.queue_backends import InMemoryBackend, QueueBackend
+from service.settings import AsyncConfig, ModelEntry, QueueConfig, Settings
+
+T = TypeVar("T")
+
+
+class LoadError(ServiceError):
+    """Raised when a class that the configuration names cannot be imported, is of the wrong kind, or cannot be built."""
+
+
+class UnknownModelError(ServiceError):
+    """Raised when a model is asked for that the configuration does not name."""
+
+    def __init__(self, model_name: str, known: list[str]) -> None:
+        super().__init__(f"there is no model {model_name!r}; configured are: {', '.join(known)}")
+        self.model_name = model_name
+        self.known = known
+
+
+def import_object(path: str, key: str) -> Any:
+    """Import what `"module:Class"` names; `key` is where the configuration says so, for the error message.
+
+    Raises `LoadError`.
+    """
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise LoadError(f"{key}: importing {module_name!r} failed: {error}; install what it needs") from error
+        raise LoadError(
+            f"{key}: there is no module {error.name!r} (for {path!r}); check the spelling, or start from the folder "
+            "that holds it"
+        ) from error
+    except Exception as error:
+        raise LoadError(f"{key}: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        raise LoadError(f"{key}: module {module_name!r} has no {attribute!r}; check the spelling and case") from None
+
+
+def _import_class(path: str, key: str, base: type[T]) -> type[T]:
+    found = import_object(path, key)
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise LoadError(f"{key}: {path!r} must be a subclass of {base.__name__}, it is {found!r}")
+    return found
+
+
+class ModelSource:
+    """One entry of ``model_settings.model_entries``: its classes are imported at once, its weights by `load`.
+
+    Raises `UnknownModelError` for a name without an entry and `LoadError` for a class that cannot be imported.
+    """
+
+    def __init__(self, settings: Settings, model_name: str) -> None:
+        entries = settings.model_settings.model_entries
+        if model_name not in entries:
+            raise UnknownModelError(model_name, sorted(entries))
+        entry: ModelEntry = entries[model_name]
+        self._key = f"model_settings.model_entries.{model_name}"
+        self._settings = settings.model_settings
+        self._arguments = entry.arguments()
+        self.model_name = model_name
+        self.pipeline_class: type[InferencePipeline] = _import_class(
+            entry.pipeline,
+            f"{self._key}.pipeline",
+            InferencePipeline,  # type: ignore[type-abstract]  # compared with, never made
+        )
+        self.input_model: type[BaseModel] = self.pipeline_class.input_model
+        self.output_model: type[InferenceOutputModel] = self.pipeline_class.output_model
+        if entry.input_model is not None:
+            self.input_model = _import_class(entry.input_model, f"{self._key}.input_model", BaseModel)
+        if entry.output_model is not None:
+            self.output_model = _import_class(entry.output_model, f"{self._key}.output_model", InferenceOutputModel)
+
+    def load(self) -> InferencePipeline:
+        """Build the pipeline: reads weights, takes seconds, and may run in any thread. Raises `LoadError`."""
+        try:
+            return self.pipeline_class(
+                self.model_name,
+                str(self._settings.local_model_repository_folder),
+                dict(self._settings.common),
+                **self._arguments,
+            )
+        except Exception as error:
+            raise LoadError(f"{self._key}: {self.pipeline_class.__name__} cannot be loaded: {error}") from error
+
+
+def load_queue_backend(config: QueueConfig) -> QueueBackend | None:
+    """The queue backend that the configuration names, or None for ``none``. Raises `LoadError`."""
+    key = "app_settings.queue_config.backend"
+    if config.backend == "none":
+        return None
+    if config.backend == "memory":
+        return InMemoryBackend()
+    if ":" not in config.backend:
+        raise LoadError(f"{key}: {config.backend!r} is not part of this version; use memory, none or your own class")
+    factory = import_object(config.backend, key)
+    try:
+        backend = factory()
+    except Exception as error:
+        raise LoadError(f"{key}: {config.backend} cannot be built: {type(error).__name__}: {error}") from error
+    if not isinstance(backend, QueueBackend):
+        raise LoadError(f"{key}: {config.backend} has no method 'async send_message(queue_name, message) -> bool'")
+    return backend
+
+
+def make_job_manager(
+    settings: Settings | None, queue_backend: QueueBackend | None, job_store: JobStore | None
+) -> JobManager:
+    """A `JobManager`, not yet open, as the settings say; a backend or a store that is given goes before theirs.
+
+    Without settings: jobs in memory, and no queue. Raises `LoadError` for a backend that cannot be built.
+    """
+    if settings is None:
+        return JobManager(MemoryJobStore() if job_store is None else job_store, queue_backend)
+    queue_config, async_config = settings.app_settings.queue_config, settings.app_settings.async_config
+    return JobManager(
+        _make_job_store(async_config) if job_store is None else job_store,
+        load_queue_backend(queue_config) if queue_backend is None else queue_backend,
+        allowed_queues=queue_config.allowed_queues,
+        result_ttl_s=async_config.result_ttl,
+        max_delivery_attempts=async_config.max_delivery_attempts,
+    )
+
+
+def _make_job_store(config: AsyncConfig) -> JobStore:
+    if config.store == "memory":
+        return MemoryJobStore(max_jobs=config.max_stored_jobs)
+    return SqliteJobStore(config.store_path, max_jobs=config.max_stored_jobs)

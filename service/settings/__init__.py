@@ -1,0 +1,40 @@
+"""The configuration: one frozen, validated `Settings` from YAML files, `MODALKIT_…` variables and arguments."""
+
+from service.settings.layers import deep_merge
+from service.settings.models import (
+    AppSettings,
+    AsyncConfig,
+    AuthConfig,
+    BatchConfig,
+    BuildConfig,
+    CloudBucketMount,
+    DeploymentConfig,
+    ModelEntry,
+    ModelSettings,
+    Mount,
+    QueueConfig,
+    SqsConfig,
+    WebhookConfig,
+)
+from service.settings.problems import Problem, SettingsError
+from service.settings.settings import Settings
+
+__all__ = [
+    "AppSettings",
+    "AsyncConfig",
+    "AuthConfig",
+    "BatchConfig",
+    "BuildConfig",
+    "CloudBucketMount",
+    "DeploymentConfig",
+    "ModelEntry",
+    "ModelSettings",
+    "Mount",
+    "Problem",
+    "QueueConfig",
+    "Settings",
+    "SettingsError",
+    "SqsConfig",
+    "WebhookConfig",
+    "deep_merge",
+]

@@ -1,0 +1,82 @@
+"""The kinds of value that settings have, each with its check and the message of a refusal."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_core import PydanticCustomError
+
+BUILT_IN_BACKENDS = ("none", "memory", "sqs", "taskiq", "webhook", "routing")
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_APP_PREFIX = re.compile(r"[A-Za-z0-9._-]{1,63}")
+
+
+def refusal(message: str, *key: str) -> PydanticCustomError:
+    """The error for a value that is refused; `key` is the offending key's path below the section that raises it."""
+    return PydanticCustomError("refused", "{message}", {"message": message, "key": key})
+
+
+def _is_class_path(value: str) -> bool:
+    module, colon, name = value.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
+
+
+def _check_class_path(value: str) -> str:
+    if not _is_class_path(value):
+        raise refusal(f'must have the form "module:Class", as in "my_module:MyPipeline", not {value!r}')
+    return value
+
+
+def _check_backend(value: str) -> str:
+    if value not in BUILT_IN_BACKENDS and not _is_class_path(value):
+        known = ", ".join(BUILT_IN_BACKENDS)
+        raise refusal(f'must be one of {known}, or "module:Class" for one of your own, not {value!r}')
+    return value
+
+
+def _check_host(value: str) -> str:
+    if not value or "/" in value:
+        raise refusal(f"must name hosts alone, as in hooks.example.com, without scheme and path, not {value!r}")
+    return value
+
+
+def _check_header(value: str) -> str:
+    if not _HEADER_NAME.fullmatch(value):
+        raise refusal(f"must be the name of an HTTP header, as in authorization or x-api-key, not {value!r}")
+    return value
+
+
+def _check_app_prefix(value: str) -> str:
+    if not _APP_PREFIX.fullmatch(value):
+        raise refusal(f"must be 1 to 63 letters, digits, dots, dashes or underscores, not {value!r}")
+    return value
+
+
+def _refuse_bool(value: Any) -> Any:
+    # Python, and with it pydantic, takes true for 1: `max_batch_size: yes` would mean batches of one.
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "must be a number")
+    return value
+
+
+def _check_one_or_many(value: Any) -> Any:
+    texts = value if isinstance(value, list) else [value]
+    if value is not None and not all(isinstance(text, str) and text for text in texts):
+        raise PydanticCustomError("one_or_many", "must be a text, or a list of texts, none of them empty")
+    return value
+
+
+_Number = BeforeValidator(_refuse_bool)
+Count = Annotated[int, _Number, Field(ge=1)]
+CountOrZero = Annotated[int, _Number, Field(ge=0)]
+Duration = Annotated[float, _Number, Field(gt=0)]
+Wait = Annotated[float, _Number, Field(ge=0)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+OneOrMany = Annotated[str | list[str], BeforeValidator(_check_one_or_many)]
+ClassPath = Annotated[str, AfterValidator(_check_class_path)]
+Backend = Annotated[str, AfterValidator(_check_backend)]
+AppPrefix = Annotated[str, AfterValidator(_check_app_prefix)]
+HeaderName = Annotated[str, AfterValidator(_check_header)]
+Host = Annotated[str, AfterValidator(_check_host)]
+Secret = Annotated[SecretStr, Field(min_length=1)]

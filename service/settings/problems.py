@@ -1,0 +1,107 @@
+"""What is wrong with a configuration, in words: the key, what it must be, what it is, and where that was said."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from service.errors import ServiceError
+from service.settings.schema import KeyPath, is_secret, known_paths, suggestion
+
+_WHOLE_NUMBER = "must be a whole number"
+_NUMBER = "must be a number"
+_BOOL = "must be true or false"
+_MAPPING = "must be a mapping, lines of `key: value`"
+_DEMANDS = {
+    "bool_parsing": _BOOL,
+    "bool_type": _BOOL,
+    "dict_type": _MAPPING,
+    "finite_number": _NUMBER,
+    "float_parsing": _NUMBER,
+    "float_type": _NUMBER,
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_from_float": _WHOLE_NUMBER,
+    "int_parsing": _WHOLE_NUMBER,
+    "int_type": _WHOLE_NUMBER,
+    "list_type": "must be a list, as in [one, two]",
+    "literal_error": "must be {expected}",
+    "model_type": _MAPPING,
+    "path_type": "must be a path",
+    "string_too_short": "must not be empty",
+    "string_type": "must be a text",
+    "too_short": "must not be empty",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: the path of the key (empty for a whole file), what is wrong, and where it was said."""
+
+    path: KeyPath
+    message: str
+    origin: str
+
+    def __str__(self) -> str:
+        return (
+            f"{'.'.join(self.path)}: {self.message} ({self.origin})" if self.path else f"{self.origin}: {self.message}"
+        )
+
+
+class SettingsError(ServiceError):
+    """Raised when a configuration cannot be used. Its text is meant for the one who wrote the configuration."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(
+            "\n".join(["the configuration cannot be used:", *(f"  {problem}" for problem in self.problems)])
+        )
+
+
+def explain(root: type[BaseModel], error: ValidationError, origin: Callable[[KeyPath], str]) -> list[Problem]:
+    """Each of pydantic's findings in our words; `origin` says where the value of a key was given."""
+    problems = []
+    for finding in error.errors(include_url=False):
+        facts = finding.get("ctx", {})
+        path = tuple(str(key) for key in finding["loc"] if key != "[key]") + tuple(facts.get("key", ()))
+        problems.append(
+            Problem(path, _message(root, path, finding["type"], finding["msg"], facts, finding["input"]), origin(path))
+        )
+    return problems
+
+
+def unknown_key(path: KeyPath, meant: KeyPath | None) -> str:
+    """The message for a key that does not exist. It leaves out the value, which may be a secret under a wrong name."""
+    if meant is None:
+        return "unknown key; remove it or correct its name"
+    return f"unknown key; did you mean {meant[-1] if meant[:-1] == path[:-1] else '.'.join(meant)}?"
+
+
+def _message(
+    root: type[BaseModel], path: KeyPath, kind: str, text: str, facts: Mapping[str, Any], value: object
+) -> str:
+    if kind == "refused":
+        return text
+    if kind == "extra_forbidden":
+        return unknown_key(path, suggestion(path, known_paths(root)))
+    if kind == "missing":
+        return "is missing: add it"
+    demand = _DEMANDS.get(kind, text).format_map(facts)
+    shown = "this secret" if is_secret(root, path) else _shown(value, whole=demand != _MAPPING)
+    quote = "; write it in quotes" if kind == "string_type" and isinstance(value, bool | int | float) else ""
+    return f"{demand}, not {shown}{quote}"
+
+
+def _shown(value: object, *, whole: bool) -> str:
+    # Of mappings and lists, and of what stands in their place, only the kind is shown: they may hold secrets.
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if value is None:
+        return "null"
+    if not whole:
+        return f"a value of type {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

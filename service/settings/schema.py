@@ -1,0 +1,87 @@
+"""What the sections say about themselves: which keys there are, of which kinds, and which one was meant."""
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
+
+from pydantic import BaseModel, SecretStr
+
+KeyPath: TypeAlias = tuple[str, ...]
+
+
+def kinds(annotation: Any) -> list[Any]:
+    """The alternatives of a field's annotation, unions and `Annotated` taken apart."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return kinds(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [kind for alternative in get_args(annotation) for kind in kinds(alternative)]
+    return [annotation]
+
+
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a value of this kind is, or None."""
+    return next((kind for kind in kinds(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def is_structured(kind: Any) -> bool:
+    """Whether values of this kind are mappings or lists, which a variable spells as YAML or JSON."""
+    return get_origin(kind) in (dict, list) or section_in(kind) is not None
+
+
+def old_names(section: type[BaseModel]) -> Mapping[str, str]:
+    """Earlier names of the section's keys, each with its present one."""
+    names: Mapping[str, str] = getattr(section, "old_names", {})
+    return names
+
+
+def below(annotation: Any, key: str) -> Any:
+    """The annotation of `key` below a value of this kind; `Any` where keys are free, None where there can be none."""
+    for kind in kinds(annotation):
+        section = section_in(kind)
+        if section is not None:
+            free = Any if section.model_config.get("extra") == "allow" else None
+            return section.model_fields[key].annotation if key in section.model_fields else free
+        if get_origin(kind) in (dict, list):
+            return get_args(kind)[-1]
+        if kind is Any:
+            return Any
+    return None
+
+
+def is_secret(root: type[BaseModel], path: KeyPath) -> bool:
+    """Whether the value of this key must not be shown."""
+    annotation: Any = root
+    for key in path:
+        section = section_in(annotation)
+        field = section.model_fields.get(key) if section is not None else None
+        annotation = below(annotation, key)
+        if SecretStr in kinds(annotation) or (field is not None and not field.repr):
+            return True
+    return False
+
+
+def known_paths(root: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
+    """Every key below `root`, sections before what they contain; those of a list's items without their index."""
+    section = section_in(root)
+    for name, field in section.model_fields.items() if section is not None else ():
+        yield (*at, name)
+        for kind in kinds(field.annotation):
+            yield from known_paths(get_args(kind)[0] if get_origin(kind) is list else kind, (*at, name))
+
+
+def suggestion(path: KeyPath, known: Iterable[KeyPath]) -> KeyPath | None:
+    """The known key that was probably meant: in another place under the same name, or else in a similar spelling."""
+    known = list(known)
+    path = (*(key for key in path[:-1] if not key.isdecimal()), path[-1])
+    beside = [other[-1] for other in known if other[:-1] == path[:-1]]
+    similar = difflib.get_close_matches(path[-1], beside, n=1, cutoff=0.75)
+    if similar:
+        return (*path[:-1], similar[0])
+    elsewhere = [other for other in known if other[-1] == path[-1]]
+    if elsewhere:
+        return elsewhere[0]
+    spelt = {".".join(other): other for other in known}
+    closest = difflib.get_close_matches(".".join(path), spelt, n=1, cutoff=0.7)
+    return spelt[closest[0]] if closest else None

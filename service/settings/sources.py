@@ -1,0 +1,186 @@
+"""The places that settings come from: YAML files, then `MODALKIT_…` variables over them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from service.settings.layers import Layer, deep_merge, make_layer
+from service.settings.problems import Problem, SettingsError, unknown_key
+from service.settings.schema import KeyPath, below, is_structured, kinds, known_paths, old_names, section_in, suggestion
+
+CONFIG_VARIABLE = "MODALKIT_CONFIG"
+DEFAULT_FILE = Path("modalkit.yaml")
+PREFIX = "MODALKIT_"
+RESERVED_VARIABLES = frozenset({CONFIG_VARIABLE, "MODALKIT_APP_POSTFIX"})
+"""Variables with our prefix that are not settings: the files to read, and the second part of the Modal app's name."""
+
+_NULLS = frozenset({"null", "Null", "NULL"})
+
+
+def read_files(
+    root: type[BaseModel], config_files: Sequence[Path | str] | None, environ: Mapping[str, str]
+) -> Iterator[Layer]:
+    """A layer for each file, in order: those given, else those in `MODALKIT_CONFIG`, else `modalkit.yaml` if it exists.
+
+    Raises SettingsError for a file that is missing, cannot be read or is not a YAML mapping.
+    """
+    if config_files is not None:
+        yield from (_read_file(root, Path(file), "") for file in config_files)
+    elif names := [name.strip() for name in environ.get(CONFIG_VARIABLE, "").split(",") if name.strip()]:
+        yield from (_read_file(root, Path(name), f", named in {CONFIG_VARIABLE}") for name in names)
+    elif DEFAULT_FILE.exists():
+        yield _read_file(root, DEFAULT_FILE, "")
+
+
+def read_variables(root: type[BaseModel], environ: Mapping[str, str]) -> Layer:
+    """The layer of all `MODALKIT_…` variables; those of a whole section come below those of its keys.
+
+    Names of settings match in any case. Below free-form mappings a name keeps its case, except that one all in
+    capitals is lower-cased where it becomes a Python name: in `common`, and the arguments of a model entry.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[KeyPath, str] = {}
+    problems: list[Problem] = []
+    for name in sorted(environ, key=lambda name: (name.count("__"), name)):
+        if not name.upper().startswith(PREFIX) or name in RESERVED_VARIABLES:
+            continue
+        parts = name[len(PREFIX) :].split("__")
+        path, annotation = _resolve(root, parts)
+        if annotation is None:
+            problems.append(Problem(path, _unknown_variable(root, path, parts[len(path) :]), name))
+        elif path in origins:
+            problems.append(Problem(path, f"is set by {origins[path]} too: unset one of them", name))
+        else:
+            origins[path] = name
+            try:
+                value = _parse_text(environ[name], annotation)
+            except yaml.YAMLError as error:
+                message = f"is not valid YAML or JSON ({_reason(error)}); a text with special characters needs quotes"
+                problems.append(Problem(path, message, name))
+            else:
+                values = deep_merge(values, _nest(path, value))
+    layer = make_layer(root, values, origins)
+    layer.problems.extend(problems)
+    return layer
+
+
+def _read_file(root: type[BaseModel], file: Path, named: str) -> Layer:
+    try:
+        values, lines = _parse_yaml(file.expanduser().read_bytes())
+    except FileNotFoundError:
+        raise _file_error(file, f"no such file{named}: create it or correct its name (from {Path.cwd()})") from None
+    except OSError as error:
+        raise _file_error(file, f"cannot be read{named}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise _file_error(file, f"is not valid YAML: {_reason(error)}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        message = f"must hold a mapping, such as `app_settings:` and lines below it, not a {type(values).__name__}"
+        raise _file_error(file, message)
+    return make_layer(root, values, {path: f"{file}, line {line}" for path, line in lines.items()} | {(): str(file)})
+
+
+def _file_error(file: Path, message: str) -> SettingsError:
+    return SettingsError([Problem((), message, str(file))])
+
+
+def _parse_yaml(text: str | bytes) -> tuple[Any, dict[KeyPath, int]]:
+    """The document, and the line of each of its keys. Raises yaml.YAMLError, also for a key given twice."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        lines = dict(_lines(node, (), set()))
+        return loader.construct_document(node), lines
+    except ValueError as error:
+        # PyYAML lets this through for what looks like a date and is none.
+        raise yaml.YAMLError(str(error)) from error
+    finally:
+        loader.dispose()
+
+
+def _lines(node: yaml.Node, at: KeyPath, seen: set[int]) -> Iterator[tuple[KeyPath, int]]:
+    # An aliased node is looked at once, so that aliases cannot multiply the work, nor go round in circles.
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _lines(item, (*at, str(index)), seen)
+    elif isinstance(node, yaml.MappingNode):
+        given: set[str] = set()
+        for key, value in node.value:
+            path = (*at, str(key.value))
+            if path[-1] in given and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(
+                    problem=f"{'.'.join(path)} is given twice: keep one", problem_mark=key.start_mark
+                )
+            given.add(path[-1])
+            yield path, key.start_mark.line + 1
+            yield from _lines(value, path, seen)
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def _resolve(root: type[BaseModel], parts: Sequence[str]) -> tuple[KeyPath, Any]:
+    """The key that a variable's name stands for, and its annotation.
+
+    Where there is no such key the path ends with the first part that is unknown, and the annotation is None.
+    """
+    path: KeyPath = ()
+    annotation: Any = root
+    for part in parts:
+        section = section_in(annotation)
+        free = below(annotation, part.lower()) is Any
+        key = part.lower() if (part.isupper() if free else section is not None) else part
+        renamed = {} if section is None else old_names(section)
+        path = (*path, key)
+        annotation = None if not key or _has_lists(annotation) else below(annotation, renamed.get(key, key))
+        if annotation is None:
+            break
+    return path, annotation
+
+
+def _has_lists(annotation: Any) -> bool:
+    return any(get_origin(kind) is list for kind in kinds(annotation))
+
+
+def _unknown_variable(root: type[BaseModel], path: KeyPath, rest: Sequence[str]) -> str:
+    if path[:-1] and _has_lists(_resolve(root, path[:-1])[1]):
+        return f"a list is set as a whole: give {_variable(path[:-1])} a value such as [one, two]"
+    settable = (known for known in known_paths(root) if _resolve(root, known)[1] is not None)
+    meant = suggestion(path, settable)
+    if meant is None:
+        return unknown_key(path, None)
+    return f"unknown key; did you mean {'__'.join([_variable(meant), *rest])}?"
+
+
+def _variable(path: KeyPath) -> str:
+    return PREFIX + "__".join(path).upper()
+
+
+def _parse_text(text: str, annotation: Any) -> Any:
+    """A variable's text as a value: null, or YAML (and so JSON) where the setting is not a single plain value."""
+    if text in _NULLS:
+        return None
+    options = kinds(annotation)
+    one_or_many = str in options and text.lstrip().startswith("[") and _has_lists(annotation)
+    if one_or_many or Any in options or (str not in options and any(is_structured(option) for option in options)):
+        return _parse_yaml(text)[0]
+    return text
+
+
+def _nest(path: KeyPath, value: Any) -> dict[str, Any]:
+    for key in reversed(path):
+        value = {key: value}
+    nested: dict[str, Any] = value
+    return nested

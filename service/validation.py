@@ -1,0 +1,59 @@
+"""Words for whoever sent an invalid item: the field, what is wrong with it, and the remedy."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+_SHOWN_CHARACTERS = 100
+
+
+def field_errors(findings: Iterable[Mapping[str, Any]], model: type[BaseModel] | None = None) -> list[dict[str, Any]]:
+    """Pydantic's findings (`ValidationError.errors`) with a `field`, a `message` and, where it helps, the `value`.
+
+    `model` is what was validated: it tells the names that a misspelt one may stand for.
+    """
+    return [_field_error(finding, model) for finding in findings]
+
+
+def summary(errors: Iterable[Mapping[str, Any]]) -> str:
+    """The errors of one item in one line."""
+    return "; ".join(
+        f"{error['field']}: {error['message']}" if error["field"] else error["message"] for error in errors
+    )
+
+
+def _field_error(finding: Mapping[str, Any], model: type[BaseModel] | None) -> dict[str, Any]:
+    path, kind = finding["loc"], finding["type"]
+    field = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).removeprefix(".")
+    if kind == "extra_forbidden":
+        return {"field": field, "message": f"unknown field; {_known_fields(path, model)}"}
+    if kind == "missing":
+        return {"field": field, "message": "is missing: add it"}
+    message = str(finding["msg"])
+    if kind == "list_type":
+        message = "must be a JSON list, as in [1, 2]"
+    elif kind in ("model_type", "model_attributes_type", "dict_type"):
+        message = 'must be a JSON object, as in {"name": "value"}'
+    return {"field": field, "message": message, "value": _shown(finding["input"])}
+
+
+def _known_fields(path: Sequence[int | str], model: type[BaseModel] | None) -> str:
+    for key in path[:-1]:
+        field = None if model is None else model.model_fields.get(str(key))
+        annotation = None if field is None else field.annotation
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    if model is None:
+        return "remove it or correct its name"
+    names = [field.alias or name for name, field in model.model_fields.items()]
+    close = difflib.get_close_matches(str(path[-1]), names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"remove it; known are: {', '.join(names)}"
+
+
+def _shown(value: object) -> object:
+    """The value itself where it is short, else the beginning of it."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"

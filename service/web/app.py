@@ -1,0 +1,65 @@
+"""Puts the application together: routes, who may call them, and a gateway that lives as long as the server."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from http import HTTPStatus
+from importlib.metadata import version
+
+from fastapi import Depends, FastAPI
+from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi_offline import FastAPIOffline
+
+from service.gateway import Gateway, Readiness
+from service.settings import AuthConfig
+from service.web.auth import require_api_key
+from service.web.openapi import document_bodies
+from service.web.problems import install_problem_handlers
+from service.web.routes import make_router
+
+DESCRIPTION = """
+Single requests, run in batches. `POST /sync/predict` waits for one result; `POST /batch/predict` takes a list;
+`POST /async/predict` answers with a `job_id` at once, and the result is kept for `GET /jobs/{job_id}` and sent to the
+queue that the request names. Errors are problem details (RFC 9457).
+"""
+
+
+def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway: bool = True) -> FastAPI:
+    """The HTTP service over a gateway, which is opened and closed with it (by ASGI's lifespan) if it `owns_gateway`.
+
+    Health checks and documentation need no key. Raises `LoadError` where `auth` asks for what cannot be had.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with gateway if owns_gateway else nullcontext():
+            yield
+
+    app = FastAPIOffline(
+        title="modalkit", version=version("modalkit"), description=DESCRIPTION, lifespan=lifespan, redoc_url=None
+    )
+    check_key = require_api_key(auth or AuthConfig())
+    app.include_router(make_router(gateway), dependencies=[] if check_key is None else [Depends(check_key)])
+    _add_health(app, gateway)
+    install_problem_handlers(app)
+    document_bodies(app, gateway)
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> RedirectResponse:
+        return RedirectResponse("docs")
+
+    return app
+
+
+def _add_health(app: FastAPI, gateway: Gateway) -> None:
+    @app.get("/health/live", summary="Whether the process answers")
+    async def live() -> JSONResponse:
+        return JSONResponse({"status": "live"})
+
+    @app.get("/health/ready", summary="Whether every model takes requests", responses={503: {"description": "Not yet"}})
+    async def ready() -> JSONResponse:
+        models = gateway.readiness()
+        is_ready = all(state is Readiness.READY for state in models.values())
+        return JSONResponse(
+            {"status": "ready" if is_ready else "not ready", "models": models},
+            HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE,
+        )

@@ -1,0 +1,113 @@
+"""Reads request bodies and turns them into items, with an error of its own for each bad one."""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import to_json
+
+from pipelines import AsyncInputModel, SyncInputModel
+from service.validation import field_errors, summary
+from service.web.problems import ProblemError
+
+MAX_BODY_BYTES = 32 * 2**20
+
+T = TypeVar("T")
+
+_ANY_LIST: TypeAdapter[list[Any]] = TypeAdapter(list[Any])
+_ENVELOPE = re.compile(rb'\s*\{\s*"message"\s*:')
+
+
+@dataclass(frozen=True)
+class InvalidItem:
+    """An item of a list that is no valid request, and why."""
+
+    error: str
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body. Raises `ProblemError` when it is larger than `MAX_BODY_BYTES`."""
+    chunks, size_bytes = [], 0
+    async for chunk in request.stream():
+        size_bytes += len(chunk)
+        if size_bytes > MAX_BODY_BYTES:
+            raise ProblemError(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the body is larger than {MAX_BODY_BYTES} bytes: send several smaller requests",
+                Connection="close",
+            )
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+class BodyParser:
+    """Parses the bodies for one model, whose items are of the kind `input_model`.
+
+    An item may come bare (``{"text": …}``) or in an envelope (``{"message": {"text": …}}``), the form of asynchronous
+    requests, unless the item itself may have a field ``message``.
+    """
+
+    def __init__(self, input_model: type[BaseModel]) -> None:
+        self.input_model = input_model
+        self._takes_envelope = (
+            "message" not in input_model.model_fields and input_model.model_config.get("extra") != "allow"
+        )
+
+    def item(self, body: bytes) -> BaseModel:
+        """The one item of a body. Raises `ProblemError`."""
+        if self._takes_envelope and _ENVELOPE.match(body):
+            envelope: SyncInputModel[BaseModel] = _parse(self._sync_envelope, body, SyncInputModel[self.input_model])  # type: ignore[name-defined]  # as below
+            return envelope.message
+        return _parse(self._item, body, self.input_model)
+
+    def items(self, body: bytes) -> list[BaseModel | InvalidItem]:
+        """The items of a list, each good or bad on its own. Raises `ProblemError` for a body that is no list."""
+        try:
+            return list(self._items.validate_json(body))
+        except ValidationError:
+            return [self._item_or_error(value) for value in _parse(_ANY_LIST, body)]
+
+    def async_request(self, body: bytes) -> AsyncInputModel:
+        """The job that a body asks for. Raises `ProblemError`."""
+        return _parse(self._async_envelope, body, AsyncInputModel[self.input_model])  # type: ignore[name-defined]  # as below
+
+    def _item_or_error(self, value: Any) -> BaseModel | InvalidItem:
+        try:
+            return self.item(to_json(value))
+        except ProblemError as problem:
+            return InvalidItem(problem.detail)
+
+    # Built when first needed: a TypeAdapter takes milliseconds to make.
+
+    @cached_property
+    def _item(self) -> TypeAdapter[BaseModel]:
+        return TypeAdapter(self.input_model)
+
+    @cached_property
+    def _items(self) -> TypeAdapter[list[BaseModel]]:
+        return TypeAdapter(list[self.input_model])  # type: ignore[name-defined]  # a class known at run time
+
+    @cached_property
+    def _sync_envelope(self) -> TypeAdapter[SyncInputModel[BaseModel]]:
+        return TypeAdapter(SyncInputModel[self.input_model])  # type: ignore[name-defined]  # as above
+
+    @cached_property
+    def _async_envelope(self) -> TypeAdapter[AsyncInputModel]:
+        return TypeAdapter(AsyncInputModel[self.input_model])  # type: ignore[name-defined]  # as above
+
+
+def _parse(adapter: TypeAdapter[T], body: bytes, model: type[BaseModel] | None = None) -> T:
+    try:
+        return adapter.validate_json(body)
+    except ValidationError as error:
+        findings = error.errors(include_url=False)
+        if findings[0]["type"] == "json_invalid":
+            raise ProblemError(
+                HTTPStatus.BAD_REQUEST, f"the body is not JSON: {findings[0]['ctx']['error']}; correct it there"
+            ) from error
+        errors = field_errors(findings, model)
+        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, summary(errors), errors=errors) from error

@@ -1,0 +1,64 @@
+"""Documents request and answer bodies, which the routes read and write by themselves, in the OpenAPI schema."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+
+from pipelines import AsyncInputModel, AsyncOutputModel
+from service.gateway import Gateway
+
+_REF = "#/components/schemas/{model}"
+
+
+def document_bodies(app: FastAPI, gateway: Gateway) -> None:
+    """Add the schemas of the gateway's models to those of the routes of `app` that name one by their operation id."""
+    names = list(gateway.readiness())
+    inputs = _unique(gateway.input_model(name) for name in names)
+    outputs = _unique(gateway.output_model(name) for name in names)
+    jobs: list[type[BaseModel]] = [AsyncInputModel[model] for model in inputs]  # type: ignore[valid-type]  # classes known at run time
+    modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in (*inputs, *jobs)]
+    answers: list[type[BaseModel]] = [*outputs, AsyncOutputModel]
+    modes += [(model, "serialization") for model in answers]
+    refs, definitions = models_json_schema(modes, ref_template=_REF)
+
+    def any_of(models: Sequence[type[BaseModel]], mode: JsonSchemaMode) -> dict[str, Any]:
+        schemas = [refs[model, mode] for model in models]
+        return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+
+    item, output = any_of(inputs, "validation"), any_of(outputs, "serialization")
+    bodies = {
+        "sync_predict": (item, "200", output),
+        "batch_predict": (_list_of(item), "200", _list_of(output)),
+        "async_predict": (any_of(jobs, "validation"), "202", any_of([AsyncOutputModel], "serialization")),
+    }
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = generate()
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions.get("$defs", {}))
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    if operation["operationId"] in bodies:
+                        request, status, answer = bodies[operation["operationId"]]
+                        operation["requestBody"] = {"required": True, "content": _json(request)}
+                        operation["responses"][status]["content"] = _json(answer)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
+
+
+def _unique(models: Iterable[type[BaseModel]]) -> list[type[BaseModel]]:
+    return list(dict.fromkeys(models))
+
+
+def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": schema}
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}

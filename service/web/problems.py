@@ -1,0 +1,125 @@
+"""Errors as HTTP answers: problem details (RFC 9457) that name the field, the value and the remedy."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+
+from batching import (
+    BatchTimeoutError,
+    DeadlineExceededError,
+    QueueFullError,
+    RequestTooLargeError,
+    SchedulerClosedError,
+)
+from service.errors import ItemRejectedError, describe_error
+from service.gateway import NotReadyError
+from service.jobs import JobStoreError, JobStoreFullError
+from service.jobs.errors import JobStoreBusyError
+from service.jobs.manager import QueueNotAllowedError
+from service.loading import UnknownModelError
+from service.validation import field_errors, summary
+
+logger = logging.getLogger(__name__)
+
+PROBLEM_JSON = "application/problem+json"
+RETRY_AFTER_S = 1
+
+_STATUS_OF = {
+    BatchTimeoutError: HTTPStatus.GATEWAY_TIMEOUT,
+    DeadlineExceededError: HTTPStatus.GATEWAY_TIMEOUT,
+    ItemRejectedError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    JobStoreBusyError: HTTPStatus.TOO_MANY_REQUESTS,
+    JobStoreError: HTTPStatus.SERVICE_UNAVAILABLE,
+    JobStoreFullError: HTTPStatus.TOO_MANY_REQUESTS,
+    NotReadyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    QueueFullError: HTTPStatus.TOO_MANY_REQUESTS,
+    QueueNotAllowedError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    RequestTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    SchedulerClosedError: HTTPStatus.SERVICE_UNAVAILABLE,
+    UnknownModelError: HTTPStatus.NOT_FOUND,
+}
+
+
+class ProblemError(Exception):
+    """Raised in a route to answer with problem details."""
+
+    def __init__(
+        self, status: HTTPStatus, detail: str, *, errors: Sequence[Mapping[str, Any]] = (), **headers: str
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.errors = errors
+        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def problem_response(
+    status: HTTPStatus,
+    detail: str,
+    *,
+    errors: Sequence[Mapping[str, Any]] = (),
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """An answer of the media type ``application/problem+json``."""
+    content: dict[str, Any] = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail}
+    if errors:
+        content["errors"] = errors
+    return Response(to_json(content), status, headers, PROBLEM_JSON)
+
+
+def status_of(error: Exception) -> HTTPStatus:
+    """The HTTP status for what a gateway raised; 500 for whatever a pipeline raised."""
+    if isinstance(error, QueueFullError) and error.is_permanent:
+        return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    for kind in type(error).__mro__:
+        if kind in _STATUS_OF:
+            return _STATUS_OF[kind]
+    return HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+def install_problem_handlers(app: FastAPI) -> None:
+    """Answer every error of the application with problem details."""
+
+    async def on_problem(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ProblemError)  # noqa: S101  # Starlette dispatches by this type
+        return problem_response(error.status, error.detail, errors=error.errors, headers=error.headers)
+
+    async def on_invalid_parameter(_: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)  # noqa: S101  # as above
+        errors = field_errors(error.errors())
+        return problem_response(HTTPStatus.UNPROCESSABLE_ENTITY, summary(errors), errors=errors)
+
+    async def on_http_error(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)  # noqa: S101  # as above
+        status = HTTPStatus(error.status_code)
+        detail = error.detail
+        if status is HTTPStatus.NOT_FOUND:
+            detail = "there is nothing at this address; /docs lists what there is"
+        return problem_response(status, detail, headers=error.headers)
+
+    async def on_error(_: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    app.add_exception_handler(ProblemError, on_problem)
+    app.add_exception_handler(RequestValidationError, on_invalid_parameter)
+    app.add_exception_handler(HTTPException, on_http_error)
+    for kind in _STATUS_OF:
+        app.add_exception_handler(kind, on_error)
+
+
+def error_response(error: Exception) -> Response:
+    """The answer to a request whose item failed."""
+    status = status_of(error)
+    if status is HTTPStatus.INTERNAL_SERVER_ERROR:
+        logger.error("The pipeline failed", exc_info=error)
+    retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+    return problem_response(
+        status, describe_error(error), headers={"Retry-After": str(RETRY_AFTER_S)} if retry else None
+    )

@@ -1,0 +1,177 @@
+"""The worker: one pipeline, its scheduler and its jobs, without any knowledge of HTTP or Modal."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, Self
+
+from anyio import to_thread
+from pydantic import BaseModel
+
+from batching import BatchPolicy, BatchScheduler, Outcome, Priority, SchedulerStatistics
+from pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
+from service.errors import ItemRejectedError, PipelineOutputError
+from service.jobs import Job, JobStore
+from service.jobs.manager import JobManager
+from service.jobs.runner import JobRunner
+from service.loading import make_job_manager
+from service.queue_backends import QueueBackend
+from service.settings import AppSettings, BatchConfig, Settings
+
+STUCK_THREADS_OF_A_BROKEN_PIPELINE = 3
+BATCHES_IN_THE_JOB_WINDOW = 16
+
+
+def batch_policy(config: BatchConfig) -> BatchPolicy:
+    """The scheduler's limits as the configuration gives them."""
+    return BatchPolicy(
+        max_batch_size=config.max_batch_size,
+        max_batch_tokens=config.max_batch_tokens,
+        max_batch_s=config.max_batch_seconds,
+        max_wait_s=config.wait_ms / 1000,
+        max_queue_items=config.max_queue_size,
+        max_age_s=config.max_age_ms / 1000,
+    )
+
+
+class InferenceWorker:
+    """Runs a pipeline on batches of what many callers send one by one.
+
+    Use it as an async context manager (asyncio or trio), in the task that will also leave it; leaving it finishes what
+    was accepted. Without `settings` it runs on their defaults, with jobs kept in memory and no queue. `queue_backend`
+    goes before the one that the settings name; a `job_store`, not yet open, is opened and closed by the worker.
+    Workers in one process share jobs and deliveries by an open `jobs`, in place of these two.
+
+    Items are models of the kind that `input_model` says (by default the pipeline's own `input_model`), or mappings,
+    which are validated: pydantic's `ValidationError` is raised before anything is queued. The pipeline's warm-up runs
+    on entering.
+    """
+
+    def __init__(
+        self,
+        pipeline: InferencePipeline,
+        *,
+        settings: Settings | None = None,
+        queue_backend: QueueBackend | None = None,
+        job_store: JobStore | None = None,
+        jobs: JobManager | None = None,
+        input_model: type[BaseModel] | None = None,
+    ) -> None:
+        app_settings = AppSettings() if settings is None else settings.app_settings
+        batch_config = app_settings.batch_config
+        self.pipeline = pipeline
+        self.model_name = pipeline.model_name
+        self.input_model = input_model or pipeline.input_model
+        self._owns_jobs = jobs is None
+        self._jobs = jobs or make_job_manager(settings, queue_backend, job_store)
+        self._scheduler: BatchScheduler[BaseModel, InferenceOutputModel] = BatchScheduler(
+            self._run_batch,
+            policy=batch_policy(batch_config),
+            item_size=pipeline.item_size,
+            batch_timeout_s=batch_config.batch_timeout_seconds,
+            name=self.model_name,
+        )
+        self._runner = JobRunner(
+            self._jobs,
+            self.model_name,
+            self._run_job,
+            window=max(
+                1, min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
+            ),
+            timeout_s=app_settings.async_config.timeout,
+        )
+        self._exit_stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        await to_thread.run_sync(self.pipeline.warm_up)
+        async with AsyncExitStack() as stack:
+            if self._owns_jobs:
+                await stack.enter_async_context(self._jobs)
+            await stack.enter_async_context(self._scheduler)
+            await stack.enter_async_context(self._runner)
+            self._exit_stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return await self._exit_stack.__aexit__(exc_type, exc, traceback)
+
+    async def predict(
+        self,
+        item: BaseModel | Mapping[str, Any],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> InferenceOutputModel:
+        """Run one item in some batch and return its output, or raise its error.
+
+        Raises what `BatchScheduler.submit` raises, `ItemRejectedError` when the pipeline answers with the status
+        ``error``, and whatever the pipeline raised. A cancelled call takes its item out of the queue.
+        """
+        return await self._scheduler.submit(self._validated(item), priority=priority, timeout_s=timeout_s)
+
+    async def predict_many(
+        self,
+        items: Sequence[BaseModel | Mapping[str, Any]],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> list[Outcome[InferenceOutputModel]]:
+        """Run many items and return their outcomes in the same order: a `Success` or a `Failure` each.
+
+        Raises, before anything is queued, ``ValidationError`` for a mapping that is no valid item, `QueueFullError`
+        when not all find room, and `SchedulerClosedError`.
+        """
+        return await self._scheduler.submit_many(
+            [self._validated(item) for item in items], priority=priority, timeout_s=timeout_s
+        )
+
+    async def submit(self, request: AsyncInputModel) -> str:
+        """Accept a job and return its id, once it is stored: its result is kept, and sent to the queue it names.
+
+        Raises ``ValidationError`` for a message that is no valid item, `QueueNotAllowedError` and `JobStoreError`.
+        """
+        message = self._validated(request.message)
+        return await self._jobs.submit(
+            self.model_name,
+            message.model_dump(mode="json", by_alias=True, round_trip=True),
+            success_queue=request.success_queue,
+            failure_queue=request.failure_queue,
+            meta=request.meta,
+        )
+
+    async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job | None:
+        """The job of this id as it is now, or once it ends within `wait_s` seconds; None if there is none."""
+        return await self._jobs.get(job_id, wait_s)
+
+    async def cancel(self, job_id: str) -> Job | None:
+        """Cancel a job that has not ended; returns the job as it then is, or None if there is none."""
+        return await self._jobs.cancel(job_id)
+
+    def statistics(self) -> SchedulerStatistics:
+        """An immutable snapshot of what is waiting, running and done."""
+        return self._scheduler.statistics()
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether so many batches hang past their timeout that this process should be replaced."""
+        return self.statistics().stuck_threads >= STUCK_THREADS_OF_A_BROKEN_PIPELINE
+
+    def _validated(self, item: BaseModel | Mapping[str, Any]) -> BaseModel:
+        return item if isinstance(item, BaseModel) else self.input_model.model_validate(item)
+
+    def _run_batch(self, items: list[BaseModel]) -> Sequence[InferenceOutputModel | Exception]:
+        outputs: object = self.pipeline.run_inference(items)
+        # What is not a list of the right length is for the scheduler to refuse.
+        return [_checked(output) for output in outputs] if isinstance(outputs, list) else outputs  # type: ignore[return-value]
+
+    async def _run_job(self, job: Job, timeout_s: float) -> dict[str, Any]:
+        output = await self.predict(job.message, priority=Priority.BULK, timeout_s=timeout_s)
+        return output.model_dump(mode="json")
+
+
+def _checked(output: object) -> InferenceOutputModel | Exception:
+    if not isinstance(output, InferenceOutputModel):
+        return PipelineOutputError(output)
+    return ItemRejectedError(output.error or "the pipeline gave no reason") if output.status == "error" else output

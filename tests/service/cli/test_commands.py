@@ -1,0 +1,71 @@
+"""What the command line says about itself, the configuration, and the models."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from tests.service.cli.conftest import Modalkit
+
+
+def test_the_version_is_that_of_the_installed_package(modalkit: Modalkit) -> None:
+    assert modalkit("--version").stdout == f"modalkit {version('modalkit')}\n"
+
+
+@pytest.mark.parametrize("command", ["serve", "predict", "check"])
+def test_help_has_examples(modalkit: Modalkit, command: str) -> None:
+    done = modalkit(command, "--help")
+    assert done.returncode == 0
+    assert "Examples" in done.stdout
+    assert f"modalkit {command}" in done.stdout
+
+
+def test_check_says_what_would_be_served(modalkit: Modalkit) -> None:
+    done = modalkit("check")
+    assert done.returncode == 0, done.stderr
+    for expected in ("lengths", "LengthPipeline", "4 items in", "jobs.db", "InMemoryBackend"):
+        assert expected in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("configuration", "message"),
+    [
+        ("app_settings: {batch_config: {max_batch_sise: 8}}", "did you mean max_batch_size?"),
+        ("app_settings: {batch_config: {max_batch_size: many}}", "app_settings.batch_config.max_batch_size"),
+        ("app_settings: [", "modalkit.yaml"),
+        ("model_settings: {model_entries: {a: {pipeline: 'nowhere:Model'}}}", "there is no module 'nowhere'"),
+        ("model_settings: {model_entries: {a: {pipeline: 'json:Model'}}}", "module 'json' has no 'Model'"),
+        ("model_settings: {model_entries: {a: {pipeline: 'json:JSONDecoder'}}}", "subclass of InferencePipeline"),
+        ("app_settings: {queue_config: {backend: sqs}}", "'sqs' is not part of this version"),
+        ("app_settings: {queue_config: {backend: 'json:JSONDecoder'}}", "send_message"),
+        ("app_settings: {auth_config: {ssm_key: /key}}", "ssm_key"),
+        (
+            "model_settings: {model_entries: {a: {pipeline: 'tests.support.length_model:UnloadablePipeline'}}}",
+            "the weights are not there",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_wrong_configuration_is_one_message_and_exit_code_2(
+    modalkit: Modalkit, folder: Path, command: str, configuration: str, message: str
+) -> None:
+    (folder / "modalkit.yaml").write_text(configuration)
+    done = modalkit(command, *(("--port", "0") if command == "serve" else ()))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    if "the weights" not in message:  # the constructor of a user's own class is shown with its traceback
+        assert "Traceback" not in done.stderr
+        assert done.stderr.startswith("modalkit: error: ")
+
+
+def test_a_misspelt_variable_is_refused(modalkit: Modalkit) -> None:
+    done = modalkit("check", MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MSS="5")
+    assert done.returncode == 2
+    assert "MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS" in done.stderr
+
+
+def test_a_folder_in_the_way_does_not_hide_our_packages(modalkit: Modalkit, folder: Path) -> None:
+    for name in ("service", "batching", "pipelines"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise ImportError('the wrong package')")
+    assert modalkit("predict", "four").returncode == 0

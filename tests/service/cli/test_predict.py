@@ -1,0 +1,100 @@
+"""``modalkit predict`` as a user runs it."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.service.cli.conftest import Modalkit
+from tests.support.length_model import POISON
+
+
+def results(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_texts_as_arguments_give_one_result_a_line(modalkit: Modalkit) -> None:
+    done = modalkit("predict", "four", "five!")
+    assert [result["length"] for result in results(done.stdout)] == [4, 5]
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_lines_of_standard_input_keep_their_order(modalkit: Modalkit) -> None:
+    done = modalkit("predict", stdin="".join(f"{'x' * (1 + n * 7919 % 500)}\n" for n in range(9000)))
+    assert [result["length"] for result in results(done.stdout)] == [1 + n * 7919 % 500 for n in range(9000)]
+    assert done.returncode == 0
+    assert done.stderr.startswith("9000 items in ")
+
+
+def test_a_bad_line_is_reported_with_its_number_and_is_not_fatal(modalkit: Modalkit) -> None:
+    done = modalkit("predict", stdin=f"one\n\nthree\n{POISON}\nbad\udcff\nlast")
+    assert done.returncode == 1
+    assert [result["status"] for result in results(done.stdout)] == [
+        *("success", "error", "success"),
+        *("error", "error", "success"),
+    ]
+    reported = done.stderr.splitlines()
+    assert reported[0].startswith("line 2: text: ")
+    assert reported[1] == "line 4: ValueError: this batch is poisoned"
+    assert reported[2].startswith("line 5: text: ")
+    assert "6 items" in reported[3]
+    assert "3 of them with errors" in reported[3]
+
+
+def test_a_jsonl_file_holds_objects_or_texts(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "in.jsonl").write_text('{"text": "four"}\n"five!"\n{"text": \n{"body": "a"}\n7\n')
+    done = modalkit("predict", "--input", "in.jsonl", "--output", "out.jsonl")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    written = results((folder / "out.jsonl").read_text())
+    assert [slot.get("length") for slot in written] == [4, 5, None, None, None]
+    assert written[2]["error"].startswith("not JSON")
+    assert "text: is missing" in written[3]["error"]
+
+
+def test_a_csv_file_gives_its_column_and_a_csv_output_has_columns(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "in.csv").write_text('id,review\n1,"two\nlines, quoted"\n2,four\n3,\n4\n')
+    done = modalkit("predict", "-i", "in.csv", "--column", "review", "-o", "out.csv")
+    assert done.returncode == 1
+    with (folder / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["length"] for row in rows] == ["17", "4", "", ""]
+    assert [row["status"] for row in rows] == ["success", "success", "error", "error"]
+    assert [line.split(":")[0] for line in done.stderr.splitlines()[:2]] == ["line 5", "line 6"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-i", "missing.txt"), "missing.txt"),
+        (
+            ("-i", "in.csv"),
+            "the CSV header has no column 'text'; it has ['id', 'review']: name the text's with --column",
+        ),
+        (("-i", "in.parquet"), "cannot tell the format of in.parquet by its name; say --format txt, jsonl or csv"),
+        (("-i", "in.csv", "-o", "no/such/folder.jsonl"), "no/such/folder.jsonl"),
+    ],
+)
+def test_an_input_that_cannot_be_read_is_one_message(
+    modalkit: Modalkit, folder: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (folder / "in.csv").write_text("id,review\n1,a\n")
+    (folder / "in.parquet").write_text("")
+    done = modalkit("predict", *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("modalkit: error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("a text", "--input", "in.csv"), ("--format", "xml")])
+def test_wrong_usage_is_exit_code_2(modalkit: Modalkit, arguments: tuple[str, ...]) -> None:
+    assert modalkit("predict", *arguments).returncode == 2
+
+
+def test_an_unknown_model_is_exit_code_2_and_names_those_there_are(modalkit: Modalkit) -> None:
+    done = modalkit("predict", "--model", "other", "a text")
+    assert done.returncode == 2
+    assert done.stderr == "modalkit: error: there is no model 'other'; configured are: lengths\n"

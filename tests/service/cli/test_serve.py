@@ -1,0 +1,89 @@
+"""``modalkit serve`` as a process: it starts, answers, stops gently, and keeps accepted jobs."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+SERVE = [sys.executable, "-P", "-c", "from service.cli import main; main()", "serve", "--port"]
+
+
+@contextmanager
+def serving(folder: Path, environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+    with subprocess.Popen([*SERVE, "0"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            first = process.stderr.readline()
+            address = re.search(r"http://[\d.:]+\d", first)
+            assert address, first + process.stderr.read()
+            while not process.stderr.readline().startswith("Ready"):
+                assert process.poll() is None
+            with httpx.Client(base_url=address.group(), timeout=60) as client:
+                yield process, client
+        finally:
+            process.kill()
+
+
+def run_briefly(port: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*SERVE, port], check=False, cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    said = process.stderr.read()
+    process.wait(timeout=60)
+    return said
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_a_signal_and_then_stops_gently(
+    folder: Path, environment: dict[str, str], how: signal.Signals
+) -> None:
+    with serving(folder, environment) as (process, client):
+        assert client.post("/sync/predict", json={"text": "four"}).json()["length"] == 4
+        process.send_signal(how)
+        said = finish(process)
+        assert process.returncode == 0
+        assert "curl" in said
+        assert "lengths: 1 succeeded" in said
+        assert "Traceback" not in said
+
+
+def test_it_accepts_curls_default_content_type(folder: Path, environment: dict[str, str]) -> None:
+    with serving(folder, environment) as (_, client):
+        form = {"content-type": "application/x-www-form-urlencoded"}
+        answer = client.post("/sync/predict", content='{"text": "four"}', headers=form)
+        assert answer.json()["length"] == 4
+
+
+def test_accepted_jobs_are_still_there_after_a_kill(folder: Path, environment: dict[str, str]) -> None:
+    with serving(folder, environment) as (process, client):
+        job_ids = [
+            client.post("/async/predict", json={"message": {"text": "x" * n}}).json()["job_id"] for n in range(1, 21)
+        ]
+        process.kill()
+    with serving(folder, environment) as (_, client):
+        jobs = [client.get(f"/jobs/{job_id}?wait=30").json() for job_id in job_ids]
+    assert [job["result"]["length"] for job in jobs] == list(range(1, 21))
+
+
+def test_a_port_in_use_and_a_store_in_use_are_one_message(folder: Path, environment: dict[str, str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = run_briefly(port, folder, environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"modalkit: error: cannot listen on 127.0.0.1:{port}: Address already in use")
+    with serving(folder, environment) as (process, _):
+        done = run_briefly("0", folder, environment)
+        assert done.returncode == 1
+        assert f"in use by process {process.pid}" in done.stderr
+        assert "Traceback" not in done.stderr

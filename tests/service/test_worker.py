@@ -1,0 +1,243 @@
+"""One worker: predictions, jobs and their delivery, without HTTP."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import pytest
+from pydantic import BaseModel, ValidationError
+from service.queue_backends import InMemoryBackend
+
+from batching import BatchTimeoutError, Failure, OutputCountError, QueueFullError, SchedulerClosedError, Success
+from pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
+from service.errors import ItemRejectedError, PipelineOutputError
+from service.jobs import DeliveryStatus, JobStatus, MemoryJobStore
+from service.jobs.manager import QueueNotAllowedError
+from service.settings import Settings
+from service.worker import InferenceWorker
+from tests.support.length_model import POISON, REJECTED, Length, LengthPipeline, Text
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def pipeline() -> LengthPipeline:
+    return LengthPipeline()
+
+
+@pytest.fixture
+def queue() -> InMemoryBackend:
+    return InMemoryBackend()
+
+
+@pytest.fixture
+async def worker(pipeline: LengthPipeline, queue: InMemoryBackend) -> AsyncIterator[InferenceWorker]:
+    async with InferenceWorker(pipeline, queue_backend=queue) as opened:
+        yield opened
+
+
+def settings_with(section: str, **values: Any) -> Settings:
+    return Settings(app_settings={section: values})
+
+
+async def test_each_caller_gets_the_result_of_its_own_item(worker: InferenceWorker) -> None:
+    results: dict[str, InferenceOutputModel] = {}
+
+    async def call(text: str) -> None:
+        results[text] = await worker.predict(Text(text=text))
+
+    texts = ["x" * n for n in range(1, 101)]
+    async with anyio.create_task_group() as task_group:
+        for text in texts:
+            task_group.start_soon(call, text)
+    assert results == {text: Length(length=len(text)) for text in texts}
+    assert worker.statistics().mean_batch_size > 10
+
+
+async def test_a_mapping_is_validated_before_it_is_queued(worker: InferenceWorker, pipeline: LengthPipeline) -> None:
+    assert await worker.predict({"text": "four"}) == Length(length=4)
+    seen = len(pipeline.batches)
+    with pytest.raises(ValidationError, match="text"):
+        await worker.predict({"txt": "four"})
+    assert len(pipeline.batches) == seen
+
+
+async def test_outcomes_of_a_list_keep_its_order_and_only_bad_items_fail(worker: InferenceWorker) -> None:
+    outcomes = await worker.predict_many([Text(text=text) for text in ("one", POISON, REJECTED, "three")])
+    assert [type(outcome) for outcome in outcomes] == [Success, Failure, Failure, Success]
+    poisoned, rejected = outcomes[1], outcomes[2]
+    assert isinstance(poisoned, Failure)
+    assert isinstance(poisoned.error, ValueError)
+    assert isinstance(rejected, Failure)
+    assert isinstance(rejected.error, ItemRejectedError)
+    assert str(rejected.error) == "rejected by the model"
+    assert outcomes[3] == Success(Length(length=5))
+
+
+async def test_outputs_that_are_no_models_fail_their_items_alone(
+    worker: InferenceWorker, pipeline: LengthPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "postprocess", lambda *_: [{"length": 1}, Length(length=2)])
+    first, second = await worker.predict_many([Text(text="a"), Text(text="bb")])
+    assert isinstance(first, Failure)
+    assert isinstance(first.error, PipelineOutputError)
+    assert second == Success(Length(length=2))
+
+
+@pytest.mark.parametrize(("outputs", "count"), [([], "0"), (None, "NoneType"), ([Length(length=1)] * 3, "3")])
+async def test_a_wrong_number_of_outputs_is_an_error_that_says_so(
+    worker: InferenceWorker, pipeline: LengthPipeline, monkeypatch: pytest.MonkeyPatch, outputs: Any, count: str
+) -> None:
+    monkeypatch.setattr(pipeline, "postprocess", lambda *_: outputs)
+    with pytest.raises(OutputCountError, match=f"1 inputs, got {count}"):
+        await worker.predict(Text(text="a"))
+    monkeypatch.undo()
+    assert await worker.predict(Text(text="still here")) == Length(length=10)
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "predict", "postprocess"])
+async def test_an_error_in_any_stage_reaches_the_caller_and_the_worker_goes_on(
+    worker: InferenceWorker, pipeline: LengthPipeline, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ZeroDivisionError(stage)
+
+    monkeypatch.setattr(pipeline, stage, fail)
+    with pytest.raises(ZeroDivisionError, match=stage):
+        await worker.predict(Text(text="a"))
+    monkeypatch.undo()
+    assert await worker.predict(Text(text="ab")) == Length(length=2)
+
+
+async def test_a_hanging_batch_fails_and_the_next_one_runs(pipeline: LengthPipeline) -> None:
+    settings = settings_with("batch_config", batch_timeout_seconds=0.05)
+    async with InferenceWorker(pipeline, settings=settings, job_store=MemoryJobStore()) as worker:
+        pipeline.gate.clear()
+        with pytest.raises(BatchTimeoutError):
+            await worker.predict(Text(text="hangs"))
+        assert not worker.is_broken
+        for _ in range(2):
+            with pytest.raises(BatchTimeoutError):
+                await worker.predict(Text(text="hangs"))
+        assert worker.is_broken
+        pipeline.gate.set()
+        assert await worker.predict(Text(text="works")) == Length(length=5)
+
+
+async def test_the_queue_is_bounded_as_configured(pipeline: LengthPipeline) -> None:
+    settings = settings_with("batch_config", max_batch_size=1, max_queue_size=2)
+    async with InferenceWorker(pipeline, settings=settings, job_store=MemoryJobStore()) as worker:
+        with pytest.raises(QueueFullError) as caught:
+            await worker.predict_many([Text(text="a")] * 3)
+        assert (caught.value.depth, caught.value.limit) == (0, 2)
+
+
+async def test_a_job_is_run_kept_and_delivered(worker: InferenceWorker, queue: InMemoryBackend) -> None:
+    job_id = await worker.submit(
+        AsyncInputModel(message={"text": "seven!!"}, success_queue="ok", failure_queue="bad", meta={"user_id": "7"})
+    )
+    message = json.loads(await queue.receive("ok"))
+    timestamp = message["meta"].pop("timestamp")
+    assert timestamp.endswith("Z")
+    assert message == {
+        "version": 1,
+        "job_id": job_id,
+        "status": "success",
+        "result": {"status": "success", "error": None, "meta": {}, "length": 7},
+        "meta": {"user_id": "7"},
+    }
+    job = await worker.job(job_id, wait_s=30)
+    assert job is not None
+    assert job.status is JobStatus.SUCCEEDED
+    assert job.result == message["result"]
+    assert queue.queue_names() == ["ok"]
+
+
+@pytest.mark.parametrize(("text", "error"), [(POISON, "ValueError: this batch is poisoned"), (REJECTED, "rejected by")])
+async def test_a_failed_job_goes_to_its_failure_queue_with_what_was_asked_for(
+    worker: InferenceWorker, queue: InMemoryBackend, text: str, error: str
+) -> None:
+    request = AsyncInputModel(message={"text": text}, success_queue="ok", failure_queue="bad", meta={"n": 1})
+    job_id = await worker.submit(request)
+    message = json.loads(await queue.receive("bad"))
+    assert message["job_id"] == job_id
+    assert message["status"] == "error"
+    assert error in message["error"]
+    assert message["original_message"] == request.model_dump()
+    assert message["meta"]["n"] == 1
+    job = await worker.job(job_id)
+    assert job is not None
+    assert job.status is JobStatus.FAILED
+
+
+async def test_without_a_queue_results_are_kept_and_sent_nowhere(pipeline: LengthPipeline) -> None:
+    async with InferenceWorker(pipeline) as worker:
+        job_id = await worker.submit(AsyncInputModel(message=Text(text="abc"), success_queue="ok"))
+        job = await worker.job(job_id, wait_s=30)
+        assert job is not None
+        assert job.status is JobStatus.SUCCEEDED
+        assert job.delivery is DeliveryStatus.NONE
+
+
+async def test_a_job_with_an_invalid_message_or_queue_is_refused_at_once(pipeline: LengthPipeline) -> None:
+    settings = settings_with("queue_config", backend="memory", allowed_queues=["team-a.*"])
+    async with InferenceWorker(pipeline, settings=settings, job_store=MemoryJobStore()) as worker:
+        with pytest.raises(ValidationError):
+            await worker.submit(AsyncInputModel(message={"text": ""}))
+        with pytest.raises(QueueNotAllowedError, match=r"failure_queue: queue 'other' is not allowed.*team-a"):
+            await worker.submit(
+                AsyncInputModel(message={"text": "a"}, success_queue="team-a.ok", failure_queue="other")
+            )
+        await worker.submit(AsyncInputModel(message={"text": "a"}, success_queue="team-a.ok"))
+
+
+async def test_a_queued_job_can_be_cancelled_and_never_runs(worker: InferenceWorker, pipeline: LengthPipeline) -> None:
+    pipeline.gate.clear()
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(worker.predict, Text(text="in front"))
+        await anyio.to_thread.run_sync(pipeline.entered.acquire)
+        await anyio.to_thread.run_sync(pipeline.entered.acquire)
+        job_id = await worker.submit(AsyncInputModel(message={"text": "cancelled"}))
+        cancelled = await worker.cancel(job_id)
+        pipeline.gate.set()
+    assert cancelled is not None
+    assert cancelled.status is JobStatus.CANCELLED
+    await worker.predict(Text(text="behind"))
+    assert ["cancelled"] not in pipeline.batches
+    job = await worker.job(job_id)
+    assert job is not None
+    assert job.status is JobStatus.CANCELLED
+
+
+async def test_leaving_the_worker_finishes_what_was_accepted(pipeline: LengthPipeline, queue: InMemoryBackend) -> None:
+    async with InferenceWorker(pipeline, queue_backend=queue) as worker:
+        for n in range(1, 1001):
+            await worker.submit(AsyncInputModel(message={"text": "x" * n}, success_queue="ok"))
+    lengths = [json.loads(message)["result"]["length"] for message in queue.messages("ok")]
+    assert sorted(lengths) == list(range(1, 1001))
+    with pytest.raises(SchedulerClosedError):
+        await worker.predict(Text(text="too late"))
+
+
+async def test_an_exception_in_the_block_comes_out_as_it_was_raised(pipeline: LengthPipeline) -> None:
+    with pytest.raises(LookupError, match="mine"):
+        async with InferenceWorker(pipeline):
+            raise LookupError("mine")
+
+
+class Anything(LengthPipeline):
+    """Takes any JSON object, as a pipeline that declares no models does."""
+
+    input_model = AnyInput
+    output_model = InferenceOutputModel
+
+    def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
+        return {"texts": [getattr(item, "text", str(item)) for item in input_list]}
+
+
+async def test_a_pipeline_without_models_takes_any_object(queue: InMemoryBackend) -> None:
+    async with InferenceWorker(Anything(), queue_backend=queue) as worker:
+        assert await worker.predict({"text": "five!", "more": [1]}) == Length(length=5)
+        await worker.submit(AsyncInputModel(message={"text": "abc", "more": {"a": 1}}, success_queue="ok"))
+        assert json.loads(await queue.receive("ok"))["result"]["length"] == 3

@@ -1,0 +1,185 @@
+"""The application as a whole: life cycle, health, who may call, documentation, overload and clients that go away."""
+
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from anyio import to_thread
+
+from service.gateway import LocalGateway
+from service.loading import LoadError
+from service.settings import AuthConfig, Settings
+from service.web import create_app
+from tests.service.web.test_predict import assert_problem
+from tests.support.http_server import serving
+from tests.support.length_model import LengthPipeline
+
+pytestmark = pytest.mark.anyio
+
+
+class Gated(LengthPipeline):
+    """Tells the test about its instance, and waits for the test before it is loaded, where told to."""
+
+    instances: list["Gated"] = []  # noqa: RUF012  # shared on purpose
+
+    def __init__(self, *args: Any, **model_entry: Any) -> None:
+        super().__init__(*args, **model_entry)
+        self.instances.append(self)
+
+
+@pytest.fixture
+def gated_settings(tmp_path: Path) -> Settings:
+    Gated.instances.clear()
+    return Settings(
+        app_settings={
+            "batch_config": {"max_batch_size": 1, "max_queue_size": 1},
+            "async_config": {"store_path": tmp_path / "jobs.db"},
+        },
+        model_settings={"model_entries": {"gated": {"pipeline": f"{__name__}:Gated"}}},
+    )
+
+
+async def until_ready(client: httpx.AsyncClient) -> None:
+    while (await client.get("/health/ready")).status_code != 200:
+        await anyio.sleep(0.01)
+
+
+async def test_the_application_opens_and_closes_its_gateway(settings: Settings) -> None:
+    gateway = LocalGateway(settings)
+    async with serving(create_app(gateway)) as client:
+        assert (await client.get("/health/live")).json() == {"status": "live"}
+        await until_ready(client)
+        ready = (await client.get("/health/ready")).json()
+        assert ready == {"status": "ready", "models": {"lengths": "ready", "Lengths-2": "ready"}}
+        job_id = (await client.post("/async/predict", json={"message": {"text": "four"}})).json()["job_id"]
+    async with serving(create_app(LocalGateway(settings))) as client:
+        job = (await client.get(f"/jobs/{job_id}?wait=30")).json()
+        assert job["result"]["length"] == 4
+
+
+async def test_a_model_that_cannot_be_loaded_leaves_the_others_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = Settings(
+        app_settings={"async_config": {"store_path": tmp_path / "jobs.db"}},
+        model_settings={
+            "model_entries": {
+                "good": {"pipeline": "tests.support.length_model:LengthPipeline"},
+                "bad": {"pipeline": "tests.support.length_model:UnloadablePipeline"},
+            }
+        },
+    )
+    gateway = LocalGateway(settings)
+    async with serving(create_app(gateway)) as client:
+        with pytest.raises(LoadError, match="bad: UnloadablePipeline cannot be loaded: the weights are not there"):
+            await gateway.wait_until_ready()
+        ready = await client.get("/health/ready")
+        assert ready.status_code == 503
+        assert ready.json()["models"] == {"good": "ready", "bad": "failed"}
+        assert (await client.post("/sync/predict", json={"text": "four"})).status_code == 200
+        problem = assert_problem(await client.post("/sync/predict?model_name=bad", json={"text": "four"}), 503)
+        assert "it is failed" in problem["detail"]
+    assert "the weights are not there" in caplog.text
+
+
+async def test_a_full_queue_is_429_and_the_deadline_504(gated_settings: Settings) -> None:
+    gateway = LocalGateway(gated_settings)
+    async with serving(create_app(gateway)) as client:
+        await until_ready(client)
+        (pipeline,) = Gated.instances
+        pipeline.gate.clear()
+        statuses: list[int] = []
+
+        async def call(text: str) -> None:
+            statuses.append((await client.post("/sync/predict", json={"text": text})).status_code)
+
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(call, "runs")
+            await to_thread.run_sync(pipeline.entered.acquire)
+            await to_thread.run_sync(pipeline.entered.acquire)  # the first was the warm-up
+            late = await client.post("/sync/predict", json={"text": "late"}, headers={"X-Request-Timeout": "0.01"})
+            assert "0.01 s" in assert_problem(late, 504)["detail"]
+            task_group.start_soon(call, "waits")
+            while not any(gateway.statistics()["gated"].queued.values()):
+                await anyio.sleep(0.01)
+            full = await client.post("/sync/predict", json={"text": "refused"})
+            assert_problem(full, 429)
+            assert full.headers["retry-after"] == "1"
+            pipeline.gate.set()
+        assert statuses == [200, 200]
+        assert pipeline.batches[1:] == [["runs"], ["waits"]]
+
+
+async def test_a_client_that_goes_away_takes_its_request_out_of_the_queue(gated_settings: Settings) -> None:
+    gateway = LocalGateway(gated_settings)
+    async with serving(create_app(gateway)) as client:
+        await until_ready(client)
+        (pipeline,) = Gated.instances
+        pipeline.gate.clear()
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(lambda: client.post("/sync/predict", json={"text": "runs"}))
+            await to_thread.run_sync(pipeline.entered.acquire)
+            await to_thread.run_sync(pipeline.entered.acquire)
+            with anyio.CancelScope() as scope:
+
+                async def go_away() -> None:
+                    while not any(gateway.statistics()["gated"].queued.values()):
+                        await anyio.sleep(0.01)
+                    scope.cancel()
+
+                task_group.start_soon(go_away)
+                await client.post("/sync/predict", json={"text": "abandoned"})
+            while gateway.statistics()["gated"].cancelled == 0:
+                await anyio.sleep(0.01)
+            pipeline.gate.set()
+        assert pipeline.batches[1:] == [["runs"]]
+
+
+@pytest.mark.parametrize(
+    ("auth", "header", "good"),
+    [
+        (AuthConfig(api_key="s3cret"), "Authorization", "Bearer s3cret"),
+        (AuthConfig(api_key="s3cret", auth_header="x-api-key"), "X-Api-Key", "s3cret"),
+    ],
+)
+async def test_only_callers_with_the_key_get_in(settings: Settings, auth: AuthConfig, header: str, good: str) -> None:
+    app = create_app(LocalGateway(settings), auth=auth)
+    async with serving(app) as client:
+        await until_ready(client)
+        for headers in ({}, {header: "Bearer wrong"}, {header: "wrong"}, {header: "Bearer s3cret "[:-2]}):
+            refused = await client.post("/sync/predict", json={"text": "four"}, headers=headers)
+            assert "API key" in assert_problem(refused, 401)["detail"]
+            assert "s3cret" not in refused.text
+        assert_problem(await client.get("/jobs/x"), 401)
+        accepted = await client.post("/sync/predict", json={"text": "four"}, headers={header: good})
+        assert accepted.status_code == 200
+
+
+def test_a_key_from_ssm_is_refused_rather_than_ignored(settings: Settings) -> None:
+    with pytest.raises(LoadError, match="ssm_key"):
+        create_app(LocalGateway(settings), auth=AuthConfig(ssm_key="/keys/modalkit"))
+
+
+async def test_the_documentation_needs_no_other_server(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/", follow_redirects=True)).url.path == "/docs"
+    page = (await client.get("/docs")).text
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    assets = [part.split('"')[0] for part in page.split('="/')[1:]]
+    assert any("swagger-ui-bundle" in asset for asset in assets)
+    for asset in assets:
+        assert (await client.get(f"/{asset}")).status_code == 200
+
+
+async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient) -> None:
+    schema = (await client.get("/openapi.json")).json()
+    sync = schema["paths"]["/sync/predict"]["post"]
+    body = sync["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/Text"}
+    assert sync["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/Length")
+    job = schema["paths"]["/async/predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    properties = schema["components"]["schemas"][job.rsplit("/", 1)[1]]["properties"]
+    assert set(properties) == {"message", "success_queue", "failure_queue", "meta"}
+    assert properties["message"] == {"$ref": "#/components/schemas/Text"}

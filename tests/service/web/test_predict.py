@@ -1,0 +1,177 @@
+"""The routes that predict, over a real HTTP server."""
+
+import json
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from service.queue_backends import InMemoryBackend
+from tests.support.length_model import POISON, REJECTED
+
+pytestmark = pytest.mark.anyio
+
+SUCCESS: dict[str, Any] = {"status": "success", "error": None, "meta": {}}
+
+
+def assert_problem(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["detail"]
+    return problem
+
+
+async def test_one_item_gets_its_result(client: httpx.AsyncClient) -> None:
+    response = await client.post("/sync/predict", json={"text": "four"})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    assert response.json() == {**SUCCESS, "length": 4}
+
+
+async def test_an_item_may_come_in_an_envelope(client: httpx.AsyncClient) -> None:
+    response = await client.post("/sync/predict", json={"message": {"text": "four"}})
+    assert response.json()["length"] == 4
+    response = await client.post("/batch/predict", json=[{"message": {"text": "four"}}, {"text": "five!"}])
+    assert [slot["length"] for slot in response.json()] == [4, 5]
+
+
+async def test_concurrent_requests_share_batches_and_get_their_own_results(client: httpx.AsyncClient) -> None:
+    lengths: dict[int, int] = {}
+
+    async def call(n: int) -> None:
+        lengths[n] = (await client.post("/sync/predict", json={"text": "x" * n})).json()["length"]
+
+    async with anyio.create_task_group() as task_group:
+        for n in range(1, 65):
+            task_group.start_soon(call, n)
+    assert lengths == {n: n for n in range(1, 65)}
+
+
+async def test_a_list_keeps_its_order_and_each_bad_item_spoils_its_own_slot(client: httpx.AsyncClient) -> None:
+    items = [{"text": "one"}, {"text": ""}, {"txt": "a"}, 7, {"text": POISON}, {"text": REJECTED}, {"text": "three"}]
+    response = await client.post("/batch/predict", json=items)
+    assert response.status_code == 200
+    slots = response.json()
+    assert [slot["status"] for slot in slots] == ["success", *["error"] * 5, "success"]
+    assert (slots[0]["length"], slots[6]["length"]) == (3, 5)
+    assert slots[1]["error"].startswith("text: ")
+    assert slots[2]["error"] == "text: is missing: add it; txt: unknown field; did you mean 'text'?"
+    assert "JSON object" in slots[3]["error"]
+    assert slots[4]["error"] == "ValueError: this batch is poisoned"
+    assert slots[5]["error"] == "rejected by the model"
+
+
+async def test_an_empty_list_is_answered_with_one(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/batch/predict", json=[])).json() == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "detail"),
+    [
+        ("/sync/predict", b'{"text": "a"', 400, "the body is not JSON: EOF"),
+        ("/sync/predict", b"", 400, "the body is not JSON"),
+        ("/sync/predict", b"\xff\xfe", 400, "the body is not JSON"),
+        ("/sync/predict", b"{}", 422, "text: is missing: add it"),
+        ("/sync/predict", b"[]", 422, "must be a JSON object"),
+        ("/sync/predict", b'{"text": 5}', 422, "text: "),
+        ("/sync/predict", b'{"text": ""}', 422, "text: "),
+        ("/sync/predict", b'{"text": "a", "lang": "en"}', 422, "lang: unknown field; remove it; known are: text"),
+        ("/sync/predict", b'{"message": {"txt": "a"}}', 422, "message.txt: unknown field; did you mean 'text'?"),
+        ("/batch/predict", b'{"text": "a"}', 422, "list"),
+        ("/batch/predict", b"nonsense", 400, "the body is not JSON"),
+        ("/async/predict", b'{"text": "a"}', 422, "message: is missing: add it"),
+        ("/async/predict", b'{"message": {"text": ""}}', 422, "message.text: "),
+        ("/async/predict", b'{"message": {"text": "a"}, "queue": "ok"}', 422, "queue: unknown field"),
+        ("/async/predict", b'{"message": {"text": "a"}, "success_queue": "x"}', 422, "success_queue: queue 'x' is not"),
+        ("/async/predict", b'{"message": {"text": "a"}, "success_queue": ""}', 422, "success_queue: "),
+    ],
+)
+async def test_a_bad_body_is_refused_with_the_field_and_the_remedy(
+    client: httpx.AsyncClient, path: str, body: bytes, status: int, detail: str
+) -> None:
+    problem = assert_problem(await client.post(path, content=body), status)
+    assert detail in problem["detail"]
+
+
+async def test_a_bad_field_is_shown_with_the_beginning_of_its_value(client: httpx.AsyncClient) -> None:
+    problem = assert_problem(await client.post("/sync/predict", json={"text": "x" * 2**20}), 422)
+    (error,) = problem["errors"]
+    assert error["field"] == "text"
+    assert "1000" in error["message"]
+    assert error["value"] == f"{'x' * 100}... ({2**20} characters)"
+
+
+async def test_a_body_beyond_the_limit_is_refused(client: httpx.AsyncClient) -> None:
+    async def endless() -> Any:
+        for _ in range(33):
+            yield b" " * 2**20
+
+    response = await client.post("/sync/predict", content=endless())
+    assert "smaller requests" in assert_problem(response, 413)["detail"]
+
+
+async def test_an_item_that_fails_is_500_and_one_that_is_rejected_422(client: httpx.AsyncClient) -> None:
+    problem = assert_problem(await client.post("/sync/predict", json={"text": POISON}), 500)
+    assert problem["detail"] == "ValueError: this batch is poisoned"
+    assert_problem(await client.post("/sync/predict", json={"text": REJECTED}), 422)
+    assert (await client.post("/sync/predict", json={"text": "goes on"})).status_code == 200
+
+
+async def test_a_list_longer_than_the_queue_is_refused_for_good(client: httpx.AsyncClient) -> None:
+    problem = assert_problem(await client.post("/batch/predict", json=[{"text": "a"}] * 101), 413)
+    assert "100" in problem["detail"]
+
+
+async def test_a_model_is_chosen_by_name_with_its_case(client: httpx.AsyncClient) -> None:
+    response = await client.post("/sync/predict?model_name=Lengths-2", json={"text": "four"})
+    assert response.json()["length"] == 4
+    problem = assert_problem(await client.post("/sync/predict?model_name=lengths-2", json={"text": "four"}), 404)
+    assert problem["detail"] == "there is no model 'lengths-2'; configured are: lengths, Lengths-2"
+
+
+@pytest.mark.parametrize(
+    ("header", "value"), [("X-Request-Timeout", "0"), ("X-Request-Timeout", "soon"), ("X-Priority", "urgent")]
+)
+async def test_a_bad_header_is_refused_by_its_name(client: httpx.AsyncClient, header: str, value: str) -> None:
+    response = await client.post("/sync/predict", json={"text": "four"}, headers={header: value})
+    assert header in assert_problem(response, 422)["detail"]
+
+
+async def test_an_accepted_job_can_be_found_and_is_delivered(client: httpx.AsyncClient, queue: InMemoryBackend) -> None:
+    response = await client.post(
+        "/async/predict", json={"message": {"text": "four"}, "success_queue": "ok", "meta": {"user_id": "12345"}}
+    )
+    assert response.status_code == 202
+    job_id = response.json()["job_id"]
+    assert response.json() == {"job_id": job_id}
+    assert response.headers["location"] == f"/jobs/{job_id}"
+    message = json.loads(await queue.receive("ok"))
+    assert message["job_id"] == job_id
+    job = (await client.get(f"/jobs/{job_id}?wait=30")).json()
+    assert job["status"] == "succeeded"
+    assert job["result"] == message["result"] == {**SUCCESS, "length": 4}
+    assert job["meta"] == {"user_id": "12345"}
+    assert job["created_at"] <= job["started_at"] <= job["finished_at"]
+
+
+async def test_an_unknown_job_is_404(client: httpx.AsyncClient) -> None:
+    assert "'nothing'" in assert_problem(await client.get("/jobs/nothing"), 404)["detail"]
+    assert_problem(await client.delete("/jobs/nothing"), 404)
+    assert "wait" in assert_problem(await client.get("/jobs/nothing?wait=1000"), 422)["detail"]
+
+
+async def test_a_finished_job_is_left_as_it_is_when_cancelled(client: httpx.AsyncClient) -> None:
+    job_id = (await client.post("/async/predict", json={"message": {"text": "four"}})).json()["job_id"]
+    await client.get(f"/jobs/{job_id}?wait=30")
+    assert (await client.delete(f"/jobs/{job_id}")).json()["status"] == "succeeded"
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", "/sync/predict", 405)])
+async def test_wrong_addresses_and_methods_are_problems_too(
+    client: httpx.AsyncClient, method: str, path: str, status: int
+) -> None:
+    assert_problem(await client.request(method, path), status)

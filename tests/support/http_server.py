@@ -1,0 +1,31 @@
+"""A real HTTP server in the test's event loop, on a free port."""
+
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import anyio
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def serving(app: FastAPI, headers: dict[str, str] | None = None) -> AsyncIterator[httpx.AsyncClient]:
+    """Serve `app` and give a client for it; on leaving, the server shuts down as on a signal."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = _Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(server.serve, [listener])
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            try:
+                async with httpx.AsyncClient(base_url=url, timeout=60, headers=headers) as client:
+                    yield client
+            finally:
+                server.should_exit = True

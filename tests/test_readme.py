@@ -1,0 +1,92 @@
+"""What README.md shows works as printed."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from service.settings import Settings
+from tests.service.cli.conftest import CONFIGURATION
+from tests.service.cli.test_serve import serving
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    return {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with the files of README's section on a model of one's own."""
+    for language in ("python", "yaml"):
+        for block in blocks(language):
+            if named := re.match(r"# (\S+\.(?:py|yaml))\n", block):
+                (tmp_path / named[1]).write_text(block)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["modalkit.yaml", "my_module.py"]
+    return tmp_path
+
+
+def test_a_model_of_ones_own_is_one_class_and_one_line(project: Path, environment: dict[str, str]) -> None:
+    with serving(project, environment) as (_, client):
+        assert client.post("/sync/predict", json={"text": "one two three"}).json()["words"] == 3
+
+
+def test_the_program_without_http_prints_its_results(project: Path, environment: dict[str, str]) -> None:
+    (program,) = [block for block in blocks("python") if "anyio.run" in block]
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, cwd=project, env=environment, capture_output=True, text=True
+    )
+    first, second = done.stdout.splitlines()
+    assert "words=3" in first
+    assert json.loads(second)["result"]["words"] == 2
+
+
+def test_the_settings_in_the_table_have_the_defaults_it_says() -> None:
+    rows = re.findall(r"^\| `(\w+)\.(\w+)` \| (\S+) \|", README, re.MULTILINE)
+    assert len(rows) > 8
+    app_settings = Settings.load([]).app_settings
+    for section, key, shown in rows:
+        default = getattr(getattr(app_settings, section), key)
+        assert shown == ("none" if default is None else str(default).removesuffix(".0"))
+
+
+def test_the_files_that_it_links_to_exist() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_bundled_model_answers_the_quick_start_as_printed(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The commands of the quick start, run by a shell against a server with the bundled model."""
+    entries = yaml.safe_load(CONFIGURATION)
+    del entries["model_settings"]
+    (tmp_path / "modalkit.yaml").write_text(yaml.safe_dump(entries))
+    with serving(tmp_path, environment) as (_, client):
+        address = str(client.base_url).rstrip("/")
+
+        def shell(command: str) -> str:
+            command = command.replace("http://127.0.0.1:8000", address).replace("curl ", "curl -s ")
+            return subprocess.run(
+                ["/bin/sh", "-c", command], check=True, capture_output=True, text=True, timeout=60
+            ).stdout
+
+        first, batch, jobs = (block for block in blocks("bash") if block.startswith("curl"))
+        (shown,) = blocks("json")
+        answer = json.loads(shell(first))
+        assert answer == {**json.loads(shown), "confidence": pytest.approx(json.loads(shown)["confidence"], abs=0.006)}
+        slots = json.loads(shell(batch))
+        assert [slot["status"] for slot in slots] == ["success", "error"]
+        submit, find = jobs.splitlines()
+        job_id = json.loads(shell(submit))["job_id"]
+        job = json.loads(shell(find.replace("<the job_id>", job_id)))
+        assert (job["status"], job["delivery"]) == ("succeeded", "delivered")

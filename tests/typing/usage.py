@@ -1,0 +1,72 @@
+"""How users call modalkit: checked by mypy in `make check`, never run."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from modalkit import BatchPolicy, BatchScheduler, InferenceWorker
+from modalkit.inference_pipeline import InferencePipeline
+from modalkit.iomodel import (
+    AsyncInputModel,
+    AsyncOutputModel,
+    DelayedFailureOutputModel,
+    InferenceOutputModel,
+    SyncInputModel,
+)
+from modalkit.settings import Settings
+from modalkit.task_queue import InMemoryBackend, QueueBackend
+
+
+class Request(BaseModel):
+    text: str
+
+
+class Response(InferenceOutputModel):
+    length: int
+
+
+class Lengths(InferencePipeline):
+    input_model = Request
+    output_model = Response
+
+    def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
+        return {"texts": [getattr(item, "text", "") for item in input_list]}
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        return {"lengths": [len(text) for text in preprocessed_data["texts"]]}
+
+    def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
+        return [Response(length=length) for length in raw_output["lengths"]]
+
+
+class Printer:
+    async def send_message(self, queue_name: str, message: str) -> bool:
+        return bool(queue_name) and bool(message)
+
+
+async def run_a_worker() -> InferenceOutputModel:
+    backend: QueueBackend = Printer()
+    async with InferenceWorker(Lengths("lengths", ".", {}), settings=Settings(), queue_backend=backend) as worker:
+        job_id: str = await worker.submit(AsyncInputModel(message={"text": "a"}, success_queue="results"))
+        answer = AsyncOutputModel(job_id=job_id)
+        job = await worker.job(answer.job_id, wait_s=1.0)
+        if job is not None and job.status.has_ended:
+            await worker.cancel(job.job_id)
+        await worker.predict_many([Request(text="a"), {"text": "b"}])
+        return await worker.predict(SyncInputModel(message=Request(text="a")).message)
+
+
+async def run_a_scheduler(texts: list[str]) -> list[int]:
+    def lengths(batch: list[str]) -> list[int]:
+        return [len(text) for text in batch]
+
+    async with BatchScheduler(lengths, policy=BatchPolicy(max_batch_size=8)) as scheduler:
+        return [await scheduler.submit(text, size=len(text)) for text in texts]
+
+
+def read_a_failure(message: str) -> DelayedFailureOutputModel:
+    return DelayedFailureOutputModel.model_validate_json(message)
+
+
+def read_results(backend: InMemoryBackend) -> list[str]:
+    return list(backend.messages("results"))
