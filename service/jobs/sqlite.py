@@ -149,6 +149,8 @@ class SqliteJobStore:
         removed = 0
         while step := await self._perform(partial(self._remove_finished, microseconds(before))):
             removed += step
+            with anyio.CancelScope(shield=True):
+                await self._thread.run(self._give_space_back)
         return removed
 
     async def counts(self) -> Mapping[JobStatus, int]:
@@ -296,9 +298,14 @@ class SqliteJobStore:
     def _remove_finished(self, before_us: int) -> int:
         removed = [JobStatus(status) for (status,) in self._database.execute(_REMOVE, (before_us, ROWS_PER_REMOVAL))]
         self._counts.subtract(Counter(removed))
-        if removed:
-            self._database.execute("PRAGMA incremental_vacuum(1000)").fetchall()
         return len(removed)
+
+    def _give_space_back(self) -> None:
+        # A script, because `execute` runs one step of it, which frees one page; so it is no part of a transaction.
+        try:
+            self._database.executescript(f"PRAGMA incremental_vacuum({ROWS_PER_REMOVAL})")
+        except sqlite3.Error as error:
+            raise self._unavailable(error) from error
 
     # Opening and closing, in the thread.
 

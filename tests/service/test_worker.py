@@ -7,13 +7,13 @@ from typing import Any
 import anyio
 import pytest
 from pydantic import BaseModel, ValidationError
-from service.queue_backends import InMemoryBackend
 
 from batching import BatchTimeoutError, Failure, OutputCountError, QueueFullError, SchedulerClosedError, Success
 from pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
 from service.errors import ItemRejectedError, PipelineOutputError
 from service.jobs import DeliveryStatus, JobStatus, MemoryJobStore
 from service.jobs.manager import QueueNotAllowedError
+from service.queue_backends import InMemoryBackend
 from service.settings import Settings
 from service.worker import InferenceWorker
 from tests.support.length_model import POISON, REJECTED, Length, LengthPipeline, Text
@@ -52,7 +52,7 @@ async def test_each_caller_gets_the_result_of_its_own_item(worker: InferenceWork
         for text in texts:
             task_group.start_soon(call, text)
     assert results == {text: Length(length=len(text)) for text in texts}
-    assert worker.statistics().mean_batch_size > 10
+    assert worker.statistics().mean_batch_size > 4
 
 
 async def test_a_mapping_is_validated_before_it_is_queued(worker: InferenceWorker, pipeline: LengthPipeline) -> None:

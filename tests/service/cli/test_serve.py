@@ -20,11 +20,13 @@ def serving(folder: Path, environment: dict[str, str]) -> Iterator[tuple[subproc
     with subprocess.Popen([*SERVE, "0"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None
-            first = process.stderr.readline()
-            address = re.search(r"http://[\d.:]+\d", first)
-            assert address, first + process.stderr.read()
-            while not process.stderr.readline().startswith("Ready"):
-                assert process.poll() is None
+            said = ""
+            while not re.search(r"^Ready", said, re.MULTILINE):
+                line = process.stderr.readline()
+                assert line, said
+                said += line
+            address = re.search(r"http://[\d.:]+\d", said)
+            assert address, said
             with httpx.Client(base_url=address.group(), timeout=60) as client:
                 yield process, client
         finally:

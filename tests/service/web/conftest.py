@@ -3,9 +3,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from service.queue_backends import InMemoryBackend
 
 from service.gateway import LocalGateway
+from service.queue_backends import InMemoryBackend
 from service.settings import Settings
 from service.web import create_app
 from tests.support.http_server import serving
