@@ -1,0 +1,247 @@
+"""The configuration: where it comes from, what wins, and how what is wrong is refused."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from service.settings import AuthConfig, ModelEntry, Settings, SettingsError, deep_merge
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(text: str, *more: str, **variables: str) -> Settings:
+    """The settings from files with these contents, in the working directory of the test."""
+    files = []
+    for n, content in enumerate((text, *more)):
+        files.append(Path(f"config{n}.yaml"))
+        files[-1].write_text(content)
+    return Settings.load(files, {f"MODALKIT_{name}": value for name, value in variables.items()})
+
+
+def refused(text: str, **variables: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load(text, **variables)
+    return str(caught.value)
+
+
+def keys(values: Any, at: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        yield f"{at}{key}"
+        if isinstance(value, dict):
+            yield from keys(value, f"{at}{key}.")
+
+
+def test_defaults_are_those_of_the_file_that_ships_and_it_shows_every_key() -> None:
+    assert Settings.load([ROOT / "modalkit.yaml"], {}) == Settings.load([], {})
+    shown = set(keys(yaml.safe_load((ROOT / "modalkit.yaml").read_text())))
+    assert shown >= set(keys(Settings.load([], {}).model_dump()))
+
+
+def test_later_sources_win_key_by_key() -> None:
+    base = "app_settings: {batch_config: {max_batch_size: 1, wait_ms: 1, max_age_ms: 1}}"
+    over = "app_settings: {batch_config: {wait_ms: 2, max_age_ms: 2}}"
+    batch = load(base, over, APP_SETTINGS__BATCH_CONFIG__MAX_AGE_MS="3").app_settings.batch_config
+    assert (batch.max_batch_size, batch.wait_ms, batch.max_age_ms, batch.max_queue_size) == (1, 2, 3, 10_000)
+
+
+def test_arguments_go_before_variables_and_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("modalkit.yaml").write_text("app_settings: {app_prefix: file, batch_config: {wait_ms: 1, max_age_ms: 1}}")
+    monkeypatch.setenv("MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS", "2")
+    monkeypatch.setenv("MODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_AGE_MS", "2")
+    app = Settings(app_settings={"batch_config": {"max_age_ms": 3}}).app_settings
+    assert (app.app_prefix, app.batch_config.wait_ms, app.batch_config.max_age_ms) == ("file", 2, 3)
+
+
+def test_files_are_named_by_a_variable_or_found_in_the_working_directory() -> None:
+    Path("a.yaml").write_text("app_settings: {app_prefix: a, batch_config: {wait_ms: 1}}")
+    Path("b.yaml").write_text("app_settings: {app_prefix: b}")
+    app = Settings.load(environ={"MODALKIT_CONFIG": "a.yaml, b.yaml"}).app_settings
+    assert (app.app_prefix, app.batch_config.wait_ms) == ("b", 1)
+    assert Settings.load(environ={}).app_settings.app_prefix == "sentiment"
+    Path("modalkit.yaml").write_text("app_settings: {app_prefix: here}")
+    assert Settings.load(environ={}).app_settings.app_prefix == "here"
+    assert Settings.load([], {}).app_settings.app_prefix == "sentiment"
+
+
+@pytest.mark.parametrize("name", ["missing.yaml", "a.yaml,missing.yaml"])
+def test_a_file_that_is_named_but_missing_is_an_error(name: str) -> None:
+    Path("a.yaml").touch()
+    with pytest.raises(SettingsError, match=r"missing\.yaml: no such file, named in MODALKIT_CONFIG: create it"):
+        Settings.load(environ={"MODALKIT_CONFIG": name})
+    with pytest.raises(SettingsError, match="no such file: create it"):
+        Settings.load(["missing.yaml"], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "app_settings: {batch_config: {max_batch_sise: 8}}",
+            "max_batch_sise: unknown key; did you mean max_batch_size?",
+        ),
+        (
+            "app_settings:\n  wait_ms: 8",
+            "app_settings.wait_ms: unknown key; did you mean app_settings.batch_config.wait",
+        ),
+        ("batch: 1", "batch: unknown key"),
+        ("app_settings: {batch_config: {max_batch_size: many}}", "max_batch_size: must be a whole number, not 'many'"),
+        ("app_settings: {batch_config: {max_batch_size: yes}}", "max_batch_size: must be a number, not True"),
+        ("app_settings: {batch_config: {max_batch_size: 0}}", "max_batch_size: must be at least 1, not 0"),
+        ("app_settings: {batch_config: {wait_ms: -1}}", "wait_ms: must be at least 0, not -1"),
+        ("app_settings: {batch_config: {wait_ms: .inf}}", "wait_ms: must be a number, not inf"),
+        ("app_settings: {batch_config: 5}", "batch_config: must be a mapping"),
+        ("app_settings: {app_prefix: 5}", "app_prefix: must be a text, not 5; write it in quotes"),
+        ("app_settings: {app_prefix: 'a b'}", "app_prefix: must be 1 to 63 letters"),
+        ("app_settings: {auth_config: {auth_header: 'a b'}}", "auth_header: must be the name of an HTTP header"),
+        ("app_settings: {async_config: {store: redis}}", "store: must be 'memory' or 'sqlite', not 'redis'"),
+        ("app_settings: {queue_config: {backend: kafka}}", "backend: must be one of none, memory, sqs"),
+        ("app_settings: {queue_config: {allowed_queues: all}}", "allowed_queues: must be a list"),
+        ("model_settings: {model_entries: {a: {pipeline: my_module}}}", 'pipeline: must have the form "module:Class"'),
+        ("model_settings: {model_entries: {a: {path: x}}}", "a.pipeline: is missing: add pipeline"),
+        ("model_settings: {model_entries: {a: {pipeline: 'm:C', model_name: b}}}", "model_name: modalkit itself gives"),
+        ("app_settings: {batch_config: {max_batch_size: 9, max_queue_size: 8}}", "max_batch_size: 9 is more than"),
+        ("app_settings: {auth_config: {api_key: a, ssm_key: b}}", "ssm_key: api_key is given as well"),
+        ("app_settings: {deployment_config: {gpu_snapshot: true}}", "gpu_snapshot: a GPU snapshot is part of a memory"),
+        ("app_settings: {deployment_config: {min_containers: 11}}", "min_containers: 11 is more than max_containers"),
+        ("app_settings: {queue_config: {backend: routing}}", "routes: backend routing needs at least one route"),
+        ("app_settings: {queue_config: {backend: webhook}}", "allowed_hosts: the webhook backend sends to no host"),
+        ("a: 1\na: 2", "line 2, column 1: a is given twice: keep one"),
+        ("a: [", "is not valid YAML: line 1"),
+        ("- a", "must hold a mapping"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named_with_its_path_and_place(text: str, message: str) -> None:
+    said = refused(text)
+    assert message in said
+    assert "config0.yaml" in said
+
+
+def test_everything_that_is_wrong_is_said_at_once_with_its_line() -> None:
+    said = refused("app_settings:\n  app_prefix: ''\n  batch_config:\n    wait_ms: x\nfoo: 1", FOO="2")
+    assert said.startswith("the configuration cannot be used:\n")
+    for expected in ("config0.yaml, line 2", "config0.yaml, line 4", "(config0.yaml, line 5)", "(MODALKIT_FOO)"):
+        assert expected in said
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("APP_SETTINGS__BATCH_CONFIG__WAIT_MSS", "1", "did you mean MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS?"),
+        ("BATCH_CONFIG__WAIT_MS", "1", "did you mean MODALKIT_APP_SETTINGS__BATCH_CONFIG"),
+        ("APP_SETTINGS__BATCH_CONFIG__WAIT_MS", "soon", "wait_ms: must be a number, not 'soon' (MODALKIT_APP_SETTINGS"),
+        ("APP_SETTINGS__QUEUE_CONFIG__ALLOWED_QUEUES", "[a", "is not valid YAML or JSON"),
+        ("APP_SETTINGS__QUEUE_CONFIG__ALLOWED_QUEUES__0", "a", "a list is set as a whole"),
+    ],
+)
+def test_a_wrong_variable_is_refused_by_its_name(name: str, value: str, message: str) -> None:
+    assert message in refused("", **{name: value})
+
+
+def test_variables_hold_plain_values_null_lists_and_mappings() -> None:
+    settings = load(
+        "app_settings: {deployment_config: {gpu: A100}}",
+        APP_SETTINGS__DEPLOYMENT_CONFIG__GPU="null",
+        APP_SETTINGS__DEPLOYMENT_CONFIG__REGION='["eu", "us"]',
+        APP_SETTINGS__DEPLOYMENT_CONFIG__SECURE="false",
+        APP_SETTINGS__BUILD_CONFIG__ENV__LOG_LEVEL="debug",
+        APP_SETTINGS__APP_PREFIX="123",
+        MODEL_SETTINGS__COMMON="{device: cpu, threads: 2}",
+    )
+    deployment = settings.app_settings.deployment_config
+    assert (deployment.gpu, deployment.region, deployment.secure) == (None, ["eu", "us"], False)
+    assert settings.app_settings.build_config.env == {"LOG_LEVEL": "debug"}
+    assert settings.app_settings.app_prefix == "123"
+    assert settings.model_settings.common == {"device": "cpu", "dtype": "auto", "threads": 2}
+
+
+def test_model_names_keep_their_case_and_further_keys_are_the_pipelines() -> None:
+    settings = load(
+        "model_settings: {model_entries: {My-Model: {pipeline: 'm:C', model_path: ./x, options: {a: [1]}}}}",
+        **{"MODEL_SETTINGS__MODEL_ENTRIES__My-Model__MAX_LENGTH": "64"},
+    )
+    (name, entry), *others = settings.model_settings.model_entries.items()
+    assert (name, others) == ("My-Model", [])
+    assert entry.arguments() == {"model_path": "./x", "options": {"a": [1]}, "max_length": 64}
+    entry.arguments()["options"]["a"].append(2)
+    assert entry.arguments()["options"] == {"a": [1]}
+
+
+def test_the_bundled_model_can_be_changed_without_naming_its_pipeline() -> None:
+    (entry,) = load(
+        "model_settings: {model_entries: {sentiment: {max_length: 64}}}"
+    ).model_settings.model_entries.values()
+    assert entry.pipeline == "pipelines.sentiment:SentimentPipeline"
+    assert entry.arguments() == {"model_path": "bundled", "max_length": 64}
+
+
+def test_old_names_are_read_with_a_warning() -> None:
+    text = "app_settings: {deployment_config: {concurrency_limit: 3, container_idle_timeout: 60}}"
+    with pytest.warns(FutureWarning) as warned:
+        settings = load(text, APP_SETTINGS__DEPLOYMENT_CONFIG__ALLOW_CONCURRENT_INPUTS="9")
+    deployment = settings.app_settings.deployment_config
+    assert (deployment.max_containers, deployment.scaledown_window, deployment.max_concurrent_inputs) == (3, 60, 9)
+    said = [str(warning.message) for warning in warned]
+    assert "concurrency_limit: is now called max_containers: rename it (config0.yaml, line 1)" in said[0]
+    assert len(said) == 3
+    both = "app_settings: {deployment_config: {concurrency_limit: 3, max_containers: 4}}"
+    assert "is the old name of max_containers, which is given too: remove it" in refused(both)
+
+
+def test_a_heading_with_nothing_below_it_leaves_the_defaults() -> None:
+    assert load("app_settings:\n  batch_config:\nmodel_settings:\n") == Settings.load([], {})
+    assert "app_prefix: must be a text, not null" in refused("app_settings: {app_prefix: null}")
+
+
+def test_secrets_are_shown_nowhere() -> None:
+    settings = load("app_settings: {auth_config: {api_key: s3cret}}")
+    assert settings.app_settings.auth_config.api_key is not None
+    assert settings.app_settings.auth_config.api_key.get_secret_value() == "s3cret"
+    assert "s3cret" not in repr(settings) + str(settings.model_dump())
+    assert "hunter2" not in repr(load("app_settings: {queue_config: {broker_url: 'redis://:hunter2@host'}}"))
+    assert "12345" not in refused("app_settings: {auth_config: {api_key: 12345}}")
+    assert "s3cret" not in refused("app_settings: {auth_config: {api_kee: s3cret}}")
+
+
+def test_settings_are_frozen() -> None:
+    settings = Settings.load([], {})
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.app_settings.batch_config.wait_ms = 5  # type: ignore[misc]  # that is the point
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.app_settings = settings.app_settings  # type: ignore[misc]  # as above
+
+
+def test_merging_changes_neither_side() -> None:
+    base, over = {"a": {"b": 1, "c": [1]}, "d": 1}, {"a": {"c": [2]}, "d": {"e": 2}}
+    before = copy.deepcopy((base, over))
+    assert deep_merge(base, over) == {"a": {"b": 1, "c": [2]}, "d": {"e": 2}}
+    assert (base, over) == before
+
+
+def test_the_fragment_of_the_documentation_loads() -> None:
+    fragment = """
+    app_settings:
+      queue_config:
+        backend: "memory"
+      async_config:
+        timeout: 3600
+        result_ttl: 86400
+    """
+    assert load(fragment) == Settings.load([], {})
+
+
+def every_section(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield model
+    for field in model.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from every_section(field.annotation)
+
+
+def test_every_setting_says_what_it_does() -> None:
+    for section in (*every_section(Settings), ModelEntry, AuthConfig):
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
