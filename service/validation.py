@@ -32,7 +32,9 @@ def _field_error(finding: Mapping[str, Any], model: type[BaseModel] | None) -> d
     if kind == "missing":
         return {"field": field, "message": "is missing: add it"}
     message = str(finding["msg"])
-    if kind == "list_type":
+    if kind == "string_type":
+        message = "must be a text, a JSON string"
+    elif kind == "list_type":
         message = "must be a JSON list, as in [1, 2]"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         message = 'must be a JSON object, as in {"name": "value"}'
