@@ -20,8 +20,8 @@ class PaddedCostModel:
     a batch has to save about `fixed_s / token_s` tokens of fixed cost to be worth as many tokens of padding.
     """
 
-    fixed_s: float = 0.002
-    token_s: float = 0.000_05
+    fixed_s: float = 0.005
+    token_s: float = 0.000_1
 
     def predict_s(self, count: int, longest: int, total: int) -> float:  # noqa: ARG002  # padding hides the total
         """Seconds for a batch of `count` requests padded to `longest`."""

@@ -38,7 +38,11 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
         title="modalkit", version=version("modalkit"), description=DESCRIPTION, lifespan=lifespan, redoc_url=None
     )
     check_key = require_api_key(auth or AuthConfig())
-    app.include_router(make_router(gateway), dependencies=[] if check_key is None else [Depends(check_key)])
+    app.include_router(
+        make_router(gateway),
+        tags=["predictions and jobs"],
+        dependencies=[] if check_key is None else [Depends(check_key)],
+    )
     _add_health(app, gateway)
     install_problem_handlers(app)
     document_bodies(app, gateway)
@@ -51,11 +55,16 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
 
 
 def _add_health(app: FastAPI, gateway: Gateway) -> None:
-    @app.get("/health/live", summary="Whether the process answers")
+    @app.get("/health/live", tags=["health"], summary="Whether the process answers")
     async def live() -> JSONResponse:
         return JSONResponse({"status": "live"})
 
-    @app.get("/health/ready", summary="Whether every model takes requests", responses={503: {"description": "Not yet"}})
+    @app.get(
+        "/health/ready",
+        tags=["health"],
+        summary="Whether every model takes requests",
+        responses={503: {"description": "Not yet"}},
+    )
     async def ready() -> JSONResponse:
         models = gateway.readiness()
         is_ready = all(state is Readiness.READY for state in models.values())

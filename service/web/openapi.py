@@ -1,4 +1,4 @@
-"""Documents request and answer bodies, which the routes read and write by themselves, in the OpenAPI schema."""
+"""Documents what the routes read and write by themselves, bodies and problem details, in the OpenAPI schema."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,6 +9,7 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from pipelines import AsyncInputModel, AsyncOutputModel
 from service.gateway import Gateway
+from service.web.answers import JSON, PROBLEM_JSON, JobView, Problem
 
 _REF = "#/components/schemas/{model}"
 
@@ -20,7 +21,7 @@ def document_bodies(app: FastAPI, gateway: Gateway) -> None:
     outputs = _unique(gateway.output_model(name) for name in names)
     jobs: list[type[BaseModel]] = [AsyncInputModel[model] for model in inputs]  # type: ignore[valid-type]  # classes known at run time
     modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in (*inputs, *jobs)]
-    answers: list[type[BaseModel]] = [*outputs, AsyncOutputModel]
+    answers: list[type[BaseModel]] = [*outputs, AsyncOutputModel, JobView, Problem]
     modes += [(model, "serialization") for model in answers]
     refs, definitions = models_json_schema(modes, ref_template=_REF)
 
@@ -29,23 +30,35 @@ def document_bodies(app: FastAPI, gateway: Gateway) -> None:
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
     item, output = any_of(inputs, "validation"), any_of(outputs, "serialization")
-    bodies = {
+    bodies: dict[str, tuple[dict[str, Any] | None, str, dict[str, Any]]] = {
         "sync_predict": (item, "200", output),
         "batch_predict": (_list_of(item), "200", _list_of(output)),
         "async_predict": (any_of(jobs, "validation"), "202", any_of([AsyncOutputModel], "serialization")),
+    }
+    for operation_id in ("get_job", "cancel_job"):
+        bodies[operation_id] = (None, "200", any_of([JobView], "serialization"))
+    problem = {
+        "description": "Problem details (RFC 9457)",
+        "content": _of_type(PROBLEM_JSON, refs[Problem, "serialization"]),
     }
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = generate()
-            schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions.get("$defs", {}))
+            schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+            schemas.update(definitions.get("$defs", {}))
+            for unused in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(unused, None)
             for path in schema["paths"].values():
                 for operation in path.values():
                     if operation["operationId"] in bodies:
                         request, status, answer = bodies[operation["operationId"]]
-                        operation["requestBody"] = {"required": True, "content": _json(request)}
-                        operation["responses"][status]["content"] = _json(answer)
+                        if request is not None:
+                            operation["requestBody"] = {"required": True, "content": _of_type(JSON, request)}
+                        operation["responses"][status]["content"] = _of_type(JSON, answer)
+                        del operation["responses"]["422"]
+                        operation["responses"]["default"] = problem
             app.openapi_schema = schema
         return app.openapi_schema
 
@@ -60,5 +73,5 @@ def _list_of(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "array", "items": schema}
 
 
-def _json(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"application/json": {"schema": schema}}
+def _of_type(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {media_type: {"schema": schema}}

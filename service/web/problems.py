@@ -25,10 +25,10 @@ from service.jobs.errors import JobStoreBusyError
 from service.jobs.manager import QueueNotAllowedError
 from service.loading import UnknownModelError
 from service.validation import field_errors, summary
+from service.web.answers import PROBLEM_JSON
 
 logger = logging.getLogger(__name__)
 
-PROBLEM_JSON = "application/problem+json"
 RETRY_AFTER_S = 1
 
 _STATUS_OF = {

@@ -14,8 +14,8 @@ from pipelines import AsyncOutputModel, InferenceOutputModel
 from service.errors import describe_error
 from service.gateway import Gateway
 from service.jobs import Job
-from service.jobs.messages import utc_timestamp
 from service.task_groups import plain_task_group
+from service.web.answers import JSON, JobView
 from service.web.bodies import BodyParser, InvalidItem, read_body
 from service.web.problems import ProblemError, error_response
 
@@ -99,11 +99,11 @@ def make_router(gateway: Gateway) -> APIRouter:
             Location=str(request.url_for("get_job", job_id=job_id).path),
         )
 
-    @router.get("/jobs/{job_id}", summary="What became of a job")
+    @router.get("/jobs/{job_id}", operation_id="get_job", summary="What became of a job")
     async def get_job(request: Request, job_id: JobId, wait: Wait = 0.0) -> Response:
         return _job_response(job_id, await _while_connected(request, lambda: gateway.job(job_id, wait_s=wait)))
 
-    @router.delete("/jobs/{job_id}", summary="Cancel a job that has not ended")
+    @router.delete("/jobs/{job_id}", operation_id="cancel_job", summary="Cancel a job that has not ended")
     async def cancel_job(job_id: JobId) -> Response:
         return _job_response(job_id, await gateway.cancel(job_id))
 
@@ -142,25 +142,8 @@ def _job_response(job_id: str, job: Job | None) -> Response:
             HTTPStatus.NOT_FOUND,
             f"there is no job {job_id!r}: the id is wrong, or the job was removed after its result_ttl",
         )
-    return _json_response(
-        to_json(
-            {
-                "job_id": job.job_id,
-                "model_name": job.model_name,
-                "status": job.status,
-                "result": job.result,
-                "error": job.error,
-                "meta": job.meta,
-                "delivery": job.delivery,
-                "delivery_attempts": job.delivery_attempts,
-                "delivery_error": job.delivery_error,
-                "created_at": utc_timestamp(job.created_at),
-                "started_at": None if job.started_at is None else utc_timestamp(job.started_at),
-                "finished_at": None if job.finished_at is None else utc_timestamp(job.finished_at),
-            }
-        )
-    )
+    return _json_response(JobView.of(job).model_dump_json().encode())
 
 
 def _json_response(content: bytes, status: HTTPStatus = HTTPStatus.OK, **headers: str) -> Response:
-    return Response(content, status, headers, "application/json")
+    return Response(content, status, headers, JSON)

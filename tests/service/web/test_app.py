@@ -183,3 +183,7 @@ async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient
     properties = schema["components"]["schemas"][job.rsplit("/", 1)[1]]["properties"]
     assert set(properties) == {"message", "success_queue", "failure_queue", "meta"}
     assert properties["message"] == {"$ref": "#/components/schemas/Text"}
+    problem = sync["responses"]["default"]["content"]["application/problem+json"]["schema"]
+    assert problem == {"$ref": "#/components/schemas/Problem"}
+    found = schema["paths"]["/jobs/{job_id}"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert found == {"$ref": "#/components/schemas/JobView"}
