@@ -8,7 +8,8 @@ from pipelines.errors import ModelLoadError
 
 BUNDLED = "bundled"
 
-DeviceName = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+DeviceName = Annotated[str, StringConstraints(pattern=DEVICE_PATTERN)]
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipelines.classifier_settings import BUNDLED, ClassifierEntry
+from pipelines.classifier_settings import BUNDLED, DEVICE_PATTERN, ClassifierEntry
 from pipelines.errors import ModelLoadError
 
 BUNDLED_FOLDER = Path(__file__).parent / "sentiment_model"
@@ -184,8 +184,10 @@ def quiet_transformers() -> Iterator[None]:
 def choose_device(name: str) -> torch.device:
     """The device that `name` (auto, cpu, mps, cuda, cuda:N) stands for on this machine.
 
-    Raises `ModelLoadError` when this machine, or this build of torch, does not have it.
+    Raises `ModelLoadError` when there is no such name, or this machine or this build of torch does not have it.
     """
+    if not re.match(DEVICE_PATTERN, name):
+        raise ModelLoadError(f"device {name!r} is not auto, cpu, mps, cuda or cuda:N")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")

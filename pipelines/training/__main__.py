@@ -59,12 +59,13 @@ def export_held_out(
 def _report(model: Path, sentences: list[Sentence]) -> None:
     try:
         pipeline = SentimentPipeline("sentiment", "models", {}, model_path=str(model.resolve()))
-    except ModelLoadError as error:
+        figures = evaluate(pipeline, sentences)
+    except (ModelLoadError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     print(
         "| held-out sentences | count | three-way accuracy | not neutral | polarity accuracy |\n|---|---|---|---|---|"
     )
-    for name, found in evaluate(pipeline, sentences).items():
+    for name, found in figures.items():
         print(f"| {name} | {found.count:,} | {found.three_way:.3f} | {found.polar_count:,} | {found.polarity:.3f} |")
 
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 
+from pipelines.loading import quiet_transformers
 from pipelines.training.data import LABELS, Sentence, pip_download
 from pipelines.training.vocabulary import kept_token_ids, prune_tokenizer
 
@@ -128,10 +129,15 @@ def _batches_of_similar_length(lengths: list[int], shuffler: random.Random) -> l
 def save(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write weights in half precision (safetensors), configuration and tokenizer; a model card there is kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]  # torch does not annotate it
-    tokenizer.save_pretrained(folder)
+    # Training has set it; a tokenizer that is read from the file should cut nothing off by itself.
+    tokenizer.backend_tokenizer.no_truncation()
+    with quiet_transformers():
+        model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]  # torch does not annotate it
+        tokenizer.save_pretrained(folder)
     for leftover in ("special_tokens_map.json", "vocab.txt"):
         (folder / leftover).unlink(missing_ok=True)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner may read
 
 
 def fine_tune(sentences: list[Sentence], cache_folder: Path, output_folder: Path) -> None:

@@ -18,7 +18,6 @@ import uvicorn
 from service.cli.common import ConfigFiles, notices
 from service.errors import ServiceError
 from service.gateway import LocalGateway, Readiness
-from service.loading import LoadError
 from service.settings import Settings
 from service.task_groups import plain_task_group
 from service.web import create_app
@@ -115,7 +114,7 @@ async def _announce(server: _Server, gateway: LocalGateway, listener: socket.soc
     started_s = time.perf_counter()
     try:
         await gateway.wait_until_ready()
-    except LoadError:
+    except Exception:  # noqa: BLE001  # the gateway has logged it; it may be anything that a pipeline raises
         server.should_exit = True
         return
     notices.print(

@@ -15,7 +15,7 @@ import anyio
 from service.errors import ServiceError
 from service.jobs.delivery import Deliverer
 from service.jobs.errors import JobStoreError
-from service.jobs.model import DeliveryStatus, FinishedJob, Job, NewJob
+from service.jobs.model import DeliveryStatus, FinishedJob, Job, JobStatus, NewJob
 from service.jobs.store import JobStore
 from service.queue_backends import QueueBackend
 from service.task_groups import plain_task_group
@@ -147,7 +147,7 @@ class JobManager:
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended, and return it as it then is; None if there is none."""
         job = await self.store.cancel(job_id, self.clock())
-        if job is not None:
+        if job is not None and job.status is JobStatus.CANCELLED:
             if feed := self._feeds.get(job.model_name):
                 feed.abandon(job_id)
             self._announce(job_id)

@@ -107,9 +107,12 @@ class JobRunner:
 
     async def _run(self, job: Job, scope: anyio.CancelScope) -> None:
         try:
+            outcome = None
             with scope:
-                if outcome := await self._outcome(job):
-                    await self._finish(outcome)
+                outcome = await self._outcome(job)
+            # Outside the scope: a cancellation that comes too late must not stop what the end sets off.
+            if outcome is not None:
+                await self._finish(outcome)
         finally:
             del self._running[job.job_id]
             self.wake()

@@ -88,8 +88,12 @@ class SqliteJobStore:
     async def __aenter__(self) -> Self:
         if self._scheduler is not None:
             raise JobStoreLockedError(self.path, os.getpid())
-        with anyio.CancelScope(shield=True):
-            await self._thread.run(self._open)
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._thread.run(self._open)
+        except BaseException:
+            self._thread.close()
+            raise
         scheduler: BatchScheduler[Operation, Any] = BatchScheduler(
             self._run_transaction,
             policy=BatchPolicy(max_batch_size=OPERATIONS_PER_COMMIT, max_queue_items=WAITING_OPERATIONS),

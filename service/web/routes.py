@@ -61,6 +61,8 @@ def make_router(gateway: Gateway) -> APIRouter:
                 request,
                 lambda: gateway.predict(item, model_name=model_name, priority=priority, timeout_s=timeout),
             )
+        except ProblemError:
+            raise
         except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is this item's error
             return error_response(error)
         return _json_response(output.model_dump_json().encode())

@@ -11,6 +11,7 @@ from batching import QueueFullError, SchedulerClosedError
 from service.jobs import FinishedJob, Job, JobStatus, JobStoreError, MemoryJobStore
 from service.jobs.manager import JobManager
 from service.jobs.runner import JobRunner
+from service.queue_backends import InMemoryBackend
 
 pytestmark = pytest.mark.anyio
 
@@ -186,6 +187,31 @@ async def test_a_running_job_can_be_cancelled(manager: JobManager) -> None:
     assert job is not None
     assert job.status is JobStatus.CANCELLED
     assert (await ended(manager, job_id)).status is JobStatus.CANCELLED
+
+
+async def test_cancelling_too_late_does_not_stop_the_delivery() -> None:
+    """The job ends in the store just before it is cancelled there."""
+    queue = InMemoryBackend()
+
+    async def run_job(_: Job, timeout_s: float) -> dict[str, Any]:
+        return {}
+
+    class Slow(Flaky):
+        async def finish(self, outcomes: Sequence[FinishedJob]) -> list[Job]:
+            ended = await super().finish(outcomes)
+            stored.set()
+            await released.wait()
+            return ended
+
+    stored, released = anyio.Event(), anyio.Event()
+    async with JobManager(Slow(), queue) as manager, JobRunner(manager, "m", run_job, window=3):
+        job_id = await manager.submit("m", {}, success_queue="ok")
+        await stored.wait()
+        job = await manager.cancel(job_id)
+        assert job is not None
+        assert job.status is JobStatus.SUCCEEDED
+        released.set()
+        await queue.receive("ok")
 
 
 async def test_waiting_for_a_job_ends_in_time(manager: JobManager) -> None:

@@ -112,7 +112,9 @@ async def test_a_full_queue_is_429_and_the_deadline_504(gated_settings: Settings
         assert pipeline.batches[1:] == [["runs"], ["waits"]]
 
 
-async def test_a_client_that_goes_away_takes_its_request_out_of_the_queue(gated_settings: Settings) -> None:
+async def test_a_client_that_goes_away_takes_its_request_out_of_the_queue(
+    gated_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
     gateway = LocalGateway(gated_settings)
     async with serving(create_app(gateway)) as client:
         await until_ready(client)
@@ -135,6 +137,7 @@ async def test_a_client_that_goes_away_takes_its_request_out_of_the_queue(gated_
                 await anyio.sleep(0.01)
             pipeline.gate.set()
         assert pipeline.batches[1:] == [["runs"]]
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
