@@ -1,11 +1,11 @@
 """What the routes answer with, apart from the outputs of models."""
 
-from datetime import UTC, datetime
-from typing import Any, Self
+from datetime import datetime
+from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from service.jobs import DeliveryStatus, Job, JobStatus
+from service.jobs import DeliveryStatus, JobStatus
 
 JSON = "application/json"
 PROBLEM_JSON = "application/problem+json"
@@ -30,7 +30,9 @@ class Problem(BaseModel):
 
 
 class JobView(BaseModel):
-    """A job as its caller sees it."""
+    """A job as its caller sees it, made from a stored one by its attributes."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     job_id: str
     model_name: str
@@ -44,21 +46,3 @@ class JobView(BaseModel):
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
-
-    @classmethod
-    def of(cls, job: Job) -> Self:
-        """The view of a stored job."""
-        return cls(
-            job_id=job.job_id,
-            model_name=job.model_name,
-            status=job.status,
-            result=job.result,
-            error=job.error,
-            meta=job.meta,
-            delivery=job.delivery,
-            delivery_attempts=job.delivery_attempts,
-            delivery_error=job.delivery_error,
-            created_at=datetime.fromtimestamp(job.created_at, UTC),
-            started_at=None if job.started_at is None else datetime.fromtimestamp(job.started_at, UTC),
-            finished_at=None if job.finished_at is None else datetime.fromtimestamp(job.finished_at, UTC),
-        )

@@ -144,7 +144,7 @@ def _job_response(job_id: str, job: Job | None) -> Response:
             HTTPStatus.NOT_FOUND,
             f"there is no job {job_id!r}: the id is wrong, or the job was removed after its result_ttl",
         )
-    return _json_response(JobView.of(job).model_dump_json().encode())
+    return _json_response(JobView.model_validate(job).model_dump_json().encode())
 
 
 def _json_response(content: bytes, status: HTTPStatus = HTTPStatus.OK, **headers: str) -> Response:
