@@ -159,7 +159,7 @@ class SentimentPipeline(InferencePipeline):
         """Estimate the tokens of a text by its length, spaces and punctuation marks: two microseconds for a sentence.
 
         For the bundled model it is off by 2.0 tokens on average on the training sentences (25.3 tokens on average), by
-        at most 5 for 95% of them; on those held out by 2.1 and 6. Other languages can be off by a third.
+        at most 5 for 95% of them; on those held out by 2.1 and 6. Links and other languages can be off by far more.
         """
         # Every character counts for more than a tenth of a token, so what lies beyond would not change the answer.
         text = cast("SentimentRequest", item).text[: 10 * self.max_length]

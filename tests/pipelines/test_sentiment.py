@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import BaseModel, ValidationError
 from tokenizers import Tokenizer
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from pipelines.errors import ModelLoadError
 from pipelines.loading import BUNDLED_FOLDER
@@ -91,6 +92,36 @@ def test_a_batch_is_padded_to_its_longest_text(bundled: SentimentPipeline) -> No
     assert tensors["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
 
 
+def test_on_cuda_lengths_are_multiples_of_8_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = SentimentPipeline("sentiment", "models", {"device": "cpu"}, max_length=13)
+    monkeypatch.setattr(pipeline, "device", torch.device("cuda"))
+    lengths = [
+        pipeline.preprocess(requests("good " * words))["tensors"]["input_ids"].shape[1] for words in (1, 6, 7, 99)
+    ]
+    assert lengths == [8, 8, 13, 13]
+
+
+def test_a_model_gets_only_the_tensors_that_it_takes(model_folder: Path, bundled: SentimentPipeline) -> None:
+    """DistilBERT has no token types; this one also has two labels, and its weights are left to chance."""
+    sizes: dict[str, Any] = {"dim": 8, "hidden_dim": 8, "n_heads": 2, "n_layers": 1, "vocab_size": 16_384}
+    config = DistilBertConfig(**sizes, id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
+    DistilBertForSequenceClassification(config).save_pretrained(model_folder)
+    pipeline = SentimentPipeline("mine", ".", {"device": "cpu"}, model_path=str(model_folder))
+    assert set(pipeline.preprocess(requests("good"))["tensors"]) == {"input_ids", "attention_mask"}
+    assert "token_type_ids" in bundled.preprocess(requests("good"))["tensors"]
+    (answer,) = run(pipeline, "good")
+    assert answer.sentiment in {"negative", "positive"}
+
+
+def test_moving_to_a_device_that_is_not_there_changes_nothing(bundled: SentimentPipeline) -> None:
+    before = bundled.device
+    for name, message in (("cuda:99", "cuda:99"), ("gpu", "'gpu' is not auto")):
+        with pytest.raises(ModelLoadError, match=message):
+            bundled.move_to(name)
+    assert bundled.device == before
+    assert run(bundled, "good")
+
+
 def test_on_a_cpu_it_computes_in_float32_whatever_is_stored(bundled: SentimentPipeline) -> None:
     assert json.loads((BUNDLED_FOLDER / "config.json").read_text())["dtype"] == "float16"
     assert bundled.device.type == "cpu" or torch.cuda.is_available()
@@ -129,7 +160,7 @@ def test_a_classifier_of_several_labels_at_once_gives_each_its_own_probability(m
     assert probabilities.sum() != pytest.approx(1, abs=1e-3)
 
 
-def test_a_model_that_pads_on_the_left_gets_the_same_results(model_folder: Path, bundled: SentimentPipeline) -> None:
+def test_padding_goes_where_the_tokenizer_has_it(model_folder: Path) -> None:
     change_json(model_folder / "tokenizer_config.json", padding_side="left")
     pipeline = SentimentPipeline("mine", str(model_folder.parent), {}, model_path="mine")
     mask = pipeline.preprocess(requests("good", "good good good"))["tensors"]["attention_mask"]
@@ -146,17 +177,20 @@ def test_a_model_that_pads_on_the_left_gets_the_same_results(model_folder: Path,
         ({"treads": 2}, {}, r"common\.treads: there is no such setting; there are device, dtype, threads"),
         ({}, {"max_lenght": 5}, r"model_entries\.mine\.max_lenght: there is no such setting; there are max_length"),
         ({}, {"max_length": 513}, r"max_length: 513 is more than the 512 tokens"),
-        ({}, {"max_length": 2}, r"2 leaves no room for text"),
+        ({}, {"max_length": 2}, r"model_entries\.mine\.max_length: max_length 2 leaves no room for text.*Raise it"),
         ({}, {"revision": "main"}, r"revision 'main' is for a model on the hub"),
         ({}, {"model_path": "./nowhere"}, r"nowhere"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_its_name(common: dict[str, Any], entry: dict[str, Any], message: str) -> None:
-    with pytest.raises((ModelLoadError, ValueError), match=message):
+    with pytest.raises(ModelLoadError, match=message):
         SentimentPipeline("mine", "models", common, **entry)
 
 
-def test_a_name_that_no_hub_knows_is_refused_with_the_folders_that_were_tried(tmp_path: Path) -> None:
+def test_a_name_that_no_hub_knows_is_refused_with_the_folders_that_were_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelLoadError, match=rf"nobody/nothing.*neither in {tmp_path}"):
         SentimentPipeline("mine", str(tmp_path), {}, model_path="nobody/nothing")
 
@@ -174,6 +208,19 @@ def test_a_model_without_a_trained_head_is_refused(model_folder: Path) -> None:
         SentimentPipeline("mine", ".", {}, model_path=str(model_folder))
 
 
+def test_a_text_of_a_megabyte_is_refused_with_a_remedy() -> None:
+    with pytest.raises(ValidationError, match=r"1000000 characters, at most 100000 are accepted: .*split it"):
+        SentimentRequest(text="x" * 1_000_000)
+
+
+@pytest.mark.parametrize("unit", ["x", "word ", " x", "字", "\x00"])
+def test_a_text_of_the_longest_accepted_length_is_answered(bundled: SentimentPipeline, unit: str) -> None:
+    text = (unit * MAX_TEXT_CHARACTERS)[:MAX_TEXT_CHARACTERS]
+    (answer,) = run(bundled, text)
+    assert 0 <= answer.confidence <= 1
+    assert 1 <= bundled.item_size(SentimentRequest(text=text)) <= bundled.max_length
+
+
 @pytest.mark.parametrize("text", ["", "  \n\t", "x" * (MAX_TEXT_CHARACTERS + 1), 5, None])
 def test_a_text_that_is_none_is_refused(text: Any) -> None:
     with pytest.raises(ValidationError, match="text"):
@@ -189,7 +236,6 @@ def test_the_size_estimate_is_close_to_the_number_of_tokens(
     bundled: SentimentPipeline, held_out: list[Sentence]
 ) -> None:
     tokenizer = Tokenizer.from_file(str(BUNDLED_FOLDER / "tokenizer.json"))
-    tokenizer.no_truncation()
     texts = [sentence.text for sentence in held_out]
     true = [len(encoding) for encoding in tokenizer.encode_batch(texts)]
     errors = sorted(abs(bundled.item_size(item) - length) for item, length in zip(requests(*texts), true, strict=True))

@@ -3,12 +3,8 @@
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
 
-from pipelines.loading import BUNDLED_FOLDER
-from pipelines.sentiment import SentimentPipeline
 from pipelines.training.data import LABELS, SOURCES, Sentence, load_sentences
-from pipelines.training.evaluate import evaluate
 
 
 def test_a_rating_stands_for_one_of_three_labels() -> None:
@@ -37,18 +33,3 @@ def test_files_are_read_with_their_stray_bytes(tmp_path: Path) -> None:
     sentences = load_sentences(tmp_path)
     assert [sentence.source for sentence in sentences] == [source for source in SOURCES for _ in range(2)]
     assert [(s.rating, s.text) for s in sentences[:2]] == [(2.5, "na�ve� text"), (-1.0, "tabs\tinside")]
-
-
-def test_the_pruned_vocabulary_can_still_spell_every_word() -> None:
-    tokenizer = Tokenizer.from_file(str(BUNDLED_FOLDER / "tokenizer.json"))
-    assert tokenizer.get_vocab_size() == 16_384
-    tokens = tokenizer.encode("antidisestablishmentarianism qwertzuiop Zażółć").tokens
-    assert "[UNK]" not in tokens
-
-
-def test_evaluation_refuses_a_model_of_other_labels(
-    bundled: SentimentPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(bundled, "labels", ["bad", "good"])
-    with pytest.raises(ValueError, match="it has bad, good"):
-        evaluate(bundled, [])

@@ -1,0 +1,40 @@
+"""Where a model is computed, in what format, and how long its texts may be."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
+from transformers.utils import logging as transformers_logging
+
+from pipelines.errors import ModelLoadError
+from pipelines.loading import BUNDLED_FOLDER, Checkpoint, choose_device, dtype_for, quiet_transformers
+
+
+def test_auto_computes_in_float32_on_a_cpu_and_as_stored_elsewhere() -> None:
+    assert dtype_for(torch.device("cpu"), "auto", torch.float16) is torch.float32
+    assert dtype_for(torch.device("cuda"), "auto", torch.float16) is torch.float16
+    assert dtype_for(torch.device("cpu"), "bfloat16", torch.float16) is torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:", "cpu:0", ""])
+def test_a_device_of_another_name_is_refused(name: str) -> None:
+    with pytest.raises(ModelLoadError, match="is not auto, cpu, mps, cuda or cuda:N"):
+        choose_device(name)
+
+
+def test_roberta_loses_the_positions_up_to_its_padding_token() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(**sizes, vocab_size=99, max_position_embeddings=34, pad_token_id=1)
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_FOLDER)
+    checkpoint = Checkpoint(RobertaForSequenceClassification(config), tokenizer, torch.float32, "here")
+    assert checkpoint.max_length == 32
+
+
+def test_the_librarys_own_verbosity_is_back_after_loading() -> None:
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    with quiet_transformers():
+        assert transformers_logging.get_verbosity() == logging.ERROR
+        assert not transformers_logging.is_progress_bar_enabled()
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
