@@ -3,6 +3,7 @@
 import time
 
 import anyio
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -40,18 +41,18 @@ def check(config: ConfigFiles = None) -> None:
             started_s = time.perf_counter()
             pipeline = source.load()
             loaded_s = time.perf_counter() - started_s
-            result = anyio.run(_smoke_batch, pipeline, settings)
+            result = anyio.run(_smoke_batch, pipeline, source.input_model, settings)
         models.add_row(model_name, source.pipeline_class.__name__, f"{loaded_s:.1f} s", result)
     output = Console(soft_wrap=True, highlight=False)
     output.print(models)
     output.print(_service_table(settings, "none" if backend is None else type(backend).__name__))
 
 
-async def _smoke_batch(pipeline: InferencePipeline, settings: Settings) -> str:
+async def _smoke_batch(pipeline: InferencePipeline, input_model: type[BaseModel], settings: Settings) -> str:
     async with JobManager(MemoryJobStore()) as jobs, InferenceWorker(pipeline, settings=settings, jobs=jobs) as worker:
-        items = pipeline.sample_items(SMOKE_BATCH, SMOKE_SIZE)
+        items = pipeline.sample_items(SMOKE_BATCH, SMOKE_SIZE) or _texts(input_model)
         if not items:
-            return "none: the pipeline has no sample_items"
+            return "none: no sample_items, no field text"
         started_s = time.perf_counter()
         for outcome in await worker.predict_many(items):
             if isinstance(outcome, Failure):
@@ -60,6 +61,16 @@ async def _smoke_batch(pipeline: InferencePipeline, settings: Settings) -> str:
                     f"{describe_error(outcome.error)}"
                 )
         return f"{len(items)} items in {(time.perf_counter() - started_s) * 1000:.0f} ms"
+
+
+def _texts(input_model: type[BaseModel]) -> list[BaseModel]:
+    """Items for a pipeline that makes up none itself, if a text is all that they need."""
+    if "text" not in input_model.model_fields:
+        return []
+    try:
+        return [input_model.model_validate({"text": "What a lovely day!"})] * SMOKE_BATCH
+    except ValidationError:
+        return []
 
 
 def _service_table(settings: Settings, backend: str) -> Table:
