@@ -135,7 +135,7 @@ def _things_to_try(url: str, gateway: LocalGateway, settings: Settings) -> str:
         lines += [
             curl("/sync/predict", '{"text": "What a lovely day!"}'),
             curl("/batch/predict", '[{"text": "I love it"}, {"text": "It broke after a week"}]'),
-            curl("/async/predict", '{"message": {"text": "Not bad at all"}, "success_queue": "results"}'),
+            curl("/async/predict", '{"message": {"text": "Great value for the money"}, "success_queue": "results"}'),
             f"  curl{key} '{url}/jobs/<the job_id>?wait=10'",
         ]
     return "\n".join([*lines, f"  {url}/docs in a browser"])
