@@ -37,7 +37,8 @@ def _check_backend(value: str) -> str:
 
 def _check_host(value: str) -> str:
     if not value or "/" in value:
-        raise refusal(f"must name hosts alone, as in hooks.example.com, without scheme and path, not {value!r}")
+        # The value is not shown: the path of a webhook's URL is often its secret.
+        raise refusal("must be a host alone, as in hooks.example.com, without scheme and path")
     return value
 
 

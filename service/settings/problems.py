@@ -44,9 +44,8 @@ class Problem:
     origin: str
 
     def __str__(self) -> str:
-        return (
-            f"{'.'.join(self.path)}: {self.message} ({self.origin})" if self.path else f"{self.origin}: {self.message}"
-        )
+        key = ".".join(self.path)
+        return f"{key}: {self.message} ({self.origin})" if key else f"{self.origin}: {self.message}"
 
 
 class SettingsError(ServiceError):

@@ -57,6 +57,13 @@ def test_arguments_go_before_variables_and_files(monkeypatch: pytest.MonkeyPatch
     assert (app.app_prefix, app.batch_config.wait_ms, app.batch_config.max_age_ms) == ("file", 2, 3)
 
 
+def test_a_wrong_argument_is_refused_as_one() -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings(app_settings={"batch_config": {"wait_ms": "soon"}}, app_setings={})
+    assert "app_settings.batch_config.wait_ms: must be a number, not 'soon' (argument)" in str(caught.value)
+    assert "app_setings: unknown key; did you mean app_settings? (argument)" in str(caught.value)
+
+
 def test_files_are_named_by_a_variable_or_found_in_the_working_directory() -> None:
     Path("a.yaml").write_text("app_settings: {app_prefix: a, batch_config: {wait_ms: 1}}")
     Path("b.yaml").write_text("app_settings: {app_prefix: b}")
@@ -136,6 +143,7 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_line() -> None:
         ("APP_SETTINGS__BATCH_CONFIG__WAIT_MS", "soon", "wait_ms: must be a number, not 'soon' (MODALKIT_APP_SETTINGS"),
         ("APP_SETTINGS__QUEUE_CONFIG__ALLOWED_QUEUES", "[a", "is not valid YAML or JSON"),
         ("APP_SETTINGS__QUEUE_CONFIG__ALLOWED_QUEUES__0", "a", "a list is set as a whole"),
+        ("", "1", "MODALKIT_: unknown key"),
     ],
 )
 def test_a_wrong_variable_is_refused_by_its_name(name: str, value: str, message: str) -> None:
@@ -205,6 +213,10 @@ def test_secrets_are_shown_nowhere() -> None:
     assert "hunter2" not in repr(load("app_settings: {queue_config: {broker_url: 'redis://:hunter2@host'}}"))
     assert "12345" not in refused("app_settings: {auth_config: {api_key: 12345}}")
     assert "s3cret" not in refused("app_settings: {auth_config: {api_kee: s3cret}}")
+    webhook = "app_settings: {queue_config: {webhook: {allowed_hosts: ['https://hooks.example.com/s3cret']}}}"
+    said = refused(webhook)
+    assert "allowed_hosts.0: must be a host alone, as in hooks.example.com" in said
+    assert "s3cret" not in said
 
 
 def test_settings_are_frozen() -> None:
