@@ -11,24 +11,32 @@ from batching.errors import (
     RequestTooLargeError,
     SchedulerClosedError,
 )
-from batching.policy import Batch, BatchPlanner, BatchPolicy, Decision
+from batching.measured_cost import CostFeature, MeasuredCostModel
+from batching.planner import BatchPlanner
+from batching.policy import Batch, BatchPolicy, Decision, DispatchReason
 from batching.queue import RequestQueue
+from batching.records import BatchRecord
 from batching.request import Failure, Outcome, Priority, Request, Success
-from batching.scheduler import BatchScheduler, RunBatch
+from batching.scheduler import BatchScheduler
+from batching.stages import RunBatch, Stages, StageSeconds
 from batching.statistics import SchedulerStatistics
 
 __all__ = [
     "Batch",
     "BatchPlanner",
     "BatchPolicy",
+    "BatchRecord",
     "BatchScheduler",
     "BatchTimeoutError",
     "BatchingError",
     "Bisection",
+    "CostFeature",
     "CostModel",
     "DeadlineExceededError",
     "Decision",
+    "DispatchReason",
     "Failure",
+    "MeasuredCostModel",
     "Outcome",
     "OutputCountError",
     "PaddedCostModel",
@@ -40,5 +48,7 @@ __all__ = [
     "RunBatch",
     "SchedulerClosedError",
     "SchedulerStatistics",
+    "StageSeconds",
+    "Stages",
     "Success",
 ]

@@ -26,10 +26,16 @@ class Bisection(Generic[T]):
             self._runs_left -= 1
             yield self._parts.popleft()[0]
 
-    def failed(self, part: list[T], error: Exception) -> list[T]:
-        """Take note that running `part` raised `error`; returns the items that are thereby known to be guilty."""
+    def failed(self, part: list[T], error: Exception, *, blameless: bool = False) -> list[T]:
+        """Take note that running `part` raised `error`; returns the items that are thereby known to be guilty.
+
+        A `blameless` failure says nothing of the items, only that they were too many at once: the runs of its halves
+        are not counted.
+        """
         if len(part) == 1:
             return part
+        if blameless:
+            self._runs_left += 2
         middle = len(part) // 2
         self._parts += [(part[:middle], error), (part[middle:], error)]
         return []

@@ -1,12 +1,11 @@
-"""Decides which requests run together and when: pure functions of the queue, the predicted costs and the time."""
+"""The limits that every batch keeps, and what a decision about the next one looks like."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Generic
 
-from batching.cost import CostModel
-from batching.queue import RequestQueue, RequestT, size_bucket
+from batching.queue import RequestT
 from batching.request import Priority
 
 
@@ -16,9 +15,9 @@ class BatchPolicy:
 
     `max_batch_tokens` counts a batch as it is padded: the number of requests times the largest size. `max_batch_s` is
     the predicted time of a batch; a single request may exceed it, because it has to run some time. `max_wait_s` is how
-    long an idle worker may hold a request back to fill its batch. A request older than `max_age_s` is overdue: no later
-    one of its class runs before it except in its own batch. `bulk_share` is the part of the running time that bulk
-    requests get while interactive ones wait as well.
+    long an idle worker may hold a request back, where the measured costs say that the requests expected meanwhile make
+    up for it. A request older than `max_age_s` is overdue: no later one of its class runs before it except in its own
+    batch. `bulk_share` is the part of the running time that bulk requests get while interactive ones wait as well.
 
     Raises `ValueError` for a limit out of range.
     """
@@ -44,23 +43,41 @@ class BatchPolicy:
         if not holds:
             raise ValueError(f"{name} must be {expectation}, got {getattr(self, name)!r}")
 
-    def allows(self, count: int, longest: int, predicted_s: float) -> bool:
-        """Whether a batch of `count` requests, the largest of size `longest`, keeps the limits."""
-        return (
-            count <= self.max_batch_size
-            and (self.max_batch_tokens is None or count * longest <= self.max_batch_tokens)
-            and (self.max_batch_s is None or predicted_s <= self.max_batch_s)
-        )
+
+class DispatchReason(StrEnum):
+    """Why a batch was sent off as it was."""
+
+    FULL = "full"
+    """It held as many requests as `max_batch_size` allows."""
+    BUDGET = "budget"
+    """One more request would have exceeded `max_batch_tokens`, `max_batch_s`, or what the device has room for."""
+    AGE = "age"
+    """Its oldest request was overdue, or had been held back for `max_wait_s`."""
+    DEADLINE = "deadline"
+    """It could have been held back, but a request in it would not have met its deadline."""
+    IDLE = "idle"
+    """A worker was free, and neither another waiting request nor waiting for one would have paid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[RequestT]):
-    """Requests of one class that run together, the oldest first."""
+    """Requests of one class that run together; the first is the one that it was formed around."""
 
     requests: list[RequestT]
     priority: Priority
-    contended: bool
+    reason: DispatchReason
+    longest: int
+    """The size of the largest request."""
+    total: int
+    """The sum of the sizes."""
+    predicted_s: float
+    contended: bool = False
     """Whether requests of the other class waited when it was formed."""
+
+    @property
+    def padded_tokens(self) -> int:
+        """The sizes after padding all requests to the largest."""
+        return len(self.requests) * self.longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,108 +90,3 @@ class Decision(Generic[RequestT]):
     batch: Batch[RequestT] | None = None
     wake_s: float = math.inf
     expired: list[RequestT] = field(default_factory=list)
-
-
-class BatchPlanner(Generic[RequestT]):
-    """Forms batches out of a queue, under a policy, by predicted cost.
-
-    A batch is formed around the oldest request of its class, which keeps more than `max_age_s` asks for. Companions
-    are taken from the nearest sizes, as long as each raises the requests' total size that the batch does per predicted
-    second: where a batch's fixed cost is small, padding soon costs more than a companion saves and batches stay small
-    and even; where it is large, they grow to the limits.
-
-    Sans-I/O: `now` is an argument, nothing waits, and a decision takes effect at once.
-    """
-
-    def __init__(self, policy: BatchPolicy, cost_model: CostModel) -> None:
-        self.policy = policy
-        self.cost_model = cost_model
-        self.queue: RequestQueue[RequestT] = RequestQueue(policy.max_queue_items)
-        # While both classes wait, bulk is owed `bulk_share` of the running time. What it is owed in seconds, negative
-        # when it has had more; kept only until the bulk queue is empty, so that nothing is hoarded.
-        self._owed_to_bulk_s = 0.0
-        self._bulk_in_flight = 0
-
-    def decide(self, now: float, *, draining: bool = False) -> Decision[RequestT]:
-        """Take the next batch out of the queue, or say when to ask again; a worker must be free to run the batch.
-
-        While `draining`, nothing more is expected to arrive, so nothing is waited for.
-        """
-        expired = self.queue.pop_expired(now)
-        wake_s = math.inf
-        for priority in self._priorities_in_order():
-            anchor = self.queue.oldest(priority)
-            if anchor is None:
-                continue
-            wait_until_s = anchor.arrival_s + min(self.policy.max_wait_s, self.policy.max_age_s)
-            if draining or now >= wait_until_s or self._can_fill_a_batch(priority):
-                return Decision(self._take_batch(anchor), expired=expired)
-            wake_s = min(wake_s, wait_until_s)
-        return Decision(wake_s=wake_s, expired=expired)
-
-    def batch_finished(self, batch: Batch[RequestT], elapsed_s: float) -> None:
-        """Account for a batch that `decide` gave out and that ran for `elapsed_s` seconds, successfully or not."""
-        is_bulk = batch.priority is Priority.BULK
-        self._bulk_in_flight -= is_bulk
-        if batch.contended:
-            self._owed_to_bulk_s += elapsed_s * (self.policy.bulk_share - is_bulk)
-
-    def _priorities_in_order(self) -> tuple[Priority, Priority]:
-        if not self.queue.waiting(Priority.BULK):
-            self._owed_to_bulk_s = 0.0
-        if self._owed_to_bulk_s > 0 and not self._bulk_in_flight:
-            return Priority.BULK, Priority.INTERACTIVE
-        return Priority.INTERACTIVE, Priority.BULK
-
-    def _can_fill_a_batch(self, priority: Priority) -> bool:
-        tokens = self.policy.max_batch_tokens
-        return self.queue.waiting(priority) >= self.policy.max_batch_size or (
-            tokens is not None and self.queue.waiting_size(priority) >= tokens
-        )
-
-    def _take_batch(self, anchor: RequestT) -> Batch[RequestT]:
-        requests = self._with_companions(anchor)
-        for request in requests:
-            self.queue.discard(request)
-        is_bulk = anchor.priority is Priority.BULK
-        self._bulk_in_flight += is_bulk
-        other = Priority.INTERACTIVE if is_bulk else Priority.BULK
-        return Batch(requests, anchor.priority, contended=self.queue.waiting(other) > 0)
-
-    def _with_companions(self, anchor: RequestT) -> list[RequestT]:
-        """Grow a batch around `anchor`, one request at a time, from whichever side of its sizes serves better."""
-        requests, longest, total = [anchor], anchor.size, anchor.size
-        best_s_per_size = self.cost_model.predict_s(1, longest, total) / total
-        smaller, larger = self._neighbours(anchor)
-        candidates = [next(smaller, None), next(larger, None)]
-        while True:
-            chosen = None
-            for side, candidate in enumerate(candidates):
-                if candidate is None:
-                    continue
-                new_longest = max(longest, candidate.size)
-                new_total = total + candidate.size
-                predicted_s = self.cost_model.predict_s(len(requests) + 1, new_longest, new_total)
-                if predicted_s / new_total <= best_s_per_size and self.policy.allows(
-                    len(requests) + 1, new_longest, predicted_s
-                ):
-                    best_s_per_size = predicted_s / new_total
-                    chosen = side, candidate
-            if chosen is None:
-                return requests
-            side, candidate = chosen
-            requests.append(candidate)
-            longest = max(longest, candidate.size)
-            total += candidate.size
-            candidates[side] = next((smaller, larger)[side], None)
-
-    def _neighbours(self, anchor: RequestT) -> tuple[Iterator[RequestT], Iterator[RequestT]]:
-        """The other requests of the anchor's class from its own size downwards, and from the next size upwards."""
-        priority, middle = anchor.priority, size_bucket(anchor.size)
-        indices = self.queue.bucket_indices(priority)
-        own_and_smaller = [index for index in reversed(indices) if index <= middle]
-        larger = [index for index in indices if index > middle]
-        return (
-            (r for index in own_and_smaller for r in self.queue.bucket(priority, index) if r is not anchor),
-            (r for index in larger for r in self.queue.bucket(priority, index)),
-        )

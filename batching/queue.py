@@ -1,29 +1,61 @@
 """The bounded queue of waiting requests: what the policy chooses from.
 
-Requests of a class wait in buckets of similar size (log-spaced, so a bucket's sizes differ by at most a twelfth), each
+Requests of a class wait in buckets of similar size (log-spaced: in a bucket they differ by less than a twentieth), each
 in order of arrival. Pushing and withdrawing a request are O(1); finding the oldest is O(number of buckets), a few dozen
 however many requests wait. The queue has no clock, does no I/O and is not thread-safe: one event loop owns it.
 """
 
 import heapq
 import math
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Generic, TypeVar
 
 from batching.errors import QueueFullError
 from batching.request import Priority, Request
 
-BUCKETS_PER_OCTAVE = 8
-_STALE_DEADLINES_ALLOWED = 64
+BUCKETS_PER_OCTAVE = 16
+LARGEST_SMALL_SIZE = 2048
+_STALE_ALLOWED = 64
 
 RequestT = TypeVar("RequestT", bound=Request)  # type: ignore[type-arg]  # a bound cannot be generic
 
 
-def size_bucket(size: int) -> int:
-    """The bucket of requests of this `size`: larger sizes have larger buckets; sizes up to 11 have one each."""
+def _bucket_of(size: int) -> int:
     return int(math.log2(size) * BUCKETS_PER_OCTAVE)
+
+
+_BUCKETS_OF_SMALL_SIZES = [0, *map(_bucket_of, range(1, LARGEST_SMALL_SIZE + 1))]
+
+
+def size_bucket(size: int) -> int:
+    """The bucket of requests of this `size`: larger sizes have larger buckets; sizes up to 27 have one each."""
+    return _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
+
+
+class _Class(Generic[RequestT]):
+    """The waiting requests of one class.
+
+    A request that is taken or withdrawn is only marked as waiting no longer. It is dropped from its bucket when it
+    comes to the front, or when those that do not wait outnumber those that do.
+    """
+
+    __slots__ = ("buckets", "count", "size", "stale")
+
+    def __init__(self) -> None:
+        self.buckets: dict[int, deque[RequestT]] = {}
+        self.count = 0
+        self.size = 0
+        self.stale = 0
+
+    def sweep(self) -> None:
+        if self.stale > self.count + _STALE_ALLOWED:
+            waiting = {
+                index: deque(request for request in bucket if request.place) for index, bucket in self.buckets.items()
+            }
+            self.buckets = {index: bucket for index, bucket in waiting.items() if bucket}
+            self.stale = 0
 
 
 class RequestQueue(Generic[RequestT]):
@@ -31,58 +63,78 @@ class RequestQueue(Generic[RequestT]):
 
     def __init__(self, max_items: int) -> None:
         self.max_items = max_items
-        # All mutable state. A request waits exactly while it is a key of its bucket; an empty bucket does not exist.
-        # `_deadlines` is a heap that may hold requests which no longer wait: they are skipped, and swept out before
-        # they outnumber the others. Arrival numbers settle which of two requests came first.
-        self._buckets: dict[Priority, dict[int, OrderedDict[RequestT, int]]] = {p: {} for p in Priority}
-        self._counts = dict.fromkeys(Priority, 0)
-        self._sizes = dict.fromkeys(Priority, 0)
+        # All mutable state. A request waits exactly while it has a place in the order of arrival; buckets and deadlines
+        # may hold some that have it no longer.
+        self._classes: dict[Priority, _Class[RequestT]] = {priority: _Class() for priority in Priority}
+        self._length = 0
         self._deadlines: list[tuple[float, int, RequestT]] = []
-        self._arrival_numbers = count()
+        self._places = count(1)
 
     def __len__(self) -> int:
-        return sum(self._counts.values())
+        return self._length
 
     def __contains__(self, request: RequestT) -> bool:
-        return request in self._buckets[request.priority].get(size_bucket(request.size), ())
+        return request.place > 0
 
     def waiting(self, priority: Priority) -> int:
         """How many requests of this class wait."""
-        return self._counts[priority]
+        return self._classes[priority].count
 
     def waiting_size(self, priority: Priority) -> int:
         """The sum of the sizes of the requests of this class that wait."""
-        return self._sizes[priority]
+        return self._classes[priority].size
 
     def ensure_room(self, added: int = 1) -> None:
         """Raise `QueueFullError` unless `added` more requests fit."""
-        depth = len(self)
-        if depth + added > self.max_items:
-            raise QueueFullError(depth, self.max_items, added)
+        if self._length + added > self.max_items:
+            raise QueueFullError(self._length, self.max_items, added)
 
     def push(self, request: RequestT) -> None:
         """Add a request that does not wait yet; raises `QueueFullError` when there is no room."""
-        self.ensure_room()
-        number = next(self._arrival_numbers)
-        self._buckets[request.priority].setdefault(size_bucket(request.size), OrderedDict())[request] = number
-        self._counts[request.priority] += 1
-        self._sizes[request.priority] += request.size
-        if request.deadline_s < math.inf:
-            heapq.heappush(self._deadlines, (request.deadline_s, number, request))
+        self.push_all((request,))
+
+    def push_all(self, requests: Sequence[RequestT]) -> None:
+        """Add requests that do not wait yet, all or, with `QueueFullError`, none of them."""
+        self.ensure_room(len(requests))
+        for request in requests:
+            of_class, size = self._classes[request.priority], request.size
+            index = _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
+            try:
+                of_class.buckets[index].append(request)
+            except KeyError:
+                of_class.buckets[index] = deque((request,))
+            request.place = next(self._places)
+            of_class.count += 1
+            of_class.size += size
+            if request.deadline_s < math.inf:
+                heapq.heappush(self._deadlines, (request.deadline_s, request.place, request))
+        self._length += len(requests)
 
     def discard(self, request: RequestT) -> bool:
         """Remove a request, because its caller gave up or the policy took it; returns whether it was waiting."""
-        buckets = self._buckets[request.priority]
-        index = size_bucket(request.size)
-        bucket = buckets.get(index)
-        if bucket is None or bucket.pop(request, None) is None:
+        if not request.place:
             return False
-        if not bucket:
-            del buckets[index]
-        self._counts[request.priority] -= 1
-        self._sizes[request.priority] -= request.size
+        request.place = 0
+        of_class = self._classes[request.priority]
+        of_class.count -= 1
+        of_class.size -= request.size
+        of_class.stale += 1
+        self._length -= 1
+        of_class.sweep()
         self._sweep_deadlines()
         return True
+
+    def take(self, requests: list[RequestT]) -> None:
+        """Remove requests of one class, all of which wait: cheaper than to discard them one by one."""
+        of_class = self._classes[requests[0].priority]
+        for request in requests:
+            request.place = 0
+            of_class.size -= request.size
+        of_class.count -= len(requests)
+        of_class.stale += len(requests)
+        self._length -= len(requests)
+        of_class.sweep()
+        self._sweep_deadlines()
 
     def pop_expired(self, now: float) -> list[RequestT]:
         """Remove and return the requests whose deadline has come, earliest deadline first."""
@@ -95,18 +147,29 @@ class RequestQueue(Generic[RequestT]):
 
     def oldest(self, priority: Priority) -> RequestT | None:
         """The request of this class that came first, or None when none waits."""
-        heads = (next(iter(bucket.items())) for bucket in self._buckets[priority].values())
-        return min(heads, key=lambda head: head[1], default=(None, 0))[0]
+        of_class = self._classes[priority]
+        oldest, empty = None, []
+        for index, bucket in of_class.buckets.items():
+            while bucket and not bucket[0].place:
+                bucket.popleft()
+                of_class.stale -= 1
+            if not bucket:
+                empty.append(index)
+            elif oldest is None or bucket[0].place < oldest.place:
+                oldest = bucket[0]
+        for index in empty:
+            del of_class.buckets[index]
+        return oldest
 
     def bucket_indices(self, priority: Priority) -> list[int]:
-        """The buckets in which requests of this class wait, smallest sizes first."""
-        return sorted(self._buckets[priority])
+        """The buckets in which requests of this class may wait, smallest sizes first."""
+        return sorted(self._classes[priority].buckets)
 
     def bucket(self, priority: Priority, index: int) -> Iterable[RequestT]:
         """The waiting requests of one bucket in order of arrival; must not be iterated across changes of the queue."""
-        return self._buckets[priority].get(index, OrderedDict())
+        return (request for request in self._classes[priority].buckets.get(index, ()) if request.place)
 
     def _sweep_deadlines(self) -> None:
-        if len(self._deadlines) > 2 * len(self) + _STALE_DEADLINES_ALLOWED:
-            self._deadlines = [entry for entry in self._deadlines if entry[2] in self]
+        if len(self._deadlines) > 2 * self._length + _STALE_ALLOWED:
+            self._deadlines = [entry for entry in self._deadlines if entry[2].place]
             heapq.heapify(self._deadlines)

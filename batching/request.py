@@ -1,9 +1,12 @@
 """What waits in the queue, and what becomes of it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Generic, TypeVar
+
+LARGEST_SIZE = 2**31
+"""No request counts as larger: what a pipeline says by mistake must not turn the sums of the policy into infinities."""
 
 T = TypeVar("T")
 R_co = TypeVar("R_co", covariant=True)
@@ -20,8 +23,8 @@ class Priority(StrEnum):
 class Request(Generic[T]):
     """One item on its way to a batch.
 
-    `size` is in the pipeline's own unit (tokens, for text), at least 1. Times are seconds on the clock of whoever
-    drives the queue; a request whose `deadline_s` has come is dropped instead of run.
+    `size` is in the pipeline's own unit (tokens, for text), at least 1 and at most `LARGEST_SIZE`. Times are seconds on
+    the clock of whoever drives the queue; a request whose `deadline_s` has come is dropped instead of run.
     """
 
     payload: T
@@ -29,9 +32,13 @@ class Request(Generic[T]):
     priority: Priority = Priority.INTERACTIVE
     arrival_s: float = 0.0
     deadline_s: float = math.inf
+    place: int = field(default=0, init=False)
+    """Its place in the order of arrival while it waits in a queue, else 0; the queue's own to change."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(
+    slots=True
+)  # not frozen, which would make one three times as slow to make, and there is one for each request
 class Success(Generic[R_co]):
     """The outcome of a request that got its result."""
 

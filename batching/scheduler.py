@@ -1,100 +1,70 @@
 """The anyio shell around the planner: collects requests, runs batches, hands every caller its own outcome."""
 
-import inspect
+import logging
 import math
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import Generic, Self, TypeVar, cast
 
 import anyio
 from anyio.abc import TaskGroup
+from anyio.lowlevel import EventLoopToken, checkpoint, current_token
 
 from batching.bisection import Bisection
-from batching.cost import CostModel, PaddedCostModel
+from batching.cost import CostModel
 from batching.errors import (
     BatchingError,
     BatchTimeoutError,
     DeadlineExceededError,
-    OutputCountError,
     QueueFullError,
     RequestTooLargeError,
     SchedulerClosedError,
 )
-from batching.policy import Batch, BatchPlanner, BatchPolicy
-from batching.request import Failure, Outcome, Priority, Request, Success
-from batching.statistics import SchedulerStatistics
-from batching.threads import DedicatedThread
+from batching.execution import Executor, Progress
+from batching.measured_cost import MeasuredCostModel
+from batching.pending import Pending, Waiter
+from batching.planner import BatchPlanner
+from batching.policy import Batch, BatchPolicy
+from batching.records import BatchRecord
+from batching.request import LARGEST_SIZE, Failure, Outcome, Priority, Success
+from batching.stages import RunBatch, StageSeconds
+from batching.statistics import SchedulerStatistics, Telemetry
+from batching.task_groups import plain_task_group
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
+S = TypeVar("S")
 
-RunBatch = Callable[[list[T]], Sequence[R | Exception]] | Callable[[list[T]], Awaitable[Sequence[R | Exception]]]
-"""Runs one batch: a list of payloads in, a sequence with one output for each out, in the same order.
-
-An output that is an `Exception` is that item's error. A raised exception fails the batch, which is then split.
-"""
-
+OVERLAP_PAYS_FROM = 0.1  # of a batch's time outside its second stage: what overlapping the stages saves at most
+PREFETCH_MARGIN = 2.0  # how many times the expected first stage before the end of the second stage before it
+SMOOTHING = 1 / 16
 
 _CALLER_GONE = Failure(BatchingError("its caller was cancelled"))
 """The outcome of a request that nobody waits for any more."""
-
-
-class _Waiter:
-    """Wakes one caller when all its requests have their outcomes."""
-
-    __slots__ = ("all_done", "arrival_s", "deadline_s", "timeout_s", "unfinished")
-
-    def __init__(self, arrival_s: float, timeout_s: float | None) -> None:
-        self.all_done = anyio.Event()
-        self.unfinished = 0
-        self.arrival_s = arrival_s
-        self.timeout_s = timeout_s
-        self.deadline_s = math.inf if timeout_s is None else arrival_s + timeout_s
-
-    def one_done(self) -> None:
-        self.unfinished -= 1
-        if not self.unfinished:
-            self.all_done.set()
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Pending(Request[T], Generic[T, R]):
-    """A request with the caller that waits for it."""
-
-    waiter: _Waiter
-    outcome: Outcome[R] | None = None
-
-
-@dataclass(slots=True)
-class _Counters:
-    """What `SchedulerStatistics` reports, while it is still counted."""
-
-    running: int = 0
-    accepted: int = 0
-    succeeded: int = 0
-    failed: int = 0
-    expired: int = 0
-    cancelled: int = 0
-    refused: int = 0
-    real_tokens: int = 0
-    padded_tokens: int = 0
-    busy_s: float = 0.0
-    batch_sizes: Counter[int] = field(default_factory=Counter)
 
 
 class BatchScheduler(Generic[T, R]):
     """Collects single requests into batches and runs them, on asyncio or trio.
 
     Use it as an async context manager, in the task that will also leave it. `run_batch` is a synchronous function, run
-    in a thread of the scheduler's own, or an asynchronous one. Up to `max_in_flight` batches run at once (synchronous
-    ones each in a thread of its own). Leaving the context normally refuses new requests and runs everything accepted;
-    leaving it by an exception (cancellation included) abandons what has not finished with `SchedulerClosedError`.
+    in a thread of the scheduler's own, an asynchronous one, or three `Stages`: those of one batch overlap with those of
+    the next, in a second thread, where the first and last are measured to take a real share of the time and requests
+    wait. Up to `max_in_flight` batches run at once (overlapping ones count as one). Leaving the context normally
+    refuses new requests and runs everything accepted; leaving it by an exception (cancellation included) abandons what
+    has not finished with `SchedulerClosedError`.
 
     `item_size` gives a payload's size where `submit` is not told one; it is called in the event loop for each request
-    and has to be quick. A batch that runs longer than `batch_timeout_s` fails with `BatchTimeoutError`; a synchronous
-    function cannot be stopped, so it goes on in its thread, unheard, while a new thread takes the next batch.
+    and has to be quick. Where it fails, or returns what is no size, a warning is logged once and the size is 1. Batches
+    are formed by `cost_model`, by default a `MeasuredCostModel` that learns from every batch.
+
+    A batch that runs longer than `batch_timeout_s` fails with `BatchTimeoutError`; a synchronous function cannot be
+    stopped, so it goes on in its thread, unheard, while a new thread takes the next batch. A batch whose error
+    `is_too_large` recognises is halved until its parts fit, and later batches stay below that size for a while.
+    `on_batch` is called in the event loop with the record of each batch; an exception of its own is logged.
 
     Every accepted request gets exactly one outcome: a result, an error of its own, or the cancellation of its caller.
     """
@@ -108,6 +78,8 @@ class BatchScheduler(Generic[T, R]):
         item_size: Callable[[T], int] | None = None,
         max_in_flight: int = 1,
         batch_timeout_s: float | None = None,
+        is_too_large: Callable[[Exception], bool] | None = None,
+        on_batch: Callable[[BatchRecord], None] | None = None,
         name: str = "batch scheduler",
     ) -> None:
         if max_in_flight < 1:
@@ -115,44 +87,48 @@ class BatchScheduler(Generic[T, R]):
         if batch_timeout_s is not None and batch_timeout_s <= 0:
             raise ValueError(f"batch_timeout_s must be positive or None, got {batch_timeout_s!r}")
         self.policy = policy or BatchPolicy()
-        self._run_batch = run_batch
-        self._is_async = inspect.iscoroutinefunction(run_batch) or inspect.iscoroutinefunction(
-            getattr(run_batch, "__call__", None)  # noqa: B004  # not whether it can be called, but how
-        )
+        self.cost_model = cost_model or MeasuredCostModel()
+        self.name = name
         self._item_size = item_size
-        self._batch_timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
-        self._threads = [DedicatedThread(f"{name} {i}") for i in range(max_in_flight)]
-        # All mutable state: the planner with its queue, the requests that run, the counters, and how idle slots wake.
-        self._planner: BatchPlanner[_Pending[T, R]] = BatchPlanner(self.policy, cost_model or PaddedCostModel())
-        self._running: set[_Pending[T, R]] = set()
-        self._counters = _Counters()
+        self._is_too_large = is_too_large or _never
+        self._on_batch = on_batch
+        timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
+        self._executors = [Executor(run_batch, timeout_s, f"{name} {i}") for i in range(max_in_flight)]
+        # All mutable state: the planner with its queue, the requests that run, what is counted, the measured shares of
+        # the first stage and of the first and last in a batch's time, and how idle workers wake.
+        self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, self.cost_model)
+        self._running: dict[int, Batch[Pending[T, R]]] = {}  # by the id of the batch
+        self._telemetry = Telemetry()
+        self._preprocess_share = 0.0
+        self._outside_share = 0.0
         self._arrival = anyio.Event()
+        self._warned_of_sizes = False
+        self._token: EventLoopToken | None = None
+        self._opened_s = math.nan
         self._open = False
-        self._task_group: TaskGroup | None = None
+        self._exit_stack: AsyncExitStack | None = None
 
     async def __aenter__(self) -> Self:
-        if self._task_group is not None:
+        if self._exit_stack is not None:
             raise RuntimeError("a BatchScheduler can be entered only once")
-        self._task_group = anyio.create_task_group()
-        await self._task_group.__aenter__()
-        for thread in self._threads:
-            self._task_group.start_soon(self._serve, thread)
+        self._exit_stack = AsyncExitStack()
+        task_group = await self._exit_stack.enter_async_context(plain_task_group())
+        for executor in self._executors:
+            task_group.start_soon(self._serve, executor)
+        self._token = current_token()
+        self._opened_s = anyio.current_time()
         self._open = True
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        if self._task_group is None:
+        if self._exit_stack is None:
             raise RuntimeError("a BatchScheduler cannot be left before it was entered")
         self._open = False
         self._arrival.set()
         try:
-            return await self._task_group.__aexit__(exc_type, exc, traceback)
-        except BaseExceptionGroup as group:
-            if group.exceptions == (exc,):
-                return False  # the block's own exception goes on as it was raised, not wrapped
-            raise
+            return await self._exit_stack.__aexit__(exc_type, exc, traceback)
         finally:
             self._abandon_unfinished()
 
@@ -166,20 +142,27 @@ class BatchScheduler(Generic[T, R]):
     ) -> R:
         """Run one payload in some batch and return its result, or raise its own error.
 
-        Raises `QueueFullError`, `RequestTooLargeError`, `SchedulerClosedError` or `ValueError` (a size below 1) before
-        anything is queued; `DeadlineExceededError` once `timeout_s` seconds have passed; `BatchTimeoutError`,
+        Raises `QueueFullError`, `RequestTooLargeError`, `SchedulerClosedError` or `ValueError` (a `size` out of range)
+        before anything is queued; `DeadlineExceededError` once `timeout_s` seconds have passed; `BatchTimeoutError`,
         `OutputCountError` or whatever `run_batch` raised for this payload. When cancelled, a request that still waits
         leaves the queue; one that runs already is finished, and its result dropped.
         """
-        waiter = _Waiter(anyio.current_time(), timeout_s)
+        waiter = self._make_waiter(timeout_s)
         request = self._make_request(payload, size, priority, waiter)
-        self._enqueue([request])
-        await self._wait(waiter, [request])
-        match request.outcome:
-            case Success(value):
-                return value
-            case Failure(error):
-                raise error
+        self._enqueue((request,))
+        if timeout_s is None:
+            try:
+                await waiter.all_done.wait()
+            except BaseException:
+                self._withdraw((request,), _CALLER_GONE)
+                raise
+        else:
+            await self._wait(waiter, (request,))
+        outcome = request.outcome
+        if isinstance(outcome, Success):
+            return outcome.value
+        if isinstance(outcome, Failure):
+            raise outcome.error
         raise AssertionError("a request was left without an outcome: this is a bug in modalkit")
 
     async def submit_many(
@@ -191,76 +174,96 @@ class BatchScheduler(Generic[T, R]):
     ) -> list[Outcome[R]]:
         """Run many payloads and return their outcomes in the same order: a `Success` or a `Failure` each.
 
-        A payload that can never run (too large, an invalid size) is a `Failure` and disturbs no other. Raises
-        `QueueFullError` or `SchedulerClosedError` before anything is queued: a list is accepted whole or not at all.
-        Timeouts and cancellation are as for `submit`.
+        A payload that can never run (too large) is a `Failure` and disturbs no other. Raises `QueueFullError` or
+        `SchedulerClosedError` before anything is queued: a list is accepted whole or not at all. Timeouts and
+        cancellation are as for `submit`.
         """
-        waiter = _Waiter(anyio.current_time(), timeout_s)
-        outcomes: list[Outcome[R] | _Pending[T, R]] = []
+        waiter = self._make_waiter(timeout_s)
+        outcomes: list[Outcome[R] | Pending[T, R]] = []
         for payload in payloads:
             try:
                 outcomes.append(self._make_request(payload, None, priority, waiter))
-            except (RequestTooLargeError, ValueError) as error:
+            except RequestTooLargeError as error:
                 outcomes.append(Failure(error))
-        requests = [entry for entry in outcomes if isinstance(entry, _Pending)]
+        requests = [entry for entry in outcomes if isinstance(entry, Pending)]
         self._enqueue(requests)
         if requests:
+            waiter.unfinished = len(requests)
             await self._wait(waiter, requests)
-        return [cast("Outcome[R]", entry.outcome) if isinstance(entry, _Pending) else entry for entry in outcomes]
+        return [cast("Outcome[R]", entry.outcome) if isinstance(entry, Pending) else entry for entry in outcomes]
+
+    async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None = None) -> S:
+        """Run a function of no batch in the thread that batches run in, between two of them: a warm-up, say.
+
+        Raises what it raises, `TimeoutError` after `timeout_s` seconds (it goes on unheard in its thread), and
+        `SchedulerClosedError`.
+        """
+        if not self._open:
+            raise SchedulerClosedError("the scheduler is not open: use it inside its 'async with' block")
+        with anyio.fail_after(timeout_s):
+            return await self._executors[0].run_in_thread(function)
 
     def statistics(self) -> SchedulerStatistics:
         """An immutable snapshot of what is waiting, running and done."""
-        counters = self._counters
-        return SchedulerStatistics(
+        return self._telemetry.snapshot(
             queued={priority: self._planner.queue.waiting(priority) for priority in Priority},
-            running=len(self._running),
-            accepted=counters.accepted,
-            succeeded=counters.succeeded,
-            failed=counters.failed,
-            expired=counters.expired,
-            cancelled=counters.cancelled,
-            refused=counters.refused,
-            batch_sizes=dict(counters.batch_sizes),
-            real_tokens=counters.real_tokens,
-            padded_tokens=counters.padded_tokens,
-            busy_s=counters.busy_s,
-            stuck_threads=sum(thread.stuck for thread in self._threads),
+            running=sum(len(batch.requests) for batch in self._running.values()),
+            open_s=(anyio.current_time() - self._opened_s) * len(self._executors) if self._exit_stack else 0.0,
+            stuck_threads=self.stuck_threads,
         )
+
+    @property
+    def stuck_threads(self) -> int:
+        """Calls that ran past the batch timeout and have still not come back; each holds a thread."""
+        return sum(executor.stuck_threads for executor in self._executors)
 
     # The caller's side.
 
-    def _make_request(self, payload: T, size: int | None, priority: Priority, waiter: _Waiter) -> _Pending[T, R]:
+    def _make_waiter(self, timeout_s: float | None) -> Waiter:
+        if self._token is None or not self._open:
+            raise SchedulerClosedError("the scheduler is not open: use it inside its 'async with' block")
+        return Waiter(self._token, timeout_s)
+
+    def _make_request(self, payload: T, size: int | None, priority: Priority, waiter: Waiter) -> Pending[T, R]:
         if size is None:
-            size = 1 if self._item_size is None else self._item_size(payload)
-        if size < 1:
-            raise ValueError(f"the size of a request must be at least 1, got {size!r}")
+            size = 1 if self._item_size is None else self._measured_size(self._item_size, payload)
+        elif not 1 <= size <= LARGEST_SIZE:
+            raise ValueError(f"size must be from 1 to {LARGEST_SIZE}, got {size!r}")
         limit = self.policy.max_batch_tokens
         if limit is not None and size > limit:
             raise RequestTooLargeError(size, limit)
-        return _Pending(
-            payload=payload,
-            size=size,
-            priority=priority,
-            arrival_s=waiter.arrival_s,
-            deadline_s=waiter.deadline_s,
-            waiter=waiter,
-        )
+        return Pending(payload, size, priority, waiter)
 
-    def _enqueue(self, requests: Sequence[_Pending[T, R]]) -> None:
-        if not self._open:
-            raise SchedulerClosedError("the scheduler is not open: use it inside its 'async with' block")
+    def _measured_size(self, item_size: Callable[[T], int], payload: T) -> int:
         try:
-            self._planner.queue.ensure_room(len(requests))
+            size = math.ceil(item_size(payload))
+        except Exception as error:  # noqa: BLE001  # user code may raise anything; an item without a size still runs
+            self._warn_of_sizes(f"raised {type(error).__name__}: {error}; the item counts as 1")
+            return 1
+        if 1 <= size <= LARGEST_SIZE:
+            return size
+        clamped = min(max(1, size), LARGEST_SIZE)
+        told = f"{size}" if size.bit_length() <= 64 else f"a number of {size.bit_length()} bits"
+        self._warn_of_sizes(f"returned {told}; the item counts as {clamped}")
+        return clamped
+
+    def _warn_of_sizes(self, what: str) -> None:
+        if not self._warned_of_sizes:
+            logger.warning(
+                "%s: item_size %s. Batches form badly like this; only this first case is logged", self.name, what
+            )
+            self._warned_of_sizes = True
+
+    def _enqueue(self, requests: Sequence[Pending[T, R]]) -> None:
+        try:
+            self._planner.push_all(requests)
         except QueueFullError:
-            self._counters.refused += len(requests)
+            self._telemetry.refused += len(requests)
             raise
-        for request in requests:
-            self._planner.queue.push(request)
-            request.waiter.unfinished += 1
-        self._counters.accepted += len(requests)
+        self._telemetry.accepted += len(requests)
         self._arrival.set()
 
-    async def _wait(self, waiter: _Waiter, requests: list[_Pending[T, R]]) -> None:
+    async def _wait(self, waiter: Waiter, requests: Sequence[Pending[T, R]]) -> None:
         """Wait for all outcomes; at the deadline, or when cancelled, requests without one are withdrawn."""
         try:
             if waiter.timeout_s is None:
@@ -273,109 +276,204 @@ class BatchScheduler(Generic[T, R]):
             self._withdraw(requests, _CALLER_GONE)
             raise
 
-    def _withdraw(self, requests: list[_Pending[T, R]], outcome: Failure) -> None:
+    def _withdraw(self, requests: Sequence[Pending[T, R]], outcome: Failure) -> None:
         for request in requests:
             if request.outcome is None:
                 self._planner.queue.discard(request)
-                self._finish(request, outcome)
+                self._fail(request, outcome)
 
     # The worker's side.
 
-    async def _serve(self, thread: DedicatedThread) -> None:
+    async def _serve(self, executor: Executor[T, R]) -> None:
         """Run one batch after the other, until the scheduler is closed and nothing waits."""
         try:
-            while (batch := await self._next_batch()) is not None:
-                await self._run(batch, thread)
+            async with anyio.create_task_group() as overlapped:
+                while (batch := await self._next_batch()) is not None:
+                    if self._overlap_pays(executor):
+                        await self._start(batch, executor, overlapped)
+                    else:
+                        await self._run(batch, executor)
+                        if executor.is_async or len(self._planner.queue) < self.policy.max_batch_size:
+                            await checkpoint()  # whoever got a result now may send the next request in time
         finally:
-            thread.close()
+            executor.close()
 
-    async def _next_batch(self) -> Batch[_Pending[T, R]] | None:
+    async def _next_batch(self) -> Batch[Pending[T, R]] | None:
         while True:
             decision = self._planner.decide(anyio.current_time(), draining=not self._open)
             for request in decision.expired:
-                self._finish(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
+                self._fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
             if decision.batch is not None:
                 return decision.batch
             if not self._open:
                 return None
             if self._arrival.is_set():
                 self._arrival = anyio.Event()
-            with anyio.CancelScope(deadline=decision.wake_s):
+            if math.isinf(decision.wake_s):
                 await self._arrival.wait()
+            else:
+                with anyio.CancelScope(deadline=decision.wake_s):
+                    await self._arrival.wait()
 
-    async def _run(self, batch: Batch[_Pending[T, R]], thread: DedicatedThread) -> None:
-        self._running.update(batch.requests)
-        sizes = [request.size for request in batch.requests]
-        self._counters.batch_sizes[len(sizes)] += 1
-        self._counters.real_tokens += sum(sizes)
-        self._counters.padded_tokens += len(sizes) * max(sizes)
-        started_s = anyio.current_time()
+    def _overlap_pays(self, executor: Executor[T, R]) -> bool:
+        """Whether a batch should start its first stage in the second thread: a lone one is quicker in one visit."""
+        return (
+            executor.has_stages
+            and self._outside_share >= OVERLAP_PAYS_FROM
+            and (executor.is_busy or len(self._planner.queue) > 0)
+        )
+
+    async def _start(self, batch: Batch[Pending[T, R]], executor: Executor[T, R], task_group: TaskGroup) -> None:
+        """Start a batch beside the one that runs, and return when the next one should be formed.
+
+        That is once this one is in its second stage, and so late that the next one's first stage just fits in: until
+        then requests may arrive that suit it better.
+        """
+        progress = Progress()
+        task_group.start_soon(self._run, batch, executor, progress)
+        await progress.predict_started.wait()
+        in_hand_s = batch.predicted_s * (1 - self._outside_share - PREFETCH_MARGIN * self._preprocess_share)
+        with anyio.move_on_after(in_hand_s):
+            await progress.predict_ended.wait()
+
+    async def _run(
+        self, batch: Batch[Pending[T, R]], executor: Executor[T, R], progress: Progress | None = None
+    ) -> None:
+        self._running[id(batch)] = batch
+        formed_s = anyio.current_time()
+        seconds = None
         try:
-            await self._run_parts(Bisection(batch.requests), thread)
+            seconds, failed = await self._run_parts(batch, executor, progress)
         finally:
-            elapsed_s = anyio.current_time() - started_s
-            self._counters.busy_s += elapsed_s
-            self._planner.batch_finished(batch, elapsed_s)
-        self._running.difference_update(batch.requests)
+            if progress is not None:
+                progress.end()
+            total_s = anyio.current_time() - formed_s
+            self._planner.batch_finished(
+                batch, total_s if seconds is None else seconds.total_s, succeeded=seconds is not None
+            )
+        del self._running[id(batch)]
+        self._report(batch, formed_s, total_s, seconds, failed, overlapped=progress is not None)
 
-    async def _run_parts(self, bisection: Bisection[_Pending[T, R]], thread: DedicatedThread) -> None:
+    async def _run_parts(
+        self, batch: Batch[Pending[T, R]], executor: Executor[T, R], progress: Progress | None
+    ) -> tuple[StageSeconds | None, int]:
+        """Run a batch, in ever smaller parts where it fails.
+
+        Returns the seconds of one that ran in one piece, and how many of its requests got an error.
+        """
+        bisection = Bisection(batch.requests)
+        seconds, failed = None, 0
         for part in bisection:
             wanted = [request for request in part if request.outcome is None]
             if not wanted:
                 continue
+            payloads = [request.payload for request in wanted]
+            # Only the batch itself is overlapped: parts of one that failed take their time.
+            overlap, progress = progress, None
             try:
-                outputs = await self._call([request.payload for request in wanted], thread)
+                outputs, part_seconds = await executor.run(payloads, overlap)
             except BatchTimeoutError as error:
                 # Not split: whatever hung would only hang again, for as long.
-                for request in wanted:
-                    self._finish(request, Failure(error))
+                failed += self._fail_all(wanted, error)
             except Exception as error:  # noqa: BLE001  # user code may raise anything; it becomes the items' error
-                for request in bisection.failed(wanted, error):
-                    self._finish(request, Failure(error))
+                failed += self._fail_all(self._split(bisection, wanted, error), error)
             else:
-                for request, output in zip(wanted, outputs, strict=True):
-                    self._finish(request, Failure(output) if isinstance(output, Exception) else Success(output))
+                failed += self._succeed(wanted, outputs)
+                if len(wanted) == len(batch.requests):
+                    seconds = part_seconds
         for request, last_error in bisection.given_up():
-            self._finish(request, Failure(last_error))
+            failed += self._fail_all([request], last_error)
+        return seconds, failed
 
-    async def _call(self, payloads: list[T], thread: DedicatedThread) -> Sequence[R | Exception]:
-        """Call `run_batch` within the batch timeout and check what it returns."""
-        outputs: Any = None
-        with anyio.move_on_after(self._batch_timeout_s) as scope:
-            if self._is_async:
-                outputs = await cast("Awaitable[Any]", self._run_batch(payloads))
-            else:
-                outputs = await thread.run(lambda: self._run_batch(payloads))
-        if scope.cancelled_caught:
-            raise BatchTimeoutError(self._batch_timeout_s, len(payloads))
-        if not isinstance(outputs, Sequence) or isinstance(outputs, str | bytes):
-            raise OutputCountError(len(payloads), f"{type(outputs).__name__}")
-        if len(outputs) != len(payloads):
-            raise OutputCountError(len(payloads), f"{len(outputs)}")
-        return outputs
+    def _split(
+        self, bisection: Bisection[Pending[T, R]], part: list[Pending[T, R]], error: Exception
+    ) -> list[Pending[T, R]]:
+        if not self._is_too_large(error):
+            return bisection.failed(part, error)
+        self._planner.too_large([request.size for request in part])
+        # The frames of the failed call hold its tensors: as long as they live, there is no room for the halves either.
+        traceback.clear_frames(error.__traceback__)
+        return bisection.failed(part, error, blameless=True)
 
-    def _finish(self, request: _Pending[T, R], outcome: Outcome[R]) -> None:
+    def _succeed(self, requests: list[Pending[T, R]], outputs: Sequence[R | Exception]) -> int:
+        """Hand out what a batch returned; returns how many of the outputs are errors."""
+        now, failed, latencies_s = anyio.current_time(), 0, []
+        for request, output in zip(requests, outputs, strict=True):
+            if isinstance(output, Exception):
+                failed += self._fail_all([request], output)
+            elif request.outcome is None:
+                request.outcome = Success(output)
+                latencies_s.append(now - request.arrival_s)
+                request.waiter.one_done()
+        self._telemetry.requests_succeeded(latencies_s)
+        return failed
+
+    def _fail_all(self, requests: list[Pending[T, R]], error: Exception) -> int:
+        for request in requests:
+            self._fail(request, Failure(error))
+        return len(requests)
+
+    def _fail(self, request: Pending[T, R], failure: Failure) -> None:
         if request.outcome is not None:
             return  # its caller has gone
-        request.outcome = outcome
-        if isinstance(outcome, Success):
-            self._counters.succeeded += 1
-        elif outcome is _CALLER_GONE:
-            self._counters.cancelled += 1
-        elif isinstance(outcome.error, DeadlineExceededError):
-            self._counters.expired += 1
+        request.outcome = failure
+        if failure is _CALLER_GONE:
+            self._telemetry.cancelled += 1
         else:
-            self._counters.failed += 1
+            self._telemetry.request_failed(failure)
         request.waiter.one_done()
+
+    def _report(
+        self,
+        batch: Batch[Pending[T, R]],
+        formed_s: float,
+        total_s: float,
+        seconds: StageSeconds | None,
+        failed: int,
+        *,
+        overlapped: bool,
+    ) -> None:
+        if seconds is not None and seconds.total_s > 0:
+            outside_s = seconds.preprocess_s + seconds.postprocess_s
+            self._preprocess_share += SMOOTHING * (seconds.preprocess_s / seconds.total_s - self._preprocess_share)
+            self._outside_share += SMOOTHING * (outside_s / seconds.total_s - self._outside_share)
+        stages = seconds or StageSeconds(0.0, total_s, 0.0)
+        arrivals_s = [request.arrival_s for request in batch.requests]
+        record = BatchRecord(
+            count=len(batch.requests),
+            failed=failed,
+            priority=batch.priority,
+            reason=batch.reason,
+            real_tokens=batch.total,
+            padded_tokens=batch.padded_tokens,
+            queue_s=formed_s - sum(arrivals_s) / len(arrivals_s),
+            oldest_queue_s=formed_s - arrivals_s[0],
+            preprocess_s=stages.preprocess_s,
+            predict_s=stages.predict_s,
+            postprocess_s=stages.postprocess_s,
+            total_s=total_s,
+            predicted_s=batch.predicted_s,
+            overlapped=overlapped,
+        )
+        self._telemetry.batch_ran(record)
+        if self._on_batch is not None:
+            try:
+                self._on_batch(record)
+            except Exception:
+                logger.exception("%s: on_batch failed; the batch itself was not affected", self.name)
 
     def _abandon_unfinished(self) -> None:
         queue = self._planner.queue
-        unfinished = list(self._running)
+        unfinished = [request for batch in self._running.values() for request in batch.requests]
         for priority in Priority:
             while (request := queue.oldest(priority)) is not None:
                 queue.discard(request)
                 unfinished.append(request)
         self._running.clear()
-        error = SchedulerClosedError("the scheduler was aborted before this request finished")
+        failure = Failure(SchedulerClosedError("the scheduler was aborted before this request finished"))
         for request in unfinished:
-            self._finish(request, Failure(error))
+            self._fail(request, failure)
+
+
+def _never(_: Exception) -> bool:
+    return False

@@ -1,9 +1,15 @@
-"""What the scheduler tells about itself: an immutable snapshot."""
+"""What the scheduler tells about itself: an immutable snapshot, and the counters that it is taken from."""
 
-from collections.abc import Mapping
+import math
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from batching.request import Priority
+from batching.errors import DeadlineExceededError
+from batching.records import BatchRecord
+from batching.request import Failure, Priority
+
+LATENCIES_KEPT = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,9 +19,9 @@ class SchedulerStatistics:
     queued: Mapping[Priority, int]
     """Requests that wait, by class."""
     running: int
-    """Requests in batches that run now."""
+    """Requests in batches that run now; a caller who has gone is counted until its batch has ended."""
     accepted: int
-    """Requests that entered the queue; each is then waiting, running, or one of the following four."""
+    """Requests that entered the queue."""
     succeeded: int
     failed: int
     expired: int
@@ -32,8 +38,21 @@ class SchedulerStatistics:
     """The same, counting each request at the size of the largest in its batch."""
     busy_s: float
     """Seconds that batches ran, summed over all that ran at the same time."""
+    predict_s: float
+    """Seconds that they spent in the second stage, or in the whole of what has no stages."""
+    open_s: float
+    """Seconds since it was opened, times the batches that may run at once."""
+    latency_p50_s: float
+    """Half of the last 4,096 requests that succeeded had their result within so many seconds; NaN before the first."""
+    latency_p90_s: float
+    latency_p99_s: float
     stuck_threads: int
     """Calls that ran past the batch timeout and have still not come back; each holds a thread."""
+
+    @property
+    def queue_depth(self) -> int:
+        """Requests that wait."""
+        return sum(self.queued.values())
 
     @property
     def batches(self) -> int:
@@ -50,3 +69,69 @@ class SchedulerStatistics:
     def padding_share(self) -> float:
         """The part of all padded tokens that was padding, from 0 to below 1."""
         return 1 - self.real_tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+    @property
+    def utilisation(self) -> float:
+        """The part of the time that the second stage, the model itself, was running; 0 before it was opened."""
+        return self.predict_s / self.open_s if self.open_s else 0.0
+
+
+class Telemetry:
+    """Counts what `SchedulerStatistics` reports."""
+
+    def __init__(self) -> None:
+        self.accepted = self.succeeded = self.failed = self.expired = self.cancelled = self.refused = 0
+        self._latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
+        self._batch_sizes: Counter[int] = Counter()
+        self._real_tokens = self._padded_tokens = 0
+        self._busy_s = self._predict_s = 0.0
+
+    def requests_succeeded(self, latencies_s: list[float]) -> None:
+        """Count results, each by how long its caller waited."""
+        self.succeeded += len(latencies_s)
+        self._latencies_s += latencies_s
+
+    def request_failed(self, failure: Failure) -> None:
+        """Count an error."""
+        if isinstance(failure.error, DeadlineExceededError):
+            self.expired += 1
+        else:
+            self.failed += 1
+
+    def batch_ran(self, record: BatchRecord) -> None:
+        """Count a batch."""
+        self._batch_sizes[record.count] += 1
+        self._real_tokens += record.real_tokens
+        self._padded_tokens += record.padded_tokens
+        self._busy_s += record.total_s
+        self._predict_s += record.predict_s
+
+    def snapshot(
+        self, *, queued: Mapping[Priority, int], running: int, open_s: float, stuck_threads: int
+    ) -> SchedulerStatistics:
+        """The statistics now, with what only the scheduler knows."""
+        latencies_s = sorted(self._latencies_s)
+        return SchedulerStatistics(
+            queued=queued,
+            running=running,
+            accepted=self.accepted,
+            succeeded=self.succeeded,
+            failed=self.failed,
+            expired=self.expired,
+            cancelled=self.cancelled,
+            refused=self.refused,
+            batch_sizes=dict(self._batch_sizes),
+            real_tokens=self._real_tokens,
+            padded_tokens=self._padded_tokens,
+            busy_s=self._busy_s,
+            predict_s=self._predict_s,
+            open_s=open_s,
+            latency_p50_s=_quantile(latencies_s, 0.5),
+            latency_p90_s=_quantile(latencies_s, 0.9),
+            latency_p99_s=_quantile(latencies_s, 0.99),
+            stuck_threads=stuck_threads,
+        )
+
+
+def _quantile(ascending: Sequence[float], share: float) -> float:
+    return ascending[min(int(share * len(ascending)), len(ascending) - 1)] if ascending else math.nan

@@ -6,7 +6,9 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 import anyio
-from anyio.lowlevel import EventLoopToken, current_token
+from anyio.lowlevel import current_token
+
+from batching.wakeup import Wakeup
 
 T = TypeVar("T")
 
@@ -14,9 +16,9 @@ T = TypeVar("T")
 class _Call(Generic[T]):
     """One function call on its way through the thread and back."""
 
-    def __init__(self, function: Callable[[], T]) -> None:
+    def __init__(self, function: Callable[[], T], done: Wakeup) -> None:
         self.function = function
-        self.done = anyio.Event()
+        self.done = done
         self.result: T
         self.error: BaseException | None = None
 
@@ -48,7 +50,7 @@ class DedicatedThread:
         When cancelled, it returns at once, and the function's outcome is dropped. What is no `Exception` (a
         `SystemExit`, say) is raised as a `RuntimeError`, because it must not end the event loop's thread.
         """
-        call = _Call(function)
+        call = _Call(function, Wakeup(current_token()))
         self._running_queue().put(call)  # type: ignore[arg-type]  # the thread never looks at the result
         try:
             await call.done.wait()
@@ -79,18 +81,16 @@ class DedicatedThread:
     def _running_queue(self) -> "SimpleQueue[_Call[object] | None]":
         if self._calls is None:
             self._calls = SimpleQueue()
-            self._thread = threading.Thread(
-                target=_serve, args=(self._calls, current_token()), name=self._name, daemon=True
-            )
+            self._thread = threading.Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True)
             self._thread.start()
         return self._calls
 
 
-def _serve(calls: "SimpleQueue[_Call[object] | None]", token: EventLoopToken) -> None:
+def _serve(calls: "SimpleQueue[_Call[object] | None]") -> None:
     while (call := calls.get()) is not None:
         call.run()
         try:
-            token.backend_class.run_sync_soon(call.done.set, (), token.native_token)
+            call.done.set_from_thread()
         except anyio.RunFinishedError:
             return  # the event loop ended while an abandoned call went on: nobody waits for its outcome
         del call  # so that the thread does not keep the last batch alive while it waits for the next

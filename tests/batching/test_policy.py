@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from batching import Batch, BatchPlanner, BatchPolicy, Decision, PaddedCostModel, Priority, Request
+from batching import Batch, BatchPlanner, BatchPolicy, Decision, DispatchReason, PaddedCostModel, Priority, Request
 
 COSTS = PaddedCostModel(fixed_s=0.002, token_s=0.00005)
 INTERACTIVE, BULK = Priority.INTERACTIVE, Priority.BULK
@@ -20,7 +20,7 @@ def planner(**limits: float | None) -> BatchPlanner[Request[int]]:
 
 def push(to: BatchPlanner[Request[int]], *sizes: int, priority: Priority = INTERACTIVE, at: float = 0.0) -> None:
     for size in sizes:
-        to.queue.push(Request(size, size, priority, at))
+        to.push(Request(size, size, priority, at))
 
 
 def sizes_of(decision: Decision[Request[int]]) -> list[int]:
@@ -52,7 +52,7 @@ class PlannerMachine(RuleBasedStateMachine):
     )
     def arrive(self, size: int, priority: Priority, lifetime_s: float) -> Request[None]:
         request = Request(None, size, priority, self.now, self.now + lifetime_s)
-        self.planner.queue.push(request)
+        self.planner.push(request)
         self.waiting.append(request)
         return request
 
@@ -147,12 +147,62 @@ def test_a_lone_request_runs_at_once_when_no_waiting_is_asked_for() -> None:
     assert sizes_of(plan.decide(7.0)) == [30]
 
 
-def test_an_idle_worker_waits_no_longer_than_it_may_for_companions() -> None:
-    plan = planner(max_wait_s=0.5, max_batch_size=3)
+def expensive(**limits: float | None) -> BatchPlanner[Request[int]]:
+    """A planner for batches that cost a second each, whatever is in them."""
+    return BatchPlanner(BatchPolicy(**limits), PaddedCostModel(fixed_s=1.0, token_s=0.0))  # type: ignore[arg-type]
+
+
+def test_an_idle_worker_waits_while_the_next_request_is_expected_to_pay_for_it() -> None:
+    """Three that share a batch of a second are worth a third of it each: so long may the next one take."""
+    plan = expensive(max_wait_s=0.9)
     push(plan, 30, at=7.0)
-    assert plan.decide(7.2) == Decision(wake_s=7.5)
+    push(plan, 30, at=7.1)
+    decision = plan.decide(7.1)
+    assert decision.batch is None
+    assert decision.wake_s == pytest.approx(7.1 + 1 / 3)
     push(plan, 30, at=7.3)
-    assert sizes_of(plan.decide(7.5)) == [30, 30]
+    assert plan.decide(7.3).wake_s == pytest.approx(7.3 + 1 / 4)
+    batch = plan.decide(7.3 + 1 / 4).batch
+    assert batch is not None
+    assert len(batch.requests) == 3
+    assert batch.reason is DispatchReason.IDLE, "the next one took longer than it was worth"
+
+
+def test_an_idle_worker_waits_no_longer_than_it_may() -> None:
+    plan = expensive(max_wait_s=0.15)
+    push(plan, 30, at=7.0)
+    push(plan, 30, at=7.1)
+    assert plan.decide(7.1) == Decision(wake_s=7.15)
+    batch = plan.decide(7.15).batch
+    assert batch is not None
+    assert batch.reason is DispatchReason.AGE
+
+
+def test_an_idle_worker_does_not_wait_for_requests_that_come_seldom() -> None:
+    plan = expensive(max_wait_s=0.9)
+    push(plan, 30, at=5.0)
+    assert sizes_of(plan.decide(5.0)) == [30], "before the second request nothing is known of the next"
+    push(plan, 30, at=7.0)
+    assert sizes_of(plan.decide(7.0)) == [30]
+
+
+def test_an_idle_worker_does_not_wait_where_batches_do_not_pay() -> None:
+    plan = BatchPlanner[Request[int]](BatchPolicy(max_wait_s=0.9), PaddedCostModel(fixed_s=0.0, token_s=0.01))
+    push(plan, 30, at=7.0)
+    push(plan, 30, at=7.1)
+    batch = plan.decide(7.1).batch
+    assert batch is not None
+    assert batch.reason is DispatchReason.IDLE
+
+
+def test_waiting_ends_in_time_for_a_deadline() -> None:
+    plan = expensive(max_wait_s=0.9)
+    push(plan, 30, at=7.0)
+    plan.push(Request(30, 30, INTERACTIVE, 7.1, deadline_s=8.2))
+    assert plan.decide(7.1).wake_s == pytest.approx(7.2)
+    batch = plan.decide(7.21).batch
+    assert batch is not None
+    assert batch.reason is DispatchReason.DEADLINE
 
 
 def test_a_batch_that_is_full_does_not_wait() -> None:
@@ -162,16 +212,89 @@ def test_a_batch_that_is_full_does_not_wait() -> None:
 
 
 def test_nothing_is_waited_for_while_draining() -> None:
-    plan = planner(max_wait_s=0.5)
+    plan = expensive(max_wait_s=0.9)
     push(plan, 30, at=7.0)
-    assert sizes_of(plan.decide(7.0, draining=True)) == [30]
+    push(plan, 31, at=7.1)
+    assert sizes_of(plan.decide(7.1, draining=True)) == [30, 31]
 
 
 def test_a_waiting_bulk_request_is_run_while_an_interactive_one_may_still_wait() -> None:
-    plan = planner(max_wait_s=0.5)
-    push(plan, 30, priority=BULK, at=7.0)
-    push(plan, 20, priority=INTERACTIVE, at=7.4)
-    assert sizes_of(plan.decide(7.5)) == [30]
+    plan = expensive(max_wait_s=0.9)
+    push(plan, 20, 20, priority=INTERACTIVE, at=7.4)
+    push(plan, 30, priority=BULK, at=7.4)
+    assert sizes_of(plan.decide(7.4)) == [30]
+    assert plan.decide(7.4).batch is None
+
+
+def test_a_batch_says_why_it_went_as_it_was() -> None:
+    def reason(plan: BatchPlanner[Request[int]], now: float = 0.0) -> DispatchReason:
+        batch = plan.decide(now).batch
+        assert batch is not None
+        return batch.reason
+
+    full = planner(max_batch_size=2)
+    push(full, 30, 30, 30)
+    assert reason(full) is DispatchReason.FULL
+    assert reason(full) is DispatchReason.IDLE
+    tokens = planner(max_batch_tokens=60)
+    push(tokens, 30, 30, 30)
+    assert reason(tokens) is DispatchReason.BUDGET
+    seconds = planner(max_batch_s=0.005)
+    push(seconds, 30, 30, 30)
+    assert reason(seconds) is DispatchReason.BUDGET
+    overdue = planner(max_age_s=2.0)
+    push(overdue, 30)
+    assert reason(overdue, now=2.0) is DispatchReason.AGE
+
+
+def test_a_batch_tells_its_sizes_and_its_predicted_seconds() -> None:
+    plan = planner()
+    push(plan, 30, 29, 31)
+    batch = plan.decide(0.0).batch
+    assert batch is not None
+    assert (batch.longest, batch.total, batch.padded_tokens) == (31, 90, 93)
+    assert batch.predicted_s == COSTS.predict_s(3, 31, 90)
+
+
+def test_a_batch_that_was_too_large_keeps_later_ones_below_its_size_until_larger_ones_fit_again() -> None:
+    plan = planner(max_batch_size=8)
+    plan.too_large([30] * 8)
+    sizes = []
+    for _ in range(200):
+        push(plan, *[30] * 8)
+        batch = plan.decide(0.0).batch
+        assert batch is not None
+        sizes.append(len(batch.requests))
+        plan.batch_finished(batch, 0.01)
+        while (rest := plan.decide(0.0).batch) is not None:
+            plan.batch_finished(rest, 0.01, succeeded=False)
+    assert sizes[0] == 4
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == 8
+
+
+def test_a_request_above_the_ceiling_still_runs_alone() -> None:
+    plan = planner()
+    plan.too_large([100, 100])
+    push(plan, 300, 300)
+    assert sizes_of(plan.decide(0.0)) == [300]
+    assert sizes_of(plan.decide(0.0)) == [300]
+
+
+def test_a_batch_of_one_run_teaches_the_cost_model_and_one_that_was_split_does_not() -> None:
+    seen = []
+
+    class Pupil(PaddedCostModel):
+        def observe(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
+            seen.append((count, longest, total, elapsed_s))
+
+    plan = BatchPlanner[Request[int]](BatchPolicy(), Pupil())
+    for succeeded in (True, False):
+        push(plan, 30, 29)
+        batch = plan.decide(0.0).batch
+        assert batch is not None
+        plan.batch_finished(batch, 0.25, succeeded=succeeded)
+    assert seen == [(2, 30, 59, 0.25)]
 
 
 def test_companions_are_of_similar_size_so_that_padding_stays_small() -> None:
@@ -182,15 +305,15 @@ def test_companions_are_of_similar_size_so_that_padding_stays_small() -> None:
 
 
 def test_a_large_fixed_cost_makes_larger_batches_worth_their_padding() -> None:
-    expensive = BatchPlanner[Request[int]](BatchPolicy(), PaddedCostModel(fixed_s=1.0, token_s=0.00005))
-    push(expensive, 30, 200, 31, 199, 29, 5, 28, 201, 30)
-    assert {28, 29, 30, 31, 199, 200, 201} <= set(sizes_of(expensive.decide(0.0)))
+    plan = expensive()
+    push(plan, 30, 200, 31, 199, 29, 5, 28, 201, 30)
+    assert {28, 29, 30, 31, 199, 200, 201} <= set(sizes_of(plan.decide(0.0)))
 
 
 def test_a_request_whose_deadline_has_come_is_never_run() -> None:
     plan = planner()
     late = Request(1, 1, INTERACTIVE, 0.0, deadline_s=5.0)
-    plan.queue.push(late)
+    plan.push(late)
     decision = plan.decide(5.0)
     assert decision.batch is None
     assert decision.expired == [late]

@@ -17,7 +17,7 @@ MAX_ITEMS = 20
 @given(sizes, sizes)
 def test_a_bucket_holds_similar_sizes_only(a: int, b: int) -> None:
     if size_bucket(a) == size_bucket(b):
-        assert max(a, b) <= min(a, b) * 2 ** (1 / 8)
+        assert max(a, b) <= min(a, b) * 2 ** (1 / 16)
     elif a < b:
         assert size_bucket(a) < size_bucket(b)
 

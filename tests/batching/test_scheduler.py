@@ -297,25 +297,52 @@ async def test_a_request_that_can_never_fit_is_refused_at_once_and_disturbs_no_o
     assert isinstance(long, Failure)
 
 
-async def test_a_size_below_one_is_refused_and_the_scheduler_goes_on() -> None:
-    async with BatchScheduler(lambda items: items, item_size=len) as scheduler:
-        with pytest.raises(ValueError, match="size of a request must be at least 1, got 0"):
-            await scheduler.submit("")
+@pytest.mark.parametrize("size", [0, -1, 2**40])
+async def test_a_given_size_out_of_range_is_refused_and_the_scheduler_goes_on(size: int) -> None:
+    async with BatchScheduler(lambda items: items) as scheduler:
+        with pytest.raises(ValueError, match=f"size must be from 1 to 2147483648, got {size}"):
+            await scheduler.submit("x", size=size)
         assert await scheduler.submit("ok") == "ok"
+
+
+def raise_key_error(item: str) -> int:
+    raise KeyError(item)
+
+
+@pytest.mark.parametrize(
+    ("item_size", "message"),
+    [
+        (raise_key_error, "raised KeyError: 'x'; the item counts as 1"),
+        (lambda _: 0, "returned 0; the item counts as 1"),
+        (lambda _: -7, "returned -7; the item counts as 1"),
+        (lambda _: None, "raised TypeError"),
+        (lambda _: math.nan, "raised ValueError"),
+        (lambda _: 10**400, "returned a number of 1329 bits; the item counts as 2147483648"),
+    ],
+)
+async def test_an_item_whose_size_cannot_be_told_runs_all_the_same_with_one_warning(
+    item_size: Callable[[str], Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with BatchScheduler(lambda items: items, item_size=item_size, name="model") as scheduler:
+        assert await scheduler.submit("x") == "x"
+        assert await scheduler.submit_many(["x", "y"]) == [Success("x"), Success("y")]
+    [warning] = caplog.messages
+    assert f"model: item_size {message}" in warning
 
 
 async def test_leaving_runs_everything_accepted_and_then_refuses() -> None:
     pipeline = Pipeline()
     pipeline.gate.set()
     async with anyio.create_task_group() as group:
-        async with BatchScheduler(pipeline.run, policy=BatchPolicy(max_wait_s=60)) as scheduler:
+        async with BatchScheduler(pipeline.run) as scheduler:
+            pipeline.gate = anyio.Event()
             for number in range(3):
                 group.start_soon(scheduler.submit, number)
-            await anyio.wait_all_tasks_blocked()
-            assert pipeline.batches == [], "an idle worker may wait a minute for companions"
+            await pipeline.entered.wait()
+            pipeline.gate.set()
         with pytest.raises(SchedulerClosedError, match="not open"):
             await scheduler.submit(4)
-    assert [sorted(batch) for batch in pipeline.batches] == [[0, 1, 2]]
+    assert sorted(number for batch in pipeline.batches for number in batch) == [0, 1, 2]
 
 
 async def test_submitting_before_opening_is_refused() -> None:

@@ -1,0 +1,179 @@
+"""Runs batches on behalf of the scheduler: in threads, within the time limit, with stages that may overlap."""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from time import perf_counter
+from typing import Any, Generic, TypeVar, cast
+
+import anyio
+
+from batching.errors import BatchingError, BatchTimeoutError, OutputCountError
+from batching.stages import RunBatch, Stages, StageSeconds
+from batching.threads import DedicatedThread
+
+T = TypeVar("T")
+R = TypeVar("R")
+S = TypeVar("S")
+
+
+class Progress:
+    """How far an overlapped batch has come."""
+
+    def __init__(self) -> None:
+        self.predict_started = anyio.Event()
+        self.predict_ended = anyio.Event()
+
+    def end(self) -> None:
+        """It will come no further, whether it succeeded or not."""
+        self.predict_started.set()
+        self.predict_ended.set()
+
+
+class Executor(Generic[T, R]):
+    """Runs one batch at a time, or the stages of neighbours at the same time.
+
+    Synchronous functions run in a thread of its own, the first and last stages of overlapped batches in a second one. A
+    call raises whatever the function raised, `BatchTimeoutError` when its stages took longer than `timeout_s` together,
+    and `OutputCountError` for anything but one output for each payload. Cancelling a call abandons a function that runs
+    in a thread; the next call gets a new thread.
+    """
+
+    def __init__(self, run_batch: RunBatch[T, R], timeout_s: float, name: str) -> None:
+        self._stages = run_batch if isinstance(run_batch, Stages) else None
+        self._function = None if isinstance(run_batch, Stages) else run_batch
+        self.is_async = inspect.iscoroutinefunction(run_batch) or inspect.iscoroutinefunction(
+            getattr(run_batch, "__call__", None)  # noqa: B004  # not whether it can be called, but how
+        )
+        self._timeout_s = timeout_s
+        self._main = DedicatedThread(name)
+        self._side = DedicatedThread(f"{name} stages")
+        # Only overlapped batches ever wait for these. They are fair: whoever asks first goes first.
+        self._main_lock = anyio.Lock(fast_acquire=True)
+        self._side_lock = anyio.Lock(fast_acquire=True)
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether batches can overlap."""
+        return self._stages is not None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a batch is running, or waiting to run."""
+        return self._main_lock.locked() or self._side_lock.locked()
+
+    @property
+    def stuck_threads(self) -> int:
+        """How many calls ran past the time limit and have still not come back."""
+        return self._main.stuck + self._side.stuck
+
+    def close(self) -> None:
+        """Let the threads end after their current calls."""
+        self._main.close()
+        self._side.close()
+
+    async def run_in_thread(self, function: Callable[[], S]) -> S:
+        """Run a function where batches run, between two of them."""
+        async with self._main_lock:
+            return await self._main.run(function)
+
+    async def run(
+        self, payloads: list[T], progress: "Progress | None" = None
+    ) -> tuple[Sequence[R | Exception], StageSeconds]:
+        """Run a batch, all its stages in one visit to the thread.
+
+        With a `progress`, run it stage by stage, each as soon as the batch before has left it; then only the time in
+        the stages counts for the time limit, not what is spent waiting for other batches.
+        """
+        if progress is not None and self._stages is not None:
+            outputs, seconds = await self._run_overlapped(payloads, self._stages, progress)
+        else:
+            outputs, seconds = await self._run_whole(payloads)
+        return _checked(outputs, len(payloads)), seconds
+
+    async def _run_whole(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
+        try:
+            self._main_lock.acquire_nowait()
+        except anyio.WouldBlock:
+            await self._main_lock.acquire()
+        try:
+            if math.isinf(self._timeout_s):
+                return await self._run_all(payloads)
+            with anyio.move_on_after(self._timeout_s):
+                return await self._run_all(payloads)
+            raise BatchTimeoutError(self._timeout_s, len(payloads))
+        finally:
+            self._main_lock.release()
+
+    async def _run_overlapped(
+        self, payloads: list[T], stages: Stages[T, R], progress: "Progress"
+    ) -> tuple[Any, StageSeconds]:
+        left_s, count = self._timeout_s, len(payloads)
+        async with self._side_lock:
+            prepared, preprocess_s = await self._timed(self._side, lambda: stages.preprocess(payloads), left_s, count)
+        left_s -= preprocess_s
+        async with self._main_lock:
+            progress.predict_started.set()
+            raw, predict_s = await self._timed(self._main, lambda: stages.predict(payloads, prepared), left_s, count)
+        progress.predict_ended.set()
+        left_s -= predict_s
+        async with self._side_lock:
+            outputs, postprocess_s = await self._timed(
+                self._side, lambda: stages.postprocess(payloads, raw), left_s, count
+            )
+        return outputs, StageSeconds(preprocess_s, predict_s, postprocess_s)
+
+    async def _run_all(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
+        if self._stages is not None:
+            stages = self._stages
+            return await self._main.run(lambda: _all_stages(stages, payloads))
+        if self.is_async:
+            started_s = anyio.current_time()
+            outputs = await _without_own_cancellation(cast("Awaitable[Any]", cast("Any", self._function)(payloads)))
+            return outputs, StageSeconds(0.0, anyio.current_time() - started_s, 0.0)
+        function = cast("Callable[[list[T]], Any]", self._function)
+        outputs, seconds = await self._main.run(lambda: _timed_call(lambda: function(payloads)))
+        return outputs, StageSeconds(0.0, seconds, 0.0)
+
+    async def _timed(
+        self, thread: DedicatedThread, stage: Callable[[], S], left_s: float, count: int
+    ) -> tuple[S, float]:
+        with anyio.move_on_after(max(0.0, left_s)):
+            return await thread.run(lambda: _timed_call(stage))
+        raise BatchTimeoutError(self._timeout_s, count)
+
+
+def _all_stages(stages: Stages[T, R], payloads: list[T]) -> tuple[Any, StageSeconds]:
+    prepared, preprocess_s = _timed_call(lambda: stages.preprocess(payloads))
+    raw, predict_s = _timed_call(lambda: stages.predict(payloads, prepared))
+    outputs, postprocess_s = _timed_call(lambda: stages.postprocess(payloads, raw))
+    return outputs, StageSeconds(preprocess_s, predict_s, postprocess_s)
+
+
+def _timed_call(function: Callable[[], S]) -> tuple[S, float]:
+    started_s = perf_counter()
+    result = function()
+    return result, perf_counter() - started_s
+
+
+async def _without_own_cancellation(awaitable: Awaitable[S]) -> S:
+    """Await, and turn a cancellation that nobody asked this task for into an error of the batch.
+
+    A function that awaits an asyncio task which somebody else cancelled raises what would end our own task in silence.
+    """
+    try:
+        return await awaitable
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise BatchingError("run_batch was cancelled by something inside it") from error
+
+
+def _checked(outputs: Any, count: int) -> Sequence[Any]:
+    if not isinstance(outputs, Sequence) or isinstance(outputs, str | bytes):
+        raise OutputCountError(count, f"{type(outputs).__name__}")
+    if len(outputs) != count:
+        raise OutputCountError(count, f"{len(outputs)}")
+    return outputs

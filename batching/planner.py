@@ -1,0 +1,236 @@
+"""Decides which requests run together and when: pure functions of the queue, the predicted costs and the time."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate, islice
+from typing import Generic
+
+from batching.arrivals import Arrivals
+from batching.ceiling import Ceiling
+from batching.cost import CostModel
+from batching.policy import Batch, BatchPolicy, Decision, DispatchReason
+from batching.queue import RequestQueue, RequestT, size_bucket
+from batching.request import Priority
+
+EVEN = 1 + 1e-9  # where requests only add up, rounding must not decide whether they may run together
+
+
+class BatchPlanner(Generic[RequestT]):
+    """Forms batches out of a queue, under a policy, by predicted cost.
+
+    A batch is formed around the oldest request of its class, which keeps more than `max_age_s` asks for. Companions
+    are taken from the nearest sizes, as long as each lowers (or keeps) the predicted seconds per unit of size: where a
+    batch's fixed cost is small, padding soon costs more than a companion saves and batches stay small and even; where
+    it is large, they grow to the limits. (The optimal partition of the queue by dynamic programming was measured too:
+    a hundredth better or worse on throughput, and fifty times as long to compute; see ARCHITECTURE.md.)
+
+    Sans-I/O: `now` is an argument, nothing waits, and a decision takes effect at once.
+    """
+
+    def __init__(self, policy: BatchPolicy, cost_model: CostModel) -> None:
+        self.policy = policy
+        self.cost_model = cost_model
+        self.queue: RequestQueue[RequestT] = RequestQueue(policy.max_queue_items)
+        self.ceiling = Ceiling()
+        self._arrivals = {priority: Arrivals() for priority in Priority}
+        # While both classes wait, bulk is owed `bulk_share` of the running time. What it is owed in seconds, negative
+        # when it has had more; kept only until the bulk queue is empty, so that nothing is hoarded.
+        self._owed_to_bulk_s = 0.0
+        self._bulk_in_flight = 0
+
+    def push(self, request: RequestT) -> None:
+        """Add a request that does not wait yet; raises `QueueFullError` when there is no room."""
+        self.push_all((request,))
+
+    def push_all(self, requests: Sequence[RequestT]) -> None:
+        """Add requests that do not wait yet, all or, with `QueueFullError`, none of them."""
+        self.queue.push_all(requests)
+        if self.policy.max_wait_s:
+            for request in requests:
+                self._arrivals[request.priority].add(request.size, request.arrival_s)
+
+    def decide(self, now: float, *, draining: bool = False) -> Decision[RequestT]:
+        """Take the next batch out of the queue, or say when to ask again; a worker must be free to run the batch.
+
+        While `draining`, nothing more is expected to arrive, so nothing is waited for.
+        """
+        expired = self.queue.pop_expired(now)
+        wake_s = math.inf
+        for priority in self._priorities_in_order():
+            anchor = self.queue.oldest(priority)
+            if anchor is None:
+                continue
+            batch = self._form_batch(anchor)
+            if batch.reason is DispatchReason.IDLE:
+                reason, batch_wake_s = self._whether_to_go(batch, now)
+                if reason is None and not draining:
+                    wake_s = min(wake_s, batch_wake_s)
+                    continue
+                batch = replace(batch, reason=reason or DispatchReason.IDLE)
+            return Decision(self._take(batch), expired=expired)
+        return Decision(wake_s=wake_s, expired=expired)
+
+    def batch_finished(self, batch: Batch[RequestT], elapsed_s: float, *, succeeded: bool = True) -> None:
+        """Account for a batch that `decide` gave out and that ran for `elapsed_s` seconds.
+
+        What one costs is learnt from a batch that `succeeded` as a whole, in one run.
+        """
+        is_bulk = batch.priority is Priority.BULK
+        self._bulk_in_flight -= is_bulk
+        if batch.contended:
+            self._owed_to_bulk_s += elapsed_s * (self.policy.bulk_share - is_bulk)
+        if succeeded:
+            self.cost_model.observe(len(batch.requests), batch.longest, batch.total, elapsed_s)
+            self.ceiling.fitted(batch.padded_tokens)
+
+    def too_large(self, sizes: list[int]) -> None:
+        """Account for requests of these `sizes` that were too large together for the device."""
+        self.ceiling.too_large(len(sizes) * max(sizes))
+
+    # Which class is next.
+
+    def _priorities_in_order(self) -> tuple[Priority, Priority]:
+        if not self.queue.waiting(Priority.BULK):
+            self._owed_to_bulk_s = 0.0
+        if self._owed_to_bulk_s > 0 and not self._bulk_in_flight:
+            return Priority.BULK, Priority.INTERACTIVE
+        return Priority.INTERACTIVE, Priority.BULK
+
+    # Whether it goes now.
+
+    def _whether_to_go(self, batch: Batch[RequestT], now: float) -> tuple[DispatchReason | None, float]:
+        """The reason to send off a batch that has room, or None and the time to ask again.
+
+        Waiting costs each request of the batch the time until the next arrival, and what that one adds to the batch;
+        it saves the next one a batch of its own. So it pays, in the sum of all latencies, while the expected gap is
+        shorter than ``seconds of a lone request / (requests + 1) - seconds that one more adds``.
+        """
+        policy = self.policy
+        age_s = now - batch.requests[0].arrival_s
+        if age_s >= policy.max_age_s:
+            return DispatchReason.AGE, now
+        if not policy.max_wait_s:
+            return DispatchReason.IDLE, now
+        if age_s >= policy.max_wait_s:
+            return DispatchReason.AGE, now
+        arrivals = self._arrivals[batch.priority]
+        count, size = len(batch.requests) + 1, max(1, arrivals.mean_size)
+        longest, total = max(batch.longest, size), batch.total + size
+        added_s = self.cost_model.predict_s(count, longest, total) - batch.predicted_s
+        worth_waiting_s = self.cost_model.predict_s(1, size, size) / count - added_s
+        if arrivals.gap_s(now) >= worth_waiting_s:
+            return DispatchReason.IDLE, now
+        latest_s = min(request.deadline_s for request in batch.requests) - batch.predicted_s
+        if latest_s <= now:
+            return DispatchReason.DEADLINE, now
+        oldest_s = now - age_s
+        return None, min(
+            oldest_s + policy.max_wait_s,
+            oldest_s + policy.max_age_s,
+            latest_s,
+            arrivals.gap_reaches_at(worth_waiting_s),
+        )
+
+    # What goes.
+
+    def _take(self, batch: Batch[RequestT]) -> Batch[RequestT]:
+        self.queue.take(batch.requests)
+        is_bulk = batch.priority is Priority.BULK
+        self._bulk_in_flight += is_bulk
+        other = Priority.INTERACTIVE if is_bulk else Priority.BULK
+        return replace(batch, contended=True) if self.queue.waiting(other) else batch
+
+    def _form_batch(self, anchor: RequestT) -> Batch[RequestT]:
+        """Grow a batch around `anchor` by runs of neighbours, from whichever side of its sizes serves better."""
+        max_size = self.policy.max_batch_size
+        requests, longest, total = [anchor], anchor.size, anchor.size
+        batch_s = self.cost_model.predict_s(1, longest, total)
+        sides = self._neighbours(anchor, max_size - 1)
+        while (room := max_size - len(requests)) > 0:
+            grown, over_budget = self._best_growth(sides, len(requests), longest, total, batch_s)
+            if grown is None:
+                reason = DispatchReason.BUDGET if over_budget else DispatchReason.IDLE
+                return Batch(requests, anchor.priority, reason, longest, total, batch_s)
+            side, added, longest, total, batch_s = grown
+            requests += side.take(min(added, room))
+        return Batch(requests, anchor.priority, DispatchReason.FULL, longest, total, batch_s)
+
+    def _best_growth(
+        self, sides: "tuple[_Neighbours[RequestT], ...]", count: int, longest: int, total: int, batch_s: float
+    ) -> "tuple[tuple[_Neighbours[RequestT], int, int, int, float] | None, bool]":
+        """The run of 1, 2, 4, ... requests of one side that lowers the seconds per size most, and the batch it makes.
+
+        None when every one would raise them or exceed a limit; the second value tells whether one failed by a limit.
+        """
+        predict_s, max_s = self.cost_model.predict_s, self.policy.max_batch_s or math.inf
+        max_tokens = min(self.policy.max_batch_tokens or math.inf, self.ceiling.tokens)
+        room = self.policy.max_batch_size - count
+        best, best_s_per_size, over_budget = None, batch_s / total, False
+        for side in sides:
+            available = min(side.available(), room)
+            added = 1
+            while added <= available:
+                new_longest = max(longest, side.longest(added))
+                new_total = total + side.total(added)
+                predicted_s = predict_s(count + added, new_longest, new_total)
+                if predicted_s <= best_s_per_size * new_total * EVEN:
+                    if (count + added) * new_longest > max_tokens or predicted_s > max_s:
+                        over_budget = True
+                        break
+                    best = side, added, new_longest, new_total, predicted_s
+                    best_s_per_size = predicted_s / new_total
+                added = min(2 * added, available) if added < available else available + 1
+        return best, over_budget
+
+    def _neighbours(self, anchor: RequestT, most: int) -> "tuple[_Neighbours[RequestT], _Neighbours[RequestT]]":
+        """The waiting requests of the anchor's class, nearest sizes first: those smaller, and those larger.
+
+        Those of its own bucket count as smaller; within a bucket they come in the order of their arrival.
+        """
+        own = size_bucket(anchor.size)
+        indices = self.queue.bucket_indices(anchor.priority)
+
+        def runs(buckets: list[int]) -> Iterator[list[RequestT]]:
+            for index in buckets:
+                waiting = self.queue.bucket(anchor.priority, index)
+                yield list(islice((request for request in waiting if request is not anchor), most))
+
+        smaller = [index for index in reversed(indices) if index <= own]
+        return _Neighbours(runs(smaller)), _Neighbours(runs(indices[len(smaller) :]))
+
+
+class _Neighbours(Generic[RequestT]):
+    """Requests of ever more different sizes, in runs: those of one bucket at a time."""
+
+    def __init__(self, runs: Iterator[list[RequestT]]) -> None:
+        self._runs = runs
+        self._run: list[RequestT] = []
+        self._taken = 0
+        self._totals: list[int] = []
+        self._longest: list[int] = []
+
+    def available(self) -> int:
+        """How many are left of the present run, or of the next that is not empty; 0 when there is none."""
+        while self._taken == len(self._run):
+            run = next(self._runs, None)
+            if run is None:
+                return 0
+            self._run, self._taken = run, 0
+            sizes = [request.size for request in run]
+            self._totals = list(accumulate(sizes, initial=0))
+            self._longest = list(accumulate(sizes, max))
+        return len(self._run) - self._taken
+
+    def longest(self, count: int) -> int:
+        """The largest size up to the next `count` of the run."""
+        return self._longest[self._taken + count - 1]
+
+    def total(self, count: int) -> int:
+        """The sum of the sizes of the next `count`."""
+        return self._totals[self._taken + count] - self._totals[self._taken]
+
+    def take(self, count: int) -> list[RequestT]:
+        """The next `count`, which are then gone."""
+        self._taken += count
+        return self._run[self._taken - count : self._taken]
