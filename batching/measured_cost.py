@@ -21,7 +21,7 @@ HEAVIEST = 1e6
 MEMORY_BATCHES = 250  # an old batch counts 1/e as much as a new one after so many
 SEED_WEIGHT = 0.02  # of what is assumed before anything is measured, beside 1 for a measured batch
 ANCHOR_WEIGHT = 0.1  # of a calibrated shape once real batches outnumber it: it never fades out entirely
-REFIT_EVERY = 16  # batches, once as many have been seen twice over; a fit costs a fifth of a millisecond
+REFIT_EVERY = 32  # batches, once as many have been seen; a fit takes a fifth of a millisecond
 CHANGE_AFTER = 8  # batches in a row that are off so far on the same side
 OUTLIER_LOG_RATIO = 0.4  # a batch that took over e^0.4 = 1.5 times what was predicted, or less than 1/1.5, counts less
 
@@ -160,7 +160,7 @@ class MeasuredCostModel:
     def _seen(self) -> None:
         self.observed += 1
         self._since_fit += 1
-        if self.observed < 2 * REFIT_EVERY or self._since_fit >= REFIT_EVERY:
+        if self.observed <= REFIT_EVERY or self._since_fit >= REFIT_EVERY:
             self._fit()
 
     def _fit(self) -> None:

@@ -1,9 +1,8 @@
 """Requests together with the callers that wait for their outcomes."""
 
+import asyncio
 import math
 from typing import Generic, TypeVar
-
-from anyio.lowlevel import EventLoopToken
 
 from batching.request import Outcome, Priority, Request
 from batching.wakeup import Wakeup
@@ -12,23 +11,23 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Waiter:
-    """Wakes one caller when all its requests have their outcomes."""
+class Waiter(Wakeup):
+    """Wakes one caller when all its requests have their outcomes. Times are those of the event loop's clock."""
 
-    __slots__ = ("all_done", "arrival_s", "deadline_s", "timeout_s", "unfinished")
+    __slots__ = ("arrival_s", "deadline_s", "timeout_s", "unfinished")
 
-    def __init__(self, token: EventLoopToken, timeout_s: float | None) -> None:
-        self.all_done = Wakeup(token)
+    def __init__(self, loop: asyncio.AbstractEventLoop | None, arrival_s: float, timeout_s: float | None) -> None:
+        super().__init__(loop)
         self.unfinished = 1
-        self.arrival_s = token.backend_class.current_time()
+        self.arrival_s = arrival_s
         self.timeout_s = timeout_s
-        self.deadline_s = math.inf if timeout_s is None else self.arrival_s + timeout_s
+        self.deadline_s = math.inf if timeout_s is None else arrival_s + timeout_s
 
     def one_done(self) -> None:
         """Count one of the caller's requests as finished."""
         self.unfinished -= 1
         if not self.unfinished:
-            self.all_done.set()
+            self.set()
 
 
 class Pending(Request[T], Generic[T, R]):

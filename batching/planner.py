@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate, islice
 from typing import Generic
 
 from batching.arrivals import Arrivals
@@ -147,13 +146,13 @@ class BatchPlanner(Generic[RequestT]):
         requests, longest, total = [anchor], anchor.size, anchor.size
         batch_s = self.cost_model.predict_s(1, longest, total)
         sides = self._neighbours(anchor, max_size - 1)
-        while (room := max_size - len(requests)) > 0:
+        while len(requests) < max_size:
             grown, over_budget = self._best_growth(sides, len(requests), longest, total, batch_s)
             if grown is None:
                 reason = DispatchReason.BUDGET if over_budget else DispatchReason.IDLE
                 return Batch(requests, anchor.priority, reason, longest, total, batch_s)
             side, added, longest, total, batch_s = grown
-            requests += side.take(min(added, room))
+            requests += side.take(added)
         return Batch(requests, anchor.priority, DispatchReason.FULL, longest, total, batch_s)
 
     def _best_growth(
@@ -168,11 +167,11 @@ class BatchPlanner(Generic[RequestT]):
         room = self.policy.max_batch_size - count
         best, best_s_per_size, over_budget = None, batch_s / total, False
         for side in sides:
-            available = min(side.available(), room)
+            sizes = side.sizes(room)
             added = 1
-            while added <= available:
-                new_longest = max(longest, side.longest(added))
-                new_total = total + side.total(added)
+            while added <= len(sizes):
+                run = sizes[:added]
+                new_longest, new_total = max(longest, *run), total + sum(run)
                 predicted_s = predict_s(count + added, new_longest, new_total)
                 if predicted_s <= best_s_per_size * new_total * EVEN:
                     if (count + added) * new_longest > max_tokens or predicted_s > max_s:
@@ -180,7 +179,7 @@ class BatchPlanner(Generic[RequestT]):
                         break
                     best = side, added, new_longest, new_total, predicted_s
                     best_s_per_size = predicted_s / new_total
-                added = min(2 * added, available) if added < available else available + 1
+                added = added + 1 if added == len(sizes) else min(2 * added, len(sizes))
         return best, over_budget
 
     def _neighbours(self, anchor: RequestT, most: int) -> "tuple[_Neighbours[RequestT], _Neighbours[RequestT]]":
@@ -193,8 +192,10 @@ class BatchPlanner(Generic[RequestT]):
 
         def runs(buckets: list[int]) -> Iterator[list[RequestT]]:
             for index in buckets:
-                waiting = self.queue.bucket(anchor.priority, index)
-                yield list(islice((request for request in waiting if request is not anchor), most))
+                run = self.queue.front(anchor.priority, index, most + 1)
+                if index == own:
+                    run.remove(anchor)
+                yield run
 
         smaller = [index for index in reversed(indices) if index <= own]
         return _Neighbours(runs(smaller)), _Neighbours(runs(indices[len(smaller) :]))
@@ -203,34 +204,24 @@ class BatchPlanner(Generic[RequestT]):
 class _Neighbours(Generic[RequestT]):
     """Requests of ever more different sizes, in runs: those of one bucket at a time."""
 
+    __slots__ = ("_run", "_runs", "_sizes")
+
     def __init__(self, runs: Iterator[list[RequestT]]) -> None:
         self._runs = runs
         self._run: list[RequestT] = []
-        self._taken = 0
-        self._totals: list[int] = []
-        self._longest: list[int] = []
+        self._sizes: list[int] = []
 
-    def available(self) -> int:
-        """How many are left of the present run, or of the next that is not empty; 0 when there is none."""
-        while self._taken == len(self._run):
+    def sizes(self, most: int) -> list[int]:
+        """The sizes of the next, `most` at most, of one run; empty when there are none at all."""
+        while not self._run:
             run = next(self._runs, None)
             if run is None:
-                return 0
-            self._run, self._taken = run, 0
-            sizes = [request.size for request in run]
-            self._totals = list(accumulate(sizes, initial=0))
-            self._longest = list(accumulate(sizes, max))
-        return len(self._run) - self._taken
-
-    def longest(self, count: int) -> int:
-        """The largest size up to the next `count` of the run."""
-        return self._longest[self._taken + count - 1]
-
-    def total(self, count: int) -> int:
-        """The sum of the sizes of the next `count`."""
-        return self._totals[self._taken + count] - self._totals[self._taken]
+                return []
+            self._run, self._sizes = run, [request.size for request in run]
+        return self._sizes[:most]
 
     def take(self, count: int) -> list[RequestT]:
-        """The next `count`, which are then gone."""
-        self._taken += count
-        return self._run[self._taken - count : self._taken]
+        """The next `count` of the run, which are then gone."""
+        taken = self._run[:count]
+        del self._run[:count], self._sizes[:count]
+        return taken

@@ -8,8 +8,8 @@ however many requests wait. The queue has no clock, does no I/O and is not threa
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
-from itertools import count
+from collections.abc import Sequence
+from itertools import count, islice
 from typing import Generic, TypeVar
 
 from batching.errors import QueueFullError
@@ -165,9 +165,12 @@ class RequestQueue(Generic[RequestT]):
         """The buckets in which requests of this class may wait, smallest sizes first."""
         return sorted(self._classes[priority].buckets)
 
-    def bucket(self, priority: Priority, index: int) -> Iterable[RequestT]:
-        """The waiting requests of one bucket in order of arrival; must not be iterated across changes of the queue."""
-        return (request for request in self._classes[priority].buckets.get(index, ()) if request.place)
+    def front(self, priority: Priority, index: int, most: int) -> list[RequestT]:
+        """Up to `most` waiting requests of one bucket, in order of arrival.
+
+        Fewer where some at its front have just been withdrawn; their places are free once `oldest` was called.
+        """
+        return [request for request in islice(self._classes[priority].buckets.get(index, ()), most) if request.place]
 
     def _sweep_deadlines(self) -> None:
         if len(self._deadlines) > 2 * self._length + _STALE_ALLOWED:

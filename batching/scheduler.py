@@ -1,5 +1,6 @@
 """The anyio shell around the planner: collects requests, runs batches, hands every caller its own outcome."""
 
+import asyncio
 import logging
 import math
 import traceback
@@ -10,7 +11,7 @@ from typing import Generic, Self, TypeVar, cast
 
 import anyio
 from anyio.abc import TaskGroup
-from anyio.lowlevel import EventLoopToken, checkpoint, current_token
+from anyio.lowlevel import checkpoint, current_token
 
 from batching.bisection import Bisection
 from batching.cost import CostModel
@@ -32,6 +33,7 @@ from batching.request import LARGEST_SIZE, Failure, Outcome, Priority, Success
 from batching.stages import RunBatch, StageSeconds
 from batching.statistics import SchedulerStatistics, Telemetry
 from batching.task_groups import plain_task_group
+from batching.wakeup import asyncio_loop
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,9 @@ class BatchScheduler(Generic[T, R]):
         self._outside_share = 0.0
         self._arrival = anyio.Event()
         self._warned_of_sizes = False
-        self._token: EventLoopToken | None = None
+        self._sleeping = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._now: Callable[[], float] = anyio.current_time
         self._opened_s = math.nan
         self._open = False
         self._exit_stack: AsyncExitStack | None = None
@@ -115,8 +119,10 @@ class BatchScheduler(Generic[T, R]):
         task_group = await self._exit_stack.enter_async_context(plain_task_group())
         for executor in self._executors:
             task_group.start_soon(self._serve, executor)
-        self._token = current_token()
-        self._opened_s = anyio.current_time()
+        token = current_token()
+        self._loop = asyncio_loop(token)
+        self._now = token.backend_class.current_time
+        self._opened_s = self._now()
         self._open = True
         return self
 
@@ -152,7 +158,7 @@ class BatchScheduler(Generic[T, R]):
         self._enqueue((request,))
         if timeout_s is None:
             try:
-                await waiter.all_done.wait()
+                await waiter.wait()
             except BaseException:
                 self._withdraw((request,), _CALLER_GONE)
                 raise
@@ -220,9 +226,9 @@ class BatchScheduler(Generic[T, R]):
     # The caller's side.
 
     def _make_waiter(self, timeout_s: float | None) -> Waiter:
-        if self._token is None or not self._open:
+        if not self._open:
             raise SchedulerClosedError("the scheduler is not open: use it inside its 'async with' block")
-        return Waiter(self._token, timeout_s)
+        return Waiter(self._loop, self._now(), timeout_s)
 
     def _make_request(self, payload: T, size: int | None, priority: Priority, waiter: Waiter) -> Pending[T, R]:
         if size is None:
@@ -261,16 +267,17 @@ class BatchScheduler(Generic[T, R]):
             self._telemetry.refused += len(requests)
             raise
         self._telemetry.accepted += len(requests)
-        self._arrival.set()
+        if self._sleeping:
+            self._arrival.set()
 
     async def _wait(self, waiter: Waiter, requests: Sequence[Pending[T, R]]) -> None:
         """Wait for all outcomes; at the deadline, or when cancelled, requests without one are withdrawn."""
         try:
             if waiter.timeout_s is None:
-                await waiter.all_done.wait()
+                await waiter.wait()
             else:
                 with anyio.CancelScope(deadline=waiter.deadline_s):
-                    await waiter.all_done.wait()
+                    await waiter.wait()
                 self._withdraw(requests, Failure(DeadlineExceededError(waiter.timeout_s)))
         except BaseException:
             self._withdraw(requests, _CALLER_GONE)
@@ -300,7 +307,7 @@ class BatchScheduler(Generic[T, R]):
 
     async def _next_batch(self) -> Batch[Pending[T, R]] | None:
         while True:
-            decision = self._planner.decide(anyio.current_time(), draining=not self._open)
+            decision = self._planner.decide(self._now(), draining=not self._open)
             for request in decision.expired:
                 self._fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
             if decision.batch is not None:
@@ -309,11 +316,15 @@ class BatchScheduler(Generic[T, R]):
                 return None
             if self._arrival.is_set():
                 self._arrival = anyio.Event()
-            if math.isinf(decision.wake_s):
-                await self._arrival.wait()
-            else:
-                with anyio.CancelScope(deadline=decision.wake_s):
+            self._sleeping += 1
+            try:
+                if math.isinf(decision.wake_s):
                     await self._arrival.wait()
+                else:
+                    with anyio.CancelScope(deadline=decision.wake_s):
+                        await self._arrival.wait()
+            finally:
+                self._sleeping -= 1
 
     def _overlap_pays(self, executor: Executor[T, R]) -> bool:
         """Whether a batch should start its first stage in the second thread: a lone one is quicker in one visit."""
@@ -340,14 +351,14 @@ class BatchScheduler(Generic[T, R]):
         self, batch: Batch[Pending[T, R]], executor: Executor[T, R], progress: Progress | None = None
     ) -> None:
         self._running[id(batch)] = batch
-        formed_s = anyio.current_time()
+        formed_s = self._now()
         seconds = None
         try:
             seconds, failed = await self._run_parts(batch, executor, progress)
         finally:
             if progress is not None:
                 progress.end()
-            total_s = anyio.current_time() - formed_s
+            total_s = self._now() - formed_s
             self._planner.batch_finished(
                 batch, total_s if seconds is None else seconds.total_s, succeeded=seconds is not None
             )
@@ -397,7 +408,7 @@ class BatchScheduler(Generic[T, R]):
 
     def _succeed(self, requests: list[Pending[T, R]], outputs: Sequence[R | Exception]) -> int:
         """Hand out what a batch returned; returns how many of the outputs are errors."""
-        now, failed, latencies_s = anyio.current_time(), 0, []
+        now, failed, latencies_s = self._now(), 0, []
         for request, output in zip(requests, outputs, strict=True):
             if isinstance(output, Exception):
                 failed += self._fail_all([request], output)

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-import anyio
-from anyio.lowlevel import current_token
+from anyio.lowlevel import EventLoopToken, current_token
 
-from batching.wakeup import Wakeup
+from batching.wakeup import Wakeup, asyncio_loop
 
 T = TypeVar("T")
 
@@ -16,17 +15,24 @@ T = TypeVar("T")
 class _Call(Generic[T]):
     """One function call on its way through the thread and back."""
 
-    def __init__(self, function: Callable[[], T], done: Wakeup) -> None:
+    def __init__(self, function: Callable[[], T], token: EventLoopToken) -> None:
         self.function = function
-        self.done = done
+        self._token = token
+        self._loop = asyncio_loop(token)
+        self.done = Wakeup(self._loop)
         self.result: T
         self.error: BaseException | None = None
 
     def run(self) -> None:
+        """Call the function and wake the caller; raises `RuntimeError` when the event loop has ended meanwhile."""
         try:
             self.result = self.function()
         except BaseException as error:  # noqa: BLE001  # handed to the caller, who raises it
             self.error = error
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.done.set)
+        else:
+            self._token.backend_class.run_sync_soon(self.done.set, (), self._token.native_token)
 
 
 class DedicatedThread:
@@ -50,7 +56,7 @@ class DedicatedThread:
         When cancelled, it returns at once, and the function's outcome is dropped. What is no `Exception` (a
         `SystemExit`, say) is raised as a `RuntimeError`, because it must not end the event loop's thread.
         """
-        call = _Call(function, Wakeup(current_token()))
+        call = _Call(function, current_token())
         self._running_queue().put(call)  # type: ignore[arg-type]  # the thread never looks at the result
         try:
             await call.done.wait()
@@ -88,9 +94,8 @@ class DedicatedThread:
 
 def _serve(calls: "SimpleQueue[_Call[object] | None]") -> None:
     while (call := calls.get()) is not None:
-        call.run()
         try:
-            call.done.set_from_thread()
-        except anyio.RunFinishedError:
+            call.run()
+        except RuntimeError:
             return  # the event loop ended while an abandoned call went on: nobody waits for its outcome
         del call  # so that the thread does not keep the last batch alive while it waits for the next

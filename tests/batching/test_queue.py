@@ -72,7 +72,7 @@ class QueueMachine(RuleBasedStateMachine):
             assert self.queue.waiting(priority) == len(waiting)
             assert self.queue.waiting_size(priority) == sum(r.size for r in waiting)
             assert self.queue.oldest(priority) is (waiting[0] if waiting else None)
-            in_buckets = [r for i in self.queue.bucket_indices(priority) for r in self.queue.bucket(priority, i)]
+            in_buckets = [r for i in self.queue.bucket_indices(priority) for r in self.queue.front(priority, i, 1000)]
             assert in_buckets == sorted(waiting, key=lambda r: size_bucket(r.size))
 
 
