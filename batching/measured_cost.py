@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from enum import StrEnum
 from statistics import median
-from typing import Any, Self
+from typing import Any
 
 from batching.cost import PaddedCostModel
 from batching.least_squares import NormalEquations
@@ -107,7 +107,7 @@ class MeasuredCostModel:
         }
 
     def state(self) -> dict[str, Any]:
-        """All that was learnt, as JSON can hold it; see `from_state`."""
+        """All that was learnt, as JSON can hold it; see `restore`."""
         self._fit()
         return {
             "version": STATE_VERSION,
@@ -118,25 +118,22 @@ class MeasuredCostModel:
             "newest_weight": self._newest_weight,
         }
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """A model that has learnt what another one had; raises `ValueError` for what `state` never returned."""
-        if state.get("version") != STATE_VERSION:
-            raise ValueError("not the state of a cost model of this version")
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Know what the model knew that `state` is of, and nothing else.
+
+        Raises `ValueError`, and changes nothing, for what `state` never returned, or for a model of another feature.
+        """
         try:
-            model = cls(CostFeature(state["feature"]))
-            model._restore(state)
+            if (state["version"], state["feature"]) != (STATE_VERSION, self.feature.value):
+                raise ValueError(f"of version {state['version']!r} and feature {state['feature']!r}")
+            observed, newest_weight = int(state["observed"]), float(state["newest_weight"])
+            kept = NormalEquations.from_state(state["kept"], FEATURES)
+            recent = NormalEquations.from_state(state["recent"], FEATURES)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the state of a cost model: {type(error).__name__}: {error}") from error
-        return model
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        self.observed = int(state["observed"])
-        self._kept = NormalEquations.from_state(state["kept"], FEATURES)
-        self._recent = NormalEquations.from_state(state["recent"], FEATURES)
-        self._newest_weight = float(state["newest_weight"])
-        if not 1 <= self._newest_weight < math.inf:
-            raise ValueError(f"newest_weight must be a finite number, 1 or more, got {self._newest_weight!r}")
+        if not 1 <= newest_weight < math.inf:
+            raise ValueError(f"newest_weight must be a finite number, 1 or more, got {newest_weight!r}")
+        self.observed, self._newest_weight, self._kept, self._recent = observed, newest_weight, kept, recent
         self._fit()
 
     def _notice_change(self, surprise: float) -> None:

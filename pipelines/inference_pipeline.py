@@ -1,7 +1,9 @@
 """The contract between a model and the worker that feeds it batches."""
 
+import os
+import platform
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
@@ -29,6 +31,9 @@ class InferencePipeline(ABC):
 
     deterministic: ClassVar[bool] = False
     """Whether equal items always get equal results, so that they may share one inference."""
+
+    cost_feature: ClassVar[Literal["padded", "total"]] = "padded"
+    """What a batch's time follows: its sizes after padding to the longest, or their sum, where nothing is padded."""
 
     def __init__(
         self, model_name: str, all_model_data_folder: str, common_settings: dict[str, Any], **model_entry: Any
@@ -68,6 +73,10 @@ class InferencePipeline(ABC):
         are learnt from real batches.
         """
         return []
+
+    def device_name(self) -> str:
+        """Describe what the model runs on, so that costs measured on another device are not mistaken for this one's."""
+        return f"{platform.machine()} with {os.cpu_count()} cores"
 
     def warm_up(self) -> None:
         """Do before the first request what would slow it down. Runs one sample item, where there are samples."""

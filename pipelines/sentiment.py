@@ -178,6 +178,12 @@ class SentimentPipeline(InferencePipeline):
         text = " ".join(islice(cycle(SAMPLE_WORDS), words))
         return [SentimentRequest(text=text) for _ in range(n)]
 
+    def device_name(self) -> str:
+        """The GPU, or the CPU with the threads that torch uses, and the number format."""
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)}, {self.dtype}"
+        return f"{super().device_name()}, {self.device.type}, {torch.get_num_threads()} threads, {self.dtype}"
+
     def move_to(self, device: str) -> None:
         """Move the model to `device`; with dtype ``auto`` its number format becomes what suits the device.
 

@@ -12,13 +12,13 @@ from anyio import to_thread
 from pydantic import BaseModel
 
 from batching import Outcome, Priority, SchedulerStatistics
+from batching.task_groups import plain_task_group
 from pipelines import AsyncInputModel, InferenceOutputModel, PipelineError
 from service.errors import ServiceError
 from service.jobs import Job, JobStore
 from service.loading import LoadError, ModelSource, UnknownModelError, make_job_manager
 from service.queue_backends import QueueBackend
 from service.settings import Settings
-from service.task_groups import plain_task_group
 from service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)

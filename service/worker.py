@@ -1,20 +1,28 @@
 """The worker: one pipeline, its scheduler and its jobs, without any knowledge of HTTP or Modal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from anyio import to_thread
 from pydantic import BaseModel
 
-from batching import BatchPolicy, BatchScheduler, Outcome, Priority, SchedulerStatistics
+from batching import (
+    BatchPolicy,
+    BatchRecord,
+    BatchScheduler,
+    MeasuredCostModel,
+    Outcome,
+    Priority,
+    SchedulerStatistics,
+)
 from pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
-from service.errors import ItemRejectedError, PipelineOutputError
 from service.jobs import Job, JobStore
 from service.jobs.manager import JobManager
 from service.jobs.runner import JobRunner
+from service.learnt_costs import LearntCosts
 from service.loading import make_job_manager
+from service.pipeline_batches import is_too_large, run_batch_of
 from service.queue_backends import QueueBackend
 from service.settings import AppSettings, BatchConfig, Settings
 
@@ -43,8 +51,9 @@ class InferenceWorker:
     Workers in one process share jobs and deliveries by an open `jobs`, in place of these two.
 
     Items are models of the kind that `input_model` says (by default the pipeline's own `input_model`), or mappings,
-    which are validated: pydantic's `ValidationError` is raised before anything is queued. The pipeline's warm-up runs
-    on entering.
+    which are validated: pydantic's `ValidationError` is raised before anything is queued. On entering, the pipeline's
+    warm-up runs, and what its batches cost is read or measured, as the settings say; without `calibrate` it is not
+    measured, for uses too short to be worth it. `on_batch` is called in the event loop with the record of each batch.
     """
 
     def __init__(
@@ -56,6 +65,8 @@ class InferenceWorker:
         job_store: JobStore | None = None,
         jobs: JobManager | None = None,
         input_model: type[BaseModel] | None = None,
+        on_batch: Callable[[BatchRecord], None] | None = None,
+        calibrate: bool = True,
     ) -> None:
         app_settings = AppSettings() if settings is None else settings.app_settings
         batch_config = app_settings.batch_config
@@ -64,11 +75,15 @@ class InferenceWorker:
         self.input_model = input_model or pipeline.input_model
         self._owns_jobs = jobs is None
         self._jobs = jobs or make_job_manager(settings, queue_backend, job_store)
+        self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
         self._scheduler: BatchScheduler[BaseModel, InferenceOutputModel] = BatchScheduler(
-            self._run_batch,
+            run_batch_of(pipeline),
             policy=batch_policy(batch_config),
+            cost_model=self._costs.model,
             item_size=pipeline.item_size,
             batch_timeout_s=batch_config.batch_timeout_seconds,
+            is_too_large=is_too_large,
+            on_batch=on_batch,
             name=self.model_name,
         )
         self._runner = JobRunner(
@@ -83,11 +98,12 @@ class InferenceWorker:
         self._exit_stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        await to_thread.run_sync(self.pipeline.warm_up)
         async with AsyncExitStack() as stack:
             if self._owns_jobs:
                 await stack.enter_async_context(self._jobs)
             await stack.enter_async_context(self._scheduler)
+            await self._scheduler.run_in_thread(self.pipeline.warm_up)
+            await self._costs.learn(self._scheduler)
             await stack.enter_async_context(self._runner)
             self._exit_stack = stack.pop_all()
         return self
@@ -95,7 +111,10 @@ class InferenceWorker:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        return await self._exit_stack.__aexit__(exc_type, exc, traceback)
+        try:
+            return await self._exit_stack.__aexit__(exc_type, exc, traceback)
+        finally:
+            await self._costs.keep()
 
     async def predict(
         self,
@@ -154,24 +173,18 @@ class InferenceWorker:
         return self._scheduler.statistics()
 
     @property
+    def costs(self) -> MeasuredCostModel:
+        """What batches of this pipeline are known to cost."""
+        return self._costs.model
+
+    @property
     def is_broken(self) -> bool:
         """Whether so many batches hang past their timeout that this process should be replaced."""
-        return self.statistics().stuck_threads >= STUCK_THREADS_OF_A_BROKEN_PIPELINE
+        return self._scheduler.stuck_threads >= STUCK_THREADS_OF_A_BROKEN_PIPELINE
 
     def _validated(self, item: BaseModel | Mapping[str, Any]) -> BaseModel:
         return item if isinstance(item, BaseModel) else self.input_model.model_validate(item)
 
-    def _run_batch(self, items: list[BaseModel]) -> Sequence[InferenceOutputModel | Exception]:
-        outputs: object = self.pipeline.run_inference(items)
-        # What is not a list of the right length is for the scheduler to refuse.
-        return [_checked(output) for output in outputs] if isinstance(outputs, list) else outputs  # type: ignore[return-value]
-
     async def _run_job(self, job: Job, timeout_s: float) -> dict[str, Any]:
         output = await self.predict(job.message, priority=Priority.BULK, timeout_s=timeout_s)
         return output.model_dump(mode="json")
-
-
-def _checked(output: object) -> InferenceOutputModel | Exception:
-    if not isinstance(output, InferenceOutputModel):
-        return PipelineOutputError(output)
-    return ItemRejectedError(output.error or "the pipeline gave no reason") if output.status == "error" else output

@@ -17,6 +17,7 @@ from anyio import to_thread
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from batching import Failure, Outcome, Priority, SchedulerStatistics
+from batching.task_groups import plain_task_group
 from pipelines import InferenceOutputModel, InferencePipeline
 from service.cli.common import ConfigFiles, ModelOption, model_source, notices
 from service.cli.records import FileFormat, Record, Writer, format_of, make_writer, read_records
@@ -24,7 +25,6 @@ from service.errors import describe_error
 from service.jobs import MemoryJobStore
 from service.jobs.manager import JobManager
 from service.settings import Settings
-from service.task_groups import plain_task_group
 from service.worker import InferenceWorker
 
 MOST_ITEMS_IN_A_CHUNK = 4096
@@ -169,7 +169,7 @@ class _Run:
         )
         async with (
             JobManager(MemoryJobStore()) as jobs,
-            InferenceWorker(pipeline, settings=self._settings, jobs=jobs) as worker,
+            InferenceWorker(pipeline, settings=self._settings, jobs=jobs, calibrate=False) as worker,
             plain_task_group() as task_group,
         ):
             started_s = time.perf_counter()

@@ -15,11 +15,11 @@ import anyio
 import typer
 import uvicorn
 
+from batching.task_groups import plain_task_group
 from service.cli.common import ConfigFiles, notices
 from service.errors import ServiceError
 from service.gateway import LocalGateway, Readiness
 from service.settings import Settings
-from service.task_groups import plain_task_group
 from service.web import create_app
 
 GRACE_S = 30

@@ -11,12 +11,12 @@ from typing import Self
 import anyio
 from anyio.abc import TaskGroup
 
+from batching.task_groups import plain_task_group
 from service.jobs.errors import JobStoreError
 from service.jobs.messages import result_message
 from service.jobs.model import DeliveryRecord, DeliveryStatus, Job
 from service.jobs.store import JobStore
 from service.queue_backends import QueueBackend
-from service.task_groups import plain_task_group
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from typing import Any, Protocol, Self
 
 import anyio
 
+from batching.task_groups import plain_task_group
 from service.errors import ServiceError
 from service.jobs.delivery import Deliverer
 from service.jobs.errors import JobStoreError
 from service.jobs.model import DeliveryStatus, FinishedJob, Job, JobStatus, NewJob
 from service.jobs.store import JobStore
 from service.queue_backends import QueueBackend
-from service.task_groups import plain_task_group
 
 logger = logging.getLogger(__name__)
 

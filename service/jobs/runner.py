@@ -9,11 +9,11 @@ import anyio
 from anyio.abc import TaskGroup
 
 from batching import DeadlineExceededError, QueueFullError, SchedulerClosedError
+from batching.task_groups import plain_task_group
 from service.errors import describe_error
 from service.jobs.errors import JobStoreError
 from service.jobs.manager import JobManager
 from service.jobs.model import FinishedJob, Job, JobStatus
-from service.task_groups import plain_task_group
 
 logger = logging.getLogger(__name__)
 

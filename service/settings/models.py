@@ -171,13 +171,24 @@ class DeploymentConfig(Section):
         return self
 
 
+class CalibrationConfig(Section):
+    """How the scheduler learns what a batch costs, by which it forms them."""
+
+    enabled: bool = True
+    """Measure a few batches of made-up items at start; without, the first real batches teach it."""
+    max_seconds: Duration = 3
+    """Most seconds to spend on it."""
+    path: Path | None = None
+    """File that keeps what was learnt between starts, for each model and device; null measures anew each time."""
+
+
 class BatchConfig(Section):
     """The limits within which the scheduler forms batches."""
 
     max_batch_size: Count = 32
     """Most items in one batch; more fills a GPU better and costs memory."""
     wait_ms: Wait = 0
-    """Longest wait of an idle worker for a fuller batch, in milliseconds; 0 runs a lone request at once."""
+    """Longest wait of an idle worker for a fuller batch, in milliseconds, where the measured costs say that it pays."""
     max_batch_tokens: Count | None = None
     """Most tokens in one batch, padding included, the bound on its memory; null sets no bound."""
     max_batch_seconds: Duration | None = None
@@ -188,6 +199,8 @@ class BatchConfig(Section):
     """Age in milliseconds past which the oldest request goes into the next batch, whatever its size."""
     batch_timeout_seconds: Duration = 120
     """Seconds after which a hanging batch fails its requests."""
+    calibration: CalibrationConfig = CalibrationConfig()
+    """How the costs of batches are learnt."""
 
     @model_validator(mode="after")
     def _a_batch_fits_the_queue(self) -> Self:

@@ -10,11 +10,11 @@ from pydantic import BaseModel, PositiveFloat
 from pydantic_core import to_json
 
 from batching import Failure, Priority
+from batching.task_groups import plain_task_group
 from pipelines import AsyncOutputModel, InferenceOutputModel
 from service.errors import describe_error
 from service.gateway import Gateway
 from service.jobs import Job
-from service.task_groups import plain_task_group
 from service.web.answers import JSON, JobView
 from service.web.bodies import BodyParser, InvalidItem, read_body
 from service.web.problems import ProblemError, error_response

@@ -68,7 +68,7 @@ class LengthPipeline(InferencePipeline):
         return len(item.text) if isinstance(item, Text) else 1
 
     def sample_items(self, n: int, size: int) -> list[BaseModel]:
-        return [Text(text="x" * size)] * n
+        return [Text(text="x" * min(size, 1000))] * n
 
 
 class UnloadablePipeline(LengthPipeline):

@@ -34,7 +34,7 @@ def gated_settings(tmp_path: Path) -> Settings:
     Gated.instances.clear()
     return Settings(
         app_settings={
-            "batch_config": {"max_batch_size": 1, "max_queue_size": 1},
+            "batch_config": {"max_batch_size": 1, "max_queue_size": 1, "calibration": {"enabled": False}},
             "async_config": {"store_path": tmp_path / "jobs.db"},
         },
         model_settings={"model_entries": {"gated": {"pipeline": f"{__name__}:Gated"}}},

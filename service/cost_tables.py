@@ -1,0 +1,88 @@
+"""Keeps what was learnt of the costs of batches between starts: a JSON file with a table for each model and device."""
+
+import json
+import logging
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from batching import MeasuredCostModel
+from pipelines import InferencePipeline
+
+logger = logging.getLogger(__name__)
+
+FILE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CostKey:
+    """What a cost table holds for: the class of the pipeline, the model with the keys of its entry, and the device."""
+
+    pipeline: str
+    model: str
+    device: str
+
+    @classmethod
+    def of(cls, pipeline: InferencePipeline) -> "CostKey":
+        """The key of a loaded pipeline."""
+        kind = type(pipeline)
+        entry = json.dumps(pipeline.model_entry, sort_keys=True, default=str)
+        return cls(f"{kind.__module__}:{kind.__qualname__}", f"{pipeline.model_name} {entry}", pipeline.device_name())
+
+
+def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
+    """Teach `model` what the file at `path` holds for `key`; returns whether it holds anything.
+
+    A file that cannot be read, or a table that was measured on another device, is warned of and not used.
+    """
+    tables = _read(path)
+    for table in tables:
+        if table.get("key") == asdict(key):
+            try:
+                model.restore(table["costs"])
+            except (KeyError, ValueError) as error:
+                logger.warning("%s: the costs of %s are damaged (%s): measuring anew", path, key.model, error)
+                return False
+            return True
+    others = [
+        table["key"]["device"]
+        for table in tables
+        if isinstance(table.get("key"), dict) and {**asdict(key), "device": None} == {**table["key"], "device": None}
+    ]
+    if others:
+        logger.warning(
+            "%s: the costs of %s were measured on another device (%s; this is %s): measuring anew",
+            path,
+            key.model,
+            ", ".join(others),
+            key.device,
+        )
+    return False
+
+
+def save_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> None:
+    """Put the costs of `key` into the file, beside those of others, in one step; a failure is logged, not raised."""
+    tables = [table for table in _read(path) if table.get("key") != asdict(key)]
+    tables.append({"key": asdict(key), "costs": model.state()})
+    text = json.dumps({"version": FILE_VERSION, "tables": tables}, indent=1)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
+            file.write(text)
+        Path(file.name).replace(path)
+    except OSError as error:
+        logger.warning("%s: what batches cost cannot be kept (%s); the next start measures anew", path, error)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != FILE_VERSION:
+            raise ValueError(f"version {content['version']!r} is not {FILE_VERSION}")  # noqa: TRY301  # one warning for all
+        return [table for table in content["tables"] if isinstance(table, dict)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: no file of batch costs (%s: %s): measuring anew", path, type(error).__name__, error)
+        return []

@@ -1,0 +1,55 @@
+"""How the scheduler runs a pipeline's batches, in stages or as one, and which failures mean that one was too large."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from batching import RunBatch, Stages
+from pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline
+from service.errors import ItemRejectedError, PipelineOutputError
+
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def run_batch_of(pipeline: InferencePipeline) -> RunBatch[BaseModel, InferenceOutputModel]:
+    """The pipeline's three stages, or its `run_inference` as one where the class has its own."""
+    if _is_overridden(pipeline):
+        return lambda items: _checked_all(pipeline.run_inference(items))
+    # Looked up at each call, as `run_inference` does, so that a method that is replaced later takes effect.
+    return Stages(
+        lambda items: pipeline.preprocess(items),  # noqa: PLW0108
+        lambda items, preprocessed: pipeline.predict(items, preprocessed),  # noqa: PLW0108
+        lambda items, raw_output: _checked_all(pipeline.postprocess(items, raw_output)),
+    )
+
+
+def is_too_large(error: Exception) -> bool:
+    """Whether a batch failed for lack of memory, so that its parts may succeed.
+
+    torch has an error of its own for a GPU; its CPU allocator and cuBLAS say so by a plain ``RuntimeError``.
+    """
+    if isinstance(error, MemoryError | BatchTooLargeError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def _is_overridden(pipeline: InferencePipeline) -> bool:
+    own = getattr(pipeline.run_inference, "__func__", None)
+    return own is not InferencePipeline.run_inference
+
+
+def _checked_all(outputs: Any) -> Sequence[InferenceOutputModel | Exception]:
+    # What is no sequence of the right length is for the scheduler to refuse.
+    is_list = isinstance(outputs, Sequence) and not isinstance(outputs, str | bytes)
+    return [_checked(output) for output in outputs] if is_list else outputs
+
+
+def _checked(output: object) -> InferenceOutputModel | Exception:
+    if not isinstance(output, InferenceOutputModel):
+        return PipelineOutputError(output)
+    return ItemRejectedError(output.error or "the pipeline gave no reason") if output.status == "error" else output
