@@ -19,6 +19,7 @@ class Ceiling:
     def __init__(self) -> None:
         self.tokens: float = math.inf
         self._fitted = 0  # the largest batch that fitted since a smaller one did not
+        self._is_trying = False  # whether the ceiling is above all that is known to fit
         self._patience = FIRST_PATIENCE
         self._batches_to_next_try = FIRST_PATIENCE
 
@@ -26,8 +27,10 @@ class Ceiling:
         """A batch of `tokens` did not fit."""
         if tokens <= self._fitted:
             self._fitted = 0
+        if self._is_trying and tokens <= self.tokens:
+            self._patience = min(2 * self._patience, LAST_PATIENCE)
+        self._is_trying = False
         self.tokens = max(1, tokens // 2, self._fitted)
-        self._patience = min(2 * self._patience, LAST_PATIENCE)
         self._batches_to_next_try = self._patience
 
     def fitted(self, tokens: int) -> None:
@@ -39,4 +42,5 @@ class Ceiling:
         self._batches_to_next_try -= 1
         if self._batches_to_next_try <= 0:
             self.tokens += self.tokens // 8 + 1
+            self._is_trying = True
             self._batches_to_next_try = self._patience

@@ -60,7 +60,7 @@ class BatchPlanner(Generic[RequestT]):
             anchor = self.queue.oldest(priority)
             if anchor is None:
                 continue
-            batch = self._form_batch(anchor)
+            batch = self._with_the_rest(self._form_batch(anchor))
             if batch.reason is DispatchReason.IDLE:
                 reason, batch_wake_s = self._whether_to_go(batch, now)
                 if reason is None and not draining:
@@ -105,31 +105,25 @@ class BatchPlanner(Generic[RequestT]):
         it saves the next one a batch of its own. So it pays, in the sum of all latencies, while the expected gap is
         shorter than ``seconds of a lone request / (requests + 1) - seconds that one more adds``.
         """
-        policy = self.policy
-        age_s = now - batch.requests[0].arrival_s
-        if age_s >= policy.max_age_s:
+        policy, oldest_s = self.policy, batch.requests[0].arrival_s
+        if now >= oldest_s + policy.max_age_s:
             return DispatchReason.AGE, now
         if not policy.max_wait_s:
             return DispatchReason.IDLE, now
-        if age_s >= policy.max_wait_s:
+        if now >= oldest_s + policy.max_wait_s:
             return DispatchReason.AGE, now
         arrivals = self._arrivals[batch.priority]
         count, size = len(batch.requests) + 1, max(1, arrivals.mean_size)
         longest, total = max(batch.longest, size), batch.total + size
         added_s = self.cost_model.predict_s(count, longest, total) - batch.predicted_s
         worth_waiting_s = self.cost_model.predict_s(1, size, size) / count - added_s
-        if arrivals.gap_s(now) >= worth_waiting_s:
+        given_up_s = arrivals.last_s + worth_waiting_s
+        if arrivals.gap_s >= worth_waiting_s or now >= given_up_s:
             return DispatchReason.IDLE, now
         latest_s = min(request.deadline_s for request in batch.requests) - batch.predicted_s
-        if latest_s <= now:
+        if now >= latest_s:
             return DispatchReason.DEADLINE, now
-        oldest_s = now - age_s
-        return None, min(
-            oldest_s + policy.max_wait_s,
-            oldest_s + policy.max_age_s,
-            latest_s,
-            arrivals.gap_reaches_at(worth_waiting_s),
-        )
+        return None, min(oldest_s + policy.max_wait_s, oldest_s + policy.max_age_s, given_up_s, latest_s)
 
     # What goes.
 
@@ -155,6 +149,35 @@ class BatchPlanner(Generic[RequestT]):
             requests += side.take(added)
         return Batch(requests, anchor.priority, DispatchReason.FULL, longest, total, batch_s)
 
+    def _with_the_rest(self, batch: Batch[RequestT]) -> Batch[RequestT]:
+        """Everyone of the class that waits, where the sum of their latencies is shorter like that than in two batches.
+
+        It keeps a few requests of odd sizes from waiting for a batch of their own while the queue is short.
+        """
+        count, priority = len(batch.requests), batch.priority
+        waiting, total = self.queue.waiting(priority), self.queue.waiting_size(priority)
+        if batch.reason is not DispatchReason.IDLE or not count < waiting <= self.policy.max_batch_size:
+            return batch
+        rest = self.queue.all_but(batch.requests)
+        longest_of_rest = max(request.size for request in rest)
+        longest = max(batch.longest, longest_of_rest)
+        together_s = self.cost_model.predict_s(waiting, longest, total)
+        second_s = self.cost_model.predict_s(waiting - count, longest_of_rest, total - batch.total)
+        if not self._is_allowed(waiting, longest, together_s):
+            return batch
+        if waiting * together_s > waiting * batch.predicted_s + (waiting - count) * second_s:
+            return batch
+        return Batch([*batch.requests, *rest], priority, batch.reason, longest, total, together_s)
+
+    def _is_allowed(self, count: int, longest: int, predicted_s: float) -> bool:
+        """Whether a batch of several requests keeps the limits but that of their number."""
+        policy, tokens = self.policy, count * longest
+        return (
+            (policy.max_batch_tokens is None or tokens <= policy.max_batch_tokens)
+            and (policy.max_batch_s is None or predicted_s <= policy.max_batch_s)
+            and tokens <= self.ceiling.tokens
+        )
+
     def _best_growth(
         self, sides: "tuple[_Neighbours[RequestT], ...]", count: int, longest: int, total: int, batch_s: float
     ) -> "tuple[tuple[_Neighbours[RequestT], int, int, int, float] | None, bool]":
@@ -162,8 +185,7 @@ class BatchPlanner(Generic[RequestT]):
 
         None when every one would raise them or exceed a limit; the second value tells whether one failed by a limit.
         """
-        predict_s, max_s = self.cost_model.predict_s, self.policy.max_batch_s or math.inf
-        max_tokens = min(self.policy.max_batch_tokens or math.inf, self.ceiling.tokens)
+        predict_s = self.cost_model.predict_s
         room = self.policy.max_batch_size - count
         best, best_s_per_size, over_budget = None, batch_s / total, False
         for side in sides:
@@ -174,7 +196,7 @@ class BatchPlanner(Generic[RequestT]):
                 new_longest, new_total = max(longest, *run), total + sum(run)
                 predicted_s = predict_s(count + added, new_longest, new_total)
                 if predicted_s <= best_s_per_size * new_total * EVEN:
-                    if (count + added) * new_longest > max_tokens or predicted_s > max_s:
+                    if not self._is_allowed(count + added, new_longest, predicted_s):
                         over_budget = True
                         break
                     best = side, added, new_longest, new_total, predicted_s

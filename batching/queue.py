@@ -172,6 +172,17 @@ class RequestQueue(Generic[RequestT]):
         """
         return [request for request in islice(self._classes[priority].buckets.get(index, ()), most) if request.place]
 
+    def all_but(self, requests: list[RequestT]) -> list[RequestT]:
+        """The waiting requests of the class of these `requests`, without them, smallest sizes first."""
+        buckets = self._classes[requests[0].priority].buckets
+        left_out = set(map(id, requests))
+        return [
+            request
+            for index in sorted(buckets)
+            for request in buckets[index]
+            if request.place and id(request) not in left_out
+        ]
+
     def _sweep_deadlines(self) -> None:
         if len(self._deadlines) > 2 * self._length + _STALE_ALLOWED:
             self._deadlines = [entry for entry in self._deadlines if entry[2].place]

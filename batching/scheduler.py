@@ -30,7 +30,7 @@ from batching.planner import BatchPlanner
 from batching.policy import Batch, BatchPolicy
 from batching.records import BatchRecord
 from batching.request import LARGEST_SIZE, Failure, Outcome, Priority, Success
-from batching.stages import RunBatch, StageSeconds
+from batching.stages import RunBatch, StageSeconds, StageShares
 from batching.statistics import SchedulerStatistics, Telemetry
 from batching.task_groups import plain_task_group
 from batching.wakeup import asyncio_loop
@@ -42,8 +42,8 @@ R = TypeVar("R")
 S = TypeVar("S")
 
 OVERLAP_PAYS_FROM = 0.1  # of a batch's time outside its second stage: what overlapping the stages saves at most
+OVERLAP_PAYS_FROM_S = 0.0005  # the same in seconds: it takes two more visits to threads, of some 50 microseconds each
 PREFETCH_MARGIN = 2.0  # how many times the expected first stage before the end of the second stage before it
-SMOOTHING = 1 / 16
 
 _CALLER_GONE = Failure(BatchingError("its caller was cancelled"))
 """The outcome of a request that nobody waits for any more."""
@@ -96,13 +96,12 @@ class BatchScheduler(Generic[T, R]):
         self._on_batch = on_batch
         timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         self._executors = [Executor(run_batch, timeout_s, f"{name} {i}") for i in range(max_in_flight)]
-        # All mutable state: the planner with its queue, the requests that run, what is counted, the measured shares of
-        # the first stage and of the first and last in a batch's time, and how idle workers wake.
+        # All mutable state: the planner with its queue, the requests that run, what is counted, what shares
+        # of the time the stages take, and how idle workers wake.
         self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, self.cost_model)
         self._running: dict[int, Batch[Pending[T, R]]] = {}  # by the id of the batch
         self._telemetry = Telemetry()
-        self._preprocess_share = 0.0
-        self._outside_share = 0.0
+        self._shares = StageShares()
         self._arrival = anyio.Event()
         self._warned_of_sizes = False
         self._sleeping = 0
@@ -330,7 +329,8 @@ class BatchScheduler(Generic[T, R]):
         """Whether a batch should start its first stage in the second thread: a lone one is quicker in one visit."""
         return (
             executor.has_stages
-            and self._outside_share >= OVERLAP_PAYS_FROM
+            and self._shares.outside >= OVERLAP_PAYS_FROM
+            and self._shares.outside_s >= OVERLAP_PAYS_FROM_S
             and (executor.is_busy or len(self._planner.queue) > 0)
         )
 
@@ -343,7 +343,7 @@ class BatchScheduler(Generic[T, R]):
         progress = Progress()
         task_group.start_soon(self._run, batch, executor, progress)
         await progress.predict_started.wait()
-        in_hand_s = batch.predicted_s * (1 - self._outside_share - PREFETCH_MARGIN * self._preprocess_share)
+        in_hand_s = batch.predicted_s * (1 - self._shares.outside - PREFETCH_MARGIN * self._shares.preprocess)
         with anyio.move_on_after(in_hand_s):
             await progress.predict_ended.wait()
 
@@ -444,10 +444,8 @@ class BatchScheduler(Generic[T, R]):
         *,
         overlapped: bool,
     ) -> None:
-        if seconds is not None and seconds.total_s > 0:
-            outside_s = seconds.preprocess_s + seconds.postprocess_s
-            self._preprocess_share += SMOOTHING * (seconds.preprocess_s / seconds.total_s - self._preprocess_share)
-            self._outside_share += SMOOTHING * (outside_s / seconds.total_s - self._outside_share)
+        if seconds is not None:
+            self._shares.add(seconds)
         stages = seconds or StageSeconds(0.0, total_s, 0.0)
         arrivals_s = [request.arrival_s for request in batch.requests]
         record = BatchRecord(

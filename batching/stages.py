@@ -7,6 +7,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
+SMOOTHING = 1 / 16
+
 
 @dataclass(frozen=True, slots=True)
 class Stages(Generic[T, R]):
@@ -43,3 +45,25 @@ class StageSeconds(NamedTuple):
     def total_s(self) -> float:
         """All three, without what lay between them."""
         return self.preprocess_s + self.predict_s + self.postprocess_s
+
+
+class StageShares:
+    """What the stages of a batch take of its time: exponential averages, at first those of the first batch."""
+
+    def __init__(self) -> None:
+        self.preprocess = 0.0
+        """The share of the first stage."""
+        self.outside = 0.0
+        """The share of the first and the last stage together: what overlapping them with others saves at most."""
+        self.outside_s = 0.0
+        """The same in seconds."""
+        self._smoothing = 1.0
+
+    def add(self, seconds: StageSeconds) -> None:
+        """Take a batch into account."""
+        if seconds.total_s > 0:
+            outside_s = seconds.preprocess_s + seconds.postprocess_s
+            self.preprocess += self._smoothing * (seconds.preprocess_s / seconds.total_s - self.preprocess)
+            self.outside += self._smoothing * (outside_s / seconds.total_s - self.outside)
+            self.outside_s += self._smoothing * (outside_s - self.outside_s)
+            self._smoothing = SMOOTHING

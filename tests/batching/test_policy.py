@@ -256,6 +256,24 @@ def test_a_batch_tells_its_sizes_and_its_predicted_seconds() -> None:
     assert batch.predicted_s == COSTS.predict_s(3, 31, 90)
 
 
+def test_a_few_requests_of_odd_sizes_go_along_where_that_makes_them_all_the_sooner_ready() -> None:
+    """Padding one 10 to 60 costs less than a batch of its own; where many wait, they will share one."""
+    costs = PaddedCostModel(fixed_s=0.012, token_s=0.0001)
+    few = BatchPlanner[Request[int]](BatchPolicy(), costs)
+    push(few, 60, 10)
+    assert sizes_of(few.decide(0.0)) == [60, 10]
+    many = BatchPlanner[Request[int]](BatchPolicy(), costs)
+    push(many, 60, *[10] * 20)
+    assert sizes_of(many.decide(0.0)) == [60]
+
+
+def test_who_goes_along_exceeds_no_limit() -> None:
+    for limits in (BatchPolicy(max_batch_tokens=100), BatchPolicy(max_batch_s=0.02), BatchPolicy(max_batch_size=1)):
+        plan = BatchPlanner[Request[int]](limits, PaddedCostModel(fixed_s=0.012, token_s=0.0001))
+        push(plan, 60, 10)
+        assert sizes_of(plan.decide(0.0)) == [60]
+
+
 def test_a_batch_that_was_too_large_keeps_later_ones_below_its_size_until_larger_ones_fit_again() -> None:
     plan = planner(max_batch_size=8)
     plan.too_large([30] * 8)

@@ -1,5 +1,6 @@
 """What callers of the scheduler can rely on, on asyncio and trio."""
 
+import asyncio
 import math
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -10,12 +11,16 @@ import anyio
 import pytest
 
 from batching import (
+    BatchingError,
     BatchPolicy,
+    BatchRecord,
     BatchScheduler,
     BatchTimeoutError,
     DeadlineExceededError,
+    DispatchReason,
     Failure,
     OutputCountError,
+    PaddedCostModel,
     Priority,
     QueueFullError,
     RequestTooLargeError,
@@ -178,6 +183,47 @@ async def test_an_asynchronous_batch_that_hangs_is_cancelled_in_time() -> None:
         with pytest.raises(BatchTimeoutError):
             await scheduler.submit("hang")
         assert await scheduler.submit("go on") == "go on"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # trio has nothing that could do so
+async def test_an_asynchronous_batch_that_is_cancelled_by_something_inside_it_is_an_error_of_the_batch() -> None:
+    async def run(items: list[str]) -> list[str]:
+        if "cancelled" in items:
+            raise asyncio.CancelledError
+        return items
+
+    async with BatchScheduler(run) as scheduler:
+        with pytest.raises(BatchingError, match="cancelled by something inside it"):
+            await scheduler.submit("cancelled")
+        assert await scheduler.submit("go on") == "go on"
+
+
+async def test_a_callback_that_fails_disturbs_no_batch(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(record: BatchRecord) -> None:
+        raise KeyError(record.count)
+
+    async with BatchScheduler(lambda items: items, on_batch=fail) as scheduler:
+        assert await scheduler.submit(1) == 1
+        assert await scheduler.submit(2) == 2
+    assert "on_batch failed" in caplog.text
+
+
+async def test_a_record_tells_what_a_batch_was_and_how_it_went() -> None:
+    pipeline, records = Pipeline(), list[BatchRecord]()
+    size_of = lambda number: abs(number) or 1  # noqa: E731
+    options = {"on_batch": records.append, "cost_model": PaddedCostModel(), "item_size": size_of}
+    async with held(pipeline, **options) as (scheduler, group):
+        group.start_soon(scheduler.submit_many, [10, -10, 9])
+        await anyio.wait_all_tasks_blocked()
+    first, second = records
+    assert (first.count, first.failed, first.real_tokens, first.padded_tokens) == (1, 0, 1, 1)
+    assert (second.count, second.failed, second.real_tokens, second.padded_tokens) == (3, 1, 29, 30)
+    assert second.padding_share == pytest.approx(1 / 30)
+    assert second.priority is Priority.INTERACTIVE
+    assert second.reason is DispatchReason.IDLE
+    assert 0 < second.queue_s <= second.oldest_queue_s
+    assert 0 < second.predict_s <= second.total_s
+    assert first.queue_s < second.queue_s
 
 
 async def test_a_full_queue_refuses_with_its_depth_and_loses_nothing() -> None:
@@ -420,7 +466,10 @@ async def test_statistics_account_for_every_request_and_batch() -> None:
     assert statistics.mean_batch_size == 2.5
     assert statistics.real_tokens == statistics.padded_tokens == 49
     assert statistics.padding_share == 0
-    assert statistics.busy_s > 0
+    assert statistics.busy_s >= statistics.predict_s > 0
+    assert 0 < statistics.utilisation < 1
+    assert 0 < statistics.latency_p50_s <= statistics.latency_p90_s <= statistics.latency_p99_s
+    assert statistics.queue_depth == 0
 
 
 def test_a_scheduler_that_can_run_nothing_is_refused() -> None:

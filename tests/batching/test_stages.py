@@ -1,0 +1,226 @@
+"""Stages of neighbouring batches overlap where that pays, in order; a failure in any of them hits the guilty alone."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+
+from batching import (
+    BatchPolicy,
+    BatchRecord,
+    BatchScheduler,
+    BatchTimeoutError,
+    Failure,
+    Outcome,
+    OutputCountError,
+    Stages,
+    Success,
+)
+
+pytestmark = pytest.mark.anyio
+
+ONE = BatchPolicy(max_batch_size=1)
+LONG_S = 60  # only a failing test waits as long
+
+
+class Model:
+    """Doubles numbers in three stages; notes what ran where, and waits at the door of a stage until told to go on."""
+
+    def __init__(self, preprocess_s: float = 0.003) -> None:
+        self.preprocess_s = preprocess_s
+        self.events: list[tuple[str, list[int]]] = []
+        self.threads: list[str] = []
+        self.entered = {stage: threading.Semaphore(0) for stage in ("preprocess", "predict", "postprocess")}
+        self.closed: dict[tuple[str, int], threading.Event] = {}
+        self.broken: dict[tuple[str, int], Exception] = {}
+
+    def stages(self) -> Stages[int, int]:
+        return Stages(
+            lambda items: self.stage("preprocess", items),
+            lambda items, _: self.stage("predict", items),
+            lambda items, _: [2 * item for item in self.stage("postprocess", items)],
+        )
+
+    def close(self, stage: str, item: int) -> threading.Event:
+        """Keep batches with `item` out of a stage until the event is set."""
+        return self.closed.setdefault((stage, item), threading.Event())
+
+    def stage(self, name: str, items: list[int]) -> list[int]:
+        self.events.append((name, items))
+        self.threads.append(threading.current_thread().name)
+        self.entered[name].release()
+        if name == "preprocess":
+            time.sleep(self.preprocess_s)  # work, on whose measured time all this depends
+        for item in items:
+            if (door := self.closed.get((name, item))) is not None:
+                door.wait(LONG_S)
+            if (error := self.broken.get((name, item))) is not None:
+                raise error
+        return items
+
+    async def until_entered(self, stage: str, times: int = 1) -> None:
+        for _ in range(times):
+            assert await anyio.to_thread.run_sync(self.entered[stage].acquire, True, LONG_S)
+
+
+async def make_overlap_pay(model: Model, scheduler: BatchScheduler[int, int]) -> None:
+    """Let the scheduler see that a batch spends nearly all its time in `preprocess`."""
+    await scheduler.submit(0)
+    for stage in model.entered:
+        await model.until_entered(stage)
+    model.events.clear()
+    model.threads.clear()
+
+
+async def test_a_lone_request_visits_one_thread_once() -> None:
+    model = Model()
+    async with BatchScheduler(model.stages(), name="model") as scheduler:
+        assert await scheduler.submit(4) == 8
+        await make_overlap_pay(model, scheduler)
+        assert await scheduler.submit(5) == 10
+    assert model.events == [("preprocess", [5]), ("predict", [5]), ("postprocess", [5])]
+    assert set(model.threads) == {"model 0"}
+
+
+async def test_the_next_batch_is_preprocessed_while_one_predicts_but_no_more_than_one_ahead() -> None:
+    model = Model()
+    outcomes: list[Outcome[int]] = []
+
+    async def call() -> None:
+        outcomes.extend(await scheduler.submit_many([1, 2, 3]))
+
+    async with BatchScheduler(model.stages(), policy=ONE, name="model") as scheduler:
+        await make_overlap_pay(model, scheduler)
+        door = model.close("predict", 1)
+        async with anyio.create_task_group() as group:
+            group.start_soon(call)
+            await model.until_entered("predict")
+            await model.until_entered("preprocess", 2)
+            await anyio.wait_all_tasks_blocked()
+            assert [event for event in model.events if 3 in event[1]] == [], "it is still free to choose"
+            door.set()
+    assert outcomes == [Success(2), Success(4), Success(6)]
+    assert model.events.index(("preprocess", [2])) < model.events.index(("postprocess", [1]))
+    for stage in ("preprocess", "predict", "postprocess"):
+        assert [items for name, items in model.events if name == stage] == [[1], [2], [3]]
+    assert set(model.threads) == {"model 0", "model 0 stages"}
+
+
+async def test_batches_do_not_overlap_where_their_first_and_last_stages_take_microseconds() -> None:
+    model = Model(preprocess_s=0)
+    async with BatchScheduler(model.stages(), policy=ONE) as scheduler:
+        await scheduler.submit_many([1, 2, 3])
+    assert [items for _, items in model.events] == [[1]] * 3 + [[2]] * 3 + [[3]] * 3
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "predict", "postprocess"])
+async def test_a_poisoned_item_fails_alone_in_overlapping_batches_too(stage: str) -> None:
+    model = Model()
+    model.broken[stage, 3] = ValueError(f"poisoned in {stage}")
+    async with BatchScheduler(model.stages(), policy=BatchPolicy(max_batch_size=4)) as scheduler:
+        await make_overlap_pay(model, scheduler)
+        outcomes = await scheduler.submit_many(range(1, 13))
+    assert [outcome for outcome in outcomes if isinstance(outcome, Success)] == [
+        Success(2 * number) for number in range(1, 13) if number != 3
+    ]
+    failure = outcomes[2]
+    assert isinstance(failure, Failure)
+    assert str(failure.error) == f"poisoned in {stage}"
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "predict", "postprocess"])
+async def test_a_stage_that_hangs_fails_its_batch_in_time_and_the_next_ones_run(stage: str) -> None:
+    model = Model()
+    async with BatchScheduler(model.stages(), policy=ONE, batch_timeout_s=0.2) as scheduler:
+        await make_overlap_pay(model, scheduler)
+        door = model.close(stage, 1)
+        hung, *others = await scheduler.submit_many([1, 2, 3])
+        door.set()
+    assert isinstance(hung, Failure)
+    assert isinstance(hung.error, BatchTimeoutError)
+    assert others == [Success(4), Success(6)]
+
+
+async def test_a_wrong_number_of_outputs_is_an_error_in_overlapping_batches_too() -> None:
+    model = Model()
+    stages = model.stages()
+    short: Stages[int, int] = Stages(
+        stages.preprocess, stages.predict, lambda items, raw: list(stages.postprocess(items, raw))[items[0] % 2 :]
+    )
+    async with BatchScheduler(short, policy=ONE) as scheduler:
+        await make_overlap_pay(model, scheduler)
+        odd, even = await scheduler.submit_many([1, 2])
+    assert isinstance(odd, Failure)
+    assert isinstance(odd.error, OutputCountError)
+    assert even == Success(4)
+
+
+async def test_leaving_waits_for_batches_in_every_stage() -> None:
+    model = Model()
+    results: list[int] = []
+
+    async def call(number: int) -> None:
+        results.append(await scheduler.submit(number))
+
+    async with anyio.create_task_group() as group:
+        async with BatchScheduler(model.stages(), policy=ONE) as scheduler:
+            await make_overlap_pay(model, scheduler)
+            for number in range(1, 6):
+                group.start_soon(call, number)
+            await model.until_entered("preprocess")
+    assert sorted(results) == [2, 4, 6, 8, 10]
+
+
+async def test_cancelling_the_block_ends_overlapping_batches_at_once() -> None:
+    model = Model()
+    door = model.close("predict", 1)
+    with anyio.CancelScope() as scope:
+        async with BatchScheduler(model.stages(), policy=ONE) as scheduler, anyio.create_task_group() as group:
+            await make_overlap_pay(model, scheduler)
+            for number in (1, 2, 3):
+                group.start_soon(scheduler.submit, number)
+            await model.until_entered("predict")
+            scope.cancel()
+    door.set()
+    assert scope.cancelled_caught
+    assert scheduler.statistics().running == 0
+
+
+async def test_records_tell_where_the_time_of_each_batch_went() -> None:
+    model, records = Model(), list[BatchRecord]()
+    async with BatchScheduler(model.stages(), policy=ONE, on_batch=records.append) as scheduler:
+        await make_overlap_pay(model, scheduler)
+        await scheduler.submit_many([1, 2, 3])
+    first, *others = records
+    assert first.preprocess_s > 0.5 * first.measured_s
+    assert not first.overlapped
+    assert any(record.overlapped for record in others)
+    for record in records:
+        assert min(record.preprocess_s, record.predict_s, record.postprocess_s) > 0
+        assert record.measured_s <= record.total_s
+
+
+async def test_a_function_of_no_batch_runs_in_the_thread_of_the_batches() -> None:
+    names = []
+
+    def note(items: list[Any]) -> list[Any]:
+        names.append(threading.current_thread().name)
+        return items
+
+    async with BatchScheduler(note, name="model") as scheduler:
+        await scheduler.run_in_thread(lambda: note([]))
+        await scheduler.submit(1)
+    assert names == ["model 0", "model 0"]
+
+
+async def test_a_function_of_no_batch_that_hangs_is_abandoned_in_time() -> None:
+    door = threading.Event()
+    double: Callable[[list[int]], list[int]] = lambda items: [2 * item for item in items]  # noqa: E731
+    async with BatchScheduler(double) as scheduler:
+        with pytest.raises(TimeoutError):
+            await scheduler.run_in_thread(lambda: door.wait(LONG_S), timeout_s=0.05)
+        assert await scheduler.submit(1) == 2
+        door.set()

@@ -1,0 +1,107 @@
+"""Batches that do not fit a device's memory: every item gets its result, and the limit is learnt."""
+
+import gc
+import weakref
+from collections.abc import Sequence
+
+import pytest
+
+from batching import BatchPolicy, BatchRecord, BatchScheduler, Failure, PaddedCostModel, Success
+
+pytestmark = pytest.mark.anyio
+
+
+class Tensor:
+    """Something large that a failed call leaves in its frame."""
+
+
+class Device:
+    """Has room for `room` tokens; a batch takes its number times its longest item."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.ran: list[int] = []
+        self.refused: list[int] = []
+        self.alive_at_call: list[int] = []
+        self.tensors: weakref.WeakSet[Tensor] = weakref.WeakSet()
+
+    def run(self, items: Sequence[int]) -> list[int]:
+        self.alive_at_call.append(len(self.tensors))
+        tensor = Tensor()
+        self.tensors.add(tensor)
+        tokens = len(items) * max(items)
+        if tokens > self.room:
+            self.refused.append(tokens)
+            raise MemoryError(f"{tokens} tokens do not fit")
+        self.ran.append(tokens)
+        return [2 * item for item in items]
+
+
+def is_memory_error(error: Exception) -> bool:
+    return isinstance(error, MemoryError)
+
+
+def scheduler_on(device: Device, max_batch_size: int = 256, **options: object) -> BatchScheduler[int, int]:
+    return BatchScheduler(
+        device.run,
+        policy=BatchPolicy(max_batch_size=max_batch_size),
+        cost_model=PaddedCostModel(),
+        item_size=int,
+        is_too_large=is_memory_error,
+        **options,  # type: ignore[arg-type]  # passed on
+    )
+
+
+async def test_every_item_of_a_batch_that_is_far_too_large_gets_its_result() -> None:
+    device = Device(room=40)
+    async with scheduler_on(device) as scheduler:
+        outcomes = await scheduler.submit_many([10] * 256)
+    assert outcomes == [Success(20)] * 256
+    assert len(device.refused) < 256 / 4 * 2
+
+
+async def test_the_limit_is_remembered_and_seldom_tried() -> None:
+    device = Device(room=1000)
+    async with scheduler_on(device) as scheduler:
+        for _ in range(60):
+            assert await scheduler.submit_many([10] * 256) == [Success(20)] * 256
+    assert len(device.refused) < 0.05 * len(device.ran)
+    assert max(device.ran) <= 1000
+    assert sum(device.ran) / len(device.ran) > 700
+
+
+async def test_an_item_that_is_too_large_alone_gets_that_error_and_the_others_their_results() -> None:
+    device = Device(room=100)
+    async with scheduler_on(device) as scheduler:
+        outcomes = await scheduler.submit_many([10, 500, 20])
+    assert [type(outcome) for outcome in outcomes] == [Success, Failure, Success]
+    failure = outcomes[1]
+    assert isinstance(failure, Failure)
+    assert str(failure.error) == "500 tokens do not fit"
+
+
+async def test_what_a_failed_call_held_is_free_before_the_next_one() -> None:
+    """As long as the error's frames hold the tensors of the failed call, half the batch does not fit either."""
+    device = Device(room=40)
+    async with scheduler_on(device) as scheduler:
+        gc.collect()
+        await scheduler.submit_many([10] * 64)
+    assert set(device.alive_at_call) == {0}
+
+
+async def test_a_batch_that_was_split_teaches_no_cost_and_is_recorded_once() -> None:
+    device, records = Device(room=100), list[BatchRecord]()
+    async with scheduler_on(device, on_batch=records.append) as scheduler:
+        await scheduler.submit_many([10] * 16)
+    first = records[0]
+    assert first.count == 16
+    assert first.failed == 0
+    assert (first.preprocess_s, first.postprocess_s) == (0, 0)
+
+
+async def test_without_a_classifier_it_is_an_error_like_any_other() -> None:
+    device = Device(room=10)
+    async with BatchScheduler(device.run, item_size=int) as scheduler:
+        outcomes = await scheduler.submit_many([10] * 32)
+        assert all(isinstance(outcome, Failure) for outcome in outcomes) or Success(20) in outcomes
+        assert await scheduler.submit(10) == 20
