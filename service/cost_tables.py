@@ -38,18 +38,14 @@ def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
     """
     tables = _read(path)
     for table in tables:
-        if table.get("key") == asdict(key):
+        if table["key"] == asdict(key):
             try:
                 model.restore(table["costs"])
             except (KeyError, ValueError) as error:
                 logger.warning("%s: the costs of %s are damaged (%s): measuring anew", path, key.model, error)
                 return False
             return True
-    others = [
-        table["key"]["device"]
-        for table in tables
-        if isinstance(table.get("key"), dict) and {**asdict(key), "device": None} == {**table["key"], "device": None}
-    ]
+    others = [table["key"]["device"] for table in tables if {**table["key"], "device": key.device} == asdict(key)]
     if others:
         logger.warning(
             "%s: the costs of %s were measured on another device (%s; this is %s): measuring anew",
@@ -63,7 +59,7 @@ def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
 
 def save_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> None:
     """Put the costs of `key` into the file, beside those of others, in one step; a failure is logged, not raised."""
-    tables = [table for table in _read(path) if table.get("key") != asdict(key)]
+    tables = [table for table in _read(path) if table["key"] != asdict(key)]
     tables.append({"key": asdict(key), "costs": model.state()})
     text = json.dumps({"version": FILE_VERSION, "tables": tables}, indent=1)
     try:
@@ -80,7 +76,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] != FILE_VERSION:
             raise ValueError(f"version {content['version']!r} is not {FILE_VERSION}")  # noqa: TRY301  # one warning for all
-        return [table for table in content["tables"] if isinstance(table, dict)]
+        return [table for table in content["tables"] if isinstance(table, dict) and isinstance(table.get("key"), dict)]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,110 @@
+"""How a pipeline's batches run: in stages or as one, and what counts as too large."""
+
+import threading
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from batching import Success
+from pipelines import BatchTooLargeError, InferenceOutputModel
+from service.pipeline_batches import is_too_large
+from service.settings import Settings
+from service.worker import InferenceWorker
+from tests.support.length_model import POISON, Length, LengthPipeline, Text
+
+NO_CALIBRATION = Settings(app_settings={"batch_config": {"max_batch_size": 64, "calibration": {"enabled": False}}})
+
+
+class OwnWay(LengthPipeline):
+    """Overrides `run_inference`, as the documentation allows."""
+
+    calls = 0
+
+    def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
+        self.calls += 1
+        return [Length(length=-1) for _ in input_list]
+
+
+@pytest.mark.anyio
+async def test_a_pipeline_with_its_own_run_inference_is_run_by_it_alone() -> None:
+    pipeline = OwnWay()
+    async with InferenceWorker(pipeline, settings=NO_CALIBRATION) as worker:
+        calls = pipeline.calls
+        assert await worker.predict(Text(text="four")) == Length(length=-1)
+    assert pipeline.calls == calls + 1
+    assert pipeline.batches == []
+
+
+@pytest.mark.anyio
+async def test_a_tuple_of_outputs_is_checked_like_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = LengthPipeline()
+    monkeypatch.setattr(pipeline, "postprocess", lambda *_: (InferenceOutputModel(status="error", error="no"),))
+    async with InferenceWorker(pipeline, settings=NO_CALIBRATION) as worker:
+        with pytest.raises(Exception, match="no"):
+            await worker.predict(Text(text="four"))
+
+
+@pytest.mark.anyio
+async def test_warm_up_runs_in_the_thread_of_the_batches() -> None:
+    class Noting(LengthPipeline):
+        threads: ClassVar[list[str]] = []
+
+        def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+            self.threads.append(threading.current_thread().name)
+            return super().predict(input_list, preprocessed_data)
+
+    async with InferenceWorker(Noting("model"), settings=NO_CALIBRATION) as worker:
+        await worker.predict(Text(text="four"))
+    assert Noting.threads == ["model 0", "model 0"]
+
+
+class Small(LengthPipeline):
+    """Has room for 3 items at a time."""
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        if len(input_list) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return super().predict(input_list, preprocessed_data)
+
+
+@pytest.mark.anyio
+async def test_every_item_of_a_batch_that_is_out_of_memory_gets_its_result_and_a_poisoned_one_its_error() -> None:
+    pipeline = Small()
+    async with InferenceWorker(pipeline, settings=NO_CALIBRATION) as worker:
+        texts = ["x" * n for n in range(1, 64)]
+        assert await worker.predict_many([Text(text=text) for text in texts]) == [
+            Success(Length(length=len(text))) for text in texts
+        ]
+        outcomes = await worker.predict_many([Text(text=text) for text in (*texts, POISON)])
+    assert [index for index, outcome in enumerate(outcomes) if not isinstance(outcome, Success)] == [63]
+    assert max(map(len, pipeline.batches)) <= 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        BatchTooLargeError("64 images do not fit"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] data. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_what_says_that_memory_ran_out_means_that_the_batch_was_too_large(error: Exception) -> None:
+    assert is_too_large(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: device-side assert"), ValueError("out of memory"), OSError()]
+)
+def test_other_errors_do_not(error: Exception) -> None:
+    assert not is_too_large(error)
+
+
+def test_what_torch_says_when_a_cpu_is_out_of_memory_is_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_too_large(caught.value)
