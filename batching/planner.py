@@ -181,27 +181,33 @@ class BatchPlanner(Generic[RequestT]):
     def _best_growth(
         self, sides: "tuple[_Neighbours[RequestT], ...]", count: int, longest: int, total: int, batch_s: float
     ) -> "tuple[tuple[_Neighbours[RequestT], int, int, int, float] | None, bool]":
-        """The run of 1, 2, 4, ... requests of one side that lowers the seconds per size most, and the batch it makes.
+        """The run of requests of one side that lowers the seconds per size most, and the batch it makes.
 
-        None when every one would raise them or exceed a limit; the second value tells whether one failed by a limit.
+        Tries all that there are on a side, half of them, and so on, for as long as fewer are better: a batch costs at
+        least in proportion to what is in it, so once fewer are worse, even fewer are worse still.
+
+        None when every run would raise the seconds or exceed a limit; the second value tells whether one did that.
         """
         predict_s = self.cost_model.predict_s
         room = self.policy.max_batch_size - count
-        best, best_s_per_size, over_budget = None, batch_s / total, False
+        best, best_s_per_size, over_budget = None, batch_s / total * EVEN, False
         for side in sides:
             sizes = side.sizes(room)
-            added = 1
-            while added <= len(sizes):
+            added, of_more = len(sizes), math.inf
+            while added:
                 run = sizes[:added]
                 new_longest, new_total = max(longest, *run), total + sum(run)
                 predicted_s = predict_s(count + added, new_longest, new_total)
-                if predicted_s <= best_s_per_size * new_total * EVEN:
-                    if not self._is_allowed(count + added, new_longest, predicted_s):
-                        over_budget = True
-                        break
-                    best = side, added, new_longest, new_total, predicted_s
-                    best_s_per_size = predicted_s / new_total
-                added = added + 1 if added == len(sizes) else min(2 * added, len(sizes))
+                s_per_size = predicted_s / new_total
+                if not self._is_allowed(count + added, new_longest, predicted_s):
+                    over_budget = over_budget or s_per_size <= best_s_per_size
+                elif s_per_size > of_more:
+                    break
+                else:
+                    of_more = s_per_size
+                    if s_per_size <= best_s_per_size:
+                        best, best_s_per_size = (side, added, new_longest, new_total, predicted_s), s_per_size
+                added //= 2
         return best, over_budget
 
     def _neighbours(self, anchor: RequestT, most: int) -> "tuple[_Neighbours[RequestT], _Neighbours[RequestT]]":

@@ -41,7 +41,7 @@ class DedicatedThread:
     One thread for all calls keeps what libraries hold by thread (OpenMP's workers, CUDA contexts, connections) warm,
     and a call costs one hop each way. Python cannot stop a running function: when a caller is cancelled, its call is
     abandoned, goes on in the old thread, and the next call gets a new one. Threads are daemons, so that a function that
-    never returns does not keep the process from ending.
+    never returns does not keep the process from ending. From `run` to `close`, it belongs to one event loop.
     """
 
     def __init__(self, name: str) -> None:
@@ -49,6 +49,7 @@ class DedicatedThread:
         self._calls: SimpleQueue[_Call[object] | None] | None = None
         self._abandoned: list[threading.Thread] = []
         self._thread: threading.Thread | None = None
+        self._token: EventLoopToken
 
     async def run(self, function: Callable[[], T]) -> T:
         """Run `function` in the thread and return its result or raise its error.
@@ -56,8 +57,9 @@ class DedicatedThread:
         When cancelled, it returns at once, and the function's outcome is dropped. What is no `Exception` (a
         `SystemExit`, say) is raised as a `RuntimeError`, because it must not end the event loop's thread.
         """
-        call = _Call(function, current_token())
-        self._running_queue().put(call)  # type: ignore[arg-type]  # the thread never looks at the result
+        calls = self._running_queue()
+        call = _Call(function, self._token)
+        calls.put(call)  # type: ignore[arg-type]  # the thread never looks at the result
         try:
             await call.done.wait()
         except BaseException:
@@ -87,6 +89,7 @@ class DedicatedThread:
     def _running_queue(self) -> "SimpleQueue[_Call[object] | None]":
         if self._calls is None:
             self._calls = SimpleQueue()
+            self._token = current_token()
             self._thread = threading.Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True)
             self._thread.start()
         return self._calls

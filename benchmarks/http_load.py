@@ -13,15 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import AsyncExitStack, contextmanager
 from typing import Annotated
 
 import anyio
 import httpx
 import typer
 
-from benchmarks.texts import read_texts
+from benchmarks.drivers import Call, closed_loop
+from benchmarks.texts import CORPUS, TextsOption, read_texts
 
 UNBATCHED = {"MODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_BATCH_SIZE": "1"}
 
@@ -52,23 +52,21 @@ def served(variables: dict[str, str]) -> Iterator[str]:
 
 async def load(url: str, texts: list[str], clients: int) -> list[float]:
     """The latency of each request in seconds; `clients` of them are under way at a time."""
-    latencies_s: list[float] = []
-    waiting = iter(texts)
     context = ssl.create_default_context()
 
-    async def caller() -> None:
-        # A client each: the time that one spends on its pool of connections grows with their number.
-        async with httpx.AsyncClient(base_url=url, timeout=600, verify=context) as client:
-            for text in waiting:
-                started_s = time.perf_counter()
-                response = await client.post("/sync/predict", json={"text": text})
-                response.raise_for_status()
-                latencies_s.append(time.perf_counter() - started_s)
+    def sender(client: httpx.AsyncClient) -> Call[str]:
+        async def send(text: str) -> None:
+            (await client.post("/sync/predict", json={"text": text})).raise_for_status()
 
-    async with anyio.create_task_group() as task_group:
-        for _ in range(clients):
-            task_group.start_soon(caller)
-    return latencies_s
+        return send
+
+    async with AsyncExitStack() as stack:
+        # A client each: the time that one spends on its pool of connections grows with their number.
+        senders = [
+            sender(await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=600, verify=context)))
+            for _ in range(clients)
+        ]
+        return await closed_loop(senders, texts)
 
 
 def measure(label: str, variables: dict[str, str], texts: list[str], clients: int) -> float:
@@ -85,14 +83,14 @@ def measure(label: str, variables: dict[str, str], texts: list[str], clients: in
 
 def main(
     clients: Annotated[int, typer.Option(help="Requests under way at a time.")] = 64,
-    texts_file: Annotated[Path | None, typer.Option(help="One text a line; film-review snippets if left out.")] = None,
+    texts: TextsOption = CORPUS,
     limit: Annotated[int, typer.Option(help="Use only so many texts.")] = 4000,
 ) -> None:
     """Print items/s and latencies with batching and without, and their ratio."""
-    texts = read_texts(texts_file, limit)
-    unbatched = measure("batches of one", UNBATCHED, texts, clients)
-    batched = measure("batched", {}, texts, clients)
-    print(f"{len(texts)} items from {clients} clients: {batched / unbatched:.2f} x the server without batching")
+    chosen = read_texts(texts, limit)
+    unbatched = measure("batches of one", UNBATCHED, chosen, clients)
+    batched = measure("batched", {}, chosen, clients)
+    print(f"{len(chosen)} items from {clients} clients: {batched / unbatched:.2f} x the server without batching")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Run it with ``python -m benchmarks.offline``; ``--help`` lists the options.
 
 import statistics
 import time
-from pathlib import Path
 from typing import Annotated
 
 import anyio
@@ -13,7 +12,7 @@ import typer
 from pydantic import BaseModel
 
 from batching import Failure, Priority, SchedulerStatistics
-from benchmarks.texts import read_texts
+from benchmarks.texts import CORPUS, TextsOption, read_texts
 from pipelines import InferencePipeline
 from service.cli.common import ConfigFiles, model_source
 from service.jobs import MemoryJobStore
@@ -66,7 +65,7 @@ async def scheduler_s(
 
 
 def main(
-    texts_file: Annotated[Path | None, typer.Option(help="One text a line; film-review snippets if left out.")] = None,
+    texts: TextsOption = CORPUS,
     limit: Annotated[int | None, typer.Option(help="Use only so many texts.")] = None,
     rounds: Annotated[int, typer.Option(help="How often each way is measured, in turn.")] = 3,
     config: ConfigFiles = None,
@@ -75,7 +74,7 @@ def main(
     settings = Settings.load(config)
     source = model_source(settings, None)
     pipeline = source.load()
-    items: list[BaseModel] = [source.input_model(text=text) for text in read_texts(texts_file, limit)]
+    items: list[BaseModel] = [source.input_model(text=text) for text in read_texts(texts, limit)]
     pipeline.run_inference(items[:LOOP_BATCH])
     loop: list[float] = []
     scheduled: list[float] = []

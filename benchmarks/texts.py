@@ -1,10 +1,24 @@
 """Texts to measure with."""
 
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from benchmarks.corpus import mixed_length_texts
 from pipelines.training.data import fetch_sentences, load_sentences
 
+CORPUS, FILMS = "corpus", "films"
 FILM_REVIEWS = "movieReviewSnippets"
+
+TextsOption = Annotated[
+    str,
+    typer.Option(
+        "--texts",
+        metavar=f"{CORPUS}|{FILMS}|FILE",
+        help="The corpus of mixed lengths, film-review snippets (all short), or a file with one text a line.",
+    ),
+]
 
 
 def film_review_snippets(limit: int | None = None) -> list[str]:
@@ -13,8 +27,19 @@ def film_review_snippets(limit: int | None = None) -> list[str]:
     return [sentence.text for sentence in sentences if sentence.source == FILM_REVIEWS][:limit]
 
 
-def read_texts(path: Path | None, limit: int | None) -> list[str]:
-    """The lines of a file that are not blank, or the film-review snippets."""
-    if path is None:
+def read_texts(name: str, limit: int | None = None) -> list[str]:
+    """The texts that `TextsOption` names; of a file, the lines that are not blank.
+
+    Raises `typer.BadParameter` for a file that is missing, unreadable or empty.
+    """
+    if name == CORPUS:
+        return mixed_length_texts(limit)
+    if name == FILMS:
         return film_review_snippets(limit)
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
+    try:
+        lines = Path(name).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"--texts {name}: {error}; name a readable text file, {CORPUS} or {FILMS}") from error
+    if not (texts := [line for line in lines if line.strip()]):
+        raise typer.BadParameter(f"--texts {name}: the file holds no text; write one a line")
+    return texts[:limit]

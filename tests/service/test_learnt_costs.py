@@ -37,7 +37,7 @@ async def test_a_worker_knows_the_costs_of_its_pipeline_before_the_first_request
 @pytest.mark.parametrize("how", [{"enabled": False}, {}])
 async def test_measuring_can_be_left_out(how: dict[str, bool]) -> None:
     pipeline = LengthPipeline()
-    async with InferenceWorker(pipeline, settings=settings(**how), calibrate=bool(how)) as worker:
+    async with InferenceWorker(pipeline, settings=settings(None, **how), calibrate=bool(how)) as worker:
         assert worker.costs.observed == 0
         assert await worker.predict(Text(text="four")) == Length(length=4)
         assert worker.costs.observed == 1
