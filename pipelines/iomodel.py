@@ -6,12 +6,23 @@ validate it too, which is how the body of an HTTP request is checked.
 
 from typing import Annotated, Any, Generic
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic_core import PydanticCustomError
 from typing_extensions import TypeVar
 
 MessageT = TypeVar("MessageT", default=Any)
 
-QueueName = Annotated[str, Field(min_length=1)]
+
+def _check_printable(name: str) -> str:
+    if not name.isprintable():
+        raise PydanticCustomError(
+            "unprintable", "must not hold unprintable characters, such as line breaks: remove them"
+        )
+    return name
+
+
+QueueName = Annotated[str, Field(min_length=1), AfterValidator(_check_printable)]
+"""The name of a queue: printable characters, at least one, because not every queue and store can keep others."""
 
 
 class AnyInput(BaseModel):

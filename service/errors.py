@@ -21,8 +21,25 @@ class PipelineOutputError(ServiceError):
         )
 
 
+class OutputNotJsonError(ServiceError):
+    """Raised for an item whose output holds what JSON cannot: a NumPy number, bytes, half of a surrogate pair."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(
+            f"the pipeline's output is no JSON ({describe_error(reason)}); postprocess must return plain values, such "
+            "as float(score) for a NumPy number"
+        )
+
+
 def describe_error(error: Exception) -> str:
-    """One line for whoever gets the error as text: ours speak for themselves, others need the name of their class."""
-    if isinstance(error, ServiceError | BatchingError | PipelineError):
-        return str(error)
-    return f"{type(error).__name__}: {error}"
+    """One line for whoever gets the error as text: ours speak for themselves, others need the name of their class.
+
+    Never raises, whatever the error is, and what it returns can be written as UTF-8.
+    """
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001  # the error of a user's own class, whose __str__ may do anything
+        text = "(its message cannot be shown: __str__ raises)"
+    if not isinstance(error, ServiceError | BatchingError | PipelineError):
+        text = f"{type(error).__name__}: {text}"
+    return text.encode(errors="backslashreplace").decode()

@@ -8,12 +8,12 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import anyio
-from anyio import to_thread
 from pydantic import BaseModel
 
 from batching import Outcome, Priority, SchedulerStatistics
 from batching.task_groups import plain_task_group
-from pipelines import AsyncInputModel, InferenceOutputModel, PipelineError
+from batching.threads import DedicatedThread
+from pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline, PipelineError
 from service.errors import ServiceError
 from service.jobs import Job, JobStore
 from service.loading import LoadError, ModelSource, UnknownModelError, make_job_manager
@@ -90,7 +90,9 @@ class Gateway(Protocol):
         """Run several items; outcomes in the same order."""
         ...
 
-    async def submit(self, request: AsyncInputModel, *, model_name: str | None = None) -> str:
+    async def submit(
+        self, request: AsyncInputModel, *, model_name: str | None = None, priority: Priority = Priority.BULK
+    ) -> str:
         """Accept a job and return its id."""
         ...
 
@@ -130,7 +132,8 @@ class LocalGateway:
 
     Constructing it imports the classes that the configuration names and raises `LoadError` where that fails; entering
     it opens the job store and starts to load the models in the background. A model that cannot be loaded, or whose
-    worker breaks down, is `failed` and leaves the others alone.
+    worker breaks down, is `failed` and leaves the others alone. Leaving it does not wait for a model that is still
+    loading, whose stored jobs stay for the next start.
     """
 
     def __init__(
@@ -161,12 +164,26 @@ class LocalGateway:
     ) -> bool | None:
         return await self._exit_stack.__aexit__(exc_type, exc, traceback)
 
+    async def wait_until_settled(self) -> None:
+        """Wait until every model is ready or has failed: `readiness` tells which."""
+        for model in self._models.values():
+            await model.settled.wait()
+
     async def wait_until_ready(self) -> None:
-        """Wait until every model is ready; raises the first error of a model that cannot be loaded."""
+        """Wait until every model is ready.
+
+        Raises the first error of a model that cannot be loaded, and `NotReadyError` when the gateway is left meanwhile.
+        """
         for model in self._models.values():
             await model.settled.wait()
             if model.error is not None:
                 raise model.error
+            if model.worker is None:
+                raise NotReadyError(model.source.model_name, model.readiness)
+
+    def stop_waiting(self) -> None:
+        """Answer every call of `job` that waits, and each one to come, with the job as it is: a shutdown has begun."""
+        self._jobs.stop_waiting()
 
     def input_model(self, model_name: str | None = None) -> type[BaseModel]:
         """What a model's items are validated as. Raises `UnknownModelError`."""
@@ -206,9 +223,11 @@ class LocalGateway:
         """See `InferenceWorker.predict_many`."""
         return await self._worker(model_name).predict_many(items, priority=priority, timeout_s=timeout_s)
 
-    async def submit(self, request: AsyncInputModel, *, model_name: str | None = None) -> str:
+    async def submit(
+        self, request: AsyncInputModel, *, model_name: str | None = None, priority: Priority = Priority.BULK
+    ) -> str:
         """See `InferenceWorker.submit`."""
-        return await self._worker(model_name).submit(request)
+        return await self._worker(model_name).submit(request, priority=priority)
 
     async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job | None:
         """See `InferenceWorker.job`. Works while models load."""
@@ -221,7 +240,9 @@ class LocalGateway:
     async def _serve(self, model: _Model) -> None:
         """Load one model and own its worker until the gateway is left."""
         try:
-            pipeline = await to_thread.run_sync(model.source.load, abandon_on_cancel=True)
+            pipeline = await self._load(model.source)
+            if pipeline is None:
+                return
             worker = InferenceWorker(
                 pipeline, settings=self._settings, jobs=self._jobs, input_model=model.source.input_model
             )
@@ -243,6 +264,24 @@ class LocalGateway:
             )
         finally:
             model.settled.set()
+
+    async def _load(self, source: ModelSource) -> InferencePipeline | None:
+        """The loaded pipeline, or None when the gateway is left before."""
+        thread = DedicatedThread(f"load {source.model_name}")
+        pipeline = None
+        try:
+            async with plain_task_group() as task_group:
+
+                async def stop() -> None:
+                    await self._closing.wait()
+                    task_group.cancel_scope.cancel()
+
+                task_group.start_soon(stop)
+                pipeline = await thread.run(source.load)
+                task_group.cancel_scope.cancel()
+        finally:
+            thread.close()
+        return None if self._closing.is_set() else pipeline
 
     def _model(self, model_name: str | None) -> _Model:
         if model_name is None:

@@ -105,7 +105,8 @@ def load_queue_backend(config: QueueConfig) -> QueueBackend | None:
     if config.backend == "none":
         return None
     if config.backend == "memory":
-        return InMemoryBackend()
+        # Nobody can read these queues from outside the process, and the job store keeps the results.
+        return InMemoryBackend(max_messages_per_queue=1000, max_queues=100)
     if ":" not in config.backend:
         raise LoadError(f"{key}: {config.backend!r} is not part of this version; use memory, none or your own class")
     factory = import_object(config.backend, key)

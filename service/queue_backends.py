@@ -1,11 +1,14 @@
 """Where the results of jobs are sent: the protocol, and queues in memory."""
 
-from collections import defaultdict, deque
+import logging
+from collections import OrderedDict, defaultdict, deque
 from typing import Protocol, runtime_checkable
 
 import anyio
 
 from service.errors import ServiceError
+
+logger = logging.getLogger(__name__)
 
 
 class QueueEmptyError(ServiceError):
@@ -27,23 +30,37 @@ class QueueBackend(Protocol):
 class InMemoryBackend:
     """Queues in this process: for tests, and for results that the same program reads.
 
-    A queue exists once something was sent to it, and holds at most `max_messages_per_queue`: when it is full, messages
-    are declined, never dropped.
+    A queue exists once something was sent to it. It holds at most `max_messages_per_queue`: past that, each message
+    drops the oldest one. There are at most `max_queues`: past that, a new one drops the one that nothing was sent to
+    for the longest time. So memory is bounded even where nobody reads. The first drops are logged.
     """
 
-    def __init__(self, max_messages_per_queue: int = 100_000) -> None:
-        if max_messages_per_queue < 1:
-            raise ValueError(f"max_messages_per_queue must be at least 1, got {max_messages_per_queue!r}")
-        self._limit = max_messages_per_queue
-        self._queues: dict[str, deque[str]] = {}
+    def __init__(self, max_messages_per_queue: int = 100_000, *, max_queues: int = 1000) -> None:
+        for name, limit in (("max_messages_per_queue", max_messages_per_queue), ("max_queues", max_queues)):
+            if limit < 1:
+                raise ValueError(f"{name} must be at least 1, got {limit!r}")
+        self._max_messages = max_messages_per_queue
+        self._max_queues = max_queues
+        # All mutable state: the queues, the one last sent to coming last; what a drop was logged for; who waits.
+        self._queues: OrderedDict[str, deque[str]] = OrderedDict()
+        self._dropping: set[str] = set()
+        self._drops_queues = False
         self._receivers: defaultdict[str, deque[anyio.Event]] = defaultdict(deque)
 
     async def send_message(self, queue_name: str, message: str) -> bool:
-        """Put a message at the end of a queue; False when the queue is full."""
-        queue = self._queues.setdefault(queue_name, deque())
-        if len(queue) >= self._limit:
-            return False
+        """Put a message at the end of a queue; always taken."""
+        queue = self._queues.setdefault(queue_name, deque(maxlen=self._max_messages))
+        self._queues.move_to_end(queue_name)
+        if len(queue) == self._max_messages and queue_name not in self._dropping:
+            self._dropping.add(queue_name)
+            logger.warning("Queue %r in memory is full: from now on its oldest messages are dropped", queue_name)
         queue.append(message)
+        if len(self._queues) > self._max_queues:
+            dropped, _ = self._queues.popitem(last=False)
+            self._dropping.discard(dropped)
+            if not self._drops_queues:
+                self._drops_queues = True
+                logger.warning("There are more than %d queues in memory: old ones are dropped now", self._max_queues)
         self._wake_one(queue_name)
         return True
 
@@ -84,6 +101,7 @@ class InMemoryBackend:
     def clear(self) -> None:
         """Forget all queues and their messages."""
         self._queues.clear()
+        self._dropping.clear()
 
     def _wake_one(self, queue_name: str) -> None:
         if receivers := self._receivers.get(queue_name):

@@ -22,6 +22,7 @@ from service.jobs.manager import JobManager
 from service.jobs.runner import JobRunner
 from service.learnt_costs import LearntCosts
 from service.loading import make_job_manager
+from service.outputs import output_object
 from service.pipeline_batches import is_too_large, run_batch_of
 from service.queue_backends import QueueBackend
 from service.settings import AppSettings, BatchConfig, Settings
@@ -146,7 +147,7 @@ class InferenceWorker:
             [self._validated(item) for item in items], priority=priority, timeout_s=timeout_s
         )
 
-    async def submit(self, request: AsyncInputModel) -> str:
+    async def submit(self, request: AsyncInputModel, *, priority: Priority = Priority.BULK) -> str:
         """Accept a job and return its id, once it is stored: its result is kept, and sent to the queue it names.
 
         Raises ``ValidationError`` for a message that is no valid item, `QueueNotAllowedError` and `JobStoreError`.
@@ -158,6 +159,7 @@ class InferenceWorker:
             success_queue=request.success_queue,
             failure_queue=request.failure_queue,
             meta=request.meta,
+            priority=priority,
         )
 
     async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job | None:
@@ -186,5 +188,4 @@ class InferenceWorker:
         return item if isinstance(item, BaseModel) else self.input_model.model_validate(item)
 
     async def _run_job(self, job: Job, timeout_s: float) -> dict[str, Any]:
-        output = await self.predict(job.message, priority=Priority.BULK, timeout_s=timeout_s)
-        return output.model_dump(mode="json")
+        return output_object(await self.predict(job.message, priority=job.priority, timeout_s=timeout_s))

@@ -67,7 +67,7 @@ def test_the_files_that_it_links_to_exist() -> None:
 
 
 def test_the_bundled_model_answers_the_quick_start_as_printed(tmp_path: Path, environment: dict[str, str]) -> None:
-    """The commands of the quick start, run by a shell against a server with the bundled model."""
+    """The commands and the program of the quick start, run against a server with the bundled model."""
     entries = yaml.safe_load(CONFIGURATION)
     del entries["model_settings"]
     (tmp_path / "modalkit.yaml").write_text(yaml.safe_dump(entries))
@@ -90,3 +90,12 @@ def test_the_bundled_model_answers_the_quick_start_as_printed(tmp_path: Path, en
         job_id = json.loads(shell(submit))["job_id"]
         job = json.loads(shell(find.replace("<the job_id>", job_id)))
         assert job["status"] == "succeeded"
+        (program,) = [block for block in blocks("python") if "import httpx" in block]
+        done = subprocess.run(
+            [sys.executable, "-c", program.replace("http://127.0.0.1:8000", address)],
+            check=True,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout == "positive\nsucceeded positive\n"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import TextIOWrapper
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -20,10 +20,12 @@ from batching import Failure, Outcome, Priority, SchedulerStatistics
 from batching.task_groups import plain_task_group
 from pipelines import InferenceOutputModel, InferencePipeline
 from service.cli.common import ConfigFiles, ModelOption, model_source, notices
+from service.cli.output_file import whole_file
 from service.cli.records import FileFormat, Record, Writer, format_of, make_writer, read_records
-from service.errors import describe_error
+from service.errors import OutputNotJsonError, describe_error
 from service.jobs import MemoryJobStore
 from service.jobs.manager import JobManager
+from service.outputs import output_object
 from service.settings import Settings
 from service.worker import InferenceWorker
 
@@ -57,7 +59,14 @@ class _Chunk:
             elif isinstance(outcome, Failure):
                 yield record, {"status": "error", "error": describe_error(outcome.error)}
             else:
-                yield record, outcome.value.model_dump(mode="json")
+                yield record, _result(outcome.value)
+
+
+def _result(output: InferenceOutputModel) -> Mapping[str, Any]:
+    try:
+        return output_object(output)
+    except OutputNotJsonError as error:
+        return {"status": "error", "error": describe_error(error)}
 
 
 def predict(
@@ -89,7 +98,8 @@ def predict(
     """Run a model over texts and write one result for each, in the same order.
 
     Results are JSON, one a line; CSV where the output file is called .csv. A line that cannot be read, or fails, gets
-    an error in its place, is reported with its number on standard error, and makes the exit code 1.
+    an error in its place, is reported with its number on standard error, and makes the exit code 1. The output file
+    takes its name at the end, and may be that of the input.
 
     [bold]Examples[/bold]
 
@@ -109,11 +119,11 @@ def predict(
         records, total = _open_input(files, texts, input_path, file_format, source.input_model, column)
         out: TextIO = _use_utf8(sys.stdout)
         if output_path is not None:
-            out = files.enter_context(output_path.open("w", encoding="utf-8", newline=""))
+            out = files.enter_context(whole_file(output_path))
         is_csv = output_path is not None and output_path.suffix.lower() == ".csv"
-        writer = make_writer(out, FileFormat.CSV if is_csv else FileFormat.JSONL, source.output_model)
         with notices.status(f"Loading {source.model_name} ..."):
             pipeline = source.load()
+        writer = make_writer(out, FileFormat.CSV if is_csv else FileFormat.JSONL, source.output_model)
         run = _Run(writer, _progress(files, total), settings)
         anyio.run(run.score, pipeline, records)
         out.flush()
@@ -141,7 +151,9 @@ def _open_input(
     with path.open("rb") as counted:
         lines = sum(chunk.count(b"\n") for chunk in iter(lambda: counted.read(2**20), b""))
     stream = files.enter_context(path.open(encoding="utf-8-sig", errors=KEEP_BAD_BYTES, newline=""))
-    return read_records(stream, chosen, input_model, column), lines
+    records = read_records(stream, chosen, input_model, column)
+    # The first one now: a CSV file without the column is refused before the model is loaded.
+    return chain(list(islice(records, 1)), records), lines
 
 
 def _use_utf8(stream: TextIO) -> TextIO:
@@ -159,6 +171,7 @@ class _Run:
         self._writer = writer
         self._progress = progress
         self._settings = settings
+        self._invalid = 0
         self._elapsed_s = 0.0
         self._statistics: SchedulerStatistics | None = None
 
@@ -176,6 +189,7 @@ class _Run:
             waiting: deque[_Chunk] = deque()
             while chunk_records := await to_thread.run_sync(lambda: list(islice(records, max(1, chunk_size)))):
                 chunk = _Chunk(chunk_records)
+                self._invalid += sum(record.item is None for record in chunk_records)
                 task_group.start_soon(chunk.run, worker)
                 waiting.append(chunk)
                 if len(waiting) == CHUNKS_AT_ONCE:
@@ -186,10 +200,13 @@ class _Run:
             self._statistics = worker.statistics()
 
     async def _write(self, chunk: _Chunk, worker: InferenceWorker) -> None:
-        while not chunk.done.is_set():
+        is_done = False
+        while not is_done:
             with anyio.move_on_after(0.2):
                 await chunk.done.wait()
-            self._progress.update(self._progress.task_ids[0], completed=worker.statistics().succeeded)
+            is_done = chunk.done.is_set()
+            done = worker.statistics()
+            self._progress.update(self._progress.task_ids[0], completed=done.succeeded + done.failed + self._invalid)
         for record, result in chunk.results():
             self._writer(result)
             self.written += 1

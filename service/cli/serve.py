@@ -4,10 +4,9 @@ import logging
 import shlex
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Annotated
 
@@ -38,6 +37,8 @@ def serve(
 ) -> None:
     """Serve the configured models over HTTP until interrupted; then finish what was accepted.
 
+    A model that cannot be loaded leaves the others alone; without any that can, the exit code is 2.
+
     [bold]Examples[/bold]
 
     modalkit serve
@@ -55,8 +56,7 @@ def serve(
         uvicorn.Config(app, log_config=None, access_log=level <= logging.INFO, timeout_graceful_shutdown=GRACE_S)
     )
     with _listen(host, port) as listener:
-        use_uvloop = sys.platform != "win32"
-        anyio.run(_serve, server, gateway, listener, settings, backend_options={"use_uvloop": use_uvloop})
+        anyio.run(_serve, server, gateway, listener, settings, backend_options={"use_uvloop": True})
 
 
 class _Server(uvicorn.Server):
@@ -69,23 +69,24 @@ class _Server(uvicorn.Server):
 
 @contextmanager
 def _listen(host: str, port: int) -> Iterator[socket.socket]:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        raise AddressError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; stop what uses it, or choose another --port"
-        ) from error
-    with listener:
+    with ExitStack() as opened:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = opened.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(2048)
+        except OSError as error:
+            raise AddressError(
+                f"cannot listen on {host}:{port}: {error.strerror or error}; stop what uses it, or choose another "
+                "--port"
+            ) from error
         yield listener
 
 
 async def _serve(server: _Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
     async with plain_task_group() as outer:
-        outer.start_soon(_stop_on_signals, server, outer.cancel_scope)
+        outer.start_soon(_stop_on_signals, server, gateway, outer.cancel_scope)
         async with gateway, plain_task_group() as task_group:
             task_group.start_soon(_announce, server, gateway, listener, settings)
             await server.serve([listener])
@@ -93,32 +94,39 @@ async def _serve(server: _Server, gateway: LocalGateway, listener: socket.socket
             notices.print("Finishing what was accepted ...")
         outer.cancel_scope.cancel()
     _summarize(gateway)
-    if Readiness.FAILED in gateway.readiness().values():
+    if len(_failed(gateway)) == len(gateway.readiness()):
         raise typer.Exit(2)
 
 
-async def _stop_on_signals(server: _Server, everything: anyio.CancelScope) -> None:
+def _failed(gateway: LocalGateway) -> list[str]:
+    return [name for name, readiness in gateway.readiness().items() if readiness is Readiness.FAILED]
+
+
+async def _stop_on_signals(server: _Server, gateway: LocalGateway, everything: anyio.CancelScope) -> None:
     """Stop gently on the first signal, at once on the second: accepted jobs are in the store either way."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for _ in signals:
             if server.should_exit:
                 everything.cancel()
             server.should_exit = True
+            gateway.stop_waiting()  # a client that waits for the end of a job would keep the server open
 
 
 async def _announce(server: _Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
-    """Say how to use the service once it is ready; stop it when a model cannot be loaded, which has been logged."""
+    """Say how to use the service once it is ready; stop it when no model can be loaded, which has been logged."""
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     notices.print(f"modalkit {version('modalkit')} on {url}: loading {', '.join(gateway.readiness())} ...")
     started_s = time.perf_counter()
-    try:
-        await gateway.wait_until_ready()
-    except Exception:  # noqa: BLE001  # the gateway has logged it; it may be anything that a pipeline raises
+    await gateway.wait_until_settled()
+    failed = _failed(gateway)
+    if len(failed) == len(gateway.readiness()):
         server.should_exit = True
         return
+    without = f", without {', '.join(failed)} (see the errors above)" if failed else ""
     notices.print(
-        f"Ready after {time.perf_counter() - started_s:.1f} s. Ctrl-C stops.", _things_to_try(url, gateway, settings)
+        f"Ready after {time.perf_counter() - started_s:.1f} s{without}. Ctrl-C stops.",
+        _things_to_try(url, gateway, settings),
     )
 
 

@@ -12,6 +12,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from batching.task_groups import plain_task_group
+from service.errors import describe_error
 from service.jobs.errors import JobStoreError
 from service.jobs.messages import result_message
 from service.jobs.model import DeliveryRecord, DeliveryStatus, Job
@@ -121,7 +122,7 @@ class Deliverer:
         try:
             accepted = await self._backend.send_message(job.delivery_queue, result_message(job, self._clock()))
         except Exception as error:  # noqa: BLE001  # a backend may raise anything; the caller logs and retries
-            return f"{type(error).__name__}: {error}"
+            return describe_error(error)
         return None if accepted else "the backend did not take the message"
 
     async def _record(self, job: Job, status: DeliveryStatus, attempts: int, error: str | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 
 import anyio
 
+from batching import Priority
 from batching.task_groups import plain_task_group
 from service.errors import ServiceError
 from service.jobs.delivery import Deliverer
@@ -71,9 +72,11 @@ class JobManager:
             if queue_backend is None
             else Deliverer(queue_backend, store, max_attempts=max_delivery_attempts, clock=clock)
         )
-        # All mutable state: who runs the jobs of a model, who waits for the end of a job, and what is open.
+        # All mutable state: who runs the jobs of a model, who waits for the end of a job, whether anybody may, and
+        # what is open.
         self._feeds: dict[str, JobFeed] = {}
         self._waiters: defaultdict[str, set[anyio.Event]] = defaultdict(set)
+        self._may_wait = True
         self._exit_stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -104,6 +107,7 @@ class JobManager:
         success_queue: str | None = None,
         failure_queue: str | None = None,
         meta: dict[str, Any] | None = None,
+        priority: Priority = Priority.BULK,
     ) -> str:
         """Store a job and return its id; from then on it is run, whatever happens to this process.
 
@@ -120,6 +124,7 @@ class JobManager:
             success_queue=success_queue if delivers else None,
             failure_queue=failure_queue if delivers else None,
             meta=meta or {},
+            priority=priority,
             created_at=self.clock(),
         )
         await self.store.add([job])
@@ -128,12 +133,12 @@ class JobManager:
         return job.job_id
 
     async def get(self, job_id: str, wait_s: float = 0.0) -> Job | None:
-        """The job, or None if there is none; waits up to `wait_s` seconds for it to end."""
+        """The job, or None if there is none; waits up to `wait_s` seconds for it to end, until `stop_waiting`."""
         ended = anyio.Event()
         self._waiters[job_id].add(ended)
         try:
             job = await self.store.get(job_id)
-            if wait_s <= 0 or job is None or job.status.has_ended:
+            if wait_s <= 0 or job is None or job.status.has_ended or not self._may_wait:
                 return job
             with anyio.move_on_after(wait_s):
                 await ended.wait()
@@ -143,6 +148,12 @@ class JobManager:
             waiters.discard(ended)
             if not waiters:
                 del self._waiters[job_id]
+
+    def stop_waiting(self) -> None:
+        """Answer whoever waits for the end of a job with the job as it is, now and from now on. Idempotent."""
+        self._may_wait = False
+        for job_id in self._waiters:
+            self._announce(job_id)
 
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended, and return it as it then is; None if there is none."""

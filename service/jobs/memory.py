@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
+from batching import Priority
 from service.jobs.errors import DuplicateJobError, JobStoreClosedError, JobStoreFullError
 from service.jobs.model import DeliveryRecord, DeliveryStatus, FinishedJob, Job, JobStatus, NewJob, new_job
 
@@ -19,12 +20,12 @@ class MemoryJobStore:
     def __init__(self, *, max_jobs: int = 1_000_000) -> None:
         self._max_jobs = max_jobs
         self._is_open = False
-        # All mutable state: the jobs; for each model, the ids of its queued jobs with their places as a heap; the ended
-        # ones as a heap by the time of their end; and how many there are of each status.
+        # All mutable state: the jobs; for each model and class, the ids of its queued jobs with their places as a heap;
+        # the ended ones as a heap by the time of their end; and how many there are of each status.
         self._jobs: dict[str, Job] = {}
         self._places: dict[str, int] = {}
         self._next_place = 0
-        self._queued: defaultdict[str, list[tuple[int, str]]] = defaultdict(list)
+        self._queued: defaultdict[tuple[str, Priority], list[tuple[int, str]]] = defaultdict(list)
         self._ended: list[tuple[float, str]] = []
         self._counts = dict.fromkeys(JobStatus, 0)
 
@@ -59,10 +60,16 @@ class MemoryJobStore:
         self._ensure_open()
         return self._jobs.get(job_id)
 
-    async def take(self, model_name: str, limit: int, now: float) -> list[Job]:
+    async def take(self, model_name: str, limit: int, now: float, *, bulk_places: int = 0) -> list[Job]:
         """See `JobStore.take`."""
         self._ensure_open()
-        queued, taken = self._queued[model_name], list[Job]()
+        taken = self._take(model_name, Priority.BULK, min(bulk_places, limit), now)
+        for priority in (Priority.INTERACTIVE, Priority.BULK):
+            taken += self._take(model_name, priority, limit - len(taken), now)
+        return taken
+
+    def _take(self, model_name: str, priority: Priority, limit: int, now: float) -> list[Job]:
+        queued, taken = self._queued[model_name, priority], list[Job]()
         while queued and len(taken) < limit:
             _, job_id = heapq.heappop(queued)
             job = self._jobs.get(job_id)
@@ -143,7 +150,7 @@ class MemoryJobStore:
             raise JobStoreClosedError
 
     def _enqueue(self, job: Job) -> None:
-        heapq.heappush(self._queued[job.model_name], (self._places[job.job_id], job.job_id))
+        heapq.heappush(self._queued[job.model_name, job.priority], (self._places[job.job_id], job.job_id))
 
     def _change(self, job: Job) -> Job:
         """Put a job in a new status in the place of the old one."""

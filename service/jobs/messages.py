@@ -17,7 +17,7 @@ def utc_timestamp(unix_s: float) -> str:
 
 
 def result_message(job: Job, sent_at: float) -> str:
-    """The JSON text for the queue of a finished job.
+    """The JSON text for the queue of a finished job; numbers that JSON does not have (NaN, Infinity) are null.
 
     A success carries the pipeline's output under ``result``; a failure carries ``error`` and the ``original_message``.
     Both carry ``version``, ``job_id`` (a message may be delivered twice: it tells them apart), ``status`` and the
@@ -37,4 +37,4 @@ def result_message(job: Job, sent_at: float) -> str:
             ),
         )
         content |= failure.model_dump(mode="json")
-    return to_json(content).decode()
+    return to_json(content, inf_nan_mode="null").decode()

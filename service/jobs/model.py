@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from batching import Priority
+
 JsonObject = dict[str, Any]
 
 
@@ -56,6 +58,7 @@ class NewJob:
     success_queue: str | None = None
     failure_queue: str | None = None
     meta: JsonObject = field(default_factory=dict)
+    priority: Priority = Priority.BULK
     created_at: float
 
     def __post_init__(self) -> None:
@@ -110,6 +113,7 @@ class Job:
     success_queue: str | None
     failure_queue: str | None
     meta: JsonObject
+    priority: Priority
     created_at: float
     status: JobStatus = JobStatus.QUEUED
     delivery: DeliveryStatus = DeliveryStatus.NONE
@@ -160,5 +164,6 @@ def new_job(given: NewJob) -> Job:
         success_queue=given.success_queue,
         failure_queue=given.failure_queue,
         meta=given.meta,
+        priority=given.priority,
         created_at=given.created_at,
     )

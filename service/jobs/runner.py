@@ -2,13 +2,14 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import anyio
 from anyio.abc import TaskGroup
 
-from batching import DeadlineExceededError, QueueFullError, SchedulerClosedError
+from batching import DeadlineExceededError, Priority, QueueFullError, SchedulerClosedError
 from batching.task_groups import plain_task_group
 from service.errors import describe_error
 from service.jobs.errors import JobStoreError
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 0.05
 LONGEST_RETRY_S = 5.0
+BULK_SHARE_OF_THE_WINDOW = 10
+"""Interactive jobs leave bulk ones one place of so many, so that these go on however many of those come."""
+UNSTORABLE = "what became of the job could not be stored; the service's log tells why"
 
 RunJob = Callable[[Job, float], Awaitable[dict[str, Any]]]
 """Runs a job within so many seconds and returns its result as a JSON object, or raises its error."""
@@ -27,6 +31,7 @@ RunJob = Callable[[Job, float], Awaitable[dict[str, Any]]]
 class JobRunner:
     """Feeds the jobs of one model to `run_job`, at most `window` at a time, however many are stored.
 
+    Interactive jobs go before bulk ones, which keep a tenth of the window.
     `timeout_s` counts from a job's first dispatch: one that takes longer expires. Use it as an async context manager,
     inside that of its open `JobManager`. Leaving it takes no more jobs and finishes those in the window; the others
     stay in a durable store for the next start, and are run before leaving where the store is not durable. Left by an
@@ -41,8 +46,10 @@ class JobRunner:
         self._run_job = run_job
         self._window = window
         self._timeout_s = timeout_s
-        # All mutable state: the jobs in the window, each with what cancels it, and what wakes the feeder.
+        # All mutable state: the jobs in the window, each with what cancels it, how many of them are bulk, and what
+        # wakes the feeder.
         self._running: dict[str, anyio.CancelScope] = {}
+        self._bulk_running = 0
         self._change = anyio.Event()
         self._closing = False
         self._tasks = plain_task_group()
@@ -88,6 +95,7 @@ class JobRunner:
             jobs = await self._take(free) if free else []
             for job in jobs:
                 scope = self._running[job.job_id] = anyio.CancelScope()
+                self._bulk_running += job.priority is Priority.BULK
                 task_group.start_soon(self._run, job, scope)
             if len(jobs) == free > 0:
                 continue
@@ -96,8 +104,12 @@ class JobRunner:
             await self._change.wait()
 
     async def _take(self, limit: int) -> list[Job]:
+        # A window of one place is too small to share.
+        kept = min(self._window - 1, -(-self._window // BULK_SHARE_OF_THE_WINDOW))
         try:
-            return await self._manager.store.take(self._model_name, limit, self._manager.clock())
+            return await self._manager.store.take(
+                self._model_name, limit, self._manager.clock(), bulk_places=max(0, kept - self._bulk_running)
+            )
         except JobStoreError:
             logger.exception("No jobs could be taken from the store; trying again in %g s", LONGEST_RETRY_S)
             with anyio.move_on_after(LONGEST_RETRY_S):
@@ -115,6 +127,7 @@ class JobRunner:
                 await self._finish(outcome)
         finally:
             del self._running[job.job_id]
+            self._bulk_running -= job.priority is Priority.BULK
             self.wake()
 
     async def _outcome(self, job: Job) -> FinishedJob | None:
@@ -151,8 +164,12 @@ class JobRunner:
         while True:
             try:
                 return await self._manager.finish(outcome)
-            except JobStoreError:
+            except Exception as error:
+                # The job of an outcome that no store can keep fails; it must not take the others of its model along.
                 logger.exception("The end of job %s (%s) could not be stored", outcome.job_id, outcome.status)
+                if not isinstance(error, JobStoreError) and outcome.error != UNSTORABLE:
+                    outcome = replace(outcome, status=JobStatus.FAILED, result=None, error=UNSTORABLE)
+                    continue
                 if self._closing:
                     return None  # it stays running in the store, and runs again after the next start
             await anyio.sleep(delay_s)

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import sqlite3
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any, Self, TypeVar, cast
 
 import anyio
 
-from batching import BatchPolicy, BatchScheduler, QueueFullError, SchedulerClosedError
+from batching import BatchPolicy, BatchScheduler, Priority, QueueFullError, SchedulerClosedError
 from batching.threads import DedicatedThread
 from service.jobs.errors import (
     DuplicateJobError,
@@ -23,7 +24,7 @@ from service.jobs.errors import (
     JobStoreUnavailableError,
 )
 from service.jobs.model import DeliveryRecord, FinishedJob, Job, JobStatus, NewJob
-from service.jobs.sqlite_rows import COLUMNS, job_from_row, json_text, microseconds, row_from_new_job
+from service.jobs.sqlite_rows import COLUMNS, NEW_JOB_COLUMNS, job_from_row, json_text, microseconds, row_from_new_job
 from service.jobs.sqlite_schema import open_database
 
 T = TypeVar("T")
@@ -33,10 +34,13 @@ WAITING_OPERATIONS = 100_000
 ROWS_PER_REMOVAL = 1000
 
 _SELECT = f"SELECT {', '.join(COLUMNS)} FROM jobs"  # noqa: S608  # names of our own, no input
-_INSERT = f"INSERT INTO jobs ({', '.join(COLUMNS[:9])}) VALUES ({', '.join('?' * 9)})"  # noqa: S608  # as above
+_INSERT = (
+    f"INSERT INTO jobs ({', '.join(NEW_JOB_COLUMNS)}) "  # noqa: S608  # as above
+    f"VALUES ({', '.join('?' for _ in NEW_JOB_COLUMNS)})"
+)
 _TAKE = f"""
     UPDATE jobs SET status = 'running', started_at = coalesce(started_at, ?) WHERE seq IN (
-        SELECT seq FROM jobs WHERE status = 'queued' AND model_name = ? ORDER BY seq LIMIT ?
+        SELECT seq FROM jobs WHERE status = 'queued' AND model_name = ? AND priority = ? ORDER BY seq LIMIT ?
     ) RETURNING seq, {", ".join(COLUMNS)}
 """  # noqa: S608  # as above
 _CHANGE = """
@@ -74,6 +78,8 @@ class SqliteJobStore:
         self._max_jobs = max_jobs
         self._thread = DedicatedThread(f"job store {self.path.name}")
         self._lock_fd = -1
+        # asyncio's own cancellation knows no shields: it may leave a transaction in one thread while another closes.
+        self._in_use = threading.Lock()
         # Used only in the thread while the store is open: the connection, and how many jobs of each status there are.
         self._database: sqlite3.Connection
         self._counts: Counter[JobStatus] = Counter()
@@ -124,9 +130,9 @@ class SqliteJobStore:
         """See `JobStore.get`."""
         return await self._perform(partial(self._find, job_id))
 
-    async def take(self, model_name: str, limit: int, now: float) -> list[Job]:
+    async def take(self, model_name: str, limit: int, now: float, *, bulk_places: int = 0) -> list[Job]:
         """See `JobStore.take`."""
-        return await self._perform(partial(self._take, model_name, limit, microseconds(now)))
+        return await self._perform(partial(self._take, model_name, limit, microseconds(now), bulk_places))
 
     async def finish(self, outcomes: Sequence[FinishedJob]) -> list[Job]:
         """See `JobStore.finish`."""
@@ -177,8 +183,12 @@ class SqliteJobStore:
     async def _run_transaction(self, operations: list[Operation]) -> list[Any]:
         # Shielded, because the connection must not be closed, or used by another thread, before the transaction ends.
         with anyio.CancelScope(shield=True):
-            results = await self._thread.run(partial(self._transaction, operations))
+            results = await self._thread.run(partial(self._exclusive_transaction, operations))
         return results  # noqa: RET504  # a cancel scope may end its block early, says its type
+
+    def _exclusive_transaction(self, operations: list[Operation]) -> list[Any]:
+        with self._in_use:
+            return self._transaction(operations)
 
     def _transaction(self, operations: list[Operation]) -> list[Any]:
         """Run the operations in one transaction; returns each one's result or error, or the commit's for all."""
@@ -244,8 +254,14 @@ class SqliteJobStore:
         row = self._database.execute(f"{_SELECT} WHERE job_id = ?", (job_id,)).fetchone()
         return None if row is None else job_from_row(row)
 
-    def _take(self, model_name: str, limit: int, now_us: int) -> list[Job]:
-        rows = self._database.execute(_TAKE, (now_us, model_name, limit)).fetchall()
+    def _take(self, model_name: str, limit: int, now_us: int, bulk_places: int) -> list[Job]:
+        taken = self._take_of(model_name, Priority.BULK, min(bulk_places, limit), now_us)
+        for priority in (Priority.INTERACTIVE, Priority.BULK):
+            taken += self._take_of(model_name, priority, limit - len(taken), now_us)
+        return taken
+
+    def _take_of(self, model_name: str, priority: Priority, limit: int, now_us: int) -> list[Job]:
+        rows = self._database.execute(_TAKE, (now_us, model_name, priority.value, limit)).fetchall()
         self._counts[JobStatus.QUEUED] -= len(rows)
         self._counts[JobStatus.RUNNING] += len(rows)
         return [job_from_row(row[1:]) for row in sorted(rows, key=lambda row: cast("int", row[0]))]
@@ -349,7 +365,8 @@ class SqliteJobStore:
         os.pwrite(self._lock_fd, str(os.getpid()).encode(), 0)
 
     def _close(self) -> None:
-        try:
-            self._database.close()
-        finally:
-            os.close(self._lock_fd)
+        with self._in_use:
+            try:
+                self._database.close()
+            finally:
+                os.close(self._lock_fd)

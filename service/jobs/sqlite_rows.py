@@ -4,13 +4,18 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
+from batching import Priority
 from service.jobs.model import DeliveryStatus, Job, JobStatus, JsonObject, NewJob
 
+NEW_JOB_COLUMNS = (
+    *("job_id", "model_name", "status", "message", "success_queue", "failure_queue", "meta", "priority", "created_at"),
+    "delivery",
+)
 COLUMNS = (
-    *("job_id", "model_name", "status", "message", "success_queue", "failure_queue", "meta", "created_at", "delivery"),
+    *NEW_JOB_COLUMNS,
     *("result", "error", "started_at", "finished_at", "delivery_attempts", "delivery_error"),
 )
-"""Named as the fields of `Job`; the first nine are those that a new job has."""
+"""Named as the fields of `Job`."""
 
 
 def json_text(value: JsonObject) -> str:
@@ -24,7 +29,7 @@ def microseconds(seconds: float) -> int:
 
 
 def row_from_new_job(job: NewJob) -> tuple[Any, ...]:
-    """The values of the first nine `COLUMNS`. Raises `ValueError` for a message or meta that is no JSON object."""
+    """The values of `NEW_JOB_COLUMNS`. Raises `ValueError` for a message or meta that is no JSON object."""
     return (
         job.job_id,
         job.model_name,
@@ -33,6 +38,7 @@ def row_from_new_job(job: NewJob) -> tuple[Any, ...]:
         job.success_queue,
         job.failure_queue,
         json_text(job.meta),
+        job.priority.value,
         microseconds(job.created_at),
         DeliveryStatus.NONE.value,
     )
@@ -45,6 +51,7 @@ def job_from_row(row: tuple[Any, ...]) -> Job:
         values[name] = None if values[name] is None else values[name] / 1_000_000
     for name in ("message", "meta", "result"):
         values[name] = None if values[name] is None else from_json(values[name])
+    values["priority"] = Priority(values["priority"])
     values["status"] = JobStatus(values["status"])
     values["delivery"] = DeliveryStatus(values["delivery"])
     return Job(**values)

@@ -34,6 +34,11 @@ MIGRATIONS = (
     CREATE INDEX ended_jobs ON jobs (finished_at) WHERE finished_at IS NOT NULL;
     CREATE TABLE counts (status TEXT PRIMARY KEY, jobs INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN priority TEXT NOT NULL DEFAULT 'bulk';
+    DROP INDEX queued_jobs;
+    CREATE INDEX queued_jobs ON jobs (model_name, priority, seq) WHERE status = 'queued';
+    """,
 )
 """Step n makes version n + 1 of the tables from version n. Times are in microseconds since 1970."""
 

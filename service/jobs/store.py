@@ -41,8 +41,12 @@ class JobStore(Protocol):
         """The job of this id, or None if there is none (any more)."""
         ...
 
-    async def take(self, model_name: str, limit: int, now: float) -> list[Job]:
-        """Make up to `limit` queued jobs of a model running; returns them in the order in which they were added."""
+    async def take(self, model_name: str, limit: int, now: float, *, bulk_places: int = 0) -> list[Job]:
+        """Make up to `limit` queued jobs of a model running, and return them.
+
+        Interactive jobs go before bulk ones, but up to `bulk_places` of the `limit` are for bulk ones in any case. The
+        jobs of one class come in the order in which they were added.
+        """
         ...
 
     async def finish(self, outcomes: Sequence[FinishedJob]) -> list[Job]:

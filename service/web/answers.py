@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from batching import Priority
 from service.jobs import DeliveryStatus, JobStatus
 
 JSON = "application/json"
@@ -40,6 +41,7 @@ class JobView(BaseModel):
     result: dict[str, Any] | None = Field(description="The model's output, once the job has succeeded.")
     error: str | None = Field(description="Why the job failed or expired.")
     meta: dict[str, Any] = Field(description="As it was given.")
+    priority: Priority = Field(description="The class that it runs in.")
     delivery: DeliveryStatus = Field(description="What became of the message to the queue that the job named.")
     delivery_attempts: int
     delivery_error: str | None

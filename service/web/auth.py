@@ -1,7 +1,7 @@
 """Who may call: an API key, compared in constant time."""
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from service.settings import AuthConfig
 from service.web.problems import ProblemError
 
 
-def require_api_key(config: AuthConfig) -> Callable[..., None] | None:
+def require_api_key(config: AuthConfig) -> Callable[..., Awaitable[None]] | None:
     """The dependency that refuses requests without the configured key, or None where everybody may call.
 
     Raises `LoadError` for a key that is to come from where this version cannot read it.
@@ -34,13 +34,14 @@ def require_api_key(config: AuthConfig) -> Callable[..., None] | None:
     if config.auth_header.lower() == "authorization":
         bearer = HTTPBearer(auto_error=False)
 
-        def check_bearer(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        # A coroutine function, as FastAPI would run another one in a thread for each request.
+        async def check_bearer(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
             check(credentials.credentials if credentials else None, "the header 'Authorization: Bearer <key>'")
 
         return check_bearer
     header = APIKeyHeader(name=config.auth_header, auto_error=False)
 
-    def check_header(key: Annotated[str | None, Depends(header)]) -> None:
+    async def check_header(key: Annotated[str | None, Depends(header)]) -> None:
         check(key, f"the header '{config.auth_header}: <key>'")
 
     return check_header

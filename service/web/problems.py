@@ -71,7 +71,7 @@ def problem_response(
     content: dict[str, Any] = {"type": "about:blank", "title": status.phrase, "status": status, "detail": detail}
     if errors:
         content["errors"] = errors
-    return Response(to_json(content), status, headers, PROBLEM_JSON)
+    return Response(to_json(content, inf_nan_mode="null"), status, headers, PROBLEM_JSON)
 
 
 def status_of(error: Exception) -> HTTPStatus:
@@ -104,6 +104,12 @@ def install_problem_handlers(app: FastAPI) -> None:
             detail = "there is nothing at this address; /docs lists what there is"
         return problem_response(status, detail, headers=error.headers)
 
+    async def on_unexpected_error(_: Request, error: Exception) -> Response:
+        # Starlette raises the error again once this is sent, and the server logs it with its traceback.
+        return problem_response(
+            HTTPStatus.INTERNAL_SERVER_ERROR, f"an unexpected {type(error).__name__}; the service's log tells more"
+        )
+
     async def on_error(_: Request, error: Exception) -> Response:
         return error_response(error)
 
@@ -112,6 +118,7 @@ def install_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http_error)
     for kind in _STATUS_OF:
         app.add_exception_handler(kind, on_error)
+    app.add_exception_handler(Exception, on_unexpected_error)
 
 
 def error_response(error: Exception) -> Response:

@@ -11,10 +11,11 @@ from pydantic_core import to_json
 
 from batching import Failure, Priority
 from batching.task_groups import plain_task_group
-from pipelines import AsyncOutputModel, InferenceOutputModel
-from service.errors import describe_error
+from pipelines import AsyncOutputModel
+from service.errors import OutputNotJsonError, describe_error
 from service.gateway import Gateway
 from service.jobs import Job
+from service.outputs import output_json
 from service.web.answers import JSON, JobView
 from service.web.bodies import BodyParser, InvalidItem, read_body
 from service.web.problems import ProblemError, error_response
@@ -28,6 +29,7 @@ Timeout = Annotated[
     PositiveFloat | None,
     Header(alias="X-Request-Timeout", description="Seconds after which the answer is 504.", allow_inf_nan=False),
 ]
+UnusedTimeout = Annotated[str | None, Header(alias="X-Request-Timeout", include_in_schema=False)]
 PriorityHeader = Annotated[
     Priority, Header(alias="X-Priority", description="`interactive` goes before `bulk`, which keeps a share.")
 ]
@@ -61,11 +63,12 @@ def make_router(gateway: Gateway) -> APIRouter:
                 request,
                 lambda: gateway.predict(item, model_name=model_name, priority=priority, timeout_s=timeout),
             )
+            content = output_json(output)
         except ProblemError:
             raise
         except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is this item's error
             return error_response(error)
-        return _json_response(output.model_dump_json().encode())
+        return _json_response(content)
 
     @router.post(
         "/batch/predict",
@@ -92,9 +95,20 @@ def make_router(gateway: Gateway) -> APIRouter:
     @router.post(
         "/async/predict", operation_id="async_predict", status_code=HTTPStatus.ACCEPTED, summary="Accept a job"
     )
-    async def async_predict(request: Request, model_name: ModelName = None) -> Response:
+    async def async_predict(
+        request: Request,
+        model_name: ModelName = None,
+        timeout: UnusedTimeout = None,  # noqa: ASYNC109  # refused, not enforced
+        priority: PriorityHeader = Priority.BULK,
+    ) -> Response:
+        if timeout is not None:
+            raise ProblemError(
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+                "X-Request-Timeout: a job is not bound to its request; leave the header out, the setting "
+                "async_config.timeout bounds how long a job may take",
+            )
         job_request = parser(model_name).async_request(await read_body(request))
-        job_id = await gateway.submit(job_request, model_name=model_name)
+        job_id = await gateway.submit(job_request, model_name=model_name, priority=priority)
         return _json_response(
             AsyncOutputModel(job_id=job_id).model_dump_json().encode(),
             HTTPStatus.ACCEPTED,
@@ -134,8 +148,10 @@ def _slot(outcome: Any) -> bytes:
         return to_json({"status": "error", "error": outcome.error})
     if isinstance(outcome, Failure):
         return to_json({"status": "error", "error": describe_error(outcome.error)})
-    output: InferenceOutputModel = outcome.value
-    return output.model_dump_json().encode()
+    try:
+        return output_json(outcome.value)
+    except OutputNotJsonError as error:
+        return to_json({"status": "error", "error": describe_error(error)})
 
 
 def _job_response(job_id: str, job: Job | None) -> Response:

@@ -67,6 +67,12 @@ def test_requests_refuse_unknown_fields_and_empty_queue_names() -> None:
         AsyncInputModel.model_validate({"message": {"text": "a"}, "success_queue": ""})
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x00", "a\u200bb"])
+def test_a_queue_name_that_cannot_be_printed_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match=r"failure_queue\n.*unprintable characters"):
+        AsyncInputModel(message={}, failure_queue=name)
+
+
 def test_a_message_may_be_any_object_or_a_model() -> None:
     plain = AsyncInputModel(message={"text": "a"})
     assert plain.model_dump() == {"message": {"text": "a"}, "success_queue": None, "failure_queue": None, "meta": {}}

@@ -25,13 +25,26 @@ async def test_messages_are_kept_in_order_and_by_queue() -> None:
         backend.receive_nowait("b")
 
 
-async def test_a_full_queue_declines_and_drops_nothing() -> None:
+async def test_a_full_queue_drops_its_oldest_message_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     backend = InMemoryBackend(max_messages_per_queue=2)
-    assert [await backend.send_message("a", f"{n}") for n in range(3)] == [True, True, False]
+    assert all([await backend.send_message("a", f"{n}") for n in range(5)])
     assert await backend.send_message("b", "another queue")
-    assert backend.messages("a") == ["0", "1"]
-    with pytest.raises(ValueError, match="max_messages_per_queue"):
+    assert backend.messages("a") == ["3", "4"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "Queue 'a' in memory is full: from now on its oldest messages are dropped"
+    ]
+    with pytest.raises(ValueError, match="max_messages_per_queue must be at least 1, got 0"):
         InMemoryBackend(0)
+
+
+async def test_one_queue_too_many_drops_the_one_not_sent_to_for_longest(caplog: pytest.LogCaptureFixture) -> None:
+    backend = InMemoryBackend(max_queues=2)
+    for name in ("a", "b", "a", "c", "d"):
+        await backend.send_message(name, "x")
+    assert backend.queue_names() == ["c", "d"]
+    assert caplog.text.count("more than 2 queues") == 1
+    with pytest.raises(ValueError, match="max_queues"):
+        InMemoryBackend(max_queues=0)
 
 
 async def test_receivers_wait_and_each_message_goes_to_one_of_them() -> None:

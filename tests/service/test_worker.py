@@ -2,21 +2,31 @@
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from batching import BatchTimeoutError, Failure, OutputCountError, QueueFullError, SchedulerClosedError, Success
+from batching import (
+    BatchTimeoutError,
+    Failure,
+    OutputCountError,
+    Priority,
+    QueueFullError,
+    SchedulerClosedError,
+    Success,
+)
 from pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
 from service.errors import ItemRejectedError, PipelineOutputError
-from service.jobs import DeliveryStatus, JobStatus, MemoryJobStore
+from service.jobs import DeliveryStatus, JobStatus, JobStore, MemoryJobStore, SqliteJobStore
 from service.jobs.manager import QueueNotAllowedError
 from service.queue_backends import InMemoryBackend
 from service.settings import Settings
 from service.worker import InferenceWorker
 from tests.support.length_model import POISON, REJECTED, Length, LengthPipeline, Text
+from tests.support.odd_model import MUTE, NAN, NUMPY, SURROGATE, OddPipeline
 
 pytestmark = pytest.mark.anyio
 
@@ -241,3 +251,54 @@ async def test_a_pipeline_without_models_takes_any_object(queue: InMemoryBackend
         assert await worker.predict({"text": "five!", "more": [1]}) == Length(length=5)
         await worker.submit(AsyncInputModel(message={"text": "abc", "more": {"a": 1}}, success_queue="ok"))
         assert json.loads(await queue.receive("ok"))["result"]["length"] == 3
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+async def test_a_result_or_an_error_that_cannot_be_kept_fails_its_job_alone(
+    queue: InMemoryBackend, tmp_path: Path, store: str
+) -> None:
+    jobs: JobStore = MemoryJobStore() if store == "memory" else SqliteJobStore(tmp_path / "jobs.db")
+    async with InferenceWorker(OddPipeline(), queue_backend=queue, job_store=jobs) as worker:
+        errors = {}
+        for text in (NUMPY, SURROGATE, MUTE):
+            job_id = await worker.submit(AsyncInputModel(message={"text": text}, failure_queue="bad"))
+            job = await worker.job(job_id, wait_s=30)
+            assert job is not None
+            assert job.status is JobStatus.FAILED
+            errors[text] = job.error
+            assert json.loads(await queue.receive("bad"))["error"] == job.error
+        assert "numpy.float32" in str(errors[NUMPY])
+        assert "surrogates not allowed" in str(errors[SURROGATE])
+        assert str(errors[MUTE]).startswith("MuteError: ")
+        await worker.submit(AsyncInputModel(message={"text": "goes on"}, success_queue="ok"))
+        assert json.loads(await queue.receive("ok"))["result"]["length"] == 7
+
+
+async def test_a_number_that_json_does_not_have_is_null_in_job_and_message(queue: InMemoryBackend) -> None:
+    async with InferenceWorker(OddPipeline(), queue_backend=queue) as worker:
+        request = AsyncInputModel(message={"text": NAN}, success_queue="ok", meta={"ratio": float("inf")})
+        job_id = await worker.submit(request)
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(f"{constant} is no JSON")
+
+        message = json.loads(await queue.receive("ok"), parse_constant=refuse)
+        assert (message["result"]["score"], message["meta"]["ratio"]) == (None, None)
+        job = await worker.job(job_id, wait_s=30)
+        assert job is not None
+        assert job.result == message["result"]
+
+
+async def test_a_job_runs_in_its_class(worker: InferenceWorker, pipeline: LengthPipeline) -> None:
+    classes: list[Priority] = []
+    run = worker.predict
+
+    async def predict(item: Any, **options: Any) -> InferenceOutputModel:
+        classes.append(options["priority"])
+        return await run(item, **options)
+
+    worker.predict = predict  # type: ignore[method-assign]  # to see the class that each job is run in
+    for priority in ({}, {"priority": Priority.INTERACTIVE}):
+        job_id = await worker.submit(AsyncInputModel(message={"text": "a"}), **priority)
+        await worker.job(job_id, wait_s=30)
+    assert classes == [Priority.BULK, Priority.INTERACTIVE]

@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.progress import Progress
 
+from service.cli.output_file import whole_file
+from service.cli.predict import _Run
+from service.cli.records import FileFormat, read_records
+from service.settings import Settings
 from tests.service.cli.conftest import Modalkit
-from tests.support.length_model import POISON
+from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
+from tests.support.odd_model import MUTE, NAN, NUMPY, SURROGATE
 
 
 def results(text: str) -> list[dict[str, Any]]:
@@ -74,7 +80,7 @@ def test_a_csv_file_gives_its_column_and_a_csv_output_has_columns(modalkit: Moda
             "the CSV header has no column 'text'; it has ['id', 'review']: name the text's with --column",
         ),
         (("-i", "in.parquet"), "cannot tell the format of in.parquet by its name; say --format txt, jsonl or csv"),
-        (("-i", "in.csv", "-o", "no/such/folder.jsonl"), "no/such/folder.jsonl"),
+        (("-i", "in.csv", "--column", "review", "-o", "no/such/folder.jsonl"), "no/such/folder.jsonl"),
     ],
 )
 def test_an_input_that_cannot_be_read_is_one_message(
@@ -98,3 +104,88 @@ def test_an_unknown_model_is_exit_code_2_and_names_those_there_are(modalkit: Mod
     done = modalkit("predict", "--model", "other", "a text")
     assert done.returncode == 2
     assert done.stderr == "modalkit: error: there is no model 'other'; configured are: lengths\n"
+
+
+ODD = """
+model_settings:
+  model_entries:
+    odd: {pipeline: "tests.support.odd_model:OddPipeline"}
+"""
+
+
+def test_the_output_may_be_the_input(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "a.csv").write_text("text,length\n" + "".join(f"{'x' * n},\n" for n in range(1, 6)))
+    (folder / "a.csv").chmod(0o640)
+    assert modalkit("predict", "-i", "a.csv", "-o", "a.csv").returncode == 0
+    with (folder / "a.csv").open(newline="") as file:
+        assert [row["length"] for row in csv.DictReader(file)] == ["1", "2", "3", "4", "5"]
+    assert (folder / "a.csv").stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in folder.glob("a.csv*")] == ["a.csv"]
+
+
+@pytest.mark.parametrize(
+    ("configuration", "arguments"),
+    [
+        ("pipeline: 'tests.support.length_model:UnloadablePipeline'", ()),
+        ("pipeline: 'tests.support.length_model:LengthPipeline'", ("--column", "missing")),
+    ],
+)
+def test_a_run_that_fails_leaves_the_output_as_it_was(
+    modalkit: Modalkit, folder: Path, configuration: str, arguments: tuple[str, ...]
+) -> None:
+    (folder / "modalkit.yaml").write_text(f"model_settings: {{model_entries: {{a: {{{configuration}}}}}}}")
+    (folder / "in.csv").write_text("text\nfour\n")
+    (folder / "out.csv").write_text("of yesterday")
+    assert modalkit("predict", "-i", "in.csv", "-o", "out.csv", *arguments).returncode in (1, 2)
+    assert (folder / "out.csv").read_text() == "of yesterday"
+    assert list(folder.glob("*.partial")) == []
+
+
+def test_what_was_written_before_a_failure_is_kept_beside_the_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.jsonl").write_text("of yesterday")
+
+    def interrupted() -> None:
+        with whole_file(tmp_path / "out.jsonl") as stream:
+            stream.write("the first result")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / "out.jsonl").read_text() == "of yesterday"
+    (partial,) = tmp_path.glob("*.partial")
+    assert partial.read_text() == "the first result"
+    assert str(partial) in capsys.readouterr().err
+
+
+def test_an_output_that_is_no_regular_file_is_written_to_at_once(modalkit: Modalkit) -> None:
+    assert modalkit("predict", "four", "-o", "/dev/null").returncode == 0
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("output", [(), ("-o", "out.csv"), ("-o", "out.jsonl")])
+def test_an_output_that_is_no_json_is_its_own_lines_error(
+    modalkit: Modalkit, folder: Path, output: tuple[str, ...]
+) -> None:
+    (folder / "modalkit.yaml").write_text(ODD)
+    done = modalkit("predict", *output, stdin="\n".join(["four", NUMPY, NAN, SURROGATE, MUTE, "five!"]))
+    assert done.returncode == 1
+    assert [line.split(":")[0] for line in done.stderr.splitlines()[:-1]] == ["line 2", "line 4", "line 5"]
+    if "out.csv" in output:
+        with (folder / "out.csv").open(newline="") as file:
+            written: list[dict[str, Any]] = list(csv.DictReader(file))
+    else:
+        written = results((folder / "out.jsonl").read_text() if output else done.stdout)
+    assert [slot["status"] for slot in written] == ["success", "error", "success", "error", "error", "success"]
+    assert written[2].get("score") is None
+
+
+@pytest.mark.anyio
+async def test_the_progress_counts_failed_and_invalid_lines_too() -> None:
+    lines = ["one", "", POISON, REJECTED, "five!"]
+    progress = Progress(disable=True)
+    progress.add_task("Running", total=len(lines))
+    run = _Run(lambda _: None, progress, Settings())
+    await run.score(LengthPipeline(), read_records(lines, FileFormat.TXT, Text, None))
+    assert progress.tasks[0].completed == len(lines)

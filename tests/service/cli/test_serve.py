@@ -1,18 +1,51 @@
 """``modalkit serve`` as a process: it starts, answers, stops gently, and keeps accepted jobs."""
 
+import gc
 import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
+from service.cli.serve import AddressError, _listen
+
 SERVE = [sys.executable, "-P", "-c", "from service.cli import main; main()", "serve", "--port"]
+
+TWO_MODELS = """
+app_settings:
+  async_config: {store_path: jobs.db}
+  batch_config: {calibration: {enabled: false}}
+model_settings:
+  model_entries:
+    bad: {pipeline: "tests.support.length_model:UnloadablePipeline"}
+    good: {pipeline: "my_model:Hanging"}
+"""
+HANGING = """
+import threading
+from tests.support.length_model import LengthPipeline
+
+class Hanging(LengthPipeline):
+    def postprocess(self, input_list, raw_output):
+        if "hang" in raw_output["texts"]:
+            threading.Event().wait()
+        return super().postprocess(input_list, raw_output)
+"""
+NEVER_LOADED = """
+import sys, threading
+from tests.support.length_model import LengthPipeline
+
+class Never(LengthPipeline):
+    def __init__(self, *args, **entry):
+        print("begun", file=sys.stderr, flush=True)
+        threading.Event().wait()
+"""
 
 
 @contextmanager
@@ -89,3 +122,48 @@ def test_a_port_in_use_and_a_store_in_use_are_one_message(folder: Path, environm
         assert done.returncode == 1
         assert f"in use by process {process.pid}" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_signal_while_a_model_loads_ends_it_at_once(folder: Path, environment: dict[str, str]) -> None:
+    (folder / "my_model.py").write_text(NEVER_LOADED)
+    (folder / "modalkit.yaml").write_text("model_settings: {model_entries: {a: {pipeline: 'my_model:Never'}}}")
+    with subprocess.Popen([*SERVE, "0"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "begun" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        said = finish(process)
+    assert process.returncode == 0
+    assert "Traceback" not in said
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_others_alone(folder: Path, environment: dict[str, str]) -> None:
+    (folder / "my_model.py").write_text(HANGING)
+    (folder / "modalkit.yaml").write_text(TWO_MODELS)
+    with serving(folder, environment) as (process, client):
+        assert client.get("/health/ready").json()["models"] == {"bad": "failed", "good": "ready"}
+        assert client.post("/sync/predict?model_name=good", json={"text": "four"}).json()["length"] == 4
+        assert client.post("/sync/predict?model_name=bad", json={"text": "four"}).status_code == 503
+        process.send_signal(signal.SIGTERM)
+        finish(process)
+        assert process.returncode == 0
+
+
+def test_a_signal_ends_the_wait_for_a_job(folder: Path, environment: dict[str, str]) -> None:
+    (folder / "my_model.py").write_text(HANGING)
+    (folder / "modalkit.yaml").write_text(TWO_MODELS)
+    with serving(folder, environment) as (process, client), ThreadPoolExecutor() as threads:
+        accepted = client.post("/async/predict?model_name=good", json={"message": {"text": "hang"}})
+        address = f"/jobs/{accepted.json()['job_id']}"
+        waiting = threads.submit(client.get, f"{address}?wait=300")
+        while client.get(address).json()["status"] != "running":
+            pass
+        process.send_signal(signal.SIGTERM)
+        assert waiting.result().json()["status"] == "running"
+
+
+def test_a_socket_that_cannot_listen_is_closed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(AddressError, match="already in use"):
+        with _listen("127.0.0.1", taken.getsockname()[1]):
+            pass
+    gc.collect()  # pytest turns the warning of a socket that was left open into an error

@@ -7,7 +7,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from batching import QueueFullError, SchedulerClosedError
+from batching import Priority, QueueFullError, SchedulerClosedError
 from service.jobs import FinishedJob, Job, JobStatus, JobStoreError, MemoryJobStore
 from service.jobs.manager import JobManager
 from service.jobs.runner import JobRunner
@@ -247,3 +247,52 @@ async def test_results_are_removed_once_their_time_is_over(clock: Clock) -> None
             clock.now += 2
             await swept.wait()
             assert await manager.get(job_id) is None
+
+
+async def test_an_end_that_no_store_can_keep_fails_its_job_alone(caplog: pytest.LogCaptureFixture) -> None:
+    class Picky(MemoryJobStore):
+        async def finish(self, outcomes: Sequence[FinishedJob]) -> list[Job]:
+            if any(outcome.result == {"n": 0} for outcome in outcomes):
+                raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+            return await super().finish(outcomes)
+
+    async def run_job(job: Job, _: float) -> dict[str, Any]:
+        return job.message
+
+    async with JobManager(Picky()) as manager, JobRunner(manager, "m", run_job, window=3):
+        jobs = [await ended(manager, await manager.submit("m", {"n": n})) for n in range(3)]
+    assert [job.status for job in jobs] == [JobStatus.FAILED, JobStatus.SUCCEEDED, JobStatus.SUCCEEDED]
+    assert jobs[0].error == "what became of the job could not be stored; the service's log tells why"
+    assert "surrogates not allowed" in caplog.text
+
+
+async def test_interactive_jobs_go_first_and_leave_bulk_ones_a_tenth_of_the_window(manager: JobManager) -> None:
+    release = anyio.Event()
+    taken: list[str] = []
+
+    async def run_job(job: Job, _: float) -> dict[str, Any]:
+        taken.append(job.priority)
+        await release.wait()
+        return {}
+
+    for priority in (Priority.BULK, Priority.INTERACTIVE):
+        for _ in range(30):
+            await manager.submit("m", {}, priority=priority)
+    async with JobRunner(manager, "m", run_job, window=20) as runner:
+        while len(taken) < 20:
+            await anyio.lowlevel.checkpoint()
+        assert (taken.count("interactive"), taken.count("bulk"), runner.running) == (18, 2, 20)
+        release.set()
+    assert len(taken) == 60
+
+
+async def test_whoever_waits_is_answered_when_waiting_is_over(manager: JobManager) -> None:
+    job_id = await manager.submit("m", {})
+    async with anyio.create_task_group() as task_group:
+        for _ in range(2):
+            task_group.start_soon(manager.get, job_id, 1e9)
+        await anyio.wait_all_tasks_blocked()
+        manager.stop_waiting()
+    job = await manager.get(job_id, 1e9)
+    assert job is not None
+    assert job.status is JobStatus.QUEUED

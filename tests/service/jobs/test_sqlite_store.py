@@ -1,16 +1,19 @@
 """What the SQLite store promises beyond the others: it outlives the process, and one process owns it."""
 
+import asyncio
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import anyio
 import anyio.lowlevel
 import pytest
 
+from batching import Priority
 from service.jobs import (
     DeliveryStatus,
     DuplicateJobError,
@@ -24,6 +27,7 @@ from service.jobs import (
     NewJob,
     SqliteJobStore,
 )
+from service.jobs.sqlite_schema import APPLICATION_ID, MIGRATIONS
 
 pytestmark = pytest.mark.anyio
 
@@ -212,3 +216,56 @@ async def test_the_file_is_safe_to_read_meanwhile_and_shrinks_when_jobs_are_remo
         assert await store.remove_finished(4.0) == 3000
         assert reader.execute("PRAGMA page_count").fetchone()[0] < pages / 4
         reader.close()
+
+
+async def test_a_database_of_the_first_version_is_migrated_with_its_jobs(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    database = sqlite3.connect(path)
+    database.executescript(MIGRATIONS[0])
+    database.executescript("""
+        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery)
+            VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none');
+        INSERT INTO counts VALUES ('queued', 1);
+    """)
+    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1")
+    database.close()
+    async with SqliteJobStore(path) as store:
+        (job,) = await store.take("m", 9, 2.0)
+        assert (job.job_id, job.priority) == ("a", Priority.BULK)
+
+
+def test_the_connection_is_not_closed_under_a_transaction_that_asyncio_cancelled(path: Path) -> None:
+    """Its cancellation passes by anyio's shields, and a connection closed while it is used crashes the process."""
+    began, closing, may_go_on = threading.Event(), threading.Event(), threading.Event()
+    store = SqliteJobStore(path)
+    found: list[object] = []
+
+    def operation() -> None:
+        began.set()
+        may_go_on.wait(timeout=60)
+        found.extend(store._database.execute("SELECT count(*) FROM jobs").fetchone())  # noqa: SLF001
+
+    close = store._close  # noqa: SLF001  # to know when it is tried
+
+    def close_loudly() -> None:
+        closing.set()
+        close()
+
+    store._close = close_loudly  # type: ignore[method-assign]  # noqa: SLF001  # as above
+
+    async def own() -> None:
+        async with store:
+            await store._perform(operation)  # noqa: SLF001  # an operation that takes its time
+
+    async def cancel_all() -> None:
+        owner = asyncio.create_task(own())
+        await asyncio.to_thread(began.wait, 60)
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.to_thread(closing.wait, 60)
+        may_go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await owner
+
+    asyncio.run(cancel_all())
+    assert found == [0]

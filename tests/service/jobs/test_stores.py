@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
+from batching import Priority
 from service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
@@ -190,6 +191,24 @@ async def test_deliveries_are_noted(store: JobStore) -> None:
     assert (job.delivery, job.delivery_attempts, job.delivery_error) == (DeliveryStatus.DELIVERED, 2, None)
     assert await store.pending_deliveries(9) == []
     assert (await existing(store, "b")).delivery is DeliveryStatus.NONE
+
+
+async def test_interactive_jobs_are_taken_first_and_bulk_ones_have_their_places(store: JobStore) -> None:
+    await store.add([new_job(f"b{n}") for n in range(6)])
+    await store.add([new_job(f"i{n}", priority=Priority.INTERACTIVE) for n in range(6)])
+
+    async def take(limit: int, bulk_places: int = 0) -> set[str]:
+        taken = await store.take("m", limit, 2.0, bulk_places=bulk_places)
+        assert len(taken) <= limit
+        return {job.job_id for job in taken}
+
+    assert await take(2) == {"i0", "i1"}
+    assert await take(3, 1) == {"b0", "i2", "i3"}
+    assert await take(1, 9) == {"b1"}
+    assert await take(9, 1) == {"b2", "b3", "b4", "b5", "i4", "i5"}
+    job = await existing(store, "i0")
+    assert job.priority is Priority.INTERACTIVE
+    assert (await existing(store, "b0")).priority is Priority.BULK
 
 
 async def test_requeued_jobs_run_again_in_their_old_places_and_keep_their_first_start(store: JobStore) -> None:

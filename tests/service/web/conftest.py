@@ -28,6 +28,7 @@ def settings(tmp_path: Path) -> Settings:
             "model_entries": {
                 "lengths": {"pipeline": "tests.support.length_model:LengthPipeline"},
                 "Lengths-2": {"pipeline": "tests.support.length_model:LengthPipeline"},
+                "odd": {"pipeline": "tests.support.odd_model:OddPipeline"},
             }
         },
     )

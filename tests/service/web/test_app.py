@@ -1,5 +1,6 @@
 """The application as a whole: life cycle, health, who may call, documentation, overload and clients that go away."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from service.gateway import LocalGateway
 from service.loading import LoadError
 from service.settings import AuthConfig, Settings
 from service.web import create_app
+from service.web.auth import require_api_key
 from tests.service.web.test_predict import assert_problem
 from tests.support.http_server import serving
 from tests.support.length_model import LengthPipeline
@@ -52,7 +54,7 @@ async def test_the_application_opens_and_closes_its_gateway(settings: Settings) 
         assert (await client.get("/health/live")).json() == {"status": "live"}
         await until_ready(client)
         ready = (await client.get("/health/ready")).json()
-        assert ready == {"status": "ready", "models": {"lengths": "ready", "Lengths-2": "ready"}}
+        assert ready == {"status": "ready", "models": {"lengths": "ready", "Lengths-2": "ready", "odd": "ready"}}
         job_id = (await client.post("/async/predict", json={"message": {"text": "four"}})).json()["job_id"]
     async with serving(create_app(LocalGateway(settings))) as client:
         job = (await client.get(f"/jobs/{job_id}?wait=30")).json()
@@ -158,6 +160,30 @@ async def test_only_callers_with_the_key_get_in(settings: Settings, auth: AuthCo
         assert_problem(await client.get("/jobs/x"), 401)
         accepted = await client.post("/sync/predict", json={"text": "four"}, headers={header: good})
         assert accepted.status_code == 200
+
+
+@pytest.mark.parametrize("header", ["authorization", "x-api-key"])
+def test_checking_a_key_costs_no_thread(header: str) -> None:
+    check = require_api_key(AuthConfig(api_key="s3cret", auth_header=header))
+    assert inspect.iscoroutinefunction(check)
+
+
+async def test_an_unexpected_error_is_a_problem_without_internals_and_is_logged(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateway = LocalGateway(settings)
+
+    async def fail(_: str, **__: Any) -> None:
+        raise LookupError("the password is swordfish")
+
+    monkeypatch.setattr(gateway, "job", fail)
+    async with serving(create_app(gateway)) as client:
+        problem = assert_problem(await client.get("/jobs/x"), 500)
+    assert "LookupError" in problem["detail"]
+    assert "swordfish" not in str(problem)
+    logged = capsys.readouterr().err  # where uvicorn, as configured in this test, logs
+    assert "Traceback" in logged
+    assert "swordfish" in logged
 
 
 def test_a_key_from_ssm_is_refused_rather_than_ignored(settings: Settings) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from service.queue_backends import InMemoryBackend
 from tests.support.length_model import POISON, REJECTED
+from tests.support.odd_model import MUTE, NAN, NUMPY, SURROGATE
 
 pytestmark = pytest.mark.anyio
 
@@ -88,6 +89,12 @@ async def test_an_empty_list_is_answered_with_one(client: httpx.AsyncClient) -> 
         ("/async/predict", b'{"message": {"text": "a"}, "queue": "ok"}', 422, "queue: unknown field"),
         ("/async/predict", b'{"message": {"text": "a"}, "success_queue": "x"}', 422, "success_queue: queue 'x' is not"),
         ("/async/predict", b'{"message": {"text": "a"}, "success_queue": ""}', 422, "success_queue: "),
+        (
+            "/async/predict",
+            b'{"message": {"text": "a"}, "failure_queue": "a\\nb"}',
+            422,
+            "failure_queue: must not hold",
+        ),
     ],
 )
 async def test_a_bad_body_is_refused_with_the_field_and_the_remedy(
@@ -130,7 +137,7 @@ async def test_a_model_is_chosen_by_name_with_its_case(client: httpx.AsyncClient
     response = await client.post("/sync/predict?model_name=Lengths-2", json={"text": "four"})
     assert response.json()["length"] == 4
     problem = assert_problem(await client.post("/sync/predict?model_name=lengths-2", json={"text": "four"}), 404)
-    assert problem["detail"] == "there is no model 'lengths-2'; configured are: lengths, Lengths-2"
+    assert problem["detail"] == "there is no model 'lengths-2'; configured are: lengths, Lengths-2, odd"
 
 
 @pytest.mark.parametrize(
@@ -175,3 +182,32 @@ async def test_wrong_addresses_and_methods_are_problems_too(
     client: httpx.AsyncClient, method: str, path: str, status: int
 ) -> None:
     assert_problem(await client.request(method, path), status)
+
+
+async def test_an_output_that_is_no_json_is_a_problem(client: httpx.AsyncClient) -> None:
+    for text, told in ((NUMPY, "numpy.float32"), (SURROGATE, "surrogates"), (MUTE, "MuteError")):
+        response = await client.post("/sync/predict?model_name=odd", json={"text": text})
+        assert told in assert_problem(response, 500)["detail"]
+
+
+async def test_an_output_that_is_no_json_spoils_its_own_slot(client: httpx.AsyncClient) -> None:
+    items = [{"text": text} for text in ("four", NUMPY, NAN, SURROGATE, MUTE, "five!")]
+    slots = (await client.post("/batch/predict?model_name=odd", json=items)).json()
+    assert [slot["status"] for slot in slots] == ["success", "error", "success", "error", "error", "success"]
+    assert "float(score)" in slots[1]["error"]
+    assert slots[2]["score"] is None
+
+
+@pytest.mark.parametrize(("headers", "priority"), [({}, "bulk"), ({"X-Priority": "interactive"}, "interactive")])
+async def test_a_job_is_bulk_unless_it_says_otherwise(
+    client: httpx.AsyncClient, headers: dict[str, str], priority: str
+) -> None:
+    accepted = await client.post("/async/predict", json={"message": {"text": "four"}}, headers=headers)
+    job = (await client.get(f"/jobs/{accepted.json()['job_id']}?wait=30")).json()
+    assert (job["priority"], job["status"]) == (priority, "succeeded")
+
+
+async def test_a_timeout_for_the_request_of_a_job_is_refused(client: httpx.AsyncClient) -> None:
+    headers = {"X-Request-Timeout": "5"}
+    refused = await client.post("/async/predict", json={"message": {"text": "four"}}, headers=headers)
+    assert assert_problem(refused, 422)["detail"].startswith("X-Request-Timeout: ")

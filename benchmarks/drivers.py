@@ -1,0 +1,66 @@
+"""Callers of whatever answers one item at a time, in this process or over HTTP; asyncio and trio."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import anyio
+
+T = TypeVar("T")
+
+Call = Callable[[T], Awaitable[object]]
+"""Sends one item and returns once the answer is there."""
+
+
+async def work_off(callers: Sequence[Call[T]], items: Sequence[T]) -> None:
+    """Share the items out among callers who send one as soon as the last is answered."""
+    waiting = iter(items)
+
+    async def work(call: Call[T]) -> None:
+        for item in waiting:
+            await call(item)
+
+    async with anyio.create_task_group() as task_group:
+        for call in callers:
+            task_group.start_soon(work, call)
+
+
+async def closed_loop(callers: Sequence[Call[T]], items: Sequence[T]) -> list[float]:
+    """Work the items off, and return the seconds that each took."""
+    latencies_s: list[float] = []
+
+    def timed(call: Call[T]) -> Call[T]:
+        async def send(item: T) -> None:
+            started_s = anyio.current_time()
+            await call(item)
+            latencies_s.append(anyio.current_time() - started_s)
+
+        return send
+
+    await work_off([timed(call) for call in callers], items)
+    return latencies_s
+
+
+async def open_loop(call: Call[T], items: Sequence[T], arrivals_s: Sequence[float]) -> list[float]:
+    """Send each item at its time, counted from now, whatever became of those before; the seconds that each took.
+
+    They are counted from when an item was due, so that a sender who is late hides nothing.
+    """
+    latencies_s: list[float] = []
+    begun_s = anyio.current_time()
+
+    async def send(item: T, due_s: float) -> None:
+        await call(item)
+        latencies_s.append(anyio.current_time() - due_s)
+
+    async with anyio.create_task_group() as task_group:
+        for item, arrival_s in zip(items, arrivals_s, strict=True):
+            await anyio.sleep_until(begun_s + arrival_s)
+            task_group.start_soon(send, item, begun_s + arrival_s)
+    return latencies_s
+
+
+async def timed_s(work: Awaitable[object]) -> float:
+    """The seconds that something takes."""
+    started_s = anyio.current_time()
+    await work
+    return anyio.current_time() - started_s

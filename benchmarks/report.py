@@ -1,0 +1,122 @@
+"""All measurements with their targets, in one table: ``python -m benchmarks.report``; ``--help`` lists the options."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measurement import Figure, Study
+
+DEFAULT_TEXTS = 2_000
+
+
+class StudyName(StrEnum):
+    """What can be measured."""
+
+    OVERHEAD = "overhead"
+    GROWTH = "growth"
+    END_TO_END = "end-to-end"
+
+
+def make_study(name: StudyName, texts: int = DEFAULT_TEXTS) -> Study:
+    """The study of that name; `texts` limits the texts of the one that runs the model."""
+    if name is StudyName.OVERHEAD:
+        from benchmarks.overhead import OverheadStudy
+
+        return OverheadStudy()
+    if name is StudyName.GROWTH:
+        from benchmarks.growth import GrowthStudy
+
+        return GrowthStudy()
+    from benchmarks.end_to_end import EndToEndStudy
+    from benchmarks.in_process import BundledPipeline, corpus_items
+
+    return EndToEndStudy(BundledPipeline(), corpus_items(texts))
+
+
+def figures_table(title: str, figures: Sequence[Figure]) -> Table:
+    """One line a figure: its median, the least and the most of its rounds, its target, and whether it reaches that."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("figure")
+    for heading in ("median", "range", "target"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for figure in figures:
+        spread = f"{min(figure.rounds):.3g} .. {max(figure.rounds):.3g}" if len(figure.rounds) > 1 else ""
+        verdict = {None: "", True: "met", False: "[red]missed[/red]"}[figure.is_met]
+        value = f"{figure.value:.3g} {figure.unit}" if figure.rounds else "not measured"
+        table.add_row(figure.name, value, spread, _target(figure), verdict)
+    return table
+
+
+def _target(figure: Figure) -> str:
+    if figure.at_most is not None:
+        return f"<= {figure.at_most:.3g}"
+    return "" if figure.at_least is None else f">= {figure.at_least:.3g}"
+
+
+def as_json(figures: Mapping[str, Sequence[Figure]]) -> str:
+    """The figures of each study, and what they were measured on."""
+    document = {
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": sys.version.split()[0],
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "versions": {name: version(name) for name in ("modalkit", "torch", "transformers", "batched")},
+        "studies": {study: [_figure_as_dict(figure) for figure in found] for study, found in figures.items()},
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _figure_as_dict(figure: Figure) -> dict[str, object]:
+    targets = {"at_most": figure.at_most, "at_least": figure.at_least}
+    return {
+        "name": figure.name,
+        "unit": figure.unit,
+        "median": figure.value if figure.rounds else None,
+        "rounds": figure.rounds,
+        **{name: bound for name, bound in targets.items() if bound is not None},
+        **({} if figure.is_met is None else {"met": figure.is_met}),
+    }
+
+
+def run_study(study: Study, rounds: int, tell: Callable[[str], None]) -> list[Figure]:
+    """Measure a study in so many rounds."""
+    tell(f"{study.name}: warming up")
+    study.warm_up()
+    for current in range(1, rounds + 1):
+        tell(f"{study.name}: round {current} of {rounds}")
+        study.run_round()
+    return study.figures()
+
+
+def main(
+    only: Annotated[list[StudyName] | None, typer.Option(help="Measure only this; may be repeated.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each way is measured, in turn.")] = 3,
+    texts: Annotated[int, typer.Option(min=1, help="Texts of the corpus, 4,000 at most.")] = DEFAULT_TEXTS,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 where a target is missed.")] = False,
+) -> None:
+    """Measure everything, which takes about a quarter of an hour on two cores, and print the figures."""
+    console, progress = Console(width=110), Console(stderr=True)
+    figures: dict[str, list[Figure]] = {}
+    for name in only or list(StudyName):
+        figures[name.value] = run_study(make_study(name, texts), rounds, progress.print)
+        console.print(figures_table(name.value, figures[name.value]))
+    if json_file is not None:
+        json_file.write_text(as_json(figures), encoding="utf-8")
+    if check and any(figure.is_met is False for found in figures.values() for figure in found):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,79 @@
+"""Simulates batching rules on measured and published devices: ``python -m benchmarks.simulate``; see its README."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.simulate.report import print_results, write_results
+from benchmarks.simulate.study import CALLERS, LOADS, QUICK_CALLERS, QUICK_LOADS, Settings, run_study
+from benchmarks.simulate.tables import CPU, DEVICES, table_to_json
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+DEFAULT_REQUESTS, QUICK_REQUESTS = 20_000, 1_000
+
+
+@app.callback(invoke_without_command=True)
+def simulate(
+    context: typer.Context,
+    device: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(DEVICES)}; all if left out.")] = None,
+    requests: Annotated[int | None, typer.Option(min=100, help="Requests of each simulation; 20,000.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few loads and 1,000 requests each: seconds.")] = False,
+    noise: Annotated[float, typer.Option(min=0, help="Log-normal noise of each batch's time (sigma).")] = 0.05,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for results.json and the plots (needs matplotlib).")
+    ] = None,
+) -> None:
+    """Simulate each rule on each device under each load, and print the figures."""
+    if context.invoked_subcommand is not None:
+        return
+    devices = device or list(DEVICES)
+    if unknown := sorted(set(devices) - set(DEVICES)):
+        raise typer.BadParameter(f"no device is called {unknown[0]!r}; there are {', '.join(DEVICES)}")
+    settings = Settings(
+        devices=devices,
+        requests=requests or (QUICK_REQUESTS if quick else DEFAULT_REQUESTS),
+        noise=noise,
+        seed=seed,
+        loads=QUICK_LOADS if quick else LOADS,
+        callers=QUICK_CALLERS if quick else CALLERS,
+    )
+    results = run_study(settings, jobs)
+    print_results(results, Console(width=130))
+    if out is not None:
+        write_results(settings, results, out)
+
+
+@app.command()
+def measure(
+    file: Annotated[Path, typer.Argument(help="The JSON file to write.")],
+    name: Annotated[str, typer.Option(help="What the table is called.")] = CPU,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each shape is measured.")] = 5,
+) -> None:
+    """Measure what batches cost here, with the bundled model (half a minute on two cores)."""
+    from benchmarks.simulate.measure import measure as measure_table
+
+    table = measure_table(name, rounds)
+    file.write_text(table_to_json(table), encoding="utf-8")
+    print(table_to_json(table), end="")
+
+
+@app.command()
+def sizes(
+    texts: Annotated[Path, typer.Argument(help="A file with one text a line.")],
+    file: Annotated[Path, typer.Argument(help="The JSON file to write.")],
+    source: Annotated[str, typer.Option(help="What the texts are, to be noted in the file.")] = "measured texts",
+) -> None:
+    """Count the sizes of texts, for the simulations to draw from (`benchmarks/simulate/sizes.json`)."""
+    from benchmarks.simulate.measure import sizes_as_json
+
+    lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    file.write_text(sizes_as_json(lines, source), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,47 @@
+"""Measures what a batch costs on this machine, and how large texts are, with the bundled model."""
+
+import json
+import statistics
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.simulate.tables import CostTable
+from pipelines.sentiment import SentimentPipeline, SentimentRequest
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+SIZES = (8, 16, 32, 64, 128, 256)
+
+
+def measure(name: str, rounds: int) -> CostTable:
+    """The median seconds of all stages of the bundled pipeline, for batches of texts of one length.
+
+    The rounds go over the whole grid, one after the other, so that a disturbance spoils one round of some shapes and
+    not all rounds of one.
+    """
+    pipeline = SentimentPipeline("measured", str(Path.cwd()), {})
+    shapes = {(count, size): pipeline.sample_items(count, size) for count in BATCH_SIZES for size in SIZES}
+    seconds: dict[tuple[int, int], list[float]] = {shape: [] for shape in shapes}
+    for current in range(rounds + 1):
+        for shape, items in shapes.items():
+            started_s = time.perf_counter()
+            pipeline.run_inference(items)
+            if current:  # the round before the first warms up
+                seconds[shape].append(time.perf_counter() - started_s)
+    return CostTable(
+        name=name,
+        source=f"The bundled model, all stages, median of {rounds} rounds; python -m benchmarks.simulate measure",
+        batch_sizes=BATCH_SIZES,
+        sizes=SIZES,
+        seconds_at=[[statistics.median(seconds[count, size]) for size in SIZES] for count in BATCH_SIZES],
+    )
+
+
+def sizes_as_json(texts: Iterable[str], source: str) -> str:
+    """How many of the texts have which size, as `sizes.json` holds it: as the bundled pipeline estimates them."""
+    pipeline = SentimentPipeline("sized", str(Path.cwd()), {})
+    counts = Counter(pipeline.item_size(SentimentRequest(text=text)) for text in texts)
+    lines = textwrap.fill(", ".join(f'"{size}": {counts[size]}' for size in sorted(counts)), 116)
+    return f'{{\n  "source": {json.dumps(source)},\n  "counts": {{\n{textwrap.indent(lines, "    ")}\n  }}\n}}\n'

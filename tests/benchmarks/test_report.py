@@ -1,0 +1,64 @@
+"""The studies give every figure, and the report shows them; what the figures are is not for a test."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from benchmarks.end_to_end import EndToEndStudy
+from benchmarks.growth import GrowthStudy
+from benchmarks.in_process import BundledPipeline, corpus_items
+from benchmarks.measurement import Figure, Study
+from benchmarks.overhead import OverheadStudy
+from benchmarks.report import as_json, figures_table, run_study
+
+UNCALIBRATED = {"calibration": {"enabled": False}}  # which would take seconds for each worker
+
+
+@pytest.mark.parametrize("study", [OverheadStudy(items=2_000), GrowthStudy(depths=(40, 80), items=200)])
+def test_a_study_measures_every_figure_in_every_round(study: Study) -> None:
+    told: list[str] = []
+    figures = run_study(study, 2, told.append)
+    assert all(len(figure.rounds) == 2 and figure.value > 0 for figure in figures)
+    assert told == [f"{study.name}: {stage}" for stage in ("warming up", "round 1 of 2", "round 2 of 2")]
+
+
+def test_the_end_to_end_study_measures_all_that_few_texts_allow(bundled_pipeline: BundledPipeline) -> None:
+    study = EndToEndStudy(
+        bundled_pipeline, corpus_items(24), open_loop_items=8, idle_calls=2, batch_config=UNCALIBRATED
+    )
+    figures = run_study(study, 1, lambda _: None)
+    missing = [figure.name for figure in figures if not figure.rounds]
+    assert missing == [
+        "cost error after 100 batches, predict_many",
+        "cost error after 100 batches, callers",
+        "padding in the tensors, 1,000 or more queued",
+        "the same by estimated sizes",
+    ]
+
+
+def test_the_table_tells_which_targets_are_missed() -> None:
+    figures = [
+        Figure(name="slow", rounds=(3.0, 4.0, 5.0), at_most=2),
+        Figure(name="rate", rounds=(100.0,), unit="items/s", at_least=90),
+        Figure(name="unknown", rounds=(), at_most=2),
+    ]
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(figures_table("a study", figures))
+    slow, rate, unknown = [line for line in console.export_text().splitlines() if any(f.name in line for f in figures)]
+    assert all(part in slow for part in ("4 x", "3 .. 5", "<= 2", "missed"))
+    assert all(part in rate for part in ("100 items/s", ">= 90", "met"))
+    assert "not measured" in unknown
+    assert "missed" not in unknown
+
+
+def test_the_json_holds_every_round_and_what_it_was_measured_on() -> None:
+    figures = [Figure(name="slow", rounds=(3.0, 4.0), at_most=2), Figure(name="unknown", rounds=())]
+    document = json.loads(as_json({"a study": figures}))
+    assert document["studies"]["a study"] == [
+        {"name": "slow", "unit": "x", "median": 3.5, "rounds": [3.0, 4.0], "at_most": 2, "met": False},
+        {"name": "unknown", "unit": "x", "median": None, "rounds": []},
+    ]
+    assert document["python"]
+    assert document["versions"]["torch"]

@@ -1,0 +1,100 @@
+"""The models of a configuration in this process: loading them, and leaving while they load."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio import to_thread
+
+from pipelines import AsyncInputModel
+from service.gateway import LocalGateway, NotReadyError, Readiness
+from service.jobs import JobStatus, SqliteJobStore
+from service.settings import Settings
+from tests.support.length_model import LengthPipeline
+
+pytestmark = pytest.mark.anyio
+
+
+class Loading(LengthPipeline):
+    """Takes as long to load as the test wants."""
+
+    begun = threading.Semaphore(0)
+    may_end = threading.Event()
+
+    def __init__(self, *args: Any, **model_entry: Any) -> None:
+        self.begun.release()
+        self.may_end.wait(timeout=60)
+        super().__init__(*args, **model_entry)
+
+
+def settings_of(folder: Path, **pipelines: str) -> Settings:
+    return Settings(
+        app_settings={"async_config": {"store_path": folder / "jobs.db"}},
+        model_settings={"model_entries": {name: {"pipeline": pipeline} for name, pipeline in pipelines.items()}},
+    )
+
+
+async def test_leaving_waits_for_no_model_that_loads_and_runs_no_job(tmp_path: Path) -> None:
+    good = "tests.support.length_model:LengthPipeline"
+    async with LocalGateway(settings_of(tmp_path, slow=good)) as gateway:
+        await gateway.wait_until_ready()
+        gateway_left = gateway
+    with pytest.raises(NotReadyError, match="draining"):
+        await gateway_left.submit(AsyncInputModel(message={"text": "a"}))
+
+    Loading.may_end.clear()
+    waited: list[NotReadyError] = []
+
+    async def wait(gateway: LocalGateway) -> None:
+        with pytest.raises(NotReadyError) as caught:
+            await gateway.wait_until_ready()
+        waited.append(caught.value)
+
+    async with anyio.create_task_group() as task_group:
+        async with LocalGateway(settings_of(tmp_path, slow=f"{__name__}:Loading")) as gateway:
+            task_group.start_soon(wait, gateway)
+            await to_thread.run_sync(Loading.begun.acquire)
+            assert gateway.readiness() == {"slow": Readiness.LOADING}
+        assert gateway.readiness() == {"slow": Readiness.DRAINING}
+    Loading.may_end.set()
+    assert [error.readiness for error in waited] == [Readiness.DRAINING]
+
+
+async def test_jobs_of_a_model_that_did_not_load_in_time_stay_for_the_next_start(tmp_path: Path) -> None:
+    Loading.may_end.clear()
+    settings = settings_of(tmp_path, slow=f"{__name__}:Loading")
+    async with LocalGateway(settings) as gateway:
+        await to_thread.run_sync(Loading.begun.acquire)
+        job_id = await gateway._jobs.submit("slow", {"text": "four"})  # noqa: SLF001  # as one that is there from before
+    async with SqliteJobStore(tmp_path / "jobs.db") as store:
+        job = await store.get(job_id)
+        assert job is not None
+        assert job.status is JobStatus.QUEUED
+    Loading.may_end.set()
+    async with LocalGateway(settings) as gateway:
+        finished = await gateway.job(job_id, wait_s=60)
+        assert finished is not None
+        assert finished.result is not None
+        assert finished.result["length"] == 4
+
+
+async def test_the_models_that_load_settle_beside_those_that_do_not(tmp_path: Path) -> None:
+    support = "tests.support.length_model"
+    settings = settings_of(tmp_path, bad=f"{support}:UnloadablePipeline", good=f"{support}:LengthPipeline")
+    async with LocalGateway(settings) as gateway:
+        await gateway.wait_until_settled()
+        assert gateway.readiness() == {"bad": Readiness.FAILED, "good": Readiness.READY}
+
+
+async def test_a_shutdown_answers_whoever_waits_for_a_job(tmp_path: Path) -> None:
+    Loading.may_end.clear()
+    async with LocalGateway(settings_of(tmp_path, slow=f"{__name__}:Loading")) as gateway:
+        await to_thread.run_sync(Loading.begun.acquire)
+        job_id = await gateway._jobs.submit("slow", {"text": "four"})  # noqa: SLF001  # as above
+        gateway.stop_waiting()
+        job = await gateway.job(job_id, wait_s=1e9)
+        assert job is not None
+        assert job.status is JobStatus.QUEUED
+    Loading.may_end.set()

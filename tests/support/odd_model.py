@@ -1,0 +1,37 @@
+"""A model whose outputs and errors are those that are hard to pass on."""
+
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+from pipelines import InferenceOutputModel
+from tests.support.length_model import Length, LengthPipeline
+
+NUMPY = "numpy"
+NAN = "nan"
+SURROGATE = "surrogate"
+MUTE = "mute"
+
+
+class MuteError(Exception):
+    """An error that does not even say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("not even this")
+
+
+class OddPipeline(LengthPipeline):
+    """Answers these four texts with what JSON cannot hold, or an error without a text, and all others as usual."""
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        if MUTE in preprocessed_data["texts"]:
+            raise MuteError
+        return super().predict(input_list, preprocessed_data)
+
+    def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
+        odd = {NUMPY: np.float32(0.5), NAN: float("nan"), SURROGATE: "half of a pair: \ud83d"}
+        return [
+            InferenceOutputModel.model_validate({"score": odd[text]}) if text in odd else Length(length=len(text))
+            for text in raw_output["texts"]
+        ]
