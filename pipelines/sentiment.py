@@ -13,14 +13,10 @@ from pipelines.errors import ModelLoadError
 from pipelines.inference_pipeline import InferencePipeline
 from pipelines.iomodel import InferenceOutputModel
 from pipelines.loading import Checkpoint, choose_device, dtype_for, load_checkpoint
+from pipelines.token_counter import TokenCounter
 from pipelines.tokenization import TextEncoder
 
 MAX_TEXT_CHARACTERS = 100_000
-
-# Tokens of an English text: least squares for the bundled model's tokenizer over the 21,289 training sentences.
-TOKENS_PER_TEXT, TOKENS_PER_CHARACTER, TOKENS_PER_SPACE, TOKENS_PER_MARK = 3.18, 0.109, 0.485, 1.095
-TOKENS_PER_EXTRA_BYTE = 0.584  # of a character outside ASCII: such words are spelt with more pieces
-MARKS = ".,'-!?"
 
 SAMPLE_WORDS = ["the", "film", "was", "good", "but", "a", "little", "long", "and", "we", "had", "to", "wait"]
 
@@ -97,6 +93,7 @@ class SentimentPipeline(InferencePipeline):
         self._model = checkpoint.model
         self._inputs = checkpoint.inputs
         self._encoder = _make_encoder(model_name, checkpoint, entry.max_length)
+        self._counter = TokenCounter(self._encoder)
         self._pad_left = checkpoint.tokenizer.padding_side == "left"
         self.labels = [label.lower() if label.lower() in COMMON_LABELS else label for label in checkpoint.labels]
         self._multi_label = self._model.config.problem_type == "multi_label_classification"
@@ -156,21 +153,12 @@ class SentimentPipeline(InferencePipeline):
         ]
 
     def item_size(self, item: BaseModel) -> int:
-        """Estimate the tokens of a text by its length, spaces and punctuation marks: two microseconds for a sentence.
+        """Count the tokens of a text, special tokens included, by its words: about 15 microseconds for 35 words.
 
-        For the bundled model it is off by 2.0 tokens on average on the training sentences (25.3 tokens on average), by
-        at most 5 for 95% of them; on those held out by 2.1 and 6. Links and other languages can be off by far more.
+        On the 4,000 texts of the benchmark corpus it is never off by more than one token with the bundled model, whose
+        tokens end where words do. Words that are not in its vocabulary take 10 microseconds more when they first come.
         """
-        # Every character counts for more than a tenth of a token, so what lies beyond would not change the answer.
-        text = cast("SentimentRequest", item).text[: 10 * self.max_length]
-        estimate = (
-            TOKENS_PER_TEXT
-            + TOKENS_PER_CHARACTER * len(text)
-            + TOKENS_PER_EXTRA_BYTE * (len(text.encode()) - len(text))
-            + TOKENS_PER_SPACE * text.count(" ")
-            + TOKENS_PER_MARK * sum(map(text.count, MARKS))
-        )
-        return min(int(estimate) + 1, self.max_length)
+        return self._counter.count(cast("SentimentRequest", item).text)
 
     def sample_items(self, n: int, size: int) -> list[BaseModel]:
         """Texts of about `size` tokens, special tokens included."""

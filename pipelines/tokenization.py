@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 from transformers import PreTrainedTokenizerBase
+
+FEW = 32  # words are sooner encoded one by one than handed to the tokenizer's threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +34,31 @@ class TextEncoder:
             raise ValueError(
                 f"max_length {max_length} leaves no room for text: {self.special_tokens} tokens are the tokenizer's own"
             )
+        self._tokenizer = tokenizer
         self.encode: Callable[[list[str]], EncodedTexts] = (
             self._fast_encoder(tokenizer) if tokenizer.is_fast else self._python_encoder(tokenizer)
         )
+
+    @property
+    def lowercases(self) -> bool:
+        """Whether capital letters make no difference."""
+        normalizer = self._tokenizer.backend_tokenizer.normalizer if self._tokenizer.is_fast else None
+        return normalizer is not None and normalizer.normalize_str("A") == "a"
+
+    def vocabulary(self, count: int) -> list[str]:
+        """The first `count` entries of the vocabulary, without what marks the beginning of a word."""
+        by_id = sorted(self._tokenizer.get_vocab().items(), key=itemgetter(1))
+        return [word.lstrip("Ġ▁") for word, _ in by_id[:count]]
+
+    def word_lengths(self, words: list[str]) -> list[int]:
+        """How many tokens each word has in a text, where it comes after a space."""
+        spaced = [f" {word}" for word in words]
+        if not self._tokenizer.is_fast:
+            return [len(self._tokenizer.tokenize(word)) for word in spaced]
+        backend = self._tokenizer.backend_tokenizer
+        if len(spaced) < FEW:
+            return [len(backend.encode(word, add_special_tokens=False).ids) for word in spaced]
+        return [len(encoding.ids) for encoding in backend.encode_batch(spaced, add_special_tokens=False)]
 
     def _fast_encoder(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], EncodedTexts]:
         backend = tokenizer.backend_tokenizer

@@ -239,8 +239,8 @@ def test_the_size_estimate_is_close_to_the_number_of_tokens(
     texts = [sentence.text for sentence in held_out]
     true = [len(encoding) for encoding in tokenizer.encode_batch(texts)]
     errors = sorted(abs(bundled.item_size(item) - length) for item, length in zip(requests(*texts), true, strict=True))
-    assert sum(errors) / len(errors) < 2.2
-    assert errors[int(0.95 * len(errors))] <= 6
+    assert sum(errors) / len(errors) < 0.01
+    assert errors[int(0.99 * len(errors))] == 0
     assert bundled.item_size(requests("word " * 5000)[0]) == bundled.max_length
 
 
