@@ -40,10 +40,11 @@ class MeasuredCostModel:
     of requests, x, x times the longest request (attention), and x beyond each of a few knees, where caches overflow or
     a GPU that was partly idle is full: flat at first and then steep, or straight, or bent, as measured.
 
-    The costs minimise the squared *relative* errors, so that a short batch counts as much as a long one; a batch far
-    from its prediction counts less (Huber's weights, on the logarithm), older ones fade exponentially, and calibrated
-    shapes keep a small weight for the sizes that no batch has lately had. Until something is observed, the predictions
-    are those of `PaddedCostModel`. Sans-I/O, and not thread-safe.
+    The costs minimise the squared *relative* errors, so that a short batch counts as much as a long one. A batch far
+    from its prediction counts less (Huber's weights, on the logarithm), unless several in a row are off on the same
+    side: then the device has become slower or faster, and all costs with it. Older batches fade exponentially, and
+    calibrated shapes keep a small weight for the sizes that no batch has lately had. Until something is observed, the
+    predictions are those of `PaddedCostModel`. Sans-I/O, and not thread-safe.
     """
 
     def __init__(self, feature: CostFeature = CostFeature.PADDED) -> None:

@@ -13,7 +13,9 @@ from benchmarks.drivers import Call, timed_s, work_off
 from benchmarks.measurement import Figure, Rounds
 
 CALLERS = 1_000
-BATCH_SIZE = 32
+# A batch costs every contender a visit to a thread. The larger ones leave what each item costs, the smaller ones are
+# those of the scheduler's default.
+BATCH_SIZES = (256, 32)
 
 
 def do_nothing(items: Sequence[int]) -> Sequence[int]:
@@ -22,7 +24,7 @@ def do_nothing(items: Sequence[int]) -> Sequence[int]:
 
 
 class OverheadStudy:
-    """Microseconds an item of each way to batch, in a closed loop of 1,000 callers; all with batches of at most 32."""
+    """Microseconds an item of each way to batch, in a closed loop of 1,000 callers, with batches of 256 and of 32."""
 
     name = "overhead"
 
@@ -40,20 +42,31 @@ class OverheadStudy:
 
     def figures(self) -> list[Figure]:
         """Times and their ratios."""
+        return [figure for batch_size in BATCH_SIZES for figure in self._figures_of(batch_size)]
+
+    def _figures_of(self, batch_size: int) -> list[Figure]:
         figure, ratio = self._rounds.figure, self._rounds.ratio
+        is_large = batch_size == max(BATCH_SIZES)
+        bare, submit, batched, many = (f"{way} {batch_size}" for way in ("bare", "submit", "batched", "submit_many"))
         return [
-            figure("bare", "bare queue and thread, per item", "us"),
-            figure("submit", "submit, per item", "us"),
-            figure("batched", "the batched library, per item", "us"),
-            figure("submit_many", "submit_many, per item", "us"),
-            ratio("submit", "bare", "submit / bare queue and thread", at_most=2),
-            ratio("submit", "batched", "submit / the batched library", at_most=1 / 3),
-            ratio("submit_many", "submit", "submit_many / submit", at_most=1 / 3),
+            figure(bare, f"bare queue and thread, batches of {batch_size}", "us/item"),
+            figure(submit, f"submit, batches of {batch_size}", "us/item"),
+            figure(batched, f"the batched library, batches of {batch_size}", "us/item"),
+            figure(many, f"submit_many, batches of {batch_size}", "us/item"),
+            ratio(submit, bare, f"submit / bare queue and thread, {batch_size}", at_most=2),
+            ratio(submit, batched, f"submit / the batched library, {batch_size}", at_most=1 / 3 if is_large else None),
+            ratio(many, submit, f"submit_many / submit, {batch_size}", at_most=1 / 3 if is_large else None),
         ]
 
     def _contenders(self) -> Rounds:
         ways = {"bare": self._bare, "submit": self._submit, "batched": self._batched, "submit_many": self._submit_many}
-        return Rounds([partial(self._us_per_item, name, way) for name, way in ways.items()])
+        return Rounds(
+            [
+                partial(self._us_per_item, f"{name} {batch_size}", partial(way, batch_size))
+                for batch_size in BATCH_SIZES
+                for name, way in ways.items()
+            ]
+        )
 
     def _us_per_item(self, name: str, way: Callable[[], Awaitable[float]]) -> dict[str, float]:
         return {name: anyio.run(way) / len(self._items) * 1e6}
@@ -61,26 +74,26 @@ class OverheadStudy:
     async def _closed_loop_s(self, call: Call[int]) -> float:
         return await timed_s(work_off([call] * CALLERS, self._items))
 
-    async def _bare(self) -> float:
-        gather: Gather[int, int] = what_waits(BATCH_SIZE)
+    async def _bare(self, batch_size: int) -> float:
+        gather: Gather[int, int] = what_waits(batch_size)
         async with queue_and_thread(do_nothing, gather) as submit:
             return await self._closed_loop_s(submit)
 
-    async def _submit(self) -> float:
-        async with _scheduler() as scheduler:
+    async def _submit(self, batch_size: int) -> float:
+        async with _scheduler(batch_size) as scheduler:
             return await self._closed_loop_s(scheduler.submit)
 
-    async def _batched(self) -> float:
-        return await self._closed_loop_s(aio.dynamically(do_nothing, batch_size=BATCH_SIZE))
+    async def _batched(self, batch_size: int) -> float:
+        return await self._closed_loop_s(aio.dynamically(do_nothing, batch_size=batch_size))
 
-    async def _submit_many(self) -> float:
+    async def _submit_many(self, batch_size: int) -> float:
         """As many requests under way as callers in the other loops, in one list after the other."""
-        async with _scheduler() as scheduler:
+        async with _scheduler(batch_size) as scheduler:
             started_s = time.perf_counter()
             for start in range(0, len(self._items), CALLERS):
                 await scheduler.submit_many(self._items[start : start + CALLERS])
             return time.perf_counter() - started_s
 
 
-def _scheduler() -> BatchScheduler[int, int]:
-    return BatchScheduler(do_nothing, policy=BatchPolicy(max_batch_size=BATCH_SIZE))
+def _scheduler(batch_size: int) -> BatchScheduler[int, int]:
+    return BatchScheduler(do_nothing, policy=BatchPolicy(max_batch_size=batch_size))

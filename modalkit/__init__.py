@@ -19,7 +19,14 @@ def _check_packages() -> None:
 
 _check_packages()
 
-from batching import BatchPolicy, BatchScheduler  # noqa: E402  # only once they are known to be ours
+from batching import (  # noqa: E402  # only once they are known to be ours
+    BatchPolicy,
+    BatchRecord,
+    BatchScheduler,
+    Failure,
+    Stages,
+    Success,
+)
 from service.worker import InferenceWorker  # noqa: E402  # as above
 
-__all__ = ["BatchPolicy", "BatchScheduler", "InferenceWorker"]
+__all__ = ["BatchPolicy", "BatchRecord", "BatchScheduler", "Failure", "InferenceWorker", "Stages", "Success"]

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from modalkit import BatchPolicy, BatchScheduler, InferenceWorker
+from modalkit import BatchPolicy, BatchRecord, BatchScheduler, Failure, InferenceWorker, Stages, Success
 from modalkit.inference_pipeline import InferencePipeline
 from modalkit.iomodel import (
     AsyncInputModel,
@@ -70,3 +70,19 @@ def read_a_failure(message: str) -> DelayedFailureOutputModel:
 
 def read_results(backend: InMemoryBackend) -> list[str]:
     return list(backend.messages("results"))
+
+
+async def run_stages(texts: list[str]) -> list[int]:
+    records: list[BatchRecord] = []
+    stages: Stages[str, int] = Stages(
+        preprocess=lambda batch: [text.strip() for text in batch],
+        predict=lambda batch, stripped: [len(text) for text in stripped],
+        postprocess=lambda batch, lengths: lengths,
+    )
+    async with BatchScheduler(stages, on_batch=records.append) as scheduler:
+        outcomes = await scheduler.submit_many(texts)
+    results = [outcome.value for outcome in outcomes if isinstance(outcome, Success)]
+    for outcome in outcomes:
+        if isinstance(outcome, Failure):
+            raise outcome.error
+    return results
