@@ -1,15 +1,18 @@
 """Measures what batches of a few shapes cost, in bounded time, to know before the first request comes."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median_low
 from time import perf_counter
 from typing import Generic, TypeVar
 
+from batching.request import LARGEST_SIZE
+
 T = TypeVar("T")
 
 SMALLEST_SIZE = 8
-LARGEST_SIZE = 2**16
+LARGEST_ASKED_FOR = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,8 @@ class Calibration(Generic[T]):
     def measure(self) -> Iterator[Measurement]:
         """Run the shapes, small ones first; nothing where the pipeline cannot make up items.
 
-        Raises whatever `run` and `sample_items` raise, and `ValueError` when these return another number of items.
+        Raises whatever `run`, `sample_items` and `item_size` raise, and `ValueError` for another number of items than
+        were asked for, or a size out of range.
         """
         deadline_s = self.clock() + self.max_s
         expected_s_per_token, fastest_s = 0.0, 0.0
@@ -54,7 +58,7 @@ class Calibration(Generic[T]):
             if self.clock() + self.rounds * expected_s > deadline_s:
                 return
             items = self._samples(count, size)
-            sizes = [self.item_size(item) for item in items]
+            sizes = [self._size(item) for item in items]
             seconds = median_low(self._timed(items) for _ in range(self.rounds))
             expected_s_per_token, fastest_s = seconds / tokens, min(fastest_s or seconds, seconds)
             yield Measurement(count, max(sizes), sum(sizes), seconds)
@@ -70,17 +74,24 @@ class Calibration(Generic[T]):
     def _sizes(self) -> list[tuple[int, int]]:
         """Sizes to ask for, each with what comes of it, up to where asking for more does not make items larger."""
         sizes: list[tuple[int, int]] = []
-        for size in _powers(SMALLEST_SIZE, self.step, LARGEST_SIZE):
+        for size in _powers(SMALLEST_SIZE, self.step, LARGEST_ASKED_FOR):
             items = self.sample_items(1, size)
             if not items:
                 break
-            actual = self.item_size(items[0])
+            actual = self._size(items[0])
             if sizes and actual <= sizes[-1][1]:
                 break
             sizes.append((size, actual))
             if self.max_tokens is not None and actual > self.max_tokens:
                 break
         return sizes
+
+    def _size(self, item: T) -> int:
+        size = math.ceil(self.item_size(item))
+        if not 1 <= size <= LARGEST_SIZE:
+            told = size if size.bit_length() <= 64 else f"a number of {size.bit_length()} bits"
+            raise ValueError(f"item_size returned {told}, which must be from 1 to {LARGEST_SIZE}")
+        return size
 
     def _samples(self, count: int, size: int) -> list[T]:
         items = self.sample_items(count, size)

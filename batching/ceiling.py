@@ -30,7 +30,7 @@ class Ceiling:
         if self._is_trying and tokens <= self.tokens:
             self._patience = min(2 * self._patience, LAST_PATIENCE)
         self._is_trying = False
-        self.tokens = max(1, tokens // 2, self._fitted)
+        self.tokens = min(self.tokens, max(1, tokens // 2, self._fitted))
         self._batches_to_next_try = self._patience
 
     def fitted(self, tokens: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import anyio
 
-from batching.errors import BatchingError, BatchTimeoutError, OutputCountError
+from batching.errors import BatchingError, BatchTimeoutError, OutputCountError, SchedulerClosedError
 from batching.stages import RunBatch, Stages, StageSeconds
 from batching.threads import DedicatedThread
 
@@ -52,6 +52,7 @@ class Executor(Generic[T, R]):
         # Only overlapped batches ever wait for these. They are fair: whoever asks first goes first.
         self._main_lock = anyio.Lock(fast_acquire=True)
         self._side_lock = anyio.Lock(fast_acquire=True)
+        self._is_closed = False
 
     @property
     def has_stages(self) -> bool:
@@ -70,12 +71,15 @@ class Executor(Generic[T, R]):
 
     def close(self) -> None:
         """Let the threads end after their current calls."""
+        self._is_closed = True
         self._main.close()
         self._side.close()
 
     async def run_in_thread(self, function: Callable[[], S]) -> S:
         """Run a function where batches run, between two of them."""
         async with self._main_lock:
+            if self._is_closed:
+                raise SchedulerClosedError("the scheduler closed before this function could run")
             return await self._main.run(function)
 
     async def run(
@@ -92,19 +96,32 @@ class Executor(Generic[T, R]):
             outputs, seconds = await self._run_whole(payloads)
         return _checked(outputs, len(payloads)), seconds
 
+    async def attempt(
+        self, payloads: list[T], progress: "Progress | None" = None
+    ) -> tuple[Sequence[R | Exception] | Exception, StageSeconds | None]:
+        """Run a batch and return the error, if any, in place of the outputs.
+
+        Like this no frame in the error's traceback holds the requests that will hold the error.
+        """
+        try:
+            return await self.run(payloads, progress)
+        except Exception as error:  # noqa: BLE001  # user code may raise anything; it becomes the items' error
+            return error, None
+
     async def _run_whole(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
-        try:
-            self._main_lock.acquire_nowait()
-        except anyio.WouldBlock:
-            await self._main_lock.acquire()
-        try:
+        # A batch in one piece is in all stages at once, so it waits for both threads, as only this method ever does.
+        if self._stages is not None:
+            async with self._side_lock:
+                return await self._run_alone(payloads)
+        return await self._run_alone(payloads)
+
+    async def _run_alone(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
+        async with self._main_lock:
             if math.isinf(self._timeout_s):
                 return await self._run_all(payloads)
             with anyio.move_on_after(self._timeout_s):
                 return await self._run_all(payloads)
             raise BatchTimeoutError(self._timeout_s, len(payloads))
-        finally:
-            self._main_lock.release()
 
     async def _run_overlapped(
         self, payloads: list[T], stages: Stages[T, R], progress: "Progress"
@@ -129,9 +146,9 @@ class Executor(Generic[T, R]):
             stages = self._stages
             return await self._main.run(lambda: _all_stages(stages, payloads))
         if self.is_async:
-            started_s = anyio.current_time()
+            started_s = perf_counter()  # the event loop's own clock may tell but milliseconds
             outputs = await _without_own_cancellation(cast("Awaitable[Any]", cast("Any", self._function)(payloads)))
-            return outputs, StageSeconds(0.0, anyio.current_time() - started_s, 0.0)
+            return outputs, StageSeconds(0.0, perf_counter() - started_s, 0.0)
         function = cast("Callable[[list[T]], Any]", self._function)
         outputs, seconds = await self._main.run(lambda: _timed_call(lambda: function(payloads)))
         return outputs, StageSeconds(0.0, seconds, 0.0)
@@ -171,9 +188,10 @@ async def _without_own_cancellation(awaitable: Awaitable[S]) -> S:
         raise BatchingError("run_batch was cancelled by something inside it") from error
 
 
-def _checked(outputs: Any, count: int) -> Sequence[Any]:
+def _checked(outputs: Any, count: int) -> list[Any]:
     if not isinstance(outputs, Sequence) or isinstance(outputs, str | bytes):
         raise OutputCountError(count, f"{type(outputs).__name__}")
-    if len(outputs) != count:
-        raise OutputCountError(count, f"{len(outputs)}")
-    return outputs
+    listed = list(outputs)  # a sequence of the user's own may be lazy, or lie about its length: this one does neither
+    if len(listed) != count:
+        raise OutputCountError(count, f"{len(listed)}")
+    return listed

@@ -130,8 +130,10 @@ class MeasuredCostModel:
             observed, newest_weight = int(state["observed"]), float(state["newest_weight"])
             kept = NormalEquations.from_state(state["kept"], FEATURES)
             recent = NormalEquations.from_state(state["recent"], FEATURES)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not the state of a cost model: {type(error).__name__}: {error}") from error
+        if not any(kept.solve_with(recent, 1.0)):
+            raise ValueError("not the state of a cost model: a batch would cost nothing")
         if not 1 <= newest_weight < math.inf:
             raise ValueError(f"newest_weight must be a finite number, 1 or more, got {newest_weight!r}")
         self.observed, self._newest_weight, self._kept, self._recent = observed, newest_weight, kept, recent

@@ -21,8 +21,7 @@ class BatchPlanner(Generic[RequestT]):
     A batch is formed around the oldest request of its class, which keeps more than `max_age_s` asks for. Companions
     are taken from the nearest sizes, as long as each lowers (or keeps) the predicted seconds per unit of size: where a
     batch's fixed cost is small, padding soon costs more than a companion saves and batches stay small and even; where
-    it is large, they grow to the limits. (The optimal partition of the queue by dynamic programming was measured too:
-    a hundredth better or worse on throughput, and fifty times as long to compute; see ARCHITECTURE.md.)
+    it is large, they grow to the limits.
 
     Sans-I/O: `now` is an argument, nothing waits, and a decision takes effect at once.
     """
@@ -34,7 +33,7 @@ class BatchPlanner(Generic[RequestT]):
         self.ceiling = Ceiling()
         self._arrivals = {priority: Arrivals() for priority in Priority}
         # While both classes wait, bulk is owed `bulk_share` of the running time. What it is owed in seconds, negative
-        # when it has had more; kept only until the bulk queue is empty, so that nothing is hoarded.
+        # when it has had more. What it is owed is forgotten once its queue is empty, so that nothing is hoarded.
         self._owed_to_bulk_s = 0.0
         self._bulk_in_flight = 0
 
@@ -63,7 +62,8 @@ class BatchPlanner(Generic[RequestT]):
             batch = self._with_the_rest(self._form_batch(anchor))
             if batch.reason is DispatchReason.IDLE:
                 reason, batch_wake_s = self._whether_to_go(batch, now)
-                if reason is None and not draining:
+                # With both classes waiting the worker is not idle: nothing is held back.
+                if reason is None and not draining and len(self.queue) == self.queue.waiting(priority):
                     wake_s = min(wake_s, batch_wake_s)
                     continue
                 batch = replace(batch, reason=reason or DispatchReason.IDLE)
@@ -91,7 +91,7 @@ class BatchPlanner(Generic[RequestT]):
 
     def _priorities_in_order(self) -> tuple[Priority, Priority]:
         if not self.queue.waiting(Priority.BULK):
-            self._owed_to_bulk_s = 0.0
+            self._owed_to_bulk_s = min(0.0, self._owed_to_bulk_s)
         if self._owed_to_bulk_s > 0 and not self._bulk_in_flight:
             return Priority.BULK, Priority.INTERACTIVE
         return Priority.INTERACTIVE, Priority.BULK
@@ -115,7 +115,12 @@ class BatchPlanner(Generic[RequestT]):
         arrivals = self._arrivals[batch.priority]
         count, size = len(batch.requests) + 1, max(1, arrivals.mean_size)
         longest, total = max(batch.longest, size), batch.total + size
-        added_s = self.cost_model.predict_s(count, longest, total) - batch.predicted_s
+        with_one_more_s = self.cost_model.predict_s(count, longest, total)
+        if count > policy.max_batch_size:
+            return DispatchReason.FULL, now
+        if not self._is_allowed(count, longest, with_one_more_s):
+            return DispatchReason.BUDGET, now
+        added_s = with_one_more_s - batch.predicted_s
         worth_waiting_s = self.cost_model.predict_s(1, size, size) / count - added_s
         given_up_s = arrivals.last_s + worth_waiting_s
         if arrivals.gap_s >= worth_waiting_s or now >= given_up_s:

@@ -166,11 +166,9 @@ class RequestQueue(Generic[RequestT]):
         return sorted(self._classes[priority].buckets)
 
     def front(self, priority: Priority, index: int, most: int) -> list[RequestT]:
-        """Up to `most` waiting requests of one bucket, in order of arrival.
-
-        Fewer where some at its front have just been withdrawn; their places are free once `oldest` was called.
-        """
-        return [request for request in islice(self._classes[priority].buckets.get(index, ()), most) if request.place]
+        """Up to `most` waiting requests of one bucket, in order of arrival."""
+        bucket = self._classes[priority].buckets.get(index, ())
+        return list(islice((request for request in bucket if request.place), most))
 
     def all_but(self, requests: list[RequestT]) -> list[RequestT]:
         """The waiting requests of the class of these `requests`, without them, smallest sizes first."""

@@ -26,11 +26,11 @@ class BatchRecord:
     oldest_queue_s: float
     """How long the one that waited longest had."""
     preprocess_s: float
-    """Seconds in the first stage; 0 where there are no stages, or where the batch failed and ran again in parts."""
+    """Seconds in the first stage. This and the next two are 0 where the batch failed and ran again in parts."""
     predict_s: float
     """Seconds in the second stage, or in the whole of what has no stages."""
     postprocess_s: float
-    """Seconds in the third stage; 0 like the first."""
+    """Seconds in the third stage."""
     total_s: float
     """Seconds from when the batch was formed until its requests had their outcomes."""
     predicted_s: float

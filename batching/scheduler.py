@@ -107,7 +107,7 @@ class BatchScheduler(Generic[T, R]):
         self._sleeping = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._now: Callable[[], float] = anyio.current_time
-        self._opened_s = math.nan
+        self._opened_s = self._closed_s = math.nan
         self._open = False
         self._exit_stack: AsyncExitStack | None = None
 
@@ -136,6 +136,7 @@ class BatchScheduler(Generic[T, R]):
             return await self._exit_stack.__aexit__(exc_type, exc, traceback)
         finally:
             self._abandon_unfinished()
+            self._closed_s = self._now()
 
     async def submit(
         self,
@@ -166,9 +167,12 @@ class BatchScheduler(Generic[T, R]):
         outcome = request.outcome
         if isinstance(outcome, Success):
             return outcome.value
-        if isinstance(outcome, Failure):
-            raise outcome.error
-        raise AssertionError("a request was left without an outcome: this is a bug in modalkit")
+        try:
+            if isinstance(outcome, Failure):
+                raise outcome.error
+            raise AssertionError("a request was left without an outcome: this is a bug in modalkit")
+        finally:
+            del request, outcome  # else the error's frames would hold the error, until the garbage collector comes
 
     async def submit_many(
         self,
@@ -213,7 +217,7 @@ class BatchScheduler(Generic[T, R]):
         return self._telemetry.snapshot(
             queued={priority: self._planner.queue.waiting(priority) for priority in Priority},
             running=sum(len(batch.requests) for batch in self._running.values()),
-            open_s=(anyio.current_time() - self._opened_s) * len(self._executors) if self._exit_stack else 0.0,
+            open_s=self._open_s() * len(self._executors),
             stuck_threads=self.stuck_threads,
         )
 
@@ -221,6 +225,11 @@ class BatchScheduler(Generic[T, R]):
     def stuck_threads(self) -> int:
         """Calls that ran past the batch timeout and have still not come back; each holds a thread."""
         return sum(executor.stuck_threads for executor in self._executors)
+
+    def _open_s(self) -> float:
+        if math.isnan(self._opened_s):
+            return 0.0
+        return (self._now() if math.isnan(self._closed_s) else self._closed_s) - self._opened_s
 
     # The caller's side.
 
@@ -359,11 +368,17 @@ class BatchScheduler(Generic[T, R]):
             if progress is not None:
                 progress.end()
             total_s = self._now() - formed_s
+            self._account_for(batch, total_s, seconds)
+        del self._running[id(batch)]
+        self._report(batch, formed_s, total_s, seconds, failed, overlapped=progress is not None)
+
+    def _account_for(self, batch: Batch[Pending[T, R]], total_s: float, seconds: StageSeconds | None) -> None:
+        try:
             self._planner.batch_finished(
                 batch, total_s if seconds is None else seconds.total_s, succeeded=seconds is not None
             )
-        del self._running[id(batch)]
-        self._report(batch, formed_s, total_s, seconds, failed, overlapped=progress is not None)
+        except Exception:
+            logger.exception("%s: the cost model could not learn from a batch", self.name)
 
     async def _run_parts(
         self, batch: Batch[Pending[T, R]], executor: Executor[T, R], progress: Progress | None
@@ -381,13 +396,12 @@ class BatchScheduler(Generic[T, R]):
             payloads = [request.payload for request in wanted]
             # Only the batch itself is overlapped: parts of one that failed take their time.
             overlap, progress = progress, None
-            try:
-                outputs, part_seconds = await executor.run(payloads, overlap)
-            except BatchTimeoutError as error:
+            outputs, part_seconds = await executor.attempt(payloads, overlap)
+            if isinstance(outputs, BatchTimeoutError):
                 # Not split: whatever hung would only hang again, for as long.
-                failed += self._fail_all(wanted, error)
-            except Exception as error:  # noqa: BLE001  # user code may raise anything; it becomes the items' error
-                failed += self._fail_all(self._split(bisection, wanted, error), error)
+                failed += self._fail_all(wanted, outputs)
+            elif isinstance(outputs, Exception):
+                failed += self._fail_all(self._split(bisection, wanted, outputs), outputs)
             else:
                 failed += self._succeed(wanted, outputs)
                 if len(wanted) == len(batch.requests):
@@ -399,12 +413,18 @@ class BatchScheduler(Generic[T, R]):
     def _split(
         self, bisection: Bisection[Pending[T, R]], part: list[Pending[T, R]], error: Exception
     ) -> list[Pending[T, R]]:
-        if not self._is_too_large(error):
+        if not self._says_too_large(error):
             return bisection.failed(part, error)
         self._planner.too_large([request.size for request in part])
-        # The frames of the failed call hold its tensors: as long as they live, there is no room for the halves either.
-        traceback.clear_frames(error.__traceback__)
+        _clear_frames(error)
         return bisection.failed(part, error, blameless=True)
+
+    def _says_too_large(self, error: Exception) -> bool:
+        try:
+            return self._is_too_large(error)
+        except Exception:
+            logger.exception("%s: is_too_large failed; the error counts as any other", self.name)
+            return False
 
     def _succeed(self, requests: list[Pending[T, R]], outputs: Sequence[R | Exception]) -> int:
         """Hand out what a batch returned; returns how many of the outputs are errors."""
@@ -420,9 +440,11 @@ class BatchScheduler(Generic[T, R]):
         return failed
 
     def _fail_all(self, requests: list[Pending[T, R]], error: Exception) -> int:
-        for request in requests:
+        """Fail requests; returns how many of them somebody still waits for."""
+        waited_for = [request for request in requests if request.outcome is None]
+        for request in waited_for:
             self._fail(request, Failure(error))
-        return len(requests)
+        return len(waited_for)
 
     def _fail(self, request: Pending[T, R], failure: Failure) -> None:
         if request.outcome is not None:
@@ -446,7 +468,7 @@ class BatchScheduler(Generic[T, R]):
     ) -> None:
         if seconds is not None:
             self._shares.add(seconds)
-        stages = seconds or StageSeconds(0.0, total_s, 0.0)
+        stages = seconds or StageSeconds(0.0, 0.0, 0.0)
         arrivals_s = [request.arrival_s for request in batch.requests]
         record = BatchRecord(
             count=len(batch.requests),
@@ -482,6 +504,21 @@ class BatchScheduler(Generic[T, R]):
         failure = Failure(SchedulerClosedError("the scheduler was aborted before this request finished"))
         for request in unfinished:
             self._fail(request, failure)
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Empty the frames that an error and those behind it came through.
+
+    They hold the tensors of the failed call: as long as they live, there is no room for a smaller batch either.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            waiting += [one.__cause__, one.__context__]
 
 
 def _never(_: Exception) -> bool:

@@ -67,9 +67,15 @@ class DedicatedThread:
             raise
         if call.error is None:
             return call.result
-        if isinstance(call.error, Exception):
-            raise call.error
-        raise RuntimeError(f"{function} raised {call.error!r}") from call.error
+        # The error's frames must not hold the error: all that the function had in hand would stay until the garbage
+        # collector comes. Here and in the thread's frame, it is the call that holds it.
+        error, call.error = call.error, None
+        try:
+            if isinstance(error, Exception):
+                raise error
+            raise RuntimeError(f"{function} raised {error!r}") from error
+        finally:
+            del error
 
     def close(self, *, abandon: bool = False) -> None:
         """Let the thread end after its current call; with `abandon`, count it as stuck until it does. Idempotent."""

@@ -1,8 +1,9 @@
 """Keeps what was learnt of the costs of batches between starts: a JSON file with a table for each model and device."""
 
+import fcntl
+import hashlib
 import json
 import logging
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,12 @@ class CostKey:
     def of(cls, pipeline: InferencePipeline) -> "CostKey":
         """The key of a loaded pipeline."""
         kind = type(pipeline)
-        entry = json.dumps(pipeline.model_entry, sort_keys=True, default=str)
-        return cls(f"{kind.__module__}:{kind.__qualname__}", f"{pipeline.model_name} {entry}", pipeline.device_name())
+        entry = json.dumps(pipeline.model_entry, sort_keys=True, default=str)  # may hold a token: only its hash is kept
+        return cls(
+            pipeline=f"{kind.__module__}:{kind.__qualname__}",
+            model=f"{pipeline.model_name} {hashlib.sha256(entry.encode()).hexdigest()[:16]}",
+            device=pipeline.device_name(),
+        )
 
 
 def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
@@ -58,15 +63,22 @@ def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
 
 
 def save_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> None:
-    """Put the costs of `key` into the file, beside those of others, in one step; a failure is logged, not raised."""
-    tables = [table for table in _read(path) if table["key"] != asdict(key)]
-    tables.append({"key": asdict(key), "costs": model.state()})
-    text = json.dumps({"version": FILE_VERSION, "tables": tables}, indent=1)
+    """Put the costs of `key` into the file, beside those of others; a failure is logged, not raised.
+
+    Several threads and processes may do so at once, and a reader sees the file as it was or as it will be.
+    """
+    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            file.write(text)
-        Path(file.name).replace(path)
+        with path.with_name(f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            tables = [table for table in _read(path) if table["key"] != asdict(key)]
+            tables.append({"key": asdict(key), "costs": model.state()})
+            try:
+                partial.write_text(json.dumps({"version": FILE_VERSION, "tables": tables}, indent=1), encoding="utf-8")
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
     except OSError as error:
         logger.warning("%s: what batches cost cannot be kept (%s); the next start measures anew", path, error)
 

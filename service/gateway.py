@@ -133,7 +133,7 @@ class LocalGateway:
     Constructing it imports the classes that the configuration names and raises `LoadError` where that fails; entering
     it opens the job store and starts to load the models in the background. A model that cannot be loaded, or whose
     worker breaks down, is `failed` and leaves the others alone. Leaving it does not wait for a model that is still
-    loading, whose stored jobs stay for the next start.
+    being constructed, whose stored jobs stay for the next start; a warm-up that has begun is finished.
     """
 
     def __init__(

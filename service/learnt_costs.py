@@ -9,20 +9,31 @@ from batching import BatchScheduler, CostFeature, MeasuredCostModel
 from batching.calibration import Calibration, Measurement
 from pipelines import InferenceOutputModel, InferencePipeline
 from service.cost_tables import CostKey, load_costs, save_costs
+from service.errors import describe_error
 from service.settings import BatchConfig
 
 logger = logging.getLogger(__name__)
 
 
 class LearntCosts:
-    """Owns the cost model of one pipeline; the scheduler corrects it by every batch."""
+    """Owns the cost model of one pipeline; the scheduler corrects it by every batch.
+
+    Raises `ValueError` for a pipeline whose `cost_feature` is none.
+    """
 
     def __init__(self, pipeline: InferencePipeline, batch_config: BatchConfig, *, calibrate: bool) -> None:
+        if pipeline.cost_feature not in set(CostFeature):
+            raise ValueError(
+                f"{type(pipeline).__name__}.cost_feature must be 'padded' or 'total', got {pipeline.cost_feature!r}"
+            )
         self.model = MeasuredCostModel(CostFeature(pipeline.cost_feature))
         self._pipeline = pipeline
         self._batch_config = batch_config
         self._config = batch_config.calibration
         self._calibrate = calibrate and self._config.enabled
+        self._key: CostKey | None = None
+        # Whether what is known is worth keeping: costs that were not fully measured would never be measured again.
+        self._is_complete = not self._config.enabled
 
     async def learn(self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel]) -> None:
         """Read the costs from the configured file, or measure them in the scheduler's thread.
@@ -30,18 +41,27 @@ class LearntCosts:
         Whatever goes wrong is logged as a warning: real batches will teach the model all the same.
         """
         path = self._config.path
-        if path is not None and await to_thread.run_sync(load_costs, path, CostKey.of(self._pipeline), self.model):
-            return
-        if self._calibrate:
+        if path is not None:
+            self._key = self._make_key()
+        if path is not None and self._key is not None:
+            self._is_complete |= await to_thread.run_sync(load_costs, path, self._key, self.model)
+        if self._calibrate and not self._is_complete:
             await self._measure(scheduler)
             await self.keep()
 
     async def keep(self) -> None:
         """Write the costs to the configured file, if any; not cut short by cancellation."""
-        path = self._config.path
-        if path is not None and self.model.observed:
+        path, key = self._config.path, self._key
+        if path is not None and key is not None and self._is_complete and self.model.observed:
             with CancelScope(shield=True):
-                await to_thread.run_sync(save_costs, path, CostKey.of(self._pipeline), self.model)
+                await to_thread.run_sync(save_costs, path, key, self.model)
+
+    def _make_key(self) -> CostKey | None:
+        try:
+            return CostKey.of(self._pipeline)
+        except Exception as error:  # noqa: BLE001  # user code may raise anything, and no request depends on it
+            self._warn("device_name failed, so its costs are not kept", error)
+            return None
 
     async def _measure(self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel]) -> None:
         measured: list[Measurement] = []
@@ -53,16 +73,17 @@ class LearntCosts:
             max_tokens=self._batch_config.max_batch_tokens,
             max_s=self._config.max_seconds,
         )
-        # No shape is begun that would end too late; that one takes longer than any batch may is not expected.
+        # No shape is begun that would end too late, and none is expected to take longer than any batch may.
         limit_s = self._config.max_seconds + self._batch_config.batch_timeout_seconds
         try:
             await scheduler.run_in_thread(lambda: measured.extend(calibration.measure()), limit_s)
         except Exception as error:  # noqa: BLE001  # user code may raise anything, and real batches teach the model too
-            logger.warning(
-                "%s: measuring what batches cost ended early (%s: %s); the first real batches will tell",
-                self._pipeline.model_name,
-                type(error).__name__,
-                error,
-            )
+            self._warn("measuring what batches cost ended early, the first real batches will tell", error)
+        else:
+            self._is_complete = True
         for shape in measured:
-            self.model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
+            if shape.seconds > 0:
+                self.model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        logger.warning("%s: %s (%s)", self._pipeline.model_name, what, describe_error(error))

@@ -32,8 +32,9 @@ def is_too_large(error: Exception) -> bool:
     """
     if isinstance(error, MemoryError | BatchTooLargeError):
         return True
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+    # Not imported here, for a pipeline may do without; while another thread imports it, it is there but not complete.
+    out_of_memory: tuple[()] | type[Exception] = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
+    if isinstance(error, out_of_memory):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
 

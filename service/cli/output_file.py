@@ -1,9 +1,9 @@
 """An output file that is there as a whole or not at all."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import TextIO
 
@@ -18,21 +18,32 @@ def whole_file(path: Path) -> Iterator[TextIO]:
     kept beside it, and a notice tells where. What is no regular file (a pipe, a terminal) is written to at once. Raises
     ``OSError`` at once where nothing can be written.
     """
-    target = path.resolve()
-    if target.exists() and not target.is_file():
-        with path.open("w", encoding="utf-8", newline="") as stream:
-            yield stream
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8", newline="") as special:
+            yield special
         return
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    target = path.resolve()
+    partial, stream = _open_beside(target)
     try:
-        with partial.open("x", encoding="utf-8", newline="") as stream:
+        with stream:
             if target.exists():
                 shutil.copymode(target, partial)
             yield stream
         partial.replace(target)
     except BaseException:
-        if partial.exists() and partial.stat().st_size:
+        if partial.stat().st_size:
             notices.print(f"{path} is left as it was; what there is of the results is in {partial}")
         else:
-            partial.unlink(missing_ok=True)
+            partial.unlink()
         raise
+
+
+def _open_beside(target: Path) -> tuple[Path, TextIO]:
+    """A new file in the folder of `target`, under the first name that is free."""
+    for number in count():
+        partial = target.with_name(f"{target.name}.{number}.partial")
+        try:
+            return partial, partial.open("x", encoding="utf-8", newline="")
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable: there is always another number")

@@ -32,6 +32,14 @@ def test_what_once_fitted_does_not_count_after_less_did_not() -> None:
     assert ceiling.tokens == 300
 
 
+def test_a_batch_above_it_never_raises_it() -> None:
+    """A request that is too large alone is tried all the same, and fails; so may a batch formed before it was known."""
+    ceiling = Ceiling()
+    ceiling.too_large(1000)
+    ceiling.too_large(5000)
+    assert ceiling.tokens == 500
+
+
 @given(st.integers(100, 100_000))
 def test_a_device_with_a_fixed_limit_is_seldom_asked_for_more(limit: int) -> None:
     """Batches are as large as the ceiling lets them; above the limit they fail and are halved."""

@@ -141,6 +141,22 @@ def test_bulk_is_owed_nothing_for_the_time_when_none_of_it_waited() -> None:
     assert first.priority is INTERACTIVE
 
 
+def test_a_bulk_caller_who_sends_one_after_the_other_gets_no_more_than_its_share() -> None:
+    """The bulk queue is empty after each of its batches; interactive requests always wait."""
+    plan = planner(max_batch_size=1, bulk_share=0.1)
+    spent_s = {INTERACTIVE: 0.0, BULK: 0.0}
+    push(plan, *[1] * 10, priority=INTERACTIVE)
+    for _ in range(300):
+        if not plan.queue.waiting(BULK):
+            push(plan, 1, priority=BULK)
+        push(plan, 1, priority=INTERACTIVE)
+        batch = plan.decide(0.0).batch
+        assert batch is not None
+        spent_s[batch.priority] += 1.0
+        plan.batch_finished(batch, 1.0)
+    assert spent_s[BULK] == pytest.approx(30, abs=2)
+
+
 def test_a_lone_request_runs_at_once_when_no_waiting_is_asked_for() -> None:
     plan = planner(max_wait_s=0.0)
     push(plan, 30, at=7.0)
@@ -218,12 +234,40 @@ def test_nothing_is_waited_for_while_draining() -> None:
     assert sizes_of(plan.decide(7.1, draining=True)) == [30, 31]
 
 
-def test_a_waiting_bulk_request_is_run_while_an_interactive_one_may_still_wait() -> None:
+@pytest.mark.parametrize("other", [BULK, INTERACTIVE])
+def test_nothing_is_held_back_while_the_other_class_waits_too(other: Priority) -> None:
     plan = expensive(max_wait_s=0.9)
-    push(plan, 20, 20, priority=INTERACTIVE, at=7.4)
-    push(plan, 30, priority=BULK, at=7.4)
-    assert sizes_of(plan.decide(7.4)) == [30]
-    assert plan.decide(7.4).batch is None
+    push(plan, 20, 21, priority=INTERACTIVE if other is BULK else BULK, at=7.4)
+    push(plan, 30, priority=other, at=7.4)
+    assert sizes_of(plan.decide(7.4)) == ([20, 21] if other is BULK else [30])
+
+
+def test_a_batch_that_has_no_room_for_another_request_is_not_held_back_for_one() -> None:
+    full = expensive(max_wait_s=0.9, max_batch_size=2)
+    push(full, 30, at=7.0)
+    push(full, 30, at=7.1)
+    batch = full.decide(7.1).batch
+    assert batch is not None
+    assert batch.reason is DispatchReason.FULL
+    alone = expensive(max_wait_s=0.9, max_batch_tokens=40)
+    push(alone, 5, 5, 5, at=6.8)
+    alone.decide(6.85)
+    push(alone, 40, at=7.0)
+    batch = alone.decide(7.0).batch
+    assert batch is not None
+    assert batch.reason is DispatchReason.BUDGET
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=12), st.integers(1, 6), st.integers(100, 400))
+def test_no_batch_is_held_back_that_could_not_take_a_request_of_the_mean_size(
+    sizes: list[int], max_batch_size: int, max_batch_tokens: int
+) -> None:
+    plan = expensive(max_wait_s=0.9, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
+    push(plan, *sizes, at=7.0)
+    if plan.decide(7.0).batch is None:
+        mean = round(sum(sizes) / len(sizes))
+        assert len(sizes) < max_batch_size
+        assert (len(sizes) + 1) * max(*sizes, mean // 2) <= max_batch_tokens
 
 
 def test_a_batch_says_why_it_went_as_it_was() -> None:

@@ -1,8 +1,11 @@
 """What callers of the scheduler can rely on, on asyncio and trio."""
 
 import asyncio
+import gc
 import math
 import threading
+import weakref
+from collections import UserList
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -132,6 +135,16 @@ async def test_an_exception_among_the_outputs_is_that_items_error_and_costs_no_f
     assert len(calls) == 1
 
 
+class Mangled(UserList[int]):
+    """A sequence that lies about its length."""
+
+    def __init__(self) -> None:
+        super().__init__([1, 2, 3])
+
+    def __len__(self) -> int:
+        return 1
+
+
 @pytest.mark.parametrize(
     ("run_batch", "message"),
     [
@@ -140,6 +153,7 @@ async def test_an_exception_among_the_outputs_is_that_items_error_and_costs_no_f
         (lambda _: None, "got NoneType"),
         (lambda _: "ab", "got str"),
         (lambda items: (item for item in items), "got generator"),
+        (lambda items: Mangled(), "one output for each of 1 inputs, got 3"),
     ],
 )
 async def test_a_wrong_number_of_outputs_is_an_error_that_says_so(
@@ -198,6 +212,28 @@ async def test_an_asynchronous_batch_that_is_cancelled_by_something_inside_it_is
         assert await scheduler.submit("go on") == "go on"
 
 
+async def test_an_error_leaves_no_cycle_that_keeps_what_its_batch_had_in_hand() -> None:
+    """On a GPU that would be memory which only the garbage collector frees."""
+    tensors: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+    def run(items: list[int]) -> list[int]:
+        tensor = Pipeline()
+        tensors.add(tensor)
+        raise ValueError(len(items))
+
+    async with BatchScheduler(run) as scheduler:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                with pytest.raises(ValueError, match="1"):
+                    await scheduler.submit(1)
+            await anyio.wait_all_tasks_blocked()
+            assert len(tensors) <= 1
+        finally:
+            gc.enable()
+
+
 async def test_a_callback_that_fails_disturbs_no_batch(caplog: pytest.LogCaptureFixture) -> None:
     def fail(record: BatchRecord) -> None:
         raise KeyError(record.count)
@@ -222,8 +258,8 @@ async def test_a_record_tells_what_a_batch_was_and_how_it_went() -> None:
     assert second.priority is Priority.INTERACTIVE
     assert second.reason is DispatchReason.IDLE
     assert 0 < second.queue_s <= second.oldest_queue_s
-    assert 0 < second.predict_s <= second.total_s
-    assert first.queue_s < second.queue_s
+    assert 0 < first.predict_s <= first.total_s
+    assert second.predict_s == 0 < second.total_s, "it failed and ran again in parts"
 
 
 async def test_a_full_queue_refuses_with_its_depth_and_loses_nothing() -> None:
@@ -470,6 +506,18 @@ async def test_statistics_account_for_every_request_and_batch() -> None:
     assert 0 < statistics.utilisation < 1
     assert 0 < statistics.latency_p50_s <= statistics.latency_p90_s <= statistics.latency_p99_s
     assert statistics.queue_depth == 0
+
+
+def test_statistics_can_be_read_after_the_event_loop_has_ended() -> None:
+    async def main() -> BatchScheduler[int, int]:
+        async with BatchScheduler(lambda items: items) as scheduler:
+            assert await scheduler.submit(1) == 1
+        return scheduler
+
+    scheduler = anyio.run(main)
+    statistics = scheduler.statistics()
+    assert statistics.succeeded == 1
+    assert statistics.open_s == scheduler.statistics().open_s > 0
 
 
 def test_a_scheduler_that_can_run_nothing_is_refused() -> None:

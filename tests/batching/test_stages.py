@@ -17,8 +17,11 @@ from batching import (
     Outcome,
     OutputCountError,
     Stages,
+    StageSeconds,
     Success,
 )
+from batching.scheduler import OVERLAP_PAYS_FROM, OVERLAP_PAYS_FROM_S
+from batching.stages import StageShares
 
 pytestmark = pytest.mark.anyio
 
@@ -29,8 +32,9 @@ LONG_S = 60  # only a failing test waits as long
 class Model:
     """Doubles numbers in three stages; notes what ran where, and waits at the door of a stage until told to go on."""
 
-    def __init__(self, preprocess_s: float = 0.003) -> None:
-        self.preprocess_s = preprocess_s
+    def __init__(self, preprocess_s: float = 0.003, predict_s: float = 0.0) -> None:
+        # Work, on whose measured time all this depends.
+        self.seconds = {"preprocess": preprocess_s, "predict": predict_s, "postprocess": 0.0}
         self.events: list[tuple[str, list[int]]] = []
         self.threads: list[str] = []
         self.entered = {stage: threading.Semaphore(0) for stage in ("preprocess", "predict", "postprocess")}
@@ -52,8 +56,7 @@ class Model:
         self.events.append((name, items))
         self.threads.append(threading.current_thread().name)
         self.entered[name].release()
-        if name == "preprocess":
-            time.sleep(self.preprocess_s)  # work, on whose measured time all this depends
+        time.sleep(self.seconds[name])
         for item in items:
             if (door := self.closed.get((name, item))) is not None:
                 door.wait(LONG_S)
@@ -109,11 +112,45 @@ async def test_the_next_batch_is_preprocessed_while_one_predicts_but_no_more_tha
     assert set(model.threads) == {"model 0", "model 0 stages"}
 
 
-async def test_batches_do_not_overlap_where_their_first_and_last_stages_take_microseconds() -> None:
-    model = Model(preprocess_s=0)
-    async with BatchScheduler(model.stages(), policy=ONE) as scheduler:
-        await scheduler.submit_many([1, 2, 3])
-    assert [items for _, items in model.events] == [[1]] * 3 + [[2]] * 3 + [[3]] * 3
+@pytest.mark.parametrize(
+    ("seconds", "pays"),
+    [
+        (StageSeconds(0.002, 0.010, 0.0), True),
+        (StageSeconds(0.0005, 0.010, 0.001), True),
+        (StageSeconds(0.0005, 0.010, 0.0), False),
+        (StageSeconds(0.0001, 0.0001, 0.0001), False),
+    ],
+)
+def test_overlapping_pays_by_its_share_and_by_its_seconds(seconds: StageSeconds, pays: bool) -> None:
+    shares = StageShares()
+    shares.add(seconds)
+    assert (shares.outside >= OVERLAP_PAYS_FROM and shares.outside_s >= OVERLAP_PAYS_FROM_S) == pays
+
+
+async def test_no_two_batches_are_in_the_same_stage_or_in_the_first_and_last_even_while_one_is_split() -> None:
+    model = Model(predict_s=0.001)
+    inside: set[str] = set()
+    met: list[tuple[str, str]] = []
+
+    def alone(stage: str, items: list[int]) -> list[int]:
+        met.extend((stage, other) for other in inside if other == stage or "predict" not in (stage, other))
+        inside.add(stage)
+        try:
+            return model.stage(stage, items)
+        finally:
+            inside.discard(stage)
+
+    stages: Stages[int, int] = Stages(
+        lambda items: alone("preprocess", items),
+        lambda items, _: alone("predict", items),
+        lambda items, _: alone("postprocess", items),
+    )
+    model.broken["predict", 9] = ValueError("poisoned")
+    async with BatchScheduler(stages, policy=BatchPolicy(max_batch_size=8)) as scheduler:
+        await make_overlap_pay(model, scheduler)
+        outcomes = await scheduler.submit_many(range(1, 65))
+    assert sum(isinstance(outcome, Failure) for outcome in outcomes) == 1
+    assert met == []
 
 
 @pytest.mark.parametrize("stage", ["preprocess", "predict", "postprocess"])

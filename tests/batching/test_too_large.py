@@ -45,10 +45,9 @@ def scheduler_on(device: Device, max_batch_size: int = 256, **options: object) -
     return BatchScheduler(
         device.run,
         policy=BatchPolicy(max_batch_size=max_batch_size),
-        cost_model=PaddedCostModel(),
         item_size=int,
         is_too_large=is_memory_error,
-        **options,  # type: ignore[arg-type]  # passed on
+        **{"cost_model": PaddedCostModel(), **options},  # type: ignore[arg-type]  # passed on
     )
 
 
@@ -80,9 +79,20 @@ async def test_an_item_that_is_too_large_alone_gets_that_error_and_the_others_th
     assert str(failure.error) == "500 tokens do not fit"
 
 
-async def test_what_a_failed_call_held_is_free_before_the_next_one() -> None:
+class TranslatingDevice(Device):
+    """Raises an error of its own out of the allocator's."""
+
+    def run(self, items: Sequence[int]) -> list[int]:
+        try:
+            return super().run(items)
+        except MemoryError as error:
+            raise MemoryError("translated") from error
+
+
+@pytest.mark.parametrize("kind", [Device, TranslatingDevice])
+async def test_what_a_failed_call_held_is_free_before_the_next_one(kind: type[Device]) -> None:
     """As long as the error's frames hold the tensors of the failed call, half the batch does not fit either."""
-    device = Device(room=40)
+    device = kind(room=40)
     async with scheduler_on(device) as scheduler:
         gc.collect()
         await scheduler.submit_many([10] * 64)
@@ -90,18 +100,47 @@ async def test_what_a_failed_call_held_is_free_before_the_next_one() -> None:
 
 
 async def test_a_batch_that_was_split_teaches_no_cost_and_is_recorded_once() -> None:
-    device, records = Device(room=100), list[BatchRecord]()
-    async with scheduler_on(device, on_batch=records.append) as scheduler:
+    device, records, learnt = Device(room=100), list[BatchRecord](), list[int]()
+
+    class Pupil(PaddedCostModel):
+        def observe(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
+            learnt.append(count)
+
+    async with scheduler_on(device, cost_model=Pupil(), on_batch=records.append) as scheduler:
         await scheduler.submit_many([10] * 16)
-    first = records[0]
-    assert first.count == 16
-    assert first.failed == 0
-    assert (first.preprocess_s, first.postprocess_s) == (0, 0)
+        await scheduler.submit(10)
+    assert [(record.count, record.failed) for record in records] == [(16, 0), (1, 0)]
+    assert learnt == [1]
 
 
 async def test_without_a_classifier_it_is_an_error_like_any_other() -> None:
-    device = Device(room=10)
+    device = Device(room=50)
     async with BatchScheduler(device.run, item_size=int) as scheduler:
-        outcomes = await scheduler.submit_many([10] * 32)
-        assert all(isinstance(outcome, Failure) for outcome in outcomes) or Success(20) in outcomes
+        first, *others = await scheduler.submit_many([100, 10])
+    assert isinstance(first, Failure)
+    assert others == [Success(20)]
+
+
+async def test_a_classifier_that_fails_is_logged_and_the_error_counts_as_any_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(error: Exception) -> bool:
+        raise AttributeError("half imported")
+
+    device = Device(room=50)
+    async with BatchScheduler(device.run, item_size=int, is_too_large=fail) as scheduler:
+        with pytest.raises(MemoryError):
+            await scheduler.submit(100)
         assert await scheduler.submit(10) == 20
+    assert "is_too_large failed" in caplog.text
+
+
+async def test_a_cost_model_that_fails_is_logged_and_disturbs_no_batch(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(PaddedCostModel):
+        def observe(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
+            raise ArithmeticError
+
+    async with BatchScheduler(lambda items: items, cost_model=Broken()) as scheduler:
+        assert await scheduler.submit(1) == 1
+        assert await scheduler.submit(2) == 2
+    assert "could not learn" in caplog.text

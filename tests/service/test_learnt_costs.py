@@ -3,12 +3,16 @@
 import json
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from pydantic import BaseModel
 
+from batching import MeasuredCostModel
+from service.cost_tables import CostKey, save_costs
 from service.settings import Settings
 from service.worker import InferenceWorker
 from tests.support.length_model import Length, LengthPipeline, Text
@@ -53,6 +57,57 @@ async def test_costs_are_kept_and_not_measured_again(path: Path) -> None:
     assert len(pipeline.batches) == 1, "only the warm-up"
 
 
+async def test_costs_learnt_without_measuring_are_not_kept_in_place_of_measured_ones(path: Path) -> None:
+    async with InferenceWorker(LengthPipeline(), settings=settings(path), calibrate=False) as worker:
+        await worker.predict(Text(text="four"))
+    assert not path.exists()
+    pipeline = LengthPipeline()
+    async with InferenceWorker(pipeline, settings=settings(path)):
+        assert len(pipeline.batches) > 5
+
+
+async def test_where_nothing_is_ever_measured_what_real_batches_taught_is_kept(path: Path) -> None:
+    for observed in (1, 2):
+        async with InferenceWorker(LengthPipeline(), settings=settings(path, enabled=False)) as worker:
+            await worker.predict(Text(text="four"))
+            assert worker.costs.observed == observed
+
+
+async def test_models_that_write_their_costs_at_the_same_time_lose_none(path: Path) -> None:
+    async with anyio.create_task_group() as task_group:
+        for number in range(20):
+            key = CostKey("module:Class", f"model {number}", "device")
+            task_group.start_soon(anyio.to_thread.run_sync, save_costs, path, key, MeasuredCostModel())
+    assert len(json.loads(path.read_text())["tables"]) == 20
+    assert sorted(file.name for file in path.parent.iterdir()) == ["batches.json", "batches.json.lock"]
+
+
+async def test_a_secret_in_the_entry_of_a_model_is_not_written(path: Path) -> None:
+    async with InferenceWorker(LengthPipeline(token="hf_secret"), settings=settings(path)):
+        pass
+    assert "hf_secret" not in path.read_text()
+
+
+class Nameless(LengthPipeline):
+    def device_name(self) -> str:
+        raise OSError("no such device")
+
+
+async def test_a_device_without_a_name_costs_only_the_file(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with InferenceWorker(Nameless(), settings=settings(path)) as worker:
+        assert await worker.predict(Text(text="four")) == Length(length=4)
+    assert not path.exists()
+    assert "device_name failed" in caplog.text
+
+
+async def test_a_pipeline_that_misspells_its_cost_feature_is_told_so() -> None:
+    class Misspelt(LengthPipeline):
+        cost_feature = "paded"  # type: ignore[assignment]  # that is the point
+
+    with pytest.raises(ValueError, match=r"Misspelt.cost_feature must be 'padded' or 'total', got 'paded'"):
+        InferenceWorker(Misspelt())
+
+
 async def test_costs_survive_a_process_that_is_killed_before_it_could_write_them_at_its_end(path: Path) -> None:
     async with InferenceWorker(LengthPipeline(), settings=settings(path)):
         assert json.loads(path.read_text())["tables"]
@@ -89,7 +144,7 @@ async def test_models_and_their_entries_have_costs_of_their_own(path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"version": 0, "tables": []}', '{"version": 1, "tables": [1, {}]}']
+    "content", ["", "{", "[]", '{"version": 0, "tables": []}', '{"version": 1, "tables": [1, {}, {"key": {}}]}']
 )
 async def test_a_file_of_costs_that_is_none_is_replaced(path: Path, content: str) -> None:
     path.parent.mkdir()
@@ -98,14 +153,30 @@ async def test_a_file_of_costs_that_is_none_is_replaced(path: Path, content: str
     async with InferenceWorker(pipeline, settings=settings(path)) as worker:
         assert await worker.predict(Text(text="four")) == Length(length=4)
     assert len(pipeline.batches) > 5
-    assert len(json.loads(path.read_text())["tables"]) == 1
+    assert json.loads(path.read_text())["tables"][-1]["costs"]["observed"] > 5
 
 
-async def test_damaged_costs_are_measured_anew(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def no_numbers(table: dict[str, Any]) -> None:
+    table["costs"]["kept"]["vector"] = ["x"]
+
+
+def endless(table: dict[str, Any]) -> None:
+    table["costs"]["observed"] = float("inf")
+
+
+def worthless(table: dict[str, Any]) -> None:
+    for part in ("kept", "recent"):
+        table["costs"][part]["vector"] = [-1.0] * 8
+
+
+@pytest.mark.parametrize("damage", [no_numbers, endless, worthless])
+async def test_damaged_costs_are_measured_anew(
+    path: Path, damage: Callable[[dict[str, Any]], None], caplog: pytest.LogCaptureFixture
+) -> None:
     async with InferenceWorker(LengthPipeline(), settings=settings(path)):
         pass
     content = json.loads(path.read_text())
-    content["tables"][0]["costs"]["kept"]["vector"] = ["x"]
+    damage(content["tables"][0])
     path.write_text(json.dumps(content))
     pipeline = LengthPipeline()
     async with InferenceWorker(pipeline, settings=settings(path)):
@@ -134,6 +205,17 @@ class Unsized(LengthPipeline):
         raise LookupError("no size")
 
 
+class Sized(LengthPipeline):
+    """Says that everything is of one size, right or wrong."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__()
+        self.size = size
+
+    def item_size(self, item: BaseModel) -> int:
+        return self.size  # type: ignore[return-value]  # that is the point
+
+
 class Miscounting(LengthPipeline):
     def sample_items(self, n: int, size: int) -> list[BaseModel]:
         return super().sample_items(1, size)
@@ -141,7 +223,15 @@ class Miscounting(LengthPipeline):
 
 @pytest.mark.parametrize(
     ("pipeline", "reason"),
-    [(Failing(), "ArithmeticError: made up"), (Unsized(), "LookupError"), (Miscounting(), "sample_items")],
+    [
+        (Failing(), "ArithmeticError: made up"),
+        (Unsized(), "LookupError"),
+        (Miscounting(), "sample_items"),
+        (Sized(0), "item_size returned 0, which must be from 1"),
+        (Sized(-5), "item_size returned -5, which must be from 1"),
+        (Sized(10**200), "item_size returned a number of 665 bits"),
+        (Sized(float("nan")), "ValueError"),
+    ],
 )
 async def test_measuring_that_fails_is_a_warning_and_the_worker_serves(
     pipeline: LengthPipeline, reason: str, caplog: pytest.LogCaptureFixture
@@ -166,4 +256,5 @@ async def test_measuring_that_hangs_is_given_up_and_the_worker_serves(caplog: py
     async with InferenceWorker(Hanging(), settings=Settings(app_settings={"batch_config": limits})) as worker:
         assert await worker.predict(Text(text="four")) == Length(length=4)
         door.set()
-    assert "ended early (TimeoutError" in caplog.text
+    assert "ended early" in caplog.text
+    assert "TimeoutError" in caplog.text

@@ -162,6 +162,8 @@ def test_what_was_written_before_a_failure_is_kept_beside_the_output(
 def test_an_output_that_is_no_regular_file_is_written_to_at_once(modalkit: Modalkit) -> None:
     assert modalkit("predict", "four", "-o", "/dev/null").returncode == 0
     assert Path("/dev/null").is_char_device()
+    piped = modalkit("predict", "four", "-o", "/dev/stdout")
+    assert [result["length"] for result in results(piped.stdout)] == [4]
 
 
 @pytest.mark.parametrize("output", [(), ("-o", "out.csv"), ("-o", "out.jsonl")])
