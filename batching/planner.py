@@ -206,7 +206,7 @@ class BatchPlanner(Generic[RequestT]):
                 s_per_size = predicted_s / new_total
                 if not self._is_allowed(count + added, new_longest, predicted_s):
                     over_budget = over_budget or s_per_size <= best_s_per_size
-                elif s_per_size > of_more:
+                elif s_per_size * EVEN >= of_more:
                     break
                 else:
                     of_more = s_per_size

@@ -14,6 +14,7 @@ from rich.console import Console
 from service.cli.check import check
 from service.cli.predict import predict
 from service.cli.serve import serve
+from service.cli.tune import tune
 from service.errors import ServiceError
 from service.loading import LoadError, UnknownModelError
 from service.settings import SettingsError
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(predict)
 app.command()(check)
+app.command()(tune)
 
 
 def _show_version(value: bool) -> None:

@@ -359,6 +359,21 @@ def test_a_batch_of_one_run_teaches_the_cost_model_and_one_that_was_split_does_n
     assert seen == [(2, 30, 59, 0.25)]
 
 
+def test_a_long_queue_of_equal_requests_is_decided_in_a_few_steps_even_where_costs_only_add_up() -> None:
+    """Rounding makes half a batch seem cheaper by a billionth now and then: that must not lead to 255 steps of one."""
+    asked = []
+
+    class Additive(PaddedCostModel):
+        def predict_s(self, count: int, longest: int, total: int) -> float:
+            asked.append(count)
+            return 0.1 * count * longest / 3 + 1e-17 * count
+
+    plan = BatchPlanner[Request[int]](BatchPolicy(max_batch_size=256), Additive())
+    push(plan, *[7] * 1000)
+    assert len(sizes_of(plan.decide(0.0))) == 256
+    assert len(asked) < 10
+
+
 def test_companions_are_of_similar_size_so_that_padding_stays_small() -> None:
     plan = planner()
     push(plan, 30, 200, 31, 199, 29, 5, 28, 201, 30)

@@ -1,0 +1,185 @@
+"""Chooses the limits of a scheduler from what batches cost: pure functions of measurements and a cost model."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from batching import BatchPolicy, CostModel
+from batching.calibration import Measurement
+from service.tuning.errors import TuningError
+
+ENOUGH = 0.98  # of the best throughput: what larger batches add to it is within the noise of measuring
+WAIT_SHARE = 0.1  # of the objective, at most, goes into waiting for a fuller batch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenLimits:
+    """Values for keys of ``batch_config``; None leaves a key as it is configured. `reasons` has a line for each key."""
+
+    max_batch_size: int
+    wait_ms: float | None
+    max_batch_tokens: int | None
+    max_batch_seconds: float | None
+    reasons: Mapping[str, str]
+
+    def values(self) -> dict[str, int | float]:
+        """What was chosen, by key of ``batch_config``; whole numbers without a fraction."""
+        chosen = {
+            "max_batch_size": self.max_batch_size,
+            "wait_ms": self.wait_ms,
+            "max_batch_tokens": self.max_batch_tokens,
+            "max_batch_seconds": self.max_batch_seconds,
+        }
+        return {key: value if value % 1 else int(value) for key, value in chosen.items() if value is not None}
+
+
+def choose_limits(
+    measurements: Sequence[Measurement],
+    model: CostModel,
+    objective_s: float | None = None,
+    *,
+    beside_s: float = 0.0,
+    memory_was_the_limit: bool = False,
+) -> ChosenLimits:
+    """The limits that serve `objective_s` (the p99 that is asked for), or throughput alone where it is None.
+
+    ``max_batch_seconds``: a request waits at most for the batch in flight, is then held back for at most ``wait_ms``,
+    and runs in its own batch; beside these it costs `beside_s`. So ``2 * max_batch_seconds + wait + beside_s`` must not
+    exceed the objective. This holds as long as all who wait fit the next batch; where they do not, more load only adds
+    to the queue, and no limit of a batch helps.
+
+    ``wait_ms``: 0, unless two requests of middling size together cost less than one and a half alone, which is when the
+    planner would wait at all (`BatchPlanner`). Then as long as the next request may take to come and still be worth it,
+    up to a tenth of the objective, and no longer than leaves room for the largest request alone.
+
+    ``max_batch_size``: the smallest measured count that reaches 98 % of the best predicted throughput at every measured
+    size, among batches within ``max_batch_seconds`` and no larger than the largest measured. It is but a limit: where
+    small batches are cheaper, the scheduler forms small ones all the same.
+
+    ``max_batch_tokens``: the largest batch that fitted, padding included, where memory ended the measuring.
+
+    Raises `TuningError` when the largest measured request alone takes longer than ``max_batch_seconds`` would be.
+    """
+    costs = _Costs(measurements, model)
+    batch_s, wait_s, reasons = math.inf, 0.0, dict[str, str]()
+    if objective_s is None:
+        reasons["max_batch_seconds"] = reasons["wait_ms"] = "as configured: it follows from --p99-ms"
+    else:
+        costs.require_room_for_largest(objective_s, beside_s)
+        wait_s, reasons["wait_ms"] = costs.wait(objective_s, beside_s)
+        batch_s = _rounded_down((objective_s - beside_s - wait_s) / 2)
+        reasons["max_batch_seconds"] = (
+            f"a request may wait for one batch{f' and {wait_s * 1000:g} ms' if wait_s else ''}, and runs in the next: "
+            f"half of what {objective_s * 1000:g} ms leave, with {beside_s * 1000:.2g} ms for the rest"
+        )
+    size, reasons["max_batch_size"] = costs.batch_size(batch_s)
+    reasons["max_batch_tokens"] = "as configured: memory was not what limited the batches that were measured"
+    if memory_was_the_limit:
+        reasons["max_batch_tokens"] = "the largest batch that fitted; the next one was out of memory"
+    return ChosenLimits(
+        max_batch_size=size,
+        wait_ms=None if objective_s is None else round(wait_s * 1000, 1),
+        max_batch_tokens=costs.largest_batch if memory_was_the_limit else None,
+        max_batch_seconds=None if objective_s is None else batch_s,
+        reasons=reasons,
+    )
+
+
+def predicted_capacity_per_s(measurements: Sequence[Measurement], model: CostModel, policy: BatchPolicy) -> float:
+    """Requests a second when each measured size is asked for equally often and runs in its best batch under `policy`.
+
+    It is an upper bound: it takes a backlog long enough that every size fills batches of its own.
+    """
+    costs = _Costs(measurements, model)
+    longest_s = math.inf if policy.max_batch_s is None else policy.max_batch_s
+    most_tokens = policy.max_batch_tokens or costs.largest_batch
+    seconds = [
+        min(
+            costs.seconds(count, size) / count
+            for count in costs.counts_within(size, longest_s)
+            if count == 1 or (count <= policy.max_batch_size and count * size <= most_tokens)
+        )
+        for size in costs.sizes
+    ]
+    return len(seconds) / sum(seconds)
+
+
+def lone_sizes(measurements: Sequence[Measurement]) -> list[int]:
+    """The sizes that were measured, ascending: those of the requests that ran alone."""
+    return sorted({shape.longest for shape in measurements if shape.count == 1})
+
+
+class _Costs:
+    """What batches of the measured counts and sizes cost, by the model, which is smoother than the measurements."""
+
+    def __init__(self, measurements: Sequence[Measurement], model: CostModel) -> None:
+        self.sizes = lone_sizes(measurements)
+        if not self.sizes:
+            raise TuningError("no request was measured alone, so there is nothing to choose limits by")
+        self.counts = sorted({shape.count for shape in measurements})
+        self.largest_batch = max(shape.count * shape.longest for shape in measurements)
+        self._model = model
+
+    def seconds(self, count: int, size: int) -> float:
+        return self._model.predict_s(count, size, count * size)
+
+    def counts_within(self, size: int, longest_s: float) -> list[int]:
+        """The counts of which batches were measured, and take no longer; one request may always run."""
+        return [
+            count
+            for count in self.counts
+            if count == 1 or (count * size <= self.largest_batch and self.seconds(count, size) <= longest_s)
+        ]
+
+    def require_room_for_largest(self, objective_s: float, beside_s: float) -> None:
+        largest = self.sizes[-1]
+        lone_s = self.seconds(1, largest)
+        needed_s = 2 * lone_s + beside_s
+        if needed_s <= objective_s:
+            return
+        feasible = [size for size in self.sizes if 2 * self.seconds(1, size) + beside_s <= objective_s]
+        what = f"only sizes up to {feasible[-1]} can" if feasible else f"not even size {self.sizes[0]} can"
+        raise TuningError(
+            f"no limits reach --p99-ms {objective_s * 1000:g}: a request of size {largest} alone takes "
+            f"{lone_s * 1000:.3g} ms, and may have to wait for another one; {what}. Ask for --p99-ms "
+            f"{math.ceil(needed_s * 1000)} or more, or limit what a request may hold"
+        )
+
+    def wait(self, objective_s: float, beside_s: float) -> tuple[float, str]:
+        """Seconds that an idle worker may wait for a fuller batch, in whole tenths of a millisecond; and why."""
+        size = self.sizes[len(self.sizes) // 2]
+        alone_s, together_s = self.seconds(1, size), self.seconds(2, size)
+        worth_s = alone_s / 2 - (together_s - alone_s)
+        ratio = f"two requests of size {size} cost {together_s / alone_s:.2f} times one"
+        if worth_s <= 0:
+            return 0.0, f"waiting does not pay: {ratio}, and it takes less than 1.5"
+        room_s = objective_s - beside_s - 2 * self.seconds(1, self.sizes[-1])
+        wait_s = math.floor(min(worth_s, objective_s * WAIT_SHARE, room_s) * 10_000) / 10_000
+        if wait_s <= 0:
+            return 0.0, f"the objective leaves no time for it, though waiting may pay: {ratio}"
+        return wait_s, f"waiting pays where requests are frequent: {ratio}; at most a tenth of the objective"
+
+    def batch_size(self, longest_s: float) -> tuple[int, str]:
+        """The smallest count that is enough at every size, and why."""
+        enough = {size: self._enough(size, longest_s) for size in self.sizes}
+        size = max(self.sizes, key=enough.__getitem__)
+        chosen = enough[size]
+        within = "" if longest_s == math.inf else " within max_batch_seconds"
+        if chosen == self.counts[-1] and chosen > 1:
+            gain = self._rate(chosen, size) / self._rate(self.counts[-2], size) - 1
+            return chosen, f"the largest measured; over {self.counts[-2]}, it still adds {gain:.0%} at size {size}"
+        return chosen, f"larger batches{within} add less than 2 % to the items/s at any size; size {size} needs so many"
+
+    def _enough(self, size: int, longest_s: float) -> int:
+        counts = self.counts_within(size, longest_s)
+        best = max(self._rate(count, size) for count in counts)
+        return next(count for count in counts if self._rate(count, size) >= ENOUGH * best)
+
+    def _rate(self, count: int, size: int) -> float:
+        return count / self.seconds(count, size)
+
+
+def _rounded_down(seconds: float) -> float:
+    """To four digits, so that what is written to a file can be read."""
+    step = 10.0 ** (math.floor(math.log10(seconds)) - 3)
+    return round(math.floor(seconds / step) * step, 9)

@@ -1,0 +1,121 @@
+"""Writes limits into a configuration file, and leaves everything else in it as it is."""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from io import StringIO
+from pathlib import Path
+
+import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from service.settings import Settings, deep_merge
+from service.tuning.errors import TuningError
+
+SECTION = ("app_settings", "batch_config")
+
+_FIRST_INDENTED_KEY = re.compile(r"^( +)[^\s#-]", re.MULTILINE)
+_FIRST_LIST = re.compile(r"^( *)[^\s#-][^\n]*:[^\S\n]*\n( *)-( +)", re.MULTILINE)
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes null as the word that it was, not as nothing."""
+
+    def represent_none(self, data: None) -> ScalarNode:  # noqa: ARG002  # the base's signature
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(type(None), _Representer.represent_none)
+
+
+def require_writable(path: Path) -> None:
+    """Make sure, before any time is spent, that limits can be written there: a new file, or a configuration.
+
+    Raises `SettingsError` for a file that is no configuration of modalkit, and `TuningError` where it cannot be
+    changed, or there is no folder for it.
+    """
+    if not path.parent.is_dir():
+        raise TuningError(f"--write {path}: there is no folder {path.parent}; create it first")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise TuningError(f"--write {path}: {path.resolve().parent} may not be written to; choose another folder")
+    _changed(path, {"max_batch_size": 1})
+
+
+def write_limits(path: Path, values: Mapping[str, int | float]) -> None:
+    """Set the keys `values` of ``app_settings.batch_config`` in a YAML file; comments, order and other keys stay.
+
+    Everything is indented as the first section is. Creates the file if there is none, and changes it as a whole or not
+    at all. Raises `SettingsError` where it would not load afterwards, and `TuningError` where it cannot be changed
+    without changing other keys.
+    """
+    text = _changed(path, values)
+    target = path.resolve()
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as file:
+        file.write(text)
+    if target.exists():
+        shutil.copymode(target, file.name)
+    else:
+        Path(file.name).chmod(0o644)
+    Path(file.name).replace(target)
+
+
+def _changed(path: Path, values: Mapping[str, int | float]) -> str:
+    """The text of the file with the values in it, which is known to load."""
+    before = ""
+    if path.exists():
+        Settings.load([path], environ={})
+    try:
+        if path.exists():
+            before = path.read_text(encoding="utf-8-sig")
+        after = _with_limits(before, values)
+    except (UnicodeDecodeError, YAMLError) as error:
+        raise TuningError(f"{path} cannot be changed ({' '.join(str(error).split())}); {_by_hand(values)}") from error
+    wanted = deep_merge(yaml.safe_load(before) or {}, {SECTION[0]: {SECTION[1]: dict(values)}})
+    if yaml.safe_load(after) != wanted:
+        raise TuningError(f"{path} cannot be changed without changing more of it; {_by_hand(values)}")
+    Settings(_config_files=[], _environ={}, **wanted)
+    return after
+
+
+def _by_hand(values: Mapping[str, int | float]) -> str:
+    lines = ", ".join(f"{key}: {value}" for key, value in values.items())
+    return f"write such lines into its app_settings.batch_config by hand: {lines}"
+
+
+def _with_limits(text: str, values: Mapping[str, int | float]) -> str:
+    round_trip = YAML()
+    round_trip.Representer = _Representer
+    round_trip.preserve_quotes = True
+    round_trip.width = 2**16
+    step = len(found[1]) if (found := _FIRST_INDENTED_KEY.search(text)) else 2
+    round_trip.indent(mapping=step)
+    if found := _FIRST_LIST.search(text):
+        offset = len(found[2]) - len(found[1])
+        round_trip.indent(sequence=offset + 1 + len(found[3]), offset=offset)
+    document = round_trip.load(text)
+    if document is None:
+        # A file of comments only has no document to attach them to.
+        return text + _with_limits(f"{SECTION[0]}:\n  {SECTION[1]}: {{}}\n", values)
+    section = document
+    for key in SECTION:
+        _set(section, key, section.get(key) or CommentedMap())
+        section = section[key]
+    for key, value in reversed(list(values.items())):
+        _set(section, key, value)
+    stream = StringIO()
+    round_trip.dump(document, stream)
+    return stream.getvalue()
+
+
+def _set(section: CommentedMap, key: str, value: object) -> None:
+    if key in section:
+        section[key] = value
+    else:
+        # In front, because comments after a section's last key belong to what follows it.
+        section.insert(0, key, value)

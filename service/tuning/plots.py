@@ -1,0 +1,68 @@
+"""Draws what batches cost; needs matplotlib, which only the extra ``bench`` installs."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from batching import CostModel
+from batching.calibration import Measurement
+from service.tuning.errors import TuningError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FORMATS = (".pdf", ".png", ".svg")
+
+
+def require_drawable(path: Path) -> None:
+    """Make sure, before any time is spent, that a plot can be drawn there; raises `TuningError`."""
+    if find_spec("matplotlib") is None:
+        raise TuningError("--plot needs matplotlib, which is not installed: pip install 'modalkit[bench]'")
+    if path.suffix.lower() not in FORMATS:
+        raise TuningError(f"--plot {path}: the name must end in one of {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise TuningError(f"--plot {path}: there is no folder {path.parent}; create it first")
+
+
+def draw_costs(path: Path, title: str, measurements: Sequence[Measurement], model: CostModel) -> None:
+    """Draw batch seconds against count and against size, measured as points and fitted as lines, into a file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    by_count, by_size = figure.subplots(1, 2, sharey=True)
+    figure.suptitle(f"{title}: points are measured, lines are fitted")
+    _panel(by_count, measurements, model, along="count")
+    _panel(by_size, measurements, model, along="size")
+    by_count.set_ylabel("batch, seconds")
+    figure.savefig(path, dpi=120)
+
+
+def _panel(axes: "Axes", measurements: Sequence[Measurement], model: CostModel, *, along: str) -> None:
+    """One line for each value of what is not along the axis."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    other = "size" if along == "count" else "count"
+    lines: dict[int, list[Measurement]] = {}
+    for shape in measurements:
+        lines.setdefault(_coordinate(shape, other), []).append(shape)
+    colours = colormaps["viridis"].resampled(len(lines) + 1)
+    for index, (value, unsorted) in enumerate(sorted(lines.items())):
+        shapes = sorted(unsorted, key=lambda shape: _coordinate(shape, along))
+        places = [_coordinate(shape, along) for shape in shapes]
+        fitted_s = [model.predict_s(shape.count, shape.longest, shape.total) for shape in shapes]
+        axes.plot(places, fitted_s, color=colours(index), linewidth=1.2)
+        axes.plot(places, [shape.seconds for shape in shapes], "o", color=colours(index), markersize=4, label=value)
+    axes.set(xscale="log", yscale="log", xlabel=f"{along} of the batch" if along == "count" else "size of its requests")
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+    axes.legend(title=other, fontsize="small")
+
+
+def _coordinate(shape: Measurement, name: str) -> int:
+    return shape.count if name == "count" else shape.longest

@@ -1,0 +1,102 @@
+"""Tuning as a user does it, in a folder with a configuration, with a model that is quick."""
+
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings
+from tests.service.cli.conftest import CONFIGURATION, Modalkit
+
+QUICK = ("tune", "--max-seconds", "3")
+
+
+def test_tuning_shows_costs_limits_reasons_and_what_they_give(modalkit: Modalkit, folder: Path) -> None:
+    done = modalkit(*QUICK, "--p99-ms", "500")
+    assert done.returncode == 0, done.stderr
+    for expected in (
+        "size 1000",
+        "token x longest",
+        "max_batch_seconds",
+        "half of what 500 ms leave",
+        "p99",
+        "items/s",
+    ):
+        assert expected in done.stdout
+    assert (folder / "modalkit.yaml").read_text() == CONFIGURATION
+
+
+def test_help_has_examples(modalkit: Modalkit) -> None:
+    assert "modalkit tune --p99-ms 200 --write modalkit.yaml" in " ".join(modalkit("tune", "--help").stdout.split())
+
+
+def test_the_limits_are_written_and_loaded(modalkit: Modalkit, folder: Path) -> None:
+    path = folder / "modalkit.yaml"
+    path.write_text(f"# ours\n{CONFIGURATION}")
+    done = modalkit(*QUICK, "--p99-ms", "500", "--write", "modalkit.yaml")
+    assert done.returncode == 0, done.stderr
+    assert path.read_text().startswith("# ours\n")
+    batch_config = Settings.load([path], environ={}).app_settings.batch_config
+    assert batch_config.max_batch_seconds == pytest.approx(0.25, abs=0.05)
+    assert modalkit("check").returncode == 0
+
+
+def test_without_an_objective_only_the_batch_size_is_written(modalkit: Modalkit, folder: Path) -> None:
+    assert modalkit(*QUICK, "-w", "new.yaml").returncode == 0
+    assert Settings.load([folder / "new.yaml"], environ={}).app_settings.batch_config.max_batch_seconds is None
+    assert "wait_ms" not in (folder / "new.yaml").read_text()
+
+
+def test_costs_are_kept_where_the_configuration_says(modalkit: Modalkit, folder: Path) -> None:
+    assert modalkit(*QUICK, MODALKIT_APP_SETTINGS__BATCH_CONFIG__CALIBRATION__PATH="costs.json").returncode == 0
+    assert "LengthPipeline" in (folder / "costs.json").read_text()
+
+
+def test_a_plot_is_drawn(modalkit: Modalkit, folder: Path) -> None:
+    pytest.importorskip("matplotlib")  # in the bench extra, which the tests do without
+    # Importing it warns of nothing of ours: its own dependencies may.
+    done = modalkit(*QUICK, "--plot", "costs.png", PYTHONWARNINGS="default", MPLCONFIGDIR=str(folder))
+    assert done.returncode == 0, done.stderr
+    assert (folder / "costs.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--p99-ms", "0"), 2, "--p99-ms must be a positive number"),
+        (("--p99-ms", "nan"), 2, "--p99-ms must be a positive number"),
+        (("--max-seconds", "-1"), 2, "--max-seconds must be a positive number"),
+        (("--model", "other"), 2, "there is no model 'other'"),
+        (("--write", "nowhere/modalkit.yaml"), 1, "create it first"),
+        (("--write", "compose.yaml"), 2, "compose.yaml"),
+        (("--p99-ms", "0.0001"), 1, "no limits reach --p99-ms 0.0001"),
+    ],
+)
+def test_bad_input_is_one_message(
+    modalkit: Modalkit, folder: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    (folder / "compose.yaml").write_text("services: {}\n")
+    done = modalkit(*QUICK, *arguments)
+    assert done.returncode == code, done.stderr
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+    assert (folder / "compose.yaml").read_text() == "services: {}\n"
+
+
+def test_a_plot_of_an_unknown_format_is_refused_at_once(modalkit: Modalkit) -> None:
+    pytest.importorskip("matplotlib")
+    done = modalkit(*QUICK, "--plot", "costs.txt")
+    assert done.returncode == 1
+    assert "must end in one of .pdf, .png, .svg" in done.stderr
+
+
+def test_a_model_without_samples_is_told_to_make_some(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "mine.py").write_text(
+        "from tests.support.length_model import LengthPipeline\n"
+        "class Mine(LengthPipeline):\n"
+        "    def sample_items(self, n, size): return []\n"
+    )
+    (folder / "modalkit.yaml").write_text("model_settings: {model_entries: {mine: {pipeline: 'mine:Mine'}}}")
+    done = modalkit(*QUICK)
+    assert done.returncode == 1
+    assert "Mine makes up no items to measure: implement sample_items(n, size)" in done.stderr
+    assert "Traceback" not in done.stderr

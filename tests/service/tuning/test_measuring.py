@@ -1,0 +1,98 @@
+"""How thoroughly a pipeline is measured, and what ends it."""
+
+from itertools import count
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from pipelines import BatchTooLargeError
+from service.settings import BatchConfig
+from service.tuning.errors import TuningError
+from service.tuning.measuring import fitted_costs, measure, median_error
+from tests.support.length_model import LengthPipeline
+
+
+class SmallDevice(LengthPipeline):
+    """Has no room for more than 100 characters, padding included."""
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        texts = preprocessed_data["texts"]
+        if len(texts) * max(map(len, texts)) > 100:
+            raise BatchTooLargeError("out of room")
+        return super().predict(input_list, preprocessed_data)
+
+
+class Failing(LengthPipeline):
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        if len(input_list) > 2:
+            raise RuntimeError("three are too many")
+        return super().predict(input_list, preprocessed_data)
+
+
+class Sizeless(LengthPipeline):
+    def item_size(self, item: BaseModel) -> int:
+        return 0
+
+
+class Sampleless(LengthPipeline):
+    def sample_items(self, n: int, size: int) -> list[BaseModel]:
+        return []
+
+
+def test_batches_larger_than_configured_are_measured_too() -> None:
+    measured = measure(LengthPipeline(), BatchConfig(max_batch_size=4), 60)
+    assert {(1, 8), (128, 8), (128, 1000)} <= {(shape.count, shape.longest) for shape in measured.measurements}
+    assert not measured.memory_was_the_limit
+    assert not measured.time_was_the_limit
+
+
+def test_no_batch_is_larger_than_the_queue_or_the_configured_tokens() -> None:
+    measured = measure(LengthPipeline(), BatchConfig(max_batch_size=4, max_queue_size=16, max_batch_tokens=64), 60)
+    assert max(shape.count for shape in measured.measurements) <= 16
+    assert max(shape.count * shape.longest for shape in measured.measurements) == 64
+    assert not measured.time_was_the_limit
+
+
+def test_a_batch_too_large_for_the_device_ends_it_with_what_there_is() -> None:
+    measured = measure(SmallDevice(), BatchConfig(), 60)
+    assert max(shape.count * shape.longest for shape in measured.measurements) == 64
+    assert measured.memory_was_the_limit
+
+
+def test_the_time_limit_ends_it_with_what_there_is() -> None:
+    seconds = count()  # every look at the clock takes a second
+    measured = measure(LengthPipeline(), BatchConfig(), 100, clock=lambda: next(seconds))
+    assert 1 < len(measured.measurements) < 10
+    assert measured.time_was_the_limit
+
+
+@pytest.mark.parametrize(("config", "max_s"), [(BatchConfig(), 1e-9), (BatchConfig(max_batch_tokens=4), 60)])
+def test_limits_that_nothing_fits_are_named(config: BatchConfig, max_s: float) -> None:
+    with pytest.raises(TuningError, match=r"raise --max-seconds or batch_config\.max_batch_tokens"):
+        measure(LengthPipeline(), config, max_s)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "message"),
+    [
+        (Sampleless(), r"implement sample_items\(n, size\)"),
+        (Sizeless(), "item_size returned 0, which must be from 1 to"),
+        (Failing(), "after a batch of .* of size .*RuntimeError: three are too many"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_measured_is_told_why(pipeline: LengthPipeline, message: str) -> None:
+    with pytest.raises(TuningError, match=message):
+        measure(pipeline, BatchConfig(), 60)
+
+
+def test_each_shape_is_told_as_it_is_measured() -> None:
+    told: list[object] = []
+    assert told == [] != list(measure(LengthPipeline(), BatchConfig(), 60, told.append).measurements) == told
+
+
+def test_the_costs_are_fitted_to_all_the_measurements() -> None:
+    shapes = measure(LengthPipeline(), BatchConfig(), 60).measurements
+    costs = fitted_costs(LengthPipeline(), shapes)
+    assert costs.observed == len(shapes)
+    assert median_error(costs, shapes) < 1
