@@ -82,7 +82,10 @@ class MeasuredCostModel:
         # Instead of the old ones losing weight with every batch, the new ones gain it, which is less to compute.
         self._newest_weight *= 1 + 1 / MEMORY_BATCHES
         self._recent.add(self._features(count, longest, total), elapsed_s, weight * self._newest_weight)
-        self._seen()
+        self.observed += 1
+        self._since_fit += 1
+        if self.observed <= REFIT_EVERY or self._since_fit >= REFIT_EVERY:
+            self._fit()
 
     def calibrate(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
         """Learn from a shape that was run for measurement, which has no outliers and does not fade.
@@ -94,7 +97,8 @@ class MeasuredCostModel:
         features = self._features(count, longest, total)
         self._kept.add(features, elapsed_s, ANCHOR_WEIGHT)
         self._recent.add(features, elapsed_s, (1 - ANCHOR_WEIGHT) * self._newest_weight)
-        self._seen()
+        self.observed += 1
+        self._fit()
 
     @property
     def costs(self) -> Mapping[str, float]:
@@ -156,12 +160,6 @@ class MeasuredCostModel:
     def _features(self, count: int, longest: int, total: int) -> list[float]:
         tokens = count * longest if self._is_padded else total
         return [1, count, tokens, tokens * longest, *(max(0, tokens - knee) for knee in KNEES)]
-
-    def _seen(self) -> None:
-        self.observed += 1
-        self._since_fit += 1
-        if self.observed <= REFIT_EVERY or self._since_fit >= REFIT_EVERY:
-            self._fit()
 
     def _fit(self) -> None:
         costs = self._kept.solve_with(self._recent, 1 / self._newest_weight)

@@ -73,8 +73,6 @@ def fitted_costs(pipeline: InferencePipeline, measurements: Sequence[Measurement
     model = MeasuredCostModel(CostFeature(pipeline.cost_feature))
     for shape in measurements:
         model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
-    # Once it knows many shapes, the model does not fit itself to each new one; a restored one is fitted to all.
-    model.restore(model.state())
     return model
 
 
