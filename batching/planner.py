@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import accumulate
+from operator import attrgetter
 from typing import Generic
 
 from batching.arrivals import Arrivals
@@ -12,16 +14,18 @@ from batching.policy import Batch, BatchPolicy, Decision, DispatchReason
 from batching.queue import RequestQueue, RequestT, size_bucket
 from batching.request import Priority
 
+EXACT_UP_TO = 32  # waiting requests, the best of all partitions is found: a tenth of a millisecond for 16, half for 32
 EVEN = 1 + 1e-9  # where requests only add up, rounding must not decide whether they may run together
 
 
 class BatchPlanner(Generic[RequestT]):
     """Forms batches out of a queue, under a policy, by predicted cost.
 
-    A batch is formed around the oldest request of its class, which keeps more than `max_age_s` asks for. Companions
-    are taken from the nearest sizes, as long as each lowers (or keeps) the predicted seconds per unit of size: where a
-    batch's fixed cost is small, padding soon costs more than a companion saves and batches stay small and even; where
-    it is large, they grow to the limits.
+    A batch is formed around the oldest request of its class, which keeps more than `max_age_s` asks for. While few
+    wait, it is the one that the oldest is in when all are cut into the batches that take the least time. Of many,
+    companions are taken from the nearest sizes, as long as each lowers (or keeps) the predicted seconds per unit of
+    size. Where a batch's fixed cost is small, padding soon costs more than a companion saves and batches stay small and
+    even; where it is large, they grow to the limits.
 
     Sans-I/O: `now` is an argument, nothing waits, and a decision takes effect at once.
     """
@@ -112,6 +116,8 @@ class BatchPlanner(Generic[RequestT]):
             return DispatchReason.IDLE, now
         if now >= oldest_s + policy.max_wait_s:
             return DispatchReason.AGE, now
+        if self.queue.waiting(batch.priority) > len(batch.requests):
+            return DispatchReason.IDLE, now  # there is more to do
         arrivals = self._arrivals[batch.priority]
         count, size = len(batch.requests) + 1, max(1, arrivals.mean_size)
         longest, total = max(batch.longest, size), batch.total + size
@@ -140,6 +146,49 @@ class BatchPlanner(Generic[RequestT]):
         return replace(batch, contended=True) if self.queue.waiting(other) else batch
 
     def _form_batch(self, anchor: RequestT) -> Batch[RequestT]:
+        if 1 < self.queue.waiting(anchor.priority) <= EXACT_UP_TO:
+            return self._cut_out_batch(anchor)
+        return self._grow_batch(anchor)
+
+    def _cut_out_batch(self, anchor: RequestT) -> Batch[RequestT]:
+        """The batch with `anchor` in the partition of all waiting requests that takes the least time altogether.
+
+        Of requests in order of size a batch is always a run: the least time for the first i is, over the number n of
+        the last batch, that for the first i - n and this batch.
+        """
+        # The anchor behind its equals: where they make a full batch and a rest, it is in the full one.
+        by_size = sorted([*self.queue.all_but([anchor]), anchor], key=attrgetter("size"))
+        totals = list(accumulate((request.size for request in by_size), initial=0))
+        least_s, starts, seconds = [0.0], [0], [0.0]
+        for end, largest in enumerate(by_size, start=1):
+            best_s, best_start, best_batch_s = math.inf, end - 1, 0.0
+            for start in range(end - 1, max(-1, end - self.policy.max_batch_size - 1), -1):
+                count = end - start
+                batch_s = self.cost_model.predict_s(count, largest.size, totals[end] - totals[start])
+                if count > 1 and not self._is_allowed(count, largest.size, batch_s):
+                    break
+                if least_s[start] + batch_s <= best_s * EVEN:
+                    best_s, best_start, best_batch_s = least_s[start] + batch_s, start, batch_s
+            least_s.append(best_s)
+            starts.append(best_start)
+            seconds.append(best_batch_s)
+        place, end = next(i for i, request in enumerate(by_size) if request is anchor), len(by_size)
+        while starts[end] > place:
+            end = starts[end]
+        start, longest = starts[end], by_size[end - 1].size
+        requests = [anchor, *(request for request in by_size[start:end] if request is not anchor)]
+        total = totals[end] - totals[start]
+        reason = self._reason(len(requests), longest, total, len(by_size))
+        return Batch(requests, anchor.priority, reason, longest, total, seconds[end])
+
+    def _reason(self, count: int, longest: int, total: int, waiting: int) -> DispatchReason:
+        if count == self.policy.max_batch_size:
+            return DispatchReason.FULL
+        one_more_s = self.cost_model.predict_s(count + 1, longest, total + longest)
+        has_room = self._is_allowed(count + 1, longest, one_more_s)
+        return DispatchReason.IDLE if has_room or count == waiting else DispatchReason.BUDGET
+
+    def _grow_batch(self, anchor: RequestT) -> Batch[RequestT]:
         """Grow a batch around `anchor` by runs of neighbours, from whichever side of its sizes serves better."""
         max_size = self.policy.max_batch_size
         requests, longest, total = [anchor], anchor.size, anchor.size

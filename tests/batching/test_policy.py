@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from batching import Batch, BatchPlanner, BatchPolicy, Decision, DispatchReason, PaddedCostModel, Priority, Request
+from batching.queue import size_bucket
 
 COSTS = PaddedCostModel(fixed_s=0.002, token_s=0.00005)
 INTERACTIVE, BULK = Priority.INTERACTIVE, Priority.BULK
@@ -250,8 +252,9 @@ def test_a_batch_that_has_no_room_for_another_request_is_not_held_back_for_one()
     assert batch is not None
     assert batch.reason is DispatchReason.FULL
     alone = expensive(max_wait_s=0.9, max_batch_tokens=40)
-    push(alone, 5, 5, 5, at=6.8)
-    alone.decide(6.85)
+    for arrival_s in (6.8, 6.9):
+        push(alone, 5, at=arrival_s)
+        alone.decide(arrival_s, draining=True)
     push(alone, 40, at=7.0)
     batch = alone.decide(7.0).batch
     assert batch is not None
@@ -309,6 +312,37 @@ def test_a_few_requests_of_odd_sizes_go_along_where_that_makes_them_all_the_soon
     many = BatchPlanner[Request[int]](BatchPolicy(), costs)
     push(many, 60, *[10] * 20)
     assert sizes_of(many.decide(0.0)) == [60]
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 5), st.integers(300, 900))
+def test_while_few_wait_all_are_cut_into_the_batches_that_take_the_least_time(
+    sizes: list[int], max_batch_size: int, max_batch_tokens: int
+) -> None:
+    """Checked against every cut of the sorted sizes that has the batch which was chosen."""
+    costs = PaddedCostModel(fixed_s=0.006, token_s=0.0001)
+    plan = BatchPlanner[Request[int]](
+        BatchPolicy(max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens), costs
+    )
+    push(plan, *sizes)
+
+    def seconds(parts: list[list[int]]) -> float:
+        return sum(costs.predict_s(len(part), part[-1], 0) for part in parts)
+
+    def is_allowed(part: list[int]) -> bool:
+        return len(part) <= max_batch_size and len(part) * part[-1] <= max_batch_tokens
+
+    by_size = sorted(sizes)
+    cuts = [
+        [by_size[first:last] for first, last in pairwise((0, *places, len(sizes)))]
+        for count in range(len(sizes))
+        for places in combinations(range(1, len(sizes)), count)
+    ]
+    allowed = [parts for parts in cuts if all(map(is_allowed, parts))]
+    least_s = min(map(seconds, allowed))
+    plan_without_rest = plan._form_batch(next(iter(plan.queue.front(INTERACTIVE, size_bucket(sizes[0]), 1))))  # noqa: SLF001
+    chosen = sorted(request.size for request in plan_without_rest.requests)
+    assert sizes[0] in chosen
+    assert any(chosen in parts and seconds(parts) <= least_s * (1 + 1e-9) for parts in allowed)
 
 
 def test_who_goes_along_exceeds_no_limit() -> None:
@@ -376,7 +410,7 @@ def test_a_long_queue_of_equal_requests_is_decided_in_a_few_steps_even_where_cos
 
 def test_companions_are_of_similar_size_so_that_padding_stays_small() -> None:
     plan = planner()
-    push(plan, 30, 200, 31, 199, 29, 5, 28, 201, 30)
+    push(plan, 30, 200, 31, 199, 29, 28, 201, 30)
     assert sorted(sizes_of(plan.decide(0.0))) == [28, 29, 30, 30, 31]
     assert sorted(sizes_of(plan.decide(0.0))) == [199, 200, 201]
 
