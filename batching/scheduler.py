@@ -60,8 +60,9 @@ class BatchScheduler(Generic[T, R]):
     has not finished with `SchedulerClosedError`.
 
     `item_size` gives a payload's size where `submit` is not told one; it is called in the event loop for each request
-    and has to be quick. Where it fails, or returns what is no size, a warning is logged once and the size is 1. Batches
-    are formed by `cost_model`, by default a `MeasuredCostModel` that learns from every batch.
+    and has to be quick. Where it fails or returns what is no size, a warning is logged once, and the nearest size
+    counts (1, where there is none). Batches are formed by `cost_model`, by default a `MeasuredCostModel` that learns
+    from every batch.
 
     A batch that runs longer than `batch_timeout_s` fails with `BatchTimeoutError`; a synchronous function cannot be
     stopped, so it goes on in its thread, unheard, while a new thread takes the next batch. A batch whose error

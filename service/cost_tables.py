@@ -50,7 +50,9 @@ def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
                 logger.warning("%s: the costs of %s are damaged (%s): measuring anew", path, key.model, error)
                 return False
             return True
-    others = [table["key"]["device"] for table in tables if {**table["key"], "device": key.device} == asdict(key)]
+    others = [
+        str(table["key"].get("device")) for table in tables if {**table["key"], "device": key.device} == asdict(key)
+    ]
     if others:
         logger.warning(
             "%s: the costs of %s were measured on another device (%s; this is %s): measuring anew",

@@ -169,6 +169,20 @@ def worthless(table: dict[str, Any]) -> None:
         table["costs"][part]["vector"] = [-1.0] * 8
 
 
+async def test_a_table_that_names_no_device_is_not_taken_for_this_ones(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with InferenceWorker(LengthPipeline(), settings=settings(path)):
+        pass
+    content = json.loads(path.read_text())
+    del content["tables"][0]["key"]["device"]
+    path.write_text(json.dumps(content))
+    pipeline = LengthPipeline()
+    async with InferenceWorker(pipeline, settings=settings(path)):
+        assert len(pipeline.batches) > 5
+    assert "measured on another device (None; this is" in caplog.text
+
+
 @pytest.mark.parametrize("damage", [no_numbers, endless, worthless])
 async def test_damaged_costs_are_measured_anew(
     path: Path, damage: Callable[[dict[str, Any]], None], caplog: pytest.LogCaptureFixture
