@@ -1,6 +1,5 @@
 """Runs batches on behalf of the scheduler: in threads, within the time limit, with stages that may overlap."""
 
-import asyncio
 import inspect
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -9,8 +8,9 @@ from typing import Any, Generic, TypeVar, cast
 
 import anyio
 
-from batching.errors import BatchingError, BatchTimeoutError, OutputCountError, SchedulerClosedError
+from batching.errors import BatchTimeoutError, OutputCountError, SchedulerClosedError
 from batching.stages import RunBatch, Stages, StageSeconds
+from batching.task_groups import without_foreign_cancellation
 from batching.threads import DedicatedThread
 
 T = TypeVar("T")
@@ -75,12 +75,13 @@ class Executor(Generic[T, R]):
         self._main.close()
         self._side.close()
 
-    async def run_in_thread(self, function: Callable[[], S]) -> S:
-        """Run a function where batches run, between two of them."""
-        async with self._main_lock:
+    async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None) -> S:
+        """Run a function where batches run, while none of them is in any stage."""
+        async with self._side_lock, self._main_lock:
             if self._is_closed:
                 raise SchedulerClosedError("the scheduler closed before this function could run")
-            return await self._main.run(function)
+            with anyio.fail_after(timeout_s):
+                return await self._main.run(function)
 
     async def run(
         self, payloads: list[T], progress: "Progress | None" = None
@@ -147,7 +148,7 @@ class Executor(Generic[T, R]):
             return await self._main.run(lambda: _all_stages(stages, payloads))
         if self.is_async:
             started_s = perf_counter()  # the event loop's own clock may tell but milliseconds
-            outputs = await _without_own_cancellation(cast("Awaitable[Any]", cast("Any", self._function)(payloads)))
+            outputs = await without_foreign_cancellation(cast("Awaitable[Any]", cast("Any", self._function)(payloads)))
             return outputs, StageSeconds(0.0, perf_counter() - started_s, 0.0)
         function = cast("Callable[[list[T]], Any]", self._function)
         outputs, seconds = await self._main.run(lambda: _timed_call(lambda: function(payloads)))
@@ -172,20 +173,6 @@ def _timed_call(function: Callable[[], S]) -> tuple[S, float]:
     started_s = perf_counter()
     result = function()
     return result, perf_counter() - started_s
-
-
-async def _without_own_cancellation(awaitable: Awaitable[S]) -> S:
-    """Await, and turn a cancellation that nobody asked this task for into an error of the batch.
-
-    A function that awaits an asyncio task which somebody else cancelled raises what would end our own task in silence.
-    """
-    try:
-        return await awaitable
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise BatchingError("run_batch was cancelled by something inside it") from error
 
 
 def _checked(outputs: Any, count: int) -> list[Any]:

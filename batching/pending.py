@@ -1,11 +1,15 @@
 """Requests together with the callers that wait for their outcomes."""
 
 import asyncio
+import logging
 import math
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 from batching.request import Outcome, Priority, Request
 from batching.wakeup import Wakeup
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,12 +34,40 @@ class Waiter(Wakeup):
             self.set()
 
 
+class Listener(Generic[R]):
+    """Tells a function, in place of a caller that waits, what became of one request."""
+
+    __slots__ = ("_on_outcome", "arrival_s", "deadline_s", "request")
+
+    def __init__(self, on_outcome: Callable[[Outcome[R]], None], arrival_s: float) -> None:
+        self._on_outcome: Callable[[Outcome[R]], None] | None = on_outcome
+        self.arrival_s = arrival_s
+        self.deadline_s = math.inf
+        self.request: Pending[Any, R] | None = None
+
+    def stop(self) -> None:
+        """Tell nothing from now on."""
+        self._on_outcome = None
+
+    def one_done(self) -> None:
+        """Tell of the outcome."""
+        if self.request is None or self.request.outcome is None:
+            raise AssertionError("a request ended without an outcome: this is a bug in modalkit")
+        outcome, self.request = self.request.outcome, None  # else the two would hold each other
+        if self._on_outcome is None:
+            return
+        try:
+            self._on_outcome(outcome)
+        except Exception:
+            logger.exception("A function that was to be told of an outcome failed")
+
+
 class Pending(Request[T], Generic[T, R]):
-    """A request with the caller that waits for it; it has an outcome once it is finished."""
+    """A request with whoever waits for it; it has an outcome once it is finished."""
 
     __slots__ = ("outcome", "waiter")
 
-    def __init__(self, payload: T, size: int, priority: Priority, waiter: Waiter) -> None:
+    def __init__(self, payload: T, size: int, priority: Priority, waiter: Waiter | Listener[R]) -> None:
         # Not by the base's constructor: one is made for every request, and this takes half the time.
         self.payload = payload
         self.size = size

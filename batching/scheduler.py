@@ -6,6 +6,7 @@ import math
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Generic, Self, TypeVar, cast
 
@@ -25,7 +26,7 @@ from batching.errors import (
 )
 from batching.execution import Executor, Progress
 from batching.measured_cost import MeasuredCostModel
-from batching.pending import Pending, Waiter
+from batching.pending import Listener, Pending, Waiter
 from batching.planner import BatchPlanner
 from batching.policy import Batch, BatchPolicy
 from batching.records import BatchRecord
@@ -202,16 +203,36 @@ class BatchScheduler(Generic[T, R]):
             await self._wait(waiter, requests)
         return [cast("Outcome[R]", entry.outcome) if isinstance(entry, Pending) else entry for entry in outcomes]
 
+    def submit_nowait(
+        self,
+        payload: T,
+        on_outcome: Callable[[Outcome[R]], None],
+        *,
+        size: int | None = None,
+        priority: Priority = Priority.INTERACTIVE,
+    ) -> Callable[[], None]:
+        """Queue one payload and return at once; `on_outcome` is called in the event loop with what becomes of it.
+
+        For whoever keeps many requests in the air without a task for each. Returns a function that withdraws the
+        request: then, or when it has ended already, `on_outcome` is not called any more. Raises what `submit` raises
+        before anything is queued.
+        """
+        self._ensure_open()
+        listener = Listener(on_outcome, self._now())
+        request = listener.request = self._make_request(payload, size, priority, listener)
+        self._enqueue((request,))
+        return partial(self._withdraw_unheard, request, listener)
+
     async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None = None) -> S:
         """Run a function of no batch in the thread that batches run in, between two of them: a warm-up, say.
 
-        Raises what it raises, `TimeoutError` after `timeout_s` seconds (it goes on unheard in its thread), and
+        No batch is in any of its stages meanwhile, where `max_in_flight` is 1.
+
+        Raises what it raises, `TimeoutError` once it has run for `timeout_s` seconds (it goes on unheard), and
         `SchedulerClosedError`.
         """
-        if not self._open:
-            raise SchedulerClosedError("the scheduler is not open: use it inside its 'async with' block")
-        with anyio.fail_after(timeout_s):
-            return await self._executors[0].run_in_thread(function)
+        self._ensure_open()
+        return await self._executors[0].run_in_thread(function, timeout_s)
 
     def statistics(self) -> SchedulerStatistics:
         """An immutable snapshot of what is waiting, running and done."""
@@ -234,12 +255,17 @@ class BatchScheduler(Generic[T, R]):
 
     # The caller's side.
 
-    def _make_waiter(self, timeout_s: float | None) -> Waiter:
+    def _ensure_open(self) -> None:
         if not self._open:
             raise SchedulerClosedError("the scheduler is not open: use it inside its 'async with' block")
+
+    def _make_waiter(self, timeout_s: float | None) -> Waiter:
+        self._ensure_open()
         return Waiter(self._loop, self._now(), timeout_s)
 
-    def _make_request(self, payload: T, size: int | None, priority: Priority, waiter: Waiter) -> Pending[T, R]:
+    def _make_request(
+        self, payload: T, size: int | None, priority: Priority, waiter: Waiter | Listener[R]
+    ) -> Pending[T, R]:
         if size is None:
             size = 1 if self._item_size is None else self._measured_size(self._item_size, payload)
         elif not 1 <= size <= LARGEST_SIZE:
@@ -291,6 +317,10 @@ class BatchScheduler(Generic[T, R]):
         except BaseException:
             self._withdraw(requests, _CALLER_GONE)
             raise
+
+    def _withdraw_unheard(self, request: Pending[T, R], listener: Listener[R]) -> None:
+        listener.stop()
+        self._withdraw((request,), _CALLER_GONE)
 
     def _withdraw(self, requests: Sequence[Pending[T, R]], outcome: Failure) -> None:
         for request in requests:

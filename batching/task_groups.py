@@ -1,10 +1,16 @@
-"""A task group that lets its block's own exception through as it was raised."""
+"""Keeps what goes wrong in one task from being taken for something else in another."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
+
+from batching.errors import BatchingError
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -25,3 +31,17 @@ async def plain_task_group() -> AsyncIterator[TaskGroup]:
         if raised is not None and group.exceptions == (raised,):
             raise raised from raised.__cause__
         raise
+
+
+async def without_foreign_cancellation(awaitable: Awaitable[T]) -> T:
+    """Await a user's code, and turn a cancellation that nobody asked this task for into a `BatchingError`.
+
+    Code that awaits an asyncio task which somebody else cancelled raises what would end our own task in silence.
+    """
+    try:
+        return await awaitable
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise BatchingError("it was cancelled by something inside it") from error

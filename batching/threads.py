@@ -89,7 +89,8 @@ class DedicatedThread:
     @property
     def stuck(self) -> int:
         """How many abandoned calls are still running."""
-        self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
+        if self._abandoned:
+            self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
         return len(self._abandoned)
 
     def _running_queue(self) -> "SimpleQueue[_Call[object] | None]":
