@@ -1,5 +1,33 @@
 """Where the results of asynchronous requests can be sent."""
 
-from service.queue_backends import InMemoryBackend, QueueBackend
+from service.queue_backends import (
+    InMemoryBackend,
+    QueueBackend,
+    QueueBackendError,
+    QueueMessage,
+    QueueNameError,
+    RoutingBackend,
+    SQSBackend,
+    TaskIQBackend,
+    UndeliverableError,
+    WebhookBackend,
+    WebhookVerificationError,
+    make_taskiq_broker,
+    verify_webhook,
+)
 
-__all__ = ["InMemoryBackend", "QueueBackend"]
+__all__ = [
+    "InMemoryBackend",
+    "QueueBackend",
+    "QueueBackendError",
+    "QueueMessage",
+    "QueueNameError",
+    "RoutingBackend",
+    "SQSBackend",
+    "TaskIQBackend",
+    "UndeliverableError",
+    "WebhookBackend",
+    "WebhookVerificationError",
+    "make_taskiq_broker",
+    "verify_webhook",
+]

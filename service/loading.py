@@ -10,7 +10,14 @@ from pipelines import InferenceOutputModel, InferencePipeline
 from service.errors import ServiceError
 from service.jobs import JobStore, MemoryJobStore, SqliteJobStore
 from service.jobs.manager import JobManager
-from service.queue_backends import InMemoryBackend, QueueBackend
+from service.queue_backends import (
+    InMemoryBackend,
+    QueueBackend,
+    QueueBackendError,
+    RoutingBackend,
+    SQSBackend,
+    WebhookBackend,
+)
 from service.settings import AsyncConfig, ModelEntry, QueueConfig, Settings
 
 T = TypeVar("T")
@@ -99,24 +106,61 @@ class ModelSource:
             raise LoadError(f"{self._key}: {self.pipeline_class.__name__} cannot be loaded: {error}") from error
 
 
+class _Nowhere:
+    """Takes messages and sends them nowhere: for a route to ``none``, whose results are kept with their jobs."""
+
+    async def send_message(self, queue_name: str, message: str) -> bool:  # noqa: ARG002  # as the protocol has it
+        return True
+
+
 def load_queue_backend(config: QueueConfig) -> QueueBackend | None:
     """The queue backend that the configuration names, or None for ``none``. Raises `LoadError`."""
-    key = "app_settings.queue_config.backend"
     if config.backend == "none":
         return None
-    if config.backend == "memory":
-        # Nobody can read these queues from outside the process, and the job store keeps the results.
-        return InMemoryBackend(max_messages_per_queue=1000, max_queues=100)
-    if ":" not in config.backend:
-        raise LoadError(f"{key}: {config.backend!r} is not part of this version; use memory, none or your own class")
-    factory = import_object(config.backend, key)
+    if config.backend != "routing":
+        return _make_queue_backend(config, config.backend, "app_settings.queue_config.backend")
+    backends: dict[str, QueueBackend] = {}  # one for all routes that lead to it
+    for pattern, name in config.routes.items():
+        if name not in backends:
+            backends[name] = _make_queue_backend(config, name, f"app_settings.queue_config.routes.{pattern}")
+    return RoutingBackend({pattern: backends[name] for pattern, name in config.routes.items()})
+
+
+def _make_queue_backend(config: QueueConfig, name: str, key: str) -> QueueBackend:
+    make = import_object(name, key) if ":" in name else lambda: _make_built_in_backend(config, name)
     try:
-        backend = factory()
+        backend = make()
+    except (QueueBackendError, ValueError) as error:
+        raise LoadError(f"{key}: {name} cannot be built: {error}") from error
     except Exception as error:
-        raise LoadError(f"{key}: {config.backend} cannot be built: {type(error).__name__}: {error}") from error
-    if not isinstance(backend, QueueBackend):
-        raise LoadError(f"{key}: {config.backend} has no method 'async send_message(queue_name, message) -> bool'")
+        raise LoadError(f"{key}: {name} cannot be built: {type(error).__name__}: {error}") from error
+    if not (isinstance(backend, QueueBackend) and inspect.iscoroutinefunction(backend.send_message)):
+        raise LoadError(f"{key}: {name} has no method 'async send_message(queue_name, message) -> bool'")
     return backend
+
+
+def _make_built_in_backend(config: QueueConfig, name: str) -> QueueBackend:
+    match name:
+        case "none":
+            return _Nowhere()
+        case "memory":
+            # Nobody can read these queues from outside the process, and the job store keeps the results.
+            return InMemoryBackend(max_messages_per_queue=1000, max_queues=100)
+        case "sqs":
+            return SQSBackend(**config.sqs.model_dump())
+        case "webhook":
+            webhook = config.webhook
+            return WebhookBackend(
+                allowed_hosts=webhook.allowed_hosts,
+                secret=None if webhook.secret is None else webhook.secret.get_secret_value(),
+                allow_private_addresses=webhook.allow_private_addresses,
+            )
+        case "taskiq":
+            from service.queue_backends.taskiq import TaskIQBackend  # its library is optional
+
+            return TaskIQBackend(config.broker_url)
+        case _:
+            raise AssertionError(f"the settings let {name!r} through as a backend: this is a bug in modalkit")
 
 
 def make_job_manager(
@@ -132,6 +176,7 @@ def make_job_manager(
     return JobManager(
         _make_job_store(async_config) if job_store is None else job_store,
         load_queue_backend(queue_config) if queue_backend is None else queue_backend,
+        owns_backend=queue_backend is None,
         allowed_queues=queue_config.allowed_queues,
         result_ttl_s=async_config.result_ttl,
         max_delivery_attempts=async_config.max_delivery_attempts,

@@ -222,6 +222,8 @@ class SqsConfig(Section):
     """Another server that speaks SQS; null means AWS."""
     create_missing_queues: bool = False
     """Create a named queue that does not exist; otherwise its results stay undelivered."""
+    message_group_id: NonEmpty | None = None
+    """Message group in FIFO queues; null makes each message a group of its own: full throughput, no order."""
 
 
 class WebhookConfig(Section):
@@ -231,6 +233,8 @@ class WebhookConfig(Section):
     """Hosts that results may be sent to; every other URL is refused."""
     secret: Secret | None = None
     """Key that signs each delivery (HMAC-SHA256); null sends them unsigned."""
+    allow_private_addresses: bool = False
+    """Send to private addresses and by plain http too: for receivers in your own network."""
 
 
 class QueueConfig(Section):
@@ -275,9 +279,9 @@ class AsyncConfig(Section):
     """Asynchronous jobs: how long they live and where they are kept."""
 
     timeout: Duration = 3600
-    """Seconds a job may take from its first dispatch; later it fails."""
+    """Seconds a job may take from its first dispatch; later it expires."""
     result_ttl: Duration = 86_400
-    """Seconds a finished job and its result can be asked for."""
+    """Seconds a finished job and its result can be asked for; those with something left to deliver stay longer."""
     store: Literal["memory", "sqlite"] = "sqlite"
     """sqlite keeps accepted jobs through a crash; memory is quicker and loses them."""
     store_path: Path = Path("modalkit.db")

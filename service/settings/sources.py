@@ -14,8 +14,10 @@ from service.settings.schema import KeyPath, below, is_structured, kinds, known_
 CONFIG_VARIABLE = "MODALKIT_CONFIG"
 DEFAULT_FILE = Path("modalkit.yaml")
 PREFIX = "MODALKIT_"
-RESERVED_VARIABLES = frozenset({CONFIG_VARIABLE, "MODALKIT_APP_POSTFIX"})
-"""Variables with our prefix that are not settings: the files to read, and the second part of the Modal app's name."""
+RESERVED_VARIABLES = frozenset({CONFIG_VARIABLE, "MODALKIT_API_KEY", "MODALKIT_APP_POSTFIX"})
+"""Variables with our prefix that are not settings: the files to read, the key that ``modalkit jobs`` sends, and the
+second part of the Modal app's name.
+"""
 
 _NULLS = frozenset({"null", "Null", "NULL"})
 

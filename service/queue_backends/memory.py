@@ -1,30 +1,18 @@
-"""Where the results of jobs are sent: the protocol, and queues in memory."""
+"""Queues in this process: for tests, and for results that the same program reads."""
 
 import logging
 from collections import OrderedDict, defaultdict, deque
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
 
 import anyio
 
-from service.errors import ServiceError
+from service.queue_backends.protocol import QueueBackendError, QueueMessage
 
 logger = logging.getLogger(__name__)
 
 
-class QueueEmptyError(ServiceError):
+class QueueEmptyError(QueueBackendError):
     """Raised when a message is taken, without waiting, from a queue that has none."""
-
-
-@runtime_checkable
-class QueueBackend(Protocol):
-    """Sends messages to queues; any object with this method will do."""
-
-    async def send_message(self, queue_name: str, message: str) -> bool:
-        """Send a JSON text; False or an exception means that it was not taken, and is tried again later.
-
-        Called concurrently. After a crash a message may come a second time: its ``job_id`` tells.
-        """
-        ...
 
 
 class InMemoryBackend:
@@ -63,6 +51,12 @@ class InMemoryBackend:
                 logger.warning("There are more than %d queues in memory: old ones are dropped now", self._max_queues)
         self._wake_one(queue_name)
         return True
+
+    async def send_messages(self, messages: Sequence[QueueMessage]) -> list[None]:
+        """Put messages at the ends of their queues; all are always taken."""
+        for message in messages:
+            await self.send_message(message.queue_name, message.body)
+        return [None] * len(messages)
 
     def receive_nowait(self, queue_name: str) -> str:
         """Take the oldest message of a queue. Raises `QueueEmptyError`."""

@@ -1,0 +1,36 @@
+"""Where the results of jobs are sent."""
+
+from service.queue_backends.memory import InMemoryBackend, QueueEmptyError
+from service.queue_backends.protocol import (
+    BatchQueueBackend,
+    NamedQueueBackend,
+    QueueBackend,
+    QueueBackendError,
+    QueueMessage,
+    QueueNameError,
+    UndeliverableError,
+)
+from service.queue_backends.routing import RoutingBackend
+from service.queue_backends.signatures import WebhookVerificationError, verify_webhook
+from service.queue_backends.sqs import SQSBackend
+from service.queue_backends.taskiq import TaskIQBackend, make_taskiq_broker
+from service.queue_backends.webhook import WebhookBackend
+
+__all__ = [
+    "BatchQueueBackend",
+    "InMemoryBackend",
+    "NamedQueueBackend",
+    "QueueBackend",
+    "QueueBackendError",
+    "QueueEmptyError",
+    "QueueMessage",
+    "QueueNameError",
+    "RoutingBackend",
+    "SQSBackend",
+    "TaskIQBackend",
+    "UndeliverableError",
+    "WebhookBackend",
+    "WebhookVerificationError",
+    "make_taskiq_broker",
+    "verify_webhook",
+]

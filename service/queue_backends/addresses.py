@@ -1,0 +1,161 @@
+"""Which IP addresses belong to the public Internet, and connections to those alone."""
+
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+import anyio
+import anyio.to_thread
+import httpcore
+
+from service.queue_backends.protocol import QueueBackendError
+
+MAX_LOOK_UPS = 64  # at a time, each in a thread
+
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+"""From a host's name and a port to the host's addresses, the ones to prefer first."""
+
+# Written out, after IANA's registries of special-purpose addresses (2025): what `ipaddress` calls global differs
+# between releases of Python, and includes multicast and the metadata services of two clouds.
+_NOT_PUBLIC_IPV4 = [
+    ipaddress.IPv4Network(network)
+    for network in (
+        "0.0.0.0/8",
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # behind a carrier's NAT
+        "127.0.0.0/8",
+        "168.63.129.16/32",  # Azure's own services, inside of each of its networks
+        "169.254.0.0/16",  # link-local, with the metadata services of most clouds
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.0.2.0/24",
+        "192.88.99.0/24",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "224.0.0.0/4",
+        "240.0.0.0/4",
+    )
+]
+_PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
+_NOT_PUBLIC_IPV6 = [
+    ipaddress.IPv6Network(network)
+    for network in (
+        "2001::/23",  # Teredo and other protocols
+        "2001:db8::/32",
+        "2002::/16",  # 6to4, which wraps any IPv4 address
+        "3fff::/20",
+    )
+]
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+def parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that `host` is in its standard notation, or None."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is one of the public Internet; one that carries an IPv4 address is what that one is."""
+    if isinstance(address, ipaddress.IPv6Address):
+        embedded = address.ipv4_mapped
+        if address in _NAT64:
+            embedded = ipaddress.IPv4Address(address.packed[-4:])
+        if embedded is None:
+            return address in _PUBLIC_IPV6 and not any(address in network for network in _NOT_PUBLIC_IPV6)
+        address = embedded
+    return not any(address in network for network in _NOT_PUBLIC_IPV4)
+
+
+class SystemResolver:
+    """A look-up of names by the operating system, for one event loop.
+
+    The look-ups have threads of their own, so that those that hang take none from the rest of the process.
+    """
+
+    def __init__(self) -> None:
+        self._limiter = anyio.CapacityLimiter(MAX_LOOK_UPS)
+
+    async def __call__(self, host: str, port: int) -> Sequence[str]:
+        """The addresses of a host. Raises `OSError`."""
+
+        def look_up() -> Sequence[str]:
+            # As bytes: text would be encoded by Python's IDNA, which refuses names that the system may know.
+            found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
+            return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+        return await anyio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=self._limiter)
+
+
+class _LookUp:
+    """A look-up under way, for all who need its answer."""
+
+    def __init__(self) -> None:
+        self.done = anyio.Event()
+        self.answer: Sequence[str] | OSError | None = None  # None also where who asked was cancelled
+
+
+class CheckedNetwork(httpcore.AsyncNetworkBackend):
+    """Connects to a host by an address that was checked, so that no second look at the name can change it.
+
+    A name with one address that is not public is refused whole. TLS is none the wiser: certificates are checked
+    against the name. Connections that need the same name at the same time share one look-up. For one event loop.
+    """
+
+    def __init__(self, resolve: Resolve, *, allow_private_addresses: bool) -> None:
+        self._resolve = resolve
+        self._allow_private_addresses = allow_private_addresses
+        self._network = httpcore.AnyIOBackend()
+        self._look_ups: dict[tuple[str, int], _LookUp] = {}  # those under way
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109  # the signature of httpcore's
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Connect to the first address of `host` that answers. Raises `QueueBackendError`, `httpcore.ConnectError`."""
+        addresses = await self._checked_addresses(host, port)
+        for address in addresses[:-1]:
+            try:
+                # So that one dead address leaves time for the next.
+                share_s = None if timeout is None else timeout / len(addresses)
+                return await self._network.connect_tcp(address, port, share_s, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                continue
+        return await self._network.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
+
+    async def _checked_addresses(self, host: str, port: int) -> Sequence[str]:
+        addresses = [host] if parse_address(host) else await self._look_up(host, port)
+        if isinstance(addresses, OSError):
+            raise QueueBackendError(f"the address of {host} cannot be found: {addresses}") from addresses
+        if not addresses:
+            raise QueueBackendError(f"{host} has no address")
+        for text in addresses:
+            if not self._allow_private_addresses and not is_public(ipaddress.ip_address(text)):
+                raise QueueBackendError(
+                    f"{host} has the address {text}, which is not public; set allow_private_addresses if results may "
+                    "go there"
+                )
+        return addresses
+
+    async def _look_up(self, host: str, port: int) -> Sequence[str] | OSError:
+        while (look_up := self._look_ups.get((host, port))) is not None:
+            await look_up.done.wait()
+            if look_up.answer is not None:
+                return look_up.answer
+        look_up = self._look_ups[host, port] = _LookUp()
+        try:
+            look_up.answer = await self._resolve(host, port)
+        except OSError as error:
+            look_up.answer = error
+        finally:
+            del self._look_ups[host, port]
+            look_up.done.set()
+        return look_up.answer

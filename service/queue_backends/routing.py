@@ -1,0 +1,96 @@
+"""Sends the results for different queues through different backends."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import anyio
+
+from service.queue_backends.protocol import NamedQueueBackend, QueueBackend, QueueMessage, QueueNameError
+from service.queue_backends.sending import ATTEMPT_S, send_all
+from service.queue_backends.webhook_urls import shown_queue_name
+
+
+class RoutingBackend:
+    """Sends each message through the backend of the first pattern that its queue's name matches.
+
+    Patterns are those of `fnmatch`, case-sensitive: ``{"ml_*": first, "*": second}``. A name that matches none is
+    refused. A backend may have several patterns. A message through a backend that takes them one by one fails alone
+    after `send_timeout_s`; others bound their attempts themselves. Raises `ValueError` if there is no route, and
+    `TypeError` for one that leads to no backend.
+    """
+
+    def __init__(self, routes: Mapping[str, QueueBackend], *, send_timeout_s: float = ATTEMPT_S) -> None:
+        if not routes:
+            raise ValueError('routes must have at least one entry, as in {"ml_*": backend}')
+        for pattern, backend in routes.items():
+            _check_backend(pattern, backend)
+        if not send_timeout_s > 0:
+            raise ValueError(f"send_timeout_s must be above 0, got {send_timeout_s!r}")
+        self._routes = dict(routes)
+        self._send_timeout_s = send_timeout_s
+
+    def check_queue_name(self, queue_name: str) -> None:
+        """Raise `QueueNameError` for a name that no route matches, or that its backend refuses."""
+        backend = self._backend_for(queue_name)
+        if isinstance(backend, NamedQueueBackend):
+            backend.check_queue_name(queue_name)
+
+    async def send_message(self, queue_name: str, message: str) -> bool:
+        """Send a JSON text by its route. Raises `QueueNameError`, and whatever the backend raises."""
+        return await self._backend_for(queue_name).send_message(queue_name, message)
+
+    async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
+        """Send messages by their routes, the backends concurrently; the failure of one is no other's."""
+        outcomes: list[Exception | None] = [None] * len(messages)
+        positions_by_backend = defaultdict[int, list[int]](list)  # by id(): a backend need not be hashable
+        backends: dict[int, QueueBackend] = {}
+        for position, message in enumerate(messages):
+            try:
+                backend = self._backend_for(message.queue_name)
+            except QueueNameError as error:
+                outcomes[position] = error
+            else:
+                backends[id(backend)] = backend
+                positions_by_backend[id(backend)].append(position)
+
+        async def send(backend: QueueBackend, positions: list[int]) -> None:
+            own = [messages[position] for position in positions]
+            sent = await send_all(backend, own, timeout_s=self._send_timeout_s)
+            for position, outcome in zip(positions, sent, strict=True):
+                outcomes[position] = outcome
+
+        async with anyio.create_task_group() as task_group:
+            for key, positions in positions_by_backend.items():
+                task_group.start_soon(send, backends[key], positions)
+        return outcomes
+
+    async def aclose(self) -> None:
+        """Close each backend that can be closed, once, also if another fails to; then raises what they raised."""
+        errors: list[Exception] = []
+        for backend in {id(backend): backend for backend in self._routes.values()}.values():
+            if hasattr(backend, "aclose"):
+                try:
+                    await backend.aclose()
+                except Exception as error:  # noqa: BLE001  # raised below, once the others are closed
+                    errors.append(error)
+        if errors:
+            raise ExceptionGroup("queue backends could not be closed", errors)
+
+    def _backend_for(self, queue_name: str) -> QueueBackend:
+        for pattern, backend in self._routes.items():
+            if fnmatchcase(queue_name, pattern):
+                return backend
+        raise QueueNameError(shown_queue_name(queue_name), f"matches no route; there are: {', '.join(self._routes)}")
+
+
+def _check_backend(pattern: str, backend: object) -> None:
+    is_class = isinstance(backend, type)  # which has the method too, as a function
+    if isinstance(backend, QueueBackend) and inspect.iscoroutinefunction(backend.send_message) and not is_class:
+        return
+    given = f"the class {backend.__name__}" if isinstance(backend, type) else f"a {type(backend).__name__}"
+    raise TypeError(
+        f"routes[{pattern!r}] must be a backend with a method 'async send_message(queue_name, message) -> bool', not "
+        f"{given}"
+    )

@@ -1,0 +1,105 @@
+"""Sends many messages through any queue backend: at once where it can, else one by one, several at a time."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import anyio
+
+from batching.task_groups import without_foreign_cancellation
+from service.queue_backends.protocol import BatchQueueBackend, QueueBackend, QueueBackendError, QueueMessage
+
+ATTEMPT_S = 25.0  # less than a delivery waits, so that one message that hangs does not take the others' answers along
+
+
+async def send_all(
+    backend: QueueBackend,
+    messages: Sequence[QueueMessage],
+    *,
+    max_concurrent: int = 100,  # as many as a delivery brings, so that none of them waits for another one's time
+    timeout_s: float = ATTEMPT_S,
+) -> list[Exception | None]:
+    """Send messages; returns, in the same order, None for each that was taken and its error for each other.
+
+    Raises nothing that a backend raises: an exception of its `send_messages` is the error of every message, since none
+    is known to have been taken. For a backend that has `send_message` alone, `max_concurrent` bounds the calls at a
+    time, and `timeout_s` each of them. A cancelled call may have sent any of the messages.
+    """
+    if not messages:
+        return []
+    if not isinstance(backend, BatchQueueBackend):
+
+        async def send(message: QueueMessage) -> None:
+            if not await backend.send_message(message.queue_name, message.body):
+                raise QueueBackendError("the backend did not take the message")
+
+        return await outcomes_of(send, messages, anyio.CapacityLimiter(max_concurrent), timeout_s)
+    try:
+        return _checked(backend, messages, await without_foreign_cancellation(backend.send_messages(messages)))
+    except Exception as error:  # noqa: BLE001  # a backend may raise anything; the caller logs and retries
+        return [error] * len(messages)
+
+
+async def outcomes_of(
+    send: Callable[[QueueMessage], Awaitable[None]],
+    messages: Sequence[QueueMessage],
+    limiter: anyio.CapacityLimiter,
+    timeout_s: float = ATTEMPT_S,
+) -> list[Exception | None]:
+    """Await `send` for each message, as many at a time as `limiter` lets; what it raises is that message's outcome.
+
+    So is a `QueueBackendError` for a message that takes longer than `timeout_s`, the wait for the limiter not included.
+    """
+    outcomes: list[Exception | None] = [QueueBackendError("it was not attempted")] * len(messages)
+
+    async def attempt(position: int, message: QueueMessage) -> None:
+        async with limiter:
+            with anyio.move_on_after(timeout_s) as scope:
+                try:
+                    await without_foreign_cancellation(send(message))
+                    outcomes[position] = None
+                except Exception as error:  # noqa: BLE001  # one message's failure is no other's
+                    outcomes[position] = error
+            if scope.cancelled_caught:
+                outcomes[position] = QueueBackendError(f"no answer within {timeout_s:g} s")
+
+    async with anyio.create_task_group() as task_group:
+        for position, message in enumerate(messages):
+            task_group.start_soon(attempt, position, message)
+    return outcomes
+
+
+@asynccontextmanager
+async def place_in(limiter: anyio.CapacityLimiter, wait_s: float, problem: str) -> AsyncIterator[None]:
+    """Hold a place in `limiter`; raises `QueueBackendError`, which says `problem`, if none gets free in `wait_s`."""
+    try:
+        limiter.acquire_nowait()
+    except anyio.WouldBlock:
+        with anyio.move_on_after(wait_s) as waiting:
+            await limiter.acquire()
+        if waiting.cancelled_caught:
+            raise QueueBackendError(problem) from None
+    try:
+        yield
+    finally:
+        limiter.release()
+
+
+def _checked(backend: QueueBackend, messages: Sequence[QueueMessage], outcomes: object) -> list[Exception | None]:
+    name = f"{type(backend).__name__}.send_messages"
+    if not isinstance(outcomes, Sequence):
+        raise QueueBackendError(
+            f"{name} returned {outcomes!r:.100}; it must return a sequence with one outcome for each message, in their "
+            "order"
+        )
+    if len(outcomes) != len(messages):
+        raise QueueBackendError(
+            f"{name} returned {len(outcomes)} outcomes for {len(messages)} messages; it must return one for each, in "
+            "their order"
+        )
+    for outcome in outcomes:
+        if not (outcome is None or isinstance(outcome, Exception)):
+            raise QueueBackendError(
+                f"{name} returned {outcome!r:.100} as an outcome; it must be None for a message that was taken, and "
+                "else an exception"
+            )
+    return list(outcomes)

@@ -1,0 +1,318 @@
+"""Results to Amazon SQS, or to another server that speaks its protocol."""
+
+import asyncio
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from service.queue_backends.message_ids import id_of_text, safe_id
+from service.queue_backends.protocol import QueueBackendError, QueueMessage, QueueNameError, UndeliverableError
+from service.queue_backends.sending import ATTEMPT_S, place_in
+
+MAX_BATCH_ENTRIES = 10
+MAX_BATCH_BYTES = 1_048_576  # of all messages of a batch together, and so of one message
+MAX_CONCURRENT_REQUESTS = 100
+REQUEST_S = 13.0  # is left to one that waited for a place, so that it is not cut off and its messages come twice
+
+_QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo")
+_REFUSED_CHARACTER = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# SQS refuses these two, which JSON allows inside of strings; there, their escapes mean the same.
+_ESCAPES = {0xFFFE: "\\ufffe", 0xFFFF: "\\uffff"}
+
+_QUEUE_IS_MISSING = {"NonExistentQueue", "QueueDoesNotExist"}
+_MESSAGE_IS_REFUSED = {"InvalidMessageContents", "InvalidParameterValue"}
+_BATCH_IS_REFUSED = {"BatchRequestTooLong", *_MESSAGE_IS_REFUSED}
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A message in the form that SQS gets, and its place among the messages given."""
+
+    position: int
+    message: QueueMessage
+    body: str
+    size_bytes: int
+
+
+class SQSBackend:
+    """Sends results to the SQS queues of an AWS account. Needs the extra ``modalkit[sqs]``, and asyncio.
+
+    Credentials, and the region where `region` is None, come from where AWS's tools look for them. `endpoint_url` is
+    that of another server that speaks SQS. A queue that does not exist is created if `create_missing_queues`, else the
+    message fails, and is tried again later. A queue whose name ends in ``.fifo`` gets the job's id for de-duplication
+    (SQS drops a message that comes again within five minutes), and `message_group_id` as the group; where that is
+    None, each message is a group of its own: nothing waits for anything else, in no promised order.
+
+    The client is opened at the first message and closed by `aclose`, after which the next message opens another. In
+    between it belongs to one event loop. A call of `send_messages` ends within 25 seconds. Raises `QueueBackendError`
+    if aiobotocore is not installed, or no region is found.
+    """
+
+    def __init__(
+        self,
+        *,
+        region: str | None = None,
+        endpoint_url: str | None = None,
+        create_missing_queues: bool = False,
+        message_group_id: str | None = None,
+    ) -> None:
+        try:
+            # Not at the top: the library is optional. Not at the first message: what is missing shows at the start.
+            from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # ships no types
+            from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
+        except ImportError as error:
+            raise QueueBackendError(
+                f"SQSBackend needs aiobotocore ({error}); install it: pip install 'modalkit[sqs]'"
+            ) from error
+        if message_group_id is not None and safe_id(message_group_id) != message_group_id:
+            raise ValueError(
+                f"message_group_id must be 1 to 128 letters, digits, - or _, or None, not {message_group_id!r}"
+            )
+        region = _configured_region(get_session()) if region is None else region
+        self._create_missing_queues = create_missing_queues
+        self._message_group_id = message_group_id
+        config = AioConfig(
+            connect_timeout=3,
+            read_timeout=10,
+            max_pool_connections=MAX_CONCURRENT_REQUESTS,
+            # Whoever delivers tries again, with its own back-off and count of attempts. The one repetition here is for
+            # a connection that SQS closed while it was idle.
+            retries={"mode": "standard", "total_max_attempts": 2},
+            warm_up_loader_caches=True,  # reads the description of SQS in a thread, not in the event loop
+        )
+        self._create_client: Callable[[], AbstractAsyncContextManager[Any]] = lambda: get_session().create_client(
+            "sqs", region_name=region, endpoint_url=endpoint_url, config=config
+        )
+        self._connection: _Connection | None = None  # all mutable state
+
+    def check_queue_name(self, queue_name: str) -> None:
+        """Raise `QueueNameError` for what can be no name of an SQS queue."""
+        if not _QUEUE_NAME.fullmatch(queue_name):
+            raise QueueNameError(
+                queue_name,
+                "the name of an SQS queue is 1 to 80 letters, digits, - or _, and may end in .fifo (no URL, no ARN)",
+            )
+
+    async def send_message(self, queue_name: str, message: str) -> bool:
+        """Send a JSON text. Raises `QueueBackendError`."""
+        [outcome] = await self.send_messages([QueueMessage(queue_name, message, id_of_text(message))])
+        if outcome is not None:
+            raise outcome
+        return True
+
+    async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
+        """Send messages in batches, concurrently; returns the outcome of each. Raises `QueueBackendError` on trio."""
+        connection = self._connection_here()
+        deadline = anyio.current_time() + ATTEMPT_S
+        outcomes: list[Exception | None] = [None] * len(messages)
+        entries_by_queue = defaultdict[str, list[_Entry]](list)
+        for position, message in enumerate(messages):
+            try:
+                self.check_queue_name(message.queue_name)
+                entries_by_queue[message.queue_name].append(_entry(position, message))
+            except QueueBackendError as error:
+                outcomes[position] = error
+
+        async def send(queue_name: str, chunk: list[_Entry]) -> None:
+            sent = await self._send_chunk(connection, queue_name, chunk, deadline)
+            for entry, outcome in zip(chunk, sent, strict=True):
+                outcomes[entry.position] = outcome
+
+        async with anyio.create_task_group() as task_group:
+            for queue_name, entries in entries_by_queue.items():
+                for chunk in _chunks(entries):
+                    task_group.start_soon(send, queue_name, chunk)
+        return outcomes
+
+    async def aclose(self) -> None:
+        """Close the client, in the event loop that opened it; what is being sent fails. May be called repeatedly."""
+        if self._connection is not None:
+            connection = self._connection_here()
+            self._connection = None
+            await connection.aclose()
+
+    def _connection_here(self) -> "_Connection":
+        try:
+            event_loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise QueueBackendError("SQSBackend needs the event loop of asyncio; it does not run on trio") from None
+        if self._connection is None:
+            self._connection = _Connection(event_loop, self._create_client)
+        elif self._connection.event_loop is not event_loop:
+            raise QueueBackendError(
+                "this SQSBackend was opened in another event loop: await its aclose() there, or make one for each"
+            )
+        return self._connection
+
+    async def _send_chunk(
+        self, connection: "_Connection", queue_name: str, chunk: list[_Entry], deadline: float
+    ) -> Sequence[Exception | None]:
+        wait_s = deadline - REQUEST_S - anyio.current_time()
+        no_place = f"queue {queue_name!r}: too many messages wait to be sent to SQS"
+        try:
+            async with place_in(connection.sending, wait_s, no_place):
+                with anyio.fail_after(deadline - anyio.current_time()):
+                    return await self._request(connection, queue_name, chunk)
+        except Exception as error:  # noqa: BLE001  # one chunk's failure is no other's
+            code = _error_code(error)
+            if code in _QUEUE_IS_MISSING:
+                connection.queue_urls.pop(queue_name, None)
+            if len(chunk) == 1 or code not in _BATCH_IS_REFUSED:
+                return [_translated(queue_name, error)] * len(chunk)
+        # SQS refuses a batch as a whole for one message in it, or because this queue's own limit of size is below the
+        # general one: alone, each gets what it deserves.
+        outcomes: list[Exception | None] = [None] * len(chunk)
+
+        async def send_alone(number: int) -> None:
+            [outcomes[number]] = await self._send_chunk(connection, queue_name, [chunk[number]], deadline)
+
+        async with anyio.create_task_group() as task_group:
+            for number in range(len(chunk)):
+                task_group.start_soon(send_alone, number)
+        return outcomes
+
+    async def _request(
+        self, connection: "_Connection", queue_name: str, chunk: list[_Entry]
+    ) -> Sequence[Exception | None]:
+        client = await connection.client()
+        queue_url = connection.queue_urls.get(queue_name)
+        if queue_url is None:
+            queue_url = connection.queue_urls[queue_name] = await self._find_queue(client, queue_name)
+        fields = [self._fields(entry) for entry in chunk]
+        if len(chunk) == 1:
+            await client.send_message(QueueUrl=queue_url, **fields[0])
+            return [None]
+        entries = [{"Id": str(number), **each} for number, each in enumerate(fields)]
+        answer = await client.send_message_batch(QueueUrl=queue_url, Entries=entries)
+        taken = {each["Id"] for each in answer.get("Successful", ())}
+        failed = {each["Id"]: _failure(queue_name, each) for each in answer.get("Failed", ())}
+        unknown = QueueBackendError(f"queue {queue_name!r}: SQS did not say what became of the message")
+        return [None if entry["Id"] in taken else failed.get(entry["Id"], unknown) for entry in entries]
+
+    def _fields(self, entry: _Entry) -> dict[str, str]:
+        if not entry.message.queue_name.endswith(".fifo"):
+            return {"MessageBody": entry.body}
+        job_id = safe_id(entry.message.job_id)
+        return {
+            "MessageBody": entry.body,
+            "MessageDeduplicationId": job_id,
+            "MessageGroupId": self._message_group_id or job_id,
+        }
+
+    async def _find_queue(self, client: Any, queue_name: str) -> str:
+        try:
+            answer = await client.get_queue_url(QueueName=queue_name)
+        except Exception as error:
+            if not (self._create_missing_queues and _error_code(error) in _QUEUE_IS_MISSING):
+                raise
+            attributes = {"FifoQueue": "true"} if queue_name.endswith(".fifo") else {}
+            answer = await client.create_queue(QueueName=queue_name, Attributes=attributes)
+        return str(answer["QueueUrl"])
+
+
+class _Connection:
+    """A client, opened at its first use, and what else belongs to the event loop that it lives in."""
+
+    def __init__(
+        self, event_loop: asyncio.AbstractEventLoop, create_client: Callable[[], AbstractAsyncContextManager[Any]]
+    ) -> None:
+        self.event_loop = event_loop
+        # As many as there are connections: a request that waits for one of these has no timeout running yet.
+        self.sending = anyio.CapacityLimiter(MAX_CONCURRENT_REQUESTS)
+        self.queue_urls: dict[str, str] = {}
+        self._create_client = create_client
+        self._opening = anyio.Lock()
+        self._stack = AsyncExitStack()
+        self._client: Any = None
+        self._closed = False
+
+    async def client(self) -> Any:
+        async with self._opening:
+            if self._closed:
+                raise QueueBackendError("this SQSBackend was closed while the message waited to be sent")
+            if self._client is None:
+                self._client = await self._stack.enter_async_context(self._create_client())
+            return self._client
+
+    async def aclose(self) -> None:
+        self._closed = True
+        with anyio.CancelScope(shield=True):
+            async with self._opening:
+                await self._stack.aclose()
+
+
+def _configured_region(session: Any) -> str:
+    """The region of the environment or of AWS's configuration file. Raises `QueueBackendError` where there is none."""
+    from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]  # ships no types
+
+    try:
+        region = session.get_config_variable("region")
+    except BotoCoreError as error:
+        raise QueueBackendError(f"the region of SQS cannot be found: {error}") from error
+    if not region:
+        raise QueueBackendError(
+            "no region of SQS is configured: set app_settings.queue_config.sqs.region (SQSBackend(region=...) in code) "
+            "or the environment variable AWS_DEFAULT_REGION"
+        )
+    return str(region)
+
+
+def _entry(position: int, message: QueueMessage) -> _Entry:
+    body = message.body.translate(_ESCAPES)
+    if refused := _REFUSED_CHARACTER.search(body):
+        raise UndeliverableError(
+            f"queue {message.queue_name!r}: SQS takes no character {refused[0]!r}, and JSON text holds none"
+        )
+    size_bytes = len(body.encode())
+    if not 1 <= size_bytes <= MAX_BATCH_BYTES:
+        raise UndeliverableError(
+            f"queue {message.queue_name!r}: a message for SQS has 1 to {MAX_BATCH_BYTES} bytes, this one {size_bytes}"
+        )
+    return _Entry(position, message, body, size_bytes)
+
+
+def _chunks(entries: list[_Entry]) -> Iterator[list[_Entry]]:
+    chunk: list[_Entry] = []
+    size_bytes = 0
+    for entry in entries:
+        if len(chunk) == MAX_BATCH_ENTRIES or size_bytes + entry.size_bytes > MAX_BATCH_BYTES:
+            yield chunk
+            chunk, size_bytes = [], 0
+        chunk.append(entry)
+        size_bytes += entry.size_bytes
+    if chunk:
+        yield chunk
+
+
+def _plain_code(code: str) -> str:
+    return code.rpartition(".")[2]  # some errors carry the prefix "AWS.SimpleQueueService."
+
+
+def _error_code(error: Exception) -> str:
+    """The code of an error that SQS itself answered with, or an empty text."""
+    response = getattr(error, "response", None)
+    return _plain_code(str(response.get("Error", {}).get("Code", ""))) if isinstance(response, dict) else ""
+
+
+def _failure(queue_name: str, failed: dict[str, Any]) -> QueueBackendError:
+    code = _plain_code(failed["Code"])
+    kind = UndeliverableError if failed["SenderFault"] and code in _MESSAGE_IS_REFUSED else QueueBackendError
+    return kind(f"queue {queue_name!r}: SQS answers {code}: {failed.get('Message', '')}")
+
+
+def _translated(queue_name: str, error: Exception) -> Exception:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    if isinstance(error, TimeoutError):
+        return QueueBackendError(f"queue {queue_name!r}: no answer of SQS within {ATTEMPT_S:g} s")
+    if not isinstance(error, BotoCoreError | ClientError):
+        return error
+    kind = UndeliverableError if _error_code(error) in _MESSAGE_IS_REFUSED else QueueBackendError
+    translated = kind(f"queue {queue_name!r}: {error}")
+    translated.__cause__ = error
+    return translated

@@ -1,0 +1,176 @@
+"""Results to TaskIQ: each message runs a task, in a worker process of its own."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import anyio
+
+from service.errors import describe_error
+from service.queue_backends.protocol import QueueBackendError, QueueMessage, QueueNameError
+from service.queue_backends.sending import outcomes_of
+
+if TYPE_CHECKING:
+    from taskiq import AsyncBroker
+
+    from service.queue_backends.taskiq_broker import ResultBroker
+
+DEFAULT_BROKER_URL = "redis://localhost:6379"
+DEFAULT_TASK_NAME = "process_{queue_name}"
+DEFAULT_STREAM_NAME = "modalkit:{queue_name}"
+MAX_CONCURRENT_KICKS = 64
+MAX_QUEUE_NAME = 256
+
+
+def make_taskiq_broker(
+    url: str = DEFAULT_BROKER_URL,
+    queue_names: Sequence[str] = (),
+    *,
+    task_name: str = DEFAULT_TASK_NAME,
+    stream_name: str = DEFAULT_STREAM_NAME,
+    group_name: str = "taskiq",
+    idle_timeout_s: float = 600.0,
+    trim_interval_s: float | None = 10.0,
+    timeout_s: float = 5.0,
+    max_connections: int = 32,
+) -> "ResultBroker":
+    """A TaskIQ broker on Redis streams (Redis 6.2 or newer), for a worker that handles results and for who sends them.
+
+    ``taskiq worker your_module:broker`` runs the tasks of `queue_names`, each named `task_name` with the queue's name
+    put in, on the messages in the stream `stream_name`; both sides must give the same two. It does not start while a
+    queue has no task. Each `group_name` gets every message once, from the oldest that the stream still holds.
+
+    A message is acknowledged after its task has ended, well or not, and given to another worker after
+    `idle_timeout_s`: so it comes at least once, and a task that takes longer runs twice at a time. What all groups
+    have acknowledged is removed from the stream every `trim_interval_s` seconds (None: only by the broker's
+    `trim_acknowledged`). A Redis that does not answer within `timeout_s` is an error for who sends; a worker waits for
+    it to come back. `url` may have ``rediss://``, a user and a password.
+
+    Raises `QueueBackendError` if taskiq or taskiq-redis is not installed, and `ValueError` for other bad arguments.
+    """
+    try:
+        from service.queue_backends.taskiq_broker import ResultBroker
+    except ImportError as error:
+        raise _not_installed(error) from error
+    return ResultBroker(
+        url,
+        queue_names,
+        task_name=task_name,
+        stream_name=stream_name,
+        group_name=group_name,
+        idle_timeout_s=idle_timeout_s,
+        trim_interval_s=trim_interval_s,
+        timeout_s=timeout_s,
+        max_connections=max_connections,
+    )
+
+
+class TaskIQBackend:
+    """Sends each result to TaskIQ, as the one argument of the task ``process_{queue_name}``.
+
+    A separate worker that has a task of that name runs it; see `make_taskiq_broker`, which makes the broker here too,
+    from `broker_url`. `broker` is one of your own instead, of any of TaskIQ's kinds, an `InMemoryBroker` in tests; a
+    broker that `make_taskiq_broker` did not make gets all messages in its own one queue, with its own promises. The
+    job's id is the task's.
+
+    The broker is started at the first message and shut down by `aclose`, after which the next message starts it again,
+    in another event loop if need be, though not with a broker of taskiq-redis's own: that works in one loop only. With
+    ``start=False`` both are left to you. Needs the extra ``modalkit[taskiq]``, and asyncio. Raises `QueueBackendError`
+    where either is missing.
+    """
+
+    def __init__(
+        self,
+        broker_url: str | None = None,
+        *,
+        broker: "AsyncBroker | None" = None,
+        task_name: str | None = None,
+        start: bool = True,
+    ) -> None:
+        if broker is not None and broker_url is not None:
+            raise ValueError("give TaskIQBackend a broker_url or a broker, not both")
+        if broker is None:
+            broker = make_taskiq_broker(broker_url or DEFAULT_BROKER_URL, task_name=task_name or DEFAULT_TASK_NAME)
+        try:
+            from service.queue_backends.taskiq_broker import ResultBroker
+            from service.queue_backends.taskiq_sending import TaskSender, stays_in_one_loop
+        except ImportError as error:
+            raise _not_installed(error) from error
+        if isinstance(broker, ResultBroker):
+            if task_name not in (None, broker.task_name):
+                raise ValueError(f"the broker's task_name is {broker.task_name!r}: give {task_name!r} to it instead")
+            task_name = broker.task_name
+        self.broker: AsyncBroker = broker
+        """The broker that messages are sent through."""
+        self._sender = TaskSender(broker, task_name or DEFAULT_TASK_NAME)
+        self._start = start
+        self._stays_in_one_loop = stays_in_one_loop(broker)
+        # All mutable state: the event loop that the broker is used in, and the only one that it can be used in if there
+        # is one, whether it was started, and that by one alone.
+        self._event_loop: asyncio.AbstractEventLoop | None = None
+        self._only_event_loop: asyncio.AbstractEventLoop | None = None
+        self._started = not start
+        self._starting = asyncio.Lock()
+
+    def check_queue_name(self, queue_name: str) -> None:
+        """Raise `QueueNameError` for a name that no task and no Redis key can have."""
+        if not 1 <= len(queue_name) <= MAX_QUEUE_NAME or not queue_name.isprintable():
+            raise QueueNameError(
+                queue_name, f"the name of a TaskIQ queue has 1 to {MAX_QUEUE_NAME} printable characters"
+            )
+
+    async def send_message(self, queue_name: str, message: str) -> bool:
+        """Send a JSON text. Raises `QueueBackendError`."""
+        await self._ready()
+        await self._sender.send_one(QueueMessage(queue_name, message, self.broker.id_generator()))
+        return True
+
+    async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
+        """Send messages; returns the outcome of each. Raises `QueueBackendError` where none can be sent.
+
+        Over Redis streams all go in one request, over other brokers several at a time.
+        """
+        await self._ready()
+        if self._sender.sends_many:
+            return await self._sender.send_many(messages)
+        return await outcomes_of(self._sender.send_one, messages, anyio.CapacityLimiter(MAX_CONCURRENT_KICKS))
+
+    async def aclose(self) -> None:
+        """Shut the broker down if this backend started it, in the same event loop. May be called repeatedly."""
+        if self._event_loop is None:
+            return
+        self._check_event_loop()
+        self._event_loop = None
+        self._starting = asyncio.Lock()  # a lock stays bound to the event loop that it was first waited for in
+        if self._start:
+            self._started = False
+            await self.broker.shutdown()
+
+    async def _ready(self) -> None:
+        """Start the broker, once."""
+        self._check_event_loop()
+        if self._started:
+            return
+        async with self._starting:
+            if not self._started:
+                try:
+                    await self.broker.startup()
+                except Exception as error:
+                    raise QueueBackendError(f"TaskIQ's broker did not start: {describe_error(error)}") from error
+                self._started = True
+
+    def _check_event_loop(self) -> None:
+        try:
+            event_loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise QueueBackendError("TaskIQBackend needs the event loop of asyncio; it does not run on trio") from None
+        if (self._event_loop or self._only_event_loop or event_loop) is not event_loop:
+            remedy = "make" if self._stays_in_one_loop else "await its aclose() there, or make"
+            raise QueueBackendError(f"this TaskIQBackend was started in another event loop: {remedy} one for each")
+        self._event_loop = event_loop
+        if self._stays_in_one_loop:
+            self._only_event_loop = event_loop
+
+
+def _not_installed(error: ImportError) -> QueueBackendError:
+    return QueueBackendError(f"TaskIQBackend needs taskiq and taskiq-redis ({error}); pip install 'modalkit[taskiq]'")

@@ -1,0 +1,365 @@
+"""TaskIQ's broker on Redis streams, with what results need on both sides so as not to be lost."""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
+from itertools import count
+from typing import Any, TypeAlias, TypeVar, cast
+
+from pydantic_core import from_json, to_json
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from taskiq import AckableMessage, AsyncBroker, TaskiqMessage, TaskiqMiddleware
+from taskiq.abc.serializer import TaskiqSerializer
+from taskiq_redis import RedisStreamBroker
+
+from service.errors import describe_error
+from service.queue_backends.protocol import QueueBackendError
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+Entries: TypeAlias = Iterable[tuple[bytes | None, dict[bytes, bytes]]]  # no id: the entry was deleted
+
+QUEUE_NAME = "{queue_name}"
+ENTRIES_PER_READ = 20  # few, because what waits in a worker counts as under way there
+ENTRIES_PER_CLAIM = 100
+LONGEST_READ_MS = 2000
+LONGEST_RECONNECT_S = 2.0
+LONGEST_CLAIM_INTERVAL_S = 30.0
+BEGINNING = "0-0"
+
+# One script, so that no group can start reading, and no entry become pending, between the look and the cut. Ids are
+# compared as texts: Lua's numbers do not hold 64 bits.
+_TRIM = """
+local function before(a, b)
+  local a_ms, a_seq = a:match('(%d+)-(%d+)')
+  local b_ms, b_seq = b:match('(%d+)-(%d+)')
+  if a_ms == b_ms then a_ms, b_ms = a_seq, b_seq end
+  if #a_ms ~= #b_ms then return #a_ms < #b_ms end
+  return a_ms < b_ms
+end
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+local needed
+for _, fields in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
+  local group = {}
+  for i = 1, #fields, 2 do group[fields[i]] = fields[i + 1] end
+  local oldest_pending = redis.call('XPENDING', KEYS[1], group['name'])[2]
+  for _, id in ipairs({group['last-delivered-id'], oldest_pending or nil}) do
+    if not needed or before(id, needed) then needed = id end
+  end
+end
+if not needed then return 0 end
+return redis.call('XTRIM', KEYS[1], 'MINID', '~', needed)
+"""
+
+# Deleting a consumer deletes what is pending for it, so the look and the deletion are one script as well. KEYS: the
+# stream; ARGV: the group and the consumer.
+_LEAVE = """
+if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then return 0 end
+return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+"""
+
+
+class _Labels(TaskiqMiddleware):
+    """Gives messages their stream when they are sent, and the labels of their task when they are run."""
+
+    broker: "ResultBroker"
+
+    def pre_send(self, message: TaskiqMessage) -> TaskiqMessage:
+        """Send what names no stream to that of its queue: `kiq`, a retry and a schedule then find it as well."""
+        if "queue_name" not in message.labels:
+            queue_name = self.broker.queue_of_task(message.task_name)
+            if queue_name is not None:
+                message.labels["queue_name"] = self.broker.stream_of(queue_name)
+        return message
+
+    def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
+        """Apply what ``@broker.task(...)`` says: TaskIQ takes labels from the sender alone, who knows no tasks here."""
+        task = self.broker.find_task(message.task_name)
+        if task is not None:
+            message.labels = {**task.labels, **message.labels}
+        return message
+
+
+class _Serializer(TaskiqSerializer):
+    """Writes and reads the JSON of TaskIQ's own serializer, ten times as fast."""
+
+    def dumpb(self, value: Any) -> bytes:
+        return to_json(value, inf_nan_mode="constants")
+
+    def loadb(self, value: bytes) -> Any:
+        return from_json(value)
+
+
+class ResultBroker(RedisStreamBroker):
+    """A `RedisStreamBroker` with a stream for each queue, which loses and blocks no results; see `make_taskiq_broker`.
+
+    What it does otherwise than its base class: a worker reads its queues' streams from their beginning; it does not
+    start before each queue has its task, and leaves in the stream, unacknowledged, what is for a task that it does not
+    have (TaskIQ acknowledges that, and it is gone); it reads on when Redis was away, refused to answer or has lost its
+    groups (there, the process ends, with the tasks it runs); an entry that someone deleted ends no worker; it looks for
+    the messages of dead workers at intervals, through all that are pending, instead of through the first thousand after
+    each read; when it shuts down, it gives back what it has not finished; it trims what everybody is done with; and
+    after `shutdown` it can be started again, in another event loop too.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        queue_names: Sequence[str],
+        *,
+        task_name: str,
+        stream_name: str,
+        group_name: str,
+        idle_timeout_s: float,
+        trim_interval_s: float | None,
+        timeout_s: float,
+        max_connections: int,
+    ) -> None:
+        if isinstance(queue_names, str):
+            raise TypeError(f"queue_names must be a list of names, as in [{queue_names!r}], not a text")
+        if QUEUE_NAME not in stream_name:
+            raise ValueError(f"stream_name must contain {QUEUE_NAME}, or queues would share a stream: {stream_name!r}")
+        for name, seconds in (("idle_timeout_s", idle_timeout_s), ("timeout_s", timeout_s)):
+            if not 0 < seconds < math.inf:
+                raise ValueError(f"{name} must be a number of seconds above 0, got {seconds!r}")
+        self.queue_names = tuple(dict.fromkeys(queue_names))
+        self.task_name = task_name
+        self._stream_name = stream_name
+        self._streams = [self.stream_of(queue_name) for queue_name in self.queue_names]
+        super().__init__(
+            url,
+            # Where the tasks go that belong to no queue, such as a worker's own.
+            queue_name=self._streams[0] if self._streams else "modalkit",
+            consumer_group_name=group_name,
+            consumer_id="0",
+            idle_timeout=round(idle_timeout_s * 1000),
+            max_connection_pool_size=max_connections,
+            timeout=timeout_s,
+            socket_timeout=timeout_s,
+            xread_block=max(1, min(LONGEST_READ_MS, round(timeout_s * 500))),  # a read that waits is to end in time
+            socket_connect_timeout=timeout_s,
+            socket_keepalive=True,
+            protocol=2,
+            # Whoever sends tries again later; these two are for a server that restarts.
+            retry=Retry(ExponentialBackoff(cap=0.5, base=0.1), 2),
+        )
+        if self.connection_pool.connection_kwargs["protocol"] != 2:
+            raise ValueError(
+                "taskiq-redis reads the answers of protocol 2 only: leave protocol= out of the broker's URL"
+            )
+        self._connect()
+        self._claim_interval_s = min(LONGEST_CLAIM_INTERVAL_S, idle_timeout_s / 4)
+        self._trim_interval_s = trim_interval_s
+        self.serializer = _Serializer()
+        self.add_middlewares(_Labels())
+        # The state of a worker: whether Redis has our groups, how far each stream was searched for messages of dead
+        # workers, and when (on the monotonic clock) to search and to trim again.
+        self._has_groups = False
+        self._claimed_to = dict.fromkeys(self._streams, BEGINNING)
+        self._claim_at = 0.0
+        self._trim_at = 0.0
+
+    def stream_of(self, queue_name: str) -> str:
+        """The Redis key of a queue's stream."""
+        return self._stream_name.replace(QUEUE_NAME, queue_name)
+
+    def task_of(self, queue_name: str) -> str:
+        """The name of the task that handles a queue's messages."""
+        return self.task_name.replace(QUEUE_NAME, queue_name)
+
+    def queue_of_task(self, task_name: str) -> str | None:
+        """The queue whose messages a task handles, or None if it handles no queue's."""
+        prefix, placeholder, suffix = self.task_name.partition(QUEUE_NAME)
+        if placeholder and task_name.startswith(prefix) and task_name.endswith(suffix):
+            return task_name[len(prefix) : len(task_name) - len(suffix)] or None
+        return None
+
+    async def startup(self) -> None:
+        """Create the consumer groups of the queues. Raises `QueueBackendError` in a worker that lacks a task."""
+        if self.is_worker_process:
+            self._check_tasks()
+        await AsyncBroker.startup(self)  # not our base class's, which ignores every error of Redis's
+        await self._make_groups()
+
+    async def shutdown(self) -> None:
+        """Close the connections; a worker first gives back the messages that it has not finished."""
+        if self.is_worker_process:
+            try:
+                await self._give_back()
+            except RedisError as error:
+                logger.warning("Unfinished messages wait for %g s: %s", self.idle_timeout / 1000, error)
+        await super().shutdown()
+        pool = self.connection_pool
+        # What a pool waits with stays bound to the event loop that it first waited in.
+        self.connection_pool = BlockingConnectionPool(
+            max_connections=pool.max_connections,
+            timeout=pool.timeout,
+            connection_class=pool.connection_class,
+            **pool.connection_kwargs,
+        )
+        self._connect()
+
+    async def listen(self) -> AsyncGenerator[AckableMessage, None]:
+        """Yield messages: those of workers that died, and new ones."""
+        while True:
+            if time.monotonic() >= self._claim_at:
+                for stream in self._streams:
+                    for message in await self._until_answered(partial(self._claim, stream)):
+                        yield message
+                if all(position == BEGINNING for position in self._claimed_to.values()):
+                    self._claim_at = time.monotonic() + self._claim_interval_s
+            for message in await self._until_answered(self._read):
+                yield message
+            if self._trim_interval_s is not None and time.monotonic() >= self._trim_at:
+                await self._trim_all()
+                self._trim_at = time.monotonic() + self._trim_interval_s
+
+    async def trim_acknowledged(self, queue_name: str) -> int:
+        """Remove the oldest entries of a queue's stream, up to the first that some group has not read and acknowledged.
+
+        Returns how many there were. Entries go a hundred at a time, so up to that many acknowledged ones stay. A group
+        that is no longer used keeps everything: ``XGROUP DESTROY`` it.
+        """
+        stream = self.stream_of(queue_name)
+        removed = 0
+        while more := await self._trim(keys=[stream]):
+            removed += int(more)
+        return removed
+
+    def _connect(self) -> None:
+        self._redis: Redis = Redis(connection_pool=self.connection_pool)
+        self._trim = self._redis.register_script(_TRIM)
+        self._leave = self._redis.register_script(_LEAVE)
+
+    def _check_tasks(self) -> None:
+        if not self.queue_names:
+            raise QueueBackendError(
+                'this broker was made for no queue; name those of the worker: make_taskiq_broker(url, ["my_results"])'
+            )
+        tasks = self.get_all_tasks()
+        for queue_name in self.queue_names:
+            task_name = self.task_of(queue_name)
+            if task_name not in tasks:
+                raise QueueBackendError(
+                    f"queue {queue_name!r} has no task: write @broker.task(task_name={task_name!r}) in a module that "
+                    f"the worker imports, or do not name the queue; there are: {', '.join(tasks) or 'none'}"
+                )
+
+    async def _make_groups(self) -> None:
+        for stream in self._streams:
+            try:
+                await self._redis.xgroup_create(stream, self.consumer_group_name, id="0", mkstream=True)
+            except ResponseError as error:
+                if not str(error).startswith("BUSYGROUP"):
+                    raise
+        self._has_groups = True
+
+    async def _until_answered(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Ask Redis again until it is there and answers, making the groups anew if it has lost them."""
+        for attempt in count():
+            try:
+                if not self._has_groups:
+                    await self._make_groups()
+                answer = await ask()
+            except (RedisConnectionError, RedisTimeoutError) as error:
+                logger.warning("Redis does not answer; trying on: %s", error)
+            except RedisError as error:
+                if str(error).startswith("NOGROUP"):
+                    logger.warning("Redis has lost the group %r, and maybe messages", self.consumer_group_name)
+                    self._has_groups = False
+                else:
+                    # It is full, read-only in a failover, or lacks replicas. Ending would kill the tasks that run.
+                    logger.warning("Redis refuses to give messages; trying on: %s", describe_error(error))
+            else:
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    # Until Python 3.12, asyncio.wait_for, which redis-py uses, can swallow it: no worker would stop.
+                    raise asyncio.CancelledError
+                return answer
+            await asyncio.sleep(min(LONGEST_RECONNECT_S, 0.1 * 2 ** min(attempt, 5)))
+        raise AssertionError("count() has no end")
+
+    async def _trim_all(self) -> None:
+        try:
+            for queue_name in self.queue_names:
+                await self.trim_acknowledged(queue_name)
+        except RedisError as error:
+            logger.warning("What is done stays in the streams until the next time: %s", describe_error(error))
+
+    async def _claim(self, stream: str) -> list[AckableMessage]:
+        """Take over messages that were under way for too long: their worker died, or is slow."""
+        position, entries, *_ = await self._redis.xautoclaim(
+            stream,
+            self.consumer_group_name,
+            self.consumer_name,
+            min_idle_time=self.idle_timeout,
+            start_id=self._claimed_to[stream],
+            count=ENTRIES_PER_CLAIM,
+        )
+        self._claimed_to[stream] = position.decode()
+        return self._messages(stream, entries)
+
+    async def _read(self) -> list[AckableMessage]:
+        until_claim_ms = round((self._claim_at - time.monotonic()) * 1000)
+        answer = await self._redis.xreadgroup(
+            self.consumer_group_name,
+            self.consumer_name,
+            dict.fromkeys(self._streams, ">"),
+            count=ENTRIES_PER_READ,
+            block=max(1, min(self.block, until_claim_ms)),
+        )
+        found = cast(list[tuple[bytes, Entries]], answer or [])
+        return [message for stream, entries in found for message in self._messages(stream.decode(), entries)]
+
+    def _messages(self, stream: str, entries: Entries) -> list[AckableMessage]:
+        messages = []
+        for entry_id, fields in entries:
+            if entry_id is None:
+                logger.error("A message in stream %r was deleted before it was acknowledged", stream)
+                continue
+            data = fields.get(b"data", b"")
+            if problem := self._problem(data):
+                # TaskIQ's receiver would acknowledge it.
+                logger.error("Entry %s stays in stream %r: it %s", entry_id.decode(), stream, problem)
+                continue
+            messages.append(AckableMessage(data=data, ack=partial(self._acknowledge, stream, entry_id)))
+        return messages
+
+    def _problem(self, data: bytes) -> str | None:
+        """Why this worker cannot run a message, or None if it can."""
+        try:
+            task_name = self.formatter.loads(data).task_name
+        except Exception:  # noqa: BLE001  # whatever the formatter raises means the same
+            return "is no message of TaskIQ's"
+        return None if self.find_task(task_name) else f"is for the task {task_name!r}, which this worker does not have"
+
+    async def _acknowledge(self, stream: str, entry_id: bytes) -> None:
+        await self._redis.xack(stream, self.consumer_group_name, entry_id)
+
+    async def _give_back(self) -> None:
+        """Let others claim at once what this worker has read and not acknowledged; without any, leave the group."""
+        for stream in self._streams:
+            pending = await self._redis.xpending_range(
+                stream, self.consumer_group_name, "-", "+", 10_000, consumername=self.consumer_name
+            )
+            if pending:
+                await self._redis.xclaim(
+                    stream,
+                    self.consumer_group_name,
+                    self.consumer_name,
+                    min_idle_time=0,
+                    message_ids=[entry["message_id"] for entry in pending],
+                    idle=self.idle_timeout,
+                    justid=True,
+                )
+            else:
+                await self._leave(keys=[stream], args=[self.consumer_group_name, self.consumer_name])

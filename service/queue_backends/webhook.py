@@ -1,0 +1,185 @@
+"""Results to web servers, as signed HTTP requests."""
+
+import math
+import ssl
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+from weakref import WeakValueDictionary
+
+import anyio
+import httpcore
+import httpx
+from anyio.lowlevel import EventLoopToken, current_token
+
+from service.queue_backends.addresses import CheckedNetwork, Resolve, SystemResolver
+from service.queue_backends.message_ids import id_of_text, safe_id
+from service.queue_backends.protocol import QueueBackendError, QueueMessage, UndeliverableError
+from service.queue_backends.sending import ATTEMPT_S, outcomes_of, place_in
+from service.queue_backends.signatures import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, sign, signing_key
+from service.queue_backends.webhook_urls import AllowedURLs, shown_queue_name
+
+MAX_CONNECTIONS = 256
+MAX_REQUESTS_PER_HOST = 32  # at a time: so that one that hangs leaves the others theirs
+KEEPALIVE_S = 15.0
+
+_TRIED_AGAIN = {408, 425, 429}  # of the 4xx answers, those that speak of the moment and not of the request
+_READ_BODY_BYTES = 16_384
+_READ_BODY_S = 1.0
+
+
+class WebhookBackend:
+    """Posts each result to the URL that is the queue's name, and to `allowed_hosts` alone (see `AllowedURLs`).
+
+    A request carries ``webhook-id`` (the job's id, the same at each attempt), ``webhook-timestamp`` and, where there
+    is a `secret`, ``webhook-signature``: HMAC-SHA256 as in Standard Webhooks, which `verify_webhook` checks. Delivered
+    is what is answered with 2xx; 4xx apart from 408, 425 and 429 says that there is no use in trying again; all else,
+    redirects included, is tried again later. ``Retry-After`` is not heeded: deliveries have a back-off of their own.
+
+    The host's name is looked up once for a connection, all its addresses must be public, and the connection goes to
+    the very address that was checked. Redirects are not followed and proxies not used. `allow_private_addresses` lifts
+    that limit, and allows http besides https: for receivers in one's own network. A request takes `timeout_s` at most,
+    from when it has one of 32 places at its host; what gets none within 25 seconds less `timeout_s` fails unsent.
+    `resolve` replaces the system's look-up of names, `ssl_context` the certificates that are trusted.
+
+    Runs on asyncio and trio, in one event loop until `aclose`, and again afterwards. Raises `ValueError` for hosts
+    and a secret that cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        allowed_hosts: Sequence[str],
+        secret: str | bytes | None = None,
+        allow_private_addresses: bool = False,
+        timeout_s: float = 10.0,
+        resolve: Resolve | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be above 0, got {timeout_s!r}")
+        self._urls = AllowedURLs(allowed_hosts, allow_private_addresses=allow_private_addresses)
+        self._key = None if secret is None else signing_key(secret)
+        self._timeout_s = timeout_s
+        self._ssl_context = ssl_context
+        self._resolve = resolve
+        self._allow_private_addresses = allow_private_addresses
+        self._connections: _Connections | None = None  # all mutable state
+
+    def check_queue_name(self, queue_name: str) -> None:
+        """Raise `QueueNameError` for a URL that results may not go to, as far as it shows without looking up its host.
+
+        The error, like all others of this backend, tells only scheme, host and port.
+        """
+        self._urls.parse(queue_name)
+
+    async def send_message(self, queue_name: str, message: str) -> bool:
+        """Post a JSON text. Raises `QueueBackendError`."""
+        [outcome] = await self.send_messages([QueueMessage(queue_name, message, id_of_text(message))])
+        if outcome is not None:
+            raise outcome
+        return True
+
+    async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
+        """Post messages, a request each, several at a time; returns the outcome of each."""
+        connections = self._connections_here()
+        no_limit = anyio.CapacityLimiter(math.inf)  # each waits for a place at its own host, and not for the others
+        return await outcomes_of(lambda message: self._deliver(connections, message), messages, no_limit, math.inf)
+
+    async def aclose(self) -> None:
+        """Close the connections, in the event loop that opened them; what is being sent fails. Idempotent."""
+        if self._connections is not None:
+            connections = self._connections_here()
+            self._connections = None
+            with anyio.CancelScope(shield=True):
+                await connections.pool.aclose()
+
+    def _connections_here(self) -> "_Connections":
+        event_loop = current_token()
+        if self._connections is None:
+            # httpx's own client would log the whole URL of each request, and cannot be told how to connect.
+            pool = httpcore.AsyncConnectionPool(
+                ssl_context=self._ssl_context or httpx.create_ssl_context(trust_env=False),
+                network_backend=CheckedNetwork(
+                    SystemResolver() if self._resolve is None else self._resolve,
+                    allow_private_addresses=self._allow_private_addresses,
+                ),
+                max_connections=MAX_CONNECTIONS,
+                keepalive_expiry=KEEPALIVE_S,
+            )
+            self._connections = _Connections(event_loop, pool)
+        elif self._connections.event_loop != event_loop:
+            raise QueueBackendError(
+                "this WebhookBackend was opened in another event loop: await its aclose() there, or make one for each"
+            )
+        return self._connections
+
+    async def _deliver(self, connections: "_Connections", message: QueueMessage) -> None:
+        url = self._urls.parse(message.queue_name)
+        shown = shown_queue_name(message.queue_name)
+        try:
+            body = message.body.encode()
+        except UnicodeEncodeError as error:
+            raise UndeliverableError(f"{shown}: the message is no Unicode text: {error.reason}") from None
+        places, wait_s = connections.places_at(url.netloc), ATTEMPT_S - self._timeout_s
+        try:
+            async with place_in(places, wait_s, f"{shown}: too many messages wait for this host"):
+                status = await self._post(connections, url, message.job_id, body)
+        except TimeoutError:
+            raise QueueBackendError(f"{shown}: no answer within {self._timeout_s:g} s") from None
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+            raise QueueBackendError(f"{shown}: {type(error).__name__}: {error}") from error
+        if 200 <= status < 300:
+            return
+        if 400 <= status < 500 and status not in _TRIED_AGAIN:
+            raise UndeliverableError(f"{shown} answers {status}")
+        raise QueueBackendError(f"{shown} answers {status}")
+
+    async def _post(self, connections: "_Connections", url: httpx.URL, job_id: str, body: bytes) -> int:
+        target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+        async with AsyncExitStack() as stack:
+            with anyio.fail_after(self._timeout_s):
+                response = await stack.enter_async_context(
+                    connections.pool.stream("POST", target, headers=self._headers(url, job_id, body), content=body)
+                )
+            # An answer that was read to its end lets the connection be used again; the status is all that counts.
+            if _body_size(response) <= _READ_BODY_BYTES:
+                with (
+                    anyio.move_on_after(_READ_BODY_S),
+                    suppress(httpcore.NetworkError, httpcore.ProtocolError),
+                ):
+                    await response.aread()
+            return response.status
+
+    def _headers(self, url: httpx.URL, job_id: str, body: bytes) -> list[tuple[str | bytes, str | bytes]]:
+        message_id, timestamp = safe_id(job_id), str(int(time.time()))
+        headers: list[tuple[str | bytes, str | bytes]] = [
+            ("Host", url.netloc),
+            ("Content-Type", "application/json"),
+            ("User-Agent", "modalkit"),
+            (ID_HEADER, message_id),
+            (TIMESTAMP_HEADER, timestamp),
+        ]
+        if self._key is not None:
+            headers.append((SIGNATURE_HEADER, sign(self._key, message_id, timestamp, body)))
+        return headers
+
+
+class _Connections:
+    """The open connections, and what else belongs to the event loop that they live in."""
+
+    def __init__(self, event_loop: EventLoopToken, pool: httpcore.AsyncConnectionPool) -> None:
+        self.event_loop = event_loop
+        self.pool = pool
+        # Each is kept by those who hold a place or wait for one, so that hosts sent to long ago take no memory.
+        self._places = WeakValueDictionary[bytes, anyio.CapacityLimiter]()
+
+    def places_at(self, host: bytes) -> anyio.CapacityLimiter:
+        return self._places.setdefault(host, anyio.CapacityLimiter(MAX_REQUESTS_PER_HOST))
+
+
+def _body_size(response: httpcore.Response) -> float:
+    """The size of an answer's body as the answer tells it, in bytes; infinite where it does not."""
+    if response.status == 204:
+        return 0
+    return next((int(value) for name, value in response.headers if name.lower() == b"content-length"), math.inf)

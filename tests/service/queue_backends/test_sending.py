@@ -1,0 +1,116 @@
+"""Sending many messages through any backend."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from service.queue_backends import InMemoryBackend, QueueBackendError, QueueMessage
+from service.queue_backends.sending import send_all
+
+pytestmark = pytest.mark.anyio
+
+
+def messages_for(bodies: Sequence[str]) -> list[QueueMessage]:
+    return [QueueMessage("a", body, f"job-{n}") for n, body in enumerate(bodies)]
+
+
+class OneByOne:
+    """Takes what says so, and counts how many calls were under way at once."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+        self.under_way = 0
+        self.most_under_way = 0
+
+    async def send_message(self, queue_name: str, message: str) -> bool:
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        await anyio.lowlevel.checkpoint()
+        self.under_way -= 1
+        if message == "raise":
+            raise OSError("no connection")
+        if message == "decline":
+            return False
+        self.taken.append(message)
+        return True
+
+
+class Together(OneByOne):
+    def __init__(self, outcomes: Any) -> None:
+        super().__init__()
+        self.outcomes = outcomes
+
+    async def send_messages(self, messages: Sequence[QueueMessage]) -> Any:
+        if isinstance(self.outcomes, Exception):
+            raise self.outcomes
+        return self.outcomes
+
+
+async def test_one_by_one_each_message_has_its_own_outcome() -> None:
+    backend = OneByOne()
+    outcomes = await send_all(backend, messages_for(["a", "raise", "decline", "b"]))
+    assert outcomes[0] is outcomes[3] is None
+    assert isinstance(outcomes[1], OSError)
+    assert isinstance(outcomes[2], QueueBackendError)
+    assert str(outcomes[2]) == "the backend did not take the message"
+    assert sorted(backend.taken) == ["a", "b"]
+
+
+async def test_one_by_one_is_several_at_once_but_not_all() -> None:
+    backend = OneByOne()
+    assert await send_all(backend, messages_for([f"{n}" for n in range(20)]), max_concurrent=7) == [None] * 20
+    assert backend.most_under_way == 7
+
+
+async def test_together_the_outcomes_are_the_backends() -> None:
+    error = OSError("no connection")
+    assert await send_all(Together((None, error)), messages_for(["a", "b"])) == [None, error]
+    queues = InMemoryBackend()
+    assert await send_all(queues, messages_for(["a", "b"])) == [None, None]
+    assert queues.messages("a") == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "problem"),
+    [
+        (OSError("no connection"), "no connection"),
+        ([None], r"Together.send_messages returned 1 outcomes for 2 messages"),
+        ([None] * 3, "returned 3 outcomes for 2 messages"),
+        (None, r"Together.send_messages returned None; it must return a sequence"),
+        (True, r"Together.send_messages returned True; it must return a sequence"),
+        ([True, True], "returned True as an outcome"),
+    ],
+)
+async def test_together_what_is_no_answer_is_an_error_for_each(outcomes: Any, problem: str) -> None:
+    first, second = await send_all(Together(outcomes), messages_for(["a", "b"]))
+    assert first is second
+    with pytest.raises(Exception, match=problem):
+        raise first or AssertionError("taken")
+
+
+async def test_a_message_that_hangs_fails_alone_and_waiting_is_no_hanging() -> None:
+    class Slow(OneByOne):
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            if message == "hang":
+                await anyio.sleep_forever()
+            return await super().send_message(queue_name, message)
+
+    # One at a time: what comes after the first waits longer for its turn than it may take then.
+    bodies = ["hang", "hang", "a", "b"]
+    outcomes = await send_all(Slow(), messages_for(bodies), max_concurrent=1, timeout_s=0.2)
+    assert [str(outcome) for outcome in outcomes] == [*["no answer within 0.2 s"] * 2, "None", "None"]
+    assert isinstance(outcomes[0], QueueBackendError)
+
+
+async def test_a_cancelled_send_is_cancelled_and_no_outcome() -> None:
+    class Hanging:
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            await anyio.sleep_forever()
+            return True
+
+    with anyio.move_on_after(0) as scope:
+        await send_all(Hanging(), messages_for(["a", "b"]))
+    assert scope.cancelled_caught
