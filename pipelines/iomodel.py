@@ -6,11 +6,14 @@ validate it too, which is how the body of an HTTP request is checked.
 
 from typing import Annotated, Any, Generic
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, SerializeAsAny
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeVar
 
 MessageT = TypeVar("MessageT", default=Any)
+
+LONGEST_LIFE_S = 315_360_000
+"""Ten years: no job waits longer."""
 
 
 def _check_printable(name: str) -> str:
@@ -23,6 +26,10 @@ def _check_printable(name: str) -> str:
 
 QueueName = Annotated[str, Field(min_length=1), AfterValidator(_check_printable)]
 """The name of a queue: printable characters, at least one, because not every queue and store can keep others."""
+
+
+IdempotencyKey = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_check_printable)]
+"""What tells the repetitions of one request: printable characters, at least one."""
 
 
 class AnyInput(BaseModel):
@@ -50,6 +57,12 @@ class AsyncInputModel(BaseModel, Generic[MessageT]):
     )
     failure_queue: QueueName | None = Field(default=None, description="Where an error is sent; null sends it nowhere.")
     meta: dict[str, Any] = Field(default={}, description="Yours: returned with the result as it is.")
+    idempotency_key: IdempotencyKey | None = Field(
+        default=None, description="Of requests with the same key, only the first becomes a job; all get its id."
+    )
+    expires_in: PositiveFloat | None = Field(
+        default=None, le=LONGEST_LIFE_S, description="Seconds from now: a job that has not ended by then expires."
+    )
 
 
 class AsyncOutputModel(BaseModel):

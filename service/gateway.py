@@ -15,7 +15,7 @@ from batching.task_groups import plain_task_group
 from batching.threads import DedicatedThread
 from pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline, PipelineError
 from service.errors import ServiceError
-from service.jobs import Job, JobStore
+from service.jobs import Job, JobCounts, JobFilter, JobPage, JobStore
 from service.loading import LoadError, ModelSource, UnknownModelError, make_job_manager
 from service.queue_backends import QueueBackend
 from service.settings import Settings
@@ -96,12 +96,42 @@ class Gateway(Protocol):
         """Accept a job and return its id."""
         ...
 
+    async def submit_many(
+        self,
+        requests: Sequence[AsyncInputModel],
+        *,
+        model_name: str | None = None,
+        priority: Priority = Priority.BULK,
+    ) -> list[Outcome[str]]:
+        """Accept many jobs; their ids, or an error each, in the same order."""
+        ...
+
     async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job | None:
         """Find a job, waiting for its end if asked to."""
         ...
 
+    async def jobs(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
+        """List jobs, the newest first."""
+        ...
+
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended."""
+        ...
+
+    async def replay(self, job_ids: Sequence[str] | None = None) -> int:
+        """Send undelivered results, of these jobs or of all, once more."""
+        ...
+
+    async def purge(self, which: JobFilter) -> int:
+        """Remove ended jobs."""
+        ...
+
+    async def job_counts(self) -> JobCounts:
+        """How many jobs there are of each kind."""
+        ...
+
+    def statistics(self) -> Mapping[str, SchedulerStatistics]:
+        """What each model that runs here has done so far."""
         ...
 
 
@@ -229,13 +259,41 @@ class LocalGateway:
         """See `InferenceWorker.submit`."""
         return await self._worker(model_name).submit(request, priority=priority)
 
+    async def submit_many(
+        self,
+        requests: Sequence[AsyncInputModel],
+        *,
+        model_name: str | None = None,
+        priority: Priority = Priority.BULK,
+    ) -> list[Outcome[str]]:
+        """See `InferenceWorker.submit_many`."""
+        return await self._worker(model_name).submit_many(requests, priority=priority)
+
+    # What follows works while models load.
+
     async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job | None:
-        """See `InferenceWorker.job`. Works while models load."""
+        """See `InferenceWorker.job`."""
         return await self._jobs.get(job_id, wait_s)
 
+    async def jobs(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
+        """See `JobStore.page`."""
+        return await self._jobs.page(limit, which, cursor)
+
     async def cancel(self, job_id: str) -> Job | None:
-        """See `InferenceWorker.cancel`. Works while models load."""
+        """See `InferenceWorker.cancel`."""
         return await self._jobs.cancel(job_id)
+
+    async def replay(self, job_ids: Sequence[str] | None = None) -> int:
+        """See `JobManager.replay`."""
+        return await self._jobs.replay(job_ids)
+
+    async def purge(self, which: JobFilter) -> int:
+        """See `JobStore.purge`."""
+        return await self._jobs.purge(which)
+
+    async def job_counts(self) -> JobCounts:
+        """How many jobs there are of each kind."""
+        return await self._jobs.counts()
 
     async def _serve(self, model: _Model) -> None:
         """Load one model and own its worker until the gateway is left."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from batching import RunBatch, Stages
+from batching import OutputCountError, RunBatch, Stages
 from pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline
 from service.errors import ItemRejectedError, PipelineOutputError
 
@@ -23,6 +23,15 @@ def run_batch_of(pipeline: InferencePipeline) -> RunBatch[BaseModel, InferenceOu
         lambda items, preprocessed: pipeline.predict(items, preprocessed),  # noqa: PLW0108
         lambda items, raw_output: _checked_all(pipeline.postprocess(items, raw_output)),
     )
+
+
+def run_one(pipeline: InferencePipeline, item: BaseModel) -> InferenceOutputModel | Exception:
+    """Run a batch of one item, and return its output or its error."""
+    try:
+        outputs = _checked_all(pipeline.run_inference([item]))
+        return outputs[0] if len(outputs) == 1 else OutputCountError(1, f"{len(outputs)}")
+    except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is this item's error
+        return error
 
 
 def is_too_large(error: Exception) -> bool:

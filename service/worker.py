@@ -11,6 +11,8 @@ from batching import (
     BatchPolicy,
     BatchRecord,
     BatchScheduler,
+    BatchTimeoutError,
+    Failure,
     MeasuredCostModel,
     Outcome,
     Priority,
@@ -18,13 +20,13 @@ from batching import (
 )
 from pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
 from service.jobs import Job, JobStore
-from service.jobs.manager import JobManager
-from service.jobs.runner import JobRunner
+from service.jobs.manager import JobManager, QueueNotAllowedError
+from service.jobs.model import NewJob, json_text, new_job_id
+from service.jobs.runner import JobOutcome, JobRunner
 from service.learnt_costs import LearntCosts
 from service.loading import make_job_manager
-from service.outputs import output_object
-from service.pipeline_batches import is_too_large, run_batch_of
-from service.queue_backends import QueueBackend
+from service.pipeline_batches import is_too_large, run_batch_of, run_one
+from service.queue_backends import QueueBackend, QueueNameError
 from service.settings import AppSettings, BatchConfig, Settings
 
 STUCK_THREADS_OF_A_BROKEN_PIPELINE = 3
@@ -90,7 +92,7 @@ class InferenceWorker:
         self._runner = JobRunner(
             self._jobs,
             self.model_name,
-            self._run_job,
+            _Engine(pipeline, self._scheduler, self.input_model, batch_config.batch_timeout_seconds),
             window=max(
                 1, min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
             ),
@@ -150,17 +152,32 @@ class InferenceWorker:
     async def submit(self, request: AsyncInputModel, *, priority: Priority = Priority.BULK) -> str:
         """Accept a job and return its id, once it is stored: its result is kept, and sent to the queue it names.
 
-        Raises ``ValidationError`` for a message that is no valid item, `QueueNotAllowedError` and `JobStoreError`.
+        A repetition of a request with the same `idempotency_key` gets the id of the first. Raises ``ValidationError``
+        for a message that is no valid item, `QueueNotAllowedError`, `QueueNameError` and `JobStoreError`. When
+        cancelled, the job may have been accepted.
         """
-        message = self._validated(request.message)
-        return await self._jobs.submit(
-            self.model_name,
-            message.model_dump(mode="json", by_alias=True, round_trip=True),
-            success_queue=request.success_queue,
-            failure_queue=request.failure_queue,
-            meta=request.meta,
-            priority=priority,
-        )
+        job = self._new_job(request, priority)
+        (outcome,) = await self._jobs.submit([job])
+        if isinstance(outcome, Failure):
+            raise outcome.error
+        return outcome.value
+
+    async def submit_many(
+        self, requests: Sequence[AsyncInputModel], *, priority: Priority = Priority.BULK
+    ) -> list[Outcome[str]]:
+        """Accept many jobs in one step, and return the id or the error of each, in the same order.
+
+        One that is invalid disturbs no other. Raises `JobStoreError` when none was stored.
+        """
+        outcomes: list[Outcome[str] | NewJob] = []
+        for request in requests:
+            try:
+                outcomes.append(self._new_job(request, priority))
+            except (ValueError, QueueNotAllowedError, QueueNameError) as error:  # a meta that is no JSON, say
+                outcomes.append(Failure(error))
+        jobs = [entry for entry in outcomes if isinstance(entry, NewJob)]
+        submitted = iter(await self._jobs.submit(jobs) if jobs else ())
+        return [next(submitted) if isinstance(entry, NewJob) else entry for entry in outcomes]
 
     async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job | None:
         """The job of this id as it is now, or once it ends within `wait_s` seconds; None if there is none."""
@@ -169,6 +186,10 @@ class InferenceWorker:
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended; returns the job as it then is, or None if there is none."""
         return await self._jobs.cancel(job_id)
+
+    async def replay(self, job_ids: Sequence[str] | None = None) -> int:
+        """Send undelivered results, of these jobs or of all, once more; returns how many."""
+        return await self._jobs.replay(job_ids)
 
     def statistics(self) -> SchedulerStatistics:
         """An immutable snapshot of what is waiting, running and done."""
@@ -187,5 +208,49 @@ class InferenceWorker:
     def _validated(self, item: BaseModel | Mapping[str, Any]) -> BaseModel:
         return item if isinstance(item, BaseModel) else self.input_model.model_validate(item)
 
-    async def _run_job(self, job: Job, timeout_s: float) -> dict[str, Any]:
-        return output_object(await self.predict(job.message, priority=job.priority, timeout_s=timeout_s))
+    def _new_job(self, request: AsyncInputModel, priority: Priority) -> NewJob:
+        message = self._validated(request.message)
+        self._jobs.check_queues(request.success_queue, request.failure_queue)
+        now, delivers = self._jobs.clock(), self._jobs.delivers
+        return NewJob(
+            job_id=new_job_id(),
+            model_name=self.model_name,
+            message_json=json_text(message.model_dump(mode="json", by_alias=True, round_trip=True)),
+            success_queue=request.success_queue if delivers else None,
+            failure_queue=request.failure_queue if delivers else None,
+            meta_json=json_text(request.meta),
+            priority=priority,
+            created_at=now,
+            expires_at=None if request.expires_in is None else now + request.expires_in,
+            idempotency_key=request.idempotency_key,
+        )
+
+
+class _Engine:
+    """Runs stored jobs by the worker's scheduler."""
+
+    def __init__(
+        self,
+        pipeline: InferencePipeline,
+        scheduler: BatchScheduler[BaseModel, InferenceOutputModel],
+        input_model: type[BaseModel],
+        batch_timeout_s: float,
+    ) -> None:
+        self._pipeline = pipeline
+        self._scheduler = scheduler
+        self._input_model = input_model
+        self._batch_timeout_s = batch_timeout_s
+
+    def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
+        item = self._input_model.model_validate_json(job.message_json)
+        return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority)
+
+    async def run_alone(self, job: Job) -> InferenceOutputModel:
+        item = self._input_model.model_validate_json(job.message_json)
+        try:
+            output = await self._scheduler.run_in_thread(lambda: run_one(self._pipeline, item), self._batch_timeout_s)
+        except TimeoutError:
+            raise BatchTimeoutError(self._batch_timeout_s, 1) from None
+        if isinstance(output, Exception):
+            raise output
+        return output

@@ -2,6 +2,7 @@
 
 from service.jobs.errors import (
     DuplicateJobError,
+    IdempotencyKeyReusedError,
     JobStoreBusyError,
     JobStoreClosedError,
     JobStoreError,
@@ -11,16 +12,30 @@ from service.jobs.errors import (
     JobStoreUnavailableError,
 )
 from service.jobs.memory import MemoryJobStore
-from service.jobs.model import DeliveryRecord, DeliveryStatus, FinishedJob, Job, JobStatus, NewJob
+from service.jobs.model import (
+    DeliveryRecord,
+    DeliveryStatus,
+    FinishedJob,
+    Job,
+    JobFilter,
+    JobPage,
+    JobStatus,
+    NewJob,
+    Recovery,
+)
 from service.jobs.sqlite import SqliteJobStore
-from service.jobs.store import JobStore
+from service.jobs.store import JobCounts, JobStore
 
 __all__ = [
     "DeliveryRecord",
     "DeliveryStatus",
     "DuplicateJobError",
     "FinishedJob",
+    "IdempotencyKeyReusedError",
     "Job",
+    "JobCounts",
+    "JobFilter",
+    "JobPage",
     "JobStatus",
     "JobStore",
     "JobStoreBusyError",
@@ -32,5 +47,6 @@ __all__ = [
     "JobStoreUnavailableError",
     "MemoryJobStore",
     "NewJob",
+    "Recovery",
     "SqliteJobStore",
 ]

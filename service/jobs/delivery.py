@@ -4,7 +4,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -14,33 +15,42 @@ from anyio.abc import TaskGroup
 from batching.task_groups import plain_task_group
 from service.errors import describe_error
 from service.jobs.errors import JobStoreError
-from service.jobs.messages import result_message
+from service.jobs.gathering import Gathering
+from service.jobs.messages import result_message, utc_timestamp
 from service.jobs.model import DeliveryRecord, DeliveryStatus, Job
 from service.jobs.store import JobStore
-from service.queue_backends import QueueBackend
+from service.queue_backends import BatchQueueBackend, QueueBackend, QueueMessage, UndeliverableError
+from service.queue_backends.sending import send_all
+from service.queue_backends.webhook_urls import shown_queue_name
 
 logger = logging.getLogger(__name__)
 
 FIRST_RETRY_S = 0.5
 LONGEST_RETRY_S = 300.0
-RECOVERY_PAGE = 1000
+MESSAGES_PER_CALL = 100
+CALLS_AT_ONCE = 8
+SINGLE_MESSAGES_AT_ONCE = 64
+LONGEST_SLEEP_S = 1.0
 
 
 def backoff_with_jitter(attempt: int) -> float:
-    """Seconds to wait after failed attempt number `attempt`: doubled each time, up to five minutes, half of it chance.
+    """Seconds to wait after failed attempt number `attempt`: four times as long each time, up to five minutes.
 
-    The random half keeps many deliveries that failed together from coming back together ("equal jitter", AWS
-    Architecture Blog, "Exponential Backoff And Jitter", 2015).
+    Half of it is chance, which keeps deliveries that failed together from coming back together ("equal jitter", AWS
+    Architecture Blog, "Exponential Backoff And Jitter", 2015). Eight attempts last through 6 to 13 minutes.
     """
-    ceiling_s = min(LONGEST_RETRY_S, math.ldexp(FIRST_RETRY_S, min(attempt, 64) - 1))
+    ceiling_s = min(LONGEST_RETRY_S, math.ldexp(FIRST_RETRY_S, 2 * (min(attempt, 64) - 1)))
     return ceiling_s * (0.5 + random.random() / 2)  # noqa: S311  # spreads load, keeps no secret
 
 
 class Deliverer:
-    """Delivers finished jobs concurrently, each until it is delivered or out of attempts.
+    """Delivers what is due in a store, until it is delivered or out of attempts.
 
-    Never raises for a failed send and never makes anybody wait: `enqueue` returns at once. What is still undelivered
-    when the context is left stays ``pending`` in the store, and is delivered after the next start: at least once.
+    Many deliveries are under way at once, but a bounded number, however many are due; each queue has half of the places
+    at most, so that one that hangs leaves the others theirs. A backend that can send many messages at once is given up
+    to a hundred. A failed send raises nowhere and makes nobody wait. What is not delivered when the context is left
+    stays pending in a durable store, for the next start; from one that is not durable, all that is due is sent once
+    more before leaving. An attempt that takes longer than `send_timeout_s` has failed.
     """
 
     def __init__(
@@ -49,85 +59,195 @@ class Deliverer:
         store: JobStore,
         *,
         max_attempts: int = 8,
-        max_concurrent: int = 64,
+        send_timeout_s: float = 30.0,
         backoff_s: Callable[[int], float] = backoff_with_jitter,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._backend = backend
         self._store = store
         self._max_attempts = max_attempts
-        self._sending = anyio.Semaphore(max_concurrent)
+        self._send_timeout_s = send_timeout_s
         self._backoff_s = backoff_s
         self._clock = clock
+        self._messages_per_call = MESSAGES_PER_CALL if isinstance(backend, BatchQueueBackend) else 1
+        self._places = self._messages_per_call * (
+            CALLS_AT_ONCE if isinstance(backend, BatchQueueBackend) else SINGLE_MESSAGES_AT_ONCE
+        )
+        self._places_of_one_queue = max(1, self._places // 2)
+        # All mutable state: how many messages are on their way to each queue, what became of those that came back,
+        # when the next retry is due, and what wakes the task that takes more.
+        self._under_way: Counter[str] = Counter()
+        self._total_under_way = 0
+        self._is_taking = False
+        self._records: Gathering[tuple[str, DeliveryRecord]] = Gathering()
+        self._next_retry_at = math.inf
+        self._change = anyio.Event()
         self._closing = anyio.Event()
         self._tasks = plain_task_group()
         self._task_group: TaskGroup | None = None
 
     async def __aenter__(self) -> Self:
         self._task_group = await self._tasks.__aenter__()
+        self._task_group.start_soon(self._record)
+        self._task_group.start_soon(self._deliver_what_is_due)
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        """Let sends under way finish; retries that are due later wait for the next start of a durable store."""
+        """Let attempts under way finish, and note how they went."""
         self._closing.set()
+        self.wake()
         return await self._tasks.__aexit__(exc_type, exc, traceback)
 
-    async def recover(self) -> None:
-        """Deliver what an earlier process left pending, a page at a time, so that any number of jobs fits in memory."""
-        last: Job | None = None
-        while jobs := await self._store.pending_deliveries(RECOVERY_PAGE, last):
-            async with anyio.create_task_group() as page:
-                for job in jobs:
-                    page.start_soon(self._deliver, job)
-            last = jobs[-1]
+    @property
+    def under_way(self) -> int:
+        """How many messages are being sent."""
+        return self._total_under_way
 
-    def enqueue(self, job: Job) -> None:
-        """Deliver a job whose delivery is pending; returns at once."""
-        self._opened().start_soon(self._deliver, job)
+    def wake(self) -> None:
+        """Look for what is due; called when something may be."""
+        self._change.set()
+
+    def reserve(self, queue_name: str) -> bool:
+        """Keep a place for a message to this queue, if there is one: for `deliver`, or else for `release`."""
+        if (
+            self._is_taking
+            or self.under_way >= self._places
+            or self._under_way[queue_name] >= self._places_of_one_queue
+        ):
+            return False
+        self._under_way[queue_name] += 1
+        self._total_under_way += 1
+        return True
+
+    def release(self, queue_names: Iterable[str]) -> None:
+        """Give places back."""
+        for queue_name in queue_names:
+            self._under_way[queue_name] -= 1
+            self._total_under_way -= 1
+            if not self._under_way[queue_name]:
+                del self._under_way[queue_name]
+
+    def deliver(self, jobs: Sequence[Job]) -> None:
+        """Deliver jobs in hand, for each of which a place is reserved; returns at once."""
+        # A call is for one queue: where that hangs, it takes no message for another one along.
+        by_queue: defaultdict[str, list[Job]] = defaultdict(list)
+        for job in jobs:
+            by_queue[_queue_of(job)].append(job)
+        for of_one in by_queue.values():
+            for start in range(0, len(of_one), self._messages_per_call):
+                self._opened().start_soon(self._attempt, of_one[start : start + self._messages_per_call])
 
     def _opened(self) -> TaskGroup:
         if self._task_group is None:
             raise RuntimeError("a Deliverer is used inside its 'async with' block")
         return self._task_group
 
-    async def _deliver(self, job: Job) -> None:
-        attempt = job.delivery_attempts
-        while True:
-            attempt += 1
-            async with self._sending:
-                error = await self._send(job)
-            if error is None:
-                return await self._record(job, DeliveryStatus.DELIVERED, attempt, None)
-            logger.warning(
-                "Delivery of job %s to %r failed (attempt %d): %s", job.job_id, job.delivery_queue, attempt, error
-            )
-            if attempt >= self._max_attempts:
-                logger.error("Job %s is set aside as undelivered after %d attempts", job.job_id, attempt)
-                return await self._record(job, DeliveryStatus.UNDELIVERED, attempt, error)
-            await self._record(job, DeliveryStatus.PENDING, attempt, error)
-            with anyio.move_on_after(self._backoff_s(attempt)):
-                await self._closing.wait()
-                if not self._store.durable:
-                    logger.error(
-                        "The result of job %s is lost: its delivery failed, and the store is not durable", job.job_id
-                    )
-                return None
+    async def _deliver_what_is_due(self) -> None:
+        """Keep the places filled with what is due, until closed."""
+        while not (self._closing.is_set() and self._store.durable):
+            self._change = anyio.Event()
+            taken = await self._take()
+            self.deliver(taken)
+            if taken:
+                continue
+            if self._closing.is_set() and not self.under_way:
+                break
+            sleep_s = max(0.0, min(LONGEST_SLEEP_S, self._next_retry_at - self._clock()))
+            with anyio.move_on_after(sleep_s):
+                await self._change.wait()
+        while self.under_way:
+            self._change = anyio.Event()
+            await self._change.wait()
+        self._records.close()
+        if not self._store.durable and (lost := (await self._store.counts()).deliveries[DeliveryStatus.PENDING]):
+            logger.error("%d results are lost: their deliveries failed, and the store is not durable", lost)
 
-    async def _send(self, job: Job) -> str | None:
-        """Try once; returns what went wrong, or None."""
-        if job.delivery_queue is None:
-            raise AssertionError(f"job {job.job_id} names no queue, yet is to be delivered: this is a bug in modalkit")
+    async def _take(self) -> Sequence[Job]:
+        free = self._places - self.under_way
+        if not free:
+            return []
+        most = self._places_of_one_queue
+        places: Mapping[str, int] = {queue: most - messages for queue, messages in self._under_way.items()}
+        self._is_taking = True  # the places that it is told of are not given to others meanwhile
         try:
-            accepted = await self._backend.send_message(job.delivery_queue, result_message(job, self._clock()))
-        except Exception as error:  # noqa: BLE001  # a backend may raise anything; the caller logs and retries
-            return describe_error(error)
-        return None if accepted else "the backend did not take the message"
-
-    async def _record(self, job: Job, status: DeliveryStatus, attempts: int, error: str | None) -> None:
-        record = DeliveryRecord(job_id=job.job_id, status=status, attempts=attempts, error=error)
-        try:
-            await self._store.record_delivery([record])
+            taken = await self._store.take_deliveries(free, self._clock(), places=places, per_queue=most)
         except JobStoreError:
-            logger.exception("The delivery of job %s (%s) could not be noted: it may be repeated", job.job_id, status)
+            logger.exception("What is to be delivered could not be read; trying again in %g s", LONGEST_SLEEP_S)
+            return []
+        finally:
+            self._is_taking = False
+        self._under_way.update(_queue_of(job) for job in taken)
+        self._total_under_way += len(taken)
+        if not taken and self._clock() >= self._next_retry_at:
+            self._next_retry_at = math.inf
+        return taken
+
+    async def _attempt(self, jobs: Sequence[Job]) -> None:
+        """Send the messages of some jobs, and have it noted how that went."""
+        sent_at = utc_timestamp(self._clock())
+        messages = [QueueMessage(_queue_of(job), result_message(job, sent_at), job.job_id) for job in jobs]
+        outcomes: Sequence[Exception | None] = [TimeoutError(f"no answer within {self._send_timeout_s:g} s")] * len(
+            jobs
+        )
+        with anyio.move_on_after(self._send_timeout_s):
+            outcomes = await send_all(self._backend, messages)
+        for job, error in zip(jobs, outcomes, strict=True):
+            self._records.add((_queue_of(job), self._outcome(job, error)))
+
+    def _outcome(self, job: Job, error: Exception | None) -> DeliveryRecord:
+        attempt = job.delivery_attempts + 1
+        if error is None:
+            return DeliveryRecord(job_id=job.job_id, status=DeliveryStatus.DELIVERED, attempts=attempt)
+        if attempt >= self._max_attempts or isinstance(error, UndeliverableError):
+            status, due_at = DeliveryStatus.UNDELIVERED, 0.0
+        else:
+            status, due_at = DeliveryStatus.PENDING, self._clock() + self._backoff_s(attempt)
+            self._next_retry_at = min(self._next_retry_at, due_at)
+        return DeliveryRecord(
+            job_id=job.job_id, status=status, attempts=attempt, error=describe_error(error), due_at=due_at
+        )
+
+    async def _record(self) -> None:
+        """Note how attempts went, all those together that came back meanwhile."""
+        while records := await self._records.take():
+            await self._note([record for _, record in records])
+            _log_failures(records)
+            self.release(queue for queue, _ in records)
+            self.wake()
+
+    async def _note(self, records: Sequence[DeliveryRecord]) -> None:
+        while True:
+            try:
+                return await self._store.record_deliveries(records)
+            except JobStoreError:
+                logger.exception("How %d deliveries went could not be noted", len(records))
+                if self._closing.is_set():
+                    return None  # they are due again after the next start
+            with anyio.move_on_after(LONGEST_SLEEP_S):
+                await self._closing.wait()
+
+
+def _log_failures(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
+    """One line for each queue, not for each message: a queue that is down fails thousands."""
+    failed = Counter((queue, record.status) for queue, record in records if record.error is not None)
+    last = {(queue, record.status): record for queue, record in records}
+    for (queue, status), messages in failed.items():
+        record, shown = last[queue, status], shown_queue_name(queue)
+        if status is DeliveryStatus.UNDELIVERED:
+            logger.error(
+                "%d results for %r are set aside as undelivered; the last one, of job %s, after attempt %d: %s",
+                *(messages, shown, record.job_id, record.attempts, record.error),
+            )
+        else:
+            logger.warning(
+                "%d results for %r were not taken and are sent again later; the last one, of job %s, attempt %d: %s",
+                *(messages, shown, record.job_id, record.attempts, record.error),
+            )
+
+
+def _queue_of(job: Job) -> str:
+    if job.delivery_queue is None:
+        raise AssertionError(f"job {job.job_id} names no queue, yet is to be delivered: this is a bug in modalkit")
+    return job.delivery_queue

@@ -17,6 +17,18 @@ class DuplicateJobError(JobStoreError):
         self.job_id = job_id
 
 
+class IdempotencyKeyReusedError(JobStoreError):
+    """Raised when a job is refused because its idempotency key belongs to a job that asked for something else."""
+
+    def __init__(self, key: str, job_id: str) -> None:
+        super().__init__(
+            f"idempotency_key {key!r} belongs to job {job_id}, which asked for something else; give every request a "
+            "key of its own, and only its repetitions the same"
+        )
+        self.key = key
+        self.job_id = job_id
+
+
 class JobStoreFullError(JobStoreError):
     """Raised when jobs are refused because the store would hold more than its limit, ended jobs included."""
 

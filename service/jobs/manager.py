@@ -3,25 +3,27 @@
 import fnmatch
 import logging
 import time
-import uuid
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import anyio
 
-from batching import Priority
+from batching import Failure, Outcome, Success
 from batching.task_groups import plain_task_group
 from service.errors import ServiceError
 from service.jobs.delivery import Deliverer
 from service.jobs.errors import JobStoreError
-from service.jobs.model import DeliveryStatus, FinishedJob, Job, JobStatus, NewJob
-from service.jobs.store import JobStore
-from service.queue_backends import QueueBackend
+from service.jobs.model import FinishedJob, Job, JobFilter, JobPage, JobStatus, NewJob
+from service.jobs.store import JobCounts, JobStore
+from service.queue_backends import NamedQueueBackend, QueueBackend
 
 logger = logging.getLogger(__name__)
+
+EXPIRED_AT_ONCE = 1000
+KNOWN_QUEUES = 10_000
 
 
 class QueueNotAllowedError(ServiceError):
@@ -48,7 +50,8 @@ class JobManager:
 
     An async context manager. On entering, jobs that an earlier process left running are queued again and deliveries
     that it left pending are sent. Without a `queue_backend`, results are kept for `result_ttl_s` seconds after a job's
-    end and sent nowhere; old ones are removed every `sweep_interval_s` seconds. `clock` gives wall-clock Unix seconds.
+    end and sent nowhere. Every `sweep_interval_s` seconds, jobs expire whose time has come, and old ones are removed.
+    `clock` gives wall-clock Unix seconds. A backend that the manager `owns` is closed with it.
     """
 
     def __init__(
@@ -56,14 +59,21 @@ class JobManager:
         store: JobStore,
         queue_backend: QueueBackend | None = None,
         *,
+        owns_backend: bool = False,
         allowed_queues: Sequence[str] = ("*",),
         result_ttl_s: float = 86_400.0,
         max_delivery_attempts: int = 8,
-        sweep_interval_s: float = 30.0,
+        sweep_interval_s: float = 1.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        if queue_backend is not None and not isinstance(queue_backend, QueueBackend):
+            raise TypeError(
+                f"queue_backend must have an 'async send_message(queue_name, message) -> bool', got {queue_backend!r}"
+            )
         self.store = store
         self.clock = clock
+        self._backend = queue_backend
+        self._owns_backend = owns_backend
         self._allowed_queues = allowed_queues
         self._result_ttl_s = result_ttl_s
         self._sweep_interval_s = sweep_interval_s
@@ -72,25 +82,31 @@ class JobManager:
             if queue_backend is None
             else Deliverer(queue_backend, store, max_attempts=max_delivery_attempts, clock=clock)
         )
-        # All mutable state: who runs the jobs of a model, who waits for the end of a job, whether anybody may, and
-        # what is open.
+        # All mutable state: who runs the jobs of a model, who waits for the end of a job, whether anybody may, which
+        # queue names have been found good, and what is open.
+        self.one_suspect = anyio.Lock()
+        """Held by the feed that runs a job alone, from before it is taken until its end is stored."""
         self._feeds: dict[str, JobFeed] = {}
         self._waiters: defaultdict[str, set[anyio.Event]] = defaultdict(set)
         self._may_wait = True
+        self._known_queues: set[str] = set()
         self._exit_stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
+            if self._owns_backend:
+                stack.push_async_callback(self._close_backend)
             await stack.enter_async_context(self.store)
-            if requeued := await self.store.requeue_running():
-                logger.warning("%d jobs that were running when the last process ended will run again", requeued)
+            recovery = await self.store.recover(self.clock())
+            if recovery.requeued:
+                logger.warning("%d jobs that were running when the last process ended run again", recovery.requeued)
+            for job_id in recovery.set_aside:
+                logger.error("Job %s has failed: the process died with it too often", job_id)
             if self._deliverer is not None:
                 await stack.enter_async_context(self._deliverer)
             background = await stack.enter_async_context(plain_task_group())
             stack.callback(background.cancel_scope.cancel)
             background.start_soon(self._sweep)
-            if self._deliverer is not None:
-                background.start_soon(self._recover, self._deliverer)
             self._exit_stack = stack.pop_all()
         return self
 
@@ -99,38 +115,34 @@ class JobManager:
     ) -> bool | None:
         return await self._exit_stack.__aexit__(exc_type, exc, traceback)
 
-    async def submit(
-        self,
-        model_name: str,
-        message: dict[str, Any],
-        *,
-        success_queue: str | None = None,
-        failure_queue: str | None = None,
-        meta: dict[str, Any] | None = None,
-        priority: Priority = Priority.BULK,
-    ) -> str:
-        """Store a job and return its id; from then on it is run, whatever happens to this process.
+    @property
+    def delivers(self) -> bool:
+        """Whether there is a backend to send results to."""
+        return self._deliverer is not None
 
-        Raises `QueueNotAllowedError`, and `JobStoreError` when it could not be stored.
-        """
-        delivers = self._deliverer is not None
+    def check_queues(self, success_queue: str | None, failure_queue: str | None) -> None:
+        """Raise `QueueNotAllowedError` or `QueueNameError` for a queue that nothing can or may be sent to."""
         for field, queue_name in (("success_queue", success_queue), ("failure_queue", failure_queue)):
-            if queue_name is not None and not any(fnmatch.fnmatchcase(queue_name, p) for p in self._allowed_queues):
+            if queue_name is None or queue_name in self._known_queues:
+                continue
+            if not any(fnmatch.fnmatchcase(queue_name, pattern) for pattern in self._allowed_queues):
                 raise QueueNotAllowedError(field, queue_name, self._allowed_queues)
-        job = NewJob(
-            job_id=uuid.uuid4().hex,
-            model_name=model_name,
-            message=message,
-            success_queue=success_queue if delivers else None,
-            failure_queue=failure_queue if delivers else None,
-            meta=meta or {},
-            priority=priority,
-            created_at=self.clock(),
-        )
-        await self.store.add([job])
-        if feed := self._feeds.get(model_name):
-            feed.wake()
-        return job.job_id
+            if isinstance(self._backend, NamedQueueBackend):
+                self._backend.check_queue_name(queue_name)
+            if len(self._known_queues) < KNOWN_QUEUES:
+                self._known_queues.add(queue_name)
+
+    async def submit(self, jobs: Sequence[NewJob]) -> list[Outcome[str]]:
+        """Store jobs, whose queues have been checked, to be run. Returns their ids once that is done, in their order.
+
+        In place of an id there may be that of an earlier job with the same idempotency key, or an
+        `IdempotencyKeyReusedError`. Raises other `JobStoreError`s for all.
+        """
+        added = await self.store.add(jobs)
+        for model_name in {job.model_name for job in jobs}:
+            if feed := self._feeds.get(model_name):
+                feed.wake()
+        return [Success(entry) if isinstance(entry, str) else Failure(entry) for entry in added]
 
     async def get(self, job_id: str, wait_s: float = 0.0) -> Job | None:
         """The job, or None if there is none; waits up to `wait_s` seconds for it to end, until `stop_waiting`."""
@@ -149,11 +161,18 @@ class JobManager:
             if not waiters:
                 del self._waiters[job_id]
 
+    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
+        """See `JobStore.page`."""
+        return await self.store.page(limit, which, cursor)
+
+    async def counts(self) -> JobCounts:
+        """See `JobStore.counts`."""
+        return await self.store.counts()
+
     def stop_waiting(self) -> None:
         """Answer whoever waits for the end of a job with the job as it is, now and from now on. Idempotent."""
         self._may_wait = False
-        for job_id in self._waiters:
-            self._announce(job_id)
+        self._announce(list(self._waiters))
 
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended, and return it as it then is; None if there is none."""
@@ -161,15 +180,46 @@ class JobManager:
         if job is not None and job.status is JobStatus.CANCELLED:
             if feed := self._feeds.get(job.model_name):
                 feed.abandon(job_id)
-            self._announce(job_id)
+            self._announce([job_id])
         return job
 
-    async def finish(self, outcome: FinishedJob) -> None:
-        """Store how a job ended, wake who waits for it and deliver its message. Raises `JobStoreError`."""
-        for job in await self.store.finish([outcome]):
-            self._announce(job.job_id)
-            if job.delivery is DeliveryStatus.PENDING and self._deliverer is not None:
-                self._deliverer.enqueue(job)
+    async def finish(self, ends: Sequence[tuple[Job, FinishedJob]]) -> None:
+        """Store how jobs ended, wake who waits for them and deliver their messages. Raises `JobStoreError`."""
+        # What there is a place for is delivered from here, without being read from the store again.
+        in_hand: dict[str, Job] = {}
+        if self._deliverer is not None:
+            for job, end in ends:
+                queue = job.success_queue if end.status is JobStatus.SUCCEEDED else job.failure_queue
+                finished = job.finished(end) if queue and self._deliverer.reserve(queue) else None
+                if finished is not None:
+                    in_hand[job.job_id] = finished
+        # Shielded, because what is stored as in hand must be delivered from here: nobody else would.
+        with anyio.CancelScope(shield=True):
+            try:
+                ended = await self.store.finish([end for _, end in ends], in_hand=in_hand)
+            except BaseException:
+                self._let_go(in_hand.values())
+                raise
+            delivered = [in_hand.pop(job_id) for job_id in ended if job_id in in_hand]
+            self._let_go(in_hand.values())
+            if self._deliverer is not None:
+                self._deliverer.deliver(delivered)
+            self._have_ended(ended)
+
+    def _let_go(self, jobs: Iterable[Job]) -> None:
+        if self._deliverer is not None:
+            self._deliverer.release(job.delivery_queue for job in jobs if job.delivery_queue is not None)
+
+    async def replay(self, job_ids: Sequence[str] | None = None) -> int:
+        """Send undelivered results, of these jobs or of all, once more; returns how many."""
+        replayed = await self.store.replay(job_ids, self.clock())
+        if self._deliverer is not None:
+            self._deliverer.wake()
+        return replayed
+
+    async def purge(self, which: JobFilter) -> int:
+        """Remove ended jobs; see `JobStore.purge`."""
+        return await self.store.purge(which)
 
     def attach(self, model_name: str, feed: JobFeed) -> None:
         """Tell `feed` from now on of the jobs of this model."""
@@ -179,20 +229,31 @@ class JobManager:
         """End what `attach` began."""
         self._feeds.pop(model_name, None)
 
-    def _announce(self, job_id: str) -> None:
-        for ended in self._waiters.get(job_id, ()):
-            ended.set()
+    def _have_ended(self, job_ids: Iterable[str]) -> None:
+        self._announce(job_ids)
+        if self._deliverer is not None:
+            self._deliverer.wake()
+
+    def _announce(self, job_ids: Iterable[str]) -> None:
+        if self._waiters:
+            for job_id in job_ids:
+                for ended in self._waiters.get(job_id, ()):
+                    ended.set()
 
     async def _sweep(self) -> None:
         while True:
             try:
+                while expired := await self.store.expire(EXPIRED_AT_ONCE, self.clock()):
+                    self._have_ended(expired)
                 await self.store.remove_finished(self.clock() - self._result_ttl_s)
             except JobStoreError:
                 logger.exception("Old jobs could not be removed; trying again in %g s", self._sweep_interval_s)
             await anyio.sleep(self._sweep_interval_s)
 
-    async def _recover(self, deliverer: Deliverer) -> None:
-        try:
-            await deliverer.recover()
-        except JobStoreError:
-            logger.exception("Pending deliveries could not be read; they are sent after the next start")
+    async def _close_backend(self) -> None:
+        aclose = getattr(self._backend, "aclose", None)
+        if aclose is not None:
+            try:
+                await aclose()
+            except Exception:
+                logger.exception("The queue backend could not be closed")  # all that was to be done is done

@@ -2,14 +2,35 @@
 
 import heapq
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from batching import Priority
-from service.jobs.errors import DuplicateJobError, JobStoreClosedError, JobStoreFullError
-from service.jobs.model import DeliveryRecord, DeliveryStatus, FinishedJob, Job, JobStatus, NewJob, new_job
+from service.jobs.errors import (
+    DuplicateJobError,
+    IdempotencyKeyReusedError,
+    JobStoreClosedError,
+    JobStoreFullError,
+)
+from service.jobs.model import (
+    DeliveryRecord,
+    DeliveryStatus,
+    FinishedJob,
+    Job,
+    JobFilter,
+    JobPage,
+    JobStatus,
+    NewJob,
+    Recovery,
+    new_job,
+)
+from service.jobs.store import CRASHES_ALONE, EXPIRED_IN_THE_QUEUE, TOO_MANY_CRASHES, JobCounts
+
+Heap = list[tuple[float, str]]
+
+SPARE_ENTRIES = 1000
 
 
 class MemoryJobStore:
@@ -20,14 +41,21 @@ class MemoryJobStore:
     def __init__(self, *, max_jobs: int = 1_000_000) -> None:
         self._max_jobs = max_jobs
         self._is_open = False
-        # All mutable state: the jobs; for each model and class, the ids of its queued jobs with their places as a heap;
-        # the ended ones as a heap by the time of their end; and how many there are of each status.
+        # All mutable state: the jobs, each with its place in the order in which they were added, and the jobs of the
+        # idempotency keys; heaps of ids, which may name jobs that have moved on: what is queued, by model and class,
+        # what crashed, what expires, what is due, by queue, what may be removed; what is being delivered; the counts.
         self._jobs: dict[str, Job] = {}
         self._places: dict[str, int] = {}
         self._next_place = 0
-        self._queued: defaultdict[tuple[str, Priority], list[tuple[int, str]]] = defaultdict(list)
-        self._ended: list[tuple[float, str]] = []
-        self._counts = dict.fromkeys(JobStatus, 0)
+        self._by_key: dict[str, str] = {}
+        self._queued: defaultdict[tuple[str, Priority], Heap] = defaultdict(list)
+        self._suspects: defaultdict[str, list[tuple[int, int, str]]] = defaultdict(list)
+        self._expiring: Heap = []
+        self._due: dict[str, Heap] = {}
+        self._removable: Heap = []
+        self._in_hand: set[str] = set()
+        self._statuses = dict.fromkeys(JobStatus, 0)
+        self._deliveries = dict.fromkeys(DeliveryStatus, 0)
 
     async def __aenter__(self) -> Self:
         self._is_open = True
@@ -38,7 +66,7 @@ class MemoryJobStore:
     ) -> None:
         self._is_open = False
 
-    async def add(self, jobs: Sequence[NewJob]) -> None:
+    async def add(self, jobs: Sequence[NewJob]) -> list[str | IdempotencyKeyReusedError]:
         """See `JobStore.add`."""
         self._ensure_open()
         ids = set[str]()
@@ -46,19 +74,45 @@ class MemoryJobStore:
             if job.job_id in self._jobs or job.job_id in ids:
                 raise DuplicateJobError(job.job_id)
             ids.add(job.job_id)
-        if len(self._jobs) + len(jobs) > self._max_jobs:
-            raise JobStoreFullError(len(self._jobs), len(jobs), self._max_jobs)
-        for job in jobs:
-            self._jobs[job.job_id] = new_job(job)
-            self._places[job.job_id] = self._next_place
-            self._next_place += 1
-            self._counts[JobStatus.QUEUED] += 1
-            self._enqueue(self._jobs[job.job_id])
+        new = [job for job in jobs if job.idempotency_key is None or job.idempotency_key not in self._by_key]
+        if len(self._jobs) + len(new) > self._max_jobs:
+            raise JobStoreFullError(len(self._jobs), len(new), self._max_jobs)
+        return [self._add(job) for job in jobs]
+
+    def _add(self, given: NewJob) -> str | IdempotencyKeyReusedError:
+        key = given.idempotency_key
+        if key is not None:
+            if key in self._by_key:
+                earlier = self._jobs[self._by_key[key]]
+                same = given.asks_for_the_same(earlier)
+                return earlier.job_id if same else IdempotencyKeyReusedError(key, earlier.job_id)
+            self._by_key[key] = given.job_id
+        job = self._jobs[given.job_id] = new_job(given)
+        self._places[job.job_id] = self._next_place
+        self._next_place += 1
+        self._statuses[job.status] += 1
+        self._deliveries[job.delivery] += 1
+        self._enqueue(job)
+        if job.expires_at is not None:
+            heapq.heappush(self._expiring, (job.expires_at, job.job_id))
+        return job.job_id
 
     async def get(self, job_id: str) -> Job | None:
         """See `JobStore.get`."""
         self._ensure_open()
         return self._jobs.get(job_id)
+
+    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
+        """See `JobStore.page`."""
+        self._ensure_open()
+        jobs = list[Job]()
+        for job_id in reversed(self._jobs):
+            place = self._places[job_id]
+            if (cursor is None or place < cursor) and which.covers(self._jobs[job_id]):
+                if len(jobs) == limit:
+                    return JobPage(jobs, self._places[jobs[-1].job_id])
+                jobs.append(self._jobs[job_id])
+        return JobPage(jobs, None)
 
     async def take(self, model_name: str, limit: int, now: float, *, bulk_places: int = 0) -> list[Job]:
         """See `JobStore.take`."""
@@ -74,20 +128,37 @@ class MemoryJobStore:
             _, job_id = heapq.heappop(queued)
             job = self._jobs.get(job_id)
             # What was cancelled, has expired or was removed meanwhile still has its place in the heap.
-            if job is not None and job.status is JobStatus.QUEUED:
+            if job is not None and job.status is JobStatus.QUEUED and not job.crashes:
                 taken.append(self._change(job.started(now)))
         return taken
 
-    async def finish(self, outcomes: Sequence[FinishedJob]) -> list[Job]:
+    async def take_suspect(self, model_name: str, now: float) -> Job | None:
+        """See `JobStore.take_suspect`."""
+        self._ensure_open()
+        suspects = self._suspects[model_name]
+        while suspects:
+            _, _, job_id = heapq.heappop(suspects)
+            job = self._jobs.get(job_id)
+            if job is not None and job.status is JobStatus.QUEUED:
+                return self._change(job.started(now))
+        return None
+
+    async def finish(self, outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
         """See `JobStore.finish`."""
         self._ensure_open()
-        ended = []
-        for outcome in outcomes:
-            job = self._jobs.get(outcome.job_id)
-            finished = None if job is None else job.finished(outcome)
-            if finished is not None:
-                ended.append(self._change(finished))
-        return ended
+        return [outcome.job_id for outcome in outcomes if self._finish(outcome, in_hand)]
+
+    def _finish(self, outcome: FinishedJob, in_hand: Container[str] = ()) -> bool:
+        job = self._jobs.get(outcome.job_id)
+        finished = None if job is None else job.finished(outcome)
+        if finished is None:
+            return False
+        self._change(finished)
+        if finished.delivery_queue is not None and finished.job_id in in_hand:
+            self._in_hand.add(finished.job_id)
+        elif finished.delivery_queue is not None:
+            self._put_due(finished, outcome.finished_at)
+        return True
 
     async def cancel(self, job_id: str, now: float) -> Job | None:
         """See `JobStore.cancel`."""
@@ -98,69 +169,154 @@ class MemoryJobStore:
         cancelled = job.cancelled(now)
         return job if cancelled is None else self._change(cancelled)
 
-    async def pending_deliveries(self, limit: int, after: Job | None = None) -> list[Job]:
-        """See `JobStore.pending_deliveries`."""
+    async def expire(self, limit: int, now: float) -> list[str]:
+        """See `JobStore.expire`."""
         self._ensure_open()
-        first = None if after is None else _end(after)
-        pending = (job for job in self._jobs.values() if job.delivery is DeliveryStatus.PENDING)
-        return heapq.nsmallest(limit, (job for job in pending if first is None or _end(job) > first), key=_end)
+        expired = list[str]()
+        while self._expiring and self._expiring[0][0] <= now and len(expired) < limit:
+            _, job_id = heapq.heappop(self._expiring)
+            job = self._jobs.get(job_id)
+            if job is not None and job.status is JobStatus.QUEUED:
+                self._finish(_ended(job, JobStatus.EXPIRED, EXPIRED_IN_THE_QUEUE, now))
+                expired.append(job_id)
+        return expired
 
-    async def record_delivery(self, records: Sequence[DeliveryRecord]) -> None:
-        """See `JobStore.record_delivery`."""
+    async def take_deliveries(
+        self, limit: int, now: float, *, places: Mapping[str, int], per_queue: int
+    ) -> Sequence[Job]:
+        """See `JobStore.take_deliveries`."""
+        self._ensure_open()
+        taken = list[Job]()
+        for queue, due in list(self._due.items()):
+            room = min(places.get(queue, per_queue), limit - len(taken))
+            if due[0][0] > now or room <= 0:
+                continue
+            while due and due[0][0] <= now and room > 0:
+                _, job_id = heapq.heappop(due)
+                self._in_hand.add(job_id)
+                taken.append(self._jobs[job_id])
+                room -= 1
+            del self._due[queue]
+            if due:
+                self._due[queue] = due  # at the end, so that queues come in turns
+        return taken
+
+    async def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
+        """See `JobStore.record_deliveries`."""
         self._ensure_open()
         for record in records:
             job = self._jobs.get(record.job_id)
-            if job is not None and job.delivery is not DeliveryStatus.NONE:
-                self._jobs[job.job_id] = replace(
-                    job, delivery=record.status, delivery_attempts=record.attempts, delivery_error=record.error
-                )
+            if job is None or job.delivery is not DeliveryStatus.PENDING:
+                continue
+            changed = replace(
+                job, delivery=record.status, delivery_attempts=record.attempts, delivery_error=record.error
+            )
+            self._in_hand.discard(job.job_id)
+            self._change(changed)
+            if record.status is DeliveryStatus.PENDING:
+                self._put_due(changed, record.due_at)
 
-    async def requeue_running(self) -> int:
-        """See `JobStore.requeue_running`."""
+    async def replay(self, job_ids: Sequence[str] | None, now: float) -> int:
+        """See `JobStore.replay`."""
         self._ensure_open()
+        jobs = list(self._jobs.values()) if job_ids is None else [self._jobs[i] for i in job_ids if i in self._jobs]
+        undelivered = [job for job in jobs if job.delivery is DeliveryStatus.UNDELIVERED]
+        for job in undelivered:
+            self._put_due(self._change(replace(job, delivery=DeliveryStatus.PENDING, delivery_attempts=0)), now)
+        return len(undelivered)
+
+    async def recover(self, now: float) -> Recovery:
+        """See `JobStore.recover`."""
+        self._ensure_open()
+        for job_id in self._in_hand:
+            self._put_due(self._jobs[job_id], now)
+        self._in_hand.clear()
         running = [job for job in self._jobs.values() if job.status is JobStatus.RUNNING]
+        set_aside = list[str]()
         for job in running:
-            self._enqueue(self._change(replace(job, status=JobStatus.QUEUED)))
-        return len(running)
+            crashed = self._change(replace(job, crashes=job.crashes + 1))
+            if crashed.crashes > CRASHES_ALONE:
+                self._finish(_ended(crashed, JobStatus.FAILED, TOO_MANY_CRASHES, now))
+                set_aside.append(job.job_id)
+            else:
+                self._enqueue(self._change(replace(crashed, status=JobStatus.QUEUED)))
+        return Recovery(len(running) - len(set_aside), set_aside)
 
     async def remove_finished(self, before: float) -> int:
         """See `JobStore.remove_finished`."""
         self._ensure_open()
-        removed, kept = 0, list[tuple[float, str]]()
-        while self._ended and self._ended[0][0] < before:
-            end = heapq.heappop(self._ended)
-            if self._jobs[end[1]].delivery is DeliveryStatus.PENDING:
-                kept.append(end)
-                continue
-            job = self._jobs.pop(end[1])
-            del self._places[job.job_id]
-            self._counts[job.status] -= 1
-            removed += 1
-        for end in kept:
-            heapq.heappush(self._ended, end)
+        self._forget_what_has_moved_on()
+        removed = 0
+        while self._removable and self._removable[0][0] < before:
+            _, job_id = heapq.heappop(self._removable)
+            job = self._jobs.get(job_id)
+            # A replay makes a job that may be removed one that may not.
+            if job is not None and job.delivery in (DeliveryStatus.NONE, DeliveryStatus.DELIVERED):
+                self._remove(job)
+                removed += 1
         return removed
 
-    async def counts(self) -> Mapping[JobStatus, int]:
+    async def purge(self, which: JobFilter) -> int:
+        """See `JobStore.purge`."""
+        self._ensure_open()
+        purged = [
+            job
+            for job in self._jobs.values()
+            if job.status.has_ended and job.delivery is not DeliveryStatus.PENDING and which.covers(job)
+        ]
+        for job in purged:
+            self._remove(job)
+        return len(purged)
+
+    async def counts(self) -> JobCounts:
         """See `JobStore.counts`."""
         self._ensure_open()
-        return dict(self._counts)
+        return JobCounts(dict(self._statuses), dict(self._deliveries))
+
+    def _forget_what_has_moved_on(self) -> None:
+        """Keep heaps from growing with jobs that were cancelled, have run, or are gone, before their turn comes."""
+        for heap in (self._expiring, *self._queued.values()):
+            if len(heap) > 2 * len(self._jobs) + SPARE_ENTRIES:
+                heap[:] = [
+                    entry
+                    for entry in heap
+                    if (job := self._jobs.get(entry[1])) is not None and job.status is JobStatus.QUEUED
+                ]
+                heapq.heapify(heap)
 
     def _ensure_open(self) -> None:
         if not self._is_open:
             raise JobStoreClosedError
 
     def _enqueue(self, job: Job) -> None:
-        heapq.heappush(self._queued[job.model_name, job.priority], (self._places[job.job_id], job.job_id))
+        place = self._places[job.job_id]
+        if job.crashes:
+            heapq.heappush(self._suspects[job.model_name], (job.crashes, place, job.job_id))
+        else:
+            heapq.heappush(self._queued[job.model_name, job.priority], (place, job.job_id))
+
+    def _put_due(self, job: Job, due_at: float) -> None:
+        heapq.heappush(self._due.setdefault(job.delivery_queue or "", []), (due_at, job.job_id))
 
     def _change(self, job: Job) -> Job:
-        """Put a job in a new status in the place of the old one."""
-        self._counts[self._jobs[job.job_id].status] -= 1
-        self._counts[job.status] += 1
+        """Put a job in a new state in the place of the old one."""
+        old = self._jobs[job.job_id]
+        self._statuses[old.status] -= 1
+        self._statuses[job.status] += 1
+        self._deliveries[old.delivery] -= 1
+        self._deliveries[job.delivery] += 1
         self._jobs[job.job_id] = job
-        if job.status.has_ended:
-            heapq.heappush(self._ended, _end(job))
+        if job.finished_at is not None and job.delivery in (DeliveryStatus.NONE, DeliveryStatus.DELIVERED):
+            heapq.heappush(self._removable, (job.finished_at, job.job_id))
         return job
 
+    def _remove(self, job: Job) -> None:
+        del self._jobs[job.job_id], self._places[job.job_id]
+        self._statuses[job.status] -= 1
+        self._deliveries[job.delivery] -= 1
+        if job.idempotency_key is not None:
+            del self._by_key[job.idempotency_key]
 
-def _end(job: Job) -> tuple[float, str]:
-    return job.finished_at or 0.0, job.job_id
+
+def _ended(job: Job, status: JobStatus, error: str, now: float) -> FinishedJob:
+    return FinishedJob(job_id=job.job_id, status=status, error=error, finished_at=now)

@@ -1,11 +1,9 @@
 """The message that a finished job sends to its queue."""
 
 from datetime import UTC, datetime
-from typing import Any
 
 from pydantic_core import to_json
 
-from pipelines import AsyncInputModel, DelayedFailureOutputModel
 from service.jobs.model import Job, JobStatus
 
 MESSAGE_VERSION = 1
@@ -16,25 +14,37 @@ def utc_timestamp(unix_s: float) -> str:
     return datetime.fromtimestamp(unix_s, UTC).isoformat().replace("+00:00", "Z")
 
 
-def result_message(job: Job, sent_at: float) -> str:
+def result_message(job: Job, timestamp: str) -> str:
     """The JSON text for the queue of a finished job; numbers that JSON does not have (NaN, Infinity) are null.
 
-    A success carries the pipeline's output under ``result``; a failure carries ``error`` and the ``original_message``.
-    Both carry ``version``, ``job_id`` (a message may be delivered twice: it tells them apart), ``status`` and the
-    caller's ``meta`` with a ``timestamp`` added.
+    A success carries the pipeline's output under ``result``; a failure carries ``error`` and the ``original_message``,
+    in the form of a `DelayedFailureOutputModel`. Both carry ``version``, ``job_id`` (a message may be delivered twice:
+    it tells them apart), ``status`` and the caller's ``meta`` with the ``timestamp`` added.
     """
-    meta = {**job.meta, "timestamp": utc_timestamp(sent_at)}
-    content: dict[str, Any] = {"version": MESSAGE_VERSION, "job_id": job.job_id}
+    head = f'"version":{MESSAGE_VERSION},"job_id":{_json(job.job_id)}'
     if job.status is JobStatus.SUCCEEDED:
-        content |= {"status": "success", "result": job.result, "meta": meta}
-    else:
-        failure = DelayedFailureOutputModel(
-            status="error",
-            error=job.error,
-            meta=meta,
-            original_message=AsyncInputModel(
-                message=job.message, success_queue=job.success_queue, failure_queue=job.failure_queue, meta=job.meta
-            ),
-        )
-        content |= failure.model_dump(mode="json")
-    return to_json(content, inf_nan_mode="null").decode()
+        # Put together from JSON that is stored as text: reading and writing it again takes five times as long.
+        return f'{{{head},"status":"success","result":{job.result_json},"meta":{_meta_with(job, timestamp)}}}'
+    original = {
+        "message": job.message,
+        "success_queue": job.success_queue,
+        "failure_queue": job.failure_queue,
+        "meta": job.meta,
+        "idempotency_key": job.idempotency_key,
+        "expires_in": None if job.expires_at is None else round(job.expires_at - job.created_at, 6),
+    }
+    error = f'"status":"error","error":{_json(job.error)},"original_message":{_json(original)}'
+    return f'{{{head},{error},"meta":{_meta_with(job, timestamp)}}}'
+
+
+def _meta_with(job: Job, timestamp: str) -> str:
+    text = job.meta_json
+    if text == "{}":
+        return f'{{"timestamp":"{timestamp}"}}'
+    if any(part in text for part in ('"timestamp"', "NaN", "Infinity")):
+        return _json({**job.meta, "timestamp": timestamp})
+    return f'{text[:-1]},"timestamp":"{timestamp}"}}'
+
+
+def _json(value: object) -> str:
+    return to_json(value, inf_nan_mode="null").decode()

@@ -3,19 +3,29 @@
     queued ──► running ──► succeeded | failed | expired
       │  ▲        │
       │  └────────┤ after a crash
-      └───────────┴──► cancelled            (queued ──► expired as well)
+      └───────────┴──► cancelled            (queued ──► expired; failed, after too many crashes)
 
 Beside its status a job has a delivery: `none` until it ends with a message to send, then `pending`, and at last
-`delivered` or `undelivered`. Everything here is a pure function of values; the stores keep the values.
+`delivered` or `undelivered`; from there it can be made pending again. Everything here is a pure function of values; the
+stores keep the values. These are never changed, though nothing forbids it: to be frozen makes one of them three times
+as slow to make, and there are several for each job.
 """
 
-from dataclasses import dataclass, field, replace
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
+
+from pydantic_core import from_json, to_json
 
 from batching import Priority
 
 JsonObject = dict[str, Any]
+
+_VERSION_AND_VARIANT = 7 << 76 | 2 << 62
+_RANDOM_BITS = ~(0xF << 76 | 0x3 << 62)
 
 
 class JobStatus(StrEnum):
@@ -42,42 +52,70 @@ class DeliveryStatus(StrEnum):
     PENDING = "pending"
     DELIVERED = "delivered"
     UNDELIVERED = "undelivered"
-    """Given up after too many attempts."""
+    """Given up after too many attempts; kept until it is replayed or purged."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def new_job_id() -> str:
+    """A UUID that no other job has, later ones greater (version 7 of RFC 9562).
+
+    In the order of time, so that a store writes neighbours next to each other.
+    """
+    number = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10), "big")
+    digits = f"{number & _RANDOM_BITS | _VERSION_AND_VARIANT:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def json_text(value: JsonObject) -> str:
+    """A JSON object as it is stored; keeps the NaN and Infinity that Python's JSON has. Raises `ValueError`."""
+    return to_json(value).decode()
+
+
+@dataclass(slots=True, kw_only=True)
 class NewJob:
-    """A job to be stored. `message` and `meta` are JSON objects, times are wall-clock Unix seconds.
+    """A job to be stored: JSON objects as text, times in wall-clock Unix seconds.
 
-    Raises `ValueError` for an id or a name that holds unprintable characters, which not every store and queue can keep.
+    `expires_at` is when it expires if it has not ended. Of jobs with the same `idempotency_key`, only the first is
+    stored. Raises `ValueError` for an id or a name that holds unprintable characters, which not every store and queue
+    can keep.
     """
 
     job_id: str
     model_name: str
-    message: JsonObject
+    message_json: str
     success_queue: str | None = None
     failure_queue: str | None = None
-    meta: JsonObject = field(default_factory=dict)
+    meta_json: str = "{}"
     priority: Priority = Priority.BULK
     created_at: float
+    expires_at: float | None = None
+    idempotency_key: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("job_id", "model_name", "success_queue", "failure_queue"):
-            value = getattr(self, name)
-            if value is not None and not value.isprintable():
-                raise ValueError(f"{name} must not hold unprintable characters, got {value!r}; remove them")
+        names = (self.job_id, self.model_name, self.success_queue, self.failure_queue, self.idempotency_key)
+        if not "".join(filter(None, names)).isprintable():
+            for field in ("job_id", "model_name", "success_queue", "failure_queue", "idempotency_key"):
+                value = getattr(self, field) or ""
+                if not value.isprintable():
+                    raise ValueError(f"{field} must not hold unprintable characters, got {value!r}; remove them")
+
+    def asks_for_the_same(self, other: "NewJob | Job") -> bool:
+        """Whether a repetition of the request for `other` would look like this."""
+        return all(
+            getattr(self, name) == getattr(other, name)
+            for name in ("model_name", "message_json", "success_queue", "failure_queue", "meta_json")
+        )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class FinishedJob:
-    """How a job ended: `succeeded` with a `result` (a JSON object), `failed` or `expired` with an `error`.
+    """How a job ended: `succeeded` with a result (a JSON object as text), `failed` or `expired` with an `error`.
 
     Raises `ValueError` for another status.
     """
 
     job_id: str
     status: JobStatus
-    result: JsonObject | None = None
+    result_json: str | None = None
     error: str | None = None
     finished_at: float
 
@@ -86,44 +124,64 @@ class FinishedJob:
             raise ValueError(f"status must be succeeded, failed or expired, got {self.status!r}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class DeliveryRecord:
     """How far the delivery of a job's message has come; `attempts` counts all there have been so far.
 
-    `pending` records a failed attempt that will be repeated. Raises `ValueError` for the status `none`.
+    `pending` records a failed attempt that is to be repeated at `due_at`. Raises `ValueError` for the status `none`.
     """
 
     job_id: str
     status: DeliveryStatus
     attempts: int
     error: str | None = None
+    due_at: float = 0.0
 
     def __post_init__(self) -> None:
         if self.status is DeliveryStatus.NONE:
             raise ValueError("status must be pending, delivered or undelivered, got 'none'")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Job:
-    """A stored job as it was at one moment. Its JSON objects belong to the store and must not be changed."""
+    """A stored job as it was at one moment. What is JSON is kept as text, and read when asked for."""
 
     job_id: str
     model_name: str
-    message: JsonObject
+    message_json: str
     success_queue: str | None
     failure_queue: str | None
-    meta: JsonObject
+    meta_json: str
     priority: Priority
     created_at: float
+    expires_at: float | None = None
+    idempotency_key: str | None = None
     status: JobStatus = JobStatus.QUEUED
     delivery: DeliveryStatus = DeliveryStatus.NONE
-    result: JsonObject | None = None
+    result_json: str | None = None
     error: str | None = None
     started_at: float | None = None
     """When it was first taken to be run; a job that runs again after a crash keeps it."""
     finished_at: float | None = None
+    crashes: int = 0
+    """How often the process died while this job was running: from then on it runs alone."""
     delivery_attempts: int = 0
     delivery_error: str | None = None
+
+    @property
+    def message(self) -> JsonObject:
+        """The item that is run."""
+        return cast("JsonObject", from_json(self.message_json))
+
+    @property
+    def meta(self) -> JsonObject:
+        """What the caller wants back with the result."""
+        return cast("JsonObject", from_json(self.meta_json))
+
+    @property
+    def result(self) -> JsonObject | None:
+        """The pipeline's output, once the job has succeeded."""
+        return None if self.result_json is None else cast("JsonObject", from_json(self.result_json))
 
     @property
     def delivery_queue(self) -> str | None:
@@ -145,14 +203,56 @@ class Job:
         )
         if not may_end:
             return None
-        ended = replace(
-            self, status=outcome.status, result=outcome.result, error=outcome.error, finished_at=outcome.finished_at
+        queue = self.success_queue if outcome.status is JobStatus.SUCCEEDED else self.failure_queue
+        return replace(
+            self,
+            status=outcome.status,
+            result_json=outcome.result_json,
+            error=outcome.error,
+            finished_at=outcome.finished_at,
+            delivery=DeliveryStatus.PENDING if queue else DeliveryStatus.NONE,
         )
-        return ended if ended.delivery_queue is None else replace(ended, delivery=DeliveryStatus.PENDING)
 
     def cancelled(self, now: float) -> "Job | None":
         """This job, cancelled, or None if it has ended already."""
         return None if self.status.has_ended else replace(self, status=JobStatus.CANCELLED, finished_at=now)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFilter:
+    """Which jobs are meant: those that every part that is given applies to; empty means any."""
+
+    statuses: Sequence[JobStatus] = ()
+    deliveries: Sequence[DeliveryStatus] = ()
+    model_name: str | None = None
+    ended_before: float | None = None
+
+    def covers(self, job: Job) -> bool:
+        """Whether the job is one of them."""
+        return (
+            (not self.statuses or job.status in self.statuses)
+            and (not self.deliveries or job.delivery in self.deliveries)
+            and self.model_name in (None, job.model_name)
+            and (self.ended_before is None or (job.finished_at is not None and job.finished_at < self.ended_before))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """Some of many jobs, the newest first."""
+
+    jobs: Sequence[Job]
+    next_cursor: int | None
+    """Where the next page starts, or None when this was the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What a store made of the jobs that nobody ran any more when it was opened."""
+
+    requeued: int
+    set_aside: Sequence[str]
+    """Those that the process died with once too often, by their ids: they have failed."""
 
 
 def new_job(given: NewJob) -> Job:
@@ -160,10 +260,12 @@ def new_job(given: NewJob) -> Job:
     return Job(
         job_id=given.job_id,
         model_name=given.model_name,
-        message=given.message,
+        message_json=given.message_json,
         success_queue=given.success_queue,
         failure_queue=given.failure_queue,
-        meta=given.meta,
+        meta_json=given.meta_json,
         priority=given.priority,
         created_at=given.created_at,
+        expires_at=given.expires_at,
+        idempotency_key=given.idempotency_key,
     )

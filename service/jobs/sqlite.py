@@ -4,8 +4,7 @@ import fcntl
 import os
 import sqlite3
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,49 +12,24 @@ from typing import Any, Self, TypeVar, cast
 
 import anyio
 
-from batching import BatchPolicy, BatchScheduler, Priority, QueueFullError, SchedulerClosedError
 from batching.threads import DedicatedThread
+from service.jobs.commit_thread import CommitThread
 from service.jobs.errors import (
-    DuplicateJobError,
-    JobStoreBusyError,
+    IdempotencyKeyReusedError,
     JobStoreClosedError,
-    JobStoreFullError,
     JobStoreLockedError,
     JobStoreUnavailableError,
 )
-from service.jobs.model import DeliveryRecord, FinishedJob, Job, JobStatus, NewJob
-from service.jobs.sqlite_rows import COLUMNS, NEW_JOB_COLUMNS, job_from_row, json_text, microseconds, row_from_new_job
-from service.jobs.sqlite_schema import open_database
+from service.jobs.model import DeliveryRecord, FinishedJob, Job, JobFilter, JobPage, NewJob, Recovery
+from service.jobs.sqlite_rows import counts_of_jobs, find_job, page_of_jobs
+from service.jobs.sqlite_schema import open_database, open_for_reading
+from service.jobs.sqlite_table import ROWS_PER_STEP, Add, JobTable, Operation
+from service.jobs.store import JobCounts
 
 T = TypeVar("T")
 
 OPERATIONS_PER_COMMIT = 512
 WAITING_OPERATIONS = 100_000
-ROWS_PER_REMOVAL = 1000
-
-_SELECT = f"SELECT {', '.join(COLUMNS)} FROM jobs"  # noqa: S608  # names of our own, no input
-_INSERT = (
-    f"INSERT INTO jobs ({', '.join(NEW_JOB_COLUMNS)}) "  # noqa: S608  # as above
-    f"VALUES ({', '.join('?' for _ in NEW_JOB_COLUMNS)})"
-)
-_TAKE = f"""
-    UPDATE jobs SET status = 'running', started_at = coalesce(started_at, ?) WHERE seq IN (
-        SELECT seq FROM jobs WHERE status = 'queued' AND model_name = ? AND priority = ? ORDER BY seq LIMIT ?
-    ) RETURNING seq, {", ".join(COLUMNS)}
-"""  # noqa: S608  # as above
-_CHANGE = """
-    UPDATE jobs SET status = ?, delivery = ?, result = ?, error = ?, finished_at = ? WHERE job_id = ?
-"""
-_REMOVE = """
-    DELETE FROM jobs WHERE seq IN (
-        SELECT seq FROM jobs WHERE finished_at < ? AND delivery <> 'pending' LIMIT ?
-    ) RETURNING status
-"""
-_RECORD_DELIVERY = """
-    UPDATE jobs SET delivery = ?, delivery_attempts = ?, delivery_error = ? WHERE job_id = ? AND delivery <> 'none'
-"""
-
-Operation = Callable[[], Any]
 
 
 class SqliteJobStore:
@@ -76,15 +50,23 @@ class SqliteJobStore:
     def __init__(self, path: str | Path, *, max_jobs: int = 10_000_000) -> None:
         self.path = Path(path)
         self._max_jobs = max_jobs
-        self._thread = DedicatedThread(f"job store {self.path.name}")
         self._lock_fd = -1
-        # asyncio's own cancellation knows no shields: it may leave a transaction in one thread while another closes.
-        self._in_use = threading.Lock()
-        # Used only in the thread while the store is open: the connection, and how many jobs of each status there are.
+        self._thread: CommitThread[Operation] = CommitThread(
+            f"job store {self.path.name}",
+            self._transaction,
+            most_together=OPERATIONS_PER_COMMIT,
+            most_waiting=WAITING_OPERATIONS,
+        )
+        self._reading_thread = DedicatedThread(f"job store {self.path.name}, reading")
+        # asyncio's own cancellation knows no shields: it may leave a reader in its thread while the store closes.
+        self._reading = threading.Lock()
+        # Used only in the threads, while the store is open: a connection for transactions with what is done in them,
+        # and one for what only reads, which like that neither waits for a commit nor makes one wait.
         self._database: sqlite3.Connection
-        self._counts: Counter[JobStatus] = Counter()
+        self._table: JobTable
+        self._reader: sqlite3.Connection
         self._commits = 0
-        self._scheduler: BatchScheduler[Operation, Any] | None = None
+        self._is_open = False
 
     @property
     def commits(self) -> int:
@@ -92,143 +74,137 @@ class SqliteJobStore:
         return self._commits
 
     async def __aenter__(self) -> Self:
-        if self._scheduler is not None:
+        if self._is_open:
             raise JobStoreLockedError(self.path, os.getpid())
-        try:
-            with anyio.CancelScope(shield=True):
-                await self._thread.run(self._open)
-        except BaseException:
-            self._thread.close()
-            raise
-        scheduler: BatchScheduler[Operation, Any] = BatchScheduler(
-            self._run_transaction,
-            policy=BatchPolicy(max_batch_size=OPERATIONS_PER_COMMIT, max_queue_items=WAITING_OPERATIONS),
-            name="job store",
-        )
-        self._scheduler = await scheduler.__aenter__()
+        await self._thread.start(self._open, self._close)
+        self._is_open = True
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        if self._scheduler is None:
+    ) -> None:
+        if not self._is_open:
             raise JobStoreClosedError
+        self._is_open = False
         try:
-            return await self._scheduler.__aexit__(exc_type, exc, traceback)
+            await self._thread.stop(self._close, abort=exc_type is not None)
         finally:
-            self._scheduler = None
-            with anyio.CancelScope(shield=True):
-                await self._thread.run(self._close)
-            self._thread.close()
+            self._reading_thread.close()
 
-    async def add(self, jobs: Sequence[NewJob]) -> None:
+    async def add(self, jobs: Sequence[NewJob]) -> list[str | IdempotencyKeyReusedError]:
         """See `JobStore.add`."""
-        rows = [row_from_new_job(job) for job in jobs]
-        await self._perform(partial(self._add, rows))
+        return await self._perform(Add(jobs))
 
     async def get(self, job_id: str) -> Job | None:
         """See `JobStore.get`."""
-        return await self._perform(partial(self._find, job_id))
+        return await self._read(lambda: find_job(self._reader, job_id))
+
+    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
+        """See `JobStore.page`."""
+        return await self._read(lambda: page_of_jobs(self._reader, limit, which, cursor))
 
     async def take(self, model_name: str, limit: int, now: float, *, bulk_places: int = 0) -> list[Job]:
         """See `JobStore.take`."""
-        return await self._perform(partial(self._take, model_name, limit, microseconds(now), bulk_places))
+        return await self._perform(lambda table: table.take(model_name, limit, now, bulk_places))
 
-    async def finish(self, outcomes: Sequence[FinishedJob]) -> list[Job]:
+    async def take_suspect(self, model_name: str, now: float) -> Job | None:
+        """See `JobStore.take_suspect`."""
+        return await self._perform(lambda table: table.take_suspect(model_name, now))
+
+    async def finish(self, outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
         """See `JobStore.finish`."""
-        return await self._perform(partial(self._finish, outcomes))
+        return await self._perform(lambda table: table.finish(outcomes, in_hand))
 
     async def cancel(self, job_id: str, now: float) -> Job | None:
         """See `JobStore.cancel`."""
-        return await self._perform(partial(self._cancel, job_id, now))
+        return await self._perform(lambda table: table.cancel(job_id, now))
 
-    async def pending_deliveries(self, limit: int, after: Job | None = None) -> list[Job]:
-        """See `JobStore.pending_deliveries`."""
-        return await self._perform(partial(self._pending_deliveries, limit, after))
+    async def expire(self, limit: int, now: float) -> list[str]:
+        """See `JobStore.expire`."""
+        return await self._perform(lambda table: table.expire(limit, now))
 
-    async def record_delivery(self, records: Sequence[DeliveryRecord]) -> None:
-        """See `JobStore.record_delivery`."""
-        await self._perform(partial(self._record_delivery, records))
+    async def take_deliveries(
+        self, limit: int, now: float, *, places: Mapping[str, int], per_queue: int
+    ) -> Sequence[Job]:
+        """See `JobStore.take_deliveries`."""
+        return await self._perform(lambda table: table.take_deliveries(limit, now, places, per_queue))
 
-    async def requeue_running(self) -> int:
-        """See `JobStore.requeue_running`."""
-        return await self._perform(self._requeue_running)
+    async def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
+        """See `JobStore.record_deliveries`."""
+        await self._perform(lambda table: table.record_deliveries(records))
+
+    async def replay(self, job_ids: Sequence[str] | None, now: float) -> int:
+        """See `JobStore.replay`."""
+        if job_ids is None:
+            return await self._in_steps(lambda table: table.replay_some(None, now))
+        return await self._perform(lambda table: sum(table.replay_some(job_id, now) for job_id in job_ids))
+
+    async def recover(self, now: float) -> Recovery:
+        """See `JobStore.recover`."""
+        return await self._perform(lambda table: table.recover(now))
 
     async def remove_finished(self, before: float) -> int:
         """See `JobStore.remove_finished`."""
-        removed = 0
-        while step := await self._perform(partial(self._remove_finished, microseconds(before))):
-            removed += step
-            with anyio.CancelScope(shield=True):
-                await self._thread.run(self._give_space_back)
-        return removed
+        return await self._in_steps(lambda table: table.remove_some(before), frees_space=True)
 
-    async def counts(self) -> Mapping[JobStatus, int]:
+    async def purge(self, which: JobFilter) -> int:
+        """See `JobStore.purge`."""
+        return await self._in_steps(lambda table: table.purge_some(which), frees_space=True)
+
+    async def counts(self) -> JobCounts:
         """See `JobStore.counts`."""
-        return await self._perform(lambda: {status: self._counts[status] for status in JobStatus})
+        return await self._read(lambda: counts_of_jobs(self._reader))
+
+    async def _read(self, function: Callable[[], T]) -> T:
+        """Read what was committed, in a thread of its own."""
+        if not self._is_open:
+            raise JobStoreClosedError
+        with anyio.CancelScope(shield=True):
+            result = await self._reading_thread.run(partial(self._exclusive_read, function))
+        return result  # noqa: RET504  # a cancel scope may end its block early, says its type
+
+    def _exclusive_read(self, function: Callable[[], T]) -> T:
+        with self._reading:
+            try:
+                return function()
+            except sqlite3.Error as error:
+                raise self._unavailable(error) from error
+
+    async def _in_steps(self, step: Callable[[JobTable], int], *, frees_space: bool = False) -> int:
+        """Repeat an operation until it changes nothing more; returns how much it changed."""
+        changed = 0
+        while some := await self._perform(step):
+            changed += some
+            if frees_space:
+                await self._thread.call(self._give_space_back)
+        return changed
 
     # Transactions.
 
-    async def _perform(self, operation: Callable[[], T]) -> T:
+    async def _perform(self, operation: Callable[[JobTable], T]) -> T:
         """Run an operation in a transaction, together with others that come at about the same time."""
-        if self._scheduler is None:
-            raise JobStoreClosedError
-        try:
-            return cast("T", await self._scheduler.submit(operation))
-        except QueueFullError as error:
-            raise JobStoreBusyError(error.depth) from error
-        except SchedulerClosedError as error:
-            raise JobStoreClosedError from error
-
-    async def _run_transaction(self, operations: list[Operation]) -> list[Any]:
-        # Shielded, because the connection must not be closed, or used by another thread, before the transaction ends.
-        with anyio.CancelScope(shield=True):
-            results = await self._thread.run(partial(self._exclusive_transaction, operations))
-        return results  # noqa: RET504  # a cancel scope may end its block early, says its type
-
-    def _exclusive_transaction(self, operations: list[Operation]) -> list[Any]:
-        with self._in_use:
-            return self._transaction(operations)
+        return cast("T", await self._thread.perform(operation))
 
     def _transaction(self, operations: list[Operation]) -> list[Any]:
         """Run the operations in one transaction; returns each one's result or error, or the commit's for all."""
-        counts_before = self._counts.copy()
+        counts_before = self._table.counts.copy()
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            results = [self._run_alone(operation) for operation in operations]
-            if self._counts != counts_before:
-                self._store_counts()
+            results = self._table.run(operations)
+            if self._table.counts != counts_before:
+                self._table.store_counts(counts_before)
             self._database.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, MemoryError) as error:
+            self._table.counts = counts_before
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
-            self._counts = counts_before
-            return [self._unavailable(error)] * len(operations)
+            return [self._unavailable(error) for _ in operations]
         self._commits += 1
-        return results
+        return [self._unavailable(result) if isinstance(result, sqlite3.Error) else result for result in results]
 
-    def _run_alone(self, operation: Operation) -> Any:
-        counts_before = self._counts.copy()
-        self._database.execute("SAVEPOINT operation")
-        try:
-            result = operation()
-        except sqlite3.Error:
-            raise  # the database's trouble is everybody's
-        except Exception as error:  # noqa: BLE001  # handed to the operation's caller
-            self._database.execute("ROLLBACK TO operation")
-            self._counts = counts_before
-            result = error
-        self._database.execute("RELEASE operation")
-        return result
-
-    def _store_counts(self) -> None:
-        self._database.executemany(
-            "INSERT OR REPLACE INTO counts (status, jobs) VALUES (?, ?)",
-            [(status.value, self._counts[status]) for status in JobStatus],
-        )
-
-    def _unavailable(self, error: sqlite3.Error) -> JobStoreUnavailableError:
+    def _unavailable(self, error: sqlite3.Error | MemoryError) -> JobStoreUnavailableError:
         remedies = {
+            "SQLITE_TOOBIG": "submit smaller items",
             "SQLITE_FULL": "free some space on its disk",
             "SQLITE_BUSY": "close the other program that has it open for writing",
             "SQLITE_READONLY": "make the file and its folder writable",
@@ -237,93 +213,10 @@ class SqliteJobStore:
         remedy = remedies.get("_".join(name.split("_")[:2]), "check its disk")
         return JobStoreUnavailableError(self.path, str(error), remedy)
 
-    # Operations, each run in the thread and inside a transaction.
-
-    def _add(self, rows: list[tuple[Any, ...]]) -> None:
-        stored = sum(self._counts.values())
-        if stored + len(rows) > self._max_jobs:
-            raise JobStoreFullError(stored, len(rows), self._max_jobs)
-        for row in rows:
-            try:
-                self._database.execute(_INSERT, row)
-            except sqlite3.IntegrityError as error:
-                raise DuplicateJobError(row[0]) from error
-        self._counts[JobStatus.QUEUED] += len(rows)
-
-    def _find(self, job_id: str) -> Job | None:
-        row = self._database.execute(f"{_SELECT} WHERE job_id = ?", (job_id,)).fetchone()
-        return None if row is None else job_from_row(row)
-
-    def _take(self, model_name: str, limit: int, now_us: int, bulk_places: int) -> list[Job]:
-        taken = self._take_of(model_name, Priority.BULK, min(bulk_places, limit), now_us)
-        for priority in (Priority.INTERACTIVE, Priority.BULK):
-            taken += self._take_of(model_name, priority, limit - len(taken), now_us)
-        return taken
-
-    def _take_of(self, model_name: str, priority: Priority, limit: int, now_us: int) -> list[Job]:
-        rows = self._database.execute(_TAKE, (now_us, model_name, priority.value, limit)).fetchall()
-        self._counts[JobStatus.QUEUED] -= len(rows)
-        self._counts[JobStatus.RUNNING] += len(rows)
-        return [job_from_row(row[1:]) for row in sorted(rows, key=lambda row: cast("int", row[0]))]
-
-    def _finish(self, outcomes: Sequence[FinishedJob]) -> list[Job]:
-        ended = []
-        for outcome in outcomes:
-            job = self._find(outcome.job_id)
-            finished = None if job is None else job.finished(outcome)
-            if job is not None and finished is not None:
-                self._change(job, finished)
-                ended.append(finished)
-        return ended
-
-    def _cancel(self, job_id: str, now: float) -> Job | None:
-        job = self._find(job_id)
-        cancelled = None if job is None else job.cancelled(now)
-        if job is None or cancelled is None:
-            return job
-        self._change(job, cancelled)
-        return cancelled
-
-    def _change(self, old: Job, new: Job) -> None:
-        """Store a job's new status and what came with it."""
-        result = None if new.result is None else json_text(new.result)
-        finished_us = None if new.finished_at is None else microseconds(new.finished_at)
-        self._database.execute(
-            _CHANGE, (new.status.value, new.delivery.value, result, new.error, finished_us, new.job_id)
-        )
-        self._counts[old.status] -= 1
-        self._counts[new.status] += 1
-
-    def _pending_deliveries(self, limit: int, after: Job | None) -> list[Job]:
-        start = (-1, "") if after is None else (microseconds(after.finished_at or 0.0), after.job_id)
-        rows = self._database.execute(
-            f"{_SELECT} WHERE delivery = 'pending' AND (finished_at, job_id) > (?, ?) "
-            "ORDER BY finished_at, job_id LIMIT ?",
-            (*start, limit),
-        )
-        return [job_from_row(row) for row in rows]
-
-    def _record_delivery(self, records: Sequence[DeliveryRecord]) -> None:
-        self._database.executemany(
-            _RECORD_DELIVERY,
-            [(record.status.value, record.attempts, record.error, record.job_id) for record in records],
-        )
-
-    def _requeue_running(self) -> int:
-        requeued = self._database.execute("UPDATE jobs SET status = 'queued' WHERE status = 'running'").rowcount
-        self._counts[JobStatus.RUNNING] -= requeued
-        self._counts[JobStatus.QUEUED] += requeued
-        return requeued
-
-    def _remove_finished(self, before_us: int) -> int:
-        removed = [JobStatus(status) for (status,) in self._database.execute(_REMOVE, (before_us, ROWS_PER_REMOVAL))]
-        self._counts.subtract(Counter(removed))
-        return len(removed)
-
     def _give_space_back(self) -> None:
         # A script, because `execute` runs one step of it, which frees one page; so it is no part of a transaction.
         try:
-            self._database.executescript(f"PRAGMA incremental_vacuum({ROWS_PER_REMOVAL})")
+            self._database.executescript(f"PRAGMA incremental_vacuum({ROWS_PER_STEP})")
         except sqlite3.Error as error:
             raise self._unavailable(error) from error
 
@@ -334,26 +227,30 @@ class SqliteJobStore:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock_fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise JobStoreUnavailableError(
-                self.path,
-                f"{error.strerror} ({error.filename})",
-                "give another store_path, or make the folder writable",
-            ) from error
+            raise self._cannot_be_opened(error) from error
         try:
             self._take_lock()
             self._database = open_database(self.path)
             try:
-                counted = self._database.execute("SELECT status, jobs FROM counts").fetchall()
+                self._table = JobTable(self._database, self._max_jobs)
+                self._reader = open_for_reading(self.path)
             except BaseException:
                 self._database.close()
                 raise
         except BaseException as error:
             os.close(self._lock_fd)
+            self._lock_fd = -1
             if isinstance(error, sqlite3.Error):
                 raise self._unavailable(error) from error
+            if isinstance(error, OSError):
+                raise self._cannot_be_opened(error) from error
             raise
-        self._counts = Counter({JobStatus(status): jobs for status, jobs in counted})
         self._commits = 0
+
+    def _cannot_be_opened(self, error: OSError) -> JobStoreUnavailableError:
+        return JobStoreUnavailableError(
+            self.path, f"{error.strerror} ({error.filename})", "give another store_path, or make the folder writable"
+        )
 
     def _take_lock(self) -> None:
         try:
@@ -365,8 +262,12 @@ class SqliteJobStore:
         os.pwrite(self._lock_fd, str(os.getpid()).encode(), 0)
 
     def _close(self) -> None:
-        with self._in_use:
+        if self._lock_fd < 0:
+            return
+        with self._reading:
             try:
+                self._reader.close()
                 self._database.close()
             finally:
                 os.close(self._lock_fd)
+                self._lock_fd = -1

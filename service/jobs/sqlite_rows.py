@@ -1,26 +1,27 @@
-"""How a job is written in a row of the SQLite database."""
+"""How a job is written in a row of the SQLite database, and read from it."""
 
+import sqlite3
+from collections.abc import Sequence
 from typing import Any
 
-from pydantic_core import from_json, to_json
-
 from batching import Priority
-from service.jobs.model import DeliveryStatus, Job, JobStatus, JsonObject, NewJob
+from service.jobs.model import DeliveryStatus, Job, JobFilter, JobPage, JobStatus, NewJob
+from service.jobs.store import JobCounts
 
 NEW_JOB_COLUMNS = (
     *("job_id", "model_name", "status", "message", "success_queue", "failure_queue", "meta", "priority", "created_at"),
-    "delivery",
+    *("expires_at", "idempotency_key", "delivery"),
 )
 COLUMNS = (
     *NEW_JOB_COLUMNS,
-    *("result", "error", "started_at", "finished_at", "delivery_attempts", "delivery_error"),
+    *("result", "error", "started_at", "finished_at", "crashes", "delivery_attempts", "delivery_error"),
 )
-"""Named as the fields of `Job`."""
 
 
-def json_text(value: JsonObject) -> str:
-    """A JSON object as it is stored. Raises `ValueError` for what is none."""
-    return to_json(value).decode()
+# Looked up, because to call an enumeration takes several times as long.
+_PRIORITIES = {priority.value: priority for priority in Priority}
+_STATUSES = {status.value: status for status in JobStatus}
+_DELIVERIES = {delivery.value: delivery for delivery in DeliveryStatus}
 
 
 def microseconds(seconds: float) -> int:
@@ -29,29 +30,104 @@ def microseconds(seconds: float) -> int:
 
 
 def row_from_new_job(job: NewJob) -> tuple[Any, ...]:
-    """The values of `NEW_JOB_COLUMNS`. Raises `ValueError` for a message or meta that is no JSON object."""
+    """The values of `NEW_JOB_COLUMNS`."""
     return (
         job.job_id,
         job.model_name,
         JobStatus.QUEUED.value,
-        json_text(job.message),
+        job.message_json,
         job.success_queue,
         job.failure_queue,
-        json_text(job.meta),
+        job.meta_json,
         job.priority.value,
         microseconds(job.created_at),
+        None if job.expires_at is None else microseconds(job.expires_at),
+        job.idempotency_key,
         DeliveryStatus.NONE.value,
     )
 
 
-def job_from_row(row: tuple[Any, ...]) -> Job:
+def job_from_row(row: Sequence[Any]) -> Job:
     """The job of a row of all `COLUMNS`."""
-    values = dict(zip(COLUMNS, row, strict=True))
-    for name in ("created_at", "started_at", "finished_at"):
-        values[name] = None if values[name] is None else values[name] / 1_000_000
-    for name in ("message", "meta", "result"):
-        values[name] = None if values[name] is None else from_json(values[name])
-    values["priority"] = Priority(values["priority"])
-    values["status"] = JobStatus(values["status"])
-    values["delivery"] = DeliveryStatus(values["delivery"])
-    return Job(**values)
+    job_id, model_name, status, message, success_queue, failure_queue, meta, priority, created_us, *others = row
+    expires_us, idempotency_key, delivery, result, error, started_us, finished_us, *counted, delivery_error = others
+    crashes, delivery_attempts = counted
+    return Job(
+        job_id=job_id,
+        model_name=model_name,
+        message_json=message,
+        success_queue=success_queue,
+        failure_queue=failure_queue,
+        meta_json=meta,
+        priority=_PRIORITIES[priority],
+        created_at=created_us / 1_000_000,
+        expires_at=_seconds(expires_us),
+        idempotency_key=idempotency_key,
+        status=_STATUSES[status],
+        delivery=_DELIVERIES[delivery],
+        result_json=result,
+        error=error,
+        started_at=_seconds(started_us),
+        finished_at=_seconds(finished_us),
+        crashes=crashes,
+        delivery_attempts=delivery_attempts,
+        delivery_error=delivery_error,
+    )
+
+
+def _seconds(microseconds: int | None) -> float | None:
+    return None if microseconds is None else microseconds / 1_000_000
+
+
+SELECT = f"SELECT {', '.join(COLUMNS)} FROM jobs"  # noqa: S608  # names of our own, no input
+
+
+def find_job(database: sqlite3.Connection, job_id: str) -> Job | None:
+    """The job of this id."""
+    row = database.execute(f"{SELECT} WHERE job_id = ?", (job_id,)).fetchone()
+    return None if row is None else job_from_row(row)
+
+
+def page_of_jobs(database: sqlite3.Connection, limit: int, which: JobFilter, cursor: int | None) -> JobPage:
+    """See `JobStore.page`; the cursor is the `seq` of the last job of a page."""
+    condition, values = condition_of(which)
+    if cursor is not None:
+        condition, values = f"{condition} AND seq < ?", [*values, cursor]
+    rows = database.execute(
+        f"SELECT seq, {', '.join(COLUMNS)} FROM jobs WHERE {condition} ORDER BY seq DESC LIMIT ?",  # noqa: S608  # values are bound
+        (*values, limit + 1),
+    ).fetchall()
+    jobs = [job_from_row(row[1:]) for row in rows[:limit]]
+    return JobPage(jobs, rows[limit - 1][0] if len(rows) > limit else None)
+
+
+def condition_of(which: JobFilter) -> tuple[str, list[Any]]:
+    """What an SQL statement needs after WHERE to mean these jobs, and the values for its question marks."""
+    # The names of states are ours and written out, as equations, so that SQLite can see which partial index will do.
+    conditions, values = ["true"], list[Any]()
+    for column, names in (("status", which.statuses), ("delivery", which.deliveries)):
+        if names:
+            conditions.append(f"({' OR '.join(f'{column} = {name.value!r}' for name in names)})")
+    if which.model_name is not None:
+        conditions.append("model_name = ?")
+        values.append(which.model_name)
+    if which.ended_before is not None:
+        conditions.append("finished_at < ?")
+        values.append(microseconds(which.ended_before))
+    return " AND ".join(conditions), values
+
+
+COUNTED: dict[str, JobStatus | DeliveryStatus] = {
+    **{status.value: status for status in JobStatus},
+    **{f"delivery {delivery.value}": delivery for delivery in DeliveryStatus},
+}
+"""What the table of counts calls each kind of job."""
+
+
+def counts_of_jobs(database: sqlite3.Connection) -> JobCounts:
+    """How many jobs there are of each kind."""
+    found = dict(database.execute("SELECT status, jobs FROM counts"))
+    counts = {kind: found.get(key, 0) for key, kind in COUNTED.items()}
+    return JobCounts(
+        {status: counts[status] for status in JobStatus}, {delivery: counts[delivery] for delivery in DeliveryStatus}
+    )

@@ -8,6 +8,8 @@ from service.jobs.errors import JobStoreSchemaError
 APPLICATION_ID = 0x6D6F646B
 """Marks a database as modalkit's: "modk"."""
 
+CACHE_BYTES = 16 * 2**20
+
 MIGRATIONS = (
     """
     CREATE TABLE jobs (
@@ -39,8 +41,37 @@ MIGRATIONS = (
     DROP INDEX queued_jobs;
     CREATE INDEX queued_jobs ON jobs (model_name, priority, seq) WHERE status = 'queued';
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN expires_at INTEGER;
+    ALTER TABLE jobs ADD COLUMN idempotency_key TEXT;
+    ALTER TABLE jobs ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN delivery_queue TEXT;
+    ALTER TABLE jobs ADD COLUMN due_at INTEGER;
+    UPDATE jobs SET due_at = 0, delivery_queue = iif(status = 'succeeded', success_queue, failure_queue)
+        WHERE delivery = 'pending';
+    UPDATE jobs SET delivery_queue = iif(status = 'succeeded', success_queue, failure_queue)
+        WHERE delivery = 'undelivered';
+    DROP INDEX queued_jobs;
+    DROP INDEX pending_deliveries;
+    DROP INDEX ended_jobs;
+    CREATE INDEX queued_jobs ON jobs (model_name, priority, seq) WHERE status = 'queued' AND crashes = 0;
+    CREATE INDEX suspect_jobs ON jobs (model_name, crashes, seq) WHERE status = 'queued' AND crashes > 0;
+    CREATE INDEX expiring_jobs ON jobs (expires_at) WHERE status = 'queued' AND expires_at IS NOT NULL;
+    CREATE INDEX deliveries ON jobs (delivery_queue, due_at) WHERE due_at IS NOT NULL;
+    CREATE INDEX undelivered_jobs ON jobs (seq) WHERE delivery = 'undelivered';
+    CREATE INDEX removable_jobs ON jobs (finished_at)
+        WHERE finished_at IS NOT NULL AND delivery IN ('none', 'delivered');
+    CREATE INDEX failed_jobs ON jobs (seq) WHERE status = 'failed';
+    CREATE INDEX cancelled_jobs ON jobs (seq) WHERE status = 'cancelled';
+    CREATE INDEX expired_jobs ON jobs (seq) WHERE status = 'expired';
+    CREATE UNIQUE INDEX idempotency_keys ON jobs (idempotency_key) WHERE idempotency_key IS NOT NULL;
+    INSERT INTO counts SELECT 'delivery ' || delivery, count(*) FROM jobs GROUP BY delivery;
+    """,
 )
-"""Step n makes version n + 1 of the tables from version n. Times are in microseconds since 1970."""
+"""Step n makes version n + 1 of the tables from version n. Times are in microseconds since 1970.
+
+`due_at` is when the next attempt to deliver is due, -1 while one is being made, and null where nothing is to be sent.
+"""
 
 
 def open_database(path: Path) -> sqlite3.Connection:
@@ -55,11 +86,20 @@ def open_database(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA auto_vacuum = INCREMENTAL")
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
+        database.execute("PRAGMA fullfsync = ON")  # on macOS, where a plain one leaves the data in the drive's cache
         database.execute("PRAGMA busy_timeout = 5000")
+        database.execute(f"PRAGMA cache_size = -{CACHE_BYTES // 1024}")
         _migrate(database)
     except BaseException:
         database.close()
         raise
+    return database
+
+
+def open_for_reading(path: Path) -> sqlite3.Connection:
+    """A second connection to a database that `open_database` has open, to read what was committed."""
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    database.execute("PRAGMA query_only = ON")
     return database
 
 

@@ -1,23 +1,51 @@
 """What a job store promises; `MemoryJobStore` and `SqliteJobStore` keep it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from service.jobs.model import DeliveryRecord, FinishedJob, Job, JobStatus, NewJob
+from service.jobs.errors import IdempotencyKeyReusedError
+from service.jobs.model import (
+    DeliveryRecord,
+    DeliveryStatus,
+    FinishedJob,
+    Job,
+    JobFilter,
+    JobPage,
+    JobStatus,
+    NewJob,
+    Recovery,
+)
+
+CRASHES_ALONE = 3
+"""A job that the process dies with so often while it runs alone has failed."""
+TOO_MANY_CRASHES = (
+    f"the process died {CRASHES_ALONE} times while this job ran alone, so it is not run again; "
+    "if something else stopped the process, submit the job once more"
+)
+EXPIRED_IN_THE_QUEUE = "the job did not end within its expires_in"
+
+
+@dataclass(frozen=True, slots=True)
+class JobCounts:
+    """How many jobs there are of each kind, zeros included."""
+
+    statuses: Mapping[JobStatus, int]
+    deliveries: Mapping[DeliveryStatus, int]
 
 
 class JobStore(Protocol):
     """Keeps jobs from the moment they are accepted until their results have been delivered and their time is over.
 
-    An asynchronous context manager: whoever opens a store owns it, calls `requeue_running` once before anything is
-    taken, and closes it in the task that opened it. Times are wall-clock Unix seconds and always passed in: a store
-    never reads a clock. They are kept to the microsecond.
+    An asynchronous context manager: whoever opens a store owns it, calls `recover` once before anything is taken, and
+    closes it in the task that opened it. Times are wall-clock Unix seconds and always passed in: a store never reads a
+    clock. They are kept to the microsecond.
 
-    Each call is one atomic step, and what it changed is stored when it returns (on disk, where a store has one).
-    Several workers, one for each model, may share a store. A cancelled call has happened whole or not at all, and the
-    caller cannot know which. Raises `JobStoreClosedError` when used while not open, and other `JobStoreError`s where
-    the store fails.
+    Each call is one atomic step unless it says otherwise, and what it changed is stored when it returns (on disk, where
+    a store has one). Several workers, one for each model, may share a store. A cancelled call has happened whole or not
+    at all, and the caller cannot know which. Raises `JobStoreClosedError` when used while not open, and other
+    `JobStoreError`s where the store fails.
     """
 
     durable: bool
@@ -29,11 +57,12 @@ class JobStore(Protocol):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool | None: ...
 
-    async def add(self, jobs: Sequence[NewJob]) -> None:
-        """Store new jobs as queued: all of them or, when it raises, none.
+    async def add(self, jobs: Sequence[NewJob]) -> list[str | IdempotencyKeyReusedError]:
+        """Store new jobs as queued: all of them or, when it raises, none. Returns the id of each, in the same order.
 
-        Raises `DuplicateJobError` for an id that is stored already or comes twice, and `JobStoreFullError` when the
-        store would hold more than its limit, ended jobs included.
+        A job whose idempotency key is taken is not stored: its id is that of the job that has the key, or, if that one
+        asked for something else, an error is in its place. Raises `DuplicateJobError` for an id that is stored already
+        or comes twice, and `JobStoreFullError` when the store would hold more than its limit, ended jobs included.
         """
         ...
 
@@ -41,20 +70,29 @@ class JobStore(Protocol):
         """The job of this id, or None if there is none (any more)."""
         ...
 
+    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
+        """Up to `limit` jobs that `which` covers, the newest first; `cursor` is what the page before says is next."""
+        ...
+
     async def take(self, model_name: str, limit: int, now: float, *, bulk_places: int = 0) -> list[Job]:
-        """Make up to `limit` queued jobs of a model running, and return them.
+        """Make up to `limit` queued jobs of a model running, and return them: none that ever crashed.
 
         Interactive jobs go before bulk ones, but up to `bulk_places` of the `limit` are for bulk ones in any case. The
         jobs of one class come in the order in which they were added.
         """
         ...
 
-    async def finish(self, outcomes: Sequence[FinishedJob]) -> list[Job]:
+    async def take_suspect(self, model_name: str, now: float) -> Job | None:
+        """Make one queued job running that was running when a process died: the one that did so least often."""
+        ...
+
+    async def finish(self, outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
         """End jobs and, in the same step, mark those for delivery that named a queue for such an end.
 
-        Returns the ended jobs, in the order given. A job that is in no state to end so, because it was cancelled
-        meanwhile or is unknown, is left alone and left out: only a running job succeeds or fails, only a running or
-        queued one expires.
+        Deliveries of jobs `in_hand` count as taken by `take_deliveries`: the caller attempts them at once.
+        Returns the ids of the jobs that ended like this, in the order given. A job that is in no state to, because it
+        was cancelled meanwhile or is unknown, is left alone and left out: only a running job succeeds or fails, only a
+        running or queued one expires.
         """
         ...
 
@@ -62,28 +100,54 @@ class JobStore(Protocol):
         """Cancel a queued or running job; one that has ended is left as it is. Returns the job, or None if unknown."""
         ...
 
-    async def pending_deliveries(self, limit: int, after: Job | None = None) -> list[Job]:
-        """Up to `limit` jobs whose delivery is pending, those that ended first coming first.
+    async def expire(self, limit: int, now: float) -> list[str]:
+        """End up to `limit` queued jobs whose `expires_at` has come, as `finish` does; returns their ids."""
+        ...
 
-        `after` is the last job of the page before. Jobs that end at the same time are ordered by their ids.
+    async def take_deliveries(
+        self, limit: int, now: float, *, places: Mapping[str, int], per_queue: int
+    ) -> Sequence[Job]:
+        """Take up to `limit` jobs whose delivery is due, to attempt it; they are due no more until it is recorded.
+
+        At most `per_queue` of them go to the same queue, or as many as `places` says where it names that queue. Queues
+        come in turns; of one queue, those are taken that became due first.
         """
         ...
 
-    async def record_delivery(self, records: Sequence[DeliveryRecord]) -> None:
+    async def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
         """Note how deliveries went. Jobs that are unknown, or have nothing to deliver, are left alone."""
         ...
 
-    async def requeue_running(self) -> int:
-        """Make all running jobs queued again, in their old places, because nobody runs them; returns how many."""
-        ...
+    async def replay(self, job_ids: Sequence[str] | None, now: float) -> int:
+        """Make the undelivered ones of these jobs, or all that there are, due again with all their attempts.
 
-    async def remove_finished(self, before: float) -> int:
-        """Remove jobs that ended before that time and have no delivery pending; returns how many.
-
-        Many are removed in several steps, so that other calls go on between them; when cancelled, some are left.
+        Returns how many. Many are changed in several steps, so that other calls go on between them.
         """
         ...
 
-    async def counts(self) -> Mapping[JobStatus, int]:
-        """How many jobs there are in each status, zeros included; costs the same however many there are."""
+    async def recover(self, now: float) -> Recovery:
+        """Take note that nobody runs or delivers any job, because the process that did has ended.
+
+        Running jobs are queued again, in their old places, and count one crash more; those with more than
+        `CRASHES_ALONE` after the first fail. Deliveries that were being attempted are due.
+        """
+        ...
+
+    async def remove_finished(self, before: float) -> int:
+        """Remove jobs that ended before that time and have nothing left to deliver; returns how many.
+
+        Undelivered ones stay. Many are removed in several steps, so that other calls go on between them; when
+        cancelled, some are left.
+        """
+        ...
+
+    async def purge(self, which: JobFilter) -> int:
+        """Remove the ended jobs that `which` covers, undelivered ones included, pending ones not; returns how many.
+
+        In several steps, as `remove_finished` does.
+        """
+        ...
+
+    async def counts(self) -> JobCounts:
+        """How many jobs there are of each kind; costs the same however many there are."""
         ...

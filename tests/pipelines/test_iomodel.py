@@ -75,7 +75,8 @@ def test_a_queue_name_that_cannot_be_printed_is_refused(name: str) -> None:
 
 def test_a_message_may_be_any_object_or_a_model() -> None:
     plain = AsyncInputModel(message={"text": "a"})
-    assert plain.model_dump() == {"message": {"text": "a"}, "success_queue": None, "failure_queue": None, "meta": {}}
+    none = dict.fromkeys(("success_queue", "failure_queue", "idempotency_key", "expires_in"))
+    assert plain.model_dump() == {"message": {"text": "a"}, "meta": {}, **none}
     assert AsyncInputModel(message=Request(text="a")).model_dump() == plain.model_dump()
     assert SyncInputModel[Request].model_validate({"message": {"text": "a"}}).message == Request(text="a")
     with pytest.raises(ValidationError, match=r"message\.text"):

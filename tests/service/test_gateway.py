@@ -1,6 +1,7 @@
 """The models of a configuration in this process: loading them, and leaving while they load."""
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from anyio import to_thread
 
 from pipelines import AsyncInputModel
 from service.gateway import LocalGateway, NotReadyError, Readiness
-from service.jobs import JobStatus, SqliteJobStore
+from service.jobs import JobStatus, NewJob, SqliteJobStore
 from service.settings import Settings
 from tests.support.length_model import LengthPipeline
 
@@ -62,12 +63,19 @@ async def test_leaving_waits_for_no_model_that_loads_and_runs_no_job(tmp_path: P
     assert [error.readiness for error in waited] == [Readiness.DRAINING]
 
 
+async def stored_before(gateway: LocalGateway) -> str:
+    """A job for a model that still loads, as one that an earlier process accepted."""
+    job = NewJob(job_id="before", model_name="slow", message_json='{"text":"four"}', created_at=time.time())
+    await gateway._jobs.submit([job])  # noqa: SLF001  # the gateway accepts none for such a model
+    return job.job_id
+
+
 async def test_jobs_of_a_model_that_did_not_load_in_time_stay_for_the_next_start(tmp_path: Path) -> None:
     Loading.may_end.clear()
     settings = settings_of(tmp_path, slow=f"{__name__}:Loading")
     async with LocalGateway(settings) as gateway:
         await to_thread.run_sync(Loading.begun.acquire)
-        job_id = await gateway._jobs.submit("slow", {"text": "four"})  # noqa: SLF001  # as one that is there from before
+        job_id = await stored_before(gateway)
     async with SqliteJobStore(tmp_path / "jobs.db") as store:
         job = await store.get(job_id)
         assert job is not None
@@ -92,7 +100,7 @@ async def test_a_shutdown_answers_whoever_waits_for_a_job(tmp_path: Path) -> Non
     Loading.may_end.clear()
     async with LocalGateway(settings_of(tmp_path, slow=f"{__name__}:Loading")) as gateway:
         await to_thread.run_sync(Loading.begun.acquire)
-        job_id = await gateway._jobs.submit("slow", {"text": "four"})  # noqa: SLF001  # as above
+        job_id = await stored_before(gateway)
         gateway.stop_waiting()
         job = await gateway.job(job_id, wait_s=1e9)
         assert job is not None

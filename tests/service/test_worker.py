@@ -1,6 +1,8 @@
 """One worker: predictions, jobs and their delivery, without HTTP."""
 
 import json
+import threading
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from batching import (
+    BatchRecord,
     BatchTimeoutError,
     Failure,
     OutputCountError,
@@ -20,7 +23,15 @@ from batching import (
 )
 from pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
 from service.errors import ItemRejectedError, PipelineOutputError
-from service.jobs import DeliveryStatus, JobStatus, JobStore, MemoryJobStore, SqliteJobStore
+from service.jobs import (
+    DeliveryStatus,
+    IdempotencyKeyReusedError,
+    JobStatus,
+    JobStore,
+    MemoryJobStore,
+    NewJob,
+    SqliteJobStore,
+)
 from service.jobs.manager import QueueNotAllowedError
 from service.queue_backends import InMemoryBackend
 from service.settings import Settings
@@ -289,16 +300,105 @@ async def test_a_number_that_json_does_not_have_is_null_in_job_and_message(queue
         assert job.result == message["result"]
 
 
-async def test_a_job_runs_in_its_class(worker: InferenceWorker, pipeline: LengthPipeline) -> None:
-    classes: list[Priority] = []
-    run = worker.predict
+async def test_a_job_runs_in_its_class(pipeline: LengthPipeline) -> None:
+    records: list[BatchRecord] = []
+    async with InferenceWorker(pipeline, on_batch=records.append) as worker:
+        for priority in ({}, {"priority": Priority.INTERACTIVE}):
+            job_id = await worker.submit(AsyncInputModel(message={"text": "a"}), **priority)
+            await worker.job(job_id, wait_s=30)
+    assert [record.priority for record in records] == [Priority.BULK, Priority.INTERACTIVE]
 
-    async def predict(item: Any, **options: Any) -> InferenceOutputModel:
-        classes.append(options["priority"])
-        return await run(item, **options)
 
-    worker.predict = predict  # type: ignore[method-assign]  # to see the class that each job is run in
-    for priority in ({}, {"priority": Priority.INTERACTIVE}):
-        job_id = await worker.submit(AsyncInputModel(message={"text": "a"}), **priority)
-        await worker.job(job_id, wait_s=30)
-    assert classes == [Priority.BULK, Priority.INTERACTIVE]
+async def test_many_jobs_are_submitted_in_one_step_and_a_bad_one_disturbs_no_other(
+    worker: InferenceWorker, queue: InMemoryBackend
+) -> None:
+    requests = [
+        AsyncInputModel(message={"text": "abc"}, success_queue="ok", idempotency_key="k"),
+        AsyncInputModel(message={"text": ""}),
+        AsyncInputModel(message=Text(text="abc"), success_queue="ok", idempotency_key="k"),
+        AsyncInputModel(message={"text": "other"}, idempotency_key="k"),
+        AsyncInputModel(message={"text": "ab"}, success_queue="ok"),
+    ]
+    first, invalid, same, reused, last = await worker.submit_many(requests)
+    assert isinstance(first, Success)
+    assert same == first
+    assert isinstance(invalid, Failure)
+    assert isinstance(invalid.error, ValidationError)
+    assert isinstance(reused, Failure)
+    assert isinstance(reused.error, IdempotencyKeyReusedError)
+    assert isinstance(last, Success)
+    lengths = {json.loads(await queue.receive("ok"))["result"]["length"] for _ in range(2)}
+    assert lengths == {2, 3}
+    with pytest.raises(IdempotencyKeyReusedError, match="give every request a key of its own"):
+        await worker.submit(requests[3])
+
+
+class Hanging(LengthPipeline):
+    """Hangs on one text until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = threading.Event()
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        if "hangs" in preprocessed_data["texts"]:
+            self.let_go.wait(timeout=60)
+        return super().predict(input_list, preprocessed_data)
+
+
+async def test_a_job_runs_alone_after_a_crash_within_the_batch_timeout() -> None:
+    store, now, pipeline = MemoryJobStore(), time.time(), Hanging()
+    texts = ["good", POISON, REJECTED, "hangs", "better"]
+    async with store:
+        for text in texts:
+            message = f'{{"text":"{text}"}}'
+            await store.add([NewJob(job_id=text, model_name=pipeline.model_name, message_json=message, created_at=now)])
+        await store.take(pipeline.model_name, 9, now)
+    settings = settings_with("batch_config", batch_timeout_seconds=0.2)
+    async with InferenceWorker(pipeline, settings=settings, job_store=store, calibrate=False) as worker:
+        jobs = [await worker.job(text, wait_s=30) for text in texts]
+        pipeline.let_go.set()
+    assert [job and (job.status, job.crashes) for job in jobs] == [
+        (JobStatus.SUCCEEDED, 1),
+        (JobStatus.FAILED, 1),
+        (JobStatus.FAILED, 1),
+        (JobStatus.FAILED, 1),
+        (JobStatus.SUCCEEDED, 1),
+    ]
+    assert jobs[3] is not None
+    assert "within the batch timeout of 0.2 s" in str(jobs[3].error)
+    assert all(len(batch) == 1 for batch in pipeline.batches if set(batch) & set(texts))
+
+
+class Closing(InMemoryBackend):
+    """Remembers how often it was closed."""
+
+    instances: list["Closing"] = []  # noqa: RUF012  # shared on purpose
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = 0
+        self.instances.append(self)
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+
+async def test_a_backend_that_the_configuration_made_is_closed_once_and_an_injected_one_is_its_owners(
+    pipeline: LengthPipeline,
+) -> None:
+    Closing.instances.clear()
+    settings = settings_with("queue_config", backend=f"{__name__}:Closing")
+    async with InferenceWorker(pipeline, settings=settings, job_store=MemoryJobStore()) as worker:
+        await worker.submit(AsyncInputModel(message={"text": "abc"}, success_queue="ok"))
+    (made,) = Closing.instances
+    assert (made.closed, made.depth("ok")) == (1, 1)
+    injected = Closing()
+    async with InferenceWorker(LengthPipeline(), queue_backend=injected):
+        pass
+    assert injected.closed == 0
+
+
+def test_an_object_that_cannot_send_is_refused_at_once(pipeline: LengthPipeline) -> None:
+    with pytest.raises(TypeError, match="async send_message"):
+        InferenceWorker(pipeline, queue_backend=object())  # type: ignore[arg-type]  # that is the point

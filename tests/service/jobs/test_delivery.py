@@ -1,16 +1,26 @@
 """Results reach the queues they named, or are set aside in sight; nothing waits for them."""
 
+import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 
-from service.jobs import DeliveryStatus, FinishedJob, Job, JobStatus, MemoryJobStore, NewJob
+from service.jobs import (
+    DeliveryRecord,
+    DeliveryStatus,
+    FinishedJob,
+    JobStatus,
+    JobStoreError,
+    MemoryJobStore,
+    NewJob,
+)
 from service.jobs.delivery import LONGEST_RETRY_S, Deliverer, backoff_with_jitter
-from service.queue_backends import InMemoryBackend
+from service.queue_backends import InMemoryBackend, QueueMessage, RoutingBackend, UndeliverableError
 
 pytestmark = pytest.mark.anyio
 
@@ -21,14 +31,12 @@ async def store() -> AsyncIterator[MemoryJobStore]:
         yield opened
 
 
-async def finished_job(store: MemoryJobStore, job_id: str = "job", queue: str = "ok") -> Job:
-    await store.add(
-        [NewJob(job_id=job_id, model_name="m", message={"text": "a"}, success_queue=queue, meta={"n": 1}, created_at=1)]
-    )
-    await store.take("m", 1, 2.0)
-    done = FinishedJob(job_id=job_id, status=JobStatus.SUCCEEDED, result={"length": 1}, finished_at=3.0)
-    (job,) = await store.finish([done])
-    return job
+async def finish_jobs(store: MemoryJobStore, *job_ids: str, queue: str = "ok") -> None:
+    fields: dict[str, Any] = {"model_name": "m", "message_json": "{}", "success_queue": queue, "created_at": 1.0}
+    await store.add([NewJob(job_id=job_id, meta_json='{"n":1}', **fields) for job_id in job_ids])
+    await store.take("m", len(job_ids), 2.0)
+    done: dict[str, Any] = {"status": JobStatus.SUCCEEDED, "result_json": '{"length":1}', "finished_at": 3.0}
+    await store.finish([FinishedJob(job_id=job_id, **done) for job_id in job_ids])
 
 
 async def delivery_of(store: MemoryJobStore, job_id: str = "job") -> tuple[DeliveryStatus, int, str | None]:
@@ -37,10 +45,15 @@ async def delivery_of(store: MemoryJobStore, job_id: str = "job") -> tuple[Deliv
     return job.delivery, job.delivery_attempts, job.delivery_error
 
 
-class Flaky:
-    """Fails so many times, by raising and by declining in turn, then passes on."""
+async def until_delivered_or_not(store: MemoryJobStore) -> None:
+    while (await store.counts()).deliveries[DeliveryStatus.PENDING]:
+        await anyio.lowlevel.checkpoint()
 
-    def __init__(self, failures: int, inner: InMemoryBackend) -> None:
+
+class Single:
+    """Passes messages on one by one, after it has failed so many times: by raising and by declining in turn."""
+
+    def __init__(self, inner: InMemoryBackend, failures: int = 0) -> None:
         self.failures = failures
         self.inner = inner
 
@@ -55,9 +68,8 @@ class Flaky:
 
 async def test_a_result_is_sent_with_its_job_id_and_noted_as_delivered(store: MemoryJobStore) -> None:
     queue = InMemoryBackend()
-    job = await finished_job(store)
-    async with Deliverer(queue, store, clock=lambda: 1705314600.25) as deliverer:
-        deliverer.enqueue(job)
+    await finish_jobs(store, "job")
+    async with Deliverer(queue, store, clock=lambda: 1705314600.25):
         message = json.loads(await queue.receive("ok"))
     assert message == {
         "version": 1,
@@ -77,76 +89,181 @@ async def test_a_failed_delivery_is_repeated_until_it_works(store: MemoryJobStor
         waits.append(attempt)
         return 0.0
 
-    job = await finished_job(store)
-    async with Deliverer(Flaky(3, queue), store, backoff_s=backoff_s) as deliverer:
-        deliverer.enqueue(job)
+    await finish_jobs(store, "job")
+    async with Deliverer(Single(queue, 3), store, backoff_s=backoff_s):
         await queue.receive("ok")
     assert waits == [1, 2, 3]
     assert await delivery_of(store) == (DeliveryStatus.DELIVERED, 4, None)
 
 
-async def test_a_delivery_is_set_aside_after_so_many_attempts(
+async def test_a_delivery_is_set_aside_after_so_many_attempts_and_can_be_replayed(
     store: MemoryJobStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = await finished_job(store)
-    backend = Flaky(10**6, InMemoryBackend())
-    async with Deliverer(backend, store, max_attempts=3, backoff_s=lambda _: 0.0) as deliverer:
-        deliverer.enqueue(job)
-        while (await delivery_of(store))[0] is DeliveryStatus.PENDING:
-            await anyio.lowlevel.checkpoint()
-    status, attempts, error = await delivery_of(store)
-    assert (status, attempts) == (DeliveryStatus.UNDELIVERED, 3)
-    assert error == "ConnectionError: the broker is down"
-    assert "set aside as undelivered after 3 attempts" in caplog.text
+    queue = InMemoryBackend()
+    await finish_jobs(store, "job")
+    async with Deliverer(Single(queue, 3), store, max_attempts=3, backoff_s=lambda _: 0.0) as deliverer:
+        await until_delivered_or_not(store)
+        status, attempts, error = await delivery_of(store)
+        assert (status, attempts) == (DeliveryStatus.UNDELIVERED, 3)
+        assert error == "the backend did not take the message"
+        assert (
+            "1 results for 'ok' are set aside as undelivered; the last one, of job job, after attempt 3" in caplog.text
+        )
+        await store.replay(["job"], 4.0)
+        deliverer.wake()
+        await queue.receive("ok")
+    assert await delivery_of(store) == (DeliveryStatus.DELIVERED, 1, None)
 
 
-async def test_a_slow_queue_holds_up_no_other(store: MemoryJobStore) -> None:
+async def test_a_message_that_can_never_be_sent_is_set_aside_at_once(store: MemoryJobStore) -> None:
+    class Small(InMemoryBackend):
+        async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Any]:
+            return [UndeliverableError("too large") if message.job_id == "b" else None for message in messages]
+
+    await finish_jobs(store, "a", "b", "c")
+    async with Deliverer(Small(), store):
+        await until_delivered_or_not(store)
+    assert await delivery_of(store, "b") == (DeliveryStatus.UNDELIVERED, 1, "too large")
+    assert {(await delivery_of(store, job_id))[0] for job_id in "ac"} == {DeliveryStatus.DELIVERED}
+
+
+async def test_many_messages_are_sent_in_few_calls_and_memory_holds_a_bounded_number(store: MemoryJobStore) -> None:
+    sizes: list[int] = []
+    most = 0
+
+    class Counting(InMemoryBackend):
+        async def send_messages(self, messages: Sequence[QueueMessage]) -> list[None]:
+            nonlocal most
+            most = max(most, deliverer.under_way)
+            sizes.append(len(messages))
+            return await super().send_messages(messages)
+
+    queue = Counting()
+    await finish_jobs(store, *(f"{n}" for n in range(2500)))
+    async with Deliverer(queue, store) as deliverer:
+        await until_delivered_or_not(store)
+    assert sorted(json.loads(message)["job_id"] for message in queue.messages("ok")) == sorted(map(str, range(2500)))
+    assert max(sizes) == 100
+    assert len(sizes) < 100
+    assert most <= 400  # half of the places: there is but one queue
+
+
+async def test_a_queue_that_hangs_holds_up_no_other(store: MemoryJobStore) -> None:
     queue = InMemoryBackend()
     released = anyio.Event()
 
-    class SlowForOne:
+    class HangsForOne:
         async def send_message(self, queue_name: str, message: str) -> bool:
             if queue_name == "slow":
                 await released.wait()
             return await queue.send_message(queue_name, message)
 
-    async with Deliverer(SlowForOne(), store) as deliverer:
-        deliverer.enqueue(await finished_job(store, "a", "slow"))
-        deliverer.enqueue(await finished_job(store, "b", "ok"))
+    await finish_jobs(store, *(f"slow-{n}" for n in range(1000)), queue="slow")
+    await finish_jobs(store, "b")
+    async with Deliverer(HangsForOne(), store):
         assert json.loads(await queue.receive("ok"))["job_id"] == "b"
+        await finish_jobs(store, *(f"ok-{n}" for n in range(100)))
+        for _ in range(100):
+            await queue.receive("ok")
         released.set()
-        assert json.loads(await queue.receive("slow"))["job_id"] == "a"
+    assert queue.depth("slow") == 1000
+
+
+async def test_a_backend_that_hangs_behind_a_route_takes_no_message_of_another_along(store: MemoryJobStore) -> None:
+    class Hangs:
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            await anyio.sleep_forever()
+            return True
+
+    queue = InMemoryBackend()
+    await finish_jobs(store, *(f"{n}" for n in range(5)))
+    await finish_jobs(store, "hung", queue="hang")
+    routing = RoutingBackend({"hang": Hangs(), "*": queue})
+    async with Deliverer(routing, store, send_timeout_s=0.05, max_attempts=1):
+        await until_delivered_or_not(store)
+    assert queue.depth("ok") == 5
+    assert {(await delivery_of(store, f"{n}"))[0] for n in range(5)} == {DeliveryStatus.DELIVERED}
+    assert (await delivery_of(store, "hung"))[0] is DeliveryStatus.UNDELIVERED
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_a_backend_that_is_cancelled_from_inside_has_failed_and_stops_nothing(many: bool) -> None:
+    """As when a library cancels what the backend awaits: asyncio raises what would end a task of ours in silence."""
+
+    class Single:
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            raise asyncio.CancelledError
+
+    class Many(Single):
+        async def send_messages(self, messages: Sequence[QueueMessage]) -> list[None]:
+            raise asyncio.CancelledError
+
+    async def deliver() -> None:
+        async with MemoryJobStore() as store:
+            await finish_jobs(store, "job")
+            async with Deliverer(Many() if many else Single(), store, max_attempts=2, backoff_s=lambda _: 0.0):
+                await until_delivered_or_not(store)
+            assert (await delivery_of(store))[:2] == (DeliveryStatus.UNDELIVERED, 2)
+
+    asyncio.run(deliver())
+
+
+async def test_an_attempt_that_takes_too_long_has_failed(store: MemoryJobStore) -> None:
+    class Hangs:
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            await anyio.sleep_forever()
+            return True
+
+    await finish_jobs(store, "job")
+    async with Deliverer(Hangs(), store, send_timeout_s=0.01, max_attempts=1):
+        await until_delivered_or_not(store)
+    assert await delivery_of(store) == (DeliveryStatus.UNDELIVERED, 1, "TimeoutError: no answer within 0.01 s")
 
 
 async def test_leaving_does_not_wait_for_retries_and_says_what_is_lost(
     store: MemoryJobStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    job = await finished_job(store)
-    failed = anyio.Event()
-
-    def forever(_: int) -> float:
-        failed.set()
-        return float("inf")
-
-    async with Deliverer(Flaky(10**6, InMemoryBackend()), store, backoff_s=forever) as deliverer:
-        deliverer.enqueue(job)
-        await failed.wait()
+    await finish_jobs(store, "job")
+    async with Deliverer(Single(InMemoryBackend(), 10**6), store, backoff_s=lambda _: float("inf")):
+        while not (await delivery_of(store))[1]:
+            await anyio.lowlevel.checkpoint()
     assert (await delivery_of(store))[:2] == (DeliveryStatus.PENDING, 1)
-    assert "The result of job job is lost" in caplog.text
+    assert "1 results are lost: their deliveries failed, and the store is not durable" in caplog.text
 
 
-async def test_what_was_left_pending_is_delivered_on_recovery(store: MemoryJobStore) -> None:
-    queue = InMemoryBackend(max_messages_per_queue=5000)
-    for n in range(2500):
-        await finished_job(store, f"job-{n}")
-    async with Deliverer(queue, store) as deliverer:
-        await deliverer.recover()
-    assert {json.loads(message)["job_id"] for message in queue.messages("ok")} == {f"job-{n}" for n in range(2500)}
-    assert await store.pending_deliveries(10) == []
+async def test_leaving_sends_what_is_due_where_it_would_be_lost_and_leaves_the_rest_to_the_next_start() -> None:
+    for durable in (False, True):
+        queue = InMemoryBackend()
+        async with MemoryJobStore() as store:
+            store.durable = durable
+            async with Deliverer(queue, store):
+                await finish_jobs(store, *(f"{n}" for n in range(2000)))
+            assert (queue.depth("ok") == 2000) is (not durable)
+            pending = (await store.counts()).deliveries[DeliveryStatus.PENDING]
+            assert queue.depth("ok") + pending == 2000
 
 
-def test_waits_double_up_to_a_limit_and_keep_at_least_half() -> None:
-    for attempt, longest_s in [(1, 0.5), (2, 1.0), (5, 8.0), (30, LONGEST_RETRY_S), (5000, LONGEST_RETRY_S)]:
+async def test_what_cannot_be_noted_is_noted_later(caplog: pytest.LogCaptureFixture) -> None:
+    class Full(MemoryJobStore):
+        failures = 1
+
+        async def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
+            if self.failures:
+                self.failures -= 1
+                raise JobStoreError("the disk is full")
+            await super().record_deliveries(records)
+
+    queue = InMemoryBackend()
+    async with Full() as store:
+        await finish_jobs(store, "job")
+        async with Deliverer(queue, store):
+            await until_delivered_or_not(store)
+    assert queue.depth("ok") == 1
+    assert "How 1 deliveries went could not be noted" in caplog.text
+
+
+def test_waits_grow_up_to_a_limit_and_keep_at_least_half() -> None:
+    for attempt, longest_s in [(1, 0.5), (2, 2.0), (5, 128.0), (30, LONGEST_RETRY_S), (5000, LONGEST_RETRY_S)]:
         waits = [backoff_with_jitter(attempt) for _ in range(200)]
         assert longest_s / 2 <= min(waits) < max(waits) <= longest_s
 

@@ -1,16 +1,18 @@
 """Jobs move from the store into the scheduler a window at a time, and every end of theirs is stored."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 
-from batching import Priority, QueueFullError, SchedulerClosedError
-from service.jobs import FinishedJob, Job, JobStatus, JobStoreError, MemoryJobStore
+from batching import Failure, Priority, QueueFullError, SchedulerClosedError, Success
+from pipelines import InferenceOutputModel
+from service.jobs import FinishedJob, Job, JobStatus, JobStoreError, MemoryJobStore, NewJob
 from service.jobs.manager import JobManager
-from service.jobs.runner import JobRunner
+from service.jobs.model import json_text, new_job_id
+from service.jobs.runner import JobOutcome, JobRunner
 from service.queue_backends import InMemoryBackend
 
 pytestmark = pytest.mark.anyio
@@ -36,9 +38,64 @@ class Flaky(MemoryJobStore):
             self.failures -= 1
             raise JobStoreError("the disk is full")
 
-    async def finish(self, outcomes: Sequence[FinishedJob]) -> list[Job]:
+    async def finish(self, outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
         self._maybe_fail()
-        return await super().finish(outcomes)
+        return await super().finish(outcomes, in_hand=in_hand)
+
+
+class Engine:
+    """Keeps the jobs that it is given until the test says what becomes of them; an open one answers at once."""
+
+    def __init__(self, *, is_open: bool = True) -> None:
+        self.is_open = is_open
+        self.refusals = 0
+        self.started: list[Job] = []
+        self.alone: list[str] = []
+        self.waiting: dict[str, Callable[[JobOutcome], None]] = {}
+        self.change = anyio.Event()
+
+    def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
+        if self.refusals:
+            self.refusals -= 1
+            raise QueueFullError(1, 1)
+        if "bad" in job.message:
+            raise ValueError("this is no item")
+        self.started.append(job)
+        self.waiting[job.job_id] = on_outcome
+        self.change.set()
+        if self.is_open:
+            self.answer(job.job_id)
+        return lambda: self.waiting.pop(job.job_id, None) and None
+
+    async def run_alone(self, job: Job) -> InferenceOutputModel:
+        assert not self.waiting
+        self.alone.append(job.job_id)
+        while not self.is_open:
+            self.change = anyio.Event()
+            await self.change.wait()
+        return output_of(job)
+
+    def answer(self, job_id: str, outcome: JobOutcome | None = None) -> None:
+        """Tell what became of a job, by default its message as its result."""
+        job = next(job for job in self.started if job.job_id == job_id)
+        if on_outcome := self.waiting.pop(job_id, None):
+            on_outcome(Success(output_of(job)) if outcome is None else outcome)
+
+    def open(self) -> None:
+        """Answer what waits, and from now on at once."""
+        self.is_open = True
+        self.change.set()
+        for job_id in list(self.waiting):
+            self.answer(job_id)
+
+    async def until_started(self, count: int) -> None:
+        while len(self.started) < count:
+            self.change = anyio.Event()
+            await self.change.wait()
+
+
+def output_of(job: Job) -> InferenceOutputModel:
+    return InferenceOutputModel(**job.message)
 
 
 @pytest.fixture
@@ -53,8 +110,15 @@ def store() -> Flaky:
 
 @pytest.fixture
 async def manager(store: Flaky, clock: Clock) -> AsyncIterator[JobManager]:
-    async with JobManager(store, clock=clock, result_ttl_s=60) as opened:
+    async with JobManager(store, clock=clock, result_ttl_s=60, sweep_interval_s=0.001) as opened:
         yield opened
+
+
+async def submit(manager: JobManager, message: dict[str, Any] | None = None, **fields: Any) -> str:
+    given: dict[str, Any] = {"model_name": "m", "created_at": manager.clock(), **fields}
+    (added,) = await manager.submit([NewJob(job_id=new_job_id(), message_json=json_text(message or {}), **given)])
+    assert isinstance(added, Success)
+    return added.value
 
 
 async def ended(manager: JobManager, job_id: str) -> Job:
@@ -64,126 +128,138 @@ async def ended(manager: JobManager, job_id: str) -> Job:
 
 
 async def test_never_more_than_the_window_is_taken(manager: JobManager) -> None:
-    release, most = anyio.Event(), 0
-
-    async def run_job(job: Job, _: float) -> dict[str, Any]:
-        nonlocal most
-        most = max(most, runner.running)
-        await release.wait()
-        return job.message
-
-    runner = JobRunner(manager, "m", run_job, window=3)
-    async with runner:
-        job_ids = [await manager.submit("m", {"n": n}) for n in range(20)]
-        while runner.running < 3:
-            await anyio.lowlevel.checkpoint()
-        counts = await manager.store.counts()
-        assert (counts[JobStatus.RUNNING], counts[JobStatus.QUEUED]) == (3, 17)
-        release.set()
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=3) as runner:
+        job_ids = [await submit(manager, {"n": n}) for n in range(20)]
+        await engine.until_started(3)
+        await anyio.wait_all_tasks_blocked()
+        counts = (await manager.counts()).statuses
+        assert (runner.running, counts[JobStatus.RUNNING], counts[JobStatus.QUEUED]) == (3, 3, 17)
+        engine.answer(job_ids[1])
+        await engine.until_started(4)
+        assert [job.job_id for job in engine.started] == job_ids[:4]
+        engine.open()
         jobs = [await ended(manager, job_id) for job_id in job_ids]
-    assert [job.result for job in jobs] == [{"n": n} for n in range(20)]
-    assert most == 3
+    assert [(job.result or {})["n"] for job in jobs] == list(range(20))
 
 
 async def test_a_runner_takes_only_the_jobs_of_its_model(manager: JobManager) -> None:
-    async def run_job(job: Job, _: float) -> dict[str, Any]:
-        return {"by": job.model_name}
+    other = await submit(manager, model_name="other")
+    async with JobRunner(manager, "m", Engine(), window=3):
+        assert (await ended(manager, await submit(manager))).status is JobStatus.SUCCEEDED
+    assert (await ended_or_not(manager, other)).status is JobStatus.QUEUED
 
-    other = await manager.submit("other", {})
-    async with JobRunner(manager, "m", run_job, window=3):
-        assert (await ended(manager, await manager.submit("m", {}))).result == {"by": "m"}
-    job = await manager.get(other)
+
+async def ended_or_not(manager: JobManager, job_id: str) -> Job:
+    job = await manager.get(job_id)
     assert job is not None
-    assert job.status is JobStatus.QUEUED
+    return job
+
+
+async def test_each_end_is_stored_as_it_was(manager: JobManager) -> None:
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=3):
+        job_ids = [await submit(manager, {"n": n}) for n in range(3)]
+        bad = await submit(manager, {"bad": True})
+        await engine.until_started(3)
+        engine.answer(job_ids[0], Failure(ValueError("not this one")))
+        engine.answer(job_ids[1], Success(InferenceOutputModel(score=b"\xff")))
+        engine.answer(job_ids[2])
+        jobs = [await ended(manager, job_id) for job_id in (*job_ids, bad)]
+    assert [job.status for job in jobs] == [*[JobStatus.FAILED] * 2, JobStatus.SUCCEEDED, JobStatus.FAILED]
+    assert jobs[0].error == "ValueError: not this one"
+    assert "the pipeline's output is no JSON" in str(jobs[1].error)
+    assert jobs[3].error == "ValueError: this is no item"
 
 
 async def test_the_timeout_counts_from_the_first_dispatch(manager: JobManager, clock: Clock) -> None:
-    given: list[float] = []
-
-    async def run_job(_: Job, timeout_s: float) -> dict[str, Any]:
-        given.append(timeout_s)
-        return {}
-
-    waited = await manager.submit("m", {})
+    waited = await submit(manager)
     clock.now += 1_000_000  # a long backlog must not expire by waiting
-    async with JobRunner(manager, "m", run_job, window=3, timeout_s=100):
-        assert (await ended(manager, waited)).status is JobStatus.SUCCEEDED
-    assert given == [pytest.approx(100)]
-
-
-async def test_a_job_past_its_timeout_expires(manager: JobManager, clock: Clock) -> None:
-    async def run_job(_: Job, timeout_s: float) -> dict[str, Any]:
-        raise AssertionError("it must not run")
-
-    job_id = await manager.submit("m", {})
-    await manager.store.take("m", 1, clock())
-    clock.now += 101
-    await manager.store.requeue_running()
-    async with JobRunner(manager, "m", run_job, window=3, timeout_s=100):
-        job = await ended(manager, job_id)
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=3, timeout_s=100) as runner:
+        await engine.until_started(1)
+        clock.now += 99
+        runner.wake()
+        await anyio.wait_all_tasks_blocked()
+        assert (await ended_or_not(manager, waited)).status is JobStatus.RUNNING
+        clock.now += 2
+        runner.wake()
+        job = await ended(manager, waited)
     assert job.status is JobStatus.EXPIRED
     assert job.error == "the job did not finish within its timeout of 100 s"
+    assert not engine.waiting
+
+
+async def test_a_job_expires_by_its_own_time_queued_or_running(manager: JobManager, clock: Clock) -> None:
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=1) as runner:
+        job_ids = [await submit(manager, expires_at=clock() + 10) for _ in range(2)]
+        await engine.until_started(1)
+        clock.now += 11
+        runner.wake()
+        jobs = [await ended(manager, job_id) for job_id in job_ids]
+    assert [(job.status, job.error) for job in jobs] == [
+        (JobStatus.EXPIRED, "the job did not end within its expires_in")
+    ] * 2
+    assert len(engine.started) == 1
 
 
 async def test_a_full_scheduler_makes_a_job_wait_and_not_fail(manager: JobManager) -> None:
-    refusals = 3
-
-    async def run_job(_: Job, timeout_s: float) -> dict[str, Any]:
-        nonlocal refusals
-        if refusals:
-            refusals -= 1
-            raise QueueFullError(1, 1)
-        return {}
-
-    async with JobRunner(manager, "m", run_job, window=3):
-        assert (await ended(manager, await manager.submit("m", {}))).status is JobStatus.SUCCEEDED
-    assert refusals == 0
+    engine = Engine()
+    engine.refusals = 3
+    async with JobRunner(manager, "m", engine, window=3):
+        assert (await ended(manager, await submit(manager))).status is JobStatus.SUCCEEDED
+    assert engine.refusals == 0
 
 
 async def test_an_end_that_cannot_be_stored_is_stored_later(
     manager: JobManager, store: Flaky, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def run_job(_: Job, timeout_s: float) -> dict[str, Any]:
-        return {}
-
     store.failures = 2
-    async with JobRunner(manager, "m", run_job, window=3):
-        assert (await ended(manager, await manager.submit("m", {}))).status is JobStatus.SUCCEEDED
+    async with JobRunner(manager, "m", Engine(), window=3):
+        assert (await ended(manager, await submit(manager))).status is JobStatus.SUCCEEDED
     assert caplog.text.count("could not be stored") == 2
 
 
+async def test_jobs_that_ended_together_are_stored_together(manager: JobManager, store: Flaky) -> None:
+    sizes: list[int] = []
+    finish = store.finish
+
+    async def counting(outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
+        sizes.append(len(outcomes))
+        return await finish(outcomes, in_hand=in_hand)
+
+    store.finish = counting  # type: ignore[method-assign]  # to see how often it is called
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=50):
+        job_ids = [await submit(manager) for _ in range(50)]
+        await engine.until_started(50)
+        engine.open()
+        for job_id in job_ids:
+            await ended(manager, job_id)
+    assert sizes == [50]
+
+
 async def test_a_job_whose_scheduler_closed_stays_for_the_next_start(manager: JobManager) -> None:
-    tried = anyio.Event()
-
-    async def run_job(_: Job, timeout_s: float) -> dict[str, Any]:
-        tried.set()
-        raise SchedulerClosedError("closing")
-
-    job_id = await manager.submit("m", {})
-    async with JobRunner(manager, "m", run_job, window=3):
-        await tried.wait()
-    job = await manager.get(job_id)
-    assert job is not None
-    assert job.status is JobStatus.RUNNING
-    assert await manager.store.requeue_running() == 1
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=3):
+        job_id = await submit(manager)
+        await engine.until_started(1)
+        engine.answer(job_id, Failure(SchedulerClosedError("closing")))
+    assert (await ended_or_not(manager, job_id)).status is JobStatus.RUNNING
+    assert (await manager.store.recover(1.0)).requeued == 1
 
 
 async def test_a_running_job_can_be_cancelled(manager: JobManager) -> None:
-    started, stopped = anyio.Event(), anyio.Event()
-
-    async def run_job(_: Job, timeout_s: float) -> dict[str, Any]:
-        started.set()
-        try:
-            await anyio.sleep_forever()
-        finally:
-            stopped.set()
-        return {}
-
-    async with JobRunner(manager, "m", run_job, window=3):
-        job_id = await manager.submit("m", {})
-        await started.wait()
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=1):
+        job_id, after = await submit(manager), await submit(manager)
+        await engine.until_started(1)
         job = await manager.cancel(job_id)
-        await stopped.wait()
+        await engine.until_started(2)
+        assert job_id not in engine.waiting
+        engine.open()
+        assert (await ended(manager, after)).status is JobStatus.SUCCEEDED
     assert job is not None
     assert job.status is JobStatus.CANCELLED
     assert (await ended(manager, job_id)).status is JobStatus.CANCELLED
@@ -193,19 +269,16 @@ async def test_cancelling_too_late_does_not_stop_the_delivery() -> None:
     """The job ends in the store just before it is cancelled there."""
     queue = InMemoryBackend()
 
-    async def run_job(_: Job, timeout_s: float) -> dict[str, Any]:
-        return {}
-
     class Slow(Flaky):
-        async def finish(self, outcomes: Sequence[FinishedJob]) -> list[Job]:
-            ended = await super().finish(outcomes)
+        async def finish(self, outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
+            ended = await super().finish(outcomes, in_hand=in_hand)
             stored.set()
             await released.wait()
             return ended
 
     stored, released = anyio.Event(), anyio.Event()
-    async with JobManager(Slow(), queue) as manager, JobRunner(manager, "m", run_job, window=3):
-        job_id = await manager.submit("m", {}, success_queue="ok")
+    async with JobManager(Slow(), queue) as manager, JobRunner(manager, "m", Engine(), window=3):
+        job_id = await submit(manager, success_queue="ok")
         await stored.wait()
         job = await manager.cancel(job_id)
         assert job is not None
@@ -214,80 +287,131 @@ async def test_cancelling_too_late_does_not_stop_the_delivery() -> None:
         await queue.receive("ok")
 
 
+async def crashed(manager: JobManager, count: int) -> list[str]:
+    """So many jobs that were running when a process died."""
+    job_ids = [await submit(manager, {"n": n}) for n in range(count)]
+    await manager.store.take("m", count, manager.clock())
+    await manager.store.recover(manager.clock())
+    return job_ids
+
+
+async def test_jobs_that_ran_at_a_crash_run_alone_one_by_one_before_all_others(manager: JobManager) -> None:
+    suspects = await crashed(manager, 3)
+    others = [await submit(manager) for _ in range(2)]
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=9) as runner:
+        await anyio.wait_all_tasks_blocked()
+        assert (engine.alone, engine.started, runner.running) == (suspects[:1], [], 1)
+        engine.open()
+        for job_id in (*suspects, *others):
+            assert (await ended(manager, job_id)).status is JobStatus.SUCCEEDED
+    assert engine.alone == suspects
+    assert [job.job_id for job in engine.started] == others
+
+
+async def test_a_job_that_is_cancelled_alone_is_not_heard_and_one_that_is_late_not_run(
+    manager: JobManager, clock: Clock
+) -> None:
+    cancelled, late = await crashed(manager, 2)
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=9, timeout_s=30):
+        await anyio.wait_all_tasks_blocked()
+        await manager.cancel(cancelled)
+        clock.now += 31
+        assert engine.alone == [cancelled]
+        engine.open()
+        job = await ended(manager, late)
+    assert (job.status, job.error) == (JobStatus.EXPIRED, "the job did not finish within its timeout of 30 s")
+    assert (await ended(manager, cancelled)).status is JobStatus.CANCELLED
+    assert engine.alone == [cancelled]
+
+
+async def test_of_two_models_one_at_a_time_runs_a_job_alone(manager: JobManager) -> None:
+    (first,) = await crashed(manager, 1)
+    second = await submit(manager, model_name="other")
+    await manager.store.take("other", 1, manager.clock())
+    await manager.store.recover(manager.clock())
+    engines = [Engine(is_open=False), Engine(is_open=False)]
+    async with JobRunner(manager, "m", engines[0], window=9), JobRunner(manager, "other", engines[1], window=9):
+        await anyio.wait_all_tasks_blocked()
+        assert (await manager.counts()).statuses[JobStatus.RUNNING] == 1
+        now, later = sorted(engines, key=lambda engine: len(engine.alone), reverse=True)
+        assert (len(now.alone), later.alone) == (1, [])
+        now.open()
+        assert (await ended(manager, now.alone[0])).status is JobStatus.SUCCEEDED
+        await anyio.wait_all_tasks_blocked()
+        assert {*now.alone, *later.alone} == {first, second}
+        later.open()
+        assert (await ended(manager, later.alone[0])).status is JobStatus.SUCCEEDED
+
+
+async def test_ends_that_cannot_be_stored_keep_their_places_in_the_window(manager: JobManager, store: Flaky) -> None:
+    store.failures = 10**6
+    engine = Engine()
+    async with JobRunner(manager, "m", engine, window=4):
+        for _ in range(50):
+            await submit(manager)
+        await engine.until_started(4)
+        for _ in range(100):
+            await anyio.lowlevel.checkpoint()
+        assert len(engine.started) == 4
+        store.failures = 0
+        await engine.until_started(50)
+    assert (await manager.counts()).statuses[JobStatus.SUCCEEDED] == 50
+
+
 async def test_waiting_for_a_job_ends_in_time(manager: JobManager) -> None:
-    job_id = await manager.submit("m", {})
+    job_id = await submit(manager)
     job = await manager.get(job_id, wait_s=0.01)
     assert job is not None
     assert job.status is JobStatus.QUEUED
     assert await manager.get("unknown", wait_s=30) is None
 
 
-async def test_results_are_removed_once_their_time_is_over(clock: Clock) -> None:
-    store = MemoryJobStore()
-
-    async def run_job(_: Job, timeout_s: float) -> dict[str, Any]:
-        return {}
-
+async def test_results_are_removed_once_their_time_is_over(manager: JobManager, store: Flaky, clock: Clock) -> None:
     swept = anyio.Event()
-    original = store.remove_finished
+    remove = store.remove_finished
 
     async def remove_finished(before: float) -> int:
-        removed = await original(before)
+        removed = await remove(before)
         if removed:
             swept.set()
         return removed
 
     store.remove_finished = remove_finished  # type: ignore[method-assign]  # to know when the sweeper has been there
-    async with JobManager(store, clock=clock, result_ttl_s=60, sweep_interval_s=0.001) as manager:
-        async with JobRunner(manager, "m", run_job, window=3):
-            job_id = await manager.submit("m", {})
-            await ended(manager, job_id)
-            clock.now += 59
-            assert await manager.get(job_id) is not None
-            clock.now += 2
-            await swept.wait()
-            assert await manager.get(job_id) is None
+    async with JobRunner(manager, "m", Engine(), window=3):
+        job_id = await submit(manager)
+        await ended(manager, job_id)
+        clock.now += 59
+        assert await manager.get(job_id) is not None
+        clock.now += 2
+        await swept.wait()
+        assert await manager.get(job_id) is None
 
 
-async def test_an_end_that_no_store_can_keep_fails_its_job_alone(caplog: pytest.LogCaptureFixture) -> None:
-    class Picky(MemoryJobStore):
-        async def finish(self, outcomes: Sequence[FinishedJob]) -> list[Job]:
-            if any(outcome.result == {"n": 0} for outcome in outcomes):
-                raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
-            return await super().finish(outcomes)
-
-    async def run_job(job: Job, _: float) -> dict[str, Any]:
-        return job.message
-
-    async with JobManager(Picky()) as manager, JobRunner(manager, "m", run_job, window=3):
-        jobs = [await ended(manager, await manager.submit("m", {"n": n})) for n in range(3)]
-    assert [job.status for job in jobs] == [JobStatus.FAILED, JobStatus.SUCCEEDED, JobStatus.SUCCEEDED]
-    assert jobs[0].error == "what became of the job could not be stored; the service's log tells why"
-    assert "surrogates not allowed" in caplog.text
+async def test_an_expired_job_is_delivered_to_its_failure_queue(clock: Clock) -> None:
+    queue = InMemoryBackend()
+    async with JobManager(Flaky(), queue, clock=clock, sweep_interval_s=0.001) as manager:
+        job_id = await submit(manager, failure_queue="bad", expires_at=clock() + 5)
+        clock.now += 6
+        assert job_id in await queue.receive("bad")
 
 
 async def test_interactive_jobs_go_first_and_leave_bulk_ones_a_tenth_of_the_window(manager: JobManager) -> None:
-    release = anyio.Event()
-    taken: list[str] = []
-
-    async def run_job(job: Job, _: float) -> dict[str, Any]:
-        taken.append(job.priority)
-        await release.wait()
-        return {}
-
+    engine = Engine(is_open=False)
     for priority in (Priority.BULK, Priority.INTERACTIVE):
         for _ in range(30):
-            await manager.submit("m", {}, priority=priority)
-    async with JobRunner(manager, "m", run_job, window=20) as runner:
-        while len(taken) < 20:
-            await anyio.lowlevel.checkpoint()
-        assert (taken.count("interactive"), taken.count("bulk"), runner.running) == (18, 2, 20)
-        release.set()
-    assert len(taken) == 60
+            await submit(manager, priority=priority)
+    async with JobRunner(manager, "m", engine, window=20) as runner:
+        await engine.until_started(20)
+        taken = [job.priority for job in engine.started]
+        assert (taken.count(Priority.INTERACTIVE), taken.count(Priority.BULK), runner.running) == (18, 2, 20)
+        engine.open()
+    assert len(engine.started) == 60
 
 
 async def test_whoever_waits_is_answered_when_waiting_is_over(manager: JobManager) -> None:
-    job_id = await manager.submit("m", {})
+    job_id = await submit(manager)
     async with anyio.create_task_group() as task_group:
         for _ in range(2):
             task_group.start_soon(manager.get, job_id, 1e9)

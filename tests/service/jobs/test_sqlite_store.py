@@ -2,15 +2,19 @@
 
 import asyncio
 import os
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 
 from batching import Priority
@@ -18,16 +22,37 @@ from service.jobs import (
     DeliveryStatus,
     DuplicateJobError,
     FinishedJob,
+    JobFilter,
     JobStatus,
+    JobStoreBusyError,
     JobStoreClosedError,
     JobStoreError,
+    JobStoreFullError,
     JobStoreLockedError,
     JobStoreSchemaError,
     JobStoreUnavailableError,
     NewJob,
+    Recovery,
     SqliteJobStore,
 )
+from service.jobs.sqlite_rows import SELECT, condition_of
 from service.jobs.sqlite_schema import APPLICATION_ID, MIGRATIONS
+from service.jobs.sqlite_table import (
+    _DUE,
+    _END_SENDING,
+    _EXPIRE,
+    _NEXT_QUEUE,
+    _READ,
+    _RECORD_DELIVERY,
+    _REMOVE,
+    _REPLAY,
+    _SET_ASIDE,
+    _SUSPECT,
+    _TO_TAKE,
+    CHARACTERS_AT_ONCE,
+    REMOVABLE,
+    JobTable,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -42,7 +67,7 @@ async def main():
         async def add(prefix):
             for n in range(1_000_000):
                 job_id = f"{prefix}-{n}"
-                await store.add([NewJob(job_id=job_id, model_name="m", message={}, created_at=1.0)])
+                await store.add([NewJob(job_id=job_id, model_name="m", message_json="{}", created_at=1.0)])
                 print(job_id, flush=True)
         async with anyio.create_task_group() as task_group:
             for prefix in "abcdefgh":
@@ -60,22 +85,27 @@ def path(tmp_path: Path) -> Path:
 
 
 def new_job(job_id: str, message: str = "") -> NewJob:
-    return NewJob(job_id=job_id, model_name="m", message={"text": message}, success_queue="ok", created_at=1.0)
+    text = f'{{"text":"{message}"}}'
+    return NewJob(job_id=job_id, model_name="m", message_json=text, success_queue="ok", created_at=1.0)
 
 
 async def test_everything_is_still_there_after_it_was_closed(path: Path) -> None:
     async with SqliteJobStore(path) as store:
         await store.add([new_job("a"), new_job("b"), new_job("c")])
         await store.take("m", 2, 2.0)
-        done = FinishedJob(job_id="a", status=JobStatus.SUCCEEDED, result={"n": 1}, finished_at=3.0)
-        (ended,) = await store.finish([done])
+        done = FinishedJob(job_id="a", status=JobStatus.SUCCEEDED, result_json='{"n":1}', finished_at=3.0)
+        assert await store.finish([done]) == ["a"]
+        ended = await store.get("a")
         counts = await store.counts()
     async with SqliteJobStore(path) as store:
         assert await store.counts() == counts
         assert await store.get("a") == ended
-        assert await store.pending_deliveries(9) == [ended]
-        assert await store.requeue_running() == 1
-        assert [job.job_id for job in await store.take("m", 9, 4.0)] == ["b", "c"]
+        assert await store.take_deliveries(9, 4.0, places={}, per_queue=9) == [ended]
+        assert await store.recover(4.0) == Recovery(1, [])
+        assert [job.job_id for job in await store.take("m", 9, 4.0)] == ["c"]
+        suspect = await store.take_suspect("m", 4.0)
+        assert suspect is not None
+        assert suspect.job_id == "b"
 
 
 async def test_a_job_whose_add_returned_survives_a_kill(path: Path) -> None:
@@ -89,11 +119,12 @@ async def test_a_job_whose_add_returned_survives_a_kill(path: Path) -> None:
     async with SqliteJobStore(path) as store:
         for job_id in acknowledged:
             assert await store.get(job_id) is not None, job_id
-        counts = await store.counts()
-        assert counts[JobStatus.RUNNING] > 0
-        assert await store.requeue_running() == counts[JobStatus.RUNNING]
-        stored = sum(counts.values())
-        assert len(await store.take("m", 10 * stored, 2.0)) == stored >= len(acknowledged)
+        statuses = (await store.counts()).statuses
+        assert statuses[JobStatus.RUNNING] > 0
+        assert (await store.recover(2.0)).requeued == statuses[JobStatus.RUNNING]
+        stored = sum(statuses.values())
+        assert len(await store.take("m", 10 * stored, 2.0)) == statuses[JobStatus.QUEUED]
+        assert stored >= len(acknowledged)
 
 
 async def test_operations_at_the_same_time_share_commits(path: Path) -> None:
@@ -102,7 +133,7 @@ async def test_operations_at_the_same_time_share_commits(path: Path) -> None:
         async with anyio.create_task_group() as task_group:
             for n in range(500):
                 task_group.start_soon(store.add, [new_job(f"{n}")])
-        assert (await store.counts())[JobStatus.QUEUED] == 500
+        assert (await store.counts()).statuses[JobStatus.QUEUED] == 500
         assert store.commits - before < 20
 
 
@@ -122,8 +153,18 @@ async def test_an_operation_that_fails_does_so_alone(path: Path) -> None:
             for n in range(50):
                 task_group.start_soon(add, n)
         assert refused == 1
-        assert (await store.counts())[JobStatus.QUEUED] == 49 * 3 + 1
+        assert (await store.counts()).statuses[JobStatus.QUEUED] == 49 * 3 + 1
         assert await store.get("7a") is None
+
+
+async def test_a_list_is_stored_whole_or_not_at_all_however_long_it_is(path: Path) -> None:
+    async with SqliteJobStore(path) as store:
+        await store.add([new_job("150")])
+        with pytest.raises(DuplicateJobError, match="'150'"):
+            await store.add([new_job(f"{n}") for n in range(200)])
+        assert (await store.counts()).statuses[JobStatus.QUEUED] == 1
+        await store.add([new_job(f"x{n}") for n in range(201)])
+        assert [job.job_id for job in await store.take("m", 999, 2.0)] == ["150", *(f"x{n}" for n in range(201))]
 
 
 async def test_a_second_owner_is_refused_with_the_firsts_process_id(path: Path) -> None:
@@ -144,10 +185,10 @@ async def test_a_full_disk_is_an_error_with_a_remedy_and_the_store_goes_on(path:
         store._database.execute("PRAGMA max_page_count = 20")  # noqa: SLF001  # stands in for the full disk
         with pytest.raises(JobStoreUnavailableError, match=r"jobs\.db cannot be used: .*full; free some space"):
             await store.add([new_job(f"{n}", "x" * 2000) for n in range(100)])
-        stored = (await store.counts())[JobStatus.QUEUED]
+        stored = (await store.counts()).statuses[JobStatus.QUEUED]
         store._database.execute("PRAGMA max_page_count = 2000000")  # noqa: SLF001  # space again
         await store.add([new_job("z", "x" * 100_000)])
-        assert (await store.counts())[JobStatus.QUEUED] == stored + 1
+        assert (await store.counts()).statuses[JobStatus.QUEUED] == stored + 1
         assert len(await store.take("m", 1000, 2.0)) == stored + 1
 
 
@@ -163,7 +204,7 @@ async def test_a_cancelled_owner_leaves_a_sound_store(path: Path) -> None:
     with pytest.raises(JobStoreClosedError):
         await store.get("a")
     async with SqliteJobStore(path) as store:
-        counted = sum((await store.counts()).values())
+        counted = sum((await store.counts()).statuses.values())
         assert len(await store.take("m", 1000, 2.0)) == counted >= 1
 
 
@@ -212,7 +253,7 @@ async def test_the_file_is_safe_to_read_meanwhile_and_shrinks_when_jobs_are_remo
         (pages,) = reader.execute("PRAGMA page_count").fetchone()
         await store.take("m", 3000, 2.0)
         ends = [FinishedJob(job_id=f"{n}", status=JobStatus.FAILED, error="e", finished_at=3.0) for n in range(3000)]
-        assert all(job.delivery is DeliveryStatus.NONE for job in await store.finish(ends))
+        assert len(await store.finish(ends)) == 3000
         assert await store.remove_finished(4.0) == 3000
         assert reader.execute("PRAGMA page_count").fetchone()[0] < pages / 4
         reader.close()
@@ -225,33 +266,82 @@ async def test_a_database_of_the_first_version_is_migrated_with_its_jobs(path: P
     database.executescript("""
         INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery)
             VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none');
-        INSERT INTO counts VALUES ('queued', 1);
+        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, success_queue, finished_at)
+            VALUES ('b', 'm', 'succeeded', '{}', '{}', 1000000, 'pending', 'ok', 2000000),
+                ('c', 'm', 'succeeded', '{}', '{}', 1000000, 'undelivered', 'ok', 2000000);
+        INSERT INTO counts VALUES ('queued', 1), ('succeeded', 2);
     """)
     database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1")
     database.close()
     async with SqliteJobStore(path) as store:
         (job,) = await store.take("m", 9, 2.0)
         assert (job.job_id, job.priority) == ("a", Priority.BULK)
+        (due,) = await store.take_deliveries(9, 2.0, places={}, per_queue=9)
+        assert (due.job_id, due.delivery_queue) == ("b", "ok")
+        assert (await store.counts()).deliveries[DeliveryStatus.UNDELIVERED] == 1
+        assert await store.replay(None, 3.0) == 1
+        (due,) = await store.take_deliveries(9, 3.0, places={}, per_queue=9)
+        assert due.job_id == "c"
 
 
-def test_the_connection_is_not_closed_under_a_transaction_that_asyncio_cancelled(path: Path) -> None:
+async def test_a_database_that_another_program_locks_is_an_error_and_then_works_again(path: Path) -> None:
+    async with SqliteJobStore(path) as store:
+        store._database.execute("PRAGMA busy_timeout = 0")  # noqa: SLF001  # so that the test need not wait
+        intruder = sqlite3.connect(path, isolation_level=None)
+        intruder.execute("BEGIN IMMEDIATE")
+        with pytest.raises(JobStoreUnavailableError, match="locked; close the other program"):
+            await store.add([new_job("a")])
+        assert await store.get("a") is None
+        intruder.execute("ROLLBACK")
+        intruder.close()
+        assert await store.add([new_job("a")]) == ["a"]
+
+
+def listed(**fields: Any) -> str:
+    return f"{SELECT} WHERE {condition_of(JobFilter(**fields))[0]} ORDER BY seq DESC LIMIT ?"
+
+
+@pytest.mark.parametrize(
+    ("statement", "index"),
+    [
+        (_TO_TAKE, "queued_jobs"),
+        (_SUSPECT, "suspect_jobs"),
+        (_EXPIRE, "expiring_jobs"),
+        (_SET_ASIDE, "running_jobs"),
+        (_NEXT_QUEUE, "deliveries"),
+        (_DUE, "deliveries"),
+        (_END_SENDING["success_queue"].format(rows="(1, 1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
+        (_RECORD_DELIVERY.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
+        (_REPLAY.format(which=""), "undelivered_jobs"),
+        (_REMOVE.format(which=REMOVABLE), "removable_jobs"),
+        (f"{SELECT} WHERE idempotency_key = ?", "idempotency_keys"),
+        (listed(statuses=[JobStatus.FAILED]), "failed_jobs"),
+        (listed(statuses=[JobStatus.RUNNING], model_name="m"), "running_jobs"),
+        (listed(deliveries=[DeliveryStatus.UNDELIVERED]), "undelivered_jobs"),
+    ],
+)
+async def test_what_is_done_again_and_again_costs_the_same_however_many_jobs_there_are(
+    path: Path, statement: str, index: str
+) -> None:
+    async with SqliteJobStore(path) as store:
+        unbound = re.sub(r"\?\d*", "1", statement)
+        plan = store._database.execute(f"EXPLAIN QUERY PLAN {unbound}").fetchall()  # noqa: SLF001
+        steps = [str(step[3]) for step in plan]
+        assert any(f"INDEX {index}" in step for step in steps), steps
+        assert not any(step.startswith("SCAN jobs") and "INDEX" not in step for step in steps), steps
+        assert not any("TEMP B-TREE" in step for step in steps), steps
+
+
+def test_a_transaction_that_asyncio_cancelled_is_finished_before_the_store_closes(path: Path) -> None:
     """Its cancellation passes by anyio's shields, and a connection closed while it is used crashes the process."""
-    began, closing, may_go_on = threading.Event(), threading.Event(), threading.Event()
+    began, may_go_on = threading.Event(), threading.Event()
     store = SqliteJobStore(path)
     found: list[object] = []
 
-    def operation() -> None:
+    def operation(_: JobTable) -> None:
         began.set()
         may_go_on.wait(timeout=60)
         found.extend(store._database.execute("SELECT count(*) FROM jobs").fetchone())  # noqa: SLF001
-
-    close = store._close  # noqa: SLF001  # to know when it is tried
-
-    def close_loudly() -> None:
-        closing.set()
-        close()
-
-    store._close = close_loudly  # type: ignore[method-assign]  # noqa: SLF001  # as above
 
     async def own() -> None:
         async with store:
@@ -260,12 +350,114 @@ def test_the_connection_is_not_closed_under_a_transaction_that_asyncio_cancelled
     async def cancel_all() -> None:
         owner = asyncio.create_task(own())
         await asyncio.to_thread(began.wait, 60)
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.cancel()
-        await asyncio.to_thread(closing.wait, 60)
+        for _ in range(3):
+            owner.cancel()
+            await asyncio.sleep(0)
         may_go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await owner
+        while True:
+            try:
+                async with SqliteJobStore(path) as again:
+                    assert await again.get("a") is None
+                    break
+            except JobStoreLockedError:  # until the thread has closed it
+                await asyncio.sleep(0)
 
     asyncio.run(cancel_all())
     assert found == [0]
+
+
+async def test_an_abandoned_operation_that_has_not_begun_is_not_run(path: Path) -> None:
+    began, may_go_on = threading.Event(), threading.Event()
+
+    def operation(_: JobTable) -> None:
+        began.set()
+        may_go_on.wait(timeout=60)
+
+    async with SqliteJobStore(path) as store:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(store._perform, operation)  # noqa: SLF001  # keeps the thread
+            await anyio.to_thread.run_sync(began.wait, 60)
+            with anyio.move_on_after(0):
+                await store.add([new_job("a")])
+            may_go_on.set()
+        assert await store.get("a") is None
+        await store.add([new_job("b")])
+        assert await store.get("b") is not None
+
+
+async def test_more_operations_than_may_wait_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.jobs.sqlite.WAITING_OPERATIONS", 10)
+    refusals: list[str] = []
+
+    async def add(store: SqliteJobStore, n: int) -> None:
+        try:
+            await store.add([new_job(f"{n}")])
+        except JobStoreBusyError as error:
+            refusals.append(str(error))
+
+    async with SqliteJobStore(path) as store:
+        async with anyio.create_task_group() as task_group:
+            for n in range(100):
+                task_group.start_soon(add, store, n)
+        assert (await store.counts()).statuses[JobStatus.QUEUED] == 100 - len(refusals)
+    assert set(refusals) == {"10 operations wait for the job store already; retry later"}
+
+
+async def test_a_cancelled_purge_leaves_the_store_working(path: Path) -> None:
+    may_go_on = threading.Event()
+    async with SqliteJobStore(path) as store:
+        await store.add([new_job(f"{n}") for n in range(10)])
+        for n in range(10):
+            await store.cancel(f"{n}", 2.0)
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(store._perform, lambda _: may_go_on.wait(timeout=60))  # noqa: SLF001  # keeps the thread
+            with anyio.move_on_after(0):
+                await store._thread.call(store._give_space_back)  # noqa: SLF001  # as a purge does at each step
+            may_go_on.set()
+        assert await store.purge(JobFilter()) == 10
+        assert sum((await store.counts()).statuses.values()) == 0
+
+
+async def test_a_cancelled_opening_leaves_no_lock(path: Path) -> None:
+    for _ in range(3):
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            async with SqliteJobStore(path):
+                pass
+    async with SqliteJobStore(path) as store:
+        assert await store.get("a") is None
+
+
+async def test_an_error_that_is_not_sqlites_own_reaches_the_caller_and_the_store_goes_on(path: Path) -> None:
+    def fail(table: JobTable) -> None:
+        table._database.execute("COMMIT")  # noqa: SLF001  # so that the commit of the transaction fails
+        raise MemoryError
+
+    async with SqliteJobStore(path) as store:
+        with pytest.raises((JobStoreUnavailableError, MemoryError)):
+            await store._perform(fail)  # noqa: SLF001  # an operation of the test's own
+        await store.add([new_job("a")])
+        assert await store.get("a") is not None
+
+
+async def test_more_is_never_read_at_once_than_fits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.jobs.sqlite_table._READ", _READ.replace(str(CHARACTERS_AT_ONCE), "3000"))
+    async with SqliteJobStore(path) as store:
+        await store.add([new_job(f"{n}", "x" * (10_000 if n == 4 else 1000)) for n in range(7)])
+        taken = [[job.job_id for job in await store.take("m", 9, 2.0)] for _ in range(5)]
+        assert taken == [["0", "1"], ["2", "3"], ["4"], ["5", "6"], []]
+
+
+@pytest.mark.parametrize("keyed", [True, False])
+async def test_a_full_store_still_knows_its_keys(path: Path, keyed: bool) -> None:
+    job = replace(new_job("a"), idempotency_key="k")
+    async with SqliteJobStore(path, max_jobs=1) as store:
+        assert await store.add([job]) == ["a"]
+        again = replace(job, job_id="b", idempotency_key="k" if keyed else "l")
+        if keyed:
+            assert await store.add([again]) == ["a"]
+        else:
+            with pytest.raises(JobStoreFullError):
+                await store.add([again])

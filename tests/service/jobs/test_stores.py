@@ -1,5 +1,6 @@
 """What every job store promises, asked of each of them."""
 
+import itertools
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from service.jobs import (
     DeliveryStatus,
     DuplicateJobError,
     FinishedJob,
+    IdempotencyKeyReusedError,
     Job,
+    JobFilter,
     JobStatus,
     JobStore,
     JobStoreClosedError,
     JobStoreFullError,
     MemoryJobStore,
     NewJob,
+    Recovery,
     SqliteJobStore,
 )
 
@@ -43,12 +47,12 @@ async def store(kind: str, tmp_path: Path) -> AsyncIterator[JobStore]:
 
 
 def new_job(job_id: str, **fields: Any) -> NewJob:
-    given: dict[str, Any] = {"model_name": "m", "message": {"text": job_id}, "created_at": 1.5, **fields}
+    given: dict[str, Any] = {"model_name": "m", "message_json": f'{{"text":"{job_id}"}}', "created_at": 1.5, **fields}
     return NewJob(job_id=job_id, **given)
 
 
 def success(job_id: str, at: float = 3.0) -> FinishedJob:
-    return FinishedJob(job_id=job_id, status=JobStatus.SUCCEEDED, result={"length": 1}, finished_at=at)
+    return FinishedJob(job_id=job_id, status=JobStatus.SUCCEEDED, result_json='{"length":1}', finished_at=at)
 
 
 def failure(job_id: str, at: float = 3.0, status: JobStatus = JobStatus.FAILED) -> FinishedJob:
@@ -64,15 +68,19 @@ async def existing(store: JobStore, job_id: str) -> Job:
 async def test_a_job_is_found_as_it_was_added(store: JobStore) -> None:
     given = new_job(
         "a",
-        message={"text": "naïve 🙂", "deep": [1, {"x": None}, 2.5]},
+        message_json='{"text":"naïve 🙂","deep":[1,{"x":null},2.5]}',
         success_queue="ok",
         failure_queue="bad",
-        meta={"user_id": "7"},
+        meta_json='{"user_id":"7"}',
+        expires_at=1705314700.5,
+        idempotency_key="once",
         created_at=1705314600.123456,
     )
     await store.add([given])
     job = await existing(store, "a")
-    assert (job.message, job.meta, job.created_at) == (given.message, given.meta, given.created_at)
+    assert (job.message_json, job.meta_json, job.created_at) == (given.message_json, given.meta_json, given.created_at)
+    assert (job.message["deep"], job.meta) == ([1, {"x": None}, 2.5], {"user_id": "7"})
+    assert (job.expires_at, job.idempotency_key, job.crashes) == (1705314700.5, "once", 0)
     assert (job.success_queue, job.failure_queue, job.model_name) == ("ok", "bad", "m")
     assert (job.status, job.delivery) == (JobStatus.QUEUED, DeliveryStatus.NONE)
     assert (job.started_at, job.finished_at, job.result, job.error) == (None, None, None, None)
@@ -82,13 +90,13 @@ async def test_a_job_is_found_as_it_was_added(store: JobStore) -> None:
 async def test_an_id_is_taken_once_and_a_list_is_added_whole_or_not_at_all(store: JobStore) -> None:
     await store.add([new_job("a")])
     with pytest.raises(DuplicateJobError, match="'a'"):
-        await store.add([new_job("b"), new_job("a", message={"text": "other"})])
+        await store.add([new_job("b"), new_job("a", message_json='{"text":"other"}')])
     with pytest.raises(DuplicateJobError, match="'c'"):
         await store.add([new_job("c"), new_job("c")])
     assert await store.get("b") is None
     assert await store.get("c") is None
     assert (await existing(store, "a")).message == {"text": "a"}
-    assert (await store.counts())[JobStatus.QUEUED] == 1
+    assert (await store.counts()).statuses[JobStatus.QUEUED] == 1
 
 
 async def test_a_full_store_refuses_until_ended_jobs_are_removed(kind: str, tmp_path: Path) -> None:
@@ -129,25 +137,26 @@ async def test_ends_are_stored_and_messages_fall_due_where_a_queue_was_named(sto
     )
     await store.take("m", 10, 2.0)
     outcomes = [success("a"), failure("b"), success("c"), failure("d"), failure("e", status=JobStatus.EXPIRED)]
-    ended = await store.finish(outcomes)
-    assert [(job.job_id, job.status, job.delivery) for job in ended] == [
-        ("a", JobStatus.SUCCEEDED, DeliveryStatus.PENDING),
-        ("b", JobStatus.FAILED, DeliveryStatus.PENDING),
-        ("c", JobStatus.SUCCEEDED, DeliveryStatus.NONE),
-        ("d", JobStatus.FAILED, DeliveryStatus.NONE),
-        ("e", JobStatus.EXPIRED, DeliveryStatus.PENDING),
+    assert await store.finish(outcomes) == ["a", "b", "c", "d", "e"]
+    jobs = {job_id: await existing(store, job_id) for job_id in "abcde"}
+    assert [(job.job_id, job.status, job.delivery, job.delivery_queue) for job in jobs.values()] == [
+        ("a", JobStatus.SUCCEEDED, DeliveryStatus.PENDING, "ok"),
+        ("b", JobStatus.FAILED, DeliveryStatus.PENDING, "bad"),
+        ("c", JobStatus.SUCCEEDED, DeliveryStatus.NONE, None),
+        ("d", JobStatus.FAILED, DeliveryStatus.NONE, None),
+        ("e", JobStatus.EXPIRED, DeliveryStatus.PENDING, "bad"),
     ]
-    assert (ended[0].result, ended[0].error, ended[0].finished_at) == ({"length": 1}, None, 3.0)
-    assert (ended[1].result, ended[1].error, ended[1].delivery_queue) == (None, "no", "bad")
-    for job in ended:
-        assert await existing(store, job.job_id) == job
+    assert (jobs["a"].result, jobs["a"].error, jobs["a"].finished_at) == ({"length": 1}, None, 3.0)
+    assert (jobs["b"].result, jobs["b"].error) == (None, "no")
+    due = await store.take_deliveries(9, 3.0, places={}, per_queue=9)
+    assert {job.job_id: job for job in due} == {job_id: jobs[job_id] for job_id in "abe"}
 
 
 async def test_only_a_job_in_the_right_state_ends(store: JobStore) -> None:
     await store.add([new_job("queued"), new_job("late"), new_job("cancelled")])
     await store.cancel("cancelled", 2.0)
     outcomes = [success("queued"), failure("late", status=JobStatus.EXPIRED), success("cancelled"), success("unknown")]
-    assert [job.job_id for job in await store.finish(outcomes)] == ["late"]
+    assert await store.finish(outcomes) == ["late"]
     assert await store.finish([success("late")]) == []
     assert (await existing(store, "queued")).status is JobStatus.QUEUED
     assert (await existing(store, "cancelled")).status is JobStatus.CANCELLED
@@ -168,29 +177,154 @@ async def test_cancelling_ends_what_has_not_ended(store: JobStore) -> None:
     assert await store.cancel("unknown", 5.0) is None
 
 
-async def test_pending_deliveries_come_in_pages_by_the_time_of_their_end(store: JobStore) -> None:
-    ends = {"d": 3.0, "a": 4.0, "c": 3.0, "b": 5.0}
-    await store.add([new_job(job_id, success_queue="ok") for job_id in ends])
-    await store.take("m", 10, 2.0)
+async def take_due(store: JobStore, now: float = 9.0, limit: int = 99, per_queue: int = 99) -> list[str]:
+    return [job.job_id for job in await store.take_deliveries(limit, now, places={}, per_queue=per_queue)]
+
+
+async def finish_with_deliveries(store: JobStore, ends: dict[str, float], queue: str = "ok") -> None:
+    await store.add([new_job(job_id, success_queue=queue, model_name="finished") for job_id in ends])
+    await store.take("finished", len(ends), 2.0)
     await store.finish([success(job_id, at) for job_id, at in ends.items()])
-    first = await store.pending_deliveries(2)
-    second = await store.pending_deliveries(2, first[-1])
-    assert [job.job_id for job in first + second] == ["c", "d", "a", "b"]
-    assert await store.pending_deliveries(2, second[-1]) == []
 
 
-async def test_deliveries_are_noted(store: JobStore) -> None:
-    await store.add([new_job("a", success_queue="ok"), new_job("b")])
-    await store.take("m", 10, 2.0)
-    await store.finish([success("a"), success("b")])
-    failed = DeliveryRecord(job_id="a", status=DeliveryStatus.PENDING, attempts=1, error="down")
-    await store.record_delivery([failed, replace(failed, job_id="b"), replace(failed, job_id="unknown")])
-    assert [(job.delivery_attempts, job.delivery_error) for job in await store.pending_deliveries(9)] == [(1, "down")]
-    await store.record_delivery([DeliveryRecord(job_id="a", status=DeliveryStatus.DELIVERED, attempts=2)])
+async def test_due_deliveries_are_taken_once_in_the_order_in_which_they_fell_due(store: JobStore) -> None:
+    await finish_with_deliveries(store, {"a": 4.0, "b": 3.0, "c": 5.0, "d": 7.0})
+    assert await take_due(store, now=2.9) == []
+    assert sorted(await take_due(store, now=5.0, limit=2)) == ["a", "b"]
+    assert await take_due(store, now=5.0) == ["c"]
+    assert await take_due(store, now=6.0) == []
+    assert await take_due(store, now=7.0) == ["d"]
+
+
+async def test_a_delivery_in_hand_is_not_due_until_it_is_recorded_or_the_process_dies(store: JobStore) -> None:
+    await store.add([new_job(job_id, success_queue="ok") for job_id in "ab"])
+    await store.take("m", 2, 2.0)
+    await store.finish([success("a"), success("b")], in_hand={"a"})
+    assert (await existing(store, "a")).delivery is DeliveryStatus.PENDING
+    assert await take_due(store) == ["b"]
+    failed = DeliveryRecord(job_id="a", status=DeliveryStatus.PENDING, attempts=1, error="down", due_at=5.0)
+    await store.record_deliveries([failed])
+    assert await take_due(store) == ["a"]
+    await store.recover(6.0)
+    assert sorted(await take_due(store)) == ["a", "b"]
+
+
+async def test_queues_take_turns_and_keep_to_their_places(store: JobStore) -> None:
+    for queue in ("x", "y", "z"):
+        await finish_with_deliveries(store, {f"{queue}{n}": 3.0 + n / 10 for n in range(4)}, queue)
+    assert sorted(await take_due(store, per_queue=1)) == ["x0", "y0", "z0"]
+    due = await store.take_deliveries(99, 9.0, places={"x": 0, "y": -1}, per_queue=2)
+    assert [job.job_id for job in due] == ["z1", "z2"]
+    taken = [await take_due(store, limit=1, per_queue=1) for _ in range(7)]
+    assert sorted(job_id for job_ids in taken for job_id in job_ids) == ["x1", "x2", "x3", "y1", "y2", "y3", "z3"]
+    turns = [job_ids[0][0] for job_ids in taken]
+    assert all(first != second for first, second in itertools.pairwise(turns[:5]))
+
+
+async def test_deliveries_are_noted_and_failed_ones_are_due_when_they_say(store: JobStore) -> None:
+    await finish_with_deliveries(store, {"a": 3.0})
+    await store.add([new_job("b")])
+    assert await take_due(store) == ["a"]
+    failed = DeliveryRecord(job_id="a", status=DeliveryStatus.PENDING, attempts=1, error="down", due_at=20.0)
+    await store.record_deliveries([failed, replace(failed, job_id="b"), replace(failed, job_id="unknown")])
+    assert await take_due(store, now=19.9) == []
+    (job,) = await store.take_deliveries(9, 20.0, places={}, per_queue=9)
+    assert (job.delivery_attempts, job.delivery_error) == (1, "down")
+    await store.record_deliveries([DeliveryRecord(job_id="a", status=DeliveryStatus.DELIVERED, attempts=2)])
     job = await existing(store, "a")
     assert (job.delivery, job.delivery_attempts, job.delivery_error) == (DeliveryStatus.DELIVERED, 2, None)
-    assert await store.pending_deliveries(9) == []
+    assert await take_due(store, now=1e9) == []
     assert (await existing(store, "b")).delivery is DeliveryStatus.NONE
+
+
+async def test_undelivered_results_can_be_replayed_with_all_their_attempts(store: JobStore) -> None:
+    await finish_with_deliveries(store, dict.fromkeys("abcd", 3.0))
+    await take_due(store)
+    given_up = DeliveryRecord(job_id="a", status=DeliveryStatus.UNDELIVERED, attempts=8, error="down")
+    await store.record_deliveries([replace(given_up, job_id=job_id) for job_id in "abc"])
+    assert await take_due(store) == []
+    assert await store.replay(["a", "d", "unknown"], 10.0) == 1
+    assert await take_due(store, now=9.9) == []
+    (job,) = await store.take_deliveries(9, 10.0, places={}, per_queue=9)
+    assert (job.job_id, job.delivery, job.delivery_attempts) == ("a", DeliveryStatus.PENDING, 0)
+    assert await store.replay(None, 11.0) == 2
+    assert sorted(await take_due(store, now=11.0)) == ["b", "c"]
+    assert (await store.counts()).deliveries[DeliveryStatus.UNDELIVERED] == 0
+
+
+async def test_the_same_idempotency_key_gives_the_same_job(store: JobStore) -> None:
+    assert await store.add([new_job("a", idempotency_key="k"), new_job("b")]) == ["a", "b"]
+    again = replace(new_job("c", idempotency_key="k"), message_json='{"text":"a"}', created_at=9.0)
+    other = new_job("d", idempotency_key="k")
+    assert (await store.add([again]), await store.get("c")) == (["a"], None)
+    added, refused, twice = await store.add([new_job("e"), other, again])
+    assert (added, twice) == ("e", "a")
+    assert isinstance(refused, IdempotencyKeyReusedError)
+    assert "'k' belongs to job a, which asked for something else" in str(refused)
+    assert await store.get("d") is None
+    assert (await store.counts()).statuses[JobStatus.QUEUED] == 3
+    same_list = [replace(new_job(job_id, idempotency_key="l"), message_json="{}") for job_id in ("f", "g")]
+    assert await store.add(same_list) == ["f", "f"]
+
+
+async def test_an_idempotency_key_is_free_again_when_its_job_was_removed(store: JobStore) -> None:
+    await store.add([new_job("a", idempotency_key="k")])
+    await store.take("m", 1, 2.0)
+    await store.finish([success("a", 3.0)])
+    assert await store.add([replace(new_job("a2", idempotency_key="k"), message_json='{"text":"a"}')]) == ["a"]
+    await store.remove_finished(4.0)
+    assert await store.add([new_job("b", idempotency_key="k")]) == ["b"]
+
+
+async def test_queued_jobs_expire_when_their_time_has_come(store: JobStore) -> None:
+    await store.add([new_job(f"{n}", expires_at=10.0 + n, failure_queue="bad" if n else None) for n in range(4)])
+    await store.add([new_job("never")])
+    await store.cancel("0", 2.0)
+    await store.take("m", 1, 2.0)
+    assert await store.expire(9, 9.9) == []
+    assert await store.expire(1, 12.5) == ["2"]
+    assert await store.expire(9, 12.5) == []
+    job = await existing(store, "2")
+    assert (job.status, job.delivery, job.finished_at) == (JobStatus.EXPIRED, DeliveryStatus.PENDING, 12.5)
+    assert job.error == "the job did not end within its expires_in"
+    assert (await existing(store, "1")).status is JobStatus.RUNNING
+    assert await take_due(store, now=12.5) == ["2"]
+    assert [job.job_id for job in await store.take("m", 9, 13.0)] == ["3", "never"]
+
+
+async def test_jobs_are_listed_in_pages_the_newest_first(store: JobStore) -> None:
+    await store.add([new_job(f"{n}", model_name="m" if n % 2 else "n") for n in range(7)])
+    await store.take("m", 2, 2.0)
+    await store.finish([success("1"), failure("3")])
+    page = await store.page(3, JobFilter())
+    assert [job.job_id for job in page.jobs] == ["6", "5", "4"]
+    await store.add([new_job("new")])
+    await store.purge(JobFilter(statuses=[JobStatus.SUCCEEDED]))
+    page = await store.page(9, JobFilter(), page.next_cursor)
+    assert ([job.job_id for job in page.jobs], page.next_cursor) == (["3", "2", "0"], None)
+    ended = JobFilter(statuses=[JobStatus.SUCCEEDED, JobStatus.FAILED])
+    assert [job.job_id for job in (await store.page(9, ended)).jobs] == ["3"]
+    assert [job.job_id for job in (await store.page(9, JobFilter(model_name="n"))).jobs] == ["6", "4", "2", "0"]
+    assert (await store.page(9, JobFilter(deliveries=[DeliveryStatus.UNDELIVERED]))).jobs == []
+    exactly = await store.page(7, JobFilter())
+    assert (len(exactly.jobs), exactly.next_cursor) == (7, None)
+
+
+async def test_purging_removes_ended_jobs_that_are_meant_and_no_others(store: JobStore) -> None:
+    await finish_with_deliveries(store, {"pending": 3.0, "undelivered": 3.0, "delivered": 4.0})
+    await take_due(store)
+    await store.record_deliveries(
+        [
+            DeliveryRecord(job_id="undelivered", status=DeliveryStatus.UNDELIVERED, attempts=8, error="x"),
+            DeliveryRecord(job_id="delivered", status=DeliveryStatus.DELIVERED, attempts=1),
+        ]
+    )
+    await store.add([new_job("queued")])
+    assert await store.purge(JobFilter(ended_before=3.5)) == 1
+    assert await store.get("undelivered") is None
+    assert await store.purge(JobFilter(model_name="other")) == 0
+    assert await store.purge(JobFilter()) == 1
+    assert [job.job_id for job in (await store.page(9, JobFilter())).jobs] == ["queued", "pending"]
 
 
 async def test_interactive_jobs_are_taken_first_and_bulk_ones_have_their_places(store: JobStore) -> None:
@@ -211,24 +345,72 @@ async def test_interactive_jobs_are_taken_first_and_bulk_ones_have_their_places(
     assert (await existing(store, "b0")).priority is Priority.BULK
 
 
-async def test_requeued_jobs_run_again_in_their_old_places_and_keep_their_first_start(store: JobStore) -> None:
-    await store.add([new_job("a"), new_job("b"), new_job("c")])
-    await store.take("m", 2, 2.0)
-    await store.finish([success("a")])
-    assert await store.requeue_running() == 1
-    again = await store.take("m", 10, 9.0)
-    assert [(job.job_id, job.started_at) for job in again] == [("b", 2.0), ("c", 9.0)]
-
-
-async def test_old_ends_are_removed_unless_their_delivery_is_pending(store: JobStore) -> None:
-    await store.add([new_job(job_id, success_queue="ok" if job_id == "b" else None) for job_id in "abcd"])
+async def test_what_ran_at_a_crash_runs_again_apart_from_the_others(store: JobStore) -> None:
+    await store.add([new_job("a"), new_job("b"), new_job("c"), new_job("d")])
     await store.take("m", 3, 2.0)
-    await store.finish([success("a", 3.0), success("b", 3.0), success("c", 9.0)])
+    await store.finish([success("a")])
+    assert await store.recover(3.0) == Recovery(2, [])
+    assert [job.job_id for job in await store.take("m", 10, 9.0)] == ["d"]
+    assert await store.take_suspect("other", 9.0) is None
+    suspects = [await store.take_suspect("m", 9.0) for _ in range(3)]
+    assert [suspect and (suspect.job_id, suspect.started_at, suspect.crashes) for suspect in suspects] == [
+        ("b", 2.0, 1),
+        ("c", 2.0, 1),
+        None,
+    ]
+    await store.finish([success("b")])
+    assert (await existing(store, "b")).status is JobStatus.SUCCEEDED
+
+
+async def test_only_a_job_that_crashes_alone_again_and_again_is_set_aside(store: JobStore) -> None:
+    await store.add([new_job("poison", failure_queue="bad"), new_job("innocent")])
+    await store.take("m", 2, 2.0)
+    for crash in range(4):
+        recovery = await store.recover(3.0)
+        assert recovery == (Recovery(2 if crash == 0 else 1, []) if crash < 3 else Recovery(0, ["poison"]))
+        suspect = await store.take_suspect("m", 4.0)
+        if crash == 0:  # the one that crashed less often goes first
+            assert suspect is not None
+            assert suspect.job_id == "poison"
+        if crash == 1:
+            assert suspect is not None
+            assert suspect.job_id == "innocent"
+            await store.finish([success("innocent")])
+            suspect = await store.take_suspect("m", 4.0)
+        assert (None if suspect is None else suspect.job_id) == ("poison" if crash < 3 else None)
+    job = await existing(store, "poison")
+    assert (job.status, job.delivery, job.crashes) == (JobStatus.FAILED, DeliveryStatus.PENDING, 4)
+    assert "the process died 3 times while this job ran alone" in str(job.error)
+    assert (await existing(store, "innocent")).status is JobStatus.SUCCEEDED
+
+
+async def test_what_was_being_delivered_at_a_crash_is_due_again(store: JobStore) -> None:
+    await finish_with_deliveries(store, {"a": 3.0, "b": 4.0})
+    await finish_with_deliveries(store, {"c": 5.0}, "other")
+    assert await take_due(store, now=4.5) == ["a", "b"]
+    await store.recover(6.0)
+    assert sorted(await take_due(store, now=6.0)) == ["a", "b", "c"]
+
+
+async def test_old_ends_are_removed_unless_something_is_left_to_deliver(store: JobStore) -> None:
+    await store.add([new_job(job_id, success_queue="ok" if job_id in "be" else None) for job_id in "abced"])
+    await store.take("m", 4, 2.0)
+    await store.finish([success("a", 3.0), success("b", 3.0), success("c", 9.0), success("e", 3.0)])
     assert await store.remove_finished(5.0) == 1
-    assert [job_id for job_id in "abcd" if await store.get(job_id) is not None] == ["b", "c", "d"]
-    await store.record_delivery([DeliveryRecord(job_id="b", status=DeliveryStatus.UNDELIVERED, attempts=8, error="x")])
+    assert [job_id for job_id in "abcde" if await store.get(job_id) is not None] == ["b", "c", "d", "e"]
+    await take_due(store)
+    await store.record_deliveries(
+        [
+            DeliveryRecord(job_id="b", status=DeliveryStatus.UNDELIVERED, attempts=8, error="x"),
+            DeliveryRecord(job_id="e", status=DeliveryStatus.DELIVERED, attempts=1),
+        ]
+    )
     assert await store.remove_finished(5.0) == 1
-    assert await store.get("b") is None
+    assert await store.get("e") is None
+    await store.replay(["b"], 6.0)
+    await take_due(store)
+    await store.record_deliveries([DeliveryRecord(job_id="b", status=DeliveryStatus.DELIVERED, attempts=1)])
+    assert await store.remove_finished(5.0) == 1
 
 
 async def test_many_are_removed_at_once(kind: str, tmp_path: Path) -> None:
@@ -237,7 +419,7 @@ async def test_many_are_removed_at_once(kind: str, tmp_path: Path) -> None:
         await store.take("m", 2500, 2.0)
         await store.finish([success(f"{n}") for n in range(2500)])
         assert await store.remove_finished(4.0) == 2500
-        assert sum((await store.counts()).values()) == 0
+        assert sum((await store.counts()).statuses.values()) == 0
 
 
 async def test_counts_follow_every_change(store: JobStore) -> None:
@@ -245,13 +427,23 @@ async def test_counts_follow_every_change(store: JobStore) -> None:
     await store.take("m", 4, 2.0)
     await store.finish([success("0"), failure("1"), failure("2", status=JobStatus.EXPIRED)])
     await store.cancel("5", 2.0)
-    assert await store.counts() == {
+    await finish_with_deliveries(store, {"6": 3.0, "7": 3.0})
+    await take_due(store)
+    await store.record_deliveries([DeliveryRecord(job_id="6", status=DeliveryStatus.DELIVERED, attempts=1)])
+    counts = await store.counts()
+    assert counts.statuses == {
         JobStatus.QUEUED: 1,
         JobStatus.RUNNING: 1,
-        JobStatus.SUCCEEDED: 1,
+        JobStatus.SUCCEEDED: 3,
         JobStatus.FAILED: 1,
         JobStatus.EXPIRED: 1,
         JobStatus.CANCELLED: 1,
+    }
+    assert counts.deliveries == {
+        DeliveryStatus.NONE: 6,
+        DeliveryStatus.PENDING: 1,
+        DeliveryStatus.DELIVERED: 1,
+        DeliveryStatus.UNDELIVERED: 0,
     }
 
 

@@ -1,0 +1,418 @@
+"""The jobs in a SQLite database: what each operation of the store does to them, inside somebody's transaction."""
+
+import sqlite3
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, cast
+
+from pydantic_core import from_json, to_json
+
+from batching import Priority
+from service.jobs.errors import DuplicateJobError, IdempotencyKeyReusedError, JobStoreFullError
+from service.jobs.model import (
+    DeliveryRecord,
+    DeliveryStatus,
+    FinishedJob,
+    Job,
+    JobFilter,
+    JobStatus,
+    NewJob,
+    Recovery,
+)
+from service.jobs.sqlite_rows import (
+    COLUMNS,
+    COUNTED,
+    NEW_JOB_COLUMNS,
+    SELECT,
+    condition_of,
+    find_job,
+    job_from_row,
+    microseconds,
+    row_from_new_job,
+)
+from service.jobs.store import CRASHES_ALONE, EXPIRED_IN_THE_QUEUE, TOO_MANY_CRASHES
+
+Row = tuple[Any, ...]
+
+ROWS_PER_STEP = 1000
+CHARACTERS_AT_ONCE = 64 * 2**20
+"""Most that is read at once, unless one job is larger: SQLite bounds a value, and memory is not for backlogs."""
+QUEUES_PER_VISIT = 1000
+IN_HAND = -1
+"""In place of the time at which a delivery is due: it is being attempted."""
+
+_STATUS, _STARTED_AT = COLUMNS.index("status"), COLUMNS.index("started_at")
+_ROWS_PER_STATEMENT = (64, 8, 1)  # few sizes, so that the statements stay prepared
+
+_INSERT = (
+    f"INSERT INTO jobs ({', '.join(NEW_JOB_COLUMNS)}) VALUES "  # noqa: S608  # names of our own, no input
+    "{rows}"
+)
+_RUN = """
+    UPDATE jobs SET status = 'running', started_at = coalesce(started_at, ?)
+    WHERE seq IN (SELECT value FROM json_each(?))
+"""
+_IN_HAND = f"UPDATE jobs SET due_at = {IN_HAND} WHERE seq IN (SELECT value FROM json_each(?))"  # noqa: S608  # as above
+_READ = f"""
+    SELECT json_group_array(json_array(seq, {", ".join(COLUMNS)})) FROM jobs WHERE seq IN (
+        SELECT seq FROM (
+            SELECT chosen.seq, row_number() OVER place AS number, sum(
+                length(message) + length(meta) + coalesce(length(result), 0)
+            ) OVER place AS size FROM ({{chosen}}) AS chosen JOIN jobs USING (seq)
+            WINDOW place AS (ORDER BY chosen.seq ROWS UNBOUNDED PRECEDING)
+        ) WHERE number = 1 OR size <= {CHARACTERS_AT_ONCE}
+    )
+"""  # noqa: S608  # as above
+_TO_TAKE = """
+    SELECT seq FROM jobs WHERE status = 'queued' AND crashes = 0 AND model_name = ? AND priority = ?
+    ORDER BY seq LIMIT ?
+"""
+_SUSPECT = """
+    SELECT seq FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? ORDER BY crashes, seq LIMIT 1
+"""
+_END = """
+    UPDATE jobs SET status = ended.column2, result = ended.column3, error = ended.column4,
+        finished_at = ended.column5, delivery = {delivery}, delivery_queue = {queue}, due_at = {due_at}
+    FROM (VALUES {{rows}}) AS ended
+    WHERE job_id = ended.column1 AND status = ended.column7 AND nullif({queue}, '') IS {null}
+"""
+_END_SENDING = {
+    queue: _END.format(delivery="'pending'", queue=queue, due_at="ended.column6", null="NOT NULL")
+    for queue in ("success_queue", "failure_queue")
+}
+_END_ONLY = {
+    queue: _END.format(delivery="'none'", queue=queue, due_at="NULL", null="NULL")
+    for queue in ("success_queue", "failure_queue")
+}
+_END_CHOSEN = """
+    UPDATE jobs SET status = ?1, error = ?2, finished_at = ?3,
+        delivery = iif(nullif(failure_queue, '') IS NULL, 'none', 'pending'), delivery_queue = failure_queue,
+        due_at = iif(nullif(failure_queue, '') IS NULL, NULL, ?3)
+    WHERE {which} RETURNING job_id, delivery
+"""
+_EXPIRE = _END_CHOSEN.format(
+    which="""seq IN (SELECT seq FROM jobs WHERE status = 'queued' AND expires_at <= ?4 ORDER BY expires_at LIMIT ?5)""",
+)
+_SET_ASIDE = _END_CHOSEN.format(which="status = 'running' AND crashes > ?4")
+_NEXT_QUEUE = """
+    SELECT delivery_queue FROM jobs WHERE due_at IS NOT NULL AND delivery_queue > ? ORDER BY delivery_queue LIMIT 1
+"""
+_DUE = "SELECT seq FROM jobs WHERE due_at BETWEEN 0 AND ? AND delivery_queue = ? ORDER BY due_at, seq LIMIT ?"
+_RECORD_DELIVERY = """
+    UPDATE jobs SET delivery = record.column2, delivery_attempts = record.column3, delivery_error = record.column4,
+        due_at = record.column5
+    FROM (VALUES {rows}) AS record WHERE job_id = record.column1 AND delivery = 'pending'
+"""
+_REPLAY = """
+    UPDATE jobs SET delivery = 'pending', delivery_attempts = 0, due_at = ?
+    WHERE seq IN (SELECT seq FROM jobs WHERE delivery = 'undelivered' {which} LIMIT ?)
+"""
+_REMOVE = """
+    DELETE FROM jobs WHERE seq IN (
+        SELECT seq FROM jobs WHERE finished_at IS NOT NULL AND {which} LIMIT ?
+    ) RETURNING status, delivery
+"""
+REMOVABLE = "finished_at < ? AND delivery IN ('none', 'delivered')"
+
+
+Operation = Callable[["JobTable"], Any]
+"""Does something to the jobs, and returns what its caller is to have."""
+
+
+class Add:
+    """The operation that stores new jobs."""
+
+    def __init__(self, jobs: Sequence[NewJob]) -> None:
+        self.jobs = jobs
+        self.is_plain = all(job.idempotency_key is None for job in jobs)
+        """Whether the id of each job will be its own."""
+
+    def __call__(self, table: "JobTable") -> list[str | IdempotencyKeyReusedError]:
+        """See `JobTable.add`."""
+        return table.add(self.jobs)
+
+
+class JobTable:
+    """The table of jobs behind one connection, which one thread at a time uses. See `JobStore` for what calls do.
+
+    Calls are made by operations that `run` is given, in a transaction; whoever rolls that back puts the old `counts`
+    back. An operation that raises leaves nothing behind.
+
+    Many rows are written by one statement and read as one value, because the connection lets go of the interpreter's
+    lock at each step of a statement, and has to wait for the event loop's thread each time before it goes on.
+    """
+
+    def __init__(self, database: sqlite3.Connection, max_jobs: int) -> None:
+        self._database = database
+        self._max_jobs = max_jobs
+        self._last_queue = ""
+        self.counts: Counter[JobStatus | DeliveryStatus] = Counter()
+        for key, jobs in database.execute("SELECT status, jobs FROM counts"):
+            self.counts[COUNTED[key]] = jobs
+
+    def store_counts(self, before: Counter[JobStatus | DeliveryStatus]) -> None:
+        """Write the counts that differ from those of `before`; there is at least one."""
+        changed = [(key, self.counts[kind]) for key, kind in COUNTED.items() if self.counts[kind] != before[kind]]
+        self._database.execute(
+            f"INSERT OR REPLACE INTO counts (status, jobs) VALUES {', '.join(['(?, ?)'] * len(changed))}",  # noqa: S608  # as above
+            [value for row in changed for value in row],
+        )
+
+    def run(self, operations: Sequence[Operation]) -> list[Any]:
+        """Run operations, each of which fails alone; returns the result or the error of each, in the same order.
+
+        What several of them add is written together. Raises `sqlite3.Error`: the database's trouble is everybody's.
+        """
+        additions = [operation for operation in operations if isinstance(operation, Add) and operation.is_plain]
+        together = Add([job for addition in additions for job in addition.jobs])
+        added = len(additions) > 1 and not isinstance(self._run_alone(together), Exception)
+        return [
+            [job.job_id for job in operation.jobs]
+            if added and isinstance(operation, Add) and operation.is_plain
+            else self._run_alone(operation)
+            for operation in operations
+        ]
+
+    def _run_alone(self, operation: Operation) -> Any:
+        counts_before = self.counts.copy()
+        self._database.execute("SAVEPOINT operation")
+        try:
+            result = operation(self)
+        except sqlite3.Error as error:
+            if not isinstance(error, sqlite3.DataError):
+                raise
+            self._database.execute("ROLLBACK TO operation")  # too large: nobody else's trouble
+            self.counts = counts_before
+            result = error
+        except Exception as error:  # noqa: BLE001  # handed to the operation's caller
+            self._database.execute("ROLLBACK TO operation")
+            self.counts = counts_before
+            result = error
+        self._database.execute("RELEASE operation")
+        return result
+
+    def add(self, jobs: Sequence[NewJob]) -> list[str | IdempotencyKeyReusedError]:
+        """Store jobs, those apart whose idempotency key is taken."""
+        if any(job.idempotency_key is not None for job in jobs):
+            return [self._add_with_key(job) for job in jobs]
+        self._insert(jobs)
+        return [job.job_id for job in jobs]
+
+    def _add_with_key(self, job: NewJob) -> str | IdempotencyKeyReusedError:
+        if job.idempotency_key is not None:
+            row = self._database.execute(f"{SELECT} WHERE idempotency_key = ?", (job.idempotency_key,)).fetchone()
+            if row is not None:
+                earlier = job_from_row(row)
+                if job.asks_for_the_same(earlier):
+                    return earlier.job_id
+                return IdempotencyKeyReusedError(job.idempotency_key, earlier.job_id)
+        self._insert([job])
+        return job.job_id
+
+    def _insert(self, jobs: Sequence[NewJob]) -> None:
+        stored = sum(self.counts[status] for status in JobStatus)
+        if stored + len(jobs) > self._max_jobs:
+            raise JobStoreFullError(stored, len(jobs), self._max_jobs)
+        try:
+            inserted = self._write(_INSERT, [row_from_new_job(job) for job in jobs])
+        except sqlite3.IntegrityError:
+            self._database.execute("ROLLBACK TO operation")
+            raise DuplicateJobError(self._first_taken([job.job_id for job in jobs])) from None
+        self.counts[JobStatus.QUEUED] += inserted
+        self.counts[DeliveryStatus.NONE] += inserted
+
+    def _first_taken(self, job_ids: Sequence[str]) -> str:
+        """The first id that comes twice or is stored already."""
+        twice = next((job_id for job_id, count in Counter(job_ids).items() if count > 1), None)
+        return twice or next(job_id for job_id in job_ids if find_job(self._database, job_id) is not None)
+
+    def take(self, model_name: str, limit: int, now: float, bulk_places: int) -> list[Job]:
+        """Make jobs running that never crashed."""
+        for_interactive = max(0, limit - bulk_places)
+        taken = self._take(_TO_TAKE, now, model_name, Priority.INTERACTIVE, for_interactive)
+        may_be_more = len(taken) == for_interactive
+        taken += self._take(_TO_TAKE, now, model_name, Priority.BULK, limit - len(taken))
+        if may_be_more:
+            taken += self._take(_TO_TAKE, now, model_name, Priority.INTERACTIVE, limit - len(taken))
+        return taken
+
+    def take_suspect(self, model_name: str, now: float) -> Job | None:
+        """Make a job running that was running at a crash."""
+        return next(iter(self._take(_SUSPECT, now, model_name)), None)
+
+    def _take(self, chosen: str, now: float, *values: object) -> list[Job]:
+        now_us = microseconds(now)
+        rows = self._read(chosen, values, _RUN, now_us)
+        self._move(JobStatus.QUEUED, JobStatus.RUNNING, len(rows))
+        for row in rows:
+            row[_STATUS] = JobStatus.RUNNING.value
+            row[_STARTED_AT] = now_us if row[_STARTED_AT] is None else row[_STARTED_AT]
+        return [job_from_row(row) for row in rows]
+
+    def finish(self, outcomes: Sequence[FinishedJob], in_hand: Container[str]) -> list[str]:
+        """End jobs and mark them for delivery."""
+        ended = 0
+        for queue, succeeded in (("success_queue", True), ("failure_queue", False)):
+            ends = [end for end in outcomes if (end.status is JobStatus.SUCCEEDED) is succeeded]
+            rows = [_row_of(end, is_in_hand=end.job_id in in_hand) for end in ends]
+            for statuses in _groups(rows, lambda row: row[1]):
+                ended += self._finish(queue, statuses, JobStatus.RUNNING)
+                if statuses[0][1] == JobStatus.EXPIRED:
+                    ended += self._finish(queue, statuses, JobStatus.QUEUED)
+        job_ids = [outcome.job_id for outcome in outcomes]
+        return job_ids if ended == len(job_ids) else self._those_that_ended(outcomes)
+
+    def _finish(self, queue: str, rows: Sequence[Row], before: JobStatus) -> int:
+        """End jobs in a like way that were in the state `before`; returns how many of them were."""
+        rows = [(*row, before.value) for row in rows]
+        sending = self._write(_END_SENDING[queue], rows)
+        ended = sending + self._write(_END_ONLY[queue], rows)
+        self._move(before, JobStatus(rows[0][1]), ended)
+        self._move(DeliveryStatus.NONE, DeliveryStatus.PENDING, sending)
+        return ended
+
+    def cancel(self, job_id: str, now: float) -> Job | None:
+        """Cancel a job that has not ended."""
+        job = find_job(self._database, job_id)
+        cancelled = None if job is None else job.cancelled(now)
+        if job is None or cancelled is None:
+            return job
+        self._database.execute(
+            "UPDATE jobs SET status = 'cancelled', finished_at = ? WHERE job_id = ?", (microseconds(now), job_id)
+        )
+        self._move(job.status, JobStatus.CANCELLED, 1)
+        return cancelled
+
+    def _those_that_ended(self, outcomes: Sequence[FinishedJob]) -> list[str]:
+        """Which jobs ended as the outcomes say: some were in no state to."""
+        ended = [(outcome, find_job(self._database, outcome.job_id)) for outcome in outcomes]
+        return [
+            outcome.job_id
+            for outcome, job in ended
+            if job is not None
+            and job.status is outcome.status
+            and job.finished_at == microseconds(outcome.finished_at) / 1_000_000
+        ]
+
+    def expire(self, limit: int, now: float) -> list[str]:
+        """End queued jobs whose time is over."""
+        now_us = microseconds(now)
+        values = (JobStatus.EXPIRED.value, EXPIRED_IN_THE_QUEUE, now_us, now_us, limit)
+        return self._ended(JobStatus.QUEUED, JobStatus.EXPIRED, self._database.execute(_EXPIRE, values).fetchall())
+
+    def take_deliveries(self, limit: int, now: float, places: Mapping[str, int], per_queue: int) -> Sequence[Job]:
+        """Take what is due, one queue after the other, from the one after the last that came first."""
+        taken = list[Job]()
+        first, queue, wrapped = self._last_queue, self._last_queue, False
+        for _ in range(QUEUES_PER_VISIT):
+            if len(taken) == limit:
+                break
+            row = self._database.execute(_NEXT_QUEUE, (queue,)).fetchone()
+            if row is None and not wrapped:
+                queue, wrapped = "", True
+                continue
+            if row is None or (wrapped and row[0] > first):
+                break
+            queue = cast("str", row[0])
+            room = min(places.get(queue, per_queue), limit - len(taken))
+            if room > 0:
+                rows = self._read(_DUE, (microseconds(now), queue, room), _IN_HAND)
+                taken += [job_from_row(row) for row in rows]
+        self._last_queue = queue
+        return taken
+
+    def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
+        """Note how deliveries went."""
+        rows = [
+            (
+                *(record.job_id, record.status.value, record.attempts, record.error),
+                microseconds(record.due_at) if record.status is DeliveryStatus.PENDING else None,
+            )
+            for record in records
+        ]
+        for alike in _groups(rows, lambda row: row[1]):
+            self._move(DeliveryStatus.PENDING, DeliveryStatus(alike[0][1]), self._write(_RECORD_DELIVERY, alike))
+
+    def replay_some(self, job_id: str | None, now: float) -> int:
+        """Make an undelivered job, or some of all, due again."""
+        which, values = ("AND job_id = ?", [job_id]) if job_id is not None else ("", [])
+        replayed = self._database.execute(
+            _REPLAY.format(which=which), (microseconds(now), *values, ROWS_PER_STEP)
+        ).rowcount
+        self._move(DeliveryStatus.UNDELIVERED, DeliveryStatus.PENDING, replayed)
+        return replayed
+
+    def recover(self, now: float) -> Recovery:
+        """Queue what was running again, or fail it after too many crashes; deliver what was in hand again."""
+        now_us, queue = microseconds(now), ""
+        while (row := self._database.execute(_NEXT_QUEUE, (queue,)).fetchone()) is not None:
+            queue = row[0]
+            self._database.execute(
+                f"UPDATE jobs SET due_at = ? WHERE delivery_queue = ? AND due_at = {IN_HAND}",  # noqa: S608  # as above
+                (now_us, queue),
+            )
+        self._database.execute("UPDATE jobs SET crashes = crashes + 1 WHERE status = 'running'")
+        values = (JobStatus.FAILED.value, TOO_MANY_CRASHES, now_us, CRASHES_ALONE)
+        failed = self._database.execute(_SET_ASIDE, values).fetchall()
+        set_aside = self._ended(JobStatus.RUNNING, JobStatus.FAILED, failed)
+        requeued = self._database.execute("UPDATE jobs SET status = 'queued' WHERE status = 'running'").rowcount
+        self._move(JobStatus.RUNNING, JobStatus.QUEUED, requeued)
+        return Recovery(requeued, set_aside)
+
+    def remove_some(self, before: float) -> int:
+        """Remove some of the jobs that ended before that time and have nothing left to deliver."""
+        return self._remove(REMOVABLE, [microseconds(before)])
+
+    def purge_some(self, which: JobFilter) -> int:
+        """Remove some of the ended jobs that `which` covers and that are not about to be delivered."""
+        condition, values = condition_of(which)
+        return self._remove(f"delivery <> 'pending' AND {condition}", values)
+
+    def _remove(self, which: str, values: list[Any]) -> int:
+        removed = self._database.execute(_REMOVE.format(which=which), (*values, ROWS_PER_STEP)).fetchall()
+        for status, delivery in removed:
+            self.counts[JobStatus(status)] -= 1
+            self.counts[DeliveryStatus(delivery)] -= 1
+        return len(removed)
+
+    def _read(self, chosen: str, values: tuple[Any, ...], change: str, *changed: object) -> list[list[Any]]:
+        """The `COLUMNS` of the chosen jobs, in their order, after `change` was made to them: as many as fit at once."""
+        (text,) = self._database.execute(_READ.format(chosen=chosen), values).fetchone()
+        rows = sorted(from_json(text), key=lambda row: cast("int", row[0]))
+        if rows:
+            self._database.execute(change, (*changed, to_json([row[0] for row in rows]).decode()))
+        return [row[1:] for row in rows]
+
+    def _write(self, statement: str, rows: Sequence[Row]) -> int:
+        """Run a statement with `{rows}` of values, many at a time; returns how many rows it changed."""
+        changed = start = 0
+        for count in _ROWS_PER_STATEMENT:
+            while len(rows) - start >= count:
+                values = [value for row in rows[start : start + count] for value in row]
+                placeholders = f"({', '.join('?' * len(rows[0]))})"
+                sql = statement.format(rows=", ".join([placeholders] * count))
+                changed += self._database.execute(sql, values).rowcount
+                start += count
+        return changed
+
+    def _ended(self, before: JobStatus, after: JobStatus, rows: list[tuple[str, str]]) -> list[str]:
+        self._move(before, after, len(rows))
+        pending = sum(delivery == DeliveryStatus.PENDING for _, delivery in rows)
+        self._move(DeliveryStatus.NONE, DeliveryStatus.PENDING, pending)
+        return [job_id for job_id, _ in rows]
+
+    def _move(self, before: JobStatus | DeliveryStatus, after: JobStatus | DeliveryStatus, jobs: int) -> None:
+        self.counts[before] -= jobs
+        self.counts[after] += jobs
+
+
+def _row_of(end: FinishedJob, *, is_in_hand: bool) -> Row:
+    now_us = microseconds(end.finished_at)
+    return end.job_id, end.status.value, end.result_json, end.error, now_us, IN_HAND if is_in_hand else now_us
+
+
+def _groups(rows: Sequence[Row], key: Callable[[Row], str]) -> list[list[Row]]:
+    groups: defaultdict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    return list(groups.values())
