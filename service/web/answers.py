@@ -1,14 +1,18 @@
 """What the routes answer with, apart from the outputs of models."""
 
+from collections.abc import Mapping
 from datetime import datetime
+from http import HTTPStatus
 from typing import Any
 
+from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from batching import Priority
 from service.jobs import DeliveryStatus, JobStatus
 
 JSON = "application/json"
+NDJSON = "application/x-ndjson"
 PROBLEM_JSON = "application/problem+json"
 
 
@@ -44,7 +48,52 @@ class JobView(BaseModel):
     priority: Priority = Field(description="The class that it runs in.")
     delivery: DeliveryStatus = Field(description="What became of the message to the queue that the job named.")
     delivery_attempts: int
-    delivery_error: str | None
+    delivery_error: str | None = Field(description="Why the last attempt to deliver failed.")
+    crashes: int = Field(description="How often the process died while the job was running.")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    expires_at: datetime | None
+
+
+class JobDetails(JobView):
+    """A single job, with what was asked for."""
+
+    message: dict[str, Any]
+    success_queue: str | None
+    failure_queue: str | None
+    idempotency_key: str | None
+
+
+class JobPageView(BaseModel):
+    """Some of many jobs."""
+
+    jobs: list[JobView] = Field(description="The newest first.")
+    next_cursor: int | None = Field(description="The `cursor` of the next page; null when this is the last.")
+
+
+class Submitted(BaseModel):
+    """What became of one job of several: its id, or why there is none."""
+
+    job_id: str | None = None
+    status: str | None = Field(default=None, description="`error` where the job was refused.")
+    error: str | None = None
+
+
+class Replayed(BaseModel):
+    """How many results are sent once more."""
+
+    replayed: int
+
+
+class Purged(BaseModel):
+    """How many jobs were removed."""
+
+    purged: int
+
+
+def json_response(
+    content: bytes, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] | None = None
+) -> Response:
+    """An answer that is JSON already."""
+    return Response(content, status, headers, JSON)

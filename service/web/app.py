@@ -6,27 +6,30 @@ from http import HTTPStatus
 from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
 
 from service.gateway import Gateway, Readiness
 from service.settings import AuthConfig
 from service.web.auth import require_api_key
+from service.web.job_routes import make_job_router
+from service.web.metrics import CONTENT_TYPE, exposition
 from service.web.openapi import document_bodies
 from service.web.problems import install_problem_handlers
-from service.web.routes import make_router
+from service.web.routes import add_prediction_routes
 
 DESCRIPTION = """
 Single requests, run in batches. `POST /sync/predict` waits for one result; `POST /batch/predict` takes a list;
-`POST /async/predict` answers with a `job_id` at once, and the result is kept for `GET /jobs/{job_id}` and sent to the
-queue that the request names. Errors are problem details (RFC 9457).
+`POST /async/predict` takes one job, a list of them or a stream (NDJSON), and answers with a `job_id` for each as soon
+as it is stored. The result is kept for `GET /jobs/{job_id}` and sent to the queue that the request names. Errors are
+problem details (RFC 9457).
 """
 
 
 def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway: bool = True) -> FastAPI:
     """The HTTP service over a gateway, which is opened and closed with it (by ASGI's lifespan) if it `owns_gateway`.
 
-    Health checks and documentation need no key. Raises `LoadError` where `auth` asks for what cannot be had.
+    Health checks, metrics and documentation need no key. Raises `LoadError` where `auth` asks for what cannot be had.
     """
 
     @asynccontextmanager
@@ -37,12 +40,9 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
     app = FastAPIOffline(
         title="modalkit", version=version("modalkit"), description=DESCRIPTION, lifespan=lifespan, redoc_url=None
     )
-    check_key = require_api_key(auth or AuthConfig())
-    app.include_router(
-        make_router(gateway),
-        tags=["predictions and jobs"],
-        dependencies=[] if check_key is None else [Depends(check_key)],
-    )
+    api_key = require_api_key(auth or AuthConfig())
+    add_prediction_routes(app, gateway, api_key)
+    app.include_router(make_job_router(gateway), dependencies=[] if api_key is None else [Depends(api_key.dependency)])
     _add_health(app, gateway)
     install_problem_handlers(app)
     document_bodies(app, gateway)
@@ -55,6 +55,16 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
 
 
 def _add_health(app: FastAPI, gateway: Gateway) -> None:
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        summary="Metrics for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        return Response(await exposition(gateway), media_type=CONTENT_TYPE)
+
     @app.get("/health/live", tags=["health"], summary="Whether the process answers")
     async def live() -> JSONResponse:
         return JSONResponse({"status": "live"})

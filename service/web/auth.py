@@ -2,19 +2,30 @@
 
 import hmac
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import Depends
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import Depends, Request
+from fastapi.security import APIKeyHeader, HTTPBearer
 
 from service.loading import LoadError
 from service.settings import AuthConfig
 from service.web.problems import ProblemError
 
 
-def require_api_key(config: AuthConfig) -> Callable[..., Awaitable[None]] | None:
-    """The dependency that refuses requests without the configured key, or None where everybody may call.
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """The key that a request must carry."""
+
+    check: Callable[[Request], None]
+    """Raises `ProblemError` for a request without the key."""
+    dependency: Callable[..., Awaitable[None]]
+    """The same as a dependency of FastAPI's, which documents where the key belongs."""
+
+
+def require_api_key(config: AuthConfig) -> ApiKey | None:
+    """The check of the configured key, or None where everybody may call.
 
     Raises `LoadError` for a key that is to come from where this version cannot read it.
     """
@@ -25,23 +36,21 @@ def require_api_key(config: AuthConfig) -> Callable[..., Awaitable[None]] | None
     if config.api_key is None:
         return None
     expected = config.api_key.get_secret_value().encode()
+    is_bearer = config.auth_header.lower() == "authorization"
+    scheme: Any = HTTPBearer(auto_error=False) if is_bearer else APIKeyHeader(name=config.auth_header, auto_error=False)
+    remedy = "the header 'Authorization: Bearer <key>'" if is_bearer else f"the header '{config.auth_header}: <key>'"
 
-    def check(key: str | None, remedy: str) -> None:
-        if key is None or not hmac.compare_digest(key.encode(), expected):
-            problem = "the API key is missing" if key is None else "the API key is wrong"
+    def check(request: Request) -> None:
+        key = request.headers.get(config.auth_header)
+        if is_bearer and key is not None:
+            kind, _, key = key.partition(" ")
+            key = key.strip() if kind.lower() == "bearer" else None
+        if not key or not hmac.compare_digest(key.encode(), expected):
+            problem = "the API key is wrong" if key else "the API key is missing"
             raise ProblemError(HTTPStatus.UNAUTHORIZED, f"{problem}: send it as {remedy}", WWW_Authenticate="Bearer")
 
-    if config.auth_header.lower() == "authorization":
-        bearer = HTTPBearer(auto_error=False)
+    # A coroutine function, as FastAPI would run another one in a thread for each request.
+    async def dependency(request: Request, _: Annotated[Any, Depends(scheme)]) -> None:
+        check(request)
 
-        # A coroutine function, as FastAPI would run another one in a thread for each request.
-        async def check_bearer(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-            check(credentials.credentials if credentials else None, "the header 'Authorization: Bearer <key>'")
-
-        return check_bearer
-    header = APIKeyHeader(name=config.auth_header, auto_error=False)
-
-    async def check_header(key: Annotated[str | None, Depends(header)]) -> None:
-        check(key, f"the header '{config.auth_header}: <key>'")
-
-    return check_header
+    return ApiKey(check, dependency)

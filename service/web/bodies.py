@@ -71,9 +71,23 @@ class BodyParser:
         except ValidationError:
             return [self._item_or_error(value) for value in _parse(_ANY_LIST, body)]
 
-    def async_request(self, body: bytes) -> AsyncInputModel:
-        """The job that a body asks for. Raises `ProblemError`."""
-        return _parse(self._async_envelope, body, AsyncInputModel[self.input_model])  # type: ignore[name-defined]  # as below
+    def async_request(self, body: bytes, what: str = "body") -> AsyncInputModel:
+        """The job that a body, or another part of the request, asks for. Raises `ProblemError`."""
+        return _parse(self._async_envelope, body, AsyncInputModel[self.input_model], what)  # type: ignore[name-defined]  # as below
+
+    def async_requests(self, body: bytes) -> list[AsyncInputModel | InvalidItem]:
+        """The jobs that a list asks for, each good or bad on its own. Raises `ProblemError` as `items` does."""
+        try:
+            return list(self._async_envelopes.validate_json(body))
+        except ValidationError:
+            return [self.line(to_json(value)) for value in _parse(_ANY_LIST, body)]
+
+    def line(self, line: bytes) -> AsyncInputModel | InvalidItem:
+        """The job that one line of a stream asks for."""
+        try:
+            return self.async_request(line, "line")
+        except ProblemError as problem:
+            return InvalidItem(problem.detail)
 
     def _item_or_error(self, value: Any) -> BaseModel | InvalidItem:
         try:
@@ -99,15 +113,19 @@ class BodyParser:
     def _async_envelope(self) -> TypeAdapter[AsyncInputModel]:
         return TypeAdapter(AsyncInputModel[self.input_model])  # type: ignore[name-defined]  # as above
 
+    @cached_property
+    def _async_envelopes(self) -> TypeAdapter[list[AsyncInputModel]]:
+        return TypeAdapter(list[AsyncInputModel[self.input_model]])  # type: ignore[name-defined]  # as above
 
-def _parse(adapter: TypeAdapter[T], body: bytes, model: type[BaseModel] | None = None) -> T:
+
+def _parse(adapter: TypeAdapter[T], body: bytes, model: type[BaseModel] | None = None, what: str = "body") -> T:
     try:
         return adapter.validate_json(body)
     except ValidationError as error:
         findings = error.errors(include_url=False)
         if findings[0]["type"] == "json_invalid":
             raise ProblemError(
-                HTTPStatus.BAD_REQUEST, f"the body is not JSON: {findings[0]['ctx']['error']}; correct it there"
+                HTTPStatus.BAD_REQUEST, f"the {what} is not JSON: {findings[0]['ctx']['error']}; correct it there"
             ) from error
         errors = field_errors(findings, model)
         raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, summary(errors), errors=errors) from error

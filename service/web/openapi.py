@@ -9,8 +9,26 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from pipelines import AsyncInputModel, AsyncOutputModel
 from service.gateway import Gateway
-from service.web.answers import JSON, PROBLEM_JSON, JobView, Problem
+from service.web.answers import (
+    JSON,
+    NDJSON,
+    PROBLEM_JSON,
+    JobDetails,
+    JobPageView,
+    Problem,
+    Purged,
+    Replayed,
+    Submitted,
+)
 
+_ANSWERS: dict[str, type[BaseModel]] = {
+    "get_job": JobDetails,
+    "cancel_job": JobDetails,
+    "replay_job": JobDetails,
+    "list_jobs": JobPageView,
+    "replay_jobs": Replayed,
+    "purge_jobs": Purged,
+}
 _REF = "#/components/schemas/{model}"
 
 
@@ -21,7 +39,7 @@ def document_bodies(app: FastAPI, gateway: Gateway) -> None:
     outputs = _unique(gateway.output_model(name) for name in names)
     jobs: list[type[BaseModel]] = [AsyncInputModel[model] for model in inputs]  # type: ignore[valid-type]  # classes known at run time
     modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in (*inputs, *jobs)]
-    answers: list[type[BaseModel]] = [*outputs, AsyncOutputModel, JobView, Problem]
+    answers: list[type[BaseModel]] = [*outputs, AsyncOutputModel, *_ANSWERS.values(), Submitted, Problem]
     modes += [(model, "serialization") for model in answers]
     refs, definitions = models_json_schema(modes, ref_template=_REF)
 
@@ -33,10 +51,14 @@ def document_bodies(app: FastAPI, gateway: Gateway) -> None:
     bodies: dict[str, tuple[dict[str, Any] | None, str, dict[str, Any]]] = {
         "sync_predict": (item, "200", output),
         "batch_predict": (_list_of(item), "200", _list_of(output)),
-        "async_predict": (any_of(jobs, "validation"), "202", any_of([AsyncOutputModel], "serialization")),
+        "async_predict": (
+            _one_or_list(any_of(jobs, "validation")),
+            "202",
+            {"anyOf": [refs[AsyncOutputModel, "serialization"], _list_of(refs[Submitted, "serialization"])]},
+        ),
     }
-    for operation_id in ("get_job", "cancel_job"):
-        bodies[operation_id] = (None, "200", any_of([JobView], "serialization"))
+    for operation_id, answer_model in _ANSWERS.items():
+        bodies[operation_id] = (None, "200", refs[answer_model, "serialization"])
     problem = {
         "description": "Problem details (RFC 9457)",
         "content": _of_type(PROBLEM_JSON, refs[Problem, "serialization"]),
@@ -56,8 +78,10 @@ def document_bodies(app: FastAPI, gateway: Gateway) -> None:
                         request, status, answer = bodies[operation["operationId"]]
                         if request is not None:
                             operation["requestBody"] = {"required": True, "content": _of_type(JSON, request)}
+                        if operation["operationId"] == "async_predict":
+                            operation["requestBody"]["content"] |= _of_type(NDJSON, any_of(jobs, "validation"))
                         operation["responses"][status]["content"] = _of_type(JSON, answer)
-                        del operation["responses"]["422"]
+                        operation["responses"].pop("422", None)
                         operation["responses"]["default"] = problem
             app.openapi_schema = schema
         return app.openapi_schema
@@ -67,6 +91,10 @@ def document_bodies(app: FastAPI, gateway: Gateway) -> None:
 
 def _unique(models: Iterable[type[BaseModel]]) -> list[type[BaseModel]]:
     return list(dict.fromkeys(models))
+
+
+def _one_or_list(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, _list_of(schema)]}
 
 
 def _list_of(schema: dict[str, Any]) -> dict[str, Any]:

@@ -20,10 +20,11 @@ from batching import (
 )
 from service.errors import ItemRejectedError, describe_error
 from service.gateway import NotReadyError
-from service.jobs import JobStoreError, JobStoreFullError
+from service.jobs import IdempotencyKeyReusedError, JobStoreError, JobStoreFullError
 from service.jobs.errors import JobStoreBusyError
 from service.jobs.manager import QueueNotAllowedError
 from service.loading import UnknownModelError
+from service.queue_backends import QueueNameError
 from service.validation import field_errors, summary
 from service.web.answers import PROBLEM_JSON
 
@@ -35,11 +36,13 @@ _STATUS_OF = {
     BatchTimeoutError: HTTPStatus.GATEWAY_TIMEOUT,
     DeadlineExceededError: HTTPStatus.GATEWAY_TIMEOUT,
     ItemRejectedError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    IdempotencyKeyReusedError: HTTPStatus.UNPROCESSABLE_ENTITY,
     JobStoreBusyError: HTTPStatus.TOO_MANY_REQUESTS,
     JobStoreError: HTTPStatus.SERVICE_UNAVAILABLE,
     JobStoreFullError: HTTPStatus.TOO_MANY_REQUESTS,
     NotReadyError: HTTPStatus.SERVICE_UNAVAILABLE,
     QueueFullError: HTTPStatus.TOO_MANY_REQUESTS,
+    QueueNameError: HTTPStatus.UNPROCESSABLE_ENTITY,
     QueueNotAllowedError: HTTPStatus.UNPROCESSABLE_ENTITY,
     RequestTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     SchedulerClosedError: HTTPStatus.SERVICE_UNAVAILABLE,

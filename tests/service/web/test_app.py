@@ -164,8 +164,9 @@ async def test_only_callers_with_the_key_get_in(settings: Settings, auth: AuthCo
 
 @pytest.mark.parametrize("header", ["authorization", "x-api-key"])
 def test_checking_a_key_costs_no_thread(header: str) -> None:
-    check = require_api_key(AuthConfig(api_key="s3cret", auth_header=header))
-    assert inspect.iscoroutinefunction(check)
+    api_key = require_api_key(AuthConfig(api_key="s3cret", auth_header=header))
+    assert api_key is not None
+    assert inspect.iscoroutinefunction(api_key.dependency)
 
 
 async def test_an_unexpected_error_is_a_problem_without_internals_and_is_logged(
@@ -208,11 +209,15 @@ async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient
     body = sync["requestBody"]["content"]["application/json"]["schema"]
     assert body == {"$ref": "#/components/schemas/Text"}
     assert sync["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/Length")
-    job = schema["paths"]["/async/predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
-    properties = schema["components"]["schemas"][job.rsplit("/", 1)[1]]["properties"]
-    assert set(properties) == {"message", "success_queue", "failure_queue", "meta"}
+    accepted = schema["paths"]["/async/predict"]["post"]["requestBody"]["content"]
+    job = accepted["application/x-ndjson"]["schema"]
+    assert accepted["application/json"]["schema"] == {"anyOf": [job, {"type": "array", "items": job}]}
+    properties = schema["components"]["schemas"][job["$ref"].rsplit("/", 1)[1]]["properties"]
+    assert set(properties) == {*("message", "success_queue", "failure_queue", "meta"), "idempotency_key", "expires_in"}
+    headers = {parameter["name"] for parameter in schema["paths"]["/async/predict"]["post"]["parameters"]}
+    assert headers == {"model_name", "X-Priority", "Idempotency-Key"}
     assert properties["message"] == {"$ref": "#/components/schemas/Text"}
     problem = sync["responses"]["default"]["content"]["application/problem+json"]["schema"]
     assert problem == {"$ref": "#/components/schemas/Problem"}
     found = schema["paths"]["/jobs/{job_id}"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
-    assert found == {"$ref": "#/components/schemas/JobView"}
+    assert found == {"$ref": "#/components/schemas/JobDetails"}

@@ -1,0 +1,99 @@
+"""The routes that tell what became of jobs, and that cancel, replay and remove them."""
+
+import time
+from http import HTTPStatus
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import Response
+from pydantic import PositiveFloat
+
+from pipelines.iomodel import LONGEST_LIFE_S
+from service.gateway import Gateway
+from service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
+from service.web.answers import JobDetails, JobPageView, JobView, Purged, Replayed, json_response
+from service.web.connections import while_connected
+from service.web.problems import ProblemError
+
+LONGEST_WAIT_S = 300.0
+
+JobId = Annotated[str, Path(description="As given by /async/predict.")]
+Wait = Annotated[
+    float, Query(ge=0, le=LONGEST_WAIT_S, description="Seconds to wait for the job's end before answering.")
+]
+Statuses = Annotated[list[JobStatus], Query(alias="status", description="Only jobs in one of these states.")]
+Deliveries = Annotated[list[DeliveryStatus], Query(alias="delivery", description="Only jobs with such a delivery.")]
+OfModel = Annotated[str | None, Query(alias="model_name", description="Only jobs of this model.")]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Most jobs in one answer.")]
+Cursor = Annotated[int | None, Query(ge=0, lt=2**63, description="The `next_cursor` of the page before.")]
+OlderThan = Annotated[
+    PositiveFloat | None, Query(le=LONGEST_LIFE_S, description="Only jobs that ended so many seconds ago.")
+]
+
+
+def make_job_router(gateway: Gateway) -> APIRouter:
+    """The routes, answering by way of `gateway`."""
+    router = APIRouter(tags=["jobs"])
+
+    @router.get("/jobs", operation_id="list_jobs", summary="List jobs, the newest first")
+    async def list_jobs(
+        status: Statuses = [],  # noqa: B006  # FastAPI copies it
+        delivery: Deliveries = [],  # noqa: B006  # as above
+        model_name: OfModel = None,
+        limit: Limit = 100,
+        cursor: Cursor = None,
+    ) -> Response:
+        which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name)
+        page = await gateway.jobs(limit, which, cursor)
+        jobs = [JobView.model_validate(job) for job in page.jobs]
+        return json_response(JobPageView(jobs=jobs, next_cursor=page.next_cursor).model_dump_json().encode())
+
+    @router.delete("/jobs", operation_id="purge_jobs", summary="Remove jobs that have ended, with their results")
+    async def purge_jobs(
+        status: Statuses = [],  # noqa: B006  # as above
+        delivery: Deliveries = [],  # noqa: B006  # as above
+        model_name: OfModel = None,
+        older_than: OlderThan = None,
+    ) -> Response:
+        if not status and not delivery and older_than is None:
+            raise ProblemError(
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+                "say which jobs to remove: by status, as in ?status=failed, by delivery, or by older_than (in seconds)",
+            )
+        ended_before = None if older_than is None else time.time() - older_than
+        which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name, ended_before=ended_before)
+        return json_response(Purged(purged=await gateway.purge(which)).model_dump_json().encode())
+
+    @router.post("/jobs/replay", operation_id="replay_jobs", summary="Send all undelivered results once more")
+    async def replay_jobs() -> Response:
+        return json_response(Replayed(replayed=await gateway.replay()).model_dump_json().encode())
+
+    @router.get("/jobs/{job_id}", operation_id="get_job", summary="What became of a job")
+    async def get_job(request: Request, job_id: JobId, wait: Wait = 0.0) -> Response:
+        return _job_response(job_id, await while_connected(request, lambda: gateway.job(job_id, wait_s=wait)))
+
+    @router.delete("/jobs/{job_id}", operation_id="cancel_job", summary="Cancel a job that has not ended")
+    async def cancel_job(job_id: JobId) -> Response:
+        return _job_response(job_id, await gateway.cancel(job_id))
+
+    @router.post("/jobs/{job_id}/replay", operation_id="replay_job", summary="Send an undelivered result once more")
+    async def replay_job(job_id: JobId) -> Response:
+        replayed = await gateway.replay([job_id])
+        job = await gateway.job(job_id)
+        if job is not None and not replayed:
+            raise ProblemError(
+                HTTPStatus.CONFLICT,
+                f"the delivery of job {job_id} is {job.delivery}; only an undelivered result can be sent once more",
+            )
+        return _job_response(job_id, job)
+
+    return router
+
+
+def _job_response(job_id: str, job: Job | None) -> Response:
+    if job is None:
+        raise ProblemError(
+            HTTPStatus.NOT_FOUND,
+            f"there is no job {job_id!r}: the id is wrong, or the job was removed after its result_ttl",
+        )
+    return json_response(JobDetails.model_validate(job).model_dump_json().encode())

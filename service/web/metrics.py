@@ -1,0 +1,91 @@
+"""What the service tells Prometheus: its batches, jobs and deliveries, taken from snapshots when asked."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from batching import SchedulerStatistics
+from service.gateway import Gateway, Readiness
+from service.jobs import JobCounts, JobStoreError
+
+logger = logging.getLogger(__name__)
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+async def exposition(gateway: Gateway) -> bytes:
+    """All metrics, in Prometheus's text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    metrics = list(_of_models(gateway.readiness(), gateway.statistics()))
+    is_up = GaugeMetricFamily("modalkit_job_store_up", "0 where the job store cannot be read.")
+    try:
+        metrics += _of_jobs(await gateway.job_counts())
+    except JobStoreError:
+        is_up.add_metric([], 0)
+        logger.exception("The jobs could not be counted")
+    else:
+        is_up.add_metric([], 1)
+    registry.register(_Snapshot([*metrics, is_up]))
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    return generate_latest(registry)
+
+
+class _Snapshot(Collector):
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterable[Metric]:
+        return self._metrics
+
+
+def _of_models(readiness: Mapping[str, Readiness], statistics: Mapping[str, SchedulerStatistics]) -> Iterator[Metric]:
+    ready = GaugeMetricFamily("modalkit_model_ready", "1 where a model takes requests.", labels=["model"])
+    queued = GaugeMetricFamily("modalkit_queued_requests", "Requests that wait.", labels=["model", "priority"])
+    running = GaugeMetricFamily("modalkit_running_requests", "Requests in batches that run.", labels=["model"])
+    stuck = GaugeMetricFamily("modalkit_stuck_threads", "Calls past the batch timeout that hang.", labels=["model"])
+    requests = CounterMetricFamily("modalkit_requests", "Requests by what became of them.", labels=["model", "outcome"])
+    batches = CounterMetricFamily("modalkit_batches", "Batches that ran.", labels=["model"])
+    items = CounterMetricFamily("modalkit_batched_requests", "Requests in batches that ran.", labels=["model"])
+    busy = CounterMetricFamily("modalkit_busy_seconds", "Seconds that batches ran.", labels=["model"])
+    real = CounterMetricFamily("modalkit_real_tokens", "Tokens in batches, without padding.", labels=["model"])
+    padded = CounterMetricFamily("modalkit_padded_tokens", "Tokens in batches, padding included.", labels=["model"])
+    latency = GaugeMetricFamily(
+        "modalkit_latency_seconds",
+        "Quantiles over the last 4,096 requests that succeeded.",
+        labels=["model", "quantile"],
+    )
+    for model, state in readiness.items():
+        ready.add_metric([model], state is Readiness.READY)
+    for model, done in statistics.items():
+        for priority, count in done.queued.items():
+            queued.add_metric([model, priority], count)
+        for outcome in ("succeeded", "failed", "expired", "cancelled", "refused"):
+            requests.add_metric([model, outcome], getattr(done, outcome))
+        for quantile, seconds in (
+            ("0.5", done.latency_p50_s),
+            ("0.9", done.latency_p90_s),
+            ("0.99", done.latency_p99_s),
+        ):
+            latency.add_metric([model, quantile], seconds)
+        running.add_metric([model], done.running)
+        stuck.add_metric([model], done.stuck_threads)
+        batches.add_metric([model], done.batches)
+        items.add_metric([model], sum(size * count for size, count in done.batch_sizes.items()))
+        busy.add_metric([model], done.busy_s)
+        real.add_metric([model], done.real_tokens)
+        padded.add_metric([model], done.padded_tokens)
+    yield from (ready, queued, running, stuck, requests, batches, items, busy, real, padded, latency)
+
+
+def _of_jobs(counts: JobCounts) -> Iterator[Metric]:
+    jobs = GaugeMetricFamily("modalkit_jobs", "Stored jobs by state.", labels=["status"])
+    for status, count in counts.statuses.items():
+        jobs.add_metric([status], count)
+    deliveries = GaugeMetricFamily("modalkit_deliveries", "Stored jobs by their delivery.", labels=["delivery"])
+    for delivery, count in counts.deliveries.items():
+        deliveries.add_metric([delivery], count)
+    yield from (jobs, deliveries)

@@ -1,0 +1,135 @@
+"""The routes that list, replay and remove jobs, and the metrics, over a real HTTP server."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from service.gateway import LocalGateway
+from service.jobs import JobStoreError
+from service.settings import AuthConfig, Settings
+from service.web import create_app
+from tests.service.web.test_predict import assert_problem
+from tests.service.web.test_submissions import ended, job
+from tests.support.http_server import serving
+from tests.support.length_model import POISON
+
+pytestmark = pytest.mark.anyio
+
+
+class Stubborn:
+    """Takes nothing until it is told to."""
+
+    def __init__(self) -> None:
+        self.takes = False
+
+    async def send_message(self, queue_name: str, message: str) -> bool:
+        return self.takes
+
+
+async def submit(client: httpx.AsyncClient, text: str, **fields: Any) -> str:
+    answer = await client.post("/async/predict", json=job(text, **fields))
+    return str(answer.json()["job_id"])
+
+
+async def test_jobs_are_listed_by_state_in_pages(client: httpx.AsyncClient) -> None:
+    good = [await submit(client, "x" * n) for n in range(1, 4)]
+    bad = await submit(client, POISON)
+    for job_id in (*good, bad):
+        await ended(client, job_id)
+    first = (await client.get("/jobs", params={"limit": 3})).json()
+    assert [found["job_id"] for found in first["jobs"]] == [bad, *reversed(good[1:])]
+    second = (await client.get("/jobs", params={"limit": 3, "cursor": first["next_cursor"]})).json()
+    assert ([found["job_id"] for found in second["jobs"]], second["next_cursor"]) == (good[:1], None)
+    failed = (await client.get("/jobs?status=failed&status=expired")).json()
+    assert [(found["job_id"], found["error"]) for found in failed["jobs"]] == [
+        (bad, "ValueError: this batch is poisoned")
+    ]
+    assert (await client.get("/jobs?model_name=odd")).json()["jobs"] == []
+    assert "status" in assert_problem(await client.get("/jobs?status=lost"), 422)["detail"]
+    assert "limit" in assert_problem(await client.get("/jobs?limit=0"), 422)["detail"]
+
+
+async def test_an_undelivered_result_is_seen_and_replayed(settings: Settings) -> None:
+    backend = Stubborn()
+    app_settings = settings.app_settings.model_copy(
+        update={"async_config": settings.app_settings.async_config.model_copy(update={"max_delivery_attempts": 1})}
+    )
+    gateway = LocalGateway(
+        Settings(app_settings=app_settings, model_settings=settings.model_settings), queue_backend=backend
+    )
+    async with serving(create_app(gateway)) as client:
+        await gateway.wait_until_ready()
+        job_ids = [await submit(client, "four", success_queue="ok") for _ in range(3)]
+        while len((await client.get("/jobs?delivery=undelivered")).json()["jobs"]) < 3:
+            pass
+        assert 'modalkit_deliveries{delivery="undelivered"} 3.0' in (await client.get("/metrics")).text
+        backend.takes = True
+        assert (await client.post(f"/jobs/{job_ids[0]}/replay")).json()["job_id"] == job_ids[0]
+        while (await client.get(f"/jobs/{job_ids[0]}")).json()["delivery"] != "delivered":
+            pass
+        again = assert_problem(await client.post(f"/jobs/{job_ids[0]}/replay"), 409)
+        assert "is delivered; only an undelivered result can be sent once more" in again["detail"]
+        assert_problem(await client.post("/jobs/unknown/replay"), 404)
+        assert (await client.post("/jobs/replay")).json() == {"replayed": 2}
+        while len((await client.get("/jobs?delivery=delivered")).json()["jobs"]) < 3:
+            pass
+
+
+async def test_ended_jobs_are_purged_as_asked_for(client: httpx.AsyncClient) -> None:
+    good, bad = await submit(client, "four"), await submit(client, POISON)
+    for job_id in (good, bad):
+        await ended(client, job_id)
+    assert "say which jobs to remove" in assert_problem(await client.delete("/jobs"), 422)["detail"]
+    assert (await client.delete("/jobs?status=failed&older_than=3600")).json() == {"purged": 0}
+    assert (await client.delete("/jobs?status=failed")).json() == {"purged": 1}
+    assert [found["job_id"] for found in (await client.get("/jobs")).json()["jobs"]] == [good]
+    for bad in ("-1", "1e13"):
+        assert "older_than" in assert_problem(await client.delete(f"/jobs?older_than={bad}"), 422)["detail"]
+
+
+async def test_metrics_tell_of_models_batches_and_jobs(client: httpx.AsyncClient) -> None:
+    await client.post("/sync/predict", json={"text": "four"})
+    await ended(client, await submit(client, "four"))
+    answer = await client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = answer.text.splitlines()
+    for line in (
+        'modalkit_model_ready{model="lengths"} 1.0',
+        'modalkit_requests_total{model="lengths",outcome="succeeded"} 2.0',
+        'modalkit_batches_total{model="lengths"} 2.0',
+        'modalkit_jobs{status="succeeded"} 1.0',
+        'modalkit_jobs{status="queued"} 0.0',
+        'modalkit_deliveries{delivery="undelivered"} 0.0',
+    ):
+        assert line in lines
+    assert "modalkit_job_store_up 1.0" in lines
+    assert any(line.startswith("process_resident_memory_bytes ") for line in lines)
+
+
+async def test_metrics_of_the_models_are_there_when_the_store_is_not(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail() -> None:
+        raise JobStoreError("the disk is gone")
+
+    gateway = LocalGateway(settings)
+    monkeypatch.setattr(gateway, "job_counts", fail)
+    async with serving(create_app(gateway)) as client:
+        answer = await client.get("/metrics")
+    assert answer.status_code == 200
+    lines = answer.text.splitlines()
+    assert "modalkit_job_store_up 0.0" in lines
+    assert any(line.startswith('modalkit_model_ready{model="lengths"}') for line in lines)
+
+
+async def test_all_that_concerns_jobs_needs_the_key(settings: Settings) -> None:
+    auth = AuthConfig(api_key="s3cret")
+    async with serving(create_app(LocalGateway(settings), auth=auth)) as client:
+        for method, path in (
+            *(("GET", "/jobs"), ("DELETE", "/jobs?status=failed"), ("POST", "/jobs/replay"), ("GET", "/jobs/a")),
+            *(("DELETE", "/jobs/a"), ("POST", "/jobs/a/replay"), ("POST", "/async/predict"), ("POST", "/sync/predict")),
+        ):
+            assert_problem(await client.request(method, path, json=job("four")), 401)
+        headers = {"Authorization": "Bearer s3cret"}
+        assert (await client.get("/jobs", headers=headers)).json() == {"jobs": [], "next_cursor": None}

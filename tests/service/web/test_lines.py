@@ -1,0 +1,46 @@
+"""A body of any length becomes lines, whatever the pieces it comes in."""
+
+from collections.abc import AsyncIterator
+
+import anyio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.web.lines import Line, lines_of
+
+
+async def lines_in(chunks: list[bytes], largest_bytes: int = 8) -> list[Line]:
+    async def come() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+
+    return [line for lines in [found async for found in lines_of(come(), largest_bytes)] for line in lines]
+
+
+@pytest.mark.anyio
+async def test_lines_are_numbered_and_empty_ones_left_out() -> None:
+    assert await lines_in([b"a\n\n b\r\n", b"c"]) == [Line(1, b"a"), Line(3, b" b\r"), Line(4, b"c")]
+    assert await lines_in([b"a\n"]) == [Line(1, b"a")]
+    assert await lines_in([b"", b"\n \n"]) == []
+
+
+@pytest.mark.anyio
+async def test_a_line_that_is_too_large_is_dropped_alone_however_it_comes() -> None:
+    assert await lines_in([b"12345678\n123456789\nok"]) == [Line(1, b"12345678"), Line(2, None), Line(3, b"ok")]
+    assert await lines_in([b"1234", b"5678", b"9", b"0", b"\nok\n"]) == [Line(1, None), Line(2, b"ok")]
+    assert await lines_in([b"1234", b"56789"]) == [Line(1, None)]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@settings(deadline=None)
+@given(st.lists(st.binary(max_size=12), max_size=6), st.data())
+def test_the_pieces_make_no_difference(lines: list[bytes], data: st.DataObject) -> None:
+    body = b"\n".join(lines)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=5)))
+    pieces = [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)]
+    assert anyio.run(lines_in, pieces) == anyio.run(lines_in, [body])

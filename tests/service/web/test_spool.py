@@ -1,0 +1,54 @@
+"""What is written comes out in order, and mostly lies on disk."""
+
+import anyio
+import pytest
+
+from service.web.spool import CHUNK_BYTES, IN_MEMORY_BYTES, Spool
+
+pytestmark = pytest.mark.anyio
+
+
+async def read_all(spool: Spool) -> bytes:
+    found = b""
+    while chunk := await spool.read():
+        assert len(chunk) <= CHUNK_BYTES
+        found += chunk
+    return found
+
+
+async def test_a_reader_gets_everything_in_order_and_then_the_end() -> None:
+    with Spool() as spool:
+        spool.write(b"one")
+        assert await spool.read() == b"one"
+        spool.write(b"two")
+        spool.write(b"three")
+        spool.close()
+        assert await read_all(spool) == b"twothree"
+        assert await spool.read() == b""
+
+
+async def test_a_reader_waits_for_a_writer() -> None:
+    found: list[bytes] = []
+    with Spool() as spool:
+
+        async def read() -> None:
+            found.append(await read_all(spool))
+
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(read)
+            for part in (b"a", b"b", b"c"):
+                await anyio.wait_all_tasks_blocked()
+                spool.write(part)
+            spool.close()
+    assert found == [b"abc"]
+
+
+async def test_more_than_fits_in_memory_is_kept_on_disk() -> None:
+    parts = [bytes([n]) * 100_000 for n in range(50)]
+    with Spool() as spool:
+        for part in parts:
+            spool.write(part)
+        assert spool._file._rolled  # type: ignore[attr-defined]  # noqa: SLF001  # that is where it lies
+        spool.close()
+        assert len(b"".join(parts)) > IN_MEMORY_BYTES
+        assert await read_all(spool) == b"".join(parts)
