@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from service.cli.check import check
+from service.cli.jobs import app as jobs_app
 from service.cli.predict import predict
 from service.cli.serve import serve
 from service.cli.tune import tune
@@ -34,6 +35,7 @@ app.command()(serve)
 app.command()(predict)
 app.command()(check)
 app.command()(tune)
+app.add_typer(jobs_app)
 
 
 def _show_version(value: bool) -> None:

@@ -36,7 +36,10 @@ def test_check_says_what_would_be_served(modalkit: Modalkit) -> None:
         ("model_settings: {model_entries: {a: {pipeline: 'nowhere:Model'}}}", "there is no module 'nowhere'"),
         ("model_settings: {model_entries: {a: {pipeline: 'json:Model'}}}", "module 'json' has no 'Model'"),
         ("model_settings: {model_entries: {a: {pipeline: 'json:JSONDecoder'}}}", "subclass of InferencePipeline"),
-        ("app_settings: {queue_config: {backend: sqs}}", "'sqs' is not part of this version"),
+        (
+            "app_settings: {queue_config: {backend: webhook, webhook: {allowed_hosts: [a.example], secret: short}}}",
+            "the secret for webhooks",
+        ),
         ("app_settings: {queue_config: {backend: 'json:JSONDecoder'}}", "send_message"),
         ("app_settings: {auth_config: {ssm_key: /key}}", "ssm_key"),
         (

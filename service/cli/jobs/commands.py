@@ -1,0 +1,303 @@
+"""The commands, the same for the jobs of a running service and those in a file."""
+
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated
+
+import anyio
+import httpx
+import typer
+from rich.console import Console
+
+from service.cli.common import ConfigFiles, notices
+from service.cli.jobs.client import JobRefusedError, JobsClient
+from service.cli.jobs.output import JobTable, duration_text, job_text, seconds_of
+from service.cli.jobs.served import ServiceJobs
+from service.cli.jobs.stored import StoredJobs
+from service.jobs import DeliveryStatus, JobFilter, JobStatus
+from service.settings import Settings
+from service.web.answers import JobView
+
+KEY_VARIABLE = "MODALKIT_API_KEY"
+JOBS_AT_ONCE = 200
+LONGEST_AGE_S = 100 * 365 * 86_400
+
+app = typer.Typer(name="jobs", no_args_is_help=True, rich_markup_mode="rich")
+
+
+@app.callback()
+def jobs() -> None:
+    """See to jobs: list and show them, send undelivered results once more, remove old ones.
+
+    With --url, by way of a running service. Without, in the SQLite file of the configuration (async_config.store_path),
+    while no service has it open.
+    """
+
+
+def _url(text: str) -> httpx.URL:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        url = httpx.URL()
+    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+        raise typer.BadParameter(f"it must be an address such as http://127.0.0.1:8000, not {text!r}")
+    return url
+
+
+def _age_s(text: str) -> int:
+    seconds = seconds_of(text)
+    if seconds is None or not 0 < seconds <= LONGEST_AGE_S:
+        raise typer.BadParameter(f"it must be a duration up to 36500d, such as 90s, 15m, 2h or 7d, not {text!r}")
+    return seconds
+
+
+Url = Annotated[
+    httpx.URL | None,
+    typer.Option(parser=_url, metavar="URL", help="The address of a running service.", show_default=False),
+]
+Key = Annotated[str | None, typer.Option(envvar=KEY_VARIABLE, help="The API key of that service.", show_default=False)]
+Statuses = Annotated[
+    list[JobStatus] | None,
+    typer.Option("--status", help="Only jobs in this state; may be repeated.", show_default=False),
+]
+Deliveries = Annotated[
+    list[DeliveryStatus] | None,
+    typer.Option("--delivery", help="Only jobs with such a delivery; may be repeated.", show_default=False),
+]
+OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only jobs of this model.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+
+
+@app.command("list")
+def list_jobs(
+    status: Statuses = None,
+    delivery: Deliveries = None,
+    model: OfModel = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most jobs to list.")] = 20,
+    everything: Annotated[bool, typer.Option("--all", help="List all there are, whatever the limit.")] = False,
+    cursor: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Where to go on, as told before.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    key: Key = None,
+    config: ConfigFiles = None,
+) -> None:
+    """List jobs, the newest first; of a failed one, or an undelivered result, with the error.
+
+    URLs in errors are cut short, because those of webhooks may hold secrets; not so with --json.
+
+    [bold]Examples[/bold]
+
+    modalkit jobs list --delivery undelivered
+
+    modalkit jobs list --url http://127.0.0.1:8000 --status failed --status expired --all --json
+    """
+    which = JobFilter(statuses=status or (), deliveries=delivery or (), model_name=model)
+    anyio.run(_list, _jobs(url, key, config), which, None if everything else limit, cursor, as_json)
+
+
+async def _list(client: JobsClient, which: JobFilter, limit: int | None, cursor: int | None, as_json: bool) -> None:
+    output = Console(highlight=False, markup=False)
+    table = JobTable(output.width, datetime.now(UTC))
+    listed = 0
+    async with client:
+        while limit is None or listed < limit:
+            page = await client.page(
+                JOBS_AT_ONCE if limit is None else min(JOBS_AT_ONCE, limit - listed), which, cursor
+            )
+            listed, cursor = listed + len(page.jobs), page.next_cursor
+            if as_json:
+                _print_json(page.jobs)
+            for job in () if as_json else page.jobs:
+                table.add(job)
+            if cursor is None:
+                break
+    if not as_json:
+        output.print(table.table if listed else "There are no such jobs.")
+    if cursor is not None:
+        notices.print(f"There are more: --cursor {cursor} lists the next ones, --all all of them.")
+
+
+@app.command()
+def show(
+    job_ids: Annotated[list[str], typer.Argument(metavar="JOB_ID", help="As given by /async/predict.")],
+    as_json: AsJson = False,
+    url: Url = None,
+    key: Key = None,
+    config: ConfigFiles = None,
+) -> None:
+    """Show all that is known of jobs.
+
+    The names of queues are among it, and those of webhooks may hold secrets.
+
+    [bold]Examples[/bold]
+
+    modalkit jobs show 019a6b5e-8c3f-7a41-9d52-0f6f3d1c2b7a
+
+    modalkit jobs show 019a6b5e-8c3f-7a41-9d52-0f6f3d1c2b7a --url http://127.0.0.1:8000 --json
+    """
+    anyio.run(_show, _jobs(url, key, config), _distinct(job_ids), as_json)
+
+
+async def _show(client: JobsClient, job_ids: Sequence[str], as_json: bool) -> None:
+    refused = shown = 0
+    async with client:
+        for job_id in job_ids:
+            try:
+                job = await client.get(job_id)
+            except JobRefusedError as error:
+                refused += 1
+                _say_refused(error)
+            else:
+                if as_json:
+                    _print_json([job])
+                else:
+                    typer.echo(("\n" if shown else "") + job_text(job))
+                shown += 1
+    if refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+def replay(
+    job_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="JOB_ID", help="Whose results to send.", show_default=False)
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Send every undelivered result once more.")] = False,
+    url: Url = None,
+    key: Key = None,
+    config: ConfigFiles = None,
+) -> None:
+    """Send undelivered results once more, with all their attempts.
+
+    [bold]Examples[/bold]
+
+    modalkit jobs replay 019a6b5e-8c3f-7a41-9d52-0f6f3d1c2b7a
+
+    modalkit jobs replay --all --url http://127.0.0.1:8000
+    """
+    if bool(job_ids) == everything:
+        raise typer.BadParameter("give the ids of jobs, or --all for every undelivered result, and not both")
+    anyio.run(_replay, _jobs(url, key, config), _distinct(job_ids or ()))
+
+
+async def _replay(client: JobsClient, job_ids: Sequence[str]) -> None:
+    refused = 0
+    async with client:
+        for job_id in job_ids:
+            try:
+                await client.replay(job_id)
+            except JobRefusedError as error:
+                refused += 1
+                _say_refused(error)
+        replayed = len(job_ids) - refused if job_ids else await client.replay_all()
+    if replayed:
+        typer.echo(f"{_count(replayed, 'result')} will be sent once more, {client.sent_when}.")
+    elif not refused:
+        typer.echo("There are no undelivered results.")
+    if refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+def purge(
+    status: Statuses = None,
+    delivery: Deliveries = None,
+    model: OfModel = None,
+    older_than: Annotated[
+        int | None,
+        typer.Option(
+            parser=_age_s,
+            metavar="DURATION",
+            help="Only jobs that ended so long ago: 90s, 15m, 2h, 7d.",
+            show_default=False,
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    url: Url = None,
+    key: Key = None,
+    config: ConfigFiles = None,
+) -> None:
+    """Remove jobs that have ended, with their results, for good.
+
+    Undelivered results are removed too, those about to be sent are not.
+
+    [bold]Examples[/bold]
+
+    modalkit jobs purge --status failed --older-than 7d
+
+    modalkit jobs purge --delivery undelivered --url http://127.0.0.1:8000 --yes
+    """
+    which = JobFilter(statuses=status or (), deliveries=delivery or (), model_name=model)
+    _require_removable(which, older_than)
+    client = _jobs(url, key, config)
+    if not yes:
+        _confirm(which, older_than, client.name)
+    anyio.run(_purge, client, which, older_than)
+
+
+async def _purge(client: JobsClient, which: JobFilter, older_than_s: int | None) -> None:
+    async with client:
+        purged = await client.purge(which, older_than_s)
+    typer.echo(f"Removed {_count(purged, 'job')}.")
+
+
+def _require_removable(which: JobFilter, older_than_s: int | None) -> None:
+    if not which.statuses and not which.deliveries and older_than_s is None:
+        raise typer.BadParameter("say which jobs to remove: by --status, by --delivery, or by --older-than")
+    for status in which.statuses:
+        if not status.has_ended:
+            raise typer.BadParameter(
+                f"only jobs that have ended are removed, {status} ones are not", param_hint="--status"
+            )
+    if DeliveryStatus.PENDING in which.deliveries:
+        raise typer.BadParameter("results that are about to be sent are not removed", param_hint="--delivery")
+
+
+def _confirm(which: JobFilter, older_than_s: int | None, where: str) -> None:
+    """Ask whether to remove these jobs; raises `typer.Abort` for a no."""
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("there is no terminal to ask at: give --yes to remove the jobs unasked")
+    parts = [f"in the state {' or '.join(which.statuses)}"] if which.statuses else []
+    if which.deliveries:
+        parts.append(f"with the delivery {' or '.join(which.deliveries)}")
+    if which.model_name is not None:
+        parts.append(f"of the model {which.model_name}")
+    if older_than_s is not None:
+        parts.append(f"that ended more than {duration_text(older_than_s)} ago")
+    typer.confirm(f"Remove from {where} all ended jobs {', '.join(parts)}?", abort=True, err=True)
+
+
+def _jobs(url: httpx.URL | None, key: str | None, config: ConfigFiles) -> JobsClient:
+    """Where the jobs are, not yet open."""
+    settings = Settings.load(config).app_settings
+    if url is not None:
+        return ServiceJobs(url, key, settings.auth_config.auth_header)
+    if settings.async_config.store == "memory":
+        raise typer.BadParameter(
+            "the service keeps its jobs in its memory (async_config.store: memory), so ask it: give its address, as in "
+            "--url http://127.0.0.1:8000"
+        )
+    return StoredJobs(settings.async_config.store_path)
+
+
+def _distinct(job_ids: Sequence[str]) -> list[str]:
+    if "" in job_ids:
+        raise typer.BadParameter("it must not be empty", param_hint="JOB_ID")
+    return list(dict.fromkeys(job_ids))
+
+
+def _print_json(jobs: Sequence[JobView]) -> None:
+    # As bytes, because standard output may have another encoding, and JSON has not.
+    if jobs:
+        typer.echo(b"\n".join(job.model_dump_json().encode() for job in jobs))
+
+
+def _say_refused(error: JobRefusedError) -> None:
+    notices.print(f"modalkit: error: {error}", markup=False)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,98 @@
+"""How jobs are shown to people."""
+
+import re
+from datetime import datetime, timedelta
+from typing import Any
+
+from pydantic_core import to_json
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from service.jobs import DeliveryStatus
+from service.web.answers import JobView
+
+ID_WIDTH = 36
+OTHERS_WIDTH = 68  # of a line: the id, the states and the age, with the gaps between all
+NARROWEST_MODEL = 12
+UNITS_S = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+
+_URL = re.compile(r"(\w+://)(?:[^\s/?#'\"]*@)?([^\s/?#'\"]+)([^\s'\"]*)")
+
+
+class JobTable:
+    """A table of jobs, each in two lines where there is an error, for lines of 80 characters or more."""
+
+    def __init__(self, width: int, now: datetime) -> None:
+        self._now = now
+        self.table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+        self.table.add_column("job", min_width=ID_WIDTH)
+        self.table.add_column("status", no_wrap=True)
+        self.table.add_column("delivery", no_wrap=True)
+        self.table.add_column("model", max_width=max(NARROWEST_MODEL, width - OTHERS_WIDTH))
+        self.table.add_column("age", no_wrap=True, justify="right")
+
+    def add(self, job: JobView) -> None:
+        """Add a line, or two."""
+        undelivered = job.delivery is DeliveryStatus.UNDELIVERED
+        error = (undelivered and job.delivery_error) or job.error or job.delivery_error
+        lines = [Text(job.job_id, overflow="fold")]
+        if error:
+            lines.append(Text(f"  {_without_secrets(_one_line(error))}", "dim", no_wrap=True, overflow="ellipsis"))
+        self.table.add_row(
+            Group(*lines),
+            job.status,
+            job.delivery,
+            Text(_one_line(job.model_name), no_wrap=True, overflow="ellipsis"),
+            _age(self._now - job.created_at),
+        )
+
+
+def job_text(job: JobView) -> str:
+    """All that is known of a job: a line for each field, more for those that are JSON."""
+    fields = {name: getattr(job, name) for name in type(job).model_fields}
+    width = max(map(len, fields)) + 2
+    return "\n".join(f"{name:<{width}}{_value_text(value, width)}" for name, value in fields.items())
+
+
+def seconds_of(duration: str) -> int | None:
+    """The seconds of a duration such as 90s, 15m, 2h or 7d; None for any other text."""
+    parts = re.fullmatch(r"(\d{1,9})([smhd])", duration, re.ASCII)
+    return None if parts is None else int(parts[1]) * UNITS_S[parts[2]]
+
+
+def duration_text(seconds: int) -> str:
+    """What `seconds_of` reads as so many seconds, at its shortest."""
+    unit, unit_s = next(item for item in UNITS_S.items() if seconds % item[1] == 0)
+    return f"{seconds // unit_s}{unit}"
+
+
+def _value_text(value: Any, indentation: int) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, dict):
+        value = to_json(value, indent=2).decode().replace("\n", "\n" + " " * indentation)
+    return "\n".join(_printable(line) for line in str(value).splitlines())
+
+
+def _age(elapsed: timedelta) -> str:
+    """In the largest unit that there is a whole one of; a clock that is behind the service's makes it 0s."""
+    seconds = max(0, int(elapsed.total_seconds()))
+    unit, unit_s = next((item for item in UNITS_S.items() if seconds >= item[1]), ("s", 1))
+    return f"{seconds // unit_s}{unit}"
+
+
+def _one_line(text: str) -> str:
+    return _printable(" ".join(text.split()))
+
+
+def _printable(text: str) -> str:
+    """The text without what would command the terminal: errors may quote what a caller sent."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def _without_secrets(text: str) -> str:
+    """The text with scheme and host alone of each URL: the queues of webhooks are URLs that may hold a secret."""
+    return _URL.sub(lambda url: url[1] + url[2] + ("/…" if url[3] else ""), text)
