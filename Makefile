@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench format train clean
+.PHONY: help run test check soak bench format train clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -25,6 +25,9 @@ check: $(VENV)/.installed-dev  ## Lint, check formatting, types, layers and pypr
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/validate-pyproject pyproject.toml
+
+soak: $(VENV)/.installed-dev  ## Kill the service 20 times during 10,000 jobs, and count what was lost (about 2 minutes)
+	@$(BIN)/python -m tests.faults.soak
 
 bench: $(VENV)/.installed-dev  ## Measure, beside what each figure is compared to (about 15 minutes on 2 cores)
 	@$(BIN)/python -m benchmarks.report
