@@ -1,0 +1,211 @@
+"""What durable jobs cost, next to a FastAPI service that stores nothing, and next to one that sends TaskIQ tasks.
+
+Run it with ``python -m benchmarks.jobs``; ``--only`` chooses parts. The services are processes of their own with a
+pipeline that does nothing, a SQLite store with full synchronisation, and a Redis server of their own.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+from urllib.request import urlopen
+
+import redis
+import typer
+import uvloop
+
+from benchmarks.raw_http import post_all
+from benchmarks.redis_server import RedisServer
+
+TEXT = "The room was clean and the staff could not have been kinder to us."
+JOB = json.dumps(
+    {
+        "message": {"text": TEXT},
+        "success_queue": "results",
+        "failure_queue": "errors",
+        "meta": {"user_id": "12345", "request_id": "req_001"},
+    }
+).encode()
+CONFIGURATION = """
+app_settings:
+  async_config: {{store_path: jobs.db}}
+  queue_config: {{backend: {backend}, broker_url: "{redis_url}"}}
+model_settings:
+  model_entries:
+    nothing: {{pipeline: "benchmarks.nothing:{pipeline}"}}
+"""
+SERVE = [sys.executable, "-P", "-c", "from service.cli import main; main()", "serve", "--port", "0"]
+BARE = [sys.executable, "-m", "uvicorn", "benchmarks.bare_servers:app", "--no-access-log", "--port", "0"]
+LIST_LENGTH = 1000
+CLIENTS = 64
+LIST_CLIENTS = 4
+
+
+@contextmanager
+def served(
+    folder: Path, backend: str = "memory", redis_url: str = "redis://localhost:6379", pipeline: str = "NothingPipeline"
+) -> Iterator[str]:
+    """The address of ``modalkit serve`` with its store in `folder`."""
+    configuration = CONFIGURATION.format(backend=backend, redis_url=redis_url, pipeline=pipeline)
+    (folder / "modalkit.yaml").write_text(configuration)
+    with _process(SERVE, folder, r"^Ready") as said:
+        yield _address(said)
+
+
+@contextmanager
+def bare(redis_url: str = "redis://localhost:6379") -> Iterator[str]:
+    """The address of the service that stores nothing."""
+    with _process(BARE, Path.cwd(), r"running on", BENCHMARK_REDIS_URL=redis_url) as said:
+        yield _address(said)
+
+
+@contextmanager
+def _process(command: list[str], folder: Path, ready: str, **variables: str) -> Iterator[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), **variables}
+    # To a file: nobody would read a pipe once the process is ready.
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        try:
+            said = ""
+            while not re.search(ready, said, re.MULTILINE):
+                if process.poll() is not None:
+                    raise RuntimeError(f"the server did not start: {said}")
+                time.sleep(0.05)
+                said = Path(log.name).read_text()
+            yield said
+        finally:
+            process.kill()  # gently, it would first finish what was accepted
+            process.wait()
+
+
+def _address(said: str) -> str:
+    found = re.search(r"http://[\w.:]+\d", said)
+    if found is None:
+        raise RuntimeError(f"the server named no address: {said}")
+    return found.group()
+
+
+def metric(url: str, name: str) -> float:
+    """A number that the service tells Prometheus."""
+    with urlopen(f"{url}/metrics") as answer:  # noqa: S310  # an address of our own
+        lines = answer.read().decode().splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[-1])
+
+
+def rate(url: str, bodies: list[bytes], clients: int, jobs: int) -> float:
+    """Jobs accepted per second."""
+    started_s = time.perf_counter()
+    statuses = uvloop.run(post_all(url, bodies, clients))
+    if statuses != {202: len(bodies)}:
+        raise RuntimeError(f"{url} answered {statuses}")
+    return jobs / (time.perf_counter() - started_s)
+
+
+def lists(jobs: int) -> list[bytes]:
+    """The bodies of requests that submit so many jobs as lists."""
+    return [b"[" + b",".join([JOB] * LIST_LENGTH) + b"]"] * (jobs // LIST_LENGTH)
+
+
+def wait_until(reached: Callable[[], bool], timeout_s: float = 300.0) -> None:
+    """Ask again and again."""
+    deadline_s = time.perf_counter() + timeout_s
+    while not reached():
+        if time.perf_counter() > deadline_s:
+            raise TimeoutError("what was waited for did not happen")
+        time.sleep(0.02)
+
+
+def told(name: str, ratios: list[float]) -> str:
+    """A line with the median and the range of a ratio."""
+    return f"{name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
+
+
+def singles(rounds: int, jobs: int) -> None:
+    """Single durable submissions, next to a route that validates the same model and stores nothing."""
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder, bare() as plain, served(Path(folder)) as url:
+        for _ in range(rounds):
+            reference = rate(f"{plain}/validate", [JOB] * jobs, CLIENTS, jobs)
+            ours = rate(f"{url}/async/predict", [JOB] * jobs, CLIENTS, jobs)
+            ratios.append(ours / reference)
+            print(f"  bare {reference:.0f}/s, durable {ours:.0f}/s")
+    print(told(f"single submissions, {CLIENTS} clients, beside a route that stores nothing", ratios))
+
+
+def many(rounds: int, jobs: int) -> None:
+    """Durable submissions as lists of 1,000."""
+    with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url:
+        rates = [rate(f"{url}/async/predict", lists(jobs), LIST_CLIENTS, jobs) for _ in range(rounds)]
+    print(f"lists of {LIST_LENGTH}: {statistics.median(rates):.0f} jobs/s ({min(rates):.0f} .. {max(rates):.0f})")
+
+
+def through_redis(rounds: int, jobs: int) -> None:
+    """From acceptance to the message in a Redis stream, next to a task for each item from its route."""
+    ratios = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RedisServer() as broker,
+        redis.Redis.from_url(broker.url) as client,
+        bare(broker.url) as plain,
+        served(Path(folder), "taskiq", broker.url) as url,
+    ):
+        for _ in range(rounds):
+            reference = rate(f"{plain}/send", [JOB] * (jobs // 10), CLIENTS, jobs // 10)
+            client.flushall()
+            started_s = time.perf_counter()
+            rate(f"{url}/async/predict", lists(jobs), LIST_CLIENTS, jobs)
+            wait_until(lambda: client.xlen("modalkit:results") >= jobs)
+            ours = jobs / (time.perf_counter() - started_s)
+            wait_until(lambda: metric(url, 'modalkit_deliveries{delivery="pending"}') == 0)
+            ratios.append(ours / reference)
+            print(f"  .kiq() for each item {reference:.0f}/s, accepted to delivered {ours:.0f}/s")
+    print(told("accepted to delivered through Redis, beside .kiq() for each item", ratios))
+
+
+def backlog(jobs: int) -> None:
+    """A million jobs that wait: memory, and the first result after a restart."""
+    with tempfile.TemporaryDirectory() as folder:
+        with served(Path(folder), pipeline="NeverPipeline") as url:
+            before = metric(url, "process_resident_memory_bytes")
+            for part in range(10):
+                rate(f"{url}/async/predict", lists(jobs // 10), LIST_CLIENTS, jobs // 10)
+                grown = (metric(url, "process_resident_memory_bytes") - before) / 2**20
+                print(f"  {(part + 1) * jobs // 10} queued: {before / 2**20:.0f} MiB + {grown:.0f} MiB")
+        started_s = time.perf_counter()
+        with served(Path(folder)) as url:
+            wait_until(lambda: metric(url, 'modalkit_jobs{status="succeeded"}') > 0)
+            first_s = time.perf_counter() - started_s
+            resident = metric(url, "process_resident_memory_bytes") / 2**20
+            queued = metric(url, 'modalkit_jobs{status="queued"}')
+    print(f"{jobs} queued jobs, killed and started again: the first result after {first_s:.1f} s, start of the process")
+    print(f"included, with {queued:.0f} still queued and {resident:.0f} MiB resident")
+
+
+def main(
+    only: Annotated[str | None, typer.Option(help="single, lists, redis or backlog.")] = None,
+    rounds: Annotated[int, typer.Option(help="How often each pair is measured, in turns.")] = 5,
+) -> None:
+    """Print what durable jobs cost."""
+    parts: dict[str, Callable[[], None]] = {
+        "single": lambda: singles(rounds, 6000),
+        "lists": lambda: many(rounds, 40_000),
+        "redis": lambda: through_redis(rounds, 40_000),
+        "backlog": lambda: backlog(1_000_000),
+    }
+    if only is not None and only not in parts:
+        raise typer.BadParameter(f"{only!r} is none of {', '.join(parts)}", param_hint="--only")
+    for name, part in parts.items():
+        if only in (None, name):
+            part()
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,64 @@
+"""HTTP clients that cost next to nothing, so that the server is what is measured."""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import cast
+from urllib.parse import urlsplit
+
+
+class _Connection(asyncio.Protocol):
+    """Sends requests one after the other over one connection, each once the answer before is there."""
+
+    def __init__(self, requests: Iterator[bytes], done: "asyncio.Future[None]", statuses: dict[int, int]) -> None:
+        self._requests = requests
+        self._done = done
+        self._statuses = statuses
+        self._received = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's derives from nothing
+        self._send_next()
+
+    def data_received(self, data: bytes) -> None:
+        """Count a complete answer, and go on."""
+        self._received += data
+        head, separator, body = self._received.partition(b"\r\n\r\n")
+        if not separator:
+            return
+        length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+        if len(body) >= length:
+            status = int(head[9:12])
+            self._statuses[status] = self._statuses.get(status, 0) + 1
+            self._received = b""
+            self._send_next()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail, where that was not to be."""
+        if not self._done.done():
+            self._done.set_exception(exc or ConnectionError("the server closed the connection"))
+
+    def _send_next(self) -> None:
+        request = next(self._requests, None)
+        if request is None:
+            self._done.set_result(None)
+            self._transport.close()
+        else:
+            self._transport.write(request)
+
+
+async def post_all(url: str, bodies: Sequence[bytes], clients: int) -> dict[int, int]:
+    """POST every body to `url` over so many connections; returns how many answers had which status."""
+    parts = urlsplit(url)
+    head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\nContent-Length: "
+    requests = iter([head.encode() + b"%d\r\n\r\n" % len(body) + body for body in bodies])
+    statuses: dict[int, int] = {}
+    loop = asyncio.get_running_loop()
+    finished: list[asyncio.Future[None]] = [loop.create_future() for _ in range(clients)]
+    for done in finished:
+        await loop.create_connection(
+            partial(_Connection, requests, done, statuses), parts.hostname or "", parts.port or 80
+        )
+    await asyncio.gather(*finished)
+    return statuses
