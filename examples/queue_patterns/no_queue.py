@@ -1,0 +1,18 @@
+"""No queue: who submitted a job asks what became of it."""
+
+import anyio
+from square_root import SquareRoot
+
+from modalkit import InferenceWorker
+from modalkit.iomodel import AsyncInputModel
+
+
+async def main() -> None:
+    async with InferenceWorker(SquareRoot("roots", ".", {})) as worker:
+        job_ids = [await worker.submit(AsyncInputModel(message={"number": number})) for number in (9, -1)]
+        for job_id in job_ids:
+            if job := await worker.job(job_id, wait_s=10):
+                print(job.status, job.result["root"] if job.result else job.error)
+
+
+anyio.run(main)
