@@ -75,10 +75,13 @@ class Deliverer:
         )
         self._places_of_one_queue = max(1, self._places // 2)
         # All mutable state: how many messages are on their way to each queue, what became of those that came back,
-        # when the next retry is due, and what wakes the task that takes more.
+        # when the next retry is due, whether the store may have something due and when it was asked, and what wakes the
+        # task that takes it.
         self._under_way: Counter[str] = Counter()
         self._total_under_way = 0
         self._is_taking = False
+        self._may_be_due = True
+        self._asked_s = -math.inf
         self._records: Gathering[tuple[str, DeliveryRecord]] = Gathering()
         self._next_retry_at = math.inf
         self._change = anyio.Event()
@@ -106,7 +109,8 @@ class Deliverer:
         return self._total_under_way
 
     def wake(self) -> None:
-        """Look for what is due; called when something may be."""
+        """Look for what is due in the store; called when something may be."""
+        self._may_be_due = True
         self._change.set()
 
     def reserve(self, queue_name: str) -> bool:
@@ -148,14 +152,15 @@ class Deliverer:
         """Keep the places filled with what is due, until closed."""
         while not (self._closing.is_set() and self._store.durable):
             self._change = anyio.Event()
-            taken = await self._take()
+            closing = self._closing.is_set()
+            # Asked only with reason: while it is, what ends goes by way of the store as well.
+            taken = await self._take() if self._may_be_due or closing or not self._sleep_s() else []
             self.deliver(taken)
             if taken:
                 continue
-            if self._closing.is_set() and not self.under_way:
+            if closing and not self.under_way:
                 break
-            sleep_s = max(0.0, min(LONGEST_SLEEP_S, self._next_retry_at - self._clock()))
-            with anyio.move_on_after(sleep_s):
+            with anyio.move_on_after(self._sleep_s()):
                 await self._change.wait()
         while self.under_way:
             self._change = anyio.Event()
@@ -164,20 +169,30 @@ class Deliverer:
         if not self._store.durable and (lost := (await self._store.counts()).deliveries[DeliveryStatus.PENDING]):
             logger.error("%d results are lost: their deliveries failed, and the store is not durable", lost)
 
+    def _sleep_s(self) -> float:
+        """Until the store is to be asked without anybody saying so: retries of an earlier process may be due, too."""
+        if self.under_way >= self._places:
+            return math.inf  # a place that gets free says so
+        since_s = anyio.current_time() - self._asked_s
+        return max(0.0, min(LONGEST_SLEEP_S - since_s, self._next_retry_at - self._clock()))
+
     async def _take(self) -> Sequence[Job]:
         free = self._places - self.under_way
         if not free:
             return []
         most = self._places_of_one_queue
         places: Mapping[str, int] = {queue: most - messages for queue, messages in self._under_way.items()}
+        self._may_be_due = min(places.values(), default=most) <= 0  # then there may be more than it is let to give
+        self._asked_s = anyio.current_time()
         self._is_taking = True  # the places that it is told of are not given to others meanwhile
         try:
             taken = await self._store.take_deliveries(free, self._clock(), places=places, per_queue=most)
         except JobStoreError:
             logger.exception("What is to be delivered could not be read; trying again in %g s", LONGEST_SLEEP_S)
-            return []
+            return []  # asked again after a while
         finally:
             self._is_taking = False
+        self._may_be_due = self._may_be_due or bool(taken)
         self._under_way.update(_queue_of(job) for job in taken)
         self._total_under_way += len(taken)
         if not taken and self._clock() >= self._next_retry_at:
@@ -215,7 +230,7 @@ class Deliverer:
             await self._note([record for _, record in records])
             _log_failures(records)
             self.release(queue for queue, _ in records)
-            self.wake()
+            self._change.set()
 
     async def _note(self, records: Sequence[DeliveryRecord]) -> None:
         while True:

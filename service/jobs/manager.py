@@ -187,12 +187,17 @@ class JobManager:
         """Store how jobs ended, wake who waits for them and deliver their messages. Raises `JobStoreError`."""
         # What there is a place for is delivered from here, without being read from the store again.
         in_hand: dict[str, Job] = {}
+        some_are_left = False
         if self._deliverer is not None:
             for job, end in ends:
                 queue = job.success_queue if end.status is JobStatus.SUCCEEDED else job.failure_queue
-                finished = job.finished(end) if queue and self._deliverer.reserve(queue) else None
+                if not queue:
+                    continue
+                finished = job.finished(end) if self._deliverer.reserve(queue) else None
                 if finished is not None:
                     in_hand[job.job_id] = finished
+                else:
+                    some_are_left = True
         # Shielded, because what is stored as in hand must be delivered from here: nobody else would.
         with anyio.CancelScope(shield=True):
             try:
@@ -204,7 +209,9 @@ class JobManager:
             self._let_go(in_hand.values())
             if self._deliverer is not None:
                 self._deliverer.deliver(delivered)
-            self._have_ended(ended)
+                if some_are_left:
+                    self._deliverer.wake()
+            self._announce(ended)
 
     def _let_go(self, jobs: Iterable[Job]) -> None:
         if self._deliverer is not None:
