@@ -6,7 +6,10 @@ from service.errors import ServiceError
 
 
 class JobStoreError(ServiceError):
-    """The root of all errors of a job store. Nothing of an operation that raised one has been stored."""
+    """The root of all errors of a job store.
+
+    Nothing of an operation that raised one has been stored, except the steps before it of one that takes several.
+    """
 
 
 class DuplicateJobError(JobStoreError):
