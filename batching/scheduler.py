@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -28,7 +29,7 @@ from batching.execution import Executor, Progress
 from batching.measured_cost import MeasuredCostModel
 from batching.pending import Listener, Pending, Waiter
 from batching.planner import BatchPlanner
-from batching.policy import Batch, BatchPolicy
+from batching.policy import Batch, BatchPolicy, Decision
 from batching.records import BatchRecord
 from batching.request import LARGEST_SIZE, Failure, Outcome, Priority, Success
 from batching.stages import RunBatch, StageSeconds, StageShares
@@ -56,9 +57,11 @@ class BatchScheduler(Generic[T, R]):
     Use it as an async context manager, in the task that will also leave it. `run_batch` is a synchronous function, run
     in a thread of the scheduler's own, an asynchronous one, or three `Stages`: those of one batch overlap with those of
     the next, in a second thread, where the first and last are measured to take a real share of the time and requests
-    wait. Up to `max_in_flight` batches run at once (overlapping ones count as one). Leaving the context normally
-    refuses new requests and runs everything accepted; leaving it by an exception (cancellation included) abandons what
-    has not finished with `SchedulerClosedError`.
+    wait. Leaving the context normally refuses new requests and runs everything accepted; leaving it by an exception
+    (cancellation included) abandons what has not finished with `SchedulerClosedError`.
+
+    Up to `max_in_flight` batches run at once (overlapping ones count as one). While `eager_in_flight` of them do, only
+    full ones are added: for a `run_batch` that costs by the call and not by the item, as one over a network does.
 
     `item_size` gives a payload's size where `submit` is not told one; it is called in the event loop for each request
     and has to be quick. Where it fails or returns what is no size, a warning is logged once, and the nearest size
@@ -81,6 +84,7 @@ class BatchScheduler(Generic[T, R]):
         cost_model: CostModel | None = None,
         item_size: Callable[[T], int] | None = None,
         max_in_flight: int = 1,
+        eager_in_flight: int | None = None,
         batch_timeout_s: float | None = None,
         is_too_large: Callable[[Exception], bool] | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
@@ -88,6 +92,8 @@ class BatchScheduler(Generic[T, R]):
     ) -> None:
         if max_in_flight < 1:
             raise ValueError(f"max_in_flight must be at least 1, got {max_in_flight!r}")
+        if eager_in_flight is not None and not 1 <= eager_in_flight <= max_in_flight:
+            raise ValueError(f"eager_in_flight must be from 1 to {max_in_flight} or None, got {eager_in_flight!r}")
         if batch_timeout_s is not None and batch_timeout_s <= 0:
             raise ValueError(f"batch_timeout_s must be positive or None, got {batch_timeout_s!r}")
         self.policy = policy or BatchPolicy()
@@ -97,6 +103,7 @@ class BatchScheduler(Generic[T, R]):
         self._is_too_large = is_too_large or _never
         self._on_batch = on_batch
         timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
+        self._eager_in_flight = eager_in_flight or max_in_flight
         self._executors = [Executor(run_batch, timeout_s, f"{name} {i}") for i in range(max_in_flight)]
         # All mutable state: the planner with its queue, the requests that run, what is counted, what shares
         # of the time the stages take, and how idle workers wake.
@@ -104,9 +111,8 @@ class BatchScheduler(Generic[T, R]):
         self._running: dict[int, Batch[Pending[T, R]]] = {}  # by the id of the batch
         self._telemetry = Telemetry()
         self._shares = StageShares()
-        self._arrival = anyio.Event()
+        self._sleepers: deque[anyio.Event] = deque()
         self._warned_of_sizes = False
-        self._sleeping = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._now: Callable[[], float] = anyio.current_time
         self._opened_s = self._closed_s = math.nan
@@ -133,7 +139,8 @@ class BatchScheduler(Generic[T, R]):
         if self._exit_stack is None:
             raise RuntimeError("a BatchScheduler cannot be left before it was entered")
         self._open = False
-        self._arrival.set()
+        while self._sleepers:
+            self._wake_one()
         try:
             return await self._exit_stack.__aexit__(exc_type, exc, traceback)
         finally:
@@ -302,8 +309,7 @@ class BatchScheduler(Generic[T, R]):
             self._telemetry.refused += len(requests)
             raise
         self._telemetry.accepted += len(requests)
-        if self._sleeping:
-            self._arrival.set()
+        self._wake_one()
 
     async def _wait(self, waiter: Waiter, requests: Sequence[Pending[T, R]]) -> None:
         """Wait for all outcomes; at the deadline, or when cancelled, requests without one are withdrawn."""
@@ -346,24 +352,45 @@ class BatchScheduler(Generic[T, R]):
 
     async def _next_batch(self) -> Batch[Pending[T, R]] | None:
         while True:
-            decision = self._planner.decide(self._now(), draining=not self._open)
+            decision = (
+                Decision() if self._must_hold_back() else self._planner.decide(self._now(), draining=not self._open)
+            )
             for request in decision.expired:
                 self._fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
             if decision.batch is not None:
+                if len(self._planner.queue):
+                    self._wake_one()
                 return decision.batch
             if not self._open:
                 return None
-            if self._arrival.is_set():
-                self._arrival = anyio.Event()
-            self._sleeping += 1
-            try:
-                if math.isinf(decision.wake_s):
-                    await self._arrival.wait()
-                else:
-                    with anyio.CancelScope(deadline=decision.wake_s):
-                        await self._arrival.wait()
-            finally:
-                self._sleeping -= 1
+            await self._sleep_until(decision.wake_s)
+
+    def _must_hold_back(self) -> bool:
+        """Whether enough batches run, and too few requests wait for a full one."""
+        queue = self._planner.queue
+        return (
+            len(self._running) >= self._eager_in_flight
+            and self._open
+            and max(map(queue.waiting, Priority)) < self.policy.max_batch_size
+        )
+
+    async def _sleep_until(self, wake_s: float) -> None:
+        """Sleep until then, or until woken. Idle workers sleep in a row, so that an arrival wakes one of many."""
+        woken = anyio.Event()
+        self._sleepers.append(woken)
+        try:
+            if math.isinf(wake_s):
+                await woken.wait()
+            else:
+                with anyio.CancelScope(deadline=wake_s):
+                    await woken.wait()
+        finally:
+            if not woken.is_set():
+                self._sleepers.remove(woken)
+
+    def _wake_one(self) -> None:
+        if self._sleepers:
+            self._sleepers.popleft().set()
 
     def _overlap_pays(self, executor: Executor[T, R]) -> bool:
         """Whether a batch should start its first stage in the second thread: a lone one is quicker in one visit."""

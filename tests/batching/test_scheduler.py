@@ -494,6 +494,48 @@ async def test_several_batches_run_at_the_same_time_when_allowed() -> None:
         pipeline.gate.set()
 
 
+async def test_while_the_eager_batches_run_only_full_ones_are_added() -> None:
+    pipeline = Pipeline()
+    policy = BatchPolicy(max_batch_size=4)
+    async with held(pipeline, policy=policy, max_in_flight=8, eager_in_flight=2) as (scheduler, group):
+        for number in range(1, 5):
+            group.start_soon(scheduler.submit, number)
+            await anyio.wait_all_tasks_blocked()
+        assert pipeline.batches == [[0], [1]]  # 2, 3 and 4 wait for one more, or for a batch to end
+        group.start_soon(scheduler.submit, 5)
+        await anyio.wait_all_tasks_blocked()
+        assert [sorted(batch) for batch in pipeline.batches] == [[0], [1], [2, 3, 4, 5]]
+        group.start_soon(scheduler.submit, 6)
+        await anyio.wait_all_tasks_blocked()
+    assert pipeline.batches[3:] == [[6]]
+
+
+async def test_what_was_held_back_runs_when_the_scheduler_closes() -> None:
+    pipeline = Pipeline()
+    async with anyio.create_task_group() as group:
+        async with BatchScheduler(pipeline.run, max_in_flight=3, eager_in_flight=1) as scheduler:
+            group.start_soon(scheduler.submit, 0)
+            await pipeline.entered.wait()
+            group.start_soon(scheduler.submit, 1)
+            await anyio.wait_all_tasks_blocked()
+            assert pipeline.batches == [[0]]
+            pipeline.gate.set()
+    assert pipeline.batches == [[0], [1]]
+
+
+async def test_many_requests_at_once_keep_all_idle_workers_busy() -> None:
+    pipeline = Pipeline()
+    policy = BatchPolicy(max_batch_size=2)
+    async with (
+        BatchScheduler(pipeline.run, policy=policy, max_in_flight=4) as scheduler,
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(scheduler.submit_many, range(8))
+        await anyio.wait_all_tasks_blocked()
+        assert sorted(map(len, pipeline.batches)) == [2, 2, 2, 2]
+        pipeline.gate.set()
+
+
 async def test_statistics_account_for_every_request_and_batch() -> None:
     policy = BatchPolicy(max_batch_size=4)
     async with BatchScheduler(lambda items: items, policy=policy, item_size=len) as scheduler:
@@ -525,6 +567,8 @@ def test_statistics_can_be_read_after_the_event_loop_has_ended() -> None:
 def test_a_scheduler_that_can_run_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="max_in_flight must be at least 1, got 0"):
         BatchScheduler(lambda items: items, max_in_flight=0)
+    with pytest.raises(ValueError, match="eager_in_flight must be from 1 to 4 or None, got 5"):
+        BatchScheduler(lambda items: items, max_in_flight=4, eager_in_flight=5)
     with pytest.raises(ValueError, match="batch_timeout_s must be positive or None, got 0"):
         BatchScheduler(lambda items: items, batch_timeout_s=0)
 
