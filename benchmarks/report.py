@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measurement import Figure, Study
+from service.version import VERSION
 
 DEFAULT_TEXTS = 2_000
 
@@ -71,7 +72,7 @@ def as_json(figures: Mapping[str, Sequence[Figure]]) -> str:
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": {name: version(name) for name in ("modalkit", "torch", "transformers", "batched")},
+        "versions": {"modalkit": VERSION, **{name: version(name) for name in ("torch", "transformers", "batched")}},
         "studies": {study: [_figure_as_dict(figure) for figure in found] for study, found in figures.items()},
     }
     return json.dumps(document, indent=2) + "\n"

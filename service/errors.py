@@ -21,6 +21,41 @@ class PipelineOutputError(ServiceError):
         )
 
 
+class RemoteItemError(ServiceError):
+    """Raised here for an item that failed in another process; `error_type` is the class of its error there."""
+
+    def __init__(self, message: str, error_type: str) -> None:
+        super().__init__(message)
+        self.error_type = error_type
+
+
+class RemoteCallError(ServiceError):
+    """Raised when a call of another process did not come back with a result, however often it was tried."""
+
+
+class RemoteTimeoutError(RemoteCallError):
+    """Raised when a call of another process took longer than it may."""
+
+
+class ContainerFaultError(ServiceError):
+    """Raised by a call that this container cannot answer, for it to be run again in another one."""
+
+
+class DeviceFaultError(ContainerFaultError):
+    """Raised by a call whose items ran into a fault of the container's device."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(f"the device of this container is broken: {fault}")
+        self.fault = fault
+
+    def __reduce__(self) -> tuple[type["DeviceFaultError"], tuple[str]]:
+        return DeviceFaultError, (self.fault,)  # it travels from the container to its caller
+
+
+class NotAvailableError(ServiceError):
+    """Raised for what cannot be done with the engine that jobs run in."""
+
+
 class OutputNotJsonError(ServiceError):
     """Raised for an item whose output holds what JSON cannot: a NumPy number, bytes, half of a surrogate pair."""
 

@@ -158,7 +158,9 @@ class _Model:
 
 
 class LocalGateway:
-    """Serves every model of the configuration from this process: one `InferenceWorker` each, jobs and delivery shared.
+    """Serves models from this process: one `InferenceWorker` each, jobs and delivery shared.
+
+    They are those of the configuration, unless `sources` says which.
 
     Constructing it imports the classes that the configuration names and raises `LoadError` where that fails; entering
     it opens the job store and starts to load the models in the background. A model that cannot be loaded, or whose
@@ -167,13 +169,18 @@ class LocalGateway:
     """
 
     def __init__(
-        self, settings: Settings, *, queue_backend: QueueBackend | None = None, job_store: JobStore | None = None
+        self,
+        settings: Settings,
+        *,
+        queue_backend: QueueBackend | None = None,
+        job_store: JobStore | None = None,
+        sources: Sequence[ModelSource] | None = None,
     ) -> None:
         self._settings = settings
         self._closing = anyio.Event()
-        self._models = {
-            name: _Model(ModelSource(settings, name), self._closing) for name in settings.model_settings.model_entries
-        }
+        if sources is None:
+            sources = [ModelSource(settings, name) for name in settings.model_settings.model_entries]
+        self._models = {source.model_name: _Model(source, self._closing) for source in sources}
         if not self._models:
             raise LoadError("model_settings.model_entries: there is no model; add one")
         self._jobs = make_job_manager(settings, queue_backend, job_store)

@@ -69,38 +69,47 @@ def _import_class(path: str, key: str, base: type[T]) -> type[T]:
 class ModelSource:
     """One entry of ``model_settings.model_entries``: its classes are imported at once, its weights by `load`.
 
-    Raises `UnknownModelError` for a name without an entry and `LoadError` for a class that cannot be imported.
+    An `implementation` goes before the class that the entry names, and needs no entry. Raises `UnknownModelError` for a
+    name with neither, and `LoadError` for a class that cannot be imported.
     """
 
-    def __init__(self, settings: Settings, model_name: str) -> None:
+    def __init__(
+        self, settings: Settings, model_name: str, implementation: type[InferencePipeline] | None = None
+    ) -> None:
         entries = settings.model_settings.model_entries
-        if model_name not in entries:
-            raise UnknownModelError(model_name, sorted(entries))
-        entry: ModelEntry = entries[model_name]
+        entry: ModelEntry | None = entries.get(model_name)
         self._key = f"model_settings.model_entries.{model_name}"
         self._settings = settings.model_settings
-        self._arguments = entry.arguments()
+        self._arguments = {} if entry is None else entry.arguments()
         self.model_name = model_name
-        self.pipeline_class: type[InferencePipeline] = _import_class(
-            entry.pipeline,
-            f"{self._key}.pipeline",
-            InferencePipeline,  # type: ignore[type-abstract]  # compared with, never made
-        )
+        if implementation is not None:
+            self.pipeline_class = implementation
+        elif entry is not None:
+            self.pipeline_class = _import_class(
+                entry.pipeline,
+                f"{self._key}.pipeline",
+                InferencePipeline,  # type: ignore[type-abstract]  # compared with, never made
+            )
+        else:
+            raise UnknownModelError(model_name, sorted(entries))
         self.input_model: type[BaseModel] = self.pipeline_class.input_model
         self.output_model: type[InferenceOutputModel] = self.pipeline_class.output_model
-        if entry.input_model is not None:
+        if entry is not None and entry.input_model is not None:
             self.input_model = _import_class(entry.input_model, f"{self._key}.input_model", BaseModel)
-        if entry.output_model is not None:
+        if entry is not None and entry.output_model is not None:
             self.output_model = _import_class(entry.output_model, f"{self._key}.output_model", InferenceOutputModel)
 
-    def load(self) -> InferencePipeline:
-        """Build the pipeline: reads weights, takes seconds, and may run in any thread. Raises `LoadError`."""
+    def load(self, device: str | None = None) -> InferencePipeline:
+        """Build the pipeline: reads weights, takes seconds, and may run in any thread. Raises `LoadError`.
+
+        A `device` goes before that of ``model_settings.common``.
+        """
+        common = dict(self._settings.common)
+        if device is not None:
+            common["device"] = device
         try:
             return self.pipeline_class(
-                self.model_name,
-                str(self._settings.local_model_repository_folder),
-                dict(self._settings.common),
-                **self._arguments,
+                self.model_name, str(self._settings.local_model_repository_folder), common, **self._arguments
             )
         except Exception as error:
             raise LoadError(f"{self._key}: {self.pipeline_class.__name__} cannot be loaded: {error}") from error

@@ -20,8 +20,9 @@ from batching import (
 )
 from pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
 from service.jobs import Job, JobStore
-from service.jobs.manager import JobManager, QueueNotAllowedError
+from service.jobs.manager import JobManager
 from service.jobs.model import NewJob, json_text, new_job_id
+from service.jobs.queue_rules import QueueNotAllowedError
 from service.jobs.runner import JobOutcome, JobRunner
 from service.learnt_costs import LearntCosts
 from service.loading import make_job_manager

@@ -9,13 +9,12 @@ from rich.table import Table
 
 from batching import Failure
 from pipelines import InferencePipeline
-from service.cli.common import ConfigFiles, notices
+from service.cli.common import ConfigFiles, notices, try_api_key
 from service.errors import describe_error
 from service.jobs import MemoryJobStore
 from service.jobs.manager import JobManager
 from service.loading import LoadError, ModelSource, load_queue_backend
 from service.settings import Settings
-from service.web.auth import require_api_key
 from service.worker import InferenceWorker
 
 SMOKE_BATCH = 4
@@ -33,7 +32,7 @@ def check(config: ConfigFiles = None) -> None:
     """
     settings = Settings.load(config)
     backend = load_queue_backend(settings.app_settings.queue_config)
-    require_api_key(settings.app_settings.auth_config)
+    try_api_key(settings.app_settings.auth_config)
     models = Table("model", "pipeline", "loaded in", "smoke batch", title="Models", title_justify="left")
     for model_name in settings.model_settings.model_entries:
         source = ModelSource(settings, model_name)
@@ -84,5 +83,6 @@ def _service_table(settings: Settings, backend: str) -> Table:
     table.add_row("queue", f"up to {batch.max_queue_size} requests")
     table.add_row("jobs", f"{jobs.store}" + (f" ({jobs.store_path})" if jobs.store == "sqlite" else ""))
     table.add_row("results to", backend)
-    table.add_row("callers", "anyone" if auth.api_key is None else f"with the API key, in {auth.auth_header!r}")
+    anyone = auth.api_key is None and auth.ssm_key is None
+    table.add_row("callers", "anyone" if anyone else f"with the API key, in {auth.auth_header!r}")
     return table

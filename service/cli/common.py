@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
+import anyio
 import typer
 from rich.console import Console
 
 from service.loading import ModelSource
-from service.settings import Settings
+from service.settings import AuthConfig, Settings
+from service.web.auth import ApiKey, require_api_key
 
 ConfigFiles = Annotated[
     list[Path] | None,
@@ -25,3 +27,15 @@ notices = Console(stderr=True, soft_wrap=True, highlight=False)
 def model_source(settings: Settings, model_name: str | None) -> ModelSource:
     """The model of that name, by default the first; raises `UnknownModelError` and `LoadError`."""
     return ModelSource(settings, model_name or next(iter(settings.model_settings.model_entries)))
+
+
+def try_api_key(config: AuthConfig) -> None:
+    """Read the key that callers must send from where it is kept, if it is kept elsewhere; raises `LoadError`."""
+    api_key = require_api_key(config)
+    if api_key is not None:
+        anyio.run(_read, api_key)
+
+
+async def _read(api_key: ApiKey) -> None:
+    async with api_key.opened():
+        pass

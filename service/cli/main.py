@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 
 from service.cli.check import check
+from service.cli.deploy import deploy
 from service.cli.jobs import app as jobs_app
 from service.cli.predict import predict
 from service.cli.serve import serve
@@ -19,6 +19,7 @@ from service.cli.tune import tune
 from service.errors import ServiceError
 from service.loading import LoadError, UnknownModelError
 from service.settings import SettingsError
+from service.version import VERSION
 
 EXIT_CONFIGURATION = 2
 EXIT_FAILURE = 1
@@ -34,13 +35,14 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(predict)
 app.command()(check)
+app.command()(deploy)
 app.command()(tune)
 app.add_typer(jobs_app)
 
 
 def _show_version(value: bool) -> None:
     if value:
-        typer.echo(f"modalkit {version('modalkit')}")
+        typer.echo(f"modalkit {VERSION}")
         raise typer.Exit
 
 

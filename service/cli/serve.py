@@ -1,6 +1,5 @@
 """``modalkit serve``: the HTTP service over the models of the configuration."""
 
-import gc
 import logging
 import shlex
 import signal
@@ -8,7 +7,6 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import version
 from typing import Annotated
 
 import anyio
@@ -16,13 +14,14 @@ import typer
 import uvicorn
 
 from batching.task_groups import plain_task_group
-from service.cli.common import ConfigFiles, notices
+from service.cli.common import ConfigFiles, notices, try_api_key
 from service.errors import ServiceError
+from service.garbage_collection import spare_the_garbage_collector
 from service.gateway import LocalGateway, Readiness
 from service.settings import Settings
+from service.version import VERSION
 from service.web import create_app
 
-GARBAGE_COLLECTED_FROM_OBJECTS = 10_000
 GRACE_S = 30
 """How long open HTTP requests may go on after the first signal to stop."""
 
@@ -52,6 +51,7 @@ def serve(
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
     logging.getLogger().setLevel(level)
     settings = Settings.load(config)
+    try_api_key(settings.app_settings.auth_config)  # uvicorn would show what is wrong as a traceback, and end with 0
     gateway = LocalGateway(settings)
     app = create_app(gateway, auth=settings.app_settings.auth_config, owns_gateway=False)
     server = _Server(
@@ -118,10 +118,10 @@ async def _announce(server: _Server, gateway: LocalGateway, listener: socket.soc
     """Say how to use the service once it is ready; stop it when no model can be loaded, which has been logged."""
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    notices.print(f"modalkit {version('modalkit')} on {url}: loading {', '.join(gateway.readiness())} ...")
+    notices.print(f"modalkit {VERSION} on {url}: loading {', '.join(gateway.readiness())} ...")
     started_s = time.perf_counter()
     await gateway.wait_until_settled()
-    _spare_the_garbage_collector()
+    spare_the_garbage_collector()
     failed = _failed(gateway)
     if len(failed) == len(gateway.readiness()):
         server.should_exit = True
@@ -133,17 +133,10 @@ async def _announce(server: _Server, gateway: LocalGateway, listener: socket.soc
     )
 
 
-def _spare_the_garbage_collector() -> None:
-    """Let it pass over what is there for good, and look at the rest less often: it took a third of a job's time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GARBAGE_COLLECTED_FROM_OBJECTS)
-
-
 def _things_to_try(url: str, gateway: LocalGateway, settings: Settings) -> str:
     auth = settings.app_settings.auth_config
     scheme = "Bearer " if auth.auth_header.lower() == "authorization" else ""
-    key = "" if auth.api_key is None else f" -H '{auth.auth_header}: {scheme}<your key>'"
+    key = "" if auth.api_key is None and auth.ssm_key is None else f" -H '{auth.auth_header}: {scheme}<your key>'"
 
     def curl(path: str, body: str) -> str:
         return f"  curl {url}{path}{key} -d {shlex.quote(body)}"

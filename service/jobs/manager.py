@@ -1,6 +1,5 @@
 """The jobs of a process: stores what is accepted, tells what became of it, and sends results on their way."""
 
-import fnmatch
 import logging
 import time
 from collections import defaultdict
@@ -13,26 +12,17 @@ import anyio
 
 from batching import Failure, Outcome, Success
 from batching.task_groups import plain_task_group
-from service.errors import ServiceError
 from service.jobs.delivery import Deliverer
 from service.jobs.errors import JobStoreError
 from service.jobs.model import FinishedJob, Job, JobFilter, JobPage, JobStatus, NewJob
+from service.jobs.queue_rules import QueueRules
 from service.jobs.store import JobCounts, JobStore
-from service.queue_backends import NamedQueueBackend, QueueBackend
+from service.queue_backends import QueueBackend
+from service.queue_backends.closing import close_backend
 
 logger = logging.getLogger(__name__)
 
 EXPIRED_AT_ONCE = 1000
-KNOWN_QUEUES = 10_000
-
-
-class QueueNotAllowedError(ServiceError):
-    """Raised when a job names a queue that ``allowed_queues`` does not cover."""
-
-    def __init__(self, field: str, queue_name: str, allowed: Sequence[str]) -> None:
-        super().__init__(f"{field}: queue {queue_name!r} is not allowed; allowed are: {', '.join(allowed) or 'none'}")
-        self.field = field
-        self.queue_name = queue_name
 
 
 class JobFeed(Protocol):
@@ -74,7 +64,7 @@ class JobManager:
         self.clock = clock
         self._backend = queue_backend
         self._owns_backend = owns_backend
-        self._allowed_queues = allowed_queues
+        self._queue_rules = QueueRules(allowed_queues, queue_backend)
         self._result_ttl_s = result_ttl_s
         self._sweep_interval_s = sweep_interval_s
         self._deliverer = (
@@ -82,20 +72,19 @@ class JobManager:
             if queue_backend is None
             else Deliverer(queue_backend, store, max_attempts=max_delivery_attempts, clock=clock)
         )
-        # All mutable state: who runs the jobs of a model, who waits for the end of a job, whether anybody may, which
-        # queue names have been found good, and what is open.
+        # All mutable state: who runs the jobs of a model, who waits for the end of a job, whether anybody may, and what
+        # is open.
         self.one_suspect = anyio.Lock()
         """Held by the feed that runs a job alone, from before it is taken until its end is stored."""
         self._feeds: dict[str, JobFeed] = {}
         self._waiters: defaultdict[str, set[anyio.Event]] = defaultdict(set)
         self._may_wait = True
-        self._known_queues: set[str] = set()
         self._exit_stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             if self._owns_backend:
-                stack.push_async_callback(self._close_backend)
+                stack.push_async_callback(close_backend, self._backend)
             await stack.enter_async_context(self.store)
             recovery = await self.store.recover(self.clock())
             if recovery.requeued:
@@ -122,15 +111,7 @@ class JobManager:
 
     def check_queues(self, success_queue: str | None, failure_queue: str | None) -> None:
         """Raise `QueueNotAllowedError` or `QueueNameError` for a queue that nothing can or may be sent to."""
-        for field, queue_name in (("success_queue", success_queue), ("failure_queue", failure_queue)):
-            if queue_name is None or queue_name in self._known_queues:
-                continue
-            if not any(fnmatch.fnmatchcase(queue_name, pattern) for pattern in self._allowed_queues):
-                raise QueueNotAllowedError(field, queue_name, self._allowed_queues)
-            if isinstance(self._backend, NamedQueueBackend):
-                self._backend.check_queue_name(queue_name)
-            if len(self._known_queues) < KNOWN_QUEUES:
-                self._known_queues.add(queue_name)
+        self._queue_rules.check(success_queue, failure_queue)
 
     async def submit(self, jobs: Sequence[NewJob]) -> list[Outcome[str]]:
         """Store jobs, whose queues have been checked, to be run. Returns their ids once that is done, in their order.
@@ -256,11 +237,3 @@ class JobManager:
             except JobStoreError:
                 logger.exception("Old jobs could not be removed; trying again in %g s", self._sweep_interval_s)
             await anyio.sleep(self._sweep_interval_s)
-
-    async def _close_backend(self) -> None:
-        aclose = getattr(self._backend, "aclose", None)
-        if aclose is not None:
-            try:
-                await aclose()
-            except Exception:
-                logger.exception("The queue backend could not be closed")  # all that was to be done is done

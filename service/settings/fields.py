@@ -1,6 +1,7 @@
 """The kinds of value that settings have, each with its check and the message of a refusal."""
 
 import re
+from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
@@ -9,6 +10,7 @@ from pydantic_core import PydanticCustomError
 BUILT_IN_BACKENDS = ("none", "memory", "sqs", "taskiq", "webhook", "routing")
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_UNMOUNTABLE = ("/", "/root", "/tmp")  # noqa: S108  # names that are refused
 _APP_PREFIX = re.compile(r"[A-Za-z0-9._-]{1,63}")
 
 
@@ -25,6 +27,25 @@ def _is_class_path(value: str) -> bool:
 def _check_class_path(value: str) -> str:
     if not _is_class_path(value):
         raise refusal(f'must have the form "module:Class", as in "my_module:MyPipeline", not {value!r}')
+    return value
+
+
+def _check_module(value: str) -> str:
+    if not all(part.isidentifier() for part in value.split(".")):
+        raise refusal(f"must be the name of a Python module, as in my_module or my_package.part, not {value!r}")
+    return value
+
+
+def _check_container_folder(value: str) -> str:
+    path = PurePosixPath(value)
+    if not path.is_absolute() or ".." in path.parts:
+        raise refusal(f'must be an absolute path in the container, as in "/app", and without "..", not {value!r}')
+    return str(path)
+
+
+def _check_mount_path(value: str) -> str:
+    if value in _UNMOUNTABLE:
+        raise refusal(f'Modal mounts nothing at {value}: use a folder of its own, as in "/models"')
     return value
 
 
@@ -76,6 +97,9 @@ Wait = Annotated[float, _Number, Field(ge=0)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 OneOrMany = Annotated[str | list[str], BeforeValidator(_check_one_or_many)]
 ClassPath = Annotated[str, AfterValidator(_check_class_path)]
+ModuleName = Annotated[str, AfterValidator(_check_module)]
+ContainerFolder = Annotated[str, AfterValidator(_check_container_folder)]
+MountPath = Annotated[ContainerFolder, AfterValidator(_check_mount_path)]
 Backend = Annotated[str, AfterValidator(_check_backend)]
 AppPrefix = Annotated[str, AfterValidator(_check_app_prefix)]
 HeaderName = Annotated[str, AfterValidator(_check_header)]

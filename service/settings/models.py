@@ -15,11 +15,14 @@ from service.settings.fields import (
     AppPrefix,
     Backend,
     ClassPath,
+    ContainerFolder,
     Count,
     CountOrZero,
     Duration,
     HeaderName,
     Host,
+    ModuleName,
+    MountPath,
     NonEmpty,
     OneOrMany,
     Secret,
@@ -53,7 +56,11 @@ class AuthConfig(Section):
     api_key: Secret | None = None
     """Callers must send this key; null lets everyone in."""
     ssm_key: NonEmpty | None = None
-    """Name of the AWS SSM parameter that holds the key, in place of `api_key`."""
+    """Name of the AWS SSM parameter that holds the key, in place of `api_key`; read at the start, decrypted."""
+    ssm_region: NonEmpty | None = None
+    """AWS region of that parameter; null takes it from the environment."""
+    ssm_refresh_seconds: Duration = 300
+    """How often the parameter is read again; a key that was replaced may work until then, the new one does at once."""
     auth_header: HeaderName = "authorization"
     """The request header that carries the key; `authorization` expects `Bearer <key>`."""
 
@@ -71,18 +78,22 @@ class BuildConfig(Section):
     """Base image; its Python must be 3.11 or newer."""
     tag: str = ""
     """Tag of the base image, where `image` does not name one."""
-    workdir: NonEmpty = "/root"
+    workdir: ContainerFolder = "/root"
     """Working directory in the container; relative paths of this configuration start there."""
     env: dict[str, str] = {}
     """Environment variables baked into the image: no place for secrets."""
     extra_run_commands: OneOrMany = []
     """Shell commands, one or a list, run while the image is built; a change rebuilds what follows."""
+    python_modules: list[ModuleName] = []
+    """Modules of yours to add to the image, besides those that this configuration names and those already imported."""
+    bake_models: bool = True
+    """Put models into the image when it is built; false leaves them to a volume, or to a download at each start."""
 
 
 class CloudBucketMount(Section):
     """A bucket (S3, R2, GCS) that appears as a folder in the container."""
 
-    mount_point: NonEmpty
+    mount_point: MountPath
     """Folder in the container."""
     bucket_name: NonEmpty
     """Name of the bucket."""
@@ -116,6 +127,7 @@ class DeploymentConfig(Section):
 
     old_names: ClassVar[Mapping[str, str]] = {
         "allow_concurrent_inputs": "max_concurrent_inputs",
+        "allow_concurrent_inputs_handler": "max_concurrent_requests",
         "concurrency_limit": "max_containers",
         "container_idle_timeout": "scaledown_window",
     }
@@ -134,6 +146,11 @@ class DeploymentConfig(Section):
     """Seconds an idle container waits for work before it stops; longer means fewer cold starts and more idle cost."""
     max_concurrent_inputs: Count = 64
     """Inputs one container handles at a time: the requests among which it can form batches."""
+    target_concurrent_inputs: Count | None = None
+    """Inputs of one container at which Modal starts another; null: max_concurrent_inputs, or less where an input
+    carries a list."""
+    max_concurrent_requests: Count = 256
+    """HTTP requests that one web container handles at a time: those that it gathers into lists."""
     timeout: Count = 300
     """Seconds after which Modal gives up on one input."""
     memory_snapshot: bool = False
@@ -148,7 +165,7 @@ class DeploymentConfig(Section):
     """How often Modal runs an input again after its container failed."""
     secrets: list[NonEmpty] = []
     """Names of Modal secrets whose entries become environment variables of the container."""
-    volumes: dict[str, NonEmpty] = {}
+    volumes: dict[MountPath, NonEmpty] = {}
     """Modal volumes, as mount path: volume name."""
     volume_reload_interval_seconds: Count | None = None
     """How often a running container looks for new data on its volumes; null never does."""
@@ -164,10 +181,35 @@ class DeploymentConfig(Section):
                 f"{self.min_containers} is more than max_containers ({self.max_containers}): lower it, or raise that",
                 "min_containers",
             )
+        if self.scaledown_window is not None and not 2 <= self.scaledown_window <= 3600:
+            raise refusal(f"Modal takes 2 to 3600 seconds, not {self.scaledown_window}", "scaledown_window")
         if self.gpu_snapshot and not self.memory_snapshot:
             raise refusal("a GPU snapshot is part of a memory snapshot: set memory_snapshot: true too", "gpu_snapshot")
         if self.gpu_snapshot and not self.gpu:
             raise refusal("there is no GPU to snapshot: name one in gpu, or set this to false", "gpu_snapshot")
+        if self.target_concurrent_inputs is not None and self.target_concurrent_inputs > self.max_concurrent_inputs:
+            raise refusal(
+                f"{self.target_concurrent_inputs} is more than max_concurrent_inputs ({self.max_concurrent_inputs}): "
+                "lower it, or raise that",
+                "target_concurrent_inputs",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _each_mounted_once(self) -> Self:
+        at: dict[str, str] = {}
+        for path, name in self.volumes.items():
+            if name in at:
+                raise refusal(
+                    f"Modal mounts a volume in one place only, and {name!r} is at {at[name]} too", "volumes", path
+                )
+            at[name] = path
+        mounted = set(self.volumes)
+        for index, bucket in enumerate(self.cloud_bucket_mounts):
+            if bucket.mount_point in mounted:
+                key = ("cloud_bucket_mounts", str(index), "mount_point")
+                raise refusal(f"{bucket.mount_point} is taken by another volume or bucket: use another folder", *key)
+            mounted.add(bucket.mount_point)
         return self
 
 

@@ -11,10 +11,12 @@ from service.settings.layers import Layer, deep_merge, make_layer
 from service.settings.problems import Problem, SettingsError, unknown_key
 from service.settings.schema import KeyPath, below, is_structured, kinds, known_paths, old_names, section_in, suggestion
 
+API_KEY_VARIABLE = "MODALKIT_API_KEY"
 CONFIG_VARIABLE = "MODALKIT_CONFIG"
 DEFAULT_FILE = Path("modalkit.yaml")
+POSTFIX_VARIABLE = "MODALKIT_APP_POSTFIX"
 PREFIX = "MODALKIT_"
-RESERVED_VARIABLES = frozenset({CONFIG_VARIABLE, "MODALKIT_API_KEY", "MODALKIT_APP_POSTFIX"})
+RESERVED_VARIABLES = frozenset({CONFIG_VARIABLE, API_KEY_VARIABLE, POSTFIX_VARIABLE})
 """Variables with our prefix that are not settings: the files to read, the key that ``modalkit jobs`` sends, and the
 second part of the Modal app's name.
 """

@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from http import HTTPStatus
-from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 from fastapi.responses import JSONResponse, RedirectResponse, Response
@@ -11,6 +10,7 @@ from fastapi_offline import FastAPIOffline
 
 from service.gateway import Gateway, Readiness
 from service.settings import AuthConfig
+from service.version import VERSION
 from service.web.auth import require_api_key
 from service.web.job_routes import make_job_router
 from service.web.metrics import CONTENT_TYPE, exposition
@@ -29,18 +29,18 @@ problem details (RFC 9457).
 def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway: bool = True) -> FastAPI:
     """The HTTP service over a gateway, which is opened and closed with it (by ASGI's lifespan) if it `owns_gateway`.
 
-    Health checks, metrics and documentation need no key. Raises `LoadError` where `auth` asks for what cannot be had.
+    Health checks, metrics and documentation need no key. Raises `LoadError` where `auth` asks for what cannot be had;
+    so does the lifespan's start where a key cannot be read from AWS SSM.
     """
+    api_key = require_api_key(auth or AuthConfig())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        async with gateway if owns_gateway else nullcontext():
+        # The key first: a wrong name shows before models are loaded.
+        async with nullcontext() if api_key is None else api_key.opened(), gateway if owns_gateway else nullcontext():
             yield
 
-    app = FastAPIOffline(
-        title="modalkit", version=version("modalkit"), description=DESCRIPTION, lifespan=lifespan, redoc_url=None
-    )
-    api_key = require_api_key(auth or AuthConfig())
+    app = FastAPIOffline(title="modalkit", version=VERSION, description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
     add_prediction_routes(app, gateway, api_key)
     app.include_router(make_job_router(gateway), dependencies=[] if api_key is None else [Depends(api_key.dependency)])
     _add_health(app, gateway)

@@ -2,6 +2,7 @@
 
 import hmac
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -11,46 +12,78 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 
 from service.loading import LoadError
 from service.settings import AuthConfig
+from service.web.header_keys import header_bytes
 from service.web.problems import ProblemError
+from service.web.ssm_key import SsmKey
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
     """The key that a request must carry."""
 
-    check: Callable[[Request], None]
-    """Raises `ProblemError` for a request without the key."""
+    check: Callable[[Request], Awaitable[None]]
+    """Raises `ProblemError` for a request without the key. For one with the key it waits for nothing."""
     dependency: Callable[..., Awaitable[None]]
     """The same as a dependency of FastAPI's, which documents where the key belongs."""
+    opened: Callable[[], AbstractAsyncContextManager[None]]
+    """To be entered while requests are checked: keeps a key that comes from elsewhere. Raises `LoadError`."""
 
 
 def require_api_key(config: AuthConfig) -> ApiKey | None:
     """The check of the configured key, or None where everybody may call.
 
-    Raises `LoadError` for a key that is to come from where this version cannot read it.
+    Raises `LoadError` for a key that no header can carry, and where a key in AWS SSM cannot be read from here.
     """
     if config.ssm_key is not None:
-        raise LoadError(
-            "app_settings.auth_config.ssm_key: keys in AWS SSM are not part of this version; use api_key instead"
-        )
+        in_ssm = SsmKey(config.ssm_key, region=config.ssm_region, refresh_s=config.ssm_refresh_seconds)
+        return _make(config.auth_header, lambda: in_ssm.value, in_ssm.opened, in_ssm.refresh)
     if config.api_key is None:
         return None
-    expected = config.api_key.get_secret_value().encode()
-    is_bearer = config.auth_header.lower() == "authorization"
-    scheme: Any = HTTPBearer(auto_error=False) if is_bearer else APIKeyHeader(name=config.auth_header, auto_error=False)
-    remedy = "the header 'Authorization: Bearer <key>'" if is_bearer else f"the header '{config.auth_header}: <key>'"
+    try:
+        key = header_bytes(config.api_key.get_secret_value())
+    except ValueError as error:
+        raise LoadError(f"app_settings.auth_config.api_key: {error}") from None
+    return _make(config.auth_header, lambda: key, nullcontext, None)
 
-    def check(request: Request) -> None:
-        key = request.headers.get(config.auth_header)
+
+def _make(
+    header: str,
+    expected: Callable[[], bytes | None],
+    opened: Callable[[], AbstractAsyncContextManager[None]],
+    refresh: Callable[[], Awaitable[None]] | None,
+) -> ApiKey:
+    is_bearer = header.lower() == "authorization"
+    scheme: Any = HTTPBearer(auto_error=False) if is_bearer else APIKeyHeader(name=header, auto_error=False)
+    remedy = "the header 'Authorization: Bearer <key>'" if is_bearer else f"the header '{header}: <key>'"
+
+    def is_right(sent: bytes) -> bool:
+        key = expected()
+        if key is None:
+            # Nobody gets in by a server that skipped what reads the key.
+            raise ProblemError(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                "the API key has not been read yet; the server must run the application's lifespan (ASGI)",
+            )
+        return hmac.compare_digest(sent, key)
+
+    async def check(request: Request) -> None:
+        key = request.headers.get(header)
         if is_bearer and key is not None:
             kind, _, key = key.partition(" ")
-            key = key.strip() if kind.lower() == "bearer" else None
-        if not key or not hmac.compare_digest(key.encode(), expected):
-            problem = "the API key is wrong" if key else "the API key is missing"
-            raise ProblemError(HTTPStatus.UNAUTHORIZED, f"{problem}: send it as {remedy}", WWW_Authenticate="Bearer")
+            key = key.strip(" \t") if kind.lower() == "bearer" else None
+        if key:
+            sent = key.encode("latin-1")  # the bytes that came, as Starlette decodes them
+            if is_right(sent):
+                return
+            if refresh is not None:
+                await refresh()
+                if is_right(sent):
+                    return
+        problem = "the API key is wrong" if key else "the API key is missing"
+        raise ProblemError(HTTPStatus.UNAUTHORIZED, f"{problem}: send it as {remedy}", WWW_Authenticate="Bearer")
 
     # A coroutine function, as FastAPI would run another one in a thread for each request.
     async def dependency(request: Request, _: Annotated[Any, Depends(scheme)]) -> None:
-        check(request)
+        await check(request)
 
-    return ApiKey(check, dependency)
+    return ApiKey(check, dependency, opened)

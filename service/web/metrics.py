@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from batching import SchedulerStatistics
+from service.errors import NotAvailableError
 from service.gateway import Gateway, Readiness
 from service.jobs import JobCounts, JobStoreError
 
@@ -23,11 +24,12 @@ async def exposition(gateway: Gateway) -> bytes:
     is_up = GaugeMetricFamily("modalkit_job_store_up", "0 where the job store cannot be read.")
     try:
         metrics += _of_jobs(await gateway.job_counts())
+        is_up.add_metric([], 1)
+    except NotAvailableError:
+        pass  # there is no store to speak of
     except JobStoreError:
         is_up.add_metric([], 0)
         logger.exception("The jobs could not be counted")
-    else:
-        is_up.add_metric([], 1)
     registry.register(_Snapshot([*metrics, is_up]))
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)

@@ -18,11 +18,19 @@ from batching import (
     RequestTooLargeError,
     SchedulerClosedError,
 )
-from service.errors import ItemRejectedError, describe_error
+from service.errors import (
+    ContainerFaultError,
+    ItemRejectedError,
+    NotAvailableError,
+    RemoteCallError,
+    RemoteItemError,
+    RemoteTimeoutError,
+    describe_error,
+)
 from service.gateway import NotReadyError
 from service.jobs import IdempotencyKeyReusedError, JobStoreError, JobStoreFullError
 from service.jobs.errors import JobStoreBusyError
-from service.jobs.manager import QueueNotAllowedError
+from service.jobs.queue_rules import QueueNotAllowedError
 from service.loading import UnknownModelError
 from service.queue_backends import QueueNameError
 from service.validation import field_errors, summary
@@ -34,20 +42,25 @@ RETRY_AFTER_S = 1
 
 _STATUS_OF = {
     BatchTimeoutError: HTTPStatus.GATEWAY_TIMEOUT,
+    ContainerFaultError: HTTPStatus.SERVICE_UNAVAILABLE,
     DeadlineExceededError: HTTPStatus.GATEWAY_TIMEOUT,
     ItemRejectedError: HTTPStatus.UNPROCESSABLE_ENTITY,
     IdempotencyKeyReusedError: HTTPStatus.UNPROCESSABLE_ENTITY,
     JobStoreBusyError: HTTPStatus.TOO_MANY_REQUESTS,
     JobStoreError: HTTPStatus.SERVICE_UNAVAILABLE,
     JobStoreFullError: HTTPStatus.TOO_MANY_REQUESTS,
+    NotAvailableError: HTTPStatus.NOT_IMPLEMENTED,
     NotReadyError: HTTPStatus.SERVICE_UNAVAILABLE,
     QueueFullError: HTTPStatus.TOO_MANY_REQUESTS,
     QueueNameError: HTTPStatus.UNPROCESSABLE_ENTITY,
     QueueNotAllowedError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    RemoteCallError: HTTPStatus.SERVICE_UNAVAILABLE,
+    RemoteTimeoutError: HTTPStatus.GATEWAY_TIMEOUT,
     RequestTooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     SchedulerClosedError: HTTPStatus.SERVICE_UNAVAILABLE,
     UnknownModelError: HTTPStatus.NOT_FOUND,
 }
+_STATUS_BY_NAME = {kind.__name__: status for kind, status in _STATUS_OF.items()}
 
 
 class ProblemError(Exception):
@@ -81,6 +94,8 @@ def status_of(error: Exception) -> HTTPStatus:
     """The HTTP status for what a gateway raised; 500 for whatever a pipeline raised."""
     if isinstance(error, QueueFullError) and error.is_permanent:
         return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    if isinstance(error, RemoteItemError):
+        return _STATUS_BY_NAME.get(error.error_type, HTTPStatus.INTERNAL_SERVER_ERROR)
     for kind in type(error).__mro__:
         if kind in _STATUS_OF:
             return _STATUS_OF[kind]
@@ -127,7 +142,7 @@ def install_problem_handlers(app: FastAPI) -> None:
 def error_response(error: Exception) -> Response:
     """The answer to a request whose item failed."""
     status = status_of(error)
-    if status is HTTPStatus.INTERNAL_SERVER_ERROR:
+    if status is HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, RemoteItemError):  # logged where it ran
         logger.error("The pipeline failed", exc_info=error)
     retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
     return problem_response(

@@ -43,7 +43,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
         def add(endpoint: Endpoint) -> None:
             async def checked(request: Request) -> Response:
                 if api_key is not None:
-                    api_key.check(request)
+                    await api_key.check(request)
                 return await endpoint(request)
 
             app.router.add_api_route(

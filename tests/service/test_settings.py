@@ -188,14 +188,19 @@ def test_the_bundled_model_can_be_changed_without_naming_its_pipeline() -> None:
 
 
 def test_old_names_are_read_with_a_warning() -> None:
-    text = "app_settings: {deployment_config: {concurrency_limit: 3, container_idle_timeout: 60}}"
+    text = (
+        "app_settings: {deployment_config: {concurrency_limit: 3, container_idle_timeout: 60, "
+        "allow_concurrent_inputs_handler: 90}}"
+    )
     with pytest.warns(FutureWarning) as warned:
         settings = load(text, APP_SETTINGS__DEPLOYMENT_CONFIG__ALLOW_CONCURRENT_INPUTS="9")
     deployment = settings.app_settings.deployment_config
     assert (deployment.max_containers, deployment.scaledown_window, deployment.max_concurrent_inputs) == (3, 60, 9)
     said = [str(warning.message) for warning in warned]
     assert "concurrency_limit: is now called max_containers: rename it (config0.yaml, line 1)" in said[0]
-    assert len(said) == 3
+    assert deployment.max_concurrent_requests == 90
+    assert "allow_concurrent_inputs_handler: is now called max_concurrent_requests: rename it" in said[2]
+    assert len(said) == 4
     both = "app_settings: {deployment_config: {concurrency_limit: 3, max_containers: 4}}"
     assert "is the old name of max_containers, which is given too: remove it" in refused(both)
 
@@ -258,3 +263,45 @@ def test_every_setting_says_what_it_does() -> None:
     for section in sections:
         for name, field in section.model_fields.items():
             assert field.description, f"{section.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("deployment", "key", "message"),
+    [
+        ("{max_concurrent_inputs: 8, target_concurrent_inputs: 9}", "target_concurrent_inputs", "9 is more than max_"),
+        ("{scaledown_window: 1}", "scaledown_window", "Modal takes 2 to 3600 seconds, not 1"),
+        ("{volumes: {data: a}}", "volumes.data", "must be an absolute path in the container"),
+        ("{volumes: {/a/../b: a}}", "volumes./a/../b", "must be an absolute path in the container"),
+        ("{volumes: {/root: a}}", "volumes./root", "Modal mounts nothing at /root"),
+        (
+            "{volumes: {/a: one, /b: one}}",
+            "volumes./b",
+            "Modal mounts a volume in one place only, and 'one' is at /a too",
+        ),
+        (
+            "{cloud_bucket_mounts: [{mount_point: data, bucket_name: a}]}",
+            "cloud_bucket_mounts.0.mount_point",
+            "must be an absolute path in the container",
+        ),
+        (
+            "{volumes: {/a: one}, cloud_bucket_mounts: [{mount_point: /a/, bucket_name: a}]}",
+            "cloud_bucket_mounts.0.mount_point",
+            "/a is taken by another volume or bucket",
+        ),
+    ],
+)
+def test_a_deployment_that_modal_would_refuse_is_refused(deployment: str, key: str, message: str) -> None:
+    said = refused(f"app_settings: {{deployment_config: {deployment}}}")
+    assert f"app_settings.deployment_config.{key}: {message}" in said
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        ("{python_modules: [my-module]}", "python_modules.0: must be the name of a Python module"),
+        ("{python_modules: [a, 'b..c']}", "python_modules.1: must be the name of a Python module"),
+        ("{workdir: app}", "workdir: must be an absolute path in the container"),
+    ],
+)
+def test_an_image_that_cannot_be_built_is_refused(build: str, message: str) -> None:
+    assert f"app_settings.build_config.{message}" in refused(f"app_settings: {{build_config: {build}}}")

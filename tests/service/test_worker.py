@@ -32,7 +32,7 @@ from service.jobs import (
     NewJob,
     SqliteJobStore,
 )
-from service.jobs.manager import QueueNotAllowedError
+from service.jobs.queue_rules import QueueNotAllowedError
 from service.queue_backends import InMemoryBackend
 from service.settings import Settings
 from service.worker import InferenceWorker

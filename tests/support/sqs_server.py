@@ -1,4 +1,7 @@
-"""A real SQS server (moto's) on a free port of this machine, which can stop and start again with its queues."""
+"""A real SQS server (moto's) on a free port of this machine, which can stop and start again with its queues.
+
+The same server speaks AWS's other protocols, SSM's among them.
+"""
 
 import socket
 from contextlib import suppress
@@ -16,7 +19,9 @@ def forget_aws_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give made-up credentials, and nothing of what this machine may know about AWS."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.setenv(name, "made-up")
-    for name in ("AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_SQS"):
+    for name in ("AWS_DEFAULT_REGION", "AWS_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_SQS", "AWS_ENDPOINT_URL_SSM"):
         monkeypatch.delenv(name, raising=False)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, "/dev/null")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.service.cli.conftest import Modalkit
+from tests.support.sqs_server import REGION, SqsServer
 
 
 def test_the_version_is_that_of_the_installed_package(modalkit: Modalkit) -> None:
@@ -59,6 +60,27 @@ def test_a_wrong_configuration_is_one_message_and_exit_code_2(
     if "the weights" not in message:  # the constructor of a user's own class is shown with its traceback
         assert "Traceback" not in done.stderr
         assert done.stderr.startswith("modalkit: error: ")
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_key_that_is_not_in_ssm_is_one_message_and_exit_code_2(modalkit: Modalkit, command: str) -> None:
+    aws = SqsServer()
+    aws.start()
+    try:
+        done = modalkit(
+            command,
+            *(("--port", "0") if command == "serve" else ()),
+            MODALKIT_APP_SETTINGS__AUTH_CONFIG__SSM_KEY="/keys/nowhere",
+            AWS_ENDPOINT_URL_SSM=aws.url,
+            AWS_REGION=REGION,
+            AWS_ACCESS_KEY_ID="made-up",
+            AWS_SECRET_ACCESS_KEY="made-up",
+        )
+    finally:
+        aws.stop()
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("modalkit: error: app_settings.auth_config.ssm_key: parameter '/keys/nowhere'")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_misspelt_variable_is_refused(modalkit: Modalkit) -> None:

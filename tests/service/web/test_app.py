@@ -162,6 +162,35 @@ async def test_only_callers_with_the_key_get_in(settings: Settings, auth: AuthCo
         assert accepted.status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("variable", "sent"),
+    [
+        ("s3cret", b"s3cret"),
+        ("12345", b"12345"),
+        ("yes: no", b"yes: no"),
+        ("s3cret\n", b"s3cret"),
+        ("voilà", b"voil\xc3\xa0"),
+    ],
+)
+async def test_a_key_from_a_variable_such_as_a_modal_secret_sets_lets_its_owner_in(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, variable: str, sent: bytes
+) -> None:
+    monkeypatch.setenv("MODALKIT_APP_SETTINGS__AUTH_CONFIG__API_KEY", variable)
+    auth = Settings.load([]).app_settings.auth_config
+    async with serving(create_app(LocalGateway(settings), auth=auth)) as client:
+        await until_ready(client)
+        assert_problem(await client.post("/sync/predict", json={"text": "four"}), 401)
+        for key, status in ((b"wrong", 401), (sent, 200)):
+            headers = {b"authorization": b"Bearer " + key}
+            assert (await client.post("/sync/predict", json={"text": "four"}, headers=headers)).status_code == status
+
+
+@pytest.mark.parametrize("key", [" \n", "two\nlines"])
+def test_a_key_that_no_header_can_carry_is_refused_at_once(key: str) -> None:
+    with pytest.raises(LoadError, match=r"app_settings\.auth_config\.api_key: it (is empty|has a line break)"):
+        require_api_key(AuthConfig(api_key=key))
+
+
 @pytest.mark.parametrize("header", ["authorization", "x-api-key"])
 def test_checking_a_key_costs_no_thread(header: str) -> None:
     api_key = require_api_key(AuthConfig(api_key="s3cret", auth_header=header))
@@ -185,11 +214,6 @@ async def test_an_unexpected_error_is_a_problem_without_internals_and_is_logged(
     logged = capsys.readouterr().err  # where uvicorn, as configured in this test, logs
     assert "Traceback" in logged
     assert "swordfish" in logged
-
-
-def test_a_key_from_ssm_is_refused_rather_than_ignored(settings: Settings) -> None:
-    with pytest.raises(LoadError, match="ssm_key"):
-        create_app(LocalGateway(settings), auth=AuthConfig(ssm_key="/keys/modalkit"))
 
 
 async def test_the_documentation_needs_no_other_server(client: httpx.AsyncClient) -> None:

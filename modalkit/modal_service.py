@@ -1,0 +1,7 @@
+"""The service as a Modal class, and the web endpoints over it."""
+
+from service.on_modal.endpoints import create_web_endpoints
+from service.on_modal.server import ModalServer
+from service.on_modal.service import ModalService
+
+__all__ = ["ModalServer", "ModalService", "create_web_endpoints"]

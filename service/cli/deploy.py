@@ -1,0 +1,107 @@
+"""``modalkit deploy``: the service on Modal, by Modal's own command."""
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from service.cli.common import ConfigFiles
+from service.errors import describe_error
+from service.loading import LoadError
+from service.settings import Settings
+from service.settings.sources import CONFIG_VARIABLE
+
+DEFAULT_APP = "service.modal_app"
+
+
+def deploy(
+    app: Annotated[
+        str, typer.Argument(help="The Modal app: a module, or a .py file. Left out: the configured models.")
+    ] = DEFAULT_APP,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent to Modal; needs no network and no token.")
+    ] = False,
+    config: ConfigFiles = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the deployment; the app's own if left out.", show_default=False)
+    ] = None,
+    env: Annotated[
+        str | None, typer.Option(help="Modal environment to deploy to; its default if left out.", show_default=False)
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="A version to tag the deployment with.", show_default=False)] = None,
+) -> None:
+    """Deploy the configured service, or an app of your own, to Modal.
+
+    Runs `modal deploy`, whose exit code is passed on.
+
+    [bold]Examples[/bold]
+
+    modalkit deploy --dry-run
+
+    modalkit deploy --config production.yaml
+
+    modalkit deploy my_app.py --env staging
+    """
+    environ = _environ(config)
+    if dry_run:
+        _print_deployment(app, environ)
+        return
+    Settings.load(environ=environ)  # what is wrong is said here, rather than by a traceback from Modal's command
+    options = [f"--{option}={value}" for option, value in {"name": name, "env": env, "tag": tag}.items() if value]
+    mode = [] if _is_file(app) else ["-m"]
+    done = subprocess.run(
+        [sys.executable, "-m", "modal", "deploy", *mode, *options, "--", app], check=False, env=environ
+    )
+    # A process that a signal ended has a negative code, which a shell shows as 128 and more.
+    raise typer.Exit(done.returncode if done.returncode >= 0 else 128 - done.returncode)
+
+
+def _environ(config: Sequence[Path] | None) -> dict[str, str]:
+    if not config:
+        return dict(os.environ)
+    files = [str(file) for file in config]
+    if odd := [file for file in files if "," in file]:
+        raise typer.BadParameter(f"{odd[0]!r} has a comma in its name, which separates files in {CONFIG_VARIABLE}")
+    return os.environ | {CONFIG_VARIABLE: ",".join(files)}
+
+
+def _is_file(app: str) -> bool:
+    return app.partition("::")[0].endswith(".py")
+
+
+def _print_deployment(app: str, environ: dict[str, str]) -> None:
+    from service.on_modal.config import ModalConfig
+    from service.on_modal.deployment import describe_deployment
+
+    config = ModalConfig(environ=environ)
+    if app != DEFAULT_APP:
+        os.environ.update(environ)
+        _import_app(app)
+    described = describe_deployment(config)
+    typer.echo(yaml.dump(described, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120), nl=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a list that is in two places twice, rather than once with a reference."""
+
+    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002  # the base's signature
+        return True
+
+
+def _import_app(app: str) -> None:
+    """Import the app as Modal does: the local modules that it imports become part of the image."""
+    name = app.partition("::")[0]
+    if _is_file(app):
+        file = Path(name).resolve()
+        sys.path.insert(0, str(file.parent))
+        name = file.stem
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        raise LoadError(f"the app {app!r} cannot be imported: {describe_error(error)}") from error

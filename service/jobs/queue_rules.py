@@ -1,0 +1,39 @@
+"""Which queues a job may name."""
+
+import fnmatch
+from collections.abc import Sequence
+
+from service.errors import ServiceError
+from service.queue_backends import NamedQueueBackend, QueueBackend
+
+KNOWN_QUEUES = 10_000
+
+
+class QueueNotAllowedError(ServiceError):
+    """Raised when a job names a queue that ``allowed_queues`` does not cover."""
+
+    def __init__(self, field: str, queue_name: str, allowed: Sequence[str]) -> None:
+        super().__init__(f"{field}: queue {queue_name!r} is not allowed; allowed are: {', '.join(allowed) or 'none'}")
+        self.field = field
+        self.queue_name = queue_name
+
+
+class QueueRules:
+    """The patterns of `allowed_queues`, and what the backend says of a name. Remembers the names it found good."""
+
+    def __init__(self, allowed_queues: Sequence[str], backend: QueueBackend | None) -> None:
+        self._allowed_queues = allowed_queues
+        self._backend = backend
+        self._known_queues: set[str] = set()
+
+    def check(self, success_queue: str | None, failure_queue: str | None) -> None:
+        """Raise `QueueNotAllowedError` or `QueueNameError` for a queue that nothing can or may be sent to."""
+        for field, queue_name in (("success_queue", success_queue), ("failure_queue", failure_queue)):
+            if queue_name is None or queue_name in self._known_queues:
+                continue
+            if not any(fnmatch.fnmatchcase(queue_name, pattern) for pattern in self._allowed_queues):
+                raise QueueNotAllowedError(field, queue_name, self._allowed_queues)
+            if isinstance(self._backend, NamedQueueBackend):
+                self._backend.check_queue_name(queue_name)
+            if len(self._known_queues) < KNOWN_QUEUES:
+                self._known_queues.add(queue_name)

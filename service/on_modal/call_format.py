@@ -1,0 +1,97 @@
+"""What travels between a container and whoever calls it: plain values, which need none of our classes to be read.
+
+In: a list of ``{"message": …}``, or of `SyncInputModel` and `AsyncInputModel`. An entry that has more than a message is
+a job. Out: for each entry, in the same order, what became of it: the output as an object (``{"status": "success", …}``)
+or ``{"status": "error", "error": …, "error_type": …}``; for a job the job itself, as ``GET /jobs/{job_id}`` shows it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from pydantic_core import from_json
+
+from batching import Failure, Outcome, Priority, Success
+from pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
+from service.errors import RemoteItemError, describe_error
+from service.jobs.model import DeliveryStatus, Job, JobStatus, json_text
+from service.outputs import output_object
+
+InputEntry = Mapping[str, Any] | SyncInputModel | AsyncInputModel
+
+_JOB_ID = re.compile(r"(fc-[0-9A-Za-z]+)\.(\d{1,6})")
+_TEXTS = {"message": "message_json", "meta": "meta_json", "result": "result_json"}
+
+
+def make_job_id(call_id: str, index: int) -> str:
+    """The id of the job at a place in the list of a call."""
+    return f"{call_id}.{index}"
+
+
+def parse_job_id(job_id: str) -> tuple[str, int] | None:
+    """The call and the place that a job's id names, or None where it is no id of ours."""
+    match = _JOB_ID.fullmatch(job_id)
+    return None if match is None else (match[1], int(match[2]))
+
+
+def read_entry(entry: object) -> SyncInputModel | AsyncInputModel:
+    """An entry of a list as a model. Raises ``ValidationError``, and `TypeError` for what is none."""
+    if isinstance(entry, SyncInputModel | AsyncInputModel):
+        return entry
+    if not isinstance(entry, Mapping):
+        raise TypeError(
+            f'an entry must be {{"message": ...}}, a SyncInputModel or an AsyncInputModel, got {entry!r:.100}'
+        )
+    kind: type[SyncInputModel | AsyncInputModel] = SyncInputModel if set(entry) == {"message"} else AsyncInputModel
+    return kind.model_validate(dict(entry))
+
+
+def outcome_object(outcome: Outcome[InferenceOutputModel]) -> dict[str, Any]:
+    """What a caller gets for an item that it waits for."""
+    if isinstance(outcome, Success):
+        try:
+            return output_object(outcome.value)
+        except Exception as error:  # noqa: BLE001  # what cannot be written as JSON is this item's error
+            outcome = Failure(error)
+    return error_object(outcome.error)
+
+
+def error_object(error: Exception) -> dict[str, Any]:
+    """What a caller gets for an item that failed."""
+    return {"status": "error", "error": describe_error(error), "error_type": type(error).__name__}
+
+
+def read_outcome(value: Mapping[str, Any]) -> InferenceOutputModel | RemoteItemError:
+    """The output, or the error, that `outcome_object` or `error_object` wrote."""
+    if value.get("status") == "error" and "error_type" in value:
+        return RemoteItemError(value["error"], value["error_type"])
+    return InferenceOutputModel.model_validate(value)
+
+
+def job_object(job: Job) -> dict[str, Any]:
+    """A job as plain values, times in wall-clock Unix seconds."""
+    values = {field.name: getattr(job, field.name) for field in fields(job)}
+    for name, text_name in _TEXTS.items():
+        text = values.pop(text_name)
+        values[name] = None if text is None else from_json(text)
+    return {name: str(value) if isinstance(value, _ENUMS) else value for name, value in values.items()}
+
+
+def read_job(value: Mapping[str, Any]) -> Job:
+    """The job that `job_object` wrote."""
+    values = dict(value)
+    for name, text_name in _TEXTS.items():
+        content = values.pop(name)
+        values[text_name] = None if content is None else json_text(content)
+    return Job(
+        **values
+        | {
+            "status": JobStatus(values["status"]),
+            "delivery": DeliveryStatus(values["delivery"]),
+            "priority": Priority(values["priority"]),
+        }
+    )
+
+
+_ENUMS = (JobStatus, DeliveryStatus, Priority)

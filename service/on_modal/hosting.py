@@ -1,0 +1,170 @@
+"""What a service class and a server class have in common: which pipeline they run, and where results of jobs go."""
+
+import logging
+from types import TracebackType
+from typing import Any, ClassVar, Self
+
+import modal
+from anyio import to_thread
+
+from pipelines import InferencePipeline
+from service.loading import LoadError, ModelSource, load_queue_backend
+from service.on_modal.config import ModalConfig
+from service.on_modal.constructor import Constructible
+from service.on_modal.container import Container
+from service.queue_backends import BatchQueueBackend, QueueBackend
+from service.queue_backends.closing import close_backend
+
+logger = logging.getLogger(__name__)
+
+
+class HostedService(Constructible):
+    """Runs a pipeline in the containers of a class, or inside ``async with`` in any program.
+
+    A class may have a constructor that can be called without arguments; in a container it is. The configuration is
+    `modal_utils`, by default that of the environment. Without an `inference_implementation` the pipeline is the one
+    that the configuration has for `model_name`, by default the first. Results of jobs go to `queue_backend`, else to
+    the configured one; `send_async_response` and `_send_to_queue` may be overridden.
+    """
+
+    inference_implementation: ClassVar[type[InferencePipeline] | None] = None
+    """The class of the pipeline, in place of one that the configuration names."""
+    modal_utils: ModalConfig | None = None
+    """The configuration."""
+    queue_backend: QueueBackend | None = None
+    """Where results of jobs are sent."""
+    model_name: str | None = None
+    """The entry of ``model_settings.model_entries`` whose keys the pipeline gets; there need not be one."""
+
+    # What a constructor that does not call this one's leaves as it is.
+    _container: Container | None = None
+    _pipeline_of_snapshot: InferencePipeline | None = None
+    _owns_backend = False
+
+    def __init__(self, queue_backend: QueueBackend | None = None) -> None:
+        if queue_backend is not None:
+            self.queue_backend = queue_backend
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Modal refuses this hook in a class without memory snapshots, so it is there only where they are configured.
+        if cls.modal_utils is not None and cls.modal_utils.app_settings.deployment_config.memory_snapshot:
+            cls._load_for_snapshot = modal.enter(snap=True)(_load_for_snapshot)  # type: ignore[attr-defined]  # as said
+
+    @modal.enter()
+    async def _start_in_container(self) -> None:
+        await self._start()
+
+    @modal.exit()
+    async def _stop_in_container(self) -> None:
+        await self._stop()
+
+    async def __aenter__(self) -> Self:
+        """Load the pipeline and start the worker. Raises `LoadError`, and what the pipeline raises."""
+        await self._start()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Finish what was accepted."""
+        await self._stop()
+
+    async def send_async_response(self, queue_name: str, message: str) -> bool | None:
+        """Send the result of a job, JSON text, to the queue that it named.
+
+        Returns False, or raises, where it was not taken; it is sent again then, while there is time.
+        """
+        return await self._send_to_queue(queue_name, message)
+
+    async def _send_to_queue(self, queue_name: str, message: str) -> bool:
+        """Hand a message to the queue backend; returns whether it was taken."""
+        return self.queue_backend is not None and await self.queue_backend.send_message(queue_name, message)
+
+    async def _start(self) -> None:
+        if self._container is not None:
+            return  # Modal enters an object that is called by `.local()` each time
+        config = self.configuration()
+        source = model_source(self, config)
+        pipeline = self._pipeline_of_snapshot
+        if pipeline is None:
+            pipeline = await to_thread.run_sync(source.load)
+        elif not config.app_settings.deployment_config.gpu_snapshot:
+            await to_thread.run_sync(pipeline.move_to, config.model_settings.common["device"])
+        if self.queue_backend is None:
+            self.queue_backend = load_queue_backend(config.app_settings.queue_config)
+            self._owns_backend = True
+        self._container = Container(config, source, pipeline, responses=responses_of(self), backend=self.queue_backend)
+        await self._container.start()
+
+    async def _stop(self) -> None:
+        container, self._container = self._container, None
+        try:
+            if container is not None:
+                await container.stop()
+        finally:
+            if self._owns_backend:
+                await close_backend(self.queue_backend)
+
+    def running(self) -> Container:
+        """What runs in this container. Raises `RuntimeError` outside ``async with``."""
+        if self._container is None:
+            raise RuntimeError("the service is not running: use it inside 'async with', or in a Modal container")
+        return self._container
+
+    def configuration(self) -> ModalConfig:
+        """`modal_utils`, or what stands in for it. Raises `SettingsError`."""
+        if self.modal_utils is None:
+            self.modal_utils = ModalConfig()
+        return self.modal_utils
+
+
+def model_source(service: HostedService, config: ModalConfig) -> ModelSource:
+    """The pipeline class and the entry of a service. Raises `LoadError` and `UnknownModelError`."""
+    implementation, model_name = service.inference_implementation, service.model_name
+    if model_name is None and implementation is not None:
+        model_name = implementation.__name__
+    if model_name is None:
+        model_name = next(iter(config.model_settings.model_entries), None)
+    if model_name is None:
+        raise LoadError("model_settings.model_entries: there is no model; add one, or set inference_implementation")
+    return ModelSource(config.settings, model_name, implementation)
+
+
+def responses_of(service: HostedService) -> QueueBackend | None:
+    """What results of a service's jobs are sent by: its methods where they are overridden, else its backend."""
+    is_overridden = any(
+        getattr(type(service), name) is not getattr(HostedService, name)
+        for name in ("send_async_response", "_send_to_queue")
+    )
+    if isinstance(service.queue_backend, BatchQueueBackend) and not is_overridden:
+        return service.queue_backend
+    return _ByMethods(service) if is_overridden or service.queue_backend is not None else None
+
+
+class _ByMethods:
+    """A backend that sends by the overridable methods of a service."""
+
+    def __init__(self, service: HostedService) -> None:
+        self._service = service
+
+    async def send_message(self, queue_name: str, message: str) -> bool:
+        """See `QueueBackend.send_message`. A method that returns nothing has sent it."""
+        return await self._service.send_async_response(queue_name, message) is not False
+
+
+async def _load_for_snapshot(self: HostedService) -> None:
+    """Load the weights before Modal takes a snapshot: on the CPU, as there is no GPU yet, unless that is included."""
+    config = self.configuration()
+    source = model_source(self, config)
+    deployment = config.app_settings.deployment_config
+    if deployment.gpu_snapshot:
+        self._pipeline_of_snapshot = await to_thread.run_sync(source.load)
+        await to_thread.run_sync(self._pipeline_of_snapshot.warm_up)
+    elif deployment.gpu is None or source.pipeline_class.move_to is not InferencePipeline.move_to:
+        self._pipeline_of_snapshot = await to_thread.run_sync(source.load, "cpu")
+    else:
+        logger.warning(
+            "%s has no move_to, so the snapshot holds what it imports, but not its weights: implement move_to",
+            source.pipeline_class.__name__,
+        )

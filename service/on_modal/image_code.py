@@ -1,0 +1,193 @@
+"""The Python code that a container needs: modalkit itself, what it depends on, and the user's own modules."""
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import service
+from service.loading import LoadError
+from service.on_modal.image_plan import NO_CACHES, SOURCE_FOLDER, LocalPath
+from service.settings import Settings
+
+OWN_PACKAGES = ("batching", "benchmarks", "modalkit", "pipelines", "service")
+
+_CONTAINER = {"os_name": "posix", "platform_machine": "x86_64", "platform_system": "Linux", "sys_platform": "linux"}
+_RESULTS = ("**/*.png", "**/results")
+
+
+@dataclass(frozen=True)
+class UserCode:
+    """The user's modules: those to copy, and the distributions that others of them were installed from."""
+
+    local_paths: tuple[LocalPath, ...]
+    requirements: tuple[str, ...]
+
+
+def own_packages() -> tuple[LocalPath, ...]:
+    """The packages of modalkit with their data, from a checkout or from where it is installed."""
+    home = Path(service.__file__).parent.parent
+    return tuple(
+        LocalPath(home / name, f"{SOURCE_FOLDER}/{name}", is_folder=True, ignore=NO_CACHES + _RESULTS)
+        for name in OWN_PACKAGES
+    )
+
+
+def own_requirements(settings: Settings) -> tuple[str, ...]:
+    """What modalkit needs to run as configured, at the versions installed here; what is not installed stays a range.
+
+    Raises `LoadError` where the installed modalkit does not say what it needs.
+    """
+    try:
+        distribution = metadata.distribution("modalkit")
+    except metadata.PackageNotFoundError as error:
+        raise LoadError(
+            "the image needs what modalkit depends on, and modalkit is not installed here: run pip install -e . in "
+            "its folder"
+        ) from error
+    extras = _extras(settings)
+    known = distribution.metadata.get_all("Provides-Extra") or []
+    if missing := extras - set(known):
+        raise LoadError(
+            f"the configuration needs {', '.join(f'modalkit[{extra}]' for extra in sorted(missing))}, which the "
+            f"installed modalkit {distribution.version} does not know: install it again"
+        )
+    # Modal gives its client to every container.
+    lines = (line for line in distribution.requires or [] if Requirement(line).name != "modal")
+    return pinned(lines, extras)
+
+
+def pinned(lines: Iterable[str], extras: Iterable[str]) -> tuple[str, ...]:
+    """Of these requirements the ones that hold in the container with these extras, at the versions installed here."""
+    environments = [_CONTAINER | {"extra": extra} for extra in ("", *sorted(extras))]
+    requirements = set()
+    for requirement in map(Requirement, lines):
+        if requirement.marker is None or any(map(requirement.marker.evaluate, environments)):
+            requirement.marker = None
+            requirements.add(_pin(requirement))
+    return tuple(sorted(requirements))
+
+
+def _pin(requirement: Requirement) -> str:
+    try:
+        version = Version(metadata.version(requirement.name))
+    except metadata.PackageNotFoundError:
+        return str(requirement)
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    # A local part, as in 2.13.0+cpu, names a build for this machine that the package index does not have.
+    return f"{requirement.name}{extras}=={version.public}"
+
+
+def _extras(settings: Settings) -> set[str]:
+    app = settings.app_settings
+    backends = {app.queue_config.backend, *app.queue_config.routes.values()}
+    extras = {"taskiq"} & backends
+    if "sqs" in backends or app.auth_config.ssm_key is not None:
+        extras.add("aws")
+    return extras
+
+
+def user_code(settings: Settings, folder: Path) -> UserCode:
+    """The modules that the configuration names, and those of the working `folder` that are imported already.
+
+    Nothing is imported for it. Raises `LoadError` for a module that does not exist.
+    """
+    paths: dict[str, list[LocalPath]] = {}
+    requirements: set[str] = set()
+    for name, key in _named(settings).items():
+        files = _locate(name, key, folder)
+        distributions = metadata.packages_distributions().get(name, []) if _are_installed(files) else []
+        if distributions:
+            requirements.update(_pin(Requirement(distribution)) for distribution in distributions)
+        else:
+            paths[name] = _to_source_folder(name, files)
+    for name, files in _imported(folder):
+        if name not in paths:
+            paths[name] = _to_source_folder(name, files)
+    return UserCode(tuple(path for name in sorted(paths) for path in paths[name]), tuple(sorted(requirements)))
+
+
+def _named(settings: Settings) -> Mapping[str, str]:
+    """The top-level names of the modules that the configuration names, each with the first key that does."""
+    queue = settings.app_settings.queue_config
+    at: list[tuple[str, str | None]] = []
+    for model, entry in settings.model_settings.model_entries.items():
+        key = f"model_settings.model_entries.{model}"
+        at += [(f"{key}.pipeline", entry.pipeline), (f"{key}.input_model", entry.input_model)]
+        at += [(f"{key}.output_model", entry.output_model)]
+    at += [("app_settings.queue_config.backend", queue.backend)]
+    at += [(f"app_settings.queue_config.routes.{pattern}", backend) for pattern, backend in queue.routes.items()]
+    names: dict[str, str] = {}
+    for key, path in at:
+        if path is not None and ":" in path:
+            names.setdefault(path.partition(":")[0].partition(".")[0], key)
+    for index, module in enumerate(settings.app_settings.build_config.python_modules):
+        names.setdefault(module.partition(".")[0], f"app_settings.build_config.python_modules.{index}")
+    return {name: key for name, key in names.items() if not _is_given(name)}
+
+
+def _is_given(name: str) -> bool:
+    """Whether a container has the module in any case."""
+    return name in OWN_PACKAGES or name in sys.stdlib_module_names
+
+
+def _locate(name: str, key: str, folder: Path) -> list[Path]:
+    """The file or the folders of a top-level module."""
+    files = _files(_find_spec(name)) or _files(PathFinder.find_spec(name, [str(folder)]))
+    if not files:
+        raise LoadError(
+            f"{key}: there is no module {name!r}; check the spelling, or start from the folder that holds it"
+        )
+    return files
+
+
+def _find_spec(name: str) -> ModuleSpec | None:
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:  # a module that is loaded and has no __spec__
+        return None
+
+
+def _files(spec: ModuleSpec | None) -> list[Path]:
+    if spec is None:
+        return []
+    found = [spec.origin] if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+    return [Path(path) for path in found if path is not None and Path(path).exists()]
+
+
+def _imported(folder: Path) -> Iterator[tuple[str, list[Path]]]:
+    for name, module in list(sys.modules.items()):
+        if "." in name or _is_given(name):
+            continue
+        paths = list(getattr(module, "__path__", None) or [getattr(module, "__file__", None) or ""])
+        files = [Path(path).resolve() for path in paths if path]
+        # A file under another name (__main__, what a test runner makes up) cannot be imported by it in the container.
+        if files and all(file.stem == name and _is_local(file, folder) for file in files):
+            yield name, files
+
+
+def _is_local(file: Path, folder: Path) -> bool:
+    home = folder.resolve()
+    if not file.is_relative_to(home) or _are_installed([file]):
+        return False
+    environments = (parent for parent in file.parents if parent.is_relative_to(home))
+    return not any((parent / "pyvenv.cfg").exists() for parent in environments)
+
+
+def _are_installed(files: Iterable[Path]) -> bool:
+    return any({"site-packages", "dist-packages"} & set(file.parts) for file in files)
+
+
+def _to_source_folder(name: str, files: Iterable[Path]) -> list[LocalPath]:
+    return [
+        LocalPath(file, f"{SOURCE_FOLDER}/{name}", is_folder=True, ignore=NO_CACHES)
+        if file.is_dir()
+        else LocalPath(file, f"{SOURCE_FOLDER}/{file.name}", is_folder=False)
+        for file in files
+    ]

@@ -1,0 +1,104 @@
+"""Gathers single requests into lists, because a container fetches one input at a time, however small."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+from pydantic import BaseModel
+
+from batching import BatchPolicy, BatchScheduler, Outcome, PaddedCostModel, Priority, SchedulerStatistics
+from pipelines import InferenceOutputModel
+from service.errors import ServiceError
+from service.on_modal.call_format import read_outcome
+from service.on_modal.remote import RemoteService
+from service.settings import BatchConfig
+
+LISTS_IN_FLIGHT = 64
+"""Most lists that one process has under way to one model."""
+EAGER_LISTS = 8
+"""How many lists of fewer items than a batch takes are under way: enough to hide the way to a container and back."""
+
+BY_THE_CALL = PaddedCostModel(fixed_s=1.0, token_s=0.0)
+"""What a call costs: a round trip, whatever its list holds."""
+
+
+def list_policy(config: BatchConfig) -> BatchPolicy:
+    """Lists as long as a batch of the container: then one bad list costs no more than one bad batch would."""
+    return BatchPolicy(max_batch_size=config.max_batch_size, max_queue_items=config.max_queue_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    message: dict[str, Any]
+    priority: Priority
+    until_s: float | None
+
+
+class RemotePredictor:
+    """Runs items in containers, many in one call. What it does for its callers is what `InferenceWorker` does.
+
+    An async context manager; leaving it waits for what was accepted.
+    """
+
+    def __init__(self, remote: RemoteService, config: BatchConfig, *, name: str) -> None:
+        self._remote = remote
+        self._scheduler: BatchScheduler[_Request, InferenceOutputModel] = BatchScheduler(
+            self._run,
+            policy=list_policy(config),
+            cost_model=BY_THE_CALL,
+            max_in_flight=LISTS_IN_FLIGHT,
+            eager_in_flight=EAGER_LISTS,
+            name=f"lists for {name}",
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._scheduler.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return await self._scheduler.__aexit__(exc_type, exc, traceback)
+
+    async def predict(
+        self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
+    ) -> InferenceOutputModel:
+        """Run one item. Raises what `BatchScheduler.submit` does, `RemoteItemError`, `RemoteCallError`."""
+        return await self._scheduler.submit(_request(item, priority, timeout_s), priority=priority, timeout_s=timeout_s)
+
+    async def predict_many(
+        self,
+        items: Sequence[BaseModel],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> list[Outcome[InferenceOutputModel]]:
+        """Run several items; outcomes in the same order."""
+        requests = [_request(item, priority, timeout_s) for item in items]
+        return await self._scheduler.submit_many(requests, priority=priority, timeout_s=timeout_s)
+
+    def statistics(self) -> SchedulerStatistics:
+        """What was sent: its batches are lists."""
+        return self._scheduler.statistics()
+
+    async def _run(self, requests: list[_Request]) -> Sequence[InferenceOutputModel | Exception]:
+        now = anyio.current_time()
+        options: dict[str, Any] = {"priority": str(requests[0].priority)}
+        if any(request.until_s is not None for request in requests):
+            options["timeouts_s"] = [
+                None if request.until_s is None else max(0.001, request.until_s - now) for request in requests
+            ]
+        entries = [{"message": request.message} for request in requests]
+        try:
+            outcomes = await self._remote.process(entries, **options)
+            return [read_outcome(outcome) for outcome in outcomes]
+        except ServiceError as error:
+            # Given to each of them, as a failure of the call itself would have the list sent again in parts.
+            return [error] * len(requests)
+
+
+def _request(item: BaseModel, priority: Priority, timeout_s: float | None) -> _Request:
+    message = item.model_dump(mode="json", by_alias=True, round_trip=True)
+    return _Request(message, priority, None if timeout_s is None else anyio.current_time() + timeout_s)

@@ -1,0 +1,236 @@
+"""Runs the lists that arrive at a container, merged into batches by its worker, and says what became of each item."""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+from pydantic import BaseModel, ValidationError
+
+from batching import BatchingError, DeadlineExceededError, Failure, Outcome, Priority, QueueFullError, Success
+from pipelines import AsyncInputModel, InferenceOutputModel
+from service.errors import DeviceFaultError, ItemRejectedError, ServiceError, describe_error
+from service.jobs.model import FinishedJob, Job, JobStatus, json_text
+from service.jobs.queue_rules import QueueRules
+from service.jobs.store import EXPIRED_IN_THE_QUEUE
+from service.on_modal.call_format import error_object, job_object, make_job_id, outcome_object, read_entry
+from service.on_modal.device_faults import is_device_fault
+from service.on_modal.ledger import CallLedger
+from service.on_modal.responses import ResponseSender
+from service.outputs import output_json
+from service.validation import field_errors, summary
+from service.worker import InferenceWorker
+
+logger = logging.getLogger(__name__)
+
+ROOM_S = 0.1
+"""How long jobs wait for room in a full queue before they ask again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What is known of a call besides its list.
+
+    `until_s`, by the event loop's clock, is when it has to return. `priority` None is interactive for items that
+    somebody waits for, and bulk for jobs. A call of which the ledger knows `is_recorded`.
+    """
+
+    call_id: str
+    until_s: float
+    priority: Priority | None = None
+    timeouts_s: Sequence[float | None] | None = None
+    accepted_at: float | None = None
+    is_recorded: bool = False
+
+
+@dataclass(slots=True)
+class _Item:
+    """One entry of a list, on its way."""
+
+    message: BaseModel | None = None
+    job: Job | None = None
+    priority: Priority = Priority.INTERACTIVE
+    timeout_s: float | None = None
+    outcome: Outcome[InferenceOutputModel] | None = None
+
+
+class ListProcessor:
+    """Runs lists by a worker, and has results of jobs sent.
+
+    `sender` None sends nothing. `ledger` tells which jobs were cancelled. `job_timeout_s` bounds a job's run.
+    """
+
+    def __init__(
+        self,
+        worker: InferenceWorker,
+        *,
+        queue_rules: QueueRules,
+        sender: ResponseSender | None,
+        ledger: CallLedger,
+        job_timeout_s: float,
+        retries: int = 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._worker = worker
+        self._queue_rules = queue_rules
+        self._sender = sender
+        self._ledger = ledger
+        self._job_timeout_s = job_timeout_s
+        self._retries = retries
+        self._clock = clock
+
+    async def process(self, entries: Sequence[object], call: Call) -> list[dict[str, Any]]:
+        """Run a list; returns what became of each entry, in their order, as `call_format` says.
+
+        An entry that is invalid or fails disturbs no other. Raises `DeviceFaultError`, and nothing else of any item:
+        then nothing has been sent. When cancelled, results of jobs may have been sent.
+        """
+        items = [self._item(index, entry, call) for index, entry in enumerate(entries)]
+        jobs = [item for item in items if item.job is not None]
+        if jobs and call.is_recorded:
+            _cancel(items, await self._ledger.cancelled(call.call_id, len(items)), self._clock())
+        await self._run([item for item in items if item.message is not None and item.outcome is None])
+        fault = next((error for error in map(_error_of, items) if error is not None and is_device_fault(error)), None)
+        if fault is not None and not (jobs and await self._was_the_last_run(call)):
+            raise DeviceFaultError(describe_error(fault)) from fault
+        _log_failures(items)
+        if jobs:
+            await self._finish(items, call)
+        return [_answer(item) for item in items]
+
+    def _item(self, index: int, entry: object, call: Call) -> _Item:
+        item = _Item(
+            priority=call.priority or Priority.INTERACTIVE,
+            timeout_s=None if call.timeouts_s is None else call.timeouts_s[index],
+        )
+        try:
+            request = read_entry(entry)
+            if isinstance(request, AsyncInputModel):
+                self._make_job(item, make_job_id(call.call_id, index), request, call)
+            item.message = self._validated(request.message)
+        except ValidationError as error:
+            item.outcome = Failure(ItemRejectedError(summary(field_errors(error.errors(include_url=False)))))
+        except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything; it is this entry's error
+            item.outcome = Failure(error)
+        return item
+
+    def _make_job(self, item: _Item, job_id: str, request: AsyncInputModel, call: Call) -> None:
+        """Make an item a job. Raises `QueueNotAllowedError` and `QueueNameError`; the job then names no queue."""
+        now = self._clock()
+        created_at = now if call.accepted_at is None else call.accepted_at
+        item.priority = call.priority or Priority.BULK
+        item.job = job = Job(
+            job_id=job_id,
+            model_name=self._worker.model_name,
+            message_json=json_text(request.model_dump(mode="json", by_alias=True, round_trip=True)["message"]),
+            success_queue=None,
+            failure_queue=None,
+            meta_json=json_text(request.meta),
+            priority=item.priority,
+            created_at=created_at,
+            expires_at=None if request.expires_in is None else created_at + request.expires_in,
+            idempotency_key=request.idempotency_key,
+        ).started(now)
+        item.timeout_s = min(self._job_timeout_s, call.until_s - anyio.current_time())
+        if job.expires_at is not None:
+            item.timeout_s = min(item.timeout_s, job.expires_at - now)
+        if item.timeout_s <= 0:
+            item.outcome = Failure(DeadlineExceededError(0.0))
+        self._queue_rules.check(request.success_queue, request.failure_queue)
+        if self._sender is not None:
+            job.success_queue, job.failure_queue = request.success_queue, request.failure_queue
+
+    def _validated(self, message: Any) -> BaseModel:
+        return message if isinstance(message, BaseModel) else self._worker.input_model.model_validate(message)
+
+    async def _run(self, items: Sequence[_Item]) -> None:
+        """Run items; those of one priority and time limit, nearly always all, are submitted in one step."""
+        alike: defaultdict[tuple[Priority, float | None, bool], list[_Item]] = defaultdict(list)
+        for item in items:
+            alike[item.priority, item.timeout_s, item.job is not None].append(item)
+        async with anyio.create_task_group() as task_group:
+            for group in alike.values():
+                task_group.start_soon(self._run_alike, group)
+
+    async def _run_alike(self, items: Sequence[_Item]) -> None:
+        first = items[0]
+        started_s, timeout_s = anyio.current_time(), first.timeout_s
+        messages = [item.message for item in items if item.message is not None]
+        while True:
+            try:
+                outcomes = await self._worker.predict_many(messages, priority=first.priority, timeout_s=timeout_s)
+                break
+            except Exception as error:  # noqa: BLE001  # whatever refuses a list is the error of each item
+                outcomes = [Failure(error)] * len(items)
+                is_for_now = isinstance(error, QueueFullError) and not error.is_permanent
+            if first.job is None or first.timeout_s is None or not is_for_now:
+                break
+            await anyio.sleep(ROOM_S)  # an accepted job is not refused
+            timeout_s = first.timeout_s - (anyio.current_time() - started_s)
+            if timeout_s <= 0:
+                outcomes = [Failure(DeadlineExceededError(first.timeout_s))] * len(items)
+                break
+        for item, outcome in zip(items, outcomes, strict=True):
+            item.outcome = outcome
+
+    async def _was_the_last_run(self, call: Call) -> bool:
+        """Whether Modal will not run this call again, so that its jobs have to be told now that they failed."""
+        return call.is_recorded and await self._ledger.faults(call.call_id) > self._retries
+
+    async def _finish(self, items: Sequence[_Item], call: Call) -> None:
+        now = self._clock()
+        if call.is_recorded:
+            _cancel(items, await self._ledger.close(call.call_id, len(items)), now)
+        for item in items:
+            if item.job is not None and not item.job.status.has_ended and item.outcome is not None:
+                item.job = item.job.finished(_end(item.job, item.outcome, now))
+        if self._sender is not None:
+            ended = [item for item in items if item.job is not None]
+            sent = await self._sender.send([item.job for item in ended if item.job is not None], call.until_s)
+            for item, job in zip(ended, sent, strict=True):
+                item.job = job
+
+
+def _error_of(item: _Item) -> Exception | None:
+    return item.outcome.error if isinstance(item.outcome, Failure) else None
+
+
+def _log_failures(items: Sequence[_Item]) -> None:
+    """The traceback of what the pipeline raised, which does not travel; a batch that failed as a whole raised once."""
+    errors = {id(error): error for error in map(_error_of, items) if error is not None}
+    for error in errors.values():
+        if not isinstance(error, ServiceError | BatchingError):
+            logger.error("The pipeline failed", exc_info=error)
+
+
+def _cancel(items: Sequence[_Item], cancelled: frozenset[int], now: float) -> None:
+    for index in cancelled:
+        job = items[index].job
+        if job is not None and (after := job.cancelled(now)) is not None:
+            items[index].job, items[index].message = after, None
+
+
+def _end(job: Job, outcome: Outcome[InferenceOutputModel], now: float) -> FinishedJob:
+    try:
+        if isinstance(outcome, Success):
+            result = output_json(outcome.value).decode()
+            return FinishedJob(job_id=job.job_id, status=JobStatus.SUCCEEDED, result_json=result, finished_at=now)
+        error = outcome.error
+    except Exception as unwritable:  # noqa: BLE001  # an output that is no JSON is this job's error
+        error = unwritable
+    if isinstance(error, DeadlineExceededError):
+        by_its_own = job.expires_at is not None and job.expires_at <= now
+        text = EXPIRED_IN_THE_QUEUE if by_its_own else describe_error(error)
+        return FinishedJob(job_id=job.job_id, status=JobStatus.EXPIRED, error=text, finished_at=now)
+    return FinishedJob(job_id=job.job_id, status=JobStatus.FAILED, error=describe_error(error), finished_at=now)
+
+
+def _answer(item: _Item) -> dict[str, Any]:
+    if item.job is not None:
+        return job_object(item.job)
+    if item.outcome is None:
+        raise AssertionError("an entry was left without an outcome: this is a bug in modalkit")
+    return error_object(item.outcome.error) if isinstance(item.outcome, Failure) else outcome_object(item.outcome)

@@ -1,0 +1,124 @@
+"""A service class of Modal's, called from elsewhere: its errors and Modal's in our words."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+import modal
+import modal.exception
+from modal.types import InputStatus
+
+from service.errors import ContainerFaultError, RemoteCallError, RemoteTimeoutError, describe_error
+
+
+class CallState(StrEnum):
+    """Where a spawned call is in its life."""
+
+    PENDING = "pending"
+    RETURNED = "returned"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed out"
+    FORGOTTEN = "forgotten"
+    """It was there, but its result was kept no longer."""
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """What became of a spawned call, with its outcomes once it `returned`."""
+
+    state: CallState
+    outcomes: Sequence[Mapping[str, Any]] = ()
+    error: str | None = None
+
+
+class RemoteService(Protocol):
+    """A service somewhere that runs lists; see `ModalService.process_request` for the options."""
+
+    async def process(self, input_list: Sequence[Any], **options: Any) -> Sequence[Mapping[str, Any]]:
+        """Run a list and wait for it. Raises `RemoteCallError` and `ContainerFaultError`."""
+        ...  # a protocol method has no body
+
+    async def spawn(self, input_list: Sequence[Any], **options: Any) -> str:
+        """Have a list run, and return the id of the call. Raises `RemoteCallError`."""
+        ...
+
+
+class Calls(Protocol):
+    """The calls that were spawned, whoever did."""
+
+    async def result(self, call_id: str, wait_s: float) -> CallResult:
+        """What became of a call, within `wait_s` seconds. Raises `RemoteCallError`."""
+        ...
+
+    async def cancel(self, call_id: str) -> None:
+        """End a call that has not ended. Raises `RemoteCallError`."""
+        ...
+
+
+class ModalRemoteService:
+    """Calls ``process_request`` of an instance of a registered class, or of one that was looked up."""
+
+    def __init__(self, process_request: Any) -> None:
+        self._process_request = process_request
+
+    async def process(self, input_list: Sequence[Any], **options: Any) -> Sequence[Mapping[str, Any]]:
+        """See `RemoteService.process`."""
+        try:
+            outcomes: Sequence[Mapping[str, Any]] = await self._process_request.remote.aio(input_list, **options)
+        except ContainerFaultError:
+            raise
+        except modal.exception.FunctionTimeoutError as error:
+            raise RemoteTimeoutError(f"the call took longer than deployment_config.timeout: {error}") from error
+        except Exception as error:
+            raise RemoteCallError(f"the call to Modal failed: {describe_error(error)}") from error
+        return outcomes
+
+    async def spawn(self, input_list: Sequence[Any], **options: Any) -> str:
+        """See `RemoteService.spawn`."""
+        try:
+            call = await self._process_request.spawn.aio(input_list, **options)
+        except Exception as error:
+            raise RemoteCallError(f"Modal did not accept the call: {describe_error(error)}") from error
+        return str(call.object_id)
+
+
+class ModalCalls:
+    """Asks Modal for the calls that it keeps."""
+
+    async def result(self, call_id: str, wait_s: float) -> CallResult:
+        """See `Calls.result`."""
+        call: modal.FunctionCall[Any] = modal.FunctionCall.from_id(call_id)
+        try:
+            return CallResult(CallState.RETURNED, await call.get.aio(timeout=wait_s))
+        except TimeoutError:  # Python's own: none of Modal's derives from it
+            return CallResult(CallState.PENDING)
+        except modal.exception.OutputExpiredError:
+            return CallResult(CallState.FORGOTTEN, error="its result was kept for seven days")
+        except modal.exception.FunctionTimeoutError as error:
+            return CallResult(CallState.TIMED_OUT, error=f"it took longer than deployment_config.timeout: {error}")
+        except (modal.exception.NotFoundError, modal.exception.InvalidError):
+            return CallResult(CallState.UNKNOWN)
+        except modal.exception.RemoteError as error:
+            # Of a call that was cancelled Modal says no more than of one that failed; the status of its input does.
+            state = CallState.CANCELLED if await self._was_cancelled(call) else CallState.FAILED
+            return CallResult(state, error=describe_error(error))
+        except (modal.exception.ConnectionError, modal.exception.AuthError, modal.exception.ServiceError) as error:
+            raise RemoteCallError(f"Modal could not be asked: {describe_error(error)}") from error
+        except Exception as error:  # noqa: BLE001  # whatever the call raised in its container is its result
+            return CallResult(CallState.FAILED, error=describe_error(error))
+
+    async def cancel(self, call_id: str) -> None:
+        """See `Calls.cancel`."""
+        try:
+            await modal.FunctionCall.from_id(call_id).cancel.aio()
+        except Exception as error:
+            raise RemoteCallError(f"Modal could not cancel the call: {describe_error(error)}") from error
+
+    async def _was_cancelled(self, call: "modal.FunctionCall[Any]") -> bool:
+        try:
+            return any(entry.status is InputStatus.TERMINATED for entry in await call.get_call_graph.aio())
+        except modal.exception.Error:
+            return False  # it is the best that can be known

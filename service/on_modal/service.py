@@ -1,0 +1,82 @@
+"""`ModalService`: the worker as a Modal class."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import modal
+from fastapi import FastAPI
+from pydantic import BaseModel
+
+from batching import Priority
+from pipelines import InferenceOutputModel
+from service.on_modal.call_format import InputEntry
+from service.on_modal.hosting import HostedService
+from service.on_modal.remote import ModalRemoteService, RemoteService
+from service.on_modal.web_here import web_app_here
+
+
+class ModalService(HostedService):
+    """Runs a pipeline in the containers of a Modal class, on batches of what many callers send.
+
+    Subclass it, name the pipeline, and register the subclass::
+
+        class Sentiment(ModalService):
+            inference_implementation = SentimentPipeline
+
+        @app.cls(**modal_config.get_app_cls_settings())
+        @modal.concurrent(**modal_config.get_concurrency_settings())
+        class SentimentApp(Sentiment):
+            modal_utils: ModalConfig = modal_config
+
+    To override `process_request` takes another ``@modal.method()``, without which Modal does not see it.
+    """
+
+    @modal.method()
+    async def process_request(
+        self,
+        input_list: Sequence[InputEntry],
+        *,
+        priority: str | None = None,
+        timeouts_s: Sequence[float | None] | None = None,
+        accepted_at: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """Run a list of items, and return what became of each, in the same order.
+
+        An entry is ``{"message": {…}}``, or a `SyncInputModel`, and gives the pipeline's output as an object,
+        ``{"status": "success", …}``, or ``{"status": "error", "error": …}``. With more keys, or as an
+        `AsyncInputModel`, it is a job: its result is sent to the queue that it names, again and again while the call
+        has time, and the job is what is returned. Entries of other calls run in the same batches; one that is invalid
+        or fails disturbs no other.
+
+        `priority` is ``interactive`` or ``bulk``; `timeouts_s` bounds the time of each entry; `accepted_at`, Unix
+        seconds, is when jobs were accepted whose ids were given out already. Raises `ContainerFaultError` when the
+        device breaks, for Modal to run the call again. When cancelled, what has not run leaves the queue.
+        """
+        return await self.running().process(
+            input_list,
+            priority=None if priority is None else Priority(priority),
+            timeouts_s=timeouts_s,
+            accepted_at=accepted_at,
+        )
+
+    @modal.method()
+    async def batch_report(self) -> dict[str, Any]:
+        """What this container has done: its ``statistics`` and the ``records`` of its latest batches, then forgotten.
+
+        Also what it runs on, as ``device``. For benchmarks.
+        """
+        return self.running().report()
+
+    def web_app(
+        self, input_model: type[BaseModel] | None = None, output_model: type[InferenceOutputModel] | None = None
+    ) -> FastAPI:
+        """The HTTP service of this container, for a method of the class under ``@modal.asgi_app``.
+
+        Items run right here, without a call between; jobs become calls of this class. Items are validated as
+        `input_model` and documented with `output_model`, by default those of the pipeline.
+        """
+
+        async def connect() -> RemoteService:
+            return ModalRemoteService(self.process_request)
+
+        return web_app_here(self, input_model, output_model, connect)

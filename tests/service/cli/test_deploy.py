@@ -1,0 +1,164 @@
+"""``modalkit deploy``: what a dry run shows, and that Modal's own command is run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.service.cli.conftest import Modalkit
+
+CONFIGURATION = """
+app_settings:
+  app_prefix: reviews
+  build_config: {env: {A: b}, extra_run_commands: "apt-get update"}
+  deployment_config:
+    gpu: [L4, T4]
+    region: [us-east, eu-west]
+    secrets: [hub-token]
+    volumes: {/models: weights}
+    cloud_bucket_mounts: [{mount_point: /data, bucket_name: mine, secret: aws}]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "modalkit.yaml").write_text(CONFIGURATION)
+    return tmp_path
+
+
+@pytest.fixture
+def environment(environment: dict[str, str]) -> dict[str, str]:
+    """Without a token, and without any network to look for one."""
+    unreachable = {"MODAL_SERVER_URL": "http://127.0.0.1:9", "MODAL_CONFIG_PATH": "no-such-file"}
+    return {name: value for name, value in environment.items() if name != "PYTHONWARNINGS"} | unreachable
+
+
+def described(modalkit: Modalkit, *arguments: str, **variables: str) -> dict[str, Any]:
+    done = modalkit("deploy", "--dry-run", *arguments, **variables)
+    assert done.returncode == 0, done.stderr
+    content: dict[str, Any] = yaml.safe_load(done.stdout)
+    return content
+
+
+def test_a_dry_run_shows_every_setting_without_network_or_token(modalkit: Modalkit, folder: Path) -> None:
+    shown = described(modalkit)
+    assert shown["app"] == "reviews-dev"
+    settings = shown["class"]["settings"]
+    assert settings["gpu"] == ["L4", "T4"]
+    assert settings["secrets"] == ["hub-token"]
+    assert settings["volumes"] == {"/models": {"volume": "weights"}, "/data": {"bucket_name": "mine", "secret": "aws"}}
+    assert settings["env"]["MODALKIT_CONFIG"] == "/root/modalkit_config/0-modalkit.yaml"
+    assert shown["class"]["concurrency"] == {"max_inputs": 64}
+    web = shown["web_function"]
+    assert web["settings"]["region"] == settings["region"] == ["us-east", "eu-west"]
+    assert "gpu" not in web["settings"]
+    assert web["concurrency"] == {"max_inputs": 256}
+    assert web["asgi_app"] == {"requires_proxy_auth": True}
+    methods = [next(iter(step)) for step in shown["image"]]
+    assert methods[:5] == ["from_registry", "workdir", "env", "uv_pip_install", "run_commands"]
+    assert {
+        "add_local_file": str(folder / "modalkit.yaml"),
+        "remote_path": "/root/modalkit_config/0-modalkit.yaml",
+    } in (shown["image"])
+
+
+def test_a_dry_run_says_what_old_names_are_called_now(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "modalkit.yaml").write_text(
+        "app_settings: {deployment_config: {concurrency_limit: 3, container_idle_timeout: 60, "
+        "allow_concurrent_inputs: 9, allow_concurrent_inputs_handler: 90}}"
+    )
+    done = modalkit("deploy", "--dry-run")
+    shown = yaml.safe_load(done.stdout)
+    assert shown["class"]["settings"]["max_containers"] == 3
+    assert shown["class"]["settings"]["scaledown_window"] == 60
+    assert shown["class"]["concurrency"] == {"max_inputs": 9}
+    assert shown["web_function"]["concurrency"] == {"max_inputs": 90}
+    for new in ("max_containers", "scaledown_window", "max_concurrent_inputs", "max_concurrent_requests"):
+        assert f"is now called {new}: rename it" in done.stderr
+    assert done.stderr.count("modalkit: warning: ") == 4
+
+
+def test_a_dry_run_hides_secrets(modalkit: Modalkit) -> None:
+    done = modalkit(
+        "deploy",
+        "--dry-run",
+        MODALKIT_APP_SETTINGS__AUTH_CONFIG__API_KEY="opensesame-1",
+        MODALKIT_APP_SETTINGS__QUEUE_CONFIG__BROKER_URL="redis://:opensesame-2@host",
+        MODALKIT_APP_SETTINGS__QUEUE_CONFIG__WEBHOOK="{secret: opensesame-3}",
+        MODALKIT_API_KEY="opensesame-4",
+        MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS="7",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "opensesame" not in done.stdout + done.stderr
+    env = yaml.safe_load(done.stdout)["class"]["settings"]["env"]
+    assert env["MODALKIT_APP_SETTINGS__AUTH_CONFIG__API_KEY"] == "(hidden)"
+    assert env["MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS"] == "7"
+
+
+@pytest.mark.parametrize("app", ["reviews_app", "reviews_app.py", "reviews_app.py::app"])
+def test_a_dry_run_of_an_app_shows_the_local_modules_that_it_imports(
+    modalkit: Modalkit, folder: Path, app: str
+) -> None:
+    (folder / "reviews_app.py").write_text("import reviews_helpers\n")
+    (folder / "reviews_helpers.py").touch()
+    steps = described(modalkit, app)["image"]
+    for name in ("reviews_app.py", "reviews_helpers.py"):
+        assert {"add_local_file": str(folder / name), "remote_path": f"/root/{name}"} in steps
+
+
+def test_files_of_the_configuration_may_be_given(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "more.yaml").write_text("app_settings: {deployment_config: {gpu: H100}}")
+    shown = described(modalkit, "--config", "modalkit.yaml", "--config", "more.yaml")
+    assert shown["app"] == "reviews-dev"
+    assert shown["class"]["settings"]["gpu"] == "H100"
+    assert shown["class"]["settings"]["env"]["MODALKIT_CONFIG"].endswith("1-more.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config", "gone.yaml"), "gone.yaml: no such file"),
+        (("--dry-run", "--config", "gone.yaml"), "gone.yaml: no such file"),
+        (("--dry-run", "no_such_app"), "the app 'no_such_app' cannot be imported: "),
+        (("--dry-run", "no_such_app.py"), "the app 'no_such_app.py' cannot be imported: "),
+        (("--config", "a,b.yaml"), "comma"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(modalkit: Modalkit, arguments: tuple[str, ...], message: str) -> None:
+    done = modalkit("deploy", *arguments)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+SEES = """
+import os, sys
+print("modal got", sys.argv[1:], os.environ.get("MODALKIT_CONFIG"))
+sys.exit(7)
+"""
+
+
+def test_modals_own_command_is_run_and_its_exit_code_passed_on(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "modal").mkdir()
+    (folder / "modal" / "__init__.py").touch()
+    (folder / "modal" / "__main__.py").write_text(SEES)
+    (folder / "more.yaml").touch()
+    default = modalkit("deploy", "--config", "more.yaml")
+    assert (default.returncode, default.stderr) == (7, "")
+    assert default.stdout == "modal got ['deploy', '-m', '--', 'service.modal_app'] more.yaml\n"
+    file = modalkit("deploy", "own.py", "--name", "mine", "--env", "staging", "--tag", "v1")
+    assert file.stdout == "modal got ['deploy', '--name=mine', '--env=staging', '--tag=v1', '--', 'own.py'] None\n"
+
+
+def test_modal_itself_takes_these_arguments(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "own.py").write_text("raise SystemExit('the app was imported')\n")
+    assert "the app was imported" in modalkit("deploy", "own.py", "--name", "mine", "--env", "staging").stderr
+    assert "the app was imported" in modalkit("deploy", "own").stderr
+
+
+def test_help_has_examples(modalkit: Modalkit) -> None:
+    done = modalkit("deploy", "--help")
+    assert done.returncode == 0
+    assert "modalkit deploy --dry-run" in done.stdout
