@@ -167,8 +167,11 @@ async def _is_concurrent(process_request: Any) -> bool:
     return info.concurrency_info is not None
 
 
+def concurrency_for_lists(config: ModalConfig) -> dict[str, int]:
+    """Arguments of ``modal.concurrent`` for a class whose inputs are lists, each as long as a batch."""
+    settings = config.get_concurrency_settings()
+    return {"target_inputs": min(LISTS_AT_A_CONTAINER, settings["max_inputs"]), **settings}
+
+
 def _concurrency(config: ModalConfig) -> dict[str, int]:
-    settings: dict[str, int] = config.get_concurrency_settings()
-    if not takes_one_input_at_a_time():
-        settings = {"target_inputs": min(LISTS_AT_A_CONTAINER, settings["max_inputs"]), **settings}
-    return settings
+    return config.get_concurrency_settings() if takes_one_input_at_a_time() else concurrency_for_lists(config)
