@@ -7,6 +7,7 @@ from http import HTTPStatus
 from fastapi import Depends, FastAPI
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.gateway import Gateway, Readiness
 from service.settings import AuthConfig
@@ -41,6 +42,7 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
             yield
 
     app = FastAPIOffline(title="modalkit", version=VERSION, description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
+    app.add_middleware(_RootPath)
     add_prediction_routes(app, gateway, api_key)
     app.include_router(make_job_router(gateway), dependencies=[] if api_key is None else [Depends(api_key.dependency)])
     _add_health(app, gateway)
@@ -52,6 +54,17 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
         return RedirectResponse("docs")
 
     return app
+
+
+class _RootPath:
+    """Adds the ``root_path`` that ASGI lets a server leave out, for the pages of `fastapi_offline`, which need it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("root_path", "")
+        await self._app(scope, receive, send)
 
 
 def _add_health(app: FastAPI, gateway: Gateway) -> None:

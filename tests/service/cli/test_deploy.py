@@ -49,7 +49,8 @@ def test_a_dry_run_shows_every_setting_without_network_or_token(modalkit: Modalk
     assert settings["secrets"] == ["hub-token"]
     assert settings["volumes"] == {"/models": {"volume": "weights"}, "/data": {"bucket_name": "mine", "secret": "aws"}}
     assert settings["env"]["MODALKIT_CONFIG"] == "/root/modalkit_config/0-modalkit.yaml"
-    assert shown["class"]["concurrency"] == {"max_inputs": 64}
+    assert shown["class"]["concurrency"] == {"max_inputs": 64, "target_inputs": 8}
+    assert shown["class"]["parameters"] == {"model_name": ["sentiment"]}
     web = shown["web_function"]
     assert web["settings"]["region"] == settings["region"] == ["us-east", "eu-west"]
     assert "gpu" not in web["settings"]
@@ -72,7 +73,7 @@ def test_a_dry_run_says_what_old_names_are_called_now(modalkit: Modalkit, folder
     shown = yaml.safe_load(done.stdout)
     assert shown["class"]["settings"]["max_containers"] == 3
     assert shown["class"]["settings"]["scaledown_window"] == 60
-    assert shown["class"]["concurrency"] == {"max_inputs": 9}
+    assert shown["class"]["concurrency"] == {"max_inputs": 9, "target_inputs": 8}
     assert shown["web_function"]["concurrency"] == {"max_inputs": 90}
     for new in ("max_containers", "scaledown_window", "max_concurrent_inputs", "max_concurrent_requests"):
         assert f"is now called {new}: rename it" in done.stderr

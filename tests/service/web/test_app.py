@@ -8,6 +8,7 @@ import anyio
 import httpx
 import pytest
 from anyio import to_thread
+from starlette.types import Message
 
 from service.gateway import LocalGateway
 from service.loading import LoadError
@@ -225,6 +226,23 @@ async def test_the_documentation_needs_no_other_server(client: httpx.AsyncClient
     assert any("swagger-ui-bundle" in asset for asset in assets)
     for asset in assets:
         assert (await client.get(f"/{asset}")).status_code == 200
+
+
+async def test_the_documentation_works_on_a_server_that_leaves_root_path_out(settings: Settings) -> None:
+    app = create_app(LocalGateway(settings))
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/docs", "query_string": b"", "headers": []}
+    await app(scope, receive, send)
+    page = b"".join(message.get("body", b"") for message in sent).decode()
+    assert '"/static-offline-docs/swagger-ui-bundle.js"' in page
+    assert "None" not in page
 
 
 async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient) -> None:
