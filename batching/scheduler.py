@@ -103,7 +103,7 @@ class BatchScheduler(Generic[T, R]):
         self._is_too_large = is_too_large or _never
         self._on_batch = on_batch
         timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
-        self._eager_in_flight = eager_in_flight or max_in_flight
+        self._eager_in_flight = math.inf if eager_in_flight is None else eager_in_flight
         self._executors = [Executor(run_batch, timeout_s, f"{name} {i}") for i in range(max_in_flight)]
         # All mutable state: the planner with its queue, the requests that run, what is counted, what shares
         # of the time the stages take, and how idle workers wake.
@@ -428,6 +428,8 @@ class BatchScheduler(Generic[T, R]):
             total_s = self._now() - formed_s
             self._account_for(batch, total_s, seconds)
         del self._running[id(batch)]
+        if progress is not None:
+            self._wake_one()  # its worker may be holding back because of it
         self._report(batch, formed_s, total_s, seconds, failed, overlapped=progress is not None)
 
     def _account_for(self, batch: Batch[Pending[T, R]], total_s: float, seconds: StageSeconds | None) -> None:

@@ -112,6 +112,17 @@ async def test_the_next_batch_is_preprocessed_while_one_predicts_but_no_more_tha
     assert set(model.threads) == {"model 0", "model 0 stages"}
 
 
+@pytest.mark.parametrize("eager_in_flight", [None, 1])
+async def test_too_few_for_a_full_batch_are_not_forgotten_behind_overlapping_ones(eager_in_flight: int | None) -> None:
+    model = Model()
+    pairs = BatchPolicy(max_batch_size=2)
+    async with BatchScheduler(model.stages(), policy=pairs, eager_in_flight=eager_in_flight) as scheduler:
+        await make_overlap_pay(model, scheduler)
+        with anyio.fail_after(LONG_S):
+            outcomes = await scheduler.submit_many(range(5))
+    assert outcomes == [Success(2 * number) for number in range(5)]
+
+
 @pytest.mark.parametrize(
     ("seconds", "pays"),
     [
