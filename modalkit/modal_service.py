@@ -3,5 +3,6 @@
 from service.on_modal.endpoints import create_web_endpoints
 from service.on_modal.server import ModalServer
 from service.on_modal.service import ModalService
+from service.on_modal.web_server import ModalWebServer
 
-__all__ = ["ModalServer", "ModalService", "create_web_endpoints"]
+__all__ = ["ModalServer", "ModalService", "ModalWebServer", "create_web_endpoints"]

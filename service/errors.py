@@ -1,11 +1,24 @@
 """The root of the errors that `service` raises; each part derives its own from it."""
 
+from typing import Any
+
 from batching import BatchingError
 from pipelines import PipelineError
 
 
 class ServiceError(Exception):
-    """The root of all errors of this package."""
+    """The root of all errors of this package. One can be pickled: it may travel from a container to its caller."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Python's own way calls the constructor with the message, which ours do not take.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[ServiceError], args: tuple[Any, ...], state: dict[str, Any]) -> ServiceError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class ItemRejectedError(ServiceError):
@@ -47,9 +60,6 @@ class DeviceFaultError(ContainerFaultError):
     def __init__(self, fault: str) -> None:
         super().__init__(f"the device of this container is broken: {fault}")
         self.fault = fault
-
-    def __reduce__(self) -> tuple[type["DeviceFaultError"], tuple[str]]:
-        return DeviceFaultError, (self.fault,)  # it travels from the container to its caller
 
 
 class NotAvailableError(ServiceError):

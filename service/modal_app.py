@@ -7,19 +7,21 @@ lists for them.
 import modal
 from fastapi import FastAPI
 
+from service.loading import LoadError
 from service.on_modal.config import ModalConfig
 from service.on_modal.endpoints import create_web_endpoints
-from service.on_modal.models import concurrency_for_lists
 from service.on_modal.service import ModalService
 
 modal_config = ModalConfig()
 models = list(modal_config.model_settings.model_entries)
+if not models:
+    raise LoadError("model_settings.model_entries: there is no model; add one")
 
 app = modal.App(modal_config.app_name)
 
 
 @app.cls(**modal_config.get_app_cls_settings())
-@modal.concurrent(**concurrency_for_lists(modal_config))
+@modal.concurrent(**modal_config.get_concurrency_settings())
 class Model(ModalService):
     """One of the configured models."""
 

@@ -17,7 +17,7 @@ class EmphasisJobs(ModalService):
     inference_implementation = EmphasisPipeline
 
 
-@app.server(port=8000, exit_grace_period=20, **modal_config.get_server_settings())
+@app.server(port=8000, **modal_config.get_server_settings())
 class EmphasisServer(ModalServer):
     modal_utils: ModalConfig = modal_config
     inference_implementation = EmphasisPipeline

@@ -6,7 +6,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Annotated
 
 import anyio
@@ -15,19 +15,15 @@ import uvicorn
 
 from batching.task_groups import plain_task_group
 from service.cli.common import ConfigFiles, notices, try_api_key
-from service.errors import ServiceError
 from service.garbage_collection import spare_the_garbage_collector
 from service.gateway import LocalGateway, Readiness
+from service.listening import listening
 from service.settings import Settings
 from service.version import VERSION
 from service.web import create_app
 
 GRACE_S = 30
 """How long open HTTP requests may go on after the first signal to stop."""
-
-
-class AddressError(ServiceError):
-    """Raised when the service cannot listen on the address it was given."""
 
 
 def serve(
@@ -57,7 +53,7 @@ def serve(
     server = _Server(
         uvicorn.Config(app, log_config=None, access_log=level <= logging.INFO, timeout_graceful_shutdown=GRACE_S)
     )
-    with _listen(host, port) as listener:
+    with listening(host, port) as listener:
         anyio.run(_serve, server, gateway, listener, settings, backend_options={"use_uvloop": True})
 
 
@@ -67,23 +63,6 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-@contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
-    with ExitStack() as opened:
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            listener = opened.enter_context(socket.socket(family, kind, protocol))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(2048)
-        except OSError as error:
-            raise AddressError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; stop what uses it, or choose another "
-                "--port"
-            ) from error
-        yield listener
 
 
 async def _serve(server: _Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from pydantic import Field
 from pydantic_core import from_json
 
 from batching import Failure, Outcome, Priority, Success
@@ -20,7 +21,7 @@ from service.outputs import output_object
 
 InputEntry = Mapping[str, Any] | SyncInputModel | AsyncInputModel
 
-_JOB_ID = re.compile(r"(fc-[0-9A-Za-z]+)\.(\d{1,6})")
+_JOB_ID = re.compile(r"(fc-[0-9A-Za-z]+)\.(0|[1-9][0-9]{0,5})")
 _TEXTS = {"message": "message_json", "meta": "meta_json", "result": "result_json"}
 
 
@@ -66,7 +67,7 @@ def read_outcome(value: Mapping[str, Any]) -> InferenceOutputModel | RemoteItemE
     """The output, or the error, that `outcome_object` or `error_object` wrote."""
     if value.get("status") == "error" and "error_type" in value:
         return RemoteItemError(value["error"], value["error_type"])
-    return InferenceOutputModel.model_validate(value)
+    return _AnyOutput.model_validate(value)
 
 
 def job_object(job: Job) -> dict[str, Any]:
@@ -95,3 +96,11 @@ def read_job(value: Mapping[str, Any]) -> Job:
 
 
 _ENUMS = (JobStatus, DeliveryStatus, Priority)
+
+
+class _AnyOutput(InferenceOutputModel):
+    """An output of whatever class: it was made in the container, and what its fields may hold is known there."""
+
+    status: Any
+    error: Any = None
+    meta: Any = Field(default={})

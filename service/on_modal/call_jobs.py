@@ -3,11 +3,13 @@
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakValueDictionary
 
+import anyio
 from pydantic_core import to_json
 
 from batching import BatchScheduler, Priority
@@ -56,6 +58,7 @@ class JobSpawner:
         self._queue_rules = queue_rules
         self._model_name = model_name
         self._clock = clock
+        self._keys_in_hand: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
         self._scheduler: BatchScheduler[_Submission, str] = BatchScheduler(
             self._spawn,
             policy=list_policy(config),
@@ -79,8 +82,16 @@ class JobSpawner:
         submission = _submission(request, priority)
         if request.idempotency_key is None:
             return await self._scheduler.submit(submission, priority=priority)
-        digest = hashlib.sha256(to_json([self._model_name, submission.entry])).hexdigest()
-        reserved = await self._ledger.reserve(request.idempotency_key, digest)
+        # One after the other here, so that a repetition in the same list finds the first; and to the end, as a caller
+        # that was cut short will repeat the request.
+        lock = self._keys_in_hand.setdefault(request.idempotency_key, anyio.Lock())
+        async with lock:
+            with anyio.CancelScope(shield=True):
+                return await self._submit_once(request.idempotency_key, submission, priority)
+        raise AssertionError("a shielded scope was cut short: this is a bug in modalkit")
+
+    async def _submit_once(self, key: str, submission: _Submission, priority: Priority) -> str:
+        reserved = await self._ledger.reserve(key, self._digest(submission))
         if not isinstance(reserved, Reservation):
             return reserved
         try:
@@ -88,8 +99,17 @@ class JobSpawner:
         except Exception:
             await self._ledger.give_back(reserved)
             raise
-        await self._ledger.keep(reserved, job_id)
+        try:
+            await self._ledger.keep(reserved, job_id)
+        except JobStoreError:
+            # It is accepted, and an error would have it submitted again.
+            logger.exception("That job %s has an idempotency key could not be noted", job_id)
         return job_id
+
+    def _digest(self, submission: _Submission) -> str:
+        """The same for all requests of which `NewJob.asks_for_the_same` holds."""
+        asked = [submission.entry[name] for name in ("message", "success_queue", "failure_queue", "meta")]
+        return hashlib.sha256(to_json([self._model_name, *asked])).hexdigest()
 
     async def _spawn(self, submissions: list[_Submission]) -> Sequence[str | Exception]:
         accepted_at = self._clock()
@@ -128,12 +148,14 @@ class CallJobs:
         if place is None:
             return None
         call_id, index = place
+        if wait_s > 0 and await self._ledger.is_cancelled(call_id, index):
+            wait_s = 0.0  # it has ended, though its call goes on
         try:
             result = await self._calls.result(call_id, wait_s)
         except ServiceError as error:
             raise JobStoreError(describe_error(error)) from error
         if result.state is CallState.RETURNED:
-            return read_job(result.outcomes[index]) if index < len(result.outcomes) else None
+            return _job_at(result.outcomes, index)
         noted = await self._ledger.jobs(call_id)
         if result.state is CallState.UNKNOWN or (noted is not None and index >= len(noted)):
             return None
@@ -180,6 +202,14 @@ def _accepted(job_id: str, model_name: str, submission: _Submission, accepted_at
         expires_at=None if entry["expires_in"] is None else accepted_at + entry["expires_in"],
         idempotency_key=entry["idempotency_key"],
     )
+
+
+def _job_at(outcomes: Sequence[Mapping[str, Any]], index: int) -> Job | None:
+    """The job at a place in what a call returned, which may be a call of anything."""
+    try:
+        return read_job(outcomes[index])
+    except (LookupError, TypeError, ValueError):
+        return None
 
 
 def _unknown(job_id: str) -> Job:

@@ -19,6 +19,10 @@ from service.settings.sources import API_KEY_VARIABLE, CONFIG_VARIABLE, POSTFIX_
 logger = logging.getLogger(__name__)
 
 DEFAULT_POSTFIX = "-dev"
+LISTS_AT_A_CONTAINER = 8
+"""At how many inputs Modal starts another container, where the configuration does not say: each may be a batch."""
+EXIT_GRACE_S = 30
+"""How long a server may take to finish its requests."""
 
 
 class ModalConfig:
@@ -133,7 +137,11 @@ class ModalConfig:
     def get_concurrency_settings(self) -> dict[str, int]:
         """Arguments of ``modal.concurrent``, or ``with_concurrency``, for the class."""
         deployment = self._deployment
-        return _given(max_inputs=deployment.max_concurrent_inputs, target_inputs=deployment.target_concurrent_inputs)
+        target = deployment.target_concurrent_inputs or LISTS_AT_A_CONTAINER
+        return {
+            "max_inputs": deployment.max_concurrent_inputs,
+            "target_inputs": min(target, deployment.max_concurrent_inputs),
+        }
 
     def get_handler_concurrency_settings(self) -> dict[str, int]:
         """Arguments of ``modal.concurrent`` for the web function."""
@@ -153,8 +161,24 @@ class ModalConfig:
             startup_timeout=deployment.timeout,
             compute_region=deployment.region,
             unauthenticated=not deployment.secure,
+            exit_grace_period=EXIT_GRACE_S,
             max_concurrency=deployment.max_concurrent_requests,
             target_concurrency=min(target, deployment.max_concurrent_requests),
+        )
+
+    def get_web_server_settings(self) -> dict[str, Any]:
+        """Arguments of ``app.server`` for a class that serves HTTP on a container without a GPU."""
+        deployment = self._deployment
+        return _given(
+            **self._in_every_container(),
+            min_containers=deployment.min_containers,
+            max_containers=deployment.max_containers,
+            scaledown_window=deployment.scaledown_window,
+            startup_timeout=deployment.timeout,
+            compute_region=deployment.region,
+            unauthenticated=not deployment.secure,
+            exit_grace_period=EXIT_GRACE_S,
+            max_concurrency=deployment.max_concurrent_requests,
         )
 
     @property

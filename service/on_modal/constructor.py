@@ -28,8 +28,9 @@ class Constructible:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "__init__" in vars(cls):
-            cls.__init__ = _Constructor(vars(cls)["__init__"])  # type: ignore[assignment, method-assign]  # see above
+        constructor = cls.__init__  # its own, or one that a class outside of this family brings along
+        if constructor is not object.__init__:
+            cls.__init__ = _Constructor(constructor)  # type: ignore[assignment, method-assign]  # see above
 
     def __new__(cls, *_args: Any, **_options: Any) -> Self:
         """Make an instance, ready for use where the class has parameters."""

@@ -2,13 +2,12 @@
 
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 import modal
-import modal.experimental
 from pydantic_core import to_jsonable_python
 
 from batching import BatchRecord, Priority
@@ -29,6 +28,7 @@ from service.on_modal.responses import ResponseSender
 from service.on_modal.runtime import takes_one_input_at_a_time
 from service.on_modal.tables import open_ledger
 from service.on_modal.volumes import keep_volumes_fresh
+from service.on_modal.watched_worker import WatchedWorker
 from service.queue_backends import QueueBackend
 from service.worker import InferenceWorker
 
@@ -49,7 +49,8 @@ _ONE_INPUT_AT_A_TIME = (
 class Container:
     """Runs one pipeline. Started in one Modal hook and stopped in another; does without Modal in any other program.
 
-    Results of jobs go to `responses`, if there is one; `backend` says which names its queues may have.
+    Results of jobs go to `responses`, if there is one; `backend` says which names its queues may have. `leave_rotation`
+    is called, once, when this container can run no more batches.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Container:
         *,
         responses: QueueBackend | None,
         backend: QueueBackend | None,
+        leave_rotation: Callable[[], Awaitable[None]],
         ledger: CallLedger | None = None,
     ) -> None:
         app, deployment = config.app_settings, config.app_settings.deployment_config
@@ -71,7 +73,9 @@ class Container:
         self._records: deque[BatchRecord] = deque(maxlen=KEPT_RECORDS)
         self._lifetime = Lifetime(self._serve())
         self._has_warned = False
+        self._leave_rotation = leave_rotation
         self._fault: str | None = None
+        self._has_fault = anyio.Event()
         self._worker: InferenceWorker | None = None
         self._processor: ListProcessor | None = None
         self._ledger = ledger or (CallLedger(MemoryTable()) if modal.is_local() else open_ledger(config))
@@ -122,8 +126,9 @@ class Container:
         if self._processor is None:
             raise RuntimeError("the service is not running: use it inside 'async with', or in a Modal container")
         self._warn_of_one_input()
-        if self._fault is not None:
-            raise ContainerFaultError(self._fault)
+        if self._lifetime.is_over and self._fault is None:
+            self._note_fault("the worker of this container has ended")
+            await self._leave_when_faulty()
         call_id = None if accepted_at is None else modal.current_function_call_id()
         call = Call(
             call_id=call_id or modal.current_input_id() or new_job_id(),
@@ -133,16 +138,9 @@ class Container:
             accepted_at=accepted_at,
             is_recorded=call_id is not None,
         )
-        try:
-            return await self._processor.process(entries, call)
-        except ContainerFaultError as fault:
-            await self._leave_rotation(str(fault))
-            raise
-        finally:
-            if self.worker.is_broken:
-                await self._leave_rotation("batches of this container hang")
-            elif self._lifetime.is_over and self._fault is None:
-                await self._leave_rotation("the worker of this container has ended")
+        if self._fault is not None:
+            return await self._processor.refuse(entries, call, ContainerFaultError(self._fault))
+        return await self._processor.process(entries, call)
 
     def report(self) -> dict[str, Any]:
         """The statistics so far, and the records of the latest batches, which are then forgotten; plain values."""
@@ -158,8 +156,9 @@ class Container:
         async with (
             # Jobs of calls are kept by Modal; this one is for what the worker's own interface needs.
             JobManager(MemoryJobStore()) as jobs,
-            InferenceWorker(
+            WatchedWorker(
                 self._pipeline,
+                on_fault=self._note_fault,
                 settings=self._config.settings,
                 jobs=jobs,
                 input_model=self._input_model,
@@ -167,6 +166,7 @@ class Container:
             ) as worker,
             plain_task_group() as upkeep,
         ):
+            upkeep.start_soon(self._leave_when_faulty)
             if self._reload_interval_s is not None:
                 upkeep.start_soon(keep_volumes_fresh, self._config, self._pipeline, self._reload_interval_s)
             yield worker
@@ -177,11 +177,14 @@ class Container:
             logger.warning(_ONE_INPUT_AT_A_TIME)
         self._has_warned = True
 
-    async def _leave_rotation(self, fault: str) -> None:
-        """Take no more inputs; Modal ends the container after those that it has."""
-        if self._fault is not None:
-            return
+    def _note_fault(self, fault: str) -> None:
         self._fault = fault
         logger.error("%s; it takes no more inputs, and Modal replaces it", fault)
-        if not modal.is_local():
-            await modal.experimental.stop_fetching_inputs.aio()
+        self._has_fault.set()
+
+    async def _leave_when_faulty(self) -> None:
+        await self._has_fault.wait()
+        try:
+            await self._leave_rotation()
+        except Exception:
+            logger.exception("Modal could not be told to send nothing more; whatever comes is refused")

@@ -3,7 +3,6 @@
 from typing import Any
 
 from service.on_modal.config import ModalConfig
-from service.on_modal.models import concurrency_for_lists
 from service.settings import Settings
 from service.settings.schema import KeyPath, is_secret, known_paths
 from service.settings.sources import PREFIX, RESERVED_VARIABLES
@@ -20,7 +19,7 @@ def describe_deployment(config: ModalConfig) -> dict[str, Any]:
         "app": config.app_name,
         "class": {
             "settings": _plain(config.get_app_cls_settings(), config),
-            "concurrency": concurrency_for_lists(config),
+            "concurrency": config.get_concurrency_settings(),
             "parameters": {"model_name": list(config.model_settings.model_entries)},
         },
         "web_function": {

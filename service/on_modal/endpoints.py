@@ -5,13 +5,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import modal.exception
 from fastapi import FastAPI
 from pydantic import BaseModel
 
 from pipelines import InferenceOutputModel, InferencePipeline
 from service.gateway import Gateway, LocalGateway
 from service.jobs.queue_rules import QueueRules
-from service.loading import ModelSource
+from service.loading import LoadError, ModelSource
 from service.on_modal.call_jobs import CallJobs
 from service.on_modal.config import ModalConfig
 from service.on_modal.gateway import ModalGateway
@@ -46,7 +47,7 @@ def create_web_endpoints(
     config = config if isinstance(config, ModalConfig) else ModalConfig()
     gateway: Gateway
     if inspect.isclass(app_cls) and issubclass(app_cls, HostedService):
-        gateway = _gateway_here(app_cls(), input_model, output_model)
+        gateway = _gateway_here(app_cls, input_model, output_model, models)
     else:
         gateway = _gateway_to(app_cls, config, input_model, output_model, models)
     return create_app(gateway, auth=config.app_settings.auth_config)
@@ -66,9 +67,10 @@ def _gateway_to(
         )
     ledger, app_settings = open_ledger(config), config.app_settings
     queue_rules = QueueRules(app_settings.queue_config.allowed_queues, None)
-    instances: dict[str, Mapping[str, Any]] = {name: {"model_name": name} for name in models}
+    parameters_of = {name: {"model_name": name} for name in models} or {_name_of(app_cls, config): {}}
 
     def model(name: str, parameters: Mapping[str, Any]) -> RemoteModel:
+        _said_name(app_cls, parameters)  # which says what is wrong with them before Modal does, at each call
         known_input, known_output = input_model, output_model
         if known_input is None or known_output is None:
             source = ModelSource(config.settings, name, _implementation(app_cls))
@@ -84,18 +86,25 @@ def _gateway_to(
         )
 
     return ModalGateway(
-        {name: model(name, parameters) for name, parameters in (instances or {_name_of(app_cls, config): {}}).items()},
-        CallJobs(ModalCalls(), ledger),
+        {name: model(name, parameters) for name, parameters in parameters_of.items()}, CallJobs(ModalCalls(), ledger)
     )
 
 
 def _gateway_here(
-    service: HostedService, input_model: type[BaseModel] | None, output_model: type[InferenceOutputModel] | None
+    service_cls: type[HostedService],
+    input_model: type[BaseModel] | None,
+    output_model: type[InferenceOutputModel] | None,
+    models: Sequence[str],
 ) -> LocalGateway:
-    source = model_source(service, service.configuration())
-    source.input_model = input_model or source.input_model
-    source.output_model = output_model or source.output_model
-    return LocalGateway(service.configuration().settings, queue_backend=responses_of(service), sources=[source])
+    services = [service_cls() for _ in models] or [service_cls()]
+    for service, name in zip(services, models):  # noqa: B905  # there may be no names
+        service.model_name = name
+    sources = [model_source(service, service.configuration()) for service in services]
+    for source in sources:
+        source.input_model = input_model or source.input_model
+        source.output_model = output_model or source.output_model
+    first = services[0]
+    return LocalGateway(first.configuration().settings, queue_backend=responses_of(first), sources=sources)
 
 
 def _implementation(app_cls: Any) -> type[InferencePipeline] | None:
@@ -106,8 +115,26 @@ def _implementation(app_cls: Any) -> type[InferencePipeline] | None:
 
 def _name_of(app_cls: Any, config: ModalConfig) -> str:
     """What the service calls its model, which its constructor may say; of a class that was looked up, the first."""
-    name = getattr(app_cls(), "model_name", None)
-    if isinstance(name, str):
-        return name
-    implementation = _implementation(app_cls)
-    return next(iter(config.model_settings.model_entries)) if implementation is None else implementation.__name__
+    name, implementation = _said_name(app_cls, {}), _implementation(app_cls)
+    if name is None and implementation is not None:
+        name = implementation.__name__
+    if name is None:
+        name = next(iter(config.model_settings.model_entries), None)
+    if name is None:
+        raise LoadError("model_settings.model_entries: there is no model; add one, or set inference_implementation")
+    return name
+
+
+def _said_name(app_cls: Any, parameters: Mapping[str, str]) -> str | None:
+    """What an instance says that its model is called. Raises `LoadError` where there can be no such instance."""
+    try:
+        name = app_cls(**parameters).model_name
+    except (AttributeError, modal.exception.NotFoundError):
+        return None  # of one that was looked up, only methods are known
+    except TypeError as error:
+        raise LoadError(
+            f"an instance of the service class cannot be made with {dict(parameters)}: {error}; where it has several "
+            "models, declare model_name: str = modal.parameter() in it and give create_web_endpoints their names, as "
+            "in models=['sentiment']"
+        ) from error
+    return name if isinstance(name, str) else None

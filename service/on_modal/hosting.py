@@ -1,10 +1,12 @@
 """What a service class and a server class have in common: which pipeline they run, and where results of jobs go."""
 
+import asyncio
 import logging
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import modal
+import modal.experimental
 from anyio import to_thread
 
 from pipelines import InferencePipeline
@@ -33,11 +35,13 @@ class HostedService(Constructible):
     """The configuration."""
     queue_backend: QueueBackend | None = None
     """Where results of jobs are sent."""
-    model_name: str | None = None
+    # Not annotated: Modal would put it before all parameters of a class, where one with a default must not stand.
+    model_name = cast("str | None", None)
     """The entry of ``model_settings.model_entries`` whose keys the pipeline gets; there need not be one."""
 
     # What a constructor that does not call this one's leaves as it is.
     _container: Container | None = None
+    _starting: asyncio.Lock | None = None
     _pipeline_of_snapshot: InferencePipeline | None = None
     _owns_backend = False
 
@@ -82,8 +86,13 @@ class HostedService(Constructible):
         return self.queue_backend is not None and await self.queue_backend.send_message(queue_name, message)
 
     async def _start(self) -> None:
-        if self._container is not None:
-            return  # Modal enters an object that is called by `.local()` each time
+        if self._starting is None:
+            self._starting = asyncio.Lock()
+        async with self._starting:  # Modal enters an object by each of the first calls of `.local()`
+            if self._container is None:
+                self._container = await self._started_container()
+
+    async def _started_container(self) -> Container:
         config = self.configuration()
         source = model_source(self, config)
         pipeline = self._pipeline_of_snapshot
@@ -94,8 +103,20 @@ class HostedService(Constructible):
         if self.queue_backend is None:
             self.queue_backend = load_queue_backend(config.app_settings.queue_config)
             self._owns_backend = True
-        self._container = Container(config, source, pipeline, responses=responses_of(self), backend=self.queue_backend)
-        await self._container.start()
+        container = Container(
+            config,
+            source,
+            pipeline,
+            responses=responses_of(self),
+            backend=self.queue_backend,
+            leave_rotation=self._leave_rotation,
+        )
+        try:
+            await container.start()
+        except BaseException:
+            await self._let_go_of_backend()
+            raise
+        return container
 
     async def _stop(self) -> None:
         container, self._container = self._container, None
@@ -103,8 +124,17 @@ class HostedService(Constructible):
             if container is not None:
                 await container.stop()
         finally:
-            if self._owns_backend:
-                await close_backend(self.queue_backend)
+            await self._let_go_of_backend()
+
+    async def _let_go_of_backend(self) -> None:
+        if self._owns_backend:
+            backend, self.queue_backend, self._owns_backend = self.queue_backend, None, False
+            await close_backend(backend)
+
+    async def _leave_rotation(self) -> None:
+        """Have Modal send this container nothing more, and end it after what it has."""
+        if not modal.is_local():
+            await modal.experimental.stop_fetching_inputs.aio()
 
     def running(self) -> Container:
         """What runs in this container. Raises `RuntimeError` outside ``async with``."""

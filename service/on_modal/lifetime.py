@@ -48,7 +48,7 @@ class Lifetime(Generic[T]):
         if unfinished:
             self._task.cancel()
             await asyncio.wait([self._task])
-        elif not self._task.cancelled() and (error := self._task.exception()) is not None:
+        if not self._task.cancelled() and (error := self._task.exception()) is not None:
             logger.error("The worker ended with an error", exc_info=error)
         return not unfinished
 
@@ -57,7 +57,8 @@ class Lifetime(Generic[T]):
             async with self._context as value:
                 entered.set_result(value)
                 await self._leave.wait()
-        except Exception as error:
+        except BaseException as error:
+            # A cancellation that came from inside too, or whoever starts this would wait for ever.
             if entered.done():
                 raise
             entered.set_exception(error)

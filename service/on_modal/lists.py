@@ -1,6 +1,6 @@
 """Gathers single requests into lists, because a container fetches one input at a time, however small."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from batching import BatchPolicy, BatchScheduler, Outcome, PaddedCostModel, Priority, SchedulerStatistics
 from pipelines import InferenceOutputModel
-from service.errors import ServiceError
+from service.errors import RemoteCallError, RemoteItemError, ServiceError
 from service.on_modal.call_format import read_outcome
 from service.on_modal.remote import RemoteService
 from service.settings import BatchConfig
@@ -92,11 +92,20 @@ class RemotePredictor:
             ]
         entries = [{"message": request.message} for request in requests]
         try:
-            outcomes = await self._remote.process(entries, **options)
-            return [read_outcome(outcome) for outcome in outcomes]
+            return _read(await self._remote.process(entries, **options), len(requests))
         except ServiceError as error:
             # Given to each of them, as a failure of the call itself would have the list sent again in parts.
             return [error] * len(requests)
+
+
+def _read(outcomes: Sequence[Mapping[str, Any]], count: int) -> list[InferenceOutputModel | RemoteItemError]:
+    try:
+        read = [read_outcome(outcome) for outcome in outcomes]
+    except Exception as error:
+        raise RemoteCallError(f"process_request returned what is no list of outcomes: {outcomes!r:.100}") from error
+    if len(read) != count:
+        raise RemoteCallError(f"process_request must return an outcome for each of {count} entries, got {len(read)}")
+    return read
 
 
 def _request(item: BaseModel, priority: Priority, timeout_s: float | None) -> _Request:

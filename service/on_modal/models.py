@@ -24,9 +24,6 @@ from service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
 
-LISTS_AT_A_CONTAINER = 8
-"""At how many lists in one container Modal starts another one, where the configuration does not say."""
-
 Connect = Callable[[], Awaitable[RemoteService]]
 
 
@@ -167,11 +164,8 @@ async def _is_concurrent(process_request: Any) -> bool:
     return info.concurrency_info is not None
 
 
-def concurrency_for_lists(config: ModalConfig) -> dict[str, int]:
-    """Arguments of ``modal.concurrent`` for a class whose inputs are lists, each as long as a batch."""
-    settings = config.get_concurrency_settings()
-    return {"target_inputs": min(LISTS_AT_A_CONTAINER, settings["max_inputs"]), **settings}
-
-
 def _concurrency(config: ModalConfig) -> dict[str, int]:
-    return config.get_concurrency_settings() if takes_one_input_at_a_time() else concurrency_for_lists(config)
+    settings = config.get_concurrency_settings()
+    if takes_one_input_at_a_time() and config.app_settings.deployment_config.target_concurrent_inputs is None:
+        settings.pop("target_inputs")  # this web container's inputs are no lists, but single items
+    return settings

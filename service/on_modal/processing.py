@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from batching import BatchingError, DeadlineExceededError, Failure, Outcome, Priority, QueueFullError, Success
 from pipelines import AsyncInputModel, InferenceOutputModel
-from service.errors import DeviceFaultError, ItemRejectedError, ServiceError, describe_error
+from service.errors import ContainerFaultError, DeviceFaultError, ItemRejectedError, ServiceError, describe_error
 from service.jobs.model import FinishedJob, Job, JobStatus, json_text
 from service.jobs.queue_rules import QueueRules
 from service.jobs.store import EXPIRED_IN_THE_QUEUE
@@ -88,20 +88,31 @@ class ListProcessor:
         An entry that is invalid or fails disturbs no other. Raises `DeviceFaultError`, and nothing else of any item:
         then nothing has been sent. When cancelled, results of jobs may have been sent.
         """
-        items = [self._item(index, entry, call) for index, entry in enumerate(entries)]
-        jobs = [item for item in items if item.job is not None]
-        if jobs and call.is_recorded:
+        items = self._items(entries, call)
+        if call.is_recorded and _has_jobs(items):
             _cancel(items, await self._ledger.cancelled(call.call_id, len(items)), self._clock())
         await self._run([item for item in items if item.message is not None and item.outcome is None])
         fault = next((error for error in map(_error_of, items) if error is not None and is_device_fault(error)), None)
-        if fault is not None and not (jobs and await self._was_the_last_run(call)):
+        if fault is not None and not await self._was_the_last_run(items, call):
             raise DeviceFaultError(describe_error(fault)) from fault
         _log_failures(items)
-        if jobs:
-            await self._finish(items, call)
-        return [_answer(item) for item in items]
+        return await self._answers(items, call)
 
-    def _item(self, index: int, entry: object, call: Call) -> _Item:
+    async def refuse(self, entries: Sequence[object], call: Call, error: ContainerFaultError) -> list[dict[str, Any]]:
+        """Raise `error`, for the list to be run elsewhere; where it will not be, all of it has failed with `error`."""
+        items = self._items(entries, call)
+        if not await self._was_the_last_run(items, call):
+            raise error
+        for item in items:
+            item.outcome = item.outcome or Failure(error)
+        return await self._answers(items, call)
+
+    def _items(self, entries: Sequence[object], call: Call) -> list[_Item]:
+        # One time for all of them: what has the same time limit is submitted in one step.
+        now, left_s = self._clock(), call.until_s - anyio.current_time()
+        return [self._item(index, entry, call, now, left_s) for index, entry in enumerate(entries)]
+
+    def _item(self, index: int, entry: object, call: Call, now: float, left_s: float) -> _Item:
         item = _Item(
             priority=call.priority or Priority.INTERACTIVE,
             timeout_s=None if call.timeouts_s is None else call.timeouts_s[index],
@@ -109,7 +120,7 @@ class ListProcessor:
         try:
             request = read_entry(entry)
             if isinstance(request, AsyncInputModel):
-                self._make_job(item, make_job_id(call.call_id, index), request, call)
+                self._make_job(item, make_job_id(call.call_id, index), request, call, now, left_s)
             item.message = self._validated(request.message)
         except ValidationError as error:
             item.outcome = Failure(ItemRejectedError(summary(field_errors(error.errors(include_url=False)))))
@@ -117,9 +128,10 @@ class ListProcessor:
             item.outcome = Failure(error)
         return item
 
-    def _make_job(self, item: _Item, job_id: str, request: AsyncInputModel, call: Call) -> None:
+    def _make_job(
+        self, item: _Item, job_id: str, request: AsyncInputModel, call: Call, now: float, left_s: float
+    ) -> None:
         """Make an item a job. Raises `QueueNotAllowedError` and `QueueNameError`; the job then names no queue."""
-        now = self._clock()
         created_at = now if call.accepted_at is None else call.accepted_at
         item.priority = call.priority or Priority.BULK
         item.job = job = Job(
@@ -134,7 +146,7 @@ class ListProcessor:
             expires_at=None if request.expires_in is None else created_at + request.expires_in,
             idempotency_key=request.idempotency_key,
         ).started(now)
-        item.timeout_s = min(self._job_timeout_s, call.until_s - anyio.current_time())
+        item.timeout_s = min(self._job_timeout_s, left_s)
         if job.expires_at is not None:
             item.timeout_s = min(item.timeout_s, job.expires_at - now)
         if item.timeout_s <= 0:
@@ -176,9 +188,14 @@ class ListProcessor:
         for item, outcome in zip(items, outcomes, strict=True):
             item.outcome = outcome
 
-    async def _was_the_last_run(self, call: Call) -> bool:
-        """Whether Modal will not run this call again, so that its jobs have to be told now that they failed."""
-        return call.is_recorded and await self._ledger.faults(call.call_id) > self._retries
+    async def _was_the_last_run(self, items: Sequence[_Item], call: Call) -> bool:
+        """Whether Modal will not run this call again, so that the queues of its jobs have to be told now."""
+        return call.is_recorded and _has_jobs(items) and await self._ledger.faults(call.call_id) > self._retries
+
+    async def _answers(self, items: Sequence[_Item], call: Call) -> list[dict[str, Any]]:
+        if _has_jobs(items):
+            await self._finish(items, call)
+        return [_answer(item) for item in items]
 
     async def _finish(self, items: Sequence[_Item], call: Call) -> None:
         now = self._clock()
@@ -194,13 +211,18 @@ class ListProcessor:
                 item.job = job
 
 
+def _has_jobs(items: Sequence[_Item]) -> bool:
+    return any(item.job is not None for item in items)
+
+
 def _error_of(item: _Item) -> Exception | None:
     return item.outcome.error if isinstance(item.outcome, Failure) else None
 
 
 def _log_failures(items: Sequence[_Item]) -> None:
     """The traceback of what the pipeline raised, which does not travel; a batch that failed as a whole raised once."""
-    errors = {id(error): error for error in map(_error_of, items) if error is not None}
+    ran = [item for item in items if item.message is not None]
+    errors = {id(error): error for error in map(_error_of, ran) if error is not None}
     for error in errors.values():
         if not isinstance(error, ServiceError | BatchingError):
             logger.error("The pipeline failed", exc_info=error)

@@ -1,15 +1,30 @@
 """A service class of Modal's, called from elsewhere: its errors and Modal's in our words."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
 import modal
 import modal.exception
-from modal.types import InputStatus
+from grpclib.exceptions import StreamTerminatedError
+from modal.types import InputInfo, InputStatus
 
 from service.errors import ContainerFaultError, RemoteCallError, RemoteTimeoutError, describe_error
+
+_NOT_ASKED = (
+    modal.exception.AuthError,
+    modal.exception.ClientClosed,
+    modal.exception.ConnectionError,
+    modal.exception.InternalError,
+    modal.exception.PermissionDeniedError,
+    modal.exception.ResourceExhaustedError,
+    modal.exception.ServiceError,
+    modal.exception.UnimplementedError,
+    modal.exception.VersionError,
+    StreamTerminatedError,
+)
+"""What says nothing of a call, but of the question."""
 
 
 class CallState(StrEnum):
@@ -105,7 +120,7 @@ class ModalCalls:
             # Of a call that was cancelled Modal says no more than of one that failed; the status of its input does.
             state = CallState.CANCELLED if await self._was_cancelled(call) else CallState.FAILED
             return CallResult(state, error=describe_error(error))
-        except (modal.exception.ConnectionError, modal.exception.AuthError, modal.exception.ServiceError) as error:
+        except _NOT_ASKED as error:
             raise RemoteCallError(f"Modal could not be asked: {describe_error(error)}") from error
         except Exception as error:  # noqa: BLE001  # whatever the call raised in its container is its result
             return CallResult(CallState.FAILED, error=describe_error(error))
@@ -119,6 +134,17 @@ class ModalCalls:
 
     async def _was_cancelled(self, call: "modal.FunctionCall[Any]") -> bool:
         try:
-            return any(entry.status is InputStatus.TERMINATED for entry in await call.get_call_graph.aio())
+            graph = await call.get_call_graph.aio()
         except modal.exception.Error:
             return False  # it is the best that can be known
+        return any(
+            entry.function_call_id == call.object_id and entry.status is InputStatus.TERMINATED
+            for entry in _inputs(graph)
+        )
+
+
+def _inputs(graph: Iterable[InputInfo]) -> Iterator[InputInfo]:
+    """All of a call graph, which begins with whoever made the call: the web container's own input."""
+    for entry in graph:
+        yield entry
+        yield from _inputs(entry.children)

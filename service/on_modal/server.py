@@ -1,26 +1,18 @@
 """`ModalServer`: the worker as a server of its own in a container, which Modal's proxy sends requests to directly."""
 
-import logging
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import signal
 from typing import Any, ClassVar
 
-import anyio
+import modal
 import uvicorn
-from fastapi import FastAPI
 from pydantic import BaseModel
 
-from batching.task_groups import plain_task_group
 from pipelines import InferenceOutputModel
 from service.on_modal.hosting import HostedService
+from service.on_modal.http_port import GRACE_S, serving
 from service.on_modal.lifetime import Lifetime
 from service.on_modal.models import connection
 from service.on_modal.web_here import web_app_here
-
-logger = logging.getLogger(__name__)
-
-GRACE_S = 20.0
-"""How long open requests may go on after the signal to stop."""
 
 
 class ModalServer(HostedService):
@@ -53,30 +45,23 @@ class ModalServer(HostedService):
         await super()._start()
         connect = None if self.job_service is None else connection(self.job_service, self.configuration(), {})
         app = web_app_here(self, self.input_model, self.output_model, connect)
-        self._server = Lifetime(_serving(app, self.host, self.port))
-        await self._server.start()
+        server = Lifetime(serving(app, self.host, self.port))
+        try:
+            await server.start()
+        except BaseException:
+            await super()._stop()
+            raise
+        self._server = server
 
     async def _stop(self) -> None:
-        if self._server is not None:
-            await self._server.stop(GRACE_S)
-        await super()._stop()
+        server, self._server = self._server, None
+        try:
+            if server is not None:
+                await server.stop(GRACE_S)
+        finally:
+            await super()._stop()
 
-
-class _Server(uvicorn.Server):
-    """A server that leaves signals to Modal."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-@asynccontextmanager
-async def _serving(app: FastAPI, host: str, port: int) -> AsyncIterator[uvicorn.Server]:
-    """Serve while the context is open, from when the port answers."""
-    server = _Server(uvicorn.Config(app, host, port, log_config=None, timeout_graceful_shutdown=int(GRACE_S)))
-    async with plain_task_group() as task_group:
-        task_group.start_soon(server.serve)
-        while not server.started:  # noqa: ASYNC110  # uvicorn has nothing to wait for
-            await anyio.sleep(0.01)
-        yield server
-        server.should_exit = True
+    async def _leave_rotation(self) -> None:
+        """End this container, which has no inputs to stop, as Modal ends it: open requests are finished."""
+        if not modal.is_local():
+            signal.raise_signal(signal.SIGTERM)

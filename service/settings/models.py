@@ -147,8 +147,7 @@ class DeploymentConfig(Section):
     max_concurrent_inputs: Count = 64
     """Inputs one container handles at a time: the requests among which it can form batches."""
     target_concurrent_inputs: Count | None = None
-    """Inputs of one container at which Modal starts another; null: max_concurrent_inputs, or less where an input
-    carries a list."""
+    """Inputs of one container at which Modal starts another; null: 8, as each may be a list as long as a batch."""
     max_concurrent_requests: Count = 256
     """HTTP requests that one web container handles at a time: those that it gathers into lists."""
     timeout: Count = 300

@@ -1,6 +1,5 @@
 """A real HTTP server in the test's event loop, on a free port."""
 
-import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
@@ -8,6 +7,8 @@ import anyio
 import httpx
 import uvicorn
 from fastapi import FastAPI
+
+from service.listening import listening
 
 
 class _Server(uvicorn.Server):
@@ -19,7 +20,7 @@ class _Server(uvicorn.Server):
 @asynccontextmanager
 async def serving(app: FastAPI, headers: dict[str, str] | None = None) -> AsyncIterator[httpx.AsyncClient]:
     """Serve `app` and give a client for it; on leaving, the server shuts down as on a signal."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with listening("127.0.0.1", 0) as listener:
         server = _Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(server.serve, [listener])

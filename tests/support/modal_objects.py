@@ -6,6 +6,8 @@ from typing import Any
 import modal
 from modal._utils.async_utils import synchronizer
 
+from service.on_modal.remote import ModalRemoteService
+
 
 def inner(wrapped: object) -> Any:
     """The client's own object behind the one that it hands out."""
@@ -16,6 +18,35 @@ def inner(wrapped: object) -> Any:
 def class_spec(registered: object) -> Any:
     """The resources of a class that `app.cls` registered: GPU, secrets, volumes and so on."""
     return inner(registered)._get_class_service_function()._spec_  # noqa: SLF001
+
+
+def concurrency(registered: object) -> Any:
+    """How many inputs a registered class or function takes at once; None where it is not decorated."""
+    wanted = inner(registered)
+    if isinstance(registered, modal.Cls):
+        wanted = wanted._get_class_service_function()  # noqa: SLF001  # see above
+    return wanted._function_info.concurrency_info  # noqa: SLF001  # see above
+
+
+def method_names(registered: object) -> list[str]:
+    """The methods of a registered class that can be called."""
+    return sorted(inner(registered)._get_method_names())  # noqa: SLF001  # see above
+
+
+def web_settings(function: object) -> tuple[Any, Any]:
+    """The resources of a registered web function, and how it is reached."""
+    return inner(function)._spec_, inner(function)._webhook_config  # noqa: SLF001  # see above
+
+
+def called_method(remote: ModalRemoteService) -> Any:
+    """What a `ModalRemoteService` calls."""
+    return remote._process_request  # noqa: SLF001  # the code has no use for it
+
+
+def called_instance(remote: ModalRemoteService) -> tuple[Any, dict[str, Any]]:
+    """The options and the parameters of the instance that a `ModalRemoteService` calls."""
+    instance = inner(called_method(remote))._obj  # noqa: SLF001  # see above
+    return instance._options, instance._kwargs  # noqa: SLF001  # see above
 
 
 def image_layers(image: modal.Image) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.cli.serve import AddressError, _listen
+from service.listening import AddressError, listening
 
 SERVE = [sys.executable, "-P", "-c", "from service.cli import main; main()", "serve", "--port"]
 
@@ -164,6 +164,6 @@ def test_a_signal_ends_the_wait_for_a_job(folder: Path, environment: dict[str, s
 
 def test_a_socket_that_cannot_listen_is_closed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(AddressError, match="already in use"):
-        with _listen("127.0.0.1", taken.getsockname()[1]):
+        with listening("127.0.0.1", taken.getsockname()[1]):
             pass
     gc.collect()  # pytest turns the warning of a socket that was left open into an error

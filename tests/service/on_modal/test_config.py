@@ -113,7 +113,7 @@ def test_what_is_left_to_modal_is_left_out() -> None:
         "retries",
         "enable_memory_snapshot",
     }
-    assert made.get_concurrency_settings() == {"max_inputs": 64}
+    assert made.get_concurrency_settings() == {"max_inputs": 64, "target_inputs": 8}
 
 
 @pytest.mark.parametrize("deployment", [{}, EVERYTHING])

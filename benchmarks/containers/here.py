@@ -1,0 +1,53 @@
+"""The service class in this process, in place of its containers: tries a matrix without Modal and its price."""
+
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from benchmarks.containers.load import OpenTarget, Target
+from benchmarks.containers.matrix import Variant
+from service.errors import RemoteCallError, describe_error
+from service.on_modal.config import ModalConfig
+from service.on_modal.service import ModalService
+
+
+class TargetHere:
+    """A service that runs in this process; a call of it fails as one that goes through Modal does."""
+
+    def __init__(self, service: ModalService) -> None:
+        self.remote = self
+        # Methods of an object that is not registered with Modal are plain ones, whatever their type says.
+        self._process_request: Any = service.process_request
+        self._batch_report: Any = service.batch_report
+
+    async def process(self, input_list: Sequence[Any], **options: Any) -> Sequence[Mapping[str, Any]]:
+        """See `RemoteService.process`."""
+        try:
+            outcomes: Sequence[Mapping[str, Any]] = await self._process_request(input_list, **options)
+        except Exception as error:
+            raise RemoteCallError(f"the call failed: {describe_error(error)}") from error
+        return outcomes
+
+    async def spawn(self, input_list: Sequence[Any], **options: Any) -> str:  # noqa: ARG002  # the protocol's
+        """Not available: there are no calls here that could be asked for."""
+        raise RemoteCallError("a service in this process takes no calls that nobody waits for")
+
+    async def report(self) -> Mapping[str, Any]:
+        """See `Target.report`."""
+        report: Mapping[str, Any] = await self._batch_report()
+        return report
+
+
+def opening_here(model_name: str | None, environ: Mapping[str, str] = os.environ) -> OpenTarget:
+    """Starts a model of the configuration, by default its first, in this process, on whatever device it has."""
+
+    @asynccontextmanager
+    async def open_here(variant: Variant) -> AsyncIterator[Target]:
+        service = ModalService()
+        service.modal_utils = ModalConfig(environ=variant.environment(environ))
+        service.model_name = model_name
+        async with service:
+            yield TargetHere(service)
+
+    return open_here

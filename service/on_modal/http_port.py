@@ -1,0 +1,35 @@
+"""HTTP on a port, for as long as a context is open."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import anyio
+import uvicorn
+from fastapi import FastAPI
+
+from batching.task_groups import plain_task_group
+from service.listening import listening
+
+GRACE_S = 20.0
+"""How long open requests may go on after the context is left."""
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves signals to Modal."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@asynccontextmanager
+async def serving(app: FastAPI, host: str, port: int) -> AsyncIterator[uvicorn.Server]:
+    """Serve while the context is open, from when the port answers. Raises `AddressError`."""
+    server = _Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=int(GRACE_S)))
+    with listening(host, port) as listener:  # uvicorn would end the process where it is taken
+        async with plain_task_group() as task_group:
+            task_group.start_soon(server.serve, [listener])
+            while not server.started:  # noqa: ASYNC110  # uvicorn has nothing to wait for
+                await anyio.sleep(0.01)
+            yield server
+            server.should_exit = True

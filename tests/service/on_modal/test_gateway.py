@@ -1,0 +1,461 @@
+"""The HTTP service over a Modal class: requests over a real server, run by a real service in one container."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import anyio
+import httpx
+import modal.exception
+import pytest
+
+from service.errors import DeviceFaultError, RemoteItemError
+from service.jobs.queue_rules import QueueRules
+from service.jobs.store import EXPIRED_IN_THE_QUEUE
+from service.on_modal.call_jobs import CallJobs
+from service.on_modal.gateway import ModalGateway
+from service.on_modal.models import RemoteModel
+from service.on_modal.remote import CallResult, CallState, RemoteService
+from service.queue_backends import InMemoryBackend
+from service.web import create_app
+from service.web.problems import error_response
+from tests.support.http_server import serving
+from tests.support.length_model import POISON, REJECTED, Length, LengthPipeline, Text
+from tests.support.modal_in_process import ModalInProcess, SpawnedCall
+
+pytestmark = pytest.mark.anyio
+
+NDJSON = {"Content-Type": "application/x-ndjson"}
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"  # uvicorn and the service's hooks run on asyncio alone
+
+
+@pytest.fixture
+def pipeline(calls: ModalInProcess) -> LengthPipeline:
+    assert isinstance(calls.pipeline, LengthPipeline)
+    return calls.pipeline
+
+
+@pytest.fixture
+def queue(calls: ModalInProcess) -> InMemoryBackend:
+    assert isinstance(calls.service.queue_backend, InMemoryBackend)
+    return calls.service.queue_backend
+
+
+@pytest.fixture
+async def client(calls: ModalInProcess) -> AsyncIterator[httpx.AsyncClient]:
+    async def connect() -> RemoteService:
+        return calls.remote
+
+    settings = calls.service.configuration().app_settings
+    rules = QueueRules(settings.queue_config.allowed_queues, None)
+    model = RemoteModel("lengths", Text, Length, connect, ledger=calls.ledger, queue_rules=rules, settings=settings)
+    gateway = ModalGateway({"lengths": model}, CallJobs(calls, calls.ledger))
+    async with serving(create_app(gateway)) as opened:
+        yield opened
+
+
+def job(text: str, **fields: Any) -> dict[str, Any]:
+    return {"message": {"text": text}, **fields}
+
+
+async def submit(client: httpx.AsyncClient, *jobs: Mapping[str, Any]) -> list[str]:
+    answer = await client.post("/async/predict", json=jobs)
+    assert answer.status_code == 202
+    return [slot["job_id"] for slot in answer.json()]
+
+
+async def found(client: httpx.AsyncClient, job_id: str, wait_s: float = 0) -> dict[str, Any]:
+    answer = await client.get(f"/jobs/{job_id}", params={"wait": wait_s})
+    assert answer.status_code == 200
+    job: dict[str, Any] = answer.json()
+    return job
+
+
+def problem(answer: httpx.Response, status: int) -> str:
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
+    return str(answer.json()["detail"])
+
+
+async def test_one_item_gets_its_result(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/sync/predict", json={"text": "four"})
+    assert (answer.status_code, answer.json()) == (200, {"status": "success", "error": None, "meta": {}, "length": 4})
+
+
+async def test_a_list_keeps_its_order_and_each_bad_item_spoils_its_own_slot(client: httpx.AsyncClient) -> None:
+    items = [{"text": "one"}, {"text": ""}, {"text": POISON}, {"text": REJECTED}, {"text": "three"}]
+    slots = (await client.post("/batch/predict", json=items)).json()
+    assert [slot["status"] for slot in slots] == ["success", "error", "error", "error", "success"]
+    assert (slots[0]["length"], slots[4]["length"]) == (3, 5)
+    assert [slot["error"] for slot in slots[2:4]] == ["ValueError: this batch is poisoned", "rejected by the model"]
+
+
+async def test_concurrent_requests_get_their_own_results(client: httpx.AsyncClient) -> None:
+    lengths: dict[int, int] = {}
+
+    async def call(n: int) -> None:
+        lengths[n] = (await client.post("/sync/predict", json={"text": "x" * n})).json()["length"]
+
+    async with anyio.create_task_group() as task_group:
+        for n in range(1, 65):
+            task_group.start_soon(call, n)
+    assert lengths == {n: n for n in range(1, 65)}
+
+
+@pytest.mark.parametrize(
+    ("text", "status", "detail"),
+    [(POISON, 500, "ValueError: this batch is poisoned"), (REJECTED, 422, "rejected by the model")],
+)
+async def test_an_error_of_an_item_has_the_status_that_it_has_where_it_ran(
+    client: httpx.AsyncClient, text: str, status: int, detail: str
+) -> None:
+    assert problem(await client.post("/sync/predict", json={"text": text}), status) == detail
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "detail"),
+    [
+        (modal.exception.FunctionTimeoutError("300 s"), 504, "the call took longer than deployment_config.timeout"),
+        (DeviceFaultError("CUDA error"), 503, "the device of this container is broken: CUDA error"),
+        (modal.exception.ConnectionError("no route"), 503, "the call to Modal failed: ConnectionError: no route"),
+    ],
+)
+async def test_a_call_that_fails_is_answered_as_what_may_be_tried_again(
+    client: httpx.AsyncClient, calls: ModalInProcess, failure: Exception, status: int, detail: str
+) -> None:
+    calls.failure = failure
+    answer = await client.post("/sync/predict", json={"text": "four"})
+    assert detail in problem(answer, status)
+    assert ("retry-after" in answer.headers) == (status == 503)
+
+
+@pytest.mark.parametrize(
+    ("error_type", "status"),
+    [
+        ("QueueFullError", 429),
+        ("ItemRejectedError", 422),
+        ("RequestTooLargeError", 413),
+        ("DeadlineExceededError", 504),
+        ("BatchTimeoutError", 504),
+        ("SchedulerClosedError", 503),
+        ("OutputNotJsonError", 500),
+        ("ValueError", 500),
+    ],
+)
+def test_each_error_of_a_worker_has_its_status_from_afar_too(error_type: str, status: int) -> None:
+    answer = error_response(RemoteItemError("why", error_type))
+    assert (answer.status_code, json.loads(bytes(answer.body))["detail"]) == (status, "why")
+    assert ("retry-after" in answer.headers) == (status in (429, 503))
+
+
+async def test_an_unknown_model_is_refused(client: httpx.AsyncClient) -> None:
+    assert "'no'" in problem(await client.post("/sync/predict?model_name=no", json={"text": "four"}), 404)
+
+
+async def test_a_job_is_accepted_and_its_result_kept_and_delivered(
+    client: httpx.AsyncClient, queue: InMemoryBackend
+) -> None:
+    asked = job("four", success_queue="ok", failure_queue="bad", meta={"n": 1})
+    answer = await client.post("/async/predict", json=asked)
+    assert answer.status_code == 202
+    job_id = answer.json()["job_id"]
+    assert answer.headers["location"] == f"/jobs/{job_id}"
+    ended = await found(client, job_id, 30)
+    assert (ended["job_id"], ended["model_name"], ended["status"]) == (job_id, "lengths", "succeeded")
+    assert ended["result"] == {"status": "success", "error": None, "meta": {}, "length": 4}
+    assert {name: ended[name] for name in asked} == asked
+    assert (ended["delivery"], ended["delivery_attempts"]) == ("delivered", 1)
+    assert ended["created_at"] <= ended["started_at"] <= ended["finished_at"]
+    message = json.loads(await queue.receive("ok"))
+    assert (message["job_id"], message["result"]["length"], message["meta"]["n"]) == (job_id, 4, 1)
+
+
+async def test_jobs_that_come_together_share_a_call_and_each_has_its_own_id(
+    client: httpx.AsyncClient, calls: ModalInProcess, queue: InMemoryBackend
+) -> None:
+    job_ids = await submit(client, *(job("x" * n, success_queue="ok") for n in range(1, 65)))
+    (first, second), size = calls.calls, 32
+    assert sorted(job_ids) == sorted(f"{call_id}.{index}" for call_id in (first, second) for index in range(size))
+    lengths = [(await found(client, job_id, 30))["result"]["length"] for job_id in job_ids]
+    assert lengths == list(range(1, 65))
+    assert {json.loads(text)["job_id"] for text in queue.messages("ok")} == set(job_ids)
+
+
+async def test_each_line_of_a_stream_becomes_a_job_or_an_error(client: httpx.AsyncClient) -> None:
+    body = "\n".join([json.dumps(job("four")), json.dumps(job("")), json.dumps(job("five!"))])
+    answer = await client.post("/async/predict", content=body, headers=NDJSON)
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert [line.get("status") for line in lines] == [None, "error", None]
+    assert (await found(client, lines[2]["job_id"], 30))["result"]["length"] == 5
+
+
+async def test_a_job_of_a_call_that_runs_is_queued_however_long_one_waits(
+    client: httpx.AsyncClient, pipeline: LengthPipeline
+) -> None:
+    pipeline.gate.clear()
+    (job_id,) = await submit(client, job("four", success_queue="ok", meta={"n": 1}))
+    for wait_s in (0, 0.05):
+        running = await found(client, job_id, wait_s)
+        assert (running["status"], running["result"], running["delivery"]) == ("queued", None, "none")
+        assert (running["meta"], running["message"], running["success_queue"]) == ({"n": 1}, {"text": "four"}, "ok")
+        assert running["created_at"]
+    pipeline.gate.set()
+    assert (await found(client, job_id, 30))["status"] == "succeeded"
+
+
+async def test_a_job_that_fails_says_why_and_leaves_its_neighbours_alone(
+    client: httpx.AsyncClient, queue: InMemoryBackend
+) -> None:
+    queues = {"success_queue": "ok", "failure_queue": "bad"}
+    good, bad = await submit(client, job("four", **queues), job(POISON, **queues, meta={"n": 1}))
+    failed = await found(client, bad, 30)
+    assert (failed["status"], failed["error"]) == ("failed", "ValueError: this batch is poisoned")
+    assert (failed["result"], failed["delivery"]) == (None, "delivered")
+    assert (await found(client, good))["status"] == "succeeded"
+    message = json.loads(await queue.receive("bad"))
+    assert (message["job_id"], message["status"]) == (bad, "error")
+    assert json.loads(await queue.receive("ok"))["job_id"] == good
+
+
+@pytest.mark.parametrize(
+    ("state", "status"),
+    [
+        (CallState.FAILED, "failed"),
+        (CallState.TIMED_OUT, "expired"),
+        (CallState.CANCELLED, "cancelled"),
+        (CallState.FORGOTTEN, "expired"),
+    ],
+)
+async def test_what_becomes_of_a_call_becomes_of_its_jobs(
+    client: httpx.AsyncClient, calls: ModalInProcess, pipeline: LengthPipeline, state: CallState, status: str
+) -> None:
+    pipeline.gate.clear()
+    (job_id,) = await submit(client, job("four", meta={"n": 1}))
+    (call,) = calls.calls.values()
+    call.end(CallResult(state, error=f"it is {state}"))
+    pipeline.gate.set()
+    ended = await found(client, job_id, 30)
+    assert (ended["status"], ended["error"], ended["meta"]) == (status, f"it is {state}", {"n": 1})
+
+
+async def test_a_job_that_expired_and_a_result_that_did_are_told_apart(
+    client: httpx.AsyncClient, calls: ModalInProcess, pipeline: LengthPipeline
+) -> None:
+    pipeline.gate.clear()
+    late, kept = await submit(client, job("four", expires_in=0.001), job("five!"))
+    assert (await found(client, kept, 0.05))["status"] == "queued"  # meanwhile the time of the other one runs out
+    pipeline.gate.set()
+    expired = await found(client, late, 30)
+    assert (expired["status"], expired["error"]) == ("expired", EXPIRED_IN_THE_QUEUE)
+    assert (await found(client, kept))["status"] == "succeeded"
+    calls.forget(kept)
+    forgotten = await found(client, kept)
+    assert (forgotten["status"], forgotten["error"]) == ("expired", "its result was kept for seven days")
+
+
+@pytest.mark.parametrize("job_id", ["nonsense", "fc-unknown.0", "fc-01J000000", "fc-01J000000.7", "fc-foreign.0"])
+async def test_a_job_that_is_none_is_not_found(
+    client: httpx.AsyncClient, calls: ModalInProcess, pipeline: LengthPipeline, job_id: str
+) -> None:
+    """Also where the call is there: one of anything, or with fewer jobs, running and returned."""
+    for outcomes in (["a text"], [{"status": "success"}], 7):
+        calls.calls["fc-foreign"] = foreign = SpawnedCall([], {})
+        foreign.end(CallResult(CallState.RETURNED, outcomes))  # type: ignore[arg-type]  # a call of anything
+        assert_unknown(await client.get(f"/jobs/{job_id}"))
+        assert_unknown(await client.delete(f"/jobs/{job_id}"))
+    pipeline.gate.clear()
+    (one,) = await submit(client, job("four"))
+    assert one == "fc-01J000000.0"
+    assert_unknown(await client.get(f"/jobs/{job_id}"))
+    assert_unknown(await client.delete(f"/jobs/{job_id}"))
+    pipeline.gate.set()
+    assert (await found(client, one, 30))["status"] == "succeeded"
+    assert_unknown(await client.get(f"/jobs/{job_id}"))
+
+
+def assert_unknown(answer: httpx.Response) -> None:
+    assert "there is no job" in problem(answer, 404)
+
+
+async def test_cancelling_a_job_leaves_its_neighbours_alone(
+    client: httpx.AsyncClient, calls: ModalInProcess, pipeline: LengthPipeline, queue: InMemoryBackend
+) -> None:
+    pipeline.gate.clear()
+    first, second, third = await submit(client, *(job("x" * n, success_queue="ok") for n in (1, 2, 3)))
+    cancelled = (await client.delete(f"/jobs/{second}")).json()
+    assert (cancelled["job_id"], cancelled["status"]) == (second, "cancelled")
+    assert cancelled["finished_at"]
+    with anyio.fail_after(20):  # it has ended, though its call has not
+        assert (await found(client, second, 300))["status"] == "cancelled"
+    assert (await found(client, first))["status"] == "queued"
+    pipeline.gate.set()
+    assert [(await found(client, job_id, 30))["status"] for job_id in (first, second, third)] == [
+        "succeeded",
+        "cancelled",
+        "succeeded",
+    ]
+    assert [json.loads(text)["job_id"] for text in queue.messages("ok")] == [first, third]
+    (call,) = calls.calls.values()
+    assert call.result.state is CallState.RETURNED
+    assert (await client.delete(f"/jobs/{second}")).json()["status"] == "cancelled"
+
+
+async def test_a_call_of_which_all_jobs_are_cancelled_is_ended(
+    client: httpx.AsyncClient, calls: ModalInProcess, pipeline: LengthPipeline, queue: InMemoryBackend
+) -> None:
+    pipeline.gate.clear()
+    job_ids = await submit(client, job("one", success_queue="ok"), job("two", success_queue="ok"))
+    (call,) = calls.calls.values()
+    states = []
+    for job_id in job_ids:
+        await client.delete(f"/jobs/{job_id}")
+        states.append(call.result.state)
+    assert states == [CallState.PENDING, CallState.CANCELLED]
+    pipeline.gate.set()
+    for job_id in job_ids:
+        assert (await found(client, job_id, 30))["status"] == "cancelled"
+    assert (await client.post("/sync/predict", json={"text": "four"})).json()["length"] == 4
+    assert queue.messages("ok") == []
+
+
+async def test_a_job_that_has_ended_is_not_cancelled(client: httpx.AsyncClient, queue: InMemoryBackend) -> None:
+    (job_id,) = await submit(client, job("four", success_queue="ok"))
+    assert (await found(client, job_id, 30))["status"] == "succeeded"
+    answer = await client.delete(f"/jobs/{job_id}")
+    assert (answer.status_code, answer.json()["status"]) == (200, "succeeded")
+    assert (await found(client, job_id))["status"] == "succeeded"
+
+
+async def test_a_job_whose_result_is_being_sent_is_not_told_to_be_cancelled(
+    client: httpx.AsyncClient, calls: ModalInProcess, monkeypatch: pytest.MonkeyPatch, queue: InMemoryBackend
+) -> None:
+    sending, may_send, send_messages = anyio.Event(), anyio.Event(), queue.send_messages
+
+    async def send(messages: Any) -> Any:
+        sending.set()
+        await may_send.wait()
+        return await send_messages(messages)
+
+    monkeypatch.setattr(queue, "send_messages", send)
+    (job_id,) = await submit(client, job("four", success_queue="ok"))
+    await sending.wait()
+    assert (await client.delete(f"/jobs/{job_id}")).json()["status"] == "queued"
+    may_send.set()
+    ended = await found(client, job_id, 30)
+    assert (ended["status"], ended["delivery"]) == ("succeeded", "delivered")
+
+
+async def test_the_same_key_gives_the_same_job(client: httpx.AsyncClient, calls: ModalInProcess) -> None:
+    headers = {"Idempotency-Key": "order-7"}
+    answers = [await client.post("/async/predict", json=job("four"), headers=headers) for _ in range(2)]
+    (job_id,) = {answer.json()["job_id"] for answer in answers}
+    assert (await found(client, job_id, 30))["idempotency_key"] == "order-7"
+    later = await client.post("/async/predict", json=job("four", expires_in=60), headers=headers)
+    assert later.json() == {"job_id": job_id}  # when it is wanted by is not what is asked for
+    other = await client.post("/async/predict", json=job("other"), headers=headers)
+    assert f"'order-7' belongs to job {job_id}" in problem(other, 422)
+    assert len(calls.calls) == 1
+
+
+async def test_a_repetition_in_the_same_list_gets_the_same_job(
+    client: httpx.AsyncClient, calls: ModalInProcess
+) -> None:
+    repeated = job("four", idempotency_key="order-7")
+    answers = (await client.post("/async/predict", json=[repeated, job("other"), repeated])).json()
+    assert answers[0] == answers[2]
+    assert answers[0] != answers[1]
+    assert len({answer["job_id"] for answer in answers}) == 2
+
+
+async def test_a_repetition_while_the_first_request_is_under_way_gets_the_same_job(
+    client: httpx.AsyncClient, calls: ModalInProcess
+) -> None:
+    answers = []
+
+    async def ask() -> None:
+        answers.append(await client.post("/async/predict", json=job("four"), headers={"Idempotency-Key": "order-7"}))
+
+    calls.may_call = anyio.Event()
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(ask)
+        task_group.start_soon(ask)
+        await anyio.wait_all_tasks_blocked()
+        calls.may_call.set()
+    assert answers[0].json() == answers[1].json()
+    assert len(calls.calls) == 1
+
+
+async def test_a_repetition_while_another_container_has_the_first_request_may_come_again(
+    client: httpx.AsyncClient, calls: ModalInProcess
+) -> None:
+    await calls.ledger.reserve("order-7", "asked for elsewhere")
+    again = await client.post("/async/predict", json=job("four"), headers={"Idempotency-Key": "order-7"})
+    assert "is under way; retry in a moment" in problem(again, 503)
+    assert again.headers["retry-after"]
+
+
+async def test_a_key_whose_job_modal_did_not_take_is_free_again(
+    client: httpx.AsyncClient, calls: ModalInProcess
+) -> None:
+    headers = {"Idempotency-Key": "order-7"}
+    calls.failure = modal.exception.ResourceExhaustedError("too many")
+    refused = await client.post("/async/predict", json=job("four"), headers=headers)
+    assert "Modal did not accept the call: ResourceExhaustedError: too many" in problem(refused, 503)
+    calls.failure = None
+    assert (await client.post("/async/predict", json=job("four"), headers=headers)).status_code == 202
+
+
+async def test_a_queue_that_is_not_allowed_is_refused_before_anything_is_called(
+    client: httpx.AsyncClient, calls: ModalInProcess
+) -> None:
+    answer = await client.post("/async/predict", json=job("four", success_queue="other"))
+    assert "success_queue: queue 'other' is not allowed; allowed are: ok, bad" in problem(answer, 422)
+    slots = (await client.post("/async/predict", json=[job("four", failure_queue="other"), job("five!")])).json()
+    assert slots[0]["error"].startswith("failure_queue: queue 'other' is not allowed")
+    assert [len(call.entries) for call in calls.calls.values()] == [1]
+
+
+async def test_the_priority_of_jobs_travels_with_them(client: httpx.AsyncClient, calls: ModalInProcess) -> None:
+    answers = [
+        await client.post("/async/predict", json=job("four"), headers=headers)
+        for headers in ({}, {"X-Priority": "interactive"})
+    ]
+    assert [call.options["priority"] for call in calls.calls.values()] == ["bulk", "interactive"]
+    jobs = [await found(client, answer.json()["job_id"], 30) for answer in answers]
+    assert [ended["priority"] for ended in jobs] == ["bulk", "interactive"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "remedy"),
+    [
+        ("GET", "/jobs", "Modal's calls cannot be listed"),
+        ("DELETE", "/jobs?status=failed", "Modal removes results by itself"),
+        ("POST", "/jobs/replay", "submit the job again"),
+        ("POST", "/jobs/fc-01J.0/replay", "submit the job again"),
+    ],
+)
+async def test_what_modals_calls_cannot_do_is_refused_with_what_to_do_instead(
+    client: httpx.AsyncClient, method: str, path: str, remedy: str
+) -> None:
+    assert remedy in problem(await client.request(method, path), 501)
+
+
+async def test_metrics_tell_of_lists_and_of_no_store(client: httpx.AsyncClient) -> None:
+    await client.post("/batch/predict", json=[{"text": "a"}, {"text": "b"}])
+    answer = await client.get("/metrics")
+    assert answer.status_code == 200
+    lines = answer.text.splitlines()
+    assert 'modalkit_model_ready{model="lengths"} 1.0' in lines
+    assert 'modalkit_batches_total{model="lengths"} 1.0' in lines
+    assert 'modalkit_requests_total{model="lengths",outcome="succeeded"} 2.0' in lines
+    assert not [line for line in lines if line.startswith("modalkit_job")]
+
+
+async def test_the_web_side_is_ready_as_modal_starts_containers_when_they_are_needed(
+    client: httpx.AsyncClient,
+) -> None:
+    assert (await client.get("/health/ready")).json() == {"status": "ready", "models": {"lengths": "ready"}}
+    assert (await client.get("/openapi.json")).status_code == 200

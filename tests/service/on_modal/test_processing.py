@@ -1,0 +1,540 @@
+"""Lists of items and jobs, run by a real worker and sent to real queues in memory."""
+
+import json
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from pydantic import BaseModel
+
+from batching import Outcome, Priority, QueueFullError
+from pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
+from service.errors import ContainerFaultError, DeviceFaultError
+from service.jobs.queue_rules import QueueRules
+from service.on_modal import processing
+from service.on_modal.ledger import CallLedger, MemoryTable
+from service.on_modal.processing import Call, ListProcessor
+from service.on_modal.responses import ResponseSender
+from service.queue_backends import InMemoryBackend
+from service.settings import Settings
+from service.worker import InferenceWorker
+from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
+from tests.support.odd_model import NUMPY, OddPipeline
+
+pytestmark = pytest.mark.anyio
+
+FAULT = "fault"
+NOW = 1_700_000_000.0
+
+
+class Fragile(OddPipeline):
+    """Its device breaks when it meets one text; this is told as torch tells it."""
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        if FAULT in preprocessed_data["texts"]:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return super().predict(input_list, preprocessed_data)
+
+    def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
+        outputs = super().postprocess(input_list, raw_output)
+        rejected = InferenceOutputModel(status="error", error="rejected by the model")
+        return [
+            rejected if text == REJECTED else output for text, output in zip(raw_output["texts"], outputs, strict=True)
+        ]
+
+
+@pytest.fixture
+def pipeline() -> Iterator[Fragile]:
+    made = Fragile()
+    yield made
+    made.gate.set()  # a thread that waits would keep the worker from closing
+
+
+@pytest.fixture
+async def worker(pipeline: Fragile) -> AsyncIterator[InferenceWorker]:
+    async with InferenceWorker(pipeline, queue_backend=InMemoryBackend(), calibrate=False) as opened:
+        pipeline.batches.clear()
+        while pipeline.entered.acquire(blocking=False):
+            pass
+        yield opened
+
+
+@pytest.fixture
+def queue() -> InMemoryBackend:
+    return InMemoryBackend()
+
+
+@pytest.fixture
+def ledger() -> CallLedger:
+    return CallLedger(MemoryTable())
+
+
+def make_processor(
+    worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend | None, **options: Any
+) -> ListProcessor:
+    given: dict[str, Any] = {"job_timeout_s": 3600.0, "clock": lambda: NOW} | options
+    sender = None if queue is None else ResponseSender(queue, max_attempts=1, clock=given["clock"])
+    rules = QueueRules(["ok", "bad"], queue)
+    return ListProcessor(worker, queue_rules=rules, sender=sender, ledger=ledger, **given)
+
+
+@pytest.fixture
+def processor(worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend) -> ListProcessor:
+    return make_processor(worker, ledger, queue)
+
+
+def a_call(call_id: str = "fc-1", **options: Any) -> Call:
+    given: dict[str, Any] = {"call_id": call_id, "until_s": anyio.current_time() + 60} | options
+    return Call(**given)
+
+
+def item(text: str) -> dict[str, Any]:
+    return {"message": {"text": text}}
+
+
+def job(text: str, **options: Any) -> dict[str, Any]:
+    return {"message": {"text": text}, "success_queue": "ok", "failure_queue": "bad", "meta": {"of": text}} | options
+
+
+def sent(queue: InMemoryBackend, queue_name: str) -> list[dict[str, Any]]:
+    return [json.loads(message) for message in queue.messages(queue_name)]
+
+
+async def entered(pipeline: LengthPipeline, batches: int = 1) -> None:
+    for _ in range(batches):
+        assert await anyio.to_thread.run_sync(pipeline.entered.acquire, True, 30)
+
+
+async def test_outcomes_come_in_the_order_of_the_list(processor: ListProcessor) -> None:
+    entries = [item("a"), SyncInputModel(message={"text": "bb"}), SyncInputModel(message=Text(text="ccc"))]
+    outcomes = await processor.process(entries, a_call())
+    assert outcomes == [{"status": "success", "error": None, "meta": {}, "length": n} for n in (1, 2, 3)]
+
+
+async def test_lists_of_several_calls_are_merged_into_one_batch(processor: ListProcessor, pipeline: Fragile) -> None:
+    lengths: dict[str, list[int]] = {}
+
+    async def call(name: str) -> None:
+        outcomes = await processor.process([item(name * n) for n in (1, 2, 3)], a_call(name))
+        lengths[name] = [outcome["length"] for outcome in outcomes]
+
+    pipeline.gate.clear()
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(processor.process, [item("first")], a_call("first"))
+        await entered(pipeline)
+        for name in "abcd":
+            task_group.start_soon(call, name)
+        await anyio.wait_all_tasks_blocked()
+        pipeline.gate.set()
+    assert [len(batch) for batch in pipeline.batches] == [1, 12]
+    assert lengths == {name: [1, 2, 3] for name in "abcd"}
+
+
+async def test_entries_that_cannot_be_run_or_written_fail_alone(processor: ListProcessor) -> None:
+    entries = [
+        item("good"),
+        item(""),
+        item(POISON),
+        item(REJECTED),
+        item(NUMPY),
+        {"text": "no message"},
+        "not even an object",
+        item("good too"),
+    ]
+    outcomes = await processor.process(entries, a_call())
+    assert [outcome["status"] for outcome in outcomes] == ["success", *["error"] * 6, "success"]
+    assert [outcome["error_type"] for outcome in outcomes[1:-1]] == [
+        *("ItemRejectedError", "ValueError", "ItemRejectedError", "OutputNotJsonError", "ItemRejectedError"),
+        "TypeError",
+    ]
+    assert outcomes[1]["error"] == "text: String should have at least 1 character"
+    assert outcomes[2]["error"] == "ValueError: this batch is poisoned"
+    assert "message: is missing" in outcomes[5]["error"]
+
+
+async def test_an_empty_list_is_answered_with_one(processor: ListProcessor) -> None:
+    assert await processor.process([], a_call()) == []
+
+
+async def test_what_the_pipeline_raised_is_logged_where_it_ran(
+    processor: ListProcessor, caplog: pytest.LogCaptureFixture
+) -> None:
+    await processor.process([item(POISON), item(""), "no object", {}], a_call())
+    (record,) = [record for record in caplog.records if record.name == processing.__name__]
+    assert record.exc_info is not None
+    assert "this batch is poisoned" in str(record.exc_info[1])
+
+
+async def test_a_jobs_result_is_sent_and_returned(processor: ListProcessor, queue: InMemoryBackend) -> None:
+    (outcome,) = await processor.process([job("seven!!", idempotency_key="k")], a_call(accepted_at=NOW - 5))
+    assert sent(queue, "ok") == [
+        {
+            "version": 1,
+            "job_id": "fc-1.0",
+            "status": "success",
+            "result": {"status": "success", "error": None, "meta": {}, "length": 7},
+            "meta": {"of": "seven!!", "timestamp": "2023-11-14T22:13:20Z"},
+        }
+    ]
+    assert queue.queue_names() == ["ok"]
+    expected = {
+        "job_id": "fc-1.0",
+        "model_name": "lengths",
+        "status": "succeeded",
+        "delivery": "delivered",
+        "result": {"status": "success", "error": None, "meta": {}, "length": 7},
+        "message": {"text": "seven!!"},
+        "meta": {"of": "seven!!"},
+        "created_at": NOW - 5,
+        "started_at": NOW,
+        "finished_at": NOW,
+        "idempotency_key": "k",
+        "error": None,
+    }
+    assert outcome | expected == outcome
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (POISON, "ValueError: this batch is poisoned"),
+        (REJECTED, "rejected by the model"),
+        ("", "text: String should have at least 1 character"),
+        (NUMPY, "the pipeline's output is no JSON"),
+    ],
+)
+async def test_a_failed_job_sends_what_was_asked_for(
+    processor: ListProcessor, queue: InMemoryBackend, text: str, error: str
+) -> None:
+    entries = [job("before"), AsyncInputModel(**job(text)), job("after")]
+    outcomes = await processor.process(entries, a_call())
+    assert [outcome["status"] for outcome in outcomes] == ["succeeded", "failed", "succeeded"]
+    (message,) = sent(queue, "bad")
+    assert message.pop("error").startswith(error)
+    assert message == {
+        "version": 1,
+        "job_id": "fc-1.1",
+        "status": "error",
+        "original_message": job(text) | {"idempotency_key": None, "expires_in": None},
+        "meta": {"of": text, "timestamp": "2023-11-14T22:13:20Z"},
+    }
+    assert [message["job_id"] for message in sent(queue, "ok")] == ["fc-1.0", "fc-1.2"]
+
+
+async def test_jobs_of_a_list_are_submitted_together_and_are_bulk(
+    processor: ListProcessor, worker: InferenceWorker, pipeline: Fragile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[tuple[int, Priority]] = []
+    predict_many = worker.predict_many
+
+    async def noted(items: Sequence[BaseModel], **options: Any) -> list[Outcome[InferenceOutputModel]]:
+        submitted.append((len(items), options["priority"]))
+        return await predict_many(items, **options)
+
+    monkeypatch.setattr(worker, "predict_many", noted)
+    await processor.process([job("x" * n) for n in range(1, 21)], a_call(accepted_at=NOW))
+    assert submitted == [(20, Priority.BULK)]
+    submitted.clear()
+    await processor.process([job("a"), item("b"), job("c")], a_call())
+    assert sorted(submitted) == [(1, Priority.INTERACTIVE), (2, Priority.BULK)]
+    submitted.clear()
+    await processor.process([job("a"), item("b")], a_call(priority=Priority.BULK))
+    assert submitted == [(1, Priority.BULK), (1, Priority.BULK)]
+
+
+async def test_a_queue_that_is_not_allowed_fails_its_job_alone(
+    processor: ListProcessor, queue: InMemoryBackend, pipeline: Fragile
+) -> None:
+    entries = [job("a"), job("b", success_queue="elsewhere"), job("c", failure_queue="elsewhere"), job("d")]
+    outcomes = await processor.process(entries, a_call())
+    assert [outcome["status"] for outcome in outcomes] == ["succeeded", "failed", "failed", "succeeded"]
+    assert "'elsewhere' is not allowed" in outcomes[1]["error"]
+    assert (outcomes[1]["success_queue"], outcomes[1]["failure_queue"]) == (None, None)
+    assert queue.queue_names() == ["ok"]
+    assert sorted(text for batch in pipeline.batches for text in batch) == ["a", "d"]
+
+
+async def test_without_a_sender_results_are_returned_only(worker: InferenceWorker, ledger: CallLedger) -> None:
+    processor = make_processor(worker, ledger, None)
+    good, bad = await processor.process([job("a"), job(POISON)], a_call())
+    assert (good["status"], good["delivery"], good["success_queue"]) == ("succeeded", "none", None)
+    assert (bad["status"], bad["delivery"]) == ("failed", "none")
+
+
+async def test_a_job_that_has_expired_is_not_run(
+    processor: ListProcessor, queue: InMemoryBackend, pipeline: Fragile
+) -> None:
+    entries = [job("late", expires_in=10), job("in time", expires_in=30)]
+    late, in_time = await processor.process(entries, a_call(accepted_at=NOW - 20))
+    assert (late["status"], late["error"]) == ("expired", "the job did not end within its expires_in")
+    assert in_time["status"] == "succeeded"
+    assert pipeline.batches == [["in time"]]
+    (message,) = sent(queue, "bad")
+    assert (message["error"], message["original_message"]["expires_in"]) == (late["error"], 10)
+
+
+async def test_a_job_that_expires_while_it_waits_is_not_run(
+    worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend, pipeline: Fragile
+) -> None:
+    times = iter([NOW, NOW + 60])
+    processor = make_processor(worker, ledger, queue, clock=lambda: next(times, NOW + 60))
+    pipeline.gate.clear()
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(worker.predict, Text(text="runs"))
+        await entered(pipeline)
+        (outcome,) = await processor.process([job("waits", expires_in=0.01)], a_call())
+        pipeline.gate.set()
+    assert (outcome["status"], outcome["error"]) == ("expired", "the job did not end within its expires_in")
+    assert pipeline.batches == [["runs"]]
+
+
+@pytest.mark.parametrize(("job_timeout_s", "left_s"), [(0.01, 60.0), (3600.0, 0.01), (3600.0, -1.0)])
+async def test_a_job_has_the_time_that_is_configured_and_that_its_call_has(
+    worker: InferenceWorker,
+    ledger: CallLedger,
+    queue: InMemoryBackend,
+    pipeline: Fragile,
+    job_timeout_s: float,
+    left_s: float,
+) -> None:
+    processor = make_processor(worker, ledger, queue, job_timeout_s=job_timeout_s)
+    pipeline.gate.clear()
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(worker.predict, Text(text="runs"))
+        await entered(pipeline)
+        (outcome,) = await processor.process([job("waits")], a_call(until_s=anyio.current_time() + left_s))
+        pipeline.gate.set()
+    assert outcome["status"] == "expired"
+    assert outcome["error"].startswith("no result within")
+
+
+async def test_each_item_has_its_own_time(processor: ListProcessor, worker: InferenceWorker, pipeline: Fragile) -> None:
+    outcomes: list[dict[str, Any]] = []
+
+    async def call() -> None:
+        outcomes.extend(await processor.process([item("a"), item("bb")], a_call(timeouts_s=[0.01, None])))
+
+    pipeline.gate.clear()
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(worker.predict, Text(text="runs"))
+        await entered(pipeline)
+        task_group.start_soon(call)
+        while not worker.statistics().expired:
+            await anyio.sleep(0.001)
+        pipeline.gate.set()
+    assert [outcome.get("error_type") for outcome in outcomes] == ["DeadlineExceededError", None]
+
+
+async def test_jobs_cancelled_before_the_run_are_neither_run_nor_sent(
+    processor: ListProcessor, ledger: CallLedger, queue: InMemoryBackend, pipeline: Fragile
+) -> None:
+    assert await ledger.cancel("fc-1", 1)
+    outcomes = await processor.process([job("a"), job("b"), job("c")], a_call(is_recorded=True))
+    assert [outcome["status"] for outcome in outcomes] == ["succeeded", "cancelled", "succeeded"]
+    assert pipeline.batches == [["a", "c"]]
+    assert [message["job_id"] for message in sent(queue, "ok")] == ["fc-1.0", "fc-1.2"]
+    assert queue.queue_names() == ["ok"]
+
+
+async def test_jobs_cancelled_while_they_run_are_not_sent_and_later_ones_come_too_late(
+    processor: ListProcessor, ledger: CallLedger, queue: InMemoryBackend, pipeline: Fragile
+) -> None:
+    outcomes: list[dict[str, Any]] = []
+
+    async def call() -> None:
+        outcomes.extend(await processor.process([job("a"), job(POISON)], a_call(is_recorded=True)))
+
+    pipeline.gate.clear()
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(call)
+        await entered(pipeline)
+        assert await ledger.cancel("fc-1", 1)
+        pipeline.gate.set()
+    assert [outcome["status"] for outcome in outcomes] == ["succeeded", "cancelled"]
+    assert queue.queue_names() == ["ok"]
+    assert not await ledger.cancel("fc-1", 0)
+
+
+async def test_a_full_queue_refuses_items_and_lets_jobs_wait(
+    pipeline: Fragile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processing, "ROOM_S", 0.001)
+    limits = {"max_batch_size": 1, "max_queue_size": 2, "calibration": {"enabled": False}}
+    settings = Settings(app_settings={"batch_config": limits})
+    ledger, queue, refusals = CallLedger(MemoryTable()), InMemoryBackend(), 0
+    async with InferenceWorker(pipeline, settings=settings, queue_backend=queue) as worker:
+        processor = make_processor(worker, ledger, queue)
+        await entered(pipeline)  # the warm-up
+        predict_many = worker.predict_many
+
+        async def noted(items: Sequence[BaseModel], **options: Any) -> list[Outcome[InferenceOutputModel]]:
+            nonlocal refusals
+            try:
+                return await predict_many(items, **options)
+            except QueueFullError:
+                refusals += 1
+                raise
+
+        monkeypatch.setattr(worker, "predict_many", noted)
+        jobs: list[dict[str, Any]] = []
+
+        async def call() -> None:
+            jobs.extend(await processor.process([job("job"), job("another")], a_call()))
+
+        pipeline.gate.clear()
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(worker.predict, Text(text="runs"))
+            await entered(pipeline)
+            task_group.start_soon(worker.predict, Text(text="waits"))
+            await anyio.wait_all_tasks_blocked()
+            outcomes = await processor.process([item("one"), item("two")], a_call())
+            assert [outcome["error_type"] for outcome in outcomes] == ["QueueFullError"] * 2
+            task_group.start_soon(call)
+            while refusals < 3:  # the items, and the jobs twice
+                await anyio.lowlevel.checkpoint()
+            pipeline.gate.set()
+        assert [outcome["status"] for outcome in jobs] == ["succeeded"] * 2
+        too_many = await processor.process([job("1"), job("2"), job("3")], a_call())
+        assert [outcome["status"] for outcome in too_many] == ["failed"] * 3
+        assert "no room for 3 more" in too_many[0]["error"]
+
+
+async def test_jobs_do_not_wait_for_room_beyond_their_time(pipeline: Fragile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processing, "ROOM_S", 0.001)
+    limits = {"max_batch_size": 1, "max_queue_size": 1, "calibration": {"enabled": False}}
+    settings = Settings(app_settings={"batch_config": limits})
+    async with InferenceWorker(pipeline, settings=settings, queue_backend=InMemoryBackend()) as worker:
+        processor = make_processor(worker, CallLedger(MemoryTable()), None, job_timeout_s=0.01)
+        await entered(pipeline)  # the warm-up
+        pipeline.gate.clear()
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(worker.predict, Text(text="runs"))
+            await entered(pipeline)
+            task_group.start_soon(worker.predict, Text(text="waits"))
+            await anyio.wait_all_tasks_blocked()
+            (outcome,) = await processor.process([job("job")], a_call())
+            pipeline.gate.set()
+    assert (outcome["status"], outcome["error"][:19]) == ("expired", "no result within 0.")
+
+
+async def test_a_device_fault_fails_the_call_and_nothing_is_sent(
+    processor: ListProcessor, queue: InMemoryBackend
+) -> None:
+    with pytest.raises(DeviceFaultError, match="device-side assert triggered") as caught:
+        await processor.process([item("a"), item(FAULT)], a_call())
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(DeviceFaultError):
+        await processor.process([job("a"), job(FAULT)], a_call())
+    with pytest.raises(DeviceFaultError):
+        await processor.process([item(FAULT)], a_call(is_recorded=True))
+    assert queue.queue_names() == []
+
+
+async def test_the_last_run_of_a_call_with_jobs_tells_their_queues_of_the_fault(
+    worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend
+) -> None:
+    processor = make_processor(worker, ledger, queue, retries=2)
+    for _ in range(2):
+        with pytest.raises(DeviceFaultError):
+            await processor.process([job(FAULT), item("a")], a_call(is_recorded=True))
+    assert queue.queue_names() == []
+    failed, other = await processor.process([job(FAULT), item("a")], a_call(is_recorded=True))
+    assert failed["status"] == "failed"
+    assert "device-side assert triggered" in failed["error"]
+    assert other["status"] in ("success", "error")  # of the same batch, or of another
+    assert [message["job_id"] for message in sent(queue, "bad")] == ["fc-1.0"]
+    with pytest.raises(DeviceFaultError):
+        await processor.process([job(FAULT)], a_call("fc-2", is_recorded=True))
+
+
+async def test_a_list_that_is_refused_counts_as_a_run(
+    worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend, pipeline: Fragile
+) -> None:
+    processor, error = make_processor(worker, ledger, queue, retries=1), ContainerFaultError("out of rotation")
+    with pytest.raises(DeviceFaultError):
+        await processor.process([job(FAULT), job("cancelled")], a_call(is_recorded=True))
+    pipeline.batches.clear()
+    assert await ledger.cancel("fc-1", 1)
+    failed, cancelled = await processor.refuse([job(FAULT), job("cancelled")], a_call(is_recorded=True), error)
+    assert (failed["status"], failed["error"], cancelled["status"]) == ("failed", "out of rotation", "cancelled")
+    assert [message["job_id"] for message in sent(queue, "bad")] == ["fc-1.0"]
+    for entry, is_recorded in ((job("a"), False), (item("a"), True), (job("a"), True)):
+        with pytest.raises(ContainerFaultError, match="out of rotation"):
+            await processor.refuse([entry], a_call("fc-2", is_recorded=is_recorded), error)
+    assert pipeline.batches == []
+
+
+@pytest.mark.parametrize("entry", [item("withdrawn"), job("withdrawn")])
+async def test_a_cancelled_call_takes_its_items_out_of_the_queue(
+    processor: ListProcessor, worker: InferenceWorker, pipeline: Fragile, queue: InMemoryBackend, entry: dict[str, Any]
+) -> None:
+    pipeline.gate.clear()
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(worker.predict, Text(text="runs"))
+        await entered(pipeline)
+        with anyio.CancelScope() as scope:
+            task_group.start_soon(_cancel_when_queued, worker, scope)
+            await processor.process([entry, entry], a_call())
+        assert scope.cancelled_caught
+        pipeline.gate.set()
+    (outcome,) = await processor.process([item("works")], a_call())
+    assert outcome["length"] == 5
+    assert pipeline.batches == [["runs"], ["works"]]
+    assert queue.queue_names() == []
+
+
+async def _cancel_when_queued(worker: InferenceWorker, scope: anyio.CancelScope) -> None:
+    while not any(worker.statistics().queued.values()):
+        await anyio.lowlevel.checkpoint()
+    scope.cancel()
+
+
+@pytest.mark.parametrize("operation", ["get", "put"])
+async def test_a_call_cancelled_while_it_asks_the_ledger_leaves_the_worker_usable(
+    worker: InferenceWorker, queue: InMemoryBackend, operation: str
+) -> None:
+    class Hanging(MemoryTable):
+        hangs = anyio.Event()
+
+        async def get(self, key: str) -> Any:
+            if operation == "get":
+                self.hangs.set()
+                await anyio.sleep_forever()
+            return await super().get(key)
+
+        async def put(self, key: str, value: Any, *, skip_if_exists: bool = False) -> bool:
+            self.hangs.set()
+            await anyio.sleep_forever()
+            return False
+
+    table = Hanging()
+    processor = make_processor(worker, CallLedger(table), queue)
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(processor.process, [job("a")], a_call(is_recorded=True))
+        await table.hangs.wait()
+        task_group.cancel_scope.cancel()
+    (outcome,) = await processor.process([item("works")], a_call())
+    assert outcome["length"] == 5
+    assert queue.queue_names() == []
+
+
+async def test_a_call_cancelled_while_it_sends_leaves_the_worker_usable(
+    worker: InferenceWorker, ledger: CallLedger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, sending = InMemoryBackend(), anyio.Event()
+
+    async def hang(messages: object) -> list[None]:
+        sending.set()
+        await anyio.sleep_forever()
+        return []
+
+    monkeypatch.setattr(queue, "send_messages", hang)
+    processor = make_processor(worker, ledger, queue)
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(processor.process, [job("a")], a_call(is_recorded=True))
+        await sending.wait()
+        task_group.cancel_scope.cancel()
+    (outcome,) = await processor.process([item("works")], a_call())
+    assert outcome["length"] == 5

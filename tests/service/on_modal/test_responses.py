@@ -1,0 +1,162 @@
+"""Results of a call's jobs on their way to queues that are not always there."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import anyio
+import pytest
+
+from batching import Priority
+from service.jobs.model import DeliveryStatus, FinishedJob, Job, JobStatus
+from service.on_modal.responses import ResponseSender
+from service.queue_backends import InMemoryBackend, QueueBackend, QueueMessage, UndeliverableError
+
+pytestmark = pytest.mark.anyio
+
+Refusal = bool | Exception | None
+
+
+@dataclass
+class Unsteady:
+    """Refuses, for each queue, as often and as it is told, and takes messages afterwards."""
+
+    refusals: dict[str, list[Refusal]] = field(default_factory=dict)
+    attempts: list[str] = field(default_factory=list)
+    taken: dict[str, list[str]] = field(default_factory=dict)
+
+    async def send_message(self, queue_name: str, message: str) -> bool:
+        self.attempts.append(queue_name)
+        if self.refusals.get(queue_name):
+            refusal = self.refusals[queue_name].pop(0)
+            if isinstance(refusal, Exception):
+                raise refusal
+            return bool(refusal)
+        self.taken.setdefault(queue_name, []).append(message)
+        return True
+
+
+def ended(queue: str | None, name: str = "job", status: JobStatus = JobStatus.SUCCEEDED) -> Job:
+    job = Job(
+        job_id=name,
+        model_name="lengths",
+        message_json="{}",
+        success_queue=queue,
+        failure_queue=queue,
+        meta_json="{}",
+        priority=Priority.BULK,
+        created_at=0.0,
+    ).started(0.0)
+    result = "{}" if status is JobStatus.SUCCEEDED else None
+    finished = job.finished(FinishedJob(job_id=name, status=status, result_json=result, error="e", finished_at=1.0))
+    assert finished is not None
+    return finished
+
+
+def at_once(attempt: int) -> float:
+    return 0.0
+
+
+def make_sender(
+    backend: QueueBackend, max_attempts: int = 5, backoff_s: Callable[[int], float] = at_once
+) -> ResponseSender:
+    return ResponseSender(backend, max_attempts=max_attempts, backoff_s=backoff_s, clock=lambda: 0.0)
+
+
+def later() -> float:
+    return anyio.current_time() + 60
+
+
+async def test_results_that_are_not_taken_are_sent_again(caplog: pytest.LogCaptureFixture) -> None:
+    backend = Unsteady({"q": [False, ConnectionError("down"), None]})
+    (job,) = await make_sender(backend).send([ended("q")], later())
+    assert (job.delivery, job.delivery_attempts, job.delivery_error) == (DeliveryStatus.DELIVERED, 4, None)
+    assert backend.attempts == ["q"] * 4
+    (message,) = backend.taken["q"]
+    assert json.loads(message)["job_id"] == "job"
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
+    assert "1 results for 'q' were not taken and are sent again" in caplog.text
+    assert "attempt 2: ConnectionError: down" in caplog.text
+
+
+async def test_a_result_is_given_up_after_so_many_attempts(caplog: pytest.LogCaptureFixture) -> None:
+    backend = Unsteady({"q": [ConnectionError("down")] * 9})
+    (job,) = await make_sender(backend, max_attempts=3).send([ended("q")], later())
+    assert (job.delivery, job.delivery_attempts) == (DeliveryStatus.UNDELIVERED, 3)
+    assert job.delivery_error == "ConnectionError: down"
+    assert backend.attempts == ["q"] * 3
+    assert caplog.records[-1].levelno == logging.ERROR
+    assert "1 results for 'q' are undelivered; the last one, of job job, after attempt 3" in caplog.text
+
+
+async def test_a_result_is_given_up_when_the_next_attempt_would_come_too_late() -> None:
+    backend = Unsteady({"q": [False] * 9})
+    sender = make_sender(backend, backoff_s=lambda attempt: 0.0 if attempt < 2 else 3600.0)
+    (job,) = await sender.send([ended("q")], later())
+    assert (job.delivery, job.delivery_attempts) == (DeliveryStatus.UNDELIVERED, 2)
+
+
+async def test_what_can_never_be_sent_is_tried_once() -> None:
+    backend = Unsteady({"q": [UndeliverableError("too large")]})
+    (job,) = await make_sender(backend).send([ended("q")], later())
+    assert (job.delivery, job.delivery_attempts) == (DeliveryStatus.UNDELIVERED, 1)
+    assert job.delivery_error == "too large"
+    assert backend.attempts == ["q"]
+
+
+async def test_a_backend_that_hangs_has_until_the_call_ends() -> None:
+    class Hanging:
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            await anyio.sleep_forever()
+            return True
+
+    (job,) = await make_sender(Hanging()).send([ended("q")], anyio.current_time() + 0.01)
+    assert (job.delivery, job.delivery_attempts) == (DeliveryStatus.UNDELIVERED, 1)
+    assert job.delivery_error == "TimeoutError: no answer in the time that the call has"
+
+
+async def test_a_queue_that_fails_leaves_the_others_results_delivered(caplog: pytest.LogCaptureFixture) -> None:
+    backend = Unsteady({"down": [ConnectionError("down")] * 99})
+    jobs = [ended("up", "0"), ended("down", "1"), ended("up", "2"), ended("down", "3", JobStatus.FAILED)]
+    sent = await make_sender(backend, max_attempts=2).send(jobs, later())
+    assert [job.job_id for job in sent] == ["0", "1", "2", "3"]
+    assert [str(job.delivery) for job in sent] == ["delivered", "undelivered", "delivered", "undelivered"]
+    assert {json.loads(message)["job_id"] for message in backend.taken["up"]} == {"0", "2"}
+    assert backend.attempts.count("up") == 2
+    assert [record.levelno for record in caplog.records] == [logging.WARNING, logging.ERROR]
+    assert "2 results for 'down' are undelivered; the last one, of job 3" in caplog.text
+
+
+async def test_only_what_is_due_is_sent() -> None:
+    backend = InMemoryBackend()
+    jobs = [ended(None, "names no queue"), ended("q", "0")]
+    sent = await make_sender(backend).send(jobs, later())
+    assert [str(job.delivery) for job in sent] == ["none", "delivered"]
+    assert await make_sender(backend).send(sent, later()) == sent
+    assert backend.depth("q") == 1
+    assert await make_sender(backend).send([], later()) == []
+
+
+async def test_a_backend_that_takes_many_gets_them_together_and_again_only_what_failed() -> None:
+    batches: list[list[str]] = []
+
+    class Batches(InMemoryBackend):
+        async def send_messages(self, messages: Sequence[QueueMessage]) -> list[None]:
+            batches.append([message.job_id for message in messages])
+            failed = ConnectionError("this one") if len(batches) == 1 else None
+            return [failed if message.job_id == "1" else None for message in messages]  # type: ignore[misc]  # wider
+
+    sent = await make_sender(Batches()).send([ended("q", "0"), ended("q", "1"), ended("p", "2")], later())
+    assert batches == [["0", "1", "2"], ["1"]]
+    assert [(str(job.delivery), job.delivery_attempts) for job in sent] == [
+        *(("delivered", 1), ("delivered", 2), ("delivered", 1))
+    ]
+
+
+async def test_secrets_of_a_webhooks_address_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    queue = "https://user:password@example.com/hook?token=secret"
+    await make_sender(Unsteady({queue: [False]})).send([ended(queue)], later())
+    assert "example.com" in caplog.text
+    assert "password" not in caplog.text
+    assert "secret" not in caplog.text
