@@ -54,6 +54,7 @@ def test_the_guide_quotes_the_files_as_they_are() -> None:
         ("web_function", {"classes": ["EmphasisApp"], "functions": ["EmphasisApp.*", "web_endpoints"]}),
         ("on_the_gpu", {"classes": ["EmphasisApp"], "functions": ["EmphasisApp.*"]}),
         ("server", {"classes": ["EmphasisJobs"], "functions": ["EmphasisJobs.*", "EmphasisServer"]}),
+        ("web_server", {"classes": ["EmphasisApp"], "functions": ["EmphasisApp.*", "EmphasisWeb"]}),
     ],
 )
 def test_an_app_is_defined_without_a_token_or_a_network(run: Run, module: str, defined: dict[str, list[str]]) -> None:
