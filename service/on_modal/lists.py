@@ -17,8 +17,11 @@ from service.settings import BatchConfig
 
 LISTS_IN_FLIGHT = 64
 """Most lists that one process has under way to one model."""
-EAGER_LISTS = 8
-"""How many lists of fewer items than a batch takes are under way: enough to hide the way to a container and back."""
+EAGER_LISTS = 4
+"""How many lists of fewer items than a batch takes are under way: one that runs and one on its way, for two containers.
+
+More of them would each be smaller, where a container fetches a small one as slowly as a full one.
+"""
 
 BY_THE_CALL = PaddedCostModel(fixed_s=1.0, token_s=0.0)
 """What a call costs: a round trip, whatever its list holds."""
