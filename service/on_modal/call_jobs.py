@@ -26,6 +26,9 @@ from service.settings import BatchConfig
 
 logger = logging.getLogger(__name__)
 
+WAITING_JOBS = 10_000
+"""How many may wait to be sent, however few items may wait for a worker: that bound is not one of jobs."""
+
 _STATUS_OF = {
     CallState.FAILED: JobStatus.FAILED,
     CallState.CANCELLED: JobStatus.CANCELLED,
@@ -61,7 +64,7 @@ class JobSpawner:
         self._keys_in_hand: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
         self._scheduler: BatchScheduler[_Submission, str] = BatchScheduler(
             self._spawn,
-            policy=list_policy(config),
+            policy=list_policy(config, may_wait=WAITING_JOBS),
             cost_model=BY_THE_CALL,
             max_in_flight=EAGER_LISTS,
             name=f"jobs for {model_name}",

@@ -99,14 +99,20 @@ class CallLedger:
         if await self._table.get(f"{call_id}/marked") is None:
             return frozenset()
         marked: set[int] = set()
+        failures: list[JobStoreError] = []
 
         async def look(index: int) -> None:
-            if await self._table.get(f"{call_id}/{index}"):
-                marked.add(index)
+            try:
+                if await self._table.get(f"{call_id}/{index}"):
+                    marked.add(index)
+            except JobStoreError as error:
+                failures.append(error)  # one of them tells, where a task group would raise a group
 
         async with anyio.create_task_group() as task_group:
             for index in range(count):
                 task_group.start_soon(look, index)
+        if failures:
+            raise failures[0]
         return frozenset(marked)
 
     async def is_cancelled(self, call_id: str, index: int) -> bool:

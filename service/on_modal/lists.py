@@ -27,9 +27,12 @@ BY_THE_CALL = PaddedCostModel(fixed_s=1.0, token_s=0.0)
 """What a call costs: a round trip, whatever its list holds."""
 
 
-def list_policy(config: BatchConfig) -> BatchPolicy:
-    """Lists as long as a batch of the container: then one bad list costs no more than one bad batch would."""
-    return BatchPolicy(max_batch_size=config.max_batch_size, max_queue_items=config.max_queue_size)
+def list_policy(config: BatchConfig, *, may_wait: int = 0) -> BatchPolicy:
+    """Lists as long as a batch of the container: then one bad list costs no more than one bad batch would.
+
+    As many items may wait to be sent as could wait for a worker, and at least `may_wait`.
+    """
+    return BatchPolicy(max_batch_size=config.max_batch_size, max_queue_items=max(config.max_queue_size, may_wait))
 
 
 @dataclass(frozen=True, slots=True)

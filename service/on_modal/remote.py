@@ -1,5 +1,6 @@
 """A service class of Modal's, called from elsewhere: its errors and Modal's in our words."""
 
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -108,22 +109,14 @@ class ModalCalls:
         call: modal.FunctionCall[Any] = modal.FunctionCall.from_id(call_id)
         try:
             return CallResult(CallState.RETURNED, await call.get.aio(timeout=wait_s))
-        except TimeoutError:  # Python's own: none of Modal's derives from it
-            return CallResult(CallState.PENDING)
-        except modal.exception.OutputExpiredError:
-            return CallResult(CallState.FORGOTTEN, error="its result was kept for seven days")
         except modal.exception.FunctionTimeoutError as error:
             return CallResult(CallState.TIMED_OUT, error=f"it took longer than deployment_config.timeout: {error}")
-        except (modal.exception.NotFoundError, modal.exception.InvalidError):
-            return CallResult(CallState.UNKNOWN)
         except modal.exception.RemoteError as error:
             # Of a call that was cancelled Modal says no more than of one that failed; the status of its input does.
             state = CallState.CANCELLED if await self._was_cancelled(call) else CallState.FAILED
             return CallResult(state, error=describe_error(error))
-        except _NOT_ASKED as error:
-            raise RemoteCallError(f"Modal could not be asked: {describe_error(error)}") from error
-        except Exception as error:  # noqa: BLE001  # whatever the call raised in its container is its result
-            return CallResult(CallState.FAILED, error=describe_error(error))
+        except Exception as error:  # noqa: BLE001  # the call may have raised anything
+            return _failed(error) if _came_from_the_call(error) else _without_result(error)
 
     async def cancel(self, call_id: str) -> None:
         """See `Calls.cancel`."""
@@ -141,6 +134,32 @@ class ModalCalls:
             entry.function_call_id == call.object_id and entry.status is InputStatus.TERMINATED
             for entry in _inputs(graph)
         )
+
+
+def _came_from_the_call(error: Exception) -> bool:
+    """Whether an error, of any class, was raised in a container: Modal's client raises it again as it reads the result.
+
+    Not so what it raises when it cannot download a long one.
+    """
+    functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return "_process_result" in functions and "blob_download" not in functions
+
+
+def _without_result(error: Exception) -> CallResult:
+    """What it says of a call that Modal's client raised this. Raises `RemoteCallError` where it says nothing."""
+    if isinstance(error, TimeoutError):  # Python's own: none of Modal's derives from it
+        return CallResult(CallState.PENDING)
+    if isinstance(error, modal.exception.OutputExpiredError):
+        return CallResult(CallState.FORGOTTEN, error="its result was kept for seven days")
+    if isinstance(error, modal.exception.NotFoundError | modal.exception.InvalidError):
+        return CallResult(CallState.UNKNOWN)
+    if isinstance(error, _NOT_ASKED):
+        raise RemoteCallError(f"Modal could not be asked: {describe_error(error)}") from error
+    return _failed(error)
+
+
+def _failed(error: Exception) -> CallResult:
+    return CallResult(CallState.FAILED, error=describe_error(error))
 
 
 def _inputs(graph: Iterable[InputInfo]) -> Iterator[InputInfo]:

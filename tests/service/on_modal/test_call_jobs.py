@@ -55,9 +55,9 @@ class Uncancellable(ModalInProcess):
         raise RemoteCallError("Modal could not cancel the call")
 
 
-def spawner(calls: ModalInProcess, ledger: CallLedger) -> JobSpawner:
-    rules = QueueRules(["*"], None)
-    return JobSpawner(calls.remote, ledger, rules, BatchConfig(max_batch_size=32), model_name="lengths")
+def spawner(calls: ModalInProcess, ledger: CallLedger, **config: Any) -> JobSpawner:
+    rules, batches = QueueRules(["*"], None), BatchConfig(**{"max_batch_size": 32} | config)
+    return JobSpawner(calls.remote, ledger, rules, batches, model_name="lengths")
 
 
 def asked(text: str, **fields: Any) -> AsyncInputModel:
@@ -85,6 +85,19 @@ async def test_submissions_of_many_callers_share_calls(calls: ModalInProcess) ->
         job = await told.job(job_id, 30)
         assert job is not None
         assert (job.message, (job.result or {})["length"]) == ({"text": text}, len(text))
+
+
+async def test_more_jobs_are_accepted_than_items_may_wait_for_a_worker(calls: ModalInProcess) -> None:
+    """That bound is one of a container's queue, and Modal has another."""
+    job_ids: set[str] = set()
+
+    async def submit(jobs: JobSpawner) -> None:
+        job_ids.add(await jobs.submit(asked("four"), Priority.BULK))
+
+    async with spawner(calls, calls.ledger, max_queue_size=32) as jobs, anyio.create_task_group() as task_group:
+        for _ in range(256):
+            task_group.start_soon(submit, jobs)
+    assert len(job_ids) == 256
 
 
 async def test_a_job_that_could_not_be_noted_is_accepted_all_the_same(

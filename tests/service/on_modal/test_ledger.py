@@ -207,6 +207,49 @@ async def test_modals_table_says_that_it_cannot_be_reached(modal_server: ModalSe
             await use()
 
 
+async def test_modals_table_is_asked_again_while_it_is_out_of_reach(
+    modal_server: ModalServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or the call of a container would fail for it, and with it all of its jobs."""
+    monkeypatch.setattr("service.on_modal.tables.RETRY_S", 0.0)
+    table = ModalTable("jobs")
+    await table.put("a", 1)
+    modal_server.refusals["DictGet"] = Status.UNAVAILABLE
+    found: list[int] = []
+
+    async def get() -> None:
+        found.append(await table.get("a"))
+
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(get)
+        while not caplog.records:  # Modal's client has given up
+            await anyio.sleep(0.001)
+        del modal_server.refusals["DictGet"]
+    assert found == [1]
+    assert "could not be reached: ServiceError" in caplog.text
+
+
+async def test_modals_table_is_not_asked_for_ever(modal_server: ModalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.on_modal.tables.PATIENCE_S", 0.0)
+    modal_server.refusals["DictGet"] = Status.UNAVAILABLE
+    with pytest.raises(JobStoreError, match="could not be reached: ServiceError"):
+        await ModalTable("jobs").get("a")
+
+
+async def test_one_mark_that_cannot_be_read_is_an_error_and_no_group_of_them() -> None:
+    class OutOfReach(MemoryTable):
+        async def get(self, key: str) -> object:
+            if key.endswith(("/0", "/1")):
+                raise JobStoreError("the table is gone")
+            return await super().get(key)
+
+    ledger = CallLedger(OutOfReach())
+    assert await ledger.cancel(CALL, 1)
+    for ask in (ledger.cancelled, ledger.close):
+        with pytest.raises(JobStoreError, match="the table is gone"):
+            await ask(CALL, 3)
+
+
 async def test_without_a_token_the_table_is_made_and_says_so_when_it_is_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

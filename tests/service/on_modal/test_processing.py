@@ -310,6 +310,26 @@ async def test_a_job_has_the_time_that_is_configured_and_that_its_call_has(
     assert outcome["error"].startswith("no result within")
 
 
+async def test_the_queue_of_a_job_is_told_that_the_time_of_its_call_was_too_short(
+    worker: InferenceWorker, ledger: CallLedger, pipeline: Fragile
+) -> None:
+    class Remote(InMemoryBackend):
+        async def send_messages(self, messages: Any) -> Any:
+            await anyio.lowlevel.checkpoint()  # where a call that is over is cut short
+            return await super().send_messages(messages)
+
+    queue = Remote()
+    processor = make_processor(worker, ledger, queue)
+    pipeline.gate.clear()
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(worker.predict, Text(text="runs"))
+        await entered(pipeline)
+        (outcome,) = await processor.process([job("waits")], a_call(until_s=anyio.current_time() + 0.5))
+        pipeline.gate.set()
+    assert (outcome["status"], outcome["delivery"]) == ("expired", "delivered")
+    assert sent(queue, "bad")[0]["job_id"] == outcome["job_id"]
+
+
 async def test_each_item_has_its_own_time(processor: ListProcessor, worker: InferenceWorker, pipeline: Fragile) -> None:
     outcomes: list[dict[str, Any]] = []
 

@@ -105,7 +105,13 @@ async def test_an_id_that_modal_refuses_is_unknown(modal_server: ModalServer) ->
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("no"), DeviceFaultError("CUDA error"), KeyError("a"), modal.exception.ExecutionError("no")]
+    "error",
+    [
+        *(ValueError("no"), DeviceFaultError("CUDA error"), KeyError("a"), modal.exception.ExecutionError("no")),
+        # What Modal's client raises too, of a call that runs, or is not there, or cannot be asked for.
+        *(builtins.TimeoutError("no"), builtins.TimeoutError(), modal.exception.ConnectionError("no")),
+        *(modal.exception.NotFoundError("no"), modal.exception.OutputExpiredError("no")),
+    ],
 )
 async def test_what_a_call_raised_in_its_container_is_its_failure(modal_server: ModalServer, error: Exception) -> None:
     modal_server.outputs[CALL] = raised(error)
