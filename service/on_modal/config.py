@@ -179,6 +179,8 @@ class ModalConfig:
             unauthenticated=not deployment.secure,
             exit_grace_period=EXIT_GRACE_S,
             max_concurrency=deployment.max_concurrent_requests,
+            # Beyond the most, Modal refuses (429) until another container is there.
+            target_concurrency=max(1, deployment.max_concurrent_requests // 2),
         )
 
     @property

@@ -5,7 +5,7 @@ for, and which job an idempotency key stands for, is written here.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -123,6 +123,24 @@ class CallLedger:
         """Let no more jobs of a call be cancelled, and return which have been."""
         await self._table.put(f"{call_id}/closed", True, skip_if_exists=True)
         return await self.cancelled(call_id, count)
+
+    async def begin(self, call_id: str) -> int:
+        """Count one more run of a call, and return how many that makes: all but the last were cut short."""
+        count = 1 + (await self._table.get(f"{call_id}/runs") or 0)
+        await self._table.put(f"{call_id}/runs", count)
+        return count
+
+    async def crashes(self, call_id: str) -> dict[int, int]:
+        """How many runs of a call were cut short while each of its jobs ran alone, by their places."""
+        noted: dict[str, Any] = await self._table.get(f"{call_id}/alone") or {"index": None, "crashes": {}}
+        crashes: dict[int, int] = dict(noted["crashes"])
+        if noted["index"] is not None:
+            crashes[noted["index"]] = crashes.get(noted["index"], 0) + 1
+        return crashes
+
+    async def run_alone(self, call_id: str, index: int | None, crashes: Mapping[int, int]) -> None:
+        """Note which job of a call runs alone from now on, None for none of them, and what `crashes` told before."""
+        await self._table.put(f"{call_id}/alone", {"index": index, "crashes": dict(crashes)})
 
     async def faults(self, call_id: str) -> int:
         """Count one more device that broke under a call, and return how many that makes."""

@@ -15,7 +15,7 @@ from pipelines import AsyncInputModel, InferenceOutputModel
 from service.errors import ContainerFaultError, DeviceFaultError, ItemRejectedError, ServiceError, describe_error
 from service.jobs.model import FinishedJob, Job, JobStatus, json_text
 from service.jobs.queue_rules import QueueRules
-from service.jobs.store import EXPIRED_IN_THE_QUEUE
+from service.jobs.store import CRASHES_ALONE, EXPIRED_IN_THE_QUEUE, TOO_MANY_CRASHES
 from service.on_modal.call_format import error_object, job_object, make_job_id, outcome_object, read_entry
 from service.on_modal.device_faults import is_device_fault
 from service.on_modal.ledger import CallLedger
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 DELIVERY_SHARE = 0.1
 """Of the time that a call has: kept for telling the queues of jobs that it was too short for."""
+RUNS_TOGETHER = 3
+"""How often a call with jobs may be cut short, by a preemption as well, before they run one at a time."""
 ROOM_S = 0.1
 """How long jobs wait for room in a full queue before they ask again."""
 
@@ -83,17 +85,25 @@ class ListProcessor:
         self._job_timeout_s = job_timeout_s
         self._retries = retries
         self._clock = clock
+        self._one_suspect = anyio.Lock()
 
     async def process(self, entries: Sequence[object], call: Call) -> list[dict[str, Any]]:
         """Run a list; returns what became of each entry, in their order, as `call_format` says.
 
-        An entry that is invalid or fails disturbs no other. Raises `DeviceFaultError`, and nothing else of any item:
-        then nothing has been sent. When cancelled, results of jobs may have been sent.
+        An entry that is invalid or fails disturbs no other. Raises `ValueError` for another number of times than
+        entries, and of all errors of items only `DeviceFaultError`: then nothing has been sent. When cancelled, results
+        of jobs may have been sent.
         """
+        if call.timeouts_s is not None and len(call.timeouts_s) != len(entries):
+            raise ValueError(
+                f"timeouts_s: {len(call.timeouts_s)} times for {len(entries)} entries; give each entry one"
+            )
         items = self._items(entries, call)
         if call.is_recorded and _has_jobs(items):
             _cancel(items, await self._ledger.cancelled(call.call_id, len(items)), self._clock())
-        await self._run([item for item in items if item.message is not None and item.outcome is None])
+            if await self._ledger.begin(call.call_id) > RUNS_TOGETHER:
+                await self._run_one_by_one(items, call)
+        await self._run([item for item in items if _is_to_run(item)])
         fault = next((error for error in map(_error_of, items) if error is not None and is_device_fault(error)), None)
         if fault is not None and not await self._was_the_last_run(items, call):
             raise DeviceFaultError(describe_error(fault)) from fault
@@ -169,6 +179,23 @@ class ListProcessor:
             for group in alike.values():
                 task_group.start_soon(self._run_alike, group)
 
+    async def _run_one_by_one(self, items: Sequence[_Item], call: Call) -> None:
+        """Run the items of a call that its containers died with, to find the one that kills them, and let it fail.
+
+        Each is noted before it runs, and no item of another such call runs meanwhile.
+        """
+        async with self._one_suspect:
+            crashes = await self._ledger.crashes(call.call_id)
+            for index, item in enumerate(items):
+                if not _is_to_run(item):
+                    continue
+                if crashes.get(index, 0) >= CRASHES_ALONE:
+                    item.outcome = Failure(ContainerFaultError(TOO_MANY_CRASHES))
+                    continue
+                await self._ledger.run_alone(call.call_id, index, crashes)
+                await self._run([item])
+            await self._ledger.run_alone(call.call_id, None, crashes)
+
     async def _run_alike(self, items: Sequence[_Item]) -> None:
         first = items[0]
         started_s, timeout_s = anyio.current_time(), first.timeout_s
@@ -211,6 +238,10 @@ class ListProcessor:
             sent = await self._sender.send([item.job for item in ended if item.job is not None], call.until_s)
             for item, job in zip(ended, sent, strict=True):
                 item.job = job
+
+
+def _is_to_run(item: _Item) -> bool:
+    return item.message is not None and item.outcome is None
 
 
 def _has_jobs(items: Sequence[_Item]) -> bool:

@@ -139,6 +139,19 @@ async def test_a_cancellation_that_meets_the_close_is_either_found_or_refused(
         assert told <= found
 
 
+async def test_a_job_is_known_to_have_run_alone_when_its_call_was_cut_short(
+    ledger: CallLedger, other: CallLedger
+) -> None:
+    assert [await ledger.begin(CALL), await other.begin(CALL), await other.begin("fc-01K")] == [1, 2, 1]
+    assert await ledger.crashes(CALL) == {}
+    await ledger.run_alone(CALL, 1, {})
+    assert await other.crashes(CALL) == {1: 1}
+    await other.run_alone(CALL, 1, {1: 1})
+    assert await ledger.crashes(CALL) == {1: 2}
+    await ledger.run_alone(CALL, None, {1: 2})
+    assert await other.crashes(CALL) == {1: 2}
+
+
 async def test_broken_devices_are_counted_for_each_call(ledger: CallLedger, other: CallLedger) -> None:
     assert [await ledger.faults(CALL), await other.faults(CALL), await other.faults("fc-01K")] == [1, 2, 1]
 

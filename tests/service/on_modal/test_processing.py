@@ -13,6 +13,7 @@ from batching import Outcome, Priority, QueueFullError
 from pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
 from service.errors import ContainerFaultError, DeviceFaultError
 from service.jobs.queue_rules import QueueRules
+from service.jobs.store import CRASHES_ALONE
 from service.on_modal import processing
 from service.on_modal.ledger import CallLedger, MemoryTable
 from service.on_modal.processing import Call, ListProcessor
@@ -152,6 +153,11 @@ async def test_entries_that_cannot_be_run_or_written_fail_alone(processor: ListP
     assert outcomes[1]["error"] == "text: String should have at least 1 character"
     assert outcomes[2]["error"] == "ValueError: this batch is poisoned"
     assert "message: is missing" in outcomes[5]["error"]
+
+
+async def test_a_time_for_each_entry_is_asked_for(processor: ListProcessor) -> None:
+    with pytest.raises(ValueError, match="timeouts_s: 1 times for 2 entries; give each entry one"):
+        await processor.process([item("four"), item("five")], a_call(timeouts_s=[1.0]))
 
 
 async def test_an_empty_list_is_answered_with_one(processor: ListProcessor) -> None:
@@ -467,6 +473,68 @@ async def test_the_last_run_of_a_call_with_jobs_tells_their_queues_of_the_fault(
     assert [message["job_id"] for message in sent(queue, "bad")] == ["fc-1.0"]
     with pytest.raises(DeviceFaultError):
         await processor.process([job(FAULT)], a_call("fc-2", is_recorded=True))
+
+
+class ContainerDied(BaseException):
+    """Stands for a kill: nothing that runs sees it."""
+
+
+class Doomed:
+    """A worker whose container dies with one text."""
+
+    def __init__(self, worker: InferenceWorker) -> None:
+        self._worker = worker
+        self.lists: list[list[str]] = []
+
+    async def predict_many(self, items: Sequence[Any], **options: Any) -> list[Outcome[InferenceOutputModel]]:
+        texts = [item.text for item in items]
+        self.lists.append(texts)
+        if "kill" in texts:
+            raise ContainerDied
+        return await self._worker.predict_many(items, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker, name)
+
+
+async def test_a_job_that_kills_its_containers_is_found_and_its_neighbours_succeed(
+    worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend
+) -> None:
+    doomed: Any = Doomed(worker)
+    jobs = [job("first"), job("kill"), job("last")]
+    ended: list[dict[str, Any]] = []
+    deaths = 0
+    while not ended:
+        try:
+            ended = await make_processor(doomed, ledger, queue).process(jobs, a_call(is_recorded=True))
+        except BaseExceptionGroup as group:
+            if group.subgroup(ContainerDied) is None:
+                raise
+            deaths += 1
+    assert deaths == processing.RUNS_TOGETHER + CRASHES_ALONE
+    assert [found["status"] for found in ended] == ["succeeded", "failed", "succeeded"]
+    assert "the process died 3 times while this job ran alone" in ended[1]["error"]
+    assert [message["meta"]["of"] for message in sent(queue, "ok")] == ["first", "last"]
+    assert [message["meta"]["of"] for message in sent(queue, "bad")] == ["kill"]
+    assert doomed.lists[: processing.RUNS_TOGETHER] == [["first", "kill", "last"]] * processing.RUNS_TOGETHER
+    assert doomed.lists[processing.RUNS_TOGETHER :] == [["first"], ["kill"]] * CRASHES_ALONE + [["first"], ["last"]]
+
+
+async def test_calls_that_were_cut_short_run_one_job_at_a_time_among_them(
+    worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend, pipeline: Fragile
+) -> None:
+    """Else an innocent job would be noted as running alone while another one kills the container."""
+    processor = make_processor(worker, ledger, queue)
+    for call_id in ("fc-1", "fc-2"):
+        for _ in range(processing.RUNS_TOGETHER):
+            await ledger.begin(call_id)
+    async with anyio.create_task_group() as task_group:
+        for call_id in ("fc-1", "fc-2"):
+            jobs = [job(f"{call_id} {n}") for n in range(2)]
+            task_group.start_soon(processor.process, jobs, a_call(call_id, is_recorded=True))
+    assert [len(batch) for batch in pipeline.batches] == [1] * 4
+    assert len(sent(queue, "ok")) == 4
+    assert await ledger.crashes("fc-1") == {}
 
 
 async def test_a_list_that_is_refused_counts_as_a_run(
