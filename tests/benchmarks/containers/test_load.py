@@ -189,10 +189,12 @@ def test_the_callers_figures_are_those_of_the_clock(virtual_time: tuple[str, dic
     assert figures.latency_p50_s == figures.latency_p99_s == pytest.approx(0.01)
     assert (figures.queue_s, figures.batch_s) == (0.001, 0.005)
     assert figures.rest_s == pytest.approx(0.004)
-    assert 1 < figures.mean_list_length <= 4  # trio runs tasks in any order, so some lists go before all have come
-    assert figures.batch_sizes == {4: 100}
+    # trio runs tasks in any order, so some lists go before all callers have come to theirs.
+    lists = figures.batch_sizes[4]
+    assert 100 <= lists < 400
+    assert figures.mean_list_length == pytest.approx(400 / lists, rel=0.05)
     assert figures.padding_share == pytest.approx(0.25)
-    assert figures.predict_share == pytest.approx(100 * 0.004)
+    assert figures.predict_share == pytest.approx(lists * 0.004)
 
 
 def test_a_cell_in_which_nothing_succeeds_ends_early_and_the_next_is_measured(
