@@ -121,14 +121,7 @@ class ModalConfig:
     def get_handler_settings(self) -> dict[str, Any]:
         """Arguments of ``app.function`` for the web function: a container without a GPU, volumes or retries."""
         deployment = self._deployment
-        return _given(
-            **self._in_every_container(),
-            min_containers=deployment.min_containers,
-            max_containers=deployment.max_containers,
-            scaledown_window=deployment.scaledown_window,
-            timeout=deployment.timeout,
-            region=deployment.region,
-        )
+        return _given(**self._without_gpu(), timeout=deployment.timeout, region=deployment.region)
 
     def get_asgi_app_settings(self) -> dict[str, Any]:
         """Arguments of ``modal.asgi_app``."""
@@ -158,11 +151,7 @@ class ModalConfig:
         return _given(
             **self._in_every_container(),
             **self._machine(),
-            startup_timeout=deployment.timeout,
-            compute_region=deployment.region,
-            unauthenticated=not deployment.secure,
-            exit_grace_period=EXIT_GRACE_S,
-            max_concurrency=deployment.max_concurrent_requests,
+            **self._server(),
             target_concurrency=min(target, deployment.max_concurrent_requests),
         )
 
@@ -170,15 +159,8 @@ class ModalConfig:
         """Arguments of ``app.server`` for a class that serves HTTP on a container without a GPU."""
         deployment = self._deployment
         return _given(
-            **self._in_every_container(),
-            min_containers=deployment.min_containers,
-            max_containers=deployment.max_containers,
-            scaledown_window=deployment.scaledown_window,
-            startup_timeout=deployment.timeout,
-            compute_region=deployment.region,
-            unauthenticated=not deployment.secure,
-            exit_grace_period=EXIT_GRACE_S,
-            max_concurrency=deployment.max_concurrent_requests,
+            **self._without_gpu(),
+            **self._server(),
             # Beyond the most, Modal refuses (429) until another container is there.
             target_concurrency=max(1, deployment.max_concurrent_requests // 2),
         )
@@ -199,6 +181,27 @@ class ModalConfig:
     def _in_every_container(self) -> dict[str, Any]:
         secrets = [modal.Secret.from_name(name) for name in self._deployment.secrets]
         return {"image": self.get_image(), "env": self.environment, "secrets": secrets}
+
+    def _without_gpu(self) -> dict[str, Any]:
+        """What a web function and a web server have in common."""
+        deployment = self._deployment
+        return {
+            **self._in_every_container(),
+            "min_containers": deployment.min_containers,
+            "max_containers": deployment.max_containers,
+            "scaledown_window": deployment.scaledown_window,
+        }
+
+    def _server(self) -> dict[str, Any]:
+        """What all classes under `app.server` have in common."""
+        deployment = self._deployment
+        return {
+            "startup_timeout": deployment.timeout,
+            "compute_region": deployment.region,
+            "unauthenticated": not deployment.secure,
+            "exit_grace_period": EXIT_GRACE_S,
+            "max_concurrency": deployment.max_concurrent_requests,
+        }
 
     def _machine(self) -> dict[str, Any]:
         """What `app.cls` and `app.server` have in common for the container that runs the model."""
