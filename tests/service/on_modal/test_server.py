@@ -7,13 +7,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import modal
 import pytest
 from pydantic import BaseModel
 
 from modalkit.modal_config import ModalConfig
-from modalkit.modal_service import ModalServer, ModalService
+from modalkit.modal_service import ModalServer, ModalService, ModalWebServer
 from service.listening import AddressError
 from service.on_modal.runtime import takes_one_input_at_a_time
 from tests.support.http_server import serving
@@ -75,6 +76,23 @@ async def test_it_answers_http_while_it_is_open(make_config: MakeConfig) -> None
     async with client_of(server) as client:
         with pytest.raises(httpx.ConnectError):
             await client.get("/health/live")
+
+
+async def test_a_server_without_a_model_serves_the_endpoints_of_its_class(make_config: MakeConfig) -> None:
+    service = type("Service", (ModalService,), {"inference_implementation": Fragile, "modal_utils": make_config()})
+    web_cls = type("Web", (ModalWebServer,), {"app_cls": service, "host": "127.0.0.1", "port": free_port()})
+    registered = modal.App("web").server(port=8000, **make_config().get_web_server_settings())(web_cls)
+    assert isinstance(registered, modal.Server)
+    web = web_cls()
+    async with (
+        as_modal_runs_it(web),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{web.port}", timeout=30) as client,
+    ):
+        while (await client.get("/health/ready")).status_code != 200:
+            await anyio.lowlevel.checkpoint()
+        assert (await client.post("/sync/predict", json={"text": "four"})).json()["length"] == 4
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{web.port}/health/live")
 
 
 async def test_modal_starts_and_stops_it_by_its_hooks(make_config: MakeConfig) -> None:
