@@ -24,10 +24,15 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def serving(app: FastAPI, host: str, port: int) -> AsyncIterator[uvicorn.Server]:
-    """Serve while the context is open, from when the port answers. Raises `AddressError`."""
-    server = _Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=int(GRACE_S)))
-    with listening(host, port) as listener:  # uvicorn would end the process where it is taken
-        async with plain_task_group() as task_group:
+    """Serve while the context is open, from when the port answers.
+
+    Raises `AddressError`, and what the application's start does.
+    """
+    config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=int(GRACE_S))
+    server = _Server(config)
+    # Both here, because uvicorn ends the process where the address is taken, or the application cannot start.
+    with listening(host, port) as listener:
+        async with app.router.lifespan_context(app), plain_task_group() as task_group:
             task_group.start_soon(server.serve, [listener])
             while not server.started:  # noqa: ASYNC110  # uvicorn has nothing to wait for
                 await anyio.sleep(0.01)

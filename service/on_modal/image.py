@@ -1,6 +1,8 @@
 """The container's image: planned from the settings, then built of Modal's steps in the order that Modal demands."""
 
+import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from service.on_modal.image_models import in_container, models
 from service.on_modal.image_plan import ImagePlan, LocalPath
 from service.settings import BuildConfig, DeploymentConfig, Settings
 from service.settings.sources import CONFIG_VARIABLE, DEFAULT_FILE
+
+_OFFICIAL_PYTHON = re.compile(r"(?:^|/)python:(\d+\.\d+)")
 
 
 def config_paths(settings: Settings, environ: Mapping[str, str], folder: Path) -> tuple[LocalPath, ...]:
@@ -37,14 +41,16 @@ def plan_image(settings: Settings, *, environ: Mapping[str, str], folder: Path) 
     that does not exist, with the key that names it.
     """
     build, deployment = settings.app_settings.build_config, settings.app_settings.deployment_config
-    code = user_code(settings, folder)
+    base = _base(build)
+    python = _python_of(base)
+    code = user_code(settings, folder, python)
     copies, downloads = models(settings, folder)
     commands = build.extra_run_commands
     return ImagePlan(
-        base=_base(build),
+        base=base,
         workdir=build.workdir,
         env=dict(build.env),
-        requirements=tuple(sorted({*own_requirements(settings), *code.requirements})),
+        requirements=tuple(sorted({*own_requirements(settings, python), *code.requirements})),
         downloads=tuple(shlex.join(download.command()) for download in downloads),
         secrets=tuple(deployment.secrets),
         run_commands=(commands,) if isinstance(commands, str) else tuple(commands),
@@ -87,6 +93,12 @@ def image_in_container(settings: Settings) -> modal.Image:
 def _base(build: BuildConfig) -> str:
     names_version = ":" in build.image.rpartition("/")[2] or "@" in build.image
     return build.image if names_version or not build.tag else f"{build.image}:{build.tag}"
+
+
+def _python_of(base: str) -> str:
+    """The Python of an image: what the tag of an official one says, else taken to be that of this machine."""
+    named = _OFFICIAL_PYTHON.search(base)
+    return named[1] if named else "{}.{}".format(*sys.version_info)
 
 
 def _existing(files: Sequence[LocalPath]) -> Sequence[LocalPath]:

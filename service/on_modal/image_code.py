@@ -9,6 +9,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import service
@@ -39,10 +40,11 @@ def own_packages() -> tuple[LocalPath, ...]:
     )
 
 
-def own_requirements(settings: Settings) -> tuple[str, ...]:
-    """What modalkit needs to run as configured, at the versions installed here; what is not installed stays a range.
+def own_requirements(settings: Settings, python: str) -> tuple[str, ...]:
+    """What modalkit needs to run as configured, at the versions installed here.
 
-    Raises `LoadError` where the installed modalkit does not say what it needs.
+    What is not installed, or not in a version for the container's `python` (as in ``3.11``), stays a range. Raises
+    `LoadError` where the installed modalkit does not say what it needs.
     """
     try:
         distribution = metadata.distribution("modalkit")
@@ -60,28 +62,37 @@ def own_requirements(settings: Settings) -> tuple[str, ...]:
         )
     # Modal gives its client to every container.
     lines = (line for line in distribution.requires or [] if Requirement(line).name != "modal")
-    return pinned(lines, extras)
+    return pinned(lines, extras, python)
 
 
-def pinned(lines: Iterable[str], extras: Iterable[str]) -> tuple[str, ...]:
+def pinned(lines: Iterable[str], extras: Iterable[str], python: str) -> tuple[str, ...]:
     """Of these requirements the ones that hold in the container with these extras, at the versions installed here."""
-    environments = [_CONTAINER | {"extra": extra} for extra in ("", *sorted(extras))]
+    versions = {"python_version": python, "python_full_version": _latest(python)}
+    environments = [_CONTAINER | versions | {"extra": extra} for extra in ("", *sorted(extras))]
     requirements = set()
     for requirement in map(Requirement, lines):
         if requirement.marker is None or any(map(requirement.marker.evaluate, environments)):
             requirement.marker = None
-            requirements.add(_pin(requirement))
+            requirements.add(_pin(requirement, python))
     return tuple(sorted(requirements))
 
 
-def _pin(requirement: Requirement) -> str:
+def _pin(requirement: Requirement, python: str) -> str:
     try:
-        version = Version(metadata.version(requirement.name))
+        distribution = metadata.distribution(requirement.name)
     except metadata.PackageNotFoundError:
         return str(requirement)
+    supported = SpecifierSet(",".join(distribution.metadata.get_all("Requires-Python") or ()))
+    if not supported.contains(_latest(python)):
+        return str(requirement)  # the newest numpy, say, has no build for the Python of an older image
+    version = Version(distribution.version)
     extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
     # A local part, as in 2.13.0+cpu, names a build for this machine that the package index does not have.
     return f"{requirement.name}{extras}=={version.public}"
+
+
+def _latest(python: str) -> str:
+    return f"{python}.99"  # whatever its third number is, a lower bound such as >=3.11.2 is met by a maintained image
 
 
 def _extras(settings: Settings) -> set[str]:
@@ -93,7 +104,7 @@ def _extras(settings: Settings) -> set[str]:
     return extras
 
 
-def user_code(settings: Settings, folder: Path) -> UserCode:
+def user_code(settings: Settings, folder: Path, python: str) -> UserCode:
     """The modules that the configuration names, and those of the working `folder` that are imported already.
 
     Nothing is imported for it. Raises `LoadError` for a module that does not exist.
@@ -104,7 +115,7 @@ def user_code(settings: Settings, folder: Path) -> UserCode:
         files = _locate(name, key, folder)
         distributions = metadata.packages_distributions().get(name, []) if _are_installed(files) else []
         if distributions:
-            requirements.update(_pin(Requirement(distribution)) for distribution in distributions)
+            requirements.update(_pin(Requirement(distribution), python) for distribution in distributions)
         else:
             paths[name] = _to_source_folder(name, files)
     for name, files in _imported(folder):

@@ -9,8 +9,19 @@ from typing import Any
 
 import anyio
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
-from batching import BatchingError, DeadlineExceededError, Failure, Outcome, Priority, QueueFullError, Success
+from batching import (
+    BatchingError,
+    BatchTimeoutError,
+    DeadlineExceededError,
+    Failure,
+    Outcome,
+    OutputCountError,
+    Priority,
+    QueueFullError,
+    Success,
+)
 from pipelines import AsyncInputModel, InferenceOutputModel
 from service.errors import ContainerFaultError, DeviceFaultError, ItemRejectedError, ServiceError, describe_error
 from service.jobs.model import FinishedJob, Job, JobStatus, json_text
@@ -168,7 +179,18 @@ class ListProcessor:
             job.success_queue, job.failure_queue = request.success_queue, request.failure_queue
 
     def _validated(self, message: Any) -> BaseModel:
-        return message if isinstance(message, BaseModel) else self._worker.input_model.model_validate(message)
+        if isinstance(message, BaseModel):
+            return message
+        model = self._worker.input_model
+        try:
+            return model.model_validate(message)
+        except ValidationError as error:
+            # From a web container it comes in its JSON form, which a strict model takes as such only.
+            try:
+                text = to_json(message)
+            except ValueError:
+                raise error from None
+            return model.model_validate_json(text)
 
     async def _run(self, items: Sequence[_Item]) -> None:
         """Run items; those of one priority and time limit, nearly always all, are submitted in one step."""
@@ -257,7 +279,9 @@ def _log_failures(items: Sequence[_Item]) -> None:
     ran = [item for item in items if item.message is not None]
     errors = {id(error): error for error in map(_error_of, ran) if error is not None}
     for error in errors.values():
-        if not isinstance(error, ServiceError | BatchingError):
+        if isinstance(error, BatchTimeoutError | OutputCountError):
+            logger.error("The pipeline failed: %s", error)
+        elif not isinstance(error, ServiceError | BatchingError):
             logger.error("The pipeline failed", exc_info=error)
 
 

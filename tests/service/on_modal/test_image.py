@@ -92,9 +92,48 @@ def test_what_is_not_installed_stays_a_range_and_markers_are_those_of_the_contai
         'anyio>=4; extra == "more"',
         'httpx>=0.1; extra == "other"',
     ]
-    names = [Requirement(line).name for line in pinned(lines, {"more"})]
+    names = [Requirement(line).name for line in pinned(lines, {"more"}, "3.11")]
     assert names == ["anyio", "no-such-distribution", "uvloop"]
-    assert "no-such-distribution<3,>=2" in pinned(lines, set())
+    assert "no-such-distribution<3,>=2" in pinned(lines, set(), "3.11")
+
+
+def test_what_is_installed_here_for_a_newer_python_is_another_version_in_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, python in (("newest", ">=3.12"), ("older", ">=3.9.1")):
+        (tmp_path / f"{name}-2.5.dist-info").mkdir()
+        (tmp_path / f"{name}-2.5.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.4\nName: {name}\nVersion: 2.5\nRequires-Python: {python}\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = ["newest>=2", "older>=2", 'backport>=1; python_version < "3.12"']
+    assert pinned(lines, set(), "3.11") == ("backport>=1", "newest>=2", "older==2.5")
+    assert pinned(lines, set(), "3.13") == ("newest==2.5", "older==2.5")
+
+
+@pytest.mark.parametrize(
+    ("image", "is_pinned"),
+    [
+        ("python:3.11-slim", False),
+        ("docker.io/library/python:3.12", True),
+        ("nvidia/cuda:13.0.1-devel-ubuntu24.04", True),
+    ],
+)
+def test_the_python_of_the_container_is_that_of_its_image_where_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: str, is_pinned: bool
+) -> None:
+    (tmp_path / "modalkit-9.dist-info").mkdir()
+    (tmp_path / "modalkit-9.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.4\nName: modalkit\nVersion: 9\nRequires-Dist: newest>=2\n"
+    )
+    here = "{}.{}".format(*sys.version_info)
+    python = here if image.startswith("nvidia") else "3.12"
+    (tmp_path / "newest-2.5.dist-info").mkdir()
+    (tmp_path / "newest-2.5.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.4\nName: newest\nVersion: 2.5\nRequires-Python: >={python}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert plan(build(image=image)).requirements == (("newest==2.5",) if is_pinned else ("newest>=2",))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from batching import Outcome, Priority, QueueFullError
 from pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
@@ -129,7 +130,10 @@ async def test_lists_of_several_calls_are_merged_into_one_batch(processor: ListP
             task_group.start_soon(call, name)
         await anyio.wait_all_tasks_blocked()
         pipeline.gate.set()
-    assert [len(batch) for batch in pipeline.batches] == [1, 12]
+    first, *merged = pipeline.batches
+    assert (len(first), sum(map(len, merged))) == (1, 12)
+    for batch in merged:  # one, or one for each length, as the costs say that were measured
+        assert {text[0] for text in batch} == set("abcd")
     assert lengths == {name: [1, 2, 3] for name in "abcd"}
 
 
@@ -171,6 +175,42 @@ async def test_what_the_pipeline_raised_is_logged_where_it_ran(
     (record,) = [record for record in caplog.records if record.name == processing.__name__]
     assert record.exc_info is not None
     assert "this batch is poisoned" in str(record.exc_info[1])
+
+
+class Strict(Text):
+    model_config = ConfigDict(strict=True)
+
+    tags: tuple[str, ...] = ()
+    at: datetime | None = None
+
+
+async def test_a_strict_model_takes_the_json_form_that_a_web_container_sends(ledger: CallLedger) -> None:
+    written = Strict(text="seven!!", tags=("a", "b"), at=datetime(2024, 1, 1, tzinfo=UTC))
+    async with InferenceWorker(OddPipeline(), input_model=Strict, calibrate=False) as worker:
+        processor = make_processor(worker, ledger, None)
+        entries = [
+            {"message": written.model_dump(mode="json")},
+            {"message": written.model_dump()},
+            {"message": {"text": 7}},
+            {"message": {"text": object()}},
+        ]
+        json_form, python_form, *others = await processor.process(entries, a_call())
+    assert json_form == python_form
+    assert json_form["status"] == "success"
+    assert [outcome["error"].partition(":")[0] for outcome in others] == ["text"] * 2
+
+
+async def test_a_batch_that_came_back_incomplete_is_logged_where_it_ran(
+    ledger: CallLedger, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Forgetful(LengthPipeline):
+        def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
+            return super().postprocess(input_list, raw_output)[1:]
+
+    async with InferenceWorker(Forgetful(), calibrate=False) as worker:
+        await make_processor(worker, ledger, None).process([item("a")], a_call())
+    (record,) = [record for record in caplog.records if record.name == processing.__name__]
+    assert "one output for each of 1 inputs" in record.getMessage()
 
 
 async def test_a_jobs_result_is_sent_and_returned(processor: ListProcessor, queue: InMemoryBackend) -> None:

@@ -11,11 +11,14 @@ import anyio.lowlevel
 import httpx
 import modal
 import pytest
+from fastapi import FastAPI
 from pydantic import BaseModel
 
 from modalkit.modal_config import ModalConfig
 from modalkit.modal_service import ModalServer, ModalService, ModalWebServer
 from service.listening import AddressError
+from service.loading import LoadError
+from service.on_modal import http_port
 from service.on_modal.runtime import takes_one_input_at_a_time
 from tests.support.http_server import serving
 from tests.support.length_model import Length, LengthPipeline, Text
@@ -154,6 +157,17 @@ async def test_a_port_that_is_taken_is_an_error_and_leaves_nothing_behind(make_c
             await server.__aenter__()
         with pytest.raises(RuntimeError, match="not running"):
             server.running()
+
+
+async def test_an_application_that_cannot_start_is_an_error_and_ends_no_process() -> None:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        raise LoadError("the API key cannot be read")
+        yield
+
+    with pytest.raises(LoadError, match="cannot be read"):
+        async with http_port.serving(FastAPI(lifespan=lifespan), "127.0.0.1", free_port()):
+            raise AssertionError("it serves")
 
 
 async def test_a_broken_device_ends_the_container_as_modal_does(make_config: MakeConfig) -> None:
