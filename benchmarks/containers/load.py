@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any, Protocol
 
 import anyio
+import modal
 from pydantic import BaseModel, TypeAdapter
 
 from batching import BatchRecord
@@ -22,6 +23,7 @@ from service.version import VERSION
 ERRORS_IN_A_ROW = 5
 """After so many a caller gives up: what refuses everything at once would be asked without end."""
 SHOWN_OF_AN_ERROR = 300
+MODEL_LIBRARIES = ("torch", "transformers")
 
 
 class Target(Protocol):
@@ -52,7 +54,8 @@ async def measure_variant(variant: Variant, load: Load, open_target: OpenTarget,
     What fails is told in the result: a container that does not start, or a cell.
     """
     items = itertools.cycle([TextItem(text=text) for text in texts])
-    versions = {"modalkit": VERSION, **{name: version(name) for name in ("modal", "torch", "transformers")}}
+    # Modal gives its client to a container as files, without the record of a distribution.
+    versions = {"modalkit": VERSION, "modal": modal.__version__, **{name: version(name) for name in MODEL_LIBRARIES}}
     started_s = anyio.current_time()
     try:
         async with open_target(variant) as target:

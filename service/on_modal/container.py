@@ -101,10 +101,13 @@ class Container:
         if not modal.is_local():
             spare_the_garbage_collector()
 
-    async def stop(self) -> None:
-        """Finish what was accepted, within the grace that Modal gives."""
-        if not await self._lifetime.stop(GRACE_S):
-            logger.error("What was accepted could not be finished within %g s; Modal runs it again elsewhere", GRACE_S)
+    async def stop(self, used_s: float = 0.0) -> None:
+        """Finish what was accepted, within the grace that Modal gives, of which `used_s` seconds are gone."""
+        grace_s = max(0.0, GRACE_S - used_s)
+        if not await self._lifetime.stop(grace_s):
+            logger.error(
+                "What was accepted could not be finished within %g s; Modal runs calls again elsewhere", grace_s
+            )
 
     @property
     def worker(self) -> InferenceWorker:

@@ -118,11 +118,11 @@ class HostedService(Constructible):
             raise
         return container
 
-    async def _stop(self) -> None:
+    async def _stop(self, used_s: float = 0.0) -> None:
         container, self._container = self._container, None
         try:
             if container is not None:
-                await container.stop()
+                await container.stop(used_s)
         finally:
             await self._let_go_of_backend()
 

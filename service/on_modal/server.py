@@ -3,6 +3,7 @@
 import signal
 from typing import Any, ClassVar
 
+import anyio
 import modal
 import uvicorn
 from pydantic import BaseModel
@@ -53,13 +54,14 @@ class ModalServer(HostedService):
             raise
         self._server = server
 
-    async def _stop(self) -> None:
+    async def _stop(self, used_s: float = 0.0) -> None:
         server, self._server = self._server, None
+        started_s = anyio.current_time() - used_s
         try:
             if server is not None:
                 await server.stop(GRACE_S)
         finally:
-            await super()._stop()
+            await super()._stop(anyio.current_time() - started_s)
 
     async def _leave_rotation(self) -> None:
         """End this container, which has no inputs to stop, as Modal ends it: open requests are finished."""

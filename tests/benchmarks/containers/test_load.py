@@ -3,9 +3,11 @@
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from importlib import metadata
 from typing import Any
 
 import anyio
+import modal
 import pytest
 from pydantic_core import to_jsonable_python
 
@@ -33,6 +35,23 @@ def figures_in(cell: Cell) -> Figures:
     assert cell.error is None
     assert cell.figures is not None
     return cell.figures
+
+
+@pytest.mark.usefixtures("configured")
+def test_it_runs_where_modals_client_is_no_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Modal's containers, which get it as files."""
+    known = metadata.Distribution.from_name
+
+    def from_name(name: str) -> metadata.Distribution:
+        if name == "modal":
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(metadata.Distribution, "from_name", from_name)
+    result = measure_here("nothing", load(4))
+    assert result.error is None
+    assert result.versions is not None
+    assert result.versions["modal"] == modal.__version__
 
 
 @pytest.mark.usefixtures("configured")

@@ -500,7 +500,7 @@ async def test_work_that_does_not_end_is_cut_short_after_the_grace(
             await anyio.to_thread.run_sync(pipeline.entered.acquire)
             await service.__aexit__(None, None, None)
             pipeline.gate.set()
-    assert "could not be finished within 0.01 s; Modal runs it again elsewhere" in caplog.text
+    assert "could not be finished within 0.01 s; Modal runs calls again elsewhere" in caplog.text
 
 
 async def test_volumes_are_reloaded_while_it_serves(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import anyio
@@ -18,7 +19,9 @@ from modalkit.modal_config import ModalConfig
 from modalkit.modal_service import ModalServer, ModalService, ModalWebServer
 from service.listening import AddressError
 from service.loading import LoadError
+from service.on_modal import container as container_module
 from service.on_modal import http_port
+from service.on_modal import server as server_module
 from service.on_modal.runtime import takes_one_input_at_a_time
 from tests.support.http_server import serving
 from tests.support.length_model import Length, LengthPipeline, Text
@@ -148,6 +151,25 @@ async def test_open_requests_are_finished_when_it_stops(make_config: MakeConfig)
             await anyio.to_thread.run_sync(pipeline.entered.acquire)
             pipeline.gate.set()
     assert answers == [3]
+
+
+async def test_requests_that_do_not_end_take_their_time_from_the_workers_grace(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "GRACE_S", 0.3)
+    monkeypatch.setattr(container_module, "GRACE_S", 0.2)
+    server = make(make_config())
+    async with client_of(server) as client, anyio.create_task_group() as task_group:
+        async with server:
+            pipeline: Any = server.running().worker.pipeline
+            pipeline.gate.clear()
+            while pipeline.entered.acquire(blocking=False):
+                pass
+            task_group.start_soon(partial(client.post, "/sync/predict", json={"text": "abc"}))
+            await anyio.to_thread.run_sync(pipeline.entered.acquire)
+        pipeline.gate.set()
+        task_group.cancel_scope.cancel()
+    assert "could not be finished within 0 s" in caplog.text
 
 
 async def test_a_port_that_is_taken_is_an_error_and_leaves_nothing_behind(make_config: MakeConfig) -> None:
