@@ -75,5 +75,6 @@ class Pending(Request[T], Generic[T, R]):
         self.arrival_s = waiter.arrival_s
         self.deadline_s = waiter.deadline_s
         self.place = 0
+        self.is_linked = False
         self.waiter = waiter
         self.outcome: Outcome[R] | None = None

@@ -35,6 +35,8 @@ class BatchPlanner(Generic[RequestT]):
         self.cost_model = cost_model
         self.queue: RequestQueue[RequestT] = RequestQueue(policy.max_queue_items)
         self.ceiling = Ceiling()
+        self.count_limit: int | None = None
+        """Most requests in a batch for now, beside `max_batch_size`: while many fail, small batches lose less."""
         self._arrivals = {priority: Arrivals() for priority in Priority}
         # While both classes wait, bulk is owed `bulk_share` of the running time. What it is owed in seconds, negative
         # when it has had more. What it is owed is forgotten once its queue is empty, so that nothing is hoarded.
@@ -84,8 +86,17 @@ class BatchPlanner(Generic[RequestT]):
         if batch.contended:
             self._owed_to_bulk_s += elapsed_s * (self.policy.bulk_share - is_bulk)
         if succeeded:
-            self.cost_model.observe(len(batch.requests), batch.longest, batch.total, elapsed_s)
-            self.ceiling.fitted(batch.padded_tokens)
+            self.run_succeeded([request.size for request in batch.requests], elapsed_s)
+
+    def run_succeeded(self, sizes: Sequence[int], elapsed_s: float) -> None:
+        """Learn that requests of these `sizes` ran together, without an error, for `elapsed_s` seconds."""
+        count, longest = len(sizes), max(sizes)
+        self.cost_model.observe(count, longest, sum(sizes), elapsed_s)
+        self.ceiling.fitted(count * longest)
+
+    def put_back(self, requests: Sequence[RequestT]) -> None:
+        """Let requests of a batch that `decide` gave out wait again, in their old places in the order of arrival."""
+        self.queue.put_back(requests)
 
     def too_large(self, sizes: list[int]) -> None:
         """Account for requests of these `sizes` that were too large together for the device."""

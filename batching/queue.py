@@ -51,11 +51,25 @@ class _Class(Generic[RequestT]):
 
     def sweep(self) -> None:
         if self.stale > self.count + _STALE_ALLOWED:
-            waiting = {
-                index: deque(request for request in bucket if request.place) for index, bucket in self.buckets.items()
-            }
-            self.buckets = {index: bucket for index, bucket in waiting.items() if bucket}
+            for index, bucket in list(self.buckets.items()):
+                waiting = deque(request for request in bucket if request.place > 0)
+                for request in bucket:
+                    request.is_linked = request.place > 0
+                if waiting:
+                    self.buckets[index] = waiting
+                else:
+                    del self.buckets[index]
             self.stale = 0
+
+
+    def insert(self, request: RequestT) -> None:
+        """Put a request that was in a bucket there again: the oldest of it, as a rule."""
+        bucket = self.buckets.setdefault(size_bucket(request.size), deque())
+        request.is_linked = True
+        index = 0
+        while index < len(bucket) and abs(bucket[index].place) < request.place:
+            index += 1
+        bucket.insert(index, request)
 
 
 class RequestQueue(Generic[RequestT]):
@@ -63,8 +77,8 @@ class RequestQueue(Generic[RequestT]):
 
     def __init__(self, max_items: int) -> None:
         self.max_items = max_items
-        # All mutable state. A request waits exactly while it has a place in the order of arrival; buckets and deadlines
-        # may hold some that have it no longer.
+        # All mutable state. A request waits exactly while its place in the order of arrival is positive; buckets and
+        # deadlines may hold some that do not wait.
         self._classes: dict[Priority, _Class[RequestT]] = {priority: _Class() for priority in Priority}
         self._length = 0
         self._deadlines: list[tuple[float, int, RequestT]] = []
@@ -104,6 +118,7 @@ class RequestQueue(Generic[RequestT]):
             except KeyError:
                 of_class.buckets[index] = deque((request,))
             request.place = next(self._places)
+            request.is_linked = True
             of_class.count += 1
             of_class.size += size
             if request.deadline_s < math.inf:
@@ -112,9 +127,9 @@ class RequestQueue(Generic[RequestT]):
 
     def discard(self, request: RequestT) -> bool:
         """Remove a request, because its caller gave up or the policy took it; returns whether it was waiting."""
-        if not request.place:
+        if request.place <= 0:
             return False
-        request.place = 0
+        request.place = -request.place
         of_class = self._classes[request.priority]
         of_class.count -= 1
         of_class.size -= request.size
@@ -125,16 +140,32 @@ class RequestQueue(Generic[RequestT]):
         return True
 
     def take(self, requests: list[RequestT]) -> None:
-        """Remove requests of one class, all of which wait: cheaper than to discard them one by one."""
-        of_class = self._classes[requests[0].priority]
+        """Remove requests, all of which wait: cheaper than to discard them one by one."""
         for request in requests:
-            request.place = 0
+            of_class = self._classes[request.priority]
+            request.place = -request.place
+            of_class.count -= 1
             of_class.size -= request.size
-        of_class.count -= len(requests)
-        of_class.stale += len(requests)
+            of_class.stale += 1
         self._length -= len(requests)
-        of_class.sweep()
+        for of_class in self._classes.values():
+            of_class.sweep()
         self._sweep_deadlines()
+
+    def put_back(self, requests: Sequence[RequestT]) -> None:
+        """Let requests that were taken wait again, in their old places; `max_items` does not apply to them."""
+        for request in requests:
+            of_class = self._classes[request.priority]
+            request.place = -request.place
+            of_class.count += 1
+            of_class.size += request.size
+            if request.is_linked:
+                of_class.stale -= 1
+            else:
+                of_class.insert(request)
+            if request.deadline_s < math.inf:
+                heapq.heappush(self._deadlines, (request.deadline_s, request.place, request))
+        self._length += len(requests)
 
     def pop_expired(self, now: float) -> list[RequestT]:
         """Remove and return the requests whose deadline has come, earliest deadline first."""
@@ -150,8 +181,8 @@ class RequestQueue(Generic[RequestT]):
         of_class = self._classes[priority]
         oldest, empty = None, []
         for index, bucket in of_class.buckets.items():
-            while bucket and not bucket[0].place:
-                bucket.popleft()
+            while bucket and bucket[0].place < 0:
+                bucket.popleft().is_linked = False
                 of_class.stale -= 1
             if not bucket:
                 empty.append(index)
@@ -168,7 +199,7 @@ class RequestQueue(Generic[RequestT]):
     def front(self, priority: Priority, index: int, most: int) -> list[RequestT]:
         """Up to `most` waiting requests of one bucket, in order of arrival."""
         bucket = self._classes[priority].buckets.get(index, ())
-        return list(islice((request for request in bucket if request.place), most))
+        return list(islice((request for request in bucket if request.place > 0), most))
 
     def all_but(self, requests: list[RequestT]) -> list[RequestT]:
         """The waiting requests of the class of these `requests`, without them, smallest sizes first."""
@@ -178,10 +209,10 @@ class RequestQueue(Generic[RequestT]):
             request
             for index in sorted(buckets)
             for request in buckets[index]
-            if request.place and id(request) not in left_out
+            if request.place > 0 and id(request) not in left_out
         ]
 
     def _sweep_deadlines(self) -> None:
         if len(self._deadlines) > 2 * self._length + _STALE_ALLOWED:
-            self._deadlines = [entry for entry in self._deadlines if entry[2].place]
+            self._deadlines = [entry for entry in self._deadlines if entry[2].place > 0]
             heapq.heapify(self._deadlines)

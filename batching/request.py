@@ -33,7 +33,9 @@ class Request(Generic[T]):
     arrival_s: float = 0.0
     deadline_s: float = math.inf
     place: int = field(default=0, init=False)
-    """Its place in the order of arrival while it waits in a queue, else 0; the queue's own to change."""
+    """Its place in the order of arrival, negative while it does not wait, 0 before it first does; set by the queue."""
+    is_linked: bool = field(default=False, init=False)
+    """Whether a bucket of the queue holds it, waiting or not; set by the queue."""
 
 
 @dataclass(
@@ -47,9 +49,11 @@ class Success(Generic[R_co]):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The outcome of a request that got an error of its own."""
+    """The outcome of a request that got an error."""
 
     error: Exception
+    is_systemic: bool = False
+    """Whether nothing in its batch succeeded, so that the error says little about this request: it may run later."""
 
 
 Outcome = Success[R_co] | Failure

@@ -57,6 +57,24 @@ class QueueMachine(RuleBasedStateMachine):
         if request in self.expected:
             self.expected.remove(request)
 
+    @rule(data=st.data(), back=st.booleans())
+    def take(self, data: st.DataObject, *, back: bool) -> None:
+        if not self.expected:
+            return
+        taken = data.draw(st.lists(st.sampled_from(self.expected), unique=True, min_size=1))
+        self.queue.take(taken)
+        if back:
+            churned = data.draw(st.lists(st.sampled_from(self.expected), unique=True))
+            for request in churned:  # what is withdrawn meanwhile may have swept the buckets
+                if request not in taken:
+                    assert self.queue.discard(request)
+                    self.expected.remove(request)
+            for priority in Priority:
+                self.queue.oldest(priority)
+            self.queue.put_back(taken)
+        else:
+            self.expected = [request for request in self.expected if request not in taken]
+
     @rule(elapsed_s=st.floats(0, 5))
     def expire(self, elapsed_s: float) -> None:
         self.now += elapsed_s
