@@ -10,11 +10,15 @@ from typing import Generic
 from batching.arrivals import Arrivals
 from batching.ceiling import Ceiling
 from batching.cost import CostModel
+from batching.measured_cost import MeasuredCostModel
 from batching.policy import Batch, BatchPolicy, Decision, DispatchReason
 from batching.queue import RequestQueue, RequestT, size_bucket
 from batching.request import Priority
 
 EXACT_UP_TO = 32  # waiting requests, the best of all partitions is found: a tenth of a millisecond for 16, half for 32
+FIRST_COUNT = 8  # most requests in a batch before anything was measured
+SIMILAR = 1.5  # sizes that differ by no more from the anchor go together where no cost is trusted
+COUNT_STEP = 4  # times the most that ever ran together, at most
 EVEN = 1 + 1e-9  # where requests only add up, rounding must not decide whether they may run together
 
 
@@ -34,6 +38,7 @@ class BatchPlanner(Generic[RequestT]):
         self.policy = policy
         self.cost_model = cost_model
         self.queue: RequestQueue[RequestT] = RequestQueue(policy.max_queue_items)
+        self._learnt = cost_model if isinstance(cost_model, MeasuredCostModel) else None
         self.ceiling = Ceiling()
         self.count_limit: int | None = None
         """Most requests in a batch for now, beside `max_batch_size`: while many fail, small batches lose less."""
@@ -156,10 +161,55 @@ class BatchPlanner(Generic[RequestT]):
         other = Priority.INTERACTIVE if is_bulk else Priority.BULK
         return replace(batch, contended=True) if self.queue.waiting(other) else batch
 
+    @property
+    def _most(self) -> int:
+        """Most requests in a batch for now: what was never tried is approached in steps."""
+        most = self.policy.max_batch_size
+        if self.count_limit is not None:
+            most = min(most, self.count_limit)
+        if self._learnt is not None:
+            most = min(most, max(FIRST_COUNT, COUNT_STEP * self._learnt.largest_count))
+        return most
+
     def _form_batch(self, anchor: RequestT) -> Batch[RequestT]:
+        if self._learnt is not None and not self._learnt.is_trusted:
+            return self._fill_batch(anchor)
         if 1 < self.queue.waiting(anchor.priority) <= EXACT_UP_TO:
             return self._cut_out_batch(anchor)
         return self._grow_batch(anchor)
+
+    def _fill_batch(self, anchor: RequestT) -> Batch[RequestT]:
+        """The anchor with those nearest to it in size, as many as the limits allow: never far off, whatever it costs."""
+        most, requests, longest, total = self._most, [anchor], anchor.size, anchor.size
+        sides = self._neighbours(anchor, most - 1)
+        reason = DispatchReason.FULL
+        while len(requests) < most:
+            runs = [(side, side.sizes(most - len(requests))) for side in sides]
+            near = sorted((abs(math.log(sizes[0] / anchor.size)), i) for i, (_, sizes) in enumerate(runs) if sizes)
+            for _, i in near:
+                side, sizes = runs[i]
+                sizes = [size for size in sizes if anchor.size / SIMILAR <= size <= anchor.size * SIMILAR]
+                added = self._allowed(len(requests), longest, total, sizes)
+                if added:
+                    requests += side.take(added)
+                    longest, total = max(longest, *sizes[:added]), total + sum(sizes[:added])
+                    break
+            else:
+                reason = DispatchReason.BUDGET if near else DispatchReason.IDLE
+                break
+        batch_s = self.cost_model.predict_s(len(requests), longest, total)
+        return Batch(requests, anchor.priority, reason, longest, total, batch_s)
+
+    def _allowed(self, count: int, longest: int, total: int, sizes: list[int]) -> int:
+        """How many of these requests may join a batch, in their order: all, half of them, and so on."""
+        added = len(sizes)
+        while added:
+            new_longest, new_total = max(longest, *sizes[:added]), total + sum(sizes[:added])
+            predicted_s = self.cost_model.predict_s(count + added, new_longest, new_total)
+            if self._is_allowed(count + added, new_longest, predicted_s):
+                return added
+            added //= 2
+        return 0
 
     def _cut_out_batch(self, anchor: RequestT) -> Batch[RequestT]:
         """The batch with `anchor` in the partition of all waiting requests that takes the least time altogether.
@@ -170,10 +220,10 @@ class BatchPlanner(Generic[RequestT]):
         # The anchor behind its equals: where they make a full batch and a rest, it is in the full one.
         by_size = sorted([*self.queue.all_but([anchor]), anchor], key=attrgetter("size"))
         totals = list(accumulate((request.size for request in by_size), initial=0))
-        least_s, starts, seconds = [0.0], [0], [0.0]
+        most, least_s, starts, seconds = self._most, [0.0], [0], [0.0]
         for end, largest in enumerate(by_size, start=1):
             best_s, best_start, best_batch_s = math.inf, end - 1, 0.0
-            for start in range(end - 1, max(-1, end - self.policy.max_batch_size - 1), -1):
+            for start in range(end - 1, max(-1, end - most - 1), -1):
                 count = end - start
                 batch_s = self.cost_model.predict_s(count, largest.size, totals[end] - totals[start])
                 if count > 1 and not self._is_allowed(count, largest.size, batch_s):
@@ -193,7 +243,7 @@ class BatchPlanner(Generic[RequestT]):
         return Batch(requests, anchor.priority, reason, longest, total, seconds[end])
 
     def _reason(self, count: int, longest: int, total: int, waiting: int) -> DispatchReason:
-        if count == self.policy.max_batch_size:
+        if count >= self._most:
             return DispatchReason.FULL
         one_more_s = self.cost_model.predict_s(count + 1, longest, total + longest)
         has_room = self._is_allowed(count + 1, longest, one_more_s)
@@ -201,7 +251,7 @@ class BatchPlanner(Generic[RequestT]):
 
     def _grow_batch(self, anchor: RequestT) -> Batch[RequestT]:
         """Grow a batch around `anchor` by runs of neighbours, from whichever side of its sizes serves better."""
-        max_size = self.policy.max_batch_size
+        max_size = self._most
         requests, longest, total = [anchor], anchor.size, anchor.size
         batch_s = self.cost_model.predict_s(1, longest, total)
         sides = self._neighbours(anchor, max_size - 1)
@@ -221,7 +271,7 @@ class BatchPlanner(Generic[RequestT]):
         """
         count, priority = len(batch.requests), batch.priority
         waiting, total = self.queue.waiting(priority), self.queue.waiting_size(priority)
-        if batch.reason is not DispatchReason.IDLE or not count < waiting <= self.policy.max_batch_size:
+        if batch.reason is not DispatchReason.IDLE or not count < waiting <= self._most:
             return batch
         rest = self.queue.all_but(batch.requests)
         longest_of_rest = max(request.size for request in rest)
@@ -254,7 +304,7 @@ class BatchPlanner(Generic[RequestT]):
         None when every run would raise the seconds or exceed a limit; the second value tells whether one did that.
         """
         predict_s = self.cost_model.predict_s
-        room = self.policy.max_batch_size - count
+        room = self._most - count
         best, best_s_per_size, over_budget = None, batch_s / total * EVEN, False
         for side in sides:
             sizes = side.sizes(room)
