@@ -1,7 +1,7 @@
 """By how much batches of a kind deviate from a fitted sum of costs: steps and cliffs, which no such sum has."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Self
 
 REMEMBERED = 8  # batches of a kind: an older one counts less and less
@@ -44,7 +44,7 @@ class Deviations:
         return [[kind, mean, seen, self.factors.get(kind, 1.0)] for kind, (mean, seen) in self._means.items()]
 
     @classmethod
-    def from_state(cls, state: Iterable[Iterable[Any]] | Mapping[str, Any]) -> Self:
+    def from_state(cls, state: Iterable[Iterable[Any]]) -> Self:
         """The same again; raises `ValueError` or `TypeError` for what `state` never returned."""
         deviations = cls()
         for kind, mean, seen, factor in state:

@@ -1,7 +1,5 @@
 """Tries larger batches than the measured costs speak for, at a bounded price: costs may have been judged by chance."""
 
-import math
-
 SHARE = 0.02  # of the running time, at most, may be lost to trying
 FIRST_PATIENCE = 8
 LAST_PATIENCE = 1024
@@ -37,8 +35,3 @@ class Exploration:
         else:
             self._patience = FIRST_PATIENCE
         self._batches_to_next_try = self._patience
-
-
-def expected_s(count: int, of_count: int, seconds: float) -> float:
-    """What `count` requests cost at the rate of a batch of `of_count` that takes `seconds`."""
-    return math.inf if not of_count else seconds * count / of_count
