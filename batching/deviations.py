@@ -34,7 +34,7 @@ class Deviations:
             mean += (surprise / len(kinds) + math.log(self.factors.get(kind, 1.0)) - mean) / seen
             self._means[kind] = mean, seen
             certain = abs(mean) - (NOISE_FLOOR + noise) / math.sqrt(seen)
-            if certain > 0:
+            if certain > 0 and seen > 1:
                 self.factors[kind] = math.exp(math.copysign(certain, mean))
             else:
                 self.factors.pop(kind, None)

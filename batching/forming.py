@@ -18,7 +18,6 @@ EXACT_UP_TO = 32  # waiting requests, the best of all partitions is found: a ten
 EVEN = 1 + 1e-9  # where requests only add up, rounding must not decide whether they may run together
 FIRST_COUNT = 8  # most requests in a batch before anything was measured
 COUNT_STEP = 4  # times the most that ever ran together, at most
-SHORT_COST = 1.03  # times the seconds per size of the best batch, at most, where batches are to be short
 SIMILAR = 1.5  # sizes that differ by no more from the anchor's go together where no cost is trusted
 
 
@@ -65,62 +64,45 @@ class BatchFormer(Generic[RequestT]):
             return self._with_the_rest(self._cut_out_batch(anchor))
         return self._with_the_rest(self._grow_batch(anchor))
 
-    def shorten(self, batch: Batch[RequestT], longest_s: float | None) -> Batch[RequestT]:
-        """The anchor with the companions nearest to it, in a batch that is as short as it can be at hardly more cost.
-
-        That is `SHORT_COST` times the seconds per size of the batch, or `longest_s` where that is shorter still.
-        """
-        requests, short = batch.requests, batch
-        while len(requests) > 1:
-            requests = requests[: (len(requests) + 1) // 2]
+    def shorten(self, batch: Batch[RequestT], longest_s: float) -> Batch[RequestT]:
+        """The anchor with as many of its companions, the nearest first, as `longest_s` allows."""
+        count = len(batch.requests)
+        while count > 1 and batch.predicted_s > longest_s:
+            count = max(1, min(count - 1, int(count * longest_s / batch.predicted_s)))
+            requests = batch.requests[:count]
             longest, total = max(request.size for request in requests), sum(request.size for request in requests)
-            seconds = self.cost_model.predict_s(len(requests), longest, total)
-            is_too_long = longest_s is not None and short.predicted_s > longest_s
-            if seconds / total > SHORT_COST * batch.predicted_s / batch.total and not is_too_long:
-                break
-            short = replace(batch, requests=requests, longest=longest, total=total, predicted_s=seconds)
-        return short
+            seconds = self.cost_model.predict_s(count, longest, total)
+            batch = replace(batch, requests=requests, longest=longest, total=total, predicted_s=seconds)
+        return batch
 
-    def with_companions(self, batch: Batch[RequestT], priority: Priority, longest_s: float | None) -> Batch[RequestT]:
-        """The batch with requests of another class that come nearly free, and do not make it long.
+    def with_companions(self, batch: Batch[RequestT], priority: Priority, longest_s: float) -> Batch[RequestT]:
+        """The batch with requests of another class that come nearly free, while it takes no longer than `longest_s`.
 
-        Each run of them adds less than it would take in batches of its own, and the batch takes no longer than a short
-        one of as large requests (`shorten`), or `longest_s` where that is shorter still.
+        Each run of them adds at most what it would take in batches of its own.
         """
-        own_s, short_count = self._own_s(batch.longest)
-        room = min(self.most, short_count) - len(batch.requests)
-        limit_s = own_s * short_count if longest_s is None else min(own_s * short_count, longest_s)
-        own = size_bucket(batch.longest)
+        room, own = self.most - len(batch.requests), size_bucket(batch.longest)
         for index in [index for index in reversed(self.queue.bucket_indices(priority)) if index <= own]:
             if room <= 0:
                 break
             run = [request for request in self.queue.front(priority, index, room) if request.size <= batch.longest]
-            added = len(run)
-            if not added:
-                continue
-            alone_s = self._own_s(max(request.size for request in run))[0]
+            added, alone_s = len(run), self._own_s(run[0].size) if run else 0.0
             while added:
                 count, total = len(batch.requests) + added, batch.total + sum(request.size for request in run[:added])
                 seconds = self.cost_model.predict_s(count, batch.longest, total)
-                is_short = seconds <= limit_s * EVEN and self.is_allowed(count, batch.longest, seconds)
+                is_short = seconds <= longest_s and self.is_allowed(count, batch.longest, seconds)
                 if is_short and seconds - batch.predicted_s <= added * alone_s * EVEN:
                     batch = replace(batch, requests=batch.requests + run[:added], total=total, predicted_s=seconds)
                     room -= added
                     break
                 added //= 2
-            else:
+            if run and not added:
                 break  # smaller ones are padded even more
         return batch
 
-    def _own_s(self, size: int) -> tuple[float, int]:
-        """Seconds of a request of this size in the best batch of its equals, and how many make a short batch."""
-        counts = [count for count in _powers_of_two(self.most) if count == 1 or self._fits(count, size)]
-        seconds = [self.cost_model.predict_s(count, size, count * size) / count for count in counts]
-        best_s = min(seconds)
-        return best_s, next(n for n, s in zip(counts, seconds, strict=True) if s <= SHORT_COST * best_s)
-
-    def _fits(self, count: int, size: int) -> bool:
-        return self.is_allowed(count, size, self.cost_model.predict_s(count, size, count * size))
+    def _own_s(self, size: int) -> float:
+        """Seconds of a request of this size in the best batch of its equals."""
+        seconds = self.cost_model.predict_s
+        return min(seconds(count, size, count * size) / count for count in _powers_of_two(self.most))
 
     def fill(self, anchor: RequestT) -> Batch[RequestT]:
         """The anchor with those of the most similar sizes, as many as the limits allow: seldom best, never far off."""

@@ -170,6 +170,7 @@ class MeasuredCostModel:
             "kept": self._kept.state(),
             "recent": self._recent.state(),
             "newest_weight": self._newest_weight,
+            "error": self._error,
             "deviations": self._deviations.state(),
         }
 
@@ -182,7 +183,7 @@ class MeasuredCostModel:
             if (state["version"], state["feature"]) != (STATE_VERSION, self.feature.value):
                 raise ValueError(f"of version {state['version']!r} and feature {state['feature']!r}")
             observed, newest_weight = int(state["observed"]), float(state["newest_weight"])
-            largest_count = int(state["largest_count"])
+            largest_count, wrong_by = int(state["largest_count"]), float(state["error"])
             kept = NormalEquations.from_state(state["kept"], FEATURES)
             recent = NormalEquations.from_state(state["recent"], FEATURES)
             deviations = Deviations.from_state(state["deviations"])
@@ -190,10 +191,12 @@ class MeasuredCostModel:
             raise ValueError(f"not the state of a cost model: {type(error).__name__}: {error}") from error
         if not any(kept.solve_with(recent, 1.0)):
             raise ValueError("not the state of a cost model: a batch would cost nothing")
+        if not 0 <= wrong_by <= LARGEST_ERROR:
+            raise ValueError(f"error must be from 0 to {LARGEST_ERROR}, got {wrong_by!r}")
         if not 1 <= newest_weight < math.inf:
             raise ValueError(f"newest_weight must be a finite number, 1 or more, got {newest_weight!r}")
         self.observed, self._newest_weight, self._kept, self._recent = observed, newest_weight, kept, recent
-        self.largest_count, self._deviations = largest_count, deviations
+        self.largest_count, self._error, self._deviations = largest_count, wrong_by, deviations
         self._fit()
 
     def _notice_change(self, surprise: float) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Generic
 
 from batching.arrivals import Arrivals
+from batching.bulk_length import BulkLength
 from batching.ceiling import Ceiling
 from batching.cost import CostModel
 from batching.exploration import Exploration
@@ -14,6 +15,8 @@ from batching.policy import Batch, BatchPolicy, Decision, DispatchReason
 from batching.queue import RequestQueue, RequestT
 from batching.request import Priority
 
+COMPANIONS_SHARE = 0.6  # of the longest bulk batch: bulk companions make an interactive batch no longer than that,
+NEARLY_FREE = 1.1  # or than so many times what it takes without them
 RECENT_S = 2.0  # bulk batches are short for so long after an interactive request
 
 
@@ -35,6 +38,7 @@ class BatchPlanner(Generic[RequestT]):
         self.ceiling = Ceiling()
         self.former = BatchFormer(policy, cost_model, self.queue, self.ceiling)
         self._exploration = Exploration()
+        self._bulk_length = BulkLength(policy.max_bulk_batch_s)
         self._last_interactive_s = -math.inf
         self._arrivals = {priority: Arrivals() for priority in Priority}
         # While both classes wait, bulk is owed `bulk_share` of the running time. What it is owed in seconds, negative
@@ -155,13 +159,26 @@ class BatchPlanner(Generic[RequestT]):
     # What goes.
 
     def _form_batch(self, anchor: RequestT, now: float) -> Batch[RequestT]:
-        is_bulk, longest_s = anchor.priority is Priority.BULK, self.policy.max_bulk_batch_s
+        is_bulk = anchor.priority is Priority.BULK
         batch = self.former.form(anchor)
         if is_bulk and now <= self._last_interactive_s + RECENT_S:
-            return self.former.shorten(batch, longest_s)
+            short = self.former.shorten(batch, self._bulk_length.seconds)
+            self._bulk_length.add(batch, short)
+            return short
         if is_bulk or not self.queue.waiting(Priority.BULK):
             return self._perhaps_a_try(batch)
+        self._measure_bulk()
+        left = self.queue.waiting(Priority.INTERACTIVE) - len(batch.requests)
+        longest_s = max(COMPANIONS_SHARE * self._bulk_length.seconds / (1 + left), NEARLY_FREE * batch.predicted_s)
         return self.former.with_companions(batch, Priority.BULK, longest_s)
+
+    def _measure_bulk(self) -> None:
+        """Keep to the length of bulk batches while none of them runs, because interactive ones take them along."""
+        if self._bulk_length.wants_more:
+            oldest = self.queue.oldest(Priority.BULK)
+            if oldest is not None:
+                batch = self.former.form(oldest)
+                self._bulk_length.add(batch, self.former.shorten(batch, self._bulk_length.seconds))
 
     def _perhaps_a_try(self, batch: Batch[RequestT]) -> Batch[RequestT]:
         """In place of the batch now and then a full one, to see whether that is as bad as it is predicted to be."""

@@ -6,7 +6,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.simulate.devices import make_device
+from benchmarks.simulate.mix import RATES, print_mixes
+from benchmarks.simulate.mix import mix as mix_of
+from benchmarks.simulate.regret import study
 from benchmarks.simulate.report import print_results, write_results
+from benchmarks.simulate.structure_report import draw_regrets, print_regrets
 from benchmarks.simulate.study import CALLERS, LOADS, QUICK_CALLERS, QUICK_LOADS, Settings, run_study
 from benchmarks.simulate.tables import CPU, DEVICES, table_to_json
 
@@ -46,6 +51,24 @@ def simulate(
     print_results(results, Console(width=130))
     if out is not None:
         write_results(settings, results, out)
+
+
+@app.command()
+def structures(
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    plot: Annotated[Path | None, typer.Option(help="An image file to draw into (needs matplotlib).")] = None,
+) -> None:
+    """Run the planner, cold, on dozens of structures of costs, beside the best fixed batching in hindsight."""
+    regrets = study(jobs)
+    print_regrets(regrets, Console(width=130))
+    if plot is not None:
+        draw_regrets(regrets, plot)
+
+
+@app.command()
+def mix(requests: Annotated[int, typer.Option(min=100, help="Interactive requests of each rate.")] = 3_000) -> None:
+    """Send interactive requests over a backlog of jobs, on each device, and print what each costs the other."""
+    print_mixes([mix_of(make_device(name, 0.05), rate, requests) for name in DEVICES for rate in RATES], Console())
 
 
 @app.command()

@@ -1,8 +1,13 @@
 """Interactive requests over a long backlog of jobs: what each costs the other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from batching import Priority
 from benchmarks.simulate.devices import Device, planner
@@ -11,7 +16,6 @@ from benchmarks.simulate.workload import OpenLoop, draw_sizes, poisson
 
 RATES = (0.08, 0.25, 0.4)
 """Interactive requests, as shares of the device's capacity: about 20, 60 and 100 a second on the measured CPU."""
-LONGEST_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,24 @@ def mix(device: Device, share: float, interactive: int, seed: int = 1) -> Mix:
     )
 
 
-def _run(device: Device, arrivals_s: "np.ndarray", sizes: "np.ndarray", jobs: int, seed: int) -> Run:  # type: ignore[type-arg]
+def print_mixes(mixes: Sequence[Mix], console: Console) -> None:
+    """A line for each device and rate."""
+    table = Table(box=box.SIMPLE, title="Interactive requests over a backlog of jobs")
+    for column in ("device", "requests/s", "p99 alone [ms]", "p99 [ms]", "ratio", "throughput beside jobs alone"):
+        table.add_column(column, justify="left" if column == "device" else "right")
+    for one in mixes:
+        table.add_row(
+            one.device,
+            f"{one.rate:.0f}",
+            f"{one.p99_alone_s * 1000:.1f}",
+            f"{one.p99_s * 1000:.1f}",
+            f"{one.p99_s / one.p99_alone_s:.2f}",
+            f"{one.throughput:.2f}",
+        )
+    console.print(table)
+
+
+def _run(device: Device, arrivals_s: NDArray[np.float64], sizes: NDArray[np.int64], jobs: int, seed: int) -> Run:
     times_s = np.concatenate([np.zeros(jobs), arrivals_s])
     bulk_sizes = draw_sizes(jobs, np.random.default_rng(seed + 1))
     priorities = [Priority.BULK] * jobs + [Priority.INTERACTIVE] * len(arrivals_s)

@@ -1,7 +1,9 @@
 """What the planner loses, on each structure of costs, beside the best fixed batching chosen in hindsight."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,6 +133,31 @@ def regret(structure: Structure, mix: str, seed: int = 1, *, loops: bool = True)
         cold_planner(structure), structure, sizes, arrivals_s, seed
     )
     return Regret(structure.name, mix, first, whole, callers, waiting, batches)
+
+
+def mean_regret(structure: Structure, mix: str, seeds: Sequence[int] = SEEDS, *, loops: bool = True) -> Regret:
+    """The means over some seeds of what `regret` tells."""
+    runs = [regret(structure, mix, seed, loops=loops) for seed in seeds]
+    return Regret(
+        structure.name,
+        mix,
+        first=fmean(run.first for run in runs),
+        all=fmean(run.all for run in runs),
+        callers=fmean(run.callers for run in runs),
+        waiting=fmean(run.waiting for run in runs),
+        batches=runs[0].batches,
+    )
+
+
+def study(jobs: int) -> list[Regret]:
+    """Every case, on `jobs` processes."""
+    with ProcessPoolExecutor(jobs) as pool:
+        return list(pool.map(_case, range(len(list(cases())))))
+
+
+def _case(number: int) -> Regret:
+    # By its number: the functions of a structure cannot be pickled.
+    return mean_regret(*list(cases())[number])
 
 
 def cases() -> Iterator[tuple[Structure, str]]:
