@@ -43,6 +43,12 @@ class BatchPlanner(Generic[RequestT]):
         self._owed_to_bulk_s = 0.0
         self._bulk_in_flight = 0
 
+    @property
+    def largest_count(self) -> int:
+        """The number of requests that makes a batch full for now."""
+        most = self.policy.max_batch_size
+        return most if self.count_limit is None else min(most, self.count_limit)
+
     def push(self, request: RequestT) -> None:
         """Add a request that does not wait yet; raises `QueueFullError` when there is no room."""
         self.push_all((request,))
@@ -133,7 +139,7 @@ class BatchPlanner(Generic[RequestT]):
         count, size = len(batch.requests) + 1, max(1, arrivals.mean_size)
         longest, total = max(batch.longest, size), batch.total + size
         with_one_more_s = self.cost_model.predict_s(count, longest, total)
-        if count > policy.max_batch_size:
+        if count > self.largest_count:
             return DispatchReason.FULL, now
         if not self._is_allowed(count, longest, with_one_more_s):
             return DispatchReason.BUDGET, now
@@ -171,9 +177,10 @@ class BatchPlanner(Generic[RequestT]):
         by_size = sorted([*self.queue.all_but([anchor]), anchor], key=attrgetter("size"))
         totals = list(accumulate((request.size for request in by_size), initial=0))
         least_s, starts, seconds = [0.0], [0], [0.0]
+        most = self.largest_count
         for end, largest in enumerate(by_size, start=1):
             best_s, best_start, best_batch_s = math.inf, end - 1, 0.0
-            for start in range(end - 1, max(-1, end - self.policy.max_batch_size - 1), -1):
+            for start in range(end - 1, max(-1, end - most - 1), -1):
                 count = end - start
                 batch_s = self.cost_model.predict_s(count, largest.size, totals[end] - totals[start])
                 if count > 1 and not self._is_allowed(count, largest.size, batch_s):
@@ -193,7 +200,7 @@ class BatchPlanner(Generic[RequestT]):
         return Batch(requests, anchor.priority, reason, longest, total, seconds[end])
 
     def _reason(self, count: int, longest: int, total: int, waiting: int) -> DispatchReason:
-        if count == self.policy.max_batch_size:
+        if count == self.largest_count:
             return DispatchReason.FULL
         one_more_s = self.cost_model.predict_s(count + 1, longest, total + longest)
         has_room = self._is_allowed(count + 1, longest, one_more_s)
@@ -201,7 +208,7 @@ class BatchPlanner(Generic[RequestT]):
 
     def _grow_batch(self, anchor: RequestT) -> Batch[RequestT]:
         """Grow a batch around `anchor` by runs of neighbours, from whichever side of its sizes serves better."""
-        max_size = self.policy.max_batch_size
+        max_size = self.largest_count
         requests, longest, total = [anchor], anchor.size, anchor.size
         batch_s = self.cost_model.predict_s(1, longest, total)
         sides = self._neighbours(anchor, max_size - 1)
@@ -221,7 +228,7 @@ class BatchPlanner(Generic[RequestT]):
         """
         count, priority = len(batch.requests), batch.priority
         waiting, total = self.queue.waiting(priority), self.queue.waiting_size(priority)
-        if batch.reason is not DispatchReason.IDLE or not count < waiting <= self.policy.max_batch_size:
+        if batch.reason is not DispatchReason.IDLE or not count < waiting <= self.largest_count:
             return batch
         rest = self.queue.all_but(batch.requests)
         longest_of_rest = max(request.size for request in rest)
@@ -254,7 +261,7 @@ class BatchPlanner(Generic[RequestT]):
         None when every run would raise the seconds or exceed a limit; the second value tells whether one did that.
         """
         predict_s = self.cost_model.predict_s
-        room = self.policy.max_batch_size - count
+        room = self.largest_count - count
         best, best_s_per_size, over_budget = None, batch_s / total * EVEN, False
         for side in sides:
             sizes = side.sizes(room)
