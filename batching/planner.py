@@ -46,6 +46,11 @@ class BatchPlanner(Generic[RequestT]):
         self._owed_to_bulk_s = 0.0
         self._bulk_in_flight = 0
 
+    @property
+    def largest_count(self) -> int:
+        """The number of requests that makes a batch full for now."""
+        return self.former.most
+
     def push(self, request: RequestT) -> None:
         """Add a request that does not wait yet; raises `QueueFullError` when there is no room."""
         self.push_all((request,))
@@ -142,7 +147,7 @@ class BatchPlanner(Generic[RequestT]):
         count, size = len(batch.requests) + 1, max(1, arrivals.mean_size)
         longest, total = max(batch.longest, size), batch.total + size
         with_one_more_s = self.cost_model.predict_s(count, longest, total)
-        if count > policy.max_batch_size:
+        if count > self.largest_count:
             return DispatchReason.FULL, now
         if not self.former.is_allowed(count, longest, with_one_more_s):
             return DispatchReason.BUDGET, now
