@@ -37,6 +37,9 @@ CHANGE_AFTER = 4  # batches in a row that are off so far on the same side
 OUTLIER_LOG_RATIO = 0.4  # a batch that took over e^0.4 = 1.5 times what was predicted, or less than 1/1.5, counts less
 SETTLED_AFTER = 6  # batches: before, a deviation from the fit says more of the fit than of the batch
 
+LEARNING_S = 25e-6  # what learning from a batch takes
+LEARNING_SHARE = 0.05  # of the time of batches, at most
+
 ERROR_SMOOTHING = 1 / 8
 LARGEST_ERROR = 1.0  # that counts, so that one outlier does not take the trust away for long
 ERROR_ALLOWED = 0.45  # of the mean |log(measured / predicted)|; noise of 30 % alone makes 0.25
@@ -82,7 +85,7 @@ class MeasuredCostModel:
         self._newest_weight = 1.0
         self._since_fit = 0
         self._surprises: list[float] = []
-        self._error = 0.0
+        self._error = self._time_to_learn_s = 0.0
         self._deviations = Deviations()
         self._use(
             [
@@ -117,7 +120,7 @@ class MeasuredCostModel:
 
     def observe(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
         """Learn that such a batch took `elapsed_s` seconds; what is not a positive time is left out."""
-        if not 0 < elapsed_s < math.inf:
+        if not 0 < elapsed_s < math.inf or not self._is_worth_learning(elapsed_s):
             return
         surprise = math.log(elapsed_s / self.predict_s(count, longest, total)) if self.observed else 0.0
         self._error += ERROR_SMOOTHING * (min(abs(surprise), LARGEST_ERROR) - self._error)
@@ -134,6 +137,16 @@ class MeasuredCostModel:
         self._since_fit += 1
         if self.observed <= REFIT_EVERY or self._since_fit >= REFIT_EVERY:
             self._fit()
+
+    def _is_worth_learning(self, elapsed_s: float) -> bool:
+        """Whether enough time has passed in batches to spend some on learning: of the shortest, one in many teaches."""
+        if self.observed < REFIT_EVERY:
+            return True
+        self._time_to_learn_s = min(self._time_to_learn_s, LEARNING_S) + LEARNING_SHARE * elapsed_s
+        if self._time_to_learn_s < LEARNING_S:
+            return False
+        self._time_to_learn_s -= LEARNING_S
+        return True
 
     def calibrate(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
         """Learn from a shape that was run for measurement, which has no outliers and does not fade.

@@ -200,18 +200,25 @@ class BatchScheduler(Generic[T, R]):
         cancellation are as for `submit`.
         """
         waiter = self._make_waiter(timeout_s)
-        outcomes: list[Outcome[R] | Pending[T, R]] = []
-        for payload in payloads:
-            try:
-                outcomes.append(self._make_request(payload, None, priority, waiter))
-            except RequestTooLargeError as error:
-                outcomes.append(Failure(error))
-        requests = [entry for entry in outcomes if isinstance(entry, Pending)]
+        refused: dict[int, Failure] = {}
+        requests = list[Pending[T, R]]()
+        if self._sizes is None:
+            requests = [Pending(payload, 1, priority, waiter) for payload in payloads]
+        else:
+            for number, payload in enumerate(payloads):
+                try:
+                    requests.append(self._make_request(payload, None, priority, waiter))
+                except RequestTooLargeError as error:
+                    refused[number] = Failure(error)
         self._enqueue(requests)
         if requests:
             waiter.unfinished = len(requests)
             await self._wait(waiter, requests)
-        return [cast("Outcome[R]", entry.outcome) if isinstance(entry, Pending) else entry for entry in outcomes]
+        outcomes = cast("list[Outcome[R]]", [request.outcome for request in requests])
+        if not refused:
+            return outcomes
+        others = iter(outcomes)
+        return [refused.get(number) or next(others) for number in range(len(requests) + len(refused))]
 
     def submit_nowait(
         self,
