@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 SHARES = tuple(math.exp(math.log(0.95 * 4096) * step / 15) / 4096 for step in range(16))
-FORGETTING = 0.01  # the weight of the prior that each run mixes in: what was learnt a hundred runs ago counts little
+FORGETTING = 0.001  # the weight of the prior that each run mixes in: some ten successes in a row outweigh any past
 ENOUGH = 0.5  # the probability to succeed of the largest group that is worth a run: then a run tells the most
 
 
@@ -18,14 +18,14 @@ def _mean(weights: tuple[float, ...]) -> float:
 
 
 _PRIOR = _normalized([1 / math.sqrt(share) for share in SHARES])
-_PRIOR_MEAN = _mean(_PRIOR)
+REST_AT = _mean(_PRIOR) / 4  # the expected share below which the belief returns to the prior
 
 
 class FailureRate:
     """A Bayesian estimate of the share of guilty items, as if each were guilty independently of the others.
 
-    The belief is a weight for each of 16 shares from 1/4096 to 0.95. At first, and again once failures are rarer than
-    it assumes, it is at rest: small shares are likely, groups may be of any size, and a success costs no computation.
+    The belief is a weight for each of 16 shares from 1/4096 to 0.95. At first, and again once failures are rare, it is
+    at rest: small shares are likely, groups may be of any size, and a success costs no computation.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class FailureRate:
             self._learn(lambda q: (math.pow(q, count) - math.pow(q, suspects)) / (1 - math.pow(q, suspects)))
         else:
             self._learn(lambda q: math.pow(q, count))
-        if self.share <= _PRIOR_MEAN:
+        if self.share <= REST_AT:
             self._weights = _PRIOR
 
     def failed(self, count: int, suspects: int = 0) -> None:

@@ -41,6 +41,7 @@ class FailureHistory:
         self._alone = 0
         self._alone_needed = ALONE_UNTIL_SYSTEMIC
         self._belief_before = self.rate.belief
+        self._limit: int | None = None
 
     def passed(self, count: int, suspects: int = 0) -> None:
         """Note that a run of `count` items succeeded, of so many `suspects`, one at least of which was guilty."""
@@ -73,11 +74,18 @@ class FailureHistory:
         return self.runs >= 2 * (batch_count - 1).bit_length()
 
     def count_limit(self, most: int) -> int | None:
-        """How many items to run at once, or None for no limit below `most`."""
-        if self.is_systemic or self.rate.is_at_rest:
+        """How many items the next batch may hold, or None for no limit below `most`; to be asked once a batch.
+
+        It grows no faster than twofold, because a few lucky runs are no reason to risk a batch many times as large.
+        """
+        if self.is_systemic or (self._limit is None and self.rate.is_at_rest):
+            self._limit = None
             return None
-        size = self.rate.group_size(most)
-        return size if size < most else None
+        size = most if self.rate.is_at_rest else self.rate.group_size(most)
+        if self._limit is not None:
+            size = min(size, 2 * self._limit)
+        self._limit = size if size < most else None
+        return self._limit
 
 
 def _alone_needed(share: float) -> int:
@@ -127,8 +135,9 @@ class GroupTest(Generic[T]):
             self._suspects, self.untested = [], []
             self._parts.clear()
         elif self._suspects:
-            middle = max(1, len(self._suspects) // 2)
-            self._running, self._other_suspects = self._suspects[:middle], self._suspects[middle:]
+            # Half of them, or fewer where so many failures make even that too likely to fail.
+            size = self._history.rate.group_size(max(1, len(self._suspects) // 2))
+            self._running, self._other_suspects = self._suspects[:size], self._suspects[size:]
             self._suspects = []
         elif self._parts:
             self._running = self._parts.popleft()
@@ -189,13 +198,13 @@ class GroupTest(Generic[T]):
         return self._history.is_systemic and not self._has_passed and enough
 
     def _sample(self) -> list[T]:
-        """Some of the untested items: one, where larger groups have failed often enough."""
-        if self._history.is_systemic or self._history.has_tried_enough(self._count):
-            place = int(len(self.untested) * (self._alone * GOLDEN_SECTION % 1))
-            return [self.untested.pop(place)]
-        size = self._history.rate.group_size(len(self.untested))
-        sample = self.untested[:size]
-        del self.untested[:size]
+        """Some of the untested items, each time from another place: one, where larger groups failed often enough."""
+        size = 1
+        if not self._history.is_systemic and not self._history.has_tried_enough(self._count):
+            size = self._history.rate.group_size(len(self.untested))
+        start = min(int(len(self.untested) * (self._alone * GOLDEN_SECTION % 1)), len(self.untested) - size)
+        sample = self.untested[start : start + size]
+        del self.untested[start : start + size]
         return sample
 
     def _drop_unwanted(self) -> None:

@@ -98,5 +98,16 @@ def sizes(
     file.write_text(sizes_as_json(lines, source), encoding="utf-8")
 
 
+@app.command()
+def poison(
+    items: Annotated[int, typer.Option(min=100, help="Items of each stream.")] = 2000,
+    streams: Annotated[int, typer.Option(min=1, help="Streams of each row, whose mean is shown.")] = 10,
+) -> None:
+    """Count what guilty items cost in the scheduler, beside the best plan that knows their share (a minute)."""
+    from benchmarks.simulate.poison import MOST_IN_A_BATCH, SHARES, poison_table
+
+    poison_table(SHARES, MOST_IN_A_BATCH, items, streams, Console(width=130))
+
+
 if __name__ == "__main__":
     app()
