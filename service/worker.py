@@ -43,6 +43,7 @@ def batch_policy(config: BatchConfig) -> BatchPolicy:
         max_wait_s=config.wait_ms / 1000,
         max_queue_items=config.max_queue_size,
         max_age_s=config.max_age_ms / 1000,
+        max_bulk_batch_s=None if config.max_bulk_batch_ms == "auto" else config.max_bulk_batch_ms / 1000,
     )
 
 
