@@ -145,7 +145,7 @@ class BatchRunner(Generic[T, R]):
     def _says_too_large(self, error: Exception) -> bool:
         try:
             return self._is_too_large(error)
-        except Exception:
+        except (Exception, SystemExit):
             logger.exception("%s: is_too_large failed; the error counts as any other", self._name)
             return False
 
@@ -171,13 +171,13 @@ class BatchRunner(Generic[T, R]):
             self._planner.batch_finished(
                 batch, total_s if seconds is None else seconds.total_s, succeeded=seconds is not None
             )
-        except Exception:
+        except (Exception, SystemExit):
             logger.exception("%s: the cost model could not learn from a batch", self._name)
 
     def _learn(self, part: list[Pending[T, R]], elapsed_s: float) -> None:
         try:
             self._planner.run_succeeded([request.size for request in part], elapsed_s)
-        except Exception:
+        except (Exception, SystemExit):
             logger.exception("%s: the cost model could not learn from a part of a batch", self._name)
 
     def _limit_counts(self) -> None:
@@ -188,7 +188,7 @@ class BatchRunner(Generic[T, R]):
         if self._on_batch is not None:
             try:
                 self._on_batch(record)
-            except Exception:
+            except (Exception, SystemExit):
                 logger.exception("%s: on_batch failed; the batch itself was not affected", self._name)
 
 

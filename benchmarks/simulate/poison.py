@@ -49,14 +49,14 @@ class PoisonedError(Exception):
     """Raised for a batch with a guilty item in it."""
 
 
-async def scheduler_effort(guilty: Sequence[bool], most: int, batches: list[int] | None = None) -> Effort:
-    """Give all items to a new scheduler at once; `batches` gets the number of items of each run."""
+async def scheduler_effort(guilty: Sequence[bool], most: int, runs: list[list[int]] | None = None) -> Effort:
+    """Give all items to a new scheduler at once; `runs` gets the items of each run."""
     effort = Effort()
 
     async def run(items: list[int]) -> list[int]:
         effort.add(len(items))
-        if batches is not None:
-            batches.append(len(items))
+        if runs is not None:
+            runs.append(items)
         if any(guilty[item] for item in items):
             raise PoisonedError
         return items

@@ -1,5 +1,6 @@
 """The estimated share of guilty items, and how large groups should be."""
 
+import itertools
 import random
 
 import pytest
@@ -89,7 +90,7 @@ def test_the_limit_of_a_batch_at_most_doubles_from_one_batch_to_the_next() -> No
         limits.append(limit)
         history.passed(limit)
     assert limits[0] == 1
-    assert all(later <= 2 * earlier for earlier, later in zip(limits[:-1], limits[1:], strict=True))
+    assert all(later <= 2 * earlier for earlier, later in itertools.pairwise(limits))
     assert len(limits) < 40
 
 

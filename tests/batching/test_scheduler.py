@@ -119,7 +119,7 @@ async def test_a_poisoned_item_fails_alone() -> None:
             assert str(error) == "-4 is negative"
         case other:
             pytest.fail(f"got {other}")
-    assert len(pipeline.batches) == 1 + 2 * 3
+    assert len(pipeline.batches) == 1 + 3 + 1 + 1, "the whole, three halves, the one proof, and those put back"
 
 
 async def test_an_exception_among_the_outputs_is_that_items_error_and_costs_no_further_call() -> None:

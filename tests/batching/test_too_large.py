@@ -99,7 +99,7 @@ async def test_what_a_failed_call_held_is_free_before_the_next_one(kind: type[De
     assert set(device.alive_at_call) == {0}
 
 
-async def test_a_batch_that_was_split_teaches_no_cost_and_is_recorded_once() -> None:
+async def test_a_batch_that_was_split_is_recorded_once_and_its_parts_teach_what_they_cost() -> None:
     device, records, learnt = Device(room=100), list[BatchRecord](), list[int]()
 
     class Pupil(PaddedCostModel):
@@ -110,7 +110,7 @@ async def test_a_batch_that_was_split_teaches_no_cost_and_is_recorded_once() -> 
         await scheduler.submit_many([10] * 16)
         await scheduler.submit(10)
     assert [(record.count, record.failed) for record in records] == [(16, 0), (1, 0)]
-    assert learnt == [1]
+    assert learnt == [8, 8, 1]
 
 
 async def test_without_a_classifier_it_is_an_error_like_any_other() -> None:

@@ -96,6 +96,33 @@ async def test_outcomes_of_a_list_keep_its_order_and_only_bad_items_fail(worker:
     assert outcomes[3] == Success(Length(length=5))
 
 
+async def test_a_list_has_an_error_in_the_place_of_each_invalid_item(worker: InferenceWorker) -> None:
+    bad, good, worse = await worker.predict_many([{"txt": "a"}, {"text": "bb"}, {"text": 3}])
+    assert good == Success(Length(length=2))
+    for outcome in (bad, worse):
+        assert isinstance(outcome, Failure)
+        assert isinstance(outcome.error, ValidationError)
+    (alone,) = await worker.predict_many([{}])
+    assert isinstance(alone, Failure)
+
+
+async def test_a_worker_whose_scheduler_breaks_says_so(
+    worker: InferenceWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> float:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(type(worker.costs), "predict_s", fail)
+    assert not worker.is_broken
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            await worker.predict(Text(text="a"))
+    await worker.wait_until_broken()
+    assert worker.is_broken
+    with pytest.raises(SchedulerClosedError, match="broken"):
+        await worker.predict(Text(text="a"))
+
+
 async def test_outputs_that_are_no_models_fail_their_items_alone(
     worker: InferenceWorker, pipeline: LengthPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

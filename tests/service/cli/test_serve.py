@@ -37,6 +37,15 @@ class Hanging(LengthPipeline):
             threading.Event().wait()
         return super().postprocess(input_list, raw_output)
 """
+BREAKING = """
+from batching import MeasuredCostModel
+from tests.support.length_model import LengthPipeline
+
+class Breaking(LengthPipeline):
+    def preprocess(self, input_list):
+        MeasuredCostModel.predict_s = None
+        return super().preprocess(input_list)
+"""
 NEVER_LOADED = """
 import sys, threading
 from tests.support.length_model import LengthPipeline

@@ -10,6 +10,7 @@ import pytest
 from anyio import to_thread
 from starlette.types import Message
 
+from batching import MeasuredCostModel
 from service.gateway import LocalGateway
 from service.loading import LoadError
 from service.settings import AuthConfig, Settings
@@ -60,6 +61,33 @@ async def test_the_application_opens_and_closes_its_gateway(settings: Settings) 
     async with serving(create_app(LocalGateway(settings))) as client:
         job = (await client.get(f"/jobs/{job_id}?wait=30")).json()
         assert job["result"]["length"] == 4
+
+
+async def test_a_model_that_broke_down_fails_liveness_and_ends_the_gateway_when_it_was_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the process would answer 503 for ever, and no probe would have it replaced."""
+
+    def fail(*_: Any) -> float:
+        raise ZeroDivisionError
+
+    settings = Settings(
+        app_settings={"async_config": {"store_path": tmp_path / "jobs.db"}},
+        model_settings={"model_entries": {"lengths": {"pipeline": "tests.support.length_model:LengthPipeline"}}},
+    )
+    gateway = LocalGateway(settings)
+    async with serving(create_app(gateway)) as client:
+        await until_ready(client)
+        monkeypatch.setattr(MeasuredCostModel, "predict_s", fail)
+        for _ in range(3):
+            assert (await client.post("/sync/predict", json={"text": "four"})).status_code == 500
+        with anyio.fail_after(30):
+            await gateway.wait_until_broken()
+        assert (await client.post("/sync/predict", json={"text": "four"})).status_code == 503
+        live = await client.get("/health/live")
+        assert (live.status_code, live.json()) == (503, {"status": "broken", "models": ["lengths"]})
+        assert (await client.get("/health/ready")).json()["models"] == {"lengths": "broken"}
+    assert "broke down" in caplog.text
 
 
 async def test_a_model_that_cannot_be_loaded_leaves_the_others_alone(
