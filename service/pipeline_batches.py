@@ -25,14 +25,15 @@ def run_batch_of(pipeline: InferencePipeline) -> RunBatch[BaseModel, InferenceOu
     )
 
 
-def run_as_one_batch(
+def attempt_as_one_batch(
     pipeline: InferencePipeline, items: Sequence[BaseModel]
-) -> Sequence[InferenceOutputModel | Exception]:
-    """Run items as one batch, outside any scheduler, and return the output or error of each; raises the batch's."""
-    outputs = _checked_all(pipeline.run_inference(list(items)))
-    if len(outputs) != len(items):
-        raise OutputCountError(len(items), f"{len(outputs)}")
-    return outputs
+) -> Sequence[InferenceOutputModel | Exception] | Exception:
+    """Run items as one batch, outside any scheduler, and return the output or error of each, or that of the batch."""
+    try:
+        outputs = _checked_all(pipeline.run_inference(list(items)))
+        return outputs if len(outputs) == len(items) else OutputCountError(len(items), f"{len(outputs)}")
+    except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is the batch's error
+        return error
 
 
 def is_too_large(error: Exception) -> bool:
