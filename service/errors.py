@@ -5,6 +5,12 @@ from typing import Any
 from batching import BatchingError
 from pipelines import PipelineError
 
+MAX_ERROR_BYTES = 8 * 1024
+"""Most bytes of UTF-8 of an error as text: in the store, in messages and in HTTP answers."""
+CUT_NOTE = " … ({characters} more characters)"
+NOTE_BYTES = 64
+"""More than any `CUT_NOTE` takes."""
+
 
 class ServiceError(Exception):
     """The root of all errors of this package. One can be pickled: it may travel from a container to its caller."""
@@ -30,7 +36,8 @@ class PipelineOutputError(ServiceError):
 
     def __init__(self, output: object) -> None:
         super().__init__(
-            f"the pipeline returned {output!r:.100} for an item; postprocess must return an InferenceOutputModel"
+            f"the pipeline returned {describe_value(output)} for an item; postprocess must return an "
+            "InferenceOutputModel"
         )
 
 
@@ -76,15 +83,47 @@ class OutputNotJsonError(ServiceError):
         )
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """One line for whoever gets the error as text: ours speak for themselves, others need the name of their class.
 
-    Never raises, whatever the error is, and what it returns can be written as UTF-8.
+    Never raises, whatever the error is. What it returns can be written as UTF-8, in at most `MAX_ERROR_BYTES`.
     """
+    kind, text = type(error), error_text(error)
+    if not issubclass(kind, ServiceError | BatchingError | PipelineError):
+        text = f"{_class_name(kind)}: {text}"
+    return cut_text(text)
+
+
+def error_text(error: BaseException) -> str:
+    """The error's message. Never raises, whatever the error's own class does."""
     try:
-        text = str(error)
-    except Exception:  # noqa: BLE001  # the error of a user's own class, whose __str__ may do anything
-        text = "(its message cannot be shown: __str__ raises)"
-    if not isinstance(error, ServiceError | BatchingError | PipelineError):
-        text = f"{type(error).__name__}: {text}"
-    return text.encode(errors="backslashreplace").decode()
+        return _plain(str(error))
+    except BaseException:  # noqa: BLE001  # the error of a user's own class, whose __str__ may do anything
+        return "(its message cannot be shown: __str__ raises)"
+
+
+def describe_value(value: object) -> str:
+    """The beginning of a user's value, as code. Never raises."""
+    try:
+        return _plain(repr(value))[:100]
+    except BaseException:  # noqa: BLE001  # a user's own class, whose __repr__ may do anything
+        return f"a {_class_name(type(value))} whose __repr__ raises"
+
+
+def cut_text(text: str) -> str:
+    """A text that UTF-8 can hold, in at most `MAX_ERROR_BYTES`; one that is cut ends with how much is missing."""
+    encoded = text[:MAX_ERROR_BYTES].encode(errors="backslashreplace")
+    if len(text) <= MAX_ERROR_BYTES and len(encoded) <= MAX_ERROR_BYTES:
+        return encoded.decode()
+    kept = encoded[: MAX_ERROR_BYTES - NOTE_BYTES].decode(errors="ignore")
+    return f"{kept}{CUT_NOTE.format(characters=max(1, len(text) - len(kept)))}"
+
+
+def _plain(text: str) -> str:
+    """The text as a plain `str`, of a subclass whose methods may do anything."""
+    return str.__getitem__(text, slice(None))
+
+
+def _class_name(kind: type) -> str:
+    name: str = type.__dict__["__name__"].__get__(kind)  # the real one: a metaclass may define another
+    return name

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from pipelines import InferenceOutputModel, InferencePipeline
-from service.errors import ServiceError
+from service.errors import ServiceError, describe_error, error_text
 from service.jobs import JobStore, MemoryJobStore, SqliteJobStore
 from service.jobs.manager import JobManager
 from service.queue_backends import (
@@ -52,7 +52,7 @@ def import_object(path: str, key: str) -> Any:
             "that holds it"
         ) from error
     except Exception as error:
-        raise LoadError(f"{key}: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
+        raise LoadError(f"{key}: importing {module_name!r} failed: {describe_error(error)}") from error
     try:
         return getattr(module, attribute)
     except AttributeError:
@@ -112,7 +112,8 @@ class ModelSource:
                 self.model_name, str(self._settings.local_model_repository_folder), common, **self._arguments
             )
         except Exception as error:
-            raise LoadError(f"{self._key}: {self.pipeline_class.__name__} cannot be loaded: {error}") from error
+            name, text = self.pipeline_class.__name__, error_text(error)
+            raise LoadError(f"{self._key}: {name} cannot be loaded: {text}") from error
 
 
 class _Nowhere:
@@ -140,9 +141,9 @@ def _make_queue_backend(config: QueueConfig, name: str, key: str) -> QueueBacken
     try:
         backend = make()
     except (QueueBackendError, ValueError) as error:
-        raise LoadError(f"{key}: {name} cannot be built: {error}") from error
+        raise LoadError(f"{key}: {name} cannot be built: {error_text(error)}") from error
     except Exception as error:
-        raise LoadError(f"{key}: {name} cannot be built: {type(error).__name__}: {error}") from error
+        raise LoadError(f"{key}: {name} cannot be built: {describe_error(error)}") from error
     if not (isinstance(backend, QueueBackend) and inspect.iscoroutinefunction(backend.send_message)):
         raise LoadError(f"{key}: {name} has no method 'async send_message(queue_name, message) -> bool'")
     return backend

@@ -1,5 +1,6 @@
 """The outputs of pipelines as JSON, which not everything that a pipeline returns can be."""
 
+import re
 from typing import Any, cast
 
 from pydantic_core import from_json, to_json
@@ -7,17 +8,40 @@ from pydantic_core import from_json, to_json
 from pipelines import InferenceOutputModel
 from service.errors import OutputNotJsonError
 
+MAX_DEPTH = 200
+"""Objects and lists that JSON readers take inside each other; more are an error to pydantic's."""
+WRAPPERS = 4
+"""Objects and lists that answers and messages put around an output, at most."""
+MAX_DIGITS = 4300
+"""Digits of the longest integer that Python reads."""
+
+_SAMPLE_STEP = 64
+_LONG_DIGITS = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS // _SAMPLE_STEP))
+
 
 def output_json(output: InferenceOutputModel) -> bytes:
-    """An output as JSON; numbers that JSON does not have (NaN, Infinity) are null. Raises `OutputNotJsonError`."""
+    """An output as JSON; numbers that JSON does not have (NaN, Infinity) are null.
+
+    Raises `OutputNotJsonError` for an output that cannot be written, or that readers of JSON refuse: one nested deeper
+    than 196 levels, or with an integer of more than 4,300 digits.
+    """
     try:
         content = output.model_dump_json().encode()
+        if b"NaN" in content or b"Infinity" in content:  # a model may be configured to write them
+            content = to_json(from_json(content), inf_nan_mode="null")
+        if _may_be_refused(content):
+            from_json(b"[" * WRAPPERS + content + b"]" * WRAPPERS)
     except Exception as error:
         # A model's own serializers may raise anything.
         raise OutputNotJsonError(error) from error
-    if b"NaN" in content or b"Infinity" in content:  # a model may be configured to write them
-        content = to_json(from_json(content), inf_nan_mode="null")
     return content
+
+
+def _may_be_refused(content: bytes) -> bool:
+    """Whether a text has so many brackets, or digits in a row, that only reading it can tell; quick on others."""
+    if content.count(b"{") + content.count(b"[") > MAX_DEPTH - WRAPPERS:
+        return True
+    return len(content) > MAX_DIGITS and _LONG_DIGITS.search(content[::_SAMPLE_STEP]) is not None
 
 
 def output_object(output: InferenceOutputModel) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from batching import OutputCountError, RunBatch, Stages
-from batching.errors import text_of
 from pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline
-from service.errors import ItemRejectedError, PipelineOutputError
+from service.errors import ItemRejectedError, PipelineOutputError, error_text
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -26,12 +25,14 @@ def run_batch_of(pipeline: InferencePipeline) -> RunBatch[BaseModel, InferenceOu
     )
 
 
-def run_one(pipeline: InferencePipeline, item: BaseModel) -> InferenceOutputModel | Exception:
-    """Run a batch of one item, and return its output or its error."""
+def attempt_as_one_batch(
+    pipeline: InferencePipeline, items: Sequence[BaseModel]
+) -> Sequence[InferenceOutputModel | Exception] | Exception:
+    """Run items as one batch, outside any scheduler, and return the output or error of each, or that of the batch."""
     try:
-        outputs = _checked_all(pipeline.run_inference([item]))
-        return outputs[0] if len(outputs) == 1 else OutputCountError(1, f"{len(outputs)}")
-    except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is this item's error
+        outputs = _checked_all(pipeline.run_inference(list(items)))
+        return outputs if len(outputs) == len(items) else OutputCountError(len(items), f"{len(outputs)}")
+    except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is the batch's error
         return error
 
 
@@ -46,7 +47,7 @@ def is_too_large(error: Exception) -> bool:
     out_of_memory: tuple[()] | type[Exception] = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
     if isinstance(error, out_of_memory):
         return True
-    return isinstance(error, RuntimeError) and any(sign in text_of(error) for sign in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(sign in error_text(error) for sign in _OUT_OF_MEMORY)
 
 
 def _is_overridden(pipeline: InferencePipeline) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +18,7 @@ from batching import (
     Outcome,
     Priority,
     SchedulerStatistics,
+    Success,
 )
 from pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
 from service.jobs import Job, JobStore
@@ -26,7 +28,7 @@ from service.jobs.queue_rules import QueueNotAllowedError
 from service.jobs.runner import JobOutcome, JobRunner
 from service.learnt_costs import LearntCosts
 from service.loading import make_job_manager
-from service.pipeline_batches import is_too_large, run_batch_of, run_one
+from service.pipeline_batches import attempt_as_one_batch, is_too_large, run_batch_of
 from service.queue_backends import QueueBackend, QueueNameError
 from service.settings import AppSettings, BatchConfig, Settings
 
@@ -98,7 +100,9 @@ class InferenceWorker:
             window=max(
                 1, min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
             ),
+            largest_group=batch_config.max_batch_size,
             timeout_s=app_settings.async_config.timeout,
+            max_attempts=app_settings.async_config.max_attempts,
         )
         self._exit_stack = AsyncExitStack()
 
@@ -258,12 +262,23 @@ class _Engine:
         item = self._input_model.model_validate_json(job.message_json)
         return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority)
 
-    async def run_alone(self, job: Job) -> InferenceOutputModel:
-        item = self._input_model.model_validate_json(job.message_json)
-        try:
-            output = await self._scheduler.run_in_thread(lambda: run_one(self._pipeline, item), self._batch_timeout_s)
-        except TimeoutError:
-            raise BatchTimeoutError(self._batch_timeout_s, 1) from None
-        if isinstance(output, Exception):
-            raise output
-        return output
+    async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
+        outcomes: dict[str, JobOutcome] = {}
+        items: dict[str, BaseModel] = {}
+        for job in jobs:
+            try:
+                items[job.job_id] = self._input_model.model_validate_json(job.message_json)
+            except Exception as error:  # noqa: BLE001  # an item that is none any more fails alone
+                outcomes[job.job_id] = Failure(error)
+        if items:
+            # The pipeline's own error comes as a value: it may be a TimeoutError as well.
+            run = partial(attempt_as_one_batch, self._pipeline, list(items.values()))
+            try:
+                outputs = await self._scheduler.run_in_thread(run, self._batch_timeout_s)
+            except TimeoutError:
+                raise BatchTimeoutError(self._batch_timeout_s, len(items)) from None
+            if isinstance(outputs, Exception):
+                raise outputs
+            for job_id, output in zip(items, outputs, strict=True):
+                outcomes[job_id] = Failure(output) if isinstance(output, Exception) else Success(output)
+        return [outcomes[job.job_id] for job in jobs]

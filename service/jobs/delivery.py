@@ -30,16 +30,20 @@ LONGEST_RETRY_S = 300.0
 MESSAGES_PER_CALL = 100
 CALLS_AT_ONCE = 8
 SINGLE_MESSAGES_AT_ONCE = 64
+LARGEST_GROUP = 100
+"""Most messages that are sent together after the process died sending them."""
+BYTES_UNDER_WAY = 256 * 2**20
+"""So many bytes of jobs are under way before the next wait, whatever the number of places."""
 LONGEST_SLEEP_S = 1.0
 
 
-def backoff_with_jitter(attempt: int) -> float:
+def backoff_with_jitter(attempt: int, first_s: float = FIRST_RETRY_S) -> float:
     """Seconds to wait after failed attempt number `attempt`: four times as long each time, up to five minutes.
 
-    Half of it is chance, which keeps deliveries that failed together from coming back together ("equal jitter", AWS
-    Architecture Blog, "Exponential Backoff And Jitter", 2015). Eight attempts last through 6 to 13 minutes.
+    Half of it is chance, which keeps what failed together from coming back together ("equal jitter", AWS Architecture
+    Blog, "Exponential Backoff And Jitter", 2015). After `first_s` of 0.5, eight attempts last 6 to 13 minutes.
     """
-    ceiling_s = min(LONGEST_RETRY_S, math.ldexp(FIRST_RETRY_S, 2 * (min(attempt, 64) - 1)))
+    ceiling_s = min(LONGEST_RETRY_S, math.ldexp(first_s, 2 * (min(attempt, 64) - 1)))
     return ceiling_s * (0.5 + random.random() / 2)  # noqa: S311  # spreads load, keeps no secret
 
 
@@ -51,6 +55,9 @@ class Deliverer:
     to a hundred. A failed send raises nowhere and makes nobody wait. What is not delivered when the context is left
     stays pending in a durable store, for the next start; from one that is not durable, all that is due is sent once
     more before leaving. An attempt that takes longer than `send_timeout_s` has failed.
+
+    What was being sent when a process died is sent first, in groups while nothing else is (see `suspects_together`), so
+    that a message whose backend ends the process is found and set aside. Between two groups others are sent.
     """
 
     def __init__(
@@ -74,15 +81,17 @@ class Deliverer:
             CALLS_AT_ONCE if isinstance(backend, BatchQueueBackend) else SINGLE_MESSAGES_AT_ONCE
         )
         self._places_of_one_queue = max(1, self._places // 2)
-        # All mutable state: how many messages are on their way to each queue, what became of those that came back,
-        # when the next retry is due, whether the store may have something due and when it was asked, and what wakes the
-        # task that takes it.
+        # All mutable state: how many messages are on their way to each queue, and the bytes of their jobs, what became
+        # of those that came back, whether no place may be reserved, when the next retry is due, whether the store may
+        # have something due and when it was asked, and what wakes the task that takes it.
         self._under_way: Counter[str] = Counter()
         self._total_under_way = 0
-        self._is_taking = False
+        self._bytes: Counter[str] = Counter()
+        self._total_bytes = 0
+        self._is_taking = True
         self._may_be_due = True
         self._asked_s = -math.inf
-        self._records: Gathering[tuple[str, DeliveryRecord]] = Gathering()
+        self._records: Gathering[tuple[Job, DeliveryRecord]] = Gathering()
         self._next_retry_at = math.inf
         self._change = anyio.Event()
         self._closing = anyio.Event()
@@ -118,12 +127,19 @@ class Deliverer:
         if (
             self._is_taking
             or self.under_way >= self._places
-            or self._under_way[queue_name] >= self._places_of_one_queue
+            or self._total_bytes >= BYTES_UNDER_WAY
+            or self._room_of(queue_name) <= 0
         ):
             return False
         self._under_way[queue_name] += 1
         self._total_under_way += 1
         return True
+
+    def _room_of(self, queue_name: str) -> int:
+        """How many messages more may be on their way to a queue: it has half of the places, and of the bytes."""
+        if self._bytes[queue_name] >= BYTES_UNDER_WAY // 2:
+            return 0
+        return self._places_of_one_queue - self._under_way[queue_name]
 
     def release(self, queue_names: Iterable[str]) -> None:
         """Give places back."""
@@ -132,6 +148,7 @@ class Deliverer:
             self._total_under_way -= 1
             if not self._under_way[queue_name]:
                 del self._under_way[queue_name]
+        self._change.set()
 
     def deliver(self, jobs: Sequence[Job]) -> None:
         """Deliver jobs in hand, for each of which a place is reserved; returns at once."""
@@ -139,6 +156,7 @@ class Deliverer:
         by_queue: defaultdict[str, list[Job]] = defaultdict(list)
         for job in jobs:
             by_queue[_queue_of(job)].append(job)
+            self._count_bytes(job, job.size_bytes)
         for of_one in by_queue.values():
             for start in range(0, len(of_one), self._messages_per_call):
                 self._opened().start_soon(self._attempt, of_one[start : start + self._messages_per_call])
@@ -150,7 +168,10 @@ class Deliverer:
 
     async def _deliver_what_is_due(self) -> None:
         """Keep the places filled with what is due, until closed."""
-        while not (self._closing.is_set() and self._store.durable):
+        while not self._must_stop() and await self._deliver_suspects():
+            self.deliver(await self._take())
+        self._is_taking = False
+        while not self._must_stop():
             self._change = anyio.Event()
             closing = self._closing.is_set()
             # Asked only with reason: while it is, what ends goes by way of the store as well.
@@ -162,26 +183,59 @@ class Deliverer:
                 break
             with anyio.move_on_after(self._sleep_s()):
                 await self._change.wait()
-        while self.under_way:
-            self._change = anyio.Event()
-            await self._change.wait()
+        await self._until_none_is_under_way()
         self._records.close()
         if not self._store.durable and (lost := (await self._store.counts()).deliveries[DeliveryStatus.PENDING]):
             logger.error("%d results are lost: their deliveries failed, and the store is not durable", lost)
 
+    def _must_stop(self) -> bool:
+        return self._closing.is_set() and self._store.durable
+
+    async def _until_none_is_under_way(self) -> None:
+        while self.under_way:
+            self._change = anyio.Event()
+            await self._change.wait()
+
+    async def _deliver_suspects(self) -> bool:
+        """Deliver a group of suspects, if there is one, while nothing else is; returns whether there may be more."""
+        self._is_taking = True
+        await self._until_none_is_under_way()
+        try:
+            taken = await self._store.take_suspect_deliveries(min(LARGEST_GROUP, self._places_of_one_queue))
+        except JobStoreError:
+            logger.exception("What is to be delivered could not be read; trying again in %g s", LONGEST_SLEEP_S)
+            with anyio.move_on_after(LONGEST_SLEEP_S):
+                await self._closing.wait()
+            return True
+        self._count(taken)
+        self.deliver(taken)
+        await self._until_none_is_under_way()
+        return bool(taken)
+
+    def _count(self, taken: Sequence[Job]) -> None:
+        self._under_way.update(_queue_of(job) for job in taken)
+        self._total_under_way += len(taken)
+
+    def _count_bytes(self, job: Job, size_bytes: int) -> None:
+        queue = _queue_of(job)
+        self._bytes[queue] += size_bytes
+        self._total_bytes += size_bytes
+        if not self._bytes[queue]:
+            del self._bytes[queue]
+
     def _sleep_s(self) -> float:
         """Until the store is to be asked without anybody saying so: retries of an earlier process may be due, too."""
-        if self.under_way >= self._places:
+        if self.under_way >= self._places or self._total_bytes >= BYTES_UNDER_WAY:
             return math.inf  # a place that gets free says so
         since_s = anyio.current_time() - self._asked_s
         return max(0.0, min(LONGEST_SLEEP_S - since_s, self._next_retry_at - self._clock()))
 
     async def _take(self) -> Sequence[Job]:
         free = self._places - self.under_way
-        if not free:
+        if not free or self._total_bytes >= BYTES_UNDER_WAY:
             return []
         most = self._places_of_one_queue
-        places: Mapping[str, int] = {queue: most - messages for queue, messages in self._under_way.items()}
+        places: Mapping[str, int] = {queue: self._room_of(queue) for queue in self._under_way}
         self._may_be_due = min(places.values(), default=most) <= 0  # then there may be more than it is let to give
         self._asked_s = anyio.current_time()
         self._is_taking = True  # the places that it is told of are not given to others meanwhile
@@ -193,8 +247,7 @@ class Deliverer:
         finally:
             self._is_taking = False
         self._may_be_due = self._may_be_due or bool(taken)
-        self._under_way.update(_queue_of(job) for job in taken)
-        self._total_under_way += len(taken)
+        self._count(taken)
         if not taken and self._clock() >= self._next_retry_at:
             self._next_retry_at = math.inf
         return taken
@@ -209,7 +262,7 @@ class Deliverer:
         with anyio.move_on_after(self._send_timeout_s):
             outcomes = await send_all(self._backend, messages)
         for job, error in zip(jobs, outcomes, strict=True):
-            self._records.add((_queue_of(job), self._outcome(job, error)))
+            self._records.add((job, self._outcome(job, error)))
 
     def _outcome(self, job: Job, error: Exception | None) -> DeliveryRecord:
         attempt = job.delivery_attempts + 1
@@ -228,9 +281,10 @@ class Deliverer:
         """Note how attempts went, all those together that came back meanwhile."""
         while records := await self._records.take():
             await self._note([record for _, record in records])
-            _log_failures(records)
-            self.release(queue for queue, _ in records)
-            self._change.set()
+            _log_failures([(_queue_of(job), record) for job, record in records])
+            self.release(_queue_of(job) for job, _ in records)
+            for job, _ in records:
+                self._count_bytes(job, -job.size_bytes)
 
     async def _note(self, records: Sequence[DeliveryRecord]) -> None:
         while True:

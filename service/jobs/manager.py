@@ -74,8 +74,8 @@ class JobManager:
         )
         # All mutable state: who runs the jobs of a model, who waits for the end of a job, whether anybody may, and what
         # is open.
-        self.one_suspect = anyio.Lock()
-        """Held by the feed that runs a job alone, from before it is taken until its end is stored."""
+        self.one_group = anyio.Lock()
+        """Held by the feed that runs a group of suspects, from before they are taken until their ends are stored."""
         self._feeds: dict[str, JobFeed] = {}
         self._waiters: defaultdict[str, set[anyio.Event]] = defaultdict(set)
         self._may_wait = True
@@ -91,6 +91,8 @@ class JobManager:
                 logger.warning("%d jobs that were running when the last process ended run again", recovery.requeued)
             for job_id in recovery.set_aside:
                 logger.error("Job %s has failed: the process died with it too often", job_id)
+            for job_id in recovery.undelivered:
+                logger.error("The result of job %s is undelivered: the process died too often sending it", job_id)
             if self._deliverer is not None:
                 await stack.enter_async_context(self._deliverer)
             background = await stack.enter_async_context(plain_task_group())

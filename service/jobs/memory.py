@@ -2,7 +2,7 @@
 
 import heapq
 from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -21,14 +21,25 @@ from service.jobs.model import (
     Job,
     JobFilter,
     JobPage,
+    JobRetry,
     JobStatus,
     NewJob,
     Recovery,
+    cut_page,
     new_job,
 )
-from service.jobs.store import CRASHES_ALONE, EXPIRED_IN_THE_QUEUE, TOO_MANY_CRASHES, JobCounts
+from service.jobs.store import (
+    EXPIRED_IN_THE_QUEUE,
+    MAX_CRASHES,
+    TOO_MANY_CRASHES,
+    TOO_MANY_DELIVERY_CRASHES,
+    JobCounts,
+    suspects_together,
+)
 
 Heap = list[tuple[float, str]]
+Suspects = list[tuple[int, int, str]]
+"""A heap of crashes, place and id."""
 
 SPARE_ENTRIES = 1000
 
@@ -43,17 +54,21 @@ class MemoryJobStore:
         self._is_open = False
         # All mutable state: the jobs, each with its place in the order in which they were added, and the jobs of the
         # idempotency keys; heaps of ids, which may name jobs that have moved on: what is queued, by model and class,
-        # what crashed, what expires, what is due, by queue, what may be removed; what is being delivered; the counts.
+        # what crashed, what waits to run again, what expires, what is due, by queue, what may be removed; what is being
+        # delivered, and what of it crashed how often; the counts.
         self._jobs: dict[str, Job] = {}
         self._places: dict[str, int] = {}
         self._next_place = 0
         self._by_key: dict[str, str] = {}
         self._queued: defaultdict[tuple[str, Priority], Heap] = defaultdict(list)
-        self._suspects: defaultdict[str, list[tuple[int, int, str]]] = defaultdict(list)
+        self._suspects: defaultdict[str, Suspects] = defaultdict(list)
+        self._retries: defaultdict[str, Heap] = defaultdict(list)
         self._expiring: Heap = []
         self._due: dict[str, Heap] = {}
         self._removable: Heap = []
         self._in_hand: set[str] = set()
+        self._delivery_crashes: dict[str, int] = {}
+        self._suspect_deliveries: Suspects = []
         self._statuses = dict.fromkeys(JobStatus, 0)
         self._deliveries = dict.fromkeys(DeliveryStatus, 0)
 
@@ -105,14 +120,13 @@ class MemoryJobStore:
     async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
         """See `JobStore.page`."""
         self._ensure_open()
-        jobs = list[Job]()
+        return cut_page(self._newest_first(which, cursor), limit)
+
+    def _newest_first(self, which: JobFilter, cursor: int | None) -> Iterator[tuple[int, Job]]:
         for job_id in reversed(self._jobs):
             place = self._places[job_id]
             if (cursor is None or place < cursor) and which.covers(self._jobs[job_id]):
-                if len(jobs) == limit:
-                    return JobPage(jobs, self._places[jobs[-1].job_id])
-                jobs.append(self._jobs[job_id])
-        return JobPage(jobs, None)
+                yield place, self._jobs[job_id]
 
     async def take(self, model_name: str, limit: int, now: float, *, bulk_places: int = 0) -> list[Job]:
         """See `JobStore.take`."""
@@ -128,19 +142,46 @@ class MemoryJobStore:
             _, job_id = heapq.heappop(queued)
             job = self._jobs.get(job_id)
             # What was cancelled, has expired or was removed meanwhile still has its place in the heap.
-            if job is not None and job.status is JobStatus.QUEUED and not job.crashes:
+            if job is not None and job.status is JobStatus.QUEUED and not job.crashes and job.retry_at is None:
                 taken.append(self._change(job.started(now)))
         return taken
 
-    async def take_suspect(self, model_name: str, now: float) -> Job | None:
-        """See `JobStore.take_suspect`."""
+    async def take_suspects(self, model_name: str, largest: int, now: float) -> list[Job]:
+        """See `JobStore.take_suspects`."""
         self._ensure_open()
-        suspects = self._suspects[model_name]
-        while suspects:
+        suspects, taken = self._suspects[model_name], list[Job]()
+        while suspects and (not taken or _go_together(suspects[0][0], taken[0].crashes, len(taken), largest)):
             _, _, job_id = heapq.heappop(suspects)
             job = self._jobs.get(job_id)
             if job is not None and job.status is JobStatus.QUEUED:
-                return self._change(job.started(now))
+                taken.append(self._change(job.started(now)))
+        return taken
+
+    async def retry_later(self, retries: Sequence[JobRetry]) -> None:
+        """See `JobStore.retry_later`."""
+        self._ensure_open()
+        for retry in retries:
+            job = self._jobs.get(retry.job_id)
+            deferred = None if job is None else job.deferred(retry)
+            if deferred is not None:
+                self._change(deferred)
+                heapq.heappush(self._retries[deferred.model_name], (retry.retry_at, retry.job_id))
+                if deferred.expires_at is not None:
+                    heapq.heappush(self._expiring, (deferred.expires_at, deferred.job_id))
+
+    async def release_retries(self, model_name: str, now: float) -> float | None:
+        """See `JobStore.release_retries`."""
+        self._ensure_open()
+        retries = self._retries[model_name]
+        while retries:
+            retry_at, job_id = retries[0]
+            job = self._jobs.get(job_id)
+            still_waits = job is not None and job.retry_at == retry_at
+            if still_waits and retry_at > now:
+                return retry_at
+            heapq.heappop(retries)
+            if job is not None and still_waits:
+                self._enqueue(self._change(replace(job, retry_at=None)))
         return None
 
     async def finish(self, outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
@@ -201,6 +242,16 @@ class MemoryJobStore:
                 self._due[queue] = due  # at the end, so that queues come in turns
         return taken
 
+    async def take_suspect_deliveries(self, largest: int) -> Sequence[Job]:
+        """See `JobStore.take_suspect_deliveries`."""
+        self._ensure_open()
+        suspects, taken, crashes = self._suspect_deliveries, list[Job](), 0
+        while suspects and (not taken or _go_together(suspects[0][0], crashes, len(taken), largest)):
+            crashes, _, job_id = heapq.heappop(suspects)
+            self._in_hand.add(job_id)
+            taken.append(self._jobs[job_id])
+        return taken
+
     async def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
         """See `JobStore.record_deliveries`."""
         self._ensure_open()
@@ -212,6 +263,7 @@ class MemoryJobStore:
                 job, delivery=record.status, delivery_attempts=record.attempts, delivery_error=record.error
             )
             self._in_hand.discard(job.job_id)
+            self._delivery_crashes.pop(job.job_id, None)
             self._change(changed)
             if record.status is DeliveryStatus.PENDING:
                 self._put_due(changed, record.due_at)
@@ -228,19 +280,32 @@ class MemoryJobStore:
     async def recover(self, now: float) -> Recovery:
         """See `JobStore.recover`."""
         self._ensure_open()
-        for job_id in self._in_hand:
-            self._put_due(self._jobs[job_id], now)
-        self._in_hand.clear()
+        undelivered = self._recover_deliveries()
         running = [job for job in self._jobs.values() if job.status is JobStatus.RUNNING]
         set_aside = list[str]()
         for job in running:
             crashed = self._change(replace(job, crashes=job.crashes + 1))
-            if crashed.crashes > CRASHES_ALONE:
+            if crashed.crashes >= MAX_CRASHES:
                 self._finish(_ended(crashed, JobStatus.FAILED, TOO_MANY_CRASHES, now))
                 set_aside.append(job.job_id)
             else:
                 self._enqueue(self._change(replace(crashed, status=JobStatus.QUEUED)))
-        return Recovery(len(running) - len(set_aside), set_aside)
+        return Recovery(len(running) - len(set_aside), set_aside, undelivered)
+
+    def _recover_deliveries(self) -> list[str]:
+        """Make what was in hand suspect; returns the ids of those that are set aside."""
+        undelivered = list[str]()
+        for job_id in sorted(self._in_hand):
+            crashes = self._delivery_crashes[job_id] = self._delivery_crashes.get(job_id, 0) + 1
+            if crashes < MAX_CRASHES:
+                heapq.heappush(self._suspect_deliveries, (crashes, self._places[job_id], job_id))
+                continue
+            del self._delivery_crashes[job_id]
+            job = self._jobs[job_id]
+            undelivered.append(job_id)
+            self._change(replace(job, delivery=DeliveryStatus.UNDELIVERED, delivery_error=TOO_MANY_DELIVERY_CRASHES))
+        self._in_hand.clear()
+        return undelivered
 
     async def remove_finished(self, before: float) -> int:
         """See `JobStore.remove_finished`."""
@@ -275,7 +340,7 @@ class MemoryJobStore:
 
     def _forget_what_has_moved_on(self) -> None:
         """Keep heaps from growing with jobs that were cancelled, have run, or are gone, before their turn comes."""
-        for heap in (self._expiring, *self._queued.values()):
+        for heap in (self._expiring, *self._queued.values(), *self._retries.values()):
             if len(heap) > 2 * len(self._jobs) + SPARE_ENTRIES:
                 heap[:] = [
                     entry
@@ -316,6 +381,11 @@ class MemoryJobStore:
         self._deliveries[job.delivery] -= 1
         if job.idempotency_key is not None:
             del self._by_key[job.idempotency_key]
+
+
+def _go_together(crashes: int, group_crashes: int, taken: int, largest: int) -> bool:
+    """Whether a suspect belongs into a group of which so many are taken."""
+    return crashes == group_crashes and taken < suspects_together(group_crashes, largest)
 
 
 def _ended(job: Job, status: JobStatus, error: str, now: float) -> FinishedJob:

@@ -2,7 +2,7 @@
 
     queued ──► running ──► succeeded | failed | expired
       │  ▲        │
-      │  └────────┤ after a crash
+      │  └────────┤ after a crash, or to run again later
       └───────────┴──► cancelled            (queued ──► expired; failed, after too many crashes)
 
 Beside its status a job has a delivery: `none` until it ends with a message to send, then `pending`, and at last
@@ -13,16 +13,20 @@ as slow to make, and there are several for each job.
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, cast
 
 from pydantic_core import from_json, to_json
 
 from batching import Priority
+from service.errors import error_text
 
 JsonObject = dict[str, Any]
+
+PAGE_BYTES = 16 * 2**20
+"""Most bytes of text in a page of jobs, unless one job alone has more."""
 
 _VERSION_AND_VARIANT = 7 << 76 | 2 << 62
 _RANDOM_BITS = ~(0xF << 76 | 0x3 << 62)
@@ -40,7 +44,7 @@ class JobStatus(StrEnum):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the job has left this life for good."""
+        """Whether nothing changes its status any more."""
         return self not in (JobStatus.QUEUED, JobStatus.RUNNING)
 
 
@@ -68,6 +72,21 @@ def new_job_id() -> str:
 def json_text(value: JsonObject) -> str:
     """A JSON object as it is stored; keeps the NaN and Infinity that Python's JSON has. Raises `ValueError`."""
     return to_json(value).decode()
+
+
+def read_object(text: str) -> JsonObject:
+    """A stored JSON object; in place of one that readers refuse (an older version stored it), one that says so."""
+    try:
+        return cast("JsonObject", from_json(text))
+    except ValueError as error:
+        return {"unreadable": f"{len(text)} characters of JSON are stored that cannot be read: {error_text(error)}"}
+
+
+def text_bytes(text: str | None) -> int:
+    """How many bytes a text has in UTF-8."""
+    if text is None or text.isascii():
+        return len(text or "")
+    return len(text.encode())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -125,6 +144,15 @@ class FinishedJob:
 
 
 @dataclass(slots=True, kw_only=True)
+class JobRetry:
+    """That a running job, whose attempt failed with `error`, is to be run again, and not before `retry_at`."""
+
+    job_id: str
+    retry_at: float
+    error: str
+
+
+@dataclass(slots=True, kw_only=True)
 class DeliveryRecord:
     """How far the delivery of a job's message has come; `attempts` counts all there have been so far.
 
@@ -164,24 +192,28 @@ class Job:
     """When it was first taken to be run; a job that runs again after a crash keeps it."""
     finished_at: float | None = None
     crashes: int = 0
-    """How often the process died while this job was running: from then on it runs alone."""
+    """How often the process died while this job was running; 0 again once a run has shown that it kills none."""
+    attempts: int = 0
+    """How many runs have ended, whatever with; those that a crash cut short do not count."""
+    retry_at: float | None = None
+    """When this queued job may run again, while it waits for that; `error` says why its last attempt failed."""
     delivery_attempts: int = 0
     delivery_error: str | None = None
 
     @property
     def message(self) -> JsonObject:
         """The item that is run."""
-        return cast("JsonObject", from_json(self.message_json))
+        return read_object(self.message_json)
 
     @property
     def meta(self) -> JsonObject:
         """What the caller wants back with the result."""
-        return cast("JsonObject", from_json(self.meta_json))
+        return read_object(self.meta_json)
 
     @property
     def result(self) -> JsonObject | None:
         """The pipeline's output, once the job has succeeded."""
-        return None if self.result_json is None else cast("JsonObject", from_json(self.result_json))
+        return None if self.result_json is None else read_object(self.result_json)
 
     @property
     def delivery_queue(self) -> str | None:
@@ -191,6 +223,12 @@ class Job:
         if self.status in (JobStatus.FAILED, JobStatus.EXPIRED):
             return self.failure_queue or None
         return None
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes its longer texts have."""
+        texts = (self.message_json, self.meta_json, self.result_json, self.error, self.delivery_error)
+        return sum(map(text_bytes, texts))
 
     def started(self, now: float) -> "Job":
         """This queued job, running."""
@@ -210,12 +248,29 @@ class Job:
             result_json=outcome.result_json,
             error=outcome.error,
             finished_at=outcome.finished_at,
+            attempts=self.attempts + (self.status is JobStatus.RUNNING),
+            retry_at=None,
             delivery=DeliveryStatus.PENDING if queue else DeliveryStatus.NONE,
         )
 
     def cancelled(self, now: float) -> "Job | None":
         """This job, cancelled, or None if it has ended already."""
-        return None if self.status.has_ended else replace(self, status=JobStatus.CANCELLED, finished_at=now)
+        if self.status.has_ended:
+            return None
+        return replace(self, status=JobStatus.CANCELLED, finished_at=now, retry_at=None)
+
+    def deferred(self, retry: "JobRetry") -> "Job | None":
+        """This running job, queued to run again later, or None if it is not running."""
+        if self.status is not JobStatus.RUNNING:
+            return None
+        return replace(
+            self,
+            status=JobStatus.QUEUED,
+            attempts=self.attempts + 1,
+            retry_at=retry.retry_at,
+            error=retry.error,
+            crashes=0,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +301,18 @@ class JobPage:
     """Where the next page starts, or None when this was the last."""
 
 
+def cut_page(jobs: Iterable[tuple[int, Job]], limit: int) -> JobPage:
+    """The page of the first `limit` jobs, each with its place; of fewer, where these have `PAGE_BYTES` already."""
+    page, last_place, size_bytes = list[Job](), 0, 0
+    for place, job in jobs:
+        size_bytes += job.size_bytes
+        if page and (len(page) == limit or size_bytes > PAGE_BYTES):
+            return JobPage(page, last_place)
+        page.append(job)
+        last_place = place
+    return JobPage(page, None)
+
+
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """What a store made of the jobs that nobody ran any more when it was opened."""
@@ -253,6 +320,8 @@ class Recovery:
     requeued: int
     set_aside: Sequence[str]
     """Those that the process died with once too often, by their ids: they have failed."""
+    undelivered: Sequence[str] = field(default_factory=list)
+    """Those whose messages the process died with once too often, by their ids."""
 
 
 def new_job(given: NewJob) -> Job:

@@ -3,8 +3,9 @@
 import fnmatch
 from collections.abc import Sequence
 
-from service.errors import ServiceError
-from service.queue_backends import NamedQueueBackend, QueueBackend
+from service.errors import ServiceError, describe_error
+from service.queue_backends import NamedQueueBackend, QueueBackend, QueueNameError
+from service.queue_backends.webhook_urls import shown_queue_name
 
 KNOWN_QUEUES = 10_000
 
@@ -34,6 +35,17 @@ class QueueRules:
             if not any(fnmatch.fnmatchcase(queue_name, pattern) for pattern in self._allowed_queues):
                 raise QueueNotAllowedError(field, queue_name, self._allowed_queues)
             if isinstance(self._backend, NamedQueueBackend):
-                self._backend.check_queue_name(queue_name)
+                _check_by(self._backend, queue_name)
             if len(self._known_queues) < KNOWN_QUEUES:
                 self._known_queues.add(queue_name)
+
+
+def _check_by(backend: NamedQueueBackend, queue_name: str) -> None:
+    try:
+        backend.check_queue_name(queue_name)
+    except QueueNameError:
+        raise
+    except BaseException as error:  # a user's code, which must not end the server by a SystemExit
+        raise QueueNameError(
+            shown_queue_name(queue_name), f"its backend cannot check the name: {describe_error(error)}"
+        ) from error

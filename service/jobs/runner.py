@@ -2,8 +2,9 @@
 
 import heapq
 import logging
+import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -11,14 +12,15 @@ from typing import Protocol, Self
 
 import anyio
 
-from batching import Failure, Outcome, Priority, QueueFullError, SchedulerClosedError, Success
+from batching import BatchTimeoutError, Failure, Outcome, Priority, QueueFullError, SchedulerClosedError
 from batching.task_groups import plain_task_group
 from pipelines import InferenceOutputModel
 from service.errors import OutputNotJsonError, ServiceError, describe_error
+from service.jobs.delivery import backoff_with_jitter
 from service.jobs.errors import JobStoreError
 from service.jobs.gathering import Gathering
 from service.jobs.manager import JobManager
-from service.jobs.model import FinishedJob, Job, JobStatus
+from service.jobs.model import FinishedJob, Job, JobRetry, JobStatus
 from service.jobs.store import EXPIRED_IN_THE_QUEUE
 from service.outputs import output_json
 
@@ -30,6 +32,8 @@ BULK_SHARE_OF_THE_WINDOW = 10
 """Interactive jobs leave bulk ones one place of so many, so that these go on however many of those come."""
 LARGEST_RESULT_BYTES = 100 * 2**20
 SPARE_DEADLINES = 10_000
+FIRST_JOB_RETRY_S = 2.0
+"""Most seconds after its first attempt until a job runs again; each later wait is four times as long."""
 
 JobOutcome = Outcome[InferenceOutputModel]
 
@@ -45,8 +49,11 @@ class JobEngine(Protocol):
         """
         ...
 
-    async def run_alone(self, job: Job) -> InferenceOutputModel:
-        """Run a job while no other is in the pipeline; raises its error."""
+    async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
+        """Run jobs while no other is in the pipeline; returns the outcome of each, in their order.
+
+        Raises what the batch raises, `BatchTimeoutError` included.
+        """
         ...
 
 
@@ -69,30 +76,51 @@ class JobRunner:
     """Feeds the jobs of one model to an engine, at most `window` at a time, however many are stored.
 
     Interactive jobs go before bulk ones, which keep a tenth of the window. First of all, those that were running when a
-    process died run again, one by one and alone in the pipeline, so that one which kills the process is found.
+    process died run again, in groups of at most `largest_group` that have the pipeline to themselves: so the one that
+    kills the process is found (see `suspects_together`). After each group as many others run, so that these wait for no
+    more than one. A group that raises kills nothing: its jobs run on as others do. One that hangs runs one by one.
+
+    A job that fails although nothing says that it is to blame (`Failure.is_systemic`) is run again later, up to
+    `max_attempts` times in all, with waits of 1 to 2 s, 4 to 8 s, 16 to 32 s and so on, if it does not expire before.
     `timeout_s` counts from a job's first dispatch: one that takes longer expires. Use it as an async context manager,
     inside that of its open `JobManager`. Leaving it takes no more jobs and finishes those in the window; the others
     stay in a durable store for the next start, and are run before leaving where the store is not durable. Left by an
-    exception, it abandons the window: those jobs run again at the next start.
+    exception, it abandons the window: those jobs run again at the next start. Jobs that wait to run again do so at
+    once, and for the last time, where the store is not durable.
     """
 
     def __init__(
-        self, manager: JobManager, model_name: str, engine: JobEngine, *, window: int, timeout_s: float = 3600.0
+        self,
+        manager: JobManager,
+        model_name: str,
+        engine: JobEngine,
+        *,
+        window: int,
+        largest_group: int = 1,
+        timeout_s: float = 3600.0,
+        max_attempts: int = 1,
+        backoff_s: Callable[[int], float] = partial(backoff_with_jitter, first_s=FIRST_JOB_RETRY_S),
     ) -> None:
         self._manager = manager
         self._model_name = model_name
         self._engine = engine
         self._window = window
+        self._largest_group = min(largest_group, window)
         self._timeout_s = timeout_s
+        self._max_attempts = max_attempts
+        self._backoff_s = backoff_s
         # All mutable state: the jobs in the window, and how many of them are bulk; those of them that have no room in
-        # the scheduler yet; when they expire, as a heap; the ends that are to be stored, and how many have not been;
-        # what wakes the feeder; and whether more is to be done.
+        # the scheduler yet, and those that are to run alone; when they expire, as a heap; the ends that are to be
+        # stored, and how many have not been; when the next job in the store may run again; what wakes the feeder; and
+        # whether more is to be done.
         self._running: dict[str, _Running] = {}
         self._bulk_running = 0
         self._waiting: deque[Job] = deque()
+        self._alone: dict[str, Job] = {}
         self._deadlines: list[tuple[float, str]] = []
-        self._ended: Gathering[tuple[Job, FinishedJob]] = Gathering()
+        self._ended: Gathering[tuple[Job, FinishedJob | JobRetry]] = Gathering()
         self._unstored = 0
+        self._next_retry_at = -math.inf
         self._change = anyio.Event()
         self._closing = anyio.Event()
         self._engine_closed = False
@@ -134,63 +162,95 @@ class JobRunner:
     # Feeding.
 
     async def _feed(self) -> None:
-        """Keep the window filled until closed; a store that is not durable is emptied first."""
-        await self._run_suspects()
-        while True:
-            self._change = anyio.Event()
-            draining = self._closing.is_set()
-            free = max(0, self._window - len(self._running) - self._unstored)
-            may_take = not (draining and self._manager.store.durable) and not self._waiting
-            taken = await self._take(free) if free and may_take else []
-            for job in taken:
-                self._enter(job)
-            self._expire_overdue()
-            self._start_waiting()
-            if len(taken) == free > 0:
-                continue
-            if self._engine_closed or (draining and not self._running and not self._unstored):
-                break
-            with anyio.move_on_after(self._sleep_s()):
-                await self._change.wait()
+        """Run jobs until closed: suspects in turns with others, then the others, with the window kept filled."""
+        while await self._run_suspects():
+            await self._run_others(self._largest_group)
+        await self._run_others()
         self._ended.close()
 
-    async def _run_suspects(self) -> None:
-        while not (self._engine_closed or (self._closing.is_set() and self._manager.store.durable)):
-            # One at a time in the whole process: whoever is running when it dies again must be the only one.
-            async with self._manager.one_suspect:
+    async def _run_others(self, most: float = math.inf) -> None:
+        """Run jobs as they come, until closed; a store that is not durable is emptied first.
+
+        With `most`, run so many, or as many as there are, and those of a group that raised; return when all have ended.
+        """
+        places, left = min(most, self._window), most
+        while not self._engine_closed:
+            self._change = anyio.Event()
+            draining, durable = self._closing.is_set(), self._manager.store.durable
+            free = max(0, self._window - len(self._running) - self._unstored)
+            wanted = 0 if (draining and durable) or self._waiting else int(min(left, free))
+            taken = await self._take(wanted, int(places)) if wanted else []
+            left -= len(taken)
+            for job in taken:
+                self._enter(job)
+            self._waiting += taken
+            self._expire_overdue()
+            self._start_waiting()
+            if len(taken) == wanted > 0:
+                continue
+            is_idle = len(self._running) == len(self._alone) and not self._unstored
+            if is_idle and (draining or not math.isinf(most)):
+                return
+            with anyio.move_on_after(self._sleep_s(may_take=wanted > 0 and not draining)):
+                await self._change.wait()
+
+    async def _run_suspects(self) -> bool:
+        """Run a group of suspects, if there is one, and have their ends stored; returns whether there may be more."""
+        if self._engine_closed or (self._closing.is_set() and self._manager.store.durable):
+            return False
+        # One group at a time in the whole process: whoever is running when it dies again must be in it.
+        async with self._manager.one_group:
+            if self._alone:
+                group = [self._alone.pop(next(iter(self._alone)))]
+            else:
                 try:
-                    job = await self._manager.store.take_suspect(self._model_name, self._manager.clock())
+                    group = await self._manager.store.take_suspects(
+                        self._model_name, self._largest_group, self._manager.clock()
+                    )
                 except JobStoreError as error:
                     await self._wait_for_the_store(error)
-                    continue
-                if job is None:
-                    return
-                await self._run_alone(job)
+                    return True
+                for job in group:
+                    self._enter(job)
+            self._expire_overdue()
+            await self._run_group([job for job in group if job.job_id in self._running])
+            while self._unstored:
+                self._change = anyio.Event()
+                await self._change.wait()
+        return bool(group)
 
-    async def _run_alone(self, job: Job) -> None:
-        """Run a job, alone, and store how it ended. One that is cancelled meanwhile is finished, and not heard."""
-        self._enter(job, _nothing)
-        if self._deadline(job) <= self._manager.clock():
-            self._expire(job)
-        else:
-            outcome: JobOutcome
-            try:
-                outcome = Success(await self._engine.run_alone(job))
-            except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is this job's error
-                outcome = Failure(error)
-            self._end(job, outcome)
-        while self._unstored:
-            self._change = anyio.Event()
-            await self._change.wait()
-
-    async def _take(self, limit: int) -> Sequence[Job]:
-        # A window of one place is too small to share.
-        kept = min(self._window - 1, -(-self._window // BULK_SHARE_OF_THE_WINDOW))
+    async def _run_group(self, jobs: Sequence[Job]) -> None:
+        """Run jobs with the pipeline to themselves. Those that are cancelled meanwhile are finished, and not heard."""
+        if not jobs:
+            return
         try:
-            return await self._manager.store.take(
-                self._model_name, limit, self._manager.clock(), bulk_places=max(0, kept - self._bulk_running)
-            )
+            outcomes = await self._engine.run_as_one_batch(jobs)
+        except (BatchTimeoutError, SchedulerClosedError) as error:
+            if isinstance(error, BatchTimeoutError) and len(jobs) > 1:
+                self._alone = {job.job_id: job for job in jobs if job.job_id in self._running}
+                return
+            outcomes = [Failure(error)] * len(jobs)
+        except Exception:  # noqa: BLE001  # whose error it is, the scheduler finds out
+            self._waiting += jobs
+            return
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            self._end(job, outcome)
+
+    async def _take(self, limit: int, places: int) -> Sequence[Job]:
+        """Take jobs from the store for so many places, those included whose time to run again has come."""
+        # One place is too small to share.
+        kept = min(places - 1, -(-places // BULK_SHARE_OF_THE_WINDOW))
+        store, now = self._manager.store, self._manager.clock()
+        try:
+            if self._closing.is_set() and not store.durable:
+                await store.release_retries(self._model_name, math.inf)
+            elif self._next_retry_at <= now:
+                self._next_retry_at = math.inf  # before the call: meanwhile a job may be told to run again sooner
+                next_retry_at = await store.release_retries(self._model_name, now)
+                self._next_retry_at = min(self._next_retry_at, math.inf if next_retry_at is None else next_retry_at)
+            return await store.take(self._model_name, limit, now, bulk_places=max(0, kept - self._bulk_running))
         except JobStoreError as error:
+            self._next_retry_at = -math.inf
             await self._wait_for_the_store(error)
             self.wake()
             return []
@@ -200,13 +260,11 @@ class JobRunner:
         with anyio.move_on_after(LONGEST_RETRY_S):
             await self._closing.wait()
 
-    def _enter(self, job: Job, withdraw: Callable[[], None] | None = None) -> None:
+    def _enter(self, job: Job) -> None:
         """Take a job into the window."""
-        self._running[job.job_id] = _Running(job, withdraw or _nothing)
+        self._running[job.job_id] = _Running(job, _nothing)
         self._bulk_running += job.priority is Priority.BULK
         heapq.heappush(self._deadlines, (self._deadline(job), job.job_id))
-        if withdraw is None:
-            self._waiting.append(job)
 
     def _leave(self, job_id: str) -> Job | None:
         """Take a job out of the window, and the scheduler, and return it, if it is still there."""
@@ -214,6 +272,7 @@ class JobRunner:
         if running is None:
             return None
         running.withdraw()
+        self._alone.pop(job_id, None)
         self._bulk_running -= running.job.priority is Priority.BULK
         return running.job
 
@@ -231,13 +290,14 @@ class JobRunner:
                     self._end(job, Failure(error))
             self._waiting.popleft()
 
-    def _sleep_s(self) -> float | None:
+    def _sleep_s(self, *, may_take: bool) -> float | None:
         """Until something may have to be done without anybody saying so."""
         if self._waiting:
             return RETRY_S
-        if not self._deadlines:
-            return None
-        return max(0.0, self._deadlines[0][0] - self._manager.clock())
+        until = self._deadlines[0][0] if self._deadlines else math.inf
+        if may_take:
+            until = min(until, self._next_retry_at)
+        return None if math.isinf(until) else max(0.0, until - self._manager.clock())
 
     # Ending.
 
@@ -248,10 +308,21 @@ class JobRunner:
         if isinstance(outcome, Failure) and isinstance(outcome.error, SchedulerClosedError):
             self._engine_closed = True  # what has not ended runs again after the next start
         else:
-            self._has_ended(job, self._finished(job, outcome))
+            self._has_ended(job, self._retry(job, outcome) or self._finished(job, outcome))
         self.wake()
 
-    def _has_ended(self, job: Job, end: FinishedJob) -> None:
+    def _retry(self, job: Job, outcome: JobOutcome) -> JobRetry | None:
+        """When and why a job is to run again, if it may be no fault of its own that it failed."""
+        attempt = job.attempts + 1
+        may_retry = attempt < self._max_attempts and (self._manager.store.durable or not self._closing.is_set())
+        if not (isinstance(outcome, Failure) and outcome.is_systemic and may_retry):
+            return None
+        retry_at = self._manager.clock() + self._backoff_s(attempt)
+        if retry_at >= self._deadline(job):
+            return None
+        return JobRetry(job_id=job.job_id, retry_at=retry_at, error=describe_error(outcome.error))
+
+    def _has_ended(self, job: Job, end: FinishedJob | JobRetry) -> None:
         """Have an end stored; until it is, the job keeps its place in the window."""
         self._unstored += 1
         self._ended.add((job, end))
@@ -297,23 +368,38 @@ class JobRunner:
     async def _store_ends(self) -> None:
         """Store how jobs ended, all those together that ended meanwhile."""
         while ended := await self._ended.take():
-            await self._finish(ended)
+            finished = [(job, end) for job, end in ended if isinstance(end, FinishedJob)]
+            retries = [end for _, end in ended if isinstance(end, JobRetry)]
+            if finished:
+                await self._store(len(finished), partial(self._manager.finish, finished))
+            if retries:
+                _log_retries(self._model_name, retries)
+                await self._store(len(retries), partial(self._manager.store.retry_later, retries))
+                self._next_retry_at = min(self._next_retry_at, *(retry.retry_at for retry in retries))
             self._unstored -= len(ended)
             self.wake()
 
-    async def _finish(self, ended: Sequence[tuple[Job, FinishedJob]]) -> None:
+    async def _store(self, jobs: int, store: Callable[[], Awaitable[None]]) -> None:
         """Store ends, trying for as long as the runner is open: without it the jobs would run again."""
         delay_s = RETRY_S
         while True:
             try:
-                return await self._manager.finish(ended)
+                return await store()
             except JobStoreError:
-                logger.exception("The ends of %d jobs could not be stored", len(ended))
+                logger.exception("The ends of %d jobs could not be stored", jobs)
                 if self._closing.is_set():
                     return None  # they stay running in the store, and run again after the next start
             with anyio.move_on_after(delay_s):
                 await self._closing.wait()
             delay_s = min(2 * delay_s, LONGEST_RETRY_S)
+
+
+def _log_retries(model_name: str, retries: Sequence[JobRetry]) -> None:
+    last = retries[-1]
+    logger.warning(
+        "%s: %d jobs failed together and run again later; the last one, job %s: %s",
+        *(model_name, len(retries), last.job_id, last.error),
+    )
 
 
 def _result_of(outcome: JobOutcome) -> str | Exception:

@@ -20,7 +20,7 @@ from service.jobs.errors import (
     JobStoreLockedError,
     JobStoreUnavailableError,
 )
-from service.jobs.model import DeliveryRecord, FinishedJob, Job, JobFilter, JobPage, NewJob, Recovery
+from service.jobs.model import DeliveryRecord, FinishedJob, Job, JobFilter, JobPage, JobRetry, NewJob, Recovery
 from service.jobs.sqlite_rows import counts_of_jobs, find_job, page_of_jobs
 from service.jobs.sqlite_schema import open_database, open_for_reading
 from service.jobs.sqlite_table import ROWS_PER_STEP, Add, JobTable, Operation
@@ -107,9 +107,17 @@ class SqliteJobStore:
         """See `JobStore.take`."""
         return await self._perform(lambda table: table.take(model_name, limit, now, bulk_places))
 
-    async def take_suspect(self, model_name: str, now: float) -> Job | None:
-        """See `JobStore.take_suspect`."""
-        return await self._perform(lambda table: table.take_suspect(model_name, now))
+    async def take_suspects(self, model_name: str, largest: int, now: float) -> list[Job]:
+        """See `JobStore.take_suspects`."""
+        return await self._perform(lambda table: table.take_suspects(model_name, largest, now))
+
+    async def retry_later(self, retries: Sequence[JobRetry]) -> None:
+        """See `JobStore.retry_later`."""
+        await self._perform(lambda table: table.retry_later(retries))
+
+    async def release_retries(self, model_name: str, now: float) -> float | None:
+        """See `JobStore.release_retries`."""
+        return await self._perform(lambda table: table.release_retries(model_name, now))
 
     async def finish(self, outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
         """See `JobStore.finish`."""
@@ -128,6 +136,10 @@ class SqliteJobStore:
     ) -> Sequence[Job]:
         """See `JobStore.take_deliveries`."""
         return await self._perform(lambda table: table.take_deliveries(limit, now, places, per_queue))
+
+    async def take_suspect_deliveries(self, largest: int) -> Sequence[Job]:
+        """See `JobStore.take_suspect_deliveries`."""
+        return await self._perform(lambda table: table.take_suspect_deliveries(largest))
 
     async def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
         """See `JobStore.record_deliveries`."""

@@ -2,10 +2,12 @@
 
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 from batching import Priority
-from service.jobs.model import DeliveryStatus, Job, JobFilter, JobPage, JobStatus, NewJob
+from service.errors import CUT_NOTE, MAX_ERROR_BYTES
+from service.jobs.model import DeliveryStatus, Job, JobFilter, JobPage, JobStatus, NewJob, cut_page
 from service.jobs.store import JobCounts
 
 NEW_JOB_COLUMNS = (
@@ -14,9 +16,21 @@ NEW_JOB_COLUMNS = (
 )
 COLUMNS = (
     *NEW_JOB_COLUMNS,
-    *("result", "error", "started_at", "finished_at", "crashes", "delivery_attempts", "delivery_error"),
+    *("result", "error", "started_at", "finished_at", "crashes", "attempts", "retry_at"),
+    *("delivery_attempts", "delivery_error"),
 )
+TEXT_COLUMNS = ("job_id", "message", "success_queue", "failure_queue", "meta", "idempotency_key", "result")
+"""Those that may be long, besides the errors."""
 
+
+def _cut(column: str) -> str:
+    """An error's text in SQL, in `MAX_ERROR_BYTES` characters at most: older versions stored them whole."""
+    note = CUT_NOTE.format(characters=f"' || (length({column}) - {MAX_ERROR_BYTES}) || '")
+    return f"iif(length({column}) > {MAX_ERROR_BYTES}, substr({column}, 1, {MAX_ERROR_BYTES}) || '{note}', {column})"
+
+
+READ_COLUMNS = ", ".join(_cut(column) if column in ("error", "delivery_error") else column for column in COLUMNS)
+"""What to select for the `COLUMNS`."""
 
 # Looked up, because to call an enumeration takes several times as long.
 _PRIORITIES = {priority.value: priority for priority in Priority}
@@ -51,7 +65,7 @@ def job_from_row(row: Sequence[Any]) -> Job:
     """The job of a row of all `COLUMNS`."""
     job_id, model_name, status, message, success_queue, failure_queue, meta, priority, created_us, *others = row
     expires_us, idempotency_key, delivery, result, error, started_us, finished_us, *counted, delivery_error = others
-    crashes, delivery_attempts = counted
+    crashes, attempts, retry_us, delivery_attempts = counted
     return Job(
         job_id=job_id,
         model_name=model_name,
@@ -70,6 +84,8 @@ def job_from_row(row: Sequence[Any]) -> Job:
         started_at=_seconds(started_us),
         finished_at=_seconds(finished_us),
         crashes=crashes,
+        attempts=attempts,
+        retry_at=_seconds(retry_us),
         delivery_attempts=delivery_attempts,
         delivery_error=delivery_error,
     )
@@ -79,7 +95,7 @@ def _seconds(microseconds: int | None) -> float | None:
     return None if microseconds is None else microseconds / 1_000_000
 
 
-SELECT = f"SELECT {', '.join(COLUMNS)} FROM jobs"  # noqa: S608  # names of our own, no input
+SELECT = f"SELECT {READ_COLUMNS} FROM jobs"  # noqa: S608  # names of our own, no input
 
 
 def find_job(database: sqlite3.Connection, job_id: str) -> Job | None:
@@ -94,11 +110,11 @@ def page_of_jobs(database: sqlite3.Connection, limit: int, which: JobFilter, cur
     if cursor is not None:
         condition, values = f"{condition} AND seq < ?", [*values, cursor]
     rows = database.execute(
-        f"SELECT seq, {', '.join(COLUMNS)} FROM jobs WHERE {condition} ORDER BY seq DESC LIMIT ?",  # noqa: S608  # values are bound
+        f"SELECT seq, {READ_COLUMNS} FROM jobs WHERE {condition} ORDER BY seq DESC LIMIT ?",  # noqa: S608  # values are bound
         (*values, limit + 1),
-    ).fetchall()
-    jobs = [job_from_row(row[1:]) for row in rows[:limit]]
-    return JobPage(jobs, rows[limit - 1][0] if len(rows) > limit else None)
+    )
+    with closing(rows):  # read one by one: a page ends where it has too many bytes
+        return cut_page(((row[0], job_from_row(row[1:])) for row in rows), limit)
 
 
 def condition_of(which: JobFilter) -> tuple[str, list[Any]]:

@@ -67,10 +67,23 @@ MIGRATIONS = (
     CREATE UNIQUE INDEX idempotency_keys ON jobs (idempotency_key) WHERE idempotency_key IS NOT NULL;
     INSERT INTO counts SELECT 'delivery ' || delivery, count(*) FROM jobs GROUP BY delivery;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN attempts INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN retry_at INTEGER;
+    ALTER TABLE jobs ADD COLUMN delivery_crashes INTEGER NOT NULL DEFAULT 0;
+    DROP INDEX queued_jobs;
+    DROP INDEX deliveries;
+    CREATE INDEX queued_jobs ON jobs (model_name, priority, seq)
+        WHERE status = 'queued' AND crashes = 0 AND retry_at IS NULL;
+    CREATE INDEX waiting_retries ON jobs (model_name, retry_at) WHERE status = 'queued' AND retry_at IS NOT NULL;
+    CREATE INDEX deliveries ON jobs (delivery_queue, due_at) WHERE due_at IS NOT NULL AND delivery_crashes = 0;
+    CREATE INDEX suspect_deliveries ON jobs (delivery_crashes, seq) WHERE due_at IS NOT NULL AND delivery_crashes > 0;
+    """,
 )
 """Step n makes version n + 1 of the tables from version n. Times are in microseconds since 1970.
 
 `due_at` is when the next attempt to deliver is due, -1 while one is being made, and null where nothing is to be sent.
+`retry_at` is when a queued job may run again, and null where it may at once.
 """
 
 

@@ -1,5 +1,6 @@
 """The jobs in a SQLite database: what each operation of the store does to them, inside somebody's transaction."""
 
+import math
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -8,6 +9,7 @@ from typing import Any, cast
 from pydantic_core import from_json, to_json
 
 from batching import Priority
+from service.jobs import sqlite_statements as sql
 from service.jobs.errors import DuplicateJobError, IdempotencyKeyReusedError, JobStoreFullError
 from service.jobs.model import (
     DeliveryRecord,
@@ -15,6 +17,7 @@ from service.jobs.model import (
     FinishedJob,
     Job,
     JobFilter,
+    JobRetry,
     JobStatus,
     NewJob,
     Recovery,
@@ -22,7 +25,6 @@ from service.jobs.model import (
 from service.jobs.sqlite_rows import (
     COLUMNS,
     COUNTED,
-    NEW_JOB_COLUMNS,
     SELECT,
     condition_of,
     find_job,
@@ -30,90 +32,22 @@ from service.jobs.sqlite_rows import (
     microseconds,
     row_from_new_job,
 )
-from service.jobs.store import CRASHES_ALONE, EXPIRED_IN_THE_QUEUE, TOO_MANY_CRASHES
+from service.jobs.store import (
+    EXPIRED_IN_THE_QUEUE,
+    MAX_CRASHES,
+    TOO_MANY_CRASHES,
+    TOO_MANY_DELIVERY_CRASHES,
+    suspects_together,
+)
 
 Row = tuple[Any, ...]
 
 ROWS_PER_STEP = 1000
-CHARACTERS_AT_ONCE = 64 * 2**20
-"""Most that is read at once, unless one job is larger: SQLite bounds a value, and memory is not for backlogs."""
 QUEUES_PER_VISIT = 1000
-IN_HAND = -1
-"""In place of the time at which a delivery is due: it is being attempted."""
+LATEST_US = 2**62
 
 _STATUS, _STARTED_AT = COLUMNS.index("status"), COLUMNS.index("started_at")
 _ROWS_PER_STATEMENT = (64, 8, 1)  # few sizes, so that the statements stay prepared
-
-_INSERT = (
-    f"INSERT INTO jobs ({', '.join(NEW_JOB_COLUMNS)}) VALUES "  # noqa: S608  # names of our own, no input
-    "{rows}"
-)
-_RUN = """
-    UPDATE jobs SET status = 'running', started_at = coalesce(started_at, ?)
-    WHERE seq IN (SELECT value FROM json_each(?))
-"""
-_IN_HAND = f"UPDATE jobs SET due_at = {IN_HAND} WHERE seq IN (SELECT value FROM json_each(?))"  # noqa: S608  # as above
-_READ = f"""
-    SELECT json_group_array(json_array(seq, {", ".join(COLUMNS)})) FROM jobs WHERE seq IN (
-        SELECT seq FROM (
-            SELECT chosen.seq, row_number() OVER place AS number, sum(
-                length(message) + length(meta) + coalesce(length(result), 0)
-            ) OVER place AS size FROM ({{chosen}}) AS chosen JOIN jobs USING (seq)
-            WINDOW place AS (ORDER BY chosen.seq ROWS UNBOUNDED PRECEDING)
-        ) WHERE number = 1 OR size <= {CHARACTERS_AT_ONCE}
-    )
-"""  # noqa: S608  # as above
-_TO_TAKE = """
-    SELECT seq FROM jobs WHERE status = 'queued' AND crashes = 0 AND model_name = ? AND priority = ?
-    ORDER BY seq LIMIT ?
-"""
-_SUSPECT = """
-    SELECT seq FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? ORDER BY crashes, seq LIMIT 1
-"""
-_END = """
-    UPDATE jobs SET status = ended.column2, result = ended.column3, error = ended.column4,
-        finished_at = ended.column5, delivery = {delivery}, delivery_queue = {queue}, due_at = {due_at}
-    FROM (VALUES {{rows}}) AS ended
-    WHERE job_id = ended.column1 AND status = ended.column7 AND nullif({queue}, '') IS {null}
-"""
-_END_SENDING = {
-    queue: _END.format(delivery="'pending'", queue=queue, due_at="ended.column6", null="NOT NULL")
-    for queue in ("success_queue", "failure_queue")
-}
-_END_ONLY = {
-    queue: _END.format(delivery="'none'", queue=queue, due_at="NULL", null="NULL")
-    for queue in ("success_queue", "failure_queue")
-}
-_END_CHOSEN = """
-    UPDATE jobs SET status = ?1, error = ?2, finished_at = ?3,
-        delivery = iif(nullif(failure_queue, '') IS NULL, 'none', 'pending'), delivery_queue = failure_queue,
-        due_at = iif(nullif(failure_queue, '') IS NULL, NULL, ?3)
-    WHERE {which} RETURNING job_id, delivery
-"""
-_EXPIRE = _END_CHOSEN.format(
-    which="""seq IN (SELECT seq FROM jobs WHERE status = 'queued' AND expires_at <= ?4 ORDER BY expires_at LIMIT ?5)""",
-)
-_SET_ASIDE = _END_CHOSEN.format(which="status = 'running' AND crashes > ?4")
-_NEXT_QUEUE = """
-    SELECT delivery_queue FROM jobs WHERE due_at IS NOT NULL AND delivery_queue > ? ORDER BY delivery_queue LIMIT 1
-"""
-_DUE = "SELECT seq FROM jobs WHERE due_at BETWEEN 0 AND ? AND delivery_queue = ? ORDER BY due_at, seq LIMIT ?"
-_RECORD_DELIVERY = """
-    UPDATE jobs SET delivery = record.column2, delivery_attempts = record.column3, delivery_error = record.column4,
-        due_at = record.column5
-    FROM (VALUES {rows}) AS record WHERE job_id = record.column1 AND delivery = 'pending'
-"""
-_REPLAY = """
-    UPDATE jobs SET delivery = 'pending', delivery_attempts = 0, due_at = ?
-    WHERE seq IN (SELECT seq FROM jobs WHERE delivery = 'undelivered' {which} LIMIT ?)
-"""
-_REMOVE = """
-    DELETE FROM jobs WHERE seq IN (
-        SELECT seq FROM jobs WHERE finished_at IS NOT NULL AND {which} LIMIT ?
-    ) RETURNING status, delivery
-"""
-REMOVABLE = "finished_at < ? AND delivery IN ('none', 'delivered')"
-
 
 Operation = Callable[["JobTable"], Any]
 """Does something to the jobs, and returns what its caller is to have."""
@@ -214,7 +148,7 @@ class JobTable:
         if stored + len(jobs) > self._max_jobs:
             raise JobStoreFullError(stored, len(jobs), self._max_jobs)
         try:
-            inserted = self._write(_INSERT, [row_from_new_job(job) for job in jobs])
+            inserted = self._write(sql.INSERT, [row_from_new_job(job) for job in jobs])
         except sqlite3.IntegrityError:
             self._database.execute("ROLLBACK TO operation")
             raise DuplicateJobError(self._first_taken([job.job_id for job in jobs])) from None
@@ -229,20 +163,35 @@ class JobTable:
     def take(self, model_name: str, limit: int, now: float, bulk_places: int) -> list[Job]:
         """Make jobs running that never crashed."""
         for_interactive = max(0, limit - bulk_places)
-        taken = self._take(_TO_TAKE, now, model_name, Priority.INTERACTIVE, for_interactive)
+        taken = self._take(sql.TO_TAKE, now, model_name, Priority.INTERACTIVE, for_interactive)
         may_be_more = len(taken) == for_interactive
-        taken += self._take(_TO_TAKE, now, model_name, Priority.BULK, limit - len(taken))
+        taken += self._take(sql.TO_TAKE, now, model_name, Priority.BULK, limit - len(taken))
         if may_be_more:
-            taken += self._take(_TO_TAKE, now, model_name, Priority.INTERACTIVE, limit - len(taken))
+            taken += self._take(sql.TO_TAKE, now, model_name, Priority.INTERACTIVE, limit - len(taken))
         return taken
 
-    def take_suspect(self, model_name: str, now: float) -> Job | None:
-        """Make a job running that was running at a crash."""
-        return next(iter(self._take(_SUSPECT, now, model_name)), None)
+    def take_suspects(self, model_name: str, largest: int, now: float) -> list[Job]:
+        """Make jobs running that were running at a crash."""
+        row = self._database.execute(sql.FEWEST_CRASHES, (model_name,)).fetchone()
+        if row is None:
+            return []
+        return self._take(sql.SUSPECTS, now, model_name, row[0], suspects_together(row[0], largest))
+
+    def retry_later(self, retries: Sequence[JobRetry]) -> None:
+        """Queue running jobs again, for later."""
+        rows = [(retry.job_id, microseconds(retry.retry_at), retry.error) for retry in retries]
+        self._move(JobStatus.RUNNING, JobStatus.QUEUED, self._write(sql.RETRY, rows))
+
+    def release_retries(self, model_name: str, now: float) -> float | None:
+        """Let some jobs be taken that waited to run again; returns when the next may be."""
+        now_us = LATEST_US if math.isinf(now) else microseconds(now)
+        self._database.execute(sql.RELEASE, (now_us, model_name, ROWS_PER_STEP))
+        row = self._database.execute(sql.NEXT_RETRY, (model_name,)).fetchone()
+        return None if row is None else row[0] / 1_000_000
 
     def _take(self, chosen: str, now: float, *values: object) -> list[Job]:
         now_us = microseconds(now)
-        rows = self._read(chosen, values, _RUN, now_us)
+        rows = self._read(chosen, values, sql.RUN, now_us)
         self._move(JobStatus.QUEUED, JobStatus.RUNNING, len(rows))
         for row in rows:
             row[_STATUS] = JobStatus.RUNNING.value
@@ -265,8 +214,8 @@ class JobTable:
     def _finish(self, queue: str, rows: Sequence[Row], before: JobStatus) -> int:
         """End jobs in a like way that were in the state `before`; returns how many of them were."""
         rows = [(*row, before.value) for row in rows]
-        sending = self._write(_END_SENDING[queue], rows)
-        ended = sending + self._write(_END_ONLY[queue], rows)
+        sending = self._write(sql.END_SENDING[queue], rows)
+        ended = sending + self._write(sql.END_ONLY[queue], rows)
         self._move(before, JobStatus(rows[0][1]), ended)
         self._move(DeliveryStatus.NONE, DeliveryStatus.PENDING, sending)
         return ended
@@ -278,7 +227,8 @@ class JobTable:
         if job is None or cancelled is None:
             return job
         self._database.execute(
-            "UPDATE jobs SET status = 'cancelled', finished_at = ? WHERE job_id = ?", (microseconds(now), job_id)
+            "UPDATE jobs SET status = 'cancelled', finished_at = ?, retry_at = NULL WHERE job_id = ?",
+            (microseconds(now), job_id),
         )
         self._move(job.status, JobStatus.CANCELLED, 1)
         return cancelled
@@ -298,16 +248,16 @@ class JobTable:
         """End queued jobs whose time is over."""
         now_us = microseconds(now)
         values = (JobStatus.EXPIRED.value, EXPIRED_IN_THE_QUEUE, now_us, now_us, limit)
-        return self._ended(JobStatus.QUEUED, JobStatus.EXPIRED, self._database.execute(_EXPIRE, values).fetchall())
+        return self._ended(JobStatus.QUEUED, JobStatus.EXPIRED, self._database.execute(sql.EXPIRE, values).fetchall())
 
     def take_deliveries(self, limit: int, now: float, places: Mapping[str, int], per_queue: int) -> Sequence[Job]:
         """Take what is due, one queue after the other, from the one after the last that came first."""
-        taken = list[Job]()
+        taken, size_bytes = list[Job](), 0
         first, queue, wrapped = self._last_queue, self._last_queue, False
         for _ in range(QUEUES_PER_VISIT):
-            if len(taken) == limit:
+            if len(taken) == limit or size_bytes > sql.BYTES_AT_ONCE:
                 break
-            row = self._database.execute(_NEXT_QUEUE, (queue,)).fetchone()
+            row = self._database.execute(sql.NEXT_QUEUE, (queue,)).fetchone()
             if row is None and not wrapped:
                 queue, wrapped = "", True
                 continue
@@ -316,10 +266,19 @@ class JobTable:
             queue = cast("str", row[0])
             room = min(places.get(queue, per_queue), limit - len(taken))
             if room > 0:
-                rows = self._read(_DUE, (microseconds(now), queue, room), _IN_HAND)
+                rows = self._read(sql.DUE, (microseconds(now), queue, room), sql.PUT_IN_HAND)
                 taken += [job_from_row(row) for row in rows]
+                size_bytes += sum(job.size_bytes for job in taken[-len(rows) :])
         self._last_queue = queue
         return taken
+
+    def take_suspect_deliveries(self, largest: int) -> list[Job]:
+        """Take what was being sent at a crash."""
+        row = self._database.execute(sql.FEWEST_DELIVERY_CRASHES).fetchone()
+        if row is None:
+            return []
+        rows = self._read(sql.SUSPECT_DELIVERIES, (row[0], suspects_together(row[0], largest)), sql.PUT_IN_HAND)
+        return [job_from_row(row) for row in rows]
 
     def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
         """Note how deliveries went."""
@@ -331,37 +290,44 @@ class JobTable:
             for record in records
         ]
         for alike in _groups(rows, lambda row: row[1]):
-            self._move(DeliveryStatus.PENDING, DeliveryStatus(alike[0][1]), self._write(_RECORD_DELIVERY, alike))
+            self._move(DeliveryStatus.PENDING, DeliveryStatus(alike[0][1]), self._write(sql.RECORD_DELIVERY, alike))
 
     def replay_some(self, job_id: str | None, now: float) -> int:
         """Make an undelivered job, or some of all, due again."""
         which, values = ("AND job_id = ?", [job_id]) if job_id is not None else ("", [])
         replayed = self._database.execute(
-            _REPLAY.format(which=which), (microseconds(now), *values, ROWS_PER_STEP)
+            sql.REPLAY.format(which=which), (microseconds(now), *values, ROWS_PER_STEP)
         ).rowcount
         self._move(DeliveryStatus.UNDELIVERED, DeliveryStatus.PENDING, replayed)
         return replayed
 
     def recover(self, now: float) -> Recovery:
         """Queue what was running again, or fail it after too many crashes; deliver what was in hand again."""
-        now_us, queue = microseconds(now), ""
-        while (row := self._database.execute(_NEXT_QUEUE, (queue,)).fetchone()) is not None:
-            queue = row[0]
-            self._database.execute(
-                f"UPDATE jobs SET due_at = ? WHERE delivery_queue = ? AND due_at = {IN_HAND}",  # noqa: S608  # as above
-                (now_us, queue),
-            )
+        now_us = microseconds(now)
+        undelivered = self._recover_deliveries(now_us)
         self._database.execute("UPDATE jobs SET crashes = crashes + 1 WHERE status = 'running'")
-        values = (JobStatus.FAILED.value, TOO_MANY_CRASHES, now_us, CRASHES_ALONE)
-        failed = self._database.execute(_SET_ASIDE, values).fetchall()
+        values = (JobStatus.FAILED.value, TOO_MANY_CRASHES, now_us, MAX_CRASHES)
+        failed = self._database.execute(sql.SET_ASIDE, values).fetchall()
         set_aside = self._ended(JobStatus.RUNNING, JobStatus.FAILED, failed)
         requeued = self._database.execute("UPDATE jobs SET status = 'queued' WHERE status = 'running'").rowcount
         self._move(JobStatus.RUNNING, JobStatus.QUEUED, requeued)
-        return Recovery(requeued, set_aside)
+        return Recovery(requeued, set_aside, undelivered)
+
+    def _recover_deliveries(self, now_us: int) -> list[str]:
+        """Make what was in hand suspect; returns the ids of those that are set aside."""
+        # First those that are suspect already, to count none twice.
+        self._database.execute(sql.DELIVERIES_CRASHED.format(which="delivery_crashes > 0"), (now_us,))
+        crashed, queue = sql.DELIVERIES_CRASHED.format(which="delivery_crashes = 0 AND delivery_queue = ?"), ""
+        while (row := self._database.execute(sql.NEXT_QUEUE, (queue,)).fetchone()) is not None:
+            queue = row[0]
+            self._database.execute(crashed, (now_us, queue))
+        rows = self._database.execute(sql.SET_DELIVERIES_ASIDE, (TOO_MANY_DELIVERY_CRASHES, MAX_CRASHES)).fetchall()
+        self._move(DeliveryStatus.PENDING, DeliveryStatus.UNDELIVERED, len(rows))
+        return [job_id for (job_id,) in rows]
 
     def remove_some(self, before: float) -> int:
         """Remove some of the jobs that ended before that time and have nothing left to deliver."""
-        return self._remove(REMOVABLE, [microseconds(before)])
+        return self._remove(sql.REMOVABLE, [microseconds(before)])
 
     def purge_some(self, which: JobFilter) -> int:
         """Remove some of the ended jobs that `which` covers and that are not about to be delivered."""
@@ -369,16 +335,21 @@ class JobTable:
         return self._remove(f"delivery <> 'pending' AND {condition}", values)
 
     def _remove(self, which: str, values: list[Any]) -> int:
-        removed = self._database.execute(_REMOVE.format(which=which), (*values, ROWS_PER_STEP)).fetchall()
+        removed = self._database.execute(sql.REMOVE.format(which=which), (*values, ROWS_PER_STEP)).fetchall()
         for status, delivery in removed:
             self.counts[JobStatus(status)] -= 1
             self.counts[DeliveryStatus(delivery)] -= 1
         return len(removed)
 
     def _read(self, chosen: str, values: tuple[Any, ...], change: str, *changed: object) -> list[list[Any]]:
-        """The `COLUMNS` of the chosen jobs, in their order, after `change` was made to them: as many as fit at once."""
-        (text,) = self._database.execute(_READ.format(chosen=chosen), values).fetchone()
-        rows = sorted(from_json(text), key=lambda row: cast("int", row[0]))
+        """The `COLUMNS` of the chosen jobs, in their order, after `change` was made to them: as many as fit at once.
+
+        Where the first alone does not fit, it is read without JSON, which might become longer than SQLite allows.
+        """
+        (text,) = self._database.execute(sql.READ.format(chosen=chosen), values).fetchone()
+        rows: list[list[Any]] = sorted(from_json(text), key=lambda row: cast("int", row[0]))
+        if not rows:
+            rows = list(map(list, self._database.execute(sql.READ_FIRST.format(chosen=chosen), values)))
         if rows:
             self._database.execute(change, (*changed, to_json([row[0] for row in rows]).decode()))
         return [row[1:] for row in rows]
@@ -408,7 +379,7 @@ class JobTable:
 
 def _row_of(end: FinishedJob, *, is_in_hand: bool) -> Row:
     now_us = microseconds(end.finished_at)
-    return end.job_id, end.status.value, end.result_json, end.error, now_us, IN_HAND if is_in_hand else now_us
+    return end.job_id, end.status.value, end.result_json, end.error, now_us, sql.IN_HAND if is_in_hand else now_us
 
 
 def _groups(rows: Sequence[Row], key: Callable[[Row], str]) -> list[list[Row]]:

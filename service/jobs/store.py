@@ -13,18 +13,38 @@ from service.jobs.model import (
     Job,
     JobFilter,
     JobPage,
+    JobRetry,
     JobStatus,
     NewJob,
     Recovery,
 )
 
+CRASHES_TOGETHER = 3
+"""How often a suspect may be running when the process dies before it runs alone: in a group, and in a smaller one."""
 CRASHES_ALONE = 3
-"""A job that the process dies with so often while it runs alone has failed."""
+"""How often the process may die with a suspect that runs alone before that has failed."""
+MAX_CRASHES = CRASHES_TOGETHER + CRASHES_ALONE
+SMALLER_GROUP_DIVISOR = 8
 TOO_MANY_CRASHES = (
     f"the process died {CRASHES_ALONE} times while this job ran alone, so it is not run again; "
     "if something else stopped the process, submit the job once more"
 )
+TOO_MANY_DELIVERY_CRASHES = (
+    f"the process died {CRASHES_ALONE} times while this message alone was being sent, so it is not sent again; "
+    "replay it once the queue backend no longer ends the process"
+)
 EXPIRED_IN_THE_QUEUE = "the job did not end within its expires_in"
+
+
+def suspects_together(crashes: int, largest: int) -> int:
+    """How many suspects run together, or are sent together, that were in hand at so many deaths of the process.
+
+    After the first death `largest`, after the second an eighth of them, then one alone: so the one that kills the
+    process is found in few deaths, and the others run soon.
+    """
+    if crashes >= CRASHES_TOGETHER:
+        return 1
+    return largest if crashes <= 1 else max(1, largest // SMALLER_GROUP_DIVISOR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +91,40 @@ class JobStore(Protocol):
         ...
 
     async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
-        """Up to `limit` jobs that `which` covers, the newest first; `cursor` is what the page before says is next."""
-        ...
+        """Up to `limit` jobs that `which` covers, the newest first; `cursor` is what the page before says is next.
 
-    async def take(self, model_name: str, limit: int, now: float, *, bulk_places: int = 0) -> list[Job]:
-        """Make up to `limit` queued jobs of a model running, and return them: none that ever crashed.
-
-        Interactive jobs go before bulk ones, but up to `bulk_places` of the `limit` are for bulk ones in any case. The
-        jobs of one class come in the order in which they were added.
+        A page has fewer where more would have too many bytes (`PAGE_BYTES`); its `next_cursor` says whether any follow.
         """
         ...
 
-    async def take_suspect(self, model_name: str, now: float) -> Job | None:
-        """Make one queued job running that was running when a process died: the one that did so least often."""
+    async def take(self, model_name: str, limit: int, now: float, *, bulk_places: int = 0) -> list[Job]:
+        """Make up to `limit` queued jobs of a model running, and return them.
+
+        Suspects are not among them, nor jobs that wait to run again. Interactive jobs go before bulk ones, but up to
+        `bulk_places` of the `limit` are for bulk ones in any case. The jobs of one class come in the order in which
+        they were added.
+        """
+        ...
+
+    async def take_suspects(self, model_name: str, largest: int, now: float) -> list[Job]:
+        """Make a group of suspects running: queued jobs that were running when a process died.
+
+        Those that were least often, and as many of them as `suspects_together` says.
+        """
+        ...
+
+    async def retry_later(self, retries: Sequence[JobRetry]) -> None:
+        """Queue running jobs again, to be taken when `release_retries` has let go of them; counts their attempts.
+
+        They are no suspects any more, because a run of theirs has ended. Jobs that are not running are left alone.
+        """
+        ...
+
+    async def release_retries(self, model_name: str, now: float) -> float | None:
+        """Let jobs be taken, in their old places, whose `retry_at` has come; returns when the next one's does, if any.
+
+        Many are released in several calls: then the time returned has come already. An infinite `now` releases all.
+        """
         ...
 
     async def finish(self, outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
@@ -110,12 +151,22 @@ class JobStore(Protocol):
         """Take up to `limit` jobs whose delivery is due, to attempt it; they are due no more until it is recorded.
 
         At most `per_queue` of them go to the same queue, or as many as `places` says where it names that queue. Queues
-        come in turns; of one queue, those are taken that became due first.
+        come in turns; of one queue, those are taken that became due first. No suspects are among them.
+        """
+        ...
+
+    async def take_suspect_deliveries(self, largest: int) -> Sequence[Job]:
+        """Take a group of suspects: jobs whose deliveries were being attempted when a process died.
+
+        Those that were least often, and as many of them as `suspects_together` says.
         """
         ...
 
     async def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
-        """Note how deliveries went. Jobs that are unknown, or have nothing to deliver, are left alone."""
+        """Note how deliveries went; none of them is suspect any more, because its attempt has ended.
+
+        Jobs that are unknown, or have nothing to deliver, are left alone.
+        """
         ...
 
     async def replay(self, job_ids: Sequence[str] | None, now: float) -> int:
@@ -128,8 +179,8 @@ class JobStore(Protocol):
     async def recover(self, now: float) -> Recovery:
         """Take note that nobody runs or delivers any job, because the process that did has ended.
 
-        Running jobs are queued again, in their old places, and count one crash more; those with more than
-        `CRASHES_ALONE` after the first fail. Deliveries that were being attempted are due.
+        Running jobs are queued again, in their old places, and deliveries that were being attempted are due; both count
+        one crash more. With `MAX_CRASHES`, a job fails, and a delivery is set aside as undelivered.
         """
         ...
 

@@ -3,6 +3,7 @@
 import re
 import sys
 
+from service.errors import error_text
 from service.pipeline_batches import is_too_large
 
 _OF_THE_DEVICE = re.compile(
@@ -23,7 +24,7 @@ def is_device_fault(error: Exception) -> bool:
         return False
     # torch has an error of its own for it since 2.8; not imported here, for a pipeline may do without.
     accelerator_error: tuple[()] | type[Exception] = getattr(sys.modules.get("torch"), "AcceleratorError", ())
-    text = str(error)
+    text = error_text(error)
     if not isinstance(error, accelerator_error) and not (
         isinstance(error, RuntimeError) and _OF_THE_DEVICE.search(text)
     ):

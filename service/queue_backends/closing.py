@@ -3,6 +3,7 @@
 import logging
 
 from service.queue_backends.protocol import QueueBackend
+from service.queue_backends.sending import await_backend
 
 logger = logging.getLogger(__name__)
 
@@ -12,6 +13,6 @@ async def close_backend(backend: QueueBackend | None) -> None:
     aclose = getattr(backend, "aclose", None)
     if aclose is not None:
         try:
-            await aclose()
+            await await_backend(aclose())
         except Exception:
             logger.exception("The queue backend could not be closed")

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import anyio
 
 from service.queue_backends.protocol import NamedQueueBackend, QueueBackend, QueueMessage, QueueNameError
-from service.queue_backends.sending import ATTEMPT_S, send_all
+from service.queue_backends.sending import ATTEMPT_S, await_backend, send_all
 from service.queue_backends.webhook_urls import shown_queue_name
 
 
@@ -72,7 +72,7 @@ class RoutingBackend:
         for backend in {id(backend): backend for backend in self._routes.values()}.values():
             if hasattr(backend, "aclose"):
                 try:
-                    await backend.aclose()
+                    await await_backend(backend.aclose())
                 except Exception as error:  # noqa: BLE001  # raised below, once the others are closed
                     errors.append(error)
         if errors:

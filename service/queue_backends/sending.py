@@ -2,13 +2,39 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import anyio
 
 from batching.task_groups import without_foreign_cancellation
+from service.errors import describe_error, describe_value
 from service.queue_backends.protocol import BatchQueueBackend, QueueBackend, QueueBackendError, QueueMessage
 
 ATTEMPT_S = 25.0  # less than a delivery waits, so that one message that hangs does not take the others' answers along
+
+T = TypeVar("T")
+
+
+async def await_backend(awaitable: Awaitable[T]) -> T:
+    """Await a backend's code. Whatever it raises is an `Exception`, unless the caller is being cancelled.
+
+    `SystemExit` and the like, meant to end a program, become a `QueueBackendError`: a message must not end the server.
+    """
+    try:
+        return await without_foreign_cancellation(awaitable)
+    except Exception:
+        raise
+    except BaseException as error:
+        if _is_cancellation(error):
+            raise
+        raise QueueBackendError(f"the backend raised {describe_error(error)}, which is no ordinary error") from error
+
+
+def _is_cancellation(error: BaseException) -> bool:
+    cancelled = anyio.get_cancelled_exc_class()
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(cancelled) is not None
+    return isinstance(error, cancelled)
 
 
 async def send_all(
@@ -33,8 +59,12 @@ async def send_all(
                 raise QueueBackendError("the backend did not take the message")
 
         return await outcomes_of(send, messages, anyio.CapacityLimiter(max_concurrent), timeout_s)
+
+    async def send_together() -> list[Exception | None]:
+        return _checked(backend, messages, await backend.send_messages(messages))
+
     try:
-        return _checked(backend, messages, await without_foreign_cancellation(backend.send_messages(messages)))
+        return await await_backend(send_together())
     except Exception as error:  # noqa: BLE001  # a backend may raise anything; the caller logs and retries
         return [error] * len(messages)
 
@@ -55,7 +85,7 @@ async def outcomes_of(
         async with limiter:
             with anyio.move_on_after(timeout_s) as scope:
                 try:
-                    await without_foreign_cancellation(send(message))
+                    await await_backend(send(message))
                     outcomes[position] = None
                 except Exception as error:  # noqa: BLE001  # one message's failure is no other's
                     outcomes[position] = error
@@ -88,18 +118,19 @@ def _checked(backend: QueueBackend, messages: Sequence[QueueMessage], outcomes: 
     name = f"{type(backend).__name__}.send_messages"
     if not isinstance(outcomes, Sequence):
         raise QueueBackendError(
-            f"{name} returned {outcomes!r:.100}; it must return a sequence with one outcome for each message, in their "
-            "order"
+            f"{name} returned {describe_value(outcomes)}; it must return a sequence with one outcome for each message, "
+            "in their order"
         )
-    if len(outcomes) != len(messages):
+    listed = list(outcomes)
+    if len(listed) != len(messages):
         raise QueueBackendError(
-            f"{name} returned {len(outcomes)} outcomes for {len(messages)} messages; it must return one for each, in "
+            f"{name} returned {len(listed)} outcomes for {len(messages)} messages; it must return one for each, in "
             "their order"
         )
-    for outcome in outcomes:
+    for outcome in listed:
         if not (outcome is None or isinstance(outcome, Exception)):
             raise QueueBackendError(
-                f"{name} returned {outcome!r:.100} as an outcome; it must be None for a message that was taken, and "
-                "else an exception"
+                f"{name} returned {describe_value(outcome)} as an outcome; it must be None for a message that was "
+                "taken, and else an exception"
             )
-    return list(outcomes)
+    return listed

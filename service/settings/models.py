@@ -323,6 +323,8 @@ class AsyncConfig(Section):
 
     timeout: Duration = 3600
     """Seconds a job may take from its first dispatch; later it expires."""
+    max_attempts: Count = 5
+    """Runs of a job that fails with all others of its batch, as when a database is down; 5 last some 85 s or more."""
     result_ttl: Duration = 86_400
     """Seconds a finished job and its result can be asked for; those with something left to deliver stay longer."""
     store: Literal["memory", "sqlite"] = "sqlite"

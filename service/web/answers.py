@@ -43,13 +43,17 @@ class JobView(BaseModel):
     model_name: str
     status: JobStatus
     result: dict[str, Any] | None = Field(description="The model's output, once the job has succeeded.")
-    error: str | None = Field(description="Why the job failed or expired.")
+    error: str | None = Field(description="Why the job failed or expired, or why its last attempt failed.")
     meta: dict[str, Any] = Field(description="As it was given.")
     priority: Priority = Field(description="The class that it runs in.")
     delivery: DeliveryStatus = Field(description="What became of the message to the queue that the job named.")
     delivery_attempts: int
     delivery_error: str | None = Field(description="Why the last attempt to deliver failed.")
-    crashes: int = Field(description="How often the process died while the job was running.")
+    crashes: int = Field(
+        description="How often the process died while the job was running; 0 again once it is known to be harmless."
+    )
+    attempts: int = Field(description="How many runs of the job have ended; those that a crash cut short do not count.")
+    retry_at: datetime | None = Field(description="When the job may run again, while it waits for that.")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None

@@ -7,13 +7,15 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from batching import Failure, Priority, QueueFullError, SchedulerClosedError, Success
+from batching import BatchTimeoutError, Failure, Priority, QueueFullError, SchedulerClosedError, Success
 from pipelines import InferenceOutputModel
-from service.jobs import FinishedJob, Job, JobStatus, JobStoreError, MemoryJobStore, NewJob
+from service.jobs import FinishedJob, Job, JobRetry, JobStatus, JobStoreError, MemoryJobStore, NewJob
+from service.jobs.delivery import backoff_with_jitter
 from service.jobs.manager import JobManager
 from service.jobs.model import json_text, new_job_id
-from service.jobs.runner import JobOutcome, JobRunner
+from service.jobs.runner import FIRST_JOB_RETRY_S, JobOutcome, JobRunner
 from service.queue_backends import InMemoryBackend
+from service.settings import AsyncConfig
 
 pytestmark = pytest.mark.anyio
 
@@ -50,7 +52,8 @@ class Engine:
         self.is_open = is_open
         self.refusals = 0
         self.started: list[Job] = []
-        self.alone: list[str] = []
+        self.groups: list[list[str]] = []
+        self.raises: dict[int, Exception] = {}
         self.waiting: dict[str, Callable[[JobOutcome], None]] = {}
         self.change = anyio.Event()
 
@@ -67,17 +70,19 @@ class Engine:
             self.answer(job.job_id)
         return lambda: self.waiting.pop(job.job_id, None) and None
 
-    async def run_alone(self, job: Job) -> InferenceOutputModel:
+    async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
         assert not self.waiting
-        self.alone.append(job.job_id)
+        self.groups.append([job.job_id for job in jobs])
+        if len(self.groups) - 1 in self.raises:
+            raise self.raises[len(self.groups) - 1]
         while not self.is_open:
             self.change = anyio.Event()
             await self.change.wait()
-        return output_of(job)
+        return [Success(output_of(job)) for job in jobs]
 
     def answer(self, job_id: str, outcome: JobOutcome | None = None) -> None:
         """Tell what became of a job, by default its message as its result."""
-        job = next(job for job in self.started if job.job_id == job_id)
+        job = next(job for job in reversed(self.started) if job.job_id == job_id)
         if on_outcome := self.waiting.pop(job_id, None):
             on_outcome(Success(output_of(job)) if outcome is None else outcome)
 
@@ -295,21 +300,106 @@ async def crashed(manager: JobManager, count: int) -> list[str]:
     return job_ids
 
 
-async def test_jobs_that_ran_at_a_crash_run_alone_one_by_one_before_all_others(manager: JobManager) -> None:
+async def test_jobs_that_ran_at_a_crash_run_in_groups_apart_from_all_others(manager: JobManager) -> None:
     suspects = await crashed(manager, 3)
     others = [await submit(manager) for _ in range(2)]
     engine = Engine(is_open=False)
-    async with JobRunner(manager, "m", engine, window=9) as runner:
+    async with JobRunner(manager, "m", engine, window=9, largest_group=2) as runner:
         await anyio.wait_all_tasks_blocked()
-        assert (engine.alone, engine.started, runner.running) == (suspects[:1], [], 1)
+        assert (engine.groups, engine.started, runner.running) == ([suspects[:2]], [], 2)
         engine.open()
         for job_id in (*suspects, *others):
             assert (await ended(manager, job_id)).status is JobStatus.SUCCEEDED
-    assert engine.alone == suspects
+    assert engine.groups == [suspects[:2], suspects[2:]]
     assert [job.job_id for job in engine.started] == others
 
 
-async def test_a_job_that_is_cancelled_alone_is_not_heard_and_one_that_is_late_not_run(
+async def test_between_two_groups_as_many_others_run_the_interactive_ones_first(manager: JobManager) -> None:
+    suspects = await crashed(manager, 4)
+    bulk = [await submit(manager) for _ in range(30)]
+    now = await submit(manager, priority=Priority.INTERACTIVE)
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=20, largest_group=2):
+        await anyio.wait_all_tasks_blocked()
+        engine.is_open = True
+        engine.change.set()
+        for job_id in suspects:
+            await ended(manager, job_id)
+        first = [job.job_id for job in engine.started]
+        assert first[:2] == [now, bulk[0]] or first[:2] == [bulk[0], now]
+        assert len(first) <= 4, "the second group waits for no more than a group of others"
+        for job_id in bulk:
+            await ended(manager, job_id)
+
+
+async def test_an_interactive_job_waits_for_one_group_after_a_crash_of_a_full_window(manager: JobManager) -> None:
+    suspects = await crashed(manager, 512)
+    engine = Engine()
+    before: list[int] = []
+    start = engine.start
+
+    def counting(job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
+        if job.priority is Priority.INTERACTIVE:
+            before.append(len(engine.groups))
+        return start(job, on_outcome)
+
+    engine.start = counting  # type: ignore[method-assign]  # to see what ran before it
+    for _ in range(100):
+        await submit(manager)
+    now = await submit(manager, priority=Priority.INTERACTIVE)
+    async with JobRunner(manager, "m", engine, window=512, largest_group=32):
+        await ended(manager, now)
+        for job_id in suspects:
+            await ended(manager, job_id)
+    assert before == [1]
+    assert [len(group) for group in engine.groups] == [32] * 16
+
+
+async def test_a_group_that_raises_kills_nothing_and_its_jobs_run_on_as_others_do(manager: JobManager) -> None:
+    suspects = await crashed(manager, 3)
+    engine = Engine()
+    engine.raises = {0: ValueError("poison")}
+    async with JobRunner(manager, "m", engine, window=9, largest_group=2):
+        jobs = [await ended(manager, job_id) for job_id in suspects]
+    assert [job.status for job in jobs] == [JobStatus.SUCCEEDED] * 3
+    assert engine.groups == [suspects[:2], suspects[2:]]
+    assert [job.job_id for job in engine.started] == suspects[:2]
+
+
+async def test_a_group_that_hangs_runs_one_by_one_and_the_hanging_job_fails_alone(manager: JobManager) -> None:
+    suspects = await crashed(manager, 3)
+    other = await submit(manager)
+    engine = Engine()
+    engine.raises = {0: BatchTimeoutError(1.0, 3), 2: BatchTimeoutError(1.0, 1)}
+    async with JobRunner(manager, "m", engine, window=9, largest_group=3):
+        jobs = [await ended(manager, job_id) for job_id in (*suspects, other)]
+    assert engine.groups == [suspects, *([job_id] for job_id in suspects)]
+    succeeded = JobStatus.SUCCEEDED
+    assert [job.status for job in jobs] == [succeeded, JobStatus.FAILED, succeeded, succeeded]
+    assert jobs[1].error == "a batch of 1 did not finish within the batch timeout of 1 s"
+
+
+async def test_jobs_of_a_hanging_group_can_be_cancelled_and_expire_before_they_run_alone(
+    manager: JobManager, clock: Clock
+) -> None:
+    first, cancelled, late = await crashed(manager, 3)
+    other = await submit(manager)
+    engine = Engine(is_open=False)
+    engine.raises = {0: BatchTimeoutError(1.0, 3)}
+    async with JobRunner(manager, "m", engine, window=9, largest_group=3, timeout_s=30):
+        await engine.until_started(1)
+        assert [job.job_id for job in engine.started] == [other]
+        await manager.cancel(cancelled)
+        engine.answer(other)
+        await anyio.wait_all_tasks_blocked()
+        assert engine.groups[1:] == [[first]]
+        clock.now += 31
+        engine.open()
+        assert (await ended(manager, late)).status is JobStatus.EXPIRED
+    assert engine.groups[1:] == [[first]]
+
+
+async def test_a_job_that_is_cancelled_in_its_group_is_not_heard_and_one_that_is_late_not_run(
     manager: JobManager, clock: Clock
 ) -> None:
     cancelled, late = await crashed(manager, 2)
@@ -318,15 +408,15 @@ async def test_a_job_that_is_cancelled_alone_is_not_heard_and_one_that_is_late_n
         await anyio.wait_all_tasks_blocked()
         await manager.cancel(cancelled)
         clock.now += 31
-        assert engine.alone == [cancelled]
+        assert engine.groups == [[cancelled]]
         engine.open()
         job = await ended(manager, late)
     assert (job.status, job.error) == (JobStatus.EXPIRED, "the job did not finish within its timeout of 30 s")
     assert (await ended(manager, cancelled)).status is JobStatus.CANCELLED
-    assert engine.alone == [cancelled]
+    assert engine.groups == [[cancelled]]
 
 
-async def test_of_two_models_one_at_a_time_runs_a_job_alone(manager: JobManager) -> None:
+async def test_of_two_models_one_at_a_time_runs_a_group_of_suspects(manager: JobManager) -> None:
     (first,) = await crashed(manager, 1)
     second = await submit(manager, model_name="other")
     await manager.store.take("other", 1, manager.clock())
@@ -335,14 +425,143 @@ async def test_of_two_models_one_at_a_time_runs_a_job_alone(manager: JobManager)
     async with JobRunner(manager, "m", engines[0], window=9), JobRunner(manager, "other", engines[1], window=9):
         await anyio.wait_all_tasks_blocked()
         assert (await manager.counts()).statuses[JobStatus.RUNNING] == 1
-        now, later = sorted(engines, key=lambda engine: len(engine.alone), reverse=True)
-        assert (len(now.alone), later.alone) == (1, [])
+        now, later = sorted(engines, key=lambda engine: len(engine.groups), reverse=True)
+        assert (len(now.groups), later.groups) == (1, [])
         now.open()
-        assert (await ended(manager, now.alone[0])).status is JobStatus.SUCCEEDED
+        assert (await ended(manager, now.groups[0][0])).status is JobStatus.SUCCEEDED
         await anyio.wait_all_tasks_blocked()
-        assert {*now.alone, *later.alone} == {first, second}
+        assert {*now.groups[0], *later.groups[0]} == {first, second}
         later.open()
-        assert (await ended(manager, later.alone[0])).status is JobStatus.SUCCEEDED
+        assert (await ended(manager, later.groups[0][0])).status is JobStatus.SUCCEEDED
+
+
+SYSTEMIC = Failure(ConnectionError("the database is down"), is_systemic=True)
+
+
+async def test_jobs_of_a_systemic_failure_run_again_later_until_they_succeed_or_are_out_of_attempts(
+    manager: JobManager, clock: Clock
+) -> None:
+    waits: list[int] = []
+
+    def backoff_s(attempt: int) -> float:
+        waits.append(attempt)
+        return 10.0 * attempt
+
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=9, max_attempts=3, backoff_s=backoff_s) as runner:
+        lucky, doomed = await submit(manager, {"n": 1}), await submit(manager, {"n": 2})
+        for attempt in (1, 2):
+            await engine.until_started(2 * attempt)
+            engine.answer(doomed, SYSTEMIC)
+            engine.answer(lucky, SYSTEMIC)
+            await anyio.wait_all_tasks_blocked()
+            job = await ended_or_not(manager, lucky)
+            assert (job.status, job.attempts, job.retry_at) == (JobStatus.QUEUED, attempt, clock() + 10 * attempt)
+            assert job.error == "ConnectionError: the database is down"
+            clock.now += 10 * attempt - 1
+            runner.wake()
+            await anyio.wait_all_tasks_blocked()
+            assert len(engine.started) == 2 * attempt
+            clock.now += 1
+            runner.wake()
+        await engine.until_started(6)
+        engine.answer(doomed, SYSTEMIC)
+        engine.answer(lucky)
+        jobs = [await ended(manager, job_id) for job_id in (lucky, doomed)]
+    assert [(job.status, job.attempts, job.retry_at) for job in jobs] == [
+        (JobStatus.SUCCEEDED, 3, None),
+        (JobStatus.FAILED, 3, None),
+    ]
+    assert (jobs[0].error, jobs[1].error) == (None, "ConnectionError: the database is down")
+    assert waits == [1, 1, 2, 2]
+
+
+async def test_a_runner_sleeps_until_the_next_retry_is_due_also_one_of_an_earlier_process(manager: JobManager) -> None:
+    job_id = await submit(manager)
+    await manager.store.take("m", 1, manager.clock())
+    await manager.store.retry_later([JobRetry(job_id=job_id, retry_at=manager.clock() + 0.02, error="down")])
+    start_s = anyio.current_time()
+    manager.clock = lambda: 1000.0 + anyio.current_time() - start_s
+    async with JobRunner(manager, "m", Engine(), window=9):
+        job = await ended(manager, job_id)
+    assert (job.status, job.attempts) == (JobStatus.SUCCEEDED, 2)
+
+
+async def test_one_attempt_means_that_no_job_runs_again(manager: JobManager) -> None:
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=9, max_attempts=1):
+        job_id = await submit(manager)
+        await engine.until_started(1)
+        engine.answer(job_id, SYSTEMIC)
+        assert (await ended(manager, job_id)).status is JobStatus.FAILED
+
+
+async def test_a_job_that_would_expire_before_it_runs_again_fails_with_its_error(manager: JobManager) -> None:
+    engine = Engine(is_open=False)
+    async with JobRunner(
+        manager, "m", engine, window=9, timeout_s=60, max_attempts=9, backoff_s=lambda attempt: 30.0 * attempt
+    ):
+        own, timeout = await submit(manager, expires_at=manager.clock() + 30), await submit(manager)
+        await engine.until_started(2)
+        engine.answer(own, SYSTEMIC)
+        engine.answer(timeout, SYSTEMIC)
+        job = await ended(manager, own)
+        assert (job.status, job.error) == (JobStatus.FAILED, "ConnectionError: the database is down")
+        await anyio.wait_all_tasks_blocked()
+        assert (await ended_or_not(manager, timeout)).status is JobStatus.QUEUED
+
+
+async def test_a_job_that_waits_to_run_again_can_be_cancelled(manager: JobManager, clock: Clock) -> None:
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=9, max_attempts=9, backoff_s=lambda _: 10.0) as runner:
+        job_id = await submit(manager)
+        await engine.until_started(1)
+        engine.answer(job_id, SYSTEMIC)
+        await anyio.wait_all_tasks_blocked()
+        await manager.cancel(job_id)
+        clock.now += 11
+        runner.wake()
+        await anyio.wait_all_tasks_blocked()
+    assert len(engine.started) == 1
+    assert (await ended(manager, job_id)).status is JobStatus.CANCELLED
+
+
+@pytest.mark.parametrize("durable", [False, True])
+async def test_jobs_that_wait_to_run_again_do_not_hold_up_the_exit(
+    manager: JobManager, store: Flaky, durable: bool
+) -> None:
+    """Where they would be lost they run once more at once, for the last time; else they stay for the next start."""
+    store.durable = durable
+    engine = Engine(is_open=False)
+    leave = anyio.Event()
+
+    async def run_until_told() -> None:
+        async with JobRunner(manager, "m", engine, window=9, max_attempts=9, backoff_s=lambda _: 1e3):
+            await leave.wait()
+
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(run_until_told)
+        waiting, running = await submit(manager), await submit(manager)
+        await engine.until_started(2)
+        engine.answer(waiting, SYSTEMIC)
+        await anyio.wait_all_tasks_blocked()
+        leave.set()
+        await anyio.wait_all_tasks_blocked()
+        engine.answer(running, SYSTEMIC)
+        if not durable:
+            await engine.until_started(3)
+            engine.answer(waiting, SYSTEMIC)
+    assert [job.job_id for job in engine.started] == [waiting, running, *([] if durable else [waiting])]
+    jobs = [await ended_or_not(manager, job_id) for job_id in (waiting, running)]
+    expected = (JobStatus.QUEUED, JobStatus.QUEUED) if durable else (JobStatus.FAILED, JobStatus.FAILED)
+    assert tuple(job.status for job in jobs) == expected
+
+
+def test_jobs_that_fail_together_last_through_a_minute_by_default() -> None:
+    attempts = AsyncConfig().max_attempts
+    for _ in range(50):
+        waits = [backoff_with_jitter(attempt, first_s=FIRST_JOB_RETRY_S) for attempt in range(1, attempts)]
+        assert 60 < 85 <= sum(waits) <= 170
 
 
 async def test_ends_that_cannot_be_stored_keep_their_places_in_the_window(manager: JobManager, store: Flaky) -> None:

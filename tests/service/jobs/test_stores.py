@@ -1,6 +1,7 @@
 """What every job store promises, asked of each of them."""
 
 import itertools
+import math
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from service.jobs import (
     IdempotencyKeyReusedError,
     Job,
     JobFilter,
+    JobRetry,
     JobStatus,
     JobStore,
     JobStoreClosedError,
@@ -27,6 +29,7 @@ from service.jobs import (
     Recovery,
     SqliteJobStore,
 )
+from service.jobs.store import suspects_together
 
 pytestmark = pytest.mark.anyio
 
@@ -206,7 +209,7 @@ async def test_a_delivery_in_hand_is_not_due_until_it_is_recorded_or_the_process
     await store.record_deliveries([failed])
     assert await take_due(store) == ["a"]
     await store.recover(6.0)
-    assert sorted(await take_due(store)) == ["a", "b"]
+    assert [job.job_id for job in await store.take_suspect_deliveries(9)] == ["a", "b"]
 
 
 async def test_queues_take_turns_and_keep_to_their_places(store: JobStore) -> None:
@@ -345,51 +348,151 @@ async def test_interactive_jobs_are_taken_first_and_bulk_ones_have_their_places(
     assert (await existing(store, "b0")).priority is Priority.BULK
 
 
+async def suspects(store: JobStore, largest: int = 99) -> list[str]:
+    return [job.job_id for job in await store.take_suspects("m", largest, 9.0)]
+
+
 async def test_what_ran_at_a_crash_runs_again_apart_from_the_others(store: JobStore) -> None:
     await store.add([new_job("a"), new_job("b"), new_job("c"), new_job("d")])
     await store.take("m", 3, 2.0)
     await store.finish([success("a")])
     assert await store.recover(3.0) == Recovery(2, [])
     assert [job.job_id for job in await store.take("m", 10, 9.0)] == ["d"]
-    assert await store.take_suspect("other", 9.0) is None
-    suspects = [await store.take_suspect("m", 9.0) for _ in range(3)]
-    assert [suspect and (suspect.job_id, suspect.started_at, suspect.crashes) for suspect in suspects] == [
-        ("b", 2.0, 1),
-        ("c", 2.0, 1),
-        None,
+    assert await store.take_suspects("other", 9, 9.0) == []
+    found = [*await store.take_suspects("m", 1, 9.0), *await store.take_suspects("m", 9, 9.0)]
+    assert [(job.job_id, job.status, job.started_at, job.crashes) for job in found] == [
+        ("b", JobStatus.RUNNING, 2.0, 1),
+        ("c", JobStatus.RUNNING, 2.0, 1),
     ]
+    assert await suspects(store) == []
     await store.finish([success("b")])
     assert (await existing(store, "b")).status is JobStatus.SUCCEEDED
 
 
-async def test_only_a_job_that_crashes_alone_again_and_again_is_set_aside(store: JobStore) -> None:
-    await store.add([new_job("poison", failure_queue="bad"), new_job("innocent")])
-    await store.take("m", 2, 2.0)
-    for crash in range(4):
-        recovery = await store.recover(3.0)
-        assert recovery == (Recovery(2 if crash == 0 else 1, []) if crash < 3 else Recovery(0, ["poison"]))
-        suspect = await store.take_suspect("m", 4.0)
-        if crash == 0:  # the one that crashed less often goes first
-            assert suspect is not None
-            assert suspect.job_id == "poison"
-        if crash == 1:
-            assert suspect is not None
-            assert suspect.job_id == "innocent"
-            await store.finish([success("innocent")])
-            suspect = await store.take_suspect("m", 4.0)
-        assert (None if suspect is None else suspect.job_id) == ("poison" if crash < 3 else None)
-    job = await existing(store, "poison")
-    assert (job.status, job.delivery, job.crashes) == (JobStatus.FAILED, DeliveryStatus.PENDING, 4)
+def test_suspects_run_in_ever_smaller_groups() -> None:
+    assert [suspects_together(crashes, 32) for crashes in range(1, 6)] == [32, 4, 1, 1, 1]
+    assert [suspects_together(crashes, 3) for crashes in range(1, 4)] == [3, 1, 1]
+
+
+async def test_the_job_that_kills_is_found_by_ever_smaller_groups_and_fails(store: JobStore) -> None:
+    """Each death is that of the group with the poison; of the others, the ones that crashed less often go first."""
+    names = [f"{n:02}" for n in range(32)]
+    await store.add([new_job(name, failure_queue="bad") for name in names])
+    await store.take("m", 32, 2.0)
+    groups, deaths = list[list[str]](), 1
+    recovery = await store.recover(3.0)
+    while group := await suspects(store, 16):
+        groups.append(group)
+        if "20" in group:
+            deaths += 1
+            recovery = await store.recover(3.0)
+        else:
+            await store.finish([success(name) for name in group])
+    assert recovery == Recovery(0, ["20"])
+    assert groups == [
+        *(names[:16], names[16:]),
+        *([f"{n}", f"{n + 1}"] for n in (16, 18, 20)),
+        *([f"{n}", f"{n + 1}"] for n in (22, 24, 26, 28, 30)),
+        *(["20"], ["21"]),
+        *(["20"], ["20"]),
+    ]
+    assert deaths == 6
+    job = await existing(store, "20")
+    assert (job.status, job.delivery, job.crashes) == (JobStatus.FAILED, DeliveryStatus.PENDING, 6)
     assert "the process died 3 times while this job ran alone" in str(job.error)
-    assert (await existing(store, "innocent")).status is JobStatus.SUCCEEDED
+    assert (await store.counts()).statuses[JobStatus.SUCCEEDED] == 31
 
 
-async def test_what_was_being_delivered_at_a_crash_is_due_again(store: JobStore) -> None:
-    await finish_with_deliveries(store, {"a": 3.0, "b": 4.0})
+async def test_what_was_being_delivered_at_a_crash_is_sent_again_apart_from_the_others(store: JobStore) -> None:
+    await finish_with_deliveries(store, {"a": 3.0, "b": 4.0, "later": 20.0})
     await finish_with_deliveries(store, {"c": 5.0}, "other")
     assert await take_due(store, now=4.5) == ["a", "b"]
+    assert await store.recover(6.0) == Recovery(0, [])
+    assert await take_due(store, now=6.0) == ["c"]
+    assert [job.job_id for job in await store.take_suspect_deliveries(1)] == ["a"]
+    await store.record_deliveries([DeliveryRecord(job_id="a", status=DeliveryStatus.DELIVERED, attempts=1)])
+    assert [job.job_id for job in await store.take_suspect_deliveries(9)] == ["b"]
+    assert await store.take_suspect_deliveries(9) == []
+    failed = DeliveryRecord(job_id="b", status=DeliveryStatus.PENDING, attempts=1, error="down", due_at=7.0)
+    await store.record_deliveries([failed])
+    assert await take_due(store, now=7.0) == ["b"]
+
+
+async def test_the_delivery_that_kills_is_found_by_ever_smaller_groups_and_set_aside(store: JobStore) -> None:
+    await finish_with_deliveries(store, {f"{n:02}": 3.0 for n in range(32)})
+    await take_due(store)
+    recovery, deaths, sizes = await store.recover(4.0), 1, list[int]()
+    while group := [job.job_id for job in await store.take_suspect_deliveries(16)]:
+        sizes.append(len(group))
+        if "20" in group:
+            deaths += 1
+            recovery = await store.recover(4.0)
+        else:
+            records = [DeliveryRecord(job_id=name, status=DeliveryStatus.DELIVERED, attempts=1) for name in group]
+            await store.record_deliveries(records)
+    assert recovery == Recovery(0, [], ["20"])
+    assert (deaths, sizes) == (6, [16, 16, *[2] * 8, 1, 1, 1, 1])
+    job = await existing(store, "20")
+    assert job.delivery is DeliveryStatus.UNDELIVERED
+    assert "the process died 3 times while this message alone was being sent" in str(job.delivery_error)
+    counts = (await store.counts()).deliveries
+    assert (counts[DeliveryStatus.DELIVERED], counts[DeliveryStatus.UNDELIVERED]) == (31, 1)
+    assert await store.replay(["20"], 5.0) == 1
+    assert await take_due(store) == ["20"]
     await store.recover(6.0)
-    assert sorted(await take_due(store, now=6.0)) == ["a", "b", "c"]
+    assert [job.job_id for job in await store.take_suspect_deliveries(16)] == ["20"]
+
+
+async def test_jobs_that_wait_to_run_again_are_taken_in_their_old_places_once_released(store: JobStore) -> None:
+    await store.add([new_job("a"), new_job("b"), new_job("c"), new_job("n", model_name="n")])
+    await store.take("m", 2, 2.0)
+    await store.take("n", 1, 2.0)
+    retries = [JobRetry(job_id=job_id, retry_at=at, error="down") for job_id, at in (("b", 8.0), ("a", 6.0))]
+    queued, unknown = JobRetry(job_id="c", retry_at=1.0, error="x"), JobRetry(job_id="?", retry_at=1.0, error="x")
+    await store.retry_later([*retries, queued, unknown, JobRetry(job_id="n", retry_at=5.0, error="down")])
+    job = await existing(store, "a")
+    assert (job.status, job.attempts, job.retry_at, job.error) == (JobStatus.QUEUED, 1, 6.0, "down")
+    assert (await existing(store, "c")).attempts == 0
+    assert (await store.counts()).statuses[JobStatus.QUEUED] == 4
+    assert await store.release_retries("m", 5.9) == 6.0
+    assert await store.release_retries("m", 7.0) == 8.0
+    assert [job.job_id for job in await store.take("m", 9, 7.0)] == ["a", "c"]
+    assert await store.release_retries("m", math.inf) is None
+    (again,) = await store.take("m", 9, 7.0)
+    assert (again.job_id, again.started_at, again.retry_at, again.attempts) == ("b", 2.0, None, 1)
+    await store.finish([success("b")])
+    ended = await existing(store, "b")
+    assert (ended.status, ended.attempts, ended.error) == (JobStatus.SUCCEEDED, 2, None)
+    assert await store.release_retries("n", 5.0) is None
+
+
+async def test_jobs_that_wait_to_run_again_can_be_cancelled_expire_and_are_no_suspects(store: JobStore) -> None:
+    await store.add([new_job("a"), new_job("b", expires_at=10.0), new_job("c")])
+    await store.take("m", 3, 2.0)
+    await store.recover(3.0)
+    await store.take_suspects("m", 9, 3.0)
+    await store.retry_later([JobRetry(job_id=job_id, retry_at=20.0, error="down") for job_id in "abc"])
+    assert (await existing(store, "a")).crashes == 0
+    cancelled = await store.cancel("a", 4.0)
+    assert cancelled is not None
+    assert (cancelled.status, cancelled.retry_at) == (JobStatus.CANCELLED, None)
+    assert await existing(store, "a") == cancelled
+    assert await store.expire(9, 11.0) == ["b"]
+    assert (await existing(store, "b")).retry_at is None
+    assert await store.recover(12.0) == Recovery(0, [])
+    assert await store.release_retries("m", 21.0) is None
+    assert [job.job_id for job in await store.take("m", 9, 21.0)] == ["c"]
+
+
+async def test_a_page_ends_where_it_has_too_many_bytes(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.jobs.model.PAGE_BYTES", 2500)
+    await store.add([new_job(f"{n}", message_json=f'{{"text":"{"é" * (3000 if n == 2 else 400)}"}}') for n in range(6)])
+    pages, cursor = list[list[str]](), None
+    while not pages or cursor is not None:
+        page = await store.page(4, JobFilter(), cursor)
+        pages.append([job.job_id for job in page.jobs])
+        cursor = page.next_cursor
+    assert pages == [["5", "4", "3"], ["2"], ["1", "0"]]
 
 
 async def test_old_ends_are_removed_unless_something_is_left_to_deliver(store: JobStore) -> None:

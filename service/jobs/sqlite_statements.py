@@ -1,0 +1,124 @@
+"""The SQL statements of the job store."""
+
+from service.errors import MAX_ERROR_BYTES
+from service.jobs.sqlite_rows import NEW_JOB_COLUMNS, READ_COLUMNS, TEXT_COLUMNS
+
+BYTES_AT_ONCE = 64 * 2**20
+"""Most that is read at once, unless one job is larger: SQLite bounds a value, and memory is not for backlogs."""
+ESCAPED = 2
+"""Bytes that one byte of JSON becomes at most when it is quoted as a string: it holds no control characters."""
+ESCAPED_ERRORS = 2 * 6 * MAX_ERROR_BYTES
+"""Bytes that the two errors of a job become at most."""
+IN_HAND = -1
+"""In place of the time at which a delivery is due: it is being attempted."""
+
+INSERT = (
+    f"INSERT INTO jobs ({', '.join(NEW_JOB_COLUMNS)}) VALUES "  # noqa: S608  # names of our own, no input
+    "{rows}"
+)
+RUN = """
+    UPDATE jobs SET status = 'running', started_at = coalesce(started_at, ?)
+    WHERE seq IN (SELECT value FROM json_each(?))
+"""
+PUT_IN_HAND = f"UPDATE jobs SET due_at = {IN_HAND} WHERE seq IN (SELECT value FROM json_each(?))"  # noqa: S608  # as above
+SIZE = " + ".join(f"coalesce(length(CAST({column} AS BLOB)), 0)" for column in TEXT_COLUMNS)  # in bytes
+READ = f"""
+    SELECT json_group_array(json_array(seq, {READ_COLUMNS})) FROM jobs WHERE seq IN (
+        SELECT seq FROM (
+            SELECT chosen.seq, sum(
+                {ESCAPED} * ({SIZE}) + iif(coalesce(error, delivery_error) IS NULL, 0, {ESCAPED_ERRORS})
+            ) OVER (ORDER BY chosen.seq ROWS UNBOUNDED PRECEDING) AS size
+            FROM ({{chosen}}) AS chosen JOIN jobs USING (seq)
+        ) WHERE size <= {BYTES_AT_ONCE}
+    )
+"""  # noqa: S608  # as above
+READ_FIRST = f"SELECT seq, {READ_COLUMNS} FROM jobs WHERE seq = (SELECT min(seq) FROM ({{chosen}}))"  # noqa: S608  # as above
+TO_TAKE = """
+    SELECT seq FROM jobs
+    WHERE status = 'queued' AND crashes = 0 AND retry_at IS NULL AND model_name = ? AND priority = ?
+    ORDER BY seq LIMIT ?
+"""
+FEWEST_CRASHES = """
+    SELECT crashes FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? ORDER BY crashes LIMIT 1
+"""
+SUSPECTS = """
+    SELECT seq FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? AND crashes = ? ORDER BY seq LIMIT ?
+"""
+RETRY = """
+    UPDATE jobs SET status = 'queued', attempts = attempts + 1, crashes = 0, retry_at = retry.column2,
+        error = retry.column3
+    FROM (VALUES {rows}) AS retry WHERE job_id = retry.column1 AND status = 'running'
+"""
+RELEASE = """
+    UPDATE jobs SET retry_at = NULL WHERE seq IN (
+        SELECT seq FROM jobs WHERE status = 'queued' AND retry_at <= ? AND model_name = ? ORDER BY retry_at LIMIT ?
+    )
+"""
+NEXT_RETRY = """
+    SELECT retry_at FROM jobs WHERE status = 'queued' AND retry_at IS NOT NULL AND model_name = ?
+    ORDER BY retry_at LIMIT 1
+"""
+END = """
+    UPDATE jobs SET status = ended.column2, result = ended.column3, error = ended.column4,
+        finished_at = ended.column5, attempts = attempts + (status = 'running'), retry_at = NULL,
+        delivery = {delivery}, delivery_queue = {queue}, due_at = {due_at}
+    FROM (VALUES {{rows}}) AS ended
+    WHERE job_id = ended.column1 AND status = ended.column7 AND nullif({queue}, '') IS {null}
+"""
+END_SENDING = {
+    queue: END.format(delivery="'pending'", queue=queue, due_at="ended.column6", null="NOT NULL")
+    for queue in ("success_queue", "failure_queue")
+}
+END_ONLY = {
+    queue: END.format(delivery="'none'", queue=queue, due_at="NULL", null="NULL")
+    for queue in ("success_queue", "failure_queue")
+}
+END_CHOSEN = """
+    UPDATE jobs SET status = ?1, error = ?2, finished_at = ?3, retry_at = NULL,
+        delivery = iif(nullif(failure_queue, '') IS NULL, 'none', 'pending'), delivery_queue = failure_queue,
+        due_at = iif(nullif(failure_queue, '') IS NULL, NULL, ?3)
+    WHERE {which} RETURNING job_id, delivery
+"""
+EXPIRE = END_CHOSEN.format(
+    which="""seq IN (SELECT seq FROM jobs WHERE status = 'queued' AND expires_at <= ?4 ORDER BY expires_at LIMIT ?5)""",
+)
+SET_ASIDE = END_CHOSEN.format(which="status = 'running' AND crashes >= ?4")
+NEXT_QUEUE = """
+    SELECT delivery_queue FROM jobs WHERE due_at IS NOT NULL AND delivery_crashes = 0 AND delivery_queue > ?
+    ORDER BY delivery_queue LIMIT 1
+"""
+DUE = """
+    SELECT seq FROM jobs WHERE due_at BETWEEN 0 AND ? AND delivery_crashes = 0 AND delivery_queue = ?
+    ORDER BY due_at, seq LIMIT ?
+"""
+FEWEST_DELIVERY_CRASHES = """
+    SELECT delivery_crashes FROM jobs WHERE due_at IS NOT NULL AND due_at >= 0 AND delivery_crashes > 0
+    ORDER BY delivery_crashes LIMIT 1
+"""
+SUSPECT_DELIVERIES = """
+    SELECT seq FROM jobs WHERE due_at IS NOT NULL AND due_at >= 0 AND delivery_crashes > 0 AND delivery_crashes = ?
+    ORDER BY seq LIMIT ?
+"""
+DELIVERIES_CRASHED = f"""
+    UPDATE jobs SET due_at = ?, delivery_crashes = delivery_crashes + 1
+    WHERE due_at IS NOT NULL AND due_at = {IN_HAND} AND {{which}}
+"""  # noqa: S608  # as above
+SET_DELIVERIES_ASIDE = """
+    UPDATE jobs SET delivery = 'undelivered', delivery_error = ?, due_at = NULL, delivery_crashes = 0
+    WHERE due_at IS NOT NULL AND delivery_crashes > 0 AND delivery_crashes >= ? RETURNING job_id
+"""
+RECORD_DELIVERY = """
+    UPDATE jobs SET delivery = record.column2, delivery_attempts = record.column3, delivery_error = record.column4,
+        due_at = record.column5, delivery_crashes = 0
+    FROM (VALUES {rows}) AS record WHERE job_id = record.column1 AND delivery = 'pending'
+"""
+REPLAY = """
+    UPDATE jobs SET delivery = 'pending', delivery_attempts = 0, due_at = ?
+    WHERE seq IN (SELECT seq FROM jobs WHERE delivery = 'undelivered' {which} LIMIT ?)
+"""
+REMOVE = """
+    DELETE FROM jobs WHERE seq IN (
+        SELECT seq FROM jobs WHERE finished_at IS NOT NULL AND {which} LIMIT ?
+    ) RETURNING status, delivery
+"""
+REMOVABLE = "finished_at < ? AND delivery IN ('none', 'delivered')"
