@@ -61,7 +61,6 @@ class _Class(Generic[RequestT]):
                     del self.buckets[index]
             self.stale = 0
 
-
     def insert(self, request: RequestT) -> None:
         """Put a request that was in a bucket there again: the oldest of it, as a rule."""
         bucket = self.buckets.setdefault(size_bucket(request.size), deque())
