@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 SMALLEST_SIZE = 8
 LARGEST_ASKED_FOR = 2**16
-LARGEST_SIZE_STEP = 16  # from one measured size to the next: time may grow faster than the size
+LARGEST_SIZE_STEP = 16  # from the largest measured size, if there is any so near: time may grow faster than the size
 CHEAP_SHARE = 0.25  # of the time left: shapes that take no more are measured first
-SECOND_RUN_SHARE = 0.2  # of the time left, at most, to run a shape again
+SECOND_RUN_SHARE = 0.125  # of the time left, at most, to run a shape again
 MORE_RUNS_SHARE = 0.02  # of the time left, at most, for all further runs of a shape
 TOLERANCE = 0.1  # of `max_s`: the prediction of an end is no more exact than that
 SHORTEST_S = 1e-9
@@ -90,6 +90,8 @@ class Calibration(Generic[T]):
     """The smallest size of which a lone request failed; it and larger ones are left out."""
     _known: "_KnownShapes" = field(init=False, repr=False)
     _deadline_s: float = field(default=0.0, init=False, repr=False)
+    _second_run_ratio: float = field(default=1.0, init=False, repr=False)
+    """Of the last shape that ran twice, to its first run: little where a first run compiles something."""
 
     def measure(self) -> Iterator[Measurement]:
         """Run the shapes; nothing where the pipeline cannot make up items.
@@ -128,7 +130,10 @@ class Calibration(Generic[T]):
             return None
         if not self._known:
             return shapes[0]
-        reachable = [shape for shape in shapes if shape.size <= LARGEST_SIZE_STEP * self._known.largest_size]
+        known_size = self._known.largest_size
+        next_size = min((shape.size for shape in shapes if shape.size > known_size), default=known_size)
+        largest_size = max(LARGEST_SIZE_STEP * known_size, next_size)
+        reachable = [shape for shape in shapes if shape.size <= largest_size]
         interesting = [*self._extremes(reachable), *reachable]
         if self._known.largest_count == 1 < self.max_count:
             first = self._known.smallest
@@ -205,10 +210,14 @@ class Calibration(Generic[T]):
     def _seconds_of(self, items: list[T]) -> float:
         runs_s = [self._timed(items)]
         while len(runs_s) < self.rounds:
-            share = SECOND_RUN_SHARE if len(runs_s) == 1 else MORE_RUNS_SHARE
-            if sum(runs_s[1:]) + min(runs_s) > share * (self._deadline_s - self.clock()):
+            is_second = len(runs_s) == 1
+            again_s = runs_s[0] * self._second_run_ratio if is_second else sum(runs_s[1:]) + min(runs_s)
+            share = SECOND_RUN_SHARE if is_second else MORE_RUNS_SHARE
+            if again_s > share * (self._deadline_s - self.clock()):
                 break
             runs_s.append(self._timed(items))
+            if is_second:
+                self._second_run_ratio = min(1.0, runs_s[1] / max(runs_s[0], SHORTEST_S))
         return median_low(runs_s)
 
     def _timed(self, items: list[T]) -> float:
@@ -256,7 +265,9 @@ class _KnownShapes:
     def expected_s(self, shape: _Shape) -> float:
         """Seconds that `shape` is expected to take."""
         smaller = [(known, seconds) for known, seconds in self._seconds.items() if known.is_within(shape)]
-        bounds_s: list[float] = [seconds * (shape.tokens / known.tokens) ** self._exponent for known, seconds in smaller]
+        bounds_s: list[float] = [
+            seconds * (shape.tokens / known.tokens) ** self._exponent for known, seconds in smaller
+        ]
         if self._exponent == 1 and len(self._seconds) > 1:
             bounds_s += [seconds + self._slope_s * (shape.tokens - known.tokens) for known, seconds in smaller]
         return min(bounds_s + [seconds for known, seconds in self._seconds.items() if shape.is_within(known)])

@@ -168,19 +168,23 @@ class _Tuning:
     def choose(self, objective_s: float | None) -> ChosenLimits:
         """Choose limits, show them, and try them; raises `TuningError` where trying them shows nothing."""
         sizes = lone_sizes(self._shapes)
-        middle, lone_s = sizes[len(sizes) // 2], LONE_SHARE * self._max_s
-        beside_s = anyio.run(self._bench.seconds_beside_the_batch, middle, lone_s)
         chosen = choose_limits(
             self._shapes,
             self._costs,
             objective_s,
             configured=batch_policy(self._config),
-            beside_s=beside_s,
+            beside_s=self._seconds_beside_a_batch(sizes[len(sizes) // 2]),
             too_large_tokens=self._measured.too_large_tokens,
         )
         show_choice(self._output, chosen, self._config)
         self._try_out(BatchConfig.model_validate(self._config.model_dump() | chosen.values()), sizes, objective_s)
         return chosen
+
+    def _seconds_beside_a_batch(self, size: int) -> float:
+        lone_s = max(shape.seconds for shape in self._shapes if (shape.count, shape.longest) == (1, size))
+        max_s = LONE_SHARE * self._max_s
+        # Beside a batch that takes so long, the rest is next to nothing.
+        return 0.0 if lone_s > max_s else anyio.run(self._bench.seconds_beside_the_batch, size, max_s)
 
     def keep_costs(self) -> None:
         """Keep the costs in the file that the configuration names, if any."""

@@ -21,7 +21,7 @@ LARGEST_COUNT = 128
 STEP = 2
 ROUNDS = 5
 MEASURING_SHARE = 0.6  # of the time for everything, at most
-BATCHES_AFTERWARDS = 9  # at least, that trying limits takes: as much time is left
+BATCHES_AFTERWARDS = 8  # at least, that trying limits takes: as much time is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def measure(
     if not measurements:
         raise TuningError(
             f"nothing could be measured within --max-seconds {max_s:g} and max_batch_tokens "
-            f"{config.max_batch_tokens or 'null'}: warming up took {clock() - started_s:.3g} s; raise --max-seconds "
+            f"{config.max_batch_tokens or 'null'}: warming up took {clock() - started_s:,.1f} s; raise --max-seconds "
             "or batch_config.max_batch_tokens"
         )
     return Measured(measurements, calibration.too_large_tokens, calibration.failure, not calibration.is_complete)

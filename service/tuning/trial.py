@@ -23,8 +23,8 @@ from service.worker import InferenceWorker
 MOST_LONE_REQUESTS = 50
 LONGEST_TRIAL_S = 5.0  # of sending, unless batches are long
 BATCHES_IN_A_TRIAL = 8
-FEWEST_BATCHES = 4  # fewer show nothing of what happens to requests that come while a batch runs
-SENDING_SHARE = 0.6  # of a trial's time; the rest is for what was sent last
+FEWEST_BATCHES = 3  # fewer show nothing of what happens to requests that come while a batch runs
+SENDING_SHARE = 0.5  # of a trial's time; the rest is for what was sent last
 SEED = 1
 
 

@@ -133,18 +133,19 @@ def test_with_more_time_slow_batches_are_measured_at_the_extremes_first() -> Non
 
 
 def test_a_second_run_of_a_slow_batch_is_made_where_it_takes_little_of_the_time() -> None:
-    """The first one may have compiled something: 0.4 s the first time, then 10 ms."""
+    """The first one may have compiled something: 0.3 s the first time, then 10 ms."""
     device = Device()
     seen: set[tuple[int, int]] = set()
 
     def compiled(count: int, size: int) -> float:
         is_new = (count, size) not in seen
         seen.add((count, size))
-        return 0.4 if is_new else 0.01
+        return 0.3 if is_new else 0.01
 
     device.costs = compiled
     measured = list(device.calibration(max_count=32, max_s=3.0).measure())
-    assert [m.seconds for m in measured[:2]] == pytest.approx([0.01, 0.01])
+    assert [m.seconds for m in measured] == pytest.approx([0.01] * len(measured))
+    assert len(measured) > 5
 
 
 def test_a_batch_out_of_memory_leaves_out_those_as_large_and_no_others() -> None:

@@ -256,12 +256,16 @@ async def test_measuring_that_fails_is_a_warning_and_the_worker_serves(
     assert reason in caplog.text
 
 
-async def test_sizes_that_fail_are_told_and_not_taken_for_measured(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_sizes_that_fail_are_told_and_not_taken_for_measured(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for _ in range(2):
         pipeline = Failing()
         async with InferenceWorker(pipeline, settings=settings(path)) as worker:
             assert worker.costs.observed > 2, "smaller ones were measured"
-        assert "what items of size 32 and more cost is not known, as one failed (ArithmeticError: made up)" in caplog.text
+        assert (
+            "what items of size 32 and more cost is not known, as one failed (ArithmeticError: made up)" in caplog.text
+        )
         assert not path.exists()
         caplog.clear()
 
