@@ -90,8 +90,7 @@ class Calibration(Generic[T]):
     """The smallest size of which a lone request failed; it and larger ones are left out."""
     _known: "_KnownShapes" = field(init=False, repr=False)
     _deadline_s: float = field(default=0.0, init=False, repr=False)
-    _second_run_ratio: float = field(default=1.0, init=False, repr=False)
-    """Of the last shape that ran twice, to its first run: little where a first run compiles something."""
+    _first_run_extras_s: list[float] = field(default_factory=list, init=False, repr=False)
 
     def measure(self) -> Iterator[Measurement]:
         """Run the shapes; nothing where the pipeline cannot make up items.
@@ -100,8 +99,9 @@ class Calibration(Generic[T]):
         ran (out of memory excepted), and `ValueError` for another number of items than were asked for, or a size out
         of range.
         """
-        self._deadline_s = self.clock() + self.max_s
+        self._deadline_s = self.clock() + (1 + TOLERANCE) * self.max_s
         self._known = _KnownShapes()
+        self._first_run_extras_s = []
         shapes = self._shapes()
         while shapes:
             shape = self._next(shapes)
@@ -139,9 +139,10 @@ class Calibration(Generic[T]):
             first = self._known.smallest
             # Where no larger count fits, two requests tell whether it is a fixed cost that takes so long.
             interesting.append(_Shape(2, first.asked, first.size))
-        for limit_s in (CHEAP_SHARE * left_s, left_s + TOLERANCE * self.max_s):
+        extra_s = self._first_run_extra_s()
+        for limit_s in (CHEAP_SHARE * left_s, left_s):
             for shape in interesting:
-                if self._is_allowed(shape) and self._known.expected_s(shape) <= limit_s:
+                if self._is_allowed(shape) and extra_s + self._known.expected_s(shape) <= limit_s:
                     return shape
         return None
 
@@ -211,14 +212,18 @@ class Calibration(Generic[T]):
         runs_s = [self._timed(items)]
         while len(runs_s) < self.rounds:
             is_second = len(runs_s) == 1
-            again_s = runs_s[0] * self._second_run_ratio if is_second else sum(runs_s[1:]) + min(runs_s)
+            again_s = runs_s[0] - self._first_run_extra_s() if is_second else sum(runs_s[1:]) + min(runs_s)
             share = SECOND_RUN_SHARE if is_second else MORE_RUNS_SHARE
             if again_s > share * (self._deadline_s - self.clock()):
                 break
             runs_s.append(self._timed(items))
             if is_second:
-                self._second_run_ratio = min(1.0, runs_s[1] / max(runs_s[0], SHORTEST_S))
+                self._first_run_extras_s.append(max(0.0, runs_s[0] - runs_s[1]))
         return median_low(runs_s)
+
+    def _first_run_extra_s(self) -> float:
+        """What a first run takes beside a second one: much where something is compiled for each shape."""
+        return min(self._first_run_extras_s, default=0.0)
 
     def _timed(self, items: list[T]) -> float:
         given = list(items)  # what it does to the list stays there
@@ -238,7 +243,7 @@ class _KnownShapes:
         """Of a lone request."""
         # How the time grew with the tokens, at worst, from a shape to one with as many or more requests, as large or
         # larger: in seconds a token, and as an exponent.
-        self._slope_s = 0.0
+        self._slope_s: float | None = None
         self._exponent = 1.0
 
     def __bool__(self) -> bool:
@@ -268,13 +273,13 @@ class _KnownShapes:
         bounds_s: list[float] = [
             seconds * (shape.tokens / known.tokens) ** self._exponent for known, seconds in smaller
         ]
-        if self._exponent == 1 and len(self._seconds) > 1:
+        if self._exponent == 1 and self._slope_s is not None:
             bounds_s += [seconds + self._slope_s * (shape.tokens - known.tokens) for known, seconds in smaller]
         return min(bounds_s + [seconds for known, seconds in self._seconds.items() if shape.is_within(known)])
 
     def _note_growth(self, small: _Shape, small_s: float, large: _Shape, large_s: float) -> None:
         if large.tokens >= 2 * small.tokens:  # between closer ones it would be mostly noise
-            self._slope_s = max(self._slope_s, (large_s - small_s) / (large.tokens - small.tokens))
+            self._slope_s = max(self._slope_s or 0.0, (large_s - small_s) / (large.tokens - small.tokens))
             exponent = math.log(large_s / small_s) / math.log(large.tokens / small.tokens)
             self._exponent = min(2.0, max(self._exponent, exponent))
 

@@ -27,7 +27,7 @@ from service.tuning.measuring import MEASURING_SHARE, Measured, fitted_costs, me
 from service.tuning.plots import draw_costs, require_drawable
 from service.tuning.samples import MadeUpSamples, OwnSamples, Samples
 from service.tuning.tables import duration, show_choice, show_costs, show_measurements, show_trial
-from service.tuning.trial import Bench, Trial, TrialPlan
+from service.tuning.trial import Bench, Trial, TrialPlan, require_complete
 from service.worker import batch_policy
 
 LOADS = (0.7, 0.5, 0.35, 0.25)  # of the predicted capacity, each tried where the one before was too much
@@ -206,7 +206,7 @@ class _Tuning:
             show_trial(self._output, trial, plan, _share(load, capacity), objective_s)
             if trial.failed or (trial.is_complete and (objective_s is None or trial.p99_s <= objective_s)):
                 break
-        _require_complete(trial, predicted_capacity(self._shapes, policy, LOADS[0]).batch_s, self._max_s)
+        require_complete(trial, predicted_capacity(self._shapes, policy, LOADS[0]).batch_s, self._max_s)
         if trial is not None and objective_s is not None and trial.p99_s > objective_s:
             self._output.print(
                 "  The objective was not kept at any load that was tried: requests queue for more than one batch. Send "
@@ -218,27 +218,6 @@ def _share(load: float, capacity: Capacity) -> str:
     if load * capacity.items_per_s > MOST_SENT_PER_S:
         return f"the most that is tried; predicted are {capacity.items_per_s:.3g}"
     return f"{load:.0%} of the predicted capacity"
-
-
-def _require_complete(trial: Trial | None, batch_s: float, max_s: float) -> None:
-    """Raise `TuningError` where no trial shows what the limits give."""
-    if trial is None:
-        needed_s = math.ceil((TrialPlan.least_s(batch_s) + 2 * batch_s) / (1 - MEASURING_SHARE))
-        raise TuningError(
-            f"the limits could not be tried, so nothing is written: --max-seconds {max_s:g} leaves too little time for "
-            f"batches of {duration(batch_s)}. Give --max-seconds {max(needed_s, math.ceil(max_s) + 1)} or more"
-        )
-    if trial.failed:
-        raise TuningError(
-            f"{trial.failed} of {trial.sent} requests failed under these limits, so nothing is written. The first "
-            f"error: {trial.first_error}. Correct what the pipeline cannot run, or give other items by --samples"
-        )
-    if trial.unfinished:
-        raise TuningError(
-            f"{trial.unfinished} of {trial.sent} requests were not done in time under these limits, so nothing is "
-            f"written: batches take longer than was measured, or vary. Give --max-seconds {math.ceil(2 * max_s)}, for "
-            "more to be measured and lower loads to be tried"
-        )
 
 
 def _cost_key(pipeline: InferencePipeline) -> CostKey:

@@ -17,6 +17,7 @@ from service.jobs import MemoryJobStore
 from service.jobs.manager import JobManager
 from service.settings import BatchConfig, Settings
 from service.tuning.errors import TuningError
+from service.tuning.measuring import MEASURING_SHARE
 from service.tuning.samples import Samples
 from service.worker import InferenceWorker
 
@@ -140,6 +141,27 @@ class Bench:
             with anyio.move_on_after(plan.duration_s + plan.patience_s):
                 await loop.run(load)
         return loop.result(len(load))
+
+
+def require_complete(trial: Trial | None, batch_s: float, max_s: float) -> None:
+    """Raise `TuningError` where no trial shows what the limits give."""
+    if trial is None:
+        needed_s = math.ceil((TrialPlan.least_s(batch_s) + 2 * batch_s) / (1 - MEASURING_SHARE))
+        raise TuningError(
+            f"the limits could not be tried, so nothing is written: --max-seconds {max_s:g} leaves too little time for "
+            f"batches of {batch_s:.3g} s. Give --max-seconds {max(needed_s, math.ceil(max_s) + 1)} or more"
+        )
+    if trial.failed:
+        raise TuningError(
+            f"{trial.failed} of {trial.sent} requests failed under these limits, so nothing is written. The first "
+            f"error: {trial.first_error}. Correct what the pipeline cannot run, or give other items by --samples"
+        )
+    if trial.unfinished:
+        raise TuningError(
+            f"{trial.unfinished} of {trial.sent} requests were not done in time under these limits, so nothing is "
+            f"written: batches take longer than was measured, or vary. Give --max-seconds {math.ceil(2 * max_s)}, for "
+            "more to be measured and lower loads to be tried"
+        )
 
 
 class _OpenLoop:

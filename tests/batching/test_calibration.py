@@ -146,6 +146,7 @@ def test_a_second_run_of_a_slow_batch_is_made_where_it_takes_little_of_the_time(
     measured = list(device.calibration(max_count=32, max_s=3.0).measure())
     assert [m.seconds for m in measured] == pytest.approx([0.01] * len(measured))
     assert len(measured) > 5
+    assert device.now <= 3.3
 
 
 def test_a_batch_out_of_memory_leaves_out_those_as_large_and_no_others() -> None:

@@ -1,5 +1,6 @@
 """What trying limits on the real scheduler tells."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from batching import MeasuredCostModel
 from service.settings import BatchConfig, Settings
 from service.tuning.errors import TuningError
 from service.tuning.samples import MadeUpSamples, OwnSamples
-from service.tuning.trial import Bench, TrialPlan
+from service.tuning.trial import Bench, Trial, TrialPlan, require_complete
 from tests.support.length_model import LengthPipeline, Text
 
 pytestmark = pytest.mark.anyio
@@ -108,3 +109,25 @@ def test_a_trial_has_several_batches_and_ends_in_time(rate: float, batch_s: floa
 
 def test_a_trial_of_quick_batches_takes_five_seconds_however_much_time_is_left() -> None:
     assert TrialPlan.within(100, 0.001, 1000) == TrialPlan(rate_per_s=100, duration_s=5, patience_s=6)
+
+
+def trial(*, failed: int = 0, unfinished: int = 0) -> Trial:
+    unknown = math.inf if failed or unfinished else 0.1
+    error = "OSError: gone" if failed else None
+    return Trial(
+        sent=500, failed=failed, unfinished=unfinished, p50_s=0.1, p99_s=unknown, items_per_s=9.0, first_error=error
+    )
+
+
+@pytest.mark.parametrize(
+    ("of", "message"),
+    [
+        (trial(unfinished=429), r"429 of 500 requests were not done in time.*nothing is written.*--max-seconds 120"),
+        (trial(failed=3, unfinished=1), r"3 of 500 requests failed.*nothing is written.*OSError: gone"),
+        (None, r"--max-seconds 60 leaves too little time for batches of 10 s. Give --max-seconds 225 or more"),
+    ],
+)
+def test_a_trial_that_does_not_complete_is_an_error_with_a_remedy(of: Trial | None, message: str) -> None:
+    with pytest.raises(TuningError, match=message):
+        require_complete(of, 10.0, 60.0)
+    require_complete(trial(), 10.0, 60.0)
