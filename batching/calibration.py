@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median_low
 from time import perf_counter
 from typing import Generic, TypeVar
@@ -19,6 +19,7 @@ SECOND_RUN_SHARE = 0.125  # of the time left, at most, to run a shape again
 MORE_RUNS_SHARE = 0.02  # of the time left, at most, for all further runs of a shape
 TOLERANCE = 0.1  # of `max_s`: the prediction of an end is no more exact than that
 SHORTEST_S = 1e-9
+DISTURBED = 1.5  # times what a larger batch took
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,24 @@ class Measurement:
     longest: int
     total: int
     seconds: float
+
+
+def undisturbed(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """The measurements in the same order, those that something disturbed with the seconds that they take at most.
+
+    A batch takes no longer than one of as many requests or more, as large or larger: where it took more than one and a
+    half times as long, another process had the device, or it was the first of its kind.
+    """
+
+    def corrected(shape: Measurement) -> Measurement:
+        longest_s = min(
+            other.seconds
+            for other in measurements
+            if shape.count <= other.count and shape.longest <= other.longest and shape.total <= other.total
+        )
+        return replace(shape, seconds=longest_s) if shape.seconds > DISTURBED * longest_s else shape
+
+    return [corrected(shape) for shape in measurements]
 
 
 @dataclass(frozen=True, slots=True)

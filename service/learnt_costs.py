@@ -6,7 +6,7 @@ from anyio import CancelScope, to_thread
 from pydantic import BaseModel
 
 from batching import BatchScheduler, CostFeature, MeasuredCostModel
-from batching.calibration import Calibration, Measurement
+from batching.calibration import Calibration, Measurement, undisturbed
 from pipelines import InferenceOutputModel, InferencePipeline
 from service.cost_tables import CostKey, load_costs, save_costs
 from service.errors import describe_error
@@ -86,7 +86,7 @@ class LearntCosts:
             self._is_complete = calibration.failure is None
         if (failure := calibration.failure) is not None:
             self._warn(f"what items of size {failure.size} and more cost is not known, as one failed", failure.error)
-        for shape in measured:
+        for shape in undisturbed(measured):
             if shape.seconds > 0:
                 self.model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
 

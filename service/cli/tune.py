@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from batching.calibration import Measurement
+from batching.calibration import Measurement, undisturbed
 from pipelines import InferencePipeline
 from service.cli.common import ColumnOption, ConfigFiles, FormatOption, ModelOption, model_source, notices
 from service.cli.records import KEEP_BAD_BYTES, FileFormat, format_of, read_records
@@ -154,10 +154,10 @@ class _Tuning:
         self._deadline_s = monotonic() + max_s
         samples = MadeUpSamples(pipeline) if items is None else OwnSamples(pipeline, items)
         self._measured = _measure_with_progress(pipeline, self._config, max_s, samples)
-        self._shapes = self._measured.measurements
+        self._shapes = undisturbed(self._measured.measurements)
         self._costs = fitted_costs(pipeline, self._shapes)
         self._bench = Bench(pipeline, settings, self._costs, samples)
-        show_measurements(output, self._measured)
+        show_measurements(output, self._measured, self._shapes)
         show_costs(output, self._costs, self._shapes)
 
     def draw(self, path: Path) -> None:

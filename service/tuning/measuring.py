@@ -21,7 +21,7 @@ LARGEST_COUNT = 128
 STEP = 2
 ROUNDS = 5
 MEASURING_SHARE = 0.6  # of the time for everything, at most
-BATCHES_AFTERWARDS = 8  # at least, that trying limits takes: as much time is left
+BATCHES_AFTERWARDS = 7.5  # what trying limits takes at least, so much time is left; see `TrialPlan`
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,17 @@ from service.tuning.trial import Trial, TrialPlan
 TABLE: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left"}
 
 
-def show_measurements(output: Console, measured: Measured) -> None:
-    """Show what batches of each count and size took, and what was left out and why."""
+def show_measurements(output: Console, measured: Measured, corrected: Sequence[Measurement]) -> None:
+    """Show what batches of each count and size took, how many were `corrected`, and what was left out and why."""
     shapes = measured.measurements
     _show_by_count_and_size(output, shapes, "Milliseconds of a batch", lambda shape: shape.seconds * 1000)
     _show_by_count_and_size(output, shapes, "Items a second", lambda shape: shape.count / max(shape.seconds, 1e-9))
+    disturbed = sum(before != after for before, after in zip(shapes, corrected, strict=True))
+    if disturbed:
+        output.print(
+            f"{disturbed} of these took far longer than larger ones: something else kept the device busy. Below, they "
+            "count as no longer than those."
+        )
     if measured.too_large_tokens is not None:
         output.print(f"A batch of {measured.too_large_tokens} was out of memory, so larger ones were left out.")
     if measured.failure is not None:

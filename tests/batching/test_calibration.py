@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching.calibration import Calibration
+from batching.calibration import Calibration, Measurement, undisturbed
 
 Costs = Callable[[int, int], float]
 """Seconds of a batch of so many requests, the largest of that size."""
@@ -224,6 +224,20 @@ def test_what_a_pipeline_does_to_the_list_it_is_given_is_not_measured_again() ->
 
     calibration = replace(device.calibration(max_count=4), run=run_and_clear)
     assert len(list(calibration.measure())) == 6
+
+
+def test_a_batch_takes_no_longer_than_a_larger_one() -> None:
+    measured = [Measurement(1, 8, 8, 5.0), Measurement(2, 8, 16, 0.11), Measurement(4, 8, 32, 0.1)]
+    other_size = Measurement(1, 9, 9, 7.0)
+    assert undisturbed([*measured, other_size]) == [Measurement(1, 8, 8, 0.1), *measured[1:], other_size]
+
+
+@given(seconds=st.lists(st.floats(1e-6, 100), min_size=1, max_size=8))
+def test_only_what_took_much_longer_than_a_larger_batch_is_corrected(seconds: list[float]) -> None:
+    measured = [Measurement(n, 8, 8 * n, s) for n, s in enumerate(seconds, start=1)]
+    for before, after in zip(measured, undisturbed(measured), strict=True):
+        larger_s = min(seconds[before.count - 1 :])
+        assert after.seconds == (before.seconds if before.seconds <= 1.5 * larger_s else larger_s)
 
 
 costs_of_any_kind = st.one_of(
