@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from batching import BatchPolicy, CostModel
 from batching.calibration import Measurement
 from service.tuning.errors import TuningError
-from service.tuning.evidence import Bounds, SizeEvidence
+from service.tuning.evidence import UNSEEN, Bounds, SizeEvidence
 
 SHORTEST_S = 1e-9  # where the clock is too coarse
 WAIT_SHARE = 0.1  # of the objective, at most, goes into waiting for a fuller batch
@@ -56,8 +56,8 @@ def choose_limits(
 
     ``max_batch_size``: the smallest measured count that reaches 98 % of the best measured throughput at every measured
     size, among batches within ``max_batch_seconds``. It is lower than `configured` only where the larger counts were
-    measured, or are excluded by other limits, and no count between measured ones can be more than 5 % better. It is but
-    a limit: where small batches are cheaper, the scheduler forms small ones all the same.
+    measured, or are excluded by other limits, no count between measured ones can be more than 5 % better, and `model`
+    agrees. It is but a limit: where small batches are cheaper, the scheduler forms small ones all the same.
 
     ``max_batch_tokens``: the largest batch that fitted, padding included, where one of `too_large_tokens` did not.
 
@@ -173,7 +173,16 @@ class _Costs:
             for other in self._lines:
                 if not other.is_enough(wanted, bounds):
                     return configured, other.why_not_lower(configured)
+                if not self._fits_the_costs(other, wanted, bounds):
+                    return configured, f"as configured: by the fitted costs, larger batches of size {other.size} do pay"
         return wanted, self._why(line, wanted, bounds.longest_s)
+
+    def _fits_the_costs(self, line: SizeEvidence, limit: int, bounds: Bounds) -> bool:
+        """Whether `limit` is enough by the fitted costs too, in which single measurements that were off count less."""
+        top = bounds.largest_count(line.size)
+        seconds = {count: self._model.predict_s(count, line.size, count * line.size) for count in range(1, top + 1)}
+        rates = {count: count / seconds[count] for count in seconds if count == 1 or seconds[count] <= bounds.longest_s}
+        return UNSEEN * max(rates.values()) <= max(rate for count, rate in rates.items() if count <= limit)
 
     def _why(self, line: SizeEvidence, chosen: int, longest_s: float) -> str:
         *_, (before, before_s), (largest, largest_s) = [(1, line.shapes[0][1]), *line.shapes]

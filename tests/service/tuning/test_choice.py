@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -229,7 +230,29 @@ def test_the_measured_seconds_count_where_the_fitted_costs_are_wrong() -> None:
     assert choose_limits(shapes, CPU).max_batch_size == 128
 
 
+def test_measurements_that_the_fitted_costs_contradict_lower_no_limit() -> None:
+    shapes = measured(CPU, sizes=(64,))
+    assert choose_limits(shapes, CPU).max_batch_size == 8
+    chosen = choose_limits(shapes, GPU)
+    assert chosen.max_batch_size == 32
+    assert chosen.reasons["max_batch_size"] == "as configured: by the fitted costs, larger batches of size 64 do pay"
+
+
 Costs = Callable[[int, int], float]
+
+
+@dataclass
+class TrueCosts:
+    """A model that was fitted well."""
+
+    costs: Costs
+
+    def predict_s(self, count: int, longest: int, total: int) -> float:
+        return self.costs(count, longest)
+
+    def observe(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
+        raise NotImplementedError
+
 
 costs_of_any_kind = st.one_of(
     st.builds(
@@ -292,16 +315,23 @@ def throughput(costs: Costs, size: int, limit: int, most_tokens: int | None, lon
     configured=st.sampled_from([1, 3, 8, 24, 32, 64, 100, 128]),
     max_tokens=st.none() | st.integers(512, 5000),
     objective=st.none() | st.floats(1, 100),
+    is_fitted=st.booleans(),
 )
 def test_no_choice_makes_it_worse(
-    costs: Costs, max_s: float, largest: int, configured: int, max_tokens: int | None, objective: float | None
+    costs: Costs,
+    max_s: float,
+    largest: int,
+    configured: int,
+    max_tokens: int | None,
+    objective: float | None,
+    is_fitted: bool,
 ) -> None:
     """Whatever batches cost and however little of it was measured, larger batches are not given up for worse ones."""
     shapes = shapes_within(costs, max_s, largest, max_tokens)
     policy = BatchPolicy(max_batch_size=configured, max_batch_tokens=max_tokens)
     sizes = lone_sizes(shapes)
     objective_s = None if objective is None else 2.1 * objective * costs(1, sizes[-1])
-    chosen = choose_limits(shapes, CPU, objective_s, configured=policy)
+    chosen = choose_limits(shapes, TrueCosts(costs) if is_fitted else CPU, objective_s, configured=policy)
     longest_s = chosen.max_batch_seconds or math.inf
     for size in sizes:
         before = throughput(costs, size, configured, max_tokens, longest_s)
