@@ -1,11 +1,11 @@
 """Dynamic batching: a bounded queue, a policy that forms batches by predicted cost, a shell that runs them (anyio)."""
 
-from batching.bisection import Bisection
 from batching.cost import CostModel, PaddedCostModel
 from batching.errors import (
     BatchingError,
     BatchTimeoutError,
     DeadlineExceededError,
+    InputsMovedError,
     OutputCountError,
     QueueFullError,
     RequestTooLargeError,
@@ -29,13 +29,13 @@ __all__ = [
     "BatchScheduler",
     "BatchTimeoutError",
     "BatchingError",
-    "Bisection",
     "CostFeature",
     "CostModel",
     "DeadlineExceededError",
     "Decision",
     "DispatchReason",
     "Failure",
+    "InputsMovedError",
     "MeasuredCostModel",
     "Outcome",
     "OutputCountError",

@@ -60,3 +60,22 @@ class OutputCountError(BatchingError):
 
     def __init__(self, expected: int, returned: str) -> None:
         super().__init__(f"run_batch must return a list with one output for each of {expected} inputs, got {returned}")
+
+
+class InputsMovedError(BatchingError):
+    """Raised when `run_batch`, or a stage, removes inputs from the list that it is given, or changes their order."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "run_batch, or a stage of it, removed inputs from its list or changed their order, so that its outputs may "
+            "be those of other inputs; let it work on a copy, and return one output for each input, in their order"
+        )
+
+
+def text_of(error: BaseException) -> str:
+    """The class and the message of an error. Never raises, whatever the error's ``__str__`` does."""
+    try:
+        text = str(error)
+    except BaseException:  # noqa: BLE001  # the error of a user's own class, whose __str__ may do anything
+        text = "(its message cannot be shown: __str__ raises)"
+    return f"{type(error).__name__}: {text}"

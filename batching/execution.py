@@ -1,17 +1,21 @@
 """Runs batches on behalf of the scheduler: in threads, within the time limit, with stages that may overlap."""
 
 import inspect
+import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from operator import is_
 from time import perf_counter
 from typing import Any, Generic, TypeVar, cast
 
 import anyio
 
-from batching.errors import BatchTimeoutError, OutputCountError, SchedulerClosedError
+from batching.errors import BatchTimeoutError, InputsMovedError, OutputCountError, SchedulerClosedError, text_of
 from batching.stages import RunBatch, Stages, StageSeconds
 from batching.task_groups import without_foreign_cancellation
 from batching.threads import DedicatedThread
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,9 +39,13 @@ class Executor(Generic[T, R]):
     """Runs one batch at a time, or the stages of neighbours at the same time.
 
     Synchronous functions run in a thread of its own, the first and last stages of overlapped batches in a second one. A
-    call raises whatever the function raised, `BatchTimeoutError` when its stages took longer than `timeout_s` together,
-    and `OutputCountError` for anything but one output for each payload. Cancelling a call abandons a function that runs
-    in a thread; the next call gets a new thread.
+    call raises whatever the function raised (a `RuntimeError` for what is no `Exception`, such as `SystemExit`),
+    `BatchTimeoutError` when its stages took longer than `timeout_s` together, and `OutputCountError` for anything but
+    one output for each payload. Cancelling a call abandons a function that runs in a thread; the next call gets a new
+    thread.
+
+    Each stage gets a list of its own, so that what it does to it changes nothing for the next one. Where it removes
+    payloads or changes their order, a batch of several fails with `InputsMovedError`: which output is whose is unknown.
     """
 
     def __init__(self, run_batch: RunBatch[T, R], timeout_s: float, name: str) -> None:
@@ -93,8 +101,11 @@ class Executor(Generic[T, R]):
         """
         if progress is not None and self._stages is not None:
             outputs, seconds = await self._run_overlapped(payloads, self._stages, progress)
+        elif self._stages is not None:
+            async with self._side_lock:  # all stages run in one piece, so no other batch may be in any of them
+                outputs, seconds = await self._run_in_time(payloads)
         else:
-            outputs, seconds = await self._run_whole(payloads)
+            outputs, seconds = await self._run_in_time(payloads)
         return _checked(outputs, len(payloads)), seconds
 
     async def attempt(
@@ -108,20 +119,17 @@ class Executor(Generic[T, R]):
             return await self.run(payloads, progress)
         except Exception as error:  # noqa: BLE001  # user code may raise anything; it becomes the items' error
             return error, None
+        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+            exit_error = RuntimeError(f"the batch raised {text_of(error)}")
+            exit_error.__cause__ = error
+            return exit_error, None
 
-    async def _run_whole(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
-        # A batch in one piece is in all stages at once, so it waits for both threads, as only this method ever does.
-        if self._stages is not None:
-            async with self._side_lock:
-                return await self._run_alone(payloads)
-        return await self._run_alone(payloads)
-
-    async def _run_alone(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
+    async def _run_in_time(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
         async with self._main_lock:
             if math.isinf(self._timeout_s):
-                return await self._run_all(payloads)
+                return await self._call(payloads)
             with anyio.move_on_after(self._timeout_s):
-                return await self._run_all(payloads)
+                return await self._call(payloads)
             raise BatchTimeoutError(self._timeout_s, len(payloads))
 
     async def _run_overlapped(
@@ -129,29 +137,36 @@ class Executor(Generic[T, R]):
     ) -> tuple[Any, StageSeconds]:
         left_s, count = self._timeout_s, len(payloads)
         async with self._side_lock:
-            prepared, preprocess_s = await self._timed(self._side, lambda: stages.preprocess(payloads), left_s, count)
+            prepared, preprocess_s = await self._timed(
+                self._side, lambda: _on_copy(stages.preprocess, payloads), left_s, count
+            )
         left_s -= preprocess_s
         async with self._main_lock:
             progress.predict_started.set()
-            raw, predict_s = await self._timed(self._main, lambda: stages.predict(payloads, prepared), left_s, count)
+            raw, predict_s = await self._timed(
+                self._main, lambda: _on_copy(stages.predict, payloads, prepared), left_s, count
+            )
         progress.predict_ended.set()
         left_s -= predict_s
         async with self._side_lock:
             outputs, postprocess_s = await self._timed(
-                self._side, lambda: stages.postprocess(payloads, raw), left_s, count
+                self._side, lambda: _on_copy(stages.postprocess, payloads, raw), left_s, count
             )
         return outputs, StageSeconds(preprocess_s, predict_s, postprocess_s)
 
-    async def _run_all(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
+    async def _call(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
+        """Call the function, or all stages in a row, without a time limit."""
         if self._stages is not None:
             stages = self._stages
             return await self._main.run(lambda: _all_stages(stages, payloads))
         if self.is_async:
             started_s = perf_counter()  # the event loop's own clock may tell but milliseconds
-            outputs = await without_foreign_cancellation(cast("Awaitable[Any]", cast("Any", self._function)(payloads)))
+            given = list(payloads)
+            outputs = await without_foreign_cancellation(cast("Awaitable[Any]", cast("Any", self._function)(given)))
+            _ensure_places(payloads, given)
             return outputs, StageSeconds(0.0, perf_counter() - started_s, 0.0)
         function = cast("Callable[[list[T]], Any]", self._function)
-        outputs, seconds = await self._main.run(lambda: _timed_call(lambda: function(payloads)))
+        outputs, seconds = await self._main.run(lambda: _timed_call(lambda: _on_copy(function, payloads)))
         return outputs, StageSeconds(0.0, seconds, 0.0)
 
     async def _timed(
@@ -163,10 +178,31 @@ class Executor(Generic[T, R]):
 
 
 def _all_stages(stages: Stages[T, R], payloads: list[T]) -> tuple[Any, StageSeconds]:
-    prepared, preprocess_s = _timed_call(lambda: stages.preprocess(payloads))
-    raw, predict_s = _timed_call(lambda: stages.predict(payloads, prepared))
-    outputs, postprocess_s = _timed_call(lambda: stages.postprocess(payloads, raw))
+    prepared, preprocess_s = _timed_call(lambda: _on_copy(stages.preprocess, payloads))
+    raw, predict_s = _timed_call(lambda: _on_copy(stages.predict, payloads, prepared))
+    outputs, postprocess_s = _timed_call(lambda: _on_copy(stages.postprocess, payloads, raw))
     return outputs, StageSeconds(preprocess_s, predict_s, postprocess_s)
+
+
+def _on_copy(stage: Callable[..., S], payloads: list[T], *more: Any) -> S:
+    given = list(payloads)
+    result = stage(given, *more)
+    _ensure_places(payloads, given)
+    return result
+
+
+def _ensure_places(payloads: list[T], given: list[T]) -> None:
+    """Raise `InputsMovedError` unless each payload is in its place of the list, or replaced there.
+
+    Of a single one there is nothing to mix up.
+    """
+    if len(payloads) == 1 or (len(given) == len(payloads) and all(map(is_, given, payloads))):
+        return
+    known = set(map(id, payloads))
+    kept = zip(given, payloads, strict=False)  # what is appended, to fill a batch up, moves no other
+    if len(given) < len(payloads) or any(found is not sent and id(found) in known for found, sent in kept):
+        logger.warning("A batch runs one by one: run_batch, or a stage, removed inputs from its list or moved them")
+        raise InputsMovedError
 
 
 def _timed_call(function: Callable[[], S]) -> tuple[S, float]:

@@ -4,19 +4,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-RIDGE = 1e-6  # relative to the diagonal: shares a cost evenly among features that the data cannot tell apart
+RIDGE = 1e-6  # relative to the diagonal: shares a cost evenly among unknowns that the data cannot tell apart
 TOLERANCE = 1e-9
 
 
-def solve_nonnegative(matrix: Sequence[Sequence[float]], vector: Sequence[float]) -> list[float]:
+def solve_nonnegative(
+    matrix: Sequence[Sequence[float]], vector: Sequence[float], reluctance: Sequence[float] | None = None
+) -> list[float]:
     """The x >= 0 that minimises x'Ax / 2 - b'x, for normal equations `matrix` A and `vector` b.
 
     The active-set method of Lawson and Hanson, "Solving Least Squares Problems" (1974), chapter 23, on columns scaled
-    to length one. An unknown that nothing depends on (a zero diagonal) is 0.
+    to length one. An unknown that nothing depends on (a zero diagonal) is 0. Where the data cannot tell unknowns apart,
+    each has its share in inverse proportion to its `reluctance` (all have the same by default).
     """
     scale = [1 / math.sqrt(matrix[i][i]) if matrix[i][i] > 0 else 0.0 for i in range(len(vector))]
+    ridge = [RIDGE * value for value in reluctance or [1.0] * len(vector)]
     a = [
-        [value * scale[i] * scale[j] + (RIDGE if i == j else 0) for j, value in enumerate(row)]
+        [value * scale[i] * scale[j] + (ridge[i] if i == j else 0) for j, value in enumerate(row)]
         for i, row in enumerate(matrix)
     ]
     b = [value * factor for value, factor in zip(vector, scale, strict=True)]
@@ -88,14 +92,16 @@ class NormalEquations:
         self.matrix = [[value / factor**2 for value in row] for row in self.matrix]
         self.vector = [value / factor for value in self.vector]
 
-    def solve_with(self, other: "NormalEquations", weight: float) -> list[float]:
+    def solve_with(
+        self, other: "NormalEquations", weight: float, reluctance: Sequence[float] | None = None
+    ) -> list[float]:
         """The nonnegative coefficients that fit best, the observations of `other` counting `weight` times."""
         matrix = [
             [left + weight * right for left, right in zip(*rows, strict=True)]
             for rows in zip(self.matrix, other.matrix, strict=True)
         ]
         return solve_nonnegative(
-            matrix, [left + weight * right for left, right in zip(self.vector, other.vector, strict=True)]
+            matrix, [left + weight * right for left, right in zip(self.vector, other.vector, strict=True)], reluctance
         )
 
     def state(self) -> dict[str, list[Any]]:

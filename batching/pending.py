@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from batching.request import Outcome, Priority, Request
+from batching.errors import text_of
+from batching.request import LARGEST_SIZE, Outcome, Priority, Request
 from batching.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
@@ -78,3 +79,33 @@ class Pending(Request[T], Generic[T, R]):
         self.is_linked = False
         self.waiter = waiter
         self.outcome: Outcome[R] | None = None
+
+
+class ItemSizes(Generic[T]):
+    """Measures payloads by a user's function: where it fails, the nearest size counts, with one warning in all."""
+
+    def __init__(self, item_size: Callable[[T], int], name: str) -> None:
+        self._item_size = item_size
+        self._name = name
+        self._has_warned = False
+
+    def of(self, payload: T) -> int:
+        """The size of a payload, from 1 to `LARGEST_SIZE`."""
+        try:
+            size = math.ceil(self._item_size(payload))
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # user code; an item without a size still runs
+            self._warn(f"raised {text_of(error)}; the item counts as 1")
+            return 1
+        if 1 <= size <= LARGEST_SIZE:
+            return size
+        clamped = min(max(1, size), LARGEST_SIZE)
+        told = f"{size}" if size.bit_length() <= 64 else f"a number of {size.bit_length()} bits"
+        self._warn(f"returned {told}; the item counts as {clamped}")
+        return clamped
+
+    def _warn(self, what: str) -> None:
+        if not self._has_warned:
+            logger.warning(
+                "%s: item_size %s. Batches form badly like this; only this first case is logged", self._name, what
+            )
+            self._has_warned = True

@@ -18,6 +18,8 @@ class BatchPolicy:
     long an idle worker may hold a request back, where the measured costs say that the requests expected meanwhile make
     up for it. A request older than `max_age_s` is overdue: no later one of its class runs before it except in its own
     batch. `bulk_share` is the part of the running time that bulk requests get while interactive ones wait as well.
+    While interactive requests arrive, bulk batches are as short as costs 3 % of their throughput at most, and no longer
+    than `max_bulk_batch_s` where that is given.
 
     Raises `ValueError` for a limit out of range.
     """
@@ -29,6 +31,7 @@ class BatchPolicy:
     max_queue_items: int = 10_000
     max_age_s: float = 2.0
     bulk_share: float = 0.1
+    max_bulk_batch_s: float | None = None
 
     def __post_init__(self) -> None:
         self._require("max_batch_size", self.max_batch_size >= 1, "at least 1")
@@ -37,6 +40,7 @@ class BatchPolicy:
         self._require("max_wait_s", 0 <= self.max_wait_s < math.inf, "a finite time, 0 or more")
         self._require("max_queue_items", self.max_queue_items >= 1, "at least 1")
         self._require("max_age_s", self.max_age_s >= 0, "0 or more")
+        self._require("max_bulk_batch_s", self.max_bulk_batch_s is None or self.max_bulk_batch_s > 0, "positive")
         self._require("bulk_share", 0 <= self.bulk_share < 1, "from 0 to below 1")
 
     def _require(self, name: str, holds: bool, expectation: str) -> None:
@@ -61,10 +65,11 @@ class DispatchReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[RequestT]):
-    """Requests of one class that run together; the first is the one that it was formed around."""
+    """Requests that run together; the first is the one that it was formed around."""
 
     requests: list[RequestT]
     priority: Priority
+    """The class of the first request; interactive batches may hold bulk requests, too."""
     reason: DispatchReason
     longest: int
     """The size of the largest request."""
@@ -73,6 +78,8 @@ class Batch(Generic[RequestT]):
     predicted_s: float
     contended: bool = False
     """Whether requests of the other class waited when it was formed."""
+    otherwise_s: float | None = None
+    """Of a try of a larger batch than costs speak for: what its requests were predicted to take without it."""
 
     @property
     def padded_tokens(self) -> int:

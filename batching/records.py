@@ -14,6 +14,8 @@ class BatchRecord:
     """Requests in the batch."""
     failed: int
     """How many of them got an error."""
+    put_back: int = 0
+    """How many of them wait again, for a later batch, because this one failed and they did not run by themselves."""
     priority: Priority
     reason: DispatchReason
     """Why it was sent off as it was."""

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 from anyio.lowlevel import EventLoopToken, current_token
 
+from batching.errors import text_of
 from batching.wakeup import Wakeup, asyncio_loop
 
 T = TypeVar("T")
@@ -73,7 +74,7 @@ class DedicatedThread:
         try:
             if isinstance(error, Exception):
                 raise error
-            raise RuntimeError(f"{function} raised {error!r}") from error
+            raise RuntimeError(f"a call in this thread raised {text_of(error)}") from error
         finally:
             del error
 

@@ -1,6 +1,8 @@
 """Lets one task sleep until something has happened: the cheapest way that the event loop offers."""
 
 import asyncio
+import math
+from collections import deque
 from collections.abc import Awaitable
 
 import anyio
@@ -38,3 +40,34 @@ class Wakeup:
             self._event.set()
         elif not self._future.done():
             self._future.set_result(None)
+
+
+class Sleepers:
+    """Tasks that sleep in a row until there is something to do, so that one event wakes one of many."""
+
+    def __init__(self) -> None:
+        self._sleeping: deque[anyio.Event] = deque()
+
+    async def sleep_until(self, wake_s: float) -> None:
+        """Sleep until then, on the event loop's clock, or until woken."""
+        woken = anyio.Event()
+        self._sleeping.append(woken)
+        try:
+            if math.isinf(wake_s) and wake_s > 0:
+                await woken.wait()
+            else:
+                with anyio.CancelScope(deadline=wake_s):
+                    await woken.wait()
+        finally:
+            if not woken.is_set():
+                self._sleeping.remove(woken)
+
+    def wake_one(self) -> None:
+        """Wake the task that has slept longest, if there is one."""
+        if self._sleeping:
+            self._sleeping.popleft().set()
+
+    def wake_all(self) -> None:
+        """Wake all tasks that sleep."""
+        while self._sleeping:
+            self.wake_one()

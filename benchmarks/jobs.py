@@ -55,6 +55,13 @@ def served(
 ) -> Iterator[str]:
     """The address of ``modalkit serve`` with its store in `folder`."""
     configuration = CONFIGURATION.format(backend=backend, redis_url=redis_url, pipeline=pipeline)
+    with serving(folder, configuration) as url:
+        yield url
+
+
+@contextmanager
+def serving(folder: Path, configuration: str) -> Iterator[str]:
+    """The address of ``modalkit serve`` in `folder` with this configuration."""
     (folder / "modalkit.yaml").write_text(configuration)
     with _process(SERVE, folder, r"^Ready") as said:
         yield _address(said)

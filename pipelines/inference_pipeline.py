@@ -56,8 +56,9 @@ class InferencePipeline(ABC):
         """Turn the model's output into one result an item, in the order of `input_list`."""
 
     def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
-        """Run the three stages in a row. A pipeline that overrides this is run as one stage."""
-        return self.postprocess(input_list, self.predict(input_list, self.preprocess(input_list)))
+        """Run the three stages in a row, each on a list of its own. One that is overridden is run as one stage."""
+        preprocessed_data = self.preprocess(list(input_list))
+        return self.postprocess(list(input_list), self.predict(list(input_list), preprocessed_data))
 
     def item_size(self, item: BaseModel) -> int:  # noqa: ARG002  # part of the contract
         """Estimate what an item costs in units of the pipeline's choice (tokens, pixels), at least 1.

@@ -43,6 +43,14 @@ class NotReadyError(ServiceError):
         self.readiness = readiness
 
 
+class ModelBrokenError(ServiceError):
+    """Raised inside the gateway, and logged, for a model that was ready and can run nothing any more."""
+
+    def __init__(self, model_name: str) -> None:
+        super().__init__(f"model {model_name!r} broke down and takes no requests any more; restart this process")
+        self.model_name = model_name
+
+
 class Gateway(Protocol):
     """Takes requests for one or several models and gives back what became of them.
 
@@ -149,7 +157,7 @@ class _Model:
     @property
     def readiness(self) -> Readiness:
         if self.error is not None:
-            return Readiness.FAILED
+            return Readiness.FAILED if self.worker is None else Readiness.BROKEN
         if self.closing.is_set():
             return Readiness.DRAINING
         if self.worker is None:
@@ -163,9 +171,9 @@ class LocalGateway:
     They are those of the configuration, unless `sources` says which.
 
     Constructing it imports the classes that the configuration names and raises `LoadError` where that fails; entering
-    it opens the job store and starts to load the models in the background. A model that cannot be loaded, or whose
-    worker breaks down, is `failed` and leaves the others alone. Leaving it does not wait for a model that is still
-    being constructed, whose stored jobs stay for the next start; a warm-up that has begun is finished.
+    it opens the job store and starts to load the models in the background. A model that cannot be loaded is `failed`,
+    one whose worker breaks down is `broken`, and either leaves the others alone. Leaving it does not wait for a model
+    that is still being constructed, whose stored jobs stay for the next start; a warm-up that has begun is finished.
     """
 
     def __init__(
@@ -178,6 +186,7 @@ class LocalGateway:
     ) -> None:
         self._settings = settings
         self._closing = anyio.Event()
+        self._broken = anyio.Event()
         if sources is None:
             sources = [ModelSource(settings, name) for name in settings.model_settings.model_entries]
         self._models = {source.model_name: _Model(source, self._closing) for source in sources}
@@ -217,6 +226,10 @@ class LocalGateway:
                 raise model.error
             if model.worker is None:
                 raise NotReadyError(model.source.model_name, model.readiness)
+
+    async def wait_until_broken(self) -> None:
+        """Wait until no model can take requests any more, and one at least did, if that ever happens."""
+        await self._broken.wait()
 
     def stop_waiting(self) -> None:
         """Answer every call of `job` that waits, and each one to come, with the job as it is: a shutdown has begun."""
@@ -314,10 +327,13 @@ class LocalGateway:
             async with worker:
                 model.worker = worker
                 model.settled.set()
-                await self._closing.wait()
+                await self._wait_until_closing(worker)
         except Exception as error:
             # A failed model must not take the others with it: its state says so, and so does each request for it.
             model.error = error
+            models = self._models.values()
+            if any(other.worker for other in models) and all(other.error for other in models):
+                self._broken.set()
             # A user's own class may fail by a mistake in it, and then needs its traceback; our messages do not.
             explained = isinstance(error, LoadError) and isinstance(error.__cause__, PipelineError)
             logger.log(
@@ -329,6 +345,20 @@ class LocalGateway:
             )
         finally:
             model.settled.set()
+
+    async def _wait_until_closing(self, worker: InferenceWorker) -> None:
+        """Wait until the gateway is left; raises `ModelBrokenError` when the worker breaks before."""
+        async with plain_task_group() as task_group:
+
+            async def watch() -> None:
+                await worker.wait_until_broken()
+                task_group.cancel_scope.cancel()
+
+            task_group.start_soon(watch)
+            await self._closing.wait()
+            task_group.cancel_scope.cancel()
+        if not self._closing.is_set():
+            raise ModelBrokenError(worker.model_name)
 
     async def _load(self, source: ModelSource) -> InferencePipeline | None:
         """The loaded pipeline, or None when the gateway is left before."""
@@ -359,7 +389,8 @@ class LocalGateway:
     def _worker(self, model_name: str | None) -> InferenceWorker:
         model = self._model(model_name)
         readiness = model.readiness
-        # A broken pipeline may still answer; the probe of /health/ready decides when it has had its chance.
-        if model.worker is None or readiness not in (Readiness.READY, Readiness.BROKEN):
+        # One whose batches hang may still answer; the probes of /health decide when it has had its chance.
+        may_answer = readiness is Readiness.READY or (readiness is Readiness.BROKEN and model.error is None)
+        if model.worker is None or not may_answer:
             raise NotReadyError(model.source.model_name, readiness)
         return model.worker

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from batching import OutputCountError, RunBatch, Stages
+from batching.errors import text_of
 from pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline
 from service.errors import ItemRejectedError, PipelineOutputError
 
@@ -45,7 +46,7 @@ def is_too_large(error: Exception) -> bool:
     out_of_memory: tuple[()] | type[Exception] = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
     if isinstance(error, out_of_memory):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(sign in text_of(error) for sign in _OUT_OF_MEMORY)
 
 
 def _is_overridden(pipeline: InferencePipeline) -> bool:

@@ -43,6 +43,7 @@ def batch_policy(config: BatchConfig) -> BatchPolicy:
         max_wait_s=config.wait_ms / 1000,
         max_queue_items=config.max_queue_size,
         max_age_s=config.max_age_ms / 1000,
+        max_bulk_batch_s=None if config.max_bulk_batch_ms == "auto" else config.max_bulk_batch_ms / 1000,
     )
 
 
@@ -143,12 +144,13 @@ class InferenceWorker:
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run many items and return their outcomes in the same order: a `Success` or a `Failure` each.
 
-        Raises, before anything is queued, ``ValidationError`` for a mapping that is no valid item, `QueueFullError`
-        when not all find room, and `SchedulerClosedError`.
+        A mapping that is no valid item is a `Failure` with its ``ValidationError`` and disturbs no other. Before
+        anything is queued, `QueueFullError` is raised when not all find room, and `SchedulerClosedError`.
         """
-        return await self._scheduler.submit_many(
-            [self._validated(item) for item in items], priority=priority, timeout_s=timeout_s
-        )
+        checked = [self._checked(item) for item in items]
+        valid = [item for item in checked if not isinstance(item, Failure)]
+        outcomes = iter(await self._scheduler.submit_many(valid, priority=priority, timeout_s=timeout_s))
+        return [item if isinstance(item, Failure) else next(outcomes) for item in checked]
 
     async def submit(self, request: AsyncInputModel, *, priority: Priority = Priority.BULK) -> str:
         """Accept a job and return its id, once it is stored: its result is kept, and sent to the queue it names.
@@ -203,11 +205,21 @@ class InferenceWorker:
 
     @property
     def is_broken(self) -> bool:
-        """Whether so many batches hang past their timeout that this process should be replaced."""
-        return self._scheduler.stuck_threads >= STUCK_THREADS_OF_A_BROKEN_PIPELINE
+        """Whether this process should be replaced: so many batches hang past their timeout, or the scheduler broke."""
+        return self._scheduler.is_broken or self._scheduler.stuck_threads >= STUCK_THREADS_OF_A_BROKEN_PIPELINE
+
+    async def wait_until_broken(self) -> None:
+        """Wait until the scheduler breaks, after which nothing runs any more, if it ever does."""
+        await self._scheduler.wait_until_broken()
 
     def _validated(self, item: BaseModel | Mapping[str, Any]) -> BaseModel:
         return item if isinstance(item, BaseModel) else self.input_model.model_validate(item)
+
+    def _checked(self, item: BaseModel | Mapping[str, Any]) -> BaseModel | Failure:
+        try:
+            return self._validated(item)
+        except Exception as error:  # noqa: BLE001  # a model's own validators may raise anything
+            return Failure(error)
 
     def _new_job(self, request: AsyncInputModel, priority: Priority) -> NewJob:
         message = self._validated(request.message)

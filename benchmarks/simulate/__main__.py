@@ -6,7 +6,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.simulate.devices import make_device
+from benchmarks.simulate.mix import RATES, print_mixes
+from benchmarks.simulate.mix import mix as mix_of
+from benchmarks.simulate.regret import study
 from benchmarks.simulate.report import print_results, write_results
+from benchmarks.simulate.structure_report import draw_regrets, print_regrets
 from benchmarks.simulate.study import CALLERS, LOADS, QUICK_CALLERS, QUICK_LOADS, Settings, run_study
 from benchmarks.simulate.tables import CPU, DEVICES, table_to_json
 
@@ -49,6 +54,24 @@ def simulate(
 
 
 @app.command()
+def structures(
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    plot: Annotated[Path | None, typer.Option(help="An image file to draw into (needs matplotlib).")] = None,
+) -> None:
+    """Run the planner, cold, on dozens of structures of costs, beside the best fixed batching in hindsight."""
+    regrets = study(jobs)
+    print_regrets(regrets, Console(width=130))
+    if plot is not None:
+        draw_regrets(regrets, plot)
+
+
+@app.command()
+def mix(requests: Annotated[int, typer.Option(min=100, help="Interactive requests of each rate.")] = 3_000) -> None:
+    """Send interactive requests over a backlog of jobs, on each device, and print what each costs the other."""
+    print_mixes([mix_of(make_device(name, 0.05), rate, requests) for name in DEVICES for rate in RATES], Console())
+
+
+@app.command()
 def measure(
     file: Annotated[Path, typer.Argument(help="The JSON file to write.")],
     name: Annotated[str, typer.Option(help="What the table is called.")] = CPU,
@@ -73,6 +96,17 @@ def sizes(
 
     lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     file.write_text(sizes_as_json(lines, source), encoding="utf-8")
+
+
+@app.command()
+def poison(
+    items: Annotated[int, typer.Option(min=100, help="Items of each stream.")] = 2000,
+    streams: Annotated[int, typer.Option(min=1, help="Streams of each row, whose mean is shown.")] = 10,
+) -> None:
+    """Count what guilty items cost in the scheduler, beside the best plan that knows their share (a minute)."""
+    from benchmarks.simulate.poison import MOST_IN_A_BATCH, SHARES, poison_table
+
+    poison_table(SHARES, MOST_IN_A_BATCH, items, streams, Console(width=130))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ OnBatch = Callable[[float, Batch[IndexedRequest]], None]
 
 
 class Simulation:
-    """Runs `source` through `rule` on one worker whose batches take `seconds(count, longest)`.
+    """Runs `source` through `rule` on one worker whose batches take `seconds(count, longest, total)`.
 
     With `noise`, each time is multiplied by a log-normal factor of mean 1 and that standard deviation of the logarithm,
     drawn from `seed`. A request that finds `max_queue_items` waiting is refused, as the service does. `on_batch` is
@@ -83,7 +83,7 @@ class Simulation:
         self,
         rule: Rule,
         source: Source,
-        seconds: Callable[[int, int], float],
+        seconds: Callable[[int, int, int], float],
         *,
         noise: float = 0.0,
         seed: int = 0,
@@ -169,17 +169,15 @@ class Simulation:
         if self._on_batch is not None:
             self._on_batch(now, batch)
         sizes = [request.size for request in requests]
-        longest = max(sizes)
-        elapsed_s = self._seconds(len(requests), longest) * self._factor()
+        longest, total = max(sizes), sum(sizes)
+        elapsed_s = self._seconds(len(requests), longest, total) * self._factor()
         end_s = now + elapsed_s
         for request in requests:
             if not math.isnan(self._finished_s[request.payload]):
                 raise SimulationError(f"the rule runs request {request.payload} twice")
             self._started_s[request.payload] = now
             self._finished_s[request.payload] = end_s
-        self._batches.append(
-            RunBatch(now, elapsed_s, len(requests), longest, sum(sizes), batch.priority is Priority.BULK)
-        )
+        self._batches.append(RunBatch(now, elapsed_s, len(requests), longest, total, batch.priority is Priority.BULK))
         self._waiting -= len(requests)
         # What comes meanwhile finds the queue as it is now, without the batch.
         self._take_arrivals(end_s)

@@ -34,7 +34,8 @@ def serve(
 ) -> None:
     """Serve the configured models over HTTP until interrupted; then finish what was accepted.
 
-    A model that cannot be loaded leaves the others alone; without any that can, the exit code is 2.
+    A model that cannot be loaded leaves the others alone; without any that can, the exit code is 2. When no model can
+    run anything any more, the server stops; the exit code is 1 if one that was ready broke down.
 
     [bold]Examples[/bold]
 
@@ -70,11 +71,14 @@ async def _serve(server: _Server, gateway: LocalGateway, listener: socket.socket
         outer.start_soon(_stop_on_signals, server, gateway, outer.cancel_scope)
         async with gateway, plain_task_group() as task_group:
             task_group.start_soon(_announce, server, gateway, listener, settings)
+            task_group.start_soon(_stop_when_broken, server, gateway)
             await server.serve([listener])
             task_group.cancel_scope.cancel()
             notices.print("Finishing what was accepted ...")
         outer.cancel_scope.cancel()
     _summarize(gateway)
+    if Readiness.BROKEN in gateway.readiness().values():
+        raise typer.Exit(1)
     if len(_failed(gateway)) == len(gateway.readiness()):
         raise typer.Exit(2)
 
@@ -91,6 +95,13 @@ async def _stop_on_signals(server: _Server, gateway: LocalGateway, everything: a
                 everything.cancel()
             server.should_exit = True
             gateway.stop_waiting()  # a client that waits for the end of a job would keep the server open
+
+
+async def _stop_when_broken(server: _Server, gateway: LocalGateway) -> None:
+    """Stop when nothing can be served any more: whoever started the process sees its exit code and starts it again."""
+    await gateway.wait_until_broken()
+    server.should_exit = True
+    gateway.stop_waiting()
 
 
 async def _announce(server: _Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:

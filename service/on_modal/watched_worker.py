@@ -42,7 +42,11 @@ class WatchedWorker(InferenceWorker):
         timeout_s: float | None = None,
     ) -> list[Outcome[InferenceOutputModel]]:
         """See `InferenceWorker.predict_many`."""
-        outcomes = await super().predict_many(items, priority=priority, timeout_s=timeout_s)
+        try:
+            outcomes = await super().predict_many(items, priority=priority, timeout_s=timeout_s)
+        except Exception as error:
+            self._look_at([error])
+            raise
         self._look_at([outcome.error for outcome in outcomes if isinstance(outcome, Failure)])
         return outcomes
 
@@ -58,7 +62,7 @@ class WatchedWorker(InferenceWorker):
         if fault is not None:
             self._report(f"the device of this container is broken: {describe_error(fault)}")
         elif errors and super().is_broken:
-            self._report("batches of this container hang")
+            self._report("batches of this container hang, or cannot be run any more")
 
     def _report(self, fault: str) -> None:
         self._has_fault = True

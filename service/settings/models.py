@@ -238,8 +238,10 @@ class BatchConfig(Section):
     """Most waiting requests; one more is refused (HTTP 429)."""
     max_age_ms: Wait = 2000
     """Age in milliseconds past which the oldest request goes into the next batch, whatever its size."""
+    max_bulk_batch_ms: Literal["auto"] | Duration = "auto"
+    """Longest predicted run of a batch of jobs while single requests arrive; auto: as short as costs jobs 3 %."""
     batch_timeout_seconds: Duration = 120
-    """Seconds after which a hanging batch fails its requests."""
+    """Seconds after which a batch hangs: its items then run alone, and those that hang again fail."""
     calibration: CalibrationConfig = CalibrationConfig()
     """How the costs of batches are learnt."""
 

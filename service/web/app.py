@@ -78,8 +78,16 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
     async def metrics() -> Response:
         return Response(await exposition(gateway), media_type=CONTENT_TYPE)
 
-    @app.get("/health/live", tags=["health"], summary="Whether the process answers")
+    @app.get(
+        "/health/live",
+        tags=["health"],
+        summary="Whether the process can go on",
+        responses={503: {"description": "A model is broken: replace the process"}},
+    )
     async def live() -> JSONResponse:
+        broken = [name for name, state in gateway.readiness().items() if state is Readiness.BROKEN]
+        if broken:
+            return JSONResponse({"status": "broken", "models": broken}, HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "live"})
 
     @app.get(

@@ -95,7 +95,7 @@ def test_what_is_no_time_is_not_learnt(elapsed_s: float) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 2**31), st.floats(1e-6, 1e4)), max_size=40))
-def test_whatever_is_observed_predictions_stay_positive_finite_and_never_fall_as_batches_grow(
+def test_whatever_is_observed_costs_are_not_negative_and_predictions_positive_and_finite(
     observed: list[tuple[int, int, float]],
 ) -> None:
     model = MeasuredCostModel()
@@ -103,7 +103,7 @@ def test_whatever_is_observed_predictions_stay_positive_finite_and_never_fall_as
         model.observe(count, size, count * size, seconds)
     predictions = [model.predict_s(n, 50, 50 * n) for n in (1, 2, 10, 100, 10_000)]
     assert all(0 < prediction < math.inf for prediction in predictions)
-    assert predictions == sorted(predictions)
+    assert all(cost >= 0 for cost in model.costs.values())
 
 
 def test_it_forgets_nothing_by_way_of_its_state() -> None:
@@ -125,9 +125,12 @@ def broken_states() -> list[object]:
         {**good, "version": 0},
         {**good, "feature": "total"},
         {**good, "kept": {"matrix": [[1.0]], "vector": [1.0]}},
-        {**good, "recent": {**good["recent"], "vector": [math.nan] * 8}},
-        {**good, "recent": {**good["recent"], "vector": ["x"] * 8}},
+        {**good, "recent": {**good["recent"], "vector": [math.nan] * 15}},
+        {**good, "recent": {**good["recent"], "vector": ["x"] * 15}},
         {**good, "newest_weight": 0},
+        {**good, "error": math.nan},
+        {**good, "deviations": [[1, math.nan, 1, 1.0]]},
+        {**good, "deviations": [[1, 0.1]]},
         {key: value for key, value in good.items() if key != "kept"},
     ]
 
@@ -163,3 +166,57 @@ def test_nonnegative_least_squares_finds_a_minimum(rows: list[list[float]], trut
         for step in (1e-2, -1e-2):
             moved = [max(0.0, x + step) if i == j else x for j, x in enumerate(found)]
             assert error(moved) >= least - 1e-4 * (1 + least)
+
+
+def steps(count: int, longest: int) -> float:
+    """Tiles of eight requests: nine cost as much as sixteen."""
+    return 0.01 * -(-count // 8)
+
+
+def test_steps_are_learnt_which_no_sum_of_costs_has() -> None:
+    model = MeasuredCostModel()
+    for count in [8, 9, 16, 12, 8, 9, 24, 16, 9, 8, 12, 9, 16, 8, 9] * 3:
+        model.observe(count, 1, count, steps(count, 1))
+    assert model.predict_s(8, 1, 8) / 8 < 0.85 * model.predict_s(9, 1, 9) / 9
+
+
+@pytest.mark.parametrize("seconds", [1e-5, 1.0, 60.0])
+@pytest.mark.parametrize("size", [1, 20, 1_000_000])
+def test_nothing_that_was_assumed_outlives_the_first_batches(seconds: float, size: int) -> None:
+    """A batch of any length, whatever is in it: the case in which assumed costs of milliseconds once outvoted it."""
+    model = MeasuredCostModel()
+    for count in (8, 32, 3):
+        model.observe(count, size, count * size, seconds)
+    for count in (1, 3, 8, 32):
+        assert model.predict_s(count, size, count * size) == pytest.approx(seconds, rel=0.02)
+
+
+def test_a_model_that_has_been_wrong_lately_is_not_trusted_until_it_is_right_again() -> None:
+    model = taught(cpu)
+    assert model.is_trusted
+    chance = random.Random(6)
+    for count, size in batches(6, seed=7):
+        model.observe(count, size, count * size, cpu(count, size) * chance.choice([10, 0.1]))
+    assert not model.is_trusted
+    for count, size in batches(40, seed=8):
+        model.observe(count, size, count * size, cpu(count, size))
+    assert model.is_trusted
+
+
+@pytest.mark.parametrize("declared", CostFeature)
+@pytest.mark.parametrize("true", CostFeature)
+def test_the_padded_or_the_plain_sum_is_found_whichever_was_declared(declared: CostFeature, true: CostFeature) -> None:
+    model, chance = MeasuredCostModel(declared), random.Random(4)
+
+    def truth(count: int, longest: int, total: int) -> float:
+        return 0.002 + 0.0001 * (count * longest if true is CostFeature.PADDED else total)
+
+    def shape() -> tuple[int, int, int]:
+        count, longest = chance.randint(1, 32), chance.randint(50, 256)
+        return count, longest, longest + sum(chance.randint(1, longest) for _ in range(count - 1))
+
+    for _ in range(150):
+        drawn = shape()
+        model.observe(*drawn, truth(*drawn))
+    off = sorted(abs(model.predict_s(*drawn) / truth(*drawn) - 1) for drawn in (shape() for _ in range(100)))
+    assert off[50] < 0.1

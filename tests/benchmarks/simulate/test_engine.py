@@ -75,7 +75,7 @@ def test_single_requests_of_constant_cost_wait_as_pollaczek_and_khinchine_say(lo
     count = 80_000
     source = OpenLoop(poisson(load / service_s, count, np.random.default_rng(6)), np.full(count, 8))
     rule = make_planner(PaddedCostModel(), max_batch_size=1)
-    run = Simulation(rule, source, lambda count, longest: service_s).run()
+    run = Simulation(rule, source, lambda count, longest, total: service_s).run()
     wait_s = float((run.started_s - run.arrivals_s).mean())
     assert wait_s == pytest.approx(load * service_s / (2 * (1 - load)), rel=0.03)
 
@@ -89,7 +89,9 @@ def test_a_lone_caller_waits_for_nobody() -> None:
 def test_noise_keeps_the_mean_and_the_seed_repeats_it() -> None:
     def times(seed: int) -> list[float]:
         source = ClosedLoop(1, np.full(5_000, 32))
-        run = Simulation(FixedWindow(window_s=0.0), source, lambda count, longest: 1.0, noise=0.2, seed=seed).run()
+        run = Simulation(
+            FixedWindow(window_s=0.0), source, lambda count, longest, total: 1.0, noise=0.2, seed=seed
+        ).run()
         return [batch.elapsed_s for batch in run.batches]
 
     assert np.mean(times(1)) == pytest.approx(1.0, rel=0.02)
@@ -142,6 +144,6 @@ def test_each_batch_is_shown_when_it_starts() -> None:
         seen.append((now, len(batch.requests)))
 
     source = OpenLoop(np.array([1.0, 2.0]), np.ones(2, np.int64))
-    run = Simulation(FixedWindow(window_s=0.0), source, lambda count, longest: 0.1, on_batch=on_batch).run()
+    run = Simulation(FixedWindow(window_s=0.0), source, lambda count, longest, total: 0.1, on_batch=on_batch).run()
     assert seen == [(1.0, 1), (2.0, 1)]
     assert not math.isnan(run.finished_s.sum())

@@ -1,0 +1,137 @@
+"""Companions are chosen by costs that are known, and with care by costs that are not."""
+
+import random
+
+from batching import BatchPlanner, BatchPolicy, MeasuredCostModel, PaddedCostModel, Priority, Request
+from batching.policy import Batch
+
+INTERACTIVE, BULK = Priority
+
+CPU = PaddedCostModel(fixed_s=0.005, token_s=0.0001)
+GPU = PaddedCostModel(fixed_s=0.010, token_s=0.000001)
+
+
+def push(
+    plan: BatchPlanner[Request[int]], sizes: list[int], priority: Priority = INTERACTIVE, now: float = 0.0
+) -> None:
+    for number, size in enumerate(sizes):
+        plan.push(Request(number, size, priority, now))
+
+
+def next_batch(plan: BatchPlanner[Request[int]], now: float = 0.0) -> Batch[Request[int]]:
+    batch = plan.decide(now).batch
+    assert batch is not None
+    return batch
+
+
+def bulk_in(batch: Batch[Request[int]]) -> int:
+    return sum(request.priority is BULK for request in batch.requests)
+
+
+def work_off(plan: BatchPlanner[Request[int]], seconds: float, items: int, size: int = 20) -> list[int]:
+    """Run a backlog of bulk requests of which every batch takes as long; returns the numbers in the batches."""
+    push(plan, [size] * items, BULK)
+    counts, now = [], 0.0
+    while (batch := plan.decide(now).batch) is not None:
+        now += seconds
+        plan.batch_finished(batch, seconds)
+        counts.append(len(batch.requests))
+    return counts
+
+
+def test_batches_of_a_second_whatever_is_in_them_become_full_ones_at_once() -> None:
+    """The case that once ran 480 items in 141 batches of three."""
+    for items, most in ((200, 8), (480, 17)):
+        plan = BatchPlanner[Request[int]](BatchPolicy(), MeasuredCostModel())
+        counts = work_off(plan, 1.0, items)
+        assert sum(counts) == items
+        assert len(counts) <= most, counts
+
+
+def test_what_was_never_run_is_approached_in_steps() -> None:
+    plan = BatchPlanner[Request[int]](BatchPolicy(max_batch_size=1000), MeasuredCostModel())
+    assert work_off(plan, 0.01, 2_000)[:4] == [8, 32, 128, 512]
+
+
+def test_while_costs_are_not_trusted_batches_are_full_ones_of_similar_sizes() -> None:
+    costs, chance = MeasuredCostModel(), random.Random(1)
+    for _ in range(40):
+        costs.observe(32, 20, 640, 0.01 * chance.choice([0.01, 1, 100]))
+    assert not costs.is_trusted
+    plan = BatchPlanner[Request[int]](BatchPolicy(), costs)
+    push(plan, [40, *[45] * 20, *[400] * 40, *[50] * 20], BULK)
+    batch = next_batch(plan)
+    assert (len(batch.requests), batch.longest) == (32, 50)
+
+
+def test_an_interactive_batch_takes_bulk_companions_of_its_size_that_are_nearly_free() -> None:
+    plan = BatchPlanner[Request[int]](BatchPolicy(), GPU)
+    push(plan, [20] * 100, BULK)
+    push(plan, [20])
+    batch = next_batch(plan)
+    assert batch.priority is INTERACTIVE
+    assert batch.requests[0].priority is INTERACTIVE
+    assert (len(batch.requests), bulk_in(batch)) == (32, 31)
+    assert batch.predicted_s < 1.1 * GPU.predict_s(1, 20, 20)
+
+
+def test_companions_that_cost_more_than_in_a_batch_of_their_own_are_not_taken() -> None:
+    plan = BatchPlanner[Request[int]](BatchPolicy(), CPU)
+    push(plan, [10] * 100, BULK)
+    push(plan, [300])
+    assert bulk_in(next_batch(plan)) == 0
+
+
+def test_an_interactive_request_waits_for_no_companions_of_those_before_it() -> None:
+    """With many more interactive requests waiting than fit the batch, it holds them up for hardly longer."""
+    plan = BatchPlanner[Request[int]](BatchPolicy(), CPU)
+    push(plan, [100] * 200, BULK)
+    push(plan, [100, *[20] * 31, *[40] * 31])
+    batch = next_batch(plan)
+    alone_s = CPU.predict_s(len(batch.requests) - bulk_in(batch), batch.longest, 0)
+    assert batch.predicted_s <= 1.1 * alone_s
+
+
+def test_while_interactive_requests_arrive_bulk_batches_are_short_and_cost_hardly_more() -> None:
+    plan = BatchPlanner[Request[int]](BatchPolicy(), CPU)
+    chance = random.Random(3)
+    push(plan, [chance.choice([10, 20, 50, 100, 200]) for _ in range(6_000)], BULK)
+    now, sizes = 0.0, 0
+    seconds: list[float] = []
+    while plan.queue.waiting(BULK) > 500:
+        if len(seconds) % 4 == 0:
+            push(plan, [20], INTERACTIVE, now)
+        batch = next_batch(plan, now)
+        now += batch.predicted_s
+        plan.batch_finished(batch, batch.predicted_s)
+        if batch.priority is BULK:
+            seconds.append(batch.predicted_s)
+            sizes += batch.total
+    settled = seconds[len(seconds) // 2 :]
+    alone = BatchPlanner[Request[int]](BatchPolicy(), CPU)
+    push(alone, [200] * 100, BULK)
+    assert max(settled) < 0.5 * next_batch(alone).predicted_s
+
+
+def test_a_bound_on_bulk_batches_holds_while_interactive_requests_arrive_and_not_without_them() -> None:
+    plan = BatchPlanner[Request[int]](BatchPolicy(max_bulk_batch_s=0.020), GPU)
+    push(plan, [400] * 200, BULK)
+    assert next_batch(plan).predicted_s > 0.020
+    push(plan, [5], INTERACTIVE, 1.0)
+    assert next_batch(plan, 1.0).priority is INTERACTIVE
+    assert next_batch(plan, 1.5).predicted_s <= 0.020
+    assert next_batch(plan, 10.0).predicted_s > 0.020
+
+
+def test_bulk_gets_its_share_of_the_time_when_interactive_requests_never_stop() -> None:
+    plan = BatchPlanner[Request[int]](BatchPolicy(), CPU)
+    now, bulk_s, chance = 0.0, 0.0, random.Random(5)
+    for _ in range(600):
+        push(plan, [chance.choice([10, 100, 300]) for _ in range(8)], INTERACTIVE, now)
+        push(plan, [chance.choice([10, 100, 300]) for _ in range(4)], BULK, now)
+        batch = next_batch(plan, now)
+        now += batch.predicted_s
+        plan.batch_finished(batch, batch.predicted_s)
+        in_bulk = sum(request.size for request in batch.requests if request.priority is BULK)
+        bulk_s += batch.predicted_s * in_bulk / batch.total
+    assert bulk_s / now >= 0.095

@@ -1,0 +1,63 @@
+"""Whatever batches cost, the planner comes near the best fixed batching chosen in hindsight, from a cold start."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from benchmarks.simulate.devices import make_device
+from benchmarks.simulate.mix import mix
+from benchmarks.simulate.regret import ALL_ITEMS, FIRST_ITEMS, backlog_share, cases, mean_regret
+from benchmarks.simulate.structures import Structure, fixed_s, linear
+from benchmarks.simulate.tables import CPU
+
+HARD = {("2 x beyond 8 items", "texts"): 0.8}
+"""Where each number of requests has to be tried for itself: learnt, but not within 2,000 items."""
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize(("structure", "sizes"), CASES, ids=[f"{s.name}, {m}" for s, m in CASES])
+def test_every_structure_reaches_the_best_fixed_batching_over_2000_items_and_nearly_over_200(
+    structure: Structure, sizes: str
+) -> None:
+    found = mean_regret(structure, sizes, (1, 2), loops=False)
+    assert found.all >= HARD.get((structure.name, sizes), 0.95)
+    assert found.first >= 0.8
+
+
+def _ten_times_at_a_thousand(count: int, longest: int, total: int) -> float:
+    return 0.3 + (3.0 if count * longest > 1000 else 0.0)
+
+
+def _root_of_tokens(count: int, longest: int, total: int) -> float:
+    return 0.01 * math.sqrt(count * longest)
+
+
+def _cubes(count: int, longest: int, total: int) -> float:
+    return 0.05 + 1e-6 * count * longest * math.sqrt(longest)
+
+
+@pytest.mark.parametrize(
+    "seconds", [fixed_s(7.0), linear(0.2, 0.003, 2e-5), linear(3.0, total_s=1e-3), _root_of_tokens, _cubes]
+)
+@pytest.mark.parametrize("sizes", ["none", "equal", "texts", "uniform"])
+@pytest.mark.parametrize("seed", [11, 12])
+def test_structures_that_nothing_was_tuned_on_do_as_well(
+    seconds: Callable[[int, int, int], float], sizes: str, seed: int
+) -> None:
+    structure = Structure("unseen", seconds)
+    assert backlog_share(structure, sizes, ALL_ITEMS, seed)[0] >= 0.93
+    assert backlog_share(structure, sizes, FIRST_ITEMS, seed)[0] >= 0.7
+
+
+def test_a_sudden_cliff_costs_less_than_half() -> None:
+    structure = Structure("cliff", _ten_times_at_a_thousand)
+    assert backlog_share(structure, "texts", ALL_ITEMS, 1)[0] >= 0.5
+
+
+def test_jobs_and_interactive_requests_share_the_measured_cpu() -> None:
+    """The p99 of interactive requests stays within a few times that without jobs, and hardly any throughput is lost."""
+    found = mix(make_device(CPU, 0.05), 0.25, 800)
+    assert found.p99_s <= 3 * found.p99_alone_s
+    assert found.throughput >= 0.93
