@@ -29,7 +29,9 @@ class Picky(LengthPipeline):
 
 
 def bench(pipeline: LengthPipeline) -> Bench:
-    return Bench(pipeline, Settings.load([], environ={}), MeasuredCostModel(), MadeUpSamples(pipeline))
+    costs = MeasuredCostModel()
+    costs.calibrate(1, 8, 8, 0.001)
+    return Bench(pipeline, Settings.load([], environ={}), costs, MadeUpSamples(pipeline))
 
 
 def plan(duration_s: float = 0.1) -> TrialPlan:
