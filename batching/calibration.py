@@ -14,7 +14,8 @@ T = TypeVar("T")
 SMALLEST_SIZE = 8
 LARGEST_ASKED_FOR = 2**16
 LARGEST_SIZE_STEP = 16  # from the largest measured size, if there is any so near: time may grow faster than the size
-CHEAP_SHARE = 0.25  # of the time left: shapes that take no more are measured first
+EXTREME_SHARE = 0.5  # of the time left, at most, for one of the shapes that say most, before all others
+CHEAP_SHARE = 0.25  # of the time left, at most, for one of the others, before those that take longer
 SECOND_RUN_SHARE = 0.125  # of the time left, at most, to run a shape again
 MORE_RUNS_SHARE = 0.02  # of the time left, at most, for all further runs of a shape
 TOLERANCE = 0.1  # of `max_s`: the prediction of an end is no more exact than that
@@ -143,7 +144,7 @@ class Calibration(Generic[T]):
     # Which shape is next.
 
     def _next(self, shapes: Sequence[_Shape]) -> _Shape | None:
-        """The first in order of interest among those that take little of the time left, else among those that fit."""
+        """The one that says most, as long as it leaves time for others; at last whatever is expected to end in time."""
         left_s = self._deadline_s - self.clock()
         if left_s < 0:
             return None
@@ -153,15 +154,15 @@ class Calibration(Generic[T]):
         next_size = min((shape.size for shape in shapes if shape.size > known_size), default=known_size)
         largest_size = max(LARGEST_SIZE_STEP * known_size, next_size)
         reachable = [shape for shape in shapes if shape.size <= largest_size]
-        interesting = [*self._extremes(reachable), *reachable]
+        extremes = self._extremes(reachable)
         if self._known.largest_count == 1 < self.max_count:
             first = self._known.smallest
             # Where no larger count fits, two requests tell whether it is a fixed cost that takes so long.
-            interesting.append(_Shape(2, first.asked, first.size))
+            reachable.append(_Shape(2, first.asked, first.size))
         extra_s = self._first_run_extra_s()
-        for limit_s in (CHEAP_SHARE * left_s, left_s):
-            for shape in interesting:
-                if self._is_allowed(shape) and extra_s + self._known.expected_s(shape) <= limit_s:
+        for candidates, share in ((extremes, EXTREME_SHARE), (reachable, CHEAP_SHARE), ([*extremes, *reachable], 1.0)):
+            for shape in candidates:
+                if self._is_allowed(shape) and extra_s + self._known.expected_s(shape) <= share * left_s:
                     return shape
         return None
 
