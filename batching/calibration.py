@@ -1,8 +1,8 @@
 """Measures what batches of a few shapes cost, in bounded time, to know before the first request comes."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median_low
 from time import perf_counter
 from typing import Generic, TypeVar
@@ -13,6 +13,14 @@ T = TypeVar("T")
 
 SMALLEST_SIZE = 8
 LARGEST_ASKED_FOR = 2**16
+LARGEST_SIZE_STEP = 16  # from the largest measured size, if there is any so near: time may grow faster than the size
+EXTREME_SHARE = 0.5  # of the time left, at most, for one of the shapes that say most, before all others
+CHEAP_SHARE = 0.25  # of the time left, at most, for one of the others, before those that take longer
+SECOND_RUN_SHARE = 0.125  # of the time left, at most, to run a shape again
+MORE_RUNS_SHARE = 0.02  # of the time left, at most, for all further runs of a shape
+TOLERANCE = 0.1  # of `max_s`: the prediction of an end is no more exact than that
+SHORTEST_S = 1e-9
+DISTURBED = 1.5  # times what a larger batch took
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +33,61 @@ class Measurement:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+def undisturbed(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """The measurements in the same order, those that something disturbed with the seconds that they take at most.
+
+    A batch takes no longer than one of as many requests or more, as large or larger: where it took more than one and a
+    half times as long, another process had the device, or it was the first of its kind.
+    """
+
+    def corrected(shape: Measurement) -> Measurement:
+        longest_s = min(
+            other.seconds
+            for other in measurements
+            if shape.count <= other.count and shape.longest <= other.longest and shape.total <= other.total
+        )
+        return replace(shape, seconds=longest_s) if shape.seconds > DISTURBED * longest_s else shape
+
+    return [corrected(shape) for shape in measurements]
+
+
+@dataclass(frozen=True, slots=True)
+class SizeFailure:
+    """Requests of `size` failed though smaller ones ran, so none of that size or a larger one is measured."""
+
+    size: int
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    count: int
+    asked: int
+    """The size that is asked for."""
+    size: int
+    """The size that an item then has."""
+
+    @property
+    def tokens(self) -> int:
+        return self.count * self.size
+
+    def is_within(self, other: "_Shape") -> bool:
+        return self.count <= other.count and self.size <= other.size
+
+
+@dataclass(slots=True, kw_only=True)
 class Calibration(Generic[T]):
     """How to measure a pipeline.
 
     `run` runs a batch and `sample_items(n, size)` makes up one; `item_size` says how large an item really became.
-    Shapes keep `max_count` and `max_tokens` (count times largest size); neighbouring ones differ by the factor `step`.
-    Each is run `rounds` times, and the lower median counts, so that with two rounds the first is but a warm-up. No
-    shape is begun that is expected to end more than `max_s` seconds after the start. `clock` returns seconds.
+    Counts grow by the factor `step` up to `max_count`; sizes are `sizes`, or grow by `step` for as long as asking for
+    more makes larger items; count times size keeps `max_tokens`. After one small request come the shapes that say most:
+    the largest count of it, then the largest size alone, then the others, fewest tokens first.
+
+    No shape is begun that is expected to end more than `max_s` seconds (and a tenth) after the start. The expectation
+    follows from what ran: in proportion to the tokens at most, less where a fixed cost has shown, more where the time
+    has grown faster than the tokens. A shape is run up to `rounds` times, and the lower median counts, so that with two
+    rounds the first is but a warm-up; a batch that takes much of the time left is run once. `clock` returns seconds.
     """
 
     run: Callable[[list[T]], object]
@@ -40,49 +95,121 @@ class Calibration(Generic[T]):
     item_size: Callable[[T], int]
     max_count: int
     max_tokens: int | None = None
+    sizes: Sequence[int] | None = None
     max_s: float = 3.0
     step: int = 4
     rounds: int = 2
+    is_too_large: Callable[[Exception], bool] = lambda error: isinstance(error, MemoryError)
     clock: Callable[[], float] = perf_counter
 
+    is_complete: bool = field(default=False, init=False)
+    """Whether no shape was left out for lack of time; known once `measure` has ended."""
+    too_large_tokens: int | None = field(default=None, init=False)
+    """Tokens of the smallest batch that was out of memory; larger ones are left out."""
+    failure: SizeFailure | None = field(default=None, init=False)
+    """The smallest size of which a lone request failed; it and larger ones are left out."""
+    _known: "_KnownShapes" = field(init=False, repr=False)
+    _deadline_s: float = field(default=0.0, init=False, repr=False)
+    _first_run_extras_s: list[float] = field(default_factory=list, init=False, repr=False)
+
     def measure(self) -> Iterator[Measurement]:
-        """Run the shapes, small ones first; nothing where the pipeline cannot make up items.
+        """Run the shapes; nothing where the pipeline cannot make up items.
 
-        Raises whatever `run`, `sample_items` and `item_size` raise, and `ValueError` for another number of items than
-        were asked for, or a size out of range.
+        Raises what `run`, `sample_items` and `item_size` raise for the smallest request, or for several where one
+        ran (out of memory excepted), and `ValueError` for another number of items than were asked for, or a size out
+        of range.
         """
-        deadline_s = self.clock() + self.max_s
-        expected_s_per_token, fastest_s = 0.0, 0.0
-        for count, size, tokens in self._shapes():
-            expected_s = max(fastest_s, expected_s_per_token * tokens)
-            if self.clock() + self.rounds * expected_s > deadline_s:
+        self._deadline_s = self.clock() + (1 + TOLERANCE) * self.max_s
+        self._known = _KnownShapes()
+        self._first_run_extras_s = []
+        shapes = self._shapes()
+        while shapes:
+            shape = self._next(shapes)
+            if shape is None:
                 return
-            items = self._samples(count, size)
-            sizes = [self._size(item) for item in items]
-            seconds = median_low(self._timed(items) for _ in range(self.rounds))
-            expected_s_per_token, fastest_s = seconds / tokens, min(fastest_s or seconds, seconds)
-            yield Measurement(count, max(sizes), sum(sizes), seconds)
+            shapes = [other for other in shapes if other != shape]
+            try:
+                items = self._samples(shape)
+                sizes = [self._size(item) for item in items]
+                seconds = self._seconds_of(items)
+            except Exception as error:
+                if not self._known:
+                    raise
+                shapes = self._without(shape, error, shapes)
+                continue
+            self._known.add(shape, seconds)
+            yield Measurement(shape.count, max(sizes), sum(sizes), seconds)
+        self.is_complete = True
 
-    def _shapes(self) -> list[tuple[int, int, int]]:
-        """Counts, asked-for sizes and tokens, fewest tokens first."""
-        sizes = self._sizes()
+    # Which shape is next.
+
+    def _next(self, shapes: Sequence[_Shape]) -> _Shape | None:
+        """The one that says most, as long as it leaves time for others; at last whatever is expected to end in time."""
+        left_s = self._deadline_s - self.clock()
+        if left_s < 0:
+            return None
+        if not self._known:
+            return shapes[0]
+        known_size = self._known.largest_size
+        next_size = min((shape.size for shape in shapes if shape.size > known_size), default=known_size)
+        largest_size = max(LARGEST_SIZE_STEP * known_size, next_size)
+        reachable = [shape for shape in shapes if shape.size <= largest_size]
+        extremes = self._extremes(reachable)
+        if self._known.largest_count == 1 < self.max_count:
+            first = self._known.smallest
+            # Where no larger count fits, two requests tell whether it is a fixed cost that takes so long.
+            reachable.append(_Shape(2, first.asked, first.size))
+        extra_s = self._first_run_extra_s()
+        for candidates, share in ((extremes, EXTREME_SHARE), (reachable, CHEAP_SHARE), ([*extremes, *reachable], 1.0)):
+            for shape in candidates:
+                if self._is_allowed(shape) and extra_s + self._known.expected_s(shape) <= share * left_s:
+                    return shape
+        return None
+
+    def _extremes(self, shapes: Sequence[_Shape]) -> list[_Shape]:
+        """Larger counts of the smallest size than were measured, then larger sizes alone, the largest first each."""
+        smallest = self._known.smallest.size
+        counts = [shape for shape in shapes if shape.size == smallest and shape.count > self._known.largest_count]
+        sizes = [shape for shape in shapes if shape.count == 1 and shape.size > self._known.largest_size]
+        return [*reversed(counts), *reversed(sizes)]
+
+    def _is_allowed(self, shape: _Shape) -> bool:
+        return self.max_tokens is None or shape.tokens <= self.max_tokens
+
+    def _without(self, failed: _Shape, error: Exception, shapes: list[_Shape]) -> list[_Shape]:
+        """The shapes that are left when `failed` has; raises `error` where it is not the size that is to blame."""
+        if failed.count > 1 and self.is_too_large(error):
+            self.too_large_tokens = failed.tokens
+            return [shape for shape in shapes if shape.tokens < failed.tokens]
+        if failed.count > 1 and failed.size <= self._known.largest_size:
+            raise error
+        self.failure = SizeFailure(failed.size, error)
+        return [shape for shape in shapes if shape.size < failed.size]
+
+    # What there is to measure.
+
+    def _shapes(self) -> list[_Shape]:
+        """All shapes, fewest tokens first."""
         counts = [*_powers(1, self.step, self.max_count - 1), self.max_count]
-        shapes = [(count, size, count * actual) for count in counts for size, actual in sizes]
-        limit = float("inf") if self.max_tokens is None else self.max_tokens
-        return sorted((shape for shape in shapes if shape[2] <= limit), key=lambda shape: shape[2])
+        shapes = [_Shape(count, asked, size) for asked, size in self._sizes() for count in counts]
+        return sorted(filter(self._is_allowed, shapes), key=lambda shape: shape.tokens)
 
     def _sizes(self) -> list[tuple[int, int]]:
         """Sizes to ask for, each with what comes of it, up to where asking for more does not make items larger."""
         sizes: list[tuple[int, int]] = []
-        for size in _powers(SMALLEST_SIZE, self.step, LARGEST_ASKED_FOR):
-            items = self.sample_items(1, size)
-            if not items:
+        for asked in self.sizes or _powers(SMALLEST_SIZE, self.step, LARGEST_ASKED_FOR):
+            try:
+                items = self.sample_items(1, asked)
+                size = self._size(items[0]) if items else 0
+            except Exception as error:
+                if not sizes:
+                    raise
+                self.failure = SizeFailure(asked, error)
                 break
-            actual = self._size(items[0])
-            if sizes and actual <= sizes[-1][1]:
+            if size <= (sizes[-1][1] if sizes else 0):
                 break
-            sizes.append((size, actual))
-            if self.max_tokens is not None and actual > self.max_tokens:
+            sizes.append((asked, size))
+            if self.max_tokens is not None and size > self.max_tokens:
                 break
         return sizes
 
@@ -93,16 +220,88 @@ class Calibration(Generic[T]):
             raise ValueError(f"item_size returned {told}, which must be from 1 to {LARGEST_SIZE}")
         return size
 
-    def _samples(self, count: int, size: int) -> list[T]:
-        items = self.sample_items(count, size)
-        if len(items) != count:
-            raise ValueError(f"sample_items({count}, {size}) returned {len(items)} items")
+    def _samples(self, shape: _Shape) -> list[T]:
+        items = self.sample_items(shape.count, shape.asked)
+        if len(items) != shape.count:
+            raise ValueError(f"sample_items({shape.count}, {shape.asked}) returned {len(items)} items")
         return items
 
+    # How long it takes.
+
+    def _seconds_of(self, items: list[T]) -> float:
+        runs_s = [self._timed(items)]
+        while len(runs_s) < self.rounds:
+            is_second = len(runs_s) == 1
+            again_s = runs_s[0] - self._first_run_extra_s() if is_second else sum(runs_s[1:]) + min(runs_s)
+            share = SECOND_RUN_SHARE if is_second else MORE_RUNS_SHARE
+            if again_s > share * (self._deadline_s - self.clock()):
+                break
+            runs_s.append(self._timed(items))
+            if is_second:
+                self._first_run_extras_s.append(max(0.0, runs_s[0] - runs_s[1]))
+        return median_low(runs_s)
+
+    def _first_run_extra_s(self) -> float:
+        """What a first run takes beside a second one: much where something is compiled for each shape."""
+        return min(self._first_run_extras_s, default=0.0)
+
     def _timed(self, items: list[T]) -> float:
+        given = list(items)  # what it does to the list stays there
         started_s = self.clock()
-        self.run(items)
+        self.run(given)
         return self.clock() - started_s
+
+
+class _KnownShapes:
+    """What measured shapes took, and what others are expected to take: too much rather than too little."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[_Shape, float] = {}
+        self.largest_count = 0
+        """Of the smallest size."""
+        self.largest_size = 0
+        """Of a lone request."""
+        # How the time grew with the tokens, at worst, from a shape to one with as many or more requests, as large or
+        # larger: in seconds a token, and as an exponent.
+        self._slope_s: float | None = None
+        self._exponent = 1.0
+
+    def __bool__(self) -> bool:
+        return bool(self._seconds)
+
+    @property
+    def smallest(self) -> _Shape:
+        return next(iter(self._seconds))
+
+    def add(self, shape: _Shape, seconds: float) -> None:
+        """Take note that `shape` took `seconds`."""
+        seconds = max(seconds, SHORTEST_S)
+        for known, known_s in self._seconds.items():
+            if known.is_within(shape):
+                self._note_growth(known, known_s, shape, seconds)
+            elif shape.is_within(known):
+                self._note_growth(shape, seconds, known, known_s)
+        self._seconds[shape] = seconds
+        if shape.size == self.smallest.size:
+            self.largest_count = max(self.largest_count, shape.count)
+        if shape.count == 1:
+            self.largest_size = max(self.largest_size, shape.size)
+
+    def expected_s(self, shape: _Shape) -> float:
+        """Seconds that `shape` is expected to take."""
+        smaller = [(known, seconds) for known, seconds in self._seconds.items() if known.is_within(shape)]
+        bounds_s: list[float] = [
+            seconds * (shape.tokens / known.tokens) ** self._exponent for known, seconds in smaller
+        ]
+        if self._exponent == 1 and self._slope_s is not None:
+            bounds_s += [seconds + self._slope_s * (shape.tokens - known.tokens) for known, seconds in smaller]
+        return min(bounds_s + [seconds for known, seconds in self._seconds.items() if shape.is_within(known)])
+
+    def _note_growth(self, small: _Shape, small_s: float, large: _Shape, large_s: float) -> None:
+        if large.tokens >= 2 * small.tokens:  # between closer ones it would be mostly noise
+            self._slope_s = max(self._slope_s or 0.0, (large_s - small_s) / (large.tokens - small.tokens))
+            exponent = math.log(large_s / small_s) / math.log(large.tokens / small.tokens)
+            self._exponent = min(2.0, max(self._exponent, exponent))
 
 
 def _powers(first: int, step: int, last: int) -> Iterator[int]:

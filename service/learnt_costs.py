@@ -6,10 +6,11 @@ from anyio import CancelScope, to_thread
 from pydantic import BaseModel
 
 from batching import BatchScheduler, CostFeature, MeasuredCostModel
-from batching.calibration import Calibration, Measurement
+from batching.calibration import Calibration, Measurement, undisturbed
 from pipelines import InferenceOutputModel, InferencePipeline
 from service.cost_tables import CostKey, load_costs, save_costs
 from service.errors import describe_error
+from service.pipeline_batches import is_too_large
 from service.settings import BatchConfig
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class LearntCosts:
             max_count=self._batch_config.max_batch_size,
             max_tokens=self._batch_config.max_batch_tokens,
             max_s=self._config.max_seconds,
+            is_too_large=is_too_large,
         )
         # No shape is begun that would end too late, and none is expected to take longer than any batch may.
         limit_s = self._config.max_seconds + self._batch_config.batch_timeout_seconds
@@ -80,8 +82,11 @@ class LearntCosts:
         except Exception as error:  # noqa: BLE001  # user code may raise anything, and real batches teach the model too
             self._warn("measuring what batches cost ended early, the first real batches will tell", error)
         else:
-            self._is_complete = True
-        for shape in measured:
+            # What had no time has none at the next start either; what failed may run then.
+            self._is_complete = calibration.failure is None
+        if (failure := calibration.failure) is not None:
+            self._warn(f"what items of size {failure.size} and more cost is not known, as one failed", failure.error)
+        for shape in undisturbed(measured):
             if shape.seconds > 0:
                 self.model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
 

@@ -7,6 +7,7 @@ import anyio
 import typer
 from rich.console import Console
 
+from service.cli.records import FileFormat
 from service.loading import ModelSource
 from service.settings import AuthConfig, Settings
 from service.web.auth import ApiKey, require_api_key
@@ -18,6 +19,13 @@ ConfigFiles = Annotated[
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Which of the configured models; the first if left out.", show_default=False),
+]
+FormatOption = Annotated[
+    FileFormat | None,
+    typer.Option("--format", "-f", help="The input's format, where its name does not tell.", show_default=False),
+]
+ColumnOption = Annotated[
+    str | None, typer.Option(help="The CSV column, or JSON key, that holds the text.", show_default=False)
 ]
 
 notices = Console(stderr=True, soft_wrap=True, highlight=False)

@@ -19,9 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from batching import Failure, Outcome, Priority, SchedulerStatistics
 from batching.task_groups import plain_task_group
 from pipelines import InferenceOutputModel, InferencePipeline
-from service.cli.common import ConfigFiles, ModelOption, model_source, notices
+from service.cli.common import ColumnOption, ConfigFiles, FormatOption, ModelOption, model_source, notices
 from service.cli.output_file import whole_file
-from service.cli.records import FileFormat, Record, Writer, format_of, make_writer, read_records
+from service.cli.records import KEEP_BAD_BYTES, FileFormat, Record, Writer, format_of, make_writer, read_records
 from service.errors import OutputNotJsonError, describe_error
 from service.jobs import MemoryJobStore
 from service.jobs.manager import JobManager
@@ -32,8 +32,6 @@ from service.worker import InferenceWorker
 MOST_ITEMS_IN_A_CHUNK = 4096
 CHUNKS_AT_ONCE = 2
 SHOWN_ERRORS = 20
-KEEP_BAD_BYTES = "surrogateescape"
-"""Bytes that are no UTF-8 come through as characters that no model takes: an error of that line alone."""
 
 
 @dataclass(slots=True)
@@ -85,13 +83,8 @@ def predict(
         Path | None,
         typer.Option("--output", "-o", help="Where results go; standard output if left out.", show_default=False),
     ] = None,
-    file_format: Annotated[
-        FileFormat | None,
-        typer.Option("--format", "-f", help="The input's format, where its name does not tell.", show_default=False),
-    ] = None,
-    column: Annotated[
-        str | None, typer.Option(help="The CSV column, or JSON key, that holds the text.", show_default=False)
-    ] = None,
+    file_format: FormatOption = None,
+    column: ColumnOption = None,
     config: ConfigFiles = None,
     model: ModelOption = None,
 ) -> None:

@@ -14,6 +14,9 @@ from pydantic_core import from_json
 from service.errors import ServiceError
 from service.validation import field_errors, summary
 
+KEEP_BAD_BYTES = "surrogateescape"
+"""Bytes that are no UTF-8 come through as characters that no model takes: an error of that line alone."""
+
 
 class FileFormat(StrEnum):
     """How a file holds its items."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from batching import BatchPolicy, CostModel
 from batching.calibration import Measurement
 from service.tuning.errors import TuningError
+from service.tuning.evidence import UNSEEN, Bounds, SizeEvidence
 
-ENOUGH = 0.98  # of the best throughput: what larger batches add to it is within the noise of measuring
+SHORTEST_S = 1e-9  # where the clock is too coarse
 WAIT_SHARE = 0.1  # of the objective, at most, goes into waiting for a fuller batch
 
 
@@ -38,8 +39,9 @@ def choose_limits(
     model: CostModel,
     objective_s: float | None = None,
     *,
+    configured: BatchPolicy,
     beside_s: float = 0.0,
-    memory_was_the_limit: bool = False,
+    too_large_tokens: int | None = None,
 ) -> ChosenLimits:
     """The limits that serve `objective_s` (the p99 that is asked for), or throughput alone where it is None.
 
@@ -52,11 +54,12 @@ def choose_limits(
     planner would wait at all (`BatchPlanner`). Then as long as the next request may take to come and still be worth it,
     up to a tenth of the objective, and no longer than leaves room for the largest request alone.
 
-    ``max_batch_size``: the smallest measured count that reaches 98 % of the best predicted throughput at every measured
-    size, among batches within ``max_batch_seconds`` and no larger than the largest measured. It is but a limit: where
-    small batches are cheaper, the scheduler forms small ones all the same.
+    ``max_batch_size``: the smallest measured count that reaches 98 % of the best measured throughput at every measured
+    size, among batches within ``max_batch_seconds``. It is lower than `configured` only where the larger counts were
+    measured, or are excluded by other limits, no count between measured ones can be more than 5 % better, and `model`
+    agrees. It is but a limit: where small batches are cheaper, the scheduler forms small ones all the same.
 
-    ``max_batch_tokens``: the largest batch that fitted, padding included, where memory ended the measuring.
+    ``max_batch_tokens``: the largest batch that fitted, padding included, where one of `too_large_tokens` did not.
 
     Raises `TuningError` when the largest measured request alone takes longer than ``max_batch_seconds`` would be.
     """
@@ -72,36 +75,20 @@ def choose_limits(
             f"a request may wait for one batch{f' and {wait_s * 1000:g} ms' if wait_s else ''}, and runs in the next: "
             f"half of what {objective_s * 1000:g} ms leave, with {beside_s * 1000:.2g} ms for the rest"
         )
-    size, reasons["max_batch_size"] = costs.batch_size(batch_s)
+    tokens = None
     reasons["max_batch_tokens"] = "as configured: memory was not what limited the batches that were measured"
-    if memory_was_the_limit:
-        reasons["max_batch_tokens"] = "the largest batch that fitted; the next one was out of memory"
+    if too_large_tokens is not None:
+        tokens = max(_tokens(shape) for shape in measurements if _tokens(shape) < too_large_tokens)
+        reasons["max_batch_tokens"] = f"the largest batch that fitted; one of {too_large_tokens} was out of memory"
+    most_tokens = tokens or configured.max_batch_tokens or math.inf
+    size, reasons["max_batch_size"] = costs.batch_size(Bounds(configured.max_batch_size, batch_s, most_tokens))
     return ChosenLimits(
         max_batch_size=size,
         wait_ms=None if objective_s is None else round(wait_s * 1000, 1),
-        max_batch_tokens=costs.largest_batch if memory_was_the_limit else None,
+        max_batch_tokens=tokens,
         max_batch_seconds=None if objective_s is None else batch_s,
         reasons=reasons,
     )
-
-
-def predicted_capacity_per_s(measurements: Sequence[Measurement], model: CostModel, policy: BatchPolicy) -> float:
-    """Requests a second when each measured size is asked for equally often and runs in its best batch under `policy`.
-
-    It is an upper bound: it takes a backlog long enough that every size fills batches of its own.
-    """
-    costs = _Costs(measurements, model)
-    longest_s = math.inf if policy.max_batch_s is None else policy.max_batch_s
-    most_tokens = policy.max_batch_tokens or costs.largest_batch
-    seconds = [
-        min(
-            costs.seconds(count, size) / count
-            for count in costs.counts_within(size, longest_s)
-            if count == 1 or (count <= policy.max_batch_size and count * size <= most_tokens)
-        )
-        for size in costs.sizes
-    ]
-    return len(seconds) / sum(seconds)
 
 
 def lone_sizes(measurements: Sequence[Measurement]) -> list[int]:
@@ -109,27 +96,45 @@ def lone_sizes(measurements: Sequence[Measurement]) -> list[int]:
     return sorted({shape.longest for shape in measurements if shape.count == 1})
 
 
+def nearest_size(sizes: Sequence[int], size: int) -> int:
+    """The one of `sizes` that `size` differs least from, as a ratio."""
+    return min(sizes, key=lambda other: abs(math.log(other / size)))
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a worker gets done that always has enough waiting, and the seconds of a batch at `load` of that."""
+
+    items_per_s: float
+    batch_s: float
+
+
+def predicted_capacity(measurements: Sequence[Measurement], policy: BatchPolicy, load: float) -> Capacity:
+    """The capacity when each measured size is asked for equally often and runs in its best batch under `policy`.
+
+    What was not measured promises nothing: a batch of the largest count allowed is taken to be as long as the next
+    larger one that was measured, if any. It takes a backlog long enough that every size fills batches of its own.
+    """
+    bounds = Bounds(policy.max_batch_size, policy.max_batch_s or math.inf, policy.max_batch_tokens or math.inf)
+    rates = {line: line.best(bounds) for line in _by_size(measurements)}
+    return Capacity(
+        items_per_s=len(rates) / sum(1 / rate for rate in rates.values()),
+        batch_s=max(line.seconds_at(load * rate, bounds) for line, rate in rates.items()),
+    )
+
+
 class _Costs:
-    """What batches of the measured counts and sizes cost, by the model, which is smoother than the measurements."""
+    """What batches of the measured sizes cost: as measured where they were, else by the model."""
 
     def __init__(self, measurements: Sequence[Measurement], model: CostModel) -> None:
-        self.sizes = lone_sizes(measurements)
-        if not self.sizes:
-            raise TuningError("no request was measured alone, so there is nothing to choose limits by")
-        self.counts = sorted({shape.count for shape in measurements})
-        self.largest_batch = max(shape.count * shape.longest for shape in measurements)
+        self._lines = _by_size(measurements)
+        self.sizes = [line.size for line in self._lines]
+        self._measured = {(line.size, count): seconds for line in self._lines for count, seconds in line.shapes}
         self._model = model
 
     def seconds(self, count: int, size: int) -> float:
-        return self._model.predict_s(count, size, count * size)
-
-    def counts_within(self, size: int, longest_s: float) -> list[int]:
-        """The counts of which batches were measured, and take no longer; one request may always run."""
-        return [
-            count
-            for count in self.counts
-            if count == 1 or (count * size <= self.largest_batch and self.seconds(count, size) <= longest_s)
-        ]
+        measured_s = self._measured.get((size, count))
+        return self._model.predict_s(count, size, count * size) if measured_s is None else measured_s
 
     def require_room_for_largest(self, objective_s: float, beside_s: float) -> None:
         largest = self.sizes[-1]
@@ -159,24 +164,48 @@ class _Costs:
             return 0.0, f"the objective leaves no time for it, though waiting may pay: {ratio}"
         return wait_s, f"waiting pays where requests are frequent: {ratio}; at most a tenth of the objective"
 
-    def batch_size(self, longest_s: float) -> tuple[int, str]:
-        """The smallest count that is enough at every size, and why."""
-        enough = {size: self._enough(size, longest_s) for size in self.sizes}
-        size = max(self.sizes, key=enough.__getitem__)
-        chosen = enough[size]
+    def batch_size(self, bounds: Bounds) -> tuple[int, str]:
+        """The smallest count that is known to be enough at every size, and why; `bounds` has the configured one."""
+        enough = {line: line.enough(bounds.longest_s) for line in self._lines}
+        line = max(self._lines, key=enough.__getitem__)
+        wanted, configured = enough[line], bounds.max_count
+        if wanted < configured:
+            for other in self._lines:
+                if not other.is_enough(wanted, bounds):
+                    return configured, other.why_not_lower(configured)
+                if not self._fits_the_costs(other, wanted, bounds):
+                    return configured, f"as configured: by the fitted costs, larger batches of size {other.size} do pay"
+        return wanted, self._why(line, wanted, bounds.longest_s)
+
+    def _fits_the_costs(self, line: SizeEvidence, limit: int, bounds: Bounds) -> bool:
+        """Whether `limit` is enough by the fitted costs too, in which single measurements that were off count less."""
+        top = bounds.largest_count(line.size)
+        seconds = {count: self._model.predict_s(count, line.size, count * line.size) for count in range(1, top + 1)}
+        rates = {count: count / seconds[count] for count in seconds if count == 1 or seconds[count] <= bounds.longest_s}
+        return UNSEEN * max(rates.values()) <= max(rate for count, rate in rates.items() if count <= limit)
+
+    def _why(self, line: SizeEvidence, chosen: int, longest_s: float) -> str:
+        *_, (before, before_s), (largest, largest_s) = [(1, line.shapes[0][1]), *line.shapes]
+        if chosen == largest > 1:
+            gain = largest / largest_s / (before / before_s) - 1
+            return f"the largest measured; over {before}, it still adds {gain:.0%} at size {line.size}"
         within = "" if longest_s == math.inf else " within max_batch_seconds"
-        if chosen == self.counts[-1] and chosen > 1:
-            gain = self._rate(chosen, size) / self._rate(self.counts[-2], size) - 1
-            return chosen, f"the largest measured; over {self.counts[-2]}, it still adds {gain:.0%} at size {size}"
-        return chosen, f"larger batches{within} add less than 2 % to the items/s at any size; size {size} needs so many"
+        return f"larger batches{within} add less than 2 % to the items/s at any size; size {line.size} needs so many"
 
-    def _enough(self, size: int, longest_s: float) -> int:
-        counts = self.counts_within(size, longest_s)
-        best = max(self._rate(count, size) for count in counts)
-        return next(count for count in counts if self._rate(count, size) >= ENOUGH * best)
 
-    def _rate(self, count: int, size: int) -> float:
-        return count / self.seconds(count, size)
+def _tokens(shape: Measurement) -> int:
+    return shape.count * shape.longest
+
+
+def _by_size(measurements: Sequence[Measurement]) -> list[SizeEvidence]:
+    """What was measured at each size that ran alone, ascending."""
+    sizes = lone_sizes(measurements)
+    if not sizes:
+        raise TuningError("no request was measured alone, so there is nothing to choose limits by")
+    shapes: dict[int, dict[int, float]] = {size: {} for size in sizes}
+    for shape in measurements:
+        shapes[nearest_size(sizes, shape.longest)][shape.count] = max(shape.seconds, SHORTEST_S)
+    return [SizeEvidence(size, tuple(sorted(seconds.items()))) for size, seconds in shapes.items()]
 
 
 def _rounded_down(seconds: float) -> float:

@@ -1,6 +1,7 @@
 """Measures thoroughly what a pipeline's batches cost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -8,25 +9,32 @@ from time import perf_counter
 from pydantic import BaseModel
 
 from batching import CostFeature, MeasuredCostModel
-from batching.calibration import Calibration, Measurement
+from batching.calibration import Calibration, Measurement, SizeFailure
 from pipelines import InferencePipeline
 from service.errors import describe_error
 from service.pipeline_batches import is_too_large
 from service.settings import BatchConfig
-from service.tuning.choice import lone_sizes
 from service.tuning.errors import TuningError
+from service.tuning.samples import MadeUpSamples, Samples
 
 LARGEST_COUNT = 128
 STEP = 2
 ROUNDS = 5
+MEASURING_SHARE = 0.6  # of the time for everything, at most
+BATCHES_AFTERWARDS = 7.5  # what trying limits takes at least, so much time is left; see `TrialPlan`
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The shapes that ran, and whether the next larger one was out of memory, or would have taken too long."""
+    """The shapes that ran, and what was left out.
+
+    `too_large_tokens` is the size of the smallest batch that was out of memory; `failure` the smallest size of which a
+    lone request failed; `time_was_the_limit` says whether other shapes had no time.
+    """
 
     measurements: Sequence[Measurement]
-    memory_was_the_limit: bool
+    too_large_tokens: int | None
+    failure: SizeFailure | None
     time_was_the_limit: bool
 
 
@@ -34,45 +42,46 @@ def measure(
     pipeline: InferencePipeline,
     config: BatchConfig,
     max_s: float,
+    *,
+    samples: Samples | None = None,
     on_shape: Callable[[Measurement], None] = lambda _: None,
     clock: Callable[[], float] = perf_counter,
 ) -> Measured:
-    """Warm the pipeline up and run batches of ever more items and sizes, for about `max_s` seconds.
+    """Warm the pipeline up and run batches of many counts and sizes, of `samples` or of items that it makes up.
 
-    Batches keep ``max_batch_tokens``, but may be larger than ``max_batch_size``, which is to be chosen. Raises
-    `TuningError` where the pipeline makes up no items, nothing fits the limits, or it fails other than for lack of
-    memory.
+    Takes at most three fifths of `max_s` seconds and one batch; less where batches take so long that there would not be
+    time enough for some of them afterwards. Batches keep ``max_batch_tokens``, but may be larger than
+    ``max_batch_size``, which is to be chosen. Raises `TuningError` where the pipeline makes up no items, nothing fits
+    the limits, or it fails other than for lack of memory or for the size of its items.
     """
-    most = min(max(config.max_batch_size, LARGEST_COUNT), config.max_queue_size)
+    started_s = clock()
+    samples = samples or MadeUpSamples(pipeline)
     measurements: list[Measurement] = []
-    memory_was_the_limit = False
-    try:
-        _require_samples(pipeline)
-        pipeline.warm_up()
-        for shape in _calibration(pipeline, config, most, max_s, clock).measure():
+    with _told(measurements):
+        _warm_up(pipeline, samples)
+        left_s = MEASURING_SHARE * max_s - (clock() - started_s)
+        calibration = _calibration(pipeline, config, samples, left_s, clock)
+        for shape in calibration.measure():
             measurements.append(shape)
             on_shape(shape)
-    except TuningError:
-        raise
-    except Exception as error:
-        if not (measurements and is_too_large(error)):
-            raise TuningError(f"measuring failed{_after(measurements)}: {describe_error(error)}") from error
-        memory_was_the_limit = True
+            lone_s = max(shape.seconds for shape in measurements if shape.count == 1)
+            if clock() - started_s + (1 + BATCHES_AFTERWARDS) * lone_s > max_s:
+                break
     if not measurements:
         raise TuningError(
-            f"nothing could be measured within {max_s:.3g} s and max_batch_tokens "
-            f"{config.max_batch_tokens or 'null'}: raise --max-seconds or batch_config.max_batch_tokens"
+            f"nothing could be measured within --max-seconds {max_s:g} and max_batch_tokens "
+            f"{config.max_batch_tokens or 'null'}: warming up took {clock() - started_s:,.1f} s; raise --max-seconds "
+            "or batch_config.max_batch_tokens"
         )
-    wanted = min(most * max(lone_sizes(measurements)), config.max_batch_tokens or 2**62)
-    is_short = STEP * max(shape.count * shape.longest for shape in measurements) <= wanted
-    return Measured(measurements, memory_was_the_limit, is_short and not memory_was_the_limit)
+    return Measured(measurements, calibration.too_large_tokens, calibration.failure, not calibration.is_complete)
 
 
 def fitted_costs(pipeline: InferencePipeline, measurements: Sequence[Measurement]) -> MeasuredCostModel:
     """The cost model of the pipeline, fitted to all the measurements."""
     model = MeasuredCostModel(CostFeature(pipeline.cost_feature))
     for shape in measurements:
-        model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
+        if shape.seconds > 0:
+            model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
     return model
 
 
@@ -83,29 +92,36 @@ def median_error(model: MeasuredCostModel, measurements: Sequence[Measurement]) 
     )
 
 
-def _after(measurements: Sequence[Measurement]) -> str:
-    return f" after a batch of {measurements[-1].count} of size {measurements[-1].longest}" if measurements else ""
+@contextmanager
+def _told(measurements: Sequence[Measurement]) -> Iterator[None]:
+    """Tells by a `TuningError` what was measured last when something failed."""
+    try:
+        yield
+    except Exception as error:
+        last = measurements[-1] if measurements else None
+        after = f" after a batch of {last.count} of size {last.longest}" if last else ""
+        raise TuningError(f"measuring failed{after}: {describe_error(error)}") from error
+
+
+def _warm_up(pipeline: InferencePipeline, samples: Samples) -> None:
+    pipeline.warm_up()
+    if samples.sizes is not None:  # a pipeline that makes up no items cannot warm up by itself
+        pipeline.run_inference(samples.of_size(1, samples.sizes[0]))
 
 
 def _calibration(
-    pipeline: InferencePipeline, config: BatchConfig, most: int, max_s: float, clock: Callable[[], float]
+    pipeline: InferencePipeline, config: BatchConfig, samples: Samples, max_s: float, clock: Callable[[], float]
 ) -> Calibration[BaseModel]:
     return Calibration(
         run=pipeline.run_inference,
-        sample_items=pipeline.sample_items,
+        sample_items=samples.of_size,
         item_size=pipeline.item_size,
-        max_count=most,
+        max_count=min(max(config.max_batch_size, LARGEST_COUNT), config.max_queue_size),
         max_tokens=config.max_batch_tokens,
+        sizes=samples.sizes,
         max_s=max_s,
         step=STEP,
         rounds=ROUNDS,
+        is_too_large=is_too_large,
         clock=clock,
     )
-
-
-def _require_samples(pipeline: InferencePipeline) -> None:
-    if not pipeline.sample_items(1, 1):
-        raise TuningError(
-            f"{type(pipeline).__name__} makes up no items to measure: implement sample_items(n, size), which returns a "
-            "list of n items of about that size"
-        )

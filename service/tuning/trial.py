@@ -17,11 +17,15 @@ from service.jobs import MemoryJobStore
 from service.jobs.manager import JobManager
 from service.settings import BatchConfig, Settings
 from service.tuning.errors import TuningError
+from service.tuning.measuring import MEASURING_SHARE
+from service.tuning.samples import Samples
 from service.worker import InferenceWorker
 
-FEWEST_LONE_REQUESTS = 5
 MOST_LONE_REQUESTS = 50
-ITEMS_OF_EACH_SIZE = 16
+LONGEST_TRIAL_S = 5.0  # of sending, unless batches are long
+BATCHES_IN_A_TRIAL = 8
+FEWEST_BATCHES = 3  # fewer show nothing of what happens to requests that come while a batch runs
+SENDING_SHARE = 0.5  # of a trial's time; the rest is for what was sent last
 SEED = 1
 
 
@@ -40,21 +44,57 @@ class Trial:
     items_per_s: float
     first_error: str | None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every request got its result, so that there is something to judge by."""
+        return not (self.failed or self.unfinished)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialPlan:
+    """How a trial goes: so many requests a second for `duration_s`, then up to `patience_s` for the last to be done."""
+
+    rate_per_s: float
+    duration_s: float
+    patience_s: float
+
+    @classmethod
+    def within(cls, rate_per_s: float, batch_s: float, left_s: float) -> "TrialPlan | None":
+        """A trial of several batches of `batch_s` seconds that ends in time; None where `left_s` is too short for one.
+
+        It takes half of the time left, so that there is some for another one, or all of it where it must.
+        """
+        left_s -= batch_s  # what the worker runs to warm up
+        wanted_s = min(max(LONGEST_TRIAL_S, BATCHES_IN_A_TRIAL * batch_s), SENDING_SHARE * left_s / 2)
+        duration_s = max(wanted_s, FEWEST_BATCHES * batch_s)
+        if left_s <= 0 or duration_s > SENDING_SHARE * left_s:
+            return None
+        patience_s = min(duration_s + 1, left_s - duration_s)
+        return cls(rate_per_s=rate_per_s, duration_s=duration_s, patience_s=patience_s)
+
+    @staticmethod
+    def least_s(batch_s: float) -> float:
+        """The least time in which there is a trial."""
+        return (FEWEST_BATCHES / SENDING_SHARE + 1) * batch_s
+
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A pipeline, with the settings and the known costs that its scheduler is to have."""
+    """A pipeline, with the settings and the known costs that its scheduler is to have, and items to send it."""
 
     pipeline: InferencePipeline
     settings: Settings
     costs: MeasuredCostModel
+    samples: Samples
 
     @asynccontextmanager
     async def worker(
         self, config: BatchConfig, on_batch: Callable[[BatchRecord], None] | None = None
     ) -> AsyncIterator[InferenceWorker]:
-        """A worker under `config` that knows the costs."""
-        app_settings = self.settings.app_settings.model_copy(update={"batch_config": config})
+        """A worker under `config` that knows the costs, and keeps nothing in a file."""
+        calibration = config.calibration.model_copy(update={"path": None})
+        batch_config = config.model_copy(update={"calibration": calibration})
+        app_settings = self.settings.app_settings.model_copy(update={"batch_config": batch_config})
         settings = self.settings.model_copy(update={"app_settings": app_settings})
         async with (
             JobManager(MemoryJobStore()) as jobs,
@@ -64,18 +104,18 @@ class Bench:
             yield worker
 
     async def seconds_beside_the_batch(self, size: int, max_s: float) -> float:
-        """What a lone request on an idle worker costs beside the stages of its batch: the median of some 50.
+        """What a lone request on an idle worker costs beside the stages of its batch: the median of up to 50.
 
-        Takes about `max_s` seconds at most. Raises `TuningError` when a request fails.
+        Takes about `max_s` seconds and one request at most. Raises `TuningError` when a request fails.
         """
         config = self.settings.app_settings.batch_config.model_copy(update={"wait_ms": 0})
         records: list[BatchRecord] = []
         latencies_s: list[float] = []
         async with self.worker(config, records.append) as worker:
             started_s = anyio.current_time()
-            for item in self.pipeline.sample_items(MOST_LONE_REQUESTS, size):
+            for item in self.samples.of_size(MOST_LONE_REQUESTS, size):
                 sent_s = anyio.current_time()
-                if sent_s > started_s + max_s and len(latencies_s) >= FEWEST_LONE_REQUESTS:
+                if sent_s > started_s + max_s and latencies_s:
                     break
                 try:
                     await worker.predict(item)
@@ -85,23 +125,43 @@ class Bench:
         beside_s = [latency_s - record.measured_s for latency_s, record in zip(latencies_s, records, strict=True)]
         return max(0.0, median(beside_s))
 
-    async def open_loop(
-        self, config: BatchConfig, sizes: Sequence[int], *, rate_per_s: float, duration_s: float
-    ) -> Trial:
-        """Send items of mixed `sizes` at random times, on average `rate_per_s`, whatever becomes of earlier ones.
+    async def open_loop(self, config: BatchConfig, sizes: Sequence[int], plan: TrialPlan) -> Trial:
+        """Send items of mixed `sizes` at random times, at the rate of `plan`, whatever becomes of earlier ones.
 
-        After `duration_s` seconds nothing more is sent; what is not done within as long again is unfinished.
+        Nothing is sent after the plan's duration, and what is not done when its patience is over too is unfinished.
         """
         dice = random.Random(SEED)  # noqa: S311  # a repeatable load is no cryptography
         # A Poisson process whose number of arrivals is known: their times are uniform.
-        times_s = sorted(dice.uniform(0, duration_s) for _ in range(max(1, round(rate_per_s * duration_s))))
-        pools = [self.pipeline.sample_items(ITEMS_OF_EACH_SIZE, size) for size in sizes]
+        sent = max(1, round(plan.rate_per_s * plan.duration_s))
+        times_s = sorted(dice.uniform(0, plan.duration_s) for _ in range(sent))
+        pools = self.samples.mixed(sizes)
         load = [(due_s, dice.choice(dice.choice(pools))) for due_s in times_s]
         async with self.worker(config) as worker:
             loop = _OpenLoop(worker)
-            with anyio.move_on_after(2 * duration_s + 1):
+            with anyio.move_on_after(plan.duration_s + plan.patience_s):
                 await loop.run(load)
         return loop.result(len(load))
+
+
+def require_complete(trial: Trial | None, batch_s: float, max_s: float) -> None:
+    """Raise `TuningError` where no trial shows what the limits give."""
+    if trial is None:
+        needed_s = math.ceil((TrialPlan.least_s(batch_s) + 2 * batch_s) / (1 - MEASURING_SHARE))
+        raise TuningError(
+            f"the limits could not be tried, so nothing is written: --max-seconds {max_s:g} leaves too little time for "
+            f"batches of {batch_s:.3g} s. Give --max-seconds {max(needed_s, math.ceil(max_s) + 1)} or more"
+        )
+    if trial.failed:
+        raise TuningError(
+            f"{trial.failed} of {trial.sent} requests failed under these limits, so nothing is written. The first "
+            f"error: {trial.first_error}. Correct what the pipeline cannot run, or give other items by --samples"
+        )
+    if trial.unfinished:
+        raise TuningError(
+            f"{trial.unfinished} of {trial.sent} requests were not done in time under these limits, so nothing is "
+            f"written: batches take longer than was measured, or vary. Give --max-seconds {math.ceil(2 * max_s)}, for "
+            "more to be measured and lower loads to be tried"
+        )
 
 
 class _OpenLoop:

@@ -238,7 +238,6 @@ class Miscounting(LengthPipeline):
 @pytest.mark.parametrize(
     ("pipeline", "reason"),
     [
-        (Failing(), "ArithmeticError: made up"),
         (Unsized(), "LookupError"),
         (Miscounting(), "sample_items"),
         (Sized(0), "item_size returned 0, which must be from 1"),
@@ -255,6 +254,42 @@ async def test_measuring_that_fails_is_a_warning_and_the_worker_serves(
         assert await worker.predict(Text(text="four")) == Length(length=4)
     assert "measuring what batches cost ended early" in caplog.text
     assert reason in caplog.text
+
+
+async def test_sizes_that_fail_are_told_and_not_taken_for_measured(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        pipeline = Failing()
+        async with InferenceWorker(pipeline, settings=settings(path)) as worker:
+            assert worker.costs.observed > 2, "smaller ones were measured"
+        assert (
+            "what items of size 32 and more cost is not known, as one failed (ArithmeticError: made up)" in caplog.text
+        )
+        assert not path.exists()
+        caplog.clear()
+
+
+class Small(LengthPipeline):
+    """Has no room for more than 100 characters, padding included."""
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        texts = preprocessed_data["texts"]
+        if len(texts) > 1 and len(texts) * max(map(len, texts)) > 100:
+            raise MemoryError
+        return super().predict(input_list, preprocessed_data)
+
+
+async def test_batches_out_of_memory_are_left_out_and_the_others_are_measured(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = Small()
+    async with InferenceWorker(pipeline, settings=settings(path)):
+        pass
+    shapes = {(len(texts), len(texts[0])) for texts in pipeline.batches}
+    assert {(1, 8), (4, 8), (1, 32)} <= shapes
+    assert not caplog.messages
+    assert path.exists()
 
 
 async def test_measuring_that_hangs_is_given_up_and_the_worker_serves(caplog: pytest.LogCaptureFixture) -> None:

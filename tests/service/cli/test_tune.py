@@ -99,4 +99,64 @@ def test_a_model_without_samples_is_told_to_make_some(modalkit: Modalkit, folder
     done = modalkit(*QUICK)
     assert done.returncode == 1
     assert "Mine makes up no items to measure: implement sample_items(n, size)" in done.stderr
+    assert "--samples FILE" in done.stderr
     assert "Traceback" not in done.stderr
+    (folder / "own.jsonl").write_text("".join(f'{{"text": "{"x" * (9 * n)}"}}\n' for n in range(1, 20)))
+    done = modalkit(*QUICK, "--samples", "own.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "size 171" in done.stdout
+
+
+def test_samples_are_read_as_predict_reads_its_input(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "own.csv").write_text("stars,review\n5,lovely\n1,dreadful\n")
+    done = modalkit(*QUICK, "--samples", "own.csv", "--column", "review")
+    assert done.returncode == 0, done.stderr
+    assert "size 8" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("own.jsonl", '{"text": "ok"}\n{}\n{"txt": "a"}\n', "line 2: text: is missing: add it; line 3:"),
+        ("own.jsonl", "[1\n", "own.jsonl has lines that are no Text: line 1: not JSON"),
+        ("own.txt", "fine\n" + "x" * 1001 + "\n", "line 2: text: String should have at most 1000 characters"),
+        ("own.txt", "", "--samples own.txt holds no items: put one on each line"),
+        ("own.csv", "stars\n5\n", "name the text's with --column"),
+        ("own.dat", "fine\n", "say --format txt, jsonl or csv"),
+    ],
+)
+def test_samples_that_are_none_are_refused_before_the_model_is_loaded(
+    modalkit: Modalkit, folder: Path, name: str, content: str, message: str
+) -> None:
+    (folder / name).write_text(content)
+    done = modalkit(*QUICK, "--samples", name)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+FAILS_UNDER_LOAD = """
+import threading
+from tests.support.length_model import LengthPipeline
+
+class Mine(LengthPipeline):
+    def predict(self, input_list, preprocessed_data):
+        if threading.current_thread() is not threading.main_thread() and len(self.batches) > 700:
+            raise OSError("connection lost")
+        return super().predict(input_list, preprocessed_data)
+"""
+
+
+def test_when_requests_of_the_trial_fail_nothing_is_written(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "mine.py").write_text(FAILS_UNDER_LOAD)
+    configuration = "model_settings: {model_entries: {mine: {pipeline: 'mine:Mine'}}}"
+    (folder / "modalkit.yaml").write_text(configuration)
+    path = "MODALKIT_APP_SETTINGS__BATCH_CONFIG__CALIBRATION__PATH"
+    done = modalkit(*QUICK, "--write", "modalkit.yaml", **{path: "costs.json"})
+    assert done.returncode == 1, done.stdout
+    assert "requests failed under these limits, so nothing is written" in done.stderr
+    assert "OSError: connection lost" in done.stderr
+    assert "p99 unknown" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert (folder / "modalkit.yaml").read_text() == configuration
+    assert not (folder / "costs.json").exists()

@@ -1,12 +1,19 @@
 """Which limits follow from which costs."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from batching import BatchPolicy, CostModel, PaddedCostModel
-from batching.calibration import Measurement
-from service.tuning.choice import choose_limits, lone_sizes, predicted_capacity_per_s
+from batching.calibration import Calibration, Measurement
+from service.tuning import choice
+from service.tuning.choice import ChosenLimits, lone_sizes, predicted_capacity
 from service.tuning.errors import TuningError
 
 CPU = PaddedCostModel(fixed_s=0.001, token_s=0.0001)  # a request of size 64 costs 6 times what a batch does
@@ -24,6 +31,13 @@ def measured(
         for size in sizes
         if count * size <= most_tokens
     ]
+
+
+def choose_limits(
+    measurements: Sequence[Measurement], model: CostModel, objective_s: float | None = None, **options: Any
+) -> ChosenLimits:
+    """With limits that are configured as they are by default."""
+    return choice.choose_limits(measurements, model, objective_s, **{"configured": BatchPolicy()} | options)
 
 
 def test_without_an_objective_only_the_batch_size_is_chosen() -> None:
@@ -55,8 +69,9 @@ def test_batches_that_still_pay_at_the_end_are_said_to() -> None:
     assert "the largest measured; over 64, it still adds" in chosen.reasons["max_batch_size"]
 
 
-def test_sizes_are_judged_only_by_batches_as_large_as_those_measured() -> None:
-    assert choose_limits(measured(GPU, sizes=(64,), most_tokens=1024), GPU).max_batch_size == 16
+def test_a_limit_is_raised_only_to_what_was_measured() -> None:
+    shapes = measured(GPU, sizes=(64,), most_tokens=1024)
+    assert choose_limits(shapes, GPU, configured=BatchPolicy(max_batch_size=4)).max_batch_size == 16
 
 
 def test_an_objective_leaves_half_of_it_to_a_batch() -> None:
@@ -119,7 +134,7 @@ def test_whole_numbers_are_written_without_a_fraction() -> None:
 
 
 def test_memory_bounds_the_tokens_of_a_batch() -> None:
-    assert choose_limits(measured(GPU, most_tokens=4096), GPU, memory_was_the_limit=True).max_batch_tokens == 4096
+    assert choose_limits(measured(GPU, most_tokens=4096), GPU, too_large_tokens=8192).max_batch_tokens == 4096
     assert choose_limits(measured(GPU, most_tokens=4096), GPU).max_batch_tokens is None
 
 
@@ -143,18 +158,192 @@ def test_nothing_measured_is_an_error() -> None:
         choose_limits([], CPU)
 
 
-def test_one_measurement_is_enough_to_choose() -> None:
-    assert choose_limits(measured(CPU, counts=(1,), sizes=(8,)), CPU).max_batch_size == 1
+def test_one_measurement_changes_nothing() -> None:
+    assert choose_limits(measured(CPU, counts=(1,), sizes=(8,)), CPU).max_batch_size == 32
 
 
 def test_sizes_are_those_of_lone_requests() -> None:
     assert lone_sizes([Measurement(1, 9, 9, 0.1), Measurement(2, 12, 20, 0.1), Measurement(1, 5, 5, 0.1)]) == [5, 9]
 
 
+def capacity_per_s(shapes: Sequence[Measurement], policy: BatchPolicy) -> float:
+    return predicted_capacity(shapes, policy, 0.7).items_per_s
+
+
 def test_capacity_is_that_of_the_best_batch_of_each_size() -> None:
     shapes = measured(GPU, sizes=(64,))
-    assert predicted_capacity_per_s(shapes, GPU, BatchPolicy(max_batch_size=32)) == pytest.approx(32 / 0.012048)
+    assert capacity_per_s(shapes, BatchPolicy(max_batch_size=32)) == pytest.approx(32 / 0.012048)
     bounded = BatchPolicy(max_batch_size=32, max_batch_tokens=128)
-    assert predicted_capacity_per_s(shapes, GPU, bounded) == pytest.approx(2 / 0.010128)
+    assert capacity_per_s(shapes, bounded) == pytest.approx(2 / 0.010128)
     slow = BatchPolicy(max_batch_s=0.001)  # a single request may take longer
-    assert predicted_capacity_per_s(shapes, GPU, slow) == pytest.approx(1 / 0.010064)
+    assert capacity_per_s(shapes, slow) == pytest.approx(1 / 0.010064)
+
+
+def test_what_was_not_measured_promises_no_capacity() -> None:
+    shapes = [Measurement(1, 8, 8, 1.0), Measurement(2, 8, 16, 1.0)]
+    assert capacity_per_s(shapes, BatchPolicy(max_batch_size=32)) == 2
+    shapes += [Measurement(128, 8, 1024, 1.0)]
+    assert capacity_per_s(shapes, BatchPolicy(max_batch_size=32)) == 32, "a batch of 32 takes no longer than one of 128"
+
+
+def test_the_batches_of_a_load_are_as_long_as_those_that_keep_up_with_it() -> None:
+    shapes = [Measurement(count, 8, count * 8, 1 + 0.01 * count) for count in COUNTS]
+    assert predicted_capacity(shapes, BatchPolicy(max_batch_size=128), 0.65).batch_s == pytest.approx(1.64)
+
+
+def test_what_was_not_measured_in_time_lowers_no_limit() -> None:
+    """Batches of 1 s whatever they hold, of which only one and two requests were measured."""
+    shapes = [Measurement(1, 20, 20, 1.0), Measurement(2, 20, 40, 1.0)]
+    chosen = choose_limits(shapes, CPU)
+    assert chosen.max_batch_size == 32
+    assert chosen.reasons["max_batch_size"].startswith("as configured: more than 2 of size 20 were not measured")
+
+
+def test_a_size_of_which_too_few_were_measured_lowers_no_limit() -> None:
+    shapes = measured(CPU, sizes=(64,))
+    assert choose_limits(shapes, CPU).max_batch_size == 8
+    alone = Measurement(1, 512, 512, CPU.predict_s(1, 512, 512))
+    chosen = choose_limits([*shapes, alone], CPU)
+    assert chosen.max_batch_size == 32
+    assert "more than 1 of size 512" in chosen.reasons["max_batch_size"]
+
+
+def test_counts_that_other_limits_exclude_need_not_be_measured() -> None:
+    shapes = measured(CPU, sizes=(64,), most_tokens=1024)
+    assert choose_limits(shapes, CPU).max_batch_size == 32
+    assert choose_limits(shapes, CPU, configured=BatchPolicy(max_batch_tokens=1024)).max_batch_size == 8
+    assert choose_limits(shapes, CPU, too_large_tokens=2048).max_batch_size == 8
+
+
+def test_a_tile_between_the_measured_counts_is_not_lowered_away() -> None:
+    """Up to 24 requests take one second, so that 16 and 32 seem equally good, and 24 is better than both."""
+    shapes = [Measurement(count, 8, count * 8, float(math.ceil(count / 24))) for count in (1, 2, 4, 8, 16, 32)]
+    chosen = choose_limits(shapes, CPU)
+    assert chosen.max_batch_size == 32
+    assert "between the counts measured at size 8" in chosen.reasons["max_batch_size"]
+
+
+def test_the_measured_seconds_count_where_the_fitted_costs_are_wrong() -> None:
+    shapes = [Measurement(count, 8, count * 8, 1.5) for count in COUNTS]
+    with pytest.raises(TuningError, match="3000 or more"):
+        choose_limits(shapes, CPU, 0.2)
+    assert choose_limits(shapes, CPU).max_batch_size == 128
+
+
+def test_measurements_that_the_fitted_costs_contradict_lower_no_limit() -> None:
+    shapes = measured(CPU, sizes=(64,))
+    assert choose_limits(shapes, CPU).max_batch_size == 8
+    chosen = choose_limits(shapes, GPU)
+    assert chosen.max_batch_size == 32
+    assert chosen.reasons["max_batch_size"] == "as configured: by the fitted costs, larger batches of size 64 do pay"
+
+
+Costs = Callable[[int, int], float]
+
+
+@dataclass
+class TrueCosts:
+    """A model that was fitted well."""
+
+    costs: Costs
+
+    def predict_s(self, count: int, longest: int, total: int) -> float:
+        return self.costs(count, longest)
+
+    def observe(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
+        raise NotImplementedError
+
+
+costs_of_any_kind = st.one_of(
+    st.builds(
+        lambda batch, request, token, attention: (
+            lambda n, size: batch + n * request + n * size * (token + attention * size)
+        ),
+        st.floats(1e-5, 60),
+        st.just(0.0) | st.floats(1e-6, 1),
+        st.just(0.0) | st.floats(1e-7, 1e-1),
+        st.just(0.0) | st.floats(1e-9, 1e-4),
+    ),
+    st.builds(lambda cost, power: lambda n, _size: cost * n**power, st.floats(1e-5, 10), st.floats(0, 2)),
+    st.builds(
+        lambda cost, tile: lambda n, size: cost * math.ceil(n * size / tile),
+        st.floats(1e-5, 10),
+        st.integers(1, 5000),
+    ),
+    st.builds(
+        lambda batch, knee, token: lambda n, size: batch + token * max(0, n * size - knee),
+        st.floats(1e-5, 10),
+        st.sampled_from([16, 100, 1000, 4096]),
+        st.floats(1e-6, 1),
+    ),
+)
+
+
+def shapes_within(costs: Costs, max_s: float, largest: int, max_tokens: int | None = None) -> list[Measurement]:
+    """What is measured of batches that cost so much."""
+    now = 0.0
+
+    def run(items: list[int]) -> None:
+        nonlocal now
+        now += costs(len(items), max(items))
+
+    return list(
+        Calibration[int](
+            run=run,
+            sample_items=lambda n, size: [min(size, largest)] * n,
+            item_size=int,
+            max_count=128,
+            max_tokens=max_tokens,
+            max_s=max_s,
+            step=2,
+            rounds=1,
+            clock=lambda: now,
+        ).measure()
+    )
+
+
+def throughput(costs: Costs, size: int, limit: int, most_tokens: int | None, longest_s: float) -> float:
+    """Of the best batches that keep the limits."""
+    counts = [n for n in range(1, limit + 1) if most_tokens is None or n == 1 or n * size <= most_tokens]
+    return max(n / costs(n, size) for n in counts if n == 1 or costs(n, size) <= longest_s)
+
+
+@given(
+    costs=costs_of_any_kind,
+    max_s=st.floats(0.1, 100),
+    largest=st.sampled_from([1, 20, 100, 512]),
+    configured=st.sampled_from([1, 3, 8, 24, 32, 64, 100, 128]),
+    max_tokens=st.none() | st.integers(512, 5000),
+    objective=st.none() | st.floats(1, 100),
+    is_fitted=st.booleans(),
+)
+def test_no_choice_makes_it_worse(
+    costs: Costs,
+    max_s: float,
+    largest: int,
+    configured: int,
+    max_tokens: int | None,
+    objective: float | None,
+    is_fitted: bool,
+) -> None:
+    """Whatever batches cost and however little of it was measured, larger batches are not given up for worse ones."""
+    shapes = shapes_within(costs, max_s, largest, max_tokens)
+    policy = BatchPolicy(max_batch_size=configured, max_batch_tokens=max_tokens)
+    sizes = lone_sizes(shapes)
+    objective_s = None if objective is None else 2.1 * objective * costs(1, sizes[-1])
+    chosen = choose_limits(shapes, TrueCosts(costs) if is_fitted else CPU, objective_s, configured=policy)
+    longest_s = chosen.max_batch_seconds or math.inf
+    for size in sizes:
+        before = throughput(costs, size, configured, max_tokens, longest_s)
+        assert throughput(costs, size, chosen.max_batch_size, max_tokens, longest_s) >= 0.95 * before
+
+
+@given(costs=costs_of_any_kind, max_s=st.floats(0.1, 100), limit=st.sampled_from([1, 8, 32, 128]))
+def test_the_predicted_capacity_is_never_more_than_can_be_done(costs: Costs, max_s: float, limit: int) -> None:
+    shapes = shapes_within(costs, max_s, 512)
+    times_s = [costs(n, size) for size in lone_sizes(shapes) for n in range(1, 129)]
+    assume(all(later >= sooner for sooner, later in pairwise(times_s[:128])))
+    possible = [1 / throughput(costs, size, limit, None, math.inf) for size in lone_sizes(shapes)]
+    predicted = predicted_capacity(shapes, BatchPolicy(max_batch_size=limit), 0.7)
+    assert predicted.items_per_s <= len(possible) / sum(possible) * 1.000_001
+    assert predicted.batch_s in {shape.seconds for shape in shapes}

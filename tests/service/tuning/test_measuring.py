@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pipelines import BatchTooLargeError
 from service.settings import BatchConfig
 from service.tuning.errors import TuningError
-from service.tuning.measuring import fitted_costs, measure, median_error
+from service.tuning.measuring import Measured, fitted_costs, measure, median_error
 from tests.support.length_model import LengthPipeline
 
 
@@ -40,10 +40,36 @@ class Sampleless(LengthPipeline):
         return []
 
 
+class Short(LengthPipeline):
+    """Takes no more than 100 characters."""
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        if max(map(len, preprocessed_data["texts"])) > 100:
+            raise IndexError("index out of range in self")
+        return super().predict(input_list, preprocessed_data)
+
+
+class Slow(LengthPipeline):
+    """Moves the clock by `seconds`, whatever it is given."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.now = 0.0
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        self.now += self.seconds
+        return super().predict(input_list, preprocessed_data)
+
+    def measured(self, max_s: float) -> Measured:
+        return measure(self, BatchConfig(), max_s, clock=lambda: self.now)
+
+
 def test_batches_larger_than_configured_are_measured_too() -> None:
     measured = measure(LengthPipeline(), BatchConfig(max_batch_size=4), 60)
     assert {(1, 8), (128, 8), (128, 1000)} <= {(shape.count, shape.longest) for shape in measured.measurements}
-    assert not measured.memory_was_the_limit
+    assert measured.too_large_tokens is None
+    assert measured.failure is None
     assert not measured.time_was_the_limit
 
 
@@ -57,13 +83,41 @@ def test_no_batch_is_larger_than_the_queue_or_the_configured_tokens() -> None:
 def test_a_batch_too_large_for_the_device_ends_it_with_what_there_is() -> None:
     measured = measure(SmallDevice(), BatchConfig(), 60)
     assert max(shape.count * shape.longest for shape in measured.measurements) == 64
-    assert measured.memory_was_the_limit
+    assert measured.too_large_tokens == 128
+    assert (1, 64) in {(shape.count, shape.longest) for shape in measured.measurements}
+
+
+def test_sizes_past_what_the_model_takes_are_not_tried_and_told() -> None:
+    measured = measure(Short(), BatchConfig(), 60)
+    assert {shape.longest for shape in measured.measurements} == {8, 16, 32, 64}
+    assert max(shape.count for shape in measured.measurements) == 128
+    assert measured.failure is not None
+    assert (measured.failure.size, type(measured.failure.error)) == (128, IndexError)
+    assert not measured.time_was_the_limit
+
+
+@pytest.mark.parametrize(("seconds", "max_s"), [(1.0, 60), (5.0, 60), (30.0, 400)])
+def test_slow_batches_are_measured_at_the_extremes_and_leave_time_to_try_limits(seconds: float, max_s: float) -> None:
+    pipeline = Slow(seconds)
+    measured = pipeline.measured(max_s)
+    assert {(1, 8), (128, 8)} <= {(shape.count, shape.longest) for shape in measured.measurements}
+    assert pipeline.now <= max_s * 0.66 + seconds
+    assert max_s - pipeline.now >= 8 * seconds
+    assert measured.time_was_the_limit
+
+
+@pytest.mark.parametrize("seconds", [60.0, 1000.0])
+def test_a_model_too_slow_for_the_time_is_warmed_up_and_told(seconds: float) -> None:
+    pipeline = Slow(seconds)
+    with pytest.raises(TuningError, match=f"warming up took {seconds:,.1f} s; raise --max-seconds"):
+        pipeline.measured(60)
+    assert len(pipeline.batches) == 1
 
 
 def test_the_time_limit_ends_it_with_what_there_is() -> None:
     seconds = count()  # every look at the clock takes a second
     measured = measure(LengthPipeline(), BatchConfig(), 100, clock=lambda: next(seconds))
-    assert 1 < len(measured.measurements) < 10
+    assert 1 < len(measured.measurements) < 20
     assert measured.time_was_the_limit
 
 
@@ -76,7 +130,7 @@ def test_limits_that_nothing_fits_are_named(config: BatchConfig, max_s: float) -
 @pytest.mark.parametrize(
     ("pipeline", "message"),
     [
-        (Sampleless(), r"implement sample_items\(n, size\)"),
+        (Sampleless(), r"implement sample_items\(n, size\).* --samples FILE"),
         (Sizeless(), "item_size returned 0, which must be from 1 to"),
         (Failing(), "after a batch of .* of size .*RuntimeError: three are too many"),
     ],
@@ -88,7 +142,7 @@ def test_a_pipeline_that_cannot_be_measured_is_told_why(pipeline: LengthPipeline
 
 def test_each_shape_is_told_as_it_is_measured() -> None:
     told: list[object] = []
-    assert told == [] != list(measure(LengthPipeline(), BatchConfig(), 60, told.append).measurements) == told
+    assert told == [] != list(measure(LengthPipeline(), BatchConfig(), 60, on_shape=told.append).measurements) == told
 
 
 def test_the_costs_are_fitted_to_all_the_measurements() -> None:

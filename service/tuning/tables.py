@@ -1,0 +1,102 @@
+"""Shows what tuning found, as tables and sentences on a console."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from batching import MeasuredCostModel
+from batching.calibration import Measurement
+from service.errors import describe_error
+from service.settings import BatchConfig
+from service.tuning.choice import ChosenLimits, lone_sizes, nearest_size
+from service.tuning.measuring import Measured, median_error
+from service.tuning.trial import Trial, TrialPlan
+
+TABLE: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left"}
+
+
+def show_measurements(output: Console, measured: Measured, corrected: Sequence[Measurement]) -> None:
+    """Show what batches of each count and size took, how many were `corrected`, and what was left out and why."""
+    shapes = measured.measurements
+    _show_by_count_and_size(output, shapes, "Milliseconds of a batch", lambda shape: shape.seconds * 1000)
+    _show_by_count_and_size(output, shapes, "Items a second", lambda shape: shape.count / max(shape.seconds, 1e-9))
+    disturbed = sum(before != after for before, after in zip(shapes, corrected, strict=True))
+    if disturbed:
+        output.print(
+            f"{disturbed} of these took far longer than larger ones: something else kept the device busy. Below, they "
+            "count as no longer than those."
+        )
+    if measured.too_large_tokens is not None:
+        output.print(f"A batch of {measured.too_large_tokens} was out of memory, so larger ones were left out.")
+    if measured.failure is not None:
+        output.print(
+            f"Items of size {measured.failure.size} failed, so larger ones were left out: "
+            f"{describe_error(measured.failure.error)}"
+        )
+    if measured.time_was_the_limit:
+        output.print("Other batches had no time: --max-seconds gives them more.")
+
+
+def show_costs(output: Console, costs: MeasuredCostModel, shapes: Sequence[Measurement]) -> None:
+    """Show the fitted costs, and how far they are from what was measured."""
+    table = Table("paid for each", "seconds", title="Fitted costs", **TABLE)
+    for name, cost_s in costs.costs.items():
+        table.add_row(name, f"{cost_s:.3g}" if cost_s else "0")
+    output.print(table)
+    error = median_error(costs, shapes)
+    output.print(f"Half of the {len(shapes)} measured batches are within {error:.1%} of these costs.\n")
+
+
+def show_choice(output: Console, chosen: ChosenLimits, config: BatchConfig) -> None:
+    """Show the limits beside those configured, and why."""
+    table = Table("batch_config", "now", "chosen", "why", title="Limits", **TABLE)
+    for key, reason in chosen.reasons.items():
+        now = getattr(config, key)
+        table.add_row(key, _value(now), _value(chosen.values().get(key, now)), reason)
+    output.print(table)
+
+
+def show_trial(output: Console, trial: Trial, plan: TrialPlan, share: str, objective_s: float | None) -> None:
+    """Show how the requests of a trial fared."""
+    output.print(
+        f"Tried: {trial.sent} requests of the sizes above at random times, {plan.rate_per_s:.3g} a second ({share})"
+    )
+    objective = "none" if objective_s is None else f"p99 {duration(objective_s)}"
+    output.print(
+        f"  p50 {duration(trial.p50_s)}   p99 {duration(trial.p99_s)} (objective: {objective})   "
+        f"{trial.items_per_s:.4g} items/s"
+    )
+    if not trial.is_complete:
+        output.print(f"  {trial.failed} failed, {trial.unfinished} were not done in time")
+
+
+def duration(seconds: float) -> str:
+    """A time for people to read."""
+    if seconds == math.inf:
+        return "unknown"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def _show_by_count_and_size(
+    output: Console, shapes: Sequence[Measurement], title: str, figure: Callable[[Measurement], float]
+) -> None:
+    sizes = lone_sizes(shapes)
+    figures = {(shape.count, nearest_size(sizes, shape.longest)): _figure(figure(shape)) for shape in shapes}
+    table = Table("count", title=title, **TABLE)
+    for size in sizes:
+        table.add_column(f"size {size}", justify="right")
+    for count in sorted({count for count, _ in figures}):
+        table.add_row(str(count), *(figures.get((count, size), "") for size in sizes))
+    output.print(table)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _value(value: float | None) -> str:
+    return "null" if value is None else f"{value:g}"
