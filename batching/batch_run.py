@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import anyio
 
 from batching.errors import BatchingError, BatchTimeoutError, DeadlineExceededError
-from batching.execution import Executor, Progress
+from batching.execution import BatchYieldedError, Executor, Progress
 from batching.group_testing import FailureHistory, GroupTest
 from batching.pending import Pending
 from batching.planner import BatchPlanner
@@ -56,18 +56,21 @@ class BatchRunner(Generic[T, R]):
     async def run(
         self, batch: Batch[Pending[T, R]], executor: Executor[T, R], progress: Progress | None = None
     ) -> None:
-        """Run a batch; with a `progress`, overlapping with others.
+        """Run a batch; with a `progress`, overlapping with others. One that yields to another is put back whole.
 
         When cancelled, its requests stay without an outcome, in `running`.
         """
         self.running[id(batch)] = batch
         formed_s = self.now()
-        seconds, failed, put_back = None, 0, 0
+        seconds, failed, put_back, has_yielded = None, 0, 0, False
         wanted = [request for request in batch.requests if request.outcome is None]
         try:
             if wanted:
                 outputs, seconds = await executor.attempt([request.payload for request in wanted], progress)
-                if isinstance(outputs, Exception):
+                if isinstance(outputs, BatchYieldedError):
+                    has_yielded = True
+                    self._planner.put_back([request for request in wanted if request.outcome is None])
+                elif isinstance(outputs, Exception):
                     failed, put_back = await self._find_guilty(wanted, executor, outputs)
                 else:
                     failed = self._succeed(wanted, outputs)
@@ -78,9 +81,11 @@ class BatchRunner(Generic[T, R]):
             total_s = self.now() - formed_s
             if len(wanted) < len(batch.requests):
                 seconds = None
-            self._account_for(batch, total_s, seconds)
+            self._account_for(batch, 0.0 if has_yielded else total_s, seconds)
         self._limit_counts()
         self.running.pop(id(batch), None)  # gone already where the scheduler broke meanwhile
+        if has_yielded:
+            return
         if seconds is not None:
             self.shares.add(seconds)
         self._report(

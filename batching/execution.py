@@ -22,10 +22,15 @@ R = TypeVar("R")
 S = TypeVar("S")
 
 
-class Progress:
-    """How far an overlapped batch has come."""
+class BatchYieldedError(Exception):
+    """Raised for an overlapped batch that has not been predicted, because another one is to go first."""
 
-    def __init__(self) -> None:
+
+class Progress:
+    """How far an overlapped batch has come; where `yields` says so before it is predicted, it comes no further."""
+
+    def __init__(self, yields: Callable[[], bool] = lambda: False) -> None:
+        self.yields = yields
         self.predict_started = anyio.Event()
         self.predict_ended = anyio.Event()
 
@@ -142,6 +147,8 @@ class Executor(Generic[T, R]):
             )
         left_s -= preprocess_s
         async with self._main_lock:
+            if progress.yields():
+                raise BatchYieldedError
             progress.predict_started.set()
             raw, predict_s = await self._timed(
                 self._main, lambda: _on_copy(stages.predict, payloads, prepared), left_s, count

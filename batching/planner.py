@@ -112,6 +112,14 @@ class BatchPlanner(Generic[RequestT]):
         """Let requests of a batch that `decide` gave out wait again, in their old places in the order of arrival."""
         self.queue.put_back(requests)
 
+    def prefers_interactive_to(self, batch: Batch[RequestT]) -> bool:
+        """Whether a batch that has only been prepared should wait again: interactive requests came meanwhile."""
+        return (
+            batch.priority is Priority.BULK
+            and self.queue.waiting(Priority.INTERACTIVE) > 0
+            and self._owed_to_bulk_s <= 0
+        )
+
     def too_large(self, sizes: list[int]) -> None:
         """Account for requests of these `sizes` that were too large together for the device."""
         self.ceiling.too_large(len(sizes) * max(sizes))

@@ -403,7 +403,7 @@ class BatchScheduler(Generic[T, R]):
         That is once this one is in its second stage, and so late that the next one's first stage just fits in: until
         then requests may arrive that suit it better.
         """
-        progress = Progress()
+        progress = Progress(partial(self._planner.prefers_interactive_to, batch))
         task_group.start_soon(self._run, batch, executor, progress)
         await progress.predict_started.wait()
         shares = self._runner.shares
