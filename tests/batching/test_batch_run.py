@@ -177,26 +177,6 @@ async def test_what_was_put_back_while_the_scheduler_closes_still_runs(max_in_fl
     kinds([outcomes[item] for item in range(8)], model.guilty)
 
 
-async def test_idle_workers_take_what_was_put_back() -> None:
-    inside, two_are_inside = 0, anyio.Event()
-
-    async def run(items: list[int]) -> list[int]:
-        nonlocal inside
-        if 0 in items:
-            raise ValueError
-        inside += 1
-        if inside == 2:
-            two_are_inside.set()
-        await two_are_inside.wait()
-        return items
-
-    policy = BatchPolicy(max_batch_size=16)
-    async with BatchScheduler(run, policy=policy, cost_model=PaddedCostModel(), max_in_flight=3) as scheduler:
-        with anyio.fail_after(30):
-            outcomes = await scheduler.submit_many(range(16))
-    assert sum(isinstance(outcome, Failure) for outcome in outcomes) == 1
-
-
 async def test_parts_that_succeed_teach_what_they_cost() -> None:
     learnt: list[tuple[int, int]] = []
 

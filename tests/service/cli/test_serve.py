@@ -102,6 +102,18 @@ def test_it_serves_until_a_signal_and_then_stops_gently(
         assert "Traceback" not in said
 
 
+def test_when_its_last_model_breaks_it_stops_with_an_exit_code(folder: Path, environment: dict[str, str]) -> None:
+    (folder / "my_model.py").write_text(BREAKING)
+    config = TWO_MODELS.replace("Hanging", "Breaking")
+    (folder / "two.yaml").write_text(config)
+    with serving(folder, {**environment, "MODALKIT_CONFIG": "two.yaml"}) as (process, client):
+        answers = [client.post("/sync/predict?model_name=good", json={"text": "four"}) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [500, 500, 500]
+        said = finish(process)
+        assert process.returncode == 1
+        assert "broke down" in said
+
+
 def test_it_accepts_curls_default_content_type(folder: Path, environment: dict[str, str]) -> None:
     with serving(folder, environment) as (_, client):
         form = {"content-type": "application/x-www-form-urlencoded"}
