@@ -42,7 +42,7 @@ FEWEST_CRASHES = """
     SELECT crashes FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? ORDER BY crashes LIMIT 1
 """
 SUSPECTS = """
-    SELECT seq FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? AND crashes = ?
+    SELECT seq FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? AND crashes <= ?
     ORDER BY crashes, seq LIMIT ?
 """
 RETRY = """
@@ -97,7 +97,7 @@ FEWEST_DELIVERY_CRASHES = """
     ORDER BY delivery_crashes LIMIT 1
 """
 SUSPECT_DELIVERIES = """
-    SELECT seq FROM jobs WHERE due_at IS NOT NULL AND due_at >= 0 AND delivery_crashes > 0 AND delivery_crashes = ?
+    SELECT seq FROM jobs WHERE due_at IS NOT NULL AND due_at >= 0 AND delivery_crashes > 0 AND delivery_crashes <= ?
     ORDER BY delivery_crashes, seq LIMIT ?
 """
 DELIVERIES_CRASHED = f"""
