@@ -42,7 +42,8 @@ FEWEST_CRASHES = """
     SELECT crashes FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? ORDER BY crashes LIMIT 1
 """
 SUSPECTS = """
-    SELECT seq FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? AND crashes = ? ORDER BY seq LIMIT ?
+    SELECT seq FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? AND crashes <= ?
+    ORDER BY crashes, seq LIMIT ?
 """
 RETRY = """
     UPDATE jobs SET status = 'queued', attempts = attempts + 1, crashes = 0, retry_at = retry.column2,
@@ -96,8 +97,8 @@ FEWEST_DELIVERY_CRASHES = """
     ORDER BY delivery_crashes LIMIT 1
 """
 SUSPECT_DELIVERIES = """
-    SELECT seq FROM jobs WHERE due_at IS NOT NULL AND due_at >= 0 AND delivery_crashes > 0 AND delivery_crashes = ?
-    ORDER BY seq LIMIT ?
+    SELECT seq FROM jobs WHERE due_at IS NOT NULL AND due_at >= 0 AND delivery_crashes > 0 AND delivery_crashes <= ?
+    ORDER BY delivery_crashes, seq LIMIT ?
 """
 DELIVERIES_CRASHED = f"""
     UPDATE jobs SET due_at = ?, delivery_crashes = delivery_crashes + 1

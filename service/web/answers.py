@@ -52,8 +52,10 @@ class JobView(BaseModel):
     crashes: int = Field(
         description="How often the process died while the job was running; 0 again once it is known to be harmless."
     )
-    attempts: int = Field(description="How many runs of the job have ended; those that a crash cut short do not count.")
-    retry_at: datetime | None = Field(description="When the job may run again, while it waits for that.")
+    attempts: int = Field(
+        default=0, description="How many runs of the job have ended; those that a crash cut short do not count."
+    )
+    retry_at: datetime | None = Field(default=None, description="When the job may run again, while it waits for that.")
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None

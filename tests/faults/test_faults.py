@@ -33,14 +33,14 @@ def test_a_job_that_kills_its_process_is_set_aside_and_the_others_of_its_batch_s
     with KilledServer(tmp_path) as server:
         accepted = httpx.post(f"{server.url}/async/predict", json=jobs, timeout=30).json()
         job_ids = [slot["job_id"] for slot in accepted]
-        for _ in range(4):  # in a batch, and then three times alone
+        for _ in range(6):  # in the window, in a group, in a smaller one, and then three times alone
             assert server.wait() == -9
             server.start()
         found = [httpx.get(f"{server.url}/jobs/{job_id}?wait=30", timeout=60).json() for job_id in job_ids]
         metrics = httpx.get(f"{server.url}/metrics").text
     by_text = {job["meta"]["text"]: job for job in found}
     killer = by_text.pop(KILLER)
-    assert (killer["status"], killer["crashes"]) == ("failed", 4)
+    assert (killer["status"], killer["crashes"]) == ("failed", 6)
     assert killer["error"].startswith("the process died 3 times while this job ran alone")
     assert {job["status"] for job in by_text.values()} == {"succeeded"}, json.dumps(found)
     assert 'modalkit_jobs{status="failed"} 1.0' in metrics

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ConfigDict, field_serializer
 
 from pipelines import InferenceOutputModel
-from service.errors import OutputNotJsonError, ServiceError, describe_error
+from service.errors import MAX_ERROR_BYTES, OutputNotJsonError, PipelineOutputError, ServiceError, describe_error
 from service.outputs import output_json, output_object
 from tests.support.odd_model import MuteError
 
@@ -51,3 +51,57 @@ def test_every_error_has_a_text_that_can_be_stored() -> None:
     assert describe_error(MuteError()) == "MuteError: (its message cannot be shown: __str__ raises)"
     assert describe_error(ValueError("naïve \ud83d")) == "ValueError: naïve \\ud83d"
     assert describe_error(ServiceError("ours")) == "ours"
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("value", [nested(201), nested(250), 10**4300, [10**6000] * 3], ids=list("abcd"))
+def test_what_readers_of_json_refuse_is_an_error(value: Any) -> None:
+    with pytest.raises(OutputNotJsonError, match="is no JSON"):
+        output_json(InferenceOutputModel.model_validate({"score": value}))
+
+
+@pytest.mark.parametrize(
+    "value", [nested(190), 10**4299, [nested(3)] * 500, [i / 7 for i in range(9999)], "9" * 9999], ids=list("abcde")
+)
+def test_what_readers_of_json_take_is_an_output(value: Any) -> None:
+    assert output_object(InferenceOutputModel.model_validate({"score": value}))["score"] == value
+
+
+def test_a_long_error_is_cut_and_says_so() -> None:
+    for text in ("x" * 60_000_000, "é\ud83d" * 5000):
+        described = describe_error(ServiceError(text))
+        assert MAX_ERROR_BYTES - 100 < len(described.encode()) <= MAX_ERROR_BYTES
+        assert described.endswith("more characters)")
+    assert describe_error(ServiceError("x" * MAX_ERROR_BYTES)) == "x" * MAX_ERROR_BYTES
+
+
+def hostile_error() -> Exception:
+    class Meta(type):
+        @property
+        def __name__(cls) -> str:  # type: ignore[override]  # a class may
+            raise SystemExit
+
+    class HostileError(Exception, metaclass=Meta):
+        @property  # type: ignore[misc]  # a class may
+        def __class__(self) -> type:
+            raise KeyboardInterrupt
+
+        def __str__(self) -> str:
+            raise SystemExit
+
+        def __repr__(self) -> str:
+            raise GeneratorExit
+
+    return HostileError()
+
+
+def test_whatever_an_error_does_it_is_described() -> None:
+    assert describe_error(hostile_error()) == "HostileError: (its message cannot be shown: __str__ raises)"
+    assert describe_error(SystemExit(3)) == "SystemExit: 3"
+    assert "a HostileError whose __repr__ raises" in str(PipelineOutputError(hostile_error()))

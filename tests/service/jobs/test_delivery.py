@@ -262,6 +262,63 @@ async def test_what_cannot_be_noted_is_noted_later(caplog: pytest.LogCaptureFixt
     assert "How 1 deliveries went could not be noted" in caplog.text
 
 
+async def test_suspects_are_sent_in_groups_while_nothing_else_is_and_others_between_them(store: MemoryJobStore) -> None:
+    """Of 40 that were in hand when the process died, 32 go first, then 8; those that were not go in between."""
+    together: list[set[str]] = []
+    under_way: set[str] = set()
+
+    class Watched:
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            job_id = json.loads(message)["job_id"]
+            under_way.add(job_id)
+            together.append(set(under_way))
+            for _ in range(20):
+                await anyio.lowlevel.checkpoint()
+            under_way.remove(job_id)
+            return True
+
+    suspects = [f"suspect-{n:02}" for n in range(40)]
+    await finish_jobs(store, *suspects)
+    await store.take_deliveries(99, 9.0, places={}, per_queue=99)
+    await store.recover(9.0)
+    await finish_jobs(store, "other")
+    async with Deliverer(Watched(), store):
+        await until_delivered_or_not(store)
+    assert all(group == {"other"} or "other" not in group for group in together)
+    assert max(map(len, together)) == 32
+    seen: list[str] = []
+    for group in together:
+        seen += sorted(group - set(seen))
+    assert seen.index("other") == 32
+
+
+async def test_a_backend_that_ends_the_process_in_one_message_delivers_the_others(store: MemoryJobStore) -> None:
+    queue = InMemoryBackend()
+
+    class Exits:
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            if '"b"' in message:
+                raise SystemExit(1)
+            return await queue.send_message(queue_name, message)
+
+    await finish_jobs(store, "a", "b", "c")
+    async with Deliverer(Exits(), store, max_attempts=2, backoff_s=lambda _: 0.0):
+        await until_delivered_or_not(store)
+    assert queue.depth("ok") == 2
+    status, attempts, error = await delivery_of(store, "b")
+    assert (status, attempts) == (DeliveryStatus.UNDELIVERED, 2)
+    assert "the backend raised SystemExit: 1" in str(error)
+
+
+async def test_large_messages_are_sent_a_few_at_a_time(store: MemoryJobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.jobs.delivery.BYTES_UNDER_WAY", 100)
+    queue = InMemoryBackend()
+    await finish_jobs(store, *(f"{n}" for n in range(200)))
+    async with Deliverer(Single(queue), store):
+        await until_delivered_or_not(store)
+    assert queue.depth("ok") == 200
+
+
 def test_waits_grow_up_to_a_limit_and_keep_at_least_half() -> None:
     for attempt, longest_s in [(1, 0.5), (2, 2.0), (5, 128.0), (30, LONGEST_RETRY_S), (5000, LONGEST_RETRY_S)]:
         waits = [backoff_with_jitter(attempt) for _ in range(200)]

@@ -509,6 +509,7 @@ async def test_a_job_that_would_expire_before_it_runs_again_fails_with_its_error
         assert (job.status, job.error) == (JobStatus.FAILED, "ConnectionError: the database is down")
         await anyio.wait_all_tasks_blocked()
         assert (await ended_or_not(manager, timeout)).status is JobStatus.QUEUED
+        engine.open()
 
 
 async def test_a_job_that_waits_to_run_again_can_be_cancelled(manager: JobManager, clock: Clock) -> None:

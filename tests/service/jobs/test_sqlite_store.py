@@ -18,11 +18,15 @@ import anyio.to_thread
 import pytest
 
 from batching import Priority
+from service.errors import MAX_ERROR_BYTES
 from service.jobs import (
+    DeliveryRecord,
     DeliveryStatus,
     DuplicateJobError,
     FinishedJob,
+    Job,
     JobFilter,
+    JobRetry,
     JobStatus,
     JobStoreBusyError,
     JobStoreClosedError,
@@ -35,24 +39,10 @@ from service.jobs import (
     Recovery,
     SqliteJobStore,
 )
+from service.jobs import sqlite_statements as sql
 from service.jobs.sqlite_rows import SELECT, condition_of
 from service.jobs.sqlite_schema import APPLICATION_ID, MIGRATIONS
-from service.jobs.sqlite_table import (
-    _DUE,
-    _END_SENDING,
-    _EXPIRE,
-    _NEXT_QUEUE,
-    _READ,
-    _RECORD_DELIVERY,
-    _REMOVE,
-    _REPLAY,
-    _SET_ASIDE,
-    _SUSPECT,
-    _TO_TAKE,
-    CHARACTERS_AT_ONCE,
-    REMOVABLE,
-    JobTable,
-)
+from service.jobs.sqlite_table import JobTable
 
 pytestmark = pytest.mark.anyio
 
@@ -103,9 +93,7 @@ async def test_everything_is_still_there_after_it_was_closed(path: Path) -> None
         assert await store.take_deliveries(9, 4.0, places={}, per_queue=9) == [ended]
         assert await store.recover(4.0) == Recovery(1, [])
         assert [job.job_id for job in await store.take("m", 9, 4.0)] == ["c"]
-        suspect = await store.take_suspect("m", 4.0)
-        assert suspect is not None
-        assert suspect.job_id == "b"
+        assert [job.job_id for job in await store.take_suspects("m", 9, 4.0)] == ["b"]
 
 
 async def test_a_job_whose_add_returned_survives_a_kill(path: Path) -> None:
@@ -304,16 +292,25 @@ def listed(**fields: Any) -> str:
 @pytest.mark.parametrize(
     ("statement", "index"),
     [
-        (_TO_TAKE, "queued_jobs"),
-        (_SUSPECT, "suspect_jobs"),
-        (_EXPIRE, "expiring_jobs"),
-        (_SET_ASIDE, "running_jobs"),
-        (_NEXT_QUEUE, "deliveries"),
-        (_DUE, "deliveries"),
-        (_END_SENDING["success_queue"].format(rows="(1, 1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
-        (_RECORD_DELIVERY.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
-        (_REPLAY.format(which=""), "undelivered_jobs"),
-        (_REMOVE.format(which=REMOVABLE), "removable_jobs"),
+        (sql.TO_TAKE, "queued_jobs"),
+        (sql.FEWEST_CRASHES, "suspect_jobs"),
+        (sql.SUSPECTS, "suspect_jobs"),
+        (sql.RETRY.format(rows="(1, 1, 1)"), "sqlite_autoindex_jobs_1"),
+        (sql.RELEASE, "waiting_retries"),
+        (sql.NEXT_RETRY, "waiting_retries"),
+        (sql.EXPIRE, "expiring_jobs"),
+        (sql.SET_ASIDE, "running_jobs"),
+        (sql.NEXT_QUEUE, "deliveries"),
+        (sql.DUE, "deliveries"),
+        (sql.FEWEST_DELIVERY_CRASHES, "suspect_deliveries"),
+        (sql.SUSPECT_DELIVERIES, "suspect_deliveries"),
+        (sql.DELIVERIES_CRASHED.format(which="delivery_crashes > 0"), "suspect_deliveries"),
+        (sql.DELIVERIES_CRASHED.format(which="delivery_crashes = 0 AND delivery_queue = ?"), "deliveries"),
+        (sql.SET_DELIVERIES_ASIDE, "suspect_deliveries"),
+        (sql.END_SENDING["success_queue"].format(rows="(1, 1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
+        (sql.RECORD_DELIVERY.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
+        (sql.REPLAY.format(which=""), "undelivered_jobs"),
+        (sql.REMOVE.format(which=sql.REMOVABLE), "removable_jobs"),
         (f"{SELECT} WHERE idempotency_key = ?", "idempotency_keys"),
         (listed(statuses=[JobStatus.FAILED]), "failed_jobs"),
         (listed(statuses=[JobStatus.RUNNING], model_name="m"), "running_jobs"),
@@ -443,11 +440,103 @@ async def test_an_error_that_is_not_sqlites_own_reaches_the_caller_and_the_store
 
 
 async def test_more_is_never_read_at_once_than_fits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.jobs.sqlite_table._READ", _READ.replace(str(CHARACTERS_AT_ONCE), "3000"))
+    """The fifth is read by itself: as JSON it might be longer than any value may be."""
+    monkeypatch.setattr(sql, "READ", sql.READ.replace(str(sql.BYTES_AT_ONCE), "5000"))
     async with SqliteJobStore(path) as store:
-        await store.add([new_job(f"{n}", "x" * (10_000 if n == 4 else 1000)) for n in range(7)])
+        await store.add([new_job(f"{n}", "é" * (5000 if n == 4 else 500)) for n in range(7)])
         taken = [[job.job_id for job in await store.take("m", 9, 2.0)] for _ in range(5)]
         assert taken == [["0", "1"], ["2", "3"], ["4"], ["5", "6"], []]
+        fourth = await store.get("4")
+        assert fourth is not None
+        assert len(fourth.message["text"]) == 5000
+
+
+async def test_large_errors_of_an_older_version_stop_no_delivery(path: Path) -> None:
+    """Failed jobs with errors of more than 1 GB of JSON, replayed beside good ones, also after a restart."""
+    large = 20_000_000
+    async with SqliteJobStore(path) as store:
+        jobs = [replace(new_job(f"large{n}"), failure_queue="bad") for n in range(10)]
+        await store.add([*jobs, *(new_job(f"good{n}") for n in range(3))])
+        await store.take("m", 99, 2.0)
+        ends = [FinishedJob(job_id=f"large{n}", status=JobStatus.FAILED, error="e", finished_at=3.0) for n in range(10)]
+        await store.finish(ends)
+        await take_all(store)
+        given_up = [
+            DeliveryRecord(job_id=f"large{n}", status=DeliveryStatus.UNDELIVERED, attempts=8, error="x")
+            for n in range(10)
+        ]
+        await store.record_deliveries(given_up)
+        await store._perform(  # noqa: SLF001  # as an older version stored them
+            lambda table: table._database.execute(  # noqa: SLF001
+                "UPDATE jobs SET error = replace(hex(zeroblob(?)), '00', char(1)) WHERE status = 'failed'",
+                (large,),
+            )
+        )
+        good = [
+            FinishedJob(job_id=f"good{n}", status=JobStatus.SUCCEEDED, result_json="{}", finished_at=3.0)
+            for n in range(3)
+        ]
+        await store.finish(good)
+        assert await store.replay(None, 4.0) == 10
+        assert sorted(job.job_id for job in await take_all(store)) == sorted(
+            [f"large{n}" for n in range(10)] + [f"good{n}" for n in range(3)]
+        )
+    async with SqliteJobStore(path) as store:
+        await store.recover(5.0)
+        taken = await store.take_suspect_deliveries(99)
+        assert len(taken) == 13
+        errors = {job.error for job in taken if job.error is not None}
+        assert errors == {"\x01" * MAX_ERROR_BYTES + f" … ({large - MAX_ERROR_BYTES} more characters)"}
+        page = await store.page(200, JobFilter(statuses=[JobStatus.FAILED]))
+        assert len(page.jobs) == 10
+
+
+async def take_all(store: SqliteJobStore) -> list[Job]:
+    taken = list[Job]()
+    while some := await store.take_deliveries(99, 9.0, places={}, per_queue=99):
+        taken += some
+    return taken
+
+
+async def test_jobs_that_wait_to_run_again_and_suspects_outlive_the_process(path: Path) -> None:
+    async with SqliteJobStore(path) as store:
+        await store.add([new_job("retry"), new_job("sent")])
+        await store.take("m", 9, 2.0)
+        await store.retry_later([JobRetry(job_id="retry", retry_at=8.5, error="down")])
+        end = FinishedJob(job_id="sent", status=JobStatus.SUCCEEDED, result_json="{}", finished_at=3.0)
+        await store.finish([end], in_hand=["sent"])
+    async with SqliteJobStore(path) as store:
+        assert await store.recover(4.0) == Recovery(0, [])
+        assert await store.take("m", 9, 4.0) == []
+        assert await store.release_retries("m", 4.0) == 8.5
+        assert [job.job_id for job in await store.take_suspect_deliveries(9)] == ["sent"]
+        assert await store.release_retries("m", 8.5) is None
+        (job,) = await store.take("m", 9, 8.5)
+        assert (job.job_id, job.attempts, job.error) == ("retry", 1, "down")
+
+
+async def test_a_database_of_the_third_version_is_migrated_with_its_jobs(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    database = sqlite3.connect(path)
+    for step in MIGRATIONS[:3]:
+        database.executescript(step)
+    database.executescript("""
+        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, crashes)
+            VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none', 0), ('b', 'm', 'queued', '{}', '{}', 1, 'none', 3);
+        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, success_queue, finished_at,
+                          due_at, delivery_queue)
+            VALUES ('c', 'm', 'succeeded', '{}', '{}', 1000000, 'pending', 'ok', 2000000, -1, 'ok'),
+                ('d', 'm', 'succeeded', '{}', '{}', 1000000, 'pending', 'ok', 2000000, 1, 'ok');
+        INSERT INTO counts VALUES ('queued', 2), ('succeeded', 2), ('delivery pending', 2), ('delivery none', 2);
+    """)
+    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 3")
+    database.close()
+    async with SqliteJobStore(path) as store:
+        await store.recover(3.0)
+        assert [(job.job_id, job.attempts) for job in await store.take("m", 9, 4.0)] == [("a", 0)]
+        assert [job.job_id for job in await store.take_suspects("m", 9, 4.0)] == ["b"]
+        assert [job.job_id for job in await take_all(store)] == ["d"]
+        assert [job.job_id for job in await store.take_suspect_deliveries(9)] == ["c"]
 
 
 @pytest.mark.parametrize("keyed", [True, False])

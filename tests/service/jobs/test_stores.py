@@ -29,7 +29,9 @@ from service.jobs import (
     Recovery,
     SqliteJobStore,
 )
+from service.jobs.messages import result_message
 from service.jobs.store import suspects_together
+from service.web.answers import JobDetails, JobPageView
 
 pytestmark = pytest.mark.anyio
 
@@ -493,6 +495,23 @@ async def test_a_page_ends_where_it_has_too_many_bytes(store: JobStore, monkeypa
         pages.append([job.job_id for job in page.jobs])
         cursor = page.next_cursor
     assert pages == [["5", "4", "3"], ["2"], ["1", "0"]]
+
+
+@pytest.mark.parametrize("value", ["[" * 254 + "]" * 254, "9" * 5000], ids=["deep", "long"])
+async def test_what_an_older_version_stored_and_no_reader_takes_can_still_be_seen_and_sent(
+    store: JobStore, value: str
+) -> None:
+    odd = f'{{"x":{value}}}'
+    await store.add([new_job("a", message_json=odd, meta_json=odd, failure_queue="bad"), new_job("b")])
+    await store.take("m", 9, 2.0)
+    await store.finish([failure("a"), replace(success("b"), result_json=odd)])
+    page = await store.page(9, JobFilter())
+    shown = JobPageView.model_validate({"jobs": page.jobs, "next_cursor": None}, from_attributes=True)
+    assert "cannot be read" in shown.model_dump_json()
+    failed = await existing(store, "a")
+    assert list(failed.message) == ["unreadable"]
+    assert "cannot be read" in JobDetails.model_validate(failed).model_dump_json()
+    assert '"job_id":"a"' in result_message(failed, "now")
 
 
 async def test_old_ends_are_removed_unless_something_is_left_to_deliver(store: JobStore) -> None:

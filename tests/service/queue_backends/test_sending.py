@@ -8,6 +8,7 @@ import anyio.lowlevel
 import pytest
 
 from service.queue_backends import InMemoryBackend, QueueBackendError, QueueMessage
+from service.queue_backends.closing import close_backend
 from service.queue_backends.sending import send_all
 
 pytestmark = pytest.mark.anyio
@@ -114,3 +115,68 @@ async def test_a_cancelled_send_is_cancelled_and_no_outcome() -> None:
     with anyio.move_on_after(0) as scope:
         await send_all(Hanging(), messages_for(["a", "b"]))
     assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+async def test_what_would_end_the_process_is_the_error_of_the_message(kind: type[BaseException]) -> None:
+    class Ends(OneByOne):
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            if message == "end":
+                raise kind
+            return await super().send_message(queue_name, message)
+
+    class EndsTogether(Ends):
+        async def send_messages(self, messages: Sequence[QueueMessage]) -> Any:
+            raise kind
+
+    class EndsInAGroup(Ends):
+        async def send_messages(self, messages: Sequence[QueueMessage]) -> Any:
+            raise BaseExceptionGroup("two", [kind(), ValueError()])
+
+    taken, failed = await send_all(Ends(), messages_for(["a", "end"]))
+    assert taken is None
+    assert isinstance(failed, QueueBackendError)
+    assert f"the backend raised {kind.__name__}" in str(failed)
+    for backend in (EndsTogether(), EndsInAGroup()):
+        assert [type(outcome) for outcome in await send_all(backend, messages_for(["a", "b"]))] == [
+            QueueBackendError
+        ] * 2
+
+
+async def test_outcomes_that_raise_when_looked_at_are_the_error_of_each_message() -> None:
+    class Odd:
+        def __repr__(self) -> str:
+            raise SystemExit
+
+    for outcomes in (Odd(), [Odd()]):
+        (outcome,) = await send_all(Together(outcomes), messages_for(["a"]))
+        assert isinstance(outcome, QueueBackendError)
+        assert "a Odd whose __repr__ raises" in str(outcome)
+
+
+@pytest.mark.parametrize("together", [False, True])
+async def test_sending_can_still_be_cancelled(together: bool) -> None:
+    class Hangs(OneByOne):
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            await anyio.sleep_forever()
+            return True
+
+    class HangsTogether(Hangs):
+        async def send_messages(self, messages: Sequence[QueueMessage]) -> Any:
+            async with anyio.create_task_group() as task_group:
+                for _ in messages:
+                    task_group.start_soon(anyio.sleep_forever)
+
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(send_all, HangsTogether() if together else Hangs(), messages_for(["a", "b"]))
+        await anyio.wait_all_tasks_blocked()
+        task_group.cancel_scope.cancel()
+
+
+async def test_a_backend_that_ends_the_process_when_it_is_closed_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    class Ends(OneByOne):
+        async def aclose(self) -> None:
+            raise SystemExit
+
+    await close_backend(Ends())
+    assert "could not be closed" in caplog.text

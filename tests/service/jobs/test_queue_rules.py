@@ -1,0 +1,33 @@
+"""Which queues a job may name."""
+
+import pytest
+
+from service.jobs.queue_rules import QueueNotAllowedError, QueueRules
+from service.queue_backends import QueueNameError
+
+
+class Raises:
+    """A backend that says of a name what the test has it raise."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    async def send_message(self, queue_name: str, message: str) -> bool:
+        raise AssertionError
+
+    def check_queue_name(self, queue_name: str) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ValueError("odd"), SystemExit("odd"), KeyboardInterrupt("odd")])
+def test_whatever_a_backend_raises_for_a_name_refuses_that_name(error: BaseException) -> None:
+    with pytest.raises(QueueNameError, match=f"its backend cannot check the name: {type(error).__name__}: odd"):
+        QueueRules(["*"], Raises(error)).check("a", None)
+
+
+def test_a_backends_own_refusal_is_passed_on_and_comes_after_ours() -> None:
+    rules = QueueRules(["a*"], Raises(QueueNameError("a", "is too short")))
+    with pytest.raises(QueueNameError, match="is too short"):
+        rules.check("a", None)
+    with pytest.raises(QueueNotAllowedError, match="'b' is not allowed"):
+        rules.check(None, "b")
