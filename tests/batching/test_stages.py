@@ -16,6 +16,7 @@ from batching import (
     Failure,
     Outcome,
     OutputCountError,
+    Priority,
     Stages,
     StageSeconds,
     Success,
@@ -110,6 +111,29 @@ async def test_the_next_batch_is_preprocessed_while_one_predicts_but_no_more_tha
     for stage in ("preprocess", "predict", "postprocess"):
         assert [items for name, items in model.events if name == stage] == [[1], [2], [3]]
     assert set(model.threads) == {"model 0", "model 0 stages"}
+
+
+async def test_a_prepared_batch_of_jobs_is_put_back_when_an_interactive_request_comes_before_it_runs() -> None:
+    model = Model()
+    outcomes: list[Outcome[int]] = []
+
+    async def call(numbers: list[int], priority: Priority) -> None:
+        outcomes.extend(await scheduler.submit_many(numbers, priority=priority))
+
+    async with BatchScheduler(model.stages(), policy=ONE) as scheduler:
+        await make_overlap_pay(model, scheduler)
+        door = model.close("predict", 1)
+        async with anyio.create_task_group() as group:
+            group.start_soon(call, [1, 2], Priority.BULK)
+            await model.until_entered("predict")
+            await model.until_entered("preprocess", 2)
+            group.start_soon(call, [3], Priority.INTERACTIVE)
+            await anyio.wait_all_tasks_blocked()
+            door.set()
+        statistics = scheduler.statistics()
+    assert outcomes == [Success(6), Success(2), Success(4)]
+    assert [items for name, items in model.events if name == "predict"] == [[1], [3], [2]]
+    assert statistics.batches == 4, "what was put back is no batch that ran"
 
 
 @pytest.mark.parametrize("eager_in_flight", [None, 1])
