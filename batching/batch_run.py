@@ -69,7 +69,6 @@ class BatchRunner(Generic[T, R]):
                 outputs, seconds = await executor.attempt([request.payload for request in wanted], progress)
                 if isinstance(outputs, BatchYieldedError):
                     has_yielded = True
-                    self._planner.put_back([request for request in wanted if request.outcome is None])
                 elif isinstance(outputs, Exception):
                     failed, put_back = await self._find_guilty(wanted, executor, outputs)
                 else:
@@ -81,7 +80,10 @@ class BatchRunner(Generic[T, R]):
             total_s = self.now() - formed_s
             if len(wanted) < len(batch.requests):
                 seconds = None
-            self._account_for(batch, 0.0 if has_yielded else total_s, seconds)
+            if has_yielded:
+                self._planner.batch_yielded(batch, [request for request in wanted if request.outcome is None])
+            else:
+                self._account_for(batch, total_s, seconds)
         self._limit_counts()
         self.running.pop(id(batch), None)  # gone already where the scheduler broke meanwhile
         if has_yielded:
@@ -127,6 +129,10 @@ class BatchRunner(Generic[T, R]):
             failed += self.fail(request, Failure(own_error, is_systemic=test.is_systemic))
         for request in test.given_up:
             failed += self.fail(request, Failure(error, is_systemic=True))
+        if isinstance(error, BatchTimeoutError) and not any(
+            isinstance(own, BatchTimeoutError) for _, own in test.guilty
+        ):
+            self._planner.too_large([request.size for request in wanted])  # nothing hangs: they were too many
         put_back = [request for request in test.untested if request.outcome is None]
         self._planner.put_back(put_back)
         return failed, len(put_back)

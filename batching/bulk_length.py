@@ -27,8 +27,7 @@ class BulkLength:
         self._cost = 0.0
         self._added = self._asked = 0
 
-    @property
-    def wants_more(self) -> bool:
+    def should_measure(self) -> bool:
         """Whether to form another bulk batch just to see: always at first, then for each eighth time of asking."""
         self._asked += 1
         return self._added < SETTLED_AFTER or not self._asked % ASK_EVERY
@@ -37,7 +36,13 @@ class BulkLength:
         """Account for a batch in place of which `short`, a part of it, runs."""
         if math.isinf(self.seconds):
             self.seconds = batch.predicted_s
+        if len(batch.requests) == 1:
+            return  # there is nothing to shorten, so nothing to learn
         self._added += 1
         cost = (short.predicted_s / short.total) / (batch.predicted_s / batch.total) - 1
         self._cost += SMOOTHING * (cost - self._cost)
-        self.seconds = min(self._longest_s, self.seconds * (LONGER if self._cost > COST_ALLOWED else SHORTER))
+        if self._cost > COST_ALLOWED:
+            self.seconds *= LONGER
+        elif len(short.requests) > 1:  # nothing is shorter than one request
+            self.seconds *= SHORTER
+        self.seconds = min(self._longest_s, self.seconds)

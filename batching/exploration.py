@@ -1,6 +1,7 @@
-"""Tries larger batches than the measured costs speak for, at a bounded price: costs may have been judged by chance."""
+"""Tries larger batches than the measured costs speak for, at a bounded price: a cost may have been measured wrongly."""
 
 SHARE = 0.02  # of the running time, at most, may be lost to trying
+MOST_EARNED_BATCHES = 1024  # what more of them earn is forgotten
 FIRST_PATIENCE = 8
 LAST_PATIENCE = 1024
 
@@ -25,7 +26,7 @@ class Exploration:
     def batch_finished(self, elapsed_s: float) -> None:
         """Account for a batch that was no try."""
         self._batches_to_next_try -= 1
-        self._earned_s += SHARE * elapsed_s
+        self._earned_s = min(self._earned_s + SHARE * elapsed_s, MOST_EARNED_BATCHES * SHARE * elapsed_s)
 
     def try_finished(self, lost_s: float) -> None:
         """Account for a try, which lost so many seconds, or won some."""

@@ -56,9 +56,14 @@ class BatchFormer(Generic[RequestT]):
             most = min(most, max(FIRST_COUNT, COUNT_STEP * self._learnt.largest_count))
         return most
 
+    @property
+    def is_trusted(self) -> bool:
+        """Whether batches may be formed by what they are predicted to cost."""
+        return self._learnt is None or self._learnt.is_trusted
+
     def form(self, anchor: RequestT) -> Batch[RequestT]:
         """The batch around `anchor`."""
-        if self._learnt is not None and not self._learnt.is_trusted:
+        if not self.is_trusted:
             return self.fill(anchor)
         if 1 < self.queue.waiting(anchor.priority) <= EXACT_UP_TO:
             return self._with_the_rest(self._cut_out_batch(anchor))
@@ -66,10 +71,12 @@ class BatchFormer(Generic[RequestT]):
 
     def shorten(self, batch: Batch[RequestT], longest_s: float) -> Batch[RequestT]:
         """The anchor with as many of its companions, the nearest first, as `longest_s` allows."""
-        count = len(batch.requests)
+        anchor, *others = batch.requests
+        by_nearness = [anchor, *sorted(others, key=lambda request: abs(request.size - anchor.size))]
+        count = len(by_nearness)
         while count > 1 and batch.predicted_s > longest_s:
             count = max(1, min(count - 1, int(count * longest_s / batch.predicted_s)))
-            requests = batch.requests[:count]
+            requests = by_nearness[:count]
             longest, total = max(request.size for request in requests), sum(request.size for request in requests)
             seconds = self.cost_model.predict_s(count, longest, total)
             batch = replace(batch, requests=requests, longest=longest, total=total, predicted_s=seconds)
@@ -108,7 +115,7 @@ class BatchFormer(Generic[RequestT]):
         """The anchor with those of the most similar sizes, as many as the limits allow: seldom best, never far off."""
         most, requests, longest, total = self.most, [anchor], anchor.size, anchor.size
         sides = self._neighbours(anchor, most - 1)
-        reason = DispatchReason.FULL
+        reason, was_refused = DispatchReason.FULL, False
         while len(requests) < most:
             runs = [(side, side.sizes(most - len(requests))) for side in sides]
             near = sorted((abs(math.log(sizes[0] / anchor.size)), i) for i, (_, sizes) in enumerate(runs) if sizes)
@@ -116,12 +123,13 @@ class BatchFormer(Generic[RequestT]):
                 side, sizes = runs[i]
                 sizes = list(takewhile(lambda size: 1 / SIMILAR <= size / anchor.size <= SIMILAR, sizes))
                 added = self._allowed(len(requests), longest, total, sizes)
+                was_refused = was_refused or bool(sizes and not added)
                 if added:
                     requests += side.take(added)
                     longest, total = max(longest, *sizes[:added]), total + sum(sizes[:added])
                     break
             else:
-                reason = DispatchReason.BUDGET if near else DispatchReason.IDLE
+                reason = DispatchReason.BUDGET if was_refused else DispatchReason.IDLE
                 break
         batch_s = self.cost_model.predict_s(len(requests), longest, total)
         return Batch(requests, anchor.priority, reason, longest, total, batch_s)
@@ -191,7 +199,7 @@ class BatchFormer(Generic[RequestT]):
         return Batch(requests, anchor.priority, DispatchReason.FULL, longest, total, batch_s)
 
     def _with_the_rest(self, batch: Batch[RequestT]) -> Batch[RequestT]:
-        """Everyone of the class that waits, where the sum of their latencies is shorter like that than in two batches.
+        """All waiting requests of the class, if that makes the sum of their latencies shorter than two batches do.
 
         It keeps a few requests of odd sizes from waiting for a batch of their own while the queue is short.
         """

@@ -87,16 +87,7 @@ class MeasuredCostModel:
         self._surprises: list[float] = []
         self._error = self._time_to_learn_s = 0.0
         self._deviations = Deviations()
-        self._use(
-            [
-                ASSUMED.fixed_s,
-                0.0,
-                ASSUMED.token_s if self._is_padded else 0.0,
-                0.0,
-                0.0 if self._is_padded else ASSUMED.token_s,
-            ]
-            + [0.0] * (FEATURES - 5)
-        )
+        self._use(self._assumed_costs())
 
     def predict_s(self, count: int, longest: int, total: int) -> float:
         """Seconds for a batch of `count` requests whose largest has size `longest` and whose sizes sum to `total`."""
@@ -174,7 +165,8 @@ class MeasuredCostModel:
 
     def state(self) -> dict[str, Any]:
         """All that was learnt, as JSON can hold it; see `restore`."""
-        self._fit()
+        if self._since_fit:
+            self._fit()
         return {
             "version": STATE_VERSION,
             "feature": self.feature.value,
@@ -202,7 +194,9 @@ class MeasuredCostModel:
             deviations = Deviations.from_state(state["deviations"])
         except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not the state of a cost model: {type(error).__name__}: {error}") from error
-        if not any(kept.solve_with(recent, 1.0)):
+        if observed < 0 or largest_count < 0:
+            raise ValueError(f"counts must not be negative, got {observed!r} and {largest_count!r}")
+        if observed and not any(kept.solve_with(recent, 1.0)):
             raise ValueError("not the state of a cost model: a batch would cost nothing")
         if not 0 <= wrong_by <= LARGEST_ERROR:
             raise ValueError(f"error must be from 0 to {LARGEST_ERROR}, got {wrong_by!r}")
@@ -210,7 +204,11 @@ class MeasuredCostModel:
             raise ValueError(f"newest_weight must be a finite number, 1 or more, got {newest_weight!r}")
         self.observed, self._newest_weight, self._kept, self._recent = observed, newest_weight, kept, recent
         self.largest_count, self._error, self._deviations = largest_count, wrong_by, deviations
-        self._fit()
+        self._surprises, self._time_to_learn_s = [], 0.0
+        if observed:
+            self._fit()
+        else:
+            self._use(self._assumed_costs())
 
     def _notice_change(self, surprise: float) -> None:
         """Where several batches in a row are far off on the same side, they are no outliers: the device has changed."""
@@ -242,6 +240,13 @@ class MeasuredCostModel:
         if self._newest_weight > HEAVIEST:
             self._recent.scale(1 / self._newest_weight)
             self._newest_weight = 1.0
+
+    def _assumed_costs(self) -> list[float]:
+        """The costs before anything is measured: those of `PaddedCostModel`."""
+        costs = dict.fromkeys(NAMES, 0.0)
+        costs["batch"] = ASSUMED.fixed_s
+        costs["token" if self._is_padded else "token of the other sum"] = ASSUMED.token_s
+        return list(costs.values())
 
     def _use(self, costs: list[float]) -> None:
         """Predict by these costs from now on."""

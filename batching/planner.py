@@ -15,9 +15,9 @@ from batching.policy import Batch, BatchPolicy, Decision, DispatchReason
 from batching.queue import RequestQueue, RequestT
 from batching.request import Priority
 
-COMPANIONS_SHARE = 0.6  # of the longest bulk batch: bulk companions make an interactive batch no longer than that,
-NEARLY_FREE = 1.1  # or than so many times what it takes without them
-RECENT_S = 2.0  # bulk batches are short for so long after an interactive request
+COMPANIONS_SHARE = 0.6  # bulk companions may make an interactive batch this share of the longest bulk batch
+NEARLY_FREE_FACTOR = 1.1  # or, if that is longer, this many times what the batch takes without them
+INTERACTIVE_RECENT_S = 2.0  # bulk batches stay short for this time after an interactive request
 
 
 class BatchPlanner(Generic[RequestT]):
@@ -26,7 +26,7 @@ class BatchPlanner(Generic[RequestT]):
     A batch is formed around the oldest request of its class, which keeps more than `max_age_s` asks for. Interactive
     requests go before bulk ones, which keep `bulk_share` of the running time and come along in interactive batches
     where they are nearly free. While interactive requests arrive, bulk batches are as short as they can be at hardly
-    more cost, because whoever arrives next waits for one.
+    more cost, because the next interactive request waits for the one that runs.
 
     Sans-I/O: `now` is an argument, nothing waits, and a decision takes effect at once.
     """
@@ -94,7 +94,9 @@ class BatchPlanner(Generic[RequestT]):
         is_bulk = batch.priority is Priority.BULK
         self._bulk_in_flight -= is_bulk
         if batch.contended:
-            self._owed_to_bulk_s += elapsed_s * (self.policy.bulk_share - _bulk_part(batch))
+            owed_s = self._owed_to_bulk_s + elapsed_s * (self.policy.bulk_share - _bulk_part(batch))
+            # What interactive batches take along pays what bulk is owed, and is no loan: bulk would wait for hours.
+            self._owed_to_bulk_s = owed_s if is_bulk else max(owed_s, min(0.0, self._owed_to_bulk_s))
         if batch.otherwise_s is None:
             self._exploration.batch_finished(elapsed_s)
         else:
@@ -111,6 +113,11 @@ class BatchPlanner(Generic[RequestT]):
     def put_back(self, requests: Sequence[RequestT]) -> None:
         """Let requests of a batch that `decide` gave out wait again, in their old places in the order of arrival."""
         self.queue.put_back(requests)
+
+    def batch_yielded(self, batch: Batch[RequestT], requests: Sequence[RequestT]) -> None:
+        """Account for a batch that did not run; these `requests` of it wait again."""
+        self._bulk_in_flight -= batch.priority is Priority.BULK
+        self.put_back(requests)
 
     def prefers_interactive_to(self, batch: Batch[RequestT]) -> bool:
         """Whether a batch that has only been prepared should wait again: interactive requests came meanwhile."""
@@ -174,33 +181,40 @@ class BatchPlanner(Generic[RequestT]):
     def _form_batch(self, anchor: RequestT, now: float) -> Batch[RequestT]:
         is_bulk = anchor.priority is Priority.BULK
         batch = self.former.form(anchor)
-        if is_bulk and now <= self._last_interactive_s + RECENT_S:
-            short = self.former.shorten(batch, self._bulk_length.seconds)
-            self._bulk_length.add(batch, short)
-            return short
+        if not self.former.is_trusted:
+            return batch  # by what is not trusted, no batch is shortened, lengthened or tried
+        if is_bulk and now <= self._last_interactive_s + INTERACTIVE_RECENT_S:
+            return self._shortened(batch)
         if is_bulk or not self.queue.waiting(Priority.BULK):
-            return self._perhaps_a_try(batch)
+            return self._full_batch_if_due(batch)
         self._measure_bulk()
         left = self.queue.waiting(Priority.INTERACTIVE) - len(batch.requests)
-        longest_s = max(COMPANIONS_SHARE * self._bulk_length.seconds / (1 + left), NEARLY_FREE * batch.predicted_s)
+        longest_s = max(
+            COMPANIONS_SHARE * self._bulk_length.seconds / (1 + left), NEARLY_FREE_FACTOR * batch.predicted_s
+        )
         return self.former.with_companions(batch, Priority.BULK, longest_s)
 
     def _measure_bulk(self) -> None:
         """Keep to the length of bulk batches while none of them runs, because interactive ones take them along."""
-        if self._bulk_length.wants_more:
-            oldest = self.queue.oldest(Priority.BULK)
-            if oldest is not None:
-                batch = self.former.form(oldest)
-                self._bulk_length.add(batch, self.former.shorten(batch, self._bulk_length.seconds))
+        oldest = self.queue.oldest(Priority.BULK)
+        if oldest is not None and self._bulk_length.should_measure():
+            self._shortened(self.former.form(oldest))
 
-    def _perhaps_a_try(self, batch: Batch[RequestT]) -> Batch[RequestT]:
+    def _shortened(self, batch: Batch[RequestT]) -> Batch[RequestT]:
+        short = self.former.shorten(batch, self._bulk_length.seconds)
+        self._bulk_length.add(batch, short)
+        return short
+
+    def _full_batch_if_due(self, batch: Batch[RequestT]) -> Batch[RequestT]:
         """In place of the batch now and then a full one, to see whether that is as bad as it is predicted to be."""
         most = self.former.most
         if 2 * len(batch.requests) > most or self.queue.waiting(batch.priority) < most:
             return batch
         full = self.former.fill(batch.requests[0])
         otherwise_s = batch.predicted_s / batch.total * full.total
-        if 2 * len(full.requests) > most and self._exploration.is_due(full.predicted_s - otherwise_s):
+        loss_s = full.predicted_s - otherwise_s
+        is_bearable = batch.priority is Priority.BULK or loss_s <= batch.predicted_s
+        if 2 * len(full.requests) > most and is_bearable and self._exploration.is_due(loss_s):
             return replace(full, otherwise_s=otherwise_s)
         return batch
 

@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from itertools import count, islice
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 from batching.errors import QueueFullError
@@ -153,7 +154,7 @@ class RequestQueue(Generic[RequestT]):
 
     def put_back(self, requests: Sequence[RequestT]) -> None:
         """Let requests that were taken wait again, in their old places; `max_items` does not apply to them."""
-        for request in requests:
+        for request in sorted(requests, key=attrgetter("place")):  # the newest first: each goes to the front
             of_class = self._classes[request.priority]
             request.place = -request.place
             of_class.count += 1
@@ -213,5 +214,6 @@ class RequestQueue(Generic[RequestT]):
 
     def _sweep_deadlines(self) -> None:
         if len(self._deadlines) > 2 * self._length + _STALE_ALLOWED:
-            self._deadlines = [entry for entry in self._deadlines if entry[2].place > 0]
+            waiting = {id(entry[2]): entry for entry in self._deadlines if entry[2].place > 0}
+            self._deadlines = list(waiting.values())  # what was put back has several entries
             heapq.heapify(self._deadlines)
