@@ -184,6 +184,18 @@ class Executor(Generic[T, R]):
         raise BatchTimeoutError(self._timeout_s, count)
 
 
+def run_checked(run_batch: RunBatch[T, R], payloads: list[T]) -> Sequence[R | Exception]:
+    """Run a synchronous batch in this thread, outside any scheduler.
+
+    Raises what it raises, and `InputsMovedError` and `OutputCountError` as an `Executor` does.
+    """
+    if isinstance(run_batch, Stages):
+        outputs, _ = _all_stages(run_batch, payloads)
+    else:
+        outputs = _on_copy(cast("Callable[[list[T]], Any]", run_batch), payloads)
+    return _checked(outputs, len(payloads))
+
+
 def _all_stages(stages: Stages[T, R], payloads: list[T]) -> tuple[Any, StageSeconds]:
     prepared, preprocess_s = _timed_call(lambda: _on_copy(stages.preprocess, payloads))
     raw, predict_s = _timed_call(lambda: _on_copy(stages.predict, payloads, prepared))

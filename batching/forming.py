@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, takewhile
 from operator import attrgetter
 from typing import Generic
@@ -18,6 +19,7 @@ EXACT_UP_TO = 32  # waiting requests, the best of all partitions is found: a ten
 EVEN = 1 + 1e-9  # where requests only add up, rounding must not decide whether they may run together
 FIRST_COUNT = 8  # most requests in a batch before anything was measured
 COUNT_STEP = 4  # times the most that ever ran together, at most
+ALIKE_BELOW = 16  # the smaller sizes are, the more they may differ
 SIMILAR = 1.5  # sizes that differ by no more from the anchor's go together where no cost is trusted
 
 
@@ -121,7 +123,7 @@ class BatchFormer(Generic[RequestT]):
             near = sorted((abs(math.log(sizes[0] / anchor.size)), i) for i, (_, sizes) in enumerate(runs) if sizes)
             for _, i in near:
                 side, sizes = runs[i]
-                sizes = list(takewhile(lambda size: 1 / SIMILAR <= size / anchor.size <= SIMILAR, sizes))
+                sizes = list(takewhile(partial(_are_similar, anchor.size), sizes))
                 added = self._allowed(len(requests), longest, total, sizes)
                 was_refused = was_refused or bool(sizes and not added)
                 if added:
@@ -276,6 +278,11 @@ class BatchFormer(Generic[RequestT]):
 
         smaller = [index for index in reversed(indices) if index <= own]
         return _Neighbours(runs(smaller)), _Neighbours(runs(indices[len(smaller) :]))
+
+
+def _are_similar(one: int, other: int) -> bool:
+    smaller, larger = sorted((one, other))
+    return larger + ALIKE_BELOW <= SIMILAR * (smaller + ALIKE_BELOW)
 
 
 def _powers_of_two(last: int) -> list[int]:

@@ -185,7 +185,7 @@ class BatchPlanner(Generic[RequestT]):
             return batch  # by what is not trusted, no batch is shortened, lengthened or tried
         if is_bulk and now <= self._last_interactive_s + INTERACTIVE_RECENT_S:
             return self._shortened(batch)
-        if is_bulk or not self.queue.waiting(Priority.BULK):
+        if is_bulk or not (self.policy.mixes_classes and self.queue.waiting(Priority.BULK)):
             return self._full_batch_if_due(batch)
         self._measure_bulk()
         left = self.queue.waiting(Priority.INTERACTIVE) - len(batch.requests)

@@ -19,7 +19,8 @@ class BatchPolicy:
     up for it. A request older than `max_age_s` is overdue: no later one of its class runs before it except in its own
     batch. `bulk_share` is the part of the running time that bulk requests get while interactive ones wait as well.
     While interactive requests arrive, bulk batches are as short as costs 3 % of their throughput at most, and no longer
-    than `max_bulk_batch_s` where that is given.
+    than `max_bulk_batch_s` where that is given. Interactive batches take bulk requests along that are nearly free, if
+    it `mixes_classes`.
 
     Raises `ValueError` for a limit out of range.
     """
@@ -32,6 +33,7 @@ class BatchPolicy:
     max_age_s: float = 2.0
     bulk_share: float = 0.1
     max_bulk_batch_s: float | None = None
+    mixes_classes: bool = True
 
     def __post_init__(self) -> None:
         self._require("max_batch_size", self.max_batch_size >= 1, "at least 1")

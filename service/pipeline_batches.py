@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from batching import OutputCountError, RunBatch, Stages
+from batching import RunBatch, Stages
+from batching.execution import run_checked
 from pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline
 from service.errors import ItemRejectedError, PipelineOutputError, error_text
 
@@ -30,8 +31,7 @@ def attempt_as_one_batch(
 ) -> Sequence[InferenceOutputModel | Exception] | Exception:
     """Run items as one batch, outside any scheduler, and return the output or error of each, or that of the batch."""
     try:
-        outputs = _checked_all(pipeline.run_inference(list(items)))
-        return outputs if len(outputs) == len(items) else OutputCountError(len(items), f"{len(outputs)}")
+        return run_checked(run_batch_of(pipeline), list(items))
     except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is the batch's error
         return error
 

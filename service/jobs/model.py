@@ -231,8 +231,9 @@ class Job:
         return sum(map(text_bytes, texts))
 
     def started(self, now: float) -> "Job":
-        """This queued job, running."""
-        return replace(self, status=JobStatus.RUNNING, started_at=now if self.started_at is None else self.started_at)
+        """This queued job, running; it was not started before it was created, whatever `now` says."""
+        started_at = max(now, self.created_at) if self.started_at is None else self.started_at
+        return replace(self, status=JobStatus.RUNNING, started_at=started_at)
 
     def finished(self, outcome: FinishedJob) -> "Job | None":
         """This job, ended as `outcome` says and with its delivery pending, or None if it is in no state to end so."""

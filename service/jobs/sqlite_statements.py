@@ -17,7 +17,7 @@ INSERT = (
     "{rows}"
 )
 RUN = """
-    UPDATE jobs SET status = 'running', started_at = coalesce(started_at, ?)
+    UPDATE jobs SET status = 'running', started_at = coalesce(started_at, max(?, created_at))
     WHERE seq IN (SELECT value FROM json_each(?))
 """
 PUT_IN_HAND = f"UPDATE jobs SET due_at = {IN_HAND} WHERE seq IN (SELECT value FROM json_each(?))"  # noqa: S608  # as above

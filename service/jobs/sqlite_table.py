@@ -46,7 +46,7 @@ ROWS_PER_STEP = 1000
 QUEUES_PER_VISIT = 1000
 LATEST_US = 2**62
 
-_STATUS, _STARTED_AT = COLUMNS.index("status"), COLUMNS.index("started_at")
+_STATUS, _CREATED_AT, _STARTED_AT = map(COLUMNS.index, ("status", "created_at", "started_at"))
 _ROWS_PER_STATEMENT = (64, 8, 1)  # few sizes, so that the statements stay prepared
 
 Operation = Callable[["JobTable"], Any]
@@ -195,7 +195,8 @@ class JobTable:
         self._move(JobStatus.QUEUED, JobStatus.RUNNING, len(rows))
         for row in rows:
             row[_STATUS] = JobStatus.RUNNING.value
-            row[_STARTED_AT] = now_us if row[_STARTED_AT] is None else row[_STARTED_AT]
+            if row[_STARTED_AT] is None:  # `now` may be older than a job that was added in the same transaction
+                row[_STARTED_AT] = max(now_us, row[_CREATED_AT])
         return [job_from_row(row) for row in rows]
 
     def finish(self, outcomes: Sequence[FinishedJob], in_hand: Container[str]) -> list[str]:

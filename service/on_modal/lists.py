@@ -32,7 +32,11 @@ def list_policy(config: BatchConfig, *, may_wait: int = 0) -> BatchPolicy:
 
     As many items may wait to be sent as could wait for a worker, and at least `may_wait`.
     """
-    return BatchPolicy(max_batch_size=config.max_batch_size, max_queue_items=max(config.max_queue_size, may_wait))
+    return BatchPolicy(
+        max_batch_size=config.max_batch_size,
+        max_queue_items=max(config.max_queue_size, may_wait),
+        mixes_classes=False,  # a list says of which class it is
+    )
 
 
 @dataclass(frozen=True, slots=True)

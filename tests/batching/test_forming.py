@@ -3,7 +3,8 @@
 import random
 
 from batching import BatchPlanner, BatchPolicy, MeasuredCostModel, PaddedCostModel, Priority, Request
-from batching.policy import Batch
+from batching.bulk_length import BulkLength
+from batching.policy import Batch, DispatchReason
 
 INTERACTIVE, BULK = Priority
 
@@ -135,3 +136,61 @@ def test_bulk_gets_its_share_of_the_time_when_interactive_requests_never_stop() 
         in_bulk = sum(request.size for request in batch.requests if request.priority is BULK)
         bulk_s += batch.predicted_s * in_bulk / batch.total
     assert bulk_s / now >= 0.095
+
+
+def test_classes_are_not_mixed_where_that_is_not_wanted() -> None:
+    plan = BatchPlanner[Request[int]](BatchPolicy(mixes_classes=False), GPU)
+    push(plan, [20] * 100, BULK)
+    push(plan, [20])
+    assert bulk_in(next_batch(plan)) == 0
+
+
+def test_what_came_along_with_interactive_batches_is_no_debt_of_bulk() -> None:
+    """Bulk of a size that never goes along gets its share after an hour in which others went along."""
+    plan = BatchPlanner[Request[int]](BatchPolicy(), CPU)
+    now = 0.0
+    for _ in range(1_000):
+        push(plan, [20] * 4, INTERACTIVE, now)
+        push(plan, [20] * 8, BULK, now)
+        batch = next_batch(plan, now)
+        now += batch.predicted_s
+        plan.batch_finished(batch, batch.predicted_s)
+    while (left := plan.decide(now).batch) is not None:
+        plan.batch_finished(left, left.predicted_s)
+    push(plan, [400] * 50, BULK, now)
+    bulk_s, started_s = 0.0, now
+    while now < started_s + 10:
+        push(plan, [10] * 64, INTERACTIVE, now)
+        batch = next_batch(plan, now)
+        now += batch.predicted_s
+        bulk_s += batch.predicted_s * (batch.priority is BULK)
+        plan.batch_finished(batch, batch.predicted_s)
+        if not plan.queue.waiting(BULK):
+            return
+    assert bulk_s >= 0.5
+
+
+def test_bulk_batches_do_not_become_ever_shorter_where_there_is_nothing_to_shorten() -> None:
+    length = BulkLength()
+    lone = Batch([Request(0, 100, BULK)], BULK, DispatchReason.IDLE, 100, 100, 0.1)
+    many = Batch([Request(0, 100, BULK)] * 8, BULK, DispatchReason.IDLE, 100, 800, 0.8)
+    length.add(many, many)
+    for _ in range(10_000):
+        length.add(lone, lone)
+        length.add(many, lone)
+    assert length.seconds > 0.05
+
+
+def test_slow_batches_stay_full_at_a_cold_start_with_both_classes() -> None:
+    plan = BatchPlanner[Request[int]](BatchPolicy(), MeasuredCostModel())
+    push(plan, [20] * 3_000, BULK)
+    now, counts, next_s = 0.0, [], 0.0
+    while plan.queue.waiting(BULK) > 100:
+        if now >= next_s:
+            push(plan, [20], INTERACTIVE, now)
+            next_s = now + 1.9
+        batch = next_batch(plan, now)
+        now += 1.0
+        plan.batch_finished(batch, 1.0)
+        counts.append(len(batch.requests))
+    assert sum(counts) / len(counts) > 28

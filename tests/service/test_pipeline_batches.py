@@ -1,6 +1,7 @@
 """How a pipeline's batches run: in stages or as one, and what counts as too large."""
 
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from pydantic import BaseModel
 
 from batching import Success
+from batching.errors import InputsMovedError
 from pipelines import BatchTooLargeError, InferenceOutputModel
-from service.pipeline_batches import is_too_large
+from service.pipeline_batches import attempt_as_one_batch, is_too_large
 from service.settings import Settings
 from service.worker import InferenceWorker
 from tests.support.length_model import POISON, Length, LengthPipeline, Text
@@ -108,3 +110,16 @@ def test_what_torch_says_when_a_cpu_is_out_of_memory_is_known() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert is_too_large(caught.value)
+
+
+@pytest.mark.parametrize("change", [lambda items: items.sort(key=lambda item: len(item.text)), list.reverse, list.pop])
+def test_a_group_whose_items_a_stage_moves_gets_an_error_and_no_result_of_another(
+    change: Callable[[list[Any]], object],
+) -> None:
+    class Moving(LengthPipeline):
+        def preprocess(self, input_list: list[Any]) -> dict[str, Any]:
+            change(input_list)
+            return super().preprocess(input_list)
+
+    items = [Text(text="the longest"), Text(text="b"), Text(text="long")]
+    assert isinstance(attempt_as_one_batch(Moving(), items), InputsMovedError)
