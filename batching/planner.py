@@ -15,7 +15,7 @@ from batching.policy import Batch, BatchPolicy, Decision, DispatchReason
 from batching.queue import RequestQueue, RequestT
 from batching.request import Priority
 
-COMPANIONS_SHARE = 0.6  # bulk companions may make an interactive batch this share of the longest bulk batch
+COMPANIONS_SHARE = 0.8  # bulk companions may make an interactive batch this share of the longest bulk batch
 NEARLY_FREE_FACTOR = 1.1  # or, if that is longer, this many times what the batch takes without them
 INTERACTIVE_RECENT_S = 2.0  # bulk batches stay short for this time after an interactive request
 
@@ -190,7 +190,7 @@ class BatchPlanner(Generic[RequestT]):
         self._measure_bulk()
         left = self.queue.waiting(Priority.INTERACTIVE) - len(batch.requests)
         longest_s = max(
-            COMPANIONS_SHARE * self._bulk_length.seconds / (1 + left), NEARLY_FREE_FACTOR * batch.predicted_s
+            COMPANIONS_SHARE * self._bulk_length.seconds / math.sqrt(1 + left), NEARLY_FREE_FACTOR * batch.predicted_s
         )
         return self.former.with_companions(batch, Priority.BULK, longest_s)
 
