@@ -17,6 +17,7 @@ from batching.request import Priority
 
 COMPANIONS_SHARE = 0.8  # bulk companions may make an interactive batch this share of the longest bulk batch
 NEARLY_FREE_FACTOR = 1.1  # or, if that is longer, this many times what the batch takes without them
+INTERACTIVE = Priority.INTERACTIVE  # looked up for each request: once is quicker
 INTERACTIVE_RECENT_S = 2.0  # bulk batches stay short for this time after an interactive request
 
 
@@ -58,7 +59,7 @@ class BatchPlanner(Generic[RequestT]):
     def push_all(self, requests: Sequence[RequestT]) -> None:
         """Add requests that do not wait yet, all or, with `QueueFullError`, none of them."""
         self.queue.push_all(requests)
-        if requests and requests[-1].priority is Priority.INTERACTIVE:
+        if requests and requests[-1].priority is INTERACTIVE:
             self._last_interactive_s = requests[-1].arrival_s
         if self.policy.max_wait_s:
             for request in requests:

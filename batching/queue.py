@@ -118,7 +118,6 @@ class RequestQueue(Generic[RequestT]):
             except KeyError:
                 of_class.buckets[index] = deque((request,))
             request.place = next(self._places)
-            request.is_linked = True
             of_class.count += 1
             of_class.size += size
             if request.deadline_s < math.inf:

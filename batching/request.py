@@ -34,8 +34,8 @@ class Request(Generic[T]):
     deadline_s: float = math.inf
     place: int = field(default=0, init=False)
     """Its place in the order of arrival, negative while it does not wait, 0 before it first does; set by the queue."""
-    is_linked: bool = field(default=False, init=False)
-    """Whether a bucket of the queue holds it, waiting or not; set by the queue."""
+    is_linked: bool = field(default=True, init=False)
+    """Whether a bucket of the queue holds it, waiting or not, once it was pushed; set by the queue."""
 
 
 @dataclass(

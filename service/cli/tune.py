@@ -174,7 +174,8 @@ class _Tuning:
             objective_s,
             configured=batch_policy(self._config),
             beside_s=self._seconds_beside_a_batch(sizes[len(sizes) // 2]),
-            too_large_tokens=self._measured.too_large_tokens,
+            # Where time ran out, the largest batch that fits was not found: the scheduler finds it at run time.
+            too_large_tokens=None if self._measured.time_was_the_limit else self._measured.too_large_tokens,
         )
         show_choice(self._output, chosen, self._config)
         self._try_out(BatchConfig.model_validate(self._config.model_dump() | chosen.values()), sizes, objective_s)

@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 0.05
 LONGEST_RETRY_S = 5.0
-BULK_SHARE_OF_THE_WINDOW = 10
-"""Interactive jobs leave bulk ones one place of so many, so that these go on however many of those come."""
+BULK_WINDOW_DIVISOR = 10
+"""Bulk jobs get at least one in N places of the window."""
 LARGEST_RESULT_BYTES = 100 * 2**20
 SPARE_DEADLINES = 10_000
 FIRST_JOB_RETRY_S = 2.0
@@ -220,7 +220,10 @@ class JobRunner:
         return bool(group)
 
     async def _run_group(self, jobs: Sequence[Job]) -> None:
-        """Run jobs with the pipeline to themselves. Those that are cancelled meanwhile are finished, and not heard."""
+        """Run jobs with the pipeline to themselves.
+
+        A job that is cancelled meanwhile runs to its end, and its outcome is dropped.
+        """
         if not jobs:
             return
         try:
@@ -239,7 +242,7 @@ class JobRunner:
     async def _take(self, limit: int, places: int) -> Sequence[Job]:
         """Take jobs from the store for so many places, those included whose time to run again has come."""
         # One place is too small to share.
-        kept = min(places - 1, -(-places // BULK_SHARE_OF_THE_WINDOW))
+        kept = min(places - 1, -(-places // BULK_WINDOW_DIVISOR))
         store, now = self._manager.store, self._manager.clock()
         try:
             if self._closing.is_set() and not store.durable:

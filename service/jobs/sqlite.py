@@ -179,7 +179,7 @@ class SqliteJobStore:
         with self._reading:
             try:
                 return function()
-            except sqlite3.Error as error:
+            except (sqlite3.Error, MemoryError) as error:
                 raise self._unavailable(error) from error
 
     async def _in_steps(self, step: Callable[[JobTable], int], *, frees_space: bool = False) -> int:
@@ -212,7 +212,10 @@ class SqliteJobStore:
                 self._database.execute("ROLLBACK")
             return [self._unavailable(error) for _ in operations]
         self._commits += 1
-        return [self._unavailable(result) if isinstance(result, sqlite3.Error) else result for result in results]
+        return [
+            self._unavailable(result) if isinstance(result, sqlite3.Error | MemoryError) else result
+            for result in results
+        ]
 
     def _unavailable(self, error: sqlite3.Error | MemoryError) -> JobStoreUnavailableError:
         remedies = {

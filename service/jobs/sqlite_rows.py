@@ -25,8 +25,9 @@ TEXT_COLUMNS = ("job_id", "message", "success_queue", "failure_queue", "meta", "
 
 def _cut(column: str) -> str:
     """An error's text in SQL, in `MAX_ERROR_BYTES` characters at most: older versions stored them whole."""
-    note = CUT_NOTE.format(characters=f"' || (length({column}) - {MAX_ERROR_BYTES}) || '")
-    return f"iif(length({column}) > {MAX_ERROR_BYTES}, substr({column}, 1, {MAX_ERROR_BYTES}) || '{note}', {column})"
+    size = f"length(CAST({column} AS BLOB))"  # of a text, `length` stops at the first NUL
+    note = CUT_NOTE.format(characters=f"' || ({size} - {MAX_ERROR_BYTES}) || '")
+    return f"iif({size} > {MAX_ERROR_BYTES}, substr({column}, 1, {MAX_ERROR_BYTES}) || '{note}', {column})"
 
 
 READ_COLUMNS = ", ".join(_cut(column) if column in ("error", "delivery_error") else column for column in COLUMNS)

@@ -268,8 +268,9 @@ class JobTable:
             room = min(places.get(queue, per_queue), limit - len(taken))
             if room > 0:
                 rows = self._read(sql.DUE, (microseconds(now), queue, room), sql.PUT_IN_HAND)
-                taken += [job_from_row(row) for row in rows]
-                size_bytes += sum(job.size_bytes for job in taken[-len(rows) :])
+                jobs = [job_from_row(row) for row in rows]
+                taken += jobs
+                size_bytes += sum(job.size_bytes for job in jobs)
         self._last_queue = queue
         return taken
 
@@ -316,7 +317,7 @@ class JobTable:
 
     def _recover_deliveries(self, now_us: int) -> list[str]:
         """Make what was in hand suspect; returns the ids of those that are set aside."""
-        # First those that are suspect already, to count none twice.
+        # In two statements, so that each uses its partial index.
         self._database.execute(sql.DELIVERIES_CRASHED.format(which="delivery_crashes > 0"), (now_us,))
         crashed, queue = sql.DELIVERIES_CRASHED.format(which="delivery_crashes = 0 AND delivery_queue = ?"), ""
         while (row := self._database.execute(sql.NEXT_QUEUE, (queue,)).fetchone()) is not None:

@@ -10,7 +10,7 @@ from statistics import median
 import anyio
 from pydantic import BaseModel
 
-from batching import BatchRecord, MeasuredCostModel
+from batching import BatchRecord, MeasuredCostModel, QueueFullError
 from pipelines import InferencePipeline
 from service.errors import describe_error
 from service.jobs import MemoryJobStore
@@ -182,6 +182,8 @@ class _OpenLoop:
     async def _send(self, item: BaseModel, due_s: float) -> None:
         try:
             await self._worker.predict(item)
+        except QueueFullError:
+            return  # refused for load: it counts as not done, and a lower load is tried
         except Exception as error:  # noqa: BLE001  # user code may raise anything; it is counted and told
             self._errors.append(error)
         else:
