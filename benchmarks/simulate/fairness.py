@@ -62,12 +62,13 @@ def bulk_under_overload(device: Device, requests: int, seed: int) -> tuple[float
     is_bulk = random.random(requests) < BULK_OF_OVERLOAD / (1 + BULK_OF_OVERLOAD)
     priorities = [Priority.BULK if bulk else Priority.INTERACTIVE for bulk in is_bulk]
     watch = OrderWatch(POLICY.max_age_s, arrivals_s.tolist(), priorities)
-    contended_s = {True: 0.0, False: 0.0}
-    started: list[bool] = []
+    contended_s, bulk_s = 0.0, 0.0
+    started: list[tuple[bool, float]] = []
 
     def on_batch(now: float, batch: Batch[IndexedRequest]) -> None:
         watch(now, batch)
-        started.append(batch.contended)
+        bulk_size = sum(request.size for request in batch.requests if request.priority is Priority.BULK)
+        started.append((batch.contended, bulk_size / batch.total))
 
     source = OpenLoop(arrivals_s, draw_sizes(requests, random), priorities)
     run = Simulation(
@@ -78,10 +79,11 @@ def bulk_under_overload(device: Device, requests: int, seed: int) -> tuple[float
         seed=seed,
         on_batch=on_batch,
     ).run()
-    for contended, batch in zip(started, run.batches, strict=True):
+    for (contended, bulk_part), batch in zip(started, run.batches, strict=True):
         if contended:
-            contended_s[batch.is_bulk] += batch.elapsed_s
-    return contended_s[True] / sum(contended_s.values()), watch.overtaken
+            contended_s += batch.elapsed_s
+            bulk_s += batch.elapsed_s * bulk_part
+    return bulk_s / contended_s, watch.overtaken
 
 
 def backlog_share(device: Device, requests: int, seed: int, age_s: float) -> float:
