@@ -47,7 +47,7 @@ class SchedulerClosedError(BatchingError):
 
 
 class BatchTimeoutError(BatchingError):
-    """Raised for every request of a batch that ran longer than the batch timeout."""
+    """Raised for a request that ran alone for longer than the batch timeout, or was given up after others that did."""
 
     def __init__(self, timeout_s: float, count: int) -> None:
         super().__init__(f"a batch of {count} did not finish within the batch timeout of {timeout_s:g} s")
