@@ -22,7 +22,7 @@ from benchmarks.in_process import (
     run_sorted,
     worker_of,
 )
-from benchmarks.measurement import Figure, Rounds
+from benchmarks.measurement import Figure, Rounds, in_own_thread
 
 OFFLINE_BATCH_SIZES = (4, 8, 16, 32, 64)
 CALLERS = 64
@@ -74,6 +74,9 @@ class EndToEndStudy:
 
     def warm_up(self) -> None:
         """Find the best batch sizes and the capacities."""
+        in_own_thread(self._find_capacities)
+
+    def _find_capacities(self) -> None:
         rates = {size: self._offline_rate(self._by_size, size) for size in OFFLINE_BATCH_SIZES}
         self._best_batch_sizes = sorted(rates, key=rates.__getitem__, reverse=True)[:2]
         self._capacity = self._bulk()["bulk"]

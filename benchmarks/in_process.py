@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel
 
 from batching import BatchPolicy, BatchRecord, BatchScheduler, Failure, Outcome, PaddedCostModel
@@ -40,13 +39,13 @@ class BundledPipeline(SentimentPipeline):
     def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
         """Tokenize and pad, and note the shape."""
         preprocessed = super().preprocess(input_list)
-        mask: torch.Tensor = preprocessed["tensors"]["attention_mask"]
-        self.shapes.append(BatchShape(len(input_list), int(mask.sum()), mask.numel()))
+        mask = preprocessed["tensors"]["attention_mask"].numpy()
+        self.shapes.append(BatchShape(len(input_list), int(mask.sum()), mask.size))
         return preprocessed
 
     def token_count(self, item: BaseModel) -> int:
         """The tokens of an item, exactly."""
-        return int(super().preprocess([item])["tensors"]["attention_mask"].sum())
+        return int(super().preprocess([item])["tensors"]["attention_mask"].numpy().sum())
 
 
 def corpus_items(limit: int | None = None) -> list[BaseModel]:

@@ -1,7 +1,9 @@
 """Single callers over a backlog of jobs, over HTTP, with the bundled model: what each costs the other.
 
 Run it with ``python -m benchmarks.mixed_load``; ``--help`` lists the options. Each rate is measured without jobs and
-over a backlog, in turns with jobs alone; the server is a process of its own, the clients share this one.
+over a backlog, in turns with jobs alone; the server is a process of its own, the clients share this one. HTTP and the
+clients need the same cores as the model, so each rate is measured too with a model that does nothing: the jobs that end
+meanwhile are what no scheduler can exceed.
 """
 
 import asyncio
@@ -10,6 +12,8 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -27,7 +31,9 @@ app_settings:
 model_settings:
   model_entries:
     sentiment: {pipeline: "pipelines.sentiment:SentimentPipeline", model_path: bundled}
+    nothing: {pipeline: "benchmarks.nothing:NothingPipeline"}
 """
+NOTHING = "?model_name=nothing"
 LIST_LENGTH = 1000
 SUCCEEDED = 'modalkit_jobs{status="succeeded"}'
 
@@ -35,8 +41,11 @@ SUCCEEDED = 'modalkit_jobs{status="succeeded"}'
 class Caller:
     """Sends single requests over kept connections, at given times, whatever becomes of earlier ones."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, query: str = "") -> None:
         parts = urlsplit(url)
+        self._head = (
+            f"POST /sync/predict{query} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+        ).encode()
         self._address = parts.hostname or "", parts.port or 80
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self.latencies_s: list[float] = []
@@ -55,11 +64,7 @@ class Caller:
             self._idle.pop()  # the server closes connections that were idle for some seconds
         reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
         body = json.dumps({"text": text}).encode()
-        writer.write(
-            b"POST /sync/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
-            + b"%d\r\n\r\n" % len(body)
-            + body
-        )
+        writer.write(self._head + b"%d\r\n\r\n" % len(body) + body)
         head = await reader.readuntil(b"\r\n\r\n")
         await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0]))
         if not head.startswith(b"HTTP/1.1 200"):
@@ -68,18 +73,20 @@ class Caller:
         self._idle.append((reader, writer))
 
 
-def p99_s(url: str, texts: list[str], per_second: float, duration_s: float) -> tuple[float, int]:
+def p99_s(url: str, texts: list[str], per_second: float, duration_s: float, query: str = "") -> tuple[float, int]:
     """The 99th percentile of the latencies of such callers, and how many there were."""
-    caller = Caller(url)
+    caller = Caller(url, query)
     uvloop.run(caller.send_all(texts, per_second, duration_s))
     return statistics.quantiles(caller.latencies_s, n=100)[98], len(caller.latencies_s)
 
 
-def jobs_per_s(url: str, duration_s: float) -> float:
-    """Jobs that end, a second, while nothing else is sent."""
+@contextmanager
+def jobs_per_s(url: str) -> Iterator[list[float]]:
+    """Put the jobs that end a second, while the block runs, into a list."""
+    found: list[float] = []
     before, started_s = metric(url, SUCCEEDED), time.perf_counter()
-    time.sleep(duration_s)
-    return (metric(url, SUCCEEDED) - before) / (time.perf_counter() - started_s)
+    yield found
+    found.append((metric(url, SUCCEEDED) - before) / (time.perf_counter() - started_s))
 
 
 def main(
@@ -101,19 +108,24 @@ def main(
             for _ in range(jobs // LIST_LENGTH)
         ]
         rate(f"{url}/async/predict", bodies, 1, jobs)
-        jobs_per_s(url, 10)
+        time.sleep(10)  # short batches are learnt meanwhile
         for _ in range(rounds):
             for per_second in wanted:
-                before_s = jobs_per_s(url, seconds)
-                done, started_s = metric(url, SUCCEEDED), time.perf_counter()
-                found_s, answered = p99_s(url, chosen, per_second, seconds)
-                both = (metric(url, SUCCEEDED) - done + answered) / (time.perf_counter() - started_s)
-                after_s = jobs_per_s(url, seconds)
-                only_jobs = (before_s + after_s) / 2
+                with jobs_per_s(url) as alone_before:
+                    time.sleep(seconds)
+                with jobs_per_s(url) as beside:
+                    found_s, answered = p99_s(url, chosen, per_second, seconds)
+                with jobs_per_s(url) as beside_nothing:
+                    p99_s(url, chosen, per_second, seconds, NOTHING)
+                with jobs_per_s(url) as alone_after:
+                    time.sleep(seconds)
+                both = beside[0] + answered / seconds
+                only_jobs = (alone_before[0] + alone_after[0]) / 2
                 print(
                     f"{per_second:g}/s: p99 {found_s * 1000:.0f} ms over jobs, {alone[per_second] * 1000:.0f} ms "
                     f"without: {found_s / alone[per_second]:.2f} x; both {both:.0f}/s, jobs alone {only_jobs:.0f}/s: "
-                    f"{both / only_jobs:.2f} x",
+                    f"{both / only_jobs:.2f} x; jobs beside requests that do nothing {beside_nothing[0]:.0f}/s: "
+                    f"{both / beside_nothing[0]:.2f} x",
                     flush=True,
                 )
 

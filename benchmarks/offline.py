@@ -5,6 +5,7 @@ Run it with ``python -m benchmarks.offline``; ``--help`` lists the options.
 
 import statistics
 import time
+from functools import partial
 from typing import Annotated
 
 import anyio
@@ -12,6 +13,7 @@ import typer
 from pydantic import BaseModel
 
 from batching import Failure, Priority, SchedulerStatistics
+from benchmarks.measurement import in_own_thread
 from benchmarks.texts import CORPUS, TextsOption, read_texts
 from pipelines import InferencePipeline
 from service.cli.common import ConfigFiles, model_source
@@ -75,15 +77,15 @@ def main(
     source = model_source(settings, None)
     pipeline = source.load()
     items: list[BaseModel] = [source.input_model(text=text) for text in read_texts(texts, limit)]
-    pipeline.run_inference(items[:LOOP_BATCH])
+    in_own_thread(partial(pipeline.run_inference, items[:LOOP_BATCH]))
     loop: list[float] = []
     scheduled: list[float] = []
     in_order: list[float] = []
     for _ in range(rounds):
-        loop.append(plain_loop_s(pipeline, items))
+        loop.append(in_own_thread(partial(plain_loop_s, pipeline, items)))
         elapsed_s, done = anyio.run(scheduler_s, pipeline, items, settings)
         scheduled.append(elapsed_s)
-        in_order.append(sorted_loop_s(pipeline, items))
+        in_order.append(in_own_thread(partial(sorted_loop_s, pipeline, items)))
         print(
             f"round: loop {len(items) / loop[-1]:.0f}/s, scheduler {len(items) / elapsed_s:.0f}/s "
             f"({done.batches} batches, {done.mean_batch_size:.1f} items each, {done.padding_share:.1%} padding), "

@@ -143,8 +143,13 @@ class SentimentPipeline(InferencePipeline):
         input_list: list[BaseModel],  # noqa: ARG002  # part of the contract
         raw_output: dict[str, Any],
     ) -> list[InferenceOutputModel]:
-        """The most probable label of each text."""
-        confidences, labels = raw_output["probabilities"].max(dim=-1)
+        """The most probable label of each text.
+
+        By numpy, because a reduction of torch's in the thread of the outer stages starts OpenMP threads of its own.
+        With more of them than cores, libgomp hardly spins between parallel regions, and `predict` takes 15 % longer.
+        """
+        probabilities = raw_output["probabilities"].numpy()
+        labels, confidences = probabilities.argmax(axis=-1), probabilities.max(axis=-1)
         return [
             SentimentResponse(sentiment=self.labels[label], confidence=confidence, truncated=truncated)
             for label, confidence, truncated in zip(

@@ -98,6 +98,8 @@ class OpenLoop:
         priorities: Sequence[Priority] | Priority = Priority.INTERACTIVE,
     ) -> None:
         self.total = len(arrivals_s)
+        self.arrivals_s = arrivals_s
+        self.sizes = sizes
         self._arrivals_s: list[float] = [*arrivals_s.tolist(), math.inf]
         self._sizes = sizes.tolist()
         self._priorities = [priorities] * self.total if isinstance(priorities, Priority) else priorities

@@ -12,7 +12,7 @@ from typing import Protocol, Self
 
 import anyio
 
-from batching import BatchTimeoutError, Failure, Outcome, Priority, QueueFullError, SchedulerClosedError
+from batching import Failure, Outcome, Priority, QueueFullError, SchedulerClosedError
 from batching.task_groups import plain_task_group
 from pipelines import InferenceOutputModel
 from service.errors import OutputNotJsonError, ServiceError, describe_error
@@ -110,13 +110,11 @@ class JobRunner:
         self._max_attempts = max_attempts
         self._backoff_s = backoff_s
         # All mutable state: the jobs in the window, and how many of them are bulk; those of them that have no room in
-        # the scheduler yet, and those that are to run alone; when they expire, as a heap; the ends that are to be
-        # stored, and how many have not been; when the next job in the store may run again; what wakes the feeder; and
-        # whether more is to be done.
+        # the scheduler yet; when they expire, as a heap; the ends that are to be stored, and how many have not been;
+        # when the next job in the store may run again; what wakes the feeder; and whether more is to be done.
         self._running: dict[str, _Running] = {}
         self._bulk_running = 0
         self._waiting: deque[Job] = deque()
-        self._alone: dict[str, Job] = {}
         self._deadlines: list[tuple[float, str]] = []
         self._ended: Gathering[tuple[Job, FinishedJob | JobRetry]] = Gathering()
         self._unstored = 0
@@ -188,8 +186,7 @@ class JobRunner:
             self._start_waiting()
             if len(taken) == wanted > 0:
                 continue
-            is_idle = len(self._running) == len(self._alone) and not self._unstored
-            if is_idle and (draining or not math.isinf(most)):
+            if not self._running and not self._unstored and (draining or not math.isinf(most)):
                 return
             with anyio.move_on_after(self._sleep_s(may_take=wanted > 0 and not draining)):
                 await self._change.wait()
@@ -200,18 +197,15 @@ class JobRunner:
             return False
         # One group at a time in the whole process: whoever is running when it dies again must be in it.
         async with self._manager.one_group:
-            if self._alone:
-                group = [self._alone.pop(next(iter(self._alone)))]
-            else:
-                try:
-                    group = await self._manager.store.take_suspects(
-                        self._model_name, self._largest_group, self._manager.clock()
-                    )
-                except JobStoreError as error:
-                    await self._wait_for_the_store(error)
-                    return True
-                for job in group:
-                    self._enter(job)
+            try:
+                group = await self._manager.store.take_suspects(
+                    self._model_name, self._largest_group, self._manager.clock()
+                )
+            except JobStoreError as error:
+                await self._wait_for_the_store(error)
+                return True
+            for job in group:
+                self._enter(job)
             self._expire_overdue()
             await self._run_group([job for job in group if job.job_id in self._running])
             while self._unstored:
@@ -220,7 +214,7 @@ class JobRunner:
         return bool(group)
 
     async def _run_group(self, jobs: Sequence[Job]) -> None:
-        """Run jobs with the pipeline to themselves.
+        """Run jobs with the pipeline to themselves; those of a group that raises or hangs wait for the scheduler then.
 
         A job that is cancelled meanwhile runs to its end, and its outcome is dropped.
         """
@@ -228,12 +222,9 @@ class JobRunner:
             return
         try:
             outcomes = await self._engine.run_as_one_batch(jobs)
-        except (BatchTimeoutError, SchedulerClosedError) as error:
-            if isinstance(error, BatchTimeoutError) and len(jobs) > 1:
-                self._alone = {job.job_id: job for job in jobs if job.job_id in self._running}
-                return
+        except SchedulerClosedError as error:
             outcomes = [Failure(error)] * len(jobs)
-        except Exception:  # noqa: BLE001  # whose error it is, the scheduler finds out
+        except Exception:  # noqa: BLE001  # the scheduler finds out whose error it is, or who hangs
             self._waiting += jobs
             return
         for job, outcome in zip(jobs, outcomes, strict=True):
@@ -275,7 +266,6 @@ class JobRunner:
         if running is None:
             return None
         running.withdraw()
-        self._alone.pop(job_id, None)
         self._bulk_running -= running.job.priority is Priority.BULK
         return running.job
 

@@ -72,6 +72,21 @@ def test_batches_may_overlap_on_several_threads(bundled: SentimentPipeline) -> N
     assert answers == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_outer_stages_start_no_openmp_threads(bundled: SentimentPipeline) -> None:
+    """They run beside `predict` in another thread, whose OpenMP threads would be more than there are cores."""
+    items = requests(*["a text of some words"] * 64)
+    raw = {"probabilities": torch.rand(64, 3), "truncated": [False] * 64}
+
+    def started_threads() -> set[Path]:
+        before = set(Path("/proc/self/task").iterdir())
+        bundled.preprocess(items)
+        bundled.postprocess(items, raw)
+        return set(Path("/proc/self/task").iterdir()) - before
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(started_threads).result() == set()
+
+
 def test_a_text_beyond_the_models_limit_is_cut_and_says_so(bundled: SentimentPipeline) -> None:
     fits, cut = "good " * (bundled.max_length - 2), "good " * (bundled.max_length - 1)
     whole, truncated, short = run(bundled, fits, cut, "good")
