@@ -1,5 +1,6 @@
 """The root of the errors that `service` raises; each part derives its own from it."""
 
+from enum import StrEnum
 from typing import Any
 
 from modalkit.batching import BatchingError
@@ -25,6 +26,34 @@ def _restored(kind: type[ServiceError], args: tuple[Any, ...], state: dict[str, 
     error.args = args
     error.__dict__.update(state)
     return error
+
+
+class UnknownModelError(ServiceError):
+    """Raised when a model is asked for that the configuration does not name."""
+
+    def __init__(self, model_name: str, known: list[str]) -> None:
+        super().__init__(f"there is no model {model_name!r}; configured are: {', '.join(known)}")
+        self.model_name = model_name
+        self.known = known
+
+
+class Readiness(StrEnum):
+    """Whether a model takes requests, and if not, why."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    BROKEN = "broken"
+    FAILED = "failed"
+
+
+class NotReadyError(ServiceError):
+    """Raised when a request comes for a model that is still loading, could not be loaded, or is shutting down."""
+
+    def __init__(self, model_name: str, readiness: Readiness) -> None:
+        super().__init__(f"model {model_name!r} takes no requests now: it is {readiness}; see /health/ready")
+        self.model_name = model_name
+        self.readiness = readiness
 
 
 class ItemRejectedError(ServiceError):

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from enum import StrEnum
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -14,33 +13,14 @@ from modalkit.batching import Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.threads import DedicatedThread
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline, PipelineError
-from modalkit.service.errors import ServiceError
+from modalkit.service.errors import NotReadyError, Readiness, ServiceError, UnknownModelError
 from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage, JobStore
-from modalkit.service.loading import LoadError, ModelSource, UnknownModelError, make_job_manager
+from modalkit.service.loading import LoadError, ModelSource, make_job_manager
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
-
-
-class Readiness(StrEnum):
-    """Whether a model takes requests, and if not, why."""
-
-    LOADING = "loading"
-    READY = "ready"
-    DRAINING = "draining"
-    BROKEN = "broken"
-    FAILED = "failed"
-
-
-class NotReadyError(ServiceError):
-    """Raised when a request comes for a model that is still loading, could not be loaded, or is shutting down."""
-
-    def __init__(self, model_name: str, readiness: Readiness) -> None:
-        super().__init__(f"model {model_name!r} takes no requests now: it is {readiness}; see /health/ready")
-        self.model_name = model_name
-        self.readiness = readiness
 
 
 class ModelBrokenError(ServiceError):
