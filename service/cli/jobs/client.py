@@ -16,7 +16,6 @@ from pydantic import BaseModel, ValidationError
 from modalkit.service.errors import ServiceError
 from modalkit.service.jobs import JobFilter, JobStoreLockedError, SqliteJobStore
 from modalkit.service.jobs.manager import JobManager
-from modalkit.service.local_gateway import LocalJobs
 from modalkit.service.web.answers import JobDetails, JobPageView, Problem, Purged, Replayed
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.problems import install_problem_handlers
@@ -173,7 +172,7 @@ async def _serving_file(path: Path) -> AsyncGenerator[httpx.AsyncClient]:
             ) from error
         app = FastAPI()
         # The manager is not entered: that would recover the jobs of a crash, as only the start of a service should.
-        app.include_router(make_job_router(LocalJobs(JobManager(store), {})))
+        app.include_router(make_job_router(JobManager(store)))
         install_problem_handlers(app)
         transport = httpx.ASGITransport(app)
         yield await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://file"))
