@@ -10,10 +10,8 @@ from pydantic import BaseModel
 
 from modalkit.batching import Failure, Outcome, Priority, SchedulerStatistics, Success
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
-from modalkit.service.errors import NotAvailableError
-from modalkit.service.gateway import Readiness
+from modalkit.service.errors import NotAvailableError, Readiness, UnknownModelError
 from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage
-from modalkit.service.loading import UnknownModelError
 from modalkit.service.on_modal.call_jobs import CallJobs, JobSpawner
 
 SUBMITTED_AT_ONCE = 1000

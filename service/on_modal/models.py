@@ -10,7 +10,7 @@ import modal.exception
 from pydantic import BaseModel
 
 from modalkit.pipelines import InferenceOutputModel
-from modalkit.service.gateway import NotReadyError, Readiness
+from modalkit.service.errors import NotReadyError, Readiness
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.on_modal.call_jobs import JobSpawner
 from modalkit.service.on_modal.config import ModalConfig

@@ -8,8 +8,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from modalkit.batching import SchedulerStatistics
-from modalkit.service.errors import NotAvailableError
-from modalkit.service.gateway import Gateway, Readiness
+from modalkit.service.errors import NotAvailableError, Readiness
+from modalkit.service.gateway import Gateway
 from modalkit.service.jobs import JobCounts, JobStoreError
 
 logger = logging.getLogger(__name__)

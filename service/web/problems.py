@@ -22,16 +22,16 @@ from modalkit.service.errors import (
     ContainerFaultError,
     ItemRejectedError,
     NotAvailableError,
+    NotReadyError,
     RemoteCallError,
     RemoteItemError,
     RemoteTimeoutError,
+    UnknownModelError,
     describe_error,
 )
-from modalkit.service.gateway import NotReadyError
 from modalkit.service.jobs import IdempotencyKeyReusedError, JobStoreError, JobStoreFullError
 from modalkit.service.jobs.errors import JobStoreBusyError
 from modalkit.service.jobs.queue_rules import QueueNotAllowedError
-from modalkit.service.loading import UnknownModelError
 from modalkit.service.queue_backends import QueueNameError
 from modalkit.service.validation import field_errors, summary
 from modalkit.service.web.answers import PROBLEM_JSON

@@ -10,7 +10,8 @@ import pytest
 from anyio import to_thread
 
 from modalkit.pipelines import AsyncInputModel
-from modalkit.service.gateway import LocalGateway, NotReadyError, Readiness
+from modalkit.service.errors import NotReadyError, Readiness
+from modalkit.service.gateway import LocalGateway
 from modalkit.service.jobs import Job, JobStatus, SqliteJobStore
 from modalkit.service.settings import Settings
 from tests.support.length_model import LengthPipeline
@@ -66,7 +67,7 @@ async def test_leaving_waits_for_no_model_that_loads_and_runs_no_job(tmp_path: P
 async def stored_before(gateway: LocalGateway) -> str:
     """A job for a model that still loads, as one that an earlier process accepted."""
     job = Job(job_id="before", model_name="slow", message_json='{"text":"four"}', created_at=time.time())
-    await gateway._jobs.submit([job])  # noqa: SLF001  # the gateway accepts none for such a model
+    await gateway._jobs.store.add([job])  # noqa: SLF001  # the gateway accepts none for such a model
     return job.job_id
 
 

@@ -1,6 +1,6 @@
 """Jobs move from the store into the scheduler a window at a time, and every end of theirs is stored."""
 
-from collections.abc import AsyncIterator, Callable, Container, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import anyio
@@ -39,9 +39,9 @@ class Flaky(MemoryJobStore):
             self.failures -= 1
             raise JobStoreError("the disk is full")
 
-    async def finish(self, ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
+    async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
         self._maybe_fail()
-        return await super().finish(ends, claim=claim)
+        return await super().finish(ends)
 
 
 class Engine:
@@ -249,9 +249,9 @@ async def test_jobs_that_ended_together_are_stored_together(manager: JobManager,
     sizes: list[int] = []
     finish = store.finish
 
-    async def counting(ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
+    async def counting(ends: Sequence[JobEnd]) -> list[str]:
         sizes.append(len(ends))
-        return await finish(ends, claim=claim)
+        return await finish(ends)
 
     store.finish = counting  # type: ignore[method-assign]  # to see how often it is called
     engine = Engine(is_open=False)
@@ -294,8 +294,8 @@ async def test_cancelling_too_late_does_not_stop_the_delivery() -> None:
     queue = InMemoryBackend()
 
     class Slow(Flaky):
-        async def finish(self, ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
-            ended = await super().finish(ends, claim=claim)
+        async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
+            ended = await super().finish(ends)
             stored.set()
             await released.wait()
             return ended

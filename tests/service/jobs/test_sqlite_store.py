@@ -306,7 +306,7 @@ def listed(**fields: Any) -> str:
         (sql.QUARANTINE_DELIVERIES.format(which="delivery_crashes > 0"), "suspect_deliveries"),
         (sql.QUARANTINE_DELIVERIES.format(which="delivery_crashes = 0 AND delivery_queue = ?"), "deliveries"),
         (sql.GIVE_UP_DELIVERIES, "suspect_deliveries"),
-        (sql.END_SENDING["success_queue"].format(rows="(1, 1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
+        (sql.END_SENDING["success_queue"].format(rows="(1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.RECORD_DELIVERIES.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.REPLAY.format(which=""), "undelivered_jobs"),
         (sql.REMOVE.format(which=sql.REMOVABLE), "removable_jobs"),
@@ -502,7 +502,8 @@ async def test_jobs_that_wait_to_run_again_and_suspects_outlive_the_process(path
         await store.claim("m", 9, 2.0)
         await store.requeue([JobRetry(job_id="retry", retry_at=8.5, error="down")])
         end = JobEnd(job_id="sent", status=JobStatus.SUCCEEDED, result_json="{}", finished_at=3.0)
-        await store.finish([end], claim=["sent"])
+        await store.finish([end])
+        await store.claim_deliveries(9, 3.0, queue_limits={}, queue_limit=9)
     async with SqliteJobStore(path) as store:
         assert await store.recover(4.0) == Recovery(0, [])
         assert await store.claim("m", 9, 4.0) == []
