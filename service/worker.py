@@ -21,6 +21,7 @@ from modalkit.batching import (
     Success,
 )
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
+from modalkit.service.failure_log import FailureLog
 from modalkit.service.jobs import Job, JobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import JobOutcome, JobRunner
@@ -59,6 +60,8 @@ class InferenceWorker(AsyncContextManagerMixin):
     which are validated: pydantic's `ValidationError` is raised before anything is queued. On entering, the pipeline's
     warm-up runs, and what its batches cost is read or measured, as the settings say; without `calibrate` it is not
     measured, for uses too short to be worth it. `on_batch` is called in the event loop with the record of each batch.
+
+    What the pipeline raises is logged with its traceback, once a minute for each distinct error.
     """
 
     def __init__(
@@ -80,6 +83,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         self.input_model = input_model or pipeline.input_model
         self._owns_jobs = jobs is None
         self._jobs = jobs or make_job_manager(settings, queue_backend, job_store)
+        self._log_failures = FailureLog(self.model_name)
+        self._record_batch = on_batch
         self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
         self._scheduler: BatchScheduler[BaseModel, InferenceOutputModel] = BatchScheduler(
             run_batch_of(pipeline),
@@ -88,7 +93,7 @@ class InferenceWorker(AsyncContextManagerMixin):
             item_size=pipeline.item_size,
             batch_timeout_s=batch_config.batch_timeout_seconds,
             is_too_large=is_too_large,
-            on_batch=on_batch,
+            on_batch=self._on_batch,
             name=self.model_name,
         )
         self._runner = JobRunner(
@@ -195,6 +200,11 @@ class InferenceWorker(AsyncContextManagerMixin):
     async def wait_until_broken(self) -> None:
         """Wait until the scheduler breaks, after which nothing runs any more, if it ever does."""
         await self._scheduler.wait_until_broken()
+
+    def _on_batch(self, record: BatchRecord) -> None:
+        self._log_failures(record)
+        if self._record_batch is not None:
+            self._record_batch(record)
 
     def _validated(self, item: BaseModel | Mapping[str, Any]) -> BaseModel:
         return item if isinstance(item, BaseModel) else self.input_model.model_validate(item)
