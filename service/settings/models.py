@@ -1,4 +1,4 @@
-"""The sections of the configuration: one frozen model per concern, each default written once, here.
+"""The sections of the configuration: one frozen model per concern; `BatchPolicy` has the defaults for batches.
 
 The text below a field says what the setting does and what follows from it. Nothing here reads files or variables,
 and nothing imports a pipeline: `"module:Class"` names are checked for their form only.
@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from modalkit.batching import BatchPolicy
 from modalkit.service.settings.fields import (
     AppPrefix,
     Backend,
@@ -31,6 +32,8 @@ from modalkit.service.settings.fields import (
 )
 
 DEFAULT_MODEL = "sentiment"
+
+_LIMITS = BatchPolicy()
 
 _CONSTRUCTOR_ARGUMENTS = ("model_name", "all_model_data_folder", "common_settings")
 
@@ -226,17 +229,17 @@ class CalibrationConfig(Section):
 class BatchConfig(Section):
     """The limits within which the scheduler forms batches."""
 
-    max_batch_size: Count = 32
+    max_batch_size: Count = _LIMITS.max_batch_size
     """Most items in one batch; more fills a GPU better and costs memory."""
-    wait_ms: Wait = 0
+    wait_ms: Wait = round(1000 * _LIMITS.max_wait_s)
     """Longest wait of an idle worker for a fuller batch, in milliseconds, where the measured costs say that it pays."""
-    max_batch_tokens: Count | None = None
+    max_batch_tokens: Count | None = _LIMITS.max_batch_tokens
     """Most tokens in one batch, padding included, the bound on its memory; null sets no bound."""
-    max_batch_seconds: Duration | None = None
+    max_batch_seconds: Duration | None = _LIMITS.max_batch_s
     """Longest predicted run of one batch, so that no request waits long behind it; null sets no bound."""
-    max_queue_size: Count = 10_000
+    max_queue_size: Count = _LIMITS.max_queue_items
     """Most waiting requests; one more is refused (HTTP 429)."""
-    max_age_ms: Wait = 2000
+    max_age_ms: Wait = round(1000 * _LIMITS.max_age_s)
     """Age in milliseconds past which the oldest request goes into the next batch, whatever its size."""
     max_bulk_batch_ms: Literal["auto"] | Duration = "auto"
     """Longest predicted run of a batch of jobs while single requests arrive; auto: as short as costs jobs 3 %."""
