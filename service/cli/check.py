@@ -66,7 +66,7 @@ async def _smoke_batch(pipeline: InferencePipeline, input_model: type[BaseModel]
 
 
 def _texts(input_model: type[BaseModel]) -> list[BaseModel]:
-    """Items for a pipeline that makes up none itself, if a text is all that they need."""
+    """Items for a pipeline without `sample_items`, if its items need no more than a text."""
     if "text" not in input_model.model_fields:
         return []
     try:

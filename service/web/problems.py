@@ -88,7 +88,7 @@ def problem_response(
 
 
 def status_of(error: Exception) -> HTTPStatus:
-    """The HTTP status for what a gateway raised; 500 for whatever a pipeline raised."""
+    """The HTTP status for an error of a gateway; 500 for an error of a pipeline."""
     if isinstance(error, QueueFullError) and error.is_permanent:
         return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     if isinstance(error, RemoteItemError):

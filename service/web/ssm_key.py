@@ -1,4 +1,4 @@
-"""An API key that AWS Systems Manager (SSM) keeps, and that may change while the service runs."""
+"""An API key in a parameter of AWS Systems Manager (SSM). It may change while the service runs."""
 
 import asyncio
 import logging
@@ -38,8 +38,8 @@ _REMEDIES = {
 class SsmKey:
     """The key in a parameter of AWS SSM. Needs the extra ``modalkit[aws]``, and asyncio.
 
-    It is read when `opened` is entered, and every `refresh_s` seconds while that lasts. Where it cannot be read again
-    the last key stays valid, whatever the reason; that is logged, and tried again with backoff. Credentials, and the
+    It is read when `opened` is entered, and every `refresh_s` seconds until that is left. While it cannot be read again
+    the last key stays valid; the error is logged, and the read is repeated with backoff. Credentials, and the
     region where `region` is None, come from where AWS's tools look for them. `clock` gives seconds, from any start.
     Raises `LoadError` if aiobotocore is not installed, or no region is found.
     """
@@ -66,7 +66,7 @@ class SsmKey:
         config = AioConfig(
             connect_timeout=3,
             read_timeout=5,
-            # The one repetition is for a connection that AWS closed while it was idle.
+            # The second attempt is for a connection that AWS closed while it was idle.
             retries={"mode": "standard", "total_max_attempts": 2},
             warm_up_loader_caches=True,  # reads the description of SSM in a thread, not in the event loop
         )
@@ -81,14 +81,14 @@ class SsmKey:
         # All mutable state.
         self._value: bytes | None = None
         self._client: Any = None
-        self._task_group: TaskGroup | None = None  # owns every reading but the first
-        self._reading: anyio.Event | None = None  # set when the reading under way is over
+        self._task_group: TaskGroup | None = None  # owns every read but the first
+        self._reading: anyio.Event | None = None  # set when the read in progress has ended
         self._failures = 0
         self._wrong_keys_count_from = float("-inf")
 
     @property
     def value(self) -> bytes | None:
-        """The key as it was last read, in the form of `header_bytes`, or None before the first time."""
+        """The key of the last read, in the form of `header_bytes`; None before the first read."""
         return self._value
 
     @asynccontextmanager
@@ -115,9 +115,9 @@ class SsmKey:
                 await client.__aexit__(None, None, None)
 
     async def refresh(self) -> None:
-        """Wait until the key is read again, because of a request with another one; at most `READ_S` seconds.
+        """Read the key again, because of a request with another key; takes at most `READ_S` seconds.
 
-        Does nothing within `WRONG_KEY_INTERVAL_S` of the last time that it had the key read. Raises nothing.
+        Does nothing within `WRONG_KEY_INTERVAL_S` of the last read that it caused. Raises nothing.
         """
         if self._task_group is None:
             return
@@ -136,7 +136,7 @@ class SsmKey:
                 await self._start_reading(self._task_group).wait()
 
     def _start_reading(self, task_group: TaskGroup) -> anyio.Event:
-        """One reading for all who want one; in a task of its own, since any of them may be cancelled."""
+        """Start a read, unless one is in progress; in a task of its own, since callers may be cancelled."""
         if self._reading is None:
             self._reading = anyio.Event()
             task_group.start_soon(self._read_again, self._reading)
@@ -168,7 +168,7 @@ class SsmKey:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn whatever goes wrong between us and AWS into a `LoadError` that says where, why, and the remedy."""
+        """Turn every error of a call of AWS into a `LoadError` that names the parameter, the reason and the remedy."""
         try:
             yield
         except Exception as error:
