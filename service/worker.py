@@ -1,4 +1,4 @@
-"""The worker: one pipeline, its scheduler and its jobs, without any knowledge of HTTP or Modal."""
+"""The worker: one pipeline, its scheduler and its jobs. It knows neither HTTP nor Modal."""
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
@@ -31,7 +31,8 @@ from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
 
-STUCK_THREADS_OF_A_BROKEN_PIPELINE = 3
+MAX_STUCK_THREADS = 3
+"""Threads stuck in batches that hang with which a worker is broken."""
 BATCHES_IN_THE_JOB_WINDOW = 16
 
 
@@ -49,17 +50,17 @@ def batch_policy(config: BatchConfig) -> BatchPolicy:
 
 
 class InferenceWorker(AsyncContextManagerMixin):
-    """Runs a pipeline on batches of what many callers send one by one.
+    """Runs a pipeline on batches of the items that many callers send one by one.
 
-    Use it as an async context manager (asyncio or trio), in the task that will also leave it; leaving it finishes what
+    Use it as an async context manager (asyncio or trio), entered and left in the same task; leaving it finishes what
     was accepted. Without `settings` it runs on their defaults, with jobs kept in memory and no queue. `queue_backend`
-    goes before the one that the settings name; a `job_store`, not yet open, is opened and closed by the worker.
-    Workers in one process share jobs and deliveries by an open `jobs`, in place of these two.
+    replaces the one that the settings name; a `job_store`, not yet open, is opened and closed by the worker. Workers in
+    one process share jobs and deliveries by an open `jobs`, in place of these two.
 
-    Items are models of the kind that `input_model` says (by default the pipeline's own `input_model`), or mappings,
-    which are validated: pydantic's `ValidationError` is raised before anything is queued. On entering, the pipeline's
-    warm-up runs, and what its batches cost is read or measured, as the settings say; without `calibrate` it is not
-    measured, for uses too short to be worth it. `on_batch` is called in the event loop with the record of each batch.
+    Items are instances of `input_model` (by default the pipeline's own), or mappings, which are validated: pydantic's
+    `ValidationError` is raised before anything is queued. On entering, the pipeline's warm-up runs, and the costs of
+    its batches are read or measured, as the settings say; without `calibrate` they are not measured, which suits short
+    uses. `on_batch` is called in the event loop with the record of each batch.
 
     What the pipeline raises is logged with its traceback, once a minute for each distinct error.
     """
@@ -184,21 +185,21 @@ class InferenceWorker(AsyncContextManagerMixin):
         return await self._jobs.replay(job_ids)
 
     def statistics(self) -> SchedulerStatistics:
-        """An immutable snapshot of what is waiting, running and done."""
+        """An immutable snapshot of the requests and batches that wait, run and are done."""
         return self._scheduler.statistics()
 
     @property
     def costs(self) -> MeasuredCostModel:
-        """What batches of this pipeline are known to cost."""
+        """The measured costs of this pipeline's batches."""
         return self._costs.model
 
     @property
     def is_broken(self) -> bool:
-        """Whether this process should be replaced: so many batches hang past their timeout, or the scheduler broke."""
-        return self._scheduler.is_broken or self._scheduler.stuck_threads >= STUCK_THREADS_OF_A_BROKEN_PIPELINE
+        """Whether this process should be replaced: too many batches hang past their timeout, or the scheduler broke."""
+        return self._scheduler.is_broken or self._scheduler.stuck_threads >= MAX_STUCK_THREADS
 
     async def wait_until_broken(self) -> None:
-        """Wait until the scheduler breaks, after which nothing runs any more, if it ever does."""
+        """Wait until the scheduler breaks: then nothing runs any more. It may never return."""
         await self._scheduler.wait_until_broken()
 
     def _on_batch(self, record: BatchRecord) -> None:
@@ -217,7 +218,7 @@ class InferenceWorker(AsyncContextManagerMixin):
 
 
 class _Engine:
-    """Runs stored jobs by the worker's scheduler."""
+    """Runs stored jobs in the worker's scheduler."""
 
     def __init__(
         self,

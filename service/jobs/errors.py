@@ -81,7 +81,7 @@ class JobStoreSchemaError(JobStoreError):
 
 
 class JobStoreUnavailableError(JobStoreError):
-    """Raised when the database cannot be opened, read or written: a full disk, a lock of another program, a damaged file.
+    """Raised when the database cannot be opened, read or written: a full disk, a locked or damaged file.
 
     The store stays open: the next operation may succeed once the cause is gone.
     """
