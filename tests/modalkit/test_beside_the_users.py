@@ -1,4 +1,4 @@
-"""modalkit, installed from its wheel, beside a project whose packages have the names of modalkit's own."""
+"""modalkit, installed, beside a project whose packages have the names of modalkit's own."""
 
 import os
 import subprocess
@@ -79,19 +79,33 @@ model_settings:
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a virtual environment that has modalkit's wheel, and beside it what modalkit depends on."""
-    folder = tmp_path_factory.mktemp("installed")
-    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+def install(target: str, folder: Path) -> Path:
+    """The Python of a virtual environment that has modalkit, and what modalkit depends on."""
+    build = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
     subprocess.run(build, check=True, cwd=ROOT, capture_output=True)
     venv.create(folder / "venv", symlinks=True)
     (site_packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
-    with ZipFile(next(folder.glob("*.whl"))) as wheel:  # a wheel of nothing but Python is installed by unpacking it
-        wheel.extractall(site_packages)
+    with ZipFile(next(folder.glob("*.whl"))) as archive:  # a wheel of nothing but Python is installed by unpacking it
+        archive.extractall(site_packages)
     dependencies = [path for path in sys.path if Path(path).name == "site-packages"]
     (site_packages / "dependencies.pth").write_text("\n".join(dependencies))
     return folder / "venv" / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install("wheel", tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install("wheel:editable", tmp_path_factory.mktemp("editable"))
+
+
+@pytest.fixture(params=["wheel", "editable"])
+def installed(request: pytest.FixtureRequest) -> Path:
+    python: Path = request.getfixturevalue(request.param)
+    return python
 
 
 @pytest.fixture
@@ -117,8 +131,8 @@ def python(installed: Path, project: Path) -> Python:
     return run
 
 
-def test_the_wheel_holds_one_package_with_its_data(installed: Path) -> None:
-    (site_packages,) = installed.parent.parent.glob("lib/python*/site-packages")
+def test_the_wheel_holds_one_package_with_its_data(wheel: Path) -> None:
+    (site_packages,) = wheel.parent.parent.glob("lib/python*/site-packages")
     folders = {path.name for path in site_packages.iterdir() if path.is_dir()}
     assert {name for name in folders if not name.endswith(".dist-info")} == {"modalkit"}
     for needed in (
@@ -153,7 +167,7 @@ def test_a_misspelt_module_of_the_users_package_is_named(python: Python, project
 
 def test_under_uvicorn(installed: Path, project: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MODAL"))}
-    command = [installed, "-m", "uvicorn", "service.web:app", "--port", "0"]
+    command = [str(installed), "-m", "uvicorn", "service.web:app", "--port", "0"]
     with subprocess.Popen(command, cwd=project, env=environ, text=True, stderr=subprocess.PIPE) as server:
         try:
             assert server.stderr is not None
@@ -177,6 +191,14 @@ def test_the_image_on_modal_has_both(python: Python, project: Path) -> None:
         for step in yaml.safe_load(done.stdout)["image"]
         if "add_local_dir" in step
     }
-    assert set(copied) == {"/root/modalkit", "/root/service"}
-    assert copied["/root/service"] == project / "service"
-    assert (copied["/root/modalkit"] / "service" / "worker.py").is_file()
+    own = {remote: local for remote, local in copied.items() if Path(remote).is_relative_to("/root/modalkit")}
+    assert {remote: local for remote, local in copied.items() if remote not in own} == {
+        "/root/service": project / "service"
+    }
+    for needed in ("__init__.py", "batching/scheduler.py", "service/worker.py"):
+        folders = [
+            local / Path("/root/modalkit", needed).relative_to(remote)
+            for remote, local in own.items()
+            if Path("/root/modalkit", needed).is_relative_to(remote)
+        ]
+        assert any(file.is_file() for file in folders), needed
