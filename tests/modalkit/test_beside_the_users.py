@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import venv
 from collections.abc import Callable
 from pathlib import Path
@@ -79,14 +80,21 @@ model_settings:
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def build(target: str, source: Path, folder: Path) -> Path:
+    """What hatchling makes of `source`, in `folder`."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
+    subprocess.run(command, check=True, cwd=source, capture_output=True)
+    (made,) = folder.glob("*.tar.gz" if target == "sdist" else "*.whl")
+    return made
+
+
 def install(target: str, folder: Path) -> Path:
     """The Python of a virtual environment that has modalkit, and what modalkit depends on."""
-    build = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", str(folder)]
-    subprocess.run(build, check=True, cwd=ROOT, capture_output=True)
+    made = build(target, ROOT, folder)
     venv.create(folder / "venv", symlinks=True)
     (site_packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
-    with ZipFile(next(folder.glob("*.whl"))) as archive:  # a wheel of nothing but Python is installed by unpacking it
-        archive.extractall(site_packages)
+    with ZipFile(made) as archive:  # a wheel of nothing but Python is installed by unpacking it
+        archive.extractall(site_packages)  # noqa: S202  # just built
     dependencies = [path for path in sys.path if Path(path).name == "site-packages"]
     (site_packages / "dependencies.pth").write_text("\n".join(dependencies))
     return folder / "venv" / "bin" / "python"
@@ -143,6 +151,17 @@ def test_the_wheel_holds_one_package_with_its_data(wheel: Path) -> None:
         "service/cli/main.py",
     ):
         assert (site_packages / "modalkit" / needed).is_file()
+
+
+def test_the_source_distribution_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    with tarfile.open(build("sdist", ROOT, tmp_path)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    with ZipFile(build("wheel", source, tmp_path)) as archive_again:
+        made_again = set(archive_again.namelist())
+    (from_checkout,) = wheel.parents[2].glob("*.whl")
+    with ZipFile(from_checkout) as archive_first:
+        assert set(archive_first.namelist()) == made_again
 
 
 @pytest.mark.parametrize("arguments", [("-m", "pytest"), ("-m", "pytest", "--import-mode=importlib")])
