@@ -62,7 +62,8 @@ class InferenceWorker(AsyncContextManagerMixin):
     its batches are read or measured, as the settings say; without `calibrate` they are not measured, which suits short
     uses. `on_batch` is called in the event loop with the record of each batch.
 
-    What the pipeline raises is logged with its traceback, once a minute for each distinct error.
+    What the pipeline raises is logged with its traceback, once a minute for each distinct error. `log_failures` False
+    is for callers that report each error themselves.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         input_model: type[BaseModel] | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
         calibrate: bool = True,
+        log_failures: bool = True,
     ) -> None:
         app_settings = AppSettings() if settings is None else settings.app_settings
         batch_config = app_settings.batch_config
@@ -84,8 +86,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         self.input_model = input_model or pipeline.input_model
         self._owns_jobs = jobs is None
         self._jobs = jobs or make_job_manager(settings, queue_backend, job_store)
-        self._log_failures = FailureLog(self.model_name)
-        self._record_batch = on_batch
+        self._sinks: list[Callable[[BatchRecord], None]] = [FailureLog(self.model_name)] if log_failures else []
+        self._sinks += [] if on_batch is None else [on_batch]
         self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
         self._scheduler: BatchScheduler[BaseModel, InferenceOutputModel] = BatchScheduler(
             run_batch_of(pipeline),
@@ -203,9 +205,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         await self._scheduler.wait_until_broken()
 
     def _on_batch(self, record: BatchRecord) -> None:
-        self._log_failures(record)
-        if self._record_batch is not None:
-            self._record_batch(record)
+        for sink in self._sinks:
+            sink(record)
 
     def _validated(self, item: BaseModel | Mapping[str, Any]) -> BaseModel:
         return item if isinstance(item, BaseModel) else self.input_model.model_validate(item)

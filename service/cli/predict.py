@@ -181,7 +181,9 @@ class _Run:
         chunk_size = min(MAX_CHUNK_ITEMS, self._settings.app_settings.batch_config.max_queue_size // MAX_CHUNKS)
         async with (
             JobManager(MemoryJobStore()) as jobs,
-            InferenceWorker(pipeline, settings=self._settings, jobs=jobs, calibrate=False) as worker,
+            InferenceWorker(
+                pipeline, settings=self._settings, jobs=jobs, calibrate=False, log_failures=False
+            ) as worker,
             plain_task_group() as task_group,
         ):
             started_s = time.perf_counter()
