@@ -30,14 +30,14 @@ soak: $(VENV)/.installed-dev  ## Kill the service 20 times during 10,000 jobs, a
 	@$(BIN)/python -m tests.faults.soak
 
 bench: $(VENV)/.installed-dev  ## Measure, beside what each figure is compared to (about 15 minutes on 2 cores)
-	@$(BIN)/python -m benchmarks.report
+	@$(BIN)/python -m modalkit.benchmarks.report
 
 format: $(VENV)/.installed-dev  ## Put the code into its standard form
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 train: $(VENV)/.installed  ## Train the bundled model anew (about 15 minutes on 2 cores)
-	@$(BIN)/python -m pipelines.training train
+	@$(BIN)/python -m modalkit.pipelines.training train
 
 clean:  ## Remove the virtual environment and all caches
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

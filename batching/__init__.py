@@ -1,7 +1,7 @@
 """Dynamic batching: a bounded queue, a policy that forms batches by predicted cost, a shell that runs them (anyio)."""
 
-from batching.cost import CostModel, PaddedCostModel
-from batching.errors import (
+from modalkit.batching.cost import CostModel, PaddedCostModel
+from modalkit.batching.errors import (
     BatchingError,
     BatchTimeoutError,
     DeadlineExceededError,
@@ -11,15 +11,15 @@ from batching.errors import (
     RequestTooLargeError,
     SchedulerClosedError,
 )
-from batching.measured_cost import CostFeature, MeasuredCostModel
-from batching.planner import BatchPlanner
-from batching.policy import Batch, BatchPolicy, Decision, DispatchReason
-from batching.queue import RequestQueue
-from batching.records import BatchRecord
-from batching.request import Failure, Outcome, Priority, Request, Success
-from batching.scheduler import BatchScheduler
-from batching.stages import RunBatch, Stages, StageSeconds
-from batching.statistics import SchedulerStatistics
+from modalkit.batching.measured_cost import CostFeature, MeasuredCostModel
+from modalkit.batching.planner import BatchPlanner
+from modalkit.batching.policy import Batch, BatchPolicy, Decision, DispatchReason
+from modalkit.batching.queue import RequestQueue
+from modalkit.batching.records import BatchRecord
+from modalkit.batching.request import Failure, Outcome, Priority, Request, Success
+from modalkit.batching.scheduler import BatchScheduler
+from modalkit.batching.stages import RunBatch, Stages, StageSeconds
+from modalkit.batching.statistics import SchedulerStatistics
 
 __all__ = [
     "Batch",

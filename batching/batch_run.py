@@ -7,16 +7,16 @@ from typing import Generic, TypeVar
 
 import anyio
 
-from batching.errors import BatchingError, BatchTimeoutError, DeadlineExceededError
-from batching.execution import BatchYieldedError, Executor, Progress
-from batching.group_testing import FailureHistory, GroupTest
-from batching.pending import Pending
-from batching.planner import BatchPlanner
-from batching.policy import Batch
-from batching.records import BatchRecord
-from batching.request import Failure, Success
-from batching.stages import StageSeconds, StageShares
-from batching.statistics import Telemetry
+from modalkit.batching.errors import BatchingError, BatchTimeoutError, DeadlineExceededError
+from modalkit.batching.execution import BatchYieldedError, Executor, Progress
+from modalkit.batching.group_testing import FailureHistory, GroupTest
+from modalkit.batching.pending import Pending
+from modalkit.batching.planner import BatchPlanner
+from modalkit.batching.policy import Batch
+from modalkit.batching.records import BatchRecord
+from modalkit.batching.request import Failure, Success
+from modalkit.batching.stages import StageSeconds, StageShares
+from modalkit.batching.statistics import Telemetry
 
 logger = logging.getLogger(__name__)
 

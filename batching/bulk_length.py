@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from batching.policy import Batch
+from modalkit.batching.policy import Batch
 
 COST_ALLOWED = 0.03  # of the bulk throughput
 SMOOTHING = 1 / 32

@@ -7,7 +7,7 @@ from statistics import median_low
 from time import perf_counter
 from typing import Generic, TypeVar
 
-from batching.request import LARGEST_SIZE
+from modalkit.batching.request import LARGEST_SIZE
 
 T = TypeVar("T")
 

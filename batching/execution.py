@@ -10,10 +10,16 @@ from typing import Any, Generic, TypeVar, cast
 
 import anyio
 
-from batching.errors import BatchTimeoutError, InputsMovedError, OutputCountError, SchedulerClosedError, text_of
-from batching.stages import RunBatch, Stages, StageSeconds
-from batching.task_groups import without_foreign_cancellation
-from batching.threads import DedicatedThread
+from modalkit.batching.errors import (
+    BatchTimeoutError,
+    InputsMovedError,
+    OutputCountError,
+    SchedulerClosedError,
+    text_of,
+)
+from modalkit.batching.stages import RunBatch, Stages, StageSeconds
+from modalkit.batching.task_groups import without_foreign_cancellation
+from modalkit.batching.threads import DedicatedThread
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from itertools import accumulate, takewhile
 from operator import attrgetter
 from typing import Generic
 
-from batching.ceiling import Ceiling
-from batching.cost import CostModel
-from batching.measured_cost import MeasuredCostModel
-from batching.policy import Batch, BatchPolicy, DispatchReason
-from batching.queue import RequestQueue, RequestT, size_bucket
-from batching.request import Priority
+from modalkit.batching.ceiling import Ceiling
+from modalkit.batching.cost import CostModel
+from modalkit.batching.measured_cost import MeasuredCostModel
+from modalkit.batching.policy import Batch, BatchPolicy, DispatchReason
+from modalkit.batching.queue import RequestQueue, RequestT, size_bucket
+from modalkit.batching.request import Priority
 
 EXACT_UP_TO = 32  # waiting requests, the best of all partitions is found: a tenth of a millisecond for 16, half for 32
 EVEN = 1 + 1e-9  # where requests only add up, rounding must not decide whether they may run together

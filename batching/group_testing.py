@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from batching.failure_rate import FailureRate
+from modalkit.batching.failure_rate import FailureRate
 
 T = TypeVar("T")
 

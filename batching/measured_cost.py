@@ -6,10 +6,10 @@ from enum import StrEnum
 from statistics import median
 from typing import Any
 
-from batching.cost import PaddedCostModel
-from batching.deviations import Deviations
-from batching.least_squares import NormalEquations
-from batching.queue import size_bucket
+from modalkit.batching.cost import PaddedCostModel
+from modalkit.batching.deviations import Deviations
+from modalkit.batching.least_squares import NormalEquations
+from modalkit.batching.queue import size_bucket
 
 STATE_VERSION = 2
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from batching.errors import text_of
-from batching.request import LARGEST_SIZE, Outcome, Priority, Request
-from batching.wakeup import Wakeup
+from modalkit.batching.errors import text_of
+from modalkit.batching.request import LARGEST_SIZE, Outcome, Priority, Request
+from modalkit.batching.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Generic
 
-from batching.arrivals import Arrivals
-from batching.bulk_length import BulkLength
-from batching.ceiling import Ceiling
-from batching.cost import CostModel
-from batching.exploration import Exploration
-from batching.forming import BatchFormer
-from batching.policy import Batch, BatchPolicy, Decision, DispatchReason
-from batching.queue import RequestQueue, RequestT
-from batching.request import Priority
+from modalkit.batching.arrivals import Arrivals
+from modalkit.batching.bulk_length import BulkLength
+from modalkit.batching.ceiling import Ceiling
+from modalkit.batching.cost import CostModel
+from modalkit.batching.exploration import Exploration
+from modalkit.batching.forming import BatchFormer
+from modalkit.batching.policy import Batch, BatchPolicy, Decision, DispatchReason
+from modalkit.batching.queue import RequestQueue, RequestT
+from modalkit.batching.request import Priority
 
 COMPANIONS_SHARE = 0.8  # bulk companions may make an interactive batch this share of the longest bulk batch
 NEARLY_FREE_FACTOR = 1.1  # or, if that is longer, this many times what the batch takes without them

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Generic
 
-from batching.queue import RequestT
-from batching.request import Priority
+from modalkit.batching.queue import RequestT
+from modalkit.batching.request import Priority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

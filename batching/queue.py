@@ -13,8 +13,8 @@ from itertools import count, islice
 from operator import attrgetter
 from typing import Generic, TypeVar
 
-from batching.errors import QueueFullError
-from batching.request import Priority, Request
+from modalkit.batching.errors import QueueFullError
+from modalkit.batching.request import Priority, Request
 
 BUCKETS_PER_OCTAVE = 16
 LARGEST_SMALL_SIZE = 2048

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from batching.policy import DispatchReason
-from batching.request import Priority
+from modalkit.batching.policy import DispatchReason
+from modalkit.batching.request import Priority
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,26 +13,26 @@ import anyio
 from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint, current_token
 
-from batching.batch_run import CALLER_GONE, BatchRunner
-from batching.cost import CostModel
-from batching.errors import (
+from modalkit.batching.batch_run import CALLER_GONE, BatchRunner
+from modalkit.batching.cost import CostModel
+from modalkit.batching.errors import (
     DeadlineExceededError,
     QueueFullError,
     RequestTooLargeError,
     SchedulerClosedError,
     text_of,
 )
-from batching.execution import Executor, Progress
-from batching.measured_cost import MeasuredCostModel
-from batching.pending import ItemSizes, Listener, Pending, Waiter
-from batching.planner import BatchPlanner
-from batching.policy import Batch, BatchPolicy, Decision
-from batching.records import BatchRecord
-from batching.request import LARGEST_SIZE, Failure, Outcome, Priority, Success
-from batching.stages import RunBatch
-from batching.statistics import SchedulerStatistics
-from batching.task_groups import plain_task_group
-from batching.wakeup import Sleepers, asyncio_loop
+from modalkit.batching.execution import Executor, Progress
+from modalkit.batching.measured_cost import MeasuredCostModel
+from modalkit.batching.pending import ItemSizes, Listener, Pending, Waiter
+from modalkit.batching.planner import BatchPlanner
+from modalkit.batching.policy import Batch, BatchPolicy, Decision
+from modalkit.batching.records import BatchRecord
+from modalkit.batching.request import LARGEST_SIZE, Failure, Outcome, Priority, Success
+from modalkit.batching.stages import RunBatch
+from modalkit.batching.statistics import SchedulerStatistics
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.batching.wakeup import Sleepers, asyncio_loop
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from batching.errors import DeadlineExceededError
-from batching.records import BatchRecord
-from batching.request import Failure, Priority
+from modalkit.batching.errors import DeadlineExceededError
+from modalkit.batching.records import BatchRecord
+from modalkit.batching.request import Failure, Priority
 
 LATENCIES_KEPT = 4096
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
-from batching.errors import BatchingError
+from modalkit.batching.errors import BatchingError
 
 T = TypeVar("T")
 

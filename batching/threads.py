@@ -7,8 +7,8 @@ from typing import Generic, TypeVar
 
 from anyio.lowlevel import EventLoopToken, current_token
 
-from batching.errors import text_of
-from batching.wakeup import Wakeup, asyncio_loop
+from modalkit.batching.errors import text_of
+from modalkit.batching.wakeup import Wakeup, asyncio_loop
 
 T = TypeVar("T")
 

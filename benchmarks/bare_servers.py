@@ -11,8 +11,8 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from taskiq_redis import RedisStreamBroker
 
-from benchmarks.nothing import Text
-from pipelines import AsyncInputModel, AsyncOutputModel
+from modalkit.benchmarks.nothing import Text
+from modalkit.pipelines import AsyncInputModel, AsyncOutputModel
 
 REDIS_URL = os.environ.get("BENCHMARK_REDIS_URL", "redis://localhost:6379")
 QUEUE = "results"

@@ -1,7 +1,7 @@
-"""The worker with the bundled model; see `benchmarks.end_to_end`."""
+"""The worker with the bundled model; see `modalkit.benchmarks.end_to_end`."""
 
-from benchmarks.conftest import MeasureStudy
-from benchmarks.report import StudyName, make_study
+from modalkit.benchmarks.conftest import MeasureStudy
+from modalkit.benchmarks.report import StudyName, make_study
 
 
 def test_the_worker_reaches_the_offline_limit(measure_study: MeasureStudy) -> None:

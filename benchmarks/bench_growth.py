@@ -1,7 +1,7 @@
-"""How the time for one request grows with the queue; see `benchmarks.growth`."""
+"""How the time for one request grows with the queue; see `modalkit.benchmarks.growth`."""
 
-from benchmarks.conftest import MeasureStudy
-from benchmarks.report import StudyName, make_study
+from modalkit.benchmarks.conftest import MeasureStudy
+from modalkit.benchmarks.report import StudyName, make_study
 
 
 def test_a_long_queue_makes_no_request_expensive(measure_study: MeasureStudy) -> None:

@@ -1,7 +1,7 @@
-"""What the scheduler itself costs; see `benchmarks.overhead`."""
+"""What the scheduler itself costs; see `modalkit.benchmarks.overhead`."""
 
-from benchmarks.conftest import MeasureStudy
-from benchmarks.report import StudyName, make_study
+from modalkit.benchmarks.conftest import MeasureStudy
+from modalkit.benchmarks.report import StudyName, make_study
 
 
 def test_the_scheduler_costs_little(measure_study: MeasureStudy) -> None:

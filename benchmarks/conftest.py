@@ -6,8 +6,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
-from benchmarks.measurement import Study
-from benchmarks.report import figures_table
+from modalkit.benchmarks.measurement import Study
+from modalkit.benchmarks.report import figures_table
 
 MeasureStudy = Callable[[Study], None]
 

@@ -10,10 +10,10 @@ import anyio
 import numpy as np
 from pydantic import BaseModel
 
-from batching import Priority
-from benchmarks.baselines import fixed_window, queue_and_thread
-from benchmarks.drivers import Call, open_loop, timed_s, work_off
-from benchmarks.in_process import (
+from modalkit.batching import Priority
+from modalkit.benchmarks.baselines import fixed_window, queue_and_thread
+from modalkit.benchmarks.drivers import Call, open_loop, timed_s, work_off
+from modalkit.benchmarks.in_process import (
     BundledPipeline,
     Records,
     arrival_order_scheduler,
@@ -22,7 +22,7 @@ from benchmarks.in_process import (
     run_sorted,
     worker_of,
 )
-from benchmarks.measurement import Figure, Rounds, in_own_thread
+from modalkit.benchmarks.measurement import Figure, Rounds, in_own_thread
 
 OFFLINE_BATCH_SIZES = (4, 8, 16, 32, 64)
 CALLERS = 64

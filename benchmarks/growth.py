@@ -8,10 +8,10 @@ from functools import partial
 import anyio
 import numpy as np
 
-from batching import BatchPlanner, BatchPolicy, BatchScheduler, MeasuredCostModel, PaddedCostModel, Request
-from benchmarks.measurement import Figure, Rounds
-from benchmarks.overhead import do_nothing
-from benchmarks.simulate.workload import draw_sizes
+from modalkit.batching import BatchPlanner, BatchPolicy, BatchScheduler, MeasuredCostModel, PaddedCostModel, Request
+from modalkit.benchmarks.measurement import Figure, Rounds
+from modalkit.benchmarks.overhead import do_nothing
+from modalkit.benchmarks.simulate.workload import draw_sizes
 
 DEPTHS = (1_000, 10_000, 100_000)
 TAUGHT_BATCHES = 500

@@ -1,7 +1,7 @@
 """Concurrent HTTP clients, one item a request, next to the same server with batches of one.
 
-Run it with ``python -m benchmarks.http_load``; ``--help`` lists the options. The servers are processes of their own,
-``modalkit serve``, one after the other; the clients share this process.
+Run it with ``python -m modalkit.benchmarks.http_load``; ``--help`` lists the options. The servers are processes of
+their own, ``modalkit serve``, one after the other; the clients share this process.
 """
 
 import os
@@ -20,8 +20,8 @@ import anyio
 import httpx
 import typer
 
-from benchmarks.drivers import Call, closed_loop
-from benchmarks.texts import CORPUS, TextsOption, read_texts
+from modalkit.benchmarks.drivers import Call, closed_loop
+from modalkit.benchmarks.texts import CORPUS, TextsOption, read_texts
 
 UNBATCHED = {"MODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_BATCH_SIZE": "1"}
 
@@ -29,7 +29,7 @@ UNBATCHED = {"MODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_BATCH_SIZE": "1"}
 @contextmanager
 def served(variables: dict[str, str]) -> Iterator[str]:
     """The address of a server that is ready; on leaving, it is stopped and its summary printed."""
-    command = [sys.executable, "-P", "-c", "from service.cli import main; main()", "serve", "--port", "0"]
+    command = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port", "0"]
     environment = {"MODALKIT_APP_SETTINGS__ASYNC_CONFIG__STORE": "memory", **os.environ, **variables}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         if process.stderr is None:

@@ -10,14 +10,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from batching import BatchPolicy, BatchRecord, BatchScheduler, Failure, Outcome, PaddedCostModel
-from benchmarks.corpus import mixed_length_texts
-from pipelines import InferenceOutputModel, InferencePipeline
-from pipelines.sentiment import SentimentPipeline, SentimentRequest
-from service.jobs import MemoryJobStore
-from service.pipeline_batches import run_batch_of
-from service.settings import Settings
-from service.worker import InferenceWorker
+from modalkit.batching import BatchPolicy, BatchRecord, BatchScheduler, Failure, Outcome, PaddedCostModel
+from modalkit.benchmarks.corpus import mixed_length_texts
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest
+from modalkit.service.jobs import MemoryJobStore
+from modalkit.service.pipeline_batches import run_batch_of
+from modalkit.service.settings import Settings
+from modalkit.service.worker import InferenceWorker
 
 
 @dataclass(frozen=True, slots=True)

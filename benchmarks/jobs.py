@@ -1,7 +1,7 @@
 """What durable jobs cost, next to a FastAPI service that stores nothing, and next to one that sends TaskIQ tasks.
 
-Run it with ``python -m benchmarks.jobs``; ``--only`` chooses parts. The services are processes of their own with a
-pipeline that does nothing, a SQLite store with full synchronisation, and a Redis server of their own.
+Run it with ``python -m modalkit.benchmarks.jobs``; ``--only`` chooses parts. The services are processes of their own
+with a pipeline that does nothing, a SQLite store with full synchronisation, and a Redis server of their own.
 """
 
 import json
@@ -22,8 +22,8 @@ import redis
 import typer
 import uvloop
 
-from benchmarks.raw_http import post_all
-from benchmarks.redis_server import RedisServer
+from modalkit.benchmarks.raw_http import post_all
+from modalkit.benchmarks.redis_server import RedisServer
 
 TEXT = "The room was clean and the staff could not have been kinder to us."
 JOB = json.dumps(
@@ -40,10 +40,10 @@ app_settings:
   queue_config: {{backend: {backend}, broker_url: "{redis_url}"}}
 model_settings:
   model_entries:
-    nothing: {{pipeline: "benchmarks.nothing:{pipeline}"}}
+    nothing: {{pipeline: "modalkit.benchmarks.nothing:{pipeline}"}}
 """
-SERVE = [sys.executable, "-P", "-c", "from service.cli import main; main()", "serve", "--port", "0"]
-BARE = [sys.executable, "-m", "uvicorn", "benchmarks.bare_servers:app", "--no-access-log", "--port", "0"]
+SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port", "0"]
+BARE = [sys.executable, "-m", "uvicorn", "modalkit.benchmarks.bare_servers:app", "--no-access-log", "--port", "0"]
 LIST_LENGTH = 1000
 CLIENTS = 64
 LIST_CLIENTS = 4

@@ -1,9 +1,9 @@
 """Single callers over a backlog of jobs, over HTTP, with the bundled model: what each costs the other.
 
-Run it with ``python -m benchmarks.mixed_load``; ``--help`` lists the options. Each rate is measured without jobs and
-over a backlog, in turns with jobs alone; the server is a process of its own, the clients share this one. HTTP and the
-clients need the same cores as the model, so each rate is measured too with a model that does nothing: the jobs that end
-meanwhile are what no scheduler can exceed.
+Run it with ``python -m modalkit.benchmarks.mixed_load``; ``--help`` lists the options. Each rate is measured without
+jobs and over a backlog, in turns with jobs alone; the server is a process of its own, the clients share this one.
+HTTP and the clients need the same cores as the model, so each rate is measured too with a model that does nothing:
+the jobs that end meanwhile are what no scheduler can exceed.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 import typer
 import uvloop
 
-from benchmarks.jobs import metric, rate, serving
-from benchmarks.texts import CORPUS, TextsOption, read_texts
+from modalkit.benchmarks.jobs import metric, rate, serving
+from modalkit.benchmarks.texts import CORPUS, TextsOption, read_texts
 
 CONFIGURATION = """
 app_settings:
@@ -30,8 +30,8 @@ app_settings:
   queue_config: {backend: none}
 model_settings:
   model_entries:
-    sentiment: {pipeline: "pipelines.sentiment:SentimentPipeline", model_path: bundled}
-    nothing: {pipeline: "benchmarks.nothing:NothingPipeline"}
+    sentiment: {pipeline: "modalkit.pipelines.sentiment:SentimentPipeline", model_path: bundled}
+    nothing: {pipeline: "modalkit.benchmarks.nothing:NothingPipeline"}
 """
 NOTHING = "?model_name=nothing"
 LIST_LENGTH = 1000

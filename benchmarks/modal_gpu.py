@@ -1,4 +1,4 @@
-"""The deployed service class on several GPU types: ``modal run -m benchmarks.modal_gpu``; see the README beside this.
+"""The deployed class on several GPU types: ``modal run -m modalkit.benchmarks.modal_gpu``; see the README beside this.
 
 Each GPU type with each batch limit is a variant of the class with one container, which Modal scales apart from the
 deployed ones and from all others: what it is put through disturbs no traffic, and none of that is in its figures. The
@@ -17,14 +17,14 @@ from typing import Any
 import modal
 from rich.console import Console
 
-from benchmarks.containers.load import Target, measure_variant
-from benchmarks.containers.matrix import Load, Variant, VariantResult, parse_matrix
-from benchmarks.containers.report import Results
-from benchmarks.corpus import mixed_length_texts
-from service.errors import describe_error
-from service.on_modal.config import ModalConfig
-from service.on_modal.lists import LISTS_IN_FLIGHT
-from service.on_modal.remote import ModalRemoteService, RemoteService
+from modalkit.benchmarks.containers.load import Target, measure_variant
+from modalkit.benchmarks.containers.matrix import Load, Variant, VariantResult, parse_matrix
+from modalkit.benchmarks.containers.report import Results
+from modalkit.benchmarks.corpus import mixed_length_texts
+from modalkit.service.errors import describe_error
+from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.lists import LISTS_IN_FLIGHT
+from modalkit.service.on_modal.remote import ModalRemoteService, RemoteService
 
 IDLE_S = 20
 """How long a container stays after its last cell: paid for, and of no use."""

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 
 
 class Text(BaseModel):

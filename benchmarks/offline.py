@@ -1,6 +1,6 @@
 """A list of texts through the scheduler, next to a plain loop over the same pipeline in batches in arrival order.
 
-Run it with ``python -m benchmarks.offline``; ``--help`` lists the options.
+Run it with ``python -m modalkit.benchmarks.offline``; ``--help`` lists the options.
 """
 
 import statistics
@@ -12,15 +12,15 @@ import anyio
 import typer
 from pydantic import BaseModel
 
-from batching import Failure, Priority, SchedulerStatistics
-from benchmarks.measurement import in_own_thread
-from benchmarks.texts import CORPUS, TextsOption, read_texts
-from pipelines import InferencePipeline
-from service.cli.common import ConfigFiles, model_source
-from service.jobs import MemoryJobStore
-from service.jobs.manager import JobManager
-from service.settings import Settings
-from service.worker import InferenceWorker
+from modalkit.batching import Failure, Priority, SchedulerStatistics
+from modalkit.benchmarks.measurement import in_own_thread
+from modalkit.benchmarks.texts import CORPUS, TextsOption, read_texts
+from modalkit.pipelines import InferencePipeline
+from modalkit.service.cli.common import ConfigFiles, model_source
+from modalkit.service.jobs import MemoryJobStore
+from modalkit.service.jobs.manager import JobManager
+from modalkit.service.settings import Settings
+from modalkit.service.worker import InferenceWorker
 
 LOOP_BATCH = 32
 

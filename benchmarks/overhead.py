@@ -7,10 +7,10 @@ from functools import partial
 import anyio
 from batched import aio  # type: ignore[import-untyped]  # the package has no type information
 
-from batching import BatchPolicy, BatchScheduler
-from benchmarks.baselines import Gather, queue_and_thread, what_waits
-from benchmarks.drivers import Call, timed_s, work_off
-from benchmarks.measurement import Figure, Rounds
+from modalkit.batching import BatchPolicy, BatchScheduler
+from modalkit.benchmarks.baselines import Gather, queue_and_thread, what_waits
+from modalkit.benchmarks.drivers import Call, timed_s, work_off
+from modalkit.benchmarks.measurement import Figure, Rounds
 
 CALLERS = 1_000
 # A batch costs every contender a visit to a thread. The larger ones leave what each item costs, the smaller ones are

@@ -1,4 +1,4 @@
-"""All measurements with their targets, in one table: ``python -m benchmarks.report``; ``--help`` lists the options."""
+"""All measurements with their targets, in one table: ``python -m modalkit.benchmarks.report``, see its ``--help``."""
 
 import json
 import os
@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measurement import Figure, Study
-from service.version import VERSION
+from modalkit.benchmarks.measurement import Figure, Study
+from modalkit.service.version import VERSION
 
 DEFAULT_TEXTS = 2_000
 
@@ -32,15 +32,15 @@ class StudyName(StrEnum):
 def make_study(name: StudyName, texts: int = DEFAULT_TEXTS) -> Study:
     """The study of that name; `texts` limits the texts of the one that runs the model."""
     if name is StudyName.OVERHEAD:
-        from benchmarks.overhead import OverheadStudy
+        from modalkit.benchmarks.overhead import OverheadStudy
 
         return OverheadStudy()
     if name is StudyName.GROWTH:
-        from benchmarks.growth import GrowthStudy
+        from modalkit.benchmarks.growth import GrowthStudy
 
         return GrowthStudy()
-    from benchmarks.end_to_end import EndToEndStudy
-    from benchmarks.in_process import BundledPipeline, corpus_items
+    from modalkit.benchmarks.end_to_end import EndToEndStudy
+    from modalkit.benchmarks.in_process import BundledPipeline, corpus_items
 
     return EndToEndStudy(BundledPipeline(), corpus_items(texts))
 

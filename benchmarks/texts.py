@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.corpus import mixed_length_texts
-from pipelines.training.data import fetch_sentences, load_sentences
+from modalkit.benchmarks.corpus import mixed_length_texts
+from modalkit.pipelines.training.data import fetch_sentences, load_sentences
 
 CORPUS, FILMS = "corpus", "films"
 FILM_REVIEWS = "movieReviewSnippets"

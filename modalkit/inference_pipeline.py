@@ -1,5 +1,5 @@
 """The class that every model is a subclass of."""
 
-from pipelines.inference_pipeline import InferencePipeline
+from modalkit.pipelines.inference_pipeline import InferencePipeline
 
 __all__ = ["InferencePipeline"]

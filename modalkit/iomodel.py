@@ -1,6 +1,6 @@
 """The input and output models that users build on."""
 
-from pipelines.iomodel import (
+from modalkit.pipelines.iomodel import (
     AsyncInputModel,
     AsyncOutputModel,
     DelayedFailureOutputModel,

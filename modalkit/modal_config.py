@@ -1,5 +1,5 @@
 """What a Modal app is made of, from the configuration."""
 
-from service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.config import ModalConfig
 
 __all__ = ["ModalConfig"]

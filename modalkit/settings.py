@@ -1,5 +1,5 @@
 """The configuration."""
 
-from service.settings import Settings
+from modalkit.service.settings import Settings
 
 __all__ = ["Settings"]

@@ -1,6 +1,6 @@
 """Where the results of asynchronous requests can be sent."""
 
-from service.queue_backends import (
+from modalkit.service.queue_backends import (
     InMemoryBackend,
     QueueBackend,
     QueueBackendError,

@@ -1,11 +1,11 @@
 """The model side of modalkit: what a pipeline is, its input and output models, and a sentiment pipeline.
 
-`pipelines.sentiment` is not imported here, because it brings in torch and transformers.
+`modalkit.pipelines.sentiment` is not imported here, because it brings in torch and transformers.
 """
 
-from pipelines.errors import BatchTooLargeError, ModelLoadError, PipelineError
-from pipelines.inference_pipeline import InferencePipeline
-from pipelines.iomodel import (
+from modalkit.pipelines.errors import BatchTooLargeError, ModelLoadError, PipelineError
+from modalkit.pipelines.inference_pipeline import InferencePipeline
+from modalkit.pipelines.iomodel import (
     AnyInput,
     AsyncInputModel,
     AsyncOutputModel,

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from pipelines.errors import ModelLoadError
+from modalkit.pipelines.errors import ModelLoadError
 
 BUNDLED = "bundled"
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
-from pipelines.iomodel import AnyInput, InferenceOutputModel
+from modalkit.pipelines.iomodel import AnyInput, InferenceOutputModel
 
 
 class InferencePipeline(ABC):

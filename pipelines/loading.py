@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from pipelines.classifier_settings import BUNDLED, DEVICE_PATTERN, ClassifierEntry
-from pipelines.errors import ModelLoadError
+from modalkit.pipelines.classifier_settings import BUNDLED, DEVICE_PATTERN, ClassifierEntry
+from modalkit.pipelines.errors import ModelLoadError
 
 BUNDLED_FOLDER = Path(__file__).parent / "sentiment_model"
 DEFAULT_MAX_LENGTH = 512

@@ -8,13 +8,13 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from pipelines.classifier_settings import parse_settings
-from pipelines.errors import ModelLoadError
-from pipelines.inference_pipeline import InferencePipeline
-from pipelines.iomodel import InferenceOutputModel
-from pipelines.loading import Checkpoint, choose_device, dtype_for, load_checkpoint
-from pipelines.token_counter import TokenCounter
-from pipelines.tokenization import TextEncoder
+from modalkit.pipelines.classifier_settings import parse_settings
+from modalkit.pipelines.errors import ModelLoadError
+from modalkit.pipelines.inference_pipeline import InferencePipeline
+from modalkit.pipelines.iomodel import InferenceOutputModel
+from modalkit.pipelines.loading import Checkpoint, choose_device, dtype_for, load_checkpoint
+from modalkit.pipelines.token_counter import TokenCounter
+from modalkit.pipelines.tokenization import TextEncoder
 
 MAX_TEXT_CHARACTERS = 100_000
 

@@ -4,7 +4,7 @@ import re
 from itertools import islice
 from typing import cast
 
-from pipelines.tokenization import TextEncoder
+from modalkit.pipelines.tokenization import TextEncoder
 
 VOCABULARY_WORDS = 20_000
 REMEMBERED_WORDS = 200_000

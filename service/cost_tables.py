@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from batching import MeasuredCostModel
-from pipelines import InferencePipeline
+from modalkit.batching import MeasuredCostModel
+from modalkit.pipelines import InferencePipeline
 
 logger = logging.getLogger(__name__)
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from batching import BatchingError
-from pipelines import PipelineError
+from modalkit.batching import BatchingError
+from modalkit.pipelines import PipelineError
 
 MAX_ERROR_BYTES = 8 * 1024
 """Most bytes of UTF-8 of an error as text: in the store, in messages and in HTTP answers."""

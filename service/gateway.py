@@ -10,16 +10,16 @@ from typing import Protocol, Self
 import anyio
 from pydantic import BaseModel
 
-from batching import Outcome, Priority, SchedulerStatistics
-from batching.task_groups import plain_task_group
-from batching.threads import DedicatedThread
-from pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline, PipelineError
-from service.errors import ServiceError
-from service.jobs import Job, JobCounts, JobFilter, JobPage, JobStore
-from service.loading import LoadError, ModelSource, UnknownModelError, make_job_manager
-from service.queue_backends import QueueBackend
-from service.settings import Settings
-from service.worker import InferenceWorker
+from modalkit.batching import Outcome, Priority, SchedulerStatistics
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.batching.threads import DedicatedThread
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline, PipelineError
+from modalkit.service.errors import ServiceError
+from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage, JobStore
+from modalkit.service.loading import LoadError, ModelSource, UnknownModelError, make_job_manager
+from modalkit.service.queue_backends import QueueBackend
+from modalkit.service.settings import Settings
+from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
 

@@ -5,13 +5,13 @@ import logging
 from anyio import CancelScope, to_thread
 from pydantic import BaseModel
 
-from batching import BatchScheduler, CostFeature, MeasuredCostModel
-from batching.calibration import Calibration, Measurement, undisturbed
-from pipelines import InferenceOutputModel, InferencePipeline
-from service.cost_tables import CostKey, load_costs, save_costs
-from service.errors import describe_error
-from service.pipeline_batches import is_too_large
-from service.settings import BatchConfig
+from modalkit.batching import BatchScheduler, CostFeature, MeasuredCostModel
+from modalkit.batching.calibration import Calibration, Measurement, undisturbed
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.service.cost_tables import CostKey, load_costs, save_costs
+from modalkit.service.errors import describe_error
+from modalkit.service.pipeline_batches import is_too_large
+from modalkit.service.settings import BatchConfig
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from service.errors import ServiceError
+from modalkit.service.errors import ServiceError
 
 
 class AddressError(ServiceError):

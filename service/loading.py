@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from pipelines import InferenceOutputModel, InferencePipeline
-from service.errors import ServiceError, describe_error, error_text
-from service.jobs import JobStore, MemoryJobStore, SqliteJobStore
-from service.jobs.manager import JobManager
-from service.queue_backends import (
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.service.errors import ServiceError, describe_error, error_text
+from modalkit.service.jobs import JobStore, MemoryJobStore, SqliteJobStore
+from modalkit.service.jobs.manager import JobManager
+from modalkit.service.queue_backends import (
     InMemoryBackend,
     QueueBackend,
     QueueBackendError,
@@ -18,7 +18,7 @@ from service.queue_backends import (
     SQSBackend,
     WebhookBackend,
 )
-from service.settings import AsyncConfig, ModelEntry, QueueConfig, Settings
+from modalkit.service.settings import AsyncConfig, ModelEntry, QueueConfig, Settings
 
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ def _make_built_in_backend(config: QueueConfig, name: str) -> QueueBackend:
                 allow_private_addresses=webhook.allow_private_addresses,
             )
         case "taskiq":
-            from service.queue_backends.taskiq import TaskIQBackend  # its library is optional
+            from modalkit.service.queue_backends.taskiq import TaskIQBackend  # its library is optional
 
             return TaskIQBackend(config.broker_url)
         case _:

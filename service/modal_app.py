@@ -1,4 +1,4 @@
-"""The models of the configuration as a Modal app: ``modal deploy -m service.modal_app``, or ``modalkit deploy``.
+"""The configuration's models as a Modal app: ``modal deploy -m modalkit.service.modal_app``, or ``modalkit deploy``.
 
 A class with the GPU, whose containers each run one model, and a web function without one, which gathers requests into
 lists for them.
@@ -7,10 +7,10 @@ lists for them.
 import modal
 from fastapi import FastAPI
 
-from service.loading import LoadError
-from service.on_modal.config import ModalConfig
-from service.on_modal.endpoints import create_web_endpoints
-from service.on_modal.service import ModalService
+from modalkit.service.loading import LoadError
+from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.endpoints import create_web_endpoints
+from modalkit.service.on_modal.service import ModalService
 
 modal_config = ModalConfig()
 models = list(modal_config.model_settings.model_entries)

@@ -5,8 +5,8 @@ from typing import Any, cast
 
 from pydantic_core import from_json, to_json
 
-from pipelines import InferenceOutputModel
-from service.errors import OutputNotJsonError
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.errors import OutputNotJsonError
 
 MAX_DEPTH = 200
 """Objects and lists that JSON readers take inside each other; more are an error to pydantic's."""

@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from batching import RunBatch, Stages
-from batching.execution import run_checked
-from pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline
-from service.errors import ItemRejectedError, PipelineOutputError, error_text
+from modalkit.batching import RunBatch, Stages
+from modalkit.batching.execution import run_checked
+from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline
+from modalkit.service.errors import ItemRejectedError, PipelineOutputError, error_text
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel
 
-from batching import (
+from modalkit.batching import (
     BatchPolicy,
     BatchRecord,
     BatchScheduler,
@@ -20,17 +20,17 @@ from batching import (
     SchedulerStatistics,
     Success,
 )
-from pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
-from service.jobs import Job, JobStore
-from service.jobs.manager import JobManager
-from service.jobs.model import NewJob, json_text, new_job_id
-from service.jobs.queue_rules import QueueNotAllowedError
-from service.jobs.runner import JobOutcome, JobRunner
-from service.learnt_costs import LearntCosts
-from service.loading import make_job_manager
-from service.pipeline_batches import attempt_as_one_batch, is_too_large, run_batch_of
-from service.queue_backends import QueueBackend, QueueNameError
-from service.settings import AppSettings, BatchConfig, Settings
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
+from modalkit.service.jobs import Job, JobStore
+from modalkit.service.jobs.manager import JobManager
+from modalkit.service.jobs.model import NewJob, json_text, new_job_id
+from modalkit.service.jobs.queue_rules import QueueNotAllowedError
+from modalkit.service.jobs.runner import JobOutcome, JobRunner
+from modalkit.service.learnt_costs import LearntCosts
+from modalkit.service.loading import make_job_manager
+from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large, run_batch_of
+from modalkit.service.queue_backends import QueueBackend, QueueNameError
+from modalkit.service.settings import AppSettings, BatchConfig, Settings
 
 STUCK_THREADS_OF_A_BROKEN_PIPELINE = 3
 BATCHES_IN_THE_JOB_WINDOW = 16

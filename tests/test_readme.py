@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from service.settings import Settings
+from modalkit.service.settings import Settings
 from tests.service.cli.conftest import CONFIGURATION
 from tests.service.cli.test_serve import serving
 

@@ -1,4 +1,4 @@
-"""The matrix of ``benchmarks.modal_gpu`` over a service in this process: ``python -m benchmarks.containers``."""
+"""The matrix of `modalkit.benchmarks.modal_gpu`, in this process: ``python -m modalkit.benchmarks.containers``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,11 +7,11 @@ import anyio
 import typer
 from rich.console import Console
 
-from benchmarks.containers.here import opening_here
-from benchmarks.containers.load import measure_variant
-from benchmarks.containers.matrix import parse_matrix
-from benchmarks.containers.report import Results
-from benchmarks.corpus import mixed_length_texts
+from modalkit.benchmarks.containers.here import opening_here
+from modalkit.benchmarks.containers.load import measure_variant
+from modalkit.benchmarks.containers.matrix import parse_matrix
+from modalkit.benchmarks.containers.report import Results
+from modalkit.benchmarks.corpus import mixed_length_texts
 
 HERE = "here"
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from batching import BatchRecord, SchedulerStatistics
-from benchmarks.containers.matrix import Figures
+from modalkit.batching import BatchRecord, SchedulerStatistics
+from modalkit.benchmarks.containers.matrix import Figures
 
 
 class UnmeasurableError(Exception):

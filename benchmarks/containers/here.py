@@ -5,11 +5,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from benchmarks.containers.load import OpenTarget, Target
-from benchmarks.containers.matrix import Variant
-from service.errors import RemoteCallError, describe_error
-from service.on_modal.config import ModalConfig
-from service.on_modal.service import ModalService
+from modalkit.benchmarks.containers.load import OpenTarget, Target
+from modalkit.benchmarks.containers.matrix import Variant
+from modalkit.service.errors import RemoteCallError, describe_error
+from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.service import ModalService
 
 
 class TargetHere:

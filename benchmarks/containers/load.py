@@ -10,15 +10,15 @@ import anyio
 import modal
 from pydantic import BaseModel, TypeAdapter
 
-from batching import BatchRecord
-from benchmarks.containers.figures import Answers, Report, UnmeasurableError, figures_of
-from benchmarks.containers.matrix import Cell, Load, Variant, VariantResult
-from service.errors import describe_error
-from service.on_modal.call_format import read_outcome
-from service.on_modal.lists import RemotePredictor
-from service.on_modal.remote import RemoteService
-from service.settings import BatchConfig
-from service.version import VERSION
+from modalkit.batching import BatchRecord
+from modalkit.benchmarks.containers.figures import Answers, Report, UnmeasurableError, figures_of
+from modalkit.benchmarks.containers.matrix import Cell, Load, Variant, VariantResult
+from modalkit.service.errors import describe_error
+from modalkit.service.on_modal.call_format import read_outcome
+from modalkit.service.on_modal.lists import RemotePredictor
+from modalkit.service.on_modal.remote import RemoteService
+from modalkit.service.settings import BatchConfig
+from modalkit.service.version import VERSION
 
 ERRORS_IN_A_ROW = 5
 """After so many a caller gives up: what refuses everything at once would be asked without end."""

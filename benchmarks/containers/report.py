@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.containers.matrix import Cell, Figures, Matrix, VariantResult
+from modalkit.benchmarks.containers.matrix import Cell, Figures, Matrix, VariantResult
 
 COLUMNS: Mapping[str, Callable[[Figures], str]] = {
     "items/s": lambda cell: f"{cell.items_per_s:,.0f}",

@@ -1,4 +1,4 @@
-"""Builds the committed corpus anew: ``python -m benchmarks.corpus``.
+"""Builds the committed corpus anew: ``python -m modalkit.benchmarks.corpus``.
 
 The sentences are downloaded from the package index on first use, and cached.
 """
@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.corpus.build import FILE_NAME, build_texts, pack
-from pipelines.training.data import fetch_sentences, load_sentences
+from modalkit.benchmarks.corpus.build import FILE_NAME, build_texts, pack
+from modalkit.pipelines.training.data import fetch_sentences, load_sentences
 
 
 def main(

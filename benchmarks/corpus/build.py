@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from statistics import NormalDist
 
-from pipelines.training.data import Sentence
+from modalkit.pipelines.training.data import Sentence
 
 FILE_NAME = "mixed_length.txt.gz"
 TEXTS, SEED = 4000, 3

@@ -1,4 +1,4 @@
-"""Simulates batching rules on measured and published devices: ``python -m benchmarks.simulate``; see its README."""
+"""Simulates batching rules on measured devices: ``python -m modalkit.benchmarks.simulate``; see its README."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,14 +6,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.simulate.devices import make_device
-from benchmarks.simulate.mix import RATES, print_mixes
-from benchmarks.simulate.mix import mix as mix_of
-from benchmarks.simulate.regret import study
-from benchmarks.simulate.report import print_results, write_results
-from benchmarks.simulate.structure_report import draw_regrets, print_regrets
-from benchmarks.simulate.study import CALLERS, LOADS, QUICK_CALLERS, QUICK_LOADS, Settings, run_study
-from benchmarks.simulate.tables import CPU, DEVICES, table_to_json
+from modalkit.benchmarks.simulate.devices import make_device
+from modalkit.benchmarks.simulate.mix import RATES, print_mixes
+from modalkit.benchmarks.simulate.mix import mix as mix_of
+from modalkit.benchmarks.simulate.regret import study
+from modalkit.benchmarks.simulate.report import print_results, write_results
+from modalkit.benchmarks.simulate.structure_report import draw_regrets, print_regrets
+from modalkit.benchmarks.simulate.study import CALLERS, LOADS, QUICK_CALLERS, QUICK_LOADS, Settings, run_study
+from modalkit.benchmarks.simulate.tables import CPU, DEVICES, table_to_json
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -78,7 +78,7 @@ def measure(
     rounds: Annotated[int, typer.Option(min=1, help="How often each shape is measured.")] = 5,
 ) -> None:
     """Measure what batches cost here, with the bundled model (half a minute on two cores)."""
-    from benchmarks.simulate.measure import measure as measure_table
+    from modalkit.benchmarks.simulate.measure import measure as measure_table
 
     table = measure_table(name, rounds)
     file.write_text(table_to_json(table), encoding="utf-8")
@@ -92,7 +92,7 @@ def sizes(
     source: Annotated[str, typer.Option(help="What the texts are, to be noted in the file.")] = "measured texts",
 ) -> None:
     """Count the sizes of texts, for the simulations to draw from (`benchmarks/simulate/sizes.json`)."""
-    from benchmarks.simulate.measure import sizes_as_json
+    from modalkit.benchmarks.simulate.measure import sizes_as_json
 
     lines = [line for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     file.write_text(sizes_as_json(lines, source), encoding="utf-8")
@@ -104,7 +104,7 @@ def poison(
     streams: Annotated[int, typer.Option(min=1, help="Streams of each row, whose mean is shown.")] = 10,
 ) -> None:
     """Count what guilty items cost in the scheduler, beside the best plan that knows their share (a minute)."""
-    from benchmarks.simulate.poison import MOST_IN_A_BATCH, SHARES, poison_table
+    from modalkit.benchmarks.simulate.poison import MOST_IN_A_BATCH, SHARES, poison_table
 
     poison_table(SHARES, MOST_IN_A_BATCH, items, streams, Console(width=130))
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from batching import Batch, Decision
-from benchmarks.simulate.rules import Fifo, as_batch
-from benchmarks.simulate.workload import IndexedRequest
+from modalkit.batching import Batch, Decision
+from modalkit.benchmarks.simulate.rules import Fifo, as_batch
+from modalkit.benchmarks.simulate.workload import IndexedRequest
 
 
 class BentoRule:

@@ -5,8 +5,8 @@ from heapq import heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.simulate.tables import CostTable
-from benchmarks.simulate.workload import OpenLoop
+from modalkit.benchmarks.simulate.tables import CostTable
+from modalkit.benchmarks.simulate.workload import OpenLoop
 
 STEPS_IN_A_BATCH = 20
 TOLERANCE = 0.002

@@ -7,13 +7,13 @@ from functools import partial
 
 import numpy as np
 
-from batching import BatchPlanner, BatchPolicy, MeasuredCostModel
-from benchmarks.simulate.adaptive import BentoRule, ClipperRule
-from benchmarks.simulate.engine import Rule, Run, Simulation
-from benchmarks.simulate.optimal import OptimalPartition
-from benchmarks.simulate.rules import FixedWindow, SortedFifo, TokenBudget
-from benchmarks.simulate.tables import CostTable, load_table
-from benchmarks.simulate.workload import (
+from modalkit.batching import BatchPlanner, BatchPolicy, MeasuredCostModel
+from modalkit.benchmarks.simulate.adaptive import BentoRule, ClipperRule
+from modalkit.benchmarks.simulate.engine import Rule, Run, Simulation
+from modalkit.benchmarks.simulate.optimal import OptimalPartition
+from modalkit.benchmarks.simulate.rules import FixedWindow, SortedFifo, TokenBudget
+from modalkit.benchmarks.simulate.tables import CostTable, load_table
+from modalkit.benchmarks.simulate.workload import (
     ARRIVALS,
     ArrivalKind,
     ClosedLoop,

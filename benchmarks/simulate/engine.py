@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from batching import Batch, Decision, Priority
-from benchmarks.simulate.workload import IndexedRequest, Source
+from modalkit.batching import Batch, Decision, Priority
+from modalkit.benchmarks.simulate.workload import IndexedRequest, Source
 
 CLOCK_TICK_S = 1e-9
 STALLS_ALLOWED = 100

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from batching import Batch, Priority
-from benchmarks.simulate.devices import POLICY, Device, planner
-from benchmarks.simulate.engine import Simulation
-from benchmarks.simulate.workload import IndexedRequest, OpenLoop, draw_sizes, poisson
+from modalkit.batching import Batch, Priority
+from modalkit.benchmarks.simulate.devices import POLICY, Device, planner
+from modalkit.benchmarks.simulate.engine import Simulation
+from modalkit.benchmarks.simulate.workload import IndexedRequest, OpenLoop, draw_sizes, poisson
 
 OVERLOAD = 1.5
 BULK_OF_OVERLOAD = 0.5  # bulk requests for each interactive one: far more than their share can serve

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.simulate.tables import CostTable
-from pipelines.sentiment import SentimentPipeline, SentimentRequest
+from modalkit.benchmarks.simulate.tables import CostTable
+from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 SIZES = (8, 16, 32, 64, 128, 256)
@@ -32,7 +32,8 @@ def measure(name: str, rounds: int) -> CostTable:
                 seconds[shape].append(time.perf_counter() - started_s)
     return CostTable(
         name=name,
-        source=f"The bundled model, all stages, median of {rounds} rounds; python -m benchmarks.simulate measure",
+        source=f"The bundled model, all stages, median of {rounds} rounds; "
+        "python -m modalkit.benchmarks.simulate measure",
         batch_sizes=BATCH_SIZES,
         sizes=SIZES,
         seconds_at=[[statistics.median(seconds[count, size]) for size in SIZES] for count in BATCH_SIZES],

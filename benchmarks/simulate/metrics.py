@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from batching import Priority
-from benchmarks.simulate.engine import Run
+from modalkit.batching import Priority
+from modalkit.benchmarks.simulate.engine import Run
 
 WARM_UP_SHARE = 0.1
 

@@ -9,10 +9,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from batching import Priority
-from benchmarks.simulate.devices import Device, planner
-from benchmarks.simulate.engine import Run, Simulation
-from benchmarks.simulate.workload import OpenLoop, draw_sizes, poisson
+from modalkit.batching import Priority
+from modalkit.benchmarks.simulate.devices import Device, planner
+from modalkit.benchmarks.simulate.engine import Run, Simulation
+from modalkit.benchmarks.simulate.workload import OpenLoop, draw_sizes, poisson
 
 RATES = (0.08, 0.25, 0.4)
 """Interactive requests, as shares of the device's capacity: about 20, 60 and 100 a second on the measured CPU."""

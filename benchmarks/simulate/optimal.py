@@ -2,8 +2,8 @@
 
 from operator import attrgetter
 
-from batching import Batch, Decision, DispatchReason, MeasuredCostModel
-from benchmarks.simulate.workload import IndexedRequest
+from modalkit.batching import Batch, Decision, DispatchReason, MeasuredCostModel
+from modalkit.benchmarks.simulate.workload import IndexedRequest
 
 
 class OptimalPartition:

@@ -15,7 +15,7 @@ import anyio
 from rich.console import Console
 from rich.table import Table
 
-from batching import BatchPolicy, BatchScheduler, Failure, PaddedCostModel, Success
+from modalkit.batching import BatchPolicy, BatchScheduler, Failure, PaddedCostModel, Success
 
 SHARES = (0.0, 1 / 32, 1 / 8, 1 / 4, 1 / 2, 1.0)
 MOST_IN_A_BATCH = (8, 32, 256)

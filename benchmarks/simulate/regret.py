@@ -8,12 +8,12 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from batching import BatchPlanner, Decision, MeasuredCostModel, Priority
-from benchmarks.simulate.devices import MAX_BATCH_SIZE, POLICY
-from benchmarks.simulate.engine import Rule, Simulation
-from benchmarks.simulate.rules import Fifo, as_batch
-from benchmarks.simulate.structures import DRIFT_AFTER_ITEMS, SIZE_MIXES, STRUCTURES, CostedDevice, Structure
-from benchmarks.simulate.workload import ClosedLoop, IndexedRequest, OpenLoop, poisson
+from modalkit.batching import BatchPlanner, Decision, MeasuredCostModel, Priority
+from modalkit.benchmarks.simulate.devices import MAX_BATCH_SIZE, POLICY
+from modalkit.benchmarks.simulate.engine import Rule, Simulation
+from modalkit.benchmarks.simulate.rules import Fifo, as_batch
+from modalkit.benchmarks.simulate.structures import DRIFT_AFTER_ITEMS, SIZE_MIXES, STRUCTURES, CostedDevice, Structure
+from modalkit.benchmarks.simulate.workload import ClosedLoop, IndexedRequest, OpenLoop, poisson
 
 FIRST_ITEMS, ALL_ITEMS = 200, 2_000
 CALLERS = 64

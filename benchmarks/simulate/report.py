@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.simulate.devices import MODALKIT
-from benchmarks.simulate.metrics import Summary
-from benchmarks.simulate.study import CLOSED_LOOP, Cell, DeviceResult, Settings, as_json
-from benchmarks.simulate.workload import ArrivalKind
+from modalkit.benchmarks.simulate.devices import MODALKIT
+from modalkit.benchmarks.simulate.metrics import Summary
+from modalkit.benchmarks.simulate.study import CLOSED_LOOP, Cell, DeviceResult, Settings, as_json
+from modalkit.benchmarks.simulate.workload import ArrivalKind
 
 LINES_TO_DEPTH = 4  # of JSON: a cell of a device is the fourth
 

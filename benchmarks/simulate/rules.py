@@ -3,8 +3,8 @@
 from collections import deque
 from collections.abc import Sequence
 
-from batching import Batch, Decision, DispatchReason
-from benchmarks.simulate.workload import IndexedRequest
+from modalkit.batching import Batch, Decision, DispatchReason
+from modalkit.benchmarks.simulate.workload import IndexedRequest
 
 
 def as_batch(requests: Sequence[IndexedRequest]) -> Batch[IndexedRequest]:

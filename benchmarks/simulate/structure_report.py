@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.simulate.regret import ALL_ITEMS, CALLERS, FIRST_ITEMS, Regret
+from modalkit.benchmarks.simulate.regret import ALL_ITEMS, CALLERS, FIRST_ITEMS, Regret
 
 TARGETS = {"first": 0.8, "all": 0.95}
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from batching import CostFeature
-from benchmarks.simulate.tables import DEVICES, load_table
-from benchmarks.simulate.workload import draw_sizes
+from modalkit.batching import CostFeature
+from modalkit.benchmarks.simulate.tables import DEVICES, load_table
+from modalkit.benchmarks.simulate.workload import draw_sizes
 
 Seconds = Callable[[int, int, int], float]
 DrawSizes = Callable[[int, np.random.Generator], NDArray[np.int64]]

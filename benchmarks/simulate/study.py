@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.simulate.bound import least_p99_s
-from benchmarks.simulate.devices import FIXED_WINDOW, MAX_BATCH_SIZE, MODALKIT, Device, make_device
-from benchmarks.simulate.fairness import Promises, check
-from benchmarks.simulate.metrics import Summary, summarize
-from benchmarks.simulate.workload import ArrivalKind, corpus_sizes
+from modalkit.benchmarks.simulate.bound import least_p99_s
+from modalkit.benchmarks.simulate.devices import FIXED_WINDOW, MAX_BATCH_SIZE, MODALKIT, Device, make_device
+from modalkit.benchmarks.simulate.fairness import Promises, check
+from modalkit.benchmarks.simulate.metrics import Summary, summarize
+from modalkit.benchmarks.simulate.workload import ArrivalKind, corpus_sizes
 
 LOADS = (0.05, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
 CALLERS = (1, 16, 64, 256)
@@ -58,7 +58,7 @@ class Claim:
     p99_s: float
     """Ours at the same rate."""
     least_p99_s: float
-    """No rule gets below this at that rate; see `benchmarks.simulate.bound`."""
+    """No rule gets below this at that rate; see `modalkit.benchmarks.simulate.bound`."""
     alone_p99_s: float
     """The 99th percentile of what a request takes alone on an idle device: no rule gets below it."""
     own_rate: float

@@ -80,7 +80,7 @@ def _on_line(ends: Sequence[int], values: Sequence[float], at: int) -> float:
 
 def load_table(name: str) -> CostTable:
     """One of the committed tables, by name; raises `ValueError` for a name that none has."""
-    file = files("benchmarks.simulate") / "tables" / f"{name}.json"
+    file = files("modalkit.benchmarks.simulate") / "tables" / f"{name}.json"
     if name not in DEVICES:
         raise ValueError(f"no cost table is called {name!r}; there are {', '.join(DEVICES)}")
     return table_from_json(file.read_text(encoding="utf-8"))

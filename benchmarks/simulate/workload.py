@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from batching import Priority, Request
+from modalkit.batching import Priority, Request
 
 BURST_RATE = 3.0  # times the mean rate, while a burst lasts
 BURST_SHARE = 0.2  # of the time; between bursts the rate is then half the mean
@@ -31,7 +31,7 @@ class ArrivalKind(StrEnum):
 @cache
 def corpus_sizes() -> NDArray[np.int64]:
     """The tokens of each text of the mixed-length corpus."""
-    stored = json.loads((files("benchmarks.simulate") / "sizes.json").read_text(encoding="utf-8"))
+    stored = json.loads((files("modalkit.benchmarks.simulate") / "sizes.json").read_text(encoding="utf-8"))
     return np.repeat(*np.array([(int(size), count) for size, count in stored["counts"].items()]).T)
 
 

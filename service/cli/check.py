@@ -7,15 +7,15 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from batching import Failure
-from pipelines import InferencePipeline
-from service.cli.common import ConfigFiles, notices, try_api_key
-from service.errors import describe_error
-from service.jobs import MemoryJobStore
-from service.jobs.manager import JobManager
-from service.loading import LoadError, ModelSource, load_queue_backend
-from service.settings import Settings
-from service.worker import InferenceWorker
+from modalkit.batching import Failure
+from modalkit.pipelines import InferencePipeline
+from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
+from modalkit.service.errors import describe_error
+from modalkit.service.jobs import MemoryJobStore
+from modalkit.service.jobs.manager import JobManager
+from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
+from modalkit.service.settings import Settings
+from modalkit.service.worker import InferenceWorker
 
 SMOKE_BATCH = 4
 SMOKE_SIZE = 16

@@ -7,10 +7,10 @@ import anyio
 import typer
 from rich.console import Console
 
-from service.cli.records import FileFormat
-from service.loading import ModelSource
-from service.settings import AuthConfig, Settings
-from service.web.auth import ApiKey, require_api_key
+from modalkit.service.cli.records import FileFormat
+from modalkit.service.loading import ModelSource
+from modalkit.service.settings import AuthConfig, Settings
+from modalkit.service.web.auth import ApiKey, require_api_key
 
 ConfigFiles = Annotated[
     list[Path] | None,

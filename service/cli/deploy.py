@@ -11,13 +11,13 @@ from typing import Annotated
 import typer
 import yaml
 
-from service.cli.common import ConfigFiles
-from service.errors import describe_error
-from service.loading import LoadError
-from service.settings import Settings
-from service.settings.sources import CONFIG_VARIABLE
+from modalkit.service.cli.common import ConfigFiles
+from modalkit.service.errors import describe_error
+from modalkit.service.loading import LoadError
+from modalkit.service.settings import Settings
+from modalkit.service.settings.sources import CONFIG_VARIABLE
 
-DEFAULT_APP = "service.modal_app"
+DEFAULT_APP = "modalkit.service.modal_app"
 
 
 def deploy(
@@ -76,8 +76,8 @@ def _is_file(app: str) -> bool:
 
 
 def _print_deployment(app: str, environ: dict[str, str]) -> None:
-    from service.on_modal.config import ModalConfig
-    from service.on_modal.deployment import describe_deployment
+    from modalkit.service.on_modal.config import ModalConfig
+    from modalkit.service.on_modal.deployment import describe_deployment
 
     config = ModalConfig(environ=environ)
     if app != DEFAULT_APP:

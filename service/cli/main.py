@@ -10,16 +10,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from service.cli.check import check
-from service.cli.deploy import deploy
-from service.cli.jobs import app as jobs_app
-from service.cli.predict import predict
-from service.cli.serve import serve
-from service.cli.tune import tune
-from service.errors import ServiceError
-from service.loading import LoadError, UnknownModelError
-from service.settings import SettingsError
-from service.version import VERSION
+from modalkit.service.cli.check import check
+from modalkit.service.cli.deploy import deploy
+from modalkit.service.cli.jobs import app as jobs_app
+from modalkit.service.cli.predict import predict
+from modalkit.service.cli.serve import serve
+from modalkit.service.cli.tune import tune
+from modalkit.service.errors import ServiceError
+from modalkit.service.loading import LoadError, UnknownModelError
+from modalkit.service.settings import SettingsError
+from modalkit.service.version import VERSION
 
 EXIT_CONFIGURATION = 2
 EXIT_FAILURE = 1

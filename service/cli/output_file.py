@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import TextIO
 
-from service.cli.common import notices
+from modalkit.service.cli.common import notices
 
 
 @contextmanager

@@ -16,18 +16,26 @@ import typer
 from anyio import to_thread
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from batching import Failure, Outcome, Priority, SchedulerStatistics
-from batching.task_groups import plain_task_group
-from pipelines import InferenceOutputModel, InferencePipeline
-from service.cli.common import ColumnOption, ConfigFiles, FormatOption, ModelOption, model_source, notices
-from service.cli.output_file import whole_file
-from service.cli.records import KEEP_BAD_BYTES, FileFormat, Record, Writer, format_of, make_writer, read_records
-from service.errors import OutputNotJsonError, describe_error
-from service.jobs import MemoryJobStore
-from service.jobs.manager import JobManager
-from service.outputs import output_object
-from service.settings import Settings
-from service.worker import InferenceWorker
+from modalkit.batching import Failure, Outcome, Priority, SchedulerStatistics
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.service.cli.common import ColumnOption, ConfigFiles, FormatOption, ModelOption, model_source, notices
+from modalkit.service.cli.output_file import whole_file
+from modalkit.service.cli.records import (
+    KEEP_BAD_BYTES,
+    FileFormat,
+    Record,
+    Writer,
+    format_of,
+    make_writer,
+    read_records,
+)
+from modalkit.service.errors import OutputNotJsonError, describe_error
+from modalkit.service.jobs import MemoryJobStore
+from modalkit.service.jobs.manager import JobManager
+from modalkit.service.outputs import output_object
+from modalkit.service.settings import Settings
+from modalkit.service.worker import InferenceWorker
 
 MOST_ITEMS_IN_A_CHUNK = 4096
 CHUNKS_AT_ONCE = 2

@@ -11,8 +11,8 @@ from typing import Any, TextIO
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from service.errors import ServiceError
-from service.validation import field_errors, summary
+from modalkit.service.errors import ServiceError
+from modalkit.service.validation import field_errors, summary
 
 KEEP_BAD_BYTES = "surrogateescape"
 """Bytes that are no UTF-8 come through as characters that no model takes: an error of that line alone."""

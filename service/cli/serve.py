@@ -13,14 +13,14 @@ import anyio
 import typer
 import uvicorn
 
-from batching.task_groups import plain_task_group
-from service.cli.common import ConfigFiles, notices, try_api_key
-from service.garbage_collection import spare_the_garbage_collector
-from service.gateway import LocalGateway, Readiness
-from service.listening import listening
-from service.settings import Settings
-from service.version import VERSION
-from service.web import create_app
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
+from modalkit.service.garbage_collection import spare_the_garbage_collector
+from modalkit.service.gateway import LocalGateway, Readiness
+from modalkit.service.listening import listening
+from modalkit.service.settings import Settings
+from modalkit.service.version import VERSION
+from modalkit.service.web import create_app
 
 GRACE_S = 30
 """How long open HTTP requests may go on after the first signal to stop."""

@@ -13,22 +13,22 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from batching.calibration import Measurement, undisturbed
-from pipelines import InferencePipeline
-from service.cli.common import ColumnOption, ConfigFiles, FormatOption, ModelOption, model_source, notices
-from service.cli.records import KEEP_BAD_BYTES, FileFormat, format_of, read_records
-from service.cost_tables import CostKey, save_costs
-from service.errors import describe_error
-from service.settings import BatchConfig, Settings
-from service.tuning.choice import Capacity, ChosenLimits, choose_limits, lone_sizes, predicted_capacity
-from service.tuning.config_file import require_writable, write_limits
-from service.tuning.errors import TuningError
-from service.tuning.measuring import MEASURING_SHARE, Measured, fitted_costs, measure
-from service.tuning.plots import draw_costs, require_drawable
-from service.tuning.samples import MadeUpSamples, OwnSamples, Samples
-from service.tuning.tables import duration, show_choice, show_costs, show_measurements, show_trial
-from service.tuning.trial import Bench, Trial, TrialPlan, require_complete
-from service.worker import batch_policy
+from modalkit.batching.calibration import Measurement, undisturbed
+from modalkit.pipelines import InferencePipeline
+from modalkit.service.cli.common import ColumnOption, ConfigFiles, FormatOption, ModelOption, model_source, notices
+from modalkit.service.cli.records import KEEP_BAD_BYTES, FileFormat, format_of, read_records
+from modalkit.service.cost_tables import CostKey, save_costs
+from modalkit.service.errors import describe_error
+from modalkit.service.settings import BatchConfig, Settings
+from modalkit.service.tuning.choice import Capacity, ChosenLimits, choose_limits, lone_sizes, predicted_capacity
+from modalkit.service.tuning.config_file import require_writable, write_limits
+from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning.measuring import MEASURING_SHARE, Measured, fitted_costs, measure
+from modalkit.service.tuning.plots import draw_costs, require_drawable
+from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples, Samples
+from modalkit.service.tuning.tables import duration, show_choice, show_costs, show_measurements, show_trial
+from modalkit.service.tuning.trial import Bench, Trial, TrialPlan, require_complete
+from modalkit.service.worker import batch_policy
 
 LOADS = (0.7, 0.5, 0.35, 0.25)  # of the predicted capacity, each tried where the one before was too much
 MOST_SENT_PER_S = 1000.0  # by one process that has the model to run as well

@@ -1,6 +1,6 @@
 """Asynchronous jobs: what a job is, and the stores that keep jobs."""
 
-from service.jobs.errors import (
+from modalkit.service.jobs.errors import (
     DuplicateJobError,
     IdempotencyKeyReusedError,
     JobStoreBusyError,
@@ -11,8 +11,8 @@ from service.jobs.errors import (
     JobStoreSchemaError,
     JobStoreUnavailableError,
 )
-from service.jobs.memory import MemoryJobStore
-from service.jobs.model import (
+from modalkit.service.jobs.memory import MemoryJobStore
+from modalkit.service.jobs.model import (
     DeliveryRecord,
     DeliveryStatus,
     FinishedJob,
@@ -24,8 +24,8 @@ from service.jobs.model import (
     NewJob,
     Recovery,
 )
-from service.jobs.sqlite import SqliteJobStore
-from service.jobs.store import JobCounts, JobStore
+from modalkit.service.jobs.sqlite import SqliteJobStore
+from modalkit.service.jobs.store import JobCounts, JobStore
 
 __all__ = [
     "DeliveryRecord",

@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar
 import anyio
 from anyio.lowlevel import EventLoopToken, current_token
 
-from batching.wakeup import Wakeup, asyncio_loop
-from service.jobs.errors import JobStoreBusyError, JobStoreClosedError
+from modalkit.batching.wakeup import Wakeup, asyncio_loop
+from modalkit.service.jobs.errors import JobStoreBusyError, JobStoreClosedError
 
 Op = TypeVar("Op")
 T = TypeVar("T")

@@ -12,16 +12,16 @@ from typing import Self
 import anyio
 from anyio.abc import TaskGroup
 
-from batching.task_groups import plain_task_group
-from service.errors import describe_error
-from service.jobs.errors import JobStoreError
-from service.jobs.gathering import Gathering
-from service.jobs.messages import result_message, utc_timestamp
-from service.jobs.model import DeliveryRecord, DeliveryStatus, Job
-from service.jobs.store import JobStore
-from service.queue_backends import BatchQueueBackend, QueueBackend, QueueMessage, UndeliverableError
-from service.queue_backends.sending import send_all
-from service.queue_backends.webhook_urls import shown_queue_name
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.service.errors import describe_error
+from modalkit.service.jobs.errors import JobStoreError
+from modalkit.service.jobs.gathering import Gathering
+from modalkit.service.jobs.messages import result_message, utc_timestamp
+from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job
+from modalkit.service.jobs.store import JobStore
+from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend, QueueMessage, UndeliverableError
+from modalkit.service.queue_backends.sending import send_all
+from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from service.errors import ServiceError
+from modalkit.service.errors import ServiceError
 
 
 class JobStoreError(ServiceError):

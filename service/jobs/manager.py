@@ -10,15 +10,15 @@ from typing import Protocol, Self
 
 import anyio
 
-from batching import Failure, Outcome, Success
-from batching.task_groups import plain_task_group
-from service.jobs.delivery import Deliverer
-from service.jobs.errors import JobStoreError
-from service.jobs.model import FinishedJob, Job, JobFilter, JobPage, JobStatus, NewJob
-from service.jobs.queue_rules import QueueRules
-from service.jobs.store import JobCounts, JobStore
-from service.queue_backends import QueueBackend
-from service.queue_backends.closing import close_backend
+from modalkit.batching import Failure, Outcome, Success
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.service.jobs.delivery import Deliverer
+from modalkit.service.jobs.errors import JobStoreError
+from modalkit.service.jobs.model import FinishedJob, Job, JobFilter, JobPage, JobStatus, NewJob
+from modalkit.service.jobs.queue_rules import QueueRules
+from modalkit.service.jobs.store import JobCounts, JobStore
+from modalkit.service.queue_backends import QueueBackend
+from modalkit.service.queue_backends.closing import close_backend
 
 logger = logging.getLogger(__name__)
 

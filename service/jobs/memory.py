@@ -7,14 +7,14 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from batching import Priority
-from service.jobs.errors import (
+from modalkit.batching import Priority
+from modalkit.service.jobs.errors import (
     DuplicateJobError,
     IdempotencyKeyReusedError,
     JobStoreClosedError,
     JobStoreFullError,
 )
-from service.jobs.model import (
+from modalkit.service.jobs.model import (
     DeliveryRecord,
     DeliveryStatus,
     FinishedJob,
@@ -28,7 +28,7 @@ from service.jobs.model import (
     cut_page,
     new_job,
 )
-from service.jobs.store import (
+from modalkit.service.jobs.store import (
     EXPIRED_IN_THE_QUEUE,
     MAX_CRASHES,
     TOO_MANY_CRASHES,

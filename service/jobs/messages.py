@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 from pydantic_core import to_json
 
-from service.jobs.model import Job, JobStatus
+from modalkit.service.jobs.model import Job, JobStatus
 
 MESSAGE_VERSION = 1
 

@@ -20,8 +20,8 @@ from typing import Any, cast
 
 from pydantic_core import from_json, to_json
 
-from batching import Priority
-from service.errors import error_text
+from modalkit.batching import Priority
+from modalkit.service.errors import error_text
 
 JsonObject = dict[str, Any]
 

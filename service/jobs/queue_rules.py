@@ -3,9 +3,9 @@
 import fnmatch
 from collections.abc import Sequence
 
-from service.errors import ServiceError, describe_error
-from service.queue_backends import NamedQueueBackend, QueueBackend, QueueNameError
-from service.queue_backends.webhook_urls import shown_queue_name
+from modalkit.service.errors import ServiceError, describe_error
+from modalkit.service.queue_backends import NamedQueueBackend, QueueBackend, QueueNameError
+from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 
 KNOWN_QUEUES = 10_000
 

@@ -12,17 +12,17 @@ from typing import Protocol, Self
 
 import anyio
 
-from batching import Failure, Outcome, Priority, QueueFullError, SchedulerClosedError
-from batching.task_groups import plain_task_group
-from pipelines import InferenceOutputModel
-from service.errors import OutputNotJsonError, ServiceError, describe_error
-from service.jobs.delivery import backoff_with_jitter
-from service.jobs.errors import JobStoreError
-from service.jobs.gathering import Gathering
-from service.jobs.manager import JobManager
-from service.jobs.model import FinishedJob, Job, JobRetry, JobStatus
-from service.jobs.store import EXPIRED_IN_THE_QUEUE
-from service.outputs import output_json
+from modalkit.batching import Failure, Outcome, Priority, QueueFullError, SchedulerClosedError
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.errors import OutputNotJsonError, ServiceError, describe_error
+from modalkit.service.jobs.delivery import backoff_with_jitter
+from modalkit.service.jobs.errors import JobStoreError
+from modalkit.service.jobs.gathering import Gathering
+from modalkit.service.jobs.manager import JobManager
+from modalkit.service.jobs.model import FinishedJob, Job, JobRetry, JobStatus
+from modalkit.service.jobs.store import EXPIRED_IN_THE_QUEUE
+from modalkit.service.outputs import output_json
 
 logger = logging.getLogger(__name__)
 

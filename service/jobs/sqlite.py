@@ -12,19 +12,19 @@ from typing import Any, Self, TypeVar, cast
 
 import anyio
 
-from batching.threads import DedicatedThread
-from service.jobs.commit_thread import CommitThread
-from service.jobs.errors import (
+from modalkit.batching.threads import DedicatedThread
+from modalkit.service.jobs.commit_thread import CommitThread
+from modalkit.service.jobs.errors import (
     IdempotencyKeyReusedError,
     JobStoreClosedError,
     JobStoreLockedError,
     JobStoreUnavailableError,
 )
-from service.jobs.model import DeliveryRecord, FinishedJob, Job, JobFilter, JobPage, JobRetry, NewJob, Recovery
-from service.jobs.sqlite_rows import counts_of_jobs, find_job, page_of_jobs
-from service.jobs.sqlite_schema import open_database, open_for_reading
-from service.jobs.sqlite_table import ROWS_PER_STEP, Add, JobTable, Operation
-from service.jobs.store import JobCounts
+from modalkit.service.jobs.model import DeliveryRecord, FinishedJob, Job, JobFilter, JobPage, JobRetry, NewJob, Recovery
+from modalkit.service.jobs.sqlite_rows import counts_of_jobs, find_job, page_of_jobs
+from modalkit.service.jobs.sqlite_schema import open_database, open_for_reading
+from modalkit.service.jobs.sqlite_table import ROWS_PER_STEP, Add, JobTable, Operation
+from modalkit.service.jobs.store import JobCounts
 
 T = TypeVar("T")
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-from batching import Priority
-from service.errors import CUT_NOTE, MAX_ERROR_BYTES
-from service.jobs.model import DeliveryStatus, Job, JobFilter, JobPage, JobStatus, NewJob, cut_page
-from service.jobs.store import JobCounts
+from modalkit.batching import Priority
+from modalkit.service.errors import CUT_NOTE, MAX_ERROR_BYTES
+from modalkit.service.jobs.model import DeliveryStatus, Job, JobFilter, JobPage, JobStatus, NewJob, cut_page
+from modalkit.service.jobs.store import JobCounts
 
 NEW_JOB_COLUMNS = (
     *("job_id", "model_name", "status", "message", "success_queue", "failure_queue", "meta", "priority", "created_at"),

@@ -3,7 +3,7 @@
 import sqlite3
 from pathlib import Path
 
-from service.jobs.errors import JobStoreSchemaError
+from modalkit.service.jobs.errors import JobStoreSchemaError
 
 APPLICATION_ID = 0x6D6F646B
 """Marks a database as modalkit's: "modk"."""

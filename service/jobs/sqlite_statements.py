@@ -1,7 +1,7 @@
 """The SQL statements of the job store."""
 
-from service.errors import MAX_ERROR_BYTES
-from service.jobs.sqlite_rows import NEW_JOB_COLUMNS, READ_COLUMNS, TEXT_COLUMNS
+from modalkit.service.errors import MAX_ERROR_BYTES
+from modalkit.service.jobs.sqlite_rows import NEW_JOB_COLUMNS, READ_COLUMNS, TEXT_COLUMNS
 
 BYTES_AT_ONCE = 64 * 2**20
 """Most that is read at once, unless one job is larger: SQLite bounds a value, and memory is not for backlogs."""

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 from pydantic_core import from_json, to_json
 
-from batching import Priority
-from service.jobs import sqlite_statements as sql
-from service.jobs.errors import DuplicateJobError, IdempotencyKeyReusedError, JobStoreFullError
-from service.jobs.model import (
+from modalkit.batching import Priority
+from modalkit.service.jobs import sqlite_statements as sql
+from modalkit.service.jobs.errors import DuplicateJobError, IdempotencyKeyReusedError, JobStoreFullError
+from modalkit.service.jobs.model import (
     DeliveryRecord,
     DeliveryStatus,
     FinishedJob,
@@ -22,7 +22,7 @@ from service.jobs.model import (
     NewJob,
     Recovery,
 )
-from service.jobs.sqlite_rows import (
+from modalkit.service.jobs.sqlite_rows import (
     COLUMNS,
     COUNTED,
     SELECT,
@@ -32,7 +32,7 @@ from service.jobs.sqlite_rows import (
     microseconds,
     row_from_new_job,
 )
-from service.jobs.store import (
+from modalkit.service.jobs.store import (
     EXPIRED_IN_THE_QUEUE,
     MAX_CRASHES,
     TOO_MANY_CRASHES,

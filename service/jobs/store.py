@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from service.jobs.errors import IdempotencyKeyReusedError
-from service.jobs.model import (
+from modalkit.service.jobs.errors import IdempotencyKeyReusedError
+from modalkit.service.jobs.model import (
     DeliveryRecord,
     DeliveryStatus,
     FinishedJob,

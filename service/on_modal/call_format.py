@@ -13,11 +13,11 @@ from typing import Any
 from pydantic import Field
 from pydantic_core import from_json
 
-from batching import Failure, Outcome, Priority, Success
-from pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
-from service.errors import RemoteItemError, describe_error
-from service.jobs.model import DeliveryStatus, Job, JobStatus, json_text
-from service.outputs import output_object
+from modalkit.batching import Failure, Outcome, Priority, Success
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
+from modalkit.service.errors import RemoteItemError, describe_error
+from modalkit.service.jobs.model import DeliveryStatus, Job, JobStatus, json_text
+from modalkit.service.outputs import output_object
 
 InputEntry = Mapping[str, Any] | SyncInputModel | AsyncInputModel
 

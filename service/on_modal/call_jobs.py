@@ -12,17 +12,17 @@ from weakref import WeakValueDictionary
 import anyio
 from pydantic_core import to_json
 
-from batching import BatchScheduler, Priority
-from pipelines import AsyncInputModel
-from service.errors import ServiceError, describe_error
-from service.jobs import Job, JobStatus, JobStoreError
-from service.jobs.model import json_text
-from service.jobs.queue_rules import QueueRules
-from service.on_modal.call_format import make_job_id, parse_job_id, read_job
-from service.on_modal.ledger import CallLedger, Reservation
-from service.on_modal.lists import BY_THE_CALL, EAGER_LISTS, list_policy
-from service.on_modal.remote import Calls, CallState, RemoteService
-from service.settings import BatchConfig
+from modalkit.batching import BatchScheduler, Priority
+from modalkit.pipelines import AsyncInputModel
+from modalkit.service.errors import ServiceError, describe_error
+from modalkit.service.jobs import Job, JobStatus, JobStoreError
+from modalkit.service.jobs.model import json_text
+from modalkit.service.jobs.queue_rules import QueueRules
+from modalkit.service.on_modal.call_format import make_job_id, parse_job_id, read_job
+from modalkit.service.on_modal.ledger import CallLedger, Reservation
+from modalkit.service.on_modal.lists import BY_THE_CALL, EAGER_LISTS, list_policy
+from modalkit.service.on_modal.remote import Calls, CallState, RemoteService
+from modalkit.service.settings import BatchConfig
 
 logger = logging.getLogger(__name__)
 

@@ -10,27 +10,27 @@ import anyio
 import modal
 from pydantic_core import to_jsonable_python
 
-from batching import BatchRecord, Priority
-from batching.task_groups import plain_task_group
-from pipelines import InferencePipeline
-from service.errors import ContainerFaultError
-from service.garbage_collection import spare_the_garbage_collector
-from service.jobs import MemoryJobStore
-from service.jobs.manager import JobManager
-from service.jobs.model import new_job_id
-from service.jobs.queue_rules import QueueRules
-from service.loading import ModelSource
-from service.on_modal.config import ModalConfig
-from service.on_modal.ledger import CallLedger, MemoryTable
-from service.on_modal.lifetime import Lifetime
-from service.on_modal.processing import Call, ListProcessor
-from service.on_modal.responses import ResponseSender
-from service.on_modal.runtime import takes_one_input_at_a_time
-from service.on_modal.tables import open_ledger
-from service.on_modal.volumes import keep_volumes_fresh
-from service.on_modal.watched_worker import WatchedWorker
-from service.queue_backends import QueueBackend
-from service.worker import InferenceWorker
+from modalkit.batching import BatchRecord, Priority
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.pipelines import InferencePipeline
+from modalkit.service.errors import ContainerFaultError
+from modalkit.service.garbage_collection import spare_the_garbage_collector
+from modalkit.service.jobs import MemoryJobStore
+from modalkit.service.jobs.manager import JobManager
+from modalkit.service.jobs.model import new_job_id
+from modalkit.service.jobs.queue_rules import QueueRules
+from modalkit.service.loading import ModelSource
+from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.ledger import CallLedger, MemoryTable
+from modalkit.service.on_modal.lifetime import Lifetime
+from modalkit.service.on_modal.processing import Call, ListProcessor
+from modalkit.service.on_modal.responses import ResponseSender
+from modalkit.service.on_modal.runtime import takes_one_input_at_a_time
+from modalkit.service.on_modal.tables import open_ledger
+from modalkit.service.on_modal.volumes import keep_volumes_fresh
+from modalkit.service.on_modal.watched_worker import WatchedWorker
+from modalkit.service.queue_backends import QueueBackend
+from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
 

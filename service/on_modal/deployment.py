@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from service.on_modal.config import ModalConfig
-from service.settings import Settings
-from service.settings.schema import KeyPath, is_secret, known_paths
-from service.settings.sources import PREFIX, RESERVED_VARIABLES
+from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.settings import Settings
+from modalkit.service.settings.schema import KeyPath, is_secret, known_paths
+from modalkit.service.settings.sources import PREFIX, RESERVED_VARIABLES
 
 HIDDEN = "(hidden)"
 

@@ -3,8 +3,8 @@
 import re
 import sys
 
-from service.errors import error_text
-from service.pipeline_batches import is_too_large
+from modalkit.service.errors import error_text
+from modalkit.service.pipeline_batches import is_too_large
 
 _OF_THE_DEVICE = re.compile(
     r"CUDA error|HIP error|device-side assert|an illegal memory access|unspecified launch failure"

@@ -9,19 +9,19 @@ import modal.exception
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from pipelines import InferenceOutputModel, InferencePipeline
-from service.gateway import Gateway, LocalGateway
-from service.jobs.queue_rules import QueueRules
-from service.loading import LoadError, ModelSource
-from service.on_modal.call_jobs import CallJobs
-from service.on_modal.config import ModalConfig
-from service.on_modal.gateway import ModalGateway
-from service.on_modal.hosting import HostedService, model_source, responses_of
-from service.on_modal.models import RemoteModel, connection
-from service.on_modal.remote import ModalCalls
-from service.on_modal.runtime import takes_one_input_at_a_time
-from service.on_modal.tables import open_ledger
-from service.web import create_app
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.service.gateway import Gateway, LocalGateway
+from modalkit.service.jobs.queue_rules import QueueRules
+from modalkit.service.loading import LoadError, ModelSource
+from modalkit.service.on_modal.call_jobs import CallJobs
+from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.gateway import ModalGateway
+from modalkit.service.on_modal.hosting import HostedService, model_source, responses_of
+from modalkit.service.on_modal.models import RemoteModel, connection
+from modalkit.service.on_modal.remote import ModalCalls
+from modalkit.service.on_modal.runtime import takes_one_input_at_a_time
+from modalkit.service.on_modal.tables import open_ledger
+from modalkit.service.web import create_app
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ from typing import NoReturn, Protocol, Self
 import anyio
 from pydantic import BaseModel
 
-from batching import Failure, Outcome, Priority, SchedulerStatistics, Success
-from pipelines import AsyncInputModel, InferenceOutputModel
-from service.errors import NotAvailableError
-from service.gateway import Readiness
-from service.jobs import Job, JobCounts, JobFilter, JobPage
-from service.loading import UnknownModelError
-from service.on_modal.call_jobs import CallJobs, JobSpawner
+from modalkit.batching import Failure, Outcome, Priority, SchedulerStatistics, Success
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
+from modalkit.service.errors import NotAvailableError
+from modalkit.service.gateway import Readiness
+from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage
+from modalkit.service.loading import UnknownModelError
+from modalkit.service.on_modal.call_jobs import CallJobs, JobSpawner
 
 SUBMITTED_AT_ONCE = 1000
 

@@ -9,13 +9,13 @@ import modal
 import modal.experimental
 from anyio import to_thread
 
-from pipelines import InferencePipeline
-from service.loading import LoadError, ModelSource, load_queue_backend
-from service.on_modal.config import ModalConfig
-from service.on_modal.constructor import Constructible
-from service.on_modal.container import Container
-from service.queue_backends import BatchQueueBackend, QueueBackend
-from service.queue_backends.closing import close_backend
+from modalkit.pipelines import InferencePipeline
+from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
+from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.constructor import Constructible
+from modalkit.service.on_modal.container import Container
+from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend
+from modalkit.service.queue_backends.closing import close_backend
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import anyio
 import uvicorn
 from fastapi import FastAPI
 
-from batching.task_groups import plain_task_group
-from service.listening import listening
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.service.listening import listening
 
 GRACE_S = 20.0
 """How long open requests may go on after the context is left."""

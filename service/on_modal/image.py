@@ -8,12 +8,12 @@ from pathlib import Path
 
 import modal
 
-from service.loading import LoadError
-from service.on_modal.image_code import own_packages, own_requirements, user_code
-from service.on_modal.image_models import in_container, models
-from service.on_modal.image_plan import ImagePlan, LocalPath
-from service.settings import BuildConfig, DeploymentConfig, Settings
-from service.settings.sources import CONFIG_VARIABLE, DEFAULT_FILE
+from modalkit.service.loading import LoadError
+from modalkit.service.on_modal.image_code import own_package, own_requirements, user_code
+from modalkit.service.on_modal.image_models import in_container, models
+from modalkit.service.on_modal.image_plan import ImagePlan, LocalPath
+from modalkit.service.settings import BuildConfig, DeploymentConfig, Settings
+from modalkit.service.settings.sources import CONFIG_VARIABLE, DEFAULT_FILE
 
 _OFFICIAL_PYTHON = re.compile(r"(?:^|/)python:(\d+\.\d+)")
 
@@ -55,7 +55,7 @@ def plan_image(settings: Settings, *, environ: Mapping[str, str], folder: Path) 
         secrets=tuple(deployment.secrets),
         run_commands=(commands,) if isinstance(commands, str) else tuple(commands),
         local_paths=(
-            *own_packages(),
+            *own_package(),
             *code.local_paths,
             *_existing(config_paths(settings, environ, folder)),
             *copies,

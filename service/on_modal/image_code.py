@@ -12,12 +12,10 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-import service
-from service.loading import LoadError
-from service.on_modal.image_plan import NO_CACHES, SOURCE_FOLDER, LocalPath
-from service.settings import Settings
-
-OWN_PACKAGES = ("batching", "benchmarks", "modalkit", "pipelines", "service")
+import modalkit
+from modalkit.service.loading import LoadError
+from modalkit.service.on_modal.image_plan import NO_CACHES, SOURCE_FOLDER, LocalPath
+from modalkit.service.settings import Settings
 
 _CONTAINER = {"os_name": "posix", "platform_machine": "x86_64", "platform_system": "Linux", "sys_platform": "linux"}
 _RESULTS = ("**/*.png", "**/results")
@@ -31,12 +29,17 @@ class UserCode:
     requirements: tuple[str, ...]
 
 
-def own_packages() -> tuple[LocalPath, ...]:
-    """The packages of modalkit with their data, from a checkout or from where it is installed."""
-    home = Path(service.__file__).parent.parent
-    return tuple(
-        LocalPath(home / name, f"{SOURCE_FOLDER}/{name}", is_folder=True, ignore=NO_CACHES + _RESULTS)
-        for name in OWN_PACKAGES
+def own_package() -> tuple[LocalPath, ...]:
+    """The package `modalkit` with its data, from where it is installed or from a checkout.
+
+    In a checkout most of its folders are links, and what Modal copies ends at links: each is a path of its own.
+    """
+    home = Path(modalkit.__file__).resolve().parent
+    links = sorted(path for path in home.iterdir() if path.is_symlink())
+    remote, ignore = f"{SOURCE_FOLDER}/modalkit", NO_CACHES + _RESULTS
+    return (
+        LocalPath(home, remote, is_folder=True, ignore=ignore),
+        *(LocalPath(link.resolve(), f"{remote}/{link.name}", is_folder=True, ignore=ignore) for link in links),
     )
 
 
@@ -145,7 +148,7 @@ def _named(settings: Settings) -> Mapping[str, str]:
 
 def _is_given(name: str) -> bool:
     """Whether a container has the module in any case."""
-    return name in OWN_PACKAGES or name in sys.stdlib_module_names
+    return name == "modalkit" or name in sys.stdlib_module_names
 
 
 def _locate(name: str, key: str, folder: Path) -> list[Path]:

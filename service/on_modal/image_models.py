@@ -5,14 +5,14 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
-from pipelines.classifier_settings import BUNDLED
-from service.on_modal.image_plan import SOURCE_FOLDER, Download, LocalPath
-from service.settings import ModelEntry, Settings
+from modalkit.pipelines.classifier_settings import BUNDLED
+from modalkit.service.on_modal.image_plan import SOURCE_FOLDER, Download, LocalPath
+from modalkit.service.settings import ModelEntry, Settings
 
-# As pipelines.loading has it, which brings in torch; a dash in front would be an option of the command.
+# As modalkit.pipelines.loading has it, which brings in torch; a dash in front would be an option of the command.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _NOT_THE_MODEL = ("**/.git", "**/.cache")
-_LOADS_FROM_THE_HUB = "pipelines.sentiment:SentimentPipeline"
+_LOADS_FROM_THE_HUB = "modalkit.pipelines.sentiment:SentimentPipeline"
 _HOME = SOURCE_FOLDER
 
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import anyio
 
-from service.jobs import IdempotencyKeyReusedError, JobStoreError
-from service.jobs.model import Job
-from service.on_modal.call_format import job_object, read_job
+from modalkit.service.jobs import IdempotencyKeyReusedError, JobStoreError
+from modalkit.service.jobs.model import Job
+from modalkit.service.on_modal.call_format import job_object, read_job
 
 RESERVATION_S = 60.0
 

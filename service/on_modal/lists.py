@@ -8,12 +8,12 @@ from typing import Any, Self
 import anyio
 from pydantic import BaseModel
 
-from batching import BatchPolicy, BatchScheduler, Outcome, PaddedCostModel, Priority, SchedulerStatistics
-from pipelines import InferenceOutputModel
-from service.errors import RemoteCallError, RemoteItemError, ServiceError
-from service.on_modal.call_format import read_outcome
-from service.on_modal.remote import RemoteService
-from service.settings import BatchConfig
+from modalkit.batching import BatchPolicy, BatchScheduler, Outcome, PaddedCostModel, Priority, SchedulerStatistics
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.errors import RemoteCallError, RemoteItemError, ServiceError
+from modalkit.service.on_modal.call_format import read_outcome
+from modalkit.service.on_modal.remote import RemoteService
+from modalkit.service.settings import BatchConfig
 
 LISTS_IN_FLIGHT = 64
 """Most lists that one process has under way to one model."""

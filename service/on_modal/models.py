@@ -9,18 +9,18 @@ from typing import Any, Self
 import modal.exception
 from pydantic import BaseModel
 
-from pipelines import InferenceOutputModel
-from service.gateway import NotReadyError, Readiness
-from service.jobs.queue_rules import QueueRules
-from service.on_modal.call_jobs import JobSpawner
-from service.on_modal.config import ModalConfig
-from service.on_modal.gateway import Predictor
-from service.on_modal.ledger import CallLedger
-from service.on_modal.lists import RemotePredictor
-from service.on_modal.remote import ModalRemoteService, RemoteService
-from service.on_modal.runtime import takes_one_input_at_a_time
-from service.settings import AppSettings
-from service.worker import InferenceWorker
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.gateway import NotReadyError, Readiness
+from modalkit.service.jobs.queue_rules import QueueRules
+from modalkit.service.on_modal.call_jobs import JobSpawner
+from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.gateway import Predictor
+from modalkit.service.on_modal.ledger import CallLedger
+from modalkit.service.on_modal.lists import RemotePredictor
+from modalkit.service.on_modal.remote import ModalRemoteService, RemoteService
+from modalkit.service.on_modal.runtime import takes_one_input_at_a_time
+from modalkit.service.settings import AppSettings
+from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import anyio
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
-from batching import (
+from modalkit.batching import (
     BatchingError,
     BatchTimeoutError,
     DeadlineExceededError,
@@ -22,18 +22,24 @@ from batching import (
     QueueFullError,
     Success,
 )
-from pipelines import AsyncInputModel, InferenceOutputModel
-from service.errors import ContainerFaultError, DeviceFaultError, ItemRejectedError, ServiceError, describe_error
-from service.jobs.model import FinishedJob, Job, JobStatus, json_text
-from service.jobs.queue_rules import QueueRules
-from service.jobs.store import CRASHES_ALONE, EXPIRED_IN_THE_QUEUE, TOO_MANY_CRASHES
-from service.on_modal.call_format import error_object, job_object, make_job_id, outcome_object, read_entry
-from service.on_modal.device_faults import is_device_fault
-from service.on_modal.ledger import CallLedger
-from service.on_modal.responses import ResponseSender
-from service.outputs import output_json
-from service.validation import field_errors, summary
-from service.worker import InferenceWorker
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
+from modalkit.service.errors import (
+    ContainerFaultError,
+    DeviceFaultError,
+    ItemRejectedError,
+    ServiceError,
+    describe_error,
+)
+from modalkit.service.jobs.model import FinishedJob, Job, JobStatus, json_text
+from modalkit.service.jobs.queue_rules import QueueRules
+from modalkit.service.jobs.store import CRASHES_ALONE, EXPIRED_IN_THE_QUEUE, TOO_MANY_CRASHES
+from modalkit.service.on_modal.call_format import error_object, job_object, make_job_id, outcome_object, read_entry
+from modalkit.service.on_modal.device_faults import is_device_fault
+from modalkit.service.on_modal.ledger import CallLedger
+from modalkit.service.on_modal.responses import ResponseSender
+from modalkit.service.outputs import output_json
+from modalkit.service.validation import field_errors, summary
+from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import modal.exception
 from grpclib.exceptions import StreamTerminatedError
 from modal.types import InputInfo, InputStatus
 
-from service.errors import ContainerFaultError, RemoteCallError, RemoteTimeoutError, describe_error
+from modalkit.service.errors import ContainerFaultError, RemoteCallError, RemoteTimeoutError, describe_error
 
 _NOT_ASKED = (
     modal.exception.AuthError,

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import anyio
 
-from service.errors import describe_error
-from service.jobs.delivery import backoff_with_jitter
-from service.jobs.messages import result_message, utc_timestamp
-from service.jobs.model import DeliveryStatus, Job
-from service.queue_backends import QueueBackend, QueueMessage, UndeliverableError
-from service.queue_backends.sending import send_all
-from service.queue_backends.webhook_urls import shown_queue_name
+from modalkit.service.errors import describe_error
+from modalkit.service.jobs.delivery import backoff_with_jitter
+from modalkit.service.jobs.messages import result_message, utc_timestamp
+from modalkit.service.jobs.model import DeliveryStatus, Job
+from modalkit.service.queue_backends import QueueBackend, QueueMessage, UndeliverableError
+from modalkit.service.queue_backends.sending import send_all
+from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ import modal
 import uvicorn
 from pydantic import BaseModel
 
-from pipelines import InferenceOutputModel
-from service.on_modal.hosting import HostedService
-from service.on_modal.http_port import GRACE_S, serving
-from service.on_modal.lifetime import Lifetime
-from service.on_modal.models import connection
-from service.on_modal.web_here import web_app_here
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.on_modal.hosting import HostedService
+from modalkit.service.on_modal.http_port import GRACE_S, serving
+from modalkit.service.on_modal.lifetime import Lifetime
+from modalkit.service.on_modal.models import connection
+from modalkit.service.on_modal.web_here import web_app_here
 
 
 class ModalServer(HostedService):

@@ -7,12 +7,12 @@ import modal
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from batching import Priority
-from pipelines import InferenceOutputModel
-from service.on_modal.call_format import InputEntry
-from service.on_modal.hosting import HostedService
-from service.on_modal.remote import ModalRemoteService, RemoteService
-from service.on_modal.web_here import web_app_here
+from modalkit.batching import Priority
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.on_modal.call_format import InputEntry
+from modalkit.service.on_modal.hosting import HostedService
+from modalkit.service.on_modal.remote import ModalRemoteService, RemoteService
+from modalkit.service.on_modal.web_here import web_app_here
 
 
 class ModalService(HostedService):

@@ -9,10 +9,10 @@ import modal
 import modal.exception
 from grpclib.exceptions import StreamTerminatedError
 
-from service.errors import describe_error
-from service.jobs import JobStoreError
-from service.on_modal.config import ModalConfig
-from service.on_modal.ledger import CallLedger
+from modalkit.service.errors import describe_error
+from modalkit.service.jobs import JobStoreError
+from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.ledger import CallLedger
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ import logging
 import anyio
 from anyio import to_thread
 
-from pipelines import InferencePipeline
-from service.on_modal.config import ModalConfig
+from modalkit.pipelines import InferencePipeline
+from modalkit.service.on_modal.config import ModalConfig
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from batching import Failure, Outcome, Priority
-from pipelines import InferenceOutputModel
-from service.errors import describe_error
-from service.on_modal.device_faults import is_device_fault
-from service.worker import InferenceWorker
+from modalkit.batching import Failure, Outcome, Priority
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.errors import describe_error
+from modalkit.service.on_modal.device_faults import is_device_fault
+from modalkit.service.worker import InferenceWorker
 
 
 class WatchedWorker(InferenceWorker):

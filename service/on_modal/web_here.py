@@ -3,15 +3,15 @@
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from pipelines import InferenceOutputModel
-from service.jobs.queue_rules import QueueRules
-from service.on_modal.call_jobs import CallJobs
-from service.on_modal.gateway import ModalGateway
-from service.on_modal.hosting import HostedService, model_source
-from service.on_modal.models import Connect, ModelHere
-from service.on_modal.remote import ModalCalls
-from service.on_modal.tables import open_ledger
-from service.web import create_app
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.jobs.queue_rules import QueueRules
+from modalkit.service.on_modal.call_jobs import CallJobs
+from modalkit.service.on_modal.gateway import ModalGateway
+from modalkit.service.on_modal.hosting import HostedService, model_source
+from modalkit.service.on_modal.models import Connect, ModelHere
+from modalkit.service.on_modal.remote import ModalCalls
+from modalkit.service.on_modal.tables import open_ledger
+from modalkit.service.web import create_app
 
 
 def web_app_here(

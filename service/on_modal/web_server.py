@@ -7,11 +7,11 @@ import modal
 import uvicorn
 from pydantic import BaseModel
 
-from pipelines import InferenceOutputModel
-from service.on_modal.constructor import Constructible
-from service.on_modal.endpoints import create_web_endpoints
-from service.on_modal.http_port import GRACE_S, serving
-from service.on_modal.lifetime import Lifetime
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.on_modal.constructor import Constructible
+from modalkit.service.on_modal.endpoints import create_web_endpoints
+from modalkit.service.on_modal.http_port import GRACE_S, serving
+from modalkit.service.on_modal.lifetime import Lifetime
 
 
 class ModalWebServer(Constructible):

@@ -1,7 +1,7 @@
 """Where the results of jobs are sent."""
 
-from service.queue_backends.memory import InMemoryBackend, QueueEmptyError
-from service.queue_backends.protocol import (
+from modalkit.service.queue_backends.memory import InMemoryBackend, QueueEmptyError
+from modalkit.service.queue_backends.protocol import (
     BatchQueueBackend,
     NamedQueueBackend,
     QueueBackend,
@@ -10,11 +10,11 @@ from service.queue_backends.protocol import (
     QueueNameError,
     UndeliverableError,
 )
-from service.queue_backends.routing import RoutingBackend
-from service.queue_backends.signatures import WebhookVerificationError, verify_webhook
-from service.queue_backends.sqs import SQSBackend
-from service.queue_backends.taskiq import TaskIQBackend, make_taskiq_broker
-from service.queue_backends.webhook import WebhookBackend
+from modalkit.service.queue_backends.routing import RoutingBackend
+from modalkit.service.queue_backends.signatures import WebhookVerificationError, verify_webhook
+from modalkit.service.queue_backends.sqs import SQSBackend
+from modalkit.service.queue_backends.taskiq import TaskIQBackend, make_taskiq_broker
+from modalkit.service.queue_backends.webhook import WebhookBackend
 
 __all__ = [
     "BatchQueueBackend",

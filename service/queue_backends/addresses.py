@@ -8,7 +8,7 @@ import anyio
 import anyio.to_thread
 import httpcore
 
-from service.queue_backends.protocol import QueueBackendError
+from modalkit.service.queue_backends.protocol import QueueBackendError
 
 MAX_LOOK_UPS = 64  # at a time, each in a thread
 

@@ -2,8 +2,8 @@
 
 import logging
 
-from service.queue_backends.protocol import QueueBackend
-from service.queue_backends.sending import await_backend
+from modalkit.service.queue_backends.protocol import QueueBackend
+from modalkit.service.queue_backends.sending import await_backend
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import anyio
 
-from service.queue_backends.protocol import QueueBackendError, QueueMessage
+from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage
 
 logger = logging.getLogger(__name__)
 

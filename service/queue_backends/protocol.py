@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from service.errors import ServiceError
+from modalkit.service.errors import ServiceError
 
 
 class QueueBackendError(ServiceError):

@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 
 import anyio
 
-from service.queue_backends.protocol import NamedQueueBackend, QueueBackend, QueueMessage, QueueNameError
-from service.queue_backends.sending import ATTEMPT_S, await_backend, send_all
-from service.queue_backends.webhook_urls import shown_queue_name
+from modalkit.service.queue_backends.protocol import NamedQueueBackend, QueueBackend, QueueMessage, QueueNameError
+from modalkit.service.queue_backends.sending import ATTEMPT_S, await_backend, send_all
+from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 
 
 class RoutingBackend:

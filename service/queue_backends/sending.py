@@ -6,9 +6,9 @@ from typing import TypeVar
 
 import anyio
 
-from batching.task_groups import without_foreign_cancellation
-from service.errors import describe_error, describe_value
-from service.queue_backends.protocol import BatchQueueBackend, QueueBackend, QueueBackendError, QueueMessage
+from modalkit.batching.task_groups import without_foreign_cancellation
+from modalkit.service.errors import describe_error, describe_value
+from modalkit.service.queue_backends.protocol import BatchQueueBackend, QueueBackend, QueueBackendError, QueueMessage
 
 ATTEMPT_S = 25.0  # less than a delivery waits, so that one message that hangs does not take the others' answers along
 

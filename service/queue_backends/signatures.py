@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Mapping
 
-from service.errors import ServiceError
+from modalkit.service.errors import ServiceError
 
 ID_HEADER = "webhook-id"
 TIMESTAMP_HEADER = "webhook-timestamp"

@@ -10,9 +10,9 @@ from typing import Any
 
 import anyio
 
-from service.queue_backends.message_ids import id_of_text, safe_id
-from service.queue_backends.protocol import QueueBackendError, QueueMessage, QueueNameError, UndeliverableError
-from service.queue_backends.sending import ATTEMPT_S, place_in
+from modalkit.service.queue_backends.message_ids import id_of_text, safe_id
+from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage, QueueNameError, UndeliverableError
+from modalkit.service.queue_backends.sending import ATTEMPT_S, place_in
 
 MAX_BATCH_ENTRIES = 10
 MAX_BATCH_BYTES = 1_048_576  # of all messages of a batch together, and so of one message

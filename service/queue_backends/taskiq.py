@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from service.errors import describe_error
-from service.queue_backends.protocol import QueueBackendError, QueueMessage, QueueNameError
-from service.queue_backends.sending import outcomes_of
+from modalkit.service.errors import describe_error
+from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage, QueueNameError
+from modalkit.service.queue_backends.sending import outcomes_of
 
 if TYPE_CHECKING:
     from taskiq import AsyncBroker
 
-    from service.queue_backends.taskiq_broker import ResultBroker
+    from modalkit.service.queue_backends.taskiq_broker import ResultBroker
 
 DEFAULT_BROKER_URL = "redis://localhost:6379"
 DEFAULT_TASK_NAME = "process_{queue_name}"
@@ -49,7 +49,7 @@ def make_taskiq_broker(
     Raises `QueueBackendError` if taskiq or taskiq-redis is not installed, and `ValueError` for other bad arguments.
     """
     try:
-        from service.queue_backends.taskiq_broker import ResultBroker
+        from modalkit.service.queue_backends.taskiq_broker import ResultBroker
     except ImportError as error:
         raise _not_installed(error) from error
     return ResultBroker(
@@ -92,8 +92,8 @@ class TaskIQBackend:
         if broker is None:
             broker = make_taskiq_broker(broker_url or DEFAULT_BROKER_URL, task_name=task_name or DEFAULT_TASK_NAME)
         try:
-            from service.queue_backends.taskiq_broker import ResultBroker
-            from service.queue_backends.taskiq_sending import TaskSender, stays_in_one_loop
+            from modalkit.service.queue_backends.taskiq_broker import ResultBroker
+            from modalkit.service.queue_backends.taskiq_sending import TaskSender, stays_in_one_loop
         except ImportError as error:
             raise _not_installed(error) from error
         if isinstance(broker, ResultBroker):

@@ -20,8 +20,8 @@ from taskiq import AckableMessage, AsyncBroker, TaskiqMessage, TaskiqMiddleware
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq_redis import RedisStreamBroker
 
-from service.errors import describe_error
-from service.queue_backends.protocol import QueueBackendError
+from modalkit.service.errors import describe_error
+from modalkit.service.queue_backends.protocol import QueueBackendError
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from taskiq.utils import maybe_awaitable
 from taskiq_redis import RedisStreamBroker
 from taskiq_redis.redis_broker import BaseRedisBroker
 
-from service.errors import describe_error
-from service.queue_backends.protocol import QueueBackendError, QueueMessage
-from service.queue_backends.taskiq_broker import QUEUE_NAME, ResultBroker
+from modalkit.service.errors import describe_error
+from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage
+from modalkit.service.queue_backends.taskiq_broker import QUEUE_NAME, ResultBroker
 
 # KEYS: the stream of each message; ARGV: its text. One command costs redis-py a third of a hundred in a pipeline.
 _ADD = """

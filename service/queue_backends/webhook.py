@@ -12,12 +12,12 @@ import httpcore
 import httpx
 from anyio.lowlevel import EventLoopToken, current_token
 
-from service.queue_backends.addresses import CheckedNetwork, Resolve, SystemResolver
-from service.queue_backends.message_ids import id_of_text, safe_id
-from service.queue_backends.protocol import QueueBackendError, QueueMessage, UndeliverableError
-from service.queue_backends.sending import ATTEMPT_S, outcomes_of, place_in
-from service.queue_backends.signatures import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, sign, signing_key
-from service.queue_backends.webhook_urls import AllowedURLs, shown_queue_name
+from modalkit.service.queue_backends.addresses import CheckedNetwork, Resolve, SystemResolver
+from modalkit.service.queue_backends.message_ids import id_of_text, safe_id
+from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage, UndeliverableError
+from modalkit.service.queue_backends.sending import ATTEMPT_S, outcomes_of, place_in
+from modalkit.service.queue_backends.signatures import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, sign, signing_key
+from modalkit.service.queue_backends.webhook_urls import AllowedURLs, shown_queue_name
 
 MAX_CONNECTIONS = 256
 MAX_REQUESTS_PER_HOST = 32  # at a time: so that one that hangs leaves the others theirs

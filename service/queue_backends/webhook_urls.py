@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import httpx
 
-from service.queue_backends.addresses import is_public, parse_address
-from service.queue_backends.protocol import QueueNameError
+from modalkit.service.queue_backends.addresses import is_public, parse_address
+from modalkit.service.queue_backends.protocol import QueueNameError
 
 _DEFAULT_PORTS = {"https": 443, "http": 80}
 _HOST_NAME = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")

@@ -1,7 +1,7 @@
 """The configuration: one frozen, validated `Settings` from YAML files, `MODALKIT_…` variables and arguments."""
 
-from service.settings.layers import deep_merge
-from service.settings.models import (
+from modalkit.service.settings.layers import deep_merge
+from modalkit.service.settings.models import (
     AppSettings,
     AsyncConfig,
     AuthConfig,
@@ -16,8 +16,8 @@ from service.settings.models import (
     SqsConfig,
     WebhookConfig,
 )
-from service.settings.problems import Problem, SettingsError
-from service.settings.settings import Settings
+from modalkit.service.settings.problems import Problem, SettingsError
+from modalkit.service.settings.settings import Settings
 
 __all__ = [
     "AppSettings",

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
-from service.settings.problems import Problem
-from service.settings.schema import KeyPath, below, is_structured, kinds, old_names, section_in
+from modalkit.service.settings.problems import Problem
+from modalkit.service.settings.schema import KeyPath, below, is_structured, kinds, old_names, section_in
 
 
 def deep_merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from service.settings.fields import (
+from modalkit.service.settings.fields import (
     AppPrefix,
     Backend,
     ClassPath,
@@ -385,7 +385,7 @@ class ModelEntry(Section):
 
 
 _COMMON: dict[str, Any] = {"device": "auto", "dtype": "auto", "threads": None}
-_BUNDLED: dict[str, Any] = {"pipeline": "pipelines.sentiment:SentimentPipeline", "model_path": "bundled"}
+_BUNDLED: dict[str, Any] = {"pipeline": "modalkit.pipelines.sentiment:SentimentPipeline", "model_path": "bundled"}
 
 
 class ModelSettings(Section):

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from service.errors import ServiceError
-from service.settings.schema import KeyPath, is_secret, known_paths, suggestion
+from modalkit.service.errors import ServiceError
+from modalkit.service.settings.schema import KeyPath, is_secret, known_paths, suggestion
 
 _WHOLE_NUMBER = "must be a whole number"
 _NUMBER = "must be a number"

@@ -8,10 +8,10 @@ from typing import Any, Self, cast
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from service.settings.layers import Layer, LayersSource, make_layer, origin
-from service.settings.models import AppSettings, ModelSettings
-from service.settings.problems import SettingsError, explain
-from service.settings.sources import read_files, read_variables
+from modalkit.service.settings.layers import Layer, LayersSource, make_layer, origin
+from modalkit.service.settings.models import AppSettings, ModelSettings
+from modalkit.service.settings.problems import SettingsError, explain
+from modalkit.service.settings.sources import read_files, read_variables
 
 
 class Settings(BaseSettings):

@@ -7,9 +7,18 @@ from typing import Any, get_origin
 import yaml
 from pydantic import BaseModel
 
-from service.settings.layers import Layer, deep_merge, make_layer
-from service.settings.problems import Problem, SettingsError, unknown_key
-from service.settings.schema import KeyPath, below, is_structured, kinds, known_paths, old_names, section_in, suggestion
+from modalkit.service.settings.layers import Layer, deep_merge, make_layer
+from modalkit.service.settings.problems import Problem, SettingsError, unknown_key
+from modalkit.service.settings.schema import (
+    KeyPath,
+    below,
+    is_structured,
+    kinds,
+    known_paths,
+    old_names,
+    section_in,
+    suggestion,
+)
 
 API_KEY_VARIABLE = "MODALKIT_API_KEY"
 CONFIG_VARIABLE = "MODALKIT_CONFIG"

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from batching import BatchPolicy, CostModel
-from batching.calibration import Measurement
-from service.tuning.errors import TuningError
-from service.tuning.evidence import UNSEEN, Bounds, SizeEvidence
+from modalkit.batching import BatchPolicy, CostModel
+from modalkit.batching.calibration import Measurement
+from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning.evidence import UNSEEN, Bounds, SizeEvidence
 
 SHORTEST_S = 1e-9  # where the clock is too coarse
 WAIT_SHARE = 0.1  # of the objective, at most, goes into waiting for a fuller batch

@@ -15,8 +15,8 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from service.settings import Settings, deep_merge
-from service.tuning.errors import TuningError
+from modalkit.service.settings import Settings, deep_merge
+from modalkit.service.tuning.errors import TuningError
 
 SECTION = ("app_settings", "batch_config")
 

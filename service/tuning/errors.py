@@ -1,6 +1,6 @@
 """What can go wrong while a pipeline is tuned."""
 
-from service.errors import ServiceError
+from modalkit.service.errors import ServiceError
 
 
 class TuningError(ServiceError):

@@ -8,14 +8,14 @@ from time import perf_counter
 
 from pydantic import BaseModel
 
-from batching import CostFeature, MeasuredCostModel
-from batching.calibration import Calibration, Measurement, SizeFailure
-from pipelines import InferencePipeline
-from service.errors import describe_error
-from service.pipeline_batches import is_too_large
-from service.settings import BatchConfig
-from service.tuning.errors import TuningError
-from service.tuning.samples import MadeUpSamples, Samples
+from modalkit.batching import CostFeature, MeasuredCostModel
+from modalkit.batching.calibration import Calibration, Measurement, SizeFailure
+from modalkit.pipelines import InferencePipeline
+from modalkit.service.errors import describe_error
+from modalkit.service.pipeline_batches import is_too_large
+from modalkit.service.settings import BatchConfig
+from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning.samples import MadeUpSamples, Samples
 
 LARGEST_COUNT = 128
 STEP = 2

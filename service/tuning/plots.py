@@ -5,9 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batching import CostModel
-from batching.calibration import Measurement
-from service.tuning.errors import TuningError
+from modalkit.batching import CostModel
+from modalkit.batching.calibration import Measurement
+from modalkit.service.tuning.errors import TuningError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

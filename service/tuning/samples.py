@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 
-from pipelines import InferencePipeline
-from service.errors import describe_error
-from service.tuning.errors import TuningError
+from modalkit.pipelines import InferencePipeline
+from modalkit.service.errors import describe_error
+from modalkit.service.tuning.errors import TuningError
 
 ITEMS_OF_EACH_SIZE = 16
 SIZE_GROUPS = 6

@@ -8,13 +8,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from batching import MeasuredCostModel
-from batching.calibration import Measurement
-from service.errors import describe_error
-from service.settings import BatchConfig
-from service.tuning.choice import ChosenLimits, lone_sizes, nearest_size
-from service.tuning.measuring import Measured, median_error
-from service.tuning.trial import Trial, TrialPlan
+from modalkit.batching import MeasuredCostModel
+from modalkit.batching.calibration import Measurement
+from modalkit.service.errors import describe_error
+from modalkit.service.settings import BatchConfig
+from modalkit.service.tuning.choice import ChosenLimits, lone_sizes, nearest_size
+from modalkit.service.tuning.measuring import Measured, median_error
+from modalkit.service.tuning.trial import Trial, TrialPlan
 
 TABLE: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left"}
 

@@ -10,16 +10,16 @@ from statistics import median
 import anyio
 from pydantic import BaseModel
 
-from batching import BatchRecord, MeasuredCostModel, QueueFullError
-from pipelines import InferencePipeline
-from service.errors import describe_error
-from service.jobs import MemoryJobStore
-from service.jobs.manager import JobManager
-from service.settings import BatchConfig, Settings
-from service.tuning.errors import TuningError
-from service.tuning.measuring import MEASURING_SHARE
-from service.tuning.samples import Samples
-from service.worker import InferenceWorker
+from modalkit.batching import BatchRecord, MeasuredCostModel, QueueFullError
+from modalkit.pipelines import InferencePipeline
+from modalkit.service.errors import describe_error
+from modalkit.service.jobs import MemoryJobStore
+from modalkit.service.jobs.manager import JobManager
+from modalkit.service.settings import BatchConfig, Settings
+from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning.measuring import MEASURING_SHARE
+from modalkit.service.tuning.samples import Samples
+from modalkit.service.worker import InferenceWorker
 
 MOST_LONE_REQUESTS = 50
 LONGEST_TRIAL_S = 5.0  # of sending, unless batches are long

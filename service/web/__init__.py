@@ -1,5 +1,5 @@
 """The HTTP door: a FastAPI application over any gateway."""
 
-from service.web.app import create_app
+from modalkit.service.web.app import create_app
 
 __all__ = ["create_app"]

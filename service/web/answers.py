@@ -8,8 +8,8 @@ from typing import Any
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from batching import Priority
-from service.jobs import DeliveryStatus, JobStatus
+from modalkit.batching import Priority
+from modalkit.service.jobs import DeliveryStatus, JobStatus
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"

@@ -9,15 +9,15 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.gateway import Gateway, Readiness
-from service.settings import AuthConfig
-from service.version import VERSION
-from service.web.auth import require_api_key
-from service.web.job_routes import make_job_router
-from service.web.metrics import CONTENT_TYPE, exposition
-from service.web.openapi import document_bodies
-from service.web.problems import install_problem_handlers
-from service.web.routes import add_prediction_routes
+from modalkit.service.gateway import Gateway, Readiness
+from modalkit.service.settings import AuthConfig
+from modalkit.service.version import VERSION
+from modalkit.service.web.auth import require_api_key
+from modalkit.service.web.job_routes import make_job_router
+from modalkit.service.web.metrics import CONTENT_TYPE, exposition
+from modalkit.service.web.openapi import document_bodies
+from modalkit.service.web.problems import install_problem_handlers
+from modalkit.service.web.routes import add_prediction_routes
 
 DESCRIPTION = """
 Single requests, run in batches. `POST /sync/predict` waits for one result; `POST /batch/predict` takes a list;

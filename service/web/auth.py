@@ -10,11 +10,11 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 
-from service.loading import LoadError
-from service.settings import AuthConfig
-from service.web.header_keys import header_bytes
-from service.web.problems import ProblemError
-from service.web.ssm_key import SsmKey
+from modalkit.service.loading import LoadError
+from modalkit.service.settings import AuthConfig
+from modalkit.service.web.header_keys import header_bytes
+from modalkit.service.web.problems import ProblemError
+from modalkit.service.web.ssm_key import SsmKey
 
 
 @dataclass(frozen=True, slots=True)

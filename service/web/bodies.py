@@ -10,9 +10,9 @@ from fastapi import Request
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from pipelines import AsyncInputModel, SyncInputModel
-from service.validation import field_errors, summary
-from service.web.problems import ProblemError
+from modalkit.pipelines import AsyncInputModel, SyncInputModel
+from modalkit.service.validation import field_errors, summary
+from modalkit.service.web.problems import ProblemError
 
 MAX_BODY_BYTES = 32 * 2**20
 

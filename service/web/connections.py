@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from batching.task_groups import plain_task_group
-from service.web.problems import ProblemError
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.service.web.problems import ProblemError
 
 T = TypeVar("T")
 

@@ -8,12 +8,12 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import Response
 from pydantic import PositiveFloat
 
-from pipelines.iomodel import LONGEST_LIFE_S
-from service.gateway import Gateway
-from service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
-from service.web.answers import JobDetails, JobPageView, JobView, Purged, Replayed, json_response
-from service.web.connections import while_connected
-from service.web.problems import ProblemError
+from modalkit.pipelines.iomodel import LONGEST_LIFE_S
+from modalkit.service.gateway import Gateway
+from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
+from modalkit.service.web.answers import JobDetails, JobPageView, JobView, Purged, Replayed, json_response
+from modalkit.service.web.connections import while_connected
+from modalkit.service.web.problems import ProblemError
 
 LONGEST_WAIT_S = 300.0
 

@@ -7,10 +7,10 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from batching import SchedulerStatistics
-from service.errors import NotAvailableError
-from service.gateway import Gateway, Readiness
-from service.jobs import JobCounts, JobStoreError
+from modalkit.batching import SchedulerStatistics
+from modalkit.service.errors import NotAvailableError
+from modalkit.service.gateway import Gateway, Readiness
+from modalkit.service.jobs import JobCounts, JobStoreError
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from pipelines import AsyncInputModel, AsyncOutputModel
-from service.gateway import Gateway
-from service.web.answers import (
+from modalkit.pipelines import AsyncInputModel, AsyncOutputModel
+from modalkit.service.gateway import Gateway
+from modalkit.service.web.answers import (
     JSON,
     NDJSON,
     PROBLEM_JSON,

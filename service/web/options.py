@@ -11,8 +11,8 @@ from typing import Any
 
 from fastapi import Request
 
-from batching import Priority
-from service.web.problems import ProblemError
+from modalkit.batching import Priority
+from modalkit.service.web.problems import ProblemError
 
 LONGEST_KEY = 255
 

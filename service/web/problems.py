@@ -11,14 +11,14 @@ from fastapi.responses import Response
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
-from batching import (
+from modalkit.batching import (
     BatchTimeoutError,
     DeadlineExceededError,
     QueueFullError,
     RequestTooLargeError,
     SchedulerClosedError,
 )
-from service.errors import (
+from modalkit.service.errors import (
     ContainerFaultError,
     ItemRejectedError,
     NotAvailableError,
@@ -27,14 +27,14 @@ from service.errors import (
     RemoteTimeoutError,
     describe_error,
 )
-from service.gateway import NotReadyError
-from service.jobs import IdempotencyKeyReusedError, JobStoreError, JobStoreFullError
-from service.jobs.errors import JobStoreBusyError
-from service.jobs.queue_rules import QueueNotAllowedError
-from service.loading import UnknownModelError
-from service.queue_backends import QueueNameError
-from service.validation import field_errors, summary
-from service.web.answers import PROBLEM_JSON
+from modalkit.service.gateway import NotReadyError
+from modalkit.service.jobs import IdempotencyKeyReusedError, JobStoreError, JobStoreFullError
+from modalkit.service.jobs.errors import JobStoreBusyError
+from modalkit.service.jobs.queue_rules import QueueNotAllowedError
+from modalkit.service.loading import UnknownModelError
+from modalkit.service.queue_backends import QueueNameError
+from modalkit.service.validation import field_errors, summary
+from modalkit.service.web.answers import PROBLEM_JSON
 
 logger = logging.getLogger(__name__)
 

@@ -9,18 +9,18 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from batching import Failure
-from service.errors import OutputNotJsonError, describe_error
-from service.gateway import Gateway
-from service.outputs import output_json
-from service.web.answers import json_response
-from service.web.auth import ApiKey
-from service.web.bodies import BodyParser, InvalidItem, read_body
-from service.web.connections import while_connected
-from service.web.options import PREDICTION_PARAMETERS, SUBMISSION_PARAMETERS, Options
-from service.web.plain_route import PlainRoute
-from service.web.problems import ProblemError, error_response
-from service.web.submissions import Submitter
+from modalkit.batching import Failure
+from modalkit.service.errors import OutputNotJsonError, describe_error
+from modalkit.service.gateway import Gateway
+from modalkit.service.outputs import output_json
+from modalkit.service.web.answers import json_response
+from modalkit.service.web.auth import ApiKey
+from modalkit.service.web.bodies import BodyParser, InvalidItem, read_body
+from modalkit.service.web.connections import while_connected
+from modalkit.service.web.options import PREDICTION_PARAMETERS, SUBMISSION_PARAMETERS, Options
+from modalkit.service.web.plain_route import PlainRoute
+from modalkit.service.web.problems import ProblemError, error_response
+from modalkit.service.web.submissions import Submitter
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 

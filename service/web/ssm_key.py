@@ -10,11 +10,11 @@ from typing import Any
 import anyio
 from anyio.abc import TaskGroup
 
-from batching.task_groups import plain_task_group
-from service.errors import describe_error
-from service.jobs.delivery import backoff_with_jitter
-from service.loading import LoadError
-from service.web.header_keys import header_bytes
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.service.errors import describe_error
+from modalkit.service.jobs.delivery import backoff_with_jitter
+from modalkit.service.loading import LoadError
+from modalkit.service.web.header_keys import header_bytes
 
 logger = logging.getLogger(__name__)
 

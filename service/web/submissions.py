@@ -11,18 +11,18 @@ from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from batching import Failure, Outcome, Success
-from batching.task_groups import plain_task_group
-from pipelines import AsyncInputModel
-from service.errors import describe_error
-from service.gateway import Gateway
-from service.jobs import JobStoreError
-from service.web.answers import NDJSON, json_response
-from service.web.bodies import BodyParser, InvalidItem, read_body
-from service.web.lines import LARGEST_LINE_BYTES, Line, lines_of
-from service.web.options import Options
-from service.web.problems import ProblemError
-from service.web.spool import Spool
+from modalkit.batching import Failure, Outcome, Success
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.pipelines import AsyncInputModel
+from modalkit.service.errors import describe_error
+from modalkit.service.gateway import Gateway
+from modalkit.service.jobs import JobStoreError
+from modalkit.service.web.answers import NDJSON, json_response
+from modalkit.service.web.bodies import BodyParser, InvalidItem, read_body
+from modalkit.service.web.lines import LARGEST_LINE_BYTES, Line, lines_of
+from modalkit.service.web.options import Options
+from modalkit.service.web.problems import ProblemError
+from modalkit.service.web.spool import Spool
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from batching import (
+from modalkit.batching import (
     BatchingError,
     BatchPolicy,
     BatchRecord,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching.calibration import Calibration, Measurement, undisturbed
+from modalkit.batching.calibration import Calibration, Measurement, undisturbed
 
 Costs = Callable[[int, int], float]
 """Seconds of a batch of so many requests, the largest of that size."""

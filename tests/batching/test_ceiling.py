@@ -5,7 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching.ceiling import Ceiling
+from modalkit.batching.ceiling import Ceiling
 
 
 def test_there_is_none_until_a_batch_was_too_large() -> None:

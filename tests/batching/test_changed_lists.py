@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batching import BatchPolicy, BatchScheduler, Failure, InputsMovedError, Outcome, Stages, Success
+from modalkit.batching import BatchPolicy, BatchScheduler, Failure, InputsMovedError, Outcome, Stages, Success
 
 
 class Item:

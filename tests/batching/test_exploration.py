@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching.exploration import LAST_PATIENCE, SHARE, Exploration
+from modalkit.batching.exploration import LAST_PATIENCE, SHARE, Exploration
 
 
 @given(st.lists(st.tuples(st.floats(0.001, 10), st.floats(0.001, 10)), min_size=50, max_size=400))

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching.failure_rate import FailureRate
-from batching.group_testing import FailureHistory
+from modalkit.batching.failure_rate import FailureRate
+from modalkit.batching.group_testing import FailureHistory
 
 RUNS = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300), st.booleans()), max_size=60)
 

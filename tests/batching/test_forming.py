@@ -2,9 +2,9 @@
 
 import random
 
-from batching import BatchPlanner, BatchPolicy, MeasuredCostModel, PaddedCostModel, Priority, Request
-from batching.bulk_length import BulkLength
-from batching.policy import Batch, DispatchReason
+from modalkit.batching import BatchPlanner, BatchPolicy, MeasuredCostModel, PaddedCostModel, Priority, Request
+from modalkit.batching.bulk_length import BulkLength
+from modalkit.batching.policy import Batch, DispatchReason
 
 INTERACTIVE, BULK = Priority
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching.group_testing import FailureHistory, GroupTest
+from modalkit.batching.group_testing import FailureHistory, GroupTest
 
 
 class PoisonedError(Exception):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching import CostFeature, MeasuredCostModel, PaddedCostModel
-from batching.least_squares import solve_nonnegative
+from modalkit.batching import CostFeature, MeasuredCostModel, PaddedCostModel
+from modalkit.batching.least_squares import solve_nonnegative
 
 Seconds = Callable[[int, int], float]
 

@@ -9,8 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
-from batching import Batch, BatchPlanner, BatchPolicy, Decision, DispatchReason, PaddedCostModel, Priority, Request
-from batching.queue import size_bucket
+from modalkit.batching import (
+    Batch,
+    BatchPlanner,
+    BatchPolicy,
+    Decision,
+    DispatchReason,
+    PaddedCostModel,
+    Priority,
+    Request,
+)
+from modalkit.batching.queue import size_bucket
 
 COSTS = PaddedCostModel(fixed_s=0.002, token_s=0.00005)
 INTERACTIVE, BULK = Priority.INTERACTIVE, Priority.BULK

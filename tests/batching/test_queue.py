@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from batching import Priority, QueueFullError, Request, RequestQueue
-from batching.queue import size_bucket
+from modalkit.batching import Priority, QueueFullError, Request, RequestQueue
+from modalkit.batching.queue import size_bucket
 
 sizes = st.integers(1, 2000)
 MAX_ITEMS = 20

@@ -15,7 +15,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from batching import (
+from modalkit.batching import (
     BatchingError,
     BatchPolicy,
     BatchRecord,

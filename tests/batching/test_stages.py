@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import pytest
 
-from batching import (
+from modalkit.batching import (
     BatchPolicy,
     BatchRecord,
     BatchScheduler,
@@ -21,8 +21,8 @@ from batching import (
     StageSeconds,
     Success,
 )
-from batching.scheduler import OVERLAP_PAYS_FROM, OVERLAP_PAYS_FROM_S
-from batching.stages import StageShares
+from modalkit.batching.scheduler import OVERLAP_PAYS_FROM, OVERLAP_PAYS_FROM_S
+from modalkit.batching.stages import StageShares
 
 pytestmark = pytest.mark.anyio
 

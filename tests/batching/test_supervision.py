@@ -5,7 +5,7 @@ from collections.abc import Callable
 import anyio
 import pytest
 
-from batching import (
+from modalkit.batching import (
     BatchPolicy,
     BatchRecord,
     BatchScheduler,
@@ -14,7 +14,7 @@ from batching import (
     SchedulerClosedError,
     Success,
 )
-from batching.batch_run import BatchRunner
+from modalkit.batching.batch_run import BatchRunner
 
 pytestmark = pytest.mark.anyio
 

@@ -6,7 +6,7 @@ import threading
 import anyio
 import pytest
 
-from batching.threads import DedicatedThread
+from modalkit.batching.threads import DedicatedThread
 
 pytestmark = pytest.mark.anyio
 

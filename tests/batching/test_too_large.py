@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from batching import BatchPolicy, BatchRecord, BatchScheduler, Failure, PaddedCostModel, Success
+from modalkit.batching import BatchPolicy, BatchRecord, BatchScheduler, Failure, PaddedCostModel, Success
 
 pytestmark = pytest.mark.anyio
 

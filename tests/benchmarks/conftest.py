@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from trio.testing import MockClock
 
-from benchmarks.in_process import BundledPipeline
+from modalkit.benchmarks.in_process import BundledPipeline
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from benchmarks.baselines import fixed_window, queue_and_thread, what_waits
+from modalkit.benchmarks.baselines import fixed_window, queue_and_thread, what_waits
 
 pytestmark = pytest.mark.anyio
 

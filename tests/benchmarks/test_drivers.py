@@ -5,7 +5,7 @@ from typing import Any
 import anyio
 import pytest
 
-from benchmarks.drivers import closed_loop, open_loop, timed_s, work_off
+from modalkit.benchmarks.drivers import closed_loop, open_loop, timed_s, work_off
 
 pytestmark = pytest.mark.anyio
 

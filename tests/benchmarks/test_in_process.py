@@ -5,9 +5,9 @@ import math
 import pytest
 from pydantic import BaseModel
 
-from batching import Failure, Priority, Success
-from benchmarks.drivers import work_off
-from benchmarks.in_process import (
+from modalkit.batching import Failure, Priority, Success
+from modalkit.benchmarks.drivers import work_off
+from modalkit.benchmarks.in_process import (
     BatchShape,
     BundledPipeline,
     Records,
@@ -18,7 +18,7 @@ from benchmarks.in_process import (
     run_sorted,
     worker_of,
 )
-from pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 
 
 class Batches(InferencePipeline):

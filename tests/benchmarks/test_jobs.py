@@ -5,8 +5,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from benchmarks.jobs import JOB, bare, lists, metric, rate, served, wait_until
-from benchmarks.raw_http import post_all
+from modalkit.benchmarks.jobs import JOB, bare, lists, metric, rate, served, wait_until
+from modalkit.benchmarks.raw_http import post_all
 
 
 def test_jobs_are_accepted_as_often_as_they_are_sent(tmp_path: Path) -> None:

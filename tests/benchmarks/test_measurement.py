@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.measurement import Figure, Rounds
+from modalkit.benchmarks.measurement import Figure, Rounds
 
 
 def counting(name: str, values: Iterator[float], order: list[str]) -> dict[str, float]:

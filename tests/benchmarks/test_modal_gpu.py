@@ -8,9 +8,9 @@ from pathlib import Path
 import modal
 import pytest
 
-from benchmarks.containers.matrix import BATCH_LIMIT_VARIABLE, Variant
-from benchmarks.modal_gpu import Deployed, load_function_settings, variant_class
-from service.on_modal.config import ModalConfig
+from modalkit.benchmarks.containers.matrix import BATCH_LIMIT_VARIABLE, Variant
+from modalkit.benchmarks.modal_gpu import Deployed, load_function_settings, variant_class
+from modalkit.service.on_modal.config import ModalConfig
 from tests.support.modal_objects import inner
 
 CONFIGURATION = """
@@ -65,7 +65,7 @@ def test_the_callers_run_in_the_services_image_and_region_and_none_is_kept_warm(
 def test_the_command_is_there_without_a_token(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MODAL")}
     shown = subprocess.run(
-        [sys.executable, "-m", "modal", "run", "-m", "benchmarks.modal_gpu", "--help"],
+        [sys.executable, "-m", "modal", "run", "-m", "modalkit.benchmarks.modal_gpu", "--help"],
         env=environment | {"MODAL_CONFIG_PATH": str(tmp_path / "none.toml"), "PYTHONPATH": str(Path.cwd())},
         cwd=tmp_path,
         capture_output=True,

@@ -6,12 +6,12 @@ import json
 import pytest
 from rich.console import Console
 
-from benchmarks.end_to_end import EndToEndStudy
-from benchmarks.growth import GrowthStudy
-from benchmarks.in_process import BundledPipeline, corpus_items
-from benchmarks.measurement import Figure, Study
-from benchmarks.overhead import OverheadStudy
-from benchmarks.report import as_json, figures_table, run_study
+from modalkit.benchmarks.end_to_end import EndToEndStudy
+from modalkit.benchmarks.growth import GrowthStudy
+from modalkit.benchmarks.in_process import BundledPipeline, corpus_items
+from modalkit.benchmarks.measurement import Figure, Study
+from modalkit.benchmarks.overhead import OverheadStudy
+from modalkit.benchmarks.report import as_json, figures_table, run_study
 
 UNCALIBRATED = {"calibration": {"enabled": False}}  # which would take seconds for each worker
 

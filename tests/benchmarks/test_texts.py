@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from benchmarks.corpus import mixed_length_texts
-from benchmarks.texts import read_texts
+from modalkit.benchmarks.corpus import mixed_length_texts
+from modalkit.benchmarks.texts import read_texts
 
 
 def test_the_corpus_goes_by_its_name() -> None:

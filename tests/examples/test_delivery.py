@@ -17,10 +17,10 @@ import anyio
 import pytest
 
 from modalkit.iomodel import AsyncInputModel, DelayedFailureOutputModel
+from modalkit.service.jobs.delivery import FIRST_RETRY_S, LONGEST_RETRY_S
+from modalkit.service.queue_backends import QueueMessage, UndeliverableError
 from modalkit.settings import Settings
 from modalkit.task_queue import WebhookBackend
-from service.jobs.delivery import FIRST_RETRY_S, LONGEST_RETRY_S
-from service.queue_backends import QueueMessage, UndeliverableError
 from tests.service.cli.conftest import CONFIGURATION
 from tests.service.cli.test_serve import serving
 from tests.support.guides import ROOT, blocks, files_in, guide, quoted_files, section

@@ -67,7 +67,9 @@ def test_an_app_is_defined_without_a_token_or_a_network(run: Run, module: str, d
 
 
 def test_a_dry_run_shows_the_module_that_the_app_imports(run: Run) -> None:
-    shown = yaml.safe_load(run("-c", "from service.cli import main; main()", "deploy", "web_function.py", "--dry-run"))
+    shown = yaml.safe_load(
+        run("-c", "from modalkit.service.cli import main; main()", "deploy", "web_function.py", "--dry-run")
+    )
     assert any(step.get("remote_path") == "/root/emphasis.py" for step in shown["image"])
 
 

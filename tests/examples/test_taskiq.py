@@ -15,7 +15,7 @@ import anyio.to_thread
 import pytest
 from redis.asyncio import Redis
 
-from benchmarks.redis_server import RedisServer
+from modalkit.benchmarks.redis_server import RedisServer
 from tests.service.cli.test_serve import serving
 from tests.support.taskiq_worker import TaskiqWorker
 

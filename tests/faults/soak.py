@@ -24,7 +24,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from benchmarks.redis_server import RedisServer
+from modalkit.benchmarks.redis_server import RedisServer
 from tests.support.killed_server import KilledServer
 
 CONFIGURATION = """

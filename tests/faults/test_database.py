@@ -10,10 +10,10 @@ import anyio
 import pytest
 from pydantic import BaseModel
 
-from pipelines import AsyncInputModel, InferenceOutputModel
-from service.jobs import JobStatus, JobStoreError, SqliteJobStore
-from service.queue_backends import InMemoryBackend
-from service.worker import InferenceWorker
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
+from modalkit.service.jobs import JobStatus, JobStoreError, SqliteJobStore
+from modalkit.service.queue_backends import InMemoryBackend
+from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import Length, LengthPipeline
 
 pytestmark = pytest.mark.anyio

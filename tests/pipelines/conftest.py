@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.sentiment import SentimentPipeline
-from pipelines.training.data import Sentence
+from modalkit.pipelines.sentiment import SentimentPipeline
+from modalkit.pipelines.training.data import Sentence
 
 
 @pytest.fixture(scope="session")

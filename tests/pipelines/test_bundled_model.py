@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.loading import BUNDLED_FOLDER
-from pipelines.sentiment import SentimentPipeline
-from pipelines.training.data import Sentence
-from pipelines.training.evaluate import evaluate
+from modalkit.pipelines.loading import BUNDLED_FOLDER
+from modalkit.pipelines.sentiment import SentimentPipeline
+from modalkit.pipelines.training.data import Sentence
+from modalkit.pipelines.training.evaluate import evaluate
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +40,7 @@ def test_the_test_data_is_the_held_out_tenth(held_out: list[Sentence]) -> None:
 
 def test_loading_and_running_it_prints_nothing() -> None:
     program = (
-        "from pipelines.sentiment import SentimentPipeline, SentimentRequest;"
+        "from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest;"
         "SentimentPipeline('s', '.', {}).run_inference([SentimentRequest(text='word ' * 2000)])"
     )
     done = subprocess.run(

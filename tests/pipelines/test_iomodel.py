@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from pipelines.inference_pipeline import InferencePipeline
-from pipelines.iomodel import (
+from modalkit.pipelines.inference_pipeline import InferencePipeline
+from modalkit.pipelines.iomodel import (
     AsyncInputModel,
     AsyncOutputModel,
     DelayedFailureOutputModel,

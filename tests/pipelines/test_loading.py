@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
-from pipelines.errors import ModelLoadError
-from pipelines.loading import BUNDLED_FOLDER, Checkpoint, choose_device, dtype_for, quiet_transformers
+from modalkit.pipelines.errors import ModelLoadError
+from modalkit.pipelines.loading import BUNDLED_FOLDER, Checkpoint, choose_device, dtype_for, quiet_transformers
 
 
 def test_auto_computes_in_float32_on_a_cpu_and_as_stored_elsewhere() -> None:

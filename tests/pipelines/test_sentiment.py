@@ -12,10 +12,10 @@ from pydantic import BaseModel, ValidationError
 from tokenizers import Tokenizer
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-from pipelines.errors import ModelLoadError
-from pipelines.loading import BUNDLED_FOLDER
-from pipelines.sentiment import MAX_TEXT_CHARACTERS, SentimentPipeline, SentimentRequest, SentimentResponse
-from pipelines.training.data import Sentence
+from modalkit.pipelines.errors import ModelLoadError
+from modalkit.pipelines.loading import BUNDLED_FOLDER
+from modalkit.pipelines.sentiment import MAX_TEXT_CHARACTERS, SentimentPipeline, SentimentRequest, SentimentResponse
+from modalkit.pipelines.training.data import Sentence
 
 
 def requests(*texts: str) -> list[BaseModel]:

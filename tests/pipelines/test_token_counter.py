@@ -4,11 +4,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pipelines import token_counter
-from pipelines.loading import BUNDLED_FOLDER
-from pipelines.token_counter import TokenCounter
-from pipelines.tokenization import TextEncoder
-from pipelines.training.data import Sentence
+from modalkit.pipelines import token_counter
+from modalkit.pipelines.loading import BUNDLED_FOLDER
+from modalkit.pipelines.token_counter import TokenCounter
+from modalkit.pipelines.tokenization import TextEncoder
+from modalkit.pipelines.training.data import Sentence
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]
 

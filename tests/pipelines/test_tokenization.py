@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pipelines.loading import BUNDLED_FOLDER
-from pipelines.tokenization import TextEncoder
+from modalkit.pipelines.loading import BUNDLED_FOLDER
+from modalkit.pipelines.tokenization import TextEncoder
 
 
 @pytest.fixture

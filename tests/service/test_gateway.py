@@ -9,10 +9,10 @@ import anyio
 import pytest
 from anyio import to_thread
 
-from pipelines import AsyncInputModel
-from service.gateway import LocalGateway, NotReadyError, Readiness
-from service.jobs import JobStatus, NewJob, SqliteJobStore
-from service.settings import Settings
+from modalkit.pipelines import AsyncInputModel
+from modalkit.service.gateway import LocalGateway, NotReadyError, Readiness
+from modalkit.service.jobs import JobStatus, NewJob, SqliteJobStore
+from modalkit.service.settings import Settings
 from tests.support.length_model import LengthPipeline
 
 pytestmark = pytest.mark.anyio

@@ -11,10 +11,10 @@ import anyio
 import pytest
 from pydantic import BaseModel
 
-from batching import MeasuredCostModel
-from service.cost_tables import CostKey, save_costs
-from service.settings import Settings
-from service.worker import InferenceWorker
+from modalkit.batching import MeasuredCostModel
+from modalkit.service.cost_tables import CostKey, save_costs
+from modalkit.service.settings import Settings
+from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import Length, LengthPipeline, Text
 
 pytestmark = pytest.mark.anyio

@@ -1,4 +1,4 @@
-"""The app that ``modal deploy -m service.modal_app`` takes, in a process of its own, as Modal's client imports it."""
+"""The app of ``modal deploy -m modalkit.service.modal_app``, in a process of its own, as Modal's client imports it."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def imported(config: dict[str, Any]) -> dict[str, Any]:
 
 def describe() -> None:
     """Import the app and write down what it consists of."""
-    from service import modal_app
+    from modalkit.service import modal_app
 
     model: Any = modal_app.Model
     resources, webhook = web_settings(modal_app.web)
@@ -134,6 +134,6 @@ def test_the_app_follows_the_configuration(
     ],
 )
 def test_a_mistake_in_the_configuration_is_told_with_its_key(config: dict[str, Any], mistake: str) -> None:
-    done = run(config, "import service.modal_app")
+    done = run(config, "import modalkit.service.modal_app")
     assert done.returncode != 0
     assert mistake in done.stderr

@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from pydantic import ConfigDict, field_serializer
 
-from pipelines import InferenceOutputModel
-from service.errors import MAX_ERROR_BYTES, OutputNotJsonError, PipelineOutputError, ServiceError, describe_error
-from service.outputs import output_json, output_object
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.errors import (
+    MAX_ERROR_BYTES,
+    OutputNotJsonError,
+    PipelineOutputError,
+    ServiceError,
+    describe_error,
+)
+from modalkit.service.outputs import output_json, output_object
 from tests.support.odd_model import MuteError
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from batching import Success
-from batching.errors import InputsMovedError
-from pipelines import BatchTooLargeError, InferenceOutputModel
-from service.pipeline_batches import attempt_as_one_batch, is_too_large
-from service.settings import Settings
-from service.worker import InferenceWorker
+from modalkit.batching import Success
+from modalkit.batching.errors import InputsMovedError
+from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel
+from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large
+from modalkit.service.settings import Settings
+from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import POISON, Length, LengthPipeline, Text
 
 NO_CALIBRATION = Settings(app_settings={"batch_config": {"max_batch_size": 64, "calibration": {"enabled": False}}})

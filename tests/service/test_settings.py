@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from service.settings import ModelEntry, Settings, SettingsError, deep_merge
+from modalkit.service.settings import ModelEntry, Settings, SettingsError, deep_merge
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,7 +183,7 @@ def test_the_bundled_model_can_be_changed_without_naming_its_pipeline() -> None:
     (entry,) = load(
         "model_settings: {model_entries: {sentiment: {max_length: 64}}}"
     ).model_settings.model_entries.values()
-    assert entry.pipeline == "pipelines.sentiment:SentimentPipeline"
+    assert entry.pipeline == "modalkit.pipelines.sentiment:SentimentPipeline"
     assert entry.arguments() == {"model_path": "bundled", "max_length": 64}
 
 

@@ -11,7 +11,7 @@ import anyio
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from batching import (
+from modalkit.batching import (
     BatchRecord,
     BatchTimeoutError,
     Failure,
@@ -21,9 +21,9 @@ from batching import (
     SchedulerClosedError,
     Success,
 )
-from pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
-from service.errors import ItemRejectedError, PipelineOutputError
-from service.jobs import (
+from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
+from modalkit.service.errors import ItemRejectedError, PipelineOutputError
+from modalkit.service.jobs import (
     DeliveryStatus,
     IdempotencyKeyReusedError,
     JobStatus,
@@ -32,10 +32,10 @@ from service.jobs import (
     NewJob,
     SqliteJobStore,
 )
-from service.jobs.queue_rules import QueueNotAllowedError
-from service.queue_backends import InMemoryBackend
-from service.settings import Settings
-from service.worker import InferenceWorker
+from modalkit.service.jobs.queue_rules import QueueNotAllowedError
+from modalkit.service.queue_backends import InMemoryBackend
+from modalkit.service.settings import Settings
+from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import POISON, REJECTED, Length, LengthPipeline, Text
 from tests.support.odd_model import MUTE, NAN, NUMPY, SURROGATE, OddPipeline
 

@@ -8,7 +8,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from service.listening import listening
+from modalkit.service.listening import listening
 
 
 class _Server(uvicorn.Server):

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-SERVE = [sys.executable, "-P", "-c", "from service.cli import main; main()", "serve", "--port"]
+SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port"]
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60.0
 

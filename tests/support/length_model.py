@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 
 POISON = "poison"
 REJECTED = "rejected"

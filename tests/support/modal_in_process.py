@@ -11,11 +11,11 @@ from typing import Any, Self, cast
 import anyio
 from modal._runtime.execution_context import _set_current_context_ids
 
-from pipelines import InferencePipeline
-from service.errors import describe_error
-from service.on_modal.ledger import CallLedger
-from service.on_modal.remote import CallResult, CallState, ModalRemoteService
-from service.on_modal.service import ModalService
+from modalkit.pipelines import InferencePipeline
+from modalkit.service.errors import describe_error
+from modalkit.service.on_modal.ledger import CallLedger
+from modalkit.service.on_modal.remote import CallResult, CallState, ModalRemoteService
+from modalkit.service.on_modal.service import ModalService
 
 FORGOTTEN = CallResult(CallState.FORGOTTEN, error="its result was kept for seven days")
 

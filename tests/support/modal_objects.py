@@ -6,7 +6,7 @@ from typing import Any
 import modal
 from modal._utils.async_utils import synchronizer
 
-from service.on_modal.remote import ModalRemoteService
+from modalkit.service.on_modal.remote import ModalRemoteService
 
 
 def inner(wrapped: object) -> Any:

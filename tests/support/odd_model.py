@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from pipelines import InferenceOutputModel
+from modalkit.pipelines import InferenceOutputModel
 from tests.support.length_model import Length, LengthPipeline
 
 NUMPY = "numpy"

@@ -6,7 +6,7 @@ import os
 import anyio
 from redis.asyncio import Redis
 
-from service.queue_backends.taskiq import make_taskiq_broker
+from modalkit.service.queue_backends.taskiq import make_taskiq_broker
 from tests.support.taskiq_worker import DONE, HANG
 
 broker = make_taskiq_broker(

@@ -1,5 +1,5 @@
 """``modalkit jobs list | show | replay | purge``: see to jobs, by way of a running service or in the store's file."""
 
-from service.cli.jobs.commands import app
+from modalkit.service.cli.jobs.commands import app
 
 __all__ = ["app"]

@@ -3,9 +3,9 @@
 from types import TracebackType
 from typing import Protocol, Self
 
-from service.errors import ServiceError
-from service.jobs import JobFilter
-from service.web.answers import JobDetails, JobPageView
+from modalkit.service.errors import ServiceError
+from modalkit.service.jobs import JobFilter
+from modalkit.service.web.answers import JobDetails, JobPageView
 
 
 class JobsError(ServiceError):

@@ -10,14 +10,14 @@ import httpx
 import typer
 from rich.console import Console
 
-from service.cli.common import ConfigFiles, notices
-from service.cli.jobs.client import JobRefusedError, JobsClient
-from service.cli.jobs.output import JobTable, duration_text, job_text, seconds_of
-from service.cli.jobs.served import ServiceJobs
-from service.cli.jobs.stored import StoredJobs
-from service.jobs import DeliveryStatus, JobFilter, JobStatus
-from service.settings import Settings
-from service.web.answers import JobView
+from modalkit.service.cli.common import ConfigFiles, notices
+from modalkit.service.cli.jobs.client import JobRefusedError, JobsClient
+from modalkit.service.cli.jobs.output import JobTable, duration_text, job_text, seconds_of
+from modalkit.service.cli.jobs.served import ServiceJobs
+from modalkit.service.cli.jobs.stored import StoredJobs
+from modalkit.service.jobs import DeliveryStatus, JobFilter, JobStatus
+from modalkit.service.settings import Settings
+from modalkit.service.web.answers import JobView
 
 KEY_VARIABLE = "MODALKIT_API_KEY"
 JOBS_AT_ONCE = 200

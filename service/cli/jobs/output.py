@@ -9,8 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from service.jobs import DeliveryStatus
-from service.web.answers import JobView
+from modalkit.service.jobs import DeliveryStatus
+from modalkit.service.web.answers import JobView
 
 ID_WIDTH = 36
 OTHERS_WIDTH = 68  # of a line: the id, the states and the age, with the gaps between all

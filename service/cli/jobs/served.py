@@ -9,9 +9,9 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from service.cli.jobs.client import JobRefusedError, JobsError
-from service.jobs import JobFilter
-from service.web.answers import JobDetails, JobPageView, Problem, Purged, Replayed
+from modalkit.service.cli.jobs.client import JobRefusedError, JobsError
+from modalkit.service.jobs import JobFilter
+from modalkit.service.web.answers import JobDetails, JobPageView, Problem, Purged, Replayed
 
 Answer = TypeVar("Answer", bound=BaseModel)
 Parameters = list[tuple[str, str | int | float | bool | None]]

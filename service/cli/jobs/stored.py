@@ -8,9 +8,9 @@ from typing import Self
 
 import anyio
 
-from service.cli.jobs.client import JobRefusedError, JobsError
-from service.jobs import Job, JobFilter, JobStoreLockedError, SqliteJobStore
-from service.web.answers import JobDetails, JobPageView, JobView
+from modalkit.service.cli.jobs.client import JobRefusedError, JobsError
+from modalkit.service.jobs import Job, JobFilter, JobStoreLockedError, SqliteJobStore
+from modalkit.service.web.answers import JobDetails, JobPageView, JobView
 
 
 class StoredJobs:

@@ -5,8 +5,8 @@ import pytest
 CONFIGURATION = """
 model_settings:
   model_entries:
-    nothing: {pipeline: "benchmarks.nothing:NothingPipeline"}
-    sentiment: {pipeline: "pipelines.sentiment:SentimentPipeline", model_path: bundled}
+    nothing: {pipeline: "modalkit.benchmarks.nothing:NothingPipeline"}
+    sentiment: {pipeline: "modalkit.pipelines.sentiment:SentimentPipeline", model_path: bundled}
     lengths: {pipeline: "tests.support.length_model:LengthPipeline"}
     unloadable: {pipeline: "tests.support.length_model:UnloadablePipeline"}
 """

@@ -11,13 +11,13 @@ import modal
 import pytest
 from pydantic_core import to_jsonable_python
 
-from batching import BatchRecord, Priority, SchedulerStatistics
-from batching.policy import DispatchReason
-from benchmarks.containers.here import opening_here
-from benchmarks.containers.load import ERRORS_IN_A_ROW, OpenTarget, Target, measure_variant
-from benchmarks.containers.matrix import Cell, Figures, Load, Variant, VariantResult
-from benchmarks.corpus import mixed_length_texts
-from service.errors import RemoteCallError
+from modalkit.batching import BatchRecord, Priority, SchedulerStatistics
+from modalkit.batching.policy import DispatchReason
+from modalkit.benchmarks.containers.here import opening_here
+from modalkit.benchmarks.containers.load import ERRORS_IN_A_ROW, OpenTarget, Target, measure_variant
+from modalkit.benchmarks.containers.matrix import Cell, Figures, Load, Variant, VariantResult
+from modalkit.benchmarks.corpus import mixed_length_texts
+from modalkit.service.errors import RemoteCallError
 from tests.support.length_model import POISON
 
 TEXTS = ["short", "a text that is rather longer"]

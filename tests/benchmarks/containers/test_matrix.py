@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.containers.matrix import BATCH_LIMIT_VARIABLE, Variant, parse_matrix
-from service.settings import Settings
+from modalkit.benchmarks.containers.matrix import BATCH_LIMIT_VARIABLE, Variant, parse_matrix
+from modalkit.service.settings import Settings
 
 
 def test_each_gpu_is_measured_with_each_limit_under_each_number_of_callers() -> None:

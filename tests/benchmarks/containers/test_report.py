@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.containers.matrix import Cell, Figures, Variant, VariantResult, parse_matrix
-from benchmarks.containers.report import Results
+from modalkit.benchmarks.containers.matrix import Cell, Figures, Variant, VariantResult, parse_matrix
+from modalkit.benchmarks.containers.report import Results
 
 MATRIX = parse_matrix("T4,T5", "8,32", "64,512", 20.0, keeps_records=True)
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from benchmarks.corpus import mixed_length_texts
-from benchmarks.corpus.build import TooFewSentencesError, build_texts, pack
-from pipelines.training.data import Sentence
+from modalkit.benchmarks.corpus import mixed_length_texts
+from modalkit.benchmarks.corpus.build import TooFewSentencesError, build_texts, pack
+from modalkit.pipelines.training.data import Sentence
 
 
 def made_up_sentences(source: str, count: int) -> list[Sentence]:

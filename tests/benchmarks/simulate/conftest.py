@@ -2,8 +2,8 @@ from collections.abc import Callable
 
 import pytest
 
-from batching import Request
-from benchmarks.simulate.workload import IndexedRequest
+from modalkit.batching import Request
+from modalkit.benchmarks.simulate.workload import IndexedRequest
 
 MakeRequests = Callable[..., list[IndexedRequest]]
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from benchmarks.simulate.bound import least_p99_s
-from benchmarks.simulate.devices import MAX_BATCH_SIZE, make_device, simulate
-from benchmarks.simulate.tables import DEVICES, CostTable
-from benchmarks.simulate.workload import ArrivalKind, OpenLoop
+from modalkit.benchmarks.simulate.bound import least_p99_s
+from modalkit.benchmarks.simulate.devices import MAX_BATCH_SIZE, make_device, simulate
+from modalkit.benchmarks.simulate.tables import DEVICES, CostTable
+from modalkit.benchmarks.simulate.workload import ArrivalKind, OpenLoop
 
 FLAT = CostTable("flat", "", (1, 32), (1, 512), [[0.01, 0.01], [0.01, 0.01]])
 BY_ITEM = CostTable("by item", "", (1, 32), (1, 512), [[0.01, 0.01], [0.32, 0.32]])

@@ -5,13 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 
-from batching import Batch, BatchPlanner, BatchPolicy, CostModel, Decision, MeasuredCostModel, PaddedCostModel
-from benchmarks.simulate.adaptive import BentoRule, ClipperRule
-from benchmarks.simulate.engine import Rule, Simulation, SimulationError
-from benchmarks.simulate.metrics import summarize
-from benchmarks.simulate.rules import Fifo, FixedWindow, SortedFifo, TokenBudget, as_batch
-from benchmarks.simulate.tables import load_table
-from benchmarks.simulate.workload import ClosedLoop, IndexedRequest, OpenLoop, bursty, draw_sizes, poisson
+from modalkit.batching import Batch, BatchPlanner, BatchPolicy, CostModel, Decision, MeasuredCostModel, PaddedCostModel
+from modalkit.benchmarks.simulate.adaptive import BentoRule, ClipperRule
+from modalkit.benchmarks.simulate.engine import Rule, Simulation, SimulationError
+from modalkit.benchmarks.simulate.metrics import summarize
+from modalkit.benchmarks.simulate.rules import Fifo, FixedWindow, SortedFifo, TokenBudget, as_batch
+from modalkit.benchmarks.simulate.tables import load_table
+from modalkit.benchmarks.simulate.workload import ClosedLoop, IndexedRequest, OpenLoop, bursty, draw_sizes, poisson
 
 TABLE = load_table("t4-fastertransformer")
 

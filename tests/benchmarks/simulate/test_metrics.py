@@ -3,9 +3,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batching import Priority
-from benchmarks.simulate.engine import Run, RunBatch
-from benchmarks.simulate.metrics import summarize
+from modalkit.batching import Priority
+from modalkit.benchmarks.simulate.engine import Run, RunBatch
+from modalkit.benchmarks.simulate.metrics import summarize
 
 
 def make_run(**changes: Any) -> Run:

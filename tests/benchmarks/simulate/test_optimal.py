@@ -4,9 +4,9 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batching import MeasuredCostModel, Request
-from benchmarks.simulate.optimal import OptimalPartition
-from benchmarks.simulate.workload import IndexedRequest
+from modalkit.batching import MeasuredCostModel, Request
+from modalkit.benchmarks.simulate.optimal import OptimalPartition
+from modalkit.benchmarks.simulate.workload import IndexedRequest
 
 MakeRequests = Callable[..., list[IndexedRequest]]
 

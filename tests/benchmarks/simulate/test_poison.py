@@ -6,8 +6,8 @@ import anyio
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.simulate.__main__ import app
-from benchmarks.simulate.poison import NestedPlan, best_nested_plan, scheduler_effort, stream
+from modalkit.benchmarks.simulate.__main__ import app
+from modalkit.benchmarks.simulate.poison import NestedPlan, best_nested_plan, scheduler_effort, stream
 
 SEEDS = range(3)
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.simulate.devices import make_device
-from benchmarks.simulate.mix import mix
-from benchmarks.simulate.regret import ALL_ITEMS, FIRST_ITEMS, backlog_share, cases, mean_regret
-from benchmarks.simulate.structures import Structure, fixed_s, linear
-from benchmarks.simulate.tables import CPU
+from modalkit.benchmarks.simulate.devices import make_device
+from modalkit.benchmarks.simulate.mix import mix
+from modalkit.benchmarks.simulate.regret import ALL_ITEMS, FIRST_ITEMS, backlog_share, cases, mean_regret
+from modalkit.benchmarks.simulate.structures import Structure, fixed_s, linear
+from modalkit.benchmarks.simulate.tables import CPU
 
 HARD = {("2 x beyond 8 items", "texts"): 0.8}
 """Where each number of requests has to be tried for itself: learnt, but not within 2,000 items."""

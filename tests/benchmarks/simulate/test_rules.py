@@ -2,10 +2,10 @@ from collections.abc import Callable
 
 import pytest
 
-from batching import Decision, Request
-from benchmarks.simulate.adaptive import BentoRule, ClipperRule
-from benchmarks.simulate.rules import FixedWindow, SortedFifo, TokenBudget, as_batch
-from benchmarks.simulate.workload import IndexedRequest
+from modalkit.batching import Decision, Request
+from modalkit.benchmarks.simulate.adaptive import BentoRule, ClipperRule
+from modalkit.benchmarks.simulate.rules import FixedWindow, SortedFifo, TokenBudget, as_batch
+from modalkit.benchmarks.simulate.workload import IndexedRequest
 
 MakeRequests = Callable[..., list[IndexedRequest]]
 

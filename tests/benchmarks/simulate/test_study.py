@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from batching import Priority, Request
-from benchmarks.simulate.__main__ import app
-from benchmarks.simulate.devices import FIXED_WINDOW, MODALKIT, Device, make_device
-from benchmarks.simulate.fairness import OrderWatch, check
-from benchmarks.simulate.rules import as_batch
+from modalkit.batching import Priority, Request
+from modalkit.benchmarks.simulate.__main__ import app
+from modalkit.benchmarks.simulate.devices import FIXED_WINDOW, MODALKIT, Device, make_device
+from modalkit.benchmarks.simulate.fairness import OrderWatch, check
+from modalkit.benchmarks.simulate.rules import as_batch
 
 
 @pytest.fixture(scope="module")

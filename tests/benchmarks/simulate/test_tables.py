@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.simulate.tables import DEVICES, CostTable, load_table, table_from_json, table_to_json
+from modalkit.benchmarks.simulate.tables import DEVICES, CostTable, load_table, table_from_json, table_to_json
 
 TABLE = CostTable("made up", "nowhere", [1, 4, 16], [10, 40], [[0.010, 0.010], [0.010, 0.030], [0.040, 0.120]])
 

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from benchmarks.simulate.workload import ARRIVALS, ArrivalKind, ClosedLoop, OpenLoop, bursty, corpus_sizes, poisson
+from modalkit.benchmarks.simulate.workload import (
+    ARRIVALS,
+    ArrivalKind,
+    ClosedLoop,
+    OpenLoop,
+    bursty,
+    corpus_sizes,
+    poisson,
+)
 
 
 @pytest.mark.parametrize("kind", ArrivalKind)

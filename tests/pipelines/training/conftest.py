@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
 
-from pipelines.training.data import SOURCES
+from modalkit.pipelines.training.data import SOURCES
 
 WORDS = {"negative": "awful", "neutral": "plain", "positive": "lovely"}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.training.data import LABELS, SOURCES, Sentence, load_sentences
+from modalkit.pipelines.training.data import LABELS, SOURCES, Sentence, load_sentences
 
 
 def test_a_rating_stands_for_one_of_three_labels() -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipelines.sentiment import SentimentPipeline
-from pipelines.training.__main__ import app
-from pipelines.training.data import fetch_sentences, load_sentences
-from pipelines.training.evaluate import evaluate
+from modalkit.pipelines.sentiment import SentimentPipeline
+from modalkit.pipelines.training.__main__ import app
+from modalkit.pipelines.training.data import fetch_sentences, load_sentences
+from modalkit.pipelines.training.evaluate import evaluate
 
 
 def run(*arguments: str | Path) -> str:

@@ -35,7 +35,7 @@ def modalkit(folder: Path, environment: dict[str, str]) -> Modalkit:
 
     def run(*arguments: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-P", "-c", "from service.cli import main; main()", *arguments],
+            [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", *arguments],
             check=False,
             cwd=folder,
             env=environment | variables,

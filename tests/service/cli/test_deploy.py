@@ -148,7 +148,7 @@ def test_modals_own_command_is_run_and_its_exit_code_passed_on(modalkit: Modalki
     (folder / "more.yaml").touch()
     default = modalkit("deploy", "--config", "more.yaml")
     assert (default.returncode, default.stderr) == (7, "")
-    assert default.stdout == "modal got ['deploy', '-m', '--', 'service.modal_app'] more.yaml\n"
+    assert default.stdout == "modal got ['deploy', '-m', '--', 'modalkit.service.modal_app'] more.yaml\n"
     file = modalkit("deploy", "own.py", "--name", "mine", "--env", "staging", "--tag", "v1")
     assert file.stdout == "modal got ['deploy', '--name=mine', '--env=staging', '--tag=v1', '--', 'own.py'] None\n"
 

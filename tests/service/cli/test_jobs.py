@@ -18,9 +18,17 @@ import anyio
 import pytest
 from typer.testing import CliRunner, Result
 
-from service.cli import app
-from service.cli.jobs.output import duration_text, seconds_of
-from service.jobs import DeliveryRecord, DeliveryStatus, FinishedJob, JobFilter, JobStatus, NewJob, SqliteJobStore
+from modalkit.service.cli import app
+from modalkit.service.cli.jobs.output import duration_text, seconds_of
+from modalkit.service.jobs import (
+    DeliveryRecord,
+    DeliveryStatus,
+    FinishedJob,
+    JobFilter,
+    JobStatus,
+    NewJob,
+    SqliteJobStore,
+)
 from tests.service.cli.conftest import CONFIGURATION, Modalkit
 from tests.service.cli.test_serve import serving
 
@@ -248,7 +256,7 @@ def test_purge_asks_at_a_terminal(
     terminal, its_other_end = pty.openpty()
     os.write(terminal, answer)
     try:
-        command = "from service.cli import main; main()"
+        command = "from modalkit.service.cli import main; main()"
         done = subprocess.run(
             [sys.executable, "-P", "-c", command, "jobs", "purge", "--status", "failed", "--older-than", "60m"],
             check=False,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from rich.progress import Progress
 
-from service.cli.output_file import whole_file
-from service.cli.predict import _Run
-from service.cli.records import FileFormat, read_records
-from service.settings import Settings
+from modalkit.service.cli.output_file import whole_file
+from modalkit.service.cli.predict import _Run
+from modalkit.service.cli.records import FileFormat, read_records
+from modalkit.service.settings import Settings
 from tests.service.cli.conftest import Modalkit
 from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
 from tests.support.odd_model import MUTE, NAN, NUMPY, SURROGATE

@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.listening import AddressError, listening
+from modalkit.service.listening import AddressError, listening
 
-SERVE = [sys.executable, "-P", "-c", "from service.cli import main; main()", "serve", "--port"]
+SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port"]
 
 TWO_MODELS = """
 app_settings:
@@ -38,7 +38,7 @@ class Hanging(LengthPipeline):
         return super().postprocess(input_list, raw_output)
 """
 BREAKING = """
-from batching import MeasuredCostModel
+from modalkit.batching import MeasuredCostModel
 from tests.support.length_model import LengthPipeline
 
 class Breaking(LengthPipeline):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings
+from modalkit.service.settings import Settings
 from tests.service.cli.conftest import CONFIGURATION, Modalkit
 
 QUICK = ("tune", "--max-seconds", "3")

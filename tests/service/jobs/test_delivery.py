@@ -10,7 +10,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from service.jobs import (
+from modalkit.service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
     FinishedJob,
@@ -19,8 +19,8 @@ from service.jobs import (
     MemoryJobStore,
     NewJob,
 )
-from service.jobs.delivery import LONGEST_RETRY_S, Deliverer, backoff_with_jitter
-from service.queue_backends import InMemoryBackend, QueueMessage, RoutingBackend, UndeliverableError
+from modalkit.service.jobs.delivery import LONGEST_RETRY_S, Deliverer, backoff_with_jitter
+from modalkit.service.queue_backends import InMemoryBackend, QueueMessage, RoutingBackend, UndeliverableError
 
 pytestmark = pytest.mark.anyio
 
@@ -311,7 +311,7 @@ async def test_a_backend_that_ends_the_process_in_one_message_delivers_the_other
 
 
 async def test_large_messages_are_sent_a_few_at_a_time(store: MemoryJobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.jobs.delivery.BYTES_UNDER_WAY", 100)
+    monkeypatch.setattr("modalkit.service.jobs.delivery.BYTES_UNDER_WAY", 100)
     queue = InMemoryBackend()
     await finish_jobs(store, *(f"{n}" for n in range(200)))
     async with Deliverer(Single(queue), store):

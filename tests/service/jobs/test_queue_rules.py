@@ -2,8 +2,8 @@
 
 import pytest
 
-from service.jobs.queue_rules import QueueNotAllowedError, QueueRules
-from service.queue_backends import QueueNameError
+from modalkit.service.jobs.queue_rules import QueueNotAllowedError, QueueRules
+from modalkit.service.queue_backends import QueueNameError
 
 
 class Raises:

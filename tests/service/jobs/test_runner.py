@@ -7,15 +7,15 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from batching import BatchTimeoutError, Failure, Priority, QueueFullError, SchedulerClosedError, Success
-from pipelines import InferenceOutputModel
-from service.jobs import FinishedJob, Job, JobRetry, JobStatus, JobStoreError, MemoryJobStore, NewJob
-from service.jobs.delivery import backoff_with_jitter
-from service.jobs.manager import JobManager
-from service.jobs.model import json_text, new_job_id
-from service.jobs.runner import FIRST_JOB_RETRY_S, JobOutcome, JobRunner
-from service.queue_backends import InMemoryBackend
-from service.settings import AsyncConfig
+from modalkit.batching import BatchTimeoutError, Failure, Priority, QueueFullError, SchedulerClosedError, Success
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.jobs import FinishedJob, Job, JobRetry, JobStatus, JobStoreError, MemoryJobStore, NewJob
+from modalkit.service.jobs.delivery import backoff_with_jitter
+from modalkit.service.jobs.manager import JobManager
+from modalkit.service.jobs.model import json_text, new_job_id
+from modalkit.service.jobs.runner import FIRST_JOB_RETRY_S, JobOutcome, JobRunner
+from modalkit.service.queue_backends import InMemoryBackend
+from modalkit.service.settings import AsyncConfig
 
 pytestmark = pytest.mark.anyio
 

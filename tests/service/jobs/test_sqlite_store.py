@@ -17,9 +17,9 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from batching import Priority
-from service.errors import MAX_ERROR_BYTES
-from service.jobs import (
+from modalkit.batching import Priority
+from modalkit.service.errors import MAX_ERROR_BYTES
+from modalkit.service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
     DuplicateJobError,
@@ -39,10 +39,10 @@ from service.jobs import (
     Recovery,
     SqliteJobStore,
 )
-from service.jobs import sqlite_statements as sql
-from service.jobs.sqlite_rows import SELECT, condition_of
-from service.jobs.sqlite_schema import APPLICATION_ID, MIGRATIONS
-from service.jobs.sqlite_table import JobTable
+from modalkit.service.jobs import sqlite_statements as sql
+from modalkit.service.jobs.sqlite_rows import SELECT, condition_of
+from modalkit.service.jobs.sqlite_schema import APPLICATION_ID, MIGRATIONS
+from modalkit.service.jobs.sqlite_table import JobTable
 
 pytestmark = pytest.mark.anyio
 
@@ -50,7 +50,7 @@ ROOT = Path(__file__).parents[3]
 
 ADD_UNTIL_KILLED = """
 import sys, anyio
-from service.jobs import NewJob, SqliteJobStore
+from modalkit.service.jobs import NewJob, SqliteJobStore
 
 async def main():
     async with SqliteJobStore(sys.argv[1]) as store:
@@ -385,7 +385,7 @@ async def test_an_abandoned_operation_that_has_not_begun_is_not_run(path: Path) 
 
 
 async def test_more_operations_than_may_wait_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.jobs.sqlite.WAITING_OPERATIONS", 10)
+    monkeypatch.setattr("modalkit.service.jobs.sqlite.WAITING_OPERATIONS", 10)
     refusals: list[str] = []
 
     async def add(store: SqliteJobStore, n: int) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import anyio
 import pytest
 
-from batching import Priority
-from service.jobs import (
+from modalkit.batching import Priority
+from modalkit.service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
     DuplicateJobError,
@@ -29,9 +29,9 @@ from service.jobs import (
     Recovery,
     SqliteJobStore,
 )
-from service.jobs.messages import result_message
-from service.jobs.store import suspects_together
-from service.web.answers import JobDetails, JobPageView
+from modalkit.service.jobs.messages import result_message
+from modalkit.service.jobs.store import suspects_together
+from modalkit.service.web.answers import JobDetails, JobPageView
 
 pytestmark = pytest.mark.anyio
 
@@ -487,7 +487,7 @@ async def test_jobs_that_wait_to_run_again_can_be_cancelled_expire_and_are_no_su
 
 
 async def test_a_page_ends_where_it_has_too_many_bytes(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.jobs.model.PAGE_BYTES", 2500)
+    monkeypatch.setattr("modalkit.service.jobs.model.PAGE_BYTES", 2500)
     await store.add([new_job(f"{n}", message_json=f'{{"text":"{"é" * (3000 if n == 2 else 400)}"}}') for n in range(6)])
     pages, cursor = list[list[str]](), None
     while not pages or cursor is not None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from service.on_modal.config import ModalConfig
-from service.on_modal.service import ModalService
-from service.queue_backends import InMemoryBackend
-from service.settings import Settings
+from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.service import ModalService
+from modalkit.service.queue_backends import InMemoryBackend
+from modalkit.service.settings import Settings
 from tests.support.length_model import LengthPipeline
 from tests.support.modal_in_process import ModalInProcess
 from tests.support.modal_server import ModalServer, serve_modal

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from batching import Failure, Priority, Success
-from pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
-from service.errors import ItemRejectedError, RemoteItemError
-from service.jobs import DeliveryStatus, Job, JobStatus
-from service.on_modal.call_format import (
+from modalkit.batching import Failure, Priority, Success
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
+from modalkit.service.errors import ItemRejectedError, RemoteItemError
+from modalkit.service.jobs import DeliveryStatus, Job, JobStatus
+from modalkit.service.on_modal.call_format import (
     error_object,
     job_object,
     make_job_id,

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from modalkit.modal_config import ModalConfig
-from service.loading import LoadError
-from service.settings import Settings
+from modalkit.service.loading import LoadError
+from modalkit.service.settings import Settings
 from tests.support.modal_objects import class_spec, inner
 
 EVERYTHING: dict[str, Any] = {

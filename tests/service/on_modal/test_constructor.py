@@ -9,7 +9,7 @@ from modal._runtime.user_code_imports import get_user_class_instance
 
 from modalkit.modal_config import ModalConfig
 from modalkit.modal_service import ModalServer, ModalService
-from service.queue_backends import InMemoryBackend, QueueBackend
+from modalkit.service.queue_backends import InMemoryBackend, QueueBackend
 from tests.support.length_model import LengthPipeline
 from tests.support.modal_objects import inner
 

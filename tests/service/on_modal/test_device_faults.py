@@ -5,9 +5,9 @@ import pickle
 import pytest
 import torch
 
-from pipelines import BatchTooLargeError
-from service.errors import ContainerFaultError, DeviceFaultError
-from service.on_modal.device_faults import is_device_fault
+from modalkit.pipelines import BatchTooLargeError
+from modalkit.service.errors import ContainerFaultError, DeviceFaultError
+from modalkit.service.on_modal.device_faults import is_device_fault
 
 FAULTS = [
     "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported at some other API",

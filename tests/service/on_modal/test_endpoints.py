@@ -12,11 +12,11 @@ from fastapi import FastAPI
 from grpclib import Status
 
 from modalkit.modal_service import ModalService, create_web_endpoints
-from service.loading import LoadError, UnknownModelError
-from service.on_modal.config import LISTS_AT_A_CONTAINER, ModalConfig
-from service.on_modal.models import connection
-from service.on_modal.remote import ModalRemoteService
-from service.queue_backends import InMemoryBackend
+from modalkit.service.loading import LoadError, UnknownModelError
+from modalkit.service.on_modal.config import LISTS_AT_A_CONTAINER, ModalConfig
+from modalkit.service.on_modal.models import connection
+from modalkit.service.on_modal.remote import ModalRemoteService
+from modalkit.service.queue_backends import InMemoryBackend
 from tests.service.on_modal.conftest import MakeConfig
 from tests.support.http_server import serving
 from tests.support.length_model import Length, LengthPipeline, Text
@@ -278,7 +278,7 @@ async def test_who_may_call_is_up_to_the_configuration(make_config: MakeConfig) 
 async def test_a_web_container_that_takes_one_request_at_a_time_says_so(
     config: ModalConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("service.on_modal.endpoints.takes_one_input_at_a_time", lambda: True)
+    monkeypatch.setattr("modalkit.service.on_modal.endpoints.takes_one_input_at_a_time", lambda: True)
     with caplog.at_level(logging.INFO):
         create_web_endpoints(registered(config))
     assert "@modal.concurrent(**modal_config.get_handler_concurrency_settings())" in caplog.text

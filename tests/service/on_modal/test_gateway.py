@@ -9,16 +9,16 @@ import httpx
 import modal.exception
 import pytest
 
-from service.errors import DeviceFaultError, RemoteItemError
-from service.jobs.queue_rules import QueueRules
-from service.jobs.store import EXPIRED_IN_THE_QUEUE
-from service.on_modal.call_jobs import CallJobs
-from service.on_modal.gateway import ModalGateway
-from service.on_modal.models import RemoteModel
-from service.on_modal.remote import CallResult, CallState, RemoteService
-from service.queue_backends import InMemoryBackend
-from service.web import create_app
-from service.web.problems import error_response
+from modalkit.service.errors import DeviceFaultError, RemoteItemError
+from modalkit.service.jobs.queue_rules import QueueRules
+from modalkit.service.jobs.store import EXPIRED_IN_THE_QUEUE
+from modalkit.service.on_modal.call_jobs import CallJobs
+from modalkit.service.on_modal.gateway import ModalGateway
+from modalkit.service.on_modal.models import RemoteModel
+from modalkit.service.on_modal.remote import CallResult, CallState, RemoteService
+from modalkit.service.queue_backends import InMemoryBackend
+from modalkit.service.web import create_app
+from modalkit.service.web.problems import error_response
 from tests.support.http_server import serving
 from tests.support.length_model import POISON, REJECTED, Length, LengthPipeline, Text
 from tests.support.modal_in_process import ModalInProcess, SpawnedCall

@@ -11,15 +11,15 @@ from pydantic import BaseModel
 
 from modalkit.modal_config import ModalConfig
 from modalkit.modal_service import ModalService
-from pipelines import SyncInputModel
-from service.errors import ContainerFaultError, DeviceFaultError
-from service.loading import LoadError, ModelSource, UnknownModelError
-from service.on_modal import container as container_module
-from service.on_modal.constructor import Constructible
-from service.on_modal.container import Container
-from service.on_modal.hosting import HostedService, responses_of
-from service.on_modal.ledger import CallLedger, MemoryTable
-from service.queue_backends import InMemoryBackend
+from modalkit.pipelines import SyncInputModel
+from modalkit.service.errors import ContainerFaultError, DeviceFaultError
+from modalkit.service.loading import LoadError, ModelSource, UnknownModelError
+from modalkit.service.on_modal import container as container_module
+from modalkit.service.on_modal.constructor import Constructible
+from modalkit.service.on_modal.container import Container
+from modalkit.service.on_modal.hosting import HostedService, responses_of
+from modalkit.service.on_modal.ledger import CallLedger, MemoryTable
+from modalkit.service.queue_backends import InMemoryBackend
 from tests.support.length_model import POISON, LengthPipeline, Text
 from tests.support.modal_container import an_input, as_modal_runs_it, in_a_container
 from tests.support.modal_objects import class_spec

@@ -8,11 +8,11 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from service.loading import LoadError
-from service.on_modal.image import build_image, plan_image
-from service.on_modal.image_code import OWN_PACKAGES, pinned
-from service.on_modal.image_plan import ImagePlan, LocalPath
-from service.settings import Settings
+from modalkit.service.loading import LoadError
+from modalkit.service.on_modal.image import build_image, plan_image
+from modalkit.service.on_modal.image_code import pinned
+from modalkit.service.on_modal.image_plan import ImagePlan, LocalPath
+from modalkit.service.settings import Settings
 from tests.support.modal_objects import image_layers, local_files
 
 
@@ -28,7 +28,9 @@ def build(**config: Any) -> str:
 
 def model(**entry: Any) -> dict[str, Any]:
     return {
-        "model_settings": {"model_entries": {"mine": {"pipeline": "pipelines.sentiment:SentimentPipeline"} | entry}}
+        "model_settings": {
+            "model_entries": {"mine": {"pipeline": "modalkit.pipelines.sentiment:SentimentPipeline"} | entry}
+        }
     }
 
 
@@ -36,7 +38,9 @@ def users_paths(planned: ImagePlan) -> dict[str, Path]:
     return {
         path.remote: path.local
         for path in planned.local_paths
-        if path.remote.removeprefix("/root/") not in OWN_PACKAGES and "modalkit_config" not in path.remote
+        if not path.remote.startswith("/root/modalkit/")
+        and path.remote != "/root/modalkit"
+        and "modalkit_config" not in path.remote
     }
 
 
@@ -63,13 +67,13 @@ def test_the_image_is_built_before_local_files_are_added() -> None:
 def test_the_containers_code_has_its_data_and_no_leftovers() -> None:
     files = local_files(build_image(plan()))
     for needed in (
-        "batching/scheduler.py",
-        "benchmarks/corpus/mixed_length.txt.gz",
+        "modalkit/batching/scheduler.py",
+        "modalkit/benchmarks/corpus/mixed_length.txt.gz",
         "modalkit/modal_config.py",
-        "pipelines/sentiment_model/model.safetensors",
-        "pipelines/sentiment_model/tokenizer.json",
-        "service/on_modal/config.py",
-        "service/py.typed",
+        "modalkit/pipelines/sentiment_model/model.safetensors",
+        "modalkit/pipelines/sentiment_model/tokenizer.json",
+        "modalkit/service/on_modal/config.py",
+        "modalkit/service/py.typed",
     ):
         assert f"/root/{needed}" in files
     assert not [file for file in files if file.endswith((".pyc", ".png")) or "/results/" in file or "/." in file]
@@ -196,7 +200,7 @@ def test_the_users_modules_are_copied_once_each(monkeypatch: pytest.MonkeyPatch)
     config = build(python_modules=["named", "reviews.deep"]) + (
         "  queue_config: {backend: 'lone:Backend'}\n"
         "model_settings: {model_entries: {a: {pipeline: 'reviews.model:Model', input_model: 'reviews.io:Review'},"
-        " b: {pipeline: 'pipelines.sentiment:SentimentPipeline', output_model: 'json:Thing'}}}"
+        " b: {pipeline: 'modalkit.pipelines.sentiment:SentimentPipeline', output_model: 'json:Thing'}}}"
     )
     planned = plan(config)
     assert users_paths(planned) == {

@@ -8,12 +8,12 @@ import anyio
 import pytest
 from grpclib import Status
 
-from batching import Priority
-from service.jobs import IdempotencyKeyReusedError, Job, JobStatus, JobStoreError
-from service.on_modal.config import ModalConfig
-from service.on_modal.ledger import RESERVATION_S, CallLedger, MemoryTable, Reservation, Table
-from service.on_modal.tables import ModalTable, open_ledger
-from service.settings import Settings
+from modalkit.batching import Priority
+from modalkit.service.jobs import IdempotencyKeyReusedError, Job, JobStatus, JobStoreError
+from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.ledger import RESERVATION_S, CallLedger, MemoryTable, Reservation, Table
+from modalkit.service.on_modal.tables import ModalTable, open_ledger
+from modalkit.service.settings import Settings
 from tests.support.modal_server import ModalServer
 
 pytestmark = pytest.mark.anyio
@@ -224,7 +224,7 @@ async def test_modals_table_is_asked_again_while_it_is_out_of_reach(
     modal_server: ModalServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Or the call of a container would fail for it, and with it all of its jobs."""
-    monkeypatch.setattr("service.on_modal.tables.RETRY_S", 0.0)
+    monkeypatch.setattr("modalkit.service.on_modal.tables.RETRY_S", 0.0)
     table = ModalTable("jobs")
     await table.put("a", 1)
     modal_server.refusals["DictGet"] = Status.UNAVAILABLE
@@ -243,7 +243,7 @@ async def test_modals_table_is_asked_again_while_it_is_out_of_reach(
 
 
 async def test_modals_table_is_not_asked_for_ever(modal_server: ModalServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.on_modal.tables.PATIENCE_S", 0.0)
+    monkeypatch.setattr("modalkit.service.on_modal.tables.PATIENCE_S", 0.0)
     modal_server.refusals["DictGet"] = Status.UNAVAILABLE
     with pytest.raises(JobStoreError, match="could not be reached: ServiceError"):
         await ModalTable("jobs").get("a")

@@ -7,11 +7,11 @@ import pytest
 from anyio.lowlevel import checkpoint
 from pydantic import BaseModel
 
-from batching import DeadlineExceededError, Failure, Priority, Success
-from pipelines import InferenceOutputModel
-from service.errors import ContainerFaultError, DeviceFaultError, RemoteCallError, RemoteItemError
-from service.on_modal.lists import EAGER_LISTS, RemotePredictor
-from service.settings import BatchConfig
+from modalkit.batching import DeadlineExceededError, Failure, Priority, Success
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.errors import ContainerFaultError, DeviceFaultError, RemoteCallError, RemoteItemError
+from modalkit.service.on_modal.lists import EAGER_LISTS, RemotePredictor
+from modalkit.service.settings import BatchConfig
 from tests.support.length_model import POISON, REJECTED, Text
 from tests.support.modal_in_process import ModalInProcess
 

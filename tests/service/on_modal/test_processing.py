@@ -10,18 +10,18 @@ import anyio.lowlevel
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from batching import Outcome, Priority, QueueFullError
-from pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
-from service.errors import ContainerFaultError, DeviceFaultError
-from service.jobs.queue_rules import QueueRules
-from service.jobs.store import CRASHES_ALONE
-from service.on_modal import processing
-from service.on_modal.ledger import CallLedger, MemoryTable
-from service.on_modal.processing import Call, ListProcessor
-from service.on_modal.responses import ResponseSender
-from service.queue_backends import InMemoryBackend
-from service.settings import Settings
-from service.worker import InferenceWorker
+from modalkit.batching import Outcome, Priority, QueueFullError
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
+from modalkit.service.errors import ContainerFaultError, DeviceFaultError
+from modalkit.service.jobs.queue_rules import QueueRules
+from modalkit.service.jobs.store import CRASHES_ALONE
+from modalkit.service.on_modal import processing
+from modalkit.service.on_modal.ledger import CallLedger, MemoryTable
+from modalkit.service.on_modal.processing import Call, ListProcessor
+from modalkit.service.on_modal.responses import ResponseSender
+from modalkit.service.queue_backends import InMemoryBackend
+from modalkit.service.settings import Settings
+from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
 from tests.support.odd_model import NUMPY, OddPipeline
 

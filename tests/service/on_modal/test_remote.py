@@ -9,8 +9,8 @@ import pytest
 from grpclib import Status
 from modal_proto import api_pb2
 
-from service.errors import ContainerFaultError, DeviceFaultError, RemoteCallError, RemoteTimeoutError
-from service.on_modal.remote import CallResult, CallState, ModalCalls, ModalRemoteService
+from modalkit.service.errors import ContainerFaultError, DeviceFaultError, RemoteCallError, RemoteTimeoutError
+from modalkit.service.on_modal.remote import CallResult, CallState, ModalCalls, ModalRemoteService
 from tests.support.modal_server import ModalServer, ended, raised, returned
 
 pytestmark = pytest.mark.anyio

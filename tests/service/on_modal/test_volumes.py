@@ -7,9 +7,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from service.on_modal.config import ModalConfig
-from service.on_modal.volumes import keep_volumes_fresh
-from service.settings import Settings
+from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.volumes import keep_volumes_fresh
+from modalkit.service.settings import Settings
 from tests.support.length_model import LengthPipeline
 
 pytestmark = pytest.mark.anyio

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from benchmarks.redis_server import RedisServer
+from modalkit.benchmarks.redis_server import RedisServer
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from service.loading import LoadError, load_queue_backend
-from service.queue_backends import InMemoryBackend, QueueNameError, RoutingBackend, SQSBackend, WebhookBackend
-from service.settings import QueueConfig
+from modalkit.service.loading import LoadError, load_queue_backend
+from modalkit.service.queue_backends import InMemoryBackend, QueueNameError, RoutingBackend, SQSBackend, WebhookBackend
+from modalkit.service.settings import QueueConfig
 from tests.support.sqs_server import forget_aws_settings
 
 made: list["Mine"] = []

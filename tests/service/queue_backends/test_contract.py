@@ -8,8 +8,8 @@ from typing import Any
 import anyio
 import pytest
 
-from service.queue_backends import QueueMessage, UndeliverableError
-from service.queue_backends.sending import send_all
+from modalkit.service.queue_backends import QueueMessage, UndeliverableError
+from modalkit.service.queue_backends.sending import send_all
 from tests.support.backends import memory, routing, sqs, taskiq, webhook
 from tests.support.backends.under_test import BackendUnderTest
 

@@ -4,7 +4,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from service.queue_backends import InMemoryBackend, QueueBackend, QueueEmptyError
+from modalkit.service.queue_backends import InMemoryBackend, QueueBackend, QueueEmptyError
 
 pytestmark = pytest.mark.anyio
 

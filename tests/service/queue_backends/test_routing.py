@@ -6,7 +6,7 @@ from typing import Any
 import anyio
 import pytest
 
-from service.queue_backends import InMemoryBackend, QueueMessage, QueueNameError, RoutingBackend, SQSBackend
+from modalkit.service.queue_backends import InMemoryBackend, QueueMessage, QueueNameError, RoutingBackend, SQSBackend
 
 pytestmark = pytest.mark.anyio
 

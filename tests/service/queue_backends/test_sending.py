@@ -7,9 +7,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from service.queue_backends import InMemoryBackend, QueueBackendError, QueueMessage
-from service.queue_backends.closing import close_backend
-from service.queue_backends.sending import send_all
+from modalkit.service.queue_backends import InMemoryBackend, QueueBackendError, QueueMessage
+from modalkit.service.queue_backends.closing import close_backend
+from modalkit.service.queue_backends.sending import send_all
 
 pytestmark = pytest.mark.anyio
 

@@ -10,8 +10,15 @@ import anyio.to_thread
 import pytest
 from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
 
-from service.queue_backends import QueueBackendError, QueueMessage, QueueNameError, SQSBackend, UndeliverableError, sqs
-from service.queue_backends.sending import ATTEMPT_S
+from modalkit.service.queue_backends import (
+    QueueBackendError,
+    QueueMessage,
+    QueueNameError,
+    SQSBackend,
+    UndeliverableError,
+    sqs,
+)
+from modalkit.service.queue_backends.sending import ATTEMPT_S
 from tests.support.backends.sqs import receive
 from tests.support.sqs_server import REGION, SqsServer, forget_aws_settings
 

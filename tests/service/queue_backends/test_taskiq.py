@@ -14,10 +14,16 @@ from taskiq import InMemoryBroker, TaskiqMessage, TaskiqMiddleware
 from taskiq.receiver import Receiver
 from taskiq_redis import ListQueueBroker, RedisStreamBroker
 
-from benchmarks.redis_server import RedisServer
+from modalkit.benchmarks.redis_server import RedisServer
+from modalkit.service.queue_backends import (
+    BatchQueueBackend,
+    NamedQueueBackend,
+    QueueBackendError,
+    QueueMessage,
+    QueueNameError,
+)
+from modalkit.service.queue_backends.sending import send_all
 from modalkit.task_queue import TaskIQBackend, make_taskiq_broker
-from service.queue_backends import BatchQueueBackend, NamedQueueBackend, QueueBackendError, QueueMessage, QueueNameError
-from service.queue_backends.sending import send_all
 
 pytestmark = pytest.mark.anyio
 
@@ -344,13 +350,15 @@ def test_a_broker_and_a_url_are_one_too_many() -> None:
 
 @pytest.mark.parametrize("make", [TaskIQBackend, make_taskiq_broker, lambda: TaskIQBackend(broker=InMemoryBroker())])
 def test_what_is_not_installed_is_named(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "service.queue_backends.taskiq_broker", None)
+    monkeypatch.setitem(sys.modules, "modalkit.service.queue_backends.taskiq_broker", None)
     with pytest.raises(QueueBackendError, match=r"pip install 'modalkit\[taskiq\]'"):
         make()
 
 
 def test_taskiq_is_imported_only_when_it_is_used() -> None:
-    code = "import sys, service.queue_backends; assert not {'taskiq', 'taskiq_redis', 'redis'} & set(sys.modules)"
+    code = (
+        "import sys, modalkit.service.queue_backends; assert not {'taskiq', 'taskiq_redis', 'redis'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

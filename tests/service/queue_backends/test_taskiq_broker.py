@@ -20,10 +20,10 @@ from taskiq.kicker import AsyncKicker
 from taskiq.receiver import Receiver
 from taskiq.utils import maybe_awaitable
 
-from benchmarks.redis_server import RedisServer
+from modalkit.benchmarks.redis_server import RedisServer
+from modalkit.service.queue_backends import QueueBackendError
+from modalkit.service.queue_backends.taskiq_broker import ResultBroker
 from modalkit.task_queue import TaskIQBackend, make_taskiq_broker
-from service.queue_backends import QueueBackendError
-from service.queue_backends.taskiq_broker import ResultBroker
 from tests.support.taskiq_worker import DONE, HANG, TaskiqWorker
 
 pytestmark = pytest.mark.anyio

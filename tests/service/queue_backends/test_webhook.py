@@ -13,7 +13,7 @@ import anyio.abc
 import anyio.to_thread
 import pytest
 
-from service.queue_backends import (
+from modalkit.service.queue_backends import (
     QueueBackendError,
     QueueMessage,
     QueueNameError,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, SettingsError
-from service.tuning.config_file import require_writable, write_limits
-from service.tuning.errors import TuningError
+from modalkit.service.settings import Settings, SettingsError
+from modalkit.service.tuning.config_file import require_writable, write_limits
+from modalkit.service.tuning.errors import TuningError
 
 VALUES: dict[str, int | float] = {"max_batch_size": 64, "max_batch_seconds": 0.05}
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from pipelines import BatchTooLargeError
-from service.settings import BatchConfig
-from service.tuning.errors import TuningError
-from service.tuning.measuring import Measured, fitted_costs, measure, median_error
+from modalkit.pipelines import BatchTooLargeError
+from modalkit.service.settings import BatchConfig
+from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning.measuring import Measured, fitted_costs, measure, median_error
 from tests.support.length_model import LengthPipeline
 
 

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from service.settings import BatchConfig
-from service.tuning.errors import TuningError
-from service.tuning.measuring import measure
-from service.tuning.samples import MadeUpSamples, OwnSamples
+from modalkit.service.settings import BatchConfig
+from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning.measuring import measure
+from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples
 from tests.support.length_model import LengthPipeline, Text
 
 

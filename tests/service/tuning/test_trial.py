@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from batching import MeasuredCostModel
-from service.settings import BatchConfig, Settings
-from service.tuning.errors import TuningError
-from service.tuning.samples import MadeUpSamples, OwnSamples
-from service.tuning.trial import Bench, Trial, TrialPlan, require_complete
+from modalkit.batching import MeasuredCostModel
+from modalkit.service.settings import BatchConfig, Settings
+from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples
+from modalkit.service.tuning.trial import Bench, Trial, TrialPlan, require_complete
 from tests.support.length_model import LengthPipeline, Text
 
 pytestmark = pytest.mark.anyio

@@ -4,10 +4,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.gateway import LocalGateway
-from service.queue_backends import InMemoryBackend
-from service.settings import Settings
-from service.web import create_app
+from modalkit.service.gateway import LocalGateway
+from modalkit.service.queue_backends import InMemoryBackend
+from modalkit.service.settings import Settings
+from modalkit.service.web import create_app
 from tests.support.http_server import serving
 
 

@@ -10,12 +10,12 @@ import pytest
 from anyio import to_thread
 from starlette.types import Message
 
-from batching import MeasuredCostModel
-from service.gateway import LocalGateway
-from service.loading import LoadError
-from service.settings import AuthConfig, Settings
-from service.web import create_app
-from service.web.auth import require_api_key
+from modalkit.batching import MeasuredCostModel
+from modalkit.service.gateway import LocalGateway
+from modalkit.service.loading import LoadError
+from modalkit.service.settings import AuthConfig, Settings
+from modalkit.service.web import create_app
+from modalkit.service.web.auth import require_api_key
 from tests.service.web.test_predict import assert_problem
 from tests.support.http_server import serving
 from tests.support.length_model import LengthPipeline

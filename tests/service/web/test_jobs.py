@@ -5,10 +5,10 @@ from typing import Any
 import httpx
 import pytest
 
-from service.gateway import LocalGateway
-from service.jobs import JobStoreError
-from service.settings import AuthConfig, Settings
-from service.web import create_app
+from modalkit.service.gateway import LocalGateway
+from modalkit.service.jobs import JobStoreError
+from modalkit.service.settings import AuthConfig, Settings
+from modalkit.service.web import create_app
 from tests.service.web.test_predict import assert_problem
 from tests.service.web.test_submissions import ended, job
 from tests.support.http_server import serving

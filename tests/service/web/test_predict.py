@@ -7,7 +7,7 @@ import anyio
 import httpx
 import pytest
 
-from service.queue_backends import InMemoryBackend
+from modalkit.service.queue_backends import InMemoryBackend
 from tests.support.length_model import POISON, REJECTED
 from tests.support.odd_model import MUTE, NAN, NUMPY, SURROGATE
 

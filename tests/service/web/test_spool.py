@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from service.web.spool import CHUNK_BYTES, IN_MEMORY_BYTES, Spool
+from modalkit.service.web.spool import CHUNK_BYTES, IN_MEMORY_BYTES, Spool
 
 pytestmark = pytest.mark.anyio
 

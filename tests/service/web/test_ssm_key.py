@@ -14,11 +14,11 @@ from aiobotocore.session import get_session  # type: ignore[import-untyped]  # s
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from service.gateway import LocalGateway
-from service.loading import LoadError
-from service.settings import AuthConfig, Settings
-from service.web import create_app, ssm_key
-from service.web.ssm_key import SsmKey
+from modalkit.service.gateway import LocalGateway
+from modalkit.service.loading import LoadError
+from modalkit.service.settings import AuthConfig, Settings
+from modalkit.service.web import create_app, ssm_key
+from modalkit.service.web.ssm_key import SsmKey
 from tests.service.web.test_predict import assert_problem
 from tests.support.http_server import serving
 from tests.support.sqs_server import REGION, SqsServer, forget_aws_settings

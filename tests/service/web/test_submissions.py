@@ -8,11 +8,11 @@ import anyio
 import httpx
 import pytest
 
-from service.gateway import LocalGateway
-from service.queue_backends import InMemoryBackend
-from service.settings import Settings
-from service.web import create_app
-from service.web.lines import LARGEST_LINE_BYTES
+from modalkit.service.gateway import LocalGateway
+from modalkit.service.queue_backends import InMemoryBackend
+from modalkit.service.settings import Settings
+from modalkit.service.web import create_app
+from modalkit.service.web.lines import LARGEST_LINE_BYTES
 from tests.service.web.test_predict import assert_problem
 from tests.support.http_server import serving
 from tests.support.length_model import POISON

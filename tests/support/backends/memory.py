@@ -4,7 +4,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from service.queue_backends import InMemoryBackend
+from modalkit.service.queue_backends import InMemoryBackend
 from tests.support.backends.under_test import BackendUnderTest
 
 

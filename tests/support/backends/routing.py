@@ -5,7 +5,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from service.queue_backends import InMemoryBackend, QueueMessage, RoutingBackend, UndeliverableError
+from modalkit.service.queue_backends import InMemoryBackend, QueueMessage, RoutingBackend, UndeliverableError
 from tests.support.backends.under_test import BackendUnderTest
 
 REFUSED = "refused"

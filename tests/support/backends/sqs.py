@@ -9,7 +9,7 @@ import anyio.to_thread
 import pytest
 from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
 
-from service.queue_backends import SQSBackend
+from modalkit.service.queue_backends import SQSBackend
 from tests.support.backends.under_test import BackendUnderTest
 from tests.support.sqs_server import REGION, SqsServer, forget_aws_settings
 

@@ -9,8 +9,8 @@ from typing import Any
 import anyio.to_thread
 from redis.asyncio import Redis
 
-from benchmarks.redis_server import RedisServer
-from service.queue_backends.taskiq import TaskIQBackend
+from modalkit.benchmarks.redis_server import RedisServer
+from modalkit.service.queue_backends.taskiq import TaskIQBackend
 from tests.support.backends.under_test import BackendUnderTest
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from service.queue_backends import QueueBackend
+from modalkit.service.queue_backends import QueueBackend
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import anyio.to_thread
 
-from service.queue_backends import WebhookBackend
+from modalkit.service.queue_backends import WebhookBackend
 from tests.support.backends.under_test import BackendUnderTest
 from tests.support.webhook_receiver import WebhookReceiver
 
