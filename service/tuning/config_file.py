@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 
-import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
@@ -16,6 +15,7 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from modalkit.service.settings import Settings, deep_merge
+from modalkit.service.settings.yaml_text import parse_yaml
 from modalkit.service.tuning.errors import TuningError
 
 SECTION = ("app_settings", "batch_config")
@@ -76,8 +76,8 @@ def _changed(path: Path, values: Mapping[str, int | float]) -> str:
         after = _with_limits(before, values)
     except (UnicodeDecodeError, YAMLError) as error:
         raise TuningError(f"{path} cannot be changed ({' '.join(str(error).split())}); {_by_hand(values)}") from error
-    wanted = deep_merge(yaml.safe_load(before) or {}, {SECTION[0]: {SECTION[1]: dict(values)}})
-    if yaml.safe_load(after) != wanted:
+    wanted = deep_merge(parse_yaml(before)[0] or {}, {SECTION[0]: {SECTION[1]: dict(values)}})
+    if parse_yaml(after)[0] != wanted:
         raise TuningError(f"{path} cannot be changed without changing more of it; {_by_hand(values)}")
     Settings(_config_files=[], _environ={}, **wanted)
     return after
