@@ -1,5 +1,7 @@
 """What the delivery of results needs of a queue, and what it can use where a queue offers more."""
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -71,3 +73,16 @@ class NamedQueueBackend(QueueBackend, Protocol):
     def check_queue_name(self, queue_name: str) -> None:
         """Raise `QueueNameError` for a name that can be no queue of this backend; called before a job is accepted."""
         ...
+
+
+_SAFE = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+def safe_id(job_id: str) -> str:
+    """A job's id in characters that every queue and header accepts: the id itself, or else its SHA-256."""
+    return job_id if _SAFE.fullmatch(job_id) else id_of_text(job_id)
+
+
+def id_of_text(text: str) -> str:
+    """The id of a message without a job's id: the SHA-256 of its text, in hexadecimal."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

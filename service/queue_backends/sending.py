@@ -1,5 +1,6 @@
 """Sends many messages through any queue backend: at once where it can, else one by one, several at a time."""
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -9,6 +10,8 @@ import anyio
 from modalkit.batching.task_groups import without_foreign_cancellation
 from modalkit.service.errors import describe_error, describe_value
 from modalkit.service.queue_backends.protocol import BatchQueueBackend, QueueBackend, QueueBackendError, QueueMessage
+
+logger = logging.getLogger(__name__)
 
 ATTEMPT_S = 25.0  # less than a delivery waits, so that one message that hangs does not take the others' answers along
 
@@ -134,3 +137,13 @@ def _checked(backend: QueueBackend, messages: Sequence[QueueMessage], outcomes: 
                 "taken, and else an exception"
             )
     return listed
+
+
+async def close_backend(backend: QueueBackend | None) -> None:
+    """Close a backend that can be closed. An error is logged: everything that needed the backend is done."""
+    aclose = getattr(backend, "aclose", None)
+    if aclose is not None:
+        try:
+            await await_backend(aclose())
+        except Exception:
+            logger.exception("The queue backend could not be closed")

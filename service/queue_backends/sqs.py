@@ -10,8 +10,15 @@ from typing import Any
 
 import anyio
 
-from modalkit.service.queue_backends.message_ids import id_of_text, safe_id
-from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage, QueueNameError, UndeliverableError
+from modalkit.service.aws import AwsError, aws_clients
+from modalkit.service.queue_backends.protocol import (
+    QueueBackendError,
+    QueueMessage,
+    QueueNameError,
+    UndeliverableError,
+    id_of_text,
+    safe_id,
+)
 from modalkit.service.queue_backends.sending import ATTEMPT_S, place_in
 
 MAX_BATCH_ENTRIES = 10
@@ -61,33 +68,25 @@ class SQSBackend:
         create_missing_queues: bool = False,
         message_group_id: str | None = None,
     ) -> None:
-        try:
-            # Not at the top: the library is optional. Not at the first message: what is missing shows at the start.
-            from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # ships no types
-            from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
-        except ImportError as error:
-            raise QueueBackendError(
-                f"SQSBackend needs aiobotocore ({error}); install it: pip install 'modalkit[sqs]'"
-            ) from error
         if message_group_id is not None and safe_id(message_group_id) != message_group_id:
             raise ValueError(
                 f"message_group_id must be 1 to 128 letters, digits, - or _, or None, not {message_group_id!r}"
             )
-        region = _configured_region(get_session()) if region is None else region
+        try:
+            _, self._create_client = aws_clients(
+                "sqs",
+                region,
+                needed_by="SQSBackend",
+                extra="sqs",
+                setting="app_settings.queue_config.sqs.region (SQSBackend(region=...) in code)",
+                endpoint_url=endpoint_url,
+                read_timeout_s=10,
+                max_connections=MAX_CONCURRENT_REQUESTS,
+            )
+        except AwsError as error:
+            raise QueueBackendError(str(error)) from error
         self._create_missing_queues = create_missing_queues
         self._message_group_id = message_group_id
-        config = AioConfig(
-            connect_timeout=3,
-            read_timeout=10,
-            max_pool_connections=MAX_CONCURRENT_REQUESTS,
-            # Whoever delivers tries again, with its own back-off and count of attempts. The one repetition here is for
-            # a connection that SQS closed while it was idle.
-            retries={"mode": "standard", "total_max_attempts": 2},
-            warm_up_loader_caches=True,  # reads the description of SQS in a thread, not in the event loop
-        )
-        self._create_client: Callable[[], AbstractAsyncContextManager[Any]] = lambda: get_session().create_client(
-            "sqs", region_name=region, endpoint_url=endpoint_url, config=config
-        )
         self._connection: _Connection | None = None  # all mutable state
 
     def check_queue_name(self, queue_name: str) -> None:
@@ -246,22 +245,6 @@ class _Connection:
                 await self._stack.aclose()
 
 
-def _configured_region(session: Any) -> str:
-    """The region of the environment or of AWS's configuration file. Raises `QueueBackendError` where there is none."""
-    from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]  # ships no types
-
-    try:
-        region = session.get_config_variable("region")
-    except BotoCoreError as error:
-        raise QueueBackendError(f"the region of SQS cannot be found: {error}") from error
-    if not region:
-        raise QueueBackendError(
-            "no region of SQS is configured: set app_settings.queue_config.sqs.region (SQSBackend(region=...) in code) "
-            "or the environment variable AWS_DEFAULT_REGION"
-        )
-    return str(region)
-
-
 def _entry(position: int, message: QueueMessage) -> _Entry:
     body = message.body.translate(_ESCAPES)
     if refused := _REFUSED_CHARACTER.search(body):
@@ -306,7 +289,10 @@ def _failure(queue_name: str, failed: dict[str, Any]) -> QueueBackendError:
 
 
 def _translated(queue_name: str, error: Exception) -> Exception:
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import (  # type: ignore[import-untyped]  # ships no types
+        BotoCoreError,
+        ClientError,
+    )
 
     if isinstance(error, TimeoutError):
         return QueueBackendError(f"queue {queue_name!r}: no answer of SQS within {ATTEMPT_S:g} s")

@@ -20,6 +20,7 @@ from taskiq import AckableMessage, AsyncBroker, TaskiqMessage, TaskiqMiddleware
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq_redis import RedisStreamBroker
 
+from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import describe_error
 from modalkit.service.queue_backends.protocol import QueueBackendError
 
@@ -265,7 +266,7 @@ class ResultBroker(RedisStreamBroker):
 
     async def _until_answered(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
         """Ask Redis again until it is there and answers, making the groups anew if it has lost them."""
-        for attempt in count():
+        for attempt in count(1):
             try:
                 if not self._has_groups:
                     await self._make_groups()
@@ -285,7 +286,7 @@ class ResultBroker(RedisStreamBroker):
                     # Until Python 3.12, asyncio.wait_for, which redis-py uses, can swallow it: no worker would stop.
                     raise asyncio.CancelledError
                 return answer
-            await asyncio.sleep(min(LONGEST_RECONNECT_S, 0.1 * 2 ** min(attempt, 5)))
+            await asyncio.sleep(backoff_with_jitter(attempt, first_s=0.1, longest_s=LONGEST_RECONNECT_S, factor=2))
         raise AssertionError("count() has no end")
 
     async def _trim_all(self) -> None:

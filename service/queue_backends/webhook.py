@@ -13,8 +13,13 @@ import httpx
 from anyio.lowlevel import EventLoopToken, current_token
 
 from modalkit.service.queue_backends.addresses import CheckedNetwork, Resolve, SystemResolver
-from modalkit.service.queue_backends.message_ids import id_of_text, safe_id
-from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage, UndeliverableError
+from modalkit.service.queue_backends.protocol import (
+    QueueBackendError,
+    QueueMessage,
+    UndeliverableError,
+    id_of_text,
+    safe_id,
+)
 from modalkit.service.queue_backends.sending import ATTEMPT_S, outcomes_of, place_in
 from modalkit.service.queue_backends.signatures import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, sign, signing_key
 from modalkit.service.queue_backends.webhook_urls import AllowedURLs, shown_queue_name

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from modalkit.batching import BatchPolicy, CostModel
 from modalkit.batching.calibration import Measurement
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.evidence import UNSEEN, Bounds, SizeEvidence
 
 SHORTEST_S = 1e-9  # where the clock is too coarse

@@ -16,7 +16,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from modalkit.service.settings import Settings, deep_merge
 from modalkit.service.settings.yaml_text import parse_yaml
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 
 SECTION = ("app_settings", "batch_config")
 

@@ -14,7 +14,7 @@ from modalkit.pipelines import InferencePipeline
 from modalkit.service.errors import describe_error
 from modalkit.service.pipeline_batches import is_too_large
 from modalkit.service.settings import BatchConfig
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.samples import MadeUpSamples, Samples
 
 LARGEST_COUNT = 128

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from modalkit.batching import CostModel
 from modalkit.batching.calibration import Measurement
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.errors import describe_error
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 
 ITEMS_OF_EACH_SIZE = 16
 SIZE_GROUPS = 6

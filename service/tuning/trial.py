@@ -16,7 +16,7 @@ from modalkit.service.errors import describe_error
 from modalkit.service.jobs import MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.settings import BatchConfig, Settings
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.measuring import MEASURING_SHARE
 from modalkit.service.tuning.samples import Samples
 from modalkit.service.worker import InferenceWorker

@@ -2,17 +2,17 @@
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
 
 from modalkit.batching.task_groups import plain_task_group
+from modalkit.service.aws import AwsError, aws_clients
+from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import describe_error
-from modalkit.service.jobs.delivery import backoff_with_jitter
 from modalkit.service.loading import LoadError
 from modalkit.service.web.header_keys import header_bytes
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 SSM_KEY = "app_settings.auth_config.ssm_key"
 READ_S = 10.0
 WRONG_KEYS_APART_S = 5.0
-"""How long after a wrong key had the parameter read again another one does, so that guessing does not flood AWS."""
+"""Minimum seconds between two reads of the parameter that wrong keys cause."""
 
 _CREDENTIALS = (
     "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (a Modal secret can hold them), or what else AWS's tools look for"
@@ -55,25 +55,16 @@ class SsmKey:
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
     ) -> None:
         try:
-            # Not at the top: the library is optional.
-            from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # ships no types
-            from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
-        except ImportError as error:
-            raise LoadError(
-                f"{SSM_KEY} needs aiobotocore ({error}); install it: pip install 'modalkit[aws]'"
-            ) from error
-        session = get_session()
-        region = _configured_region(session) if region is None else region
-        config = AioConfig(
-            connect_timeout=3,
-            read_timeout=5,
-            # The one repetition is for a connection that AWS closed while it was idle.
-            retries={"mode": "standard", "total_max_attempts": 2},
-            warm_up_loader_caches=True,  # reads the description of SSM in a thread, not in the event loop
-        )
-        self._create_client: Callable[[], AbstractAsyncContextManager[Any]] = lambda: session.create_client(
-            "ssm", region_name=region, config=config
-        )
+            region, self._create_client = aws_clients(
+                "ssm",
+                region,
+                needed_by=SSM_KEY,
+                extra="aws",
+                setting="app_settings.auth_config.ssm_region",
+                read_timeout_s=5,
+            )
+        except AwsError as error:
+            raise LoadError(str(error)) from error
         self._name = name
         self._place = f"parameter {name!r} of AWS SSM in {region}"
         self._refresh_s = refresh_s
@@ -176,25 +167,13 @@ class SsmKey:
             raise LoadError(f"{SSM_KEY}: {self._place}: {_reason(error)}") from error
 
 
-def _configured_region(session: Any) -> str:
-    """The region of the environment or of AWS's configuration file. Raises `LoadError` where there is none."""
-    from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]  # ships no types
-
-    try:
-        # AWS_REGION is what AWS's other SDKs read, and what Modal's own form for AWS credentials asks for.
-        region = session.get_config_variable("region") or os.environ.get("AWS_REGION")
-    except BotoCoreError as error:
-        raise LoadError(f"{SSM_KEY}: the region of AWS SSM cannot be found: {error}") from error
-    if not region:
-        raise LoadError(
-            f"{SSM_KEY}: no region of AWS SSM is configured: set app_settings.auth_config.ssm_region or the variable "
-            "AWS_REGION"
-        )
-    return str(region)
-
-
 def _reason(error: Exception) -> str:
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.exceptions import (  # type: ignore[import-untyped]  # ships no types
+        BotoCoreError,
+        ClientError,
+        NoCredentialsError,
+        PartialCredentialsError,
+    )
 
     if isinstance(error, TimeoutError):
         return f"no answer within {READ_S:g} s"

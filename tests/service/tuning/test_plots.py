@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from modalkit.service.tuning import plots
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError, plots
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from modalkit.batching import MeasuredCostModel
 from modalkit.service.settings import BatchConfig, Settings
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples
 from modalkit.service.tuning.trial import Bench, Trial, TrialPlan, require_complete
 from tests.support.length_model import LengthPipeline, Text
