@@ -1,4 +1,4 @@
-"""Sends many messages through any queue backend: at once where it can, else one by one, several at a time."""
+"""Sends many messages through any queue backend: in one call where it has `send_messages`, else concurrently."""
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -13,15 +13,15 @@ from modalkit.service.queue_backends.protocol import BatchQueueBackend, QueueBac
 
 logger = logging.getLogger(__name__)
 
-ATTEMPT_S = 25.0  # less than a delivery waits, so that one message that hangs does not take the others' answers along
+ATTEMPT_S = 25.0  # less than a delivery waits, so that the outcomes beside a message that hangs are not lost
 
 T = TypeVar("T")
 
 
 async def await_backend(awaitable: Awaitable[T]) -> T:
-    """Await a backend's code. Whatever it raises is an `Exception`, unless the caller is being cancelled.
+    """Await a backend's code. Everything that it raises is an `Exception`, unless the caller is cancelled.
 
-    `SystemExit` and the like, meant to end a program, become a `QueueBackendError`: a message must not end the server.
+    `SystemExit` and the like become a `QueueBackendError`, because a message must not end the server.
     """
     try:
         return await without_foreign_cancellation(awaitable)
@@ -44,14 +44,14 @@ async def send_all(
     backend: QueueBackend,
     messages: Sequence[QueueMessage],
     *,
-    max_concurrent: int = 100,  # as many as a delivery brings, so that none of them waits for another one's time
+    max_concurrent: int = 100,  # as many as a delivery holds, so that no message waits for another one
     timeout_s: float = ATTEMPT_S,
 ) -> list[Exception | None]:
-    """Send messages; returns, in the same order, None for each that was taken and its error for each other.
+    """Send messages; returns, in the same order, None for each accepted message and an error for each other one.
 
-    Raises nothing that a backend raises: an exception of its `send_messages` is the error of every message, since none
-    is known to have been taken. For a backend that has `send_message` alone, `max_concurrent` bounds the calls at a
-    time, and `timeout_s` each of them. A cancelled call may have sent any of the messages.
+    An exception of the backend's `send_messages` is the error of every message. For a backend that has `send_message`
+    alone, `max_concurrent` limits the concurrent calls, and `timeout_s` the seconds of each. A cancelled call may have
+    sent any of the messages.
     """
     if not messages:
         return []
@@ -78,9 +78,9 @@ async def outcomes_of(
     limiter: anyio.CapacityLimiter,
     timeout_s: float = ATTEMPT_S,
 ) -> list[Exception | None]:
-    """Await `send` for each message, as many at a time as `limiter` lets; what it raises is that message's outcome.
+    """Await `send` for each message, concurrently within `limiter`; its exception is the message's outcome.
 
-    So is a `QueueBackendError` for a message that takes longer than `timeout_s`, the wait for the limiter not included.
+    A message that takes longer than `timeout_s`, not counting the wait for the limiter, gets a `QueueBackendError`.
     """
     outcomes: list[Exception | None] = [QueueBackendError("it was not attempted")] * len(messages)
 
@@ -102,8 +102,8 @@ async def outcomes_of(
 
 
 @asynccontextmanager
-async def place_in(limiter: anyio.CapacityLimiter, wait_s: float, problem: str) -> AsyncIterator[None]:
-    """Hold a place in `limiter`; raises `QueueBackendError`, which says `problem`, if none gets free in `wait_s`."""
+async def hold(limiter: anyio.CapacityLimiter, wait_s: float, problem: str) -> AsyncIterator[None]:
+    """Hold a token of `limiter`; raises `QueueBackendError` with the text `problem` after `wait_s` seconds without."""
     try:
         limiter.acquire_nowait()
     except anyio.WouldBlock:

@@ -19,12 +19,14 @@ from modalkit.service.queue_backends.protocol import (
     id_of_text,
     safe_id,
 )
-from modalkit.service.queue_backends.sending import ATTEMPT_S, place_in
+from modalkit.service.queue_backends.sending import ATTEMPT_S, hold
 
 MAX_BATCH_ENTRIES = 10
 MAX_BATCH_BYTES = 1_048_576  # of all messages of a batch together, and so of one message
 MAX_CONCURRENT_REQUESTS = 100
-REQUEST_S = 13.0  # is left to one that waited for a place, so that it is not cut off and its messages come twice
+REQUEST_S = (
+    13.0  # time that a request still has after its wait for a connection: cut off, its messages would come twice
+)
 
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo")
 _REFUSED_CHARACTER = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -38,7 +40,7 @@ _BATCH_IS_REFUSED = {"BatchRequestTooLong", *_MESSAGE_IS_REFUSED}
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A message in the form that SQS gets, and its place among the messages given."""
+    """A message in the form that SQS gets, and its position among the given messages."""
 
     position: int
     message: QueueMessage
@@ -50,14 +52,14 @@ class SQSBackend:
     """Sends results to the SQS queues of an AWS account. Needs the extra ``modalkit[sqs]``, and asyncio.
 
     Credentials, and the region where `region` is None, come from where AWS's tools look for them. `endpoint_url` is
-    that of another server that speaks SQS. A queue that does not exist is created if `create_missing_queues`, else the
-    message fails, and is tried again later. A queue whose name ends in ``.fifo`` gets the job's id for de-duplication
-    (SQS drops a message that comes again within five minutes), and `message_group_id` as the group; where that is
-    None, each message is a group of its own: nothing waits for anything else, in no promised order.
+    the address of another server that speaks SQS. A queue that does not exist is created if `create_missing_queues`,
+    else its messages fail. Messages to a queue whose name ends in ``.fifo`` carry the job's id for de-duplication (SQS
+    drops a repetition within five minutes) and `message_group_id` as their group; where that is None, each message is
+    its own group: full throughput, no order.
 
-    The client is opened at the first message and closed by `aclose`, after which the next message opens another. In
-    between it belongs to one event loop. A call of `send_messages` ends within 25 seconds. Raises `QueueBackendError`
-    if aiobotocore is not installed, or no region is found.
+    The first message opens the client, `aclose` closes it, and the next message opens another. In between it belongs
+    to one event loop. A call of `send_messages` ends within 25 seconds. Raises `QueueBackendError` if aiobotocore is
+    not installed, or no region is found.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class SQSBackend:
         self._connection: _Connection | None = None  # all mutable state
 
     def check_queue_name(self, queue_name: str) -> None:
-        """Raise `QueueNameError` for what can be no name of an SQS queue."""
+        """Raise `QueueNameError` for a text that cannot name an SQS queue."""
         if not _QUEUE_NAME.fullmatch(queue_name):
             raise QueueNameError(
                 queue_name,
@@ -129,7 +131,7 @@ class SQSBackend:
         return outcomes
 
     async def aclose(self) -> None:
-        """Close the client, in the event loop that opened it; what is being sent fails. May be called repeatedly."""
+        """Close the client, in the event loop that opened it; messages being sent fail. May be called repeatedly."""
         if self._connection is not None:
             connection = self._connection_here()
             self._connection = None
@@ -152,19 +154,19 @@ class SQSBackend:
         self, connection: "_Connection", queue_name: str, chunk: list[_Entry], deadline: float
     ) -> Sequence[Exception | None]:
         wait_s = deadline - REQUEST_S - anyio.current_time()
-        no_place = f"queue {queue_name!r}: too many messages wait to be sent to SQS"
+        too_busy = f"queue {queue_name!r}: too many messages wait to be sent to SQS"
         try:
-            async with place_in(connection.sending, wait_s, no_place):
+            async with hold(connection.sending, wait_s, too_busy):
                 with anyio.fail_after(deadline - anyio.current_time()):
                     return await self._request(connection, queue_name, chunk)
-        except Exception as error:  # noqa: BLE001  # one chunk's failure is no other's
+        except Exception as error:  # noqa: BLE001  # a failed chunk must not affect the others
             code = _error_code(error)
             if code in _QUEUE_IS_MISSING:
                 connection.queue_urls.pop(queue_name, None)
             if len(chunk) == 1 or code not in _BATCH_IS_REFUSED:
                 return [_translated(queue_name, error)] * len(chunk)
-        # SQS refuses a batch as a whole for one message in it, or because this queue's own limit of size is below the
-        # general one: alone, each gets what it deserves.
+        # SQS refuses a whole batch for one message in it, or where this queue has a smaller limit of size than others.
+        # Sent alone, each message has its own outcome.
         outcomes: list[Exception | None] = [None] * len(chunk)
 
         async def send_alone(number: int) -> None:
@@ -215,13 +217,13 @@ class SQSBackend:
 
 
 class _Connection:
-    """A client, opened at its first use, and what else belongs to the event loop that it lives in."""
+    """A client, opened at its first use, and the other objects that belong to its event loop."""
 
     def __init__(
         self, event_loop: asyncio.AbstractEventLoop, create_client: Callable[[], AbstractAsyncContextManager[Any]]
     ) -> None:
         self.event_loop = event_loop
-        # As many as there are connections: a request that waits for one of these has no timeout running yet.
+        # As many tokens as connections: the timeout of a request starts when it has one.
         self.sending = anyio.CapacityLimiter(MAX_CONCURRENT_REQUESTS)
         self.queue_urls: dict[str, str] = {}
         self._create_client = create_client

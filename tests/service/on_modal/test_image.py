@@ -224,7 +224,7 @@ def test_a_former_name_of_ours_is_ours_unless_the_user_has_that_module(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As in configurations from before all of modalkit was one package."""
-    former = yaml.safe_dump(model(pipeline="pipelines.sentiment:SentimentPipeline", model_path="acme/reviews"))
+    former = json.dumps(model(pipeline="pipelines.sentiment:SentimentPipeline", model_path="acme/reviews"))
     planned = plan(former)
     assert users_paths(planned) == {}
     assert planned.downloads == ("hf download acme/reviews",)
