@@ -1,4 +1,4 @@
-"""Keeps what was learnt of the costs of batches between starts: a JSON file with a table for each model and device."""
+"""Keeps measured batch costs between starts: a JSON file with a table for each model and device."""
 
 import fcntl
 import hashlib
@@ -18,7 +18,7 @@ FILE_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class CostKey:
-    """What a cost table holds for: the class of the pipeline, the model with the keys of its entry, and the device."""
+    """What a cost table belongs to: a pipeline's class, a model with the arguments of its entry, and a device."""
 
     pipeline: str
     model: str
@@ -37,9 +37,9 @@ class CostKey:
 
 
 def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
-    """Teach `model` what the file at `path` holds for `key`; returns whether it holds anything.
+    """Load the costs for `key` from the file at `path` into `model`; returns whether there are any.
 
-    A file that cannot be read, or a table that was measured on another device, is warned of and not used.
+    A file that cannot be read, or a table of another device, causes a warning and is not used.
     """
     tables = _read(path)
     for table in tables:
@@ -47,7 +47,7 @@ def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
             try:
                 model.restore(table["costs"])
             except (KeyError, ValueError) as error:
-                logger.warning("%s: the costs of %s are damaged (%s): measuring anew", path, key.model, error)
+                logger.warning("%s: the costs of %s are damaged (%s): measuring again", path, key.model, error)
                 return False
             return True
     others = [
@@ -55,7 +55,7 @@ def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
     ]
     if others:
         logger.warning(
-            "%s: the costs of %s were measured on another device (%s; this is %s): measuring anew",
+            "%s: the costs of %s were measured on another device (%s; this is %s): measuring again",
             path,
             key.model,
             ", ".join(others),
@@ -65,9 +65,9 @@ def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
 
 
 def save_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> None:
-    """Put the costs of `key` into the file, beside those of others; a failure is logged, not raised.
+    """Write the costs of `key` into the file, beside those of other keys; an error is logged, not raised.
 
-    Several threads and processes may do so at once, and a reader sees the file as it was or as it will be.
+    Several threads and processes may do so concurrently; readers see the old file or the new one.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -82,7 +82,7 @@ def save_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> None:
             finally:
                 partial.unlink(missing_ok=True)
     except OSError as error:
-        logger.warning("%s: what batches cost cannot be kept (%s); the next start measures anew", path, error)
+        logger.warning("%s: batch costs cannot be kept (%s); the next start measures them again", path, error)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -94,5 +94,5 @@ def _read(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s: no file of batch costs (%s: %s): measuring anew", path, type(error).__name__, error)
+        logger.warning("%s: no file of batch costs (%s: %s): measuring again", path, type(error).__name__, error)
         return []

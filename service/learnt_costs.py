@@ -1,4 +1,4 @@
-"""What one pipeline's batches cost: read from a file or measured at start, and kept at the end."""
+"""The batch costs of one pipeline: read from a file or measured at start, and written to the file at the end."""
 
 import logging
 
@@ -33,13 +33,13 @@ class LearntCosts:
         self._config = batch_config.calibration
         self._calibrate = calibrate and self._config.enabled
         self._key: CostKey | None = None
-        # Whether what is known is worth keeping: costs that were not fully measured would never be measured again.
+        # Whether the costs are worth keeping: incomplete ones in the file would prevent a later measurement.
         self._is_complete = not self._config.enabled
 
     async def learn(self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel]) -> None:
         """Read the costs from the configured file, or measure them in the scheduler's thread.
 
-        Whatever goes wrong is logged as a warning: real batches will teach the model all the same.
+        Errors are logged as warnings, because real batches teach the model too.
         """
         path = self._config.path
         if path is not None:
@@ -51,7 +51,7 @@ class LearntCosts:
             await self.keep()
 
     async def keep(self) -> None:
-        """Write the costs to the configured file, if any; not cut short by cancellation."""
+        """Write the costs to the configured file, if any; cancellation does not interrupt it."""
         path, key = self._config.path, self._key
         if path is not None and key is not None and self._is_complete and self.model.observed:
             with CancelScope(shield=True):
@@ -75,17 +75,19 @@ class LearntCosts:
             max_s=self._config.max_seconds,
             is_too_large=is_too_large,
         )
-        # No shape is begun that would end too late, and none is expected to take longer than any batch may.
+        # No shape starts that would end too late, and none should take longer than a batch may.
         limit_s = self._config.max_seconds + self._batch_config.batch_timeout_seconds
         try:
             await scheduler.run_in_thread(lambda: measured.extend(calibration.measure()), limit_s)
         except Exception as error:  # noqa: BLE001  # user code may raise anything, and real batches teach the model too
-            self._warn("measuring what batches cost ended early, the first real batches will tell", error)
+            self._warn("measuring batch costs ended early; the first real batches teach them", error)
         else:
-            # What had no time has none at the next start either; what failed may run then.
+            # Shapes without time now have none at the next start either; those that failed may run then.
             self._is_complete = calibration.failure is None
         if (failure := calibration.failure) is not None:
-            self._warn(f"what items of size {failure.size} and more cost is not known, as one failed", failure.error)
+            self._warn(
+                f"the costs of items of size {failure.size} and more are not known, because one failed", failure.error
+            )
         for shape in undisturbed(measured):
             if shape.seconds > 0:
                 self.model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
