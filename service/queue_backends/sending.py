@@ -1,21 +1,80 @@
 """Sends many messages through any queue backend: in one call where it has `send_messages`, else concurrently."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import anyio
+from anyio.lowlevel import EventLoopToken, current_token
 
 from modalkit.batching.task_groups import without_foreign_cancellation
 from modalkit.service.errors import describe_error, describe_value
-from modalkit.service.queue_backends.protocol import BatchQueueBackend, QueueBackend, QueueBackendError, QueueMessage
+from modalkit.service.queue_backends.protocol import (
+    BatchQueueBackend,
+    QueueBackend,
+    QueueBackendError,
+    QueueMessage,
+    id_of_text,
+)
 
 logger = logging.getLogger(__name__)
 
 ATTEMPT_S = 25.0  # less than a delivery waits, so that the outcomes beside a message that hangs are not lost
 
 T = TypeVar("T")
+
+
+class Connection(Protocol):
+    """What a backend opens at its first message."""
+
+    async def aclose(self) -> None:
+        """Close it; messages being sent fail."""
+        ...
+
+
+ConnectionT = TypeVar("ConnectionT", bound=Connection)
+
+
+class ConnectedBackend(ABC, Generic[ConnectionT]):
+    """A queue backend that sends many messages, over a connection that belongs to one event loop until `aclose`."""
+
+    _opened: tuple[EventLoopToken, ConnectionT] | None = None  # all mutable state
+
+    @abstractmethod
+    def _connect(self) -> ConnectionT:
+        """A connection, in the running event loop. Raises `QueueBackendError`."""
+
+    @abstractmethod
+    async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
+        """Send messages; returns the outcome of each. Raises `QueueBackendError`."""
+
+    async def send_message(self, queue_name: str, message: str) -> bool:
+        """Send a JSON text. Raises `QueueBackendError`."""
+        [outcome] = await self.send_messages([QueueMessage(queue_name, message, id_of_text(message))])
+        if outcome is not None:
+            raise outcome
+        return True
+
+    async def aclose(self) -> None:
+        """Close the connection, in the event loop that opened it; messages being sent fail. Idempotent."""
+        if self._opened is not None:
+            connection = self._connection()
+            self._opened = None
+            with anyio.CancelScope(shield=True):
+                await connection.aclose()
+
+    def _connection(self) -> ConnectionT:
+        if self._opened is None:
+            self._opened = current_token(), self._connect()
+        event_loop, connection = self._opened
+        if event_loop != current_token():
+            raise QueueBackendError(
+                f"this {type(self).__name__} was opened in another event loop: await its aclose() there, or make one "
+                "for each"
+            )
+        return connection
 
 
 async def await_backend(awaitable: Awaitable[T]) -> T:

@@ -16,10 +16,9 @@ from modalkit.service.queue_backends.protocol import (
     QueueMessage,
     QueueNameError,
     UndeliverableError,
-    id_of_text,
     safe_id,
 )
-from modalkit.service.queue_backends.sending import ATTEMPT_S, hold
+from modalkit.service.queue_backends.sending import ATTEMPT_S, ConnectedBackend, hold
 
 MAX_BATCH_ENTRIES = 10
 MAX_BATCH_BYTES = 1_048_576  # of all messages of a batch together, and so of one message
@@ -48,7 +47,7 @@ class _Entry:
     size_bytes: int
 
 
-class SQSBackend:
+class SQSBackend(ConnectedBackend["_Connection"]):
     """Sends results to the SQS queues of an AWS account. Needs the extra ``modalkit[sqs]``, and asyncio.
 
     Credentials, and the region where `region` is None, come from where AWS's tools look for them. `endpoint_url` is
@@ -89,7 +88,6 @@ class SQSBackend:
             raise QueueBackendError(str(error)) from error
         self._create_missing_queues = create_missing_queues
         self._message_group_id = message_group_id
-        self._connection: _Connection | None = None  # all mutable state
 
     def check_queue_name(self, queue_name: str) -> None:
         """Raise `QueueNameError` for a text that cannot name an SQS queue."""
@@ -99,16 +97,9 @@ class SQSBackend:
                 "the name of an SQS queue is 1 to 80 letters, digits, - or _, and may end in .fifo (no URL, no ARN)",
             )
 
-    async def send_message(self, queue_name: str, message: str) -> bool:
-        """Send a JSON text. Raises `QueueBackendError`."""
-        [outcome] = await self.send_messages([QueueMessage(queue_name, message, id_of_text(message))])
-        if outcome is not None:
-            raise outcome
-        return True
-
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
         """Send messages in batches, concurrently; returns the outcome of each. Raises `QueueBackendError` on trio."""
-        connection = self._connection_here()
+        connection = self._connection()
         deadline = anyio.current_time() + ATTEMPT_S
         outcomes: list[Exception | None] = [None] * len(messages)
         entries_by_queue = defaultdict[str, list[_Entry]](list)
@@ -130,25 +121,12 @@ class SQSBackend:
                     task_group.start_soon(send, queue_name, chunk)
         return outcomes
 
-    async def aclose(self) -> None:
-        """Close the client, in the event loop that opened it; messages being sent fail. May be called repeatedly."""
-        if self._connection is not None:
-            connection = self._connection_here()
-            self._connection = None
-            await connection.aclose()
-
-    def _connection_here(self) -> "_Connection":
+    def _connect(self) -> "_Connection":
         try:
-            event_loop = asyncio.get_running_loop()
+            asyncio.get_running_loop()
         except RuntimeError:
             raise QueueBackendError("SQSBackend needs the event loop of asyncio; it does not run on trio") from None
-        if self._connection is None:
-            self._connection = _Connection(event_loop, self._create_client)
-        elif self._connection.event_loop is not event_loop:
-            raise QueueBackendError(
-                "this SQSBackend was opened in another event loop: await its aclose() there, or make one for each"
-            )
-        return self._connection
+        return _Connection(self._create_client)
 
     async def _send_chunk(
         self, connection: "_Connection", queue_name: str, chunk: list[_Entry], deadline: float
@@ -219,10 +197,7 @@ class SQSBackend:
 class _Connection:
     """A client, opened at its first use, and the other objects that belong to its event loop."""
 
-    def __init__(
-        self, event_loop: asyncio.AbstractEventLoop, create_client: Callable[[], AbstractAsyncContextManager[Any]]
-    ) -> None:
-        self.event_loop = event_loop
+    def __init__(self, create_client: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
         # As many tokens as connections: the timeout of a request starts when it has one.
         self.sending = anyio.CapacityLimiter(MAX_CONCURRENT_REQUESTS)
         self.queue_urls: dict[str, str] = {}
@@ -242,9 +217,8 @@ class _Connection:
 
     async def aclose(self) -> None:
         self._closed = True
-        with anyio.CancelScope(shield=True):
-            async with self._opening:
-                await self._stack.aclose()
+        async with self._opening:
+            await self._stack.aclose()
 
 
 def _entry(position: int, message: QueueMessage) -> _Entry:

@@ -10,17 +10,15 @@ from weakref import WeakValueDictionary
 import anyio
 import httpcore
 import httpx
-from anyio.lowlevel import EventLoopToken, current_token
 
 from modalkit.service.queue_backends.addresses import CheckedNetwork, Resolve, SystemResolver
 from modalkit.service.queue_backends.protocol import (
     QueueBackendError,
     QueueMessage,
     UndeliverableError,
-    id_of_text,
     safe_id,
 )
-from modalkit.service.queue_backends.sending import ATTEMPT_S, hold, outcomes_of
+from modalkit.service.queue_backends.sending import ATTEMPT_S, ConnectedBackend, hold, outcomes_of
 from modalkit.service.queue_backends.signatures import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, sign, signing_key
 from modalkit.service.queue_backends.webhook_urls import AllowedURLs, shown_queue_name
 
@@ -33,7 +31,7 @@ _READ_BODY_BYTES = 16_384
 _READ_BODY_S = 1.0
 
 
-class WebhookBackend:
+class WebhookBackend(ConnectedBackend["_Connections"]):
     """Posts each result to the URL that is the queue's name, and to `allowed_hosts` alone (see `AllowedURLs`).
 
     A request carries ``webhook-id`` (the job's id, the same at each attempt), ``webhook-timestamp`` and, where there
@@ -69,7 +67,6 @@ class WebhookBackend:
         self._ssl_context = ssl_context
         self._resolve = resolve
         self._allow_private_addresses = allow_private_addresses
-        self._connections: _Connections | None = None  # all mutable state
 
     def check_queue_name(self, queue_name: str) -> None:
         """Raise `QueueNameError` for a URL that results may not go to; its host is not looked up.
@@ -78,32 +75,16 @@ class WebhookBackend:
         """
         self._urls.parse(queue_name)
 
-    async def send_message(self, queue_name: str, message: str) -> bool:
-        """Post a JSON text. Raises `QueueBackendError`."""
-        [outcome] = await self.send_messages([QueueMessage(queue_name, message, id_of_text(message))])
-        if outcome is not None:
-            raise outcome
-        return True
-
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
         """Post messages, a request each, several at a time; returns the outcome of each."""
-        connections = self._connections_here()
+        connections = self._connection()
         no_limit = anyio.CapacityLimiter(math.inf)  # each waits for its own host only
         return await outcomes_of(lambda message: self._deliver(connections, message), messages, no_limit, math.inf)
 
-    async def aclose(self) -> None:
-        """Close the connections, in the event loop that opened them; messages being sent fail. Idempotent."""
-        if self._connections is not None:
-            connections = self._connections_here()
-            self._connections = None
-            with anyio.CancelScope(shield=True):
-                await connections.pool.aclose()
-
-    def _connections_here(self) -> "_Connections":
-        event_loop = current_token()
-        if self._connections is None:
-            # httpx's own client would log the whole URL of each request, and cannot be told how to connect.
-            pool = httpcore.AsyncConnectionPool(
+    def _connect(self) -> "_Connections":
+        # httpx's own client would log the whole URL of each request, and cannot be told how to connect.
+        return _Connections(
+            httpcore.AsyncConnectionPool(
                 ssl_context=self._ssl_context or httpx.create_ssl_context(trust_env=False),
                 network_backend=CheckedNetwork(
                     SystemResolver() if self._resolve is None else self._resolve,
@@ -112,12 +93,7 @@ class WebhookBackend:
                 max_connections=MAX_CONNECTIONS,
                 keepalive_expiry=KEEPALIVE_S,
             )
-            self._connections = _Connections(event_loop, pool)
-        elif self._connections.event_loop != event_loop:
-            raise QueueBackendError(
-                "this WebhookBackend was opened in another event loop: await its aclose() there, or make one for each"
-            )
-        return self._connections
+        )
 
     async def _deliver(self, connections: "_Connections", message: QueueMessage) -> None:
         url = self._urls.parse(message.queue_name)
@@ -173,9 +149,9 @@ class WebhookBackend:
 class _Connections:
     """The open connections, and the limit for each host, in one event loop."""
 
-    def __init__(self, event_loop: EventLoopToken, pool: httpcore.AsyncConnectionPool) -> None:
-        self.event_loop = event_loop
+    def __init__(self, pool: httpcore.AsyncConnectionPool) -> None:
         self.pool = pool
+        self.aclose = pool.aclose
         # The requests of a host keep its limiter, so that a host without requests takes no memory.
         self._limiters = WeakValueDictionary[bytes, anyio.CapacityLimiter]()
 

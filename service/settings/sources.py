@@ -1,6 +1,7 @@
 """The places that settings come from: YAML files, then `MODALKIT_…` variables over them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -74,7 +75,7 @@ def read_variables(root: type[BaseModel], environ: Mapping[str, str]) -> Layer:
                 message = f"is not valid YAML or JSON ({describe_yaml_error(error)})"
                 problems.append(Problem(path, f"{message}; a text with special characters needs quotes", name))
             else:
-                values = deep_merge(values, _nest(path, value))
+                values = deep_merge(values, reduce(lambda inner, key: {key: inner}, reversed(path), value))
     layer = make_layer(root, values, origins)
     layer.problems.extend(problems)
     return layer
@@ -147,10 +148,3 @@ def _parse_text(text: str, annotation: Any) -> Any:
     if one_or_many or Any in options or (str not in options and any(is_structured(option) for option in options)):
         return parse_yaml(text)[0]
     return text
-
-
-def _nest(path: KeyPath, value: Any) -> dict[str, Any]:
-    for key in reversed(path):
-        value = {key: value}
-    nested: dict[str, Any] = value
-    return nested
