@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
-from modalkit.service.errors import ServiceError, describe_error, error_text
+from modalkit.service.errors import ServiceError, UnknownModelError, describe_error, error_text
 from modalkit.service.jobs import JobStore, MemoryJobStore, SqliteJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.queue_backends import (
@@ -30,15 +30,6 @@ _FORMER_PACKAGES = ("batching", "benchmarks", "pipelines", "service")
 
 class LoadError(ServiceError):
     """Raised when a class that the configuration names cannot be imported, is of the wrong kind, or cannot be built."""
-
-
-class UnknownModelError(ServiceError):
-    """Raised when a model is asked for that the configuration does not name."""
-
-    def __init__(self, model_name: str, known: list[str]) -> None:
-        super().__init__(f"there is no model {model_name!r}; configured are: {', '.join(known)}")
-        self.model_name = model_name
-        self.known = known
 
 
 def find_top_module(name: str, folder: Path | None) -> ModuleSpec | None:
