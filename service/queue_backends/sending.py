@@ -4,7 +4,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Generic, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import anyio
 from anyio.lowlevel import EventLoopToken, current_token
@@ -26,25 +26,14 @@ ATTEMPT_S = 25.0  # less than a delivery waits, so that the outcomes beside a me
 T = TypeVar("T")
 
 
-class Connection(Protocol):
-    """What a backend opens at its first message."""
-
-    async def aclose(self) -> None:
-        """Close it; messages being sent fail."""
-        ...
-
-
-ConnectionT = TypeVar("ConnectionT", bound=Connection)
-
-
-class ConnectedBackend(ABC, Generic[ConnectionT]):
+class ConnectedBackend(ABC):
     """A queue backend that sends many messages, over a connection that belongs to one event loop until `aclose`."""
 
-    _opened: tuple[EventLoopToken, ConnectionT] | None = None  # all mutable state
+    _opened: tuple[EventLoopToken, Any] | None = None  # all mutable state
 
     @abstractmethod
-    def _connect(self) -> ConnectionT:
-        """A connection, in the running event loop. Raises `QueueBackendError`."""
+    def _connect(self) -> Any:
+        """A connection, which has `aclose`, in the running event loop. Raises `QueueBackendError`."""
 
     @abstractmethod
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
@@ -65,7 +54,7 @@ class ConnectedBackend(ABC, Generic[ConnectionT]):
             with anyio.CancelScope(shield=True):
                 await connection.aclose()
 
-    def _connection(self) -> ConnectionT:
+    def _connection(self) -> Any:
         if self._opened is None:
             self._opened = current_token(), self._connect()
         event_loop, connection = self._opened
@@ -177,25 +166,19 @@ async def hold(limiter: anyio.CapacityLimiter, wait_s: float, problem: str) -> A
 
 
 def _checked(backend: QueueBackend, messages: Sequence[QueueMessage], outcomes: object) -> list[Exception | None]:
-    name = f"{type(backend).__name__}.send_messages"
-    if not isinstance(outcomes, Sequence):
-        raise QueueBackendError(
-            f"{name} returned {describe_value(outcomes)}; it must return a sequence with one outcome for each message, "
-            "in their order"
-        )
-    listed = list(outcomes)
-    if len(listed) != len(messages):
-        raise QueueBackendError(
-            f"{name} returned {len(listed)} outcomes for {len(messages)} messages; it must return one for each, in "
-            "their order"
-        )
-    for outcome in listed:
-        if not (outcome is None or isinstance(outcome, Exception)):
-            raise QueueBackendError(
-                f"{name} returned {describe_value(outcome)} as an outcome; it must be None for a message that was "
-                "taken, and else an exception"
-            )
-    return listed
+    listed = list(outcomes) if isinstance(outcomes, Sequence) else None
+    if listed is None:
+        problem = describe_value(outcomes)
+    elif len(listed) != len(messages):
+        problem = f"{len(listed)} outcomes for {len(messages)} messages"
+    elif wrong := [outcome for outcome in listed if not (outcome is None or isinstance(outcome, Exception))]:
+        problem = f"{describe_value(wrong[0])} as an outcome"
+    else:
+        return listed
+    raise QueueBackendError(
+        f"{type(backend).__name__}.send_messages returned {problem}; it must return a sequence with one outcome for "
+        "each message, in their order: None for a message that was taken, and else an exception"
+    )
 
 
 async def close_backend(backend: QueueBackend | None) -> None:

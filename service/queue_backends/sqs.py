@@ -47,7 +47,7 @@ class _Entry:
     size_bytes: int
 
 
-class SQSBackend(ConnectedBackend["_Connection"]):
+class SQSBackend(ConnectedBackend):
     """Sends results to the SQS queues of an AWS account. Needs the extra ``modalkit[sqs]``, and asyncio.
 
     Credentials, and the region where `region` is None, come from where AWS's tools look for them. `endpoint_url` is
@@ -99,7 +99,7 @@ class SQSBackend(ConnectedBackend["_Connection"]):
 
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
         """Send messages in batches, concurrently; returns the outcome of each. Raises `QueueBackendError` on trio."""
-        connection = self._connection()
+        connection: _Connection = self._connection()
         deadline = anyio.current_time() + ATTEMPT_S
         outcomes: list[Exception | None] = [None] * len(messages)
         entries_by_queue = defaultdict[str, list[_Entry]](list)

@@ -31,7 +31,7 @@ _READ_BODY_BYTES = 16_384
 _READ_BODY_S = 1.0
 
 
-class WebhookBackend(ConnectedBackend["_Connections"]):
+class WebhookBackend(ConnectedBackend):
     """Posts each result to the URL that is the queue's name, and to `allowed_hosts` alone (see `AllowedURLs`).
 
     A request carries ``webhook-id`` (the job's id, the same at each attempt), ``webhook-timestamp`` and, where there
@@ -77,7 +77,7 @@ class WebhookBackend(ConnectedBackend["_Connections"]):
 
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
         """Post messages, a request each, several at a time; returns the outcome of each."""
-        connections = self._connection()
+        connections: _Connections = self._connection()
         no_limit = anyio.CapacityLimiter(math.inf)  # each waits for its own host only
         return await outcomes_of(lambda message: self._deliver(connections, message), messages, no_limit, math.inf)
 

@@ -1,4 +1,4 @@
-"""An API key that AWS Systems Manager (SSM) keeps, and that may change while the service runs."""
+"""An API key in AWS Systems Manager (SSM), which may change while the service runs."""
 
 import asyncio
 import logging
@@ -38,10 +38,10 @@ _REMEDIES = {
 class SsmKey:
     """The key in a parameter of AWS SSM. Needs the extra ``modalkit[aws]``, and asyncio.
 
-    It is read when `opened` is entered, and every `refresh_s` seconds while that lasts. Where it cannot be read again
-    the last key stays valid, whatever the reason; that is logged, and tried again with backoff. Credentials, and the
-    region where `region` is None, come from where AWS's tools look for them. `clock` gives seconds, from any start.
-    Raises `LoadError` if aiobotocore is not installed, or no region is found.
+    It is read when `opened` is entered, and then every `refresh_s` seconds. If it cannot be read again, the last key
+    stays valid; the error is logged, and the read is retried with backoff. Credentials, and the region where `region`
+    is None, come from where AWS's tools look for them. `clock` returns seconds, from any start. Raises `LoadError` if
+    aiobotocore is not installed, or no region is found.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class SsmKey:
         # All mutable state.
         self._value: bytes | None = None
         self._client: Any = None
-        self._task_group: TaskGroup | None = None  # owns every reading but the first
-        self._reading: anyio.Event | None = None  # set when the reading under way is over
+        self._task_group: TaskGroup | None = None  # owns every read except the first
+        self._reading: anyio.Event | None = None  # set at the end of the running read
         self._failures = 0
-        self._wrong_keys_count_from = float("-inf")
+        self._next_wrong_key_read_at = float("-inf")
 
     @property
     def value(self) -> bytes | None:
@@ -84,7 +84,7 @@ class SsmKey:
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Read the key, then keep it fresh until the context is left. Raises `LoadError` if it cannot be read."""
+        """Read the key (raises `LoadError`), then read it again at intervals until the context is left."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -106,28 +106,28 @@ class SsmKey:
                 await client.__aexit__(None, None, None)
 
     async def refresh(self) -> None:
-        """Wait until the key is read again, because of a request with another one; at most `READ_S` seconds.
+        """Read the key again, because a request has another one; takes at most `READ_S` seconds.
 
-        Does nothing within `WRONG_KEY_INTERVAL_S` of the last time that it had the key read. Raises nothing.
+        Does nothing within `WRONG_KEY_INTERVAL_S` after its last read. Raises nothing.
         """
         if self._task_group is None:
             return
         if self._reading is None:
             now = self._clock()
-            if now < self._wrong_keys_count_from:
+            if now < self._next_wrong_key_read_at:
                 return
-            self._wrong_keys_count_from = now + WRONG_KEY_INTERVAL_S
-        await self._start_reading(self._task_group).wait()
+            self._next_wrong_key_read_at = now + WRONG_KEY_INTERVAL_S
+        await self._start_read(self._task_group).wait()
 
     async def _refresh_forever(self) -> None:
         while True:
             retry_s = backoff_with_jitter(self._failures) if self._failures else self._refresh_s
             await self._sleep(min(retry_s, self._refresh_s))
             if self._task_group is not None:
-                await self._start_reading(self._task_group).wait()
+                await self._start_read(self._task_group).wait()
 
-    def _start_reading(self, task_group: TaskGroup) -> anyio.Event:
-        """One reading for all who want one; in a task of its own, since any of them may be cancelled."""
+    def _start_read(self, task_group: TaskGroup) -> anyio.Event:
+        """One read for all callers that want one, in a task of its own, because any caller may be cancelled."""
         if self._reading is None:
             self._reading = anyio.Event()
             task_group.start_soon(self._read_again, self._reading)
@@ -159,7 +159,7 @@ class SsmKey:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn whatever goes wrong between us and AWS into a `LoadError` that says where, why, and the remedy."""
+        """Turn every error of AWS into a `LoadError` with the place, the reason and the remedy."""
         try:
             yield
         except Exception as error:
