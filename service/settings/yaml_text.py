@@ -17,7 +17,7 @@ _NOT_BOOL = re.compile(r"[yYnN]")
 _NOT_FLOAT = re.compile(r"[^.:]*[eE].*|.*[eE][0-9]+")
 
 
-class _Resolver(VersionedResolver):  # type: ignore[misc]  # ruamel declares its bases as Any
+class _Resolver(VersionedResolver):
     """YAML 1.1 as PyYAML reads it, which is what configuration files are written for: y, n and 1e3 are texts."""
 
     processing_version = (1, 1)
@@ -56,7 +56,7 @@ def parse_yaml(text: str | bytes) -> tuple[Any, dict[KeyPath, int]]:
 def dump_yaml(data: Any) -> str:
     """The text of plain data, in the order of its keys; a value that is in two places is written twice."""
     yaml = _yaml()
-    yaml.default_flow_style = False
+    yaml.default_flow_style = False  # type: ignore[assignment]  # declared by its first value, None
     yaml.sort_base_mapping_type_on_output = False
     yaml.width = 120
     yaml.representer.ignore_aliases = lambda _: True
