@@ -52,13 +52,13 @@ def deploy(
     if dry_run:
         _print_deployment(app, environ)
         return
-    Settings.load(environ=environ)  # what is wrong is said here, rather than by a traceback from Modal's command
+    Settings.load(environ=environ)  # an error is one message here; Modal's command would print a traceback
     options = [f"--{option}={value}" for option, value in {"name": name, "env": env, "tag": tag}.items() if value]
     mode = [] if _is_file(app) else ["-m"]
     done = subprocess.run(
         [sys.executable, "-m", "modal", "deploy", *mode, *options, "--", app], check=False, env=environ
     )
-    # A process that a signal ended has a negative code, which a shell shows as 128 and more.
+    # The code of a process that a signal ended is negative; shells show it as 128 plus the signal.
     raise typer.Exit(done.returncode if done.returncode >= 0 else 128 - done.returncode)
 
 

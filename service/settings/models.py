@@ -1,4 +1,4 @@
-"""The sections below `app_settings`: one frozen model for each concern. Each default is written once, here.
+"""The sections below `app_settings`: one frozen model for each concern; `BatchPolicy` has the defaults for batches.
 
 The text below a field says what the setting does and what follows from it. Nothing here reads files or variables.
 """
@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from modalkit.batching import BatchPolicy
 from modalkit.service.settings.fields import (
     AppPrefix,
     Backend,
@@ -26,6 +27,8 @@ from modalkit.service.settings.fields import (
     Wait,
     refusal,
 )
+
+_LIMITS = BatchPolicy()
 
 
 class Section(BaseModel):
@@ -215,17 +218,17 @@ class CalibrationConfig(Section):
 class BatchConfig(Section):
     """The limits within which the scheduler forms batches."""
 
-    max_batch_size: Count = 32
+    max_batch_size: Count = _LIMITS.max_batch_size
     """Maximum items in one batch; more use a GPU better and need more memory."""
-    wait_ms: Wait = 0
+    wait_ms: Wait = round(1000 * _LIMITS.max_wait_s)
     """Maximum milliseconds that an idle worker waits for a fuller batch, where measured costs say that it pays."""
-    max_batch_tokens: Count | None = None
+    max_batch_tokens: Count | None = _LIMITS.max_batch_tokens
     """Maximum tokens in one batch, padding included, which limits its memory; null sets no limit."""
-    max_batch_seconds: Duration | None = None
+    max_batch_seconds: Duration | None = _LIMITS.max_batch_s
     """Maximum predicted seconds of one batch, which limits how long requests wait behind it; null sets no limit."""
-    max_queue_size: Count = 10_000
+    max_queue_size: Count = _LIMITS.max_queue_items
     """Maximum waiting requests; further ones are refused (HTTP 429)."""
-    max_age_ms: Wait = 2000
+    max_age_ms: Wait = round(1000 * _LIMITS.max_age_s)
     """Age in milliseconds past which the oldest request goes into the next batch, whatever its size."""
     max_bulk_batch_ms: Literal["auto"] | Duration = "auto"
     """Maximum predicted milliseconds of a batch of jobs while single requests arrive; auto: jobs lose at most 3 %."""

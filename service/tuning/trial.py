@@ -98,7 +98,9 @@ class Bench:
         settings = self.settings.model_copy(update={"app_settings": app_settings})
         async with (
             JobManager(MemoryJobStore()) as jobs,
-            InferenceWorker(self.pipeline, settings=settings, jobs=jobs, on_batch=on_batch, calibrate=False) as worker,
+            InferenceWorker(
+                self.pipeline, settings=settings, jobs=jobs, on_batch=on_batch, calibrate=False, log_failures=False
+            ) as worker,
         ):
             worker.costs.restore(self.costs.state())
             yield worker

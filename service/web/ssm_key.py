@@ -79,7 +79,7 @@ class SsmKey:
 
     @property
     def value(self) -> bytes | None:
-        """The key as it was last read, in the form of `header_bytes`, or None before the first time."""
+        """The key of the last read, in the form of `header_bytes`; None before the first read."""
         return self._value
 
     @asynccontextmanager
@@ -108,7 +108,7 @@ class SsmKey:
     async def refresh(self) -> None:
         """Read the key again, because a request has another one; takes at most `READ_S` seconds.
 
-        Does nothing within `WRONG_KEY_INTERVAL_S` after its last read. Raises nothing.
+        Does nothing within `WRONG_KEY_INTERVAL_S` after the last read that it caused. Raises nothing.
         """
         if self._task_group is None:
             return

@@ -9,7 +9,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from modalkit.service.settings import ModelEntry, Settings, SettingsError, deep_merge
+from modalkit.batching import BatchPolicy
+from modalkit.service.settings import BatchConfig, ModelEntry, Settings, SettingsError, deep_merge
+from modalkit.service.worker import batch_policy
 
 ROOT = Path(__file__).parents[2]
 
@@ -332,3 +334,7 @@ def test_a_deployment_that_modal_would_refuse_is_refused(deployment: str, key: s
 )
 def test_an_image_that_cannot_be_built_is_refused(build: str, message: str) -> None:
     assert f"app_settings.build_config.{message}" in refused(f"app_settings: {{build_config: {build}}}")
+
+
+def test_the_default_limits_of_batches_are_those_of_the_policy() -> None:
+    assert batch_policy(BatchConfig()) == BatchPolicy()

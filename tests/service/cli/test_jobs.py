@@ -197,6 +197,12 @@ def test_show_tells_all_and_says_which_job_is_unknown(jobs: Jobs) -> None:
     assert json.loads(shown.stdout)["meta"] == {"row": [7]}
 
 
+def test_an_odd_id_is_no_job_of_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    for job_id in (".", "a/b", "?"):
+        assert f"there is no job {job_id!r}" in run("show", job_id).stderr
+
+
 def test_show_tells_message_and_queues_from_the_file(modalkit: Modalkit, path: Path) -> None:
     job = json.loads(modalkit("jobs", "show", UNDELIVERED, "--json").stdout)
     assert job["message"] == {"text": "four"}
