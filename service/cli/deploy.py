@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from modalkit.service.cli.common import ConfigFiles
 from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
 from modalkit.service.settings import Settings
 from modalkit.service.settings.sources import CONFIG_VARIABLE
+from modalkit.service.settings.yaml_text import dump_yaml
 
 DEFAULT_APP = "modalkit.service.modal_app"
 
@@ -84,14 +84,7 @@ def _print_deployment(app: str, environ: dict[str, str]) -> None:
         os.environ.update(environ)
         _import_app(app)
     described = describe_deployment(config)
-    typer.echo(yaml.dump(described, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120), nl=False)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes a list that occurs twice in full each time, without YAML's references."""
-
-    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002  # the base's signature
-        return True
+    typer.echo(dump_yaml(described), nl=False)
 
 
 def _import_app(app: str) -> None:

@@ -17,12 +17,12 @@ from modalkit.batching.calibration import Measurement, undisturbed
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.cli.common import ColumnOption, ConfigFiles, FormatOption, ModelOption, model_source, notices
 from modalkit.service.cli.records import KEEP_BAD_BYTES, FileFormat, format_of, read_records
-from modalkit.service.cost_tables import CostKey, save_costs
 from modalkit.service.errors import describe_error
+from modalkit.service.learnt_costs import CostKey, save_costs
 from modalkit.service.settings import BatchConfig, Settings
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.choice import Capacity, ChosenLimits, choose_limits, lone_sizes, predicted_capacity
 from modalkit.service.tuning.config_file import require_writable, write_limits
-from modalkit.service.tuning.errors import TuningError
 from modalkit.service.tuning.measuring import MEASURING_SHARE, Measured, fitted_costs, measure
 from modalkit.service.tuning.plots import draw_costs, require_drawable
 from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples, Samples

@@ -22,7 +22,7 @@ from modalkit.service.jobs.model import Job, JobEnd, JobFilter, JobPage, JobStat
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.store import JobCounts, JobStore
 from modalkit.service.queue_backends import QueueBackend
-from modalkit.service.queue_backends.closing import close_backend
+from modalkit.service.queue_backends.sending import close_backend
 
 logger = logging.getLogger(__name__)
 
