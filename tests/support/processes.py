@@ -67,6 +67,10 @@ class ForkedPython:
     ) -> None:
         self.kill()
         self.wait()
+        self.close_streams()
+
+    def close_streams(self) -> None:
+        """Close our ends of its streams."""
         for stream in (self.stdin, self.stdout, self.stderr):
             with suppress(BrokenPipeError):
                 stream.close()
