@@ -1,9 +1,13 @@
 """Fixtures that tests of several folders share, and what all of them run with."""
 
 import gc
+import os
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch at its import; each core has a worker already
 
 # A machine that does other things as well is no reason to fail.
 settings.register_profile("modalkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -21,10 +21,10 @@ from modalkit.service.jobs.delivery import FIRST_RETRY_S, LONGEST_RETRY_S
 from modalkit.service.queue_backends import QueueMessage, UndeliverableError
 from modalkit.settings import Settings
 from modalkit.task_queue import WebhookBackend
-from tests.support.command_line import CONFIGURATION, serving
 from tests.support import processes
-from tests.support.processes import ForkedPython
+from tests.support.command_line import CONFIGURATION, serving
 from tests.support.guides import ROOT, blocks, files_in, guide, quoted_files, section
+from tests.support.processes import ForkedPython
 
 GUIDE = guide("delivery.md")
 SECRET = "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwMfKQ9r8GKYo="

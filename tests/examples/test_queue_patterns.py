@@ -15,9 +15,9 @@ import httpx
 import pytest
 from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
 
-from tests.support.command_line import serving
 from tests.support import processes
 from tests.support.backends.sqs import receive
+from tests.support.command_line import serving
 from tests.support.guides import ROOT, blocks, files_in, guide, quoted_files, section
 from tests.support.sqs_server import REGION, SqsServer, forget_aws_settings
 

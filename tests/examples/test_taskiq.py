@@ -15,8 +15,8 @@ import pytest
 from redis.asyncio import Redis
 
 from modalkit.benchmarks.redis_server import RedisServer
-from tests.support.command_line import serving
 from tests.support import processes
+from tests.support.command_line import serving
 from tests.support.taskiq_worker import TaskiqWorker
 
 pytestmark = pytest.mark.anyio
