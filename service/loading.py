@@ -1,7 +1,10 @@
 """Turns the names in the configuration (`"module:Class"`) into the objects they stand for."""
 
 import importlib
+import importlib.util
 import inspect
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -22,6 +25,8 @@ from modalkit.service.settings import AsyncConfig, ModelEntry, QueueConfig, Sett
 
 T = TypeVar("T")
 
+_FORMER_PACKAGES = ("batching", "benchmarks", "pipelines", "service")
+
 
 class LoadError(ServiceError):
     """Raised when a class that the configuration names cannot be imported, is of the wrong kind, or cannot be built."""
@@ -36,12 +41,53 @@ class UnknownModelError(ServiceError):
         self.known = known
 
 
+def find_top_module(name: str, folder: Path | None) -> ModuleSpec | None:
+    """Where Python finds a top-level module, or else where it is in the `folder`; imports nothing."""
+    try:
+        found = importlib.util.find_spec(name)
+    except ValueError:  # a module that is loaded and has no __spec__
+        found = None
+    return found or (None if folder is None else PathFinder.find_spec(name, [str(folder)]))
+
+
+def current_name(module_name: str, folder: Path | None = None) -> str:
+    """The name by which to import a module that the configuration names; imports nothing.
+
+    modalkit's own packages used to be at the top level, and configurations still say `pipelines.sentiment`: that means
+    `modalkit.pipelines.sentiment`, unless Python, or else the `folder`, has another module of that name.
+    """
+    top, *inner = module_name.split(".")
+    if top not in _FORMER_PACKAGES:
+        return module_name
+    own = _find_inner(importlib.util.find_spec("modalkit"), [top, *inner])
+    found = _find_inner(find_top_module(top, folder), inner)
+    if own is None or (found is not None and not _is_same_file(found, own)):
+        return module_name
+    return f"modalkit.{module_name}"
+
+
+def _find_inner(package: ModuleSpec | None, names: list[str]) -> ModuleSpec | None:
+    for name in names:
+        if package is None or package.submodule_search_locations is None:
+            return None
+        package = PathFinder.find_spec(f"{package.name}.{name}", list(package.submodule_search_locations))
+    return package
+
+
+def _is_same_file(one: ModuleSpec, other: ModuleSpec) -> bool:
+    """Whether both lead to one file, as they do in modalkit's own folder, by its links."""
+    return (
+        None not in (one.origin, other.origin) and Path(str(one.origin)).resolve() == Path(str(other.origin)).resolve()
+    )
+
+
 def import_object(path: str, key: str) -> Any:
     """Import what `"module:Class"` names; `key` is where the configuration says so, for the error message.
 
     Raises `LoadError`.
     """
     module_name, _, attribute = path.partition(":")
+    module_name = current_name(module_name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

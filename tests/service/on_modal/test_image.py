@@ -73,7 +73,7 @@ def test_the_containers_code_has_its_data_and_no_leftovers() -> None:
         "modalkit/pipelines/sentiment_model/model.safetensors",
         "modalkit/pipelines/sentiment_model/tokenizer.json",
         "modalkit/service/on_modal/config.py",
-        "modalkit/service/py.typed",
+        "modalkit/py.typed",
     ):
         assert f"/root/{needed}" in files
     assert not [file for file in files if file.endswith((".pyc", ".png")) or "/results/" in file or "/." in file]
@@ -218,6 +218,25 @@ def test_a_module_is_found_in_the_working_folder_wherever_python_looks() -> None
     assert users_paths(plan(build(python_modules=["beside_it"]))) == {
         "/root/beside_it.py": Path("beside_it.py").resolve()
     }
+
+
+def test_a_former_name_of_ours_is_ours_unless_the_user_has_that_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in configurations from before all of modalkit was one package."""
+    former = yaml.safe_dump(model(pipeline="pipelines.sentiment:SentimentPipeline", model_path="acme/reviews"))
+    planned = plan(former)
+    assert users_paths(planned) == {}
+    assert planned.downloads == ("hf download acme/reviews",)
+    monkeypatch.syspath_prepend(Path.cwd())
+    mine = Path("pipelines").resolve()
+    mine.mkdir()
+    (mine / "__init__.py").touch()
+    assert users_paths(plan(former)) == {}
+    (mine / "sentiment.py").touch()
+    planned = plan(former)
+    assert users_paths(planned) == {"/root/pipelines": mine}
+    assert planned.downloads == ()
 
 
 def test_a_module_that_was_installed_becomes_a_requirement() -> None:
