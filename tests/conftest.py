@@ -14,6 +14,12 @@ settings.register_profile("modalkit", deadline=None, suppress_health_check=[Heal
 settings.load_profile("modalkit")
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which one may do without
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: tests wait about as long as they compute."""
+    return min((os.cpu_count() or 1) + 1, 8)
+
+
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     """Run each asynchronous test on both event loops that the scheduler supports."""
