@@ -51,7 +51,7 @@ class KilledServer:
         """Start the process and wait until it says that it is ready, or until it has died."""
         self.starts += 1
         if self._reader is not None:
-            self._reader.join()  # it says that the process before is over, which is not to be taken for this one's start
+            self._reader.join()  # else it tells of the last one's end only now
         self._ready.clear()
         self._process = forked(["serve", "--port", str(self.port)], self._folder, self._environment)
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
