@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch at its import; each core has a worker already
 
-# A machine that does other things as well is no reason to fail.
+# A busy machine is no reason to fail. The second one is for `pytest --hypothesis-profile=thorough`.
 settings.register_profile("modalkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("modalkit")
+settings.register_profile("thorough", max_examples=2000)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which one may do without
