@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 
+from tests.support.http_client import NO_TLS
 from tests.support.processes import ForkedPython
 
 CONFIGURATION = """
@@ -45,7 +46,7 @@ def serving(
     """``modalkit serve`` once it is ready, and a client for it; it is killed at the end."""
     with start(["serve", "--port", "0"], folder, environment) as process:
         try:
-            with httpx.Client(base_url=_address(process), timeout=60) as client:
+            with httpx.Client(base_url=_address(process), timeout=60, verify=NO_TLS) as client:
                 yield process, client
         finally:
             process.kill()

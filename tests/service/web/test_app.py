@@ -16,7 +16,7 @@ from modalkit.service.loading import LoadError
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.auth import require_api_key
-from tests.support.http_answers import assert_problem
+from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
 from tests.support.length_model import LengthPipeline
 

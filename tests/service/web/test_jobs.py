@@ -9,7 +9,7 @@ from modalkit.service.gateway import LocalGateway
 from modalkit.service.jobs import JobStoreError
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app
-from tests.support.http_answers import assert_problem, ended, job
+from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import POISON
 

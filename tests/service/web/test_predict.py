@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from modalkit.service.queue_backends import InMemoryBackend
-from tests.support.http_answers import assert_problem
+from tests.support.http_client import assert_problem
 from tests.support.length_model import POISON, REJECTED
 from tests.support.odd_model import MUTE, NAN, NUMPY, SURROGATE
 

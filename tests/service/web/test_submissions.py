@@ -13,7 +13,7 @@ from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.lines import LARGEST_LINE_BYTES
-from tests.support.http_answers import assert_problem, ended, job
+from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import POISON
 
