@@ -10,8 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from modalkit.service.settings import Settings
-from tests.service.cli.conftest import CONFIGURATION
-from tests.service.cli.test_serve import serving
+from tests.support.command_line import CONFIGURATION, serving
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from tests.support import processes
 from tests.support.guides import ROOT, blocks, files_in, guide, quoted_files
 
 GUIDE = guide("modal.md")
@@ -22,17 +22,13 @@ def run(tmp_path: Path) -> Run:
     """Runs a program in a copy of the examples, with warnings as errors."""
     folder = shutil.copytree(ROOT / "examples" / "modal", tmp_path / "examples")
 
-    def start(*command: str) -> str:
-        environment = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-        done = subprocess.run(
-            [sys.executable, "-W", "error", *command],
-            check=False,
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
+    def start(*command: str, **variables: str) -> str:
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+            "PYTHONWARNINGS": "error",
+        } | variables
+        done = processes.run(command, cwd=folder, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -101,4 +97,4 @@ with TestClient(create_web_endpoints(app_cls=EmphasisService)) as client:
         pass
     print(client.post("/sync/predict", json={"text": "OK ok"}).json()["shouting"])
 """
-    assert run("-W", "ignore::DeprecationWarning", "-c", program).strip() == "0.4"
+    assert run("-c", program, PYTHONWARNINGS="error,ignore::DeprecationWarning").strip() == "0.4"

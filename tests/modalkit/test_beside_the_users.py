@@ -1,5 +1,6 @@
 """modalkit, installed, beside a project whose packages have the names of modalkit's own."""
 
+import compileall
 import os
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def install(target: str, folder: Path) -> Path:
     (site_packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
     with ZipFile(made) as archive:  # a wheel of nothing but Python is installed by unpacking it
         archive.extractall(site_packages)  # noqa: S202  # just built
+    compileall.compile_dir(site_packages, quiet=2)  # as pip does
     dependencies = [path for path in sys.path if Path(path).name == "site-packages"]
     (site_packages / "dependencies.pth").write_text("\n".join(dependencies))
     return folder / "venv" / "bin" / "python"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.support import processes
 from tests.support.modal_objects import class_spec, concurrency, method_names, web_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +42,7 @@ def run(config: dict[str, Any], program: str) -> subprocess.CompletedProcess[str
     Path("modalkit.yaml").write_text(json.dumps(config))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "MODALKIT_"))}
     environment |= {"PYTHONPATH": str(ROOT), "MODAL_CONFIG_PATH": "none.toml", "MODAL_SERVER_URL": "http://127.0.0.1:9"}
-    command = [sys.executable, "-W", "error", "-c", program]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return processes.run(["-c", program], cwd=Path.cwd(), env=environment | {"PYTHONWARNINGS": "error"})
 
 
 def imported(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tests.service.cli.conftest import Modalkit
+from tests.support.command_line import Modalkit
 
 CONFIGURATION = """
 app_settings:
@@ -41,8 +41,8 @@ def described(modalkit: Modalkit, *arguments: str, **variables: str) -> dict[str
     return content
 
 
-def test_a_dry_run_shows_every_setting_without_network_or_token(modalkit: Modalkit, folder: Path) -> None:
-    shown = described(modalkit)
+def test_a_dry_run_shows_every_setting_without_network_or_token(installed_modalkit: Modalkit, folder: Path) -> None:
+    shown = described(installed_modalkit)
     assert shown["app"] == "reviews-dev"
     settings = shown["class"]["settings"]
     assert settings["gpu"] == ["L4", "T4"]

@@ -29,8 +29,7 @@ from modalkit.service.jobs import (
     JobStatus,
     SqliteJobStore,
 )
-from tests.service.cli.conftest import CONFIGURATION, Modalkit
-from tests.service.cli.test_serve import serving
+from tests.support.command_line import CONFIGURATION, MODALKIT, Modalkit, serving
 
 SECRET_URL = "https://hooks.example.com/T0/very-secret"
 UNDELIVERED, DELIVERED, FAILED = (f"0199a6b5-8c3f-7a41-9d52-{n:012}" for n in (1, 2, 3))
@@ -262,9 +261,8 @@ def test_purge_asks_at_a_terminal(
     terminal, its_other_end = pty.openpty()
     os.write(terminal, answer)
     try:
-        command = "from modalkit.service.cli import main; main()"
         done = subprocess.run(
-            [sys.executable, "-P", "-c", command, "jobs", "purge", "--status", "failed", "--older-than", "60m"],
+            [sys.executable, *MODALKIT, "jobs", "purge", "--status", "failed", "--older-than", "60m"],
             check=False,
             cwd=folder,
             env=environment,

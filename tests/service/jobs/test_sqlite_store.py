@@ -450,6 +450,7 @@ async def test_more_is_never_read_at_once_than_fits(path: Path, monkeypatch: pyt
         assert len(fourth.message["text"]) == 5000
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # it is about SQLite, and takes seconds
 async def test_large_errors_of_an_older_version_stop_no_delivery(path: Path) -> None:
     """Failed jobs with errors of more than 1 GB of JSON, replayed beside good ones, also after a restart."""
     large = 20_000_000

@@ -10,8 +10,7 @@ from modalkit.service.jobs.manager import JobManager
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app
-from tests.service.web.test_predict import assert_problem
-from tests.service.web.test_submissions import ended, job
+from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import POISON
 

@@ -19,7 +19,7 @@ from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app, ssm_key
 from modalkit.service.web.ssm_key import SsmKey
-from tests.service.web.test_predict import assert_problem
+from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
 from tests.support.sqs_server import REGION, SqsServer, forget_aws_settings
 
