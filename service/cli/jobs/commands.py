@@ -72,7 +72,7 @@ def list_jobs(
     status: Statuses = None,
     delivery: Deliveries = None,
     model: OfModel = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most jobs to list.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum jobs to list.")] = 20,
     everything: Annotated[bool, typer.Option("--all", help="List all there are, whatever the limit.")] = False,
     cursor: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Where to go on, as told before.", show_default=False)

@@ -146,7 +146,7 @@ async def test_a_wrong_name_fails_at_the_start_before_anything_is_served(server:
             pytest.fail("it was served")
 
 
-async def test_nobody_gets_in_where_the_server_skipped_the_start(settings: Settings, put: Put) -> None:
+async def test_no_request_gets_in_where_the_server_skipped_the_start(settings: Settings, put: Put) -> None:
     await put("first")
     app = create_app(LocalGateway(settings), auth=AUTH)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
