@@ -264,7 +264,8 @@ async def test_sizes_that_fail_are_told_and_not_taken_for_measured(
         async with InferenceWorker(pipeline, settings=settings(path)) as worker:
             assert worker.costs.observed > 2, "smaller ones were measured"
         assert (
-            "the costs of items of size 32 and more are not known, because one failed (ArithmeticError: made up)" in caplog.text
+            "the costs of items of size 32 and more are not known, because one failed (ArithmeticError: made up)"
+            in caplog.text
         )
         assert not path.exists()
         caplog.clear()
