@@ -12,7 +12,7 @@ from typing_extensions import TypeVar
 
 MessageT = TypeVar("MessageT", default=Any)
 
-LONGEST_LIFE_S = 315_360_000
+MAX_EXPIRES_IN_S = 315_360_000
 """Ten years: the most that `AsyncInputModel.expires_in` accepts."""
 
 
@@ -61,7 +61,7 @@ class AsyncInputModel(BaseModel, Generic[MessageT]):
         default=None, description="Of requests with the same key, only the first becomes a job; all get its job id."
     )
     expires_in: PositiveFloat | None = Field(
-        default=None, le=LONGEST_LIFE_S, description="Seconds from now: a job that has not ended by then expires."
+        default=None, le=MAX_EXPIRES_IN_S, description="Seconds from now: a job that has not ended by then expires."
     )
 
 

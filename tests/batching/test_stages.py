@@ -1,4 +1,4 @@
-"""Stages of neighbouring batches overlap where that pays, in order; a failure in a stage fails only the failing items."""
+"""Stages of neighbouring batches overlap where that pays, in order; a failing stage fails only the failing items."""
 
 import threading
 import time
