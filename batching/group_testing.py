@@ -95,7 +95,7 @@ def _singles_needed(share: float) -> int:
 
 
 class GroupTest(Generic[T]):
-    """The search in one batch that failed. It says which items run next, and is told how the run ended.
+    """The search in one batch that failed. It says which items run next, and its callers record how each run ended.
 
     First record how the batch itself failed, then how each part of `next_part` ended. The search ends when a failing
     item was found and something has succeeded, when all items have run, or when the failure is systemic. Then `failing`

@@ -26,10 +26,10 @@ pytestmark = pytest.mark.anyio
 
 
 class Model:
-    """Fails a batch with an item for which `is_guilty` is true, and notes its runs."""
+    """Fails a batch with a failing item, and notes its runs."""
 
     def __init__(self) -> None:
-        self.guilty: set[int] = set()
+        self.failing: set[int] = set()
         self.hanging: set[int] = set()
         self.is_down = False
         self.runs: list[list[int]] = []
@@ -42,17 +42,17 @@ class Model:
         if self.is_down:
             raise ConnectionError("what the model needs is down")
         for item in items:
-            if item in self.guilty:
-                raise ValueError(f"{item} is guilty")
+            if item in self.failing:
+                raise ValueError(f"{item} is failing")
         return [-item for item in items]
 
 
-def kinds(outcomes: list[Outcome[int]], guilty: set[int]) -> None:
-    """Check that the innocent got their results, and the guilty an error that names them."""
+def kinds(outcomes: list[Outcome[int]], failing: set[int]) -> None:
+    """Check that the other items got their results, and the failing ones an error that names them."""
     for item, outcome in enumerate(outcomes):
-        if item in guilty:
+        if item in failing:
             assert isinstance(outcome, Failure)
-            assert str(outcome.error) == f"{item} is guilty"
+            assert str(outcome.error) == f"{item} is failing"
             assert not outcome.is_systemic
         else:
             assert outcome == Success(-item)
@@ -60,17 +60,17 @@ def kinds(outcomes: list[Outcome[int]], guilty: set[int]) -> None:
 
 @pytest.mark.parametrize("every", [2, 4, 8, 32])
 @pytest.mark.parametrize("most", [8, 32, 256])
-async def test_a_guilty_item_fails_alone_at_any_rate(every: int, most: int) -> None:
+async def test_a_failing_item_fails_alone_at_any_rate(every: int, most: int) -> None:
     model = Model()
-    model.guilty = set(range(1, 400, every))
+    model.failing = set(range(1, 400, every))
     policy = BatchPolicy(max_batch_size=most)
     async with BatchScheduler(model.run, policy=policy, cost_model=PaddedCostModel()) as scheduler:
-        kinds(await scheduler.submit_many(range(400)), model.guilty)
+        kinds(await scheduler.submit_many(range(400)), model.failing)
 
 
 async def test_batches_are_small_while_failures_are_frequent_and_large_again_afterwards() -> None:
     model = Model()
-    model.guilty = set(range(0, 100, 2))
+    model.failing = set(range(0, 100, 2))
     async with BatchScheduler(model.run, cost_model=PaddedCostModel()) as scheduler:
         await scheduler.submit_many(range(100))
         assert sum(map(len, model.runs)) < 200
@@ -80,9 +80,9 @@ async def test_batches_are_small_while_failures_are_frequent_and_large_again_aft
     assert set(map(len, model.runs[30:-1])) == {32}
 
 
-async def test_what_is_not_told_apart_waits_again_in_its_old_place_while_others_run() -> None:
+async def test_an_untested_item_waits_again_with_its_old_sequence_number_while_others_run() -> None:
     model, records = Model(), list[BatchRecord]()
-    model.guilty = {0}
+    model.failing = {0}
     policy = BatchPolicy(max_batch_size=4)
     async with BatchScheduler(
         model.run, policy=policy, cost_model=PaddedCostModel(), on_batch=records.append
@@ -170,13 +170,13 @@ async def test_after_a_hang_those_whose_deadline_passed_do_not_run_again() -> No
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 3])
-async def test_what_was_put_back_while_the_scheduler_closes_still_runs(max_in_flight: int) -> None:
+async def test_what_was_requeued_while_the_scheduler_closes_still_runs(max_in_flight: int) -> None:
     model, outcomes = Model(), dict[int, Any]()
-    model.guilty = {0, 3, 6}
+    model.failing = {0, 3, 6}
     async with BatchScheduler(model.run, cost_model=PaddedCostModel(), max_in_flight=max_in_flight) as scheduler:
         for item in range(8):
             scheduler.submit_nowait(item, lambda outcome, item=item: outcomes.__setitem__(item, outcome))  # type: ignore[misc]
-    kinds([outcomes[item] for item in range(8)], model.guilty)
+    kinds([outcomes[item] for item in range(8)], model.failing)
 
 
 async def test_parts_that_succeed_teach_what_they_cost() -> None:
@@ -187,7 +187,7 @@ async def test_parts_that_succeed_teach_what_they_cost() -> None:
             learnt.append((count, total))
 
     model = Model()
-    model.guilty = {5}
+    model.failing = {5}
     async with BatchScheduler(model.run, cost_model=Pupil()) as scheduler:
         kinds(await scheduler.submit_many(range(8)), {5})
     assert learnt == [(4, 4), (1, 1), (2, 2)]
@@ -229,7 +229,7 @@ class SpeechlessExit(SystemExit):
 
 
 @pytest.mark.parametrize("kind", [SpeechlessError, SpeechlessExit])
-async def test_an_error_without_a_message_harms_nobody(kind: type[BaseException]) -> None:
+async def test_an_error_without_a_message_does_no_harm(kind: type[BaseException]) -> None:
     def run(items: list[int]) -> list[int]:
         if 1 in items:
             raise kind

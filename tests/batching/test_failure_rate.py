@@ -1,4 +1,4 @@
-"""The estimated share of guilty items, and how large groups should be."""
+"""The estimated share of failing items, and how large groups should be."""
 
 import itertools
 import random
@@ -13,13 +13,13 @@ from modalkit.batching.group_testing import FailureHistory
 RUNS = st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300), st.booleans()), max_size=60)
 
 
-def learn(rate: FailureRate, count: int, more_suspects: int, passes: bool) -> None:
-    """Take in one run: of new items, or of some of more suspects."""
-    suspects = count + more_suspects if more_suspects else 0
+def learn(rate: FailureRate, count: int, more_in_group: int, passes: bool) -> None:
+    """Take in one run: of new items, or of some items of a failing group."""
+    group_count = count + more_in_group if more_in_group else 0
     if passes:
-        rate.record_success(count, suspects)
+        rate.record_success(count, group_count)
     else:
-        rate.record_failure(count, suspects)
+        rate.record_failure(count, group_count)
 
 
 @given(RUNS, st.integers(1, 512))
@@ -75,7 +75,7 @@ def test_at_rest_a_success_teaches_nothing_and_after_failures_it_comes_to_rest_a
 
 
 def test_what_cannot_be_teaches_nothing() -> None:
-    """A group that is known to hold a guilty item, and succeeds, failed for something other than its items."""
+    """A group that is known to hold a failing item, and succeeds, failed for something other than its items."""
     rate = FailureRate()
     before = rate.belief
     rate.record_success(4, 4)

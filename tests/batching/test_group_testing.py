@@ -1,4 +1,4 @@
-"""What finding guilty items costs, and that it finds exactly them, in one batch after the other."""
+"""What finding failing items costs, and that it finds exactly them, in one batch after the other."""
 
 import math
 from collections import deque
@@ -12,16 +12,16 @@ from modalkit.batching.group_testing import FailureHistory, GroupTest
 
 
 class PoisonedError(Exception):
-    """What a run with a guilty item in it fails with."""
+    """What a run with a failing item in it fails with."""
 
 
 class Outcomes:
     """Runs items in batches as the scheduler does, and notes what became of each."""
 
-    def __init__(self, count: int, most: int, guilty: Callable[[int], bool]) -> None:
+    def __init__(self, count: int, most: int, failing: Callable[[int], bool]) -> None:
         self.waiting = deque(range(count))
         self.most = most
-        self.guilty = guilty
+        self.failing = failing
         self.history = FailureHistory()
         self.succeeded: list[int] = []
         self.failed: list[int] = []
@@ -44,7 +44,7 @@ class Outcomes:
 
     def passes(self, part: list[int]) -> bool:
         self.runs.append(part)
-        return not any(map(self.guilty, part))
+        return not any(map(self.failing, part))
 
     def run_batch(self, batch: list[int]) -> None:
         if self.passes(batch):
@@ -70,26 +70,26 @@ STREAMS = st.tuples(st.integers(1, 300), st.integers(1, 64)).flatmap(
 
 
 @given(STREAMS)
-def test_every_item_ends_exactly_once_and_only_guilty_ones_are_found_guilty(case: tuple[int, int, set[int]]) -> None:
-    count, most, guilty = case
-    outcomes = Outcomes(count, most, guilty.__contains__).run_all()
+def test_every_item_ends_exactly_once_and_only_failing_ones_are_found_failing(case: tuple[int, int, set[int]]) -> None:
+    count, most, failing = case
+    outcomes = Outcomes(count, most, failing.__contains__).run_all()
     assert sorted([*outcomes.succeeded, *outcomes.failed, *outcomes.systemic]) == list(range(count))
-    assert set(outcomes.failed) <= guilty
-    assert guilty.isdisjoint(outcomes.succeeded)
+    assert set(outcomes.failed) <= failing
+    assert failing.isdisjoint(outcomes.succeeded)
     for item in outcomes.failed:
-        assert [item] in outcomes.runs, "guilt is never inferred"
+        assert [item] in outcomes.runs, "no item is failing by inference"
 
 
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1))))
-def test_one_guilty_item_is_found_at_logarithmic_cost(case: tuple[int, int]) -> None:
-    count, guilty = case
-    outcomes = Outcomes(count, count, guilty.__eq__)
+def test_one_failing_item_is_found_at_logarithmic_cost(case: tuple[int, int]) -> None:
+    count, failing = case
+    outcomes = Outcomes(count, count, failing.__eq__)
     outcomes.waiting.clear()
     outcomes.run_batch(list(range(count)))
-    assert outcomes.failed == [guilty]
-    # Parts are smaller than half where a batch so large makes it likely that several are guilty.
+    assert outcomes.failed == [failing]
+    # Parts are smaller than half where a batch so large makes it likely that several are failing.
     assert len(outcomes.runs) <= 1 + max(1, 2 * math.ceil(math.log2(count)))
-    assert sorted([*outcomes.succeeded, guilty, *outcomes.waiting]) == list(range(count))
+    assert sorted([*outcomes.succeeded, failing, *outcomes.waiting]) == list(range(count))
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 32, 100, 256])
@@ -128,20 +128,20 @@ def test_small_batches_count_together() -> None:
     assert (outcomes.failed, outcomes.systemic) == (list(range(7)), list(range(7, 12)))
 
 
-def test_a_row_of_failures_where_most_were_guilty_before_is_not_systemic() -> None:
-    """Every other item fails, then fourteen in a row: with so many guilty ones that happens now and then."""
+def test_a_row_of_failures_where_most_were_failing_before_is_not_systemic() -> None:
+    """Every other item fails, then fourteen in a row: with so many failing ones that happens now and then."""
     outcomes = Outcomes(200, 32, lambda item: item % 2 == 0 or 100 <= item < 110).run_all()
     assert not outcomes.systemic
     assert len(outcomes.succeeded) == 95
 
 
-def test_a_failure_that_passes_finds_nobody_guilty() -> None:
+def test_a_failure_that_passes_finds_no_failing_item() -> None:
     failures = iter([True, True])
     outcomes = Outcomes(16, 16, lambda _: next(failures, False)).run_all()
     assert sorted(outcomes.succeeded) == list(range(16))
 
 
-def test_halves_of_what_was_too_large_run_one_after_the_other_and_say_nothing_of_guilt() -> None:
+def test_halves_of_what_was_too_large_run_one_after_the_other_and_say_nothing_about_items() -> None:
     history, ran = FailureHistory(), list[list[int]]()
     test = GroupTest(list(range(8)), history, lambda _: True)
     test.record_too_large(MemoryError())
@@ -186,7 +186,7 @@ def test_one_item_that_hangs_costs_one_error() -> None:
     assert not test.is_systemic
 
 
-def test_items_that_nobody_waits_for_any_more_are_dropped_and_cast_no_suspicion() -> None:
+def test_items_that_are_not_wanted_any_more_are_dropped_and_no_item_is_failing_because_of_them() -> None:
     gone: set[int] = set()
     test = GroupTest(list(range(4)), FailureHistory(), lambda item: item not in gone)
     test.record_failure(PoisonedError())

@@ -94,10 +94,10 @@ class PlannerMachine(RuleBasedStateMachine):
         self.running.append(decision.batch)
 
     def check(self, batch: Batch[Request[None]]) -> None:
-        of_its_class = [request for request in self.waiting if request.priority is batch.priority]
+        of_its_lane = [request for request in self.waiting if request.priority is batch.priority]
         assert all(request in self.waiting for request in batch.requests)
-        assert batch.priority is INTERACTIVE or all(request in of_its_class for request in batch.requests)
-        assert batch.requests[0] is of_its_class[0], "the oldest request of the class anchors its batch"
+        assert batch.priority is INTERACTIVE or all(request in of_its_lane for request in batch.requests)
+        assert batch.requests[0] is of_its_lane[0], "the oldest request of the lane is the anchor of its batch"
         count, longest = len(batch.requests), max(request.size for request in batch.requests)
         assert count <= 5
         assert count * longest <= 400

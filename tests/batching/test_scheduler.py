@@ -119,7 +119,7 @@ async def test_a_poisoned_item_fails_alone() -> None:
             assert str(error) == "-4 is negative"
         case other:
             pytest.fail(f"got {other}")
-    assert len(pipeline.batches) == 1 + 3 + 1 + 1, "the whole, three halves, the one proof, and those put back"
+    assert len(pipeline.batches) == 1 + 3 + 1 + 1, "the whole, three halves, the one proof, and those requeued"
 
 
 async def test_an_exception_among_the_outputs_is_that_items_error_and_costs_no_further_call() -> None:
@@ -404,7 +404,7 @@ def raise_key_error(item: str) -> int:
         (lambda _: 10**400, "returned a number of 1329 bits; the item counts as 2147483648"),
     ],
 )
-async def test_an_item_whose_size_cannot_be_told_runs_all_the_same_with_one_warning(
+async def test_an_item_whose_size_is_unknown_runs_all_the_same_with_one_warning(
     item_size: Callable[[str], Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with BatchScheduler(lambda items: items, item_size=item_size, name="model") as scheduler:
@@ -603,7 +603,7 @@ async def test_a_request_that_runs_when_it_is_withdrawn_tells_nothing() -> None:
     assert outcomes == []
 
 
-async def test_a_full_queue_refuses_at_once_what_has_no_task_and_a_function_that_fails_harms_nobody(
+async def test_a_full_queue_refuses_at_once_what_has_no_task_and_a_function_that_fails_does_no_harm(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail(_: object) -> None:
@@ -621,7 +621,7 @@ async def test_a_full_queue_refuses_at_once_what_has_no_task_and_a_function_that
     assert "A function that was called with the outcome of a request failed" in caplog.text
 
 
-async def test_those_without_a_task_are_told_when_the_scheduler_is_aborted() -> None:
+async def test_those_without_a_task_get_an_outcome_when_the_scheduler_is_aborted() -> None:
     outcomes: list[Any] = []
     with anyio.CancelScope() as scope:
         async with BatchScheduler(Pipeline().run) as scheduler:

@@ -1,4 +1,4 @@
-"""Stages of neighbouring batches overlap where that pays, in order; a failure in any of them hits the guilty alone."""
+"""Stages of neighbouring batches overlap where that pays, in order; a failing stage fails only the failing items."""
 
 import threading
 import time
@@ -31,7 +31,7 @@ LONG_S = 60  # only a failing test waits as long
 
 
 class Model:
-    """Doubles numbers in three stages; notes what ran where, and waits at the door of a stage until told to go on."""
+    """Doubles numbers in three stages; notes what ran where, and waits before a stage until it may go on."""
 
     def __init__(self, preprocess_s: float = 0.003, predict_s: float = 0.0) -> None:
         # Work, on whose measured time all this depends.
@@ -133,7 +133,7 @@ async def test_a_prepared_batch_of_jobs_is_requeued_when_an_interactive_request_
         statistics = scheduler.statistics()
     assert outcomes == [Success(6), Success(2), Success(4)]
     assert [items for name, items in model.events if name == "predict"] == [[1], [3], [2]]
-    assert statistics.batches == 4, "what was put back is no batch that ran"
+    assert statistics.batches == 4, "a preempted batch is no batch that ran"
 
 
 @pytest.mark.parametrize("max_partial_in_flight", [None, 1])

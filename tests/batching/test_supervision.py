@@ -1,4 +1,4 @@
-"""Whatever goes wrong in the scheduler's own tasks: callers get answers, and the process is told when all is lost."""
+"""Whatever goes wrong in the scheduler's own tasks: callers get answers, and `is_broken` is set in the end."""
 
 from collections.abc import Callable
 

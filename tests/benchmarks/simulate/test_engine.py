@@ -121,7 +121,7 @@ class Broken(Fifo):
 
 def test_a_rule_that_stops_the_clock_is_found_out() -> None:
     source = OpenLoop(np.zeros(1), np.ones(1, np.int64))
-    with pytest.raises(SimulationError, match="wants to be asked again"):
+    with pytest.raises(SimulationError, match="asks for a decision at"):
         Simulation(Broken(lambda rule, now: Decision(wake_s=now)), source, TABLE.seconds).run()
 
 
