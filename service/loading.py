@@ -1,4 +1,4 @@
-"""Turns the names in the configuration (`"module:Class"`) into the objects they stand for."""
+"""Makes the objects that the configuration names: models, queue backends, job stores."""
 
 import importlib
 import importlib.util
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
-from modalkit.service.errors import ServiceError, describe_error, error_text
+from modalkit.service.errors import ServiceError, UnknownModelError, describe_error, error_text
 from modalkit.service.jobs import JobStore, MemoryJobStore, SqliteJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.queue_backends import (
@@ -30,15 +30,6 @@ _FORMER_PACKAGES = ("batching", "benchmarks", "pipelines", "service")
 
 class LoadError(ServiceError):
     """Raised when a class that the configuration names cannot be imported, is of the wrong kind, or cannot be built."""
-
-
-class UnknownModelError(ServiceError):
-    """Raised when a model is asked for that the configuration does not name."""
-
-    def __init__(self, model_name: str, known: list[str]) -> None:
-        super().__init__(f"there is no model {model_name!r}; configured are: {', '.join(known)}")
-        self.model_name = model_name
-        self.known = known
 
 
 def find_top_module(name: str, folder: Path | None) -> ModuleSpec | None:
@@ -82,10 +73,7 @@ def _is_same_file(one: ModuleSpec, other: ModuleSpec) -> bool:
 
 
 def import_object(path: str, key: str) -> Any:
-    """Import what `"module:Class"` names; `key` is where the configuration says so, for the error message.
-
-    Raises `LoadError`.
-    """
+    """Import the object at `"module:Class"`. Raises `LoadError`, whose message begins with `key`, a setting's path."""
     module_name, _, attribute = path.partition(":")
     module_name = current_name(module_name)
     try:
@@ -113,10 +101,10 @@ def _import_class(path: str, key: str, base: type[T]) -> type[T]:
 
 
 class ModelSource:
-    """One entry of ``model_settings.model_entries``: its classes are imported at once, its weights by `load`.
+    """One entry of ``model_settings.model_entries``. The constructor imports its classes, `load` reads its weights.
 
-    An `implementation` goes before the class that the entry names, and needs no entry. Raises `UnknownModelError` for a
-    name with neither, and `LoadError` for a class that cannot be imported.
+    An `implementation` is used in place of the class that the entry names, and needs no entry. Raises
+    `UnknownModelError` for a name with neither, and `LoadError` for a class that cannot be imported.
     """
 
     def __init__(
@@ -146,9 +134,9 @@ class ModelSource:
             self.output_model = _import_class(entry.output_model, f"{self._key}.output_model", InferenceOutputModel)
 
     def load(self, device: str | None = None) -> InferencePipeline:
-        """Build the pipeline: reads weights, takes seconds, and may run in any thread. Raises `LoadError`.
+        """Construct the pipeline, which takes seconds; may run in any thread. Raises `LoadError`.
 
-        A `device` goes before that of ``model_settings.common``.
+        A `device` is used in place of that of ``model_settings.common``.
         """
         common = dict(self._settings.common)
         if device is not None:
@@ -162,8 +150,8 @@ class ModelSource:
             raise LoadError(f"{self._key}: {name} cannot be loaded: {text}") from error
 
 
-class _Nowhere:
-    """Takes messages and sends them nowhere: for a route to ``none``, whose results are kept with their jobs."""
+class _DiscardingBackend:
+    """The backend of a route to ``none``: it sends nothing, because the results are kept with their jobs."""
 
     async def send_message(self, queue_name: str, message: str) -> bool:  # noqa: ARG002  # as the protocol has it
         return True
@@ -175,7 +163,7 @@ def load_queue_backend(config: QueueConfig) -> QueueBackend | None:
         return None
     if config.backend != "routing":
         return _make_queue_backend(config, config.backend, "app_settings.queue_config.backend")
-    backends: dict[str, QueueBackend] = {}  # one for all routes that lead to it
+    backends: dict[str, QueueBackend] = {}  # several routes may share one backend
     for pattern, name in config.routes.items():
         if name not in backends:
             backends[name] = _make_queue_backend(config, name, f"app_settings.queue_config.routes.{pattern}")
@@ -198,9 +186,9 @@ def _make_queue_backend(config: QueueConfig, name: str, key: str) -> QueueBacken
 def _make_built_in_backend(config: QueueConfig, name: str) -> QueueBackend:
     match name:
         case "none":
-            return _Nowhere()
+            return _DiscardingBackend()
         case "memory":
-            # Nobody can read these queues from outside the process, and the job store keeps the results.
+            # These queues cannot be read from outside the process, and the job store keeps the results.
             return InMemoryBackend(max_messages_per_queue=1000, max_queues=100)
         case "sqs":
             return SQSBackend(**config.sqs.model_dump())
@@ -222,9 +210,10 @@ def _make_built_in_backend(config: QueueConfig, name: str) -> QueueBackend:
 def make_job_manager(
     settings: Settings | None, queue_backend: QueueBackend | None, job_store: JobStore | None
 ) -> JobManager:
-    """A `JobManager`, not yet open, as the settings say; a backend or a store that is given goes before theirs.
+    """A `JobManager` that is not open yet; `queue_backend` and `job_store` are used in place of the configured ones.
 
-    Without settings: jobs in memory, and no queue. Raises `LoadError` for a backend that cannot be built.
+    Without settings, jobs are kept in memory and there is no queue. Raises `LoadError` for a backend that cannot be
+    built.
     """
     if settings is None:
         return JobManager(MemoryJobStore() if job_store is None else job_store, queue_backend)

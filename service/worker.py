@@ -1,11 +1,11 @@
-"""The worker: one pipeline, its scheduler and its jobs, without any knowledge of HTTP or Modal."""
+"""The worker: one pipeline, its scheduler and its jobs. It knows neither HTTP nor Modal."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
+from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
 from modalkit.batching import (
@@ -21,18 +21,18 @@ from modalkit.batching import (
     Success,
 )
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
+from modalkit.service.failure_log import FailureLog
 from modalkit.service.jobs import Job, JobStore
 from modalkit.service.jobs.manager import JobManager
-from modalkit.service.jobs.model import NewJob, json_text, new_job_id
-from modalkit.service.jobs.queue_rules import QueueNotAllowedError
 from modalkit.service.jobs.runner import JobOutcome, JobRunner
 from modalkit.service.learnt_costs import LearntCosts
 from modalkit.service.loading import make_job_manager
 from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large, run_batch_of
-from modalkit.service.queue_backends import QueueBackend, QueueNameError
+from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
 
-STUCK_THREADS_OF_A_BROKEN_PIPELINE = 3
+MAX_STUCK_THREADS = 3
+"""Threads stuck in batches that hang with which a worker is broken."""
 BATCHES_IN_THE_JOB_WINDOW = 16
 
 
@@ -49,18 +49,21 @@ def batch_policy(config: BatchConfig) -> BatchPolicy:
     )
 
 
-class InferenceWorker:
-    """Runs a pipeline on batches of what many callers send one by one.
+class InferenceWorker(AsyncContextManagerMixin):
+    """Runs a pipeline on batches of the items that many callers send one by one.
 
-    Use it as an async context manager (asyncio or trio), in the task that will also leave it; leaving it finishes what
+    Use it as an async context manager (asyncio or trio), entered and left in the same task; leaving it finishes what
     was accepted. Without `settings` it runs on their defaults, with jobs kept in memory and no queue. `queue_backend`
-    goes before the one that the settings name; a `job_store`, not yet open, is opened and closed by the worker.
-    Workers in one process share jobs and deliveries by an open `jobs`, in place of these two.
+    replaces the one that the settings name; a `job_store`, not yet open, is opened and closed by the worker. Workers in
+    one process share jobs and deliveries by an open `jobs`, in place of these two.
 
-    Items are models of the kind that `input_model` says (by default the pipeline's own `input_model`), or mappings,
-    which are validated: pydantic's `ValidationError` is raised before anything is queued. On entering, the pipeline's
-    warm-up runs, and what its batches cost is read or measured, as the settings say; without `calibrate` it is not
-    measured, for uses too short to be worth it. `on_batch` is called in the event loop with the record of each batch.
+    Items are instances of `input_model` (by default the pipeline's own), or mappings, which are validated: pydantic's
+    `ValidationError` is raised before anything is queued. On entering, the pipeline's warm-up runs, and the costs of
+    its batches are read or measured, as the settings say; without `calibrate` they are not measured, which suits short
+    uses. `on_batch` is called in the event loop with the record of each batch.
+
+    What the pipeline raises is logged with its traceback, once a minute for each distinct error. `log_failures` False
+    is for callers that report each error themselves.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class InferenceWorker:
         input_model: type[BaseModel] | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
         calibrate: bool = True,
+        log_failures: bool = True,
     ) -> None:
         app_settings = AppSettings() if settings is None else settings.app_settings
         batch_config = app_settings.batch_config
@@ -82,6 +86,8 @@ class InferenceWorker:
         self.input_model = input_model or pipeline.input_model
         self._owns_jobs = jobs is None
         self._jobs = jobs or make_job_manager(settings, queue_backend, job_store)
+        self._sinks: list[Callable[[BatchRecord], None]] = [FailureLog(self.model_name)] if log_failures else []
+        self._sinks += [] if on_batch is None else [on_batch]
         self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
         self._scheduler: BatchScheduler[BaseModel, InferenceOutputModel] = BatchScheduler(
             run_batch_of(pipeline),
@@ -90,7 +96,7 @@ class InferenceWorker:
             item_size=pipeline.item_size,
             batch_timeout_s=batch_config.batch_timeout_seconds,
             is_too_large=is_too_large,
-            on_batch=on_batch,
+            on_batch=self._on_batch,
             name=self.model_name,
         )
         self._runner = JobRunner(
@@ -100,28 +106,19 @@ class InferenceWorker:
             window=max(
                 1, min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
             ),
-            largest_group=batch_config.max_batch_size,
+            group_limit=batch_config.max_batch_size,
             timeout_s=app_settings.async_config.timeout,
             max_attempts=app_settings.async_config.max_attempts,
         )
-        self._exit_stack = AsyncExitStack()
 
-    async def __aenter__(self) -> Self:
-        async with AsyncExitStack() as stack:
-            if self._owns_jobs:
-                await stack.enter_async_context(self._jobs)
-            await stack.enter_async_context(self._scheduler)
-            await self._scheduler.run_in_thread(self.pipeline.warm_up)
-            await self._costs.learn(self._scheduler)
-            await stack.enter_async_context(self._runner)
-            self._exit_stack = stack.pop_all()
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
         try:
-            return await self._exit_stack.__aexit__(exc_type, exc, traceback)
+            async with self._jobs if self._owns_jobs else nullcontext(), self._scheduler:
+                await self._scheduler.run_in_thread(self.pipeline.warm_up)
+                await self._costs.learn(self._scheduler)
+                async with self._runner:
+                    yield self
         finally:
             await self._costs.keep()
 
@@ -163,8 +160,7 @@ class InferenceWorker:
         for a message that is no valid item, `QueueNotAllowedError`, `QueueNameError` and `JobStoreError`. When
         cancelled, the job may have been accepted.
         """
-        job = self._new_job(request, priority)
-        (outcome,) = await self._jobs.submit([job])
+        (outcome,) = await self.submit_many([request], priority=priority)
         if isinstance(outcome, Failure):
             raise outcome.error
         return outcome.value
@@ -176,15 +172,7 @@ class InferenceWorker:
 
         One that is invalid disturbs no other. Raises `JobStoreError` when none was stored.
         """
-        outcomes: list[Outcome[str] | NewJob] = []
-        for request in requests:
-            try:
-                outcomes.append(self._new_job(request, priority))
-            except (ValueError, QueueNotAllowedError, QueueNameError) as error:  # a meta that is no JSON, say
-                outcomes.append(Failure(error))
-        jobs = [entry for entry in outcomes if isinstance(entry, NewJob)]
-        submitted = iter(await self._jobs.submit(jobs) if jobs else ())
-        return [next(submitted) if isinstance(entry, NewJob) else entry for entry in outcomes]
+        return await self._jobs.submit(requests, model_name=self.model_name, priority=priority)
 
     async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job | None:
         """The job of this id as it is now, or once it ends within `wait_s` seconds; None if there is none."""
@@ -199,22 +187,26 @@ class InferenceWorker:
         return await self._jobs.replay(job_ids)
 
     def statistics(self) -> SchedulerStatistics:
-        """An immutable snapshot of what is waiting, running and done."""
+        """An immutable snapshot of the requests and batches that wait, run and are done."""
         return self._scheduler.statistics()
 
     @property
     def costs(self) -> MeasuredCostModel:
-        """What batches of this pipeline are known to cost."""
+        """The measured costs of this pipeline's batches."""
         return self._costs.model
 
     @property
     def is_broken(self) -> bool:
-        """Whether this process should be replaced: so many batches hang past their timeout, or the scheduler broke."""
-        return self._scheduler.is_broken or self._scheduler.stuck_threads >= STUCK_THREADS_OF_A_BROKEN_PIPELINE
+        """Whether this process should be replaced: too many batches hang past their timeout, or the scheduler broke."""
+        return self._scheduler.is_broken or self._scheduler.stuck_threads >= MAX_STUCK_THREADS
 
     async def wait_until_broken(self) -> None:
-        """Wait until the scheduler breaks, after which nothing runs any more, if it ever does."""
+        """Wait until the scheduler breaks: then nothing runs any more. It may never return."""
         await self._scheduler.wait_until_broken()
+
+    def _on_batch(self, record: BatchRecord) -> None:
+        for sink in self._sinks:
+            sink(record)
 
     def _validated(self, item: BaseModel | Mapping[str, Any]) -> BaseModel:
         return item if isinstance(item, BaseModel) else self.input_model.model_validate(item)
@@ -225,26 +217,9 @@ class InferenceWorker:
         except Exception as error:  # noqa: BLE001  # a model's own validators may raise anything
             return Failure(error)
 
-    def _new_job(self, request: AsyncInputModel, priority: Priority) -> NewJob:
-        message = self._validated(request.message)
-        self._jobs.check_queues(request.success_queue, request.failure_queue)
-        now, delivers = self._jobs.clock(), self._jobs.delivers
-        return NewJob(
-            job_id=new_job_id(),
-            model_name=self.model_name,
-            message_json=json_text(message.model_dump(mode="json", by_alias=True, round_trip=True)),
-            success_queue=request.success_queue if delivers else None,
-            failure_queue=request.failure_queue if delivers else None,
-            meta_json=json_text(request.meta),
-            priority=priority,
-            created_at=now,
-            expires_at=None if request.expires_in is None else now + request.expires_in,
-            idempotency_key=request.idempotency_key,
-        )
-
 
 class _Engine:
-    """Runs stored jobs by the worker's scheduler."""
+    """Runs stored jobs in the worker's scheduler."""
 
     def __init__(
         self,
@@ -255,11 +230,11 @@ class _Engine:
     ) -> None:
         self._pipeline = pipeline
         self._scheduler = scheduler
-        self._input_model = input_model
+        self.input_model = input_model
         self._batch_timeout_s = batch_timeout_s
 
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
-        item = self._input_model.model_validate_json(job.message_json)
+        item = self.input_model.model_validate_json(job.message_json)
         return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority)
 
     async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
@@ -267,8 +242,8 @@ class _Engine:
         items: dict[str, BaseModel] = {}
         for job in jobs:
             try:
-                items[job.job_id] = self._input_model.model_validate_json(job.message_json)
-            except Exception as error:  # noqa: BLE001  # an item that is none any more fails alone
+                items[job.job_id] = self.input_model.model_validate_json(job.message_json)
+            except Exception as error:  # noqa: BLE001  # an item that is not valid any more fails alone
                 outcomes[job.job_id] = Failure(error)
         if items:
             # The pipeline's own error comes as a value: it may be a TimeoutError as well.

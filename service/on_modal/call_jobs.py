@@ -110,7 +110,7 @@ class JobSpawner:
         return job_id
 
     def _digest(self, submission: _Submission) -> str:
-        """The same for all requests of which `NewJob.asks_for_the_same` holds."""
+        """The same for all requests that ask for the same."""
         asked = [submission.entry[name] for name in ("message", "success_queue", "failure_queue", "meta")]
         return hashlib.sha256(to_json([self._model_name, *asked])).hexdigest()
 

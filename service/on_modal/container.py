@@ -14,7 +14,6 @@ from modalkit.batching import BatchRecord, Priority
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.errors import ContainerFaultError
-from modalkit.service.garbage_collection import spare_the_garbage_collector
 from modalkit.service.jobs import MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.model import new_job_id
@@ -30,6 +29,7 @@ from modalkit.service.on_modal.tables import open_ledger
 from modalkit.service.on_modal.volumes import keep_volumes_fresh
 from modalkit.service.on_modal.watched_worker import WatchedWorker
 from modalkit.service.queue_backends import QueueBackend
+from modalkit.service.serving import freeze_gc
 from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Container:
             retries=app.deployment_config.retries,
         )
         if not modal.is_local():
-            spare_the_garbage_collector()
+            freeze_gc()
 
     async def stop(self, used_s: float = 0.0) -> None:
         """Finish what was accepted, within the grace that Modal gives, of which `used_s` seconds are gone."""

@@ -10,9 +10,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
-from modalkit.service.gateway import Gateway, LocalGateway
+from modalkit.service.gateway import Gateway
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.loading import LoadError, ModelSource
+from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.on_modal.call_jobs import CallJobs
 from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.gateway import ModalGateway

@@ -15,7 +15,7 @@ from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.constructor import Constructible
 from modalkit.service.on_modal.container import Container
 from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend
-from modalkit.service.queue_backends.closing import close_backend
+from modalkit.service.queue_backends.sending import close_backend
 
 logger = logging.getLogger(__name__)
 

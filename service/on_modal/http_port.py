@@ -1,25 +1,17 @@
 """HTTP on a port, for as long as a context is open."""
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import anyio
 import uvicorn
 from fastapi import FastAPI
 
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.service.listening import listening
+from modalkit.service.serving import Server, listening
 
 GRACE_S = 20.0
 """How long open requests may go on after the context is left."""
-
-
-class _Server(uvicorn.Server):
-    """A server that leaves signals to Modal."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @asynccontextmanager
@@ -29,7 +21,7 @@ async def serving(app: FastAPI, host: str, port: int) -> AsyncIterator[uvicorn.S
     Raises `AddressError`, and what the application's start does.
     """
     config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=int(GRACE_S))
-    server = _Server(config)
+    server = Server(config)
     # Both here, because uvicorn ends the process where the address is taken, or the application cannot start.
     with listening(host, port) as listener:
         async with app.router.lifespan_context(app), plain_task_group() as task_group:

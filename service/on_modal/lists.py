@@ -35,7 +35,7 @@ def list_policy(config: BatchConfig, *, may_wait: int = 0) -> BatchPolicy:
     return BatchPolicy(
         max_batch_size=config.max_batch_size,
         max_queue_items=max(config.max_queue_size, may_wait),
-        mixes_classes=False,  # a list says of which class it is
+        mixes_lanes=False,  # a list says of which class it is
     )
 
 
@@ -59,7 +59,7 @@ class RemotePredictor:
             policy=list_policy(config),
             cost_model=BY_THE_CALL,
             max_in_flight=LISTS_IN_FLIGHT,
-            eager_in_flight=EAGER_LISTS,
+            max_partial_in_flight=EAGER_LISTS,
             name=f"lists for {name}",
         )
 

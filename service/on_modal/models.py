@@ -1,7 +1,7 @@
 """The models of a `ModalGateway`: run in other containers, or in this one."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -9,8 +9,9 @@ from typing import Any, Self
 import modal.exception
 from pydantic import BaseModel
 
+from modalkit.batching import Outcome, Priority, SchedulerStatistics
 from modalkit.pipelines import InferenceOutputModel
-from modalkit.service.gateway import NotReadyError, Readiness
+from modalkit.service.errors import NotReadyError, Readiness
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.on_modal.call_jobs import JobSpawner
 from modalkit.service.on_modal.config import ModalConfig
@@ -43,7 +44,7 @@ class RemoteModel:
     ) -> None:
         self.input_model = input_model
         self.output_model = output_model
-        self._model_name = model_name
+        self.name = model_name
         self._connect = connect
         self._ledger = ledger
         self._queue_rules = queue_rules
@@ -55,11 +56,9 @@ class RemoteModel:
     async def __aenter__(self) -> Self:
         remote, batch_config = await self._connect(), self._settings.batch_config
         async with AsyncExitStack() as stack:
-            self._predictor = await stack.enter_async_context(
-                RemotePredictor(remote, batch_config, name=self._model_name)
-            )
+            self._predictor = await stack.enter_async_context(RemotePredictor(remote, batch_config, name=self.name))
             self._spawner = await stack.enter_async_context(
-                JobSpawner(remote, self._ledger, self._queue_rules, batch_config, model_name=self._model_name)
+                JobSpawner(remote, self._ledger, self._queue_rules, batch_config, model_name=self.name)
             )
             self._exit_stack = stack.pop_all()
         return self
@@ -73,7 +72,7 @@ class RemoteModel:
     def predictor(self) -> Predictor:
         """See `Model`."""
         if self._predictor is None:
-            raise NotReadyError(self._model_name, self.readiness)
+            raise NotReadyError(self.name, self.readiness)
         return self._predictor
 
     @property
@@ -85,6 +84,26 @@ class RemoteModel:
     def readiness(self) -> Readiness:
         """See `Model`."""
         return Readiness.LOADING if self._predictor is None else Readiness.READY
+
+    async def predict(
+        self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
+    ) -> InferenceOutputModel:
+        """Run one item."""
+        return await self.predictor.predict(item, priority=priority, timeout_s=timeout_s)
+
+    async def predict_many(
+        self,
+        items: Sequence[BaseModel],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> list[Outcome[InferenceOutputModel]]:
+        """Run several items; outcomes in the same order."""
+        return await self.predictor.predict_many(items, priority=priority, timeout_s=timeout_s)
+
+    def statistics(self) -> SchedulerStatistics:
+        """What was done so far."""
+        return self.predictor.statistics()
 
 
 class ModelHere:
@@ -103,6 +122,7 @@ class ModelHere:
     ) -> None:
         self.input_model = input_model
         self.output_model = output_model
+        self.name = worker.model_name
         self.predictor: Predictor = worker
         self.spawner: JobSpawner | None = None
         self._worker = worker
@@ -132,6 +152,26 @@ class ModelHere:
     def readiness(self) -> Readiness:
         """See `Model`."""
         return Readiness.BROKEN if self._worker.is_broken else Readiness.READY
+
+    async def predict(
+        self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
+    ) -> InferenceOutputModel:
+        """Run one item."""
+        return await self.predictor.predict(item, priority=priority, timeout_s=timeout_s)
+
+    async def predict_many(
+        self,
+        items: Sequence[BaseModel],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> list[Outcome[InferenceOutputModel]]:
+        """Run several items; outcomes in the same order."""
+        return await self.predictor.predict_many(items, priority=priority, timeout_s=timeout_s)
+
+    def statistics(self) -> SchedulerStatistics:
+        """What was done so far."""
+        return self.predictor.statistics()
 
 
 def connection(app_cls: Any, config: ModalConfig, parameters: Mapping[str, Any]) -> Connect:

@@ -20,7 +20,6 @@ from modalkit.batching import (
     OutputCountError,
     Priority,
     QueueFullError,
-    Success,
 )
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.errors import (
@@ -30,14 +29,20 @@ from modalkit.service.errors import (
     ServiceError,
     describe_error,
 )
-from modalkit.service.jobs.model import FinishedJob, Job, JobStatus, json_text
+from modalkit.service.jobs.life import (
+    CRASHES_ALONE,
+    TOO_MANY_CRASHES,
+    cancel_job,
+    end_job,
+    end_of,
+    start_job,
+)
+from modalkit.service.jobs.model import Job, json_text
 from modalkit.service.jobs.queue_rules import QueueRules
-from modalkit.service.jobs.store import CRASHES_ALONE, EXPIRED_IN_THE_QUEUE, TOO_MANY_CRASHES
 from modalkit.service.on_modal.call_format import error_object, job_object, make_job_id, outcome_object, read_entry
 from modalkit.service.on_modal.device_faults import is_device_fault
 from modalkit.service.on_modal.ledger import CallLedger
 from modalkit.service.on_modal.responses import ResponseSender
-from modalkit.service.outputs import output_json
 from modalkit.service.validation import field_errors, summary
 from modalkit.service.worker import InferenceWorker
 
@@ -163,7 +168,7 @@ class ListProcessor:
         """Make an item a job. Raises `QueueNotAllowedError` and `QueueNameError`; the job then names no queue."""
         created_at = now if call.accepted_at is None else call.accepted_at
         item.priority = call.priority or Priority.BULK
-        item.job = job = Job(
+        job = Job(
             job_id=job_id,
             model_name=self._worker.model_name,
             message_json=json_text(request.model_dump(mode="json", by_alias=True, round_trip=True)["message"]),
@@ -174,7 +179,8 @@ class ListProcessor:
             created_at=created_at,
             expires_at=None if request.expires_in is None else created_at + request.expires_in,
             idempotency_key=request.idempotency_key,
-        ).started(now)
+        )
+        item.job = job = start_job(job, now)
         item.timeout_s = min(self._job_timeout_s, left_s)
         if job.expires_at is not None:
             item.timeout_s = min(item.timeout_s, job.expires_at - now)
@@ -260,7 +266,7 @@ class ListProcessor:
             _cancel(items, await self._ledger.close(call.call_id, len(items)), now)
         for item in items:
             if item.job is not None and not item.job.status.has_ended and item.outcome is not None:
-                item.job = item.job.finished(_end(item.job, item.outcome, now))
+                item.job = end_job(item.job, end_of(item.job, item.outcome, now))
         if self._sender is not None:
             ended = [item for item in items if item.job is not None]
             sent = await self._sender.send([item.job for item in ended if item.job is not None], call.until_s)
@@ -294,23 +300,8 @@ def _log_failures(items: Sequence[_Item]) -> None:
 def _cancel(items: Sequence[_Item], cancelled: frozenset[int], now: float) -> None:
     for index in cancelled:
         job = items[index].job
-        if job is not None and (after := job.cancelled(now)) is not None:
+        if job is not None and (after := cancel_job(job, now)) is not None:
             items[index].job, items[index].message = after, None
-
-
-def _end(job: Job, outcome: Outcome[InferenceOutputModel], now: float) -> FinishedJob:
-    try:
-        if isinstance(outcome, Success):
-            result = output_json(outcome.value).decode()
-            return FinishedJob(job_id=job.job_id, status=JobStatus.SUCCEEDED, result_json=result, finished_at=now)
-        error = outcome.error
-    except Exception as unwritable:  # noqa: BLE001  # an output that is no JSON is this job's error
-        error = unwritable
-    if isinstance(error, DeadlineExceededError):
-        by_its_own = job.expires_at is not None and job.expires_at <= now
-        text = EXPIRED_IN_THE_QUEUE if by_its_own else describe_error(error)
-        return FinishedJob(job_id=job.job_id, status=JobStatus.EXPIRED, error=text, finished_at=now)
-    return FinishedJob(job_id=job.job_id, status=JobStatus.FAILED, error=describe_error(error), finished_at=now)
 
 
 def _answer(item: _Item) -> dict[str, Any]:

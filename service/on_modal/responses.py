@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import anyio
 
+from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import describe_error
-from modalkit.service.jobs.delivery import backoff_with_jitter
 from modalkit.service.jobs.messages import result_message, utc_timestamp
 from modalkit.service.jobs.model import DeliveryStatus, Job
 from modalkit.service.queue_backends import QueueBackend, QueueMessage, UndeliverableError

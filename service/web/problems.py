@@ -1,6 +1,5 @@
 """Errors as HTTP answers: problem details (RFC 9457) that name the field, the value and the remedy."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -22,21 +21,19 @@ from modalkit.service.errors import (
     ContainerFaultError,
     ItemRejectedError,
     NotAvailableError,
+    NotReadyError,
     RemoteCallError,
     RemoteItemError,
     RemoteTimeoutError,
+    UnknownModelError,
     describe_error,
 )
-from modalkit.service.gateway import NotReadyError
 from modalkit.service.jobs import IdempotencyKeyReusedError, JobStoreError, JobStoreFullError
 from modalkit.service.jobs.errors import JobStoreBusyError
 from modalkit.service.jobs.queue_rules import QueueNotAllowedError
-from modalkit.service.loading import UnknownModelError
 from modalkit.service.queue_backends import QueueNameError
 from modalkit.service.validation import field_errors, summary
 from modalkit.service.web.answers import PROBLEM_JSON
-
-logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 
@@ -64,7 +61,7 @@ _STATUS_BY_NAME = {kind.__name__: status for kind, status in _STATUS_OF.items()}
 
 
 class ProblemError(Exception):
-    """Raised in a route to answer with problem details."""
+    """Raised in a route to answer with problem details. `headers` are named with underscores for hyphens."""
 
     def __init__(
         self, status: HTTPStatus, detail: str, *, errors: Sequence[Mapping[str, Any]] = (), **headers: str
@@ -91,7 +88,7 @@ def problem_response(
 
 
 def status_of(error: Exception) -> HTTPStatus:
-    """The HTTP status for what a gateway raised; 500 for whatever a pipeline raised."""
+    """The HTTP status for an error of a gateway; 500 for an error of a pipeline."""
     if isinstance(error, QueueFullError) and error.is_permanent:
         return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     if isinstance(error, RemoteItemError):
@@ -105,25 +102,25 @@ def status_of(error: Exception) -> HTTPStatus:
 def install_problem_handlers(app: FastAPI) -> None:
     """Answer every error of the application with problem details."""
 
-    async def on_problem(_: Request, error: Exception) -> Response:
-        assert isinstance(error, ProblemError)  # noqa: S101  # Starlette dispatches by this type
+    @app.exception_handler(ProblemError)
+    async def on_problem(_: Request, error: ProblemError) -> Response:
         return problem_response(error.status, error.detail, errors=error.errors, headers=error.headers)
 
-    async def on_invalid_parameter(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)  # noqa: S101  # as above
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid_parameter(_: Request, error: RequestValidationError) -> Response:
         errors = field_errors(error.errors())
         return problem_response(HTTPStatus.UNPROCESSABLE_ENTITY, summary(errors), errors=errors)
 
-    async def on_http_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)  # noqa: S101  # as above
+    @app.exception_handler(HTTPException)
+    async def on_http_error(_: Request, error: HTTPException) -> Response:
         status = HTTPStatus(error.status_code)
-        detail = error.detail
-        if status is HTTPStatus.NOT_FOUND:
-            detail = "there is nothing at this address; /docs lists what there is"
+        is_unknown = status is HTTPStatus.NOT_FOUND
+        detail = "there is nothing at this address; /docs lists what there is" if is_unknown else error.detail
         return problem_response(status, detail, headers=error.headers)
 
+    @app.exception_handler(Exception)
     async def on_unexpected_error(_: Request, error: Exception) -> Response:
-        # Starlette raises the error again once this is sent, and the server logs it with its traceback.
+        # Starlette raises the error again once this is sent, so that the server logs it with its traceback.
         return problem_response(
             HTTPStatus.INTERNAL_SERVER_ERROR, f"an unexpected {type(error).__name__}; the service's log tells more"
         )
@@ -131,19 +128,13 @@ def install_problem_handlers(app: FastAPI) -> None:
     async def on_error(_: Request, error: Exception) -> Response:
         return error_response(error)
 
-    app.add_exception_handler(ProblemError, on_problem)
-    app.add_exception_handler(RequestValidationError, on_invalid_parameter)
-    app.add_exception_handler(HTTPException, on_http_error)
     for kind in _STATUS_OF:
         app.add_exception_handler(kind, on_error)
-    app.add_exception_handler(Exception, on_unexpected_error)
 
 
 def error_response(error: Exception) -> Response:
     """The answer to a request whose item failed."""
     status = status_of(error)
-    if status is HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, RemoteItemError):  # logged where it ran
-        logger.error("The pipeline failed", exc_info=error)
     retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
     return problem_response(
         status, describe_error(error), headers={"Retry-After": str(RETRY_AFTER_S)} if retry else None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 from tests.support import processes
 from tests.support.guides import ROOT, blocks, files_in, guide, quoted_files
@@ -59,11 +59,11 @@ def test_an_app_is_defined_without_a_token_or_a_network(run: Run, module: str, d
         f"import {module}; state = {module}.app._local_state; "
         "print({'classes': sorted(state.classes), 'functions': sorted(state.functions)})",
     )
-    assert yaml.safe_load(shown) == defined
+    assert YAML(typ="safe").load(shown) == defined
 
 
 def test_a_dry_run_shows_the_module_that_the_app_imports(run: Run) -> None:
-    shown = yaml.safe_load(
+    shown = YAML(typ="safe").load(
         run("-c", "from modalkit.service.cli import main; main()", "deploy", "web_function.py", "--dry-run")
     )
     assert any(step.get("remote_path") == "/root/emphasis.py" for step in shown["image"])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.support import processes
 from tests.support.modal_objects import class_spec, concurrency, method_names, web_settings
@@ -40,7 +39,7 @@ CONFIG: dict[str, Any] = {
 
 def run(config: dict[str, Any], program: str) -> subprocess.CompletedProcess[str]:
     """Run a program with a configuration, without what Modal's client needs to reach its server."""
-    Path("modalkit.yaml").write_text(yaml.safe_dump(config))
+    Path("modalkit.yaml").write_text(json.dumps(config))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "MODALKIT_"))}
     environment |= {"PYTHONPATH": str(ROOT), "MODAL_CONFIG_PATH": "none.toml", "MODAL_SERVER_URL": "http://127.0.0.1:9"}
     return processes.run(["-c", program], cwd=Path.cwd(), env=environment | {"PYTHONWARNINGS": "error"})

@@ -23,10 +23,10 @@ from modalkit.service.cli.jobs.output import duration_text, seconds_of
 from modalkit.service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
-    FinishedJob,
+    Job,
+    JobEnd,
     JobFilter,
     JobStatus,
-    NewJob,
     SqliteJobStore,
 )
 from tests.support.command_line import CONFIGURATION, MODALKIT, Modalkit, serving
@@ -42,7 +42,7 @@ async def seed(path: Path, more: int = 0) -> None:
     async with SqliteJobStore(path) as store:
         await store.add(
             [
-                NewJob(
+                Job(
                     job_id=job_id,
                     model_name=model_name,
                     message_json='{"text":"four"}',
@@ -57,13 +57,13 @@ async def seed(path: Path, more: int = 0) -> None:
                 )
             ]
         )
-        await store.take("lengths", 2, now)
-        await store.take("another-model-of-a-long-name", 1, now)
+        await store.claim("lengths", 2, now)
+        await store.claim("another-model-of-a-long-name", 1, now)
         ends = [
-            FinishedJob(job_id=job_id, status=JobStatus.SUCCEEDED, result_json='{"length":4}', finished_at=now)
+            JobEnd(job_id=job_id, status=JobStatus.SUCCEEDED, result_json='{"length":4}', finished_at=now)
             for job_id in (UNDELIVERED, DELIVERED)
         ]
-        failed = FinishedJob(job_id=FAILED, status=JobStatus.FAILED, error=MARKUP, finished_at=now - 7200)
+        failed = JobEnd(job_id=FAILED, status=JobStatus.FAILED, error=MARKUP, finished_at=now - 7200)
         await store.finish([*ends, failed])
         await store.record_deliveries(
             [
@@ -80,7 +80,7 @@ async def seed(path: Path, more: int = 0) -> None:
             waiting = (f"waiting-{n:04}" for n in range(more))
             await store.add(
                 [
-                    NewJob(job_id=job_id, model_name="lengths", message_json='{"text":"four"}', created_at=now)
+                    Job(job_id=job_id, model_name="lengths", message_json='{"text":"four"}', created_at=now)
                     for job_id in waiting
                 ]
             )
@@ -194,6 +194,12 @@ def test_show_tells_all_and_says_which_job_is_unknown(jobs: Jobs) -> None:
     shown = jobs("show", UNDELIVERED, UNDELIVERED, "--json")
     assert shown.exit_code == 0
     assert json.loads(shown.stdout)["meta"] == {"row": [7]}
+
+
+def test_an_odd_id_is_no_job_of_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    for job_id in (".", "a/b", "?"):
+        assert f"there is no job {job_id!r}" in run("show", job_id).stderr
 
 
 def test_show_tells_message_and_queues_from_the_file(modalkit: Modalkit, path: Path) -> None:

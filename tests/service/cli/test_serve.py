@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from modalkit.service.listening import AddressError, listening
+from modalkit.service.serving import AddressError, listening
 from tests.support.command_line import Modalkit, Process, forked, serving, started
 
 TWO_MODELS = """

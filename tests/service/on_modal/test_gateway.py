@@ -10,8 +10,8 @@ import modal.exception
 import pytest
 
 from modalkit.service.errors import DeviceFaultError, RemoteItemError
+from modalkit.service.jobs.life import EXPIRES_IN_PASSED
 from modalkit.service.jobs.queue_rules import QueueRules
-from modalkit.service.jobs.store import EXPIRED_IN_THE_QUEUE
 from modalkit.service.on_modal.call_jobs import CallJobs
 from modalkit.service.on_modal.gateway import ModalGateway
 from modalkit.service.on_modal.models import RemoteModel
@@ -249,7 +249,7 @@ async def test_a_job_that_expired_and_a_result_that_did_are_told_apart(
     assert (await found(client, kept, 0.05))["status"] == "queued"  # meanwhile the time of the other one runs out
     pipeline.gate.set()
     expired = await found(client, late, 30)
-    assert (expired["status"], expired["error"]) == ("expired", EXPIRED_IN_THE_QUEUE)
+    assert (expired["status"], expired["error"]) == ("expired", EXPIRES_IN_PASSED)
     assert (await found(client, kept))["status"] == "succeeded"
     calls.forget(kept)
     forgotten = await found(client, kept)
@@ -431,8 +431,8 @@ async def test_the_priority_of_jobs_travels_with_them(client: httpx.AsyncClient,
 @pytest.mark.parametrize(
     ("method", "path", "remedy"),
     [
-        ("GET", "/jobs", "Modal's calls cannot be listed"),
-        ("DELETE", "/jobs?status=failed", "Modal removes results by itself"),
+        ("GET", "/jobs", "the jobs cannot be listed"),
+        ("DELETE", "/jobs?status=failed", "removes results by itself"),
         ("POST", "/jobs/replay", "submit the job again"),
         ("POST", "/jobs/fc-01J.0/replay", "submit the job again"),
     ],

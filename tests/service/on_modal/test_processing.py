@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from modalkit.batching import Outcome, Priority, QueueFullError
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
 from modalkit.service.errors import ContainerFaultError, DeviceFaultError
+from modalkit.service.jobs.life import CRASHES_ALONE
 from modalkit.service.jobs.queue_rules import QueueRules
-from modalkit.service.jobs.store import CRASHES_ALONE
 from modalkit.service.on_modal import processing
 from modalkit.service.on_modal.ledger import CallLedger, MemoryTable
 from modalkit.service.on_modal.processing import Call, ListProcessor

@@ -9,7 +9,8 @@ import anyio
 import pytest
 
 from modalkit.batching import Priority
-from modalkit.service.jobs.model import DeliveryStatus, FinishedJob, Job, JobStatus
+from modalkit.service.jobs.life import end_job, start_job
+from modalkit.service.jobs.model import DeliveryStatus, Job, JobEnd, JobStatus
 from modalkit.service.on_modal.responses import ResponseSender
 from modalkit.service.queue_backends import InMemoryBackend, QueueBackend, QueueMessage, UndeliverableError
 
@@ -47,9 +48,10 @@ def ended(queue: str | None, name: str = "job", status: JobStatus = JobStatus.SU
         meta_json="{}",
         priority=Priority.BULK,
         created_at=0.0,
-    ).started(0.0)
+    )
     result = "{}" if status is JobStatus.SUCCEEDED else None
-    finished = job.finished(FinishedJob(job_id=name, status=status, result_json=result, error="e", finished_at=1.0))
+    end = JobEnd(job_id=name, status=status, result_json=result, error="e", finished_at=1.0)
+    finished = end_job(start_job(job, 0.0), end)
     assert finished is not None
     return finished
 
