@@ -17,8 +17,8 @@ settings.register_profile("thorough", max_examples=2000)
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which one may do without
 def pytest_xdist_auto_num_workers() -> int:
-    """One process for each core; more than 8 would spend their time on imports."""
-    return min(os.cpu_count() or 1, 8)
+    """One process more than there are cores, because tests wait about as long as they compute; 8 at most."""
+    return min((os.cpu_count() or 1) + 1, 8)
 
 
 @pytest.fixture(params=["asyncio", "trio"])
