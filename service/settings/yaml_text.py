@@ -56,8 +56,8 @@ def parse_yaml(text: str | bytes) -> tuple[Any, dict[KeyPath, int]]:
 def dump_yaml(data: Any) -> str:
     """The text of plain data, in the order of its keys; a value that is in two places is written twice."""
     yaml = _yaml()
-    yaml.default_flow_style = False  # type: ignore[assignment]  # declared by its first value, None
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared by its first value, None
     yaml.width = 120
     yaml.representer.ignore_aliases = lambda _: True
     stream = StringIO()

@@ -252,7 +252,7 @@ async def test_measuring_that_fails_is_a_warning_and_the_worker_serves(
     caplog.set_level(logging.WARNING)
     async with InferenceWorker(pipeline, settings=settings()) as worker:
         assert await worker.predict(Text(text="four")) == Length(length=4)
-    assert "measuring what batches cost ended early" in caplog.text
+    assert "measuring batch costs ended early" in caplog.text
     assert reason in caplog.text
 
 
@@ -264,7 +264,8 @@ async def test_sizes_that_fail_are_told_and_not_taken_for_measured(
         async with InferenceWorker(pipeline, settings=settings(path)) as worker:
             assert worker.costs.observed > 2, "smaller ones were measured"
         assert (
-            "what items of size 32 and more cost is not known, as one failed (ArithmeticError: made up)" in caplog.text
+            "the costs of items of size 32 and more are not known, because one failed (ArithmeticError: made up)"
+            in caplog.text
         )
         assert not path.exists()
         caplog.clear()
