@@ -17,7 +17,7 @@ settings.register_profile("thorough", max_examples=2000)
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which one may do without
 def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores: tests wait about as long as they compute."""
+    """One process more than there are cores, because tests wait about as long as they compute; 8 at most."""
     return min((os.cpu_count() or 1) + 1, 8)
 
 

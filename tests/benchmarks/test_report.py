@@ -26,7 +26,7 @@ def test_a_study_measures_every_figure_in_every_round(study: Study) -> None:
 
 def test_the_end_to_end_study_measures_all_that_few_texts_allow(bundled_pipeline: BundledPipeline) -> None:
     study = EndToEndStudy(
-        bundled_pipeline, corpus_items(24), open_loop_items=8, idle_calls=2, batch_config=UNCALIBRATED
+        bundled_pipeline, corpus_items(12), open_loop_items=4, idle_calls=2, batch_config=UNCALIBRATED
     )
     figures = run_study(study, 1, lambda _: None)
     missing = [figure.name for figure in figures if not figure.rounds]

@@ -53,8 +53,10 @@ def test_costs_are_kept_where_the_configuration_says(modalkit: Modalkit, folder:
 
 def test_a_plot_is_drawn(modalkit: Modalkit, folder: Path) -> None:
     pytest.importorskip("matplotlib")  # in the bench extra, which the tests do without
-    # Importing it warns of nothing of ours: its own dependencies may.
-    done = modalkit(*QUICK, "--plot", "costs.png", PYTHONWARNINGS="default", MPLCONFIGDIR=str(folder))
+    # Importing it takes a second or two of that time, and warns of nothing of ours: its own dependencies may.
+    done = modalkit(
+        "tune", "--max-seconds", "6", "--plot", "costs.png", PYTHONWARNINGS="default", MPLCONFIGDIR=str(folder)
+    )
     assert done.returncode == 0, done.stderr
     assert (folder / "costs.png").read_bytes().startswith(b"\x89PNG")
 
