@@ -126,7 +126,7 @@ class NewJob:
 
 
 @dataclass(slots=True, kw_only=True)
-class FinishedJob:
+class JobEnd:
     """How a job ended: `succeeded` with a result (a JSON object as text), `failed` or `expired` with an `error`.
 
     Raises `ValueError` for another status.
@@ -141,6 +141,9 @@ class FinishedJob:
     def __post_init__(self) -> None:
         if self.status not in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.EXPIRED):
             raise ValueError(f"status must be succeeded, failed or expired, got {self.status!r}")
+
+
+FinishedJob = JobEnd  # the old name, until every user of it has moved to `life.py`
 
 
 @dataclass(slots=True, kw_only=True)
@@ -177,10 +180,10 @@ class Job:
     job_id: str
     model_name: str
     message_json: str
-    success_queue: str | None
-    failure_queue: str | None
-    meta_json: str
-    priority: Priority
+    success_queue: str | None = None
+    failure_queue: str | None = None
+    meta_json: str = "{}"
+    priority: Priority = Priority.BULK
     created_at: float
     expires_at: float | None = None
     idempotency_key: str | None = None
@@ -199,6 +202,8 @@ class Job:
     """When this queued job may run again, while it waits for that; `error` says why its last attempt failed."""
     delivery_attempts: int = 0
     delivery_error: str | None = None
+    delivery_crashes: int = 0
+    """How often the process died during the delivery, since an attempt last ended."""
 
     @property
     def message(self) -> JsonObject:
@@ -235,7 +240,7 @@ class Job:
         started_at = max(now, self.created_at) if self.started_at is None else self.started_at
         return replace(self, status=JobStatus.RUNNING, started_at=started_at)
 
-    def finished(self, outcome: FinishedJob) -> "Job | None":
+    def finished(self, outcome: JobEnd) -> "Job | None":
         """This job, ended as `outcome` says and with its delivery pending, or None if it is in no state to end so."""
         may_end = self.status is JobStatus.RUNNING or (
             self.status is JobStatus.QUEUED and outcome.status is JobStatus.EXPIRED

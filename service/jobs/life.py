@@ -1,0 +1,332 @@
+"""The life of a job: what a new one is, how it ends, what follows an attempt to deliver its message.
+
+    queued ──► running ──► succeeded | failed | expired
+      │  ▲        │
+      │  └────────┤ after a crash, or to run again later
+      └───────────┴──► cancelled            (queued ──► expired; failed, after too many crashes)
+
+Beside its status a job has a delivery: `none` until it ends with a message to send, then `pending`, and at last
+`delivered` or `undelivered`; a replay makes an undelivered one pending again.
+
+Pure functions of values, used by every engine: none reads a clock, none changes a job. Those that change its state
+return a new job, or None where the job is in no state for that. Times are wall-clock Unix seconds.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import to_json, to_jsonable_python
+
+from modalkit.batching import DeadlineExceededError, Failure, Outcome, Priority
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
+from modalkit.service.backoff import backoff_with_jitter
+from modalkit.service.errors import OutputNotJsonError, ServiceError, describe_error
+from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobEnd, JobRetry, JobStatus, json_text
+from modalkit.service.outputs import output_json
+from modalkit.service.queue_backends import UndeliverableError
+
+LARGEST_RESULT_BYTES = 100 * 2**20
+"""Bytes of UTF-8 that the JSON of a result may have."""
+
+CRASHES_TOGETHER = 3
+"""Crashes of the process after which a quarantined job runs alone; before, it runs in a group, then a smaller one."""
+CRASHES_ALONE = 3
+"""Crashes of the process while a quarantined job runs alone after which the job has failed."""
+MAX_CRASHES = CRASHES_TOGETHER + CRASHES_ALONE
+SMALLER_GROUP_DIVISOR = 8
+TOO_MANY_CRASHES = (
+    f"the process died {CRASHES_ALONE} times while this job ran alone, so it is not run again; "
+    "if something else stopped the process, submit the job once more"
+)
+TOO_MANY_DELIVERY_CRASHES = (
+    f"the process died {CRASHES_ALONE} times while this message alone was being sent, so it is not sent again; "
+    "replay it once the queue backend no longer ends the process"
+)
+EXPIRES_IN_PASSED = "the job did not end within its expires_in"
+
+_REQUEST_FIELDS = ("model_name", "message_json", "success_queue", "failure_queue", "meta_json")
+_NAME_FIELDS = ("job_id", "model_name", "success_queue", "failure_queue", "idempotency_key")
+
+
+class JobTimeoutError(ServiceError):
+    """Raised for a job that runs longer than the timeout of its runner."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"the job did not finish within its timeout of {timeout_s:g} s")
+        self.timeout_s = timeout_s
+
+
+class ResultTooLargeError(ServiceError):
+    """Raised for a result that is too large to be stored."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__(f"the result has {size_bytes} bytes, more than the {LARGEST_RESULT_BYTES} that are stored")
+
+
+# Beginning.
+
+
+def new_job(
+    request: AsyncInputModel,
+    *,
+    job_id: str,
+    model_name: str,
+    message: BaseModel | Mapping[str, Any],
+    priority: Priority,
+    now: float,
+    delivers: bool,
+) -> Job:
+    """A queued job that asks for what `request` asks for.
+
+    `message` is the request's message: a validated item or, where it is validated elsewhere, a JSON object. Without
+    `delivers` the job names no queues. Raises `ValueError` for a name with unprintable characters, which not every
+    store and queue can keep, and for what cannot be written as JSON.
+    """
+    if isinstance(message, BaseModel):
+        values = message.model_dump(mode="json", by_alias=True, round_trip=True)
+    else:
+        values = to_jsonable_python(message, by_alias=True, round_trip=True)
+    job = Job(
+        job_id=job_id,
+        model_name=model_name,
+        message_json=json_text(values),
+        success_queue=request.success_queue if delivers else None,
+        failure_queue=request.failure_queue if delivers else None,
+        meta_json=json_text(request.meta),
+        priority=priority,
+        created_at=now,
+        expires_at=None if request.expires_in is None else now + request.expires_in,
+        idempotency_key=request.idempotency_key,
+    )
+    names = [getattr(job, name) or "" for name in _NAME_FIELDS]
+    if not "".join(names).isprintable():
+        for field, name in zip(_NAME_FIELDS, names, strict=True):
+            if not name.isprintable():
+                raise ValueError(f"{field} must not hold unprintable characters, got {name!r}; remove them")
+    return job
+
+
+def is_same_request(one: Job, other: Job) -> bool:
+    """Whether two jobs ask for the same, so that one of them may be a repetition of the other.
+
+    Priority and `expires_at` are not compared.
+    """
+    return all(getattr(one, name) == getattr(other, name) for name in _REQUEST_FIELDS)
+
+
+def request_digest(job: Job) -> str:
+    """A text that is equal for two jobs where `is_same_request` holds, and differs for others."""
+    return hashlib.sha256(to_json([getattr(job, name) for name in _REQUEST_FIELDS])).hexdigest()
+
+
+# Running.
+
+
+def start_job(job: Job, now: float) -> Job:
+    """This queued job, running. A job that runs again keeps the time of its first start."""
+    started_at = max(now, job.created_at) if job.started_at is None else job.started_at
+    return replace(job, status=JobStatus.RUNNING, started_at=started_at)
+
+
+def deadline_of(job: Job, *, timeout_s: float, now: float) -> float:
+    """When the job expires unless it has ended: `timeout_s` after its first start, or at its own `expires_at`."""
+    timeout_at = (now if job.started_at is None else job.started_at) + timeout_s
+    return timeout_at if job.expires_at is None else min(timeout_at, job.expires_at)
+
+
+def retry_of(
+    job: Job,
+    outcome: Outcome[InferenceOutputModel],
+    *,
+    max_attempts: int,
+    deadline: float,
+    now: float,
+    backoff_s: Callable[[int], float],
+) -> JobRetry | None:
+    """When a running job is to run again, or None if `outcome` ends it.
+
+    Only a systemic failure, for which the job is not to blame, is repeated: if it was not attempt number `max_attempts`
+    and the job does not expire, at `deadline`, before its next attempt.
+    """
+    attempt = job.attempts + 1
+    if not (isinstance(outcome, Failure) and outcome.is_systemic and attempt < max_attempts):
+        return None
+    retry_at = now + backoff_s(attempt)
+    if retry_at >= deadline:
+        return None
+    return JobRetry(job_id=job.job_id, retry_at=retry_at, error=describe_error(outcome.error))
+
+
+def requeue_job(job: Job, retry: JobRetry) -> Job | None:
+    """This running job, queued to run again later. It leaves the quarantine, because a run of it has ended."""
+    if job.status is not JobStatus.RUNNING:
+        return None
+    return replace(
+        job,
+        status=JobStatus.QUEUED,
+        attempts=job.attempts + 1,
+        retry_at=retry.retry_at,
+        error=retry.error,
+        crashes=0,
+    )
+
+
+# Ending.
+
+
+def end_of(job: Job, outcome: Outcome[InferenceOutputModel], now: float) -> JobEnd:
+    """How a job ends of which this is the outcome.
+
+    It has expired if the error is one of time (`JobTimeoutError`, `DeadlineExceededError`), and failed for any other
+    error, for a result that is no JSON and for one of more than `LARGEST_RESULT_BYTES`.
+    """
+    result = _result_of(outcome)
+    if isinstance(result, str):
+        return JobEnd(job_id=job.job_id, status=JobStatus.SUCCEEDED, result_json=result, finished_at=now)
+    if isinstance(result, JobTimeoutError | DeadlineExceededError):
+        is_past_own_time = job.expires_at is not None and job.expires_at <= now
+        error = EXPIRES_IN_PASSED if is_past_own_time else describe_error(result)
+        return JobEnd(job_id=job.job_id, status=JobStatus.EXPIRED, error=error, finished_at=now)
+    return JobEnd(job_id=job.job_id, status=JobStatus.FAILED, error=describe_error(result), finished_at=now)
+
+
+def _result_of(outcome: Outcome[InferenceOutputModel]) -> str | Exception:
+    """The result as JSON, or the error."""
+    if isinstance(outcome, Failure):
+        return outcome.error
+    try:
+        result = output_json(outcome.value)
+    except OutputNotJsonError as error:
+        return error
+    return result.decode() if len(result) <= LARGEST_RESULT_BYTES else ResultTooLargeError(len(result))
+
+
+def end_job(job: Job, end: JobEnd) -> Job | None:
+    """This job, ended, with its delivery pending where it names a queue for such an end.
+
+    Only a running job succeeds or fails; a queued one may expire too.
+    """
+    is_running = job.status is JobStatus.RUNNING
+    if not (is_running or (job.status is JobStatus.QUEUED and end.status is JobStatus.EXPIRED)):
+        return None
+    return _ended(job, end, attempts=job.attempts + is_running)
+
+
+def _ended(job: Job, end: JobEnd, *, attempts: int) -> Job:
+    queue = job.success_queue if end.status is JobStatus.SUCCEEDED else job.failure_queue
+    return replace(
+        job,
+        status=end.status,
+        result_json=end.result_json,
+        error=end.error,
+        finished_at=end.finished_at,
+        attempts=attempts,
+        retry_at=None,
+        delivery=DeliveryStatus.PENDING if queue else DeliveryStatus.NONE,
+    )
+
+
+def expire_job(job: Job, now: float) -> Job | None:
+    """This queued job, expired, if its `expires_at` has come."""
+    if job.status is not JobStatus.QUEUED or job.expires_at is None or job.expires_at > now:
+        return None
+    return end_job(job, JobEnd(job_id=job.job_id, status=JobStatus.EXPIRED, error=EXPIRES_IN_PASSED, finished_at=now))
+
+
+def cancel_job(job: Job, now: float) -> Job | None:
+    """This queued or running job, cancelled. No message is sent for it."""
+    if job.status.has_ended:
+        return None
+    return replace(job, status=JobStatus.CANCELLED, finished_at=now, retry_at=None)
+
+
+# Crashes.
+
+
+def quarantine_group_size(crashes: int, limit: int) -> int:
+    """How many quarantined jobs run together, or are sent together, after so many crashes of the process with them.
+
+    After the first crash `limit`, after the second an eighth of that, then one: so the one that kills the process is
+    found in few crashes, and the others run soon.
+    """
+    if crashes >= CRASHES_TOGETHER:
+        return 1
+    return limit if crashes <= 1 else max(1, limit // SMALLER_GROUP_DIVISOR)
+
+
+def has_crashed_too_often(crashes: int) -> bool:
+    """Whether a job, or a delivery, with which the process died so often is not tried again."""
+    return crashes >= MAX_CRASHES
+
+
+def recover_job(job: Job, now: float) -> Job | None:
+    """This running job after its process died: queued and quarantined, or failed after too many crashes."""
+    if job.status is not JobStatus.RUNNING:
+        return None
+    crashed = replace(job, crashes=job.crashes + 1)
+    if not has_crashed_too_often(crashed.crashes):
+        return replace(crashed, status=JobStatus.QUEUED)
+    failed = JobEnd(job_id=job.job_id, status=JobStatus.FAILED, error=TOO_MANY_CRASHES, finished_at=now)
+    return _ended(crashed, failed, attempts=job.attempts)  # a run that a crash cut short is no attempt
+
+
+def recover_delivery(job: Job) -> Job | None:
+    """This job after its process died during the delivery: quarantined, or undelivered after too many crashes."""
+    if job.delivery is not DeliveryStatus.PENDING:
+        return None
+    crashes = job.delivery_crashes + 1
+    if not has_crashed_too_often(crashes):
+        return replace(job, delivery_crashes=crashes)
+    return replace(
+        job, delivery=DeliveryStatus.UNDELIVERED, delivery_error=TOO_MANY_DELIVERY_CRASHES, delivery_crashes=0
+    )
+
+
+# Delivery.
+
+
+def after_delivery_attempt(
+    job: Job,
+    error: Exception | None,
+    *,
+    attempt: int,
+    max_attempts: int,
+    now: float,
+    is_last: bool = False,
+    backoff_s: Callable[[int], float] = backoff_with_jitter,
+) -> DeliveryRecord:
+    """What attempt number `attempt` to deliver means: delivered without an `error`, else due again or undelivered.
+
+    Undelivered is what failed for good (`UndeliverableError`), in attempt number `max_attempts`, or in an attempt that
+    `is_last` for another reason.
+    """
+    if error is None:
+        return DeliveryRecord(job_id=job.job_id, status=DeliveryStatus.DELIVERED, attempts=attempt)
+    text = describe_error(error)
+    if is_last or attempt >= max_attempts or isinstance(error, UndeliverableError):
+        return DeliveryRecord(job_id=job.job_id, status=DeliveryStatus.UNDELIVERED, attempts=attempt, error=text)
+    due_at = now + backoff_s(attempt)
+    return DeliveryRecord(job_id=job.job_id, status=DeliveryStatus.PENDING, attempts=attempt, error=text, due_at=due_at)
+
+
+def record_delivery(job: Job, record: DeliveryRecord) -> Job | None:
+    """This job after an attempt to deliver its message. It leaves the quarantine, because the attempt has ended."""
+    if job.delivery is not DeliveryStatus.PENDING:
+        return None
+    return replace(
+        job,
+        delivery=record.status,
+        delivery_attempts=record.attempts,
+        delivery_error=record.error,
+        delivery_crashes=0,
+    )
+
+
+def replay_delivery(job: Job) -> Job | None:
+    """This undelivered job, its delivery pending again with all its attempts."""
+    if job.delivery is not DeliveryStatus.UNDELIVERED:
+        return None
+    return replace(job, delivery=DeliveryStatus.PENDING, delivery_attempts=0)
