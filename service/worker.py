@@ -60,7 +60,8 @@ class InferenceWorker:
     Items are models of the kind that `input_model` says (by default the pipeline's own `input_model`), or mappings,
     which are validated: pydantic's `ValidationError` is raised before anything is queued. On entering, the pipeline's
     warm-up runs, and what its batches cost is read or measured, as the settings say; without `calibrate` it is not
-    measured, for uses too short to be worth it. `on_batch` is called in the event loop with the record of each batch.
+    measured, for uses too short to be worth it. `on_batch` is called in the event loop with the record of each batch,
+    and `on_failure` with what the pipeline raised for a batch or a part of it.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class InferenceWorker:
         jobs: JobManager | None = None,
         input_model: type[BaseModel] | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
         calibrate: bool = True,
     ) -> None:
         app_settings = AppSettings() if settings is None else settings.app_settings
@@ -89,7 +91,7 @@ class InferenceWorker:
             cost_model=self._costs.model,
             item_size=pipeline.item_size,
             batch_timeout_s=batch_config.batch_timeout_seconds,
-            is_too_large=is_too_large,
+            is_too_large=is_too_large if on_failure is None else _reporting(on_failure),
             on_batch=on_batch,
             name=self.model_name,
         )
@@ -241,6 +243,16 @@ class InferenceWorker:
             expires_at=None if request.expires_in is None else now + request.expires_in,
             idempotency_key=request.idempotency_key,
         )
+
+
+def _reporting(on_failure: Callable[[Exception], None]) -> Callable[[Exception], bool]:
+    """`is_too_large`, which the scheduler asks about each error of a batch, after a call of `on_failure`."""
+
+    def report(error: Exception) -> bool:
+        on_failure(error)
+        return is_too_large(error)
+
+    return report
 
 
 class _Engine:
