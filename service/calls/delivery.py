@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import anyio
 
+from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.jobs.delivery import log_failed_attempts
-from modalkit.service.jobs.life import after_delivery_attempt
+from modalkit.service.jobs.life import after_delivery_attempt, record_delivery
 from modalkit.service.jobs.messages import result_message, utc_timestamp
 from modalkit.service.jobs.model import DeliveryStatus, Job
 from modalkit.service.queue_backends import QueueBackend, QueueMessage
@@ -56,18 +56,14 @@ class CallDelivery:
                     max_attempts=self._max_attempts,
                     now=now,
                     is_last=is_last,
-                    backoff_s=lambda _, pause_s=pause_s: pause_s,
+                    backoff_s=self._backoff_s,
                 )
                 for index, error in zip(pending, errors, strict=True)
             ]
-            log_failed_attempts([(done[i].delivery_queue or "", record) for i, record in zip(pending, records, strict=True)])
+            queues = [done[index].delivery_queue or "" for index in pending]
+            log_failed_attempts(list(zip(queues, records, strict=True)))
             for index, record in zip(pending, records, strict=True):
-                done[index] = replace(
-                    done[index],
-                    delivery=record.status,
-                    delivery_attempts=record.attempts,
-                    delivery_error=record.error,
-                )
+                done[index] = record_delivery(done[index], record) or done[index]
             pending = [index for index in pending if done[index].delivery is DeliveryStatus.PENDING]
             if pending:
                 await anyio.sleep(pause_s)

@@ -21,7 +21,7 @@ class CallOptions:
     timeouts_s: Sequence[float | None] | None = None
     """Seconds that each entry has, from when the worker gets the call."""
     accepted_at: float | None = None
-    """When its jobs were accepted, in wall-clock Unix seconds; set for calls that a `CallQueue` keeps, and for no other."""
+    """When its jobs were accepted, in wall-clock Unix seconds; set in every call that a `CallQueue` keeps, and no other."""
     input_model: str | None = None
     """The class that messages are validated as, ``module:Class``, where it is not the one that the worker knows."""
 
@@ -60,9 +60,7 @@ class CallResult:
 class CallClient(Protocol):
     """Calls a worker and waits."""
 
-    async def call(
-        self, model_name: str, entries: Sequence[Any], options: CallOptions
-    ) -> Sequence[Mapping[str, Any]]:
+    async def call(self, model_name: str, entries: Sequence[Any], options: CallOptions) -> Sequence[Mapping[str, Any]]:
         """Run a list of entries by a worker of this model; returns an outcome for each, in their order.
 
         Raises `RemoteCallError` where no worker returned them, and `ContainerFaultError`.

@@ -1,7 +1,7 @@
 """An engine in this process, with faults that can be switched on: tests a program against what goes wrong elsewhere.
 
-It keeps what any engine promises: a kept call runs until it has returned, again and again where its worker is lost, so a
-job runs at least once. What travels is copied as JSON, both ways.
+It promises what any engine does: a kept call runs until it has returned, again and again where its worker is lost, so
+that a job runs at least once. What travels is copied as JSON, both ways.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The frontend's side of jobs: many share one call that a `CallQueue` keeps; each has its own id, end and cancellation."""
+"""The frontend's side of jobs: many share a call that a `CallQueue` keeps; each has its own id, end, cancellation."""
 
 import logging
 import time

@@ -77,7 +77,7 @@ class CallModel(AsyncContextManagerMixin):
             policy=call_policy(config),
             cost_model=COST_OF_A_CALL,
             max_in_flight=MAX_CALLS_IN_FLIGHT,
-            max_partial_in_flight=MAX_PARTIAL_CALLS_IN_FLIGHT,
+            eager_in_flight=MAX_PARTIAL_CALLS_IN_FLIGHT,
             name=f"calls of {name}",
         )
 

@@ -1,4 +1,4 @@
-"""The worker's side of calls: runs their entries, merged into batches by its worker, and returns an outcome for each."""
+"""The worker's side of calls: runs their entries in batches of its worker, and returns an outcome for each."""
 
 import logging
 import time
@@ -87,8 +87,8 @@ class _Item:
 class CallProcessor:
     """Runs calls by a worker, and has the results of jobs sent.
 
-    Without a `delivery` nothing is sent. `job_timeout_s` limits the run of a job. An engine runs a call that failed by a
-    `ContainerFaultError` so many `retries` again.
+    Without a `delivery` nothing is sent. `job_timeout_s` limits the run of a job. `retries` is how
+    often the engine runs a call again that failed by a `ContainerFaultError`.
     """
 
     def __init__(

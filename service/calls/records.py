@@ -31,9 +31,9 @@ class Reservation:
 class CallRecords:
     """Reads and writes the key-value store. Raises what the store raises.
 
-    Cancelling a job and closing its call are ordered by two writes and two reads. `cancel` writes its mark and then asks
-    whether the call is closed; `close` closes the call and then asks for marks. So a job that was cancelled before its
-    call was closed has no result sent, and no job is reported as cancelled after that.
+    Cancelling a job and closing its call are ordered by two writes and two reads. `cancel` writes its mark and then
+    asks whether the call is closed; `close` closes the call and then asks for marks. So a job that was cancelled before
+    its call was closed has no result sent, and no job is reported as cancelled after that.
     """
 
     def __init__(self, store: KeyValueStore, *, clock: Callable[[], float] = time.time) -> None:
@@ -98,7 +98,8 @@ class CallRecords:
 
     async def start_run(self, call_id: str, running: Sequence[int], crashes: dict[int, int]) -> None:
         """Keep which jobs of a call run from now on, and what `crashes` returned."""
-        await self._store.put(f"{call_id}/run", {"running": list(running), "crashes": [list(pair) for pair in crashes.items()]})
+        pairs = [[index, count] for index, count in crashes.items()]
+        await self._store.put(f"{call_id}/run", {"running": list(running), "crashes": pairs})
 
     async def count_fault(self, call_id: str) -> int:
         """Count a device that broke under a call; returns how many there were."""

@@ -281,7 +281,7 @@ class Deliverer:
         """Note how attempts went, all those together that came back meanwhile."""
         while records := await self._records.take():
             await self._note([record for _, record in records])
-            _log_failures([(_queue_of(job), record) for job, record in records])
+            log_failed_attempts([(_queue_of(job), record) for job, record in records])
             self.release(_queue_of(job) for job, _ in records)
             for job, _ in records:
                 self._count_bytes(job, -job.size_bytes)
@@ -298,7 +298,7 @@ class Deliverer:
                 await self._closing.wait()
 
 
-def _log_failures(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
+def log_failed_attempts(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
     """One line for each queue, not for each message: a queue that is down fails thousands."""
     failed = Counter((queue, record.status) for queue, record in records if record.error is not None)
     last = {(queue, record.status): record for queue, record in records}

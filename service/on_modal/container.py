@@ -18,7 +18,7 @@ from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
 from modalkit.service.calls.processor import Call, CallProcessor
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.errors import ContainerFaultError, RemoteCallError, ServiceError, describe_error
-from modalkit.service.garbage_collection import freeze_gc
+from modalkit.service.garbage_collection import spare_the_garbage_collector as freeze_gc
 from modalkit.service.gateway import Readiness
 from modalkit.service.jobs import MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
@@ -158,9 +158,7 @@ class Container:
         self.records = records or (CallRecords(MemoryKeyValueStore()) if modal.is_local() else open_records(config))
         self.queue_rules = QueueRules(app.queue_config.allowed_queues, backend)
         self._delivery = (
-            None
-            if responses is None
-            else CallDelivery(responses, max_attempts=app.async_config.max_delivery_attempts)
+            None if responses is None else CallDelivery(responses, max_attempts=app.async_config.max_delivery_attempts)
         )
 
     async def start(self) -> None:
