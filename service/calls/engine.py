@@ -21,7 +21,7 @@ class CallOptions:
     timeouts_s: Sequence[float | None] | None = None
     """Seconds that each entry has, from when the worker gets the call."""
     accepted_at: float | None = None
-    """When its jobs were accepted, in wall-clock Unix seconds; set in every call that a `CallQueue` keeps, and no other."""
+    """Wall-clock Unix seconds at which its jobs were accepted; set in calls that a `CallQueue` keeps, and no others."""
     input_model: str | None = None
     """The class that messages are validated as, ``module:Class``, where it is not the one that the worker knows."""
 
