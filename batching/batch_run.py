@@ -1,4 +1,4 @@
-"""Runs batches, finds the guilty items of those that fail, and gives every request its own outcome."""
+"""Runs batches, finds the failing items of those that fail, and gives each request its outcome."""
 
 import logging
 import traceback
@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 import anyio
 
 from modalkit.batching.errors import BatchingError, BatchTimeoutError, DeadlineExceededError
-from modalkit.batching.execution import BatchYieldedError, Executor, Progress
+from modalkit.batching.execution import BatchPreemptedError, Executor, Progress
 from modalkit.batching.group_testing import FailureHistory, GroupTest
 from modalkit.batching.pending import Pending
 from modalkit.batching.planner import BatchPlanner
@@ -23,15 +23,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-CALLER_GONE = Failure(BatchingError("its caller was cancelled"))
-"""The outcome of a request that nobody waits for any more."""
+CANCELLED = Failure(BatchingError("its caller was cancelled"))
+"""The outcome of a request whose caller no longer waits."""
 
 
 class BatchRunner(Generic[T, R]):
-    """Takes batches from the planner's decision to an outcome for each request, and records each batch.
+    """Runs a batch of the planner until each request has an outcome or is requeued, and records the batch.
 
-    A request of a failed batch that was not told apart from the guilty ones goes back to the planner's queue. An
-    exception that comes out of `run` is a bug, or one in a custom cost model: then requests may be without an outcome.
+    If `run` raises an exception, it is a bug or comes from a custom cost model. Then requests may have no outcome.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class BatchRunner(Generic[T, R]):
         self.telemetry = Telemetry()
         self.shares = StageShares()
         self.running: dict[int, Batch[Pending[T, R]]] = {}
-        """The batches that run now, by the id of each."""
+        """The batches that run now, by their `id()`."""
         self._planner = planner
         self._history = FailureHistory()
         self._is_too_large = is_too_large
@@ -56,114 +55,114 @@ class BatchRunner(Generic[T, R]):
     async def run(
         self, batch: Batch[Pending[T, R]], executor: Executor[T, R], progress: Progress | None = None
     ) -> None:
-        """Run a batch; with a `progress`, overlapping with others. One that yields to another is put back whole.
+        """Run a batch; with a `progress`, at the same time as others. A batch that is preempted is requeued whole.
 
-        When cancelled, its requests stay without an outcome, in `running`.
+        When cancelled, it leaves the batch in `running`, and its requests without an outcome.
         """
         self.running[id(batch)] = batch
         formed_s = self.now()
-        seconds, failed, put_back, has_yielded = None, 0, 0, False
+        seconds, failed, requeued, was_preempted = None, 0, 0, False
         wanted = [request for request in batch.requests if request.outcome is None]
         try:
             if wanted:
                 outputs, seconds = await executor.attempt([request.payload for request in wanted], progress)
-                if isinstance(outputs, BatchYieldedError):
-                    has_yielded = True
+                if isinstance(outputs, BatchPreemptedError):
+                    was_preempted = True
                 elif isinstance(outputs, Exception):
-                    failed, put_back = await self._find_guilty(wanted, executor, outputs)
+                    failed, requeued = await self._find_failing(wanted, executor, outputs)
                 else:
                     failed = self._succeed(wanted, outputs)
-                    self._history.passed(len(wanted))
+                    self._history.record_success(len(wanted))
         finally:
             if progress is not None:
                 progress.end()
             total_s = self.now() - formed_s
             if len(wanted) < len(batch.requests):
                 seconds = None
-            if has_yielded:
-                self._planner.batch_yielded(batch, [request for request in wanted if request.outcome is None])
+            if was_preempted:
+                self._planner.cancel_batch(batch, [request for request in wanted if request.outcome is None])
             else:
-                self._account_for(batch, total_s, seconds)
-        self._limit_counts()
-        self.running.pop(id(batch), None)  # gone already where the scheduler broke meanwhile
-        if has_yielded:
+                self._end_batch(batch, total_s, seconds)
+        self._planner.former.failure_limit = self._history.count_limit(self._planner.policy.max_batch_size)
+        self.running.pop(id(batch), None)  # it is already removed if the scheduler has broken meanwhile
+        if was_preempted:
             return
         if seconds is not None:
             self.shares.add(seconds)
         self._report(
             _record(
-                batch, formed_s, total_s, seconds, failed=failed, put_back=put_back, overlapped=progress is not None
+                batch, formed_s, total_s, seconds, failed=failed, requeued=requeued, overlapped=progress is not None
             )
         )
 
     def fail(self, request: Pending[T, R], failure: Failure) -> bool:
-        """Give a request an error, unless it has its outcome; returns whether it had none."""
+        """Give a request an error, if it has no outcome yet; returns whether it had none."""
         if request.outcome is not None:
-            return False  # its caller has gone
+            return False
         request.outcome = failure
-        if failure is CALLER_GONE:
+        if failure is CANCELLED:
             self.telemetry.cancelled += 1
         else:
-            self.telemetry.request_failed(failure)
-        request.waiter.one_done()
+            self.telemetry.count_failure(failure)
+        request.waiter.end_one()
         return True
 
     # A batch that failed.
 
-    async def _find_guilty(
+    async def _find_failing(
         self, wanted: list[Pending[T, R]], executor: Executor[T, R], error: Exception
     ) -> tuple[int, int]:
-        """Run parts of a batch that failed; returns how many requests got an error, and how many were put back."""
+        """Run parts of a batch that failed; returns how many requests got an error, and how many were requeued."""
         test, failed = GroupTest(wanted, self._history, self._is_wanted), 0
-        self._note_failure(test, wanted, error)
+        self._record_failure(test, wanted, error)
         while part := test.next_part():
             outputs, seconds = await executor.attempt([request.payload for request in part])
             if isinstance(outputs, Exception):
-                self._note_failure(test, part, outputs)
+                self._record_failure(test, part, outputs)
             else:
                 failed += self._succeed(part, outputs)
-                test.passed()
+                test.record_success()
                 if seconds is not None:
                     self._learn(part, seconds.total_s)
-        for request, own_error in test.guilty:
+        for request, own_error in test.failing:
             failed += self.fail(request, Failure(own_error, is_systemic=test.is_systemic))
-        for request in test.given_up:
+        for request in test.unresolved:
             failed += self.fail(request, Failure(error, is_systemic=True))
         if isinstance(error, BatchTimeoutError) and not any(
-            isinstance(own, BatchTimeoutError) for _, own in test.guilty
+            isinstance(own, BatchTimeoutError) for _, own in test.failing
         ):
-            self._planner.too_large([request.size for request in wanted])  # nothing hangs: they were too many
-        put_back = [request for request in test.untested if request.outcome is None]
-        self._planner.put_back(put_back)
-        return failed, len(put_back)
+            self._planner.record_too_large([request.size for request in wanted])  # no item hangs: they were too many
+        requeued = [request for request in test.untested if request.outcome is None]
+        self._planner.requeue(requeued)
+        return failed, len(requeued)
 
-    def _note_failure(self, test: GroupTest[Pending[T, R]], part: list[Pending[T, R]], error: Exception) -> None:
+    def _record_failure(self, test: GroupTest[Pending[T, R]], part: list[Pending[T, R]], error: Exception) -> None:
         if isinstance(error, BatchTimeoutError):
-            test.timed_out(error)
-        elif self._says_too_large(error):
-            self._planner.too_large([request.size for request in part])
+            test.record_timeout(error)
+        elif self._means_too_large(error):
+            self._planner.record_too_large([request.size for request in part])
             _clear_frames(error)
-            test.too_large(error)
+            test.record_too_large(error)
         else:
-            test.failed(error)
+            test.record_failure(error)
 
     def _is_wanted(self, request: Pending[T, R]) -> bool:
-        """Whether a request should still run; one whose deadline has passed gets that as its error."""
+        """Whether a request should still run. If its deadline has passed, it gets a `DeadlineExceededError`."""
         if request.outcome is None and request.deadline_s <= self.now():
             self.fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
         return request.outcome is None
 
-    def _says_too_large(self, error: Exception) -> bool:
+    def _means_too_large(self, error: Exception) -> bool:
         try:
             return self._is_too_large(error)
         except (Exception, SystemExit):
-            logger.exception("%s: is_too_large failed; the error counts as any other", self._name)
+            logger.exception("%s: is_too_large failed; the error is treated as any other error", self._name)
             return False
 
     # Outcomes.
 
     def _succeed(self, requests: list[Pending[T, R]], outputs: Sequence[R | Exception]) -> int:
-        """Hand out what a batch returned; returns how many of the outputs are errors."""
+        """Give the requests their outputs; returns how many of these are errors."""
         now, failed, latencies_s = self.now(), 0, []
         for request, output in zip(requests, outputs, strict=True):
             if isinstance(output, Exception):
@@ -171,15 +170,15 @@ class BatchRunner(Generic[T, R]):
             elif request.outcome is None:
                 request.outcome = Success(output)
                 latencies_s.append(now - request.arrival_s)
-                request.waiter.one_done()
-        self.telemetry.requests_succeeded(latencies_s)
+                request.waiter.end_one()
+        self.telemetry.count_successes(latencies_s)
         return failed
 
-    # What is learnt and told.
+    # Costs and records.
 
-    def _account_for(self, batch: Batch[Pending[T, R]], total_s: float, seconds: StageSeconds | None) -> None:
+    def _end_batch(self, batch: Batch[Pending[T, R]], total_s: float, seconds: StageSeconds | None) -> None:
         try:
-            self._planner.batch_finished(
+            self._planner.end_batch(
                 batch, total_s if seconds is None else seconds.total_s, succeeded=seconds is not None
             )
         except (Exception, SystemExit):
@@ -187,15 +186,12 @@ class BatchRunner(Generic[T, R]):
 
     def _learn(self, part: list[Pending[T, R]], elapsed_s: float) -> None:
         try:
-            self._planner.run_succeeded([request.size for request in part], elapsed_s)
+            self._planner.record_run([request.size for request in part], elapsed_s)
         except (Exception, SystemExit):
             logger.exception("%s: the cost model could not learn from a part of a batch", self._name)
 
-    def _limit_counts(self) -> None:
-        self._planner.former.count_limit = self._history.count_limit(self._planner.policy.max_batch_size)
-
     def _report(self, record: BatchRecord) -> None:
-        self.telemetry.batch_ran(record)
+        self.telemetry.count_batch(record)
         if self._on_batch is not None:
             try:
                 self._on_batch(record)
@@ -210,7 +206,7 @@ def _record(
     seconds: StageSeconds | None,
     *,
     failed: int,
-    put_back: int,
+    requeued: int,
     overlapped: bool,
 ) -> BatchRecord:
     stages = seconds or StageSeconds(0.0, 0.0, 0.0)
@@ -218,7 +214,7 @@ def _record(
     return BatchRecord(
         count=len(batch.requests),
         failed=failed,
-        put_back=put_back,
+        requeued=requeued,
         priority=batch.priority,
         reason=batch.reason,
         real_tokens=batch.total,
@@ -235,9 +231,9 @@ def _record(
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Empty the frames that an error and those behind it came through.
+    """Clear the stack frames of an error and of its causes.
 
-    They hold the tensors of the failed call: as long as they live, there is no room for a smaller batch either.
+    They hold the tensors of the failed call. As long as these exist, a smaller batch may not fit either.
     """
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]

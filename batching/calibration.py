@@ -1,4 +1,7 @@
-"""Measures what batches of a few shapes cost, in bounded time, to know before the first request comes."""
+"""Measures the seconds of a few shapes of batches, in limited time, before the first request comes.
+
+A *shape* is a number of requests and their size.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -7,20 +10,21 @@ from statistics import median_low
 from time import perf_counter
 from typing import Generic, TypeVar
 
+from modalkit.batching.errors import number_text
 from modalkit.batching.request import LARGEST_SIZE
 
 T = TypeVar("T")
 
 SMALLEST_SIZE = 8
-LARGEST_ASKED_FOR = 2**16
-LARGEST_SIZE_STEP = 16  # from the largest measured size, if there is any so near: time may grow faster than the size
-EXTREME_SHARE = 0.5  # of the time left, at most, for one of the shapes that say most, before all others
+LARGEST_SAMPLE_SIZE = 2**16
+MAX_SIZE_STEP = 16  # times the largest measured size, for the next one: the time may grow faster than the size
+EXTREME_SHARE = 0.5  # of the time left, at most, for one of the most informative shapes, which come first
 CHEAP_SHARE = 0.25  # of the time left, at most, for one of the others, before those that take longer
-SECOND_RUN_SHARE = 0.125  # of the time left, at most, to run a shape again
+SECOND_RUN_SHARE = 0.125  # of the time left, at most, for the second run of a shape
 MORE_RUNS_SHARE = 0.02  # of the time left, at most, for all further runs of a shape
-TOLERANCE = 0.1  # of `max_s`: the prediction of an end is no more exact than that
+TOLERANCE = 0.1  # of `max_s`: predictions are not more precise than that
 SHORTEST_S = 1e-9
-DISTURBED = 1.5  # times what a larger batch took
+DISTURBED_FACTOR = 1.5  # a shape that took this many times as long as a larger one was disturbed
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +38,10 @@ class Measurement:
 
 
 def undisturbed(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """The measurements in the same order, those that something disturbed with the seconds that they take at most.
+    """The measurements in the same order; disturbed ones get the seconds of the fastest shape that is not smaller.
 
-    A batch takes no longer than one of as many requests or more, as large or larger: where it took more than one and a
-    half times as long, another process had the device, or it was the first of its kind.
+    A batch takes no longer than a batch of at least as many requests of at least this size. If it took more than one
+    and a half times as long, it was disturbed: another process used the device, or it was the first run of its kind.
     """
 
     def corrected(shape: Measurement) -> Measurement:
@@ -46,14 +50,14 @@ def undisturbed(measurements: Sequence[Measurement]) -> list[Measurement]:
             for other in measurements
             if shape.count <= other.count and shape.longest <= other.longest and shape.total <= other.total
         )
-        return replace(shape, seconds=longest_s) if shape.seconds > DISTURBED * longest_s else shape
+        return replace(shape, seconds=longest_s) if shape.seconds > DISTURBED_FACTOR * longest_s else shape
 
     return [corrected(shape) for shape in measurements]
 
 
 @dataclass(frozen=True, slots=True)
 class SizeFailure:
-    """Requests of `size` failed though smaller ones ran, so none of that size or a larger one is measured."""
+    """A request of `size` failed though smaller ones ran, so no such size or larger one is measured."""
 
     size: int
     error: Exception
@@ -63,9 +67,9 @@ class SizeFailure:
 class _Shape:
     count: int
     asked: int
-    """The size that is asked for."""
+    """The size that `sample_items` is called with."""
     size: int
-    """The size that an item then has."""
+    """The size that such an item then has."""
 
     @property
     def tokens(self) -> int:
@@ -79,15 +83,16 @@ class _Shape:
 class Calibration(Generic[T]):
     """How to measure a pipeline.
 
-    `run` runs a batch and `sample_items(n, size)` makes up one; `item_size` says how large an item really became.
-    Counts grow by the factor `step` up to `max_count`; sizes are `sizes`, or grow by `step` for as long as asking for
-    more makes larger items; count times size keeps `max_tokens`. After one small request come the shapes that say most:
-    the largest count of it, then the largest size alone, then the others, fewest tokens first.
+    `run` runs a batch, `sample_items(n, size)` makes one, and `item_size` gives the size that an item really has.
+    Counts grow by the factor `step` up to `max_count`. Sizes are `sizes`, or grow by `step` as long as `sample_items`
+    makes larger items. Count times size is at most `max_tokens`. One small request is measured first, then the most
+    informative shapes: the largest count of this size, then the largest size alone. The others follow, fewest tokens
+    first.
 
-    No shape is begun that is expected to end more than `max_s` seconds (and a tenth) after the start. The expectation
-    follows from what ran: in proportion to the tokens at most, less where a fixed cost has shown, more where the time
-    has grown faster than the tokens. A shape is run up to `rounds` times, and the lower median counts, so that with two
-    rounds the first is but a warm-up; a batch that takes much of the time left is run once. `clock` returns seconds.
+    No shape is started that is expected to end later than `max_s` seconds (and a tenth) after the start. The expected
+    time follows from the shapes that ran: in proportion to the tokens, less if a fixed cost was seen, and more if the
+    time grew faster than the tokens. A shape runs up to `rounds` times, and the lower median counts; so with two rounds
+    the first one is only a warm-up. A shape that takes much of the time left runs once. `clock` returns seconds.
     """
 
     run: Callable[[list[T]], object]
@@ -103,21 +108,21 @@ class Calibration(Generic[T]):
     clock: Callable[[], float] = perf_counter
 
     is_complete: bool = field(default=False, init=False)
-    """Whether no shape was left out for lack of time; known once `measure` has ended."""
+    """Whether no shape was left out for lack of time; set when `measure` has ended."""
     too_large_tokens: int | None = field(default=None, init=False)
-    """Tokens of the smallest batch that was out of memory; larger ones are left out."""
+    """Tokens of the smallest batch that did not fit into memory; larger ones are left out."""
     failure: SizeFailure | None = field(default=None, init=False)
-    """The smallest size of which a lone request failed; it and larger ones are left out."""
+    """The smallest size at which a lone request failed; it and larger sizes are left out."""
     _known: "_KnownShapes" = field(init=False, repr=False)
     _deadline_s: float = field(default=0.0, init=False, repr=False)
     _first_run_extras_s: list[float] = field(default_factory=list, init=False, repr=False)
 
     def measure(self) -> Iterator[Measurement]:
-        """Run the shapes; nothing where the pipeline cannot make up items.
+        """Run the shapes and yield each measurement; none if the pipeline makes no sample items.
 
-        Raises what `run`, `sample_items` and `item_size` raise for the smallest request, or for several where one
-        ran (out of memory excepted), and `ValueError` for another number of items than were asked for, or a size out
-        of range.
+        Raises what `run`, `sample_items` and `item_size` raise for the smallest request, or for several requests of a
+        size of which one ran (except out of memory). Raises `ValueError` for a wrong number of sample items, or a size
+        out of range.
         """
         self._deadline_s = self.clock() + (1 + TOLERANCE) * self.max_s
         self._known = _KnownShapes()
@@ -144,7 +149,7 @@ class Calibration(Generic[T]):
     # Which shape is next.
 
     def _next(self, shapes: Sequence[_Shape]) -> _Shape | None:
-        """The one that says most, as long as it leaves time for others; at last whatever is expected to end in time."""
+        """The most informative shape that leaves time for others, else any that should end in time, else None."""
         left_s = self._deadline_s - self.clock()
         if left_s < 0:
             return None
@@ -152,12 +157,12 @@ class Calibration(Generic[T]):
             return shapes[0]
         known_size = self._known.largest_size
         next_size = min((shape.size for shape in shapes if shape.size > known_size), default=known_size)
-        largest_size = max(LARGEST_SIZE_STEP * known_size, next_size)
+        largest_size = max(MAX_SIZE_STEP * known_size, next_size)
         reachable = [shape for shape in shapes if shape.size <= largest_size]
         extremes = self._extremes(reachable)
         if self._known.largest_count == 1 < self.max_count:
             first = self._known.smallest
-            # Where no larger count fits, two requests tell whether it is a fixed cost that takes so long.
+            # If no larger count fits, two requests show whether most of the time is a fixed cost.
             reachable.append(_Shape(2, first.asked, first.size))
         extra_s = self._first_run_extra_s()
         for candidates, share in ((extremes, EXTREME_SHARE), (reachable, CHEAP_SHARE), ([*extremes, *reachable], 1.0)):
@@ -167,7 +172,7 @@ class Calibration(Generic[T]):
         return None
 
     def _extremes(self, shapes: Sequence[_Shape]) -> list[_Shape]:
-        """Larger counts of the smallest size than were measured, then larger sizes alone, the largest first each."""
+        """Counts of the smallest size above those measured, then larger sizes alone; of both, the largest first."""
         smallest = self._known.smallest.size
         counts = [shape for shape in shapes if shape.size == smallest and shape.count > self._known.largest_count]
         sizes = [shape for shape in shapes if shape.count == 1 and shape.size > self._known.largest_size]
@@ -177,7 +182,7 @@ class Calibration(Generic[T]):
         return self.max_tokens is None or shape.tokens <= self.max_tokens
 
     def _without(self, failed: _Shape, error: Exception, shapes: list[_Shape]) -> list[_Shape]:
-        """The shapes that are left when `failed` has; raises `error` where it is not the size that is to blame."""
+        """The shapes that are left after `failed` has failed; raises `error` if its size is not the cause."""
         if failed.count > 1 and self.is_too_large(error):
             self.too_large_tokens = failed.tokens
             return [shape for shape in shapes if shape.tokens < failed.tokens]
@@ -186,7 +191,7 @@ class Calibration(Generic[T]):
         self.failure = SizeFailure(failed.size, error)
         return [shape for shape in shapes if shape.size < failed.size]
 
-    # What there is to measure.
+    # Which shapes there are.
 
     def _shapes(self) -> list[_Shape]:
         """All shapes, fewest tokens first."""
@@ -195,9 +200,9 @@ class Calibration(Generic[T]):
         return sorted(filter(self._is_allowed, shapes), key=lambda shape: shape.tokens)
 
     def _sizes(self) -> list[tuple[int, int]]:
-        """Sizes to ask for, each with what comes of it, up to where asking for more does not make items larger."""
+        """Sizes for `sample_items`, each with the size of the item that it makes, as long as items become larger."""
         sizes: list[tuple[int, int]] = []
-        for asked in self.sizes or _powers(SMALLEST_SIZE, self.step, LARGEST_ASKED_FOR):
+        for asked in self.sizes or _powers(SMALLEST_SIZE, self.step, LARGEST_SAMPLE_SIZE):
             try:
                 items = self.sample_items(1, asked)
                 size = self._size(items[0]) if items else 0
@@ -216,8 +221,7 @@ class Calibration(Generic[T]):
     def _size(self, item: T) -> int:
         size = math.ceil(self.item_size(item))
         if not 1 <= size <= LARGEST_SIZE:
-            told = size if size.bit_length() <= 64 else f"a number of {size.bit_length()} bits"
-            raise ValueError(f"item_size returned {told}, which must be from 1 to {LARGEST_SIZE}")
+            raise ValueError(f"item_size returned {number_text(size)}, which must be from 1 to {LARGEST_SIZE}")
         return size
 
     def _samples(self, shape: _Shape) -> list[T]:
@@ -242,18 +246,18 @@ class Calibration(Generic[T]):
         return median_low(runs_s)
 
     def _first_run_extra_s(self) -> float:
-        """What a first run takes beside a second one: much where something is compiled for each shape."""
+        """Seconds that a first run takes more than a second one: many if something is compiled for each shape."""
         return min(self._first_run_extras_s, default=0.0)
 
     def _timed(self, items: list[T]) -> float:
-        given = list(items)  # what it does to the list stays there
+        given = list(items)  # `run` may change its list
         started_s = self.clock()
         self.run(given)
         return self.clock() - started_s
 
 
 class _KnownShapes:
-    """What measured shapes took, and what others are expected to take: too much rather than too little."""
+    """The seconds of measured shapes, and the expected seconds of others, rather too many than too few."""
 
     def __init__(self) -> None:
         self._seconds: dict[_Shape, float] = {}
@@ -261,8 +265,8 @@ class _KnownShapes:
         """Of the smallest size."""
         self.largest_size = 0
         """Of a lone request."""
-        # How the time grew with the tokens, at worst, from a shape to one with as many or more requests, as large or
-        # larger: in seconds a token, and as an exponent.
+        # The fastest growth of the time with the tokens, between two shapes of which one has at least the count and the
+        # size of the other: in seconds per token, and as an exponent.
         self._slope_s: float | None = None
         self._exponent = 1.0
 
@@ -274,7 +278,7 @@ class _KnownShapes:
         return next(iter(self._seconds))
 
     def add(self, shape: _Shape, seconds: float) -> None:
-        """Take note that `shape` took `seconds`."""
+        """Record that `shape` took `seconds`."""
         seconds = max(seconds, SHORTEST_S)
         for known, known_s in self._seconds.items():
             if known.is_within(shape):
@@ -298,7 +302,7 @@ class _KnownShapes:
         return min(bounds_s + [seconds for known, seconds in self._seconds.items() if shape.is_within(known)])
 
     def _note_growth(self, small: _Shape, small_s: float, large: _Shape, large_s: float) -> None:
-        if large.tokens >= 2 * small.tokens:  # between closer ones it would be mostly noise
+        if large.tokens >= 2 * small.tokens:  # between closer shapes it would be mostly noise
             self._slope_s = max(self._slope_s or 0.0, (large_s - small_s) / (large.tokens - small.tokens))
             exponent = math.log(large_s / small_s) / math.log(large.tokens / small.tokens)
             self._exponent = min(2.0, max(self._exponent, exponent))

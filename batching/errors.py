@@ -6,7 +6,7 @@ class BatchingError(Exception):
 
 
 class QueueFullError(BatchingError):
-    """Raised when a request is refused because the queue has no room for it; the caller may try again later."""
+    """Raised when a request is refused because the queue has no room for it. The caller may try again later."""
 
     def __init__(self, depth: int, limit: int, added: int = 1) -> None:
         super().__init__(
@@ -19,12 +19,12 @@ class QueueFullError(BatchingError):
 
     @property
     def is_permanent(self) -> bool:
-        """Whether even an empty queue would have no room for so many requests at once."""
+        """Whether even an empty queue has no room for so many requests at once."""
         return self.added > self.limit
 
 
 class RequestTooLargeError(BatchingError):
-    """Raised when a request alone exceeds the token budget of a batch, so that it could never run."""
+    """Raised when a request alone exceeds `max_batch_tokens`, so that it could never run."""
 
     def __init__(self, size: int, limit: int) -> None:
         super().__init__(
@@ -35,7 +35,7 @@ class RequestTooLargeError(BatchingError):
 
 
 class DeadlineExceededError(BatchingError):
-    """Raised when a request's time ran out before its result was there."""
+    """Raised when a request's deadline passed before it had a result."""
 
     def __init__(self, timeout_s: float) -> None:
         super().__init__(f"no result within {timeout_s:g} s; allow more time, or send less at once")
@@ -43,11 +43,11 @@ class DeadlineExceededError(BatchingError):
 
 
 class SchedulerClosedError(BatchingError):
-    """Raised when a request comes after the scheduler began to close, or was still unfinished when it was aborted."""
+    """Raised for a request that arrives after the scheduler began to close, or has not finished when it is aborted."""
 
 
 class BatchTimeoutError(BatchingError):
-    """Raised for a request that ran alone for longer than the batch timeout, or was given up after others that did."""
+    """Raised for a request that took longer than the batch timeout alone, or was given up after others that did."""
 
     def __init__(self, timeout_s: float, count: int) -> None:
         super().__init__(f"a batch of {count} did not finish within the batch timeout of {timeout_s:g} s")
@@ -73,9 +73,14 @@ class InputsMovedError(BatchingError):
 
 
 def text_of(error: BaseException) -> str:
-    """The class and the message of an error. Never raises, whatever the error's ``__str__`` does."""
+    """The class and the message of an error. It never raises, even if the error's ``__str__`` does."""
     try:
         text = str(error)
-    except BaseException:  # noqa: BLE001  # the error of a user's own class, whose __str__ may do anything
+    except BaseException:  # noqa: BLE001  # __str__ of a user's class may raise anything
         text = "(its message cannot be shown: __str__ raises)"
     return f"{type(error).__name__}: {text}"
+
+
+def number_text(number: int) -> str:
+    """A number for a message; if it is very long, only how many bits it has."""
+    return f"{number}" if number.bit_length() <= 64 else f"a number of {number.bit_length()} bits"

@@ -1,4 +1,4 @@
-"""Runs batches on behalf of the scheduler: in threads, within the time limit, with stages that may overlap."""
+"""Runs batches for the scheduler: in threads, within the time limit, with stages that may overlap."""
 
 import inspect
 import logging
@@ -28,47 +28,48 @@ R = TypeVar("R")
 S = TypeVar("S")
 
 
-class BatchYieldedError(Exception):
-    """Raised for an overlapped batch that has not been predicted, because another one is to go first."""
+class BatchPreemptedError(Exception):
+    """Raised for an overlapped batch before its second stage, because another batch should run first."""
 
 
 class Progress:
-    """How far an overlapped batch has come; where `yields` says so before it is predicted, it comes no further."""
+    """How far an overlapped batch has come. If `should_preempt` is true before its second stage, it is preempted."""
 
-    def __init__(self, yields: Callable[[], bool] = lambda: False) -> None:
-        self.yields = yields
+    def __init__(self, should_preempt: Callable[[], bool] = lambda: False) -> None:
+        self.should_preempt = should_preempt
         self.predict_started = anyio.Event()
         self.predict_ended = anyio.Event()
 
     def end(self) -> None:
-        """It will come no further, whether it succeeded or not."""
+        """Record that the batch has ended, successfully or not."""
         self.predict_started.set()
         self.predict_ended.set()
 
 
 class Executor(Generic[T, R]):
-    """Runs one batch at a time, or the stages of neighbours at the same time.
+    """Runs one batch at a time, or different stages of consecutive batches at the same time.
 
-    Synchronous functions run in a thread of its own, the first and last stages of overlapped batches in a second one. A
-    call raises whatever the function raised (a `RuntimeError` for what is no `Exception`, such as `SystemExit`),
-    `BatchTimeoutError` when its stages took longer than `timeout_s` together, and `OutputCountError` for anything but
-    one output for each payload. Cancelling a call abandons a function that runs in a thread; the next call gets a new
-    thread.
+    Synchronous functions run in the executor's thread; the first and last stages of overlapped batches run in a second
+    one. A call raises what the function raised (`RuntimeError` for an error that is no `Exception`, such as
+    `SystemExit`), `BatchTimeoutError` if its stages took longer than `timeout_s` together, and `OutputCountError` if
+    there is not exactly one output for each payload. When a call is cancelled, its function is abandoned in its thread,
+    and the next call gets a new thread.
 
-    Each stage gets a list of its own, so that what it does to it changes nothing for the next one. Where it removes
-    payloads or changes their order, a batch of several fails with `InputsMovedError`: which output is whose is unknown.
+    Each stage gets its own copy of the list, so that a stage cannot change the list of the next one. If a stage removes
+    payloads or changes their order, a batch of several fails with `InputsMovedError`, because it is unknown which
+    output belongs to which payload.
     """
 
     def __init__(self, run_batch: RunBatch[T, R], timeout_s: float, name: str) -> None:
         self._stages = run_batch if isinstance(run_batch, Stages) else None
         self._function = None if isinstance(run_batch, Stages) else run_batch
         self.is_async = inspect.iscoroutinefunction(run_batch) or inspect.iscoroutinefunction(
-            getattr(run_batch, "__call__", None)  # noqa: B004  # not whether it can be called, but how
+            getattr(run_batch, "__call__", None)  # noqa: B004  # the method itself is needed, not whether there is one
         )
         self._timeout_s = timeout_s
         self._main = DedicatedThread(name)
         self._side = DedicatedThread(f"{name} stages")
-        # Only overlapped batches ever wait for these. They are fair: whoever asks first goes first.
+        # Only overlapped batches ever wait for these locks. They are fair: first come, first served.
         self._main_lock = anyio.Lock(fast_acquire=True)
         self._side_lock = anyio.Lock(fast_acquire=True)
         self._is_closed = False
@@ -80,22 +81,22 @@ class Executor(Generic[T, R]):
 
     @property
     def is_busy(self) -> bool:
-        """Whether a batch is running, or waiting to run."""
+        """Whether a batch runs, or waits to run."""
         return self._main_lock.locked() or self._side_lock.locked()
 
     @property
     def stuck_threads(self) -> int:
-        """How many calls ran past the time limit and have still not come back."""
+        """How many calls ran past the time limit and have not returned."""
         return self._main.stuck + self._side.stuck
 
     def close(self) -> None:
-        """Let the threads end after their current calls."""
+        """End the threads after their current calls."""
         self._is_closed = True
         self._main.close()
         self._side.close()
 
     async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None) -> S:
-        """Run a function where batches run, while none of them is in any stage."""
+        """Run a function in the main thread, while no batch is in any stage."""
         async with self._side_lock, self._main_lock:
             if self._is_closed:
                 raise SchedulerClosedError("the scheduler closed before this function could run")
@@ -107,13 +108,13 @@ class Executor(Generic[T, R]):
     ) -> tuple[Sequence[R | Exception], StageSeconds]:
         """Run a batch, all its stages in one visit to the thread.
 
-        With a `progress`, run it stage by stage, each as soon as the batch before has left it; then only the time in
-        the stages counts for the time limit, not what is spent waiting for other batches.
+        With a `progress`, each stage runs as soon as the batch before has left it. Then only the time in the stages
+        counts towards the time limit, not the time that the batch waits for other batches.
         """
         if progress is not None and self._stages is not None:
             outputs, seconds = await self._run_overlapped(payloads, self._stages, progress)
         elif self._stages is not None:
-            async with self._side_lock:  # all stages run in one piece, so no other batch may be in any of them
+            async with self._side_lock:  # all stages run at once, so no other batch may be in any of them
                 outputs, seconds = await self._run_in_time(payloads)
         else:
             outputs, seconds = await self._run_in_time(payloads)
@@ -122,13 +123,13 @@ class Executor(Generic[T, R]):
     async def attempt(
         self, payloads: list[T], progress: "Progress | None" = None
     ) -> tuple[Sequence[R | Exception] | Exception, StageSeconds | None]:
-        """Run a batch and return the error, if any, in place of the outputs.
+        """Run a batch; return the error, if any, in place of the outputs.
 
-        Like this no frame in the error's traceback holds the requests that will hold the error.
+        So no frame of the error's traceback refers to the requests that will refer to the error.
         """
         try:
             return await self.run(payloads, progress)
-        except Exception as error:  # noqa: BLE001  # user code may raise anything; it becomes the items' error
+        except Exception as error:  # noqa: BLE001  # user code may raise anything; the items get it as their error
             return error, None
         except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
             exit_error = RuntimeError(f"the batch raised {text_of(error)}")
@@ -153,8 +154,8 @@ class Executor(Generic[T, R]):
             )
         left_s -= preprocess_s
         async with self._main_lock:
-            if progress.yields():
-                raise BatchYieldedError
+            if progress.should_preempt():
+                raise BatchPreemptedError
             progress.predict_started.set()
             raw, predict_s = await self._timed(
                 self._main, lambda: _on_copy(stages.predict, payloads, prepared), left_s, count
@@ -173,10 +174,10 @@ class Executor(Generic[T, R]):
             stages = self._stages
             return await self._main.run(lambda: _all_stages(stages, payloads))
         if self.is_async:
-            started_s = perf_counter()  # the event loop's own clock may tell but milliseconds
+            started_s = perf_counter()  # the event loop's clock may have a resolution of milliseconds only
             given = list(payloads)
             outputs = await without_foreign_cancellation(cast("Awaitable[Any]", cast("Any", self._function)(given)))
-            _ensure_places(payloads, given)
+            _ensure_order(payloads, given)
             return outputs, StageSeconds(0.0, perf_counter() - started_s, 0.0)
         function = cast("Callable[[list[T]], Any]", self._function)
         outputs, seconds = await self._main.run(lambda: _timed_call(lambda: _on_copy(function, payloads)))
@@ -193,7 +194,7 @@ class Executor(Generic[T, R]):
 def run_checked(run_batch: RunBatch[T, R], payloads: list[T]) -> Sequence[R | Exception]:
     """Run a synchronous batch in this thread, outside any scheduler.
 
-    Raises what it raises, and `InputsMovedError` and `OutputCountError` as an `Executor` does.
+    Raises what the batch raises, and `InputsMovedError` and `OutputCountError` as `Executor` does.
     """
     if isinstance(run_batch, Stages):
         outputs, _ = _all_stages(run_batch, payloads)
@@ -212,19 +213,19 @@ def _all_stages(stages: Stages[T, R], payloads: list[T]) -> tuple[Any, StageSeco
 def _on_copy(stage: Callable[..., S], payloads: list[T], *more: Any) -> S:
     given = list(payloads)
     result = stage(given, *more)
-    _ensure_places(payloads, given)
+    _ensure_order(payloads, given)
     return result
 
 
-def _ensure_places(payloads: list[T], given: list[T]) -> None:
-    """Raise `InputsMovedError` unless each payload is in its place of the list, or replaced there.
+def _ensure_order(payloads: list[T], given: list[T]) -> None:
+    """Raise `InputsMovedError` unless each payload is still at its index of the list, or was replaced there.
 
-    Of a single one there is nothing to mix up.
+    A list of one payload is always accepted.
     """
     if len(payloads) == 1 or (len(given) == len(payloads) and all(map(is_, given, payloads))):
         return
     known = set(map(id, payloads))
-    kept = zip(given, payloads, strict=False)  # what is appended, to fill a batch up, moves no other
+    kept = zip(given, payloads, strict=False)  # appended items, such as padding of the batch, move no other
     if len(given) < len(payloads) or any(found is not sent and id(found) in known for found, sent in kept):
         logger.warning("A batch runs one by one: run_batch, or a stage, removed inputs from its list or moved them")
         raise InputsMovedError
@@ -239,7 +240,7 @@ def _timed_call(function: Callable[[], S]) -> tuple[S, float]:
 def _checked(outputs: Any, count: int) -> list[Any]:
     if not isinstance(outputs, Sequence) or isinstance(outputs, str | bytes):
         raise OutputCountError(count, f"{type(outputs).__name__}")
-    listed = list(outputs)  # a sequence of the user's own may be lazy, or lie about its length: this one does neither
+    listed = list(outputs)  # a user's sequence may be lazy or report a wrong length
     if len(listed) != count:
         raise OutputCountError(count, f"{len(listed)}")
     return listed

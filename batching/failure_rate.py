@@ -1,11 +1,11 @@
-"""Estimates which share of the items makes a batch fail, from which batches and parts of batches did."""
+"""Estimates which share of the items is failing, from the batches and parts of batches that failed or succeeded."""
 
 import math
 from collections.abc import Callable
 
 SHARES = tuple(math.exp(math.log(0.95 * 4096) * step / 15) / 4096 for step in range(16))
-FORGETTING = 0.001  # the weight of the prior that each run mixes in: some ten successes in a row outweigh any past
-ENOUGH = 0.5  # the probability to succeed of the largest group that is worth a run: then a run tells the most
+PRIOR_WEIGHT = 0.001  # of the prior, mixed in at each run: about ten successes in a row outweigh any past
+MIN_SUCCESS_PROBABILITY = 0.5  # of the largest group that is worth a run: a run then gives the most information
 
 
 def _normalized(weights: list[float]) -> tuple[float, ...]:
@@ -18,14 +18,17 @@ def _mean(weights: tuple[float, ...]) -> float:
 
 
 _PRIOR = _normalized([1 / math.sqrt(share) for share in SHARES])
-REST_AT = _mean(_PRIOR) / 4  # the expected share below which the belief returns to the prior
+REST_SHARE = _mean(_PRIOR) / 4  # the expected share below which the belief returns to the prior
 
 
 class FailureRate:
-    """A Bayesian estimate of the share of guilty items, as if each were guilty independently of the others.
+    """A Bayesian estimate of the share of failing items, as if items failed independently of each other.
 
     The belief is a weight for each of 16 shares from 1/4096 to 0.95. At first, and again once failures are rare, it is
-    at rest: small shares are likely, groups may be of any size, and a success costs no computation.
+    at rest: then small shares are likely, groups may have any size, and a success costs no computation.
+
+    A *failing group* is a group of items of which at least one is failing. `group_count` is the number of items in the
+    failing group that a run took its items from, 0 if they came from none.
     """
 
     def __init__(self) -> None:
@@ -33,47 +36,47 @@ class FailureRate:
 
     @property
     def is_at_rest(self) -> bool:
-        """Whether nothing speaks against full batches."""
+        """Whether nothing suggests smaller batches."""
         return self._weights is _PRIOR
 
     @property
     def share(self) -> float:
-        """The expected share of guilty items."""
+        """The expected share of failing items."""
         return _mean(self._weights)
 
     @property
     def belief(self) -> tuple[float, ...]:
-        """What is known now; give it to `restore` to forget what came later."""
+        """The present belief; give it to `restore` to forget what was learnt later."""
         return self._weights
 
     def restore(self, belief: tuple[float, ...]) -> None:
         """Go back to an earlier `belief`."""
         self._weights = belief
 
-    def passed(self, count: int, suspects: int = 0) -> None:
-        """Learn that `count` items ran without an error; of so many `suspects`, one at least of which was guilty."""
-        if self._weights is _PRIOR and not suspects:
+    def record_success(self, count: int, group_count: int = 0) -> None:
+        """Learn that `count` items ran without an error."""
+        if self._weights is _PRIOR and not group_count:
             return
-        if suspects:
-            self._learn(lambda q: (math.pow(q, count) - math.pow(q, suspects)) / (1 - math.pow(q, suspects)))
+        if group_count:
+            self._learn(lambda q: (math.pow(q, count) - math.pow(q, group_count)) / (1 - math.pow(q, group_count)))
         else:
             self._learn(lambda q: math.pow(q, count))
-        if self.share <= REST_AT:
+        if self.share <= REST_SHARE:
             self._weights = _PRIOR
 
-    def failed(self, count: int, suspects: int = 0) -> None:
-        """Learn that a run of `count` items failed; of so many `suspects`, one at least of which was guilty."""
-        if suspects:
-            self._learn(lambda q: (1 - math.pow(q, count)) / (1 - math.pow(q, suspects)))
+    def record_failure(self, count: int, group_count: int = 0) -> None:
+        """Learn that a run of `count` items failed."""
+        if group_count:
+            self._learn(lambda q: (1 - math.pow(q, count)) / (1 - math.pow(q, group_count)))
         else:
             self._learn(lambda q: 1 - math.pow(q, count))
 
-    def group_size(self, most: int) -> int:
-        """The largest number of items, up to `most`, that are as likely as not to run without an error; at least 1."""
-        low, high = 1, most
+    def group_size(self, limit: int) -> int:
+        """The largest number of items, from 1 to `limit`, that succeeds together with a probability of a half."""
+        low, high = 1, limit
         while low < high:
             middle = (low + high + 1) // 2
-            if self._success_probability(middle) >= ENOUGH:
+            if self._success_probability(middle) >= MIN_SUCCESS_PROBABILITY:
                 low = middle
             else:
                 high = middle - 1
@@ -85,11 +88,11 @@ class FailureRate:
         )
 
     def _learn(self, likelihood: Callable[[float], float]) -> None:
-        """Weigh each share by how likely it made what happened, and forget a little."""
+        """Multiply each weight by the likelihood of the run, given the probability that one item succeeds."""
         weights = [weight * likelihood(1 - share) for weight, share in zip(self._weights, SHARES, strict=True)]
         total = sum(weights)
-        if total > 0:  # else it was impossible at any share: something other than the items decides what fails
+        if total > 0:  # else it is impossible at every share: something other than the items makes runs fail
             self._weights = tuple(
-                (1 - FORGETTING) * weight / total + FORGETTING * prior
+                (1 - PRIOR_WEIGHT) * weight / total + PRIOR_WEIGHT * prior
                 for weight, prior in zip(weights, _PRIOR, strict=True)
             )

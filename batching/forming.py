@@ -1,4 +1,4 @@
-"""Chooses the companions of a request: which of those that wait run with it in one batch."""
+"""Chooses the companions of an anchor: the waiting requests that run with it in one batch."""
 
 import math
 from collections.abc import Iterator
@@ -8,118 +8,119 @@ from itertools import accumulate, takewhile
 from operator import attrgetter
 from typing import Generic
 
-from modalkit.batching.ceiling import Ceiling
+from modalkit.batching.adaptive import TokenLimit
 from modalkit.batching.cost import CostModel
 from modalkit.batching.measured_cost import MeasuredCostModel
 from modalkit.batching.policy import Batch, BatchPolicy, DispatchReason
 from modalkit.batching.queue import RequestQueue, RequestT, size_bucket
 from modalkit.batching.request import Priority
 
-EXACT_UP_TO = 32  # waiting requests, the best of all partitions is found: a tenth of a millisecond for 16, half for 32
-EVEN = 1 + 1e-9  # where requests only add up, rounding must not decide whether they may run together
-FIRST_COUNT = 8  # most requests in a batch before anything was measured
-COUNT_STEP = 4  # times the most that ever ran together, at most
-ALIKE_BELOW = 16  # the smaller sizes are, the more they may differ
-SIMILAR = 1.5  # sizes that differ by no more from the anchor's go together where no cost is trusted
+MAX_PARTITIONED = 32  # waiting requests for which all partitions are compared: 0.1 ms for 16, half a millisecond for 32
+ROUNDING_MARGIN = 1 + 1e-9  # rounding must not decide whether requests whose costs only add up run together
+INITIAL_COUNT_LIMIT = 8  # requests in a batch before anything was measured
+COUNT_LIMIT_FACTOR = 4  # times the most requests that ever ran together
+SIMILARITY_OFFSET = 16  # added to both sizes before they are compared, so that small sizes may differ more
+MAX_SIZE_RATIO = 1.5  # to the anchor's size, where no prediction is trusted
 
 
 class BatchFormer(Generic[RequestT]):
-    """Forms a batch around a request, its anchor, out of the requests of its class that wait in `queue`.
+    """Forms a batch around an anchor, from the requests of its lane that wait in `queue`.
 
-    While few wait, it is the one that the anchor is in when all are cut into the batches that take the least time. Of
-    many, companions are taken from the nearest sizes, as long as each lowers (or keeps) the predicted seconds per unit
-    of size. Where a batch's fixed cost is small, padding soon costs more than a companion saves and batches stay small
-    and even; where it is large, they grow to the limits.
+    While few requests wait, all partitions of them into batches are compared. The batch of the anchor in the partition
+    that takes the least time is chosen. If many wait, companions come from the nearest sizes, as long as each lowers
+    (or keeps) the predicted seconds per unit of size. If a batch has a small fixed cost, padding soon costs more than a
+    companion saves, so batches are small and even. If the fixed cost is large, they grow to the limits.
 
-    A `MeasuredCostModel` may be wrong. While it is not trusted, batches are full ones of similar sizes: seldom the
-    best, never far off. And no batch holds more than four times as many requests as ever ran together.
+    A `MeasuredCostModel` may be wrong. While it is not trusted, batches are full and of similar sizes: seldom the best
+    choice, never a very bad one. No batch holds more than four times as many requests as ever ran together.
 
     Nothing here changes the queue.
     """
 
     def __init__(
-        self, policy: BatchPolicy, cost_model: CostModel, queue: RequestQueue[RequestT], ceiling: Ceiling
+        self, policy: BatchPolicy, cost_model: CostModel, queue: RequestQueue[RequestT], token_limit: TokenLimit
     ) -> None:
         self.policy = policy
         self.cost_model = cost_model
         self.queue = queue
-        self.ceiling = ceiling
-        self.count_limit: int | None = None
-        """Most requests in a batch for now, beside `max_batch_size`: while many fail, small batches lose less."""
+        self.token_limit = token_limit
+        self.failure_limit: int | None = None
+        """Requests in a batch while failures are frequent, because a small batch loses less; None for no limit."""
         self._learnt = cost_model if isinstance(cost_model, MeasuredCostModel) else None
 
     @property
-    def most(self) -> int:
-        """Most requests in a batch for now: what was never tried is approached in steps."""
-        most = self.policy.max_batch_size
-        if self.count_limit is not None:
-            most = min(most, self.count_limit)
+    def count_limit(self) -> int:
+        """How many requests a batch may hold at present. Without experience of large batches it grows in steps."""
+        limit = self.policy.max_batch_size
+        if self.failure_limit is not None:
+            limit = min(limit, self.failure_limit)
         if self._learnt is not None:
-            most = min(most, max(FIRST_COUNT, COUNT_STEP * self._learnt.largest_count))
-        return most
+            limit = min(limit, max(INITIAL_COUNT_LIMIT, COUNT_LIMIT_FACTOR * self._learnt.largest_count))
+        return limit
 
     @property
     def is_trusted(self) -> bool:
-        """Whether batches may be formed by what they are predicted to cost."""
+        """Whether batches may be formed by their predicted costs."""
         return self._learnt is None or self._learnt.is_trusted
 
     def form(self, anchor: RequestT) -> Batch[RequestT]:
         """The batch around `anchor`."""
         if not self.is_trusted:
-            return self.fill(anchor)
-        if 1 < self.queue.waiting(anchor.priority) <= EXACT_UP_TO:
-            return self._with_the_rest(self._cut_out_batch(anchor))
-        return self._with_the_rest(self._grow_batch(anchor))
+            return self.form_full(anchor)
+        if 1 < self.queue.waiting(anchor.priority) <= MAX_PARTITIONED:
+            return self._extended_to_all(self._form_by_partition(anchor))
+        return self._extended_to_all(self._form_greedily(anchor))
 
-    def shorten(self, batch: Batch[RequestT], longest_s: float) -> Batch[RequestT]:
-        """The anchor with as many of its companions, the nearest first, as `longest_s` allows."""
+    def shorten(self, batch: Batch[RequestT], max_s: float) -> Batch[RequestT]:
+        """The anchor with as many companions, nearest sizes first, as fit into `max_s` predicted seconds."""
         anchor, *others = batch.requests
         by_nearness = [anchor, *sorted(others, key=lambda request: abs(request.size - anchor.size))]
         count = len(by_nearness)
-        while count > 1 and batch.predicted_s > longest_s:
-            count = max(1, min(count - 1, int(count * longest_s / batch.predicted_s)))
+        while count > 1 and batch.predicted_s > max_s:
+            count = max(1, min(count - 1, int(count * max_s / batch.predicted_s)))
             requests = by_nearness[:count]
             longest, total = max(request.size for request in requests), sum(request.size for request in requests)
             seconds = self.cost_model.predict_s(count, longest, total)
             batch = replace(batch, requests=requests, longest=longest, total=total, predicted_s=seconds)
         return batch
 
-    def with_companions(self, batch: Batch[RequestT], priority: Priority, longest_s: float) -> Batch[RequestT]:
-        """The batch with requests of another class that come nearly free, while it takes no longer than `longest_s`.
+    def add_companions(self, batch: Batch[RequestT], priority: Priority, max_s: float) -> Batch[RequestT]:
+        """The batch with companions of another lane, as far as it takes at most `max_s` predicted seconds.
 
-        Each run of them adds at most what it would take in batches of its own.
+        They add at most the time that they would take in batches of their own. They come in runs, each from one bucket:
+        all that fit, else half of them, and so on.
         """
-        room, own = self.most - len(batch.requests), size_bucket(batch.longest)
+        room, own = self.count_limit - len(batch.requests), size_bucket(batch.longest)
         for index in [index for index in reversed(self.queue.bucket_indices(priority)) if index <= own]:
             if room <= 0:
                 break
             run = [request for request in self.queue.front(priority, index, room) if request.size <= batch.longest]
-            added, alone_s = len(run), self._own_s(run[0].size) if run else 0.0
+            added, own_s = len(run), self._own_s(run[0].size) if run else 0.0
             while added:
                 count, total = len(batch.requests) + added, batch.total + sum(request.size for request in run[:added])
                 seconds = self.cost_model.predict_s(count, batch.longest, total)
-                is_short = seconds <= longest_s and self.is_allowed(count, batch.longest, seconds)
-                if is_short and seconds - batch.predicted_s <= added * alone_s * EVEN:
+                is_short = seconds <= max_s and self.is_allowed(count, batch.longest, seconds)
+                if is_short and seconds - batch.predicted_s <= added * own_s * ROUNDING_MARGIN:
                     batch = replace(batch, requests=batch.requests + run[:added], total=total, predicted_s=seconds)
                     room -= added
                     break
                 added //= 2
             if run and not added:
-                break  # smaller ones are padded even more
+                break  # smaller requests need even more padding
         return batch
 
     def _own_s(self, size: int) -> float:
-        """Seconds of a request of this size in the best batch of its equals."""
+        """Seconds per request of this size in the best batch of requests of this size."""
         seconds = self.cost_model.predict_s
-        return min(seconds(count, size, count * size) / count for count in _powers_of_two(self.most))
+        return min(seconds(count, size, count * size) / count for count in _powers_of_two(self.count_limit))
 
-    def fill(self, anchor: RequestT) -> Batch[RequestT]:
-        """The anchor with those of the most similar sizes, as many as the limits allow: seldom best, never far off."""
-        most, requests, longest, total = self.most, [anchor], anchor.size, anchor.size
-        sides = self._neighbours(anchor, most - 1)
+    def form_full(self, anchor: RequestT) -> Batch[RequestT]:
+        """The anchor with the requests of the most similar sizes, as many as the limits allow."""
+        limit, requests, longest, total = self.count_limit, [anchor], anchor.size, anchor.size
+        sides = self._neighbours(anchor, limit - 1)
         reason, was_refused = DispatchReason.FULL, False
-        while len(requests) < most:
-            runs = [(side, side.sizes(most - len(requests))) for side in sides]
+        while len(requests) < limit:
+            runs = [(side, side.sizes(limit - len(requests))) for side in sides]
             near = sorted((abs(math.log(sizes[0] / anchor.size)), i) for i, (_, sizes) in enumerate(runs) if sizes)
             for _, i in near:
                 side, sizes = runs[i]
@@ -137,7 +138,7 @@ class BatchFormer(Generic[RequestT]):
         return Batch(requests, anchor.priority, reason, longest, total, batch_s)
 
     def _allowed(self, count: int, longest: int, total: int, sizes: list[int]) -> int:
-        """How many of these requests may join a batch, in their order: all, half of them, and so on."""
+        """How many of these requests may join a batch, in this order: all, else half of them, and so on, else 0."""
         added = len(sizes)
         while added:
             new_longest, new_total = max(longest, *sizes[:added]), total + sum(sizes[:added])
@@ -147,30 +148,31 @@ class BatchFormer(Generic[RequestT]):
             added //= 2
         return 0
 
-    def _cut_out_batch(self, anchor: RequestT) -> Batch[RequestT]:
-        """The batch with `anchor` in the partition of all waiting requests that takes the least time altogether.
+    def _form_by_partition(self, anchor: RequestT) -> Batch[RequestT]:
+        """The batch of `anchor` in the partition of the waiting requests of its lane that takes the least time.
 
-        Of requests in order of size a batch is always a run: the least time for the first i is, over the number n of
-        the last batch, that for the first i - n and this batch.
+        Dynamic programming: the requests are sorted by size, and a batch is a run of them. The least time for the first
+        i requests is the minimum, over the number n of requests in the last batch, of the least time for the first
+        i - n requests plus the time of this batch.
         """
-        # The anchor behind its equals: where they make a full batch and a rest, it is in the full one.
+        # The anchor comes after others of its size: if these make a full batch and a rest, it is in the full one.
         by_size = sorted([*self.queue.all_but([anchor]), anchor], key=attrgetter("size"))
         totals = list(accumulate((request.size for request in by_size), initial=0))
-        most, least_s, starts, seconds = self.most, [0.0], [0], [0.0]
+        limit, least_s, starts, seconds = self.count_limit, [0.0], [0], [0.0]
         for end, largest in enumerate(by_size, start=1):
             best_s, best_start, best_batch_s = math.inf, end - 1, 0.0
-            for start in range(end - 1, max(-1, end - most - 1), -1):
+            for start in range(end - 1, max(-1, end - limit - 1), -1):
                 count = end - start
                 batch_s = self.cost_model.predict_s(count, largest.size, totals[end] - totals[start])
                 if count > 1 and not self.is_allowed(count, largest.size, batch_s):
                     break
-                if least_s[start] + batch_s <= best_s * EVEN:
+                if least_s[start] + batch_s <= best_s * ROUNDING_MARGIN:
                     best_s, best_start, best_batch_s = least_s[start] + batch_s, start, batch_s
             least_s.append(best_s)
             starts.append(best_start)
             seconds.append(best_batch_s)
-        place, end = next(i for i, request in enumerate(by_size) if request is anchor), len(by_size)
-        while starts[end] > place:
+        position, end = next(i for i, request in enumerate(by_size) if request is anchor), len(by_size)
+        while starts[end] > position:
             end = starts[end]
         start, longest = starts[end], by_size[end - 1].size
         requests = [anchor, *(request for request in by_size[start:end] if request is not anchor)]
@@ -179,19 +181,19 @@ class BatchFormer(Generic[RequestT]):
         return Batch(requests, anchor.priority, reason, longest, total, seconds[end])
 
     def _reason(self, count: int, longest: int, total: int, waiting: int) -> DispatchReason:
-        if count >= self.most:
+        if count >= self.count_limit:
             return DispatchReason.FULL
         one_more_s = self.cost_model.predict_s(count + 1, longest, total + longest)
         has_room = self.is_allowed(count + 1, longest, one_more_s)
         return DispatchReason.IDLE if has_room or count == waiting else DispatchReason.BUDGET
 
-    def _grow_batch(self, anchor: RequestT) -> Batch[RequestT]:
-        """Grow a batch around `anchor` by runs of neighbours, from whichever side of its sizes serves better."""
-        max_size = self.most
+    def _form_greedily(self, anchor: RequestT) -> Batch[RequestT]:
+        """Grow a batch around `anchor` by runs of smaller or larger requests, each time the run that helps most."""
+        limit = self.count_limit
         requests, longest, total = [anchor], anchor.size, anchor.size
         batch_s = self.cost_model.predict_s(1, longest, total)
-        sides = self._neighbours(anchor, max_size - 1)
-        while len(requests) < max_size:
+        sides = self._neighbours(anchor, limit - 1)
+        while len(requests) < limit:
             grown, over_budget = self._best_growth(sides, len(requests), longest, total, batch_s)
             if grown is None:
                 reason = DispatchReason.BUDGET if over_budget else DispatchReason.IDLE
@@ -200,14 +202,14 @@ class BatchFormer(Generic[RequestT]):
             requests += side.take(added)
         return Batch(requests, anchor.priority, DispatchReason.FULL, longest, total, batch_s)
 
-    def _with_the_rest(self, batch: Batch[RequestT]) -> Batch[RequestT]:
-        """All waiting requests of the class, if that makes the sum of their latencies shorter than two batches do.
+    def _extended_to_all(self, batch: Batch[RequestT]) -> Batch[RequestT]:
+        """The batch with all waiting requests of its lane, if the sum of their latencies is less than in two batches.
 
-        It keeps a few requests of odd sizes from waiting for a batch of their own while the queue is short.
+        So a few requests of unusual sizes do not wait for a batch of their own while the queue is short.
         """
         count, priority = len(batch.requests), batch.priority
         waiting, total = self.queue.waiting(priority), self.queue.waiting_size(priority)
-        if batch.reason is not DispatchReason.IDLE or not count < waiting <= self.most:
+        if batch.reason is not DispatchReason.IDLE or not count < waiting <= self.count_limit:
             return batch
         rest = self.queue.all_but(batch.requests)
         longest_of_rest = max(request.size for request in rest)
@@ -221,30 +223,31 @@ class BatchFormer(Generic[RequestT]):
         return Batch([*batch.requests, *rest], priority, batch.reason, longest, total, together_s)
 
     def is_allowed(self, count: int, longest: int, predicted_s: float) -> bool:
-        """Whether a batch of several requests keeps the limits but that of their number."""
+        """Whether a batch of several requests keeps all limits except that of their number."""
         policy, tokens = self.policy, count * longest
         return (
             (policy.max_batch_tokens is None or tokens <= policy.max_batch_tokens)
             and (policy.max_batch_s is None or predicted_s <= policy.max_batch_s)
-            and tokens <= self.ceiling.tokens
+            and tokens <= self.token_limit.tokens
         )
 
     def _best_growth(
         self, sides: "tuple[_Neighbours[RequestT], ...]", count: int, longest: int, total: int, batch_s: float
     ) -> "tuple[tuple[_Neighbours[RequestT], int, int, int, float] | None, bool]":
-        """The run of requests of one side that lowers the seconds per size most, and the batch it makes.
+        """The run of one side that lowers the seconds per unit of size most, with the figures of the larger batch.
 
-        Tries all that there are on a side, half of them, and so on, for as long as fewer are better: a batch costs at
-        least in proportion to what is in it, so once fewer are worse, even fewer are worse still.
+        On each side it tries all requests of the run, half of them, and so on, as long as fewer are better. A batch
+        costs at least in proportion to its requests, so once fewer are worse, even fewer are worse still.
 
-        None when every run would raise the seconds or exceed a limit; the second value tells whether one did that.
+        The first value is None if every run would raise the seconds or exceed a limit. The second value says whether a
+        run that would not raise them exceeded a limit.
         """
         predict_s = self.cost_model.predict_s
-        room = self.most - count
-        best, best_s_per_size, over_budget = None, batch_s / total * EVEN, False
+        room = self.count_limit - count
+        best, best_s_per_size, over_budget = None, batch_s / total * ROUNDING_MARGIN, False
         for side in sides:
             sizes = side.sizes(room)
-            added, of_more = len(sizes), math.inf
+            added, previous_s_per_size = len(sizes), math.inf
             while added:
                 run = sizes[:added]
                 new_longest, new_total = max(longest, *run), total + sum(run)
@@ -252,26 +255,26 @@ class BatchFormer(Generic[RequestT]):
                 s_per_size = predicted_s / new_total
                 if not self.is_allowed(count + added, new_longest, predicted_s):
                     over_budget = over_budget or s_per_size <= best_s_per_size
-                elif s_per_size * EVEN >= of_more:
+                elif s_per_size * ROUNDING_MARGIN >= previous_s_per_size:
                     break
                 else:
-                    of_more = s_per_size
+                    previous_s_per_size = s_per_size
                     if s_per_size <= best_s_per_size:
                         best, best_s_per_size = (side, added, new_longest, new_total, predicted_s), s_per_size
                 added //= 2
         return best, over_budget
 
-    def _neighbours(self, anchor: RequestT, most: int) -> "tuple[_Neighbours[RequestT], _Neighbours[RequestT]]":
-        """The waiting requests of the anchor's class, nearest sizes first: those smaller, and those larger.
+    def _neighbours(self, anchor: RequestT, limit: int) -> "tuple[_Neighbours[RequestT], _Neighbours[RequestT]]":
+        """The waiting requests of the anchor's lane, nearest sizes first: the smaller ones, and the larger ones.
 
-        Those of its own bucket count as smaller; within a bucket they come in the order of their arrival.
+        Those of its own bucket count as smaller. Within a bucket they are in order of arrival.
         """
         own = size_bucket(anchor.size)
         indices = self.queue.bucket_indices(anchor.priority)
 
         def runs(buckets: list[int]) -> Iterator[list[RequestT]]:
             for index in buckets:
-                run = self.queue.front(anchor.priority, index, most + 1)
+                run = self.queue.front(anchor.priority, index, limit + 1)
                 if index == own:
                     run.remove(anchor)
                 yield run
@@ -282,16 +285,16 @@ class BatchFormer(Generic[RequestT]):
 
 def _are_similar(one: int, other: int) -> bool:
     smaller, larger = sorted((one, other))
-    return larger + ALIKE_BELOW <= SIMILAR * (smaller + ALIKE_BELOW)
+    return larger + SIMILARITY_OFFSET <= MAX_SIZE_RATIO * (smaller + SIMILARITY_OFFSET)
 
 
 def _powers_of_two(last: int) -> list[int]:
-    """1, 2, 4 and so on below `last`, and `last`."""
+    """The powers of two below `last`, and `last`."""
     return [*(1 << i for i in range((last - 1).bit_length())), last]
 
 
 class _Neighbours(Generic[RequestT]):
-    """Requests of ever more different sizes, in runs: those of one bucket at a time."""
+    """Requests in order of distance from the anchor's size, in runs: the requests of one bucket at a time."""
 
     __slots__ = ("_run", "_runs", "_sizes")
 
@@ -300,17 +303,17 @@ class _Neighbours(Generic[RequestT]):
         self._run: list[RequestT] = []
         self._sizes: list[int] = []
 
-    def sizes(self, most: int) -> list[int]:
-        """The sizes of the next, `most` at most, of one run; empty when there are none at all."""
+    def sizes(self, limit: int) -> list[int]:
+        """The sizes of the next requests of one run, at most `limit`; empty at the end."""
         while not self._run:
             run = next(self._runs, None)
             if run is None:
                 return []
             self._run, self._sizes = run, [request.size for request in run]
-        return self._sizes[:most]
+        return self._sizes[:limit]
 
     def take(self, count: int) -> list[RequestT]:
-        """The next `count` of the run, which are then gone."""
+        """Remove and return the next `count` requests of the run."""
         taken = self._run[:count]
         del self._run[:count], self._sizes[:count]
         return taken

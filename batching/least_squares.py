@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-RIDGE = 1e-6  # relative to the diagonal: shares a cost evenly among unknowns that the data cannot tell apart
+RIDGE = 1e-6  # relative to the diagonal: divides a cost evenly among unknowns that the data cannot distinguish
 TOLERANCE = 1e-9
 
 
@@ -14,8 +14,8 @@ def solve_nonnegative(
     """The x >= 0 that minimises x'Ax / 2 - b'x, for normal equations `matrix` A and `vector` b.
 
     The active-set method of Lawson and Hanson, "Solving Least Squares Problems" (1974), chapter 23, on columns scaled
-    to length one. An unknown that nothing depends on (a zero diagonal) is 0. Where the data cannot tell unknowns apart,
-    each has its share in inverse proportion to its `reluctance` (all have the same by default).
+    to length one. An unknown that no observation contains (a zero diagonal) is 0. If the data cannot distinguish some
+    unknowns, each gets a share in inverse proportion to its `reluctance` (1 by default).
     """
     scale = [1 / math.sqrt(matrix[i][i]) if matrix[i][i] > 0 else 0.0 for i in range(len(vector))]
     ridge = [RIDGE * value for value in reluctance or [1.0] * len(vector)]
@@ -26,7 +26,8 @@ def solve_nonnegative(
     b = [value * factor for value, factor in zip(vector, scale, strict=True)]
     x = [0.0] * len(b)
     free: list[int] = []
-    # Each round adds the unknown whose growth helps most. Rounding could make it come and go for ever: hence the limit.
+    # Each round adds the unknown whose increase helps most. Because of rounding it might never end, so rounds are
+    # limited.
     for _ in range(3 * len(b)):
         slopes = {i: b[i] - sum(a[i][j] * x[j] for j in free) for i in range(len(b)) if i not in free}
         best = max(slopes, key=slopes.__getitem__, default=None)
@@ -38,7 +39,7 @@ def solve_nonnegative(
 
 
 def _settle(a: list[list[float]], b: list[float], x: list[float], free: list[int]) -> list[float]:
-    """Solve for the `free` unknowns; those that would become negative leave `free` on the way, where they reach 0."""
+    """Solve for the `free` unknowns. Those that would become negative are set to 0 and removed from `free`."""
     while True:
         solution = dict(zip(free, _solve([[a[i][j] for j in free] for i in free], [b[i] for i in free]), strict=True))
         negative = [i for i in free if solution[i] <= 0]
@@ -52,7 +53,7 @@ def _settle(a: list[list[float]], b: list[float], x: list[float], free: list[int
 
 
 def _solve(matrix: list[list[float]], vector: list[float]) -> list[float]:
-    """Solve a positive definite system by elimination, which needs no pivoting; changes its arguments."""
+    """Solve a positive definite system by elimination, which needs no pivoting. Changes its arguments."""
     size = len(vector)
     for i in range(size):
         for k in range(i + 1, size):
@@ -66,14 +67,14 @@ def _solve(matrix: list[list[float]], vector: list[float]) -> list[float]:
 
 
 class NormalEquations:
-    """Sums that stand for any number of weighted observations: A'A and A'b, where each row is divided by its value."""
+    """The sums A'A and A'b of any number of weighted observations. Each row of A is divided by its value, so b is 1."""
 
     def __init__(self, features: int) -> None:
         self.matrix = [[0.0] * features for _ in range(features)]
         self.vector = [0.0] * features
 
     def add(self, features: Sequence[float], value: float, weight: float) -> None:
-        """Add an observation: the features of something that measured `value`, which is positive."""
+        """Add an observation: its features and its measured `value`, which is positive."""
         row = [(i, feature / value) for i, feature in enumerate(features) if feature]
         for i, left in row:
             weighted = weight * left
@@ -82,20 +83,20 @@ class NormalEquations:
             for j, right in row:
                 line[j] += weighted * right
 
-    def scale(self, factor: float) -> None:
-        """Multiply the weight of everything added so far."""
+    def scale_weights(self, factor: float) -> None:
+        """Multiply the weight of all observations so far by `factor`."""
         self.matrix = [[value * factor for value in row] for row in self.matrix]
         self.vector = [value * factor for value in self.vector]
 
-    def slow_down(self, factor: float) -> None:
-        """Take every value added so far as `factor` times as large."""
+    def scale_values(self, factor: float) -> None:
+        """Multiply the value of all observations so far by `factor`."""
         self.matrix = [[value / factor**2 for value in row] for row in self.matrix]
         self.vector = [value / factor for value in self.vector]
 
     def solve_with(
         self, other: "NormalEquations", weight: float, reluctance: Sequence[float] | None = None
     ) -> list[float]:
-        """The nonnegative coefficients that fit best, the observations of `other` counting `weight` times."""
+        """The nonnegative coefficients that fit best; the observations of `other` have a weight of `weight`."""
         matrix = [
             [left + weight * right for left, right in zip(*rows, strict=True)]
             for rows in zip(self.matrix, other.matrix, strict=True)
@@ -110,7 +111,7 @@ class NormalEquations:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], features: int) -> Self:
-        """The same sums again; raises `ValueError` where they are not as many finite numbers as they must be."""
+        """The sums of a `state`; raises `ValueError` if they are not `features` finite numbers in each row."""
         equations = cls(features)
         equations.vector = _numbers(state["vector"], features)
         if len(state["matrix"]) != features:

@@ -1,21 +1,20 @@
-"""A cost model that is fitted to measured batches, and corrected by every batch that runs."""
+"""A cost model that is fitted to measured batches and corrected by every batch that runs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 from modalkit.batching.cost import PaddedCostModel
-from modalkit.batching.deviations import Deviations
 from modalkit.batching.least_squares import NormalEquations
 from modalkit.batching.queue import size_bucket
 
 STATE_VERSION = 2
 
-# Where more tokens may begin to cost more each: caches overflow, or an accelerator is fully used.
+# Numbers of tokens beyond which each token may cost more: caches overflow, or an accelerator is fully used.
 KNEES = (64, 512, 4_096, 32_768)
-# The same for requests, where no size tells of what they cost.
+# The same for numbers of requests, for pipelines whose sizes do not reflect the costs.
 COUNT_KNEES = (4, 8, 16, 32, 64)
 NAMES = (
     *("batch", "request", "token", "token x longest", "token of the other sum", "request x requests"),
@@ -23,68 +22,70 @@ NAMES = (
     *(f"request beyond {knee}" for knee in COUNT_KNEES),
 )
 FEATURES = len(NAMES)
-# What makes a large batch dearer than its parts is taken for the cause only where nothing simpler explains the times,
-# and so is the sum of sizes that the pipeline did not declare.
+# Causes that make a large batch more expensive than its parts get a cost only if no simpler cause explains the times.
+# The same is true of the sum of sizes that the pipeline did not declare.
 RELUCTANCE = (1.0, 1.0, 1.0, 100.0, 30.0, 300.0, *(1000.0 for _ in KNEES), *(1000.0 for _ in COUNT_KNEES))
 
 SHORTEST_S = 1e-9
-HEAVIEST = 1e6
+MAX_WEIGHT = 1e6
 
-MEMORY_BATCHES = 250  # an old batch counts 1/e as much as a new one after so many
-ANCHOR_WEIGHT = 0.1  # of a calibrated shape once real batches outnumber it: it never fades out entirely
-REFIT_EVERY = 32  # batches, once as many have been seen; a fit takes a fifth of a millisecond
-CHANGE_AFTER = 4  # batches in a row that are off so far on the same side
-OUTLIER_LOG_RATIO = 0.4  # a batch that took over e^0.4 = 1.5 times what was predicted, or less than 1/1.5, counts less
-SETTLED_AFTER = 6  # batches: before, a deviation from the fit says more of the fit than of the batch
+MEMORY_BATCHES = 250  # after so many batches, an old one has 1/e of the weight of a new one
+KEPT_WEIGHT = 0.1  # of a calibrated shape, which does not fade: a part of each is kept for good
+REFIT_EVERY = 32  # batches, once so many have run; before, after each. A fit takes 0.2 ms
+CHANGE_AFTER = 4  # outliers in a row on the same side of the prediction
+OUTLIER_LOG_RATIO = (
+    0.4  # an outlier took more than e^0.4 = 1.5 times the prediction, or less than 1/1.5; it counts less
+)
+SETTLED_AFTER = 6  # batches; before, a deviation is caused by the fit rather than by the kind of batch
 
-LEARNING_S = 25e-6  # what learning from a batch takes
-LEARNING_SHARE = 0.05  # of the time of batches, at most
+LEARNING_S = 25e-6  # seconds that it takes to learn from a batch
+LEARNING_SHARE = 0.05  # of the time of batches that learning may take
 
 ERROR_SMOOTHING = 1 / 8
-LARGEST_ERROR = 1.0  # that counts, so that one outlier does not take the trust away for long
-ERROR_ALLOWED = 0.45  # of the mean |log(measured / predicted)|; noise of 30 % alone makes 0.25
+MAX_ERROR = 1.0  # a larger error counts as this, so that one outlier does not end the trust for long
+MAX_TRUSTED_ERROR = 0.45  # of the mean |log(measured / predicted)|; noise of 30 % alone causes 0.25
 TRUSTED_FROM = 2  # batches
 
 ASSUMED = PaddedCostModel()  # before anything is measured
 
 
 class CostFeature(StrEnum):
-    """What a pipeline's time follows: the sizes after padding to the longest, or their plain sum."""
+    """What the time of a batch grows with: the sizes after padding to the longest, or their plain sum."""
 
     PADDED = "padded"
     TOTAL = "total"
 
 
 class MeasuredCostModel:
-    """Seconds of a batch as a sum of costs that are never negative: fixed, per request, per token, and more.
+    """Seconds of a batch as a sum of costs that are never negative: fixed, per request, per token, and others.
 
-    With x tokens in the batch (after padding, or without, as `feature` says) the prediction is linear in 1, the number
-    of requests n, x, x times the longest request (attention), the sum of tokens that `feature` does not name (it may be
-    the true one), n squared, and x and n beyond each of a few knees, where caches overflow or a GPU that was partly
-    idle is full: flat at first and then steep, or straight, or bent, as measured. What no such sum can be, steps and
-    cliffs, is corrected by factors for each number of requests and of tokens; see `Deviations`.
+    Let n be the number of requests and x the number of tokens, padded or not as `feature` says. The prediction is
+    linear in 1, n, x, x times the longest request (attention), the number of tokens that `feature` does not name (which
+    may be the real cause), n squared, and the part of x and of n beyond each of a few knees. At a knee caches overflow,
+    or a GPU that was partly idle is full. Such a sum cannot be a step function; factors for each number of requests and
+    of tokens correct it (`Deviations`).
 
-    The costs minimise the squared *relative* errors, so that a short batch counts as much as a long one. A batch far
-    from its prediction counts less (Huber's weights, on the logarithm), unless several in a row are off on the same
-    side: then the device has become slower or faster, and all costs with it. Older batches fade exponentially, and
-    calibrated shapes keep a small weight for the sizes that no batch has lately had. Until something is observed, the
-    predictions are those of `PaddedCostModel`, of which nothing is left afterwards. Sans-I/O, and not thread-safe.
+    The costs minimise the squared *relative* errors, so a short batch counts as much as a long one. An outlier counts
+    less (Huber's weights, on the logarithm). Several outliers in a row on the same side mean that the device has become
+    slower or faster, and scale all costs. Older batches fade exponentially. Calibrated shapes keep a small weight, for
+    sizes that no recent batch had. Before the first observation the predictions are those of `PaddedCostModel`, which
+    have no influence later. The model does no I/O and is not thread-safe.
     """
 
     def __init__(self, feature: CostFeature = CostFeature.PADDED) -> None:
         self.feature = CostFeature(feature)
         self._is_padded = self.feature is CostFeature.PADDED
         self.observed = 0
-        """Batches observed, calibrated shapes included."""
+        """Batches that were observed, calibrated shapes included."""
         self.largest_count = 0
-        """Most requests in a batch that was observed."""
-        # All mutable state: the normal equations of what stays and of what fades, the costs that solve their sum, what
-        # is known of deviations from these, and how wrong predictions have been.
+        """The largest number of requests in a batch that was observed."""
+        # All mutable state: the normal equations of observations that are kept and of those that fade, the costs that
+        # solve their sum, the deviations from these, and the mean error of recent predictions.
         self._kept = NormalEquations(FEATURES)
         self._recent = NormalEquations(FEATURES)
         self._newest_weight = 1.0
         self._since_fit = 0
-        self._surprises: list[float] = []
+        self._outliers: list[float] = []  # the deviations of the last batches, outliers on the same side
         self._error = self._time_to_learn_s = 0.0
         self._deviations = Deviations()
         self._use(self._assumed_costs())
@@ -110,17 +111,17 @@ class MeasuredCostModel:
         return max(seconds, SHORTEST_S)
 
     def observe(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
-        """Learn that such a batch took `elapsed_s` seconds; what is not a positive time is left out."""
+        """Learn that such a batch took `elapsed_s` seconds; a time that is not positive is ignored."""
         if not 0 < elapsed_s < math.inf or not self._is_worth_learning(elapsed_s):
             return
-        surprise = math.log(elapsed_s / self.predict_s(count, longest, total)) if self.observed else 0.0
-        self._error += ERROR_SMOOTHING * (min(abs(surprise), LARGEST_ERROR) - self._error)
+        deviation = math.log(elapsed_s / self.predict_s(count, longest, total)) if self.observed else 0.0
+        self._error += ERROR_SMOOTHING * (min(abs(deviation), MAX_ERROR) - self._error)
         if self.observed >= SETTLED_AFTER:
             tokens = count * longest if self._is_padded else total
-            self._deviations.add((count, _tokens_key(tokens)), surprise, self._error)
-        self._notice_change(surprise)
-        weight = 1.0 if self.observed < REFIT_EVERY else min(1.0, OUTLIER_LOG_RATIO / max(abs(surprise), 1e-9))
-        # Instead of the old ones losing weight with every batch, the new ones gain it, which is less to compute.
+            self._deviations.add((count, _tokens_key(tokens)), deviation, self._error)
+        self._detect_change(deviation)
+        weight = 1.0 if self.observed < REFIT_EVERY else min(1.0, OUTLIER_LOG_RATIO / max(abs(deviation), 1e-9))
+        # Instead of reducing the weight of all old batches, increase that of the new one: less to compute.
         self._newest_weight *= 1 + 1 / MEMORY_BATCHES
         self._recent.add(self._features(count, longest, total), elapsed_s, weight * self._newest_weight)
         self.observed += 1
@@ -130,7 +131,7 @@ class MeasuredCostModel:
             self._fit()
 
     def _is_worth_learning(self, elapsed_s: float) -> bool:
-        """Whether enough time has passed in batches to spend some on learning: of the shortest, one in many teaches."""
+        """Whether learning stays within its share of the time. Of very short batches, only some are learnt from."""
         if self.observed < REFIT_EVERY:
             return True
         self._time_to_learn_s = min(self._time_to_learn_s, LEARNING_S) + LEARNING_SHARE * elapsed_s
@@ -140,31 +141,31 @@ class MeasuredCostModel:
         return True
 
     def calibrate(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
-        """Learn from a shape that was run for measurement, which has no outliers and does not fade.
+        """Learn from a shape that ran to be measured: it is no outlier, and a part of its weight does not fade.
 
-        Raises `ValueError` for what is not a positive time.
+        Raises `ValueError` for a time that is not positive.
         """
         if not 0 < elapsed_s < math.inf:
             raise ValueError(f"elapsed_s must be a positive time, got {elapsed_s!r}")
         features = self._features(count, longest, total)
-        self._kept.add(features, elapsed_s, ANCHOR_WEIGHT)
-        self._recent.add(features, elapsed_s, (1 - ANCHOR_WEIGHT) * self._newest_weight)
+        self._kept.add(features, elapsed_s, KEPT_WEIGHT)
+        self._recent.add(features, elapsed_s, (1 - KEPT_WEIGHT) * self._newest_weight)
         self.observed += 1
         self.largest_count = max(self.largest_count, count)
         self._fit()
 
     @property
     def is_trusted(self) -> bool:
-        """Whether its predictions have been right of late; not before the second batch."""
-        return self.observed >= TRUSTED_FROM and self._error <= ERROR_ALLOWED
+        """Whether recent predictions were good enough to form batches by; false before the second batch."""
+        return self.observed >= TRUSTED_FROM and self._error <= MAX_TRUSTED_ERROR
 
     @property
     def costs(self) -> Mapping[str, float]:
-        """The fitted costs in seconds, by what each is paid for; those beyond knees only where there are any."""
+        """The fitted costs in seconds, by feature; those beyond knees only if they are not 0."""
         return {name: cost for i, (name, cost) in enumerate(zip(NAMES, self._costs, strict=True)) if i < 4 or cost}
 
     def state(self) -> dict[str, Any]:
-        """All that was learnt, as JSON can hold it; see `restore`."""
+        """All that was learnt, in JSON types, for `restore`."""
         if self._since_fit:
             self._fit()
         return {
@@ -180,15 +181,15 @@ class MeasuredCostModel:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Know what the model knew that `state` is of, and nothing else.
+        """Replace all that was learnt by a `state`.
 
-        Raises `ValueError`, and changes nothing, for what `state` never returned, or for a model of another feature.
+        Raises `ValueError` and changes nothing for an invalid state, or for the state of a model of another feature.
         """
         try:
             if (state["version"], state["feature"]) != (STATE_VERSION, self.feature.value):
                 raise ValueError(f"of version {state['version']!r} and feature {state['feature']!r}")
             observed, newest_weight = int(state["observed"]), float(state["newest_weight"])
-            largest_count, wrong_by = int(state["largest_count"]), float(state["error"])
+            largest_count, mean_error = int(state["largest_count"]), float(state["error"])
             kept = NormalEquations.from_state(state["kept"], FEATURES)
             recent = NormalEquations.from_state(state["recent"], FEATURES)
             deviations = Deviations.from_state(state["deviations"])
@@ -198,30 +199,31 @@ class MeasuredCostModel:
             raise ValueError(f"counts must not be negative, got {observed!r} and {largest_count!r}")
         if observed and not any(kept.solve_with(recent, 1.0)):
             raise ValueError("not the state of a cost model: a batch would cost nothing")
-        if not 0 <= wrong_by <= LARGEST_ERROR:
-            raise ValueError(f"error must be from 0 to {LARGEST_ERROR}, got {wrong_by!r}")
+        if not 0 <= mean_error <= MAX_ERROR:
+            raise ValueError(f"error must be from 0 to {MAX_ERROR}, got {mean_error!r}")
         if not 1 <= newest_weight < math.inf:
             raise ValueError(f"newest_weight must be a finite number, 1 or more, got {newest_weight!r}")
         self.observed, self._newest_weight, self._kept, self._recent = observed, newest_weight, kept, recent
-        self.largest_count, self._error, self._deviations = largest_count, wrong_by, deviations
-        self._surprises, self._time_to_learn_s = [], 0.0
+        self.largest_count, self._error, self._deviations = largest_count, mean_error, deviations
+        self._outliers, self._time_to_learn_s = [], 0.0
         if observed:
             self._fit()
         else:
             self._use(self._assumed_costs())
 
-    def _notice_change(self, surprise: float) -> None:
-        """Where several batches in a row are far off on the same side, they are no outliers: the device has changed."""
-        if abs(surprise) < OUTLIER_LOG_RATIO or (self._surprises and self._surprises[-1] * surprise < 0):
-            self._surprises.clear()
-        if abs(surprise) < OUTLIER_LOG_RATIO:
+    def _detect_change(self, deviation: float) -> None:
+        """Scale all costs if `CHANGE_AFTER` batches in a row were outliers on the same side: the device has changed."""
+        is_outlier = abs(deviation) >= OUTLIER_LOG_RATIO
+        if not is_outlier or (self._outliers and self._outliers[-1] * deviation < 0):
+            self._outliers.clear()
+        if not is_outlier:
             return
-        self._surprises.append(surprise)
-        if len(self._surprises) == CHANGE_AFTER:
-            factor = math.exp(median(self._surprises))
-            self._kept.slow_down(factor)
-            self._recent.slow_down(factor)
-            self._surprises.clear()
+        self._outliers.append(deviation)
+        if len(self._outliers) == CHANGE_AFTER:
+            factor = math.exp(median(self._outliers))
+            self._kept.scale_values(factor)
+            self._recent.scale_values(factor)
+            self._outliers.clear()
             self._deviations = Deviations()
             self._fit()
 
@@ -237,12 +239,12 @@ class MeasuredCostModel:
     def _fit(self) -> None:
         self._use(self._kept.solve_with(self._recent, 1 / self._newest_weight, RELUCTANCE))
         self._since_fit = 0
-        if self._newest_weight > HEAVIEST:
-            self._recent.scale(1 / self._newest_weight)
+        if self._newest_weight > MAX_WEIGHT:
+            self._recent.scale_weights(1 / self._newest_weight)
             self._newest_weight = 1.0
 
     def _assumed_costs(self) -> list[float]:
-        """The costs before anything is measured: those of `PaddedCostModel`."""
+        """The costs before the first observation: those of `PaddedCostModel`."""
         costs = dict.fromkeys(NAMES, 0.0)
         costs["batch"] = ASSUMED.fixed_s
         costs["token" if self._is_padded else "token of the other sum"] = ASSUMED.token_s
@@ -260,5 +262,58 @@ class MeasuredCostModel:
 
 
 def _tokens_key(tokens: int) -> int:
-    """Batches of about as many tokens, a quarter of an octave, have the same key, which no number of requests has."""
+    """A key for numbers of tokens within a quarter of an octave. It is negative, unlike a number of requests."""
     return -1 - size_bucket(tokens) // 4
+
+
+REMEMBERED_BATCHES = 8  # of a kind: the weight of older ones decreases
+NOISE_FLOOR = 0.02  # of a logarithm: a smaller deviation changes no decision
+
+
+class Deviations:
+    """Factors by which batches of a kind deviate from the fitted sum of costs, where the deviation is more than noise.
+
+    A kind is an integer. As a rule a batch has two kinds, and each explains half of its deviation. The factors correct
+    steps and cliffs, which no sum of costs can have.
+    """
+
+    def __init__(self) -> None:
+        self.factors: dict[int, float] = {}
+        """The factor of each kind whose deviation is more than noise."""
+        self._means: dict[int, tuple[float, int]] = {}
+
+    def factor(self, *kinds: int) -> float:
+        """The factor for the prediction of a batch of these kinds."""
+        factor = 1.0
+        for kind in kinds:
+            factor *= self.factors.get(kind, 1.0)
+        return factor
+
+    def add(self, kinds: tuple[int, ...], deviation: float, noise: float) -> None:
+        """Learn from a batch of these kinds: ``log(measured / predicted)``, and the usual absolute value of that."""
+        for kind in kinds:
+            mean, seen = self._means.get(kind, (0.0, 0))
+            seen = min(seen + 1, REMEMBERED_BATCHES)
+            mean += (deviation / len(kinds) + math.log(self.factors.get(kind, 1.0)) - mean) / seen
+            self._means[kind] = mean, seen
+            certain = abs(mean) - (NOISE_FLOOR + noise) / math.sqrt(seen)
+            if certain > 0 and seen > 1:
+                self.factors[kind] = math.exp(math.copysign(certain, mean))
+            else:
+                self.factors.pop(kind, None)
+
+    def state(self) -> list[list[float]]:
+        """All that was learnt, in JSON types."""
+        return [[kind, mean, seen, self.factors.get(kind, 1.0)] for kind, (mean, seen) in self._means.items()]
+
+    @classmethod
+    def from_state(cls, state: Iterable[Iterable[Any]]) -> Self:
+        """The deviations of a `state`; raises `ValueError` or `TypeError` if it is invalid."""
+        deviations = cls()
+        for kind, mean, seen, factor in state:
+            if not (math.isfinite(mean) and 1 <= seen <= REMEMBERED_BATCHES and 0 < factor < math.inf):
+                raise ValueError(f"no deviation: {kind!r}, {mean!r}, {seen!r}, {factor!r}")
+            deviations._means[int(kind)] = float(mean), int(seen)
+            if factor != 1.0:
+                deviations.factors[int(kind)] = float(factor)
+        return deviations

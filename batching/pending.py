@@ -1,4 +1,4 @@
-"""Requests together with the callers that wait for their outcomes."""
+"""Requests together with what waits for their outcomes."""
 
 import asyncio
 import logging
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from modalkit.batching.errors import text_of
+from modalkit.batching.errors import number_text, text_of
 from modalkit.batching.request import LARGEST_SIZE, Outcome, Priority, Request
 from modalkit.batching.wakeup import Wakeup
 
@@ -28,15 +28,15 @@ class Waiter(Wakeup):
         self.timeout_s = timeout_s
         self.deadline_s = math.inf if timeout_s is None else arrival_s + timeout_s
 
-    def one_done(self) -> None:
-        """Count one of the caller's requests as finished."""
+    def end_one(self) -> None:
+        """Count one of the caller's requests as finished; after the last one, wake the caller."""
         self.unfinished -= 1
         if not self.unfinished:
             self.set()
 
 
 class Listener(Generic[R]):
-    """Tells a function, in place of a caller that waits, what became of one request."""
+    """Calls a function with the outcome of one request, in place of a caller that waits."""
 
     __slots__ = ("_on_outcome", "arrival_s", "deadline_s", "request")
 
@@ -47,42 +47,42 @@ class Listener(Generic[R]):
         self.request: Pending[Any, R] | None = None
 
     def stop(self) -> None:
-        """Tell nothing from now on."""
+        """Do not call the function from now on."""
         self._on_outcome = None
 
-    def one_done(self) -> None:
-        """Tell of the outcome."""
+    def end_one(self) -> None:
+        """Call the function with the outcome; an exception of the function is logged."""
         if self.request is None or self.request.outcome is None:
             raise AssertionError("a request ended without an outcome: this is a bug in modalkit")
-        outcome, self.request = self.request.outcome, None  # else the two would hold each other
+        outcome, self.request = self.request.outcome, None  # so that listener and request do not refer to each other
         if self._on_outcome is None:
             return
         try:
             self._on_outcome(outcome)
         except Exception:
-            logger.exception("A function that was to be told of an outcome failed")
+            logger.exception("A function that was called with the outcome of a request failed")
 
 
 class Pending(Request[T], Generic[T, R]):
-    """A request with whoever waits for it; it has an outcome once it is finished."""
+    """A request with the waiter or listener that gets its outcome; `outcome` is None until it is finished."""
 
     __slots__ = ("outcome", "waiter")
 
     def __init__(self, payload: T, size: int, priority: Priority, waiter: Waiter | Listener[R]) -> None:
-        # Not by the base's constructor: one is made for every request, and this takes half the time.
+        # It does not call the base's constructor: one is made for each request, and this takes half the time.
         self.payload = payload
         self.size = size
         self.priority = priority
         self.arrival_s = waiter.arrival_s
         self.deadline_s = waiter.deadline_s
-        self.place = 0
+        self.sequence = 0
         self.is_linked = True
         self.waiter = waiter
         self.outcome: Outcome[R] | None = None
 
 
 class ItemSizes(Generic[T]):
-    """Measures payloads by a user's function: where it fails, the nearest size counts, with one warning in all."""
+    """Measures payloads by a user's function. If it fails, the nearest valid size counts, and one warning is logged."""
 
     def __init__(self, item_size: Callable[[T], int], name: str) -> None:
         self._item_size = item_size
@@ -99,8 +99,7 @@ class ItemSizes(Generic[T]):
         if 1 <= size <= LARGEST_SIZE:
             return size
         clamped = min(max(1, size), LARGEST_SIZE)
-        told = f"{size}" if size.bit_length() <= 64 else f"a number of {size.bit_length()} bits"
-        self._warn(f"returned {told}; the item counts as {clamped}")
+        self._warn(f"returned {number_text(size)}; the item counts as {clamped}")
         return clamped
 
     def _warn(self, what: str) -> None:

@@ -1,4 +1,8 @@
-"""The limits that every batch keeps, and what a decision about the next one looks like."""
+"""The limits that every batch keeps, and the planner's decision about the next batch.
+
+Two words of this package. The *anchor* of a batch is the request that the batch is formed around: the oldest one of its
+lane. Its *companions* are the other requests of the batch, chosen by size.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -11,29 +15,30 @@ from modalkit.batching.request import Priority
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPolicy:
-    """The limits that every batch and the queue keep. Times are in seconds.
-
-    `max_batch_tokens` counts a batch as it is padded: the number of requests times the largest size. `max_batch_s` is
-    the predicted time of a batch; a single request may exceed it, because it has to run some time. `max_wait_s` is how
-    long an idle worker may hold a request back, where the measured costs say that the requests expected meanwhile make
-    up for it. A request older than `max_age_s` is overdue: no later one of its class runs before it except in its own
-    batch. `bulk_share` is the part of the running time that bulk requests get while interactive ones wait as well.
-    While interactive requests arrive, bulk batches are as short as costs 3 % of their throughput at most, and no longer
-    than `max_bulk_batch_s` where that is given. Interactive batches take bulk requests along that are nearly free, if
-    it `mixes_classes`.
+    """The limits of the queue and of every batch. Times are in seconds; None sets no limit.
 
     Raises `ValueError` for a limit out of range.
     """
 
     max_batch_size: int = 32
+    """Requests in a batch."""
     max_batch_tokens: int | None = None
+    """Padded tokens of a batch: the number of requests times the largest size."""
     max_batch_s: float | None = None
+    """Predicted time of a batch. A single request may exceed it, because it has to run at some time."""
     max_wait_s: float = 0.0
+    """How long an idle worker may wait for a fuller batch, if the predicted costs say that waiting pays."""
     max_queue_items: int = 10_000
+    """Requests that wait."""
     max_age_s: float = 2.0
+    """Age at which a request is overdue: no younger one of its lane then runs before it, except as a companion."""
     bulk_share: float = 0.1
+    """The share of the running time that bulk requests get while interactive ones wait as well."""
     max_bulk_batch_s: float | None = None
-    mixes_classes: bool = True
+    """Predicted time of a bulk batch while interactive requests arrive. Such batches are short in any case, as far as
+    that costs at most 3 % of the bulk throughput."""
+    mixes_lanes: bool = True
+    """Whether interactive batches take bulk requests as companions where these add almost no time."""
 
     def __post_init__(self) -> None:
         self._require("max_batch_size", self.max_batch_size >= 1, "at least 1")
@@ -51,27 +56,27 @@ class BatchPolicy:
 
 
 class DispatchReason(StrEnum):
-    """Why a batch was sent off as it was."""
+    """Why a batch was dispatched as it was."""
 
     FULL = "full"
     """It held as many requests as `max_batch_size` allows."""
     BUDGET = "budget"
-    """One more request would have exceeded `max_batch_tokens`, `max_batch_s`, or what the device has room for."""
+    """One more request would have exceeded `max_batch_tokens`, `max_batch_s`, or the memory of the device."""
     AGE = "age"
-    """Its oldest request was overdue, or had been held back for `max_wait_s`."""
+    """Its oldest request was overdue, or had waited for `max_wait_s`."""
     DEADLINE = "deadline"
-    """It could have been held back, but a request in it would not have met its deadline."""
+    """Waiting would have paid, but a request in it would have missed its deadline."""
     IDLE = "idle"
-    """A worker was free, and neither another waiting request nor waiting for one would have paid."""
+    """A worker was free, and neither one more companion nor waiting would have paid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[RequestT]):
-    """Requests that run together; the first is the one that it was formed around."""
+    """Requests that run together; the first is the anchor."""
 
     requests: list[RequestT]
     priority: Priority
-    """The class of the first request; interactive batches may hold bulk requests, too."""
+    """The lane of the anchor. Interactive batches may hold bulk requests, too."""
     reason: DispatchReason
     longest: int
     """The size of the largest request."""
@@ -79,21 +84,21 @@ class Batch(Generic[RequestT]):
     """The sum of the sizes."""
     predicted_s: float
     contended: bool = False
-    """Whether requests of the other class waited when it was formed."""
-    otherwise_s: float | None = None
-    """Of a try of a larger batch than costs speak for: what its requests were predicted to take without it."""
+    """Whether requests of the other lane waited when it was formed."""
+    baseline_s: float | None = None
+    """For a trial (see `Exploration`): seconds that its requests would take in batches predicted to be best."""
 
     @property
     def padded_tokens(self) -> int:
-        """The sizes after padding all requests to the largest."""
+        """The sum of the sizes after padding all requests to the largest."""
         return len(self.requests) * self.longest
 
 
 @dataclass(frozen=True, slots=True)
 class Decision(Generic[RequestT]):
-    """What to do now: run `batch`, or ask again at `wake_s` (or when something arrives).
+    """What to do now: run `batch`; or ask again at `wake_s`, and when a request arrives.
 
-    `expired` are requests whose deadline passed in the queue; they have left it and must be told so.
+    `expired` are requests whose deadline passed in the queue. They have left it and need an outcome.
     """
 
     batch: Batch[RequestT] | None = None

@@ -1,8 +1,8 @@
-"""The bounded queue of waiting requests: what the policy chooses from.
+"""The bounded queue of waiting requests, from which the planner forms batches.
 
-Requests of a class wait in buckets of similar size (log-spaced: in a bucket they differ by less than a twentieth), each
-in order of arrival. Pushing and withdrawing a request are O(1); finding the oldest is O(number of buckets), a few dozen
-however many requests wait. The queue has no clock, does no I/O and is not thread-safe: one event loop owns it.
+Each lane keeps its requests in buckets of similar size (log-spaced: sizes in a bucket differ by less than a twentieth),
+each bucket in order of arrival. To push or to withdraw a request is O(1). To find the oldest is O(number of buckets),
+which is a few dozen however many requests wait. The queue has no clock, does no I/O and is not thread-safe.
 """
 
 import heapq
@@ -18,7 +18,7 @@ from modalkit.batching.request import Priority, Request
 
 BUCKETS_PER_OCTAVE = 16
 LARGEST_SMALL_SIZE = 2048
-_STALE_ALLOWED = 64
+_STALE_LIMIT = 64
 
 RequestT = TypeVar("RequestT", bound=Request)  # type: ignore[type-arg]  # a bound cannot be generic
 
@@ -31,15 +31,15 @@ _BUCKETS_OF_SMALL_SIZES = [0, *map(_bucket_of, range(1, LARGEST_SMALL_SIZE + 1))
 
 
 def size_bucket(size: int) -> int:
-    """The bucket of requests of this `size`: larger sizes have larger buckets; sizes up to 27 have one each."""
+    """The bucket of requests of this `size`. Larger sizes have larger buckets; sizes up to 27 have one each."""
     return _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
 
 
-class _Class(Generic[RequestT]):
-    """The waiting requests of one class.
+class _Lane(Generic[RequestT]):
+    """The waiting requests of one priority.
 
-    A request that is taken or withdrawn is only marked as waiting no longer. It is dropped from its bucket when it
-    comes to the front, or when those that do not wait outnumber those that do.
+    A request that is taken or withdrawn is first only marked as stale. It is removed from its bucket when it is at the
+    front, or when stale requests outnumber waiting ones.
     """
 
     __slots__ = ("buckets", "count", "size", "stale")
@@ -51,11 +51,12 @@ class _Class(Generic[RequestT]):
         self.stale = 0
 
     def sweep(self) -> None:
-        if self.stale > self.count + _STALE_ALLOWED:
+        """Remove stale requests if there are too many."""
+        if self.stale > self.count + _STALE_LIMIT:
             for index, bucket in list(self.buckets.items()):
-                waiting = deque(request for request in bucket if request.place > 0)
+                waiting = deque(request for request in bucket if request.sequence > 0)
                 for request in bucket:
-                    request.is_linked = request.place > 0
+                    request.is_linked = request.sequence > 0
                 if waiting:
                     self.buckets[index] = waiting
                 else:
@@ -63,40 +64,40 @@ class _Class(Generic[RequestT]):
             self.stale = 0
 
     def insert(self, request: RequestT) -> None:
-        """Put a request that was in a bucket there again: the oldest of it, as a rule."""
+        """Put a request back into its bucket, in order of arrival. As a rule it is the oldest there."""
         bucket = self.buckets.setdefault(size_bucket(request.size), deque())
         request.is_linked = True
         index = 0
-        while index < len(bucket) and abs(bucket[index].place) < request.place:
+        while index < len(bucket) and abs(bucket[index].sequence) < request.sequence:
             index += 1
         bucket.insert(index, request)
 
 
 class RequestQueue(Generic[RequestT]):
-    """Holds at most `max_items` requests until the policy takes them or their callers withdraw them."""
+    """Holds at most `max_items` requests until the planner takes them or their callers withdraw them."""
 
     def __init__(self, max_items: int) -> None:
         self.max_items = max_items
-        # All mutable state. A request waits exactly while its place in the order of arrival is positive; buckets and
-        # deadlines may hold some that do not wait.
-        self._classes: dict[Priority, _Class[RequestT]] = {priority: _Class() for priority in Priority}
+        # All mutable state. A request waits exactly while its sequence number is positive. Buckets and deadlines may
+        # hold some that do not wait.
+        self._lanes: dict[Priority, _Lane[RequestT]] = {priority: _Lane() for priority in Priority}
         self._length = 0
         self._deadlines: list[tuple[float, int, RequestT]] = []
-        self._places = count(1)
+        self._sequence = count(1)
 
     def __len__(self) -> int:
         return self._length
 
     def __contains__(self, request: RequestT) -> bool:
-        return request.place > 0
+        return request.sequence > 0
 
     def waiting(self, priority: Priority) -> int:
-        """How many requests of this class wait."""
-        return self._classes[priority].count
+        """How many requests wait in this lane."""
+        return self._lanes[priority].count
 
     def waiting_size(self, priority: Priority) -> int:
-        """The sum of the sizes of the requests of this class that wait."""
-        return self._classes[priority].size
+        """The sum of the sizes of the requests that wait in this lane."""
+        return self._lanes[priority].size
 
     def ensure_room(self, added: int = 1) -> None:
         """Raise `QueueFullError` unless `added` more requests fit."""
@@ -104,66 +105,66 @@ class RequestQueue(Generic[RequestT]):
             raise QueueFullError(self._length, self.max_items, added)
 
     def push(self, request: RequestT) -> None:
-        """Add a request that does not wait yet; raises `QueueFullError` when there is no room."""
+        """Add a new request; raises `QueueFullError` when there is no room."""
         self.push_all((request,))
 
     def push_all(self, requests: Sequence[RequestT]) -> None:
-        """Add requests that do not wait yet, all or, with `QueueFullError`, none of them."""
+        """Add new requests: all of them, or none and raise `QueueFullError`."""
         self.ensure_room(len(requests))
         for request in requests:
-            of_class, size = self._classes[request.priority], request.size
+            lane, size = self._lanes[request.priority], request.size
             index = _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
             try:
-                of_class.buckets[index].append(request)
+                lane.buckets[index].append(request)
             except KeyError:
-                of_class.buckets[index] = deque((request,))
-            request.place = next(self._places)
-            of_class.count += 1
-            of_class.size += size
+                lane.buckets[index] = deque((request,))
+            request.sequence = next(self._sequence)
+            lane.count += 1
+            lane.size += size
             if request.deadline_s < math.inf:
-                heapq.heappush(self._deadlines, (request.deadline_s, request.place, request))
+                heapq.heappush(self._deadlines, (request.deadline_s, request.sequence, request))
         self._length += len(requests)
 
     def discard(self, request: RequestT) -> bool:
-        """Remove a request, because its caller gave up or the policy took it; returns whether it was waiting."""
-        if request.place <= 0:
+        """Remove a request, if it waits; returns whether it did."""
+        if request.sequence <= 0:
             return False
-        request.place = -request.place
-        of_class = self._classes[request.priority]
-        of_class.count -= 1
-        of_class.size -= request.size
-        of_class.stale += 1
+        request.sequence = -request.sequence
+        lane = self._lanes[request.priority]
+        lane.count -= 1
+        lane.size -= request.size
+        lane.stale += 1
         self._length -= 1
-        of_class.sweep()
+        lane.sweep()
         self._sweep_deadlines()
         return True
 
     def take(self, requests: list[RequestT]) -> None:
-        """Remove requests, all of which wait: cheaper than to discard them one by one."""
+        """Remove requests, all of which wait. This is cheaper than `discard` for each of them."""
         for request in requests:
-            of_class = self._classes[request.priority]
-            request.place = -request.place
-            of_class.count -= 1
-            of_class.size -= request.size
-            of_class.stale += 1
+            lane = self._lanes[request.priority]
+            request.sequence = -request.sequence
+            lane.count -= 1
+            lane.size -= request.size
+            lane.stale += 1
         self._length -= len(requests)
-        for of_class in self._classes.values():
-            of_class.sweep()
+        for lane in self._lanes.values():
+            lane.sweep()
         self._sweep_deadlines()
 
-    def put_back(self, requests: Sequence[RequestT]) -> None:
-        """Let requests that were taken wait again, in their old places; `max_items` does not apply to them."""
-        for request in sorted(requests, key=attrgetter("place")):  # the newest first: each goes to the front
-            of_class = self._classes[request.priority]
-            request.place = -request.place
-            of_class.count += 1
-            of_class.size += request.size
+    def requeue(self, requests: Sequence[RequestT]) -> None:
+        """Let requests wait again that were taken, with their old sequence numbers, even if the queue is full."""
+        for request in sorted(requests, key=attrgetter("sequence")):  # newest first: each is inserted at the front
+            lane = self._lanes[request.priority]
+            request.sequence = -request.sequence
+            lane.count += 1
+            lane.size += request.size
             if request.is_linked:
-                of_class.stale -= 1
+                lane.stale -= 1
             else:
-                of_class.insert(request)
+                lane.insert(request)
             if request.deadline_s < math.inf:
-                heapq.heappush(self._deadlines, (request.deadline_s, request.place, request))
+                heapq.heappush(self._deadlines, (request.deadline_s, request.sequence, request))
         self._length += len(requests)
 
     def pop_expired(self, now: float) -> list[RequestT]:
@@ -176,43 +177,43 @@ class RequestQueue(Generic[RequestT]):
         return expired
 
     def oldest(self, priority: Priority) -> RequestT | None:
-        """The request of this class that came first, or None when none waits."""
-        of_class = self._classes[priority]
+        """The request of this lane that arrived first, or None when none waits."""
+        lane = self._lanes[priority]
         oldest, empty = None, []
-        for index, bucket in of_class.buckets.items():
-            while bucket and bucket[0].place < 0:
+        for index, bucket in lane.buckets.items():
+            while bucket and bucket[0].sequence < 0:
                 bucket.popleft().is_linked = False
-                of_class.stale -= 1
+                lane.stale -= 1
             if not bucket:
                 empty.append(index)
-            elif oldest is None or bucket[0].place < oldest.place:
+            elif oldest is None or bucket[0].sequence < oldest.sequence:
                 oldest = bucket[0]
         for index in empty:
-            del of_class.buckets[index]
+            del lane.buckets[index]
         return oldest
 
     def bucket_indices(self, priority: Priority) -> list[int]:
-        """The buckets in which requests of this class may wait, smallest sizes first."""
-        return sorted(self._classes[priority].buckets)
+        """The buckets of this lane that may hold waiting requests, smallest sizes first."""
+        return sorted(self._lanes[priority].buckets)
 
-    def front(self, priority: Priority, index: int, most: int) -> list[RequestT]:
-        """Up to `most` waiting requests of one bucket, in order of arrival."""
-        bucket = self._classes[priority].buckets.get(index, ())
-        return list(islice((request for request in bucket if request.place > 0), most))
+    def front(self, priority: Priority, index: int, limit: int) -> list[RequestT]:
+        """The oldest waiting requests of one bucket, at most `limit`, in order of arrival."""
+        bucket = self._lanes[priority].buckets.get(index, ())
+        return list(islice((request for request in bucket if request.sequence > 0), limit))
 
     def all_but(self, requests: list[RequestT]) -> list[RequestT]:
-        """The waiting requests of the class of these `requests`, without them, smallest sizes first."""
-        buckets = self._classes[requests[0].priority].buckets
-        left_out = set(map(id, requests))
+        """All waiting requests of the lane of these `requests` except these, smallest sizes first."""
+        buckets = self._lanes[requests[0].priority].buckets
+        excluded = set(map(id, requests))
         return [
             request
             for index in sorted(buckets)
             for request in buckets[index]
-            if request.place > 0 and id(request) not in left_out
+            if request.sequence > 0 and id(request) not in excluded
         ]
 
     def _sweep_deadlines(self) -> None:
-        if len(self._deadlines) > 2 * self._length + _STALE_ALLOWED:
-            waiting = {id(entry[2]): entry for entry in self._deadlines if entry[2].place > 0}
-            self._deadlines = list(waiting.values())  # what was put back has several entries
+        if len(self._deadlines) > 2 * self._length + _STALE_LIMIT:
+            waiting = {id(entry[2]): entry for entry in self._deadlines if entry[2].sequence > 0}
+            self._deadlines = list(waiting.values())  # a requeued request has several entries
             heapq.heapify(self._deadlines)

@@ -1,4 +1,4 @@
-"""What is told of each batch: an immutable record."""
+"""The record of one batch, for metrics and logs."""
 
 from dataclasses import dataclass
 
@@ -13,39 +13,40 @@ class BatchRecord:
     count: int
     """Requests in the batch."""
     failed: int
-    """How many of them got an error."""
-    put_back: int = 0
-    """How many of them wait again, for a later batch, because this one failed and they did not run by themselves."""
+    """Requests of it that got an error."""
+    requeued: int = 0
+    """Requests of it that wait again for a later batch: this one failed, and they did not run in a part of it."""
     priority: Priority
+    """The lane of the anchor."""
     reason: DispatchReason
-    """Why it was sent off as it was."""
+    """Why it was dispatched as it was."""
     real_tokens: int
     """The sum of the sizes."""
     padded_tokens: int
-    """The same, each request counted at the size of the largest."""
+    """The sum of the sizes, with each request counted at the size of the largest."""
     queue_s: float
-    """How long the requests had waited when the batch was formed, on average."""
+    """Mean seconds that the requests had waited when the batch was formed."""
     oldest_queue_s: float
-    """How long the one that waited longest had."""
+    """Seconds that the oldest request had waited then."""
     preprocess_s: float
-    """Seconds in the first stage. This and the next two are 0 where the batch failed and ran again in parts."""
+    """Seconds in the first stage. This and the next two are 0 if the batch failed and ran again in parts."""
     predict_s: float
-    """Seconds in the second stage, or in the whole of what has no stages."""
+    """Seconds in the second stage, or in the whole batch if it has no stages."""
     postprocess_s: float
     """Seconds in the third stage."""
     total_s: float
     """Seconds from when the batch was formed until its requests had their outcomes."""
     predicted_s: float
-    """Seconds of its stages together, as predicted before it ran."""
+    """Seconds that its stages together were predicted to take."""
     overlapped: bool
-    """Whether its first stage ran beside the second of the batch before."""
+    """Whether its first stage ran at the same time as the second stage of the batch before."""
 
     @property
     def padding_share(self) -> float:
-        """The part of the padded tokens that was padding, from 0 to below 1."""
+        """The share of the padded tokens that was padding, from 0 to below 1."""
         return 1 - self.real_tokens / self.padded_tokens
 
     @property
     def measured_s(self) -> float:
-        """Seconds of its stages together: what `predicted_s` predicts."""
+        """Seconds that its stages together took; compare it with `predicted_s`."""
         return self.preprocess_s + self.predict_s + self.postprocess_s

@@ -1,4 +1,4 @@
-"""What waits in the queue, and what becomes of it."""
+"""Requests that wait in the queue, and their outcomes."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,14 +6,14 @@ from enum import StrEnum
 from typing import Generic, TypeVar
 
 LARGEST_SIZE = 2**31
-"""No request counts as larger: what a pipeline says by mistake must not turn the sums of the policy into infinities."""
+"""The largest size of a request. A larger one, by a mistake of a pipeline, could make sums of sizes infinite."""
 
 T = TypeVar("T")
 R_co = TypeVar("R_co", covariant=True)
 
 
 class Priority(StrEnum):
-    """The two classes of requests: somebody waits for an answer, or the work only has to be done."""
+    """The lane of the queue that a request waits in: its caller waits for the answer, or the work has time (jobs)."""
 
     INTERACTIVE = "interactive"
     BULK = "bulk"
@@ -21,10 +21,10 @@ class Priority(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Request(Generic[T]):
-    """One item on its way to a batch.
+    """One item that waits to run in a batch.
 
-    `size` is in the pipeline's own unit (tokens, for text), at least 1 and at most `LARGEST_SIZE`. Times are seconds on
-    the clock of whoever drives the queue; a request whose `deadline_s` has come is dropped instead of run.
+    `size` is in the pipeline's own unit (tokens, for text), from 1 to `LARGEST_SIZE`. Times are seconds on the clock
+    whose `now` the planner is given. A request whose `deadline_s` has come is dropped instead of run.
     """
 
     payload: T
@@ -32,15 +32,13 @@ class Request(Generic[T]):
     priority: Priority = Priority.INTERACTIVE
     arrival_s: float = 0.0
     deadline_s: float = math.inf
-    place: int = field(default=0, init=False)
-    """Its place in the order of arrival, negative while it does not wait, 0 before it first does; set by the queue."""
+    sequence: int = field(default=0, init=False)
+    """Its number in the order of arrival: positive while it waits, negative afterwards, 0 before. Set by the queue."""
     is_linked: bool = field(default=True, init=False)
-    """Whether a bucket of the queue holds it, waiting or not, once it was pushed; set by the queue."""
+    """Whether a bucket of the queue holds it, waiting or not, once it was pushed. Set by the queue."""
 
 
-@dataclass(
-    slots=True
-)  # not frozen, which would make one three times as slow to make, and there is one for each request
+@dataclass(slots=True)  # not frozen: one is made for each request, and a frozen one takes three times as long to make
 class Success(Generic[R_co]):
     """The outcome of a request that got its result."""
 
@@ -53,8 +51,8 @@ class Failure:
 
     error: Exception
     is_systemic: bool = False
-    """Whether nothing in its batch succeeded, so that the error says little about this request: it may run later."""
+    """Whether nothing in its batch succeeded. Then the request may not be the cause, and may run again later."""
 
 
 Outcome = Success[R_co] | Failure
-"""What becomes of one request of several: match it against `Success` and `Failure`."""
+"""The outcome of one request: match it against `Success` and `Failure`."""

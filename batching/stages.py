@@ -1,4 +1,4 @@
-"""What runs a batch: one function, or three stages that may overlap those of the next batch."""
+"""What runs a batch: one function, or three stages that may overlap with those of the next batch."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ SMOOTHING = 1 / 16
 
 @dataclass(frozen=True, slots=True)
 class Stages(Generic[T, R]):
-    """A batch in three steps, each a synchronous function of the payloads and of what the step before returned.
+    """A batch in three steps. Each is a synchronous function of the payloads and of the result of the step before.
 
-    While one batch is in `predict`, the next may be in `preprocess` and the one before in `postprocess`, on another
-    thread; no two batches are ever in the same step, nor in `preprocess` and `postprocess`, at once.
+    While one batch is in `predict`, the next one may be in `preprocess` or the one before in `postprocess`, on another
+    thread. Two batches are never in the same step at once, nor one in `preprocess` and one in `postprocess`.
     """
 
     preprocess: Callable[[list[T]], Any]
@@ -28,14 +28,14 @@ RunBatch = (
     | Callable[[list[T]], Sequence[R | Exception]]
     | Callable[[list[T]], Awaitable[Sequence[R | Exception]]]
 )
-"""Runs one batch: a list of payloads in, a sequence with one output for each out, in the same order.
+"""Runs one batch: takes a list of payloads, and returns a sequence with one output for each, in the same order.
 
-An output that is an `Exception` is that item's error. A raised exception fails the batch, which is then split.
+An output that is an `Exception` is the error of that item. A raised exception fails the batch, which is then split.
 """
 
 
 class StageSeconds(NamedTuple):
-    """How long each stage of a batch ran; what has no stages is all `predict_s`."""
+    """Seconds of each stage of a batch. For a batch without stages, all of it is `predict_s`."""
 
     preprocess_s: float
     predict_s: float
@@ -43,18 +43,18 @@ class StageSeconds(NamedTuple):
 
     @property
     def total_s(self) -> float:
-        """All three, without what lay between them."""
+        """The sum of the three, without the time between them."""
         return self.preprocess_s + self.predict_s + self.postprocess_s
 
 
 class StageShares:
-    """What the stages of a batch take of its time: exponential averages, at first those of the first batch."""
+    """Shares of a batch's time that its stages take, as exponential averages that start at those of the first batch."""
 
     def __init__(self) -> None:
         self.preprocess = 0.0
         """The share of the first stage."""
         self.outside = 0.0
-        """The share of the first and the last stage together: what overlapping them with others saves at most."""
+        """The share of the first and the last stage together: the most that overlapping can save."""
         self.outside_s = 0.0
         """The same in seconds."""
         self._smoothing = 1.0

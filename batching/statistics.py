@@ -1,4 +1,4 @@
-"""What the scheduler tells about itself: an immutable snapshot, and the counters that it is taken from."""
+"""The scheduler's statistics: an immutable snapshot, and the counters that it is made from."""
 
 import math
 from collections import Counter, deque
@@ -17,37 +17,37 @@ class SchedulerStatistics:
     """The state of a scheduler at one moment. Counts of requests and batches are since it was opened."""
 
     queued: Mapping[Priority, int]
-    """Requests that wait, by class."""
+    """Requests that wait, by lane."""
     running: int
-    """Requests in batches that run now; a caller who has gone is counted until its batch has ended."""
+    """Requests in batches that run now, those of cancelled callers included."""
     accepted: int
     """Requests that entered the queue."""
     succeeded: int
     failed: int
     expired: int
-    """Requests whose deadline passed before their result was there."""
+    """Requests whose deadline passed before they had a result."""
     cancelled: int
-    """Requests whose callers went away before their result was there."""
+    """Requests whose callers were cancelled before they had a result."""
     refused: int
-    """Requests that were turned away because the queue was full."""
+    """Requests that were refused because the queue was full."""
     batch_sizes: Mapping[int, int]
-    """How many batches of each size ran; the parts of a failed batch that run again are not counted."""
+    """How many batches of each size ran. Parts of a failed batch that ran again are not counted."""
     real_tokens: int
     """The sum of the sizes of all requests in those batches."""
     padded_tokens: int
-    """The same, counting each request at the size of the largest in its batch."""
+    """The same, with each request counted at the size of the largest in its batch."""
     busy_s: float
-    """Seconds that batches ran, summed over all that ran at the same time."""
+    """Seconds that batches ran, summed over batches that ran at the same time."""
     predict_s: float
-    """Seconds that they spent in the second stage, or in the whole of what has no stages."""
+    """Seconds that they spent in the second stage, or in the whole batch if it has no stages."""
     open_s: float
-    """Seconds since it was opened, times the batches that may run at once."""
+    """Seconds since the scheduler was opened, times the number of batches that may run at once."""
     latency_p50_s: float
-    """Half of the last 4,096 requests that succeeded had their result within so many seconds; NaN before the first."""
+    """The median latency of the last 4,096 requests that succeeded; NaN before the first."""
     latency_p90_s: float
     latency_p99_s: float
     stuck_threads: int
-    """Calls that ran past the batch timeout and have still not come back; each holds a thread."""
+    """Calls that ran past the batch timeout and have not returned; each holds a thread."""
 
     @property
     def queue_depth(self) -> int:
@@ -61,23 +61,23 @@ class SchedulerStatistics:
 
     @property
     def mean_batch_size(self) -> float:
-        """Requests in an average batch; 0 when none ran."""
+        """The mean number of requests in a batch; 0 when none ran."""
         requests = sum(size * batches for size, batches in self.batch_sizes.items())
         return requests / self.batches if self.batches else 0.0
 
     @property
     def padding_share(self) -> float:
-        """The part of all padded tokens that was padding, from 0 to below 1."""
+        """The share of the padded tokens that was padding, from 0 to below 1."""
         return 1 - self.real_tokens / self.padded_tokens if self.padded_tokens else 0.0
 
     @property
     def utilisation(self) -> float:
-        """The part of the time that the second stage, the model itself, was running; 0 before it was opened."""
+        """The share of the time in which the second stage, the model itself, ran; 0 before the scheduler was opened."""
         return self.predict_s / self.open_s if self.open_s else 0.0
 
 
 class Telemetry:
-    """Counts what `SchedulerStatistics` reports."""
+    """The counters behind `SchedulerStatistics`."""
 
     def __init__(self) -> None:
         self.accepted = self.succeeded = self.failed = self.expired = self.cancelled = self.refused = 0
@@ -86,19 +86,19 @@ class Telemetry:
         self._real_tokens = self._padded_tokens = 0
         self._busy_s = self._predict_s = 0.0
 
-    def requests_succeeded(self, latencies_s: list[float]) -> None:
-        """Count results, each by how long its caller waited."""
+    def count_successes(self, latencies_s: list[float]) -> None:
+        """Count one result for each of these latencies."""
         self.succeeded += len(latencies_s)
         self._latencies_s += latencies_s
 
-    def request_failed(self, failure: Failure) -> None:
-        """Count an error."""
+    def count_failure(self, failure: Failure) -> None:
+        """Count an error; a passed deadline counts as expired."""
         if isinstance(failure.error, DeadlineExceededError):
             self.expired += 1
         else:
             self.failed += 1
 
-    def batch_ran(self, record: BatchRecord) -> None:
+    def count_batch(self, record: BatchRecord) -> None:
         """Count a batch."""
         self._batch_sizes[record.count] += 1
         self._real_tokens += record.real_tokens
@@ -109,7 +109,7 @@ class Telemetry:
     def snapshot(
         self, *, queued: Mapping[Priority, int], running: int, open_s: float, stuck_threads: int
     ) -> SchedulerStatistics:
-        """The statistics now, with what only the scheduler knows."""
+        """The statistics now; the arguments are what only the scheduler knows."""
         latencies_s = sorted(self._latencies_s)
         return SchedulerStatistics(
             queued=queued,

@@ -1,4 +1,4 @@
-"""Keeps what goes wrong in one task from being taken for something else in another."""
+"""Keeps exceptions and cancellation of one task apart from those of other tasks."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 @asynccontextmanager
 async def plain_task_group() -> AsyncIterator[TaskGroup]:
-    """Like `anyio.create_task_group`, but an exception of the block alone is not wrapped in a group.
+    """Like `anyio.create_task_group`, but an exception of the block alone is not wrapped in an exception group.
 
-    Whoever uses an object with a task group inside writes ``except ValueError``, and need not know what is inside.
+    So a user of an object that has a task group inside can write ``except ValueError``.
     """
     raised: BaseException | None = None
     try:
@@ -34,9 +34,10 @@ async def plain_task_group() -> AsyncIterator[TaskGroup]:
 
 
 async def without_foreign_cancellation(awaitable: Awaitable[T]) -> T:
-    """Await a user's code, and turn a cancellation that nobody asked this task for into a `BatchingError`.
+    """Await a user's code; raise a `BatchingError` if it is cancelled though this task is not.
 
-    Code that awaits an asyncio task which somebody else cancelled raises what would end our own task in silence.
+    Code that awaits an asyncio task which other code cancelled raises `CancelledError`. That would end our own task
+    without a message.
     """
     try:
         return await awaitable

@@ -1,4 +1,4 @@
-"""Runs synchronous functions in a thread of their own, for an event loop."""
+"""Runs synchronous functions for an event loop, one at a time, in a thread that is kept."""
 
 import threading
 from collections.abc import Callable
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class _Call(Generic[T]):
-    """One function call on its way through the thread and back."""
+    """One function call that the thread is to make."""
 
     def __init__(self, function: Callable[[], T], token: EventLoopToken) -> None:
         self.function = function
@@ -25,10 +25,10 @@ class _Call(Generic[T]):
         self.error: BaseException | None = None
 
     def run(self) -> None:
-        """Call the function and wake the caller; raises `RuntimeError` when the event loop has ended meanwhile."""
+        """Call the function and wake the caller; raises `RuntimeError` if the event loop has ended meanwhile."""
         try:
             self.result = self.function()
-        except BaseException as error:  # noqa: BLE001  # handed to the caller, who raises it
+        except BaseException as error:  # noqa: BLE001  # the caller raises it
             self.error = error
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self.done.set)
@@ -37,12 +37,13 @@ class _Call(Generic[T]):
 
 
 class DedicatedThread:
-    """A thread that runs one function at a time; always the same one, unless a call has to be abandoned.
+    """A thread that runs one function at a time. It is always the same thread, unless a call is abandoned.
 
-    One thread for all calls keeps what libraries hold by thread (OpenMP's workers, CUDA contexts, connections) warm,
-    and a call costs one hop each way. Python cannot stop a running function: when a caller is cancelled, its call is
-    abandoned, goes on in the old thread, and the next call gets a new one. Threads are daemons, so that a function that
-    never returns does not keep the process from ending. From `run` to `close`, it belongs to one event loop.
+    One thread for all calls keeps the state that libraries hold for each thread (OpenMP's workers, CUDA contexts,
+    connections). A call costs one visit to the thread. Python cannot stop a running function: if its caller is
+    cancelled, the call is abandoned and goes on in the old thread, and the next call gets a new thread. The threads are
+    daemons, so a function that never returns does not keep the process alive. From `run` to `close`, the object belongs
+    to one event loop.
     """
 
     def __init__(self, name: str) -> None:
@@ -53,14 +54,14 @@ class DedicatedThread:
         self._token: EventLoopToken
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Run `function` in the thread and return its result or raise its error.
+        """Run `function` in the thread; return its result or raise its error.
 
-        When cancelled, it returns at once, and the function's outcome is dropped. What is no `Exception` (a
-        `SystemExit`, say) is raised as a `RuntimeError`, because it must not end the event loop's thread.
+        When cancelled, it returns at once, and the function's outcome is dropped. An error that is no `Exception`, such
+        as `SystemExit`, is raised as a `RuntimeError`, because it must not end the event loop's thread.
         """
         calls = self._running_queue()
         call = _Call(function, self._token)
-        calls.put(call)  # type: ignore[arg-type]  # the thread never looks at the result
+        calls.put(call)  # type: ignore[arg-type]  # the thread does not use the result
         try:
             await call.done.wait()
         except BaseException:
@@ -68,8 +69,8 @@ class DedicatedThread:
             raise
         if call.error is None:
             return call.result
-        # The error's frames must not hold the error: all that the function had in hand would stay until the garbage
-        # collector comes. Here and in the thread's frame, it is the call that holds it.
+        # The frames of the error must not refer to the error: otherwise all objects of the function would stay until
+        # the next garbage collection. So here and in the thread's frame only the call refers to it.
         error, call.error = call.error, None
         try:
             if isinstance(error, Exception):
@@ -79,7 +80,7 @@ class DedicatedThread:
             del error
 
     def close(self, *, abandon: bool = False) -> None:
-        """Let the thread end after its current call; with `abandon`, count it as stuck until it does. Idempotent."""
+        """End the thread after its current call; with `abandon`, count it as stuck until then. Idempotent."""
         if self._calls is None or self._thread is None:
             return
         self._calls.put(None)
@@ -108,5 +109,5 @@ def _serve(calls: "SimpleQueue[_Call[object] | None]") -> None:
         try:
             call.run()
         except RuntimeError:
-            return  # the event loop ended while an abandoned call went on: nobody waits for its outcome
-        del call  # so that the thread does not keep the last batch alive while it waits for the next
+            return  # the event loop ended while an abandoned call went on
+        del call  # else the thread would keep the last batch alive while it waits for the next

@@ -1,4 +1,4 @@
-"""Lets one task sleep until something has happened: the cheapest way that the event loop offers."""
+"""Lets one task sleep until something has happened, in the cheapest way that the event loop offers."""
 
 import asyncio
 import math
@@ -10,15 +10,15 @@ from anyio.lowlevel import EventLoopToken
 
 
 def asyncio_loop(token: EventLoopToken) -> asyncio.AbstractEventLoop | None:
-    """The event loop of asyncio that a token stands for, or None for one of trio's."""
+    """The asyncio event loop of a token, or None if the token is of trio."""
     return token.native_token if isinstance(token.native_token, asyncio.AbstractEventLoop) else None
 
 
 class Wakeup:
     """An event for one task, which waits for it once.
 
-    On asyncio, `loop`, it is a bare future: an event of anyio's holds one of asyncio's, which makes a future for
-    whoever waits. One of these is made for every request, and this is half of what that costs.
+    With a `loop` of asyncio it is a bare future. An event of anyio holds one of asyncio, which makes a future for each
+    task that waits. One wakeup is made for each request, and the bare future halves its cost.
     """
 
     __slots__ = ("_event", "_future")
@@ -35,7 +35,7 @@ class Wakeup:
         return self._event.wait() if self._future is None else self._future
 
     def set(self) -> None:
-        """Wake the task that waits, or let it not wait at all. Idempotent, also after the task was cancelled."""
+        """Wake the task that waits, now or later. Idempotent, also after the task was cancelled."""
         if self._future is None:
             self._event.set()
         elif not self._future.done():
@@ -43,13 +43,13 @@ class Wakeup:
 
 
 class Sleepers:
-    """Tasks that sleep in a row until there is something to do, so that one event wakes one of many."""
+    """Tasks that sleep until there is something to do. One event wakes one task, the one that has slept longest."""
 
     def __init__(self) -> None:
         self._sleeping: deque[anyio.Event] = deque()
 
     async def sleep_until(self, wake_s: float) -> None:
-        """Sleep until then, on the event loop's clock, or until woken."""
+        """Sleep until woken, at most until `wake_s` on the event loop's clock."""
         woken = anyio.Event()
         self._sleeping.append(woken)
         try:

@@ -75,7 +75,7 @@ class GrowthStudy:
             if batch is None:
                 raise AssertionError("the planner formed no batch of a full queue")
             count = len(batch.requests)
-            planner.batch_finished(batch, true_costs.predict_s(count, batch.longest, batch.total))
+            planner.end_batch(batch, true_costs.predict_s(count, batch.longest, batch.total))
             added = [next(requests) for _ in range(count)]
             push_began_s = time.perf_counter()
             for request in added:

@@ -1,22 +1,23 @@
 """The root of the errors that `service` raises; each part derives its own from it."""
 
+from enum import StrEnum
 from typing import Any
 
 from modalkit.batching import BatchingError
 from modalkit.pipelines import PipelineError
 
 MAX_ERROR_BYTES = 8 * 1024
-"""Most bytes of UTF-8 of an error as text: in the store, in messages and in HTTP answers."""
+"""Limit of the bytes of UTF-8 of an error as text: in the store, in messages and in HTTP answers."""
 CUT_NOTE = " … ({characters} more characters)"
-NOTE_BYTES = 64
-"""More than any `CUT_NOTE` takes."""
+MAX_NOTE_BYTES = 64
+"""Limit of the bytes of a `CUT_NOTE`."""
 
 
 class ServiceError(Exception):
-    """The root of all errors of this package. One can be pickled: it may travel from a container to its caller."""
+    """The root of all errors of this package. It can be pickled: it may travel from a container to its caller."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Python's own way calls the constructor with the message, which ours do not take.
+        # By default, unpickling calls the constructor with the message; the constructors here take other arguments.
         return _restored, (type(self), self.args, self.__dict__)
 
 
@@ -25,6 +26,34 @@ def _restored(kind: type[ServiceError], args: tuple[Any, ...], state: dict[str, 
     error.args = args
     error.__dict__.update(state)
     return error
+
+
+class UnknownModelError(ServiceError):
+    """Raised when a model is asked for that the configuration does not name."""
+
+    def __init__(self, model_name: str, known: list[str]) -> None:
+        super().__init__(f"there is no model {model_name!r}; configured are: {', '.join(known)}")
+        self.model_name = model_name
+        self.known = known
+
+
+class Readiness(StrEnum):
+    """Whether a model takes requests, and if not, why."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    BROKEN = "broken"
+    FAILED = "failed"
+
+
+class NotReadyError(ServiceError):
+    """Raised when a request comes for a model that is still loading, could not be loaded, or is shutting down."""
+
+    def __init__(self, model_name: str, readiness: Readiness) -> None:
+        super().__init__(f"model {model_name!r} takes no requests now: it is {readiness}; see /health/ready")
+        self.model_name = model_name
+        self.readiness = readiness
 
 
 class ItemRejectedError(ServiceError):
@@ -115,7 +144,7 @@ def cut_text(text: str) -> str:
     encoded = text[:MAX_ERROR_BYTES].encode(errors="backslashreplace")
     if len(text) <= MAX_ERROR_BYTES and len(encoded) <= MAX_ERROR_BYTES:
         return encoded.decode()
-    kept = encoded[: MAX_ERROR_BYTES - NOTE_BYTES].decode(errors="ignore")
+    kept = encoded[: MAX_ERROR_BYTES - MAX_NOTE_BYTES].decode(errors="ignore")
     return f"{kept}{CUT_NOTE.format(characters=max(1, len(text) - len(kept)))}"
 
 

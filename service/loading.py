@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
-from modalkit.service.errors import ServiceError, describe_error, error_text
+from modalkit.service.errors import ServiceError, UnknownModelError, describe_error, error_text
 from modalkit.service.jobs import JobStore, MemoryJobStore, SqliteJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.queue_backends import (
@@ -25,15 +25,6 @@ T = TypeVar("T")
 
 class LoadError(ServiceError):
     """Raised when a class that the configuration names cannot be imported, is of the wrong kind, or cannot be built."""
-
-
-class UnknownModelError(ServiceError):
-    """Raised when a model is asked for that the configuration does not name."""
-
-    def __init__(self, model_name: str, known: list[str]) -> None:
-        super().__init__(f"there is no model {model_name!r}; configured are: {', '.join(known)}")
-        self.model_name = model_name
-        self.known = known
 
 
 def import_object(path: str, key: str) -> Any:
@@ -59,7 +50,7 @@ def import_object(path: str, key: str) -> Any:
         raise LoadError(f"{key}: module {module_name!r} has no {attribute!r}; check the spelling and case") from None
 
 
-def _import_class(path: str, key: str, base: type[T]) -> type[T]:
+def import_class(path: str, key: str, base: type[T]) -> type[T]:
     found = import_object(path, key)
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise LoadError(f"{key}: {path!r} must be a subclass of {base.__name__}, it is {found!r}")
@@ -85,7 +76,7 @@ class ModelSource:
         if implementation is not None:
             self.pipeline_class = implementation
         elif entry is not None:
-            self.pipeline_class = _import_class(
+            self.pipeline_class = import_class(
                 entry.pipeline,
                 f"{self._key}.pipeline",
                 InferencePipeline,  # type: ignore[type-abstract]  # compared with, never made
@@ -95,9 +86,9 @@ class ModelSource:
         self.input_model: type[BaseModel] = self.pipeline_class.input_model
         self.output_model: type[InferenceOutputModel] = self.pipeline_class.output_model
         if entry is not None and entry.input_model is not None:
-            self.input_model = _import_class(entry.input_model, f"{self._key}.input_model", BaseModel)
+            self.input_model = import_class(entry.input_model, f"{self._key}.input_model", BaseModel)
         if entry is not None and entry.output_model is not None:
-            self.output_model = _import_class(entry.output_model, f"{self._key}.output_model", InferenceOutputModel)
+            self.output_model = import_class(entry.output_model, f"{self._key}.output_model", InferenceOutputModel)
 
     def load(self, device: str | None = None) -> InferencePipeline:
         """Build the pipeline: reads weights, takes seconds, and may run in any thread. Raises `LoadError`.

@@ -73,7 +73,7 @@ class BentoRule:
         self._started_s = now
         return Decision(as_batch([self.queue.pop() for _ in range(min(len(self.queue), limit))]))
 
-    def batch_finished(self, batch: Batch[IndexedRequest], elapsed_s: float) -> None:
+    def end_batch(self, batch: Batch[IndexedRequest], elapsed_s: float) -> None:
         """Learn from a batch what one costs and how long requests wait."""
         self._batches += 1
         if self._batches <= self.SKIPPED_SAMPLES:
@@ -115,7 +115,7 @@ class ClipperRule(Fifo):
         """Run as many of the oldest requests as the limit allows."""
         return self.take(min(len(self.queue), int(self.limit))) if self.queue else Decision()
 
-    def batch_finished(self, batch: Batch[IndexedRequest], elapsed_s: float) -> None:
+    def end_batch(self, batch: Batch[IndexedRequest], elapsed_s: float) -> None:
         """Adapt the limit."""
         if elapsed_s > self.objective_s:
             self.limit = max(1.0, self.limit * self.BACKOFF)

@@ -30,7 +30,7 @@ class Rule(Protocol):
         """The batch to run now, or when to ask again."""
         ...
 
-    def batch_finished(self, batch: Batch[IndexedRequest], elapsed_s: float) -> None:
+    def end_batch(self, batch: Batch[IndexedRequest], elapsed_s: float) -> None:
         """Note that a batch ran for so long."""
         ...
 
@@ -181,7 +181,7 @@ class Simulation:
         self._waiting -= len(requests)
         # What comes meanwhile finds the queue as it is now, without the batch.
         self._take_arrivals(end_s)
-        self._rule.batch_finished(batch, elapsed_s)
+        self._rule.end_batch(batch, elapsed_s)
         self._source.done(len(requests), end_s)
         return end_s
 

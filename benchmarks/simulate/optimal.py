@@ -38,7 +38,7 @@ class OptimalPartition:
         predicted_s = self.cost_model.predict_s(len(sizes), sizes[-1], sum(sizes))
         return Decision(Batch(requests, requests[0].priority, DispatchReason.IDLE, sizes[-1], sum(sizes), predicted_s))
 
-    def batch_finished(self, batch: Batch[IndexedRequest], elapsed_s: float) -> None:
+    def end_batch(self, batch: Batch[IndexedRequest], elapsed_s: float) -> None:
         """Learn what the batch cost."""
         self.cost_model.observe(len(batch.requests), batch.longest, batch.total, elapsed_s)
 

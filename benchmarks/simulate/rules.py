@@ -30,7 +30,7 @@ class Fifo:
         """Put a request at the end of the queue."""
         self.queue.append(request)
 
-    def batch_finished(self, batch: Batch[IndexedRequest], elapsed_s: float) -> None:
+    def end_batch(self, batch: Batch[IndexedRequest], elapsed_s: float) -> None:
         """Do nothing."""
 
     def take(self, count: int) -> Decision[IndexedRequest]:

@@ -37,7 +37,7 @@ def call_policy(config: BatchConfig, *, max_waiting: int = 0) -> BatchPolicy:
     return BatchPolicy(
         max_batch_size=config.max_batch_size,
         max_queue_items=max(config.max_queue_size, max_waiting),
-        mixes_classes=False,  # a call has one priority
+        mixes_lanes=False,  # a call has one priority
     )
 
 
@@ -77,7 +77,7 @@ class CallModel(AsyncContextManagerMixin):
             policy=call_policy(config),
             cost_model=COST_OF_A_CALL,
             max_in_flight=MAX_CALLS_IN_FLIGHT,
-            eager_in_flight=MAX_PARTIAL_CALLS_IN_FLIGHT,
+            max_partial_in_flight=MAX_PARTIAL_CALLS_IN_FLIGHT,
             name=f"calls of {name}",
         )
 

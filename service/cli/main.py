@@ -16,8 +16,8 @@ from modalkit.service.cli.jobs import app as jobs_app
 from modalkit.service.cli.predict import predict
 from modalkit.service.cli.serve import serve
 from modalkit.service.cli.tune import tune
-from modalkit.service.errors import ServiceError
-from modalkit.service.loading import LoadError, UnknownModelError
+from modalkit.service.errors import ServiceError, UnknownModelError
+from modalkit.service.loading import LoadError
 from modalkit.service.settings import SettingsError
 from modalkit.service.version import VERSION
 

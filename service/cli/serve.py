@@ -15,9 +15,10 @@ import uvicorn
 
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
+from modalkit.service.errors import Readiness
 from modalkit.service.garbage_collection import spare_the_garbage_collector
-from modalkit.service.gateway import LocalGateway, Readiness
 from modalkit.service.listening import listening
+from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import Settings
 from modalkit.service.version import VERSION
 from modalkit.service.web import create_app
@@ -77,14 +78,14 @@ async def _serve(server: _Server, gateway: LocalGateway, listener: socket.socket
             notices.print("Finishing what was accepted ...")
         outer.cancel_scope.cancel()
     _summarize(gateway)
-    if Readiness.BROKEN in gateway.readiness().values():
+    if any(model.readiness is Readiness.BROKEN for model in gateway.models.values()):
         raise typer.Exit(1)
-    if len(_failed(gateway)) == len(gateway.readiness()):
+    if len(_failed(gateway)) == len(gateway.models):
         raise typer.Exit(2)
 
 
 def _failed(gateway: LocalGateway) -> list[str]:
-    return [name for name, readiness in gateway.readiness().items() if readiness is Readiness.FAILED]
+    return [name for name, model in gateway.models.items() if model.readiness is Readiness.FAILED]
 
 
 async def _stop_on_signals(server: _Server, gateway: LocalGateway, everything: anyio.CancelScope) -> None:
@@ -94,26 +95,26 @@ async def _stop_on_signals(server: _Server, gateway: LocalGateway, everything: a
             if server.should_exit:
                 everything.cancel()
             server.should_exit = True
-            gateway.stop_waiting()  # a client that waits for the end of a job would keep the server open
+            gateway.jobs.stop_waiting()  # a client that waits for the end of a job would keep the server open
 
 
 async def _stop_when_broken(server: _Server, gateway: LocalGateway) -> None:
     """Stop when nothing can be served any more: whoever started the process sees its exit code and starts it again."""
     await gateway.wait_until_broken()
     server.should_exit = True
-    gateway.stop_waiting()
+    gateway.jobs.stop_waiting()
 
 
 async def _announce(server: _Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
     """Say how to use the service once it is ready; stop it when no model can be loaded, which has been logged."""
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    notices.print(f"modalkit {VERSION} on {url}: loading {', '.join(gateway.readiness())} ...")
+    notices.print(f"modalkit {VERSION} on {url}: loading {', '.join(gateway.models)} ...")
     started_s = time.perf_counter()
     await gateway.wait_until_settled()
     spare_the_garbage_collector()
     failed = _failed(gateway)
-    if len(failed) == len(gateway.readiness()):
+    if len(failed) == len(gateway.models):
         server.should_exit = True
         return
     without = f", without {', '.join(failed)} (see the errors above)" if failed else ""
@@ -132,7 +133,7 @@ def _things_to_try(url: str, gateway: LocalGateway, settings: Settings) -> str:
         return f"  curl {url}{path}{key} -d {shlex.quote(body)}"
 
     lines = ["", "Try:"]
-    if "text" in gateway.input_model().model_fields:
+    if "text" in next(iter(gateway.models.values())).input_model.model_fields:
         lines += [
             curl("/sync/predict", '{"text": "What a lovely day!"}'),
             curl("/batch/predict", '[{"text": "I love it"}, {"text": "It broke after a week"}]'),
@@ -143,7 +144,9 @@ def _things_to_try(url: str, gateway: LocalGateway, settings: Settings) -> str:
 
 
 def _summarize(gateway: LocalGateway) -> None:
-    for model_name, done in gateway.statistics().items():
+    for model_name, model in gateway.models.items():
+        if (done := model.statistics()) is None:
+            continue
         notices.print(
             f"{model_name}: {done.succeeded} succeeded, {done.failed} failed, {done.expired} expired, "
             f"{done.cancelled} cancelled; {done.batches} batches, {done.mean_batch_size:.1f} items each on average"

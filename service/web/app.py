@@ -44,10 +44,12 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
     app = FastAPIOffline(title="modalkit", version=VERSION, description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.add_middleware(_RootPath)
     add_prediction_routes(app, gateway, api_key)
-    app.include_router(make_job_router(gateway), dependencies=[] if api_key is None else [Depends(api_key.dependency)])
+    app.include_router(
+        make_job_router(gateway.jobs), dependencies=[] if api_key is None else [Depends(api_key.dependency)]
+    )
     _add_health(app, gateway)
     install_problem_handlers(app)
-    document_bodies(app, gateway)
+    document_bodies(app, gateway.models.values())
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
@@ -85,7 +87,7 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
         responses={503: {"description": "A model is broken: replace the process"}},
     )
     async def live() -> JSONResponse:
-        broken = [name for name, state in gateway.readiness().items() if state is Readiness.BROKEN]
+        broken = [name for name, model in gateway.models.items() if model.readiness is Readiness.BROKEN]
         if broken:
             return JSONResponse({"status": "broken", "models": broken}, HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "live"})
@@ -97,7 +99,7 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
         responses={503: {"description": "Not yet"}},
     )
     async def ready() -> JSONResponse:
-        models = gateway.readiness()
+        models = {name: model.readiness for name, model in gateway.models.items()}
         is_ready = all(state is Readiness.READY for state in models.values())
         return JSONResponse(
             {"status": "ready" if is_ready else "not ready", "models": models},

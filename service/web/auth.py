@@ -12,9 +12,8 @@ from fastapi.security import APIKeyHeader, HTTPBearer
 
 from modalkit.service.loading import LoadError
 from modalkit.service.settings import AuthConfig
-from modalkit.service.web.header_keys import header_bytes
 from modalkit.service.web.problems import ProblemError
-from modalkit.service.web.ssm_key import SsmKey
+from modalkit.service.web.ssm_key import SsmKey, header_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The routes that tell what became of jobs, and that cancel, replay and remove them."""
+"""The routes that show, cancel, replay and remove jobs."""
 
 import time
 from http import HTTPStatus
@@ -9,18 +9,22 @@ from fastapi.responses import Response
 from pydantic import PositiveFloat
 
 from modalkit.pipelines.iomodel import LONGEST_LIFE_S
-from modalkit.service.gateway import Gateway
+from modalkit.service.gateway import JobAdministration, Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
 from modalkit.service.web.answers import JobDetails, JobPageView, JobView, Purged, Replayed, json_response
-from modalkit.service.web.connections import while_connected
 from modalkit.service.web.problems import ProblemError
+from modalkit.service.web.routes import while_connected
 
-LONGEST_WAIT_S = 300.0
+MAX_WAIT_S = 300.0
+
+CANNOT_LIST = "the jobs cannot be listed: the engine that runs them keeps no list; ask for each by its id"
+CANNOT_PURGE = "the jobs cannot be removed: the engine that runs them removes results by itself"
+CANNOT_REPLAY = (
+    "the engine that runs the jobs cannot send a result once more: it stays in GET /jobs/{job_id}; submit the job again"
+)
 
 JobId = Annotated[str, Path(description="As given by /async/predict.")]
-Wait = Annotated[
-    float, Query(ge=0, le=LONGEST_WAIT_S, description="Seconds to wait for the job's end before answering.")
-]
+Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the job's end before answering.")]
 Statuses = Annotated[list[JobStatus], Query(alias="status", description="Only jobs in one of these states.")]
 Deliveries = Annotated[list[DeliveryStatus], Query(alias="delivery", description="Only jobs with such a delivery.")]
 OfModel = Annotated[str | None, Query(alias="model_name", description="Only jobs of this model.")]
@@ -31,9 +35,14 @@ OlderThan = Annotated[
 ]
 
 
-def make_job_router(gateway: Gateway) -> APIRouter:
-    """The routes, answering by way of `gateway`."""
+def make_job_router(jobs: Jobs) -> APIRouter:
+    """The routes over `jobs`."""
     router = APIRouter(tags=["jobs"])
+
+    def administration(reason: str) -> JobAdministration:
+        if jobs.administration is None:
+            raise ProblemError(HTTPStatus.NOT_IMPLEMENTED, reason)
+        return jobs.administration
 
     @router.get("/jobs", operation_id="list_jobs", summary="List jobs, the newest first")
     async def list_jobs(
@@ -44,9 +53,9 @@ def make_job_router(gateway: Gateway) -> APIRouter:
         cursor: Cursor = None,
     ) -> Response:
         which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name)
-        page = await gateway.jobs(limit, which, cursor)
-        jobs = [JobView.model_validate(job) for job in page.jobs]
-        return json_response(JobPageView(jobs=jobs, next_cursor=page.next_cursor).model_dump_json().encode())
+        page = await administration(CANNOT_LIST).page(limit, which, cursor)
+        views = [JobView.model_validate(job) for job in page.jobs]
+        return json_response(JobPageView(jobs=views, next_cursor=page.next_cursor).model_dump_json().encode())
 
     @router.delete("/jobs", operation_id="purge_jobs", summary="Remove jobs that have ended, with their results")
     async def purge_jobs(
@@ -62,24 +71,26 @@ def make_job_router(gateway: Gateway) -> APIRouter:
             )
         ended_before = None if older_than is None else time.time() - older_than
         which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name, ended_before=ended_before)
-        return json_response(Purged(purged=await gateway.purge(which)).model_dump_json().encode())
+        purged = await administration(CANNOT_PURGE).purge(which)
+        return json_response(Purged(purged=purged).model_dump_json().encode())
 
     @router.post("/jobs/replay", operation_id="replay_jobs", summary="Send all undelivered results once more")
     async def replay_jobs() -> Response:
-        return json_response(Replayed(replayed=await gateway.replay()).model_dump_json().encode())
+        replayed = await administration(CANNOT_REPLAY).replay()
+        return json_response(Replayed(replayed=replayed).model_dump_json().encode())
 
     @router.get("/jobs/{job_id}", operation_id="get_job", summary="What became of a job")
     async def get_job(request: Request, job_id: JobId, wait: Wait = 0.0) -> Response:
-        return _job_response(job_id, await while_connected(request, lambda: gateway.job(job_id, wait_s=wait)))
+        return _job_response(job_id, await while_connected(request, lambda: jobs.get(job_id, wait)))
 
     @router.delete("/jobs/{job_id}", operation_id="cancel_job", summary="Cancel a job that has not ended")
     async def cancel_job(job_id: JobId) -> Response:
-        return _job_response(job_id, await gateway.cancel(job_id))
+        return _job_response(job_id, await jobs.cancel(job_id))
 
     @router.post("/jobs/{job_id}/replay", operation_id="replay_job", summary="Send an undelivered result once more")
     async def replay_job(job_id: JobId) -> Response:
-        replayed = await gateway.replay([job_id])
-        job = await gateway.job(job_id)
+        replayed = await administration(CANNOT_REPLAY).replay([job_id])
+        job = await jobs.get(job_id)
         if job is not None and not replayed:
             raise ProblemError(
                 HTTPStatus.CONFLICT,

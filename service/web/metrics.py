@@ -1,15 +1,13 @@
-"""What the service tells Prometheus: its batches, jobs and deliveries, taken from snapshots when asked."""
+"""Metrics for Prometheus of models, batches, jobs and deliveries, made from snapshots at each request."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from modalkit.batching import SchedulerStatistics
-from modalkit.service.errors import NotAvailableError
-from modalkit.service.gateway import Gateway, Readiness
+from modalkit.service.gateway import Gateway, Model, Readiness
 from modalkit.service.jobs import JobCounts, JobStoreError
 
 logger = logging.getLogger(__name__)
@@ -20,17 +18,17 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 async def exposition(gateway: Gateway) -> bytes:
     """All metrics, in Prometheus's text format."""
     registry = CollectorRegistry(auto_describe=False)
-    metrics = list(_of_models(gateway.readiness(), gateway.statistics()))
-    is_up = GaugeMetricFamily("modalkit_job_store_up", "0 where the job store cannot be read.")
-    try:
-        metrics += _of_jobs(await gateway.job_counts())
-        is_up.add_metric([], 1)
-    except NotAvailableError:
-        pass  # there is no store to speak of
-    except JobStoreError:
-        is_up.add_metric([], 0)
-        logger.exception("The jobs could not be counted")
-    registry.register(_Snapshot([*metrics, is_up]))
+    metrics = list(_of_models(gateway.models.values()))
+    if (administration := gateway.jobs.administration) is not None:
+        is_up = GaugeMetricFamily("modalkit_job_store_up", "0 where the job store cannot be read.")
+        try:
+            metrics += _of_jobs(await administration.counts())
+            is_up.add_metric([], 1)
+        except JobStoreError:
+            is_up.add_metric([], 0)
+            logger.exception("The jobs could not be counted")
+        metrics.append(is_up)
+    registry.register(_Snapshot(metrics))
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     return generate_latest(registry)
@@ -44,7 +42,7 @@ class _Snapshot(Collector):
         return self._metrics
 
 
-def _of_models(readiness: Mapping[str, Readiness], statistics: Mapping[str, SchedulerStatistics]) -> Iterator[Metric]:
+def _of_models(models: Iterable[Model]) -> Iterator[Metric]:
     ready = GaugeMetricFamily("modalkit_model_ready", "1 where a model takes requests.", labels=["model"])
     queued = GaugeMetricFamily("modalkit_queued_requests", "Requests that wait.", labels=["model", "priority"])
     running = GaugeMetricFamily("modalkit_running_requests", "Requests in batches that run.", labels=["model"])
@@ -60,26 +58,28 @@ def _of_models(readiness: Mapping[str, Readiness], statistics: Mapping[str, Sche
         "Quantiles over the last 4,096 requests that succeeded.",
         labels=["model", "quantile"],
     )
-    for model, state in readiness.items():
-        ready.add_metric([model], state is Readiness.READY)
-    for model, done in statistics.items():
+    for model in models:
+        name, done = model.name, model.statistics()
+        ready.add_metric([name], model.readiness is Readiness.READY)
+        if done is None:
+            continue
         for priority, count in done.queued.items():
-            queued.add_metric([model, priority], count)
+            queued.add_metric([name, priority], count)
         for outcome in ("succeeded", "failed", "expired", "cancelled", "refused"):
-            requests.add_metric([model, outcome], getattr(done, outcome))
+            requests.add_metric([name, outcome], getattr(done, outcome))
         for quantile, seconds in (
             ("0.5", done.latency_p50_s),
             ("0.9", done.latency_p90_s),
             ("0.99", done.latency_p99_s),
         ):
-            latency.add_metric([model, quantile], seconds)
-        running.add_metric([model], done.running)
-        stuck.add_metric([model], done.stuck_threads)
-        batches.add_metric([model], done.batches)
-        items.add_metric([model], sum(size * count for size, count in done.batch_sizes.items()))
-        busy.add_metric([model], done.busy_s)
-        real.add_metric([model], done.real_tokens)
-        padded.add_metric([model], done.padded_tokens)
+            latency.add_metric([name, quantile], seconds)
+        running.add_metric([name], done.running)
+        stuck.add_metric([name], done.stuck_threads)
+        batches.add_metric([name], done.batches)
+        items.add_metric([name], sum(size * count for size, count in done.batch_sizes.items()))
+        busy.add_metric([name], done.busy_s)
+        real.add_metric([name], done.real_tokens)
+        padded.add_metric([name], done.padded_tokens)
     yield from (ready, queued, running, stuck, requests, batches, items, busy, real, padded, latency)
 
 

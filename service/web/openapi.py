@@ -1,6 +1,6 @@
-"""Documents what the routes read and write by themselves, bodies and problem details, in the OpenAPI schema."""
+"""Adds to the OpenAPI schema what FastAPI does not see: the bodies and problem details of the routes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from modalkit.pipelines import AsyncInputModel, AsyncOutputModel
-from modalkit.service.gateway import Gateway
+from modalkit.service.gateway import Model
 from modalkit.service.web.answers import (
     JSON,
     NDJSON,
@@ -32,11 +32,10 @@ _ANSWERS: dict[str, type[BaseModel]] = {
 _REF = "#/components/schemas/{model}"
 
 
-def document_bodies(app: FastAPI, gateway: Gateway) -> None:
-    """Add the schemas of the gateway's models to those of the routes of `app` that name one by their operation id."""
-    names = list(gateway.readiness())
-    inputs = _unique(gateway.input_model(name) for name in names)
-    outputs = _unique(gateway.output_model(name) for name in names)
+def document_bodies(app: FastAPI, models: Collection[Model]) -> None:
+    """Add the schemas of bodies and answers to the operations of `app`, which are found by their operation ids."""
+    inputs = list(dict.fromkeys(model.input_model for model in models))
+    outputs = list(dict.fromkeys(model.output_model for model in models))
     jobs: list[type[BaseModel]] = [AsyncInputModel[model] for model in inputs]  # type: ignore[valid-type]  # classes known at run time
     modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(model, "validation") for model in (*inputs, *jobs)]
     answers: list[type[BaseModel]] = [*outputs, AsyncOutputModel, *_ANSWERS.values(), Submitted, Problem]
@@ -47,12 +46,13 @@ def document_bodies(app: FastAPI, gateway: Gateway) -> None:
         schemas = [refs[model, mode] for model in models]
         return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
 
-    item, output = any_of(inputs, "validation"), any_of(outputs, "serialization")
+    item, job = any_of(inputs, "validation"), any_of(jobs, "validation")
+    output = any_of(outputs, "serialization")
     bodies: dict[str, tuple[dict[str, Any] | None, str, dict[str, Any]]] = {
         "sync_predict": (item, "200", output),
         "batch_predict": (_list_of(item), "200", _list_of(output)),
         "async_predict": (
-            _one_or_list(any_of(jobs, "validation")),
+            {"anyOf": [job, _list_of(job)]},
             "202",
             {"anyOf": [refs[AsyncOutputModel, "serialization"], _list_of(refs[Submitted, "serialization"])]},
         ),
@@ -79,7 +79,7 @@ def document_bodies(app: FastAPI, gateway: Gateway) -> None:
                         if request is not None:
                             operation["requestBody"] = {"required": True, "content": _of_type(JSON, request)}
                         if operation["operationId"] == "async_predict":
-                            operation["requestBody"]["content"] |= _of_type(NDJSON, any_of(jobs, "validation"))
+                            operation["requestBody"]["content"] |= _of_type(NDJSON, job)
                         operation["responses"][status]["content"] = _of_type(JSON, answer)
                         operation["responses"].pop("422", None)
                         operation["responses"]["default"] = problem
@@ -87,14 +87,6 @@ def document_bodies(app: FastAPI, gateway: Gateway) -> None:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
-
-
-def _unique(models: Iterable[type[BaseModel]]) -> list[type[BaseModel]]:
-    return list(dict.fromkeys(models))
-
-
-def _one_or_list(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"anyOf": [schema, _list_of(schema)]}
 
 
 def _list_of(schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Errors as HTTP answers: problem details (RFC 9457) that name the field, the value and the remedy."""
 
-import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -22,21 +21,19 @@ from modalkit.service.errors import (
     ContainerFaultError,
     ItemRejectedError,
     NotAvailableError,
+    NotReadyError,
     RemoteCallError,
     RemoteItemError,
     RemoteTimeoutError,
+    UnknownModelError,
     describe_error,
 )
-from modalkit.service.gateway import NotReadyError
 from modalkit.service.jobs import IdempotencyKeyReusedError, JobStoreError, JobStoreFullError
 from modalkit.service.jobs.errors import JobStoreBusyError
 from modalkit.service.jobs.queue_rules import QueueNotAllowedError
-from modalkit.service.loading import UnknownModelError
 from modalkit.service.queue_backends import QueueNameError
 from modalkit.service.validation import field_errors, summary
 from modalkit.service.web.answers import PROBLEM_JSON
-
-logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 
@@ -64,7 +61,7 @@ _STATUS_BY_NAME = {kind.__name__: status for kind, status in _STATUS_OF.items()}
 
 
 class ProblemError(Exception):
-    """Raised in a route to answer with problem details."""
+    """Raised in a route to answer with problem details. `headers` are named with underscores for hyphens."""
 
     def __init__(
         self, status: HTTPStatus, detail: str, *, errors: Sequence[Mapping[str, Any]] = (), **headers: str
@@ -123,7 +120,7 @@ def install_problem_handlers(app: FastAPI) -> None:
         return problem_response(status, detail, headers=error.headers)
 
     async def on_unexpected_error(_: Request, error: Exception) -> Response:
-        # Starlette raises the error again once this is sent, and the server logs it with its traceback.
+        # Starlette raises the error again once this is sent, so that the server logs it with its traceback.
         return problem_response(
             HTTPStatus.INTERNAL_SERVER_ERROR, f"an unexpected {type(error).__name__}; the service's log tells more"
         )
@@ -142,8 +139,6 @@ def install_problem_handlers(app: FastAPI) -> None:
 def error_response(error: Exception) -> Response:
     """The answer to a request whose item failed."""
     status = status_of(error)
-    if status is HTTPStatus.INTERNAL_SERVER_ERROR and not isinstance(error, RemoteItemError):  # logged where it ran
-        logger.error("The pipeline failed", exc_info=error)
     retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
     return problem_response(
         status, describe_error(error), headers={"Retry-After": str(RETRY_AFTER_S)} if retry else None

@@ -1,40 +1,40 @@
 """The routes that predict, at once or as jobs."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from pydantic_core import to_json
 
 from modalkit.batching import Failure
+from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.errors import OutputNotJsonError, describe_error
-from modalkit.service.gateway import Gateway
+from modalkit.service.gateway import Gateway, find_model
 from modalkit.service.outputs import output_json
 from modalkit.service.web.answers import json_response
 from modalkit.service.web.auth import ApiKey
 from modalkit.service.web.bodies import BodyParser, InvalidItem, read_body
-from modalkit.service.web.connections import while_connected
 from modalkit.service.web.options import PREDICTION_PARAMETERS, SUBMISSION_PARAMETERS, Options
-from modalkit.service.web.plain_route import PlainRoute
 from modalkit.service.web.problems import ProblemError, error_response
 from modalkit.service.web.submissions import Submitter
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
 
 
 def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None) -> None:
-    """Add the routes, answering by way of `gateway`.
+    """Add the routes over `gateway`.
 
-    To the application itself, because a router between the two costs as much time as the route.
+    They are added to the application itself: a router in between would cost as much time as the route.
     """
     dependencies = [] if api_key is None else [Depends(api_key.dependency)]
     parsers: dict[type[BaseModel], BodyParser] = {}
 
-    def parser(model_name: str | None) -> BodyParser:
-        input_model = gateway.input_model(model_name)
+    def parser(input_model: type[BaseModel]) -> BodyParser:
         if input_model not in parsers:
             parsers[input_model] = BodyParser(input_model)
         return parsers[input_model]
@@ -52,7 +52,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
                 methods=["POST"],
                 tags=["predictions"],
                 dependencies=dependencies,
-                route_class_override=PlainRoute,
+                route_class_override=_PlainRoute,
                 **documentation,
             )
 
@@ -66,13 +66,11 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     )
     async def sync_predict(request: Request) -> Response:
         options = Options.of_prediction(request)
-        item = parser(options.model_name).item(await read_body(request))
+        model = find_model(gateway.models, options.model_name)
+        item = parser(model.input_model).item(await read_body(request))
         try:
             output = await while_connected(
-                request,
-                lambda: gateway.predict(
-                    item, model_name=options.model_name, priority=options.priority, timeout_s=options.timeout_s
-                ),
+                request, lambda: model.predict(item, priority=options.priority, timeout_s=options.timeout_s)
             )
             content = output_json(output)
         except ProblemError:
@@ -89,14 +87,12 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     )
     async def batch_predict(request: Request) -> Response:
         options = Options.of_prediction(request)
-        items = parser(options.model_name).items(await read_body(request))
+        model = find_model(gateway.models, options.model_name)
+        items = parser(model.input_model).items(await read_body(request))
         valid = [item for item in items if not isinstance(item, InvalidItem)]
         outcomes = iter(
             await while_connected(
-                request,
-                lambda: gateway.predict_many(
-                    valid, model_name=options.model_name, priority=options.priority, timeout_s=options.timeout_s
-                ),
+                request, lambda: model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s)
             )
         )
         slots = [_slot(item) if isinstance(item, InvalidItem) else _slot(next(outcomes)) for item in items]
@@ -113,7 +109,42 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     )
     async def async_predict(request: Request) -> Response:
         options = Options.of_submission(request)
-        return await Submitter(gateway, parser(options.model_name), options).answer(request)
+        model = find_model(gateway.models, options.model_name)
+        return await Submitter(gateway.jobs, model.name, parser(model.input_model), options).answer(request)
+
+
+class _PlainRoute(APIRoute):
+    """A documented route that calls its endpoint with the request; FastAPI reads no parameters, runs no dependencies.
+
+    What FastAPI does for each request takes as long as all other work for a job.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The function that answers a request."""
+        endpoint = self.endpoint
+
+        async def handle(request: Request) -> Response:
+            response: Response = await endpoint(request)
+            return response
+
+        return handle
+
+
+async def while_connected(request: Request, call: Callable[[], Awaitable[T]]) -> T:
+    """Await a call; cancel it when the client disconnects, so that its item leaves the queue."""
+    async with plain_task_group() as task_group:
+
+        async def watch() -> None:
+            # The body has been read, so the only message that can come is the disconnection.
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            task_group.cancel_scope.cancel()
+
+        task_group.start_soon(watch)
+        result = await call()
+        task_group.cancel_scope.cancel()
+        return result
+    raise ProblemError(HTTPStatus.REQUEST_TIMEOUT, "the client has gone")
 
 
 def _slot(outcome: Any) -> bytes:

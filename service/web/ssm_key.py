@@ -14,14 +14,13 @@ from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.errors import describe_error
 from modalkit.service.jobs.delivery import backoff_with_jitter
 from modalkit.service.loading import LoadError
-from modalkit.service.web.header_keys import header_bytes
 
 logger = logging.getLogger(__name__)
 
 SSM_KEY = "app_settings.auth_config.ssm_key"
 READ_S = 10.0
-WRONG_KEYS_APART_S = 5.0
-"""How long after a wrong key had the parameter read again another one does, so that guessing does not flood AWS."""
+WRONG_KEY_INTERVAL_S = 5.0
+"""Minimum seconds between two reads of the parameter that wrong keys cause: guessing must not flood AWS."""
 
 _CREDENTIALS = (
     "give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (a Modal secret can hold them), or what else AWS's tools look for"
@@ -118,7 +117,7 @@ class SsmKey:
     async def refresh(self) -> None:
         """Wait until the key is read again, because of a request with another one; at most `READ_S` seconds.
 
-        Does nothing within `WRONG_KEYS_APART_S` of the last time that it had the key read. Raises nothing.
+        Does nothing within `WRONG_KEY_INTERVAL_S` of the last time that it had the key read. Raises nothing.
         """
         if self._task_group is None:
             return
@@ -126,7 +125,7 @@ class SsmKey:
             now = self._clock()
             if now < self._wrong_keys_count_from:
                 return
-            self._wrong_keys_count_from = now + WRONG_KEYS_APART_S
+            self._wrong_keys_count_from = now + WRONG_KEY_INTERVAL_S
         await self._start_reading(self._task_group).wait()
 
     async def _refresh_forever(self) -> None:
@@ -206,3 +205,17 @@ def _reason(error: Exception) -> str:
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return f"{error}; {_CREDENTIALS}"
     return str(error) if isinstance(error, BotoCoreError | ValueError) else describe_error(error)
+
+
+def header_bytes(key: str) -> bytes:
+    """The bytes of a header with this key, without the white space around it, which headers cannot carry.
+
+    A file or a secret often ends with a line break. Raises `ValueError`, which does not show the key, for a key that no
+    header can carry.
+    """
+    key = key.strip()
+    if not key:
+        raise ValueError("it is empty")
+    if not key.isprintable():
+        raise ValueError("it has a line break or another control character inside, which no header can carry")
+    return key.encode()

@@ -1,10 +1,14 @@
 """``POST /async/predict``: one job, a list of them, or a stream of any length."""
 
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
+import anyio
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic_core import to_json
@@ -15,27 +19,38 @@ from modalkit.batching import Failure, Outcome, Success
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.errors import describe_error
-from modalkit.service.gateway import Gateway
+from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import JobStoreError
 from modalkit.service.web.answers import NDJSON, json_response
 from modalkit.service.web.bodies import BodyParser, InvalidItem, read_body
-from modalkit.service.web.lines import LARGEST_LINE_BYTES, Line, lines_of
 from modalkit.service.web.options import Options
 from modalkit.service.web.problems import ProblemError
-from modalkit.service.web.spool import Spool
 
 logger = logging.getLogger(__name__)
 
 NDJSON_TYPES = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")
 
-_TOO_LARGE = InvalidItem(f"the line is larger than {LARGEST_LINE_BYTES} bytes: send it as a request of its own")
+MAX_LINE_BYTES = 2**20
+SPOOL_MEMORY_BYTES = 2**20
+SPOOL_CHUNK_BYTES = 2**16
+
+_TOO_LARGE = InvalidItem(f"the line is larger than {MAX_LINE_BYTES} bytes: send it as a request of its own")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line that is not empty. `number` counts all lines from 1; `content` is None where it is too large."""
+
+    number: int
+    content: bytes | None
 
 
 class Submitter:
     """Submits the jobs of one request to one model."""
 
-    def __init__(self, gateway: Gateway, parser: BodyParser, options: Options) -> None:
-        self._gateway = gateway
+    def __init__(self, jobs: Jobs, model_name: str, parser: BodyParser, options: Options) -> None:
+        self._jobs = jobs
+        self._model_name = model_name
         self._parser = parser
         self._options = options
 
@@ -44,7 +59,7 @@ class Submitter:
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if media_type in NDJSON_TYPES:
             self._refuse_key()
-            await self._submit([])  # a model that takes none is the answer to the request, and not to each line
+            await self._submit([])  # a model that takes no jobs now fails the request, not each line
             return SubmissionStream(request, self)
         body = await read_body(request)
         if body.lstrip()[:1] == b"[":
@@ -52,16 +67,18 @@ class Submitter:
             answers = [_json(outcome) for outcome in await self._submit(self._parser.async_requests(body))]
             return json_response(b"[" + b",".join(answers) + b"]", HTTPStatus.ACCEPTED)
         job = _with_key(self._parser.async_request(body), self._options.idempotency_key)
-        job_id = await self._gateway.submit(job, model_name=self._options.model_name, priority=self._options.priority)
-        location = f"{request.scope.get('root_path', '')}/jobs/{job_id}"
-        return json_response(to_json({"job_id": job_id}), HTTPStatus.ACCEPTED, {"Location": location})
+        (outcome,) = await self._jobs.submit([job], model_name=self._model_name, priority=self._options.priority)
+        if isinstance(outcome, Failure):
+            raise outcome.error
+        location = f"{request.scope.get('root_path', '')}/jobs/{outcome.value}"
+        return json_response(to_json({"job_id": outcome.value}), HTTPStatus.ACCEPTED, {"Location": location})
 
     async def answer_lines(self, lines: Sequence[Line]) -> bytes:
-        """Submit the jobs of some lines, and return the lines that say what became of them."""
+        """Submit the jobs of some lines; returns a line for each, with its `job_id` or its error."""
         asked = [_TOO_LARGE if line.content is None else self._parser.line(line.content) for line in lines]
         try:
             outcomes = await self._submit(asked)
-        except Exception as error:  # the lines after these may fare better
+        except Exception as error:  # the lines after these may succeed
             if not isinstance(error, JobStoreError):
                 logger.exception("Jobs of a stream could not be submitted")
             outcomes = [Failure(error)] * len(lines)
@@ -72,9 +89,7 @@ class Submitter:
 
     async def _submit(self, asked: Sequence[AsyncInputModel | InvalidItem]) -> list[Outcome[str] | InvalidItem]:
         valid = [item for item in asked if not isinstance(item, InvalidItem)]
-        outcomes = iter(
-            await self._gateway.submit_many(valid, model_name=self._options.model_name, priority=self._options.priority)
-        )
+        outcomes = iter(await self._jobs.submit(valid, model_name=self._model_name, priority=self._options.priority))
         return [item if isinstance(item, InvalidItem) else next(outcomes) for item in asked]
 
     def _refuse_key(self) -> None:
@@ -85,12 +100,81 @@ class Submitter:
             )
 
 
+async def lines_of(chunks: AsyncIterable[bytes], max_bytes: int = MAX_LINE_BYTES) -> AsyncIterator[list[Line]]:
+    """The lines of a body, in lists of those that arrived together.
+
+    The content of a line that is too large is dropped, so that memory is bounded.
+    """
+    number, rest, too_large = 0, b"", False
+    async for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        complete = []
+        for ended in others:
+            complete.append(None if too_large or len(rest) + len(first) > max_bytes else rest + first)
+            rest, too_large, first = b"", False, ended
+        too_large = too_large or len(rest) + len(first) > max_bytes
+        rest = b"" if too_large else rest + first
+        lines = [Line(number + count, content) for count, content in enumerate(complete, 1)]
+        number += len(complete)
+        if wanted := [line for line in lines if line.content is None or line.content.strip()]:
+            yield wanted
+    if too_large or rest.strip():
+        yield [Line(number + 1, None if too_large else rest)]
+
+
+class Spool:
+    """A pipe whose writer never waits: beyond a megabyte, bytes that have not been read are in a temporary file.
+
+    It has one reader, which waits for bytes. A context manager.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOL_MEMORY_BYTES)  # noqa: SIM115  # closed by __exit__
+        self._read_bytes = 0
+        self._written_bytes = 0
+        self._closed = False
+        self._change = anyio.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, data: bytes) -> None:
+        """Add bytes at the end."""
+        self._file.seek(self._written_bytes)
+        self._written_bytes += self._file.write(data)
+        self._change.set()
+
+    def close(self) -> None:
+        """Mark the end: the reader gets it once it has read everything."""
+        self._closed = True
+        self._change.set()
+
+    async def read(self) -> bytes:
+        """Wait for bytes and return up to `SPOOL_CHUNK_BYTES` of them; empty at the end."""
+        while self._read_bytes == self._written_bytes and not self._closed:
+            self._change = anyio.Event()
+            await self._change.wait()
+        self._file.seek(self._read_bytes)
+        data = self._file.read(SPOOL_CHUNK_BYTES)
+        self._read_bytes += len(data)
+        if self._read_bytes == self._written_bytes:
+            self._read_bytes = self._written_bytes = 0
+            self._file.seek(0)
+            self._file.truncate()
+        return data
+
+
 class SubmissionStream(Response):
     """Reads lines, each a job, and answers each with a line: its `job_id` once the job is stored, or an error.
 
-    No faster than the jobs are stored, and with a bounded amount of memory. Answers are sent while lines still come,
-    yet none waits for them to be read: many clients send everything before they read anything. A client that goes away
-    leaves the jobs of the lines that were read.
+    Lines are read no faster than jobs are stored, in a bounded amount of memory. Answers are sent while lines are read,
+    and reading does not wait for the client to read answers: many clients send everything before they read anything.
+    When a client disconnects, the jobs of the lines that were read stay.
     """
 
     def __init__(self, request: Request, submitter: Submitter) -> None:

@@ -102,7 +102,7 @@ async def test_what_is_not_told_apart_waits_again_in_its_old_place_while_others_
     assert with_9 < len(model.runs) - 1
     assert records[0].count == 4
     assert records[0].failed == 1
-    assert sum(record.count - record.put_back for record in records) == 7
+    assert sum(record.count - record.requeued for record in records) == 7
 
 
 async def test_when_everything_fails_all_get_an_error_that_may_be_no_fault_of_theirs() -> None:

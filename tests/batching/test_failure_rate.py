@@ -17,9 +17,9 @@ def learn(rate: FailureRate, count: int, more_suspects: int, passes: bool) -> No
     """Take in one run: of new items, or of some of more suspects."""
     suspects = count + more_suspects if more_suspects else 0
     if passes:
-        rate.passed(count, suspects)
+        rate.record_success(count, suspects)
     else:
-        rate.failed(count, suspects)
+        rate.record_failure(count, suspects)
 
 
 @given(RUNS, st.integers(1, 512))
@@ -62,13 +62,13 @@ def test_groups_become_such_that_half_of_them_succeed(share: float, least: int, 
 def test_at_rest_a_success_teaches_nothing_and_after_failures_it_comes_to_rest_again() -> None:
     rate = FailureRate()
     at_rest = rate.belief
-    rate.passed(32)
+    rate.record_success(32)
     assert rate.belief is at_rest
     for _ in range(20):
-        rate.failed(32)
+        rate.record_failure(32)
     assert not rate.is_at_rest
     for successes in range(100):  # noqa: B007  # the number is what is checked
-        rate.passed(rate.group_size(32))
+        rate.record_success(rate.group_size(32))
         if rate.is_at_rest:
             break
     assert successes < 50
@@ -78,17 +78,17 @@ def test_what_cannot_be_teaches_nothing() -> None:
     """A group that is known to hold a guilty item, and succeeds, failed for something other than its items."""
     rate = FailureRate()
     before = rate.belief
-    rate.passed(4, 4)
+    rate.record_success(4, 4)
     assert rate.belief is before
 
 
 def test_the_limit_of_a_batch_at_most_doubles_from_one_batch_to_the_next() -> None:
     history, limits = FailureHistory(), list[int]()
     for _ in range(6):
-        history.failed(1, 0, 1)
+        history.record_failure(1, 0, 1)
     while (limit := history.count_limit(256)) is not None:
         limits.append(limit)
-        history.passed(limit)
+        history.record_success(limit)
     assert limits[0] == 1
     assert all(later <= 2 * earlier for earlier, later in itertools.pairwise(limits))
     assert len(limits) < 40
@@ -96,5 +96,5 @@ def test_the_limit_of_a_batch_at_most_doubles_from_one_batch_to_the_next() -> No
 
 def test_while_nothing_has_failed_there_is_no_limit() -> None:
     history = FailureHistory()
-    history.passed(8)
+    history.record_success(8)
     assert history.count_limit(8) is None

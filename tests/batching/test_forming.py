@@ -3,8 +3,7 @@
 import random
 
 from modalkit.batching import BatchPlanner, BatchPolicy, MeasuredCostModel, PaddedCostModel, Priority, Request
-from modalkit.batching.bulk_length import BulkLength
-from modalkit.batching.policy import Batch, DispatchReason
+from modalkit.batching.policy import Batch
 
 INTERACTIVE, BULK = Priority
 
@@ -35,7 +34,7 @@ def work_off(plan: BatchPlanner[Request[int]], seconds: float, items: int, size:
     counts, now = [], 0.0
     while (batch := plan.decide(now).batch) is not None:
         now += seconds
-        plan.batch_finished(batch, seconds)
+        plan.end_batch(batch, seconds)
         counts.append(len(batch.requests))
     return counts
 
@@ -104,7 +103,7 @@ def test_while_interactive_requests_arrive_bulk_batches_are_short_and_cost_hardl
             push(plan, [20], INTERACTIVE, now)
         batch = next_batch(plan, now)
         now += batch.predicted_s
-        plan.batch_finished(batch, batch.predicted_s)
+        plan.end_batch(batch, batch.predicted_s)
         if batch.priority is BULK:
             seconds.append(batch.predicted_s)
             sizes += batch.total
@@ -132,14 +131,14 @@ def test_bulk_gets_its_share_of_the_time_when_interactive_requests_never_stop() 
         push(plan, [chance.choice([10, 100, 300]) for _ in range(4)], BULK, now)
         batch = next_batch(plan, now)
         now += batch.predicted_s
-        plan.batch_finished(batch, batch.predicted_s)
+        plan.end_batch(batch, batch.predicted_s)
         in_bulk = sum(request.size for request in batch.requests if request.priority is BULK)
         bulk_s += batch.predicted_s * in_bulk / batch.total
     assert bulk_s / now >= 0.095
 
 
 def test_classes_are_not_mixed_where_that_is_not_wanted() -> None:
-    plan = BatchPlanner[Request[int]](BatchPolicy(mixes_classes=False), GPU)
+    plan = BatchPlanner[Request[int]](BatchPolicy(mixes_lanes=False), GPU)
     push(plan, [20] * 100, BULK)
     push(plan, [20])
     assert bulk_in(next_batch(plan)) == 0
@@ -154,9 +153,9 @@ def test_what_came_along_with_interactive_batches_is_no_debt_of_bulk() -> None:
         push(plan, [20] * 8, BULK, now)
         batch = next_batch(plan, now)
         now += batch.predicted_s
-        plan.batch_finished(batch, batch.predicted_s)
+        plan.end_batch(batch, batch.predicted_s)
     while (left := plan.decide(now).batch) is not None:
-        plan.batch_finished(left, left.predicted_s)
+        plan.end_batch(left, left.predicted_s)
     push(plan, [400] * 50, BULK, now)
     bulk_s, started_s = 0.0, now
     while now < started_s + 10:
@@ -164,21 +163,10 @@ def test_what_came_along_with_interactive_batches_is_no_debt_of_bulk() -> None:
         batch = next_batch(plan, now)
         now += batch.predicted_s
         bulk_s += batch.predicted_s * (batch.priority is BULK)
-        plan.batch_finished(batch, batch.predicted_s)
+        plan.end_batch(batch, batch.predicted_s)
         if not plan.queue.waiting(BULK):
             return
     assert bulk_s >= 0.5
-
-
-def test_bulk_batches_do_not_become_ever_shorter_where_there_is_nothing_to_shorten() -> None:
-    length = BulkLength()
-    lone = Batch([Request(0, 100, BULK)], BULK, DispatchReason.IDLE, 100, 100, 0.1)
-    many = Batch([Request(0, 100, BULK)] * 8, BULK, DispatchReason.IDLE, 100, 800, 0.8)
-    length.add(many, many)
-    for _ in range(10_000):
-        length.add(lone, lone)
-        length.add(many, lone)
-    assert length.seconds > 0.05
 
 
 def test_slow_batches_stay_full_at_a_cold_start_with_both_classes() -> None:
@@ -191,6 +179,6 @@ def test_slow_batches_stay_full_at_a_cold_start_with_both_classes() -> None:
             next_s = now + 1.9
         batch = next_batch(plan, now)
         now += 1.0
-        plan.batch_finished(batch, 1.0)
+        plan.end_batch(batch, 1.0)
         counts.append(len(batch.requests))
     assert sum(counts) / len(counts) > 28

@@ -48,19 +48,19 @@ class Outcomes:
 
     def run_batch(self, batch: list[int]) -> None:
         if self.passes(batch):
-            self.history.passed(len(batch))
+            self.history.record_success(len(batch))
             self.succeeded += batch
             return
         test = GroupTest(batch, self.history, lambda _: True)
-        test.failed(PoisonedError())
+        test.record_failure(PoisonedError())
         while part := test.next_part():
             if self.passes(part):
-                test.passed()
+                test.record_success()
                 self.succeeded += part
             else:
-                test.failed(PoisonedError())
-        (self.systemic if test.is_systemic else self.failed).extend(item for item, _ in test.guilty)
-        self.systemic += test.given_up
+                test.record_failure(PoisonedError())
+        (self.systemic if test.is_systemic else self.failed).extend(item for item, _ in test.failing)
+        self.systemic += test.unresolved
         self.waiting.extendleft(reversed(test.untested))
 
 
@@ -144,57 +144,57 @@ def test_a_failure_that_passes_finds_nobody_guilty() -> None:
 def test_halves_of_what_was_too_large_run_one_after_the_other_and_say_nothing_of_guilt() -> None:
     history, ran = FailureHistory(), list[list[int]]()
     test = GroupTest(list(range(8)), history, lambda _: True)
-    test.too_large(MemoryError())
+    test.record_too_large(MemoryError())
     while part := test.next_part():
         ran.append(part)
         if len(part) > 2:
-            test.too_large(MemoryError())
+            test.record_too_large(MemoryError())
         else:
-            test.passed()
+            test.record_success()
     assert [part for part in ran if len(part) == 2] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert history.rate.is_at_rest
-    assert (test.guilty, test.untested) == ([], [])
+    assert (test.failing, test.untested) == ([], [])
 
 
 def test_each_item_of_a_batch_that_hung_runs_alone_and_after_three_that_hang_too_the_rest_is_given_up() -> None:
     history = FailureHistory()
     for most_alone in (3, 1):  # the second batch, while that goes on
         test = GroupTest(list(range(64)), history, lambda _: True)
-        test.timed_out(TimeoutError())
+        test.record_timeout(TimeoutError())
         ran = []
         while part := test.next_part():
             ran.append(part)
-            test.timed_out(TimeoutError())
+            test.record_timeout(TimeoutError())
         assert [len(part) for part in ran] == [1] * most_alone
-        assert len(test.guilty) == most_alone
-        assert len(test.given_up) == 64 - most_alone
+        assert len(test.failing) == most_alone
+        assert len(test.unresolved) == 64 - most_alone
         assert test.is_systemic
 
 
 def test_one_item_that_hangs_costs_one_error() -> None:
     test = GroupTest(list(range(64)), FailureHistory(), lambda _: True)
-    test.timed_out(TimeoutError())
+    test.record_timeout(TimeoutError())
     succeeded = []
     while part := test.next_part():
         if part == [17]:
-            test.timed_out(TimeoutError())
+            test.record_timeout(TimeoutError())
         else:
             succeeded += part
-            test.passed()
+            test.record_success()
     assert sorted([*succeeded, 17]) == list(range(64))
-    assert [item for item, _ in test.guilty] == [17]
+    assert [item for item, _ in test.failing] == [17]
     assert not test.is_systemic
 
 
 def test_items_that_nobody_waits_for_any_more_are_dropped_and_cast_no_suspicion() -> None:
     gone: set[int] = set()
     test = GroupTest(list(range(4)), FailureHistory(), lambda item: item not in gone)
-    test.failed(PoisonedError())
+    test.record_failure(PoisonedError())
     gone.update((0, 1))
     ran: list[int] = []
     while part := test.next_part():
         ran += part
-        test.passed()
+        test.record_success()
     assert set(ran) <= {2, 3}
     assert sorted([*ran, *test.untested]) == [2, 3]
-    assert not test.guilty
+    assert not test.failing

@@ -106,7 +106,7 @@ class PlannerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(elapsed_s=st.floats(0, 1))
     def finish(self, elapsed_s: float) -> None:
-        self.planner.batch_finished(self.running.pop(), elapsed_s)
+        self.planner.end_batch(self.running.pop(), elapsed_s)
 
     @invariant()
     def nothing_is_lost_or_invented(self) -> None:
@@ -134,7 +134,7 @@ def test_bulk_gets_its_share_and_no_more_however_busy_interactive_is(
         elapsed_s = chance.uniform(0.5, 1.5) * (bulk_batch_costs if batch.priority is BULK else 1.0)
         longest_s = max(longest_s, elapsed_s)
         spent_s[batch.priority] += elapsed_s
-        plan.batch_finished(batch, elapsed_s)
+        plan.end_batch(batch, elapsed_s)
     fair_s = share * sum(spent_s.values())
     assert fair_s - longest_s <= spent_s[BULK] <= fair_s + longest_s
 
@@ -145,7 +145,7 @@ def test_bulk_is_owed_nothing_for_the_time_when_none_of_it_waited() -> None:
         push(plan, 1, priority=INTERACTIVE)
         batch = plan.decide(0.0).batch
         assert batch is not None
-        plan.batch_finished(batch, 1.0)
+        plan.end_batch(batch, 1.0)
     push(plan, 1, 1, priority=BULK)
     push(plan, 1, 1, priority=INTERACTIVE)
     first = plan.decide(0.0).batch
@@ -165,7 +165,7 @@ def test_a_bulk_caller_who_sends_one_after_the_other_gets_no_more_than_its_share
         batch = plan.decide(0.0).batch
         assert batch is not None
         spent_s[batch.priority] += 1.0
-        plan.batch_finished(batch, 1.0)
+        plan.end_batch(batch, 1.0)
     assert spent_s[BULK] == pytest.approx(30, abs=2)
 
 
@@ -366,24 +366,24 @@ def test_who_goes_along_exceeds_no_limit() -> None:
 
 def test_a_batch_that_was_too_large_keeps_later_ones_below_its_size_until_larger_ones_fit_again() -> None:
     plan = planner(max_batch_size=8)
-    plan.too_large([30] * 8)
+    plan.record_too_large([30] * 8)
     sizes = []
     for _ in range(200):
         push(plan, *[30] * 8)
         batch = plan.decide(0.0).batch
         assert batch is not None
         sizes.append(len(batch.requests))
-        plan.batch_finished(batch, 0.01)
+        plan.end_batch(batch, 0.01)
         while (rest := plan.decide(0.0).batch) is not None:
-            plan.batch_finished(rest, 0.01, succeeded=False)
+            plan.end_batch(rest, 0.01, succeeded=False)
     assert sizes[0] == 4
     assert sizes == sorted(sizes)
     assert sizes[-1] == 8
 
 
-def test_a_request_above_the_ceiling_still_runs_alone() -> None:
+def test_a_request_above_the_token_limit_still_runs_alone() -> None:
     plan = planner()
-    plan.too_large([100, 100])
+    plan.record_too_large([100, 100])
     push(plan, 300, 300)
     assert sizes_of(plan.decide(0.0)) == [300]
     assert sizes_of(plan.decide(0.0)) == [300]
@@ -401,7 +401,7 @@ def test_a_batch_of_one_run_teaches_the_cost_model_and_one_that_was_split_does_n
         push(plan, 30, 29)
         batch = plan.decide(0.0).batch
         assert batch is not None
-        plan.batch_finished(batch, 0.25, succeeded=succeeded)
+        plan.end_batch(batch, 0.25, succeeded=succeeded)
     assert seen == [(2, 30, 59, 0.25)]
 
 

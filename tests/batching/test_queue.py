@@ -71,7 +71,7 @@ class QueueMachine(RuleBasedStateMachine):
                     self.expected.remove(request)
             for priority in Priority:
                 self.queue.oldest(priority)
-            self.queue.put_back(taken)
+            self.queue.requeue(taken)
         else:
             self.expected = [request for request in self.expected if request not in taken]
 

@@ -494,10 +494,10 @@ async def test_several_batches_run_at_the_same_time_when_allowed() -> None:
         pipeline.gate.set()
 
 
-async def test_while_the_eager_batches_run_only_full_ones_are_added() -> None:
+async def test_while_the_allowed_partial_batches_run_only_full_ones_are_added() -> None:
     pipeline = Pipeline()
     policy = BatchPolicy(max_batch_size=4)
-    async with held(pipeline, policy=policy, max_in_flight=8, eager_in_flight=2) as (scheduler, group):
+    async with held(pipeline, policy=policy, max_in_flight=8, max_partial_in_flight=2) as (scheduler, group):
         for number in range(1, 5):
             group.start_soon(scheduler.submit, number)
             await anyio.wait_all_tasks_blocked()
@@ -513,7 +513,7 @@ async def test_while_the_eager_batches_run_only_full_ones_are_added() -> None:
 async def test_what_was_held_back_runs_when_the_scheduler_closes() -> None:
     pipeline = Pipeline()
     async with anyio.create_task_group() as group:
-        async with BatchScheduler(pipeline.run, max_in_flight=3, eager_in_flight=1) as scheduler:
+        async with BatchScheduler(pipeline.run, max_in_flight=3, max_partial_in_flight=1) as scheduler:
             group.start_soon(scheduler.submit, 0)
             await pipeline.entered.wait()
             group.start_soon(scheduler.submit, 1)
@@ -567,8 +567,8 @@ def test_statistics_can_be_read_after_the_event_loop_has_ended() -> None:
 def test_a_scheduler_that_can_run_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="max_in_flight must be at least 1, got 0"):
         BatchScheduler(lambda items: items, max_in_flight=0)
-    with pytest.raises(ValueError, match="eager_in_flight must be from 1 to 4 or None, got 5"):
-        BatchScheduler(lambda items: items, max_in_flight=4, eager_in_flight=5)
+    with pytest.raises(ValueError, match="max_partial_in_flight must be from 1 to 4 or None, got 5"):
+        BatchScheduler(lambda items: items, max_in_flight=4, max_partial_in_flight=5)
     with pytest.raises(ValueError, match="batch_timeout_s must be positive or None, got 0"):
         BatchScheduler(lambda items: items, batch_timeout_s=0)
 
@@ -618,7 +618,7 @@ async def test_a_full_queue_refuses_at_once_what_has_no_task_and_a_function_that
         while scheduler.statistics().succeeded < 2:
             await anyio.lowlevel.checkpoint()
         assert await scheduler.submit(3) == 6
-    assert "A function that was to be told of an outcome failed" in caplog.text
+    assert "A function that was called with the outcome of a request failed" in caplog.text
 
 
 async def test_those_without_a_task_are_told_when_the_scheduler_is_aborted() -> None:

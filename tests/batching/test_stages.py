@@ -21,7 +21,7 @@ from modalkit.batching import (
     StageSeconds,
     Success,
 )
-from modalkit.batching.scheduler import OVERLAP_PAYS_FROM, OVERLAP_PAYS_FROM_S
+from modalkit.batching.dispatch import MIN_OVERLAP_S, MIN_OVERLAP_SHARE
 from modalkit.batching.stages import StageShares
 
 pytestmark = pytest.mark.anyio
@@ -113,7 +113,7 @@ async def test_the_next_batch_is_preprocessed_while_one_predicts_but_no_more_tha
     assert set(model.threads) == {"model 0", "model 0 stages"}
 
 
-async def test_a_prepared_batch_of_jobs_is_put_back_when_an_interactive_request_comes_before_it_runs() -> None:
+async def test_a_prepared_batch_of_jobs_is_requeued_when_an_interactive_request_comes_before_it_runs() -> None:
     model = Model()
     outcomes: list[Outcome[int]] = []
 
@@ -136,11 +136,13 @@ async def test_a_prepared_batch_of_jobs_is_put_back_when_an_interactive_request_
     assert statistics.batches == 4, "what was put back is no batch that ran"
 
 
-@pytest.mark.parametrize("eager_in_flight", [None, 1])
-async def test_too_few_for_a_full_batch_are_not_forgotten_behind_overlapping_ones(eager_in_flight: int | None) -> None:
+@pytest.mark.parametrize("max_partial_in_flight", [None, 1])
+async def test_too_few_for_a_full_batch_are_not_forgotten_behind_overlapping_ones(
+    max_partial_in_flight: int | None,
+) -> None:
     model = Model()
     pairs = BatchPolicy(max_batch_size=2)
-    async with BatchScheduler(model.stages(), policy=pairs, eager_in_flight=eager_in_flight) as scheduler:
+    async with BatchScheduler(model.stages(), policy=pairs, max_partial_in_flight=max_partial_in_flight) as scheduler:
         await make_overlap_pay(model, scheduler)
         with anyio.fail_after(LONG_S):
             outcomes = await scheduler.submit_many(range(5))
@@ -159,7 +161,7 @@ async def test_too_few_for_a_full_batch_are_not_forgotten_behind_overlapping_one
 def test_overlapping_pays_by_its_share_and_by_its_seconds(seconds: StageSeconds, pays: bool) -> None:
     shares = StageShares()
     shares.add(seconds)
-    assert (shares.outside >= OVERLAP_PAYS_FROM and shares.outside_s >= OVERLAP_PAYS_FROM_S) == pays
+    assert (shares.outside >= MIN_OVERLAP_SHARE and shares.outside_s >= MIN_OVERLAP_S) == pays
 
 
 async def test_no_two_batches_are_in_the_same_stage_or_in_the_first_and_last_even_while_one_is_split() -> None:

@@ -10,8 +10,9 @@ import pytest
 from anyio import to_thread
 
 from modalkit.pipelines import AsyncInputModel
-from modalkit.service.gateway import LocalGateway, NotReadyError, Readiness
+from modalkit.service.errors import NotReadyError, Readiness
 from modalkit.service.jobs import JobStatus, NewJob, SqliteJobStore
+from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import Settings
 from tests.support.length_model import LengthPipeline
 
@@ -37,13 +38,17 @@ def settings_of(folder: Path, **pipelines: str) -> Settings:
     )
 
 
+def readiness(gateway: LocalGateway) -> dict[str, Readiness]:
+    return {name: model.readiness for name, model in gateway.models.items()}
+
+
 async def test_leaving_waits_for_no_model_that_loads_and_runs_no_job(tmp_path: Path) -> None:
     good = "tests.support.length_model:LengthPipeline"
     async with LocalGateway(settings_of(tmp_path, slow=good)) as gateway:
         await gateway.wait_until_ready()
         gateway_left = gateway
     with pytest.raises(NotReadyError, match="draining"):
-        await gateway_left.submit(AsyncInputModel(message={"text": "a"}))
+        await gateway_left.jobs.submit([AsyncInputModel(message={"text": "a"})], model_name="slow")
 
     Loading.may_end.clear()
     waited: list[NotReadyError] = []
@@ -57,8 +62,8 @@ async def test_leaving_waits_for_no_model_that_loads_and_runs_no_job(tmp_path: P
         async with LocalGateway(settings_of(tmp_path, slow=f"{__name__}:Loading")) as gateway:
             task_group.start_soon(wait, gateway)
             await to_thread.run_sync(Loading.begun.acquire)
-            assert gateway.readiness() == {"slow": Readiness.LOADING}
-        assert gateway.readiness() == {"slow": Readiness.DRAINING}
+            assert readiness(gateway) == {"slow": Readiness.LOADING}
+        assert readiness(gateway) == {"slow": Readiness.DRAINING}
     Loading.may_end.set()
     assert [error.readiness for error in waited] == [Readiness.DRAINING]
 
@@ -66,7 +71,7 @@ async def test_leaving_waits_for_no_model_that_loads_and_runs_no_job(tmp_path: P
 async def stored_before(gateway: LocalGateway) -> str:
     """A job for a model that still loads, as one that an earlier process accepted."""
     job = NewJob(job_id="before", model_name="slow", message_json='{"text":"four"}', created_at=time.time())
-    await gateway._jobs.submit([job])  # noqa: SLF001  # the gateway accepts none for such a model
+    await gateway._manager.submit([job])  # noqa: SLF001  # the gateway accepts none for such a model
     return job.job_id
 
 
@@ -82,7 +87,7 @@ async def test_jobs_of_a_model_that_did_not_load_in_time_stay_for_the_next_start
         assert job.status is JobStatus.QUEUED
     Loading.may_end.set()
     async with LocalGateway(settings) as gateway:
-        finished = await gateway.job(job_id, wait_s=60)
+        finished = await gateway.jobs.get(job_id, 60)
         assert finished is not None
         assert finished.result is not None
         assert finished.result["length"] == 4
@@ -93,16 +98,16 @@ async def test_the_models_that_load_settle_beside_those_that_do_not(tmp_path: Pa
     settings = settings_of(tmp_path, bad=f"{support}:UnloadablePipeline", good=f"{support}:LengthPipeline")
     async with LocalGateway(settings) as gateway:
         await gateway.wait_until_settled()
-        assert gateway.readiness() == {"bad": Readiness.FAILED, "good": Readiness.READY}
+        assert readiness(gateway) == {"bad": Readiness.FAILED, "good": Readiness.READY}
 
 
-async def test_a_shutdown_answers_whoever_waits_for_a_job(tmp_path: Path) -> None:
+async def test_a_shutdown_answers_callers_that_wait_for_a_job(tmp_path: Path) -> None:
     Loading.may_end.clear()
     async with LocalGateway(settings_of(tmp_path, slow=f"{__name__}:Loading")) as gateway:
         await to_thread.run_sync(Loading.begun.acquire)
         job_id = await stored_before(gateway)
-        gateway.stop_waiting()
-        job = await gateway.job(job_id, wait_s=1e9)
+        gateway.jobs.stop_waiting()
+        job = await gateway.jobs.get(job_id, 1e9)
         assert job is not None
         assert job.status is JobStatus.QUEUED
     Loading.may_end.set()

@@ -68,7 +68,7 @@ class TestBento:
             assert batch is not None
             assert len(batch.requests) == count
             elapsed_s = request_s * count + batch_s
-            rule.batch_finished(batch, elapsed_s)
+            rule.end_batch(batch, elapsed_s)
             now += elapsed_s
         return rule
 
@@ -111,9 +111,9 @@ def test_clippers_limit_grows_by_one_and_shrinks_by_a_tenth(make_requests: MakeR
         batch = rule.decide(0.0).batch
         assert batch is not None
         assert len(batch.requests) == expected
-        rule.batch_finished(batch, 0.09)
+        rule.end_batch(batch, 0.09)
     assert rule.limit == 11
-    rule.batch_finished(as_batch(requests[:11]), 0.11)
+    rule.end_batch(as_batch(requests[:11]), 0.11)
     assert rule.limit == pytest.approx(9.9)
-    rule.batch_finished(as_batch(requests[:3]), 0.01)  # was not full: says nothing of larger ones
+    rule.end_batch(as_batch(requests[:3]), 0.01)  # was not full: says nothing of larger ones
     assert rule.limit == pytest.approx(9.9)

@@ -12,7 +12,8 @@ from fastapi import FastAPI
 from grpclib import Status
 
 from modalkit.modal_service import ModalService, create_web_endpoints
-from modalkit.service.loading import LoadError, UnknownModelError
+from modalkit.service.errors import UnknownModelError
+from modalkit.service.loading import LoadError
 from modalkit.service.on_modal.config import LISTS_AT_A_CONTAINER, ModalConfig
 from modalkit.service.on_modal.models import connection
 from modalkit.service.on_modal.remote import ModalRemoteService

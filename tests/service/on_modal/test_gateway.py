@@ -431,8 +431,8 @@ async def test_the_priority_of_jobs_travels_with_them(client: httpx.AsyncClient,
 @pytest.mark.parametrize(
     ("method", "path", "remedy"),
     [
-        ("GET", "/jobs", "Modal's calls cannot be listed"),
-        ("DELETE", "/jobs?status=failed", "Modal removes results by itself"),
+        ("GET", "/jobs", "the jobs cannot be listed"),
+        ("DELETE", "/jobs?status=failed", "removes results by itself"),
         ("POST", "/jobs/replay", "submit the job again"),
         ("POST", "/jobs/fc-01J.0/replay", "submit the job again"),
     ],

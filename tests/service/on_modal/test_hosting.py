@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from modalkit.modal_config import ModalConfig
 from modalkit.modal_service import ModalService
 from modalkit.pipelines import SyncInputModel
-from modalkit.service.errors import ContainerFaultError, DeviceFaultError
-from modalkit.service.loading import LoadError, ModelSource, UnknownModelError
+from modalkit.service.errors import ContainerFaultError, DeviceFaultError, UnknownModelError
+from modalkit.service.loading import LoadError, ModelSource
 from modalkit.service.on_modal import container as container_module
 from modalkit.service.on_modal.constructor import Constructible
 from modalkit.service.on_modal.container import Container

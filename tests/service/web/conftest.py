@@ -4,7 +4,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from modalkit.service.gateway import LocalGateway
+from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
 from modalkit.service.web import create_app

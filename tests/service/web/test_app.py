@@ -10,9 +10,9 @@ import pytest
 from anyio import to_thread
 from starlette.types import Message
 
-from modalkit.batching import MeasuredCostModel
-from modalkit.service.gateway import LocalGateway
+from modalkit.batching import MeasuredCostModel, SchedulerStatistics
 from modalkit.service.loading import LoadError
+from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.auth import require_api_key
@@ -43,6 +43,12 @@ def gated_settings(tmp_path: Path) -> Settings:
         },
         model_settings={"model_entries": {"gated": {"pipeline": f"{__name__}:Gated"}}},
     )
+
+
+def statistics(gateway: LocalGateway) -> SchedulerStatistics:
+    found = gateway.models["gated"].statistics()
+    assert found is not None
+    return found
 
 
 async def until_ready(client: httpx.AsyncClient) -> None:
@@ -133,7 +139,7 @@ async def test_a_full_queue_is_429_and_the_deadline_504(gated_settings: Settings
             late = await client.post("/sync/predict", json={"text": "late"}, headers={"X-Request-Timeout": "0.01"})
             assert "0.01 s" in assert_problem(late, 504)["detail"]
             task_group.start_soon(call, "waits")
-            while not any(gateway.statistics()["gated"].queued.values()):
+            while not any(statistics(gateway).queued.values()):
                 await anyio.sleep(0.01)
             full = await client.post("/sync/predict", json={"text": "refused"})
             assert_problem(full, 429)
@@ -158,13 +164,13 @@ async def test_a_client_that_goes_away_takes_its_request_out_of_the_queue(
             with anyio.CancelScope() as scope:
 
                 async def go_away() -> None:
-                    while not any(gateway.statistics()["gated"].queued.values()):
+                    while not any(statistics(gateway).queued.values()):
                         await anyio.sleep(0.01)
                     scope.cancel()
 
                 task_group.start_soon(go_away)
                 await client.post("/sync/predict", json={"text": "abandoned"})
-            while gateway.statistics()["gated"].cancelled == 0:
+            while statistics(gateway).cancelled == 0:
                 await anyio.sleep(0.01)
             pipeline.gate.set()
         assert pipeline.batches[1:] == [["runs"]]
@@ -232,10 +238,10 @@ async def test_an_unexpected_error_is_a_problem_without_internals_and_is_logged(
 ) -> None:
     gateway = LocalGateway(settings)
 
-    async def fail(_: str, **__: Any) -> None:
+    async def fail(*_: Any) -> None:
         raise LookupError("the password is swordfish")
 
-    monkeypatch.setattr(gateway, "job", fail)
+    monkeypatch.setattr(gateway.jobs, "get", fail)
     async with serving(create_app(gateway)) as client:
         problem = assert_problem(await client.get("/jobs/x"), 500)
     assert "LookupError" in problem["detail"]

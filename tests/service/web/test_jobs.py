@@ -5,8 +5,8 @@ from typing import Any
 import httpx
 import pytest
 
-from modalkit.service.gateway import LocalGateway
 from modalkit.service.jobs import JobStoreError
+from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app
 from tests.service.web.test_predict import assert_problem
@@ -114,7 +114,7 @@ async def test_metrics_of_the_models_are_there_when_the_store_is_not(
         raise JobStoreError("the disk is gone")
 
     gateway = LocalGateway(settings)
-    monkeypatch.setattr(gateway, "job_counts", fail)
+    monkeypatch.setattr(gateway.jobs.administration, "counts", fail)
     async with serving(create_app(gateway)) as client:
         answer = await client.get("/metrics")
     assert answer.status_code == 200

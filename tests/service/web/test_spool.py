@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from modalkit.service.web.spool import CHUNK_BYTES, IN_MEMORY_BYTES, Spool
+from modalkit.service.web.submissions import SPOOL_CHUNK_BYTES, SPOOL_MEMORY_BYTES, Spool
 
 pytestmark = pytest.mark.anyio
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.anyio
 async def read_all(spool: Spool) -> bytes:
     found = b""
     while chunk := await spool.read():
-        assert len(chunk) <= CHUNK_BYTES
+        assert len(chunk) <= SPOOL_CHUNK_BYTES
         found += chunk
     return found
 
@@ -50,5 +50,5 @@ async def test_more_than_fits_in_memory_is_kept_on_disk() -> None:
             spool.write(part)
         assert spool._file._rolled  # type: ignore[attr-defined]  # noqa: SLF001  # that is where it lies
         spool.close()
-        assert len(b"".join(parts)) > IN_MEMORY_BYTES
+        assert len(b"".join(parts)) > SPOOL_MEMORY_BYTES
         assert await read_all(spool) == b"".join(parts)

@@ -14,8 +14,8 @@ from aiobotocore.session import get_session  # type: ignore[import-untyped]  # s
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from modalkit.service.gateway import LocalGateway
 from modalkit.service.loading import LoadError
+from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app, ssm_key
 from modalkit.service.web.ssm_key import SsmKey
@@ -123,7 +123,7 @@ async def test_a_changed_key_works_at_once_and_the_old_one_no_longer(client: htt
 async def test_a_flood_of_wrong_keys_reads_the_parameter_once(
     server: SqsServer, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssm_key, "WRONG_KEYS_APART_S", math.inf)
+    monkeypatch.setattr(ssm_key, "WRONG_KEY_INTERVAL_S", math.inf)
     assert (await call(client, "first")).status_code == 200  # the key was read
     server.requests.clear()
     statuses: list[int] = []
@@ -208,11 +208,11 @@ async def test_a_wrong_key_has_the_parameter_read_every_few_seconds_at_most(serv
         await key.refresh()
         assert key.value == b"second"
         await put("third")
-        for time.now in (0.0, ssm_key.WRONG_KEYS_APART_S - 0.1):
+        for time.now in (0.0, ssm_key.WRONG_KEY_INTERVAL_S - 0.1):
             await key.refresh()
             assert key.value == b"second"
         assert server.requests == []
-        time.now = ssm_key.WRONG_KEYS_APART_S
+        time.now = ssm_key.WRONG_KEY_INTERVAL_S
         await key.refresh()
         assert key.value == b"third"
     await key.refresh()

@@ -8,11 +8,11 @@ import anyio
 import httpx
 import pytest
 
-from modalkit.service.gateway import LocalGateway
+from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
 from modalkit.service.web import create_app
-from modalkit.service.web.lines import LARGEST_LINE_BYTES
+from modalkit.service.web.submissions import MAX_LINE_BYTES
 from tests.service.web.test_predict import assert_problem
 from tests.support.http_server import serving
 from tests.support.length_model import POISON
@@ -104,11 +104,11 @@ async def test_answers_come_while_the_stream_goes_on(client: httpx.AsyncClient) 
 
 
 async def test_a_line_that_is_too_large_is_refused_alone(client: httpx.AsyncClient) -> None:
-    huge = json.dumps(job("x" * LARGEST_LINE_BYTES))
+    huge = json.dumps(job("x" * MAX_LINE_BYTES))
     body = f"{json.dumps(job('four'))}\n{huge}\n{json.dumps(job('five!'))}\n"
     lines = lines_of(await client.post("/async/predict", content=body, headers=NDJSON))
     assert ["job_id" in line for line in lines] == [True, False, True]
-    assert lines[1]["error"] == f"the line is larger than {LARGEST_LINE_BYTES} bytes: send it as a request of its own"
+    assert lines[1]["error"] == f"the line is larger than {MAX_LINE_BYTES} bytes: send it as a request of its own"
 
 
 async def test_a_client_that_goes_away_in_mid_stream_leaves_the_lines_before(

@@ -1,0 +1,204 @@
+"""The workers of a scheduler: each takes the next batch from the planner, runs it, and takes the next one."""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Generic, TypeVar
+
+import anyio
+from anyio.abc import TaskGroup
+from anyio.lowlevel import checkpoint
+
+from modalkit.batching.batch_run import BatchRunner
+from modalkit.batching.errors import DeadlineExceededError, SchedulerClosedError, text_of
+from modalkit.batching.execution import Executor, Progress
+from modalkit.batching.pending import Pending
+from modalkit.batching.planner import BatchPlanner
+from modalkit.batching.policy import Batch, Decision
+from modalkit.batching.records import BatchRecord
+from modalkit.batching.request import Failure, Priority
+from modalkit.batching.wakeup import Sleepers
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+MIN_OVERLAP_SHARE = 0.1  # of a batch's time outside its second stage: the most that overlapping can save
+MIN_OVERLAP_S = 0.0005  # the same in seconds: overlapping costs two more visits to threads, about 50 microseconds each
+PREFETCH_MARGIN = 2.0  # the next batch is formed this many expected first stages before the end of the second stage
+MAX_FAULTS_IN_A_ROW = 3
+BROKEN = "the scheduler is broken and runs nothing any more; the log says why; restart the process"
+
+_FAULTS = (Exception, SystemExit)
+"""Exceptions of a cost model, or of a bug, that must not end a worker's task."""
+
+
+class Dispatcher(Generic[T, R]):
+    """Runs one worker for each executor, from `start` until `close` and until the queue is empty.
+
+    An exception in a worker that comes from no batch is a *fault*: a bug, or an error of a custom cost model. It fails
+    the requests of that batch. After `MAX_FAULTS_IN_A_ROW` the dispatcher sets `broken` and stops.
+    """
+
+    def __init__(
+        self,
+        planner: BatchPlanner[Pending[T, R]],
+        executors: Sequence[Executor[T, R]],
+        *,
+        max_partial_in_flight: int | None,
+        is_too_large: Callable[[Exception], bool] | None,
+        on_batch: Callable[[BatchRecord], None] | None,
+        name: str,
+    ) -> None:
+        self.executors = executors
+        self.runner: BatchRunner[T, R] = BatchRunner(
+            planner, is_too_large=is_too_large or _never, on_batch=on_batch, name=name
+        )
+        self.sleepers = Sleepers()
+        self.is_open = False
+        self.broken = anyio.Event()
+        self._planner = planner
+        self._max_partial_in_flight = math.inf if max_partial_in_flight is None else max_partial_in_flight
+        self._name = name
+        self._faults_in_a_row = 0
+
+    def start(self, task_group: TaskGroup, now: Callable[[], float]) -> None:
+        """Start the workers; `now` is the event loop's clock."""
+        self.runner.now = now
+        self.is_open = True
+        for executor in self.executors:
+            task_group.start_soon(self._serve, executor)
+
+    def close(self) -> None:
+        """Accept nothing more; the workers end once the queue is empty."""
+        self.is_open = False
+        self.sleepers.wake_all()
+
+    def fail_all(self, error: SchedulerClosedError) -> None:
+        """Fail all requests that wait or run."""
+        queue, running = self._planner.queue, self.runner.running
+        unfinished = [request for batch in running.values() for request in batch.requests]
+        for priority in Priority:
+            while (request := queue.oldest(priority)) is not None:
+                queue.discard(request)
+                unfinished.append(request)
+        running.clear()
+        failure = Failure(error)
+        for request in unfinished:
+            self.runner.fail(request, failure)
+
+    async def _serve(self, executor: Executor[T, R]) -> None:
+        """Run one batch after the other, until the scheduler is closed and nothing waits, or until it is broken."""
+        try:
+            async with anyio.create_task_group() as overlapped:
+                while (batch := await self._next_batch()) is not None:
+                    if self._should_overlap(executor):
+                        await self._start_overlapped(batch, executor, overlapped)
+                    else:
+                        await self._run(batch, executor)
+                        if executor.is_async or len(self._planner.queue) < self._planner.policy.max_batch_size:
+                            await checkpoint()  # callers that got a result may send a request for the next batch
+        finally:
+            executor.close()
+
+    async def _next_batch(self) -> Batch[Pending[T, R]] | None:
+        while not self.broken.is_set():
+            decision = self._decide()
+            for request in decision.expired:
+                self.runner.fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
+            if decision.batch is not None:
+                if len(self._planner.queue):
+                    self.sleepers.wake_one()
+                return decision.batch
+            if not self.is_open and not self.runner.running:  # a batch that runs may requeue some of its requests
+                return None
+            await self.sleepers.sleep_until(decision.wake_s)
+        return None
+
+    def _decide(self) -> Decision[Pending[T, R]]:
+        if self._should_wait_for_full_batch():
+            return Decision()
+        try:
+            return self._planner.decide(self.runner.now(), draining=not self.is_open)
+        except _FAULTS as error:
+            # One of these would have been the anchor. Without them the next decision may succeed.
+            oldest = list(filter(None, map(self._planner.queue.oldest, Priority)))
+            for request in oldest:
+                self._planner.queue.discard(request)
+            self._handle_fault(error, oldest)
+            return Decision(wake_s=-math.inf)
+
+    def _should_wait_for_full_batch(self) -> bool:
+        """Whether `max_partial_in_flight` batches run, and too few requests wait for a full batch."""
+        queue = self._planner.queue
+        return (
+            len(self.runner.running) >= self._max_partial_in_flight
+            and self.is_open
+            and max(map(queue.waiting, Priority)) < self._planner.count_limit
+        )
+
+    def _should_overlap(self, executor: Executor[T, R]) -> bool:
+        """Whether the next batch should start its first stage in the second thread. A lone batch is faster in one."""
+        shares = self.runner.shares
+        return (
+            executor.has_stages
+            and shares.outside >= MIN_OVERLAP_SHARE
+            and shares.outside_s >= MIN_OVERLAP_S
+            and (executor.is_busy or len(self._planner.queue) > 0)
+        )
+
+    async def _start_overlapped(
+        self, batch: Batch[Pending[T, R]], executor: Executor[T, R], task_group: TaskGroup
+    ) -> None:
+        """Start a batch while another one runs, and return when the next one should be formed.
+
+        That is when this batch is in its second stage, and just early enough for the first stage of the next one. Until
+        then requests may arrive that suit the next batch better.
+        """
+        progress = Progress(partial(self._planner.should_preempt, batch))
+        task_group.start_soon(self._run, batch, executor, progress)
+        await progress.predict_started.wait()
+        shares = self.runner.shares
+        wait_s = batch.predicted_s * (1 - shares.outside - PREFETCH_MARGIN * shares.preprocess)
+        with anyio.move_on_after(wait_s):
+            await progress.predict_ended.wait()
+
+    async def _run(
+        self, batch: Batch[Pending[T, R]], executor: Executor[T, R], progress: Progress | None = None
+    ) -> None:
+        try:
+            await self.runner.run(batch, executor, progress)
+        except _FAULTS as error:
+            self.runner.running.pop(id(batch), None)
+            self._handle_fault(error, batch.requests)
+        else:
+            self._faults_in_a_row = 0
+        if not self.is_open:
+            self.sleepers.wake_all()  # to run requeued requests, or to end
+        elif progress is not None:
+            self.sleepers.wake_one()  # a worker may wait until fewer batches run
+
+    def _handle_fault(self, error: BaseException, requests: Iterable[Pending[T, R]]) -> None:
+        """Log a fault and fail these requests; after too many faults in a row, stop for good."""
+        self._faults_in_a_row += 1
+        logger.error(
+            "%s: a batch could not be formed or run, by a fault of the cost model or of modalkit; its requests fail",
+            self._name,
+            exc_info=error,
+        )
+        failure = Failure(error if isinstance(error, Exception) else RuntimeError(text_of(error)))
+        for request in requests:
+            if request not in self._planner.queue:
+                self.runner.fail(request, failure)
+        if self._faults_in_a_row >= MAX_FAULTS_IN_A_ROW:
+            logger.error("%s: %d faults in a row; %s", self._name, self._faults_in_a_row, BROKEN)
+            self.is_open = False
+            self.broken.set()
+            self.fail_all(SchedulerClosedError(BROKEN))
+            self.sleepers.wake_all()
+
+
+def _never(_: Exception) -> bool:
+    return False
