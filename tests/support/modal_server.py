@@ -187,7 +187,9 @@ def _output(call: InProcessCall) -> Any:
         case CallState.RETURNED:
             return returned(call.result.outcomes)
         case CallState.FAILED:
-            return raised(call.error or RuntimeError("it failed"))
+            if call.error is None:
+                return ended(Result.GENERIC_STATUS_FAILURE, str(call.result.error))
+            return raised(call.error)
         case CallState.FORGOTTEN:
             return ModalServer.EXPIRED
         case CallState.TIMED_OUT:

@@ -5,16 +5,16 @@ from typing import Any
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
+from modalkit.service.on_modal.call_jobs import CallJobs, JobSpawner
+from modalkit.service.on_modal.ledger import CallLedger, MemoryTable
+from modalkit.service.on_modal.lists import EAGER_LISTS
+from modalkit.service.on_modal.remote import CallResult
 
 from modalkit.batching import Priority
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.errors import RemoteCallError
 from modalkit.service.jobs import JobStatus, JobStoreError
 from modalkit.service.jobs.queue_rules import QueueRules
-from modalkit.service.on_modal.call_jobs import CallJobs, JobSpawner
-from modalkit.service.on_modal.ledger import CallLedger, MemoryTable
-from modalkit.service.on_modal.lists import EAGER_LISTS
-from modalkit.service.on_modal.remote import CallResult
 from modalkit.service.settings import BatchConfig
 from tests.support.length_model import LengthPipeline
 from tests.support.modal_in_process import ModalInProcess

@@ -7,12 +7,12 @@ from pathlib import Path
 import anyio
 import pytest
 from grpclib import Status
+from modalkit.service.on_modal.ledger import RESERVATION_S, CallLedger, MemoryTable, Reservation, Table
+from modalkit.service.on_modal.tables import ModalTable, open_ledger
 
 from modalkit.batching import Priority
 from modalkit.service.jobs import IdempotencyKeyReusedError, Job, JobStatus, JobStoreError
 from modalkit.service.on_modal.config import ModalConfig
-from modalkit.service.on_modal.ledger import RESERVATION_S, CallLedger, MemoryTable, Reservation, Table
-from modalkit.service.on_modal.tables import ModalTable, open_ledger
 from modalkit.service.settings import Settings
 from tests.support.modal_server import ModalServer
 

@@ -8,12 +8,6 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
-
-from modalkit.batching import Failure, Priority, Success
-from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
-from modalkit.service.errors import ItemRejectedError, RemoteItemError
-from modalkit.service.jobs import DeliveryStatus, Job, JobStatus
 from modalkit.service.on_modal.call_format import (
     error_object,
     job_object,
@@ -24,6 +18,12 @@ from modalkit.service.on_modal.call_format import (
     read_job,
     read_outcome,
 )
+from pydantic import ValidationError
+
+from modalkit.batching import Failure, Priority, Success
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
+from modalkit.service.errors import ItemRejectedError, RemoteItemError
+from modalkit.service.jobs import DeliveryStatus, Job, JobStatus
 from tests.support.length_model import Length
 
 JOB = Job(

@@ -5,12 +5,12 @@ from typing import Any
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
+from modalkit.service.on_modal.lists import EAGER_LISTS, RemotePredictor
 from pydantic import BaseModel
 
 from modalkit.batching import DeadlineExceededError, Failure, Priority, Success
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.errors import ContainerFaultError, DeviceFaultError, RemoteCallError, RemoteItemError
-from modalkit.service.on_modal.lists import EAGER_LISTS, RemotePredictor
 from modalkit.service.settings import BatchConfig
 from tests.support.length_model import POISON, REJECTED, Text
 from tests.support.modal_in_process import ModalInProcess

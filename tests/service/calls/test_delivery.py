@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import anyio
 import pytest
+from modalkit.service.on_modal.responses import ResponseSender
 
 from modalkit.batching import Priority
 from modalkit.service.jobs.model import DeliveryStatus, FinishedJob, Job, JobStatus
-from modalkit.service.on_modal.responses import ResponseSender
 from modalkit.service.queue_backends import InMemoryBackend, QueueBackend, QueueMessage, UndeliverableError
 
 pytestmark = pytest.mark.anyio

@@ -8,6 +8,9 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from modalkit.service.on_modal.ledger import CallLedger, MemoryTable
+from modalkit.service.on_modal.processing import Call, ListProcessor
+from modalkit.service.on_modal.responses import ResponseSender
 from pydantic import BaseModel, ConfigDict
 
 from modalkit.batching import Outcome, Priority, QueueFullError
@@ -16,9 +19,6 @@ from modalkit.service.errors import ContainerFaultError, DeviceFaultError
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.store import CRASHES_ALONE
 from modalkit.service.on_modal import processing
-from modalkit.service.on_modal.ledger import CallLedger, MemoryTable
-from modalkit.service.on_modal.processing import Call, ListProcessor
-from modalkit.service.on_modal.responses import ResponseSender
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
