@@ -306,7 +306,7 @@ def log_failed_attempts(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
         record, shown = last[queue, status], shown_queue_name(queue)
         if status is DeliveryStatus.UNDELIVERED:
             logger.error(
-                "%d results for %r are set aside as undelivered; the last one, of job %s, after attempt %d: %s",
+                "%d results for %r are undelivered; the last one, of job %s, after attempt %d: %s",
                 *(messages, shown, record.job_id, record.attempts, record.error),
             )
         else:

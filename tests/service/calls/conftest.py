@@ -30,7 +30,7 @@ from modalkit.service.worker import InferenceWorker
 from tests.support.http_server import serving
 from tests.support.length_model import Length, LengthPipeline, Text
 from tests.support.modal_container import in_a_container
-from tests.support.modal_server import as_modal_runs_it, serve_modal
+from tests.support.modal_server import ModalServer, as_modal_runs_it, serve_modal
 
 ALLOWED_QUEUES = ["ok", "bad"]
 MODEL = "lengths"
@@ -172,3 +172,10 @@ async def client(stand: Stand) -> AsyncIterator[httpx.AsyncClient]:
     gateway = CallGateway({MODEL: model}, stand.jobs(model), opens=[model])
     async with serving(create_app(gateway)) as opened:
         yield opened
+
+
+@pytest.fixture
+async def modal_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ModalServer]:
+    """A server of this test's, which Modal's client takes for Modal's."""
+    async with InProcessEngine() as engine, serve_modal(tmp_path, monkeypatch, engine) as server:
+        yield server

@@ -214,7 +214,7 @@ async def test_what_becomes_of_a_call_becomes_of_its_jobs(
     (call,) = stand.kept_calls
     call.end(CallResult(state, error=f"it is {state}"))
     pipeline.gate.set()
-    ended = await found(client, job_id, 30)
+    ended = await found(client, job_id)
     assert (ended["status"], ended["meta"]) == (status, {"n": 1})
     assert ended["error"]
 

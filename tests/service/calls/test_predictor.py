@@ -1,42 +1,56 @@
-"""Single requests, gathered into lists that a real service runs."""
+"""Single items, gathered into calls that a real worker runs."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, ClassVar
 
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
-from modalkit.service.on_modal.lists import EAGER_LISTS, RemotePredictor
 from pydantic import BaseModel
 
 from modalkit.batching import DeadlineExceededError, Failure, Priority, Success
-from modalkit.pipelines import InferenceOutputModel
-from modalkit.service.errors import ContainerFaultError, DeviceFaultError, RemoteCallError, RemoteItemError
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
+from modalkit.service.calls.engine import CallOptions
+from modalkit.service.calls.in_process import InProcessCall
+from modalkit.service.calls.predictor import MAX_PARTIAL_CALLS_IN_FLIGHT, CallModel
+from modalkit.service.errors import (
+    DeviceFaultError,
+    NotReadyError,
+    Readiness,
+    RemoteCallError,
+    RemoteItemError,
+)
 from modalkit.service.settings import BatchConfig
-from tests.support.length_model import POISON, REJECTED, Text
-from tests.support.modal_in_process import ModalInProcess
+from tests.service.calls.conftest import MODEL, OpenStand, Stand
+from tests.support.length_model import POISON, REJECTED, Length, LengthPipeline, Text
 
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"  # the service's hooks run on asyncio alone
+class Point(BaseModel):
+    x: float
 
 
-def predictor(calls: ModalInProcess, **config: Any) -> RemotePredictor:
-    return RemotePredictor(calls.remote, BatchConfig(**config), name="lengths")
+def sent(stand: Stand) -> list[InProcessCall]:
+    """The calls so far, without those of `fill`."""
+    return [call for call in stand.carrier.calls.values() if not texts(call)[0].startswith("first")]
 
 
-class Calls:
+def texts(call: InProcessCall) -> list[str]:
+    return [entry["message"]["text"] for entry in call.entries]
+
+
+class Callers:
     """Makes requests that wait, and keeps what becomes of them."""
 
-    def __init__(self, predictor: RemotePredictor) -> None:
-        self.predictor = predictor
+    def __init__(self, model: CallModel) -> None:
+        self.model = model
         self.outcomes: dict[str, InferenceOutputModel | Exception] = {}
 
     async def __call__(self, text: str, options: dict[str, Any] | None = None) -> None:
         try:
-            self.outcomes[text] = await self.predictor.predict(Text(text=text), **options or {})
+            self.outcomes[text] = await self.model.predict(Text(text=text), **options or {})
         except Exception as error:  # noqa: BLE001  # it is the outcome
             self.outcomes[text] = error
 
@@ -46,45 +60,45 @@ def length(outcome: object) -> int:
     return int(outcome.model_dump()["length"])
 
 
-async def fill(calls: ModalInProcess, task_group: Any, asked: Calls, **options: Any) -> None:
-    """Let as many lists be under way as there are of few items, so that all later items wait."""
-    calls.may_call = anyio.Event()
-    for number in range(EAGER_LISTS):
+async def fill(stand: Stand, task_group: Any, asked: Callers, **options: Any) -> None:
+    """Let as many calls be under way as there are of few items, so that all later items wait."""
+    stand.carrier.hold()
+    for number in range(MAX_PARTIAL_CALLS_IN_FLIGHT):
         task_group.start_soon(asked, f"first {number}", options)
-        while len(calls.lists) <= number:
+        while asked.model.statistics().running <= number:
             await checkpoint()
 
 
-async def queued(predictor: RemotePredictor, count: int) -> None:
+async def queued(predictor: CallModel, count: int) -> None:
     while sum(predictor.statistics().queued.values()) != count:
         await checkpoint()
 
 
-async def test_requests_that_come_together_become_few_lists_and_get_their_own_results(calls: ModalInProcess) -> None:
-    async with predictor(calls, max_batch_size=32) as lists:
-        asked = Calls(lists)
+async def test_requests_that_come_together_become_few_calls_and_get_their_own_results(stand: Stand) -> None:
+    async with stand.model(max_batch_size=32) as model:
+        asked = Callers(model)
         async with anyio.create_task_group() as task_group:
-            await fill(calls, task_group, asked)
+            await fill(stand, task_group, asked)
             for n in range(1, 65):
                 task_group.start_soon(asked, "x" * n)
-            await queued(lists, 0)
-            calls.may_call.set()
+            await queued(model, 0)
+            stand.carrier.release()
     assert {len(text): length(outcome) for text, outcome in asked.outcomes.items() if text[0] == "x"} == {
         n: n for n in range(1, 65)
     }
-    assert [len(entries) for entries in calls.lists[EAGER_LISTS:]] == [32, 32]
-    statistics = lists.statistics()
+    assert [len(call.entries) for call in sent(stand)] == [32, 32]
+    statistics = model.statistics()
     assert (statistics.batches, statistics.batch_sizes, statistics.succeeded) == (
-        EAGER_LISTS + 2,
-        {1: EAGER_LISTS, 32: 2},
-        EAGER_LISTS + 64,
+        MAX_PARTIAL_CALLS_IN_FLIGHT + 2,
+        {1: MAX_PARTIAL_CALLS_IN_FLIGHT, 32: 2},
+        MAX_PARTIAL_CALLS_IN_FLIGHT + 64,
     )
 
 
-async def test_an_item_that_fails_leaves_its_list_alone(calls: ModalInProcess) -> None:
-    async with predictor(calls) as lists:
+async def test_an_item_that_fails_leaves_its_call_alone(stand: Stand) -> None:
+    async with stand.model() as model:
         texts = ["one", POISON, "three", REJECTED, "seven"]
-        outcomes = await lists.predict_many([Text(text=text) for text in texts])
+        outcomes = await model.predict_many([Text(text=text) for text in texts])
     assert [length(outcome.value) for outcome in outcomes if isinstance(outcome, Success)] == [3, 5, 5]
     errors = [outcome.error for outcome in outcomes if isinstance(outcome, Failure)]
     assert [(type(error), str(error)) for error in errors] == [
@@ -95,125 +109,184 @@ async def test_an_item_that_fails_leaves_its_list_alone(calls: ModalInProcess) -
         "ValueError",
         "ItemRejectedError",
     ]
-    assert len(calls.lists) == 1
+    assert len(sent(stand)) == 1
 
 
-@pytest.mark.parametrize(
-    ("failure", "expected"),
-    [(RuntimeError("the network is down"), RemoteCallError), (DeviceFaultError("CUDA error"), ContainerFaultError)],
-)
-async def test_a_failed_call_fails_its_items_and_is_not_sent_again_in_parts(
-    calls: ModalInProcess, failure: Exception, expected: type[Exception]
-) -> None:
-    calls.failure = failure
-    async with predictor(calls) as lists:
-        outcomes = await lists.predict_many([Text(text="x" * n) for n in range(1, 9)])
-    assert [type(outcome.error) for outcome in outcomes if isinstance(outcome, Failure)] == [
-        type(failure) if isinstance(failure, expected) else expected
-    ] * 8
-    assert len(calls.lists) == 1
+class Failing:
+    """A worker of which each call ends in the same way."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+        self.calls = 0
+
+    async def call(self, model_name: str, entries: Sequence[Any], options: CallOptions) -> Sequence[Mapping[str, Any]]:
+        self.calls += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        answer: Sequence[Mapping[str, Any]] = self.answer
+        return answer
+
+
+def model_of(client: Failing) -> CallModel:
+    return CallModel("odd", client, BatchConfig(), input_model=Text, output_model=Length)
+
+
+@pytest.mark.parametrize("failure", [RemoteCallError("the network is down"), DeviceFaultError("CUDA error")])
+async def test_a_failed_call_fails_its_items_and_is_not_sent_again_in_parts(failure: Exception) -> None:
+    client = Failing(failure)
+    async with model_of(client) as model:
+        outcomes = await model.predict_many([Text(text="x" * n) for n in range(1, 9)])
+    assert [outcome.error for outcome in outcomes if isinstance(outcome, Failure)] == [failure] * 8
+    assert client.calls == 1
 
 
 @pytest.mark.parametrize("answer", [None, 7, [], [{"status": "success"}], ["text", "text"], [{"status": []}, None]])
-async def test_an_answer_that_is_none_fails_its_items_and_the_list_is_not_sent_again(answer: Any) -> None:
-    class Overridden:
-        """A service whose `process_request` was overridden, and forgets what it has to return."""
-
-        asked = 0
-
-        async def process(self, input_list: Any, **options: Any) -> Any:
-            self.asked += 1
-            return answer
-
-        async def spawn(self, input_list: Any, **options: Any) -> str:
-            raise NotImplementedError
-
-    remote = Overridden()
-    async with RemotePredictor(remote, BatchConfig(), name="odd") as lists:
-        outcomes = await lists.predict_many([Text(text="one"), Text(text="two")])
+async def test_an_answer_that_is_none_fails_its_items_and_the_call_is_not_sent_again(answer: Any) -> None:
+    """A service whose `process_request` was overridden may forget what it has to return."""
+    client = Failing(answer)
+    async with model_of(client) as model:
+        outcomes = await model.predict_many([Text(text="one"), Text(text="two")])
     errors = [outcome.error for outcome in outcomes if isinstance(outcome, Failure)]
     assert [type(error) for error in errors] == [RemoteCallError] * 2
     assert str(errors[0]).startswith("process_request ")
-    assert remote.asked == 1
+    assert client.calls == 1
 
 
-async def test_the_time_that_an_item_has_travels_with_it(calls: ModalInProcess) -> None:
-    async with predictor(calls) as lists:
-        asked = Calls(lists)
+async def test_a_model_that_is_not_open_takes_no_items() -> None:
+    model = model_of(Failing([]))
+    assert model.readiness is Readiness.LOADING
+    with pytest.raises(NotReadyError):
+        await model.predict(Text(text="one"))
+    async with model:
+        assert model.readiness is Readiness.READY
+    assert model.readiness is Readiness.DRAINING
+
+
+async def test_the_time_that_an_item_has_travels_with_it(stand: Stand) -> None:
+    async with stand.model() as model:
+        asked = Callers(model)
         async with anyio.create_task_group() as task_group:
-            await fill(calls, task_group, asked)
+            await fill(stand, task_group, asked)
             task_group.start_soon(asked, "bounded", {"timeout_s": 60.0})
             task_group.start_soon(asked, "unbounded")
-            await queued(lists, 2)
-            calls.may_call.set()
-    sent = {entry["message"]["text"]: n for n, entry in enumerate(calls.lists[-1])}
-    bounded, unbounded = (calls.options[-1]["timeouts_s"][sent[text]] for text in ("bounded", "unbounded"))
-    assert 0 < bounded <= 60
-    assert unbounded is None
-    assert "timeouts_s" not in calls.options[0]
+            await queued(model, 2)
+            stand.carrier.release()
+    (call,) = sent(stand)
+    times = dict(zip(texts(call), call.options.timeouts_s or (), strict=True))
+    assert 0 < (times["bounded"] or 0) <= 60
+    assert times["unbounded"] is None
+    assert next(iter(stand.carrier.calls.values())).options.timeouts_s is None
 
 
-async def test_an_item_whose_time_runs_out_is_told_so_though_its_list_is_under_way(calls: ModalInProcess) -> None:
-    async with predictor(calls) as lists:
-        calls.may_call = anyio.Event()
+async def test_an_item_whose_time_runs_out_is_told_so_though_its_call_is_under_way(stand: Stand) -> None:
+    async with stand.model() as model:
+        stand.carrier.hold()
         with pytest.raises(DeadlineExceededError):
-            await lists.predict(Text(text="late"), timeout_s=0.01)
-        calls.may_call.set()
-    assert lists.statistics().expired == 1
+            await model.predict(Text(text="late"), timeout_s=0.01)
+        stand.carrier.release()
+    assert model.statistics().expired == 1
 
 
-async def test_a_list_has_items_of_one_priority_and_says_which(calls: ModalInProcess) -> None:
-    async with predictor(calls) as lists:
-        asked = Calls(lists)
+async def test_a_call_has_items_of_one_priority_and_says_which(stand: Stand) -> None:
+    async with stand.model() as model:
+        asked = Callers(model)
         async with anyio.create_task_group() as task_group:
-            await fill(calls, task_group, asked)
+            await fill(stand, task_group, asked)
             for n in range(8):
                 task_group.start_soon(asked, f"{n}", {"priority": list(Priority)[n % 2]})
-            await queued(lists, 8)
-            calls.may_call.set()
-    sent = [
-        (options["priority"], sorted(entry["message"]["text"] for entry in entries))
-        for entries, options in zip(calls.lists, calls.options, strict=True)
-    ][EAGER_LISTS:]
-    assert sorted(sent) == [("bulk", ["1", "3", "5", "7"]), ("interactive", ["0", "2", "4", "6"])]
+            await queued(model, 8)
+            stand.carrier.release()
+    calls = sorted((call.options.priority, sorted(texts(call))) for call in sent(stand))
+    assert calls == [("bulk", ["1", "3", "5", "7"]), ("interactive", ["0", "2", "4", "6"])]
 
 
-async def test_an_item_that_nobody_waits_for_any_more_is_not_sent(calls: ModalInProcess) -> None:
-    async with predictor(calls) as lists:
-        asked = Calls(lists)
+async def test_an_item_that_nobody_waits_for_any_more_is_not_sent(stand: Stand) -> None:
+    async with stand.model() as model:
+        asked = Callers(model)
         async with anyio.create_task_group() as task_group:
-            await fill(calls, task_group, asked)
+            await fill(stand, task_group, asked)
             async with anyio.create_task_group() as gone:
                 gone.start_soon(asked, "gone")
-                await queued(lists, 1)
+                await queued(model, 1)
                 gone.cancel_scope.cancel()
             task_group.start_soon(asked, "stays")
-            await queued(lists, 1)
-            calls.may_call.set()
-    assert [entry["message"]["text"] for entry in calls.lists[-1]] == ["stays"]
+            await queued(model, 1)
+            stand.carrier.release()
+    assert [texts(call) for call in sent(stand)] == [["stays"]]
     assert "gone" not in asked.outcomes
-    assert lists.statistics().cancelled == 1
+    assert model.statistics().cancelled == 1
 
 
-async def test_what_was_accepted_is_finished_before_it_is_left(calls: ModalInProcess) -> None:
-    calls.may_call = anyio.Event()
+async def test_what_was_accepted_is_finished_before_it_is_left(stand: Stand) -> None:
+    stand.carrier.hold()
     async with anyio.create_task_group() as task_group:
-        async with predictor(calls) as lists:
-            asked = Calls(lists)
+        async with stand.model() as model:
+            asked = Callers(model)
             task_group.start_soon(asked, "four")
-            while not calls.lists:
+            while not model.statistics().running:
                 await checkpoint()
-            calls.may_call.set()
+            stand.carrier.release()
     assert length(asked.outcomes["four"]) == 4
 
 
-async def test_an_item_travels_as_json_under_the_names_that_its_caller_uses(calls: ModalInProcess) -> None:
+async def test_an_item_travels_as_json_under_the_names_that_its_caller_uses(stand: Stand) -> None:
     class Aliased(BaseModel):
         model_config = {"populate_by_name": True, "alias_generator": str.upper}
 
         text: str
 
-    async with predictor(calls) as lists:
+    async with stand.model() as model:
         with pytest.raises(RemoteItemError, match="text: is missing"):
-            await lists.predict(Aliased(text="four"))
-    assert calls.lists == [[{"message": {"TEXT": "four"}}]]
+            await model.predict(Aliased(text="four"))
+    (call,) = stand.carrier.calls.values()
+    assert call.entries == [{"message": {"TEXT": "four"}}]
+
+
+class Nested(BaseModel):
+    """What a pipeline without an input model of its own is to get from a frontend that has one."""
+
+    at: datetime
+    point: Point
+
+
+class Typed(LengthPipeline):
+    """Has no input model of its own, and notes what it gets."""
+
+    input_model: ClassVar[type[BaseModel]] = InferencePipeline.input_model
+    got: ClassVar[list[BaseModel]] = []
+
+    def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
+        self.got.extend(input_list)
+        return {"texts": ["x"] * len(input_list)}
+
+    def sample_items(self, n: int, size: int) -> list[BaseModel]:
+        return []
+
+
+async def test_the_pipeline_gets_items_of_the_class_that_the_frontend_validates_them_as(open_stand: OpenStand) -> None:
+    item = Nested(at=datetime(2024, 1, 1, tzinfo=UTC), point=Point(x=1.5))
+    path = f"{__name__}:Nested"
+    async with open_stand(Typed) as stand:
+        Typed.got.clear()
+        async with (
+            stand.model(Nested, input_model_path=path) as model,
+            stand.jobs(model, input_model_path=path) as jobs,
+        ):
+            await model.predict(item)
+            (outcome,) = await jobs.submit([AsyncInputModel(message=item)], model_name=MODEL)
+            assert isinstance(outcome, Success)
+            await jobs.get(outcome.value, 30.0)
+        assert Typed.got == [item, item]
+
+
+async def test_a_class_that_the_worker_cannot_import_leaves_it_with_its_own(
+    open_stand: OpenStand, caplog: pytest.LogCaptureFixture
+) -> None:
+    item = Nested(at=datetime(2024, 1, 1, tzinfo=UTC), point=Point(x=1.5))
+    async with open_stand(Typed) as stand:
+        Typed.got.clear()
+        async with stand.model(Nested, input_model_path="nowhere:Nested") as model:
+            await model.predict(item)
+            await model.predict(item)
+        assert [type(got) for got in Typed.got] == [InferencePipeline.input_model] * 2
+    assert caplog.text.count("there is no module 'nowhere'") == 1
