@@ -16,7 +16,7 @@ class UnmeasurableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a container tells of itself; see `ModalService.batch_report`."""
+    """What a container tells of itself; see `MeasuredService.batch_report`."""
 
     device: str
     statistics: SchedulerStatistics
