@@ -154,12 +154,13 @@ async def test_an_answer_that_is_none_fails_its_items_and_the_call_is_not_sent_a
 
 async def test_a_model_that_is_not_open_takes_no_items() -> None:
     model = model_of(Failing([]))
-    assert model.readiness is Readiness.LOADING
+    seen = [model.readiness]
     with pytest.raises(NotReadyError):
         await model.predict(Text(text="one"))
     async with model:
-        assert model.readiness is Readiness.READY
-    assert model.readiness is Readiness.DRAINING
+        seen.append(model.readiness)
+    seen.append(model.readiness)
+    assert seen == [Readiness.LOADING, Readiness.READY, Readiness.DRAINING]
 
 
 async def test_the_time_that_an_item_has_travels_with_it(stand: Stand) -> None:

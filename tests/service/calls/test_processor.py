@@ -89,9 +89,8 @@ def processor(worker: InferenceWorker, records: CallRecords, queue: InMemoryBack
 
 
 def a_call(call_id: str = "fc-1", **options: Any) -> Call:
-    given = {name: options.pop(name) for name in ("until_s", "is_kept") if name in options}
-    given = {"until_s": anyio.current_time() + 60} | given
-    return Call(call_id=call_id, options=CallOptions(**options), **given)
+    until_s, is_kept = options.pop("until_s", anyio.current_time() + 60), options.pop("is_kept", False)
+    return Call(call_id=call_id, until_s=until_s, is_kept=is_kept, options=CallOptions(**options))
 
 
 def item(text: str) -> dict[str, Any]:
