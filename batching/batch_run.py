@@ -61,7 +61,7 @@ class BatchRunner(Generic[T, R]):
         """
         self.running[id(batch)] = batch
         formed_s = self.now()
-        seconds, failed, requeued, was_preempted = None, 0, 0, False
+        seconds, errors, requeued, was_preempted = None, list[Exception](), 0, False
         wanted = [request for request in batch.requests if request.outcome is None]
         try:
             if wanted:
@@ -69,9 +69,9 @@ class BatchRunner(Generic[T, R]):
                 if isinstance(outputs, BatchPreemptedError):
                     was_preempted = True
                 elif isinstance(outputs, Exception):
-                    failed, requeued = await self._find_failing(wanted, executor, outputs)
+                    errors, requeued = await self._find_failing(wanted, executor, outputs)
                 else:
-                    failed = self._succeed(wanted, outputs)
+                    errors = self._succeed(wanted, outputs)
                     self._history.record_success(len(wanted))
         finally:
             if progress is not None:
@@ -91,7 +91,7 @@ class BatchRunner(Generic[T, R]):
             self.shares.add(seconds)
         self._report(
             _record(
-                batch, formed_s, total_s, seconds, failed=failed, requeued=requeued, overlapped=progress is not None
+                batch, formed_s, total_s, seconds, errors=errors, requeued=requeued, overlapped=progress is not None
             )
         )
 
@@ -111,30 +111,32 @@ class BatchRunner(Generic[T, R]):
 
     async def _find_failing(
         self, wanted: list[Pending[T, R]], executor: Executor[T, R], error: Exception
-    ) -> tuple[int, int]:
-        """Run parts of a batch that failed; returns how many requests got an error, and how many were requeued."""
-        test, failed = GroupTest(wanted, self._history, self._is_wanted), 0
+    ) -> tuple[list[Exception], int]:
+        """Run parts of a batch that failed; returns the errors of requests, and how many were requeued."""
+        test, errors = GroupTest(wanted, self._history, self._is_wanted), list[Exception]()
         self._record_failure(test, wanted, error)
         while part := test.next_part():
             outputs, seconds = await executor.attempt([request.payload for request in part])
             if isinstance(outputs, Exception):
                 self._record_failure(test, part, outputs)
             else:
-                failed += self._succeed(part, outputs)
+                errors += self._succeed(part, outputs)
                 test.record_success()
                 if seconds is not None:
                     self._learn(part, seconds.total_s)
         for request, own_error in test.failing:
-            failed += self.fail(request, Failure(own_error, is_systemic=test.is_systemic))
+            if self.fail(request, Failure(own_error, is_systemic=test.is_systemic)):
+                errors.append(own_error)
         for request in test.unresolved:
-            failed += self.fail(request, Failure(error, is_systemic=True))
+            if self.fail(request, Failure(error, is_systemic=True)):
+                errors.append(error)
         if isinstance(error, BatchTimeoutError) and not any(
             isinstance(own, BatchTimeoutError) for _, own in test.failing
         ):
             self._planner.record_too_large([request.size for request in wanted])  # no item hangs: they were too many
         requeued = [request for request in test.untested if request.outcome is None]
         self._planner.requeue(requeued)
-        return failed, len(requeued)
+        return errors, len(requeued)
 
     def _record_failure(self, test: GroupTest[Pending[T, R]], part: list[Pending[T, R]], error: Exception) -> None:
         if isinstance(error, BatchTimeoutError):
@@ -161,18 +163,19 @@ class BatchRunner(Generic[T, R]):
 
     # Outcomes.
 
-    def _succeed(self, requests: list[Pending[T, R]], outputs: Sequence[R | Exception]) -> int:
-        """Give the requests their outputs; returns how many of these are errors."""
-        now, failed, latencies_s = self.now(), 0, []
+    def _succeed(self, requests: list[Pending[T, R]], outputs: Sequence[R | Exception]) -> list[Exception]:
+        """Give the requests their outputs; returns those that are errors."""
+        now, errors, latencies_s = self.now(), list[Exception](), []
         for request, output in zip(requests, outputs, strict=True):
             if isinstance(output, Exception):
-                failed += self.fail(request, Failure(output))
+                if self.fail(request, Failure(output)):
+                    errors.append(output)
             elif request.outcome is None:
                 request.outcome = Success(output)
                 latencies_s.append(now - request.arrival_s)
                 request.waiter.end_one()
         self.telemetry.count_successes(latencies_s)
-        return failed
+        return errors
 
     # Costs and records.
 
@@ -205,7 +208,7 @@ def _record(
     total_s: float,
     seconds: StageSeconds | None,
     *,
-    failed: int,
+    errors: Sequence[Exception],
     requeued: int,
     overlapped: bool,
 ) -> BatchRecord:
@@ -213,7 +216,8 @@ def _record(
     arrivals_s = [request.arrival_s for request in batch.requests]
     return BatchRecord(
         count=len(batch.requests),
-        failed=failed,
+        failed=len(errors),
+        errors=tuple(errors),
         requeued=requeued,
         priority=batch.priority,
         reason=batch.reason,

@@ -14,6 +14,9 @@ class BatchRecord:
     """Requests in the batch."""
     failed: int
     """Requests of it that got an error."""
+    errors: tuple[Exception, ...] = ()
+    """The error of each of these, the same one for several that failed together. Frames of errors may hold tensors:
+    release them soon."""
     requeued: int = 0
     """Requests of it that wait again for a later batch: this one failed, and they did not run in a part of it."""
     priority: Priority

@@ -51,6 +51,7 @@ def import_object(path: str, key: str) -> Any:
 
 
 def import_class(path: str, key: str, base: type[T]) -> type[T]:
+    """Import the subclass of `base` that ``module:Class`` names; see `import_object`. Raises `LoadError`."""
     found = import_object(path, key)
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise LoadError(f"{key}: {path!r} must be a subclass of {base.__name__}, it is {found!r}")

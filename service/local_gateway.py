@@ -1,7 +1,7 @@
 """The gateway to models that run in this process."""
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Self, TypeVar
 
@@ -12,10 +12,9 @@ from pydantic import BaseModel
 from modalkit.batching import Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.threads import DedicatedThread
-from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline, PipelineError
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline, PipelineError
 from modalkit.service.errors import NotReadyError, Readiness, ServiceError
 from modalkit.service.jobs import JobStore
-from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import LoadError, ModelSource, make_job_manager
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import Settings
@@ -123,21 +122,6 @@ class LocalModel:
         return None if self._closing.is_set() else pipeline
 
 
-class LocalJobs:
-    """A bridge until `JobManager` submits requests itself."""
-
-    def __init__(self, manager: JobManager, models: Mapping[str, LocalModel]) -> None:
-        self.administration = manager
-        self.get, self.cancel, self.stop_waiting = manager.get, manager.cancel, manager.stop_waiting
-        self._models = models
-
-    async def submit(
-        self, requests: Sequence[AsyncInputModel], *, model_name: str, priority: Priority = Priority.BULK
-    ) -> list[Outcome[str]]:
-        """Accept jobs."""
-        return await self._models[model_name].ready_worker().submit_many(requests, priority=priority)
-
-
 class LocalGateway(AsyncContextManagerMixin):
     """Serves models from this process: one `InferenceWorker` each, jobs and deliveries shared.
 
@@ -165,12 +149,12 @@ class LocalGateway(AsyncContextManagerMixin):
         self.models = {source.model_name: LocalModel(source, self._closing) for source in sources}
         if not self.models:
             raise LoadError("model_settings.model_entries: there is no model; add one")
-        self._manager = make_job_manager(settings, queue_backend, job_store)
-        self.jobs = LocalJobs(self._manager, self.models)
+        self.jobs = make_job_manager(settings, queue_backend, job_store)
+        self.jobs.check_ready = lambda model_name: self.models[model_name].ready_worker()
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
-        async with self._manager, plain_task_group() as task_group:
+        async with self.jobs, plain_task_group() as task_group:
             for model in self.models.values():
                 task_group.start_soon(self._serve, model)
             try:
@@ -202,7 +186,7 @@ class LocalGateway(AsyncContextManagerMixin):
     async def _serve(self, model: LocalModel) -> None:
         await model.serve(
             lambda pipeline, input_model: InferenceWorker(
-                pipeline, settings=self._settings, jobs=self._manager, input_model=input_model
+                pipeline, settings=self._settings, jobs=self.jobs, input_model=input_model
             )
         )
         models = self.models.values()

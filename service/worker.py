@@ -1,11 +1,11 @@
 """The worker: one pipeline, its scheduler and its jobs, without any knowledge of HTTP or Modal."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
+from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
 from modalkit.batching import (
@@ -21,15 +21,14 @@ from modalkit.batching import (
     Success,
 )
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
+from modalkit.service.failure_log import FailureLog
 from modalkit.service.jobs import Job, JobStore
 from modalkit.service.jobs.manager import JobManager
-from modalkit.service.jobs.model import NewJob, json_text, new_job_id
-from modalkit.service.jobs.queue_rules import QueueNotAllowedError
 from modalkit.service.jobs.runner import JobOutcome, JobRunner
 from modalkit.service.learnt_costs import LearntCosts
 from modalkit.service.loading import make_job_manager
 from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large, run_batch_of
-from modalkit.service.queue_backends import QueueBackend, QueueNameError
+from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
 
 STUCK_THREADS_OF_A_BROKEN_PIPELINE = 3
@@ -49,7 +48,7 @@ def batch_policy(config: BatchConfig) -> BatchPolicy:
     )
 
 
-class InferenceWorker:
+class InferenceWorker(AsyncContextManagerMixin):
     """Runs a pipeline on batches of what many callers send one by one.
 
     Use it as an async context manager (asyncio or trio), in the task that will also leave it; leaving it finishes what
@@ -60,8 +59,9 @@ class InferenceWorker:
     Items are models of the kind that `input_model` says (by default the pipeline's own `input_model`), or mappings,
     which are validated: pydantic's `ValidationError` is raised before anything is queued. On entering, the pipeline's
     warm-up runs, and what its batches cost is read or measured, as the settings say; without `calibrate` it is not
-    measured, for uses too short to be worth it. `on_batch` is called in the event loop with the record of each batch,
-    and `on_failure` with what the pipeline raised for a batch or a part of it.
+    measured, for uses too short to be worth it. `on_batch` is called in the event loop with the record of each batch.
+
+    What the pipeline raises is logged with its traceback, once a minute for each distinct error.
     """
 
     def __init__(
@@ -74,7 +74,6 @@ class InferenceWorker:
         jobs: JobManager | None = None,
         input_model: type[BaseModel] | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
-        on_failure: Callable[[Exception], None] | None = None,
         calibrate: bool = True,
     ) -> None:
         app_settings = AppSettings() if settings is None else settings.app_settings
@@ -84,6 +83,8 @@ class InferenceWorker:
         self.input_model = input_model or pipeline.input_model
         self._owns_jobs = jobs is None
         self._jobs = jobs or make_job_manager(settings, queue_backend, job_store)
+        self._log_failures = FailureLog(self.model_name)
+        self._record_batch = on_batch
         self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
         self._scheduler: BatchScheduler[BaseModel, InferenceOutputModel] = BatchScheduler(
             run_batch_of(pipeline),
@@ -91,8 +92,8 @@ class InferenceWorker:
             cost_model=self._costs.model,
             item_size=pipeline.item_size,
             batch_timeout_s=batch_config.batch_timeout_seconds,
-            is_too_large=is_too_large if on_failure is None else _reporting(on_failure),
-            on_batch=on_batch,
+            is_too_large=is_too_large,
+            on_batch=self._on_batch,
             name=self.model_name,
         )
         self._runner = JobRunner(
@@ -102,28 +103,19 @@ class InferenceWorker:
             window=max(
                 1, min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
             ),
-            largest_group=batch_config.max_batch_size,
+            group_limit=batch_config.max_batch_size,
             timeout_s=app_settings.async_config.timeout,
             max_attempts=app_settings.async_config.max_attempts,
         )
-        self._exit_stack = AsyncExitStack()
 
-    async def __aenter__(self) -> Self:
-        async with AsyncExitStack() as stack:
-            if self._owns_jobs:
-                await stack.enter_async_context(self._jobs)
-            await stack.enter_async_context(self._scheduler)
-            await self._scheduler.run_in_thread(self.pipeline.warm_up)
-            await self._costs.learn(self._scheduler)
-            await stack.enter_async_context(self._runner)
-            self._exit_stack = stack.pop_all()
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
         try:
-            return await self._exit_stack.__aexit__(exc_type, exc, traceback)
+            async with self._jobs if self._owns_jobs else nullcontext(), self._scheduler:
+                await self._scheduler.run_in_thread(self.pipeline.warm_up)
+                await self._costs.learn(self._scheduler)
+                async with self._runner:
+                    yield self
         finally:
             await self._costs.keep()
 
@@ -165,8 +157,7 @@ class InferenceWorker:
         for a message that is no valid item, `QueueNotAllowedError`, `QueueNameError` and `JobStoreError`. When
         cancelled, the job may have been accepted.
         """
-        job = self._new_job(request, priority)
-        (outcome,) = await self._jobs.submit([job])
+        (outcome,) = await self.submit_many([request], priority=priority)
         if isinstance(outcome, Failure):
             raise outcome.error
         return outcome.value
@@ -178,15 +169,7 @@ class InferenceWorker:
 
         One that is invalid disturbs no other. Raises `JobStoreError` when none was stored.
         """
-        outcomes: list[Outcome[str] | NewJob] = []
-        for request in requests:
-            try:
-                outcomes.append(self._new_job(request, priority))
-            except (ValueError, QueueNotAllowedError, QueueNameError) as error:  # a meta that is no JSON, say
-                outcomes.append(Failure(error))
-        jobs = [entry for entry in outcomes if isinstance(entry, NewJob)]
-        submitted = iter(await self._jobs.submit(jobs) if jobs else ())
-        return [next(submitted) if isinstance(entry, NewJob) else entry for entry in outcomes]
+        return await self._jobs.submit(requests, model_name=self.model_name, priority=priority)
 
     async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job | None:
         """The job of this id as it is now, or once it ends within `wait_s` seconds; None if there is none."""
@@ -218,6 +201,11 @@ class InferenceWorker:
         """Wait until the scheduler breaks, after which nothing runs any more, if it ever does."""
         await self._scheduler.wait_until_broken()
 
+    def _on_batch(self, record: BatchRecord) -> None:
+        self._log_failures(record)
+        if self._record_batch is not None:
+            self._record_batch(record)
+
     def _validated(self, item: BaseModel | Mapping[str, Any]) -> BaseModel:
         return item if isinstance(item, BaseModel) else self.input_model.model_validate(item)
 
@@ -226,33 +214,6 @@ class InferenceWorker:
             return self._validated(item)
         except Exception as error:  # noqa: BLE001  # a model's own validators may raise anything
             return Failure(error)
-
-    def _new_job(self, request: AsyncInputModel, priority: Priority) -> NewJob:
-        message = self._validated(request.message)
-        self._jobs.check_queues(request.success_queue, request.failure_queue)
-        now, delivers = self._jobs.clock(), self._jobs.delivers
-        return NewJob(
-            job_id=new_job_id(),
-            model_name=self.model_name,
-            message_json=json_text(message.model_dump(mode="json", by_alias=True, round_trip=True)),
-            success_queue=request.success_queue if delivers else None,
-            failure_queue=request.failure_queue if delivers else None,
-            meta_json=json_text(request.meta),
-            priority=priority,
-            created_at=now,
-            expires_at=None if request.expires_in is None else now + request.expires_in,
-            idempotency_key=request.idempotency_key,
-        )
-
-
-def _reporting(on_failure: Callable[[Exception], None]) -> Callable[[Exception], bool]:
-    """`is_too_large`, which the scheduler asks about each error of a batch, after a call of `on_failure`."""
-
-    def report(error: Exception) -> bool:
-        on_failure(error)
-        return is_too_large(error)
-
-    return report
 
 
 class _Engine:
@@ -267,11 +228,11 @@ class _Engine:
     ) -> None:
         self._pipeline = pipeline
         self._scheduler = scheduler
-        self._input_model = input_model
+        self.input_model = input_model
         self._batch_timeout_s = batch_timeout_s
 
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
-        item = self._input_model.model_validate_json(job.message_json)
+        item = self.input_model.model_validate_json(job.message_json)
         return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority)
 
     async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
@@ -279,8 +240,8 @@ class _Engine:
         items: dict[str, BaseModel] = {}
         for job in jobs:
             try:
-                items[job.job_id] = self._input_model.model_validate_json(job.message_json)
-            except Exception as error:  # noqa: BLE001  # an item that is none any more fails alone
+                items[job.job_id] = self.input_model.model_validate_json(job.message_json)
+            except Exception as error:  # noqa: BLE001  # an item that is not valid any more fails alone
                 outcomes[job.job_id] = Failure(error)
         if items:
             # The pipeline's own error comes as a value: it may be a TimeoutError as well.

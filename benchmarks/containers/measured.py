@@ -1,6 +1,7 @@
 """The service class with a method that tells of its batches."""
 
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import modal
@@ -21,10 +22,10 @@ class MeasuredService(ModalService):
     _records: "deque[BatchRecord] | None" = None
 
     def on_batch(self, record: BatchRecord) -> None:
-        """Keep the record, and hand it on."""
+        """Keep the record without its errors, which are no JSON, and pass it on."""
         if self._records is None:
             self._records = deque(maxlen=KEPT_RECORDS)
-        self._records.append(record)
+        self._records.append(replace(record, errors=()))
         super().on_batch(record)
 
     @modal.method()

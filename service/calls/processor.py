@@ -12,12 +12,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
 from modalkit.batching import (
-    BatchingError,
-    BatchTimeoutError,
     DeadlineExceededError,
     Failure,
     Outcome,
-    OutputCountError,
     Priority,
     QueueFullError,
 )
@@ -26,13 +23,7 @@ from modalkit.service.calls.delivery import CallDelivery
 from modalkit.service.calls.engine import CallOptions
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import job_object, make_job_id, outcome_object, read_entry
-from modalkit.service.errors import (
-    ContainerFaultError,
-    DeviceFaultError,
-    ItemRejectedError,
-    ServiceError,
-    describe_error,
-)
+from modalkit.service.errors import ContainerFaultError, DeviceFaultError, ItemRejectedError, describe_error
 from modalkit.service.jobs.life import (
     TOO_MANY_CRASHES,
     cancel_job,
@@ -131,7 +122,6 @@ class CallProcessor:
         fault = next((error for error in map(_error_of, items) if error is not None and is_device_fault(error)), None)
         if fault is not None and not await self._is_last_run(items, call):
             raise DeviceFaultError(describe_error(fault)) from fault
-        _log_failures(items)
         return await self._outcomes(items, call)
 
     async def refuse(self, entries: Sequence[object], call: Call, error: ContainerFaultError) -> list[dict[str, Any]]:
@@ -302,17 +292,6 @@ def _have_jobs(items: Sequence[_Item]) -> bool:
 
 def _error_of(item: _Item) -> Exception | None:
     return item.outcome.error if isinstance(item.outcome, Failure) else None
-
-
-def _log_failures(items: Sequence[_Item]) -> None:
-    """Log what the pipeline raised, whose traceback does not travel; once for each error, which a batch may share."""
-    ran = [item for item in items if item.message is not None]
-    errors = {id(error): error for error in map(_error_of, ran) if error is not None}
-    for error in errors.values():
-        if isinstance(error, BatchTimeoutError | OutputCountError):
-            logger.error("The pipeline failed: %s", error)
-        elif not isinstance(error, ServiceError | BatchingError):
-            logger.error("The pipeline failed", exc_info=error)
 
 
 def _cancel(items: Sequence[_Item], cancelled: frozenset[int], now: float) -> None:

@@ -1,13 +1,14 @@
 """``modalkit predict``: run a model over many items, through the scheduler at full speed."""
 
+import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from io import TextIOWrapper
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -20,7 +21,6 @@ from modalkit.batching import Failure, Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.service.cli.common import ColumnOption, ConfigFiles, FormatOption, ModelOption, model_source, notices
-from modalkit.service.cli.output_file import whole_file
 from modalkit.service.cli.records import (
     KEEP_BAD_BYTES,
     FileFormat,
@@ -37,14 +37,14 @@ from modalkit.service.outputs import output_object
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
 
-MOST_ITEMS_IN_A_CHUNK = 4096
-CHUNKS_AT_ONCE = 2
+MAX_CHUNK_ITEMS = 4096
+MAX_CHUNKS = 2
 SHOWN_ERRORS = 20
 
 
 @dataclass(slots=True)
 class _Chunk:
-    """Some records that follow each other, and their outcomes once they are there."""
+    """Consecutive records, and their outcomes once `done` is set."""
 
     records: list[Record]
     outcomes: list[Outcome[InferenceOutputModel]] = field(default_factory=list)
@@ -141,7 +141,7 @@ def _open_input(
     input_model: Any,
     column: str | None,
 ) -> tuple[Iterator[Record], int | None]:
-    """The records, and how many there are where that can be known."""
+    """The records, and their number where it is known before they are read."""
     if texts:
         return read_records(texts, FileFormat.TXT, input_model, None), len(texts)
     if path is None or str(path) == "-":
@@ -164,7 +164,7 @@ def _use_utf8(stream: TextIO) -> TextIO:
 
 
 class _Run:
-    """One run of a model over many records, and what is to be told about it."""
+    """One run of a model over many records, and its figures."""
 
     def __init__(self, writer: Writer, progress: Progress, settings: Settings) -> None:
         self.failed = 0
@@ -178,9 +178,7 @@ class _Run:
 
     async def score(self, pipeline: InferencePipeline, records: Iterator[Record]) -> None:
         """Run all records, a few chunks at a time, and write their results in order."""
-        chunk_size = min(
-            MOST_ITEMS_IN_A_CHUNK, self._settings.app_settings.batch_config.max_queue_size // CHUNKS_AT_ONCE
-        )
+        chunk_size = min(MAX_CHUNK_ITEMS, self._settings.app_settings.batch_config.max_queue_size // MAX_CHUNKS)
         async with (
             JobManager(MemoryJobStore()) as jobs,
             InferenceWorker(pipeline, settings=self._settings, jobs=jobs, calibrate=False) as worker,
@@ -193,7 +191,7 @@ class _Run:
                 self._invalid += sum(record.item is None for record in chunk_records)
                 task_group.start_soon(chunk.run, worker)
                 waiting.append(chunk)
-                if len(waiting) == CHUNKS_AT_ONCE:
+                if len(waiting) == MAX_CHUNKS:
                     await self._write(waiting.popleft(), worker)
             while waiting:
                 await self._write(waiting.popleft(), worker)
@@ -217,7 +215,7 @@ class _Run:
                     self._progress.console.print(f"line {record.line}: {result['error']}", markup=False)
 
     def report(self, *, single: bool) -> None:
-        """Tell on standard error how it went."""
+        """Print the figures on standard error."""
         if self.failed > SHOWN_ERRORS:
             notices.print(f"... and {self.failed - SHOWN_ERRORS} more errors, each in its result's place")
         if single or self._statistics is None:
@@ -243,3 +241,42 @@ def _progress(files: ExitStack, total: int | None) -> Progress:
     )
     progress.add_task("Running", total=total)
     return files.enter_context(progress)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A stream whose content replaces the file at `path` when the block ends without an exception.
+
+    Until then the file stays as it was, so it may be the input as well. When the block raises, what was written is kept
+    beside the file, and a notice says where. A path that is no regular file (a pipe, a terminal) is written directly.
+    Raises ``OSError`` at the start where nothing can be written.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8", newline="") as special:
+            yield special
+        return
+    target = path.resolve()
+    partial, stream = _open_beside(target)
+    try:
+        with stream:
+            if target.exists():
+                shutil.copymode(target, partial)
+            yield stream
+        partial.replace(target)
+    except BaseException:
+        if partial.stat().st_size:
+            notices.print(f"{path} is left as it was; what there is of the results is in {partial}")
+        else:
+            partial.unlink()
+        raise
+
+
+def _open_beside(target: Path) -> tuple[Path, TextIO]:
+    """A new file in the folder of `target`, with the first name that is free."""
+    for number in count():
+        partial = target.with_name(f"{target.name}.{number}.partial")
+        try:
+            return partial, partial.open("x", encoding="utf-8", newline="")
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable: there is always another number")

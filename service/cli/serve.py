@@ -5,8 +5,7 @@ import shlex
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Annotated
 
 import anyio
@@ -16,15 +15,14 @@ import uvicorn
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
 from modalkit.service.errors import Readiness
-from modalkit.service.garbage_collection import spare_the_garbage_collector
-from modalkit.service.listening import listening
 from modalkit.service.local_gateway import LocalGateway
+from modalkit.service.serving import Server, freeze_gc, listening
 from modalkit.service.settings import Settings
 from modalkit.service.version import VERSION
 from modalkit.service.web import create_app
 
 GRACE_S = 30
-"""How long open HTTP requests may go on after the first signal to stop."""
+"""Seconds that open HTTP requests may take after the first signal to stop."""
 
 
 def serve(
@@ -49,25 +47,17 @@ def serve(
         raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
     logging.getLogger().setLevel(level)
     settings = Settings.load(config)
-    try_api_key(settings.app_settings.auth_config)  # uvicorn would show what is wrong as a traceback, and end with 0
+    try_api_key(settings.app_settings.auth_config)  # uvicorn would show an error as a traceback, and exit with code 0
     gateway = LocalGateway(settings)
     app = create_app(gateway, auth=settings.app_settings.auth_config, owns_gateway=False)
-    server = _Server(
+    server = Server(
         uvicorn.Config(app, log_config=None, access_log=level <= logging.INFO, timeout_graceful_shutdown=GRACE_S)
     )
     with listening(host, port) as listener:
         anyio.run(_serve, server, gateway, listener, settings, backend_options={"use_uvloop": True})
 
 
-class _Server(uvicorn.Server):
-    """A server that leaves signals to `_serve`, which has more to stop than HTTP."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def _serve(server: _Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
+async def _serve(server: Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
     async with plain_task_group() as outer:
         outer.start_soon(_stop_on_signals, server, gateway, outer.cancel_scope)
         async with gateway, plain_task_group() as task_group:
@@ -88,8 +78,8 @@ def _failed(gateway: LocalGateway) -> list[str]:
     return [name for name, model in gateway.models.items() if model.readiness is Readiness.FAILED]
 
 
-async def _stop_on_signals(server: _Server, gateway: LocalGateway, everything: anyio.CancelScope) -> None:
-    """Stop gently on the first signal, at once on the second: accepted jobs are in the store either way."""
+async def _stop_on_signals(server: Server, gateway: LocalGateway, everything: anyio.CancelScope) -> None:
+    """On the first signal finish what was accepted, on the second stop at once: jobs are in the store either way."""
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for _ in signals:
             if server.should_exit:
@@ -98,21 +88,21 @@ async def _stop_on_signals(server: _Server, gateway: LocalGateway, everything: a
             gateway.jobs.stop_waiting()  # a client that waits for the end of a job would keep the server open
 
 
-async def _stop_when_broken(server: _Server, gateway: LocalGateway) -> None:
-    """Stop when nothing can be served any more: whoever started the process sees its exit code and starts it again."""
+async def _stop_when_broken(server: Server, gateway: LocalGateway) -> None:
+    """Stop when no model can run any more, so that a supervisor sees the exit code and starts the process again."""
     await gateway.wait_until_broken()
     server.should_exit = True
     gateway.jobs.stop_waiting()
 
 
-async def _announce(server: _Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
-    """Say how to use the service once it is ready; stop it when no model can be loaded, which has been logged."""
+async def _announce(server: Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
+    """Print how to use the service once it is ready; stop it when no model could be loaded, which has been logged."""
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     notices.print(f"modalkit {VERSION} on {url}: loading {', '.join(gateway.models)} ...")
     started_s = time.perf_counter()
     await gateway.wait_until_settled()
-    spare_the_garbage_collector()
+    freeze_gc()
     failed = _failed(gateway)
     if len(failed) == len(gateway.models):
         server.should_exit = True
@@ -155,7 +145,7 @@ def _summarize(gateway: LocalGateway) -> None:
 
 
 def _distribution(batch_sizes: Mapping[int, int]) -> str:
-    """How large batches were: the span that holds the middle half of them, and the largest."""
+    """The sizes of batches: quartiles and maximum."""
     if not batch_sizes:
         return ""
     sizes = [size for size, count in sorted(batch_sizes.items()) for _ in range(count)]

@@ -15,13 +15,12 @@ from modalkit.service.jobs.memory import MemoryJobStore
 from modalkit.service.jobs.model import (
     DeliveryRecord,
     DeliveryStatus,
-    FinishedJob,
     Job,
+    JobEnd,
     JobFilter,
     JobPage,
     JobRetry,
     JobStatus,
-    NewJob,
     Recovery,
 )
 from modalkit.service.jobs.sqlite import SqliteJobStore
@@ -31,10 +30,10 @@ __all__ = [
     "DeliveryRecord",
     "DeliveryStatus",
     "DuplicateJobError",
-    "FinishedJob",
     "IdempotencyKeyReusedError",
     "Job",
     "JobCounts",
+    "JobEnd",
     "JobFilter",
     "JobPage",
     "JobRetry",
@@ -48,7 +47,6 @@ __all__ = [
     "JobStoreSchemaError",
     "JobStoreUnavailableError",
     "MemoryJobStore",
-    "NewJob",
     "Recovery",
     "SqliteJobStore",
 ]

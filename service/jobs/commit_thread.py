@@ -1,4 +1,4 @@
-"""A thread that runs operations in transactions, those together that wait at the same time ("group commit")."""
+"""A thread that runs operations in transactions, many in each ("group commit")."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -32,21 +32,20 @@ class _Entry(Generic[Op]):
 
 
 class CommitThread(Generic[Op]):
-    """Hands operations to `commit`, in a thread of its own, in lists of up to `most_together`.
+    """Hands operations to `commit`, in a thread of its own, in lists of up to `max_together`.
 
     `commit` returns the result or the error of each, in the same order; what it raises is the error of all. The thread
-    begins with the first operation that comes, without waiting for the event loop to come round; all that come
-    meanwhile are in the next list. Everything that touches the database runs in this one thread, opening and closing
-    included.
+    starts as soon as an operation comes; those that come while it runs are in the next list. Everything that uses the
+    database runs in this one thread, opening and closing included.
     """
 
     def __init__(
-        self, name: str, commit: Callable[[list[Op]], Sequence[Any]], *, most_together: int, most_waiting: int
+        self, name: str, commit: Callable[[list[Op]], Sequence[Any]], *, max_together: int, max_waiting: int
     ) -> None:
         self._name = name
         self._commit = commit
-        self._most_together = most_together
-        self._most_waiting = most_waiting
+        self._max_together = max_together
+        self._max_waiting = max_waiting
         # All mutable state: what goes to the thread, how much of it has not come back, whether more may come, and
         # whether what has not begun is still to be done.
         self._queue: SimpleQueue[_Entry[Op]] = SimpleQueue()
@@ -107,7 +106,7 @@ class CommitThread(Generic[Op]):
     async def _pass_through(self, entry: _Entry[Op]) -> Any:
         if not self._is_open:
             raise JobStoreClosedError
-        if self._waiting >= self._most_waiting:
+        if self._waiting >= self._max_waiting:
             raise JobStoreBusyError(self._waiting)
         self._waiting += 1
         self._queue.put(entry)
@@ -145,7 +144,7 @@ class CommitThread(Generic[Op]):
     def _together(self, first: _Entry[Op]) -> tuple[list[_Entry[Op]], _Entry[Op] | None]:
         """What waits from `first` on and belongs into one transaction, and what comes after it, if it was seen."""
         entries = [first]
-        while len(entries) < self._most_together:
+        while len(entries) < self._max_together:
             try:
                 entry = self._queue.get_nowait()
             except Empty:

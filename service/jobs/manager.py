@@ -1,20 +1,24 @@
-"""The jobs of a process: stores what is accepted, tells what became of it, and sends results on their way."""
+"""The jobs of a process: accepts and stores them, tells their states, and has their results delivered."""
 
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AsyncExitStack
-from types import TracebackType
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Protocol, Self
 
 import anyio
+from anyio import AsyncContextManagerMixin
+from pydantic import BaseModel
 
-from modalkit.batching import Failure, Outcome, Success
+from modalkit.batching import Failure, Outcome, Priority, Success
 from modalkit.batching.task_groups import plain_task_group
+from modalkit.pipelines import AsyncInputModel
+from modalkit.service.errors import NotReadyError, Readiness
 from modalkit.service.jobs.delivery import Deliverer
 from modalkit.service.jobs.errors import JobStoreError
-from modalkit.service.jobs.model import FinishedJob, Job, JobFilter, JobPage, JobStatus, NewJob
+from modalkit.service.jobs.life import new_job
+from modalkit.service.jobs.model import Job, JobEnd, JobFilter, JobPage, JobStatus, new_job_id
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.store import JobCounts, JobStore
 from modalkit.service.queue_backends import QueueBackend
@@ -22,25 +26,28 @@ from modalkit.service.queue_backends.closing import close_backend
 
 logger = logging.getLogger(__name__)
 
-EXPIRED_AT_ONCE = 1000
+EXPIRED_PER_CALL = 1000
 
 
 class JobFeed(Protocol):
-    """Runs the jobs of one model, told of changes by the manager."""
+    """Runs the jobs of one model; the manager tells it of changes."""
+
+    input_model: type[BaseModel]
+    """The class of the model's items."""
 
     def wake(self) -> None:
-        """A job was stored."""
+        """Jobs were stored."""
 
     def abandon(self, job_id: str) -> None:
-        """A job was cancelled; it may or may not be with this feed."""
+        """A job was cancelled; this feed may or may not run it."""
 
 
-class JobManager:
+class JobManager(AsyncContextManagerMixin):
     """Owns an open job store and the deliveries from it; several workers, one per model, may share it.
 
-    An async context manager. On entering, jobs that an earlier process left running are queued again and deliveries
-    that it left pending are sent. Without a `queue_backend`, results are kept for `result_ttl_s` seconds after a job's
-    end and sent nowhere. Every `sweep_interval_s` seconds, jobs expire whose time has come, and old ones are removed.
+    An async context manager. On entering, jobs that an earlier process left running are queued again, and deliveries
+    that it left pending are sent. Without a `queue_backend`, results are sent nowhere. `result_ttl_s` seconds after its
+    end, a job is removed. Every `sweep_interval_s` seconds, jobs expire whose time has come, and old ones are removed.
     `clock` gives wall-clock Unix seconds. A backend that the manager `owns` is closed with it.
     """
 
@@ -62,6 +69,8 @@ class JobManager:
             )
         self.store = store
         self.clock = clock
+        self.check_ready: Callable[[str], object] | None = None
+        """Called with a model's name before jobs are accepted for it; what it raises, `submit` raises."""
         self._backend = queue_backend
         self._owns_backend = owns_backend
         self._queue_rules = QueueRules(allowed_queues, queue_backend)
@@ -72,60 +81,95 @@ class JobManager:
             if queue_backend is None
             else Deliverer(queue_backend, store, max_attempts=max_delivery_attempts, clock=clock)
         )
-        # All mutable state: who runs the jobs of a model, who waits for the end of a job, whether anybody may, and what
-        # is open.
-        self.one_group = anyio.Lock()
-        """Held by the feed that runs a group of suspects, from before they are taken until their ends are stored."""
+        # All mutable state: the feeds by model name, the callers that wait for the end of a job, and whether callers
+        # may wait.
+        self.quarantine_lock = anyio.Lock()
+        """Held by the feed that runs a quarantined group, from before it is claimed until its ends are stored."""
         self._feeds: dict[str, JobFeed] = {}
         self._waiters: defaultdict[str, set[anyio.Event]] = defaultdict(set)
         self._may_wait = True
-        self._exit_stack = AsyncExitStack()
 
-    async def __aenter__(self) -> Self:
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
         async with AsyncExitStack() as stack:
             if self._owns_backend:
                 stack.push_async_callback(close_backend, self._backend)
             await stack.enter_async_context(self.store)
-            recovery = await self.store.recover(self.clock())
-            if recovery.requeued:
-                logger.warning("%d jobs that were running when the last process ended run again", recovery.requeued)
-            for job_id in recovery.set_aside:
-                logger.error("Job %s has failed: the process died with it too often", job_id)
-            for job_id in recovery.undelivered:
-                logger.error("The result of job %s is undelivered: the process died too often sending it", job_id)
+            await self._recover()
             if self._deliverer is not None:
                 await stack.enter_async_context(self._deliverer)
             background = await stack.enter_async_context(plain_task_group())
             stack.callback(background.cancel_scope.cancel)
             background.start_soon(self._sweep)
-            self._exit_stack = stack.pop_all()
-        return self
+            yield self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        return await self._exit_stack.__aexit__(exc_type, exc, traceback)
+    async def _recover(self) -> None:
+        recovery = await self.store.recover(self.clock())
+        if recovery.requeued:
+            logger.warning("%d jobs that were running when the last process ended run again", recovery.requeued)
+        for job_id in recovery.failed:
+            logger.error("Job %s has failed: the process died with it too often", job_id)
+        for job_id in recovery.undelivered:
+            logger.error("The result of job %s is undelivered: the process died too often sending it", job_id)
 
     @property
-    def delivers(self) -> bool:
-        """Whether there is a backend to send results to."""
-        return self._deliverer is not None
+    def administration(self) -> Self:
+        """What can be done with many jobs at once: `page`, `replay`, `purge` and `counts`."""
+        return self
 
-    def check_queues(self, success_queue: str | None, failure_queue: str | None) -> None:
-        """Raise `QueueNotAllowedError` or `QueueNameError` for a queue that nothing can or may be sent to."""
-        self._queue_rules.check(success_queue, failure_queue)
+    def attach(self, model_name: str, feed: JobFeed) -> None:
+        """Accept jobs for this model from now on, and tell `feed` of them."""
+        self._feeds[model_name] = feed
 
-    async def submit(self, jobs: Sequence[NewJob]) -> list[Outcome[str]]:
-        """Store jobs, whose queues have been checked, to be run. Returns their ids once that is done, in their order.
+    def detach(self, model_name: str) -> None:
+        """Accept no more jobs for this model."""
+        self._feeds.pop(model_name, None)
 
-        In place of an id there may be that of an earlier job with the same idempotency key, or an
-        `IdempotencyKeyReusedError`. Raises other `JobStoreError`s for all.
+    async def submit(
+        self, requests: Sequence[AsyncInputModel], *, model_name: str, priority: Priority = Priority.BULK
+    ) -> list[Outcome[str]]:
+        """Store jobs in one step; returns the id or the error of each, in the same order, once they are stored.
+
+        A request that is invalid, names a queue that cannot be used or reuses an idempotency key for something else has
+        an error and disturbs no other. A repetition of a request with the same `idempotency_key` has the id of the
+        first. Raises `NotReadyError` where the model takes no jobs, and other `JobStoreError`s when none was stored.
+        When cancelled, jobs may have been stored.
         """
-        added = await self.store.add(jobs)
-        for model_name in {job.model_name for job in jobs}:
-            if feed := self._feeds.get(model_name):
-                feed.wake()
-        return [Success(entry) if isinstance(entry, str) else Failure(entry) for entry in added]
+        if self.check_ready is not None:
+            self.check_ready(model_name)
+        feed = self._feeds.get(model_name)
+        if feed is None:
+            raise NotReadyError(model_name, Readiness.LOADING)
+        entries = [self._new_job(request, model_name, feed.input_model, priority) for request in requests]
+        jobs = [entry for entry in entries if isinstance(entry, Job)]
+        added = iter(await self.store.add(jobs) if jobs else ())
+        if jobs:
+            feed.wake()
+        outcomes = list[Outcome[str]]()
+        for entry in entries:
+            result = next(added) if isinstance(entry, Job) else entry
+            outcomes.append(Success(result) if isinstance(result, str) else Failure(result))
+        return outcomes
+
+    def _new_job(
+        self, request: AsyncInputModel, model_name: str, input_model: type[BaseModel], priority: Priority
+    ) -> Job | Exception:
+        """A job that is not stored yet, or what is wrong with the request."""
+        try:
+            message = request.message
+            item = message if isinstance(message, BaseModel) else input_model.model_validate(message)
+            self._queue_rules.check(request.success_queue, request.failure_queue)
+            return new_job(
+                request,
+                job_id=new_job_id(),
+                model_name=model_name,
+                message=item,
+                priority=priority,
+                now=self.clock(),
+                delivers=self._deliverer is not None,
+            )
+        except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything
+            return error
 
     async def get(self, job_id: str, wait_s: float = 0.0) -> Job | None:
         """The job, or None if there is none; waits up to `wait_s` seconds for it to end, until `stop_waiting`."""
@@ -144,18 +188,10 @@ class JobManager:
             if not waiters:
                 del self._waiters[job_id]
 
-    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
-        """See `JobStore.page`."""
-        return await self.store.page(limit, which, cursor)
-
-    async def counts(self) -> JobCounts:
-        """See `JobStore.counts`."""
-        return await self.store.counts()
-
     def stop_waiting(self) -> None:
-        """Answer whoever waits for the end of a job with the job as it is, now and from now on. Idempotent."""
+        """Answer callers that wait for the end of a job with the job as it is, now and from now on. Idempotent."""
         self._may_wait = False
-        self._announce(list(self._waiters))
+        self._wake_waiters(list(self._waiters))
 
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended, and return it as it then is; None if there is none."""
@@ -163,68 +199,40 @@ class JobManager:
         if job is not None and job.status is JobStatus.CANCELLED:
             if feed := self._feeds.get(job.model_name):
                 feed.abandon(job_id)
-            self._announce([job_id])
+            self._wake_waiters([job_id])
         return job
 
-    async def finish(self, ends: Sequence[tuple[Job, FinishedJob]]) -> None:
-        """Store how jobs ended, wake who waits for them and deliver their messages. Raises `JobStoreError`."""
-        # What there is a place for is delivered from here, without being read from the store again.
-        in_hand: dict[str, Job] = {}
-        some_are_left = False
-        if self._deliverer is not None:
-            for job, end in ends:
-                queue = job.success_queue if end.status is JobStatus.SUCCEEDED else job.failure_queue
-                if not queue:
-                    continue
-                finished = job.finished(end) if self._deliverer.reserve(queue) else None
-                if finished is not None:
-                    in_hand[job.job_id] = finished
-                else:
-                    some_are_left = True
-        # Shielded, because what is stored as in hand must be delivered from here: nobody else would.
-        with anyio.CancelScope(shield=True):
-            try:
-                ended = await self.store.finish([end for _, end in ends], in_hand=in_hand)
-            except BaseException:
-                self._let_go(in_hand.values())
-                raise
-            delivered = [in_hand.pop(job_id) for job_id in ended if job_id in in_hand]
-            self._let_go(in_hand.values())
-            if self._deliverer is not None:
-                self._deliverer.deliver(delivered)
-                if some_are_left:
-                    self._deliverer.wake()
-            self._announce(ended)
+    async def finish(self, ends: Sequence[tuple[Job, JobEnd]]) -> None:
+        """Store how jobs ended, wake callers that wait for them and deliver their messages. Raises `JobStoreError`."""
+        if self._deliverer is None:
+            ended = await self.store.finish([end for _, end in ends])
+        else:
+            ended = await self._deliverer.finish(ends)
+        self._wake_waiters(ended)
 
-    def _let_go(self, jobs: Iterable[Job]) -> None:
-        if self._deliverer is not None:
-            self._deliverer.release(job.delivery_queue for job in jobs if job.delivery_queue is not None)
+    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
+        """Up to `limit` jobs that match, the newest first, from the `next_cursor` of another page on."""
+        return await self.store.page(limit, which, cursor)
 
     async def replay(self, job_ids: Sequence[str] | None = None) -> int:
         """Send undelivered results, of these jobs or of all, once more; returns how many."""
         replayed = await self.store.replay(job_ids, self.clock())
-        if self._deliverer is not None:
-            self._deliverer.wake()
+        self._wake_deliverer()
         return replayed
 
     async def purge(self, which: JobFilter) -> int:
-        """Remove ended jobs; see `JobStore.purge`."""
+        """Remove ended jobs that match, except those whose delivery is pending; returns how many."""
         return await self.store.purge(which)
 
-    def attach(self, model_name: str, feed: JobFeed) -> None:
-        """Tell `feed` from now on of the jobs of this model."""
-        self._feeds[model_name] = feed
+    async def counts(self) -> JobCounts:
+        """How many jobs there are of each kind."""
+        return await self.store.counts()
 
-    def detach(self, model_name: str) -> None:
-        """End what `attach` began."""
-        self._feeds.pop(model_name, None)
-
-    def _have_ended(self, job_ids: Iterable[str]) -> None:
-        self._announce(job_ids)
+    def _wake_deliverer(self) -> None:
         if self._deliverer is not None:
             self._deliverer.wake()
 
-    def _announce(self, job_ids: Iterable[str]) -> None:
+    def _wake_waiters(self, job_ids: Iterable[str]) -> None:
         if self._waiters:
             for job_id in job_ids:
                 for ended in self._waiters.get(job_id, ()):
@@ -233,8 +241,9 @@ class JobManager:
     async def _sweep(self) -> None:
         while True:
             try:
-                while expired := await self.store.expire(EXPIRED_AT_ONCE, self.clock()):
-                    self._have_ended(expired)
+                while expired := await self.store.expire(EXPIRED_PER_CALL, self.clock()):
+                    self._wake_waiters(expired)
+                    self._wake_deliverer()
                 await self.store.remove_finished(self.clock() - self._result_ttl_s)
             except JobStoreError:
                 logger.exception("Old jobs could not be removed; trying again in %g s", self._sweep_interval_s)

@@ -1,4 +1,4 @@
-"""Jobs in this process's memory: quick, and gone with it."""
+"""Jobs in the memory of this process: fast, and lost with it."""
 
 import heapq
 from collections import defaultdict
@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from modalkit.batching import Priority
+from modalkit.service.jobs import life
 from modalkit.service.jobs.errors import (
     DuplicateJobError,
     IdempotencyKeyReusedError,
@@ -17,58 +18,49 @@ from modalkit.service.jobs.errors import (
 from modalkit.service.jobs.model import (
     DeliveryRecord,
     DeliveryStatus,
-    FinishedJob,
     Job,
+    JobEnd,
     JobFilter,
     JobPage,
     JobRetry,
     JobStatus,
-    NewJob,
     Recovery,
     cut_page,
-    new_job,
 )
-from modalkit.service.jobs.store import (
-    EXPIRED_IN_THE_QUEUE,
-    MAX_CRASHES,
-    TOO_MANY_CRASHES,
-    TOO_MANY_DELIVERY_CRASHES,
-    JobCounts,
-    suspects_together,
-)
+from modalkit.service.jobs.store import JobCounts
 
 Heap = list[tuple[float, str]]
-Suspects = list[tuple[int, int, str]]
-"""A heap of crashes, place and id."""
+Quarantine = list[tuple[int, int, str]]
+"""A heap of crashes, sequence number and job id."""
 
 SPARE_ENTRIES = 1000
+"""Outdated entries that a heap may have, beyond two for each stored job."""
 
 
 class MemoryJobStore:
-    """Keeps up to `max_jobs` jobs in memory; see `JobStore` for what it promises. Closing it forgets nothing."""
+    """A `JobStore` of up to `max_jobs` jobs in memory. Closing it keeps them: it can be opened again."""
 
     durable = False
 
     def __init__(self, *, max_jobs: int = 1_000_000) -> None:
         self._max_jobs = max_jobs
         self._is_open = False
-        # All mutable state: the jobs, each with its place in the order in which they were added, and the jobs of the
-        # idempotency keys; heaps of ids, which may name jobs that have moved on: what is queued, by model and class,
-        # what crashed, what waits to run again, what expires, what is due, by queue, what may be removed; what is being
-        # delivered, and what of it crashed how often; the counts.
+        # All mutable state: the jobs, in the order of their addition, with their sequence numbers, and the job of each
+        # idempotency key; heaps of job ids, whose entries may be outdated: queued jobs by model and priority, the
+        # quarantined, those that wait for a retry, those that expire, due deliveries by queue, and what may be removed;
+        # the claimed deliveries, and the quarantined ones; the counts.
         self._jobs: dict[str, Job] = {}
-        self._places: dict[str, int] = {}
-        self._next_place = 0
+        self._sequence: dict[str, int] = {}
+        self._next_sequence = 0
         self._by_key: dict[str, str] = {}
         self._queued: defaultdict[tuple[str, Priority], Heap] = defaultdict(list)
-        self._suspects: defaultdict[str, Suspects] = defaultdict(list)
+        self._quarantined: defaultdict[str, Quarantine] = defaultdict(list)
         self._retries: defaultdict[str, Heap] = defaultdict(list)
         self._expiring: Heap = []
         self._due: dict[str, Heap] = {}
         self._removable: Heap = []
-        self._in_hand: set[str] = set()
-        self._delivery_crashes: dict[str, int] = {}
-        self._suspect_deliveries: Suspects = []
+        self._claimed_deliveries: set[str] = set()
+        self._quarantined_deliveries: Quarantine = []
         self._statuses = dict.fromkeys(JobStatus, 0)
         self._deliveries = dict.fromkeys(DeliveryStatus, 0)
 
@@ -81,8 +73,8 @@ class MemoryJobStore:
     ) -> None:
         self._is_open = False
 
-    async def add(self, jobs: Sequence[NewJob]) -> list[str | IdempotencyKeyReusedError]:
-        """See `JobStore.add`."""
+    async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
+        """Store queued jobs: all, or none when it raises."""
         self._ensure_open()
         ids = set[str]()
         for job in jobs:
@@ -94,17 +86,17 @@ class MemoryJobStore:
             raise JobStoreFullError(len(self._jobs), len(new), self._max_jobs)
         return [self._add(job) for job in jobs]
 
-    def _add(self, given: NewJob) -> str | IdempotencyKeyReusedError:
-        key = given.idempotency_key
+    def _add(self, job: Job) -> str | IdempotencyKeyReusedError:
+        key = job.idempotency_key
         if key is not None:
             if key in self._by_key:
                 earlier = self._jobs[self._by_key[key]]
-                same = given.asks_for_the_same(earlier)
+                same = life.is_same_request(job, earlier)
                 return earlier.job_id if same else IdempotencyKeyReusedError(key, earlier.job_id)
-            self._by_key[key] = given.job_id
-        job = self._jobs[given.job_id] = new_job(given)
-        self._places[job.job_id] = self._next_place
-        self._next_place += 1
+            self._by_key[key] = job.job_id
+        self._jobs[job.job_id] = job
+        self._sequence[job.job_id] = self._next_sequence
+        self._next_sequence += 1
         self._statuses[job.status] += 1
         self._deliveries[job.delivery] += 1
         self._enqueue(job)
@@ -113,64 +105,64 @@ class MemoryJobStore:
         return job.job_id
 
     async def get(self, job_id: str) -> Job | None:
-        """See `JobStore.get`."""
+        """The job of this id."""
         self._ensure_open()
         return self._jobs.get(job_id)
 
     async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
-        """See `JobStore.page`."""
+        """Some of the jobs that match, the newest first."""
         self._ensure_open()
         return cut_page(self._newest_first(which, cursor), limit)
 
     def _newest_first(self, which: JobFilter, cursor: int | None) -> Iterator[tuple[int, Job]]:
         for job_id in reversed(self._jobs):
-            place = self._places[job_id]
-            if (cursor is None or place < cursor) and which.covers(self._jobs[job_id]):
-                yield place, self._jobs[job_id]
+            sequence = self._sequence[job_id]
+            if (cursor is None or sequence < cursor) and which.covers(self._jobs[job_id]):
+                yield sequence, self._jobs[job_id]
 
-    async def take(self, model_name: str, limit: int, now: float, *, bulk_places: int = 0) -> list[Job]:
-        """See `JobStore.take`."""
+    async def claim(self, model_name: str, limit: int, now: float, *, bulk_limit: int = 0) -> list[Job]:
+        """Make queued jobs running, interactive ones first."""
         self._ensure_open()
-        taken = self._take(model_name, Priority.BULK, min(bulk_places, limit), now)
+        claimed = self._claim(model_name, Priority.BULK, min(bulk_limit, limit), now)
         for priority in (Priority.INTERACTIVE, Priority.BULK):
-            taken += self._take(model_name, priority, limit - len(taken), now)
-        return taken
+            claimed += self._claim(model_name, priority, limit - len(claimed), now)
+        return claimed
 
-    def _take(self, model_name: str, priority: Priority, limit: int, now: float) -> list[Job]:
-        queued, taken = self._queued[model_name, priority], list[Job]()
-        while queued and len(taken) < limit:
+    def _claim(self, model_name: str, priority: Priority, limit: int, now: float) -> list[Job]:
+        queued, claimed = self._queued[model_name, priority], list[Job]()
+        while queued and len(claimed) < limit:
             _, job_id = heapq.heappop(queued)
             job = self._jobs.get(job_id)
-            # What was cancelled, has expired or was removed meanwhile still has its place in the heap.
+            # The entry is outdated if the job was cancelled, has expired or was removed meanwhile.
             if job is not None and job.status is JobStatus.QUEUED and not job.crashes and job.retry_at is None:
-                taken.append(self._change(job.started(now)))
-        return taken
+                claimed.append(self._change(life.start_job(job, now)))
+        return claimed
 
-    async def take_suspects(self, model_name: str, largest: int, now: float) -> list[Job]:
-        """See `JobStore.take_suspects`."""
+    async def claim_quarantined(self, model_name: str, limit: int, now: float) -> list[Job]:
+        """Make a group of quarantined jobs running."""
         self._ensure_open()
-        suspects, taken = self._suspects[model_name], list[Job]()
-        while suspects and (not taken or _go_together(suspects[0][0], taken[0].crashes, len(taken), largest)):
-            _, _, job_id = heapq.heappop(suspects)
+        quarantined, claimed = self._quarantined[model_name], list[Job]()
+        while quarantined and _belongs_to(claimed, quarantined[0][0], claimed[0].crashes if claimed else 0, limit):
+            _, _, job_id = heapq.heappop(quarantined)
             job = self._jobs.get(job_id)
             if job is not None and job.status is JobStatus.QUEUED:
-                taken.append(self._change(job.started(now)))
-        return taken
+                claimed.append(self._change(life.start_job(job, now)))
+        return claimed
 
-    async def retry_later(self, retries: Sequence[JobRetry]) -> None:
-        """See `JobStore.retry_later`."""
+    async def requeue(self, retries: Sequence[JobRetry]) -> None:
+        """Queue running jobs again, for later."""
         self._ensure_open()
         for retry in retries:
             job = self._jobs.get(retry.job_id)
-            deferred = None if job is None else job.deferred(retry)
-            if deferred is not None:
-                self._change(deferred)
-                heapq.heappush(self._retries[deferred.model_name], (retry.retry_at, retry.job_id))
-                if deferred.expires_at is not None:
-                    heapq.heappush(self._expiring, (deferred.expires_at, deferred.job_id))
+            requeued = None if job is None else life.requeue_job(job, retry)
+            if requeued is not None:
+                self._change(requeued)
+                heapq.heappush(self._retries[requeued.model_name], (retry.retry_at, retry.job_id))
+                if requeued.expires_at is not None:
+                    heapq.heappush(self._expiring, (requeued.expires_at, requeued.job_id))
 
     async def release_retries(self, model_name: str, now: float) -> float | None:
-        """See `JobStore.release_retries`."""
+        """Make jobs claimable whose `retry_at` has come; returns the next `retry_at`."""
         self._ensure_open()
         retries = self._retries[model_name]
         while retries:
@@ -184,133 +176,133 @@ class MemoryJobStore:
                 self._enqueue(self._change(replace(job, retry_at=None)))
         return None
 
-    async def finish(self, outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
-        """See `JobStore.finish`."""
+    async def finish(self, ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
+        """End jobs, and make their deliveries due or claimed; returns the ids of those that ended."""
         self._ensure_open()
-        return [outcome.job_id for outcome in outcomes if self._finish(outcome, in_hand)]
+        return [end.job_id for end in ends if self._finish(end, claim)]
 
-    def _finish(self, outcome: FinishedJob, in_hand: Container[str] = ()) -> bool:
-        job = self._jobs.get(outcome.job_id)
-        finished = None if job is None else job.finished(outcome)
-        if finished is None:
+    def _finish(self, end: JobEnd, claim: Container[str]) -> bool:
+        job = self._jobs.get(end.job_id)
+        ended = None if job is None else life.end_job(job, end)
+        if ended is None:
             return False
-        self._change(finished)
-        if finished.delivery_queue is not None and finished.job_id in in_hand:
-            self._in_hand.add(finished.job_id)
-        elif finished.delivery_queue is not None:
-            self._put_due(finished, outcome.finished_at)
+        self._change(ended)
+        if ended.delivery is DeliveryStatus.PENDING and ended.job_id in claim:
+            self._claimed_deliveries.add(ended.job_id)
+        else:
+            self._put_due(ended, end.finished_at)
         return True
 
     async def cancel(self, job_id: str, now: float) -> Job | None:
-        """See `JobStore.cancel`."""
+        """Cancel a job that has not ended; returns it as it then is."""
         self._ensure_open()
         job = self._jobs.get(job_id)
-        if job is None:
-            return None
-        cancelled = job.cancelled(now)
+        cancelled = None if job is None else life.cancel_job(job, now)
         return job if cancelled is None else self._change(cancelled)
 
     async def expire(self, limit: int, now: float) -> list[str]:
-        """See `JobStore.expire`."""
+        """End queued jobs whose `expires_at` has come; returns their ids."""
         self._ensure_open()
-        expired = list[str]()
-        while self._expiring and self._expiring[0][0] <= now and len(expired) < limit:
+        ids = list[str]()
+        while self._expiring and self._expiring[0][0] <= now and len(ids) < limit:
             _, job_id = heapq.heappop(self._expiring)
             job = self._jobs.get(job_id)
-            if job is not None and job.status is JobStatus.QUEUED:
-                self._finish(_ended(job, JobStatus.EXPIRED, EXPIRED_IN_THE_QUEUE, now))
-                expired.append(job_id)
-        return expired
+            expired = None if job is None else life.expire_job(job, now)
+            if expired is not None:
+                self._put_due(self._change(expired), now)
+                ids.append(job_id)
+        return ids
 
-    async def take_deliveries(
-        self, limit: int, now: float, *, places: Mapping[str, int], per_queue: int
+    async def claim_deliveries(
+        self, limit: int, now: float, *, queue_limits: Mapping[str, int], queue_limit: int
     ) -> Sequence[Job]:
-        """See `JobStore.take_deliveries`."""
+        """Claim due deliveries, queue by queue."""
         self._ensure_open()
-        taken = list[Job]()
+        claimed = list[Job]()
         for queue, due in list(self._due.items()):
-            room = min(places.get(queue, per_queue), limit - len(taken))
+            room = min(queue_limits.get(queue, queue_limit), limit - len(claimed))
             if due[0][0] > now or room <= 0:
                 continue
             while due and due[0][0] <= now and room > 0:
                 _, job_id = heapq.heappop(due)
-                self._in_hand.add(job_id)
-                taken.append(self._jobs[job_id])
+                self._claimed_deliveries.add(job_id)
+                claimed.append(self._jobs[job_id])
                 room -= 1
             del self._due[queue]
             if due:
                 self._due[queue] = due  # at the end, so that queues come in turns
-        return taken
+        return claimed
 
-    async def take_suspect_deliveries(self, largest: int) -> Sequence[Job]:
-        """See `JobStore.take_suspect_deliveries`."""
+    async def claim_quarantined_deliveries(self, limit: int) -> Sequence[Job]:
+        """Claim a group of quarantined deliveries."""
         self._ensure_open()
-        suspects, taken, crashes = self._suspect_deliveries, list[Job](), 0
-        while suspects and (not taken or _go_together(suspects[0][0], crashes, len(taken), largest)):
-            crashes, _, job_id = heapq.heappop(suspects)
-            self._in_hand.add(job_id)
-            taken.append(self._jobs[job_id])
-        return taken
+        quarantined, claimed, crashes = self._quarantined_deliveries, list[Job](), 0
+        while quarantined and _belongs_to(claimed, quarantined[0][0], crashes, limit):
+            crashes, _, job_id = heapq.heappop(quarantined)
+            self._claimed_deliveries.add(job_id)
+            claimed.append(self._jobs[job_id])
+        return claimed
 
     async def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
-        """See `JobStore.record_deliveries`."""
+        """Record the results of attempts to deliver."""
         self._ensure_open()
         for record in records:
             job = self._jobs.get(record.job_id)
-            if job is None or job.delivery is not DeliveryStatus.PENDING:
-                continue
-            changed = replace(
-                job, delivery=record.status, delivery_attempts=record.attempts, delivery_error=record.error
-            )
-            self._in_hand.discard(job.job_id)
-            self._delivery_crashes.pop(job.job_id, None)
-            self._change(changed)
-            if record.status is DeliveryStatus.PENDING:
-                self._put_due(changed, record.due_at)
+            recorded = None if job is None else life.record_delivery(job, record)
+            if recorded is not None:
+                self._claimed_deliveries.discard(recorded.job_id)
+                self._put_due(self._change(recorded), record.due_at)
 
     async def replay(self, job_ids: Sequence[str] | None, now: float) -> int:
-        """See `JobStore.replay`."""
+        """Make undelivered ones of these jobs, or of all, due again; returns how many."""
         self._ensure_open()
-        jobs = list(self._jobs.values()) if job_ids is None else [self._jobs[i] for i in job_ids if i in self._jobs]
-        undelivered = [job for job in jobs if job.delivery is DeliveryStatus.UNDELIVERED]
-        for job in undelivered:
-            self._put_due(self._change(replace(job, delivery=DeliveryStatus.PENDING, delivery_attempts=0)), now)
-        return len(undelivered)
+        ids = list(self._jobs) if job_ids is None else [job_id for job_id in job_ids if job_id in self._jobs]
+        replayed = 0
+        for job_id in ids:
+            job = life.replay_delivery(self._jobs[job_id])
+            if job is not None:
+                self._put_due(self._change(job), now)
+                replayed += 1
+        return replayed
 
     async def recover(self, now: float) -> Recovery:
-        """See `JobStore.recover`."""
+        """Recover what was running or claimed."""
         self._ensure_open()
         undelivered = self._recover_deliveries()
-        running = [job for job in self._jobs.values() if job.status is JobStatus.RUNNING]
-        set_aside = list[str]()
-        for job in running:
-            crashed = self._change(replace(job, crashes=job.crashes + 1))
-            if crashed.crashes >= MAX_CRASHES:
-                self._finish(_ended(crashed, JobStatus.FAILED, TOO_MANY_CRASHES, now))
-                set_aside.append(job.job_id)
+        requeued, failed = 0, list[str]()
+        for job in list(self._jobs.values()):
+            recovered = life.recover_job(job, now)
+            if recovered is None:
+                continue
+            self._change(recovered)
+            if recovered.status is JobStatus.FAILED:
+                failed.append(job.job_id)
+                self._put_due(recovered, now)
             else:
-                self._enqueue(self._change(replace(crashed, status=JobStatus.QUEUED)))
-        return Recovery(len(running) - len(set_aside), set_aside, undelivered)
+                requeued += 1
+                self._enqueue(recovered)
+        return Recovery(requeued, failed, undelivered)
 
     def _recover_deliveries(self) -> list[str]:
-        """Make what was in hand suspect; returns the ids of those that are set aside."""
+        """Quarantine what was claimed; returns the ids of what is undelivered."""
         undelivered = list[str]()
-        for job_id in sorted(self._in_hand):
-            crashes = self._delivery_crashes[job_id] = self._delivery_crashes.get(job_id, 0) + 1
-            if crashes < MAX_CRASHES:
-                heapq.heappush(self._suspect_deliveries, (crashes, self._places[job_id], job_id))
+        for job_id in sorted(self._claimed_deliveries):
+            recovered = life.recover_delivery(self._jobs[job_id])
+            if recovered is None:
                 continue
-            del self._delivery_crashes[job_id]
-            job = self._jobs[job_id]
-            undelivered.append(job_id)
-            self._change(replace(job, delivery=DeliveryStatus.UNDELIVERED, delivery_error=TOO_MANY_DELIVERY_CRASHES))
-        self._in_hand.clear()
+            self._change(recovered)
+            if recovered.delivery is DeliveryStatus.UNDELIVERED:
+                undelivered.append(job_id)
+            else:
+                entry = (recovered.delivery_crashes, self._sequence[job_id], job_id)
+                heapq.heappush(self._quarantined_deliveries, entry)
+        self._claimed_deliveries.clear()
         return undelivered
 
     async def remove_finished(self, before: float) -> int:
-        """See `JobStore.remove_finished`."""
+        """Remove jobs that ended before that time and have nothing left to deliver."""
         self._ensure_open()
-        self._forget_what_has_moved_on()
+        self._drop_outdated_entries()
         removed = 0
         while self._removable and self._removable[0][0] < before:
             _, job_id = heapq.heappop(self._removable)
@@ -322,7 +314,7 @@ class MemoryJobStore:
         return removed
 
     async def purge(self, which: JobFilter) -> int:
-        """See `JobStore.purge`."""
+        """Remove ended jobs that match, except those whose delivery is pending."""
         self._ensure_open()
         purged = [
             job
@@ -334,12 +326,12 @@ class MemoryJobStore:
         return len(purged)
 
     async def counts(self) -> JobCounts:
-        """See `JobStore.counts`."""
+        """How many jobs there are of each kind."""
         self._ensure_open()
         return JobCounts(dict(self._statuses), dict(self._deliveries))
 
-    def _forget_what_has_moved_on(self) -> None:
-        """Keep heaps from growing with jobs that were cancelled, have run, or are gone, before their turn comes."""
+    def _drop_outdated_entries(self) -> None:
+        """Keep heaps from growing with entries of jobs that were cancelled, have run, or are gone."""
         for heap in (self._expiring, *self._queued.values(), *self._retries.values()):
             if len(heap) > 2 * len(self._jobs) + SPARE_ENTRIES:
                 heap[:] = [
@@ -354,17 +346,19 @@ class MemoryJobStore:
             raise JobStoreClosedError
 
     def _enqueue(self, job: Job) -> None:
-        place = self._places[job.job_id]
+        sequence = self._sequence[job.job_id]
         if job.crashes:
-            heapq.heappush(self._suspects[job.model_name], (job.crashes, place, job.job_id))
+            heapq.heappush(self._quarantined[job.model_name], (job.crashes, sequence, job.job_id))
         else:
-            heapq.heappush(self._queued[job.model_name, job.priority], (place, job.job_id))
+            heapq.heappush(self._queued[job.model_name, job.priority], (sequence, job.job_id))
 
     def _put_due(self, job: Job, due_at: float) -> None:
-        heapq.heappush(self._due.setdefault(job.delivery_queue or "", []), (due_at, job.job_id))
+        """Make the delivery of a job due, if it is pending."""
+        if job.delivery is DeliveryStatus.PENDING:
+            heapq.heappush(self._due.setdefault(job.delivery_queue or "", []), (due_at, job.job_id))
 
     def _change(self, job: Job) -> Job:
-        """Put a job in a new state in the place of the old one."""
+        """Replace a job by its new state."""
         old = self._jobs[job.job_id]
         self._statuses[old.status] -= 1
         self._statuses[job.status] += 1
@@ -376,17 +370,13 @@ class MemoryJobStore:
         return job
 
     def _remove(self, job: Job) -> None:
-        del self._jobs[job.job_id], self._places[job.job_id]
+        del self._jobs[job.job_id], self._sequence[job.job_id]
         self._statuses[job.status] -= 1
         self._deliveries[job.delivery] -= 1
         if job.idempotency_key is not None:
             del self._by_key[job.idempotency_key]
 
 
-def _go_together(crashes: int, group_crashes: int, taken: int, largest: int) -> bool:
-    """Whether a suspect belongs into a group of which so many are taken."""
-    return crashes == group_crashes and taken < suspects_together(group_crashes, largest)
-
-
-def _ended(job: Job, status: JobStatus, error: str, now: float) -> FinishedJob:
-    return FinishedJob(job_id=job.job_id, status=status, error=error, finished_at=now)
+def _belongs_to(group: Sequence[Job], crashes: int, group_crashes: int, limit: int) -> bool:
+    """Whether a quarantined job with so many crashes is to join a group, whose jobs have `group_crashes`."""
+    return not group or (crashes == group_crashes and len(group) < life.quarantine_group_size(crashes, limit))

@@ -1,67 +1,65 @@
-"""Moves the stored jobs of one model into its scheduler, a window at a time, and stores what becomes of them."""
+"""Feeds the stored jobs of one model to its scheduler, a limited number at a time, and stores how they end."""
 
 import heapq
 import logging
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Protocol, Self
 
 import anyio
+from anyio import AsyncContextManagerMixin
+from pydantic import BaseModel
 
 from modalkit.batching import Failure, Outcome, Priority, QueueFullError, SchedulerClosedError
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel
-from modalkit.service.errors import OutputNotJsonError, ServiceError, describe_error
-from modalkit.service.jobs.delivery import backoff_with_jitter
+from modalkit.service.backoff import backoff_with_jitter
+from modalkit.service.jobs.collector import Collector
 from modalkit.service.jobs.errors import JobStoreError
-from modalkit.service.jobs.gathering import Gathering
+from modalkit.service.jobs.life import JobTimeoutError, deadline_of, end_of, retry_of
 from modalkit.service.jobs.manager import JobManager
-from modalkit.service.jobs.model import FinishedJob, Job, JobRetry, JobStatus
-from modalkit.service.jobs.store import EXPIRED_IN_THE_QUEUE
-from modalkit.service.outputs import output_json
+from modalkit.service.jobs.model import Job, JobEnd, JobRetry
 
 logger = logging.getLogger(__name__)
 
-RETRY_S = 0.05
-LONGEST_RETRY_S = 5.0
+ROOM_POLL_INTERVAL_S = 0.05
+"""Seconds between two attempts to start a job while the scheduler's queue is full."""
+STORE_RETRY_S = 5.0
+"""Seconds until the store is asked for jobs again after it failed."""
 BULK_WINDOW_DIVISOR = 10
 """Bulk jobs get at least one in N places of the window."""
-LARGEST_RESULT_BYTES = 100 * 2**20
 SPARE_DEADLINES = 10_000
+"""Outdated entries that the heap of deadlines may have, beyond two for each job in the window."""
 FIRST_JOB_RETRY_S = 2.0
-"""Most seconds after its first attempt until a job runs again; each later wait is four times as long."""
+"""Seconds, at most, between a job's first attempt and its second; each later wait is four times as long."""
 
 JobOutcome = Outcome[InferenceOutputModel]
 
 
 class JobEngine(Protocol):
-    """What runs jobs, in the two ways that a runner needs."""
+    """Runs jobs, in some batch or as a batch of their own."""
+
+    input_model: type[BaseModel]
+    """The class of the items."""
 
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
-        """Run a job in some batch and call `on_outcome` in the event loop with what became of it.
+        """Run a job in some batch and call `on_outcome` in the event loop with its outcome.
 
-        Returns a function that withdraws it: then `on_outcome` is not called any more. Raises `QueueFullError`, and
-        whatever is wrong with the job.
+        Returns a function that withdraws the job: after it, `on_outcome` is not called. Raises `QueueFullError`, and
+        what is wrong with the job.
         """
         ...
 
     async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
         """Run jobs while no other is in the pipeline; returns the outcome of each, in their order.
 
-        Raises what the batch raises, `BatchTimeoutError` included.
+        Raises what the batch raises, including `BatchTimeoutError`.
         """
         ...
-
-
-class ResultTooLargeError(ServiceError):
-    """Raised for a result that is too large to be stored."""
-
-    def __init__(self, size_bytes: int) -> None:
-        super().__init__(f"the result has {size_bytes} bytes, more than the {LARGEST_RESULT_BYTES} that are stored")
 
 
 @dataclass(slots=True)
@@ -72,21 +70,22 @@ class _Running:
     withdraw: Callable[[], None]
 
 
-class JobRunner:
-    """Feeds the jobs of one model to an engine, at most `window` at a time, however many are stored.
+class JobRunner(AsyncContextManagerMixin):
+    """Feeds the jobs of one model to an engine: a window of at most `window` at a time, however many are stored.
 
-    Interactive jobs go before bulk ones, which keep a tenth of the window. First of all, those that were running when a
-    process died run again, in groups of at most `largest_group` that have the pipeline to themselves: so the one that
-    kills the process is found (see `suspects_together`). After each group as many others run, so that these wait for no
-    more than one. A group that raises kills nothing: its jobs run on as others do. One that hangs runs one by one.
+    Interactive jobs go before bulk ones, which keep a tenth of the window. Quarantined jobs, which were running when a
+    process died, run at the start, in groups of at most `group_limit` with nothing else in the pipeline, so that a job
+    that kills the process is found (see `quarantine_group_size`). Between two groups, as many other jobs run. A group
+    that raises has killed nothing: its jobs run again as others do. The jobs of a group that hangs run one by one.
 
-    A job that fails although nothing says that it is to blame (`Failure.is_systemic`) is run again later, up to
-    `max_attempts` times in all, with waits of 1 to 2 s, 4 to 8 s, 16 to 32 s and so on, if it does not expire before.
-    `timeout_s` counts from a job's first dispatch: one that takes longer expires. Use it as an async context manager,
-    inside that of its open `JobManager`. Leaving it takes no more jobs and finishes those in the window; the others
-    stay in a durable store for the next start, and are run before leaving where the store is not durable. Left by an
-    exception, it abandons the window: those jobs run again at the next start. Jobs that wait to run again do so at
-    once, and for the last time, where the store is not durable.
+    A job that fails systemically (see `retry_of`) runs again later, up to `max_attempts` times in all, with waits of 1
+    to 2 s, 4 to 8 s, 16 to 32 s and so on. `timeout_s` counts from a job's first start: a job that takes longer
+    expires.
+
+    Use it as an async context manager, inside that of its open `JobManager`. Leaving it claims no more jobs and waits
+    for those in the window; the others stay in a durable store for the next start. From a store that is not durable,
+    they are run before leaving, and jobs that wait for a retry run at once, for the last time. When an exception leaves
+    the block, the jobs in the window are abandoned and run again at the next start.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class JobRunner:
         engine: JobEngine,
         *,
         window: int,
-        largest_group: int = 1,
+        group_limit: int = 1,
         timeout_s: float = 3600.0,
         max_attempts: int = 1,
         backoff_s: Callable[[int], float] = partial(backoff_with_jitter, first_s=FIRST_JOB_RETRY_S),
@@ -105,39 +104,37 @@ class JobRunner:
         self._model_name = model_name
         self._engine = engine
         self._window = window
-        self._largest_group = min(largest_group, window)
+        self._group_limit = min(group_limit, window)
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
         self._backoff_s = backoff_s
-        # All mutable state: the jobs in the window, and how many of them are bulk; those of them that have no room in
-        # the scheduler yet; when they expire, as a heap; the ends that are to be stored, and how many have not been;
-        # when the next job in the store may run again; what wakes the feeder; and whether more is to be done.
+        self.input_model = engine.input_model
+        # All mutable state: the jobs in the window, and how many of them are bulk; those of them that the scheduler has
+        # no room for yet; their deadlines, as a heap; the ends to be stored, and how many are not stored yet; when the
+        # next job in the store may run again; what wakes the feeding task; and whether it is to stop.
         self._running: dict[str, _Running] = {}
         self._bulk_running = 0
         self._waiting: deque[Job] = deque()
         self._deadlines: list[tuple[float, str]] = []
-        self._ended: Gathering[tuple[Job, FinishedJob | JobRetry]] = Gathering()
+        self._ends: Collector[tuple[Job, JobEnd | JobRetry]] = Collector()
         self._unstored = 0
         self._next_retry_at = -math.inf
         self._change = anyio.Event()
         self._closing = anyio.Event()
         self._engine_closed = False
-        self._tasks = plain_task_group()
 
-    async def __aenter__(self) -> Self:
-        task_group = await self._tasks.__aenter__()
-        task_group.start_soon(self._feed)
-        task_group.start_soon(self._store_ends)
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
         self._manager.attach(self._model_name, self)
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
-        self._closing.set()
-        self.wake()
         try:
-            return await self._tasks.__aexit__(exc_type, exc, traceback)
+            async with plain_task_group() as task_group:
+                task_group.start_soon(self._feed)
+                task_group.start_soon(self._store_ends)
+                try:
+                    yield self
+                finally:
+                    self._closing.set()
+                    self.wake()
         finally:
             for running in self._running.values():
                 running.withdraw()
@@ -149,57 +146,32 @@ class JobRunner:
         return len(self._running)
 
     def wake(self) -> None:
-        """Look for jobs in the store; called when one was added."""
+        """Ask the store for jobs: some were added, or something else has changed."""
         self._change.set()
 
     def abandon(self, job_id: str) -> None:
-        """Let go of a job that was cancelled in the store, if it is in the window."""
+        """Withdraw a job that was cancelled in the store, if it is in the window."""
         if self._leave(job_id) is not None:
             self.wake()
 
     # Feeding.
 
     async def _feed(self) -> None:
-        """Run jobs until closed: suspects in turns with others, then the others, with the window kept filled."""
-        while await self._run_suspects():
-            await self._run_others(self._largest_group)
-        await self._run_others()
-        self._ended.close()
+        """Run jobs until closed: quarantined groups in turns with as many others, then the others."""
+        while await self._run_quarantined():
+            await self._run_queued(self._group_limit)
+        await self._run_queued()
+        self._ends.close()
 
-    async def _run_others(self, most: float = math.inf) -> None:
-        """Run jobs as they come, until closed; a store that is not durable is emptied first.
-
-        With `most`, run so many, or as many as there are, and those of a group that raised; return when all have ended.
-        """
-        places, left = min(most, self._window), most
-        while not self._engine_closed:
-            self._change = anyio.Event()
-            draining, durable = self._closing.is_set(), self._manager.store.durable
-            free = max(0, self._window - len(self._running) - self._unstored)
-            wanted = 0 if (draining and durable) or self._waiting else int(min(left, free))
-            taken = await self._take(wanted, int(places)) if wanted else []
-            left -= len(taken)
-            for job in taken:
-                self._enter(job)
-            self._waiting += taken
-            self._expire_overdue()
-            self._start_waiting()
-            if len(taken) == wanted > 0:
-                continue
-            if not self._running and not self._unstored and (draining or not math.isinf(most)):
-                return
-            with anyio.move_on_after(self._sleep_s(may_take=wanted > 0 and not draining)):
-                await self._change.wait()
-
-    async def _run_suspects(self) -> bool:
-        """Run a group of suspects, if there is one, and have their ends stored; returns whether there may be more."""
-        if self._engine_closed or (self._closing.is_set() and self._manager.store.durable):
+    async def _run_quarantined(self) -> bool:
+        """Run a quarantined group, if there is one, and have its ends stored; returns whether there may be more."""
+        if self._engine_closed or self._leaves_jobs_stored():
             return False
-        # One group at a time in the whole process: whoever is running when it dies again must be in it.
-        async with self._manager.one_group:
+        # One group at a time in the whole process: the jobs that run when it dies again are those of one group.
+        async with self._manager.quarantine_lock:
             try:
-                group = await self._manager.store.take_suspects(
-                    self._model_name, self._largest_group, self._manager.clock()
+                group = await self._manager.store.claim_quarantined(
+                    self._model_name, self._group_limit, self._manager.clock()
                 )
             except JobStoreError as error:
                 await self._wait_for_the_store(error)
@@ -214,7 +186,7 @@ class JobRunner:
         return bool(group)
 
     async def _run_group(self, jobs: Sequence[Job]) -> None:
-        """Run jobs with the pipeline to themselves; those of a group that raises or hangs wait for the scheduler then.
+        """Run jobs with nothing else in the pipeline. If that raises or hangs, they wait for the scheduler instead.
 
         A job that is cancelled meanwhile runs to its end, and its outcome is dropped.
         """
@@ -224,25 +196,60 @@ class JobRunner:
             outcomes = await self._engine.run_as_one_batch(jobs)
         except SchedulerClosedError as error:
             outcomes = [Failure(error)] * len(jobs)
-        except Exception:  # noqa: BLE001  # the scheduler finds out whose error it is, or who hangs
+        except Exception:  # noqa: BLE001  # the scheduler finds the item that raises or hangs
             self._waiting += jobs
             return
         for job, outcome in zip(jobs, outcomes, strict=True):
             self._end(job, outcome)
 
-    async def _take(self, limit: int, places: int) -> Sequence[Job]:
-        """Take jobs from the store for so many places, those included whose time to run again has come."""
-        # One place is too small to share.
-        kept = min(places - 1, -(-places // BULK_WINDOW_DIVISOR))
+    async def _run_queued(self, limit: float = math.inf) -> None:
+        """Run queued jobs, with the window kept filled, until closed; a store that is not durable is emptied first.
+
+        With a `limit`, run so many, or as many as there are, and return when they and all others have ended.
+        """
+        left = limit
+        while not self._engine_closed:
+            self._change = anyio.Event()
+            is_closing = self._closing.is_set()
+            wanted = self._wanted(left)
+            claimed = await self._claim(wanted, int(min(limit, self._window))) if wanted else []
+            left -= len(claimed)
+            for job in claimed:
+                self._enter(job)
+            self._waiting += claimed
+            self._expire_overdue()
+            self._start_waiting()
+            if len(claimed) == wanted > 0:
+                continue
+            if not self._running and not self._unstored and (is_closing or not math.isinf(limit)):
+                return
+            with anyio.move_on_after(self._sleep_s(may_claim=wanted > 0 and not is_closing)):
+                await self._change.wait()
+
+    def _wanted(self, limit: float) -> int:
+        """How many jobs to claim now."""
+        if self._waiting or self._leaves_jobs_stored():
+            return 0
+        return int(min(limit, max(0, self._window - len(self._running) - self._unstored)))
+
+    def _leaves_jobs_stored(self) -> bool:
+        """Whether no more jobs are to be claimed: this runner closes, and the store keeps them for the next start."""
+        return self._closing.is_set() and self._manager.store.durable
+
+    async def _claim(self, limit: int, window: int) -> Sequence[Job]:
+        """Claim up to `limit` jobs, of which a `window` holds bulk ones too; those that wait for a retry when due."""
+        # A window of one job cannot be shared.
+        bulk_share = min(window - 1, -(-window // BULK_WINDOW_DIVISOR))
         store, now = self._manager.store, self._manager.clock()
         try:
             if self._closing.is_set() and not store.durable:
                 await store.release_retries(self._model_name, math.inf)
             elif self._next_retry_at <= now:
-                self._next_retry_at = math.inf  # before the call: meanwhile a job may be told to run again sooner
+                self._next_retry_at = math.inf  # before the call: a sooner retry may be stored during it
                 next_retry_at = await store.release_retries(self._model_name, now)
                 self._next_retry_at = min(self._next_retry_at, math.inf if next_retry_at is None else next_retry_at)
-            return await store.take(self._model_name, limit, now, bulk_places=max(0, kept - self._bulk_running))
+            bulk_limit = max(0, bulk_share - self._bulk_running)
+            return await store.claim(self._model_name, limit, now, bulk_limit=bulk_limit)
         except JobStoreError as error:
             self._next_retry_at = -math.inf
             await self._wait_for_the_store(error)
@@ -250,18 +257,18 @@ class JobRunner:
             return []
 
     async def _wait_for_the_store(self, error: JobStoreError) -> None:
-        logger.error("No jobs could be taken; trying again in %g s: %s", LONGEST_RETRY_S, error)
-        with anyio.move_on_after(LONGEST_RETRY_S):
+        logger.error("No jobs could be claimed; trying again in %g s: %s", STORE_RETRY_S, error)
+        with anyio.move_on_after(STORE_RETRY_S):
             await self._closing.wait()
 
     def _enter(self, job: Job) -> None:
-        """Take a job into the window."""
+        """Add a job to the window."""
         self._running[job.job_id] = _Running(job, _nothing)
         self._bulk_running += job.priority is Priority.BULK
-        heapq.heappush(self._deadlines, (self._deadline(job), job.job_id))
+        heapq.heappush(self._deadlines, (self._deadline_of(job), job.job_id))
 
     def _leave(self, job_id: str) -> Job | None:
-        """Take a job out of the window, and the scheduler, and return it, if it is still there."""
+        """Remove a job from the window and from the scheduler, and return it; None if it is not there."""
         running = self._running.pop(job_id, None)
         if running is None:
             return None
@@ -270,7 +277,7 @@ class JobRunner:
         return running.job
 
     def _start_waiting(self) -> None:
-        """Hand jobs to the engine, as far as it has room: interactive requests may fill its queue."""
+        """Start jobs as long as the engine has room: interactive requests may fill its queue."""
         while self._waiting:
             job = self._waiting[0]
             running = self._running.get(job.job_id)
@@ -279,102 +286,80 @@ class JobRunner:
                     running.withdraw = self._engine.start(job, partial(self._end, job))
                 except QueueFullError:
                     return
-                except Exception as error:  # noqa: BLE001  # an item that is none any more fails alone
+                except Exception as error:  # noqa: BLE001  # an item that is not valid any more fails alone
                     self._end(job, Failure(error))
             self._waiting.popleft()
 
-    def _sleep_s(self, *, may_take: bool) -> float | None:
-        """Until something may have to be done without anybody saying so."""
+    def _sleep_s(self, *, may_claim: bool) -> float | None:
+        """Seconds until something may have to be done that nothing else tells of."""
         if self._waiting:
-            return RETRY_S
+            return ROOM_POLL_INTERVAL_S
         until = self._deadlines[0][0] if self._deadlines else math.inf
-        if may_take:
+        if may_claim:
             until = min(until, self._next_retry_at)
         return None if math.isinf(until) else max(0.0, until - self._manager.clock())
 
     # Ending.
 
     def _end(self, job: Job, outcome: JobOutcome) -> None:
-        """Called in the event loop with what became of a job."""
+        """End a job, or have it run again later; called in the event loop with its outcome."""
         if self._leave(job.job_id) is None:
             return
         if isinstance(outcome, Failure) and isinstance(outcome.error, SchedulerClosedError):
             self._engine_closed = True  # what has not ended runs again after the next start
         else:
-            self._has_ended(job, self._retry(job, outcome) or self._finished(job, outcome))
+            self._add_end(job, self._retry_of(job, outcome) or end_of(job, outcome, self._manager.clock()))
         self.wake()
 
-    def _retry(self, job: Job, outcome: JobOutcome) -> JobRetry | None:
-        """When and why a job is to run again, if it may be no fault of its own that it failed."""
-        attempt = job.attempts + 1
-        may_retry = attempt < self._max_attempts and (self._manager.store.durable or not self._closing.is_set())
-        if not (isinstance(outcome, Failure) and outcome.is_systemic and may_retry):
+    def _retry_of(self, job: Job, outcome: JobOutcome) -> JobRetry | None:
+        if self._closing.is_set() and not self._manager.store.durable:
             return None
-        retry_at = self._manager.clock() + self._backoff_s(attempt)
-        if retry_at >= self._deadline(job):
-            return None
-        return JobRetry(job_id=job.job_id, retry_at=retry_at, error=describe_error(outcome.error))
+        return retry_of(
+            job,
+            outcome,
+            max_attempts=self._max_attempts,
+            deadline=self._deadline_of(job),
+            now=self._manager.clock(),
+            backoff_s=self._backoff_s,
+        )
 
-    def _has_ended(self, job: Job, end: FinishedJob | JobRetry) -> None:
-        """Have an end stored; until it is, the job keeps its place in the window."""
+    def _add_end(self, job: Job, end: JobEnd | JobRetry) -> None:
+        """Have an end stored; until it is, it takes the job's place in the window."""
         self._unstored += 1
-        self._ended.add((job, end))
-
-    def _finished(self, job: Job, outcome: JobOutcome) -> FinishedJob:
-        result, now = _result_of(outcome), self._manager.clock()
-        if isinstance(result, str):
-            return FinishedJob(job_id=job.job_id, status=JobStatus.SUCCEEDED, result_json=result, finished_at=now)
-        error = describe_error(result)
-        return FinishedJob(job_id=job.job_id, status=JobStatus.FAILED, error=error, finished_at=now)
+        self._ends.add((job, end))
 
     def _expire_overdue(self) -> None:
         now = self._manager.clock()
         if len(self._deadlines) > 2 * len(self._running) + SPARE_DEADLINES:
-            # Those of jobs that have ended lie behind that of one which takes long.
+            # Entries of jobs that have ended stay behind that of a job which takes long.
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._running]
             heapq.heapify(self._deadlines)
         while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._running):
             _, job_id = heapq.heappop(self._deadlines)
-            running = self._running.get(job_id)
-            if running is not None:
-                self._expire(running.job)
+            job = self._leave(job_id)
+            if job is not None:
+                self._add_end(job, end_of(job, Failure(JobTimeoutError(self._timeout_s)), now))
 
-    def _expire(self, job: Job) -> None:
-        if self._leave(job.job_id) is None:
-            return
-        timed_out = f"the job did not finish within its timeout of {self._timeout_s:g} s"
-        by_its_own = job.expires_at is not None and self._deadline(job) == job.expires_at
-        end = FinishedJob(
-            job_id=job.job_id,
-            status=JobStatus.EXPIRED,
-            error=EXPIRED_IN_THE_QUEUE if by_its_own else timed_out,
-            finished_at=self._manager.clock(),
-        )
-        self._has_ended(job, end)
-
-    def _deadline(self, job: Job) -> float:
-        """When the job expires if it has not ended."""
-        started_at = self._manager.clock() if job.started_at is None else job.started_at
-        timeout_at = started_at + self._timeout_s
-        return timeout_at if job.expires_at is None else min(timeout_at, job.expires_at)
+    def _deadline_of(self, job: Job) -> float:
+        return deadline_of(job, timeout_s=self._timeout_s, now=self._manager.clock())
 
     async def _store_ends(self) -> None:
         """Store how jobs ended, all those together that ended meanwhile."""
-        while ended := await self._ended.take():
-            finished = [(job, end) for job, end in ended if isinstance(end, FinishedJob)]
+        while ended := await self._ends.collect():
+            finished = [(job, end) for job, end in ended if isinstance(end, JobEnd)]
             retries = [end for _, end in ended if isinstance(end, JobRetry)]
             if finished:
                 await self._store(len(finished), partial(self._manager.finish, finished))
             if retries:
                 _log_retries(self._model_name, retries)
-                await self._store(len(retries), partial(self._manager.store.retry_later, retries))
+                await self._store(len(retries), partial(self._manager.store.requeue, retries))
                 self._next_retry_at = min(self._next_retry_at, *(retry.retry_at for retry in retries))
             self._unstored -= len(ended)
             self.wake()
 
     async def _store(self, jobs: int, store: Callable[[], Awaitable[None]]) -> None:
-        """Store ends, trying for as long as the runner is open: without it the jobs would run again."""
-        delay_s = RETRY_S
+        """Store ends, again and again until closed: without them the jobs would run again."""
+        attempt = 1
         while True:
             try:
                 return await store()
@@ -382,9 +367,9 @@ class JobRunner:
                 logger.exception("The ends of %d jobs could not be stored", jobs)
                 if self._closing.is_set():
                     return None  # they stay running in the store, and run again after the next start
-            with anyio.move_on_after(delay_s):
+            with anyio.move_on_after(backoff_with_jitter(attempt, first_s=0.1, longest_s=STORE_RETRY_S, factor=2)):
                 await self._closing.wait()
-            delay_s = min(2 * delay_s, LONGEST_RETRY_S)
+            attempt += 1
 
 
 def _log_retries(model_name: str, retries: Sequence[JobRetry]) -> None:
@@ -393,17 +378,6 @@ def _log_retries(model_name: str, retries: Sequence[JobRetry]) -> None:
         "%s: %d jobs failed together and run again later; the last one, job %s: %s",
         *(model_name, len(retries), last.job_id, last.error),
     )
-
-
-def _result_of(outcome: JobOutcome) -> str | Exception:
-    """What is stored of a job that succeeded, or the error of one that failed."""
-    if isinstance(outcome, Failure):
-        return outcome.error
-    try:
-        result = output_json(outcome.value).decode()
-    except OutputNotJsonError as error:
-        return error
-    return result if len(result) <= LARGEST_RESULT_BYTES else ResultTooLargeError(len(result))
 
 
 def _nothing() -> None:

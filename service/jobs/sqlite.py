@@ -20,7 +20,7 @@ from modalkit.service.jobs.errors import (
     JobStoreLockedError,
     JobStoreUnavailableError,
 )
-from modalkit.service.jobs.model import DeliveryRecord, FinishedJob, Job, JobFilter, JobPage, JobRetry, NewJob, Recovery
+from modalkit.service.jobs.model import DeliveryRecord, Job, JobEnd, JobFilter, JobPage, JobRetry, Recovery
 from modalkit.service.jobs.sqlite_rows import counts_of_jobs, find_job, page_of_jobs
 from modalkit.service.jobs.sqlite_schema import open_database, open_for_reading
 from modalkit.service.jobs.sqlite_table import ROWS_PER_STEP, Add, JobTable, Operation
@@ -28,21 +28,21 @@ from modalkit.service.jobs.store import JobCounts
 
 T = TypeVar("T")
 
-OPERATIONS_PER_COMMIT = 512
-WAITING_OPERATIONS = 100_000
+MAX_OPERATIONS_PER_COMMIT = 512
+MAX_WAITING_OPERATIONS = 100_000
 
 
 class SqliteJobStore:
-    """Keeps up to `max_jobs` jobs in the SQLite file at `path`; see `JobStore` for what it promises.
+    """A `JobStore` of up to `max_jobs` jobs in the SQLite file at `path`.
 
     One thread owns the connection. Operations that come while a transaction commits share the next one ("group
     commit"), each in a savepoint of its own, so that one that fails does so alone. With WAL and full synchronisation, a
-    committed job survives the death of the process and of the machine, as far as the disk keeps what it says.
+    committed job survives the death of the process and of the machine, if the disk writes what it acknowledges.
 
     A lock on ``<path>.lock`` keeps other owners out; the kernel releases it when the process dies. Entering creates the
-    folder and the file where needed, and raises `JobStoreLockedError`, `JobStoreSchemaError` for a file that is not
-    ours, or `JobStoreUnavailableError`. Leaving it finishes the operations that wait; cancelled, only the transaction
-    that runs.
+    folder and the file where needed, and raises `JobStoreLockedError`, `JobStoreSchemaError` for a file of another
+    program, or `JobStoreUnavailableError`. Leaving finishes the operations that wait; when an exception leaves the
+    block, only the transaction that runs.
     """
 
     durable = True
@@ -54,11 +54,11 @@ class SqliteJobStore:
         self._thread: CommitThread[Operation] = CommitThread(
             f"job store {self.path.name}",
             self._transaction,
-            most_together=OPERATIONS_PER_COMMIT,
-            most_waiting=WAITING_OPERATIONS,
+            max_together=MAX_OPERATIONS_PER_COMMIT,
+            max_waiting=MAX_WAITING_OPERATIONS,
         )
         self._reading_thread = DedicatedThread(f"job store {self.path.name}, reading")
-        # asyncio's own cancellation knows no shields: it may leave a reader in its thread while the store closes.
+        # A cancellation by asyncio ignores shields: it may leave a reader in its thread while the store closes.
         self._reading = threading.Lock()
         # Used only in the threads, while the store is open: a connection for transactions with what is done in them,
         # and one for what only reads, which like that neither waits for a commit nor makes one wait.
@@ -91,80 +91,80 @@ class SqliteJobStore:
         finally:
             self._reading_thread.close()
 
-    async def add(self, jobs: Sequence[NewJob]) -> list[str | IdempotencyKeyReusedError]:
-        """See `JobStore.add`."""
+    async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
+        """Store queued jobs: all, or none when it raises."""
         return await self._perform(Add(jobs))
 
     async def get(self, job_id: str) -> Job | None:
-        """See `JobStore.get`."""
+        """The job of this id."""
         return await self._read(lambda: find_job(self._reader, job_id))
 
     async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
-        """See `JobStore.page`."""
+        """Some of the jobs that match, the newest first."""
         return await self._read(lambda: page_of_jobs(self._reader, limit, which, cursor))
 
-    async def take(self, model_name: str, limit: int, now: float, *, bulk_places: int = 0) -> list[Job]:
-        """See `JobStore.take`."""
-        return await self._perform(lambda table: table.take(model_name, limit, now, bulk_places))
+    async def claim(self, model_name: str, limit: int, now: float, *, bulk_limit: int = 0) -> list[Job]:
+        """Make queued jobs running, interactive ones first."""
+        return await self._perform(lambda table: table.claim(model_name, limit, now, bulk_limit))
 
-    async def take_suspects(self, model_name: str, largest: int, now: float) -> list[Job]:
-        """See `JobStore.take_suspects`."""
-        return await self._perform(lambda table: table.take_suspects(model_name, largest, now))
+    async def claim_quarantined(self, model_name: str, limit: int, now: float) -> list[Job]:
+        """Make a group of quarantined jobs running."""
+        return await self._perform(lambda table: table.claim_quarantined(model_name, limit, now))
 
-    async def retry_later(self, retries: Sequence[JobRetry]) -> None:
-        """See `JobStore.retry_later`."""
-        await self._perform(lambda table: table.retry_later(retries))
+    async def requeue(self, retries: Sequence[JobRetry]) -> None:
+        """Queue running jobs again, for later."""
+        await self._perform(lambda table: table.requeue(retries))
 
     async def release_retries(self, model_name: str, now: float) -> float | None:
-        """See `JobStore.release_retries`."""
+        """Make jobs claimable whose `retry_at` has come; returns the next `retry_at`."""
         return await self._perform(lambda table: table.release_retries(model_name, now))
 
-    async def finish(self, outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
-        """See `JobStore.finish`."""
-        return await self._perform(lambda table: table.finish(outcomes, in_hand))
+    async def finish(self, ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
+        """End jobs, and make their deliveries due or claimed; returns the ids of those that ended."""
+        return await self._perform(lambda table: table.finish(ends, claim))
 
     async def cancel(self, job_id: str, now: float) -> Job | None:
-        """See `JobStore.cancel`."""
+        """Cancel a job that has not ended; returns it as it then is."""
         return await self._perform(lambda table: table.cancel(job_id, now))
 
     async def expire(self, limit: int, now: float) -> list[str]:
-        """See `JobStore.expire`."""
+        """End queued jobs whose `expires_at` has come; returns their ids."""
         return await self._perform(lambda table: table.expire(limit, now))
 
-    async def take_deliveries(
-        self, limit: int, now: float, *, places: Mapping[str, int], per_queue: int
+    async def claim_deliveries(
+        self, limit: int, now: float, *, queue_limits: Mapping[str, int], queue_limit: int
     ) -> Sequence[Job]:
-        """See `JobStore.take_deliveries`."""
-        return await self._perform(lambda table: table.take_deliveries(limit, now, places, per_queue))
+        """Claim due deliveries, queue by queue."""
+        return await self._perform(lambda table: table.claim_deliveries(limit, now, queue_limits, queue_limit))
 
-    async def take_suspect_deliveries(self, largest: int) -> Sequence[Job]:
-        """See `JobStore.take_suspect_deliveries`."""
-        return await self._perform(lambda table: table.take_suspect_deliveries(largest))
+    async def claim_quarantined_deliveries(self, limit: int) -> Sequence[Job]:
+        """Claim a group of quarantined deliveries."""
+        return await self._perform(lambda table: table.claim_quarantined_deliveries(limit))
 
     async def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
-        """See `JobStore.record_deliveries`."""
+        """Record the results of attempts to deliver."""
         await self._perform(lambda table: table.record_deliveries(records))
 
     async def replay(self, job_ids: Sequence[str] | None, now: float) -> int:
-        """See `JobStore.replay`."""
+        """Make undelivered ones of these jobs, or of all, due again; returns how many."""
         if job_ids is None:
             return await self._in_steps(lambda table: table.replay_some(None, now))
         return await self._perform(lambda table: sum(table.replay_some(job_id, now) for job_id in job_ids))
 
     async def recover(self, now: float) -> Recovery:
-        """See `JobStore.recover`."""
+        """Recover what was running or claimed."""
         return await self._perform(lambda table: table.recover(now))
 
     async def remove_finished(self, before: float) -> int:
-        """See `JobStore.remove_finished`."""
+        """Remove jobs that ended before that time and have nothing left to deliver."""
         return await self._in_steps(lambda table: table.remove_some(before), frees_space=True)
 
     async def purge(self, which: JobFilter) -> int:
-        """See `JobStore.purge`."""
+        """Remove ended jobs that match, except those whose delivery is pending."""
         return await self._in_steps(lambda table: table.purge_some(which), frees_space=True)
 
     async def counts(self) -> JobCounts:
-        """See `JobStore.counts`."""
+        """How many jobs there are of each kind."""
         return await self._read(lambda: counts_of_jobs(self._reader))
 
     async def _read(self, function: Callable[[], T]) -> T:

@@ -7,7 +7,7 @@ from typing import Any
 
 from modalkit.batching import Priority
 from modalkit.service.errors import CUT_NOTE, MAX_ERROR_BYTES
-from modalkit.service.jobs.model import DeliveryStatus, Job, JobFilter, JobPage, JobStatus, NewJob, cut_page
+from modalkit.service.jobs.model import DeliveryStatus, Job, JobFilter, JobPage, JobStatus, cut_page
 from modalkit.service.jobs.store import JobCounts
 
 NEW_JOB_COLUMNS = (
@@ -17,21 +17,21 @@ NEW_JOB_COLUMNS = (
 COLUMNS = (
     *NEW_JOB_COLUMNS,
     *("result", "error", "started_at", "finished_at", "crashes", "attempts", "retry_at"),
-    *("delivery_attempts", "delivery_error"),
+    *("delivery_attempts", "delivery_error", "delivery_crashes"),
 )
 TEXT_COLUMNS = ("job_id", "message", "success_queue", "failure_queue", "meta", "idempotency_key", "result")
-"""Those that may be long, besides the errors."""
+"""The columns that may be long, besides the errors."""
 
 
 def _cut(column: str) -> str:
-    """An error's text in SQL, in `MAX_ERROR_BYTES` characters at most: older versions stored them whole."""
+    """SQL for an error's text, cut to `MAX_ERROR_BYTES` characters: older versions stored longer ones."""
     size = f"length(CAST({column} AS BLOB))"  # of a text, `length` stops at the first NUL
     note = CUT_NOTE.format(characters=f"' || ({size} - {MAX_ERROR_BYTES}) || '")
     return f"iif({size} > {MAX_ERROR_BYTES}, substr({column}, 1, {MAX_ERROR_BYTES}) || '{note}', {column})"
 
 
 READ_COLUMNS = ", ".join(_cut(column) if column in ("error", "delivery_error") else column for column in COLUMNS)
-"""What to select for the `COLUMNS`."""
+"""The SQL expressions to select for the `COLUMNS`."""
 
 # Looked up, because to call an enumeration takes several times as long.
 _PRIORITIES = {priority.value: priority for priority in Priority}
@@ -44,8 +44,8 @@ def microseconds(seconds: float) -> int:
     return round(seconds * 1_000_000)
 
 
-def row_from_new_job(job: NewJob) -> tuple[Any, ...]:
-    """The values of `NEW_JOB_COLUMNS`."""
+def row_from_job(job: Job) -> tuple[Any, ...]:
+    """The values of `NEW_JOB_COLUMNS` of a queued job."""
     return (
         job.job_id,
         job.model_name,
@@ -65,8 +65,8 @@ def row_from_new_job(job: NewJob) -> tuple[Any, ...]:
 def job_from_row(row: Sequence[Any]) -> Job:
     """The job of a row of all `COLUMNS`."""
     job_id, model_name, status, message, success_queue, failure_queue, meta, priority, created_us, *others = row
-    expires_us, idempotency_key, delivery, result, error, started_us, finished_us, *counted, delivery_error = others
-    crashes, attempts, retry_us, delivery_attempts = counted
+    expires_us, idempotency_key, delivery, result, error, started_us, finished_us, *counted = others
+    crashes, attempts, retry_us, delivery_attempts, delivery_error, delivery_crashes = counted
     return Job(
         job_id=job_id,
         model_name=model_name,
@@ -89,6 +89,7 @@ def job_from_row(row: Sequence[Any]) -> Job:
         retry_at=_seconds(retry_us),
         delivery_attempts=delivery_attempts,
         delivery_error=delivery_error,
+        delivery_crashes=delivery_crashes,
     )
 
 
@@ -106,7 +107,7 @@ def find_job(database: sqlite3.Connection, job_id: str) -> Job | None:
 
 
 def page_of_jobs(database: sqlite3.Connection, limit: int, which: JobFilter, cursor: int | None) -> JobPage:
-    """See `JobStore.page`; the cursor is the `seq` of the last job of a page."""
+    """A page of jobs; the cursor is the `seq` of the last job of the page before."""
     condition, values = condition_of(which)
     if cursor is not None:
         condition, values = f"{condition} AND seq < ?", [*values, cursor]
@@ -119,8 +120,8 @@ def page_of_jobs(database: sqlite3.Connection, limit: int, which: JobFilter, cur
 
 
 def condition_of(which: JobFilter) -> tuple[str, list[Any]]:
-    """What an SQL statement needs after WHERE to mean these jobs, and the values for its question marks."""
-    # The names of states are ours and written out, as equations, so that SQLite can see which partial index will do.
+    """The SQL condition that selects these jobs, and the values of its question marks."""
+    # States are written out as equations, so that SQLite finds the partial index for them; they need no escaping.
     conditions, values = ["true"], list[Any]()
     for column, names in (("status", which.statuses), ("delivery", which.deliveries)):
         if names:
@@ -138,7 +139,7 @@ COUNTED: dict[str, JobStatus | DeliveryStatus] = {
     **{status.value: status for status in JobStatus},
     **{f"delivery {delivery.value}": delivery for delivery in DeliveryStatus},
 }
-"""What the table of counts calls each kind of job."""
+"""The names of the kinds of jobs in the table of counts."""
 
 
 def counts_of_jobs(database: sqlite3.Connection) -> JobCounts:

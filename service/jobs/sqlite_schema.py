@@ -6,7 +6,7 @@ from pathlib import Path
 from modalkit.service.jobs.errors import JobStoreSchemaError
 
 APPLICATION_ID = 0x6D6F646B
-"""Marks a database as modalkit's: "modk"."""
+"""The application id of databases of modalkit: "modk"."""
 
 CACHE_BYTES = 16 * 2**20
 
@@ -82,15 +82,15 @@ MIGRATIONS = (
 )
 """Step n makes version n + 1 of the tables from version n. Times are in microseconds since 1970.
 
-`due_at` is when the next attempt to deliver is due, -1 while one is being made, and null where nothing is to be sent.
+`due_at` is when the next attempt to deliver is due, -1 while it is claimed, and null where nothing is to be sent.
 `retry_at` is when a queued job may run again, and null where it may at once.
 """
 
 
 def open_database(path: Path) -> sqlite3.Connection:
-    """Open the database, new or of any version so far, ready for transactions that we begin ourselves.
+    """Open or create the database and migrate its tables; transactions are begun and ended explicitly.
 
-    Raises `JobStoreSchemaError` for a database that is not ours or is newer, and `sqlite3.Error`.
+    Raises `JobStoreSchemaError` for a database of another program or a newer version, and `sqlite3.Error`.
     """
     database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
@@ -110,7 +110,7 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
-    """A second connection to a database that `open_database` has open, to read what was committed."""
+    """Open a second connection to the database, which reads what was committed."""
     database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     database.execute("PRAGMA query_only = ON")
     return database

@@ -3,24 +3,24 @@
 from modalkit.service.errors import MAX_ERROR_BYTES
 from modalkit.service.jobs.sqlite_rows import NEW_JOB_COLUMNS, READ_COLUMNS, TEXT_COLUMNS
 
-BYTES_AT_ONCE = 64 * 2**20
-"""Most that is read at once, unless one job is larger: SQLite bounds a value, and memory is not for backlogs."""
+BYTES_PER_READ = 64 * 2**20
+"""Bytes that are read at once, unless one job has more: SQLite and memory have limits."""
 ESCAPED = 2
-"""Bytes that one byte of JSON becomes at most when it is quoted as a string: it holds no control characters."""
+"""The most bytes that a byte of JSON takes when quoted as a string: JSON holds no control characters."""
 ESCAPED_ERRORS = 2 * 6 * MAX_ERROR_BYTES
-"""Bytes that the two errors of a job become at most."""
-IN_HAND = -1
-"""In place of the time at which a delivery is due: it is being attempted."""
+"""The most bytes that the two errors of a job take when quoted."""
+CLAIMED = -1
+"""Stored as `due_at` of a delivery that is claimed."""
 
 INSERT = (
     f"INSERT INTO jobs ({', '.join(NEW_JOB_COLUMNS)}) VALUES "  # noqa: S608  # names of our own, no input
     "{rows}"
 )
-RUN = """
+START = """
     UPDATE jobs SET status = 'running', started_at = coalesce(started_at, max(?, created_at))
     WHERE seq IN (SELECT value FROM json_each(?))
 """
-PUT_IN_HAND = f"UPDATE jobs SET due_at = {IN_HAND} WHERE seq IN (SELECT value FROM json_each(?))"  # noqa: S608  # as above
+CLAIM_DELIVERIES = f"UPDATE jobs SET due_at = {CLAIMED} WHERE seq IN (SELECT value FROM json_each(?))"  # noqa: S608  # as above
 SIZE = " + ".join(f"coalesce(length(CAST({column} AS BLOB)), 0)" for column in TEXT_COLUMNS)  # in bytes
 READ = f"""
     SELECT json_group_array(json_array(seq, {READ_COLUMNS})) FROM jobs WHERE seq IN (
@@ -29,11 +29,11 @@ READ = f"""
                 {ESCAPED} * ({SIZE}) + iif(coalesce(error, delivery_error) IS NULL, 0, {ESCAPED_ERRORS})
             ) OVER (ORDER BY chosen.seq ROWS UNBOUNDED PRECEDING) AS size
             FROM ({{chosen}}) AS chosen JOIN jobs USING (seq)
-        ) WHERE size <= {BYTES_AT_ONCE}
+        ) WHERE size <= {BYTES_PER_READ}
     )
 """  # noqa: S608  # as above
 READ_FIRST = f"SELECT seq, {READ_COLUMNS} FROM jobs WHERE seq = (SELECT min(seq) FROM ({{chosen}}))"  # noqa: S608  # as above
-TO_TAKE = """
+CLAIMABLE = """
     SELECT seq FROM jobs
     WHERE status = 'queued' AND crashes = 0 AND retry_at IS NULL AND model_name = ? AND priority = ?
     ORDER BY seq LIMIT ?
@@ -41,11 +41,11 @@ TO_TAKE = """
 FEWEST_CRASHES = """
     SELECT crashes FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? ORDER BY crashes LIMIT 1
 """
-SUSPECTS = """
+QUARANTINED = """
     SELECT seq FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? AND crashes <= ?
     ORDER BY crashes, seq LIMIT ?
 """
-RETRY = """
+REQUEUE = """
     UPDATE jobs SET status = 'queued', attempts = attempts + 1, crashes = 0, retry_at = retry.column2,
         error = retry.column3
     FROM (VALUES {rows}) AS retry WHERE job_id = retry.column1 AND status = 'running'
@@ -83,7 +83,7 @@ END_CHOSEN = """
 EXPIRE = END_CHOSEN.format(
     which="""seq IN (SELECT seq FROM jobs WHERE status = 'queued' AND expires_at <= ?4 ORDER BY expires_at LIMIT ?5)""",
 )
-SET_ASIDE = END_CHOSEN.format(which="status = 'running' AND crashes >= ?4")
+FAIL_CRASHED = END_CHOSEN.format(which="status = 'running' AND crashes >= ?4")
 NEXT_QUEUE = """
     SELECT delivery_queue FROM jobs WHERE due_at IS NOT NULL AND delivery_crashes = 0 AND delivery_queue > ?
     ORDER BY delivery_queue LIMIT 1
@@ -96,19 +96,19 @@ FEWEST_DELIVERY_CRASHES = """
     SELECT delivery_crashes FROM jobs WHERE due_at IS NOT NULL AND due_at >= 0 AND delivery_crashes > 0
     ORDER BY delivery_crashes LIMIT 1
 """
-SUSPECT_DELIVERIES = """
+QUARANTINED_DELIVERIES = """
     SELECT seq FROM jobs WHERE due_at IS NOT NULL AND due_at >= 0 AND delivery_crashes > 0 AND delivery_crashes <= ?
     ORDER BY delivery_crashes, seq LIMIT ?
 """
-DELIVERIES_CRASHED = f"""
+QUARANTINE_DELIVERIES = f"""
     UPDATE jobs SET due_at = ?, delivery_crashes = delivery_crashes + 1
-    WHERE due_at IS NOT NULL AND due_at = {IN_HAND} AND {{which}}
+    WHERE due_at IS NOT NULL AND due_at = {CLAIMED} AND {{which}}
 """  # noqa: S608  # as above
-SET_DELIVERIES_ASIDE = """
+GIVE_UP_DELIVERIES = """
     UPDATE jobs SET delivery = 'undelivered', delivery_error = ?, due_at = NULL, delivery_crashes = 0
     WHERE due_at IS NOT NULL AND delivery_crashes > 0 AND delivery_crashes >= ? RETURNING job_id
 """
-RECORD_DELIVERY = """
+RECORD_DELIVERIES = """
     UPDATE jobs SET delivery = record.column2, delivery_attempts = record.column3, delivery_error = record.column4,
         due_at = record.column5, delivery_crashes = 0
     FROM (VALUES {rows}) AS record WHERE job_id = record.column1 AND delivery = 'pending'

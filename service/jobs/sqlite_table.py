@@ -1,4 +1,4 @@
-"""The jobs in a SQLite database: what each operation of the store does to them, inside somebody's transaction."""
+"""The table of jobs in a SQLite database: what each operation of the store changes, inside a transaction."""
 
 import math
 import sqlite3
@@ -9,17 +9,17 @@ from typing import Any, cast
 from pydantic_core import from_json, to_json
 
 from modalkit.batching import Priority
+from modalkit.service.jobs import life
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import DuplicateJobError, IdempotencyKeyReusedError, JobStoreFullError
 from modalkit.service.jobs.model import (
     DeliveryRecord,
     DeliveryStatus,
-    FinishedJob,
     Job,
+    JobEnd,
     JobFilter,
     JobRetry,
     JobStatus,
-    NewJob,
     Recovery,
 )
 from modalkit.service.jobs.sqlite_rows import (
@@ -30,14 +30,7 @@ from modalkit.service.jobs.sqlite_rows import (
     find_job,
     job_from_row,
     microseconds,
-    row_from_new_job,
-)
-from modalkit.service.jobs.store import (
-    EXPIRED_IN_THE_QUEUE,
-    MAX_CRASHES,
-    TOO_MANY_CRASHES,
-    TOO_MANY_DELIVERY_CRASHES,
-    suspects_together,
+    row_from_job,
 )
 
 Row = tuple[Any, ...]
@@ -50,30 +43,30 @@ _STATUS, _CREATED_AT, _STARTED_AT = map(COLUMNS.index, ("status", "created_at", 
 _ROWS_PER_STATEMENT = (64, 8, 1)  # few sizes, so that the statements stay prepared
 
 Operation = Callable[["JobTable"], Any]
-"""Does something to the jobs, and returns what its caller is to have."""
+"""Changes jobs, and returns the result for its caller."""
 
 
 class Add:
     """The operation that stores new jobs."""
 
-    def __init__(self, jobs: Sequence[NewJob]) -> None:
+    def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs = jobs
         self.is_plain = all(job.idempotency_key is None for job in jobs)
-        """Whether the id of each job will be its own."""
+        """Whether each job is added or the operation fails: none has an idempotency key."""
 
     def __call__(self, table: "JobTable") -> list[str | IdempotencyKeyReusedError]:
-        """See `JobTable.add`."""
+        """Store the jobs."""
         return table.add(self.jobs)
 
 
 class JobTable:
-    """The table of jobs behind one connection, which one thread at a time uses. See `JobStore` for what calls do.
+    """The table of jobs behind one connection, used by one thread at a time. `JobStore` says what its methods promise.
 
-    Calls are made by operations that `run` is given, in a transaction; whoever rolls that back puts the old `counts`
-    back. An operation that raises leaves nothing behind.
+    Methods are called by operations that are given to `run`, in a transaction. The owner of the transaction restores
+    `counts` when it rolls back. An operation that raises changes nothing.
 
-    Many rows are written by one statement and read as one value, because the connection lets go of the interpreter's
-    lock at each step of a statement, and has to wait for the event loop's thread each time before it goes on.
+    Many rows are written by one statement and read as one value: the connection releases the interpreter's lock at each
+    step of a statement, and waits for the event loop's thread each time before it goes on.
     """
 
     def __init__(self, database: sqlite3.Connection, max_jobs: int) -> None:
@@ -95,7 +88,7 @@ class JobTable:
     def run(self, operations: Sequence[Operation]) -> list[Any]:
         """Run operations, each of which fails alone; returns the result or the error of each, in the same order.
 
-        What several of them add is written together. Raises `sqlite3.Error`: the database's trouble is everybody's.
+        The jobs that several of them add are written together. Raises `sqlite3.Error` if the whole transaction failed.
         """
         additions = [operation for operation in operations if isinstance(operation, Add) and operation.is_plain]
         together = Add([job for addition in additions for job in addition.jobs])
@@ -115,7 +108,7 @@ class JobTable:
         except sqlite3.Error as error:
             if not isinstance(error, sqlite3.DataError):
                 raise
-            self._database.execute("ROLLBACK TO operation")  # too large: nobody else's trouble
+            self._database.execute("ROLLBACK TO operation")  # too large: the other operations are not concerned
             self.counts = counts_before
             result = error
         except Exception as error:  # noqa: BLE001  # handed to the operation's caller
@@ -125,73 +118,73 @@ class JobTable:
         self._database.execute("RELEASE operation")
         return result
 
-    def add(self, jobs: Sequence[NewJob]) -> list[str | IdempotencyKeyReusedError]:
-        """Store jobs, those apart whose idempotency key is taken."""
+    def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
+        """Store jobs, except those whose idempotency key is stored already."""
         if any(job.idempotency_key is not None for job in jobs):
             return [self._add_with_key(job) for job in jobs]
         self._insert(jobs)
         return [job.job_id for job in jobs]
 
-    def _add_with_key(self, job: NewJob) -> str | IdempotencyKeyReusedError:
+    def _add_with_key(self, job: Job) -> str | IdempotencyKeyReusedError:
         if job.idempotency_key is not None:
             row = self._database.execute(f"{SELECT} WHERE idempotency_key = ?", (job.idempotency_key,)).fetchone()
             if row is not None:
                 earlier = job_from_row(row)
-                if job.asks_for_the_same(earlier):
+                if life.is_same_request(job, earlier):
                     return earlier.job_id
                 return IdempotencyKeyReusedError(job.idempotency_key, earlier.job_id)
         self._insert([job])
         return job.job_id
 
-    def _insert(self, jobs: Sequence[NewJob]) -> None:
+    def _insert(self, jobs: Sequence[Job]) -> None:
         stored = sum(self.counts[status] for status in JobStatus)
         if stored + len(jobs) > self._max_jobs:
             raise JobStoreFullError(stored, len(jobs), self._max_jobs)
         try:
-            inserted = self._write(sql.INSERT, [row_from_new_job(job) for job in jobs])
+            inserted = self._write(sql.INSERT, [row_from_job(job) for job in jobs])
         except sqlite3.IntegrityError:
             self._database.execute("ROLLBACK TO operation")
-            raise DuplicateJobError(self._first_taken([job.job_id for job in jobs])) from None
+            raise DuplicateJobError(self._first_duplicate([job.job_id for job in jobs])) from None
         self.counts[JobStatus.QUEUED] += inserted
         self.counts[DeliveryStatus.NONE] += inserted
 
-    def _first_taken(self, job_ids: Sequence[str]) -> str:
+    def _first_duplicate(self, job_ids: Sequence[str]) -> str:
         """The first id that comes twice or is stored already."""
         twice = next((job_id for job_id, count in Counter(job_ids).items() if count > 1), None)
         return twice or next(job_id for job_id in job_ids if find_job(self._database, job_id) is not None)
 
-    def take(self, model_name: str, limit: int, now: float, bulk_places: int) -> list[Job]:
-        """Make jobs running that never crashed."""
-        for_interactive = max(0, limit - bulk_places)
-        taken = self._take(sql.TO_TAKE, now, model_name, Priority.INTERACTIVE, for_interactive)
-        may_be_more = len(taken) == for_interactive
-        taken += self._take(sql.TO_TAKE, now, model_name, Priority.BULK, limit - len(taken))
+    def claim(self, model_name: str, limit: int, now: float, bulk_limit: int) -> list[Job]:
+        """Make queued jobs running, interactive ones first."""
+        for_interactive = max(0, limit - bulk_limit)
+        claimed = self._claim(sql.CLAIMABLE, now, model_name, Priority.INTERACTIVE, for_interactive)
+        may_be_more = len(claimed) == for_interactive
+        claimed += self._claim(sql.CLAIMABLE, now, model_name, Priority.BULK, limit - len(claimed))
         if may_be_more:
-            taken += self._take(sql.TO_TAKE, now, model_name, Priority.INTERACTIVE, limit - len(taken))
-        return taken
+            claimed += self._claim(sql.CLAIMABLE, now, model_name, Priority.INTERACTIVE, limit - len(claimed))
+        return claimed
 
-    def take_suspects(self, model_name: str, largest: int, now: float) -> list[Job]:
-        """Make jobs running that were running at a crash."""
+    def claim_quarantined(self, model_name: str, limit: int, now: float) -> list[Job]:
+        """Make a group of quarantined jobs running."""
         row = self._database.execute(sql.FEWEST_CRASHES, (model_name,)).fetchone()
         if row is None:
             return []
-        return self._take(sql.SUSPECTS, now, model_name, row[0], suspects_together(row[0], largest))
+        return self._claim(sql.QUARANTINED, now, model_name, row[0], life.quarantine_group_size(row[0], limit))
 
-    def retry_later(self, retries: Sequence[JobRetry]) -> None:
+    def requeue(self, retries: Sequence[JobRetry]) -> None:
         """Queue running jobs again, for later."""
         rows = [(retry.job_id, microseconds(retry.retry_at), retry.error) for retry in retries]
-        self._move(JobStatus.RUNNING, JobStatus.QUEUED, self._write(sql.RETRY, rows))
+        self._move(JobStatus.RUNNING, JobStatus.QUEUED, self._write(sql.REQUEUE, rows))
 
     def release_retries(self, model_name: str, now: float) -> float | None:
-        """Let some jobs be taken that waited to run again; returns when the next may be."""
+        """Make some jobs claimable whose `retry_at` has come; returns the next `retry_at`."""
         now_us = LATEST_US if math.isinf(now) else microseconds(now)
         self._database.execute(sql.RELEASE, (now_us, model_name, ROWS_PER_STEP))
         row = self._database.execute(sql.NEXT_RETRY, (model_name,)).fetchone()
         return None if row is None else row[0] / 1_000_000
 
-    def _take(self, chosen: str, now: float, *values: object) -> list[Job]:
+    def _claim(self, chosen: str, now: float, *values: object) -> list[Job]:
         now_us = microseconds(now)
-        rows = self._read(chosen, values, sql.RUN, now_us)
+        rows = self._read(chosen, values, sql.START, now_us)
         self._move(JobStatus.QUEUED, JobStatus.RUNNING, len(rows))
         for row in rows:
             row[_STATUS] = JobStatus.RUNNING.value
@@ -199,18 +192,18 @@ class JobTable:
                 row[_STARTED_AT] = max(now_us, row[_CREATED_AT])
         return [job_from_row(row) for row in rows]
 
-    def finish(self, outcomes: Sequence[FinishedJob], in_hand: Container[str]) -> list[str]:
-        """End jobs and mark them for delivery."""
+    def finish(self, ends: Sequence[JobEnd], claim: Container[str]) -> list[str]:
+        """End jobs, and make their deliveries due or claimed."""
         ended = 0
         for queue, succeeded in (("success_queue", True), ("failure_queue", False)):
-            ends = [end for end in outcomes if (end.status is JobStatus.SUCCEEDED) is succeeded]
-            rows = [_row_of(end, is_in_hand=end.job_id in in_hand) for end in ends]
+            alike = [end for end in ends if (end.status is JobStatus.SUCCEEDED) is succeeded]
+            rows = [_row_of(end, is_claimed=end.job_id in claim) for end in alike]
             for statuses in _groups(rows, lambda row: row[1]):
                 ended += self._finish(queue, statuses, JobStatus.RUNNING)
                 if statuses[0][1] == JobStatus.EXPIRED:
                     ended += self._finish(queue, statuses, JobStatus.QUEUED)
-        job_ids = [outcome.job_id for outcome in outcomes]
-        return job_ids if ended == len(job_ids) else self._those_that_ended(outcomes)
+        job_ids = [end.job_id for end in ends]
+        return job_ids if ended == len(job_ids) else self._ended_ids(ends)
 
     def _finish(self, queue: str, rows: Sequence[Row], before: JobStatus) -> int:
         """End jobs in a like way that were in the state `before`; returns how many of them were."""
@@ -224,7 +217,7 @@ class JobTable:
     def cancel(self, job_id: str, now: float) -> Job | None:
         """Cancel a job that has not ended."""
         job = find_job(self._database, job_id)
-        cancelled = None if job is None else job.cancelled(now)
+        cancelled = None if job is None else life.cancel_job(job, now)
         if job is None or cancelled is None:
             return job
         self._database.execute(
@@ -234,29 +227,33 @@ class JobTable:
         self._move(job.status, JobStatus.CANCELLED, 1)
         return cancelled
 
-    def _those_that_ended(self, outcomes: Sequence[FinishedJob]) -> list[str]:
-        """Which jobs ended as the outcomes say: some were in no state to."""
-        ended = [(outcome, find_job(self._database, outcome.job_id)) for outcome in outcomes]
+    def _ended_ids(self, ends: Sequence[JobEnd]) -> list[str]:
+        """The ids of the jobs that ended so, where some did not."""
+        ended = [(end, find_job(self._database, end.job_id)) for end in ends]
         return [
-            outcome.job_id
-            for outcome, job in ended
+            end.job_id
+            for end, job in ended
             if job is not None
-            and job.status is outcome.status
-            and job.finished_at == microseconds(outcome.finished_at) / 1_000_000
+            and job.status is end.status
+            and job.finished_at == microseconds(end.finished_at) / 1_000_000
         ]
 
     def expire(self, limit: int, now: float) -> list[str]:
-        """End queued jobs whose time is over."""
+        """End queued jobs whose `expires_at` has come."""
         now_us = microseconds(now)
-        values = (JobStatus.EXPIRED.value, EXPIRED_IN_THE_QUEUE, now_us, now_us, limit)
-        return self._ended(JobStatus.QUEUED, JobStatus.EXPIRED, self._database.execute(sql.EXPIRE, values).fetchall())
+        values = (JobStatus.EXPIRED.value, life.EXPIRES_IN_PASSED, now_us, now_us, limit)
+        return self._count_ended(
+            JobStatus.QUEUED, JobStatus.EXPIRED, self._database.execute(sql.EXPIRE, values).fetchall()
+        )
 
-    def take_deliveries(self, limit: int, now: float, places: Mapping[str, int], per_queue: int) -> Sequence[Job]:
-        """Take what is due, one queue after the other, from the one after the last that came first."""
-        taken, size_bytes = list[Job](), 0
+    def claim_deliveries(
+        self, limit: int, now: float, queue_limits: Mapping[str, int], queue_limit: int
+    ) -> Sequence[Job]:
+        """Claim due deliveries queue by queue, in the order of their names, from where the last call stopped."""
+        claimed, size_bytes = list[Job](), 0
         first, queue, wrapped = self._last_queue, self._last_queue, False
         for _ in range(QUEUES_PER_VISIT):
-            if len(taken) == limit or size_bytes > sql.BYTES_AT_ONCE:
+            if len(claimed) == limit or size_bytes > sql.BYTES_PER_READ:
                 break
             row = self._database.execute(sql.NEXT_QUEUE, (queue,)).fetchone()
             if row is None and not wrapped:
@@ -265,25 +262,26 @@ class JobTable:
             if row is None or (wrapped and row[0] > first):
                 break
             queue = cast("str", row[0])
-            room = min(places.get(queue, per_queue), limit - len(taken))
+            room = min(queue_limits.get(queue, queue_limit), limit - len(claimed))
             if room > 0:
-                rows = self._read(sql.DUE, (microseconds(now), queue, room), sql.PUT_IN_HAND)
+                rows = self._read(sql.DUE, (microseconds(now), queue, room), sql.CLAIM_DELIVERIES)
                 jobs = [job_from_row(row) for row in rows]
-                taken += jobs
+                claimed += jobs
                 size_bytes += sum(job.size_bytes for job in jobs)
         self._last_queue = queue
-        return taken
+        return claimed
 
-    def take_suspect_deliveries(self, largest: int) -> list[Job]:
-        """Take what was being sent at a crash."""
+    def claim_quarantined_deliveries(self, limit: int) -> list[Job]:
+        """Claim a group of quarantined deliveries."""
         row = self._database.execute(sql.FEWEST_DELIVERY_CRASHES).fetchone()
         if row is None:
             return []
-        rows = self._read(sql.SUSPECT_DELIVERIES, (row[0], suspects_together(row[0], largest)), sql.PUT_IN_HAND)
+        size = life.quarantine_group_size(row[0], limit)
+        rows = self._read(sql.QUARANTINED_DELIVERIES, (row[0], size), sql.CLAIM_DELIVERIES)
         return [job_from_row(row) for row in rows]
 
     def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
-        """Note how deliveries went."""
+        """Record the results of attempts to deliver."""
         rows = [
             (
                 *(record.job_id, record.status.value, record.attempts, record.error),
@@ -292,7 +290,7 @@ class JobTable:
             for record in records
         ]
         for alike in _groups(rows, lambda row: row[1]):
-            self._move(DeliveryStatus.PENDING, DeliveryStatus(alike[0][1]), self._write(sql.RECORD_DELIVERY, alike))
+            self._move(DeliveryStatus.PENDING, DeliveryStatus(alike[0][1]), self._write(sql.RECORD_DELIVERIES, alike))
 
     def replay_some(self, job_id: str | None, now: float) -> int:
         """Make an undelivered job, or some of all, due again."""
@@ -304,26 +302,28 @@ class JobTable:
         return replayed
 
     def recover(self, now: float) -> Recovery:
-        """Queue what was running again, or fail it after too many crashes; deliver what was in hand again."""
+        """Recover what was running or claimed."""
         now_us = microseconds(now)
         undelivered = self._recover_deliveries(now_us)
         self._database.execute("UPDATE jobs SET crashes = crashes + 1 WHERE status = 'running'")
-        values = (JobStatus.FAILED.value, TOO_MANY_CRASHES, now_us, MAX_CRASHES)
-        failed = self._database.execute(sql.SET_ASIDE, values).fetchall()
-        set_aside = self._ended(JobStatus.RUNNING, JobStatus.FAILED, failed)
+        values = (JobStatus.FAILED.value, life.TOO_MANY_CRASHES, now_us, life.MAX_CRASHES)
+        rows = self._database.execute(sql.FAIL_CRASHED, values).fetchall()
+        failed = self._count_ended(JobStatus.RUNNING, JobStatus.FAILED, rows)
         requeued = self._database.execute("UPDATE jobs SET status = 'queued' WHERE status = 'running'").rowcount
         self._move(JobStatus.RUNNING, JobStatus.QUEUED, requeued)
-        return Recovery(requeued, set_aside, undelivered)
+        return Recovery(requeued, failed, undelivered)
 
     def _recover_deliveries(self, now_us: int) -> list[str]:
-        """Make what was in hand suspect; returns the ids of those that are set aside."""
+        """Quarantine what was claimed; returns the ids of what is undelivered."""
         # In two statements, so that each uses its partial index.
-        self._database.execute(sql.DELIVERIES_CRASHED.format(which="delivery_crashes > 0"), (now_us,))
-        crashed, queue = sql.DELIVERIES_CRASHED.format(which="delivery_crashes = 0 AND delivery_queue = ?"), ""
+        self._database.execute(sql.QUARANTINE_DELIVERIES.format(which="delivery_crashes > 0"), (now_us,))
+        crashed, queue = sql.QUARANTINE_DELIVERIES.format(which="delivery_crashes = 0 AND delivery_queue = ?"), ""
         while (row := self._database.execute(sql.NEXT_QUEUE, (queue,)).fetchone()) is not None:
             queue = row[0]
             self._database.execute(crashed, (now_us, queue))
-        rows = self._database.execute(sql.SET_DELIVERIES_ASIDE, (TOO_MANY_DELIVERY_CRASHES, MAX_CRASHES)).fetchall()
+        rows = self._database.execute(
+            sql.GIVE_UP_DELIVERIES, (life.TOO_MANY_DELIVERY_CRASHES, life.MAX_CRASHES)
+        ).fetchall()
         self._move(DeliveryStatus.PENDING, DeliveryStatus.UNDELIVERED, len(rows))
         return [job_id for (job_id,) in rows]
 
@@ -332,7 +332,7 @@ class JobTable:
         return self._remove(sql.REMOVABLE, [microseconds(before)])
 
     def purge_some(self, which: JobFilter) -> int:
-        """Remove some of the ended jobs that `which` covers and that are not about to be delivered."""
+        """Remove some of the ended jobs that match, except those whose delivery is pending."""
         condition, values = condition_of(which)
         return self._remove(f"delivery <> 'pending' AND {condition}", values)
 
@@ -368,7 +368,7 @@ class JobTable:
                 start += count
         return changed
 
-    def _ended(self, before: JobStatus, after: JobStatus, rows: list[tuple[str, str]]) -> list[str]:
+    def _count_ended(self, before: JobStatus, after: JobStatus, rows: list[tuple[str, str]]) -> list[str]:
         self._move(before, after, len(rows))
         pending = sum(delivery == DeliveryStatus.PENDING for _, delivery in rows)
         self._move(DeliveryStatus.NONE, DeliveryStatus.PENDING, pending)
@@ -379,9 +379,9 @@ class JobTable:
         self.counts[after] += jobs
 
 
-def _row_of(end: FinishedJob, *, is_in_hand: bool) -> Row:
+def _row_of(end: JobEnd, *, is_claimed: bool) -> Row:
     now_us = microseconds(end.finished_at)
-    return end.job_id, end.status.value, end.result_json, end.error, now_us, sql.IN_HAND if is_in_hand else now_us
+    return end.job_id, end.status.value, end.result_json, end.error, now_us, sql.CLAIMED if is_claimed else now_us
 
 
 def _groups(rows: Sequence[Row], key: Callable[[Row], str]) -> list[list[Row]]:

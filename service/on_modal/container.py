@@ -18,7 +18,6 @@ from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
 from modalkit.service.calls.processor import Call, CallProcessor
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.errors import ContainerFaultError, RemoteCallError, ServiceError, describe_error
-from modalkit.service.garbage_collection import spare_the_garbage_collector as freeze_gc
 from modalkit.service.gateway import Readiness
 from modalkit.service.jobs import MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
@@ -29,6 +28,7 @@ from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.engine import open_records, takes_one_input_at_a_time
 from modalkit.service.pipeline_batches import is_device_fault
 from modalkit.service.queue_backends import QueueBackend
+from modalkit.service.serving import freeze_gc
 from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,7 @@ class ContainerWorker(InferenceWorker):
         super().__init__(
             pipeline,
             input_model=source.input_model,
-            on_batch=self._batch_ran,
-            on_failure=self._batch_failed,
+            on_batch=self._look_at,
             **options,
         )
         self.output_model = source.output_model
@@ -108,14 +107,13 @@ class ContainerWorker(InferenceWorker):
         await self.wait_until_broken()
         self._fault("batches of this container cannot be run any more")
 
-    def _batch_ran(self, record: BatchRecord) -> None:
-        if record.failed and super().is_broken:
+    def _look_at(self, record: BatchRecord) -> None:
+        fault = next((error for error in record.errors if is_device_fault(error)), None)
+        if fault is not None:
+            self._fault(f"the device of this container is broken: {describe_error(fault)}")
+        elif record.failed and super().is_broken:
             self._fault("batches of this container hang, or cannot be run any more")
         self._report_batch(record)
-
-    def _batch_failed(self, error: Exception) -> None:
-        if is_device_fault(error):
-            self._fault(f"the device of this container is broken: {describe_error(error)}")
 
     def _fault(self, reason: str) -> None:
         if not self._has_fault:

@@ -1,8 +1,8 @@
 """Classes under ``@app.server``: HTTP from a container's port, which Modal's proxy sends requests to directly."""
 
 import signal
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
 import anyio
@@ -13,11 +13,11 @@ from pydantic import BaseModel
 
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel
-from modalkit.service.listening import listening
 from modalkit.service.on_modal.container import Lifetime
 from modalkit.service.on_modal.endpoints import create_web_endpoints, web_app_here
 from modalkit.service.on_modal.engine import connection
 from modalkit.service.on_modal.hosting import Constructible, HostedService
+from modalkit.service.serving import Server, listening
 
 GRACE_S = 20.0
 """Seconds that open requests may go on after the server was told to stop."""
@@ -115,14 +115,6 @@ class ModalWebServer(Constructible):
             await self._server.stop(GRACE_S)
 
 
-class _Server(uvicorn.Server):
-    """A server that leaves signals to Modal."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 @asynccontextmanager
 async def serving(app: FastAPI, host: str, port: int) -> AsyncGenerator[uvicorn.Server]:
     """Serve while the context is open, from when the port answers.
@@ -130,7 +122,7 @@ async def serving(app: FastAPI, host: str, port: int) -> AsyncGenerator[uvicorn.
     Raises `AddressError`, and what the application's start does.
     """
     config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=int(GRACE_S))
-    server = _Server(config)
+    server = Server(config)
     # Both here, because uvicorn ends the process where the address is taken, or the application cannot start.
     with listening(host, port) as listener:
         async with app.router.lifespan_context(app), plain_task_group() as task_group:

@@ -11,8 +11,8 @@ import anyio
 from anyio.abc import TaskGroup
 
 from modalkit.batching.task_groups import plain_task_group
+from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import describe_error
-from modalkit.service.jobs.delivery import backoff_with_jitter
 from modalkit.service.loading import LoadError
 
 logger = logging.getLogger(__name__)

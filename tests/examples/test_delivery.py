@@ -17,7 +17,7 @@ import anyio
 import pytest
 
 from modalkit.iomodel import AsyncInputModel, DelayedFailureOutputModel
-from modalkit.service.jobs.delivery import FIRST_RETRY_S, LONGEST_RETRY_S
+from modalkit.service.backoff import FIRST_RETRY_S, MAX_RETRY_S
 from modalkit.service.queue_backends import QueueMessage, UndeliverableError
 from modalkit.settings import Settings
 from modalkit.task_queue import WebhookBackend
@@ -97,7 +97,7 @@ def test_the_settings_have_the_defaults_it_says() -> None:
     assert f"The {attempts} attempts of `async_config.max_delivery_attempts` last 6 to 13 minutes" in " ".join(
         GUIDE.split()
     )
-    longest_s = sum(min(LONGEST_RETRY_S, FIRST_RETRY_S * 4**attempt) for attempt in range(attempts - 1))
+    longest_s = sum(min(MAX_RETRY_S, FIRST_RETRY_S * 4**attempt) for attempt in range(attempts - 1))
     assert longest_s / 2 > 6 * 60
     assert longest_s < 13 * 60
 

@@ -11,7 +11,7 @@ from anyio import to_thread
 
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.errors import NotReadyError, Readiness
-from modalkit.service.jobs import JobStatus, NewJob, SqliteJobStore
+from modalkit.service.jobs import Job, JobStatus, SqliteJobStore
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import Settings
 from tests.support.length_model import LengthPipeline
@@ -70,8 +70,8 @@ async def test_leaving_waits_for_no_model_that_loads_and_runs_no_job(tmp_path: P
 
 async def stored_before(gateway: LocalGateway) -> str:
     """A job for a model that still loads, as one that an earlier process accepted."""
-    job = NewJob(job_id="before", model_name="slow", message_json='{"text":"four"}', created_at=time.time())
-    await gateway._manager.submit([job])  # noqa: SLF001  # the gateway accepts none for such a model
+    job = Job(job_id="before", model_name="slow", message_json='{"text":"four"}', created_at=time.time())
+    await gateway.jobs.store.add([job])  # the gateway accepts none for such a model
     return job.job_id
 
 

@@ -26,10 +26,10 @@ from modalkit.service.errors import ItemRejectedError, PipelineOutputError
 from modalkit.service.jobs import (
     DeliveryStatus,
     IdempotencyKeyReusedError,
+    Job,
     JobStatus,
     JobStore,
     MemoryJobStore,
-    NewJob,
     SqliteJobStore,
 )
 from modalkit.service.jobs.queue_rules import QueueNotAllowedError
@@ -379,8 +379,8 @@ async def test_jobs_run_apart_after_a_crash_and_the_one_that_hangs_fails_alone()
     async with store:
         for text in texts:
             message = f'{{"text":"{text}"}}'
-            await store.add([NewJob(job_id=text, model_name=pipeline.model_name, message_json=message, created_at=now)])
-        await store.take(pipeline.model_name, 9, now)
+            await store.add([Job(job_id=text, model_name=pipeline.model_name, message_json=message, created_at=now)])
+        await store.claim(pipeline.model_name, 9, now)
     settings = settings_with("batch_config", batch_timeout_seconds=0.2)
     async with InferenceWorker(pipeline, settings=settings, job_store=store, calibrate=False) as worker:
         jobs = [await worker.job(text, wait_s=30) for text in texts]

@@ -1,27 +1,21 @@
 """A real HTTP server in the test's event loop, on a free port."""
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import anyio
 import httpx
 import uvicorn
 from fastapi import FastAPI
 
-from modalkit.service.listening import listening
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+from modalkit.service.serving import Server, listening
 
 
 @asynccontextmanager
 async def serving(app: FastAPI, headers: dict[str, str] | None = None) -> AsyncIterator[httpx.AsyncClient]:
     """Serve `app` and give a client for it; on leaving, the server shuts down as on a signal."""
     with listening("127.0.0.1", 0) as listener:
-        server = _Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(server.serve, [listener])
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"

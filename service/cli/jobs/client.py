@@ -1,11 +1,29 @@
-"""What the commands need of whatever has the jobs; `ServiceJobs` and `StoredJobs` give it."""
+"""The jobs of a running service over HTTP, and those of a stored file through the same routes, in this process."""
 
-from types import TracebackType
-from typing import Protocol, Self
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Self, TypeVar
+from urllib.parse import quote
+
+import anyio
+import httpx
+from anyio import AsyncContextManagerMixin
+from fastapi import FastAPI
+from pydantic import BaseModel, ValidationError
 
 from modalkit.service.errors import ServiceError
-from modalkit.service.jobs import JobFilter
-from modalkit.service.web.answers import JobDetails, JobPageView
+from modalkit.service.jobs import JobFilter, JobStoreLockedError, SqliteJobStore
+from modalkit.service.jobs.manager import JobManager
+from modalkit.service.web.answers import JobDetails, JobPageView, Problem, Purged, Replayed
+from modalkit.service.web.job_routes import make_job_router
+from modalkit.service.web.problems import install_problem_handlers
+
+Answer = TypeVar("Answer", bound=BaseModel)
+Parameters = list[tuple[str, str | int | float | bool | None]]
+
+TIMEOUT = httpx.Timeout(10, read=300)  # to replay or to purge very many jobs takes minutes
 
 
 class JobsError(ServiceError):
@@ -13,39 +31,180 @@ class JobsError(ServiceError):
 
 
 class JobRefusedError(JobsError):
-    """Raised when one job is unknown, or in no state for what is asked; others may be better off."""
+    """Raised when one job is unknown, or in no state for what is asked; the same may succeed for other jobs."""
 
 
-class JobsClient(Protocol):
-    """Looks at jobs and changes them; an asynchronous context manager, whose calls raise `ServiceError`."""
+class JobsClient(AsyncContextManagerMixin):
+    """Lists jobs and changes them, through the routes of jobs. Methods raise `JobsError`.
 
-    name: str
-    """The address or the file, as it may be shown."""
-    sent_when: str
-    """When results that are due are sent."""
+    `name` is the address of the service, or the path of the file, as it may be shown. `sent_when` says when results
+    that are due are sent. A key is sent in the header `auth_header`, which is None for a file.
+    """
 
-    async def __aenter__(self) -> Self: ...  # protocol methods have no body
+    def __init__(
+        self,
+        http: AbstractAsyncContextManager[httpx.AsyncClient],
+        name: str,
+        sent_when: str,
+        auth_header: str | None = None,
+        *,
+        has_key: bool = False,
+    ) -> None:
+        self.name = name
+        self.sent_when = sent_when
+        self._http = http
+        self._auth_header = auth_header
+        self._has_key = has_key
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None: ...
+    @classmethod
+    def of_service(cls, url: httpx.URL, key: str | None, auth_header: str) -> Self:
+        """The jobs of the service at `url`. Raises `JobsError` for a key that no header can carry."""
+        http = httpx.AsyncClient(base_url=url, headers=_headers(auth_header, key), timeout=TIMEOUT)
+        return cls(http, str(url.copy_with(userinfo=b"")), "at once", auth_header, has_key=key is not None)
+
+    @classmethod
+    def of_file(cls, path: Path) -> Self:
+        """The jobs in the SQLite file at `path`.
+
+        Entering locks the file and does not create it. It raises `JobsError` for a file that is missing or in use, and
+        other `JobStoreError`s as the store does.
+        """
+        return cls(_serving_file(path), str(path), "when the service starts next")
+
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
+        async with self._http as self._client:
+            yield self
 
     async def page(self, limit: int, which: JobFilter, cursor: int | None) -> JobPageView:
         """Up to `limit` jobs that `which` covers, the newest first."""
-        ...
+        parameters = [*_parameters(which), ("limit", limit), *_given("cursor", cursor)]
+        return await self._ask(JobPageView, "GET", "/jobs", parameters)
 
     async def get(self, job_id: str) -> JobDetails:
-        """All that can be known of a job. Raises `JobRefusedError` if there is none."""
-        ...
+        """All that is known of a job. Raises `JobRefusedError` if there is none."""
+        return await self._ask(JobDetails, "GET", _path(job_id), about=job_id)
 
     async def replay(self, job_id: str) -> None:
         """Make an undelivered result due again. Raises `JobRefusedError` for any other job."""
-        ...
+        await self._ask(JobDetails, "POST", f"{_path(job_id)}/replay", about=job_id)
 
     async def replay_all(self) -> int:
         """Make all undelivered results due again; returns how many."""
-        ...
+        return (await self._ask(Replayed, "POST", "/jobs/replay")).replayed
 
     async def purge(self, which: JobFilter, older_than_s: int | None) -> int:
         """Remove the ended jobs that `which` covers and that ended so many seconds ago; returns how many."""
-        ...
+        parameters = [*_parameters(which), *_given("older_than", older_than_s)]
+        return (await self._ask(Purged, "DELETE", "/jobs", parameters)).purged
+
+    async def _ask(
+        self,
+        kind: type[Answer],
+        method: str,
+        path: str,
+        parameters: Parameters | None = None,
+        *,
+        about: str | None = None,
+    ) -> Answer:
+        """The answer to a request, which may be `about` one job."""
+        try:
+            response = await self._client.request(method, path, params=parameters)
+        except httpx.ReadTimeout as error:
+            raise JobsError(
+                f"{self.name} has not answered {method} {path} within {TIMEOUT.read:g} s; it may still do what was "
+                "asked, so look before asking again"
+            ) from error
+        except httpx.RequestError as error:
+            reason = str(error) or type(error).__name__
+            raise JobsError(f"{self.name} cannot be reached: {reason}; start the service, or correct --url") from error
+        if response.status_code != HTTPStatus.OK:
+            raise self._error(response, about)
+        try:
+            return kind.model_validate_json(response.content)
+        except ValidationError as error:
+            raise JobsError(
+                f"{self.name} answers {method} /jobs as no modalkit of this version does; correct --url, or use the "
+                "modalkit of the service"
+            ) from error
+
+    def _error(self, response: httpx.Response, about: str | None) -> JobsError:
+        status, detail = response.status_code, _detail(response)
+        if about is not None and (
+            status == HTTPStatus.CONFLICT
+            or (status == HTTPStatus.NOT_FOUND and (about in detail or self._auth_header is None))
+        ):
+            return JobRefusedError(detail)
+        if status == HTTPStatus.UNAUTHORIZED:
+            remedy = "give its API key with --key or in MODALKIT_API_KEY"
+            if self._has_key:
+                remedy = (
+                    f"correct the API key, which was sent in the header {self._auth_header!r} (auth_config.auth_header "
+                    "of the configuration)"
+                )
+            return JobsError(f"{self.name} refuses the request (401); {remedy}")
+        if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED) or response.has_redirect_location:
+            elsewhere = f", and leads to {response.headers['location']}" if response.has_redirect_location else ""
+            return JobsError(
+                f"{self.name} is not the address of a modalkit service: it answers {status}{elsewhere}; give --url as "
+                "modalkit serve shows it"
+            )
+        return JobsError(f"{self.name} answers {status}{detail and ': '}{detail}")
+
+
+@asynccontextmanager
+async def _serving_file(path: Path) -> AsyncGenerator[httpx.AsyncClient]:
+    """A client of the routes over the jobs of a file."""
+    if not await anyio.Path(path).is_file():
+        raise JobsError(
+            f"there is no job store {path} (from {Path.cwd()}); start where the service does, give its --config, or "
+            "ask the service itself, as in --url http://127.0.0.1:8000"
+        )
+    async with AsyncExitStack() as stack:
+        store = SqliteJobStore(path)
+        try:
+            await stack.enter_async_context(store)
+        except JobStoreLockedError as error:
+            owner = "another process" if error.owner_pid is None else f"process {error.owner_pid}"
+            raise JobsError(
+                f"the job store {path} is in use by {owner}; ask the service that runs there, as in "
+                "--url http://127.0.0.1:8000, or stop it"
+            ) from error
+        app = FastAPI()
+        # The manager is not entered: that would recover the jobs of a crash, as only the start of a service should.
+        app.include_router(make_job_router(JobManager(store)))
+        install_problem_handlers(app)
+        transport = httpx.ASGITransport(app)
+        yield await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://file"))
+
+
+def _headers(auth_header: str, key: str | None) -> dict[bytes, bytes]:
+    if key is None:
+        return {}
+    scheme = "Bearer " if auth_header.lower() == "authorization" else ""
+    if not key.isprintable() or not key.isascii():
+        # The key is not shown: it is a secret.
+        raise JobsError("the API key (--key or MODALKIT_API_KEY) must be printable ASCII characters only; correct it")
+    return {auth_header.encode(): f"{scheme}{key}".encode()}
+
+
+def _path(job_id: str) -> str:
+    # A dot is quoted too: /jobs/./replay would mean /jobs/replay, and so all jobs.
+    return f"/jobs/{quote(job_id, safe='').replace('.', '%2E')}"
+
+
+def _parameters(which: JobFilter) -> Parameters:
+    names: Sequence[tuple[str, Sequence[str]]] = (("status", which.statuses), ("delivery", which.deliveries))
+    return [*((name, value) for name, values in names for value in values), *_given("model_name", which.model_name)]
+
+
+def _given(name: str, value: str | int | None) -> Parameters:
+    return [] if value is None else [(name, value)]
+
+
+def _detail(response: httpx.Response) -> str:
+    """What the service says of an error; empty where it is none of ours."""
+    try:
+        return Problem.model_validate_json(response.content).detail
+    except ValidationError:
+        return ""

@@ -1,4 +1,4 @@
-"""The commands, the same for the jobs of a running service and those in a file."""
+"""The commands, the same for the jobs of a running service and for those in a file."""
 
 import sys
 from collections.abc import Sequence
@@ -13,8 +13,6 @@ from rich.console import Console
 from modalkit.service.cli.common import ConfigFiles, notices
 from modalkit.service.cli.jobs.client import JobRefusedError, JobsClient
 from modalkit.service.cli.jobs.output import JobTable, duration_text, job_text, seconds_of
-from modalkit.service.cli.jobs.served import ServiceJobs
-from modalkit.service.cli.jobs.stored import StoredJobs
 from modalkit.service.jobs import DeliveryStatus, JobFilter, JobStatus
 from modalkit.service.settings import Settings
 from modalkit.service.web.answers import JobView
@@ -274,13 +272,13 @@ def _jobs(url: httpx.URL | None, key: str | None, config: ConfigFiles) -> JobsCl
     """Where the jobs are, not yet open."""
     settings = Settings.load(config).app_settings
     if url is not None:
-        return ServiceJobs(url, key, settings.auth_config.auth_header)
+        return JobsClient.of_service(url, key, settings.auth_config.auth_header)
     if settings.async_config.store == "memory":
         raise typer.BadParameter(
             "the service keeps its jobs in its memory (async_config.store: memory), so ask it: give its address, as in "
             "--url http://127.0.0.1:8000"
         )
-    return StoredJobs(settings.async_config.store_path)
+    return JobsClient.of_file(settings.async_config.store_path)
 
 
 def _distinct(job_ids: Sequence[str]) -> list[str]:

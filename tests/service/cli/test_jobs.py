@@ -23,10 +23,10 @@ from modalkit.service.cli.jobs.output import duration_text, seconds_of
 from modalkit.service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
-    FinishedJob,
+    Job,
+    JobEnd,
     JobFilter,
     JobStatus,
-    NewJob,
     SqliteJobStore,
 )
 from tests.service.cli.conftest import CONFIGURATION, Modalkit
@@ -43,7 +43,7 @@ async def seed(path: Path, more: int = 0) -> None:
     async with SqliteJobStore(path) as store:
         await store.add(
             [
-                NewJob(
+                Job(
                     job_id=job_id,
                     model_name=model_name,
                     message_json='{"text":"four"}',
@@ -58,13 +58,13 @@ async def seed(path: Path, more: int = 0) -> None:
                 )
             ]
         )
-        await store.take("lengths", 2, now)
-        await store.take("another-model-of-a-long-name", 1, now)
+        await store.claim("lengths", 2, now)
+        await store.claim("another-model-of-a-long-name", 1, now)
         ends = [
-            FinishedJob(job_id=job_id, status=JobStatus.SUCCEEDED, result_json='{"length":4}', finished_at=now)
+            JobEnd(job_id=job_id, status=JobStatus.SUCCEEDED, result_json='{"length":4}', finished_at=now)
             for job_id in (UNDELIVERED, DELIVERED)
         ]
-        failed = FinishedJob(job_id=FAILED, status=JobStatus.FAILED, error=MARKUP, finished_at=now - 7200)
+        failed = JobEnd(job_id=FAILED, status=JobStatus.FAILED, error=MARKUP, finished_at=now - 7200)
         await store.finish([*ends, failed])
         await store.record_deliveries(
             [
@@ -81,7 +81,7 @@ async def seed(path: Path, more: int = 0) -> None:
             waiting = (f"waiting-{n:04}" for n in range(more))
             await store.add(
                 [
-                    NewJob(job_id=job_id, model_name="lengths", message_json='{"text":"four"}', created_at=now)
+                    Job(job_id=job_id, model_name="lengths", message_json='{"text":"four"}', created_at=now)
                     for job_id in waiting
                 ]
             )

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from rich.progress import Progress
 
-from modalkit.service.cli.output_file import whole_file
-from modalkit.service.cli.predict import _Run
+from modalkit.service.cli.predict import _Run, whole_file
 from modalkit.service.cli.records import FileFormat, read_records
 from modalkit.service.settings import Settings
 from tests.service.cli.conftest import Modalkit

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from modalkit.service.listening import AddressError, listening
+from modalkit.service.serving import AddressError, listening
 
 SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port"]
 

@@ -10,16 +10,17 @@ import anyio
 import anyio.lowlevel
 import pytest
 
+from modalkit.service.backoff import MAX_RETRY_S, backoff_with_jitter
 from modalkit.service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
-    FinishedJob,
+    Job,
+    JobEnd,
     JobStatus,
     JobStoreError,
     MemoryJobStore,
-    NewJob,
 )
-from modalkit.service.jobs.delivery import LONGEST_RETRY_S, Deliverer, backoff_with_jitter
+from modalkit.service.jobs.delivery import Deliverer
 from modalkit.service.queue_backends import InMemoryBackend, QueueMessage, RoutingBackend, UndeliverableError
 
 pytestmark = pytest.mark.anyio
@@ -33,10 +34,10 @@ async def store() -> AsyncIterator[MemoryJobStore]:
 
 async def finish_jobs(store: MemoryJobStore, *job_ids: str, queue: str = "ok") -> None:
     fields: dict[str, Any] = {"model_name": "m", "message_json": "{}", "success_queue": queue, "created_at": 1.0}
-    await store.add([NewJob(job_id=job_id, meta_json='{"n":1}', **fields) for job_id in job_ids])
-    await store.take("m", len(job_ids), 2.0)
+    await store.add([Job(job_id=job_id, meta_json='{"n":1}', **fields) for job_id in job_ids])
+    await store.claim("m", len(job_ids), 2.0)
     done: dict[str, Any] = {"status": JobStatus.SUCCEEDED, "result_json": '{"length":1}', "finished_at": 3.0}
-    await store.finish([FinishedJob(job_id=job_id, **done) for job_id in job_ids])
+    await store.finish([JobEnd(job_id=job_id, **done) for job_id in job_ids])
 
 
 async def delivery_of(store: MemoryJobStore, job_id: str = "job") -> tuple[DeliveryStatus, int, str | None]:
@@ -106,9 +107,7 @@ async def test_a_delivery_is_set_aside_after_so_many_attempts_and_can_be_replaye
         status, attempts, error = await delivery_of(store)
         assert (status, attempts) == (DeliveryStatus.UNDELIVERED, 3)
         assert error == "the backend did not take the message"
-        assert (
-            "1 results for 'ok' are set aside as undelivered; the last one, of job job, after attempt 3" in caplog.text
-        )
+        assert "1 results for 'ok' are undelivered; the last one, of job job, after attempt 3" in caplog.text
         await store.replay(["job"], 4.0)
         deliverer.wake()
         await queue.receive("ok")
@@ -259,7 +258,7 @@ async def test_what_cannot_be_noted_is_noted_later(caplog: pytest.LogCaptureFixt
         async with Deliverer(queue, store):
             await until_delivered_or_not(store)
     assert queue.depth("ok") == 1
-    assert "How 1 deliveries went could not be noted" in caplog.text
+    assert "The results of 1 deliveries could not be stored" in caplog.text
 
 
 async def test_suspects_are_sent_in_groups_while_nothing_else_is_and_others_between_them(store: MemoryJobStore) -> None:
@@ -279,7 +278,7 @@ async def test_suspects_are_sent_in_groups_while_nothing_else_is_and_others_betw
 
     suspects = [f"suspect-{n:02}" for n in range(40)]
     await finish_jobs(store, *suspects)
-    await store.take_deliveries(99, 9.0, places={}, per_queue=99)
+    await store.claim_deliveries(99, 9.0, queue_limits={}, queue_limit=99)
     await store.recover(9.0)
     await finish_jobs(store, "other")
     async with Deliverer(Watched(), store):
@@ -311,7 +310,7 @@ async def test_a_backend_that_ends_the_process_in_one_message_delivers_the_other
 
 
 async def test_large_messages_are_sent_a_few_at_a_time(store: MemoryJobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modalkit.service.jobs.delivery.BYTES_UNDER_WAY", 100)
+    monkeypatch.setattr("modalkit.service.jobs.delivery.MAX_BYTES_UNDER_WAY", 100)
     queue = InMemoryBackend()
     await finish_jobs(store, *(f"{n}" for n in range(200)))
     async with Deliverer(Single(queue), store):
@@ -320,7 +319,7 @@ async def test_large_messages_are_sent_a_few_at_a_time(store: MemoryJobStore, mo
 
 
 def test_waits_grow_up_to_a_limit_and_keep_at_least_half() -> None:
-    for attempt, longest_s in [(1, 0.5), (2, 2.0), (5, 128.0), (30, LONGEST_RETRY_S), (5000, LONGEST_RETRY_S)]:
+    for attempt, longest_s in [(1, 0.5), (2, 2.0), (5, 128.0), (30, MAX_RETRY_S), (5000, MAX_RETRY_S)]:
         waits = [backoff_with_jitter(attempt) for _ in range(200)]
         assert longest_s / 2 <= min(waits) < max(waits) <= longest_s
 

@@ -8,11 +8,10 @@ import anyio.lowlevel
 import pytest
 
 from modalkit.batching import BatchTimeoutError, Failure, Priority, QueueFullError, SchedulerClosedError, Success
-from modalkit.pipelines import InferenceOutputModel
-from modalkit.service.jobs import FinishedJob, Job, JobRetry, JobStatus, JobStoreError, MemoryJobStore, NewJob
-from modalkit.service.jobs.delivery import backoff_with_jitter
+from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
+from modalkit.service.backoff import backoff_with_jitter
+from modalkit.service.jobs import Job, JobEnd, JobRetry, JobStatus, JobStoreError, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
-from modalkit.service.jobs.model import json_text, new_job_id
 from modalkit.service.jobs.runner import FIRST_JOB_RETRY_S, JobOutcome, JobRunner
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import AsyncConfig
@@ -40,15 +39,16 @@ class Flaky(MemoryJobStore):
             self.failures -= 1
             raise JobStoreError("the disk is full")
 
-    async def finish(self, outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
+    async def finish(self, ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
         self._maybe_fail()
-        return await super().finish(outcomes, in_hand=in_hand)
+        return await super().finish(ends, claim=claim)
 
 
 class Engine:
     """Keeps the jobs that it is given until the test says what becomes of them; an open one answers at once."""
 
     def __init__(self, *, is_open: bool = True) -> None:
+        self.input_model = AnyInput
         self.is_open = is_open
         self.refusals = 0
         self.started: list[Job] = []
@@ -116,12 +116,31 @@ def store() -> Flaky:
 @pytest.fixture
 async def manager(store: Flaky, clock: Clock) -> AsyncIterator[JobManager]:
     async with JobManager(store, clock=clock, result_ttl_s=60, sweep_interval_s=0.001) as opened:
+        for model_name in ("m", "other"):
+            opened.attach(model_name, NoFeed())
         yield opened
 
 
-async def submit(manager: JobManager, message: dict[str, Any] | None = None, **fields: Any) -> str:
-    given: dict[str, Any] = {"model_name": "m", "created_at": manager.clock(), **fields}
-    (added,) = await manager.submit([NewJob(job_id=new_job_id(), message_json=json_text(message or {}), **given)])
+class NoFeed:
+    """Lets jobs be submitted before a runner is there for them."""
+
+    input_model = AnyInput
+
+    def wake(self) -> None: ...
+
+    def abandon(self, job_id: str) -> None: ...
+
+
+async def submit(
+    manager: JobManager,
+    message: dict[str, Any] | None = None,
+    *,
+    model_name: str = "m",
+    priority: Priority = Priority.BULK,
+    **fields: Any,
+) -> str:
+    request = AsyncInputModel(message=message or {}, **fields)
+    (added,) = await manager.submit([request], model_name=model_name, priority=priority)
     assert isinstance(added, Success)
     return added.value
 
@@ -198,7 +217,7 @@ async def test_the_timeout_counts_from_the_first_dispatch(manager: JobManager, c
 async def test_a_job_expires_by_its_own_time_queued_or_running(manager: JobManager, clock: Clock) -> None:
     engine = Engine(is_open=False)
     async with JobRunner(manager, "m", engine, window=1) as runner:
-        job_ids = [await submit(manager, expires_at=clock() + 10) for _ in range(2)]
+        job_ids = [await submit(manager, expires_in=10) for _ in range(2)]
         await engine.until_started(1)
         clock.now += 11
         runner.wake()
@@ -230,9 +249,9 @@ async def test_jobs_that_ended_together_are_stored_together(manager: JobManager,
     sizes: list[int] = []
     finish = store.finish
 
-    async def counting(outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
-        sizes.append(len(outcomes))
-        return await finish(outcomes, in_hand=in_hand)
+    async def counting(ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
+        sizes.append(len(ends))
+        return await finish(ends, claim=claim)
 
     store.finish = counting  # type: ignore[method-assign]  # to see how often it is called
     engine = Engine(is_open=False)
@@ -275,8 +294,8 @@ async def test_cancelling_too_late_does_not_stop_the_delivery() -> None:
     queue = InMemoryBackend()
 
     class Slow(Flaky):
-        async def finish(self, outcomes: Sequence[FinishedJob], *, in_hand: Container[str] = ()) -> list[str]:
-            ended = await super().finish(outcomes, in_hand=in_hand)
+        async def finish(self, ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
+            ended = await super().finish(ends, claim=claim)
             stored.set()
             await released.wait()
             return ended
@@ -295,7 +314,7 @@ async def test_cancelling_too_late_does_not_stop_the_delivery() -> None:
 async def crashed(manager: JobManager, count: int) -> list[str]:
     """So many jobs that were running when a process died."""
     job_ids = [await submit(manager, {"n": n}) for n in range(count)]
-    await manager.store.take("m", count, manager.clock())
+    await manager.store.claim("m", count, manager.clock())
     await manager.store.recover(manager.clock())
     return job_ids
 
@@ -304,7 +323,7 @@ async def test_jobs_that_ran_at_a_crash_run_in_groups_apart_from_all_others(mana
     suspects = await crashed(manager, 3)
     others = [await submit(manager) for _ in range(2)]
     engine = Engine(is_open=False)
-    async with JobRunner(manager, "m", engine, window=9, largest_group=2) as runner:
+    async with JobRunner(manager, "m", engine, window=9, group_limit=2) as runner:
         await anyio.wait_all_tasks_blocked()
         assert (engine.groups, engine.started, runner.running) == ([suspects[:2]], [], 2)
         engine.open()
@@ -319,7 +338,7 @@ async def test_between_two_groups_as_many_others_run_the_interactive_ones_first(
     bulk = [await submit(manager) for _ in range(30)]
     now = await submit(manager, priority=Priority.INTERACTIVE)
     engine = Engine(is_open=False)
-    async with JobRunner(manager, "m", engine, window=20, largest_group=2):
+    async with JobRunner(manager, "m", engine, window=20, group_limit=2):
         await anyio.wait_all_tasks_blocked()
         engine.is_open = True
         engine.change.set()
@@ -347,7 +366,7 @@ async def test_an_interactive_job_waits_for_one_group_after_a_crash_of_a_full_wi
     for _ in range(100):
         await submit(manager)
     now = await submit(manager, priority=Priority.INTERACTIVE)
-    async with JobRunner(manager, "m", engine, window=512, largest_group=32):
+    async with JobRunner(manager, "m", engine, window=512, group_limit=32):
         await ended(manager, now)
         for job_id in suspects:
             await ended(manager, job_id)
@@ -359,7 +378,7 @@ async def test_a_group_that_raises_kills_nothing_and_its_jobs_run_on_as_others_d
     suspects = await crashed(manager, 3)
     engine = Engine()
     engine.raises = {0: ValueError("poison")}
-    async with JobRunner(manager, "m", engine, window=9, largest_group=2):
+    async with JobRunner(manager, "m", engine, window=9, group_limit=2):
         jobs = [await ended(manager, job_id) for job_id in suspects]
     assert [job.status for job in jobs] == [JobStatus.SUCCEEDED] * 3
     assert engine.groups == [suspects[:2], suspects[2:]]
@@ -371,7 +390,7 @@ async def test_jobs_of_a_group_that_hangs_wait_for_the_scheduler_which_finds_out
     other = await submit(manager)
     engine = Engine()
     engine.raises = {0: BatchTimeoutError(1.0, 3)}
-    async with JobRunner(manager, "m", engine, window=9, largest_group=3):
+    async with JobRunner(manager, "m", engine, window=9, group_limit=3):
         jobs = [await ended(manager, job_id) for job_id in (*suspects, other)]
     assert engine.groups == [suspects]
     assert [job.job_id for job in engine.started] == [*suspects, other]
@@ -388,7 +407,7 @@ async def test_jobs_of_a_group_that_hangs_end_before_a_clean_stop(manager: JobMa
         await anyio.wait_all_tasks_blocked()
         engine.open()
 
-    async with anyio.create_task_group() as task_group, JobRunner(manager, "m", engine, window=9, largest_group=3):
+    async with anyio.create_task_group() as task_group, JobRunner(manager, "m", engine, window=9, group_limit=3):
         await anyio.wait_all_tasks_blocked()
         task_group.start_soon(open_once_it_closes)
     for job_id in suspects:
@@ -415,7 +434,7 @@ async def test_a_job_that_is_cancelled_in_its_group_is_not_heard_and_one_that_is
 async def test_of_two_models_one_at_a_time_runs_a_group_of_suspects(manager: JobManager) -> None:
     (first,) = await crashed(manager, 1)
     second = await submit(manager, model_name="other")
-    await manager.store.take("other", 1, manager.clock())
+    await manager.store.claim("other", 1, manager.clock())
     await manager.store.recover(manager.clock())
     engines = [Engine(is_open=False), Engine(is_open=False)]
     async with JobRunner(manager, "m", engines[0], window=9), JobRunner(manager, "other", engines[1], window=9):
@@ -474,8 +493,8 @@ async def test_jobs_of_a_systemic_failure_run_again_later_until_they_succeed_or_
 
 async def test_a_runner_sleeps_until_the_next_retry_is_due_also_one_of_an_earlier_process(manager: JobManager) -> None:
     job_id = await submit(manager)
-    await manager.store.take("m", 1, manager.clock())
-    await manager.store.retry_later([JobRetry(job_id=job_id, retry_at=manager.clock() + 0.02, error="down")])
+    await manager.store.claim("m", 1, manager.clock())
+    await manager.store.requeue([JobRetry(job_id=job_id, retry_at=manager.clock() + 0.02, error="down")])
     start_s = anyio.current_time()
     manager.clock = lambda: 1000.0 + anyio.current_time() - start_s
     async with JobRunner(manager, "m", Engine(), window=9):
@@ -497,7 +516,7 @@ async def test_a_job_that_would_expire_before_it_runs_again_fails_with_its_error
     async with JobRunner(
         manager, "m", engine, window=9, timeout_s=60, max_attempts=9, backoff_s=lambda attempt: 30.0 * attempt
     ):
-        own, timeout = await submit(manager, expires_at=manager.clock() + 30), await submit(manager)
+        own, timeout = await submit(manager, expires_in=30), await submit(manager)
         await engine.until_started(2)
         engine.answer(own, SYSTEMIC)
         engine.answer(timeout, SYSTEMIC)
@@ -608,7 +627,8 @@ async def test_results_are_removed_once_their_time_is_over(manager: JobManager, 
 async def test_an_expired_job_is_delivered_to_its_failure_queue(clock: Clock) -> None:
     queue = InMemoryBackend()
     async with JobManager(Flaky(), queue, clock=clock, sweep_interval_s=0.001) as manager:
-        job_id = await submit(manager, failure_queue="bad", expires_at=clock() + 5)
+        manager.attach("m", NoFeed())
+        job_id = await submit(manager, failure_queue="bad", expires_in=5)
         clock.now += 6
         assert job_id in await queue.receive("bad")
 

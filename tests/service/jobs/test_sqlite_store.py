@@ -23,8 +23,8 @@ from modalkit.service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
     DuplicateJobError,
-    FinishedJob,
     Job,
+    JobEnd,
     JobFilter,
     JobRetry,
     JobStatus,
@@ -35,7 +35,6 @@ from modalkit.service.jobs import (
     JobStoreLockedError,
     JobStoreSchemaError,
     JobStoreUnavailableError,
-    NewJob,
     Recovery,
     SqliteJobStore,
 )
@@ -50,20 +49,20 @@ ROOT = Path(__file__).parents[3]
 
 ADD_UNTIL_KILLED = """
 import sys, anyio
-from modalkit.service.jobs import NewJob, SqliteJobStore
+from modalkit.service.jobs import Job, SqliteJobStore
 
 async def main():
     async with SqliteJobStore(sys.argv[1]) as store:
         async def add(prefix):
             for n in range(1_000_000):
                 job_id = f"{prefix}-{n}"
-                await store.add([NewJob(job_id=job_id, model_name="m", message_json="{}", created_at=1.0)])
+                await store.add([Job(job_id=job_id, model_name="m", message_json="{}", created_at=1.0)])
                 print(job_id, flush=True)
         async with anyio.create_task_group() as task_group:
             for prefix in "abcdefgh":
                 task_group.start_soon(add, prefix)
             while True:
-                await store.take("m", 3, 2.0)
+                await store.claim("m", 3, 2.0)
 
 anyio.run(main)
 """
@@ -74,26 +73,26 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "down" / "jobs.db"
 
 
-def new_job(job_id: str, message: str = "") -> NewJob:
+def new_job(job_id: str, message: str = "") -> Job:
     text = f'{{"text":"{message}"}}'
-    return NewJob(job_id=job_id, model_name="m", message_json=text, success_queue="ok", created_at=1.0)
+    return Job(job_id=job_id, model_name="m", message_json=text, success_queue="ok", created_at=1.0)
 
 
 async def test_everything_is_still_there_after_it_was_closed(path: Path) -> None:
     async with SqliteJobStore(path) as store:
         await store.add([new_job("a"), new_job("b"), new_job("c")])
-        await store.take("m", 2, 2.0)
-        done = FinishedJob(job_id="a", status=JobStatus.SUCCEEDED, result_json='{"n":1}', finished_at=3.0)
+        await store.claim("m", 2, 2.0)
+        done = JobEnd(job_id="a", status=JobStatus.SUCCEEDED, result_json='{"n":1}', finished_at=3.0)
         assert await store.finish([done]) == ["a"]
         ended = await store.get("a")
         counts = await store.counts()
     async with SqliteJobStore(path) as store:
         assert await store.counts() == counts
         assert await store.get("a") == ended
-        assert await store.take_deliveries(9, 4.0, places={}, per_queue=9) == [ended]
+        assert await store.claim_deliveries(9, 4.0, queue_limits={}, queue_limit=9) == [ended]
         assert await store.recover(4.0) == Recovery(1, [])
-        assert [job.job_id for job in await store.take("m", 9, 4.0)] == ["c"]
-        assert [job.job_id for job in await store.take_suspects("m", 9, 4.0)] == ["b"]
+        assert [job.job_id for job in await store.claim("m", 9, 4.0)] == ["c"]
+        assert [job.job_id for job in await store.claim_quarantined("m", 9, 4.0)] == ["b"]
 
 
 async def test_a_job_whose_add_returned_survives_a_kill(path: Path) -> None:
@@ -111,7 +110,7 @@ async def test_a_job_whose_add_returned_survives_a_kill(path: Path) -> None:
         assert statuses[JobStatus.RUNNING] > 0
         assert (await store.recover(2.0)).requeued == statuses[JobStatus.RUNNING]
         stored = sum(statuses.values())
-        assert len(await store.take("m", 10 * stored, 2.0)) == statuses[JobStatus.QUEUED]
+        assert len(await store.claim("m", 10 * stored, 2.0)) == statuses[JobStatus.QUEUED]
         assert stored >= len(acknowledged)
 
 
@@ -152,7 +151,7 @@ async def test_a_list_is_stored_whole_or_not_at_all_however_long_it_is(path: Pat
             await store.add([new_job(f"{n}") for n in range(200)])
         assert (await store.counts()).statuses[JobStatus.QUEUED] == 1
         await store.add([new_job(f"x{n}") for n in range(201)])
-        assert [job.job_id for job in await store.take("m", 999, 2.0)] == ["150", *(f"x{n}" for n in range(201))]
+        assert [job.job_id for job in await store.claim("m", 999, 2.0)] == ["150", *(f"x{n}" for n in range(201))]
 
 
 async def test_a_second_owner_is_refused_with_the_firsts_process_id(path: Path) -> None:
@@ -177,7 +176,7 @@ async def test_a_full_disk_is_an_error_with_a_remedy_and_the_store_goes_on(path:
         store._database.execute("PRAGMA max_page_count = 2000000")  # noqa: SLF001  # space again
         await store.add([new_job("z", "x" * 100_000)])
         assert (await store.counts()).statuses[JobStatus.QUEUED] == stored + 1
-        assert len(await store.take("m", 1000, 2.0)) == stored + 1
+        assert len(await store.claim("m", 1000, 2.0)) == stored + 1
 
 
 async def test_a_cancelled_owner_leaves_a_sound_store(path: Path) -> None:
@@ -193,7 +192,7 @@ async def test_a_cancelled_owner_leaves_a_sound_store(path: Path) -> None:
         await store.get("a")
     async with SqliteJobStore(path) as store:
         counted = sum((await store.counts()).statuses.values())
-        assert len(await store.take("m", 1000, 2.0)) == counted >= 1
+        assert len(await store.claim("m", 1000, 2.0)) == counted >= 1
 
 
 @pytest.mark.parametrize(
@@ -239,8 +238,8 @@ async def test_the_file_is_safe_to_read_meanwhile_and_shrinks_when_jobs_are_remo
         assert reader.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         await store.add([new_job(f"{n}", "x" * 1000) for n in range(3000)])
         (pages,) = reader.execute("PRAGMA page_count").fetchone()
-        await store.take("m", 3000, 2.0)
-        ends = [FinishedJob(job_id=f"{n}", status=JobStatus.FAILED, error="e", finished_at=3.0) for n in range(3000)]
+        await store.claim("m", 3000, 2.0)
+        ends = [JobEnd(job_id=f"{n}", status=JobStatus.FAILED, error="e", finished_at=3.0) for n in range(3000)]
         assert len(await store.finish(ends)) == 3000
         assert await store.remove_finished(4.0) == 3000
         assert reader.execute("PRAGMA page_count").fetchone()[0] < pages / 4
@@ -262,13 +261,13 @@ async def test_a_database_of_the_first_version_is_migrated_with_its_jobs(path: P
     database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1")
     database.close()
     async with SqliteJobStore(path) as store:
-        (job,) = await store.take("m", 9, 2.0)
+        (job,) = await store.claim("m", 9, 2.0)
         assert (job.job_id, job.priority) == ("a", Priority.BULK)
-        (due,) = await store.take_deliveries(9, 2.0, places={}, per_queue=9)
+        (due,) = await store.claim_deliveries(9, 2.0, queue_limits={}, queue_limit=9)
         assert (due.job_id, due.delivery_queue) == ("b", "ok")
         assert (await store.counts()).deliveries[DeliveryStatus.UNDELIVERED] == 1
         assert await store.replay(None, 3.0) == 1
-        (due,) = await store.take_deliveries(9, 3.0, places={}, per_queue=9)
+        (due,) = await store.claim_deliveries(9, 3.0, queue_limits={}, queue_limit=9)
         assert due.job_id == "c"
 
 
@@ -292,23 +291,23 @@ def listed(**fields: Any) -> str:
 @pytest.mark.parametrize(
     ("statement", "index"),
     [
-        (sql.TO_TAKE, "queued_jobs"),
+        (sql.CLAIMABLE, "queued_jobs"),
         (sql.FEWEST_CRASHES, "suspect_jobs"),
-        (sql.SUSPECTS, "suspect_jobs"),
-        (sql.RETRY.format(rows="(1, 1, 1)"), "sqlite_autoindex_jobs_1"),
+        (sql.QUARANTINED, "suspect_jobs"),
+        (sql.REQUEUE.format(rows="(1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.RELEASE, "waiting_retries"),
         (sql.NEXT_RETRY, "waiting_retries"),
         (sql.EXPIRE, "expiring_jobs"),
-        (sql.SET_ASIDE, "running_jobs"),
+        (sql.FAIL_CRASHED, "running_jobs"),
         (sql.NEXT_QUEUE, "deliveries"),
         (sql.DUE, "deliveries"),
         (sql.FEWEST_DELIVERY_CRASHES, "suspect_deliveries"),
-        (sql.SUSPECT_DELIVERIES, "suspect_deliveries"),
-        (sql.DELIVERIES_CRASHED.format(which="delivery_crashes > 0"), "suspect_deliveries"),
-        (sql.DELIVERIES_CRASHED.format(which="delivery_crashes = 0 AND delivery_queue = ?"), "deliveries"),
-        (sql.SET_DELIVERIES_ASIDE, "suspect_deliveries"),
+        (sql.QUARANTINED_DELIVERIES, "suspect_deliveries"),
+        (sql.QUARANTINE_DELIVERIES.format(which="delivery_crashes > 0"), "suspect_deliveries"),
+        (sql.QUARANTINE_DELIVERIES.format(which="delivery_crashes = 0 AND delivery_queue = ?"), "deliveries"),
+        (sql.GIVE_UP_DELIVERIES, "suspect_deliveries"),
         (sql.END_SENDING["success_queue"].format(rows="(1, 1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
-        (sql.RECORD_DELIVERY.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
+        (sql.RECORD_DELIVERIES.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.REPLAY.format(which=""), "undelivered_jobs"),
         (sql.REMOVE.format(which=sql.REMOVABLE), "removable_jobs"),
         (f"{SELECT} WHERE idempotency_key = ?", "idempotency_keys"),
@@ -385,7 +384,7 @@ async def test_an_abandoned_operation_that_has_not_begun_is_not_run(path: Path) 
 
 
 async def test_more_operations_than_may_wait_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modalkit.service.jobs.sqlite.WAITING_OPERATIONS", 10)
+    monkeypatch.setattr("modalkit.service.jobs.sqlite.MAX_WAITING_OPERATIONS", 10)
     refusals: list[str] = []
 
     async def add(store: SqliteJobStore, n: int) -> None:
@@ -441,10 +440,10 @@ async def test_an_error_that_is_not_sqlites_own_reaches_the_caller_and_the_store
 
 async def test_more_is_never_read_at_once_than_fits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fifth is read by itself: as JSON it might be longer than any value may be."""
-    monkeypatch.setattr(sql, "READ", sql.READ.replace(str(sql.BYTES_AT_ONCE), "5000"))
+    monkeypatch.setattr(sql, "READ", sql.READ.replace(str(sql.BYTES_PER_READ), "5000"))
     async with SqliteJobStore(path) as store:
         await store.add([new_job(f"{n}", "é" * (5000 if n == 4 else 500)) for n in range(7)])
-        taken = [[job.job_id for job in await store.take("m", 9, 2.0)] for _ in range(5)]
+        taken = [[job.job_id for job in await store.claim("m", 9, 2.0)] for _ in range(5)]
         assert taken == [["0", "1"], ["2", "3"], ["4"], ["5", "6"], []]
         fourth = await store.get("4")
         assert fourth is not None
@@ -457,8 +456,8 @@ async def test_large_errors_of_an_older_version_stop_no_delivery(path: Path) -> 
     async with SqliteJobStore(path) as store:
         jobs = [replace(new_job(f"large{n}"), failure_queue="bad") for n in range(10)]
         await store.add([*jobs, *(new_job(f"good{n}") for n in range(3))])
-        await store.take("m", 99, 2.0)
-        ends = [FinishedJob(job_id=f"large{n}", status=JobStatus.FAILED, error="e", finished_at=3.0) for n in range(10)]
+        await store.claim("m", 99, 2.0)
+        ends = [JobEnd(job_id=f"large{n}", status=JobStatus.FAILED, error="e", finished_at=3.0) for n in range(10)]
         await store.finish(ends)
         await take_all(store)
         given_up = [
@@ -473,8 +472,7 @@ async def test_large_errors_of_an_older_version_stop_no_delivery(path: Path) -> 
             )
         )
         good = [
-            FinishedJob(job_id=f"good{n}", status=JobStatus.SUCCEEDED, result_json="{}", finished_at=3.0)
-            for n in range(3)
+            JobEnd(job_id=f"good{n}", status=JobStatus.SUCCEEDED, result_json="{}", finished_at=3.0) for n in range(3)
         ]
         await store.finish(good)
         assert await store.replay(None, 4.0) == 10
@@ -483,7 +481,7 @@ async def test_large_errors_of_an_older_version_stop_no_delivery(path: Path) -> 
         )
     async with SqliteJobStore(path) as store:
         await store.recover(5.0)
-        taken = await store.take_suspect_deliveries(99)
+        taken = await store.claim_quarantined_deliveries(99)
         assert len(taken) == 13
         errors = {job.error for job in taken if job.error is not None}
         assert errors == {"\x01" * MAX_ERROR_BYTES + f" … ({large - MAX_ERROR_BYTES} more characters)"}
@@ -493,7 +491,7 @@ async def test_large_errors_of_an_older_version_stop_no_delivery(path: Path) -> 
 
 async def take_all(store: SqliteJobStore) -> list[Job]:
     taken = list[Job]()
-    while some := await store.take_deliveries(99, 9.0, places={}, per_queue=99):
+    while some := await store.claim_deliveries(99, 9.0, queue_limits={}, queue_limit=99):
         taken += some
     return taken
 
@@ -501,17 +499,17 @@ async def take_all(store: SqliteJobStore) -> list[Job]:
 async def test_jobs_that_wait_to_run_again_and_suspects_outlive_the_process(path: Path) -> None:
     async with SqliteJobStore(path) as store:
         await store.add([new_job("retry"), new_job("sent")])
-        await store.take("m", 9, 2.0)
-        await store.retry_later([JobRetry(job_id="retry", retry_at=8.5, error="down")])
-        end = FinishedJob(job_id="sent", status=JobStatus.SUCCEEDED, result_json="{}", finished_at=3.0)
-        await store.finish([end], in_hand=["sent"])
+        await store.claim("m", 9, 2.0)
+        await store.requeue([JobRetry(job_id="retry", retry_at=8.5, error="down")])
+        end = JobEnd(job_id="sent", status=JobStatus.SUCCEEDED, result_json="{}", finished_at=3.0)
+        await store.finish([end], claim=["sent"])
     async with SqliteJobStore(path) as store:
         assert await store.recover(4.0) == Recovery(0, [])
-        assert await store.take("m", 9, 4.0) == []
+        assert await store.claim("m", 9, 4.0) == []
         assert await store.release_retries("m", 4.0) == 8.5
-        assert [job.job_id for job in await store.take_suspect_deliveries(9)] == ["sent"]
+        assert [job.job_id for job in await store.claim_quarantined_deliveries(9)] == ["sent"]
         assert await store.release_retries("m", 8.5) is None
-        (job,) = await store.take("m", 9, 8.5)
+        (job,) = await store.claim("m", 9, 8.5)
         assert (job.job_id, job.attempts, job.error) == ("retry", 1, "down")
 
 
@@ -533,10 +531,10 @@ async def test_a_database_of_the_third_version_is_migrated_with_its_jobs(path: P
     database.close()
     async with SqliteJobStore(path) as store:
         await store.recover(3.0)
-        assert [(job.job_id, job.attempts) for job in await store.take("m", 9, 4.0)] == [("a", 0)]
-        assert [job.job_id for job in await store.take_suspects("m", 9, 4.0)] == ["b"]
+        assert [(job.job_id, job.attempts) for job in await store.claim("m", 9, 4.0)] == [("a", 0)]
+        assert [job.job_id for job in await store.claim_quarantined("m", 9, 4.0)] == ["b"]
         assert [job.job_id for job in await take_all(store)] == ["d"]
-        assert [job.job_id for job in await store.take_suspect_deliveries(9)] == ["c"]
+        assert [job.job_id for job in await store.claim_quarantined_deliveries(9)] == ["c"]
 
 
 @pytest.mark.parametrize("keyed", [True, False])

@@ -17,11 +17,11 @@ from pydantic import BaseModel
 
 from modalkit.modal_config import ModalConfig
 from modalkit.modal_service import ModalServer, ModalService, ModalWebServer
-from modalkit.service.listening import AddressError
 from modalkit.service.loading import LoadError
 from modalkit.service.on_modal import container as container_module
 from modalkit.service.on_modal import server as server_module
 from modalkit.service.on_modal.engine import takes_one_input_at_a_time
+from modalkit.service.serving import AddressError
 from tests.support.http_server import serving
 from tests.support.length_model import Length, LengthPipeline, Text
 from tests.support.modal_container import as_modal_runs_it, in_a_container

@@ -1,4 +1,4 @@
-"""Gathers what single events bring, so that it can be dealt with in one go."""
+"""Collects items that come one by one, for a task that handles many at once."""
 
 from typing import Generic, TypeVar
 
@@ -7,8 +7,8 @@ import anyio
 T = TypeVar("T")
 
 
-class Gathering(Generic[T]):
-    """Items that come one by one and are taken all at once, by one task."""
+class Collector(Generic[T]):
+    """Items that are added one by one and collected all together, by one task."""
 
     def __init__(self) -> None:
         self._items: list[T] = []
@@ -21,12 +21,12 @@ class Gathering(Generic[T]):
         self._change.set()
 
     def close(self) -> None:
-        """Add nothing more: once all has been taken, `take` returns an empty list."""
+        """Nothing more will be added: `collect` returns an empty list once all has been collected."""
         self._closed = True
         self._change.set()
 
-    async def take(self) -> list[T]:
-        """Take all there are, once there are any. When cancelled, it takes none."""
+    async def collect(self) -> list[T]:
+        """Wait until there are items, and return all of them. When cancelled, the items stay."""
         while not self._items and not self._closed:
             self._change = anyio.Event()
             await self._change.wait()
