@@ -25,7 +25,8 @@ from modalkit.service.calls.predictor import CallModel
 from modalkit.service.calls.processor import Call, CallProcessor
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.errors import ContainerFaultError, RemoteCallError, RemoteTimeoutError, describe_error
-from modalkit.service.jobs import JobStoreError
+from modalkit.service.jobs import JobStoreError, MemoryJobStore
+from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, Settings
@@ -94,7 +95,7 @@ class InProcessEngine(AsyncContextManagerMixin):
         self.calls: dict[str, InProcessCall] = {}
         """All calls so far, by their ids; changed by the engine."""
         self._timeout_s = timeout_s
-        self._retries = retries
+        self.retries = retries
         self._runs: dict[str, Run] = {}
         self._ids = map("call-{:06d}".format, itertools.count())
         self._may_take = anyio.Event()
@@ -191,7 +192,7 @@ class InProcessEngine(AsyncContextManagerMixin):
                 outcomes = await self._run(call_id, call)
             except Exception as error:  # noqa: BLE001  # it is what became of the call
                 errors += 1
-                if errors > self._retries:
+                if errors > self.retries:
                     call.end(CallResult(CallState.FAILED, error=describe_error(error)), error)
             else:
                 if outcomes is not None:
@@ -264,7 +265,11 @@ async def in_process_gateway(
     settings: Settings | None = None,
     queue_backend: QueueBackend | None = None,
 ) -> AsyncGenerator[CallGateway]:
-    """A gateway whose one model is run by calls through `engine`, as on Modal, by a worker in this process."""
+    """A gateway whose one model is run by calls through `engine`, as on Modal, by a worker in this process.
+
+    Its ``models`` predict, and its ``jobs`` are submitted, asked for and cancelled. Results of jobs go to
+    `queue_backend`. The engine is opened and closed with it.
+    """
     app = AppSettings() if settings is None else settings.app_settings
     records = CallRecords(engine.store)
     rules = QueueRules(app.queue_config.allowed_queues, queue_backend)
@@ -273,13 +278,17 @@ async def in_process_gateway(
         if queue_backend is None
         else CallDelivery(queue_backend, max_attempts=app.async_config.max_delivery_attempts)
     )
-    async with InferenceWorker(pipeline, settings=settings) as worker:
+    async with (
+        JobManager(MemoryJobStore()) as manager,  # of the worker's own interface, which is not used
+        InferenceWorker(pipeline, settings=settings, jobs=manager, calibrate=False) as worker,
+    ):
         processor = CallProcessor(
             worker,
             queue_rules=rules,
             delivery=delivery,
             records=records,
             job_timeout_s=app.async_config.timeout,
+            retries=engine.retries,
         )
         model = CallModel(
             worker.model_name,

@@ -78,8 +78,8 @@ class _Item:
 class CallProcessor:
     """Runs calls by a worker, and has the results of jobs sent.
 
-    Without a `delivery` nothing is sent. `job_timeout_s` limits the run of a job. `retries` is how
-    often the engine runs a call again that failed by a `ContainerFaultError`.
+    Without a `delivery` nothing is sent. `job_timeout_s` limits the run of a job. `retries` is how often
+    the engine runs a call again that failed by a `ContainerFaultError`.
     """
 
     def __init__(
@@ -119,7 +119,8 @@ class CallProcessor:
             await self._run_kept(items, call)
         else:
             await self._run(items)
-        fault = next((error for error in map(_error_of, items) if error is not None and is_device_fault(error)), None)
+        errors = [item.outcome.error for item in items if isinstance(item.outcome, Failure)]
+        fault = next(filter(is_device_fault, errors), None)
         if fault is not None and not await self._is_last_run(items, call):
             raise DeviceFaultError(describe_error(fault)) from fault
         return await self._outcomes(items, call)
@@ -193,12 +194,11 @@ class CallProcessor:
 
     def _imported(self, path: str) -> type[BaseModel]:
         if path not in self._input_models:
+            self._input_models[path] = own = self._worker.input_model
             try:
                 self._input_models[path] = import_class(path, "input_model", BaseModel)
             except LoadError as error:
-                own = self._worker.input_model
-                logger.warning("Messages are validated as %s here, because of this: %s", own.__name__, error)
-                self._input_models[path] = own
+                logger.warning("Messages are validated as %s, because %s", own.__name__, error)
         return self._input_models[path]
 
     async def _run_kept(self, items: Sequence[_Item], call: Call) -> None:
@@ -288,10 +288,6 @@ def _is_to_run(item: _Item) -> bool:
 
 def _have_jobs(items: Sequence[_Item]) -> bool:
     return any(item.job is not None for item in items)
-
-
-def _error_of(item: _Item) -> Exception | None:
-    return item.outcome.error if isinstance(item.outcome, Failure) else None
 
 
 def _cancel(items: Sequence[_Item], cancelled: frozenset[int], now: float) -> None:
