@@ -16,8 +16,8 @@ help:  ## Show this list
 run: $(VENV)/.installed  ## Serve the bundled model on http://127.0.0.1:8000 (HOST= and PORT= change it)
 	@$(BIN)/modalkit serve --host $(HOST) --port $(PORT)
 
-test: $(VENV)/.installed-dev  ## Run the tests
-	@$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev  ## Run the tests, on all cores (TESTS= chooses some)
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
 check: $(VENV)/.installed-dev  ## Lint, check formatting, types, layers and pyproject.toml
 	@$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""Measurements of throughput and latency, each side by side with what it is compared to."""
+"""Benchmarks of throughput and latency, each beside a baseline that is measured in the same run."""

@@ -1,4 +1,4 @@
-"""What durable jobs are compared with: the least that a FastAPI service can do with the same requests.
+"""The baseline for durable jobs: the least that a FastAPI service can do with the same requests.
 
 `app` validates and stores nothing; with ``BENCHMARK_REDIS_URL`` it sends each item as a TaskIQ task, one by one.
 """
@@ -22,7 +22,7 @@ broker = RedisStreamBroker(REDIS_URL, queue_name="bare", max_connection_pool_siz
 
 @broker.task(task_name=f"process_{QUEUE}")
 async def process(message: str) -> None:
-    """What a worker would run."""
+    """Do nothing: no worker runs this task."""
 
 
 @asynccontextmanager
@@ -36,8 +36,8 @@ app = FastAPI(lifespan=lifespan)
 
 
 @app.post("/validate", status_code=202)
-async def validate(request: AsyncInputModel[Text]) -> AsyncOutputModel:  # noqa: ARG001  # parsing it is the point
-    """Validate, and forget."""
+async def validate(request: AsyncInputModel[Text]) -> AsyncOutputModel:  # noqa: ARG001  # only its parsing is measured
+    """Validate, and store nothing."""
     return AsyncOutputModel(job_id=str(uuid.uuid4()))
 
 

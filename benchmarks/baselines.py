@@ -1,4 +1,4 @@
-"""What the scheduler is compared to: the smallest batching loop there is, and batches by a fixed window (asyncio)."""
+"""The baselines for the scheduler: a minimal batching loop, and batches by a fixed window (asyncio)."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -10,17 +10,17 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Queue = asyncio.Queue[tuple[T, asyncio.Future[R]]]
-Gather = Callable[[Queue[T, R]], Awaitable[list[tuple[T, asyncio.Future[R]]]]]
+Collect = Callable[[Queue[T, R]], Awaitable[list[tuple[T, asyncio.Future[R]]]]]
 
 
 @asynccontextmanager
 async def queue_and_thread(
-    run_batch: Callable[[list[T]], Sequence[R]], gather: Gather[T, R]
+    run_batch: Callable[[list[T]], Sequence[R]], collect: Collect[T, R]
 ) -> AsyncIterator[Callable[[T], Awaitable[R]]]:
-    """A queue, a loop that takes the batches that `gather` makes of it, and one thread that runs them.
+    """A queue, a loop that collects batches from it by `collect`, and one thread that runs them.
 
-    Gives out what to call with an item. It has no errors for single items, no cancellation, no limits: whatever goes
-    wrong ends it.
+    Yields the function that submits an item. There are no errors for single items, no cancellation and no limits: any
+    error ends the loop.
     """
     queue: Queue[T, R] = asyncio.Queue()
     loop = asyncio.get_running_loop()
@@ -33,7 +33,7 @@ async def queue_and_thread(
     async def serve() -> None:
         with ThreadPoolExecutor(1) as thread:
             while True:
-                batch = await gather(queue)
+                batch = await collect(queue)
                 outputs = await loop.run_in_executor(thread, run_batch, [item for item, _ in batch])
                 for (_, future), output in zip(batch, outputs, strict=True):
                     future.set_result(output)
@@ -44,25 +44,25 @@ async def queue_and_thread(
         serving.cancel()
 
 
-def what_waits(max_batch_size: int) -> Gather[T, R]:
-    """Batches of what waits already, in order of arrival."""
+def waiting_items(max_batch_size: int) -> Collect[T, R]:
+    """Batches of the items that wait already, in order of arrival."""
 
-    async def gather(queue: Queue[T, R]) -> list[tuple[T, asyncio.Future[R]]]:
+    async def collect(queue: Queue[T, R]) -> list[tuple[T, asyncio.Future[R]]]:
         batch = [await queue.get()]
         while len(batch) < max_batch_size and not queue.empty():
             batch.append(queue.get_nowait())
         return batch
 
-    return gather
+    return collect
 
 
-def fixed_window(max_batch_size: int, window_s: float) -> Gather[T, R]:
-    """Batches in order of arrival, for which it waits until they are full or `window_s` is over.
+def fixed_window(max_batch_size: int, window_s: float) -> Collect[T, R]:
+    """Batches in order of arrival. Each waits until it is full, or until `window_s` seconds have passed.
 
-    The window opens when the worker takes the first item, as in most servers with this rule.
+    The window starts when the worker takes the first item, as in most servers with this rule.
     """
 
-    async def gather(queue: Queue[T, R]) -> list[tuple[T, asyncio.Future[R]]]:
+    async def collect(queue: Queue[T, R]) -> list[tuple[T, asyncio.Future[R]]]:
         batch = [await queue.get()]
         closes_s = asyncio.get_running_loop().time() + window_s
         try:
@@ -73,4 +73,4 @@ def fixed_window(max_batch_size: int, window_s: float) -> Gather[T, R]:
             pass
         return batch
 
-    return gather
+    return collect

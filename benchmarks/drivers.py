@@ -1,4 +1,4 @@
-"""Callers of whatever answers one item at a time, in this process or over HTTP; asyncio and trio."""
+"""Load generators that call a function with one item at a time, in this process or over HTTP; asyncio and trio."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -8,11 +8,11 @@ import anyio
 T = TypeVar("T")
 
 Call = Callable[[T], Awaitable[object]]
-"""Sends one item and returns once the answer is there."""
+"""Sends one item, and returns when it is answered."""
 
 
 async def work_off(callers: Sequence[Call[T]], items: Sequence[T]) -> None:
-    """Share the items out among callers who send one as soon as the last is answered."""
+    """Distribute the items among callers. Each sends one as soon as its last one is answered."""
     waiting = iter(items)
 
     async def work(call: Call[T]) -> None:
@@ -25,7 +25,7 @@ async def work_off(callers: Sequence[Call[T]], items: Sequence[T]) -> None:
 
 
 async def closed_loop(callers: Sequence[Call[T]], items: Sequence[T]) -> list[float]:
-    """Work the items off, and return the seconds that each took."""
+    """Do the same as `work_off`, and return the seconds that each item took."""
     latencies_s: list[float] = []
 
     def timed(call: Call[T]) -> Call[T]:
@@ -41,9 +41,9 @@ async def closed_loop(callers: Sequence[Call[T]], items: Sequence[T]) -> list[fl
 
 
 async def open_loop(call: Call[T], items: Sequence[T], arrivals_s: Sequence[float]) -> list[float]:
-    """Send each item at its time, counted from now, whatever became of those before; the seconds that each took.
+    """Send each item at its time, in seconds from now, without waiting for earlier ones; return the seconds of each.
 
-    They are counted from when an item was due, so that a sender who is late hides nothing.
+    They are counted from the time when the item was due, so that a late sender hides no latency.
     """
     latencies_s: list[float] = []
     begun_s = anyio.current_time()
@@ -60,7 +60,7 @@ async def open_loop(call: Call[T], items: Sequence[T], arrivals_s: Sequence[floa
 
 
 async def timed_s(work: Awaitable[object]) -> float:
-    """The seconds that something takes."""
+    """The seconds that `work` takes."""
     started_s = anyio.current_time()
     await work
     return anyio.current_time() - started_s

@@ -1,4 +1,4 @@
-"""The worker with the bundled model on mixed-length texts, beside what one could do instead in the same process."""
+"""The worker with the bundled model on texts of mixed lengths, beside alternatives in the same process."""
 
 import statistics
 import time
@@ -34,10 +34,10 @@ LONG_QUEUE = 1_000
 
 
 class EndToEndStudy:
-    """Items a second and latencies of each way to run the same items.
+    """Items per second and latencies of each way to run the same items.
 
-    The warm-up finds the two best batch sizes of the offline loop, and the capacities that the open loops' loads are
-    shares of. `batch_config` is that of the workers, where it is not the default.
+    The warm-up finds the two best batch sizes of the offline loop, and the capacities from which the loads of the open
+    loops are computed. `batch_config` has the settings of the workers that are not the defaults.
     """
 
     name = "end to end"
@@ -83,11 +83,11 @@ class EndToEndStudy:
         self._fifo_capacity = len(self._open_loop_items) / anyio.run(self._fifo_s)
 
     def run_round(self) -> None:
-        """Measure each way once."""
+        """Measure each contender once."""
         self._rounds.run()
 
     def figures(self) -> list[Figure]:
-        """Rates, latencies, and how they compare."""
+        """Rates, latencies and their ratios."""
         figure, ratio = self._rounds.figure, self._rounds.ratio
         sizes = " or ".join(map(str, self._best_batch_sizes))
         return [
@@ -118,7 +118,7 @@ class EndToEndStudy:
             figure("estimated padding", "the same by estimated sizes", ""),
         ]
 
-    # Everything at hand.
+    # All items at once.
 
     def _offline_rate(self, in_order: Sequence[BaseModel], batch_size: int) -> float:
         started_s = time.perf_counter()
@@ -138,7 +138,7 @@ class EndToEndStudy:
     async def _measure_bulk(self, **changed: object) -> dict[str, float]:
         records = Records()
         async with worker_of(self._pipeline, records, **{**self._batch_config, **changed}) as worker:
-            self._pipeline.shapes.clear()  # those of the worker's calibration
+            self._pipeline.shapes.clear()  # remove those of the worker's calibration
             started_s = time.perf_counter()
             outcomes = await worker.predict_many(self._items, priority=Priority.BULK)
             elapsed_s = time.perf_counter() - started_s
@@ -151,7 +151,7 @@ class EndToEndStudy:
             "estimated padding": padding_share(records.shapes(), count, LONG_QUEUE),
         }
 
-    # One at a time, as fast as the answers come.
+    # A closed loop: each caller sends the next item when the last is answered.
 
     def _callers(self) -> dict[str, float]:
         return anyio.run(self._callers_rate_and_error)
@@ -172,18 +172,18 @@ class EndToEndStudy:
     async def _closed_loop_rate(self, call: Call[BaseModel]) -> float:
         return len(self._items) / await timed_s(work_off([call] * CALLERS, self._items))
 
-    # Nobody else.
+    # An idle worker with one caller.
 
     def _idle(self) -> dict[str, float]:
         direct_ms, idle_ms = (seconds * 1000 for seconds in anyio.run(self._idle_s))
         return {"direct": direct_ms, "idle": idle_ms, "idle excess": idle_ms - 1.05 * direct_ms}
 
     async def _idle_s(self) -> tuple[float, float]:
-        """The medians of a direct call and of one through an idle worker, for the same items in turn."""
+        """The median seconds of a direct call and of a call through an idle worker, for the same items in turn."""
         direct_s, idle_s = [], []
         async with worker_of(self._pipeline, Records(), **self._batch_config) as worker:
             for item in self._idle_items:
-                await anyio.sleep(PAUSE_S)  # torch's threads of the last call spin for a while in case of more work
+                await anyio.sleep(PAUSE_S)  # torch's threads spin for a while after a call
                 started_s = time.perf_counter()
                 self._pipeline.run_inference([item])
                 direct_s.append(time.perf_counter() - started_s)
@@ -191,7 +191,7 @@ class EndToEndStudy:
                 idle_s.append(await timed_s(worker.predict(item)))
         return statistics.median(direct_s), statistics.median(idle_s)
 
-    # Whenever it pleases them.
+    # An open loop: items arrive at random times.
 
     def _open_loops(self) -> dict[str, float]:
         fifo_load, own_load = OPEN_LOOP_LOAD * self._fifo_capacity, OPEN_LOOP_LOAD * self._capacity
@@ -202,7 +202,7 @@ class EndToEndStudy:
         }
 
     async def _fifo_s(self) -> float:
-        """Seconds for everything at once through batches in order of arrival."""
+        """Seconds for all items at once, in batches in order of arrival."""
         async with self._fifo() as submit:
             return await timed_s(work_off([submit] * len(self._open_loop_items), self._open_loop_items))
 

@@ -1,4 +1,4 @@
-"""How the time for one request grows with the number of those that wait."""
+"""How the time per request grows with the number of waiting requests."""
 
 import math
 import time
@@ -18,10 +18,10 @@ TAUGHT_BATCHES = 500
 
 
 class GrowthStudy:
-    """Microseconds a request, at several numbers of waiting requests with the sizes of mixed-length texts.
+    """Microseconds per request, for several numbers of waiting requests with the sizes of texts of mixed lengths.
 
-    The planner alone is measured with a queue that is kept at its length: a batch is taken out, and as many requests
-    put in. It has learnt the costs of two CPU cores, where batches are small and so a request's share of a decision is
+    The planner alone is measured with a queue of constant length: for each batch that is taken, as many requests are
+    added. It has learnt the costs of two CPU cores. There batches are small, so the share of a decision per request is
     large. `submit_many` gets lists of that length.
     """
 
@@ -33,7 +33,7 @@ class GrowthStudy:
         self._rounds = self._contenders()
 
     def warm_up(self) -> None:
-        """Run one round that is forgotten."""
+        """Run one round that does not count."""
         self._contenders().run()
 
     def run_round(self) -> None:
@@ -41,7 +41,7 @@ class GrowthStudy:
         self._rounds.run()
 
     def figures(self) -> list[Figure]:
-        """Times, and how those with the longest queue compare to those with the shortest."""
+        """Times, and ratios of those with the longest queue to those with the shortest."""
         figures = []
         for depth in self._depths:
             for what in ("push", "select", "submit_many"):
@@ -82,7 +82,7 @@ class GrowthStudy:
                 planner.push(request)
             pushed_s = time.perf_counter()
             batches += 1
-            if batches > TAUGHT_BATCHES:  # before, it learns what batches cost
+            if batches > TAUGHT_BATCHES:  # until then it learns the costs
                 select_s += decided_s - before_s
                 push_s += pushed_s - push_began_s
                 counted += count

@@ -1,7 +1,7 @@
-"""Concurrent HTTP clients, one item a request, next to the same server with batches of one.
+"""Concurrent HTTP clients with one item per request, beside the same server with batches of one.
 
-Run it with ``python -m modalkit.benchmarks.http_load``; ``--help`` lists the options. The servers are processes of
-their own, ``modalkit serve``, one after the other; the clients share this process.
+Run it with ``python -m modalkit.benchmarks.http_load``; ``--help`` lists the options. Each
+server is a separate process, ``modalkit serve``, one after the other; the clients run in this process.
 """
 
 import os
@@ -28,21 +28,21 @@ UNBATCHED = {"MODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_BATCH_SIZE": "1"}
 
 @contextmanager
 def served(variables: dict[str, str]) -> Iterator[str]:
-    """The address of a server that is ready; on leaving, it is stopped and its summary printed."""
+    """The address of a server that is ready. At the end of the block it is stopped, and its summary is printed."""
     command = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port", "0"]
     environment = {"MODALKIT_APP_SETTINGS__ASYNC_CONFIG__STORE": "memory", **os.environ, **variables}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         if process.stderr is None:
             raise RuntimeError("the server's output is not connected")
-        said = ""
-        while not re.search(r"^Ready", said, re.MULTILINE):
+        output = ""
+        while not re.search(r"^Ready", output, re.MULTILINE):
             line = process.stderr.readline()
             if not line:
-                raise RuntimeError(f"the server did not start: {said}")
-            said += line
-        address = re.search(r"http://[\w.:]+\d", said)
+                raise RuntimeError(f"the server did not start: {output}")
+            output += line
+        address = re.search(r"http://[\w.:]+\d", output)
         if address is None:
-            raise RuntimeError(f"the server named no address: {said}")
+            raise RuntimeError(f"the server printed no address: {output}")
         try:
             yield address.group()
         finally:
@@ -51,7 +51,7 @@ def served(variables: dict[str, str]) -> Iterator[str]:
 
 
 async def load(url: str, texts: list[str], clients: int) -> list[float]:
-    """The latency of each request in seconds; `clients` of them are under way at a time."""
+    """The latency of each request in seconds, with `clients` requests at a time."""
     context = ssl.create_default_context()
 
     def sender(client: httpx.AsyncClient) -> Call[str]:
@@ -61,7 +61,7 @@ async def load(url: str, texts: list[str], clients: int) -> list[float]:
         return send
 
     async with AsyncExitStack() as stack:
-        # A client each: the time that one spends on its pool of connections grows with their number.
+        # One client per sender: the overhead of a client's connection pool grows with the number of connections.
         senders = [
             sender(await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=600, verify=context)))
             for _ in range(clients)
@@ -70,7 +70,7 @@ async def load(url: str, texts: list[str], clients: int) -> list[float]:
 
 
 def measure(label: str, variables: dict[str, str], texts: list[str], clients: int) -> float:
-    """Items per second of one server."""
+    """Measure one server; return items per second."""
     with served(variables) as url:
         anyio.run(load, url, texts[: 4 * clients], clients)
         started_s = time.perf_counter()
@@ -82,9 +82,9 @@ def measure(label: str, variables: dict[str, str], texts: list[str], clients: in
 
 
 def main(
-    clients: Annotated[int, typer.Option(help="Requests under way at a time.")] = 64,
+    clients: Annotated[int, typer.Option(help="Requests at a time.")] = 64,
     texts: TextsOption = CORPUS,
-    limit: Annotated[int, typer.Option(help="Use only so many texts.")] = 4000,
+    limit: Annotated[int, typer.Option(help="Use only the first N texts.")] = 4000,
 ) -> None:
     """Print items/s and latencies with batching and without, and their ratio."""
     chosen = read_texts(texts, limit)

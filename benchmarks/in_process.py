@@ -1,4 +1,4 @@
-"""A pipeline worked by each of the rivals, within this process."""
+"""The contenders that run a pipeline in this process."""
 
 import math
 import statistics
@@ -22,7 +22,7 @@ from modalkit.service.worker import InferenceWorker
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """What the model is given for one batch, in tokens."""
+    """The shape of one batch as the model gets it, in tokens."""
 
     rows: int
     real_tokens: int
@@ -30,44 +30,41 @@ class BatchShape:
 
 
 class BundledPipeline(SentimentPipeline):
-    """The bundled model, which notes the shape of each batch: counted, where the scheduler has estimates."""
+    """The bundled model, which records the real shape of each batch; the scheduler has estimates."""
 
     def __init__(self) -> None:
         super().__init__("sentiment", str(Path.cwd()), {})
         self.shapes: list[BatchShape] = []
 
     def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
-        """Tokenize and pad, and note the shape."""
+        """Tokenize and pad, and record the shape."""
         preprocessed = super().preprocess(input_list)
         mask = preprocessed["tensors"]["attention_mask"].numpy()
         self.shapes.append(BatchShape(len(input_list), int(mask.sum()), mask.size))
         return preprocessed
 
     def token_count(self, item: BaseModel) -> int:
-        """The tokens of an item, exactly."""
+        """The exact number of tokens of an item."""
         return int(super().preprocess([item])["tensors"]["attention_mask"].numpy().sum())
 
 
 def corpus_items(limit: int | None = None) -> list[BaseModel]:
-    """The mixed-length texts as the bundled pipeline takes them."""
+    """The texts of mixed lengths, as items of the bundled pipeline."""
     return [SentimentRequest(text=text) for text in mixed_length_texts(limit)]
 
 
 @dataclass
 class Records:
-    """What a worker tells of its batches."""
+    """The records of a worker's batches."""
 
     batches: list[BatchRecord] = field(default_factory=list)
 
     def shapes(self) -> list[BatchShape]:
-        """The batches by the sizes that the scheduler goes by."""
+        """The shapes of the batches by the scheduler's sizes."""
         return [BatchShape(batch.count, batch.real_tokens, batch.padded_tokens) for batch in self.batches]
 
     def cost_error(self, skipped: int) -> float:
-        """The median of how far predicted seconds were from measured ones, relative to these; the first are skipped.
-
-        Not a number where no more batches ran.
-        """
+        """The median relative error of the predicted seconds, after the first `skipped` batches; NaN without more."""
         errors = [abs(batch.predicted_s / batch.measured_s - 1) for batch in self.batches[skipped:]]
         return statistics.median(errors) if errors else math.nan
 
@@ -76,7 +73,7 @@ class Records:
 async def worker_of(
     pipeline: InferencePipeline, records: Records, **batch_config: object
 ) -> AsyncIterator[InferenceWorker]:
-    """A worker as users have it, warm and calibrated, with a queue that holds everything."""
+    """A worker with default settings, warmed up and calibrated, with a queue for all items."""
     settings = Settings(app_settings={"batch_config": {"max_queue_size": 1_000_000, **batch_config}})
     async with InferenceWorker(
         pipeline, settings=settings, job_store=MemoryJobStore(), on_batch=records.batches.append
@@ -88,7 +85,7 @@ async def worker_of(
 async def arrival_order_scheduler(
     pipeline: InferencePipeline, max_batch_size: int
 ) -> AsyncIterator[BatchScheduler[BaseModel, InferenceOutputModel]]:
-    """The scheduler made to ignore sizes: where all requests have the same, the oldest ones fill each batch."""
+    """A scheduler that ignores sizes: all requests have the same size, so the oldest ones fill each batch."""
     async with BatchScheduler(
         run_batch_of(pipeline),
         policy=BatchPolicy(max_batch_size=max_batch_size),
@@ -99,22 +96,22 @@ async def arrival_order_scheduler(
 
 
 def run_sorted(pipeline: InferencePipeline, by_size: Sequence[BaseModel], batch_size: int) -> None:
-    """Run a list that is sorted already, batch by batch: what one can do who has everything in advance."""
+    """Run a sorted list batch by batch, which is possible if all items are known in advance."""
     for start in range(0, len(by_size), batch_size):
         pipeline.run_inference(list(by_size[start : start + batch_size]))
 
 
 def raise_failures(outcomes: Sequence[Outcome[InferenceOutputModel]]) -> None:
-    """Raise the first error, if any: a rate of failures would be meaningless."""
+    """Raise the first error, if any, because a rate of failures would be meaningless."""
     for outcome in outcomes:
         if isinstance(outcome, Failure):
             raise outcome.error
 
 
 def padding_share(shapes: Sequence[BatchShape], queued_at_first: int, least_queued: int) -> float:
-    """The share of padding in the batches that were formed while at least `least_queued` waited, of `queued_at_first`.
+    """The share of padding in the batches that were formed while at least `least_queued` items waited.
 
-    Not a number where no batch was.
+    At first `queued_at_first` items waited. NaN if there was no such batch.
     """
     real = padded = 0
     queued = queued_at_first

@@ -76,8 +76,8 @@ def bare(redis_url: str = "redis://localhost:6379") -> Iterator[str]:
 
 @contextmanager
 def _process(command: list[str], folder: Path, ready: str, **variables: str) -> Iterator[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), **variables}
-    # To a file: nobody would read a pipe once the process is ready.
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), **variables}
+    # To a file, because a pipe is not read any more once the process is ready.
     with tempfile.NamedTemporaryFile() as log:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
         try:

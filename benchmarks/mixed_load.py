@@ -1,9 +1,9 @@
-"""Single callers over a backlog of jobs, over HTTP, with the bundled model: what each costs the other.
+"""Single requests beside a backlog of jobs, over HTTP, with the bundled model: how each affects the other.
 
 Run it with ``python -m modalkit.benchmarks.mixed_load``; ``--help`` lists the options. Each rate is measured without
-jobs and over a backlog, in turns with jobs alone; the server is a process of its own, the clients share this one.
-HTTP and the clients need the same cores as the model, so each rate is measured too with a model that does nothing:
-the jobs that end meanwhile are what no scheduler can exceed.
+jobs and beside a backlog, in turn with jobs alone. The server is a separate process; the clients run in this one. HTTP
+and the clients use the same cores as the model. So each rate is also measured with a model that does nothing: the jobs
+that end meanwhile are an upper bound for any scheduler.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ SUCCEEDED = 'modalkit_jobs{status="succeeded"}'
 
 
 class Caller:
-    """Sends single requests over kept connections, at given times, whatever becomes of earlier ones."""
+    """Sends single requests over kept connections at given times, without waiting for earlier ones."""
 
     def __init__(self, url: str, query: str = "") -> None:
         parts = urlsplit(url)
@@ -51,7 +51,7 @@ class Caller:
         self.latencies_s: list[float] = []
 
     async def send_all(self, texts: list[str], per_second: float, duration_s: float) -> None:
-        """Send texts at random times (a Poisson process) for so long, and wait for all answers."""
+        """Send texts at random times (a Poisson process) for `duration_s` seconds, and wait for all answers."""
         chance, due_s, sent = random.Random(1), 0.0, []  # noqa: S311  # a repeatable load
         started_s = time.perf_counter()
         while (due_s := due_s + chance.expovariate(per_second)) < duration_s:
@@ -74,7 +74,7 @@ class Caller:
 
 
 def p99_s(url: str, texts: list[str], per_second: float, duration_s: float, query: str = "") -> tuple[float, int]:
-    """The 99th percentile of the latencies of such callers, and how many there were."""
+    """The 99th percentile of the latencies of such requests, and the number of requests."""
     caller = Caller(url, query)
     uvloop.run(caller.send_all(texts, per_second, duration_s))
     return statistics.quantiles(caller.latencies_s, n=100)[98], len(caller.latencies_s)
@@ -82,7 +82,7 @@ def p99_s(url: str, texts: list[str], per_second: float, duration_s: float, quer
 
 @contextmanager
 def jobs_per_s(url: str) -> Iterator[list[float]]:
-    """Put the jobs that end a second, while the block runs, into a list."""
+    """Put the jobs that ended per second, while the block ran, into a list."""
     found: list[float] = []
     before, started_s = metric(url, SUCCEEDED), time.perf_counter()
     yield found
@@ -90,13 +90,13 @@ def jobs_per_s(url: str) -> Iterator[list[float]]:
 
 
 def main(
-    rates: Annotated[str, typer.Option(help="Single requests a second.")] = "20,60,100",
+    rates: Annotated[str, typer.Option(help="Single requests per second.")] = "20,60,100",
     jobs: Annotated[int, typer.Option(help="Jobs that wait.")] = 60_000,
-    seconds: Annotated[float, typer.Option(help="How long each is measured.")] = 20.0,
-    rounds: Annotated[int, typer.Option(help="How often.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Seconds of each measurement.")] = 20.0,
+    rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 1,
     texts: TextsOption = CORPUS,
 ) -> None:
-    """Print p99 with and without jobs, and what both get done beside jobs alone."""
+    """Print p99 with and without jobs, and the throughput of both beside that of jobs alone."""
     chosen = read_texts(texts, 4000)
     wanted = [float(part) for part in rates.split(",")]
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder), CONFIGURATION) as url:
@@ -108,7 +108,7 @@ def main(
             for _ in range(jobs // LIST_LENGTH)
         ]
         rate(f"{url}/async/predict", bodies, 1, jobs)
-        time.sleep(10)  # short batches are learnt meanwhile
+        time.sleep(10)  # meanwhile the planner learns how short bulk batches should be
         for _ in range(rounds):
             for per_second in wanted:
                 with jobs_per_s(url) as alone_before:

@@ -1,4 +1,4 @@
-"""A pipeline that does nothing, so that what is measured is everything else."""
+"""Pipelines that do nothing, to measure everything except the model."""
 
 import threading
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ class NothingPipeline(InferencePipeline):
 
     input_model: ClassVar[type[BaseModel]] = Text
 
-    def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:  # noqa: ARG002  # the contract's signature
+    def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:  # noqa: ARG002  # part of the interface
         """Prepare nothing."""
         return {}
 
@@ -33,9 +33,9 @@ class NothingPipeline(InferencePipeline):
 
 
 class NeverPipeline(NothingPipeline):
-    """Never answers, so that jobs only wait."""
+    """Never returns, so that jobs only wait."""
 
     def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """Wait for good."""
+        """Wait forever."""
         threading.Event().wait()
         return {}

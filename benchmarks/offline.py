@@ -1,4 +1,4 @@
-"""A list of texts through the scheduler, next to a plain loop over the same pipeline in batches in arrival order.
+"""A list of texts through the scheduler, beside a plain loop over the same pipeline in order of arrival.
 
 Run it with ``python -m modalkit.benchmarks.offline``; ``--help`` lists the options.
 """
@@ -26,7 +26,7 @@ LOOP_BATCH = 32
 
 
 def plain_loop_s(pipeline: InferencePipeline, items: list[BaseModel]) -> float:
-    """Seconds for batches of `LOOP_BATCH` items as they come."""
+    """Seconds for batches of `LOOP_BATCH` items in the order of the list."""
     started_s = time.perf_counter()
     for start in range(0, len(items), LOOP_BATCH):
         pipeline.run_inference(items[start : start + LOOP_BATCH])
@@ -34,7 +34,7 @@ def plain_loop_s(pipeline: InferencePipeline, items: list[BaseModel]) -> float:
 
 
 def sorted_loop_s(pipeline: InferencePipeline, items: list[BaseModel]) -> float:
-    """Seconds for the same batches of all items sorted by size: the limit for one who knows everything in advance."""
+    """Seconds for such batches of the items sorted by size, which is possible if all are known in advance."""
     started_s = time.perf_counter()
     by_size = sorted(items, key=pipeline.item_size)
     for start in range(0, len(by_size), LOOP_BATCH):
@@ -45,7 +45,7 @@ def sorted_loop_s(pipeline: InferencePipeline, items: list[BaseModel]) -> float:
 async def scheduler_s(
     pipeline: InferencePipeline, items: list[BaseModel], settings: Settings
 ) -> tuple[float, SchedulerStatistics]:
-    """Seconds for all items by way of a worker, in chunks that fit its queue, as ``modalkit predict`` does."""
+    """Seconds for all items through a worker, in chunks that fit its queue, as in ``modalkit predict``."""
     async with JobManager(MemoryJobStore()) as jobs, InferenceWorker(pipeline, settings=settings, jobs=jobs) as worker:
         started_s = time.perf_counter()
 
@@ -68,11 +68,11 @@ async def scheduler_s(
 
 def main(
     texts: TextsOption = CORPUS,
-    limit: Annotated[int | None, typer.Option(help="Use only so many texts.")] = None,
-    rounds: Annotated[int, typer.Option(help="How often each way is measured, in turn.")] = 3,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N texts.")] = None,
+    rounds: Annotated[int, typer.Option(help="Number of rounds.")] = 3,
     config: ConfigFiles = None,
 ) -> None:
-    """Print items/s of each way and their ratios; the median of all rounds."""
+    """Print items/s of each contender and their ratios, as medians of all rounds."""
     settings = Settings.load(config)
     source = model_source(settings, None)
     pipeline = source.load()

@@ -1,4 +1,4 @@
-"""What the scheduler itself costs: requests that need no work, beside the smallest loop that batches them."""
+"""The overhead of the scheduler: requests without work, beside a minimal loop that batches them."""
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -8,13 +8,13 @@ import anyio
 from batched import aio  # type: ignore[import-untyped]  # the package has no type information
 
 from modalkit.batching import BatchPolicy, BatchScheduler
-from modalkit.benchmarks.baselines import Gather, queue_and_thread, what_waits
+from modalkit.benchmarks.baselines import Collect, queue_and_thread, waiting_items
 from modalkit.benchmarks.drivers import Call, timed_s, work_off
 from modalkit.benchmarks.measurement import Figure, Rounds
 
 CALLERS = 1_000
-# A batch costs every contender a visit to a thread. The larger ones leave what each item costs, the smaller ones are
-# those of the scheduler's default.
+# Each batch of each contender costs a visit to a thread. With 256 the cost of each item is the larger part; 32 is the
+# scheduler's default.
 BATCH_SIZES = (256, 32)
 
 
@@ -24,7 +24,7 @@ def do_nothing(items: Sequence[int]) -> Sequence[int]:
 
 
 class OverheadStudy:
-    """Microseconds an item of each way to batch, in a closed loop of 1,000 callers, with batches of 256 and of 32."""
+    """Microseconds per item of each contender, in a closed loop of 1,000 callers, with batches of 256 and of 32."""
 
     name = "overhead"
 
@@ -33,11 +33,11 @@ class OverheadStudy:
         self._rounds = self._contenders()
 
     def warm_up(self) -> None:
-        """Run one round that is forgotten."""
+        """Run one round that does not count."""
         self._contenders().run()
 
     def run_round(self) -> None:
-        """Measure each way once."""
+        """Measure each contender once."""
         self._rounds.run()
 
     def figures(self) -> list[Figure]:
@@ -75,8 +75,8 @@ class OverheadStudy:
         return await timed_s(work_off([call] * CALLERS, self._items))
 
     async def _bare(self, batch_size: int) -> float:
-        gather: Gather[int, int] = what_waits(batch_size)
-        async with queue_and_thread(do_nothing, gather) as submit:
+        collect: Collect[int, int] = waiting_items(batch_size)
+        async with queue_and_thread(do_nothing, collect) as submit:
             return await self._closed_loop_s(submit)
 
     async def _submit(self, batch_size: int) -> float:
@@ -87,7 +87,7 @@ class OverheadStudy:
         return await self._closed_loop_s(aio.dynamically(do_nothing, batch_size=batch_size))
 
     async def _submit_many(self, batch_size: int) -> float:
-        """As many requests under way as callers in the other loops, in one list after the other."""
+        """Send lists one after the other, each with as many requests as the other loops have callers."""
         async with _scheduler(batch_size) as scheduler:
             started_s = time.perf_counter()
             for start in range(0, len(self._items), CALLERS):

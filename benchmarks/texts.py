@@ -1,4 +1,4 @@
-"""Texts to measure with."""
+"""The texts that benchmarks use."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,19 +16,19 @@ TextsOption = Annotated[
     typer.Option(
         "--texts",
         metavar=f"{CORPUS}|{FILMS}|FILE",
-        help="The corpus of mixed lengths, film-review snippets (all short), or a file with one text a line.",
+        help="The corpus of mixed lengths, film-review snippets (all short), or a file with one text per line.",
     ),
 ]
 
 
 def film_review_snippets(limit: int | None = None) -> list[str]:
-    """The 10,605 snippets of film reviews in the training data, in their order there: downloaded once, then cached."""
+    """The 10,605 snippets of film reviews of the training data, in the same order. Downloaded once, then cached."""
     sentences = load_sentences(fetch_sentences(Path(".cache/training")))
     return [sentence.text for sentence in sentences if sentence.source == FILM_REVIEWS][:limit]
 
 
 def read_texts(name: str, limit: int | None = None) -> list[str]:
-    """The texts that `TextsOption` names; of a file, the lines that are not blank.
+    """The texts that `TextsOption` names; for a file, its lines that are not blank.
 
     Raises `typer.BadParameter` for a file that is missing, unreadable or empty.
     """
@@ -41,5 +41,5 @@ def read_texts(name: str, limit: int | None = None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"--texts {name}: {error}; name a readable text file, {CORPUS} or {FILMS}") from error
     if not (texts := [line for line in lines if line.strip()]):
-        raise typer.BadParameter(f"--texts {name}: the file holds no text; write one a line")
+        raise typer.BadParameter(f"--texts {name}: the file has no text; write one per line")
     return texts[:limit]

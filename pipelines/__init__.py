@@ -1,6 +1,6 @@
-"""The model side of modalkit: what a pipeline is, its input and output models, and a sentiment pipeline.
+"""Pipelines, which run models, with their input and output models, and a sentiment pipeline.
 
-`modalkit.pipelines.sentiment` is not imported here, because it brings in torch and transformers.
+`modalkit.pipelines.sentiment` is not imported here, because it imports torch and transformers.
 """
 
 from modalkit.pipelines.errors import BatchTooLargeError, ModelLoadError, PipelineError

@@ -44,7 +44,7 @@ class ClassifierEntry(BaseModel):
 def parse_settings(
     model_name: str, common_settings: dict[str, Any], model_entry: dict[str, Any]
 ) -> tuple[CommonSettings, ClassifierEntry]:
-    """Check both parts; raises `ModelLoadError` that names every wrong key by its path in the configuration file."""
+    """Check both parts. Raises `ModelLoadError`, which names each wrong key by its path in the configuration file."""
     return (
         _parse(CommonSettings, "model_settings.common", common_settings),
         _parse(ClassifierEntry, f"model_settings.model_entries.{model_name}", model_entry),

@@ -2,12 +2,12 @@
 
 
 class PipelineError(Exception):
-    """The root of the errors that `pipelines` raises by itself."""
+    """The root of the errors of `pipelines`."""
 
 
 class ModelLoadError(PipelineError):
-    """Raised when a pipeline cannot be built: a wrong setting, unusable model files, or a device that is not there."""
+    """Raised when a pipeline cannot be built: a wrong setting, unusable model files, or a missing device."""
 
 
 class BatchTooLargeError(PipelineError):
-    """Raised by a pipeline when a batch does not fit its memory, but smaller batches of the same items may."""
+    """Raised by a pipeline when a batch does not fit into memory, but smaller batches of its items may."""

@@ -1,4 +1,4 @@
-"""The contract between a model and the worker that feeds it batches."""
+"""The interface of a model that a worker runs in batches."""
 
 import os
 import platform
@@ -11,29 +11,26 @@ from modalkit.pipelines.iomodel import AnyInput, InferenceOutputModel
 
 
 class InferencePipeline(ABC):
-    """One model: turns a list of items into a list of outputs, the same length and order.
+    """One model: turns a list of items into a list of outputs, of the same length and order.
 
-    A batch goes through `preprocess`, `predict` and `postprocess`. The stages of one batch never overlap, but while one
-    batch is in `predict` another may be in `preprocess`, on another thread: what a batch needs later belongs in the
-    dictionaries that the stages pass on, not on `self`. A stage may raise; the worker then finds out which items are
-    to blame and fails those alone.
+    A batch goes through `preprocess`, `predict` and `postprocess`, one after the other. While one batch is in
+    `predict`, another may be in `preprocess` or `postprocess`, on another thread. So pass the data of a batch in the
+    dictionaries between the stages, not on `self`. If a stage raises an exception, the worker searches for the failing
+    items and fails only those.
 
-    `model_name` is the entry's name in ``model_settings.model_entries``, `all_model_data_folder` the folder that local
-    models lie in, `common_settings` the settings that all models share (``model_settings.common``), and `model_entry`
-    the entry's own keys, without the one that names the pipeline. A pipeline is ready for work once constructed.
+    `model_name` is the entry's name in ``model_settings.model_entries``. `all_model_data_folder` is the folder of local
+    models. `common_settings` are the settings of all models (``model_settings.common``). `model_entry` has the other
+    keys of the entry, without the one that names the pipeline. A pipeline is ready when it is constructed.
     """
 
     input_model: ClassVar[type[BaseModel]] = AnyInput
-    """What an item is validated as before it reaches the pipeline."""
+    """The model that each item is validated by before it reaches the pipeline."""
 
     output_model: ClassVar[type[InferenceOutputModel]] = InferenceOutputModel
-    """What `postprocess` returns; documents the answer."""
-
-    deterministic: ClassVar[bool] = False
-    """Whether equal items always get equal results, so that they may share one inference."""
+    """The model that `postprocess` returns, for the documentation of the HTTP interface."""
 
     cost_feature: ClassVar[Literal["padded", "total"]] = "padded"
-    """What a batch's time follows: its sizes after padding to the longest, or their sum, where nothing is padded."""
+    """What the time of a batch grows with: the sizes after padding to the longest, or their sum without padding."""
 
     def __init__(
         self, model_name: str, all_model_data_folder: str, common_settings: dict[str, Any], **model_entry: Any
@@ -45,50 +42,50 @@ class InferencePipeline(ABC):
 
     @abstractmethod
     def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
-        """Prepare a batch for the model, on the CPU: the result is passed to `predict`."""
+        """Prepare a batch for the model, on the CPU. The result is passed to `predict`."""
 
     @abstractmethod
     def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
-        """Run the model: the result is passed to `postprocess`."""
+        """Run the model. The result is passed to `postprocess`."""
 
     @abstractmethod
     def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
-        """Turn the model's output into one result an item, in the order of `input_list`."""
+        """Turn the model's output into one result for each item, in the order of `input_list`."""
 
     def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
-        """Run the three stages in a row, each on a list of its own. One that is overridden is run as one stage."""
+        """Run the three stages, each on its own copy of the list. If a subclass overrides it, it runs as one stage."""
         preprocessed_data = self.preprocess(list(input_list))
         return self.postprocess(list(input_list), self.predict(list(input_list), preprocessed_data))
 
-    def item_size(self, item: BaseModel) -> int:  # noqa: ARG002  # part of the contract
-        """Estimate what an item costs in units of the pipeline's choice (tokens, pixels), at least 1.
+    def item_size(self, item: BaseModel) -> int:  # noqa: ARG002  # part of the interface
+        """Estimate the size of an item in a unit of the pipeline's choice (tokens, pixels), at least 1.
 
-        Batches are formed by it. It is called once for every request on the event loop: it must take microseconds.
+        Batches are formed by size. It is called once for each request on the event loop, so it must take microseconds.
         """
         return 1
 
-    def sample_items(self, n: int, size: int) -> list[BaseModel]:  # noqa: ARG002  # part of the contract
-        """Make up `n` items of about `size` each, to measure what batches cost before the first request comes.
+    def sample_items(self, n: int, size: int) -> list[BaseModel]:  # noqa: ARG002  # part of the interface
+        """Make `n` items of about `size` each. They are used to measure batches before the first request.
 
-        An empty list says that the pipeline cannot: nothing is measured at start-up, nothing is warmed up, and costs
-        are learnt from real batches.
+        If it returns an empty list, nothing is measured and nothing is warmed up at the start, and costs are learnt
+        from real batches.
         """
         return []
 
     def device_name(self) -> str:
-        """Describe what the model runs on, so that costs measured on another device are not mistaken for this one's."""
+        """Name the device of the model, so that costs that were measured on another device are not used for it."""
         return f"{platform.machine()} with {os.cpu_count()} cores"
 
     def warm_up(self) -> None:
-        """Do before the first request what would slow it down. Runs one sample item, where there are samples."""
+        """Do work that would delay the first request. By default, run one sample item, if there are sample items."""
         if items := self.sample_items(1, 1):
             self.run_inference(items)
 
-    def move_to(self, device: str) -> None:  # noqa: B027  # a hook: doing nothing is right for most
-        """Move the model to another device, such as ``cuda`` after a snapshot taken without one; no batch is running.
+    def move_to(self, device: str) -> None:  # noqa: B027  # a hook: most pipelines need nothing here
+        """Move the model to another device, such as ``cuda`` after a snapshot was restored. No batch runs meanwhile.
 
         Does nothing by default.
         """
 
-    def on_volume_reload(self) -> None:  # noqa: B027  # a hook: doing nothing is right for most
-        """Act on new contents of the mounted volumes. Does nothing by default."""
+    def on_volume_reload(self) -> None:  # noqa: B027  # a hook: most pipelines need nothing here
+        """React to new contents of the mounted volumes. Does nothing by default."""

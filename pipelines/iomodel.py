@@ -1,7 +1,7 @@
-"""What goes into a pipeline and what comes out: the models that users build on.
+"""The input and output models that users build on.
 
-`SyncInputModel` and `AsyncInputModel` take any message. Parametrised, as in ``AsyncInputModel[SentimentRequest]``, they
-validate it too, which is how the body of an HTTP request is checked.
+`SyncInputModel` and `AsyncInputModel` take any message. With a parameter, as in ``AsyncInputModel[SentimentRequest]``,
+they also validate it; the body of an HTTP request is validated like this.
 """
 
 from typing import Annotated, Any, Generic
@@ -12,8 +12,8 @@ from typing_extensions import TypeVar
 
 MessageT = TypeVar("MessageT", default=Any)
 
-LONGEST_LIFE_S = 315_360_000
-"""Ten years: no job waits longer."""
+MAX_EXPIRES_IN_S = 315_360_000
+"""Ten years: the most that `AsyncInputModel.expires_in` accepts."""
 
 
 def _check_printable(name: str) -> str:
@@ -25,15 +25,15 @@ def _check_printable(name: str) -> str:
 
 
 QueueName = Annotated[str, Field(min_length=1), AfterValidator(_check_printable)]
-"""The name of a queue: printable characters, at least one, because not every queue and store can keep others."""
+"""The name of a queue: one or more printable characters, because not all queues and stores accept others."""
 
 
 IdempotencyKey = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_check_printable)]
-"""What tells the repetitions of one request: printable characters, at least one."""
+"""A key that all repetitions of one request share: one or more printable characters."""
 
 
 class AnyInput(BaseModel):
-    """An item of a pipeline that declares no `input_model`: any JSON object, its fields readable as attributes."""
+    """An item of a pipeline without its own `input_model`: any JSON object, with its fields as attributes."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -47,7 +47,7 @@ class SyncInputModel(BaseModel, Generic[MessageT]):
 
 
 class AsyncInputModel(BaseModel, Generic[MessageT]):
-    """One item whose result is kept, and sent to a queue where one is named."""
+    """One item whose result is stored, and sent to a queue if one is named."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -56,12 +56,12 @@ class AsyncInputModel(BaseModel, Generic[MessageT]):
         default=None, description="Where the result is sent; null sends it nowhere."
     )
     failure_queue: QueueName | None = Field(default=None, description="Where an error is sent; null sends it nowhere.")
-    meta: dict[str, Any] = Field(default={}, description="Yours: returned with the result as it is.")
+    meta: dict[str, Any] = Field(default={}, description="Your own data: returned with the result, unchanged.")
     idempotency_key: IdempotencyKey | None = Field(
-        default=None, description="Of requests with the same key, only the first becomes a job; all get its id."
+        default=None, description="Of requests with the same key, only the first becomes a job; all get its job id."
     )
     expires_in: PositiveFloat | None = Field(
-        default=None, le=LONGEST_LIFE_S, description="Seconds from now: a job that has not ended by then expires."
+        default=None, le=MAX_EXPIRES_IN_S, description="Seconds from now: a job that has not ended by then expires."
     )
 
 
@@ -72,7 +72,7 @@ class AsyncOutputModel(BaseModel):
 
 
 class InferenceOutputModel(BaseModel):
-    """One item's result. Pipelines return subclasses of it, or add fields as they please."""
+    """The result of one item. Pipelines return subclasses of it, or add any fields."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -82,6 +82,6 @@ class InferenceOutputModel(BaseModel):
 
 
 class DelayedFailureOutputModel(InferenceOutputModel):
-    """The result of an asynchronous item that failed, together with what was asked for."""
+    """The result of an asynchronous item that failed, together with its request."""
 
     original_message: AsyncInputModel

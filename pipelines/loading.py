@@ -1,4 +1,4 @@
-"""Finds, loads and places a sequence-classification model of the transformers library, silently."""
+"""Loads a sequence-classification model of the transformers library onto a device, and prints nothing."""
 
 import inspect
 import logging
@@ -35,7 +35,7 @@ _quieting = threading.Lock()
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A classifier in evaluation mode with its tokenizer; `dtype` is that of the stored weights."""
+    """A classifier in evaluation mode with its tokenizer; `dtype` is the number format of the stored weights."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -50,21 +50,21 @@ class Checkpoint:
 
     @property
     def inputs(self) -> frozenset[str]:
-        """The names of the tensors that the tokenizer makes and the model takes."""
+        """The names of the tensors that the tokenizer makes and that the model takes."""
         accepted = inspect.signature(self.model.forward).parameters
         return frozenset(accepted) & frozenset(self.tokenizer.model_input_names)
 
     @property
     def max_length(self) -> int:
-        """How many tokens the model can take: the least of what tokenizer and model say, else `DEFAULT_MAX_LENGTH`."""
+        """How many tokens the model takes: the least limit of tokenizer and model, else `DEFAULT_MAX_LENGTH`."""
         limits = [self.tokenizer.model_max_length, _positions(self.model)]
-        # A tokenizer that knows no limit says 10**30.
+        # A tokenizer without a limit has 10**30.
         return min((limit for limit in limits if limit and limit < 10**9), default=DEFAULT_MAX_LENGTH)
 
 
 def _positions(model: PreTrainedModel) -> int | None:
     for name, module in model.named_modules():
-        # RoBERTa and its kin count positions from behind the padding token's, so not all rows of the table are usable.
+        # RoBERTa and similar models count positions from the one after the padding token, so some rows are not used.
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.num_embeddings - module.padding_idx - 1
     limit: int | None = getattr(model.config, "max_position_embeddings", None)
@@ -72,9 +72,9 @@ def _positions(model: PreTrainedModel) -> int | None:
 
 
 def load_checkpoint(entry: ClassifierEntry, models_folder: Path, device: torch.device, dtype: str) -> Checkpoint:
-    """Load what `entry` names and put it on `device`. Prints nothing.
+    """Load the model of `entry` onto `device`. Prints nothing.
 
-    Raises `ModelLoadError` with the place and a remedy when the model cannot be found, read or used.
+    Raises `ModelLoadError`, with the location and a remedy, if the model cannot be found, read or used.
     """
     source, is_folder = _locate(entry, models_folder)
     place = f"the folder {source}" if is_folder else f"the hub's {source!r}"
@@ -88,7 +88,7 @@ def load_checkpoint(entry: ClassifierEntry, models_folder: Path, device: torch.d
                 source, config=config, dtype=dtype_for(device, dtype, stored_dtype), output_loading_info=True, **where
             )
             model = model.to(device)
-    except Exception as error:  # the libraries raise every kind, down to bare Exception
+    except Exception as error:  # the libraries raise exceptions of any class, even bare Exception
         raise ModelLoadError(_explain_failure(error, entry, place, models_folder, is_folder=is_folder)) from error
     checkpoint = Checkpoint(model.eval(), tokenizer, stored_dtype, source)
     _check_usable(checkpoint, place, report["missing_keys"])
@@ -96,7 +96,7 @@ def load_checkpoint(entry: ClassifierEntry, models_folder: Path, device: torch.d
 
 
 def _locate(entry: ClassifierEntry, models_folder: Path) -> tuple[str, bool]:
-    """Where the model lies, and whether that is a folder rather than a name on the hub."""
+    """The location of the model, and whether that is a folder rather than a name on the hub."""
     if entry.model_path == BUNDLED:
         candidates = [BUNDLED_FOLDER]
     else:
@@ -127,7 +127,7 @@ def _explain_failure(
         return (
             f"cannot load a text classifier from {place}: {reason}. It needs config.json, tokenizer.json and "
             "model.safetensors of a sequence-classification model, as save_pretrained() writes them: if they are "
-            "there, copy them anew"
+            "there, copy them again"
         )
     return (
         f"cannot load a text classifier from {place}: {reason}. If a folder was meant by model_path "
@@ -144,33 +144,33 @@ def _check_usable(checkpoint: Checkpoint, place: str, missing_weights: list[str]
         )
     if len(checkpoint.labels) < 2:
         raise ModelLoadError(
-            f"the model in {place} tells no classes apart: its config.json has {len(checkpoint.labels)} label. Use a "
+            f"the model in {place} is no classifier: its config.json has {len(checkpoint.labels)} label. Use a "
             "classifier with two labels or more"
         )
-    # Without its file, transformers makes up a tokenizer that knows no word.
+    # If its file is missing, transformers makes a tokenizer without any words.
     if len(checkpoint.tokenizer) <= len(set(checkpoint.tokenizer.all_special_ids)):
-        raise ModelLoadError(f"the tokenizer in {place} has no vocabulary. Add the tokenizer.json of this very model")
+        raise ModelLoadError(f"the tokenizer in {place} has no vocabulary. Add the tokenizer.json of this model")
     if checkpoint.tokenizer.pad_token_id is None:
         raise ModelLoadError(
             f"the tokenizer in {place} has no padding token, so texts of different lengths make no batch. Set "
             '"pad_token" in its tokenizer_config.json to a token of its vocabulary that the model was padded with'
         )
-    # Decoder models find a text's last token by it.
+    # Decoder models use it to find the last token of a text.
     if checkpoint.model.config.pad_token_id is None:
         checkpoint.model.config.pad_token_id = checkpoint.tokenizer.pad_token_id
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Let transformers and the hub's client print nothing; on leaving, whatever was set before holds again.
+    """Make transformers and the hub's client print nothing, and restore their settings at the end.
 
-    The switches belong to the process, so one thread at a time is let in.
+    The settings are global to the process, so only one thread at a time runs the block.
     """
     with _quieting:
         verbosity = transformers_logging.get_verbosity()
         bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
         transformers_logging.set_verbosity(logging.ERROR)
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the library leaves it untyped
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the library has no type for it
         try:
             yield
         finally:
@@ -182,9 +182,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu, mps, cuda, cuda:N) stands for on this machine.
+    """The device of this machine that `name` (auto, cpu, mps, cuda, cuda:N) means.
 
-    Raises `ModelLoadError` when there is no such name, or this machine or this build of torch does not have it.
+    Raises `ModelLoadError` for another name, or if this machine or this build of torch has no such device.
     """
     if not re.match(DEVICE_PATTERN, name):
         raise ModelLoadError(f"device {name!r} is not auto, cpu, mps, cuda or cuda:N")
@@ -203,7 +203,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def dtype_for(device: torch.device, name: str, stored: torch.dtype) -> torch.dtype:
-    """The number format to compute in; ``auto`` is float32 on a CPU, where half precision is slow, else as `stored`."""
+    """The number format to compute in. ``auto`` is float32 on a CPU, where half precision is slow, else `stored`."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else stored
     dtype: torch.dtype = getattr(torch, name)

@@ -1,4 +1,4 @@
-"""The sentiment pipeline: any sequence-classification model of the transformers library, by default the bundled one."""
+"""The sentiment pipeline, for any sequence-classification model of the transformers library."""
 
 from itertools import cycle, islice
 from pathlib import Path
@@ -45,7 +45,7 @@ class SentimentRequest(BaseModel):
         str,
         AfterValidator(_check_text),
         Field(
-            description="Not blank. What goes beyond the model's limit of tokens is not read (`truncated`).",
+            description="Not blank. Tokens beyond the model's limit are not read (`truncated`).",
             json_schema_extra={"minLength": 1, "maxLength": MAX_TEXT_CHARACTERS, "examples": ["What a lovely day!"]},
         ),
     ]
@@ -59,26 +59,25 @@ class SentimentResponse(InferenceOutputModel):
     truncated: bool = Field(
         default=False,
         exclude_if=lambda truncated: not truncated,
-        description="True where the text was longer than the model's limit, and only its beginning was read.",
+        description="True if the text was longer than the model's limit, so that only its beginning was read.",
     )
 
 
 class SentimentPipeline(InferencePipeline):
     """Classifies texts with a transformers model.
 
-    Keys of its entry: ``model_path`` (``bundled`` by default; a folder, absolute or in `all_model_data_folder` or in
-    the working directory; or a model's name on the Hugging Face hub), ``max_length`` (tokens a text is cut to, the
-    model's own limit by default), ``revision`` (of a model on the hub). `common_settings`: ``device``, ``dtype``
-    (``auto``: float32 on a CPU, elsewhere that of the stored weights) and ``threads``, which holds for the whole
-    process.
+    Keys of its entry: ``model_path`` (``bundled``, the default; a folder, absolute or in `all_model_data_folder` or in
+    the working directory; or a model's name on the Hugging Face hub), ``max_length`` (the number of tokens that a text
+    is truncated to, by default the model's limit), and ``revision`` (of a model on the hub). Keys of `common_settings`:
+    ``device``, ``dtype`` (``auto``: float32 on a CPU, elsewhere that of the stored weights), and ``threads``, for the
+    whole process.
 
-    Constructing it loads the model, silently, and raises `ModelLoadError` where that is impossible. Batches may be in
-    different stages on different threads.
+    The constructor loads the model and prints nothing. It raises `ModelLoadError` if the model cannot be loaded.
+    Batches may be in different stages on different threads.
     """
 
     input_model: ClassVar[type[BaseModel]] = SentimentRequest
     output_model: ClassVar[type[InferenceOutputModel]] = SentimentResponse
-    deterministic: ClassVar[bool] = True
 
     def __init__(
         self, model_name: str, all_model_data_folder: str, common_settings: dict[str, Any], **model_entry: Any
@@ -109,11 +108,11 @@ class SentimentPipeline(InferencePipeline):
         return self._model.dtype
 
     def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
-        """Tokenize, and pad to the longest: ``tensors`` of shape (batch, length) on the CPU, ``truncated`` by item."""
+        """Tokenize and pad to the longest: ``tensors`` (batch, length) on the CPU, and ``truncated`` for each item."""
         encoded = self._encoder.encode([cast("SentimentRequest", item).text for item in input_list])
         length = max(map(len, encoded.ids))
         if self.device.type == "cuda":
-            # Tensor cores take multiples of 8; a model's own limit may be none.
+            # Tensor cores need multiples of 8; the limit of a model may be no multiple of 8.
             length = max(length, min(-(-length // 8) * 8, self.max_length))
         rows = {"input_ids": (encoded.ids, self._checkpoint.tokenizer.pad_token_id)}
         if "attention_mask" in self._inputs:
@@ -126,7 +125,7 @@ class SentimentPipeline(InferencePipeline):
 
     def predict(
         self,
-        input_list: list[BaseModel],  # noqa: ARG002  # part of the contract
+        input_list: list[BaseModel],  # noqa: ARG002  # part of the interface
         preprocessed_data: dict[str, Any],
     ) -> dict[str, Any]:
         """Run the model: ``probabilities`` of shape (batch, labels), float32 on the CPU."""
@@ -140,13 +139,13 @@ class SentimentPipeline(InferencePipeline):
 
     def postprocess(
         self,
-        input_list: list[BaseModel],  # noqa: ARG002  # part of the contract
+        input_list: list[BaseModel],  # noqa: ARG002  # part of the interface
         raw_output: dict[str, Any],
     ) -> list[InferenceOutputModel]:
         """The most probable label of each text.
 
-        By numpy, because a reduction of torch's in the thread of the outer stages starts OpenMP threads of its own.
-        With more of them than cores, libgomp hardly spins between parallel regions, and `predict` takes 15 % longer.
+        It uses numpy, because a reduction by torch in a second thread would start more OpenMP threads. With more of
+        them than cores, libgomp sleeps between parallel regions instead of spinning, and `predict` takes 15 % longer.
         """
         probabilities = raw_output["probabilities"].numpy()
         labels, confidences = probabilities.argmax(axis=-1), probabilities.max(axis=-1)
@@ -158,10 +157,10 @@ class SentimentPipeline(InferencePipeline):
         ]
 
     def item_size(self, item: BaseModel) -> int:
-        """Count the tokens of a text, special tokens included, by its words: about 15 microseconds for 35 words.
+        """Count the tokens of a text, special tokens included, from its words: about 15 microseconds for 35 words.
 
-        On the 4,000 texts of the benchmark corpus it is never off by more than one token with the bundled model, whose
-        tokens end where words do. Words that are not in its vocabulary take 10 microseconds more when they first come.
+        With the bundled model, the error on the 4,000 texts of the benchmark corpus is at most one token. A word
+        outside the vocabulary takes 10 microseconds more the first time.
         """
         return self._counter.count(cast("SentimentRequest", item).text)
 
@@ -178,9 +177,9 @@ class SentimentPipeline(InferencePipeline):
         return f"{super().device_name()}, {self.device.type}, {torch.get_num_threads()} threads, {self.dtype}"
 
     def move_to(self, device: str) -> None:
-        """Move the model to `device`; with dtype ``auto`` its number format becomes what suits the device.
+        """Move the model to `device`; with dtype ``auto`` its number format is chosen for that device.
 
-        Raises `ModelLoadError` when there is no such device.
+        Raises `ModelLoadError` if there is no such device.
         """
         target = choose_device(device)
         dtype = dtype_for(target, self._dtype_name, self._checkpoint.dtype)

@@ -1,4 +1,4 @@
-"""Tells how many tokens a text has in some microseconds, by remembering the tokens of words."""
+"""Counts the tokens of a text in some microseconds, from remembered token counts of words."""
 
 import re
 from itertools import islice
@@ -7,33 +7,33 @@ from typing import cast
 from modalkit.pipelines.tokenization import TextEncoder
 
 VOCABULARY_WORDS = 20_000
-REMEMBERED_WORDS = 200_000
-UNKNOWN_WORDS_A_TEXT = 16
+MAX_REMEMBERED_WORDS = 200_000
+MAX_NEW_WORDS = 16  # that are looked up for one text
 CHARACTERS_PER_TOKEN = 4  # in words that are not looked up
 
 WORDS_AND_MARKS = re.compile(r"\w{1,32}|[^\w\s]")
-WHAT_SPACES_SEPARATE = re.compile(r"\S{1,32}")
+WORDS_BETWEEN_SPACES = re.compile(r"\S{1,32}")
 MARKED_WORDS = ["well,", "don't", "(good)", "2.5", '"no!"', "up-to-date..."]
 
 
 class TokenCounter:
-    """Counts the tokens of texts for one tokenizer; not thread-safe, though the tokenizer may be in use elsewhere.
+    """Counts the tokens of texts for one tokenizer. Not thread-safe, but other threads may use the tokenizer.
 
-    A text is as long as what its spaces separate. Where the tokenizer treats punctuation marks as words of their own,
-    as BERT's does, so do we, which leaves fewer words to remember. Words of the vocabulary are looked up once at the
-    start, others when they first come, some ten microseconds each; those of a text beyond a limit are estimated by
-    their characters.
+    The count of a text is the sum of the counts of its words, which spaces separate. If the tokenizer treats
+    punctuation marks as words, as BERT's does, so does the counter; then there are fewer different words. Words of the
+    vocabulary are looked up once at the start, others when they first occur, which takes about ten microseconds each.
+    If a text has more than `MAX_NEW_WORDS` new words, the rest are estimated from their characters.
     """
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
         self._known: dict[str, int] = {}
-        self._words = (WORDS_AND_MARKS if self._marks_are_words() else WHAT_SPACES_SEPARATE).findall
+        self._words = (WORDS_AND_MARKS if self._marks_are_words() else WORDS_BETWEEN_SPACES).findall
         self._learn([word for word in encoder.vocabulary(VOCABULARY_WORDS) if word.isalnum()])
 
     def count(self, text: str) -> int:
         """The tokens of a text that the model reads, special tokens included: from 1 to the encoder's `max_length`."""
-        # Hardly a token has more characters than that: what lies beyond would not change the answer.
+        # Few tokens have more than 10 characters, so the text after that does not change the result.
         text = text[: 10 * self._encoder.max_length]
         words = self._words(text.lower() if self._encoder.lowercases else text)
         known: list[int | None] = list(map(self._known.get, words))
@@ -46,10 +46,10 @@ class TokenCounter:
 
     def _look_up(self, words: list[str]) -> list[int]:
         unknown = {word: None for word in words if word not in self._known}
-        self._learn(list(islice(unknown, UNKNOWN_WORDS_A_TEXT)))
+        self._learn(list(islice(unknown, MAX_NEW_WORDS)))
         return [self._known.get(word) or 1 + len(word) // CHARACTERS_PER_TOKEN for word in words]
 
     def _learn(self, words: list[str]) -> None:
-        if len(self._known) + len(words) > REMEMBERED_WORDS:
+        if len(self._known) + len(words) > MAX_REMEMBERED_WORDS:
             self._known.clear()
         self._known.update(zip(words, self._encoder.word_lengths(words), strict=True))

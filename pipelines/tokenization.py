@@ -1,4 +1,4 @@
-"""Text to token ids for one model: truncated to its limit, with the truncation made known, on any thread."""
+"""Turns texts into token ids for one model, truncated to its limit, on any thread."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from operator import itemgetter
 
 from transformers import PreTrainedTokenizerBase
 
-FEW = 32  # words are sooner encoded one by one than handed to the tokenizer's threads
+MIN_PARALLEL_WORDS = 32  # fewer words are encoded faster one by one than by the tokenizer's threads
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedTexts:
-    """The tokens of a batch of texts, not padded; `type_ids` is None where they are all 0."""
+    """The tokens of a batch of texts, not padded; `type_ids` is None if they are all 0."""
 
     ids: list[list[int]]
     type_ids: list[list[int]] | None
@@ -21,10 +21,10 @@ class EncodedTexts:
 class TextEncoder:
     """Tokenizes for a model that takes at most `max_length` tokens, special tokens included.
 
-    Owns the tokenizer from then on: calling it directly, as in ``tokenizer(text)``, would change the truncation that is
-    set here once, and from another thread would fail. `encode` may be called from several threads at once.
+    No other code may call the tokenizer afterwards: ``tokenizer(text)`` would change the truncation that is set here
+    once, and would fail from another thread. `encode` may be called from several threads at once.
 
-    Raises `ValueError` when `max_length` leaves no room for text.
+    Raises `ValueError` if `max_length` leaves no room for text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -41,22 +41,22 @@ class TextEncoder:
 
     @property
     def lowercases(self) -> bool:
-        """Whether capital letters make no difference."""
+        """Whether the tokenizer ignores the case of letters."""
         normalizer = self._tokenizer.backend_tokenizer.normalizer if self._tokenizer.is_fast else None
         return normalizer is not None and normalizer.normalize_str("A") == "a"
 
     def vocabulary(self, count: int) -> list[str]:
-        """The first `count` entries of the vocabulary, without what marks the beginning of a word."""
+        """The first `count` entries of the vocabulary, without the mark for the beginning of a word."""
         by_id = sorted(self._tokenizer.get_vocab().items(), key=itemgetter(1))
         return [word.lstrip("Ġ▁") for word, _ in by_id[:count]]
 
     def word_lengths(self, words: list[str]) -> list[int]:
-        """How many tokens each word has in a text, where it comes after a space."""
+        """How many tokens each word has in a text, after a space."""
         spaced = [f" {word}" for word in words]
         if not self._tokenizer.is_fast:
             return [len(self._tokenizer.tokenize(word)) for word in spaced]
         backend = self._tokenizer.backend_tokenizer
-        if len(spaced) < FEW:
+        if len(spaced) < MIN_PARALLEL_WORDS:
             return [len(backend.encode(word, add_special_tokens=False).ids) for word in spaced]
         return [len(encoding.ids) for encoding in backend.encode_batch(spaced, add_special_tokens=False)]
 
@@ -64,7 +64,7 @@ class TextEncoder:
         backend = tokenizer.backend_tokenizer
         backend.no_padding()
         backend.enable_truncation(self.max_length, direction=tokenizer.truncation_side)
-        # The fast variant leaves out the offsets of tokens in the text, which a classifier has no use for.
+        # The fast variant leaves out the offsets of tokens in the text, which a classifier does not need.
         encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)
         typed = any(backend.encode("a").type_ids)
 
@@ -73,14 +73,14 @@ class TextEncoder:
             return EncodedTexts(
                 ids=[encoding.ids for encoding in encodings],
                 type_ids=[encoding.type_ids for encoding in encodings] if typed else None,
-                # Only a text that fills the limit can have an overflow, and asking for it copies it.
+                # Only a text that fills the limit can have an overflow, and `overflowing` makes a copy.
                 truncated=[len(e) >= self.max_length and bool(e.overflowing) for e in encodings],
             )
 
         return encode
 
     def _python_encoder(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], EncodedTexts]:
-        """For the few models whose tokenizer exists in Python only, such as BERTweet."""
+        """The encoder for the few models whose tokenizer exists in Python only, such as BERTweet."""
 
         def encode(texts: list[str]) -> EncodedTexts:
             encoded = tokenizer(texts, truncation=True, max_length=self.max_length, return_token_type_ids=True)

@@ -1,1 +1,1 @@
-"""The worker around a pipeline, and its doors: HTTP, command line and Modal."""
+"""The worker around a pipeline, and its frontends: HTTP, command line and Modal."""

@@ -1,4 +1,4 @@
-"""The root of the errors that `service` raises; each part derives its own from it."""
+"""Errors that several parts of `service` use, their root, and errors as text."""
 
 from enum import StrEnum
 from typing import Any
@@ -71,7 +71,7 @@ class PipelineOutputError(ServiceError):
 
 
 class RemoteItemError(ServiceError):
-    """Raised here for an item that failed in another process; `error_type` is the class of its error there."""
+    """Raised for an item that failed in another process; `error_type` is the class of the error that it had there."""
 
     def __init__(self, message: str, error_type: str) -> None:
         super().__init__(message)
@@ -79,19 +79,19 @@ class RemoteItemError(ServiceError):
 
 
 class RemoteCallError(ServiceError):
-    """Raised when a call of another process did not come back with a result, however often it was tried."""
+    """Raised when a call of another process had no result after all its attempts."""
 
 
 class RemoteTimeoutError(RemoteCallError):
-    """Raised when a call of another process took longer than it may."""
+    """Raised when a call of another process exceeded its time limit."""
 
 
 class ContainerFaultError(ServiceError):
-    """Raised by a call that this container cannot answer, for it to be run again in another one."""
+    """Raised by a call that this container cannot run, so that it is run again in another container."""
 
 
 class DeviceFaultError(ContainerFaultError):
-    """Raised by a call whose items ran into a fault of the container's device."""
+    """Raised by a call whose items failed by a fault of the container's device."""
 
     def __init__(self, fault: str) -> None:
         super().__init__(f"the device of this container is broken: {fault}")
@@ -103,7 +103,7 @@ class NotAvailableError(ServiceError):
 
 
 class OutputNotJsonError(ServiceError):
-    """Raised for an item whose output holds what JSON cannot: a NumPy number, bytes, half of a surrogate pair."""
+    """Raised for an output that JSON cannot hold: with a NumPy number, bytes, or half of a surrogate pair."""
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(
@@ -113,9 +113,9 @@ class OutputNotJsonError(ServiceError):
 
 
 def describe_error(error: BaseException) -> str:
-    """One line for whoever gets the error as text: ours speak for themselves, others need the name of their class.
+    """The error as text for callers: its message, after the name of its class unless it is an error of modalkit.
 
-    Never raises, whatever the error is. What it returns can be written as UTF-8, in at most `MAX_ERROR_BYTES`.
+    Never raises, whatever the error is. The text can be written as UTF-8, in at most `MAX_ERROR_BYTES`.
     """
     kind, text = type(error), error_text(error)
     if not issubclass(kind, ServiceError | BatchingError | PipelineError):
@@ -132,7 +132,7 @@ def error_text(error: BaseException) -> str:
 
 
 def describe_value(value: object) -> str:
-    """The beginning of a user's value, as code. Never raises."""
+    """The beginning of the ``repr`` of a user's value. Never raises."""
     try:
         return _plain(repr(value))[:100]
     except BaseException:  # noqa: BLE001  # a user's own class, whose __repr__ may do anything
@@ -140,7 +140,7 @@ def describe_value(value: object) -> str:
 
 
 def cut_text(text: str) -> str:
-    """A text that UTF-8 can hold, in at most `MAX_ERROR_BYTES`; one that is cut ends with how much is missing."""
+    """A text that UTF-8 can hold, in at most `MAX_ERROR_BYTES`; a cut text ends with the number of cut characters."""
     encoded = text[:MAX_ERROR_BYTES].encode(errors="backslashreplace")
     if len(text) <= MAX_ERROR_BYTES and len(encoded) <= MAX_ERROR_BYTES:
         return encoded.decode()
@@ -149,7 +149,7 @@ def cut_text(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """The text as a plain `str`, of a subclass whose methods may do anything."""
+    """The text as a plain `str`; the methods of a subclass of `str` may do anything."""
     return str.__getitem__(text, slice(None))
 
 

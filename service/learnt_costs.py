@@ -1,6 +1,15 @@
-"""What one pipeline's batches cost: read from a file or measured at start, and kept at the end."""
+"""The batch costs of one pipeline: read from a file or measured at start, and written to the file at the end.
 
+The file is JSON, with a table for each model and device.
+"""
+
+import fcntl
+import hashlib
+import json
 import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from anyio import CancelScope, to_thread
 from pydantic import BaseModel
@@ -8,12 +17,33 @@ from pydantic import BaseModel
 from modalkit.batching import BatchScheduler, CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, Measurement, undisturbed
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
-from modalkit.service.cost_tables import CostKey, load_costs, save_costs
 from modalkit.service.errors import describe_error
 from modalkit.service.pipeline_batches import is_too_large
 from modalkit.service.settings import BatchConfig
 
 logger = logging.getLogger(__name__)
+
+FILE_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CostKey:
+    """What a cost table belongs to: a pipeline's class, a model with the arguments of its entry, and a device."""
+
+    pipeline: str
+    model: str
+    device: str
+
+    @classmethod
+    def of(cls, pipeline: InferencePipeline) -> "CostKey":
+        """The key of a loaded pipeline."""
+        kind = type(pipeline)
+        entry = json.dumps(pipeline.model_entry, sort_keys=True, default=str)  # may hold a token: only its hash is kept
+        return cls(
+            pipeline=f"{kind.__module__}:{kind.__qualname__}",
+            model=f"{pipeline.model_name} {hashlib.sha256(entry.encode()).hexdigest()[:16]}",
+            device=pipeline.device_name(),
+        )
 
 
 class LearntCosts:
@@ -33,13 +63,13 @@ class LearntCosts:
         self._config = batch_config.calibration
         self._calibrate = calibrate and self._config.enabled
         self._key: CostKey | None = None
-        # Whether what is known is worth keeping: costs that were not fully measured would never be measured again.
+        # Whether the costs are worth keeping: incomplete ones in the file would prevent a later measurement.
         self._is_complete = not self._config.enabled
 
     async def learn(self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel]) -> None:
         """Read the costs from the configured file, or measure them in the scheduler's thread.
 
-        Whatever goes wrong is logged as a warning: real batches will teach the model all the same.
+        Errors are logged as warnings, because real batches teach the model too.
         """
         path = self._config.path
         if path is not None:
@@ -51,7 +81,7 @@ class LearntCosts:
             await self.keep()
 
     async def keep(self) -> None:
-        """Write the costs to the configured file, if any; not cut short by cancellation."""
+        """Write the costs to the configured file, if any; cancellation does not interrupt it."""
         path, key = self._config.path, self._key
         if path is not None and key is not None and self._is_complete and self.model.observed:
             with CancelScope(shield=True):
@@ -75,20 +105,84 @@ class LearntCosts:
             max_s=self._config.max_seconds,
             is_too_large=is_too_large,
         )
-        # No shape is begun that would end too late, and none is expected to take longer than any batch may.
+        # No shape starts that would end too late, and none should take longer than a batch may.
         limit_s = self._config.max_seconds + self._batch_config.batch_timeout_seconds
         try:
             await scheduler.run_in_thread(lambda: measured.extend(calibration.measure()), limit_s)
         except Exception as error:  # noqa: BLE001  # user code may raise anything, and real batches teach the model too
-            self._warn("measuring what batches cost ended early, the first real batches will tell", error)
+            self._warn("measuring batch costs ended early; the first real batches teach them", error)
         else:
-            # What had no time has none at the next start either; what failed may run then.
+            # Shapes without time now have none at the next start either; those that failed may run then.
             self._is_complete = calibration.failure is None
         if (failure := calibration.failure) is not None:
-            self._warn(f"what items of size {failure.size} and more cost is not known, as one failed", failure.error)
+            self._warn(
+                f"the costs of items of size {failure.size} and more are not known, because one failed", failure.error
+            )
         for shape in undisturbed(measured):
             if shape.seconds > 0:
                 self.model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
 
     def _warn(self, what: str, error: Exception) -> None:
         logger.warning("%s: %s (%s)", self._pipeline.model_name, what, describe_error(error))
+
+
+def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
+    """Load the costs for `key` from the file at `path` into `model`; returns whether there are any.
+
+    A file that cannot be read, or a table of another device, causes a warning and is not used.
+    """
+    tables = _read(path)
+    for table in tables:
+        if table["key"] == asdict(key):
+            try:
+                model.restore(table["costs"])
+            except (KeyError, ValueError) as error:
+                logger.warning("%s: the costs of %s are damaged (%s): measuring again", path, key.model, error)
+                return False
+            return True
+    others = [
+        str(table["key"].get("device")) for table in tables if {**table["key"], "device": key.device} == asdict(key)
+    ]
+    if others:
+        logger.warning(
+            "%s: the costs of %s were measured on another device (%s; this is %s): measuring again",
+            path,
+            key.model,
+            ", ".join(others),
+            key.device,
+        )
+    return False
+
+
+def save_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> None:
+    """Write the costs of `key` into the file, beside those of other keys; an error is logged, not raised.
+
+    Several threads and processes may do so concurrently; readers see the old file or the new one.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f"{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            tables = [table for table in _read(path) if table["key"] != asdict(key)]
+            tables.append({"key": asdict(key), "costs": model.state()})
+            try:
+                partial.write_text(json.dumps({"version": FILE_VERSION, "tables": tables}, indent=1), encoding="utf-8")
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s: batch costs cannot be kept (%s); the next start measures them again", path, error)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != FILE_VERSION:
+            raise ValueError(f"version {content['version']!r} is not {FILE_VERSION}")  # noqa: TRY301  # one warning for all
+        return [table for table in content["tables"] if isinstance(table, dict) and isinstance(table.get("key"), dict)]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s: no file of batch costs (%s: %s): measuring again", path, type(error).__name__, error)
+        return []

@@ -1,7 +1,10 @@
-"""Turns the names in the configuration (`"module:Class"`) into the objects they stand for."""
+"""Makes the objects that the configuration names: models, queue backends, job stores."""
 
 import importlib
+import importlib.util
 import inspect
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -22,17 +25,57 @@ from modalkit.service.settings import AsyncConfig, ModelEntry, QueueConfig, Sett
 
 T = TypeVar("T")
 
+_FORMER_PACKAGES = ("batching", "benchmarks", "pipelines", "service")
+
 
 class LoadError(ServiceError):
     """Raised when a class that the configuration names cannot be imported, is of the wrong kind, or cannot be built."""
 
 
-def import_object(path: str, key: str) -> Any:
-    """Import what `"module:Class"` names; `key` is where the configuration says so, for the error message.
+def find_top_module(name: str, folder: Path | None) -> ModuleSpec | None:
+    """Where Python finds a top-level module, or else where it is in the `folder`; imports nothing."""
+    try:
+        found = importlib.util.find_spec(name)
+    except ValueError:  # a module that is loaded and has no __spec__
+        found = None
+    return found or (None if folder is None else PathFinder.find_spec(name, [str(folder)]))
 
-    Raises `LoadError`.
+
+def current_name(module_name: str, folder: Path | None = None) -> str:
+    """The name by which to import a module that the configuration names; imports nothing.
+
+    modalkit's own packages used to be at the top level, and configurations still say `pipelines.sentiment`: that means
+    `modalkit.pipelines.sentiment`, unless Python, or else the `folder`, has another module of that name.
     """
+    top, *inner = module_name.split(".")
+    if top not in _FORMER_PACKAGES:
+        return module_name
+    own = _find_inner(importlib.util.find_spec("modalkit"), [top, *inner])
+    found = _find_inner(find_top_module(top, folder), inner)
+    if own is None or (found is not None and not _is_same_file(found, own)):
+        return module_name
+    return f"modalkit.{module_name}"
+
+
+def _find_inner(package: ModuleSpec | None, names: list[str]) -> ModuleSpec | None:
+    for name in names:
+        if package is None or package.submodule_search_locations is None:
+            return None
+        package = PathFinder.find_spec(f"{package.name}.{name}", list(package.submodule_search_locations))
+    return package
+
+
+def _is_same_file(one: ModuleSpec, other: ModuleSpec) -> bool:
+    """Whether both lead to one file, as they do in modalkit's own folder, by its links."""
+    return (
+        None not in (one.origin, other.origin) and Path(str(one.origin)).resolve() == Path(str(other.origin)).resolve()
+    )
+
+
+def import_object(path: str, key: str) -> Any:
+    """Import the object at `"module:Class"`. Raises `LoadError`, whose message begins with `key`, a setting's path."""
     module_name, _, attribute = path.partition(":")
+    module_name = current_name(module_name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -59,10 +102,10 @@ def import_class(path: str, key: str, base: type[T]) -> type[T]:
 
 
 class ModelSource:
-    """One entry of ``model_settings.model_entries``: its classes are imported at once, its weights by `load`.
+    """One entry of ``model_settings.model_entries``. The constructor imports its classes, `load` reads its weights.
 
-    An `implementation` goes before the class that the entry names, and needs no entry. Raises `UnknownModelError` for a
-    name with neither, and `LoadError` for a class that cannot be imported.
+    An `implementation` is used in place of the class that the entry names, and needs no entry. Raises
+    `UnknownModelError` for a name with neither, and `LoadError` for a class that cannot be imported.
     """
 
     def __init__(
@@ -92,9 +135,9 @@ class ModelSource:
             self.output_model = import_class(entry.output_model, f"{self._key}.output_model", InferenceOutputModel)
 
     def load(self, device: str | None = None) -> InferencePipeline:
-        """Build the pipeline: reads weights, takes seconds, and may run in any thread. Raises `LoadError`.
+        """Construct the pipeline, which takes seconds; may run in any thread. Raises `LoadError`.
 
-        A `device` goes before that of ``model_settings.common``.
+        A `device` is used in place of that of ``model_settings.common``.
         """
         common = dict(self._settings.common)
         if device is not None:
@@ -108,8 +151,8 @@ class ModelSource:
             raise LoadError(f"{self._key}: {name} cannot be loaded: {text}") from error
 
 
-class _Nowhere:
-    """Takes messages and sends them nowhere: for a route to ``none``, whose results are kept with their jobs."""
+class _DiscardingBackend:
+    """The backend of a route to ``none``: it sends nothing, because the results are kept with their jobs."""
 
     async def send_message(self, queue_name: str, message: str) -> bool:  # noqa: ARG002  # as the protocol has it
         return True
@@ -121,7 +164,7 @@ def load_queue_backend(config: QueueConfig) -> QueueBackend | None:
         return None
     if config.backend != "routing":
         return _make_queue_backend(config, config.backend, "app_settings.queue_config.backend")
-    backends: dict[str, QueueBackend] = {}  # one for all routes that lead to it
+    backends: dict[str, QueueBackend] = {}  # several routes may share one backend
     for pattern, name in config.routes.items():
         if name not in backends:
             backends[name] = _make_queue_backend(config, name, f"app_settings.queue_config.routes.{pattern}")
@@ -144,9 +187,9 @@ def _make_queue_backend(config: QueueConfig, name: str, key: str) -> QueueBacken
 def _make_built_in_backend(config: QueueConfig, name: str) -> QueueBackend:
     match name:
         case "none":
-            return _Nowhere()
+            return _DiscardingBackend()
         case "memory":
-            # Nobody can read these queues from outside the process, and the job store keeps the results.
+            # These queues cannot be read from outside the process, and the job store keeps the results.
             return InMemoryBackend(max_messages_per_queue=1000, max_queues=100)
         case "sqs":
             return SQSBackend(**config.sqs.model_dump())
@@ -168,9 +211,10 @@ def _make_built_in_backend(config: QueueConfig, name: str) -> QueueBackend:
 def make_job_manager(
     settings: Settings | None, queue_backend: QueueBackend | None, job_store: JobStore | None
 ) -> JobManager:
-    """A `JobManager`, not yet open, as the settings say; a backend or a store that is given goes before theirs.
+    """A `JobManager` that is not open yet; `queue_backend` and `job_store` are used in place of the configured ones.
 
-    Without settings: jobs in memory, and no queue. Raises `LoadError` for a backend that cannot be built.
+    Without settings, jobs are kept in memory and there is no queue. Raises `LoadError` for a backend that cannot be
+    built.
     """
     if settings is None:
         return JobManager(MemoryJobStore() if job_store is None else job_store, queue_backend)

@@ -1,4 +1,4 @@
-"""The outputs of pipelines as JSON, which not everything that a pipeline returns can be."""
+"""The outputs of pipelines as JSON."""
 
 import re
 from typing import Any, cast
@@ -9,11 +9,11 @@ from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.errors import OutputNotJsonError
 
 MAX_DEPTH = 200
-"""Objects and lists that JSON readers take inside each other; more are an error to pydantic's."""
-WRAPPERS = 4
-"""Objects and lists that answers and messages put around an output, at most."""
+"""Limit of nested objects and lists; pydantic's JSON reader refuses more."""
+MAX_WRAPPERS = 4
+"""Limit of the objects and lists that answers and messages put around an output."""
 MAX_DIGITS = 4300
-"""Digits of the longest integer that Python reads."""
+"""Limit of the digits of an integer that Python reads."""
 
 _SAMPLE_STEP = 64
 _LONG_DIGITS = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS // _SAMPLE_STEP))
@@ -30,7 +30,7 @@ def output_json(output: InferenceOutputModel) -> bytes:
         if b"NaN" in content or b"Infinity" in content:  # a model may be configured to write them
             content = to_json(from_json(content), inf_nan_mode="null")
         if _may_be_refused(content):
-            from_json(b"[" * WRAPPERS + content + b"]" * WRAPPERS)
+            from_json(b"[" * MAX_WRAPPERS + content + b"]" * MAX_WRAPPERS)
     except Exception as error:
         # A model's own serializers may raise anything.
         raise OutputNotJsonError(error) from error
@@ -38,8 +38,8 @@ def output_json(output: InferenceOutputModel) -> bytes:
 
 
 def _may_be_refused(content: bytes) -> bool:
-    """Whether a text has so many brackets, or digits in a row, that only reading it can tell; quick on others."""
-    if content.count(b"{") + content.count(b"[") > MAX_DEPTH - WRAPPERS:
+    """Whether a text may be nested too deep, or hold too long an integer; cheaper than reading it."""
+    if content.count(b"{") + content.count(b"[") > MAX_DEPTH - MAX_WRAPPERS:
         return True
     return len(content) > MAX_DIGITS and _LONG_DIGITS.search(content[::_SAMPLE_STEP]) is not None
 

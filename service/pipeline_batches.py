@@ -1,4 +1,4 @@
-"""How the scheduler runs a pipeline's batches, in stages or as one, and what the errors of batches mean."""
+"""Runs the batches of a pipeline, and classifies failures: of batches that were too large, and of the device."""
 
 import re
 import sys
@@ -40,7 +40,7 @@ def run_batch_of(pipeline: InferencePipeline) -> RunBatch[BaseModel, InferenceOu
 def attempt_as_one_batch(
     pipeline: InferencePipeline, items: Sequence[BaseModel]
 ) -> Sequence[InferenceOutputModel | Exception] | Exception:
-    """Run items as one batch, outside any scheduler, and return the output or error of each, or that of the batch."""
+    """Run items as one batch without a scheduler; returns the output or error of each, or the error of the batch."""
     try:
         return run_checked(run_batch_of(pipeline), list(items))
     except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is the batch's error
@@ -50,11 +50,11 @@ def attempt_as_one_batch(
 def is_too_large(error: Exception) -> bool:
     """Whether a batch failed for lack of memory, so that its parts may succeed.
 
-    torch has an error of its own for a GPU; its CPU allocator and cuBLAS say so by a plain ``RuntimeError``.
+    torch raises an error of its own for a GPU; its CPU allocator and cuBLAS raise a plain ``RuntimeError``.
     """
     if isinstance(error, MemoryError | BatchTooLargeError):
         return True
-    # Not imported here, for a pipeline may do without; while another thread imports it, it is there but not complete.
+    # torch is not imported here: a pipeline may not need it. While another thread imports it, the module is incomplete.
     out_of_memory: tuple[()] | type[Exception] = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
     if isinstance(error, out_of_memory):
         return True
@@ -67,7 +67,7 @@ def _is_overridden(pipeline: InferencePipeline) -> bool:
 
 
 def _checked_all(outputs: Any) -> Sequence[InferenceOutputModel | Exception]:
-    # What is no sequence of the right length is for the scheduler to refuse.
+    # The scheduler refuses anything but a sequence of the right length.
     is_list = isinstance(outputs, Sequence) and not isinstance(outputs, str | bytes)
     return [_checked(output) for output in outputs] if is_list else outputs
 

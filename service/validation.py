@@ -1,4 +1,4 @@
-"""Words for whoever sent an invalid item: the field, what is wrong with it, and the remedy."""
+"""Messages for the sender of an invalid item: the field, what is wrong with it, and the remedy."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +10,9 @@ _SHOWN_CHARACTERS = 100
 
 
 def field_errors(findings: Iterable[Mapping[str, Any]], model: type[BaseModel] | None = None) -> list[dict[str, Any]]:
-    """Pydantic's findings (`ValidationError.errors`) with a `field`, a `message` and, where it helps, the `value`.
+    """The findings of pydantic (`ValidationError.errors`), each with a `field`, a `message` and mostly a `value`.
 
-    `model` is what was validated: it tells the names that a misspelt one may stand for.
+    `model` is the model that was validated; its field names are suggested for a misspelt one.
     """
     return [_field_error(finding, model) for finding in findings]
 
@@ -54,7 +54,7 @@ def _known_fields(path: Sequence[int | str], model: type[BaseModel] | None) -> s
 
 
 def _shown(value: object) -> object:
-    """The value itself where it is short, else the beginning of it."""
+    """The value where it is short, else its beginning."""
     if value is None or isinstance(value, bool | int | float):
         return value
     text = value if isinstance(value, str) else repr(value)

@@ -1,4 +1,4 @@
-"""The worker: one pipeline, its scheduler and its jobs, without any knowledge of HTTP or Modal."""
+"""The worker: one pipeline, its scheduler and its jobs. It knows neither HTTP nor Modal."""
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
@@ -31,7 +31,8 @@ from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
 
-STUCK_THREADS_OF_A_BROKEN_PIPELINE = 3
+MAX_STUCK_THREADS = 3
+"""Threads stuck in batches that hang with which a worker is broken."""
 BATCHES_IN_THE_JOB_WINDOW = 16
 
 
@@ -49,19 +50,20 @@ def batch_policy(config: BatchConfig) -> BatchPolicy:
 
 
 class InferenceWorker(AsyncContextManagerMixin):
-    """Runs a pipeline on batches of what many callers send one by one.
+    """Runs a pipeline on batches of the items that many callers send one by one.
 
-    Use it as an async context manager (asyncio or trio), in the task that will also leave it; leaving it finishes what
+    Use it as an async context manager (asyncio or trio), entered and left in the same task; leaving it finishes what
     was accepted. Without `settings` it runs on their defaults, with jobs kept in memory and no queue. `queue_backend`
-    goes before the one that the settings name; a `job_store`, not yet open, is opened and closed by the worker.
-    Workers in one process share jobs and deliveries by an open `jobs`, in place of these two.
+    replaces the one that the settings name; a `job_store`, not yet open, is opened and closed by the worker. Workers in
+    one process share jobs and deliveries by an open `jobs`, in place of these two.
 
-    Items are models of the kind that `input_model` says (by default the pipeline's own `input_model`), or mappings,
-    which are validated: pydantic's `ValidationError` is raised before anything is queued. On entering, the pipeline's
-    warm-up runs, and what its batches cost is read or measured, as the settings say; without `calibrate` it is not
-    measured, for uses too short to be worth it. `on_batch` is called in the event loop with the record of each batch.
+    Items are instances of `input_model` (by default the pipeline's own), or mappings, which are validated: pydantic's
+    `ValidationError` is raised before anything is queued. On entering, the pipeline's warm-up runs, and the costs of
+    its batches are read or measured, as the settings say; without `calibrate` they are not measured, which suits short
+    uses. `on_batch` is called in the event loop with the record of each batch.
 
-    What the pipeline raises is logged with its traceback, once a minute for each distinct error.
+    What the pipeline raises is logged with its traceback, once a minute for each distinct error. `log_failures` False
+    is for callers that report each error themselves.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         input_model: type[BaseModel] | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
         calibrate: bool = True,
+        log_failures: bool = True,
     ) -> None:
         app_settings = AppSettings() if settings is None else settings.app_settings
         batch_config = app_settings.batch_config
@@ -83,8 +86,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         self.input_model = input_model or pipeline.input_model
         self._owns_jobs = jobs is None
         self._jobs = jobs or make_job_manager(settings, queue_backend, job_store)
-        self._log_failures = FailureLog(self.model_name)
-        self._record_batch = on_batch
+        self._sinks: list[Callable[[BatchRecord], None]] = [FailureLog(self.model_name)] if log_failures else []
+        self._sinks += [] if on_batch is None else [on_batch]
         self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
         self._scheduler: BatchScheduler[BaseModel, InferenceOutputModel] = BatchScheduler(
             run_batch_of(pipeline),
@@ -184,27 +187,26 @@ class InferenceWorker(AsyncContextManagerMixin):
         return await self._jobs.replay(job_ids)
 
     def statistics(self) -> SchedulerStatistics:
-        """An immutable snapshot of what is waiting, running and done."""
+        """An immutable snapshot of the requests and batches that wait, run and are done."""
         return self._scheduler.statistics()
 
     @property
     def costs(self) -> MeasuredCostModel:
-        """What batches of this pipeline are known to cost."""
+        """The measured costs of this pipeline's batches."""
         return self._costs.model
 
     @property
     def is_broken(self) -> bool:
-        """Whether this process should be replaced: so many batches hang past their timeout, or the scheduler broke."""
-        return self._scheduler.is_broken or self._scheduler.stuck_threads >= STUCK_THREADS_OF_A_BROKEN_PIPELINE
+        """Whether this process should be replaced: too many batches hang past their timeout, or the scheduler broke."""
+        return self._scheduler.is_broken or self._scheduler.stuck_threads >= MAX_STUCK_THREADS
 
     async def wait_until_broken(self) -> None:
-        """Wait until the scheduler breaks, after which nothing runs any more, if it ever does."""
+        """Wait until the scheduler breaks: then nothing runs any more. It may never return."""
         await self._scheduler.wait_until_broken()
 
     def _on_batch(self, record: BatchRecord) -> None:
-        self._log_failures(record)
-        if self._record_batch is not None:
-            self._record_batch(record)
+        for sink in self._sinks:
+            sink(record)
 
     def _validated(self, item: BaseModel | Mapping[str, Any]) -> BaseModel:
         return item if isinstance(item, BaseModel) else self.input_model.model_validate(item)
@@ -217,7 +219,7 @@ class InferenceWorker(AsyncContextManagerMixin):
 
 
 class _Engine:
-    """Runs stored jobs by the worker's scheduler."""
+    """Runs stored jobs in the worker's scheduler."""
 
     def __init__(
         self,

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 from modalkit.service.settings import Settings
-from tests.service.cli.conftest import CONFIGURATION
-from tests.service.cli.test_serve import serving
+from tests.support.command_line import CONFIGURATION, serving
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -68,9 +67,9 @@ def test_the_files_that_it_links_to_exist() -> None:
 
 def test_the_bundled_model_answers_the_quick_start_as_printed(tmp_path: Path, environment: dict[str, str]) -> None:
     """The commands and the program of the quick start, run against a server with the bundled model."""
-    entries = yaml.safe_load(CONFIGURATION)
+    entries = YAML(typ="safe").load(CONFIGURATION)
     del entries["model_settings"]
-    (tmp_path / "modalkit.yaml").write_text(yaml.safe_dump(entries))
+    (tmp_path / "modalkit.yaml").write_text(json.dumps(entries))
     with serving(tmp_path, environment) as (_, client):
         address = str(client.base_url).rstrip("/")
 

@@ -1,4 +1,4 @@
-"""The committed corpus of mixed-length texts: what batching is measured with."""
+"""The committed corpus of texts of mixed lengths, for the benchmarks of batching."""
 
 import gzip
 from importlib.resources import files
@@ -7,6 +7,6 @@ from modalkit.benchmarks.corpus.build import FILE_NAME
 
 
 def mixed_length_texts(limit: int | None = None) -> list[str]:
-    """The 4,000 texts, or the first `limit` of them; any number of the first ones has about the same mix of lengths."""
+    """The first `limit` of the 4,000 texts, by default all. Any number of them has about the same mix of lengths."""
     packed = (files("modalkit.benchmarks.corpus") / FILE_NAME).read_bytes()
     return gzip.decompress(packed).decode("utf-8").removesuffix("\n").split("\n")[:limit]

@@ -14,9 +14,9 @@ from modalkit.pipelines.training.data import fetch_sentences, load_sentences
 
 def main(
     file: Annotated[Path, typer.Argument(help="The file to write.")] = Path(__file__).with_name(FILE_NAME),
-    cache: Annotated[Path, typer.Option(help="Where the downloaded sentences are kept.")] = Path(".cache/training"),
+    cache: Annotated[Path, typer.Option(help="The folder for the downloaded sentences.")] = Path(".cache/training"),
 ) -> None:
-    """Write the corpus, and say what it holds."""
+    """Write the corpus, and print its figures."""
     texts = build_texts(load_sentences(fetch_sentences(cache)))
     file.write_bytes(pack(texts))
     words = sorted(len(text.split()) for text in texts)

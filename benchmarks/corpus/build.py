@@ -1,4 +1,4 @@
-"""Builds texts of very different lengths out of single sentences."""
+"""Builds texts of very different lengths from single sentences."""
 
 import gzip
 import math
@@ -12,12 +12,12 @@ from modalkit.pipelines.training.data import Sentence
 FILE_NAME = "mixed_length.txt.gz"
 TEXTS, SEED = 4000, 3
 
-# The lengths aimed at, in words: log-normal, so that a text of the 95th percentile has 4.5 times the median.
+# The target lengths in words: log-normal, with a 95th percentile of 4.5 times the median.
 MEDIAN_WORDS = 23
 SIGMA = math.log(104 / MEDIAN_WORDS) / NormalDist().inv_cdf(0.95)
-FEWEST_WORDS, MOST_WORDS = 6, 210
+MIN_WORDS, MAX_WORDS = 6, 210
 
-TOO_LONG_TO_START_WITH = 1.5  # times the length aimed at: most sentences have more words than a short text may have
+MAX_FIRST_SENTENCE = 1.5  # times the target length: most sentences have more words than a short text may have
 
 
 class TooFewSentencesError(ValueError):
@@ -39,8 +39,8 @@ class _Source:
         return self._next / len(self._sentences)
 
     def text_of(self, words: float) -> str:
-        """Join the next sentences until another would lead further away from `words`; raises `IndexError`."""
-        while self._sentences[self._next][1] > TOO_LONG_TO_START_WITH * words:
+        """Join the next sentences until one more would increase the distance to `words`; raises `IndexError`."""
+        while self._sentences[self._next][1] > MAX_FIRST_SENTENCE * words:
             self._next += 1
         parts: list[str] = []
         length = 0
@@ -61,7 +61,7 @@ def build_texts(sentences: Iterable[Sentence], count: int = TEXTS, seed: int = S
     for sentence in sentences:
         by_source[sentence.source].append(sentence.text)
     sources = {name: _Source(texts) for name, texts in by_source.items()}
-    # Only random() is promised to give the same numbers in every version of Python.
+    # Only random() gives the same numbers in all versions of Python.
     chance = random.Random(seed)  # noqa: S311  # texts are drawn, not secrets
     lengths = NormalDist(math.log(MEDIAN_WORDS), SIGMA)
     texts: list[str] = []
@@ -69,12 +69,12 @@ def build_texts(sentences: Iterable[Sentence], count: int = TEXTS, seed: int = S
         name, source = min(sources.items(), key=lambda entry: entry[1].used_share)
         aim = math.exp(lengths.inv_cdf(chance.random()))
         try:
-            texts.append(source.text_of(min(max(FEWEST_WORDS, aim), MOST_WORDS)))
+            texts.append(source.text_of(min(max(MIN_WORDS, aim), MAX_WORDS)))
         except IndexError:
             raise TooFewSentencesError(name, len(texts), count) from None
     return texts
 
 
 def pack(texts: list[str]) -> bytes:
-    """One text a line, compressed; without the time, so that the same texts make the same file."""
+    """One text per line, compressed; without the time, so that the same texts make the same file."""
     return gzip.compress("".join(f"{text}\n" for text in texts).encode(), compresslevel=9, mtime=0)

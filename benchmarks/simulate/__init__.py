@@ -1,1 +1,1 @@
-"""Drives the scheduler's own queue and policy with a virtual clock, beside the rules of other batchers."""
+"""Simulates the scheduler's own planner with a virtual clock, beside the batching rules of other servers."""

@@ -25,10 +25,10 @@ def simulate(
     context: typer.Context,
     device: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(DEVICES)}; all if left out.")] = None,
     requests: Annotated[int | None, typer.Option(min=100, help="Requests of each simulation; 20,000.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few loads and 1,000 requests each: seconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two loads with 1,000 requests each; takes seconds.")] = False,
     noise: Annotated[float, typer.Option(min=0, help="Log-normal noise of each batch's time (sigma).")] = 0.05,
     seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 1,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
     out: Annotated[
         Path | None, typer.Option(help="A folder for results.json and the plots (needs matplotlib).")
     ] = None,
@@ -55,10 +55,10 @@ def simulate(
 
 @app.command()
 def structures(
-    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
     plot: Annotated[Path | None, typer.Option(help="An image file to draw into (needs matplotlib).")] = None,
 ) -> None:
-    """Run the planner, cold, on dozens of structures of costs, beside the best fixed batching in hindsight."""
+    """Run the planner from a cold start on dozens of cost structures, beside the best fixed batch size."""
     regrets = study(jobs)
     print_regrets(regrets, Console(width=130))
     if plot is not None:
@@ -67,17 +67,17 @@ def structures(
 
 @app.command()
 def mix(requests: Annotated[int, typer.Option(min=100, help="Interactive requests of each rate.")] = 3_000) -> None:
-    """Send interactive requests over a backlog of jobs, on each device, and print what each costs the other."""
+    """Send interactive requests beside a backlog of jobs, on each device, and print how each affects the other."""
     print_mixes([mix_of(make_device(name, 0.05), rate, requests) for name in DEVICES for rate in RATES], Console())
 
 
 @app.command()
 def measure(
     file: Annotated[Path, typer.Argument(help="The JSON file to write.")],
-    name: Annotated[str, typer.Option(help="What the table is called.")] = CPU,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each shape is measured.")] = 5,
+    name: Annotated[str, typer.Option(help="The name of the table.")] = CPU,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 5,
 ) -> None:
-    """Measure what batches cost here, with the bundled model (half a minute on two cores)."""
+    """Measure the seconds of batches on this machine, with the bundled model (half a minute on two cores)."""
     from modalkit.benchmarks.simulate.measure import measure as measure_table
 
     table = measure_table(name, rounds)
@@ -87,9 +87,9 @@ def measure(
 
 @app.command()
 def sizes(
-    texts: Annotated[Path, typer.Argument(help="A file with one text a line.")],
+    texts: Annotated[Path, typer.Argument(help="A file with one text per line.")],
     file: Annotated[Path, typer.Argument(help="The JSON file to write.")],
-    source: Annotated[str, typer.Option(help="What the texts are, to be noted in the file.")] = "measured texts",
+    source: Annotated[str, typer.Option(help="A description of the texts, for the file.")] = "measured texts",
 ) -> None:
     """Count the sizes of texts, for the simulations to draw from (`benchmarks/simulate/sizes.json`)."""
     from modalkit.benchmarks.simulate.measure import sizes_as_json
@@ -103,10 +103,10 @@ def poison(
     items: Annotated[int, typer.Option(min=100, help="Items of each stream.")] = 2000,
     streams: Annotated[int, typer.Option(min=1, help="Streams of each row, whose mean is shown.")] = 10,
 ) -> None:
-    """Count what guilty items cost in the scheduler, beside the best plan that knows their share (a minute)."""
-    from modalkit.benchmarks.simulate.poison import MOST_IN_A_BATCH, SHARES, poison_table
+    """Count the runs that failing items cause, beside the best plan that knows their share (a minute)."""
+    from modalkit.benchmarks.simulate.poison import BATCH_SIZES, SHARES, poison_table
 
-    poison_table(SHARES, MOST_IN_A_BATCH, items, streams, Console(width=130))
+    poison_table(SHARES, BATCH_SIZES, items, streams, Console(width=130))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rules of other servers that adapt to what batches cost, written anew after their sources."""
+"""Rules of other servers that adapt to the measured times of batches, reimplemented from their sources."""
 
 import math
 from collections import deque
@@ -14,17 +14,17 @@ from modalkit.benchmarks.simulate.workload import IndexedRequest
 class BentoRule:
     """BentoML's adaptive rule: `CorkDispatcher` and `Optimizer` in `bentoml/_internal/marshal/dispatcher.py`.
 
-    (https://github.com/bentoml/BentoML, as of commit 0053fc4.) A batch is taken to cost ``a * n + b`` seconds, fitted
-    by least squares to the last 50 batches and refreshed every 5 seconds. With n requests waiting, the newest for `wn`,
-    the rule waits another tick of 1 ms while ``n * (wn + tick + a) <= 0.95 * wait``, where `wait` is the mean time that
-    the oldest requests of those batches had waited. Then it runs up to `max_batch_size` of the *newest*: the source
-    appends to its queue and pops from the same end. While more than one waits and the oldest, with all in one batch,
-    would be answered later than `max_latency_s` after it came, the oldest is turned away; the source checks that at
-    each tick, here it is checked when the worker is free.
+    (https://github.com/bentoml/BentoML, as of commit 0053fc4.) The rule predicts ``a * n + b`` seconds for a batch,
+    fitted by least squares to the last 50 batches and refreshed every 5 seconds. If n requests wait, the newest for
+    `wn`, the rule waits another tick of 1 ms while ``n * (wn + tick + a) <= 0.95 * wait``. `wait` is the mean time that
+    the oldest requests of those batches had waited. Then it runs up to `max_batch_size` of the *newest* requests: the
+    source appends to its queue and pops from the same end. While more than one request waits, and the oldest one would
+    be answered later than `max_latency_s` after its arrival if all ran in one batch, the oldest is dropped. The source
+    checks this at each tick; here it is checked when the worker is free.
 
-    Its training, on the first requests, becomes batches of up to one, two and three requests that wait for nothing and
-    turn nobody away; its limit on batches, which is exclusive by an oversight in that commit, is inclusive. The
-    defaults are BentoML's, the batch size aside, which is the same for all rules here.
+    The source's training on the first requests becomes batches of up to one, two and three requests, which do not wait
+    and drop no request. Its limit of a batch, which is exclusive by mistake in that commit, is inclusive here. The
+    defaults are BentoML's, except the batch size, which is the same for all rules.
     """
 
     KEPT_SAMPLES = 50
@@ -51,7 +51,7 @@ class BentoRule:
         self.queue.append(request)
 
     def decide(self, now: float) -> Decision[IndexedRequest]:
-        """Turn away what is hopelessly late; run the newest requests, or wait another tick for more."""
+        """Drop requests that are too late; run the newest ones, or wait another tick for more."""
         if not self.queue:
             return Decision()
         trained_with = self._batches - self.SKIPPED_SAMPLES
@@ -62,9 +62,9 @@ class BentoRule:
             now - queue[0].arrival_s + self.request_s * count + self.batch_s >= self.max_latency_s
         ):
             expired.append(queue.popleft())
-        patience_s = self.DECAY * self.wait_s
+        max_wait_s = self.DECAY * self.wait_s
         if count < self.max_batch_size and (
-            count * (now - queue[-1].arrival_s + self.TICK_S + self.request_s) <= patience_s
+            count * (now - queue[-1].arrival_s + self.TICK_S + self.request_s) <= max_wait_s
         ):
             return Decision(wake_s=now + self.TICK_S, expired=expired)
         return replace(self._take(self.max_batch_size, now), expired=expired)
@@ -74,7 +74,7 @@ class BentoRule:
         return Decision(as_batch([self.queue.pop() for _ in range(min(len(self.queue), limit))]))
 
     def end_batch(self, batch: Batch[IndexedRequest], elapsed_s: float) -> None:
-        """Learn from a batch what one costs and how long requests wait."""
+        """Learn the seconds of a batch and the waiting time of requests."""
         self._batches += 1
         if self._batches <= self.SKIPPED_SAMPLES:
             return
@@ -97,9 +97,9 @@ class ClipperRule(Fifo):
     """Clipper's adaptive batch size: additive increase, multiplicative decrease; oldest first, without waiting.
 
     D. Crankshaw and others, "Clipper: A Low-Latency Online Prediction Serving System", NSDI 2017, section 4.3.1: the
-    largest batch size grows by a fixed amount until a batch takes longer than the objective, and is then reduced by a
-    tenth. (The paper leaves the amount open; here it is one request, added after a batch that was full.) Its optional
-    delay of batches, 4.3.2, is left out.
+    batch size limit grows by a fixed amount until a batch takes longer than the objective, and is then reduced by a
+    tenth. (The paper does not give the amount; here it is one request, added after a full batch.) The optional delay of
+    batches, section 4.3.2, is left out.
     """
 
     INCREASE = 1.0

@@ -1,4 +1,4 @@
-"""The least 99th percentile of latencies that any batching rule can have: what is left to be gained."""
+"""A lower bound for the 99th percentile of the latencies of any batching rule."""
 
 from heapq import heappop, heappush
 
@@ -13,24 +13,24 @@ TOLERANCE = 0.002
 
 
 def least_p99_s(table: CostTable, source: OpenLoop, max_batch_size: int, late_share: float = 0.01) -> float:
-    """A bound from below, for batches that take what `table` says, on a rule that knows all arrivals in advance.
+    """A lower bound, for batches with the times of `table`, that holds even for a rule that knows all arrivals.
 
-    It is the shortest latency that all but `late_share` of the requests can keep in two easier problems:
+    It is the shortest latency that all but `late_share` of the requests can keep in both of two easier problems:
 
-    - *Batches of any number of requests*, which take as long as the shortest batch there is, and each of their requests
-      as long as it does alone. They still start one after the other, so who comes just after one began has to wait.
-      Each request is in time if a batch starts in its window; the most that can be is found by dynamic programming
-      over the time, in steps of a twentieth of a batch, rounded in favour of the bound.
-    - *Work that can be cut up at will*: each request takes its share of the best batch of its own size. From one moment
-      of idleness to the next, the requests are run in order of arrival, as if all had been there from the first; when
-      one is late, the one with the most work so far is given up, which gives up the fewest (Moore, 1968).
+    - *Batches of any number of requests.* A batch takes as long as the shortest possible batch, and each request in it
+      as long as it takes alone. Batches start one after the other, so a request that arrives just after a start has to
+      wait. A request is in time if a batch starts in its window. Dynamic programming over time, in steps of a twentieth
+      of a batch, finds the largest number of requests in time; rounding can only make the bound lower.
+    - *Work that can be divided freely.* Each request takes its share of the best batch of its size. In each busy period
+      the requests run in order of arrival. If one is late, the request with the most work so far is dropped; this drops
+      the fewest requests (Moore, 1968).
     """
     arrivals_s, sizes = source.arrivals_s, source.sizes
-    unique, places = np.unique(sizes, return_inverse=True)
-    alone_s = np.array([table.seconds(1, size) for size in unique.tolist()])[places]
+    unique, indices = np.unique(sizes, return_inverse=True)
+    alone_s = np.array([table.seconds(1, size) for size in unique.tolist()])[indices]
     work_s = np.array(
         [min(table.seconds(count, size) / count for count in range(1, max_batch_size + 1)) for size in unique.tolist()]
-    )[places]
+    )[indices]
     allowed = late_share * len(sizes)
 
     def is_possible(latency_s: float) -> bool:

@@ -1,4 +1,4 @@
-"""A device to simulate: its cost table, its capacity, and the rules, each set up for it as well as it can be."""
+"""A device to simulate: its cost table, its capacity, and the rules, each with its best parameters for the device."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from modalkit.benchmarks.simulate.workload import (
 
 MAX_BATCH_SIZE = 32  # of every rule: the largest that the published tables have
 
-# The defaults, with a queue that is bounded by the simulation, for all rules alike.
+# The default policy. The queue is limited by the simulation instead, in the same way for all rules.
 POLICY = BatchPolicy(max_batch_size=MAX_BATCH_SIZE, max_queue_items=2**60)
 
 MODALKIT, UNCALIBRATED = "modalkit", "modalkit, uncalibrated"
@@ -42,16 +42,16 @@ Planner = BatchPlanner[IndexedRequest]
 
 
 def planner(table: CostTable, noise: float, *, calibrated: bool = True) -> Planner:
-    """The product's own planner.
+    """The planner of modalkit.
 
-    It never sees the table: it is told how long each batch took, with the noise, and if `calibrated` also how long each
-    of `CALIBRATION` took, once, as the service measures at its start. Without, it begins with the default costs.
+    It does not know the table. It gets the seconds of each batch, with noise; and, if `calibrated`, those of each shape
+    of `CALIBRATION` once, as a worker measures them at its start. If not, it starts with the default costs.
     """
     return BatchPlanner(POLICY, learnt_costs(table, noise) if calibrated else MeasuredCostModel())
 
 
 def learnt_costs(table: CostTable, noise: float) -> MeasuredCostModel:
-    """A cost model that was told of `CALIBRATION`."""
+    """A cost model that has learnt the shapes of `CALIBRATION`."""
     model = MeasuredCostModel()
     random = np.random.default_rng(0)
     for count, size in CALIBRATION:
@@ -62,32 +62,32 @@ def learnt_costs(table: CostTable, noise: float) -> MeasuredCostModel:
 
 @dataclass(frozen=True)
 class Device:
-    """A cost table, and what the simulations on it share."""
+    """A cost table with the rules and parameters of its simulations."""
 
     table: CostTable
     noise: float
     """The standard deviation of the logarithm of a batch's time around the table's."""
     capacity: float
-    """Requests a second of the best offline loop over batches of the sorted corpus, all of one number of requests."""
+    """Requests per second of the best offline loop: the sorted corpus in batches of one fixed size."""
     rules: dict[str, Callable[[], Rule]]
     settings: dict[str, str]
-    """How the tuned rules are set up, by their names."""
+    """The parameters of the tuned rules, by name."""
 
     def run(self, rule: str, source: Source, seed: int = 0, max_queue_items: float = math.inf) -> Run:
         """One simulation of a rule of this device."""
         return simulate(self.rules[rule](), source, self.table, self.noise, seed, max_queue_items)
 
     def open_loop(self, kind: ArrivalKind, rate: float, requests: int, seed: int) -> OpenLoop:
-        """Requests of the corpus's sizes at `rate` a second."""
+        """Requests with sizes of the corpus, `rate` per second."""
         random = np.random.default_rng(seed)
         return OpenLoop(ARRIVALS[kind](rate, requests, random), draw_sizes(requests, random))
 
     def closed_loop(self, callers: int, requests: int, seed: int) -> ClosedLoop:
-        """`callers` at a time, together as many `requests`."""
+        """`callers` that together send `requests`."""
         return ClosedLoop(callers, draw_sizes(requests, np.random.default_rng(seed)))
 
     def backlog_rate(self, rule: str, requests: int, seed: int = 0) -> float:
-        """Requests a second when all are there from the start: what the rule can do at most."""
+        """Requests per second when all wait from the start: the maximum of the rule."""
         return backlog_rate(self.rules[rule](), self.table, requests, self.noise, seed)
 
 
@@ -99,14 +99,14 @@ def simulate(
 
 
 def backlog_rate(rule: Rule, table: CostTable, requests: int, noise: float, seed: int = 0) -> float:
-    """Requests a second of `rule` when all of them are there from the start."""
+    """Requests per second of `rule` when all of them wait from the start."""
     source = OpenLoop(np.zeros(requests), draw_sizes(requests, np.random.default_rng(seed)))
     finished_s = simulate(rule, source, table, noise, seed).finished_s
     return float(np.count_nonzero(~np.isnan(finished_s)) / np.nanmax(finished_s))
 
 
 def offline_rate(table: CostTable, max_batch_size: int = MAX_BATCH_SIZE) -> float:
-    """Requests a second of the best offline loop: the corpus sorted by size, cut into batches of the best number."""
+    """Requests per second of the best offline loop: the corpus sorted by size, in batches of the best fixed size."""
     sizes = np.sort(corpus_sizes()).tolist()
 
     def seconds(count: int) -> float:
@@ -117,7 +117,7 @@ def offline_rate(table: CostTable, max_batch_size: int = MAX_BATCH_SIZE) -> floa
 
 
 def make_device(name: str, noise: float) -> Device:
-    """The device of that name; raises `ValueError` where there is none."""
+    """The device of that name. Raises `ValueError` if there is none."""
     table = load_table(name)
 
     def best(candidates: dict[float, Callable[[], Rule]]) -> float:

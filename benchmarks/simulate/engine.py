@@ -16,14 +16,14 @@ STALLS_ALLOWED = 100
 
 
 class Rule(Protocol):
-    """Decides what runs next, as `batching.BatchPlanner` does, which is one.
+    """Decides which batch runs next; `BatchPlanner` is one.
 
-    `decide` is asked when the worker is free and something came, or the `wake_s` of the last decision is there. It
-    hands requests back as `expired` to turn them away.
+    `decide` is called when the worker is free and a request has arrived, or the `wake_s` of the last decision has come.
+    It returns requests as `expired` to drop them.
     """
 
     def push(self, request: IndexedRequest) -> None:
-        """Take in a request, which came at its `arrival_s`."""
+        """Add a request that arrived at its `arrival_s`."""
         ...  # a protocol method has no body
 
     def decide(self, now: float) -> Decision[IndexedRequest]:
@@ -31,34 +31,34 @@ class Rule(Protocol):
         ...
 
     def end_batch(self, batch: Batch[IndexedRequest], elapsed_s: float) -> None:
-        """Note that a batch ran for so long."""
+        """Record that a batch ran for `elapsed_s` seconds."""
         ...
 
 
 class SimulationError(Exception):
-    """Raised when a rule breaks its contract: it stops the clock, or runs a request that it does not have."""
+    """Raised when a rule is wrong: it stops the clock, loses a request, or runs one twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What happened: arrays by the number of the request, and a list of batches."""
+    """The result of a simulation: arrays indexed by the number of the request, and a list of batches."""
 
     arrivals_s: NDArray[np.float64]
     started_s: NDArray[np.float64]
-    """When its batch began; not a number for a request that was turned away."""
+    """When its batch started; NaN for a request that was refused or dropped."""
     finished_s: NDArray[np.float64]
     is_bulk: NDArray[np.bool_]
     sizes: NDArray[np.int64]
     batches: list["RunBatch"]
     refused: int
-    """Requests that found the queue full."""
+    """Requests that arrived when the queue was full."""
     dropped: int
-    """Requests that the rule turned away later."""
+    """Requests that the rule returned as expired."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunBatch:
-    """One batch that ran: when it started, how long it took, how much it held."""
+    """One batch that ran: its start, its seconds and its contents."""
 
     started_s: float
     elapsed_s: float
@@ -75,8 +75,8 @@ class Simulation:
     """Runs `source` through `rule` on one worker whose batches take `seconds(count, longest, total)`.
 
     With `noise`, each time is multiplied by a log-normal factor of mean 1 and that standard deviation of the logarithm,
-    drawn from `seed`. A request that finds `max_queue_items` waiting is refused, as the service does. `on_batch` is
-    called with the time and each batch when it starts. The worker starts at `starts_s`; what came before has waited.
+    drawn from `seed`. A request is refused if `max_queue_items` requests wait, as in the service. `on_batch` is called
+    with the time and the batch when a batch starts. The worker starts at `starts_s`; earlier requests have waited.
     """
 
     def __init__(
@@ -111,12 +111,12 @@ class Simulation:
         self._refused = self._dropped = 0
 
     def run(self) -> Run:
-        """Go on until every request has been answered or turned away; raises `SimulationError` for a broken rule."""
+        """Run until each request is answered, refused or dropped. Raises `SimulationError` if the rule is wrong."""
         now = self._starts_s
         self._take_arrivals(now)
         while True:
             decision = self._rule.decide(now)
-            self._turn_away(len(decision.expired), now)
+            self._drop_expired(len(decision.expired), now)
             if decision.batch is not None:
                 now = self._run_batch(decision.batch, now)
             else:
@@ -139,10 +139,10 @@ class Simulation:
         )
 
     def _later(self, next_s: float, now: float) -> float:
-        """The time of the next event, which is at least a tick away, as on a real clock."""
+        """The time of the next event, at least one tick from now, as on a real clock."""
         self._stalls = self._stalls + 1 if next_s <= now else 0
         if self._stalls > STALLS_ALLOWED:
-            raise SimulationError(f"the rule wants to be asked again at {next_s}, and it is {now} already")
+            raise SimulationError(f"the rule asks for a decision at {next_s}, but the time is already {now}")
         return max(next_s, now + CLOCK_TICK_S)
 
     def _take_arrivals(self, now: float) -> None:
@@ -158,7 +158,7 @@ class Simulation:
                     self._refused += 1
                     self._source.done(1, now)
 
-    def _turn_away(self, count: int, now: float) -> None:
+    def _drop_expired(self, count: int, now: float) -> None:
         if count:
             self._waiting -= count
             self._dropped += count
@@ -179,7 +179,7 @@ class Simulation:
             self._finished_s[request.payload] = end_s
         self._batches.append(RunBatch(now, elapsed_s, len(requests), longest, total, batch.priority is Priority.BULK))
         self._waiting -= len(requests)
-        # What comes meanwhile finds the queue as it is now, without the batch.
+        # Requests that arrive meanwhile find the queue without this batch.
         self._take_arrivals(end_s)
         self._rule.end_batch(batch, elapsed_s)
         self._source.done(len(requests), end_s)

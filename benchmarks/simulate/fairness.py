@@ -1,4 +1,4 @@
-"""What the policy promises about fairness, in simulation; see `Promises`."""
+"""Checks the fairness of the planner in simulation; see `Promises`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ from modalkit.benchmarks.simulate.engine import Simulation
 from modalkit.benchmarks.simulate.workload import IndexedRequest, OpenLoop, draw_sizes, poisson
 
 OVERLOAD = 1.5
-BULK_OF_OVERLOAD = 0.5  # bulk requests for each interactive one: far more than their share can serve
+BULK_OF_OVERLOAD = 0.5  # bulk requests for each interactive one: far more than their share of the time can serve
 BACKLOG_AGE_S = 3600.0
 BACKLOG_REQUESTS = 40  # times those of another simulation, at most
 
 
 @dataclass(frozen=True, slots=True)
 class Promises:
-    """What was promised, as it came out."""
+    """The measured value of each promise."""
 
     bulk_share: float
-    """Of the busy time while both classes waited, with interactive requests alone at 1.5 times the capacity."""
+    """Of the busy time while both lanes waited, with interactive requests alone at 1.5 times the capacity."""
     overtaken: int
-    """Batches formed around a younger request than an overdue one of its class that was left waiting."""
+    """Batches whose anchor was younger than an overdue request of its lane that went on waiting."""
     fresh_backlog: float
-    """Requests a second when all are there from the start, nothing overdue; as a share of the offline capacity."""
+    """Requests per second when all wait from the start and none is overdue, as a share of the offline capacity."""
     overdue_backlog: float
-    """The same when all of them have been waiting for up to an hour."""
+    """The same when they have waited for up to an hour."""
 
 
 class OrderWatch:
-    """Counts the batches that overtook an overdue request of their class."""
+    """Counts the batches that overtook an overdue request of their lane."""
 
     def __init__(self, max_age_s: float, arrivals_s: Sequence[float], priorities: Sequence[Priority]) -> None:
         self.overtaken = 0
@@ -42,7 +42,7 @@ class OrderWatch:
         self._gone = [False] * len(arrivals_s)
 
     def __call__(self, now: float, batch: Batch[IndexedRequest]) -> None:
-        """Look at a batch that starts `now`."""
+        """Check a batch that starts `now`."""
         for request in batch.requests:
             self._gone[request.payload] = True
         numbers, first = self._waiting[batch.priority], self._oldest[batch.priority]
@@ -55,7 +55,7 @@ class OrderWatch:
 
 
 def bulk_under_overload(device: Device, requests: int, seed: int) -> tuple[float, int]:
-    """The share of the contended time that bulk got, and the number of overtaking batches."""
+    """The share of the contended time that bulk got, and the number of batches that overtook."""
     random = np.random.default_rng(seed)
     rate = OVERLOAD * (1 + BULK_OF_OVERLOAD) * device.capacity
     arrivals_s = poisson(rate, requests, random)
@@ -97,9 +97,9 @@ def backlog_share(device: Device, requests: int, seed: int, age_s: float) -> flo
 
 
 def check(device: Device, requests: int, seed: int) -> Promises:
-    """Try each promise on a device.
+    """Measure each promise on a device.
 
-    The backlog holds as many requests as an hour at capacity brings, but 40 times `requests` at most.
+    The backlog has as many requests as arrive in an hour at capacity, but at most 40 times `requests`.
     """
     share, overtaken = bulk_under_overload(device, requests, seed)
     backlog = min(BACKLOG_REQUESTS * requests, round(BACKLOG_AGE_S * device.capacity))

@@ -1,4 +1,4 @@
-"""Measures what a batch costs on this machine, and how large texts are, with the bundled model."""
+"""Measures the seconds of batches on this machine, and the sizes of texts, with the bundled model."""
 
 import json
 import statistics
@@ -18,8 +18,7 @@ SIZES = (8, 16, 32, 64, 128, 256)
 def measure(name: str, rounds: int) -> CostTable:
     """The median seconds of all stages of the bundled pipeline, for batches of texts of one length.
 
-    The rounds go over the whole grid, one after the other, so that a disturbance spoils one round of some shapes and
-    not all rounds of one.
+    Each round measures the whole grid. So a disturbance affects one round of some shapes, not all rounds of one shape.
     """
     pipeline = SentimentPipeline("measured", str(Path.cwd()), {})
     shapes = {(count, size): pipeline.sample_items(count, size) for count in BATCH_SIZES for size in SIZES}
@@ -28,7 +27,7 @@ def measure(name: str, rounds: int) -> CostTable:
         for shape, items in shapes.items():
             started_s = time.perf_counter()
             pipeline.run_inference(items)
-            if current:  # the round before the first warms up
+            if current:  # round 0 is the warm-up
                 seconds[shape].append(time.perf_counter() - started_s)
     return CostTable(
         name=name,
@@ -41,7 +40,7 @@ def measure(name: str, rounds: int) -> CostTable:
 
 
 def sizes_as_json(texts: Iterable[str], source: str) -> str:
-    """How many of the texts have which size, as `sizes.json` holds it: as the bundled pipeline estimates them."""
+    """The number of texts of each size, as estimated by the bundled pipeline, in the format of `sizes.json`."""
     pipeline = SentimentPipeline("sized", str(Path.cwd()), {})
     counts = Counter(pipeline.item_size(SentimentRequest(text=text)) for text in texts)
     lines = textwrap.fill(", ".join(f'"{size}": {counts[size]}' for size in sorted(counts)), 116)

@@ -1,4 +1,4 @@
-"""What a run amounts to: rates, shares and quantiles."""
+"""The figures of a run: rates, shares and quantiles."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ WARM_UP_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Latencies:
-    """Quantiles of the seconds from arrival to answer; not numbers where nothing was answered."""
+    """Quantiles of the seconds from arrival to answer; NaN if no request was answered."""
 
     count: int
     mean_s: float
@@ -26,30 +26,30 @@ class Latencies:
 class Summary:
     """A run in figures.
 
-    Rates and shares are over the time from the end of the warm-up, the first tenth of the requests, to the last
-    arrival; what was answered after that has a latency but adds nothing to the throughput.
+    Rates and shares are over the time from the end of the warm-up (the first tenth of the requests) to the last
+    arrival. A request that is answered later counts in the latencies, but not in the throughput.
     """
 
     requests: int
     virtual_s: float
     throughput: float
-    """Requests answered a second."""
+    """Requests answered per second."""
     utilisation: float
     """The share of the time in which the worker was busy."""
     padding: float
     """The share of the tokens, after padding, that is padding."""
     mean_batch_size: float
     turned_away: float
-    """The share of all requests that were refused, or dropped later."""
+    """The share of all requests that were refused or dropped."""
     longest_s: float
-    """The latency of the request that waited longest, those of the warm-up included: shows who was starved."""
+    """The longest latency, warm-up included; it shows starvation."""
     all: Latencies
-    by_class: dict[str, Latencies]
-    """Those of the interactive and of the bulk requests; empty where all are of one class."""
+    by_lane: dict[str, Latencies]
+    """The latencies of each lane; empty if all requests are in one lane."""
 
 
 def latencies(seconds: NDArray[np.float64]) -> Latencies:
-    """Their quantiles; requests without an answer, which are not numbers, are left out."""
+    """The quantiles of these seconds; NaN (a request without an answer) is ignored."""
     answered = seconds[~np.isnan(seconds)]
     if not len(answered):
         return Latencies(0, *[float("nan")] * 4)
@@ -62,7 +62,7 @@ def summarize(run: Run) -> Summary:
     total = len(run.arrivals_s)
     first = int(total * WARM_UP_SHARE)
     start_s, end_s = float(run.arrivals_s[first]), float(np.nanmax(run.arrivals_s))
-    if end_s <= start_s:  # all came at once: a backlog, which ends when it is worked off
+    if end_s <= start_s:  # all arrived at once: the backlog ends with its last answer
         end_s = float(np.nanmax(run.finished_s))
     window_s = end_s - start_s
     batches = np.array([(b.started_s, b.elapsed_s, b.count, b.longest, b.total) for b in run.batches])
@@ -81,7 +81,7 @@ def summarize(run: Run) -> Summary:
         turned_away=(run.refused + run.dropped) / total,
         longest_s=float(np.nanmax(run.finished_s - run.arrivals_s)),
         all=latencies(seconds),
-        by_class={}
+        by_lane={}
         if is_bulk.all() or not is_bulk.any()
         else {Priority.INTERACTIVE: latencies(seconds[~is_bulk]), Priority.BULK: latencies(seconds[is_bulk])},
     )

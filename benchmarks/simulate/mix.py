@@ -1,4 +1,4 @@
-"""Interactive requests over a long backlog of jobs: what each costs the other."""
+"""Interactive requests beside a long backlog of jobs: how each affects the other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,17 +24,17 @@ class Mix:
 
     device: str
     rate: float
-    """Interactive requests a second."""
+    """Interactive requests per second."""
     p99_alone_s: float
     """Without jobs."""
     p99_s: float
-    """Over a backlog of jobs."""
+    """Beside a backlog of jobs."""
     throughput: float
-    """Interactive requests and jobs a second, together, as a share of what jobs alone reach."""
+    """Interactive requests and jobs per second together, as a share of the rate of jobs alone."""
 
 
 def mix(device: Device, share: float, interactive: int, seed: int = 1) -> Mix:
-    """Send so many interactive requests over a backlog that outlasts them."""
+    """Send `interactive` requests beside a backlog that takes longer than they do."""
     rate = share * device.capacity
     random = np.random.default_rng(seed)
     arrivals_s = poisson(rate, interactive, random)
@@ -55,7 +55,7 @@ def mix(device: Device, share: float, interactive: int, seed: int = 1) -> Mix:
 
 def print_mixes(mixes: Sequence[Mix], console: Console) -> None:
     """A line for each device and rate."""
-    table = Table(box=box.SIMPLE, title="Interactive requests over a backlog of jobs")
+    table = Table(box=box.SIMPLE, title="Interactive requests beside a backlog of jobs")
     for column in ("device", "requests/s", "p99 alone [ms]", "p99 [ms]", "ratio", "throughput beside jobs alone"):
         table.add_column(column, justify="left" if column == "device" else "right")
     for one in mixes:

@@ -1,4 +1,4 @@
-"""The optimal partition of the queue by dynamic programming: what a policy that computes more could gain."""
+"""The optimal partition of the queue by dynamic programming: what more computation could gain."""
 
 from operator import attrgetter
 
@@ -9,9 +9,9 @@ from modalkit.benchmarks.simulate.workload import IndexedRequest
 class OptimalPartition:
     """Cuts the oldest `window` requests, sorted by size, into batches that take the least time in all.
 
-    Of these it runs the one with the oldest request, and thinks again. It learns costs as the planner does. The
-    recursion (the least seconds for the i smallest are the least over the last batch's number n of those for i - n plus
-    that batch) is that of the batch scheduler of TurboTransformers (Fang et al., PPoPP 2021).
+    It runs the batch with the oldest request, and then decides again. It learns costs as the planner does. The
+    recursion is that of the batch scheduler of TurboTransformers (Fang et al., PPoPP 2021): the least seconds for the i
+    smallest requests are the minimum, over the size n of the last batch, of those for i - n requests plus this batch.
     """
 
     def __init__(self, cost_model: MeasuredCostModel, max_batch_size: int = 32, window: int = 256) -> None:

@@ -1,4 +1,4 @@
-"""What the planner loses, on each structure of costs, beside the best fixed batching chosen in hindsight."""
+"""The regret of the planner on each cost structure, compared with the best fixed batch size known in advance."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +23,7 @@ SEEDS = (1, 2, 3)
 
 @dataclass(frozen=True, slots=True)
 class Regret:
-    """Figures of one structure with one mix of sizes, each a share of what the best fixed batching reaches."""
+    """Figures of one structure with one mix of sizes, each as a share of the best fixed batch size's figure."""
 
     structure: str
     mix: str
@@ -34,13 +34,13 @@ class Regret:
     callers: float
     """Throughput of 64 callers in a closed loop, 2,000 items."""
     waiting: float
-    """Mean latency of the best fixed batching over ours, in an open loop at 70 % of what fixed batching can do."""
+    """Mean latency of the best fixed batch size over ours, in an open loop at 70 % of its capacity."""
     batches: int
-    """Batches of ours in the backlog of 200 items."""
+    """Batches of the planner in the backlog of 200 items."""
 
 
 class FixedBatches(Fifo):
-    """The oldest request with those nearest to it in size among the waiting, `count` in all; waits for nothing."""
+    """Runs the oldest request with the requests nearest to it in size, `count` in all, without waiting."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -61,14 +61,14 @@ class FixedBatches(Fifo):
 
 
 def cold_planner(structure: Structure) -> BatchPlanner[IndexedRequest]:
-    """The product's own planner, which knows nothing of the structure."""
+    """The planner of modalkit, which knows nothing about the structure."""
     return BatchPlanner(POLICY, MeasuredCostModel(structure.feature))
 
 
 def best_fixed_s(structure: Structure, sizes: NDArray[np.int64], seed: int) -> float:
-    """Seconds of a backlog, sorted by size and cut into batches of the one number that takes the least time.
+    """Seconds of a backlog, sorted by size, in batches of the fixed size that takes the least time.
 
-    A drift counts by its mean: in order of size it would come when the small ones are done.
+    A drift counts by its mean, because in order of size it would affect only the large items.
     """
     by_size = np.sort(sizes).tolist()
     steady = replace(structure, drift=1.0)
@@ -85,7 +85,7 @@ def best_fixed_s(structure: Structure, sizes: NDArray[np.int64], seed: int) -> f
 
 
 def backlog_s(rule: Rule, structure: Structure, sizes: NDArray[np.int64], seed: int) -> tuple[float, int]:
-    """Seconds in which a rule works off a backlog of bulk requests, and the number of its batches."""
+    """Seconds that a rule needs for a backlog of bulk requests, and the number of its batches."""
     device = CostedDevice(structure, np.random.default_rng(seed))
     run = Simulation(rule, OpenLoop(np.zeros(len(sizes)), sizes, Priority.BULK), device).run()
     return device.expected_s, len(run.batches)
@@ -105,14 +105,14 @@ def _mean_latency_s(
 
 
 def backlog_share(structure: Structure, mix: str, items: int, seed: int) -> tuple[float, int]:
-    """The throughput of a backlog from a cold start beside the best fixed batching, and the number of batches."""
+    """Throughput of a backlog from a cold start, as a share of the best fixed batch size, and the number of batches."""
     sizes = SIZE_MIXES[mix](items, np.random.default_rng(seed))
     ours_s, batches = backlog_s(cold_planner(structure), structure, sizes, seed)
     return best_fixed_s(structure, sizes, seed) / ours_s, batches
 
 
 def regret(structure: Structure, mix: str, seed: int = 1, *, loops: bool = True) -> Regret:
-    """All figures of a structure with one mix; without `loops`, those of the backlogs only."""
+    """All figures of a structure with one mix; without `loops`, only those of the backlogs."""
     first, batches = backlog_share(structure, mix, FIRST_ITEMS, seed)
     whole, _ = backlog_share(structure, mix, ALL_ITEMS, seed)
     if not loops:
@@ -136,7 +136,7 @@ def regret(structure: Structure, mix: str, seed: int = 1, *, loops: bool = True)
 
 
 def mean_regret(structure: Structure, mix: str, seeds: Sequence[int] = SEEDS, *, loops: bool = True) -> Regret:
-    """The means over some seeds of what `regret` tells."""
+    """The mean of `regret` over some seeds."""
     runs = [regret(structure, mix, seed, loops=loops) for seed in seeds]
     return Regret(
         structure.name,
@@ -150,13 +150,13 @@ def mean_regret(structure: Structure, mix: str, seeds: Sequence[int] = SEEDS, *,
 
 
 def study(jobs: int) -> list[Regret]:
-    """Every case, on `jobs` processes."""
+    """All cases, on `jobs` processes."""
     with ProcessPoolExecutor(jobs) as pool:
         return list(pool.map(_case, range(len(list(cases())))))
 
 
 def _case(number: int) -> Regret:
-    # By its number: the functions of a structure cannot be pickled.
+    # A case is passed by its number, because the functions of a structure cannot be pickled.
     return mean_regret(*list(cases())[number])
 
 

@@ -1,4 +1,4 @@
-"""Shows what a study found: tables for a terminal, JSON, plots."""
+"""Shows the results of a study: tables for a terminal, JSON, plots."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from modalkit.benchmarks.simulate.metrics import Summary
 from modalkit.benchmarks.simulate.study import CLOSED_LOOP, Cell, DeviceResult, Settings, as_json
 from modalkit.benchmarks.simulate.workload import ArrivalKind
 
-LINES_TO_DEPTH = 4  # of JSON: a cell of a device is the fourth
+LINES_TO_DEPTH = 4  # of JSON: so that each cell of a device has a line
 
 PLOTTED: dict[str, Callable[[Summary, float], float]] = {
     "throughput / capacity": lambda summary, capacity: summary.throughput / capacity,
@@ -136,7 +136,7 @@ def _promises(results: Sequence[DeviceResult]) -> Table:
 
 
 def write_results(settings: Settings, results: Sequence[DeviceResult], folder: Path) -> None:
-    """Write `results.json` and a plot for each device into `folder`, which is made if need be."""
+    """Write `results.json` and a plot for each device into `folder`, creating it if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(_as_text(as_json(settings, results)) + "\n", encoding="utf-8")
     for result in results:
@@ -144,7 +144,7 @@ def write_results(settings: Settings, results: Sequence[DeviceResult], folder: P
 
 
 def _as_text(value: Any, depth: int = 0) -> str:
-    """JSON in which each part of the study has a line of its own, numbers have six digits, and no answer is null."""
+    """JSON with one line per part of the study and six digits per number; NaN becomes null."""
     if isinstance(value, float):
         return "null" if math.isnan(value) else f"{value:.6g}"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Rules in arrival order, as most servers have them: what the policy is compared to."""
+"""Rules in order of arrival, as in most servers: baselines for the planner."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Fifo:
 
 
 class FixedWindow(Fifo):
-    """Waits until `max_batch_size` requests are there or the oldest has waited for `window_s`; takes the oldest.
+    """Waits until `max_batch_size` requests wait or the oldest has waited for `window_s`; runs the oldest ones.
 
     The rule of the usual `max_batch_size` and `max_latency_ms` settings.
     """
@@ -50,7 +50,7 @@ class FixedWindow(Fifo):
         self.window_s = window_s
 
     def decide(self, now: float) -> Decision[IndexedRequest]:
-        """Run a full batch, or what has waited long enough."""
+        """Run a full batch, or all requests once the oldest has waited long enough."""
         if not self.queue:
             return Decision()
         closes_s = self.queue[0].arrival_s + self.window_s
@@ -60,7 +60,7 @@ class FixedWindow(Fifo):
 
 
 class TokenBudget(Fifo):
-    """Takes the oldest requests for as long as they fit into `max_tokens` after padding; waits for nothing.
+    """Runs the oldest requests, as many as fit into `max_tokens` after padding, without waiting.
 
     As text-embeddings-inference does (`core/src/queue.rs`), with padding counted, as for models that pad.
     """
@@ -71,7 +71,7 @@ class TokenBudget(Fifo):
         self.max_batch_size = max_batch_size
 
     def decide(self, now: float) -> Decision[IndexedRequest]:  # noqa: ARG002  # this rule needs no clock
-        """Run what fits; the oldest goes even where it alone exceeds the budget."""
+        """Run the requests that fit; the oldest one runs even if it exceeds the budget alone."""
         count = longest = 0
         for request in self.queue:
             longest = max(longest, request.size)

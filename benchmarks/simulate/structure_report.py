@@ -1,4 +1,4 @@
-"""Shows what the planner loses on each structure of costs: a table, and a plot."""
+"""Shows the regret of the planner on each cost structure: a table and a plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +13,8 @@ TARGETS = {"first": 0.8, "all": 0.95}
 
 
 def print_regrets(regrets: Sequence[Regret], console: Console) -> None:
-    """A line for each structure and mix of sizes; what misses a target is marked."""
-    table = Table(box=box.SIMPLE, title="Throughput beside the best fixed batching in hindsight, from a cold start")
+    """A line for each structure and mix of sizes, with a mark where a target is missed."""
+    table = Table(box=box.SIMPLE, title="Throughput from a cold start, as a share of the best fixed batch size")
     for column in ("structure", "sizes"):
         table.add_column(column)
     for column in (f"{FIRST_ITEMS} items", f"{ALL_ITEMS} items", f"{CALLERS} callers", "mean wait", "batches"):
@@ -47,7 +47,7 @@ def draw_regrets(regrets: Sequence[Regret], file: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(TARGETS["all"], linewidth=0.7)
     axes.axvline(TARGETS["first"], linewidth=0.7, linestyle="--")
-    axes.set_xlabel("throughput beside the best fixed batching in hindsight")
+    axes.set_xlabel("throughput as a share of the best fixed batch size")
     axes.legend(loc="lower left")
     figure.savefig(file, dpi=110)
 

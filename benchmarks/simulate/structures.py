@@ -1,4 +1,4 @@
-"""Devices whose batches cost what no model of ours was fitted to: what a scheduler must be right for, whatever it is.
+"""Devices with many structures of costs, for which the scheduler must work without being tuned for them.
 
 Each structure says what a batch of `count` requests costs, whose largest has size `longest` and whose sizes sum to
 `total`; a `CostedDevice` adds what changes while it runs: noise, outliers, drift, a slow start.
@@ -47,31 +47,31 @@ SIZE_MIXES: dict[str, DrawSizes] = {
     "heavy tail": _heavy_tail,
     "pixels": _uniform(50_000, 2_000_000),
 }
-"""How large requests are; `texts` are those of the mixed-length corpus."""
+"""Distributions of request sizes; `texts` is that of the corpus of mixed lengths."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What batches cost, with which sizes it is tried, and what happens to it while it runs."""
+    """The seconds of batches, the size distributions that it is tried with, and how it changes while it runs."""
 
     name: str
     seconds: Seconds
     mixes: tuple[str, ...] = ("texts",)
     feature: CostFeature = CostFeature.PADDED
-    """What the pipeline declares, which may be wrong."""
+    """The feature that the pipeline declares, which may be wrong."""
     noise: float = 0.0
     """The standard deviation of the logarithm of a batch's time."""
     outliers: float = 0.0
     """The share of batches that take 20 times as long."""
     slow_start: bool = False
-    """Whether the first three batches take longer by 100 times what a small one takes: compilation, cold caches."""
+    """Whether each of the first three batches takes longer by 100 small batches: compilation, cold caches."""
     drift: float = 1.0
-    """By how much batches take longer once 1,000 items are done."""
+    """The factor of the seconds of batches after the first 1,000 items."""
 
 
 @dataclass
 class CostedDevice:
-    """One device of a structure, on which batches run one after the other."""
+    """A device of a structure, which runs one batch after the other."""
 
     structure: Structure
     random: np.random.Generator
@@ -80,7 +80,7 @@ class CostedDevice:
     expected_s: float = 0.0
 
     def __call__(self, count: int, longest: int, total: int) -> float:
-        """The seconds of the next batch; `expected_s` sums up what they are without noise and outliers."""
+        """The seconds of the next batch. `expected_s` is the sum of all seconds, without noise and outliers."""
         structure = self.structure
         seconds = structure.seconds(count, longest, total)
         if structure.slow_start and self.batches < SLOW_START_BATCHES:
@@ -98,12 +98,12 @@ class CostedDevice:
 
 
 def fixed_s(seconds: float) -> Seconds:
-    """Every batch takes as long."""
-    return lambda count, longest, total: seconds  # noqa: ARG005  # that is the point
+    """Each batch takes `seconds`."""
+    return lambda count, longest, total: seconds  # noqa: ARG005  # the arguments have no influence
 
 
 def linear(batch_s: float = 0.0, item_s: float = 0.0, padded_s: float = 0.0, total_s: float = 0.0) -> Seconds:
-    """So much for a batch, an item, a token after padding, and a token before."""
+    """A sum of seconds per batch, per item, per padded token and per real token."""
     return lambda count, longest, total: batch_s + item_s * count + padded_s * count * longest + total_s * total
 
 

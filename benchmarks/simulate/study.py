@@ -1,4 +1,4 @@
-"""The whole study: each device and arrival process under each load, by each rule."""
+"""The whole study: each rule on each device, with each arrival process and load."""
 
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +24,7 @@ QUEUE_ITEMS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is simulated, and how much of it."""
+    """Which simulations run, and how long."""
 
     devices: Sequence[str]
     requests: int
@@ -36,7 +36,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One simulation of the study: under `load` in an open loop, or with so many `callers` in a closed one."""
+    """One simulation of the study, in an open loop at `load`, or in a closed loop with `load` callers."""
 
     device: str
     rule: str
@@ -48,36 +48,36 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Latencies at 70 % of what a rule can do at most."""
+    """Latencies at 70 % of the capacity of a rule."""
 
     device: str
     arrivals: str
     fifo_rate: float
-    """The fixed-window FIFO's own capacity, in requests a second."""
+    """The capacity of the fixed-window FIFO, in requests per second."""
     fifo_p99_s: float
     p99_s: float
-    """Ours at the same rate."""
+    """That of the planner at the same rate."""
     least_p99_s: float
-    """No rule gets below this at that rate; see `modalkit.benchmarks.simulate.bound`."""
+    """The lower bound for any rule at that rate; see `modalkit.benchmarks.simulate.bound`."""
     alone_p99_s: float
-    """The 99th percentile of what a request takes alone on an idle device: no rule gets below it."""
+    """The 99th percentile of the seconds of a request alone on an idle device: a lower bound for any rule."""
     own_rate: float
-    """Our own capacity."""
+    """The capacity of the planner."""
     p50_at_own_s: float
-    """Ours at 70 % of our own."""
+    """That of the planner at 70 % of its own capacity."""
     p99_at_own_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceResult:
-    """What the study found on a device."""
+    """The results of the study on a device."""
 
     device: str
     source: str
     capacity: float
     settings: dict[str, str]
     backlog_rates: dict[str, float]
-    """Requests a second of each rule when all are there from the start."""
+    """Requests per second of each rule when all wait from the start."""
     claims: list[Claim]
     promises: Promises
     cells: list[Cell]
@@ -112,7 +112,7 @@ def run_study(settings: Settings, jobs: int) -> list[DeviceResult]:
 
 
 def as_json(settings: Settings, results: Sequence[DeviceResult]) -> dict[str, Any]:
-    """Everything, as JSON can hold it."""
+    """Settings and results, in JSON types."""
     return {"settings": asdict(settings), "devices": [asdict(result) for result in results]}
 
 

@@ -1,4 +1,4 @@
-"""What a batch costs on a device: measured or published seconds over a grid of batch sizes and lengths."""
+"""The seconds of batches on a device, measured or published, on a grid of batch sizes and lengths."""
 
 import json
 import math
@@ -16,10 +16,9 @@ DEVICES = (CPU, "t4-torchscript", "t4-fastertransformer", "v100-torchscript", "a
 class CostTable:
     """Seconds of a batch by its number of requests and its longest one, to which the others are padded.
 
-    Between the points of the grid the logarithm of the seconds is bilinear in the logarithms of both. Outside it, the
-    slope of the outermost cell goes on, but never below 0 (a larger batch is not cheaper) or above 1 (nor dearer than
-    in proportion), and nothing becomes cheaper than the first point of the grid. Raises `ValueError` for a grid that is
-    not one.
+    Between the points of the grid the logarithm of the seconds is bilinear in the logarithms of both. Outside the grid
+    the slope of the outermost cell continues, limited to 0 (a larger batch is not cheaper) and 1 (nor more expensive
+    than in proportion). Nothing is cheaper than the first point of the grid. Raises `ValueError` for an invalid grid.
     """
 
     name: str
@@ -79,7 +78,7 @@ def _on_line(ends: Sequence[int], values: Sequence[float], at: int) -> float:
 
 
 def load_table(name: str) -> CostTable:
-    """One of the committed tables, by name; raises `ValueError` for a name that none has."""
+    """The committed table of that name. Raises `ValueError` if there is none."""
     file = files("modalkit.benchmarks.simulate") / "tables" / f"{name}.json"
     if name not in DEVICES:
         raise ValueError(f"no cost table is called {name!r}; there are {', '.join(DEVICES)}")

@@ -1,4 +1,4 @@
-"""Who asks, when, and for how much: arrivals and sizes, drawn in advance from a seed."""
+"""Arrivals and sizes of requests, drawn in advance from a seed."""
 
 import json
 import math
@@ -18,11 +18,11 @@ BURST_SHARE = 0.2  # of the time; between bursts the rate is then half the mean
 REQUESTS_PER_BURST = 200.0  # on average
 
 IndexedRequest = Request[int]
-"""A request whose payload is its number, which is its place in all arrays of results."""
+"""A request whose payload is its number: its index in all arrays of results."""
 
 
 class ArrivalKind(StrEnum):
-    """How requests come in an open loop, that is, without waiting for one another."""
+    """How requests arrive in an open loop, that is, independently of earlier answers."""
 
     POISSON = "poisson"
     BURSTY = "bursty"
@@ -36,20 +36,20 @@ def corpus_sizes() -> NDArray[np.int64]:
 
 
 def draw_sizes(count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """So many sizes, each that of some text of the corpus."""
+    """`count` sizes of random texts of the corpus."""
     return random.choice(corpus_sizes(), count)
 
 
 def poisson(rate: float, count: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """The times of `count` arrivals that know nothing of each other, `rate` of them a second."""
+    """The times of `count` independent arrivals, `rate` per second."""
     return np.cumsum(random.exponential(1 / rate, count))
 
 
 def bursty(rate: float, count: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """The times of `count` arrivals of a Markov-modulated Poisson process with two states, `rate` a second on average.
+    """The times of `count` arrivals of a two-state Markov-modulated Poisson process, `rate` per second on average.
 
-    In a burst they come `BURST_RATE` times as fast; bursts last exponentially long, `REQUESTS_PER_BURST` arrivals on
-    average, and take `BURST_SHARE` of the time.
+    In a burst the rate is `BURST_RATE` times as high. The lengths of bursts are exponentially distributed, with
+    `REQUESTS_PER_BURST` arrivals on average, and bursts take `BURST_SHARE` of the time.
     """
     burst_s = REQUESTS_PER_BURST / (BURST_RATE * rate)
     calm_s = burst_s * (1 - BURST_SHARE) / BURST_SHARE
@@ -69,27 +69,27 @@ ARRIVALS = {ArrivalKind.POISSON: poisson, ArrivalKind.BURSTY: bursty}
 
 
 class Source(Protocol):
-    """Where requests come from."""
+    """A source of requests."""
 
     total: int
-    """How many will come altogether."""
+    """The number of all requests."""
 
     @property
     def next_s(self) -> float:
-        """When the next request comes, as far as is known now; infinity if none does."""
+        """When the next request arrives, as known now; infinity if none does."""
         ...  # a protocol method has no body
 
     def take_until(self, now: float) -> Sequence[IndexedRequest]:
-        """Hand over the requests that have come by `now`, in order."""
+        """Return the requests that have arrived by `now`, in order."""
         ...
 
     def done(self, count: int, now: float) -> None:
-        """Note that `count` of them were answered at `now`, or turned away."""
+        """Record that `count` requests were answered, refused or dropped at `now`."""
         ...
 
 
 class OpenLoop:
-    """Requests that come at given times, which rise, whatever becomes of the others."""
+    """Requests that arrive at given, ascending times, independently of earlier answers."""
 
     def __init__(
         self,
@@ -107,11 +107,11 @@ class OpenLoop:
 
     @property
     def next_s(self) -> float:
-        """When the next request comes."""
+        """When the next request arrives."""
         return self._arrivals_s[self._next]
 
     def take_until(self, now: float) -> list[IndexedRequest]:
-        """Hand over the requests that have come by `now`."""
+        """Return the requests that have arrived by `now`."""
         first, arrivals_s = self._next, self._arrivals_s
         last = first
         while arrivals_s[last] <= now < math.inf:
@@ -123,11 +123,11 @@ class OpenLoop:
         ]
 
     def done(self, count: int, now: float) -> None:
-        """Do nothing: nobody waits for an answer before the next request."""
+        """Do nothing: no request waits for an answer."""
 
 
 class ClosedLoop:
-    """Callers who each send their next request the moment that the last one was answered."""
+    """Callers that each send the next request when the last one is answered."""
 
     def __init__(self, callers: int, sizes: NDArray[np.int64]) -> None:
         self.total = len(sizes)
@@ -137,7 +137,7 @@ class ClosedLoop:
         self.next_s = 0.0
 
     def take_until(self, now: float) -> list[IndexedRequest]:
-        """Hand over the requests of the callers that are ready."""
+        """Return the requests of the callers that are ready."""
         if self.next_s > now:
             return []
         first, self._next = self._next, min(self._next + self._ready, self.total)

@@ -1,4 +1,4 @@
-"""``python -m modalkit.pipelines.training``: make the bundled model anew, and measure it."""
+"""``python -m modalkit.pipelines.training``: train the bundled model again, and measure it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +28,7 @@ def train_model(
     output: Annotated[Path, typer.Option(help="The folder to write the model to.")] = BUNDLED_FOLDER,
     cache: Cache = DEFAULT_CACHE,
 ) -> None:
-    """Fine-tune the model on the sentences that are not held out, then measure it on those that are."""
+    """Fine-tune the model on the sentences that are not held out, then measure it on the others."""
     sentences = _sentences(cache)
     fine_tune(sentences, cache, output)
     _report(output, [sentence for sentence in sentences if sentence.held_out])
@@ -41,7 +41,7 @@ def evaluate_model(
     ),
     cache: Cache = DEFAULT_CACHE,
 ) -> None:
-    """Measure a model, as it is served, on the sentences that are held out."""
+    """Measure a model on the held-out sentences, in the same way as it is served."""
     _report(model, [sentence for sentence in _sentences(cache) if sentence.held_out])
 
 
@@ -50,7 +50,7 @@ def export_held_out(
     output: Annotated[Path, typer.Argument(help="The file to write: source, rating and text, separated by tabs.")],
     cache: Cache = DEFAULT_CACHE,
 ) -> None:
-    """Write the sentences that are held out into one file, as the tests have them."""
+    """Write the held-out sentences into one file, as the tests use it."""
     held_out = [sentence for sentence in _sentences(cache) if sentence.held_out]
     output.write_text("".join(f"{s.source}\t{s.rating}\t{s.text}\n" for s in held_out), encoding="utf-8", newline="\n")
     print(f"wrote {len(held_out):,} sentences to {output}")

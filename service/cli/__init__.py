@@ -1,4 +1,4 @@
-"""The command line: ``modalkit serve | predict | check``."""
+"""The command line: ``modalkit serve | predict | check | deploy | tune | jobs``."""
 
 from modalkit.service.cli.main import app, main
 

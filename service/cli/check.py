@@ -50,7 +50,7 @@ def check(config: ConfigFiles = None) -> None:
 async def _smoke_batch(pipeline: InferencePipeline, input_model: type[BaseModel], settings: Settings) -> str:
     async with (
         JobManager(MemoryJobStore()) as jobs,
-        InferenceWorker(pipeline, settings=settings, jobs=jobs, calibrate=False) as worker,
+        InferenceWorker(pipeline, settings=settings, jobs=jobs, calibrate=False, log_failures=False) as worker,
     ):
         items = pipeline.sample_items(SMOKE_BATCH, SMOKE_SIZE) or _texts(input_model)
         if not items:
@@ -66,7 +66,7 @@ async def _smoke_batch(pipeline: InferencePipeline, input_model: type[BaseModel]
 
 
 def _texts(input_model: type[BaseModel]) -> list[BaseModel]:
-    """Items for a pipeline that makes up none itself, if a text is all that they need."""
+    """Items for a pipeline without `sample_items`, if its items need no more than a text."""
     if "text" not in input_model.model_fields:
         return []
     try:

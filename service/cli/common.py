@@ -29,7 +29,7 @@ ColumnOption = Annotated[
 ]
 
 notices = Console(stderr=True, soft_wrap=True, highlight=False)
-"""For people; standard output is for results."""
+"""Messages for people, on standard error; standard output is for results."""
 
 
 def model_source(settings: Settings, model_name: str | None) -> ModelSource:
@@ -38,7 +38,7 @@ def model_source(settings: Settings, model_name: str | None) -> ModelSource:
 
 
 def try_api_key(config: AuthConfig) -> None:
-    """Read the key that callers must send from where it is kept, if it is kept elsewhere; raises `LoadError`."""
+    """Read the configured API key once, from AWS SSM where it is kept there. Raises `LoadError`."""
     api_key = require_api_key(config)
     if api_key is not None:
         anyio.run(_read, api_key)

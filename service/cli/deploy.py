@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from modalkit.service.cli.common import ConfigFiles
 from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
 from modalkit.service.settings import Settings
 from modalkit.service.settings.sources import CONFIG_VARIABLE
+from modalkit.service.settings.yaml_text import dump_yaml
 
 DEFAULT_APP = "modalkit.service.modal_app"
 
@@ -52,13 +52,13 @@ def deploy(
     if dry_run:
         _print_deployment(app, environ)
         return
-    Settings.load(environ=environ)  # what is wrong is said here, rather than by a traceback from Modal's command
+    Settings.load(environ=environ)  # an error is one message here; Modal's command would print a traceback
     options = [f"--{option}={value}" for option, value in {"name": name, "env": env, "tag": tag}.items() if value]
     mode = [] if _is_file(app) else ["-m"]
     done = subprocess.run(
         [sys.executable, "-m", "modal", "deploy", *mode, *options, "--", app], check=False, env=environ
     )
-    # A process that a signal ended has a negative code, which a shell shows as 128 and more.
+    # The code of a process that a signal ended is negative; shells show it as 128 plus the signal.
     raise typer.Exit(done.returncode if done.returncode >= 0 else 128 - done.returncode)
 
 
@@ -84,14 +84,7 @@ def _print_deployment(app: str, environ: dict[str, str]) -> None:
         os.environ.update(environ)
         _import_app(app)
     described = describe_deployment(config)
-    typer.echo(yaml.dump(described, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120), nl=False)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes a list that is in two places twice, rather than once with a reference."""
-
-    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002  # the base's signature
-        return True
+    typer.echo(dump_yaml(described), nl=False)
 
 
 def _import_app(app: str) -> None:

@@ -60,10 +60,10 @@ def _modalkit(
 
 
 def main() -> None:
-    """Run the command line; errors that we know become one message on standard error."""
+    """Run the command line. Each error of modalkit becomes one message on standard error."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"modalkit: warning: {message}\n"
-    # At the end, so that a folder that happens to be called like an installed package does not hide it.
+    # At the end, so that a folder with the name of an installed package does not hide the package.
     sys.path.append(str(Path.cwd()))
     try:
         app()
@@ -71,7 +71,7 @@ def main() -> None:
         _fail(error, EXIT_CONFIGURATION)
     except (ServiceError, OSError) as error:
         if isinstance(error, BrokenPipeError):
-            # Whoever read our output has seen enough; nothing is left to say, and nothing to flush at exit.
+            # The reader of standard output has closed it; replacing it keeps Python from flushing it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(EXIT_FAILURE)
         _fail(error, EXIT_FAILURE)

@@ -56,7 +56,7 @@ class _Chunk:
         self.done.set()
 
     def results(self) -> Iterator[tuple[Record, Mapping[str, Any]]]:
-        """Each record with what is written for it."""
+        """Each record with its result as it is written."""
         outcomes = iter(self.outcomes)
         for record in self.records:
             outcome = None if record.item is None else next(outcomes)
@@ -153,7 +153,7 @@ def _open_input(
         lines = sum(chunk.count(b"\n") for chunk in iter(lambda: counted.read(2**20), b""))
     stream = files.enter_context(path.open(encoding="utf-8-sig", errors=KEEP_BAD_BYTES, newline=""))
     records = read_records(stream, chosen, input_model, column)
-    # The first one now: a CSV file without the column is refused before the model is loaded.
+    # The first record is read now, so that a CSV file without the column is refused before the model is loaded.
     return chain(list(islice(records, 1)), records), lines
 
 
@@ -181,7 +181,9 @@ class _Run:
         chunk_size = min(MAX_CHUNK_ITEMS, self._settings.app_settings.batch_config.max_queue_size // MAX_CHUNKS)
         async with (
             JobManager(MemoryJobStore()) as jobs,
-            InferenceWorker(pipeline, settings=self._settings, jobs=jobs, calibrate=False) as worker,
+            InferenceWorker(
+                pipeline, settings=self._settings, jobs=jobs, calibrate=False, log_failures=False
+            ) as worker,
             plain_task_group() as task_group,
         ):
             started_s = time.perf_counter()

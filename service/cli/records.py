@@ -15,7 +15,7 @@ from modalkit.service.errors import ServiceError
 from modalkit.service.validation import field_errors, summary
 
 KEEP_BAD_BYTES = "surrogateescape"
-"""Bytes that are no UTF-8 come through as characters that no model takes: an error of that line alone."""
+"""Bytes that are no UTF-8 become characters that validation refuses, so that only their line has an error."""
 
 
 class FileFormat(StrEnum):
@@ -35,7 +35,7 @@ class InputError(ServiceError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One item of an input: where it stands there, and the item, or what is wrong with it."""
+    """One item of an input with its line; `error` says what is wrong where `item` is None."""
 
     line: int
     item: BaseModel | None
@@ -58,7 +58,7 @@ def format_of(path: Path | None, given: FileFormat | None) -> FileFormat:
 def read_records(
     lines: Iterable[str], file_format: FileFormat, input_model: type[BaseModel], column: str | None
 ) -> Iterator[Record]:
-    """The items of a text file, or of other lines; a bad one is a `Record` with an error. Raises `InputError`.
+    """The items of a text file, or of other lines; an invalid one is a `Record` with an error. Raises `InputError`.
 
     A plain text becomes the model's field `text`, or its only field. `column` names the column of a CSV file (the key
     of a JSON object) that holds the text; without it, all columns that the model has fields for are taken.

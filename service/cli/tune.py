@@ -17,12 +17,12 @@ from modalkit.batching.calibration import Measurement, undisturbed
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.cli.common import ColumnOption, ConfigFiles, FormatOption, ModelOption, model_source, notices
 from modalkit.service.cli.records import KEEP_BAD_BYTES, FileFormat, format_of, read_records
-from modalkit.service.cost_tables import CostKey, save_costs
 from modalkit.service.errors import describe_error
+from modalkit.service.learnt_costs import CostKey, save_costs
 from modalkit.service.settings import BatchConfig, Settings
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.choice import Capacity, ChosenLimits, choose_limits, lone_sizes, predicted_capacity
 from modalkit.service.tuning.config_file import require_writable, write_limits
-from modalkit.service.tuning.errors import TuningError
 from modalkit.service.tuning.measuring import MEASURING_SHARE, Measured, fitted_costs, measure
 from modalkit.service.tuning.plots import draw_costs, require_drawable
 from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples, Samples
@@ -30,12 +30,12 @@ from modalkit.service.tuning.tables import duration, show_choice, show_costs, sh
 from modalkit.service.tuning.trial import Bench, Trial, TrialPlan, require_complete
 from modalkit.service.worker import batch_policy
 
-LOADS = (0.7, 0.5, 0.35, 0.25)  # of the predicted capacity, each tried where the one before was too much
-MOST_SENT_PER_S = 1000.0  # by one process that has the model to run as well
-LONE_SHARE = 0.05  # of the time for everything, to measure what a request costs beside its batch
-MOST_SAMPLES = 10_000
+LOADS = (0.7, 0.5, 0.35, 0.25)  # shares of the predicted capacity, tried in this order until one keeps the objective
+MAX_SENT_PER_S = 1000.0  # the same process sends requests and runs the model
+LONE_SHARE = 0.05  # share of --max-seconds for measuring what a request costs beside its batch
+MAX_SAMPLES = 10_000
 SHOWN_ERRORS = 5
-PIPED_WIDTH = 1000  # for those who read the tables with a program, nothing is cut or wrapped
+PIPED_WIDTH = 1000  # columns; programs that read the tables get no cut or wrapped lines
 
 PlotOption = Annotated[
     Path | None,
@@ -120,9 +120,9 @@ def _require_positive(option: str, value: float | None) -> None:
 def _read_samples(
     path: Path, file_format: FileFormat | None, input_model: type[BaseModel], column: str | None
 ) -> list[BaseModel]:
-    """The items of the file; raises `TuningError` for lines that hold none, and for a file without any."""
+    """The items of the file. Raises `TuningError` for lines that are no items, and for a file without items."""
     with path.open(encoding="utf-8-sig", errors=KEEP_BAD_BYTES, newline="") as lines:
-        records = list(islice(read_records(lines, format_of(path, file_format), input_model, column), MOST_SAMPLES))
+        records = list(islice(read_records(lines, format_of(path, file_format), input_model, column), MAX_SAMPLES))
     errors = [f"line {record.line}: {record.error}" for record in records if record.item is None]
     if errors:
         more = f"; and {len(errors) - SHOWN_ERRORS} more" if len(errors) > SHOWN_ERRORS else ""
@@ -136,7 +136,7 @@ def _read_samples(
 
 
 class _Tuning:
-    """Measures a pipeline when made, and shows what it finds; takes about `max_s` seconds for everything."""
+    """Measures a pipeline when it is constructed and prints the figures. All steps take about `max_s` seconds."""
 
     def __init__(
         self,
@@ -161,12 +161,12 @@ class _Tuning:
         show_costs(output, self._costs, self._shapes)
 
     def draw(self, path: Path) -> None:
-        """Draw what was measured."""
+        """Draw the measurements into a file."""
         draw_costs(path, f"{self._pipeline.model_name} on {self._key.device}", self._shapes, self._costs)
         notices.print(f"The plot is in {path}", markup=False)
 
     def choose(self, objective_s: float | None) -> ChosenLimits:
-        """Choose limits, show them, and try them; raises `TuningError` where trying them shows nothing."""
+        """Choose limits, print them and try them. Raises `TuningError` where the trial is not complete."""
         sizes = lone_sizes(self._shapes)
         chosen = choose_limits(
             self._shapes,
@@ -184,21 +184,21 @@ class _Tuning:
     def _seconds_beside_a_batch(self, size: int) -> float:
         lone_s = max(shape.seconds for shape in self._shapes if (shape.count, shape.longest) == (1, size))
         max_s = LONE_SHARE * self._max_s
-        # Beside a batch that takes so long, the rest is next to nothing.
+        # Beside a batch that takes so long, the other costs of a request are negligible.
         return 0.0 if lone_s > max_s else anyio.run(self._bench.seconds_beside_the_batch, size, max_s)
 
     def keep_costs(self) -> None:
-        """Keep the costs in the file that the configuration names, if any."""
+        """Write the costs into the file that the configuration names, if any."""
         if (path := self._config.calibration.path) is not None:
             save_costs(path, self._key, self._costs)
 
     def _try_out(self, config: BatchConfig, sizes: list[int], objective_s: float | None) -> None:
-        """Try the limits at ever lower loads, until one keeps the objective, or time is up."""
+        """Try the limits at lower and lower loads until one keeps the objective, or the time is over."""
         trial: Trial | None = None
         policy = batch_policy(config)
         for load in LOADS:
             capacity = predicted_capacity(self._shapes, policy, load)
-            rate_per_s = min(load * capacity.items_per_s, MOST_SENT_PER_S)
+            rate_per_s = min(load * capacity.items_per_s, MAX_SENT_PER_S)
             plan = TrialPlan.within(rate_per_s, capacity.batch_s, self._deadline_s - monotonic())
             if plan is None:
                 break
@@ -216,7 +216,7 @@ class _Tuning:
 
 
 def _share(load: float, capacity: Capacity) -> str:
-    if load * capacity.items_per_s > MOST_SENT_PER_S:
+    if load * capacity.items_per_s > MAX_SENT_PER_S:
         return f"the most that is tried; predicted are {capacity.items_per_s:.3g}"
     return f"{load:.0%} of the predicted capacity"
 

@@ -16,9 +16,9 @@ from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.jobs.collector import Collector
 from modalkit.service.jobs.errors import JobStoreError
-from modalkit.service.jobs.life import after_delivery_attempt, end_job
+from modalkit.service.jobs.life import after_delivery_attempt
 from modalkit.service.jobs.messages import result_message, utc_timestamp
-from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobEnd
+from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job
 from modalkit.service.jobs.store import JobStore
 from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend, QueueMessage
 from modalkit.service.queue_backends.sending import send_all
@@ -118,11 +118,9 @@ class Deliverer(AsyncContextManagerMixin):
         self._clock = clock
         sends_many = isinstance(backend, BatchQueueBackend)
         self._messages_per_call = MESSAGES_PER_CALL if sends_many else 1
-        # All mutable state: what is under way; whether `finish` may claim, which it may not while the store is asked
-        # nor during the quarantine; when to poll the store, by the event loop's clock; the results that are not
-        # recorded yet; and what wakes the task that polls.
+        # All mutable state: what is under way; when to poll the store, by the event loop's clock; the results that are
+        # not recorded yet; and what wakes the task that polls.
         self._room = _Room(MESSAGES_PER_CALL * MAX_BATCH_CALLS if sends_many else MAX_SINGLE_CALLS)
-        self._finish_may_claim = False
         self._next_poll_at = -math.inf
         self._attempted: Collector[tuple[Job, DeliveryRecord]] = Collector()
         self._change = anyio.Event()
@@ -150,41 +148,10 @@ class Deliverer(AsyncContextManagerMixin):
         self._next_poll_at = -math.inf
         self._change.set()
 
-    async def finish(self, ends: Sequence[tuple[Job, JobEnd]]) -> list[str]:
-        """End jobs in the store and deliver their messages; returns the ids of the jobs that ended.
-
-        As many deliveries as there is room for are claimed in the same step and sent from memory, without being read
-        from the store; the others are due in the store. Raises `JobStoreError`. Cancelling it has no effect.
-        """
-        claimed: dict[str, Job] = {}
-        some_are_left = False
-        for job, end in ends:
-            ended = end_job(job, end)
-            if ended is None or ended.delivery is not DeliveryStatus.PENDING:
-                continue
-            if self._finish_may_claim and min(self._room.free, self._room.free_of(_queue_of(ended))) > 0:
-                claimed[job.job_id] = ended
-                self._room.add(ended)
-            else:
-                some_are_left = True
-        # Shielded, because a delivery that is claimed in the store and not sent is lost until the next start.
-        with anyio.CancelScope(shield=True):
-            try:
-                ids = await self._store.finish([end for _, end in ends], claim=claimed)
-            except BaseException:
-                self._release(list(claimed.values()))
-                raise
-        self._send([claimed.pop(job_id) for job_id in ids if job_id in claimed])
-        self._release(list(claimed.values()))  # cancelled meanwhile, for example
-        if some_are_left:
-            self.wake()
-        return ids
-
     async def _deliver(self) -> None:
         """Claim what is due and send it, until closed."""
         while not self._must_stop() and await self._deliver_quarantined():
             self._send(await self._claim())
-        self._finish_may_claim = True
         while not self._must_stop():
             self._change = anyio.Event()
             is_closing = self._closing.is_set()
@@ -233,7 +200,6 @@ class Deliverer(AsyncContextManagerMixin):
         if self._room.free <= 0:
             return []
         self._next_poll_at = anyio.current_time() + POLL_INTERVAL_S
-        may_claim, self._finish_may_claim = self._finish_may_claim, False
         try:
             claimed = await self._store.claim_deliveries(
                 self._room.free,
@@ -244,8 +210,6 @@ class Deliverer(AsyncContextManagerMixin):
         except JobStoreError:
             logger.exception("Due deliveries could not be read; trying again in %g s", POLL_INTERVAL_S)
             return []
-        finally:
-            self._finish_may_claim = may_claim
         self._add(claimed)
         if claimed:
             self._next_poll_at = -math.inf  # there may be more

@@ -8,7 +8,7 @@ from modalkit.service.errors import ServiceError
 class JobStoreError(ServiceError):
     """The root of all errors of a job store.
 
-    Nothing of an operation that raised one has been stored, except the steps before it of one that takes several.
+    An operation that raised one has stored nothing, except the earlier steps of one with several steps.
     """
 
 
@@ -16,7 +16,7 @@ class DuplicateJobError(JobStoreError):
     """Raised when a job is added whose id is already in the store, or twice in the same call."""
 
     def __init__(self, job_id: str) -> None:
-        super().__init__(f"job_id {job_id!r} is already taken; give every job an id of its own, such as a new UUID")
+        super().__init__(f"job_id {job_id!r} is already used; give every job an id of its own, such as a new UUID")
         self.job_id = job_id
 
 
@@ -61,7 +61,7 @@ class JobStoreClosedError(JobStoreError):
 
 
 class JobStoreLockedError(JobStoreError):
-    """Raised when a store is opened while another owner has it open: one process at a time, once in a process."""
+    """Raised when a store is opened that another process has open, or this one already has."""
 
     def __init__(self, path: Path, owner_pid: int | None) -> None:
         owner = "another process" if owner_pid is None else f"process {owner_pid}"
@@ -73,7 +73,7 @@ class JobStoreLockedError(JobStoreError):
 
 
 class JobStoreSchemaError(JobStoreError):
-    """Raised when a database was written by a newer version of modalkit, or is none of modalkit's at all."""
+    """Raised when a database was written by a newer version of modalkit, or by another program."""
 
     def __init__(self, path: Path, problem: str, remedy: str) -> None:
         super().__init__(f"the database {path} {problem}; {remedy}")
@@ -81,9 +81,9 @@ class JobStoreSchemaError(JobStoreError):
 
 
 class JobStoreUnavailableError(JobStoreError):
-    """Raised when the database cannot be opened, read or written: a full disk, a lock of another program's, bad files.
+    """Raised when the database cannot be opened, read or written: a full disk, a locked or damaged file.
 
-    The store goes on: the next operation may succeed once the cause is gone.
+    The store stays open: the next operation may succeed once the cause is gone.
     """
 
     def __init__(self, path: Path, problem: str, remedy: str) -> None:

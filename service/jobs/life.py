@@ -101,11 +101,11 @@ def new_job(
         expires_at=None if request.expires_in is None else now + request.expires_in,
         idempotency_key=request.idempotency_key,
     )
-    names = [getattr(job, name) or "" for name in _NAME_FIELDS]
+    names = (job_id, model_name, job.success_queue or "", job.failure_queue or "", job.idempotency_key or "")
     if not "".join(names).isprintable():
-        for field, name in zip(_NAME_FIELDS, names, strict=True):
-            if not name.isprintable():
-                raise ValueError(f"{field} must not hold unprintable characters, got {name!r}; remove them")
+        name = next(name for name in names if not name.isprintable())
+        field = _NAME_FIELDS[names.index(name)]
+        raise ValueError(f"{field} must not hold unprintable characters, got {name!r}; remove them")
     return job
 
 

@@ -22,7 +22,7 @@ from modalkit.service.jobs.model import Job, JobEnd, JobFilter, JobPage, JobStat
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.store import JobCounts, JobStore
 from modalkit.service.queue_backends import QueueBackend
-from modalkit.service.queue_backends.closing import close_backend
+from modalkit.service.queue_backends.sending import close_backend
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,9 @@ EXPIRED_PER_CALL = 1000
 class JobFeed(Protocol):
     """Runs the jobs of one model; the manager tells it of changes."""
 
-    input_model: type[BaseModel]
-    """The class of the model's items."""
+    @property
+    def input_model(self) -> type[BaseModel]:
+        """The class of the model's items."""
 
     def wake(self) -> None:
         """Jobs were stored."""
@@ -202,12 +203,10 @@ class JobManager(AsyncContextManagerMixin):
             self._wake_waiters([job_id])
         return job
 
-    async def finish(self, ends: Sequence[tuple[Job, JobEnd]]) -> None:
-        """Store how jobs ended, wake callers that wait for them and deliver their messages. Raises `JobStoreError`."""
-        if self._deliverer is None:
-            ended = await self.store.finish([end for _, end in ends])
-        else:
-            ended = await self._deliverer.finish(ends)
+    async def finish(self, ends: Sequence[JobEnd]) -> None:
+        """Store how jobs ended, wake callers that wait for them and have messages delivered. Raises `JobStoreError`."""
+        ended = await self.store.finish(ends)
+        self._wake_deliverer()
         self._wake_waiters(ended)
 
     async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:

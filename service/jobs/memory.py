@@ -2,7 +2,7 @@
 
 import heapq
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -176,21 +176,17 @@ class MemoryJobStore:
                 self._enqueue(self._change(replace(job, retry_at=None)))
         return None
 
-    async def finish(self, ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
-        """End jobs, and make their deliveries due or claimed; returns the ids of those that ended."""
+    async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
+        """End jobs, and make their deliveries due; returns the ids of those that ended."""
         self._ensure_open()
-        return [end.job_id for end in ends if self._finish(end, claim)]
+        return [end.job_id for end in ends if self._finish(end)]
 
-    def _finish(self, end: JobEnd, claim: Container[str]) -> bool:
+    def _finish(self, end: JobEnd) -> bool:
         job = self._jobs.get(end.job_id)
         ended = None if job is None else life.end_job(job, end)
         if ended is None:
             return False
-        self._change(ended)
-        if ended.delivery is DeliveryStatus.PENDING and ended.job_id in claim:
-            self._claimed_deliveries.add(ended.job_id)
-        else:
-            self._put_due(ended, end.finished_at)
+        self._put_due(self._change(ended), end.finished_at)
         return True
 
     async def cancel(self, job_id: str, now: float) -> Job | None:

@@ -1,4 +1,4 @@
-"""The message that a finished job sends to its queue."""
+"""The message that an ended job sends to its queue."""
 
 from datetime import UTC, datetime
 
@@ -15,15 +15,15 @@ def utc_timestamp(unix_s: float) -> str:
 
 
 def result_message(job: Job, timestamp: str) -> str:
-    """The JSON text for the queue of a finished job; numbers that JSON does not have (NaN, Infinity) are null.
+    """The message of an ended job, as JSON; numbers that JSON does not have (NaN, Infinity) are null.
 
     A success carries the pipeline's output under ``result``; a failure carries ``error`` and the ``original_message``,
-    in the form of a `DelayedFailureOutputModel`. Both carry ``version``, ``job_id`` (a message may be delivered twice:
-    it tells them apart), ``status`` and the caller's ``meta`` with the ``timestamp`` added.
+    in the form of a `DelayedFailureOutputModel`. Both carry ``version``, ``job_id`` (by which a receiver recognises a
+    message that is delivered twice), ``status`` and the caller's ``meta`` with the ``timestamp`` added.
     """
     head = f'"version":{MESSAGE_VERSION},"job_id":{_json(job.job_id)}'
     if job.status is JobStatus.SUCCEEDED:
-        # Put together from JSON that is stored as text: reading and writing it again takes five times as long.
+        # Joined from the stored JSON texts: to parse and write them again would take five times as long.
         return f'{{{head},"status":"success","result":{job.result_json},"meta":{_meta_with(job, timestamp)}}}'
     original = {
         "message": job.message,

@@ -1,4 +1,4 @@
-"""Which queues a job may name."""
+"""The rules for the queues that a job may name."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from modalkit.service.errors import ServiceError, describe_error
 from modalkit.service.queue_backends import NamedQueueBackend, QueueBackend, QueueNameError
 from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 
-KNOWN_QUEUES = 10_000
+MAX_KNOWN_QUEUES = 10_000
 
 
 class QueueNotAllowedError(ServiceError):
@@ -20,7 +20,7 @@ class QueueNotAllowedError(ServiceError):
 
 
 class QueueRules:
-    """The patterns of `allowed_queues`, and what the backend says of a name. Remembers the names it found good."""
+    """Checks names of queues against the patterns of `allowed_queues` and by the backend; remembers allowed names."""
 
     def __init__(self, allowed_queues: Sequence[str], backend: QueueBackend | None) -> None:
         self._allowed_queues = allowed_queues
@@ -28,7 +28,7 @@ class QueueRules:
         self._known_queues: set[str] = set()
 
     def check(self, success_queue: str | None, failure_queue: str | None) -> None:
-        """Raise `QueueNotAllowedError` or `QueueNameError` for a queue that nothing can or may be sent to."""
+        """Raise `QueueNotAllowedError` or `QueueNameError` for a queue that may not or cannot be sent to."""
         for field, queue_name in (("success_queue", success_queue), ("failure_queue", failure_queue)):
             if queue_name is None or queue_name in self._known_queues:
                 continue
@@ -36,7 +36,7 @@ class QueueRules:
                 raise QueueNotAllowedError(field, queue_name, self._allowed_queues)
             if isinstance(self._backend, NamedQueueBackend):
                 _check_by(self._backend, queue_name)
-            if len(self._known_queues) < KNOWN_QUEUES:
+            if len(self._known_queues) < MAX_KNOWN_QUEUES:
                 self._known_queues.add(queue_name)
 
 

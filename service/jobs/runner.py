@@ -43,8 +43,10 @@ JobOutcome = Outcome[InferenceOutputModel]
 class JobEngine(Protocol):
     """Runs jobs, in some batch or as a batch of their own."""
 
-    input_model: type[BaseModel]
-    """The class of the items."""
+    @property
+    def input_model(self) -> type[BaseModel]:
+        """The class of the items."""
+        ...
 
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
         """Run a job in some batch and call `on_outcome` in the event loop with its outcome.
@@ -116,7 +118,7 @@ class JobRunner(AsyncContextManagerMixin):
         self._bulk_running = 0
         self._waiting: deque[Job] = deque()
         self._deadlines: list[tuple[float, str]] = []
-        self._ends: Collector[tuple[Job, JobEnd | JobRetry]] = Collector()
+        self._ends: Collector[JobEnd | JobRetry] = Collector()
         self._unstored = 0
         self._next_retry_at = -math.inf
         self._change = anyio.Event()
@@ -308,10 +310,11 @@ class JobRunner(AsyncContextManagerMixin):
         if isinstance(outcome, Failure) and isinstance(outcome.error, SchedulerClosedError):
             self._engine_closed = True  # what has not ended runs again after the next start
         else:
-            self._add_end(job, self._retry_of(job, outcome) or end_of(job, outcome, self._manager.clock()))
+            retry = self._retry_of(job, outcome) if isinstance(outcome, Failure) else None
+            self._add_end(retry or end_of(job, outcome, self._manager.clock()))
         self.wake()
 
-    def _retry_of(self, job: Job, outcome: JobOutcome) -> JobRetry | None:
+    def _retry_of(self, job: Job, outcome: Failure) -> JobRetry | None:
         if self._closing.is_set() and not self._manager.store.durable:
             return None
         return retry_of(
@@ -323,10 +326,10 @@ class JobRunner(AsyncContextManagerMixin):
             backoff_s=self._backoff_s,
         )
 
-    def _add_end(self, job: Job, end: JobEnd | JobRetry) -> None:
+    def _add_end(self, end: JobEnd | JobRetry) -> None:
         """Have an end stored; until it is, it takes the job's place in the window."""
         self._unstored += 1
-        self._ends.add((job, end))
+        self._ends.add(end)
 
     def _expire_overdue(self) -> None:
         now = self._manager.clock()
@@ -338,7 +341,7 @@ class JobRunner(AsyncContextManagerMixin):
             _, job_id = heapq.heappop(self._deadlines)
             job = self._leave(job_id)
             if job is not None:
-                self._add_end(job, end_of(job, Failure(JobTimeoutError(self._timeout_s)), now))
+                self._add_end(end_of(job, Failure(JobTimeoutError(self._timeout_s)), now))
 
     def _deadline_of(self, job: Job) -> float:
         return deadline_of(job, timeout_s=self._timeout_s, now=self._manager.clock())
@@ -346,8 +349,8 @@ class JobRunner(AsyncContextManagerMixin):
     async def _store_ends(self) -> None:
         """Store how jobs ended, all those together that ended meanwhile."""
         while ended := await self._ends.collect():
-            finished = [(job, end) for job, end in ended if isinstance(end, JobEnd)]
-            retries = [end for _, end in ended if isinstance(end, JobRetry)]
+            finished = [end for end in ended if isinstance(end, JobEnd)]
+            retries = [end for end in ended if isinstance(end, JobRetry)]
             if finished:
                 await self._store(len(finished), partial(self._manager.finish, finished))
             if retries:

@@ -4,7 +4,7 @@ import fcntl
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -119,9 +119,9 @@ class SqliteJobStore:
         """Make jobs claimable whose `retry_at` has come; returns the next `retry_at`."""
         return await self._perform(lambda table: table.release_retries(model_name, now))
 
-    async def finish(self, ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
-        """End jobs, and make their deliveries due or claimed; returns the ids of those that ended."""
-        return await self._perform(lambda table: table.finish(ends, claim))
+    async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
+        """End jobs, and make their deliveries due; returns the ids of those that ended."""
+        return await self._perform(lambda table: table.finish(ends))
 
     async def cancel(self, job_id: str, now: float) -> Job | None:
         """Cancel a job that has not ended; returns it as it then is."""

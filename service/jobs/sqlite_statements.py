@@ -64,10 +64,10 @@ END = """
         finished_at = ended.column5, attempts = attempts + (status = 'running'), retry_at = NULL,
         delivery = {delivery}, delivery_queue = {queue}, due_at = {due_at}
     FROM (VALUES {{rows}}) AS ended
-    WHERE job_id = ended.column1 AND status = ended.column7 AND nullif({queue}, '') IS {null}
+    WHERE job_id = ended.column1 AND status = ended.column6 AND nullif({queue}, '') IS {null}
 """
 END_SENDING = {
-    queue: END.format(delivery="'pending'", queue=queue, due_at="ended.column6", null="NOT NULL")
+    queue: END.format(delivery="'pending'", queue=queue, due_at="ended.column5", null="NOT NULL")
     for queue in ("success_queue", "failure_queue")
 }
 END_ONLY = {

@@ -3,7 +3,7 @@
 import math
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from pydantic_core import from_json, to_json
@@ -192,21 +192,30 @@ class JobTable:
                 row[_STARTED_AT] = max(now_us, row[_CREATED_AT])
         return [job_from_row(row) for row in rows]
 
-    def finish(self, ends: Sequence[JobEnd], claim: Container[str]) -> list[str]:
-        """End jobs, and make their deliveries due or claimed."""
+    def finish(self, ends: Sequence[JobEnd]) -> list[str]:
+        """End jobs, and make their deliveries due."""
+        counts_before = self.counts.copy()
+        if self._finish(ends) < len(ends):  # one was cancelled meanwhile, for example: end the others only
+            self._database.execute("ROLLBACK TO operation")
+            self.counts = counts_before
+            jobs = {end.job_id: find_job(self._database, end.job_id) for end in ends}
+            ends = [end for end in ends if (job := jobs.pop(end.job_id, None)) and life.end_job(job, end)]
+            self._finish(ends)
+        return [end.job_id for end in ends]
+
+    def _finish(self, ends: Sequence[JobEnd]) -> int:
+        """End those jobs that can end so; returns how many did."""
         ended = 0
         for queue, succeeded in (("success_queue", True), ("failure_queue", False)):
-            alike = [end for end in ends if (end.status is JobStatus.SUCCEEDED) is succeeded]
-            rows = [_row_of(end, is_claimed=end.job_id in claim) for end in alike]
-            for statuses in _groups(rows, lambda row: row[1]):
-                ended += self._finish(queue, statuses, JobStatus.RUNNING)
-                if statuses[0][1] == JobStatus.EXPIRED:
-                    ended += self._finish(queue, statuses, JobStatus.QUEUED)
-        job_ids = [end.job_id for end in ends]
-        return job_ids if ended == len(job_ids) else self._ended_ids(ends)
+            rows = [_row_of(end) for end in ends if (end.status is JobStatus.SUCCEEDED) is succeeded]
+            for alike in _groups(rows, lambda row: row[1]):
+                ended += self._finish_from(JobStatus.RUNNING, queue, alike)
+                if alike[0][1] == JobStatus.EXPIRED:
+                    ended += self._finish_from(JobStatus.QUEUED, queue, alike)
+        return ended
 
-    def _finish(self, queue: str, rows: Sequence[Row], before: JobStatus) -> int:
-        """End jobs in a like way that were in the state `before`; returns how many of them were."""
+    def _finish_from(self, before: JobStatus, queue: str, rows: Sequence[Row]) -> int:
+        """End jobs in the same way whose status was `before`; returns how many there were."""
         rows = [(*row, before.value) for row in rows]
         sending = self._write(sql.END_SENDING[queue], rows)
         ended = sending + self._write(sql.END_ONLY[queue], rows)
@@ -226,17 +235,6 @@ class JobTable:
         )
         self._move(job.status, JobStatus.CANCELLED, 1)
         return cancelled
-
-    def _ended_ids(self, ends: Sequence[JobEnd]) -> list[str]:
-        """The ids of the jobs that ended so, where some did not."""
-        ended = [(end, find_job(self._database, end.job_id)) for end in ends]
-        return [
-            end.job_id
-            for end, job in ended
-            if job is not None
-            and job.status is end.status
-            and job.finished_at == microseconds(end.finished_at) / 1_000_000
-        ]
 
     def expire(self, limit: int, now: float) -> list[str]:
         """End queued jobs whose `expires_at` has come."""
@@ -379,9 +377,8 @@ class JobTable:
         self.counts[after] += jobs
 
 
-def _row_of(end: JobEnd, *, is_claimed: bool) -> Row:
-    now_us = microseconds(end.finished_at)
-    return end.job_id, end.status.value, end.result_json, end.error, now_us, sql.CLAIMED if is_claimed else now_us
+def _row_of(end: JobEnd) -> Row:
+    return end.job_id, end.status.value, end.result_json, end.error, microseconds(end.finished_at)
 
 
 def _groups(rows: Sequence[Row], key: Callable[[Row], str]) -> list[list[Row]]:

@@ -1,6 +1,6 @@
 """The contract of job stores; `MemoryJobStore` and `SqliteJobStore` fulfil it."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -99,12 +99,11 @@ class JobStore(Protocol):
         """
         ...
 
-    async def finish(self, ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
+    async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
         """End jobs and, in the same step, make the deliveries due of those that named a queue for such an end.
 
-        The deliveries of jobs whose ids are in `claim` are claimed at once, as by `claim_deliveries`. Returns the ids
-        of the jobs that ended, in the order given. A job that cannot end so, because it was cancelled meanwhile or is
-        unknown, is left as it is, and its id is left out.
+        Returns the ids of the jobs that ended, in the order given. A job that cannot end so, because it was cancelled
+        meanwhile or is unknown, is left as it is, and its id is left out.
         """
         ...
 

@@ -17,7 +17,7 @@ from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
 from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.container import Container, only_service_errors
 from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend
-from modalkit.service.queue_backends.closing import close_backend
+from modalkit.service.queue_backends.sending import close_backend
 
 logger = logging.getLogger(__name__)
 

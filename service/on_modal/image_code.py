@@ -1,11 +1,10 @@
 """The Python code that a container needs: modalkit itself, what it depends on, and the user's own modules."""
 
-import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -13,7 +12,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import modalkit
-from modalkit.service.loading import LoadError
+from modalkit.service.loading import LoadError, current_name, find_top_module
 from modalkit.service.on_modal.image_plan import NO_CACHES, SOURCE_FOLDER, LocalPath
 from modalkit.service.settings import Settings
 
@@ -114,7 +113,7 @@ def user_code(settings: Settings, folder: Path, python: str) -> UserCode:
     """
     paths: dict[str, list[LocalPath]] = {}
     requirements: set[str] = set()
-    for name, key in _named(settings).items():
+    for name, key in _named(settings, folder).items():
         files = _locate(name, key, folder)
         distributions = metadata.packages_distributions().get(name, []) if _are_installed(files) else []
         if distributions:
@@ -127,7 +126,7 @@ def user_code(settings: Settings, folder: Path, python: str) -> UserCode:
     return UserCode(tuple(path for name in sorted(paths) for path in paths[name]), tuple(sorted(requirements)))
 
 
-def _named(settings: Settings) -> Mapping[str, str]:
+def _named(settings: Settings, folder: Path) -> Mapping[str, str]:
     """The top-level names of the modules that the configuration names, each with the first key that does."""
     queue = settings.app_settings.queue_config
     at: list[tuple[str, str | None]] = []
@@ -140,10 +139,14 @@ def _named(settings: Settings) -> Mapping[str, str]:
     names: dict[str, str] = {}
     for key, path in at:
         if path is not None and ":" in path:
-            names.setdefault(path.partition(":")[0].partition(".")[0], key)
+            names.setdefault(_top_name(path.partition(":")[0], folder), key)
     for index, module in enumerate(settings.app_settings.build_config.python_modules):
-        names.setdefault(module.partition(".")[0], f"app_settings.build_config.python_modules.{index}")
+        names.setdefault(_top_name(module, folder), f"app_settings.build_config.python_modules.{index}")
     return {name: key for name, key in names.items() if not _is_given(name)}
+
+
+def _top_name(module: str, folder: Path) -> str:
+    return current_name(module, folder).partition(".")[0]
 
 
 def _is_given(name: str) -> bool:
@@ -153,19 +156,12 @@ def _is_given(name: str) -> bool:
 
 def _locate(name: str, key: str, folder: Path) -> list[Path]:
     """The file or the folders of a top-level module."""
-    files = _files(_find_spec(name)) or _files(PathFinder.find_spec(name, [str(folder)]))
+    files = _files(find_top_module(name, folder))
     if not files:
         raise LoadError(
             f"{key}: there is no module {name!r}; check the spelling, or start from the folder that holds it"
         )
     return files
-
-
-def _find_spec(name: str) -> ModuleSpec | None:
-    try:
-        return importlib.util.find_spec(name)
-    except ValueError:  # a module that is loaded and has no __spec__
-        return None
 
 
 def _files(spec: ModuleSpec | None) -> list[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from modalkit.pipelines.classifier_settings import BUNDLED
+from modalkit.service.loading import current_name
 from modalkit.service.settings import ModelEntry, Settings
 
 SOURCE_FOLDER = "/root"
@@ -21,7 +22,7 @@ NO_CACHES = ("**/__pycache__", "**/*.pyc", "**/.*")
 # As modalkit.pipelines.loading has it, which brings in torch; a dash in front would be an option of the command.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _NOT_THE_MODEL = ("**/.git", "**/.cache")
-_LOADS_FROM_THE_HUB = "modalkit.pipelines.sentiment:SentimentPipeline"
+_LOADS_FROM_THE_HUB = ("modalkit.pipelines.sentiment", "SentimentPipeline")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def _source(
         local = (folder / Path(start) / Path(path).expanduser()).resolve()
         if local.is_dir():
             return LocalPath(local, remote, is_folder=True, ignore=_NOT_THE_MODEL)
-    is_on_the_hub = entry.pipeline == _LOADS_FROM_THE_HUB and _HUB_NAME.fullmatch(path) is not None
+    module, _, name = entry.pipeline.partition(":")
+    loads_from_the_hub = (current_name(module, folder), name) == _LOADS_FROM_THE_HUB
+    is_on_the_hub = loads_from_the_hub and _HUB_NAME.fullmatch(path) is not None
     if not is_on_the_hub or _hub_cache_is_mounted(settings.app_settings.build_config.env, elsewhere):
         return None
     return Download(path, None if revision is None else str(revision))

@@ -1,4 +1,4 @@
-"""Which IP addresses belong to the public Internet, and connections to those alone."""
+"""Which IP addresses belong to the public Internet, and a network that connects to no others."""
 
 import ipaddress
 import socket
@@ -13,7 +13,7 @@ from modalkit.service.queue_backends.protocol import QueueBackendError
 MAX_LOOK_UPS = 64  # at a time, each in a thread
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
-"""From a host's name and a port to the host's addresses, the ones to prefer first."""
+"""From a host's name and a port to the host's addresses, preferred ones first."""
 
 # Written out, after IANA's registries of special-purpose addresses (2025): what `ipaddress` calls global differs
 # between releases of Python, and includes multicast and the metadata services of two clouds.
@@ -52,7 +52,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that `host` is in its standard notation, or None."""
+    """The address if `host` is one in standard notation, else None."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:
@@ -60,7 +60,7 @@ def parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether an address is one of the public Internet; one that carries an IPv4 address is what that one is."""
+    """Whether an address is public; an IPv6 address with an IPv4 address inside is judged by that one."""
     if isinstance(address, ipaddress.IPv6Address):
         embedded = address.ipv4_mapped
         if address in _NAT64:
@@ -74,7 +74,7 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 class SystemResolver:
     """A look-up of names by the operating system, for one event loop.
 
-    The look-ups have threads of their own, so that those that hang take none from the rest of the process.
+    The look-ups have threads of their own, so that those that hang do not block other work.
     """
 
     def __init__(self) -> None:
@@ -92,25 +92,25 @@ class SystemResolver:
 
 
 class _LookUp:
-    """A look-up under way, for all who need its answer."""
+    """A running look-up, whose answer several connections may wait for."""
 
     def __init__(self) -> None:
         self.done = anyio.Event()
-        self.answer: Sequence[str] | OSError | None = None  # None also where who asked was cancelled
+        self.answer: Sequence[str] | OSError | None = None  # also None after a cancelled look-up
 
 
 class CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to a host by an address that was checked, so that no second look at the name can change it.
+    """Connects to a host by an address that was checked, so that a second look-up of the name cannot change it.
 
-    A name with one address that is not public is refused whole. TLS is none the wiser: certificates are checked
-    against the name. Connections that need the same name at the same time share one look-up. For one event loop.
+    A name is refused if any of its addresses is not public. TLS still checks the certificate against the name.
+    Concurrent connections to one name share a look-up. For one event loop.
     """
 
     def __init__(self, resolve: Resolve, *, allow_private_addresses: bool) -> None:
         self._resolve = resolve
         self._allow_private_addresses = allow_private_addresses
         self._network = httpcore.AnyIOBackend()
-        self._look_ups: dict[tuple[str, int], _LookUp] = {}  # those under way
+        self._look_ups: dict[tuple[str, int], _LookUp] = {}  # the running ones
 
     async def connect_tcp(
         self,

@@ -12,15 +12,15 @@ logger = logging.getLogger(__name__)
 
 
 class QueueEmptyError(QueueBackendError):
-    """Raised when a message is taken, without waiting, from a queue that has none."""
+    """Raised by `receive_nowait` when the queue is empty."""
 
 
 class InMemoryBackend:
     """Queues in this process: for tests, and for results that the same program reads.
 
-    A queue exists once something was sent to it. It holds at most `max_messages_per_queue`: past that, each message
-    drops the oldest one. There are at most `max_queues`: past that, a new one drops the one that nothing was sent to
-    for the longest time. So memory is bounded even where nobody reads. The first drops are logged.
+    The first message to a queue creates it. A queue holds at most `max_messages_per_queue` messages; further ones
+    remove the oldest. There are at most `max_queues` queues; a further one removes the queue whose last message is the
+    oldest. So memory is limited even where no code reads. The first removals are logged.
     """
 
     def __init__(self, max_messages_per_queue: int = 100_000, *, max_queues: int = 1000) -> None:
@@ -29,14 +29,15 @@ class InMemoryBackend:
                 raise ValueError(f"{name} must be at least 1, got {limit!r}")
         self._max_messages = max_messages_per_queue
         self._max_queues = max_queues
-        # All mutable state: the queues, the one last sent to coming last; what a drop was logged for; who waits.
+        # All mutable state: the queues, the one with the newest message last; the queues whose removals were logged;
+        # the receivers that wait.
         self._queues: OrderedDict[str, deque[str]] = OrderedDict()
         self._dropping: set[str] = set()
         self._drops_queues = False
         self._receivers: defaultdict[str, deque[anyio.Event]] = defaultdict(deque)
 
     async def send_message(self, queue_name: str, message: str) -> bool:
-        """Put a message at the end of a queue; always taken."""
+        """Put a message at the end of a queue; always accepted."""
         queue = self._queues.setdefault(queue_name, deque(maxlen=self._max_messages))
         self._queues.move_to_end(queue_name)
         if len(queue) == self._max_messages and queue_name not in self._dropping:
@@ -53,20 +54,20 @@ class InMemoryBackend:
         return True
 
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[None]:
-        """Put messages at the ends of their queues; all are always taken."""
+        """Put messages at the ends of their queues; all are always accepted."""
         for message in messages:
             await self.send_message(message.queue_name, message.body)
         return [None] * len(messages)
 
     def receive_nowait(self, queue_name: str) -> str:
-        """Take the oldest message of a queue. Raises `QueueEmptyError`."""
+        """Remove and return the oldest message of a queue. Raises `QueueEmptyError`."""
         queue = self._queues.get(queue_name)
         if not queue:
             raise QueueEmptyError(f"queue {queue_name!r} is empty")
         return queue.popleft()
 
     async def receive(self, queue_name: str) -> str:
-        """Take the oldest message of a queue, once there is one. A cancelled call takes none."""
+        """Wait for a message, then remove and return the oldest one. A cancelled call removes none."""
         while not self.depth(queue_name):
             arrived = anyio.Event()
             self._receivers[queue_name].append(arrived)
@@ -74,7 +75,7 @@ class InMemoryBackend:
                 await arrived.wait()
             except BaseException:
                 if arrived.is_set():
-                    self._wake_one(queue_name)  # what woke this receiver is for the next one
+                    self._wake_one(queue_name)  # the message that woke this receiver is for the next one
                 else:
                     self._receivers[queue_name].remove(arrived)
                 raise
@@ -85,15 +86,15 @@ class InMemoryBackend:
         return list(self._queues.get(queue_name, ()))
 
     def queue_names(self) -> list[str]:
-        """The queues that something was sent to, in alphabetical order."""
+        """The names of the queues, in alphabetical order."""
         return sorted(self._queues)
 
     def depth(self, queue_name: str) -> int:
-        """How many messages a queue holds."""
+        """The number of messages in a queue."""
         return len(self._queues.get(queue_name, ()))
 
     def clear(self) -> None:
-        """Forget all queues and their messages."""
+        """Remove all queues and their messages."""
         self._queues.clear()
         self._dropping.clear()
 

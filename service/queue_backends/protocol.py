@@ -1,5 +1,7 @@
-"""What the delivery of results needs of a queue, and what it can use where a queue offers more."""
+"""The interface of queue backends: what each must have, and what delivery also uses where it is there."""
 
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -8,7 +10,7 @@ from modalkit.service.errors import ServiceError
 
 
 class QueueBackendError(ServiceError):
-    """The root of the errors that a queue backend of ours raises."""
+    """The root of the errors of modalkit's queue backends."""
 
 
 class UndeliverableError(QueueBackendError):
@@ -16,7 +18,7 @@ class UndeliverableError(QueueBackendError):
 
 
 class QueueNameError(UndeliverableError):
-    """Raised when a queue's name is none that its backend could ever send to."""
+    """Raised for a queue name that its backend can never send to."""
 
     def __init__(self, queue_name: str, problem: str) -> None:
         super().__init__(f"queue {queue_name!r}: {problem}")
@@ -25,49 +27,62 @@ class QueueNameError(UndeliverableError):
 
 @dataclass(frozen=True, slots=True)
 class QueueMessage:
-    """A message on its way to a queue. `body` is a JSON text."""
+    """A message for a queue. `body` is a JSON text."""
 
     queue_name: str
     body: str
     job_id: str
-    """The same at each attempt, so that a queue which can drop duplicates has something to tell them by."""
+    """The same at each attempt, so that a queue or a receiver can drop duplicates."""
 
 
 @runtime_checkable
 class QueueBackend(Protocol):
     """Sends messages to queues; any object with this method will do.
 
-    It may have more, which is then used: `send_messages` (see `BatchQueueBackend`), and `check_queue_name` (see
-    `NamedQueueBackend`). ``async def aclose()`` is called where the configuration made the backend; whoever makes one
-    in code closes it.
+    Optional methods: `send_messages` (`BatchQueueBackend`), `check_queue_name` (`NamedQueueBackend`), and
+    ``async def aclose()``, which is called on a backend that the configuration made. Code that makes a backend itself
+    closes it.
     """
 
     async def send_message(self, queue_name: str, message: str) -> bool:
-        """Send a JSON text; False or an exception means that it was not taken, and is tried again later.
+        """Send a JSON text. After False or an exception it is sent again later, unless that is `UndeliverableError`.
 
-        Called concurrently, and cancelled when it takes too long. After a crash a message may come a second time: its
-        ``job_id`` tells. `UndeliverableError` says that there is no use in trying again.
+        Called concurrently, and cancelled after a time limit. After a crash a message may be sent a second time, with
+        the same ``job_id`` in it.
         """
         ...
 
 
 @runtime_checkable
 class BatchQueueBackend(QueueBackend, Protocol):
-    """A queue backend that sends many messages, to any queues, for less than the price of each."""
+    """A queue backend that sends many messages, to any queues, in one call."""
 
     async def send_messages(self, messages: Sequence[QueueMessage]) -> Sequence[Exception | None]:
-        """Send messages; returns, in the same order, None for each that was taken and its error for each other.
+        """Send messages; returns, in the same order, None for each accepted message and an error for each other one.
 
-        An exception means that none of them is known to have been taken. Called concurrently, and cancelled when it
-        takes too long: then nobody learns what became of any of them, so a backend does well to bound its own attempts.
+        After an exception all of them count as not sent. Called concurrently, and cancelled after a time limit; then
+        all count as not sent too, so a backend should have a shorter time limit for each message.
         """
         ...
 
 
 @runtime_checkable
 class NamedQueueBackend(QueueBackend, Protocol):
-    """A queue backend that can tell from a name alone that it could never send there."""
+    """A queue backend that refuses queue names."""
 
     def check_queue_name(self, queue_name: str) -> None:
-        """Raise `QueueNameError` for a name that can be no queue of this backend; called before a job is accepted."""
+        """Raise `QueueNameError` for a name that this backend can never send to; called before a job is accepted."""
         ...
+
+
+_SAFE = re.compile(r"[A-Za-z0-9_-]{1,128}")
+
+
+def safe_id(job_id: str) -> str:
+    """A job's id in characters that every queue and header accepts: the id itself, or else its SHA-256."""
+    return job_id if _SAFE.fullmatch(job_id) else id_of_text(job_id)
+
+
+def id_of_text(text: str) -> str:
+    """The id of a message without a job's id: the SHA-256 of its text, in hexadecimal."""
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

@@ -16,9 +16,9 @@ class RoutingBackend:
     """Sends each message through the backend of the first pattern that its queue's name matches.
 
     Patterns are those of `fnmatch`, case-sensitive: ``{"ml_*": first, "*": second}``. A name that matches none is
-    refused. A backend may have several patterns. A message through a backend that takes them one by one fails alone
-    after `send_timeout_s`; others bound their attempts themselves. Raises `ValueError` if there is no route, and
-    `TypeError` for one that leads to no backend.
+    refused. A backend may have several patterns. `send_timeout_s` limits each call of a backend that has only
+    `send_message`; other backends have time limits of their own. Raises `ValueError` if there is no route, and
+    `TypeError` for a route to an object that is no backend.
     """
 
     def __init__(self, routes: Mapping[str, QueueBackend], *, send_timeout_s: float = ATTEMPT_S) -> None:
@@ -32,17 +32,17 @@ class RoutingBackend:
         self._send_timeout_s = send_timeout_s
 
     def check_queue_name(self, queue_name: str) -> None:
-        """Raise `QueueNameError` for a name that no route matches, or that its backend refuses."""
+        """Raise `QueueNameError` for a name that no route matches, or that the backend of its route refuses."""
         backend = self._backend_for(queue_name)
         if isinstance(backend, NamedQueueBackend):
             backend.check_queue_name(queue_name)
 
     async def send_message(self, queue_name: str, message: str) -> bool:
-        """Send a JSON text by its route. Raises `QueueNameError`, and whatever the backend raises."""
+        """Send a JSON text by its route. Raises `QueueNameError`, and the backend's own errors."""
         return await self._backend_for(queue_name).send_message(queue_name, message)
 
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
-        """Send messages by their routes, the backends concurrently; the failure of one is no other's."""
+        """Send messages by their routes, all backends concurrently; returns the outcome of each message."""
         outcomes: list[Exception | None] = [None] * len(messages)
         positions_by_backend = defaultdict[int, list[int]](list)  # by id(): a backend need not be hashable
         backends: dict[int, QueueBackend] = {}
@@ -67,7 +67,7 @@ class RoutingBackend:
         return outcomes
 
     async def aclose(self) -> None:
-        """Close each backend that can be closed, once, also if another fails to; then raises what they raised."""
+        """Close each backend that has `aclose`, once. Raises their errors together, after the last."""
         errors: list[Exception] = []
         for backend in {id(backend): backend for backend in self._routes.values()}.values():
             if hasattr(backend, "aclose"):

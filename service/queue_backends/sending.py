@@ -1,24 +1,75 @@
-"""Sends many messages through any queue backend: at once where it can, else one by one, several at a time."""
+"""Sends many messages through any queue backend: in one call where it has `send_messages`, else concurrently."""
 
+import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
+from anyio.lowlevel import EventLoopToken, current_token
 
 from modalkit.batching.task_groups import without_foreign_cancellation
 from modalkit.service.errors import describe_error, describe_value
-from modalkit.service.queue_backends.protocol import BatchQueueBackend, QueueBackend, QueueBackendError, QueueMessage
+from modalkit.service.queue_backends.protocol import (
+    BatchQueueBackend,
+    QueueBackend,
+    QueueBackendError,
+    QueueMessage,
+    id_of_text,
+)
 
-ATTEMPT_S = 25.0  # less than a delivery waits, so that one message that hangs does not take the others' answers along
+logger = logging.getLogger(__name__)
+
+ATTEMPT_S = 25.0  # less than a delivery waits, so that the outcomes beside a message that hangs are not lost
 
 T = TypeVar("T")
 
 
-async def await_backend(awaitable: Awaitable[T]) -> T:
-    """Await a backend's code. Whatever it raises is an `Exception`, unless the caller is being cancelled.
+class ConnectedBackend(ABC):
+    """A queue backend that sends many messages, over a connection that belongs to one event loop until `aclose`."""
 
-    `SystemExit` and the like, meant to end a program, become a `QueueBackendError`: a message must not end the server.
+    _opened: tuple[EventLoopToken, Any] | None = None  # all mutable state
+
+    @abstractmethod
+    def _connect(self) -> Any:
+        """A connection, which has `aclose`, in the running event loop. Raises `QueueBackendError`."""
+
+    @abstractmethod
+    async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
+        """Send messages; returns the outcome of each. Raises `QueueBackendError`."""
+
+    async def send_message(self, queue_name: str, message: str) -> bool:
+        """Send a JSON text. Raises `QueueBackendError`."""
+        [outcome] = await self.send_messages([QueueMessage(queue_name, message, id_of_text(message))])
+        if outcome is not None:
+            raise outcome
+        return True
+
+    async def aclose(self) -> None:
+        """Close the connection, in the event loop that opened it; messages being sent fail. Idempotent."""
+        if self._opened is not None:
+            connection = self._connection()
+            self._opened = None
+            with anyio.CancelScope(shield=True):
+                await connection.aclose()
+
+    def _connection(self) -> Any:
+        if self._opened is None:
+            self._opened = current_token(), self._connect()
+        event_loop, connection = self._opened
+        if event_loop != current_token():
+            raise QueueBackendError(
+                f"this {type(self).__name__} was opened in another event loop: await its aclose() there, or make one "
+                "for each"
+            )
+        return connection
+
+
+async def await_backend(awaitable: Awaitable[T]) -> T:
+    """Await a backend's code. Everything that it raises is an `Exception`, unless the caller is cancelled.
+
+    `SystemExit` and the like become a `QueueBackendError`, because a message must not end the server.
     """
     try:
         return await without_foreign_cancellation(awaitable)
@@ -41,14 +92,14 @@ async def send_all(
     backend: QueueBackend,
     messages: Sequence[QueueMessage],
     *,
-    max_concurrent: int = 100,  # as many as a delivery brings, so that none of them waits for another one's time
+    max_concurrent: int = 100,  # as many as a delivery holds, so that no message waits for another one
     timeout_s: float = ATTEMPT_S,
 ) -> list[Exception | None]:
-    """Send messages; returns, in the same order, None for each that was taken and its error for each other.
+    """Send messages; returns, in the same order, None for each accepted message and an error for each other one.
 
-    Raises nothing that a backend raises: an exception of its `send_messages` is the error of every message, since none
-    is known to have been taken. For a backend that has `send_message` alone, `max_concurrent` bounds the calls at a
-    time, and `timeout_s` each of them. A cancelled call may have sent any of the messages.
+    An exception of the backend's `send_messages` is the error of every message. For a backend that has `send_message`
+    alone, `max_concurrent` limits the concurrent calls, and `timeout_s` the seconds of each. A cancelled call may have
+    sent any of the messages.
     """
     if not messages:
         return []
@@ -75,9 +126,9 @@ async def outcomes_of(
     limiter: anyio.CapacityLimiter,
     timeout_s: float = ATTEMPT_S,
 ) -> list[Exception | None]:
-    """Await `send` for each message, as many at a time as `limiter` lets; what it raises is that message's outcome.
+    """Await `send` for each message, concurrently within `limiter`; its exception is the message's outcome.
 
-    So is a `QueueBackendError` for a message that takes longer than `timeout_s`, the wait for the limiter not included.
+    A message that takes longer than `timeout_s`, not counting the wait for the limiter, gets a `QueueBackendError`.
     """
     outcomes: list[Exception | None] = [QueueBackendError("it was not attempted")] * len(messages)
 
@@ -99,8 +150,8 @@ async def outcomes_of(
 
 
 @asynccontextmanager
-async def place_in(limiter: anyio.CapacityLimiter, wait_s: float, problem: str) -> AsyncIterator[None]:
-    """Hold a place in `limiter`; raises `QueueBackendError`, which says `problem`, if none gets free in `wait_s`."""
+async def hold(limiter: anyio.CapacityLimiter, wait_s: float, problem: str) -> AsyncIterator[None]:
+    """Hold a token of `limiter`; raises `QueueBackendError` with the text `problem` after `wait_s` seconds without."""
     try:
         limiter.acquire_nowait()
     except anyio.WouldBlock:
@@ -115,22 +166,26 @@ async def place_in(limiter: anyio.CapacityLimiter, wait_s: float, problem: str) 
 
 
 def _checked(backend: QueueBackend, messages: Sequence[QueueMessage], outcomes: object) -> list[Exception | None]:
-    name = f"{type(backend).__name__}.send_messages"
-    if not isinstance(outcomes, Sequence):
-        raise QueueBackendError(
-            f"{name} returned {describe_value(outcomes)}; it must return a sequence with one outcome for each message, "
-            "in their order"
-        )
-    listed = list(outcomes)
-    if len(listed) != len(messages):
-        raise QueueBackendError(
-            f"{name} returned {len(listed)} outcomes for {len(messages)} messages; it must return one for each, in "
-            "their order"
-        )
-    for outcome in listed:
-        if not (outcome is None or isinstance(outcome, Exception)):
-            raise QueueBackendError(
-                f"{name} returned {describe_value(outcome)} as an outcome; it must be None for a message that was "
-                "taken, and else an exception"
-            )
-    return listed
+    listed = list(outcomes) if isinstance(outcomes, Sequence) else None
+    if listed is None:
+        problem = describe_value(outcomes)
+    elif len(listed) != len(messages):
+        problem = f"{len(listed)} outcomes for {len(messages)} messages"
+    elif wrong := [outcome for outcome in listed if not (outcome is None or isinstance(outcome, Exception))]:
+        problem = f"{describe_value(wrong[0])} as an outcome"
+    else:
+        return listed
+    raise QueueBackendError(
+        f"{type(backend).__name__}.send_messages returned {problem}; it must return a sequence with one outcome for "
+        "each message, in their order: None for a message that was taken, and else an exception"
+    )
+
+
+async def close_backend(backend: QueueBackend | None) -> None:
+    """Close a backend that can be closed. An error is logged: everything that needed the backend is done."""
+    aclose = getattr(backend, "aclose", None)
+    if aclose is not None:
+        try:
+            await await_backend(aclose())
+        except Exception:
+            logger.exception("The queue backend could not be closed")

@@ -20,11 +20,11 @@ _TIMESTAMP = re.compile(r"[0-9]{1,12}")
 
 
 class WebhookVerificationError(ServiceError):
-    """Raised when a request is not the webhook of somebody who has the key, or is too old."""
+    """Raised when a request was not signed with the key, or is too old."""
 
 
 def signing_key(secret: str | bytes) -> bytes:
-    """The key that `secret` is: a text in base64, with or without ``whsec_`` in front, or the bytes themselves.
+    """The key in `secret`: a text in base64, with or without ``whsec_`` in front, or the bytes themselves.
 
     Raises `ValueError` for a text that is no base64, and for a key of less than 24 bytes.
     """
@@ -58,11 +58,11 @@ def verify_webhook(
     tolerance_s: float = 300,
     now: float | None = None,
 ) -> str:
-    """Check that a request was sent by whoever has the secret, and lately; returns the id of the job it is about.
+    """Check that a request was signed with the secret at most `tolerance_s` seconds ago; returns the job's id.
 
-    `body` is the request's body as it came, before any parsing. The id is the same at each attempt: a receiver that
-    remembers the ids it has seen takes no result twice. `now` is in seconds since 1970, by default the present time.
-    Raises `WebhookVerificationError`, which says why, and `ValueError` for a secret that cannot be one.
+    `body` is the request's body before any parsing. The id is the same at each attempt: a receiver that stores the ids
+    it has seen handles no result twice. `now` is in seconds since 1970, by default the present time. Raises
+    `WebhookVerificationError`, which says why, and `ValueError` for an invalid secret.
     """
     key = signing_key(secret)
     present = {name.lower(): value for name, value in headers.items()}

@@ -10,14 +10,22 @@ from typing import Any
 
 import anyio
 
-from modalkit.service.queue_backends.message_ids import id_of_text, safe_id
-from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage, QueueNameError, UndeliverableError
-from modalkit.service.queue_backends.sending import ATTEMPT_S, place_in
+from modalkit.service.aws import AwsError, aws_clients
+from modalkit.service.queue_backends.protocol import (
+    QueueBackendError,
+    QueueMessage,
+    QueueNameError,
+    UndeliverableError,
+    safe_id,
+)
+from modalkit.service.queue_backends.sending import ATTEMPT_S, ConnectedBackend, hold
 
 MAX_BATCH_ENTRIES = 10
 MAX_BATCH_BYTES = 1_048_576  # of all messages of a batch together, and so of one message
 MAX_CONCURRENT_REQUESTS = 100
-REQUEST_S = 13.0  # is left to one that waited for a place, so that it is not cut off and its messages come twice
+REQUEST_S = (
+    13.0  # time that a request still has after its wait for a connection: cut off, its messages would come twice
+)
 
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo")
 _REFUSED_CHARACTER = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -31,7 +39,7 @@ _BATCH_IS_REFUSED = {"BatchRequestTooLong", *_MESSAGE_IS_REFUSED}
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A message in the form that SQS gets, and its place among the messages given."""
+    """A message in the form that SQS gets, and its position among the given messages."""
 
     position: int
     message: QueueMessage
@@ -39,18 +47,18 @@ class _Entry:
     size_bytes: int
 
 
-class SQSBackend:
+class SQSBackend(ConnectedBackend):
     """Sends results to the SQS queues of an AWS account. Needs the extra ``modalkit[sqs]``, and asyncio.
 
     Credentials, and the region where `region` is None, come from where AWS's tools look for them. `endpoint_url` is
-    that of another server that speaks SQS. A queue that does not exist is created if `create_missing_queues`, else the
-    message fails, and is tried again later. A queue whose name ends in ``.fifo`` gets the job's id for de-duplication
-    (SQS drops a message that comes again within five minutes), and `message_group_id` as the group; where that is
-    None, each message is a group of its own: nothing waits for anything else, in no promised order.
+    the address of another server that speaks SQS. A queue that does not exist is created if `create_missing_queues`,
+    else its messages fail. Messages to a queue whose name ends in ``.fifo`` carry the job's id for de-duplication (SQS
+    drops a repetition within five minutes) and `message_group_id` as their group; where that is None, each message is
+    its own group: full throughput, no order.
 
-    The client is opened at the first message and closed by `aclose`, after which the next message opens another. In
-    between it belongs to one event loop. A call of `send_messages` ends within 25 seconds. Raises `QueueBackendError`
-    if aiobotocore is not installed, or no region is found.
+    The first message opens the client, `aclose` closes it, and the next message opens another. In between it belongs
+    to one event loop. A call of `send_messages` ends within 25 seconds. Raises `QueueBackendError` if aiobotocore is
+    not installed, or no region is found.
     """
 
     def __init__(
@@ -61,53 +69,37 @@ class SQSBackend:
         create_missing_queues: bool = False,
         message_group_id: str | None = None,
     ) -> None:
-        try:
-            # Not at the top: the library is optional. Not at the first message: what is missing shows at the start.
-            from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # ships no types
-            from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
-        except ImportError as error:
-            raise QueueBackendError(
-                f"SQSBackend needs aiobotocore ({error}); install it: pip install 'modalkit[sqs]'"
-            ) from error
         if message_group_id is not None and safe_id(message_group_id) != message_group_id:
             raise ValueError(
                 f"message_group_id must be 1 to 128 letters, digits, - or _, or None, not {message_group_id!r}"
             )
-        region = _configured_region(get_session()) if region is None else region
+        try:
+            _, self._create_client = aws_clients(
+                "sqs",
+                region,
+                needed_by="SQSBackend",
+                extra="sqs",
+                setting="app_settings.queue_config.sqs.region (SQSBackend(region=...) in code)",
+                endpoint_url=endpoint_url,
+                read_timeout_s=10,
+                max_connections=MAX_CONCURRENT_REQUESTS,
+            )
+        except AwsError as error:
+            raise QueueBackendError(str(error)) from error
         self._create_missing_queues = create_missing_queues
         self._message_group_id = message_group_id
-        config = AioConfig(
-            connect_timeout=3,
-            read_timeout=10,
-            max_pool_connections=MAX_CONCURRENT_REQUESTS,
-            # Whoever delivers tries again, with its own back-off and count of attempts. The one repetition here is for
-            # a connection that SQS closed while it was idle.
-            retries={"mode": "standard", "total_max_attempts": 2},
-            warm_up_loader_caches=True,  # reads the description of SQS in a thread, not in the event loop
-        )
-        self._create_client: Callable[[], AbstractAsyncContextManager[Any]] = lambda: get_session().create_client(
-            "sqs", region_name=region, endpoint_url=endpoint_url, config=config
-        )
-        self._connection: _Connection | None = None  # all mutable state
 
     def check_queue_name(self, queue_name: str) -> None:
-        """Raise `QueueNameError` for what can be no name of an SQS queue."""
+        """Raise `QueueNameError` for a text that cannot name an SQS queue."""
         if not _QUEUE_NAME.fullmatch(queue_name):
             raise QueueNameError(
                 queue_name,
                 "the name of an SQS queue is 1 to 80 letters, digits, - or _, and may end in .fifo (no URL, no ARN)",
             )
 
-    async def send_message(self, queue_name: str, message: str) -> bool:
-        """Send a JSON text. Raises `QueueBackendError`."""
-        [outcome] = await self.send_messages([QueueMessage(queue_name, message, id_of_text(message))])
-        if outcome is not None:
-            raise outcome
-        return True
-
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
         """Send messages in batches, concurrently; returns the outcome of each. Raises `QueueBackendError` on trio."""
-        connection = self._connection_here()
+        connection: _Connection = self._connection()
         deadline = anyio.current_time() + ATTEMPT_S
         outcomes: list[Exception | None] = [None] * len(messages)
         entries_by_queue = defaultdict[str, list[_Entry]](list)
@@ -129,43 +121,30 @@ class SQSBackend:
                     task_group.start_soon(send, queue_name, chunk)
         return outcomes
 
-    async def aclose(self) -> None:
-        """Close the client, in the event loop that opened it; what is being sent fails. May be called repeatedly."""
-        if self._connection is not None:
-            connection = self._connection_here()
-            self._connection = None
-            await connection.aclose()
-
-    def _connection_here(self) -> "_Connection":
+    def _connect(self) -> "_Connection":
         try:
-            event_loop = asyncio.get_running_loop()
+            asyncio.get_running_loop()
         except RuntimeError:
             raise QueueBackendError("SQSBackend needs the event loop of asyncio; it does not run on trio") from None
-        if self._connection is None:
-            self._connection = _Connection(event_loop, self._create_client)
-        elif self._connection.event_loop is not event_loop:
-            raise QueueBackendError(
-                "this SQSBackend was opened in another event loop: await its aclose() there, or make one for each"
-            )
-        return self._connection
+        return _Connection(self._create_client)
 
     async def _send_chunk(
         self, connection: "_Connection", queue_name: str, chunk: list[_Entry], deadline: float
     ) -> Sequence[Exception | None]:
         wait_s = deadline - REQUEST_S - anyio.current_time()
-        no_place = f"queue {queue_name!r}: too many messages wait to be sent to SQS"
+        too_busy = f"queue {queue_name!r}: too many messages wait to be sent to SQS"
         try:
-            async with place_in(connection.sending, wait_s, no_place):
+            async with hold(connection.sending, wait_s, too_busy):
                 with anyio.fail_after(deadline - anyio.current_time()):
                     return await self._request(connection, queue_name, chunk)
-        except Exception as error:  # noqa: BLE001  # one chunk's failure is no other's
+        except Exception as error:  # noqa: BLE001  # a failed chunk must not affect the others
             code = _error_code(error)
             if code in _QUEUE_IS_MISSING:
                 connection.queue_urls.pop(queue_name, None)
             if len(chunk) == 1 or code not in _BATCH_IS_REFUSED:
                 return [_translated(queue_name, error)] * len(chunk)
-        # SQS refuses a batch as a whole for one message in it, or because this queue's own limit of size is below the
-        # general one: alone, each gets what it deserves.
+        # SQS refuses a whole batch for one message in it, or where this queue has a smaller limit of size than others.
+        # Sent alone, each message has its own outcome.
         outcomes: list[Exception | None] = [None] * len(chunk)
 
         async def send_alone(number: int) -> None:
@@ -216,13 +195,10 @@ class SQSBackend:
 
 
 class _Connection:
-    """A client, opened at its first use, and what else belongs to the event loop that it lives in."""
+    """A client, opened at its first use, and the other objects that belong to its event loop."""
 
-    def __init__(
-        self, event_loop: asyncio.AbstractEventLoop, create_client: Callable[[], AbstractAsyncContextManager[Any]]
-    ) -> None:
-        self.event_loop = event_loop
-        # As many as there are connections: a request that waits for one of these has no timeout running yet.
+    def __init__(self, create_client: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
+        # As many tokens as connections: the timeout of a request starts when it has one.
         self.sending = anyio.CapacityLimiter(MAX_CONCURRENT_REQUESTS)
         self.queue_urls: dict[str, str] = {}
         self._create_client = create_client
@@ -241,25 +217,8 @@ class _Connection:
 
     async def aclose(self) -> None:
         self._closed = True
-        with anyio.CancelScope(shield=True):
-            async with self._opening:
-                await self._stack.aclose()
-
-
-def _configured_region(session: Any) -> str:
-    """The region of the environment or of AWS's configuration file. Raises `QueueBackendError` where there is none."""
-    from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]  # ships no types
-
-    try:
-        region = session.get_config_variable("region")
-    except BotoCoreError as error:
-        raise QueueBackendError(f"the region of SQS cannot be found: {error}") from error
-    if not region:
-        raise QueueBackendError(
-            "no region of SQS is configured: set app_settings.queue_config.sqs.region (SQSBackend(region=...) in code) "
-            "or the environment variable AWS_DEFAULT_REGION"
-        )
-    return str(region)
+        async with self._opening:
+            await self._stack.aclose()
 
 
 def _entry(position: int, message: QueueMessage) -> _Entry:
@@ -306,7 +265,10 @@ def _failure(queue_name: str, failed: dict[str, Any]) -> QueueBackendError:
 
 
 def _translated(queue_name: str, error: Exception) -> Exception:
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import (  # type: ignore[import-untyped]  # ships no types
+        BotoCoreError,
+        ClientError,
+    )
 
     if isinstance(error, TimeoutError):
         return QueueBackendError(f"queue {queue_name!r}: no answer of SQS within {ATTEMPT_S:g} s")

@@ -34,17 +34,18 @@ def make_taskiq_broker(
     timeout_s: float = 5.0,
     max_connections: int = 32,
 ) -> "ResultBroker":
-    """A TaskIQ broker on Redis streams (Redis 6.2 or newer), for a worker that handles results and for who sends them.
+    """A TaskIQ broker on Redis streams (Redis 6.2 or newer), for workers that handle results and for the sender.
 
-    ``taskiq worker your_module:broker`` runs the tasks of `queue_names`, each named `task_name` with the queue's name
-    put in, on the messages in the stream `stream_name`; both sides must give the same two. It does not start while a
-    queue has no task. Each `group_name` gets every message once, from the oldest that the stream still holds.
+    ``taskiq worker your_module:broker`` runs a task for each of `queue_names`. The name of the task is `task_name`, and
+    that of the Redis stream is `stream_name`, both with the queue's name put in; both sides must use the same two. A
+    worker does not start while a queue has no task. Each `group_name` gets every message once, from the oldest that
+    the stream still holds.
 
-    A message is acknowledged after its task has ended, well or not, and given to another worker after
-    `idle_timeout_s`: so it comes at least once, and a task that takes longer runs twice at a time. What all groups
-    have acknowledged is removed from the stream every `trim_interval_s` seconds (None: only by the broker's
-    `trim_acknowledged`). A Redis that does not answer within `timeout_s` is an error for who sends; a worker waits for
-    it to come back. `url` may have ``rediss://``, a user and a password.
+    A message is acknowledged when its task has ended, with or without an error, and is given to another worker after
+    `idle_timeout_s`. So it is delivered at least once, and a task that takes longer runs twice at the same time. Every
+    `trim_interval_s` seconds, messages that all groups have acknowledged are removed from the stream (None: only by
+    the broker's `trim_acknowledged`). When Redis does not answer within `timeout_s`, sending raises an error, and a
+    worker waits until Redis is back. `url` may have ``rediss://``, a user and a password.
 
     Raises `QueueBackendError` if taskiq or taskiq-redis is not installed, and `ValueError` for other bad arguments.
     """
@@ -68,15 +69,13 @@ def make_taskiq_broker(
 class TaskIQBackend:
     """Sends each result to TaskIQ, as the one argument of the task ``process_{queue_name}``.
 
-    A separate worker that has a task of that name runs it; see `make_taskiq_broker`, which makes the broker here too,
-    from `broker_url`. `broker` is one of your own instead, of any of TaskIQ's kinds, an `InMemoryBroker` in tests; a
-    broker that `make_taskiq_broker` did not make gets all messages in its own one queue, with its own promises. The
-    job's id is the task's.
+    A separate worker that has a task of that name runs it (`make_taskiq_broker`, which also makes the broker here, from
+    `broker_url`). `broker` is a TaskIQ broker of your own instead, such as an `InMemoryBroker` in tests; it gets all
+    messages in its one queue, with its own guarantees. The job's id is the task's.
 
-    The broker is started at the first message and shut down by `aclose`, after which the next message starts it again,
-    in another event loop if need be, though not with a broker of taskiq-redis's own: that works in one loop only. With
-    ``start=False`` both are left to you. Needs the extra ``modalkit[taskiq]``, and asyncio. Raises `QueueBackendError`
-    where either is missing.
+    The first message starts the broker, `aclose` shuts it down, and the next message starts it again, even in another
+    event loop; only taskiq-redis's own brokers stay in one event loop. With ``start=False`` your code starts and shuts
+    it down. Needs the extra ``modalkit[taskiq]``, and asyncio. Raises `QueueBackendError` where either is missing.
     """
 
     def __init__(
@@ -105,8 +104,8 @@ class TaskIQBackend:
         self._sender = TaskSender(broker, task_name or DEFAULT_TASK_NAME)
         self._start = start
         self._stays_in_one_loop = stays_in_one_loop(broker)
-        # All mutable state: the event loop that the broker is used in, and the only one that it can be used in if there
-        # is one, whether it was started, and that by one alone.
+        # All mutable state: the event loop that the broker is used in, the only one that it can be used in (if there
+        # is one), whether it was started, and a lock for starting it.
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._only_event_loop: asyncio.AbstractEventLoop | None = None
         self._started = not start

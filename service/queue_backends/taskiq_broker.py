@@ -1,4 +1,4 @@
-"""TaskIQ's broker on Redis streams, with what results need on both sides so as not to be lost."""
+"""TaskIQ's broker on Redis streams, changed so that neither side loses results."""
 
 import asyncio
 import logging
@@ -20,6 +20,7 @@ from taskiq import AckableMessage, AsyncBroker, TaskiqMessage, TaskiqMiddleware
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq_redis import RedisStreamBroker
 
+from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import describe_error
 from modalkit.service.queue_backends.protocol import QueueBackendError
 
@@ -29,11 +30,11 @@ Answer = TypeVar("Answer")
 Entries: TypeAlias = Iterable[tuple[bytes | None, dict[bytes, bytes]]]  # no id: the entry was deleted
 
 QUEUE_NAME = "{queue_name}"
-ENTRIES_PER_READ = 20  # few, because what waits in a worker counts as under way there
+ENTRIES_PER_READ = 20  # few, because messages that wait in a worker count as being handled there
 ENTRIES_PER_CLAIM = 100
-LONGEST_READ_MS = 2000
-LONGEST_RECONNECT_S = 2.0
-LONGEST_CLAIM_INTERVAL_S = 30.0
+MAX_READ_MS = 2000
+MAX_RECONNECT_S = 2.0
+MAX_CLAIM_INTERVAL_S = 30.0
 BEGINNING = "0-0"
 
 # One script, so that no group can start reading, and no entry become pending, between the look and the cut. Ids are
@@ -74,7 +75,7 @@ class _Labels(TaskiqMiddleware):
     broker: "ResultBroker"
 
     def pre_send(self, message: TaskiqMessage) -> TaskiqMessage:
-        """Send what names no stream to that of its queue: `kiq`, a retry and a schedule then find it as well."""
+        """Add the stream of its queue to a message without one, as sent by `kiq`, a retry or a schedule."""
         if "queue_name" not in message.labels:
             queue_name = self.broker.queue_of_task(message.task_name)
             if queue_name is not None:
@@ -82,7 +83,7 @@ class _Labels(TaskiqMiddleware):
         return message
 
     def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
-        """Apply what ``@broker.task(...)`` says: TaskIQ takes labels from the sender alone, who knows no tasks here."""
+        """Add the labels of ``@broker.task(...)``: TaskIQ takes labels from the sender alone, which has no tasks."""
         task = self.broker.find_task(message.task_name)
         if task is not None:
             message.labels = {**task.labels, **message.labels}
@@ -100,15 +101,19 @@ class _Serializer(TaskiqSerializer):
 
 
 class ResultBroker(RedisStreamBroker):
-    """A `RedisStreamBroker` with a stream for each queue, which loses and blocks no results; see `make_taskiq_broker`.
+    """A `RedisStreamBroker` with a stream for each queue, which loses and blocks no results (`make_taskiq_broker`).
 
-    What it does otherwise than its base class: a worker reads its queues' streams from their beginning; it does not
-    start before each queue has its task, and leaves in the stream, unacknowledged, what is for a task that it does not
-    have (TaskIQ acknowledges that, and it is gone); it reads on when Redis was away, refused to answer or has lost its
-    groups (there, the process ends, with the tasks it runs); an entry that someone deleted ends no worker; it looks for
-    the messages of dead workers at intervals, through all that are pending, instead of through the first thousand after
-    each read; when it shuts down, it gives back what it has not finished; it trims what everybody is done with; and
-    after `shutdown` it can be started again, in another event loop too.
+    Differences from its base class:
+
+    - A worker reads its streams from their beginning, and does not start before each queue has a task.
+    - A message for a task that the worker does not have stays in the stream, unacknowledged; the base class loses it.
+    - A worker reads on after Redis was away, refused to answer or lost its groups; the base class ends the process.
+    - A deleted entry does not end the worker.
+    - Messages of dead workers are claimed at intervals, from all pending ones; the base class looks through the first
+      thousand after each read.
+    - At shutdown a worker gives back the messages that it has not finished.
+    - Messages that all groups have acknowledged are trimmed.
+    - After `shutdown` it can be started again, even in another event loop.
     """
 
     def __init__(
@@ -137,7 +142,7 @@ class ResultBroker(RedisStreamBroker):
         self._streams = [self.stream_of(queue_name) for queue_name in self.queue_names]
         super().__init__(
             url,
-            # Where the tasks go that belong to no queue, such as a worker's own.
+            # The stream of tasks that belong to no queue, such as a worker's own.
             queue_name=self._streams[0] if self._streams else "modalkit",
             consumer_group_name=group_name,
             consumer_id="0",
@@ -145,11 +150,13 @@ class ResultBroker(RedisStreamBroker):
             max_connection_pool_size=max_connections,
             timeout=timeout_s,
             socket_timeout=timeout_s,
-            xread_block=max(1, min(LONGEST_READ_MS, round(timeout_s * 500))),  # a read that waits is to end in time
+            xread_block=max(
+                1, min(MAX_READ_MS, round(timeout_s * 500))
+            ),  # so that a waiting read ends before the socket's timeout
             socket_connect_timeout=timeout_s,
             socket_keepalive=True,
             protocol=2,
-            # Whoever sends tries again later; these two are for a server that restarts.
+            # Senders retry later; these two retries are for a server that restarts.
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.1), 2),
         )
         if self.connection_pool.connection_kwargs["protocol"] != 2:
@@ -157,7 +164,7 @@ class ResultBroker(RedisStreamBroker):
                 "taskiq-redis reads the answers of protocol 2 only: leave protocol= out of the broker's URL"
             )
         self._connect()
-        self._claim_interval_s = min(LONGEST_CLAIM_INTERVAL_S, idle_timeout_s / 4)
+        self._claim_interval_s = min(MAX_CLAIM_INTERVAL_S, idle_timeout_s / 4)
         self._trim_interval_s = trim_interval_s
         self.serializer = _Serializer()
         self.add_middlewares(_Labels())
@@ -187,7 +194,7 @@ class ResultBroker(RedisStreamBroker):
         """Create the consumer groups of the queues. Raises `QueueBackendError` in a worker that lacks a task."""
         if self.is_worker_process:
             self._check_tasks()
-        await AsyncBroker.startup(self)  # not our base class's, which ignores every error of Redis's
+        await AsyncBroker.startup(self)  # the direct base class ignores every error of Redis
         await self._make_groups()
 
     async def shutdown(self) -> None:
@@ -199,7 +206,7 @@ class ResultBroker(RedisStreamBroker):
                 logger.warning("Unfinished messages wait for %g s: %s", self.idle_timeout / 1000, error)
         await super().shutdown()
         pool = self.connection_pool
-        # What a pool waits with stays bound to the event loop that it first waited in.
+        # A pool stays bound to the event loop in which it first waited.
         self.connection_pool = BlockingConnectionPool(
             max_connections=pool.max_connections,
             timeout=pool.timeout,
@@ -224,10 +231,10 @@ class ResultBroker(RedisStreamBroker):
                 self._trim_at = time.monotonic() + self._trim_interval_s
 
     async def trim_acknowledged(self, queue_name: str) -> int:
-        """Remove the oldest entries of a queue's stream, up to the first that some group has not read and acknowledged.
+        """Remove the oldest entries of a queue's stream, up to the first that some group has not acknowledged.
 
-        Returns how many there were. Entries go a hundred at a time, so up to that many acknowledged ones stay. A group
-        that is no longer used keeps everything: ``XGROUP DESTROY`` it.
+        Returns their number. Entries are removed by the hundred, so up to a hundred acknowledged ones stay. A group
+        that is no longer used prevents all removal: ``XGROUP DESTROY`` it.
         """
         stream = self.stream_of(queue_name)
         removed = 0
@@ -264,28 +271,28 @@ class ResultBroker(RedisStreamBroker):
         self._has_groups = True
 
     async def _until_answered(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
-        """Ask Redis again until it is there and answers, making the groups anew if it has lost them."""
-        for attempt in count():
+        """Ask Redis until it answers; creates the groups again if Redis has lost them."""
+        for attempt in count(1):
             try:
                 if not self._has_groups:
                     await self._make_groups()
                 answer = await ask()
             except (RedisConnectionError, RedisTimeoutError) as error:
-                logger.warning("Redis does not answer; trying on: %s", error)
+                logger.warning("Redis does not answer; retrying: %s", error)
             except RedisError as error:
                 if str(error).startswith("NOGROUP"):
                     logger.warning("Redis has lost the group %r, and maybe messages", self.consumer_group_name)
                     self._has_groups = False
                 else:
-                    # It is full, read-only in a failover, or lacks replicas. Ending would kill the tasks that run.
-                    logger.warning("Redis refuses to give messages; trying on: %s", describe_error(error))
+                    # It is full, read-only in a failover, or lacks replicas. Ending would kill the running tasks.
+                    logger.warning("Redis refuses to give messages; retrying: %s", describe_error(error))
             else:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
-                    # Until Python 3.12, asyncio.wait_for, which redis-py uses, can swallow it: no worker would stop.
+                    # Until Python 3.12, asyncio.wait_for (in redis-py) can lose a cancellation: no worker would stop.
                     raise asyncio.CancelledError
                 return answer
-            await asyncio.sleep(min(LONGEST_RECONNECT_S, 0.1 * 2 ** min(attempt, 5)))
+            await asyncio.sleep(backoff_with_jitter(attempt, first_s=0.1, longest_s=MAX_RECONNECT_S, factor=2))
         raise AssertionError("count() has no end")
 
     async def _trim_all(self) -> None:
@@ -293,10 +300,10 @@ class ResultBroker(RedisStreamBroker):
             for queue_name in self.queue_names:
                 await self.trim_acknowledged(queue_name)
         except RedisError as error:
-            logger.warning("What is done stays in the streams until the next time: %s", describe_error(error))
+            logger.warning("The streams could not be trimmed; the next attempt follows: %s", describe_error(error))
 
     async def _claim(self, stream: str) -> list[AckableMessage]:
-        """Take over messages that were under way for too long: their worker died, or is slow."""
+        """Claim messages that were idle in another worker for too long: it died, or is slow."""
         position, entries, *_ = await self._redis.xautoclaim(
             stream,
             self.consumer_group_name,
@@ -346,7 +353,7 @@ class ResultBroker(RedisStreamBroker):
         await self._redis.xack(stream, self.consumer_group_name, entry_id)
 
     async def _give_back(self) -> None:
-        """Let others claim at once what this worker has read and not acknowledged; without any, leave the group."""
+        """Make messages that this worker has not acknowledged claimable at once; leave the group if there are none."""
         for stream in self._streams:
             pending = await self._redis.xpending_range(
                 stream, self.consumer_group_name, "-", "+", 10_000, consumername=self.consumer_name

@@ -1,4 +1,4 @@
-"""How messages become TaskIQ's, and go to its broker."""
+"""Turns messages into TaskIQ's, and sends them to its broker."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +37,7 @@ class TaskSender:
         self._broker = broker
         self._task_name = task_name
         self._add: AsyncScript | None = None
-        # A broker that adds in another way than the plain one, or trims as it adds, does so message by message.
+        # Only the plain way of adding can be done for many messages: no kick of its own, no trimming while adding.
         if isinstance(broker, RedisStreamBroker) and type(broker).kick is RedisStreamBroker.kick and not broker.maxlen:
             self._broker_with_pool = broker
             self._redis: Redis = Redis(connection_pool=broker.connection_pool)
@@ -58,7 +58,7 @@ class TaskSender:
             raise _not_sent(message, error.__cause__ if isinstance(error.__cause__, Exception) else error) from error
 
     async def send_many(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
-        """Add messages to their streams in one request, as `AsyncKicker.kiq` does for one; the outcome of each.
+        """Add messages to their streams in one request, as `AsyncKicker.kiq` does for one; returns each outcome.
 
         Raises `QueueBackendError` when Redis does not answer.
         """
@@ -93,7 +93,7 @@ class TaskSender:
         return outcomes
 
     def _client(self) -> Redis:
-        """A client with the broker's connections, which a `ResultBroker` makes anew when it is shut down."""
+        """A client of the broker's pool, which a `ResultBroker` replaces when it is shut down."""
         if self._redis.connection_pool is not self._broker_with_pool.connection_pool:
             self._redis = Redis(connection_pool=self._broker_with_pool.connection_pool)
         return self._redis
@@ -101,7 +101,7 @@ class TaskSender:
     def _formatted(self, prepared: TaskiqMessage) -> bytes:
         if type(self._broker.formatter) is not ProxyFormatter:
             return self._broker.formatter.dumps(prepared).message
-        # What that one does, without two detours by pydantic.
+        # The same result as its own dumps, without validating and copying by pydantic.
         return self._broker.serializer.dumpb({name: getattr(prepared, name) for name in TaskiqMessage.model_fields})
 
     def _name_and_labels(self, queue_name: str) -> tuple[str, dict[str, Any]]:
@@ -112,7 +112,7 @@ class TaskSender:
 
     async def _prepared(self, message: QueueMessage) -> TaskiqMessage:
         name, labels = self._name_and_labels(message.queue_name)
-        # Not validated: it is made of texts of ours.
+        # Not validated: all its parts are texts made here.
         prepared = TaskiqMessage.model_construct(
             task_id=message.job_id,
             task_name=name,
@@ -133,7 +133,7 @@ class TaskSender:
 
 
 def stays_in_one_loop(broker: AsyncBroker) -> bool:
-    """Whether a broker that is shut down keeps what is bound to its event loop, as redis-py's connections do."""
+    """Whether a broker keeps, after shutdown, connections that are bound to its event loop."""
     return isinstance(broker, BaseRedisBroker) and not isinstance(broker, ResultBroker)
 
 

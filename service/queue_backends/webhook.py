@@ -10,40 +10,43 @@ from weakref import WeakValueDictionary
 import anyio
 import httpcore
 import httpx
-from anyio.lowlevel import EventLoopToken, current_token
 
 from modalkit.service.queue_backends.addresses import CheckedNetwork, Resolve, SystemResolver
-from modalkit.service.queue_backends.message_ids import id_of_text, safe_id
-from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage, UndeliverableError
-from modalkit.service.queue_backends.sending import ATTEMPT_S, outcomes_of, place_in
+from modalkit.service.queue_backends.protocol import (
+    QueueBackendError,
+    QueueMessage,
+    UndeliverableError,
+    safe_id,
+)
+from modalkit.service.queue_backends.sending import ATTEMPT_S, ConnectedBackend, hold, outcomes_of
 from modalkit.service.queue_backends.signatures import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, sign, signing_key
 from modalkit.service.queue_backends.webhook_urls import AllowedURLs, shown_queue_name
 
 MAX_CONNECTIONS = 256
-MAX_REQUESTS_PER_HOST = 32  # at a time: so that one that hangs leaves the others theirs
+MAX_REQUESTS_PER_HOST = 32  # at a time, so that a host that hangs does not block the others
 KEEPALIVE_S = 15.0
 
-_TRIED_AGAIN = {408, 425, 429}  # of the 4xx answers, those that speak of the moment and not of the request
+_TRIED_AGAIN = {408, 425, 429}  # the 4xx answers that may differ for a later attempt
 _READ_BODY_BYTES = 16_384
 _READ_BODY_S = 1.0
 
 
-class WebhookBackend:
+class WebhookBackend(ConnectedBackend):
     """Posts each result to the URL that is the queue's name, and to `allowed_hosts` alone (see `AllowedURLs`).
 
     A request carries ``webhook-id`` (the job's id, the same at each attempt), ``webhook-timestamp`` and, where there
-    is a `secret`, ``webhook-signature``: HMAC-SHA256 as in Standard Webhooks, which `verify_webhook` checks. Delivered
-    is what is answered with 2xx; 4xx apart from 408, 425 and 429 says that there is no use in trying again; all else,
-    redirects included, is tried again later. ``Retry-After`` is not heeded: deliveries have a back-off of their own.
+    is a `secret`, ``webhook-signature``: HMAC-SHA256 as in Standard Webhooks, which `verify_webhook` checks. A message
+    is delivered when the answer is 2xx. After 4xx other than 408, 425 and 429 it is not sent again; after all other
+    answers, redirects included, it is retried later. ``Retry-After`` is ignored, because deliveries have a backoff of
+    their own.
 
-    The host's name is looked up once for a connection, all its addresses must be public, and the connection goes to
-    the very address that was checked. Redirects are not followed and proxies not used. `allow_private_addresses` lifts
-    that limit, and allows http besides https: for receivers in one's own network. A request takes `timeout_s` at most,
-    from when it has one of 32 places at its host; what gets none within 25 seconds less `timeout_s` fails unsent.
-    `resolve` replaces the system's look-up of names, `ssl_context` the certificates that are trusted.
+    The host's name is looked up once for each connection, all its addresses must be public, and the connection uses
+    the address that was checked. Redirects are not followed and proxies not used. `allow_private_addresses` allows
+    private addresses and plain http, for receivers in your own network. At most 32 requests run at a time for each
+    host, and each takes at most `timeout_s`; a message that waits longer than 25 seconds less `timeout_s` for its turn
+    fails unsent. `resolve` replaces the system's look-up of names, `ssl_context` the trusted certificates.
 
-    Runs on asyncio and trio, in one event loop until `aclose`, and again afterwards. Raises `ValueError` for hosts
-    and a secret that cannot be.
+    Runs on asyncio and trio, in one event loop until `aclose`. Raises `ValueError` for invalid hosts and secrets.
     """
 
     def __init__(
@@ -64,41 +67,24 @@ class WebhookBackend:
         self._ssl_context = ssl_context
         self._resolve = resolve
         self._allow_private_addresses = allow_private_addresses
-        self._connections: _Connections | None = None  # all mutable state
 
     def check_queue_name(self, queue_name: str) -> None:
-        """Raise `QueueNameError` for a URL that results may not go to, as far as it shows without looking up its host.
+        """Raise `QueueNameError` for a URL that results may not go to; its host is not looked up.
 
-        The error, like all others of this backend, tells only scheme, host and port.
+        The messages of this backend's errors hold only scheme, host and port of a URL.
         """
         self._urls.parse(queue_name)
 
-    async def send_message(self, queue_name: str, message: str) -> bool:
-        """Post a JSON text. Raises `QueueBackendError`."""
-        [outcome] = await self.send_messages([QueueMessage(queue_name, message, id_of_text(message))])
-        if outcome is not None:
-            raise outcome
-        return True
-
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
         """Post messages, a request each, several at a time; returns the outcome of each."""
-        connections = self._connections_here()
-        no_limit = anyio.CapacityLimiter(math.inf)  # each waits for a place at its own host, and not for the others
+        connections: _Connections = self._connection()
+        no_limit = anyio.CapacityLimiter(math.inf)  # each waits for its own host only
         return await outcomes_of(lambda message: self._deliver(connections, message), messages, no_limit, math.inf)
 
-    async def aclose(self) -> None:
-        """Close the connections, in the event loop that opened them; what is being sent fails. Idempotent."""
-        if self._connections is not None:
-            connections = self._connections_here()
-            self._connections = None
-            with anyio.CancelScope(shield=True):
-                await connections.pool.aclose()
-
-    def _connections_here(self) -> "_Connections":
-        event_loop = current_token()
-        if self._connections is None:
-            # httpx's own client would log the whole URL of each request, and cannot be told how to connect.
-            pool = httpcore.AsyncConnectionPool(
+    def _connect(self) -> "_Connections":
+        # httpx's own client would log the whole URL of each request, and cannot be told how to connect.
+        return _Connections(
+            httpcore.AsyncConnectionPool(
                 ssl_context=self._ssl_context or httpx.create_ssl_context(trust_env=False),
                 network_backend=CheckedNetwork(
                     SystemResolver() if self._resolve is None else self._resolve,
@@ -107,12 +93,7 @@ class WebhookBackend:
                 max_connections=MAX_CONNECTIONS,
                 keepalive_expiry=KEEPALIVE_S,
             )
-            self._connections = _Connections(event_loop, pool)
-        elif self._connections.event_loop != event_loop:
-            raise QueueBackendError(
-                "this WebhookBackend was opened in another event loop: await its aclose() there, or make one for each"
-            )
-        return self._connections
+        )
 
     async def _deliver(self, connections: "_Connections", message: QueueMessage) -> None:
         url = self._urls.parse(message.queue_name)
@@ -121,9 +102,9 @@ class WebhookBackend:
             body = message.body.encode()
         except UnicodeEncodeError as error:
             raise UndeliverableError(f"{shown}: the message is no Unicode text: {error.reason}") from None
-        places, wait_s = connections.places_at(url.netloc), ATTEMPT_S - self._timeout_s
+        limiter, wait_s = connections.limiter_of(url.netloc), ATTEMPT_S - self._timeout_s
         try:
-            async with place_in(places, wait_s, f"{shown}: too many messages wait for this host"):
+            async with hold(limiter, wait_s, f"{shown}: too many messages wait for this host"):
                 status = await self._post(connections, url, message.job_id, body)
         except TimeoutError:
             raise QueueBackendError(f"{shown}: no answer within {self._timeout_s:g} s") from None
@@ -142,7 +123,7 @@ class WebhookBackend:
                 response = await stack.enter_async_context(
                     connections.pool.stream("POST", target, headers=self._headers(url, job_id, body), content=body)
                 )
-            # An answer that was read to its end lets the connection be used again; the status is all that counts.
+            # Only the status counts; the body is read so that the connection can be used again.
             if _body_size(response) <= _READ_BODY_BYTES:
                 with (
                     anyio.move_on_after(_READ_BODY_S),
@@ -166,20 +147,20 @@ class WebhookBackend:
 
 
 class _Connections:
-    """The open connections, and what else belongs to the event loop that they live in."""
+    """The open connections, and the limit for each host, in one event loop."""
 
-    def __init__(self, event_loop: EventLoopToken, pool: httpcore.AsyncConnectionPool) -> None:
-        self.event_loop = event_loop
+    def __init__(self, pool: httpcore.AsyncConnectionPool) -> None:
         self.pool = pool
-        # Each is kept by those who hold a place or wait for one, so that hosts sent to long ago take no memory.
-        self._places = WeakValueDictionary[bytes, anyio.CapacityLimiter]()
+        self.aclose = pool.aclose
+        # The requests of a host keep its limiter, so that a host without requests takes no memory.
+        self._limiters = WeakValueDictionary[bytes, anyio.CapacityLimiter]()
 
-    def places_at(self, host: bytes) -> anyio.CapacityLimiter:
-        return self._places.setdefault(host, anyio.CapacityLimiter(MAX_REQUESTS_PER_HOST))
+    def limiter_of(self, host: bytes) -> anyio.CapacityLimiter:
+        return self._limiters.setdefault(host, anyio.CapacityLimiter(MAX_REQUESTS_PER_HOST))
 
 
 def _body_size(response: httpcore.Response) -> float:
-    """The size of an answer's body as the answer tells it, in bytes; infinite where it does not."""
+    """The bytes of an answer's body by its headers; infinite where they do not say."""
     if response.status == 204:
         return 0
     return next((int(value) for name, value in response.headers if name.lower() == b"content-length"), math.inf)

@@ -1,4 +1,4 @@
-"""The URLs that webhooks may go to, checked by what they say alone."""
+"""Which URLs webhooks may go to, checked by their text alone."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from modalkit.service.queue_backends.protocol import QueueNameError
 
 _DEFAULT_PORTS = {"https": 443, "http": 80}
 _HOST_NAME = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
-# What systems take for an IPv4 address though it is none in standard notation: 0x7f.1, 2130706433, 127.1.
+# Texts that systems read as an IPv4 address, but that are not in standard notation: 0x7f.1, 2130706433, 127.1.
 _ODD_ADDRESS = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
 
 
@@ -26,13 +26,12 @@ def shown_queue_name(queue_name: str) -> str:
 
 
 class AllowedURLs:
-    """Checks URLs against the hosts that are allowed; looks nothing up.
+    """Checks URLs against the allowed hosts, without any look-up of names.
 
-    An entry of `hosts` is a name or an address, and allows the scheme's default port alone, unless it names another as
-    in ``hooks.example.com:8443``. ``*.example.com`` stands for all names below ``example.com``, at any depth, and not
-    for ``example.com``. Case does not matter, and ``bücher.example`` is the same as its ASCII form.
-    Plain HTTP and private addresses are for `allow_private_addresses`. Raises `ValueError` for an entry that is no
-    host.
+    An entry of `hosts` is a name or an address. It allows only the scheme's default port, unless it has another, as in
+    ``hooks.example.com:8443``. ``*.example.com`` allows all names below ``example.com``, at any depth, but not
+    ``example.com``. Case is ignored, and ``bücher.example`` is the same as its ASCII form. Plain HTTP and private
+    addresses need `allow_private_addresses`. Raises `ValueError` for an entry that is no host.
     """
 
     def __init__(self, hosts: Sequence[str], *, allow_private_addresses: bool) -> None:
@@ -66,7 +65,7 @@ class AllowedURLs:
 
 
 def _allowed_host(number: int, text: str) -> tuple[str, int | None]:
-    # Not shown: whoever puts a whole URL here puts its secret path here.
+    # The text is not shown: if it is a whole URL, its path may be secret.
     error = ValueError(
         f"allowed_hosts[{number}] must be a host, *.domain or host:port, as in hooks.example.com, and no URL"
     )
@@ -85,7 +84,7 @@ def _allowed_host(number: int, text: str) -> tuple[str, int | None]:
 
 
 def _host_of(url: httpx.URL) -> str:
-    """The host of a URL in its one standard form. Raises `ValueError` for anything odd."""
+    """The host of a URL in standard form. Raises `ValueError` for a host that no standard allows."""
     host = url.raw_host.decode().lower()
     if address := parse_address(host):
         return str(address)

@@ -9,15 +9,13 @@ from modalkit.service.settings.models import (
     BuildConfig,
     CloudBucketMount,
     DeploymentConfig,
-    ModelEntry,
-    ModelSettings,
     Mount,
     QueueConfig,
     SqsConfig,
     WebhookConfig,
 )
 from modalkit.service.settings.problems import Problem, SettingsError
-from modalkit.service.settings.settings import Settings
+from modalkit.service.settings.settings import ModelEntry, ModelSettings, Settings
 
 __all__ = [
     "AppSettings",

@@ -1,4 +1,4 @@
-"""The kinds of value that settings have, each with its check and the message of a refusal."""
+"""The types of settings, each with its check and the message when it fails."""
 
 import re
 from pathlib import PurePosixPath
@@ -15,7 +15,7 @@ _APP_PREFIX = re.compile(r"[A-Za-z0-9._-]{1,63}")
 
 
 def refusal(message: str, *key: str) -> PydanticCustomError:
-    """The error for a value that is refused; `key` is the offending key's path below the section that raises it."""
+    """The error for a refused value; `key` is the path of its key below the section that raises the error."""
     return PydanticCustomError("refused", "{message}", {"message": message, "key": key})
 
 
@@ -76,7 +76,7 @@ def _check_app_prefix(value: str) -> str:
 
 
 def _refuse_bool(value: Any) -> Any:
-    # Python, and with it pydantic, takes true for 1: `max_batch_size: yes` would mean batches of one.
+    # In Python, and so in pydantic, true is 1: `max_batch_size: yes` would mean batches of one.
     if isinstance(value, bool):
         raise PydanticCustomError("number", "must be a number")
     return value

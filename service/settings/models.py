@@ -1,20 +1,18 @@
-"""The sections of the configuration: one frozen model per concern, each default written once, here.
+"""The sections below `app_settings`: one frozen model for each concern; `BatchPolicy` has the defaults for batches.
 
-The text below a field says what the setting does and what follows from it. Nothing here reads files or variables,
-and nothing imports a pipeline: `"module:Class"` names are checked for their form only.
+The text below a field says what the setting does and what follows from it. Nothing here reads files or variables.
 """
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from modalkit.batching import BatchPolicy
 from modalkit.service.settings.fields import (
     AppPrefix,
     Backend,
-    ClassPath,
     ContainerFolder,
     Count,
     CountOrZero,
@@ -30,24 +28,18 @@ from modalkit.service.settings.fields import (
     refusal,
 )
 
-DEFAULT_MODEL = "sentiment"
-
-_CONSTRUCTOR_ARGUMENTS = ("model_name", "all_model_data_folder", "common_settings")
+_LIMITS = BatchPolicy()
 
 
 class Section(BaseModel):
-    """A frozen group of settings that refuses keys it does not know."""
+    """A frozen group of settings that refuses unknown keys."""
 
     model_config = ConfigDict(
-        allow_inf_nan=False,
-        extra="forbid",
-        frozen=True,
-        hide_input_in_errors=True,
-        use_attribute_docstrings=True,
+        allow_inf_nan=False, extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True
     )
 
     old_names: ClassVar[Mapping[str, str]] = {}
-    """Earlier names of keys, each with its present one: still read from files and variables, with a warning."""
+    """Earlier names of keys, each with its present name; they are still read, with a warning."""
 
 
 class AuthConfig(Section):
@@ -56,11 +48,11 @@ class AuthConfig(Section):
     api_key: Secret | None = None
     """Callers must send this key; null lets everyone in."""
     ssm_key: NonEmpty | None = None
-    """Name of the AWS SSM parameter that holds the key, in place of `api_key`; read at the start, decrypted."""
+    """Name of the AWS SSM parameter that holds the key, in place of `api_key`; its value is decrypted."""
     ssm_region: NonEmpty | None = None
     """AWS region of that parameter; null takes it from the environment."""
     ssm_refresh_seconds: Duration = 300
-    """How often the parameter is read again; a key that was replaced may work until then, the new one does at once."""
+    """Seconds between two reads of the parameter; a new key works at once, the old one until the next read."""
     auth_header: HeaderName = "authorization"
     """The request header that carries the key; `authorization` expects `Bearer <key>`."""
 
@@ -85,9 +77,9 @@ class BuildConfig(Section):
     extra_run_commands: OneOrMany = []
     """Shell commands, one or a list, run while the image is built; a change rebuilds what follows."""
     python_modules: list[ModuleName] = []
-    """Modules of yours to add to the image, besides those that this configuration names and those already imported."""
+    """Your modules to add to the image, besides those that this configuration names and those already imported."""
     bake_models: bool = True
-    """Put models into the image when it is built; false leaves them to a volume, or to a download at each start."""
+    """Put models into the image when it is built; false: from a volume, or downloaded at each start."""
 
 
 class CloudBucketMount(Section):
@@ -145,11 +137,11 @@ class DeploymentConfig(Section):
     scaledown_window: Count | None = 300
     """Seconds an idle container waits for work before it stops; longer means fewer cold starts and more idle cost."""
     max_concurrent_inputs: Count = 64
-    """Inputs one container handles at a time: the requests among which it can form batches."""
+    """Inputs that one container handles at a time, and so can put into batches together."""
     target_concurrent_inputs: Count | None = None
-    """Inputs of one container at which Modal starts another; null: 8, as each may be a list as long as a batch."""
+    """Inputs of one container at which Modal starts another; null: 8, because each input may hold a whole batch."""
     max_concurrent_requests: Count = 256
-    """HTTP requests that one web container handles at a time: those that it gathers into lists."""
+    """HTTP requests that one web container handles at a time; it collects them into calls."""
     timeout: Count = 300
     """Seconds after which Modal gives up on one input."""
     memory_snapshot: bool = False
@@ -167,7 +159,7 @@ class DeploymentConfig(Section):
     volumes: dict[MountPath, NonEmpty] = {}
     """Modal volumes, as mount path: volume name."""
     volume_reload_interval_seconds: Count | None = None
-    """How often a running container looks for new data on its volumes; null never does."""
+    """Seconds between two looks of a running container for new data on its volumes; null: it never looks."""
     cloud_bucket_mounts: list[CloudBucketMount] = []
     """Buckets mounted as folders."""
     mounts: list[Mount] = []
@@ -213,37 +205,37 @@ class DeploymentConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """How the scheduler learns what a batch costs, by which it forms them."""
+    """How the scheduler learns at start how long batches take."""
 
     enabled: bool = True
-    """Measure a few batches of made-up items at start; without, the first real batches teach it."""
+    """Measure a few batches of made-up items at start; false: the first real batches teach the scheduler."""
     max_seconds: Duration = 3
-    """Most seconds to spend on it."""
+    """Maximum seconds that measuring takes."""
     path: Path | None = None
-    """File that keeps what was learnt between starts, for each model and device; null measures anew each time."""
+    """File that keeps the measured costs between starts, for each model and device; null: measure at each start."""
 
 
 class BatchConfig(Section):
     """The limits within which the scheduler forms batches."""
 
-    max_batch_size: Count = 32
-    """Most items in one batch; more fills a GPU better and costs memory."""
-    wait_ms: Wait = 0
-    """Longest wait of an idle worker for a fuller batch, in milliseconds, where the measured costs say that it pays."""
-    max_batch_tokens: Count | None = None
-    """Most tokens in one batch, padding included, the bound on its memory; null sets no bound."""
-    max_batch_seconds: Duration | None = None
-    """Longest predicted run of one batch, so that no request waits long behind it; null sets no bound."""
-    max_queue_size: Count = 10_000
-    """Most waiting requests; one more is refused (HTTP 429)."""
-    max_age_ms: Wait = 2000
+    max_batch_size: Count = _LIMITS.max_batch_size
+    """Maximum items in one batch; more use a GPU better and need more memory."""
+    wait_ms: Wait = round(1000 * _LIMITS.max_wait_s)
+    """Maximum milliseconds that an idle worker waits for a fuller batch, where measured costs say that it pays."""
+    max_batch_tokens: Count | None = _LIMITS.max_batch_tokens
+    """Maximum tokens in one batch, padding included, which limits its memory; null sets no limit."""
+    max_batch_seconds: Duration | None = _LIMITS.max_batch_s
+    """Maximum predicted seconds of one batch, which limits how long requests wait behind it; null sets no limit."""
+    max_queue_size: Count = _LIMITS.max_queue_items
+    """Maximum waiting requests; further ones are refused (HTTP 429)."""
+    max_age_ms: Wait = round(1000 * _LIMITS.max_age_s)
     """Age in milliseconds past which the oldest request goes into the next batch, whatever its size."""
     max_bulk_batch_ms: Literal["auto"] | Duration = "auto"
-    """Longest predicted run of a batch of jobs while single requests arrive; auto: as short as costs jobs 3 %."""
+    """Maximum predicted milliseconds of a batch of jobs while single requests arrive; auto: jobs lose at most 3 %."""
     batch_timeout_seconds: Duration = 120
-    """Seconds after which a batch hangs: its items then run alone, and those that hang again fail."""
+    """Seconds after which a batch counts as hanging: its items run again, each alone; those that hang again fail."""
     calibration: CalibrationConfig = CalibrationConfig()
-    """How the costs of batches are learnt."""
+    """How the scheduler learns at start how long batches take."""
 
     @model_validator(mode="after")
     def _a_batch_fits_the_queue(self) -> Self:
@@ -266,7 +258,7 @@ class SqsConfig(Section):
     create_missing_queues: bool = False
     """Create a named queue that does not exist; otherwise its results stay undelivered."""
     message_group_id: NonEmpty | None = None
-    """Message group in FIFO queues; null makes each message a group of its own: full throughput, no order."""
+    """Message group in FIFO queues; null gives each message its own group: full throughput, no order."""
 
 
 class WebhookConfig(Section):
@@ -293,7 +285,7 @@ class QueueConfig(Section):
     webhook: WebhookConfig = WebhookConfig()
     """Settings of `backend: webhook`."""
     routes: dict[NonEmpty, Backend] = {}
-    """For `backend: routing`: queue name pattern: backend, the first match taken."""
+    """For `backend: routing`, as pattern of queue names: backend; the first pattern that matches is used."""
     allowed_queues: list[NonEmpty] = ["*"]
     """Patterns of the queue names that callers may give; all others are refused."""
 
@@ -322,19 +314,19 @@ class AsyncConfig(Section):
     """Asynchronous jobs: how long they live and where they are kept."""
 
     timeout: Duration = 3600
-    """Seconds a job may take from its first dispatch; later it expires."""
+    """Seconds that a job may take after it first ran; then it expires."""
     max_attempts: Count = 5
-    """Runs of a job that fails with all others of its batch, as when a database is down; 5 last some 85 s or more."""
+    """Attempts for a job whose whole batch fails, as when a database is down; 5 attempts take 85 s or more."""
     result_ttl: Duration = 86_400
-    """Seconds a finished job and its result can be asked for; those with something left to deliver stay longer."""
+    """Seconds for which a finished job is kept; one whose result is not delivered yet is kept longer."""
     store: Literal["memory", "sqlite"] = "sqlite"
-    """sqlite keeps accepted jobs through a crash; memory is quicker and loses them."""
+    """sqlite keeps accepted jobs through a crash; memory is faster and loses them."""
     store_path: Path = Path("modalkit.db")
     """The SQLite file; one process owns it at a time."""
     max_stored_jobs: Count = 10_000_000
-    """Most jobs stored, finished ones included; one more is refused (HTTP 429)."""
+    """Maximum stored jobs, finished ones included; further ones are refused (HTTP 429)."""
     max_delivery_attempts: Count = 8
-    """Attempts to send a result before it is set aside as undelivered."""
+    """Attempts to send a result; after the last one it is kept as undelivered."""
 
 
 class AppSettings(Section):
@@ -354,64 +346,3 @@ class AppSettings(Section):
     """Where results are sent."""
     async_config: AsyncConfig = AsyncConfig()
     """How jobs are kept."""
-
-
-class ModelEntry(Section):
-    """One model. Keys other than those below are handed to the pipeline's constructor (`**model_entry`)."""
-
-    model_config = ConfigDict(extra="allow")
-
-    pipeline: ClassPath
-    """The class that runs the model."""
-    input_model: ClassPath | None = None
-    """The pydantic model of a request; null leaves it to the pipeline."""
-    output_model: ClassPath | None = None
-    """The pydantic model of a result; null leaves it to the pipeline."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_keys(cls, entry: Any) -> Any:
-        if isinstance(entry, dict):
-            if entry.get("pipeline") is None:
-                raise refusal('is missing: add pipeline: "my_module:MyPipeline" (names keep their case)', "pipeline")
-            for key in entry:
-                if key in _CONSTRUCTOR_ARGUMENTS:
-                    raise refusal(f"modalkit itself gives the pipeline its {key}: use another key", key)
-        return entry
-
-    def arguments(self) -> dict[str, Any]:
-        """The keys for the pipeline's constructor, as a copy that the pipeline may keep and change."""
-        return copy.deepcopy(self.model_extra or {})
-
-
-_COMMON: dict[str, Any] = {"device": "auto", "dtype": "auto", "threads": None}
-_BUNDLED: dict[str, Any] = {"pipeline": "modalkit.pipelines.sentiment:SentimentPipeline", "model_path": "bundled"}
-
-
-class ModelSettings(Section):
-    """The models that are served."""
-
-    local_model_repository_folder: Path = Path("models")
-    """Folder that relative model paths start from."""
-    common: dict[str, Any] = Field(default_factory=_COMMON.copy)
-    """Settings that every pipeline gets (`common_settings`); a key left out keeps its default."""
-    model_entries: dict[NonEmpty, ModelEntry] = Field(
-        default_factory=lambda: {DEFAULT_MODEL: ModelEntry.model_validate(_BUNDLED)}
-    )
-    """The models by name. To name any is to replace the bundled one."""
-
-    @field_validator("common", mode="before")
-    @classmethod
-    def _complete_common(cls, common: Any) -> Any:
-        return {**_COMMON, **common} if isinstance(common, dict) else common
-
-    @field_validator("model_entries", mode="before")
-    @classmethod
-    def _complete_bundled(cls, entries: Any) -> Any:
-        """An entry called `sentiment` that names no pipeline is the bundled one with changes."""
-        if not isinstance(entries, dict) or DEFAULT_MODEL not in entries:
-            return entries
-        given = {} if entries[DEFAULT_MODEL] is None else entries[DEFAULT_MODEL]
-        if not isinstance(given, dict) or "pipeline" in given:
-            return entries
-        return {**entries, DEFAULT_MODEL: {**_BUNDLED, **given}}

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words: the key, what it must be, what it is, and where that was said."""
+"""Problems of a configuration as text: the key, what it must be, what it is, and its origin."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ _DEMANDS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: the path of the key (empty for a whole file), what is wrong, and where it was said."""
+    """One problem: the path of the key (empty for a whole file), what is wrong, and the origin of the value."""
 
     path: KeyPath
     message: str
@@ -49,7 +49,7 @@ class Problem:
 
 
 class SettingsError(ServiceError):
-    """Raised when a configuration cannot be used. Its text is meant for the one who wrote the configuration."""
+    """Raised when a configuration cannot be used. Its text is for the author of the configuration."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -59,7 +59,7 @@ class SettingsError(ServiceError):
 
 
 def explain(root: type[BaseModel], error: ValidationError, origin: Callable[[KeyPath], str]) -> list[Problem]:
-    """Each of pydantic's findings in our words; `origin` says where the value of a key was given."""
+    """The problems in pydantic's error; `origin` gives the origin of a key's value."""
     problems = []
     for finding in error.errors(include_url=False):
         facts = finding.get("ctx", {})
@@ -71,7 +71,7 @@ def explain(root: type[BaseModel], error: ValidationError, origin: Callable[[Key
 
 
 def unknown_key(path: KeyPath, meant: KeyPath | None) -> str:
-    """The message for a key that does not exist. It leaves out the value, which may be a secret under a wrong name."""
+    """The message for an unknown key, without the value, which may be a secret under a wrong name."""
     if meant is None:
         return "unknown key; remove it or correct its name"
     return f"unknown key; did you mean {meant[-1] if meant[:-1] == path[:-1] else '.'.join(meant)}?"
@@ -93,7 +93,7 @@ def _message(
 
 
 def _shown(value: object, *, whole: bool) -> str:
-    # Of mappings and lists, and of what stands in their place, only the kind is shown: they may hold secrets.
+    # Only the type of mappings and lists, and of values in place of them, is shown: they may hold secrets.
     if isinstance(value, Mapping):
         return "a mapping"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What the sections say about themselves: which keys there are, of which kinds, and which one was meant."""
+"""Facts about the sections: which keys there are, of which types, and which known key is similar to an unknown one."""
 
 import difflib
 import types
@@ -21,12 +21,12 @@ def kinds(annotation: Any) -> list[Any]:
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a value of this kind is, or None."""
+    """The section among the types of an annotation, or None."""
     return next((kind for kind in kinds(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def is_structured(kind: Any) -> bool:
-    """Whether values of this kind are mappings or lists, which a variable spells as YAML or JSON."""
+    """Whether values of this type are mappings or lists, which are YAML or JSON in a variable."""
     return get_origin(kind) in (dict, list) or section_in(kind) is not None
 
 
@@ -37,7 +37,7 @@ def old_names(section: type[BaseModel]) -> Mapping[str, str]:
 
 
 def below(annotation: Any, key: str) -> Any:
-    """The annotation of `key` below a value of this kind; `Any` where keys are free, None where there can be none."""
+    """The annotation of `key` below this one; `Any` where keys are free, None where the key cannot exist."""
     for kind in kinds(annotation):
         section = section_in(kind)
         if section is not None:
@@ -63,7 +63,7 @@ def is_secret(root: type[BaseModel], path: KeyPath) -> bool:
 
 
 def known_paths(root: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
-    """Every key below `root`, sections before what they contain; those of a list's items without their index."""
+    """The paths of all keys below `root`, parents first; paths below a list have no index."""
     section = section_in(root)
     for name, field in section.model_fields.items() if section is not None else ():
         yield (*at, name)
@@ -72,7 +72,7 @@ def known_paths(root: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
 
 
 def suggestion(path: KeyPath, known: Iterable[KeyPath]) -> KeyPath | None:
-    """The known key that was probably meant: in another place under the same name, or else in a similar spelling."""
+    """The most similar known key: one beside the given key, else one with its name elsewhere, else any."""
     known = list(known)
     path = (*(key for key in path[:-1] if not key.isdecimal()), path[-1])
     beside = [other[-1] for other in known if other[:-1] == path[:-1]]

@@ -1,11 +1,12 @@
 """The places that settings come from: YAML files, then `MODALKIT_…` variables over them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
 from pydantic import BaseModel
+from ruamel.yaml.error import YAMLError
 
 from modalkit.service.settings.layers import Layer, deep_merge, make_layer
 from modalkit.service.settings.problems import Problem, SettingsError, unknown_key
@@ -19,6 +20,7 @@ from modalkit.service.settings.schema import (
     section_in,
     suggestion,
 )
+from modalkit.service.settings.yaml_text import describe_yaml_error, parse_yaml
 
 API_KEY_VARIABLE = "MODALKIT_API_KEY"
 CONFIG_VARIABLE = "MODALKIT_CONFIG"
@@ -26,9 +28,8 @@ DEFAULT_FILE = Path("modalkit.yaml")
 POSTFIX_VARIABLE = "MODALKIT_APP_POSTFIX"
 PREFIX = "MODALKIT_"
 RESERVED_VARIABLES = frozenset({CONFIG_VARIABLE, API_KEY_VARIABLE, POSTFIX_VARIABLE})
-"""Variables with our prefix that are not settings: the files to read, the key that ``modalkit jobs`` sends, and the
-second part of the Modal app's name.
-"""
+"""Variables with our prefix that are no settings: the files to read, the key that ``modalkit jobs`` sends, and the
+second part of the Modal app's name."""
 
 _NULLS = frozenset({"null", "Null", "NULL"})
 
@@ -49,10 +50,10 @@ def read_files(
 
 
 def read_variables(root: type[BaseModel], environ: Mapping[str, str]) -> Layer:
-    """The layer of all `MODALKIT_…` variables; those of a whole section come below those of its keys.
+    """The layer of all `MODALKIT_…` variables. A variable for one key wins over one for the whole section.
 
-    Names of settings match in any case. Below free-form mappings a name keeps its case, except that one all in
-    capitals is lower-cased where it becomes a Python name: in `common`, and the arguments of a model entry.
+    Names of settings match in any case. Below a mapping with free keys (names of models, `build_config.env`) a name
+    keeps its case; in `common` and in the arguments of a model entry, a name in capitals is converted to lower case.
     """
     values: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
@@ -70,11 +71,11 @@ def read_variables(root: type[BaseModel], environ: Mapping[str, str]) -> Layer:
             origins[path] = name
             try:
                 value = _parse_text(environ[name], annotation)
-            except yaml.YAMLError as error:
-                message = f"is not valid YAML or JSON ({_reason(error)}); a text with special characters needs quotes"
-                problems.append(Problem(path, message, name))
+            except YAMLError as error:
+                message = f"is not valid YAML or JSON ({describe_yaml_error(error)})"
+                problems.append(Problem(path, f"{message}; a text with special characters needs quotes", name))
             else:
-                values = deep_merge(values, _nest(path, value))
+                values = deep_merge(values, reduce(lambda inner, key: {key: inner}, reversed(path), value))
     layer = make_layer(root, values, origins)
     layer.problems.extend(problems)
     return layer
@@ -82,13 +83,13 @@ def read_variables(root: type[BaseModel], environ: Mapping[str, str]) -> Layer:
 
 def _read_file(root: type[BaseModel], file: Path, named: str) -> Layer:
     try:
-        values, lines = _parse_yaml(file.expanduser().read_bytes())
+        values, lines = parse_yaml(file.expanduser().read_bytes())
     except FileNotFoundError:
         raise _file_error(file, f"no such file{named}: create it or correct its name (from {Path.cwd()})") from None
     except OSError as error:
         raise _file_error(file, f"cannot be read{named}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise _file_error(file, f"is not valid YAML: {_reason(error)}") from None
+    except YAMLError as error:
+        raise _file_error(file, f"is not valid YAML: {describe_yaml_error(error)}") from None
     if values is None:
         values = {}
     if not isinstance(values, Mapping):
@@ -101,53 +102,10 @@ def _file_error(file: Path, message: str) -> SettingsError:
     return SettingsError([Problem((), message, str(file))])
 
 
-def _parse_yaml(text: str | bytes) -> tuple[Any, dict[KeyPath, int]]:
-    """The document, and the line of each of its keys. Raises yaml.YAMLError, also for a key given twice."""
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None, {}
-        lines = dict(_lines(node, (), set()))
-        return loader.construct_document(node), lines
-    except ValueError as error:
-        # PyYAML lets this through for what looks like a date and is none.
-        raise yaml.YAMLError(str(error)) from error
-    finally:
-        loader.dispose()
-
-
-def _lines(node: yaml.Node, at: KeyPath, seen: set[int]) -> Iterator[tuple[KeyPath, int]]:
-    # An aliased node is looked at once, so that aliases cannot multiply the work, nor go round in circles.
-    if id(node) in seen:
-        return
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield from _lines(item, (*at, str(index)), seen)
-    elif isinstance(node, yaml.MappingNode):
-        given: set[str] = set()
-        for key, value in node.value:
-            path = (*at, str(key.value))
-            if path[-1] in given and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(
-                    problem=f"{'.'.join(path)} is given twice: keep one", problem_mark=key.start_mark
-                )
-            given.add(path[-1])
-            yield path, key.start_mark.line + 1
-            yield from _lines(value, path, seen)
-
-
-def _reason(error: yaml.YAMLError) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
-    return " ".join(str(error).split())
-
-
 def _resolve(root: type[BaseModel], parts: Sequence[str]) -> tuple[KeyPath, Any]:
-    """The key that a variable's name stands for, and its annotation.
+    """The path of the key that a variable sets, and its annotation.
 
-    Where there is no such key the path ends with the first part that is unknown, and the annotation is None.
+    For an unknown key the path ends with the first unknown part, and the annotation is None.
     """
     path: KeyPath = ()
     annotation: Any = root
@@ -182,18 +140,11 @@ def _variable(path: KeyPath) -> str:
 
 
 def _parse_text(text: str, annotation: Any) -> Any:
-    """A variable's text as a value: null, or YAML (and so JSON) where the setting is not a single plain value."""
+    """The value of a variable: null, YAML (and so JSON) for lists, mappings and free values, else the text itself."""
     if text in _NULLS:
         return None
     options = kinds(annotation)
     one_or_many = str in options and text.lstrip().startswith("[") and _has_lists(annotation)
     if one_or_many or Any in options or (str not in options and any(is_structured(option) for option in options)):
-        return _parse_yaml(text)[0]
+        return parse_yaml(text)[0]
     return text
-
-
-def _nest(path: KeyPath, value: Any) -> dict[str, Any]:
-    for key in reversed(path):
-        value = {key: value}
-    nested: dict[str, Any] = value
-    return nested

@@ -1,4 +1,4 @@
-"""Chooses the limits of a scheduler from what batches cost: pure functions of measurements and a cost model."""
+"""Chooses the limits of a scheduler from measured batches and a cost model, by pure functions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from modalkit.batching import BatchPolicy, CostModel
 from modalkit.batching.calibration import Measurement
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.evidence import UNSEEN, Bounds, SizeEvidence
 
-SHORTEST_S = 1e-9  # where the clock is too coarse
-WAIT_SHARE = 0.1  # of the objective, at most, goes into waiting for a fuller batch
+MIN_BATCH_S = 1e-9  # in place of 0, which a coarse clock measures
+MAX_WAIT_SHARE = 0.1  # of the objective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,23 +43,24 @@ def choose_limits(
     beside_s: float = 0.0,
     too_large_tokens: int | None = None,
 ) -> ChosenLimits:
-    """The limits that serve `objective_s` (the p99 that is asked for), or throughput alone where it is None.
+    """The limits that reach a p99 latency of `objective_s` seconds, or the best throughput where that is None.
 
-    ``max_batch_seconds``: a request waits at most for the batch in flight, is then held back for at most ``wait_ms``,
-    and runs in its own batch; beside these it costs `beside_s`. So ``2 * max_batch_seconds + wait + beside_s`` must not
-    exceed the objective. This holds as long as all who wait fit the next batch; where they do not, more load only adds
-    to the queue, and no limit of a batch helps.
+    ``max_batch_seconds``: a request waits at most for the running batch and then ``wait_ms``, and runs in the next
+    batch; everything else takes `beside_s`. So ``2 * max_batch_seconds + wait + beside_s`` must not exceed the
+    objective. This is true while all waiting requests fit into the next batch; under more load the queue grows, and no
+    limit of a batch helps.
 
-    ``wait_ms``: 0, unless two requests of middling size together cost less than one and a half alone, which is when the
-    planner would wait at all (`BatchPlanner`). Then as long as the next request may take to come and still be worth it,
-    up to a tenth of the objective, and no longer than leaves room for the largest request alone.
+    ``wait_ms``: 0, unless two requests of the middle size together take less than 1.5 times one alone, because else
+    the planner never waits (`BatchPlanner`). Then the longest time for which waiting saves time: at most a tenth of
+    the objective, and short enough that the largest request alone stays within the objective.
 
     ``max_batch_size``: the smallest measured count that reaches 98 % of the best measured throughput at every measured
-    size, among batches within ``max_batch_seconds``. It is lower than `configured` only where the larger counts were
-    measured, or are excluded by other limits, no count between measured ones can be more than 5 % better, and `model`
-    agrees. It is but a limit: where small batches are cheaper, the scheduler forms small ones all the same.
+    size, among batches within ``max_batch_seconds``. It is lower than `configured` only if the larger counts were
+    measured or exceed other limits, no count between measured ones can be more than 5 % better, and `model` agrees.
+    The scheduler may form smaller batches, where these are cheaper.
 
-    ``max_batch_tokens``: the largest batch that fitted, padding included, where one of `too_large_tokens` did not.
+    ``max_batch_tokens``: the largest batch that fitted into memory, padding included, if one of `too_large_tokens` did
+    not fit.
 
     Raises `TuningError` when the largest measured request alone takes longer than ``max_batch_seconds`` would be.
     """
@@ -80,8 +81,8 @@ def choose_limits(
     if too_large_tokens is not None:
         tokens = max(_tokens(shape) for shape in measurements if _tokens(shape) < too_large_tokens)
         reasons["max_batch_tokens"] = f"the largest batch that fitted; one of {too_large_tokens} was out of memory"
-    most_tokens = tokens or configured.max_batch_tokens or math.inf
-    size, reasons["max_batch_size"] = costs.batch_size(Bounds(configured.max_batch_size, batch_s, most_tokens))
+    max_tokens = tokens or configured.max_batch_tokens or math.inf
+    size, reasons["max_batch_size"] = costs.batch_size(Bounds(configured.max_batch_size, batch_s, max_tokens))
     return ChosenLimits(
         max_batch_size=size,
         wait_ms=None if objective_s is None else round(wait_s * 1000, 1),
@@ -92,28 +93,28 @@ def choose_limits(
 
 
 def lone_sizes(measurements: Sequence[Measurement]) -> list[int]:
-    """The sizes that were measured, ascending: those of the requests that ran alone."""
+    """The sizes of the requests that were measured alone, ascending."""
     return sorted({shape.longest for shape in measurements if shape.count == 1})
 
 
 def nearest_size(sizes: Sequence[int], size: int) -> int:
-    """The one of `sizes` that `size` differs least from, as a ratio."""
+    """The element of `sizes` whose ratio to `size` is nearest to 1."""
     return min(sizes, key=lambda other: abs(math.log(other / size)))
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a worker gets done that always has enough waiting, and the seconds of a batch at `load` of that."""
+    """The throughput of a worker whose queue is never empty, and the seconds of a batch at a share of that load."""
 
     items_per_s: float
     batch_s: float
 
 
 def predicted_capacity(measurements: Sequence[Measurement], policy: BatchPolicy, load: float) -> Capacity:
-    """The capacity when each measured size is asked for equally often and runs in its best batch under `policy`.
+    """The capacity if all measured sizes are equally frequent and each runs in its best batch under `policy`.
 
-    What was not measured promises nothing: a batch of the largest count allowed is taken to be as long as the next
-    larger one that was measured, if any. It takes a backlog long enough that every size fills batches of its own.
+    It needs a queue in which every size fills batches of its own. The time of a batch with the largest allowed count,
+    if it was not measured, is that of the next larger measured batch, if there is one.
     """
     bounds = Bounds(policy.max_batch_size, policy.max_batch_s or math.inf, policy.max_batch_tokens or math.inf)
     rates = {line: line.best(bounds) for line in _by_size(measurements)}
@@ -124,7 +125,7 @@ def predicted_capacity(measurements: Sequence[Measurement], policy: BatchPolicy,
 
 
 class _Costs:
-    """What batches of the measured sizes cost: as measured where they were, else by the model."""
+    """Seconds of batches of the measured sizes: as measured, else as predicted by the model."""
 
     def __init__(self, measurements: Sequence[Measurement], model: CostModel) -> None:
         self._lines = _by_size(measurements)
@@ -151,7 +152,7 @@ class _Costs:
         )
 
     def wait(self, objective_s: float, beside_s: float) -> tuple[float, str]:
-        """Seconds that an idle worker may wait for a fuller batch, in whole tenths of a millisecond; and why."""
+        """Seconds that an idle worker may wait for a fuller batch, in tenths of a millisecond; and the reason."""
         size = self.sizes[len(self.sizes) // 2]
         alone_s, together_s = self.seconds(1, size), self.seconds(2, size)
         worth_s = alone_s / 2 - (together_s - alone_s)
@@ -159,14 +160,14 @@ class _Costs:
         if worth_s <= 0:
             return 0.0, f"waiting does not pay: {ratio}, and it takes less than 1.5"
         room_s = objective_s - beside_s - 2 * self.seconds(1, self.sizes[-1])
-        wait_s = math.floor(min(worth_s, objective_s * WAIT_SHARE, room_s) * 10_000) / 10_000
+        wait_s = math.floor(min(worth_s, objective_s * MAX_WAIT_SHARE, room_s) * 10_000) / 10_000
         if wait_s <= 0:
             return 0.0, f"the objective leaves no time for it, though waiting may pay: {ratio}"
         return wait_s, f"waiting pays where requests are frequent: {ratio}; at most a tenth of the objective"
 
     def batch_size(self, bounds: Bounds) -> tuple[int, str]:
-        """The smallest count that is known to be enough at every size, and why; `bounds` has the configured one."""
-        enough = {line: line.enough(bounds.longest_s) for line in self._lines}
+        """The smallest count that is enough at every size, and the reason; `bounds` has the configured one."""
+        enough = {line: line.enough(bounds.max_s) for line in self._lines}
         line = max(self._lines, key=enough.__getitem__)
         wanted, configured = enough[line], bounds.max_count
         if wanted < configured:
@@ -175,21 +176,21 @@ class _Costs:
                     return configured, other.why_not_lower(configured)
                 if not self._fits_the_costs(other, wanted, bounds):
                     return configured, f"as configured: by the fitted costs, larger batches of size {other.size} do pay"
-        return wanted, self._why(line, wanted, bounds.longest_s)
+        return wanted, self._why(line, wanted, bounds.max_s)
 
     def _fits_the_costs(self, line: SizeEvidence, limit: int, bounds: Bounds) -> bool:
-        """Whether `limit` is enough by the fitted costs too, in which single measurements that were off count less."""
+        """Whether `limit` is also enough by the fitted costs, in which a single wrong measurement counts less."""
         top = bounds.largest_count(line.size)
         seconds = {count: self._model.predict_s(count, line.size, count * line.size) for count in range(1, top + 1)}
-        rates = {count: count / seconds[count] for count in seconds if count == 1 or seconds[count] <= bounds.longest_s}
+        rates = {count: count / seconds[count] for count in seconds if count == 1 or seconds[count] <= bounds.max_s}
         return UNSEEN * max(rates.values()) <= max(rate for count, rate in rates.items() if count <= limit)
 
-    def _why(self, line: SizeEvidence, chosen: int, longest_s: float) -> str:
+    def _why(self, line: SizeEvidence, chosen: int, max_s: float) -> str:
         *_, (before, before_s), (largest, largest_s) = [(1, line.shapes[0][1]), *line.shapes]
         if chosen == largest > 1:
             gain = largest / largest_s / (before / before_s) - 1
             return f"the largest measured; over {before}, it still adds {gain:.0%} at size {line.size}"
-        within = "" if longest_s == math.inf else " within max_batch_seconds"
+        within = "" if max_s == math.inf else " within max_batch_seconds"
         return f"larger batches{within} add less than 2 % to the items/s at any size; size {line.size} needs so many"
 
 
@@ -198,17 +199,17 @@ def _tokens(shape: Measurement) -> int:
 
 
 def _by_size(measurements: Sequence[Measurement]) -> list[SizeEvidence]:
-    """What was measured at each size that ran alone, ascending."""
+    """The measurements at each size that was measured alone, ascending."""
     sizes = lone_sizes(measurements)
     if not sizes:
         raise TuningError("no request was measured alone, so there is nothing to choose limits by")
     shapes: dict[int, dict[int, float]] = {size: {} for size in sizes}
     for shape in measurements:
-        shapes[nearest_size(sizes, shape.longest)][shape.count] = max(shape.seconds, SHORTEST_S)
+        shapes[nearest_size(sizes, shape.longest)][shape.count] = max(shape.seconds, MIN_BATCH_S)
     return [SizeEvidence(size, tuple(sorted(seconds.items()))) for size, seconds in shapes.items()]
 
 
 def _rounded_down(seconds: float) -> float:
-    """To four digits, so that what is written to a file can be read."""
+    """Rounded down to four digits, so that the number in the file is readable."""
     step = 10.0 ** (math.floor(math.log10(seconds)) - 3)
     return round(math.floor(seconds / step) * step, 9)

@@ -1,4 +1,4 @@
-"""Writes limits into a configuration file, and leaves everything else in it as it is."""
+"""Writes limits into a configuration file, and changes nothing else in it."""
 
 import os
 import re
@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 
-import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
@@ -16,7 +15,8 @@ from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from modalkit.service.settings import Settings, deep_merge
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.settings.yaml_text import parse_yaml
+from modalkit.service.tuning import TuningError
 
 SECTION = ("app_settings", "batch_config")
 
@@ -25,7 +25,7 @@ _FIRST_LIST = re.compile(r"^( *)[^\s#-][^\n]*:[^\S\n]*\n( *)-( +)", re.MULTILINE
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes null as the word that it was, not as nothing."""
+    """Writes null as the word, not as an empty value."""
 
     def represent_none(self, data: None) -> ScalarNode:  # noqa: ARG002  # the base's signature
         return self.represent_scalar("tag:yaml.org,2002:null", "null")
@@ -35,10 +35,10 @@ _Representer.add_representer(type(None), _Representer.represent_none)
 
 
 def require_writable(path: Path) -> None:
-    """Make sure, before any time is spent, that limits can be written there: a new file, or a configuration.
+    """Check that limits can be written there, into a new file or a configuration; called before measuring.
 
-    Raises `SettingsError` for a file that is no configuration of modalkit, and `TuningError` where it cannot be
-    changed, or there is no folder for it.
+    Raises `SettingsError` for a file that is no configuration of modalkit, and `TuningError` if it cannot be changed,
+    or there is no folder for it.
     """
     if not path.parent.is_dir():
         raise TuningError(f"--write {path}: there is no folder {path.parent}; create it first")
@@ -50,9 +50,8 @@ def require_writable(path: Path) -> None:
 def write_limits(path: Path, values: Mapping[str, int | float]) -> None:
     """Set the keys `values` of ``app_settings.batch_config`` in a YAML file; comments, order and other keys stay.
 
-    Everything is indented as the first section is. Creates the file if there is none, and changes it as a whole or not
-    at all. Raises `SettingsError` where it would not load afterwards, and `TuningError` where it cannot be changed
-    without changing other keys.
+    All lines get the indentation of the first section. The file is created if there is none, and is replaced whole or
+    not at all. Raises `SettingsError` if it would not load afterwards, and `TuningError` if other keys would change.
     """
     text = _changed(path, values)
     target = path.resolve()
@@ -66,7 +65,7 @@ def write_limits(path: Path, values: Mapping[str, int | float]) -> None:
 
 
 def _changed(path: Path, values: Mapping[str, int | float]) -> str:
-    """The text of the file with the values in it, which is known to load."""
+    """The text of the file with `values` in it, checked to load."""
     before = ""
     if path.exists():
         Settings.load([path], environ={})
@@ -76,8 +75,8 @@ def _changed(path: Path, values: Mapping[str, int | float]) -> str:
         after = _with_limits(before, values)
     except (UnicodeDecodeError, YAMLError) as error:
         raise TuningError(f"{path} cannot be changed ({' '.join(str(error).split())}); {_by_hand(values)}") from error
-    wanted = deep_merge(yaml.safe_load(before) or {}, {SECTION[0]: {SECTION[1]: dict(values)}})
-    if yaml.safe_load(after) != wanted:
+    wanted = deep_merge(parse_yaml(before)[0] or {}, {SECTION[0]: {SECTION[1]: dict(values)}})
+    if parse_yaml(after)[0] != wanted:
         raise TuningError(f"{path} cannot be changed without changing more of it; {_by_hand(values)}")
     Settings(_config_files=[], _environ={}, **wanted)
     return after
@@ -100,7 +99,7 @@ def _with_limits(text: str, values: Mapping[str, int | float]) -> str:
         round_trip.indent(sequence=offset + 1 + len(found[3]), offset=offset)
     document = round_trip.load(text)
     if document is None:
-        # A file of comments only has no document to attach them to.
+        # A file with only comments has no document to which they could belong.
         return text + _with_limits(f"{SECTION[0]}:\n  {SECTION[1]}: {{}}\n", values)
     section = document
     for key in SECTION:
@@ -117,5 +116,5 @@ def _set(section: CommentedMap, key: str, value: object) -> None:
     if key in section:
         section[key] = value
     else:
-        # In front, because comments after a section's last key belong to what follows it.
+        # In front, because a comment after a section's last key belongs to the next section.
         section.insert(0, key, value)

@@ -1,4 +1,4 @@
-"""Measures thoroughly what a pipeline's batches cost."""
+"""Measures how long a pipeline's batches take, more thoroughly than a worker does at start."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,22 +14,22 @@ from modalkit.pipelines import InferencePipeline
 from modalkit.service.errors import describe_error
 from modalkit.service.pipeline_batches import is_too_large
 from modalkit.service.settings import BatchConfig
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.samples import MadeUpSamples, Samples
 
-LARGEST_COUNT = 128
+MAX_COUNT = 128
 STEP = 2
 ROUNDS = 5
-MEASURING_SHARE = 0.6  # of the time for everything, at most
-BATCHES_AFTERWARDS = 7.5  # what trying limits takes at least, so much time is left; see `TrialPlan`
+MEASURING_SHARE = 0.6  # of all time, at most
+TRIAL_BATCHES = 7.5  # the time that is kept for trying limits, in batches of one request (`TrialPlan`)
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The shapes that ran, and what was left out.
+    """The shapes that were measured, and why others were not.
 
-    `too_large_tokens` is the size of the smallest batch that was out of memory; `failure` the smallest size of which a
-    lone request failed; `time_was_the_limit` says whether other shapes had no time.
+    `too_large_tokens` is the size of the smallest batch that was out of memory; `failure` is the smallest size at which
+    a single request failed; `time_was_the_limit` says whether there was no time for other shapes.
     """
 
     measurements: Sequence[Measurement]
@@ -47,17 +47,17 @@ def measure(
     on_shape: Callable[[Measurement], None] = lambda _: None,
     clock: Callable[[], float] = perf_counter,
 ) -> Measured:
-    """Warm the pipeline up and run batches of many counts and sizes, of `samples` or of items that it makes up.
+    """Warm the pipeline up and run batches of many counts and sizes, with `samples` or made-up items.
 
-    Takes at most three fifths of `max_s` seconds and one batch; less where batches take so long that there would not be
-    time enough for some of them afterwards. Batches keep ``max_batch_tokens``, but may be larger than
-    ``max_batch_size``, which is to be chosen. Raises `TuningError` where the pipeline makes up no items, nothing fits
-    the limits, or it fails other than for lack of memory or for the size of its items.
+    Takes at most three fifths of `max_s` seconds plus one batch, and less if batches are so slow that no time would be
+    left for trying limits. Batches keep to ``max_batch_tokens``, but may be larger than ``max_batch_size``, which is to
+    be chosen. Raises `TuningError` if the pipeline makes up no items, no batch fits the limits, or the pipeline fails
+    for another reason than memory or the size of items.
     """
     started_s = clock()
     samples = samples or MadeUpSamples(pipeline)
     measurements: list[Measurement] = []
-    with _told(measurements):
+    with _explained(measurements):
         _warm_up(pipeline, samples)
         left_s = MEASURING_SHARE * max_s - (clock() - started_s)
         calibration = _calibration(pipeline, config, samples, left_s, clock)
@@ -65,7 +65,7 @@ def measure(
             measurements.append(shape)
             on_shape(shape)
             lone_s = max(shape.seconds for shape in measurements if shape.count == 1)
-            if clock() - started_s + (1 + BATCHES_AFTERWARDS) * lone_s > max_s:
+            if clock() - started_s + (1 + TRIAL_BATCHES) * lone_s > max_s:
                 break
     if not measurements:
         raise TuningError(
@@ -77,7 +77,7 @@ def measure(
 
 
 def fitted_costs(pipeline: InferencePipeline, measurements: Sequence[Measurement]) -> MeasuredCostModel:
-    """The cost model of the pipeline, fitted to all the measurements."""
+    """The cost model of the pipeline, fitted to all measurements."""
     model = MeasuredCostModel(CostFeature(pipeline.cost_feature))
     for shape in measurements:
         if shape.seconds > 0:
@@ -86,15 +86,15 @@ def fitted_costs(pipeline: InferencePipeline, measurements: Sequence[Measurement
 
 
 def median_error(model: MeasuredCostModel, measurements: Sequence[Measurement]) -> float:
-    """The median of how far predictions are from the measured seconds, relative to these."""
+    """The median relative difference between predicted and measured seconds."""
     return median(
         abs(model.predict_s(shape.count, shape.longest, shape.total) / shape.seconds - 1) for shape in measurements
     )
 
 
 @contextmanager
-def _told(measurements: Sequence[Measurement]) -> Iterator[None]:
-    """Tells by a `TuningError` what was measured last when something failed."""
+def _explained(measurements: Sequence[Measurement]) -> Iterator[None]:
+    """Turn an error into a `TuningError` that names the batch measured last."""
     try:
         yield
     except Exception as error:
@@ -105,7 +105,7 @@ def _told(measurements: Sequence[Measurement]) -> Iterator[None]:
 
 def _warm_up(pipeline: InferencePipeline, samples: Samples) -> None:
     pipeline.warm_up()
-    if samples.sizes is not None:  # a pipeline that makes up no items cannot warm up by itself
+    if samples.sizes is not None:  # the pipeline may make up no items, and then cannot warm up by itself
         pipeline.run_inference(samples.of_size(1, samples.sizes[0]))
 
 
@@ -116,7 +116,7 @@ def _calibration(
         run=pipeline.run_inference,
         sample_items=samples.of_size,
         item_size=pipeline.item_size,
-        max_count=min(max(config.max_batch_size, LARGEST_COUNT), config.max_queue_size),
+        max_count=min(max(config.max_batch_size, MAX_COUNT), config.max_queue_size),
         max_tokens=config.max_batch_tokens,
         sizes=samples.sizes,
         max_s=max_s,

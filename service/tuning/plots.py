@@ -1,4 +1,4 @@
-"""Draws what batches cost; needs matplotlib, which only the extra ``bench`` installs."""
+"""Draws how long batches take; needs matplotlib, which the extra ``bench`` installs."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from modalkit.batching import CostModel
 from modalkit.batching.calibration import Measurement
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ FORMATS = (".pdf", ".png", ".svg")
 
 
 def require_drawable(path: Path) -> None:
-    """Make sure, before any time is spent, that a plot can be drawn there; raises `TuningError`."""
+    """Raise `TuningError` if no plot can be drawn there; called before measuring, which takes time."""
     if find_spec("matplotlib") is None:
         raise TuningError("--plot needs matplotlib, which is not installed: pip install 'modalkit[bench]'")
     if path.suffix.lower() not in FORMATS:
@@ -41,7 +41,7 @@ def draw_costs(path: Path, title: str, measurements: Sequence[Measurement], mode
 
 
 def _panel(axes: "Axes", measurements: Sequence[Measurement], model: CostModel, *, along: str) -> None:
-    """One line for each value of what is not along the axis."""
+    """Draw one line for each value of the other coordinate."""
     from matplotlib import colormaps
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 

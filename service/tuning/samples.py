@@ -1,4 +1,4 @@
-"""The items that a pipeline is measured with: made up by itself, or the user's own."""
+"""The items for measuring a pipeline: made up by the pipeline, or the user's own."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,15 @@ from pydantic import BaseModel
 
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.errors import describe_error
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 
 ITEMS_OF_EACH_SIZE = 16
 SIZE_GROUPS = 6
-LEAST_SIZE_RATIO = 1.25  # between groups: closer ones take nearly the same time
+MIN_SIZE_RATIO = 1.25  # between groups; the times of closer ones hardly differ
 
 
 class MadeUpSamples:
-    """What `sample_items` of a pipeline returns. Raises `TuningError` where that is nothing."""
+    """The items that a pipeline's `sample_items` returns. Raises `TuningError` if it returns none."""
 
     sizes: Sequence[int] | None = None
     """Sizes to ask for; None: any."""
@@ -36,18 +36,18 @@ class MadeUpSamples:
         return self._pipeline.sample_items(n, size)
 
     def mixed(self, sizes: Sequence[int]) -> list[list[BaseModel]]:
-        """Groups of items, each of which a trial is to take as many requests from."""
+        """Groups of items; a trial draws equally often from each."""
         return [self._pipeline.sample_items(ITEMS_OF_EACH_SIZE, size) for size in sizes]
 
 
 class OwnSamples:
-    """Items that the user gave, sorted by size and cut into up to six groups of as many items each.
+    """The user's items, sorted by size and split into up to six groups of equal length.
 
-    A group stands for the size of its largest item. Raises `TuningError` where `item_size` fails.
+    The size of a group is that of its largest item. Raises `TuningError` if `item_size` fails.
     """
 
     sizes: Sequence[int]
-    """That of each group, ascending."""
+    """The size of each group, ascending."""
 
     def __init__(self, pipeline: InferencePipeline, items: Sequence[BaseModel]) -> None:
         try:
@@ -62,18 +62,18 @@ class OwnSamples:
         begin = 0
         for end, next_end in zip(ends, [*ends[1:], None], strict=True):
             size = sized[end - 1][0]
-            if next_end is None or sized[next_end - 1][0] >= LEAST_SIZE_RATIO * size:
+            if next_end is None or sized[next_end - 1][0] >= MIN_SIZE_RATIO * size:
                 self._groups[size] = [item for _, item in reversed(sized[begin:end])]
                 begin = end
         self.sizes = list(self._groups)
 
     def of_size(self, n: int, size: int) -> list[BaseModel]:
-        """`n` items of the group of `size`, its largest first, and again from the start where there are fewer."""
+        """`n` items of the group of `size`, largest first, repeated if the group has fewer."""
         group = self._groups[min(self.sizes, key=lambda other: abs(other - size))]
         return [group[index * max(1, len(group) // n) % len(group)] for index in range(n)]
 
     def mixed(self, sizes: Sequence[int]) -> list[list[BaseModel]]:  # noqa: ARG002  # the mix is the user's own
-        """All items in one group, as often as they were given."""
+        """All items in one group, as frequent as given."""
         return [self._items]
 
 

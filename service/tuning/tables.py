@@ -1,4 +1,4 @@
-"""Shows what tuning found, as tables and sentences on a console."""
+"""Shows the results of tuning, as tables and sentences on a console."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ TABLE: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left"}
 
 
 def show_measurements(output: Console, measured: Measured, corrected: Sequence[Measurement]) -> None:
-    """Show what batches of each count and size took, how many were `corrected`, and what was left out and why."""
+    """Show the time of each measured batch, how many were `corrected`, and which were left out and why."""
     shapes = measured.measurements
     _show_by_count_and_size(output, shapes, "Milliseconds of a batch", lambda shape: shape.seconds * 1000)
     _show_by_count_and_size(output, shapes, "Items a second", lambda shape: shape.count / max(shape.seconds, 1e-9))
     disturbed = sum(before != after for before, after in zip(shapes, corrected, strict=True))
     if disturbed:
         output.print(
-            f"{disturbed} of these took far longer than larger ones: something else kept the device busy. Below, they "
-            "count as no longer than those."
+            f"{disturbed} of these took far longer than larger ones, because other programs used the device. Below, "
+            "they count as no longer than those."
         )
     if measured.too_large_tokens is not None:
         output.print(f"A batch of {measured.too_large_tokens} was out of memory, so larger ones were left out.")
@@ -38,11 +38,11 @@ def show_measurements(output: Console, measured: Measured, corrected: Sequence[M
             f"{describe_error(measured.failure.error)}"
         )
     if measured.time_was_the_limit:
-        output.print("Other batches had no time: --max-seconds gives them more.")
+        output.print("There was no time for other batches: --max-seconds gives more.")
 
 
 def show_costs(output: Console, costs: MeasuredCostModel, shapes: Sequence[Measurement]) -> None:
-    """Show the fitted costs, and how far they are from what was measured."""
+    """Show the fitted costs, and their difference to the measurements."""
     table = Table("paid for each", "seconds", title="Fitted costs", **TABLE)
     for name, cost_s in costs.costs.items():
         table.add_row(name, f"{cost_s:.3g}" if cost_s else "0")
@@ -52,7 +52,7 @@ def show_costs(output: Console, costs: MeasuredCostModel, shapes: Sequence[Measu
 
 
 def show_choice(output: Console, chosen: ChosenLimits, config: BatchConfig) -> None:
-    """Show the limits beside those configured, and why."""
+    """Show the chosen limits beside the configured ones, with reasons."""
     table = Table("batch_config", "now", "chosen", "why", title="Limits", **TABLE)
     for key, reason in chosen.reasons.items():
         now = getattr(config, key)
@@ -61,7 +61,7 @@ def show_choice(output: Console, chosen: ChosenLimits, config: BatchConfig) -> N
 
 
 def show_trial(output: Console, trial: Trial, plan: TrialPlan, share: str, objective_s: float | None) -> None:
-    """Show how the requests of a trial fared."""
+    """Show the results of a trial."""
     output.print(
         f"Tried: {trial.sent} requests of the sizes above at random times, {plan.rate_per_s:.3g} a second ({share})"
     )
@@ -75,7 +75,7 @@ def show_trial(output: Console, trial: Trial, plan: TrialPlan, share: str, objec
 
 
 def duration(seconds: float) -> str:
-    """A time for people to read."""
+    """Seconds as a readable text."""
     if seconds == math.inf:
         return "unknown"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

@@ -1,4 +1,4 @@
-"""Tries limits on the real scheduler, in process: what a lone request costs, and an open loop of many."""
+"""Tries limits on the real scheduler, in process: single requests, and an open loop of many."""
 
 import math
 import random
@@ -16,24 +16,24 @@ from modalkit.service.errors import describe_error
 from modalkit.service.jobs import MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.settings import BatchConfig, Settings
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.measuring import MEASURING_SHARE
 from modalkit.service.tuning.samples import Samples
 from modalkit.service.worker import InferenceWorker
 
-MOST_LONE_REQUESTS = 50
-LONGEST_TRIAL_S = 5.0  # of sending, unless batches are long
+MAX_LONE_REQUESTS = 50
+TRIAL_S = 5.0  # of sending; longer if batches are long
 BATCHES_IN_A_TRIAL = 8
-FEWEST_BATCHES = 3  # fewer show nothing of what happens to requests that come while a batch runs
-SENDING_SHARE = 0.5  # of a trial's time; the rest is for what was sent last
+MIN_BATCHES = 3  # with fewer, hardly any request arrives while a batch runs
+SENDING_SHARE = 0.5  # of a trial's time; the rest is for the last requests to finish
 SEED = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """How an open loop went: of `sent` requests, `failed` got an error and `unfinished` none in time.
+    """The results of an open loop: of `sent` requests, `failed` got an error and `unfinished` had no result in time.
 
-    Latencies count from when a request was due, whether it could be sent then or not; an unfinished one's is infinite.
+    Latencies start when a request was due, even if it was sent later; that of an unfinished request is infinite.
     """
 
     sent: int
@@ -46,13 +46,13 @@ class Trial:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every request got its result, so that there is something to judge by."""
+        """Whether every request got its result."""
         return not (self.failed or self.unfinished)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialPlan:
-    """How a trial goes: so many requests a second for `duration_s`, then up to `patience_s` for the last to be done."""
+    """A trial: `rate_per_s` requests per second for `duration_s`, then up to `patience_s` for the last to finish."""
 
     rate_per_s: float
     duration_s: float
@@ -60,27 +60,27 @@ class TrialPlan:
 
     @classmethod
     def within(cls, rate_per_s: float, batch_s: float, left_s: float) -> "TrialPlan | None":
-        """A trial of several batches of `batch_s` seconds that ends in time; None where `left_s` is too short for one.
+        """A trial of several batches of `batch_s` seconds that ends within `left_s`; None if that is too short.
 
-        It takes half of the time left, so that there is some for another one, or all of it where it must.
+        It takes half of the time, so that another trial is possible, or all of it where batches are long.
         """
-        left_s -= batch_s  # what the worker runs to warm up
-        wanted_s = min(max(LONGEST_TRIAL_S, BATCHES_IN_A_TRIAL * batch_s), SENDING_SHARE * left_s / 2)
-        duration_s = max(wanted_s, FEWEST_BATCHES * batch_s)
+        left_s -= batch_s  # the worker warms up
+        wanted_s = min(max(TRIAL_S, BATCHES_IN_A_TRIAL * batch_s), SENDING_SHARE * left_s / 2)
+        duration_s = max(wanted_s, MIN_BATCHES * batch_s)
         if left_s <= 0 or duration_s > SENDING_SHARE * left_s:
             return None
         patience_s = min(duration_s + 1, left_s - duration_s)
         return cls(rate_per_s=rate_per_s, duration_s=duration_s, patience_s=patience_s)
 
     @staticmethod
-    def least_s(batch_s: float) -> float:
-        """The least time in which there is a trial."""
-        return (FEWEST_BATCHES / SENDING_SHARE + 1) * batch_s
+    def min_s(batch_s: float) -> float:
+        """The minimum seconds of a trial."""
+        return (MIN_BATCHES / SENDING_SHARE + 1) * batch_s
 
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """A pipeline, with the settings and the known costs that its scheduler is to have, and items to send it."""
+    """A pipeline with the settings and costs for its scheduler, and items to send."""
 
     pipeline: InferencePipeline
     settings: Settings
@@ -91,29 +91,31 @@ class Bench:
     async def worker(
         self, config: BatchConfig, on_batch: Callable[[BatchRecord], None] | None = None
     ) -> AsyncIterator[InferenceWorker]:
-        """A worker under `config` that knows the costs, and keeps nothing in a file."""
+        """A worker with `config` and the known costs, which writes no file."""
         calibration = config.calibration.model_copy(update={"path": None})
         batch_config = config.model_copy(update={"calibration": calibration})
         app_settings = self.settings.app_settings.model_copy(update={"batch_config": batch_config})
         settings = self.settings.model_copy(update={"app_settings": app_settings})
         async with (
             JobManager(MemoryJobStore()) as jobs,
-            InferenceWorker(self.pipeline, settings=settings, jobs=jobs, on_batch=on_batch, calibrate=False) as worker,
+            InferenceWorker(
+                self.pipeline, settings=settings, jobs=jobs, on_batch=on_batch, calibrate=False, log_failures=False
+            ) as worker,
         ):
             worker.costs.restore(self.costs.state())
             yield worker
 
     async def seconds_beside_the_batch(self, size: int, max_s: float) -> float:
-        """What a lone request on an idle worker costs beside the stages of its batch: the median of up to 50.
+        """The median seconds of a request on an idle worker, without the stages of its batch; of up to 50 requests.
 
-        Takes about `max_s` seconds and one request at most. Raises `TuningError` when a request fails.
+        Takes at most about `max_s` seconds plus one request. Raises `TuningError` when a request fails.
         """
         config = self.settings.app_settings.batch_config.model_copy(update={"wait_ms": 0})
         records: list[BatchRecord] = []
         latencies_s: list[float] = []
         async with self.worker(config, records.append) as worker:
             started_s = anyio.current_time()
-            for item in self.samples.of_size(MOST_LONE_REQUESTS, size):
+            for item in self.samples.of_size(MAX_LONE_REQUESTS, size):
                 sent_s = anyio.current_time()
                 if sent_s > started_s + max_s and latencies_s:
                     break
@@ -126,9 +128,9 @@ class Bench:
         return max(0.0, median(beside_s))
 
     async def open_loop(self, config: BatchConfig, sizes: Sequence[int], plan: TrialPlan) -> Trial:
-        """Send items of mixed `sizes` at random times, at the rate of `plan`, whatever becomes of earlier ones.
+        """Send items of mixed `sizes` at random times, at the rate of `plan`, without waiting for earlier ones.
 
-        Nothing is sent after the plan's duration, and what is not done when its patience is over too is unfinished.
+        Requests without a result when the plan's duration and patience are over count as unfinished.
         """
         dice = random.Random(SEED)  # noqa: S311  # a repeatable load is no cryptography
         # A Poisson process whose number of arrivals is known: their times are uniform.
@@ -144,9 +146,9 @@ class Bench:
 
 
 def require_complete(trial: Trial | None, batch_s: float, max_s: float) -> None:
-    """Raise `TuningError` where no trial shows what the limits give."""
+    """Raise `TuningError` if there was no trial, or not every request got its result."""
     if trial is None:
-        needed_s = math.ceil((TrialPlan.least_s(batch_s) + 2 * batch_s) / (1 - MEASURING_SHARE))
+        needed_s = math.ceil((TrialPlan.min_s(batch_s) + 2 * batch_s) / (1 - MEASURING_SHARE))
         raise TuningError(
             f"the limits could not be tried, so nothing is written: --max-seconds {max_s:g} leaves too little time for "
             f"batches of {batch_s:.3g} s. Give --max-seconds {max(needed_s, math.ceil(max_s) + 1)} or more"
@@ -172,7 +174,7 @@ class _OpenLoop:
         self._started_s = self._last_s = 0.0
 
     async def run(self, load: Sequence[tuple[float, BaseModel]]) -> None:
-        """Send each item so many seconds after the start, and wait for all."""
+        """Send each item at its time after the start, and wait for all."""
         self._started_s = self._last_s = anyio.current_time()
         async with anyio.create_task_group() as task_group:
             for due_s, item in load:
@@ -183,8 +185,8 @@ class _OpenLoop:
         try:
             await self._worker.predict(item)
         except QueueFullError:
-            return  # refused for load: it counts as not done, and a lower load is tried
-        except Exception as error:  # noqa: BLE001  # user code may raise anything; it is counted and told
+            return  # it counts as unfinished, and a lower load is tried
+        except Exception as error:  # noqa: BLE001  # user code may raise anything; it is counted and reported
             self._errors.append(error)
         else:
             self._last_s = anyio.current_time()

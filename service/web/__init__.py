@@ -1,4 +1,4 @@
-"""The HTTP door: a FastAPI application over any gateway."""
+"""The HTTP frontend: a FastAPI application over any gateway."""
 
 from modalkit.service.web.app import create_app
 

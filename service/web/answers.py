@@ -1,4 +1,4 @@
-"""What the routes answer with, apart from the outputs of models."""
+"""The answers of routes, except the outputs of models."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -35,7 +35,7 @@ class Problem(BaseModel):
 
 
 class JobView(BaseModel):
-    """A job as its caller sees it, made from a stored one by its attributes."""
+    """A job as its caller sees it, validated from the attributes of a stored `Job`."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -72,14 +72,14 @@ class JobDetails(JobView):
 
 
 class JobPageView(BaseModel):
-    """Some of many jobs."""
+    """One page of jobs."""
 
     jobs: list[JobView] = Field(description="The newest first.")
     next_cursor: int | None = Field(description="The `cursor` of the next page; null when this is the last.")
 
 
 class Submitted(BaseModel):
-    """What became of one job of several: its id, or why there is none."""
+    """The answer for one job of several: its id, or why it was refused."""
 
     job_id: str | None = None
     status: str | None = Field(default=None, description="`error` where the job was refused.")
@@ -101,5 +101,5 @@ class Purged(BaseModel):
 def json_response(
     content: bytes, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """An answer that is JSON already."""
+    """An answer whose content is JSON already."""
     return Response(content, status, headers, JSON)

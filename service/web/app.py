@@ -1,4 +1,4 @@
-"""Puts the application together: routes, who may call them, and a gateway that lives as long as the server."""
+"""The HTTP application: its routes, its API key, and its gateway, which is open as long as the server runs."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
@@ -30,14 +30,14 @@ problem details (RFC 9457).
 def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway: bool = True) -> FastAPI:
     """The HTTP service over a gateway, which is opened and closed with it (by ASGI's lifespan) if it `owns_gateway`.
 
-    Health checks, metrics and documentation need no key. Raises `LoadError` where `auth` asks for what cannot be had;
-    so does the lifespan's start where a key cannot be read from AWS SSM.
+    Health checks, metrics and documentation need no key. Raises `LoadError` for an API key that
+    cannot be used; so does the start of the lifespan for one that cannot be read from AWS SSM.
     """
     api_key = require_api_key(auth or AuthConfig())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # The key first: a wrong name shows before models are loaded.
+        # The key first, so that an error in its name shows before models are loaded.
         async with nullcontext() if api_key is None else api_key.opened(), gateway if owns_gateway else nullcontext():
             yield
 
@@ -59,7 +59,7 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
 
 
 class _RootPath:
-    """Adds the ``root_path`` that ASGI lets a server leave out, for the pages of `fastapi_offline`, which need it."""
+    """Adds ``root_path`` to scopes without it: ASGI servers may leave it out, and `fastapi_offline` needs it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

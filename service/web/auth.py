@@ -1,4 +1,4 @@
-"""Who may call: an API key, compared in constant time."""
+"""Authentication by an API key, compared in constant time."""
 
 import hmac
 from collections.abc import Awaitable, Callable
@@ -21,17 +21,17 @@ class ApiKey:
     """The key that a request must carry."""
 
     check: Callable[[Request], Awaitable[None]]
-    """Raises `ProblemError` for a request without the key. For one with the key it waits for nothing."""
+    """Raises `ProblemError` for a request without the key. It does not wait where the key is right."""
     dependency: Callable[..., Awaitable[None]]
-    """The same as a dependency of FastAPI's, which documents where the key belongs."""
+    """`check` as a dependency of FastAPI, so that OpenAPI documents the header."""
     opened: Callable[[], AbstractAsyncContextManager[None]]
-    """To be entered while requests are checked: keeps a key that comes from elsewhere. Raises `LoadError`."""
+    """The context in which requests are checked; it keeps a key in AWS SSM up to date. Raises `LoadError`."""
 
 
 def require_api_key(config: AuthConfig) -> ApiKey | None:
-    """The check of the configured key, or None where everybody may call.
+    """The check of the configured key, or None where none is configured.
 
-    Raises `LoadError` for a key that no header can carry, and where a key in AWS SSM cannot be read from here.
+    Raises `LoadError` for a key that no header can carry, and where aiobotocore or the region for AWS SSM is missing.
     """
     if config.ssm_key is not None:
         in_ssm = SsmKey(config.ssm_key, region=config.ssm_region, refresh_s=config.ssm_refresh_seconds)
@@ -58,7 +58,7 @@ def _make(
     def is_right(sent: bytes) -> bool:
         key = expected()
         if key is None:
-            # Nobody gets in by a server that skipped what reads the key.
+            # Without the lifespan the key was not read; then no request is let in.
             raise ProblemError(
                 HTTPStatus.SERVICE_UNAVAILABLE,
                 "the API key has not been read yet; the server must run the application's lifespan (ASGI)",
@@ -71,7 +71,7 @@ def _make(
             kind, _, key = key.partition(" ")
             key = key.strip(" \t") if kind.lower() == "bearer" else None
         if key:
-            sent = key.encode("latin-1")  # the bytes that came, as Starlette decodes them
+            sent = key.encode("latin-1")  # Starlette decodes headers as Latin-1
             if is_right(sent):
                 return
             if refresh is not None:
@@ -81,7 +81,7 @@ def _make(
         problem = "the API key is wrong" if key else "the API key is missing"
         raise ProblemError(HTTPStatus.UNAUTHORIZED, f"{problem}: send it as {remedy}", WWW_Authenticate="Bearer")
 
-    # A coroutine function, as FastAPI would run another one in a thread for each request.
+    # A coroutine function: FastAPI would run any other function in a thread, for each request.
     async def dependency(request: Request, _: Annotated[Any, Depends(scheme)]) -> None:
         await check(request)
 

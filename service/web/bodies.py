@@ -1,8 +1,7 @@
-"""Reads request bodies and turns them into items, with an error of its own for each bad one."""
+"""Reads request bodies and validates their items; each invalid item has its own error."""
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ _ENVELOPE = re.compile(rb'\s*\{\s*"message"\s*:')
 
 @dataclass(frozen=True)
 class InvalidItem:
-    """An item of a list that is no valid request, and why."""
+    """An item of a list that is no valid request, with the reason."""
 
     error: str
 
@@ -45,7 +44,7 @@ async def read_body(request: Request) -> bytes:
 
 
 class BodyParser:
-    """Parses the bodies for one model, whose items are of the kind `input_model`.
+    """Parses the bodies for one model, whose items are validated as `input_model`.
 
     An item may come bare (``{"text": …}``) or in an envelope (``{"message": {"text": …}}``), the form of asynchronous
     requests, unless the item itself may have a field ``message``.
@@ -56,16 +55,22 @@ class BodyParser:
         self._takes_envelope = (
             "message" not in input_model.model_fields and input_model.model_config.get("extra") != "allow"
         )
+        self._sync_model = SyncInputModel[input_model]  # type: ignore[valid-type]  # a class known at run time
+        self._async_model = AsyncInputModel[input_model]  # type: ignore[valid-type]  # as above
+        self._item = TypeAdapter(input_model)
+        self._items: TypeAdapter[list[BaseModel]] = TypeAdapter(list[input_model])  # type: ignore[valid-type]  # as above
+        self._sync_envelope = TypeAdapter(self._sync_model)
+        self._async_envelope = TypeAdapter(self._async_model)
+        self._async_envelopes: TypeAdapter[list[AsyncInputModel]] = TypeAdapter(list[self._async_model])  # type: ignore[name-defined]  # as above
 
     def item(self, body: bytes) -> BaseModel:
         """The one item of a body. Raises `ProblemError`."""
         if self._takes_envelope and _ENVELOPE.match(body):
-            envelope: SyncInputModel[BaseModel] = _parse(self._sync_envelope, body, SyncInputModel[self.input_model])  # type: ignore[name-defined]  # as below
-            return envelope.message
+            return _parse(self._sync_envelope, body, self._sync_model).message
         return _parse(self._item, body, self.input_model)
 
     def items(self, body: bytes) -> list[BaseModel | InvalidItem]:
-        """The items of a list, each good or bad on its own. Raises `ProblemError` for a body that is no list."""
+        """The items of a list; an invalid one does not affect the others. Raises `ProblemError` if it is no list."""
         try:
             return list(self._items.validate_json(body))
         except ValidationError:
@@ -73,10 +78,10 @@ class BodyParser:
 
     def async_request(self, body: bytes, what: str = "body") -> AsyncInputModel:
         """The job that a body, or another part of the request, asks for. Raises `ProblemError`."""
-        return _parse(self._async_envelope, body, AsyncInputModel[self.input_model], what)  # type: ignore[name-defined]  # as below
+        return _parse(self._async_envelope, body, self._async_model, what)
 
     def async_requests(self, body: bytes) -> list[AsyncInputModel | InvalidItem]:
-        """The jobs that a list asks for, each good or bad on its own. Raises `ProblemError` as `items` does."""
+        """The jobs of a list; an invalid one does not affect the others. Raises `ProblemError` if it is no list."""
         try:
             return list(self._async_envelopes.validate_json(body))
         except ValidationError:
@@ -94,28 +99,6 @@ class BodyParser:
             return self.item(to_json(value))
         except ProblemError as problem:
             return InvalidItem(problem.detail)
-
-    # Built when first needed: a TypeAdapter takes milliseconds to make.
-
-    @cached_property
-    def _item(self) -> TypeAdapter[BaseModel]:
-        return TypeAdapter(self.input_model)
-
-    @cached_property
-    def _items(self) -> TypeAdapter[list[BaseModel]]:
-        return TypeAdapter(list[self.input_model])  # type: ignore[name-defined]  # a class known at run time
-
-    @cached_property
-    def _sync_envelope(self) -> TypeAdapter[SyncInputModel[BaseModel]]:
-        return TypeAdapter(SyncInputModel[self.input_model])  # type: ignore[name-defined]  # as above
-
-    @cached_property
-    def _async_envelope(self) -> TypeAdapter[AsyncInputModel]:
-        return TypeAdapter(AsyncInputModel[self.input_model])  # type: ignore[name-defined]  # as above
-
-    @cached_property
-    def _async_envelopes(self) -> TypeAdapter[list[AsyncInputModel]]:
-        return TypeAdapter(list[AsyncInputModel[self.input_model]])  # type: ignore[name-defined]  # as above
 
 
 def _parse(adapter: TypeAdapter[T], body: bytes, model: type[BaseModel] | None = None, what: str = "body") -> T:

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import Response
 from pydantic import PositiveFloat
 
-from modalkit.pipelines.iomodel import LONGEST_LIFE_S
+from modalkit.pipelines.iomodel import MAX_EXPIRES_IN_S
 from modalkit.service.gateway import JobAdministration, Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
 from modalkit.service.web.answers import JobDetails, JobPageView, JobView, Purged, Replayed, json_response
@@ -28,10 +28,10 @@ Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait 
 Statuses = Annotated[list[JobStatus], Query(alias="status", description="Only jobs in one of these states.")]
 Deliveries = Annotated[list[DeliveryStatus], Query(alias="delivery", description="Only jobs with such a delivery.")]
 OfModel = Annotated[str | None, Query(alias="model_name", description="Only jobs of this model.")]
-Limit = Annotated[int, Query(ge=1, le=1000, description="Most jobs in one answer.")]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Maximum jobs in one answer.")]
 Cursor = Annotated[int | None, Query(ge=0, lt=2**63, description="The `next_cursor` of the page before.")]
 OlderThan = Annotated[
-    PositiveFloat | None, Query(le=LONGEST_LIFE_S, description="Only jobs that ended so many seconds ago.")
+    PositiveFloat | None, Query(le=MAX_EXPIRES_IN_S, description="Only jobs that ended so many seconds ago.")
 ]
 
 

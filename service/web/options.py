@@ -1,7 +1,6 @@
-"""The options that a request for predictions may have in its headers and its query, read and documented.
+"""Reads and documents the options of a request for predictions, which are in its headers and its query.
 
-Not declared as parameters of the routes, because FastAPI spends more time on reading four of those than everything else
-takes for a job.
+They are not parameters of FastAPI's: reading four of those takes longer than all other work for a job.
 """
 
 import math
@@ -14,12 +13,12 @@ from fastapi import Request
 from modalkit.batching import Priority
 from modalkit.service.web.problems import ProblemError
 
-LONGEST_KEY = 255
+MAX_KEY_CHARACTERS = 255
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What a request asks for besides its body."""
+    """The options of one request."""
 
     model_name: str | None
     priority: Priority
@@ -77,8 +76,8 @@ def _timeout_s(value: str | None) -> float | None:
 
 
 def _key(value: str | None) -> str | None:
-    if value is not None and not (1 <= len(value) <= LONGEST_KEY and value.isprintable()):
-        raise _problem(f"Idempotency-Key: must be 1 to {LONGEST_KEY} printable characters, got {value!r:.100}")
+    if value is not None and not (1 <= len(value) <= MAX_KEY_CHARACTERS and value.isprintable()):
+        raise _problem(f"Idempotency-Key: must be 1 to {MAX_KEY_CHARACTERS} printable characters, got {value!r:.100}")
     return value
 
 
@@ -113,7 +112,7 @@ _IDEMPOTENCY_KEY = _parameter(
     "The same for each repetition of a request: they all get one job.",
     type="string",
     minLength=1,
-    maxLength=LONGEST_KEY,
+    maxLength=MAX_KEY_CHARACTERS,
 )
 
 PREDICTION_PARAMETERS = {"parameters": [_MODEL_NAME, _PRIORITY, _TIMEOUT]}

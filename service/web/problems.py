@@ -88,7 +88,7 @@ def problem_response(
 
 
 def status_of(error: Exception) -> HTTPStatus:
-    """The HTTP status for what a gateway raised; 500 for whatever a pipeline raised."""
+    """The HTTP status for an error of a gateway; 500 for an error of a pipeline."""
     if isinstance(error, QueueFullError) and error.is_permanent:
         return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     if isinstance(error, RemoteItemError):
@@ -102,23 +102,23 @@ def status_of(error: Exception) -> HTTPStatus:
 def install_problem_handlers(app: FastAPI) -> None:
     """Answer every error of the application with problem details."""
 
-    async def on_problem(_: Request, error: Exception) -> Response:
-        assert isinstance(error, ProblemError)  # noqa: S101  # Starlette dispatches by this type
+    @app.exception_handler(ProblemError)
+    async def on_problem(_: Request, error: ProblemError) -> Response:
         return problem_response(error.status, error.detail, errors=error.errors, headers=error.headers)
 
-    async def on_invalid_parameter(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)  # noqa: S101  # as above
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid_parameter(_: Request, error: RequestValidationError) -> Response:
         errors = field_errors(error.errors())
         return problem_response(HTTPStatus.UNPROCESSABLE_ENTITY, summary(errors), errors=errors)
 
-    async def on_http_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)  # noqa: S101  # as above
+    @app.exception_handler(HTTPException)
+    async def on_http_error(_: Request, error: HTTPException) -> Response:
         status = HTTPStatus(error.status_code)
-        detail = error.detail
-        if status is HTTPStatus.NOT_FOUND:
-            detail = "there is nothing at this address; /docs lists what there is"
+        is_unknown = status is HTTPStatus.NOT_FOUND
+        detail = "there is nothing at this address; /docs lists what there is" if is_unknown else error.detail
         return problem_response(status, detail, headers=error.headers)
 
+    @app.exception_handler(Exception)
     async def on_unexpected_error(_: Request, error: Exception) -> Response:
         # Starlette raises the error again once this is sent, so that the server logs it with its traceback.
         return problem_response(
@@ -128,12 +128,8 @@ def install_problem_handlers(app: FastAPI) -> None:
     async def on_error(_: Request, error: Exception) -> Response:
         return error_response(error)
 
-    app.add_exception_handler(ProblemError, on_problem)
-    app.add_exception_handler(RequestValidationError, on_invalid_parameter)
-    app.add_exception_handler(HTTPException, on_http_error)
     for kind in _STATUS_OF:
         app.add_exception_handler(kind, on_error)
-    app.add_exception_handler(Exception, on_unexpected_error)
 
 
 def error_response(error: Exception) -> Response:

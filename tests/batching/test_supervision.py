@@ -74,8 +74,8 @@ async def test_a_bug_in_the_running_of_batches_is_survived_until_it_comes_three_
 ) -> None:
     left = times
 
-    def with_a_bug(original: Callable[..., int]) -> Callable[..., int]:
-        def succeed(*args: object) -> int:
+    def with_a_bug(original: Callable[..., list[Exception]]) -> Callable[..., list[Exception]]:
+        def succeed(*args: object) -> list[Exception]:
             nonlocal left
             if left:
                 left -= 1

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from modalkit.benchmarks.baselines import fixed_window, queue_and_thread, what_waits
+from modalkit.benchmarks.baselines import fixed_window, queue_and_thread, waiting_items
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +30,7 @@ class Doubler:
 
 async def test_every_caller_of_the_bare_loop_gets_its_own_result() -> None:
     doubler = Doubler()
-    async with queue_and_thread(doubler.run_batch, what_waits(4)) as submit:
+    async with queue_and_thread(doubler.run_batch, waiting_items(4)) as submit:
         assert await asyncio.gather(*map(submit, range(10))) == [2 * item for item in range(10)]
     assert doubler.batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert len(doubler.threads) == 1
@@ -56,6 +56,6 @@ async def test_a_failed_batch_ends_the_bare_loop_instead_of_leaving_its_callers_
         raise OSError("no disk")
 
     with pytest.raises(ExceptionGroup) as raised:
-        async with queue_and_thread(fail, what_waits(4)) as submit:
+        async with queue_and_thread(fail, waiting_items(4)) as submit:
             await submit(1)
     assert raised.group_contains(OSError, match="no disk")

@@ -21,9 +21,10 @@ from modalkit.service.backoff import FIRST_RETRY_S, MAX_RETRY_S
 from modalkit.service.queue_backends import QueueMessage, UndeliverableError
 from modalkit.settings import Settings
 from modalkit.task_queue import WebhookBackend
-from tests.service.cli.conftest import CONFIGURATION
-from tests.service.cli.test_serve import serving
+from tests.support import processes
+from tests.support.command_line import CONFIGURATION, serving
 from tests.support.guides import ROOT, blocks, files_in, guide, quoted_files, section
+from tests.support.processes import ForkedPython
 
 GUIDE = guide("delivery.md")
 SECRET = "MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSwMfKQ9r8GKYo="
@@ -49,29 +50,23 @@ def once() -> ModuleType:
 def receiver(tmp_path: Path, environment: dict[str, str]) -> Iterator[str]:
     """The address of the example's receiver, which runs in `tmp_path`."""
     shutil.copytree(ROOT / "examples" / "delivery", tmp_path, dirs_exist_ok=True)
-    command = [sys.executable, "-m", "uvicorn", "receiver:app", "--port", "0"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, env={**environment, "WEBHOOK_SECRET": SECRET}, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stderr is not None
-            said = ""
-            while not (running := re.search(r"running on http://(\S+)", said)):
-                line = process.stderr.readline()
-                assert line, said
-                said += line
-            yield running[1]
-        finally:
-            process.kill()
+    command = ["-m", "uvicorn", "receiver:app", "--port", "0"]
+    with ForkedPython(command, cwd=tmp_path, env={**environment, "WEBHOOK_SECRET": SECRET}) as process:
+        said = ""
+        while not (running := re.search(r"running on http://(\S+)", said)):
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        yield running[1]
 
 
 def counts(database: sqlite3.Connection) -> list[tuple[str, int]]:
     return database.execute("SELECT * FROM results_by_user").fetchall()
 
 
-def test_messages_look_as_shown(environment: dict[str, str]) -> None:
+def test_messages_look_as_shown(tmp_path: Path, environment: dict[str, str]) -> None:
     program = ROOT / "examples" / "queue_patterns" / "injected.py"
-    done = subprocess.run([sys.executable, program], check=True, env=environment, capture_output=True, text=True)
+    done = processes.run([str(program)], check=True, cwd=tmp_path, env=environment)
     messages = [json.loads(line) for line in done.stdout.splitlines()]
     shown = [json.loads(block) for block in blocks(section(GUIDE, "Messages"), "json")]
     for message, example in zip(messages, shown, strict=True):

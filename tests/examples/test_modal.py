@@ -2,14 +2,14 @@
 
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
+from tests.support import processes
 from tests.support.guides import ROOT, blocks, files_in, guide, quoted_files
 
 GUIDE = guide("modal.md")
@@ -22,17 +22,13 @@ def run(tmp_path: Path) -> Run:
     """Runs a program in a copy of the examples, with warnings as errors."""
     folder = shutil.copytree(ROOT / "examples" / "modal", tmp_path / "examples")
 
-    def start(*command: str) -> str:
-        environment = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-        done = subprocess.run(
-            [sys.executable, "-W", "error", *command],
-            check=False,
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
+    def start(*command: str, **variables: str) -> str:
+        environment = {
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+            "PYTHONWARNINGS": "error",
+        } | variables
+        done = processes.run(command, cwd=folder, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -63,11 +59,11 @@ def test_an_app_is_defined_without_a_token_or_a_network(run: Run, module: str, d
         f"import {module}; state = {module}.app._local_state; "
         "print({'classes': sorted(state.classes), 'functions': sorted(state.functions)})",
     )
-    assert yaml.safe_load(shown) == defined
+    assert YAML(typ="safe").load(shown) == defined
 
 
 def test_a_dry_run_shows_the_module_that_the_app_imports(run: Run) -> None:
-    shown = yaml.safe_load(
+    shown = YAML(typ="safe").load(
         run("-c", "from modalkit.service.cli import main; main()", "deploy", "web_function.py", "--dry-run")
     )
     assert any(step.get("remote_path") == "/root/emphasis.py" for step in shown["image"])
@@ -118,4 +114,4 @@ with TestClient(create_web_endpoints(app_cls=EmphasisService)) as client:
         pass
     print(client.post("/sync/predict", json={"text": "OK ok"}).json()["shouting"])
 """
-    assert run("-W", "ignore::DeprecationWarning", "-c", program).strip() == "0.4"
+    assert run("-c", program, PYTHONWARNINGS="error,ignore::DeprecationWarning").strip() == "0.4"

@@ -15,8 +15,9 @@ import httpx
 import pytest
 from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
 
-from tests.service.cli.test_serve import serving
+from tests.support import processes
 from tests.support.backends.sqs import receive
+from tests.support.command_line import serving
 from tests.support.guides import ROOT, blocks, files_in, guide, quoted_files, section
 from tests.support.sqs_server import REGION, SqsServer, forget_aws_settings
 
@@ -42,15 +43,7 @@ def run(folder: Path, environment: dict[str, str]) -> Run:
     """Runs a program, as a user would."""
 
     def start(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *command],
-            check=True,
-            cwd=folder,
-            env=environment | variables,
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
+        return processes.run(command, check=True, cwd=folder, env=environment | variables)
 
     return start
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -16,7 +15,8 @@ import pytest
 from redis.asyncio import Redis
 
 from modalkit.benchmarks.redis_server import RedisServer
-from tests.service.cli.test_serve import serving
+from tests.support import processes
+from tests.support.command_line import serving
 from tests.support.taskiq_worker import TaskiqWorker
 
 pytestmark = pytest.mark.anyio
@@ -90,8 +90,8 @@ async def test_results_and_errors_reach_their_tasks_through_the_service(
 async def test_a_program_sends_its_results_to_the_same_tasks(
     folder: Path, environment: dict[str, str], redis: Any
 ) -> None:
-    command = [sys.executable, "in_code.py", "one two three"]
-    await anyio.to_thread.run_sync(lambda: subprocess.run(command, check=True, cwd=folder, env=environment))
+    command = ["in_code.py", "one two three"]
+    await anyio.to_thread.run_sync(lambda: processes.run(command, check=True, cwd=folder, env=environment))
     with TaskiqWorker("tasks:broker", folder=folder, env=environment, log=folder / "log"):
         await until(redis, "words_by_user", unknown="3")
 
@@ -105,8 +105,8 @@ async def test_what_fails_is_retried_and_then_kept(folder: Path, environment: di
         log=scheduler_log,
         command="scheduler",
     )
-    command = [sys.executable, "in_code.py", "word " * 1001]
-    await anyio.to_thread.run_sync(lambda: subprocess.run(command, check=True, cwd=folder, env=environment))
+    command = ["in_code.py", "word " * 1001]
+    await anyio.to_thread.run_sync(lambda: processes.run(command, check=True, cwd=folder, env=environment))
     with TaskiqWorker("tasks:broker", folder=folder, env=environment, log=log), scheduler:
         with anyio.fail_after(60):
             while not (letters := await redis.xrange("dead_letters")):
@@ -119,8 +119,8 @@ async def test_what_fails_is_retried_and_then_kept(folder: Path, environment: di
 
 
 async def test_a_message_that_comes_twice_counts_once(folder: Path, environment: dict[str, str], redis: Any) -> None:
-    command = [sys.executable, "in_code.py", "one two three"]
-    await anyio.to_thread.run_sync(lambda: subprocess.run(command, check=True, cwd=folder, env=environment))
+    command = ["in_code.py", "one two three"]
+    await anyio.to_thread.run_sync(lambda: processes.run(command, check=True, cwd=folder, env=environment))
     [(_, fields)] = await redis.xrange("modalkit:word_counts")
     await redis.xadd("modalkit:word_counts", fields)
     with TaskiqWorker("tasks:broker", folder=folder, env=environment, log=folder / "log"):
@@ -151,8 +151,8 @@ asyncio.run(main())
 async def test_a_message_that_a_dead_worker_had_waits_and_is_handled_once(
     folder: Path, environment: dict[str, str], redis: Any, server: RedisServer
 ) -> None:
-    command = [sys.executable, "in_code.py", "one two three"]
-    await anyio.to_thread.run_sync(lambda: subprocess.run(command, check=True, cwd=folder, env=environment))
+    command = ["in_code.py", "one two three"]
+    await anyio.to_thread.run_sync(lambda: processes.run(command, check=True, cwd=folder, env=environment))
     [(_, fields)] = await redis.xrange("modalkit:word_counts")
     await redis.xadd("modalkit:word_counts", fields)
     job_id = json.loads(json.loads(fields["data"])["args"][0])["job_id"]

@@ -78,7 +78,7 @@ class Report:
 
 
 class Run:
-    """One run: clients that insist on an answer, and somebody who pulls the plugs."""
+    """One run: clients that repeat each request until it is answered, and a task that kills processes."""
 
     def __init__(self, server: KilledServer, broker: RedisServer, *, jobs: int, seed: int) -> None:
         self.server = server

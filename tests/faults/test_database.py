@@ -66,7 +66,7 @@ async def test_jobs_that_meet_a_locked_database_are_delivered_once_it_is_free(
 ) -> None:
     store, queue, pipeline = SqliteJobStore(tmp_path / "jobs.db"), InMemoryBackend(), Wordy()
     async with InferenceWorker(pipeline, queue_backend=queue, job_store=store, calibrate=False) as worker:
-        await store._perform(lambda table: _pragma(table, "busy_timeout = 0"))  # noqa: SLF001  # so that nobody waits
+        await store._perform(lambda table: _pragma(table, "busy_timeout = 0"))  # noqa: SLF001  # so that no call waits
         pipeline.may_end.clear()
         await worker.submit_many(requests(40))
         while not (await store.counts()).statuses[JobStatus.RUNNING]:

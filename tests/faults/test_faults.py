@@ -26,7 +26,7 @@ def test_no_accepted_job_is_lost_when_the_service_is_killed_and_redis_stopped(tm
     assert (report.lost, report.changed_ids, report.not_succeeded) == (0, 0, 0), str(report)
 
 
-def test_a_job_that_kills_its_process_is_set_aside_and_the_others_of_its_batch_succeed(tmp_path: Path) -> None:
+def test_a_job_that_kills_its_process_fails_and_the_others_of_its_batch_succeed(tmp_path: Path) -> None:
     (tmp_path / "modalkit.yaml").write_text(DEADLY)
     texts = [*(f"innocent {n}" for n in range(30)), KILLER, *(f"innocent {n}" for n in range(30, 60))]
     jobs = [{"message": {"text": text}, "meta": {"text": text}} for text in texts]

@@ -74,13 +74,13 @@ def test_words_of_a_text_beyond_a_limit_are_estimated(encoder: TextEncoder, monk
     monkeypatch.setattr(encoder, "word_lengths", noting)
     unknown = [f"qz{'xkj'[i % 3]}{i}" for i in range(100)]
     assert 100 < counter.count(" ".join(unknown)) <= 128
-    assert looked_up == unknown[: token_counter.UNKNOWN_WORDS_A_TEXT]
+    assert looked_up == unknown[: token_counter.MAX_NEW_WORDS]
     assert counter.count(" ".join(unknown[:5])) == len(encoder.encode([" ".join(unknown[:5])]).ids[0])
 
 
 def test_memory_is_bounded(encoder: TextEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_counter, "VOCABULARY_WORDS", 50)
-    monkeypatch.setattr(token_counter, "REMEMBERED_WORDS", 100)
+    monkeypatch.setattr(token_counter, "MAX_REMEMBERED_WORDS", 100)
     counter = TokenCounter(encoder)
     for i in range(1000):
         assert counter.count(f"zq{i}") == len(encoder.encode([f"zq{i}"]).ids[0])

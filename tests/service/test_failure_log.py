@@ -48,7 +48,7 @@ class Broken(LengthPipeline):
 
     def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
         try:
-            return dict[str, Any]()["the cause"]
+            return {"texts": preprocessed_data["the cause"]}
         except LookupError as error:
             raise ValueError("nothing works") from error
 
@@ -60,7 +60,8 @@ async def records_of(*errors: Exception) -> list[BatchRecord]:
     async def run(items: list[Exception]) -> list[Exception]:
         return items
 
-    async with BatchScheduler(run, on_batch=records.append) as scheduler:
+    scheduler: BatchScheduler[Exception, Exception] = BatchScheduler(run, on_batch=records.append)
+    async with scheduler:
         await scheduler.submit_many(errors)
     return records
 

@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from modalkit.batching import MeasuredCostModel
-from modalkit.service.cost_tables import CostKey, save_costs
+from modalkit.service.learnt_costs import CostKey, save_costs
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import Length, LengthPipeline, Text

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from tests.support import processes
 from tests.support.modal_objects import class_spec, concurrency, method_names, web_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,11 +39,10 @@ CONFIG: dict[str, Any] = {
 
 def run(config: dict[str, Any], program: str) -> subprocess.CompletedProcess[str]:
     """Run a program with a configuration, without what Modal's client needs to reach its server."""
-    Path("modalkit.yaml").write_text(yaml.safe_dump(config))
+    Path("modalkit.yaml").write_text(json.dumps(config))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MODAL_", "MODALKIT_"))}
     environment |= {"PYTHONPATH": str(ROOT), "MODAL_CONFIG_PATH": "none.toml", "MODAL_SERVER_URL": "http://127.0.0.1:9"}
-    command = [sys.executable, "-W", "error", "-c", program]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return processes.run(["-c", program], cwd=Path.cwd(), env=environment | {"PYTHONWARNINGS": "error"})
 
 
 def imported(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
 
-from modalkit.service.settings import ModelEntry, Settings, SettingsError, deep_merge
+from modalkit.batching import BatchPolicy
+from modalkit.service.settings import BatchConfig, ModelEntry, Settings, SettingsError, deep_merge
+from modalkit.service.worker import batch_policy
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +40,7 @@ def keys(values: Any, at: str = "") -> Iterator[str]:
 
 def test_defaults_are_those_of_the_file_that_ships_and_it_shows_every_key() -> None:
     assert Settings.load([ROOT / "modalkit.yaml"], {}) == Settings.load([], {})
-    shown = set(keys(yaml.safe_load((ROOT / "modalkit.yaml").read_text())))
+    shown = set(keys(YAML(typ="safe").load((ROOT / "modalkit.yaml").read_text())))
     assert shown >= set(keys(Settings.load([], {}).model_dump()))
 
 
@@ -118,6 +120,8 @@ def test_a_file_that_is_named_but_missing_is_an_error(name: str) -> None:
         ("app_settings: {queue_config: {backend: routing}}", "routes: backend routing needs at least one route"),
         ("app_settings: {queue_config: {backend: webhook}}", "allowed_hosts: the webhook backend sends to no host"),
         ("a: 1\na: 2", "line 2, column 1: a is given twice: keep one"),
+        ("a: {yes: s3cret, true: 2}", 'line 1, column 18: found duplicate key "True": keep one'),
+        ("a: &a {}\nb:\n  <<: *a\n  <<: *a", "line 4, column 3: b.<< is given twice: write <<: [*one, *other]"),
         ("a: [", "is not valid YAML: line 1"),
         ("- a", "must hold a mapping"),
     ],
@@ -126,6 +130,31 @@ def test_what_is_wrong_in_a_file_is_named_with_its_path_and_place(text: str, mes
     said = refused(text)
     assert message in said
     assert "config0.yaml" in said
+
+
+@pytest.mark.parametrize("header", ["", "%YAML 1.2\n---\n"], ids=["plain", "with a version"])
+def test_values_mean_what_they_mean_in_yaml_1_1_whatever_version_the_file_names(header: str) -> None:
+    """As PyYAML reads them, for which configuration files have been written: y and 1e3 are texts."""
+    common = load(
+        f"""{header}
+        app_settings: {{deployment_config: {{secure: no, memory_snapshot: on}}}}
+        model_settings:
+          common:
+            booleans: [yes, No, ON, off, true, "yes"]
+            texts: [y, N, 1e3, 1.5e3, 1E-5, 0o17, 08]
+            numbers: [017, 1_000, 1:30, 1.5e+3, 0x1e3, .5]
+            y: null
+            merged: {{<<: {{a: 1, b: 2}}, b: 3}}
+        """
+    )
+    deployment = common.app_settings.deployment_config
+    assert (deployment.secure, deployment.memory_snapshot) == (False, True)
+    given = common.model_settings.common
+    assert given["booleans"] == [True, False, True, False, True, "yes"]
+    assert given["texts"] == ["y", "N", "1e3", "1.5e3", "1E-5", "0o17", "08"]
+    assert given["numbers"] == [15, 1000, 90, 1500.0, 0x1E3, 0.5]
+    assert (given["y"], given["merged"]) == (None, {"a": 1, "b": 3})
+    assert [type(value) for value in given["numbers"]] == [int, int, int, float, int, float]
 
 
 def test_everything_that_is_wrong_is_said_at_once_with_its_line() -> None:
@@ -305,3 +334,7 @@ def test_a_deployment_that_modal_would_refuse_is_refused(deployment: str, key: s
 )
 def test_an_image_that_cannot_be_built_is_refused(build: str, message: str) -> None:
     assert f"app_settings.build_config.{message}" in refused(f"app_settings: {{build_config: {build}}}")
+
+
+def test_the_default_limits_of_batches_are_those_of_the_policy() -> None:
+    assert batch_policy(BatchConfig()) == BatchPolicy()

@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from modalkit.service.serving import Server, listening
+from tests.support.http_client import NO_TLS
 
 
 @asynccontextmanager
@@ -20,7 +21,7 @@ async def serving(app: FastAPI, headers: dict[str, str] | None = None) -> AsyncI
             task_group.start_soon(server.serve, [listener])
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
             try:
-                async with httpx.AsyncClient(base_url=url, timeout=60, headers=headers) as client:
+                async with httpx.AsyncClient(base_url=url, timeout=60, headers=headers, verify=NO_TLS) as client:
                     yield client
             finally:
                 server.should_exit = True

@@ -4,15 +4,14 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port"]
-ROOT = Path(__file__).parents[2]
+from tests.support.command_line import forked
+from tests.support.processes import ROOT, ForkedPython
+
 START_TIMEOUT_S = 60.0
 
 
@@ -30,7 +29,7 @@ class KilledServer:
         self.starts = 0
         self._folder = folder
         self._environment = os.environ | {"PYTHONPATH": str(ROOT), **variables}
-        self._process: subprocess.Popen[str] | None = None
+        self._process: ForkedPython | None = None
         self._reader: threading.Thread | None = None
         self._ready = threading.Event()
 
@@ -51,10 +50,10 @@ class KilledServer:
     def start(self) -> None:
         """Start the process and wait until it says that it is ready, or until it has died."""
         self.starts += 1
+        if self._reader is not None:
+            self._reader.join()  # else it tells of the last one's end only now
         self._ready.clear()
-        self._process = subprocess.Popen(
-            [*SERVE, str(self.port)], cwd=self._folder, env=self._environment, stderr=subprocess.PIPE, text=True
-        )
+        self._process = forked(["serve", "--port", str(self.port)], self._folder, self._environment)
         self._reader = threading.Thread(target=self._read, args=(self._process,), daemon=True)
         self._reader.start()
         if not self._ready.wait(START_TIMEOUT_S):
@@ -80,11 +79,10 @@ class KilledServer:
             raise RuntimeError("the server does not run")
         return self._process.wait()
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
-        assert process.stderr is not None
+    def _read(self, process: ForkedPython) -> None:
         for line in process.stderr:
             self.said += line
             if re.match("Ready", line):
                 self._ready.set()
         self._ready.set()  # it has died; whoever waits finds out
-        process.stderr.close()
+        process.close_streams()

@@ -1,4 +1,4 @@
-"""``modalkit jobs list | show | replay | purge``: see to jobs, by way of a running service or in the store's file."""
+"""``modalkit jobs list | show | replay | purge``: jobs of a running service, or in the store's file."""
 
 from modalkit.service.cli.jobs.commands import app
 

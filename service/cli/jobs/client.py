@@ -130,11 +130,11 @@ class JobsClient(AsyncContextManagerMixin):
 
     def _error(self, response: httpx.Response, about: str | None) -> JobsError:
         status, detail = response.status_code, _detail(response)
-        if about is not None and (
-            status == HTTPStatus.CONFLICT
-            or (status == HTTPStatus.NOT_FOUND and (about in detail or self._auth_header is None))
-        ):
-            return JobRefusedError(detail)
+        if about is not None and status in (HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND):
+            if status == HTTPStatus.CONFLICT or about in detail:
+                return JobRefusedError(detail)
+            if self._auth_header is None:
+                return JobRefusedError(f"there is no job {about!r} in {self.name}")
         if status == HTTPStatus.UNAUTHORIZED:
             remedy = "give its API key with --key or in MODALKIT_API_KEY"
             if self._has_key:

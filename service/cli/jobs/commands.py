@@ -18,8 +18,8 @@ from modalkit.service.settings import Settings
 from modalkit.service.web.answers import JobView
 
 KEY_VARIABLE = "MODALKIT_API_KEY"
-JOBS_AT_ONCE = 200
-LONGEST_AGE_S = 100 * 365 * 86_400
+PAGE_SIZE = 200
+MAX_AGE_S = 100 * 365 * 86_400
 
 app = typer.Typer(name="jobs", no_args_is_help=True, rich_markup_mode="rich")
 
@@ -45,7 +45,7 @@ def _url(text: str) -> httpx.URL:
 
 def _age_s(text: str) -> int:
     seconds = seconds_of(text)
-    if seconds is None or not 0 < seconds <= LONGEST_AGE_S:
+    if seconds is None or not 0 < seconds <= MAX_AGE_S:
         raise typer.BadParameter(f"it must be a duration up to 36500d, such as 90s, 15m, 2h or 7d, not {text!r}")
     return seconds
 
@@ -72,7 +72,7 @@ def list_jobs(
     status: Statuses = None,
     delivery: Deliveries = None,
     model: OfModel = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most jobs to list.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum jobs to list.")] = 20,
     everything: Annotated[bool, typer.Option("--all", help="List all there are, whatever the limit.")] = False,
     cursor: Annotated[
         int | None, typer.Option(min=0, max=2**63 - 1, help="Where to go on, as told before.", show_default=False)
@@ -102,9 +102,7 @@ async def _list(client: JobsClient, which: JobFilter, limit: int | None, cursor:
     listed = 0
     async with client:
         while limit is None or listed < limit:
-            page = await client.page(
-                JOBS_AT_ONCE if limit is None else min(JOBS_AT_ONCE, limit - listed), which, cursor
-            )
+            page = await client.page(PAGE_SIZE if limit is None else min(PAGE_SIZE, limit - listed), which, cursor)
             listed, cursor = listed + len(page.jobs), page.next_cursor
             if as_json:
                 _print_json(page.jobs)
@@ -255,7 +253,7 @@ def _require_removable(which: JobFilter, older_than_s: int | None) -> None:
 
 
 def _confirm(which: JobFilter, older_than_s: int | None, where: str) -> None:
-    """Ask whether to remove these jobs; raises `typer.Abort` for a no."""
+    """Ask whether to remove these jobs. Raises `typer.Abort` for a no."""
     if not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask at: give --yes to remove the jobs unasked")
     parts = [f"in the state {' or '.join(which.statuses)}"] if which.statuses else []
@@ -269,7 +267,7 @@ def _confirm(which: JobFilter, older_than_s: int | None, where: str) -> None:
 
 
 def _jobs(url: httpx.URL | None, key: str | None, config: ConfigFiles) -> JobsClient:
-    """Where the jobs are, not yet open."""
+    """A client of the service, or of the configured file; it is not entered yet."""
     settings = Settings.load(config).app_settings
     if url is not None:
         return JobsClient.of_service(url, key, settings.auth_config.auth_header)
@@ -288,7 +286,7 @@ def _distinct(job_ids: Sequence[str]) -> list[str]:
 
 
 def _print_json(jobs: Sequence[JobView]) -> None:
-    # As bytes, because standard output may have another encoding, and JSON has not.
+    # As bytes: JSON is UTF-8, whatever the encoding of standard output.
     if jobs:
         typer.echo(b"\n".join(job.model_dump_json().encode() for job in jobs))
 

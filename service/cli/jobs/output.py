@@ -1,4 +1,4 @@
-"""How jobs are shown to people."""
+"""Jobs as text for people."""
 
 import re
 from datetime import datetime, timedelta
@@ -13,15 +13,15 @@ from modalkit.service.jobs import DeliveryStatus
 from modalkit.service.web.answers import JobView
 
 ID_WIDTH = 36
-OTHERS_WIDTH = 68  # of a line: the id, the states and the age, with the gaps between all
-NARROWEST_MODEL = 12
+OTHER_COLUMNS_WIDTH = 68  # columns of a line for id, states and age, gaps included
+MIN_MODEL_WIDTH = 12
 UNITS_S = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 
 _URL = re.compile(r"(\w+://)(?:[^\s/?#'\"]*@)?([^\s/?#'\"]+)([^\s'\"]*)")
 
 
 class JobTable:
-    """A table of jobs, each in two lines where there is an error, for lines of 80 characters or more."""
+    """A table of jobs for terminals of 80 columns or more. A job with an error takes two lines."""
 
     def __init__(self, width: int, now: datetime) -> None:
         self._now = now
@@ -29,11 +29,11 @@ class JobTable:
         self.table.add_column("job", min_width=ID_WIDTH)
         self.table.add_column("status", no_wrap=True)
         self.table.add_column("delivery", no_wrap=True)
-        self.table.add_column("model", max_width=max(NARROWEST_MODEL, width - OTHERS_WIDTH))
+        self.table.add_column("model", max_width=max(MIN_MODEL_WIDTH, width - OTHER_COLUMNS_WIDTH))
         self.table.add_column("age", no_wrap=True, justify="right")
 
     def add(self, job: JobView) -> None:
-        """Add a line, or two."""
+        """Add a job."""
         undelivered = job.delivery is DeliveryStatus.UNDELIVERED
         error = (undelivered and job.delivery_error) or job.error or job.delivery_error
         lines = [Text(job.job_id, overflow="fold")]
@@ -49,7 +49,7 @@ class JobTable:
 
 
 def job_text(job: JobView) -> str:
-    """All that is known of a job: a line for each field, more for those that are JSON."""
+    """All fields of a job, one a line; JSON is indented over several lines."""
     fields = {name: getattr(job, name) for name in type(job).model_fields}
     width = max(map(len, fields)) + 2
     return "\n".join(f"{name:<{width}}{_value_text(value, width)}" for name, value in fields.items())
@@ -62,7 +62,7 @@ def seconds_of(duration: str) -> int | None:
 
 
 def duration_text(seconds: int) -> str:
-    """What `seconds_of` reads as so many seconds, at its shortest."""
+    """The shortest text of which `seconds_of` returns `seconds`."""
     unit, unit_s = next(item for item in UNITS_S.items() if seconds % item[1] == 0)
     return f"{seconds // unit_s}{unit}"
 
@@ -78,7 +78,7 @@ def _value_text(value: Any, indentation: int) -> str:
 
 
 def _age(elapsed: timedelta) -> str:
-    """In the largest unit that there is a whole one of; a clock that is behind the service's makes it 0s."""
+    """The time in its largest whole unit; 0s where this machine's clock is behind that of the service."""
     seconds = max(0, int(elapsed.total_seconds()))
     unit, unit_s = next((item for item in UNITS_S.items() if seconds >= item[1]), ("s", 1))
     return f"{seconds // unit_s}{unit}"
@@ -89,10 +89,10 @@ def _one_line(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """The text without what would command the terminal: errors may quote what a caller sent."""
+    """The text without control characters, which a caller may have sent and an error may quote."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _without_secrets(text: str) -> str:
-    """The text with scheme and host alone of each URL: the queues of webhooks are URLs that may hold a secret."""
+    """The text with each URL cut to scheme and host: URLs of webhooks may hold secrets."""
     return _URL.sub(lambda url: url[1] + url[2] + ("/…" if url[3] else ""), text)

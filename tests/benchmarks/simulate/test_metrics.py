@@ -49,11 +49,11 @@ def test_a_backlog_is_measured_until_it_is_worked_off() -> None:
 
 
 def test_classes_have_latencies_of_their_own_where_there_are_two() -> None:
-    assert summarize(make_run()).by_class == {}
+    assert summarize(make_run()).by_lane == {}
     finished_s = np.arange(10.0) + np.where(np.arange(10) % 2, 0.25, 0.75)
-    by_class = summarize(make_run(is_bulk=np.arange(10) % 2 == 0, finished_s=finished_s)).by_class
-    assert by_class[Priority.BULK].p99_s == 0.75
-    assert by_class[Priority.INTERACTIVE].p50_s == 0.25
+    by_lane = summarize(make_run(is_bulk=np.arange(10) % 2 == 0, finished_s=finished_s)).by_lane
+    assert by_lane[Priority.BULK].p99_s == 0.75
+    assert by_lane[Priority.INTERACTIVE].p50_s == 0.25
 
 
 def test_a_request_that_starved_since_the_warm_up_is_seen() -> None:

@@ -1,4 +1,4 @@
-"""The scheduler's search for guilty items costs little more than the best plan that knows how many there are."""
+"""The scheduler's search for failing items costs little more than the best plan that knows how many there are."""
 
 from functools import partial
 
@@ -17,21 +17,21 @@ SEEDS = range(3)
 def test_runs_and_item_runs_are_within_one_and_a_half_times_the_best_nested_plan(share: float, most: int) -> None:
     plan, lost = best_nested_plan(share, most), 0
     for seed in SEEDS:
-        guilty = stream(share, seed)
-        ours, best = anyio.run(partial(scheduler_effort, guilty, most)), plan.effort(guilty)
+        failing = stream(share, seed)
+        ours, best = anyio.run(partial(scheduler_effort, failing, most)), plan.effort(failing)
         assert ours.runs <= 1.5 * best.runs
         assert ours.item_runs <= 1.5 * best.item_runs
-        lost += ours.innocent_lost
+        lost += ours.wrongly_failed
     assert lost <= (len(SEEDS) * 2000 * (1 - share) / 500 if share == 1 / 2 else 0)
 
 
 @pytest.mark.parametrize("most", [8, 32, 256])
 @pytest.mark.parametrize("share", [1 / 4, 1 / 2, 0.9, 1])
-def test_after_a_burst_of_guilty_items_batches_are_full_again_within_a_hundred_runs(share: float, most: int) -> None:
+def test_after_a_burst_of_failing_items_batches_are_full_again_within_a_hundred_runs(share: float, most: int) -> None:
     runs: list[list[int]] = []
-    guilty = [*stream(share, 5, 600), *[False] * 20_000]
-    anyio.run(partial(scheduler_effort, guilty, most, runs))
-    last = max(index for index, run in enumerate(runs) if any(guilty[item] for item in run))
+    failing = [*stream(share, 5, 600), *[False] * 20_000]
+    anyio.run(partial(scheduler_effort, failing, most, runs))
+    last = max(index for index, run in enumerate(runs) if any(failing[item] for item in run))
     full = next(index for index, run in enumerate(runs) if index > last and len(run) == most)
     assert full - last <= 100
     assert {len(run) for run in runs[full:-1]} == {most}
@@ -42,11 +42,11 @@ def test_the_best_plan_is_that_of_the_literature(share: float, new: int, runs_pe
     """Above (3 - √5)/2 every item runs alone; below, the runs for an item are close to the entropy, its bound."""
     plan = best_nested_plan(share, 64)
     assert plan.new == new
-    guilty = stream(share, 1, 40_000)
-    assert plan.effort(guilty).runs / 40_000 == pytest.approx(runs_per_item, abs=0.02)
+    failing = stream(share, 1, 40_000)
+    assert plan.effort(failing).runs / 40_000 == pytest.approx(runs_per_item, abs=0.02)
 
 
-def test_a_plan_ends_with_the_stream_and_infers_the_last_suspect() -> None:
+def test_a_plan_ends_with_the_stream_and_infers_the_last_failing_item() -> None:
     effort = NestedPlan(2, [0, 1, 1]).effort([False, True, False])
     assert (effort.runs, effort.item_runs) == (3, 4)
 

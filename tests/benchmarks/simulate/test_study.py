@@ -40,7 +40,6 @@ def test_the_watch_counts_a_batch_that_overtakes_an_overdue_request() -> None:
 
 
 def test_a_quick_study_prints_its_tables_and_writes_json(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")  # in the bench extra, which the tests do without
     arguments = ["--quick", "--requests", "400", "--device", "cpu-2-cores", "--jobs", "1", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0

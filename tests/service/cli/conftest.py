@@ -1,25 +1,17 @@
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-CONFIGURATION = """
-app_settings:
-  async_config: {store_path: jobs.db}
-model_settings:
-  model_entries:
-    lengths: {pipeline: "tests.support.length_model:LengthPipeline"}
-"""
-
-Modalkit = Callable[..., subprocess.CompletedProcess[str]]
+from tests.support import processes
+from tests.support.command_line import CONFIGURATION, MODALKIT, Modalkit
+from tests.support.processes import ROOT
 
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    root = Path(__file__).parents[3]
-    return {"PYTHONPATH": str(root), "PATH": str(Path(sys.executable).parent), "PYTHONWARNINGS": "error"}
+    return {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent), "PYTHONWARNINGS": "error"}
 
 
 @pytest.fixture
@@ -31,11 +23,21 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def modalkit(folder: Path, environment: dict[str, str]) -> Modalkit:
-    """Runs the command in that folder, as a user would."""
+    """Runs the command in that folder, in a process that is forked from one that has imported it."""
+
+    def run(*arguments: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+        return processes.run([*MODALKIT, *arguments], cwd=folder, env=environment | variables, input=stdin)
+
+    return run
+
+
+@pytest.fixture
+def installed_modalkit(folder: Path, environment: dict[str, str]) -> Modalkit:
+    """Runs the command in that folder, as a user would, imports included: a test for each command does so."""
 
     def run(*arguments: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", *arguments],
+            [sys.executable, *MODALKIT, *arguments],
             check=False,
             cwd=folder,
             env=environment | variables,

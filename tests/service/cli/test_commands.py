@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.cli.conftest import Modalkit
+from tests.support.command_line import CONFIGURATION, Modalkit
 from tests.support.sqs_server import REGION, SqsServer
 
 
-def test_the_version_is_that_of_the_installed_package(modalkit: Modalkit) -> None:
-    assert modalkit("--version").stdout == f"modalkit {version('modalkit')}\n"
+def test_the_version_is_that_of_the_installed_package(installed_modalkit: Modalkit) -> None:
+    assert installed_modalkit("--version").stdout == f"modalkit {version('modalkit')}\n"
 
 
 @pytest.mark.parametrize("command", ["serve", "predict", "check"])
@@ -21,8 +21,8 @@ def test_help_has_examples(modalkit: Modalkit, command: str) -> None:
     assert f"modalkit {command}" in done.stdout
 
 
-def test_check_says_what_would_be_served(modalkit: Modalkit) -> None:
-    done = modalkit("check")
+def test_check_says_what_would_be_served(installed_modalkit: Modalkit) -> None:
+    done = installed_modalkit("check")
     assert done.returncode == 0, done.stderr
     for expected in ("lengths", "LengthPipeline", "4 items in", "jobs.db", "InMemoryBackend"):
         assert expected in done.stdout
@@ -54,7 +54,9 @@ def test_a_wrong_configuration_is_one_message_and_exit_code_2(
     modalkit: Modalkit, folder: Path, command: str, configuration: str, message: str
 ) -> None:
     (folder / "modalkit.yaml").write_text(configuration)
-    done = modalkit(command, *(("--port", "0") if command == "serve" else ()))
+    (folder / "quick.yaml").write_text(CONFIGURATION)
+    files = "modalkit.yaml" if "model_settings" in configuration else "quick.yaml,modalkit.yaml"
+    done = modalkit(command, *(("--port", "0") if command == "serve" else ()), MODALKIT_CONFIG=files)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     if "the weights" not in message:  # the constructor of a user's own class is shown with its traceback
@@ -89,8 +91,8 @@ def test_a_misspelt_variable_is_refused(modalkit: Modalkit) -> None:
     assert "MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS" in done.stderr
 
 
-def test_a_folder_in_the_way_does_not_hide_our_packages(modalkit: Modalkit, folder: Path) -> None:
+def test_a_folder_in_the_way_does_not_hide_our_packages(installed_modalkit: Modalkit, folder: Path) -> None:
     for name in ("service", "batching", "pipelines"):
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text("raise ImportError('the wrong package')")
-    assert modalkit("predict", "four").returncode == 0
+    assert installed_modalkit("predict", "four").returncode == 0

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
-from tests.service.cli.conftest import Modalkit
+from tests.support.command_line import Modalkit
 
 CONFIGURATION = """
 app_settings:
@@ -37,12 +37,12 @@ def environment(environment: dict[str, str]) -> dict[str, str]:
 def described(modalkit: Modalkit, *arguments: str, **variables: str) -> dict[str, Any]:
     done = modalkit("deploy", "--dry-run", *arguments, **variables)
     assert done.returncode == 0, done.stderr
-    content: dict[str, Any] = yaml.safe_load(done.stdout)
+    content: dict[str, Any] = YAML(typ="safe").load(done.stdout)
     return content
 
 
-def test_a_dry_run_shows_every_setting_without_network_or_token(modalkit: Modalkit, folder: Path) -> None:
-    shown = described(modalkit)
+def test_a_dry_run_shows_every_setting_without_network_or_token(installed_modalkit: Modalkit, folder: Path) -> None:
+    shown = described(installed_modalkit)
     assert shown["app"] == "reviews-dev"
     settings = shown["class"]["settings"]
     assert settings["gpu"] == ["L4", "T4"]
@@ -70,7 +70,7 @@ def test_a_dry_run_says_what_old_names_are_called_now(modalkit: Modalkit, folder
         "allow_concurrent_inputs: 9, allow_concurrent_inputs_handler: 90}}"
     )
     done = modalkit("deploy", "--dry-run")
-    shown = yaml.safe_load(done.stdout)
+    shown = YAML(typ="safe").load(done.stdout)
     assert shown["class"]["settings"]["max_containers"] == 3
     assert shown["class"]["settings"]["scaledown_window"] == 60
     assert shown["class"]["concurrency"] == {"max_inputs": 9, "target_inputs": 8}
@@ -92,7 +92,7 @@ def test_a_dry_run_hides_secrets(modalkit: Modalkit) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "opensesame" not in done.stdout + done.stderr
-    env = yaml.safe_load(done.stdout)["class"]["settings"]["env"]
+    env = YAML(typ="safe").load(done.stdout)["class"]["settings"]["env"]
     assert env["MODALKIT_APP_SETTINGS__AUTH_CONFIG__API_KEY"] == "(hidden)"
     assert env["MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS"] == "7"
 

@@ -29,8 +29,7 @@ from modalkit.service.jobs import (
     JobStatus,
     SqliteJobStore,
 )
-from tests.service.cli.conftest import CONFIGURATION, Modalkit
-from tests.service.cli.test_serve import serving
+from tests.support.command_line import CONFIGURATION, MODALKIT, Modalkit, serving
 
 SECRET_URL = "https://hooks.example.com/T0/very-secret"
 UNDELIVERED, DELIVERED, FAILED = (f"0199a6b5-8c3f-7a41-9d52-{n:012}" for n in (1, 2, 3))
@@ -197,6 +196,12 @@ def test_show_tells_all_and_says_which_job_is_unknown(jobs: Jobs) -> None:
     assert json.loads(shown.stdout)["meta"] == {"row": [7]}
 
 
+def test_an_odd_id_is_no_job_of_the_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    for job_id in (".", "a/b", "?"):
+        assert f"there is no job {job_id!r}" in run("show", job_id).stderr
+
+
 def test_show_tells_message_and_queues_from_the_file(modalkit: Modalkit, path: Path) -> None:
     job = json.loads(modalkit("jobs", "show", UNDELIVERED, "--json").stdout)
     assert job["message"] == {"text": "four"}
@@ -256,9 +261,8 @@ def test_purge_asks_at_a_terminal(
     terminal, its_other_end = pty.openpty()
     os.write(terminal, answer)
     try:
-        command = "from modalkit.service.cli import main; main()"
         done = subprocess.run(
-            [sys.executable, "-P", "-c", command, "jobs", "purge", "--status", "failed", "--older-than", "60m"],
+            [sys.executable, *MODALKIT, "jobs", "purge", "--status", "failed", "--older-than", "60m"],
             check=False,
             cwd=folder,
             env=environment,

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from modalkit.service.cli.predict import _Run, whole_file
 from modalkit.service.cli.records import FileFormat, read_records
 from modalkit.service.settings import Settings
-from tests.service.cli.conftest import Modalkit
+from tests.support.command_line import Modalkit
 from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
 from tests.support.odd_model import MUTE, NAN, NUMPY, SURROGATE
 
@@ -20,8 +20,8 @@ def results(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_texts_as_arguments_give_one_result_a_line(modalkit: Modalkit) -> None:
-    done = modalkit("predict", "four", "five!")
+def test_texts_as_arguments_give_one_result_a_line(installed_modalkit: Modalkit) -> None:
+    done = installed_modalkit("predict", "four", "five!")
     assert [result["length"] for result in results(done.stdout)] == [4, 5]
     assert (done.returncode, done.stderr) == (0, "")
 

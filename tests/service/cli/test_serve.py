@@ -1,22 +1,16 @@
 """``modalkit serve`` as a process: it starts, answers, stops gently, and keeps accepted jobs."""
 
 import gc
-import re
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pytest
 
 from modalkit.service.serving import AddressError, listening
-
-SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port"]
+from tests.support.command_line import Modalkit, Process, forked, serving, started
 
 TWO_MODELS = """
 app_settings:
@@ -57,42 +51,18 @@ class Never(LengthPipeline):
 """
 
 
-@contextmanager
-def serving(folder: Path, environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    with subprocess.Popen([*SERVE, "0"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            said = ""
-            while not re.search(r"^Ready", said, re.MULTILINE):
-                line = process.stderr.readline()
-                assert line, said
-                said += line
-            address = re.search(r"http://[\d.:]+\d", said)
-            assert address, said
-            with httpx.Client(base_url=address.group(), timeout=60) as client:
-                yield process, client
-        finally:
-            process.kill()
-
-
-def run_briefly(port: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*SERVE, port], check=False, cwd=folder, env=environment, capture_output=True, text=True, timeout=60
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: Process) -> str:
     assert process.stderr is not None
     said = process.stderr.read()
     process.wait(timeout=60)
     return said
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("how", "start"), [(signal.SIGINT, forked), (signal.SIGTERM, started)])
 def test_it_serves_until_a_signal_and_then_stops_gently(
-    folder: Path, environment: dict[str, str], how: signal.Signals
+    folder: Path, environment: dict[str, str], how: signal.Signals, start: Callable[..., Process]
 ) -> None:
-    with serving(folder, environment) as (process, client):
+    with serving(folder, environment, start) as (process, client):
         assert client.post("/sync/predict", json={"text": "four"}).json()["length"] == 4
         process.send_signal(how)
         said = finish(process)
@@ -132,14 +102,16 @@ def test_accepted_jobs_are_still_there_after_a_kill(folder: Path, environment: d
     assert [job["result"]["length"] for job in jobs] == list(range(1, 21))
 
 
-def test_a_port_in_use_and_a_store_in_use_are_one_message(folder: Path, environment: dict[str, str]) -> None:
+def test_a_port_in_use_and_a_store_in_use_are_one_message(
+    modalkit: Modalkit, folder: Path, environment: dict[str, str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = run_briefly(port, folder, environment)
+        done = modalkit("serve", "--port", port)
     assert done.returncode == 1
     assert done.stderr.startswith(f"modalkit: error: cannot listen on 127.0.0.1:{port}: Address already in use")
     with serving(folder, environment) as (process, _):
-        done = run_briefly("0", folder, environment)
+        done = modalkit("serve", "--port", "0")
         assert done.returncode == 1
         assert f"in use by process {process.pid}" in done.stderr
         assert "Traceback" not in done.stderr
@@ -148,8 +120,7 @@ def test_a_port_in_use_and_a_store_in_use_are_one_message(folder: Path, environm
 def test_a_signal_while_a_model_loads_ends_it_at_once(folder: Path, environment: dict[str, str]) -> None:
     (folder / "my_model.py").write_text(NEVER_LOADED)
     (folder / "modalkit.yaml").write_text("model_settings: {model_entries: {a: {pipeline: 'my_model:Never'}}}")
-    with subprocess.Popen([*SERVE, "0"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
+    with forked(["serve", "--port", "0"], folder, environment) as process:
         while "begun" not in process.stderr.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from modalkit.service.settings import Settings
-from tests.service.cli.conftest import CONFIGURATION, Modalkit
+from tests.support.command_line import CONFIGURATION, Modalkit
 
 QUICK = ("tune", "--max-seconds", "3")
 
@@ -40,8 +40,8 @@ def test_the_limits_are_written_and_loaded(modalkit: Modalkit, folder: Path) -> 
     assert modalkit("check").returncode == 0
 
 
-def test_without_an_objective_only_the_batch_size_is_written(modalkit: Modalkit, folder: Path) -> None:
-    assert modalkit(*QUICK, "-w", "new.yaml").returncode == 0
+def test_without_an_objective_only_the_batch_size_is_written(installed_modalkit: Modalkit, folder: Path) -> None:
+    assert installed_modalkit(*QUICK, "-w", "new.yaml").returncode == 0
     assert Settings.load([folder / "new.yaml"], environ={}).app_settings.batch_config.max_batch_seconds is None
     assert "wait_ms" not in (folder / "new.yaml").read_text()
 

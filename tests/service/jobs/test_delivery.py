@@ -1,4 +1,4 @@
-"""Results reach the queues they named, or are set aside in sight; nothing waits for them."""
+"""Results reach the queues that jobs named, or are kept as undelivered; nothing waits for them."""
 
 import asyncio
 import json
@@ -97,7 +97,7 @@ async def test_a_failed_delivery_is_repeated_until_it_works(store: MemoryJobStor
     assert await delivery_of(store) == (DeliveryStatus.DELIVERED, 4, None)
 
 
-async def test_a_delivery_is_set_aside_after_so_many_attempts_and_can_be_replayed(
+async def test_a_delivery_is_given_up_after_so_many_attempts_and_can_be_replayed(
     store: MemoryJobStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     queue = InMemoryBackend()
@@ -114,7 +114,7 @@ async def test_a_delivery_is_set_aside_after_so_many_attempts_and_can_be_replaye
     assert await delivery_of(store) == (DeliveryStatus.DELIVERED, 1, None)
 
 
-async def test_a_message_that_can_never_be_sent_is_set_aside_at_once(store: MemoryJobStore) -> None:
+async def test_a_message_that_can_never_be_sent_is_undelivered_at_once(store: MemoryJobStore) -> None:
     class Small(InMemoryBackend):
         async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Any]:
             return [UndeliverableError("too large") if message.job_id == "b" else None for message in messages]
@@ -144,7 +144,7 @@ async def test_many_messages_are_sent_in_few_calls_and_memory_holds_a_bounded_nu
     assert sorted(json.loads(message)["job_id"] for message in queue.messages("ok")) == sorted(map(str, range(2500)))
     assert max(sizes) == 100
     assert len(sizes) < 100
-    assert most <= 400  # half of the places: there is but one queue
+    assert most <= 400  # half of the limit, because there is only one queue
 
 
 async def test_a_queue_that_hangs_holds_up_no_other(store: MemoryJobStore) -> None:
@@ -261,8 +261,8 @@ async def test_what_cannot_be_noted_is_noted_later(caplog: pytest.LogCaptureFixt
     assert "The results of 1 deliveries could not be stored" in caplog.text
 
 
-async def test_suspects_are_sent_in_groups_while_nothing_else_is_and_others_between_them(store: MemoryJobStore) -> None:
-    """Of 40 that were in hand when the process died, 32 go first, then 8; those that were not go in between."""
+async def test_quarantined_deliveries_are_sent_in_groups_with_others_between_them(store: MemoryJobStore) -> None:
+    """Of 40 that were claimed when the process died, 32 go first, then 8; another one goes between the groups."""
     together: list[set[str]] = []
     under_way: set[str] = set()
 
@@ -276,8 +276,8 @@ async def test_suspects_are_sent_in_groups_while_nothing_else_is_and_others_betw
             under_way.remove(job_id)
             return True
 
-    suspects = [f"suspect-{n:02}" for n in range(40)]
-    await finish_jobs(store, *suspects)
+    quarantined = [f"quarantined-{n:02}" for n in range(40)]
+    await finish_jobs(store, *quarantined)
     await store.claim_deliveries(99, 9.0, queue_limits={}, queue_limit=99)
     await store.recover(9.0)
     await finish_jobs(store, "other")

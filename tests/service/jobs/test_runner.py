@@ -1,6 +1,6 @@
 """Jobs move from the store into the scheduler a window at a time, and every end of theirs is stored."""
 
-from collections.abc import AsyncIterator, Callable, Container, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import anyio
@@ -39,9 +39,9 @@ class Flaky(MemoryJobStore):
             self.failures -= 1
             raise JobStoreError("the disk is full")
 
-    async def finish(self, ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
+    async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
         self._maybe_fail()
-        return await super().finish(ends, claim=claim)
+        return await super().finish(ends)
 
 
 class Engine:
@@ -151,7 +151,7 @@ async def ended(manager: JobManager, job_id: str) -> Job:
     return job
 
 
-async def test_never_more_than_the_window_is_taken(manager: JobManager) -> None:
+async def test_never_more_than_the_window_is_claimed(manager: JobManager) -> None:
     engine = Engine(is_open=False)
     async with JobRunner(manager, "m", engine, window=3) as runner:
         job_ids = [await submit(manager, {"n": n}) for n in range(20)]
@@ -249,9 +249,9 @@ async def test_jobs_that_ended_together_are_stored_together(manager: JobManager,
     sizes: list[int] = []
     finish = store.finish
 
-    async def counting(ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
+    async def counting(ends: Sequence[JobEnd]) -> list[str]:
         sizes.append(len(ends))
-        return await finish(ends, claim=claim)
+        return await finish(ends)
 
     store.finish = counting  # type: ignore[method-assign]  # to see how often it is called
     engine = Engine(is_open=False)
@@ -294,8 +294,8 @@ async def test_cancelling_too_late_does_not_stop_the_delivery() -> None:
     queue = InMemoryBackend()
 
     class Slow(Flaky):
-        async def finish(self, ends: Sequence[JobEnd], *, claim: Container[str] = ()) -> list[str]:
-            ended = await super().finish(ends, claim=claim)
+        async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
+            ended = await super().finish(ends)
             stored.set()
             await released.wait()
             return ended
@@ -320,21 +320,21 @@ async def crashed(manager: JobManager, count: int) -> list[str]:
 
 
 async def test_jobs_that_ran_at_a_crash_run_in_groups_apart_from_all_others(manager: JobManager) -> None:
-    suspects = await crashed(manager, 3)
+    quarantined = await crashed(manager, 3)
     others = [await submit(manager) for _ in range(2)]
     engine = Engine(is_open=False)
     async with JobRunner(manager, "m", engine, window=9, group_limit=2) as runner:
         await anyio.wait_all_tasks_blocked()
-        assert (engine.groups, engine.started, runner.running) == ([suspects[:2]], [], 2)
+        assert (engine.groups, engine.started, runner.running) == ([quarantined[:2]], [], 2)
         engine.open()
-        for job_id in (*suspects, *others):
+        for job_id in (*quarantined, *others):
             assert (await ended(manager, job_id)).status is JobStatus.SUCCEEDED
-    assert engine.groups == [suspects[:2], suspects[2:]]
+    assert engine.groups == [quarantined[:2], quarantined[2:]]
     assert [job.job_id for job in engine.started] == others
 
 
 async def test_between_two_groups_as_many_others_run_the_interactive_ones_first(manager: JobManager) -> None:
-    suspects = await crashed(manager, 4)
+    quarantined = await crashed(manager, 4)
     bulk = [await submit(manager) for _ in range(30)]
     now = await submit(manager, priority=Priority.INTERACTIVE)
     engine = Engine(is_open=False)
@@ -342,7 +342,7 @@ async def test_between_two_groups_as_many_others_run_the_interactive_ones_first(
         await anyio.wait_all_tasks_blocked()
         engine.is_open = True
         engine.change.set()
-        for job_id in suspects:
+        for job_id in quarantined:
             await ended(manager, job_id)
         first = [job.job_id for job in engine.started]
         assert first[:2] == [now, bulk[0]] or first[:2] == [bulk[0], now]
@@ -352,7 +352,7 @@ async def test_between_two_groups_as_many_others_run_the_interactive_ones_first(
 
 
 async def test_an_interactive_job_waits_for_one_group_after_a_crash_of_a_full_window(manager: JobManager) -> None:
-    suspects = await crashed(manager, 512)
+    quarantined = await crashed(manager, 512)
     engine = Engine()
     before: list[int] = []
     start = engine.start
@@ -368,38 +368,38 @@ async def test_an_interactive_job_waits_for_one_group_after_a_crash_of_a_full_wi
     now = await submit(manager, priority=Priority.INTERACTIVE)
     async with JobRunner(manager, "m", engine, window=512, group_limit=32):
         await ended(manager, now)
-        for job_id in suspects:
+        for job_id in quarantined:
             await ended(manager, job_id)
     assert before == [1]
     assert [len(group) for group in engine.groups] == [32] * 16
 
 
 async def test_a_group_that_raises_kills_nothing_and_its_jobs_run_on_as_others_do(manager: JobManager) -> None:
-    suspects = await crashed(manager, 3)
+    quarantined = await crashed(manager, 3)
     engine = Engine()
     engine.raises = {0: ValueError("poison")}
     async with JobRunner(manager, "m", engine, window=9, group_limit=2):
-        jobs = [await ended(manager, job_id) for job_id in suspects]
+        jobs = [await ended(manager, job_id) for job_id in quarantined]
     assert [job.status for job in jobs] == [JobStatus.SUCCEEDED] * 3
-    assert engine.groups == [suspects[:2], suspects[2:]]
-    assert [job.job_id for job in engine.started] == suspects[:2]
+    assert engine.groups == [quarantined[:2], quarantined[2:]]
+    assert [job.job_id for job in engine.started] == quarantined[:2]
 
 
-async def test_jobs_of_a_group_that_hangs_wait_for_the_scheduler_which_finds_out_who_hangs(manager: JobManager) -> None:
-    suspects = await crashed(manager, 3)
+async def test_jobs_of_a_group_that_hangs_run_one_by_one_in_the_scheduler(manager: JobManager) -> None:
+    quarantined = await crashed(manager, 3)
     other = await submit(manager)
     engine = Engine()
     engine.raises = {0: BatchTimeoutError(1.0, 3)}
     async with JobRunner(manager, "m", engine, window=9, group_limit=3):
-        jobs = [await ended(manager, job_id) for job_id in (*suspects, other)]
-    assert engine.groups == [suspects]
-    assert [job.job_id for job in engine.started] == [*suspects, other]
+        jobs = [await ended(manager, job_id) for job_id in (*quarantined, other)]
+    assert engine.groups == [quarantined]
+    assert [job.job_id for job in engine.started] == [*quarantined, other]
     assert {job.status for job in jobs} == {JobStatus.SUCCEEDED}
 
 
 async def test_jobs_of_a_group_that_hangs_end_before_a_clean_stop(manager: JobManager) -> None:
-    """Else the next start would take the stop for a crash of theirs."""
-    suspects = await crashed(manager, 3)
+    """Otherwise the next start would count the stop as a crash of these jobs."""
+    quarantined = await crashed(manager, 3)
     engine = Engine(is_open=False)
     engine.raises = {0: BatchTimeoutError(1.0, 3)}
 
@@ -410,11 +410,11 @@ async def test_jobs_of_a_group_that_hangs_end_before_a_clean_stop(manager: JobMa
     async with anyio.create_task_group() as task_group, JobRunner(manager, "m", engine, window=9, group_limit=3):
         await anyio.wait_all_tasks_blocked()
         task_group.start_soon(open_once_it_closes)
-    for job_id in suspects:
+    for job_id in quarantined:
         assert (await ended(manager, job_id)).status is JobStatus.SUCCEEDED
 
 
-async def test_a_job_that_is_cancelled_in_its_group_is_not_heard_and_one_that_is_late_not_run(
+async def test_a_job_that_is_cancelled_in_its_group_stays_cancelled_and_a_late_one_is_not_run(
     manager: JobManager, clock: Clock
 ) -> None:
     cancelled, late = await crashed(manager, 2)
@@ -431,7 +431,7 @@ async def test_a_job_that_is_cancelled_in_its_group_is_not_heard_and_one_that_is
     assert engine.groups == [[cancelled]]
 
 
-async def test_of_two_models_one_at_a_time_runs_a_group_of_suspects(manager: JobManager) -> None:
+async def test_of_two_models_one_at_a_time_runs_a_quarantined_group(manager: JobManager) -> None:
     (first,) = await crashed(manager, 1)
     second = await submit(manager, model_name="other")
     await manager.store.claim("other", 1, manager.clock())
@@ -580,7 +580,7 @@ def test_jobs_that_fail_together_last_through_a_minute_by_default() -> None:
         assert 60 < 85 <= sum(waits) <= 170
 
 
-async def test_ends_that_cannot_be_stored_keep_their_places_in_the_window(manager: JobManager, store: Flaky) -> None:
+async def test_ends_that_cannot_be_stored_keep_the_window_full(manager: JobManager, store: Flaky) -> None:
     store.failures = 10**6
     engine = Engine()
     async with JobRunner(manager, "m", engine, window=4):
@@ -640,13 +640,13 @@ async def test_interactive_jobs_go_first_and_leave_bulk_ones_a_tenth_of_the_wind
             await submit(manager, priority=priority)
     async with JobRunner(manager, "m", engine, window=20) as runner:
         await engine.until_started(20)
-        taken = [job.priority for job in engine.started]
-        assert (taken.count(Priority.INTERACTIVE), taken.count(Priority.BULK), runner.running) == (18, 2, 20)
+        claimed = [job.priority for job in engine.started]
+        assert (claimed.count(Priority.INTERACTIVE), claimed.count(Priority.BULK), runner.running) == (18, 2, 20)
         engine.open()
     assert len(engine.started) == 60
 
 
-async def test_whoever_waits_is_answered_when_waiting_is_over(manager: JobManager) -> None:
+async def test_callers_that_wait_are_answered_when_waiting_is_over(manager: JobManager) -> None:
     job_id = await submit(manager)
     async with anyio.create_task_group() as task_group:
         for _ in range(2):

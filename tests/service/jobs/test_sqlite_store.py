@@ -306,7 +306,7 @@ def listed(**fields: Any) -> str:
         (sql.QUARANTINE_DELIVERIES.format(which="delivery_crashes > 0"), "suspect_deliveries"),
         (sql.QUARANTINE_DELIVERIES.format(which="delivery_crashes = 0 AND delivery_queue = ?"), "deliveries"),
         (sql.GIVE_UP_DELIVERIES, "suspect_deliveries"),
-        (sql.END_SENDING["success_queue"].format(rows="(1, 1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
+        (sql.END_SENDING["success_queue"].format(rows="(1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.RECORD_DELIVERIES.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.REPLAY.format(which=""), "undelivered_jobs"),
         (sql.REMOVE.format(which=sql.REMOVABLE), "removable_jobs"),
@@ -443,13 +443,14 @@ async def test_more_is_never_read_at_once_than_fits(path: Path, monkeypatch: pyt
     monkeypatch.setattr(sql, "READ", sql.READ.replace(str(sql.BYTES_PER_READ), "5000"))
     async with SqliteJobStore(path) as store:
         await store.add([new_job(f"{n}", "é" * (5000 if n == 4 else 500)) for n in range(7)])
-        taken = [[job.job_id for job in await store.claim("m", 9, 2.0)] for _ in range(5)]
-        assert taken == [["0", "1"], ["2", "3"], ["4"], ["5", "6"], []]
+        claimed = [[job.job_id for job in await store.claim("m", 9, 2.0)] for _ in range(5)]
+        assert claimed == [["0", "1"], ["2", "3"], ["4"], ["5", "6"], []]
         fourth = await store.get("4")
         assert fourth is not None
         assert len(fourth.message["text"]) == 5000
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # it is about SQLite, and takes seconds
 async def test_large_errors_of_an_older_version_stop_no_delivery(path: Path) -> None:
     """Failed jobs with errors of more than 1 GB of JSON, replayed beside good ones, also after a restart."""
     large = 20_000_000
@@ -459,7 +460,7 @@ async def test_large_errors_of_an_older_version_stop_no_delivery(path: Path) -> 
         await store.claim("m", 99, 2.0)
         ends = [JobEnd(job_id=f"large{n}", status=JobStatus.FAILED, error="e", finished_at=3.0) for n in range(10)]
         await store.finish(ends)
-        await take_all(store)
+        await claim_all(store)
         given_up = [
             DeliveryRecord(job_id=f"large{n}", status=DeliveryStatus.UNDELIVERED, attempts=8, error="x")
             for n in range(10)
@@ -476,33 +477,34 @@ async def test_large_errors_of_an_older_version_stop_no_delivery(path: Path) -> 
         ]
         await store.finish(good)
         assert await store.replay(None, 4.0) == 10
-        assert sorted(job.job_id for job in await take_all(store)) == sorted(
+        assert sorted(job.job_id for job in await claim_all(store)) == sorted(
             [f"large{n}" for n in range(10)] + [f"good{n}" for n in range(3)]
         )
     async with SqliteJobStore(path) as store:
         await store.recover(5.0)
-        taken = await store.claim_quarantined_deliveries(99)
-        assert len(taken) == 13
-        errors = {job.error for job in taken if job.error is not None}
+        claimed = await store.claim_quarantined_deliveries(99)
+        assert len(claimed) == 13
+        errors = {job.error for job in claimed if job.error is not None}
         assert errors == {"\x01" * MAX_ERROR_BYTES + f" … ({large - MAX_ERROR_BYTES} more characters)"}
         page = await store.page(200, JobFilter(statuses=[JobStatus.FAILED]))
         assert len(page.jobs) == 10
 
 
-async def take_all(store: SqliteJobStore) -> list[Job]:
-    taken = list[Job]()
+async def claim_all(store: SqliteJobStore) -> list[Job]:
+    claimed = list[Job]()
     while some := await store.claim_deliveries(99, 9.0, queue_limits={}, queue_limit=99):
-        taken += some
-    return taken
+        claimed += some
+    return claimed
 
 
-async def test_jobs_that_wait_to_run_again_and_suspects_outlive_the_process(path: Path) -> None:
+async def test_jobs_that_wait_to_run_again_and_quarantined_ones_outlive_the_process(path: Path) -> None:
     async with SqliteJobStore(path) as store:
         await store.add([new_job("retry"), new_job("sent")])
         await store.claim("m", 9, 2.0)
         await store.requeue([JobRetry(job_id="retry", retry_at=8.5, error="down")])
         end = JobEnd(job_id="sent", status=JobStatus.SUCCEEDED, result_json="{}", finished_at=3.0)
-        await store.finish([end], claim=["sent"])
+        await store.finish([end])
+        await store.claim_deliveries(9, 3.0, queue_limits={}, queue_limit=9)
     async with SqliteJobStore(path) as store:
         assert await store.recover(4.0) == Recovery(0, [])
         assert await store.claim("m", 9, 4.0) == []
@@ -533,7 +535,7 @@ async def test_a_database_of_the_third_version_is_migrated_with_its_jobs(path: P
         await store.recover(3.0)
         assert [(job.job_id, job.attempts) for job in await store.claim("m", 9, 4.0)] == [("a", 0)]
         assert [job.job_id for job in await store.claim_quarantined("m", 9, 4.0)] == ["b"]
-        assert [job.job_id for job in await take_all(store)] == ["d"]
+        assert [job.job_id for job in await claim_all(store)] == ["d"]
         assert [job.job_id for job in await store.claim_quarantined_deliveries(9)] == ["c"]
 
 

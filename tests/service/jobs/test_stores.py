@@ -28,7 +28,6 @@ from modalkit.service.jobs import (
     Recovery,
     SqliteJobStore,
 )
-from modalkit.service.jobs.life import quarantine_group_size
 from modalkit.service.jobs.messages import result_message
 from modalkit.service.web.answers import JobDetails, JobPageView
 
@@ -91,7 +90,7 @@ async def test_a_job_is_found_as_it_was_added(store: JobStore) -> None:
     assert await store.get("b") is None
 
 
-async def test_an_id_is_taken_once_and_a_list_is_added_whole_or_not_at_all(store: JobStore) -> None:
+async def test_an_id_is_used_once_and_a_list_is_added_whole_or_not_at_all(store: JobStore) -> None:
     await store.add([new_job("a")])
     with pytest.raises(DuplicateJobError, match="'a'"):
         await store.add([new_job("b"), new_job("a", message_json='{"text":"other"}')])
@@ -117,7 +116,7 @@ async def test_a_full_store_refuses_until_ended_jobs_are_removed(kind: str, tmp_
         await store.add([new_job("d")])
 
 
-async def test_jobs_are_taken_in_order_once_and_by_model(store: JobStore) -> None:
+async def test_jobs_are_claimed_in_order_once_and_by_model(store: JobStore) -> None:
     await store.add([new_job("z"), new_job("other", model_name="n"), new_job("a")])
     await store.add([new_job("k")])
     first = await store.claim("m", 2, 2.5)
@@ -181,7 +180,7 @@ async def test_cancelling_ends_what_has_not_ended(store: JobStore) -> None:
     assert await store.cancel("unknown", 5.0) is None
 
 
-async def take_due(store: JobStore, now: float = 9.0, limit: int = 99, queue_limit: int = 99) -> list[str]:
+async def claim_due(store: JobStore, now: float = 9.0, limit: int = 99, queue_limit: int = 99) -> list[str]:
     return [job.job_id for job in await store.claim_deliveries(limit, now, queue_limits={}, queue_limit=queue_limit)]
 
 
@@ -191,68 +190,70 @@ async def finish_with_deliveries(store: JobStore, ends: dict[str, float], queue:
     await store.finish([success(job_id, at) for job_id, at in ends.items()])
 
 
-async def test_due_deliveries_are_taken_once_in_the_order_in_which_they_fell_due(store: JobStore) -> None:
+async def test_due_deliveries_are_claimed_once_in_the_order_in_which_they_became_due(store: JobStore) -> None:
     await finish_with_deliveries(store, {"a": 4.0, "b": 3.0, "c": 5.0, "d": 7.0})
-    assert await take_due(store, now=2.9) == []
-    assert sorted(await take_due(store, now=5.0, limit=2)) == ["a", "b"]
-    assert await take_due(store, now=5.0) == ["c"]
-    assert await take_due(store, now=6.0) == []
-    assert await take_due(store, now=7.0) == ["d"]
+    assert await claim_due(store, now=2.9) == []
+    assert sorted(await claim_due(store, now=5.0, limit=2)) == ["a", "b"]
+    assert await claim_due(store, now=5.0) == ["c"]
+    assert await claim_due(store, now=6.0) == []
+    assert await claim_due(store, now=7.0) == ["d"]
 
 
-async def test_a_delivery_in_hand_is_not_due_until_it_is_recorded_or_the_process_dies(store: JobStore) -> None:
+async def test_a_claimed_delivery_is_not_due_until_it_is_recorded_or_the_process_dies(store: JobStore) -> None:
     await store.add([new_job(job_id, success_queue="ok") for job_id in "ab"])
     await store.claim("m", 2, 2.0)
-    await store.finish([success("a"), success("b")], claim={"a"})
+    await store.finish([success("a")])
+    assert await claim_due(store) == ["a"]
+    await store.finish([success("b")])
     assert (await existing(store, "a")).delivery is DeliveryStatus.PENDING
-    assert await take_due(store) == ["b"]
+    assert await claim_due(store) == ["b"]
     failed = DeliveryRecord(job_id="a", status=DeliveryStatus.PENDING, attempts=1, error="down", due_at=5.0)
     await store.record_deliveries([failed])
-    assert await take_due(store) == ["a"]
+    assert await claim_due(store) == ["a"]
     await store.recover(6.0)
     assert [job.job_id for job in await store.claim_quarantined_deliveries(9)] == ["a", "b"]
 
 
-async def test_queues_take_turns_and_keep_to_their_places(store: JobStore) -> None:
+async def test_queues_come_in_turns_and_keep_to_their_limits(store: JobStore) -> None:
     for queue in ("x", "y", "z"):
         await finish_with_deliveries(store, {f"{queue}{n}": 3.0 + n / 10 for n in range(4)}, queue)
-    assert sorted(await take_due(store, queue_limit=1)) == ["x0", "y0", "z0"]
+    assert sorted(await claim_due(store, queue_limit=1)) == ["x0", "y0", "z0"]
     due = await store.claim_deliveries(99, 9.0, queue_limits={"x": 0, "y": -1}, queue_limit=2)
     assert [job.job_id for job in due] == ["z1", "z2"]
-    taken = [await take_due(store, limit=1, queue_limit=1) for _ in range(7)]
-    assert sorted(job_id for job_ids in taken for job_id in job_ids) == ["x1", "x2", "x3", "y1", "y2", "y3", "z3"]
-    turns = [job_ids[0][0] for job_ids in taken]
+    claimed = [await claim_due(store, limit=1, queue_limit=1) for _ in range(7)]
+    assert sorted(job_id for job_ids in claimed for job_id in job_ids) == ["x1", "x2", "x3", "y1", "y2", "y3", "z3"]
+    turns = [job_ids[0][0] for job_ids in claimed]
     assert all(first != second for first, second in itertools.pairwise(turns[:5]))
 
 
 async def test_deliveries_are_noted_and_failed_ones_are_due_when_they_say(store: JobStore) -> None:
     await finish_with_deliveries(store, {"a": 3.0})
     await store.add([new_job("b")])
-    assert await take_due(store) == ["a"]
+    assert await claim_due(store) == ["a"]
     failed = DeliveryRecord(job_id="a", status=DeliveryStatus.PENDING, attempts=1, error="down", due_at=20.0)
     await store.record_deliveries([failed, replace(failed, job_id="b"), replace(failed, job_id="unknown")])
-    assert await take_due(store, now=19.9) == []
+    assert await claim_due(store, now=19.9) == []
     (job,) = await store.claim_deliveries(9, 20.0, queue_limits={}, queue_limit=9)
     assert (job.delivery_attempts, job.delivery_error) == (1, "down")
     await store.record_deliveries([DeliveryRecord(job_id="a", status=DeliveryStatus.DELIVERED, attempts=2)])
     job = await existing(store, "a")
     assert (job.delivery, job.delivery_attempts, job.delivery_error) == (DeliveryStatus.DELIVERED, 2, None)
-    assert await take_due(store, now=1e9) == []
+    assert await claim_due(store, now=1e9) == []
     assert (await existing(store, "b")).delivery is DeliveryStatus.NONE
 
 
 async def test_undelivered_results_can_be_replayed_with_all_their_attempts(store: JobStore) -> None:
     await finish_with_deliveries(store, dict.fromkeys("abcd", 3.0))
-    await take_due(store)
+    await claim_due(store)
     given_up = DeliveryRecord(job_id="a", status=DeliveryStatus.UNDELIVERED, attempts=8, error="down")
     await store.record_deliveries([replace(given_up, job_id=job_id) for job_id in "abc"])
-    assert await take_due(store) == []
+    assert await claim_due(store) == []
     assert await store.replay(["a", "d", "unknown"], 10.0) == 1
-    assert await take_due(store, now=9.9) == []
+    assert await claim_due(store, now=9.9) == []
     (job,) = await store.claim_deliveries(9, 10.0, queue_limits={}, queue_limit=9)
     assert (job.job_id, job.delivery, job.delivery_attempts) == ("a", DeliveryStatus.PENDING, 0)
     assert await store.replay(None, 11.0) == 2
-    assert sorted(await take_due(store, now=11.0)) == ["b", "c"]
+    assert sorted(await claim_due(store, now=11.0)) == ["b", "c"]
     assert (await store.counts()).deliveries[DeliveryStatus.UNDELIVERED] == 0
 
 
@@ -292,7 +293,7 @@ async def test_queued_jobs_expire_when_their_time_has_come(store: JobStore) -> N
     assert (job.status, job.delivery, job.finished_at) == (JobStatus.EXPIRED, DeliveryStatus.PENDING, 12.5)
     assert job.error == "the job did not end within its expires_in"
     assert (await existing(store, "1")).status is JobStatus.RUNNING
-    assert await take_due(store, now=12.5) == ["2"]
+    assert await claim_due(store, now=12.5) == ["2"]
     assert [job.job_id for job in await store.claim("m", 9, 13.0)] == ["3", "never"]
 
 
@@ -316,7 +317,7 @@ async def test_jobs_are_listed_in_pages_the_newest_first(store: JobStore) -> Non
 
 async def test_purging_removes_ended_jobs_that_are_meant_and_no_others(store: JobStore) -> None:
     await finish_with_deliveries(store, {"pending": 3.0, "undelivered": 3.0, "delivered": 4.0})
-    await take_due(store)
+    await claim_due(store)
     await store.record_deliveries(
         [
             DeliveryRecord(job_id="undelivered", status=DeliveryStatus.UNDELIVERED, attempts=8, error="x"),
@@ -331,26 +332,26 @@ async def test_purging_removes_ended_jobs_that_are_meant_and_no_others(store: Jo
     assert [job.job_id for job in (await store.page(9, JobFilter())).jobs] == ["queued", "pending"]
 
 
-async def test_interactive_jobs_are_taken_first_and_bulk_ones_have_their_places(store: JobStore) -> None:
+async def test_interactive_jobs_are_claimed_first_and_bulk_ones_have_a_share(store: JobStore) -> None:
     await store.add([new_job(f"b{n}") for n in range(6)])
     await store.add([new_job(f"i{n}", priority=Priority.INTERACTIVE) for n in range(6)])
 
-    async def take(limit: int, bulk_places: int = 0) -> set[str]:
-        taken = await store.claim("m", limit, 2.0, bulk_limit=bulk_places)
-        assert len(taken) <= limit
-        return {job.job_id for job in taken}
+    async def claim(limit: int, bulk_limit: int = 0) -> set[str]:
+        claimed = await store.claim("m", limit, 2.0, bulk_limit=bulk_limit)
+        assert len(claimed) <= limit
+        return {job.job_id for job in claimed}
 
-    assert await take(2) == {"i0", "i1"}
-    assert await take(3, 1) == {"b0", "i2", "i3"}
-    assert await take(1, 9) == {"b1"}
-    assert await take(9, 1) == {"b2", "b3", "b4", "b5", "i4", "i5"}
+    assert await claim(2) == {"i0", "i1"}
+    assert await claim(3, 1) == {"b0", "i2", "i3"}
+    assert await claim(1, 9) == {"b1"}
+    assert await claim(9, 1) == {"b2", "b3", "b4", "b5", "i4", "i5"}
     job = await existing(store, "i0")
     assert job.priority is Priority.INTERACTIVE
     assert (await existing(store, "b0")).priority is Priority.BULK
 
 
-async def suspects(store: JobStore, largest: int = 99) -> list[str]:
-    return [job.job_id for job in await store.claim_quarantined("m", largest, 9.0)]
+async def quarantined(store: JobStore, limit: int = 99) -> list[str]:
+    return [job.job_id for job in await store.claim_quarantined("m", limit, 9.0)]
 
 
 async def test_what_ran_at_a_crash_runs_again_apart_from_the_others(store: JobStore) -> None:
@@ -365,14 +366,9 @@ async def test_what_ran_at_a_crash_runs_again_apart_from_the_others(store: JobSt
         ("b", JobStatus.RUNNING, 2.0, 1),
         ("c", JobStatus.RUNNING, 2.0, 1),
     ]
-    assert await suspects(store) == []
+    assert await quarantined(store) == []
     await store.finish([success("b")])
     assert (await existing(store, "b")).status is JobStatus.SUCCEEDED
-
-
-def test_suspects_run_in_ever_smaller_groups() -> None:
-    assert [quarantine_group_size(crashes, 32) for crashes in range(1, 6)] == [32, 4, 1, 1, 1]
-    assert [quarantine_group_size(crashes, 3) for crashes in range(1, 4)] == [3, 1, 1]
 
 
 async def test_the_job_that_kills_is_found_by_ever_smaller_groups_and_fails(store: JobStore) -> None:
@@ -382,7 +378,7 @@ async def test_the_job_that_kills_is_found_by_ever_smaller_groups_and_fails(stor
     await store.claim("m", 32, 2.0)
     groups, deaths = list[list[str]](), 1
     recovery = await store.recover(3.0)
-    while group := await suspects(store, 16):
+    while group := await quarantined(store, 16):
         groups.append(group)
         if "20" in group:
             deaths += 1
@@ -407,21 +403,21 @@ async def test_the_job_that_kills_is_found_by_ever_smaller_groups_and_fails(stor
 async def test_what_was_being_delivered_at_a_crash_is_sent_again_apart_from_the_others(store: JobStore) -> None:
     await finish_with_deliveries(store, {"a": 3.0, "b": 4.0, "later": 20.0})
     await finish_with_deliveries(store, {"c": 5.0}, "other")
-    assert await take_due(store, now=4.5) == ["a", "b"]
+    assert await claim_due(store, now=4.5) == ["a", "b"]
     assert await store.recover(6.0) == Recovery(0, [])
-    assert await take_due(store, now=6.0) == ["c"]
+    assert await claim_due(store, now=6.0) == ["c"]
     assert [job.job_id for job in await store.claim_quarantined_deliveries(1)] == ["a"]
     await store.record_deliveries([DeliveryRecord(job_id="a", status=DeliveryStatus.DELIVERED, attempts=1)])
     assert [job.job_id for job in await store.claim_quarantined_deliveries(9)] == ["b"]
     assert await store.claim_quarantined_deliveries(9) == []
     failed = DeliveryRecord(job_id="b", status=DeliveryStatus.PENDING, attempts=1, error="down", due_at=7.0)
     await store.record_deliveries([failed])
-    assert await take_due(store, now=7.0) == ["b"]
+    assert await claim_due(store, now=7.0) == ["b"]
 
 
-async def test_the_delivery_that_kills_is_found_by_ever_smaller_groups_and_set_aside(store: JobStore) -> None:
+async def test_the_delivery_that_kills_is_found_by_ever_smaller_groups_and_given_up(store: JobStore) -> None:
     await finish_with_deliveries(store, {f"{n:02}": 3.0 for n in range(32)})
-    await take_due(store)
+    await claim_due(store)
     recovery, deaths, sizes = await store.recover(4.0), 1, list[int]()
     while group := [job.job_id for job in await store.claim_quarantined_deliveries(16)]:
         sizes.append(len(group))
@@ -439,12 +435,12 @@ async def test_the_delivery_that_kills_is_found_by_ever_smaller_groups_and_set_a
     counts = (await store.counts()).deliveries
     assert (counts[DeliveryStatus.DELIVERED], counts[DeliveryStatus.UNDELIVERED]) == (31, 1)
     assert await store.replay(["20"], 5.0) == 1
-    assert await take_due(store) == ["20"]
+    assert await claim_due(store) == ["20"]
     await store.recover(6.0)
     assert [job.job_id for job in await store.claim_quarantined_deliveries(16)] == ["20"]
 
 
-async def test_jobs_that_wait_to_run_again_are_taken_in_their_old_places_once_released(store: JobStore) -> None:
+async def test_jobs_that_wait_to_run_again_are_claimed_in_their_old_order_once_released(store: JobStore) -> None:
     await store.add([new_job("a"), new_job("b"), new_job("c"), new_job("n", model_name="n")])
     await store.claim("m", 2, 2.0)
     await store.claim("n", 1, 2.0)
@@ -467,7 +463,7 @@ async def test_jobs_that_wait_to_run_again_are_taken_in_their_old_places_once_re
     assert await store.release_retries("n", 5.0) is None
 
 
-async def test_jobs_that_wait_to_run_again_can_be_cancelled_expire_and_are_no_suspects(store: JobStore) -> None:
+async def test_jobs_that_wait_to_run_again_can_be_cancelled_expire_and_leave_the_quarantine(store: JobStore) -> None:
     await store.add([new_job("a"), new_job("b", expires_at=10.0), new_job("c")])
     await store.claim("m", 3, 2.0)
     await store.recover(3.0)
@@ -519,7 +515,7 @@ async def test_old_ends_are_removed_unless_something_is_left_to_deliver(store: J
     await store.finish([success("a", 3.0), success("b", 3.0), success("c", 9.0), success("e", 3.0)])
     assert await store.remove_finished(5.0) == 1
     assert [job_id for job_id in "abcde" if await store.get(job_id) is not None] == ["b", "c", "d", "e"]
-    await take_due(store)
+    await claim_due(store)
     await store.record_deliveries(
         [
             DeliveryRecord(job_id="b", status=DeliveryStatus.UNDELIVERED, attempts=8, error="x"),
@@ -529,7 +525,7 @@ async def test_old_ends_are_removed_unless_something_is_left_to_deliver(store: J
     assert await store.remove_finished(5.0) == 1
     assert await store.get("e") is None
     await store.replay(["b"], 6.0)
-    await take_due(store)
+    await claim_due(store)
     await store.record_deliveries([DeliveryRecord(job_id="b", status=DeliveryStatus.DELIVERED, attempts=1)])
     assert await store.remove_finished(5.0) == 1
 
@@ -549,7 +545,7 @@ async def test_counts_follow_every_change(store: JobStore) -> None:
     await store.finish([success("0"), failure("1"), failure("2", status=JobStatus.EXPIRED)])
     await store.cancel("5", 2.0)
     await finish_with_deliveries(store, {"6": 3.0, "7": 3.0})
-    await take_due(store)
+    await claim_due(store)
     await store.record_deliveries([DeliveryRecord(job_id="6", status=DeliveryStatus.DELIVERED, attempts=1)])
     counts = await store.counts()
     assert counts.statuses == {

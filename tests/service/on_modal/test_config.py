@@ -1,5 +1,6 @@
 """Definitions of classes, functions and servers with Modal's own client, from a configuration."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import Any
 
 import modal
 import pytest
-import yaml
 
 from modalkit.modal_config import ModalConfig
 from modalkit.service.loading import LoadError
@@ -38,7 +38,7 @@ EVERYTHING: dict[str, Any] = {
 
 def config(deployment: dict[str, Any] | None = None, **variables: str) -> ModalConfig:
     """A configuration in the working directory of the test."""
-    Path("modalkit.yaml").write_text(yaml.safe_dump({"app_settings": {"deployment_config": deployment or {}}}))
+    Path("modalkit.yaml").write_text(json.dumps({"app_settings": {"deployment_config": deployment or {}}}))
     return ModalConfig(environ=variables)
 
 
@@ -247,7 +247,7 @@ def test_the_same_definition_works_in_a_container_where_no_local_file_is(tmp_pat
         (folder / "app.py").write_text(DEFINITION)
     deployment = EVERYTHING | {"mounts": [{"local_path": "data.txt", "remote_path": "/data.txt"}]}
     app_settings = {"deployment_config": deployment, "build_config": {"python_modules": ["lone"]}}
-    (here / "modalkit.yaml").write_text(yaml.safe_dump({"app_settings": app_settings}))
+    (here / "modalkit.yaml").write_text(json.dumps({"app_settings": app_settings}))
     (here / "data.txt").touch()
     (here / "lone.py").touch()
     (container / "0-modalkit.yaml").write_bytes((here / "modalkit.yaml").read_bytes())

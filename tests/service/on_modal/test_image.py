@@ -1,11 +1,11 @@
 """What a container's image holds, and that Modal's client takes it in this order."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 
 from modalkit.service.loading import LoadError
@@ -23,7 +23,7 @@ def plan(text: str = "{}", **variables: str) -> ImagePlan:
 
 
 def build(**config: Any) -> str:
-    return yaml.safe_dump({"app_settings": {"build_config": config}})
+    return f"app_settings:\n  build_config: {json.dumps(config)}\n"
 
 
 def model(**entry: Any) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def test_the_image_is_built_before_local_files_are_added() -> None:
             },
         },
     } | model(model_path="acme/reviews")
-    planned = plan(yaml.safe_dump(config))
+    planned = plan(json.dumps(config))
     image = build_image(planned)
     layers = image_layers(image)
     built = ["from_registry", "workdir", "env", "uv_pip_install", "run_commands", "run_commands"]
@@ -73,7 +73,7 @@ def test_the_containers_code_has_its_data_and_no_leftovers() -> None:
         "modalkit/pipelines/sentiment_model/model.safetensors",
         "modalkit/pipelines/sentiment_model/tokenizer.json",
         "modalkit/service/on_modal/config.py",
-        "modalkit/service/py.typed",
+        "modalkit/py.typed",
     ):
         assert f"/root/{needed}" in files
     assert not [file for file in files if file.endswith((".pyc", ".png")) or "/results/" in file or "/." in file]
@@ -220,6 +220,25 @@ def test_a_module_is_found_in_the_working_folder_wherever_python_looks() -> None
     }
 
 
+def test_a_former_name_of_ours_is_ours_unless_the_user_has_that_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in configurations from before all of modalkit was one package."""
+    former = json.dumps(model(pipeline="pipelines.sentiment:SentimentPipeline", model_path="acme/reviews"))
+    planned = plan(former)
+    assert users_paths(planned) == {}
+    assert planned.downloads == ("hf download acme/reviews",)
+    monkeypatch.syspath_prepend(Path.cwd())
+    mine = Path("pipelines").resolve()
+    mine.mkdir()
+    (mine / "__init__.py").touch()
+    assert users_paths(plan(former)) == {}
+    (mine / "sentiment.py").touch()
+    planned = plan(former)
+    assert users_paths(planned) == {"/root/pipelines": mine}
+    assert planned.downloads == ()
+
+
 def test_a_module_that_was_installed_becomes_a_requirement() -> None:
     planned = plan("app_settings: {queue_config: {backend: 'hypothesis.stateful:Bundle'}}")
     assert not users_paths(planned)
@@ -313,10 +332,10 @@ def test_a_model_of_this_machine_is_where_it_is_looked_for(
     cwd = str(Path.cwd())
     config = model(model_path=path.replace("{cwd}", cwd)) | {"app_settings": {"build_config": {"workdir": "/app"}}}
     config["model_settings"]["local_model_repository_folder"] = repository.replace("/{cwd}", cwd)
-    (copy,) = [one for one in plan(yaml.safe_dump(config)).local_paths if one.local == Path(folder).resolve()]
+    (copy,) = [one for one in plan(json.dumps(config)).local_paths if one.local == Path(folder).resolve()]
     assert copy.remote == remote.replace("{cwd}", cwd)
     config["app_settings"]["build_config"]["bake_models"] = False
-    assert copy not in plan(yaml.safe_dump(config)).local_paths
+    assert copy not in plan(json.dumps(config)).local_paths
 
 
 @pytest.mark.parametrize(
@@ -331,7 +350,7 @@ def test_a_model_of_this_machine_is_where_it_is_looked_for(
 )
 def test_a_model_of_the_hub_is_downloaded_with_the_secrets(entry: dict[str, str], command: str) -> None:
     config = model(**entry) | {"app_settings": {"deployment_config": {"secrets": ["hub-token"]}}}
-    planned = plan(yaml.safe_dump(config))
+    planned = plan(json.dumps(config))
     assert planned.downloads == (command,)
     assert {"run_commands": [command], "secrets": ["hub-token"]} in list(planned.steps())
 
@@ -357,7 +376,7 @@ def test_a_model_of_the_hub_is_downloaded_with_the_secrets(entry: dict[str, str]
     ],
 )
 def test_other_models_come_in_other_ways(config: dict[str, Any]) -> None:
-    planned = plan(yaml.safe_dump(config))
+    planned = plan(json.dumps(config))
     assert planned.downloads == ()
     assert not users_paths(planned)
 

@@ -63,7 +63,7 @@ async def test_routes_share_the_backends_they_lead_to() -> None:
             "the secret for webhooks must be base64",
         ),
         ({"backend": "sqs", "sqs": {"message_group_id": "a b"}}, "message_group_id must be"),
-        ({"backend": "sqs"}, "sqs cannot be built: no region of SQS is configured"),
+        ({"backend": "sqs"}, "sqs cannot be built: SQSBackend: no region of SQS is configured"),
         (
             {"backend": "routing", "routes": {"a*": "json:JSONDecoder"}},
             "queue_config.routes.a*: json:JSONDecoder has no",

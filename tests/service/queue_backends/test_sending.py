@@ -8,8 +8,7 @@ import anyio.lowlevel
 import pytest
 
 from modalkit.service.queue_backends import InMemoryBackend, QueueBackendError, QueueMessage
-from modalkit.service.queue_backends.closing import close_backend
-from modalkit.service.queue_backends.sending import send_all
+from modalkit.service.queue_backends.sending import close_backend, send_all
 
 pytestmark = pytest.mark.anyio
 

@@ -273,6 +273,19 @@ def test_without_a_region_the_error_comes_at_once_and_says_so(monkeypatch: pytes
     SQSBackend()
 
 
+async def test_the_region_may_come_from_the_variable_of_awss_other_sdks(
+    server: SqsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_REGION", "eu-west-1")
+    backend = SQSBackend(endpoint_url=server.url)
+    async with get_session().create_client("sqs", region_name="eu-west-1", endpoint_url=server.url) as client:
+        queue_url = await create(client, "regional")
+        assert await backend.send_message("regional", "1")
+        assert await receive(client, queue_url, 1) == ["1"]
+        await client.delete_queue(QueueUrl=queue_url)
+    await backend.aclose()
+
+
 async def test_a_cancelled_send_leaves_the_backend_usable(server: SqsServer, client: Any, backend: SQSBackend) -> None:
     queue_url = await create(client, "calm")
     async with anyio.create_task_group() as task_group:

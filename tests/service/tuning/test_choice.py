@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from modalkit.batching import BatchPolicy, CostModel, PaddedCostModel
 from modalkit.batching.calibration import Calibration, Measurement
-from modalkit.service.tuning import choice
+from modalkit.service.tuning import TuningError, choice
 from modalkit.service.tuning.choice import ChosenLimits, lone_sizes, predicted_capacity
-from modalkit.service.tuning.errors import TuningError
 
 CPU = PaddedCostModel(fixed_s=0.001, token_s=0.0001)  # a request of size 64 costs 6 times what a batch does
 GPU = PaddedCostModel(fixed_s=0.010, token_s=0.000_001)  # 10,000 tokens cost what a batch does

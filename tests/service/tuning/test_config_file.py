@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from modalkit.service.settings import Settings, SettingsError
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.config_file import require_writable, write_limits
-from modalkit.service.tuning.errors import TuningError
 
 VALUES: dict[str, int | float] = {"max_batch_size": 64, "max_batch_seconds": 0.05}
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from modalkit.pipelines import BatchTooLargeError
 from modalkit.service.settings import BatchConfig
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.measuring import Measured, fitted_costs, measure, median_error
 from tests.support.length_model import LengthPipeline
 

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from modalkit.service.tuning import plots
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError, plots
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -18,6 +17,5 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
     ("name", "message"), [("costs.txt", "must end in one of"), ("nowhere/costs.png", "create it first")]
 )
 def test_a_name_that_cannot_be_drawn_to_is_refused(tmp_path: Path, name: str, message: str) -> None:
-    pytest.importorskip("matplotlib")  # in the bench extra, which the tests do without
     with pytest.raises(TuningError, match=message):
         plots.require_drawable(tmp_path / name)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from modalkit.service.settings import BatchConfig
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.measuring import measure
 from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples
 from tests.support.length_model import LengthPipeline, Text

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from modalkit.batching import MeasuredCostModel
 from modalkit.service.settings import BatchConfig, Settings
-from modalkit.service.tuning.errors import TuningError
+from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples
 from modalkit.service.tuning.trial import Bench, Trial, TrialPlan, require_complete
 from tests.support.length_model import LengthPipeline, Text
@@ -101,7 +101,7 @@ async def test_the_users_own_items_are_sent_as_often_as_they_were_given() -> Non
 def test_a_trial_has_several_batches_and_ends_in_time(rate: float, batch_s: float, left_s: float) -> None:
     trial_plan = TrialPlan.within(rate, batch_s, left_s)
     if trial_plan is None:
-        assert left_s <= TrialPlan.least_s(batch_s) * 1.000_001
+        assert left_s <= TrialPlan.min_s(batch_s) * 1.000_001
         return
     assert trial_plan.duration_s >= 3 * batch_s
     assert batch_s + trial_plan.duration_s + trial_plan.patience_s <= left_s * 1.000_001

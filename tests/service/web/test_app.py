@@ -16,7 +16,7 @@ from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.auth import require_api_key
-from tests.service.web.test_predict import assert_problem
+from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
 from tests.support.length_model import LengthPipeline
 

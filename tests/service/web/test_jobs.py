@@ -6,11 +6,11 @@ import httpx
 import pytest
 
 from modalkit.service.jobs import JobStoreError
+from modalkit.service.jobs.manager import JobManager
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app
-from tests.service.web.test_predict import assert_problem
-from tests.service.web.test_submissions import ended, job
+from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import POISON
 
@@ -121,6 +121,23 @@ async def test_metrics_of_the_models_are_there_when_the_store_is_not(
     lines = answer.text.splitlines()
     assert "modalkit_job_store_up 0.0" in lines
     assert any(line.startswith('modalkit_model_ready{model="lengths"}') for line in lines)
+
+
+async def test_an_engine_without_administration_answers_501_with_what_to_do_instead_and_has_no_metrics_of_jobs(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = (await client.get("/openapi.json")).json()
+    monkeypatch.setattr(JobManager, "administration", None)
+    for method, path, remedy in (
+        ("GET", "/jobs", "ask for each by its id"),
+        ("DELETE", "/jobs?status=failed", "removes results by itself"),
+        ("POST", "/jobs/replay", "submit the job again"),
+        ("POST", "/jobs/some/replay", "submit the job again"),
+    ):
+        assert remedy in assert_problem(await client.request(method, path), 501)["detail"]
+    assert (await ended(client, await submit(client, "four")))["status"] == "succeeded"
+    assert "modalkit_job" not in (await client.get("/metrics")).text
+    assert (await client.get("/openapi.json")).json() == schema
 
 
 async def test_all_that_concerns_jobs_needs_the_key(settings: Settings) -> None:

@@ -8,22 +8,13 @@ import httpx
 import pytest
 
 from modalkit.service.queue_backends import InMemoryBackend
+from tests.support.http_client import assert_problem
 from tests.support.length_model import POISON, REJECTED
 from tests.support.odd_model import MUTE, NAN, NUMPY, SURROGATE
 
 pytestmark = pytest.mark.anyio
 
 SUCCESS: dict[str, Any] = {"status": "success", "error": None, "meta": {}}
-
-
-def assert_problem(response: httpx.Response, status: int) -> dict[str, Any]:
-    assert response.status_code == status
-    assert response.headers["content-type"] == "application/problem+json"
-    problem: dict[str, Any] = response.json()
-    assert problem["status"] == status
-    assert problem["title"]
-    assert problem["detail"]
-    return problem
 
 
 async def test_one_item_gets_its_result(client: httpx.AsyncClient) -> None:

@@ -19,7 +19,7 @@ from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app, ssm_key
 from modalkit.service.web.ssm_key import SsmKey
-from tests.service.web.test_predict import assert_problem
+from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
 from tests.support.sqs_server import REGION, SqsServer, forget_aws_settings
 
@@ -146,7 +146,7 @@ async def test_a_wrong_name_fails_at_the_start_before_anything_is_served(server:
             pytest.fail("it was served")
 
 
-async def test_nobody_gets_in_where_the_server_skipped_the_start(settings: Settings, put: Put) -> None:
+async def test_no_request_gets_in_where_the_server_skipped_the_start(settings: Settings, put: Put) -> None:
     await put("first")
     app = create_app(LocalGateway(settings), auth=AUTH)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:

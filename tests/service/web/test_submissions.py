@@ -13,7 +13,7 @@ from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.submissions import MAX_LINE_BYTES
-from tests.service.web.test_predict import assert_problem
+from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import POISON
 
@@ -22,17 +22,8 @@ pytestmark = pytest.mark.anyio
 NDJSON = {"Content-Type": "application/x-ndjson"}
 
 
-def job(text: str, **fields: Any) -> dict[str, Any]:
-    return {"message": {"text": text}, **fields}
-
-
 def lines_of(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in answer.text.splitlines()]
-
-
-async def ended(client: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
-    found: dict[str, Any] = (await client.get(f"/jobs/{job_id}?wait=30")).json()
-    return found
 
 
 async def test_a_list_is_accepted_in_one_answer_and_a_bad_job_spoils_its_own_slot(

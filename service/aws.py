@@ -1,0 +1,68 @@
+"""Clients of AWS: the optional library, the region and the retries that all of them share."""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from modalkit.service.errors import ServiceError
+
+
+class AwsError(ServiceError):
+    """Raised when clients of AWS cannot be made: the library is not installed, or no region is found."""
+
+
+def aws_clients(
+    service: str,
+    region: str | None,
+    *,
+    needed_by: str,
+    extra: str,
+    setting: str,
+    endpoint_url: str | None = None,
+    read_timeout_s: float,
+    max_connections: int = 10,
+) -> tuple[str, Callable[[], AbstractAsyncContextManager[Any]]]:
+    """The region, and a function that opens a client of `service` there. Such clients run on asyncio alone.
+
+    Credentials, and the region where `region` is None, come from where AWS's tools look for them. `needed_by`,
+    `extra` (which installs the library) and `setting` (which gives the region) are for the messages of `AwsError`.
+    """
+    try:
+        # Not at the top: the library is optional. Not at the first request: what is missing shows at the start.
+        from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # ships no types
+        from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
+    except ImportError as error:
+        raise AwsError(
+            f"{needed_by} needs aiobotocore ({error}); install it: pip install 'modalkit[{extra}]'"
+        ) from error
+    session = get_session()
+    region_name = aws_region(session, service, needed_by, setting) if region is None else region
+    config = AioConfig(
+        connect_timeout=3,
+        read_timeout=read_timeout_s,
+        max_pool_connections=max_connections,
+        # The callers retry. The one repetition here is for a connection that AWS closed while it was idle.
+        retries={"mode": "standard", "total_max_attempts": 2},
+        warm_up_loader_caches=True,  # reads the description of the service in a thread, not in the event loop
+    )
+    return region_name, lambda: session.create_client(
+        service, region_name=region_name, endpoint_url=endpoint_url, config=config
+    )
+
+
+def aws_region(session: Any, service: str, needed_by: str, setting: str) -> str:
+    """The region of the environment or of AWS's configuration file. Raises `AwsError` where there is none."""
+    from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]  # ships no types
+
+    try:
+        # botocore reads AWS_DEFAULT_REGION. AWS_REGION is what AWS's other SDKs and Modal's form for credentials use.
+        region = session.get_config_variable("region") or os.environ.get("AWS_REGION")
+    except BotoCoreError as error:
+        raise AwsError(f"{needed_by}: the region of {service.upper()} cannot be found: {error}") from error
+    if not region:
+        raise AwsError(
+            f"{needed_by}: no region of {service.upper()} is configured: set {setting} or the variable AWS_REGION or "
+            "AWS_DEFAULT_REGION"
+        )
+    return str(region)
