@@ -8,7 +8,7 @@ import modal
 from pydantic_core import to_jsonable_python
 
 from modalkit.batching import BatchRecord
-from modalkit.modal_service import ModalService
+from modalkit.service.on_modal.service import ModalService
 
 KEPT_RECORDS = 10_000
 
