@@ -133,7 +133,7 @@ class JobManager(AsyncContextManagerMixin):
 
         A request that is invalid, names a queue that cannot be used or reuses an idempotency key for something else has
         an error and disturbs no other. A repetition of a request with the same `idempotency_key` has the id of the
-        first. Raises `NotReadyError` where the model takes no jobs, and other `JobStoreError`s when none was stored.
+        first. Raises `NotReadyError` where the model takes no jobs, and `JobStoreError` when none was stored.
         When cancelled, jobs may have been stored.
         """
         if self.check_ready is not None:

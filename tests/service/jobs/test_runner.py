@@ -10,6 +10,7 @@ import pytest
 from modalkit.batching import BatchTimeoutError, Failure, Priority, QueueFullError, SchedulerClosedError, Success
 from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
+from modalkit.service.errors import NotReadyError
 from modalkit.service.jobs import Job, JobEnd, JobRetry, JobStatus, JobStoreError, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import FIRST_JOB_RETRY_S, JobOutcome, JobRunner
@@ -593,6 +594,15 @@ async def test_ends_that_cannot_be_stored_keep_the_window_full(manager: JobManag
         store.failures = 0
         await engine.until_started(50)
     assert (await manager.counts()).statuses[JobStatus.SUCCEEDED] == 50
+
+
+async def test_jobs_are_accepted_only_while_a_runner_is_there_for_them(manager: JobManager) -> None:
+    with pytest.raises(NotReadyError, match="'unknown' takes no requests now"):
+        await submit(manager, model_name="unknown")
+    async with JobRunner(manager, "m", Engine(), window=3):
+        assert (await ended(manager, await submit(manager))).status is JobStatus.SUCCEEDED
+    with pytest.raises(NotReadyError):
+        await submit(manager)
 
 
 async def test_waiting_for_a_job_ends_in_time(manager: JobManager) -> None:
