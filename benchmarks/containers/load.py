@@ -30,7 +30,7 @@ MODEL_LIBRARIES = ("torch", "transformers")
 
 
 class Target(Protocol):
-    """A container, or what stands in for one, that nobody else calls."""
+    """A container, or what stands in for one, that has no other caller."""
 
     @property
     def client(self) -> CallClient:

@@ -46,7 +46,7 @@ class Faults:
     workers_lost_before_a_run: int = 0
     """For so many runs, the worker is lost before it has the call. The call runs again."""
     workers_lost_after_a_run: int = 0
-    """For so many runs, the worker is lost after it ran the call, whose outcomes nobody gets. The call runs again."""
+    """For so many runs, the worker is lost after it ran the call, with the outcomes. The call runs again."""
     duplicated_runs: int = 0
     """So many calls run a second time after they have returned. The outcomes of the second run are ignored."""
     refuses_calls: bool = False

@@ -41,7 +41,7 @@ def create_web_endpoints(
     """The HTTP service over `app_cls`, for a function under ``@modal.asgi_app``.
 
     `app_cls` is a subclass of `ModalService` that is registered with Modal, or one that was looked up: requests are
-    gathered into calls, which its containers run. Of one with a parameter ``model_name``, `models` are the names that
+    gathered into lists, which its containers run. Of one with a parameter ``model_name``, `models` are the names that
     may be asked for, the first by default. A subclass that is not registered is served by this process, as
     ``modalkit serve`` would: for development.
 
@@ -94,7 +94,7 @@ def _gateway_to(
     if takes_one_input_at_a_time():
         logger.info(
             "This web container handles one request at a time; decorate the function, below @app.function(...), with "
-            "@modal.concurrent(**modal_config.get_handler_concurrency_settings()) to have it gather calls of them"
+            "@modal.concurrent(**modal_config.get_handler_concurrency_settings()) to have it gather lists of them"
         )
     parameters_of = {name: {"model_name": name} for name in models} or {_name_of(app_cls, config): {}}
     engine = ModalEngine({name: connection(app_cls, config, given) for name, given in parameters_of.items()})

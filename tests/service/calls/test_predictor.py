@@ -201,7 +201,7 @@ async def test_a_call_has_items_of_one_priority_and_says_which(stand: Stand) -> 
     assert calls == [("bulk", ["1", "3", "5", "7"]), ("interactive", ["0", "2", "4", "6"])]
 
 
-async def test_an_item_that_nobody_waits_for_any_more_is_not_sent(stand: Stand) -> None:
+async def test_an_item_whose_caller_was_cancelled_is_not_sent(stand: Stand) -> None:
     async with stand.model() as model:
         asked = Callers(model)
         async with anyio.create_task_group() as task_group:

@@ -638,11 +638,11 @@ async def test_a_call_cancelled_while_it_asks_for_records_leaves_the_worker_usab
             await anyio.sleep_forever()
             return False
 
-    table = Hanging()
-    processor = make_processor(worker, CallRecords(table), queue)
+    store = Hanging()
+    processor = make_processor(worker, CallRecords(store), queue)
     async with anyio.create_task_group() as task_group:
         task_group.start_soon(processor.process, [job("a")], a_call(is_kept=True))
-        await table.hangs.wait()
+        await store.hangs.wait()
         task_group.cancel_scope.cancel()
     (outcome,) = await processor.process([item("works")], a_call())
     assert outcome["length"] == 5

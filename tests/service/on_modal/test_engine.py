@@ -174,7 +174,7 @@ async def test_a_call_that_modal_ended_says_why(modal_server: ModalServer, statu
 
 
 @pytest.mark.parametrize("parent", [None, Result.GENERIC_STATUS_SUCCESS])
-async def test_a_cancelled_call_is_told_from_a_failed_one_whoever_made_it(
+async def test_a_cancelled_call_is_told_from_a_failed_one_made_here_or_in_a_container(
     modal_server: ModalServer, parent: Any
 ) -> None:
     """Of both Modal raises the same; made in a container, the call is not at the top of its graph."""

@@ -504,7 +504,7 @@ async def test_a_spawned_jobs_id_names_its_call(make_config: MakeConfig) -> None
         async with make(make_config(), queue_backend=InMemoryBackend()) as service:
             with an_input("fc-1"):
                 outcomes = await process(service, [job("a"), job("b")])
-    # Not one that was spawned with ids given out before: nobody could ask for its jobs by a call.
+    # Not one that was spawned with ids given out before: its jobs cannot be asked for by a call.
     assert [outcome["job_id"] for outcome in outcomes] == ["in-fc-1.0", "in-fc-1.1"]
 
 
