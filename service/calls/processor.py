@@ -24,17 +24,7 @@ from modalkit.service.calls.engine import CallOptions
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import job_object, make_job_id, outcome_object, read_entry
 from modalkit.service.errors import ContainerFaultError, DeviceFaultError, ItemRejectedError, describe_error
-from modalkit.service.jobs.life import (
-    TOO_MANY_CRASHES,
-    cancel_job,
-    deadline_of,
-    end_job,
-    end_of,
-    has_crashed_too_often,
-    new_job,
-    quarantine_group_size,
-    start_job,
-)
+from modalkit.service.jobs import life
 from modalkit.service.jobs.model import Job
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.loading import LoadError, import_class
@@ -161,7 +151,7 @@ class CallProcessor:
     ) -> None:
         """Make an item a job. Raises `QueueNotAllowedError` and `QueueNameError`; the job then names no queue."""
         item.priority = Priority.BULK if options.priority is None else item.priority
-        queued = new_job(
+        queued = life.new_job(
             request,
             job_id=job_id,
             model_name=self._worker.model_name,
@@ -170,8 +160,8 @@ class CallProcessor:
             now=now if options.accepted_at is None else options.accepted_at,
             delivers=False,
         )
-        item.job = job = start_job(queued, now)
-        item.timeout_s = min(left_s, deadline_of(job, timeout_s=self._job_timeout_s, now=now) - now)
+        item.job = job = life.start_job(queued, now)
+        item.timeout_s = min(left_s, life.deadline_of(job, timeout_s=self._job_timeout_s, now=now) - now)
         if item.timeout_s <= 0:
             item.outcome = Failure(DeadlineExceededError(0.0))
         self._queue_rules.check(request.success_queue, request.failure_queue)
@@ -217,10 +207,10 @@ class CallProcessor:
             while waiting:
                 fewest = min(crashes.get(index, 0) for index in waiting)
                 group = [index for index in waiting if crashes.get(index, 0) == fewest]
-                group = group[: quarantine_group_size(fewest, len(items))]
-                if has_crashed_too_often(fewest):
+                group = group[: life.quarantine_group_size(fewest, len(items))]
+                if life.has_crashed_too_often(fewest):
                     for index in group:
-                        waiting.pop(index).outcome = Failure(ContainerFaultError(TOO_MANY_CRASHES))
+                        waiting.pop(index).outcome = Failure(ContainerFaultError(life.TOO_MANY_CRASHES))
                     continue
                 await self._records.start_run(call.call_id, group, crashes)
                 await self._run([waiting.pop(index) for index in group])
@@ -274,7 +264,7 @@ class CallProcessor:
             _cancel(items, await self._records.close(call.call_id, len(items)), now)
         for item in items:
             if item.job is not None and item.outcome is not None:
-                item.job = end_job(item.job, end_of(item.job, item.outcome, now)) or item.job
+                item.job = life.end_job(item.job, life.end_of(item.job, item.outcome, now)) or item.job
         if self._delivery is not None:
             ended = [item for item in items if item.job is not None]
             sent = await self._delivery.send([item.job for item in ended if item.job is not None], call.until_s)
@@ -293,7 +283,7 @@ def _have_jobs(items: Sequence[_Item]) -> bool:
 def _cancel(items: Sequence[_Item], cancelled: frozenset[int], now: float) -> None:
     for index in cancelled:
         item = items[index]
-        if item.job is not None and (job := cancel_job(item.job, now)) is not None:
+        if item.job is not None and (job := life.cancel_job(item.job, now)) is not None:
             item.job, item.message = job, None
 
 
