@@ -10,7 +10,6 @@ import anyio
 import modal
 from pydantic import BaseModel, TypeAdapter
 
-from modalkit.batching import BatchRecord
 from modalkit.benchmarks.containers.figures import Answers, Report, UnmeasurableError, figures_of
 from modalkit.benchmarks.containers.matrix import Cell, Load, Variant, VariantResult
 from modalkit.pipelines import InferenceOutputModel
@@ -92,7 +91,7 @@ async def _cell(target: Target, variant: Variant, load: Load, concurrency: int, 
         figures = figures_of(answers, before.statistics, report)
     except Exception as error:  # noqa: BLE001  # the other cells are measured all the same
         return Cell(concurrency=concurrency, error=describe_error(error))
-    records = _RECORDS.dump_python(report.records, mode="json") if load.keeps_records else []
+    records = report.records if load.keeps_records else []
     return Cell(concurrency=concurrency, figures=figures, records=records)
 
 
@@ -126,7 +125,7 @@ async def send(
     return answers
 
 
-_REPORT, _RECORDS = TypeAdapter(Report), TypeAdapter(list[BatchRecord])
+_REPORT = TypeAdapter(Report)
 
 
 async def _report(target: Target) -> Report:

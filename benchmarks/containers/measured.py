@@ -1,7 +1,7 @@
 """The service class with a method that tells of its batches."""
 
 from collections import deque
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 import modal
@@ -11,6 +11,7 @@ from modalkit.batching import BatchRecord
 from modalkit.service.on_modal.service import ModalService
 
 KEPT_RECORDS = 10_000
+_FIELDS = [field.name for field in fields(BatchRecord) if field.name != "errors"]
 
 
 class MeasuredService(ModalService):
@@ -19,13 +20,13 @@ class MeasuredService(ModalService):
     To measure a service class of your own, deploy ``class Measured(MeasuredService, YourService)``.
     """
 
-    _records: "deque[BatchRecord] | None" = None
+    _records: "deque[dict[str, Any]] | None" = None
 
     def on_batch(self, record: BatchRecord) -> None:
         """Keep the record without its errors, which are no JSON, and pass it on."""
         if self._records is None:
             self._records = deque(maxlen=KEPT_RECORDS)
-        self._records.append(replace(record, errors=()))
+        self._records.append({name: getattr(record, name) for name in _FIELDS})
         super().on_batch(record)
 
     @modal.method()
