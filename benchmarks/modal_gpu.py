@@ -1,10 +1,10 @@
-"""The deployed class on several GPU types: ``modal run -m modalkit.benchmarks.modal_gpu``; see the README beside this.
+"""The service class on several GPU types: ``modal run -m modalkit.benchmarks.modal_gpu``; see the README beside this.
 
 Each GPU type with each batch limit is a variant of the class with one container, which Modal scales apart from the
 deployed ones and from all others: what it is put through disturbs no traffic, and none of that is in its figures. The
 numbers of callers are measured one after the other in the same container, since each start of a container costs money
 and teaches nothing new. The callers are in a function of its own on Modal, without a GPU: from this machine, the way to
-Modal would be in every latency. It gathers items into lists by the web function's own code. This machine only says what
+Modal would be in every latency. It gathers items into calls by the web function's own code. This machine only says what
 to measure, one variant after the other, and writes down what comes back.
 """
 
@@ -17,14 +17,15 @@ from typing import Any
 import modal
 from rich.console import Console
 
-from modalkit.benchmarks.containers.load import Target, measure_variant
+from modalkit.benchmarks.containers.load import MODEL, Target, measure_variant
 from modalkit.benchmarks.containers.matrix import Load, Variant, VariantResult, parse_matrix
+from modalkit.benchmarks.containers.measured import MeasuredService
 from modalkit.benchmarks.containers.report import Results
 from modalkit.benchmarks.corpus import mixed_length_texts
+from modalkit.service.calls.predictor import MAX_CALLS_IN_FLIGHT
 from modalkit.service.errors import describe_error
 from modalkit.service.on_modal.config import ModalConfig
-from modalkit.service.on_modal.lists import LISTS_IN_FLIGHT
-from modalkit.service.on_modal.remote import ModalRemoteService, RemoteService
+from modalkit.service.on_modal.engine import ModalEngine
 
 IDLE_S = 20
 """How long a container stays after its last cell: paid for, and of no use."""
@@ -32,45 +33,63 @@ LONGEST_S = 24 * 3600
 """Modal's limit; how long a variant is measured, its own limits say."""
 
 
-@dataclass(frozen=True, slots=True)
-class Deployed:
-    """A class that was deployed, and the model among its parameters, if it has any."""
+modal_config = ModalConfig()
+app = modal.App(f"{modal_config.app_name}-benchmark")
 
-    app_name: str
-    class_name: str
-    model: str | None
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is measured: a model of the configuration, or a `MeasuredService` that was deployed."""
+
+    model: str | None = None
+    """The model among the parameters of the class, if it has any."""
+    app_name: str | None = None
+    class_name: str | None = None
+    """Of a deployed class; None is the class of this app."""
+
+    def service_cls(self) -> Any:
+        """The class of Modal's. Needs neither network nor token before it is called."""
+        if self.class_name is None:
+            return Model
+        return modal.Cls.from_name(self.app_name or modal_config.app_name, self.class_name)
 
 
 class ModalTarget:
-    """An instance of a class of Modal's."""
+    """An instance of a class of Modal's, opened as an engine."""
 
-    def __init__(self, instance: Any) -> None:
-        self.remote: RemoteService = ModalRemoteService(instance.process_request)
+    def __init__(self, client: ModalEngine, instance: Any) -> None:
+        self.client = client
         self._instance = instance
 
     async def report(self) -> Any:
-        """See `Target.report`."""
+        """The report of the container."""
         return await self._instance.batch_report.remote.aio()
 
 
-def variant_class(deployed: Deployed, variant: Variant, config: ModalConfig) -> Any:
-    """The deployed class as a variant. Needs neither network nor token before it is called."""
+def class_settings(config: ModalConfig) -> dict[str, Any]:
+    """Arguments of ``app.cls`` for the class of this app: those of the deployed one, and no container is kept warm."""
+    return {name: value for name, value in config.get_app_cls_settings().items() if name != "min_containers"}
+
+
+@app.cls(**class_settings(modal_config))
+@modal.concurrent(max_inputs=MAX_CALLS_IN_FLIGHT)
+class Model(MeasuredService):
+    """The models of the configuration."""
+
+    modal_utils: ModalConfig = modal_config
+    model_name: str = modal.parameter(default=next(iter(modal_config.model_settings.model_entries), ""))
+
+
+def variant_class(service_cls: Any, variant: Variant, config: ModalConfig) -> Any:
+    """A class of Modal's as a variant. Needs neither network nor token before it is called."""
     # A variant's env is a secret, and its secrets replace those of the class: both have to be given in full.
-    return (
-        modal.Cls.from_name(deployed.app_name, deployed.class_name)
-        .with_options(
-            gpu=variant.gpu,
-            max_containers=1,
-            scaledown_window=IDLE_S,
-            env=dict(variant.environment(config.environment)),
-            secrets=[modal.Secret.from_name(name) for name in config.app_settings.deployment_config.secrets],
-        )
-        .with_concurrency(max_inputs=LISTS_IN_FLIGHT)
-    )
-
-
-modal_config = ModalConfig()
-app = modal.App(f"{modal_config.app_name}-benchmark")
+    return service_cls.with_options(
+        gpu=variant.gpu,
+        max_containers=1,
+        scaledown_window=IDLE_S,
+        env=dict(variant.environment(config.environment)),
+        secrets=[modal.Secret.from_name(name) for name in config.app_settings.deployment_config.secrets],
+    ).with_concurrency(max_inputs=MAX_CALLS_IN_FLIGHT)
 
 
 def load_function_settings(config: ModalConfig) -> dict[str, Any]:
@@ -84,13 +103,19 @@ def load_function_settings(config: ModalConfig) -> dict[str, Any]:
 
 
 @app.function(**load_function_settings(modal_config))
-async def measure(variant: Variant, load: Load, deployed: Deployed) -> VariantResult:
+async def measure(variant: Variant, load: Load, measured: Measured) -> VariantResult:
     """Measure one variant from within Modal."""
 
     @asynccontextmanager
     async def open_variant(variant: Variant) -> AsyncIterator[Target]:
-        parameters = {} if deployed.model is None else {"model_name": deployed.model}
-        yield ModalTarget(variant_class(deployed, variant, modal_config)(**parameters))
+        parameters = {} if measured.model is None else {"model_name": measured.model}
+        instance = variant_class(measured.service_cls(), variant, modal_config)(**parameters)
+
+        async def connect() -> Any:
+            return instance.process_request
+
+        async with ModalEngine({MODEL: connect}) as engine:
+            yield ModalTarget(engine, instance)
 
     return await measure_variant(variant, load, open_variant, mixed_length_texts())
 
@@ -104,21 +129,23 @@ def main(
     model: str = "",
     output: str = "gpu-matrix",
     records: bool = False,
-    app_name: str = modal_config.app_name,
-    class_name: str = "Model",
+    app_name: str = "",
+    class_name: str = "",
 ) -> None:
     """Measure all variants, print the figures, and write them and a plot into the folder `output`."""
     matrix = parse_matrix(gpus, batch_sizes, concurrency, seconds, keeps_records=records)
-    deployed = Deployed(app_name, class_name, model or None)
-    results = Results(matrix, {"app": app_name, "class": class_name, "model": deployed.model}, Path(output))
+    measured = Measured(model or None, app_name or None, class_name or None)
+    results = Results(
+        matrix, {"app": measured.app_name, "class": measured.class_name, "model": measured.model}, Path(output)
+    )
     for variant in matrix.variants():
         print(f"{variant.gpu}, batches of at most {variant.max_batch_size}")
-        results.add(_measured(variant, matrix.load, deployed))
+        results.add(_measured(variant, matrix.load, measured))
     results.print(Console(width=120))
 
 
-def _measured(variant: Variant, load: Load, deployed: Deployed) -> VariantResult:
+def _measured(variant: Variant, load: Load, measured: Measured) -> VariantResult:
     try:
-        return measure.remote(variant, load, deployed)
+        return measure.remote(variant, load, measured)
     except Exception as error:  # noqa: BLE001  # the other variants are measured all the same
         return VariantResult(variant=variant, error=describe_error(error))

@@ -93,7 +93,8 @@ def import_object(path: str, key: str) -> Any:
         raise LoadError(f"{key}: module {module_name!r} has no {attribute!r}; check the spelling and case") from None
 
 
-def _import_class(path: str, key: str, base: type[T]) -> type[T]:
+def import_class(path: str, key: str, base: type[T]) -> type[T]:
+    """Import the subclass of `base` that ``module:Class`` names; see `import_object`. Raises `LoadError`."""
     found = import_object(path, key)
     if not (inspect.isclass(found) and issubclass(found, base)):
         raise LoadError(f"{key}: {path!r} must be a subclass of {base.__name__}, it is {found!r}")
@@ -119,7 +120,7 @@ class ModelSource:
         if implementation is not None:
             self.pipeline_class = implementation
         elif entry is not None:
-            self.pipeline_class = _import_class(
+            self.pipeline_class = import_class(
                 entry.pipeline,
                 f"{self._key}.pipeline",
                 InferencePipeline,  # type: ignore[type-abstract]  # compared with, never made
@@ -129,9 +130,9 @@ class ModelSource:
         self.input_model: type[BaseModel] = self.pipeline_class.input_model
         self.output_model: type[InferenceOutputModel] = self.pipeline_class.output_model
         if entry is not None and entry.input_model is not None:
-            self.input_model = _import_class(entry.input_model, f"{self._key}.input_model", BaseModel)
+            self.input_model = import_class(entry.input_model, f"{self._key}.input_model", BaseModel)
         if entry is not None and entry.output_model is not None:
-            self.output_model = _import_class(entry.output_model, f"{self._key}.output_model", InferenceOutputModel)
+            self.output_model = import_class(entry.output_model, f"{self._key}.output_model", InferenceOutputModel)
 
     def load(self, device: str | None = None) -> InferencePipeline:
         """Construct the pipeline, which takes seconds; may run in any thread. Raises `LoadError`.

@@ -1,5 +1,6 @@
-"""Runs the batches of a pipeline, and classifies failures of batches that were too large."""
+"""Runs the batches of a pipeline, and classifies failures: of batches that were too large, and of the device."""
 
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,16 @@ from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, Inferen
 from modalkit.service.errors import ItemRejectedError, PipelineOutputError, error_text
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_DEVICE_FAULT = re.compile(
+    r"CUDA error|HIP error|device-side assert|an illegal memory access|unspecified launch failure"
+    r"|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|NOT_INITIALIZED)"
+    r"|CUDNN_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
+)
+# After these a context goes on working; they are the fault of a call, or of the build ("cudaError", CUDA Runtime API).
+_FAULT_OF_THE_CALL = re.compile(
+    r"invalid (configuration )?argument|invalid device (function|ordinal)|no kernel image"
+    r"|CUBLAS_STATUS_(INVALID_VALUE|NOT_SUPPORTED|ARCH_MISMATCH)"
+)
 
 
 def run_batch_of(pipeline: InferencePipeline) -> RunBatch[BaseModel, InferenceOutputModel]:
@@ -65,3 +76,17 @@ def _checked(output: object) -> InferenceOutputModel | Exception:
     if not isinstance(output, InferenceOutputModel):
         return PipelineOutputError(output)
     return ItemRejectedError(output.error or "the pipeline gave no reason") if output.status == "error" else output
+
+
+def is_device_fault(error: Exception) -> bool:
+    """Whether no later batch of this process can succeed, because its CUDA context is lost; not for lack of memory."""
+    if is_too_large(error):
+        return False
+    # torch has an error of its own for it since 2.8.
+    accelerator_error: tuple[()] | type[Exception] = getattr(sys.modules.get("torch"), "AcceleratorError", ())
+    text = error_text(error)
+    if not isinstance(error, accelerator_error) and not (
+        isinstance(error, RuntimeError) and _DEVICE_FAULT.search(text)
+    ):
+        return False
+    return _FAULT_OF_THE_CALL.search(text) is None

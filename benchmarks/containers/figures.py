@@ -2,11 +2,13 @@
 
 import statistics
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from modalkit.batching import BatchRecord, SchedulerStatistics
+from modalkit.batching import SchedulerStatistics
 from modalkit.benchmarks.containers.matrix import Figures
 
 
@@ -16,11 +18,12 @@ class UnmeasurableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a container tells of itself; see `ModalService.batch_report`."""
+    """What a container tells of itself; see `MeasuredService.batch_report`."""
 
     device: str
     statistics: SchedulerStatistics
-    records: list[BatchRecord]
+    records: list[Mapping[str, Any]]
+    """Each has the fields of a `BatchRecord`, without its errors."""
 
 
 @dataclass
@@ -45,10 +48,10 @@ def figures_of(answers: Answers, before: SchedulerStatistics, report: Report) ->
     sizes.subtract(before.batch_sizes)
     if not sizes.total() or not records:
         raise UnmeasurableError("the container that was asked ran no batches, so another one did; measure it again")
-    counts = [record.count for record in records]
+    counts = [record["count"] for record in records]
     mean_s = statistics.fmean(answers.latencies_s)
-    queue_s = statistics.fmean((record.queue_s for record in records), counts)
-    batch_s = statistics.fmean((record.total_s for record in records), counts)
+    queue_s = statistics.fmean((record["queue_s"] for record in records), counts)
+    batch_s = statistics.fmean((record["total_s"] for record in records), counts)
     p50_s, p95_s, p99_s = np.quantile(answers.latencies_s, (0.5, 0.95, 0.99)).tolist()
     return Figures(
         answered=len(answers.latencies_s),

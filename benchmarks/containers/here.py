@@ -7,34 +7,31 @@ from typing import Any
 
 from modalkit.benchmarks.containers.load import OpenTarget, Target
 from modalkit.benchmarks.containers.matrix import Variant
+from modalkit.benchmarks.containers.measured import MeasuredService
+from modalkit.service.calls.engine import CallOptions
 from modalkit.service.errors import RemoteCallError, describe_error
 from modalkit.service.on_modal.config import ModalConfig
-from modalkit.service.on_modal.service import ModalService
 
 
 class TargetHere:
     """A service that runs in this process; a call of it fails as one that goes through Modal does."""
 
-    def __init__(self, service: ModalService) -> None:
-        self.remote = self
+    def __init__(self, service: MeasuredService) -> None:
+        self.client = self
         # Methods of an object that is not registered with Modal are plain ones, whatever their type says.
         self._process_request: Any = service.process_request
         self._batch_report: Any = service.batch_report
 
-    async def process(self, input_list: Sequence[Any], **options: Any) -> Sequence[Mapping[str, Any]]:
-        """See `RemoteService.process`."""
+    async def call(self, model_name: str, entries: Sequence[Any], options: CallOptions) -> Sequence[Mapping[str, Any]]:  # noqa: ARG002  # the protocol's
+        """Run a call. Raises `RemoteCallError`."""
         try:
-            outcomes: Sequence[Mapping[str, Any]] = await self._process_request(input_list, **options)
+            outcomes: Sequence[Mapping[str, Any]] = await self._process_request(entries, **options.arguments())
         except Exception as error:
             raise RemoteCallError(f"the call failed: {describe_error(error)}") from error
         return outcomes
 
-    async def spawn(self, input_list: Sequence[Any], **options: Any) -> str:  # noqa: ARG002  # the protocol's
-        """Not available: there are no calls here that could be asked for."""
-        raise RemoteCallError("a service in this process takes no calls that nobody waits for")
-
     async def report(self) -> Mapping[str, Any]:
-        """See `Target.report`."""
+        """The report of the container."""
         report: Mapping[str, Any] = await self._batch_report()
         return report
 
@@ -44,7 +41,7 @@ def opening_here(model_name: str | None, environ: Mapping[str, str] = os.environ
 
     @asynccontextmanager
     async def open_here(variant: Variant) -> AsyncIterator[Target]:
-        service = ModalService()
+        service = MeasuredService()
         service.modal_utils = ModalConfig(environ=variant.environment(environ))
         service.model_name = model_name
         async with service:

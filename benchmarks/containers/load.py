@@ -10,32 +10,34 @@ import anyio
 import modal
 from pydantic import BaseModel, TypeAdapter
 
-from modalkit.batching import BatchRecord
 from modalkit.benchmarks.containers.figures import Answers, Report, UnmeasurableError, figures_of
 from modalkit.benchmarks.containers.matrix import Cell, Load, Variant, VariantResult
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.calls.engine import CallClient, CallOptions
+from modalkit.service.calls.predictor import CallModel
+from modalkit.service.calls.wire_format import read_outcome
 from modalkit.service.errors import describe_error
-from modalkit.service.on_modal.call_format import read_outcome
-from modalkit.service.on_modal.lists import RemotePredictor
-from modalkit.service.on_modal.remote import RemoteService
 from modalkit.service.settings import BatchConfig
 from modalkit.service.version import VERSION
 
 ERRORS_IN_A_ROW = 5
 """After so many a caller gives up: what refuses everything at once would be asked without end."""
 SHOWN_OF_AN_ERROR = 300
+MODEL = "the measured model"
+"""What calls name it; a target has one model."""
 MODEL_LIBRARIES = ("torch", "transformers")
 
 
 class Target(Protocol):
-    """A container, or what stands in for one, that nobody else calls."""
+    """A container, or what stands in for one, that has no other caller."""
 
     @property
-    def remote(self) -> RemoteService:
-        """Takes lists."""
+    def client(self) -> CallClient:
+        """What calls it."""
         ...  # a protocol method has no body
 
     async def report(self) -> Mapping[str, Any]:
-        """See `ModalService.batch_report`."""
+        """What `MeasuredService.batch_report` returns."""
         ...
 
 
@@ -71,7 +73,7 @@ async def measure_variant(variant: Variant, load: Load, open_target: OpenTarget,
 
 async def _first_answer(target: Target, item: TextItem) -> None:
     """Raises what the item failed with: all others are like it."""
-    for outcome in map(read_outcome, await target.remote.process([{"message": item.model_dump()}])):
+    for outcome in map(read_outcome, await target.client.call(MODEL, [{"message": item.model_dump()}], CallOptions())):
         if isinstance(outcome, Exception):
             raise outcome
 
@@ -79,9 +81,9 @@ async def _first_answer(target: Target, item: TextItem) -> None:
 async def _cell(target: Target, variant: Variant, load: Load, concurrency: int, items: Iterator[TextItem]) -> Cell:
     try:
         with _at_most(load.warm_up_s + load.duration_s + load.drain_timeout_s, "not everything was answered"):
-            await send(target.remote, variant.max_batch_size, items, concurrency, load.warm_up_s)
+            await send(target.client, variant.max_batch_size, items, concurrency, load.warm_up_s)
             before = await _report(target)
-            answers = await send(target.remote, variant.max_batch_size, items, concurrency, load.duration_s)
+            answers = await send(target.client, variant.max_batch_size, items, concurrency, load.duration_s)
             report = await _report(target)
         if not answers.latencies_s:
             why = max(answers.errors, key=answers.errors.__getitem__, default="there was no time")
@@ -89,24 +91,25 @@ async def _cell(target: Target, variant: Variant, load: Load, concurrency: int, 
         figures = figures_of(answers, before.statistics, report)
     except Exception as error:  # noqa: BLE001  # the other cells are measured all the same
         return Cell(concurrency=concurrency, error=describe_error(error))
-    records = _RECORDS.dump_python(report.records, mode="json") if load.keeps_records else []
+    records = report.records if load.keeps_records else []
     return Cell(concurrency=concurrency, figures=figures, records=records)
 
 
 async def send(
-    remote: RemoteService, max_batch_size: int, items: Iterator[TextItem], concurrency: int, duration_s: float
+    client: CallClient, max_batch_size: int, items: Iterator[TextItem], concurrency: int, duration_s: float
 ) -> Answers:
-    """Keep `concurrency` items in flight for so long, gathered into lists, and wait for the last of them."""
+    """Keep `concurrency` items in flight for so long, gathered into calls, and wait for the last of them."""
     answers = Answers()
     config = BatchConfig(max_batch_size=max_batch_size, max_queue_size=max(concurrency, max_batch_size))
-    async with RemotePredictor(remote, config, name="the benchmark") as predictor:
+    model = CallModel(MODEL, client, config, input_model=TextItem, output_model=InferenceOutputModel)
+    async with model:
         started_s = anyio.current_time()
 
         async def call() -> None:
             in_a_row = 0
             while in_a_row < ERRORS_IN_A_ROW and (sent_s := anyio.current_time()) < started_s + duration_s:
                 try:
-                    await predictor.predict(next(items))
+                    await model.predict(next(items))
                 except Exception as error:  # noqa: BLE001  # counted
                     answers.errors[describe_error(error)[:SHOWN_OF_AN_ERROR]] += 1
                     in_a_row += 1
@@ -118,11 +121,11 @@ async def send(
             for _ in range(concurrency):
                 task_group.start_soon(call)
         answers.elapsed_s = anyio.current_time() - started_s
-        answers.mean_list_length = predictor.statistics().mean_batch_size
+        answers.mean_list_length = model.statistics().mean_batch_size
     return answers
 
 
-_REPORT, _RECORDS = TypeAdapter(Report), TypeAdapter(list[BatchRecord])
+_REPORT = TypeAdapter(Report)
 
 
 async def _report(target: Target) -> Report:

@@ -266,7 +266,7 @@ class Deliverer(AsyncContextManagerMixin):
         while attempted := await self._attempted.collect():
             records = [record for _, record in attempted]
             await self._store_records(records)
-            _log_failures([(_queue_of(job), record) for job, record in attempted])
+            log_failed_attempts([(_queue_of(job), record) for job, record in attempted])
             due_in_s = [record.due_at - self._clock() for record in records if record.status is DeliveryStatus.PENDING]
             if due_in_s:
                 poll_at = anyio.current_time() + max(0.0, min(due_in_s)) + POLL_MARGIN_S
@@ -285,7 +285,7 @@ class Deliverer(AsyncContextManagerMixin):
                 await self._closing.wait()
 
 
-def _log_failures(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
+def log_failed_attempts(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
     """Log one line per queue, not per message: a queue that is down fails thousands."""
     failed = Counter((queue, record.status) for queue, record in records if record.error is not None)
     last = {(queue, record.status): record for queue, record in records}

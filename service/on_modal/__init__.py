@@ -1,1 +1,1 @@
-"""The worker inside a Modal class: started and drained by its hooks, fed with lists, and the doors to it."""
+"""The worker inside a Modal class, Modal as an engine of calls, and the HTTP services over both."""

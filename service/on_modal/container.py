@@ -1,44 +1,44 @@
 """What runs inside a container: a worker with its upkeep, and what takes the container out of rotation."""
 
+import asyncio
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from typing import Any, Generic, TypeVar
 
 import anyio
 import modal
-from pydantic_core import to_jsonable_python
+from anyio import to_thread
 
-from modalkit.batching import BatchRecord, Priority
+from modalkit.batching import BatchRecord
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferencePipeline
-from modalkit.service.errors import ContainerFaultError
+from modalkit.service.calls.delivery import CallDelivery
+from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
+from modalkit.service.calls.processor import Call, CallProcessor
+from modalkit.service.calls.records import CallRecords
+from modalkit.service.errors import ContainerFaultError, RemoteCallError, ServiceError, describe_error
+from modalkit.service.gateway import Readiness
 from modalkit.service.jobs import MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.model import new_job_id
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.loading import ModelSource
 from modalkit.service.on_modal.config import ModalConfig
-from modalkit.service.on_modal.ledger import CallLedger, MemoryTable
-from modalkit.service.on_modal.lifetime import Lifetime
-from modalkit.service.on_modal.processing import Call, ListProcessor
-from modalkit.service.on_modal.responses import ResponseSender
-from modalkit.service.on_modal.runtime import takes_one_input_at_a_time
-from modalkit.service.on_modal.tables import open_ledger
-from modalkit.service.on_modal.volumes import keep_volumes_fresh
-from modalkit.service.on_modal.watched_worker import WatchedWorker
+from modalkit.service.on_modal.engine import open_records, takes_one_input_at_a_time
+from modalkit.service.pipeline_batches import is_device_fault
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.serving import freeze_gc
 from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 GRACE_S = 25.0
-"""How long to finish what was accepted; Modal gives an exit hook 30 seconds."""
-MARGIN_S = 5.0
-"""How long before Modal gives up on a call it returns by itself."""
-KEPT_RECORDS = 10_000
+"""Seconds to finish what was accepted; Modal gives an exit hook 30."""
+CALL_MARGIN_S = 5.0
+"""Seconds before Modal's timeout at which a call returns by itself."""
 
 _ONE_INPUT_AT_A_TIME = (
     "This container takes one input at a time, so batches form only of the items within an input. Decorate the class, "
@@ -46,11 +46,86 @@ _ONE_INPUT_AT_A_TIME = (
 )
 
 
-class Container:
-    """Runs one pipeline. Started in one Modal hook and stopped in another; does without Modal in any other program.
+@contextmanager
+def only_service_errors(what_failed: str) -> Iterator[None]:
+    """Raise a `RemoteCallError` in place of an error that is no `ServiceError`.
 
-    Results of jobs go to `responses`, if there is one; `backend` says which names its queues may have. `leave_rotation`
-    is called, once, when this container can run no more batches.
+    Around everything that Modal runs in a container. Modal's client raises an error that leaves a container again where
+    the call was made; so a caller can tell it from the client's own errors by its class.
+    """
+    try:
+        yield
+    except ServiceError:
+        raise
+    except Exception as error:
+        raise RemoteCallError(f"{what_failed}: {describe_error(error)}") from error
+
+
+class ContainerWorker(InferenceWorker):
+    """The worker of a container, which is also the `Model` of the HTTP service in it.
+
+    Calls `on_fault` with the reason, once, when this process can run no more batches.
+    """
+
+    def __init__(
+        self,
+        pipeline: InferencePipeline,
+        source: ModelSource,
+        *,
+        on_fault: Callable[[str], None],
+        on_batch: Callable[[BatchRecord], None],
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            pipeline,
+            input_model=source.input_model,
+            on_batch=self._look_at,
+            **options,
+        )
+        self.output_model = source.output_model
+        self._report_fault = on_fault
+        self._report_batch = on_batch
+        self._has_fault = False
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.model_name
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether this process should be replaced."""
+        return self._has_fault or super().is_broken
+
+    @property
+    def readiness(self) -> Readiness:
+        """Whether it takes requests."""
+        return Readiness.BROKEN if self.is_broken else Readiness.READY
+
+    async def watch(self) -> None:
+        """Wait until the scheduler breaks, and report it."""
+        await self.wait_until_broken()
+        self._fault("batches of this container cannot be run any more")
+
+    def _look_at(self, record: BatchRecord) -> None:
+        fault = next((error for error in record.errors if is_device_fault(error)), None)
+        if fault is not None:
+            self._fault(f"the device of this container is broken: {describe_error(fault)}")
+        elif record.failed and super().is_broken:
+            self._fault("batches of this container hang, or cannot be run any more")
+        self._report_batch(record)
+
+    def _fault(self, reason: str) -> None:
+        if not self._has_fault:
+            self._has_fault = True
+            self._report_fault(reason)
+
+
+class Container:
+    """Runs one pipeline. Started in one Modal hook and stopped in another; needs no Modal in any other program.
+
+    Results of jobs go to `responses`, if there is one; `backend` says which names its queues may have. `on_batch` gets
+    the record of each batch. `leave_rotation` is called, once, when this container can run no more batches.
     """
 
     def __init__(
@@ -62,39 +137,37 @@ class Container:
         responses: QueueBackend | None,
         backend: QueueBackend | None,
         leave_rotation: Callable[[], Awaitable[None]],
-        ledger: CallLedger | None = None,
+        on_batch: Callable[[BatchRecord], None],
+        records: CallRecords | None = None,
     ) -> None:
         app, deployment = config.app_settings, config.app_settings.deployment_config
         self._config = config
+        self._source = source
         self._pipeline = pipeline
-        self._input_model = source.input_model
-        self._call_timeout_s = max(deployment.timeout - MARGIN_S, deployment.timeout / 2)
-        self._reload_interval_s = deployment.volume_reload_interval_seconds
-        self._records: deque[BatchRecord] = deque(maxlen=KEPT_RECORDS)
+        self._call_timeout_s = max(deployment.timeout - CALL_MARGIN_S, deployment.timeout / 2)
+        self._on_batch = on_batch
+        self._leave_rotation = leave_rotation
         self._lifetime = Lifetime(self._serve())
         self._has_warned = False
-        self._leave_rotation = leave_rotation
         self._fault: str | None = None
         self._has_fault = anyio.Event()
-        self._worker: InferenceWorker | None = None
-        self._processor: ListProcessor | None = None
-        self._ledger = ledger or (CallLedger(MemoryTable()) if modal.is_local() else open_ledger(config))
-        self._queue_rules = QueueRules(app.queue_config.allowed_queues, backend)
-        self._sender = (
-            None
-            if responses is None
-            else ResponseSender(responses, max_attempts=app.async_config.max_delivery_attempts)
+        self._worker: ContainerWorker | None = None
+        self._processor: CallProcessor | None = None
+        self.records = records or (CallRecords(MemoryKeyValueStore()) if modal.is_local() else open_records(config))
+        self.queue_rules = QueueRules(app.queue_config.allowed_queues, backend)
+        self._delivery = (
+            None if responses is None else CallDelivery(responses, max_attempts=app.async_config.max_delivery_attempts)
         )
 
     async def start(self) -> None:
         """Start the worker: warm up, learn costs. Raises what the pipeline raises."""
         self._worker = await self._lifetime.start()
         app = self._config.app_settings
-        self._processor = ListProcessor(
+        self._processor = CallProcessor(
             self._worker,
-            queue_rules=self._queue_rules,
-            sender=self._sender,
-            ledger=self._ledger,
+            queue_rules=self.queue_rules,
+            delivery=self._delivery,
+            records=self.records,
             job_timeout_s=app.async_config.timeout,
             retries=app.deployment_config.retries,
         )
@@ -110,21 +183,14 @@ class Container:
             )
 
     @property
-    def worker(self) -> InferenceWorker:
+    def worker(self) -> ContainerWorker:
         """The worker. Raises `RuntimeError` before `start`."""
         if self._worker is None:
             raise RuntimeError("the service is not running: use it inside 'async with', or in a Modal container")
         return self._worker
 
-    async def process(
-        self,
-        entries: Sequence[object],
-        *,
-        priority: Priority | None,
-        timeouts_s: Sequence[float | None] | None,
-        accepted_at: float | None,
-    ) -> list[dict[str, Any]]:
-        """Run a list; see `ListProcessor.process`. Raises `ContainerFaultError` from a container out of rotation."""
+    async def process(self, entries: Sequence[object], options: CallOptions) -> list[dict[str, Any]]:
+        """Run a call; see `CallProcessor.process`. Raises `ContainerFaultError` from a container out of rotation."""
         until_s = anyio.current_time() + self._call_timeout_s
         if self._processor is None:
             raise RuntimeError("the service is not running: use it inside 'async with', or in a Modal container")
@@ -132,46 +198,37 @@ class Container:
         if self._lifetime.is_over and self._fault is None:
             self._note_fault("the worker of this container has ended")
             await self._leave_when_faulty()
-        call_id = None if accepted_at is None else modal.current_function_call_id()
+        call_id = None if options.accepted_at is None else modal.current_function_call_id()
         call = Call(
             call_id=call_id or modal.current_input_id() or new_job_id(),
             until_s=until_s,
-            priority=priority,
-            timeouts_s=timeouts_s,
-            accepted_at=accepted_at,
-            is_recorded=call_id is not None,
+            options=options,
+            is_kept=call_id is not None,
         )
         if self._fault is not None:
             return await self._processor.refuse(entries, call, ContainerFaultError(self._fault))
         return await self._processor.process(entries, call)
 
-    def report(self) -> dict[str, Any]:
-        """The statistics so far, and the records of the latest batches, which are then forgotten; plain values."""
-        records = list(self._records)
-        self._records.clear()
-        report: dict[str, Any] = to_jsonable_python(
-            {"device": self._pipeline.device_name(), "statistics": self.worker.statistics(), "records": records}
-        )
-        return report
-
     @asynccontextmanager
-    async def _serve(self) -> AsyncIterator[InferenceWorker]:
+    async def _serve(self) -> AsyncGenerator[ContainerWorker]:
+        interval_s = self._config.app_settings.deployment_config.volume_reload_interval_seconds
         async with (
-            # Jobs of calls are kept by Modal; this one is for what the worker's own interface needs.
+            # Jobs of calls are kept by Modal; this is for the worker's own interface.
             JobManager(MemoryJobStore()) as jobs,
-            WatchedWorker(
+            ContainerWorker(
                 self._pipeline,
+                self._source,
                 on_fault=self._note_fault,
+                on_batch=self._on_batch,
                 settings=self._config.settings,
                 jobs=jobs,
-                input_model=self._input_model,
-                on_batch=self._records.append,
             ) as worker,
             plain_task_group() as upkeep,
         ):
+            upkeep.start_soon(worker.watch)
             upkeep.start_soon(self._leave_when_faulty)
-            if self._reload_interval_s is not None:
-                upkeep.start_soon(keep_volumes_fresh, self._config, self._pipeline, self._reload_interval_s)
+            if interval_s is not None:
+                upkeep.start_soon(keep_volumes_fresh, self._config, self._pipeline, interval_s)
             yield worker
             upkeep.cancel_scope.cancel()
 
@@ -190,4 +247,72 @@ class Container:
         try:
             await self._leave_rotation()
         except Exception:
-            logger.exception("Modal could not be told to send nothing more; whatever comes is refused")
+            logger.exception("Modal could not be told to send nothing more; what it sends is refused")
+
+
+async def keep_volumes_fresh(config: ModalConfig, pipeline: InferencePipeline, interval_s: float) -> None:
+    """Every `interval_s` seconds, reload the volumes and tell the pipeline, in a thread beside the batches. Never ends.
+
+    What fails is logged, and tried again the next time.
+    """
+    while True:
+        await anyio.sleep(interval_s)
+        try:
+            if await to_thread.run_sync(config.reload_volumes):
+                await to_thread.run_sync(pipeline.on_volume_reload)
+        except Exception:
+            logger.exception("The pipeline could not take up what is new on the volumes")
+
+
+class Lifetime(Generic[T]):
+    """Enters a context in one hook and leaves it in another.
+
+    Modal runs each hook as a task of its own, and a task group has to be left by the task that entered it. So one task
+    of ours does both, and lives in between. No task group owns it, because none spans Modal's hooks.
+    """
+
+    def __init__(self, context: AbstractAsyncContextManager[T]) -> None:
+        self._context = context
+        self._leave = asyncio.Event()
+        self._entered: asyncio.Future[T] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the context was left, or broke down."""
+        return self._task is None or self._task.done()
+
+    async def start(self) -> T:
+        """Enter the context, and return what it gives. Raises what entering it raises."""
+        self._entered = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._own(self._entered), name="modalkit")
+        try:
+            return await self._entered
+        except BaseException:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            raise
+
+    async def stop(self, grace_s: float) -> bool:
+        """Leave the context; cancels that after `grace_s` seconds. Returns whether they were enough."""
+        if self._task is None:
+            return True
+        self._leave.set()
+        _, unfinished = await asyncio.wait([self._task], timeout=grace_s)
+        if unfinished:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        if not self._task.cancelled() and (error := self._task.exception()) is not None:
+            logger.error("The worker ended with an error", exc_info=error)
+        return not unfinished
+
+    async def _own(self, entered: "asyncio.Future[T]") -> None:
+        try:
+            async with self._context as value:
+                entered.set_result(value)
+                await self._leave.wait()
+        except BaseException as error:
+            # A cancellation from inside the context, too: `start` would wait for ever.
+            if entered.done():
+                raise
+            entered.set_exception(error)

@@ -1,4 +1,4 @@
-"""`create_web_endpoints`: the HTTP service over a class of Modal's, or over one that is not registered anywhere."""
+"""The HTTP service over a class of Modal's, over one that is not registered anywhere, and in a container itself."""
 
 import inspect
 import logging
@@ -10,18 +10,22 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.service.calls.gateway import CallGateway
+from modalkit.service.calls.jobs import CallJobs
+from modalkit.service.calls.predictor import CallModel
 from modalkit.service.gateway import Gateway
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.loading import LoadError, ModelSource
 from modalkit.service.local_gateway import LocalGateway
-from modalkit.service.on_modal.call_jobs import CallJobs
 from modalkit.service.on_modal.config import ModalConfig
-from modalkit.service.on_modal.gateway import ModalGateway
+from modalkit.service.on_modal.engine import (
+    Connect,
+    ModalEngine,
+    connection,
+    open_records,
+    takes_one_input_at_a_time,
+)
 from modalkit.service.on_modal.hosting import HostedService, model_source, responses_of
-from modalkit.service.on_modal.models import RemoteModel, connection
-from modalkit.service.on_modal.remote import ModalCalls
-from modalkit.service.on_modal.runtime import takes_one_input_at_a_time
-from modalkit.service.on_modal.tables import open_ledger
 from modalkit.service.web import create_app
 
 logger = logging.getLogger(__name__)
@@ -41,8 +45,8 @@ def create_web_endpoints(
     may be asked for, the first by default. A subclass that is not registered is served by this process, as
     ``modalkit serve`` would: for development.
 
-    Items are validated as `input_model` and documented with `output_model`, by default those of the configuration. Who
-    may call is up to ``auth_config``.
+    Items are validated as `input_model`, here and in the containers, and documented with `output_model`; by default
+    these are those of the configuration. Who may call is up to ``auth_config``.
     """
     config = getattr(app_cls, "modal_utils", None)
     config = config if isinstance(config, ModalConfig) else ModalConfig()
@@ -54,41 +58,87 @@ def create_web_endpoints(
     return create_app(gateway, auth=config.app_settings.auth_config)
 
 
+def web_app_here(
+    service: HostedService,
+    input_model: type[BaseModel] | None,
+    output_model: type[InferenceOutputModel] | None,
+    connect: Connect | None,
+) -> FastAPI:
+    """The HTTP service of a container over its own worker. Jobs become calls, by `connect`; without, they are refused.
+
+    The worker validates items as `input_model` from now on.
+    """
+    config, container = service.configuration(), service.running()
+    worker, path = container.worker, import_path(input_model)
+    worker.input_model = input_model or worker.input_model
+    worker.output_model = output_model or worker.output_model
+    models, engine = {worker.name: worker}, ModalEngine({} if connect is None else {worker.name: connect})
+    jobs = CallJobs(
+        engine,
+        open_records(config),
+        models,
+        queue_rules=container.queue_rules,
+        config=config.app_settings.batch_config,
+        input_model_path=path,
+    )
+    return create_app(CallGateway(models, jobs, opens=[engine]), auth=config.app_settings.auth_config)
+
+
 def _gateway_to(
     app_cls: Any,
     config: ModalConfig,
     input_model: type[BaseModel] | None,
     output_model: type[InferenceOutputModel] | None,
     models: Sequence[str],
-) -> ModalGateway:
+) -> CallGateway:
     if takes_one_input_at_a_time():
         logger.info(
             "This web container handles one request at a time; decorate the function, below @app.function(...), with "
             "@modal.concurrent(**modal_config.get_handler_concurrency_settings()) to have it gather lists of them"
         )
-    ledger, app_settings = open_ledger(config), config.app_settings
-    queue_rules = QueueRules(app_settings.queue_config.allowed_queues, None)
     parameters_of = {name: {"model_name": name} for name in models} or {_name_of(app_cls, config): {}}
+    engine = ModalEngine({name: connection(app_cls, config, given) for name, given in parameters_of.items()})
+    path, batch_config = import_path(input_model), config.app_settings.batch_config
 
-    def model(name: str, parameters: Mapping[str, Any]) -> RemoteModel:
-        _said_name(app_cls, parameters)  # which says what is wrong with them before Modal does, at each call
+    def call_model(name: str, parameters: Mapping[str, Any]) -> CallModel:
+        _own_name(app_cls, parameters)  # which says what is wrong with them before Modal does, at each call
         known_input, known_output = input_model, output_model
         if known_input is None or known_output is None:
             source = ModelSource(config.settings, name, _implementation(app_cls))
             known_input, known_output = known_input or source.input_model, known_output or source.output_model
-        return RemoteModel(
+        return CallModel(
             name,
-            known_input,
-            known_output,
-            connection(app_cls, config, parameters),
-            ledger=ledger,
-            queue_rules=queue_rules,
-            settings=app_settings,
+            engine,
+            batch_config,
+            input_model=known_input,
+            output_model=known_output,
+            input_model_path=path,
         )
 
-    return ModalGateway(
-        {name: model(name, parameters) for name, parameters in parameters_of.items()}, CallJobs(ModalCalls(), ledger)
+    call_models = {name: call_model(name, parameters) for name, parameters in parameters_of.items()}
+    jobs = CallJobs(
+        engine,
+        open_records(config),
+        call_models,
+        queue_rules=QueueRules(config.app_settings.queue_config.allowed_queues, None),
+        config=batch_config,
+        input_model_path=path,
     )
+    return CallGateway(call_models, jobs, opens=[engine, *call_models.values()])
+
+
+def import_path(model: type[BaseModel] | None) -> str | None:
+    """Where a container imports a class, ``module:Class``; None for None, and for a class that it cannot import."""
+    if model is None:
+        return None
+    if model.__module__ == "__main__" or not model.__qualname__.isidentifier():
+        logger.warning(
+            "input_model: containers cannot import %s, so they validate messages as the pipeline's own class; define "
+            "it at the top level of a module that is in the image",
+            model.__qualname__,
+        )
+        return None
+    return f"{model.__module__}:{model.__qualname__}"
 
 
 def _gateway_here(
@@ -115,8 +165,8 @@ def _implementation(app_cls: Any) -> type[InferencePipeline] | None:
 
 
 def _name_of(app_cls: Any, config: ModalConfig) -> str:
-    """What the service calls its model, which its constructor may say; of a class that was looked up, the first."""
-    name, implementation = _said_name(app_cls, {}), _implementation(app_cls)
+    """The name of the service's model, which its constructor may set; of a class that was looked up, the first."""
+    name, implementation = _own_name(app_cls, {}), _implementation(app_cls)
     if name is None and implementation is not None:
         name = implementation.__name__
     if name is None:
@@ -126,12 +176,12 @@ def _name_of(app_cls: Any, config: ModalConfig) -> str:
     return name
 
 
-def _said_name(app_cls: Any, parameters: Mapping[str, str]) -> str | None:
-    """What an instance says that its model is called. Raises `LoadError` where there can be no such instance."""
+def _own_name(app_cls: Any, parameters: Mapping[str, str]) -> str | None:
+    """The `model_name` of an instance. Raises `LoadError` where there can be no such instance."""
     try:
         name = app_cls(**parameters).model_name
     except (AttributeError, modal.exception.NotFoundError):
-        return None  # of one that was looked up, only methods are known
+        return None  # of a class that was looked up, only methods are known
     except TypeError as error:
         raise LoadError(
             f"an instance of the service class cannot be made with {dict(parameters)}: {error}; where it has several "

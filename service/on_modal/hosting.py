@@ -2,22 +2,59 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ClassVar, Self, cast
 
 import modal
 import modal.experimental
 from anyio import to_thread
+from modal.cls import is_parameter
 
+from modalkit.batching import BatchRecord
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
 from modalkit.service.on_modal.config import ModalConfig
-from modalkit.service.on_modal.constructor import Constructible
-from modalkit.service.on_modal.container import Container
+from modalkit.service.on_modal.container import Container, only_service_errors
 from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend
 from modalkit.service.queue_backends.sending import close_backend
 
 logger = logging.getLogger(__name__)
+
+
+class _Constructor:
+    """A constructor that instances find, and that a look at the class does not."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return object.__init__ if instance is None else self._function.__get__(instance, owner)
+
+
+class Constructible:
+    """The root of classes that Modal takes with their constructors, where these can be called without arguments.
+
+    `modal.App.cls` looks at ``TheClass.__init__`` and refuses everything but `object.__init__`, inherited constructors
+    too, because a constructor's arguments would not reach the container. Ours have defaults, so no argument has to: the
+    class shows `object.__init__`, and its instances, those that Modal makes in a container included, run the real one.
+    The price: a constructor has to call that of its base by ``super().__init__``; ``Base.__init__(self)`` looks at the
+    class.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        constructor = cls.__init__  # its own, or one that a class outside of this family brings along
+        if constructor is not object.__init__:
+            cls.__init__ = _Constructor(constructor)  # type: ignore[assignment, method-assign]  # see above
+
+    def __new__(cls, *_args: Any, **_options: Any) -> Self:
+        """Make an instance, ready for use where the class has parameters."""
+        instance = super().__new__(cls)
+        if any(is_parameter(value) for value in vars(cls).values()):
+            # Of a class with `modal.parameter`s Modal makes instances by this method alone, and then sets those.
+            instance.__init__()  # type: ignore[misc]  # on purpose
+        return instance
 
 
 class HostedService(Constructible):
@@ -39,7 +76,7 @@ class HostedService(Constructible):
     model_name = cast("str | None", None)
     """The entry of ``model_settings.model_entries`` whose keys the pipeline gets; there need not be one."""
 
-    # What a constructor that does not call this one's leaves as it is.
+    # Class-level defaults, for a constructor that does not call this one.
     _container: Container | None = None
     _starting: asyncio.Lock | None = None
     _pipeline_of_snapshot: InferencePipeline | None = None
@@ -57,7 +94,8 @@ class HostedService(Constructible):
 
     @modal.enter()
     async def _start_in_container(self) -> None:
-        await self._start()
+        with only_service_errors("the container could not start"):
+            await self._start()
 
     @modal.exit()
     async def _stop_in_container(self) -> None:
@@ -85,6 +123,9 @@ class HostedService(Constructible):
         """Hand a message to the queue backend; returns whether it was taken."""
         return self.queue_backend is not None and await self.queue_backend.send_message(queue_name, message)
 
+    def on_batch(self, record: BatchRecord) -> None:
+        """Called in the event loop with the record of each batch. Does nothing; for subclasses that measure."""
+
     async def _start(self) -> None:
         if self._starting is None:
             self._starting = asyncio.Lock()
@@ -110,11 +151,12 @@ class HostedService(Constructible):
             responses=responses_of(self),
             backend=self.queue_backend,
             leave_rotation=self._leave_rotation,
+            on_batch=self.on_batch,
         )
         try:
             await container.start()
         except BaseException:
-            await self._let_go_of_backend()
+            await self._close_own_backend()
             raise
         return container
 
@@ -124,9 +166,9 @@ class HostedService(Constructible):
             if container is not None:
                 await container.stop(used_s)
         finally:
-            await self._let_go_of_backend()
+            await self._close_own_backend()
 
-    async def _let_go_of_backend(self) -> None:
+    async def _close_own_backend(self) -> None:
         if self._owns_backend:
             backend, self.queue_backend, self._owns_backend = self.queue_backend, None, False
             await close_backend(backend)
@@ -179,22 +221,23 @@ class _ByMethods:
         self._service = service
 
     async def send_message(self, queue_name: str, message: str) -> bool:
-        """See `QueueBackend.send_message`. A method that returns nothing has sent it."""
+        """Send a message; returns whether it was taken. A method that returns nothing has sent it."""
         return await self._service.send_async_response(queue_name, message) is not False
 
 
 async def _load_for_snapshot(self: HostedService) -> None:
     """Load the weights before Modal takes a snapshot: on the CPU, as there is no GPU yet, unless that is included."""
-    config = self.configuration()
-    source = model_source(self, config)
-    deployment = config.app_settings.deployment_config
-    if deployment.gpu_snapshot:
-        self._pipeline_of_snapshot = await to_thread.run_sync(source.load)
-        await to_thread.run_sync(self._pipeline_of_snapshot.warm_up)
-    elif deployment.gpu is None or source.pipeline_class.move_to is not InferencePipeline.move_to:
-        self._pipeline_of_snapshot = await to_thread.run_sync(source.load, "cpu")
-    else:
-        logger.warning(
-            "%s has no move_to, so the snapshot holds what it imports, but not its weights: implement move_to",
-            source.pipeline_class.__name__,
-        )
+    with only_service_errors("the container could not start"):
+        config = self.configuration()
+        source = model_source(self, config)
+        deployment = config.app_settings.deployment_config
+        if deployment.gpu_snapshot:
+            self._pipeline_of_snapshot = await to_thread.run_sync(source.load)
+            await to_thread.run_sync(self._pipeline_of_snapshot.warm_up)
+        elif deployment.gpu is None or source.pipeline_class.move_to is not InferencePipeline.move_to:
+            self._pipeline_of_snapshot = await to_thread.run_sync(source.load, "cpu")
+        else:
+            logger.warning(
+                "%s has no move_to, so the snapshot holds what it imports, but not its weights: implement move_to",
+                source.pipeline_class.__name__,
+            )

@@ -10,8 +10,7 @@ import modal
 
 from modalkit.service.loading import LoadError
 from modalkit.service.on_modal.image_code import own_package, own_requirements, user_code
-from modalkit.service.on_modal.image_models import in_container, models
-from modalkit.service.on_modal.image_plan import ImagePlan, LocalPath
+from modalkit.service.on_modal.image_plan import ImagePlan, LocalPath, in_container, models
 from modalkit.service.settings import BuildConfig, DeploymentConfig, Settings
 from modalkit.service.settings.sources import CONFIG_VARIABLE, DEFAULT_FILE
 

@@ -1,19 +1,26 @@
-"""`ModalServer`: the worker as a server of its own in a container, which Modal's proxy sends requests to directly."""
+"""Classes under ``@app.server``: HTTP from a container's port, which Modal's proxy sends requests to directly."""
 
 import signal
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
 import anyio
 import modal
 import uvicorn
+from fastapi import FastAPI
 from pydantic import BaseModel
 
+from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel
-from modalkit.service.on_modal.hosting import HostedService
-from modalkit.service.on_modal.http_port import GRACE_S, serving
-from modalkit.service.on_modal.lifetime import Lifetime
-from modalkit.service.on_modal.models import connection
-from modalkit.service.on_modal.web_here import web_app_here
+from modalkit.service.on_modal.container import Lifetime
+from modalkit.service.on_modal.endpoints import create_web_endpoints, web_app_here
+from modalkit.service.on_modal.engine import connection
+from modalkit.service.on_modal.hosting import Constructible, HostedService
+from modalkit.service.serving import Server, listening
+
+GRACE_S = 20.0
+"""Seconds that open requests may go on after the server was told to stop."""
 
 
 class ModalServer(HostedService):
@@ -67,3 +74,60 @@ class ModalServer(HostedService):
         """End this container, which has no inputs to stop, as Modal ends it: open requests are finished."""
         if not modal.is_local():
             signal.raise_signal(signal.SIGTERM)
+
+
+class ModalWebServer(Constructible):
+    """Serves `create_web_endpoints` from the containers of a class under ``@app.server``, which need no GPU.
+
+    As in::
+
+        @app.server(port=8000, **modal_config.get_web_server_settings())
+        class SentimentWeb(ModalWebServer):
+            app_cls = SentimentApp
+
+    A web function gets requests one by one from Modal's queue of inputs; this gets them from Modal's proxy, as many at
+    a time as are sent, so that its calls are longer. Modal never runs a request again; it does so with calls.
+    """
+
+    app_cls: ClassVar[Any] = None
+    """The registered `ModalService` that runs the calls."""
+    input_model: ClassVar[type[BaseModel] | None] = None
+    """What items are validated as; None leaves it to the configuration."""
+    output_model: ClassVar[type[InferenceOutputModel] | None] = None
+    """What results are documented with; None leaves it to the configuration."""
+    models: ClassVar[Sequence[str]] = ()
+    """The names that ``?model_name=`` may have, where `app_cls` has a parameter of that name."""
+    port: ClassVar[int] = 8000
+    """As given to ``@app.server``."""
+    host: ClassVar[str] = "0.0.0.0"  # noqa: S104  # Modal's proxy comes from outside the container
+
+    _server: Lifetime[uvicorn.Server] | None = None
+
+    @modal.enter()
+    async def _start_in_container(self) -> None:
+        app = create_web_endpoints(self.app_cls, self.input_model, self.output_model, models=self.models)
+        self._server = Lifetime(serving(app, self.host, self.port))
+        await self._server.start()
+
+    @modal.exit()
+    async def _stop_in_container(self) -> None:
+        if self._server is not None:
+            await self._server.stop(GRACE_S)
+
+
+@asynccontextmanager
+async def serving(app: FastAPI, host: str, port: int) -> AsyncGenerator[uvicorn.Server]:
+    """Serve while the context is open, from when the port answers.
+
+    Raises `AddressError`, and what the application's start does.
+    """
+    config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=int(GRACE_S))
+    server = Server(config)
+    # Both here, because uvicorn ends the process where the address is taken, or the application cannot start.
+    with listening(host, port) as listener:
+        async with app.router.lifespan_context(app), plain_task_group() as task_group:
+            task_group.start_soon(server.serve, [listener])
+            while not server.started:  # noqa: ASYNC110  # uvicorn has nothing to wait for
+                await anyio.sleep(0.01)
+            yield server
+            server.should_exit = True

@@ -7,12 +7,12 @@ import modal
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from modalkit.batching import Priority
 from modalkit.pipelines import InferenceOutputModel
-from modalkit.service.on_modal.call_format import InputEntry
+from modalkit.service.calls.engine import CallOptions
+from modalkit.service.calls.wire_format import InputEntry
+from modalkit.service.on_modal.container import only_service_errors
+from modalkit.service.on_modal.endpoints import web_app_here
 from modalkit.service.on_modal.hosting import HostedService
-from modalkit.service.on_modal.remote import ModalRemoteService, RemoteService
-from modalkit.service.on_modal.web_here import web_app_here
 
 
 class ModalService(HostedService):
@@ -39,6 +39,7 @@ class ModalService(HostedService):
         priority: str | None = None,
         timeouts_s: Sequence[float | None] | None = None,
         accepted_at: float | None = None,
+        input_model: str | None = None,
     ) -> list[dict[str, Any]]:
         """Run a list of items, and return what became of each, in the same order.
 
@@ -48,24 +49,18 @@ class ModalService(HostedService):
         has time, and the job is what is returned. Entries of other calls run in the same batches; one that is invalid
         or fails disturbs no other.
 
-        `priority` is ``interactive`` or ``bulk``; `timeouts_s` bounds the time of each entry; `accepted_at`, Unix
-        seconds, is when jobs were accepted whose ids were given out already. Raises `ContainerFaultError` when the
-        device breaks, for Modal to run the call again. When cancelled, what has not run leaves the queue.
+        `priority` is ``interactive`` or ``bulk``; `timeouts_s` limits the seconds of each entry; `accepted_at`, Unix
+        seconds, is when jobs were accepted whose ids were given out already; `input_model`, ``module:Class``, is what
+        messages are validated as in place of the pipeline's own class. Raises `ContainerFaultError` when the device
+        breaks, for Modal to run the call again, and `RemoteCallError` for any other error of the call as a whole. When
+        cancelled, what has not run leaves the queue.
         """
-        return await self.running().process(
-            input_list,
-            priority=None if priority is None else Priority(priority),
-            timeouts_s=timeouts_s,
-            accepted_at=accepted_at,
-        )
-
-    @modal.method()
-    async def batch_report(self) -> dict[str, Any]:
-        """What this container has done: its ``statistics`` and the ``records`` of its latest batches, then forgotten.
-
-        Also what it runs on, as ``device``. For benchmarks.
-        """
-        return self.running().report()
+        container = self.running()
+        with only_service_errors("process_request failed"):
+            options = CallOptions(
+                priority=priority, timeouts_s=timeouts_s, accepted_at=accepted_at, input_model=input_model
+            )
+            return await container.process(input_list, options)
 
     def web_app(
         self, input_model: type[BaseModel] | None = None, output_model: type[InferenceOutputModel] | None = None
@@ -76,7 +71,7 @@ class ModalService(HostedService):
         `input_model` and documented with `output_model`, by default those of the pipeline.
         """
 
-        async def connect() -> RemoteService:
-            return ModalRemoteService(self.process_request)
+        async def connect() -> Any:
+            return self.process_request
 
         return web_app_here(self, input_model, output_model, connect)

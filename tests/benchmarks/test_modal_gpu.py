@@ -4,14 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import modal
 import pytest
 
 from modalkit.benchmarks.containers.matrix import BATCH_LIMIT_VARIABLE, Variant
-from modalkit.benchmarks.modal_gpu import Deployed, load_function_settings, variant_class
+from modalkit.benchmarks.modal_gpu import Measured, Model, class_settings, load_function_settings, variant_class
 from modalkit.service.on_modal.config import ModalConfig
-from tests.support.modal_objects import inner
+from tests.support.modal_objects import inner, method_names
 
 CONFIGURATION = """
 app_settings:
@@ -27,8 +28,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModalConfig:
     return ModalConfig(environ={"MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS": "5"})
 
 
-def test_a_variant_has_one_container_of_its_gpu_and_nothing_of_the_deployed_ones_is_lost(config: ModalConfig) -> None:
-    options = inner(variant_class(Deployed("sentiment-dev", "Model", None), Variant("L4", 128), config))._options  # noqa: SLF001  # nothing else tells
+@pytest.mark.parametrize("service_cls", [Model, Measured(class_name="Model").service_cls()], ids=["own", "deployed"])
+def test_a_variant_has_one_container_of_its_gpu_and_nothing_of_the_deployed_ones_is_lost(
+    config: ModalConfig, service_cls: Any
+) -> None:
+    options = inner(variant_class(service_cls, Variant("L4", 128), config))._options  # noqa: SLF001  # nothing else tells
     assert options.resources.gpu_config.gpu_type == "L4"
     assert options.max_containers == 1
     assert options.max_concurrent_inputs >= 64
@@ -48,7 +52,7 @@ def test_a_variants_variables_are_those_of_the_deployed_containers_and_its_limit
         return cls
 
     monkeypatch.setattr(modal.Cls, "with_options", with_options)
-    variant_class(Deployed("sentiment-dev", "Model", None), Variant("L4", 128), config)
+    variant_class(Measured(class_name="Model").service_cls(), Variant("L4", 128), config)
     assert made == [config.environment | {BATCH_LIMIT_VARIABLE: "128"}]
     assert {"MODALKIT_CONFIG", "MODALKIT_APP_POSTFIX", "MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS"} <= made[0].keys()
 
@@ -60,6 +64,13 @@ def test_the_callers_run_in_the_services_image_and_region_and_none_is_kept_warm(
     assert settings["region"] == "us-east"
     assert "min_containers" not in settings
     assert "gpu" not in settings
+
+
+def test_the_class_of_the_benchmark_is_the_services_and_tells_of_its_batches(config: ModalConfig) -> None:
+    assert method_names(Model) == ["batch_report", "process_request"]
+    assert "min_containers" in config.get_app_cls_settings()
+    assert "min_containers" not in class_settings(config), "each would be paid for"
+    assert Measured().service_cls() is Model
 
 
 def test_the_command_is_there_without_a_token(tmp_path: Path) -> None:

@@ -87,6 +87,23 @@ def test_the_class_runs_without_modal(run: Run) -> None:
     )
 
 
+def test_a_program_is_tested_against_a_lost_container(run: Run) -> None:
+    (snippet,) = [block for block in blocks(GUIDE, "python") if block.startswith("engine, results")]
+    program = "\n".join(
+        [
+            "import anyio",
+            "from modalkit.iomodel import AsyncInputModel",
+            "from modalkit.task_queue import InMemoryBackend",
+            "from modalkit.testing import InProcessEngine, in_process_gateway",
+            "from emphasis import EmphasisPipeline",
+            "async def main():",
+            re.sub("^", "    ", snippet, flags=re.MULTILINE),
+            "anyio.run(main)",
+        ]
+    )
+    assert run("-c", program).strip() == "succeeded 2"
+
+
 def test_the_class_is_served_without_modal(run: Run) -> None:
     program = """
 from fastapi.testclient import TestClient

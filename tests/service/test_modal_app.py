@@ -87,7 +87,7 @@ def test_the_configured_models_are_an_app_without_a_token_or_a_network() -> None
         "app": "lengths-dev",
         "gpus": ["L4", "T4"],
         "secrets": 2,
-        "methods": ["batch_report", "process_request"],
+        "methods": ["process_request"],
         "class_concurrency": {"max_inputs": 16, "target_inputs": 12},
         "models": ["first", "second"],
         "web_gpus": None,

@@ -6,8 +6,6 @@ from typing import Any
 import modal
 from modal._utils.async_utils import synchronizer
 
-from modalkit.service.on_modal.remote import ModalRemoteService
-
 
 def inner(wrapped: object) -> Any:
     """The client's own object behind the one that it hands out."""
@@ -38,14 +36,9 @@ def web_settings(function: object) -> tuple[Any, Any]:
     return inner(function)._spec_, inner(function)._webhook_config  # noqa: SLF001  # see above
 
 
-def called_method(remote: ModalRemoteService) -> Any:
-    """What a `ModalRemoteService` calls."""
-    return remote._process_request  # noqa: SLF001  # the code has no use for it
-
-
-def called_instance(remote: ModalRemoteService) -> tuple[Any, dict[str, Any]]:
-    """The options and the parameters of the instance that a `ModalRemoteService` calls."""
-    instance = inner(called_method(remote))._obj  # noqa: SLF001  # see above
+def called_instance(process_request: Any) -> tuple[Any, dict[str, Any]]:
+    """The options and the parameters of the instance that a method is of."""
+    instance = inner(process_request)._obj  # noqa: SLF001  # see above
     return instance._options, instance._kwargs  # noqa: SLF001  # see above
 
 

@@ -1,4 +1,4 @@
-"""A server that Modal's own client talks to, over a socket: it keeps dictionaries, and says of calls what it is told.
+"""A server that Modal's own client talks to, over a socket: an `InProcessEngine` in the words of Modal's protocol.
 
 So what is tested of the client is real: which errors it raises, what it retries, how values are written.
 """
@@ -6,8 +6,8 @@ So what is tested of the client is real: which errors it raises, what it retries
 import abc
 import inspect
 import pickle
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ import pytest
 from google.protobuf.empty_pb2 import Empty  # type: ignore[import-untyped]  # it has no types
 from grpclib import GRPCError, Status
 from grpclib.server import Server
+from modal._runtime.execution_context import _set_current_context_ids
 from modal_proto import api_grpc, api_pb2
+
+from modalkit.service.calls.engine import CallOptions, CallState
+from modalkit.service.calls.in_process import InProcessCall, InProcessEngine, Run
+from modalkit.service.calls.processor import Call
+from modalkit.service.errors import ServiceError
+from modalkit.service.on_modal.service import ModalService
 
 Result = api_pb2.GenericResult
 
@@ -26,14 +33,15 @@ Result = api_pb2.GenericResult
 class ModalServer:
     """Answers the requests for which it has a method; what it does not know is unimplemented.
 
-    `outputs` has the results of calls by their id, None for one that runs and `EXPIRED` for one that was forgotten.
-    `graphs` has what is known of their inputs. A method in `refusals` fails with that status, as long as it is there.
+    Calls and dictionaries are those of an `engine`, with its faults. Beside them, `outputs` has results of calls by
+    their id, None for one that runs and `EXPIRED` for one that was forgotten, and `graphs` what is known of their
+    inputs. A method in `refusals` fails with that status, as long as it is there.
     """
 
     EXPIRED = object()
 
-    def __init__(self) -> None:
-        self.tables: defaultdict[str, dict[bytes, bytes]] = defaultdict(dict)
+    def __init__(self, engine: InProcessEngine) -> None:
+        self.engine = engine
         self.outputs: dict[str, Any] = {}
         self.graphs: dict[str, api_pb2.FunctionGetCallGraphResponse] = {}
         self.functions: dict[str, api_pb2.Function] = {}
@@ -48,39 +56,57 @@ class ModalServer:
     def DictGetOrCreate(self, request: Any) -> Any:  # noqa: N802
         return api_pb2.DictGetOrCreateResponse(dict_id=f"di-{request.deployment_name}")
 
-    def DictGet(self, request: Any) -> Any:  # noqa: N802
-        table = self.tables[request.dict_id]
-        return api_pb2.DictGetResponse(found=request.key in table, value=table.get(request.key))
+    async def DictGet(self, request: Any) -> Any:  # noqa: N802
+        value = await self.engine.store.get(_key(request.dict_id, request.key))
+        return api_pb2.DictGetResponse(found=value is not None, value=pickle.dumps(value))
 
-    def DictUpdate(self, request: Any) -> Any:  # noqa: N802
-        table = self.tables[request.dict_id]
+    async def DictUpdate(self, request: Any) -> Any:  # noqa: N802
         (entry,) = request.updates
-        if request.if_not_exists and entry.key in table:
-            return api_pb2.DictUpdateResponse(created=False)
-        table[entry.key] = entry.value
-        return api_pb2.DictUpdateResponse(created=True)
+        value = pickle.loads(entry.value)  # noqa: S301  # of this process, here and below
+        key = _key(request.dict_id, entry.key)
+        is_new = await self.engine.store.put(key, value, skip_if_exists=request.if_not_exists)
+        return api_pb2.DictUpdateResponse(created=is_new)
 
-    def DictPop(self, request: Any) -> Any:  # noqa: N802
-        table = self.tables[request.dict_id]
-        return api_pb2.DictPopResponse(found=request.key in table, value=table.pop(request.key, None))
+    async def DictPop(self, request: Any) -> Any:  # noqa: N802
+        key = _key(request.dict_id, request.key)
+        value = await self.engine.store.get(key)
+        await self.engine.store.remove(key)
+        return api_pb2.DictPopResponse(found=value is not None, value=pickle.dumps(value))
+
+    async def FunctionMap(self, request: Any) -> Any:  # noqa: N802
+        (item,) = request.pipelined_inputs
+        (entries,), options = pickle.loads(item.input.args)  # noqa: S301
+        call_id = _modal_id(await self.engine.enqueue("lengths", entries, CallOptions(**options)))
+        put = api_pb2.FunctionPutInputsResponseItem(idx=0, input_id=f"in-{call_id}", input_jwt=call_id)
+        return api_pb2.FunctionMapResponse(function_call_id=call_id, function_call_jwt=call_id, pipelined_inputs=[put])
 
     async def FunctionGetOutputs(self, request: Any) -> Any:  # noqa: N802
-        if request.function_call_id not in self.outputs:
+        call = self.engine.calls.get(_engine_id(request.function_call_id))
+        if call is not None:
+            await self.engine.result(_engine_id(request.function_call_id), request.timeout)
+            output = _output(call)
+        elif request.function_call_id not in self.outputs:
             raise GRPCError(Status.NOT_FOUND, "there is no such call")
-        if self.outputs[request.function_call_id] is None:
-            with anyio.move_on_after(request.timeout):
-                await self.finished.wait()
-        output = self.outputs[request.function_call_id]
+        else:
+            if self.outputs[request.function_call_id] is None:
+                with anyio.move_on_after(request.timeout):
+                    await self.finished.wait()
+            output = self.outputs[request.function_call_id]
         if output is None or output is self.EXPIRED:
             return api_pb2.FunctionGetOutputsResponse(num_unfinished_inputs=int(output is None))
         item = api_pb2.FunctionGetOutputsItem(result=output, idx=0, data_format=api_pb2.DATA_FORMAT_PICKLE)
         return api_pb2.FunctionGetOutputsResponse(outputs=[item], idxs=[0])
 
     def FunctionGetCallGraph(self, request: Any) -> Any:  # noqa: N802
+        call = self.engine.calls.get(_engine_id(request.function_call_id))
+        if call is not None and call.result.state is CallState.CANCELLED:
+            return call_graph(request.function_call_id, Result.GENERIC_STATUS_TERMINATED)
         return self.graphs.get(request.function_call_id, api_pb2.FunctionGetCallGraphResponse())
 
-    def FunctionCallCancel(self, request: Any) -> Any:  # noqa: N802
+    async def FunctionCallCancel(self, request: Any) -> Any:  # noqa: N802
         self.cancelled.append(request.function_call_id)
+        if _engine_id(request.function_call_id) in self.engine.calls:
+            await self.engine.cancel(_engine_id(request.function_call_id))
         return Empty()
 
     def ClassGet(self, request: Any) -> Any:  # noqa: N802
@@ -128,10 +154,67 @@ def ended(status: Any, message: str) -> Any:
     return Result(status=status, exception=message)
 
 
+def call_graph(call_id: str, status: Any, *, parent: Any = None) -> Any:
+    """What Modal knows of the input of a call, alone or made by another input."""
+    made = api_pb2.FunctionGetCallGraphResponse()
+    made.inputs.add(input_id="in-1", function_call_id=call_id, status=status)
+    made.function_calls.add(function_call_id=call_id, parent_input_id="" if parent is None else "in-0")
+    if parent is not None:
+        made.inputs.add(input_id="in-0", function_call_id="fc-00J", status=parent)
+        made.function_calls.add(function_call_id="fc-00J")
+    return made
+
+
+def as_modal_runs_it(service: ModalService) -> Run:
+    """Runs the calls of an engine by ``process_request`` of a service that runs, as Modal's runtime does."""
+
+    async def run(entries: Sequence[Any], call: Call) -> Any:
+        process: Any = service.process_request  # to its types a Function, which it is only once registered
+        call_id = _modal_id(call.call_id)
+        leave = _set_current_context_ids([f"in-{call_id}"], [call_id], ["attempt"])
+        try:
+            return await process(entries, **call.options.arguments())
+        finally:
+            leave()
+
+    return run
+
+
+def _output(call: InProcessCall) -> Any:
+    match call.result.state:
+        case CallState.PENDING:
+            return None
+        case CallState.RETURNED:
+            return returned(call.result.outcomes)
+        case CallState.FAILED:
+            if call.error is None:
+                return ended(Result.GENERIC_STATUS_FAILURE, str(call.result.error))
+            return raised(call.error)
+        case CallState.FORGOTTEN:
+            return ModalServer.EXPIRED
+        case CallState.TIMED_OUT:
+            return ended(Result.GENERIC_STATUS_TIMEOUT, str(call.result.error))
+    return ended(Result.GENERIC_STATUS_TERMINATED, str(call.result.error))
+
+
+def _modal_id(call_id: str) -> str:
+    return f"fc-{call_id.removeprefix('call-')}"
+
+
+def _engine_id(call_id: str) -> str:
+    return f"call-{call_id.removeprefix('fc-')}"
+
+
+def _key(dict_id: str, key: bytes) -> str:
+    return f"{dict_id} {pickle.loads(key)}"  # noqa: S301
+
+
 @asynccontextmanager
-async def serve_modal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ModalServer]:
+async def serve_modal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, engine: InProcessEngine
+) -> AsyncIterator[ModalServer]:
     """A server in this event loop, and the environment in which Modal's client finds it."""
-    known, socket = ModalServer(), folder / "modal.sock"
+    known, socket = ModalServer(engine), folder / "modal.sock"
     monkeypatch.setenv("MODAL_SERVER_URL", f"unix://{socket}")
     monkeypatch.setenv("MODAL_TOKEN_ID", "ak-test")
     monkeypatch.setenv("MODAL_TOKEN_SECRET", "as-test")
@@ -155,8 +238,12 @@ def _servicer(known: ModalServer) -> Any:
                 raise GRPCError(known.refusals[name], "refused by the test")
             if not hasattr(known, name):
                 raise GRPCError(Status.UNIMPLEMENTED, f"the test's server has no {name}")
-            answer = getattr(known, name)(request)
-            await stream.send_message(await answer if inspect.isawaitable(answer) else answer)
+            try:
+                answer = getattr(known, name)(request)
+                answer = await answer if inspect.isawaitable(answer) else answer
+            except ServiceError as error:  # a fault of the engine
+                raise GRPCError(Status.RESOURCE_EXHAUSTED, str(error)) from error
+            await stream.send_message(answer)
 
         return handle
 
@@ -170,6 +257,7 @@ def _metadata(function: Any) -> Any:
         use_method_name="process_request",
         is_method=True,
         function_type=api_pb2.Function.FUNCTION_TYPE_FUNCTION,
+        max_object_size_bytes=2**20,
     )
     return api_pb2.FunctionHandleMetadata(
         function_name=function.function_name, method_handle_metadata={"process_request": method}

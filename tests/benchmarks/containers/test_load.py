@@ -17,6 +17,7 @@ from modalkit.benchmarks.containers.here import opening_here
 from modalkit.benchmarks.containers.load import ERRORS_IN_A_ROW, OpenTarget, Target, measure_variant
 from modalkit.benchmarks.containers.matrix import Cell, Figures, Load, Variant, VariantResult
 from modalkit.benchmarks.corpus import mixed_length_texts
+from modalkit.service.calls.engine import CallOptions
 from modalkit.service.errors import RemoteCallError
 from tests.support.length_model import POISON
 
@@ -112,26 +113,23 @@ def test_a_container_that_does_not_start_is_told() -> None:
 
 
 class FakeContainer:
-    """Answers each list after 10 ms of the clock at hand, or as a test has it; `statistics` are made up."""
+    """Answers each call after 10 ms of the clock at hand, or as a test has it; `statistics` are made up."""
 
     def __init__(self) -> None:
-        self.remote = self
+        self.client = self
         self.calls = 0
         self.fails_from = math.inf
         self.hangs_from = math.inf
         self.open_s = iter(range(1, 100))
         self.batches = 0
 
-    async def process(self, input_list: Sequence[Any], **options: Any) -> Sequence[Mapping[str, Any]]:
+    async def call(self, model_name: str, entries: Sequence[Any], options: CallOptions) -> Sequence[Mapping[str, Any]]:
         self.calls += 1
         await anyio.sleep(math.inf if self.calls >= self.hangs_from else 0.01)
         if self.calls >= self.fails_from:
             raise RemoteCallError("the call to Modal failed: gone")
         self.batches += 1
-        return [{"status": "success"} for _ in input_list]
-
-    async def spawn(self, input_list: Sequence[Any], **options: Any) -> str:
-        raise NotImplementedError
+        return [{"status": "success"} for _ in entries]
 
     async def report(self) -> Mapping[str, Any]:
         statistics = SchedulerStatistics(

@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 
+from modalkit.service.calls.in_process import InProcessEngine
 from modalkit.service.on_modal.config import ModalConfig
-from modalkit.service.on_modal.service import ModalService
-from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
-from tests.support.length_model import LengthPipeline
-from tests.support.modal_in_process import ModalInProcess
 from tests.support.modal_server import ModalServer, serve_modal
 
 MakeConfig = Callable[..., ModalConfig]
@@ -39,19 +36,5 @@ def make_config() -> MakeConfig:
 @pytest.fixture
 async def modal_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ModalServer]:
     """A server of this test's, which Modal's client takes for Modal's."""
-    async with serve_modal(tmp_path, monkeypatch) as server:
+    async with InProcessEngine() as engine, serve_modal(tmp_path, monkeypatch, engine) as server:
         yield server
-
-
-class _LengthService(ModalService):
-    inference_implementation = LengthPipeline
-    model_name = "lengths"
-
-
-@pytest.fixture
-async def calls(make_config: MakeConfig) -> AsyncIterator[ModalInProcess]:
-    """A service that measures texts in one container, whose queue is in memory, and what makes calls of it."""
-    service = _LengthService(queue_backend=InMemoryBackend())
-    service.modal_utils = make_config(queue_config={"allowed_queues": ["ok", "bad"]})
-    async with service, ModalInProcess(service) as calls:
-        yield calls

@@ -3,26 +3,29 @@
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from datetime import datetime
+from typing import Any, ClassVar
 
 import httpx
 import modal
 import pytest
 from fastapi import FastAPI
 from grpclib import Status
+from pydantic import BaseModel
 
 from modalkit.modal_service import ModalService, create_web_endpoints
+from modalkit.pipelines import InferencePipeline
 from modalkit.service.errors import UnknownModelError
 from modalkit.service.loading import LoadError
 from modalkit.service.on_modal.config import LISTS_AT_A_CONTAINER, ModalConfig
-from modalkit.service.on_modal.models import connection
-from modalkit.service.on_modal.remote import ModalRemoteService
+from modalkit.service.on_modal.endpoints import import_path
+from modalkit.service.on_modal.engine import connection
 from modalkit.service.queue_backends import InMemoryBackend
 from tests.service.on_modal.conftest import MakeConfig
 from tests.support.http_server import serving
 from tests.support.length_model import Length, LengthPipeline, Text
-from tests.support.modal_objects import called_instance, called_method, concurrency
-from tests.support.modal_server import ModalServer
+from tests.support.modal_objects import called_instance, concurrency
+from tests.support.modal_server import ModalServer, as_modal_runs_it
 
 pytestmark = pytest.mark.anyio
 
@@ -92,10 +95,9 @@ async def models_of(app: FastAPI) -> dict[str, Any]:
         return models
 
 
-async def connected(app_cls: Any, config: ModalConfig, **parameters: str) -> ModalRemoteService:
-    remote = await connection(app_cls, config, parameters)()
-    assert isinstance(remote, ModalRemoteService)
-    return remote
+async def connected(app_cls: Any, config: ModalConfig, **parameters: str) -> Any:
+    """The method that is called."""
+    return await connection(app_cls, config, parameters)()
 
 
 async def test_endpoints_over_a_registered_class_need_no_server_of_modals(config: ModalConfig) -> None:
@@ -130,8 +132,8 @@ async def test_a_class_with_a_parameter_has_the_models_that_are_named_the_first_
     config: ModalConfig,
 ) -> None:
     app = create_web_endpoints(with_parameter(config), models=["other-lengths", "lengths"])
-    assert list(await models_of(app)) == ["other-lengths", "lengths"]
     async with opened(app) as client:
+        assert list((await client.get("/health/ready")).json()["models"]) == ["other-lengths", "lengths"]
         assert (await client.post("/sync/predict?model_name=third", json={"text": "a"})).status_code == 404
 
 
@@ -207,7 +209,7 @@ async def test_a_class_that_was_looked_up_is_called_as_it_is_deployed(
     if hydrated:
         await looked_up.hydrate.aio()
     assert list(await models_of(create_web_endpoints(looked_up, Text, Length)))
-    info = await called_method(await connected(looked_up, config)).info.aio()
+    info = await (await connected(looked_up, config)).info.aio()
     assert info.concurrency_info.max_inputs == (max_inputs or 64)
 
 
@@ -283,3 +285,66 @@ async def test_a_web_container_that_takes_one_request_at_a_time_says_so(
     with caplog.at_level(logging.INFO):
         create_web_endpoints(registered(config))
     assert "@modal.concurrent(**modal_config.get_handler_concurrency_settings())" in caplog.text
+
+
+def test_a_container_is_told_where_it_imports_the_class_of_the_items(caplog: pytest.LogCaptureFixture) -> None:
+    class Local(Text):
+        pass
+
+    assert import_path(None) is None
+    assert import_path(Text) == "tests.support.length_model:Text"
+    assert caplog.text == ""
+    assert import_path(Local) is None
+    assert "Local" in caplog.text
+    assert "define it at the top level of a module" in caplog.text
+
+
+class Point(BaseModel):
+    x: float
+
+
+class Typed(BaseModel):
+    """Has what JSON has no types for."""
+
+    at: datetime
+    point: Point
+
+
+class Untyped(LengthPipeline):
+    """Has no input model of its own, and notes what it gets."""
+
+    input_model: ClassVar[type[BaseModel]] = InferencePipeline.input_model
+    got: ClassVar[list[BaseModel]] = []
+
+    def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
+        self.got.extend(input_list)
+        return {"texts": ["four"] * len(input_list)}
+
+    def sample_items(self, n: int, size: int) -> list[BaseModel]:
+        return []
+
+
+@pytest.mark.parametrize("is_registered", [True, False])
+async def test_the_pipeline_gets_items_of_the_endpoints_model_in_the_container_as_it_does_locally(
+    make_config: MakeConfig, modal_server: ModalServer, is_registered: bool
+) -> None:
+    class Here(ModalService):
+        inference_implementation = Untyped
+        modal_utils = make_config({"model_entries": {"lengths": ENTRIES["lengths"]}})
+        model_name = "lengths"
+
+    modal_server.deploy_class("Here", max_concurrent_inputs=16)
+    item = {"at": "2024-01-01T00:00:00Z", "point": {"x": 1}}
+    async with Here() as service:
+        modal_server.engine.attach("lengths", as_modal_runs_it(service))
+        Untyped.got.clear()
+        app = create_web_endpoints(
+            modal.Cls.from_name("app", "Here") if is_registered else Here, input_model=Typed, output_model=Length
+        )
+        async with opened(app) as client:
+            while (await client.get("/health/ready")).status_code != 200:
+                pass
+            assert (await client.post("/sync/predict", json=item)).json()["length"] == 4
+            job_id = (await client.post("/async/predict", json={"message": item})).json()["job_id"]
+            assert (await client.get(f"/jobs/{job_id}?wait=30")).json()["status"] == "succeeded"
+    assert Untyped.got == [Typed.model_validate(item)] * 2

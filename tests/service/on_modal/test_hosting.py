@@ -1,27 +1,29 @@
 """Service classes in any program and, with Modal's own runtime objects, in a container."""
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
 import modal
+import modal.exception
 import pytest
+from modal._partial_function import _PartialFunctionFlags
 from pydantic import BaseModel
 
+from modalkit.batching import BatchRecord
 from modalkit.modal_config import ModalConfig
 from modalkit.modal_service import ModalService
 from modalkit.pipelines import SyncInputModel
-from modalkit.service.errors import ContainerFaultError, DeviceFaultError, UnknownModelError
+from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
+from modalkit.service.calls.records import CallRecords
+from modalkit.service.errors import ContainerFaultError, DeviceFaultError, RemoteCallError, UnknownModelError
 from modalkit.service.loading import LoadError, ModelSource
 from modalkit.service.on_modal import container as container_module
-from modalkit.service.on_modal.constructor import Constructible
 from modalkit.service.on_modal.container import Container
-from modalkit.service.on_modal.hosting import HostedService, responses_of
-from modalkit.service.on_modal.ledger import CallLedger, MemoryTable
+from modalkit.service.on_modal.hosting import Constructible, HostedService, responses_of
 from modalkit.service.queue_backends import InMemoryBackend
 from tests.support.length_model import POISON, LengthPipeline, Text
-from tests.support.modal_container import an_input, as_modal_runs_it, in_a_container
+from tests.support.modal_container import an_input, as_modal_runs_it, in_a_container, run_hooks
 from tests.support.modal_objects import class_spec
 
 pytestmark = pytest.mark.anyio
@@ -302,15 +304,32 @@ async def test_a_pipeline_that_cannot_be_loaded_leaves_nothing_behind(
         await unloadable.__aenter__()
 
 
-async def test_a_report_tells_of_the_latest_batches_once(make_config: MakeConfig) -> None:
-    async with make(make_config()) as service:
+async def test_a_subclass_is_told_of_each_batch(make_config: MakeConfig) -> None:
+    records: list[BatchRecord] = []
+
+    class Measured(Service):
+        def on_batch(self, record: BatchRecord) -> None:
+            records.append(record)
+
+    async with make(make_config(), Measured) as service:
         await process(service, [item("a"), item("bb")])
-        bound: Any = service.batch_report
-        report = json.loads(json.dumps(await bound()))
-        assert [record["count"] for record in report["records"]] == [2]
-        assert report["statistics"]["succeeded"] == 2
-        assert report["device"]
-        assert (await bound())["records"] == []
+    assert [(record.count, record.failed) for record in records] == [(2, 0)]
+
+
+@pytest.mark.parametrize("error", [TimeoutError("the warm-up"), modal.exception.NotFoundError("the warm-up")])
+async def test_what_leaves_a_container_is_an_error_of_ours(make_config: MakeConfig, error: Exception) -> None:
+    """Or its caller would take it for what Modal's client says of the call."""
+
+    class Cold(Recording):
+        def warm_up(self) -> None:
+            raise error
+
+    instance = make(make_config(), inference_implementation=Cold)
+    with pytest.raises(RemoteCallError, match=f"the container could not start: {type(error).__name__}: the warm-up"):
+        await run_hooks(instance, _PartialFunctionFlags.ENTER_POST_SNAPSHOT)
+    async with make(make_config()) as service:
+        with pytest.raises(RemoteCallError, match="process_request failed: ValueError: timeouts_s: 1 times"):
+            await process(service, [item("a"), item("b")], timeouts_s=[1.0])
 
 
 def snapshotting(make_config: MakeConfig, **deployment: Any) -> ModalConfig:
@@ -406,12 +425,13 @@ async def test_the_last_run_of_a_call_takes_its_container_out_of_rotation_too(ma
             responses=service.queue_backend,
             backend=service.queue_backend,
             leave_rotation=leave,
-            ledger=CallLedger(MemoryTable()),
+            on_batch=service.on_batch,
+            records=CallRecords(MemoryKeyValueStore()),
         )
         await container.start()
         try:
             with an_input("fc-1"):
-                (outcome,) = await container.process([job(FAULT)], priority=None, timeouts_s=None, accepted_at=1.0)
+                (outcome,) = await container.process([job(FAULT)], CallOptions(accepted_at=1.0))
             assert (outcome["job_id"], outcome["status"], outcome["delivery"]) == ("fc-1.0", "failed", "delivered")
             with anyio.fail_after(30):
                 await left.wait()
@@ -420,7 +440,7 @@ async def test_the_last_run_of_a_call_takes_its_container_out_of_rotation_too(ma
             await container.stop()
 
 
-async def test_items_that_come_by_another_door_are_watched_as_well(make_config: MakeConfig) -> None:
+async def test_items_that_come_by_another_frontend_are_watched_as_well(make_config: MakeConfig) -> None:
     with in_a_container() as stub:
         async with make(make_config()) as service:
             worker = service.running().worker
@@ -484,7 +504,7 @@ async def test_a_spawned_jobs_id_names_its_call(make_config: MakeConfig) -> None
         async with make(make_config(), queue_backend=InMemoryBackend()) as service:
             with an_input("fc-1"):
                 outcomes = await process(service, [job("a"), job("b")])
-    # Not one that was spawned with ids given out before: nobody could ask for its jobs by a call.
+    # Not one that was spawned with ids given out before: its jobs cannot be asked for by a call.
     assert [outcome["job_id"] for outcome in outcomes] == ["in-fc-1.0", "in-fc-1.1"]
 
 

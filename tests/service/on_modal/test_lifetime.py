@@ -9,7 +9,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from modalkit.service.on_modal.lifetime import Lifetime
+from modalkit.service.on_modal.container import Lifetime
 
 pytestmark = pytest.mark.anyio
 

@@ -19,9 +19,8 @@ from modalkit.modal_config import ModalConfig
 from modalkit.modal_service import ModalServer, ModalService, ModalWebServer
 from modalkit.service.loading import LoadError
 from modalkit.service.on_modal import container as container_module
-from modalkit.service.on_modal import http_port
 from modalkit.service.on_modal import server as server_module
-from modalkit.service.on_modal.runtime import takes_one_input_at_a_time
+from modalkit.service.on_modal.engine import takes_one_input_at_a_time
 from modalkit.service.serving import AddressError
 from tests.support.http_server import serving
 from tests.support.length_model import Length, LengthPipeline, Text
@@ -157,7 +156,7 @@ async def test_requests_that_do_not_end_take_their_time_from_the_workers_grace(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(server_module, "GRACE_S", 0.3)
-    monkeypatch.setattr(container_module, "GRACE_S", 0.2)
+    monkeypatch.setattr(container_module, "GRACE_S", 0.001)
     server = make(make_config())
     async with client_of(server) as client, anyio.create_task_group() as task_group:
         async with server:
@@ -188,7 +187,7 @@ async def test_an_application_that_cannot_start_is_an_error_and_ends_no_process(
         yield
 
     with pytest.raises(LoadError, match="cannot be read"):
-        async with http_port.serving(FastAPI(lifespan=lifespan), "127.0.0.1", free_port()):
+        async with server_module.serving(FastAPI(lifespan=lifespan), "127.0.0.1", free_port()):
             raise AssertionError("it serves")
 
 

@@ -8,7 +8,7 @@ import anyio.lowlevel
 import pytest
 
 from modalkit.service.on_modal.config import ModalConfig
-from modalkit.service.on_modal.volumes import keep_volumes_fresh
+from modalkit.service.on_modal.container import keep_volumes_fresh
 from modalkit.service.settings import Settings
 from tests.support.length_model import LengthPipeline
 

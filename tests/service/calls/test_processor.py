@@ -1,4 +1,4 @@
-"""Lists of items and jobs, run by a real worker and sent to real queues in memory."""
+"""Calls of items and jobs, run by a real worker and sent to real queues in memory."""
 
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -12,13 +12,14 @@ from pydantic import BaseModel, ConfigDict
 
 from modalkit.batching import Outcome, Priority, QueueFullError
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
+from modalkit.service.calls import processor as processor_module
+from modalkit.service.calls.delivery import CallDelivery
+from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
+from modalkit.service.calls.processor import Call, CallProcessor
+from modalkit.service.calls.records import CallRecords
 from modalkit.service.errors import ContainerFaultError, DeviceFaultError
-from modalkit.service.jobs.life import CRASHES_ALONE
+from modalkit.service.jobs.life import CRASHES_TOGETHER, MAX_CRASHES
 from modalkit.service.jobs.queue_rules import QueueRules
-from modalkit.service.on_modal import processing
-from modalkit.service.on_modal.ledger import CallLedger, MemoryTable
-from modalkit.service.on_modal.processing import Call, ListProcessor
-from modalkit.service.on_modal.responses import ResponseSender
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
@@ -69,27 +70,27 @@ def queue() -> InMemoryBackend:
 
 
 @pytest.fixture
-def ledger() -> CallLedger:
-    return CallLedger(MemoryTable())
+def records() -> CallRecords:
+    return CallRecords(MemoryKeyValueStore())
 
 
 def make_processor(
-    worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend | None, **options: Any
-) -> ListProcessor:
+    worker: InferenceWorker, records: CallRecords, queue: InMemoryBackend | None, **options: Any
+) -> CallProcessor:
     given: dict[str, Any] = {"job_timeout_s": 3600.0, "clock": lambda: NOW} | options
-    sender = None if queue is None else ResponseSender(queue, max_attempts=1, clock=given["clock"])
+    delivery = None if queue is None else CallDelivery(queue, max_attempts=1, clock=given["clock"])
     rules = QueueRules(["ok", "bad"], queue)
-    return ListProcessor(worker, queue_rules=rules, sender=sender, ledger=ledger, **given)
+    return CallProcessor(worker, queue_rules=rules, delivery=delivery, records=records, **given)
 
 
 @pytest.fixture
-def processor(worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend) -> ListProcessor:
-    return make_processor(worker, ledger, queue)
+def processor(worker: InferenceWorker, records: CallRecords, queue: InMemoryBackend) -> CallProcessor:
+    return make_processor(worker, records, queue)
 
 
 def a_call(call_id: str = "fc-1", **options: Any) -> Call:
-    given: dict[str, Any] = {"call_id": call_id, "until_s": anyio.current_time() + 60} | options
-    return Call(**given)
+    until_s, is_kept = options.pop("until_s", anyio.current_time() + 60), options.pop("is_kept", False)
+    return Call(call_id=call_id, until_s=until_s, is_kept=is_kept, options=CallOptions(**options))
 
 
 def item(text: str) -> dict[str, Any]:
@@ -109,13 +110,13 @@ async def entered(pipeline: LengthPipeline, batches: int = 1) -> None:
         assert await anyio.to_thread.run_sync(pipeline.entered.acquire, True, 30)
 
 
-async def test_outcomes_come_in_the_order_of_the_list(processor: ListProcessor) -> None:
+async def test_outcomes_come_in_the_order_of_the_list(processor: CallProcessor) -> None:
     entries = [item("a"), SyncInputModel(message={"text": "bb"}), SyncInputModel(message=Text(text="ccc"))]
     outcomes = await processor.process(entries, a_call())
     assert outcomes == [{"status": "success", "error": None, "meta": {}, "length": n} for n in (1, 2, 3)]
 
 
-async def test_lists_of_several_calls_are_merged_into_one_batch(processor: ListProcessor, pipeline: Fragile) -> None:
+async def test_lists_of_several_calls_are_merged_into_one_batch(processor: CallProcessor, pipeline: Fragile) -> None:
     lengths: dict[str, list[int]] = {}
 
     async def call(name: str) -> None:
@@ -137,7 +138,7 @@ async def test_lists_of_several_calls_are_merged_into_one_batch(processor: ListP
     assert lengths == {name: [1, 2, 3] for name in "abcd"}
 
 
-async def test_entries_that_cannot_be_run_or_written_fail_alone(processor: ListProcessor) -> None:
+async def test_entries_that_cannot_be_run_or_written_fail_alone(processor: CallProcessor) -> None:
     entries = [
         item("good"),
         item(""),
@@ -159,22 +160,22 @@ async def test_entries_that_cannot_be_run_or_written_fail_alone(processor: ListP
     assert "message: is missing" in outcomes[5]["error"]
 
 
-async def test_a_time_for_each_entry_is_asked_for(processor: ListProcessor) -> None:
+async def test_a_time_for_each_entry_is_asked_for(processor: CallProcessor) -> None:
     with pytest.raises(ValueError, match="timeouts_s: 1 times for 2 entries; give each entry one"):
         await processor.process([item("four"), item("five")], a_call(timeouts_s=[1.0]))
 
 
-async def test_an_empty_list_is_answered_with_one(processor: ListProcessor) -> None:
+async def test_an_empty_list_is_answered_with_one(processor: CallProcessor) -> None:
     assert await processor.process([], a_call()) == []
 
 
 async def test_what_the_pipeline_raised_is_logged_where_it_ran(
-    processor: ListProcessor, caplog: pytest.LogCaptureFixture
+    processor: CallProcessor, caplog: pytest.LogCaptureFixture
 ) -> None:
     await processor.process([item(POISON), item(""), "no object", {}], a_call())
-    (record,) = [record for record in caplog.records if record.name == processing.__name__]
-    assert record.exc_info is not None
-    assert "this batch is poisoned" in str(record.exc_info[1])
+    (record,) = caplog.records
+    assert "ValueError: this batch is poisoned" in record.getMessage()
+    assert "in predict" in record.getMessage()
 
 
 class Strict(Text):
@@ -184,10 +185,10 @@ class Strict(Text):
     at: datetime | None = None
 
 
-async def test_a_strict_model_takes_the_json_form_that_a_web_container_sends(ledger: CallLedger) -> None:
+async def test_a_strict_model_takes_the_json_form_that_a_web_container_sends(records: CallRecords) -> None:
     written = Strict(text="seven!!", tags=("a", "b"), at=datetime(2024, 1, 1, tzinfo=UTC))
     async with InferenceWorker(OddPipeline(), input_model=Strict, calibrate=False) as worker:
-        processor = make_processor(worker, ledger, None)
+        processor = make_processor(worker, records, None)
         entries = [
             {"message": written.model_dump(mode="json")},
             {"message": written.model_dump()},
@@ -201,19 +202,19 @@ async def test_a_strict_model_takes_the_json_form_that_a_web_container_sends(led
 
 
 async def test_a_batch_that_came_back_incomplete_is_logged_where_it_ran(
-    ledger: CallLedger, caplog: pytest.LogCaptureFixture
+    records: CallRecords, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Forgetful(LengthPipeline):
         def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
             return super().postprocess(input_list, raw_output)[1:]
 
     async with InferenceWorker(Forgetful(), calibrate=False) as worker:
-        await make_processor(worker, ledger, None).process([item("a")], a_call())
-    (record,) = [record for record in caplog.records if record.name == processing.__name__]
+        await make_processor(worker, records, None).process([item("a")], a_call())
+    (record,) = caplog.records
     assert "one output for each of 1 inputs" in record.getMessage()
 
 
-async def test_a_jobs_result_is_sent_and_returned(processor: ListProcessor, queue: InMemoryBackend) -> None:
+async def test_a_jobs_result_is_sent_and_returned(processor: CallProcessor, queue: InMemoryBackend) -> None:
     (outcome,) = await processor.process([job("seven!!", idempotency_key="k")], a_call(accepted_at=NOW - 5))
     assert sent(queue, "ok") == [
         {
@@ -252,7 +253,7 @@ async def test_a_jobs_result_is_sent_and_returned(processor: ListProcessor, queu
     ],
 )
 async def test_a_failed_job_sends_what_was_asked_for(
-    processor: ListProcessor, queue: InMemoryBackend, text: str, error: str
+    processor: CallProcessor, queue: InMemoryBackend, text: str, error: str
 ) -> None:
     entries = [job("before"), AsyncInputModel(**job(text)), job("after")]
     outcomes = await processor.process(entries, a_call())
@@ -270,7 +271,7 @@ async def test_a_failed_job_sends_what_was_asked_for(
 
 
 async def test_jobs_of_a_list_are_submitted_together_and_are_bulk(
-    processor: ListProcessor, worker: InferenceWorker, pipeline: Fragile, monkeypatch: pytest.MonkeyPatch
+    processor: CallProcessor, worker: InferenceWorker, pipeline: Fragile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submitted: list[tuple[int, Priority]] = []
     predict_many = worker.predict_many
@@ -286,12 +287,12 @@ async def test_jobs_of_a_list_are_submitted_together_and_are_bulk(
     await processor.process([job("a"), item("b"), job("c")], a_call())
     assert sorted(submitted) == [(1, Priority.INTERACTIVE), (2, Priority.BULK)]
     submitted.clear()
-    await processor.process([job("a"), item("b")], a_call(priority=Priority.BULK))
+    await processor.process([job("a"), item("b")], a_call(priority="bulk"))
     assert submitted == [(1, Priority.BULK), (1, Priority.BULK)]
 
 
 async def test_a_queue_that_is_not_allowed_fails_its_job_alone(
-    processor: ListProcessor, queue: InMemoryBackend, pipeline: Fragile
+    processor: CallProcessor, queue: InMemoryBackend, pipeline: Fragile
 ) -> None:
     entries = [job("a"), job("b", success_queue="elsewhere"), job("c", failure_queue="elsewhere"), job("d")]
     outcomes = await processor.process(entries, a_call())
@@ -302,15 +303,15 @@ async def test_a_queue_that_is_not_allowed_fails_its_job_alone(
     assert sorted(text for batch in pipeline.batches for text in batch) == ["a", "d"]
 
 
-async def test_without_a_sender_results_are_returned_only(worker: InferenceWorker, ledger: CallLedger) -> None:
-    processor = make_processor(worker, ledger, None)
+async def test_without_a_delivery_results_are_returned_only(worker: InferenceWorker, records: CallRecords) -> None:
+    processor = make_processor(worker, records, None)
     good, bad = await processor.process([job("a"), job(POISON)], a_call())
     assert (good["status"], good["delivery"], good["success_queue"]) == ("succeeded", "none", None)
     assert (bad["status"], bad["delivery"]) == ("failed", "none")
 
 
 async def test_a_job_that_has_expired_is_not_run(
-    processor: ListProcessor, queue: InMemoryBackend, pipeline: Fragile
+    processor: CallProcessor, queue: InMemoryBackend, pipeline: Fragile
 ) -> None:
     entries = [job("late", expires_in=10), job("in time", expires_in=30)]
     late, in_time = await processor.process(entries, a_call(accepted_at=NOW - 20))
@@ -322,10 +323,10 @@ async def test_a_job_that_has_expired_is_not_run(
 
 
 async def test_a_job_that_expires_while_it_waits_is_not_run(
-    worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend, pipeline: Fragile
+    worker: InferenceWorker, records: CallRecords, queue: InMemoryBackend, pipeline: Fragile
 ) -> None:
     times = iter([NOW, NOW + 60])
-    processor = make_processor(worker, ledger, queue, clock=lambda: next(times, NOW + 60))
+    processor = make_processor(worker, records, queue, clock=lambda: next(times, NOW + 60))
     pipeline.gate.clear()
     async with anyio.create_task_group() as task_group:
         task_group.start_soon(worker.predict, Text(text="runs"))
@@ -339,13 +340,13 @@ async def test_a_job_that_expires_while_it_waits_is_not_run(
 @pytest.mark.parametrize(("job_timeout_s", "left_s"), [(0.01, 60.0), (3600.0, 0.01), (3600.0, -1.0)])
 async def test_a_job_has_the_time_that_is_configured_and_that_its_call_has(
     worker: InferenceWorker,
-    ledger: CallLedger,
+    records: CallRecords,
     queue: InMemoryBackend,
     pipeline: Fragile,
     job_timeout_s: float,
     left_s: float,
 ) -> None:
-    processor = make_processor(worker, ledger, queue, job_timeout_s=job_timeout_s)
+    processor = make_processor(worker, records, queue, job_timeout_s=job_timeout_s)
     pipeline.gate.clear()
     async with anyio.create_task_group() as task_group:
         task_group.start_soon(worker.predict, Text(text="runs"))
@@ -357,7 +358,7 @@ async def test_a_job_has_the_time_that_is_configured_and_that_its_call_has(
 
 
 async def test_the_queue_of_a_job_is_told_that_the_time_of_its_call_was_too_short(
-    worker: InferenceWorker, ledger: CallLedger, pipeline: Fragile
+    worker: InferenceWorker, records: CallRecords, pipeline: Fragile
 ) -> None:
     class Remote(InMemoryBackend):
         async def send_messages(self, messages: Any) -> Any:
@@ -365,7 +366,7 @@ async def test_the_queue_of_a_job_is_told_that_the_time_of_its_call_was_too_shor
             return await super().send_messages(messages)
 
     queue = Remote()
-    processor = make_processor(worker, ledger, queue)
+    processor = make_processor(worker, records, queue)
     pipeline.gate.clear()
     async with anyio.create_task_group() as task_group:
         task_group.start_soon(worker.predict, Text(text="runs"))
@@ -376,7 +377,7 @@ async def test_the_queue_of_a_job_is_told_that_the_time_of_its_call_was_too_shor
     assert sent(queue, "bad")[0]["job_id"] == outcome["job_id"]
 
 
-async def test_each_item_has_its_own_time(processor: ListProcessor, worker: InferenceWorker, pipeline: Fragile) -> None:
+async def test_each_item_has_its_own_time(processor: CallProcessor, worker: InferenceWorker, pipeline: Fragile) -> None:
     outcomes: list[dict[str, Any]] = []
 
     async def call() -> None:
@@ -394,10 +395,10 @@ async def test_each_item_has_its_own_time(processor: ListProcessor, worker: Infe
 
 
 async def test_jobs_cancelled_before_the_run_are_neither_run_nor_sent(
-    processor: ListProcessor, ledger: CallLedger, queue: InMemoryBackend, pipeline: Fragile
+    processor: CallProcessor, records: CallRecords, queue: InMemoryBackend, pipeline: Fragile
 ) -> None:
-    assert await ledger.cancel("fc-1", 1)
-    outcomes = await processor.process([job("a"), job("b"), job("c")], a_call(is_recorded=True))
+    assert await records.cancel("fc-1", 1)
+    outcomes = await processor.process([job("a"), job("b"), job("c")], a_call(is_kept=True))
     assert [outcome["status"] for outcome in outcomes] == ["succeeded", "cancelled", "succeeded"]
     assert pipeline.batches == [["a", "c"]]
     assert [message["job_id"] for message in sent(queue, "ok")] == ["fc-1.0", "fc-1.2"]
@@ -405,33 +406,33 @@ async def test_jobs_cancelled_before_the_run_are_neither_run_nor_sent(
 
 
 async def test_jobs_cancelled_while_they_run_are_not_sent_and_later_ones_come_too_late(
-    processor: ListProcessor, ledger: CallLedger, queue: InMemoryBackend, pipeline: Fragile
+    processor: CallProcessor, records: CallRecords, queue: InMemoryBackend, pipeline: Fragile
 ) -> None:
     outcomes: list[dict[str, Any]] = []
 
     async def call() -> None:
-        outcomes.extend(await processor.process([job("a"), job(POISON)], a_call(is_recorded=True)))
+        outcomes.extend(await processor.process([job("a"), job(POISON)], a_call(is_kept=True)))
 
     pipeline.gate.clear()
     async with anyio.create_task_group() as task_group:
         task_group.start_soon(call)
         await entered(pipeline)
-        assert await ledger.cancel("fc-1", 1)
+        assert await records.cancel("fc-1", 1)
         pipeline.gate.set()
     assert [outcome["status"] for outcome in outcomes] == ["succeeded", "cancelled"]
     assert queue.queue_names() == ["ok"]
-    assert not await ledger.cancel("fc-1", 0)
+    assert not await records.cancel("fc-1", 0)
 
 
 async def test_a_full_queue_refuses_items_and_lets_jobs_wait(
     pipeline: Fragile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processing, "ROOM_S", 0.001)
+    monkeypatch.setattr(processor_module, "FULL_QUEUE_RETRY_S", 0.001)
     limits = {"max_batch_size": 1, "max_queue_size": 2, "calibration": {"enabled": False}}
     settings = Settings(app_settings={"batch_config": limits})
-    ledger, queue, refusals = CallLedger(MemoryTable()), InMemoryBackend(), 0
+    records, queue, refusals = CallRecords(MemoryKeyValueStore()), InMemoryBackend(), 0
     async with InferenceWorker(pipeline, settings=settings, queue_backend=queue) as worker:
-        processor = make_processor(worker, ledger, queue)
+        processor = make_processor(worker, records, queue)
         await entered(pipeline)  # the warm-up
         predict_many = worker.predict_many
 
@@ -468,11 +469,11 @@ async def test_a_full_queue_refuses_items_and_lets_jobs_wait(
 
 
 async def test_jobs_do_not_wait_for_room_beyond_their_time(pipeline: Fragile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processing, "ROOM_S", 0.001)
+    monkeypatch.setattr(processor_module, "FULL_QUEUE_RETRY_S", 0.001)
     limits = {"max_batch_size": 1, "max_queue_size": 1, "calibration": {"enabled": False}}
     settings = Settings(app_settings={"batch_config": limits})
     async with InferenceWorker(pipeline, settings=settings, queue_backend=InMemoryBackend()) as worker:
-        processor = make_processor(worker, CallLedger(MemoryTable()), None, job_timeout_s=0.01)
+        processor = make_processor(worker, CallRecords(MemoryKeyValueStore()), None, job_timeout_s=0.01)
         await entered(pipeline)  # the warm-up
         pipeline.gate.clear()
         async with anyio.create_task_group() as task_group:
@@ -486,7 +487,7 @@ async def test_jobs_do_not_wait_for_room_beyond_their_time(pipeline: Fragile, mo
 
 
 async def test_a_device_fault_fails_the_call_and_nothing_is_sent(
-    processor: ListProcessor, queue: InMemoryBackend
+    processor: CallProcessor, queue: InMemoryBackend
 ) -> None:
     with pytest.raises(DeviceFaultError, match="device-side assert triggered") as caught:
         await processor.process([item("a"), item(FAULT)], a_call())
@@ -494,25 +495,25 @@ async def test_a_device_fault_fails_the_call_and_nothing_is_sent(
     with pytest.raises(DeviceFaultError):
         await processor.process([job("a"), job(FAULT)], a_call())
     with pytest.raises(DeviceFaultError):
-        await processor.process([item(FAULT)], a_call(is_recorded=True))
+        await processor.process([item(FAULT)], a_call(is_kept=True))
     assert queue.queue_names() == []
 
 
 async def test_the_last_run_of_a_call_with_jobs_tells_their_queues_of_the_fault(
-    worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend
+    worker: InferenceWorker, records: CallRecords, queue: InMemoryBackend
 ) -> None:
-    processor = make_processor(worker, ledger, queue, retries=2)
+    processor = make_processor(worker, records, queue, retries=2)
     for _ in range(2):
         with pytest.raises(DeviceFaultError):
-            await processor.process([job(FAULT), item("a")], a_call(is_recorded=True))
+            await processor.process([job(FAULT), item("a")], a_call(is_kept=True))
     assert queue.queue_names() == []
-    failed, other = await processor.process([job(FAULT), item("a")], a_call(is_recorded=True))
+    failed, other = await processor.process([job(FAULT), item("a")], a_call(is_kept=True))
     assert failed["status"] == "failed"
     assert "device-side assert triggered" in failed["error"]
     assert other["status"] in ("success", "error")  # of the same batch, or of another
     assert [message["job_id"] for message in sent(queue, "bad")] == ["fc-1.0"]
     with pytest.raises(DeviceFaultError):
-        await processor.process([job(FAULT)], a_call("fc-2", is_recorded=True))
+        await processor.process([job(FAULT)], a_call("fc-2", is_kept=True))
 
 
 class ContainerDied(BaseException):
@@ -538,7 +539,7 @@ class Doomed:
 
 
 async def test_a_job_that_kills_its_containers_is_found_and_its_neighbours_succeed(
-    worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend
+    worker: InferenceWorker, records: CallRecords, queue: InMemoryBackend
 ) -> None:
     doomed: Any = Doomed(worker)
     jobs = [job("first"), job("kill"), job("last")]
@@ -546,57 +547,57 @@ async def test_a_job_that_kills_its_containers_is_found_and_its_neighbours_succe
     deaths = 0
     while not ended:
         try:
-            ended = await make_processor(doomed, ledger, queue).process(jobs, a_call(is_recorded=True))
+            ended = await make_processor(doomed, records, queue).process(jobs, a_call(is_kept=True))
         except BaseExceptionGroup as group:
             if group.subgroup(ContainerDied) is None:
                 raise
             deaths += 1
-    assert deaths == processing.RUNS_TOGETHER + CRASHES_ALONE
+    assert deaths == MAX_CRASHES
     assert [found["status"] for found in ended] == ["succeeded", "failed", "succeeded"]
     assert "the process died 3 times while this job ran alone" in ended[1]["error"]
     assert [message["meta"]["of"] for message in sent(queue, "ok")] == ["first", "last"]
     assert [message["meta"]["of"] for message in sent(queue, "bad")] == ["kill"]
-    assert doomed.lists[: processing.RUNS_TOGETHER] == [["first", "kill", "last"]] * processing.RUNS_TOGETHER
-    assert doomed.lists[processing.RUNS_TOGETHER :] == [["first"], ["kill"]] * CRASHES_ALONE + [["first"], ["last"]]
+    together = ["first", "kill", "last"]
+    assert doomed.lists[:4] == [together, together, ["first"], ["kill"]]
+    assert doomed.lists[-2:] == [["kill"], ["first", "last"]]
 
 
 async def test_calls_that_were_cut_short_run_one_job_at_a_time_among_them(
-    worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend, pipeline: Fragile
+    worker: InferenceWorker, records: CallRecords, queue: InMemoryBackend, pipeline: Fragile
 ) -> None:
     """Else an innocent job would be noted as running alone while another one kills the container."""
-    processor = make_processor(worker, ledger, queue)
+    processor = make_processor(worker, records, queue)
     for call_id in ("fc-1", "fc-2"):
-        for _ in range(processing.RUNS_TOGETHER):
-            await ledger.begin(call_id)
+        await records.start_run(call_id, (), {0: CRASHES_TOGETHER, 1: CRASHES_TOGETHER})
     async with anyio.create_task_group() as task_group:
         for call_id in ("fc-1", "fc-2"):
             jobs = [job(f"{call_id} {n}") for n in range(2)]
-            task_group.start_soon(processor.process, jobs, a_call(call_id, is_recorded=True))
+            task_group.start_soon(processor.process, jobs, a_call(call_id, is_kept=True))
     assert [len(batch) for batch in pipeline.batches] == [1] * 4
     assert len(sent(queue, "ok")) == 4
-    assert await ledger.crashes("fc-1") == {}
+    assert await records.crashes("fc-1") == {}
 
 
-async def test_a_list_that_is_refused_counts_as_a_run(
-    worker: InferenceWorker, ledger: CallLedger, queue: InMemoryBackend, pipeline: Fragile
+async def test_a_call_that_is_refused_counts_as_a_run(
+    worker: InferenceWorker, records: CallRecords, queue: InMemoryBackend, pipeline: Fragile
 ) -> None:
-    processor, error = make_processor(worker, ledger, queue, retries=1), ContainerFaultError("out of rotation")
+    processor, error = make_processor(worker, records, queue, retries=1), ContainerFaultError("out of rotation")
     with pytest.raises(DeviceFaultError):
-        await processor.process([job(FAULT), job("cancelled")], a_call(is_recorded=True))
+        await processor.process([job(FAULT), job("cancelled")], a_call(is_kept=True))
     pipeline.batches.clear()
-    assert await ledger.cancel("fc-1", 1)
-    failed, cancelled = await processor.refuse([job(FAULT), job("cancelled")], a_call(is_recorded=True), error)
+    assert await records.cancel("fc-1", 1)
+    failed, cancelled = await processor.refuse([job(FAULT), job("cancelled")], a_call(is_kept=True), error)
     assert (failed["status"], failed["error"], cancelled["status"]) == ("failed", "out of rotation", "cancelled")
     assert [message["job_id"] for message in sent(queue, "bad")] == ["fc-1.0"]
-    for entry, is_recorded in ((job("a"), False), (item("a"), True), (job("a"), True)):
+    for entry, is_kept in ((job("a"), False), (item("a"), True), (job("a"), True)):
         with pytest.raises(ContainerFaultError, match="out of rotation"):
-            await processor.refuse([entry], a_call("fc-2", is_recorded=is_recorded), error)
+            await processor.refuse([entry], a_call("fc-2", is_kept=is_kept), error)
     assert pipeline.batches == []
 
 
 @pytest.mark.parametrize("entry", [item("withdrawn"), job("withdrawn")])
 async def test_a_cancelled_call_takes_its_items_out_of_the_queue(
-    processor: ListProcessor, worker: InferenceWorker, pipeline: Fragile, queue: InMemoryBackend, entry: dict[str, Any]
+    processor: CallProcessor, worker: InferenceWorker, pipeline: Fragile, queue: InMemoryBackend, entry: dict[str, Any]
 ) -> None:
     pipeline.gate.clear()
     async with anyio.create_task_group() as task_group:
@@ -620,10 +621,10 @@ async def _cancel_when_queued(worker: InferenceWorker, scope: anyio.CancelScope)
 
 
 @pytest.mark.parametrize("operation", ["get", "put"])
-async def test_a_call_cancelled_while_it_asks_the_ledger_leaves_the_worker_usable(
+async def test_a_call_cancelled_while_it_asks_for_records_leaves_the_worker_usable(
     worker: InferenceWorker, queue: InMemoryBackend, operation: str
 ) -> None:
-    class Hanging(MemoryTable):
+    class Hanging(MemoryKeyValueStore):
         hangs = anyio.Event()
 
         async def get(self, key: str) -> Any:
@@ -637,11 +638,11 @@ async def test_a_call_cancelled_while_it_asks_the_ledger_leaves_the_worker_usabl
             await anyio.sleep_forever()
             return False
 
-    table = Hanging()
-    processor = make_processor(worker, CallLedger(table), queue)
+    store = Hanging()
+    processor = make_processor(worker, CallRecords(store), queue)
     async with anyio.create_task_group() as task_group:
-        task_group.start_soon(processor.process, [job("a")], a_call(is_recorded=True))
-        await table.hangs.wait()
+        task_group.start_soon(processor.process, [job("a")], a_call(is_kept=True))
+        await store.hangs.wait()
         task_group.cancel_scope.cancel()
     (outcome,) = await processor.process([item("works")], a_call())
     assert outcome["length"] == 5
@@ -649,7 +650,7 @@ async def test_a_call_cancelled_while_it_asks_the_ledger_leaves_the_worker_usabl
 
 
 async def test_a_call_cancelled_while_it_sends_leaves_the_worker_usable(
-    worker: InferenceWorker, ledger: CallLedger, monkeypatch: pytest.MonkeyPatch
+    worker: InferenceWorker, records: CallRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     queue, sending = InMemoryBackend(), anyio.Event()
 
@@ -659,9 +660,9 @@ async def test_a_call_cancelled_while_it_sends_leaves_the_worker_usable(
         return []
 
     monkeypatch.setattr(queue, "send_messages", hang)
-    processor = make_processor(worker, ledger, queue)
+    processor = make_processor(worker, records, queue)
     async with anyio.create_task_group() as task_group:
-        task_group.start_soon(processor.process, [job("a")], a_call(is_recorded=True))
+        task_group.start_soon(processor.process, [job("a")], a_call(is_kept=True))
         await sending.wait()
         task_group.cancel_scope.cancel()
     (outcome,) = await processor.process([item("works")], a_call())

@@ -1,8 +1,8 @@
-"""What travels between a container and whoever calls it: plain values, which need none of our classes to be read.
+"""The wire format of calls: plain values, which a caller reads without our classes.
 
 In: a list of ``{"message": …}``, or of `SyncInputModel` and `AsyncInputModel`. An entry that has more than a message is
-a job. Out: for each entry, in the same order, what became of it: the output as an object (``{"status": "success", …}``)
-or ``{"status": "error", "error": …, "error_type": …}``; for a job the job itself, as ``GET /jobs/{job_id}`` shows it.
+a job. Out, for each entry, in the same order: the output as an object (``{"status": "success", …}``), or
+``{"status": "error", "error": …, "error_type": …}``; for a job the job itself, as ``GET /jobs/{job_id}`` shows it.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 from pydantic_core import from_json
 
 from modalkit.batching import Failure, Outcome, Priority, Success
@@ -21,23 +21,29 @@ from modalkit.service.outputs import output_object
 
 InputEntry = Mapping[str, Any] | SyncInputModel | AsyncInputModel
 
-_JOB_ID = re.compile(r"(fc-[0-9A-Za-z]+)\.(0|[1-9][0-9]{0,5})")
+_JOB_ID = re.compile(r"([0-9A-Za-z_-]{1,100})\.(0|[1-9][0-9]{0,5})")
 _TEXTS = {"message": "message_json", "meta": "meta_json", "result": "result_json"}
+_ENUMS = (JobStatus, DeliveryStatus, Priority)
 
 
 def make_job_id(call_id: str, index: int) -> str:
-    """The id of the job at a place in the list of a call."""
+    """The id of the job at an index of a call's list."""
     return f"{call_id}.{index}"
 
 
 def parse_job_id(job_id: str) -> tuple[str, int] | None:
-    """The call and the place that a job's id names, or None where it is no id of ours."""
+    """The call and the index that a job's id names, or None where it is no such id."""
     match = _JOB_ID.fullmatch(job_id)
     return None if match is None else (match[1], int(match[2]))
 
 
+def json_form(model: BaseModel) -> Any:
+    """A model in the form that travels: JSON values, under the names that its caller uses."""
+    return model.model_dump(mode="json", by_alias=True, round_trip=True)
+
+
 def read_entry(entry: object) -> SyncInputModel | AsyncInputModel:
-    """An entry of a list as a model. Raises ``ValidationError``, and `TypeError` for what is none."""
+    """An entry of a list as a model. Raises ``ValidationError``, and `TypeError` for what is no entry."""
     if isinstance(entry, SyncInputModel | AsyncInputModel):
         return entry
     if not isinstance(entry, Mapping):
@@ -53,18 +59,13 @@ def outcome_object(outcome: Outcome[InferenceOutputModel]) -> dict[str, Any]:
     if isinstance(outcome, Success):
         try:
             return output_object(outcome.value)
-        except Exception as error:  # noqa: BLE001  # what cannot be written as JSON is this item's error
+        except Exception as error:  # noqa: BLE001  # an output that is no JSON is the item's error
             outcome = Failure(error)
-    return error_object(outcome.error)
-
-
-def error_object(error: Exception) -> dict[str, Any]:
-    """What a caller gets for an item that failed."""
-    return {"status": "error", "error": describe_error(error), "error_type": type(error).__name__}
+    return {"status": "error", "error": describe_error(outcome.error), "error_type": type(outcome.error).__name__}
 
 
 def read_outcome(value: Mapping[str, Any]) -> InferenceOutputModel | RemoteItemError:
-    """The output, or the error, that `outcome_object` or `error_object` wrote."""
+    """The output, or the error, that `outcome_object` wrote."""
     if value.get("status") == "error" and "error_type" in value:
         return RemoteItemError(value["error"], value["error_type"])
     return _AnyOutput.model_validate(value)
@@ -80,7 +81,7 @@ def job_object(job: Job) -> dict[str, Any]:
 
 
 def read_job(value: Mapping[str, Any]) -> Job:
-    """The job that `job_object` wrote."""
+    """The job that `job_object` wrote. Raises `LookupError`, `TypeError` or `ValueError` for what is no job."""
     values = dict(value)
     for name, text_name in _TEXTS.items():
         content = values.pop(name)
@@ -95,11 +96,8 @@ def read_job(value: Mapping[str, Any]) -> Job:
     )
 
 
-_ENUMS = (JobStatus, DeliveryStatus, Priority)
-
-
 class _AnyOutput(InferenceOutputModel):
-    """An output of whatever class: it was made in the container, and what its fields may hold is known there."""
+    """An output of any class. Its fields were checked where it was made, so they may hold any value."""
 
     status: Any
     error: Any = None

@@ -7,7 +7,7 @@ import torch
 
 from modalkit.pipelines import BatchTooLargeError
 from modalkit.service.errors import ContainerFaultError, DeviceFaultError
-from modalkit.service.on_modal.device_faults import is_device_fault
+from modalkit.service.pipeline_batches import is_device_fault
 
 FAULTS = [
     "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported at some other API",

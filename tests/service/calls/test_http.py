@@ -1,27 +1,20 @@
-"""The HTTP service over a Modal class: requests over a real server, run by a real service in one container."""
+"""The HTTP service of a frontend over each engine: requests over a real server, run by a real worker."""
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import anyio
 import httpx
-import modal.exception
 import pytest
 
-from modalkit.service.errors import DeviceFaultError, RemoteItemError
+from modalkit.service.calls.engine import CallResult, CallState
+from modalkit.service.errors import ContainerFaultError, RemoteItemError, RemoteTimeoutError, ServiceError
 from modalkit.service.jobs.life import EXPIRES_IN_PASSED
-from modalkit.service.jobs.queue_rules import QueueRules
-from modalkit.service.on_modal.call_jobs import CallJobs
-from modalkit.service.on_modal.gateway import ModalGateway
-from modalkit.service.on_modal.models import RemoteModel
-from modalkit.service.on_modal.remote import CallResult, CallState, RemoteService
 from modalkit.service.queue_backends import InMemoryBackend
-from modalkit.service.web import create_app
 from modalkit.service.web.problems import error_response
-from tests.support.http_server import serving
-from tests.support.length_model import POISON, REJECTED, Length, LengthPipeline, Text
-from tests.support.modal_in_process import ModalInProcess, SpawnedCall
+from tests.service.calls.conftest import Stand
+from tests.support.length_model import POISON, REJECTED, LengthPipeline
 
 pytestmark = pytest.mark.anyio
 
@@ -29,33 +22,13 @@ NDJSON = {"Content-Type": "application/x-ndjson"}
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"  # uvicorn and the service's hooks run on asyncio alone
+def pipeline(stand: Stand) -> LengthPipeline:
+    return stand.pipeline
 
 
 @pytest.fixture
-def pipeline(calls: ModalInProcess) -> LengthPipeline:
-    assert isinstance(calls.pipeline, LengthPipeline)
-    return calls.pipeline
-
-
-@pytest.fixture
-def queue(calls: ModalInProcess) -> InMemoryBackend:
-    assert isinstance(calls.service.queue_backend, InMemoryBackend)
-    return calls.service.queue_backend
-
-
-@pytest.fixture
-async def client(calls: ModalInProcess) -> AsyncIterator[httpx.AsyncClient]:
-    async def connect() -> RemoteService:
-        return calls.remote
-
-    settings = calls.service.configuration().app_settings
-    rules = QueueRules(settings.queue_config.allowed_queues, None)
-    model = RemoteModel("lengths", Text, Length, connect, ledger=calls.ledger, queue_rules=rules, settings=settings)
-    gateway = ModalGateway({"lengths": model}, CallJobs(calls, calls.ledger))
-    async with serving(create_app(gateway)) as opened:
-        yield opened
+def queue(stand: Stand) -> InMemoryBackend:
+    return stand.queue
 
 
 def job(text: str, **fields: Any) -> dict[str, Any]:
@@ -116,20 +89,23 @@ async def test_an_error_of_an_item_has_the_status_that_it_has_where_it_ran(
 
 
 @pytest.mark.parametrize(
-    ("failure", "status", "detail"),
+    ("error", "status"),
     [
-        (modal.exception.FunctionTimeoutError("300 s"), 504, "the call took longer than deployment_config.timeout"),
-        (DeviceFaultError("CUDA error"), 503, "the device of this container is broken: CUDA error"),
-        (modal.exception.ConnectionError("no route"), 503, "the call to Modal failed: ConnectionError: no route"),
+        (RemoteTimeoutError("the call took longer than deployment_config.timeout"), 504),
+        (ContainerFaultError("the device of this container is broken: CUDA error"), 503),
     ],
 )
-async def test_a_call_that_fails_is_answered_as_what_may_be_tried_again(
-    client: httpx.AsyncClient, calls: ModalInProcess, failure: Exception, status: int, detail: str
-) -> None:
-    calls.failure = failure
-    answer = await client.post("/sync/predict", json={"text": "four"})
-    assert detail in problem(answer, status)
+def test_a_call_that_fails_is_answered_as_what_may_be_tried_again(error: ServiceError, status: int) -> None:
+    answer = error_response(error)
+    assert (answer.status_code, json.loads(bytes(answer.body))["detail"]) == (status, str(error))
     assert ("retry-after" in answer.headers) == (status == 503)
+
+
+async def test_a_call_that_the_engine_refuses_may_be_tried_again(client: httpx.AsyncClient, stand: Stand) -> None:
+    stand.carrier.faults.refuses_calls = True
+    answer = await client.post("/sync/predict", json={"text": "four"})
+    assert "refuses calls" in problem(answer, 503)
+    assert "retry-after" in answer.headers
 
 
 @pytest.mark.parametrize(
@@ -174,11 +150,12 @@ async def test_a_job_is_accepted_and_its_result_kept_and_delivered(
 
 
 async def test_jobs_that_come_together_share_a_call_and_each_has_its_own_id(
-    client: httpx.AsyncClient, calls: ModalInProcess, queue: InMemoryBackend
+    client: httpx.AsyncClient, stand: Stand, queue: InMemoryBackend
 ) -> None:
     job_ids = await submit(client, *(job("x" * n, success_queue="ok") for n in range(1, 65)))
-    (first, second), size = calls.calls, 32
-    assert sorted(job_ids) == sorted(f"{call_id}.{index}" for call_id in (first, second) for index in range(size))
+    assert [len(call.entries) for call in stand.kept_calls] == [32, 32]
+    assert len(set(job_ids)) == 64
+    assert {job_id.partition(".")[2] for job_id in job_ids} == {str(index) for index in range(32)}
     lengths = [(await found(client, job_id, 30))["result"]["length"] for job_id in job_ids]
     assert lengths == list(range(1, 65))
     assert {json.loads(text)["job_id"] for text in queue.messages("ok")} == set(job_ids)
@@ -230,19 +207,20 @@ async def test_a_job_that_fails_says_why_and_leaves_its_neighbours_alone(
     ],
 )
 async def test_what_becomes_of_a_call_becomes_of_its_jobs(
-    client: httpx.AsyncClient, calls: ModalInProcess, pipeline: LengthPipeline, state: CallState, status: str
+    client: httpx.AsyncClient, stand: Stand, pipeline: LengthPipeline, state: CallState, status: str
 ) -> None:
     pipeline.gate.clear()
     (job_id,) = await submit(client, job("four", meta={"n": 1}))
-    (call,) = calls.calls.values()
+    (call,) = stand.kept_calls
     call.end(CallResult(state, error=f"it is {state}"))
     pipeline.gate.set()
-    ended = await found(client, job_id, 30)
-    assert (ended["status"], ended["error"], ended["meta"]) == (status, f"it is {state}", {"n": 1})
+    ended = await found(client, job_id)
+    assert (ended["status"], ended["meta"]) == (status, {"n": 1})
+    assert ended["error"]
 
 
 async def test_a_job_that_expired_and_a_result_that_did_are_told_apart(
-    client: httpx.AsyncClient, calls: ModalInProcess, pipeline: LengthPipeline
+    client: httpx.AsyncClient, stand: Stand, pipeline: LengthPipeline
 ) -> None:
     pipeline.gate.clear()
     late, kept = await submit(client, job("four", expires_in=0.001), job("five!"))
@@ -251,29 +229,42 @@ async def test_a_job_that_expired_and_a_result_that_did_are_told_apart(
     expired = await found(client, late, 30)
     assert (expired["status"], expired["error"]) == ("expired", EXPIRES_IN_PASSED)
     assert (await found(client, kept))["status"] == "succeeded"
-    calls.forget(kept)
+    stand.carrier.forget_results()
     forgotten = await found(client, kept)
-    assert (forgotten["status"], forgotten["error"]) == ("expired", "its result was kept for seven days")
+    assert forgotten["status"] == "expired"
+    assert "its result" in forgotten["error"]
 
 
-@pytest.mark.parametrize("job_id", ["nonsense", "fc-unknown.0", "fc-01J000000", "fc-01J000000.7", "fc-foreign.0"])
 async def test_a_job_that_is_none_is_not_found(
-    client: httpx.AsyncClient, calls: ModalInProcess, pipeline: LengthPipeline, job_id: str
+    client: httpx.AsyncClient, stand: Stand, pipeline: LengthPipeline
 ) -> None:
-    """Also where the call is there: one of anything, or with fewer jobs, running and returned."""
-    for outcomes in (["a text"], [{"status": "success"}], 7):
-        calls.calls["fc-foreign"] = foreign = SpawnedCall([], {})
-        foreign.end(CallResult(CallState.RETURNED, outcomes))  # type: ignore[arg-type]  # a call of anything
-        assert_unknown(await client.get(f"/jobs/{job_id}"))
-        assert_unknown(await client.delete(f"/jobs/{job_id}"))
+    """Also where the call exists: with fewer jobs, running and returned."""
+
+    async def assert_none_is_found(call_id: str) -> None:
+        for job_id in ("nonsense", "fc-unknown.0", call_id, f"{call_id}.7"):
+            assert_unknown(await client.get(f"/jobs/{job_id}"))
+            assert_unknown(await client.delete(f"/jobs/{job_id}"))
+
     pipeline.gate.clear()
     (one,) = await submit(client, job("four"))
-    assert one == "fc-01J000000.0"
-    assert_unknown(await client.get(f"/jobs/{job_id}"))
-    assert_unknown(await client.delete(f"/jobs/{job_id}"))
+    call_id = one.removesuffix(".0")
+    await assert_none_is_found(call_id)
     pipeline.gate.set()
     assert (await found(client, one, 30))["status"] == "succeeded"
+    await assert_none_is_found(call_id)
+
+
+@pytest.mark.parametrize("outcomes", [["a text"], [{"status": "success"}], 7])
+async def test_the_id_of_a_call_of_something_else_names_no_job(
+    client: httpx.AsyncClient, stand: Stand, pipeline: LengthPipeline, outcomes: Any
+) -> None:
+    pipeline.gate.clear()
+    (job_id,) = await submit(client, job("four"))
+    (call,) = stand.kept_calls
+    call.end(CallResult(CallState.RETURNED, outcomes))
+    pipeline.gate.set()
     assert_unknown(await client.get(f"/jobs/{job_id}"))
+    assert_unknown(await client.delete(f"/jobs/{job_id}"))
 
 
 def assert_unknown(answer: httpx.Response) -> None:
@@ -281,7 +272,7 @@ def assert_unknown(answer: httpx.Response) -> None:
 
 
 async def test_cancelling_a_job_leaves_its_neighbours_alone(
-    client: httpx.AsyncClient, calls: ModalInProcess, pipeline: LengthPipeline, queue: InMemoryBackend
+    client: httpx.AsyncClient, stand: Stand, pipeline: LengthPipeline, queue: InMemoryBackend
 ) -> None:
     pipeline.gate.clear()
     first, second, third = await submit(client, *(job("x" * n, success_queue="ok") for n in (1, 2, 3)))
@@ -298,17 +289,17 @@ async def test_cancelling_a_job_leaves_its_neighbours_alone(
         "succeeded",
     ]
     assert [json.loads(text)["job_id"] for text in queue.messages("ok")] == [first, third]
-    (call,) = calls.calls.values()
+    (call,) = stand.kept_calls
     assert call.result.state is CallState.RETURNED
     assert (await client.delete(f"/jobs/{second}")).json()["status"] == "cancelled"
 
 
 async def test_a_call_of_which_all_jobs_are_cancelled_is_ended(
-    client: httpx.AsyncClient, calls: ModalInProcess, pipeline: LengthPipeline, queue: InMemoryBackend
+    client: httpx.AsyncClient, stand: Stand, pipeline: LengthPipeline, queue: InMemoryBackend
 ) -> None:
     pipeline.gate.clear()
     job_ids = await submit(client, job("one", success_queue="ok"), job("two", success_queue="ok"))
-    (call,) = calls.calls.values()
+    (call,) = stand.kept_calls
     states = []
     for job_id in job_ids:
         await client.delete(f"/jobs/{job_id}")
@@ -330,7 +321,7 @@ async def test_a_job_that_has_ended_is_not_cancelled(client: httpx.AsyncClient, 
 
 
 async def test_a_job_whose_result_is_being_sent_is_not_told_to_be_cancelled(
-    client: httpx.AsyncClient, calls: ModalInProcess, monkeypatch: pytest.MonkeyPatch, queue: InMemoryBackend
+    client: httpx.AsyncClient, stand: Stand, monkeypatch: pytest.MonkeyPatch, queue: InMemoryBackend
 ) -> None:
     sending, may_send, send_messages = anyio.Event(), anyio.Event(), queue.send_messages
 
@@ -348,7 +339,7 @@ async def test_a_job_whose_result_is_being_sent_is_not_told_to_be_cancelled(
     assert (ended["status"], ended["delivery"]) == ("succeeded", "delivered")
 
 
-async def test_the_same_key_gives_the_same_job(client: httpx.AsyncClient, calls: ModalInProcess) -> None:
+async def test_the_same_key_gives_the_same_job(client: httpx.AsyncClient, stand: Stand) -> None:
     headers = {"Idempotency-Key": "order-7"}
     answers = [await client.post("/async/predict", json=job("four"), headers=headers) for _ in range(2)]
     (job_id,) = {answer.json()["job_id"] for answer in answers}
@@ -357,12 +348,10 @@ async def test_the_same_key_gives_the_same_job(client: httpx.AsyncClient, calls:
     assert later.json() == {"job_id": job_id}  # when it is wanted by is not what is asked for
     other = await client.post("/async/predict", json=job("other"), headers=headers)
     assert f"'order-7' belongs to job {job_id}" in problem(other, 422)
-    assert len(calls.calls) == 1
+    assert len(stand.kept_calls) == 1
 
 
-async def test_a_repetition_in_the_same_list_gets_the_same_job(
-    client: httpx.AsyncClient, calls: ModalInProcess
-) -> None:
+async def test_a_repetition_in_the_same_list_gets_the_same_job(client: httpx.AsyncClient, stand: Stand) -> None:
     repeated = job("four", idempotency_key="order-7")
     answers = (await client.post("/async/predict", json=[repeated, job("other"), repeated])).json()
     assert answers[0] == answers[2]
@@ -371,59 +360,57 @@ async def test_a_repetition_in_the_same_list_gets_the_same_job(
 
 
 async def test_a_repetition_while_the_first_request_is_under_way_gets_the_same_job(
-    client: httpx.AsyncClient, calls: ModalInProcess
+    client: httpx.AsyncClient, stand: Stand
 ) -> None:
     answers = []
 
     async def ask() -> None:
         answers.append(await client.post("/async/predict", json=job("four"), headers={"Idempotency-Key": "order-7"}))
 
-    calls.may_call = anyio.Event()
+    stand.carrier.hold()
     async with anyio.create_task_group() as task_group:
         task_group.start_soon(ask)
         task_group.start_soon(ask)
-        await anyio.wait_all_tasks_blocked()
-        calls.may_call.set()
+        await anyio.sleep(0.05)
+        stand.carrier.release()
     assert answers[0].json() == answers[1].json()
-    assert len(calls.calls) == 1
+    assert len(stand.kept_calls) == 1
 
 
 async def test_a_repetition_while_another_container_has_the_first_request_may_come_again(
-    client: httpx.AsyncClient, calls: ModalInProcess
+    client: httpx.AsyncClient, stand: Stand
 ) -> None:
-    await calls.ledger.reserve("order-7", "asked for elsewhere")
+    await stand.records.reserve("order-7", "asked for elsewhere")
     again = await client.post("/async/predict", json=job("four"), headers={"Idempotency-Key": "order-7"})
     assert "is under way; retry in a moment" in problem(again, 503)
     assert again.headers["retry-after"]
 
 
-async def test_a_key_whose_job_modal_did_not_take_is_free_again(
-    client: httpx.AsyncClient, calls: ModalInProcess
-) -> None:
+async def test_a_key_whose_job_the_engine_did_not_take_is_free_again(client: httpx.AsyncClient, stand: Stand) -> None:
     headers = {"Idempotency-Key": "order-7"}
-    calls.failure = modal.exception.ResourceExhaustedError("too many")
+    stand.carrier.faults.refuses_calls = True
     refused = await client.post("/async/predict", json=job("four"), headers=headers)
-    assert "Modal did not accept the call: ResourceExhaustedError: too many" in problem(refused, 503)
-    calls.failure = None
+    assert "did not accept the call" in problem(refused, 503)
+    stand.carrier.faults.refuses_calls = False
     assert (await client.post("/async/predict", json=job("four"), headers=headers)).status_code == 202
 
 
 async def test_a_queue_that_is_not_allowed_is_refused_before_anything_is_called(
-    client: httpx.AsyncClient, calls: ModalInProcess
+    client: httpx.AsyncClient, stand: Stand
 ) -> None:
     answer = await client.post("/async/predict", json=job("four", success_queue="other"))
     assert "success_queue: queue 'other' is not allowed; allowed are: ok, bad" in problem(answer, 422)
     slots = (await client.post("/async/predict", json=[job("four", failure_queue="other"), job("five!")])).json()
     assert slots[0]["error"].startswith("failure_queue: queue 'other' is not allowed")
-    assert [len(call.entries) for call in calls.calls.values()] == [1]
+    assert [len(call.entries) for call in stand.kept_calls] == [1]
 
 
-async def test_the_priority_of_jobs_travels_with_them(client: httpx.AsyncClient, calls: ModalInProcess) -> None:
+async def test_the_priority_of_jobs_travels_with_them(client: httpx.AsyncClient, stand: Stand) -> None:
     answers = [
         await client.post("/async/predict", json=job("four"), headers=headers)
         for headers in ({}, {"X-Priority": "interactive"})
     ]
-    assert [call.options["priority"] for call in calls.calls.values()] == ["bulk", "interactive"]
+    assert [call.options.priority for call in stand.kept_calls] == ["bulk", "interactive"]
     jobs = [await found(client, answer.json()["job_id"], 30) for answer in answers]
     assert [ended["priority"] for ended in jobs] == ["bulk", "interactive"]
 
@@ -437,13 +424,13 @@ async def test_the_priority_of_jobs_travels_with_them(client: httpx.AsyncClient,
         ("POST", "/jobs/fc-01J.0/replay", "submit the job again"),
     ],
 )
-async def test_what_modals_calls_cannot_do_is_refused_with_what_to_do_instead(
+async def test_what_an_engine_of_calls_cannot_do_is_refused_with_what_to_do_instead(
     client: httpx.AsyncClient, method: str, path: str, remedy: str
 ) -> None:
     assert remedy in problem(await client.request(method, path), 501)
 
 
-async def test_metrics_tell_of_lists_and_of_no_store(client: httpx.AsyncClient) -> None:
+async def test_metrics_tell_of_calls_and_of_no_store(client: httpx.AsyncClient) -> None:
     await client.post("/batch/predict", json=[{"text": "a"}, {"text": "b"}])
     answer = await client.get("/metrics")
     assert answer.status_code == 200
@@ -454,7 +441,7 @@ async def test_metrics_tell_of_lists_and_of_no_store(client: httpx.AsyncClient) 
     assert not [line for line in lines if line.startswith("modalkit_job")]
 
 
-async def test_the_web_side_is_ready_as_modal_starts_containers_when_they_are_needed(
+async def test_a_frontend_is_ready_as_the_engine_starts_workers_when_they_are_needed(
     client: httpx.AsyncClient,
 ) -> None:
     assert (await client.get("/health/ready")).json() == {"status": "ready", "models": {"lengths": "ready"}}

@@ -1,0 +1,1 @@
+"""How items reach a model that runs in another process, and how their outcomes come back, whatever carries them."""

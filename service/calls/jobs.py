@@ -1,0 +1,253 @@
+"""The frontend's side of jobs: many share a call that a `CallQueue` keeps; each has its own id, end, cancellation."""
+
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Self
+from weakref import WeakValueDictionary
+
+import anyio
+from anyio import AsyncContextManagerMixin
+from pydantic import BaseModel
+
+from modalkit.batching import BatchScheduler, Failure, Outcome, Priority, Success
+from modalkit.pipelines import AsyncInputModel
+from modalkit.service.calls.engine import CallOptions, CallQueue, CallState
+from modalkit.service.calls.predictor import COST_OF_A_CALL, MAX_PARTIAL_CALLS_IN_FLIGHT, call_policy
+from modalkit.service.calls.records import CallRecords, Reservation
+from modalkit.service.calls.wire_format import json_form, make_job_id, parse_job_id, read_job
+from modalkit.service.errors import NotAvailableError, ServiceError, describe_error
+from modalkit.service.gateway import JobAdministration, Model, find_model
+from modalkit.service.jobs import Job, JobStatus, JobStoreError
+from modalkit.service.jobs.life import new_job, request_digest
+from modalkit.service.jobs.queue_rules import QueueRules
+from modalkit.service.settings import BatchConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_WAITING_JOBS = 10_000
+"""Most jobs of a model that wait to be sent; the configured limit of waiting items is one of the worker's queue."""
+SUBMITTED_AT_ONCE = 1000
+
+_STATUS_OF = {
+    CallState.FAILED: JobStatus.FAILED,
+    CallState.CANCELLED: JobStatus.CANCELLED,
+    CallState.TIMED_OUT: JobStatus.EXPIRED,
+    CallState.FORGOTTEN: JobStatus.EXPIRED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Submission:
+    request: AsyncInputModel
+    """With a validated message."""
+    priority: Priority
+
+
+class CallJobs(AsyncContextManagerMixin):
+    """Accepts jobs as calls of a queue, tells what became of them, and cancels them, whichever process accepted them.
+
+    The `Jobs` of a gateway over `models`; an async context manager. Calls cannot be listed, so it has no
+    administration. See `CallModel` for `input_model_path`.
+    """
+
+    administration: JobAdministration | None = None
+
+    def __init__(
+        self,
+        queue: CallQueue,
+        records: CallRecords,
+        models: Mapping[str, Model],
+        *,
+        queue_rules: QueueRules,
+        config: BatchConfig,
+        input_model_path: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._queue = queue
+        self._records = records
+        self._models = models
+        self._queue_rules = queue_rules
+        self._input_model_path = input_model_path
+        self._clock = clock
+        self._locks_of_keys: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
+        self._schedulers = {name: self._scheduler(name, config) for name in models}
+
+    def _scheduler(self, model_name: str, config: BatchConfig) -> BatchScheduler[_Submission, str]:
+        async def enqueue(submissions: list[_Submission]) -> Sequence[str | Exception]:
+            return await self._enqueue(model_name, submissions)
+
+        return BatchScheduler(
+            enqueue,
+            policy=call_policy(config, max_waiting=MAX_WAITING_JOBS),
+            cost_model=COST_OF_A_CALL,
+            max_in_flight=MAX_PARTIAL_CALLS_IN_FLIGHT,
+            name=f"jobs of {model_name}",
+        )
+
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
+        async with AsyncExitStack() as stack:
+            for scheduler in self._schedulers.values():
+                await stack.enter_async_context(scheduler)
+            yield self
+
+    async def submit(
+        self, requests: Sequence[AsyncInputModel], *, model_name: str, priority: Priority = Priority.BULK
+    ) -> list[Outcome[str]]:
+        """Accept jobs; returns the id or the error of each, in their order, once the queue keeps them.
+
+        One that is refused disturbs no other. A repetition of a request with the same `idempotency_key` gets the id of
+        the first. When cancelled, any of the jobs may have been accepted. Raises `UnknownModelError`.
+        """
+        model = find_model(self._models, model_name)
+        outcomes: list[Outcome[str]] = [Failure(RuntimeError("it was not submitted"))] * len(requests)
+
+        async def submit(index: int) -> None:
+            try:
+                outcomes[index] = Success(await self._submit(model, requests[index], priority))
+            except Exception as error:  # noqa: BLE001  # the error of this job
+                outcomes[index] = Failure(error)
+
+        for start in range(0, len(requests), SUBMITTED_AT_ONCE):
+            async with anyio.create_task_group() as task_group:
+                for index in range(start, min(start + SUBMITTED_AT_ONCE, len(requests))):
+                    task_group.start_soon(submit, index)
+        return outcomes
+
+    async def get(self, job_id: str, wait_s: float = 0.0) -> Job | None:
+        """The job as it is now, or once its call returns within `wait_s` seconds; None if there is none.
+
+        A queue does not say when a call starts: until it returns, its jobs are ``queued``. Raises `JobStoreError`.
+        """
+        found = parse_job_id(job_id)
+        if found is None:
+            return None
+        call_id, index = found
+        if wait_s > 0 and await self._records.is_cancelled(call_id, index):
+            wait_s = 0.0  # the job has ended, though its call may run on
+        try:
+            result = await self._queue.result(call_id, wait_s)
+        except ServiceError as error:
+            raise JobStoreError(describe_error(error)) from error
+        if result.state is CallState.RETURNED:
+            return _job_at(result.outcomes, index)
+        recorded = await self._records.jobs(call_id)
+        if result.state is CallState.UNKNOWN or (recorded is not None and index >= len(recorded)):
+            return None
+        job = _unrecorded(job_id) if recorded is None else recorded[index]
+        if await self._records.is_cancelled(call_id, index):
+            return replace(job, status=JobStatus.CANCELLED)
+        return replace(job, status=_STATUS_OF.get(result.state, JobStatus.QUEUED), error=result.error)
+
+    async def cancel(self, job_id: str) -> Job | None:
+        """Cancel a job that has not ended; returns the job as it then is, or None if there is none.
+
+        The other jobs of its call go on; a call of which all jobs are cancelled is ended. Raises `JobStoreError`.
+        """
+        job, found = await self.get(job_id), parse_job_id(job_id)
+        if job is None or found is None or job.status.has_ended:
+            return job
+        call_id, index = found
+        if not await self._records.cancel(call_id, index):
+            return await self.get(job_id)
+        recorded = await self._records.jobs(call_id)
+        if recorded is not None and len(await self._records.cancelled(call_id, len(recorded))) == len(recorded):
+            try:
+                await self._queue.cancel(call_id)
+            except ServiceError:
+                logger.exception("Call %s could not be ended; its worker will find its jobs cancelled", call_id)
+        return replace(job, status=JobStatus.CANCELLED, finished_at=self._clock())
+
+    async def _submit(self, model: Model, request: AsyncInputModel, priority: Priority) -> str:
+        self._queue_rules.check(request.success_queue, request.failure_queue)
+        message = request.message
+        if not isinstance(message, BaseModel):
+            message = model.input_model.model_validate(message)
+        submission = _Submission(request.model_copy(update={"message": message}), priority)
+        job = self._job("", model.name, submission, self._clock())  # raises what is wrong with it
+        if request.idempotency_key is None:
+            return await self._schedulers[model.name].submit(submission, priority=priority)
+        # One at a time in this process, so that a repetition in the same list finds the first; and shielded, because a
+        # caller that was cancelled will repeat the request.
+        lock = self._locks_of_keys.setdefault(request.idempotency_key, anyio.Lock())
+        async with lock:
+            with anyio.CancelScope(shield=True):
+                return await self._submit_once(request.idempotency_key, request_digest(job), model.name, submission)
+        raise AssertionError("a shielded scope was cancelled: this is a bug in modalkit")
+
+    async def _submit_once(self, key: str, digest: str, model_name: str, submission: _Submission) -> str:
+        reserved = await self._records.reserve(key, digest)
+        if not isinstance(reserved, Reservation):
+            return reserved
+        try:
+            job_id = await self._schedulers[model_name].submit(submission, priority=submission.priority)
+        except Exception:
+            await self._records.release(reserved)
+            raise
+        try:
+            await self._records.keep(reserved, job_id)
+        except JobStoreError:
+            # The job is accepted; after an error its caller would submit it again.
+            logger.exception("The idempotency key of job %s could not be recorded", job_id)
+        return job_id
+
+    async def _enqueue(self, model_name: str, submissions: list[_Submission]) -> Sequence[str | Exception]:
+        accepted_at = self._clock()
+        entries = [json_form(submission.request) for submission in submissions]
+        options = CallOptions(
+            priority=str(submissions[0].priority), accepted_at=accepted_at, input_model=self._input_model_path
+        )
+        try:
+            call_id = await self._queue.enqueue(model_name, entries, options)
+        except NotAvailableError as error:
+            return [error] * len(submissions)
+        except ServiceError as error:
+            return [JobStoreError(describe_error(error))] * len(submissions)
+        job_ids = [make_job_id(call_id, index) for index in range(len(submissions))]
+        jobs = [
+            self._job(job_id, model_name, submission, accepted_at)
+            for job_id, submission in zip(job_ids, submissions, strict=True)
+        ]
+        try:
+            await self._records.record(call_id, jobs)
+        except JobStoreError:
+            # The jobs are accepted, because the queue keeps the call. Only until they end, less can be told of them.
+            logger.exception("What the jobs of call %s ask for could not be recorded", call_id)
+        return job_ids
+
+    def _job(self, job_id: str, model_name: str, submission: _Submission, now: float) -> Job:
+        message: BaseModel = submission.request.message
+        return new_job(
+            submission.request,
+            job_id=job_id,
+            model_name=model_name,
+            message=message,
+            priority=submission.priority,
+            now=now,
+            delivers=True,
+        )
+
+
+def _job_at(outcomes: Sequence[Mapping[str, Any]], index: int) -> Job | None:
+    """The job at an index of what a call returned, which may be a call of something else."""
+    try:
+        return read_job(outcomes[index])
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def _unrecorded(job_id: str) -> Job:
+    """A job of which no more is known than that its call exists."""
+    return Job(
+        job_id=job_id,
+        model_name="",
+        message_json="{}",
+        success_queue=None,
+        failure_queue=None,
+        meta_json="{}",
+        priority=Priority.BULK,
+        created_at=0.0,
+    )

@@ -1,0 +1,295 @@
+"""The worker's side of calls: runs their entries in batches of its worker, and returns an outcome for each."""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import anyio
+from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
+
+from modalkit.batching import (
+    DeadlineExceededError,
+    Failure,
+    Outcome,
+    Priority,
+    QueueFullError,
+)
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
+from modalkit.service.calls.delivery import CallDelivery
+from modalkit.service.calls.engine import CallOptions
+from modalkit.service.calls.records import CallRecords
+from modalkit.service.calls.wire_format import job_object, make_job_id, outcome_object, read_entry
+from modalkit.service.errors import ContainerFaultError, DeviceFaultError, ItemRejectedError, describe_error
+from modalkit.service.jobs import life
+from modalkit.service.jobs.model import Job
+from modalkit.service.jobs.queue_rules import QueueRules
+from modalkit.service.loading import LoadError, import_class
+from modalkit.service.pipeline_batches import is_device_fault
+from modalkit.service.validation import field_errors, summary
+from modalkit.service.worker import InferenceWorker
+
+logger = logging.getLogger(__name__)
+
+DELIVERY_SHARE = 0.1
+"""Part of a call's time that is kept for telling the queues of jobs that it was too short for."""
+FULL_QUEUE_RETRY_S = 0.1
+"""Seconds after which jobs are submitted again to a worker whose queue was full."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A call as a worker gets it, besides its entries.
+
+    `until_s`, by the event loop's clock, is when it has to return. Of a call that `is_kept` by a `CallQueue` there are
+    records, and it runs again if its worker dies.
+    """
+
+    call_id: str
+    until_s: float
+    options: CallOptions = field(default_factory=CallOptions)
+    is_kept: bool = False
+
+
+@dataclass(slots=True)
+class _Item:
+    """One entry of a call while it is processed."""
+
+    priority: Priority
+    timeout_s: float | None
+    message: BaseModel | None = None
+    job: Job | None = None
+    outcome: Outcome[InferenceOutputModel] | None = None
+
+
+class CallProcessor:
+    """Runs calls by a worker, and has the results of jobs sent.
+
+    Without a `delivery` nothing is sent. `job_timeout_s` limits the run of a job. `retries` is how often
+    the engine runs a call again that failed by a `ContainerFaultError`.
+    """
+
+    def __init__(
+        self,
+        worker: InferenceWorker,
+        *,
+        queue_rules: QueueRules,
+        delivery: CallDelivery | None,
+        records: CallRecords,
+        job_timeout_s: float,
+        retries: int = 0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._worker = worker
+        self._queue_rules = queue_rules
+        self._delivery = delivery
+        self._records = records
+        self._job_timeout_s = job_timeout_s
+        self._retries = retries
+        self._clock = clock
+        self._input_models: dict[str, type[BaseModel]] = {}
+        self._quarantine = anyio.Lock()
+
+    async def process(self, entries: Sequence[object], call: Call) -> list[dict[str, Any]]:
+        """Run a call; returns the outcome of each entry, in their order, as `wire_format` says.
+
+        An entry that is invalid or fails disturbs no other. Raises `ValueError` for another number of `timeouts_s` than
+        entries, `JobStoreError`, and of all errors of items only `DeviceFaultError`: then nothing has been sent. When
+        cancelled, results of jobs may have been sent.
+        """
+        timeouts_s = call.options.timeouts_s
+        if timeouts_s is not None and len(timeouts_s) != len(entries):
+            raise ValueError(f"timeouts_s: {len(timeouts_s)} times for {len(entries)} entries; give each entry one")
+        items = self._items(entries, call)
+        if call.is_kept and _have_jobs(items):
+            _cancel(items, await self._records.cancelled(call.call_id, len(items)), self._clock())
+            await self._run_kept(items, call)
+        else:
+            await self._run(items)
+        errors = [item.outcome.error for item in items if isinstance(item.outcome, Failure)]
+        fault = next(filter(is_device_fault, errors), None)
+        if fault is not None and not await self._is_last_run(items, call):
+            raise DeviceFaultError(describe_error(fault)) from fault
+        return await self._outcomes(items, call)
+
+    async def refuse(self, entries: Sequence[object], call: Call, error: ContainerFaultError) -> list[dict[str, Any]]:
+        """Raise `error`, so that the call runs elsewhere; where it will not, all its items have failed with `error`."""
+        items = self._items(entries, call)
+        if not await self._is_last_run(items, call):
+            raise error
+        for item in items:
+            item.outcome = item.outcome or Failure(error)
+        return await self._outcomes(items, call)
+
+    def _items(self, entries: Sequence[object], call: Call) -> list[_Item]:
+        # The same two times for all, because entries with the same time limit are submitted in one step.
+        now, left_s = self._clock(), (1 - DELIVERY_SHARE) * (call.until_s - anyio.current_time())
+        return [self._item(index, entry, call, now, left_s) for index, entry in enumerate(entries)]
+
+    def _item(self, index: int, entry: object, call: Call, now: float, left_s: float) -> _Item:
+        options = call.options
+        item = _Item(
+            priority=Priority.INTERACTIVE if options.priority is None else Priority(options.priority),
+            timeout_s=None if options.timeouts_s is None else options.timeouts_s[index],
+        )
+        try:
+            request = read_entry(entry)
+            if isinstance(request, AsyncInputModel):
+                self._make_job(item, make_job_id(call.call_id, index), request, options, now, left_s)
+            item.message = self._validated(request.message, options.input_model)
+        except ValidationError as error:
+            item.outcome = Failure(ItemRejectedError(summary(field_errors(error.errors(include_url=False)))))
+        except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything; it is this entry's error
+            item.outcome = Failure(error)
+        return item
+
+    def _make_job(
+        self, item: _Item, job_id: str, request: AsyncInputModel, options: CallOptions, now: float, left_s: float
+    ) -> None:
+        """Make an item a job. Raises `QueueNotAllowedError` and `QueueNameError`; the job then names no queue."""
+        item.priority = Priority.BULK if options.priority is None else item.priority
+        queued = life.new_job(
+            request,
+            job_id=job_id,
+            model_name=self._worker.model_name,
+            message=request.message,
+            priority=item.priority,
+            now=now if options.accepted_at is None else options.accepted_at,
+            delivers=False,
+        )
+        item.job = job = life.start_job(queued, now)
+        item.timeout_s = min(left_s, life.deadline_of(job, timeout_s=self._job_timeout_s, now=now) - now)
+        if item.timeout_s <= 0:
+            item.outcome = Failure(DeadlineExceededError(0.0))
+        self._queue_rules.check(request.success_queue, request.failure_queue)
+        if self._delivery is not None:
+            item.job = replace(job, success_queue=request.success_queue, failure_queue=request.failure_queue)
+
+    def _validated(self, message: Any, input_model: str | None) -> BaseModel:
+        if isinstance(message, BaseModel):
+            return message
+        model = self._worker.input_model if input_model is None else self._imported(input_model)
+        try:
+            return model.model_validate(message)
+        except ValidationError as error:
+            # A frontend sends the JSON form, which a strict model takes as JSON text only.
+            try:
+                text = to_json(message)
+            except ValueError:
+                raise error from None
+            return model.model_validate_json(text)
+
+    def _imported(self, path: str) -> type[BaseModel]:
+        if path not in self._input_models:
+            self._input_models[path] = own = self._worker.input_model
+            try:
+                self._input_models[path] = import_class(path, "input_model", BaseModel)
+            except LoadError as error:
+                logger.warning("Messages are validated as %s, because %s", own.__name__, error)
+        return self._input_models[path]
+
+    async def _run_kept(self, items: Sequence[_Item], call: Call) -> None:
+        """Run the items of a call that runs again if its worker dies, and record which of them run.
+
+        After a crash they are quarantined, to find the one that kills the worker and let it fail: they run in groups
+        that get smaller with their crashes, those with few crashes first, and never beside those of another call.
+        """
+        crashes = await self._records.crashes(call.call_id)
+        waiting = {index: item for index, item in enumerate(items) if _is_to_run(item)}
+        if not crashes:
+            await self._records.start_run(call.call_id, list(waiting), crashes)
+            await self._run(items)
+            return
+        async with self._quarantine:
+            while waiting:
+                fewest = min(crashes.get(index, 0) for index in waiting)
+                group = [index for index in waiting if crashes.get(index, 0) == fewest]
+                group = group[: life.quarantine_group_size(fewest, len(items))]
+                if life.has_crashed_too_often(fewest):
+                    for index in group:
+                        waiting.pop(index).outcome = Failure(ContainerFaultError(life.TOO_MANY_CRASHES))
+                    continue
+                await self._records.start_run(call.call_id, group, crashes)
+                await self._run([waiting.pop(index) for index in group])
+                for index in group:
+                    crashes.pop(index, None)  # this run has shown that it does not kill the worker
+            await self._records.start_run(call.call_id, (), crashes)
+
+    async def _run(self, items: Sequence[_Item]) -> None:
+        """Run items; those of one priority and time limit, nearly always all, are submitted in one step."""
+        alike: defaultdict[tuple[Priority, float | None, bool], list[_Item]] = defaultdict(list)
+        for item in items:
+            if _is_to_run(item):
+                alike[item.priority, item.timeout_s, item.job is not None].append(item)
+        async with anyio.create_task_group() as task_group:
+            for group in alike.values():
+                task_group.start_soon(self._run_alike, group)
+
+    async def _run_alike(self, items: Sequence[_Item]) -> None:
+        first = items[0]
+        started_s, timeout_s = anyio.current_time(), first.timeout_s
+        messages = [item.message for item in items if item.message is not None]
+        while True:
+            try:
+                outcomes = await self._worker.predict_many(messages, priority=first.priority, timeout_s=timeout_s)
+                break
+            except Exception as error:  # noqa: BLE001  # what refuses a list is the error of each item
+                outcomes = [Failure(error)] * len(items)
+                may_pass = isinstance(error, QueueFullError) and not error.is_permanent
+            if first.job is None or first.timeout_s is None or not may_pass:
+                break
+            await anyio.sleep(FULL_QUEUE_RETRY_S)  # a job that was accepted is not refused
+            timeout_s = first.timeout_s - (anyio.current_time() - started_s)
+            if timeout_s <= 0:
+                outcomes = [Failure(DeadlineExceededError(first.timeout_s))] * len(items)
+                break
+        for item, outcome in zip(items, outcomes, strict=True):
+            item.outcome = outcome
+
+    async def _is_last_run(self, items: Sequence[_Item], call: Call) -> bool:
+        """Whether the engine does not run a faulty call again, so that the queues of its jobs have to be told now."""
+        return call.is_kept and _have_jobs(items) and await self._records.count_fault(call.call_id) > self._retries
+
+    async def _outcomes(self, items: Sequence[_Item], call: Call) -> list[dict[str, Any]]:
+        if _have_jobs(items):
+            await self._end_jobs(items, call)
+        return [_outcome(item) for item in items]
+
+    async def _end_jobs(self, items: Sequence[_Item], call: Call) -> None:
+        now = self._clock()
+        if call.is_kept:
+            _cancel(items, await self._records.close(call.call_id, len(items)), now)
+        for item in items:
+            if item.job is not None and item.outcome is not None:
+                item.job = life.end_job(item.job, life.end_of(item.job, item.outcome, now)) or item.job
+        if self._delivery is not None:
+            ended = [item for item in items if item.job is not None]
+            sent = await self._delivery.send([item.job for item in ended if item.job is not None], call.until_s)
+            for item, job in zip(ended, sent, strict=True):
+                item.job = job
+
+
+def _is_to_run(item: _Item) -> bool:
+    return item.message is not None and item.outcome is None
+
+
+def _have_jobs(items: Sequence[_Item]) -> bool:
+    return any(item.job is not None for item in items)
+
+
+def _cancel(items: Sequence[_Item], cancelled: frozenset[int], now: float) -> None:
+    for index in cancelled:
+        item = items[index]
+        if item.job is not None and (job := life.cancel_job(item.job, now)) is not None:
+            item.job, item.message = job, None
+
+
+def _outcome(item: _Item) -> dict[str, Any]:
+    if item.job is not None:
+        return job_object(item.job)
+    if item.outcome is None:
+        raise AssertionError("an entry was left without an outcome: this is a bug in modalkit")
+    return outcome_object(item.outcome)

@@ -1,0 +1,136 @@
+"""What frontends and workers agree on about the jobs of a call, in a key-value store that all of them reach.
+
+An engine knows calls, each of which carries many jobs. Kept here for each call: what its jobs asked for, which of them
+were cancelled, which were running when a worker died, and which job an idempotency key stands for.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from modalkit.service.calls.engine import KeyValueStore
+from modalkit.service.calls.wire_format import job_object, read_job
+from modalkit.service.jobs import IdempotencyKeyReusedError, JobStoreError
+from modalkit.service.jobs.model import Job
+
+RESERVATION_S = 60.0
+"""Seconds for which a request holds an idempotency key before another request may take it over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A right to make the one job of an idempotency key."""
+
+    key: str
+    digest: str
+
+
+class CallRecords:
+    """Reads and writes the key-value store. Raises what the store raises.
+
+    Cancelling a job and closing its call are ordered by two writes and two reads. `cancel` writes its mark and then
+    asks whether the call is closed; `close` closes the call and then asks for marks. So a job that was cancelled before
+    its call was closed has no result sent, and no job is reported as cancelled after that.
+    """
+
+    def __init__(self, store: KeyValueStore, *, clock: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._clock = clock
+
+    async def record(self, call_id: str, jobs: Sequence[Job]) -> None:
+        """Keep what the jobs of a call ask for, in the order of its list."""
+        await self._store.put(call_id, [job_object(job) for job in jobs])
+
+    async def jobs(self, call_id: str) -> list[Job] | None:
+        """What `record` kept, if anything."""
+        recorded = await self._store.get(call_id)
+        return None if recorded is None else [read_job(values) for values in recorded]
+
+    async def cancel(self, call_id: str, index: int) -> bool:
+        """Mark one job of a call as cancelled; returns False where the call was closed before."""
+        await self._store.put(f"{call_id}/marked", True)
+        await self._store.put(f"{call_id}/{index}", True)
+        if await self._store.get(f"{call_id}/closed") is None:
+            return True
+        await self._store.remove(f"{call_id}/{index}")  # or a second run of the call would find it
+        return False
+
+    async def cancelled(self, call_id: str, count: int) -> frozenset[int]:
+        """The indexes of those of the `count` jobs of a call that are marked."""
+        if await self._store.get(f"{call_id}/marked") is None:
+            return frozenset()
+        marked: set[int] = set()
+        failures: list[JobStoreError] = []
+
+        async def look(index: int) -> None:
+            try:
+                if await self.is_cancelled(call_id, index):
+                    marked.add(index)
+            except JobStoreError as error:
+                failures.append(error)  # raised below: a task group would raise a group
+
+        async with anyio.create_task_group() as task_group:
+            for index in range(count):
+                task_group.start_soon(look, index)
+        if failures:
+            raise failures[0]
+        return frozenset(marked)
+
+    async def is_cancelled(self, call_id: str, index: int) -> bool:
+        """Whether one job of a call is marked."""
+        return bool(await self._store.get(f"{call_id}/{index}"))
+
+    async def close(self, call_id: str, count: int) -> frozenset[int]:
+        """Let no more jobs of a call be cancelled, and return the indexes of those that have been."""
+        await self._store.put(f"{call_id}/closed", True, skip_if_exists=True)
+        return await self.cancelled(call_id, count)
+
+    async def crashes(self, call_id: str) -> dict[int, int]:
+        """How often a run of the call ended early while a job was running, by the jobs' indexes; none is 0."""
+        run: dict[str, Any] = await self._store.get(f"{call_id}/run") or {"running": (), "crashes": ()}
+        crashes: dict[int, int] = dict(run["crashes"])
+        for index in run["running"]:
+            crashes[index] = crashes.get(index, 0) + 1
+        return crashes
+
+    async def start_run(self, call_id: str, running: Sequence[int], crashes: dict[int, int]) -> None:
+        """Keep which jobs of a call run from now on, and what `crashes` returned."""
+        pairs = [[index, count] for index, count in crashes.items()]
+        await self._store.put(f"{call_id}/run", {"running": list(running), "crashes": pairs})
+
+    async def count_fault(self, call_id: str) -> int:
+        """Count a device that broke under a call; returns how many there were."""
+        count = 1 + (await self._store.get(f"{call_id}/faults") or 0)
+        await self._store.put(f"{call_id}/faults", count)
+        return count
+
+    async def reserve(self, key: str, digest: str) -> Reservation | str:
+        """The right to make the job of an idempotency key, or the id of the job that was made with it.
+
+        `digest` stands for what is asked for. Raises `IdempotencyKeyReusedError` where that was something else, and
+        `JobStoreError` while another request holds the key.
+        """
+        name = f"key/{key}"
+        own: dict[str, Any] = {"digest": digest, "reserved_at": self._clock()}
+        if await self._store.put(name, own, skip_if_exists=True):
+            return Reservation(key, digest)
+        known: dict[str, Any] = await self._store.get(name) or own
+        if "job_id" in known:
+            if known["digest"] != digest:
+                raise IdempotencyKeyReusedError(key, known["job_id"])
+            return str(known["job_id"])
+        if self._clock() - known["reserved_at"] < RESERVATION_S:
+            raise JobStoreError(f"another request with idempotency_key {key!r} is under way; retry in a moment")
+        await self._store.put(name, own)
+        return Reservation(key, digest)
+
+    async def keep(self, reservation: Reservation, job_id: str) -> None:
+        """Keep which job was made with a reservation."""
+        await self._store.put(f"key/{reservation.key}", {"digest": reservation.digest, "job_id": job_id})
+
+    async def release(self, reservation: Reservation) -> None:
+        """Let another request make the job."""
+        await self._store.remove(f"key/{reservation.key}")

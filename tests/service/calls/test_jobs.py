@@ -1,0 +1,195 @@
+"""Jobs as calls, where what they rely on fails."""
+
+from typing import Any
+
+import anyio
+import pytest
+from anyio.lowlevel import checkpoint
+
+from modalkit.batching import Failure, Priority, Success
+from modalkit.pipelines import AsyncInputModel
+from modalkit.service.calls.engine import CallState, KeyValueStore
+from modalkit.service.calls.jobs import CallJobs
+from modalkit.service.calls.predictor import MAX_PARTIAL_CALLS_IN_FLIGHT
+from modalkit.service.calls.records import CallRecords
+from modalkit.service.errors import UnknownModelError
+from modalkit.service.jobs import JobStatus, JobStoreError
+from tests.service.calls.conftest import MODEL, Stand
+from tests.support.length_model import Text
+
+pytestmark = pytest.mark.anyio
+
+
+class Failing:
+    """A key-value store that does not write what is under keys that have `failing` in them, reservations aside."""
+
+    def __init__(self, store: KeyValueStore, failing: str) -> None:
+        self.get, self.remove, self._put = store.get, store.remove, store.put
+        self._failing = failing
+
+    async def put(self, key: str, value: Any, *, skip_if_exists: bool = False) -> bool:
+        if self._failing in key and not (isinstance(value, dict) and "reserved_at" in value):
+            raise JobStoreError("the store is gone")
+        return await self._put(key, value, skip_if_exists=skip_if_exists)
+
+
+def asked(text: str, **fields: Any) -> AsyncInputModel:
+    return AsyncInputModel(message={"text": text}, **fields)
+
+
+async def accepted(jobs: CallJobs, request: AsyncInputModel, priority: Priority = Priority.BULK) -> str:
+    (outcome,) = await jobs.submit([request], model_name=MODEL, priority=priority)
+    if isinstance(outcome, Failure):
+        raise outcome.error
+    return outcome.value
+
+
+async def test_submissions_of_many_callers_share_calls(stand: Stand) -> None:
+    """A call costs a round trip: while as many are under way as hide it, what comes waits for company."""
+    job_ids: dict[str, str] = {}
+
+    async def submit(jobs: CallJobs, text: str) -> None:
+        job_ids[text] = await accepted(jobs, asked(text))
+
+    stand.carrier.hold()
+    async with stand.jobs() as jobs, anyio.create_task_group() as task_group:
+        for n in range(1, MAX_PARTIAL_CALLS_IN_FLIGHT + 65):
+            task_group.start_soon(submit, jobs, "x" * n)
+            for _ in range(5):  # one caller after the other
+                await checkpoint()
+        stand.carrier.release()
+    assert len(stand.kept_calls) == MAX_PARTIAL_CALLS_IN_FLIGHT + 2
+    assert sorted(len(call.entries) for call in stand.kept_calls) == [1] * MAX_PARTIAL_CALLS_IN_FLIGHT + [32] * 2
+    told = stand.jobs()
+    for text, job_id in job_ids.items():
+        job = await told.get(job_id, 30)
+        assert job is not None
+        assert (job.message, (job.result or {})["length"]) == ({"text": text}, len(text))
+
+
+async def test_more_jobs_are_accepted_than_items_may_wait_for_a_worker(stand: Stand) -> None:
+    """That bound is one of a container's queue, and Modal has another."""
+    job_ids: set[str] = set()
+
+    async def submit(jobs: CallJobs) -> None:
+        job_ids.add(await accepted(jobs, asked("four")))
+
+    async with stand.jobs(max_queue_size=32) as jobs, anyio.create_task_group() as task_group:
+        for _ in range(256):
+            task_group.start_soon(submit, jobs)
+    assert len(job_ids) == 256
+
+
+async def test_a_job_that_could_not_be_recorded_is_accepted_all_the_same(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine has it. Until it ends, no more than that is known."""
+    stand.pipeline.gate.clear()
+    records = CallRecords(Failing(stand.store, "0"))  # of the keys in use, only a call's id has digits
+    async with stand.jobs(records=records) as jobs:
+        job_id = await accepted(jobs, asked("four", meta={"n": 1}))
+        job = await jobs.get(job_id)
+        assert job is not None
+        assert (job.job_id, job.status, job.meta) == (job_id, JobStatus.QUEUED, {})
+        stand.pipeline.gate.set()
+        job = await jobs.get(job_id, 30)
+    assert job is not None
+    assert (job.status, job.meta, job.model_name) == (JobStatus.SUCCEEDED, {"n": 1}, MODEL)
+    assert "could not be recorded" in caplog.text
+
+
+async def test_a_job_whose_key_could_not_be_recorded_is_accepted_all_the_same(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error would have it submitted a second time."""
+    async with stand.jobs(records=CallRecords(Failing(stand.store, "key/"))) as jobs:
+        job_id = await accepted(jobs, asked("four", idempotency_key="order-7"))
+    assert await stand.jobs().get(job_id, 30) is not None
+    assert f"The idempotency key of job {job_id} could not be recorded" in caplog.text
+
+
+async def test_an_id_of_another_store_names_no_job(stand: Stand) -> None:
+    stand.carrier.faults.is_unreachable = True
+    assert await stand.jobs().get("another store's id") is None
+    assert await stand.jobs().cancel("another store's id") is None
+
+
+async def test_a_cancelled_job_stays_so_where_its_call_cannot_be_ended(
+    stand: Stand, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker finds the mark."""
+    stand.pipeline.gate.clear()
+    async with stand.jobs() as jobs:
+        job_id = await accepted(jobs, asked("four"))
+
+        async def cancel(call_id: str) -> None:
+            stand.carrier.faults.is_unreachable = True
+            await type(stand.engine).cancel(stand.engine, call_id)  # type: ignore[arg-type]  # of either engine
+
+        monkeypatch.setattr(stand.engine, "cancel", cancel)
+        cancelled = await jobs.cancel(job_id)
+        stand.carrier.faults.is_unreachable = False
+        assert cancelled is not None
+        assert cancelled.status is JobStatus.CANCELLED
+        stand.pipeline.gate.set()
+        (call,) = stand.kept_calls
+        await call.ended.wait()
+        assert call.result.state is CallState.RETURNED
+        job = await jobs.get(job_id)
+    assert job is not None
+    assert (job.status, job.result) == (JobStatus.CANCELLED, None)
+    assert "its worker will find its jobs cancelled" in caplog.text
+
+
+async def test_a_submission_whose_caller_goes_away_before_it_is_sent_becomes_no_job(stand: Stand) -> None:
+    stand.carrier.hold()
+    async with stand.jobs() as jobs, anyio.create_task_group() as task_group:
+        for n in range(MAX_PARTIAL_CALLS_IN_FLIGHT):
+            task_group.start_soon(accepted, jobs, asked(f"first {n}"))
+            for _ in range(5):
+                await checkpoint()
+        async with anyio.create_task_group() as gone:
+            gone.start_soon(accepted, jobs, asked("gone"))
+            for _ in range(5):
+                await checkpoint()
+            gone.cancel_scope.cancel()
+        stand.carrier.release()
+    sent = [entry["message"]["text"] for call in stand.kept_calls for entry in call.entries]
+    assert sorted(sent) == [f"first {n}" for n in range(MAX_PARTIAL_CALLS_IN_FLIGHT)]
+
+
+async def test_a_request_that_is_invalid_disturbs_no_other(stand: Stand) -> None:
+    requests = [
+        asked("four"),
+        asked(""),
+        asked("five!", success_queue="elsewhere"),
+        asked("x", meta={"half of a pair": "\ud83d"}),
+        asked("last"),
+    ]
+    async with stand.jobs() as jobs:
+        outcomes = await jobs.submit(requests, model_name=MODEL)
+    assert [isinstance(outcome, Success) for outcome in outcomes] == [True, False, False, False, True]
+    errors = [str(outcome.error) for outcome in outcomes if isinstance(outcome, Failure)]
+    assert "at least 1 character" in errors[0]
+    assert "'elsewhere' is not allowed" in errors[1]
+    assert "surrogates" in errors[2]
+    (call,) = stand.kept_calls
+    assert [entry["message"]["text"] for entry in call.entries] == ["four", "last"]
+
+
+async def test_a_message_may_be_validated_already_and_travels_as_json(stand: Stand) -> None:
+    async with stand.jobs() as jobs:
+        job_id = await accepted(jobs, AsyncInputModel(message=Text(text="four")))
+        job = await jobs.get(job_id, 30)
+    assert job is not None
+    assert (job.status, job.message) == (JobStatus.SUCCEEDED, {"text": "four"})
+
+
+async def test_jobs_of_a_model_that_is_none_are_refused(stand: Stand) -> None:
+    async with stand.jobs() as jobs:
+        with pytest.raises(UnknownModelError, match="'other'"):
+            await jobs.submit([asked("four")], model_name="other")
+
+
+async def test_its_calls_cannot_be_listed(stand: Stand) -> None:
+    assert stand.jobs().administration is None
