@@ -76,14 +76,18 @@ class MemoryJobStore:
     async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
         """Store queued jobs: all, or none when it raises."""
         self._ensure_open()
-        ids = set[str]()
+        ids, keys = set[str](), set[str]()
         for job in jobs:
+            key = job.idempotency_key
+            if key is not None:
+                if key in self._by_key or key in keys:
+                    continue  # not added
+                keys.add(key)
             if job.job_id in self._jobs or job.job_id in ids:
                 raise DuplicateJobError(job.job_id)
             ids.add(job.job_id)
-        new = [job for job in jobs if job.idempotency_key is None or job.idempotency_key not in self._by_key]
-        if len(self._jobs) + len(new) > self._max_jobs:
-            raise JobStoreFullError(len(self._jobs), len(new), self._max_jobs)
+        if len(self._jobs) + len(ids) > self._max_jobs:
+            raise JobStoreFullError(len(self._jobs), len(ids), self._max_jobs)
         return [self._add(job) for job in jobs]
 
     def _add(self, job: Job) -> str | IdempotencyKeyReusedError:
@@ -100,8 +104,7 @@ class MemoryJobStore:
         self._statuses[job.status] += 1
         self._deliveries[job.delivery] += 1
         self._enqueue(job)
-        if job.expires_at is not None:
-            heapq.heappush(self._expiring, (job.expires_at, job.job_id))
+        self._watch_expiry(job)
         return job.job_id
 
     async def get(self, job_id: str) -> Job | None:
@@ -158,8 +161,7 @@ class MemoryJobStore:
             if requeued is not None:
                 self._change(requeued)
                 heapq.heappush(self._retries[requeued.model_name], (retry.retry_at, retry.job_id))
-                if requeued.expires_at is not None:
-                    heapq.heappush(self._expiring, (requeued.expires_at, requeued.job_id))
+                self._watch_expiry(requeued)
 
     async def release_retries(self, model_name: str, now: float) -> float | None:
         """Make jobs claimable whose `retry_at` has come; returns the next `retry_at`."""
@@ -277,6 +279,7 @@ class MemoryJobStore:
             else:
                 requeued += 1
                 self._enqueue(recovered)
+                self._watch_expiry(recovered)
         return Recovery(requeued, failed, undelivered)
 
     def _recover_deliveries(self) -> list[str]:
@@ -347,6 +350,11 @@ class MemoryJobStore:
             heapq.heappush(self._quarantined[job.model_name], (job.crashes, sequence, job.job_id))
         else:
             heapq.heappush(self._queued[job.model_name, job.priority], (sequence, job.job_id))
+
+    def _watch_expiry(self, job: Job) -> None:
+        """Let a queued job expire at its time; `expire` drops the entries of jobs that are running then."""
+        if job.expires_at is not None:
+            heapq.heappush(self._expiring, (job.expires_at, job.job_id))
 
     def _put_due(self, job: Job, due_at: float) -> None:
         """Make the delivery of a job due, if it is pending."""

@@ -147,9 +147,13 @@ class SqliteJobStore:
 
     async def replay(self, job_ids: Sequence[str] | None, now: float) -> int:
         """Make undelivered ones of these jobs, or of all, due again; returns how many."""
-        if job_ids is None:
-            return await self._in_steps(lambda table: table.replay_some(None, now))
-        return await self._perform(lambda table: sum(table.replay_some(job_id, now) for job_id in job_ids))
+        if job_ids is not None:
+            return await self._perform(lambda table: table.replay_these(job_ids, now))
+        # By sequence number, so that a delivery that fails again meanwhile is not replayed again and again.
+        replayed, sequence = 0, 0
+        while some := await self._perform(partial(JobTable.replay_after, sequence=sequence, now=now)):
+            replayed, sequence = replayed + len(some), max(some)
+        return replayed
 
     async def recover(self, now: float) -> Recovery:
         """Recover what was running or claimed."""

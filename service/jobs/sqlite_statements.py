@@ -115,7 +115,8 @@ RECORD_DELIVERIES = """
 """
 REPLAY = """
     UPDATE jobs SET delivery = 'pending', delivery_attempts = 0, due_at = ?
-    WHERE seq IN (SELECT seq FROM jobs WHERE delivery = 'undelivered' {which} LIMIT ?)
+    WHERE seq IN (SELECT seq FROM jobs WHERE delivery = 'undelivered' AND {which} ORDER BY seq LIMIT ?)
+    RETURNING seq
 """
 REMOVE = """
     DELETE FROM jobs WHERE seq IN (

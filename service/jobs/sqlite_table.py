@@ -144,7 +144,8 @@ class JobTable:
             inserted = self._write(sql.INSERT, [row_from_job(job) for job in jobs])
         except sqlite3.IntegrityError:
             self._database.execute("ROLLBACK TO operation")
-            raise DuplicateJobError(self._first_duplicate([job.job_id for job in jobs])) from None
+            duplicate = jobs[0].job_id if len(jobs) == 1 else self._first_duplicate([job.job_id for job in jobs])
+            raise DuplicateJobError(duplicate) from None
         self.counts[JobStatus.QUEUED] += inserted
         self.counts[DeliveryStatus.NONE] += inserted
 
@@ -290,13 +291,18 @@ class JobTable:
         for alike in _groups(rows, lambda row: row[1]):
             self._move(DeliveryStatus.PENDING, DeliveryStatus(alike[0][1]), self._write(sql.RECORD_DELIVERIES, alike))
 
-    def replay_some(self, job_id: str | None, now: float) -> int:
-        """Make an undelivered job, or some of all, due again."""
-        which, values = ("AND job_id = ?", [job_id]) if job_id is not None else ("", [])
-        replayed = self._database.execute(
-            sql.REPLAY.format(which=which), (microseconds(now), *values, ROWS_PER_STEP)
-        ).rowcount
-        self._move(DeliveryStatus.UNDELIVERED, DeliveryStatus.PENDING, replayed)
+    def replay_these(self, job_ids: Sequence[str], now: float) -> int:
+        """Make those of these jobs due again that are undelivered; returns how many."""
+        return sum(len(self._replay("job_id = ?", job_id, now)) for job_id in job_ids)
+
+    def replay_after(self, sequence: int, now: float) -> list[int]:
+        """Make some undelivered jobs due again that come after a sequence number; returns their sequence numbers."""
+        return self._replay("seq > ?", sequence, now)
+
+    def _replay(self, which: str, value: str | int, now: float) -> list[int]:
+        values = (microseconds(now), value, ROWS_PER_STEP)
+        replayed = [row[0] for row in self._database.execute(sql.REPLAY.format(which=which), values).fetchall()]
+        self._move(DeliveryStatus.UNDELIVERED, DeliveryStatus.PENDING, len(replayed))
         return replayed
 
     def recover(self, now: float) -> Recovery:

@@ -308,7 +308,7 @@ def listed(**fields: Any) -> str:
         (sql.GIVE_UP_DELIVERIES, "suspect_deliveries"),
         (sql.END_SENDING["success_queue"].format(rows="(1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.RECORD_DELIVERIES.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
-        (sql.REPLAY.format(which=""), "undelivered_jobs"),
+        (sql.REPLAY.format(which="seq > ?"), "undelivered_jobs"),
         (sql.REMOVE.format(which=sql.REMOVABLE), "removable_jobs"),
         (f"{SELECT} WHERE idempotency_key = ?", "idempotency_keys"),
         (listed(statuses=[JobStatus.FAILED]), "failed_jobs"),
@@ -550,3 +550,31 @@ async def test_a_full_store_still_knows_its_keys(path: Path, keyed: bool) -> Non
         else:
             with pytest.raises(JobStoreFullError):
                 await store.add([again])
+
+
+async def test_a_delivery_that_fails_again_meanwhile_is_replayed_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modalkit.service.jobs.sqlite_table.ROWS_PER_STEP", 2)
+    ids = [f"{n}" for n in range(5)]
+    async with SqliteJobStore(path) as store:
+        await store.add([replace(new_job(job_id), failure_queue="bad") for job_id in ids])
+        await store.claim("m", 9, 2.0)
+        failed: dict[str, Any] = {"status": JobStatus.FAILED, "error": "no", "finished_at": 3.0}
+        await store.finish([JobEnd(job_id=job_id, **failed) for job_id in ids])
+        given_up: dict[str, Any] = {"status": DeliveryStatus.UNDELIVERED, "attempts": 1, "error": "gone"}
+
+        async def give_up() -> None:
+            await store.record_deliveries([DeliveryRecord(job_id=job_id, **given_up) for job_id in ids])
+
+        async def give_up_for_ever() -> None:
+            while True:
+                await give_up()
+
+        await give_up()
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as task_group:
+                task_group.start_soon(give_up_for_ever)
+                replayed = await store.replay(None, 4.0)
+                task_group.cancel_scope.cancel()
+    assert replayed == 5

@@ -102,6 +102,27 @@ async def test_an_id_is_used_once_and_a_list_is_added_whole_or_not_at_all(store:
     assert (await store.counts()).statuses[JobStatus.QUEUED] == 1
 
 
+async def test_an_id_that_comes_twice_is_refused_with_idempotency_keys_too(store: JobStore) -> None:
+    with pytest.raises(DuplicateJobError, match="'a'"):
+        await store.add([new_job("a", idempotency_key="k"), new_job("a")])
+    assert await store.add([new_job("a", idempotency_key="k")]) == ["a"]
+    assert await store.add([new_job("a", idempotency_key="k"), new_job("b")]) == ["a", "b"]
+
+
+async def test_repetitions_in_one_list_need_room_for_one_job(kind: str, tmp_path: Path) -> None:
+    async with make_store(kind, tmp_path, max_jobs=1) as store:
+        same: dict[str, Any] = {"idempotency_key": "k", "message_json": "{}"}
+        assert await store.add([new_job("a", **same), new_job("b", **same)]) == ["a", "a"]
+
+
+async def test_a_job_whose_time_came_while_it_ran_expires_after_the_crash(store: JobStore) -> None:
+    await store.add([new_job("a", expires_at=10.0)])
+    await store.claim("m", 1, 2.0)
+    assert await store.expire(9, 20.0) == []
+    await store.recover(21.0)
+    assert await store.expire(9, 22.0) == ["a"]
+
+
 async def test_a_full_store_refuses_until_ended_jobs_are_removed(kind: str, tmp_path: Path) -> None:
     async with make_store(kind, tmp_path, max_jobs=3) as store:
         await store.add([new_job("a"), new_job("b")])
