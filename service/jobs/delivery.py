@@ -165,7 +165,16 @@ class Deliverer(AsyncContextManagerMixin):
                 await self._change.wait()
         await self._until_nothing_is_under_way()
         self._attempted.close()
-        if not self._store.durable and (lost := (await self._store.counts()).deliveries[DeliveryStatus.PENDING]):
+        if not self._store.durable:
+            await self._log_lost()
+
+    async def _log_lost(self) -> None:
+        try:
+            lost = (await self._store.counts()).deliveries[DeliveryStatus.PENDING]
+        except JobStoreError:
+            logger.exception("Results may be lost: the store is not durable, and cannot be asked what is left in it")
+            return
+        if lost:
             logger.error("%d results are lost: their deliveries failed, and the store is not durable", lost)
 
     def _must_stop(self) -> bool:
@@ -184,7 +193,7 @@ class Deliverer(AsyncContextManagerMixin):
             logger.exception("Due deliveries could not be read; trying again in %g s", POLL_INTERVAL_S)
             with anyio.move_on_after(POLL_INTERVAL_S):
                 await self._closing.wait()
-            return True
+            return not self._closing.is_set()
         self._add(group)
         self._send(group)
         await self._until_nothing_is_under_way()

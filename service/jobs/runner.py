@@ -177,7 +177,7 @@ class JobRunner(AsyncContextManagerMixin):
                 )
             except JobStoreError as error:
                 await self._wait_for_the_store(error)
-                return True
+                return not self._closing.is_set()
             for job in group:
                 self._enter(job)
             self._expire_overdue()

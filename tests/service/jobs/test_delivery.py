@@ -15,6 +15,7 @@ from modalkit.service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
     Job,
+    JobCounts,
     JobEnd,
     JobStatus,
     JobStoreError,
@@ -307,6 +308,26 @@ async def test_a_backend_that_ends_the_process_in_one_message_delivers_the_other
     status, attempts, error = await delivery_of(store, "b")
     assert (status, attempts) == (DeliveryStatus.UNDELIVERED, 2)
     assert "the backend raised SystemExit: 1" in str(error)
+
+
+async def test_a_store_that_fails_and_is_not_durable_does_not_hold_up_the_exit(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Failing(MemoryJobStore):
+        async def claim_quarantined_deliveries(self, limit: int) -> Sequence[Job]:
+            await anyio.lowlevel.checkpoint()
+            raise JobStoreError("the server is gone")
+
+        async def claim_deliveries(self, limit: int, now: float, **limits: Any) -> Sequence[Job]:
+            raise JobStoreError("the server is gone")
+
+        async def counts(self) -> JobCounts:
+            raise JobStoreError("the server is gone")
+
+    with anyio.fail_after(10):
+        async with Failing() as store, Deliverer(InMemoryBackend(), store):
+            pass
+    assert "Results may be lost" in caplog.text
 
 
 async def test_large_messages_are_sent_a_few_at_a_time(store: MemoryJobStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -581,6 +581,20 @@ def test_jobs_that_fail_together_last_through_a_minute_by_default() -> None:
         assert 60 < 85 <= sum(waits) <= 170
 
 
+async def test_a_store_that_fails_and_is_not_durable_does_not_hold_up_the_exit() -> None:
+    class Gone(MemoryJobStore):
+        async def claim_quarantined(self, model_name: str, limit: int, now: float) -> list[Job]:
+            await anyio.lowlevel.checkpoint()
+            raise JobStoreError("the server is gone")
+
+        async def claim(self, model_name: str, limit: int, now: float, *, bulk_limit: int = 0) -> list[Job]:
+            raise JobStoreError("the server is gone")
+
+    with anyio.fail_after(10):
+        async with JobManager(Gone()) as manager, JobRunner(manager, "m", Engine(), window=1):
+            pass
+
+
 async def test_ends_that_cannot_be_stored_keep_the_window_full(manager: JobManager, store: Flaky) -> None:
     store.failures = 10**6
     engine = Engine()
