@@ -29,7 +29,7 @@ def output_json(output: InferenceOutputModel) -> bytes:
         content = output.model_dump_json().encode()
         if b"NaN" in content or b"Infinity" in content:  # a model may be configured to write them
             content = to_json(from_json(content), inf_nan_mode="null")
-        if _may_be_refused(content):
+        if may_be_refused(content):
             from_json(b"[" * MAX_WRAPPERS + content + b"]" * MAX_WRAPPERS)
     except Exception as error:
         # A model's own serializers may raise anything.
@@ -37,7 +37,7 @@ def output_json(output: InferenceOutputModel) -> bytes:
     return content
 
 
-def _may_be_refused(content: bytes) -> bool:
+def may_be_refused(content: bytes) -> bool:
     """Whether a text may be nested too deep, or hold too long an integer; cheaper than reading it."""
     if content.count(b"{") + content.count(b"[") > MAX_DEPTH - MAX_WRAPPERS:
         return True

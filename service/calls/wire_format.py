@@ -11,12 +11,11 @@ from dataclasses import fields
 from typing import Any
 
 from pydantic import BaseModel, Field
-from pydantic_core import from_json
 
 from modalkit.batching import Failure, Outcome, Priority, Success
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
 from modalkit.service.errors import RemoteItemError, describe_error
-from modalkit.service.jobs.model import DeliveryStatus, Job, JobStatus, json_text
+from modalkit.service.jobs.model import DeliveryStatus, Job, JobStatus, json_text, read_object
 from modalkit.service.outputs import output_object
 
 InputEntry = Mapping[str, Any] | SyncInputModel | AsyncInputModel
@@ -76,7 +75,7 @@ def job_object(job: Job) -> dict[str, Any]:
     values = {field.name: getattr(job, field.name) for field in fields(job)}
     for name, text_name in _TEXTS.items():
         text = values.pop(text_name)
-        values[name] = None if text is None else from_json(text)
+        values[name] = None if text is None else read_object(text)
     return {name: str(value) if isinstance(value, _ENUMS) else value for name, value in values.items()}
 
 

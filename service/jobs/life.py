@@ -83,7 +83,7 @@ def new_job(
 
     `message` is the request's message: a validated item or, where it is validated elsewhere, a JSON object. Without
     `delivers` the job names no queues. Raises `ValueError` for a name with unprintable characters, which not every
-    store and queue can keep, and for what cannot be written as JSON.
+    store and queue can keep, and for what cannot be written as JSON or read from it.
     """
     if isinstance(message, BaseModel):
         values = message.model_dump(mode="json", by_alias=True, round_trip=True)

@@ -15,6 +15,7 @@ from pydantic_core import from_json, to_json
 
 from modalkit.batching import Priority
 from modalkit.service.errors import error_text
+from modalkit.service.outputs import may_be_refused
 
 JsonObject = dict[str, Any]
 
@@ -63,8 +64,14 @@ def new_job_id() -> str:
 
 
 def json_text(value: JsonObject) -> str:
-    """A JSON object as text; NaN and Infinity are kept, as Python's JSON has them. Raises `ValueError`."""
-    return to_json(value).decode()
+    """A JSON object as text; NaN and Infinity are kept, as Python's JSON has them.
+
+    Raises `ValueError` for what cannot be written, or cannot be read again: more than 200 levels, for example.
+    """
+    content = to_json(value)
+    if may_be_refused(content):
+        from_json(content)
+    return content.decode()
 
 
 def read_object(text: str) -> JsonObject:

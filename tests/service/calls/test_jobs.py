@@ -193,3 +193,15 @@ async def test_jobs_of_a_model_that_is_none_are_refused(stand: Stand) -> None:
 
 async def test_its_calls_cannot_be_listed(stand: Stand) -> None:
     assert stand.jobs().administration is None
+
+
+async def test_a_job_that_no_reader_of_json_takes_is_refused_and_its_neighbour_accepted_once(stand: Stand) -> None:
+    meta: dict[str, Any] = {}
+    for _ in range(220):
+        meta = {"of": meta}
+    async with stand.jobs() as jobs:
+        good, deep = await jobs.submit([asked("good"), asked("deep", meta=meta)], model_name=MODEL)
+    assert isinstance(good, Success)
+    assert isinstance(deep, Failure)
+    assert "recursion limit exceeded" in str(deep.error)
+    assert len(stand.kept_calls) == 1
