@@ -56,10 +56,11 @@ class Call:
 
 @dataclass(slots=True)
 class _Item:
-    """One entry of a call while it is processed."""
+    """One entry of a call while it is processed. Its `timeout_s` ends at `until_s`, by the event loop's clock."""
 
     priority: Priority
     timeout_s: float | None
+    until_s: float | None
     message: BaseModel | None = None
     job: Job | None = None
     outcome: Outcome[InferenceOutputModel] | None = None
@@ -126,14 +127,19 @@ class CallProcessor:
 
     def _items(self, entries: Sequence[object], call: Call) -> list[_Item]:
         # The same two times for all, because entries with the same time limit are submitted in one step.
-        now, left_s = self._clock(), (1 - DELIVERY_SHARE) * (call.until_s - anyio.current_time())
-        return [self._item(index, entry, call, now, left_s) for index, entry in enumerate(entries)]
+        now, now_s = self._clock(), anyio.current_time()
+        left_s = (1 - DELIVERY_SHARE) * (call.until_s - now_s)
+        items = [self._item(index, entry, call, now, left_s) for index, entry in enumerate(entries)]
+        for item in items:
+            item.until_s = None if item.timeout_s is None else now_s + item.timeout_s
+        return items
 
     def _item(self, index: int, entry: object, call: Call, now: float, left_s: float) -> _Item:
         options = call.options
         item = _Item(
             priority=Priority.INTERACTIVE if options.priority is None else Priority(options.priority),
             timeout_s=None if options.timeouts_s is None else options.timeouts_s[index],
+            until_s=None,
         )
         try:
             request = read_entry(entry)
@@ -230,24 +236,26 @@ class CallProcessor:
 
     async def _run_alike(self, items: Sequence[_Item]) -> None:
         first = items[0]
-        started_s, timeout_s = anyio.current_time(), first.timeout_s
         messages = [item.message for item in items if item.message is not None]
+        outcomes: Sequence[Outcome[InferenceOutputModel]]
         while True:
+            # What came before has taken time: records, other groups of the quarantine, a full queue.
+            left_s = None if first.until_s is None else first.until_s - anyio.current_time()
+            if left_s is not None and left_s <= 0:
+                outcomes = [Failure(DeadlineExceededError(first.timeout_s or 0.0))] * len(items)
+                break
             try:
-                outcomes = await self._worker.predict_many(messages, priority=first.priority, timeout_s=timeout_s)
+                outcomes = await self._worker.predict_many(messages, priority=first.priority, timeout_s=left_s)
                 break
             except Exception as error:  # noqa: BLE001  # what refuses a list is the error of each item
                 outcomes = [Failure(error)] * len(items)
                 may_pass = isinstance(error, QueueFullError) and not error.is_permanent
-            if first.job is None or first.timeout_s is None or not may_pass:
+            if first.job is None or left_s is None or not may_pass:
                 break
             await anyio.sleep(FULL_QUEUE_RETRY_S)  # a job that was accepted is not refused
-            timeout_s = first.timeout_s - (anyio.current_time() - started_s)
-            if timeout_s <= 0:
-                outcomes = [Failure(DeadlineExceededError(first.timeout_s))] * len(items)
-                break
         for item, outcome in zip(items, outcomes, strict=True):
-            item.outcome = outcome
+            is_late = isinstance(outcome, Failure) and isinstance(outcome.error, DeadlineExceededError)
+            item.outcome = Failure(DeadlineExceededError(item.timeout_s or 0.0)) if is_late else outcome
 
     async def _is_last_run(self, items: Sequence[_Item], call: Call) -> bool:
         """Whether the engine does not run a faulty call again, so that the queues of its jobs have to be told now."""

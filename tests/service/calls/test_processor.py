@@ -101,6 +101,13 @@ def job(text: str, **options: Any) -> dict[str, Any]:
     return {"message": {"text": text}, "success_queue": "ok", "failure_queue": "bad", "meta": {"of": text}} | options
 
 
+def nested(levels: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(levels):
+        value = {"of": value}
+    return value
+
+
 def sent(queue: InMemoryBackend, queue_name: str) -> list[dict[str, Any]]:
     return [json.loads(message) for message in queue.messages(queue_name)]
 
@@ -576,6 +583,37 @@ async def test_calls_that_were_cut_short_run_one_job_at_a_time_among_them(
     assert [len(batch) for batch in pipeline.batches] == [1] * 4
     assert len(sent(queue, "ok")) == 4
     assert await records.crashes("fc-1") == {}
+
+
+async def test_groups_of_a_call_that_was_cut_short_share_the_time_of_the_call(
+    worker: InferenceWorker, records: CallRecords, pipeline: Fragile
+) -> None:
+    """Else the second group would run on when its call has to return, and no queue would be told."""
+
+    class Remote(InMemoryBackend):
+        async def send_messages(self, messages: Any) -> Any:
+            await anyio.lowlevel.checkpoint()  # where a call that is over is cut short
+            return await super().send_messages(messages)
+
+    queue = Remote()
+    processor = make_processor(worker, records, queue)
+    await records.start_run("fc-1", (), {0: 1, 1: 2})
+    pipeline.gate.clear()
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(worker.predict, Text(text="runs"))
+        await entered(pipeline)
+        call = a_call(until_s=anyio.current_time() + 0.5, is_kept=True)
+        outcomes = await processor.process([job("first"), job("second")], call)
+        pipeline.gate.set()
+    assert [outcome["status"] for outcome in outcomes] == ["expired"] * 2
+    assert [outcome["delivery"] for outcome in outcomes] == ["delivered"] * 2
+    assert [outcome["error"] for outcome in outcomes] == [outcomes[0]["error"]] * 2
+
+
+async def test_a_job_that_no_reader_of_json_takes_fails_alone(processor: CallProcessor) -> None:
+    outcomes = await processor.process([job("a"), job("b", meta=nested(220))], a_call(is_kept=True))
+    assert outcomes[0]["status"] == "succeeded"
+    assert "recursion limit exceeded" in outcomes[1]["error"]
 
 
 async def test_a_call_that_is_refused_counts_as_a_run(
