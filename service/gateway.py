@@ -91,7 +91,8 @@ class Jobs(Protocol):
     ) -> list[Outcome[str]]:
         """Accept jobs for one model; the id or the error of each, in the same order.
 
-        An invalid request disturbs no other. Raises `NotReadyError` where the model takes no jobs now.
+        An invalid request disturbs no other. Raises `UnknownModelError`, and `NotReadyError` where the model takes no
+        jobs now.
         """
         ...
 

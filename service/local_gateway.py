@@ -13,7 +13,7 @@ from modalkit.batching import Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.threads import DedicatedThread
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline, PipelineError
-from modalkit.service.errors import NotReadyError, Readiness, ServiceError
+from modalkit.service.errors import NotReadyError, Readiness, ServiceError, UnknownModelError
 from modalkit.service.jobs import JobStore
 from modalkit.service.loading import LoadError, ModelSource, make_job_manager
 from modalkit.service.queue_backends import QueueBackend
@@ -150,7 +150,7 @@ class LocalGateway(AsyncContextManagerMixin):
         if not self.models:
             raise LoadError("model_settings.model_entries: there is no model; add one")
         self.jobs = make_job_manager(settings, queue_backend, job_store)
-        self.jobs.check_ready = lambda model_name: self.models[model_name].ready_worker()
+        self.jobs.check_ready = self._check_ready
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
@@ -161,6 +161,11 @@ class LocalGateway(AsyncContextManagerMixin):
                 yield self
             finally:
                 self._closing.set()
+
+    def _check_ready(self, model_name: str) -> None:
+        if model_name not in self.models:
+            raise UnknownModelError(model_name, list(self.models))
+        self.models[model_name].ready_worker()
 
     async def wait_until_settled(self) -> None:
         """Wait until every model is ready or has failed: `readiness` tells which."""

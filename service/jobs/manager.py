@@ -70,7 +70,7 @@ class JobManager(AsyncContextManagerMixin):
             )
         self.store = store
         self.clock = clock
-        self.check_ready: Callable[[str], object] | None = None
+        self.check_ready: Callable[[str], None] | None = None
         """Called with a model's name before jobs are accepted for it; what it raises, `submit` raises."""
         self._backend = queue_backend
         self._owns_backend = owns_backend
@@ -133,7 +133,8 @@ class JobManager(AsyncContextManagerMixin):
 
         A request that is invalid, names a queue that cannot be used or reuses an idempotency key for something else has
         an error and disturbs no other. A repetition of a request with the same `idempotency_key` has the id of the
-        first. Raises `NotReadyError` where the model takes no jobs, and `JobStoreError` when none was stored.
+        first. Raises `NotReadyError` where the model takes no jobs, what `check_ready` raises, and `JobStoreError` when
+        none was stored.
         When cancelled, jobs may have been stored.
         """
         if self.check_ready is not None:

@@ -10,7 +10,7 @@ import pytest
 from anyio import to_thread
 
 from modalkit.pipelines import AsyncInputModel
-from modalkit.service.errors import NotReadyError, Readiness
+from modalkit.service.errors import NotReadyError, Readiness, UnknownModelError
 from modalkit.service.jobs import Job, JobStatus, SqliteJobStore
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import Settings
@@ -111,3 +111,9 @@ async def test_a_shutdown_answers_callers_that_wait_for_a_job(tmp_path: Path) ->
         assert job is not None
         assert job.status is JobStatus.QUEUED
     Loading.may_end.set()
+
+
+async def test_jobs_of_a_model_that_is_not_configured_are_refused_by_its_name(tmp_path: Path) -> None:
+    async with LocalGateway(settings_of(tmp_path, a="tests.support.length_model:LengthPipeline")) as gateway:
+        with pytest.raises(UnknownModelError, match="'other'"):
+            await gateway.jobs.submit([AsyncInputModel(message={"text": "a"})], model_name="other")
