@@ -79,10 +79,11 @@ def _text(error: Exception) -> str:
     return cut_text("".join(described.format()).rstrip())
 
 
-def _cut_frames(described: TracebackException | None) -> None:
-    if described is not None:
-        frames = described.stack
-        calls = [number for number, frame in enumerate(frames, start=1) if frame.filename == _CALLS_PIPELINES]
-        del frames[: max(0, len(frames) - MAX_FRAMES, *calls[-1:])]
-        _cut_frames(described.__cause__)
-        _cut_frames(described.__context__)
+def _cut_frames(described: TracebackException) -> None:
+    """Cut the frames of an error and of those that caused it; a loop, because there may be thousands."""
+    chain = [described]
+    while chain:
+        error = chain.pop()
+        calls = [number for number, frame in enumerate(error.stack, start=1) if frame.filename == _CALLS_PIPELINES]
+        del error.stack[: max(0, len(error.stack) - MAX_FRAMES, *calls[-1:])]
+        chain += filter(None, (error.__cause__, error.__context__))

@@ -148,3 +148,15 @@ async def test_errors_are_not_kept_alive(logged: Logged) -> None:
     gc.collect()
     assert alive() is None
     assert len(logged) == 1
+
+
+async def test_an_error_with_thousands_of_causes_is_logged(logged: Logged) -> None:
+    error = ValueError("the first")
+    for n in range(2000):
+        retried = ValueError(f"retry {n}")
+        retried.__cause__ = error
+        error = retried
+    for record in await records_of(error):
+        FailureLog("m")(record)
+    (message,) = logged
+    assert message.startswith("m: 1 item failed: ValueError: the first")
