@@ -15,27 +15,15 @@ MAX_LOOK_UPS = 64  # at a time, each in a thread
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """From a host's name and a port to the host's addresses, preferred ones first."""
 
-# Written out, after IANA's registries of special-purpose addresses (2025): what `ipaddress` calls global differs
-# between releases of Python, and includes multicast and the metadata services of two clouds.
+# What `is_global` says differs between releases of Python, so networks that are not always excluded are written out,
+# after IANA's registries of special-purpose addresses (2025).
 _NOT_PUBLIC_IPV4 = [
     ipaddress.IPv4Network(network)
     for network in (
-        "0.0.0.0/8",
-        "10.0.0.0/8",
-        "100.64.0.0/10",  # behind a carrier's NAT
-        "127.0.0.0/8",
         "168.63.129.16/32",  # Azure's own services, inside of each of its networks
-        "169.254.0.0/16",  # link-local, with the metadata services of most clouds
-        "172.16.0.0/12",
         "192.0.0.0/24",
-        "192.0.2.0/24",
         "192.88.99.0/24",
-        "192.168.0.0/16",
-        "198.18.0.0/15",
-        "198.51.100.0/24",
-        "203.0.113.0/24",
         "224.0.0.0/4",
-        "240.0.0.0/4",
     )
 ]
 _PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
@@ -68,7 +56,7 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         if embedded is None:
             return address in _PUBLIC_IPV6 and not any(address in network for network in _NOT_PUBLIC_IPV6)
         address = embedded
-    return not any(address in network for network in _NOT_PUBLIC_IPV4)
+    return address.is_global and not any(address in network for network in _NOT_PUBLIC_IPV4)
 
 
 class SystemResolver:

@@ -1,6 +1,5 @@
 """Results to Amazon SQS, or to another server that speaks its protocol."""
 
-import asyncio
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +59,8 @@ class SQSBackend(ConnectedBackend):
     to one event loop. A call of `send_messages` ends within 25 seconds. Raises `QueueBackendError` if aiobotocore is
     not installed, or no region is found.
     """
+
+    _needs_asyncio = True
 
     def __init__(
         self,
@@ -122,10 +123,6 @@ class SQSBackend(ConnectedBackend):
         return outcomes
 
     def _connect(self) -> "_Connection":
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            raise QueueBackendError("SQSBackend needs the event loop of asyncio; it does not run on trio") from None
         return _Connection(self._create_client)
 
     async def _send_chunk(

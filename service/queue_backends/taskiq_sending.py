@@ -1,8 +1,10 @@
 """Turns messages into TaskIQ's, and sends them to its broker."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import anyio
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
@@ -17,7 +19,10 @@ from taskiq_redis.redis_broker import BaseRedisBroker
 
 from modalkit.service.errors import describe_error
 from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage
+from modalkit.service.queue_backends.sending import outcomes_of
 from modalkit.service.queue_backends.taskiq_broker import QUEUE_NAME, ResultBroker
+
+MAX_CONCURRENT_KICKS = 64
 
 # KEYS: the stream of each message; ARGV: its text. One command costs redis-py a third of a hundred in a pipeline.
 _ADD = """
@@ -31,39 +36,48 @@ return errors
 
 
 class TaskSender:
-    """Sends messages through a broker, as calls of the task ``task_name``."""
+    """Sends messages through a broker, as calls of the task ``task_name``, in one event loop. Starts it if `start`."""
 
-    def __init__(self, broker: AsyncBroker, task_name: str) -> None:
+    def __init__(self, broker: AsyncBroker, task_name: str, *, start: bool) -> None:
         self._broker = broker
         self._task_name = task_name
+        self._start = start
         self._add: AsyncScript | None = None
         # Only the plain way of adding can be done for many messages: no kick of its own, no trimming while adding.
         if isinstance(broker, RedisStreamBroker) and type(broker).kick is RedisStreamBroker.kick and not broker.maxlen:
-            self._broker_with_pool = broker
-            self._redis: Redis = Redis(connection_pool=broker.connection_pool)
-            self._add = self._redis.register_script(_ADD)
+            self._add = Redis(connection_pool=broker.connection_pool).register_script(_ADD)
             self._default_stream = broker.queue_name
+        self._started = not start
+        self._starting = asyncio.Lock()
 
-    @property
-    def sends_many(self) -> bool:
-        """Whether `send_many` can be used with this broker."""
-        return self._add is not None
+    async def send(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
+        """Send messages; returns the outcome of each. Raises `QueueBackendError` where none can be sent."""
+        async with self._starting:
+            if not self._started:
+                try:
+                    await self._broker.startup()
+                except Exception as error:
+                    raise QueueBackendError(f"TaskIQ's broker did not start: {describe_error(error)}") from error
+                self._started = True
+        if self._add is None:
+            return await outcomes_of(self._kick, messages, anyio.CapacityLimiter(MAX_CONCURRENT_KICKS))
+        return await self._add_all(self._add, messages)
 
-    async def send_one(self, message: QueueMessage) -> None:
-        """Send a message. Raises `QueueBackendError`."""
+    async def aclose(self) -> None:
+        """Shut the broker down if this sender started it."""
+        if self._start and self._started:
+            self._started = False
+            await self._broker.shutdown()
+
+    async def _kick(self, message: QueueMessage) -> None:
         name, labels = self._name_and_labels(message.queue_name)
         try:
             await AsyncKicker[[str], Any](name, self._broker, labels).with_task_id(message.job_id).kiq(message.body)
         except SendTaskError as error:  # it has no text of its own
             raise _not_sent(message, error.__cause__ if isinstance(error.__cause__, Exception) else error) from error
 
-    async def send_many(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
-        """Add messages to their streams in one request, as `AsyncKicker.kiq` does for one; returns each outcome.
-
-        Raises `QueueBackendError` when Redis does not answer.
-        """
-        if self._add is None:
-            raise AssertionError("not a broker that adds to streams: this is a bug in modalkit")
+    async def _add_all(self, add: AsyncScript, messages: Sequence[QueueMessage]) -> list[Exception | None]:
+        """Add messages to their streams in one request, as `AsyncKicker.kiq` does for one."""
         outcomes: list[Exception | None] = [None] * len(messages)
         sent: list[tuple[int, TaskiqMessage]] = []
         streams: list[str] = []
@@ -71,15 +85,14 @@ class TaskSender:
         for position, message in enumerate(messages):
             try:
                 prepared = await self._prepared(message)
-                formatted = self._formatted(prepared)
+                texts.append(self._formatted(prepared))
             except Exception as error:  # noqa: BLE001  # a middleware may raise anything, for its own message
                 outcomes[position] = _not_sent(message, error)
                 continue
             sent.append((position, prepared))
             streams.append(prepared.labels.get("queue_name") or self._default_stream)
-            texts.append(formatted)
         try:
-            errors = await self._add(keys=streams, args=texts, client=self._client()) if sent else []
+            errors = await add(keys=streams, args=texts) if sent else []
         except (RedisError, OSError) as error:
             raise QueueBackendError(f"Redis is not known to have taken any message: {describe_error(error)}") from error
         for (position, prepared), error_text in zip(sent, errors, strict=True):
@@ -91,12 +104,6 @@ class TaskSender:
             except Exception as error:  # noqa: BLE001  # as above
                 outcomes[position] = _not_sent(messages[position], error)
         return outcomes
-
-    def _client(self) -> Redis:
-        """A client of the broker's pool, which a `ResultBroker` replaces when it is shut down."""
-        if self._redis.connection_pool is not self._broker_with_pool.connection_pool:
-            self._redis = Redis(connection_pool=self._broker_with_pool.connection_pool)
-        return self._redis
 
     def _formatted(self, prepared: TaskiqMessage) -> bytes:
         if type(self._broker.formatter) is not ProxyFormatter:
