@@ -59,26 +59,6 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return address.is_global and not any(address in network for network in _NOT_PUBLIC_IPV4)
 
 
-class SystemResolver:
-    """A look-up of names by the operating system, for one event loop.
-
-    The look-ups have threads of their own, so that those that hang do not block other work.
-    """
-
-    def __init__(self) -> None:
-        self._limiter = anyio.CapacityLimiter(MAX_LOOK_UPS)
-
-    async def __call__(self, host: str, port: int) -> Sequence[str]:
-        """The addresses of a host. Raises `OSError`."""
-
-        def look_up() -> Sequence[str]:
-            # As bytes: text would be encoded by Python's IDNA, which refuses names that the system may know.
-            found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-            return list(dict.fromkeys(str(address[0]) for *_, address in found))
-
-        return await anyio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=self._limiter)
-
-
 class _LookUp:
     """A running look-up, whose answer several connections may wait for."""
 
@@ -91,11 +71,13 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
     """Connects to a host by an address that was checked, so that a second look-up of the name cannot change it.
 
     A name is refused if any of its addresses is not public. TLS still checks the certificate against the name.
-    Concurrent connections to one name share a look-up. For one event loop.
+    Concurrent connections to one name share a look-up: `resolve`, or the operating system's. For one event loop.
     """
 
-    def __init__(self, resolve: Resolve, *, allow_private_addresses: bool) -> None:
-        self._resolve = resolve
+    def __init__(self, resolve: Resolve | None, *, allow_private_addresses: bool) -> None:
+        self._resolve = resolve or self._ask_system
+        # Threads of their own, so that look-ups that hang do not block other work.
+        self._threads = anyio.CapacityLimiter(MAX_LOOK_UPS)
         self._allow_private_addresses = allow_private_addresses
         self._network = httpcore.AnyIOBackend()
         self._look_ups: dict[tuple[str, int], _LookUp] = {}  # the running ones
@@ -110,10 +92,10 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         """Connect to the first address of `host` that answers. Raises `QueueBackendError`, `httpcore.ConnectError`."""
         addresses = await self._checked_addresses(host, port)
+        # So that one dead address leaves time for the next.
+        share_s = None if timeout is None else timeout / len(addresses)
         for address in addresses[:-1]:
             try:
-                # So that one dead address leaves time for the next.
-                share_s = None if timeout is None else timeout / len(addresses)
                 return await self._network.connect_tcp(address, port, share_s, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 continue
@@ -147,3 +129,11 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
             del self._look_ups[host, port]
             look_up.done.set()
         return look_up.answer
+
+    async def _ask_system(self, host: str, port: int) -> Sequence[str]:
+        def look_up() -> Sequence[str]:
+            # As bytes: text would be encoded by Python's IDNA, which refuses names that the system may know.
+            found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
+            return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+        return await anyio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=self._threads)

@@ -95,7 +95,7 @@ class SsmKey:
         try:
             self._value = await self._read()
             async with plain_task_group() as self._task_group:
-                self._task_group.start_soon(self._refresh_forever)
+                self._task_group.start_soon(self._refresh_forever, self._task_group)
                 try:
                     yield
                 finally:
@@ -117,21 +117,20 @@ class SsmKey:
             if now < self._next_wrong_key_read_at:
                 return
             self._next_wrong_key_read_at = now + WRONG_KEY_INTERVAL_S
-        await self._start_read(self._task_group).wait()
+        await self._share_read(self._task_group)
 
-    async def _refresh_forever(self) -> None:
+    async def _refresh_forever(self, task_group: TaskGroup) -> None:
         while True:
             retry_s = backoff_with_jitter(self._failures) if self._failures else self._refresh_s
             await self._sleep(min(retry_s, self._refresh_s))
-            if self._task_group is not None:
-                await self._start_read(self._task_group).wait()
+            await self._share_read(task_group)
 
-    def _start_read(self, task_group: TaskGroup) -> anyio.Event:
+    async def _share_read(self, task_group: TaskGroup) -> None:
         """One read for all callers that want one, in a task of its own, because any caller may be cancelled."""
         if self._reading is None:
             self._reading = anyio.Event()
             task_group.start_soon(self._read_again, self._reading)
-        return self._reading
+        await self._reading.wait()
 
     async def _read_again(self, done: anyio.Event) -> None:
         try:
