@@ -9,7 +9,7 @@ from typing import Any
 
 import anyio
 
-from modalkit.service.aws import AwsError, aws_clients
+from modalkit.service.aws import aws_clients
 from modalkit.service.queue_backends.protocol import (
     QueueBackendError,
     QueueMessage,
@@ -71,19 +71,17 @@ class SQSBackend(ConnectedBackend):
             raise ValueError(
                 f"message_group_id must be 1 to 128 letters, digits, - or _, or None, not {message_group_id!r}"
             )
-        try:
-            _, self._create_client = aws_clients(
-                "sqs",
-                region,
-                needed_by="SQSBackend",
-                extra="sqs",
-                setting="app_settings.queue_config.sqs.region (SQSBackend(region=...) in code)",
-                endpoint_url=endpoint_url,
-                read_timeout_s=10,
-                max_connections=MAX_CONCURRENT_REQUESTS,
-            )
-        except AwsError as error:
-            raise QueueBackendError(str(error)) from error
+        _, self._create_client = aws_clients(
+            "sqs",
+            region,
+            error_class=QueueBackendError,
+            needed_by="SQSBackend",
+            extra="sqs",
+            setting="app_settings.queue_config.sqs.region (SQSBackend(region=...) in code)",
+            endpoint_url=endpoint_url,
+            read_timeout_s=10,
+            max_connections=MAX_CONCURRENT_REQUESTS,
+        )
         self._create_missing_queues = create_missing_queues
         self._message_group_id = message_group_id
 

@@ -2,16 +2,13 @@
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
 
 import anyio
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
 from taskiq import AsyncBroker, TaskiqMessage, TaskiqMiddleware
-from taskiq.exceptions import SendTaskError
 from taskiq.formatters.proxy_formatter import ProxyFormatter
-from taskiq.kicker import AsyncKicker
 from taskiq.labels import LabelType
 from taskiq.utils import maybe_awaitable
 from taskiq_redis import RedisStreamBroker
@@ -70,14 +67,15 @@ class TaskSender:
             await self._broker.shutdown()
 
     async def _kick(self, message: QueueMessage) -> None:
-        name, labels = self._name_and_labels(message.queue_name)
         try:
-            await AsyncKicker[[str], Any](name, self._broker, labels).with_task_id(message.job_id).kiq(message.body)
-        except SendTaskError as error:  # it has no text of its own
-            raise _not_sent(message, error.__cause__ if isinstance(error.__cause__, Exception) else error) from error
+            prepared = await self._prepared(message)
+            await self._broker.kick(self._broker.formatter.dumps(prepared))
+            await self._tell_sent(prepared)
+        except Exception as error:
+            raise _not_sent(message, error) from error
 
     async def _add_all(self, add: AsyncScript, messages: Sequence[QueueMessage]) -> list[Exception | None]:
-        """Add messages to their streams in one request, as `AsyncKicker.kiq` does for one."""
+        """Add messages to their streams in one request, as `_kick` does for one."""
         outcomes: list[Exception | None] = [None] * len(messages)
         sent: list[tuple[int, TaskiqMessage]] = []
         streams: list[str] = []
@@ -111,18 +109,15 @@ class TaskSender:
         # The same result as its own dumps, without validating and copying by pydantic.
         return self._broker.serializer.dumpb({name: getattr(prepared, name) for name in TaskiqMessage.model_fields})
 
-    def _name_and_labels(self, queue_name: str) -> tuple[str, dict[str, Any]]:
-        name = self._task_name.replace(QUEUE_NAME, queue_name)
-        if isinstance(self._broker, ResultBroker):
-            return name, {"queue_name": self._broker.stream_of(queue_name)}
-        return name, {}
-
     async def _prepared(self, message: QueueMessage) -> TaskiqMessage:
-        name, labels = self._name_and_labels(message.queue_name)
+        """The message as `AsyncKicker.kiq` makes it, after the middlewares."""
+        labels = {}
+        if isinstance(self._broker, ResultBroker):
+            labels["queue_name"] = self._broker.stream_of(message.queue_name)
         # Not validated: all its parts are texts made here.
         prepared = TaskiqMessage.model_construct(
             task_id=message.job_id,
-            task_name=name,
+            task_name=self._task_name.replace(QUEUE_NAME, message.queue_name),
             labels=labels,
             labels_types=dict.fromkeys(labels, LabelType.STR.value),
             args=[message.body],

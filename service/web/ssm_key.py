@@ -10,7 +10,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.service.aws import AwsError, aws_clients
+from modalkit.service.aws import aws_clients
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
@@ -53,17 +53,15 @@ class SsmKey:
         clock: Callable[[], float] = anyio.current_time,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
     ) -> None:
-        try:
-            region, self._create_client = aws_clients(
-                "ssm",
-                region,
-                needed_by=SSM_KEY,
-                extra="aws",
-                setting="app_settings.auth_config.ssm_region",
-                read_timeout_s=5,
-            )
-        except AwsError as error:
-            raise LoadError(str(error)) from error
+        region, self._create_client = aws_clients(
+            "ssm",
+            region,
+            error_class=LoadError,
+            needed_by=SSM_KEY,
+            extra="aws",
+            setting="app_settings.auth_config.ssm_region",
+            read_timeout_s=5,
+        )
         self._name = name
         self._place = f"parameter {name!r} of AWS SSM in {region}"
         self._refresh_s = refresh_s
