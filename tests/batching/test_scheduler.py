@@ -109,7 +109,7 @@ async def test_submitting_nothing_returns_nothing() -> None:
 async def test_a_poisoned_item_fails_alone() -> None:
     pipeline = Pipeline()
     pipeline.gate.set()
-    async with BatchScheduler(pipeline.run) as scheduler:
+    async with BatchScheduler(pipeline.run, cost_model=PaddedCostModel()) as scheduler:
         outcomes = await scheduler.submit_many([1, 2, 3, -4, 5, 6, 7, 8])
     assert [outcome for outcome in outcomes if isinstance(outcome, Success)] == [
         Success(2 * number) for number in (1, 2, 3, 5, 6, 7, 8)
