@@ -38,19 +38,20 @@ class TaskSender:
     def __init__(self, broker: AsyncBroker, task_name: str, *, start: bool) -> None:
         self._broker = broker
         self._task_name = task_name
-        self._start = start
         self._add: AsyncScript | None = None
         # Only the plain way of adding can be done for many messages: no kick of its own, no trimming while adding.
         if isinstance(broker, RedisStreamBroker) and type(broker).kick is RedisStreamBroker.kick and not broker.maxlen:
             self._add = Redis(connection_pool=broker.connection_pool).register_script(_ADD)
             self._default_stream = broker.queue_name
         self._started = not start
+        self._needs_shutdown = False
         self._starting = asyncio.Lock()
 
     async def send(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
         """Send messages; returns the outcome of each. Raises `QueueBackendError` where none can be sent."""
         async with self._starting:
             if not self._started:
+                self._needs_shutdown = True  # also after a start that failed
                 try:
                     await self._broker.startup()
                 except Exception as error:
@@ -62,8 +63,8 @@ class TaskSender:
 
     async def aclose(self) -> None:
         """Shut the broker down if this sender started it."""
-        if self._start and self._started:
-            self._started = False
+        if self._needs_shutdown:
+            self._needs_shutdown = self._started = False
             await self._broker.shutdown()
 
     async def _kick(self, message: QueueMessage) -> None:
