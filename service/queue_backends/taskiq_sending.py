@@ -41,8 +41,9 @@ class TaskSender:
         self._add: AsyncScript | None = None
         # Only the plain way of adding can be done for many messages: no kick of its own, no trimming while adding.
         if isinstance(broker, RedisStreamBroker) and type(broker).kick is RedisStreamBroker.kick and not broker.maxlen:
-            self._add = Redis(connection_pool=broker.connection_pool).register_script(_ADD)
-            self._default_stream = broker.queue_name
+            self._stream_broker = broker
+            self._redis: Redis = Redis(connection_pool=broker.connection_pool)
+            self._add = self._redis.register_script(_ADD)
         self._started = not start
         self._needs_shutdown = False
         self._starting = asyncio.Lock()
@@ -89,9 +90,11 @@ class TaskSender:
                 outcomes[position] = _not_sent(message, error)
                 continue
             sent.append((position, prepared))
-            streams.append(prepared.labels.get("queue_name") or self._default_stream)
+            streams.append(prepared.labels.get("queue_name") or self._stream_broker.queue_name)
+        if self._redis.connection_pool is not self._stream_broker.connection_pool:  # the owner restarted the broker
+            self._redis = Redis(connection_pool=self._stream_broker.connection_pool)
         try:
-            errors = await add(keys=streams, args=texts) if sent else []
+            errors = await add(keys=streams, args=texts, client=self._redis) if sent else []
         except (RedisError, OSError) as error:
             raise QueueBackendError(f"Redis is not known to have taken any message: {describe_error(error)}") from error
         for (position, prepared), error_text in zip(sent, errors, strict=True):
