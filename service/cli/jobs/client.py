@@ -1,7 +1,8 @@
 """The jobs of a running service over HTTP, and those of a stored file through the same routes, in this process."""
 
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
@@ -34,6 +35,7 @@ class JobRefusedError(JobsError):
     """Raised when one job is unknown, or in no state for what is asked; the same may succeed for other jobs."""
 
 
+@dataclass
 class JobsClient:
     """Asks the routes of jobs, in a block of `opened`.
 
@@ -41,25 +43,25 @@ class JobsClient:
     that are due are sent. A key is sent in the header `auth_header`, which is None for a file.
     """
 
-    def __init__(
-        self,
-        http: AbstractAsyncContextManager[httpx.AsyncClient],
-        name: str,
-        sent_when: str,
-        auth_header: str | None = None,
-        *,
-        has_key: bool = False,
-    ) -> None:
-        self.name = name
-        self.sent_when = sent_when
-        self._http = http
-        self._auth_header = auth_header
-        self._has_key = has_key
+    http: AbstractAsyncContextManager[httpx.AsyncClient]
+    name: str
+    sent_when: str
+    auth_header: str | None = None
+    has_key: bool = False
 
     @classmethod
     def of_service(cls, url: httpx.URL, key: str | None, auth_header: str) -> Self:
         """The jobs of the service at `url`. Raises `JobsError` for a key that no header can carry."""
-        http = httpx.AsyncClient(base_url=url, headers=_headers(auth_header, key), timeout=TIMEOUT)
+        headers = {}
+        if key is not None:
+            if not key.isprintable() or not key.isascii():
+                # The key is not shown: it is a secret.
+                raise JobsError(
+                    "the API key (--key or MODALKIT_API_KEY) must be printable ASCII characters only; correct it"
+                )
+            scheme = "Bearer " if auth_header.lower() == "authorization" else ""
+            headers[auth_header.encode()] = f"{scheme}{key}".encode()
+        http = httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT)
         return cls(http, str(url.copy_with(userinfo=b"")), "at once", auth_header, has_key=key is not None)
 
     @classmethod
@@ -73,7 +75,7 @@ class JobsClient:
 
         Raises `JobsError` for a file that is missing or in use, and other `JobStoreError`s as the store does.
         """
-        with start_blocking_portal() as self._portal, self._portal.wrap_async_context_manager(self._http) as client:
+        with start_blocking_portal() as self._portal, self._portal.wrap_async_context_manager(self.http) as client:
             self._request = client.request
             yield
 
@@ -115,17 +117,19 @@ class JobsClient:
             ) from error
 
     def _error(self, response: httpx.Response, about: str | None) -> JobsError:
-        status, detail = response.status_code, _detail(response)
+        status, detail = response.status_code, ""
+        with suppress(ValidationError):  # the answer may be none of ours
+            detail = Problem.model_validate_json(response.content).detail
         if about is not None and status in (HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND):
             if status == HTTPStatus.CONFLICT or about in detail:
                 return JobRefusedError(detail)
-            if self._auth_header is None:
+            if self.auth_header is None:
                 return JobRefusedError(f"there is no job {about!r} in {self.name}")
         if status == HTTPStatus.UNAUTHORIZED:
             remedy = "give its API key with --key or in MODALKIT_API_KEY"
-            if self._has_key:
+            if self.has_key:
                 remedy = (
-                    f"correct the API key, which was sent in the header {self._auth_header!r} (auth_config.auth_header "
+                    f"correct the API key, which was sent in the header {self.auth_header!r} (auth_config.auth_header "
                     "of the configuration)"
                 )
             return JobsError(f"{self.name} refuses the request (401); {remedy}")
@@ -146,37 +150,17 @@ async def _serving_file(path: Path) -> AsyncGenerator[httpx.AsyncClient]:
             f"there is no job store {path} (from {Path.cwd()}); start where the service does, give its --config, or "
             "ask the service itself, as in --url http://127.0.0.1:8000"
         )
-    async with AsyncExitStack() as stack:
-        store = SqliteJobStore(path)
-        try:
-            await stack.enter_async_context(store)
-        except JobStoreLockedError as error:
-            owner = "another process" if error.owner_pid is None else f"process {error.owner_pid}"
-            raise JobsError(
-                f"the job store {path} is in use by {owner}; ask the service that runs there, as in "
-                "--url http://127.0.0.1:8000, or stop it"
-            ) from error
-        app = FastAPI()
-        # The manager is not entered: that would recover the jobs of a crash, as only the start of a service should.
-        app.include_router(make_job_router(JobManager(store)))
-        install_problem_handlers(app)
-        transport = httpx.ASGITransport(app)
-        yield await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://file"))
-
-
-def _headers(auth_header: str, key: str | None) -> dict[bytes, bytes]:
-    if key is None:
-        return {}
-    scheme = "Bearer " if auth_header.lower() == "authorization" else ""
-    if not key.isprintable() or not key.isascii():
-        # The key is not shown: it is a secret.
-        raise JobsError("the API key (--key or MODALKIT_API_KEY) must be printable ASCII characters only; correct it")
-    return {auth_header.encode(): f"{scheme}{key}".encode()}
-
-
-def _detail(response: httpx.Response) -> str:
-    """What the service says of an error; empty where it is none of ours."""
     try:
-        return Problem.model_validate_json(response.content).detail
-    except ValidationError:
-        return ""
+        async with SqliteJobStore(path) as store:
+            app = FastAPI()
+            # The manager is not entered: that would recover the jobs of a crash, as only the start of a service should.
+            app.include_router(make_job_router(JobManager(store)))
+            install_problem_handlers(app)
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://file") as client:
+                yield client
+    except JobStoreLockedError as error:
+        owner = "another process" if error.owner_pid is None else f"process {error.owner_pid}"
+        raise JobsError(
+            f"the job store {path} is in use by {owner}; ask the service that runs there, as in "
+            "--url http://127.0.0.1:8000, or stop it"
+        ) from error

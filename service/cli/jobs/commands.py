@@ -48,20 +48,14 @@ def _age_s(text: str) -> int:
     return seconds
 
 
-Url = Annotated[
-    httpx.URL | None,
-    typer.Option(parser=_url, metavar="URL", help="The address of a running service.", show_default=False),
-]
-Key = Annotated[str | None, typer.Option(envvar=KEY_VARIABLE, help="The API key of that service.", show_default=False)]
-Statuses = Annotated[
-    list[JobStatus] | None,
-    typer.Option("--status", help="Only jobs in this state; may be repeated.", show_default=False),
-]
+Url = Annotated[httpx.URL | None, typer.Option(parser=_url, metavar="URL", help="The address of a running service.")]
+Key = Annotated[str | None, typer.Option(envvar=KEY_VARIABLE, help="The API key of that service.")]
+Statuses = Annotated[list[JobStatus] | None, typer.Option("--status", help="Only jobs in this state; may be repeated.")]
 Deliveries = Annotated[
     list[DeliveryStatus] | None,
-    typer.Option("--delivery", help="Only jobs with such a delivery; may be repeated.", show_default=False),
+    typer.Option("--delivery", help="Only jobs with such a delivery; may be repeated."),
 ]
-OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only jobs of this model.", show_default=False)]
+OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only jobs of this model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 
@@ -72,9 +66,7 @@ def list_jobs(
     model: OfModel = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum jobs to list.")] = 20,
     everything: Annotated[bool, typer.Option("--all", help="List all there are, whatever the limit.")] = False,
-    cursor: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, help="Where to go on, as told before.", show_default=False)
-    ] = None,
+    cursor: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Where to go on, as told before.")] = None,
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,
@@ -145,9 +137,7 @@ def show(
 
 @app.command()
 def replay(
-    job_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="JOB_ID", help="Whose results to send.", show_default=False)
-    ] = None,
+    job_ids: Annotated[list[str] | None, typer.Argument(metavar="JOB_ID", help="Whose results to send.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Send every undelivered result once more.")] = False,
     url: Url = None,
     key: Key = None,
@@ -186,12 +176,7 @@ def purge(
     model: OfModel = None,
     older_than: Annotated[
         int | None,
-        typer.Option(
-            parser=_age_s,
-            metavar="DURATION",
-            help="Only jobs that ended so long ago: 90s, 15m, 2h, 7d.",
-            show_default=False,
-        ),
+        typer.Option(parser=_age_s, metavar="DURATION", help="Only jobs that ended so long ago: 90s, 15m, 2h, 7d."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     url: Url = None,
@@ -208,7 +193,14 @@ def purge(
 
     modalkit jobs purge --delivery undelivered --url http://127.0.0.1:8000 --yes
     """
-    _require_removable(status or (), delivery or (), older_than)
+    if not status and not delivery and older_than is None:
+        raise typer.BadParameter("say which jobs to remove: by --status, by --delivery, or by --older-than")
+    if active := [state for state in status or () if not state.has_ended]:
+        raise typer.BadParameter(
+            f"only jobs that have ended are removed, {active[0]} ones are not", param_hint="--status"
+        )
+    if DeliveryStatus.PENDING in (delivery or ()):
+        raise typer.BadParameter("results that are about to be sent are not removed", param_hint="--delivery")
     client = _jobs(url, key, config)
     if not yes:
         _confirm(status, delivery, model, older_than, client.name)
@@ -216,20 +208,6 @@ def purge(
     with client.opened():
         purged = client.ask(Purged, "DELETE", parameters=parameters).purged
     typer.echo(f"Removed {_count(purged, 'job')}.")
-
-
-def _require_removable(
-    statuses: Sequence[JobStatus], deliveries: Sequence[DeliveryStatus], older_than_s: int | None
-) -> None:
-    if not statuses and not deliveries and older_than_s is None:
-        raise typer.BadParameter("say which jobs to remove: by --status, by --delivery, or by --older-than")
-    for status in statuses:
-        if not status.has_ended:
-            raise typer.BadParameter(
-                f"only jobs that have ended are removed, {status} ones are not", param_hint="--status"
-            )
-    if DeliveryStatus.PENDING in deliveries:
-        raise typer.BadParameter("results that are about to be sent are not removed", param_hint="--delivery")
 
 
 def _confirm(
