@@ -1,9 +1,10 @@
-"""Jobs in a SQLite file: an accepted job is on disk before its id is given out."""
+"""Jobs in SQLite: in a file, where an accepted job is on disk before its id is given out, or in memory."""
 
 import fcntl
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -187,7 +188,7 @@ class SqliteJobStore:
         changed = 0
         while some := await self._perform(step):
             changed += some
-            if frees_space:
+            if frees_space and self.durable:
                 await self._thread.call(self._give_space_back)
         return changed
 
@@ -286,3 +287,40 @@ class SqliteJobStore:
             finally:
                 os.close(self._lock_fd)
                 self._lock_fd = -1
+
+
+class MemoryJobStore(SqliteJobStore):
+    """A `JobStore` of up to `max_jobs` jobs in memory. Closing it keeps them: it can be opened again.
+
+    Each operation is a transaction that runs at once, in the event loop.
+    """
+
+    durable = False
+
+    def __init__(self, *, max_jobs: int = 1_000_000) -> None:
+        super().__init__(":memory:", max_jobs=max_jobs)
+        self._database = self._reader = open_database(self.path)
+        self._table = JobTable(self._database, max_jobs)
+        weakref.finalize(self, self._database.close)
+
+    async def __aenter__(self) -> Self:
+        self._is_open = True
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_open = False
+
+    async def _read(self, function: Callable[[], T]) -> T:
+        if not self._is_open:
+            raise JobStoreClosedError
+        return self._exclusive_read(function)
+
+    async def _perform(self, operation: Callable[[JobTable], T]) -> T:
+        if not self._is_open:
+            raise JobStoreClosedError
+        (result,) = self._transaction([operation])
+        if isinstance(result, Exception):
+            raise result
+        return cast("T", result)

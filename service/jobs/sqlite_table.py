@@ -1,6 +1,5 @@
 """The table of jobs in a SQLite database: what each operation of the store changes, inside a transaction."""
 
-import math
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,6 @@ Row = tuple[Any, ...]
 
 ROWS_PER_STEP = 1000
 QUEUES_PER_VISIT = 1000
-LATEST_US = 2**62
 
 _STATUS, _CREATED_AT, _STARTED_AT = map(COLUMNS.index, ("status", "created_at", "started_at"))
 _ROWS_PER_STATEMENT = (64, 8, 1)  # few sizes, so that the statements stay prepared
@@ -177,8 +175,7 @@ class JobTable:
 
     def release_retries(self, model_name: str, now: float) -> float | None:
         """Make some jobs claimable whose `retry_at` has come; returns the next `retry_at`."""
-        now_us = LATEST_US if math.isinf(now) else microseconds(now)
-        self._database.execute(sql.RELEASE, (now_us, model_name, ROWS_PER_STEP))
+        self._database.execute(sql.RELEASE, (microseconds(now), model_name, ROWS_PER_STEP))
         row = self._database.execute(sql.NEXT_RETRY, (model_name,)).fetchone()
         return None if row is None else row[0] / 1_000_000
 
