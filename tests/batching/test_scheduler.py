@@ -37,7 +37,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Pipeline:
-    """Doubles numbers, remembers its batches, fails on negative ones, and can be held at the door."""
+    """Doubles numbers, remembers its batches, fails on negative ones, and can be held at a gate."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -109,7 +109,7 @@ async def test_submitting_nothing_returns_nothing() -> None:
 async def test_a_poisoned_item_fails_alone() -> None:
     pipeline = Pipeline()
     pipeline.gate.set()
-    async with BatchScheduler(pipeline.run) as scheduler:
+    async with BatchScheduler(pipeline.run, cost_model=PaddedCostModel()) as scheduler:
         outcomes = await scheduler.submit_many([1, 2, 3, -4, 5, 6, 7, 8])
     assert [outcome for outcome in outcomes if isinstance(outcome, Success)] == [
         Success(2 * number) for number in (1, 2, 3, 5, 6, 7, 8)

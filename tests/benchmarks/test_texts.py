@@ -19,7 +19,7 @@ def test_lines_of_a_file_are_texts_unless_they_are_blank(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "No such file"), (b"\xff\xfe", "utf-8"), (b"\n \n", "holds no text")]
+    ("content", "message"), [(None, "No such file"), (b"\xff\xfe", "utf-8"), (b"\n \n", "has no text")]
 )
 def test_a_file_without_texts_is_refused_by_name(tmp_path: Path, content: bytes | None, message: str) -> None:
     file = tmp_path / "texts"
