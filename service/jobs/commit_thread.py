@@ -67,7 +67,7 @@ class CommitThread(Generic[Op]):
         try:
             await self.call(first)
         except Exception:
-            await self.stop(_nothing)
+            await self.stop(lambda: None)
             raise
         except BaseException:
             await self.stop(undo)
@@ -180,7 +180,3 @@ class CommitThread(Generic[Op]):
 def _wake(entries: list[_Entry[Any]]) -> None:
     for entry in entries:
         entry.done.set()
-
-
-def _nothing() -> None:
-    pass

@@ -151,7 +151,7 @@ class JobTable:
         twice = next((job_id for job_id, count in Counter(job_ids).items() if count > 1), None)
         return twice or next(job_id for job_id in job_ids if find_job(self._database, job_id) is not None)
 
-    def claim(self, model_name: str, limit: int, now: float, bulk_limit: int) -> list[Job]:
+    def claim(self, model_name: str, limit: int, now: float, *, bulk_limit: int = 0) -> list[Job]:
         """Make queued jobs running, interactive ones first."""
         for_interactive = max(0, limit - bulk_limit)
         claimed = self._claim(sql.CLAIMABLE, now, model_name, Priority.INTERACTIVE, for_interactive)
@@ -242,7 +242,7 @@ class JobTable:
         )
 
     def claim_deliveries(
-        self, limit: int, now: float, queue_limits: Mapping[str, int], queue_limit: int
+        self, limit: int, now: float, *, queue_limits: Mapping[str, int], queue_limit: int
     ) -> Sequence[Job]:
         """Claim due deliveries queue by queue, in the order of their names, from where the last call stopped."""
         claimed, size_bytes = list[Job](), 0
