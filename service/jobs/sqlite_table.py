@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from pydantic_core import from_json, to_json
@@ -103,13 +103,10 @@ class JobTable:
         self._database.execute("SAVEPOINT operation")
         try:
             result = operation(self)
-        except sqlite3.Error as error:
-            if not isinstance(error, sqlite3.DataError):
+        except Exception as error:
+            # A `DataError` says that something is too large, which is no matter of the other operations.
+            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.DataError):
                 raise
-            self._database.execute("ROLLBACK TO operation")  # too large: the other operations are not concerned
-            self.counts = counts_before
-            result = error
-        except Exception as error:  # noqa: BLE001  # handed to the operation's caller
             self._database.execute("ROLLBACK TO operation")
             self.counts = counts_before
             result = error
@@ -205,7 +202,7 @@ class JobTable:
         ended = 0
         for queue, succeeded in (("success_queue", True), ("failure_queue", False)):
             rows = [_row_of(end) for end in ends if (end.status is JobStatus.SUCCEEDED) is succeeded]
-            for alike in _groups(rows, lambda row: row[1]):
+            for alike in _by_status(rows):
                 ended += self._finish_from(JobStatus.RUNNING, queue, alike)
                 if alike[0][1] == JobStatus.EXPIRED:
                     ended += self._finish_from(JobStatus.QUEUED, queue, alike)
@@ -284,7 +281,7 @@ class JobTable:
             )
             for record in records
         ]
-        for alike in _groups(rows, lambda row: row[1]):
+        for alike in _by_status(rows):
             self._move(DeliveryStatus.PENDING, DeliveryStatus(alike[0][1]), self._write(sql.RECORD_DELIVERIES, alike))
 
     def replay_some(self, job_id: str | None, now: float) -> int:
@@ -378,8 +375,8 @@ def _row_of(end: JobEnd) -> Row:
     return end.job_id, end.status.value, end.result_json, end.error, microseconds(end.finished_at)
 
 
-def _groups(rows: Sequence[Row], key: Callable[[Row], str]) -> list[list[Row]]:
+def _by_status(rows: Sequence[Row]) -> Iterable[list[Row]]:
     groups: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[key(row)].append(row)
-    return list(groups.values())
+        groups[row[1]].append(row)
+    return groups.values()
