@@ -107,6 +107,8 @@ class Calibration(Generic[T]):
     is_too_large: Callable[[Exception], bool] = lambda error: isinstance(error, MemoryError)
     clock: Callable[[], float] = perf_counter
 
+    measurements: list[Measurement] = field(default_factory=list, init=False)
+    """What was measured so far, in this order."""
     is_complete: bool = field(default=False, init=False)
     """Whether no shape was left out for lack of time; set when `measure` has ended."""
     too_large_tokens: int | None = field(default=None, init=False)
@@ -126,7 +128,6 @@ class Calibration(Generic[T]):
         """
         self._deadline_s = self.clock() + (1 + TOLERANCE) * self.max_s
         self._known = _KnownShapes()
-        self._first_run_extras_s = []
         shapes = self._shapes()
         while shapes:
             shape = self._next(shapes)
@@ -143,7 +144,8 @@ class Calibration(Generic[T]):
                 shapes = self._without(shape, error, shapes)
                 continue
             self._known.add(shape, seconds)
-            yield Measurement(shape.count, max(sizes), sum(sizes), seconds)
+            self.measurements.append(Measurement(shape.count, max(sizes), sum(sizes), seconds))
+            yield self.measurements[-1]
         self.is_complete = True
 
     # Which shape is next.

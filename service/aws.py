@@ -8,14 +8,11 @@ from typing import Any
 from modalkit.service.errors import ServiceError
 
 
-class AwsError(ServiceError):
-    """Raised when clients of AWS cannot be made: the library is not installed, or no region is found."""
-
-
 def aws_clients(
     service: str,
     region: str | None,
     *,
+    error_class: type[ServiceError],
     needed_by: str,
     extra: str,
     setting: str,
@@ -26,18 +23,29 @@ def aws_clients(
     """The region, and a function that opens a client of `service` there. Such clients run on asyncio alone.
 
     Credentials, and the region where `region` is None, come from where AWS's tools look for them. `needed_by`,
-    `extra` (which installs the library) and `setting` (which gives the region) are for the messages of `AwsError`.
+    `extra` (which installs the library) and `setting` (which gives the region) are for the messages of the
+    `error_class`, which is raised where the library is not installed or no region is found.
     """
     try:
         # Not at the top: the library is optional. Not at the first request: what is missing shows at the start.
         from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # ships no types
         from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
+        from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]  # ships no types
     except ImportError as error:
-        raise AwsError(
+        raise error_class(
             f"{needed_by} needs aiobotocore ({error}); install it: pip install 'modalkit[{extra}]'"
         ) from error
     session = get_session()
-    region_name = aws_region(session, service, needed_by, setting) if region is None else region
+    try:
+        # botocore reads AWS_DEFAULT_REGION. AWS_REGION is what AWS's other SDKs and Modal's form for credentials use.
+        region_name = region or session.get_config_variable("region") or os.environ.get("AWS_REGION")
+    except BotoCoreError as error:
+        raise error_class(f"{needed_by}: the region of {service.upper()} cannot be found: {error}") from error
+    if not region_name:
+        raise error_class(
+            f"{needed_by}: no region of {service.upper()} is configured: set {setting} or the variable AWS_REGION or "
+            "AWS_DEFAULT_REGION"
+        )
     config = AioConfig(
         connect_timeout=3,
         read_timeout=read_timeout_s,
@@ -49,20 +57,3 @@ def aws_clients(
     return region_name, lambda: session.create_client(
         service, region_name=region_name, endpoint_url=endpoint_url, config=config
     )
-
-
-def aws_region(session: Any, service: str, needed_by: str, setting: str) -> str:
-    """The region of the environment or of AWS's configuration file. Raises `AwsError` where there is none."""
-    from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]  # ships no types
-
-    try:
-        # botocore reads AWS_DEFAULT_REGION. AWS_REGION is what AWS's other SDKs and Modal's form for credentials use.
-        region = session.get_config_variable("region") or os.environ.get("AWS_REGION")
-    except BotoCoreError as error:
-        raise AwsError(f"{needed_by}: the region of {service.upper()} cannot be found: {error}") from error
-    if not region:
-        raise AwsError(
-            f"{needed_by}: no region of {service.upper()} is configured: set {setting} or the variable AWS_REGION or "
-            "AWS_DEFAULT_REGION"
-        )
-    return str(region)

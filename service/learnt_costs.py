@@ -15,7 +15,7 @@ from anyio import CancelScope, to_thread
 from pydantic import BaseModel
 
 from modalkit.batching import BatchScheduler, CostFeature, MeasuredCostModel
-from modalkit.batching.calibration import Calibration, Measurement, undisturbed
+from modalkit.batching.calibration import Calibration, undisturbed
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.service.errors import describe_error
 from modalkit.service.pipeline_batches import is_too_large
@@ -71,11 +71,13 @@ class LearntCosts:
 
         Errors are logged as warnings, because real batches teach the model too.
         """
-        path = self._config.path
-        if path is not None:
-            self._key = self._make_key()
-        if path is not None and self._key is not None:
-            self._is_complete |= await to_thread.run_sync(load_costs, path, self._key, self.model)
+        if (path := self._config.path) is not None:
+            try:
+                self._key = CostKey.of(self._pipeline)
+            except Exception as error:  # noqa: BLE001  # user code may raise anything, and no request depends on it
+                self._warn("device_name failed, so its costs are not kept", error)
+            else:
+                self._is_complete |= await to_thread.run_sync(load_costs, path, self._key, self.model)
         if self._calibrate and not self._is_complete:
             await self._measure(scheduler)
             await self.keep()
@@ -87,15 +89,7 @@ class LearntCosts:
             with CancelScope(shield=True):
                 await to_thread.run_sync(save_costs, path, key, self.model)
 
-    def _make_key(self) -> CostKey | None:
-        try:
-            return CostKey.of(self._pipeline)
-        except Exception as error:  # noqa: BLE001  # user code may raise anything, and no request depends on it
-            self._warn("device_name failed, so its costs are not kept", error)
-            return None
-
     async def _measure(self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel]) -> None:
-        measured: list[Measurement] = []
         calibration = Calibration(
             run=self._pipeline.run_inference,
             sample_items=self._pipeline.sample_items,
@@ -108,7 +102,7 @@ class LearntCosts:
         # No shape starts that would end too late, and none should take longer than a batch may.
         limit_s = self._config.max_seconds + self._batch_config.batch_timeout_seconds
         try:
-            await scheduler.run_in_thread(lambda: measured.extend(calibration.measure()), limit_s)
+            await scheduler.run_in_thread(lambda: list(calibration.measure()), limit_s)
         except Exception as error:  # noqa: BLE001  # user code may raise anything, and real batches teach the model too
             self._warn("measuring batch costs ended early; the first real batches teach them", error)
         else:
@@ -118,7 +112,7 @@ class LearntCosts:
             self._warn(
                 f"the costs of items of size {failure.size} and more are not known, because one failed", failure.error
             )
-        for shape in undisturbed(measured):
+        for shape in undisturbed(calibration.measurements):
             if shape.seconds > 0:
                 self.model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
 
@@ -144,13 +138,8 @@ def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
         str(table["key"].get("device")) for table in tables if {**table["key"], "device": key.device} == asdict(key)
     ]
     if others:
-        logger.warning(
-            "%s: the costs of %s were measured on another device (%s; this is %s): measuring again",
-            path,
-            key.model,
-            ", ".join(others),
-            key.device,
-        )
+        found = f"on another device ({', '.join(others)}; this is {key.device})"
+        logger.warning("%s: the costs of %s were measured %s: measuring again", path, key.model, found)
     return False
 
 

@@ -22,7 +22,7 @@ from modalkit.batching import (
 )
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
 from modalkit.service.failure_log import FailureLog
-from modalkit.service.jobs import Job, JobStore
+from modalkit.service.jobs import Job, JobStore, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import JobOutcome, JobRunner
 from modalkit.service.learnt_costs import LearntCosts
@@ -216,6 +216,20 @@ class InferenceWorker(AsyncContextManagerMixin):
             return self._validated(item)
         except Exception as error:  # noqa: BLE001  # a model's own validators may raise anything
             return Failure(error)
+
+
+@asynccontextmanager
+async def short_lived_worker(
+    pipeline: InferencePipeline, settings: Settings, on_batch: Callable[[BatchRecord], None] | None = None
+) -> AsyncGenerator[InferenceWorker]:
+    """A worker without jobs, for callers that report each error themselves; it measures no costs."""
+    async with (
+        JobManager(MemoryJobStore()) as jobs,
+        InferenceWorker(
+            pipeline, settings=settings, jobs=jobs, on_batch=on_batch, calibrate=False, log_failures=False
+        ) as worker,
+    ):
+        yield worker
 
 
 class _Engine:

@@ -11,11 +11,9 @@ from modalkit.batching import Failure
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
 from modalkit.service.errors import describe_error
-from modalkit.service.jobs import MemoryJobStore
-from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
 from modalkit.service.settings import Settings
-from modalkit.service.worker import InferenceWorker
+from modalkit.service.worker import short_lived_worker
 
 SMOKE_BATCH = 4
 SMOKE_SIZE = 16
@@ -48,10 +46,7 @@ def check(config: ConfigFiles = None) -> None:
 
 
 async def _smoke_batch(pipeline: InferencePipeline, input_model: type[BaseModel], settings: Settings) -> str:
-    async with (
-        JobManager(MemoryJobStore()) as jobs,
-        InferenceWorker(pipeline, settings=settings, jobs=jobs, calibrate=False, log_failures=False) as worker,
-    ):
+    async with short_lived_worker(pipeline, settings) as worker:
         items = pipeline.sample_items(SMOKE_BATCH, SMOKE_SIZE) or _texts(input_model)
         if not items:
             return "none: no sample_items, no field text"

@@ -14,19 +14,17 @@ from modalkit.service.web.auth import ApiKey, require_api_key
 
 ConfigFiles = Annotated[
     list[Path] | None,
-    typer.Option("--config", "-c", help="A configuration file; may be repeated, later ones win.", show_default=False),
+    typer.Option("--config", "-c", help="A configuration file; may be repeated, later ones win."),
 ]
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Which of the configured models; the first if left out.", show_default=False),
+    typer.Option("--model", "-m", help="Which of the configured models; the first if left out."),
 ]
 FormatOption = Annotated[
     FileFormat | None,
-    typer.Option("--format", "-f", help="The input's format, where its name does not tell.", show_default=False),
+    typer.Option("--format", "-f", help="The input's format, where its name does not tell."),
 ]
-ColumnOption = Annotated[
-    str | None, typer.Option(help="The CSV column, or JSON key, that holds the text.", show_default=False)
-]
+ColumnOption = Annotated[str | None, typer.Option(help="The CSV column, or JSON key, that holds the text.")]
 
 notices = Console(stderr=True, soft_wrap=True, highlight=False)
 """Messages for people, on standard error; standard output is for results."""

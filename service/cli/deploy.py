@@ -28,13 +28,9 @@ def deploy(
         bool, typer.Option("--dry-run", help="Print what would be sent to Modal; needs no network and no token.")
     ] = False,
     config: ConfigFiles = None,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the deployment; the app's own if left out.", show_default=False)
-    ] = None,
-    env: Annotated[
-        str | None, typer.Option(help="Modal environment to deploy to; its default if left out.", show_default=False)
-    ] = None,
-    tag: Annotated[str | None, typer.Option(help="A version to tag the deployment with.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the deployment; the app's own if left out.")] = None,
+    env: Annotated[str | None, typer.Option(help="Modal environment to deploy to; its default if left out.")] = None,
+    tag: Annotated[str | None, typer.Option(help="A version to tag the deployment with.")] = None,
 ) -> None:
     """Deploy the configured service, or an app of your own, to Modal.
 
@@ -50,7 +46,14 @@ def deploy(
     """
     environ = _environ(config)
     if dry_run:
-        _print_deployment(app, environ)
+        from modalkit.service.on_modal.config import ModalConfig
+        from modalkit.service.on_modal.deployment import describe_deployment
+
+        modal_config = ModalConfig(environ=environ)
+        if app != DEFAULT_APP:
+            os.environ.update(environ)
+            _import_app(app)
+        typer.echo(dump_yaml(describe_deployment(modal_config)), nl=False)
         return
     Settings.load(environ=environ)  # an error is one message here; Modal's command would print a traceback
     options = [f"--{option}={value}" for option, value in {"name": name, "env": env, "tag": tag}.items() if value]
@@ -73,18 +76,6 @@ def _environ(config: Sequence[Path] | None) -> dict[str, str]:
 
 def _is_file(app: str) -> bool:
     return app.partition("::")[0].endswith(".py")
-
-
-def _print_deployment(app: str, environ: dict[str, str]) -> None:
-    from modalkit.service.on_modal.config import ModalConfig
-    from modalkit.service.on_modal.deployment import describe_deployment
-
-    config = ModalConfig(environ=environ)
-    if app != DEFAULT_APP:
-        os.environ.update(environ)
-        _import_app(app)
-    described = describe_deployment(config)
-    typer.echo(dump_yaml(described), nl=False)
 
 
 def _import_app(app: str) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from modalkit.service.cli.check import check
+from modalkit.service.cli.common import notices
 from modalkit.service.cli.deploy import deploy
 from modalkit.service.cli.jobs import app as jobs_app
 from modalkit.service.cli.predict import predict
@@ -78,5 +78,5 @@ def main() -> None:
 
 
 def _fail(error: Exception, code: int) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"modalkit: error: {error}")
+    notices.print(f"modalkit: error: {error}", markup=False)
     sys.exit(code)

@@ -31,11 +31,9 @@ from modalkit.service.cli.records import (
     read_records,
 )
 from modalkit.service.errors import OutputNotJsonError, describe_error
-from modalkit.service.jobs import MemoryJobStore
-from modalkit.service.jobs.manager import JobManager
 from modalkit.service.outputs import output_object
 from modalkit.service.settings import Settings
-from modalkit.service.worker import InferenceWorker
+from modalkit.service.worker import InferenceWorker, short_lived_worker
 
 MAX_CHUNK_ITEMS = 4096
 MAX_CHUNKS = 2
@@ -55,41 +53,31 @@ class _Chunk:
         self.outcomes = await worker.predict_many(items, priority=Priority.BULK)
         self.done.set()
 
-    def results(self) -> Iterator[tuple[Record, Mapping[str, Any]]]:
-        """Each record with its result as it is written."""
-        outcomes = iter(self.outcomes)
-        for record in self.records:
-            outcome = None if record.item is None else next(outcomes)
-            if outcome is None:
-                yield record, {"status": "error", "error": record.error}
-            elif isinstance(outcome, Failure):
-                yield record, {"status": "error", "error": describe_error(outcome.error)}
-            else:
-                yield record, _result(outcome.value)
 
-
-def _result(output: InferenceOutputModel) -> Mapping[str, Any]:
+def _result(record: Record, outcomes: Iterator[Outcome[InferenceOutputModel]]) -> Mapping[str, Any]:
+    """The result of a record as it is written; `outcomes` has the next one for each valid record."""
+    if record.item is None:
+        return {"status": "error", "error": record.error}
+    outcome = next(outcomes)
+    error: Exception
     try:
-        return output_object(output)
-    except OutputNotJsonError as error:
-        return {"status": "error", "error": describe_error(error)}
+        if not isinstance(outcome, Failure):
+            return output_object(outcome.value)
+        error = outcome.error
+    except OutputNotJsonError as not_json:
+        error = not_json
+    return {"status": "error", "error": describe_error(error)}
 
 
 def predict(
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts to run.", show_default=False)] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to run.")] = None,
     input_path: Annotated[
         Path | None,
-        typer.Option(
-            "--input",
-            "-i",
-            help="A .txt, .jsonl or .csv file; - is standard input.",
-            show_default=False,
-            allow_dash=True,
-        ),
+        typer.Option("--input", "-i", help="A .txt, .jsonl or .csv file; - is standard input.", allow_dash=True),
     ] = None,
     output_path: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Where results go; standard output if left out.", show_default=False),
+        typer.Option("--output", "-o", help="Where results go; standard output if left out."),
     ] = None,
     file_format: FormatOption = None,
     column: ColumnOption = None,
@@ -145,9 +133,7 @@ def _open_input(
     if texts:
         return read_records(texts, FileFormat.TXT, input_model, None), len(texts)
     if path is None or str(path) == "-":
-        chosen = file_format or FileFormat.TXT
-        _use_utf8(sys.stdin)
-        return read_records(sys.stdin, chosen, input_model, column), None
+        return read_records(_use_utf8(sys.stdin), file_format or FileFormat.TXT, input_model, column), None
     chosen = format_of(path, file_format)
     with path.open("rb") as counted:
         lines = sum(chunk.count(b"\n") for chunk in iter(lambda: counted.read(2**20), b""))
@@ -163,42 +149,36 @@ def _use_utf8(stream: TextIO) -> TextIO:
     return stream
 
 
+@dataclass(slots=True)
 class _Run:
     """One run of a model over many records, and its figures."""
 
-    def __init__(self, writer: Writer, progress: Progress, settings: Settings) -> None:
-        self.failed = 0
-        self.written = 0
-        self._writer = writer
-        self._progress = progress
-        self._settings = settings
-        self._invalid = 0
-        self._elapsed_s = 0.0
-        self._statistics: SchedulerStatistics | None = None
+    writer: Writer
+    progress: Progress
+    settings: Settings
+    failed: int = 0
+    written: int = 0
+    invalid: int = 0
+    elapsed_s: float = 0.0
+    statistics: SchedulerStatistics | None = None
 
     async def score(self, pipeline: InferencePipeline, records: Iterator[Record]) -> None:
         """Run all records, a few chunks at a time, and write their results in order."""
-        chunk_size = min(MAX_CHUNK_ITEMS, self._settings.app_settings.batch_config.max_queue_size // MAX_CHUNKS)
-        async with (
-            JobManager(MemoryJobStore()) as jobs,
-            InferenceWorker(
-                pipeline, settings=self._settings, jobs=jobs, calibrate=False, log_failures=False
-            ) as worker,
-            plain_task_group() as task_group,
-        ):
+        chunk_size = min(MAX_CHUNK_ITEMS, self.settings.app_settings.batch_config.max_queue_size // MAX_CHUNKS)
+        async with short_lived_worker(pipeline, self.settings) as worker, plain_task_group() as task_group:
             started_s = time.perf_counter()
             waiting: deque[_Chunk] = deque()
             while chunk_records := await to_thread.run_sync(lambda: list(islice(records, max(1, chunk_size)))):
                 chunk = _Chunk(chunk_records)
-                self._invalid += sum(record.item is None for record in chunk_records)
+                self.invalid += sum(record.item is None for record in chunk_records)
                 task_group.start_soon(chunk.run, worker)
                 waiting.append(chunk)
                 if len(waiting) == MAX_CHUNKS:
                     await self._write(waiting.popleft(), worker)
             while waiting:
                 await self._write(waiting.popleft(), worker)
-            self._elapsed_s = time.perf_counter() - started_s
-            self._statistics = worker.statistics()
+            self.elapsed_s = time.perf_counter() - started_s
+            self.statistics = worker.statistics()
 
     async def _write(self, chunk: _Chunk, worker: InferenceWorker) -> None:
         is_done = False
@@ -207,26 +187,28 @@ class _Run:
                 await chunk.done.wait()
             is_done = chunk.done.is_set()
             done = worker.statistics()
-            self._progress.update(self._progress.task_ids[0], completed=done.succeeded + done.failed + self._invalid)
-        for record, result in chunk.results():
-            self._writer(result)
+            self.progress.update(self.progress.task_ids[0], completed=done.succeeded + done.failed + self.invalid)
+        outcomes = iter(chunk.outcomes)
+        for record in chunk.records:
+            result = _result(record, outcomes)
+            self.writer(result)
             self.written += 1
             if result["status"] == "error":
                 self.failed += 1
                 if self.failed <= SHOWN_ERRORS:
-                    self._progress.console.print(f"line {record.line}: {result['error']}", markup=False)
+                    self.progress.console.print(f"line {record.line}: {result['error']}", markup=False)
 
     def report(self, *, single: bool) -> None:
         """Print the figures on standard error."""
         if self.failed > SHOWN_ERRORS:
             notices.print(f"... and {self.failed - SHOWN_ERRORS} more errors, each in its result's place")
-        if single or self._statistics is None:
+        if single or self.statistics is None:
             return
-        rate = self.written / self._elapsed_s if self._elapsed_s else 0.0
+        rate = self.written / self.elapsed_s if self.elapsed_s else 0.0
         notices.print(
-            f"{self.written} items in {self._elapsed_s:.1f} s ({rate:.0f} items/s), {self.failed} of them with errors; "
-            f"{self._statistics.batches} batches, {self._statistics.mean_batch_size:.1f} items each on average, "
-            f"{self._statistics.padding_share:.0%} padding"
+            f"{self.written} items in {self.elapsed_s:.1f} s ({rate:.0f} items/s), {self.failed} of them with errors; "
+            f"{self.statistics.batches} batches, {self.statistics.mean_batch_size:.1f} items each on average, "
+            f"{self.statistics.padding_share:.0%} padding"
         )
 
 

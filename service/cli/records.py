@@ -19,14 +19,11 @@ KEEP_BAD_BYTES = "surrogateescape"
 
 
 class FileFormat(StrEnum):
-    """How a file holds its items."""
+    """How a file holds its items: texts, or JSON objects or strings, one a line; or rows below a header line."""
 
     TXT = "txt"
-    """One text a line."""
     JSONL = "jsonl"
-    """One JSON object, or JSON string, a line."""
     CSV = "csv"
-    """A header line, then one item a row."""
 
 
 class InputError(ServiceError):
@@ -42,11 +39,11 @@ class Record:
     error: str | None = None
 
 
-def format_of(path: Path | None, given: FileFormat | None) -> FileFormat:
-    """The format as given, else by the file's name, else lines of text. Raises `InputError` for an unknown name."""
+def format_of(path: Path, given: FileFormat | None) -> FileFormat:
+    """The format as given, else by the file's name. Raises `InputError` for an unknown name."""
     if given is not None:
         return given
-    suffix = "txt" if path is None else path.suffix.lower().removeprefix(".")
+    suffix = path.suffix.lower().removeprefix(".")
     if suffix == "ndjson":
         return FileFormat.JSONL
     try:
@@ -63,7 +60,8 @@ def read_records(
     A plain text becomes the model's field `text`, or its only field. `column` names the column of a CSV file (the key
     of a JSON object) that holds the text; without it, all columns that the model has fields for are taken.
     """
-    text_field = _text_field(input_model)
+    fields = list(input_model.model_fields)
+    text_field = fields[0] if len(fields) == 1 else "text"
     if file_format is FileFormat.CSV:
         yield from _csv_records(lines, input_model, text_field, column)
         return
@@ -90,11 +88,6 @@ def _record(line: int, value: Any, input_model: type[BaseModel]) -> Record:
         return Record(line, None, summary(field_errors(error.errors(include_url=False), input_model)))
 
 
-def _text_field(input_model: type[BaseModel]) -> str:
-    fields = list(input_model.model_fields)
-    return fields[0] if len(fields) == 1 else "text"
-
-
 def _csv_records(
     lines: Iterable[str], input_model: type[BaseModel], text_field: str, column: str | None
 ) -> Iterator[Record]:
@@ -118,7 +111,7 @@ def _csv_records(
             yield _record(first_line, given, input_model)
 
 
-Writer = Callable[[Mapping[str, Any]], None]
+Writer = Callable[[Mapping[str, Any]], object]
 
 
 def make_writer(stream: TextIO, file_format: FileFormat, output_model: type[BaseModel]) -> Writer:
@@ -129,8 +122,4 @@ def make_writer(stream: TextIO, file_format: FileFormat, output_model: type[Base
         return lambda result: rows.writerow(
             {key: json.dumps(value) if isinstance(value, dict | list) else value for key, value in result.items()}
         )
-
-    def write_json(result: Mapping[str, Any]) -> None:
-        stream.write(json.dumps(result, ensure_ascii=False) + "\n")
-
-    return write_json
+    return lambda result: stream.write(json.dumps(result, ensure_ascii=False) + "\n")

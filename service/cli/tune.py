@@ -1,7 +1,6 @@
 """``modalkit tune``: measure what batches cost on this machine, and choose limits by it."""
 
 import math
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from time import monotonic
@@ -13,7 +12,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from modalkit.batching.calibration import Measurement, undisturbed
+from modalkit.batching.calibration import Calibration, Measurement, undisturbed
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.cli.common import ColumnOption, ConfigFiles, FormatOption, ModelOption, model_source, notices
 from modalkit.service.cli.records import KEEP_BAD_BYTES, FileFormat, format_of, read_records
@@ -21,9 +20,9 @@ from modalkit.service.errors import describe_error
 from modalkit.service.learnt_costs import CostKey, save_costs
 from modalkit.service.settings import BatchConfig, Settings
 from modalkit.service.tuning import TuningError
-from modalkit.service.tuning.choice import Capacity, ChosenLimits, choose_limits, lone_sizes, predicted_capacity
+from modalkit.service.tuning.choice import ChosenLimits, choose_limits, lone_sizes, predicted_capacity
 from modalkit.service.tuning.config_file import require_writable, write_limits
-from modalkit.service.tuning.measuring import MEASURING_SHARE, Measured, fitted_costs, measure
+from modalkit.service.tuning.measuring import MEASURING_SHARE, fitted_costs, measure
 from modalkit.service.tuning.plots import draw_costs, require_drawable
 from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples, Samples
 from modalkit.service.tuning.tables import duration, show_choice, show_costs, show_measurements, show_trial
@@ -39,11 +38,11 @@ PIPED_WIDTH = 1000  # columns; programs that read the tables get no cut or wrapp
 
 PlotOption = Annotated[
     Path | None,
-    typer.Option("--plot", help="Draw the costs into this .png, .svg or .pdf.", show_default=False, dir_okay=False),
+    typer.Option("--plot", help="Draw the costs into this .png, .svg or .pdf.", dir_okay=False),
 ]
 WriteOption = Annotated[
     Path | None,
-    typer.Option("--write", "-w", help="Write the limits into this YAML file.", show_default=False, dir_okay=False),
+    typer.Option("--write", "-w", help="Write the limits into this YAML file.", dir_okay=False),
 ]
 SamplesOption = Annotated[
     Path | None,
@@ -51,7 +50,6 @@ SamplesOption = Annotated[
         "--samples",
         "-s",
         help="Measure with the items of this .txt, .jsonl or .csv file, the first 10,000.",
-        show_default=False,
         exists=True,
         dir_okay=False,
     ),
@@ -61,7 +59,7 @@ SamplesOption = Annotated[
 def tune(
     p99_ms: Annotated[
         float | None,
-        typer.Option(help="The latency that 99 of 100 requests are to keep, in milliseconds.", show_default=False),
+        typer.Option(help="The latency that 99 of 100 requests are to keep, in milliseconds."),
     ] = None,
     write: WriteOption = None,
     plot: PlotOption = None,
@@ -101,12 +99,16 @@ def tune(
     items = None if samples is None else _read_samples(samples, file_format, source.input_model, column)
     with notices.status(f"Loading {source.model_name} ..."):
         pipeline = source.load()
-    output = Console(highlight=False, markup=False, width=None if Console().is_terminal else PIPED_WIDTH)
-    run = _Tuning(output, pipeline, items, settings, max_seconds)
+    key = _cost_key(pipeline)
+    run = _Tuning(
+        pipeline, settings, MadeUpSamples(pipeline) if items is None else OwnSamples(pipeline, items), max_seconds
+    )
     if plot is not None:
-        run.draw(plot)
+        draw_costs(plot, f"{pipeline.model_name} on {key.device}", run.shapes, run.costs)
+        notices.print(f"The plot is in {plot}", markup=False)
     chosen = run.choose(None if p99_ms is None else p99_ms / 1000)
-    run.keep_costs()
+    if (path := settings.app_settings.batch_config.calibration.path) is not None:
+        save_costs(path, key, run.costs)
     if write is not None:
         write_limits(write, chosen.values())
         notices.print(f"The limits are in {write}", markup=False)
@@ -138,87 +140,64 @@ def _read_samples(
 class _Tuning:
     """Measures a pipeline when it is constructed and prints the figures. All steps take about `max_s` seconds."""
 
-    def __init__(
-        self,
-        output: Console,
-        pipeline: InferencePipeline,
-        items: Sequence[BaseModel] | None,
-        settings: Settings,
-        max_s: float,
-    ) -> None:
-        self._output = output
-        self._pipeline = pipeline
+    def __init__(self, pipeline: InferencePipeline, settings: Settings, samples: Samples, max_s: float) -> None:
+        self._output = Console(highlight=False, markup=False, width=None if Console().is_terminal else PIPED_WIDTH)
         self._config = settings.app_settings.batch_config
         self._max_s = max_s
-        self._key = _cost_key(pipeline)
         self._deadline_s = monotonic() + max_s
-        samples = MadeUpSamples(pipeline) if items is None else OwnSamples(pipeline, items)
         self._measured = _measure_with_progress(pipeline, self._config, max_s, samples)
-        self._shapes = undisturbed(self._measured.measurements)
-        self._costs = fitted_costs(pipeline, self._shapes)
-        self._bench = Bench(pipeline, settings, self._costs, samples)
-        show_measurements(output, self._measured, self._shapes)
-        show_costs(output, self._costs, self._shapes)
-
-    def draw(self, path: Path) -> None:
-        """Draw the measurements into a file."""
-        draw_costs(path, f"{self._pipeline.model_name} on {self._key.device}", self._shapes, self._costs)
-        notices.print(f"The plot is in {path}", markup=False)
+        self.shapes = undisturbed(self._measured.measurements)
+        self.costs = fitted_costs(pipeline, self.shapes)
+        self._bench = Bench(pipeline, settings, self.costs, samples)
+        show_measurements(self._output, self._measured, self.shapes)
+        show_costs(self._output, self.costs, self.shapes)
 
     def choose(self, objective_s: float | None) -> ChosenLimits:
         """Choose limits, print them and try them. Raises `TuningError` where the trial is not complete."""
-        sizes = lone_sizes(self._shapes)
+        sizes = lone_sizes(self.shapes)
         chosen = choose_limits(
-            self._shapes,
-            self._costs,
+            self.shapes,
+            self.costs,
             objective_s,
             configured=batch_policy(self._config),
             beside_s=self._seconds_beside_a_batch(sizes[len(sizes) // 2]),
             # Where time ran out, the largest batch that fits was not found: the scheduler finds it at run time.
-            too_large_tokens=None if self._measured.time_was_the_limit else self._measured.too_large_tokens,
+            too_large_tokens=self._measured.too_large_tokens if self._measured.is_complete else None,
         )
         show_choice(self._output, chosen, self._config)
         self._try_out(BatchConfig.model_validate(self._config.model_dump() | chosen.values()), sizes, objective_s)
         return chosen
 
     def _seconds_beside_a_batch(self, size: int) -> float:
-        lone_s = max(shape.seconds for shape in self._shapes if (shape.count, shape.longest) == (1, size))
+        lone_s = max(shape.seconds for shape in self.shapes if (shape.count, shape.longest) == (1, size))
         max_s = LONE_SHARE * self._max_s
         # Beside a batch that takes so long, the other costs of a request are negligible.
         return 0.0 if lone_s > max_s else anyio.run(self._bench.seconds_beside_the_batch, size, max_s)
-
-    def keep_costs(self) -> None:
-        """Write the costs into the file that the configuration names, if any."""
-        if (path := self._config.calibration.path) is not None:
-            save_costs(path, self._key, self._costs)
 
     def _try_out(self, config: BatchConfig, sizes: list[int], objective_s: float | None) -> None:
         """Try the limits at lower and lower loads until one keeps the objective, or the time is over."""
         trial: Trial | None = None
         policy = batch_policy(config)
         for load in LOADS:
-            capacity = predicted_capacity(self._shapes, policy, load)
+            capacity = predicted_capacity(self.shapes, policy, load)
             rate_per_s = min(load * capacity.items_per_s, MAX_SENT_PER_S)
             plan = TrialPlan.within(rate_per_s, capacity.batch_s, self._deadline_s - monotonic())
             if plan is None:
                 break
             with notices.status(f"Trying these limits for up to {duration(plan.duration_s + plan.patience_s)} ..."):
                 trial = anyio.run(self._bench.open_loop, config, sizes, plan)
-            show_trial(self._output, trial, plan, _share(load, capacity), objective_s)
+            share = f"{load:.0%} of the predicted capacity"
+            if load * capacity.items_per_s > MAX_SENT_PER_S:
+                share = f"the most that is tried; predicted are {capacity.items_per_s:.3g}"
+            show_trial(self._output, trial, plan, share, objective_s)
             if trial.failed or (trial.is_complete and (objective_s is None or trial.p99_s <= objective_s)):
                 break
-        require_complete(trial, predicted_capacity(self._shapes, policy, LOADS[0]).batch_s, self._max_s)
+        require_complete(trial, predicted_capacity(self.shapes, policy, LOADS[0]).batch_s, self._max_s)
         if trial is not None and objective_s is not None and trial.p99_s > objective_s:
             self._output.print(
                 "  The objective was not kept at any load that was tried: requests queue for more than one batch. Send "
                 "fewer to each worker, or allow more."
             )
-
-
-def _share(load: float, capacity: Capacity) -> str:
-    if load * capacity.items_per_s > MAX_SENT_PER_S:
-        return f"the most that is tried; predicted are {capacity.items_per_s:.3g}"
-    return f"{load:.0%} of the predicted capacity"
 
 
 def _cost_key(pipeline: InferencePipeline) -> CostKey:
@@ -230,7 +209,7 @@ def _cost_key(pipeline: InferencePipeline) -> CostKey:
 
 def _measure_with_progress(
     pipeline: InferencePipeline, config: BatchConfig, max_s: float, samples: Samples
-) -> Measured:
+) -> Calibration[BaseModel]:
     bar = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*bar, console=notices, transient=True, disable=not notices.is_terminal) as progress:
         task = progress.add_task("Warming up ...", total=MEASURING_SHARE * max_s)

@@ -11,7 +11,6 @@ from modalkit.service.jobs.errors import (
     JobStoreSchemaError,
     JobStoreUnavailableError,
 )
-from modalkit.service.jobs.memory import MemoryJobStore
 from modalkit.service.jobs.model import (
     DeliveryRecord,
     DeliveryStatus,
@@ -23,7 +22,7 @@ from modalkit.service.jobs.model import (
     JobStatus,
     Recovery,
 )
-from modalkit.service.jobs.sqlite import SqliteJobStore
+from modalkit.service.jobs.sqlite import MemoryJobStore, SqliteJobStore
 from modalkit.service.jobs.store import JobCounts, JobStore
 
 __all__ = [

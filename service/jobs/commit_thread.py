@@ -67,7 +67,7 @@ class CommitThread(Generic[Op]):
         try:
             await self.call(first)
         except Exception:
-            await self.stop(_nothing)
+            await self.stop(lambda: None)
             raise
         except BaseException:
             await self.stop(undo)
@@ -93,21 +93,19 @@ class CommitThread(Generic[Op]):
         Raises `JobStoreBusyError` and `JobStoreClosedError`. When cancelled, an operation that has not begun is not
         run; one that has is finished.
         """
-        return await self._pass_through(self._entry(operation, None))
+        return await self._pass_through(operation, None)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Call a function between two transactions."""
-        result: T = await self._pass_through(self._entry(None, function))
+        result: T = await self._pass_through(None, function)
         return result
 
-    def _entry(self, operation: Op | None, function: Callable[[], Any] | None) -> _Entry[Op]:
-        return _Entry(Wakeup(asyncio_loop(self._token)), operation, function)
-
-    async def _pass_through(self, entry: _Entry[Op]) -> Any:
+    async def _pass_through(self, operation: Op | None, function: Callable[[], Any] | None) -> Any:
         if not self._is_open:
             raise JobStoreClosedError
         if self._waiting >= self._max_waiting:
             raise JobStoreBusyError(self._waiting)
+        entry = _Entry(Wakeup(asyncio_loop(self._token)), operation, function)
         self._waiting += 1
         self._queue.put(entry)
         try:
@@ -180,7 +178,3 @@ class CommitThread(Generic[Op]):
 def _wake(entries: list[_Entry[Any]]) -> None:
     for entry in entries:
         entry.done.set()
-
-
-def _nothing() -> None:
-    pass

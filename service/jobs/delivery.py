@@ -66,15 +66,8 @@ class _Room:
         """`free_of` each queue that messages are under way to."""
         return {queue: self.free_of(queue) for queue in self._messages_by_queue}
 
-    def add(self, job: Job) -> None:
-        """The message of a job is under way."""
-        self._count(job, 1)
-
-    def remove(self, job: Job) -> None:
-        """The message of a job is not under way any more."""
-        self._count(job, -1)
-
-    def _count(self, job: Job, sign: int) -> None:
+    def count(self, job: Job, sign: int) -> None:
+        """The message of a job is under way (1), or is not any more (-1)."""
         queue, size_bytes = _queue_of(job), sign * job.size_bytes
         self.messages += sign
         self._bytes += size_bytes
@@ -226,14 +219,14 @@ class Deliverer(AsyncContextManagerMixin):
 
     def _add(self, claimed: Sequence[Job]) -> None:
         for job in claimed:
-            self._room.add(job)
+            self._room.count(job, 1)
 
     def _release(self, jobs: Sequence[Job]) -> None:
         """Free the room of jobs. The store may have something due that there was no room for."""
         for job in jobs:
             if self._room.free_of(_queue_of(job)) <= 0:
                 self._next_poll_at = -math.inf
-            self._room.remove(job)
+            self._room.count(job, -1)
         self._change.set()
 
     def _send(self, claimed: Sequence[Job]) -> None:

@@ -213,15 +213,6 @@ class JobFilter:
     model_name: str | None = None
     ended_before: float | None = None
 
-    def covers(self, job: Job) -> bool:
-        """Whether the job matches."""
-        return (
-            (not self.statuses or job.status in self.statuses)
-            and (not self.deliveries or job.delivery in self.deliveries)
-            and self.model_name in (None, job.model_name)
-            and (self.ended_before is None or (job.finished_at is not None and job.finished_at < self.ended_before))
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class JobPage:

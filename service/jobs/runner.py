@@ -265,7 +265,7 @@ class JobRunner(AsyncContextManagerMixin):
 
     def _enter(self, job: Job) -> None:
         """Add a job to the window."""
-        self._running[job.job_id] = _Running(job, _nothing)
+        self._running[job.job_id] = _Running(job, lambda: None)
         self._bulk_running += job.priority is Priority.BULK
         heapq.heappush(self._deadlines, (self._deadline_of(job), job.job_id))
 
@@ -381,7 +381,3 @@ def _log_retries(model_name: str, retries: Sequence[JobRetry]) -> None:
         "%s: %d jobs failed together and run again later; the last one, job %s: %s",
         *(model_name, len(retries), last.job_id, last.error),
     )
-
-
-def _nothing() -> None:
-    pass

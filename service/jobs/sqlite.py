@@ -1,14 +1,15 @@
-"""Jobs in a SQLite file: an accepted job is on disk before its id is given out."""
+"""Jobs in SQLite: in a file, where an accepted job is on disk before its id is given out, or in memory."""
 
 import fcntl
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import weakref
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
 
 import anyio
 
@@ -20,16 +21,29 @@ from modalkit.service.jobs.errors import (
     JobStoreLockedError,
     JobStoreUnavailableError,
 )
-from modalkit.service.jobs.model import DeliveryRecord, Job, JobEnd, JobFilter, JobPage, JobRetry, Recovery
+from modalkit.service.jobs.model import Job, JobFilter, JobPage
 from modalkit.service.jobs.sqlite_rows import counts_of_jobs, find_job, page_of_jobs
 from modalkit.service.jobs.sqlite_schema import open_database, open_for_reading
 from modalkit.service.jobs.sqlite_table import ROWS_PER_STEP, Add, JobTable, Operation
 from modalkit.service.jobs.store import JobCounts
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_OPERATIONS_PER_COMMIT = 512
 MAX_WAITING_OPERATIONS = 100_000
+
+
+def _operation(
+    change: Callable[Concatenate[JobTable, P], T],
+) -> Callable[Concatenate["SqliteJobStore", P], Coroutine[Any, Any, T]]:
+    """A method of the store that calls this one of its table in a transaction."""
+
+    @wraps(change)
+    async def perform(store: "SqliteJobStore", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await store._perform(lambda table: change(table, *args, **kwargs))  # noqa: SLF001  # a method of it
+
+    return perform
 
 
 class SqliteJobStore:
@@ -103,47 +117,17 @@ class SqliteJobStore:
         """Some of the jobs that match, the newest first."""
         return await self._read(lambda: page_of_jobs(self._reader, limit, which, cursor))
 
-    async def claim(self, model_name: str, limit: int, now: float, *, bulk_limit: int = 0) -> list[Job]:
-        """Make queued jobs running, interactive ones first."""
-        return await self._perform(lambda table: table.claim(model_name, limit, now, bulk_limit))
-
-    async def claim_quarantined(self, model_name: str, limit: int, now: float) -> list[Job]:
-        """Make a group of quarantined jobs running."""
-        return await self._perform(lambda table: table.claim_quarantined(model_name, limit, now))
-
-    async def requeue(self, retries: Sequence[JobRetry]) -> None:
-        """Queue running jobs again, for later."""
-        await self._perform(lambda table: table.requeue(retries))
-
-    async def release_retries(self, model_name: str, now: float) -> float | None:
-        """Make jobs claimable whose `retry_at` has come; returns the next `retry_at`."""
-        return await self._perform(lambda table: table.release_retries(model_name, now))
-
-    async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
-        """End jobs, and make their deliveries due; returns the ids of those that ended."""
-        return await self._perform(lambda table: table.finish(ends))
-
-    async def cancel(self, job_id: str, now: float) -> Job | None:
-        """Cancel a job that has not ended; returns it as it then is."""
-        return await self._perform(lambda table: table.cancel(job_id, now))
-
-    async def expire(self, limit: int, now: float) -> list[str]:
-        """End queued jobs whose `expires_at` has come; returns their ids."""
-        return await self._perform(lambda table: table.expire(limit, now))
-
-    async def claim_deliveries(
-        self, limit: int, now: float, *, queue_limits: Mapping[str, int], queue_limit: int
-    ) -> Sequence[Job]:
-        """Claim due deliveries, queue by queue."""
-        return await self._perform(lambda table: table.claim_deliveries(limit, now, queue_limits, queue_limit))
-
-    async def claim_quarantined_deliveries(self, limit: int) -> Sequence[Job]:
-        """Claim a group of quarantined deliveries."""
-        return await self._perform(lambda table: table.claim_quarantined_deliveries(limit))
-
-    async def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
-        """Record the results of attempts to deliver."""
-        await self._perform(lambda table: table.record_deliveries(records))
+    claim = _operation(JobTable.claim)
+    claim_quarantined = _operation(JobTable.claim_quarantined)
+    requeue = _operation(JobTable.requeue)
+    release_retries = _operation(JobTable.release_retries)
+    finish = _operation(JobTable.finish)
+    cancel = _operation(JobTable.cancel)
+    expire = _operation(JobTable.expire)
+    claim_deliveries = _operation(JobTable.claim_deliveries)
+    claim_quarantined_deliveries = _operation(JobTable.claim_quarantined_deliveries)
+    record_deliveries = _operation(JobTable.record_deliveries)
+    recover = _operation(JobTable.recover)
 
     async def replay(self, job_ids: Sequence[str] | None, now: float) -> int:
         """Make undelivered ones of these jobs, or of all, due again; returns how many."""
@@ -154,10 +138,6 @@ class SqliteJobStore:
         while some := await self._perform(partial(JobTable.replay_after, sequence=sequence, now=now)):
             replayed, sequence = replayed + len(some), max(some)
         return replayed
-
-    async def recover(self, now: float) -> Recovery:
-        """Recover what was running or claimed."""
-        return await self._perform(lambda table: table.recover(now))
 
     async def remove_finished(self, before: float) -> int:
         """Remove jobs that ended before that time and have nothing left to deliver."""
@@ -191,7 +171,7 @@ class SqliteJobStore:
         changed = 0
         while some := await self._perform(step):
             changed += some
-            if frees_space:
+            if frees_space and self.durable:
                 await self._thread.call(self._give_space_back)
         return changed
 
@@ -290,3 +270,40 @@ class SqliteJobStore:
             finally:
                 os.close(self._lock_fd)
                 self._lock_fd = -1
+
+
+class MemoryJobStore(SqliteJobStore):
+    """A `JobStore` of up to `max_jobs` jobs in memory. Closing it keeps them: it can be opened again.
+
+    Each operation is a transaction that runs at once, in the event loop.
+    """
+
+    durable = False
+
+    def __init__(self, *, max_jobs: int = 1_000_000) -> None:
+        super().__init__(":memory:", max_jobs=max_jobs)
+        self._database = self._reader = open_database(self.path)
+        self._table = JobTable(self._database, max_jobs)
+        weakref.finalize(self, self._database.close)
+
+    async def __aenter__(self) -> Self:
+        self._is_open = True
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_open = False
+
+    async def _read(self, function: Callable[[], T]) -> T:
+        if not self._is_open:
+            raise JobStoreClosedError
+        return self._exclusive_read(function)
+
+    async def _perform(self, operation: Callable[[JobTable], T]) -> T:
+        if not self._is_open:
+            raise JobStoreClosedError
+        (result,) = self._transaction([operation])
+        if isinstance(result, Exception):
+            raise result
+        return cast("T", result)

@@ -19,6 +19,7 @@ COLUMNS = (
     *("result", "error", "started_at", "finished_at", "crashes", "attempts", "retry_at"),
     *("delivery_attempts", "delivery_error", "delivery_crashes"),
 )
+LATEST_US = 2**62
 TEXT_COLUMNS = ("job_id", "message", "success_queue", "failure_queue", "meta", "idempotency_key", "result")
 """The columns that may be long, besides the errors."""
 
@@ -40,8 +41,8 @@ _DELIVERIES = {delivery.value: delivery for delivery in DeliveryStatus}
 
 
 def microseconds(seconds: float) -> int:
-    """A time as it is stored: whole microseconds."""
-    return round(seconds * 1_000_000)
+    """A time as it is stored: whole microseconds, `LATEST_US` at most."""
+    return round(min(seconds * 1_000_000, LATEST_US))
 
 
 def row_from_job(job: Job) -> tuple[Any, ...]:

@@ -1,9 +1,8 @@
 """The table of jobs in a SQLite database: what each operation of the store changes, inside a transaction."""
 
-import math
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from pydantic_core import from_json, to_json
@@ -37,7 +36,6 @@ Row = tuple[Any, ...]
 
 ROWS_PER_STEP = 1000
 QUEUES_PER_VISIT = 1000
-LATEST_US = 2**62
 
 _STATUS, _CREATED_AT, _STARTED_AT = map(COLUMNS.index, ("status", "created_at", "started_at"))
 _ROWS_PER_STATEMENT = (64, 8, 1)  # few sizes, so that the statements stay prepared
@@ -105,13 +103,10 @@ class JobTable:
         self._database.execute("SAVEPOINT operation")
         try:
             result = operation(self)
-        except sqlite3.Error as error:
-            if not isinstance(error, sqlite3.DataError):
+        except Exception as error:
+            # A `DataError` says that something is too large, which is no matter of the other operations.
+            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.DataError):
                 raise
-            self._database.execute("ROLLBACK TO operation")  # too large: the other operations are not concerned
-            self.counts = counts_before
-            result = error
-        except Exception as error:  # noqa: BLE001  # handed to the operation's caller
             self._database.execute("ROLLBACK TO operation")
             self.counts = counts_before
             result = error
@@ -154,7 +149,7 @@ class JobTable:
         twice = next((job_id for job_id, count in Counter(job_ids).items() if count > 1), None)
         return twice or next(job_id for job_id in job_ids if find_job(self._database, job_id) is not None)
 
-    def claim(self, model_name: str, limit: int, now: float, bulk_limit: int) -> list[Job]:
+    def claim(self, model_name: str, limit: int, now: float, *, bulk_limit: int = 0) -> list[Job]:
         """Make queued jobs running, interactive ones first."""
         for_interactive = max(0, limit - bulk_limit)
         claimed = self._claim(sql.CLAIMABLE, now, model_name, Priority.INTERACTIVE, for_interactive)
@@ -178,8 +173,7 @@ class JobTable:
 
     def release_retries(self, model_name: str, now: float) -> float | None:
         """Make some jobs claimable whose `retry_at` has come; returns the next `retry_at`."""
-        now_us = LATEST_US if math.isinf(now) else microseconds(now)
-        self._database.execute(sql.RELEASE, (now_us, model_name, ROWS_PER_STEP))
+        self._database.execute(sql.RELEASE, (microseconds(now), model_name, ROWS_PER_STEP))
         row = self._database.execute(sql.NEXT_RETRY, (model_name,)).fetchone()
         return None if row is None else row[0] / 1_000_000
 
@@ -209,7 +203,7 @@ class JobTable:
         ended = 0
         for queue, succeeded in (("success_queue", True), ("failure_queue", False)):
             rows = [_row_of(end) for end in ends if (end.status is JobStatus.SUCCEEDED) is succeeded]
-            for alike in _groups(rows, lambda row: row[1]):
+            for alike in _by_status(rows):
                 ended += self._finish_from(JobStatus.RUNNING, queue, alike)
                 if alike[0][1] == JobStatus.EXPIRED:
                     ended += self._finish_from(JobStatus.QUEUED, queue, alike)
@@ -246,7 +240,7 @@ class JobTable:
         )
 
     def claim_deliveries(
-        self, limit: int, now: float, queue_limits: Mapping[str, int], queue_limit: int
+        self, limit: int, now: float, *, queue_limits: Mapping[str, int], queue_limit: int
     ) -> Sequence[Job]:
         """Claim due deliveries queue by queue, in the order of their names, from where the last call stopped."""
         claimed, size_bytes = list[Job](), 0
@@ -288,7 +282,7 @@ class JobTable:
             )
             for record in records
         ]
-        for alike in _groups(rows, lambda row: row[1]):
+        for alike in _by_status(rows):
             self._move(DeliveryStatus.PENDING, DeliveryStatus(alike[0][1]), self._write(sql.RECORD_DELIVERIES, alike))
 
     def replay_these(self, job_ids: Sequence[str], now: float) -> int:
@@ -387,8 +381,8 @@ def _row_of(end: JobEnd) -> Row:
     return end.job_id, end.status.value, end.result_json, end.error, microseconds(end.finished_at)
 
 
-def _groups(rows: Sequence[Row], key: Callable[[Row], str]) -> list[list[Row]]:
+def _by_status(rows: Sequence[Row]) -> Iterable[list[Row]]:
     groups: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[key(row)].append(row)
-    return list(groups.values())
+        groups[row[1]].append(row)
+    return groups.values()

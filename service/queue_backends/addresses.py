@@ -15,27 +15,15 @@ MAX_LOOK_UPS = 64  # at a time, each in a thread
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """From a host's name and a port to the host's addresses, preferred ones first."""
 
-# Written out, after IANA's registries of special-purpose addresses (2025): what `ipaddress` calls global differs
-# between releases of Python, and includes multicast and the metadata services of two clouds.
+# What `is_global` says differs between releases of Python, so networks that are not always excluded are written out,
+# after IANA's registries of special-purpose addresses (2025).
 _NOT_PUBLIC_IPV4 = [
     ipaddress.IPv4Network(network)
     for network in (
-        "0.0.0.0/8",
-        "10.0.0.0/8",
-        "100.64.0.0/10",  # behind a carrier's NAT
-        "127.0.0.0/8",
         "168.63.129.16/32",  # Azure's own services, inside of each of its networks
-        "169.254.0.0/16",  # link-local, with the metadata services of most clouds
-        "172.16.0.0/12",
         "192.0.0.0/24",
-        "192.0.2.0/24",
         "192.88.99.0/24",
-        "192.168.0.0/16",
-        "198.18.0.0/15",
-        "198.51.100.0/24",
-        "203.0.113.0/24",
         "224.0.0.0/4",
-        "240.0.0.0/4",
     )
 ]
 _PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
@@ -68,27 +56,7 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         if embedded is None:
             return address in _PUBLIC_IPV6 and not any(address in network for network in _NOT_PUBLIC_IPV6)
         address = embedded
-    return not any(address in network for network in _NOT_PUBLIC_IPV4)
-
-
-class SystemResolver:
-    """A look-up of names by the operating system, for one event loop.
-
-    The look-ups have threads of their own, so that those that hang do not block other work.
-    """
-
-    def __init__(self) -> None:
-        self._limiter = anyio.CapacityLimiter(MAX_LOOK_UPS)
-
-    async def __call__(self, host: str, port: int) -> Sequence[str]:
-        """The addresses of a host. Raises `OSError`."""
-
-        def look_up() -> Sequence[str]:
-            # As bytes: text would be encoded by Python's IDNA, which refuses names that the system may know.
-            found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-            return list(dict.fromkeys(str(address[0]) for *_, address in found))
-
-        return await anyio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=self._limiter)
+    return address.is_global and not any(address in network for network in _NOT_PUBLIC_IPV4)
 
 
 class _LookUp:
@@ -103,11 +71,13 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
     """Connects to a host by an address that was checked, so that a second look-up of the name cannot change it.
 
     A name is refused if any of its addresses is not public. TLS still checks the certificate against the name.
-    Concurrent connections to one name share a look-up. For one event loop.
+    Concurrent connections to one name share a look-up: `resolve`, or the operating system's. For one event loop.
     """
 
-    def __init__(self, resolve: Resolve, *, allow_private_addresses: bool) -> None:
-        self._resolve = resolve
+    def __init__(self, resolve: Resolve | None, *, allow_private_addresses: bool) -> None:
+        self._resolve = resolve or self._ask_system
+        # Threads of their own, so that look-ups that hang do not block other work.
+        self._threads = anyio.CapacityLimiter(MAX_LOOK_UPS)
         self._allow_private_addresses = allow_private_addresses
         self._network = httpcore.AnyIOBackend()
         self._look_ups: dict[tuple[str, int], _LookUp] = {}  # the running ones
@@ -122,10 +92,10 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         """Connect to the first address of `host` that answers. Raises `QueueBackendError`, `httpcore.ConnectError`."""
         addresses = await self._checked_addresses(host, port)
+        # So that one dead address leaves time for the next.
+        share_s = None if timeout is None else timeout / len(addresses)
         for address in addresses[:-1]:
             try:
-                # So that one dead address leaves time for the next.
-                share_s = None if timeout is None else timeout / len(addresses)
                 return await self._network.connect_tcp(address, port, share_s, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 continue
@@ -159,3 +129,11 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
             del self._look_ups[host, port]
             look_up.done.set()
         return look_up.answer
+
+    async def _ask_system(self, host: str, port: int) -> Sequence[str]:
+        def look_up() -> Sequence[str]:
+            # As bytes: text would be encoded by Python's IDNA, which refuses names that the system may know.
+            found = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
+            return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+        return await anyio.to_thread.run_sync(look_up, abandon_on_cancel=True, limiter=self._threads)

@@ -29,6 +29,7 @@ class RoutingBackend:
         if not send_timeout_s > 0:
             raise ValueError(f"send_timeout_s must be above 0, got {send_timeout_s!r}")
         self._routes = dict(routes)
+        self._backends = {id(backend): backend for backend in routes.values()}
         self._send_timeout_s = send_timeout_s
 
     def check_queue_name(self, queue_name: str) -> None:
@@ -45,15 +46,11 @@ class RoutingBackend:
         """Send messages by their routes, all backends concurrently; returns the outcome of each message."""
         outcomes: list[Exception | None] = [None] * len(messages)
         positions_by_backend = defaultdict[int, list[int]](list)  # by id(): a backend need not be hashable
-        backends: dict[int, QueueBackend] = {}
         for position, message in enumerate(messages):
             try:
-                backend = self._backend_for(message.queue_name)
+                positions_by_backend[id(self._backend_for(message.queue_name))].append(position)
             except QueueNameError as error:
                 outcomes[position] = error
-            else:
-                backends[id(backend)] = backend
-                positions_by_backend[id(backend)].append(position)
 
         async def send(backend: QueueBackend, positions: list[int]) -> None:
             own = [messages[position] for position in positions]
@@ -63,13 +60,13 @@ class RoutingBackend:
 
         async with anyio.create_task_group() as task_group:
             for key, positions in positions_by_backend.items():
-                task_group.start_soon(send, backends[key], positions)
+                task_group.start_soon(send, self._backends[key], positions)
         return outcomes
 
     async def aclose(self) -> None:
         """Close each backend that has `aclose`, once. Raises their errors together, after the last."""
         errors: list[Exception] = []
-        for backend in {id(backend): backend for backend in self._routes.values()}.values():
+        for backend in self._backends.values():
             if hasattr(backend, "aclose"):
                 try:
                     await await_backend(backend.aclose())

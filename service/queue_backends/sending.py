@@ -1,5 +1,6 @@
 """Sends many messages through any queue backend: in one call where it has `send_messages`, else concurrently."""
 
+import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -29,11 +30,13 @@ T = TypeVar("T")
 class ConnectedBackend(ABC):
     """A queue backend that sends many messages, over a connection that belongs to one event loop until `aclose`."""
 
+    _needs_asyncio = False
+    _stays_in_one_loop = False  # whether `aclose` leaves it bound to its event loop
     _opened: tuple[EventLoopToken, Any] | None = None  # all mutable state
 
     @abstractmethod
     def _connect(self) -> Any:
-        """A connection, which has `aclose`, in the running event loop. Raises `QueueBackendError`."""
+        """A connection, which has `aclose`, in the running event loop."""
 
     @abstractmethod
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
@@ -50,18 +53,23 @@ class ConnectedBackend(ABC):
         """Close the connection, in the event loop that opened it; messages being sent fail. Idempotent."""
         if self._opened is not None:
             connection = self._connection()
-            self._opened = None
+            if not self._stays_in_one_loop:
+                self._opened = None
             with anyio.CancelScope(shield=True):
                 await connection.aclose()
 
     def _connection(self) -> Any:
         if self._opened is None:
+            if self._needs_asyncio and anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+                raise QueueBackendError(
+                    f"{type(self).__name__} needs the event loop of asyncio; it does not run on trio"
+                )
             self._opened = current_token(), self._connect()
         event_loop, connection = self._opened
         if event_loop != current_token():
+            remedy = "make" if self._stays_in_one_loop else "await its aclose() there, or make"
             raise QueueBackendError(
-                f"this {type(self).__name__} was opened in another event loop: await its aclose() there, or make one "
-                "for each"
+                f"this {type(self).__name__} was opened in another event loop: {remedy} one for each"
             )
         return connection
 

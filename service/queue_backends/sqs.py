@@ -1,6 +1,5 @@
 """Results to Amazon SQS, or to another server that speaks its protocol."""
 
-import asyncio
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import anyio
 
-from modalkit.service.aws import AwsError, aws_clients
+from modalkit.service.aws import aws_clients
 from modalkit.service.queue_backends.protocol import (
     QueueBackendError,
     QueueMessage,
@@ -23,9 +22,7 @@ from modalkit.service.queue_backends.sending import ATTEMPT_S, ConnectedBackend,
 MAX_BATCH_ENTRIES = 10
 MAX_BATCH_BYTES = 1_048_576  # of all messages of a batch together, and so of one message
 MAX_CONCURRENT_REQUESTS = 100
-REQUEST_S = (
-    13.0  # time that a request still has after its wait for a connection: cut off, its messages would come twice
-)
+REQUEST_S = 13.0  # what a request still has after its wait for a connection: cut off, its messages would come twice
 
 _QUEUE_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}|[A-Za-z0-9_-]{1,75}\.fifo")
 _REFUSED_CHARACTER = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -42,8 +39,7 @@ class _Entry:
     """A message in the form that SQS gets, and its position among the given messages."""
 
     position: int
-    message: QueueMessage
-    body: str
+    fields: dict[str, str]
     size_bytes: int
 
 
@@ -61,6 +57,8 @@ class SQSBackend(ConnectedBackend):
     not installed, or no region is found.
     """
 
+    _needs_asyncio = True
+
     def __init__(
         self,
         *,
@@ -73,19 +71,17 @@ class SQSBackend(ConnectedBackend):
             raise ValueError(
                 f"message_group_id must be 1 to 128 letters, digits, - or _, or None, not {message_group_id!r}"
             )
-        try:
-            _, self._create_client = aws_clients(
-                "sqs",
-                region,
-                needed_by="SQSBackend",
-                extra="sqs",
-                setting="app_settings.queue_config.sqs.region (SQSBackend(region=...) in code)",
-                endpoint_url=endpoint_url,
-                read_timeout_s=10,
-                max_connections=MAX_CONCURRENT_REQUESTS,
-            )
-        except AwsError as error:
-            raise QueueBackendError(str(error)) from error
+        _, self._create_client = aws_clients(
+            "sqs",
+            region,
+            error_class=QueueBackendError,
+            needed_by="SQSBackend",
+            extra="sqs",
+            setting="app_settings.queue_config.sqs.region (SQSBackend(region=...) in code)",
+            endpoint_url=endpoint_url,
+            read_timeout_s=10,
+            max_connections=MAX_CONCURRENT_REQUESTS,
+        )
         self._create_missing_queues = create_missing_queues
         self._message_group_id = message_group_id
 
@@ -105,13 +101,16 @@ class SQSBackend(ConnectedBackend):
         entries_by_queue = defaultdict[str, list[_Entry]](list)
         for position, message in enumerate(messages):
             try:
-                self.check_queue_name(message.queue_name)
-                entries_by_queue[message.queue_name].append(_entry(position, message))
+                entries_by_queue[message.queue_name].append(self._entry(position, message))
             except QueueBackendError as error:
                 outcomes[position] = error
 
         async def send(queue_name: str, chunk: list[_Entry]) -> None:
             sent = await self._send_chunk(connection, queue_name, chunk, deadline)
+            if sent is None:
+                for entry in chunk:
+                    task_group.start_soon(send, queue_name, [entry])
+                return
             for entry, outcome in zip(chunk, sent, strict=True):
                 outcomes[entry.position] = outcome
 
@@ -122,15 +121,15 @@ class SQSBackend(ConnectedBackend):
         return outcomes
 
     def _connect(self) -> "_Connection":
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            raise QueueBackendError("SQSBackend needs the event loop of asyncio; it does not run on trio") from None
         return _Connection(self._create_client)
 
     async def _send_chunk(
         self, connection: "_Connection", queue_name: str, chunk: list[_Entry], deadline: float
-    ) -> Sequence[Exception | None]:
+    ) -> Sequence[Exception | None] | None:
+        """The outcome of each message, or None if each must be sent alone to have an outcome of its own.
+
+        SQS refuses a whole batch for one message in it, or where this queue has a smaller limit of size than others.
+        """
         wait_s = deadline - REQUEST_S - anyio.current_time()
         too_busy = f"queue {queue_name!r}: too many messages wait to be sent to SQS"
         try:
@@ -141,19 +140,9 @@ class SQSBackend(ConnectedBackend):
             code = _error_code(error)
             if code in _QUEUE_IS_MISSING:
                 connection.queue_urls.pop(queue_name, None)
-            if len(chunk) == 1 or code not in _BATCH_IS_REFUSED:
-                return [_translated(queue_name, error)] * len(chunk)
-        # SQS refuses a whole batch for one message in it, or where this queue has a smaller limit of size than others.
-        # Sent alone, each message has its own outcome.
-        outcomes: list[Exception | None] = [None] * len(chunk)
-
-        async def send_alone(number: int) -> None:
-            [outcomes[number]] = await self._send_chunk(connection, queue_name, [chunk[number]], deadline)
-
-        async with anyio.create_task_group() as task_group:
-            for number in range(len(chunk)):
-                task_group.start_soon(send_alone, number)
-        return outcomes
+            if len(chunk) > 1 and code in _BATCH_IS_REFUSED:
+                return None
+            return [_translated(queue_name, error)] * len(chunk)
 
     async def _request(
         self, connection: "_Connection", queue_name: str, chunk: list[_Entry]
@@ -162,26 +151,34 @@ class SQSBackend(ConnectedBackend):
         queue_url = connection.queue_urls.get(queue_name)
         if queue_url is None:
             queue_url = connection.queue_urls[queue_name] = await self._find_queue(client, queue_name)
-        fields = [self._fields(entry) for entry in chunk]
         if len(chunk) == 1:
-            await client.send_message(QueueUrl=queue_url, **fields[0])
+            await client.send_message(QueueUrl=queue_url, **chunk[0].fields)
             return [None]
-        entries = [{"Id": str(number), **each} for number, each in enumerate(fields)]
+        entries = [{"Id": str(number), **entry.fields} for number, entry in enumerate(chunk)]
         answer = await client.send_message_batch(QueueUrl=queue_url, Entries=entries)
         taken = {each["Id"] for each in answer.get("Successful", ())}
         failed = {each["Id"]: _failure(queue_name, each) for each in answer.get("Failed", ())}
         unknown = QueueBackendError(f"queue {queue_name!r}: SQS did not say what became of the message")
         return [None if entry["Id"] in taken else failed.get(entry["Id"], unknown) for entry in entries]
 
-    def _fields(self, entry: _Entry) -> dict[str, str]:
-        if not entry.message.queue_name.endswith(".fifo"):
-            return {"MessageBody": entry.body}
-        job_id = safe_id(entry.message.job_id)
-        return {
-            "MessageBody": entry.body,
-            "MessageDeduplicationId": job_id,
-            "MessageGroupId": self._message_group_id or job_id,
-        }
+    def _entry(self, position: int, message: QueueMessage) -> _Entry:
+        """The form of a message for SQS. Raises `UndeliverableError`."""
+        queue_name, body = message.queue_name, message.body.translate(_ESCAPES)
+        self.check_queue_name(queue_name)
+        if refused := _REFUSED_CHARACTER.search(body):
+            raise UndeliverableError(
+                f"queue {queue_name!r}: SQS takes no character {refused[0]!r}, and JSON text holds none"
+            )
+        size_bytes = len(body.encode())
+        if not 1 <= size_bytes <= MAX_BATCH_BYTES:
+            raise UndeliverableError(
+                f"queue {queue_name!r}: a message for SQS has 1 to {MAX_BATCH_BYTES} bytes, this one {size_bytes}"
+            )
+        fields = {"MessageBody": body}
+        if queue_name.endswith(".fifo"):
+            job_id = safe_id(message.job_id)
+            fields |= {"MessageDeduplicationId": job_id, "MessageGroupId": self._message_group_id or job_id}
+        return _Entry(position, fields, size_bytes)
 
     async def _find_queue(self, client: Any, queue_name: str) -> str:
         try:
@@ -219,20 +216,6 @@ class _Connection:
         self._closed = True
         async with self._opening:
             await self._stack.aclose()
-
-
-def _entry(position: int, message: QueueMessage) -> _Entry:
-    body = message.body.translate(_ESCAPES)
-    if refused := _REFUSED_CHARACTER.search(body):
-        raise UndeliverableError(
-            f"queue {message.queue_name!r}: SQS takes no character {refused[0]!r}, and JSON text holds none"
-        )
-    size_bytes = len(body.encode())
-    if not 1 <= size_bytes <= MAX_BATCH_BYTES:
-        raise UndeliverableError(
-            f"queue {message.queue_name!r}: a message for SQS has 1 to {MAX_BATCH_BYTES} bytes, this one {size_bytes}"
-        )
-    return _Entry(position, message, body, size_bytes)
 
 
 def _chunks(entries: list[_Entry]) -> Iterator[list[_Entry]]:

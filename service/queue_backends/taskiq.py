@@ -1,24 +1,21 @@
 """Results to TaskIQ: each message runs a task, in a worker process of its own."""
 
-import asyncio
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-import anyio
-
-from modalkit.service.errors import describe_error
 from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage, QueueNameError
-from modalkit.service.queue_backends.sending import outcomes_of
+from modalkit.service.queue_backends.sending import ConnectedBackend
 
 if TYPE_CHECKING:
     from taskiq import AsyncBroker
 
     from modalkit.service.queue_backends.taskiq_broker import ResultBroker
+    from modalkit.service.queue_backends.taskiq_sending import TaskSender
 
 DEFAULT_BROKER_URL = "redis://localhost:6379"
 DEFAULT_TASK_NAME = "process_{queue_name}"
 DEFAULT_STREAM_NAME = "modalkit:{queue_name}"
-MAX_CONCURRENT_KICKS = 64
 MAX_QUEUE_NAME = 256
 
 
@@ -66,17 +63,20 @@ def make_taskiq_broker(
     )
 
 
-class TaskIQBackend:
+class TaskIQBackend(ConnectedBackend):
     """Sends each result to TaskIQ, as the one argument of the task ``process_{queue_name}``.
 
     A separate worker that has a task of that name runs it (`make_taskiq_broker`, which also makes the broker here, from
     `broker_url`). `broker` is a TaskIQ broker of your own instead, such as an `InMemoryBroker` in tests; it gets all
-    messages in its one queue, with its own guarantees. The job's id is the task's.
+    messages in its one queue, with its own guarantees. The job's id is the task's. Over Redis streams many messages go
+    in one request, over other brokers several at a time.
 
     The first message starts the broker, `aclose` shuts it down, and the next message starts it again, even in another
     event loop; only taskiq-redis's own brokers stay in one event loop. With ``start=False`` your code starts and shuts
     it down. Needs the extra ``modalkit[taskiq]``, and asyncio. Raises `QueueBackendError` where either is missing.
     """
+
+    _needs_asyncio = True
 
     def __init__(
         self,
@@ -101,15 +101,8 @@ class TaskIQBackend:
             task_name = broker.task_name
         self.broker: AsyncBroker = broker
         """The broker that messages are sent through."""
-        self._sender = TaskSender(broker, task_name or DEFAULT_TASK_NAME)
-        self._start = start
         self._stays_in_one_loop = stays_in_one_loop(broker)
-        # All mutable state: the event loop that the broker is used in, the only one that it can be used in (if there
-        # is one), whether it was started, and a lock for starting it.
-        self._event_loop: asyncio.AbstractEventLoop | None = None
-        self._only_event_loop: asyncio.AbstractEventLoop | None = None
-        self._started = not start
-        self._starting = asyncio.Lock()
+        self._make_sender = partial(TaskSender, broker, task_name or DEFAULT_TASK_NAME, start=start)
 
     def check_queue_name(self, queue_name: str) -> None:
         """Raise `QueueNameError` for a name that no task and no Redis key can have."""
@@ -118,57 +111,13 @@ class TaskIQBackend:
                 queue_name, f"the name of a TaskIQ queue has 1 to {MAX_QUEUE_NAME} printable characters"
             )
 
-    async def send_message(self, queue_name: str, message: str) -> bool:
-        """Send a JSON text. Raises `QueueBackendError`."""
-        await self._ready()
-        await self._sender.send_one(QueueMessage(queue_name, message, self.broker.id_generator()))
-        return True
-
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
-        """Send messages; returns the outcome of each. Raises `QueueBackendError` where none can be sent.
+        """Send messages; returns the outcome of each. Raises `QueueBackendError` where none can be sent."""
+        sender: TaskSender = self._connection()
+        return await sender.send(messages)
 
-        Over Redis streams all go in one request, over other brokers several at a time.
-        """
-        await self._ready()
-        if self._sender.sends_many:
-            return await self._sender.send_many(messages)
-        return await outcomes_of(self._sender.send_one, messages, anyio.CapacityLimiter(MAX_CONCURRENT_KICKS))
-
-    async def aclose(self) -> None:
-        """Shut the broker down if this backend started it, in the same event loop. May be called repeatedly."""
-        if self._event_loop is None:
-            return
-        self._check_event_loop()
-        self._event_loop = None
-        self._starting = asyncio.Lock()  # a lock stays bound to the event loop that it was first waited for in
-        if self._start:
-            self._started = False
-            await self.broker.shutdown()
-
-    async def _ready(self) -> None:
-        """Start the broker, once."""
-        self._check_event_loop()
-        if self._started:
-            return
-        async with self._starting:
-            if not self._started:
-                try:
-                    await self.broker.startup()
-                except Exception as error:
-                    raise QueueBackendError(f"TaskIQ's broker did not start: {describe_error(error)}") from error
-                self._started = True
-
-    def _check_event_loop(self) -> None:
-        try:
-            event_loop = asyncio.get_running_loop()
-        except RuntimeError:
-            raise QueueBackendError("TaskIQBackend needs the event loop of asyncio; it does not run on trio") from None
-        if (self._event_loop or self._only_event_loop or event_loop) is not event_loop:
-            remedy = "make" if self._stays_in_one_loop else "await its aclose() there, or make"
-            raise QueueBackendError(f"this TaskIQBackend was started in another event loop: {remedy} one for each")
-        self._event_loop = event_loop
-        if self._stays_in_one_loop:
-            self._only_event_loop = event_loop
+    def _connect(self) -> "TaskSender":
+        return self._make_sender()
 
 
 def _not_installed(error: ImportError) -> QueueBackendError:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from itertools import count
 from typing import Any, TypeAlias, TypeVar, cast
 
 from pydantic_core import from_json, to_json
@@ -147,23 +146,26 @@ class ResultBroker(RedisStreamBroker):
             consumer_group_name=group_name,
             consumer_id="0",
             idle_timeout=round(idle_timeout_s * 1000),
-            max_connection_pool_size=max_connections,
+            # So that a waiting read ends before the socket's timeout.
+            xread_block=max(1, min(MAX_READ_MS, round(timeout_s * 500))),
+        )
+        self._new_pool = partial(
+            BlockingConnectionPool.from_url,
+            url,
+            max_connections=max_connections,
             timeout=timeout_s,
             socket_timeout=timeout_s,
-            xread_block=max(
-                1, min(MAX_READ_MS, round(timeout_s * 500))
-            ),  # so that a waiting read ends before the socket's timeout
             socket_connect_timeout=timeout_s,
             socket_keepalive=True,
             protocol=2,
             # Senders retry later; these two retries are for a server that restarts.
             retry=Retry(ExponentialBackoff(cap=0.5, base=0.1), 2),
         )
+        self._connect()
         if self.connection_pool.connection_kwargs["protocol"] != 2:
             raise ValueError(
                 "taskiq-redis reads the answers of protocol 2 only: leave protocol= out of the broker's URL"
             )
-        self._connect()
         self._claim_interval_s = min(MAX_CLAIM_INTERVAL_S, idle_timeout_s / 4)
         self._trim_interval_s = trim_interval_s
         self.serializer = _Serializer()
@@ -205,15 +207,7 @@ class ResultBroker(RedisStreamBroker):
             except RedisError as error:
                 logger.warning("Unfinished messages wait for %g s: %s", self.idle_timeout / 1000, error)
         await super().shutdown()
-        pool = self.connection_pool
-        # A pool stays bound to the event loop in which it first waited.
-        self.connection_pool = BlockingConnectionPool(
-            max_connections=pool.max_connections,
-            timeout=pool.timeout,
-            connection_class=pool.connection_class,
-            **pool.connection_kwargs,
-        )
-        self._connect()
+        self._connect()  # a pool stays bound to the event loop in which it first waited
 
     async def listen(self) -> AsyncGenerator[AckableMessage, None]:
         """Yield messages: those of workers that died, and new ones."""
@@ -243,6 +237,7 @@ class ResultBroker(RedisStreamBroker):
         return removed
 
     def _connect(self) -> None:
+        self.connection_pool = self._new_pool()
         self._redis: Redis = Redis(connection_pool=self.connection_pool)
         self._trim = self._redis.register_script(_TRIM)
         self._leave = self._redis.register_script(_LEAVE)
@@ -272,7 +267,8 @@ class ResultBroker(RedisStreamBroker):
 
     async def _until_answered(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
         """Ask Redis until it answers; creates the groups again if Redis has lost them."""
-        for attempt in count(1):
+        attempt = 0
+        while True:
             try:
                 if not self._has_groups:
                     await self._make_groups()
@@ -292,8 +288,8 @@ class ResultBroker(RedisStreamBroker):
                     # Until Python 3.12, asyncio.wait_for (in redis-py) can lose a cancellation: no worker would stop.
                     raise asyncio.CancelledError
                 return answer
+            attempt += 1
             await asyncio.sleep(backoff_with_jitter(attempt, first_s=0.1, longest_s=MAX_RECONNECT_S, factor=2))
-        raise AssertionError("count() has no end")
 
     async def _trim_all(self) -> None:
         try:

@@ -11,13 +11,8 @@ import anyio
 import httpcore
 import httpx
 
-from modalkit.service.queue_backends.addresses import CheckedNetwork, Resolve, SystemResolver
-from modalkit.service.queue_backends.protocol import (
-    QueueBackendError,
-    QueueMessage,
-    UndeliverableError,
-    safe_id,
-)
+from modalkit.service.queue_backends.addresses import CheckedNetwork, Resolve
+from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage, UndeliverableError, safe_id
 from modalkit.service.queue_backends.sending import ATTEMPT_S, ConnectedBackend, hold, outcomes_of
 from modalkit.service.queue_backends.signatures import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, sign, signing_key
 from modalkit.service.queue_backends.webhook_urls import AllowedURLs, shown_queue_name
@@ -86,10 +81,7 @@ class WebhookBackend(ConnectedBackend):
         return _Connections(
             httpcore.AsyncConnectionPool(
                 ssl_context=self._ssl_context or httpx.create_ssl_context(trust_env=False),
-                network_backend=CheckedNetwork(
-                    SystemResolver() if self._resolve is None else self._resolve,
-                    allow_private_addresses=self._allow_private_addresses,
-                ),
+                network_backend=CheckedNetwork(self._resolve, allow_private_addresses=self._allow_private_addresses),
                 max_connections=MAX_CONNECTIONS,
                 keepalive_expiry=KEEPALIVE_S,
             )
@@ -110,11 +102,9 @@ class WebhookBackend(ConnectedBackend):
             raise QueueBackendError(f"{shown}: no answer within {self._timeout_s:g} s") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
             raise QueueBackendError(f"{shown}: {type(error).__name__}: {error}") from error
-        if 200 <= status < 300:
-            return
-        if 400 <= status < 500 and status not in _TRIED_AGAIN:
-            raise UndeliverableError(f"{shown} answers {status}")
-        raise QueueBackendError(f"{shown} answers {status}")
+        if not 200 <= status < 300:
+            is_final = 400 <= status < 500 and status not in _TRIED_AGAIN
+            raise (UndeliverableError if is_final else QueueBackendError)(f"{shown} answers {status}")
 
     async def _post(self, connections: "_Connections", url: httpx.URL, job_id: str, body: bytes) -> int:
         target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
@@ -125,10 +115,7 @@ class WebhookBackend(ConnectedBackend):
                 )
             # Only the status counts; the body is read so that the connection can be used again.
             if _body_size(response) <= _READ_BODY_BYTES:
-                with (
-                    anyio.move_on_after(_READ_BODY_S),
-                    suppress(httpcore.NetworkError, httpcore.ProtocolError),
-                ):
+                with anyio.move_on_after(_READ_BODY_S), suppress(httpcore.NetworkError, httpcore.ProtocolError):
                     await response.aread()
             return response.status
 

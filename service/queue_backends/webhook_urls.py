@@ -54,7 +54,8 @@ class AllowedURLs:
             raise QueueNameError(shown, "must hold no user name and no password")
         port = url.port or _DEFAULT_PORTS[url.scheme]
         if not any(
-            _matches(host, pattern) and port == (listed or _DEFAULT_PORTS[url.scheme])
+            (host.endswith(pattern[1:]) if pattern.startswith("*.") else host == pattern)
+            and port == (listed or _DEFAULT_PORTS[url.scheme])
             for pattern, listed in self._allowed
         ):
             raise QueueNameError(shown, "is not among the allowed hosts and ports (allowed_hosts)")
@@ -65,14 +66,14 @@ class AllowedURLs:
 
 
 def _allowed_host(number: int, text: str) -> tuple[str, int | None]:
-    # The text is not shown: if it is a whole URL, its path may be secret.
-    error = ValueError(
-        f"allowed_hosts[{number}] must be a host, *.domain or host:port, as in hooks.example.com, and no URL"
-    )
     wildcard = "*." if text.startswith("*.") else ""
     host = text.removeprefix(wildcard)
     if parse_address(host) and ":" in host:
         host = f"[{host}]"
+    # The text is not shown: if it is a whole URL, its path may be secret.
+    error = ValueError(
+        f"allowed_hosts[{number}] must be a host, *.domain or host:port, as in hooks.example.com, and no URL"
+    )
     try:
         url = httpx.URL(f"https://{host}")
         pattern = wildcard + _host_of(url)
@@ -91,9 +92,3 @@ def _host_of(url: httpx.URL) -> str:
     if len(host) > 253 or not _HOST_NAME.fullmatch(host) or _ODD_ADDRESS.fullmatch(host):
         raise ValueError("no host")
     return host
-
-
-def _matches(host: str, pattern: str) -> bool:
-    if pattern.startswith("*."):
-        return host.endswith(pattern[1:])
-    return host == pattern

@@ -9,9 +9,9 @@ from pydantic_core import PydanticCustomError
 
 BUILT_IN_BACKENDS = ("none", "memory", "sqs", "taskiq", "webhook", "routing")
 
-_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _UNMOUNTABLE = ("/", "/root", "/tmp")  # noqa: S108  # names that are refused
-_APP_PREFIX = re.compile(r"[A-Za-z0-9._-]{1,63}")
+_DOTTED_NAME = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
+_CLASS_PATH = f"{_DOTTED_NAME}:{_DOTTED_NAME}"
 
 
 def refusal(message: str, *key: str) -> PydanticCustomError:
@@ -19,21 +19,13 @@ def refusal(message: str, *key: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{message}", {"message": message, "key": key})
 
 
-def _is_class_path(value: str) -> bool:
-    module, colon, name = value.partition(":")
-    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), *name.split(".")))
+def _matching(pattern: str, demand: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise refusal(f"{demand}, not {value!r}")
+        return value
 
-
-def _check_class_path(value: str) -> str:
-    if not _is_class_path(value):
-        raise refusal(f'must have the form "module:Class", as in "my_module:MyPipeline", not {value!r}')
-    return value
-
-
-def _check_module(value: str) -> str:
-    if not all(part.isidentifier() for part in value.split(".")):
-        raise refusal(f"must be the name of a Python module, as in my_module or my_package.part, not {value!r}")
-    return value
+    return AfterValidator(check)
 
 
 def _check_container_folder(value: str) -> str:
@@ -49,29 +41,10 @@ def _check_mount_path(value: str) -> str:
     return value
 
 
-def _check_backend(value: str) -> str:
-    if value not in BUILT_IN_BACKENDS and not _is_class_path(value):
-        known = ", ".join(BUILT_IN_BACKENDS)
-        raise refusal(f'must be one of {known}, or "module:Class" for one of your own, not {value!r}')
-    return value
-
-
 def _check_host(value: str) -> str:
     if not value or "/" in value:
         # The value is not shown: the path of a webhook's URL is often its secret.
         raise refusal("must be a host alone, as in hooks.example.com, without scheme and path")
-    return value
-
-
-def _check_header(value: str) -> str:
-    if not _HEADER_NAME.fullmatch(value):
-        raise refusal(f"must be the name of an HTTP header, as in authorization or x-api-key, not {value!r}")
-    return value
-
-
-def _check_app_prefix(value: str) -> str:
-    if not _APP_PREFIX.fullmatch(value):
-        raise refusal(f"must be 1 to 63 letters, digits, dots, dashes or underscores, not {value!r}")
     return value
 
 
@@ -96,12 +69,25 @@ Duration = Annotated[float, _Number, Field(gt=0)]
 Wait = Annotated[float, _Number, Field(ge=0)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 OneOrMany = Annotated[str | list[str], BeforeValidator(_check_one_or_many)]
-ClassPath = Annotated[str, AfterValidator(_check_class_path)]
-ModuleName = Annotated[str, AfterValidator(_check_module)]
+ClassPath = Annotated[str, _matching(_CLASS_PATH, 'must have the form "module:Class", as in "my_module:MyPipeline"')]
+ModuleName = Annotated[
+    str, _matching(_DOTTED_NAME, "must be the name of a Python module, as in my_module or my_package.part")
+]
+Backend = Annotated[
+    str,
+    _matching(
+        "|".join((*BUILT_IN_BACKENDS, _CLASS_PATH)),
+        f'must be one of {", ".join(BUILT_IN_BACKENDS)}, or "module:Class" for one of your own',
+    ),
+]
+AppPrefix = Annotated[
+    str, _matching("[A-Za-z0-9._-]{1,63}", "must be 1 to 63 letters, digits, dots, dashes or underscores")
+]
+HeaderName = Annotated[
+    str,
+    _matching("[!#$%&'*+.^_`|~0-9A-Za-z-]+", "must be the name of an HTTP header, as in authorization or x-api-key"),
+]
 ContainerFolder = Annotated[str, AfterValidator(_check_container_folder)]
 MountPath = Annotated[ContainerFolder, AfterValidator(_check_mount_path)]
-Backend = Annotated[str, AfterValidator(_check_backend)]
-AppPrefix = Annotated[str, AfterValidator(_check_app_prefix)]
-HeaderName = Annotated[str, AfterValidator(_check_header)]
 Host = Annotated[str, AfterValidator(_check_host)]
 Secret = Annotated[SecretStr, Field(min_length=1)]

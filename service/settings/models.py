@@ -46,7 +46,7 @@ class AuthConfig(Section):
     """Who may call the service."""
 
     api_key: Secret | None = None
-    """Callers must send this key; null lets everyone in."""
+    """Callers must send this key; with null, no key is asked for."""
     ssm_key: NonEmpty | None = None
     """Name of the AWS SSM parameter that holds the key, in place of `api_key`; its value is decrypted."""
     ssm_region: NonEmpty | None = None

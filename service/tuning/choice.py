@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from modalkit.batching import BatchPolicy, CostModel
 from modalkit.batching.calibration import Measurement
 from modalkit.service.tuning import TuningError
-from modalkit.service.tuning.evidence import UNSEEN, Bounds, SizeEvidence
 
 MIN_BATCH_S = 1e-9  # in place of 0, which a coarse clock measures
 MAX_WAIT_SHARE = 0.1  # of the objective
+ENOUGH = 0.98  # of the best throughput; the rest is within the noise of measuring
+UNSEEN = 0.95  # of the throughput that a count between two measured ones may reach
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,13 +26,8 @@ class ChosenLimits:
 
     def values(self) -> dict[str, int | float]:
         """What was chosen, by key of ``batch_config``; whole numbers without a fraction."""
-        chosen = {
-            "max_batch_size": self.max_batch_size,
-            "wait_ms": self.wait_ms,
-            "max_batch_tokens": self.max_batch_tokens,
-            "max_batch_seconds": self.max_batch_seconds,
-        }
-        return {key: value if value % 1 else int(value) for key, value in chosen.items() if value is not None}
+        chosen = {key: value for key, value in asdict(self).items() if isinstance(value, int | float)}
+        return {key: value if value % 1 else int(value) for key, value in chosen.items()}
 
 
 def choose_limits(
@@ -64,13 +60,13 @@ def choose_limits(
 
     Raises `TuningError` when the largest measured request alone takes longer than ``max_batch_seconds`` would be.
     """
-    costs = _Costs(measurements, model)
+    lines = _by_size(measurements)
     batch_s, wait_s, reasons = math.inf, 0.0, dict[str, str]()
     if objective_s is None:
         reasons["max_batch_seconds"] = reasons["wait_ms"] = "as configured: it follows from --p99-ms"
     else:
-        costs.require_room_for_largest(objective_s, beside_s)
-        wait_s, reasons["wait_ms"] = costs.wait(objective_s, beside_s)
+        _require_room_for_largest(lines, objective_s, beside_s)
+        wait_s, reasons["wait_ms"] = _wait(lines, model, objective_s, beside_s)
         batch_s = _rounded_down((objective_s - beside_s - wait_s) / 2)
         reasons["max_batch_seconds"] = (
             f"a request may wait for one batch{f' and {wait_s * 1000:g} ms' if wait_s else ''}, and runs in the next: "
@@ -82,7 +78,7 @@ def choose_limits(
         tokens = max(_tokens(shape) for shape in measurements if _tokens(shape) < too_large_tokens)
         reasons["max_batch_tokens"] = f"the largest batch that fitted; one of {too_large_tokens} was out of memory"
     max_tokens = tokens or configured.max_batch_tokens or math.inf
-    size, reasons["max_batch_size"] = costs.batch_size(Bounds(configured.max_batch_size, batch_s, max_tokens))
+    size, reasons["max_batch_size"] = _batch_size(lines, model, _Bounds(configured.max_batch_size, batch_s, max_tokens))
     return ChosenLimits(
         max_batch_size=size,
         wait_ms=None if objective_s is None else round(wait_s * 1000, 1),
@@ -116,89 +112,146 @@ def predicted_capacity(measurements: Sequence[Measurement], policy: BatchPolicy,
     It needs a queue in which every size fills batches of its own. The time of a batch with the largest allowed count,
     if it was not measured, is that of the next larger measured batch, if there is one.
     """
-    bounds = Bounds(policy.max_batch_size, policy.max_batch_s or math.inf, policy.max_batch_tokens or math.inf)
-    rates = {line: line.best(bounds) for line in _by_size(measurements)}
+    bounds = _Bounds(policy.max_batch_size, policy.max_batch_s or math.inf, policy.max_batch_tokens or math.inf)
+    lines = [line.runnable(bounds) for line in _by_size(measurements)]
+    rates = [max(count / seconds for count, seconds in shapes) for shapes in lines]
     return Capacity(
-        items_per_s=len(rates) / sum(1 / rate for rate in rates.values()),
-        batch_s=max(line.seconds_at(load * rate, bounds) for line, rate in rates.items()),
+        items_per_s=len(rates) / sum(1 / rate for rate in rates),
+        batch_s=max(
+            next(seconds for count, seconds in shapes if count / seconds >= load * rate)
+            for shapes, rate in zip(lines, rates, strict=True)
+        ),
     )
 
 
-class _Costs:
-    """Seconds of batches of the measured sizes: as measured, else as predicted by the model."""
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """The limits of a batch; a single request may exceed `max_s`."""
 
-    def __init__(self, measurements: Sequence[Measurement], model: CostModel) -> None:
-        self._lines = _by_size(measurements)
-        self.sizes = [line.size for line in self._lines]
-        self._measured = {(line.size, count): seconds for line in self._lines for count, seconds in line.shapes}
-        self._model = model
+    max_count: int
+    max_s: float = math.inf
+    max_tokens: float = math.inf
 
-    def seconds(self, count: int, size: int) -> float:
-        measured_s = self._measured.get((size, count))
-        return self._model.predict_s(count, size, count * size) if measured_s is None else measured_s
+    def largest_count(self, size: int) -> int:
+        """The maximum requests of `size` in a batch, without regard to `max_s`."""
+        return int(min(self.max_count, max(1, self.max_tokens / size)))
 
-    def require_room_for_largest(self, objective_s: float, beside_s: float) -> None:
-        largest = self.sizes[-1]
-        lone_s = self.seconds(1, largest)
-        needed_s = 2 * lone_s + beside_s
-        if needed_s <= objective_s:
-            return
-        feasible = [size for size in self.sizes if 2 * self.seconds(1, size) + beside_s <= objective_s]
-        what = f"only sizes up to {feasible[-1]} can" if feasible else f"not even size {self.sizes[0]} can"
-        raise TuningError(
-            f"no limits reach --p99-ms {objective_s * 1000:g}: a request of size {largest} alone takes "
-            f"{lone_s * 1000:.3g} ms, and may have to wait for another one; {what}. Ask for --p99-ms "
-            f"{math.ceil(needed_s * 1000)} or more, or limit what a request may hold"
-        )
 
-    def wait(self, objective_s: float, beside_s: float) -> tuple[float, str]:
-        """Seconds that an idle worker may wait for a fuller batch, in tenths of a millisecond; and the reason."""
-        size = self.sizes[len(self.sizes) // 2]
-        alone_s, together_s = self.seconds(1, size), self.seconds(2, size)
-        worth_s = alone_s / 2 - (together_s - alone_s)
-        ratio = f"two requests of size {size} cost {together_s / alone_s:.2f} times one"
-        if worth_s <= 0:
-            return 0.0, f"waiting does not pay: {ratio}, and it takes less than 1.5"
-        room_s = objective_s - beside_s - 2 * self.seconds(1, self.sizes[-1])
-        wait_s = math.floor(min(worth_s, objective_s * MAX_WAIT_SHARE, room_s) * 10_000) / 10_000
-        if wait_s <= 0:
-            return 0.0, f"the objective leaves no time for it, though waiting may pay: {ratio}"
-        return wait_s, f"waiting pays where requests are frequent: {ratio}; at most a tenth of the objective"
+@dataclass(frozen=True, slots=True)
+class _SizeEvidence:
+    """Measured batches of requests of `size`: `shapes` holds counts, ascending, with the seconds of each batch."""
 
-    def batch_size(self, bounds: Bounds) -> tuple[int, str]:
-        """The smallest count that is enough at every size, and the reason; `bounds` has the configured one."""
-        enough = {line: line.enough(bounds.max_s) for line in self._lines}
-        line = max(self._lines, key=enough.__getitem__)
-        wanted, configured = enough[line], bounds.max_count
-        if wanted < configured:
-            for other in self._lines:
-                if not other.is_enough(wanted, bounds):
-                    return configured, other.why_not_lower(configured)
-                if not self._fits_the_costs(other, wanted, bounds):
-                    return configured, f"as configured: by the fitted costs, larger batches of size {other.size} do pay"
-        return wanted, self._why(line, wanted, bounds.max_s)
+    size: int
+    shapes: Sequence[tuple[int, float]]
 
-    def _fits_the_costs(self, line: SizeEvidence, limit: int, bounds: Bounds) -> bool:
+    @property
+    def alone_s(self) -> float:
+        """The seconds of one request alone."""
+        return self.shapes[0][1]
+
+    def enough(self, max_s: float) -> int:
+        """The smallest measured count that reaches 98 % of the best throughput of batches within `max_s`."""
+        allowed = [(count, seconds) for count, seconds in self.shapes if count == 1 or seconds <= max_s]
+        best = max(count / seconds for count, seconds in allowed)
+        return next(count for count, seconds in allowed if count / seconds >= ENOUGH * best)
+
+    def is_enough(self, limit: int, bounds: _Bounds) -> bool:
+        """Whether the measurements show that counts above `limit`, within `bounds`, add nearly no throughput.
+
+        After a measured count, the time is assumed to grow at least as fast as before it. If it was constant and then
+        rose (as with the tiles of a GPU), a count between the two may be much better than both.
+        """
+        top = bounds.largest_count(self.size)
+        best = max(count / seconds for count, seconds in self.shapes if count <= limit)
+        before: tuple[int, float] | None = None
+        for (count, seconds), (next_count, _) in zip(self.shapes, [*self.shapes[1:], (math.inf, 0.0)], strict=True):
+            if count >= top or (count > 1 and seconds > bounds.max_s):
+                return True
+            if next_count > limit:
+                growth_s = max(0.0, (seconds - before[1]) / (count - before[0])) if before else 0.0
+                largest = min(next_count - 1, top)
+                if growth_s:
+                    largest = min(largest, count + (bounds.max_s - seconds) / growth_s)
+                if next_count == math.inf or UNSEEN * largest / (seconds + growth_s * (largest - count)) > best:
+                    return False
+            before = count, seconds
+        return True
+
+    def fits_the_costs(self, model: CostModel, limit: int, bounds: _Bounds) -> bool:
         """Whether `limit` is also enough by the fitted costs, in which a single wrong measurement counts less."""
-        top = bounds.largest_count(line.size)
-        seconds = {count: self._model.predict_s(count, line.size, count * line.size) for count in range(1, top + 1)}
-        rates = {count: count / seconds[count] for count in seconds if count == 1 or seconds[count] <= bounds.max_s}
+        counts = range(1, bounds.largest_count(self.size) + 1)
+        seconds = {count: model.predict_s(count, self.size, count * self.size) for count in counts}
+        rates = {count: count / seconds[count] for count in counts if count == 1 or seconds[count] <= bounds.max_s}
         return UNSEEN * max(rates.values()) <= max(rate for count, rate in rates.items() if count <= limit)
 
-    def _why(self, line: SizeEvidence, chosen: int, max_s: float) -> str:
-        *_, (before, before_s), (largest, largest_s) = [(1, line.shapes[0][1]), *line.shapes]
-        if chosen == largest > 1:
-            gain = largest / largest_s / (before / before_s) - 1
-            return f"the largest measured; over {before}, it still adds {gain:.0%} at size {line.size}"
-        within = "" if max_s == math.inf else " within max_batch_seconds"
-        return f"larger batches{within} add less than 2 % to the items/s at any size; size {line.size} needs so many"
+    def why_not_lower(self, configured: int) -> str:
+        """One line: why the limit stays at `configured`, because less is not known to be enough."""
+        largest = self.shapes[-1][0]
+        if largest < configured:
+            return f"as configured: more than {largest} of size {self.size} were not measured, which lowers no limit"
+        return f"as configured: between the counts measured at size {self.size}, a better one may lie"
+
+    def runnable(self, bounds: _Bounds) -> list[tuple[int, float]]:
+        """Counts and seconds within `bounds`: measured ones, and the largest count with the seconds of the next one."""
+        top = bounds.largest_count(self.size)
+        shapes = [shape for shape in self.shapes if shape[0] == 1 or shape[1] <= bounds.max_s]
+        above = [(top, seconds) for count, seconds in shapes if count > top]
+        return [shape for shape in shapes if shape[0] <= top] + above[:1]
+
+
+def _require_room_for_largest(lines: Sequence[_SizeEvidence], objective_s: float, beside_s: float) -> None:
+    needed_s = 2 * lines[-1].alone_s + beside_s
+    if needed_s <= objective_s:
+        return
+    feasible = [line.size for line in lines if 2 * line.alone_s + beside_s <= objective_s]
+    what = f"only sizes up to {feasible[-1]} can" if feasible else f"not even size {lines[0].size} can"
+    raise TuningError(
+        f"no limits reach --p99-ms {objective_s * 1000:g}: a request of size {lines[-1].size} alone takes "
+        f"{lines[-1].alone_s * 1000:.3g} ms, and may have to wait for another one; {what}. Ask for --p99-ms "
+        f"{math.ceil(needed_s * 1000)} or more, or limit what a request may hold"
+    )
+
+
+def _wait(lines: Sequence[_SizeEvidence], model: CostModel, objective_s: float, beside_s: float) -> tuple[float, str]:
+    """Seconds that an idle worker may wait for a fuller batch, in tenths of a millisecond; and the reason."""
+    line = lines[len(lines) // 2]
+    together_s = dict(line.shapes).get(2) or model.predict_s(2, line.size, 2 * line.size)
+    worth_s = line.alone_s / 2 - (together_s - line.alone_s)
+    ratio = f"two requests of size {line.size} cost {together_s / line.alone_s:.2f} times one"
+    if worth_s <= 0:
+        return 0.0, f"waiting does not pay: {ratio}, and it takes less than 1.5"
+    room_s = objective_s - beside_s - 2 * lines[-1].alone_s
+    wait_s = math.floor(min(worth_s, objective_s * MAX_WAIT_SHARE, room_s) * 10_000) / 10_000
+    if wait_s <= 0:
+        return 0.0, f"the objective leaves no time for it, though waiting may pay: {ratio}"
+    return wait_s, f"waiting pays where requests are frequent: {ratio}; at most a tenth of the objective"
+
+
+def _batch_size(lines: Sequence[_SizeEvidence], model: CostModel, bounds: _Bounds) -> tuple[int, str]:
+    """The smallest count that is enough at every size, and the reason; `bounds` has the configured one."""
+    wanted, line = max(((line.enough(bounds.max_s), line) for line in lines), key=lambda pair: pair[0])
+    configured = bounds.max_count
+    if wanted < configured:
+        for other in lines:
+            if not other.is_enough(wanted, bounds):
+                return configured, other.why_not_lower(configured)
+            if not other.fits_the_costs(model, wanted, bounds):
+                return configured, f"as configured: by the fitted costs, larger batches of size {other.size} do pay"
+    *_, (before, before_s), (largest, largest_s) = [(1, line.alone_s), *line.shapes]
+    if wanted == largest > 1:
+        gain = largest / largest_s / (before / before_s) - 1
+        return wanted, f"the largest measured; over {before}, it still adds {gain:.0%} at size {line.size}"
+    within = "" if bounds.max_s == math.inf else " within max_batch_seconds"
+    return wanted, (
+        f"larger batches{within} add less than 2 % to the items/s at any size; size {line.size} needs so many"
+    )
 
 
 def _tokens(shape: Measurement) -> int:
     return shape.count * shape.longest
 
 
-def _by_size(measurements: Sequence[Measurement]) -> list[SizeEvidence]:
+def _by_size(measurements: Sequence[Measurement]) -> list[_SizeEvidence]:
     """The measurements at each size that was measured alone, ascending."""
     sizes = lone_sizes(measurements)
     if not sizes:
@@ -206,7 +259,7 @@ def _by_size(measurements: Sequence[Measurement]) -> list[SizeEvidence]:
     shapes: dict[int, dict[int, float]] = {size: {} for size in sizes}
     for shape in measurements:
         shapes[nearest_size(sizes, shape.longest)][shape.count] = max(shape.seconds, MIN_BATCH_S)
-    return [SizeEvidence(size, tuple(sorted(seconds.items()))) for size, seconds in shapes.items()]
+    return [_SizeEvidence(size, tuple(sorted(seconds.items()))) for size, seconds in shapes.items()]
 
 
 def _rounded_down(seconds: float) -> float:

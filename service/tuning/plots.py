@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def draw_costs(path: Path, title: str, measurements: Sequence[Measurement], mode
     by_count, by_size = figure.subplots(1, 2, sharey=True)
     figure.suptitle(f"{title}: points are measured, lines are fitted")
     _panel(by_count, measurements, model, along="count")
-    _panel(by_size, measurements, model, along="size")
+    _panel(by_size, measurements, model, along="longest")
     by_count.set_ylabel("batch, seconds")
     figure.savefig(path, dpi=120)
 
@@ -45,14 +46,14 @@ def _panel(axes: "Axes", measurements: Sequence[Measurement], model: CostModel, 
     from matplotlib import colormaps
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    other = "size" if along == "count" else "count"
+    other = "longest" if along == "count" else "count"
     lines: dict[int, list[Measurement]] = {}
     for shape in measurements:
-        lines.setdefault(_coordinate(shape, other), []).append(shape)
+        lines.setdefault(getattr(shape, other), []).append(shape)
     colours = colormaps["viridis"].resampled(len(lines) + 1)
     for index, (value, unsorted) in enumerate(sorted(lines.items())):
-        shapes = sorted(unsorted, key=lambda shape: _coordinate(shape, along))
-        places = [_coordinate(shape, along) for shape in shapes]
+        shapes = sorted(unsorted, key=attrgetter(along))
+        places = [getattr(shape, along) for shape in shapes]
         fitted_s = [model.predict_s(shape.count, shape.longest, shape.total) for shape in shapes]
         axes.plot(places, fitted_s, color=colours(index), linewidth=1.2)
         axes.plot(places, [shape.seconds for shape in shapes], "o", color=colours(index), markersize=4, label=value)
@@ -61,8 +62,4 @@ def _panel(axes: "Axes", measurements: Sequence[Measurement], model: CostModel, 
     axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
-    axes.legend(title=other, fontsize="small")
-
-
-def _coordinate(shape: Measurement, name: str) -> int:
-    return shape.count if name == "count" else shape.longest
+    axes.legend(title="size" if along == "count" else "count", fontsize="small")

@@ -9,17 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 from modalkit.batching import MeasuredCostModel
-from modalkit.batching.calibration import Measurement
+from modalkit.batching.calibration import Calibration, Measurement
 from modalkit.service.errors import describe_error
 from modalkit.service.settings import BatchConfig
 from modalkit.service.tuning.choice import ChosenLimits, lone_sizes, nearest_size
-from modalkit.service.tuning.measuring import Measured, median_error
+from modalkit.service.tuning.measuring import median_error
 from modalkit.service.tuning.trial import Trial, TrialPlan
 
 TABLE: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left"}
 
 
-def show_measurements(output: Console, measured: Measured, corrected: Sequence[Measurement]) -> None:
+def show_measurements(output: Console, measured: Calibration[Any], corrected: Sequence[Measurement]) -> None:
     """Show the time of each measured batch, how many were `corrected`, and which were left out and why."""
     shapes = measured.measurements
     _show_by_count_and_size(output, shapes, "Milliseconds of a batch", lambda shape: shape.seconds * 1000)
@@ -37,7 +37,7 @@ def show_measurements(output: Console, measured: Measured, corrected: Sequence[M
             f"Items of size {measured.failure.size} failed, so larger ones were left out: "
             f"{describe_error(measured.failure.error)}"
         )
-    if measured.time_was_the_limit:
+    if not measured.is_complete:
         output.print("There was no time for other batches: --max-seconds gives more.")
 
 

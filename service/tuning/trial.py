@@ -13,13 +13,11 @@ from pydantic import BaseModel
 from modalkit.batching import BatchRecord, MeasuredCostModel, QueueFullError
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.errors import describe_error
-from modalkit.service.jobs import MemoryJobStore
-from modalkit.service.jobs.manager import JobManager
 from modalkit.service.settings import BatchConfig, Settings
 from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.measuring import MEASURING_SHARE
 from modalkit.service.tuning.samples import Samples
-from modalkit.service.worker import InferenceWorker
+from modalkit.service.worker import InferenceWorker, short_lived_worker
 
 MAX_LONE_REQUESTS = 50
 TRIAL_S = 5.0  # of sending; longer if batches are long
@@ -96,12 +94,7 @@ class Bench:
         batch_config = config.model_copy(update={"calibration": calibration})
         app_settings = self.settings.app_settings.model_copy(update={"batch_config": batch_config})
         settings = self.settings.model_copy(update={"app_settings": app_settings})
-        async with (
-            JobManager(MemoryJobStore()) as jobs,
-            InferenceWorker(
-                self.pipeline, settings=settings, jobs=jobs, on_batch=on_batch, calibrate=False, log_failures=False
-            ) as worker,
-        ):
+        async with short_lived_worker(self.pipeline, settings, on_batch) as worker:
             worker.costs.restore(self.costs.state())
             yield worker
 
@@ -137,12 +130,38 @@ class Bench:
         sent = max(1, round(plan.rate_per_s * plan.duration_s))
         times_s = sorted(dice.uniform(0, plan.duration_s) for _ in range(sent))
         pools = self.samples.mixed(sizes)
-        load = [(due_s, dice.choice(dice.choice(pools))) for due_s in times_s]
+        latencies_s: list[float] = []
+        errors: list[Exception] = []
         async with self.worker(config) as worker:
-            loop = _OpenLoop(worker)
+            started_s = last_s = anyio.current_time()
+
+            async def send(item: BaseModel, due_s: float) -> None:
+                nonlocal last_s
+                try:
+                    await worker.predict(item)
+                except QueueFullError:
+                    return  # it counts as unfinished, and a lower load is tried
+                except Exception as error:  # noqa: BLE001  # user code may raise anything; it is counted and reported
+                    errors.append(error)
+                else:
+                    last_s = anyio.current_time()
+                    latencies_s.append(last_s - due_s)
+
             with anyio.move_on_after(plan.duration_s + plan.patience_s):
-                await loop.run(load)
-        return loop.result(len(load))
+                async with anyio.create_task_group() as task_group:
+                    for time_s in times_s:
+                        await anyio.sleep_until(started_s + time_s)
+                        task_group.start_soon(send, dice.choice(dice.choice(pools)), started_s + time_s)
+        all_s = [*sorted(latencies_s), *[math.inf] * (sent - len(latencies_s))]
+        return Trial(
+            sent=sent,
+            failed=len(errors),
+            unfinished=sent - len(latencies_s) - len(errors),
+            p50_s=all_s[sent // 2],
+            p99_s=all_s[min(sent * 99 // 100, sent - 1)],
+            items_per_s=len(latencies_s) / (last_s - started_s) if latencies_s else 0.0,
+            first_error=describe_error(errors[0]) if errors else None,
+        )
 
 
 def require_complete(trial: Trial | None, batch_s: float, max_s: float) -> None:
@@ -163,44 +182,4 @@ def require_complete(trial: Trial | None, batch_s: float, max_s: float) -> None:
             f"{trial.unfinished} of {trial.sent} requests were not done in time under these limits, so nothing is "
             f"written: batches take longer than was measured, or vary. Give --max-seconds {math.ceil(2 * max_s)}, for "
             "more to be measured and lower loads to be tried"
-        )
-
-
-class _OpenLoop:
-    def __init__(self, worker: InferenceWorker) -> None:
-        self._worker = worker
-        self._latencies_s: list[float] = []
-        self._errors: list[Exception] = []
-        self._started_s = self._last_s = 0.0
-
-    async def run(self, load: Sequence[tuple[float, BaseModel]]) -> None:
-        """Send each item at its time after the start, and wait for all."""
-        self._started_s = self._last_s = anyio.current_time()
-        async with anyio.create_task_group() as task_group:
-            for due_s, item in load:
-                await anyio.sleep_until(self._started_s + due_s)
-                task_group.start_soon(self._send, item, self._started_s + due_s)
-
-    async def _send(self, item: BaseModel, due_s: float) -> None:
-        try:
-            await self._worker.predict(item)
-        except QueueFullError:
-            return  # it counts as unfinished, and a lower load is tried
-        except Exception as error:  # noqa: BLE001  # user code may raise anything; it is counted and reported
-            self._errors.append(error)
-        else:
-            self._last_s = anyio.current_time()
-            self._latencies_s.append(self._last_s - due_s)
-
-    def result(self, sent: int) -> Trial:
-        done, failed = len(self._latencies_s), len(self._errors)
-        latencies_s = [*sorted(self._latencies_s), *[math.inf] * (sent - done)]
-        return Trial(
-            sent=sent,
-            failed=failed,
-            unfinished=sent - done - failed,
-            p50_s=latencies_s[sent // 2],
-            p99_s=latencies_s[min(sent * 99 // 100, sent - 1)],
-            items_per_s=done / (self._last_s - self._started_s) if done else 0.0,
-            first_error=describe_error(self._errors[0]) if failed else None,
         )

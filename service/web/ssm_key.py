@@ -10,7 +10,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.service.aws import AwsError, aws_clients
+from modalkit.service.aws import aws_clients
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
@@ -53,17 +53,15 @@ class SsmKey:
         clock: Callable[[], float] = anyio.current_time,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
     ) -> None:
-        try:
-            region, self._create_client = aws_clients(
-                "ssm",
-                region,
-                needed_by=SSM_KEY,
-                extra="aws",
-                setting="app_settings.auth_config.ssm_region",
-                read_timeout_s=5,
-            )
-        except AwsError as error:
-            raise LoadError(str(error)) from error
+        region, self._create_client = aws_clients(
+            "ssm",
+            region,
+            error_class=LoadError,
+            needed_by=SSM_KEY,
+            extra="aws",
+            setting="app_settings.auth_config.ssm_region",
+            read_timeout_s=5,
+        )
         self._name = name
         self._place = f"parameter {name!r} of AWS SSM in {region}"
         self._refresh_s = refresh_s
@@ -95,7 +93,7 @@ class SsmKey:
         try:
             self._value = await self._read()
             async with plain_task_group() as self._task_group:
-                self._task_group.start_soon(self._refresh_forever)
+                self._task_group.start_soon(self._refresh_forever, self._task_group)
                 try:
                     yield
                 finally:
@@ -117,21 +115,20 @@ class SsmKey:
             if now < self._next_wrong_key_read_at:
                 return
             self._next_wrong_key_read_at = now + WRONG_KEY_INTERVAL_S
-        await self._start_read(self._task_group).wait()
+        await self._share_read(self._task_group)
 
-    async def _refresh_forever(self) -> None:
+    async def _refresh_forever(self, task_group: TaskGroup) -> None:
         while True:
             retry_s = backoff_with_jitter(self._failures) if self._failures else self._refresh_s
             await self._sleep(min(retry_s, self._refresh_s))
-            if self._task_group is not None:
-                await self._start_read(self._task_group).wait()
+            await self._share_read(task_group)
 
-    def _start_read(self, task_group: TaskGroup) -> anyio.Event:
+    async def _share_read(self, task_group: TaskGroup) -> None:
         """One read for all callers that want one, in a task of its own, because any caller may be cancelled."""
         if self._reading is None:
             self._reading = anyio.Event()
             task_group.start_soon(self._read_again, self._reading)
-        return self._reading
+        await self._reading.wait()
 
     async def _read_again(self, done: anyio.Event) -> None:
         try:

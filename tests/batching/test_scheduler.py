@@ -37,7 +37,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Pipeline:
-    """Doubles numbers, remembers its batches, fails on negative ones, and can be held at the door."""
+    """Doubles numbers, remembers its batches, fails on negative ones, and can be held at a gate."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []

@@ -59,8 +59,8 @@ class Model:
         self.entered[name].release()
         time.sleep(self.seconds[name])
         for item in items:
-            if (door := self.closed.get((name, item))) is not None:
-                door.wait(LONG_S)
+            if (gate := self.closed.get((name, item))) is not None:
+                gate.wait(LONG_S)
             if (error := self.broken.get((name, item))) is not None:
                 raise error
         return items
@@ -98,14 +98,14 @@ async def test_the_next_batch_is_preprocessed_while_one_predicts_but_no_more_tha
 
     async with BatchScheduler(model.stages(), policy=ONE, name="model") as scheduler:
         await make_overlap_pay(model, scheduler)
-        door = model.close("predict", 1)
+        gate = model.close("predict", 1)
         async with anyio.create_task_group() as group:
             group.start_soon(call)
             await model.until_entered("predict")
             await model.until_entered("preprocess", 2)
             await anyio.wait_all_tasks_blocked()
             assert [event for event in model.events if 3 in event[1]] == [], "it is still free to choose"
-            door.set()
+            gate.set()
     assert outcomes == [Success(2), Success(4), Success(6)]
     assert model.events.index(("preprocess", [2])) < model.events.index(("postprocess", [1]))
     for stage in ("preprocess", "predict", "postprocess"):
@@ -122,14 +122,14 @@ async def test_a_prepared_batch_of_jobs_is_requeued_when_an_interactive_request_
 
     async with BatchScheduler(model.stages(), policy=ONE) as scheduler:
         await make_overlap_pay(model, scheduler)
-        door = model.close("predict", 1)
+        gate = model.close("predict", 1)
         async with anyio.create_task_group() as group:
             group.start_soon(call, [1, 2], Priority.BULK)
             await model.until_entered("predict")
             await model.until_entered("preprocess", 2)
             group.start_soon(call, [3], Priority.INTERACTIVE)
             await anyio.wait_all_tasks_blocked()
-            door.set()
+            gate.set()
         statistics = scheduler.statistics()
     assert outcomes == [Success(6), Success(2), Success(4)]
     assert [items for name, items in model.events if name == "predict"] == [[1], [3], [2]]
@@ -210,9 +210,9 @@ async def test_a_stage_that_hangs_fails_its_batch_in_time_and_the_next_ones_run(
     model = Model()
     async with BatchScheduler(model.stages(), policy=ONE, batch_timeout_s=0.2) as scheduler:
         await make_overlap_pay(model, scheduler)
-        door = model.close(stage, 1)
+        gate = model.close(stage, 1)
         hung, *others = await scheduler.submit_many([1, 2, 3])
-        door.set()
+        gate.set()
     assert isinstance(hung, Failure)
     assert isinstance(hung.error, BatchTimeoutError)
     assert others == [Success(4), Success(6)]
@@ -250,7 +250,7 @@ async def test_leaving_waits_for_batches_in_every_stage() -> None:
 
 async def test_cancelling_the_block_ends_overlapping_batches_at_once() -> None:
     model = Model()
-    door = model.close("predict", 1)
+    gate = model.close("predict", 1)
     with anyio.CancelScope() as scope:
         async with BatchScheduler(model.stages(), policy=ONE) as scheduler, anyio.create_task_group() as group:
             await make_overlap_pay(model, scheduler)
@@ -258,7 +258,7 @@ async def test_cancelling_the_block_ends_overlapping_batches_at_once() -> None:
                 group.start_soon(scheduler.submit, number)
             await model.until_entered("predict")
             scope.cancel()
-    door.set()
+    gate.set()
     assert scope.cancelled_caught
     assert scheduler.statistics().running == 0
 
@@ -291,10 +291,10 @@ async def test_a_function_of_no_batch_runs_in_the_thread_of_the_batches() -> Non
 
 
 async def test_a_function_of_no_batch_that_hangs_is_abandoned_in_time() -> None:
-    door = threading.Event()
+    gate = threading.Event()
     double: Callable[[list[int]], list[int]] = lambda items: [2 * item for item in items]  # noqa: E731
     async with BatchScheduler(double) as scheduler:
         with pytest.raises(TimeoutError):
-            await scheduler.run_in_thread(lambda: door.wait(LONG_S), timeout_s=0.05)
+            await scheduler.run_in_thread(lambda: gate.wait(LONG_S), timeout_s=0.05)
         assert await scheduler.submit(1) == 2
-        door.set()
+        gate.set()

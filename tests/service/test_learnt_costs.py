@@ -33,7 +33,7 @@ async def test_a_worker_knows_the_costs_of_its_pipeline_before_the_first_request
     pipeline = LengthPipeline()
     async with InferenceWorker(pipeline, settings=settings()) as worker:
         assert worker.costs.observed > 5
-        assert worker.statistics().batches == 0, "what is measured is nobody's request"
+        assert worker.statistics().batches == 0, "a measurement is no request"
     shapes = {(len(texts), len(texts[0])) for texts in pipeline.batches}
     assert {(1, 8), (1, 1000), (32, 8)} <= shapes
 
@@ -294,17 +294,17 @@ async def test_batches_out_of_memory_are_left_out_and_the_others_are_measured(
 
 
 async def test_measuring_that_hangs_is_given_up_and_the_worker_serves(caplog: pytest.LogCaptureFixture) -> None:
-    door = threading.Event()
+    gate = threading.Event()
 
     class Hanging(LengthPipeline):
         def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
             if len(preprocessed_data["texts"]) > 1:
-                door.wait(60)
+                gate.wait(60)
             return super().predict(input_list, preprocessed_data)
 
     limits = {"calibration": {"max_seconds": 0.1}, "batch_timeout_seconds": 0.1}
     async with InferenceWorker(Hanging(), settings=Settings(app_settings={"batch_config": limits})) as worker:
         assert await worker.predict(Text(text="four")) == Length(length=4)
-        door.set()
+        gate.set()
     assert "ended early" in caplog.text
     assert "TimeoutError" in caplog.text

@@ -84,5 +84,5 @@ class KilledServer:
             self.said += line
             if re.match("Ready", line):
                 self._ready.set()
-        self._ready.set()  # it has died; whoever waits finds out
+        self._ready.set()  # it has died; so that the waiting caller sees it
         process.close_streams()

@@ -1,27 +1,28 @@
 """The jobs of a running service over HTTP, and those of a stored file through the same routes, in this process."""
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import anyio
 import httpx
-from anyio import AsyncContextManagerMixin
+from anyio.from_thread import start_blocking_portal
 from fastapi import FastAPI
 from pydantic import BaseModel, ValidationError
 
 from modalkit.service.errors import ServiceError
-from modalkit.service.jobs import JobFilter, JobStoreLockedError, SqliteJobStore
+from modalkit.service.jobs import JobStoreLockedError, SqliteJobStore
 from modalkit.service.jobs.manager import JobManager
-from modalkit.service.web.answers import JobDetails, JobPageView, Problem, Purged, Replayed
+from modalkit.service.web.answers import Problem
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.problems import install_problem_handlers
 
 Answer = TypeVar("Answer", bound=BaseModel)
-Parameters = list[tuple[str, str | int | float | bool | None]]
 
 TIMEOUT = httpx.Timeout(10, read=300)  # to replay or to purge very many jobs takes minutes
 
@@ -34,82 +35,69 @@ class JobRefusedError(JobsError):
     """Raised when one job is unknown, or in no state for what is asked; the same may succeed for other jobs."""
 
 
-class JobsClient(AsyncContextManagerMixin):
-    """Lists jobs and changes them, through the routes of jobs. Methods raise `JobsError`.
+@dataclass
+class JobsClient:
+    """Asks the routes of jobs, in a block of `opened`.
 
     `name` is the address of the service, or the path of the file, as it may be shown. `sent_when` says when results
     that are due are sent. A key is sent in the header `auth_header`, which is None for a file.
     """
 
-    def __init__(
-        self,
-        http: AbstractAsyncContextManager[httpx.AsyncClient],
-        name: str,
-        sent_when: str,
-        auth_header: str | None = None,
-        *,
-        has_key: bool = False,
-    ) -> None:
-        self.name = name
-        self.sent_when = sent_when
-        self._http = http
-        self._auth_header = auth_header
-        self._has_key = has_key
+    http: AbstractAsyncContextManager[httpx.AsyncClient]
+    name: str
+    sent_when: str
+    auth_header: str | None = None
+    has_key: bool = False
 
     @classmethod
     def of_service(cls, url: httpx.URL, key: str | None, auth_header: str) -> Self:
         """The jobs of the service at `url`. Raises `JobsError` for a key that no header can carry."""
-        http = httpx.AsyncClient(base_url=url, headers=_headers(auth_header, key), timeout=TIMEOUT)
+        headers = {}
+        if key is not None:
+            if not key.isprintable() or not key.isascii():
+                # The key is not shown: it is a secret.
+                raise JobsError(
+                    "the API key (--key or MODALKIT_API_KEY) must be printable ASCII characters only; correct it"
+                )
+            scheme = "Bearer " if auth_header.lower() == "authorization" else ""
+            headers[auth_header.encode()] = f"{scheme}{key}".encode()
+        http = httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT)
         return cls(http, str(url.copy_with(userinfo=b"")), "at once", auth_header, has_key=key is not None)
 
     @classmethod
     def of_file(cls, path: Path) -> Self:
-        """The jobs in the SQLite file at `path`.
-
-        Entering locks the file and does not create it. It raises `JobsError` for a file that is missing or in use, and
-        other `JobStoreError`s as the store does.
-        """
+        """The jobs in the SQLite file at `path`."""
         return cls(_serving_file(path), str(path), "when the service starts next")
 
-    @asynccontextmanager
-    async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
-        async with self._http as self._client:
-            yield self
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The context in which to ask; locks a file, and does not create it.
 
-    async def page(self, limit: int, which: JobFilter, cursor: int | None) -> JobPageView:
-        """Up to `limit` jobs that `which` covers, the newest first."""
-        parameters = [*_parameters(which), ("limit", limit), *_given("cursor", cursor)]
-        return await self._ask(JobPageView, "GET", "/jobs", parameters)
+        Raises `JobsError` for a file that is missing or in use, and other `JobStoreError`s as the store does.
+        """
+        with start_blocking_portal() as self._portal, self._portal.wrap_async_context_manager(self.http) as client:
+            self._request = client.request
+            yield
 
-    async def get(self, job_id: str) -> JobDetails:
-        """All that is known of a job. Raises `JobRefusedError` if there is none."""
-        return await self._ask(JobDetails, "GET", _path(job_id), about=job_id)
-
-    async def replay(self, job_id: str) -> None:
-        """Make an undelivered result due again. Raises `JobRefusedError` for any other job."""
-        await self._ask(JobDetails, "POST", f"{_path(job_id)}/replay", about=job_id)
-
-    async def replay_all(self) -> int:
-        """Make all undelivered results due again; returns how many."""
-        return (await self._ask(Replayed, "POST", "/jobs/replay")).replayed
-
-    async def purge(self, which: JobFilter, older_than_s: int | None) -> int:
-        """Remove the ended jobs that `which` covers and that ended so many seconds ago; returns how many."""
-        parameters = [*_parameters(which), *_given("older_than", older_than_s)]
-        return (await self._ask(Purged, "DELETE", "/jobs", parameters)).purged
-
-    async def _ask(
+    def ask(
         self,
         kind: type[Answer],
         method: str,
-        path: str,
-        parameters: Parameters | None = None,
+        path: str = "",
         *,
-        about: str | None = None,
+        job_id: str | None = None,
+        parameters: dict[str, Any] | None = None,
     ) -> Answer:
-        """The answer to a request, which may be `about` one job."""
+        """The answer of the route `path` below that of all jobs, or of one job.
+
+        Parameters that are None are left out. Raises `JobsError`; `JobRefusedError` if it is for the job alone.
+        """
+        # A dot is quoted too: /jobs/./replay would mean /jobs/replay, and so all jobs.
+        job = "" if job_id is None else f"/{quote(job_id, safe='').replace('.', '%2E')}"
+        path = f"/jobs{job}{path}"
+        given = {name: value for name, value in (parameters or {}).items() if value is not None}
         try:
-            response = await self._client.request(method, path, params=parameters)
+            response = self._portal.call(partial(self._request, method, path, params=given))
         except httpx.ReadTimeout as error:
             raise JobsError(
                 f"{self.name} has not answered {method} {path} within {TIMEOUT.read:g} s; it may still do what was "
@@ -119,7 +107,7 @@ class JobsClient(AsyncContextManagerMixin):
             reason = str(error) or type(error).__name__
             raise JobsError(f"{self.name} cannot be reached: {reason}; start the service, or correct --url") from error
         if response.status_code != HTTPStatus.OK:
-            raise self._error(response, about)
+            raise self._error(response, job_id)
         try:
             return kind.model_validate_json(response.content)
         except ValidationError as error:
@@ -129,17 +117,19 @@ class JobsClient(AsyncContextManagerMixin):
             ) from error
 
     def _error(self, response: httpx.Response, about: str | None) -> JobsError:
-        status, detail = response.status_code, _detail(response)
+        status, detail = response.status_code, ""
+        with suppress(ValidationError):  # the answer may be none of ours
+            detail = Problem.model_validate_json(response.content).detail
         if about is not None and status in (HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND):
             if status == HTTPStatus.CONFLICT or about in detail:
                 return JobRefusedError(detail)
-            if self._auth_header is None:
+            if self.auth_header is None:
                 return JobRefusedError(f"there is no job {about!r} in {self.name}")
         if status == HTTPStatus.UNAUTHORIZED:
             remedy = "give its API key with --key or in MODALKIT_API_KEY"
-            if self._has_key:
+            if self.has_key:
                 remedy = (
-                    f"correct the API key, which was sent in the header {self._auth_header!r} (auth_config.auth_header "
+                    f"correct the API key, which was sent in the header {self.auth_header!r} (auth_config.auth_header "
                     "of the configuration)"
                 )
             return JobsError(f"{self.name} refuses the request (401); {remedy}")
@@ -160,51 +150,17 @@ async def _serving_file(path: Path) -> AsyncGenerator[httpx.AsyncClient]:
             f"there is no job store {path} (from {Path.cwd()}); start where the service does, give its --config, or "
             "ask the service itself, as in --url http://127.0.0.1:8000"
         )
-    async with AsyncExitStack() as stack:
-        store = SqliteJobStore(path)
-        try:
-            await stack.enter_async_context(store)
-        except JobStoreLockedError as error:
-            owner = "another process" if error.owner_pid is None else f"process {error.owner_pid}"
-            raise JobsError(
-                f"the job store {path} is in use by {owner}; ask the service that runs there, as in "
-                "--url http://127.0.0.1:8000, or stop it"
-            ) from error
-        app = FastAPI()
-        # The manager is not entered: that would recover the jobs of a crash, as only the start of a service should.
-        app.include_router(make_job_router(JobManager(store)))
-        install_problem_handlers(app)
-        transport = httpx.ASGITransport(app)
-        yield await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://file"))
-
-
-def _headers(auth_header: str, key: str | None) -> dict[bytes, bytes]:
-    if key is None:
-        return {}
-    scheme = "Bearer " if auth_header.lower() == "authorization" else ""
-    if not key.isprintable() or not key.isascii():
-        # The key is not shown: it is a secret.
-        raise JobsError("the API key (--key or MODALKIT_API_KEY) must be printable ASCII characters only; correct it")
-    return {auth_header.encode(): f"{scheme}{key}".encode()}
-
-
-def _path(job_id: str) -> str:
-    # A dot is quoted too: /jobs/./replay would mean /jobs/replay, and so all jobs.
-    return f"/jobs/{quote(job_id, safe='').replace('.', '%2E')}"
-
-
-def _parameters(which: JobFilter) -> Parameters:
-    names: Sequence[tuple[str, Sequence[str]]] = (("status", which.statuses), ("delivery", which.deliveries))
-    return [*((name, value) for name, values in names for value in values), *_given("model_name", which.model_name)]
-
-
-def _given(name: str, value: str | int | None) -> Parameters:
-    return [] if value is None else [(name, value)]
-
-
-def _detail(response: httpx.Response) -> str:
-    """What the service says of an error; empty where it is none of ours."""
     try:
-        return Problem.model_validate_json(response.content).detail
-    except ValidationError:
-        return ""
+        async with SqliteJobStore(path) as store:
+            app = FastAPI()
+            # The manager is not entered: that would recover the jobs of a crash, as only the start of a service should.
+            app.include_router(make_job_router(JobManager(store)))
+            install_problem_handlers(app)
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://file") as client:
+                yield client
+    except JobStoreLockedError as error:
+        owner = "another process" if error.owner_pid is None else f"process {error.owner_pid}"
+        raise JobsError(
+            f"the job store {path} is in use by {owner}; ask the service that runs there, as in "
+            "--url http://127.0.0.1:8000, or stop it"
+        ) from error

@@ -2,20 +2,18 @@
 
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Annotated
 
-import anyio
 import httpx
 import typer
 from rich.console import Console
 
 from modalkit.service.cli.common import ConfigFiles, notices
 from modalkit.service.cli.jobs.client import JobRefusedError, JobsClient
-from modalkit.service.cli.jobs.output import JobTable, duration_text, job_text, seconds_of
-from modalkit.service.jobs import DeliveryStatus, JobFilter, JobStatus
+from modalkit.service.cli.jobs.output import duration_text, job_table, job_text, seconds_of
+from modalkit.service.jobs import DeliveryStatus, JobStatus
 from modalkit.service.settings import Settings
-from modalkit.service.web.answers import JobView
+from modalkit.service.web.answers import JobDetails, JobPageView, JobView, Purged, Replayed
 
 KEY_VARIABLE = "MODALKIT_API_KEY"
 PAGE_SIZE = 200
@@ -50,20 +48,14 @@ def _age_s(text: str) -> int:
     return seconds
 
 
-Url = Annotated[
-    httpx.URL | None,
-    typer.Option(parser=_url, metavar="URL", help="The address of a running service.", show_default=False),
-]
-Key = Annotated[str | None, typer.Option(envvar=KEY_VARIABLE, help="The API key of that service.", show_default=False)]
-Statuses = Annotated[
-    list[JobStatus] | None,
-    typer.Option("--status", help="Only jobs in this state; may be repeated.", show_default=False),
-]
+Url = Annotated[httpx.URL | None, typer.Option(parser=_url, metavar="URL", help="The address of a running service.")]
+Key = Annotated[str | None, typer.Option(envvar=KEY_VARIABLE, help="The API key of that service.")]
+Statuses = Annotated[list[JobStatus] | None, typer.Option("--status", help="Only jobs in this state; may be repeated.")]
 Deliveries = Annotated[
     list[DeliveryStatus] | None,
-    typer.Option("--delivery", help="Only jobs with such a delivery; may be repeated.", show_default=False),
+    typer.Option("--delivery", help="Only jobs with such a delivery; may be repeated."),
 ]
-OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only jobs of this model.", show_default=False)]
+OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only jobs of this model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 
@@ -74,9 +66,7 @@ def list_jobs(
     model: OfModel = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum jobs to list.")] = 20,
     everything: Annotated[bool, typer.Option("--all", help="List all there are, whatever the limit.")] = False,
-    cursor: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, help="Where to go on, as told before.", show_default=False)
-    ] = None,
+    cursor: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Where to go on, as told before.")] = None,
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,
@@ -92,26 +82,24 @@ def list_jobs(
 
     modalkit jobs list --url http://127.0.0.1:8000 --status failed --status expired --all --json
     """
-    which = JobFilter(statuses=status or (), deliveries=delivery or (), model_name=model)
-    anyio.run(_list, _jobs(url, key, config), which, None if everything else limit, cursor, as_json)
-
-
-async def _list(client: JobsClient, which: JobFilter, limit: int | None, cursor: int | None, as_json: bool) -> None:
-    output = Console(highlight=False, markup=False)
-    table = JobTable(output.width, datetime.now(UTC))
+    client = _jobs(url, key, config)
+    parameters = {"status": status, "delivery": delivery, "model_name": model}
     listed = 0
-    async with client:
-        while limit is None or listed < limit:
-            page = await client.page(PAGE_SIZE if limit is None else min(PAGE_SIZE, limit - listed), which, cursor)
+    shown: list[JobView] = []
+    with client.opened():
+        while everything or listed < limit:
+            size = PAGE_SIZE if everything else min(PAGE_SIZE, limit - listed)
+            page = client.ask(JobPageView, "GET", parameters=parameters | {"limit": size, "cursor": cursor})
             listed, cursor = listed + len(page.jobs), page.next_cursor
             if as_json:
                 _print_json(page.jobs)
-            for job in () if as_json else page.jobs:
-                table.add(job)
+            else:
+                shown += page.jobs
             if cursor is None:
                 break
     if not as_json:
-        output.print(table.table if listed else "There are no such jobs.")
+        output = Console(highlight=False, markup=False)
+        output.print(job_table(shown, output.width) if shown else "There are no such jobs.")
     if cursor is not None:
         notices.print(f"There are more: --cursor {cursor} lists the next ones, --all all of them.")
 
@@ -134,33 +122,22 @@ def show(
 
     modalkit jobs show 019a6b5e-8c3f-7a41-9d52-0f6f3d1c2b7a --url http://127.0.0.1:8000 --json
     """
-    anyio.run(_show, _jobs(url, key, config), _distinct(job_ids), as_json)
-
-
-async def _show(client: JobsClient, job_ids: Sequence[str], as_json: bool) -> None:
-    refused = shown = 0
-    async with client:
-        for job_id in job_ids:
-            try:
-                job = await client.get(job_id)
-            except JobRefusedError as error:
-                refused += 1
-                _say_refused(error)
-            else:
-                if as_json:
-                    _print_json([job])
-                else:
-                    typer.echo(("\n" if shown else "") + job_text(job))
-                shown += 1
-    if refused:
+    client = _jobs(url, key, config)
+    answers: list[JobDetails | None] = []
+    with client.opened():
+        for job_id in _distinct(job_ids):
+            answers.append(job := _ask_about(client, job_id, "GET"))
+            if job is not None and as_json:
+                _print_json([job])
+            elif job is not None:
+                typer.echo(("\n" if any(answers[:-1]) else "") + job_text(job))
+    if None in answers:
         raise typer.Exit(1)
 
 
 @app.command()
 def replay(
-    job_ids: Annotated[
-        list[str] | None, typer.Argument(metavar="JOB_ID", help="Whose results to send.", show_default=False)
-    ] = None,
+    job_ids: Annotated[list[str] | None, typer.Argument(metavar="JOB_ID", help="Whose results to send.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Send every undelivered result once more.")] = False,
     url: Url = None,
     key: Key = None,
@@ -176,24 +153,19 @@ def replay(
     """
     if bool(job_ids) == everything:
         raise typer.BadParameter("give the ids of jobs, or --all for every undelivered result, and not both")
-    anyio.run(_replay, _jobs(url, key, config), _distinct(job_ids or ()))
-
-
-async def _replay(client: JobsClient, job_ids: Sequence[str]) -> None:
-    refused = 0
-    async with client:
-        for job_id in job_ids:
-            try:
-                await client.replay(job_id)
-            except JobRefusedError as error:
-                refused += 1
-                _say_refused(error)
-        replayed = len(job_ids) - refused if job_ids else await client.replay_all()
+    client = _jobs(url, key, config)
+    answers: list[JobDetails | None] = []
+    with client.opened():
+        if everything:
+            replayed = client.ask(Replayed, "POST", "/replay").replayed
+        else:
+            answers = [_ask_about(client, job_id, "POST", "/replay") for job_id in _distinct(job_ids or ())]
+            replayed = len(answers) - answers.count(None)
     if replayed:
         typer.echo(f"{_count(replayed, 'result')} will be sent once more, {client.sent_when}.")
-    elif not refused:
+    elif everything:
         typer.echo("There are no undelivered results.")
-    if refused:
+    if None in answers:
         raise typer.Exit(1)
 
 
@@ -204,12 +176,7 @@ def purge(
     model: OfModel = None,
     older_than: Annotated[
         int | None,
-        typer.Option(
-            parser=_age_s,
-            metavar="DURATION",
-            help="Only jobs that ended so long ago: 90s, 15m, 2h, 7d.",
-            show_default=False,
-        ),
+        typer.Option(parser=_age_s, metavar="DURATION", help="Only jobs that ended so long ago: 90s, 15m, 2h, 7d."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     url: Url = None,
@@ -226,41 +193,34 @@ def purge(
 
     modalkit jobs purge --delivery undelivered --url http://127.0.0.1:8000 --yes
     """
-    which = JobFilter(statuses=status or (), deliveries=delivery or (), model_name=model)
-    _require_removable(which, older_than)
+    if not status and not delivery and older_than is None:
+        raise typer.BadParameter("say which jobs to remove: by --status, by --delivery, or by --older-than")
+    if active := [state for state in status or () if not state.has_ended]:
+        raise typer.BadParameter(
+            f"only jobs that have ended are removed, {active[0]} ones are not", param_hint="--status"
+        )
+    if DeliveryStatus.PENDING in (delivery or ()):
+        raise typer.BadParameter("results that are about to be sent are not removed", param_hint="--delivery")
     client = _jobs(url, key, config)
     if not yes:
-        _confirm(which, older_than, client.name)
-    anyio.run(_purge, client, which, older_than)
-
-
-async def _purge(client: JobsClient, which: JobFilter, older_than_s: int | None) -> None:
-    async with client:
-        purged = await client.purge(which, older_than_s)
+        _confirm(status, delivery, model, older_than, client.name)
+    parameters = {"status": status, "delivery": delivery, "model_name": model, "older_than": older_than}
+    with client.opened():
+        purged = client.ask(Purged, "DELETE", parameters=parameters).purged
     typer.echo(f"Removed {_count(purged, 'job')}.")
 
 
-def _require_removable(which: JobFilter, older_than_s: int | None) -> None:
-    if not which.statuses and not which.deliveries and older_than_s is None:
-        raise typer.BadParameter("say which jobs to remove: by --status, by --delivery, or by --older-than")
-    for status in which.statuses:
-        if not status.has_ended:
-            raise typer.BadParameter(
-                f"only jobs that have ended are removed, {status} ones are not", param_hint="--status"
-            )
-    if DeliveryStatus.PENDING in which.deliveries:
-        raise typer.BadParameter("results that are about to be sent are not removed", param_hint="--delivery")
-
-
-def _confirm(which: JobFilter, older_than_s: int | None, where: str) -> None:
+def _confirm(
+    statuses: Statuses, deliveries: Deliveries, model_name: str | None, older_than_s: int | None, where: str
+) -> None:
     """Ask whether to remove these jobs. Raises `typer.Abort` for a no."""
     if not sys.stdin.isatty():
         raise typer.BadParameter("there is no terminal to ask at: give --yes to remove the jobs unasked")
-    parts = [f"in the state {' or '.join(which.statuses)}"] if which.statuses else []
-    if which.deliveries:
-        parts.append(f"with the delivery {' or '.join(which.deliveries)}")
-    if which.model_name is not None:
-        parts.append(f"of the model {which.model_name}")
+    parts = [f"in the state {' or '.join(statuses)}"] if statuses else []
+    if deliveries:
+        parts.append(f"with the delivery {' or '.join(deliveries)}")
+    if model_name is not None:
+        parts.append(f"of the model {model_name}")
     if older_than_s is not None:
         parts.append(f"that ended more than {duration_text(older_than_s)} ago")
     typer.confirm(f"Remove from {where} all ended jobs {', '.join(parts)}?", abort=True, err=True)
@@ -291,8 +251,13 @@ def _print_json(jobs: Sequence[JobView]) -> None:
         typer.echo(b"\n".join(job.model_dump_json().encode() for job in jobs))
 
 
-def _say_refused(error: JobRefusedError) -> None:
-    notices.print(f"modalkit: error: {error}", markup=False)
+def _ask_about(client: JobsClient, job_id: str, method: str, path: str = "") -> JobDetails | None:
+    """The answer for one job; None, with a message, if it is refused."""
+    try:
+        return client.ask(JobDetails, method, path, job_id=job_id)
+    except JobRefusedError as error:
+        notices.print(f"modalkit: error: {error}", markup=False)
+        return None
 
 
 def _count(number: int, what: str) -> str:

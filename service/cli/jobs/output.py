@@ -1,7 +1,8 @@
 """Jobs as text for people."""
 
 import re
-from datetime import datetime, timedelta
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic_core import to_json
@@ -20,32 +21,24 @@ UNITS_S = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 _URL = re.compile(r"(\w+://)(?:[^\s/?#'\"]*@)?([^\s/?#'\"]+)([^\s'\"]*)")
 
 
-class JobTable:
+def job_table(jobs: Sequence[JobView], width: int) -> Table:
     """A table of jobs for terminals of 80 columns or more. A job with an error takes two lines."""
-
-    def __init__(self, width: int, now: datetime) -> None:
-        self._now = now
-        self.table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-        self.table.add_column("job", min_width=ID_WIDTH)
-        self.table.add_column("status", no_wrap=True)
-        self.table.add_column("delivery", no_wrap=True)
-        self.table.add_column("model", max_width=max(MIN_MODEL_WIDTH, width - OTHER_COLUMNS_WIDTH))
-        self.table.add_column("age", no_wrap=True, justify="right")
-
-    def add(self, job: JobView) -> None:
-        """Add a job."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("job", min_width=ID_WIDTH)
+    table.add_column("status", no_wrap=True)
+    table.add_column("delivery", no_wrap=True)
+    table.add_column("model", max_width=max(MIN_MODEL_WIDTH, width - OTHER_COLUMNS_WIDTH))
+    table.add_column("age", no_wrap=True, justify="right")
+    now = datetime.now(UTC)
+    for job in jobs:
         undelivered = job.delivery is DeliveryStatus.UNDELIVERED
         error = (undelivered and job.delivery_error) or job.error or job.delivery_error
         lines = [Text(job.job_id, overflow="fold")]
         if error:
             lines.append(Text(f"  {_without_secrets(_one_line(error))}", "dim", no_wrap=True, overflow="ellipsis"))
-        self.table.add_row(
-            Group(*lines),
-            job.status,
-            job.delivery,
-            Text(_one_line(job.model_name), no_wrap=True, overflow="ellipsis"),
-            _age(self._now - job.created_at),
-        )
+        model = Text(_one_line(job.model_name), no_wrap=True, overflow="ellipsis")
+        table.add_row(Group(*lines), job.status, job.delivery, model, _age(now - job.created_at))
+    return table
 
 
 def job_text(job: JobView) -> str:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from modalkit.batching.calibration import Calibration
 from modalkit.pipelines import BatchTooLargeError
 from modalkit.service.settings import BatchConfig
 from modalkit.service.tuning import TuningError
-from modalkit.service.tuning.measuring import Measured, fitted_costs, measure, median_error
+from modalkit.service.tuning.measuring import fitted_costs, measure, median_error
 from tests.support.length_model import LengthPipeline
 
 
@@ -61,7 +62,7 @@ class Slow(LengthPipeline):
         self.now += self.seconds
         return super().predict(input_list, preprocessed_data)
 
-    def measured(self, max_s: float) -> Measured:
+    def measured(self, max_s: float) -> Calibration[BaseModel]:
         return measure(self, BatchConfig(), max_s, clock=lambda: self.now)
 
 
@@ -70,14 +71,14 @@ def test_batches_larger_than_configured_are_measured_too() -> None:
     assert {(1, 8), (128, 8), (128, 1000)} <= {(shape.count, shape.longest) for shape in measured.measurements}
     assert measured.too_large_tokens is None
     assert measured.failure is None
-    assert not measured.time_was_the_limit
+    assert measured.is_complete
 
 
 def test_no_batch_is_larger_than_the_queue_or_the_configured_tokens() -> None:
     measured = measure(LengthPipeline(), BatchConfig(max_batch_size=4, max_queue_size=16, max_batch_tokens=64), 60)
     assert max(shape.count for shape in measured.measurements) <= 16
     assert max(shape.count * shape.longest for shape in measured.measurements) == 64
-    assert not measured.time_was_the_limit
+    assert measured.is_complete
 
 
 def test_a_batch_too_large_for_the_device_ends_it_with_what_there_is() -> None:
@@ -93,7 +94,7 @@ def test_sizes_past_what_the_model_takes_are_not_tried_and_told() -> None:
     assert max(shape.count for shape in measured.measurements) == 128
     assert measured.failure is not None
     assert (measured.failure.size, type(measured.failure.error)) == (128, IndexError)
-    assert not measured.time_was_the_limit
+    assert measured.is_complete
 
 
 @pytest.mark.parametrize(("seconds", "max_s"), [(1.0, 60), (5.0, 60), (30.0, 400)])
@@ -103,7 +104,7 @@ def test_slow_batches_are_measured_at_the_extremes_and_leave_time_to_try_limits(
     assert {(1, 8), (128, 8)} <= {(shape.count, shape.longest) for shape in measured.measurements}
     assert pipeline.now <= max_s * 0.66 + seconds
     assert max_s - pipeline.now >= 8 * seconds
-    assert measured.time_was_the_limit
+    assert not measured.is_complete
 
 
 @pytest.mark.parametrize("seconds", [60.0, 1000.0])
@@ -118,7 +119,7 @@ def test_the_time_limit_ends_it_with_what_there_is() -> None:
     seconds = count()  # every look at the clock takes a second
     measured = measure(LengthPipeline(), BatchConfig(), 100, clock=lambda: next(seconds))
     assert 1 < len(measured.measurements) < 20
-    assert measured.time_was_the_limit
+    assert not measured.is_complete
 
 
 @pytest.mark.parametrize(("config", "max_s"), [(BatchConfig(), 1e-9), (BatchConfig(max_batch_tokens=4), 60)])
@@ -142,7 +143,7 @@ def test_a_pipeline_that_cannot_be_measured_is_told_why(pipeline: LengthPipeline
 
 def test_each_shape_is_told_as_it_is_measured() -> None:
     told: list[object] = []
-    assert told == [] != list(measure(LengthPipeline(), BatchConfig(), 60, on_shape=told.append).measurements) == told
+    assert told == [] != measure(LengthPipeline(), BatchConfig(), 60, on_shape=told.append).measurements == told
 
 
 def test_the_costs_are_fitted_to_all_the_measurements() -> None:

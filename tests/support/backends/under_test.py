@@ -16,7 +16,7 @@ class BackendUnderTest:
     received: Callable[[str, int], Awaitable[list[str]]]
     """Takes that many texts from a queue, waiting until they are there, and those that are there beyond them."""
     refused_text: str | None = None
-    """A text that the server or the backend takes from nobody."""
+    """A text that the server or the backend always refuses."""
     stop: Callable[[], Awaitable[None]] | None = None
     start: Callable[[], Awaitable[None]] | None = None
     """Stops the server, and starts it again; its queues may have lost what was in them."""
