@@ -7,7 +7,7 @@ from collections.abc import Callable
 from traceback import TracebackException, walk_tb
 
 from modalkit.batching import BatchingError, BatchRecord
-from modalkit.service.errors import ItemRejectedError, ServiceError, cut_text, describe_error
+from modalkit.service.errors import MAX_ERROR_BYTES, ItemRejectedError, ServiceError, cut_text, describe_error
 from modalkit.service.pipeline_batches import run_batch_of
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,10 @@ def _text(error: Exception) -> str:
         return describe_error(error)
     described = TracebackException.from_exception(error)
     _cut_frames(described)
-    return cut_text("".join(described.format()).rstrip())
+    text = "".join(described.format()).rstrip()
+    if len(text) > MAX_ERROR_BYTES:  # its end, which says what the error is, will be cut
+        text = f"{describe_error(error)}\n{text}"
+    return cut_text(text)
 
 
 def _cut_frames(described: TracebackException) -> None:

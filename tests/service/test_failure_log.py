@@ -150,7 +150,7 @@ async def test_errors_are_not_kept_alive(logged: Logged) -> None:
     assert len(logged) == 1
 
 
-async def test_an_error_with_thousands_of_causes_is_logged(logged: Logged) -> None:
+async def test_an_error_with_thousands_of_causes_is_logged_with_its_message_first(logged: Logged) -> None:
     error = ValueError("the first")
     for n in range(2000):
         retried = ValueError(f"retry {n}")
@@ -159,4 +159,4 @@ async def test_an_error_with_thousands_of_causes_is_logged(logged: Logged) -> No
     for record in await records_of(error):
         FailureLog("m")(record)
     (message,) = logged
-    assert message.startswith("m: 1 item failed: ValueError: the first")
+    assert message.startswith("m: 1 item failed: ValueError: retry 1999\nValueError: the first\n")

@@ -314,7 +314,7 @@ async def test_a_store_that_fails_and_is_not_durable_does_not_hold_up_the_exit(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Failing(MemoryJobStore):
-        async def claim_quarantined_deliveries(self, limit: int) -> Sequence[Job]:
+        async def claim_quarantined_deliveries(self, limit: int) -> list[Job]:
             await anyio.lowlevel.checkpoint()
             raise JobStoreError("the server is gone")
 
