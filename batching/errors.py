@@ -9,9 +9,10 @@ class QueueFullError(BatchingError):
     """Raised when a request is refused because the queue has no room for it. The caller may try again later."""
 
     def __init__(self, depth: int, limit: int, added: int = 1) -> None:
+        remedy = "send fewer at once" if added > limit else "retry later"
         super().__init__(
-            f"the queue holds {depth} of at most {limit} requests and has no room for {added} more; "
-            f"retry later, or raise max_queue_items"
+            f"the queue holds {depth} of at most {limit} requests and has no room for {added} more; {remedy}, "
+            "or raise its limit (max_queue_items of BatchPolicy, batch_config.max_queue_size in a configuration)"
         )
         self.depth = depth
         self.limit = limit
