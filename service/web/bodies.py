@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
 
 from modalkit.pipelines import AsyncInputModel, SyncInputModel
 from modalkit.service.validation import field_errors, summary
@@ -29,17 +30,20 @@ class InvalidItem:
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises `ProblemError` when it is larger than `MAX_BODY_BYTES`."""
+    """The whole body. Raises `ProblemError` if it is larger than `MAX_BODY_BYTES` or the client leaves before its end."""
     chunks, size_bytes = [], 0
-    async for chunk in request.stream():
-        size_bytes += len(chunk)
-        if size_bytes > MAX_BODY_BYTES:
-            raise ProblemError(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                f"the body is larger than {MAX_BODY_BYTES} bytes: send several smaller requests",
-                Connection="close",
-            )
-        chunks.append(chunk)
+    try:
+        async for chunk in request.stream():
+            size_bytes += len(chunk)
+            if size_bytes > MAX_BODY_BYTES:
+                raise ProblemError(
+                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                    f"the body is larger than {MAX_BODY_BYTES} bytes: send several smaller requests",
+                    Connection="close",
+                )
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise ProblemError(HTTPStatus.BAD_REQUEST, "the client disconnected before the end of the body") from None
     return b"".join(chunks)
 
 

@@ -4,7 +4,7 @@ import time
 from http import HTTPStatus
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import Response
 from pydantic import PositiveFloat
 
@@ -12,6 +12,7 @@ from modalkit.pipelines.iomodel import MAX_EXPIRES_IN_S
 from modalkit.service.gateway import JobAdministration, Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
 from modalkit.service.web.answers import JobDetails, JobPageView, JobView, Purged, Replayed, json_response
+from modalkit.service.web.options import check_query
 from modalkit.service.web.problems import ProblemError
 from modalkit.service.web.routes import while_connected
 
@@ -37,7 +38,7 @@ OlderThan = Annotated[
 
 def make_job_router(jobs: Jobs) -> APIRouter:
     """The routes over `jobs`."""
-    router = APIRouter(tags=["jobs"])
+    router = APIRouter(tags=["jobs"], dependencies=[Depends(_check_query)])
 
     def administration(reason: str) -> JobAdministration:
         if jobs.administration is None:
@@ -99,6 +100,10 @@ def make_job_router(jobs: Jobs) -> APIRouter:
         return _job_response(job_id, job)
 
     return router
+
+
+async def _check_query(request: Request) -> None:
+    check_query(request, {parameter.alias for parameter in request.scope["route"].dependant.query_params})
 
 
 def _job_response(job_id: str, job: Job | None) -> Response:

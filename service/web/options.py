@@ -4,6 +4,7 @@ They are not parameters of FastAPI's: reading four of those takes longer than al
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -49,8 +50,22 @@ class Options:
         )
 
 
+def check_query(request: Request, known: Collection[str]) -> None:
+    """Refuse a query parameter that the route does not have: a misspelt filter would change what is asked for.
+
+    Raises `ProblemError`.
+    """
+    for name in request.query_params:
+        if name not in known:
+            listed = ", ".join(sorted(known)) or "none"
+            raise _problem(f"{name!r:.100}: there is no such query parameter; this route has: {listed}")
+
+
 def _model_name(request: Request) -> str | None:
-    return request.query_params.get("model_name") if request.scope["query_string"] else None
+    if not request.scope["query_string"]:
+        return None
+    check_query(request, ("model_name",))
+    return request.query_params.get("model_name")
 
 
 def _priority(request: Request, default: Priority) -> Priority:

@@ -1,7 +1,9 @@
 """The routes that list, replay and remove jobs, and the metrics, over a real HTTP server."""
 
+import logging
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 
@@ -150,3 +152,35 @@ async def test_all_that_concerns_jobs_needs_the_key(settings: Settings) -> None:
             assert_problem(await client.request(method, path, json=job("four")), 401)
         headers = {"Authorization": "Bearer s3cret"}
         assert (await client.get("/jobs", headers=headers)).json() == {"jobs": [], "next_cursor": None}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "name"),
+    [
+        ("DELETE", "/jobs?status=succeeded&older_then=604800", "older_then"),
+        ("GET", "/jobs?statu=failed", "statu"),
+        ("POST", "/async/predict?modelname=odd", "modelname"),
+        ("POST", "/sync/predict?model=odd", "model"),
+    ],
+)
+async def test_a_misspelt_query_parameter_is_refused_and_changes_nothing(
+    client: httpx.AsyncClient, method: str, path: str, name: str
+) -> None:
+    """A filter that is not applied would remove, list or run something else than what was asked for."""
+    kept = await submit(client, "x")
+    await ended(client, kept)
+    detail = assert_problem(await client.request(method, path, json=job("y")), 422)["detail"]
+    assert f"'{name}': there is no such query parameter; this route has:" in detail
+    assert [found["job_id"] for found in (await client.get("/jobs")).json()["jobs"]] == [kept]
+
+
+@pytest.mark.parametrize("path", ["/sync/predict", "/batch/predict", "/async/predict"])
+async def test_a_client_that_leaves_in_the_middle_of_a_body_is_no_error_of_the_service(
+    client: httpx.AsyncClient, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log has no traceback for it, which any client could repeat at will."""
+    host, port = client.base_url.host, client.base_url.port or 80
+    async with await anyio.connect_tcp(host, port) as stream:
+        await stream.send(f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 10\r\n\r\n[{{}}".encode())
+    await ended(client, await submit(client, "x"))  # the server has gone on
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
