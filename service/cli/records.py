@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,7 +16,9 @@ from modalkit.service.errors import ServiceError
 from modalkit.service.validation import field_errors, summary
 
 KEEP_BAD_BYTES = "surrogateescape"
-"""Bytes that are no UTF-8 become characters that validation refuses, so that only their line has an error."""
+"""Bytes that are no UTF-8 become characters that `_record` refuses, so that only their line has an error."""
+
+_BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
 class FileFormat(StrEnum):
@@ -82,6 +85,9 @@ def read_records(
 
 
 def _record(line: int, value: Any, input_model: type[BaseModel]) -> Record:
+    for field, text in value.items() if isinstance(value, dict) else ():
+        if isinstance(text, str) and _BAD_BYTE.search(text):
+            return Record(line, None, f"{field}: is not UTF-8; convert the input to UTF-8")
     try:
         return Record(line, input_model.model_validate(value))
     except ValidationError as error:

@@ -30,7 +30,7 @@ class InvalidItem:
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises `ProblemError` if it is larger than `MAX_BODY_BYTES` or the client leaves before its end."""
+    """The whole body. Raises `ProblemError` if it is over `MAX_BODY_BYTES`, or if the client leaves before its end."""
     chunks, size_bytes = [], 0
     try:
         async for chunk in request.stream():

@@ -190,3 +190,16 @@ async def test_the_progress_counts_failed_and_invalid_lines_too() -> None:
     run = _Run(lambda _: None, progress, Settings())
     await run.score(LengthPipeline(), read_records(lines, FileFormat.TXT, Text, None))
     assert progress.tasks[0].completed == len(lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", b"caf\xe9\nfine\n"), ("a.csv", b"text\ncaf\xe9\nfine\n")], ids=["txt", "csv"]
+)
+def test_a_line_that_is_not_utf8_fails_alone_and_says_so(
+    modalkit: Modalkit, folder: Path, name: str, content: bytes
+) -> None:
+    (folder / name).write_bytes(content)
+    ran = modalkit("predict", "-i", name)
+    bad, good = map(json.loads, ran.stdout.splitlines())
+    assert bad["error"] == "text: is not UTF-8; convert the input to UTF-8"
+    assert good["status"] == "success"
