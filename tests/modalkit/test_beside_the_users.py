@@ -12,7 +12,7 @@ from zipfile import ZipFile
 
 import httpx
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "from importlib.metadata import entry_points as e; e(group='console_scripts')['modalkit'].load()()"
@@ -209,7 +209,7 @@ def test_the_image_on_modal_has_both(python: Python, project: Path) -> None:
     assert done.returncode == 0, done.stderr
     copied = {
         step["remote_path"]: Path(step["add_local_dir"])
-        for step in yaml.safe_load(done.stdout)["image"]
+        for step in YAML(typ="safe").load(done.stdout)["image"]
         if "add_local_dir" in step
     }
     own = {remote: local for remote, local in copied.items() if Path(remote).is_relative_to("/root/modalkit")}
