@@ -52,7 +52,6 @@ def test_costs_are_kept_where_the_configuration_says(modalkit: Modalkit, folder:
 
 
 def test_a_plot_is_drawn(modalkit: Modalkit, folder: Path) -> None:
-    pytest.importorskip("matplotlib")  # in the bench extra, which the tests do without
     # Importing it takes a second or two of that time, and warns of nothing of ours: its own dependencies may.
     done = modalkit(
         "tune", "--max-seconds", "6", "--plot", "costs.png", PYTHONWARNINGS="default", MPLCONFIGDIR=str(folder)
@@ -85,7 +84,6 @@ def test_bad_input_is_one_message(
 
 
 def test_a_plot_of_an_unknown_format_is_refused_at_once(modalkit: Modalkit) -> None:
-    pytest.importorskip("matplotlib")
     done = modalkit(*QUICK, "--plot", "costs.txt")
     assert done.returncode == 1
     assert "must end in one of .pdf, .png, .svg" in done.stderr
