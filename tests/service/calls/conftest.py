@@ -119,9 +119,10 @@ def open_stand(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
             }
         )
         queue = InMemoryBackend()
+        engine = InProcessEngine(retries=retries)
         async with AsyncExitStack() as stack:
-            engine = await stack.enter_async_context(InProcessEngine(retries=retries))
             if request.param == "in process":
+                await stack.enter_async_context(engine)
                 pipeline = pipeline_class(MODEL)
                 worker = await stack.enter_async_context(InferenceWorker(pipeline, settings=settings))
                 processor = CallProcessor(
@@ -136,6 +137,7 @@ def open_stand(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
                 yield Stand(engine, engine, engine.store, pipeline, queue)
                 return
             server = await stack.enter_async_context(serve_modal(tmp_path, monkeypatch, engine))
+            await stack.enter_async_context(engine)  # what it runs uses Modal's client, and ends before the server
             server.deploy_class("Lengths", max_concurrent_inputs=64)
             stack.enter_context(in_a_container(max_inputs=64))
             config = ModalConfig(settings, environ={})
