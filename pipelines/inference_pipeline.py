@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
+from modalkit.pipelines.engines.settings import EngineChoice
 from modalkit.pipelines.iomodel import AnyInput, InferenceOutputModel
 
 
@@ -31,6 +32,9 @@ class InferencePipeline(ABC):
 
     cost_feature: ClassVar[Literal["padded", "total"]] = "padded"
     """What the time of a batch grows with: the sizes after padding to the longest, or their sum without padding."""
+
+    engine_choice: EngineChoice | None = None
+    """What computes the model, if the pipeline has loaded it by `load_engine`: shown by the service."""
 
     def __init__(
         self, model_name: str, all_model_data_folder: str, common_settings: dict[str, Any], **model_entry: Any
