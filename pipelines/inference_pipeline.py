@@ -91,5 +91,12 @@ class InferencePipeline(ABC):
         Does nothing by default.
         """
 
+    def measure_engines(self, max_s: float) -> EngineChoice | None:  # noqa: ARG002  # part of the interface
+        """Measure all engines for up to `max_s` seconds, use the best and keep the choice; None without engines.
+
+        It is called by ``modalkit tune --engines``.
+        """
+        return None
+
     def on_volume_reload(self) -> None:  # noqa: B027  # a hook: most pipelines need nothing here
         """React to new contents of the mounted volumes. Does nothing by default."""

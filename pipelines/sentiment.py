@@ -1,16 +1,18 @@
 """The sentiment pipeline, for any sequence-classification model of the transformers library."""
 
 import logging
+from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
+import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from modalkit.pipelines.classifier_settings import engine_settings, parse_settings
-from modalkit.pipelines.engines import Engine, EngineSettings, load_engine, same_labels
+from modalkit.pipelines.engines import Engine, EngineChoice, EngineSettings, load_engine, same_labels
 from modalkit.pipelines.errors import ModelLoadError
 from modalkit.pipelines.inference_pipeline import InferencePipeline
 from modalkit.pipelines.iomodel import InferenceOutputModel
@@ -116,19 +118,7 @@ class SentimentPipeline(InferencePipeline):
 
     def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
         """Tokenize and pad to the longest: ``tensors`` (batch, length) on the CPU, and ``truncated`` for each item."""
-        encoded = self._encoder.encode([cast("SentimentRequest", item).text for item in input_list])
-        length = max(map(len, encoded.ids))
-        if self.device.type == "cuda":
-            # Tensor cores need multiples of 8; the limit of a model may be no multiple of 8.
-            length = max(length, min(-(-length // 8) * 8, self.max_length))
-        rows = {"input_ids": (encoded.ids, self._checkpoint.tokenizer.pad_token_id)}
-        if "attention_mask" in self._inputs:
-            rows["attention_mask"] = ([[1] * len(row) for row in encoded.ids], 0)
-        if "token_type_ids" in self._inputs:
-            type_ids = encoded.type_ids or [[0] * len(row) for row in encoded.ids]
-            rows["token_type_ids"] = (type_ids, self._checkpoint.tokenizer.pad_token_type_id)
-        tensors = {name: torch.tensor(self._padded(values, fill, length)) for name, (values, fill) in rows.items()}
-        return {"tensors": tensors, "truncated": encoded.truncated}
+        return self._encode([cast("SentimentRequest", item).text for item in input_list])
 
     def predict(
         self,
@@ -190,9 +180,15 @@ class SentimentPipeline(InferencePipeline):
         self.device = target
         self._engine = self._load_engine(self._engine_settings)
 
+    def measure_engines(self, max_s: float) -> EngineChoice:
+        """Measure all engines again, for up to `max_s` seconds, use the best and keep the choice."""
+        longer = {"measure_seconds": max_s, "use_kept_choice": False}
+        self._engine = self._load_engine(self._engine_settings.model_copy(update=longer))
+        return self._engine.choice
+
     def _load_engine(self, settings: EngineSettings) -> Engine:
         texts = varied_texts(self._encoder, self.max_length)
-        batches = [self.preprocess([SentimentRequest(text=text) for text in batch])["tensors"] for batch in texts]
+        batches = [self._encode(batch)["tensors"] for batch in texts]  # `preprocess` may be that of a subclass
         same = same_labels(settings.sameness, probabilities=self._probabilities)
         engine = load_engine(self._model, batches, settings, same=same)
         self.engine_choice = engine.choice
@@ -202,10 +198,30 @@ class SentimentPipeline(InferencePipeline):
     def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         return logits.sigmoid() if self._multi_label else logits.softmax(dim=-1)
 
-    def _padded(self, rows: list[list[int]], fill: int, length: int) -> list[list[int]]:
-        if self._pad_left:
-            return [[fill] * (length - len(row)) + row for row in rows]
-        return [row + [fill] * (length - len(row)) for row in rows]
+    def _encode(self, texts: list[str]) -> dict[str, Any]:
+        encoded = self._encoder.encode(texts)
+        length = max(map(len, encoded.ids))
+        if self.device.type == "cuda":
+            # Tensor cores need multiples of 8; the limit of a model may be no multiple of 8.
+            length = max(length, min(-(-length // 8) * 8, self.max_length))
+        tokenizer = self._checkpoint.tokenizer
+        rows: dict[str, tuple[Sequence[list[int] | int], int]] = {"input_ids": (encoded.ids, tokenizer.pad_token_id)}
+        if "attention_mask" in self._inputs:
+            rows["attention_mask"] = ([1] * len(texts), 0)
+        if "token_type_ids" in self._inputs:
+            rows["token_type_ids"] = (encoded.type_ids or [0] * len(texts), tokenizer.pad_token_type_id)
+        bounds = [length - len(row) if self._pad_left else len(row) for row in encoded.ids]
+        return {
+            "tensors": {name: self._padded(values, fill, bounds, length) for name, (values, fill) in rows.items()},
+            "truncated": encoded.truncated,
+        }
+
+    def _padded(self, values: Sequence[list[int] | int], fill: int, bounds: list[int], length: int) -> torch.Tensor:
+        """One row for each text: its values, or one value for all its tokens, before or after its bound."""
+        padded = np.full((len(bounds), length), fill, np.int64)
+        for row, value, bound in zip(padded, values, bounds, strict=True):
+            row[slice(bound, None) if self._pad_left else slice(bound)] = value
+        return torch.from_numpy(padded)
 
 
 def _make_encoder(model_name: str, checkpoint: Checkpoint, max_length: int | None) -> TextEncoder:

@@ -121,9 +121,8 @@ def _onnx(candidate: Candidate, folder: Path, device: torch.device) -> Any:  # n
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors; warnings go to the standard error output, past all logging
-    session = onnxruntime.InferenceSession(
-        folder / "model.onnx", options, providers=[ONNX_PROVIDERS[device.type], ONNX_PROVIDERS["cpu"]]
-    )
+    providers = list(dict.fromkeys([ONNX_PROVIDERS[device.type], ONNX_PROVIDERS["cpu"]]))
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=providers)
 
     def run(arrays: dict[str, Any]) -> list[Any]:
         found: list[Any] = session.run(None, arrays)
