@@ -16,6 +16,7 @@ MIN_GAIN = 1.05  # a candidate that is less faster than torch float32 is not wor
 SHORT_S = 0.05  # a batch that takes less is timed twice, because a disturbance would count too much
 JUDGED_AFTER = 5  # batches after which hopeless candidates are left out
 HOPELESS = 1.3  # times slower than the fastest
+PAUSE_S = 0.005  # in which the threads of the engine that ran before stop spinning
 MIN_SAMPLES = 32  # to compare; fewer only where there are no more
 
 
@@ -34,11 +35,16 @@ class Race:
     """All candidates on the same batches, the smallest batch first."""
 
     def __init__(
-        self, reference: Run, batches: Sequence[Mapping[str, Tensor]], clock: Callable[[], float] = time.perf_counter
+        self,
+        reference: Run,
+        batches: Sequence[Mapping[str, Tensor]],
+        clock: Callable[[], float] = time.perf_counter,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._reference = Contender(REFERENCE, reference)
         self._batches = sorted(batches, key=_elements)
         self._clock = clock
+        self._sleep = sleep
 
     @property
     def reference_outputs(self) -> list[Outputs]:
@@ -100,6 +106,7 @@ class Race:
         )
 
     def _time(self, contender: Contender, batch: Mapping[str, Tensor]) -> None:
+        self._sleep(PAUSE_S)
         outputs, seconds = self._attempt(contender, batch)
         if outputs is not None and seconds < SHORT_S:
             seconds = min(seconds, self._attempt(contender, batch)[1])
