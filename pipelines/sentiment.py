@@ -187,6 +187,7 @@ class SentimentPipeline(InferencePipeline):
         return self._engine.choice
 
     def _load_engine(self, settings: EngineSettings) -> Engine:
+        self._encoder.in_parallel = self.device.type != "cpu"
         texts = varied_texts(self._encoder, self.max_length)
         batches = [self._encode(batch)["tensors"] for batch in texts]  # `preprocess` may be that of a subclass
         same = same_labels(settings.sameness, probabilities=self._probabilities)

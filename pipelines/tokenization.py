@@ -29,6 +29,8 @@ class TextEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.max_length = max_length
+        self.in_parallel = True
+        """Whether the texts of a batch are encoded on all cores: beside a model that computes there, that is slower."""
         self.special_tokens = tokenizer.num_special_tokens_to_add()
         if max_length <= self.special_tokens:
             raise ValueError(
@@ -69,7 +71,7 @@ class TextEncoder:
         typed = any(backend.encode("a").type_ids)
 
         def encode(texts: list[str]) -> EncodedTexts:
-            encodings = encode_batch(texts)
+            encodings = encode_batch(texts) if self.in_parallel else [encode_batch([text])[0] for text in texts]
             return EncodedTexts(
                 ids=[encoding.ids for encoding in encodings],
                 type_ids=[encoding.type_ids for encoding in encodings] if typed else None,

@@ -32,9 +32,8 @@ def dtypes_of(engine: str, device: torch.device) -> list[DTypeName]:
     Imports the engine. Raises `EngineError` for a package that is missing.
     """
     if missing := missing_packages(engine):
-        raise EngineError(
-            f"engine {engine} needs the package {missing[0]}: install modalkit[{engine}], or set engine to auto"
-        )
+        remedy = f"run pip install {' '.join(missing)}, or set engine to auto"
+        raise EngineError(f"engine {engine} needs the package {missing[0]}: {remedy}")
     if engine == "onnx":
         import onnxruntime
 

@@ -19,7 +19,7 @@ from modalkit.pipelines.engines.torch_engine import changing_dimensions, device_
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "transformers", "openvino", "onnxruntime", "onnx", "onnxscript")
+PACKAGES = ("modalkit", "torch", "transformers", "openvino", "onnxruntime", "onnx", "onnxscript")
 
 
 class Kept:

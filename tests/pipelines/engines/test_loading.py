@@ -101,7 +101,7 @@ def test_an_engine_whose_package_is_missing_is_an_error_that_names_it(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else found(name))
-    with pytest.raises(EngineError, match=r"openvino needs the package openvino: install modalkit\[openvino\]"):
+    with pytest.raises(EngineError, match="openvino needs the package openvino: run pip install openvino, or set"):
         load_engine(module, batches, with_(settings, engine="openvino"))
     choice = load_engine(module, batches, with_(settings, measure_seconds=0)).choice
     assert choice.engine == "torch"

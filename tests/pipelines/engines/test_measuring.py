@@ -117,3 +117,14 @@ def test_vectors_must_keep_their_direction() -> None:
     one, same, other = ([{"v": torch.tensor([v])}] for v in ((1.0, 0.0), (2.0, 0.01), (0.0, 1.0)))
     assert same_vectors()(one, same) is None
     assert same_vectors()(one, other) == "the cosine similarity of v falls to 0.0000"
+
+
+def test_where_the_fastest_is_refused_one_that_was_left_out_is_taken() -> None:
+    clock = Clock()
+    race = Race(Timed(clock, 0.4), sample_batches(), clock, clock.sleep)
+    contenders = [Contender(OPENVINO, Timed(clock, 0.1, factor=-1)), Contender(BFLOAT16, Timed(clock, 0.2))]
+    race.run(contenders, 1000)
+    assert len(contenders[1].outputs) < 8
+    choice = race.choose(contenders, same_labels(), REFERENCE)
+    assert choice.candidate == BFLOAT16
+    assert choice.speeds == {"torch float32": 1.0, "torch bfloat16": 2.0, "openvino float32": 4.0}
