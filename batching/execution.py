@@ -3,7 +3,8 @@
 import inspect
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from operator import is_
 from time import perf_counter
 from typing import Any, Generic, TypeVar, cast
@@ -95,13 +96,18 @@ class Executor(Generic[T, R]):
         self._main.close()
         self._side.close()
 
-    async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None) -> S:
-        """Run a function in the main thread, while no batch is in any stage."""
+    @asynccontextmanager
+    async def paused(self) -> AsyncGenerator[None]:
+        """Wait until no batch is in any stage, and let none start in the block."""
         async with self._side_lock, self._main_lock:
-            if self._is_closed:
-                raise SchedulerClosedError("the scheduler closed before this function could run")
-            with anyio.fail_after(timeout_s):
-                return await self._main.run(function)
+            yield
+
+    async def run_while_paused(self, function: Callable[[], S], timeout_s: float | None) -> S:
+        """Run a function in the main thread, in a block of `paused`."""
+        if self._is_closed:
+            raise SchedulerClosedError("the scheduler closed before this function could run")
+        with anyio.fail_after(timeout_s):
+            return await self._main.run(function)
 
     async def run(
         self, payloads: list[T], progress: "Progress | None" = None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Generic, Self, TypeVar, cast
 
 import anyio
@@ -223,14 +223,17 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         return withdraw
 
     async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None = None) -> S:
-        """Run a function, such as a warm-up, in the thread that runs batches, between two batches.
+        """Run a function, such as a warm-up, in a thread that runs batches, while no batch is in any stage.
 
-        With `max_in_flight` of 1, no batch is in any stage meanwhile. Raises what the function raises,
-        `SchedulerClosedError`, and `TimeoutError` after `timeout_s` seconds; then the function goes on in its thread,
-        and its result is dropped.
+        Raises what the function raises, `SchedulerClosedError`, and `TimeoutError` after `timeout_s` seconds; then the
+        function goes on in its thread, and its result is dropped.
         """
         self._ensure_open()
-        return await self._dispatcher.executors[0].run_in_thread(function, timeout_s)
+        executors = self._dispatcher.executors
+        async with AsyncExitStack() as paused:
+            for executor in executors:
+                await paused.enter_async_context(executor.paused())
+            return await executors[0].run_while_paused(function, timeout_s)
 
     def statistics(self) -> SchedulerStatistics:
         """An immutable snapshot of the requests and batches that wait, run and have ended."""

@@ -2,8 +2,9 @@
 
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from threading import Lock, Thread
+from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 
@@ -11,6 +12,9 @@ from modalkit.batching import RunBatch, Stages
 from modalkit.batching.execution import run_checked
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline
 from modalkit.service.errors import ItemRejectedError, PipelineOutputError, error_text
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _DEVICE_FAULT = re.compile(
@@ -25,16 +29,68 @@ _FAULT_OF_THE_CALL = re.compile(
 )
 
 
-def run_batch_of(pipeline: InferencePipeline) -> RunBatch[BaseModel, InferenceOutputModel]:
+def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatch[BaseModel, InferenceOutputModel]:
     """The pipeline's three stages, or its `run_inference` as one where the class has its own."""
+    # Methods are looked up at each call, as `run_inference` does, so that one that is replaced later takes effect.
     if _is_overridden(pipeline):
-        return lambda items: _checked_all(pipeline.run_inference(items))
-    # Looked up at each call, as `run_inference` does, so that a method that is replaced later takes effect.
+        run = _counted(pipeline, max_in_flight, lambda items: pipeline.run_inference(items))  # noqa: PLW0108
+        return lambda items: _checked_all(run(items))
     return Stages(
         lambda items: pipeline.preprocess(items),  # noqa: PLW0108
-        lambda items, preprocessed: pipeline.predict(items, preprocessed),  # noqa: PLW0108
+        _counted(pipeline, max_in_flight, lambda items, preprocessed: pipeline.predict(items, preprocessed)),  # noqa: PLW0108
         lambda items, raw_output: _checked_all(pipeline.postprocess(items, raw_output)),
     )
+
+
+def _counted(pipeline: InferencePipeline, max_in_flight: int, run: Callable[P, T]) -> Callable[P, T]:
+    """`run`, with a call of `before_predict` before each call, if batches may run at once."""
+    if max_in_flight == 1:
+        return run
+    lock = Lock()
+    in_flight = 0
+
+    def counted(*args: P.args, **kwargs: P.kwargs) -> T:
+        nonlocal in_flight
+        with lock:
+            in_flight += 1
+        try:
+            pipeline.before_predict(in_flight)
+            return run(*args, **kwargs)
+        finally:
+            with lock:
+                in_flight -= 1
+
+    return counted
+
+
+def at_full_load(pipeline: InferencePipeline, max_in_flight: int) -> Callable[[list[BaseModel]], object]:
+    """A function that runs a batch as a busy worker does: `max_in_flight` times at once, in this and in new threads.
+
+    It returns once all runs have ended, and raises what one of them raised.
+    """
+    if max_in_flight == 1:
+        return pipeline.run_inference
+
+    def run(items: list[BaseModel]) -> None:
+        errors = list[Exception]()
+
+        def run_one() -> None:
+            try:
+                pipeline.before_predict(max_in_flight)
+                pipeline.run_inference(list(items))
+            except Exception as error:  # noqa: BLE001  # raised below, in the thread of the caller
+                errors.append(error)
+
+        others = [Thread(target=run_one, daemon=True) for _ in range(max_in_flight - 1)]
+        for thread in others:
+            thread.start()
+        run_one()
+        for thread in others:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    return run
 
 
 def attempt_as_one_batch(

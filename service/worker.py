@@ -81,6 +81,7 @@ class InferenceWorker(AsyncContextManagerMixin):
     ) -> None:
         app_settings = AppSettings() if settings is None else settings.app_settings
         batch_config = app_settings.batch_config
+        max_in_flight = batch_config.max_in_flight or pipeline.max_in_flight
         self.pipeline = pipeline
         self.model_name = pipeline.model_name
         self.input_model = input_model or pipeline.input_model
@@ -88,12 +89,13 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._jobs = jobs or make_job_manager(settings, queue_backend, job_store)
         self._sinks: list[Callable[[BatchRecord], None]] = [FailureLog(self.model_name)] if log_failures else []
         self._sinks += [] if on_batch is None else [on_batch]
-        self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
+        self._costs = LearntCosts(pipeline, batch_config, max_in_flight, calibrate=calibrate)
         self._scheduler: BatchScheduler[BaseModel, InferenceOutputModel] = BatchScheduler(
-            run_batch_of(pipeline),
+            run_batch_of(pipeline, max_in_flight),
             policy=batch_policy(batch_config),
             cost_model=self._costs.model,
             item_size=pipeline.item_size,
+            max_in_flight=max_in_flight,
             batch_timeout_s=batch_config.batch_timeout_seconds,
             is_too_large=is_too_large,
             on_batch=self._on_batch,
