@@ -50,11 +50,9 @@ def serve(
     gateway = LocalGateway(settings)
     app = create_app(gateway, auth=settings.app_settings.auth_config, owns_gateway=False)
     is_access_logged = log_level in ("debug", "info")
-    server = Server(
-        uvicorn.Config(app, log_config=None, access_log=is_access_logged, timeout_graceful_shutdown=GRACE_S)
-    )
+    http = uvicorn.Config(app, log_config=None, access_log=is_access_logged, timeout_graceful_shutdown=GRACE_S)
     with listening(host, port) as listener:
-        anyio.run(_serve, server, gateway, listener, settings, backend_options={"use_uvloop": True})
+        anyio.run(_serve, Server(http), gateway, listener, settings, backend_options={"use_uvloop": True})
 
 
 async def _serve(server: Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
@@ -137,10 +135,11 @@ def _summarize(gateway: LocalGateway) -> None:
     for model_name, model in gateway.models.items():
         if (done := model.statistics()) is None:
             continue
-        sizes = sorted(Counter(done.batch_sizes).elements())
-        middle_half = f"{sizes[len(sizes) // 4]} to {sizes[3 * len(sizes) // 4]}" if sizes else ""
+        spread = ""
+        if sizes := sorted(Counter(done.batch_sizes).elements()):
+            spread = f" (middle half {sizes[len(sizes) // 4]} to {sizes[3 * len(sizes) // 4]}, largest {sizes[-1]})"
         notices.print(
             f"{model_name}: {done.succeeded} succeeded, {done.failed} failed, {done.expired} expired, "
             f"{done.cancelled} cancelled; {done.batches} batches, {done.mean_batch_size:.1f} items each on average"
-            + (f" (middle half {middle_half}, largest {sizes[-1]})" if sizes else "")
+            f"{spread}"
         )

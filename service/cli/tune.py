@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from time import monotonic
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from modalkit.service.settings import BatchConfig, Settings
 from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.choice import ChosenLimits, choose_limits, lone_sizes, nearest_size, predicted_capacity
 from modalkit.service.tuning.config_file import require_writable, text_with_limits
-from modalkit.service.tuning.measuring import MEASURING_SHARE, fitted_costs, measure, median_error
+from modalkit.service.tuning.measuring import MEASURING_SHARE, fitted_costs, measure
 from modalkit.service.tuning.plots import draw_costs, require_drawable
 from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples, Samples
 from modalkit.service.tuning.trial import Bench, Trial, TrialPlan, require_complete
@@ -236,7 +237,9 @@ def _show_costs(output: Console, costs: MeasuredCostModel, shapes: Sequence[Meas
     for name, cost_s in costs.costs.items():
         table.add_row(name, f"{cost_s:.3g}" if cost_s else "0")
     output.print(table)
-    error = median_error(costs, shapes)
+    error = median(
+        abs(costs.predict_s(shape.count, shape.longest, shape.total) / shape.seconds - 1) for shape in shapes
+    )
     output.print(f"Half of the {len(shapes)} measured batches are within {error:.1%} of these costs.\n")
 
 
