@@ -18,9 +18,9 @@ from modalkit.service.errors import NotReadyError, Readiness
 from modalkit.service.jobs.delivery import Deliverer
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import new_job
-from modalkit.service.jobs.model import Job, JobEnd, JobFilter, JobPage, JobStatus, new_job_id
+from modalkit.service.jobs.model import Job, JobCounts, JobEnd, JobFilter, JobPage, JobStatus, new_job_id
 from modalkit.service.jobs.queue_rules import QueueRules
-from modalkit.service.jobs.store import JobCounts, JobStore
+from modalkit.service.jobs.store import JobStore
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.queue_backends.sending import close_backend
 
