@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -13,6 +13,8 @@ from anyio.lowlevel import EventLoopToken, current_token
 
 from modalkit.batching.wakeup import Wakeup, asyncio_loop
 from modalkit.service.jobs.errors import JobStoreBusyError, JobStoreClosedError
+
+MAX_WAITING_OPERATIONS = 100_000
 
 Operation = Callable[[Any], Any]
 
@@ -33,27 +35,23 @@ class OperationThread:
     `run` returns the result or the error of each, in the same order; what it raises is the error of all. The thread
     starts as soon as an operation comes; those that come while it runs are in the next list.
 
-    An async context manager. Entering it has the thread call `open_` and raises what that raises; leaving it finishes
-    what waits and has the thread call `close`, also where `open_` has raised. When an exception leaves the block, only
-    the operations that have begun are finished; the others raise `JobStoreClosedError`.
+    An async context manager. The thread enters the context that `resources` returns, whose errors are raised, and
+    leaves it after what waits is finished. When an exception leaves the block, only the operations that have begun are
+    finished; the others raise `JobStoreClosedError`.
     """
 
     def __init__(
         self,
         name: str,
         run: Callable[[list[Operation]], Sequence[Any]],
+        resources: Callable[[], AbstractContextManager[None]],
         *,
-        open_: Callable[[], None],
-        close: Callable[[], None],
         max_together: int,
-        max_waiting: int,
     ) -> None:
         self._name = name
         self._run = run
-        self._open = open_
-        self._close = close
+        self._resources = resources
         self._max_together = max_together
-        self._max_waiting = max_waiting
         # All mutable state: what goes to the thread, how much of it has not come back, whether more may come, and
         # whether what has not begun is still to be done.
         self._queue: SimpleQueue[_Entry] = SimpleQueue()
@@ -93,7 +91,7 @@ class OperationThread:
         """
         if not self._is_open:
             raise JobStoreClosedError
-        if self._waiting >= self._max_waiting:
+        if self._waiting >= MAX_WAITING_OPERATIONS:
             raise JobStoreBusyError(self._waiting)
         return await self._pass_through(operation)
 
@@ -113,12 +111,15 @@ class OperationThread:
     # In the thread.
 
     def _serve(self) -> None:
-        self._answer([self._queue.get()], lambda: [self._open()])
+        opened = ExitStack()
+        self._answer([self._queue.get()], lambda: [opened.enter_context(self._resources())])
         while (entries := self._take())[-1].operation is not None:
             self._run_wanted(entries)
+            del entries  # else the thread would keep the last results alive while it waits
         *entries, last = entries
         self._run_wanted(entries)
-        self._answer([last], lambda: [self._close()])
+        close: Callable[[], object] = opened.close
+        self._answer([last], lambda: [close()])
 
     def _take(self) -> list[_Entry]:
         """Wait for an entry; returns it with those that came meanwhile, up to the last one of all."""

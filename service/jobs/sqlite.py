@@ -4,8 +4,8 @@ import fcntl
 import os
 import sqlite3
 import weakref
-from collections.abc import Callable
-from contextlib import AsyncExitStack, ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
@@ -19,7 +19,6 @@ from modalkit.service.jobs.store import JobStore
 T = TypeVar("T")
 
 MAX_OPERATIONS_PER_COMMIT = 512
-MAX_WAITING_OPERATIONS = 100_000
 
 
 class SqliteJobStore(JobStore):
@@ -40,26 +39,13 @@ class SqliteJobStore(JobStore):
 
     def __init__(self, path: str | Path, *, max_jobs: int = 10_000_000) -> None:
         super().__init__(Path(path), max_jobs)
+        name = f"job store {self.path.name}"
         self._writing = OperationThread(
-            f"job store {self.path.name}",
-            self._transaction,
-            open_=self._open,
-            close=self._close,
-            max_together=MAX_OPERATIONS_PER_COMMIT,
-            max_waiting=MAX_WAITING_OPERATIONS,
+            name, self._transaction, self._open_for_writing, max_together=MAX_OPERATIONS_PER_COMMIT
         )
-        self._reading = OperationThread(
-            f"job store {self.path.name}, reading",
-            self._run_reads,
-            open_=self._open_reader,
-            close=self._close_reader,
-            max_together=1,
-            max_waiting=MAX_WAITING_OPERATIONS,
-        )
+        self._reading = OperationThread(f"{name}, reading", self._run_reads, self._open_for_reading, max_together=1)
+        self._reader: sqlite3.Connection
         self._threads: AsyncExitStack | None = None
-        # Each used only in its thread.
-        self._opened = ExitStack()
-        self._reader: sqlite3.Connection | None = None
 
     async def __aenter__(self) -> Self:
         if self._threads is not None:
@@ -86,7 +72,8 @@ class SqliteJobStore(JobStore):
 
     # In the threads.
 
-    def _open(self) -> None:
+    @contextmanager
+    def _open_for_writing(self) -> Iterator[None]:
         with self._errors_translated(), ExitStack() as opened:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -94,8 +81,8 @@ class SqliteJobStore(JobStore):
             self._take(lock)
             self._database = opened.enter_context(closing(open_database(self.path)))
             self._table = JobTable(self._database, self._max_jobs)
-            self._opened = opened.pop_all()
-        self._commits = 0
+            self.commits = 0
+            yield
 
     def _take(self, lock: int) -> None:
         try:
@@ -106,20 +93,14 @@ class SqliteJobStore(JobStore):
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
 
-    def _close(self) -> None:
-        self._opened.close()
-
-    def _open_reader(self) -> None:
-        with self._errors_translated():
-            self._reader = open_for_reading(self.path)
+    @contextmanager
+    def _open_for_reading(self) -> Iterator[None]:
+        with self._errors_translated(), closing(open_for_reading(self.path)) as self._reader:
+            yield
 
     def _run_reads(self, reads: list[Callable[[Any], Any]]) -> list[Any]:
         with self._errors_translated():
             return [read(self._reader) for read in reads]
-
-    def _close_reader(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
 
 
 class MemoryJobStore(JobStore):

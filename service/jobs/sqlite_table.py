@@ -220,7 +220,8 @@ class JobTable:
     def _end(self, before: JobStatus, ends: Sequence[JobEnd]) -> bool:
         """End jobs whose status is `before`; where one has another status, end none and return False."""
         rows = [
-            (e.job_id, e.status.value, e.result_json, e.error, microseconds(e.finished_at), before.value) for e in ends
+            (end.job_id, end.status.value, end.result_json, end.error, microseconds(end.finished_at), before.value)
+            for end in ends
         ]
         if self._write(sql.END, rows) < len(rows):
             self._database.execute("ROLLBACK TO operation")

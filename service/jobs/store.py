@@ -2,13 +2,12 @@
 
 import logging
 import sqlite3
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial, wraps
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreUnavailableError
@@ -41,7 +40,7 @@ def _operation(
     return perform
 
 
-class JobStore(ABC):
+class JobStore(AbstractAsyncContextManager["JobStore"]):
     """Keeps jobs from the moment they are accepted until their results are delivered and their time is over.
 
     An asynchronous context manager, with one owner: the owner calls `recover` once before anything is claimed, and
@@ -63,20 +62,8 @@ class JobStore(ABC):
         # Used only where transactions run, while the store is open.
         self._database: sqlite3.Connection
         self._table: JobTable
-        self._commits = 0
-
-    @property
-    def commits(self) -> int:
+        self.commits = 0
         """How many transactions have been committed since the store was opened."""
-        return self._commits
-
-    @abstractmethod
-    async def __aenter__(self) -> Self: ...
-
-    @abstractmethod
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
 
     @abstractmethod
     async def _perform(self, operation: Callable[[JobTable], T]) -> T:
@@ -173,7 +160,7 @@ class JobStore(ABC):
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             return [self._unavailable(error) for _ in operations]
-        self._commits += 1
+        self.commits += 1
         if self._table.has_removed and self.durable:
             self._give_space_back()
         return [

@@ -398,7 +398,7 @@ async def test_an_abandoned_operation_that_has_not_begun_is_not_run(path: Path) 
 
 
 async def test_more_operations_than_may_wait_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modalkit.service.jobs.sqlite.MAX_WAITING_OPERATIONS", 10)
+    monkeypatch.setattr("modalkit.service.jobs.operation_thread.MAX_WAITING_OPERATIONS", 10)
     refusals: list[str] = []
 
     async def add(store: SqliteJobStore, n: int) -> None:
