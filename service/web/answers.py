@@ -34,6 +34,15 @@ class Problem(BaseModel):
     errors: list[FieldError] = Field(default=[], description="Where a request is invalid.")
 
 
+PROBLEM_ANSWERS: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "Problem details (RFC 9457)",
+        "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
+}
+"""For OpenAPI: the answer of a route to a request that fails."""
+
+
 class JobView(BaseModel):
     """A job as its caller sees it, validated from the attributes of a stored `Job`."""
 
