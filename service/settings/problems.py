@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from modalkit.service.errors import ServiceError
+from modalkit.service.settings.models import Section
 from modalkit.service.settings.schema import KeyPath, is_secret, known_paths, suggestion
 
 _WHOLE_NUMBER = "must be a whole number"
@@ -58,7 +59,7 @@ class SettingsError(ServiceError):
         )
 
 
-def explain(root: type[BaseModel], error: ValidationError, origin: Callable[[KeyPath], str]) -> list[Problem]:
+def explain(root: type[Section], error: ValidationError, origin: Callable[[KeyPath], str]) -> list[Problem]:
     """The problems in pydantic's error; `origin` gives the origin of a key's value."""
     problems = []
     for finding in error.errors(include_url=False):
@@ -77,9 +78,7 @@ def unknown_key(path: KeyPath, meant: KeyPath | None) -> str:
     return f"unknown key; did you mean {meant[-1] if meant[:-1] == path[:-1] else '.'.join(meant)}?"
 
 
-def _message(
-    root: type[BaseModel], path: KeyPath, kind: str, text: str, facts: Mapping[str, Any], value: object
-) -> str:
+def _message(root: type[Section], path: KeyPath, kind: str, text: str, facts: Mapping[str, Any], value: object) -> str:
     if kind == "refused":
         return text
     if kind == "extra_forbidden":

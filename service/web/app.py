@@ -2,11 +2,12 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -92,19 +93,14 @@ def _complete_schema(app: FastAPI) -> None:
 
 
 def _add_health(app: FastAPI, gateway: Gateway) -> None:
-    @app.get(
-        "/metrics",
-        tags=["health"],
-        summary="Metrics for Prometheus",
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-    )
+    get = partial(app.get, tags=["health"])
+
+    @get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(await exposition(gateway), media_type=CONTENT_TYPE)
 
-    @app.get(
+    @get(
         "/health/live",
-        tags=["health"],
         summary="Whether the process can go on",
         responses={503: {"description": "A model is broken: replace the process"}},
     )
@@ -114,12 +110,7 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
             return JSONResponse({"status": "broken", "models": broken}, HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "live"})
 
-    @app.get(
-        "/health/ready",
-        tags=["health"],
-        summary="Whether every model takes requests",
-        responses={503: {"description": "Not yet"}},
-    )
+    @get("/health/ready", summary="Whether every model takes requests", responses={503: {"description": "Not yet"}})
     async def ready() -> JSONResponse:
         models = {name: model.readiness for name, model in gateway.models.items()}
         is_ready = all(state is Readiness.READY for state in models.values())

@@ -67,12 +67,8 @@ def _of_models(models: Iterable[Model]) -> Iterator[Metric]:
             queued.add_metric([name, priority], count)
         for outcome in ("succeeded", "failed", "expired", "cancelled", "refused"):
             requests.add_metric([name, outcome], getattr(done, outcome))
-        for quantile, seconds in (
-            ("0.5", done.latency_p50_s),
-            ("0.9", done.latency_p90_s),
-            ("0.99", done.latency_p99_s),
-        ):
-            latency.add_metric([name, quantile], seconds)
+        for percent in (50, 90, 99):
+            latency.add_metric([name, f"{percent / 100:g}"], getattr(done, f"latency_p{percent}_s"))
         running.add_metric([name], done.running)
         stuck.add_metric([name], done.stuck_threads)
         batches.add_metric([name], done.batches)

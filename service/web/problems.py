@@ -1,6 +1,7 @@
 """Errors as HTTP answers: problem details (RFC 9457) that name the field, the value and the remedy."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -62,22 +63,17 @@ _STATUS_OF = {kind: status for status, kinds in _ERRORS.items() for kind in kind
 _STATUS_BY_NAME = {kind.__name__: status for kind, status in _STATUS_OF.items()}
 
 
+@dataclass(eq=False)
 class ProblemError(ServiceError):
     """Raised to answer a request, or one of its items, with problem details."""
 
-    def __init__(
-        self,
-        status: HTTPStatus,
-        detail: str,
-        *,
-        errors: Sequence[Mapping[str, Any]] = (),
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(detail)
-        self.status = status
-        self.detail = detail
-        self.errors = errors
-        self.headers = headers
+    status: HTTPStatus
+    detail: str
+    errors: Sequence[Mapping[str, Any]] = ()
+    headers: Mapping[str, str] | None = None
+
+    def __str__(self) -> str:
+        return self.detail
 
 
 def invalid(findings: Iterable[Mapping[str, Any]], model: type[BaseModel] | None = None) -> ProblemError:

@@ -67,7 +67,7 @@ class Submitter:
             self._refuse_key()
             answers = [_json(outcome) for outcome in await self._submit(self._parser.jobs(body))]
             return json_response(b"[" + b",".join(answers) + b"]", HTTPStatus.ACCEPTED)
-        (outcome,) = await self._submit([_with_key(self._parser.job(body), self._options.idempotency_key)])
+        (outcome,) = await self._submit([self._with_key(self._parser.job(body))])
         if isinstance(outcome, Failure):
             raise outcome.error
         location = f"{request.scope.get('root_path', '')}/jobs/{outcome.value}"
@@ -91,6 +91,17 @@ class Submitter:
         return await run_valid(
             asked, lambda jobs: self._jobs.submit(jobs, model_name=self._model_name, priority=self._options.priority)
         )
+
+    def _with_key(self, job: AsyncInputModel) -> AsyncInputModel:
+        key = self._options.idempotency_key
+        if key is None:
+            return job
+        if job.idempotency_key not in (None, key):
+            raise ProblemError(
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+                "Idempotency-Key: the body has another idempotency_key; leave out one of the two",
+            )
+        return job.model_copy(update={"idempotency_key": key})
 
     def _refuse_key(self) -> None:
         if self._options.idempotency_key is not None:
@@ -200,17 +211,6 @@ class SubmissionStream(Response):
             await send({"type": "http.response.body", "body": answer, "more_body": True})
             answer = await spool.read()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _with_key(job: AsyncInputModel, idempotency_key: str | None) -> AsyncInputModel:
-    if idempotency_key is None:
-        return job
-    if job.idempotency_key not in (None, idempotency_key):
-        raise ProblemError(
-            HTTPStatus.UNPROCESSABLE_ENTITY,
-            "Idempotency-Key: the body has another idempotency_key; leave out one of the two",
-        )
-    return job.model_copy(update={"idempotency_key": idempotency_key})
 
 
 def _json(outcome: Outcome[str]) -> bytes:
