@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from types import NoneType
@@ -42,13 +41,16 @@ def deep_merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str
     return merged
 
 
-@dataclass(frozen=True)
 class Layer:
-    """What one source gives: values, the origin of each key in words, and what is wrong with its keys."""
+    """What one source gives: values, the origin of each key in words, and what is wrong with its keys.
 
-    values: dict[str, Any]
-    origins: dict[KeyPath, str]
-    problems: list[Problem] = field(default_factory=list)
+    Old names of keys are replaced, each with a `FutureWarning`.
+    """
+
+    def __init__(self, root: type[Section], values: Mapping[Any, Any], origins: dict[KeyPath, str]) -> None:
+        self.origins = origins
+        self.problems: list[Problem] = []
+        self.values = self._normalize(values, root, ())
 
     def gives(self, path: KeyPath) -> bool:
         """Whether this layer has a value for the key."""
@@ -69,6 +71,30 @@ class Layer:
                 return self.origins[path[:length]]
         return ", ".join(origin for other, origin in self.origins.items() if other[: len(path)] == path)
 
+    def _normalize(self, values: Mapping[Any, Any], section: type[Section], at: KeyPath) -> dict[str, Any]:
+        normalized: dict[str, Any] = {}
+        for key, value in values.items():
+            name = str(key)
+            if name in section.old_names:
+                name = self._present_name(name, values, section, at)
+            annotation = below(section, name)
+            options = kinds(annotation)
+            if value is None and NoneType not in options and any(map(is_structured, options)):
+                continue  # a heading in YAML with nothing, or only comments, below it: the default stays
+            inner = section_in(annotation) if isinstance(value, Mapping) else None
+            normalized[name] = value if inner is None else self._normalize(value, inner, (*at, name))
+        return normalized
+
+    def _present_name(self, old: str, values: Mapping[Any, Any], section: type[Section], at: KeyPath) -> str:
+        new = section.old_names[old]
+        path, place = (*at, old), self.origin((*at, old))
+        if new in values:
+            self.problems.append(Problem(path, f"is the old name of {new}, which is given too: remove it", place))
+            return new
+        warnings.warn(f"{'.'.join(path)}: is now called {new}: rename it ({place})", FutureWarning, stacklevel=2)
+        self.origins[*at, new] = f"{place}, as {old}"
+        return new
+
 
 def origin(path: KeyPath, layers: Sequence[Layer]) -> str:
     """The origin of a key's value: in the last layer that gives the key, else in the last one that gives its parent."""
@@ -77,47 +103,6 @@ def origin(path: KeyPath, layers: Sequence[Layer]) -> str:
             if layer.gives(path[:length]):
                 return layer.origin(path[:length])
     return "default"
-
-
-def make_layer(root: type[Section], values: Mapping[Any, Any], origins: dict[KeyPath, str]) -> Layer:
-    """A layer of `values`, with old names of keys replaced (each with a `FutureWarning`)."""
-    layer = Layer({}, origins)
-    layer.values.update(_normalize(values, root, (), layer))
-    return layer
-
-
-def _normalize(values: Mapping[Any, Any], section: type[Section], at: KeyPath, layer: Layer) -> dict[str, Any]:
-    normalized: dict[str, Any] = {}
-    for key, value in values.items():
-        name = str(key)
-        if name in section.old_names:
-            name = _present_name(name, values, section, at, layer)
-        annotation = below(section, name)
-        inner = section_in(annotation)
-        if value is None and _null_means_default(annotation):
-            continue
-        if inner is None or not isinstance(value, Mapping):
-            normalized[name] = value
-        else:
-            normalized[name] = _normalize(value, inner, (*at, name), layer)
-    return normalized
-
-
-def _present_name(old: str, values: Mapping[Any, Any], section: type[Section], at: KeyPath, layer: Layer) -> str:
-    new = section.old_names[old]
-    place = layer.origin((*at, old))
-    if new in values:
-        layer.problems.append(Problem((*at, old), f"is the old name of {new}, which is given too: remove it", place))
-        return new
-    warnings.warn(f"{'.'.join((*at, old))}: is now called {new}: rename it ({place})", FutureWarning, stacklevel=2)
-    layer.origins[*at, new] = f"{place}, as {old}"
-    return new
-
-
-def _null_means_default(annotation: Any) -> bool:
-    """Whether null leaves a key at its default: a heading in YAML with nothing, or only comments, below it."""
-    options = kinds(annotation)
-    return NoneType not in options and any(is_structured(option) for option in options)
 
 
 def read_files(
@@ -162,7 +147,7 @@ def read_variables(root: type[Section], environ: Mapping[str, str]) -> Layer:
                 problems.append(Problem(path, f"{message}; a text with special characters needs quotes", name))
             else:
                 values = deep_merge(values, reduce(lambda inner, key: {key: inner}, reversed(path), value))
-    layer = make_layer(root, values, origins)
+    layer = Layer(root, values, origins)
     layer.problems.extend(problems)
     return layer
 
@@ -176,12 +161,10 @@ def _read_file(root: type[Section], file: Path, named: str) -> Layer:
         raise _file_error(file, f"cannot be read{named}: {error.strerror}") from None
     except YAMLError as error:
         raise _file_error(file, f"is not valid YAML: {describe_yaml_error(error)}") from None
-    if values is None:
-        values = {}
-    if not isinstance(values, Mapping):
+    if not isinstance(values, Mapping | None):
         message = f"must hold a mapping, such as `app_settings:` and lines below it, not a {type(values).__name__}"
         raise _file_error(file, message)
-    return make_layer(root, values, {path: f"{file}, line {line}" for path, line in lines.items()} | {(): str(file)})
+    return Layer(root, values or {}, {path: f"{file}, line {line}" for path, line in lines.items()} | {(): str(file)})
 
 
 def _file_error(file: Path, message: str) -> SettingsError:

@@ -53,11 +53,8 @@ class ApiKey:
                 return
         problem = "the API key is wrong" if key else "the API key is missing"
         form = "Authorization: Bearer <key>" if self._is_bearer else f"{self._header}: <key>"
-        raise ProblemError(
-            HTTPStatus.UNAUTHORIZED,
-            f"{problem}: send it as the header '{form}'",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+        detail = f"{problem}: send it as the header '{form}'"
+        raise ProblemError(HTTPStatus.UNAUTHORIZED, detail, headers={"WWW-Authenticate": "Bearer"})
 
     def _is_right(self, sent: bytes) -> bool:
         key = self._expected()

@@ -89,17 +89,13 @@ async def run_valid(
     return [item if isinstance(item, Failure) else next(outcomes) for item in items]
 
 
-class _AnyList(RootModel[list[Any]]):
-    pass
-
-
 def _parse_list(
     adapter: TypeAdapter[list[Model]], parse: Callable[[bytes], Model], body: bytes
 ) -> Sequence[Model | Failure]:
     try:
         return adapter.validate_json(body)
     except ValidationError:
-        return [_or_failure(parse, to_json(value)) for value in _parse(_AnyList, body).root]
+        return [_or_failure(parse, to_json(value)) for value in _parse(RootModel[list[Any]], body).root]
 
 
 def _or_failure(parse: Callable[[bytes], Model], body: bytes) -> Model | Failure:

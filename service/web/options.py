@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import Annotated, Self
 
 from fastapi import Header, Query, Request
+from pydantic import Field
 
 from modalkit.batching import Priority
 from modalkit.service.web.problems import ProblemError
@@ -25,12 +26,8 @@ TimeoutHeader = Annotated[
 ]
 KeyHeader = Annotated[
     str | None,
-    Header(
-        alias="Idempotency-Key",
-        min_length=1,
-        max_length=MAX_KEY_CHARACTERS,
-        description="The same for each repetition of a request: they all get one job.",
-    ),
+    Field(min_length=1, max_length=MAX_KEY_CHARACTERS),
+    Header(alias="Idempotency-Key", description="The same for each repetition of a request: they all get one job."),
 ]
 
 

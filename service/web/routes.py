@@ -15,7 +15,7 @@ from modalkit.pipelines import AsyncInputModel, AsyncOutputModel, InferenceOutpu
 from modalkit.service.errors import OutputNotJsonError
 from modalkit.service.gateway import Gateway, find_model
 from modalkit.service.outputs import output_json
-from modalkit.service.web.answers import PROBLEM_ANSWERS, Submitted, json_response
+from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, Submitted
 from modalkit.service.web.auth import ApiKey
 from modalkit.service.web.bodies import BodyParser, read_body, run_valid
 from modalkit.service.web.options import PredictionOptions, SubmissionOptions
@@ -71,7 +71,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
         item = parser(model.input_model).item(await read_body(request))
         call = model.predict(item, priority=options.priority, timeout_s=options.timeout_s)
         try:
-            return json_response(output_json(await while_connected(request, call)))
+            return Response(output_json(await while_connected(request, call)), media_type=JSON)
         except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is this item's error
             return error_response(error)
 
@@ -92,7 +92,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
                 request, model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s)
             ),
         )
-        return json_response(b"[" + b",".join(map(_slot, outcomes)) + b"]")
+        return Response(b"[" + b",".join(map(_slot, outcomes)) + b"]", media_type=JSON)
 
     @route(
         "/async/predict",

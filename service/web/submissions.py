@@ -4,8 +4,8 @@ import logging
 import tempfile
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from http import HTTPStatus
+from typing import NamedTuple
 
 import anyio
 from fastapi import Request
@@ -19,7 +19,7 @@ from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import JobStoreError
-from modalkit.service.web.answers import NDJSON, json_response
+from modalkit.service.web.answers import JSON, NDJSON
 from modalkit.service.web.bodies import BodyParser, read_body, run_valid
 from modalkit.service.web.options import SubmissionOptions
 from modalkit.service.web.problems import ProblemError, error_json
@@ -38,8 +38,7 @@ _TOO_LARGE = ProblemError(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """A line that is not empty. `number` counts all lines from 1; `content` is None where it is too large."""
 
     number: int
@@ -66,12 +65,12 @@ class Submitter:
         if body.lstrip()[:1] == b"[":
             self._refuse_key()
             answers = [_json(outcome) for outcome in await self._submit(self._parser.jobs(body))]
-            return json_response(b"[" + b",".join(answers) + b"]", HTTPStatus.ACCEPTED)
+            return Response(b"[" + b",".join(answers) + b"]", HTTPStatus.ACCEPTED, media_type=JSON)
         (outcome,) = await self._submit([self._with_key(self._parser.job(body))])
         if isinstance(outcome, Failure):
             raise outcome.error
         location = f"{request.scope.get('root_path', '')}/jobs/{outcome.value}"
-        return json_response(_json(outcome), HTTPStatus.ACCEPTED, {"Location": location})
+        return Response(_json(outcome), HTTPStatus.ACCEPTED, {"Location": location}, JSON)
 
     async def answer_lines(self, lines: Sequence[Line]) -> bytes:
         """Submit the jobs of some lines; returns a line for each, with its `job_id` or its error."""
