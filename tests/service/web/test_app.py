@@ -300,3 +300,8 @@ async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient
     assert problem == {"$ref": "#/components/schemas/Problem"}
     found = schema["paths"]["/jobs/{job_id}"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert found == {"$ref": "#/components/schemas/JobDetails"}
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"], path
+            takes_requests = path.startswith(("/sync", "/batch", "/async", "/jobs"))
+            assert ("default" in operation["responses"]) == takes_requests, path
