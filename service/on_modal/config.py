@@ -14,7 +14,7 @@ from modalkit.service.loading import LoadError
 from modalkit.service.on_modal.image import build_image, config_paths, image_in_container, plan_image
 from modalkit.service.on_modal.image_plan import ImagePlan
 from modalkit.service.settings import AppSettings, CloudBucketMount, DeploymentConfig, ModelSettings, Settings
-from modalkit.service.settings.sources import API_KEY_VARIABLE, CONFIG_VARIABLE, POSTFIX_VARIABLE, PREFIX
+from modalkit.service.settings.layers import API_KEY_VARIABLE, CONFIG_VARIABLE, POSTFIX_VARIABLE, PREFIX
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.settings import Settings
+from modalkit.service.settings.layers import PREFIX, RESERVED_VARIABLES
 from modalkit.service.settings.schema import KeyPath, is_secret, known_paths
-from modalkit.service.settings.sources import PREFIX, RESERVED_VARIABLES
 
 HIDDEN = "(hidden)"
 

@@ -12,7 +12,7 @@ from modalkit.service.loading import LoadError
 from modalkit.service.on_modal.image_code import own_package, own_requirements, user_code
 from modalkit.service.on_modal.image_plan import ImagePlan, LocalPath, in_container, models
 from modalkit.service.settings import BuildConfig, DeploymentConfig, Settings
-from modalkit.service.settings.sources import CONFIG_VARIABLE, DEFAULT_FILE
+from modalkit.service.settings.layers import CONFIG_VARIABLE, DEFAULT_FILE
 
 _OFFICIAL_PYTHON = re.compile(r"(?:^|/)python:(\d+\.\d+)")
 
