@@ -18,7 +18,7 @@ from modalkit.batching import BatchScheduler, CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, undisturbed
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.service.errors import describe_error
-from modalkit.service.pipeline_batches import at_full_load, is_too_large
+from modalkit.service.pipeline_batches import at_full_load, is_too_large, max_in_flight_of
 from modalkit.service.settings import BatchConfig
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,9 @@ class CostKey:
     device: str
 
     @classmethod
-    def of(cls, pipeline: InferencePipeline, max_in_flight: int) -> "CostKey":
-        """The key of a loaded pipeline that runs up to `max_in_flight` batches at once."""
+    def of(cls, pipeline: InferencePipeline, config: BatchConfig) -> "CostKey":
+        """The key of a loaded pipeline that runs as `config` says."""
+        max_in_flight = max_in_flight_of(pipeline, config)
         kind = type(pipeline)
         entry = json.dumps(pipeline.model_entry, sort_keys=True, default=str)  # may hold a token: only its hash is kept
         return cls(
@@ -52,9 +53,7 @@ class LearntCosts:
     Raises `ValueError` for a pipeline whose `cost_feature` is none.
     """
 
-    def __init__(
-        self, pipeline: InferencePipeline, batch_config: BatchConfig, max_in_flight: int, *, calibrate: bool
-    ) -> None:
+    def __init__(self, pipeline: InferencePipeline, batch_config: BatchConfig, *, calibrate: bool) -> None:
         if pipeline.cost_feature not in set(CostFeature):
             raise ValueError(
                 f"{type(pipeline).__name__}.cost_feature must be 'padded' or 'total', got {pipeline.cost_feature!r}"
@@ -62,7 +61,6 @@ class LearntCosts:
         self.model = MeasuredCostModel(CostFeature(pipeline.cost_feature))
         self._pipeline = pipeline
         self._batch_config = batch_config
-        self._max_in_flight = max_in_flight
         self._config = batch_config.calibration
         self._calibrate = calibrate and self._config.enabled
         self._key: CostKey | None = None
@@ -76,7 +74,7 @@ class LearntCosts:
         """
         if (path := self._config.path) is not None:
             try:
-                self._key = CostKey.of(self._pipeline, self._max_in_flight)
+                self._key = CostKey.of(self._pipeline, self._batch_config)
             except Exception as error:  # noqa: BLE001  # user code may raise anything, and no request depends on it
                 self._warn("device_name failed, so its costs are not kept", error)
             else:
@@ -94,7 +92,7 @@ class LearntCosts:
 
     async def _measure(self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel]) -> None:
         calibration = Calibration(
-            run=at_full_load(self._pipeline, self._max_in_flight),
+            run=at_full_load(self._pipeline, max_in_flight_of(self._pipeline, self._batch_config)),
             sample_items=self._pipeline.sample_items,
             item_size=self._pipeline.item_size,
             max_count=self._batch_config.max_batch_size,

@@ -12,6 +12,7 @@ from modalkit.batching import RunBatch, Stages
 from modalkit.batching.execution import run_checked
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline
 from modalkit.service.errors import ItemRejectedError, PipelineOutputError, error_text
+from modalkit.service.settings import BatchConfig
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,6 +28,11 @@ _FAULT_OF_THE_CALL = re.compile(
     r"invalid (configuration )?argument|invalid device (function|ordinal)|no kernel image"
     r"|CUBLAS_STATUS_(INVALID_VALUE|NOT_SUPPORTED|ARCH_MISMATCH)"
 )
+
+
+def max_in_flight_of(pipeline: InferencePipeline, config: BatchConfig) -> int:
+    """How many batches of the pipeline run at once: as configured, else as it says."""
+    return config.max_in_flight or pipeline.max_in_flight
 
 
 def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatch[BaseModel, InferenceOutputModel]:

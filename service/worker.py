@@ -27,7 +27,7 @@ from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import JobOutcome, JobRunner
 from modalkit.service.learnt_costs import LearntCosts
 from modalkit.service.loading import make_job_manager
-from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large, run_batch_of
+from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large, max_in_flight_of, run_batch_of
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
 
@@ -81,7 +81,7 @@ class InferenceWorker(AsyncContextManagerMixin):
     ) -> None:
         app_settings = AppSettings() if settings is None else settings.app_settings
         batch_config = app_settings.batch_config
-        max_in_flight = batch_config.max_in_flight or pipeline.max_in_flight
+        max_in_flight = max_in_flight_of(pipeline, batch_config)
         self.pipeline = pipeline
         self.model_name = pipeline.model_name
         self.input_model = input_model or pipeline.input_model
@@ -89,7 +89,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._jobs = jobs or make_job_manager(settings, queue_backend, job_store)
         self._sinks: list[Callable[[BatchRecord], None]] = [FailureLog(self.model_name)] if log_failures else []
         self._sinks += [] if on_batch is None else [on_batch]
-        self._costs = LearntCosts(pipeline, batch_config, max_in_flight, calibrate=calibrate)
+        self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
         self._scheduler: BatchScheduler[BaseModel, InferenceOutputModel] = BatchScheduler(
             run_batch_of(pipeline, max_in_flight),
             policy=batch_policy(batch_config),

@@ -23,6 +23,7 @@ from modalkit.service.cli.common import ConfigFiles, ModelOption, model_source, 
 from modalkit.service.cli.records import ColumnOption, FileFormat, FormatOption, read_file
 from modalkit.service.errors import describe_error
 from modalkit.service.learnt_costs import CostKey, save_costs
+from modalkit.service.pipeline_batches import max_in_flight_of
 from modalkit.service.settings import BatchConfig, Settings
 from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.choice import ChosenLimits, choose_limits, lone_sizes, nearest_size, predicted_capacity
@@ -99,7 +100,7 @@ def tune(
     with notices.status(f"Loading {source.model_name} ..."):
         pipeline = source.load()
     try:
-        key = CostKey.of(pipeline)
+        key = CostKey.of(pipeline, settings.app_settings.batch_config)
     except Exception as error:
         raise TuningError(f"{type(pipeline).__name__}.device_name failed: {describe_error(error)}") from error
     own_or_made_up = MadeUpSamples(pipeline) if items is None else OwnSamples(pipeline, items)
@@ -144,6 +145,7 @@ class _Tuning:
     def __init__(self, pipeline: InferencePipeline, settings: Settings, samples: Samples, max_s: float) -> None:
         self._output = Console(highlight=False, markup=False, width=None if Console().is_terminal else PIPED_WIDTH)
         self._config = settings.app_settings.batch_config
+        self._max_in_flight = max_in_flight_of(pipeline, self._config)
         self._max_s = max_s
         self._deadline_s = monotonic() + max_s
         bar = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -158,7 +160,7 @@ class _Tuning:
         self.shapes = undisturbed(self._measured.measurements)
         self.costs = fitted_costs(pipeline, self.shapes)
         self._bench = Bench(pipeline, settings, self.costs, samples)
-        _show_measurements(self._output, self._measured, self.shapes)
+        _show_measurements(self._output, self._measured, self.shapes, self._max_in_flight)
         _show_costs(self._output, self.costs, self.shapes)
 
     def choose(self, objective_s: float | None) -> ChosenLimits:
@@ -188,7 +190,7 @@ class _Tuning:
         trial: Trial | None = None
         policy = batch_policy(config)
         for load in LOADS:
-            capacity = predicted_capacity(self.shapes, policy, load)
+            capacity = predicted_capacity(self.shapes, policy, load, self._max_in_flight)
             rate_per_s = min(load * capacity.items_per_s, MAX_SENT_PER_S)
             plan = TrialPlan.within(rate_per_s, capacity.batch_s, self._deadline_s - monotonic())
             if plan is None:
@@ -201,7 +203,9 @@ class _Tuning:
             _show_trial(self._output, trial, plan, share, objective_s)
             if trial.failed or (trial.is_complete and (objective_s is None or trial.p99_s <= objective_s)):
                 break
-        require_complete(trial, predicted_capacity(self.shapes, policy, LOADS[0]).batch_s, self._max_s)
+        require_complete(
+            trial, predicted_capacity(self.shapes, policy, LOADS[0], self._max_in_flight).batch_s, self._max_s
+        )
         if trial is not None and objective_s is not None and trial.p99_s > objective_s:
             self._output.print(
                 "  The objective was not kept at any load that was tried: requests queue for more than one batch. Send "
@@ -209,11 +213,15 @@ class _Tuning:
             )
 
 
-def _show_measurements(output: Console, measured: Calibration[Any], corrected: Sequence[Measurement]) -> None:
+def _show_measurements(
+    output: Console, measured: Calibration[Any], corrected: Sequence[Measurement], max_in_flight: int
+) -> None:
     """Show the time of each measured batch, how many were `corrected`, and which were left out and why."""
     shapes = measured.measurements
-    _show_by_count_and_size(output, shapes, "Milliseconds of a batch", lambda shape: shape.seconds * 1000)
-    _show_by_count_and_size(output, shapes, "Items a second", lambda shape: shape.count / max(shape.seconds, 1e-9))
+    title = "Milliseconds of a batch" + (f", {max_in_flight} at once" if max_in_flight > 1 else "")
+    _show_by_count_and_size(output, shapes, title, lambda shape: shape.seconds * 1000)
+    rate_of = lambda shape: max_in_flight * shape.count / max(shape.seconds, 1e-9)  # noqa: E731
+    _show_by_count_and_size(output, shapes, "Items a second", rate_of)
     disturbed = sum(before != after for before, after in zip(shapes, corrected, strict=True))
     if disturbed:
         output.print(

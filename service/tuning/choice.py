@@ -100,8 +100,12 @@ class Capacity:
     batch_s: float
 
 
-def predicted_capacity(measurements: Sequence[Measurement], policy: BatchPolicy, load: float) -> Capacity:
+def predicted_capacity(
+    measurements: Sequence[Measurement], policy: BatchPolicy, load: float, max_in_flight: int = 1
+) -> Capacity:
     """The capacity if all measured sizes are equally frequent and each runs in its best batch under `policy`.
+
+    `max_in_flight` batches run at once, each in the measured time.
 
     It needs a queue in which every size fills batches of its own. The time of a batch with the largest allowed count,
     if it was not measured, is that of the next larger measured batch, if there is one.
@@ -109,7 +113,7 @@ def predicted_capacity(measurements: Sequence[Measurement], policy: BatchPolicy,
     lines = [line.runnable() for line in _by_size(measurements, policy)]
     rates = [max(count / seconds for count, seconds in shapes) for shapes in lines]
     return Capacity(
-        items_per_s=len(rates) / sum(1 / rate for rate in rates),
+        items_per_s=max_in_flight * len(rates) / sum(1 / rate for rate in rates),
         batch_s=max(
             next(seconds for count, seconds in shapes if count / seconds >= load * rate)
             for shapes, rate in zip(lines, rates, strict=True)

@@ -9,7 +9,7 @@ from modalkit.batching import CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, Measurement
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.errors import describe_error
-from modalkit.service.pipeline_batches import is_too_large
+from modalkit.service.pipeline_batches import at_full_load, is_too_large, max_in_flight_of
 from modalkit.service.settings import BatchConfig
 from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.samples import MadeUpSamples, Samples
@@ -40,7 +40,7 @@ def measure(
     started_s = clock()
     samples = samples or MadeUpSamples(pipeline)
     calibration = Calibration(
-        run=pipeline.run_inference,
+        run=at_full_load(pipeline, max_in_flight_of(pipeline, config)),
         sample_items=samples.of_size,
         item_size=pipeline.item_size,
         max_count=min(max(config.max_batch_size, MAX_COUNT), config.max_queue_size),
