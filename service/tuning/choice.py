@@ -65,8 +65,7 @@ def choose_limits(
     else:
         _require_room_for_largest(lines, objective_s, beside_s)
         wait_ms, reasons["wait_ms"] = _wait_ms(lines, model, objective_s, beside_s)
-        # In whole microseconds, so that the number in the file is readable.
-        batch_s = math.floor((objective_s - beside_s - wait_ms / 1000) / 2 * 1_000_000) / 1_000_000
+        batch_s = _rounded_down((objective_s - beside_s - wait_ms / 1000) / 2)
         values |= {"wait_ms": wait_ms, "max_batch_seconds": batch_s}
         reasons["max_batch_seconds"] = (
             f"a request may wait for one batch{f' and {wait_ms:g} ms' if wait_ms else ''}, and runs in the next: "
@@ -246,3 +245,9 @@ def _by_size(measurements: Sequence[Measurement], policy: BatchPolicy) -> list[_
         _SizeEvidence(size, sorted(seconds.items()), int(min(policy.max_batch_size, max(1, max_tokens / size))), max_s)
         for size, seconds in shapes.items()
     ]
+
+
+def _rounded_down(seconds: float) -> float:
+    """Four digits of a positive number, so that it is readable in a file."""
+    step = 10.0 ** (math.floor(math.log10(seconds)) - 3)
+    return round(math.floor(seconds / step) * step, 9)

@@ -174,6 +174,14 @@ def test_capacity_is_that_of_the_best_batch_of_each_size() -> None:
     assert capacity_per_s(shapes, slow) == pytest.approx(1 / 0.010064)
 
 
+def test_batches_that_run_at_once_add_up_to_the_capacity() -> None:
+    shapes = measured(GPU, sizes=(64,))
+    policy = BatchPolicy(max_batch_size=32)
+    assert predicted_capacity(shapes, policy, 0.7, max_in_flight=3).items_per_s == pytest.approx(
+        3 * capacity_per_s(shapes, policy)
+    )
+
+
 def test_what_was_not_measured_promises_no_capacity() -> None:
     shapes = [Measurement(1, 8, 8, 1.0), Measurement(2, 8, 16, 1.0)]
     assert capacity_per_s(shapes, BatchPolicy(max_batch_size=32)) == 2
