@@ -109,19 +109,11 @@ class ModalConfig:
 
     def get_app_cls_settings(self) -> dict[str, Any]:
         """Arguments of ``app.cls`` for the class that runs the model; its concurrency is set apart from them."""
-        deployment = self._deployment
-        return _given(
-            **self._in_every_container(),
-            **self._machine(),
-            timeout=deployment.timeout,
-            region=deployment.region,
-            retries=deployment.retries,
-        )
+        return _given(self._machine() | self._deployment.model_dump(include={"timeout", "region", "retries"}))
 
     def get_handler_settings(self) -> dict[str, Any]:
         """Arguments of ``app.function`` for the web function: a container without a GPU, volumes or retries."""
-        deployment = self._deployment
-        return _given(**self._without_gpu(), timeout=deployment.timeout, region=deployment.region)
+        return _given(self._container() | self._deployment.model_dump(include={"timeout", "region"}))
 
     def get_asgi_app_settings(self) -> dict[str, Any]:
         """Arguments of ``modal.asgi_app``."""
@@ -148,22 +140,12 @@ class ModalConfig:
         """
         deployment = self._deployment
         target = deployment.target_concurrent_inputs or deployment.max_concurrent_inputs
-        return _given(
-            **self._in_every_container(),
-            **self._machine(),
-            **self._server(),
-            target_concurrency=min(target, deployment.max_concurrent_requests),
-        )
+        return self._server(self._machine(), target_concurrency=min(target, deployment.max_concurrent_requests))
 
     def get_web_server_settings(self) -> dict[str, Any]:
         """Arguments of ``app.server`` for a class that serves HTTP on a container without a GPU."""
-        deployment = self._deployment
-        return _given(
-            **self._without_gpu(),
-            **self._server(),
-            # Beyond the most, Modal refuses (429) until another container is there.
-            target_concurrency=max(1, deployment.max_concurrent_requests // 2),
-        )
+        # Beyond the most, Modal refuses (429) until another container is there.
+        return self._server(self._container(), target_concurrency=max(1, self._deployment.max_concurrent_requests // 2))
 
     @property
     def _deployment(self) -> DeploymentConfig:
@@ -178,48 +160,43 @@ class ModalConfig:
     def _image(self) -> modal.Image:
         return image_in_container(self.settings) if self._is_in_container else build_image(self.plan_image())
 
-    def _in_every_container(self) -> dict[str, Any]:
-        secrets = [modal.Secret.from_name(name) for name in self._deployment.secrets]
-        return {"image": self.get_image(), "env": self.environment, "secrets": secrets}
-
-    def _without_gpu(self) -> dict[str, Any]:
-        """What a web function and a web server have in common."""
-        deployment = self._deployment
+    def _container(self) -> dict[str, Any]:
+        """Arguments for every container; settings that have the names of Modal's arguments are these."""
         return {
-            **self._in_every_container(),
-            "min_containers": deployment.min_containers,
-            "max_containers": deployment.max_containers,
-            "scaledown_window": deployment.scaledown_window,
-        }
-
-    def _server(self) -> dict[str, Any]:
-        """What all classes under `app.server` have in common."""
-        deployment = self._deployment
-        return {
-            "startup_timeout": deployment.timeout,
-            "compute_region": deployment.region,
-            "unauthenticated": not deployment.secure,
-            "exit_grace_period": EXIT_GRACE_S,
-            "max_concurrency": deployment.max_concurrent_requests,
-        }
+            "image": self.get_image(),
+            "env": self.environment,
+            "secrets": [modal.Secret.from_name(name) for name in self._deployment.secrets],
+        } | self._deployment.model_dump(include={"min_containers", "max_containers", "scaledown_window"})
 
     def _machine(self) -> dict[str, Any]:
-        """What `app.cls` and `app.server` have in common for the container that runs the model."""
+        """Arguments for a container that runs the model."""
         deployment = self._deployment
         return {
+            **self._container(),
+            **deployment.model_dump(include={"cpu", "memory"}),
             "gpu": deployment.gpu or None,
-            "cpu": deployment.cpu,
-            "memory": deployment.memory,
-            "min_containers": deployment.min_containers,
-            "max_containers": deployment.max_containers,
-            "scaledown_window": deployment.scaledown_window,
             "volumes": {**self.volumes, **self.cloud_bucket_mounts},
             "enable_memory_snapshot": deployment.memory_snapshot,
             "experimental_options": {"enable_gpu_snapshot": True} if deployment.gpu_snapshot else None,
         }
 
+    def _server(self, container: dict[str, Any], *, target_concurrency: int) -> dict[str, Any]:
+        """Arguments of `app.server` for a class that runs in such a `container`."""
+        deployment = self._deployment
+        return _given(
+            container
+            | {
+                "startup_timeout": deployment.timeout,
+                "compute_region": deployment.region,
+                "unauthenticated": not deployment.secure,
+                "exit_grace_period": EXIT_GRACE_S,
+                "max_concurrency": deployment.max_concurrent_requests,
+                "target_concurrency": target_concurrency,
+            }
+        )
 
-def _given(**arguments: Any) -> dict[str, Any]:
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments without those that leave it to Modal."""
     return {name: value for name, value in arguments.items() if value is not None}
 
