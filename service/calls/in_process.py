@@ -216,9 +216,8 @@ class InProcessEngine(AsyncContextManagerMixin):
         with anyio.CancelScope() as call.scope, anyio.move_on_after(self._timeout_s) as limit:
             try:
                 outcomes = await self._runs[call.model_name](call.entries, given)
-            except BaseException as error:
-                if not _is_loss(error):
-                    raise
+            except* WorkerLostError:
+                pass  # there are no outcomes
         if limit.cancelled_caught:
             call.end(CallResult(CallState.TIMED_OUT, error=f"it took longer than {self._timeout_s:g} s"))
         call.scope = None
@@ -294,12 +293,6 @@ async def in_process_gateway(
         engine.attach(worker.model_name, processor.process)
         async with CallGateway({model.name: model}, jobs, opens=[engine, model]) as gateway:
             yield gateway
-
-
-def _is_loss(error: BaseException) -> bool:
-    if isinstance(error, BaseExceptionGroup):
-        return error.subgroup(WorkerLostError) is not None
-    return isinstance(error, WorkerLostError)
 
 
 def _copied(value: Any) -> Any:

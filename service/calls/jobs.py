@@ -233,7 +233,7 @@ class CallJobs(AsyncContextManagerMixin):
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class CallGateway(AsyncContextManagerMixin):
     """Models and jobs over an engine. Entering it enters what it `opens`, in that order, and then the jobs."""
 

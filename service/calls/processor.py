@@ -56,7 +56,7 @@ class _Item:
 
     priority: Priority
     timeout_s: float | None
-    until_s: float | None
+    until_s: float | None = None
     message: BaseModel | None = None
     job: Job | None = None
     outcome: Outcome[InferenceOutputModel] | None = None
@@ -135,7 +135,6 @@ class CallProcessor:
         item = _Item(
             priority=Priority.INTERACTIVE if options.priority is None else Priority(options.priority),
             timeout_s=None if options.timeouts_s is None else options.timeouts_s[index],
-            until_s=None,
         )
         try:
             request = read_entry(entry)

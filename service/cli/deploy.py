@@ -46,8 +46,7 @@ def deploy(
     """
     environ = _environ(config)
     if dry_run:
-        from modalkit.service.on_modal.config import ModalConfig
-        from modalkit.service.on_modal.deployment import describe_deployment
+        from modalkit.service.on_modal.config import ModalConfig, describe_deployment
 
         modal_config = ModalConfig(environ=environ)
         if app != DEFAULT_APP:

@@ -11,10 +11,16 @@ import modal
 
 from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
-from modalkit.service.on_modal.image import build_image, config_paths, image_in_container, plan_image
-from modalkit.service.on_modal.image_plan import ImagePlan
+from modalkit.service.on_modal.image import ImagePlan, build_image, config_paths, image_in_container, plan_image
 from modalkit.service.settings import AppSettings, CloudBucketMount, DeploymentConfig, ModelSettings, Settings
-from modalkit.service.settings.sources import API_KEY_VARIABLE, CONFIG_VARIABLE, POSTFIX_VARIABLE, PREFIX
+from modalkit.service.settings.schema import KeyPath, is_secret, known_paths
+from modalkit.service.settings.sources import (
+    API_KEY_VARIABLE,
+    CONFIG_VARIABLE,
+    POSTFIX_VARIABLE,
+    PREFIX,
+    RESERVED_VARIABLES,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -213,3 +219,51 @@ def _bucket_mount(bucket: CloudBucketMount) -> modal.CloudBucketMount:
     if bucket.secret is not None:
         arguments["secret"] = modal.Secret.from_name(bucket.secret)
     return modal.CloudBucketMount(**arguments)
+
+
+def describe_deployment(config: ModalConfig) -> dict[str, Any]:
+    """Every setting that a deployment of the configured service sends to Modal; needs neither network nor token.
+
+    Secrets appear by their names, and variables that hold a secret setting without their values.
+    """
+    return {
+        "app": config.app_name,
+        "class": {
+            "settings": _plain(config.get_app_cls_settings(), config),
+            "concurrency": config.get_concurrency_settings(),
+            "parameters": {"model_name": list(config.model_settings.model_entries)},
+        },
+        "web_function": {
+            "settings": _plain(config.get_handler_settings(), config),
+            "concurrency": config.get_handler_concurrency_settings(),
+            "asgi_app": config.get_asgi_app_settings(),
+        },
+        "image": list(config.plan_image().steps()),
+    }
+
+
+def _plain(arguments: dict[str, Any], config: ModalConfig) -> dict[str, Any]:
+    """Arguments of a decorator of Modal's, with names for Modal's objects."""
+    deployment = config.app_settings.deployment_config
+    plain = arguments | {
+        "image": "see below",
+        "env": {
+            name: "(hidden)" if _holds_secret(name) else value for name, value in sorted(config.environment.items())
+        },
+        "secrets": list(deployment.secrets),
+    }
+    if "volumes" in arguments:
+        plain["volumes"] = {path: {"volume": name} for path, name in deployment.volumes.items()} | {
+            bucket.mount_point: bucket.model_dump(exclude={"mount_point"}, exclude_defaults=True)
+            for bucket in deployment.cloud_bucket_mounts
+        }
+    return plain
+
+
+def _holds_secret(variable: str) -> bool:
+    """Whether the variable sets a secret, or a section that has one."""
+    if variable in RESERVED_VARIABLES:
+        return False
+    path: KeyPath = tuple(variable[len(PREFIX) :].lower().split("__"))
+    below = [known for known in known_paths(Settings) if known[: len(path)] == path]
+    return any(is_secret(Settings, known) for known in (path, *below))

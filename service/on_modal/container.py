@@ -136,7 +136,12 @@ class Container:
     async def process(self, entries: Sequence[object], options: CallOptions) -> list[dict[str, Any]]:
         """Run a call; see `CallProcessor.process`. Raises `ContainerFaultError` from a container out of rotation."""
         until_s = anyio.current_time() + self._call_timeout_s
-        self._warn_of_one_input()
+        if not self._has_warned and takes_one_input_at_a_time():
+            logger.warning(
+                "This container takes one input at a time, so batches form only of the items within an input. Decorate "
+                "the class, below @app.cls(...), with @modal.concurrent(**modal_config.get_concurrency_settings())"
+            )
+        self._has_warned = True
         if self._lifetime.is_over and self.worker.fault is None:
             self._note_fault("the worker of this container has ended")
             await self._leave_when_faulty()
@@ -161,14 +166,6 @@ class Container:
                 upkeep.start_soon(keep_volumes_fresh, self._config, self.worker.pipeline, interval_s)
             yield
             upkeep.cancel_scope.cancel()
-
-    def _warn_of_one_input(self) -> None:
-        if not self._has_warned and takes_one_input_at_a_time():
-            logger.warning(
-                "This container takes one input at a time, so batches form only of the items within an input. Decorate "
-                "the class, below @app.cls(...), with @modal.concurrent(**modal_config.get_concurrency_settings())"
-            )
-        self._has_warned = True
 
     async def _watch(self) -> None:
         await self.worker.wait_until_broken()

@@ -178,6 +178,5 @@ def _name_of(app_cls: Any, config: ModalConfig, parameters: Mapping[str, str]) -
             "models, declare model_name: str = modal.parameter() in it and give create_web_endpoints their names, as "
             "in models=['sentiment']"
         ) from error
-    if not isinstance(name, str):
-        name = parameters.get("model_name")
-    return name or default_model_name(config, _implementation(app_cls))
+    name = parameters.get("model_name", name)
+    return name if isinstance(name, str) else default_model_name(config, _implementation(app_cls))

@@ -194,7 +194,7 @@ class HostedService(Constructible):
 def model_source(service: HostedService, config: ModalConfig) -> ModelSource:
     """The pipeline class and the entry of a service. Raises `LoadError` and `UnknownModelError`."""
     implementation = service.inference_implementation
-    name = service.model_name or default_model_name(config, implementation)
+    name = default_model_name(config, implementation) if service.model_name is None else service.model_name
     return ModelSource(config.settings, name, implementation)
 
 
