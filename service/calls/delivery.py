@@ -40,13 +40,7 @@ async def send_results(
         attempted: list[tuple[str, DeliveryRecord]] = []
         for index, error in zip(pending, errors, strict=True):
             record = after_delivery_attempt(
-                done[index],
-                error,
-                attempt=attempt,
-                max_attempts=max_attempts,
-                now=now,
-                is_last=is_last,
-                backoff_s=backoff_s,
+                done[index], error, max_attempts=max_attempts, now=now, is_last=is_last, backoff_s=backoff_s
             )
             attempted.append((done[index].delivery_queue or "", record))
             done[index] = record_delivery(done[index], record) or done[index]
