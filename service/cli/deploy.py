@@ -13,7 +13,7 @@ from modalkit.service.cli.common import ConfigFiles
 from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
 from modalkit.service.settings import Settings
-from modalkit.service.settings.sources import CONFIG_VARIABLE
+from modalkit.service.settings.layers import CONFIG_VARIABLE
 from modalkit.service.settings.yaml_text import dump_yaml
 
 DEFAULT_APP = "modalkit.service.modal_app"

@@ -13,14 +13,14 @@ from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
 from modalkit.service.on_modal.image import ImagePlan, build_image, config_paths, image_in_container, plan_image
 from modalkit.service.settings import AppSettings, CloudBucketMount, DeploymentConfig, ModelSettings, Settings
-from modalkit.service.settings.schema import KeyPath, is_secret, known_paths
-from modalkit.service.settings.sources import (
+from modalkit.service.settings.layers import (
     API_KEY_VARIABLE,
     CONFIG_VARIABLE,
     POSTFIX_VARIABLE,
     PREFIX,
     RESERVED_VARIABLES,
 )
+from modalkit.service.settings.schema import KeyPath, is_secret, known_paths
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from modalkit.pipelines.classifier_settings import BUNDLED
 from modalkit.service.loading import LoadError, current_name
 from modalkit.service.on_modal.image_code import SOURCE_FOLDER, LocalPath, own_package, own_requirements, user_code
 from modalkit.service.settings import BuildConfig, DeploymentConfig, ModelEntry, Settings
-from modalkit.service.settings.sources import CONFIG_VARIABLE, DEFAULT_FILE
+from modalkit.service.settings.layers import CONFIG_VARIABLE, DEFAULT_FILE
 
 _OFFICIAL_PYTHON = re.compile(r"(?:^|/)python:(\d+\.\d+)")
 # As modalkit.pipelines.loading has it, which brings in torch; a dash in front would be an option of the command.
