@@ -208,14 +208,14 @@ class BatchFormer(Generic[RequestT]):
         So a few requests of unusual sizes do not wait for a batch of their own while the queue is short.
         """
         count, priority = len(batch.requests), batch.priority
-        waiting, total = self.queue.waiting(priority), self.queue.waiting_size(priority)
+        waiting = self.queue.waiting(priority)
         if batch.reason is not DispatchReason.IDLE or not count < waiting <= self.count_limit:
             return batch
         rest = self.queue.all_but(batch.requests)
-        longest_of_rest = max(request.size for request in rest)
-        longest = max(batch.longest, longest_of_rest)
+        longest_of_rest, total_of_rest = max(request.size for request in rest), sum(request.size for request in rest)
+        longest, total = max(batch.longest, longest_of_rest), batch.total + total_of_rest
         together_s = self.cost_model.predict_s(waiting, longest, total)
-        second_s = self.cost_model.predict_s(waiting - count, longest_of_rest, total - batch.total)
+        second_s = self.cost_model.predict_s(len(rest), longest_of_rest, total_of_rest)
         if not self.is_allowed(waiting, longest, together_s):
             return batch
         if waiting * together_s > waiting * batch.predicted_s + (waiting - count) * second_s:

@@ -76,7 +76,6 @@ class Pending(Request[T], Generic[T, R]):
         self.arrival_s = waiter.arrival_s
         self.deadline_s = waiter.deadline_s
         self.sequence = 0
-        self.is_linked = True
         self.waiter = waiter
         self.outcome: Outcome[R] | None = None
 
