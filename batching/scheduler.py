@@ -9,7 +9,7 @@ import anyio
 from anyio import AsyncContextManagerMixin
 from anyio.lowlevel import current_token
 
-from modalkit.batching.batch_run import CANCELLED
+from modalkit.batching.batch_run import CANCELLED, BatchRunner
 from modalkit.batching.cost import CostModel
 from modalkit.batching.dispatch import BROKEN, Dispatcher
 from modalkit.batching.errors import (
@@ -97,15 +97,12 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         # All mutable state: the planner with its queue; the dispatcher with its workers and the counters; the clock.
         self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, self.cost_model)
-        self._dispatcher: Dispatcher[T, R] = Dispatcher(
-            self._planner,
-            [Executor(run_batch, timeout_s, f"{name} {i}") for i in range(max_in_flight)],
-            max_partial_in_flight=max_partial_in_flight,
-            is_too_large=is_too_large,
-            on_batch=on_batch,
-            name=name,
+        runner = BatchRunner(self._planner, is_too_large=is_too_large, on_batch=on_batch, name=name)
+        executors = [Executor(run_batch, timeout_s, f"{name} {i}") for i in range(max_in_flight)]
+        self._dispatcher = Dispatcher(
+            self._planner, executors, runner, max_partial_in_flight=max_partial_in_flight, name=name
         )
-        self._telemetry = self._dispatcher.runner.telemetry
+        self._telemetry = runner.telemetry
         self._now: Callable[[], float] = anyio.current_time
         self._opened_s = self._closed_s = math.nan
 
