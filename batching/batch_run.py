@@ -13,10 +13,9 @@ from modalkit.batching.group_testing import FailureHistory, GroupTest
 from modalkit.batching.pending import Pending
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import Batch
-from modalkit.batching.records import BatchRecord
 from modalkit.batching.request import Failure, Success
 from modalkit.batching.stages import StageSeconds, StageShares
-from modalkit.batching.statistics import Telemetry
+from modalkit.batching.statistics import BatchRecord, Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ class BatchRunner(Generic[T, R]):
         ):
             self._planner.record_too_large([request.size for request in wanted])  # no item hangs: they were too many
         requeued = [request for request in test.untested if request.outcome is None]
-        self._planner.requeue(requeued)
+        self._planner.queue.requeue(requeued)
         return errors, len(requeued)
 
     def _record_failure(self, test: GroupTest[Pending[T, R]], part: list[Pending[T, R]], error: Exception) -> None:

@@ -132,14 +132,14 @@ class Dispatcher(Generic[T, R]):
         return (
             len(self.runner.running) >= self._max_partial_in_flight
             and self.is_open
-            and max(map(queue.waiting, Priority)) < self._planner.count_limit
+            and max(map(queue.waiting, Priority)) < self._planner.former.count_limit
         )
 
     def _should_overlap(self, executor: Executor[T, R]) -> bool:
         """Whether the next batch should start its first stage in the second thread. A lone batch is faster in one."""
         shares = self.runner.shares
         return (
-            executor.has_stages
+            executor.stages is not None
             and shares.outside >= MIN_OVERLAP_SHARE
             and shares.outside_s >= MIN_OVERLAP_S
             and (executor.is_busy or len(self._planner.queue) > 0)

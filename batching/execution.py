@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from operator import is_
 from time import perf_counter
@@ -63,7 +64,8 @@ class Executor(Generic[T, R]):
 
     def __init__(self, run_batch: RunBatch[T, R], timeout_s: float, name: str) -> None:
         self._run_batch = run_batch
-        self._stages = run_batch if isinstance(run_batch, Stages) else None
+        self.stages = run_batch if isinstance(run_batch, Stages) else None
+        """The stages by which batches can overlap."""
         self.is_async = inspect.iscoroutinefunction(run_batch) or inspect.iscoroutinefunction(
             getattr(run_batch, "__call__", None)  # noqa: B004  # the method itself is needed, not whether there is one
         )
@@ -74,11 +76,6 @@ class Executor(Generic[T, R]):
         self._main_lock = anyio.Lock(fast_acquire=True)
         self._side_lock = anyio.Lock(fast_acquire=True)
         self._is_closed = False
-
-    @property
-    def has_stages(self) -> bool:
-        """Whether batches can overlap."""
-        return self._stages is not None
 
     @property
     def is_busy(self) -> bool:
@@ -112,10 +109,11 @@ class Executor(Generic[T, R]):
         With a `progress`, each stage runs as soon as the batch before has left it. Then only the time in the stages
         counts towards the time limit, not the time that the batch waits for other batches.
         """
-        if progress is not None and self._stages is not None:
-            outputs, seconds = await self._run_overlapped(payloads, self._stages, progress)
+        if progress is not None and self.stages is not None:
+            outputs, seconds = await self._run_overlapped(payloads, self.stages, progress)
         else:
-            async with self._side_lock, self._main_lock:  # all stages run at once: no other batch may be in any of them
+            # All stages run at once, so no other batch may be in any of them.
+            async with nullcontext() if self.stages is None else self._side_lock, self._main_lock:
                 outputs, seconds = await self._run_in_time(payloads)
         return _checked(outputs, len(payloads)), seconds
 

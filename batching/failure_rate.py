@@ -1,6 +1,7 @@
 """Estimates which share of the items is failing, from the batches and parts of batches that failed or succeeded."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 
 SHARES = tuple(math.exp(math.log(0.95 * 4096) * step / 15) / 4096 for step in range(16))
@@ -32,37 +33,29 @@ class FailureRate:
     """
 
     def __init__(self) -> None:
-        self._weights = _PRIOR
+        self.belief = _PRIOR
+        """The present belief; set it to an earlier one to forget what was learnt since then."""
 
     @property
     def is_at_rest(self) -> bool:
         """Whether nothing suggests smaller batches."""
-        return self._weights is _PRIOR
+        return self.belief is _PRIOR
 
     @property
     def share(self) -> float:
         """The expected share of failing items."""
-        return _mean(self._weights)
-
-    @property
-    def belief(self) -> tuple[float, ...]:
-        """The present belief; give it to `restore` to forget what was learnt later."""
-        return self._weights
-
-    def restore(self, belief: tuple[float, ...]) -> None:
-        """Go back to an earlier `belief`."""
-        self._weights = belief
+        return _mean(self.belief)
 
     def record_success(self, count: int, group_count: int = 0) -> None:
         """Learn that `count` items ran without an error."""
-        if self._weights is _PRIOR and not group_count:
+        if self.belief is _PRIOR and not group_count:
             return
         if group_count:
             self._learn(lambda q: (math.pow(q, count) - math.pow(q, group_count)) / (1 - math.pow(q, group_count)))
         else:
             self._learn(lambda q: math.pow(q, count))
         if self.share <= REST_SHARE:
-            self._weights = _PRIOR
+            self.belief = _PRIOR
 
     def record_failure(self, count: int, group_count: int = 0) -> None:
         """Learn that a run of `count` items failed."""
@@ -73,26 +66,19 @@ class FailureRate:
 
     def group_size(self, limit: int) -> int:
         """The largest number of items, from 1 to `limit`, that succeeds together with a probability of a half."""
-        low, high = 1, limit
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._success_probability(middle) >= MIN_SUCCESS_PROBABILITY:
-                low = middle
-            else:
-                high = middle - 1
-        return low
 
-    def _success_probability(self, count: int) -> float:
-        return math.fsum(
-            weight * math.pow(1 - share, count) for weight, share in zip(self._weights, SHARES, strict=True)
-        )
+        def minus_success_probability(count: int) -> float:
+            weighted = zip(self.belief, SHARES, strict=True)
+            return -math.fsum(weight * math.pow(1 - share, count) for weight, share in weighted)
+
+        return max(1, bisect_right(range(1, limit + 1), -MIN_SUCCESS_PROBABILITY, key=minus_success_probability))
 
     def _learn(self, likelihood: Callable[[float], float]) -> None:
         """Multiply each weight by the likelihood of the run, given the probability that one item succeeds."""
-        weights = [weight * likelihood(1 - share) for weight, share in zip(self._weights, SHARES, strict=True)]
+        weights = [weight * likelihood(1 - share) for weight, share in zip(self.belief, SHARES, strict=True)]
         total = sum(weights)
         if total > 0:  # else it is impossible at every share: something other than the items makes runs fail
-            self._weights = tuple(
+            self.belief = tuple(
                 (1 - PRIOR_WEIGHT) * weight / total + PRIOR_WEIGHT * prior
                 for weight, prior in zip(weights, _PRIOR, strict=True)
             )

@@ -85,10 +85,6 @@ class RequestQueue(Generic[RequestT]):
         """How many requests wait in this lane."""
         return self._lanes[priority].count
 
-    def push(self, request: RequestT) -> None:
-        """Add a new request; raises `QueueFullError` when there is no room."""
-        self.push_all((request,))
-
     def push_all(self, requests: Sequence[RequestT]) -> None:
         """Add new requests: all of them, or none and raise `QueueFullError`."""
         if self._length + len(requests) > self.max_items:
