@@ -101,8 +101,10 @@ class BatchRunner(Generic[T, R]):
         request.outcome = failure
         if failure is CANCELLED:
             self.telemetry.cancelled += 1
+        elif isinstance(failure.error, DeadlineExceededError):
+            self.telemetry.expired += 1
         else:
-            self.telemetry.count_failure(failure)
+            self.telemetry.failed += 1
         request.waiter.end_one()
         return True
 
@@ -170,7 +172,8 @@ class BatchRunner(Generic[T, R]):
                 request.outcome = Success(output)
                 latencies_s.append(now - request.arrival_s)
                 request.waiter.end_one()
-        self.telemetry.count_successes(latencies_s)
+        self.telemetry.succeeded += len(latencies_s)
+        self.telemetry.latencies_s += latencies_s
         return errors
 
     # Calls of code that may not be ours, and records.

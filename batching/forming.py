@@ -111,8 +111,9 @@ class BatchFormer(Generic[RequestT]):
 
     def _own_s(self, size: int) -> float:
         """Seconds per request of this size in the best batch of requests of this size."""
-        seconds = self.cost_model.predict_s
-        return min(seconds(count, size, count * size) / count for count in _powers_of_two(self.count_limit))
+        limit = self.count_limit
+        counts = [*(1 << i for i in range((limit - 1).bit_length())), limit]
+        return min(self.cost_model.predict_s(count, size, count * size) / count for count in counts)
 
     def form_full(self, anchor: RequestT) -> Batch[RequestT]:
         """The anchor with the requests of the most similar sizes, as many as the limits allow."""
@@ -286,11 +287,6 @@ class BatchFormer(Generic[RequestT]):
 def _are_similar(one: int, other: int) -> bool:
     smaller, larger = sorted((one, other))
     return larger + SIMILARITY_OFFSET <= MAX_SIZE_RATIO * (smaller + SIMILARITY_OFFSET)
-
-
-def _powers_of_two(last: int) -> list[int]:
-    """The powers of two below `last`, and `last`."""
-    return [*(1 << i for i in range((last - 1).bit_length())), last]
 
 
 class _Neighbours(Generic[RequestT]):

@@ -5,9 +5,8 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from modalkit.batching.errors import DeadlineExceededError
 from modalkit.batching.policy import DispatchReason
-from modalkit.batching.request import Failure, Priority
+from modalkit.batching.request import Priority
 
 LATENCIES_KEPT = 4096
 
@@ -130,22 +129,10 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.accepted = self.succeeded = self.failed = self.expired = self.cancelled = self.refused = 0
-        self._latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
+        self.latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self._batch_sizes: Counter[int] = Counter()
         self._real_tokens = self._padded_tokens = 0
         self._busy_s = self._predict_s = 0.0
-
-    def count_successes(self, latencies_s: list[float]) -> None:
-        """Count one result for each of these latencies."""
-        self.succeeded += len(latencies_s)
-        self._latencies_s += latencies_s
-
-    def count_failure(self, failure: Failure) -> None:
-        """Count an error; a passed deadline counts as expired."""
-        if isinstance(failure.error, DeadlineExceededError):
-            self.expired += 1
-        else:
-            self.failed += 1
 
     def count_batch(self, record: BatchRecord) -> None:
         """Count a batch."""
@@ -159,7 +146,7 @@ class Telemetry:
         self, *, queued: Mapping[Priority, int], running: int, open_s: float, stuck_threads: int
     ) -> SchedulerStatistics:
         """The statistics now; the arguments are what only the scheduler knows."""
-        latencies_s = sorted(self._latencies_s)
+        latencies_s = sorted(self.latencies_s)
         return SchedulerStatistics(
             queued=queued,
             running=running,
