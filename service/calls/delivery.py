@@ -52,7 +52,6 @@ class CallDelivery:
                 after_delivery_attempt(
                     done[index],
                     error,
-                    attempt=attempt,
                     max_attempts=self._max_attempts,
                     now=now,
                     is_last=is_last,

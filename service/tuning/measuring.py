@@ -1,7 +1,6 @@
 """Measures how long a pipeline's batches take, more thoroughly than a worker does at start."""
 
 from collections.abc import Callable, Sequence
-from statistics import median
 from time import perf_counter
 
 from pydantic import BaseModel
@@ -82,10 +81,3 @@ def fitted_costs(pipeline: InferencePipeline, measurements: Sequence[Measurement
         if shape.seconds > 0:
             model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
     return model
-
-
-def median_error(model: MeasuredCostModel, measurements: Sequence[Measurement]) -> float:
-    """The median relative difference between predicted and measured seconds."""
-    return median(
-        abs(model.predict_s(shape.count, shape.longest, shape.total) / shape.seconds - 1) for shape in measurements
-    )

@@ -8,8 +8,8 @@ import pytest
 
 from modalkit.pipelines.loading import BUNDLED_FOLDER
 from modalkit.pipelines.sentiment import SentimentPipeline
+from modalkit.pipelines.training.__main__ import evaluate
 from modalkit.pipelines.training.data import Sentence
-from modalkit.pipelines.training.evaluate import evaluate
 
 ROOT = Path(__file__).parents[2]
 
