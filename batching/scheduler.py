@@ -286,9 +286,10 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     async def _wait(self, waiter: Waiter, requests: Sequence[Pending[T, R]]) -> None:
         """Wait for all outcomes. At the deadline, or when cancelled, withdraw the requests that have none."""
         try:
-            with anyio.CancelScope(deadline=waiter.deadline_s):
+            with anyio.CancelScope(deadline=waiter.deadline_s) as scope:
                 await waiter.wait()
-            self._withdraw(requests, Failure(DeadlineExceededError(waiter.deadline_s - waiter.arrival_s)))
+            if scope.cancelled_caught:
+                self._withdraw(requests, Failure(DeadlineExceededError(waiter.deadline_s - waiter.arrival_s)))
         except BaseException:
             self._withdraw(requests, CANCELLED)
             raise
