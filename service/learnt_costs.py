@@ -135,11 +135,9 @@ def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
                 logger.warning("%s: the costs of %s are damaged (%s): measuring again", path, key.model, error)
                 return False
             return True
-    others = [
-        str(table["key"].get("device")) for table in tables if {**table["key"], "device": key.device} == asdict(key)
-    ]
+    others = [table["key"].get("device") for table in tables if {**table["key"], "device": key.device} == asdict(key)]
     if others:
-        found = f"on another device ({', '.join(others)}; this is {key.device})"
+        found = f"on another device ({', '.join(map(str, others))}; this is {key.device})"
         logger.warning("%s: the costs of %s were measured %s: measuring again", path, key.model, found)
     return False
 

@@ -38,7 +38,7 @@ def max_in_flight_of(pipeline: InferencePipeline, config: BatchConfig) -> int:
 def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatch[BaseModel, InferenceOutputModel]:
     """The pipeline's three stages, or its `run_inference` as one where the class has its own."""
     # Methods are looked up at each call, as `run_inference` does, so that one that is replaced later takes effect.
-    if _is_overridden(pipeline):
+    if getattr(pipeline.run_inference, "__func__", None) is not InferencePipeline.run_inference:
         run = _counted(pipeline, max_in_flight, lambda items: pipeline.run_inference(items))  # noqa: PLW0108
         return lambda items: _checked_all(run(items))
     return Stages(
@@ -123,11 +123,6 @@ def is_too_large(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(sign in error_text(error) for sign in _OUT_OF_MEMORY)
 
 
-def _is_overridden(pipeline: InferencePipeline) -> bool:
-    own = getattr(pipeline.run_inference, "__func__", None)
-    return own is not InferencePipeline.run_inference
-
-
 def _checked_all(outputs: Any) -> Sequence[InferenceOutputModel | Exception]:
     # The scheduler refuses anything but a sequence of the right length.
     is_list = isinstance(outputs, Sequence) and not isinstance(outputs, str | bytes)
@@ -142,13 +137,8 @@ def _checked(output: object) -> InferenceOutputModel | Exception:
 
 def is_device_fault(error: Exception) -> bool:
     """Whether no later batch of this process can succeed, because its CUDA context is lost; not for lack of memory."""
-    if is_too_large(error):
-        return False
     # torch has an error of its own for it since 2.8.
     accelerator_error: tuple[()] | type[Exception] = getattr(sys.modules.get("torch"), "AcceleratorError", ())
     text = error_text(error)
-    if not isinstance(error, accelerator_error) and not (
-        isinstance(error, RuntimeError) and _DEVICE_FAULT.search(text)
-    ):
-        return False
-    return _FAULT_OF_THE_CALL.search(text) is None
+    is_fault = isinstance(error, accelerator_error) or (isinstance(error, RuntimeError) and _DEVICE_FAULT.search(text))
+    return bool(is_fault) and not is_too_large(error) and _FAULT_OF_THE_CALL.search(text) is None

@@ -101,13 +101,12 @@ class InferenceWorker(AsyncContextManagerMixin):
             on_batch=self._on_batch,
             name=self.model_name,
         )
+        window = min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
         self._runner = JobRunner(
             self._jobs,
             self.model_name,
             _Engine(pipeline, self._scheduler, self.input_model, batch_config.batch_timeout_seconds),
-            window=max(
-                1, min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
-            ),
+            window=max(1, window),
             group_limit=batch_config.max_batch_size,
             timeout_s=app_settings.async_config.timeout,
             max_attempts=app_settings.async_config.max_attempts,

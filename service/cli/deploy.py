@@ -52,8 +52,7 @@ def deploy(
     module = app.partition("::")[0]
     mode = [] if module.endswith(".py") else ["-m"]
     if dry_run:
-        from modalkit.service.on_modal.config import ModalConfig
-        from modalkit.service.on_modal.deployment import describe_deployment
+        from modalkit.service.on_modal.config import ModalConfig, describe_deployment
 
         modal_config = ModalConfig(environ=environ)
         if app != DEFAULT_APP:
