@@ -15,11 +15,10 @@ from modalkit.batching.measured_cost import CostFeature, MeasuredCostModel
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import Batch, BatchPolicy, Decision, DispatchReason
 from modalkit.batching.queue import RequestQueue
-from modalkit.batching.records import BatchRecord
 from modalkit.batching.request import Failure, Outcome, Priority, Request, Success
 from modalkit.batching.scheduler import BatchScheduler
 from modalkit.batching.stages import RunBatch, Stages, StageSeconds
-from modalkit.batching.statistics import SchedulerStatistics
+from modalkit.batching.statistics import BatchRecord, SchedulerStatistics
 
 __all__ = [
     "Batch",

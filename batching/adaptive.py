@@ -34,7 +34,8 @@ class Arrivals:
         """When the last request came."""
         self.gap_s = math.inf
         """The mean time between two requests."""
-        self._size = 0.0
+        self.mean_size = 0.0
+        """The mean size of a request; 0 before the first."""
 
     def add(self, size: int, now: float) -> None:
         """Take a request of `size` into account, which came at `now`."""
@@ -43,13 +44,8 @@ class Arrivals:
             self.gap_s = gap_s
         else:
             self.gap_s += ARRIVAL_SMOOTHING * (gap_s - self.gap_s)
-        self._size = self._size + ARRIVAL_SMOOTHING * (size - self._size) if self._size else size
+        self.mean_size += ARRIVAL_SMOOTHING * (size - self.mean_size) if self.mean_size else size
         self.last_s = now
-
-    @property
-    def mean_size(self) -> int:
-        """The mean size of a request; 0 before the first."""
-        return round(self._size)
 
 
 class TokenLimit:

@@ -3,7 +3,7 @@
 import logging
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import anyio
 
@@ -13,15 +13,16 @@ from modalkit.batching.group_testing import FailureHistory, GroupTest
 from modalkit.batching.pending import Pending
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import Batch
-from modalkit.batching.records import BatchRecord
 from modalkit.batching.request import Failure, Success
 from modalkit.batching.stages import StageSeconds, StageShares
-from modalkit.batching.statistics import Telemetry
+from modalkit.batching.statistics import BatchRecord, Telemetry
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
+S = TypeVar("S")
+P = ParamSpec("P")
 
 CANCELLED = Failure(BatchingError("its caller was cancelled"))
 """The outcome of a request whose caller no longer waits."""
@@ -37,7 +38,7 @@ class BatchRunner(Generic[T, R]):
         self,
         planner: BatchPlanner[Pending[T, R]],
         *,
-        is_too_large: Callable[[Exception], bool],
+        is_too_large: Callable[[Exception], bool] | None,
         on_batch: Callable[[BatchRecord], None] | None,
         name: str,
     ) -> None:
@@ -82,18 +83,16 @@ class BatchRunner(Generic[T, R]):
             if was_preempted:
                 self._planner.cancel_batch(batch, [request for request in wanted if request.outcome is None])
             else:
-                self._end_batch(batch, total_s, seconds)
+                elapsed_s, succeeded = (total_s, False) if seconds is None else (seconds.total_s, True)
+                failed = "the cost model could not learn from a batch"
+                self._call(failed, self._planner.end_batch, batch, elapsed_s, succeeded=succeeded)
         self._planner.former.failure_limit = self._history.count_limit(self._planner.policy.max_batch_size)
         self.running.pop(id(batch), None)  # it is already removed if the scheduler has broken meanwhile
         if was_preempted:
             return
         if seconds is not None:
             self.shares.add(seconds)
-        self._report(
-            _record(
-                batch, formed_s, total_s, seconds, errors=errors, requeued=requeued, overlapped=progress is not None
-            )
-        )
+        self._report(batch, formed_s, total_s, seconds, errors, requeued, overlapped=progress is not None)
 
     def fail(self, request: Pending[T, R], failure: Failure) -> bool:
         """Give a request an error, if it has no outcome yet; returns whether it had none."""
@@ -102,8 +101,10 @@ class BatchRunner(Generic[T, R]):
         request.outcome = failure
         if failure is CANCELLED:
             self.telemetry.cancelled += 1
+        elif isinstance(failure.error, DeadlineExceededError):
+            self.telemetry.expired += 1
         else:
-            self.telemetry.count_failure(failure)
+            self.telemetry.failed += 1
         request.waiter.end_one()
         return True
 
@@ -123,7 +124,9 @@ class BatchRunner(Generic[T, R]):
                 errors += self._succeed(part, outputs)
                 test.record_success()
                 if seconds is not None:
-                    self._learn(part, seconds.total_s)
+                    sizes = [request.size for request in part]
+                    failed = "the cost model could not learn from a part of a batch"
+                    self._call(failed, self._planner.record_run, sizes, seconds.total_s)
         for request, own_error in test.failing:
             if self.fail(request, Failure(own_error, is_systemic=test.is_systemic)):
                 errors.append(own_error)
@@ -135,13 +138,15 @@ class BatchRunner(Generic[T, R]):
         ):
             self._planner.record_too_large([request.size for request in wanted])  # no item hangs: they were too many
         requeued = [request for request in test.untested if request.outcome is None]
-        self._planner.requeue(requeued)
+        self._planner.queue.requeue(requeued)
         return errors, len(requeued)
 
     def _record_failure(self, test: GroupTest[Pending[T, R]], part: list[Pending[T, R]], error: Exception) -> None:
         if isinstance(error, BatchTimeoutError):
             test.record_timeout(error)
-        elif self._means_too_large(error):
+        elif self._is_too_large is not None and self._call(
+            "is_too_large failed; the error is treated as any other error", self._is_too_large, error
+        ):
             self._planner.record_too_large([request.size for request in part])
             _clear_frames(error)
             test.record_too_large(error)
@@ -153,13 +158,6 @@ class BatchRunner(Generic[T, R]):
         if request.outcome is None and request.deadline_s <= self.now():
             self.fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
         return request.outcome is None
-
-    def _means_too_large(self, error: Exception) -> bool:
-        try:
-            return self._is_too_large(error)
-        except (Exception, SystemExit):
-            logger.exception("%s: is_too_large failed; the error is treated as any other error", self._name)
-            return False
 
     # Outcomes.
 
@@ -174,64 +172,51 @@ class BatchRunner(Generic[T, R]):
                 request.outcome = Success(output)
                 latencies_s.append(now - request.arrival_s)
                 request.waiter.end_one()
-        self.telemetry.count_successes(latencies_s)
+        self.telemetry.succeeded += len(latencies_s)
+        self.telemetry.latencies_s += latencies_s
         return errors
 
-    # Costs and records.
+    # Calls of code that may not be ours, and records.
 
-    def _end_batch(self, batch: Batch[Pending[T, R]], total_s: float, seconds: StageSeconds | None) -> None:
+    def _call(self, failed: str, function: Callable[P, S], *args: P.args, **kwargs: P.kwargs) -> S | None:
+        """Call a function that must not end a worker; if it raises, log what has `failed` and return None."""
         try:
-            self._planner.end_batch(
-                batch, total_s if seconds is None else seconds.total_s, succeeded=seconds is not None
-            )
+            return function(*args, **kwargs)
         except (Exception, SystemExit):
-            logger.exception("%s: the cost model could not learn from a batch", self._name)
+            logger.exception("%s: %s", self._name, failed)
+            return None
 
-    def _learn(self, part: list[Pending[T, R]], elapsed_s: float) -> None:
-        try:
-            self._planner.record_run([request.size for request in part], elapsed_s)
-        except (Exception, SystemExit):
-            logger.exception("%s: the cost model could not learn from a part of a batch", self._name)
-
-    def _report(self, record: BatchRecord) -> None:
+    def _report(
+        self,
+        batch: Batch[Pending[T, R]],
+        formed_s: float,
+        total_s: float,
+        seconds: StageSeconds | None,
+        errors: list[Exception],
+        requeued: int,
+        *,
+        overlapped: bool,
+    ) -> None:
+        arrivals_s = [request.arrival_s for request in batch.requests]
+        record = BatchRecord(
+            count=len(batch.requests),
+            failed=len(errors),
+            errors=tuple(errors),
+            requeued=requeued,
+            priority=batch.priority,
+            reason=batch.reason,
+            real_tokens=batch.total,
+            padded_tokens=batch.padded_tokens,
+            queue_s=formed_s - sum(arrivals_s) / len(arrivals_s),
+            oldest_queue_s=formed_s - arrivals_s[0],
+            total_s=total_s,
+            predicted_s=batch.predicted_s,
+            overlapped=overlapped,
+            **(seconds or StageSeconds(0.0, 0.0, 0.0))._asdict(),
+        )
         self.telemetry.count_batch(record)
         if self._on_batch is not None:
-            try:
-                self._on_batch(record)
-            except (Exception, SystemExit):
-                logger.exception("%s: on_batch failed; the batch itself was not affected", self._name)
-
-
-def _record(
-    batch: Batch[Pending[T, R]],
-    formed_s: float,
-    total_s: float,
-    seconds: StageSeconds | None,
-    *,
-    errors: Sequence[Exception],
-    requeued: int,
-    overlapped: bool,
-) -> BatchRecord:
-    stages = seconds or StageSeconds(0.0, 0.0, 0.0)
-    arrivals_s = [request.arrival_s for request in batch.requests]
-    return BatchRecord(
-        count=len(batch.requests),
-        failed=len(errors),
-        errors=tuple(errors),
-        requeued=requeued,
-        priority=batch.priority,
-        reason=batch.reason,
-        real_tokens=batch.total,
-        padded_tokens=batch.padded_tokens,
-        queue_s=formed_s - sum(arrivals_s) / len(arrivals_s),
-        oldest_queue_s=formed_s - arrivals_s[0],
-        preprocess_s=stages.preprocess_s,
-        predict_s=stages.predict_s,
-        postprocess_s=stages.postprocess_s,
-        total_s=total_s,
-        predicted_s=batch.predicted_s,
-        overlapped=overlapped,
-    )
+            self._call("on_batch failed; the batch itself was not affected", self._on_batch, record)
 
 
 def _clear_frames(error: BaseException) -> None:

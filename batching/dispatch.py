@@ -16,7 +16,6 @@ from modalkit.batching.execution import Executor, Progress
 from modalkit.batching.pending import Pending
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import Batch, Decision
-from modalkit.batching.records import BatchRecord
 from modalkit.batching.request import Failure, Priority
 from modalkit.batching.wakeup import Sleepers
 
@@ -46,16 +45,13 @@ class Dispatcher(Generic[T, R]):
         self,
         planner: BatchPlanner[Pending[T, R]],
         executors: Sequence[Executor[T, R]],
+        runner: BatchRunner[T, R],
         *,
         max_partial_in_flight: int | None,
-        is_too_large: Callable[[Exception], bool] | None,
-        on_batch: Callable[[BatchRecord], None] | None,
         name: str,
     ) -> None:
         self.executors = executors
-        self.runner: BatchRunner[T, R] = BatchRunner(
-            planner, is_too_large=is_too_large or _never, on_batch=on_batch, name=name
-        )
+        self.runner = runner
         self.sleepers = Sleepers()
         self.is_open = False
         self.broken = anyio.Event()
@@ -136,14 +132,14 @@ class Dispatcher(Generic[T, R]):
         return (
             len(self.runner.running) >= self._max_partial_in_flight
             and self.is_open
-            and max(map(queue.waiting, Priority)) < self._planner.count_limit
+            and max(map(queue.waiting, Priority)) < self._planner.former.count_limit
         )
 
     def _should_overlap(self, executor: Executor[T, R]) -> bool:
         """Whether the next batch should start its first stage in the second thread. A lone batch is faster in one."""
         shares = self.runner.shares
         return (
-            executor.has_stages
+            executor.stages is not None
             and shares.outside >= MIN_OVERLAP_SHARE
             and shares.outside_s >= MIN_OVERLAP_S
             and (executor.is_busy or len(self._planner.queue) > 0)
@@ -198,7 +194,3 @@ class Dispatcher(Generic[T, R]):
             self.broken.set()
             self.fail_all(SchedulerClosedError(BROKEN))
             self.sleepers.wake_all()
-
-
-def _never(_: Exception) -> bool:
-    return False

@@ -3,7 +3,9 @@
 import inspect
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from operator import is_
 from time import perf_counter
 from typing import Any, Generic, TypeVar, cast
@@ -35,7 +37,7 @@ class BatchPreemptedError(Exception):
 class Progress:
     """How far an overlapped batch has come. If `should_preempt` is true before its second stage, it is preempted."""
 
-    def __init__(self, should_preempt: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, should_preempt: Callable[[], bool]) -> None:
         self.should_preempt = should_preempt
         self.predict_started = anyio.Event()
         self.predict_ended = anyio.Event()
@@ -61,8 +63,9 @@ class Executor(Generic[T, R]):
     """
 
     def __init__(self, run_batch: RunBatch[T, R], timeout_s: float, name: str) -> None:
-        self._stages = run_batch if isinstance(run_batch, Stages) else None
-        self._function = None if isinstance(run_batch, Stages) else run_batch
+        self._run_batch = run_batch
+        self.stages = run_batch if isinstance(run_batch, Stages) else None
+        """The stages by which batches can overlap."""
         self.is_async = inspect.iscoroutinefunction(run_batch) or inspect.iscoroutinefunction(
             getattr(run_batch, "__call__", None)  # noqa: B004  # the method itself is needed, not whether there is one
         )
@@ -73,11 +76,6 @@ class Executor(Generic[T, R]):
         self._main_lock = anyio.Lock(fast_acquire=True)
         self._side_lock = anyio.Lock(fast_acquire=True)
         self._is_closed = False
-
-    @property
-    def has_stages(self) -> bool:
-        """Whether batches can overlap."""
-        return self._stages is not None
 
     @property
     def is_busy(self) -> bool:
@@ -95,13 +93,18 @@ class Executor(Generic[T, R]):
         self._main.close()
         self._side.close()
 
-    async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None) -> S:
-        """Run a function in the main thread, while no batch is in any stage."""
+    @asynccontextmanager
+    async def paused(self) -> AsyncGenerator[None]:
+        """Wait until no batch is in any stage, and let none start in the block."""
         async with self._side_lock, self._main_lock:
-            if self._is_closed:
-                raise SchedulerClosedError("the scheduler closed before this function could run")
-            with anyio.fail_after(timeout_s):
-                return await self._main.run(function)
+            yield
+
+    async def run_while_paused(self, function: Callable[[], S], timeout_s: float | None) -> S:
+        """Run a function in the main thread, in a block of `paused`."""
+        if self._is_closed:
+            raise SchedulerClosedError("the scheduler closed before this function could run")
+        with anyio.fail_after(timeout_s):
+            return await self._main.run(function)
 
     async def run(
         self, payloads: list[T], progress: "Progress | None" = None
@@ -111,13 +114,12 @@ class Executor(Generic[T, R]):
         With a `progress`, each stage runs as soon as the batch before has left it. Then only the time in the stages
         counts towards the time limit, not the time that the batch waits for other batches.
         """
-        if progress is not None and self._stages is not None:
-            outputs, seconds = await self._run_overlapped(payloads, self._stages, progress)
-        elif self._stages is not None:
-            async with self._side_lock:  # all stages run at once, so no other batch may be in any of them
-                outputs, seconds = await self._run_in_time(payloads)
+        if progress is not None and self.stages is not None:
+            outputs, seconds = await self._run_overlapped(payloads, self.stages, progress)
         else:
-            outputs, seconds = await self._run_in_time(payloads)
+            # All stages run at once, so no other batch may be in any of them.
+            async with nullcontext() if self.stages is None else self._side_lock, self._main_lock:
+                outputs, seconds = await self._run_in_time(payloads)
         return _checked(outputs, len(payloads)), seconds
 
     async def attempt(
@@ -137,58 +139,46 @@ class Executor(Generic[T, R]):
             return exit_error, None
 
     async def _run_in_time(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
-        async with self._main_lock:
-            if math.isinf(self._timeout_s):
-                return await self._call(payloads)
-            with anyio.move_on_after(self._timeout_s):
-                return await self._call(payloads)
-            raise BatchTimeoutError(self._timeout_s, len(payloads))
+        if math.isinf(self._timeout_s):
+            return await self._run_at_once(payloads)
+        with anyio.move_on_after(self._timeout_s):
+            return await self._run_at_once(payloads)
+        raise BatchTimeoutError(self._timeout_s, len(payloads))
+
+    async def _run_at_once(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
+        """Call the function, or all stages in a row, without a time limit."""
+        if not self.is_async:
+            return await self._main.run(partial(_run_synchronously, self._run_batch, payloads))
+        started_s = perf_counter()  # the event loop's clock may have a resolution of milliseconds only
+        given = list(payloads)
+        outputs = await without_foreign_cancellation(cast("Callable[..., Awaitable[Any]]", self._run_batch)(given))
+        _ensure_order(payloads, given)
+        return outputs, StageSeconds(0.0, perf_counter() - started_s, 0.0)
 
     async def _run_overlapped(
         self, payloads: list[T], stages: Stages[T, R], progress: "Progress"
     ) -> tuple[Any, StageSeconds]:
-        left_s, count = self._timeout_s, len(payloads)
+        left_s = self._timeout_s
         async with self._side_lock:
-            prepared, preprocess_s = await self._timed(
-                self._side, lambda: _on_copy(stages.preprocess, payloads), left_s, count
-            )
+            prepared, preprocess_s = await self._run_stage(self._side, left_s, stages.preprocess, payloads)
         left_s -= preprocess_s
         async with self._main_lock:
             if progress.should_preempt():
                 raise BatchPreemptedError
             progress.predict_started.set()
-            raw, predict_s = await self._timed(
-                self._main, lambda: _on_copy(stages.predict, payloads, prepared), left_s, count
-            )
+            raw, predict_s = await self._run_stage(self._main, left_s, stages.predict, payloads, prepared)
         progress.predict_ended.set()
         left_s -= predict_s
         async with self._side_lock:
-            outputs, postprocess_s = await self._timed(
-                self._side, lambda: _on_copy(stages.postprocess, payloads, raw), left_s, count
-            )
+            outputs, postprocess_s = await self._run_stage(self._side, left_s, stages.postprocess, payloads, raw)
         return outputs, StageSeconds(preprocess_s, predict_s, postprocess_s)
 
-    async def _call(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
-        """Call the function, or all stages in a row, without a time limit."""
-        if self._stages is not None:
-            stages = self._stages
-            return await self._main.run(lambda: _all_stages(stages, payloads))
-        if self.is_async:
-            started_s = perf_counter()  # the event loop's clock may have a resolution of milliseconds only
-            given = list(payloads)
-            outputs = await without_foreign_cancellation(cast("Awaitable[Any]", cast("Any", self._function)(given)))
-            _ensure_order(payloads, given)
-            return outputs, StageSeconds(0.0, perf_counter() - started_s, 0.0)
-        function = cast("Callable[[list[T]], Any]", self._function)
-        outputs, seconds = await self._main.run(lambda: _timed_call(lambda: _on_copy(function, payloads)))
-        return outputs, StageSeconds(0.0, seconds, 0.0)
-
-    async def _timed(
-        self, thread: DedicatedThread, stage: Callable[[], S], left_s: float, count: int
+    async def _run_stage(
+        self, thread: DedicatedThread, left_s: float, stage: Callable[..., S], payloads: list[T], *more: Any
     ) -> tuple[S, float]:
         with anyio.move_on_after(max(0.0, left_s)):
-            return await thread.run(lambda: _timed_call(stage))
-        raise BatchTimeoutError(self._timeout_s, count)
+            return await thread.run(partial(_timed, stage, payloads, *more))
+        raise BatchTimeoutError(self._timeout_s, len(payloads))
 
 
 def run_checked(run_batch: RunBatch[T, R], payloads: list[T]) -> Sequence[R | Exception]:
@@ -196,25 +186,26 @@ def run_checked(run_batch: RunBatch[T, R], payloads: list[T]) -> Sequence[R | Ex
 
     Raises what the batch raises, and `InputsMovedError` and `OutputCountError` as `Executor` does.
     """
-    if isinstance(run_batch, Stages):
-        outputs, _ = _all_stages(run_batch, payloads)
-    else:
-        outputs = _on_copy(cast("Callable[[list[T]], Any]", run_batch), payloads)
-    return _checked(outputs, len(payloads))
+    return _checked(_run_synchronously(run_batch, payloads)[0], len(payloads))
 
 
-def _all_stages(stages: Stages[T, R], payloads: list[T]) -> tuple[Any, StageSeconds]:
-    prepared, preprocess_s = _timed_call(lambda: _on_copy(stages.preprocess, payloads))
-    raw, predict_s = _timed_call(lambda: _on_copy(stages.predict, payloads, prepared))
-    outputs, postprocess_s = _timed_call(lambda: _on_copy(stages.postprocess, payloads, raw))
+def _run_synchronously(run_batch: RunBatch[T, R], payloads: list[T]) -> tuple[Any, StageSeconds]:
+    if not isinstance(run_batch, Stages):
+        outputs, seconds = _timed(run_batch, payloads)
+        return outputs, StageSeconds(0.0, seconds, 0.0)
+    prepared, preprocess_s = _timed(run_batch.preprocess, payloads)
+    raw, predict_s = _timed(run_batch.predict, payloads, prepared)
+    outputs, postprocess_s = _timed(run_batch.postprocess, payloads, raw)
     return outputs, StageSeconds(preprocess_s, predict_s, postprocess_s)
 
 
-def _on_copy(stage: Callable[..., S], payloads: list[T], *more: Any) -> S:
+def _timed(stage: Callable[..., S], payloads: list[T], *more: Any) -> tuple[S, float]:
+    """Call a stage with a copy of the list; returns its result and its seconds."""
+    started_s = perf_counter()
     given = list(payloads)
     result = stage(given, *more)
     _ensure_order(payloads, given)
-    return result
+    return result, perf_counter() - started_s
 
 
 def _ensure_order(payloads: list[T], given: list[T]) -> None:
@@ -229,12 +220,6 @@ def _ensure_order(payloads: list[T], given: list[T]) -> None:
     if len(given) < len(payloads) or any(found is not sent and id(found) in known for found, sent in kept):
         logger.warning("A batch runs one by one: run_batch, or a stage, removed inputs from its list or moved them")
         raise InputsMovedError
-
-
-def _timed_call(function: Callable[[], S]) -> tuple[S, float]:
-    started_s = perf_counter()
-    result = function()
-    return result, perf_counter() - started_s
 
 
 def _checked(outputs: Any, count: int) -> list[Any]:

@@ -1,23 +1,19 @@
 """Estimates which share of the items is failing, from the batches and parts of batches that failed or succeeded."""
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
 
 SHARES = tuple(math.exp(math.log(0.95 * 4096) * step / 15) / 4096 for step in range(16))
 PRIOR_WEIGHT = 0.001  # of the prior, mixed in at each run: about ten successes in a row outweigh any past
 MIN_SUCCESS_PROBABILITY = 0.5  # of the largest group that is worth a run: a run then gives the most information
 
 
-def _normalized(weights: list[float]) -> tuple[float, ...]:
-    total = sum(weights)
-    return tuple(weight / total for weight in weights)
-
-
 def _mean(weights: tuple[float, ...]) -> float:
     return math.fsum(weight * share for weight, share in zip(weights, SHARES, strict=True))
 
 
-_PRIOR = _normalized([1 / math.sqrt(share) for share in SHARES])
+_PRIOR_SCALE = sum(1 / math.sqrt(share) for share in SHARES)
+_PRIOR = tuple(1 / math.sqrt(share) / _PRIOR_SCALE for share in SHARES)
 REST_SHARE = _mean(_PRIOR) / 4  # the expected share below which the belief returns to the prior
 
 
@@ -32,67 +28,51 @@ class FailureRate:
     """
 
     def __init__(self) -> None:
-        self._weights = _PRIOR
+        self.belief = _PRIOR
+        """The present belief; set it to an earlier one to forget what was learnt since then."""
 
     @property
     def is_at_rest(self) -> bool:
         """Whether nothing suggests smaller batches."""
-        return self._weights is _PRIOR
+        return self.belief is _PRIOR
 
     @property
     def share(self) -> float:
         """The expected share of failing items."""
-        return _mean(self._weights)
-
-    @property
-    def belief(self) -> tuple[float, ...]:
-        """The present belief; give it to `restore` to forget what was learnt later."""
-        return self._weights
-
-    def restore(self, belief: tuple[float, ...]) -> None:
-        """Go back to an earlier `belief`."""
-        self._weights = belief
+        return _mean(self.belief)
 
     def record_success(self, count: int, group_count: int = 0) -> None:
         """Learn that `count` items ran without an error."""
-        if self._weights is _PRIOR and not group_count:
+        if self.is_at_rest and not group_count:
             return
-        if group_count:
-            self._learn(lambda q: (math.pow(q, count) - math.pow(q, group_count)) / (1 - math.pow(q, group_count)))
-        else:
-            self._learn(lambda q: math.pow(q, count))
+        self._learn(count, group_count, succeeded=True)
         if self.share <= REST_SHARE:
-            self._weights = _PRIOR
+            self.belief = _PRIOR
 
     def record_failure(self, count: int, group_count: int = 0) -> None:
         """Learn that a run of `count` items failed."""
-        if group_count:
-            self._learn(lambda q: (1 - math.pow(q, count)) / (1 - math.pow(q, group_count)))
-        else:
-            self._learn(lambda q: 1 - math.pow(q, count))
+        self._learn(count, group_count, succeeded=False)
 
     def group_size(self, limit: int) -> int:
         """The largest number of items, from 1 to `limit`, that succeeds together with a probability of a half."""
-        low, high = 1, limit
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self._success_probability(middle) >= MIN_SUCCESS_PROBABILITY:
-                low = middle
-            else:
-                high = middle - 1
-        return low
 
-    def _success_probability(self, count: int) -> float:
-        return math.fsum(
-            weight * math.pow(1 - share, count) for weight, share in zip(self._weights, SHARES, strict=True)
-        )
+        def minus_success_probability(count: int) -> float:
+            weighted = zip(self.belief, SHARES, strict=True)
+            return -math.fsum(weight * math.pow(1 - share, count) for weight, share in weighted)
 
-    def _learn(self, likelihood: Callable[[float], float]) -> None:
-        """Multiply each weight by the likelihood of the run, given the probability that one item succeeds."""
-        weights = [weight * likelihood(1 - share) for weight, share in zip(self._weights, SHARES, strict=True)]
+        return max(1, bisect_right(range(1, limit + 1), -MIN_SUCCESS_PROBABILITY, key=minus_success_probability))
+
+    def _learn(self, count: int, group_count: int, *, succeeded: bool) -> None:
+        """Multiply each weight by the likelihood of how the run ended."""
+        weights = []
+        for weight, share in zip(self.belief, SHARES, strict=True):
+            success = math.pow(1 - share, count)
+            group_success = math.pow(1 - share, group_count) if group_count else 0.0
+            likelihood = (success - group_success if succeeded else 1 - success) / (1 - group_success)
+            weights.append(weight * likelihood)
         total = sum(weights)
         if total > 0:  # else it is impossible at every share: something other than the items makes runs fail
-            self._weights = tuple(
+            self.belief = tuple(
                 (1 - PRIOR_WEIGHT) * weight / total + PRIOR_WEIGHT * prior
                 for weight, prior in zip(weights, _PRIOR, strict=True)
             )

@@ -111,8 +111,9 @@ class BatchFormer(Generic[RequestT]):
 
     def _own_s(self, size: int) -> float:
         """Seconds per request of this size in the best batch of requests of this size."""
-        seconds = self.cost_model.predict_s
-        return min(seconds(count, size, count * size) / count for count in _powers_of_two(self.count_limit))
+        limit = self.count_limit
+        counts = [*(1 << i for i in range((limit - 1).bit_length())), limit]
+        return min(self.cost_model.predict_s(count, size, count * size) / count for count in counts)
 
     def form_full(self, anchor: RequestT) -> Batch[RequestT]:
         """The anchor with the requests of the most similar sizes, as many as the limits allow."""
@@ -208,14 +209,14 @@ class BatchFormer(Generic[RequestT]):
         So a few requests of unusual sizes do not wait for a batch of their own while the queue is short.
         """
         count, priority = len(batch.requests), batch.priority
-        waiting, total = self.queue.waiting(priority), self.queue.waiting_size(priority)
+        waiting = self.queue.waiting(priority)
         if batch.reason is not DispatchReason.IDLE or not count < waiting <= self.count_limit:
             return batch
         rest = self.queue.all_but(batch.requests)
-        longest_of_rest = max(request.size for request in rest)
-        longest = max(batch.longest, longest_of_rest)
+        longest_of_rest, total_of_rest = max(request.size for request in rest), sum(request.size for request in rest)
+        longest, total = max(batch.longest, longest_of_rest), batch.total + total_of_rest
         together_s = self.cost_model.predict_s(waiting, longest, total)
-        second_s = self.cost_model.predict_s(waiting - count, longest_of_rest, total - batch.total)
+        second_s = self.cost_model.predict_s(len(rest), longest_of_rest, total_of_rest)
         if not self.is_allowed(waiting, longest, together_s):
             return batch
         if waiting * together_s > waiting * batch.predicted_s + (waiting - count) * second_s:
@@ -286,11 +287,6 @@ class BatchFormer(Generic[RequestT]):
 def _are_similar(one: int, other: int) -> bool:
     smaller, larger = sorted((one, other))
     return larger + SIMILARITY_OFFSET <= MAX_SIZE_RATIO * (smaller + SIMILARITY_OFFSET)
-
-
-def _powers_of_two(last: int) -> list[int]:
-    """The powers of two below `last`, and `last`."""
-    return [*(1 << i for i in range((last - 1).bit_length())), last]
 
 
 class _Neighbours(Generic[RequestT]):

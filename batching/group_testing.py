@@ -62,13 +62,9 @@ class FailureHistory:
             return
         if self._singles >= self._singles_needed and self.has_tried_enough(batch_count):
             self.is_systemic = True
-            self.rate.restore(self._belief_before)  # the failures say nothing about the items
+            self.rate.belief = self._belief_before  # the failures say nothing about the items
         else:
             self.rate.record_failure(count, group_count)
-
-    def record_timeout(self) -> None:
-        """Learn that an item timed out alone."""
-        self.timeouts += 1
 
     def has_tried_enough(self, batch_count: int) -> bool:
         """Whether so many runs failed that only runs of single items can give more information."""
@@ -184,7 +180,7 @@ class GroupTest(Generic[T]):
         if len(part) > 1:
             self._parts.extend([item] for item in _spread_out(part))
             return
-        self._history.record_timeout()
+        self._history.timeouts += 1
         self._timeouts += 1
         self.failing.append((part[0], error))
 

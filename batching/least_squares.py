@@ -9,16 +9,16 @@ TOLERANCE = 1e-9
 
 
 def solve_nonnegative(
-    matrix: Sequence[Sequence[float]], vector: Sequence[float], reluctance: Sequence[float] | None = None
+    matrix: Sequence[Sequence[float]], vector: Sequence[float], reluctance: Sequence[float]
 ) -> list[float]:
     """The x >= 0 that minimises x'Ax / 2 - b'x, for normal equations `matrix` A and `vector` b.
 
     The active-set method of Lawson and Hanson, "Solving Least Squares Problems" (1974), chapter 23, on columns scaled
     to length one. An unknown that no observation contains (a zero diagonal) is 0. If the data cannot distinguish some
-    unknowns, each gets a share in inverse proportion to its `reluctance` (1 by default).
+    unknowns, each gets a share in inverse proportion to its `reluctance`.
     """
     scale = [1 / math.sqrt(matrix[i][i]) if matrix[i][i] > 0 else 0.0 for i in range(len(vector))]
-    ridge = [RIDGE * value for value in reluctance or [1.0] * len(vector)]
+    ridge = [RIDGE * value for value in reluctance]
     a = [
         [value * scale[i] * scale[j] + (ridge[i] if i == j else 0) for j, value in enumerate(row)]
         for i, row in enumerate(matrix)
@@ -93,17 +93,14 @@ class NormalEquations:
         self.matrix = [[value / factor**2 for value in row] for row in self.matrix]
         self.vector = [value / factor for value in self.vector]
 
-    def solve_with(
-        self, other: "NormalEquations", weight: float, reluctance: Sequence[float] | None = None
-    ) -> list[float]:
+    def solve_with(self, other: "NormalEquations", weight: float, reluctance: Sequence[float]) -> list[float]:
         """The nonnegative coefficients that fit best; the observations of `other` have a weight of `weight`."""
         matrix = [
             [left + weight * right for left, right in zip(*rows, strict=True)]
             for rows in zip(self.matrix, other.matrix, strict=True)
         ]
-        return solve_nonnegative(
-            matrix, [left + weight * right for left, right in zip(self.vector, other.vector, strict=True)], reluctance
-        )
+        vector = [left + weight * right for left, right in zip(self.vector, other.vector, strict=True)]
+        return solve_nonnegative(matrix, vector, reluctance)
 
     def state(self) -> dict[str, list[Any]]:
         """The sums, as JSON can hold them."""

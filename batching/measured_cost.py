@@ -33,9 +33,7 @@ MEMORY_BATCHES = 250  # after so many batches, an old one has 1/e of the weight 
 KEPT_WEIGHT = 0.1  # of a calibrated shape, which does not fade: a part of each is kept for good
 REFIT_EVERY = 32  # batches, once so many have run; before, after each. A fit takes 0.2 ms
 CHANGE_AFTER = 4  # outliers in a row on the same side of the prediction
-OUTLIER_LOG_RATIO = (
-    0.4  # an outlier took more than e^0.4 = 1.5 times the prediction, or less than 1/1.5; it counts less
-)
+OUTLIER_LOG_RATIO = 0.4  # an outlier took more than e^0.4 = 1.5 times the prediction, or less than 1/1.5
 SETTLED_AFTER = 6  # batches; before, a deviation is caused by the fit rather than by the kind of batch
 
 LEARNING_S = 25e-6  # seconds that it takes to learn from a batch
@@ -106,8 +104,8 @@ class MeasuredCostModel:
         for knee, cost_s in self._beyond_count_s:
             if count > knee:
                 seconds += cost_s * (count - knee)
-        if self._deviations.factors:
-            seconds *= self._deviations.factor(count, _tokens_key(tokens))
+        if factors := self._deviations.factors:
+            seconds *= factors.get(count, 1.0) * factors.get(_tokens_key(tokens), 1.0)
         return max(seconds, SHORTEST_S)
 
     def observe(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
@@ -197,7 +195,7 @@ class MeasuredCostModel:
             raise ValueError(f"not the state of a cost model: {type(error).__name__}: {error}") from error
         if observed < 0 or largest_count < 0:
             raise ValueError(f"counts must not be negative, got {observed!r} and {largest_count!r}")
-        if observed and not any(kept.solve_with(recent, 1.0)):
+        if observed and not any(kept.solve_with(recent, 1.0, RELUCTANCE)):
             raise ValueError("not the state of a cost model: a batch would cost nothing")
         if not 0 <= mean_error <= MAX_ERROR:
             raise ValueError(f"error must be from 0 to {MAX_ERROR}, got {mean_error!r}")
@@ -253,10 +251,9 @@ class MeasuredCostModel:
     def _use(self, costs: list[float]) -> None:
         """Predict by these costs from now on."""
         self._costs = costs
-        self._batch_s, self._request_s, self._token_s, self._attention_s, self._other_token_s, self._square_s = costs[
-            :6
-        ]
-        by_tokens, by_count = costs[6 : 6 + len(KNEES)], costs[6 + len(KNEES) :]
+        self._batch_s, self._request_s, self._token_s, self._attention_s, *others = costs
+        self._other_token_s, self._square_s, *beyond = others
+        by_tokens, by_count = beyond[: len(KNEES)], beyond[len(KNEES) :]
         self._beyond_s = [(knee, cost) for knee, cost in zip(KNEES, by_tokens, strict=True) if cost]
         self._beyond_count_s = [(knee, cost) for knee, cost in zip(COUNT_KNEES, by_count, strict=True) if cost]
 
@@ -281,13 +278,6 @@ class Deviations:
         self.factors: dict[int, float] = {}
         """The factor of each kind whose deviation is more than noise."""
         self._means: dict[int, tuple[float, int]] = {}
-
-    def factor(self, *kinds: int) -> float:
-        """The factor for the prediction of a batch of these kinds."""
-        factor = 1.0
-        for kind in kinds:
-            factor *= self.factors.get(kind, 1.0)
-        return factor
 
     def add(self, kinds: tuple[int, ...], deviation: float, noise: float) -> None:
         """Learn from a batch of these kinds: ``log(measured / predicted)``, and the usual absolute value of that."""

@@ -19,13 +19,12 @@ R = TypeVar("R")
 class Waiter(Wakeup):
     """Wakes one caller when all its requests have their outcomes. Times are those of the event loop's clock."""
 
-    __slots__ = ("arrival_s", "deadline_s", "timeout_s", "unfinished")
+    __slots__ = ("arrival_s", "deadline_s", "unfinished")
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None, arrival_s: float, timeout_s: float | None) -> None:
         super().__init__(loop)
         self.unfinished = 1
         self.arrival_s = arrival_s
-        self.timeout_s = timeout_s
         self.deadline_s = math.inf if timeout_s is None else arrival_s + timeout_s
 
     def end_one(self) -> None:
@@ -76,7 +75,6 @@ class Pending(Request[T], Generic[T, R]):
         self.arrival_s = waiter.arrival_s
         self.deadline_s = waiter.deadline_s
         self.sequence = 0
-        self.is_linked = True
         self.waiter = waiter
         self.outcome: Outcome[R] | None = None
 

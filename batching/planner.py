@@ -44,11 +44,6 @@ class BatchPlanner(Generic[RequestT]):
         self._bulk_deficit_s = 0.0
         self._bulk_in_flight = 0
 
-    @property
-    def count_limit(self) -> int:
-        """How many requests make a batch full at present."""
-        return self.former.count_limit
-
     def push(self, request: RequestT) -> None:
         """Add a new request; raises `QueueFullError` when there is no room."""
         self.push_all((request,))
@@ -113,14 +108,10 @@ class BatchPlanner(Generic[RequestT]):
         """Learn that requests of these `sizes` did not fit into the device together."""
         self.token_limit.record_too_large(len(sizes) * max(sizes))
 
-    def requeue(self, requests: Sequence[RequestT]) -> None:
-        """Let requests of a batch of `decide` wait again, with their old sequence numbers."""
-        self.queue.requeue(requests)
-
     def cancel_batch(self, batch: Batch[RequestT], requests: Sequence[RequestT]) -> None:
         """Account for a batch of `decide` that did not run, and requeue these `requests` of it."""
         self._bulk_in_flight -= batch.priority is Priority.BULK
-        self.requeue(requests)
+        self.queue.requeue(requests)
 
     def should_preempt(self, batch: Batch[RequestT]) -> bool:
         """Whether a bulk batch that is only prepared should wait again, because interactive requests have arrived."""
@@ -158,10 +149,10 @@ class BatchPlanner(Generic[RequestT]):
         if self.queue.waiting(batch.priority) > len(batch.requests):
             return DispatchReason.IDLE, now  # more requests wait behind this batch
         arrivals = self._arrivals[batch.priority]
-        count, size = len(batch.requests) + 1, max(1, arrivals.mean_size)
+        count, size = len(batch.requests) + 1, max(1, round(arrivals.mean_size))
         longest, total = max(batch.longest, size), batch.total + size
         with_one_more_s = self.cost_model.predict_s(count, longest, total)
-        if count > self.count_limit:
+        if count > self.former.count_limit:
             return DispatchReason.FULL, now
         if not self.former.is_allowed(count, longest, with_one_more_s):
             return DispatchReason.BUDGET, now
@@ -186,19 +177,15 @@ class BatchPlanner(Generic[RequestT]):
             return self._shortened(batch)
         if is_bulk or not (self.policy.mixes_lanes and self.queue.waiting(Priority.BULK)):
             return self._trial_if_due(batch)
-        self._measure_bulk()
+        # Bulk requests may run only as companions for long, and the bulk time limit has to stay up to date.
+        if (oldest := self.queue.oldest(Priority.BULK)) is not None and self._bulk_time_limit.should_measure():
+            self._shortened(self.former.form(oldest))
         left = self.queue.waiting(Priority.INTERACTIVE) - len(batch.requests)
         max_s = max(
             BULK_COMPANIONS_SHARE * self._bulk_time_limit.seconds / math.sqrt(1 + left),
             BULK_COMPANIONS_FACTOR * batch.predicted_s,
         )
         return self.former.add_companions(batch, Priority.BULK, max_s)
-
-    def _measure_bulk(self) -> None:
-        """Keep the bulk time limit up to date while bulk requests run only as companions."""
-        oldest = self.queue.oldest(Priority.BULK)
-        if oldest is not None and self._bulk_time_limit.should_measure():
-            self._shortened(self.former.form(oldest))
 
     def _shortened(self, batch: Batch[RequestT]) -> Batch[RequestT]:
         short = self.former.shorten(batch, self._bulk_time_limit.seconds)

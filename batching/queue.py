@@ -7,8 +7,8 @@ which is a few dozen however many requests wait. The queue has no clock, does no
 
 import heapq
 import math
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
 from itertools import count, islice
 from operator import attrgetter
 from typing import Generic, TypeVar
@@ -38,39 +38,29 @@ def size_bucket(size: int) -> int:
 class _Lane(Generic[RequestT]):
     """The waiting requests of one priority.
 
-    A request that is taken or withdrawn is first only marked as stale. It is removed from its bucket when it is at the
-    front, or when stale requests outnumber waiting ones.
+    A request that is taken or withdrawn leaves its bucket later: when it is at the front, when a request is requeued
+    there, or when such stale requests outnumber the waiting ones.
     """
 
-    __slots__ = ("buckets", "count", "size", "stale")
+    __slots__ = ("buckets", "count", "stale")
 
     def __init__(self) -> None:
         self.buckets: dict[int, deque[RequestT]] = {}
         self.count = 0
-        self.size = 0
         self.stale = 0
 
     def sweep(self) -> None:
         """Remove stale requests if there are too many."""
         if self.stale > self.count + _STALE_LIMIT:
-            for index, bucket in list(self.buckets.items()):
-                waiting = deque(request for request in bucket if request.sequence > 0)
-                for request in bucket:
-                    request.is_linked = request.sequence > 0
-                if waiting:
-                    self.buckets[index] = waiting
-                else:
-                    del self.buckets[index]
+            for index in self.buckets:
+                self.rebuild(index)
             self.stale = 0
 
-    def insert(self, request: RequestT) -> None:
-        """Put a request back into its bucket, in order of arrival. As a rule it is the oldest there."""
-        bucket = self.buckets.setdefault(size_bucket(request.size), deque())
-        request.is_linked = True
-        index = 0
-        while index < len(bucket) and abs(bucket[index].sequence) < request.sequence:
-            index += 1
-        bucket.insert(index, request)
+    def rebuild(self, index: int, added: Iterable[RequestT] = ()) -> None:
+        """Remove stale requests from a bucket, and add some, in order of arrival."""
+        waiting = (request for request in self.buckets.get(index, ()) if request.sequence > 0)
+        once = dict.fromkeys((*waiting, *added))  # a requeued request may not have left its bucket yet
+        self.buckets[index] = deque(sorted(once, key=attrgetter("sequence")))
 
 
 class RequestQueue(Generic[RequestT]):
@@ -95,22 +85,10 @@ class RequestQueue(Generic[RequestT]):
         """How many requests wait in this lane."""
         return self._lanes[priority].count
 
-    def waiting_size(self, priority: Priority) -> int:
-        """The sum of the sizes of the requests that wait in this lane."""
-        return self._lanes[priority].size
-
-    def ensure_room(self, added: int = 1) -> None:
-        """Raise `QueueFullError` unless `added` more requests fit."""
-        if self._length + added > self.max_items:
-            raise QueueFullError(self._length, self.max_items, added)
-
-    def push(self, request: RequestT) -> None:
-        """Add a new request; raises `QueueFullError` when there is no room."""
-        self.push_all((request,))
-
     def push_all(self, requests: Sequence[RequestT]) -> None:
         """Add new requests: all of them, or none and raise `QueueFullError`."""
-        self.ensure_room(len(requests))
+        if self._length + len(requests) > self.max_items:
+            raise QueueFullError(self._length, self.max_items, len(requests))
         for request in requests:
             lane, size = self._lanes[request.priority], request.size
             index = _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
@@ -120,7 +98,6 @@ class RequestQueue(Generic[RequestT]):
                 lane.buckets[index] = deque((request,))
             request.sequence = next(self._sequence)
             lane.count += 1
-            lane.size += size
             if request.deadline_s < math.inf:
                 heapq.heappush(self._deadlines, (request.deadline_s, request.sequence, request))
         self._length += len(requests)
@@ -129,42 +106,36 @@ class RequestQueue(Generic[RequestT]):
         """Remove a request, if it waits; returns whether it did."""
         if request.sequence <= 0:
             return False
-        request.sequence = -request.sequence
-        lane = self._lanes[request.priority]
-        lane.count -= 1
-        lane.size -= request.size
-        lane.stale += 1
-        self._length -= 1
-        lane.sweep()
-        self._sweep_deadlines()
+        self.take([request])
         return True
 
     def take(self, requests: list[RequestT]) -> None:
-        """Remove requests, all of which wait. This is cheaper than `discard` for each of them."""
+        """Remove requests, all of which wait."""
         for request in requests:
             lane = self._lanes[request.priority]
             request.sequence = -request.sequence
             lane.count -= 1
-            lane.size -= request.size
             lane.stale += 1
         self._length -= len(requests)
         for lane in self._lanes.values():
             lane.sweep()
-        self._sweep_deadlines()
+        if len(self._deadlines) > 2 * self._length + _STALE_LIMIT:
+            waiting = {id(entry[2]): entry for entry in self._deadlines if entry[2].sequence > 0}
+            self._deadlines = list(waiting.values())  # a requeued request has several entries
+            heapq.heapify(self._deadlines)
 
     def requeue(self, requests: Sequence[RequestT]) -> None:
         """Let requests wait again that were taken, with their old sequence numbers, even if the queue is full."""
-        for request in sorted(requests, key=attrgetter("sequence")):  # newest first: each is inserted at the front
+        buckets = defaultdict[tuple[_Lane[RequestT], int], list[RequestT]](list)
+        for request in requests:
             lane = self._lanes[request.priority]
             request.sequence = -request.sequence
             lane.count += 1
-            lane.size += request.size
-            if request.is_linked:
-                lane.stale -= 1
-            else:
-                lane.insert(request)
+            buckets[lane, size_bucket(request.size)].append(request)
             if request.deadline_s < math.inf:
                 heapq.heappush(self._deadlines, (request.deadline_s, request.sequence, request))
+        for (lane, index), added in buckets.items():
+            lane.rebuild(index, added)
         self._length += len(requests)
 
     def pop_expired(self, now: float) -> list[RequestT]:
@@ -182,7 +153,7 @@ class RequestQueue(Generic[RequestT]):
         oldest, empty = None, []
         for index, bucket in lane.buckets.items():
             while bucket and bucket[0].sequence < 0:
-                bucket.popleft().is_linked = False
+                bucket.popleft()
                 lane.stale -= 1
             if not bucket:
                 empty.append(index)
@@ -211,9 +182,3 @@ class RequestQueue(Generic[RequestT]):
             for request in buckets[index]
             if request.sequence > 0 and id(request) not in excluded
         ]
-
-    def _sweep_deadlines(self) -> None:
-        if len(self._deadlines) > 2 * self._length + _STALE_LIMIT:
-            waiting = {id(entry[2]): entry for entry in self._deadlines if entry[2].sequence > 0}
-            self._deadlines = list(waiting.values())  # a requeued request has several entries
-            heapq.heapify(self._deadlines)

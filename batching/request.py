@@ -34,8 +34,6 @@ class Request(Generic[T]):
     deadline_s: float = math.inf
     sequence: int = field(default=0, init=False)
     """Its number in the order of arrival: positive while it waits, negative afterwards, 0 before. Set by the queue."""
-    is_linked: bool = field(default=True, init=False)
-    """Whether a bucket of the queue holds it, waiting or not, once it was pushed. Set by the queue."""
 
 
 @dataclass(slots=True)  # not frozen: one is made for each request, and a frozen one takes three times as long to make

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Generic, Self, TypeVar, cast
 
 import anyio
 from anyio import AsyncContextManagerMixin
 from anyio.lowlevel import current_token
 
-from modalkit.batching.batch_run import CANCELLED
+from modalkit.batching.batch_run import CANCELLED, BatchRunner
 from modalkit.batching.cost import CostModel
 from modalkit.batching.dispatch import BROKEN, Dispatcher
 from modalkit.batching.errors import (
@@ -23,10 +23,9 @@ from modalkit.batching.measured_cost import MeasuredCostModel
 from modalkit.batching.pending import ItemSizes, Listener, Pending, Waiter
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import BatchPolicy
-from modalkit.batching.records import BatchRecord
 from modalkit.batching.request import LARGEST_SIZE, Failure, Outcome, Priority, Success
 from modalkit.batching.stages import RunBatch
-from modalkit.batching.statistics import SchedulerStatistics
+from modalkit.batching.statistics import BatchRecord, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.wakeup import asyncio_loop
 
@@ -43,29 +42,25 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     not finished fail with `SchedulerClosedError`.
 
     `run_batch` is a synchronous function, which runs in a thread of the scheduler; or an asynchronous function; or
-    three `Stages`. Stages of one batch overlap with those of the next, in a second thread, if requests wait and the
-    first and last stages take a considerable share of the time.
+    three `Stages`, which overlap with those of the next batch, in a second thread, where that pays.
 
     Up to `max_in_flight` batches run at once (overlapping ones count as one). While `max_partial_in_flight` batches
-    run, only full ones are added. Use it if `run_batch` costs by the call and not by the item, such as a call over a
-    network.
+    run, only full ones are added: for a `run_batch` that costs by the call and not by the item, such as a remote call.
 
     `item_size` gives the size of a payload for which `submit` gets no size. It runs in the event loop for each request,
     so it has to be fast. If it fails or returns an invalid size, the nearest valid size counts (1 after a failure), and
     one warning is logged. Batches are formed by `cost_model`, by default a `MeasuredCostModel`.
 
-    If a batch fails, its failing items are searched for and fail alone; the other items run again in later batches.
-    While failures are frequent, batches are small. If nothing succeeds any more, batches are given up after a few runs,
-    with a `Failure` that `is_systemic`. A batch that runs longer than `batch_timeout_s` runs again item by item, and an
-    item that takes as long alone fails with `BatchTimeoutError`. Python cannot stop a synchronous function: it goes on
-    in its thread, its result is dropped, and the next batch gets a new thread. A batch whose error `is_too_large`
-    accepts is halved until its parts fit, and later batches stay below that size for a while. `on_batch` gets the
-    record of each batch, in the event loop; an exception that it raises is logged.
+    If a batch fails, its failing items are searched for and fail alone; the other items run again in later batches. If
+    nothing succeeds any more, batches are given up after a few runs, with a `Failure` that `is_systemic`. A batch that
+    runs longer than `batch_timeout_s` runs again item by item, and an item that takes as long alone fails with
+    `BatchTimeoutError`; a synchronous function goes on in its thread, and its result is dropped. A batch whose error
+    `is_too_large` accepts is halved until its parts fit, and later batches stay below that size for a while. `on_batch`
+    gets the record of each batch, in the event loop; an exception that it raises is logged.
 
     Each accepted request gets exactly one outcome: a result, its own error, or cancellation. An exception of
-    `cost_model` or of the scheduler itself is logged and fails the requests of that batch. After three in a row,
-    without a batch that ran in between, the scheduler `is_broken`: all its requests then fail with
-    `SchedulerClosedError`.
+    `cost_model` or of the scheduler itself is logged and fails the requests of that batch. After three in a row the
+    scheduler `is_broken`: all its requests then fail with `SchedulerClosedError`.
     """
 
     def __init__(
@@ -97,15 +92,12 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         # All mutable state: the planner with its queue; the dispatcher with its workers and the counters; the clock.
         self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, self.cost_model)
-        self._dispatcher: Dispatcher[T, R] = Dispatcher(
-            self._planner,
-            [Executor(run_batch, timeout_s, f"{name} {i}") for i in range(max_in_flight)],
-            max_partial_in_flight=max_partial_in_flight,
-            is_too_large=is_too_large,
-            on_batch=on_batch,
-            name=name,
+        runner = BatchRunner(self._planner, is_too_large=is_too_large, on_batch=on_batch, name=name)
+        executors = [Executor(run_batch, timeout_s, f"{name} {i}") for i in range(max_in_flight)]
+        self._dispatcher = Dispatcher(
+            self._planner, executors, runner, max_partial_in_flight=max_partial_in_flight, name=name
         )
-        self._telemetry = self._dispatcher.runner.telemetry
+        self._telemetry = runner.telemetry
         self._now: Callable[[], float] = anyio.current_time
         self._opened_s = self._closed_s = math.nan
 
@@ -223,14 +215,17 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         return withdraw
 
     async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None = None) -> S:
-        """Run a function, such as a warm-up, in the thread that runs batches, between two batches.
+        """Run a function, such as a warm-up, in a thread that runs batches, while no batch is in any stage.
 
-        With `max_in_flight` of 1, no batch is in any stage meanwhile. Raises what the function raises,
-        `SchedulerClosedError`, and `TimeoutError` after `timeout_s` seconds; then the function goes on in its thread,
-        and its result is dropped.
+        Raises what the function raises, `SchedulerClosedError`, and `TimeoutError` after `timeout_s` seconds; then the
+        function goes on in its thread, and its result is dropped.
         """
         self._ensure_open()
-        return await self._dispatcher.executors[0].run_in_thread(function, timeout_s)
+        executors = self._dispatcher.executors
+        async with AsyncExitStack() as paused:
+            for executor in executors:
+                await paused.enter_async_context(executor.paused())
+            return await executors[0].run_while_paused(function, timeout_s)
 
     def statistics(self) -> SchedulerStatistics:
         """An immutable snapshot of the requests and batches that wait, run and have ended."""
@@ -294,12 +289,10 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     async def _wait(self, waiter: Waiter, requests: Sequence[Pending[T, R]]) -> None:
         """Wait for all outcomes. At the deadline, or when cancelled, withdraw the requests that have none."""
         try:
-            if waiter.timeout_s is None:
+            with anyio.CancelScope(deadline=waiter.deadline_s) as scope:
                 await waiter.wait()
-            else:
-                with anyio.CancelScope(deadline=waiter.deadline_s):
-                    await waiter.wait()
-                self._withdraw(requests, Failure(DeadlineExceededError(waiter.timeout_s)))
+            if scope.cancelled_caught:
+                self._withdraw(requests, Failure(DeadlineExceededError(waiter.deadline_s - waiter.arrival_s)))
         except BaseException:
             self._withdraw(requests, CANCELLED)
             raise

@@ -15,7 +15,8 @@ class Stages(Generic[T, R]):
     """A batch in three steps. Each is a synchronous function of the payloads and of the result of the step before.
 
     While one batch is in `predict`, the next one may be in `preprocess` or the one before in `postprocess`, on another
-    thread. Two batches are never in the same step at once, nor one in `preprocess` and one in `postprocess`.
+    thread. With a `max_in_flight` of 1, two batches are never in the same step at once, nor one in `preprocess` and one
+    in `postprocess`.
     """
 
     preprocess: Callable[[list[T]], Any]

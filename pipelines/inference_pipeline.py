@@ -36,6 +36,13 @@ class InferencePipeline(ABC):
     engine_choice: EngineChoice | None = None
     """What computes the model, if the pipeline has loaded it by `load_engine`: shown by the service."""
 
+    max_in_flight: int = 1
+    """How many batches may run at once, each on a thread of its own; ``batch_config.max_in_flight`` may change it.
+
+    More than one pays where one batch leaves a part of the device idle. Read when a worker is made. With more than one,
+    two batches may be in the same stage.
+    """
+
     def __init__(
         self, model_name: str, all_model_data_folder: str, common_settings: dict[str, Any], **model_entry: Any
     ) -> None:
@@ -84,6 +91,12 @@ class InferencePipeline(ABC):
         """Do work that would delay the first request. By default, run one sample item, if there are sample items."""
         if items := self.sample_items(1, 1):
             self.run_inference(items)
+
+    def before_predict(self, in_flight: int) -> None:  # noqa: B027  # a hook: most pipelines need nothing here
+        """Prepare the thread of a batch, before its `predict`: `in_flight` batches run now, this one included.
+
+        Called only where `max_in_flight` is more than 1. Does nothing by default.
+        """
 
     def move_to(self, device: str) -> None:  # noqa: B027  # a hook: most pipelines need nothing here
         """Move the model to another device, such as ``cuda`` after a snapshot was restored. No batch runs meanwhile.

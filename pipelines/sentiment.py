@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from modalkit.pipelines.classifier_settings import engine_settings, parse_settings
+from modalkit.pipelines.cpu_threads import cpu_threads
 from modalkit.pipelines.engines import Engine, EngineChoice, EngineSettings, load_engine, same_labels
 from modalkit.pipelines.errors import ModelLoadError
 from modalkit.pipelines.inference_pipeline import InferencePipeline
@@ -92,7 +93,7 @@ class SentimentPipeline(InferencePipeline):
         super().__init__(model_name, all_model_data_folder, common_settings, **model_entry)
         common, entry = parse_settings(model_name, common_settings, model_entry)
         if common.threads is not None:
-            torch.set_num_threads(common.threads)
+            cpu_threads().set_total(common.threads)
         self._engine_settings = engine_settings(common, entry)
         self.device = choose_device(common.device)
         self._checkpoint = checkpoint = load_checkpoint(entry, Path(all_model_data_folder), self.device)
@@ -115,6 +116,16 @@ class SentimentPipeline(InferencePipeline):
         """The number format that the model computes in."""
         dtype: torch.dtype = getattr(torch, self._engine.choice.dtype)
         return dtype
+
+    @property
+    def max_in_flight(self) -> int:  # type: ignore[override]  # read only: it follows from the device
+        """On a CPU several batches, which share the threads; elsewhere one."""
+        return cpu_threads().max_in_flight if self.device.type == "cpu" else 1
+
+    def before_predict(self, in_flight: int) -> None:
+        """On a CPU, use this batch's part of the threads."""
+        if self.device.type == "cpu":
+            cpu_threads().share(in_flight)
 
     def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
         """Tokenize and pad to the longest: ``tensors`` (batch, length) on the CPU, and ``truncated`` for each item."""
@@ -168,7 +179,7 @@ class SentimentPipeline(InferencePipeline):
         engine = self._engine.choice.candidate
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)}, {engine}"
-        return f"{super().device_name()}, {self.device.type}, {torch.get_num_threads()} threads, {engine}"
+        return f"{super().device_name()}, {self.device.type}, {cpu_threads().total} threads, {engine}"
 
     def move_to(self, device: str) -> None:
         """Move the model to `device`, and choose the engine for it.

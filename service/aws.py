@@ -57,3 +57,10 @@ def aws_clients(
     return region_name, lambda: session.create_client(
         service, region_name=region_name, endpoint_url=endpoint_url, config=config
     )
+
+
+def aws_answer(error: Exception) -> tuple[str, str]:
+    """The code, without its prefix, and the message of an error that AWS itself answered with; else two empty texts."""
+    response = getattr(error, "response", None)
+    answer = response.get("Error", {}) if isinstance(response, dict) else {}
+    return answer.get("Code", "").rpartition(".")[2], answer.get("Message", "")

@@ -1,8 +1,8 @@
 """What a frontend (HTTP, the command line) needs of an engine that runs models and jobs."""
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Protocol, Self
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
 
 from pydantic import BaseModel
 
@@ -20,28 +20,23 @@ class Model(Protocol):
     @property
     def name(self) -> str:
         """Its name in the configuration."""
-        ...  # protocol methods have no body
 
     @property
     def input_model(self) -> type[BaseModel]:
         """What its items are validated as; known before the model is loaded."""
-        ...
 
     @property
     def output_model(self) -> type[InferenceOutputModel]:
         """What its outputs look like; known before the model is loaded."""
-        ...
 
     @property
     def readiness(self) -> Readiness:
         """Whether it takes requests."""
-        ...
 
     async def predict(
         self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
     ) -> InferenceOutputModel:
         """Run one item. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""
-        ...
 
     async def predict_many(
         self,
@@ -51,7 +46,6 @@ class Model(Protocol):
         timeout_s: float | None = None,
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run items; outcomes in their order. Raises `NotReadyError` and what `InferenceWorker.predict_many` raises."""
-        ...
 
     @property
     def engine_choice(self) -> EngineChoice | None:
@@ -60,7 +54,6 @@ class Model(Protocol):
 
     def statistics(self) -> SchedulerStatistics | None:
         """What this process did for the model so far; None before the model is loaded."""
-        ...
 
 
 class JobAdministration(Protocol):
@@ -68,19 +61,15 @@ class JobAdministration(Protocol):
 
     async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
         """Up to `limit` jobs that `which` covers, the newest first; `cursor` is that of the page before."""
-        ...
 
     async def replay(self, job_ids: Sequence[str] | None = None) -> int:
         """Send the undelivered results of these jobs, or of all, once more; returns how many."""
-        ...
 
     async def purge(self, which: JobFilter) -> int:
         """Remove the ended jobs that `which` covers; returns how many."""
-        ...
 
     async def counts(self) -> JobCounts:
         """How many jobs there are by status and by delivery."""
-        ...
 
 
 class Jobs(Protocol):
@@ -89,7 +78,6 @@ class Jobs(Protocol):
     @property
     def administration(self) -> JobAdministration | None:
         """None where the engine cannot list, replay, purge or count jobs."""
-        ...
 
     async def submit(
         self, requests: Sequence[AsyncInputModel], *, model_name: str, priority: Priority = Priority.BULK
@@ -99,35 +87,24 @@ class Jobs(Protocol):
         An invalid request disturbs no other. Raises `UnknownModelError`, and `NotReadyError` where the model takes no
         jobs now.
         """
-        ...
 
     async def get(self, job_id: str, wait_s: float = 0.0) -> Job | None:
         """The job as it is now, or once it ends within `wait_s` seconds; None if there is none."""
-        ...
 
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended; returns the job as it then is, or None if there is none."""
-        ...
 
 
-class Gateway(Protocol):
+class Gateway(AbstractAsyncContextManager["Gateway"], Protocol):
     """Models and jobs of one engine. An asynchronous context manager: leaving it finishes what was accepted."""
-
-    async def __aenter__(self) -> Self: ...
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None: ...
 
     @property
     def models(self) -> Mapping[str, Model]:
         """The models by their names; the first is the default. There is at least one."""
-        ...
 
     @property
     def jobs(self) -> Jobs:
         """The jobs of these models."""
-        ...
 
 
 def find_model(models: Mapping[str, Model], name: str | None) -> Model:

@@ -18,7 +18,7 @@ from modalkit.batching import BatchScheduler, CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, undisturbed
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.service.errors import describe_error
-from modalkit.service.pipeline_batches import is_too_large
+from modalkit.service.pipeline_batches import at_full_load, is_too_large, max_in_flight_of
 from modalkit.service.settings import BatchConfig
 
 logger = logging.getLogger(__name__)
@@ -35,14 +35,15 @@ class CostKey:
     device: str
 
     @classmethod
-    def of(cls, pipeline: InferencePipeline) -> "CostKey":
-        """The key of a loaded pipeline."""
+    def of(cls, pipeline: InferencePipeline, config: BatchConfig) -> "CostKey":
+        """The key of a loaded pipeline that runs as `config` says."""
+        max_in_flight = max_in_flight_of(pipeline, config)
         kind = type(pipeline)
         entry = json.dumps(pipeline.model_entry, sort_keys=True, default=str)  # may hold a token: only its hash is kept
         return cls(
             pipeline=f"{kind.__module__}:{kind.__qualname__}",
             model=f"{pipeline.model_name} {hashlib.sha256(entry.encode()).hexdigest()[:16]}",
-            device=pipeline.device_name(),
+            device=pipeline.device_name() + (f", {max_in_flight} batches at once" if max_in_flight > 1 else ""),
         )
 
 
@@ -73,7 +74,7 @@ class LearntCosts:
         """
         if (path := self._config.path) is not None:
             try:
-                self._key = CostKey.of(self._pipeline)
+                self._key = CostKey.of(self._pipeline, self._batch_config)
             except Exception as error:  # noqa: BLE001  # user code may raise anything, and no request depends on it
                 self._warn("device_name failed, so its costs are not kept", error)
             else:
@@ -91,7 +92,7 @@ class LearntCosts:
 
     async def _measure(self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel]) -> None:
         calibration = Calibration(
-            run=self._pipeline.run_inference,
+            run=at_full_load(self._pipeline, max_in_flight_of(self._pipeline, self._batch_config)),
             sample_items=self._pipeline.sample_items,
             item_size=self._pipeline.item_size,
             max_count=self._batch_config.max_batch_size,
@@ -134,11 +135,9 @@ def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
                 logger.warning("%s: the costs of %s are damaged (%s): measuring again", path, key.model, error)
                 return False
             return True
-    others = [
-        str(table["key"].get("device")) for table in tables if {**table["key"], "device": key.device} == asdict(key)
-    ]
+    others = [table["key"].get("device") for table in tables if {**table["key"], "device": key.device} == asdict(key)]
     if others:
-        found = f"on another device ({', '.join(others)}; this is {key.device})"
+        found = f"on another device ({', '.join(map(str, others))}; this is {key.device})"
         logger.warning("%s: the costs of %s were measured %s: measuring again", path, key.model, found)
     return False
 

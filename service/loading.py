@@ -16,12 +16,12 @@ from modalkit.service.jobs.manager import JobManager
 from modalkit.service.queue_backends import (
     InMemoryBackend,
     QueueBackend,
-    QueueBackendError,
     RoutingBackend,
     SQSBackend,
+    TaskIQBackend,
     WebhookBackend,
 )
-from modalkit.service.settings import AsyncConfig, ModelEntry, QueueConfig, Settings
+from modalkit.service.settings import QueueConfig, Settings
 
 T = TypeVar("T")
 
@@ -52,7 +52,10 @@ def current_name(module_name: str, folder: Path | None = None) -> str:
         return module_name
     own = _find_inner(importlib.util.find_spec("modalkit"), [top, *inner])
     found = _find_inner(find_top_module(top, folder), inner)
-    if own is None or (found is not None and not _is_same_file(found, own)):
+    if own is None or own.origin is None:
+        return module_name
+    # In modalkit's own folder, its links make both names lead to one file.
+    if found is not None and Path(str(found.origin)).resolve() != Path(own.origin).resolve():
         return module_name
     return f"modalkit.{module_name}"
 
@@ -63,13 +66,6 @@ def _find_inner(package: ModuleSpec | None, names: list[str]) -> ModuleSpec | No
             return None
         package = PathFinder.find_spec(f"{package.name}.{name}", list(package.submodule_search_locations))
     return package
-
-
-def _is_same_file(one: ModuleSpec, other: ModuleSpec) -> bool:
-    """Whether both lead to one file, as they do in modalkit's own folder, by its links."""
-    return (
-        None not in (one.origin, other.origin) and Path(str(one.origin)).resolve() == Path(str(other.origin)).resolve()
-    )
 
 
 def import_object(path: str, key: str) -> Any:
@@ -111,26 +107,21 @@ class ModelSource:
     def __init__(
         self, settings: Settings, model_name: str, implementation: type[InferencePipeline] | None = None
     ) -> None:
-        entries = settings.model_settings.model_entries
-        entry: ModelEntry | None = entries.get(model_name)
+        entry = settings.model_settings.model_entries.get(model_name)
         self._key = f"model_settings.model_entries.{model_name}"
         self._settings = settings.model_settings
         costs = settings.app_settings.batch_config.calibration.path
         self._engine_folder = None if costs is None else costs.parent / "engines"  # beside the learnt costs
         self._arguments = {} if entry is None else entry.arguments()
         self.model_name = model_name
-        if implementation is not None:
-            self.pipeline_class = implementation
-        elif entry is not None:
-            self.pipeline_class = import_class(
-                entry.pipeline,
-                f"{self._key}.pipeline",
-                InferencePipeline,  # type: ignore[type-abstract]  # compared with, never made
-            )
-        else:
-            raise UnknownModelError(model_name, sorted(entries))
-        self.input_model: type[BaseModel] = self.pipeline_class.input_model
-        self.output_model: type[InferenceOutputModel] = self.pipeline_class.output_model
+        if implementation is None:
+            if entry is None:
+                raise UnknownModelError(model_name, sorted(settings.model_settings.model_entries))
+            base: type[InferencePipeline] = InferencePipeline  # type: ignore[type-abstract]  # compared with, never made
+            implementation = import_class(entry.pipeline, f"{self._key}.pipeline", base)
+        self.pipeline_class = implementation
+        self.input_model: type[BaseModel] = implementation.input_model
+        self.output_model: type[InferenceOutputModel] = implementation.output_model
         if entry is not None and entry.input_model is not None:
             self.input_model = import_class(entry.input_model, f"{self._key}.input_model", BaseModel)
         if entry is not None and entry.output_model is not None:
@@ -141,9 +132,7 @@ class ModelSource:
 
         A `device` is used in place of that of ``model_settings.common``.
         """
-        common = dict(self._settings.common)
-        if device is not None:
-            common["device"] = device
+        common = {**self._settings.common, **({} if device is None else {"device": device})}
         engines = common.get("engines")
         if isinstance(engines, dict) and engines.get("cache_folder") is None and self._engine_folder is not None:
             common["engines"] = {**engines, "cache_folder": self._engine_folder}
@@ -152,8 +141,8 @@ class ModelSource:
                 self.model_name, str(self._settings.local_model_repository_folder), common, **self._arguments
             )
         except Exception as error:
-            name, text = self.pipeline_class.__name__, error_text(error)
-            raise LoadError(f"{self._key}: {name} cannot be loaded: {text}") from error
+            name = self.pipeline_class.__name__
+            raise LoadError(f"{self._key}: {name} cannot be loaded: {error_text(error)}") from error
 
 
 class _DiscardingBackend:
@@ -180,7 +169,7 @@ def _make_queue_backend(config: QueueConfig, name: str, key: str) -> QueueBacken
     make = import_object(name, key) if ":" in name else lambda: _make_built_in_backend(config, name)
     try:
         backend = make()
-    except (QueueBackendError, ValueError) as error:
+    except ValueError as error:
         raise LoadError(f"{key}: {name} cannot be built: {error_text(error)}") from error
     except Exception as error:
         raise LoadError(f"{key}: {name} cannot be built: {describe_error(error)}") from error
@@ -206,8 +195,6 @@ def _make_built_in_backend(config: QueueConfig, name: str) -> QueueBackend:
                 allow_private_addresses=webhook.allow_private_addresses,
             )
         case "taskiq":
-            from modalkit.service.queue_backends.taskiq import TaskIQBackend  # its library is optional
-
             return TaskIQBackend(config.broker_url)
         case _:
             raise AssertionError(f"the settings let {name!r} through as a backend: this is a bug in modalkit")
@@ -224,17 +211,15 @@ def make_job_manager(
     if settings is None:
         return JobManager(MemoryJobStore() if job_store is None else job_store, queue_backend)
     queue_config, async_config = settings.app_settings.queue_config, settings.app_settings.async_config
+    if job_store is None and async_config.store == "memory":
+        job_store = MemoryJobStore(max_jobs=async_config.max_stored_jobs)
+    elif job_store is None:
+        job_store = SqliteJobStore(async_config.store_path, max_jobs=async_config.max_stored_jobs)
     return JobManager(
-        _make_job_store(async_config) if job_store is None else job_store,
+        job_store,
         load_queue_backend(queue_config) if queue_backend is None else queue_backend,
         owns_backend=queue_backend is None,
         allowed_queues=queue_config.allowed_queues,
         result_ttl_s=async_config.result_ttl,
         max_delivery_attempts=async_config.max_delivery_attempts,
     )
-
-
-def _make_job_store(config: AsyncConfig) -> JobStore:
-    if config.store == "memory":
-        return MemoryJobStore(max_jobs=config.max_stored_jobs)
-    return SqliteJobStore(config.store_path, max_jobs=config.max_stored_jobs)

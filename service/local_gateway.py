@@ -15,6 +15,7 @@ from modalkit.batching.threads import DedicatedThread
 from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline, PipelineError
 from modalkit.service.errors import NotReadyError, Readiness, ServiceError, UnknownModelError
 from modalkit.service.jobs import JobStore
+from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import LoadError, ModelSource, make_job_manager
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import Settings
@@ -93,15 +94,16 @@ class LocalModel:
             raise NotReadyError(self.name, readiness)
         return self.worker
 
-    async def serve(self, make_worker: Callable[[InferencePipeline, type[BaseModel]], InferenceWorker]) -> None:
+    async def serve(self, settings: Settings, jobs: JobManager) -> None:
         """Load the model and keep its worker open until the gateway closes, or the model breaks down (see `error`)."""
         try:
             pipeline = await self._load()
             if pipeline is None:
                 return
-            async with make_worker(pipeline, self.input_model) as self.worker:
+            worker = InferenceWorker(pipeline, settings=settings, jobs=jobs, input_model=self.input_model)
+            async with worker as self.worker:
                 self.settled.set()
-                await self._wait_until_closing(self.worker)
+                await self._wait_until_closing(worker)
         except Exception as error:
             # A failed model must not stop the others: its readiness says so, and so does each request for it.
             self.error = error
@@ -194,11 +196,7 @@ class LocalGateway(AsyncContextManagerMixin):
         await self._broken.wait()
 
     async def _serve(self, model: LocalModel) -> None:
-        await model.serve(
-            lambda pipeline, input_model: InferenceWorker(
-                pipeline, settings=self._settings, jobs=self.jobs, input_model=input_model
-            )
-        )
+        await model.serve(self._settings, self.jobs)
         models = self.models.values()
         if all(other.error for other in models) and any(other.worker for other in models):
             self._broken.set()

@@ -2,8 +2,9 @@
 
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from threading import Lock, Thread
+from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 
@@ -11,6 +12,10 @@ from modalkit.batching import RunBatch, Stages
 from modalkit.batching.execution import run_checked
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline
 from modalkit.service.errors import ItemRejectedError, PipelineOutputError, error_text
+from modalkit.service.settings import BatchConfig
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _DEVICE_FAULT = re.compile(
@@ -25,16 +30,73 @@ _FAULT_OF_THE_CALL = re.compile(
 )
 
 
-def run_batch_of(pipeline: InferencePipeline) -> RunBatch[BaseModel, InferenceOutputModel]:
+def max_in_flight_of(pipeline: InferencePipeline, config: BatchConfig) -> int:
+    """How many batches of the pipeline run at once: as configured, else as it says."""
+    return config.max_in_flight or pipeline.max_in_flight
+
+
+def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatch[BaseModel, InferenceOutputModel]:
     """The pipeline's three stages, or its `run_inference` as one where the class has its own."""
-    if _is_overridden(pipeline):
-        return lambda items: _checked_all(pipeline.run_inference(items))
-    # Looked up at each call, as `run_inference` does, so that a method that is replaced later takes effect.
+    # Methods are looked up at each call, as `run_inference` does, so that one that is replaced later takes effect.
+    if getattr(pipeline.run_inference, "__func__", None) is not InferencePipeline.run_inference:
+        run = _counted(pipeline, max_in_flight, lambda items: pipeline.run_inference(items))  # noqa: PLW0108
+        return lambda items: _checked_all(run(items))
     return Stages(
         lambda items: pipeline.preprocess(items),  # noqa: PLW0108
-        lambda items, preprocessed: pipeline.predict(items, preprocessed),  # noqa: PLW0108
+        _counted(pipeline, max_in_flight, lambda items, preprocessed: pipeline.predict(items, preprocessed)),  # noqa: PLW0108
         lambda items, raw_output: _checked_all(pipeline.postprocess(items, raw_output)),
     )
+
+
+def _counted(pipeline: InferencePipeline, max_in_flight: int, run: Callable[P, T]) -> Callable[P, T]:
+    """`run`, with a call of `before_predict` before each call, if batches may run at once."""
+    if max_in_flight == 1:
+        return run
+    lock = Lock()
+    in_flight = 0
+
+    def counted(*args: P.args, **kwargs: P.kwargs) -> T:
+        nonlocal in_flight
+        with lock:
+            in_flight += 1
+        try:
+            pipeline.before_predict(in_flight)
+            return run(*args, **kwargs)
+        finally:
+            with lock:
+                in_flight -= 1
+
+    return counted
+
+
+def at_full_load(pipeline: InferencePipeline, max_in_flight: int) -> Callable[[list[BaseModel]], object]:
+    """A function that runs a batch as a busy worker does: `max_in_flight` times at once, in this and in new threads.
+
+    It returns once all runs have ended, and raises what one of them raised.
+    """
+    if max_in_flight == 1:
+        return pipeline.run_inference
+
+    def run(items: list[BaseModel]) -> None:
+        errors = list[Exception]()
+
+        def run_one() -> None:
+            try:
+                pipeline.before_predict(max_in_flight)
+                pipeline.run_inference(list(items))
+            except Exception as error:  # noqa: BLE001  # raised below, in the thread of the caller
+                errors.append(error)
+
+        others = [Thread(target=run_one, daemon=True) for _ in range(max_in_flight - 1)]
+        for thread in others:
+            thread.start()
+        run_one()
+        for thread in others:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    return run
 
 
 def attempt_as_one_batch(
@@ -61,11 +123,6 @@ def is_too_large(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(sign in error_text(error) for sign in _OUT_OF_MEMORY)
 
 
-def _is_overridden(pipeline: InferencePipeline) -> bool:
-    own = getattr(pipeline.run_inference, "__func__", None)
-    return own is not InferencePipeline.run_inference
-
-
 def _checked_all(outputs: Any) -> Sequence[InferenceOutputModel | Exception]:
     # The scheduler refuses anything but a sequence of the right length.
     is_list = isinstance(outputs, Sequence) and not isinstance(outputs, str | bytes)
@@ -80,13 +137,8 @@ def _checked(output: object) -> InferenceOutputModel | Exception:
 
 def is_device_fault(error: Exception) -> bool:
     """Whether no later batch of this process can succeed, because its CUDA context is lost; not for lack of memory."""
-    if is_too_large(error):
-        return False
     # torch has an error of its own for it since 2.8.
     accelerator_error: tuple[()] | type[Exception] = getattr(sys.modules.get("torch"), "AcceleratorError", ())
     text = error_text(error)
-    if not isinstance(error, accelerator_error) and not (
-        isinstance(error, RuntimeError) and _DEVICE_FAULT.search(text)
-    ):
-        return False
-    return _FAULT_OF_THE_CALL.search(text) is None
+    is_fault = isinstance(error, accelerator_error) or (isinstance(error, RuntimeError) and _DEVICE_FAULT.search(text))
+    return bool(is_fault) and not is_too_large(error) and _FAULT_OF_THE_CALL.search(text) is None

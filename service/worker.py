@@ -27,7 +27,7 @@ from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import JobOutcome, JobRunner
 from modalkit.service.learnt_costs import LearntCosts
 from modalkit.service.loading import make_job_manager
-from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large, run_batch_of
+from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large, max_in_flight_of, run_batch_of
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
 
@@ -81,6 +81,7 @@ class InferenceWorker(AsyncContextManagerMixin):
     ) -> None:
         app_settings = AppSettings() if settings is None else settings.app_settings
         batch_config = app_settings.batch_config
+        max_in_flight = max_in_flight_of(pipeline, batch_config)
         self.pipeline = pipeline
         self.model_name = pipeline.model_name
         self.input_model = input_model or pipeline.input_model
@@ -90,22 +91,22 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._sinks += [] if on_batch is None else [on_batch]
         self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
         self._scheduler: BatchScheduler[BaseModel, InferenceOutputModel] = BatchScheduler(
-            run_batch_of(pipeline),
+            run_batch_of(pipeline, max_in_flight),
             policy=batch_policy(batch_config),
             cost_model=self._costs.model,
             item_size=pipeline.item_size,
+            max_in_flight=max_in_flight,
             batch_timeout_s=batch_config.batch_timeout_seconds,
             is_too_large=is_too_large,
             on_batch=self._on_batch,
             name=self.model_name,
         )
+        window = min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
         self._runner = JobRunner(
             self._jobs,
             self.model_name,
             _Engine(pipeline, self._scheduler, self.input_model, batch_config.batch_timeout_seconds),
-            window=max(
-                1, min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
-            ),
+            window=max(1, window),
             group_limit=batch_config.max_batch_size,
             timeout_s=app_settings.async_config.timeout,
             max_attempts=app_settings.async_config.max_attempts,

@@ -1,21 +1,35 @@
 """``python -m modalkit.pipelines.training``: train the bundled model again, and measure it."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from modalkit.pipelines.errors import ModelLoadError
 from modalkit.pipelines.loading import BUNDLED_FOLDER
-from modalkit.pipelines.sentiment import SentimentPipeline
-from modalkit.pipelines.training.data import Sentence, fetch_sentences, load_sentences, read_sentences
-from modalkit.pipelines.training.evaluate import evaluate
+from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest
+from modalkit.pipelines.training.data import (
+    LABELS,
+    SOURCES,
+    Sentence,
+    fetch_sentences,
+    load_sentences,
+    read_sentences,
+)
 from modalkit.pipelines.training.train import fine_tune
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Cache = Annotated[Path, typer.Option(help="Where downloads are kept.")]
 DEFAULT_CACHE = Path(".cache/training")
+
+BATCH_SIZE = 32
+NEGATIVE, NEUTRAL, POSITIVE = range(len(LABELS))
+
+Scored = tuple[Sentence, list[float]]
+"""A sentence, and the probability of each of `LABELS`."""
 
 
 def _sentences(cache: Path) -> list[Sentence]:
@@ -76,6 +90,49 @@ def _report(model: Path, sentences: list[Sentence], engine: str = "torch", dtype
     )
     for name, found in figures.items():
         print(f"| {name} | {found.count:,} | {found.three_way:.3f} | {found.polar_count:,} | {found.polarity:.3f} |")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The accuracy of the model on some sentences."""
+
+    count: int
+    three_way: float
+    """The share of all sentences whose most probable label is right."""
+    polar_count: int
+    polarity: float
+    """Of the sentences that are not neutral, the share whose right pole has the higher probability of the two."""
+
+
+def evaluate(pipeline: SentimentPipeline, sentences: Iterable[Sentence]) -> dict[str, Accuracy]:
+    """The accuracy of a model with the labels `LABELS` by source, and over ``all``.
+
+    Raises `ValueError` for a model with other labels.
+    """
+    if sorted(pipeline.labels) != sorted(LABELS):
+        raise ValueError(f"the model must have the labels {', '.join(LABELS)}, it has {', '.join(pipeline.labels)}")
+    columns = [pipeline.labels.index(label) for label in LABELS]
+    by_length = sorted(sentences, key=lambda sentence: len(sentence.text))
+    scored: list[Scored] = []
+    for start in range(0, len(by_length), BATCH_SIZE):
+        batch = by_length[start : start + BATCH_SIZE]
+        items: list[Any] = [SentimentRequest(text=sentence.text) for sentence in batch]
+        probabilities = pipeline.predict(items, pipeline.preprocess(items))["probabilities"]
+        scored += zip(batch, probabilities[:, columns].tolist(), strict=True)
+    groups = {source: [pair for pair in scored if pair[0].source == source] for source in SOURCES}
+    return {name: _accuracy(pairs) for name, pairs in {**groups, "all": scored}.items() if pairs}
+
+
+def _accuracy(scored: list[Scored]) -> Accuracy:
+    right = sum(given.index(max(given)) == sentence.label for sentence, given in scored)
+    polar = [(sentence, given) for sentence, given in scored if sentence.label != NEUTRAL]
+    right_pole = sum((given[POSITIVE] > given[NEGATIVE]) == (sentence.label == POSITIVE) for sentence, given in polar)
+    return Accuracy(
+        count=len(scored),
+        three_way=right / len(scored),
+        polar_count=len(polar),
+        polarity=right_pole / len(polar) if polar else 0.0,
+    )
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ Text", ICWSM 2014. MIT licence, (c) 2016 C.J. Hutto. The files are part of the s
 """
 
 import hashlib
-import io
-import math
+import shutil
 import subprocess
 import sys
-import tarfile
-from collections.abc import Iterator
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 DATA_PACKAGE = "vaderSentiment==3.3.2"
 SOURCES = ("amazonReviewSnippets", "movieReviewSnippets", "nytEditorialSnippets", "tweets")
@@ -55,30 +54,22 @@ class Sentence:
 
         A sentence rated 0.49 is hardly more neutral than one rated 0.51, but their hard labels would differ.
         """
-        below = _normal_cdf((-NEUTRAL_BOUND - self.rating) / RATING_ERROR)
-        above = _normal_cdf((self.rating - NEUTRAL_BOUND) / RATING_ERROR)
+        below = NormalDist(self.rating, RATING_ERROR).cdf(-NEUTRAL_BOUND)
+        above = NormalDist(-self.rating, RATING_ERROR).cdf(-NEUTRAL_BOUND)
         return below, 1 - below - above, above
-
-
-def _normal_cdf(x: float) -> float:
-    return (1 + math.erf(x / math.sqrt(2))) / 2
 
 
 def load_sentences(folder: Path) -> list[Sentence]:
     """All sentences of the ``*_GroundTruth.txt`` files in `folder`, in the order of `SOURCES` and of the files."""
-    return [
-        sentence
-        for source in SOURCES
-        for sentence in _parse(source, (folder / f"{source}_GroundTruth.txt").read_bytes())
-    ]
-
-
-def _parse(source: str, content: bytes) -> Iterator[Sentence]:
-    # A few bytes are not UTF-8, and some texts contain characters that str.splitlines() treats as line ends.
-    for line in content.decode("utf-8", errors="replace").split("\n"):
-        if line.strip():
-            _, rating, text = line.rstrip("\r").split("\t", 2)
-            yield Sentence(source, float(rating), text.strip())
+    sentences = []
+    for source in SOURCES:
+        content = (folder / f"{source}_GroundTruth.txt").read_bytes()
+        # A few bytes are not UTF-8, and some texts contain characters that str.splitlines() treats as line ends.
+        for line in content.decode("utf-8", errors="replace").split("\n"):
+            if line.strip():
+                _, rating, text = line.split("\t", 2)
+                sentences.append(Sentence(source, float(rating), text.strip()))
+    return sentences
 
 
 def fetch_sentences(cache_folder: Path) -> Path:
@@ -86,13 +77,10 @@ def fetch_sentences(cache_folder: Path) -> Path:
     folder = cache_folder / "hutto_ICWSM_2014"
     if not folder.is_dir():
         archive = pip_download(DATA_PACKAGE, cache_folder, "--no-binary", ":all:")
-        with tarfile.open(archive) as outer:
-            (inner_name,) = [name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz")]
-            member = outer.extractfile(inner_name)
-            if member is None:
-                raise RuntimeError(f"{archive} does not contain {inner_name} as a regular file")
-            with tarfile.open(fileobj=io.BytesIO(member.read())) as inner:
-                inner.extractall(cache_folder, filter="data")
+        with tempfile.TemporaryDirectory() as unpacked:
+            shutil.unpack_archive(archive, unpacked, filter="data")
+            (inner,) = Path(unpacked).rglob("hutto_ICWSM_2014.tar.gz")
+            shutil.unpack_archive(inner, cache_folder, filter="data")
     return folder
 
 

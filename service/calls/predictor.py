@@ -71,7 +71,8 @@ class CallModel(AsyncContextManagerMixin):
         self.output_model = output_model
         self.input_model_path = input_model_path
         self._client = client
-        self._readiness = Readiness.LOADING
+        self.readiness = Readiness.LOADING
+        """Whether it takes items."""
         self._scheduler: BatchScheduler[_Item, InferenceOutputModel] = BatchScheduler(
             self._call,
             policy=call_policy(config),
@@ -84,14 +85,9 @@ class CallModel(AsyncContextManagerMixin):
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
         async with self._scheduler:
-            self._readiness = Readiness.READY
+            self.readiness = Readiness.READY
             yield self
-            self._readiness = Readiness.DRAINING
-
-    @property
-    def readiness(self) -> Readiness:
-        """Whether it takes items."""
-        return self._readiness
+            self.readiness = Readiness.DRAINING
 
     async def predict(
         self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
@@ -122,8 +118,8 @@ class CallModel(AsyncContextManagerMixin):
         return self._scheduler.statistics()
 
     def _check_readiness(self) -> None:
-        if self._readiness is Readiness.LOADING:
-            raise NotReadyError(self.name, self._readiness)
+        if self.readiness is Readiness.LOADING:
+            raise NotReadyError(self.name, self.readiness)
 
     async def _call(self, items: list[_Item]) -> Sequence[InferenceOutputModel | Exception]:
         now, deadlines = anyio.current_time(), [item.deadline_s for item in items]

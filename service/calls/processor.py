@@ -11,15 +11,9 @@ import anyio
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
-from modalkit.batching import (
-    DeadlineExceededError,
-    Failure,
-    Outcome,
-    Priority,
-    QueueFullError,
-)
+from modalkit.batching import DeadlineExceededError, Failure, Outcome, Priority, QueueFullError
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
-from modalkit.service.calls.delivery import CallDelivery
+from modalkit.service.calls.delivery import send_results
 from modalkit.service.calls.engine import CallOptions
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import job_object, make_job_id, outcome_object, read_entry
@@ -29,6 +23,8 @@ from modalkit.service.jobs.model import Job
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.loading import LoadError, import_class
 from modalkit.service.pipeline_batches import is_device_fault
+from modalkit.service.queue_backends import QueueBackend
+from modalkit.service.settings import AsyncConfig
 from modalkit.service.validation import field_errors, summary
 from modalkit.service.worker import InferenceWorker
 
@@ -60,35 +56,35 @@ class _Item:
 
     priority: Priority
     timeout_s: float | None
-    until_s: float | None
+    until_s: float | None = None
     message: BaseModel | None = None
     job: Job | None = None
     outcome: Outcome[InferenceOutputModel] | None = None
 
 
 class CallProcessor:
-    """Runs calls by a worker, and has the results of jobs sent.
+    """Runs calls by a worker, and sends the results of jobs by `responses`, if there is one.
 
-    Without a `delivery` nothing is sent. `job_timeout_s` limits the run of a job. `retries` is how often
-    the engine runs a call again that failed by a `ContainerFaultError`.
+    `config` limits the run of a job and the attempts to send its result. `retries` is how often the engine runs a call
+    again that failed by a `ContainerFaultError`. `clock` gives wall-clock Unix seconds.
     """
 
     def __init__(
         self,
         worker: InferenceWorker,
+        config: AsyncConfig,
         *,
         queue_rules: QueueRules,
-        delivery: CallDelivery | None,
+        responses: QueueBackend | None,
         records: CallRecords,
-        job_timeout_s: float,
         retries: int = 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._worker = worker
+        self._config = config
         self._queue_rules = queue_rules
-        self._delivery = delivery
+        self._responses = responses
         self._records = records
-        self._job_timeout_s = job_timeout_s
         self._retries = retries
         self._clock = clock
         self._input_models: dict[str, type[BaseModel]] = {}
@@ -139,7 +135,6 @@ class CallProcessor:
         item = _Item(
             priority=Priority.INTERACTIVE if options.priority is None else Priority(options.priority),
             timeout_s=None if options.timeouts_s is None else options.timeouts_s[index],
-            until_s=None,
         )
         try:
             request = read_entry(entry)
@@ -167,11 +162,11 @@ class CallProcessor:
             delivers=False,
         )
         item.job = job = life.start_job(queued, now)
-        item.timeout_s = min(left_s, life.deadline_of(job, timeout_s=self._job_timeout_s, now=now) - now)
+        item.timeout_s = min(left_s, life.deadline_of(job, timeout_s=self._config.timeout, now=now) - now)
         if item.timeout_s <= 0:
             item.outcome = Failure(DeadlineExceededError(0.0))
         self._queue_rules.check(request.success_queue, request.failure_queue)
-        if self._delivery is not None:
+        if self._responses is not None:
             item.job = replace(job, success_queue=request.success_queue, failure_queue=request.failure_queue)
 
     def _validated(self, message: Any, input_model: str | None) -> BaseModel:
@@ -273,10 +268,15 @@ class CallProcessor:
         for item in items:
             if item.job is not None and item.outcome is not None:
                 item.job = life.end_job(item.job, life.end_of(item.job, item.outcome, now)) or item.job
-        if self._delivery is not None:
-            ended = [item for item in items if item.job is not None]
-            sent = await self._delivery.send([item.job for item in ended if item.job is not None], call.until_s)
-            for item, job in zip(ended, sent, strict=True):
+        if self._responses is not None:
+            sent = await send_results(
+                self._responses,
+                [item.job for item in items if item.job is not None],
+                call.until_s,
+                max_attempts=self._config.max_delivery_attempts,
+                clock=self._clock,
+            )
+            for item, job in zip((item for item in items if item.job is not None), sent, strict=True):
                 item.job = job
 
 

@@ -6,7 +6,6 @@ were cancelled, which were running when a worker died, and which job an idempote
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -18,14 +17,6 @@ from modalkit.service.jobs.model import Job
 
 RESERVATION_S = 60.0
 """Seconds for which a request holds an idempotency key before another request may take it over."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """A right to make the one job of an idempotency key."""
-
-    key: str
-    digest: str
 
 
 class CallRecords:
@@ -107,8 +98,8 @@ class CallRecords:
         await self._store.put(f"{call_id}/faults", count)
         return count
 
-    async def reserve(self, key: str, digest: str) -> Reservation | str:
-        """The right to make the job of an idempotency key, or the id of the job that was made with it.
+    async def reserve(self, key: str, digest: str) -> str | None:
+        """The id of the job that was made with an idempotency key; None where the caller may make it now.
 
         `digest` stands for what is asked for. Raises `IdempotencyKeyReusedError` where that was something else, and
         `JobStoreError` while another request holds the key.
@@ -116,7 +107,7 @@ class CallRecords:
         name = f"key/{key}"
         own: dict[str, Any] = {"digest": digest, "reserved_at": self._clock()}
         if await self._store.put(name, own, skip_if_exists=True):
-            return Reservation(key, digest)
+            return None
         known: dict[str, Any] = await self._store.get(name) or own
         if "job_id" in known:
             if known["digest"] != digest:
@@ -125,12 +116,12 @@ class CallRecords:
         if self._clock() - known["reserved_at"] < RESERVATION_S:
             raise JobStoreError(f"another request with idempotency_key {key!r} is under way; retry in a moment")
         await self._store.put(name, own)
-        return Reservation(key, digest)
+        return None
 
-    async def keep(self, reservation: Reservation, job_id: str) -> None:
-        """Keep which job was made with a reservation."""
-        await self._store.put(f"key/{reservation.key}", {"digest": reservation.digest, "job_id": job_id})
+    async def keep(self, key: str, digest: str, job_id: str) -> None:
+        """Keep which job was made with a key that was reserved."""
+        await self._store.put(f"key/{key}", {"digest": digest, "job_id": job_id})
 
-    async def release(self, reservation: Reservation) -> None:
-        """Let another request make the job."""
-        await self._store.remove(f"key/{reservation.key}")
+    async def release(self, key: str) -> None:
+        """Let another request make the job of a key that was reserved."""
+        await self._store.remove(f"key/{key}")

@@ -7,22 +7,21 @@ a job. Out, for each entry, in the same order: the output as an object (``{"stat
 
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
-from modalkit.batching import Failure, Outcome, Priority, Success
+from modalkit.batching import Failure, Outcome, Success
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
 from modalkit.service.errors import RemoteItemError, describe_error
-from modalkit.service.jobs.model import DeliveryStatus, Job, JobStatus, json_text, read_object
+from modalkit.service.jobs.model import Job, json_text, read_object
 from modalkit.service.outputs import output_object
 
 InputEntry = Mapping[str, Any] | SyncInputModel | AsyncInputModel
 
 _JOB_ID = re.compile(r"([0-9A-Za-z_-]{1,100})\.(0|[1-9][0-9]{0,5})")
 _TEXTS = {"message": "message_json", "meta": "meta_json", "result": "result_json"}
-_ENUMS = (JobStatus, DeliveryStatus, Priority)
+_JOB = TypeAdapter(Job)
 
 
 def make_job_id(call_id: str, index: int) -> str:
@@ -72,11 +71,11 @@ def read_outcome(value: Mapping[str, Any]) -> InferenceOutputModel | RemoteItemE
 
 def job_object(job: Job) -> dict[str, Any]:
     """A job as plain values, times in wall-clock Unix seconds."""
-    values = {field.name: getattr(job, field.name) for field in fields(job)}
+    values: dict[str, Any] = _JOB.dump_python(job, mode="json")
     for name, text_name in _TEXTS.items():
         text = values.pop(text_name)
         values[name] = None if text is None else read_object(text)
-    return {name: str(value) if isinstance(value, _ENUMS) else value for name, value in values.items()}
+    return values
 
 
 def read_job(value: Mapping[str, Any]) -> Job:
@@ -85,14 +84,7 @@ def read_job(value: Mapping[str, Any]) -> Job:
     for name, text_name in _TEXTS.items():
         content = values.pop(name)
         values[text_name] = None if content is None else json_text(content)
-    return Job(
-        **values
-        | {
-            "status": JobStatus(values["status"]),
-            "delivery": DeliveryStatus(values["delivery"]),
-            "priority": Priority(values["priority"]),
-        }
-    )
+    return _JOB.validate_python(values)
 
 
 class _AnyOutput(InferenceOutputModel):

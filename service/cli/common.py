@@ -1,16 +1,19 @@
 """Options and steps that several subcommands share."""
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
+from uuid import uuid4
 
-import anyio
 import typer
+from anyio.from_thread import start_blocking_portal
 from rich.console import Console
 
-from modalkit.service.cli.records import FileFormat
 from modalkit.service.loading import ModelSource
 from modalkit.service.settings import AuthConfig, Settings
-from modalkit.service.web.auth import ApiKey, require_api_key
+from modalkit.service.web.auth import require_api_key
 
 ConfigFiles = Annotated[
     list[Path] | None,
@@ -20,12 +23,6 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Which of the configured models; the first if left out."),
 ]
-FormatOption = Annotated[
-    FileFormat | None,
-    typer.Option("--format", "-f", help="The input's format, where its name does not tell."),
-]
-ColumnOption = Annotated[str | None, typer.Option(help="The CSV column, or JSON key, that holds the text.")]
-
 notices = Console(stderr=True, soft_wrap=True, highlight=False)
 """Messages for people, on standard error; standard output is for results."""
 
@@ -39,9 +36,33 @@ def try_api_key(config: AuthConfig) -> None:
     """Read the configured API key once, from AWS SSM where it is kept there. Raises `LoadError`."""
     api_key = require_api_key(config)
     if api_key is not None:
-        anyio.run(_read, api_key)
+        with start_blocking_portal() as portal, portal.wrap_async_context_manager(api_key.opened()):
+            pass
 
 
-async def _read(api_key: ApiKey) -> None:
-    async with api_key.opened():
-        pass
+@contextmanager
+def whole_file(path: Path) -> Iterator[TextIO]:
+    """A stream whose content replaces the file at `path` when the block ends without an exception.
+
+    Until then the file stays as it was, so it may be the input as well. When the block raises, what was written is kept
+    beside the file, and a notice says where. A path that is no regular file (a pipe, a terminal) is written directly.
+    Raises ``OSError`` at the start where nothing can be written.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("w", encoding="utf-8", newline="") as special:
+            yield special
+        return
+    target = path.resolve()
+    partial = target.with_name(f"{target.name}.{uuid4().hex[:8]}.partial")
+    try:
+        with partial.open("x", encoding="utf-8", newline="") as stream:
+            if target.exists():
+                shutil.copymode(target, partial)
+            yield stream
+        partial.replace(target)
+    except BaseException:
+        if partial.exists() and partial.stat().st_size:
+            notices.print(f"{path} is left as it was; what was written is in {partial}")
+        else:
+            partial.unlink(missing_ok=True)
+        raise

@@ -4,7 +4,6 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from modalkit.service.cli.common import ConfigFiles
 from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
 from modalkit.service.settings import Settings
-from modalkit.service.settings.sources import CONFIG_VARIABLE
+from modalkit.service.settings.layers import CONFIG_VARIABLE
 from modalkit.service.settings.yaml_text import dump_yaml
 
 DEFAULT_APP = "modalkit.service.modal_app"
@@ -44,20 +43,25 @@ def deploy(
 
     modalkit deploy my_app.py --env staging
     """
-    environ = _environ(config)
+    environ = dict(os.environ)
+    if config:
+        files = [str(file) for file in config]
+        if odd := [file for file in files if "," in file]:
+            raise typer.BadParameter(f"{odd[0]!r} has a comma in its name, which separates files in {CONFIG_VARIABLE}")
+        environ[CONFIG_VARIABLE] = ",".join(files)
+    module = app.partition("::")[0]
+    mode = [] if module.endswith(".py") else ["-m"]
     if dry_run:
-        from modalkit.service.on_modal.config import ModalConfig
-        from modalkit.service.on_modal.deployment import describe_deployment
+        from modalkit.service.on_modal.config import ModalConfig, describe_deployment
 
         modal_config = ModalConfig(environ=environ)
         if app != DEFAULT_APP:
             os.environ.update(environ)
-            _import_app(app)
+            _import_app(app, module)
         typer.echo(dump_yaml(describe_deployment(modal_config)), nl=False)
         return
     Settings.load(environ=environ)  # an error is one message here; Modal's command would print a traceback
     options = [f"--{option}={value}" for option, value in {"name": name, "env": env, "tag": tag}.items() if value]
-    mode = [] if _is_file(app) else ["-m"]
     done = subprocess.run(
         [sys.executable, "-m", "modal", "deploy", *mode, *options, "--", app], check=False, env=environ
     )
@@ -65,27 +69,13 @@ def deploy(
     raise typer.Exit(done.returncode if done.returncode >= 0 else 128 - done.returncode)
 
 
-def _environ(config: Sequence[Path] | None) -> dict[str, str]:
-    if not config:
-        return dict(os.environ)
-    files = [str(file) for file in config]
-    if odd := [file for file in files if "," in file]:
-        raise typer.BadParameter(f"{odd[0]!r} has a comma in its name, which separates files in {CONFIG_VARIABLE}")
-    return os.environ | {CONFIG_VARIABLE: ",".join(files)}
-
-
-def _is_file(app: str) -> bool:
-    return app.partition("::")[0].endswith(".py")
-
-
-def _import_app(app: str) -> None:
+def _import_app(app: str, module: str) -> None:
     """Import the app as Modal does: the local modules that it imports become part of the image."""
-    name = app.partition("::")[0]
-    if _is_file(app):
-        file = Path(name).resolve()
+    if module.endswith(".py"):
+        file = Path(module).resolve()
         sys.path.insert(0, str(file.parent))
-        name = file.stem
+        module = file.stem
     try:
-        importlib.import_module(name)
+        importlib.import_module(module)
     except Exception as error:
         raise LoadError(f"the app {app!r} cannot be imported: {describe_error(error)}") from error

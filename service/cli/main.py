@@ -32,11 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command()(serve)
-app.command()(predict)
-app.command()(check)
-app.command()(deploy)
-app.command()(tune)
+for command in (serve, predict, check, deploy, tune):
+    app.command()(command)
 app.add_typer(jobs_app)
 
 
@@ -67,16 +64,11 @@ def main() -> None:
     sys.path.append(str(Path.cwd()))
     try:
         app()
-    except (SettingsError, LoadError, UnknownModelError) as error:
-        _fail(error, EXIT_CONFIGURATION)
+    except BrokenPipeError:
+        # The reader of standard output has closed it; replacing it keeps Python from flushing it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILURE)
     except (ServiceError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            # The reader of standard output has closed it; replacing it keeps Python from flushing it at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(EXIT_FAILURE)
-        _fail(error, EXIT_FAILURE)
-
-
-def _fail(error: Exception, code: int) -> None:
-    notices.print(f"modalkit: error: {error}", markup=False)
-    sys.exit(code)
+        notices.print(f"modalkit: error: {error}", markup=False)
+        is_configuration = isinstance(error, SettingsError | LoadError | UnknownModelError)
+        sys.exit(EXIT_CONFIGURATION if is_configuration else EXIT_FAILURE)

@@ -1,33 +1,34 @@
 """``modalkit predict``: run a model over many items, through the scheduler at full speed."""
 
-import shutil
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from io import TextIOWrapper
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import anyio
 import typer
 from anyio import to_thread
+from pydantic import BaseModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from modalkit.batching import Failure, Outcome, Priority, SchedulerStatistics
+from modalkit.batching import BatchRecord, Failure, Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
-from modalkit.service.cli.common import ColumnOption, ConfigFiles, FormatOption, ModelOption, model_source, notices
+from modalkit.service.cli.common import ConfigFiles, ModelOption, model_source, notices, whole_file
 from modalkit.service.cli.records import (
     KEEP_BAD_BYTES,
+    ColumnOption,
     FileFormat,
+    FormatOption,
     Record,
     Writer,
-    format_of,
     make_writer,
+    read_file,
     read_records,
 )
 from modalkit.service.errors import OutputNotJsonError, describe_error
@@ -36,37 +37,14 @@ from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker, short_lived_worker
 
 MAX_CHUNK_ITEMS = 4096
-MAX_CHUNKS = 2
 SHOWN_ERRORS = 20
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """Consecutive records, and their outcomes once `done` is set."""
-
-    records: list[Record]
-    outcomes: list[Outcome[InferenceOutputModel]] = field(default_factory=list)
-    done: anyio.Event = field(default_factory=anyio.Event)
-
-    async def run(self, worker: InferenceWorker) -> None:
-        items = [record.item for record in self.records if record.item is not None]
-        self.outcomes = await worker.predict_many(items, priority=Priority.BULK)
-        self.done.set()
-
-
-def _result(record: Record, outcomes: Iterator[Outcome[InferenceOutputModel]]) -> Mapping[str, Any]:
-    """The result of a record as it is written; `outcomes` has the next one for each valid record."""
-    if record.item is None:
-        return {"status": "error", "error": record.error}
-    outcome = next(outcomes)
-    error: Exception
-    try:
-        if not isinstance(outcome, Failure):
-            return output_object(outcome.value)
-        error = outcome.error
-    except OutputNotJsonError as not_json:
-        error = not_json
-    return {"status": "error", "error": describe_error(error)}
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TaskProgressColumn(show_speed=True),
+    TimeRemainingColumn(),
+)
 
 
 def predict(
@@ -104,17 +82,16 @@ def predict(
         raise typer.BadParameter("there is nothing to read: give texts, --input FILE, or pipe lines in")
     settings = Settings.load(config)
     source = model_source(settings, model)
-    with ExitStack() as files:
-        records, total = _open_input(files, texts, input_path, file_format, source.input_model, column)
-        out: TextIO = _use_utf8(sys.stdout)
-        if output_path is not None:
-            out = files.enter_context(whole_file(output_path))
-        is_csv = output_path is not None and output_path.suffix.lower() == ".csv"
+    records, total = _open_input(texts, input_path, file_format, source.input_model, column)
+    is_csv = output_path is not None and output_path.suffix.lower() == ".csv"
+    with nullcontext(_use_utf8(sys.stdout)) if output_path is None else whole_file(output_path) as out:
         with notices.status(f"Loading {source.model_name} ..."):
             pipeline = source.load()
         writer = make_writer(out, FileFormat.CSV if is_csv else FileFormat.JSONL, source.output_model)
-        run = _Run(writer, _progress(files, total), settings)
-        anyio.run(run.score, pipeline, records)
+        with Progress(*COLUMNS, console=notices, transient=True, disable=not notices.is_terminal) as progress:
+            progress.add_task("Running", total=total)
+            run = _Run(writer, progress, settings)
+            anyio.run(run.score, pipeline, records)
         out.flush()
     run.report(single=bool(texts))
     if run.failed:
@@ -122,11 +99,10 @@ def predict(
 
 
 def _open_input(
-    files: ExitStack,
     texts: list[str] | None,
     path: Path | None,
     file_format: FileFormat | None,
-    input_model: Any,
+    input_model: type[BaseModel],
     column: str | None,
 ) -> tuple[Iterator[Record], int | None]:
     """The records, and their number where it is known before they are read."""
@@ -134,11 +110,9 @@ def _open_input(
         return read_records(texts, FileFormat.TXT, input_model, None), len(texts)
     if path is None or str(path) == "-":
         return read_records(_use_utf8(sys.stdin), file_format or FileFormat.TXT, input_model, column), None
-    chosen = format_of(path, file_format)
     with path.open("rb") as counted:
         lines = sum(chunk.count(b"\n") for chunk in iter(lambda: counted.read(2**20), b""))
-    stream = files.enter_context(path.open(encoding="utf-8-sig", errors=KEEP_BAD_BYTES, newline=""))
-    records = read_records(stream, chosen, input_model, column)
+    records = read_file(path, file_format, input_model, column)
     # The first record is read now, so that a CSV file without the column is refused before the model is loaded.
     return chain(list(islice(records, 1)), records), lines
 
@@ -150,6 +124,20 @@ def _use_utf8(stream: TextIO) -> TextIO:
 
 
 @dataclass(slots=True)
+class _Chunk:
+    """Consecutive records, and their outcomes once `done` is set."""
+
+    records: list[Record]
+    outcomes: list[Outcome[InferenceOutputModel]] = field(default_factory=list)
+    done: anyio.Event = field(default_factory=anyio.Event)
+
+    async def run(self, worker: InferenceWorker) -> None:
+        items = [record.item for record in self.records if record.item is not None]
+        self.outcomes = await worker.predict_many(items, priority=Priority.BULK)
+        self.done.set()
+
+
+@dataclass(slots=True)
 class _Run:
     """One run of a model over many records, and its figures."""
 
@@ -158,38 +146,32 @@ class _Run:
     settings: Settings
     failed: int = 0
     written: int = 0
-    invalid: int = 0
     elapsed_s: float = 0.0
     statistics: SchedulerStatistics | None = None
 
     async def score(self, pipeline: InferencePipeline, records: Iterator[Record]) -> None:
-        """Run all records, a few chunks at a time, and write their results in order."""
-        chunk_size = min(MAX_CHUNK_ITEMS, self.settings.app_settings.batch_config.max_queue_size // MAX_CHUNKS)
-        async with short_lived_worker(pipeline, self.settings) as worker, plain_task_group() as task_group:
+        """Run all records, two chunks at a time, and write their results in order."""
+        chunk_size = max(1, min(MAX_CHUNK_ITEMS, self.settings.app_settings.batch_config.max_queue_size // 2))
+        async with (
+            short_lived_worker(pipeline, self.settings, self._show_progress) as worker,
+            plain_task_group() as task_group,
+        ):
             started_s = time.perf_counter()
-            waiting: deque[_Chunk] = deque()
-            while chunk_records := await to_thread.run_sync(lambda: list(islice(records, max(1, chunk_size)))):
-                chunk = _Chunk(chunk_records)
-                self.invalid += sum(record.item is None for record in chunk_records)
+            chunk: _Chunk | None = None
+            while chunk is None or chunk.records:
+                before, chunk = chunk, _Chunk(await to_thread.run_sync(lambda: list(islice(records, chunk_size))))
                 task_group.start_soon(chunk.run, worker)
-                waiting.append(chunk)
-                if len(waiting) == MAX_CHUNKS:
-                    await self._write(waiting.popleft(), worker)
-            while waiting:
-                await self._write(waiting.popleft(), worker)
+                if before is not None:
+                    await self._write(before)
             self.elapsed_s = time.perf_counter() - started_s
             self.statistics = worker.statistics()
 
-    async def _write(self, chunk: _Chunk, worker: InferenceWorker) -> None:
-        is_done = False
-        while not is_done:
-            with anyio.move_on_after(0.2):
-                await chunk.done.wait()
-            is_done = chunk.done.is_set()
-            done = worker.statistics()
-            self.progress.update(self.progress.task_ids[0], completed=done.succeeded + done.failed + self.invalid)
+    async def _write(self, chunk: _Chunk) -> None:
+        await chunk.done.wait()
         outcomes = iter(chunk.outcomes)
         for record in chunk.records:
+            if record.item is None:
+                self.progress.advance(self.progress.task_ids[0])
             result = _result(record, outcomes)
             self.writer(result)
             self.written += 1
@@ -197,6 +179,9 @@ class _Run:
                 self.failed += 1
                 if self.failed <= SHOWN_ERRORS:
                     self.progress.console.print(f"line {record.line}: {result['error']}", markup=False)
+
+    def _show_progress(self, batch: BatchRecord) -> None:
+        self.progress.advance(self.progress.task_ids[0], batch.count - batch.requeued)
 
     def report(self, *, single: bool) -> None:
         """Print the figures on standard error."""
@@ -212,55 +197,15 @@ class _Run:
         )
 
 
-def _progress(files: ExitStack, total: int | None) -> Progress:
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TaskProgressColumn(show_speed=True),
-        TimeRemainingColumn(),
-        console=notices,
-        transient=True,
-        disable=not notices.is_terminal,
-    )
-    progress.add_task("Running", total=total)
-    return files.enter_context(progress)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """A stream whose content replaces the file at `path` when the block ends without an exception.
-
-    Until then the file stays as it was, so it may be the input as well. When the block raises, what was written is kept
-    beside the file, and a notice says where. A path that is no regular file (a pipe, a terminal) is written directly.
-    Raises ``OSError`` at the start where nothing can be written.
-    """
-    if path.exists() and not path.is_file():
-        with path.open("w", encoding="utf-8", newline="") as special:
-            yield special
-        return
-    target = path.resolve()
-    partial, stream = _open_beside(target)
-    try:
-        with stream:
-            if target.exists():
-                shutil.copymode(target, partial)
-            yield stream
-        partial.replace(target)
-    except BaseException:
-        if partial.stat().st_size:
-            notices.print(f"{path} is left as it was; what there is of the results is in {partial}")
-        else:
-            partial.unlink()
-        raise
-
-
-def _open_beside(target: Path) -> tuple[Path, TextIO]:
-    """A new file in the folder of `target`, with the first name that is free."""
-    for number in count():
-        partial = target.with_name(f"{target.name}.{number}.partial")
+def _result(record: Record, outcomes: Iterator[Outcome[InferenceOutputModel]]) -> Mapping[str, Any]:
+    """The result of a record as it is written; `outcomes` has the next one for each valid record."""
+    if record.item is None:
+        error = record.error
+    elif isinstance(outcome := next(outcomes), Failure):
+        error = describe_error(outcome.error)
+    else:
         try:
-            return partial, partial.open("x", encoding="utf-8", newline="")
-        except FileExistsError:
-            continue
-    raise AssertionError("unreachable: there is always another number")
+            return output_object(outcome.value)
+        except OutputNotJsonError as not_json:
+            error = describe_error(not_json)
+    return {"status": "error", "error": error}

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
+import typer
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
@@ -29,6 +30,13 @@ class FileFormat(StrEnum):
     CSV = "csv"
 
 
+FormatOption = Annotated[
+    FileFormat | None,
+    typer.Option("--format", "-f", help="The input's format, where its name does not tell."),
+]
+ColumnOption = Annotated[str | None, typer.Option(help="The CSV column, or JSON key, that holds the text.")]
+
+
 class InputError(ServiceError):
     """Raised when an input as a whole cannot be read: an unknown format, or a CSV file without the column."""
 
@@ -42,17 +50,20 @@ class Record:
     error: str | None = None
 
 
-def format_of(path: Path, given: FileFormat | None) -> FileFormat:
-    """The format as given, else by the file's name. Raises `InputError` for an unknown name."""
-    if given is not None:
-        return given
+def read_file(
+    path: Path, given: FileFormat | None, input_model: type[BaseModel], column: str | None
+) -> Iterator[Record]:
+    """The items of a file, in the format as `given` or else by its name; see `read_records`.
+
+    Raises `InputError`, also for an unknown name, and ``OSError``.
+    """
     suffix = path.suffix.lower().removeprefix(".")
-    if suffix == "ndjson":
-        return FileFormat.JSONL
     try:
-        return FileFormat(suffix)
+        file_format = given or FileFormat("jsonl" if suffix == "ndjson" else suffix)
     except ValueError:
         raise InputError(f"cannot tell the format of {path} by its name; say --format txt, jsonl or csv") from None
+    with path.open(encoding="utf-8-sig", errors=KEEP_BAD_BYTES, newline="") as lines:
+        yield from read_records(lines, file_format, input_model, column)
 
 
 def read_records(

@@ -5,8 +5,8 @@ import shlex
 import signal
 import socket
 import time
-from collections.abc import Mapping
-from typing import Annotated
+from collections import Counter
+from typing import Annotated, Literal
 
 import anyio
 import typer
@@ -29,7 +29,9 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes any free one.")] = 8000,
     config: ConfigFiles = None,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "warning",
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(case_sensitive=False, help="What is logged.")
+    ] = "warning",
 ) -> None:
     """Serve the configured models over HTTP until interrupted; then finish what was accepted.
 
@@ -42,19 +44,15 @@ def serve(
 
     modalkit serve --host 0.0.0.0 --port 80 --config production.yaml
     """
-    level = logging.getLevelNamesMapping().get(log_level.upper())
-    if level is None:
-        raise typer.BadParameter(f"{log_level!r} is not debug, info, warning or error", param_hint="--log-level")
-    logging.getLogger().setLevel(level)
+    logging.getLogger().setLevel(log_level.upper())
     settings = Settings.load(config)
     try_api_key(settings.app_settings.auth_config)  # uvicorn would show an error as a traceback, and exit with code 0
     gateway = LocalGateway(settings)
     app = create_app(gateway, auth=settings.app_settings.auth_config, owns_gateway=False)
-    server = Server(
-        uvicorn.Config(app, log_config=None, access_log=level <= logging.INFO, timeout_graceful_shutdown=GRACE_S)
-    )
+    is_access_logged = log_level in ("debug", "info")
+    http = uvicorn.Config(app, log_config=None, access_log=is_access_logged, timeout_graceful_shutdown=GRACE_S)
     with listening(host, port) as listener:
-        anyio.run(_serve, server, gateway, listener, settings, backend_options={"use_uvloop": True})
+        anyio.run(_serve, Server(http), gateway, listener, settings, backend_options={"use_uvloop": True})
 
 
 async def _serve(server: Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
@@ -140,16 +138,11 @@ def _summarize(gateway: LocalGateway) -> None:
     for model_name, model in gateway.models.items():
         if (done := model.statistics()) is None:
             continue
+        spread = ""
+        if sizes := sorted(Counter(done.batch_sizes).elements()):
+            spread = f" (middle half {sizes[len(sizes) // 4]} to {sizes[3 * len(sizes) // 4]}, largest {sizes[-1]})"
         notices.print(
             f"{model_name}: {done.succeeded} succeeded, {done.failed} failed, {done.expired} expired, "
             f"{done.cancelled} cancelled; {done.batches} batches, {done.mean_batch_size:.1f} items each on average"
-            f"{_distribution(done.batch_sizes)}"
+            f"{spread}"
         )
-
-
-def _distribution(batch_sizes: Mapping[int, int]) -> str:
-    """The sizes of batches: quartiles and maximum."""
-    if not batch_sizes:
-        return ""
-    sizes = [size for size, count in sorted(batch_sizes.items()) for _ in range(count)]
-    return f" (middle half {sizes[len(sizes) // 4]} to {sizes[3 * len(sizes) // 4]}, largest {sizes[-1]})"

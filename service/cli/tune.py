@@ -1,31 +1,36 @@
 """``modalkit tune``: measure what batches cost on this machine, and choose limits by it."""
 
 import math
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from time import monotonic
-from typing import Annotated
+from typing import Annotated, Any
 
 import anyio
 import typer
 from pydantic import BaseModel
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
+from modalkit.batching import MeasuredCostModel
 from modalkit.batching.calibration import Calibration, Measurement, undisturbed
 from modalkit.pipelines import InferencePipeline
-from modalkit.service.cli.common import ColumnOption, ConfigFiles, FormatOption, ModelOption, model_source, notices
-from modalkit.service.cli.records import KEEP_BAD_BYTES, FileFormat, format_of, read_records
+from modalkit.service.cli.common import ConfigFiles, ModelOption, model_source, notices, whole_file
+from modalkit.service.cli.records import ColumnOption, FileFormat, FormatOption, read_file
 from modalkit.service.errors import describe_error
 from modalkit.service.learnt_costs import CostKey, save_costs
+from modalkit.service.pipeline_batches import max_in_flight_of
 from modalkit.service.settings import BatchConfig, Settings
 from modalkit.service.tuning import TuningError
-from modalkit.service.tuning.choice import ChosenLimits, choose_limits, lone_sizes, predicted_capacity
-from modalkit.service.tuning.config_file import require_writable, write_limits
+from modalkit.service.tuning.choice import ChosenLimits, choose_limits, lone_sizes, nearest_size, predicted_capacity
+from modalkit.service.tuning.config_file import require_writable, text_with_limits
 from modalkit.service.tuning.measuring import MEASURING_SHARE, fitted_costs, measure
 from modalkit.service.tuning.plots import draw_costs, require_drawable
 from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples, Samples
-from modalkit.service.tuning.tables import duration, show_choice, show_costs, show_measurements, show_trial
 from modalkit.service.tuning.trial import Bench, Trial, TrialPlan, require_complete
 from modalkit.service.worker import batch_policy
 
@@ -35,28 +40,7 @@ LONE_SHARE = 0.05  # share of --max-seconds for measuring what a request costs b
 MAX_SAMPLES = 10_000
 SHOWN_ERRORS = 5
 PIPED_WIDTH = 1000  # columns; programs that read the tables get no cut or wrapped lines
-
-PlotOption = Annotated[
-    Path | None,
-    typer.Option("--plot", help="Draw the costs into this .png, .svg or .pdf.", dir_okay=False),
-]
-WriteOption = Annotated[
-    Path | None,
-    typer.Option("--write", "-w", help="Write the limits into this YAML file.", dir_okay=False),
-]
-SamplesOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--samples",
-        "-s",
-        help="Measure with the items of this .txt, .jsonl or .csv file, the first 10,000.",
-        exists=True,
-        dir_okay=False,
-    ),
-]
-EnginesOption = Annotated[
-    bool, typer.Option("--engines", help="Only measure the engines that can run the model, and keep the choice.")
-]
+TABLE: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left"}
 
 
 def tune(
@@ -64,11 +48,26 @@ def tune(
         float | None,
         typer.Option(help="The latency that 99 of 100 requests are to keep, in milliseconds."),
     ] = None,
-    write: WriteOption = None,
-    plot: PlotOption = None,
+    write: Annotated[
+        Path | None, typer.Option("--write", "-w", help="Write the limits into this YAML file.", dir_okay=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the costs into this .png, .svg or .pdf.", dir_okay=False)
+    ] = None,
     max_seconds: Annotated[float, typer.Option(help="How long to measure and try, once the model is loaded.")] = 60.0,
-    engines: EnginesOption = False,
-    samples: SamplesOption = None,
+    engines: Annotated[
+        bool, typer.Option("--engines", help="Only measure the engines that can run the model, and keep the choice.")
+    ] = False,
+    samples: Annotated[
+        Path | None,
+        typer.Option(
+            "--samples",
+            "-s",
+            help="Measure with the items of this .txt, .jsonl or .csv file, the first 10,000.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     file_format: FormatOption = None,
     column: ColumnOption = None,
     config: ConfigFiles = None,
@@ -111,10 +110,12 @@ def tune(
     if engines:
         _measure_engines(pipeline, max_seconds)
         return
-    key = _cost_key(pipeline)
-    run = _Tuning(
-        pipeline, settings, MadeUpSamples(pipeline) if items is None else OwnSamples(pipeline, items), max_seconds
-    )
+    try:
+        key = CostKey.of(pipeline, settings.app_settings.batch_config)
+    except Exception as error:
+        raise TuningError(f"{type(pipeline).__name__}.device_name failed: {describe_error(error)}") from error
+    own_or_made_up = MadeUpSamples(pipeline) if items is None else OwnSamples(pipeline, items)
+    run = _Tuning(pipeline, settings, own_or_made_up, max_seconds)
     if plot is not None:
         draw_costs(plot, f"{pipeline.model_name} on {key.device}", run.shapes, run.costs)
         notices.print(f"The plot is in {plot}", markup=False)
@@ -122,7 +123,8 @@ def tune(
     if (path := settings.app_settings.batch_config.calibration.path) is not None:
         save_costs(path, key, run.costs)
     if write is not None:
-        write_limits(write, chosen.values())
+        with whole_file(write) as file:
+            file.write(text_with_limits(write, chosen.values))
         notices.print(f"The limits are in {write}", markup=False)
 
 
@@ -144,8 +146,7 @@ def _read_samples(
     path: Path, file_format: FileFormat | None, input_model: type[BaseModel], column: str | None
 ) -> list[BaseModel]:
     """The items of the file. Raises `TuningError` for lines that are no items, and for a file without items."""
-    with path.open(encoding="utf-8-sig", errors=KEEP_BAD_BYTES, newline="") as lines:
-        records = list(islice(read_records(lines, format_of(path, file_format), input_model, column), MAX_SAMPLES))
+    records = list(islice(read_file(path, file_format, input_model, column), MAX_SAMPLES))
     errors = [f"line {record.line}: {record.error}" for record in records if record.item is None]
     if errors:
         more = f"; and {len(errors) - SHOWN_ERRORS} more" if len(errors) > SHOWN_ERRORS else ""
@@ -164,14 +165,23 @@ class _Tuning:
     def __init__(self, pipeline: InferencePipeline, settings: Settings, samples: Samples, max_s: float) -> None:
         self._output = Console(highlight=False, markup=False, width=None if Console().is_terminal else PIPED_WIDTH)
         self._config = settings.app_settings.batch_config
+        self._max_in_flight = max_in_flight_of(pipeline, self._config)
         self._max_s = max_s
         self._deadline_s = monotonic() + max_s
-        self._measured = _measure_with_progress(pipeline, self._config, max_s, samples)
+        bar = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*bar, console=notices, transient=True, disable=not notices.is_terminal) as progress:
+            task = progress.add_task("Warming up ...", total=MEASURING_SHARE * max_s)
+
+            def show(shape: Measurement) -> None:
+                what = f"{shape.count} of size {shape.longest}: {_duration(shape.seconds)}"
+                progress.update(task, description=what, completed=progress.tasks[0].elapsed or 0.0)
+
+            self._measured = measure(pipeline, self._config, max_s, samples=samples, on_shape=show)
         self.shapes = undisturbed(self._measured.measurements)
         self.costs = fitted_costs(pipeline, self.shapes)
         self._bench = Bench(pipeline, settings, self.costs, samples)
-        show_measurements(self._output, self._measured, self.shapes)
-        show_costs(self._output, self.costs, self.shapes)
+        _show_measurements(self._output, self._measured, self.shapes, self._max_in_flight)
+        _show_costs(self._output, self.costs, self.shapes)
 
     def choose(self, objective_s: float | None) -> ChosenLimits:
         """Choose limits, print them and try them. Raises `TuningError` where the trial is not complete."""
@@ -185,8 +195,8 @@ class _Tuning:
             # Where time ran out, the largest batch that fits was not found: the scheduler finds it at run time.
             too_large_tokens=self._measured.too_large_tokens if self._measured.is_complete else None,
         )
-        show_choice(self._output, chosen, self._config)
-        self._try_out(BatchConfig.model_validate(self._config.model_dump() | chosen.values()), sizes, objective_s)
+        _show_choice(self._output, chosen, self._config)
+        self._try_out(BatchConfig.model_validate(self._config.model_dump() | chosen.values), sizes, objective_s)
         return chosen
 
     def _seconds_beside_a_batch(self, size: int) -> float:
@@ -200,20 +210,22 @@ class _Tuning:
         trial: Trial | None = None
         policy = batch_policy(config)
         for load in LOADS:
-            capacity = predicted_capacity(self.shapes, policy, load)
+            capacity = predicted_capacity(self.shapes, policy, load, self._max_in_flight)
             rate_per_s = min(load * capacity.items_per_s, MAX_SENT_PER_S)
             plan = TrialPlan.within(rate_per_s, capacity.batch_s, self._deadline_s - monotonic())
             if plan is None:
                 break
-            with notices.status(f"Trying these limits for up to {duration(plan.duration_s + plan.patience_s)} ..."):
+            with notices.status(f"Trying these limits for up to {_duration(plan.duration_s + plan.patience_s)} ..."):
                 trial = anyio.run(self._bench.open_loop, config, sizes, plan)
             share = f"{load:.0%} of the predicted capacity"
             if load * capacity.items_per_s > MAX_SENT_PER_S:
                 share = f"the most that is tried; predicted are {capacity.items_per_s:.3g}"
-            show_trial(self._output, trial, plan, share, objective_s)
+            _show_trial(self._output, trial, plan, share, objective_s)
             if trial.failed or (trial.is_complete and (objective_s is None or trial.p99_s <= objective_s)):
                 break
-        require_complete(trial, predicted_capacity(self.shapes, policy, LOADS[0]).batch_s, self._max_s)
+        require_complete(
+            trial, predicted_capacity(self.shapes, policy, LOADS[0], self._max_in_flight).batch_s, self._max_s
+        )
         if trial is not None and objective_s is not None and trial.p99_s > objective_s:
             self._output.print(
                 "  The objective was not kept at any load that was tried: requests queue for more than one batch. Send "
@@ -221,22 +233,90 @@ class _Tuning:
             )
 
 
-def _cost_key(pipeline: InferencePipeline) -> CostKey:
-    try:
-        return CostKey.of(pipeline)
-    except Exception as error:
-        raise TuningError(f"{type(pipeline).__name__}.device_name failed: {describe_error(error)}") from error
+def _show_measurements(
+    output: Console, measured: Calibration[Any], corrected: Sequence[Measurement], max_in_flight: int
+) -> None:
+    """Show the time of each measured batch, how many were `corrected`, and which were left out and why."""
+    shapes = measured.measurements
+    title = "Milliseconds of a batch" + (f", {max_in_flight} at once" if max_in_flight > 1 else "")
+    _show_by_count_and_size(output, shapes, title, lambda shape: shape.seconds * 1000)
+    rate_of = lambda shape: max_in_flight * shape.count / max(shape.seconds, 1e-9)  # noqa: E731
+    _show_by_count_and_size(output, shapes, "Items a second", rate_of)
+    disturbed = sum(before != after for before, after in zip(shapes, corrected, strict=True))
+    if disturbed:
+        output.print(
+            f"{disturbed} of these took far longer than larger ones, because other programs used the device. Below, "
+            "they count as no longer than those."
+        )
+    if measured.too_large_tokens is not None:
+        output.print(f"A batch of {measured.too_large_tokens} was out of memory, so larger ones were left out.")
+    if measured.failure is not None:
+        output.print(
+            f"Items of size {measured.failure.size} failed, so larger ones were left out: "
+            f"{describe_error(measured.failure.error)}"
+        )
+    if not measured.is_complete:
+        output.print("There was no time for other batches: --max-seconds gives more.")
 
 
-def _measure_with_progress(
-    pipeline: InferencePipeline, config: BatchConfig, max_s: float, samples: Samples
-) -> Calibration[BaseModel]:
-    bar = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*bar, console=notices, transient=True, disable=not notices.is_terminal) as progress:
-        task = progress.add_task("Warming up ...", total=MEASURING_SHARE * max_s)
+def _show_costs(output: Console, costs: MeasuredCostModel, shapes: Sequence[Measurement]) -> None:
+    """Show the fitted costs, and their difference to the measurements."""
+    table = Table("paid for each", "seconds", title="Fitted costs", **TABLE)
+    for name, cost_s in costs.costs.items():
+        table.add_row(name, f"{cost_s:.3g}" if cost_s else "0")
+    output.print(table)
+    error = median(
+        abs(costs.predict_s(shape.count, shape.longest, shape.total) / shape.seconds - 1) for shape in shapes
+    )
+    output.print(f"Half of the {len(shapes)} measured batches are within {error:.1%} of these costs.\n")
 
-        def show(shape: Measurement) -> None:
-            what = f"{shape.count} of size {shape.longest}: {duration(shape.seconds)}"
-            progress.update(task, description=what, completed=progress.tasks[0].elapsed or 0.0)
 
-        return measure(pipeline, config, max_s, samples=samples, on_shape=show)
+def _show_choice(output: Console, chosen: ChosenLimits, config: BatchConfig) -> None:
+    """Show the chosen limits beside the configured ones, with reasons."""
+    table = Table("batch_config", "now", "chosen", "why", title="Limits", **TABLE)
+    for key, reason in chosen.reasons.items():
+        now = getattr(config, key)
+        table.add_row(key, _value(now), _value(chosen.values.get(key, now)), reason)
+    output.print(table)
+
+
+def _show_trial(output: Console, trial: Trial, plan: TrialPlan, share: str, objective_s: float | None) -> None:
+    """Show the results of a trial."""
+    output.print(
+        f"Tried: {trial.sent} requests of the sizes above at random times, {plan.rate_per_s:.3g} a second ({share})"
+    )
+    objective = "none" if objective_s is None else f"p99 {_duration(objective_s)}"
+    output.print(
+        f"  p50 {_duration(trial.p50_s)}   p99 {_duration(trial.p99_s)} (objective: {objective})   "
+        f"{trial.items_per_s:.4g} items/s"
+    )
+    if not trial.is_complete:
+        output.print(f"  {trial.failed} failed, {trial.unfinished} were not done in time")
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as a readable text."""
+    if seconds == math.inf:
+        return "unknown"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+
+
+def _show_by_count_and_size(
+    output: Console, shapes: Sequence[Measurement], title: str, figure: Callable[[Measurement], float]
+) -> None:
+    sizes = lone_sizes(shapes)
+    figures = {(shape.count, nearest_size(sizes, shape.longest)): _figure(figure(shape)) for shape in shapes}
+    table = Table("count", title=title, **TABLE)
+    for size in sizes:
+        table.add_column(f"size {size}", justify="right")
+    for count in sorted({count for count, _ in figures}):
+        table.add_row(str(count), *(figures.get((count, size), "") for size in sizes))
+    output.print(table)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _value(value: float | None) -> str:
+    return "null" if value is None else f"{value:g}"

@@ -15,6 +15,7 @@ from modalkit.service.jobs.model import (
     DeliveryRecord,
     DeliveryStatus,
     Job,
+    JobCounts,
     JobEnd,
     JobFilter,
     JobPage,
@@ -23,7 +24,7 @@ from modalkit.service.jobs.model import (
     Recovery,
 )
 from modalkit.service.jobs.sqlite import MemoryJobStore, SqliteJobStore
-from modalkit.service.jobs.store import JobCounts, JobStore
+from modalkit.service.jobs.store import JobStore
 
 __all__ = [
     "DeliveryRecord",

@@ -1,8 +1,18 @@
-"""Collects items that come one by one, for a task that handles many at once."""
+"""For a task that stores what others give it: collects items that come one by one, and stores many at once."""
 
+import logging
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 import anyio
+
+from modalkit.service.backoff import backoff_with_jitter
+from modalkit.service.jobs.errors import JobStoreError
+
+logger = logging.getLogger(__name__)
+
+STORE_RETRY_S = 5.0
+"""Seconds, at most, until a store that failed is asked again."""
 
 T = TypeVar("T")
 
@@ -32,3 +42,21 @@ class Collector(Generic[T]):
             await self._change.wait()
         items, self._items = self._items, []
         return items
+
+
+async def store_until_closing(what: str, store: Callable[[], Awaitable[None]], closing: anyio.Event) -> None:
+    """Await `store`, again and again until it raises no `JobStoreError`, or `closing` is set: then it is left out.
+
+    `what` begins the line that is logged for each error.
+    """
+    attempt = 1
+    while True:
+        try:
+            return await store()
+        except JobStoreError:
+            logger.exception("%s could not be stored", what)
+            if closing.is_set():
+                return None
+        with anyio.move_on_after(backoff_with_jitter(attempt, first_s=0.1, longest_s=STORE_RETRY_S, factor=2)):
+            await closing.wait()
+        attempt += 1

@@ -6,6 +6,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Self
 
 import anyio
@@ -14,7 +15,7 @@ from anyio.abc import TaskGroup
 
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.backoff import backoff_with_jitter
-from modalkit.service.jobs.collector import Collector
+from modalkit.service.jobs.collector import Collector, store_until_closing
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import after_delivery_attempt
 from modalkit.service.jobs.messages import result_message, utc_timestamp
@@ -46,15 +47,18 @@ class _Room:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.queue_limit = max(1, limit // 2)
-        self.messages = 0
-        self._bytes = 0
         self._messages_by_queue: Counter[str] = Counter()
         self._bytes_by_queue: Counter[str] = Counter()
 
     @property
+    def messages(self) -> int:
+        """How many messages are under way."""
+        return self._messages_by_queue.total()
+
+    @property
     def free(self) -> int:
         """How many messages more may be under way."""
-        return 0 if self._bytes >= MAX_BYTES_UNDER_WAY else self.limit - self.messages
+        return 0 if self._bytes_by_queue.total() >= MAX_BYTES_UNDER_WAY else self.limit - self.messages
 
     def free_of(self, queue: str) -> int:
         """How many messages more may be under way to a queue."""
@@ -68,11 +72,9 @@ class _Room:
 
     def count(self, job: Job, sign: int) -> None:
         """The message of a job is under way (1), or is not any more (-1)."""
-        queue, size_bytes = _queue_of(job), sign * job.size_bytes
-        self.messages += sign
-        self._bytes += size_bytes
+        queue = _queue_of(job)
         self._messages_by_queue[queue] += sign
-        self._bytes_by_queue[queue] += size_bytes
+        self._bytes_by_queue[queue] += sign * job.size_bytes
         if not self._messages_by_queue[queue]:
             del self._messages_by_queue[queue], self._bytes_by_queue[queue]
 
@@ -118,7 +120,7 @@ class Deliverer(AsyncContextManagerMixin):
         self._attempted: Collector[tuple[Job, DeliveryRecord]] = Collector()
         self._change = anyio.Event()
         self._closing = anyio.Event()
-        self._task_group: TaskGroup | None = None
+        self._task_group: TaskGroup
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
@@ -187,7 +189,6 @@ class Deliverer(AsyncContextManagerMixin):
             with anyio.move_on_after(POLL_INTERVAL_S):
                 await self._closing.wait()
             return not self._closing.is_set()
-        self._add(group)
         self._send(group)
         await self._until_nothing_is_under_way()
         return bool(group)
@@ -212,14 +213,9 @@ class Deliverer(AsyncContextManagerMixin):
         except JobStoreError:
             logger.exception("Due deliveries could not be read; trying again in %g s", POLL_INTERVAL_S)
             return []
-        self._add(claimed)
         if claimed:
             self._next_poll_at = -math.inf  # there may be more
         return claimed
-
-    def _add(self, claimed: Sequence[Job]) -> None:
-        for job in claimed:
-            self._room.count(job, 1)
 
     def _release(self, jobs: Sequence[Job]) -> None:
         """Free the room of jobs. The store may have something due that there was no room for."""
@@ -231,12 +227,9 @@ class Deliverer(AsyncContextManagerMixin):
 
     def _send(self, claimed: Sequence[Job]) -> None:
         """Send the messages of claimed jobs; returns at once."""
-        if not claimed:
-            return
-        if self._task_group is None:
-            raise RuntimeError("a Deliverer is used inside its 'async with' block")
         by_queue: defaultdict[str, list[Job]] = defaultdict(list)
         for job in claimed:
+            self._room.count(job, 1)
             by_queue[_queue_of(job)].append(job)
         # A call is for one queue, so that a queue that hangs holds up no message for another one.
         for jobs in by_queue.values():
@@ -254,12 +247,7 @@ class Deliverer(AsyncContextManagerMixin):
         now = self._clock()
         for job, error in zip(jobs, errors, strict=True):
             record = after_delivery_attempt(
-                job,
-                error,
-                attempt=job.delivery_attempts + 1,
-                max_attempts=self._max_attempts,
-                now=now,
-                backoff_s=self._backoff_s,
+                job, error, max_attempts=self._max_attempts, now=now, backoff_s=self._backoff_s
             )
             self._attempted.add((job, record))
 
@@ -267,7 +255,9 @@ class Deliverer(AsyncContextManagerMixin):
         """Record the results of attempts, all those together that came meanwhile."""
         while attempted := await self._attempted.collect():
             records = [record for _, record in attempted]
-            await self._store_records(records)
+            # Those that are not stored are due again after the next start.
+            what = f"The results of {len(records)} deliveries"
+            await store_until_closing(what, partial(self._store.record_deliveries, records), self._closing)
             log_failed_attempts([(_queue_of(job), record) for job, record in attempted])
             due_in_s = [record.due_at - self._clock() for record in records if record.status is DeliveryStatus.PENDING]
             if due_in_s:
@@ -275,34 +265,20 @@ class Deliverer(AsyncContextManagerMixin):
                 self._next_poll_at = min(self._next_poll_at, poll_at)
             self._release([job for job, _ in attempted])
 
-    async def _store_records(self, records: Sequence[DeliveryRecord]) -> None:
-        while True:
-            try:
-                return await self._store.record_deliveries(records)
-            except JobStoreError:
-                logger.exception("The results of %d deliveries could not be stored", len(records))
-                if self._closing.is_set():
-                    return None  # they are due again after the next start
-            with anyio.move_on_after(POLL_INTERVAL_S):
-                await self._closing.wait()
-
 
 def log_failed_attempts(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
     """Log one line per queue, not per message: a queue that is down fails thousands."""
     failed = Counter((queue, record.status) for queue, record in records if record.error is not None)
     last = {(queue, record.status): record for queue, record in records}
     for (queue, status), messages in failed.items():
-        record, shown = last[queue, status], shown_queue_name(queue)
-        if status is DeliveryStatus.UNDELIVERED:
-            logger.error(
-                "%d results for %r are undelivered; the last one, of job %s, after attempt %d: %s",
-                *(messages, shown, record.job_id, record.attempts, record.error),
-            )
-        else:
-            logger.warning(
-                "%d results for %r were not taken and are sent again later; the last one, of job %s, attempt %d: %s",
-                *(messages, shown, record.job_id, record.attempts, record.error),
-            )
+        record, is_last = last[queue, status], status is DeliveryStatus.UNDELIVERED
+        logger.log(
+            logging.ERROR if is_last else logging.WARNING,
+            "%d results for %r %s; the last one, of job %s, after attempt %d: %s",
+            *(messages, shown_queue_name(queue)),
+            "are undelivered" if is_last else "were not taken and are sent again later",
+            *(record.job_id, record.attempts, record.error),
+        )
 
 
 def _queue_of(job: Job) -> str:

@@ -101,11 +101,10 @@ def new_job(
         expires_at=None if request.expires_in is None else now + request.expires_in,
         idempotency_key=request.idempotency_key,
     )
-    names = (job_id, model_name, job.success_queue or "", job.failure_queue or "", job.idempotency_key or "")
-    if not "".join(names).isprintable():
-        name = next(name for name in names if not name.isprintable())
-        field = _NAME_FIELDS[names.index(name)]
-        raise ValueError(f"{field} must not hold unprintable characters, got {name!r}; remove them")
+    for field in _NAME_FIELDS:
+        name = getattr(job, field) or ""
+        if not name.isprintable():
+            raise ValueError(f"{field} must not hold unprintable characters, got {name!r}; remove them")
     return job
 
 
@@ -292,17 +291,17 @@ def after_delivery_attempt(
     job: Job,
     error: Exception | None,
     *,
-    attempt: int,
     max_attempts: int,
     now: float,
     is_last: bool = False,
     backoff_s: Callable[[int], float] = backoff_with_jitter,
 ) -> DeliveryRecord:
-    """What attempt number `attempt` to deliver means: delivered without an `error`, else due again or undelivered.
+    """What the next attempt to deliver means: delivered without an `error`, else due again or undelivered.
 
     Undelivered is what failed for good (`UndeliverableError`), in attempt number `max_attempts`, or in an attempt that
     `is_last` for another reason.
     """
+    attempt = job.delivery_attempts + 1
     if error is None:
         return DeliveryRecord(job_id=job.job_id, status=DeliveryStatus.DELIVERED, attempts=attempt)
     text = describe_error(error)

@@ -18,9 +18,9 @@ from modalkit.service.errors import NotReadyError, Readiness
 from modalkit.service.jobs.delivery import Deliverer
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import new_job
-from modalkit.service.jobs.model import Job, JobEnd, JobFilter, JobPage, JobStatus, new_job_id
+from modalkit.service.jobs.model import Job, JobEnd, JobStatus, new_job_id
 from modalkit.service.jobs.queue_rules import QueueRules
-from modalkit.service.jobs.store import JobCounts, JobStore
+from modalkit.service.jobs.store import JobStore
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.queue_backends.sending import close_backend
 
@@ -69,6 +69,8 @@ class JobManager(AsyncContextManagerMixin):
                 f"queue_backend must have an 'async send_message(queue_name, message) -> bool', got {queue_backend!r}"
             )
         self.store = store
+        # What of `administration` concerns nothing but the store.
+        self.page, self.purge, self.counts = store.page, store.purge, store.counts
         self.clock = clock
         self.check_ready: Callable[[str], None] | None = None
         """Called with a model's name before jobs are accepted for it; what it raises, `submit` raises."""
@@ -210,23 +212,11 @@ class JobManager(AsyncContextManagerMixin):
         self._wake_deliverer()
         self._wake_waiters(ended)
 
-    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
-        """Up to `limit` jobs that match, the newest first, from the `next_cursor` of another page on."""
-        return await self.store.page(limit, which, cursor)
-
     async def replay(self, job_ids: Sequence[str] | None = None) -> int:
         """Send undelivered results, of these jobs or of all, once more; returns how many."""
         replayed = await self.store.replay(job_ids, self.clock())
         self._wake_deliverer()
         return replayed
-
-    async def purge(self, which: JobFilter) -> int:
-        """Remove ended jobs that match, except those whose delivery is pending; returns how many."""
-        return await self.store.purge(which)
-
-    async def counts(self) -> JobCounts:
-        """How many jobs there are of each kind."""
-        return await self.store.counts()
 
     def _wake_deliverer(self) -> None:
         if self._deliverer is not None:

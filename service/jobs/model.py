@@ -6,7 +6,7 @@ making a frozen one takes three times as long, and there are several for each jo
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, cast
@@ -18,9 +18,6 @@ from modalkit.service.errors import error_text
 from modalkit.service.outputs import may_be_refused
 
 JsonObject = dict[str, Any]
-
-PAGE_BYTES = 16 * 2**20
-"""Bytes of text that a page of jobs may have; a page of one job may have more."""
 
 _VERSION_AND_VARIANT = 7 << 76 | 2 << 62
 _RANDOM_BITS = ~(0xF << 76 | 0x3 << 62)
@@ -80,13 +77,6 @@ def read_object(text: str) -> JsonObject:
         return cast("JsonObject", from_json(text))
     except ValueError as error:
         return {"unreadable": f"{len(text)} characters of JSON are stored that cannot be read: {error_text(error)}"}
-
-
-def text_bytes(text: str | None) -> int:
-    """How many bytes a text has in UTF-8."""
-    if text is None or text.isascii():
-        return len(text or "")
-    return len(text.encode())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -201,7 +191,7 @@ class Job:
     def size_bytes(self) -> int:
         """Bytes of UTF-8 of its longer texts."""
         texts = (self.message_json, self.meta_json, self.result_json, self.error, self.delivery_error)
-        return sum(map(text_bytes, texts))
+        return sum(len(text) if text.isascii() else len(text.encode()) for text in texts if text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,16 +213,12 @@ class JobPage:
     """Where the next page starts, or None when this was the last."""
 
 
-def cut_page(jobs: Iterable[tuple[int, Job]], limit: int) -> JobPage:
-    """A page of the first jobs, each given with its sequence number: at most `limit`, and at most `PAGE_BYTES`."""
-    page, last_sequence, size_bytes = list[Job](), 0, 0
-    for sequence, job in jobs:
-        size_bytes += job.size_bytes
-        if page and (len(page) == limit or size_bytes > PAGE_BYTES):
-            return JobPage(page, last_sequence)
-        page.append(job)
-        last_sequence = sequence
-    return JobPage(page, None)
+@dataclass(frozen=True, slots=True)
+class JobCounts:
+    """How many jobs there are of each kind, zeros included."""
+
+    statuses: Mapping[JobStatus, int]
+    deliveries: Mapping[DeliveryStatus, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import heapq
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from modalkit.batching import Failure, Outcome, Priority, QueueFullError, Schedu
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
-from modalkit.service.jobs.collector import Collector
+from modalkit.service.jobs.collector import STORE_RETRY_S, Collector, store_until_closing
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import JobTimeoutError, deadline_of, end_of, retry_of
 from modalkit.service.jobs.manager import JobManager
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 ROOM_POLL_INTERVAL_S = 0.05
 """Seconds between two attempts to start a job while the scheduler's queue is full."""
-STORE_RETRY_S = 5.0
-"""Seconds until the store is asked for jobs again after it failed."""
 BULK_WINDOW_DIVISOR = 10
 """Bulk jobs get at least one in N places of the window."""
 SPARE_DEADLINES = 10_000
@@ -46,7 +44,6 @@ class JobEngine(Protocol):
     @property
     def input_model(self) -> type[BaseModel]:
         """The class of the items."""
-        ...
 
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
         """Run a job in some batch and call `on_outcome` in the event loop with its outcome.
@@ -54,14 +51,12 @@ class JobEngine(Protocol):
         Returns a function that withdraws the job: after it, `on_outcome` is not called. Raises `QueueFullError`, and
         what is wrong with the job.
         """
-        ...
 
     async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
         """Run jobs while no other is in the pipeline; returns the outcome of each, in their order.
 
         Raises what the batch raises, including `BatchTimeoutError`.
         """
-        ...
 
 
 @dataclass(slots=True)
@@ -238,13 +233,17 @@ class JobRunner(AsyncContextManagerMixin):
         """Whether no more jobs are to be claimed: this runner closes, and the store keeps them for the next start."""
         return self._closing.is_set() and self._manager.store.durable
 
+    def _empties_the_store(self) -> bool:
+        """Whether jobs run for the last time: this runner closes, and the store does not keep them."""
+        return self._closing.is_set() and not self._manager.store.durable
+
     async def _claim(self, limit: int, window: int) -> Sequence[Job]:
         """Claim up to `limit` jobs, of which a `window` holds bulk ones too; those that wait for a retry when due."""
         # A window of one job cannot be shared.
         bulk_share = min(window - 1, -(-window // BULK_WINDOW_DIVISOR))
         store, now = self._manager.store, self._manager.clock()
         try:
-            if self._closing.is_set() and not store.durable:
+            if self._empties_the_store():
                 await store.release_retries(self._model_name, math.inf)
             elif self._next_retry_at <= now:
                 self._next_retry_at = math.inf  # before the call: a sooner retry may be stored during it
@@ -310,21 +309,18 @@ class JobRunner(AsyncContextManagerMixin):
         if isinstance(outcome, Failure) and isinstance(outcome.error, SchedulerClosedError):
             self._engine_closed = True  # what has not ended runs again after the next start
         else:
-            retry = self._retry_of(job, outcome) if isinstance(outcome, Failure) else None
-            self._add_end(retry or end_of(job, outcome, self._manager.clock()))
+            now, retry = self._manager.clock(), None
+            if isinstance(outcome, Failure) and not self._empties_the_store():
+                retry = retry_of(
+                    job,
+                    outcome,
+                    max_attempts=self._max_attempts,
+                    deadline=self._deadline_of(job),
+                    now=now,
+                    backoff_s=self._backoff_s,
+                )
+            self._add_end(retry or end_of(job, outcome, now))
         self.wake()
-
-    def _retry_of(self, job: Job, outcome: Failure) -> JobRetry | None:
-        if self._closing.is_set() and not self._manager.store.durable:
-            return None
-        return retry_of(
-            job,
-            outcome,
-            max_attempts=self._max_attempts,
-            deadline=self._deadline_of(job),
-            now=self._manager.clock(),
-            backoff_s=self._backoff_s,
-        )
 
     def _add_end(self, end: JobEnd | JobRetry) -> None:
         """Have an end stored; until it is, it takes the job's place in the window."""
@@ -351,33 +347,17 @@ class JobRunner(AsyncContextManagerMixin):
         while ended := await self._ends.collect():
             finished = [end for end in ended if isinstance(end, JobEnd)]
             retries = [end for end in ended if isinstance(end, JobRetry)]
+            # Ends that are not stored: their jobs stay running in the store, and run again after the next start.
             if finished:
-                await self._store(len(finished), partial(self._manager.finish, finished))
+                what = f"The ends of {len(finished)} jobs"
+                await store_until_closing(what, partial(self._manager.finish, finished), self._closing)
             if retries:
-                _log_retries(self._model_name, retries)
-                await self._store(len(retries), partial(self._manager.store.requeue, retries))
+                what = f"The ends of {len(retries)} jobs"
+                logger.warning(
+                    "%s: %d jobs failed together and run again later; the last one, job %s: %s",
+                    *(self._model_name, len(retries), retries[-1].job_id, retries[-1].error),
+                )
+                await store_until_closing(what, partial(self._manager.store.requeue, retries), self._closing)
                 self._next_retry_at = min(self._next_retry_at, *(retry.retry_at for retry in retries))
             self._unstored -= len(ended)
             self.wake()
-
-    async def _store(self, jobs: int, store: Callable[[], Awaitable[None]]) -> None:
-        """Store ends, again and again until closed: without them the jobs would run again."""
-        attempt = 1
-        while True:
-            try:
-                return await store()
-            except JobStoreError:
-                logger.exception("The ends of %d jobs could not be stored", jobs)
-                if self._closing.is_set():
-                    return None  # they stay running in the store, and run again after the next start
-            with anyio.move_on_after(backoff_with_jitter(attempt, first_s=0.1, longest_s=STORE_RETRY_S, factor=2)):
-                await self._closing.wait()
-            attempt += 1
-
-
-def _log_retries(model_name: str, retries: Sequence[JobRetry]) -> None:
-    last = retries[-1]
-    logger.warning(
-        "%s: %d jobs failed together and run again later; the last one, job %s: %s",
-        *(model_name, len(retries), last.job_id, last.error),
-    )

@@ -3,55 +3,31 @@
 import fcntl
 import os
 import sqlite3
-import threading
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
-from functools import partial, wraps
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
-import anyio
-
-from modalkit.batching.threads import DedicatedThread
-from modalkit.service.jobs.commit_thread import CommitThread
-from modalkit.service.jobs.errors import (
-    IdempotencyKeyReusedError,
-    JobStoreClosedError,
-    JobStoreLockedError,
-    JobStoreUnavailableError,
-)
-from modalkit.service.jobs.model import Job, JobFilter, JobPage
-from modalkit.service.jobs.sqlite_rows import counts_of_jobs, find_job, page_of_jobs
+from modalkit.service.jobs.errors import JobStoreClosedError, JobStoreLockedError
+from modalkit.service.jobs.operation_thread import OperationThread
 from modalkit.service.jobs.sqlite_schema import open_database, open_for_reading
-from modalkit.service.jobs.sqlite_table import ROWS_PER_STEP, Add, JobTable, Operation
-from modalkit.service.jobs.store import JobCounts
+from modalkit.service.jobs.sqlite_table import JobTable
+from modalkit.service.jobs.store import JobStore
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_OPERATIONS_PER_COMMIT = 512
-MAX_WAITING_OPERATIONS = 100_000
 
 
-def _operation(
-    change: Callable[Concatenate[JobTable, P], T],
-) -> Callable[Concatenate["SqliteJobStore", P], Coroutine[Any, Any, T]]:
-    """A method of the store that calls this one of its table in a transaction."""
-
-    @wraps(change)
-    async def perform(store: "SqliteJobStore", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await store._perform(lambda table: change(table, *args, **kwargs))  # noqa: SLF001  # a method of it
-
-    return perform
-
-
-class SqliteJobStore:
+class SqliteJobStore(JobStore):
     """A `JobStore` of up to `max_jobs` jobs in the SQLite file at `path`.
 
     One thread owns the connection. Operations that come while a transaction commits share the next one ("group
     commit"), each in a savepoint of its own, so that one that fails does so alone. With WAL and full synchronisation, a
-    committed job survives the death of the process and of the machine, if the disk writes what it acknowledges.
+    committed job survives the death of the process and of the machine, if the disk writes what it acknowledges. What
+    only reads has a connection and a thread of its own, so it neither waits for a commit nor makes one wait.
 
     A lock on ``<path>.lock`` keeps other owners out; the kernel releases it when the process dies. Entering creates the
     folder and the file where needed, and raises `JobStoreLockedError`, `JobStoreSchemaError` for a file of another
@@ -62,217 +38,72 @@ class SqliteJobStore:
     durable = True
 
     def __init__(self, path: str | Path, *, max_jobs: int = 10_000_000) -> None:
-        self.path = Path(path)
-        self._max_jobs = max_jobs
-        self._lock_fd = -1
-        self._thread: CommitThread[Operation] = CommitThread(
-            f"job store {self.path.name}",
-            self._transaction,
-            max_together=MAX_OPERATIONS_PER_COMMIT,
-            max_waiting=MAX_WAITING_OPERATIONS,
+        super().__init__(Path(path), max_jobs)
+        name = f"job store {self.path.name}"
+        self._writing = OperationThread(
+            name, self._transaction, self._open_for_writing, max_together=MAX_OPERATIONS_PER_COMMIT
         )
-        self._reading_thread = DedicatedThread(f"job store {self.path.name}, reading")
-        # A cancellation by asyncio ignores shields: it may leave a reader in its thread while the store closes.
-        self._reading = threading.Lock()
-        # Used only in the threads, while the store is open: a connection for transactions with what is done in them,
-        # and one for what only reads, which like that neither waits for a commit nor makes one wait.
-        self._database: sqlite3.Connection
-        self._table: JobTable
+        self._reading = OperationThread(f"{name}, reading", self._run_reads, self._open_for_reading, max_together=1)
         self._reader: sqlite3.Connection
-        self._commits = 0
-        self._is_open = False
-
-    @property
-    def commits(self) -> int:
-        """How many transactions have been committed since the store was opened."""
-        return self._commits
+        self._threads: AsyncExitStack | None = None
 
     async def __aenter__(self) -> Self:
-        if self._is_open:
+        if self._threads is not None:
             raise JobStoreLockedError(self.path, os.getpid())
-        await self._thread.start(self._open, self._close)
-        self._is_open = True
+        async with AsyncExitStack() as threads:
+            await threads.enter_async_context(self._writing)
+            await threads.enter_async_context(self._reading)
+            self._threads = threads.pop_all()
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._is_open:
+        if self._threads is None:
             raise JobStoreClosedError
-        self._is_open = False
-        try:
-            await self._thread.stop(self._close, abort=exc_type is not None)
-        finally:
-            self._reading_thread.close()
-
-    async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
-        """Store queued jobs: all, or none when it raises."""
-        return await self._perform(Add(jobs))
-
-    async def get(self, job_id: str) -> Job | None:
-        """The job of this id."""
-        return await self._read(lambda: find_job(self._reader, job_id))
-
-    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
-        """Some of the jobs that match, the newest first."""
-        return await self._read(lambda: page_of_jobs(self._reader, limit, which, cursor))
-
-    claim = _operation(JobTable.claim)
-    claim_quarantined = _operation(JobTable.claim_quarantined)
-    requeue = _operation(JobTable.requeue)
-    release_retries = _operation(JobTable.release_retries)
-    finish = _operation(JobTable.finish)
-    cancel = _operation(JobTable.cancel)
-    expire = _operation(JobTable.expire)
-    claim_deliveries = _operation(JobTable.claim_deliveries)
-    claim_quarantined_deliveries = _operation(JobTable.claim_quarantined_deliveries)
-    record_deliveries = _operation(JobTable.record_deliveries)
-    recover = _operation(JobTable.recover)
-
-    async def replay(self, job_ids: Sequence[str] | None, now: float) -> int:
-        """Make undelivered ones of these jobs, or of all, due again; returns how many."""
-        if job_ids is not None:
-            return await self._perform(lambda table: table.replay_these(job_ids, now))
-        # By sequence number, so that a delivery that fails again meanwhile is not replayed again and again.
-        replayed, sequence = 0, 0
-        while some := await self._perform(partial(JobTable.replay_after, sequence=sequence, now=now)):
-            replayed, sequence = replayed + len(some), max(some)
-        return replayed
-
-    async def remove_finished(self, before: float) -> int:
-        """Remove jobs that ended before that time and have nothing left to deliver."""
-        return await self._in_steps(lambda table: table.remove_some(before), frees_space=True)
-
-    async def purge(self, which: JobFilter) -> int:
-        """Remove ended jobs that match, except those whose delivery is pending."""
-        return await self._in_steps(lambda table: table.purge_some(which), frees_space=True)
-
-    async def counts(self) -> JobCounts:
-        """How many jobs there are of each kind."""
-        return await self._read(lambda: counts_of_jobs(self._reader))
-
-    async def _read(self, function: Callable[[], T]) -> T:
-        """Read what was committed, in a thread of its own."""
-        if not self._is_open:
-            raise JobStoreClosedError
-        with anyio.CancelScope(shield=True):
-            result = await self._reading_thread.run(partial(self._exclusive_read, function))
-        return result  # noqa: RET504  # a cancel scope may end its block early, says its type
-
-    def _exclusive_read(self, function: Callable[[], T]) -> T:
-        with self._reading:
-            try:
-                return function()
-            except (sqlite3.Error, MemoryError) as error:
-                raise self._unavailable(error) from error
-
-    async def _in_steps(self, step: Callable[[JobTable], int], *, frees_space: bool = False) -> int:
-        """Repeat an operation until it changes nothing more; returns how much it changed."""
-        changed = 0
-        while some := await self._perform(step):
-            changed += some
-            if frees_space and self.durable:
-                await self._thread.call(self._give_space_back)
-        return changed
-
-    # Transactions.
+        threads, self._threads = self._threads, None
+        await threads.__aexit__(exc_type, exc, traceback)
 
     async def _perform(self, operation: Callable[[JobTable], T]) -> T:
-        """Run an operation in a transaction, together with others that come at about the same time."""
-        return cast("T", await self._thread.perform(operation))
+        return cast("T", await self._writing.perform(operation))
 
-    def _transaction(self, operations: list[Operation]) -> list[Any]:
-        """Run the operations in one transaction; returns each one's result or error, or the commit's for all."""
-        counts_before = self._table.counts.copy()
-        try:
-            self._database.execute("BEGIN IMMEDIATE")
-            results = self._table.run(operations)
-            if self._table.counts != counts_before:
-                self._table.store_counts(counts_before)
-            self._database.execute("COMMIT")
-        except (sqlite3.Error, MemoryError) as error:
-            self._table.counts = counts_before
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
-            return [self._unavailable(error) for _ in operations]
-        self._commits += 1
-        return [
-            self._unavailable(result) if isinstance(result, sqlite3.Error | MemoryError) else result
-            for result in results
-        ]
+    async def _read(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        return cast("T", await self._reading.perform(function))
 
-    def _unavailable(self, error: sqlite3.Error | MemoryError) -> JobStoreUnavailableError:
-        remedies = {
-            "SQLITE_TOOBIG": "submit smaller items",
-            "SQLITE_FULL": "free some space on its disk",
-            "SQLITE_BUSY": "close the other program that has it open for writing",
-            "SQLITE_READONLY": "make the file and its folder writable",
-        }
-        name = getattr(error, "sqlite_errorname", "") or ""
-        remedy = remedies.get("_".join(name.split("_")[:2]), "check its disk")
-        return JobStoreUnavailableError(self.path, str(error), remedy)
+    # In the threads.
 
-    def _give_space_back(self) -> None:
-        # A script, because `execute` runs one step of it, which frees one page; so it is no part of a transaction.
-        try:
-            self._database.executescript(f"PRAGMA incremental_vacuum({ROWS_PER_STEP})")
-        except sqlite3.Error as error:
-            raise self._unavailable(error) from error
-
-    # Opening and closing, in the thread.
-
-    def _open(self) -> None:
-        try:
+    @contextmanager
+    def _open_for_writing(self) -> Iterator[None]:
+        with self._errors_translated(), ExitStack() as opened:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock_fd = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise self._cannot_be_opened(error) from error
-        try:
-            self._take_lock()
-            self._database = open_database(self.path)
-            try:
-                self._table = JobTable(self._database, self._max_jobs)
-                self._reader = open_for_reading(self.path)
-            except BaseException:
-                self._database.close()
-                raise
-        except BaseException as error:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-            if isinstance(error, sqlite3.Error):
-                raise self._unavailable(error) from error
-            if isinstance(error, OSError):
-                raise self._cannot_be_opened(error) from error
-            raise
-        self._commits = 0
+            lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            opened.callback(os.close, lock)
+            self._take(lock)
+            self._database = opened.enter_context(closing(open_database(self.path)))
+            self._table = JobTable(self._database, self._max_jobs)
+            self.commits = 0
+            yield
 
-    def _cannot_be_opened(self, error: OSError) -> JobStoreUnavailableError:
-        return JobStoreUnavailableError(
-            self.path, f"{error.strerror} ({error.filename})", "give another store_path, or make the folder writable"
-        )
-
-    def _take_lock(self) -> None:
+    def _take(self, lock: int) -> None:
         try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.read(self._lock_fd, 20).decode(errors="replace").strip()
+            owner = os.read(lock, 20).decode(errors="replace").strip()
             raise JobStoreLockedError(self.path, int(owner) if owner.isdigit() else None) from None
-        os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, str(os.getpid()).encode(), 0)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
 
-    def _close(self) -> None:
-        if self._lock_fd < 0:
-            return
-        with self._reading:
-            try:
-                self._reader.close()
-                self._database.close()
-            finally:
-                os.close(self._lock_fd)
-                self._lock_fd = -1
+    @contextmanager
+    def _open_for_reading(self) -> Iterator[None]:
+        with self._errors_translated(), closing(open_for_reading(self.path)) as self._reader:
+            yield
+
+    def _run_reads(self, reads: list[Callable[[Any], Any]]) -> list[Any]:
+        with self._errors_translated():
+            return [read(self._reader) for read in reads]
 
 
-class MemoryJobStore(SqliteJobStore):
+class MemoryJobStore(JobStore):
     """A `JobStore` of up to `max_jobs` jobs in memory. Closing it keeps them: it can be opened again.
 
     Each operation is a transaction that runs at once, in the event loop.
@@ -281,9 +112,10 @@ class MemoryJobStore(SqliteJobStore):
     durable = False
 
     def __init__(self, *, max_jobs: int = 1_000_000) -> None:
-        super().__init__(":memory:", max_jobs=max_jobs)
-        self._database = self._reader = open_database(self.path)
+        super().__init__(Path(":memory:"), max_jobs)
+        self._database = open_database(self.path)
         self._table = JobTable(self._database, max_jobs)
+        self._is_open = False
         weakref.finalize(self, self._database.close)
 
     async def __aenter__(self) -> Self:
@@ -295,11 +127,6 @@ class MemoryJobStore(SqliteJobStore):
     ) -> None:
         self._is_open = False
 
-    async def _read(self, function: Callable[[], T]) -> T:
-        if not self._is_open:
-            raise JobStoreClosedError
-        return self._exclusive_read(function)
-
     async def _perform(self, operation: Callable[[JobTable], T]) -> T:
         if not self._is_open:
             raise JobStoreClosedError
@@ -307,3 +134,9 @@ class MemoryJobStore(SqliteJobStore):
         if isinstance(result, Exception):
             raise result
         return cast("T", result)
+
+    async def _read(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        if not self._is_open:
+            raise JobStoreClosedError
+        with self._errors_translated():
+            return function(self._database)

@@ -7,8 +7,7 @@ from typing import Any
 
 from modalkit.batching import Priority
 from modalkit.service.errors import CUT_NOTE, MAX_ERROR_BYTES
-from modalkit.service.jobs.model import DeliveryStatus, Job, JobFilter, JobPage, JobStatus, cut_page
-from modalkit.service.jobs.store import JobCounts
+from modalkit.service.jobs.model import DeliveryStatus, Job, JobCounts, JobFilter, JobPage, JobStatus
 
 NEW_JOB_COLUMNS = (
     *("job_id", "model_name", "status", "message", "success_queue", "failure_queue", "meta", "priority", "created_at"),
@@ -20,6 +19,8 @@ COLUMNS = (
     *("delivery_attempts", "delivery_error", "delivery_crashes"),
 )
 LATEST_US = 2**62
+PAGE_BYTES = 16 * 2**20
+"""Bytes of text that a page of jobs may have; a page of one job may have more."""
 TEXT_COLUMNS = ("job_id", "message", "success_queue", "failure_queue", "meta", "idempotency_key", "result")
 """The columns that may be long, besides the errors."""
 
@@ -116,8 +117,16 @@ def page_of_jobs(database: sqlite3.Connection, limit: int, which: JobFilter, cur
         f"SELECT seq, {READ_COLUMNS} FROM jobs WHERE {condition} ORDER BY seq DESC LIMIT ?",  # noqa: S608  # values are bound
         (*values, limit + 1),
     )
+    page, last_sequence, size_bytes = list[Job](), 0, 0
     with closing(rows):  # read one by one: a page ends where it has too many bytes
-        return cut_page(((row[0], job_from_row(row[1:])) for row in rows), limit)
+        for sequence, *row in rows:
+            job = job_from_row(row)
+            size_bytes += job.size_bytes
+            if page and (len(page) == limit or size_bytes > PAGE_BYTES):
+                return JobPage(page, last_sequence)
+            page.append(job)
+            last_sequence = sequence
+    return JobPage(page, None)
 
 
 def condition_of(which: JobFilter) -> tuple[str, list[Any]]:

@@ -59,31 +59,20 @@ NEXT_RETRY = """
     SELECT retry_at FROM jobs WHERE status = 'queued' AND retry_at IS NOT NULL AND model_name = ?
     ORDER BY retry_at LIMIT 1
 """
-END = """
+_QUEUE = "nullif(iif(ended.column2 = 'succeeded', success_queue, failure_queue), '')"
+END = f"""
     UPDATE jobs SET status = ended.column2, result = ended.column3, error = ended.column4,
         finished_at = ended.column5, attempts = attempts + (status = 'running'), retry_at = NULL,
-        delivery = {delivery}, delivery_queue = {queue}, due_at = {due_at}
-    FROM (VALUES {{rows}}) AS ended
-    WHERE job_id = ended.column1 AND status = ended.column6 AND nullif({queue}, '') IS {null}
+        delivery_queue = {_QUEUE}, delivery = iif({_QUEUE} IS NULL, 'none', 'pending'),
+        due_at = iif({_QUEUE} IS NULL, NULL, ended.column5)
+    FROM (VALUES {{rows}}) AS ended WHERE job_id = ended.column1 AND status = ended.column6
+"""  # noqa: S608  # as above
+COUNT_PENDING = """
+    SELECT count(*) FROM jobs WHERE delivery = 'pending' AND job_id IN (SELECT value FROM json_each(?))
 """
-END_SENDING = {
-    queue: END.format(delivery="'pending'", queue=queue, due_at="ended.column5", null="NOT NULL")
-    for queue in ("success_queue", "failure_queue")
-}
-END_ONLY = {
-    queue: END.format(delivery="'none'", queue=queue, due_at="NULL", null="NULL")
-    for queue in ("success_queue", "failure_queue")
-}
-END_CHOSEN = """
-    UPDATE jobs SET status = ?1, error = ?2, finished_at = ?3, retry_at = NULL,
-        delivery = iif(nullif(failure_queue, '') IS NULL, 'none', 'pending'), delivery_queue = failure_queue,
-        due_at = iif(nullif(failure_queue, '') IS NULL, NULL, ?3)
-    WHERE {which} RETURNING job_id, delivery
-"""
-EXPIRE = END_CHOSEN.format(
-    which="""seq IN (SELECT seq FROM jobs WHERE status = 'queued' AND expires_at <= ?4 ORDER BY expires_at LIMIT ?5)""",
-)
-FAIL_CRASHED = END_CHOSEN.format(which="status = 'running' AND crashes >= ?4")
+EXPIRED = "SELECT job_id FROM jobs WHERE status = 'queued' AND expires_at <= ? ORDER BY expires_at LIMIT ?"
+REQUEUE_CRASHED = "UPDATE jobs SET status = 'queued', crashes = crashes + 1 WHERE status = 'running'"
+CRASHED = "SELECT job_id FROM jobs WHERE status = 'queued' AND crashes > 0 AND crashes >= ?"
 NEXT_QUEUE = """
     SELECT delivery_queue FROM jobs WHERE due_at IS NOT NULL AND delivery_crashes = 0 AND delivery_queue > ?
     ORDER BY delivery_queue LIMIT 1

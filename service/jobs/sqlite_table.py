@@ -1,7 +1,7 @@
 """The table of jobs in a SQLite database: what each operation of the store changes, inside a transaction."""
 
 import sqlite3
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -16,7 +16,6 @@ from modalkit.service.jobs.model import (
     DeliveryStatus,
     Job,
     JobEnd,
-    JobFilter,
     JobRetry,
     JobStatus,
     Recovery,
@@ -25,7 +24,6 @@ from modalkit.service.jobs.sqlite_rows import (
     COLUMNS,
     COUNTED,
     SELECT,
-    condition_of,
     find_job,
     job_from_row,
     microseconds,
@@ -58,7 +56,7 @@ class Add:
 
 
 class JobTable:
-    """The table of jobs behind one connection, used by one thread at a time. `JobStore` says what its methods promise.
+    """The table of jobs behind one connection, used by one thread at a time: the operations of a `JobStore`.
 
     Methods are called by operations that are given to `run`, in a transaction. The owner of the transaction restores
     `counts` when it rolls back. An operation that raises changes nothing.
@@ -71,6 +69,8 @@ class JobTable:
         self._database = database
         self._max_jobs = max_jobs
         self._last_queue = ""
+        self.has_removed = False
+        """Whether jobs were removed, so that there may be free pages; set to False by the owner of the transaction."""
         self.counts: Counter[JobStatus | DeliveryStatus] = Counter()
         for key, jobs in database.execute("SELECT status, jobs FROM counts"):
             self.counts[COUNTED[key]] = jobs
@@ -150,7 +150,11 @@ class JobTable:
         return twice or next(job_id for job_id in job_ids if find_job(self._database, job_id) is not None)
 
     def claim(self, model_name: str, limit: int, now: float, *, bulk_limit: int = 0) -> list[Job]:
-        """Make queued jobs running, interactive ones first."""
+        """Make up to `limit` queued jobs of a model running, and return them.
+
+        Quarantined jobs and jobs that wait for a retry are skipped. Interactive jobs go before bulk ones, but up to
+        `bulk_limit` bulk jobs are claimed first. Jobs of one priority are claimed in the order of their addition.
+        """
         for_interactive = max(0, limit - bulk_limit)
         claimed = self._claim(sql.CLAIMABLE, now, model_name, Priority.INTERACTIVE, for_interactive)
         may_be_more = len(claimed) == for_interactive
@@ -160,19 +164,29 @@ class JobTable:
         return claimed
 
     def claim_quarantined(self, model_name: str, limit: int, now: float) -> list[Job]:
-        """Make a group of quarantined jobs running."""
+        """Make a group of quarantined jobs of a model running, and return them.
+
+        The group has jobs with the fewest crashes, as many as `quarantine_group_size` says.
+        """
         row = self._database.execute(sql.FEWEST_CRASHES, (model_name,)).fetchone()
         if row is None:
             return []
         return self._claim(sql.QUARANTINED, now, model_name, row[0], life.quarantine_group_size(row[0], limit))
 
     def requeue(self, retries: Sequence[JobRetry]) -> None:
-        """Queue running jobs again, for later."""
+        """Queue running jobs again, to be claimed once `release_retries` has released them.
+
+        Jobs that are not running are left as they are.
+        """
         rows = [(retry.job_id, microseconds(retry.retry_at), retry.error) for retry in retries]
         self._move(JobStatus.RUNNING, JobStatus.QUEUED, self._write(sql.REQUEUE, rows))
 
     def release_retries(self, model_name: str, now: float) -> float | None:
-        """Make some jobs claimable whose `retry_at` has come; returns the next `retry_at`."""
+        """Make jobs claimable whose `retry_at` has come; returns the next `retry_at` of the model's jobs, if any.
+
+        One call releases a limited number: if more are due, the time returned has come already. An infinite `now`
+        makes all due.
+        """
         self._database.execute(sql.RELEASE, (microseconds(now), model_name, ROWS_PER_STEP))
         row = self._database.execute(sql.NEXT_RETRY, (model_name,)).fetchone()
         return None if row is None else row[0] / 1_000_000
@@ -188,38 +202,38 @@ class JobTable:
         return [job_from_row(row) for row in rows]
 
     def finish(self, ends: Sequence[JobEnd]) -> list[str]:
-        """End jobs, and make their deliveries due."""
-        counts_before = self.counts.copy()
-        if self._finish(ends) < len(ends):  # one was cancelled meanwhile, for example: end the others only
-            self._database.execute("ROLLBACK TO operation")
-            self.counts = counts_before
+        """End jobs and, in the same step, make the deliveries due of those that named a queue for such an end.
+
+        Returns the ids of the jobs that ended, in the order given. A job that cannot end so, because it was cancelled
+        meanwhile or is unknown, is left as it is, and its id is left out.
+        """
+        if not self._end(JobStatus.RUNNING, ends):  # one was cancelled meanwhile, for example: end the others only
             jobs = {end.job_id: find_job(self._database, end.job_id) for end in ends}
-            ends = [end for end in ends if (job := jobs.pop(end.job_id, None)) and life.end_job(job, end)]
-            self._finish(ends)
+            found = [
+                (job.status, end) for end in ends if (job := jobs.pop(end.job_id, None)) and life.end_job(job, end)
+            ]
+            for before in (JobStatus.RUNNING, JobStatus.QUEUED):
+                self._end(before, [end for status, end in found if status is before])
+            ends = [end for _, end in found]
         return [end.job_id for end in ends]
 
-    def _finish(self, ends: Sequence[JobEnd]) -> int:
-        """End those jobs that can end so; returns how many did."""
-        ended = 0
-        for queue, succeeded in (("success_queue", True), ("failure_queue", False)):
-            rows = [_row_of(end) for end in ends if (end.status is JobStatus.SUCCEEDED) is succeeded]
-            for alike in _by_status(rows):
-                ended += self._finish_from(JobStatus.RUNNING, queue, alike)
-                if alike[0][1] == JobStatus.EXPIRED:
-                    ended += self._finish_from(JobStatus.QUEUED, queue, alike)
-        return ended
-
-    def _finish_from(self, before: JobStatus, queue: str, rows: Sequence[Row]) -> int:
-        """End jobs in the same way whose status was `before`; returns how many there were."""
-        rows = [(*row, before.value) for row in rows]
-        sending = self._write(sql.END_SENDING[queue], rows)
-        ended = sending + self._write(sql.END_ONLY[queue], rows)
-        self._move(before, JobStatus(rows[0][1]), ended)
+    def _end(self, before: JobStatus, ends: Sequence[JobEnd]) -> bool:
+        """End jobs whose status is `before`; where one has another status, end none and return False."""
+        rows = [
+            (end.job_id, end.status.value, end.result_json, end.error, microseconds(end.finished_at), before.value)
+            for end in ends
+        ]
+        if self._write(sql.END, rows) < len(rows):
+            self._database.execute("ROLLBACK TO operation")
+            return False
+        for status, jobs in Counter(end.status for end in ends).items():
+            self._move(before, status, jobs)
+        (sending,) = self._database.execute(sql.COUNT_PENDING, (_json([end.job_id for end in ends]),)).fetchone()
         self._move(DeliveryStatus.NONE, DeliveryStatus.PENDING, sending)
-        return ended
+        return True
 
     def cancel(self, job_id: str, now: float) -> Job | None:
-        """Cancel a job that has not ended."""
+        """Cancel a queued or running job; one that has ended is left as it is. Returns the job, or None if unknown."""
         job = find_job(self._database, job_id)
         cancelled = None if job is None else life.cancel_job(job, now)
         if job is None or cancelled is None:
@@ -232,17 +246,24 @@ class JobTable:
         return cancelled
 
     def expire(self, limit: int, now: float) -> list[str]:
-        """End queued jobs whose `expires_at` has come."""
-        now_us = microseconds(now)
-        values = (JobStatus.EXPIRED.value, life.EXPIRES_IN_PASSED, now_us, now_us, limit)
-        return self._count_ended(
-            JobStatus.QUEUED, JobStatus.EXPIRED, self._database.execute(sql.EXPIRE, values).fetchall()
-        )
+        """End up to `limit` queued jobs whose `expires_at` has come, as `finish` does; returns their ids."""
+        rows = self._database.execute(sql.EXPIRED, (microseconds(now), limit))
+        return self._end_queued(rows, JobStatus.EXPIRED, life.EXPIRES_IN_PASSED, now)
+
+    def _end_queued(self, rows: Iterable[Row], status: JobStatus, error: str, now: float) -> list[str]:
+        ends = [JobEnd(job_id=job_id, status=status, error=error, finished_at=now) for (job_id,) in rows]
+        self._end(JobStatus.QUEUED, ends)
+        return [end.job_id for end in ends]
 
     def claim_deliveries(
         self, limit: int, now: float, *, queue_limits: Mapping[str, int], queue_limit: int
     ) -> Sequence[Job]:
-        """Claim due deliveries queue by queue, in the order of their names, from where the last call stopped."""
+        """Claim up to `limit` deliveries that are due, and return their jobs; they are not due until recorded.
+
+        At most `queue_limit` of them go to the same queue; `queue_limits` has the limits of queues that differ. Queues
+        come in turns, in the order of their names, from where the last call stopped; of one queue, the deliveries that
+        became due first are claimed. Quarantined ones are skipped.
+        """
         claimed, size_bytes = list[Job](), 0
         first, queue, wrapped = self._last_queue, self._last_queue, False
         for _ in range(QUEUES_PER_VISIT):
@@ -265,7 +286,10 @@ class JobTable:
         return claimed
 
     def claim_quarantined_deliveries(self, limit: int) -> list[Job]:
-        """Claim a group of quarantined deliveries."""
+        """Claim a group of quarantined deliveries, and return their jobs.
+
+        The group has those with the fewest crashes, as many as `quarantine_group_size` says.
+        """
         row = self._database.execute(sql.FEWEST_DELIVERY_CRASHES).fetchone()
         if row is None:
             return []
@@ -274,42 +298,35 @@ class JobTable:
         return [job_from_row(row) for row in rows]
 
     def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
-        """Record the results of attempts to deliver."""
-        rows = [
-            (
-                *(record.job_id, record.status.value, record.attempts, record.error),
-                microseconds(record.due_at) if record.status is DeliveryStatus.PENDING else None,
-            )
-            for record in records
-        ]
-        for alike in _by_status(rows):
-            self._move(DeliveryStatus.PENDING, DeliveryStatus(alike[0][1]), self._write(sql.RECORD_DELIVERIES, alike))
+        """Record the results of attempts to deliver. Jobs whose delivery is not pending are left as they are."""
+        for status in DeliveryStatus:
+            due = status is DeliveryStatus.PENDING
+            rows = [
+                (each.job_id, status.value, each.attempts, each.error, microseconds(each.due_at) if due else None)
+                for each in records
+                if each.status is status
+            ]
+            self._move(DeliveryStatus.PENDING, status, self._write(sql.RECORD_DELIVERIES, rows))
 
-    def replay_these(self, job_ids: Sequence[str], now: float) -> int:
-        """Make those of these jobs due again that are undelivered; returns how many."""
-        return sum(len(self._replay("job_id = ?", job_id, now)) for job_id in job_ids)
-
-    def replay_after(self, sequence: int, now: float) -> list[int]:
-        """Make some undelivered jobs due again that come after a sequence number; returns their sequence numbers."""
-        return self._replay("seq > ?", sequence, now)
-
-    def _replay(self, which: str, value: str | int, now: float) -> list[int]:
+    def replay(self, which: str, value: str | int, now: float) -> list[int]:
+        """Make some undelivered deliveries due that match the condition `which`; returns their sequence numbers."""
         values = (microseconds(now), value, ROWS_PER_STEP)
         replayed = [row[0] for row in self._database.execute(sql.REPLAY.format(which=which), values).fetchall()]
         self._move(DeliveryStatus.UNDELIVERED, DeliveryStatus.PENDING, len(replayed))
         return replayed
 
     def recover(self, now: float) -> Recovery:
-        """Recover what was running or claimed."""
-        now_us = microseconds(now)
-        undelivered = self._recover_deliveries(now_us)
-        self._database.execute("UPDATE jobs SET crashes = crashes + 1 WHERE status = 'running'")
-        values = (JobStatus.FAILED.value, life.TOO_MANY_CRASHES, now_us, life.MAX_CRASHES)
-        rows = self._database.execute(sql.FAIL_CRASHED, values).fetchall()
-        failed = self._count_ended(JobStatus.RUNNING, JobStatus.FAILED, rows)
-        requeued = self._database.execute("UPDATE jobs SET status = 'queued' WHERE status = 'running'").rowcount
+        """Recover what was claimed by a process that has ended: called once, before anything is claimed.
+
+        Running jobs are queued again, in their old order, and claimed deliveries are due again; both are quarantined
+        or, after too many crashes, failed and undelivered.
+        """
+        undelivered = self._recover_deliveries(microseconds(now))
+        requeued = self._database.execute(sql.REQUEUE_CRASHED).rowcount
         self._move(JobStatus.RUNNING, JobStatus.QUEUED, requeued)
-        return Recovery(requeued, failed, undelivered)
+        rows = self._database.execute(sql.CRASHED, (life.MAX_CRASHES,))
+        failed = self._end_queued(rows, JobStatus.FAILED, life.TOO_MANY_CRASHES, now)
+        return Recovery(requeued - len(failed), failed, undelivered)
 
     def _recover_deliveries(self, now_us: int) -> list[str]:
         """Quarantine what was claimed; returns the ids of what is undelivered."""
@@ -325,17 +342,10 @@ class JobTable:
         self._move(DeliveryStatus.PENDING, DeliveryStatus.UNDELIVERED, len(rows))
         return [job_id for (job_id,) in rows]
 
-    def remove_some(self, before: float) -> int:
-        """Remove some of the jobs that ended before that time and have nothing left to deliver."""
-        return self._remove(sql.REMOVABLE, [microseconds(before)])
-
-    def purge_some(self, which: JobFilter) -> int:
-        """Remove some of the ended jobs that match, except those whose delivery is pending."""
-        condition, values = condition_of(which)
-        return self._remove(f"delivery <> 'pending' AND {condition}", values)
-
-    def _remove(self, which: str, values: list[Any]) -> int:
+    def remove(self, which: str, values: Sequence[Any]) -> int:
+        """Remove some of the ended jobs for which the condition `which` holds; returns how many."""
         removed = self._database.execute(sql.REMOVE.format(which=which), (*values, ROWS_PER_STEP)).fetchall()
+        self.has_removed |= bool(removed)
         for status, delivery in removed:
             self.counts[JobStatus(status)] -= 1
             self.counts[DeliveryStatus(delivery)] -= 1
@@ -351,7 +361,7 @@ class JobTable:
         if not rows:
             rows = list(map(list, self._database.execute(sql.READ_FIRST.format(chosen=chosen), values)))
         if rows:
-            self._database.execute(change, (*changed, to_json([row[0] for row in rows]).decode()))
+            self._database.execute(change, (*changed, _json([row[0] for row in rows])))
         return [row[1:] for row in rows]
 
     def _write(self, statement: str, rows: Sequence[Row]) -> int:
@@ -366,23 +376,10 @@ class JobTable:
                 start += count
         return changed
 
-    def _count_ended(self, before: JobStatus, after: JobStatus, rows: list[tuple[str, str]]) -> list[str]:
-        self._move(before, after, len(rows))
-        pending = sum(delivery == DeliveryStatus.PENDING for _, delivery in rows)
-        self._move(DeliveryStatus.NONE, DeliveryStatus.PENDING, pending)
-        return [job_id for job_id, _ in rows]
-
     def _move(self, before: JobStatus | DeliveryStatus, after: JobStatus | DeliveryStatus, jobs: int) -> None:
         self.counts[before] -= jobs
         self.counts[after] += jobs
 
 
-def _row_of(end: JobEnd) -> Row:
-    return end.job_id, end.status.value, end.result_json, end.error, microseconds(end.finished_at)
-
-
-def _by_status(rows: Sequence[Row]) -> Iterable[list[Row]]:
-    groups: defaultdict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row[1]].append(row)
-    return groups.values()
+def _json(values: Sequence[object]) -> str:
+    return to_json(values).decode()

@@ -1,33 +1,46 @@
-"""The contract of job stores; `MemoryJobStore` and `SqliteJobStore` fulfil it."""
+"""What job stores have in common: their operations, and the transactions that these run in."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+import logging
+import sqlite3
+from abc import abstractmethod
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from modalkit.service.jobs.errors import IdempotencyKeyReusedError
-from modalkit.service.jobs.model import (
-    DeliveryRecord,
-    DeliveryStatus,
-    Job,
-    JobEnd,
-    JobFilter,
-    JobPage,
-    JobRetry,
-    JobStatus,
-    Recovery,
-)
+from modalkit.service.jobs import sqlite_statements as sql
+from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreUnavailableError
+from modalkit.service.jobs.model import Job, JobCounts, JobFilter, JobPage
+from modalkit.service.jobs.sqlite_rows import condition_of, counts_of_jobs, find_job, microseconds, page_of_jobs
+from modalkit.service.jobs.sqlite_table import ROWS_PER_STEP, Add, JobTable, Operation
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_REMEDIES = {
+    "SQLITE_TOOBIG": "submit smaller items",
+    "SQLITE_FULL": "free some space on its disk",
+    "SQLITE_BUSY": "close the other program that has it open for writing",
+    "SQLITE_READONLY": "make the file and its folder writable",
+}
 
 
-@dataclass(frozen=True, slots=True)
-class JobCounts:
-    """How many jobs there are of each kind, zeros included."""
+def _operation(
+    change: Callable[Concatenate[JobTable, P], T],
+) -> Callable[Concatenate["JobStore", P], Coroutine[Any, Any, T]]:
+    """A method of the store that calls this one of its table in a transaction."""
 
-    statuses: Mapping[JobStatus, int]
-    deliveries: Mapping[DeliveryStatus, int]
+    @wraps(change)
+    async def perform(store: "JobStore", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await store._perform(lambda table: change(table, *args, **kwargs))  # noqa: SLF001  # a method of it
+
+    return perform
 
 
-class JobStore(Protocol):
+class JobStore(AbstractAsyncContextManager["JobStore"]):
     """Keeps jobs from the moment they are accepted until their results are delivered and their time is over.
 
     An asynchronous context manager, with one owner: the owner calls `recover` once before anything is claimed, and
@@ -43,11 +56,22 @@ class JobStore(Protocol):
     durable: bool
     """Whether jobs outlive the process."""
 
-    async def __aenter__(self) -> Self: ...  # protocol methods have no body
+    def __init__(self, path: Path, max_jobs: int) -> None:
+        self.path = path
+        self._max_jobs = max_jobs
+        # Used only where transactions run, while the store is open.
+        self._database: sqlite3.Connection
+        self._table: JobTable
+        self.commits = 0
+        """How many transactions have been committed since the store was opened."""
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None: ...
+    @abstractmethod
+    async def _perform(self, operation: Callable[[JobTable], T]) -> T:
+        """Run an operation in a transaction, perhaps together with others."""
+
+    @abstractmethod
+    async def _read(self, function: Callable[[sqlite3.Connection], T]) -> T:
+        """Read what was committed."""
 
     async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
         """Store queued jobs: all of them or, when it raises, none. Returns the id of each, in the same order.
@@ -56,100 +80,34 @@ class JobStore(Protocol):
         if that job asked for something else, an error. Raises `DuplicateJobError` for an id that is stored already or
         comes twice, and `JobStoreFullError` when the store would hold more than its limit, ended jobs included.
         """
-        ...
+        return await self._perform(Add(jobs))
 
-    async def get(self, job_id: str) -> Job | None:
-        """The job of this id, or None if there is none (any more)."""
-        ...
-
-    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
-        """Up to `limit` jobs that match `which`, the newest first, starting at the `next_cursor` of another page.
-
-        A page that would have more than `PAGE_BYTES` has fewer jobs; `next_cursor` tells whether more follow.
-        """
-        ...
-
-    async def claim(self, model_name: str, limit: int, now: float, *, bulk_limit: int = 0) -> list[Job]:
-        """Make up to `limit` queued jobs of a model running, and return them.
-
-        Quarantined jobs and jobs that wait for a retry are skipped. Interactive jobs go before bulk ones, but up to
-        `bulk_limit` bulk jobs are claimed first. Jobs of one priority are claimed in the order of their addition.
-        """
-        ...
-
-    async def claim_quarantined(self, model_name: str, limit: int, now: float) -> list[Job]:
-        """Make a group of quarantined jobs of a model running, and return them.
-
-        The group has jobs with the fewest crashes, as many as `quarantine_group_size` says.
-        """
-        ...
-
-    async def requeue(self, retries: Sequence[JobRetry]) -> None:
-        """Queue running jobs again, to be claimed once `release_retries` has released them.
-
-        Jobs that are not running are left as they are.
-        """
-        ...
-
-    async def release_retries(self, model_name: str, now: float) -> float | None:
-        """Make jobs claimable whose `retry_at` has come; returns the next `retry_at` of the model's jobs, if any.
-
-        One call releases a limited number: if more are due, the time returned has come already. An infinite `now`
-        makes all due.
-        """
-        ...
-
-    async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
-        """End jobs and, in the same step, make the deliveries due of those that named a queue for such an end.
-
-        Returns the ids of the jobs that ended, in the order given. A job that cannot end so, because it was cancelled
-        meanwhile or is unknown, is left as it is, and its id is left out.
-        """
-        ...
-
-    async def cancel(self, job_id: str, now: float) -> Job | None:
-        """Cancel a queued or running job; one that has ended is left as it is. Returns the job, or None if unknown."""
-        ...
-
-    async def expire(self, limit: int, now: float) -> list[str]:
-        """End up to `limit` queued jobs whose `expires_at` has come, as `finish` does; returns their ids."""
-        ...
-
-    async def claim_deliveries(
-        self, limit: int, now: float, *, queue_limits: Mapping[str, int], queue_limit: int
-    ) -> Sequence[Job]:
-        """Claim up to `limit` deliveries that are due, and return their jobs; they are not due until recorded.
-
-        At most `queue_limit` of them go to the same queue; `queue_limits` has the limits of queues that differ. Queues
-        come in turns; of one queue, the deliveries that became due first are claimed. Quarantined ones are skipped.
-        """
-        ...
-
-    async def claim_quarantined_deliveries(self, limit: int) -> Sequence[Job]:
-        """Claim a group of quarantined deliveries, and return their jobs.
-
-        The group has those with the fewest crashes, as many as `quarantine_group_size` says.
-        """
-        ...
-
-    async def record_deliveries(self, records: Sequence[DeliveryRecord]) -> None:
-        """Record the results of attempts to deliver. Jobs whose delivery is not pending are left as they are."""
-        ...
+    claim = _operation(JobTable.claim)
+    claim_quarantined = _operation(JobTable.claim_quarantined)
+    requeue = _operation(JobTable.requeue)
+    release_retries = _operation(JobTable.release_retries)
+    finish = _operation(JobTable.finish)
+    cancel = _operation(JobTable.cancel)
+    expire = _operation(JobTable.expire)
+    claim_deliveries = _operation(JobTable.claim_deliveries)
+    claim_quarantined_deliveries = _operation(JobTable.claim_quarantined_deliveries)
+    record_deliveries = _operation(JobTable.record_deliveries)
+    recover = _operation(JobTable.recover)
 
     async def replay(self, job_ids: Sequence[str] | None, now: float) -> int:
         """Make the deliveries due of those of these jobs, or of all, that are undelivered; returns how many.
 
-        Many are changed in several steps, so that other calls go on between them.
+        All are changed in several steps, so that other calls go on between them.
         """
-        ...
-
-    async def recover(self, now: float) -> Recovery:
-        """Recover what was claimed by a process that has ended: called once, before anything is claimed.
-
-        Running jobs are queued again, in their old order, and claimed deliveries are due again; both are quarantined
-        or, after too many crashes, failed and undelivered.
-        """
-        ...
+        if job_ids is not None:
+            return await self._perform(
+                lambda table: sum(len(table.replay("job_id = ?", each, now)) for each in job_ids)
+            )
+        # By sequence number, so that a delivery that fails again meanwhile is not replayed again and again.
+        replayed, sequence = 0, 0
+        while some := await self._perform(partial(JobTable.replay, which="seq > ?", value=sequence, now=now)):
+            replayed, sequence = replayed + len(some), max(some)
+        return replayed
 
     async def remove_finished(self, before: float) -> int:
         """Remove jobs that ended before that time and have nothing left to deliver; returns how many.
@@ -157,15 +115,82 @@ class JobStore(Protocol):
         Undelivered ones stay. Many are removed in several steps, so that other calls go on between them; when
         cancelled, some are left.
         """
-        ...
+        return await self._remove(sql.REMOVABLE, [microseconds(before)])
 
     async def purge(self, which: JobFilter) -> int:
         """Remove ended jobs that match `which`, undelivered ones included, pending ones not; returns how many.
 
         In several steps, as `remove_finished` does.
         """
-        ...
+        condition, values = condition_of(which)
+        return await self._remove(f"delivery <> 'pending' AND {condition}", values)
+
+    async def _remove(self, which: str, values: Sequence[Any]) -> int:
+        removed = 0
+        while some := await self._perform(lambda table: table.remove(which, values)):
+            removed += some
+        return removed
+
+    async def get(self, job_id: str) -> Job | None:
+        """The job of this id, or None if there is none (any more)."""
+        return await self._read(lambda database: find_job(database, job_id))
+
+    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
+        """Up to `limit` jobs that match `which`, the newest first, starting at the `next_cursor` of another page.
+
+        A page that would have more than `PAGE_BYTES` has fewer jobs; `next_cursor` tells whether more follow.
+        """
+        return await self._read(lambda database: page_of_jobs(database, limit, which, cursor))
 
     async def counts(self) -> JobCounts:
         """How many jobs there are of each kind; takes the same time however many there are."""
-        ...
+        return await self._read(counts_of_jobs)
+
+    def _transaction(self, operations: list[Operation]) -> list[Any]:
+        """Run the operations in one transaction; returns each one's result or error, or the commit's for all."""
+        counts_before = self._table.counts.copy()
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            results = self._table.run(operations)
+            if self._table.counts != counts_before:
+                self._table.store_counts(counts_before)
+            self._database.execute("COMMIT")
+        except (sqlite3.Error, MemoryError) as error:
+            self._table.counts = counts_before
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            return [self._unavailable(error) for _ in operations]
+        self.commits += 1
+        if self._table.has_removed and self.durable:
+            self._give_space_back()
+        return [
+            self._unavailable(result) if isinstance(result, sqlite3.Error | MemoryError) else result
+            for result in results
+        ]
+
+    def _give_space_back(self) -> None:
+        """Give some free pages back to the disk; the others are used again, or given back after the next removal."""
+        self._table.has_removed = False
+        try:
+            # A script, because `execute` runs one step of it, which frees one page; so it is no part of a transaction.
+            self._database.executescript(f"PRAGMA incremental_vacuum({ROWS_PER_STEP})")
+        except sqlite3.Error:
+            logger.exception("Free space of %s could not be given back; trying again after the next removal", self.path)
+
+    @contextmanager
+    def _errors_translated(self) -> Iterator[None]:
+        """Raises `JobStoreUnavailableError` in place of an error of the database or of the file system."""
+        try:
+            yield
+        except (sqlite3.Error, MemoryError) as error:
+            raise self._unavailable(error) from error
+        except OSError as error:
+            problem = f"{error.strerror} ({error.filename})"
+            remedy = "give another store_path, or make the folder writable"
+            raise JobStoreUnavailableError(self.path, problem, remedy) from error
+
+    def _unavailable(self, error: sqlite3.Error | MemoryError) -> JobStoreUnavailableError:
+        name = getattr(error, "sqlite_errorname", "") or ""
+        return JobStoreUnavailableError(
+            self.path, str(error), _REMEDIES.get("_".join(name.split("_")[:2]), "check its disk")
+        )

@@ -11,10 +11,16 @@ import modal
 
 from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
-from modalkit.service.on_modal.image import build_image, config_paths, image_in_container, plan_image
-from modalkit.service.on_modal.image_plan import ImagePlan
+from modalkit.service.on_modal.image import ImagePlan, build_image, config_paths, image_in_container, plan_image
 from modalkit.service.settings import AppSettings, CloudBucketMount, DeploymentConfig, ModelSettings, Settings
-from modalkit.service.settings.sources import API_KEY_VARIABLE, CONFIG_VARIABLE, POSTFIX_VARIABLE, PREFIX
+from modalkit.service.settings.layers import (
+    API_KEY_VARIABLE,
+    CONFIG_VARIABLE,
+    POSTFIX_VARIABLE,
+    PREFIX,
+    RESERVED_VARIABLES,
+)
+from modalkit.service.settings.schema import KeyPath, is_secret, known_paths
 
 logger = logging.getLogger(__name__)
 
@@ -109,19 +115,11 @@ class ModalConfig:
 
     def get_app_cls_settings(self) -> dict[str, Any]:
         """Arguments of ``app.cls`` for the class that runs the model; its concurrency is set apart from them."""
-        deployment = self._deployment
-        return _given(
-            **self._in_every_container(),
-            **self._machine(),
-            timeout=deployment.timeout,
-            region=deployment.region,
-            retries=deployment.retries,
-        )
+        return _given(self._machine() | self._deployment.model_dump(include={"timeout", "region", "retries"}))
 
     def get_handler_settings(self) -> dict[str, Any]:
         """Arguments of ``app.function`` for the web function: a container without a GPU, volumes or retries."""
-        deployment = self._deployment
-        return _given(**self._without_gpu(), timeout=deployment.timeout, region=deployment.region)
+        return _given(self._container() | self._deployment.model_dump(include={"timeout", "region"}))
 
     def get_asgi_app_settings(self) -> dict[str, Any]:
         """Arguments of ``modal.asgi_app``."""
@@ -148,22 +146,12 @@ class ModalConfig:
         """
         deployment = self._deployment
         target = deployment.target_concurrent_inputs or deployment.max_concurrent_inputs
-        return _given(
-            **self._in_every_container(),
-            **self._machine(),
-            **self._server(),
-            target_concurrency=min(target, deployment.max_concurrent_requests),
-        )
+        return self._server(self._machine(), target_concurrency=min(target, deployment.max_concurrent_requests))
 
     def get_web_server_settings(self) -> dict[str, Any]:
         """Arguments of ``app.server`` for a class that serves HTTP on a container without a GPU."""
-        deployment = self._deployment
-        return _given(
-            **self._without_gpu(),
-            **self._server(),
-            # Beyond the most, Modal refuses (429) until another container is there.
-            target_concurrency=max(1, deployment.max_concurrent_requests // 2),
-        )
+        # Beyond the most, Modal refuses (429) until another container is there.
+        return self._server(self._container(), target_concurrency=max(1, self._deployment.max_concurrent_requests // 2))
 
     @property
     def _deployment(self) -> DeploymentConfig:
@@ -178,48 +166,43 @@ class ModalConfig:
     def _image(self) -> modal.Image:
         return image_in_container(self.settings) if self._is_in_container else build_image(self.plan_image())
 
-    def _in_every_container(self) -> dict[str, Any]:
-        secrets = [modal.Secret.from_name(name) for name in self._deployment.secrets]
-        return {"image": self.get_image(), "env": self.environment, "secrets": secrets}
-
-    def _without_gpu(self) -> dict[str, Any]:
-        """What a web function and a web server have in common."""
-        deployment = self._deployment
+    def _container(self) -> dict[str, Any]:
+        """Arguments for every container; settings that have the names of Modal's arguments are these."""
         return {
-            **self._in_every_container(),
-            "min_containers": deployment.min_containers,
-            "max_containers": deployment.max_containers,
-            "scaledown_window": deployment.scaledown_window,
-        }
-
-    def _server(self) -> dict[str, Any]:
-        """What all classes under `app.server` have in common."""
-        deployment = self._deployment
-        return {
-            "startup_timeout": deployment.timeout,
-            "compute_region": deployment.region,
-            "unauthenticated": not deployment.secure,
-            "exit_grace_period": EXIT_GRACE_S,
-            "max_concurrency": deployment.max_concurrent_requests,
-        }
+            "image": self.get_image(),
+            "env": self.environment,
+            "secrets": [modal.Secret.from_name(name) for name in self._deployment.secrets],
+        } | self._deployment.model_dump(include={"min_containers", "max_containers", "scaledown_window"})
 
     def _machine(self) -> dict[str, Any]:
-        """What `app.cls` and `app.server` have in common for the container that runs the model."""
+        """Arguments for a container that runs the model."""
         deployment = self._deployment
         return {
+            **self._container(),
+            **deployment.model_dump(include={"cpu", "memory"}),
             "gpu": deployment.gpu or None,
-            "cpu": deployment.cpu,
-            "memory": deployment.memory,
-            "min_containers": deployment.min_containers,
-            "max_containers": deployment.max_containers,
-            "scaledown_window": deployment.scaledown_window,
             "volumes": {**self.volumes, **self.cloud_bucket_mounts},
             "enable_memory_snapshot": deployment.memory_snapshot,
             "experimental_options": {"enable_gpu_snapshot": True} if deployment.gpu_snapshot else None,
         }
 
+    def _server(self, container: dict[str, Any], *, target_concurrency: int) -> dict[str, Any]:
+        """Arguments of `app.server` for a class that runs in such a `container`."""
+        deployment = self._deployment
+        return _given(
+            container
+            | {
+                "startup_timeout": deployment.timeout,
+                "compute_region": deployment.region,
+                "unauthenticated": not deployment.secure,
+                "exit_grace_period": EXIT_GRACE_S,
+                "max_concurrency": deployment.max_concurrent_requests,
+                "target_concurrency": target_concurrency,
+            }
+        )
 
-def _given(**arguments: Any) -> dict[str, Any]:
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments without those that leave it to Modal."""
     return {name: value for name, value in arguments.items() if value is not None}
 
@@ -236,3 +219,51 @@ def _bucket_mount(bucket: CloudBucketMount) -> modal.CloudBucketMount:
     if bucket.secret is not None:
         arguments["secret"] = modal.Secret.from_name(bucket.secret)
     return modal.CloudBucketMount(**arguments)
+
+
+def describe_deployment(config: ModalConfig) -> dict[str, Any]:
+    """Every setting that a deployment of the configured service sends to Modal; needs neither network nor token.
+
+    Secrets appear by their names, and variables that hold a secret setting without their values.
+    """
+    return {
+        "app": config.app_name,
+        "class": {
+            "settings": _plain(config.get_app_cls_settings(), config),
+            "concurrency": config.get_concurrency_settings(),
+            "parameters": {"model_name": list(config.model_settings.model_entries)},
+        },
+        "web_function": {
+            "settings": _plain(config.get_handler_settings(), config),
+            "concurrency": config.get_handler_concurrency_settings(),
+            "asgi_app": config.get_asgi_app_settings(),
+        },
+        "image": list(config.plan_image().steps()),
+    }
+
+
+def _plain(arguments: dict[str, Any], config: ModalConfig) -> dict[str, Any]:
+    """Arguments of a decorator of Modal's, with names for Modal's objects."""
+    deployment = config.app_settings.deployment_config
+    plain = arguments | {
+        "image": "see below",
+        "env": {
+            name: "(hidden)" if _holds_secret(name) else value for name, value in sorted(config.environment.items())
+        },
+        "secrets": list(deployment.secrets),
+    }
+    if "volumes" in arguments:
+        plain["volumes"] = {path: {"volume": name} for path, name in deployment.volumes.items()} | {
+            bucket.mount_point: bucket.model_dump(exclude={"mount_point"}, exclude_defaults=True)
+            for bucket in deployment.cloud_bucket_mounts
+        }
+    return plain
+
+
+def _holds_secret(variable: str) -> bool:
+    """Whether the variable sets a secret, or a section that has one."""
+    if variable in RESERVED_VARIABLES:
+        return False
+    path: KeyPath = tuple(variable[len(PREFIX) :].lower().split("__"))
+    below = [known for known in known_paths(Settings) if known[: len(path)] == path]
+    return any(is_secret(Settings, known) for known in (path, *below))

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import anyio
 import modal
@@ -13,7 +13,6 @@ from anyio import to_thread
 from modalkit.batching import BatchRecord
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferencePipeline
-from modalkit.service.calls.delivery import CallDelivery
 from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
 from modalkit.service.calls.processor import Call, CallProcessor
 from modalkit.service.calls.records import CallRecords
@@ -33,17 +32,10 @@ from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 GRACE_S = 25.0
 """Seconds to finish what was accepted; Modal gives an exit hook 30."""
 CALL_MARGIN_S = 5.0
 """Seconds before Modal's timeout at which a call returns by itself."""
-
-_ONE_INPUT_AT_A_TIME = (
-    "This container takes one input at a time, so batches form only of the items within an input. Decorate the class, "
-    "below @app.cls(...), with @modal.concurrent(**modal_config.get_concurrency_settings())"
-)
 
 
 @contextmanager
@@ -62,30 +54,13 @@ def only_service_errors(what_failed: str) -> Iterator[None]:
 
 
 class ContainerWorker(InferenceWorker):
-    """The worker of a container, which is also the `Model` of the HTTP service in it.
+    """The worker of a container, which is also the `Model` of the HTTP service in it."""
 
-    Calls `on_fault` with the reason, once, when this process can run no more batches.
-    """
-
-    def __init__(
-        self,
-        pipeline: InferencePipeline,
-        source: ModelSource,
-        *,
-        on_fault: Callable[[str], None],
-        on_batch: Callable[[BatchRecord], None],
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            pipeline,
-            input_model=source.input_model,
-            on_batch=self._look_at,
-            **options,
-        )
+    def __init__(self, pipeline: InferencePipeline, source: ModelSource, **options: Any) -> None:
+        super().__init__(pipeline, input_model=source.input_model, **options)
         self.output_model = source.output_model
-        self._report_fault = on_fault
-        self._report_batch = on_batch
-        self._has_fault = False
+        self.fault: str | None = None
+        """Why this process can run no more batches."""
 
     @property
     def name(self) -> str:
@@ -95,30 +70,12 @@ class ContainerWorker(InferenceWorker):
     @property
     def is_broken(self) -> bool:
         """Whether this process should be replaced."""
-        return self._has_fault or super().is_broken
+        return self.fault is not None or super().is_broken
 
     @property
     def readiness(self) -> Readiness:
         """Whether it takes requests."""
         return Readiness.BROKEN if self.is_broken else Readiness.READY
-
-    async def watch(self) -> None:
-        """Wait until the scheduler breaks, and report it."""
-        await self.wait_until_broken()
-        self._fault("batches of this container cannot be run any more")
-
-    def _look_at(self, record: BatchRecord) -> None:
-        fault = next((error for error in record.errors if is_device_fault(error)), None)
-        if fault is not None:
-            self._fault(f"the device of this container is broken: {describe_error(fault)}")
-        elif record.failed and super().is_broken:
-            self._fault("batches of this container hang, or cannot be run any more")
-        self._report_batch(record)
-
-    def _fault(self, reason: str) -> None:
-        if not self._has_fault:
-            self._has_fault = True
-            self._report_fault(reason)
 
 
 class Container:
@@ -142,35 +99,29 @@ class Container:
     ) -> None:
         app, deployment = config.app_settings, config.app_settings.deployment_config
         self._config = config
-        self._source = source
-        self._pipeline = pipeline
         self._call_timeout_s = max(deployment.timeout - CALL_MARGIN_S, deployment.timeout / 2)
         self._on_batch = on_batch
         self._leave_rotation = leave_rotation
-        self._lifetime = Lifetime(self._serve())
         self._has_warned = False
-        self._fault: str | None = None
         self._has_fault = anyio.Event()
-        self._worker: ContainerWorker | None = None
-        self._processor: CallProcessor | None = None
-        self.records = records or (CallRecords(MemoryKeyValueStore()) if modal.is_local() else open_records(config))
+        self._lifetime = Lifetime(self._serve())
+        self._jobs = JobManager(MemoryJobStore())  # of the worker's own interface; Modal keeps the jobs of calls
+        self.worker = ContainerWorker(
+            pipeline, source, on_batch=self._look_at, settings=config.settings, jobs=self._jobs
+        )
         self.queue_rules = QueueRules(app.queue_config.allowed_queues, backend)
-        self._delivery = (
-            None if responses is None else CallDelivery(responses, max_attempts=app.async_config.max_delivery_attempts)
+        self._processor = CallProcessor(
+            self.worker,
+            app.async_config,
+            queue_rules=self.queue_rules,
+            responses=responses,
+            records=records or (CallRecords(MemoryKeyValueStore()) if modal.is_local() else open_records(config)),
+            retries=deployment.retries,
         )
 
     async def start(self) -> None:
         """Start the worker: warm up, learn costs. Raises what the pipeline raises."""
-        self._worker = await self._lifetime.start()
-        app = self._config.app_settings
-        self._processor = CallProcessor(
-            self._worker,
-            queue_rules=self.queue_rules,
-            delivery=self._delivery,
-            records=self.records,
-            job_timeout_s=app.async_config.timeout,
-            retries=app.deployment_config.retries,
-        )
+        await self._lifetime.start()
         if not modal.is_local():
             freeze_gc()
 
@@ -182,20 +133,16 @@ class Container:
                 "What was accepted could not be finished within %g s; Modal runs calls again elsewhere", grace_s
             )
 
-    @property
-    def worker(self) -> ContainerWorker:
-        """The worker. Raises `RuntimeError` before `start`."""
-        if self._worker is None:
-            raise RuntimeError("the service is not running: use it inside 'async with', or in a Modal container")
-        return self._worker
-
     async def process(self, entries: Sequence[object], options: CallOptions) -> list[dict[str, Any]]:
         """Run a call; see `CallProcessor.process`. Raises `ContainerFaultError` from a container out of rotation."""
         until_s = anyio.current_time() + self._call_timeout_s
-        if self._processor is None:
-            raise RuntimeError("the service is not running: use it inside 'async with', or in a Modal container")
-        self._warn_of_one_input()
-        if self._lifetime.is_over and self._fault is None:
+        if not self._has_warned and takes_one_input_at_a_time():
+            logger.warning(
+                "This container takes one input at a time, so batches form only of the items within an input. Decorate "
+                "the class, below @app.cls(...), with @modal.concurrent(**modal_config.get_concurrency_settings())"
+            )
+        self._has_warned = True
+        if self._lifetime.is_over and self.worker.fault is None:
             self._note_fault("the worker of this container has ended")
             await self._leave_when_faulty()
         call_id = None if options.accepted_at is None else modal.current_function_call_id()
@@ -205,42 +152,38 @@ class Container:
             options=options,
             is_kept=call_id is not None,
         )
-        if self._fault is not None:
-            return await self._processor.refuse(entries, call, ContainerFaultError(self._fault))
+        if self.worker.fault is not None:
+            return await self._processor.refuse(entries, call, ContainerFaultError(self.worker.fault))
         return await self._processor.process(entries, call)
 
     @asynccontextmanager
-    async def _serve(self) -> AsyncGenerator[ContainerWorker]:
+    async def _serve(self) -> AsyncGenerator[None]:
         interval_s = self._config.app_settings.deployment_config.volume_reload_interval_seconds
-        async with (
-            # Jobs of calls are kept by Modal; this is for the worker's own interface.
-            JobManager(MemoryJobStore()) as jobs,
-            ContainerWorker(
-                self._pipeline,
-                self._source,
-                on_fault=self._note_fault,
-                on_batch=self._on_batch,
-                settings=self._config.settings,
-                jobs=jobs,
-            ) as worker,
-            plain_task_group() as upkeep,
-        ):
-            upkeep.start_soon(worker.watch)
+        async with self._jobs, self.worker, plain_task_group() as upkeep:
+            upkeep.start_soon(self._watch)
             upkeep.start_soon(self._leave_when_faulty)
             if interval_s is not None:
-                upkeep.start_soon(keep_volumes_fresh, self._config, self._pipeline, interval_s)
-            yield worker
+                upkeep.start_soon(keep_volumes_fresh, self._config, self.worker.pipeline, interval_s)
+            yield
             upkeep.cancel_scope.cancel()
 
-    def _warn_of_one_input(self) -> None:
-        if not self._has_warned and takes_one_input_at_a_time():
-            logger.warning(_ONE_INPUT_AT_A_TIME)
-        self._has_warned = True
+    async def _watch(self) -> None:
+        await self.worker.wait_until_broken()
+        self._note_fault("batches of this container cannot be run any more")
+
+    def _look_at(self, record: BatchRecord) -> None:
+        error = next(filter(is_device_fault, record.errors), None)
+        if error is not None:
+            self._note_fault(f"the device of this container is broken: {describe_error(error)}")
+        elif record.failed and self.worker.is_broken:
+            self._note_fault("batches of this container hang, or cannot be run any more")
+        self._on_batch(record)
 
     def _note_fault(self, fault: str) -> None:
-        self._fault = fault
-        logger.error("%s; it takes no more inputs, and Modal replaces it", fault)
-        self._has_fault.set()
+        if self.worker.fault is None:
+            self.worker.fault = fault
+            logger.error("%s; it takes no more inputs, and Modal replaces it", fault)
+            self._has_fault.set()
 
     async def _leave_when_faulty(self) -> None:
         await self._has_fault.wait()
@@ -264,17 +207,16 @@ async def keep_volumes_fresh(config: ModalConfig, pipeline: InferencePipeline, i
             logger.exception("The pipeline could not take up what is new on the volumes")
 
 
-class Lifetime(Generic[T]):
+class Lifetime:
     """Enters a context in one hook and leaves it in another.
 
     Modal runs each hook as a task of its own, and a task group has to be left by the task that entered it. So one task
     of ours does both, and lives in between. No task group owns it, because none spans Modal's hooks.
     """
 
-    def __init__(self, context: AbstractAsyncContextManager[T]) -> None:
+    def __init__(self, context: AbstractAsyncContextManager[object]) -> None:
         self._context = context
         self._leave = asyncio.Event()
-        self._entered: asyncio.Future[T] | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -282,12 +224,12 @@ class Lifetime(Generic[T]):
         """Whether the context was left, or broke down."""
         return self._task is None or self._task.done()
 
-    async def start(self) -> T:
-        """Enter the context, and return what it gives. Raises what entering it raises."""
-        self._entered = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._own(self._entered), name="modalkit")
+    async def start(self) -> None:
+        """Enter the context. Raises what entering it raises."""
+        entered = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._own(entered), name="modalkit")
         try:
-            return await self._entered
+            await entered
         except BaseException:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -306,10 +248,10 @@ class Lifetime(Generic[T]):
             logger.error("The worker ended with an error", exc_info=error)
         return not unfinished
 
-    async def _own(self, entered: "asyncio.Future[T]") -> None:
+    async def _own(self, entered: "asyncio.Future[None]") -> None:
         try:
-            async with self._context as value:
-                entered.set_result(value)
+            async with self._context:
+                entered.set_result(None)
                 await self._leave.wait()
         except BaseException as error:
             # A cancellation from inside the context, too: `start` would wait for ever.

@@ -10,8 +10,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
-from modalkit.service.calls.gateway import CallGateway
-from modalkit.service.calls.jobs import CallJobs
+from modalkit.service.calls.jobs import CallGateway, CallJobs
 from modalkit.service.calls.predictor import CallModel
 from modalkit.service.gateway import Gateway
 from modalkit.service.jobs.queue_rules import QueueRules
@@ -25,7 +24,7 @@ from modalkit.service.on_modal.engine import (
     open_records,
     takes_one_input_at_a_time,
 )
-from modalkit.service.on_modal.hosting import HostedService, model_source, responses_of
+from modalkit.service.on_modal.hosting import HostedService, default_model_name, model_source, responses_of
 from modalkit.service.web import create_app
 
 logger = logging.getLogger(__name__)
@@ -96,12 +95,12 @@ def _gateway_to(
             "This web container handles one request at a time; decorate the function, below @app.function(...), with "
             "@modal.concurrent(**modal_config.get_handler_concurrency_settings()) to have it gather lists of them"
         )
-    parameters_of = {name: {"model_name": name} for name in models} or {_name_of(app_cls, config): {}}
+    given_parameters: list[dict[str, str]] = [{"model_name": name} for name in models] or [{}]
+    parameters_of = {_name_of(app_cls, config, parameters): parameters for parameters in given_parameters}
     engine = ModalEngine({name: connection(app_cls, config, given) for name, given in parameters_of.items()})
     path, batch_config = import_path(input_model), config.app_settings.batch_config
 
-    def call_model(name: str, parameters: Mapping[str, Any]) -> CallModel:
-        _own_name(app_cls, parameters)  # which says what is wrong with them before Modal does, at each call
+    def call_model(name: str) -> CallModel:
         known_input, known_output = input_model, output_model
         if known_input is None or known_output is None:
             source = ModelSource(config.settings, name, _implementation(app_cls))
@@ -115,7 +114,7 @@ def _gateway_to(
             input_model_path=path,
         )
 
-    call_models = {name: call_model(name, parameters) for name, parameters in parameters_of.items()}
+    call_models = {name: call_model(name) for name in parameters_of}
     jobs = CallJobs(
         engine,
         open_records(config),
@@ -164,28 +163,20 @@ def _implementation(app_cls: Any) -> type[InferencePipeline] | None:
     return implementation if is_pipeline else None
 
 
-def _name_of(app_cls: Any, config: ModalConfig) -> str:
-    """The name of the service's model, which its constructor may set; of a class that was looked up, the first."""
-    name, implementation = _own_name(app_cls, {}), _implementation(app_cls)
-    if name is None and implementation is not None:
-        name = implementation.__name__
-    if name is None:
-        name = next(iter(config.model_settings.model_entries), None)
-    if name is None:
-        raise LoadError("model_settings.model_entries: there is no model; add one, or set inference_implementation")
-    return name
+def _name_of(app_cls: Any, config: ModalConfig, parameters: Mapping[str, str]) -> str:
+    """The name of the model of an instance, which its constructor may set.
 
-
-def _own_name(app_cls: Any, parameters: Mapping[str, str]) -> str | None:
-    """The `model_name` of an instance. Raises `LoadError` where there can be no such instance."""
+    Raises `LoadError` where there can be no such instance, which Modal would say at each call.
+    """
     try:
         name = app_cls(**parameters).model_name
     except (AttributeError, modal.exception.NotFoundError):
-        return None  # of a class that was looked up, only methods are known
+        name = None  # of a class that was looked up, only methods are known
     except TypeError as error:
         raise LoadError(
             f"an instance of the service class cannot be made with {dict(parameters)}: {error}; where it has several "
             "models, declare model_name: str = modal.parameter() in it and give create_web_endpoints their names, as "
             "in models=['sentiment']"
         ) from error
-    return name if isinstance(name, str) else None
+    name = parameters.get("model_name", name)
+    return name if isinstance(name, str) else default_model_name(config, _implementation(app_cls))

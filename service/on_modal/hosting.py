@@ -193,14 +193,18 @@ class HostedService(Constructible):
 
 def model_source(service: HostedService, config: ModalConfig) -> ModelSource:
     """The pipeline class and the entry of a service. Raises `LoadError` and `UnknownModelError`."""
-    implementation, model_name = service.inference_implementation, service.model_name
-    if model_name is None and implementation is not None:
-        model_name = implementation.__name__
-    if model_name is None:
-        model_name = next(iter(config.model_settings.model_entries), None)
-    if model_name is None:
-        raise LoadError("model_settings.model_entries: there is no model; add one, or set inference_implementation")
-    return ModelSource(config.settings, model_name, implementation)
+    implementation = service.inference_implementation
+    name = default_model_name(config, implementation) if service.model_name is None else service.model_name
+    return ModelSource(config.settings, name, implementation)
+
+
+def default_model_name(config: ModalConfig, implementation: type[InferencePipeline] | None) -> str:
+    """The name of the model of a service that does not say it. Raises `LoadError` where there is none."""
+    if implementation is not None:
+        return implementation.__name__
+    for name in config.model_settings.model_entries:
+        return name
+    raise LoadError("model_settings.model_entries: there is no model; add one, or set inference_implementation")
 
 
 def responses_of(service: HostedService) -> QueueBackend | None:

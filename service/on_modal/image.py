@@ -1,32 +1,82 @@
-"""The container's image: planned from the settings, then built of Modal's steps in the order that Modal demands."""
+"""The container's image: planned as plain data, which a dry run shows, and then built of Modal's steps.
 
+The plan says how each configured model gets there: copied or downloaded into the image, or by other ways.
+"""
+
+import posixpath
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import modal
 
-from modalkit.service.loading import LoadError
-from modalkit.service.on_modal.image_code import own_package, own_requirements, user_code
-from modalkit.service.on_modal.image_plan import ImagePlan, LocalPath, in_container, models
-from modalkit.service.settings import BuildConfig, DeploymentConfig, Settings
-from modalkit.service.settings.sources import CONFIG_VARIABLE, DEFAULT_FILE
+from modalkit.pipelines.classifier_settings import BUNDLED
+from modalkit.service.loading import LoadError, current_name
+from modalkit.service.on_modal.image_code import SOURCE_FOLDER, LocalPath, own_package, own_requirements, user_code
+from modalkit.service.settings import BuildConfig, DeploymentConfig, ModelEntry, Settings
+from modalkit.service.settings.layers import CONFIG_VARIABLE, DEFAULT_FILE
 
 _OFFICIAL_PYTHON = re.compile(r"(?:^|/)python:(\d+\.\d+)")
+# As modalkit.pipelines.loading has it, which brings in torch; a dash in front would be an option of the command.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_NOT_THE_MODEL = ("**/.git", "**/.cache")
+_LOADS_FROM_THE_HUB = ("modalkit.pipelines.sentiment", "SentimentPipeline")
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """An image, in the order of the fields: what is built, and last the local files, which no build step may follow."""
+
+    base: str
+    workdir: str
+    env: Mapping[str, str]
+    requirements: tuple[str, ...]
+    downloads: tuple[str, ...]
+    """Shell commands that download models; they get the `secrets`, and run before those that change more often."""
+    secrets: tuple[str, ...]
+    """Names of Modal secrets."""
+    run_commands: tuple[str, ...]
+    local_paths: tuple[LocalPath, ...]
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """Each step: the method of `modal.Image` with its argument, or a list of them, and what else it is given.
+
+        Secrets are their names.
+        """
+        yield {"from_registry": self.base}
+        yield {"workdir": self.workdir}
+        if self.env:
+            yield {"env": dict(self.env)}
+        if self.requirements:
+            yield {"uv_pip_install": list(self.requirements)}
+        if self.downloads:
+            yield {"run_commands": list(self.downloads)} | ({"secrets": list(self.secrets)} if self.secrets else {})
+        if self.run_commands:
+            yield {"run_commands": list(self.run_commands)}
+        for path in self.local_paths:
+            method = "add_local_dir" if path.is_folder else "add_local_file"
+            yield {method: str(path.local), "remote_path": path.remote} | (
+                {"ignore": list(path.ignore)} if path.ignore else {}
+            )
 
 
 def config_paths(settings: Settings, environ: Mapping[str, str], folder: Path) -> tuple[LocalPath, ...]:
     """The files of the configuration, each with its place in the container, later ones over earlier ones.
 
-    They are those named in `MODALKIT_CONFIG`, else the working folder's modalkit.yaml if there is one.
+    They are those named in `MODALKIT_CONFIG`, else the working folder's modalkit.yaml if there is one. Raises
+    `LoadError` for one that does not exist.
     """
     names = [name.strip() for name in environ.get(CONFIG_VARIABLE, "").split(",") if name.strip()]
     if not names and (folder / DEFAULT_FILE).is_file():
         names = [str(DEFAULT_FILE)]
     start = settings.app_settings.build_config.workdir
     files = [folder / Path(name).expanduser() for name in names]
+    if missing := [file for file in files if not file.is_file()]:
+        raise LoadError(f"{CONFIG_VARIABLE}: there is no file {missing[0]}; create it or correct its name")
     return tuple(
         LocalPath(file, in_container(f"modalkit_config/{number}-{file.name}", start), is_folder=False)
         for number, file in enumerate(files)
@@ -42,21 +92,21 @@ def plan_image(settings: Settings, *, environ: Mapping[str, str], folder: Path) 
     build, deployment = settings.app_settings.build_config, settings.app_settings.deployment_config
     base = _base(build)
     python = _python_of(base)
-    code = user_code(settings, folder, python)
-    copies, downloads = models(settings, folder)
+    modules, distributions = user_code(settings, folder, python)
+    copies, downloads = _models(settings, folder)
     commands = build.extra_run_commands
     return ImagePlan(
         base=base,
         workdir=build.workdir,
         env=dict(build.env),
-        requirements=tuple(sorted({*own_requirements(settings, python), *code.requirements})),
-        downloads=tuple(shlex.join(download.command()) for download in downloads),
+        requirements=tuple(sorted({*own_requirements(settings, python), *distributions})),
+        downloads=tuple(downloads),
         secrets=tuple(deployment.secrets),
         run_commands=(commands,) if isinstance(commands, str) else tuple(commands),
         local_paths=(
             *own_package(),
-            *code.local_paths,
-            *_existing(config_paths(settings, environ, folder)),
+            *modules,
+            *config_paths(settings, environ, folder),
             *copies,
             *_mounts(deployment, build.workdir, folder),
         ),
@@ -65,18 +115,13 @@ def plan_image(settings: Settings, *, environ: Mapping[str, str], folder: Path) 
 
 def build_image(plan: ImagePlan) -> modal.Image:
     """The image that was planned. Nothing is sent to Modal before the app is deployed or run."""
-    image = modal.Image.from_registry(plan.base).workdir(plan.workdir)
-    if plan.env:
-        image = image.env(dict(plan.env))
-    image = image.uv_pip_install(*plan.requirements)
-    # Before the user's commands, whose every change would download the models anew.
-    image = image.run_commands(*plan.downloads, secrets=[modal.Secret.from_name(name) for name in plan.secrets])
-    image = image.run_commands(*plan.run_commands)
-    for path in plan.local_paths:
-        if path.is_folder:
-            image = image.add_local_dir(path.local, path.remote, ignore=path.ignore)
-        else:
-            image = image.add_local_file(path.local, path.remote)
+    image = modal.Image.from_registry(plan.base)
+    for step in list(plan.steps())[1:]:
+        (method, given), *others = step.items()
+        options: dict[str, Any] = dict(others)
+        if "secrets" in options:
+            options["secrets"] = [modal.Secret.from_name(name) for name in options["secrets"]]
+        image = getattr(image, method)(*(given if isinstance(given, list) else [given]), **options)
     return image
 
 
@@ -100,13 +145,6 @@ def _python_of(base: str) -> str:
     return named[1] if named else "{}.{}".format(*sys.version_info)
 
 
-def _existing(files: Sequence[LocalPath]) -> Sequence[LocalPath]:
-    for file in files:
-        if not file.local.is_file():
-            raise LoadError(f"{CONFIG_VARIABLE}: there is no file {file.local}; create it or correct its name")
-    return files
-
-
 def _mounts(deployment: DeploymentConfig, workdir: str, folder: Path) -> list[LocalPath]:
     paths = []
     for number, mount in enumerate(deployment.mounts):
@@ -122,3 +160,64 @@ def _mounts(deployment: DeploymentConfig, workdir: str, folder: Path) -> list[Lo
             remote = f"{remote}/{local.name}"
         paths.append(LocalPath(local, remote, is_folder=mount.type == "dir"))
     return paths
+
+
+def _models(settings: Settings, folder: Path) -> tuple[list[LocalPath], list[str]]:
+    """The folders to copy, and the shell commands that download, so that each `model_path` leads to the same model.
+
+    Nothing for a model that is bundled, lies on a volume, a bucket or a mounted folder, or cannot be found here: it
+    may be part of the base image. Nothing at all without `bake_models`.
+    """
+    if not settings.app_settings.build_config.bake_models:
+        return [], []
+    elsewhere, entries = _mounted(settings), settings.model_settings.model_entries.values()
+    sources = dict.fromkeys(_source(entry, settings, folder, elsewhere) for entry in entries)  # each once
+    copies = [source for source in sources if isinstance(source, LocalPath)]
+    return copies, [source for source in sources if isinstance(source, str)]
+
+
+def _source(entry: ModelEntry, settings: Settings, folder: Path, elsewhere: Iterable[str]) -> LocalPath | str | None:
+    """The folder to copy, or the command that downloads."""
+    arguments = entry.arguments()
+    path, revision = arguments.get("model_path"), arguments.get("revision")
+    if not isinstance(path, str) or path in ("", BUNDLED):
+        return None
+    workdir = settings.app_settings.build_config.workdir
+    repository = str(settings.model_settings.local_model_repository_folder)
+    # In the order in which the pipeline looks for it.
+    for start in (repository, ""):
+        remote = in_container(path, in_container(start, workdir))
+        if any(PurePosixPath(remote).is_relative_to(root) for root in elsewhere):
+            return None
+        local = (folder / Path(start) / Path(path).expanduser()).resolve()
+        if local.is_dir():
+            return LocalPath(local, remote, is_folder=True, ignore=_NOT_THE_MODEL)
+    module, _, name = entry.pipeline.partition(":")
+    loads_from_the_hub = (current_name(module, folder), name) == _LOADS_FROM_THE_HUB
+    is_on_the_hub = loads_from_the_hub and _HUB_NAME.fullmatch(path) is not None
+    if not is_on_the_hub or _hub_cache_is_mounted(settings.app_settings.build_config.env, elsewhere):
+        return None
+    return shlex.join(["hf", "download", path, *([] if revision is None else ["--revision", str(revision)])])
+
+
+def in_container(path: str, start: str) -> str:
+    """The place in the container of a path that the configuration means relative to `start`."""
+    if path == "~" or path.startswith("~/"):
+        path = SOURCE_FOLDER + path[1:]
+    return posixpath.normpath(posixpath.join(start, path))
+
+
+def _mounted(settings: Settings) -> list[str]:
+    deployment, workdir = settings.app_settings.deployment_config, settings.app_settings.build_config.workdir
+    return [
+        *deployment.volumes,
+        *(bucket.mount_point for bucket in deployment.cloud_bucket_mounts),
+        *(in_container(mount.remote_path, workdir) for mount in deployment.mounts if mount.type == "dir"),
+    ]
+
+
+def _hub_cache_is_mounted(env: Mapping[str, str], elsewhere: Iterable[str]) -> bool:
+    """Whether downloads are kept on a volume, which would hide those in the image."""
+    home = env.get("HF_HOME", f"{SOURCE_FOLDER}/.cache/huggingface")
+    cache = PurePosixPath(env.get("HF_HUB_CACHE", f"{home}/hub"))
+    return any(cache.is_relative_to(root) for root in elsewhere)

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -13,19 +12,24 @@ from packaging.version import Version
 
 import modalkit
 from modalkit.service.loading import LoadError, current_name, find_top_module
-from modalkit.service.on_modal.image_plan import NO_CACHES, SOURCE_FOLDER, LocalPath
 from modalkit.service.settings import Settings
 
+SOURCE_FOLDER = "/root"
+"""Where Modal's containers look for Python modules, whatever the working directory."""
+
 _CONTAINER = {"os_name": "posix", "platform_machine": "x86_64", "platform_system": "Linux", "sys_platform": "linux"}
+_NO_CACHES = ("**/__pycache__", "**/*.pyc", "**/.*")
 _RESULTS = ("**/*.png", "**/results")
 
 
 @dataclass(frozen=True)
-class UserCode:
-    """The user's modules: those to copy, and the distributions that others of them were installed from."""
+class LocalPath:
+    """A local file or folder and its absolute place in the container; of a folder, what matches `ignore` stays out."""
 
-    local_paths: tuple[LocalPath, ...]
-    requirements: tuple[str, ...]
+    local: Path
+    remote: str
+    is_folder: bool
+    ignore: tuple[str, ...] = ()
 
 
 def own_package() -> tuple[LocalPath, ...]:
@@ -35,7 +39,7 @@ def own_package() -> tuple[LocalPath, ...]:
     """
     home = Path(modalkit.__file__).resolve().parent
     links = sorted(path for path in home.iterdir() if path.is_symlink())
-    remote, ignore = f"{SOURCE_FOLDER}/modalkit", NO_CACHES + _RESULTS
+    remote, ignore = f"{SOURCE_FOLDER}/modalkit", _NO_CACHES + _RESULTS
     return (
         LocalPath(home, remote, is_folder=True, ignore=ignore),
         *(LocalPath(link.resolve(), f"{remote}/{link.name}", is_folder=True, ignore=ignore) for link in links),
@@ -55,7 +59,11 @@ def own_requirements(settings: Settings, python: str) -> tuple[str, ...]:
             "the image needs what modalkit depends on, and modalkit is not installed here: run pip install -e . in "
             "its folder"
         ) from error
-    extras = _extras(settings)
+    app = settings.app_settings
+    backends = {app.queue_config.backend, *app.queue_config.routes.values()}
+    extras = {"taskiq"} & backends
+    if "sqs" in backends or app.auth_config.ssm_key is not None:
+        extras.add("aws")
     known = distribution.metadata.get_all("Provides-Extra") or []
     if missing := extras - set(known):
         raise LoadError(
@@ -97,19 +105,11 @@ def _latest(python: str) -> str:
     return f"{python}.99"  # whatever its third number is, a lower bound such as >=3.11.2 is met by a maintained image
 
 
-def _extras(settings: Settings) -> set[str]:
-    app = settings.app_settings
-    backends = {app.queue_config.backend, *app.queue_config.routes.values()}
-    extras = {"taskiq"} & backends
-    if "sqs" in backends or app.auth_config.ssm_key is not None:
-        extras.add("aws")
-    return extras
-
-
-def user_code(settings: Settings, folder: Path, python: str) -> UserCode:
+def user_code(settings: Settings, folder: Path, python: str) -> tuple[list[LocalPath], set[str]]:
     """The modules that the configuration names, and those of the working `folder` that are imported already.
 
-    Nothing is imported for it. Raises `LoadError` for a module that does not exist.
+    They are the files to copy, and the requirements that others of them were installed from. Nothing is imported for
+    it. Raises `LoadError` for a module that does not exist.
     """
     paths: dict[str, list[LocalPath]] = {}
     requirements: set[str] = set()
@@ -123,21 +123,21 @@ def user_code(settings: Settings, folder: Path, python: str) -> UserCode:
     for name, files in _imported(folder):
         if name not in paths:
             paths[name] = _to_source_folder(name, files)
-    return UserCode(tuple(path for name in sorted(paths) for path in paths[name]), tuple(sorted(requirements)))
+    return [path for name in sorted(paths) for path in paths[name]], requirements
 
 
 def _named(settings: Settings, folder: Path) -> Mapping[str, str]:
     """The top-level names of the modules that the configuration names, each with the first key that does."""
     queue = settings.app_settings.queue_config
-    at: list[tuple[str, str | None]] = []
-    for model, entry in settings.model_settings.model_entries.items():
-        key = f"model_settings.model_entries.{model}"
-        at += [(f"{key}.pipeline", entry.pipeline), (f"{key}.input_model", entry.input_model)]
-        at += [(f"{key}.output_model", entry.output_model)]
-    at += [("app_settings.queue_config.backend", queue.backend)]
-    at += [(f"app_settings.queue_config.routes.{pattern}", backend) for pattern, backend in queue.routes.items()]
+    at: dict[str, str | None] = {
+        f"model_settings.model_entries.{model}.{field}": getattr(entry, field)
+        for model, entry in settings.model_settings.model_entries.items()
+        for field in ("pipeline", "input_model", "output_model")
+    }
+    at["app_settings.queue_config.backend"] = queue.backend
+    at |= {f"app_settings.queue_config.routes.{pattern}": backend for pattern, backend in queue.routes.items()}
     names: dict[str, str] = {}
-    for key, path in at:
+    for key, path in at.items():
         if path is not None and ":" in path:
             names.setdefault(_top_name(path.partition(":")[0], folder), key)
     for index, module in enumerate(settings.app_settings.build_config.python_modules):
@@ -156,19 +156,14 @@ def _is_given(name: str) -> bool:
 
 def _locate(name: str, key: str, folder: Path) -> list[Path]:
     """The file or the folders of a top-level module."""
-    files = _files(find_top_module(name, folder))
+    spec = find_top_module(name, folder)
+    places = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
+    files = [Path(place) for place in places if place and Path(place).exists()]
     if not files:
         raise LoadError(
             f"{key}: there is no module {name!r}; check the spelling, or start from the folder that holds it"
         )
     return files
-
-
-def _files(spec: ModuleSpec | None) -> list[Path]:
-    if spec is None:
-        return []
-    found = [spec.origin] if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
-    return [Path(path) for path in found if path is not None and Path(path).exists()]
 
 
 def _imported(folder: Path) -> Iterator[tuple[str, list[Path]]]:
@@ -196,7 +191,7 @@ def _are_installed(files: Iterable[Path]) -> bool:
 
 def _to_source_folder(name: str, files: Iterable[Path]) -> list[LocalPath]:
     return [
-        LocalPath(file, f"{SOURCE_FOLDER}/{name}", is_folder=True, ignore=NO_CACHES)
+        LocalPath(file, f"{SOURCE_FOLDER}/{name}", is_folder=True, ignore=_NO_CACHES)
         if file.is_dir()
         else LocalPath(file, f"{SOURCE_FOLDER}/{file.name}", is_folder=False)
         for file in files

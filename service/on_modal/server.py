@@ -23,7 +23,30 @@ GRACE_S = 20.0
 """Seconds that open requests may go on after the server was told to stop."""
 
 
-class ModalServer(HostedService):
+class _OnAPort(Constructible):
+    """What classes under ``@app.server`` have in common: what they serve, and where."""
+
+    input_model: ClassVar[type[BaseModel] | None] = None
+    """What items are validated as; None leaves it to the configuration and the pipeline."""
+    output_model: ClassVar[type[InferenceOutputModel] | None] = None
+    """What results are documented with; None leaves it to the configuration and the pipeline."""
+    port: ClassVar[int] = 8000
+    """As given to ``@app.server``."""
+    host: ClassVar[str] = "0.0.0.0"  # noqa: S104  # Modal's proxy comes from outside the container
+
+    _server: Lifetime | None = None
+
+    async def _open_port(self, app: FastAPI) -> None:
+        self._server = Lifetime(serving(app, self.host, self.port))
+        await self._server.start()
+
+    async def _close_port(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(GRACE_S)
+
+
+class ModalServer(_OnAPort, HostedService):
     """Serves HTTP from the containers of a class under ``@app.server``, past Modal's queue of inputs.
 
     As in::
@@ -38,35 +61,22 @@ class ModalServer(HostedService):
     `ModalService`; without one they are refused.
     """
 
-    port: ClassVar[int] = 8000
-    """As given to ``@app.server``."""
-    host: ClassVar[str] = "0.0.0.0"  # noqa: S104  # Modal's proxy comes from outside the container
-    input_model: ClassVar[type[BaseModel] | None] = None
-    """What items are validated as; None leaves it to the pipeline."""
-    output_model: ClassVar[type[InferenceOutputModel] | None] = None
-    """What results are documented with; None leaves it to the pipeline."""
     job_service: ClassVar[Any] = None
-
-    _server: Lifetime[uvicorn.Server] | None = None
 
     async def _start(self) -> None:
         await super()._start()
         connect = None if self.job_service is None else connection(self.job_service, self.configuration(), {})
         app = web_app_here(self, self.input_model, self.output_model, connect)
-        server = Lifetime(serving(app, self.host, self.port))
         try:
-            await server.start()
+            await self._open_port(app)
         except BaseException:
-            await super()._stop()
+            await self._stop()
             raise
-        self._server = server
 
     async def _stop(self, used_s: float = 0.0) -> None:
-        server, self._server = self._server, None
         started_s = anyio.current_time() - used_s
         try:
-            if server is not None:
-                await server.stop(GRACE_S)
+            await self._close_port()
         finally:
             await super()._stop(anyio.current_time() - started_s)
 
@@ -76,7 +86,7 @@ class ModalServer(HostedService):
             signal.raise_signal(signal.SIGTERM)
 
 
-class ModalWebServer(Constructible):
+class ModalWebServer(_OnAPort):
     """Serves `create_web_endpoints` from the containers of a class under ``@app.server``, which need no GPU.
 
     As in::
@@ -91,32 +101,22 @@ class ModalWebServer(Constructible):
 
     app_cls: ClassVar[Any] = None
     """The registered `ModalService` that runs the calls."""
-    input_model: ClassVar[type[BaseModel] | None] = None
-    """What items are validated as; None leaves it to the configuration."""
-    output_model: ClassVar[type[InferenceOutputModel] | None] = None
-    """What results are documented with; None leaves it to the configuration."""
     models: ClassVar[Sequence[str]] = ()
     """The names that ``?model_name=`` may have, where `app_cls` has a parameter of that name."""
-    port: ClassVar[int] = 8000
-    """As given to ``@app.server``."""
-    host: ClassVar[str] = "0.0.0.0"  # noqa: S104  # Modal's proxy comes from outside the container
-
-    _server: Lifetime[uvicorn.Server] | None = None
 
     @modal.enter()
     async def _start_in_container(self) -> None:
-        app = create_web_endpoints(self.app_cls, self.input_model, self.output_model, models=self.models)
-        self._server = Lifetime(serving(app, self.host, self.port))
-        await self._server.start()
+        await self._open_port(
+            create_web_endpoints(self.app_cls, self.input_model, self.output_model, models=self.models)
+        )
 
     @modal.exit()
     async def _stop_in_container(self) -> None:
-        if self._server is not None:
-            await self._server.stop(GRACE_S)
+        await self._close_port()
 
 
 @asynccontextmanager
-async def serving(app: FastAPI, host: str, port: int) -> AsyncGenerator[uvicorn.Server]:
+async def serving(app: FastAPI, host: str, port: int) -> AsyncGenerator[None]:
     """Serve while the context is open, from when the port answers.
 
     Raises `AddressError`, and what the application's start does.
@@ -129,5 +129,5 @@ async def serving(app: FastAPI, host: str, port: int) -> AsyncGenerator[uvicorn.
             task_group.start_soon(server.serve, [listener])
             while not server.started:  # noqa: ASYNC110  # uvicorn has nothing to wait for
                 await anyio.sleep(0.01)
-            yield server
+            yield
             server.should_exit = True

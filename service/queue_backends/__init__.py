@@ -11,10 +11,9 @@ from modalkit.service.queue_backends.protocol import (
     UndeliverableError,
 )
 from modalkit.service.queue_backends.routing import RoutingBackend
-from modalkit.service.queue_backends.signatures import WebhookVerificationError, verify_webhook
 from modalkit.service.queue_backends.sqs import SQSBackend
 from modalkit.service.queue_backends.taskiq import TaskIQBackend, make_taskiq_broker
-from modalkit.service.queue_backends.webhook import WebhookBackend
+from modalkit.service.queue_backends.webhook import WebhookBackend, WebhookVerificationError, verify_webhook
 
 __all__ = [
     "BatchQueueBackend",

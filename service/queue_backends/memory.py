@@ -1,7 +1,7 @@
 """Queues in this process: for tests, and for results that the same program reads."""
 
 import logging
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 
 import anyio
@@ -30,11 +30,11 @@ class InMemoryBackend:
         self._max_messages = max_messages_per_queue
         self._max_queues = max_queues
         # All mutable state: the queues, the one with the newest message last; the queues whose removals were logged;
-        # the receivers that wait.
+        # what wakes the receivers that wait.
         self._queues: OrderedDict[str, deque[str]] = OrderedDict()
         self._dropping: set[str] = set()
         self._drops_queues = False
-        self._receivers: defaultdict[str, deque[anyio.Event]] = defaultdict(deque)
+        self._arrivals: dict[str, anyio.Event] = {}
 
     async def send_message(self, queue_name: str, message: str) -> bool:
         """Put a message at the end of a queue; always accepted."""
@@ -50,7 +50,8 @@ class InMemoryBackend:
             if not self._drops_queues:
                 self._drops_queues = True
                 logger.warning("There are more than %d queues in memory: old ones are dropped now", self._max_queues)
-        self._wake_one(queue_name)
+        if arrived := self._arrivals.pop(queue_name, None):
+            arrived.set()
         return True
 
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[None]:
@@ -69,16 +70,12 @@ class InMemoryBackend:
     async def receive(self, queue_name: str) -> str:
         """Wait for a message, then remove and return the oldest one. A cancelled call removes none."""
         while not self.depth(queue_name):
-            arrived = anyio.Event()
-            self._receivers[queue_name].append(arrived)
+            arrived = self._arrivals.setdefault(queue_name, anyio.Event())
             try:
                 await arrived.wait()
-            except BaseException:
-                if arrived.is_set():
-                    self._wake_one(queue_name)  # the message that woke this receiver is for the next one
-                else:
-                    self._receivers[queue_name].remove(arrived)
-                raise
+            finally:
+                if self._arrivals.get(queue_name) is arrived:  # it was cancelled; the others make another event
+                    self._arrivals.pop(queue_name).set()
         return self.receive_nowait(queue_name)
 
     def messages(self, queue_name: str) -> list[str]:
@@ -97,7 +94,3 @@ class InMemoryBackend:
         """Remove all queues and their messages."""
         self._queues.clear()
         self._dropping.clear()
-
-    def _wake_one(self, queue_name: str) -> None:
-        if receivers := self._receivers.get(queue_name):
-            receivers.popleft().set()

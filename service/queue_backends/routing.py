@@ -84,10 +84,9 @@ class RoutingBackend:
 
 def _check_backend(pattern: str, backend: object) -> None:
     is_class = isinstance(backend, type)  # which has the method too, as a function
-    if isinstance(backend, QueueBackend) and inspect.iscoroutinefunction(backend.send_message) and not is_class:
-        return
-    given = f"the class {backend.__name__}" if isinstance(backend, type) else f"a {type(backend).__name__}"
-    raise TypeError(
-        f"routes[{pattern!r}] must be a backend with a method 'async send_message(queue_name, message) -> bool', not "
-        f"{given}"
-    )
+    if is_class or not (isinstance(backend, QueueBackend) and inspect.iscoroutinefunction(backend.send_message)):
+        given = f"the class {backend.__name__}" if isinstance(backend, type) else f"a {type(backend).__name__}"
+        raise TypeError(
+            f"routes[{pattern!r}] must be a backend with a method 'async send_message(queue_name, message) -> bool', "
+            f"not {given}"
+        )

@@ -4,11 +4,11 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 import anyio
-from anyio.lowlevel import EventLoopToken, current_token
+from anyio.lowlevel import current_token
 
 from modalkit.batching.task_groups import without_foreign_cancellation
 from modalkit.service.errors import describe_error, describe_value
@@ -27,16 +27,42 @@ ATTEMPT_S = 25.0  # less than a delivery waits, so that the outcomes beside a me
 T = TypeVar("T")
 
 
+class _Connection:
+    """A connection in one event loop, opened by the first call of `get` that succeeds."""
+
+    def __init__(self, connect: Callable[[AsyncExitStack], Awaitable[Any]]) -> None:
+        self.event_loop = current_token()
+        self._connect = connect
+        self._lock = anyio.Lock(fast_acquire=True)
+        self._stack = AsyncExitStack()
+        self._opened: Any = None
+        self._closed = False
+
+    async def get(self) -> Any:
+        async with self._lock:
+            if self._closed:
+                raise QueueBackendError("the backend was closed while the message waited to be sent")
+            if self._opened is None:
+                self._stack = AsyncExitStack()
+                self._opened = await self._connect(self._stack)
+            return self._opened
+
+    async def aclose(self) -> None:
+        self._closed = True
+        async with self._lock:
+            await self._stack.aclose()
+
+
 class ConnectedBackend(ABC):
     """A queue backend that sends many messages, over a connection that belongs to one event loop until `aclose`."""
 
     _needs_asyncio = False
     _stays_in_one_loop = False  # whether `aclose` leaves it bound to its event loop
-    _opened: tuple[EventLoopToken, Any] | None = None  # all mutable state
+    _current: _Connection | None = None  # all mutable state
 
     @abstractmethod
-    def _connect(self) -> Any:
-        """A connection, which has `aclose`, in the running event loop."""
+    async def _connect(self, stack: AsyncExitStack) -> Any:
+        """Open a connection; `aclose` closes `stack`, that of the last attempt, also if it failed."""
 
     @abstractmethod
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
@@ -51,27 +77,22 @@ class ConnectedBackend(ABC):
 
     async def aclose(self) -> None:
         """Close the connection, in the event loop that opened it; messages being sent fail. Idempotent."""
-        if self._opened is not None:
+        if self._current is not None:
             connection = self._connection()
-            if not self._stays_in_one_loop:
-                self._opened = None
+            self._current = _Connection(self._connect) if self._stays_in_one_loop else None
             with anyio.CancelScope(shield=True):
                 await connection.aclose()
 
-    def _connection(self) -> Any:
-        if self._opened is None:
+    def _connection(self) -> _Connection:
+        name = type(self).__name__
+        if self._current is None:
             if self._needs_asyncio and anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
-                raise QueueBackendError(
-                    f"{type(self).__name__} needs the event loop of asyncio; it does not run on trio"
-                )
-            self._opened = current_token(), self._connect()
-        event_loop, connection = self._opened
-        if event_loop != current_token():
+                raise QueueBackendError(f"{name} needs the event loop of asyncio; it does not run on trio")
+            self._current = _Connection(self._connect)
+        if self._current.event_loop != current_token():
             remedy = "make" if self._stays_in_one_loop else "await its aclose() there, or make"
-            raise QueueBackendError(
-                f"this {type(self).__name__} was opened in another event loop: {remedy} one for each"
-            )
-        return connection
+            raise QueueBackendError(f"this {name} was opened in another event loop: {remedy} one for each")
+        return self._current
 
 
 async def await_backend(awaitable: Awaitable[T]) -> T:
@@ -81,19 +102,12 @@ async def await_backend(awaitable: Awaitable[T]) -> T:
     """
     try:
         return await without_foreign_cancellation(awaitable)
-    except Exception:
-        raise
     except BaseException as error:
-        if _is_cancellation(error):
+        cancelled = anyio.get_cancelled_exc_class()
+        in_group = isinstance(error, BaseExceptionGroup) and error.subgroup(cancelled) is not None
+        if isinstance(error, Exception | cancelled) or in_group:
             raise
         raise QueueBackendError(f"the backend raised {describe_error(error)}, which is no ordinary error") from error
-
-
-def _is_cancellation(error: BaseException) -> bool:
-    cancelled = anyio.get_cancelled_exc_class()
-    if isinstance(error, BaseExceptionGroup):
-        return error.subgroup(cancelled) is not None
-    return isinstance(error, cancelled)
 
 
 async def send_all(
@@ -174,15 +188,14 @@ async def hold(limiter: anyio.CapacityLimiter, wait_s: float, problem: str) -> A
 
 
 def _checked(backend: QueueBackend, messages: Sequence[QueueMessage], outcomes: object) -> list[Exception | None]:
-    listed = list(outcomes) if isinstance(outcomes, Sequence) else None
-    if listed is None:
+    if not isinstance(outcomes, Sequence):
         problem = describe_value(outcomes)
-    elif len(listed) != len(messages):
-        problem = f"{len(listed)} outcomes for {len(messages)} messages"
-    elif wrong := [outcome for outcome in listed if not (outcome is None or isinstance(outcome, Exception))]:
+    elif len(outcomes) != len(messages):
+        problem = f"{len(outcomes)} outcomes for {len(messages)} messages"
+    elif wrong := [outcome for outcome in outcomes if not (outcome is None or isinstance(outcome, Exception))]:
         problem = f"{describe_value(wrong[0])} as an outcome"
     else:
-        return listed
+        return list(outcomes)
     raise QueueBackendError(
         f"{type(backend).__name__}.send_messages returned {problem}; it must return a sequence with one outcome for "
         "each message, in their order: None for a message that was taken, and else an exception"

@@ -2,14 +2,15 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import anyio
 
-from modalkit.service.aws import aws_clients
+from modalkit.service.aws import aws_answer, aws_clients
+from modalkit.service.errors import describe_error
 from modalkit.service.queue_backends.protocol import (
     QueueBackendError,
     QueueMessage,
@@ -84,6 +85,9 @@ class SQSBackend(ConnectedBackend):
         )
         self._create_missing_queues = create_missing_queues
         self._message_group_id = message_group_id
+        # As many tokens as connections: the timeout of a request starts when it has one.
+        self._sending = anyio.CapacityLimiter(MAX_CONCURRENT_REQUESTS)
+        self._queue_urls: dict[str, str] = {}
 
     def check_queue_name(self, queue_name: str) -> None:
         """Raise `QueueNameError` for a text that cannot name an SQS queue."""
@@ -95,9 +99,11 @@ class SQSBackend(ConnectedBackend):
 
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
         """Send messages in batches, concurrently; returns the outcome of each. Raises `QueueBackendError` on trio."""
-        connection: _Connection = self._connection()
-        deadline = anyio.current_time() + ATTEMPT_S
-        outcomes: list[Exception | None] = [None] * len(messages)
+        connection = self._connection()
+        outcomes: list[Exception | None] = [
+            QueueBackendError(f"queue {message.queue_name!r}: no answer of SQS within {ATTEMPT_S:g} s")
+            for message in messages
+        ]
         entries_by_queue = defaultdict[str, list[_Entry]](list)
         for position, message in enumerate(messages):
             try:
@@ -106,51 +112,36 @@ class SQSBackend(ConnectedBackend):
                 outcomes[position] = error
 
         async def send(queue_name: str, chunk: list[_Entry]) -> None:
-            sent = await self._send_chunk(connection, queue_name, chunk, deadline)
-            if sent is None:
-                for entry in chunk:
-                    task_group.start_soon(send, queue_name, [entry])
-                return
+            wait_s = scope.deadline - REQUEST_S - anyio.current_time()
+            too_busy = f"queue {queue_name!r}: too many messages wait to be sent to SQS"
+            try:
+                async with hold(self._sending, wait_s, too_busy):
+                    sent = await self._request(await connection.get(), queue_name, chunk)
+            except Exception as error:  # noqa: BLE001  # a failed chunk must not affect the others
+                code, _ = aws_answer(error)
+                if code in _QUEUE_IS_MISSING:
+                    self._queue_urls.pop(queue_name, None)
+                if len(chunk) > 1 and code in _BATCH_IS_REFUSED:
+                    # For one message in it, or because this queue has a smaller limit of size: each goes alone.
+                    for entry in chunk:
+                        task_group.start_soon(send, queue_name, [entry])
+                    return
+                sent = [_translated(queue_name, error)] * len(chunk)
             for entry, outcome in zip(chunk, sent, strict=True):
                 outcomes[entry.position] = outcome
 
-        async with anyio.create_task_group() as task_group:
-            for queue_name, entries in entries_by_queue.items():
-                for chunk in _chunks(entries):
-                    task_group.start_soon(send, queue_name, chunk)
+        with anyio.move_on_after(ATTEMPT_S) as scope:
+            async with anyio.create_task_group() as task_group:
+                for queue_name, entries in entries_by_queue.items():
+                    for chunk in _chunks(entries):
+                        task_group.start_soon(send, queue_name, chunk)
         return outcomes
 
-    def _connect(self) -> "_Connection":
-        return _Connection(self._create_client)
+    async def _connect(self, stack: AsyncExitStack) -> Any:
+        return await stack.enter_async_context(self._create_client())
 
-    async def _send_chunk(
-        self, connection: "_Connection", queue_name: str, chunk: list[_Entry], deadline: float
-    ) -> Sequence[Exception | None] | None:
-        """The outcome of each message, or None if each must be sent alone to have an outcome of its own.
-
-        SQS refuses a whole batch for one message in it, or where this queue has a smaller limit of size than others.
-        """
-        wait_s = deadline - REQUEST_S - anyio.current_time()
-        too_busy = f"queue {queue_name!r}: too many messages wait to be sent to SQS"
-        try:
-            async with hold(connection.sending, wait_s, too_busy):
-                with anyio.fail_after(deadline - anyio.current_time()):
-                    return await self._request(connection, queue_name, chunk)
-        except Exception as error:  # noqa: BLE001  # a failed chunk must not affect the others
-            code = _error_code(error)
-            if code in _QUEUE_IS_MISSING:
-                connection.queue_urls.pop(queue_name, None)
-            if len(chunk) > 1 and code in _BATCH_IS_REFUSED:
-                return None
-            return [_translated(queue_name, error)] * len(chunk)
-
-    async def _request(
-        self, connection: "_Connection", queue_name: str, chunk: list[_Entry]
-    ) -> Sequence[Exception | None]:
-        client = await connection.client()
-        queue_url = connection.queue_urls.get(queue_name)
-        if queue_url is None:
-            queue_url = connection.queue_urls[queue_name] = await self._find_queue(client, queue_name)
+    async def _request(self, client: Any, queue_name: str, chunk: list[_Entry]) -> Sequence[Exception | None]:
+        queue_url = self._queue_urls.get(queue_name) or await self._find_queue(client, queue_name)
         if len(chunk) == 1:
             await client.send_message(QueueUrl=queue_url, **chunk[0].fields)
             return [None]
@@ -184,80 +175,36 @@ class SQSBackend(ConnectedBackend):
         try:
             answer = await client.get_queue_url(QueueName=queue_name)
         except Exception as error:
-            if not (self._create_missing_queues and _error_code(error) in _QUEUE_IS_MISSING):
+            if not (self._create_missing_queues and aws_answer(error)[0] in _QUEUE_IS_MISSING):
                 raise
             attributes = {"FifoQueue": "true"} if queue_name.endswith(".fifo") else {}
             answer = await client.create_queue(QueueName=queue_name, Attributes=attributes)
-        return str(answer["QueueUrl"])
+        self._queue_urls[queue_name] = answer["QueueUrl"]
+        return self._queue_urls[queue_name]
 
 
-class _Connection:
-    """A client, opened at its first use, and the other objects that belong to its event loop."""
-
-    def __init__(self, create_client: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
-        # As many tokens as connections: the timeout of a request starts when it has one.
-        self.sending = anyio.CapacityLimiter(MAX_CONCURRENT_REQUESTS)
-        self.queue_urls: dict[str, str] = {}
-        self._create_client = create_client
-        self._opening = anyio.Lock()
-        self._stack = AsyncExitStack()
-        self._client: Any = None
-        self._closed = False
-
-    async def client(self) -> Any:
-        async with self._opening:
-            if self._closed:
-                raise QueueBackendError("this SQSBackend was closed while the message waited to be sent")
-            if self._client is None:
-                self._client = await self._stack.enter_async_context(self._create_client())
-            return self._client
-
-    async def aclose(self) -> None:
-        self._closed = True
-        async with self._opening:
-            await self._stack.aclose()
-
-
-def _chunks(entries: list[_Entry]) -> Iterator[list[_Entry]]:
-    chunk: list[_Entry] = []
-    size_bytes = 0
+def _chunks(entries: list[_Entry]) -> list[list[_Entry]]:
+    chunks: list[list[_Entry]] = []
+    free_bytes = 0
     for entry in entries:
-        if len(chunk) == MAX_BATCH_ENTRIES or size_bytes + entry.size_bytes > MAX_BATCH_BYTES:
-            yield chunk
-            chunk, size_bytes = [], 0
-        chunk.append(entry)
-        size_bytes += entry.size_bytes
-    if chunk:
-        yield chunk
-
-
-def _plain_code(code: str) -> str:
-    return code.rpartition(".")[2]  # some errors carry the prefix "AWS.SimpleQueueService."
-
-
-def _error_code(error: Exception) -> str:
-    """The code of an error that SQS itself answered with, or an empty text."""
-    response = getattr(error, "response", None)
-    return _plain_code(str(response.get("Error", {}).get("Code", ""))) if isinstance(response, dict) else ""
+        if entry.size_bytes > free_bytes or len(chunks[-1]) == MAX_BATCH_ENTRIES:
+            chunks.append([])
+            free_bytes = MAX_BATCH_BYTES
+        chunks[-1].append(entry)
+        free_bytes -= entry.size_bytes
+    return chunks
 
 
 def _failure(queue_name: str, failed: dict[str, Any]) -> QueueBackendError:
-    code = _plain_code(failed["Code"])
+    code = failed["Code"].rpartition(".")[2]
     kind = UndeliverableError if failed["SenderFault"] and code in _MESSAGE_IS_REFUSED else QueueBackendError
     return kind(f"queue {queue_name!r}: SQS answers {code}: {failed.get('Message', '')}")
 
 
-def _translated(queue_name: str, error: Exception) -> Exception:
-    from botocore.exceptions import (  # type: ignore[import-untyped]  # ships no types
-        BotoCoreError,
-        ClientError,
-    )
-
-    if isinstance(error, TimeoutError):
-        return QueueBackendError(f"queue {queue_name!r}: no answer of SQS within {ATTEMPT_S:g} s")
-    if not isinstance(error, BotoCoreError | ClientError):
+def _translated(queue_name: str, error: Exception) -> QueueBackendError:
+    if isinstance(error, QueueBackendError):
         return error
-    kind = UndeliverableError if _error_code(error) in _MESSAGE_IS_REFUSED else QueueBackendError
-    translated = kind(f"queue {queue_name!r}: {error}")
+    kind = UndeliverableError if aws_answer(error)[0] in _MESSAGE_IS_REFUSED else QueueBackendError
+    translated = kind(f"queue {queue_name!r}: {describe_error(error)}")
     translated.__cause__ = error
     return translated

@@ -1,9 +1,10 @@
 """Results to TaskIQ: each message runs a task, in a worker process of its own."""
 
 from collections.abc import Sequence
-from functools import partial
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+from modalkit.service.errors import describe_error
 from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage, QueueNameError
 from modalkit.service.queue_backends.sending import ConnectedBackend
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 DEFAULT_BROKER_URL = "redis://localhost:6379"
 DEFAULT_TASK_NAME = "process_{queue_name}"
-DEFAULT_STREAM_NAME = "modalkit:{queue_name}"
 MAX_QUEUE_NAME = 256
 
 
@@ -24,7 +24,7 @@ def make_taskiq_broker(
     queue_names: Sequence[str] = (),
     *,
     task_name: str = DEFAULT_TASK_NAME,
-    stream_name: str = DEFAULT_STREAM_NAME,
+    stream_name: str = "modalkit:{queue_name}",
     group_name: str = "taskiq",
     idle_timeout_s: float = 600.0,
     trim_interval_s: float | None = 10.0,
@@ -91,33 +91,41 @@ class TaskIQBackend(ConnectedBackend):
         if broker is None:
             broker = make_taskiq_broker(broker_url or DEFAULT_BROKER_URL, task_name=task_name or DEFAULT_TASK_NAME)
         try:
+            from taskiq_redis.redis_broker import BaseRedisBroker
+
             from modalkit.service.queue_backends.taskiq_broker import ResultBroker
-            from modalkit.service.queue_backends.taskiq_sending import TaskSender, stays_in_one_loop
+            from modalkit.service.queue_backends.taskiq_sending import TaskSender
         except ImportError as error:
             raise _not_installed(error) from error
         if isinstance(broker, ResultBroker):
             if task_name not in (None, broker.task_name):
                 raise ValueError(f"the broker's task_name is {broker.task_name!r}: give {task_name!r} to it instead")
             task_name = broker.task_name
+        else:
+            self._stays_in_one_loop = isinstance(broker, BaseRedisBroker)  # which keeps its connections at a shutdown
         self.broker: AsyncBroker = broker
         """The broker that messages are sent through."""
-        self._stays_in_one_loop = stays_in_one_loop(broker)
-        self._make_sender = partial(TaskSender, broker, task_name or DEFAULT_TASK_NAME, start=start)
+        self._sender = TaskSender(broker, task_name or DEFAULT_TASK_NAME)
+        self._start = start
 
     def check_queue_name(self, queue_name: str) -> None:
         """Raise `QueueNameError` for a name that no task and no Redis key can have."""
         if not 1 <= len(queue_name) <= MAX_QUEUE_NAME or not queue_name.isprintable():
-            raise QueueNameError(
-                queue_name, f"the name of a TaskIQ queue has 1 to {MAX_QUEUE_NAME} printable characters"
-            )
+            raise QueueNameError(queue_name, f"a TaskIQ queue's name has 1 to {MAX_QUEUE_NAME} printable characters")
 
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
         """Send messages; returns the outcome of each. Raises `QueueBackendError` where none can be sent."""
-        sender: TaskSender = self._connection()
+        sender: TaskSender = await self._connection().get()
         return await sender.send(messages)
 
-    def _connect(self) -> "TaskSender":
-        return self._make_sender()
+    async def _connect(self, stack: AsyncExitStack) -> "TaskSender":
+        if self._start:
+            stack.push_async_callback(self.broker.shutdown)
+            try:
+                await self.broker.startup()
+            except Exception as error:
+                raise QueueBackendError(f"TaskIQ's broker did not start: {describe_error(error)}") from error
+        return self._sender
 
 
 def _not_installed(error: ImportError) -> QueueBackendError:

@@ -3,19 +3,18 @@
 import asyncio
 import logging
 import math
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar
 
 from pydantic_core import from_json, to_json
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
-from redis.exceptions import TimeoutError as RedisTimeoutError
-from taskiq import AckableMessage, AsyncBroker, TaskiqMessage, TaskiqMiddleware
+from taskiq import AckableMessage, TaskiqMessage, TaskiqMiddleware
 from taskiq.abc.serializer import TaskiqSerializer
 from taskiq_redis import RedisStreamBroker
 
@@ -26,7 +25,6 @@ from modalkit.service.queue_backends.protocol import QueueBackendError
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
-Entries: TypeAlias = Iterable[tuple[bytes | None, dict[bytes, bytes]]]  # no id: the entry was deleted
 
 QUEUE_NAME = "{queue_name}"
 ENTRIES_PER_READ = 20  # few, because messages that wait in a worker count as being handled there
@@ -37,34 +35,31 @@ MAX_CLAIM_INTERVAL_S = 30.0
 BEGINNING = "0-0"
 
 # One script, so that no group can start reading, and no entry become pending, between the look and the cut. Ids are
-# compared as texts: Lua's numbers do not hold 64 bits.
+# compared as texts of one length: Lua's numbers do not hold 64 bits.
 _TRIM = """
-local function before(a, b)
-  local a_ms, a_seq = a:match('(%d+)-(%d+)')
-  local b_ms, b_seq = b:match('(%d+)-(%d+)')
-  if a_ms == b_ms then a_ms, b_ms = a_seq, b_seq end
-  if #a_ms ~= #b_ms then return #a_ms < #b_ms end
-  return a_ms < b_ms
+local function comparable(id)
+  return (id:gsub('%d+', function(digits) return ('0'):rep(20 - #digits) .. digits end))
 end
 if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
-local needed
+local needed = {}
 for _, fields in ipairs(redis.call('XINFO', 'GROUPS', KEYS[1])) do
   local group = {}
   for i = 1, #fields, 2 do group[fields[i]] = fields[i + 1] end
-  local oldest_pending = redis.call('XPENDING', KEYS[1], group['name'])[2]
-  for _, id in ipairs({group['last-delivered-id'], oldest_pending or nil}) do
-    if not needed or before(id, needed) then needed = id end
-  end
+  table.insert(needed, group['last-delivered-id'])
+  table.insert(needed, redis.call('XPENDING', KEYS[1], group['name'])[2] or nil)
 end
-if not needed then return 0 end
-return redis.call('XTRIM', KEYS[1], 'MINID', '~', needed)
+table.sort(needed, function(a, b) return comparable(a) < comparable(b) end)
+return needed[1] and redis.call('XTRIM', KEYS[1], 'MINID', '~', needed[1]) or 0
 """
 
-# Deleting a consumer deletes what is pending for it, so the look and the deletion are one script as well. KEYS: the
-# stream; ARGV: the group and the consumer.
-_LEAVE = """
-if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) > 0 then return 0 end
-return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+# Makes what a worker has not acknowledged claimable at once; without that, it leaves the group. Deleting a consumer
+# deletes what is pending for it, so this is one script as well. ARGV: the group, the consumer, the idle time in ms.
+_GIVE_BACK = """
+local pending = redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 10000, ARGV[2])
+if #pending == 0 then return redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2]) end
+for _, entry in ipairs(pending) do
+  redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, entry[1], 'IDLE', ARGV[3], 'JUSTID')
+end
 """
 
 
@@ -75,16 +70,14 @@ class _Labels(TaskiqMiddleware):
 
     def pre_send(self, message: TaskiqMessage) -> TaskiqMessage:
         """Add the stream of its queue to a message without one, as sent by `kiq`, a retry or a schedule."""
-        if "queue_name" not in message.labels:
-            queue_name = self.broker.queue_of_task(message.task_name)
-            if queue_name is not None:
-                message.labels["queue_name"] = self.broker.stream_of(queue_name)
+        found = self.broker.task_pattern.fullmatch(message.task_name)
+        if found and found.lastindex and "queue_name" not in message.labels:
+            message.labels["queue_name"] = self.broker.stream_of(found[1])
         return message
 
     def pre_execute(self, message: TaskiqMessage) -> TaskiqMessage:
         """Add the labels of ``@broker.task(...)``: TaskIQ takes labels from the sender alone, which has no tasks."""
-        task = self.broker.find_task(message.task_name)
-        if task is not None:
+        if task := self.broker.find_task(message.task_name):
             message.labels = {**task.labels, **message.labels}
         return message
 
@@ -137,6 +130,7 @@ class ResultBroker(RedisStreamBroker):
                 raise ValueError(f"{name} must be a number of seconds above 0, got {seconds!r}")
         self.queue_names = tuple(dict.fromkeys(queue_names))
         self.task_name = task_name
+        self.task_pattern = re.compile(re.escape(task_name).replace(re.escape(QUEUE_NAME), "(.+)", 1), re.DOTALL)
         self._stream_name = stream_name
         self._streams = [self.stream_of(queue_name) for queue_name in self.queue_names]
         super().__init__(
@@ -163,47 +157,28 @@ class ResultBroker(RedisStreamBroker):
         )
         self._connect()
         if self.connection_pool.connection_kwargs["protocol"] != 2:
-            raise ValueError(
-                "taskiq-redis reads the answers of protocol 2 only: leave protocol= out of the broker's URL"
-            )
-        self._claim_interval_s = min(MAX_CLAIM_INTERVAL_S, idle_timeout_s / 4)
+            raise ValueError("taskiq-redis reads protocol 2 only: leave protocol= out of the broker's URL")
         self._trim_interval_s = trim_interval_s
         self.serializer = _Serializer()
         self.add_middlewares(_Labels())
-        # The state of a worker: whether Redis has our groups, how far each stream was searched for messages of dead
-        # workers, and when (on the monotonic clock) to search and to trim again.
-        self._has_groups = False
-        self._claimed_to = dict.fromkeys(self._streams, BEGINNING)
-        self._claim_at = 0.0
-        self._trim_at = 0.0
 
     def stream_of(self, queue_name: str) -> str:
         """The Redis key of a queue's stream."""
         return self._stream_name.replace(QUEUE_NAME, queue_name)
 
-    def task_of(self, queue_name: str) -> str:
-        """The name of the task that handles a queue's messages."""
-        return self.task_name.replace(QUEUE_NAME, queue_name)
-
-    def queue_of_task(self, task_name: str) -> str | None:
-        """The queue whose messages a task handles, or None if it handles no queue's."""
-        prefix, placeholder, suffix = self.task_name.partition(QUEUE_NAME)
-        if placeholder and task_name.startswith(prefix) and task_name.endswith(suffix):
-            return task_name[len(prefix) : len(task_name) - len(suffix)] or None
-        return None
-
     async def startup(self) -> None:
         """Create the consumer groups of the queues. Raises `QueueBackendError` in a worker that lacks a task."""
         if self.is_worker_process:
             self._check_tasks()
-        await AsyncBroker.startup(self)  # the direct base class ignores every error of Redis
-        await self._make_groups()
+        await super().startup()
 
     async def shutdown(self) -> None:
         """Close the connections; a worker first gives back the messages that it has not finished."""
         if self.is_worker_process:
             try:
-                await self._give_back()
+                for stream in self._streams:
+                    group, consumer, idle_ms = self.consumer_group_name, self.consumer_name, self.idle_timeout
+                    await self._redis.eval(_GIVE_BACK, 1, stream, group, consumer, idle_ms)
             except RedisError as error:
                 logger.warning("Unfinished messages wait for %g s: %s", self.idle_timeout / 1000, error)
         await super().shutdown()
@@ -211,18 +186,27 @@ class ResultBroker(RedisStreamBroker):
 
     async def listen(self) -> AsyncGenerator[AckableMessage, None]:
         """Yield messages: those of workers that died, and new ones."""
+        claim_interval_s = min(MAX_CLAIM_INTERVAL_S, self.idle_timeout / 4000)
+        claim_at = trim_at = 0.0  # on the monotonic clock
+        searched_to = dict.fromkeys(self._streams, BEGINNING)
         while True:
-            if time.monotonic() >= self._claim_at:
+            if time.monotonic() >= claim_at:
                 for stream in self._streams:
-                    for message in await self._until_answered(partial(self._claim, stream)):
+                    claim = partial(self._claim, stream, searched_to[stream])
+                    searched_to[stream], messages = await self._until_answered(claim)
+                    for message in messages:
                         yield message
-                if all(position == BEGINNING for position in self._claimed_to.values()):
-                    self._claim_at = time.monotonic() + self._claim_interval_s
-            for message in await self._until_answered(self._read):
+                if all(position == BEGINNING for position in searched_to.values()):
+                    claim_at = time.monotonic() + claim_interval_s
+            for message in await self._until_answered(partial(self._read, claim_at)):
                 yield message
-            if self._trim_interval_s is not None and time.monotonic() >= self._trim_at:
-                await self._trim_all()
-                self._trim_at = time.monotonic() + self._trim_interval_s
+            if self._trim_interval_s is not None and time.monotonic() >= trim_at:
+                trim_at = time.monotonic() + self._trim_interval_s
+                try:
+                    for queue_name in self.queue_names:
+                        await self.trim_acknowledged(queue_name)
+                except RedisError as error:
+                    logger.warning("The streams could not be trimmed; retrying later: %s", describe_error(error))
 
     async def trim_acknowledged(self, queue_name: str) -> int:
         """Remove the oldest entries of a queue's stream, up to the first that some group has not acknowledged.
@@ -230,17 +214,14 @@ class ResultBroker(RedisStreamBroker):
         Returns their number. Entries are removed by the hundred, so up to a hundred acknowledged ones stay. A group
         that is no longer used prevents all removal: ``XGROUP DESTROY`` it.
         """
-        stream = self.stream_of(queue_name)
         removed = 0
-        while more := await self._trim(keys=[stream]):
+        while more := await self._redis.eval(_TRIM, 1, self.stream_of(queue_name)):
             removed += int(more)
         return removed
 
     def _connect(self) -> None:
         self.connection_pool = self._new_pool()
-        self._redis: Redis = Redis(connection_pool=self.connection_pool)
-        self._trim = self._redis.register_script(_TRIM)
-        self._leave = self._redis.register_script(_LEAVE)
+        self._redis: Any = Redis(connection_pool=self.connection_pool)  # its types do not tell str from bytes
 
     def _check_tasks(self) -> None:
         if not self.queue_names:
@@ -249,39 +230,36 @@ class ResultBroker(RedisStreamBroker):
             )
         tasks = self.get_all_tasks()
         for queue_name in self.queue_names:
-            task_name = self.task_of(queue_name)
+            task_name = self.task_name.replace(QUEUE_NAME, queue_name)
             if task_name not in tasks:
                 raise QueueBackendError(
                     f"queue {queue_name!r} has no task: write @broker.task(task_name={task_name!r}) in a module that "
                     f"the worker imports, or do not name the queue; there are: {', '.join(tasks) or 'none'}"
                 )
 
-    async def _make_groups(self) -> None:
+    async def _declare_consumer_group(self) -> None:  # the base class ignores every error of Redis
         for stream in self._streams:
             try:
                 await self._redis.xgroup_create(stream, self.consumer_group_name, id="0", mkstream=True)
             except ResponseError as error:
                 if not str(error).startswith("BUSYGROUP"):
                     raise
-        self._has_groups = True
 
     async def _until_answered(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
         """Ask Redis until it answers; creates the groups again if Redis has lost them."""
+        groups_are_lost = False
         attempt = 0
         while True:
             try:
-                if not self._has_groups:
-                    await self._make_groups()
+                if groups_are_lost:
+                    await self._declare_consumer_group()
+                    groups_are_lost = False
                 answer = await ask()
-            except (RedisConnectionError, RedisTimeoutError) as error:
-                logger.warning("Redis does not answer; retrying: %s", error)
             except RedisError as error:
-                if str(error).startswith("NOGROUP"):
-                    logger.warning("Redis has lost the group %r, and maybe messages", self.consumer_group_name)
-                    self._has_groups = False
-                else:
-                    # It is full, read-only in a failover, or lacks replicas. Ending would kill the running tasks.
-                    logger.warning("Redis refuses to give messages; retrying: %s", describe_error(error))
+                # It is away, full, read-only in a failover, or lacks replicas. Ending would kill the running tasks.
+                groups_are_lost |= str(error).startswith("NOGROUP")
+                problem = "has lost the group, and maybe messages" if groups_are_lost else "gives no messages"
+                logger.warning("Redis %s; retrying: %s", problem, describe_error(error))
             else:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
@@ -291,78 +269,38 @@ class ResultBroker(RedisStreamBroker):
             attempt += 1
             await asyncio.sleep(backoff_with_jitter(attempt, first_s=0.1, longest_s=MAX_RECONNECT_S, factor=2))
 
-    async def _trim_all(self) -> None:
-        try:
-            for queue_name in self.queue_names:
-                await self.trim_acknowledged(queue_name)
-        except RedisError as error:
-            logger.warning("The streams could not be trimmed; the next attempt follows: %s", describe_error(error))
-
-    async def _claim(self, stream: str) -> list[AckableMessage]:
-        """Claim messages that were idle in another worker for too long: it died, or is slow."""
+    async def _claim(self, stream: str, start_id: str) -> tuple[str, list[AckableMessage]]:
+        """Claim messages that were idle in another worker for too long: it died, or is slow. Also: where to go on."""
         position, entries, *_ = await self._redis.xautoclaim(
-            stream,
-            self.consumer_group_name,
-            self.consumer_name,
-            min_idle_time=self.idle_timeout,
-            start_id=self._claimed_to[stream],
-            count=ENTRIES_PER_CLAIM,
+            stream, self.consumer_group_name, self.consumer_name, self.idle_timeout, start_id, ENTRIES_PER_CLAIM
         )
-        self._claimed_to[stream] = position.decode()
-        return self._messages(stream, entries)
+        return position.decode(), self._messages(stream, entries)
 
-    async def _read(self) -> list[AckableMessage]:
-        until_claim_ms = round((self._claim_at - time.monotonic()) * 1000)
+    async def _read(self, claim_at: float) -> list[AckableMessage]:
+        streams = dict.fromkeys(self._streams, ">")
+        block_ms = max(1, min(self.block, round((claim_at - time.monotonic()) * 1000)))
         answer = await self._redis.xreadgroup(
-            self.consumer_group_name,
-            self.consumer_name,
-            dict.fromkeys(self._streams, ">"),
-            count=ENTRIES_PER_READ,
-            block=max(1, min(self.block, until_claim_ms)),
+            self.consumer_group_name, self.consumer_name, streams, ENTRIES_PER_READ, block_ms
         )
-        found = cast(list[tuple[bytes, Entries]], answer or [])
-        return [message for stream, entries in found for message in self._messages(stream.decode(), entries)]
+        return [message for stream, entries in answer for message in self._messages(stream.decode(), entries)]
 
-    def _messages(self, stream: str, entries: Entries) -> list[AckableMessage]:
+    def _messages(self, stream: str, entries: Iterable[tuple[Any, dict[bytes, bytes]]]) -> list[AckableMessage]:
         messages = []
         for entry_id, fields in entries:
-            if entry_id is None:
+            if not entry_id:
                 logger.error("A message in stream %r was deleted before it was acknowledged", stream)
-                continue
-            data = fields.get(b"data", b"")
-            if problem := self._problem(data):
+            elif problem := self._problem(fields):
                 # TaskIQ's receiver would acknowledge it.
                 logger.error("Entry %s stays in stream %r: it %s", entry_id.decode(), stream, problem)
-                continue
-            messages.append(AckableMessage(data=data, ack=partial(self._acknowledge, stream, entry_id)))
+            else:
+                acknowledge = partial(self._redis.xack, stream, self.consumer_group_name, entry_id)
+                messages.append(AckableMessage(data=fields[b"data"], ack=acknowledge))
         return messages
 
-    def _problem(self, data: bytes) -> str | None:
+    def _problem(self, fields: dict[bytes, bytes]) -> str | None:
         """Why this worker cannot run a message, or None if it can."""
         try:
-            task_name = self.formatter.loads(data).task_name
+            task_name = self.formatter.loads(fields[b"data"]).task_name
         except Exception:  # noqa: BLE001  # whatever the formatter raises means the same
             return "is no message of TaskIQ's"
         return None if self.find_task(task_name) else f"is for the task {task_name!r}, which this worker does not have"
-
-    async def _acknowledge(self, stream: str, entry_id: bytes) -> None:
-        await self._redis.xack(stream, self.consumer_group_name, entry_id)
-
-    async def _give_back(self) -> None:
-        """Make messages that this worker has not acknowledged claimable at once; leave the group if there are none."""
-        for stream in self._streams:
-            pending = await self._redis.xpending_range(
-                stream, self.consumer_group_name, "-", "+", 10_000, consumername=self.consumer_name
-            )
-            if pending:
-                await self._redis.xclaim(
-                    stream,
-                    self.consumer_group_name,
-                    self.consumer_name,
-                    min_idle_time=0,
-                    message_ids=[entry["message_id"] for entry in pending],
-                    idle=self.idle_timeout,
-                    justid=True,
-                )
-            else:
-                await self._leave(keys=[stream], args=[self.consumer_group_name, self.consumer_name])

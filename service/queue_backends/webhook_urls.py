@@ -1,17 +1,63 @@
-"""Which URLs webhooks may go to, checked by their text alone."""
+"""Which URLs and IP addresses webhooks may go to, and a network that connects to no others."""
 
+import ipaddress
 import re
-from collections.abc import Sequence
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from weakref import WeakValueDictionary
 
+import anyio
+import anyio.to_thread
+import httpcore
 import httpx
 
-from modalkit.service.queue_backends.addresses import is_public, parse_address
-from modalkit.service.queue_backends.protocol import QueueNameError
+from modalkit.service.queue_backends.protocol import QueueBackendError, QueueNameError
 
+MAX_LOOK_UPS = 64  # at a time, each in a thread
+
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+"""From a host's name and a port to the host's addresses, preferred ones first."""
+
+# What `is_global` says differs between releases of Python, so networks that are not always excluded are written out,
+# after IANA's registries of special-purpose addresses (2025).
+_NOT_PUBLIC = [
+    ipaddress.ip_network(network)
+    for network in (
+        "168.63.129.16/32",  # Azure's own services, inside of each of its networks
+        "192.0.0.0/24",
+        "192.88.99.0/24",
+        "224.0.0.0/4",
+        "2001::/23",  # Teredo and other protocols
+        "2001:db8::/32",
+        "2002::/16",  # 6to4, which wraps any IPv4 address
+        "3fff::/20",
+    )
+]
+_PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _DEFAULT_PORTS = {"https": 443, "http": 80}
 _HOST_NAME = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 # Texts that systems read as an IPv4 address, but that are not in standard notation: 0x7f.1, 2130706433, 127.1.
 _ODD_ADDRESS = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
+
+
+def parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address if `host` is one in standard notation, else None."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is public; an IPv6 address with an IPv4 address inside is judged by that one."""
+    if isinstance(address, ipaddress.IPv6Address):
+        in_nat64 = ipaddress.IPv4Address(address.packed[-4:]) if address in _NAT64 else None
+        address = address.ipv4_mapped or in_nat64 or address
+    is_global = address.is_global if isinstance(address, ipaddress.IPv4Address) else address in _PUBLIC_IPV6
+    return is_global and not any(address in network for network in _NOT_PUBLIC)
 
 
 def shown_queue_name(queue_name: str) -> str:
@@ -92,3 +138,74 @@ def _host_of(url: httpx.URL) -> str:
     if len(host) > 253 or not _HOST_NAME.fullmatch(host) or _ODD_ADDRESS.fullmatch(host):
         raise ValueError("no host")
     return host
+
+
+class _LookUp:
+    """A look-up that is made once for all connections that wait for it; a cancelled one is made by the next."""
+
+    def __init__(self) -> None:
+        self.lock = anyio.Lock()
+        self.answer: Sequence[str] | OSError | None = None
+
+
+class CheckedNetwork(httpcore.AsyncNetworkBackend):
+    """Connects to a host by an address that was checked, so that a second look-up of the name cannot change it.
+
+    A name is refused if any of its addresses is not public. TLS still checks the certificate against the name.
+    Concurrent connections to one name share a look-up: `resolve`, or the operating system's. For one event loop.
+    """
+
+    def __init__(self, resolve: Resolve | None, *, allow_private_addresses: bool) -> None:
+        self._resolve = resolve or self._ask_system
+        # Threads of their own, so that look-ups that hang do not block other work.
+        self._threads = anyio.CapacityLimiter(MAX_LOOK_UPS)
+        self._allow_private_addresses = allow_private_addresses
+        self._network = httpcore.AnyIOBackend()
+        self._look_ups = WeakValueDictionary[tuple[str, int], _LookUp]()  # the running ones
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109  # the signature of httpcore's
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Connect to the first address of `host` that answers. Raises `QueueBackendError`, `httpcore.ConnectError`."""
+        addresses = await self._checked_addresses(host, port)
+        # So that one dead address leaves time for the next.
+        share_s = None if timeout is None else timeout / len(addresses)
+        for address in addresses[:-1]:
+            with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
+                return await self._network.connect_tcp(address, port, share_s, local_address, socket_options)
+        return await self._network.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
+
+    async def _checked_addresses(self, host: str, port: int) -> Sequence[str]:
+        addresses = [host] if parse_address(host) else await self._look_up(host, port)
+        if isinstance(addresses, OSError):
+            raise QueueBackendError(f"the address of {host} cannot be found: {addresses}") from addresses
+        if not addresses:
+            raise QueueBackendError(f"{host} has no address")
+        for text in addresses:
+            if not self._allow_private_addresses and not is_public(ipaddress.ip_address(text)):
+                raise QueueBackendError(
+                    f"{host} has the address {text}, which is not public; set allow_private_addresses if results may "
+                    "go there"
+                )
+        return addresses
+
+    async def _look_up(self, host: str, port: int) -> Sequence[str] | OSError:
+        look_up = self._look_ups.setdefault((host, port), _LookUp())
+        async with look_up.lock:
+            if look_up.answer is None:
+                try:
+                    look_up.answer = await self._resolve(host, port)
+                except OSError as error:
+                    look_up.answer = error.with_traceback(None)  # whose frames would keep the look-up
+        return look_up.answer
+
+    async def _ask_system(self, host: str, port: int) -> Sequence[str]:
+        # As bytes: text would be encoded by Python's IDNA, which refuses names that the system may know.
+        ask = partial(socket.getaddrinfo, host.encode("ascii"), port, type=socket.SOCK_STREAM)
+        found = await anyio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=self._threads)
+        return list(dict.fromkeys(str(address[0]) for *_, address in found))

@@ -9,12 +9,9 @@ from modalkit.service.settings.models import (
     BuildConfig,
     CloudBucketMount,
     DeploymentConfig,
-    Mount,
     QueueConfig,
-    SqsConfig,
-    WebhookConfig,
 )
-from modalkit.service.settings.problems import Problem, SettingsError
+from modalkit.service.settings.problems import SettingsError
 from modalkit.service.settings.settings import ModelEntry, ModelSettings, Settings
 
 __all__ = [
@@ -27,12 +24,8 @@ __all__ = [
     "DeploymentConfig",
     "ModelEntry",
     "ModelSettings",
-    "Mount",
-    "Problem",
     "QueueConfig",
     "Settings",
     "SettingsError",
-    "SqsConfig",
-    "WebhookConfig",
     "deep_merge",
 ]

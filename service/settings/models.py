@@ -41,6 +41,12 @@ class Section(BaseModel):
     old_names: ClassVar[Mapping[str, str]] = {}
     """Earlier names of keys, each with its present name; they are still read, with a warning."""
 
+    def require_at_most(self, key: str, limit: str, consequence: str = "") -> None:
+        """Refuse a value of the setting `key` above that of the setting `limit`, where neither is null."""
+        value, maximum = getattr(self, key), getattr(self, limit)
+        if value is not None and maximum is not None and value > maximum:
+            raise refusal(f"{value} is more than {limit} ({maximum}){consequence}: lower it, or raise {limit}", key)
+
 
 class AuthConfig(Section):
     """Who may call the service."""
@@ -167,34 +173,24 @@ class DeploymentConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.min_containers and self.max_containers is not None and self.min_containers > self.max_containers:
-            raise refusal(
-                f"{self.min_containers} is more than max_containers ({self.max_containers}): lower it, or raise that",
-                "min_containers",
-            )
+        self.require_at_most("min_containers", "max_containers")
+        self.require_at_most("target_concurrent_inputs", "max_concurrent_inputs")
         if self.scaledown_window is not None and not 2 <= self.scaledown_window <= 3600:
             raise refusal(f"Modal takes 2 to 3600 seconds, not {self.scaledown_window}", "scaledown_window")
         if self.gpu_snapshot and not self.memory_snapshot:
             raise refusal("a GPU snapshot is part of a memory snapshot: set memory_snapshot: true too", "gpu_snapshot")
         if self.gpu_snapshot and not self.gpu:
             raise refusal("there is no GPU to snapshot: name one in gpu, or set this to false", "gpu_snapshot")
-        if self.target_concurrent_inputs is not None and self.target_concurrent_inputs > self.max_concurrent_inputs:
-            raise refusal(
-                f"{self.target_concurrent_inputs} is more than max_concurrent_inputs ({self.max_concurrent_inputs}): "
-                "lower it, or raise that",
-                "target_concurrent_inputs",
-            )
         return self
 
     @model_validator(mode="after")
     def _each_mounted_once(self) -> Self:
-        at: dict[str, str] = {}
         for path, name in self.volumes.items():
-            if name in at:
+            first = next(other for other, volume in self.volumes.items() if volume == name)
+            if first != path:
                 raise refusal(
-                    f"Modal mounts a volume in one place only, and {name!r} is at {at[name]} too", "volumes", path
+                    f"Modal mounts a volume in one place only, and {name!r} is at {first} too", "volumes", path
                 )
-            at[name] = path
         mounted = set(self.volumes)
         for index, bucket in enumerate(self.cloud_bucket_mounts):
             if bucket.mount_point in mounted:
@@ -226,6 +222,8 @@ class BatchConfig(Section):
     """Maximum tokens in one batch, padding included, which limits its memory; null sets no limit."""
     max_batch_seconds: Duration | None = _LIMITS.max_batch_s
     """Maximum predicted seconds of one batch, which limits how long requests wait behind it; null sets no limit."""
+    max_in_flight: Count | None = None
+    """Batches of a model that run at once; null: as many as its pipeline says, which is 1 unless its class has more."""
     max_queue_size: Count = _LIMITS.max_queue_items
     """Maximum waiting requests; further ones are refused (HTTP 429)."""
     max_age_ms: Wait = round(1000 * _LIMITS.max_age_s)
@@ -235,16 +233,10 @@ class BatchConfig(Section):
     batch_timeout_seconds: Duration = 120
     """Seconds after which a batch counts as hanging: its items run again, each alone; those that hang again fail."""
     calibration: CalibrationConfig = CalibrationConfig()
-    """How the scheduler learns at start how long batches take."""
 
     @model_validator(mode="after")
     def _a_batch_fits_the_queue(self) -> Self:
-        if self.max_batch_size > self.max_queue_size:
-            raise refusal(
-                f"{self.max_batch_size} is more than max_queue_size ({self.max_queue_size}), so no batch could ever"
-                " fill: lower it, or raise max_queue_size",
-                "max_batch_size",
-            )
+        self.require_at_most("max_batch_size", "max_queue_size", ", so no batch could ever fill")
         return self
 
 
@@ -281,9 +273,7 @@ class QueueConfig(Section):
     broker_url: Annotated[str, Field(min_length=1, repr=False)] = "redis://localhost:6379"
     """The broker for `backend: taskiq`."""
     sqs: SqsConfig = SqsConfig()
-    """Settings of `backend: sqs`."""
     webhook: WebhookConfig = WebhookConfig()
-    """Settings of `backend: webhook`."""
     routes: dict[NonEmpty, Backend] = {}
     """For `backend: routing`, as pattern of queue names: backend; the first pattern that matches is used."""
     allowed_queues: list[NonEmpty] = ["*"]
@@ -335,14 +325,8 @@ class AppSettings(Section):
     app_prefix: AppPrefix = "sentiment"
     """First part of the Modal app's name; `MODALKIT_APP_POSTFIX` is the second."""
     auth_config: AuthConfig = AuthConfig()
-    """Who may call the service."""
     build_config: BuildConfig = BuildConfig()
-    """The container image."""
     deployment_config: DeploymentConfig = DeploymentConfig()
-    """The containers on Modal."""
     batch_config: BatchConfig = BatchConfig()
-    """How batches are formed."""
     queue_config: QueueConfig = QueueConfig()
-    """Where results are sent."""
     async_config: AsyncConfig = AsyncConfig()
-    """How jobs are kept."""

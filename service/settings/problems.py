@@ -4,34 +4,25 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from modalkit.service.errors import ServiceError
+from modalkit.service.settings.models import Section
 from modalkit.service.settings.schema import KeyPath, is_secret, known_paths, suggestion
 
-_WHOLE_NUMBER = "must be a whole number"
-_NUMBER = "must be a number"
-_BOOL = "must be true or false"
 _MAPPING = "must be a mapping, lines of `key: value`"
 _DEMANDS = {
-    "bool_parsing": _BOOL,
-    "bool_type": _BOOL,
-    "dict_type": _MAPPING,
-    "finite_number": _NUMBER,
-    "float_parsing": _NUMBER,
-    "float_type": _NUMBER,
+    **dict.fromkeys(("bool_parsing", "bool_type"), "must be true or false"),
+    **dict.fromkeys(("dict_type", "model_type"), _MAPPING),
+    **dict.fromkeys(("finite_number", "float_parsing", "float_type"), "must be a number"),
+    **dict.fromkeys(("int_from_float", "int_parsing", "int_type"), "must be a whole number"),
+    **dict.fromkeys(("string_too_short", "too_short"), "must not be empty"),
     "greater_than": "must be more than {gt}",
     "greater_than_equal": "must be at least {ge}",
-    "int_from_float": _WHOLE_NUMBER,
-    "int_parsing": _WHOLE_NUMBER,
-    "int_type": _WHOLE_NUMBER,
     "list_type": "must be a list, as in [one, two]",
     "literal_error": "must be {expected}",
-    "model_type": _MAPPING,
     "path_type": "must be a path",
-    "string_too_short": "must not be empty",
     "string_type": "must be a text",
-    "too_short": "must not be empty",
 }
 
 
@@ -53,20 +44,17 @@ class SettingsError(ServiceError):
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
-        super().__init__(
-            "\n".join(["the configuration cannot be used:", *(f"  {problem}" for problem in self.problems)])
-        )
+        lines = ["the configuration cannot be used:", *(f"  {problem}" for problem in self.problems)]
+        super().__init__("\n".join(lines))
 
 
-def explain(root: type[BaseModel], error: ValidationError, origin: Callable[[KeyPath], str]) -> list[Problem]:
+def explain(root: type[Section], error: ValidationError, origin: Callable[[KeyPath], str]) -> list[Problem]:
     """The problems in pydantic's error; `origin` gives the origin of a key's value."""
     problems = []
     for finding in error.errors(include_url=False):
-        facts = finding.get("ctx", {})
-        path = tuple(str(key) for key in finding["loc"] if key != "[key]") + tuple(facts.get("key", ()))
-        problems.append(
-            Problem(path, _message(root, path, finding["type"], finding["msg"], facts, finding["input"]), origin(path))
-        )
+        path = tuple(str(key) for key in finding["loc"] if key != "[key]")
+        path += tuple(finding.get("ctx", {}).get("key", ()))
+        problems.append(Problem(path, _message(root, path, finding), origin(path)))
     return problems
 
 
@@ -77,16 +65,15 @@ def unknown_key(path: KeyPath, meant: KeyPath | None) -> str:
     return f"unknown key; did you mean {meant[-1] if meant[:-1] == path[:-1] else '.'.join(meant)}?"
 
 
-def _message(
-    root: type[BaseModel], path: KeyPath, kind: str, text: str, facts: Mapping[str, Any], value: object
-) -> str:
+def _message(root: type[Section], path: KeyPath, finding: Mapping[str, Any]) -> str:
+    kind, value = finding["type"], finding["input"]
     if kind == "refused":
-        return text
+        return str(finding["msg"])
     if kind == "extra_forbidden":
         return unknown_key(path, suggestion(path, known_paths(root)))
     if kind == "missing":
         return "is missing: add it"
-    demand = _DEMANDS.get(kind, text).format_map(facts)
+    demand = _DEMANDS.get(kind, finding["msg"]).format_map(finding.get("ctx", {}))
     shown = "this secret" if is_secret(root, path) else _shown(value, whole=demand != _MAPPING)
     quote = "; write it in quotes" if kind == "string_type" and isinstance(value, bool | int | float) else ""
     return f"{demand}, not {shown}{quote}"

@@ -2,10 +2,12 @@
 
 import difflib
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
 
-from pydantic import BaseModel, SecretStr
+from pydantic import SecretStr
+
+from modalkit.service.settings.models import Section
 
 KeyPath: TypeAlias = tuple[str, ...]
 
@@ -20,20 +22,14 @@ def kinds(annotation: Any) -> list[Any]:
     return [annotation]
 
 
-def section_in(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[Section] | None:
     """The section among the types of an annotation, or None."""
-    return next((kind for kind in kinds(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return next((kind for kind in kinds(annotation) if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def is_structured(kind: Any) -> bool:
     """Whether values of this type are mappings or lists, which are YAML or JSON in a variable."""
     return get_origin(kind) in (dict, list) or section_in(kind) is not None
-
-
-def old_names(section: type[BaseModel]) -> Mapping[str, str]:
-    """Earlier names of the section's keys, each with its present one."""
-    names: Mapping[str, str] = getattr(section, "old_names", {})
-    return names
 
 
 def below(annotation: Any, key: str) -> Any:
@@ -50,7 +46,7 @@ def below(annotation: Any, key: str) -> Any:
     return None
 
 
-def is_secret(root: type[BaseModel], path: KeyPath) -> bool:
+def is_secret(root: type[Section], path: KeyPath) -> bool:
     """Whether the value of this key must not be shown."""
     annotation: Any = root
     for key in path:

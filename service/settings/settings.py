@@ -13,10 +13,9 @@ from typing import Any, Self
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from modalkit.service.settings.fields import ClassPath, NonEmpty, refusal
-from modalkit.service.settings.layers import deep_merge, make_layer, origin
+from modalkit.service.settings.layers import Layer, deep_merge, origin, read_files, read_variables
 from modalkit.service.settings.models import AppSettings, Section
 from modalkit.service.settings.problems import SettingsError, explain
-from modalkit.service.settings.sources import read_files, read_variables
 
 DEFAULT_MODEL = "sentiment"
 
@@ -96,9 +95,7 @@ class Settings(Section):
     """
 
     app_settings: AppSettings = AppSettings()
-    """The service."""
     model_settings: ModelSettings = Field(default_factory=ModelSettings)
-    """The models that it serves."""
 
     def __init__(
         self,
@@ -110,7 +107,7 @@ class Settings(Section):
         environ = os.environ if _environ is None else _environ
         layers = [*read_files(root, _config_files, environ), read_variables(root, environ)]
         if values:
-            layers.append(make_layer(root, values, {(): "argument"}))
+            layers.append(Layer(root, values, {(): "argument"}))
         problems = [problem for layer in layers for problem in layer.problems]
         try:
             super().__init__(**reduce(deep_merge, (layer.values for layer in layers)))

@@ -1,8 +1,8 @@
 """Chooses the limits of a scheduler from measured batches and a cost model, by pure functions."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from modalkit.batching import BatchPolicy, CostModel
 from modalkit.batching.calibration import Measurement
@@ -14,20 +14,15 @@ ENOUGH = 0.98  # of the best throughput; the rest is within the noise of measuri
 UNSEEN = 0.95  # of the throughput that a count between two measured ones may reach
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ChosenLimits:
-    """Values for keys of ``batch_config``; None leaves a key as it is configured. `reasons` has a line for each key."""
+    """What was chosen: `values` by key of ``batch_config``, whole numbers without a fraction.
 
-    max_batch_size: int
-    wait_ms: float | None
-    max_batch_tokens: int | None
-    max_batch_seconds: float | None
-    reasons: Mapping[str, str]
+    A key that stays as it is configured has no value. `reasons` has a line for each key.
+    """
 
-    def values(self) -> dict[str, int | float]:
-        """What was chosen, by key of ``batch_config``; whole numbers without a fraction."""
-        chosen = {key: value for key, value in asdict(self).items() if isinstance(value, int | float)}
-        return {key: value if value % 1 else int(value) for key, value in chosen.items()}
+    values: dict[str, int | float]
+    reasons: dict[str, str]
 
 
 def choose_limits(
@@ -60,32 +55,30 @@ def choose_limits(
 
     Raises `TuningError` when the largest measured request alone takes longer than ``max_batch_seconds`` would be.
     """
-    lines = _by_size(measurements)
-    batch_s, wait_s, reasons = math.inf, 0.0, dict[str, str]()
+    lines = _by_size(measurements, configured)
+    batch_s: float | None = None
+    tokens = configured.max_batch_tokens
+    values: dict[str, int | float] = {}
+    reasons: dict[str, str] = {}
     if objective_s is None:
         reasons["max_batch_seconds"] = reasons["wait_ms"] = "as configured: it follows from --p99-ms"
     else:
         _require_room_for_largest(lines, objective_s, beside_s)
-        wait_s, reasons["wait_ms"] = _wait(lines, model, objective_s, beside_s)
-        batch_s = _rounded_down((objective_s - beside_s - wait_s) / 2)
+        wait_ms, reasons["wait_ms"] = _wait_ms(lines, model, objective_s, beside_s)
+        batch_s = _rounded_down((objective_s - beside_s - wait_ms / 1000) / 2)
+        values |= {"wait_ms": wait_ms, "max_batch_seconds": batch_s}
         reasons["max_batch_seconds"] = (
-            f"a request may wait for one batch{f' and {wait_s * 1000:g} ms' if wait_s else ''}, and runs in the next: "
+            f"a request may wait for one batch{f' and {wait_ms:g} ms' if wait_ms else ''}, and runs in the next: "
             f"half of what {objective_s * 1000:g} ms leave, with {beside_s * 1000:.2g} ms for the rest"
         )
-    tokens = None
     reasons["max_batch_tokens"] = "as configured: memory was not what limited the batches that were measured"
     if too_large_tokens is not None:
-        tokens = max(_tokens(shape) for shape in measurements if _tokens(shape) < too_large_tokens)
+        tokens = max(held for shape in measurements if (held := shape.count * shape.longest) < too_large_tokens)
+        values["max_batch_tokens"] = tokens
         reasons["max_batch_tokens"] = f"the largest batch that fitted; one of {too_large_tokens} was out of memory"
-    max_tokens = tokens or configured.max_batch_tokens or math.inf
-    size, reasons["max_batch_size"] = _batch_size(lines, model, _Bounds(configured.max_batch_size, batch_s, max_tokens))
-    return ChosenLimits(
-        max_batch_size=size,
-        wait_ms=None if objective_s is None else round(wait_s * 1000, 1),
-        max_batch_tokens=tokens,
-        max_batch_seconds=None if objective_s is None else batch_s,
-        reasons=reasons,
-    )
+    limits = replace(configured, max_batch_s=batch_s, max_batch_tokens=tokens)
+    values["max_batch_size"], reasons["max_batch_size"] = _batch_size(_by_size(measurements, limits), model, limits)
+    return ChosenLimits({key: value if value % 1 else int(value) for key, value in values.items()}, reasons)
 
 
 def lone_sizes(measurements: Sequence[Measurement]) -> list[int]:
@@ -106,17 +99,20 @@ class Capacity:
     batch_s: float
 
 
-def predicted_capacity(measurements: Sequence[Measurement], policy: BatchPolicy, load: float) -> Capacity:
+def predicted_capacity(
+    measurements: Sequence[Measurement], policy: BatchPolicy, load: float, max_in_flight: int = 1
+) -> Capacity:
     """The capacity if all measured sizes are equally frequent and each runs in its best batch under `policy`.
+
+    `max_in_flight` batches run at once, each in the measured time.
 
     It needs a queue in which every size fills batches of its own. The time of a batch with the largest allowed count,
     if it was not measured, is that of the next larger measured batch, if there is one.
     """
-    bounds = _Bounds(policy.max_batch_size, policy.max_batch_s or math.inf, policy.max_batch_tokens or math.inf)
-    lines = [line.runnable(bounds) for line in _by_size(measurements)]
+    lines = [line.runnable() for line in _by_size(measurements, policy)]
     rates = [max(count / seconds for count, seconds in shapes) for shapes in lines]
     return Capacity(
-        items_per_s=len(rates) / sum(1 / rate for rate in rates),
+        items_per_s=max_in_flight * len(rates) / sum(1 / rate for rate in rates),
         batch_s=max(
             next(seconds for count, seconds in shapes if count / seconds >= load * rate)
             for shapes, rate in zip(lines, rates, strict=True)
@@ -125,78 +121,61 @@ def predicted_capacity(measurements: Sequence[Measurement], policy: BatchPolicy,
 
 
 @dataclass(frozen=True, slots=True)
-class _Bounds:
-    """The limits of a batch; a single request may exceed `max_s`."""
-
-    max_count: int
-    max_s: float = math.inf
-    max_tokens: float = math.inf
-
-    def largest_count(self, size: int) -> int:
-        """The maximum requests of `size` in a batch, without regard to `max_s`."""
-        return int(min(self.max_count, max(1, self.max_tokens / size)))
-
-
-@dataclass(frozen=True, slots=True)
 class _SizeEvidence:
-    """Measured batches of requests of `size`: `shapes` holds counts, ascending, with the seconds of each batch."""
+    """Measured batches of requests of `size`: `shapes` holds counts, ascending, with the seconds of each batch.
+
+    Limits allow at most `max_count` of them in a batch, which may take `max_s` seconds; a single request may take more.
+    """
 
     size: int
     shapes: Sequence[tuple[int, float]]
+    max_count: int
+    max_s: float
 
     @property
     def alone_s(self) -> float:
         """The seconds of one request alone."""
         return self.shapes[0][1]
 
-    def enough(self, max_s: float) -> int:
+    def enough(self) -> int:
         """The smallest measured count that reaches 98 % of the best throughput of batches within `max_s`."""
-        allowed = [(count, seconds) for count, seconds in self.shapes if count == 1 or seconds <= max_s]
+        allowed = [(count, seconds) for count, seconds in self.shapes if count == 1 or seconds <= self.max_s]
         best = max(count / seconds for count, seconds in allowed)
         return next(count for count, seconds in allowed if count / seconds >= ENOUGH * best)
 
-    def is_enough(self, limit: int, bounds: _Bounds) -> bool:
-        """Whether the measurements show that counts above `limit`, within `bounds`, add nearly no throughput.
+    def is_enough(self, limit: int) -> bool:
+        """Whether the measurements show that allowed counts above `limit` add nearly no throughput.
 
         After a measured count, the time is assumed to grow at least as fast as before it. If it was constant and then
         rose (as with the tiles of a GPU), a count between the two may be much better than both.
         """
-        top = bounds.largest_count(self.size)
         best = max(count / seconds for count, seconds in self.shapes if count <= limit)
         before: tuple[int, float] | None = None
         for (count, seconds), (next_count, _) in zip(self.shapes, [*self.shapes[1:], (math.inf, 0.0)], strict=True):
-            if count >= top or (count > 1 and seconds > bounds.max_s):
+            if count >= self.max_count or (count > 1 and seconds > self.max_s):
                 return True
             if next_count > limit:
                 growth_s = max(0.0, (seconds - before[1]) / (count - before[0])) if before else 0.0
-                largest = min(next_count - 1, top)
+                largest = min(next_count - 1, self.max_count)
                 if growth_s:
-                    largest = min(largest, count + (bounds.max_s - seconds) / growth_s)
+                    largest = min(largest, count + (self.max_s - seconds) / growth_s)
                 if next_count == math.inf or UNSEEN * largest / (seconds + growth_s * (largest - count)) > best:
                     return False
             before = count, seconds
         return True
 
-    def fits_the_costs(self, model: CostModel, limit: int, bounds: _Bounds) -> bool:
+    def fits_the_costs(self, model: CostModel, limit: int) -> bool:
         """Whether `limit` is also enough by the fitted costs, in which a single wrong measurement counts less."""
-        counts = range(1, bounds.largest_count(self.size) + 1)
+        counts = range(1, self.max_count + 1)
         seconds = {count: model.predict_s(count, self.size, count * self.size) for count in counts}
-        rates = {count: count / seconds[count] for count in counts if count == 1 or seconds[count] <= bounds.max_s}
+        rates = {count: count / seconds[count] for count in counts if count == 1 or seconds[count] <= self.max_s}
         return UNSEEN * max(rates.values()) <= max(rate for count, rate in rates.items() if count <= limit)
 
-    def why_not_lower(self, configured: int) -> str:
-        """One line: why the limit stays at `configured`, because less is not known to be enough."""
-        largest = self.shapes[-1][0]
-        if largest < configured:
-            return f"as configured: more than {largest} of size {self.size} were not measured, which lowers no limit"
-        return f"as configured: between the counts measured at size {self.size}, a better one may lie"
-
-    def runnable(self, bounds: _Bounds) -> list[tuple[int, float]]:
-        """Counts and seconds within `bounds`: measured ones, and the largest count with the seconds of the next one."""
-        top = bounds.largest_count(self.size)
-        shapes = [shape for shape in self.shapes if shape[0] == 1 or shape[1] <= bounds.max_s]
-        above = [(top, seconds) for count, seconds in shapes if count > top]
-        return [shape for shape in shapes if shape[0] <= top] + above[:1]
+    def runnable(self) -> list[tuple[int, float]]:
+        """Allowed counts and their seconds: measured ones, and the largest with the seconds of the next larger one."""
+        shapes = [(count, seconds) for count, seconds in self.shapes if count == 1 or seconds <= self.max_s]
+        above = [(self.max_count, seconds) for count, seconds in shapes if count > self.max_count]
+        return [shape for shape in shapes if shape[0] <= self.max_count] + above[:1]
 
 
 def _require_room_for_largest(lines: Sequence[_SizeEvidence], objective_s: float, beside_s: float) -> None:
@@ -212,8 +191,10 @@ def _require_room_for_largest(lines: Sequence[_SizeEvidence], objective_s: float
     )
 
 
-def _wait(lines: Sequence[_SizeEvidence], model: CostModel, objective_s: float, beside_s: float) -> tuple[float, str]:
-    """Seconds that an idle worker may wait for a fuller batch, in tenths of a millisecond; and the reason."""
+def _wait_ms(
+    lines: Sequence[_SizeEvidence], model: CostModel, objective_s: float, beside_s: float
+) -> tuple[float, str]:
+    """Milliseconds, in tenths, that an idle worker may wait for a fuller batch; and the reason."""
     line = lines[len(lines) // 2]
     together_s = dict(line.shapes).get(2) or model.predict_s(2, line.size, 2 * line.size)
     worth_s = line.alone_s / 2 - (together_s - line.alone_s)
@@ -221,48 +202,52 @@ def _wait(lines: Sequence[_SizeEvidence], model: CostModel, objective_s: float, 
     if worth_s <= 0:
         return 0.0, f"waiting does not pay: {ratio}, and it takes less than 1.5"
     room_s = objective_s - beside_s - 2 * lines[-1].alone_s
-    wait_s = math.floor(min(worth_s, objective_s * MAX_WAIT_SHARE, room_s) * 10_000) / 10_000
-    if wait_s <= 0:
+    wait_ms = math.floor(min(worth_s, objective_s * MAX_WAIT_SHARE, room_s) * 10_000) / 10
+    if wait_ms <= 0:
         return 0.0, f"the objective leaves no time for it, though waiting may pay: {ratio}"
-    return wait_s, f"waiting pays where requests are frequent: {ratio}; at most a tenth of the objective"
+    return wait_ms, f"waiting pays where requests are frequent: {ratio}; at most a tenth of the objective"
 
 
-def _batch_size(lines: Sequence[_SizeEvidence], model: CostModel, bounds: _Bounds) -> tuple[int, str]:
-    """The smallest count that is enough at every size, and the reason; `bounds` has the configured one."""
-    wanted, line = max(((line.enough(bounds.max_s), line) for line in lines), key=lambda pair: pair[0])
-    configured = bounds.max_count
-    if wanted < configured:
-        for other in lines:
-            if not other.is_enough(wanted, bounds):
-                return configured, other.why_not_lower(configured)
-            if not other.fits_the_costs(model, wanted, bounds):
-                return configured, f"as configured: by the fitted costs, larger batches of size {other.size} do pay"
+def _batch_size(lines: Sequence[_SizeEvidence], model: CostModel, policy: BatchPolicy) -> tuple[int, str]:
+    """The smallest count that is enough at every size, and the reason."""
+    wanted, line = max(((line.enough(), line) for line in lines), key=lambda pair: pair[0])
+    configured = policy.max_batch_size
+    for other in lines if wanted < configured else ():
+        if not other.is_enough(wanted):
+            measured = other.shapes[-1][0]
+            reason = f"between the counts measured at size {other.size}, a better one may lie"
+            if measured < configured:
+                reason = f"more than {measured} of size {other.size} were not measured, which lowers no limit"
+            return configured, f"as configured: {reason}"
+        if not other.fits_the_costs(model, wanted):
+            return configured, f"as configured: by the fitted costs, larger batches of size {other.size} do pay"
     *_, (before, before_s), (largest, largest_s) = [(1, line.alone_s), *line.shapes]
     if wanted == largest > 1:
         gain = largest / largest_s / (before / before_s) - 1
         return wanted, f"the largest measured; over {before}, it still adds {gain:.0%} at size {line.size}"
-    within = "" if bounds.max_s == math.inf else " within max_batch_seconds"
-    return wanted, (
-        f"larger batches{within} add less than 2 % to the items/s at any size; size {line.size} needs so many"
+    within = "" if policy.max_batch_s is None else " within max_batch_seconds"
+    return (
+        wanted,
+        f"larger batches{within} add less than 2 % to the items/s at any size; size {line.size} needs so many",
     )
 
 
-def _tokens(shape: Measurement) -> int:
-    return shape.count * shape.longest
-
-
-def _by_size(measurements: Sequence[Measurement]) -> list[_SizeEvidence]:
-    """The measurements at each size that was measured alone, ascending."""
+def _by_size(measurements: Sequence[Measurement], policy: BatchPolicy) -> list[_SizeEvidence]:
+    """The measurements at each size that was measured alone, ascending, with what `policy` allows there."""
     sizes = lone_sizes(measurements)
     if not sizes:
         raise TuningError("no request was measured alone, so there is nothing to choose limits by")
     shapes: dict[int, dict[int, float]] = {size: {} for size in sizes}
     for shape in measurements:
         shapes[nearest_size(sizes, shape.longest)][shape.count] = max(shape.seconds, MIN_BATCH_S)
-    return [_SizeEvidence(size, tuple(sorted(seconds.items()))) for size, seconds in shapes.items()]
+    max_tokens, max_s = policy.max_batch_tokens or math.inf, policy.max_batch_s or math.inf
+    return [
+        _SizeEvidence(size, sorted(seconds.items()), int(min(policy.max_batch_size, max(1, max_tokens / size))), max_s)
+        for size, seconds in shapes.items()
+    ]
 
 
 def _rounded_down(seconds: float) -> float:
-    """Rounded down to four digits, so that the number in the file is readable."""
+    """Four digits of a positive number, so that it is readable in a file."""
     step = 10.0 ** (math.floor(math.log10(seconds)) - 3)
     return round(math.floor(seconds / step) * step, 9)

@@ -1,9 +1,7 @@
-"""Writes limits into a configuration file, and changes nothing else in it."""
+"""Puts limits into the text of a configuration file, and changes nothing else in it."""
 
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
@@ -11,7 +9,6 @@ from pathlib import Path
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from modalkit.service.settings import Settings, deep_merge
@@ -27,11 +24,8 @@ _FIRST_LIST = re.compile(r"^( *)[^\s#-][^\n]*:[^\S\n]*\n( *)-( +)", re.MULTILINE
 class _Representer(RoundTripRepresenter):
     """Writes null as the word, not as an empty value."""
 
-    def represent_none(self, data: None) -> ScalarNode:  # noqa: ARG002  # the base's signature
-        return self.represent_scalar("tag:yaml.org,2002:null", "null")
 
-
-_Representer.add_representer(type(None), _Representer.represent_none)
+_Representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null"))
 
 
 def require_writable(path: Path) -> None:
@@ -44,47 +38,30 @@ def require_writable(path: Path) -> None:
         raise TuningError(f"--write {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.resolve().parent, os.W_OK):
         raise TuningError(f"--write {path}: {path.resolve().parent} may not be written to; choose another folder")
-    _changed(path, {"max_batch_size": 1})
+    text_with_limits(path, {"max_batch_size": 1})
 
 
-def write_limits(path: Path, values: Mapping[str, int | float]) -> None:
-    """Set the keys `values` of ``app_settings.batch_config`` in a YAML file; comments, order and other keys stay.
+def text_with_limits(path: Path, values: Mapping[str, int | float]) -> str:
+    """The text of the YAML file at `path`, if there is one, with these keys of ``app_settings.batch_config``.
 
-    All lines get the indentation of the first section. The file is created if there is none, and is replaced whole or
-    not at all. Raises `SettingsError` if it would not load afterwards, and `TuningError` if other keys would change.
+    Comments, order and other keys stay; all lines get the indentation of the first section. Raises `SettingsError` if
+    it would not load, and `TuningError` if other keys would change.
     """
-    text = _changed(path, values)
-    target = path.resolve()
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as file:
-        file.write(text)
-    if target.exists():
-        shutil.copymode(target, file.name)
-    else:
-        Path(file.name).chmod(0o644)
-    Path(file.name).replace(target)
-
-
-def _changed(path: Path, values: Mapping[str, int | float]) -> str:
-    """The text of the file with `values` in it, checked to load."""
-    before = ""
     if path.exists():
         Settings.load([path], environ={})
+    lines = ", ".join(f"{key}: {value}" for key, value in values.items())
+    by_hand = f"write such lines into its app_settings.batch_config by hand: {lines}"
     try:
-        if path.exists():
-            before = path.read_text(encoding="utf-8-sig")
+        before = path.read_text(encoding="utf-8-sig") if path.exists() else ""
         after = _with_limits(before, values)
     except (UnicodeDecodeError, YAMLError) as error:
-        raise TuningError(f"{path} cannot be changed ({' '.join(str(error).split())}); {_by_hand(values)}") from error
+        reason = f"({' '.join(str(error).split())})"
+        raise TuningError(f"{path} cannot be changed {reason}; {by_hand}") from error
     wanted = deep_merge(parse_yaml(before)[0] or {}, {SECTION[0]: {SECTION[1]: dict(values)}})
     if parse_yaml(after)[0] != wanted:
-        raise TuningError(f"{path} cannot be changed without changing more of it; {_by_hand(values)}")
+        raise TuningError(f"{path} cannot be changed without changing more of it; {by_hand}")
     Settings(_config_files=[], _environ={}, **wanted)
     return after
-
-
-def _by_hand(values: Mapping[str, int | float]) -> str:
-    lines = ", ".join(f"{key}: {value}" for key, value in values.items())
-    return f"write such lines into its app_settings.batch_config by hand: {lines}"
 
 
 def _with_limits(text: str, values: Mapping[str, int | float]) -> str:

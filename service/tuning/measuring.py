@@ -1,7 +1,6 @@
 """Measures how long a pipeline's batches take, more thoroughly than a worker does at start."""
 
 from collections.abc import Callable, Sequence
-from statistics import median
 from time import perf_counter
 
 from pydantic import BaseModel
@@ -10,7 +9,7 @@ from modalkit.batching import CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, Measurement
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.errors import describe_error
-from modalkit.service.pipeline_batches import is_too_large
+from modalkit.service.pipeline_batches import at_full_load, is_too_large, max_in_flight_of
 from modalkit.service.settings import BatchConfig
 from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.samples import MadeUpSamples, Samples
@@ -41,7 +40,7 @@ def measure(
     started_s = clock()
     samples = samples or MadeUpSamples(pipeline)
     calibration = Calibration(
-        run=pipeline.run_inference,
+        run=at_full_load(pipeline, max_in_flight_of(pipeline, config)),
         sample_items=samples.of_size,
         item_size=pipeline.item_size,
         max_count=min(max(config.max_batch_size, MAX_COUNT), config.max_queue_size),
@@ -82,10 +81,3 @@ def fitted_costs(pipeline: InferencePipeline, measurements: Sequence[Measurement
         if shape.seconds > 0:
             model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
     return model
-
-
-def median_error(model: MeasuredCostModel, measurements: Sequence[Measurement]) -> float:
-    """The median relative difference between predicted and measured seconds."""
-    return median(
-        abs(model.predict_s(shape.count, shape.longest, shape.total) / shape.seconds - 1) for shape in measurements
-    )

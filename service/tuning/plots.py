@@ -28,11 +28,9 @@ def require_drawable(path: Path) -> None:
 
 def draw_costs(path: Path, title: str, measurements: Sequence[Measurement], model: CostModel) -> None:
     """Draw batch seconds against count and against size, measured as points and fitted as lines, into a file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
     by_count, by_size = figure.subplots(1, 2, sharey=True)
     figure.suptitle(f"{title}: points are measured, lines are fitted")
     _panel(by_count, measurements, model, along="count")
@@ -44,22 +42,19 @@ def draw_costs(path: Path, title: str, measurements: Sequence[Measurement], mode
 def _panel(axes: "Axes", measurements: Sequence[Measurement], model: CostModel, *, along: str) -> None:
     """Draw one line for each value of the other coordinate."""
     from matplotlib import colormaps
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     other = "longest" if along == "count" else "count"
     lines: dict[int, list[Measurement]] = {}
-    for shape in measurements:
+    for shape in sorted(measurements, key=attrgetter(along)):
         lines.setdefault(getattr(shape, other), []).append(shape)
     colours = colormaps["viridis"].resampled(len(lines) + 1)
-    for index, (value, unsorted) in enumerate(sorted(lines.items())):
-        shapes = sorted(unsorted, key=attrgetter(along))
+    for index, (value, shapes) in enumerate(sorted(lines.items())):
         places = [getattr(shape, along) for shape in shapes]
         fitted_s = [model.predict_s(shape.count, shape.longest, shape.total) for shape in shapes]
         axes.plot(places, fitted_s, color=colours(index), linewidth=1.2)
         axes.plot(places, [shape.seconds for shape in shapes], "o", color=colours(index), markersize=4, label=value)
-    axes.set(xscale="log", yscale="log", xlabel=f"{along} of the batch" if along == "count" else "size of its requests")
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda place, _: f"{place:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(yscale="log", xlabel=f"{along} of the batch" if along == "count" else "size of its requests")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(title="size" if along == "count" else "count", fontsize="small")

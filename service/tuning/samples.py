@@ -43,11 +43,8 @@ class MadeUpSamples:
 class OwnSamples:
     """The user's items, sorted by size and split into up to six groups of equal length.
 
-    The size of a group is that of its largest item. Raises `TuningError` if `item_size` fails.
+    The size of a group is that of its largest item; `sizes` are ascending. Raises `TuningError` if `item_size` fails.
     """
-
-    sizes: Sequence[int]
-    """The size of each group, ascending."""
 
     def __init__(self, pipeline: InferencePipeline, items: Sequence[BaseModel]) -> None:
         try:
@@ -65,7 +62,7 @@ class OwnSamples:
             if next_end is None or sized[next_end - 1][0] >= MIN_SIZE_RATIO * size:
                 self._groups[size] = [item for _, item in reversed(sized[begin:end])]
                 begin = end
-        self.sizes = list(self._groups)
+        self.sizes: Sequence[int] = list(self._groups)
 
     def of_size(self, n: int, size: int) -> list[BaseModel]:
         """`n` items of the group of `size`, largest first, repeated if the group has fewer."""

@@ -1,11 +1,8 @@
 """The answers of routes, except the outputs of models."""
 
-from collections.abc import Mapping
 from datetime import datetime
-from http import HTTPStatus
 from typing import Any
 
-from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from modalkit.batching import Priority
@@ -32,6 +29,15 @@ class Problem(BaseModel):
     status: int
     detail: str
     errors: list[FieldError] = Field(default=[], description="Where a request is invalid.")
+
+
+PROBLEM_ANSWERS: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "Problem details (RFC 9457)",
+        "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
+}
+"""For OpenAPI: the answer of a route to a request that fails."""
 
 
 class JobView(BaseModel):
@@ -96,10 +102,3 @@ class Purged(BaseModel):
     """How many jobs were removed."""
 
     purged: int
-
-
-def json_response(
-    content: bytes, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] | None = None
-) -> Response:
-    """An answer whose content is JSON already."""
-    return Response(content, status, headers, JSON)

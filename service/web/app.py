@@ -2,20 +2,22 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
+from functools import partial
 from http import HTTPStatus
+from typing import Any
 
-from fastapi import Depends, FastAPI
-from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
-from starlette.types import ASGIApp, Receive, Scope, Send
+from pydantic.json_schema import models_json_schema
 
 from modalkit.service.gateway import Gateway, Readiness
 from modalkit.service.settings import AuthConfig
 from modalkit.service.version import VERSION
+from modalkit.service.web.answers import JSON, NDJSON, Problem
 from modalkit.service.web.auth import require_api_key
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.metrics import CONTENT_TYPE, exposition
-from modalkit.service.web.openapi import document_bodies
 from modalkit.service.web.problems import install_problem_handlers
 from modalkit.service.web.routes import add_prediction_routes
 
@@ -41,15 +43,19 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
         async with nullcontext() if api_key is None else api_key.opened(), gateway if owns_gateway else nullcontext():
             yield
 
-    app = FastAPIOffline(title="modalkit", version=VERSION, description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
-    app.add_middleware(_RootPath)
-    add_prediction_routes(app, gateway, api_key)
-    app.include_router(
-        make_job_router(gateway.jobs), dependencies=[] if api_key is None else [Depends(api_key.dependency)]
+    app = FastAPIOffline(
+        title="modalkit",
+        version=VERSION,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
+    add_prediction_routes(app, gateway, api_key)
+    app.include_router(make_job_router(gateway.jobs), dependencies=[] if api_key is None else api_key.dependencies)
     _add_health(app, gateway)
     install_problem_handlers(app)
-    document_bodies(app, gateway.models.values())
+    _complete_schema(app)
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
@@ -58,31 +64,30 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
     return app
 
 
-class _RootPath:
-    """Adds ``root_path`` to scopes without it: ASGI servers may leave it out, and `fastapi_offline` needs it."""
+def _complete_schema(app: FastAPI) -> None:
+    """Add to the OpenAPI schema what FastAPI cannot declare: problem details, and jobs as a stream."""
+    _, problem = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
+    generate = app.openapi
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def openapi() -> dict[str, Any]:
+        schema = generate()
+        schema["components"]["schemas"] |= problem["$defs"]
+        content = schema["paths"]["/async/predict"]["post"]["requestBody"]["content"]
+        content[NDJSON] = {"schema": content[JSON]["schema"]["anyOf"][-1]["items"]}
+        return schema
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope.setdefault("root_path", "")
-        await self._app(scope, receive, send)
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
 
 
 def _add_health(app: FastAPI, gateway: Gateway) -> None:
-    @app.get(
-        "/metrics",
-        tags=["health"],
-        summary="Metrics for Prometheus",
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
-    )
+    get = partial(app.get, tags=["health"])
+
+    @get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(await exposition(gateway), media_type=CONTENT_TYPE)
 
-    @app.get(
+    @get(
         "/health/live",
-        tags=["health"],
         summary="Whether the process can go on",
         responses={503: {"description": "A model is broken: replace the process"}},
     )
@@ -92,12 +97,7 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
             return JSONResponse({"status": "broken", "models": broken}, HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "live"})
 
-    @app.get(
-        "/health/ready",
-        tags=["health"],
-        summary="Whether every model takes requests",
-        responses={503: {"description": "Not yet"}},
-    )
+    @get("/health/ready", summary="Whether every model takes requests", responses={503: {"description": "Not yet"}})
     async def ready() -> JSONResponse:
         models = {name: model.readiness for name, model in gateway.models.items()}
         is_ready = all(state is Readiness.READY for state in models.values())

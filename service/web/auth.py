@@ -3,10 +3,9 @@
 import hmac
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated, Any
 
+import anyio.lowlevel
 from fastapi import Depends, Request
 from fastapi.security import APIKeyHeader, HTTPBearer
 
@@ -16,47 +15,49 @@ from modalkit.service.web.problems import ProblemError
 from modalkit.service.web.ssm_key import SsmKey, header_bytes
 
 
-@dataclass(frozen=True, slots=True)
 class ApiKey:
-    """The key that a request must carry."""
+    """The key that requests must carry in the header `header`.
 
-    check: Callable[[Request], Awaitable[None]]
-    """Raises `ProblemError` for a request without the key. It does not wait where the key is right."""
-    dependency: Callable[..., Awaitable[None]]
-    """`check` as a dependency of FastAPI, so that OpenAPI documents the header."""
-    opened: Callable[[], AbstractAsyncContextManager[None]]
-    """The context in which requests are checked; it keeps a key in AWS SSM up to date. Raises `LoadError`."""
-
-
-def require_api_key(config: AuthConfig) -> ApiKey | None:
-    """The check of the configured key, or None where none is configured.
-
-    Raises `LoadError` for a key that no header can carry, and where aiobotocore or the region for AWS SSM is missing.
+    `opened` is the context in which requests are checked; it keeps a key in AWS SSM up to date, and raises `LoadError`.
+    `refresh` reads the key again, because a request has another one; `expected` is then called once more.
     """
-    if config.ssm_key is not None:
-        in_ssm = SsmKey(config.ssm_key, region=config.ssm_region, refresh_s=config.ssm_refresh_seconds)
-        return _make(config.auth_header, lambda: in_ssm.value, in_ssm.opened, in_ssm.refresh)
-    if config.api_key is None:
-        return None
-    try:
-        key = header_bytes(config.api_key.get_secret_value())
-    except ValueError as error:
-        raise LoadError(f"app_settings.auth_config.api_key: {error}") from None
-    return _make(config.auth_header, lambda: key, nullcontext, None)
 
+    def __init__(
+        self,
+        header: str,
+        expected: Callable[[], bytes | None],
+        opened: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+        refresh: Callable[[], Awaitable[None]] = anyio.lowlevel.checkpoint,
+    ) -> None:
+        self._header = header
+        self._is_bearer = header.lower() == "authorization"
+        self._expected = expected
+        self.opened = opened
+        self._refresh = refresh
+        scheme = HTTPBearer(auto_error=False) if self._is_bearer else APIKeyHeader(name=header, auto_error=False)
+        self.dependencies = [Depends(scheme), Depends(self.check)]
+        """`check` as dependencies of FastAPI, of which the first documents the header."""
 
-def _make(
-    header: str,
-    expected: Callable[[], bytes | None],
-    opened: Callable[[], AbstractAsyncContextManager[None]],
-    refresh: Callable[[], Awaitable[None]] | None,
-) -> ApiKey:
-    is_bearer = header.lower() == "authorization"
-    scheme: Any = HTTPBearer(auto_error=False) if is_bearer else APIKeyHeader(name=header, auto_error=False)
-    remedy = "the header 'Authorization: Bearer <key>'" if is_bearer else f"the header '{header}: <key>'"
+    async def check(self, request: Request) -> None:
+        """Raise `ProblemError` for a request without the key. It does not wait where the key is right."""
+        key = request.headers.get(self._header, "")
+        if self._is_bearer:
+            kind, _, key = key.partition(" ")
+            key = key.strip(" \t") if kind.lower() == "bearer" else ""
+        if key:
+            sent = key.encode("latin-1")  # Starlette decodes headers as Latin-1
+            if self._is_right(sent):
+                return
+            await self._refresh()
+            if self._is_right(sent):
+                return
+        problem = "the API key is wrong" if key else "the API key is missing"
+        form = "Authorization: Bearer <key>" if self._is_bearer else f"{self._header}: <key>"
+        detail = f"{problem}: send it as the header '{form}'"
+        raise ProblemError(HTTPStatus.UNAUTHORIZED, detail, headers={"WWW-Authenticate": "Bearer"})
 
-    def is_right(sent: bytes) -> bool:
-        key = expected()
+    def _is_right(self, sent: bytes) -> bool:
+        key = self._expected()
         if key is None:
             # Without the lifespan the key was not read; then no request is let in.
             raise ProblemError(
@@ -65,24 +66,19 @@ def _make(
             )
         return hmac.compare_digest(sent, key)
 
-    async def check(request: Request) -> None:
-        key = request.headers.get(header)
-        if is_bearer and key is not None:
-            kind, _, key = key.partition(" ")
-            key = key.strip(" \t") if kind.lower() == "bearer" else None
-        if key:
-            sent = key.encode("latin-1")  # Starlette decodes headers as Latin-1
-            if is_right(sent):
-                return
-            if refresh is not None:
-                await refresh()
-                if is_right(sent):
-                    return
-        problem = "the API key is wrong" if key else "the API key is missing"
-        raise ProblemError(HTTPStatus.UNAUTHORIZED, f"{problem}: send it as {remedy}", WWW_Authenticate="Bearer")
 
-    # A coroutine function: FastAPI would run any other function in a thread, for each request.
-    async def dependency(request: Request, _: Annotated[Any, Depends(scheme)]) -> None:
-        await check(request)
+def require_api_key(config: AuthConfig) -> ApiKey | None:
+    """The configured key, or None where none is configured.
 
-    return ApiKey(check, dependency, opened)
+    Raises `LoadError` for a key that no header can carry, and where aiobotocore or the region for AWS SSM is missing.
+    """
+    if config.ssm_key is not None:
+        in_ssm = SsmKey(config.ssm_key, region=config.ssm_region, refresh_s=config.ssm_refresh_seconds)
+        return ApiKey(config.auth_header, lambda: in_ssm.value, in_ssm.opened, in_ssm.refresh)
+    if config.api_key is None:
+        return None
+    try:
+        key = header_bytes(config.api_key.get_secret_value())
+    except ValueError as error:
+        raise LoadError(f"app_settings.auth_config.api_key: {error}") from None
+    return ApiKey(config.auth_header, lambda: key)

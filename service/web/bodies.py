@@ -1,32 +1,25 @@
 """Reads request bodies and validates their items; each invalid item has its own error."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, RootModel, TypeAdapter, ValidationError
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 
+from modalkit.batching import Failure, Outcome
 from modalkit.pipelines import AsyncInputModel, SyncInputModel
-from modalkit.service.validation import field_errors, summary
-from modalkit.service.web.problems import ProblemError
+from modalkit.service.web.problems import ProblemError, invalid
 
 MAX_BODY_BYTES = 32 * 2**20
 
-T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
+Result = TypeVar("Result")
 
-_ANY_LIST: TypeAdapter[list[Any]] = TypeAdapter(list[Any])
 _ENVELOPE = re.compile(rb'\s*\{\s*"message"\s*:')
-
-
-@dataclass(frozen=True)
-class InvalidItem:
-    """An item of a list that is no valid request, with the reason."""
-
-    error: str
 
 
 async def read_body(request: Request) -> bytes:
@@ -39,7 +32,7 @@ async def read_body(request: Request) -> bytes:
                 raise ProblemError(
                     HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                     f"the body is larger than {MAX_BODY_BYTES} bytes: send several smaller requests",
-                    Connection="close",
+                    headers={"Connection": "close"},
                 )
             chunks.append(chunk)
     except ClientDisconnect:
@@ -51,68 +44,74 @@ class BodyParser:
     """Parses the bodies for one model, whose items are validated as `input_model`.
 
     An item may come bare (``{"text": …}``) or in an envelope (``{"message": {"text": …}}``), the form of asynchronous
-    requests, unless the item itself may have a field ``message``.
+    requests, unless the item itself may have a field ``message``. The methods for lists put a `Failure` with a
+    `ProblemError` in the place of an invalid item, and the other methods raise it.
     """
 
     def __init__(self, input_model: type[BaseModel]) -> None:
-        self.input_model = input_model
         self._takes_envelope = (
             "message" not in input_model.model_fields and input_model.model_config.get("extra") != "allow"
         )
-        self._sync_model = SyncInputModel[input_model]  # type: ignore[valid-type]  # a class known at run time
-        self._async_model = AsyncInputModel[input_model]  # type: ignore[valid-type]  # as above
-        self._item = TypeAdapter(input_model)
+        self._item = input_model
+        self._envelope = SyncInputModel[input_model]  # type: ignore[valid-type]  # a class known at run time
+        self._job = AsyncInputModel[input_model]  # type: ignore[valid-type]  # as above
         self._items: TypeAdapter[list[BaseModel]] = TypeAdapter(list[input_model])  # type: ignore[valid-type]  # as above
-        self._sync_envelope = TypeAdapter(self._sync_model)
-        self._async_envelope = TypeAdapter(self._async_model)
-        self._async_envelopes: TypeAdapter[list[AsyncInputModel]] = TypeAdapter(list[self._async_model])  # type: ignore[name-defined]  # as above
+        self._jobs: TypeAdapter[list[AsyncInputModel]] = TypeAdapter(list[self._job])  # type: ignore[name-defined]  # as above
 
     def item(self, body: bytes) -> BaseModel:
-        """The one item of a body. Raises `ProblemError`."""
+        """The one item of a body."""
         if self._takes_envelope and _ENVELOPE.match(body):
-            return _parse(self._sync_envelope, body, self._sync_model).message
-        return _parse(self._item, body, self.input_model)
+            return _parse(self._envelope, body).message
+        return _parse(self._item, body)
 
-    def items(self, body: bytes) -> list[BaseModel | InvalidItem]:
-        """The items of a list; an invalid one does not affect the others. Raises `ProblemError` if it is no list."""
-        try:
-            return list(self._items.validate_json(body))
-        except ValidationError:
-            return [self._item_or_error(value) for value in _parse(_ANY_LIST, body)]
+    def items(self, body: bytes) -> Sequence[BaseModel | Failure]:
+        """The items of a list. Raises `ProblemError` if it is no list."""
+        return _parse_list(self._items, self.item, body)
 
-    def async_request(self, body: bytes, what: str = "body") -> AsyncInputModel:
-        """The job that a body, or another part of the request, asks for. Raises `ProblemError`."""
-        return _parse(self._async_envelope, body, self._async_model, what)
+    def job(self, body: bytes, what: str = "body") -> AsyncInputModel:
+        """The job that a body, or another part of the request, asks for."""
+        return _parse(self._job, body, what)
 
-    def async_requests(self, body: bytes) -> list[AsyncInputModel | InvalidItem]:
-        """The jobs of a list; an invalid one does not affect the others. Raises `ProblemError` if it is no list."""
-        try:
-            return list(self._async_envelopes.validate_json(body))
-        except ValidationError:
-            return [self.line(to_json(value)) for value in _parse(_ANY_LIST, body)]
+    def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
+        """The jobs of a list. Raises `ProblemError` if it is no list."""
+        return _parse_list(self._jobs, self.job, body)
 
-    def line(self, line: bytes) -> AsyncInputModel | InvalidItem:
-        """The job that one line of a stream asks for."""
-        try:
-            return self.async_request(line, "line")
-        except ProblemError as problem:
-            return InvalidItem(problem.detail)
-
-    def _item_or_error(self, value: Any) -> BaseModel | InvalidItem:
-        try:
-            return self.item(to_json(value))
-        except ProblemError as problem:
-            return InvalidItem(problem.detail)
+    def line(self, line: bytes) -> AsyncInputModel | Failure:
+        """The job that one line of a stream asks for, or what is wrong with the line."""
+        return _or_failure(lambda body: self.job(body, "line"), line)
 
 
-def _parse(adapter: TypeAdapter[T], body: bytes, model: type[BaseModel] | None = None, what: str = "body") -> T:
+async def run_valid(
+    items: Sequence[Model | Failure], run: Callable[[list[Model]], Awaitable[Sequence[Outcome[Result]]]]
+) -> list[Outcome[Result]]:
+    """The outcomes of items, in their order: of the valid ones those that `run` returns, of the others their own."""
+    outcomes = iter(await run([item for item in items if not isinstance(item, Failure)]))
+    return [item if isinstance(item, Failure) else next(outcomes) for item in items]
+
+
+def _parse_list(
+    adapter: TypeAdapter[list[Model]], parse: Callable[[bytes], Model], body: bytes
+) -> Sequence[Model | Failure]:
     try:
         return adapter.validate_json(body)
+    except ValidationError:
+        return [_or_failure(parse, to_json(value)) for value in _parse(RootModel[list[Any]], body).root]
+
+
+def _or_failure(parse: Callable[[bytes], Model], body: bytes) -> Model | Failure:
+    try:
+        return parse(body)
+    except ProblemError as problem:
+        return Failure(problem)
+
+
+def _parse(model: type[Model], body: bytes, what: str = "body") -> Model:
+    try:
+        return model.model_validate_json(body)
     except ValidationError as error:
         findings = error.errors(include_url=False)
         if findings[0]["type"] == "json_invalid":
             raise ProblemError(
                 HTTPStatus.BAD_REQUEST, f"the {what} is not JSON: {findings[0]['ctx']['error']}; correct it there"
             ) from error
-        errors = field_errors(findings, model)
-        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, summary(errors), errors=errors) from error
+        raise invalid(findings, model) from error

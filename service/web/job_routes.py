@@ -5,13 +5,12 @@ from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request
-from fastapi.responses import Response
 from pydantic import PositiveFloat
 
 from modalkit.pipelines.iomodel import MAX_EXPIRES_IN_S
 from modalkit.service.gateway import JobAdministration, Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
-from modalkit.service.web.answers import JobDetails, JobPageView, JobView, Purged, Replayed, json_response
+from modalkit.service.web.answers import PROBLEM_ANSWERS, JobDetails, JobPageView, JobView, Purged, Replayed
 from modalkit.service.web.options import check_query
 from modalkit.service.web.problems import ProblemError
 from modalkit.service.web.routes import while_connected
@@ -38,33 +37,32 @@ OlderThan = Annotated[
 
 def make_job_router(jobs: Jobs) -> APIRouter:
     """The routes over `jobs`."""
-    router = APIRouter(tags=["jobs"], dependencies=[Depends(_check_query)])
+    router = APIRouter(tags=["jobs"], dependencies=[Depends(_check_query)], responses=PROBLEM_ANSWERS)
 
     def administration(reason: str) -> JobAdministration:
         if jobs.administration is None:
             raise ProblemError(HTTPStatus.NOT_IMPLEMENTED, reason)
         return jobs.administration
 
-    @router.get("/jobs", operation_id="list_jobs", summary="List jobs, the newest first")
+    @router.get("/jobs", summary="List jobs, the newest first")
     async def list_jobs(
         status: Statuses = [],  # noqa: B006  # FastAPI copies it
         delivery: Deliveries = [],  # noqa: B006  # as above
         model_name: OfModel = None,
         limit: Limit = 100,
         cursor: Cursor = None,
-    ) -> Response:
+    ) -> JobPageView:
         which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name)
         page = await administration(CANNOT_LIST).page(limit, which, cursor)
-        views = [JobView.model_validate(job) for job in page.jobs]
-        return json_response(JobPageView(jobs=views, next_cursor=page.next_cursor).model_dump_json().encode())
+        return JobPageView(jobs=[JobView.model_validate(job) for job in page.jobs], next_cursor=page.next_cursor)
 
-    @router.delete("/jobs", operation_id="purge_jobs", summary="Remove jobs that have ended, with their results")
+    @router.delete("/jobs", summary="Remove jobs that have ended, with their results")
     async def purge_jobs(
         status: Statuses = [],  # noqa: B006  # as above
         delivery: Deliveries = [],  # noqa: B006  # as above
         model_name: OfModel = None,
         older_than: OlderThan = None,
-    ) -> Response:
+    ) -> Purged:
         if not status and not delivery and older_than is None:
             raise ProblemError(
                 HTTPStatus.UNPROCESSABLE_ENTITY,
@@ -72,24 +70,22 @@ def make_job_router(jobs: Jobs) -> APIRouter:
             )
         ended_before = None if older_than is None else time.time() - older_than
         which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name, ended_before=ended_before)
-        purged = await administration(CANNOT_PURGE).purge(which)
-        return json_response(Purged(purged=purged).model_dump_json().encode())
+        return Purged(purged=await administration(CANNOT_PURGE).purge(which))
 
-    @router.post("/jobs/replay", operation_id="replay_jobs", summary="Send all undelivered results once more")
-    async def replay_jobs() -> Response:
-        replayed = await administration(CANNOT_REPLAY).replay()
-        return json_response(Replayed(replayed=replayed).model_dump_json().encode())
+    @router.post("/jobs/replay", summary="Send all undelivered results once more")
+    async def replay_jobs() -> Replayed:
+        return Replayed(replayed=await administration(CANNOT_REPLAY).replay())
 
-    @router.get("/jobs/{job_id}", operation_id="get_job", summary="What became of a job")
-    async def get_job(request: Request, job_id: JobId, wait: Wait = 0.0) -> Response:
-        return _job_response(job_id, await while_connected(request, lambda: jobs.get(job_id, wait)))
+    @router.get("/jobs/{job_id}", summary="What became of a job")
+    async def get_job(request: Request, job_id: JobId, wait: Wait = 0.0) -> JobDetails:
+        return _details(job_id, await while_connected(request, jobs.get(job_id, wait)))
 
-    @router.delete("/jobs/{job_id}", operation_id="cancel_job", summary="Cancel a job that has not ended")
-    async def cancel_job(job_id: JobId) -> Response:
-        return _job_response(job_id, await jobs.cancel(job_id))
+    @router.delete("/jobs/{job_id}", summary="Cancel a job that has not ended")
+    async def cancel_job(job_id: JobId) -> JobDetails:
+        return _details(job_id, await jobs.cancel(job_id))
 
-    @router.post("/jobs/{job_id}/replay", operation_id="replay_job", summary="Send an undelivered result once more")
-    async def replay_job(job_id: JobId) -> Response:
+    @router.post("/jobs/{job_id}/replay", summary="Send an undelivered result once more")
+    async def replay_job(job_id: JobId) -> JobDetails:
         replayed = await administration(CANNOT_REPLAY).replay([job_id])
         job = await jobs.get(job_id)
         if job is not None and not replayed:
@@ -97,7 +93,7 @@ def make_job_router(jobs: Jobs) -> APIRouter:
                 HTTPStatus.CONFLICT,
                 f"the delivery of job {job_id} is {job.delivery}; only an undelivered result can be sent once more",
             )
-        return _job_response(job_id, job)
+        return _details(job_id, job)
 
     return router
 
@@ -106,10 +102,10 @@ async def _check_query(request: Request) -> None:
     check_query(request, {parameter.alias for parameter in request.scope["route"].dependant.query_params})
 
 
-def _job_response(job_id: str, job: Job | None) -> Response:
+def _details(job_id: str, job: Job | None) -> JobDetails:
     if job is None:
         raise ProblemError(
             HTTPStatus.NOT_FOUND,
             f"there is no job {job_id!r}: the id is wrong, or the job was removed after its result_ttl",
         )
-    return json_response(JobDetails.model_validate(job).model_dump_json().encode())
+    return JobDetails.model_validate(job)

@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, generate_latest
+from prometheus_client import PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -17,7 +18,6 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 async def exposition(gateway: Gateway) -> bytes:
     """All metrics, in Prometheus's text format."""
-    registry = CollectorRegistry(auto_describe=False)
     metrics = list(_of_models(gateway.models.values()))
     if (administration := gateway.jobs.administration) is not None:
         is_up = GaugeMetricFamily("modalkit_job_store_up", "0 where the job store cannot be read.")
@@ -28,18 +28,16 @@ async def exposition(gateway: Gateway) -> bytes:
             is_up.add_metric([], 0)
             logger.exception("The jobs could not be counted")
         metrics.append(is_up)
-    registry.register(_Snapshot(metrics))
-    ProcessCollector(registry=registry)
-    PlatformCollector(registry=registry)
-    return generate_latest(registry)
+    metrics += [*ProcessCollector(registry=None).collect(), *PlatformCollector(registry=None).collect()]
+    return generate_latest(_Snapshot(metrics))
 
 
+@dataclass
 class _Snapshot(Collector):
-    def __init__(self, metrics: Iterable[Metric]) -> None:
-        self._metrics = metrics
+    metrics: Iterable[Metric]
 
     def collect(self) -> Iterable[Metric]:
-        return self._metrics
+        return self.metrics
 
 
 def _of_models(models: Iterable[Model]) -> Iterator[Metric]:
@@ -70,12 +68,8 @@ def _of_models(models: Iterable[Model]) -> Iterator[Metric]:
             queued.add_metric([name, priority], count)
         for outcome in ("succeeded", "failed", "expired", "cancelled", "refused"):
             requests.add_metric([name, outcome], getattr(done, outcome))
-        for quantile, seconds in (
-            ("0.5", done.latency_p50_s),
-            ("0.9", done.latency_p90_s),
-            ("0.99", done.latency_p99_s),
-        ):
-            latency.add_metric([name, quantile], seconds)
+        for percent in (50, 90, 99):
+            latency.add_metric([name, f"{percent / 100:g}"], getattr(done, f"latency_p{percent}_s"))
         running.add_metric([name], done.running)
         stuck.add_metric([name], done.stuck_threads)
         batches.add_metric([name], done.batches)

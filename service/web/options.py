@@ -1,53 +1,67 @@
-"""Reads and documents the options of a request for predictions, which are in its headers and its query.
+"""The options of a request for predictions, which are in its headers and its query.
 
-They are not parameters of FastAPI's: reading four of those takes longer than all other work for a job.
+Routes read them by `of`. FastAPI only documents them: its own reading takes longer than all other work for a job.
 """
 
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Self
 
-from fastapi import Request
+from fastapi import Header, Query, Request
+from pydantic import Field
 
 from modalkit.batching import Priority
 from modalkit.service.web.problems import ProblemError
 
 MAX_KEY_CHARACTERS = 255
 
+ModelName = Annotated[str | None, Query(description="Which model, where there are several; the first if left out.")]
+PriorityHeader = Annotated[
+    Priority, Header(alias="X-Priority", description="`interactive` goes before `bulk`, which keeps a share.")
+]
+TimeoutHeader = Annotated[
+    float | None, Header(alias="X-Request-Timeout", gt=0, description="Seconds after which the answer is 504.")
+]
+KeyHeader = Annotated[
+    str | None,
+    Field(min_length=1, max_length=MAX_KEY_CHARACTERS),
+    Header(alias="Idempotency-Key", description="The same for each repetition of a request: they all get one job."),
+]
+
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """The options of one request."""
+class PredictionOptions:
+    """The options of a request that waits for its result."""
 
-    model_name: str | None
-    priority: Priority
-    timeout_s: float | None = None
-    idempotency_key: str | None = None
-
-    @classmethod
-    def of_prediction(cls, request: Request) -> "Options":
-        """The options of a request that waits for its result. Raises `ProblemError`."""
-        return cls(
-            _model_name(request),
-            _priority(request, Priority.INTERACTIVE),
-            timeout_s=_timeout_s(request.headers.get("x-request-timeout")),
-        )
+    model_name: ModelName = None
+    priority: PriorityHeader = Priority.INTERACTIVE
+    timeout_s: TimeoutHeader = None
 
     @classmethod
-    def of_submission(cls, request: Request) -> "Options":
-        """The options of a request that submits jobs. Raises `ProblemError`."""
+    def of(cls, request: Request) -> Self:
+        """The options of this request. Raises `ProblemError`."""
+        return cls(_model_name(request), _priority(request, Priority.INTERACTIVE), _timeout_s(request))
+
+
+@dataclass(frozen=True, slots=True)
+class SubmissionOptions:
+    """The options of a request that submits jobs."""
+
+    model_name: ModelName = None
+    priority: PriorityHeader = Priority.BULK
+    idempotency_key: KeyHeader = None
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """The options of this request. Raises `ProblemError`."""
         if "x-request-timeout" in request.headers:
             raise _problem(
                 "X-Request-Timeout: a job is not bound to its request; leave the header out, expires_in in the body "
                 "and the setting async_config.timeout bound how long a job may take"
             )
-        return cls(
-            _model_name(request),
-            _priority(request, Priority.BULK),
-            idempotency_key=_key(request.headers.get("idempotency-key")),
-        )
+        return cls(_model_name(request), _priority(request, Priority.BULK), _idempotency_key(request))
 
 
 def check_query(request: Request, known: Collection[str]) -> None:
@@ -69,16 +83,15 @@ def _model_name(request: Request) -> str | None:
 
 
 def _priority(request: Request, default: Priority) -> Priority:
-    value = request.headers.get("x-priority")
-    if value is None:
-        return default
+    value = request.headers.get("x-priority", default)
     try:
         return Priority(value)
     except ValueError:
         raise _problem(f"X-Priority: must be interactive or bulk, got {value!r:.100}") from None
 
 
-def _timeout_s(value: str | None) -> float | None:
+def _timeout_s(request: Request) -> float | None:
+    value = request.headers.get("x-request-timeout")
     if value is None:
         return None
     try:
@@ -90,47 +103,12 @@ def _timeout_s(value: str | None) -> float | None:
     return timeout_s
 
 
-def _key(value: str | None) -> str | None:
-    if value is not None and not (1 <= len(value) <= MAX_KEY_CHARACTERS and value.isprintable()):
-        raise _problem(f"Idempotency-Key: must be 1 to {MAX_KEY_CHARACTERS} printable characters, got {value!r:.100}")
-    return value
+def _idempotency_key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (1 <= len(key) <= MAX_KEY_CHARACTERS and key.isprintable()):
+        raise _problem(f"Idempotency-Key: must be 1 to {MAX_KEY_CHARACTERS} printable characters, got {key!r:.100}")
+    return key
 
 
 def _problem(detail: str) -> ProblemError:
     return ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
-
-
-def _parameter(name: str, place: str, description: str, **schema: Any) -> dict[str, Any]:
-    return {"name": name, "in": place, "description": description, "schema": schema}
-
-
-_MODEL_NAME = _parameter(
-    "model_name", "query", "Which model, where there are several; the first if left out.", type="string"
-)
-_PRIORITY = _parameter(
-    "X-Priority",
-    "header",
-    "`interactive` goes before `bulk`, which keeps a share.",
-    type="string",
-    enum=[priority.value for priority in Priority],
-)
-_TIMEOUT = _parameter(
-    "X-Request-Timeout",
-    "header",
-    "Seconds after which the answer is 504.",
-    type="number",
-    exclusiveMinimum=0,
-)
-_IDEMPOTENCY_KEY = _parameter(
-    "Idempotency-Key",
-    "header",
-    "The same for each repetition of a request: they all get one job.",
-    type="string",
-    minLength=1,
-    maxLength=MAX_KEY_CHARACTERS,
-)
-
-PREDICTION_PARAMETERS = {"parameters": [_MODEL_NAME, _PRIORITY, _TIMEOUT]}
-"""For OpenAPI: what `Options.of_prediction` reads."""
-SUBMISSION_PARAMETERS = {"parameters": [_MODEL_NAME, _PRIORITY, _IDEMPOTENCY_KEY]}
-"""For OpenAPI: what `Options.of_submission` reads."""

@@ -1,158 +1,177 @@
 """The routes that predict, at once or as jobs."""
 
-from collections.abc import Awaitable, Callable, Coroutine
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from functools import cache, wraps
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, Union
 
-from fastapi import Depends, FastAPI, Request
+import anyio
+from fastapi import Body, Depends, FastAPI, Request
 from fastapi.responses import Response
-from fastapi.routing import APIRoute
-from pydantic import BaseModel
-from pydantic_core import to_json
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from modalkit.batching import Failure
-from modalkit.batching.task_groups import plain_task_group
-from modalkit.service.errors import OutputNotJsonError, describe_error
+from modalkit.batching import Failure, Outcome
+from modalkit.pipelines import AsyncInputModel, AsyncOutputModel, InferenceOutputModel
+from modalkit.service.errors import OutputNotJsonError
 from modalkit.service.gateway import Gateway, find_model
 from modalkit.service.outputs import output_json
-from modalkit.service.web.answers import json_response
+from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, Submitted
 from modalkit.service.web.auth import ApiKey
-from modalkit.service.web.bodies import BodyParser, InvalidItem, read_body
-from modalkit.service.web.options import PREDICTION_PARAMETERS, SUBMISSION_PARAMETERS, Options
-from modalkit.service.web.problems import ProblemError, error_response
+from modalkit.service.web.bodies import BodyParser, read_body, run_valid
+from modalkit.service.web.options import PredictionOptions, SubmissionOptions
+from modalkit.service.web.problems import KNOWN_ERRORS, ProblemError, error_json, error_response
 from modalkit.service.web.submissions import Submitter
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
 
+WATCH_AFTER_S = 0.1
+"""Seconds after which a request that waits is watched: a task for each request would cost a fifth of its time."""
+
 
 def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None) -> None:
-    """Add the routes over `gateway`.
+    """Add the routes over `gateway`: to FastAPI for the documentation, and as `DirectRoutes`."""
+    endpoints: dict[str, Endpoint] = {}
+    app.add_middleware(DirectRoutes, endpoints=endpoints)
+    models = gateway.models.values()
+    item: Any = Union[tuple(model.input_model for model in models)]  # noqa: UP007  # types known at run time
+    job: Any = Union[tuple(AsyncInputModel[model.input_model] for model in models)]  # type: ignore[name-defined]  # noqa: UP007  # as above
+    output: Any = Union[tuple(model.output_model for model in models)]  # noqa: UP007  # as above
+    key = [] if api_key is None else api_key.dependencies
+    parser = cache(BodyParser)
 
-    They are added to the application itself: a router in between would cost as much time as the route.
-    """
-    dependencies = [] if api_key is None else [Depends(api_key.dependency)]
-    parsers: dict[type[BaseModel], BodyParser] = {}
+    def route(path: str, taken: Any, options: type, answer: Any, **more: Any) -> Callable[[Endpoint], None]:
+        """Add a route; `taken`, `options` and `answer` are the types of what it takes and answers, for OpenAPI only."""
 
-    def parser(input_model: type[BaseModel]) -> BodyParser:
-        if input_model not in parsers:
-            parsers[input_model] = BodyParser(input_model)
-        return parsers[input_model]
+        def documented_body(body: Annotated[taken, Body()]) -> None: ...
 
-    def route(path: str, **documentation: Any) -> Callable[[Endpoint], None]:
         def add(endpoint: Endpoint) -> None:
+            @wraps(endpoint)
             async def checked(request: Request) -> Response:
                 if api_key is not None:
                     await api_key.check(request)
                 return await endpoint(request)
 
+            endpoints[path] = checked
             app.router.add_api_route(
                 path,
                 checked,
                 methods=["POST"],
                 tags=["predictions"],
-                dependencies=dependencies,
-                route_class_override=_PlainRoute,
-                **documentation,
+                response_model=answer,
+                responses=PROBLEM_ANSWERS,
+                dependencies=[Depends(documented_body), Depends(options), *key],
+                **more,
             )
 
         return add
 
-    @route(
-        "/sync/predict",
-        operation_id="sync_predict",
-        summary="Run one item and wait for its result",
-        openapi_extra=PREDICTION_PARAMETERS,
-    )
+    @route("/sync/predict", item, PredictionOptions, output, summary="Run one item and wait for its result")
     async def sync_predict(request: Request) -> Response:
-        options = Options.of_prediction(request)
+        options = PredictionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
         item = parser(model.input_model).item(await read_body(request))
+        call = model.predict(item, priority=options.priority, timeout_s=options.timeout_s)
         try:
-            output = await while_connected(
-                request, lambda: model.predict(item, priority=options.priority, timeout_s=options.timeout_s)
-            )
-            content = output_json(output)
-        except ProblemError:
-            raise
+            return Response(output_json(await while_connected(request, call)), media_type=JSON)
         except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is this item's error
             return error_response(error)
-        return json_response(content)
 
     @route(
         "/batch/predict",
-        operation_id="batch_predict",
+        list[item],
+        PredictionOptions,
+        list[output],
         summary="Run a list of items; each slot has a result or an error",
-        openapi_extra=PREDICTION_PARAMETERS,
     )
     async def batch_predict(request: Request) -> Response:
-        options = Options.of_prediction(request)
+        options = PredictionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
         items = parser(model.input_model).items(await read_body(request))
-        valid = [item for item in items if not isinstance(item, InvalidItem)]
-        outcomes = iter(
-            await while_connected(
-                request, lambda: model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s)
-            )
+        outcomes = await run_valid(
+            items,
+            lambda valid: while_connected(
+                request, model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s)
+            ),
         )
-        slots = [_slot(item) if isinstance(item, InvalidItem) else _slot(next(outcomes)) for item in items]
-        return json_response(b"[" + b",".join(slots) + b"]")
+        return Response(b"[" + b",".join(map(_slot, outcomes)) + b"]", media_type=JSON)
 
     @route(
         "/async/predict",
-        operation_id="async_predict",
+        job | list[job],
+        SubmissionOptions,
+        AsyncOutputModel | list[Submitted],
         status_code=HTTPStatus.ACCEPTED,
         summary="Accept a job, a list of jobs, or a stream of them",
         description="A job is accepted once it is stored. A stream (NDJSON) is answered with a line for each of its "
         "lines, with the status 200.",
-        openapi_extra=SUBMISSION_PARAMETERS,
     )
     async def async_predict(request: Request) -> Response:
-        options = Options.of_submission(request)
+        options = SubmissionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
         return await Submitter(gateway.jobs, model.name, parser(model.input_model), options).answer(request)
 
 
-class _PlainRoute(APIRoute):
-    """A documented route that calls its endpoint with the request; FastAPI reads no parameters, runs no dependencies.
+class DirectRoutes:
+    """ASGI middleware that answers POST requests by `endpoints`, an endpoint for each path, and passes on all others.
 
-    What FastAPI does for each request takes as long as all other work for a job.
+    FastAPI only documents these routes: its routing, parameters and middleware take longer than all other work for a
+    request. An error that is none of `KNOWN_ERRORS` is raised.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The function that answers a request."""
-        endpoint = self.endpoint
+    def __init__(self, app: ASGIApp, endpoints: Mapping[str, Endpoint]) -> None:
+        self._app = app
+        self._endpoints = endpoints
 
-        async def handle(request: Request) -> Response:
-            response: Response = await endpoint(request)
-            return response
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, as an ASGI application does."""
+        root_path = scope.setdefault("root_path", "")  # servers may leave it out, and `fastapi_offline` needs it
+        endpoint = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            endpoint = self._endpoints.get(scope["path"].removeprefix(root_path))
+        if endpoint is None:
+            await self._app(scope, receive, send)
+            return
+        try:
+            response = await endpoint(Request(scope, receive, send))
+        except KNOWN_ERRORS as error:
+            response = error_response(error)
+        await response(scope, receive, send)
 
-        return handle
 
+async def while_connected(request: Request, call: Awaitable[T]) -> T:
+    """Await a call; cancel it when the client disconnects, so that its item leaves the queue.
 
-async def while_connected(request: Request, call: Callable[[], Awaitable[T]]) -> T:
-    """Await a call; cancel it when the client disconnects, so that its item leaves the queue."""
-    async with plain_task_group() as task_group:
+    Only a request that has waited for `WATCH_AFTER_S` seconds gets a task that watches its connection.
+    """
+    watch: asyncio.Task[None] | None = None
 
-        async def watch() -> None:
-            # The body has been read, so the only message that can come is the disconnection.
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            task_group.cancel_scope.cancel()
+    async def cancel_when_disconnected() -> None:
+        # The body has been read, so the only message that can come is the disconnection.
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        scope.cancel()
 
-        task_group.start_soon(watch)
-        result = await call()
-        task_group.cancel_scope.cancel()
-        return result
+    def start_watch() -> None:
+        nonlocal watch
+        watch = asyncio.create_task(cancel_when_disconnected())
+
+    timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, start_watch)
+    try:
+        with anyio.CancelScope() as scope:
+            return await call
+    finally:
+        timer.cancel()
+        if watch is not None:
+            watch.cancel()
     raise ProblemError(HTTPStatus.REQUEST_TIMEOUT, "the client has gone")
 
 
-def _slot(outcome: Any) -> bytes:
-    if isinstance(outcome, InvalidItem):
-        return to_json({"status": "error", "error": outcome.error})
+def _slot(outcome: Outcome[InferenceOutputModel]) -> bytes:
     if isinstance(outcome, Failure):
-        return to_json({"status": "error", "error": describe_error(outcome.error)})
+        return error_json(outcome.error)
     try:
         return output_json(outcome.value)
     except OutputNotJsonError as error:
-        return to_json({"status": "error", "error": describe_error(error)})
+        return error_json(error)

@@ -4,13 +4,11 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
 
 import anyio
-from anyio.abc import TaskGroup
 
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.service.aws import aws_clients
+from modalkit.service.aws import aws_answer, aws_clients
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
@@ -30,9 +28,16 @@ _REMEDIES = {
     "ExpiredTokenException": _CREDENTIALS,
     "InvalidClientTokenId": _CREDENTIALS,
     "InvalidSignatureException": _CREDENTIALS,
+    "NoCredentialsError": _CREDENTIALS,
     "ParameterNotFound": "create it in this region, or correct the name or app_settings.auth_config.ssm_region",
+    "PartialCredentialsError": _CREDENTIALS,
     "UnrecognizedClientException": _CREDENTIALS,
 }
+
+
+async def _wait(wanted: anyio.Event, seconds: float) -> None:
+    with anyio.move_on_after(seconds):
+        await wanted.wait()
 
 
 class SsmKey:
@@ -51,7 +56,7 @@ class SsmKey:
         region: str | None = None,
         refresh_s: float = 300.0,
         clock: Callable[[], float] = anyio.current_time,
-        sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
+        wait: Callable[[anyio.Event, float], Awaitable[None]] = _wait,
     ) -> None:
         region, self._create_client = aws_clients(
             "ssm",
@@ -66,84 +71,68 @@ class SsmKey:
         self._place = f"parameter {name!r} of AWS SSM in {region}"
         self._refresh_s = refresh_s
         self._clock = clock
-        self._sleep = sleep
-        # All mutable state.
-        self._value: bytes | None = None
-        self._client: Any = None
-        self._task_group: TaskGroup | None = None  # owns every read except the first
-        self._reading: anyio.Event | None = None  # set at the end of the running read
-        self._failures = 0
-        self._next_wrong_key_read_at = float("-inf")
-
-    @property
-    def value(self) -> bytes | None:
+        self._wait = wait
+        # All mutable state, besides the client.
+        self.value: bytes | None = None
         """The key of the last read, in the form of `header_bytes`; None before the first read."""
-        return self._value
+        self._wanted = anyio.Event()  # set from when a read is wanted until its end
+        self._was_read = anyio.Event()  # set at the end of the read
+        self._next_wrong_key_read_at = float("-inf")
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
         """Read the key (raises `LoadError`), then read it again at intervals until the context is left."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            raise LoadError(f"{SSM_KEY} needs the event loop of asyncio; it does not run on trio") from None
+        if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+            raise LoadError(f"{SSM_KEY} needs the event loop of asyncio; it does not run on trio")
         client = self._create_client()
         with self._explained():
             self._client = await client.__aenter__()
         try:
-            self._value = await self._read()
-            async with plain_task_group() as self._task_group:
-                self._task_group.start_soon(self._refresh_forever, self._task_group)
+            self.value = await self._read()
+            self._wanted, self._was_read = anyio.Event(), anyio.Event()
+            async with plain_task_group() as task_group:
+                task_group.start_soon(self._refresh_forever)
                 try:
                     yield
                 finally:
-                    self._task_group.cancel_scope.cancel()
+                    task_group.cancel_scope.cancel()
         finally:
-            self._task_group = None
+            self._was_read.set()
             with anyio.CancelScope(shield=True):
                 await client.__aexit__(None, None, None)
 
     async def refresh(self) -> None:
-        """Read the key again, because a request has another one; takes at most `READ_S` seconds.
+        """Have the key read again, because a request has another one; takes at most `READ_S` seconds.
 
         Does nothing within `WRONG_KEY_INTERVAL_S` after the last read that it caused. Raises nothing.
         """
-        if self._task_group is None:
-            return
-        if self._reading is None:
+        if not self._wanted.is_set():
             now = self._clock()
             if now < self._next_wrong_key_read_at:
                 return
             self._next_wrong_key_read_at = now + WRONG_KEY_INTERVAL_S
-        await self._share_read(self._task_group)
+            self._wanted.set()
+        await self._was_read.wait()
 
-    async def _refresh_forever(self, task_group: TaskGroup) -> None:
+    async def _refresh_forever(self) -> None:
+        """Read the key at intervals and when it is wanted, in a task of its own: those who want it may be cancelled."""
+        failures = 0
         while True:
-            retry_s = backoff_with_jitter(self._failures) if self._failures else self._refresh_s
-            await self._sleep(min(retry_s, self._refresh_s))
-            await self._share_read(task_group)
-
-    async def _share_read(self, task_group: TaskGroup) -> None:
-        """One read for all callers that want one, in a task of its own, because any caller may be cancelled."""
-        if self._reading is None:
-            self._reading = anyio.Event()
-            task_group.start_soon(self._read_again, self._reading)
-        await self._reading.wait()
-
-    async def _read_again(self, done: anyio.Event) -> None:
-        try:
-            value = await self._read()
-        except LoadError as error:
-            self._failures += 1
-            logger.warning("The API key cannot be read again; the last one stays valid. %s", error)
-        else:
-            self._failures = 0
-            if value != self._value:
-                logger.info("The API key has changed")
-            self._value = value
-        finally:
-            self._reading = None
-            done.set()
+            retry_s = backoff_with_jitter(failures) if failures else self._refresh_s
+            await self._wait(self._wanted, min(retry_s, self._refresh_s))
+            self._wanted.set()
+            try:
+                value = await self._read()
+            except LoadError as error:
+                failures += 1
+                logger.warning("The API key cannot be read again; the last one stays valid. %s", error)
+            else:
+                failures = 0
+                if value != self.value:
+                    logger.info("The API key has changed")
+                self.value = value
+            self._was_read.set()
+            self._wanted, self._was_read = anyio.Event(), anyio.Event()
 
     async def _read(self) -> bytes:
         with self._explained():
@@ -160,27 +149,15 @@ class SsmKey:
         try:
             yield
         except Exception as error:
-            raise LoadError(f"{SSM_KEY}: {self._place}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    from botocore.exceptions import (  # type: ignore[import-untyped]  # ships no types
-        BotoCoreError,
-        ClientError,
-        NoCredentialsError,
-        PartialCredentialsError,
-    )
-
-    if isinstance(error, TimeoutError):
-        return f"no answer within {READ_S:g} s"
-    if isinstance(error, ClientError):
-        answer = error.response.get("Error", {})
-        code, message = answer.get("Code", ""), answer.get("Message", "")
-        remedy = f"; {_REMEDIES[code]}" if code in _REMEDIES else ""
-        return f"AWS answers {code}: {message.rstrip('.')}{remedy}"
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return f"{error}; {_CREDENTIALS}"
-    return str(error) if isinstance(error, BotoCoreError | ValueError) else describe_error(error)
+            code, message = aws_answer(error)
+            if code:
+                reason = f"AWS answers {code}: {message.rstrip('.')}"
+            elif isinstance(error, TimeoutError):
+                reason = f"no answer within {READ_S:g} s"
+            else:
+                reason = str(error) if isinstance(error, ValueError) else describe_error(error)
+            remedy = _REMEDIES.get(code or type(error).__name__)
+            raise LoadError(f"{SSM_KEY}: {self._place}: {reason}{f'; {remedy}' if remedy else ''}") from error
 
 
 def header_bytes(key: str) -> bytes:

@@ -3,10 +3,9 @@
 import logging
 import tempfile
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from http import HTTPStatus
-from types import TracebackType
-from typing import Any, Self
+from typing import NamedTuple
 
 import anyio
 from fastapi import Request
@@ -15,16 +14,15 @@ from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from modalkit.batching import Failure, Outcome, Success
+from modalkit.batching import Failure, Outcome
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel
-from modalkit.service.errors import describe_error
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import JobStoreError
-from modalkit.service.web.answers import NDJSON, json_response
-from modalkit.service.web.bodies import BodyParser, InvalidItem, read_body
-from modalkit.service.web.options import Options
-from modalkit.service.web.problems import ProblemError
+from modalkit.service.web.answers import JSON, NDJSON
+from modalkit.service.web.bodies import BodyParser, read_body, run_valid
+from modalkit.service.web.options import SubmissionOptions
+from modalkit.service.web.problems import ProblemError, error_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +32,13 @@ MAX_LINE_BYTES = 2**20
 SPOOL_MEMORY_BYTES = 2**20
 SPOOL_CHUNK_BYTES = 2**16
 
-_TOO_LARGE = InvalidItem(f"the line is larger than {MAX_LINE_BYTES} bytes: send it as a request of its own")
+_TOO_LARGE = ProblemError(
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    f"the line is larger than {MAX_LINE_BYTES} bytes: send it as a request of its own",
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """A line that is not empty. `number` counts all lines from 1; `content` is None where it is too large."""
 
     number: int
@@ -48,7 +48,7 @@ class Line:
 class Submitter:
     """Submits the jobs of one request to one model."""
 
-    def __init__(self, jobs: Jobs, model_name: str, parser: BodyParser, options: Options) -> None:
+    def __init__(self, jobs: Jobs, model_name: str, parser: BodyParser, options: SubmissionOptions) -> None:
         self._jobs = jobs
         self._model_name = model_name
         self._parser = parser
@@ -64,18 +64,17 @@ class Submitter:
         body = await read_body(request)
         if body.lstrip()[:1] == b"[":
             self._refuse_key()
-            answers = [_json(outcome) for outcome in await self._submit(self._parser.async_requests(body))]
-            return json_response(b"[" + b",".join(answers) + b"]", HTTPStatus.ACCEPTED)
-        job = _with_key(self._parser.async_request(body), self._options.idempotency_key)
-        (outcome,) = await self._jobs.submit([job], model_name=self._model_name, priority=self._options.priority)
+            answers = [_json(outcome) for outcome in await self._submit(self._parser.jobs(body))]
+            return Response(b"[" + b",".join(answers) + b"]", HTTPStatus.ACCEPTED, media_type=JSON)
+        (outcome,) = await self._submit([self._with_key(self._parser.job(body))])
         if isinstance(outcome, Failure):
             raise outcome.error
         location = f"{request.scope.get('root_path', '')}/jobs/{outcome.value}"
-        return json_response(to_json({"job_id": outcome.value}), HTTPStatus.ACCEPTED, {"Location": location})
+        return Response(_json(outcome), HTTPStatus.ACCEPTED, {"Location": location}, JSON)
 
     async def answer_lines(self, lines: Sequence[Line]) -> bytes:
         """Submit the jobs of some lines; returns a line for each, with its `job_id` or its error."""
-        asked = [_TOO_LARGE if line.content is None else self._parser.line(line.content) for line in lines]
+        asked = [Failure(_TOO_LARGE) if line.content is None else self._parser.line(line.content) for line in lines]
         try:
             outcomes = await self._submit(asked)
         except Exception as error:  # the lines after these may succeed
@@ -87,10 +86,21 @@ class Submitter:
             for line, outcome in zip(lines, outcomes, strict=True)
         )
 
-    async def _submit(self, asked: Sequence[AsyncInputModel | InvalidItem]) -> list[Outcome[str] | InvalidItem]:
-        valid = [item for item in asked if not isinstance(item, InvalidItem)]
-        outcomes = iter(await self._jobs.submit(valid, model_name=self._model_name, priority=self._options.priority))
-        return [item if isinstance(item, InvalidItem) else next(outcomes) for item in asked]
+    async def _submit(self, asked: Sequence[AsyncInputModel | Failure]) -> list[Outcome[str]]:
+        return await run_valid(
+            asked, lambda jobs: self._jobs.submit(jobs, model_name=self._model_name, priority=self._options.priority)
+        )
+
+    def _with_key(self, job: AsyncInputModel) -> AsyncInputModel:
+        key = self._options.idempotency_key
+        if key is None:
+            return job
+        if job.idempotency_key not in (None, key):
+            raise ProblemError(
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+                "Idempotency-Key: the body has another idempotency_key; leave out one of the two",
+            )
+        return job.model_copy(update={"idempotency_key": key})
 
     def _refuse_key(self) -> None:
         if self._options.idempotency_key is not None:
@@ -105,27 +115,30 @@ async def lines_of(chunks: AsyncIterable[bytes], max_bytes: int = MAX_LINE_BYTES
 
     The content of a line that is too large is dropped, so that memory is bounded.
     """
-    number, rest, too_large = 0, b"", False
+
+    def join(line: bytes | None, part: bytes) -> bytes | None:
+        return None if line is None or len(line) + len(part) > max_bytes else line + part
+
+    number = 0
+    rest: bytes | None = b""
     async for chunk in chunks:
         first, *others = chunk.split(b"\n")
-        complete = []
-        for ended in others:
-            complete.append(None if too_large or len(rest) + len(first) > max_bytes else rest + first)
-            rest, too_large, first = b"", False, ended
-        too_large = too_large or len(rest) + len(first) > max_bytes
-        rest = b"" if too_large else rest + first
-        lines = [Line(number + count, content) for count, content in enumerate(complete, 1)]
-        number += len(complete)
+        lines = []
+        rest = join(rest, first)
+        for part in others:
+            number += 1
+            lines.append(Line(number, rest))
+            rest = join(b"", part)
         if wanted := [line for line in lines if line.content is None or line.content.strip()]:
             yield wanted
-    if too_large or rest.strip():
-        yield [Line(number + 1, None if too_large else rest)]
+    if rest is None or rest.strip():
+        yield [Line(number + 1, rest)]
 
 
-class Spool:
+class Spool(AbstractContextManager["Spool"]):
     """A pipe whose writer never waits: beyond a megabyte, bytes that have not been read are in a temporary file.
 
-    It has one reader, which waits for bytes. A context manager.
+    It has one reader, which waits for bytes.
     """
 
     def __init__(self) -> None:
@@ -135,12 +148,7 @@ class Spool:
         self._closed = False
         self._change = anyio.Event()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def write(self, data: bytes) -> None:
@@ -204,19 +212,5 @@ class SubmissionStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _with_key(job: AsyncInputModel, idempotency_key: str | None) -> AsyncInputModel:
-    if idempotency_key is None:
-        return job
-    if job.idempotency_key not in (None, idempotency_key):
-        raise ProblemError(
-            HTTPStatus.UNPROCESSABLE_ENTITY,
-            "Idempotency-Key: the body has another idempotency_key; leave out one of the two",
-        )
-    return job.model_copy(update={"idempotency_key": idempotency_key})
-
-
-def _json(outcome: Outcome[str] | InvalidItem) -> bytes:
-    if isinstance(outcome, Success):
-        return to_json({"job_id": outcome.value})
-    error: Any = outcome.error
-    return to_json({"status": "error", "error": error if isinstance(error, str) else describe_error(error)})
+def _json(outcome: Outcome[str]) -> bytes:
+    return error_json(outcome.error) if isinstance(outcome, Failure) else to_json({"job_id": outcome.value})

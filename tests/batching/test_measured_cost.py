@@ -159,7 +159,7 @@ def test_nonnegative_least_squares_finds_a_minimum(rows: list[list[float]], trut
             (sum(a * b for a, b in zip(row, x, strict=True)) - v) ** 2 for row, v in zip(rows, values, strict=True)
         )
 
-    found = solve_nonnegative(matrix, vector)
+    found = solve_nonnegative(matrix, vector, [1.0] * 3)
     assert all(x >= 0 for x in found)
     least = error(found)
     for i in range(3):

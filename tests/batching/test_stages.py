@@ -290,6 +290,28 @@ async def test_a_function_of_no_batch_runs_in_the_thread_of_the_batches() -> Non
     assert names == ["model 0", "model 0"]
 
 
+async def test_a_function_of_no_batch_runs_while_no_batch_is_in_any_stage_of_any_thread() -> None:
+    model = Model(preprocess_s=0.0)
+    gates = [model.close("predict", item) for item in (1, 2)]
+    async with (
+        BatchScheduler(model.stages(), policy=ONE, max_in_flight=2) as scheduler,
+        anyio.create_task_group() as task_group,
+    ):
+        for item in (1, 2):
+            task_group.start_soon(scheduler.submit, item)
+        await model.until_entered("predict", 2)
+        task_group.start_soon(scheduler.run_in_thread, lambda: model.events.append(("function", [])))
+        await anyio.wait_all_tasks_blocked()
+        task_group.start_soon(scheduler.submit, 3)
+        await anyio.wait_all_tasks_blocked()
+        assert ("function", []) not in model.events
+        for gate in gates:
+            gate.set()
+    stages = [name for name, _ in model.events]
+    alone = stages.index("function")
+    assert stages[:alone].count("preprocess") == stages[:alone].count("postprocess")
+
+
 async def test_a_function_of_no_batch_that_hangs_is_abandoned_in_time() -> None:
     gate = threading.Event()
     double: Callable[[list[int]], list[int]] = lambda items: [2 * item for item in items]  # noqa: E731

@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from modalkit.pipelines.classifier_settings import ClassifierEntry
 from modalkit.pipelines.loading import BUNDLED_FOLDER, load_checkpoint
 from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest
+from modalkit.pipelines.training.__main__ import evaluate
 from modalkit.pipelines.training.data import Sentence
-from modalkit.pipelines.training.evaluate import evaluate
 
 ROOT = Path(__file__).parents[2]
 

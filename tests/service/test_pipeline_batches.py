@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import anyio
 import pytest
 import torch
 from pydantic import BaseModel
@@ -11,7 +12,7 @@ from pydantic import BaseModel
 from modalkit.batching import Success
 from modalkit.batching.errors import InputsMovedError
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel
-from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large
+from modalkit.service.pipeline_batches import at_full_load, attempt_as_one_batch, is_too_large
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import POISON, Length, LengthPipeline, Text
@@ -46,6 +47,65 @@ async def test_a_tuple_of_outputs_is_checked_like_a_list(monkeypatch: pytest.Mon
     async with InferenceWorker(pipeline, settings=NO_CALIBRATION) as worker:
         with pytest.raises(Exception, match="no"):
             await worker.predict(Text(text="four"))
+
+
+class Paired(LengthPipeline):
+    """Runs two batches at once, and notes how many it was told of."""
+
+    max_in_flight = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[int] = []
+
+    def before_predict(self, in_flight: int) -> None:
+        self.told.append(in_flight)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("configured", [None, 1, 3])
+async def test_as_many_batches_run_at_once_as_the_pipeline_says_or_the_settings(configured: int | None) -> None:
+    pipeline = Paired()
+    settings = Settings(
+        app_settings={
+            "batch_config": {"max_batch_size": 1, "max_in_flight": configured, "calibration": {"enabled": False}}
+        }
+    )
+    expected = configured or 2
+    async with InferenceWorker(pipeline, settings=settings) as worker, anyio.create_task_group() as task_group:
+        pipeline.batches.clear()
+        pipeline.gate.clear()
+        for _ in range(4):
+            task_group.start_soon(worker.predict, Text(text="four"))
+        for _ in range(expected):
+            assert await anyio.to_thread.run_sync(pipeline.entered.acquire, True, 60)
+        await anyio.wait_all_tasks_blocked()
+        assert len(pipeline.batches) == expected
+        pipeline.gate.set()
+    if expected > 1:
+        assert pipeline.told[:expected] == list(range(1, expected + 1))
+        assert max(pipeline.told) == expected
+    else:
+        assert pipeline.told == []
+
+
+@pytest.mark.anyio
+async def test_costs_are_measured_with_as_many_batches_at_once_as_under_load() -> None:
+    pipeline = Paired()
+    async with InferenceWorker(pipeline) as worker:
+        assert worker.costs.observed
+    assert set(pipeline.told) == {2}
+    assert len(pipeline.told) == len(pipeline.batches) - 1, "the warm-up runs alone"
+
+
+def test_an_error_in_one_of_the_batches_at_once_is_raised() -> None:
+    class Failing(Paired):
+        def before_predict(self, in_flight: int) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                raise MemoryError("no room for two")
+
+    with pytest.raises(MemoryError, match="no room for two"):
+        at_full_load(Failing(), 2)([Text(text="four")])
 
 
 @pytest.mark.anyio

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from modalkit.batching import BatchPolicy
 from modalkit.service.settings import BatchConfig, ModelEntry, Settings, SettingsError, deep_merge
+from modalkit.service.settings.schema import section_in
 from modalkit.service.worker import batch_policy
 
 ROOT = Path(__file__).parents[2]
@@ -296,7 +297,8 @@ def test_every_setting_says_what_it_does() -> None:
     sections: list[type[BaseModel]] = [*every_section(Settings), ModelEntry]
     for section in sections:
         for name, field in section.model_fields.items():
-            assert field.description, f"{section.__name__}.{name}"
+            inner = section_in(field.annotation)
+            assert field.description or (inner is not None and inner.__doc__), f"{section.__name__}.{name}"
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 from modalkit.pipelines.sentiment import SentimentPipeline
-from modalkit.pipelines.training.__main__ import app
+from modalkit.pipelines.training.__main__ import app, evaluate
 from modalkit.pipelines.training.data import fetch_sentences, load_sentences
-from modalkit.pipelines.training.evaluate import evaluate
 
 
 def run(*arguments: str | Path) -> str:

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from modalkit.pipelines.loading import BUNDLED_FOLDER
-from modalkit.pipelines.training.vocabulary import kept_token_ids, prune_tokenizer
+from modalkit.pipelines.training.train import kept_token_ids, prune_tokenizer
 
 REQUIRED = 5 + 2 * 36
 """The special tokens, and the letters and digits at the start of a word and within."""

@@ -11,11 +11,9 @@ import modal
 import pytest
 from pydantic import BaseModel
 
-from modalkit.service.calls.delivery import CallDelivery
 from modalkit.service.calls.engine import KeyValueStore
-from modalkit.service.calls.gateway import CallGateway
 from modalkit.service.calls.in_process import InProcessCall, InProcessEngine
-from modalkit.service.calls.jobs import CallJobs
+from modalkit.service.calls.jobs import CallGateway, CallJobs
 from modalkit.service.calls.predictor import CallModel
 from modalkit.service.calls.processor import CallProcessor
 from modalkit.service.calls.records import CallRecords
@@ -127,10 +125,10 @@ def open_stand(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
                 worker = await stack.enter_async_context(InferenceWorker(pipeline, settings=settings))
                 processor = CallProcessor(
                     worker,
+                    settings.app_settings.async_config,
                     queue_rules=QueueRules(ALLOWED_QUEUES, queue),
-                    delivery=CallDelivery(queue, max_attempts=8),
+                    responses=queue,
                     records=CallRecords(engine.store),
-                    job_timeout_s=3600.0,
                     retries=retries,
                 )
                 engine.attach(MODEL, processor.process)

@@ -9,7 +9,7 @@ import anyio
 import pytest
 
 from modalkit.batching import Priority
-from modalkit.service.calls.delivery import CallDelivery
+from modalkit.service.calls.delivery import send_results
 from modalkit.service.jobs.life import end_job, start_job
 from modalkit.service.jobs.model import DeliveryStatus, Job, JobEnd, JobStatus
 from modalkit.service.queue_backends import InMemoryBackend, QueueBackend, QueueMessage, UndeliverableError
@@ -60,10 +60,14 @@ def at_once(attempt: int) -> float:
     return 0.0
 
 
-def make_delivery(
-    backend: QueueBackend, max_attempts: int = 5, backoff_s: Callable[[int], float] = at_once
-) -> CallDelivery:
-    return CallDelivery(backend, max_attempts=max_attempts, backoff_s=backoff_s, clock=lambda: 0.0)
+async def send(
+    backend: QueueBackend,
+    jobs: Sequence[Job],
+    until_s: float,
+    max_attempts: int = 5,
+    backoff_s: Callable[[int], float] = at_once,
+) -> list[Job]:
+    return await send_results(backend, jobs, until_s, max_attempts=max_attempts, backoff_s=backoff_s, clock=lambda: 0.0)
 
 
 def later() -> float:
@@ -72,7 +76,7 @@ def later() -> float:
 
 async def test_results_that_are_not_taken_are_sent_again(caplog: pytest.LogCaptureFixture) -> None:
     backend = Unsteady({"q": [False, ConnectionError("down"), None]})
-    (job,) = await make_delivery(backend).send([ended("q")], later())
+    (job,) = await send(backend, [ended("q")], later())
     assert (job.delivery, job.delivery_attempts, job.delivery_error) == (DeliveryStatus.DELIVERED, 4, None)
     assert backend.attempts == ["q"] * 4
     (message,) = backend.taken["q"]
@@ -84,7 +88,7 @@ async def test_results_that_are_not_taken_are_sent_again(caplog: pytest.LogCaptu
 
 async def test_a_result_is_given_up_after_so_many_attempts(caplog: pytest.LogCaptureFixture) -> None:
     backend = Unsteady({"q": [ConnectionError("down")] * 9})
-    (job,) = await make_delivery(backend, max_attempts=3).send([ended("q")], later())
+    (job,) = await send(backend, [ended("q")], later(), max_attempts=3)
     assert (job.delivery, job.delivery_attempts) == (DeliveryStatus.UNDELIVERED, 3)
     assert job.delivery_error == "ConnectionError: down"
     assert backend.attempts == ["q"] * 3
@@ -94,14 +98,13 @@ async def test_a_result_is_given_up_after_so_many_attempts(caplog: pytest.LogCap
 
 async def test_a_result_is_given_up_when_the_next_attempt_would_come_too_late() -> None:
     backend = Unsteady({"q": [False] * 9})
-    sender = make_delivery(backend, backoff_s=lambda attempt: 0.0 if attempt < 2 else 3600.0)
-    (job,) = await sender.send([ended("q")], later())
+    (job,) = await send(backend, [ended("q")], later(), backoff_s=lambda attempt: 0.0 if attempt < 2 else 3600.0)
     assert (job.delivery, job.delivery_attempts) == (DeliveryStatus.UNDELIVERED, 2)
 
 
 async def test_what_can_never_be_sent_is_tried_once() -> None:
     backend = Unsteady({"q": [UndeliverableError("too large")]})
-    (job,) = await make_delivery(backend).send([ended("q")], later())
+    (job,) = await send(backend, [ended("q")], later())
     assert (job.delivery, job.delivery_attempts) == (DeliveryStatus.UNDELIVERED, 1)
     assert job.delivery_error == "too large"
     assert backend.attempts == ["q"]
@@ -113,7 +116,7 @@ async def test_a_backend_that_hangs_has_until_the_call_ends() -> None:
             await anyio.sleep_forever()
             return True
 
-    (job,) = await make_delivery(Hanging()).send([ended("q")], anyio.current_time() + 0.01)
+    (job,) = await send(Hanging(), [ended("q")], anyio.current_time() + 0.01)
     assert (job.delivery, job.delivery_attempts) == (DeliveryStatus.UNDELIVERED, 1)
     assert job.delivery_error == "TimeoutError: no answer in the time that the call has"
 
@@ -121,7 +124,7 @@ async def test_a_backend_that_hangs_has_until_the_call_ends() -> None:
 async def test_a_queue_that_fails_leaves_the_others_results_delivered(caplog: pytest.LogCaptureFixture) -> None:
     backend = Unsteady({"down": [ConnectionError("down")] * 99})
     jobs = [ended("up", "0"), ended("down", "1"), ended("up", "2"), ended("down", "3", JobStatus.FAILED)]
-    sent = await make_delivery(backend, max_attempts=2).send(jobs, later())
+    sent = await send(backend, jobs, later(), max_attempts=2)
     assert [job.job_id for job in sent] == ["0", "1", "2", "3"]
     assert [str(job.delivery) for job in sent] == ["delivered", "undelivered", "delivered", "undelivered"]
     assert {json.loads(message)["job_id"] for message in backend.taken["up"]} == {"0", "2"}
@@ -133,11 +136,11 @@ async def test_a_queue_that_fails_leaves_the_others_results_delivered(caplog: py
 async def test_only_what_is_due_is_sent() -> None:
     backend = InMemoryBackend()
     jobs = [ended(None, "names no queue"), ended("q", "0")]
-    sent = await make_delivery(backend).send(jobs, later())
+    sent = await send(backend, jobs, later())
     assert [str(job.delivery) for job in sent] == ["none", "delivered"]
-    assert await make_delivery(backend).send(sent, later()) == sent
+    assert await send(backend, sent, later()) == sent
     assert backend.depth("q") == 1
-    assert await make_delivery(backend).send([], later()) == []
+    assert await send(backend, [], later()) == []
 
 
 async def test_a_backend_that_takes_many_gets_them_together_and_again_only_what_failed() -> None:
@@ -149,7 +152,7 @@ async def test_a_backend_that_takes_many_gets_them_together_and_again_only_what_
             failed = ConnectionError("this one") if len(batches) == 1 else None
             return [failed if message.job_id == "1" else None for message in messages]  # type: ignore[misc]  # wider
 
-    sent = await make_delivery(Batches()).send([ended("q", "0"), ended("q", "1"), ended("p", "2")], later())
+    sent = await send(Batches(), [ended("q", "0"), ended("q", "1"), ended("p", "2")], later())
     assert batches == [["0", "1", "2"], ["1"]]
     assert [(str(job.delivery), job.delivery_attempts) for job in sent] == [
         *(("delivered", 1), ("delivered", 2), ("delivered", 1))
@@ -158,7 +161,7 @@ async def test_a_backend_that_takes_many_gets_them_together_and_again_only_what_
 
 async def test_secrets_of_a_webhooks_address_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     queue = "https://user:password@example.com/hook?token=secret"
-    await make_delivery(Unsteady({queue: [False]})).send([ended(queue)], later())
+    await send(Unsteady({queue: [False]}), [ended(queue)], later())
     assert "example.com" in caplog.text
     assert "password" not in caplog.text
     assert "secret" not in caplog.text

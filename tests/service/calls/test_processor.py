@@ -13,7 +13,6 @@ from pydantic import BaseModel, ConfigDict
 from modalkit.batching import Outcome, Priority, QueueFullError
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
 from modalkit.service.calls import processor as processor_module
-from modalkit.service.calls.delivery import CallDelivery
 from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
 from modalkit.service.calls.processor import Call, CallProcessor
 from modalkit.service.calls.records import CallRecords
@@ -21,7 +20,7 @@ from modalkit.service.errors import ContainerFaultError, DeviceFaultError
 from modalkit.service.jobs.life import CRASHES_TOGETHER, MAX_CRASHES
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.queue_backends import InMemoryBackend
-from modalkit.service.settings import Settings
+from modalkit.service.settings import AsyncConfig, Settings
 from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
 from tests.support.odd_model import NUMPY, OddPipeline
@@ -77,10 +76,10 @@ def records() -> CallRecords:
 def make_processor(
     worker: InferenceWorker, records: CallRecords, queue: InMemoryBackend | None, **options: Any
 ) -> CallProcessor:
-    given: dict[str, Any] = {"job_timeout_s": 3600.0, "clock": lambda: NOW} | options
-    delivery = None if queue is None else CallDelivery(queue, max_attempts=1, clock=given["clock"])
+    config = AsyncConfig(timeout=options.pop("job_timeout_s", 3600.0), max_delivery_attempts=1)
+    given: dict[str, Any] = {"clock": lambda: NOW} | options
     rules = QueueRules(["ok", "bad"], queue)
-    return CallProcessor(worker, queue_rules=rules, delivery=delivery, records=records, **given)
+    return CallProcessor(worker, config, queue_rules=rules, responses=queue, records=records, **given)
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from rich.progress import Progress
 
-from modalkit.service.cli.predict import _Run, whole_file
+from modalkit.service.cli.common import whole_file
+from modalkit.service.cli.predict import _Run
 from modalkit.service.cli.records import FileFormat, read_records
 from modalkit.service.settings import Settings
 from tests.support.command_line import Modalkit
@@ -158,6 +159,19 @@ def test_what_was_written_before_a_failure_is_kept_beside_the_output(
     assert str(partial) in capsys.readouterr().err
 
 
+def test_links_and_permissions_of_the_output_stay(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.yaml", tmp_path / "link.yaml"
+    target.write_text("of yesterday")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    with whole_file(link) as stream:
+        stream.write("of today")
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert target.read_text() == "of today"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.yaml", "target.yaml"]
+
+
 def test_an_output_that_is_no_regular_file_is_written_to_at_once(modalkit: Modalkit) -> None:
     assert modalkit("predict", "four", "-o", "/dev/null").returncode == 0
     assert Path("/dev/null").is_char_device()
@@ -190,6 +204,21 @@ async def test_the_progress_counts_failed_and_invalid_lines_too() -> None:
     run = _Run(lambda _: None, progress, Settings())
     await run.score(LengthPipeline(), read_records(lines, FileFormat.TXT, Text, None))
     assert progress.tasks[0].completed == len(lines)
+
+
+@pytest.mark.anyio
+async def test_an_output_that_cannot_be_written_ends_the_run_with_its_own_error() -> None:
+    """So that the command tells a closed pipe and a full disk from a mistake of ours."""
+
+    def write(_: object) -> None:
+        raise BrokenPipeError
+
+    progress = Progress(disable=True)
+    progress.add_task("Running")
+    with pytest.raises(BrokenPipeError):
+        await _Run(write, progress, Settings()).score(
+            LengthPipeline(), read_records(["one"], FileFormat.TXT, Text, None)
+        )
 
 
 @pytest.mark.parametrize(

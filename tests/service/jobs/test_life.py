@@ -170,10 +170,7 @@ class OneJob(RuleBasedStateMachine):
         self.due_at = record.due_at if record.status is DeliveryStatus.PENDING else None
 
     def attempt(self, job: Job, error: Exception | None) -> DeliveryRecord:
-        attempt = job.delivery_attempts + 1
-        return life.after_delivery_attempt(
-            job, error, attempt=attempt, max_attempts=MAX_ATTEMPTS, now=self.now, backoff_s=float
-        )
+        return life.after_delivery_attempt(job, error, max_attempts=MAX_ATTEMPTS, now=self.now, backoff_s=float)
 
     @rule()
     def replay(self) -> None:
@@ -381,10 +378,7 @@ class StoreFollowsLife(RuleBasedStateMachine):
     @rule(number=st.integers(0, 9), error=ERRORS)
     def record_delivery(self, number: int, error: Exception | None) -> None:
         job = self.jobs[sorted(self.claimed)[number % len(self.claimed)]]
-        attempt = job.delivery_attempts + 1
-        record = life.after_delivery_attempt(
-            job, error, attempt=attempt, max_attempts=MAX_ATTEMPTS, now=self.now, backoff_s=float
-        )
+        record = life.after_delivery_attempt(job, error, max_attempts=MAX_ATTEMPTS, now=self.now, backoff_s=float)
         self.runner.run(self.store.record_deliveries([record]))
         self.claimed.remove(job.job_id)
         self.change(life.record_delivery(job, record))

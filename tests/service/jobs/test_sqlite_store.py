@@ -246,6 +246,18 @@ async def test_the_file_is_safe_to_read_meanwhile_and_shrinks_when_jobs_are_remo
         reader.close()
 
 
+async def test_jobs_are_removed_also_where_their_space_cannot_be_given_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("modalkit.service.jobs.store.ROWS_PER_STEP", "no number")
+    async with SqliteJobStore(path) as store:
+        await store.add([new_job("a")])
+        await store.cancel("a", 2.0)
+        assert await store.purge(JobFilter()) == 1
+        assert await store.get("a") is None
+    assert "could not be given back; trying again after the next removal" in caplog.text
+
+
 async def test_a_database_of_the_first_version_is_migrated_with_its_jobs(path: Path) -> None:
     path.parent.mkdir(parents=True)
     database = sqlite3.connect(path)
@@ -297,8 +309,9 @@ def listed(**fields: Any) -> str:
         (sql.REQUEUE.format(rows="(1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.RELEASE, "waiting_retries"),
         (sql.NEXT_RETRY, "waiting_retries"),
-        (sql.EXPIRE, "expiring_jobs"),
-        (sql.FAIL_CRASHED, "running_jobs"),
+        (sql.EXPIRED, "expiring_jobs"),
+        (sql.REQUEUE_CRASHED, "running_jobs"),
+        (sql.CRASHED, "suspect_jobs"),
         (sql.NEXT_QUEUE, "deliveries"),
         (sql.DUE, "deliveries"),
         (sql.FEWEST_DELIVERY_CRASHES, "suspect_deliveries"),
@@ -306,7 +319,8 @@ def listed(**fields: Any) -> str:
         (sql.QUARANTINE_DELIVERIES.format(which="delivery_crashes > 0"), "suspect_deliveries"),
         (sql.QUARANTINE_DELIVERIES.format(which="delivery_crashes = 0 AND delivery_queue = ?"), "deliveries"),
         (sql.GIVE_UP_DELIVERIES, "suspect_deliveries"),
-        (sql.END_SENDING["success_queue"].format(rows="(1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
+        (sql.END.format(rows="(1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
+        (sql.COUNT_PENDING, "sqlite_autoindex_jobs_1"),
         (sql.RECORD_DELIVERIES.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.REPLAY.format(which="seq > ?"), "undelivered_jobs"),
         (sql.REMOVE.format(which=sql.REMOVABLE), "removable_jobs"),
@@ -384,7 +398,7 @@ async def test_an_abandoned_operation_that_has_not_begun_is_not_run(path: Path) 
 
 
 async def test_more_operations_than_may_wait_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modalkit.service.jobs.sqlite.MAX_WAITING_OPERATIONS", 10)
+    monkeypatch.setattr("modalkit.service.jobs.operation_thread.MAX_WAITING_OPERATIONS", 10)
     refusals: list[str] = []
 
     async def add(store: SqliteJobStore, n: int) -> None:
@@ -410,7 +424,7 @@ async def test_a_cancelled_purge_leaves_the_store_working(path: Path) -> None:
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(store._perform, lambda _: may_go_on.wait(timeout=60))  # noqa: SLF001  # keeps the thread
             with anyio.move_on_after(0):
-                await store._thread.call(store._give_space_back)  # noqa: SLF001  # as a purge does at each step
+                await store.purge(JobFilter())
             may_go_on.set()
         assert await store.purge(JobFilter()) == 10
         assert sum((await store.counts()).statuses.values()) == 0

@@ -503,7 +503,7 @@ async def test_jobs_that_wait_to_run_again_can_be_cancelled_expire_and_leave_the
 
 
 async def test_a_page_ends_where_it_has_too_many_bytes(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modalkit.service.jobs.model.PAGE_BYTES", 2500)
+    monkeypatch.setattr("modalkit.service.jobs.sqlite_rows.PAGE_BYTES", 2500)
     await store.add([new_job(f"{n}", message_json=f'{{"text":"{"é" * (3000 if n == 2 else 400)}"}}') for n in range(6)])
     pages, cursor = list[list[str]](), None
     while not pages or cursor is not None:

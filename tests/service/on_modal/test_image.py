@@ -9,9 +9,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from modalkit.service.loading import LoadError
-from modalkit.service.on_modal.image import build_image, plan_image
-from modalkit.service.on_modal.image_code import pinned
-from modalkit.service.on_modal.image_plan import ImagePlan, LocalPath
+from modalkit.service.on_modal.image import ImagePlan, build_image, plan_image
+from modalkit.service.on_modal.image_code import LocalPath, pinned
 from modalkit.service.settings import Settings
 from tests.support.modal_objects import image_layers, local_files
 

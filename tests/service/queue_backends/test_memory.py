@@ -82,6 +82,42 @@ async def test_a_receiver_cancelled_as_its_message_comes_leaves_it_for_the_next(
     assert received + backend.messages("a") == ["x", "y"]
 
 
+async def test_a_receiver_that_is_cancelled_leaves_the_others_waiting() -> None:
+    backend, received = InMemoryBackend(), list[str]()
+
+    async def receive() -> None:
+        received.append(await backend.receive("a"))
+
+    async with anyio.create_task_group() as others:
+        async with anyio.create_task_group() as first:
+            first.start_soon(receive)
+            await anyio.wait_all_tasks_blocked()
+            others.start_soon(receive)
+            await anyio.wait_all_tasks_blocked()
+            first.cancel_scope.cancel()
+        await anyio.wait_all_tasks_blocked()
+        await backend.send_message("a", "x")
+    assert received == ["x"]
+
+
+def test_a_receiver_cancelled_in_one_event_loop_is_no_matter_to_the_next(anyio_backend_name: str) -> None:
+    backend = InMemoryBackend()
+
+    async def give_up() -> None:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(backend.receive, "a")
+            await anyio.wait_all_tasks_blocked()
+            task_group.cancel_scope.cancel()
+
+    async def send_to_receiver() -> None:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(backend.send_message, "a", "x")
+            assert await backend.receive("a") == "x"
+
+    anyio.run(give_up, backend=anyio_backend_name)
+    anyio.run(send_to_receiver, backend=anyio_backend_name)
+
+
 def test_any_object_with_the_method_is_a_backend() -> None:
     class Mine:
         async def send_message(self, queue_name: str, message: str) -> bool:

@@ -1,6 +1,7 @@
 """Sending many messages through any backend."""
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 import anyio
@@ -8,7 +9,7 @@ import anyio.lowlevel
 import pytest
 
 from modalkit.service.queue_backends import InMemoryBackend, QueueBackendError, QueueMessage
-from modalkit.service.queue_backends.sending import close_backend, send_all
+from modalkit.service.queue_backends.sending import ConnectedBackend, close_backend, send_all
 
 pytestmark = pytest.mark.anyio
 
@@ -179,3 +180,41 @@ async def test_a_backend_that_ends_the_process_when_it_is_closed_is_closed(caplo
 
     await close_backend(Ends())
     assert "could not be closed" in caplog.text
+
+
+async def test_a_connection_that_opens_while_its_backend_is_closed_is_closed_and_fails_who_waits_for_it() -> None:
+    class Connected(ConnectedBackend):
+        def __init__(self) -> None:
+            self.may_open = anyio.Event()
+            self.log: list[str] = []
+
+        async def _connect(self, stack: AsyncExitStack) -> str:
+            self.log.append("opening")
+            stack.callback(self.log.append, "closed")
+            await self.may_open.wait()
+            return "connection"
+
+        async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
+            assert await self._connection().get() == "connection"
+            return [None] * len(messages)
+
+    backend = Connected()
+    outcomes: dict[str, list[Exception | None]] = {}
+
+    async def send(body: str) -> None:
+        outcomes[body] = await send_all(backend, messages_for([body]))
+
+    async with anyio.create_task_group() as task_group:
+        for body in ("opens", "waits"):
+            task_group.start_soon(send, body)
+            await anyio.wait_all_tasks_blocked()
+        task_group.start_soon(backend.aclose)
+        await anyio.wait_all_tasks_blocked()
+        backend.may_open.set()
+    assert outcomes["opens"] == [None]
+    assert str(outcomes["waits"][0]) == "the backend was closed while the message waited to be sent"
+    assert backend.log == ["opening", "closed"]
+    await send("again")
+    assert outcomes["again"] == [None]
+    await backend.aclose()
+    assert backend.log == ["opening", "closed"] * 2

@@ -5,7 +5,7 @@ import base64
 import pytest
 
 from modalkit.service.queue_backends import WebhookVerificationError, verify_webhook
-from modalkit.service.queue_backends.signatures import sign, signing_key
+from modalkit.service.queue_backends.webhook import sign, signing_key
 
 # The example that the libraries of the Standard Webhooks project test themselves with.
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"

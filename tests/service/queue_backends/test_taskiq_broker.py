@@ -134,7 +134,7 @@ async def test_a_worker_goes_on_when_redis_is_back(tmp_path: Path, make_worker: 
             assert await done(redis, 1) == ["before"]
             await until_acknowledged(redis)
             await anyio.to_thread.run_sync(server.kill)
-            await anyio.to_thread.run_sync(worker.wait_for_log, "Redis does not answer")
+            await anyio.to_thread.run_sync(worker.wait_for_log, "Redis gives no messages")
             await anyio.to_thread.run_sync(server.start)
             await send(server.url, "after")
             assert await done(redis, 1) == ["after"]

@@ -339,6 +339,26 @@ async def test_a_name_that_cannot_be_found_is_an_error_that_may_pass() -> None:
         await backend.aclose()
 
 
+async def test_a_look_up_that_failed_is_made_again_for_the_next_message(receiver: WebhookReceiver) -> None:
+    asked: list[str] = []
+
+    async def resolve(host: str, port: int) -> Sequence[str]:
+        asked.append(host)
+        if len(asked) == 1:
+            raise OSError("Temporary failure in name resolution")
+        return ["127.0.0.1"]
+
+    backend = WebhookBackend(
+        allowed_hosts=[f"hooks.example:{receiver.port}"], allow_private_addresses=True, resolve=resolve
+    )
+    messages = [QueueMessage(url_of(receiver, "hooks.example"), "{}", "job-1")]
+    outcomes = await backend.send_messages(messages)  # kept, as deliveries keep them for a while
+    assert "Temporary failure" in str(outcomes[0])
+    assert await backend.send_messages(messages) == [None]
+    await backend.aclose()
+    assert len(asked) == 2
+
+
 async def test_certificates_are_checked_against_the_name_and_not_the_address(tmp_path: Path) -> None:
     server_tls, client_tls = certificate_for("hooks.example", tmp_path)
     receiver = WebhookReceiver(server_tls)

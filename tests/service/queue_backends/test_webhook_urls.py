@@ -5,8 +5,7 @@ import ipaddress
 import pytest
 
 from modalkit.service.queue_backends import QueueNameError
-from modalkit.service.queue_backends.addresses import is_public
-from modalkit.service.queue_backends.webhook_urls import AllowedURLs, shown_queue_name
+from modalkit.service.queue_backends.webhook_urls import AllowedURLs, is_public, shown_queue_name
 
 HOSTS = ["Hooks.Example.com", "*.wild.example", "ports.example:8443", "bücher.example", "8.8.8.8", "[2606:4700::1]:9"]
 # fmt: off  # a line each would be forty

@@ -230,7 +230,10 @@ def test_a_key_that_no_header_can_carry_is_refused_at_once(key: str) -> None:
 def test_checking_a_key_costs_no_thread(header: str) -> None:
     api_key = require_api_key(AuthConfig(api_key="s3cret", auth_header=header))
     assert api_key is not None
-    assert inspect.iscoroutinefunction(api_key.dependency)
+    assert all(
+        inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(type(called).__call__)
+        for called in (depends.dependency for depends in api_key.dependencies)
+    )
 
 
 async def test_an_unexpected_error_is_a_problem_without_internals_and_is_logged(
@@ -287,7 +290,7 @@ async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient
     assert sync["responses"]["200"]["content"]["application/json"]["schema"]["$ref"].endswith("/Length")
     accepted = schema["paths"]["/async/predict"]["post"]["requestBody"]["content"]
     job = accepted["application/x-ndjson"]["schema"]
-    assert accepted["application/json"]["schema"] == {"anyOf": [job, {"type": "array", "items": job}]}
+    assert accepted["application/json"]["schema"]["anyOf"] == [job, {"type": "array", "items": job}]
     properties = schema["components"]["schemas"][job["$ref"].rsplit("/", 1)[1]]["properties"]
     assert set(properties) == {*("message", "success_queue", "failure_queue", "meta"), "idempotency_key", "expires_in"}
     headers = {parameter["name"] for parameter in schema["paths"]["/async/predict"]["post"]["parameters"]}
@@ -297,3 +300,8 @@ async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient
     assert problem == {"$ref": "#/components/schemas/Problem"}
     found = schema["paths"]["/jobs/{job_id}"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
     assert found == {"$ref": "#/components/schemas/JobDetails"}
+    for path, operations in schema["paths"].items():
+        for operation in operations.values():
+            assert "422" not in operation["responses"], path
+            takes_requests = path.startswith(("/sync", "/batch", "/async", "/jobs"))
+            assert ("default" in operation["responses"]) == takes_requests, path

@@ -53,6 +53,12 @@ async def test_jobs_are_listed_by_state_in_pages(client: httpx.AsyncClient) -> N
     assert "limit" in assert_problem(await client.get("/jobs?limit=0"), 422)["detail"]
 
 
+async def test_a_number_that_json_does_not_have_is_shown_as_null(client: httpx.AsyncClient) -> None:
+    accepted = await client.post("/async/predict", content=b'{"message": {"text": "four"}, "meta": {"n": NaN}}')
+    found = await ended(client, accepted.json()["job_id"])
+    assert (found["status"], found["meta"]) == ("succeeded", {"n": None})
+
+
 async def test_an_undelivered_result_is_seen_and_replayed(settings: Settings) -> None:
     backend = Stubborn()
     app_settings = settings.app_settings.model_copy(

@@ -4,7 +4,7 @@ import asyncio
 import math
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import anyio
 import anyio.lowlevel
@@ -33,8 +33,8 @@ Put = Callable[..., Awaitable[None]]
 
 @dataclass(frozen=True)
 class Nap:
+    is_over: anyio.Event
     seconds: float
-    is_over: anyio.Event = field(default_factory=anyio.Event)
 
 
 class Time:
@@ -44,13 +44,12 @@ class Time:
         self.now = 0.0
         self.naps = asyncio.Queue[Nap]()
 
-    async def sleep(self, seconds: float) -> None:
-        nap = Nap(seconds)
-        self.naps.put_nowait(nap)
-        await nap.is_over.wait()
+    async def wait(self, wanted: anyio.Event, seconds: float) -> None:
+        self.naps.put_nowait(Nap(wanted, seconds))
+        await wanted.wait()
 
     async def refresh(self) -> float:
-        """End the sleep, wait until the next one has begun, and give its length."""
+        """End the wait, wait until the next one has begun, and give its length."""
         (await self.naps.get()).is_over.set()
         nap = await self.naps.get()
         self.naps.put_nowait(nap)
@@ -157,7 +156,7 @@ async def test_no_request_gets_in_where_the_server_skipped_the_start(settings: S
 async def test_the_key_is_read_again_every_refresh_seconds(put: Put) -> None:
     await put("first")
     time = Time()
-    key = SsmKey(NAME, refresh_s=60, clock=lambda: time.now, sleep=time.sleep)
+    key = SsmKey(NAME, refresh_s=60, clock=lambda: time.now, wait=time.wait)
     async with key.opened():
         assert key.value == b"first"
         await put("second\n")
@@ -170,7 +169,7 @@ async def test_the_last_key_stays_valid_while_aws_cannot_be_reached(
 ) -> None:
     await put("first")
     time = Time()
-    key = SsmKey(NAME, refresh_s=60, clock=lambda: time.now, sleep=time.sleep)
+    key = SsmKey(NAME, refresh_s=60, clock=lambda: time.now, wait=time.wait)
     async with key.opened():
         server.stop()
         try:
@@ -191,7 +190,7 @@ async def test_a_parameter_that_is_spoilt_later_leaves_the_last_key_valid(
 ) -> None:
     await put("first")
     time = Time()
-    key = SsmKey(NAME, clock=lambda: time.now, sleep=time.sleep)
+    key = SsmKey(NAME, clock=lambda: time.now, wait=time.wait)
     async with key.opened():
         await put(" ")
         assert await time.refresh() < 300
@@ -202,7 +201,7 @@ async def test_a_parameter_that_is_spoilt_later_leaves_the_last_key_valid(
 async def test_a_wrong_key_has_the_parameter_read_every_few_seconds_at_most(server: SqsServer, put: Put) -> None:
     await put("first")
     time = Time()
-    key = SsmKey(NAME, clock=lambda: time.now, sleep=time.sleep)
+    key = SsmKey(NAME, clock=lambda: time.now, wait=time.wait)
     async with key.opened():
         await put("second")
         await key.refresh()

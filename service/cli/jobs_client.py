@@ -21,6 +21,7 @@ from modalkit.service.jobs.manager import JobManager
 from modalkit.service.web.answers import Problem
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.problems import install_problem_handlers
+from modalkit.service.web.ssm_key import header_bytes
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
@@ -40,29 +41,31 @@ class JobsClient:
     """Asks the routes of jobs, in a block of `opened`.
 
     `name` is the address of the service, or the path of the file, as it may be shown. `sent_when` says when results
-    that are due are sent. A key is sent in the header `auth_header`, which is None for a file.
+    that are due are sent. `key_remedy` says what to do where the key is refused; None for a file.
     """
 
     http: AbstractAsyncContextManager[httpx.AsyncClient]
     name: str
     sent_when: str
-    auth_header: str | None = None
-    has_key: bool = False
+    key_remedy: str | None = None
 
     @classmethod
     def of_service(cls, url: httpx.URL, key: str | None, auth_header: str) -> Self:
         """The jobs of the service at `url`. Raises `JobsError` for a key that no header can carry."""
         headers = {}
+        remedy = "give its API key with --key or in MODALKIT_API_KEY"
         if key is not None:
-            if not key.isprintable() or not key.isascii():
-                # The key is not shown: it is a secret.
-                raise JobsError(
-                    "the API key (--key or MODALKIT_API_KEY) must be printable ASCII characters only; correct it"
-                )
-            scheme = "Bearer " if auth_header.lower() == "authorization" else ""
-            headers[auth_header.encode()] = f"{scheme}{key}".encode()
+            remedy = (
+                f"correct the API key, which was sent in the header {auth_header!r} (auth_config.auth_header of the "
+                "configuration)"
+            )
+            scheme = b"Bearer " if auth_header.lower() == "authorization" else b""
+            try:
+                headers[auth_header.encode()] = scheme + header_bytes(key)
+            except ValueError as error:
+                raise JobsError(f"the API key (--key or MODALKIT_API_KEY) must be corrected: {error}") from None
         http = httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT)
-        return cls(http, str(url.copy_with(userinfo=b"")), "at once", auth_header, has_key=key is not None)
+        return cls(http, str(url.copy_with(userinfo=b"")), "at once", remedy)
 
     @classmethod
     def of_file(cls, path: Path) -> Self:
@@ -70,14 +73,14 @@ class JobsClient:
         return cls(_serving_file(path), str(path), "when the service starts next")
 
     @contextmanager
-    def opened(self) -> Iterator[None]:
-        """The context in which to ask; locks a file, and does not create it.
+    def opened(self) -> Iterator[Self]:
+        """This client in the context in which to ask; locks a file, and does not create it.
 
         Raises `JobsError` for a file that is missing or in use, and other `JobStoreError`s as the store does.
         """
         with start_blocking_portal() as self._portal, self._portal.wrap_async_context_manager(self.http) as client:
             self._request = client.request
-            yield
+            yield self
 
     def ask(
         self,
@@ -123,16 +126,10 @@ class JobsClient:
         if about is not None and status in (HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND):
             if status == HTTPStatus.CONFLICT or about in detail:
                 return JobRefusedError(detail)
-            if self.auth_header is None:
+            if self.key_remedy is None:
                 return JobRefusedError(f"there is no job {about!r} in {self.name}")
         if status == HTTPStatus.UNAUTHORIZED:
-            remedy = "give its API key with --key or in MODALKIT_API_KEY"
-            if self.has_key:
-                remedy = (
-                    f"correct the API key, which was sent in the header {self.auth_header!r} (auth_config.auth_header "
-                    "of the configuration)"
-                )
-            return JobsError(f"{self.name} refuses the request (401); {remedy}")
+            return JobsError(f"{self.name} refuses the request (401); {self.key_remedy}")
         if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED) or response.has_redirect_location:
             elsewhere = f", and leads to {response.headers['location']}" if response.has_redirect_location else ""
             return JobsError(

@@ -1,23 +1,32 @@
-"""The commands, the same for the jobs of a running service and for those in a file."""
+"""``modalkit jobs list | show | replay | purge``: jobs of a running service, or in the store's file."""
 
+import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
 
 import httpx
 import typer
-from rich.console import Console
+from pydantic_core import to_json
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 
 from modalkit.service.cli.common import ConfigFiles, notices
-from modalkit.service.cli.jobs.client import JobRefusedError, JobsClient
-from modalkit.service.cli.jobs.output import duration_text, job_table, job_text, seconds_of
+from modalkit.service.cli.jobs_client import JobRefusedError, JobsClient
 from modalkit.service.jobs import DeliveryStatus, JobStatus
 from modalkit.service.settings import Settings
 from modalkit.service.web.answers import JobDetails, JobPageView, JobView, Purged, Replayed
 
-KEY_VARIABLE = "MODALKIT_API_KEY"
 PAGE_SIZE = 200
 MAX_AGE_S = 100 * 365 * 86_400
+ID_WIDTH = 36
+OTHER_COLUMNS_WIDTH = 68  # columns of a line for id, states and age, gaps included
+MIN_MODEL_WIDTH = 12
+UNITS_S = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+
+_URL = re.compile(r"(\w+://)(?:[^\s/?#'\"]*@)?([^\s/?#'\"]+)([^\s'\"]*)")
 
 app = typer.Typer(name="jobs", no_args_is_help=True, rich_markup_mode="rich")
 
@@ -41,15 +50,17 @@ def _url(text: str) -> httpx.URL:
     return url
 
 
-def _age_s(text: str) -> int:
-    seconds = seconds_of(text)
-    if seconds is None or not 0 < seconds <= MAX_AGE_S:
-        raise typer.BadParameter(f"it must be a duration up to 36500d, such as 90s, 15m, 2h or 7d, not {text!r}")
+def seconds_of(duration: str) -> int:
+    """The seconds of a duration such as 90s, 15m, 2h or 7d. Raises `typer.BadParameter` for any other text."""
+    parts = re.fullmatch(r"(\d{1,9})([smhd])", duration, re.ASCII)
+    seconds = int(parts[1]) * UNITS_S[parts[2]] if parts else 0
+    if not 0 < seconds <= MAX_AGE_S:
+        raise typer.BadParameter(f"it must be a duration up to 36500d, such as 90s, 15m, 2h or 7d, not {duration!r}")
     return seconds
 
 
 Url = Annotated[httpx.URL | None, typer.Option(parser=_url, metavar="URL", help="The address of a running service.")]
-Key = Annotated[str | None, typer.Option(envvar=KEY_VARIABLE, help="The API key of that service.")]
+Key = Annotated[str | None, typer.Option(envvar="MODALKIT_API_KEY", help="The API key of that service.")]
 Statuses = Annotated[list[JobStatus] | None, typer.Option("--status", help="Only jobs in this state; may be repeated.")]
 Deliveries = Annotated[
     list[DeliveryStatus] | None,
@@ -82,11 +93,10 @@ def list_jobs(
 
     modalkit jobs list --url http://127.0.0.1:8000 --status failed --status expired --all --json
     """
-    client = _jobs(url, key, config)
     parameters = {"status": status, "delivery": delivery, "model_name": model}
     listed = 0
     shown: list[JobView] = []
-    with client.opened():
+    with _jobs(url, key, config).opened() as client:
         while everything or listed < limit:
             size = PAGE_SIZE if everything else min(PAGE_SIZE, limit - listed)
             page = client.ask(JobPageView, "GET", parameters=parameters | {"limit": size, "cursor": cursor})
@@ -122,16 +132,14 @@ def show(
 
     modalkit jobs show 019a6b5e-8c3f-7a41-9d52-0f6f3d1c2b7a --url http://127.0.0.1:8000 --json
     """
-    client = _jobs(url, key, config)
-    answers: list[JobDetails | None] = []
-    with client.opened():
-        for job_id in _distinct(job_ids):
-            answers.append(job := _ask_about(client, job_id, "GET"))
-            if job is not None and as_json:
-                _print_json([job])
-            elif job is not None:
-                typer.echo(("\n" if any(answers[:-1]) else "") + job_text(job))
-    if None in answers:
+    with _jobs(url, key, config).opened() as client:
+        answers = [_ask_about(client, job_id, "GET") for job_id in _distinct(job_ids)]
+    found = [job for job in answers if job is not None]
+    if as_json:
+        _print_json(found)
+    elif found:
+        typer.echo("\n\n".join(map(job_text, found)))
+    if len(found) < len(answers):
         raise typer.Exit(1)
 
 
@@ -153,16 +161,15 @@ def replay(
     """
     if bool(job_ids) == everything:
         raise typer.BadParameter("give the ids of jobs, or --all for every undelivered result, and not both")
-    client = _jobs(url, key, config)
     answers: list[JobDetails | None] = []
-    with client.opened():
+    with _jobs(url, key, config).opened() as client:
         if everything:
             replayed = client.ask(Replayed, "POST", "/replay").replayed
         else:
             answers = [_ask_about(client, job_id, "POST", "/replay") for job_id in _distinct(job_ids or ())]
             replayed = len(answers) - answers.count(None)
     if replayed:
-        typer.echo(f"{_count(replayed, 'result')} will be sent once more, {client.sent_when}.")
+        typer.echo(f"{replayed} result{'' if replayed == 1 else 's'} will be sent once more, {client.sent_when}.")
     elif everything:
         typer.echo("There are no undelivered results.")
     if None in answers:
@@ -176,7 +183,7 @@ def purge(
     model: OfModel = None,
     older_than: Annotated[
         int | None,
-        typer.Option(parser=_age_s, metavar="DURATION", help="Only jobs that ended so long ago: 90s, 15m, 2h, 7d."),
+        typer.Option(parser=seconds_of, metavar="DURATION", help="Only jobs that ended so long ago: 90s, 15m, 2h, 7d."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     url: Url = None,
@@ -207,7 +214,7 @@ def purge(
     parameters = {"status": status, "delivery": delivery, "model_name": model, "older_than": older_than}
     with client.opened():
         purged = client.ask(Purged, "DELETE", parameters=parameters).purged
-    typer.echo(f"Removed {_count(purged, 'job')}.")
+    typer.echo(f"Removed {purged} job{'' if purged == 1 else 's'}.")
 
 
 def _confirm(
@@ -260,5 +267,65 @@ def _ask_about(client: JobsClient, job_id: str, method: str, path: str = "") -> 
         return None
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def job_table(jobs: Sequence[JobView], width: int) -> Table:
+    """A table of jobs for terminals of 80 columns or more. A job with an error takes two lines."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    table.add_column("job", min_width=ID_WIDTH)
+    table.add_column("status", no_wrap=True)
+    table.add_column("delivery", no_wrap=True)
+    table.add_column("model", max_width=max(MIN_MODEL_WIDTH, width - OTHER_COLUMNS_WIDTH))
+    table.add_column("age", no_wrap=True, justify="right")
+    now = datetime.now(UTC)
+    for job in jobs:
+        undelivered = job.delivery is DeliveryStatus.UNDELIVERED
+        error = (undelivered and job.delivery_error) or job.error or job.delivery_error
+        lines = [Text(job.job_id, overflow="fold")]
+        if error:
+            lines.append(Text(f"  {_without_secrets(_one_line(error))}", "dim", no_wrap=True, overflow="ellipsis"))
+        model = Text(_one_line(job.model_name), no_wrap=True, overflow="ellipsis")
+        table.add_row(Group(*lines), job.status, job.delivery, model, _age(now - job.created_at))
+    return table
+
+
+def job_text(job: JobView) -> str:
+    """All fields of a job, one a line; JSON is indented over several lines."""
+    fields = {name: getattr(job, name) for name in type(job).model_fields}
+    width = max(map(len, fields)) + 2
+    return "\n".join(f"{name:<{width}}{_value_text(value, width)}" for name, value in fields.items())
+
+
+def duration_text(seconds: int) -> str:
+    """The shortest text of which `seconds_of` returns `seconds`."""
+    unit, unit_s = next(item for item in UNITS_S.items() if seconds % item[1] == 0)
+    return f"{seconds // unit_s}{unit}"
+
+
+def _value_text(value: Any, indentation: int) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, dict):
+        value = to_json(value, indent=2).decode().replace("\n", "\n" + " " * indentation)
+    return "\n".join(_printable(line) for line in str(value).splitlines())
+
+
+def _age(elapsed: timedelta) -> str:
+    """The time in its largest whole unit; 0s where this machine's clock is behind that of the service."""
+    seconds = max(0, int(elapsed.total_seconds()))
+    unit, unit_s = next((item for item in UNITS_S.items() if seconds >= item[1]), ("s", 1))
+    return f"{seconds // unit_s}{unit}"
+
+
+def _one_line(text: str) -> str:
+    return _printable(" ".join(text.split()))
+
+
+def _printable(text: str) -> str:
+    """The text without control characters, which a caller may have sent and an error may quote."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def _without_secrets(text: str) -> str:
+    """The text with each URL cut to scheme and host: URLs of webhooks may hold secrets."""
+    return _URL.sub(lambda url: url[1] + url[2] + ("/…" if url[3] else ""), text)

@@ -1,0 +1,72 @@
+"""Torch's threads on a CPU are divided between the batches that run at once."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import anyio
+import pytest
+import torch
+
+from modalkit.pipelines.cpu_threads import MAX_IN_FLIGHT, cpu_threads
+from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest, SentimentResponse
+from modalkit.service.settings import Settings
+from modalkit.service.worker import InferenceWorker
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = cpu_threads().total
+    cpu_threads().set_total(4)
+    yield
+    cpu_threads().set_total(before)
+
+
+def threads_in_a_new_thread() -> int:
+    with ThreadPoolExecutor(1) as new:
+        return new.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize(("in_flight", "part"), [(1, 4), (2, 2), (3, 1), (4, 1), (9, 1)])
+def test_a_thread_has_its_part_and_all_others_have_what_they_had(in_flight: int, part: int) -> None:
+    with ThreadPoolExecutor(1) as batch:
+        batch.submit(cpu_threads().share, in_flight).result()
+        assert batch.submit(torch.get_num_threads).result() == part
+        assert torch.get_num_threads() == 4
+        assert threads_in_a_new_thread() == 4
+
+
+@pytest.mark.parametrize(("total", "in_flight"), [(1, 1), (2, 2), (64, MAX_IN_FLIGHT)])
+def test_no_batch_is_without_a_thread_and_there_are_not_too_many(total: int, in_flight: int) -> None:
+    before = cpu_threads().total
+    try:
+        cpu_threads().set_total(total)
+        assert cpu_threads().max_in_flight == in_flight
+    finally:
+        cpu_threads().set_total(before)
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("four_threads")
+async def test_the_bundled_model_gives_each_caller_its_own_result_with_batches_at_once(
+    bundled: SentimentPipeline,
+) -> None:
+    texts = [f"{word} {number}" for number in range(20) for word in ("wonderful", "awful")]
+    items = [SentimentRequest(text=text) for text in texts]
+    expected = [bundled.run_inference([item])[0] for item in items]
+    settings = Settings(app_settings={"batch_config": {"max_batch_size": 4, "calibration": {"enabled": False}}})
+    outputs: dict[int, object] = {}
+
+    async with InferenceWorker(bundled, settings=settings) as worker, anyio.create_task_group() as task_group:
+
+        async def predict(number: int) -> None:
+            outputs[number] = await worker.predict(items[number])
+
+        for number in range(len(items)):
+            task_group.start_soon(predict, number)
+    for number, wanted in enumerate(expected):
+        found = outputs[number]
+        assert isinstance(found, SentimentResponse)
+        assert isinstance(wanted, SentimentResponse)
+        assert found.sentiment == wanted.sentiment
+        assert found.confidence == pytest.approx(wanted.confidence, abs=1e-4)
