@@ -120,7 +120,7 @@ class Executor(Generic[T, R]):
             # All stages run at once, so no other batch may be in any of them.
             async with nullcontext() if self.stages is None else self._side_lock, self._main_lock:
                 outputs, seconds = await self._run_in_time(payloads)
-        return _checked(outputs, len(payloads)), seconds
+        return checked_outputs(outputs, len(payloads)), seconds
 
     async def attempt(
         self, payloads: list[T], progress: "Progress | None" = None
@@ -152,7 +152,7 @@ class Executor(Generic[T, R]):
         started_s = perf_counter()  # the event loop's clock may have a resolution of milliseconds only
         given = list(payloads)
         outputs = await without_foreign_cancellation(cast("Callable[..., Awaitable[Any]]", self._run_batch)(given))
-        _ensure_order(payloads, given)
+        ensure_order(payloads, given)
         return outputs, StageSeconds(0.0, perf_counter() - started_s, 0.0)
 
     async def _run_overlapped(
@@ -186,7 +186,7 @@ def run_checked(run_batch: RunBatch[T, R], payloads: list[T]) -> Sequence[R | Ex
 
     Raises what the batch raises, and `InputsMovedError` and `OutputCountError` as `Executor` does.
     """
-    return _checked(_run_synchronously(run_batch, payloads)[0], len(payloads))
+    return checked_outputs(_run_synchronously(run_batch, payloads)[0], len(payloads))
 
 
 def _run_synchronously(run_batch: RunBatch[T, R], payloads: list[T]) -> tuple[Any, StageSeconds]:
@@ -204,11 +204,11 @@ def _timed(stage: Callable[..., S], payloads: list[T], *more: Any) -> tuple[S, f
     started_s = perf_counter()
     given = list(payloads)
     result = stage(given, *more)
-    _ensure_order(payloads, given)
+    ensure_order(payloads, given)
     return result, perf_counter() - started_s
 
 
-def _ensure_order(payloads: list[T], given: list[T]) -> None:
+def ensure_order(payloads: list[T], given: list[T]) -> None:
     """Raise `InputsMovedError` unless each payload is still at its index of the list, or was replaced there.
 
     A list of one payload is always accepted.
@@ -222,7 +222,8 @@ def _ensure_order(payloads: list[T], given: list[T]) -> None:
         raise InputsMovedError
 
 
-def _checked(outputs: Any, count: int) -> list[Any]:
+def checked_outputs(outputs: Any, count: int) -> list[Any]:
+    """The outputs as a list. Raises `OutputCountError` unless they are a sequence of `count`."""
     if not isinstance(outputs, Sequence) or isinstance(outputs, str | bytes):
         raise OutputCountError(count, f"{type(outputs).__name__}")
     listed = list(outputs)  # a user's sequence may be lazy or report a wrong length

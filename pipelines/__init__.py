@@ -3,7 +3,7 @@
 `modalkit.pipelines.sentiment` is not imported here, because it imports torch and transformers.
 """
 
-from modalkit.pipelines.errors import BatchTooLargeError, ModelLoadError, PipelineError
+from modalkit.pipelines.errors import BatchTooLargeError, ModelLoadError, PipelineError, RejectItem
 from modalkit.pipelines.inference_pipeline import InferencePipeline
 from modalkit.pipelines.iomodel import (
     AnyInput,
@@ -24,5 +24,6 @@ __all__ = [
     "InferencePipeline",
     "ModelLoadError",
     "PipelineError",
+    "RejectItem",
     "SyncInputModel",
 ]

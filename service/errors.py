@@ -56,10 +56,6 @@ class NotReadyError(ServiceError):
         self.readiness = readiness
 
 
-class ItemRejectedError(ServiceError):
-    """Raised for an item that the pipeline answered with an output whose status is ``error``."""
-
-
 class PipelineOutputError(ServiceError):
     """Raised for an item whose output is no `InferenceOutputModel`."""
 

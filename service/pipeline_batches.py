@@ -9,13 +9,15 @@ from typing import Any, ParamSpec, TypeVar
 from pydantic import BaseModel
 
 from modalkit.batching import RunBatch, Stages
-from modalkit.batching.execution import run_checked
-from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline
-from modalkit.service.errors import ItemRejectedError, PipelineOutputError, error_text
+from modalkit.batching.execution import checked_outputs, ensure_order, run_checked
+from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline, RejectItem
+from modalkit.service.errors import PipelineOutputError, error_text
 from modalkit.service.settings import BatchConfig
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+Outputs = Sequence[InferenceOutputModel | Exception]
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _DEVICE_FAULT = re.compile(
@@ -37,15 +39,71 @@ def max_in_flight_of(pipeline: InferencePipeline, config: BatchConfig) -> int:
 
 def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatch[BaseModel, InferenceOutputModel]:
     """The pipeline's three stages, or its `run_inference` as one where the class has its own."""
+
     # Methods are looked up at each call, as `run_inference` does, so that one that is replaced later takes effect.
+    def preprocess(items: list[BaseModel]) -> tuple[_Accepted, Any]:
+        accepted = _Accepted(len(items))
+        return accepted, accepted.call(pipeline.preprocess, items, repeats=True)
+
+    def predict(items: list[BaseModel], prepared: tuple[_Accepted, Any]) -> tuple[_Accepted, Any]:
+        accepted, preprocessed = prepared
+        return accepted, accepted.call(pipeline.predict, items, preprocessed)
+
+    def postprocess(items: list[BaseModel], predicted: tuple[_Accepted, Any]) -> Outputs:
+        accepted, raw_output = predicted
+        return accepted.outputs(accepted.call(pipeline.postprocess, items, raw_output))
+
+    def run_inference(items: list[BaseModel]) -> Outputs:
+        accepted = _Accepted(len(items))
+        return accepted.outputs(accepted.call(pipeline.run_inference, items, repeats=True))
+
     if getattr(pipeline.run_inference, "__func__", None) is not InferencePipeline.run_inference:
-        run = _counted(pipeline, max_in_flight, lambda items: pipeline.run_inference(items))  # noqa: PLW0108
-        return lambda items: _checked_all(run(items))
-    return Stages(
-        lambda items: pipeline.preprocess(items),  # noqa: PLW0108
-        _counted(pipeline, max_in_flight, lambda items, preprocessed: pipeline.predict(items, preprocessed)),  # noqa: PLW0108
-        lambda items, raw_output: _checked_all(pipeline.postprocess(items, raw_output)),
-    )
+        return _counted(pipeline, max_in_flight, run_inference)
+    return Stages(preprocess, _counted(pipeline, max_in_flight, predict), postprocess)
+
+
+class _Accepted:
+    """The items of a batch of `count` that the pipeline has not rejected."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._places = list(range(count))
+        self._rejected: dict[int, RejectItem] = {}
+
+    def call(self, stage: Callable[..., T], items: list[BaseModel], *data: Any, repeats: bool = False) -> T | None:
+        """Call a stage with those of `items` that are accepted; returns None if there are none.
+
+        With `repeats`, the stage is called again for the others when it rejects an item of several by its index.
+        Raises what else the stage raises, and `InputsMovedError`.
+        """
+        while self._places:
+            sent = [items[place] for place in self._places]
+            given = list(sent)
+            try:
+                result = stage(given, *data)
+            except RejectItem as error:
+                self._reject(error, by_index=repeats)
+            else:
+                ensure_order(sent, given)
+                return result
+        return None
+
+    def outputs(self, outputs: Any) -> Outputs:
+        """The outputs of all items of the batch, from those of the accepted ones. Raises `OutputCountError`."""
+        if not self._rejected:
+            return _checked_all(outputs)
+        accepted = checked_outputs(outputs, len(self._places)) if self._places else []
+        found = self._rejected | dict(zip(self._places, _checked_all(accepted), strict=True))
+        return [found[place] for place in range(self._count)]
+
+    def _reject(self, error: RejectItem, *, by_index: bool) -> None:
+        """Reject an item: the only one, or the one that `error` names. Raises `error` if it is not known which one."""
+        index = 0
+        if len(self._places) > 1:
+            if not by_index or error.index is None or not 0 <= error.index < len(self._places):
+                raise error
+            index = error.index
+        self._rejected[self._places.pop(index)] = error
 
 
 def _counted(pipeline: InferencePipeline, max_in_flight: int, run: Callable[P, T]) -> Callable[P, T]:
@@ -99,9 +157,7 @@ def at_full_load(pipeline: InferencePipeline, max_in_flight: int) -> Callable[[l
     return run
 
 
-def attempt_as_one_batch(
-    pipeline: InferencePipeline, items: Sequence[BaseModel]
-) -> Sequence[InferenceOutputModel | Exception] | Exception:
+def attempt_as_one_batch(pipeline: InferencePipeline, items: Sequence[BaseModel]) -> Outputs | Exception:
     """Run items as one batch without a scheduler; returns the output or error of each, or the error of the batch."""
     try:
         return run_checked(run_batch_of(pipeline), list(items))
@@ -123,16 +179,18 @@ def is_too_large(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(sign in error_text(error) for sign in _OUT_OF_MEMORY)
 
 
-def _checked_all(outputs: Any) -> Sequence[InferenceOutputModel | Exception]:
+def _checked_all(outputs: Any) -> Outputs:
     # The scheduler refuses anything but a sequence of the right length.
     is_list = isinstance(outputs, Sequence) and not isinstance(outputs, str | bytes)
     return [_checked(output) for output in outputs] if is_list else outputs
 
 
 def _checked(output: object) -> InferenceOutputModel | Exception:
+    if isinstance(output, Exception):
+        return output
     if not isinstance(output, InferenceOutputModel):
         return PipelineOutputError(output)
-    return ItemRejectedError(output.error or "the pipeline gave no reason") if output.status == "error" else output
+    return RejectItem(output.error or "") if output.status == "error" else output
 
 
 def is_device_fault(error: Exception) -> bool:

@@ -132,8 +132,8 @@ class InferenceWorker(AsyncContextManagerMixin):
     ) -> InferenceOutputModel:
         """Run one item in some batch and return its output, or raise its error.
 
-        Raises what `BatchScheduler.submit` raises, `ItemRejectedError` when the pipeline answers with the status
-        ``error``, and whatever the pipeline raised. A cancelled call takes its item out of the queue.
+        Raises what `BatchScheduler.submit` raises, `RejectItem` when the pipeline refuses the item or answers
+        with the status ``error``, and whatever the pipeline raised. A cancelled call takes its item out of the queue.
         """
         return await self._scheduler.submit(self._validated(item), priority=priority, timeout_s=timeout_s)
 

@@ -73,6 +73,7 @@ async def test_as_many_batches_run_at_once_as_the_pipeline_says_or_the_settings(
     )
     expected = configured or 2
     async with InferenceWorker(pipeline, settings=settings) as worker, anyio.create_task_group() as task_group:
+        assert pipeline.entered.acquire(timeout=60), "the warm-up has run"
         pipeline.batches.clear()
         pipeline.gate.clear()
         for _ in range(4):

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from modalkit import BatchPolicy, BatchRecord, BatchScheduler, Failure, InferenceWorker, Stages, Success
-from modalkit.inference_pipeline import InferencePipeline
+from modalkit.inference_pipeline import InferencePipeline, RejectItem
 from modalkit.iomodel import (
     AsyncInputModel,
     AsyncOutputModel,
@@ -30,6 +30,9 @@ class Lengths(InferencePipeline):
     output_model = Response
 
     def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
+        for index, item in enumerate(input_list):
+            if not getattr(item, "text", ""):
+                raise RejectItem("there is no text", index=index)
         return {"texts": [getattr(item, "text", "") for item in input_list]}
 
     def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
