@@ -66,6 +66,17 @@ class PipelineOutputError(ServiceError):
         )
 
 
+class NotAwaitedError(ServiceError):
+    """Raised when a method of a pipeline returns a coroutine, or another awaitable, in place of a value."""
+
+    def __init__(self, source: str, awaitable: object) -> None:
+        name = getattr(awaitable, "__qualname__", "")
+        super().__init__(
+            f"{source} returned a {_class_name(type(awaitable))}{f' of {name}' if name else ''} that was not awaited; "
+            "write 'await' before the call that makes it, in an 'async def'"
+        )
+
+
 class RemoteItemError(ServiceError):
     """Raised for an item that failed in another process; `error_type` is the class of the error that it had there."""
 

@@ -18,7 +18,7 @@ from modalkit.batching import BatchScheduler, CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, undisturbed
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.service.errors import describe_error
-from modalkit.service.pipeline_batches import at_full_load, is_too_large, max_in_flight_of
+from modalkit.service.pipeline_batches import at_full_load, is_asynchronous_pipeline, is_too_large, max_in_flight_of
 from modalkit.service.settings import BatchConfig
 
 logger = logging.getLogger(__name__)
@@ -62,10 +62,12 @@ class LearntCosts:
         self._pipeline = pipeline
         self._batch_config = batch_config
         self._config = batch_config.calibration
-        self._calibrate = calibrate and self._config.enabled
+        # Costs of an asynchronous pipeline are those of a server elsewhere: only real batches teach them.
+        measures = self._config.enabled and not is_asynchronous_pipeline(pipeline)
+        self._calibrate = calibrate and measures
         self._key: CostKey | None = None
         # Whether the costs are worth keeping: incomplete ones in the file would prevent a later measurement.
-        self._is_complete = not self._config.enabled
+        self._is_complete = not measures
 
     async def learn(self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel]) -> None:
         """Read the costs from the configured file, or measure them in the scheduler's thread.

@@ -1,17 +1,20 @@
 """Runs the batches of a pipeline, and classifies failures: of batches that were too large, and of the device."""
 
+import inspect
+import itertools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from threading import Lock, Thread
 from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 
 from modalkit.batching import RunBatch, Stages
-from modalkit.batching.execution import checked_outputs, ensure_order, run_checked
+from modalkit.batching.execution import checked_outputs, ensure_order
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline, RejectItem
-from modalkit.service.errors import PipelineOutputError, error_text
+from modalkit.pipelines.inference_pipeline import STAGES, is_asynchronous
+from modalkit.service.errors import NotAwaitedError, PipelineOutputError, error_text
 from modalkit.service.settings import BatchConfig
 
 P = ParamSpec("P")
@@ -37,54 +40,91 @@ def max_in_flight_of(pipeline: InferencePipeline, config: BatchConfig) -> int:
     return config.max_in_flight or pipeline.max_in_flight
 
 
+def is_asynchronous_pipeline(pipeline: InferencePipeline) -> bool:
+    """Whether batches of the pipeline run in the event loop, or a stage of them does."""
+    return is_asynchronous(pipeline, *(("run_inference",) if _has_own_run_inference(pipeline) else STAGES))
+
+
+def _has_own_run_inference(pipeline: InferencePipeline) -> bool:
+    return getattr(pipeline.run_inference, "__func__", None) is not InferencePipeline.run_inference
+
+
 def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatch[BaseModel, InferenceOutputModel]:
     """The pipeline's three stages, or its `run_inference` as one where the class has its own."""
 
-    # Methods are looked up at each call, as `run_inference` does, so that one that is replaced later takes effect.
-    def preprocess(items: list[BaseModel]) -> tuple[_Accepted, Any]:
-        accepted = _Accepted(len(items))
-        return accepted, accepted.call(pipeline.preprocess, items, repeats=True)
+    async def preprocess(items: list[BaseModel]) -> tuple[_Accepted, Any]:
+        accepted = _Accepted(pipeline, len(items))
+        return accepted, await accepted.call("preprocess", items, repeats=True)
 
-    def predict(items: list[BaseModel], prepared: tuple[_Accepted, Any]) -> tuple[_Accepted, Any]:
+    async def predict(items: list[BaseModel], prepared: tuple[_Accepted, Any]) -> tuple[_Accepted, Any]:
         accepted, preprocessed = prepared
-        return accepted, accepted.call(pipeline.predict, items, preprocessed)
+        return accepted, await accepted.call("predict", items, preprocessed)
 
-    def postprocess(items: list[BaseModel], predicted: tuple[_Accepted, Any]) -> Outputs:
+    async def postprocess(items: list[BaseModel], predicted: tuple[_Accepted, Any]) -> Outputs:
         accepted, raw_output = predicted
-        return accepted.outputs(accepted.call(pipeline.postprocess, items, raw_output))
+        return accepted.outputs(await accepted.call("postprocess", items, raw_output))
 
-    def run_inference(items: list[BaseModel]) -> Outputs:
-        accepted = _Accepted(len(items))
-        return accepted.outputs(accepted.call(pipeline.run_inference, items, repeats=True))
+    async def run_inference(items: list[BaseModel]) -> Outputs:
+        accepted = _Accepted(pipeline, len(items))
+        return accepted.outputs(await accepted.call("run_inference", items, repeats=True))
 
-    if getattr(pipeline.run_inference, "__func__", None) is not InferencePipeline.run_inference:
-        return _counted(pipeline, max_in_flight, run_inference)
-    return Stages(preprocess, _counted(pipeline, max_in_flight, predict), postprocess)
+    def as_defined(run: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Any]:
+        """`run` as a synchronous function, unless the method of its name is asynchronous."""
+        if is_asynchronous(pipeline, run.__name__):
+            return run
+        function = _synchronous(run)
+        return function if run in (preprocess, postprocess) else _counted(pipeline, max_in_flight, function)
+
+    if _has_own_run_inference(pipeline):
+        return as_defined(run_inference)
+    return Stages(as_defined(preprocess), as_defined(predict), as_defined(postprocess))
+
+
+def _synchronous(run: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
+    """A coroutine function that never waits, as a function."""
+
+    def function(*args: P.args, **kwargs: P.kwargs) -> T:
+        coroutine = run(*args, **kwargs)
+        try:
+            coroutine.send(None)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        coroutine.close()
+        raise RuntimeError("a method of the pipeline became an 'async def' after its worker was made")
+
+    return function
 
 
 class _Accepted:
     """The items of a batch of `count` that the pipeline has not rejected."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, pipeline: InferencePipeline, count: int) -> None:
+        self._pipeline = pipeline
         self._count = count
         self._places = list(range(count))
         self._rejected: dict[int, RejectItem] = {}
 
-    def call(self, stage: Callable[..., T], items: list[BaseModel], *data: Any, repeats: bool = False) -> T | None:
-        """Call a stage with those of `items` that are accepted; returns None if there are none.
+    async def call(self, name: str, items: list[BaseModel], *data: Any, repeats: bool = False) -> Any:
+        """Call a method with those of `items` that are accepted; returns None if there are none.
 
-        With `repeats`, the stage is called again for the others when it rejects an item of several by its index.
-        Raises what else the stage raises, and `InputsMovedError`.
+        With `repeats`, it is called again for the others when it rejects an item of several by its index. Waits only
+        for an asynchronous method. Raises what else the method raises, `InputsMovedError` and `NotAwaitedError`.
         """
+        # Looked up at each call, as `InferencePipeline.run_inference` does, so that one that is replaced takes effect.
+        method = getattr(self._pipeline, name)
         while self._places:
             sent = [items[place] for place in self._places]
             given = list(sent)
             try:
-                result = stage(given, *data)
+                result = method(given, *data)
+                if inspect.iscoroutinefunction(method):
+                    result = await result
             except RejectItem as error:
                 self._reject(error, by_index=repeats)
             else:
                 ensure_order(sent, given)
+                _ensure_awaited(name, result)
                 return result
         return None
 
@@ -103,7 +143,7 @@ class _Accepted:
             if not by_index or error.index is None or not 0 <= error.index < len(self._places):
                 raise error
             index = error.index
-        self._rejected[self._places.pop(index)] = error
+        self._rejected[self._places.pop(index)] = error.with_traceback(None)  # its frames refer to this object
 
 
 def _counted(pipeline: InferencePipeline, max_in_flight: int, run: Callable[P, T]) -> Callable[P, T]:
@@ -157,14 +197,6 @@ def at_full_load(pipeline: InferencePipeline, max_in_flight: int) -> Callable[[l
     return run
 
 
-def attempt_as_one_batch(pipeline: InferencePipeline, items: Sequence[BaseModel]) -> Outputs | Exception:
-    """Run items as one batch without a scheduler; returns the output or error of each, or the error of the batch."""
-    try:
-        return run_checked(run_batch_of(pipeline), list(items))
-    except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is the batch's error
-        return error
-
-
 def is_too_large(error: Exception) -> bool:
     """Whether a batch failed for lack of memory, so that its parts may succeed.
 
@@ -189,8 +221,24 @@ def _checked(output: object) -> InferenceOutputModel | Exception:
     if isinstance(output, Exception):
         return output
     if not isinstance(output, InferenceOutputModel):
+        try:
+            _ensure_awaited("the pipeline", output)
+        except NotAwaitedError as error:
+            return error
         return PipelineOutputError(output)
     return RejectItem(output.error or "") if output.status == "error" else output
+
+
+def _ensure_awaited(source: str, result: Any) -> None:
+    """Raise `NotAwaitedError` if a result is an awaitable, or a dictionary of some, or of lists of some."""
+    values = list(result.values()) if isinstance(result, dict) else []
+    lists = [value for value in values if isinstance(value, list | tuple) and value]
+    suspects = [result, *values, *(value[0] for value in lists)]
+    if (awaitable := next(filter(inspect.isawaitable, suspects), None)) is not None:
+        for one in itertools.chain([result], values, *lists):
+            if inspect.iscoroutine(one):
+                one.close()  # else Python warns of it, much later
+        raise NotAwaitedError(source, awaitable)
 
 
 def is_device_fault(error: Exception) -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
-from functools import partial
 from typing import Any, Self
 
 from anyio import AsyncContextManagerMixin
@@ -12,7 +11,6 @@ from modalkit.batching import (
     BatchPolicy,
     BatchRecord,
     BatchScheduler,
-    BatchTimeoutError,
     Failure,
     MeasuredCostModel,
     Outcome,
@@ -21,13 +19,14 @@ from modalkit.batching import (
     Success,
 )
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
+from modalkit.pipelines.inference_pipeline import awaited
 from modalkit.service.failure_log import FailureLog
 from modalkit.service.jobs import Job, JobStore, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import JobOutcome, JobRunner
 from modalkit.service.learnt_costs import LearntCosts
 from modalkit.service.loading import make_job_manager
-from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large, max_in_flight_of, run_batch_of
+from modalkit.service.pipeline_batches import is_too_large, max_in_flight_of, run_batch_of
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
 
@@ -105,7 +104,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._runner = JobRunner(
             self._jobs,
             self.model_name,
-            _Engine(pipeline, self._scheduler, self.input_model, batch_config.batch_timeout_seconds),
+            _Engine(self._scheduler, self.input_model),
             window=max(1, window),
             group_limit=batch_config.max_batch_size,
             timeout_s=app_settings.async_config.timeout,
@@ -116,7 +115,7 @@ class InferenceWorker(AsyncContextManagerMixin):
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
         try:
             async with self._jobs if self._owns_jobs else nullcontext(), self._scheduler:
-                await self._scheduler.run_in_thread(self.pipeline.warm_up)
+                await awaited(await self._scheduler.run_in_thread(self.pipeline.warm_up))
                 await self._costs.learn(self._scheduler)
                 async with self._runner:
                     yield self
@@ -237,16 +236,10 @@ class _Engine:
     """Runs stored jobs in the worker's scheduler."""
 
     def __init__(
-        self,
-        pipeline: InferencePipeline,
-        scheduler: BatchScheduler[BaseModel, InferenceOutputModel],
-        input_model: type[BaseModel],
-        batch_timeout_s: float,
+        self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel], input_model: type[BaseModel]
     ) -> None:
-        self._pipeline = pipeline
         self._scheduler = scheduler
         self.input_model = input_model
-        self._batch_timeout_s = batch_timeout_s
 
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
         item = self.input_model.model_validate_json(job.message_json)
@@ -261,14 +254,7 @@ class _Engine:
             except Exception as error:  # noqa: BLE001  # an item that is not valid any more fails alone
                 outcomes[job.job_id] = Failure(error)
         if items:
-            # The pipeline's own error comes as a value: it may be a TimeoutError as well.
-            run = partial(attempt_as_one_batch, self._pipeline, list(items.values()))
-            try:
-                outputs = await self._scheduler.run_in_thread(run, self._batch_timeout_s)
-            except TimeoutError:
-                raise BatchTimeoutError(self._batch_timeout_s, len(items)) from None
-            if isinstance(outputs, Exception):
-                raise outputs
+            outputs = await self._scheduler.run_as_one_batch(list(items.values()))
             for job_id, output in zip(items, outputs, strict=True):
                 outcomes[job_id] = Failure(output) if isinstance(output, Exception) else Success(output)
         return [outcomes[job.job_id] for job in jobs]
