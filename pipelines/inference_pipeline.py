@@ -3,7 +3,7 @@
 import inspect
 import os
 import platform
-from collections.abc import Awaitable
+from collections.abc import AsyncIterable, Awaitable, Iterable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel
@@ -12,6 +12,7 @@ from modalkit.pipelines.iomodel import AnyInput, InferenceOutputModel
 
 STAGES = ("preprocess", "predict", "postprocess")
 """The stages of a batch, in their order."""
+IN_PLACE_OF_STAGES = ("run_inference", "predict_stream")
 
 
 class InferencePipeline:
@@ -55,10 +56,10 @@ class InferencePipeline:
         self.model_entry = model_entry
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
-        """Make an instance. Raises `TypeError` for a class without `run_inference` that has not all three stages."""
+        """Make an instance. Raises `TypeError` for a class that lacks a stage, and has nothing in place of them."""
         missing = [name for name in STAGES if getattr(cls, name) is getattr(InferencePipeline, name)]
-        if missing and cls.run_inference is InferencePipeline.run_inference:
-            raise TypeError(f"{cls.__name__} must define {', '.join(missing)}; or run_inference in place of the stages")
+        if missing and all(getattr(cls, name) is getattr(InferencePipeline, name) for name in IN_PLACE_OF_STAGES):
+            raise TypeError(f"{cls.__name__} must define {', '.join(missing)}; or {' or '.join(IN_PLACE_OF_STAGES)}")
         return super().__new__(cls)
 
     # The results are "or Any", so that subclasses may define the methods as `async def`.
@@ -81,11 +82,24 @@ class InferencePipeline:
         """
         raise NotImplementedError
 
+    def predict_stream(self, input_list: list[BaseModel]) -> Iterable[Sequence[InferenceOutputModel | None]] | Any:
+        """Yield, for each step of a model that generates, a list with the new piece of each item, or None.
+
+        Optional: a class that defines it needs no stages, and all its batches run by it. The last piece of an item is
+        its result, and callers of ``worker.predict_stream`` get each piece at once. An exception in an item's place
+        ends that item. It is a generator, or an asynchronous one, which is closed when no caller waits any more.
+        """
+        raise NotImplementedError
+
     def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel] | Any:
         """Run the three stages, each on its own copy of the list. If a subclass overrides it, it runs as one stage.
 
-        It returns an awaitable if one of the stages is an ``async def``.
+        It returns an awaitable if one of the stages is an ``async def``. Where there is a `predict_stream`, it runs
+        that and returns the last pieces.
         """
+        if has_own(self, "predict_stream"):
+            steps: Any = self.predict_stream(list(input_list))
+            return _last_pieces_later(steps) if hasattr(steps, "__aiter__") else _last_pieces(steps)
         if is_asynchronous(self, *STAGES):
             return self._run_stages(input_list)
         preprocessed_data = self.preprocess(list(input_list))
@@ -147,6 +161,30 @@ async def awaited(result: Any) -> Any:
     return await result if inspect.isawaitable(result) else result
 
 
+def has_own(pipeline: InferencePipeline, method: str) -> bool:
+    """Whether the class of the pipeline defines this method."""
+    return getattr(getattr(pipeline, method), "__func__", None) is not getattr(InferencePipeline, method)
+
+
 def is_asynchronous(pipeline: InferencePipeline, *methods: str) -> bool:
     """Whether one of these methods of the pipeline is an ``async def``."""
-    return any(inspect.iscoroutinefunction(getattr(pipeline, name)) for name in methods)
+    functions = [getattr(pipeline, name) for name in methods]
+    return any(inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for each in functions)
+
+
+def _last_pieces(steps: Iterable[Sequence[Any]]) -> list[Any]:
+    last: list[Any] = []
+    for step in steps:
+        last = _merged(last, step)
+    return last
+
+
+async def _last_pieces_later(steps: AsyncIterable[Sequence[Any]]) -> list[Any]:
+    last: list[Any] = []
+    async for step in steps:
+        last = _merged(last, step)
+    return last
+
+
+def _merged(last: list[Any], step: Sequence[Any]) -> list[Any]:
+    return [before if piece is None else piece for before, piece in zip(last or step, step, strict=True)]

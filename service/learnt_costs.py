@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from anyio import CancelScope, to_thread
-from pydantic import BaseModel
 
 from modalkit.batching import BatchScheduler, CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, undisturbed
@@ -69,7 +68,7 @@ class LearntCosts:
         # Whether the costs are worth keeping: incomplete ones in the file would prevent a later measurement.
         self._is_complete = not measures
 
-    async def learn(self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel]) -> None:
+    async def learn(self, scheduler: BatchScheduler[Any, InferenceOutputModel]) -> None:
         """Read the costs from the configured file, or measure them in the scheduler's thread.
 
         Errors are logged as warnings, because real batches teach the model too.
@@ -92,7 +91,7 @@ class LearntCosts:
             with CancelScope(shield=True):
                 await to_thread.run_sync(save_costs, path, key, self.model)
 
-    async def _measure(self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel]) -> None:
+    async def _measure(self, scheduler: BatchScheduler[Any, InferenceOutputModel]) -> None:
         calibration = Calibration(
             run=at_full_load(self._pipeline, max_in_flight_of(self._pipeline, self._batch_config)),
             sample_items=self._pipeline.sample_items,

@@ -5,6 +5,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
 from threading import Lock, Thread
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,9 +14,10 @@ from pydantic import BaseModel
 from modalkit.batching import RunBatch, Stages
 from modalkit.batching.execution import checked_outputs, ensure_order
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline, RejectItem
-from modalkit.pipelines.inference_pipeline import STAGES, is_asynchronous
+from modalkit.pipelines.inference_pipeline import STAGES, has_own, is_asynchronous
 from modalkit.service.errors import NotAwaitedError, PipelineOutputError, error_text
 from modalkit.service.settings import BatchConfig
+from modalkit.service.streams import Payload, StreamRun
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,15 +44,18 @@ def max_in_flight_of(pipeline: InferencePipeline, config: BatchConfig) -> int:
 
 def is_asynchronous_pipeline(pipeline: InferencePipeline) -> bool:
     """Whether batches of the pipeline run in the event loop, or a stage of them does."""
-    return is_asynchronous(pipeline, *(("run_inference",) if _has_own_run_inference(pipeline) else STAGES))
+    if has_own(pipeline, "predict_stream"):
+        return is_asynchronous(pipeline, "predict_stream")
+    return is_asynchronous(pipeline, *(("run_inference",) if has_own(pipeline, "run_inference") else STAGES))
 
 
-def _has_own_run_inference(pipeline: InferencePipeline) -> bool:
-    return getattr(pipeline.run_inference, "__func__", None) is not InferencePipeline.run_inference
+def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatch[Any, InferenceOutputModel]:
+    """The pipeline's three stages, or its `predict_stream` or `run_inference` where the class has its own.
 
-
-def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatch[BaseModel, InferenceOutputModel]:
-    """The pipeline's three stages, or its `run_inference` as one where the class has its own."""
+    Payloads are items; with a `predict_stream` also `StreamedItem`.
+    """
+    if has_own(pipeline, "predict_stream"):
+        return _stream_of(pipeline, max_in_flight)
 
     async def preprocess(items: list[BaseModel]) -> tuple[_Accepted, Any]:
         accepted = _Accepted(pipeline, len(items))
@@ -75,9 +80,41 @@ def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatc
         function = _synchronous(run)
         return function if run in (preprocess, postprocess) else _counted(pipeline, max_in_flight, function)
 
-    if _has_own_run_inference(pipeline):
+    if has_own(pipeline, "run_inference"):
         return as_defined(run_inference)
     return Stages(as_defined(preprocess), as_defined(predict), as_defined(postprocess))
+
+
+def _stream_of(pipeline: InferencePipeline, max_in_flight: int) -> RunBatch[Payload, InferenceOutputModel]:
+    async def stream_in_event_loop(payloads: list[Payload]) -> Outputs:
+        run = StreamRun(payloads, _checked, in_thread=False)
+        if run.items:
+            with run.errors():
+                steps: Any = pipeline.predict_stream(run.items)
+                async with aclosing(steps):
+                    async for step in steps:
+                        if not run.take(step):
+                            break
+        return run.outputs()
+
+    def stream(payloads: list[Payload]) -> Outputs:
+        run = StreamRun(payloads, _checked, in_thread=True)
+        if run.items:
+            with run.errors():
+                steps = pipeline.predict_stream(run.items)
+                _ensure_awaited("predict_stream", steps)
+                try:
+                    for step in steps:
+                        if not run.take(step):
+                            break
+                finally:
+                    if inspect.isgenerator(steps):
+                        steps.close()
+        return run.outputs()
+
+    if is_asynchronous(pipeline, "predict_stream"):
+        return stream_in_event_loop
+    return _counted(pipeline, max_in_flight, stream)
 
 
 def _synchronous(run: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:

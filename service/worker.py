@@ -1,9 +1,11 @@
 """The worker: one pipeline, its scheduler and its jobs. It knows neither HTTP nor Modal."""
 
+import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any, Self
 
+import anyio
 from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
@@ -11,6 +13,7 @@ from modalkit.batching import (
     BatchPolicy,
     BatchRecord,
     BatchScheduler,
+    DeadlineExceededError,
     Failure,
     MeasuredCostModel,
     Outcome,
@@ -19,7 +22,7 @@ from modalkit.batching import (
     Success,
 )
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
-from modalkit.pipelines.inference_pipeline import awaited
+from modalkit.pipelines.inference_pipeline import awaited, has_own
 from modalkit.service.failure_log import FailureLog
 from modalkit.service.jobs import Job, JobStore, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
@@ -29,6 +32,7 @@ from modalkit.service.loading import make_job_manager
 from modalkit.service.pipeline_batches import is_too_large, max_in_flight_of, run_batch_of
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
+from modalkit.service.streams import Payload, StreamedItem, item_of
 
 MAX_STUCK_THREADS = 3
 """Threads stuck in batches that hang with which a worker is broken."""
@@ -89,11 +93,13 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._sinks: list[Callable[[BatchRecord], None]] = [FailureLog(self.model_name)] if log_failures else []
         self._sinks += [] if on_batch is None else [on_batch]
         self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
-        self._scheduler: BatchScheduler[BaseModel, InferenceOutputModel] = BatchScheduler(
+        self._streams = has_own(pipeline, "predict_stream")
+        size_of_item: Callable[[Any], int] = pipeline.item_size
+        self._scheduler: BatchScheduler[Payload, InferenceOutputModel] = BatchScheduler(
             run_batch_of(pipeline, max_in_flight),
             policy=batch_policy(batch_config),
             cost_model=self._costs.model,
-            item_size=pipeline.item_size,
+            item_size=(lambda payload: pipeline.item_size(item_of(payload))) if self._streams else size_of_item,
             max_in_flight=max_in_flight,
             batch_timeout_s=batch_config.batch_timeout_seconds,
             is_too_large=is_too_large,
@@ -152,6 +158,48 @@ class InferenceWorker(AsyncContextManagerMixin):
         valid = [item for item in checked if not isinstance(item, Failure)]
         outcomes = iter(await self._scheduler.submit_many(valid, priority=priority, timeout_s=timeout_s))
         return [item if isinstance(item, Failure) else next(outcomes) for item in checked]
+
+    async def predict_stream(
+        self,
+        item: BaseModel | Mapping[str, Any],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[InferenceOutputModel]:
+        """Run one item, and yield the pieces of its result as the pipeline's `predict_stream` makes them.
+
+        The last one is the result; of a pipeline without `predict_stream` it is the only one. Raises what `predict`
+        raises, also after some pieces; `timeout_s` is the time for all of them. To stop early, close it
+        (``contextlib.aclosing``): others of the batch go on, and the batch ends when no caller waits any more.
+        """
+        validated = self._validated(item)
+        send, receive = anyio.create_memory_object_stream[InferenceOutputModel | Outcome[InferenceOutputModel]](
+            math.inf
+        )
+        streamed = StreamedItem(validated, send.send_nowait)
+        with send, receive:
+            withdraw = self._scheduler.submit_nowait(
+                streamed if self._streams else streamed.item, send.send_nowait, priority=priority
+            )
+            try:
+                deadline_s = math.inf if timeout_s is None else anyio.current_time() + timeout_s
+                piece = None
+                while True:
+                    with anyio.CancelScope(deadline=deadline_s) as scope:
+                        received = await receive.receive()
+                    if scope.cancelled_caught:
+                        raise DeadlineExceededError(timeout_s or 0.0)
+                    if isinstance(received, Failure):
+                        raise received.error
+                    if isinstance(received, Success):
+                        if received.value is not piece:
+                            yield received.value
+                        return
+                    piece = received
+                    yield piece
+            finally:
+                streamed.is_wanted = False
+                withdraw()
 
     async def submit(self, request: AsyncInputModel, *, priority: Priority = Priority.BULK) -> str:
         """Accept a job and return its id, once it is stored: its result is kept, and sent to the queue it names.
@@ -235,9 +283,7 @@ async def short_lived_worker(
 class _Engine:
     """Runs stored jobs in the worker's scheduler."""
 
-    def __init__(
-        self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel], input_model: type[BaseModel]
-    ) -> None:
+    def __init__(self, scheduler: BatchScheduler[Payload, InferenceOutputModel], input_model: type[BaseModel]) -> None:
         self._scheduler = scheduler
         self.input_model = input_model
 

@@ -58,7 +58,7 @@ def test_a_pipeline_without_its_stages_cannot_be_made() -> None:
         def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
             return {}
 
-    with pytest.raises(TypeError, match="Half must define preprocess, postprocess; or run_inference in place of"):
+    with pytest.raises(TypeError, match="Half must define preprocess, postprocess; or run_inference or predict_stream"):
         Half("a", "b", {})
     with pytest.raises(TypeError, match="InferencePipeline must define preprocess, predict, postprocess; or"):
         InferencePipeline("a", "b", {})

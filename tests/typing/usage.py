@@ -1,5 +1,7 @@
 """How users call modalkit: checked by mypy in `make check`, never run."""
 
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 from pydantic import BaseModel
@@ -40,6 +42,38 @@ class Lengths(InferencePipeline):
 
     def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
         return [Response(length=length) for length in raw_output["lengths"]]
+
+
+class Remote(InferencePipeline):
+    max_in_flight = 8
+
+    async def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel | Exception]:
+        return [RejectItem("there is no text") for _ in input_list]
+
+    async def warm_up(self) -> None:
+        await self.run_inference([])
+
+
+class RemoteStage(Lengths):
+    async def predict(  # type: ignore[override]  # only a class whose base defines it as a function needs this
+        self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]
+    ) -> dict[str, Any]:
+        return preprocessed_data
+
+
+class Writer(InferencePipeline):
+    def predict_stream(self, input_list: list[BaseModel]) -> Iterator[list[Response | None]]:
+        yield [Response(length=1) for _ in input_list]
+
+
+class RemoteWriter(InferencePipeline):
+    async def predict_stream(self, input_list: list[BaseModel]) -> AsyncIterator[list[Response | RejectItem | None]]:
+        yield [None for _ in input_list]
+
+
+async def read_pieces(worker: InferenceWorker) -> list[InferenceOutputModel]:
+    async with aclosing(worker.predict_stream(Request(text="a"), timeout_s=60)) as pieces:
+        return [piece async for piece in pieces]
 
 
 class Printer:
