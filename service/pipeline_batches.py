@@ -1,12 +1,13 @@
 """Runs the batches of a pipeline, and classifies failures: of batches that were too large, and of the device."""
 
+import asyncio
 import inspect
-import itertools
 import re
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from threading import Lock, Thread
+from types import CoroutineType
 from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel
@@ -35,6 +36,9 @@ _FAULT_OF_THE_CALL = re.compile(
     r"invalid (configuration )?argument|invalid device (function|ordinal)|no kernel image"
     r"|CUBLAS_STATUS_(INVALID_VALUE|NOT_SUPPORTED|ARCH_MISMATCH)"
 )
+
+
+_AWAITABLES = (CoroutineType, asyncio.Future)
 
 
 def max_in_flight_of(pipeline: InferencePipeline, config: BatchConfig) -> int:
@@ -139,7 +143,7 @@ class _Accepted:
     def __init__(self, pipeline: InferencePipeline, count: int) -> None:
         self._pipeline = pipeline
         self._count = count
-        self._places = list(range(count))
+        self._places: Sequence[int] = range(count)
         self._rejected: dict[int, RejectItem] = {}
 
     async def call(self, name: str, items: list[BaseModel], *data: Any, repeats: bool = False) -> Any:
@@ -151,11 +155,11 @@ class _Accepted:
         # Looked up at each call, as `InferencePipeline.run_inference` does, so that one that is replaced takes effect.
         method = getattr(self._pipeline, name)
         while self._places:
-            sent = [items[place] for place in self._places]
+            sent = [items[place] for place in self._places] if self._rejected else items
             given = list(sent)
             try:
                 result = method(given, *data)
-                if inspect.iscoroutinefunction(method):
+                if isinstance(result, CoroutineType) and inspect.iscoroutinefunction(method):
                     result = await result
             except RejectItem as error:
                 self._reject(error, by_index=repeats)
@@ -180,7 +184,8 @@ class _Accepted:
             if not by_index or error.index is None or not 0 <= error.index < len(self._places):
                 raise error
             index = error.index
-        self._rejected[self._places.pop(index)] = error.with_traceback(None)  # its frames refer to this object
+        self._rejected[self._places[index]] = error.with_traceback(None)  # its frames refer to this object
+        self._places = [place for place in self._places if place not in self._rejected]
 
 
 def _counted(pipeline: InferencePipeline, max_in_flight: int, run: Callable[P, T]) -> Callable[P, T]:
@@ -268,14 +273,15 @@ def _checked(output: object) -> InferenceOutputModel | Exception:
 
 def _ensure_awaited(source: str, result: Any) -> None:
     """Raise `NotAwaitedError` if a result is an awaitable, or a dictionary of some, or of lists of some."""
-    values = list(result.values()) if isinstance(result, dict) else []
-    lists = [value for value in values if isinstance(value, list | tuple) and value]
-    suspects = [result, *values, *(value[0] for value in lists)]
-    if (awaitable := next(filter(inspect.isawaitable, suspects), None)) is not None:
-        for one in itertools.chain([result], values, *lists):
-            if inspect.iscoroutine(one):
-                one.close()  # else Python warns of it, much later
-        raise NotAwaitedError(source, awaitable)
+    # A list of outputs is left out, because each of them is checked alone.
+    values = result.values() if isinstance(result, dict) else () if isinstance(result, list) else (result,)
+    for value in values:
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, _AWAITABLES):
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, CoroutineType):
+                    one.close()  # else Python warns of it, much later
+            raise NotAwaitedError(source, first)
 
 
 def is_device_fault(error: Exception) -> bool:
