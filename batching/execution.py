@@ -3,7 +3,7 @@
 import inspect
 import logging
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from operator import is_
@@ -51,11 +51,11 @@ class Progress:
 class Executor(Generic[T, R]):
     """Runs one batch at a time, or different stages of consecutive batches at the same time.
 
-    Synchronous functions run in the executor's thread; the first and last stages of overlapped batches run in a second
-    one. A call raises what the function raised (`RuntimeError` for an error that is no `Exception`, such as
-    `SystemExit`), `BatchTimeoutError` if its stages took longer than `timeout_s` together, and `OutputCountError` if
-    there is not exactly one output for each payload. When a call is cancelled, its function is abandoned in its thread,
-    and the next call gets a new thread.
+    Synchronous functions run in the executor's thread, asynchronous ones in the event loop. The first and last stages
+    of overlapped batches run in a second thread. A call raises what the function raised (`RuntimeError` for an error
+    that is no `Exception`, such as `SystemExit`), `BatchTimeoutError` if its stages took longer than `timeout_s`
+    together, and `OutputCountError` if there is not exactly one output for each payload. When a call is cancelled, a
+    function in a thread is abandoned there, and the next call gets a new thread.
 
     Each stage gets its own copy of the list, so that a stage cannot change the list of the next one. If a stage removes
     payloads or changes their order, a batch of several fails with `InputsMovedError`, because it is unknown which
@@ -66,8 +66,10 @@ class Executor(Generic[T, R]):
         self._run_batch = run_batch
         self.stages = run_batch if isinstance(run_batch, Stages) else None
         """The stages by which batches can overlap."""
-        self.is_async = inspect.iscoroutinefunction(run_batch) or inspect.iscoroutinefunction(
-            getattr(run_batch, "__call__", None)  # noqa: B004  # the method itself is needed, not whether there is one
+        self.is_async = (
+            _is_async(run_batch)
+            if self.stages is None
+            else any(map(_is_async, (self.stages.preprocess, self.stages.predict, self.stages.postprocess)))
         )
         self._timeout_s = timeout_s
         self._main = DedicatedThread(name)
@@ -99,12 +101,20 @@ class Executor(Generic[T, R]):
         async with self._side_lock, self._main_lock:
             yield
 
+    async def run_batch_while_paused(self, payloads: list[T]) -> Sequence[R | Exception]:
+        """Run a batch as `run` does, in a block of `paused`."""
+        self._ensure_open()
+        return checked_outputs((await self._run_in_time(payloads))[0], len(payloads))
+
     async def run_while_paused(self, function: Callable[[], S], timeout_s: float | None) -> S:
         """Run a function in the main thread, in a block of `paused`."""
-        if self._is_closed:
-            raise SchedulerClosedError("the scheduler closed before this function could run")
+        self._ensure_open()
         with anyio.fail_after(timeout_s):
             return await self._main.run(function)
+
+    def _ensure_open(self) -> None:
+        if self._is_closed:
+            raise SchedulerClosedError("the scheduler closed before this could run")
 
     async def run(
         self, payloads: list[T], progress: "Progress | None" = None
@@ -120,7 +130,7 @@ class Executor(Generic[T, R]):
             # All stages run at once, so no other batch may be in any of them.
             async with nullcontext() if self.stages is None else self._side_lock, self._main_lock:
                 outputs, seconds = await self._run_in_time(payloads)
-        return _checked(outputs, len(payloads)), seconds
+        return checked_outputs(outputs, len(payloads)), seconds
 
     async def attempt(
         self, payloads: list[T], progress: "Progress | None" = None
@@ -133,10 +143,6 @@ class Executor(Generic[T, R]):
             return await self.run(payloads, progress)
         except Exception as error:  # noqa: BLE001  # user code may raise anything; the items get it as their error
             return error, None
-        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
-            exit_error = RuntimeError(f"the batch raised {text_of(error)}")
-            exit_error.__cause__ = error
-            return exit_error, None
 
     async def _run_in_time(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
         if math.isinf(self._timeout_s):
@@ -149,11 +155,13 @@ class Executor(Generic[T, R]):
         """Call the function, or all stages in a row, without a time limit."""
         if not self.is_async:
             return await self._main.run(partial(_run_synchronously, self._run_batch, payloads))
-        started_s = perf_counter()  # the event loop's clock may have a resolution of milliseconds only
-        given = list(payloads)
-        outputs = await without_foreign_cancellation(cast("Callable[..., Awaitable[Any]]", self._run_batch)(given))
-        _ensure_order(payloads, given)
-        return outputs, StageSeconds(0.0, perf_counter() - started_s, 0.0)
+        if self.stages is None:
+            outputs, seconds = await _call(self._main, cast("Callable[..., Any]", self._run_batch), payloads)
+            return outputs, StageSeconds(0.0, seconds, 0.0)
+        prepared, preprocess_s = await _call(self._main, self.stages.preprocess, payloads)
+        raw, predict_s = await _call(self._main, self.stages.predict, payloads, prepared)
+        outputs, postprocess_s = await _call(self._main, self.stages.postprocess, payloads, raw)
+        return outputs, StageSeconds(preprocess_s, predict_s, postprocess_s)
 
     async def _run_overlapped(
         self, payloads: list[T], stages: Stages[T, R], progress: "Progress"
@@ -177,16 +185,28 @@ class Executor(Generic[T, R]):
         self, thread: DedicatedThread, left_s: float, stage: Callable[..., S], payloads: list[T], *more: Any
     ) -> tuple[S, float]:
         with anyio.move_on_after(max(0.0, left_s)):
-            return await thread.run(partial(_timed, stage, payloads, *more))
+            return await _call(thread, stage, payloads, *more)
         raise BatchTimeoutError(self._timeout_s, len(payloads))
 
 
-def run_checked(run_batch: RunBatch[T, R], payloads: list[T]) -> Sequence[R | Exception]:
-    """Run a synchronous batch in this thread, outside any scheduler.
+def _is_async(function: object) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004  # the method itself is needed, not whether there is one
+    )
 
-    Raises what the batch raises, and `InputsMovedError` and `OutputCountError` as `Executor` does.
-    """
-    return _checked(_run_synchronously(run_batch, payloads)[0], len(payloads))
+
+async def _call(thread: DedicatedThread, stage: Callable[..., Any], payloads: list[T], *more: Any) -> tuple[Any, float]:
+    """As `_timed`, in the thread; an asynchronous stage in the event loop."""
+    if not _is_async(stage):
+        return await thread.run(partial(_timed, stage, payloads, *more))
+    started_s = perf_counter()  # the event loop's clock may have a resolution of milliseconds only
+    given = list(payloads)
+    try:
+        result = await without_foreign_cancellation(stage(given, *more))
+    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+        raise RuntimeError(f"the batch raised {text_of(error)}") from error
+    ensure_order(payloads, given)
+    return result, perf_counter() - started_s
 
 
 def _run_synchronously(run_batch: RunBatch[T, R], payloads: list[T]) -> tuple[Any, StageSeconds]:
@@ -204,11 +224,11 @@ def _timed(stage: Callable[..., S], payloads: list[T], *more: Any) -> tuple[S, f
     started_s = perf_counter()
     given = list(payloads)
     result = stage(given, *more)
-    _ensure_order(payloads, given)
+    ensure_order(payloads, given)
     return result, perf_counter() - started_s
 
 
-def _ensure_order(payloads: list[T], given: list[T]) -> None:
+def ensure_order(payloads: list[T], given: list[T]) -> None:
     """Raise `InputsMovedError` unless each payload is still at its index of the list, or was replaced there.
 
     A list of one payload is always accepted.
@@ -222,7 +242,8 @@ def _ensure_order(payloads: list[T], given: list[T]) -> None:
         raise InputsMovedError
 
 
-def _checked(outputs: Any, count: int) -> list[Any]:
+def checked_outputs(outputs: Any, count: int) -> list[Any]:
+    """The outputs as a list. Raises `OutputCountError` unless they are a sequence of `count`."""
     if not isinstance(outputs, Sequence) or isinstance(outputs, str | bytes):
         raise OutputCountError(count, f"{type(outputs).__name__}")
     listed = list(outputs)  # a user's sequence may be lazy or report a wrong length

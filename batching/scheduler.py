@@ -42,7 +42,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     not finished fail with `SchedulerClosedError`.
 
     `run_batch` is a synchronous function, which runs in a thread of the scheduler; or an asynchronous function; or
-    three `Stages`, which overlap with those of the next batch, in a second thread, where that pays.
+    three `Stages` of either kind, which overlap with those of the next batch, in a second thread, where that pays.
 
     Up to `max_in_flight` batches run at once (overlapping ones count as one). While `max_partial_in_flight` batches
     run, only full ones are added: for a `run_batch` that costs by the call and not by the item, such as a remote call.
@@ -220,12 +220,27 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         Raises what the function raises, `SchedulerClosedError`, and `TimeoutError` after `timeout_s` seconds; then the
         function goes on in its thread, and its result is dropped.
         """
+        async with self._paused() as executor:
+            return await executor.run_while_paused(function, timeout_s)
+
+    async def run_as_one_batch(self, payloads: Sequence[T]) -> Sequence[R | Exception]:
+        """Run payloads as one batch, while no other batch is in any stage; returns the output or error of each.
+
+        Raises what the batch raises: it is not split. Also raises `BatchTimeoutError`, `InputsMovedError`,
+        `OutputCountError` and `SchedulerClosedError`.
+        """
+        async with self._paused() as executor:
+            return await executor.run_batch_while_paused(list(payloads))
+
+    @asynccontextmanager
+    async def _paused(self) -> AsyncGenerator[Executor[T, R]]:
+        """Wait until no batch is in any stage, and let none start in the block; yields the first executor."""
         self._ensure_open()
         executors = self._dispatcher.executors
         async with AsyncExitStack() as paused:
             for executor in executors:
                 await paused.enter_async_context(executor.paused())
-            return await executors[0].run_while_paused(function, timeout_s)
+            yield executors[0]
 
     def statistics(self) -> SchedulerStatistics:
         """An immutable snapshot of the requests and batches that wait, run and have ended."""

@@ -12,16 +12,16 @@ SMOOTHING = 1 / 16
 
 @dataclass(frozen=True, slots=True)
 class Stages(Generic[T, R]):
-    """A batch in three steps. Each is a synchronous function of the payloads and of the result of the step before.
+    """A batch in three steps. Each is a function of the payloads and of the result of the step before.
 
-    While one batch is in `predict`, the next one may be in `preprocess` or the one before in `postprocess`, on another
-    thread. With a `max_in_flight` of 1, two batches are never in the same step at once, nor one in `preprocess` and one
-    in `postprocess`.
+    Synchronous steps run in threads, asynchronous ones in the event loop. While one batch is in `predict`, the next one
+    may be in `preprocess` or the one before in `postprocess`, on another thread. With a `max_in_flight` of 1, two
+    batches are never in the same step at once, nor one in `preprocess` and one in `postprocess`.
     """
 
     preprocess: Callable[[list[T]], Any]
     predict: Callable[[list[T], Any], Any]
-    postprocess: Callable[[list[T], Any], Sequence[R | Exception]]
+    postprocess: Callable[[list[T], Any], Sequence[R | Exception] | Awaitable[Sequence[R | Exception]]]
 
 
 RunBatch = (

@@ -4,7 +4,7 @@
 """
 
 from modalkit.pipelines.engines import Engine, EngineChoice, EngineSettings, load_engine
-from modalkit.pipelines.errors import BatchTooLargeError, EngineError, ModelLoadError, PipelineError
+from modalkit.pipelines.errors import BatchTooLargeError, EngineError, ModelLoadError, PipelineError, RejectItem
 from modalkit.pipelines.inference_pipeline import InferencePipeline
 from modalkit.pipelines.iomodel import (
     AnyInput,
@@ -29,6 +29,7 @@ __all__ = [
     "InferencePipeline",
     "ModelLoadError",
     "PipelineError",
+    "RejectItem",
     "SyncInputModel",
     "load_engine",
 ]

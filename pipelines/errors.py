@@ -15,3 +15,17 @@ class BatchTooLargeError(PipelineError):
 
 class EngineError(ModelLoadError):
     """Raised when the engine that was asked for cannot run a model: a missing package, or a format it cannot use."""
+
+
+class RejectItem(PipelineError):  # noqa: N818  # it says what to do, and is no fault of the program
+    """Raised by a pipeline for an item that it refuses, or returned by `postprocess` in the item's place.
+
+    Only the caller of that item gets it: an answer with the status 422 and the `reason`, or a failed job. It is not
+    logged. Raised by `preprocess` for a batch of several, `index` is the item's place in the list: then `preprocess`
+    runs again for the others, and no other stage runs twice. Without an index the batch is split until the item is
+    found.
+    """
+
+    def __init__(self, reason: str, *, index: int | None = None) -> None:
+        super().__init__(reason or "the pipeline gave no reason")
+        self.index = index

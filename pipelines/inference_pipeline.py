@@ -1,23 +1,31 @@
 """The interface of a model that a worker runs in batches."""
 
+import inspect
 import os
 import platform
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from collections.abc import AsyncIterable, Awaitable, Iterable, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel
 
 from modalkit.pipelines.engines.settings import EngineChoice
 from modalkit.pipelines.iomodel import AnyInput, InferenceOutputModel
 
+STAGES = ("preprocess", "predict", "postprocess")
+"""The stages of a batch, in their order."""
+IN_PLACE_OF_STAGES = ("run_inference", "predict_stream")
 
-class InferencePipeline(ABC):
+
+class InferencePipeline:
     """One model: turns a list of items into a list of outputs, of the same length and order.
 
     A batch goes through `preprocess`, `predict` and `postprocess`, one after the other. While one batch is in
     `predict`, another may be in `preprocess` or `postprocess`, on another thread. So pass the data of a batch in the
     dictionaries between the stages, not on `self`. If a stage raises an exception, the worker searches for the failing
-    items and fails only those.
+    items and fails only those. A class that overrides `run_inference` needs no stages.
+
+    Each of these four methods may be an ``async def``, for a model behind a network: it runs in the event loop, and the
+    others in threads. `max_in_flight` batches then wait for the network at once. Their costs are not measured at start.
 
     `model_name` is the entry's name in ``model_settings.model_entries``. `all_model_data_folder` is the folder of local
     models. `common_settings` are the settings of all models (``model_settings.common``). `model_entry` has the other
@@ -37,7 +45,7 @@ class InferencePipeline(ABC):
     """What computes the model, if the pipeline has loaded it by `load_engine`: shown by the service."""
 
     max_in_flight: int = 1
-    """How many batches may run at once, each on a thread of its own; ``batch_config.max_in_flight`` may change it.
+    """How many batches may run at once; ``batch_config.max_in_flight`` may change it. Each has a thread of its own.
 
     More than one pays where one batch leaves a part of the device idle. Read when a worker is made. With more than one,
     two batches may be in the same stage.
@@ -51,22 +59,61 @@ class InferencePipeline(ABC):
         self.common_settings = common_settings
         self.model_entry = model_entry
 
-    @abstractmethod
-    def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
-        """Prepare a batch for the model, on the CPU. The result is passed to `predict`."""
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Make an instance. Raises `TypeError` for a class that lacks a stage, and has nothing in place of them."""
+        missing = [name for name in STAGES if getattr(cls, name) is getattr(InferencePipeline, name)]
+        if missing and all(getattr(cls, name) is getattr(InferencePipeline, name) for name in IN_PLACE_OF_STAGES):
+            raise TypeError(f"{cls.__name__} must define {', '.join(missing)}; or {' or '.join(IN_PLACE_OF_STAGES)}")
+        return super().__new__(cls)
 
-    @abstractmethod
-    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+    # The results are "or Any", so that subclasses may define the methods as `async def`.
+
+    def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any] | Any:
+        """Prepare a batch for the model, on the CPU. The result is passed to `predict`.
+
+        Raises `RejectItem`, with the index of an item, to refuse that item.
+        """
+        raise NotImplementedError
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any] | Any:
         """Run the model. The result is passed to `postprocess`."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
-        """Turn the model's output into one result for each item, in the order of `input_list`."""
+    def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel] | Any:
+        """Turn the model's output into one result for each item, in the order of `input_list`.
 
-    def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
-        """Run the three stages, each on its own copy of the list. If a subclass overrides it, it runs as one stage."""
+        An exception in an item's place is the error of that item; a `RejectItem` says that the item is refused.
+        """
+        raise NotImplementedError
+
+    def predict_stream(self, input_list: list[BaseModel]) -> Iterable[Sequence[InferenceOutputModel | None]] | Any:
+        """Yield, for each step of a model that generates, a list with the new piece of each item, or None.
+
+        Optional: a class that defines it needs no stages, and all its batches run by it. The last piece of an item is
+        its result, and callers of ``worker.predict_stream`` get each piece at once. An exception in an item's place
+        ends that item. It is a generator, or an asynchronous one, which is closed when no caller waits any more.
+        """
+        raise NotImplementedError
+
+    def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel] | Any:
+        """Run the three stages, each on its own copy of the list. If a subclass overrides it, it runs as one stage.
+
+        It returns an awaitable if one of the stages is an ``async def``. Where there is a `predict_stream`, it runs
+        that and returns the last pieces.
+        """
+        if has_own(self, "predict_stream"):
+            steps: Any = self.predict_stream(list(input_list))
+            return _last_pieces_later(steps) if hasattr(steps, "__aiter__") else _last_pieces(steps)
+        if is_asynchronous(self, *STAGES):
+            return self._run_stages(input_list)
         preprocessed_data = self.preprocess(list(input_list))
         return self.postprocess(list(input_list), self.predict(list(input_list), preprocessed_data))
+
+    async def _run_stages(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
+        preprocessed_data = await awaited(self.preprocess(list(input_list)))
+        raw_output = await awaited(self.predict(list(input_list), preprocessed_data))
+        outputs: list[InferenceOutputModel] = await awaited(self.postprocess(list(input_list), raw_output))
+        return outputs
 
     def item_size(self, item: BaseModel) -> int:  # noqa: ARG002  # part of the interface
         """Estimate the size of an item in a unit of the pipeline's choice (tokens, pixels), at least 1.
@@ -87,18 +134,23 @@ class InferencePipeline(ABC):
         """Name the device of the model, so that costs that were measured on another device are not used for it."""
         return f"{platform.machine()} with {os.cpu_count()} cores"
 
-    def warm_up(self) -> None:
-        """Do work that would delay the first request. By default, run one sample item, if there are sample items."""
-        if items := self.sample_items(1, 1):
-            self.run_inference(items)
+    def warm_up(self) -> Awaitable[object] | None:
+        """Do work that would delay the first request. By default, run one sample item, if there are sample items.
 
-    def before_predict(self, in_flight: int) -> None:  # noqa: B027  # a hook: most pipelines need nothing here
+        The worker awaits what it returns, if that is an awaitable: it may be an ``async def``.
+        """
+        if items := self.sample_items(1, 1):
+            outputs = self.run_inference(items)
+            return outputs if inspect.isawaitable(outputs) else None
+        return None
+
+    def before_predict(self, in_flight: int) -> None:
         """Prepare the thread of a batch, before its `predict`: `in_flight` batches run now, this one included.
 
-        Called only where `max_in_flight` is more than 1. Does nothing by default.
+        Called only where `max_in_flight` is more than 1, and not for an ``async def``. Does nothing by default.
         """
 
-    def move_to(self, device: str) -> None:  # noqa: B027  # a hook: most pipelines need nothing here
+    def move_to(self, device: str) -> None:
         """Move the model to another device, such as ``cuda`` after a snapshot was restored. No batch runs meanwhile.
 
         Does nothing by default.
@@ -111,5 +163,39 @@ class InferencePipeline(ABC):
         """
         return None
 
-    def on_volume_reload(self) -> None:  # noqa: B027  # a hook: most pipelines need nothing here
+    def on_volume_reload(self) -> None:
         """React to new contents of the mounted volumes. Does nothing by default."""
+
+
+async def awaited(result: Any) -> Any:
+    """What a method returned; if that is an awaitable, because the method is an ``async def``, its result."""
+    return await result if inspect.isawaitable(result) else result
+
+
+def has_own(pipeline: InferencePipeline, method: str) -> bool:
+    """Whether the class of the pipeline defines this method."""
+    return getattr(getattr(pipeline, method), "__func__", None) is not getattr(InferencePipeline, method)
+
+
+def is_asynchronous(pipeline: InferencePipeline, *methods: str) -> bool:
+    """Whether one of these methods of the pipeline is an ``async def``."""
+    functions = [getattr(pipeline, name) for name in methods]
+    return any(inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for each in functions)
+
+
+def _last_pieces(steps: Iterable[Sequence[Any]]) -> list[Any]:
+    last: list[Any] = []
+    for step in steps:
+        last = _merged(last, step)
+    return last
+
+
+async def _last_pieces_later(steps: AsyncIterable[Sequence[Any]]) -> list[Any]:
+    last: list[Any] = []
+    async for step in steps:
+        last = _merged(last, step)
+    return last
+
+
+def _merged(last: list[Any], step: Sequence[Any]) -> list[Any]:
+    return [before if piece is None else piece for before, piece in zip(last or step, step, strict=True)]

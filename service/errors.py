@@ -56,10 +56,6 @@ class NotReadyError(ServiceError):
         self.readiness = readiness
 
 
-class ItemRejectedError(ServiceError):
-    """Raised for an item that the pipeline answered with an output whose status is ``error``."""
-
-
 class PipelineOutputError(ServiceError):
     """Raised for an item whose output is no `InferenceOutputModel`."""
 
@@ -67,6 +63,17 @@ class PipelineOutputError(ServiceError):
         super().__init__(
             f"the pipeline returned {describe_value(output)} for an item; postprocess must return an "
             "InferenceOutputModel"
+        )
+
+
+class NotAwaitedError(ServiceError):
+    """Raised when a method of a pipeline returns a coroutine, or another awaitable, in place of a value."""
+
+    def __init__(self, source: str, awaitable: object) -> None:
+        name = getattr(awaitable, "__qualname__", "")
+        super().__init__(
+            f"{source} returned a {_class_name(type(awaitable))}{f' of {name}' if name else ''} that was not awaited; "
+            "write 'await' before the call that makes it, in an 'async def'"
         )
 
 

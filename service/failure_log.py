@@ -7,7 +7,8 @@ from collections.abc import Callable
 from traceback import TracebackException, walk_tb
 
 from modalkit.batching import BatchingError, BatchRecord
-from modalkit.service.errors import MAX_ERROR_BYTES, ItemRejectedError, ServiceError, cut_text, describe_error
+from modalkit.pipelines import RejectItem
+from modalkit.service.errors import MAX_ERROR_BYTES, ServiceError, cut_text, describe_error
 from modalkit.service.pipeline_batches import run_batch_of
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ _CALLS_PIPELINES = run_batch_of.__code__.co_filename
 
 
 class FailureLog:
-    """A sink for the batch records of one model: logs the errors of items, except those that the model answered with.
+    """A sink for the batch records of one model: logs the errors of items, except a `RejectItem`.
 
     Two errors are the same where class, message and line are. In each period of `PERIOD_S` seconds an error is logged
     once, and `MAX_ERRORS_PER_PERIOD` errors in all; the items that other errors failed are counted, and their number is
@@ -39,7 +40,7 @@ class FailureLog:
 
     def __call__(self, record: BatchRecord) -> None:
         """Log the errors of a batch."""
-        errors = {_key(error): error for error in record.errors if not isinstance(error, ItemRejectedError)}
+        errors = {_key(error): error for error in record.errors if not isinstance(error, RejectItem)}
         if not errors:
             return
         if self._clock() >= self._period_ends_s:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from anyio import CancelScope, to_thread
-from pydantic import BaseModel
 
 from modalkit.batching import BatchScheduler, CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, undisturbed
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.service.errors import describe_error
-from modalkit.service.pipeline_batches import at_full_load, is_too_large, max_in_flight_of
+from modalkit.service.pipeline_batches import at_full_load, is_asynchronous_pipeline, is_too_large, max_in_flight_of
 from modalkit.service.settings import BatchConfig
 
 logger = logging.getLogger(__name__)
@@ -62,12 +61,14 @@ class LearntCosts:
         self._pipeline = pipeline
         self._batch_config = batch_config
         self._config = batch_config.calibration
-        self._calibrate = calibrate and self._config.enabled
+        # Costs of an asynchronous pipeline are those of a server elsewhere: only real batches teach them.
+        measures = self._config.enabled and not is_asynchronous_pipeline(pipeline)
+        self._calibrate = calibrate and measures
         self._key: CostKey | None = None
         # Whether the costs are worth keeping: incomplete ones in the file would prevent a later measurement.
-        self._is_complete = not self._config.enabled
+        self._is_complete = not measures
 
-    async def learn(self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel]) -> None:
+    async def learn(self, scheduler: BatchScheduler[Any, InferenceOutputModel]) -> None:
         """Read the costs from the configured file, or measure them in the scheduler's thread.
 
         Errors are logged as warnings, because real batches teach the model too.
@@ -90,7 +91,7 @@ class LearntCosts:
             with CancelScope(shield=True):
                 await to_thread.run_sync(save_costs, path, key, self.model)
 
-    async def _measure(self, scheduler: BatchScheduler[BaseModel, InferenceOutputModel]) -> None:
+    async def _measure(self, scheduler: BatchScheduler[Any, InferenceOutputModel]) -> None:
         calibration = Calibration(
             run=at_full_load(self._pipeline, max_in_flight_of(self._pipeline, self._batch_config)),
             sample_items=self._pipeline.sample_items,

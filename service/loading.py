@@ -117,8 +117,7 @@ class ModelSource:
         if implementation is None:
             if entry is None:
                 raise UnknownModelError(model_name, sorted(settings.model_settings.model_entries))
-            base: type[InferencePipeline] = InferencePipeline  # type: ignore[type-abstract]  # compared with, never made
-            implementation = import_class(entry.pipeline, f"{self._key}.pipeline", base)
+            implementation = import_class(entry.pipeline, f"{self._key}.pipeline", InferencePipeline)
         self.pipeline_class = implementation
         self.input_model: type[BaseModel] = implementation.input_model
         self.output_model: type[InferenceOutputModel] = implementation.output_model

@@ -1,21 +1,29 @@
 """Runs the batches of a pipeline, and classifies failures: of batches that were too large, and of the device."""
 
+import asyncio
+import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
 from threading import Lock, Thread
+from types import CoroutineType
 from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 
 from modalkit.batching import RunBatch, Stages
-from modalkit.batching.execution import run_checked
-from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline
-from modalkit.service.errors import ItemRejectedError, PipelineOutputError, error_text
+from modalkit.batching.execution import checked_outputs, ensure_order
+from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline, RejectItem
+from modalkit.pipelines.inference_pipeline import STAGES, has_own, is_asynchronous
+from modalkit.service.errors import NotAwaitedError, PipelineOutputError, error_text
 from modalkit.service.settings import BatchConfig
+from modalkit.service.streams import Payload, StreamRun
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+Outputs = Sequence[InferenceOutputModel | Exception]
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _DEVICE_FAULT = re.compile(
@@ -30,22 +38,154 @@ _FAULT_OF_THE_CALL = re.compile(
 )
 
 
+_AWAITABLES = (CoroutineType, asyncio.Future)
+
+
 def max_in_flight_of(pipeline: InferencePipeline, config: BatchConfig) -> int:
     """How many batches of the pipeline run at once: as configured, else as it says."""
     return config.max_in_flight or pipeline.max_in_flight
 
 
-def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatch[BaseModel, InferenceOutputModel]:
-    """The pipeline's three stages, or its `run_inference` as one where the class has its own."""
-    # Methods are looked up at each call, as `run_inference` does, so that one that is replaced later takes effect.
-    if getattr(pipeline.run_inference, "__func__", None) is not InferencePipeline.run_inference:
-        run = _counted(pipeline, max_in_flight, lambda items: pipeline.run_inference(items))  # noqa: PLW0108
-        return lambda items: _checked_all(run(items))
-    return Stages(
-        lambda items: pipeline.preprocess(items),  # noqa: PLW0108
-        _counted(pipeline, max_in_flight, lambda items, preprocessed: pipeline.predict(items, preprocessed)),  # noqa: PLW0108
-        lambda items, raw_output: _checked_all(pipeline.postprocess(items, raw_output)),
-    )
+def is_asynchronous_pipeline(pipeline: InferencePipeline) -> bool:
+    """Whether batches of the pipeline run in the event loop, or a stage of them does."""
+    if has_own(pipeline, "predict_stream"):
+        return is_asynchronous(pipeline, "predict_stream")
+    return is_asynchronous(pipeline, *(("run_inference",) if has_own(pipeline, "run_inference") else STAGES))
+
+
+def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatch[Any, InferenceOutputModel]:
+    """The pipeline's three stages, or its `predict_stream` or `run_inference` where the class has its own.
+
+    Payloads are items; with a `predict_stream` also `StreamedItem`.
+    """
+    if has_own(pipeline, "predict_stream"):
+        return _stream_of(pipeline, max_in_flight)
+
+    async def preprocess(items: list[BaseModel]) -> tuple[_Accepted, Any]:
+        accepted = _Accepted(pipeline, len(items))
+        return accepted, await accepted.call("preprocess", items, repeats=True)
+
+    async def predict(items: list[BaseModel], prepared: tuple[_Accepted, Any]) -> tuple[_Accepted, Any]:
+        accepted, preprocessed = prepared
+        return accepted, await accepted.call("predict", items, preprocessed)
+
+    async def postprocess(items: list[BaseModel], predicted: tuple[_Accepted, Any]) -> Outputs:
+        accepted, raw_output = predicted
+        return accepted.outputs(await accepted.call("postprocess", items, raw_output))
+
+    async def run_inference(items: list[BaseModel]) -> Outputs:
+        accepted = _Accepted(pipeline, len(items))
+        return accepted.outputs(await accepted.call("run_inference", items, repeats=True))
+
+    def as_defined(run: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Any]:
+        """`run` as a synchronous function, unless the method of its name is asynchronous."""
+        if is_asynchronous(pipeline, run.__name__):
+            return run
+        function = _synchronous(run)
+        return function if run in (preprocess, postprocess) else _counted(pipeline, max_in_flight, function)
+
+    if has_own(pipeline, "run_inference"):
+        return as_defined(run_inference)
+    return Stages(as_defined(preprocess), as_defined(predict), as_defined(postprocess))
+
+
+def _stream_of(pipeline: InferencePipeline, max_in_flight: int) -> RunBatch[Payload, InferenceOutputModel]:
+    async def stream_in_event_loop(payloads: list[Payload]) -> Outputs:
+        run = StreamRun(payloads, _checked, in_thread=False)
+        if run.items:
+            with run.errors():
+                steps: Any = pipeline.predict_stream(run.items)
+                async with aclosing(steps):
+                    async for step in steps:
+                        if not run.take(step):
+                            break
+        return run.outputs()
+
+    def stream(payloads: list[Payload]) -> Outputs:
+        run = StreamRun(payloads, _checked, in_thread=True)
+        if run.items:
+            with run.errors():
+                steps = pipeline.predict_stream(run.items)
+                _ensure_awaited("predict_stream", steps)
+                try:
+                    for step in steps:
+                        if not run.take(step):
+                            break
+                finally:
+                    if inspect.isgenerator(steps):
+                        steps.close()
+        return run.outputs()
+
+    if is_asynchronous(pipeline, "predict_stream"):
+        return stream_in_event_loop
+    return _counted(pipeline, max_in_flight, stream)
+
+
+def _synchronous(run: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
+    """A coroutine function that never waits, as a function."""
+
+    def function(*args: P.args, **kwargs: P.kwargs) -> T:
+        coroutine = run(*args, **kwargs)
+        try:
+            coroutine.send(None)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        coroutine.close()
+        raise RuntimeError("a method of the pipeline became an 'async def' after its worker was made")
+
+    return function
+
+
+class _Accepted:
+    """The items of a batch of `count` that the pipeline has not rejected."""
+
+    def __init__(self, pipeline: InferencePipeline, count: int) -> None:
+        self._pipeline = pipeline
+        self._count = count
+        self._places: Sequence[int] = range(count)
+        self._rejected: dict[int, RejectItem] = {}
+
+    async def call(self, name: str, items: list[BaseModel], *data: Any, repeats: bool = False) -> Any:
+        """Call a method with those of `items` that are accepted; returns None if there are none.
+
+        With `repeats`, it is called again for the others when it rejects an item of several by its index. Waits only
+        for an asynchronous method. Raises what else the method raises, `InputsMovedError` and `NotAwaitedError`.
+        """
+        # Looked up at each call, as `InferencePipeline.run_inference` does, so that one that is replaced takes effect.
+        method = getattr(self._pipeline, name)
+        while self._places:
+            sent = [items[place] for place in self._places] if self._rejected else items
+            given = list(sent)
+            try:
+                result = method(given, *data)
+                if isinstance(result, CoroutineType) and inspect.iscoroutinefunction(method):
+                    result = await result
+            except RejectItem as error:
+                self._reject(error, by_index=repeats)
+            else:
+                ensure_order(sent, given)
+                _ensure_awaited(name, result)
+                return result
+        return None
+
+    def outputs(self, outputs: Any) -> Outputs:
+        """The outputs of all items of the batch, from those of the accepted ones. Raises `OutputCountError`."""
+        if not self._rejected:
+            return _checked_all(outputs)
+        accepted = checked_outputs(outputs, len(self._places)) if self._places else []
+        found = self._rejected | dict(zip(self._places, _checked_all(accepted), strict=True))
+        return [found[place] for place in range(self._count)]
+
+    def _reject(self, error: RejectItem, *, by_index: bool) -> None:
+        """Reject an item: the only one, or the one that `error` names. Raises `error` if it is not known which one."""
+        index = 0
+        if len(self._places) > 1:
+            if not by_index or error.index is None or not 0 <= error.index < len(self._places):
+                raise error
+            index = error.index
+        self._rejected[self._places[index]] = error.with_traceback(None)  # its frames refer to this object
+        self._places = [place for place in self._places if place not in self._rejected]
 
 
 def _counted(pipeline: InferencePipeline, max_in_flight: int, run: Callable[P, T]) -> Callable[P, T]:
@@ -99,16 +239,6 @@ def at_full_load(pipeline: InferencePipeline, max_in_flight: int) -> Callable[[l
     return run
 
 
-def attempt_as_one_batch(
-    pipeline: InferencePipeline, items: Sequence[BaseModel]
-) -> Sequence[InferenceOutputModel | Exception] | Exception:
-    """Run items as one batch without a scheduler; returns the output or error of each, or the error of the batch."""
-    try:
-        return run_checked(run_batch_of(pipeline), list(items))
-    except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is the batch's error
-        return error
-
-
 def is_too_large(error: Exception) -> bool:
     """Whether a batch failed for lack of memory, so that its parts may succeed.
 
@@ -123,16 +253,35 @@ def is_too_large(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(sign in error_text(error) for sign in _OUT_OF_MEMORY)
 
 
-def _checked_all(outputs: Any) -> Sequence[InferenceOutputModel | Exception]:
+def _checked_all(outputs: Any) -> Outputs:
     # The scheduler refuses anything but a sequence of the right length.
     is_list = isinstance(outputs, Sequence) and not isinstance(outputs, str | bytes)
     return [_checked(output) for output in outputs] if is_list else outputs
 
 
 def _checked(output: object) -> InferenceOutputModel | Exception:
+    if isinstance(output, Exception):
+        return output
     if not isinstance(output, InferenceOutputModel):
+        try:
+            _ensure_awaited("the pipeline", output)
+        except NotAwaitedError as error:
+            return error
         return PipelineOutputError(output)
-    return ItemRejectedError(output.error or "the pipeline gave no reason") if output.status == "error" else output
+    return RejectItem(output.error or "") if output.status == "error" else output
+
+
+def _ensure_awaited(source: str, result: Any) -> None:
+    """Raise `NotAwaitedError` if a result is an awaitable, or a dictionary of some, or of lists of some."""
+    # A list of outputs is left out, because each of them is checked alone.
+    values = result.values() if isinstance(result, dict) else () if isinstance(result, list) else (result,)
+    for value in values:
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, _AWAITABLES):
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, CoroutineType):
+                    one.close()  # else Python warns of it, much later
+            raise NotAwaitedError(source, first)
 
 
 def is_device_fault(error: Exception) -> bool:

@@ -1,10 +1,11 @@
 """The worker: one pipeline, its scheduler and its jobs. It knows neither HTTP nor Modal."""
 
+import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
-from functools import partial
 from typing import Any, Self
 
+import anyio
 from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
@@ -12,7 +13,7 @@ from modalkit.batching import (
     BatchPolicy,
     BatchRecord,
     BatchScheduler,
-    BatchTimeoutError,
+    DeadlineExceededError,
     Failure,
     MeasuredCostModel,
     Outcome,
@@ -21,15 +22,17 @@ from modalkit.batching import (
     Success,
 )
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel, InferencePipeline
+from modalkit.pipelines.inference_pipeline import awaited, has_own
 from modalkit.service.failure_log import FailureLog
 from modalkit.service.jobs import Job, JobStore, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import JobOutcome, JobRunner
 from modalkit.service.learnt_costs import LearntCosts
 from modalkit.service.loading import make_job_manager
-from modalkit.service.pipeline_batches import attempt_as_one_batch, is_too_large, max_in_flight_of, run_batch_of
+from modalkit.service.pipeline_batches import is_too_large, max_in_flight_of, run_batch_of
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
+from modalkit.service.streams import Payload, StreamedItem, item_of
 
 MAX_STUCK_THREADS = 3
 """Threads stuck in batches that hang with which a worker is broken."""
@@ -90,11 +93,13 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._sinks: list[Callable[[BatchRecord], None]] = [FailureLog(self.model_name)] if log_failures else []
         self._sinks += [] if on_batch is None else [on_batch]
         self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
-        self._scheduler: BatchScheduler[BaseModel, InferenceOutputModel] = BatchScheduler(
+        self._streams = has_own(pipeline, "predict_stream")
+        size_of_item: Callable[[Any], int] = pipeline.item_size
+        self._scheduler: BatchScheduler[Payload, InferenceOutputModel] = BatchScheduler(
             run_batch_of(pipeline, max_in_flight),
             policy=batch_policy(batch_config),
             cost_model=self._costs.model,
-            item_size=pipeline.item_size,
+            item_size=(lambda payload: pipeline.item_size(item_of(payload))) if self._streams else size_of_item,
             max_in_flight=max_in_flight,
             batch_timeout_s=batch_config.batch_timeout_seconds,
             is_too_large=is_too_large,
@@ -105,7 +110,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._runner = JobRunner(
             self._jobs,
             self.model_name,
-            _Engine(pipeline, self._scheduler, self.input_model, batch_config.batch_timeout_seconds),
+            _Engine(self._scheduler, self.input_model),
             window=max(1, window),
             group_limit=batch_config.max_batch_size,
             timeout_s=app_settings.async_config.timeout,
@@ -116,7 +121,7 @@ class InferenceWorker(AsyncContextManagerMixin):
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
         try:
             async with self._jobs if self._owns_jobs else nullcontext(), self._scheduler:
-                await self._scheduler.run_in_thread(self.pipeline.warm_up)
+                await awaited(await self._scheduler.run_in_thread(self.pipeline.warm_up))
                 await self._costs.learn(self._scheduler)
                 async with self._runner:
                     yield self
@@ -132,8 +137,8 @@ class InferenceWorker(AsyncContextManagerMixin):
     ) -> InferenceOutputModel:
         """Run one item in some batch and return its output, or raise its error.
 
-        Raises what `BatchScheduler.submit` raises, `ItemRejectedError` when the pipeline answers with the status
-        ``error``, and whatever the pipeline raised. A cancelled call takes its item out of the queue.
+        Raises what `BatchScheduler.submit` raises, `RejectItem` when the pipeline refuses the item or answers
+        with the status ``error``, and whatever the pipeline raised. A cancelled call takes its item out of the queue.
         """
         return await self._scheduler.submit(self._validated(item), priority=priority, timeout_s=timeout_s)
 
@@ -153,6 +158,48 @@ class InferenceWorker(AsyncContextManagerMixin):
         valid = [item for item in checked if not isinstance(item, Failure)]
         outcomes = iter(await self._scheduler.submit_many(valid, priority=priority, timeout_s=timeout_s))
         return [item if isinstance(item, Failure) else next(outcomes) for item in checked]
+
+    async def predict_stream(
+        self,
+        item: BaseModel | Mapping[str, Any],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[InferenceOutputModel]:
+        """Run one item, and yield the pieces of its result as the pipeline's `predict_stream` makes them.
+
+        The last one is the result; of a pipeline without `predict_stream` it is the only one. Raises what `predict`
+        raises, also after some pieces; `timeout_s` is the time for all of them. To stop early, close it
+        (``contextlib.aclosing``): others of the batch go on, and the batch ends when no caller waits any more.
+        """
+        validated = self._validated(item)
+        send, receive = anyio.create_memory_object_stream[InferenceOutputModel | Outcome[InferenceOutputModel]](
+            math.inf
+        )
+        streamed = StreamedItem(validated, send.send_nowait)
+        with send, receive:
+            withdraw = self._scheduler.submit_nowait(
+                streamed if self._streams else streamed.item, send.send_nowait, priority=priority
+            )
+            try:
+                deadline_s = math.inf if timeout_s is None else anyio.current_time() + timeout_s
+                piece = None
+                while True:
+                    with anyio.CancelScope(deadline=deadline_s) as scope:
+                        received = await receive.receive()
+                    if scope.cancelled_caught:
+                        raise DeadlineExceededError(timeout_s or 0.0)
+                    if isinstance(received, Failure):
+                        raise received.error
+                    if isinstance(received, Success):
+                        if received.value is not piece:
+                            yield received.value
+                        return
+                    piece = received
+                    yield piece
+            finally:
+                streamed.is_wanted = False
+                withdraw()
 
     async def submit(self, request: AsyncInputModel, *, priority: Priority = Priority.BULK) -> str:
         """Accept a job and return its id, once it is stored: its result is kept, and sent to the queue it names.
@@ -241,17 +288,9 @@ async def short_lived_worker(
 class _Engine:
     """Runs stored jobs in the worker's scheduler."""
 
-    def __init__(
-        self,
-        pipeline: InferencePipeline,
-        scheduler: BatchScheduler[BaseModel, InferenceOutputModel],
-        input_model: type[BaseModel],
-        batch_timeout_s: float,
-    ) -> None:
-        self._pipeline = pipeline
+    def __init__(self, scheduler: BatchScheduler[Payload, InferenceOutputModel], input_model: type[BaseModel]) -> None:
         self._scheduler = scheduler
         self.input_model = input_model
-        self._batch_timeout_s = batch_timeout_s
 
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
         item = self.input_model.model_validate_json(job.message_json)
@@ -266,14 +305,7 @@ class _Engine:
             except Exception as error:  # noqa: BLE001  # an item that is not valid any more fails alone
                 outcomes[job.job_id] = Failure(error)
         if items:
-            # The pipeline's own error comes as a value: it may be a TimeoutError as well.
-            run = partial(attempt_as_one_batch, self._pipeline, list(items.values()))
-            try:
-                outputs = await self._scheduler.run_in_thread(run, self._batch_timeout_s)
-            except TimeoutError:
-                raise BatchTimeoutError(self._batch_timeout_s, len(items)) from None
-            if isinstance(outputs, Exception):
-                raise outputs
+            outputs = await self._scheduler.run_as_one_batch(list(items.values()))
             for job_id, output in zip(items, outputs, strict=True):
                 outcomes[job_id] = Failure(output) if isinstance(output, Exception) else Success(output)
         return [outcomes[job.job_id] for job in jobs]

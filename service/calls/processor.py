@@ -12,12 +12,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
 from modalkit.batching import DeadlineExceededError, Failure, Outcome, Priority, QueueFullError
-from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, RejectItem
 from modalkit.service.calls.delivery import send_results
 from modalkit.service.calls.engine import CallOptions
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import job_object, make_job_id, outcome_object, read_entry
-from modalkit.service.errors import ContainerFaultError, DeviceFaultError, ItemRejectedError, describe_error
+from modalkit.service.errors import ContainerFaultError, DeviceFaultError, describe_error
 from modalkit.service.jobs import life
 from modalkit.service.jobs.model import Job
 from modalkit.service.jobs.queue_rules import QueueRules
@@ -142,7 +142,7 @@ class CallProcessor:
                 self._make_job(item, make_job_id(call.call_id, index), request, options, now, left_s)
             item.message = self._validated(request.message, options.input_model)
         except ValidationError as error:
-            item.outcome = Failure(ItemRejectedError(summary(field_errors(error.errors(include_url=False)))))
+            item.outcome = Failure(RejectItem(summary(field_errors(error.errors(include_url=False)))))
         except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything; it is this entry's error
             item.outcome = Failure(error)
         return item

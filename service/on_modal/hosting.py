@@ -13,6 +13,7 @@ from modal.cls import is_parameter
 
 from modalkit.batching import BatchRecord
 from modalkit.pipelines import InferencePipeline
+from modalkit.pipelines.inference_pipeline import awaited
 from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
 from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.container import Container, only_service_errors
@@ -237,7 +238,7 @@ async def _load_for_snapshot(self: HostedService) -> None:
         deployment = config.app_settings.deployment_config
         if deployment.gpu_snapshot:
             self._pipeline_of_snapshot = await to_thread.run_sync(source.load)
-            await to_thread.run_sync(self._pipeline_of_snapshot.warm_up)
+            await awaited(await to_thread.run_sync(self._pipeline_of_snapshot.warm_up))
         elif deployment.gpu is None or source.pipeline_class.move_to is not InferencePipeline.move_to:
             self._pipeline_of_snapshot = await to_thread.run_sync(source.load, "cpu")
         else:

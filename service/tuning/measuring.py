@@ -9,7 +9,7 @@ from modalkit.batching import CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, Measurement
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.errors import describe_error
-from modalkit.service.pipeline_batches import at_full_load, is_too_large, max_in_flight_of
+from modalkit.service.pipeline_batches import at_full_load, is_asynchronous_pipeline, is_too_large, max_in_flight_of
 from modalkit.service.settings import BatchConfig
 from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.samples import MadeUpSamples, Samples
@@ -34,9 +34,14 @@ def measure(
 
     Takes at most three fifths of `max_s` seconds plus one batch, and less if batches are so slow that no time would be
     left for trying limits. Batches keep to ``max_batch_tokens``, but may be larger than ``max_batch_size``, which is to
-    be chosen. Raises `TuningError` if the pipeline makes up no items, no batch fits the limits, or the pipeline fails
-    for another reason than memory or the size of items.
+    be chosen. Raises `TuningError` if the pipeline is asynchronous or makes up no items, no batch fits the limits, or
+    the pipeline fails for another reason than memory or the size of items.
     """
+    if is_asynchronous_pipeline(pipeline):
+        raise TuningError(
+            f"{type(pipeline).__name__} is asynchronous: its batches wait for another server, so nothing is measured "
+            "here; set batch_config.max_batch_size and max_in_flight to what that server allows"
+        )
     started_s = clock()
     samples = samples or MadeUpSamples(pipeline)
     calibration = Calibration(

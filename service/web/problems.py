@@ -19,9 +19,9 @@ from modalkit.batching import (
     RequestTooLargeError,
     SchedulerClosedError,
 )
+from modalkit.pipelines import RejectItem
 from modalkit.service.errors import (
     ContainerFaultError,
-    ItemRejectedError,
     NotAvailableError,
     NotReadyError,
     RemoteCallError,
@@ -44,9 +44,9 @@ _ERRORS: dict[HTTPStatus, tuple[type[Exception], ...]] = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: (RequestTooLargeError,),
     HTTPStatus.UNPROCESSABLE_ENTITY: (
         IdempotencyKeyReusedError,
-        ItemRejectedError,
         QueueNameError,
         QueueNotAllowedError,
+        RejectItem,
     ),
     HTTPStatus.TOO_MANY_REQUESTS: (JobStoreBusyError, JobStoreFullError, QueueFullError),
     HTTPStatus.NOT_IMPLEMENTED: (NotAvailableError,),

@@ -222,7 +222,9 @@ async def test_a_wrong_number_of_outputs_is_an_error_in_overlapping_batches_too(
     model = Model()
     stages = model.stages()
     short: Stages[int, int] = Stages(
-        stages.preprocess, stages.predict, lambda items, raw: list(stages.postprocess(items, raw))[items[0] % 2 :]
+        stages.preprocess,
+        stages.predict,
+        lambda items, _: [2 * item for item in model.stage("postprocess", items)][items[0] % 2 :],
     )
     async with BatchScheduler(short, policy=ONE) as scheduler:
         await make_overlap_pay(model, scheduler)
@@ -320,3 +322,84 @@ async def test_a_function_of_no_batch_that_hangs_is_abandoned_in_time() -> None:
             await scheduler.run_in_thread(lambda: gate.wait(LONG_S), timeout_s=0.05)
         assert await scheduler.submit(1) == 2
         gate.set()
+
+
+class Asynchronous:
+    """Doubles numbers; its stages are functions or asynchronous functions, in every combination of the tests."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+
+    def enter(self) -> None:
+        self.threads.append(threading.current_thread().name)
+
+    def stages(self, *asynchronous: str) -> Stages[int, int]:
+        def as_chosen(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            async def in_event_loop(*args: Any) -> Any:
+                await anyio.lowlevel.checkpoint()
+                return function(*args)
+
+            return in_event_loop if name in asynchronous else function
+
+        def preprocess(items: list[int]) -> list[int]:
+            self.enter()
+            return [2 * item for item in items]
+
+        def predict(items: list[int], doubled: list[int]) -> list[int]:
+            self.enter()
+            if 13 in items:
+                raise ValueError("13")
+            return doubled
+
+        def postprocess(items: list[int], doubled: list[int]) -> list[int]:
+            self.enter()
+            return doubled
+
+        return Stages(
+            as_chosen("preprocess", preprocess),
+            as_chosen("predict", predict),
+            as_chosen("postprocess", postprocess),
+        )
+
+
+@pytest.mark.parametrize("asynchronous", [["predict"], ["preprocess", "predict"], ["preprocess", "postprocess"]])
+async def test_stages_may_be_asynchronous_and_a_failing_item_fails_alone(asynchronous: list[str]) -> None:
+    model = Asynchronous()
+    async with BatchScheduler(model.stages(*asynchronous), max_in_flight=2, policy=BatchPolicy(max_batch_size=8)) as s:
+        outcomes = await s.submit_many(range(100))
+    assert [outcome for outcome in outcomes if not isinstance(outcome, Success)] == [outcomes[13]]
+    assert [outcome.value for outcome in outcomes if isinstance(outcome, Success)] == [
+        2 * n for n in range(100) if n != 13
+    ]
+
+
+@pytest.mark.parametrize("asynchronous", [[], ["predict"], ["preprocess", "predict", "postprocess"]])
+async def test_a_group_runs_as_one_batch_and_is_not_split(asynchronous: list[str]) -> None:
+    model = Asynchronous()
+    async with BatchScheduler(model.stages(*asynchronous), max_in_flight=2) as scheduler:
+        assert await scheduler.run_as_one_batch(range(5)) == [0, 2, 4, 6, 8]
+        with pytest.raises(ValueError, match="13"):
+            await scheduler.run_as_one_batch([12, 13])
+    assert len(model.threads) == 5
+
+
+async def test_a_group_that_hangs_times_out() -> None:
+    async def hang(items: list[int]) -> list[int]:
+        await anyio.sleep_forever()
+        return items
+
+    async with BatchScheduler(hang, batch_timeout_s=0.05) as scheduler:
+        with pytest.raises(BatchTimeoutError):
+            await scheduler.run_as_one_batch([1, 2])
+
+
+async def test_an_asynchronous_group_that_exits_raises_an_error_and_the_scheduler_goes_on() -> None:
+    async def run(items: list[int]) -> list[int]:
+        if 13 in items:
+            raise SystemExit("13")
+        return items
+
+    async with BatchScheduler(run) as scheduler:
+        with pytest.raises(RuntimeError, match="SystemExit"):
+            await scheduler.run_as_one_batch([13])
+        assert await scheduler.run_as_one_batch([1, 2]) == [1, 2]

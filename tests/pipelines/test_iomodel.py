@@ -54,8 +54,22 @@ def test_a_pipeline_needs_no_more_than_its_three_stages() -> None:
 
 
 def test_a_pipeline_without_its_stages_cannot_be_made() -> None:
-    with pytest.raises(TypeError, match="abstract"):
-        InferencePipeline("a", "b", {})  # type: ignore[abstract]  # that is the point
+    class Half(InferencePipeline):
+        def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+            return {}
+
+    with pytest.raises(TypeError, match="Half must define preprocess, postprocess; or run_inference or predict_stream"):
+        Half("a", "b", {})
+    with pytest.raises(TypeError, match="InferencePipeline must define preprocess, predict, postprocess; or"):
+        InferencePipeline("a", "b", {})
+
+
+def test_a_pipeline_with_run_inference_needs_no_stages() -> None:
+    class OneStep(InferencePipeline):
+        def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
+            return [InferenceOutputModel()] * len(input_list)
+
+    assert OneStep("a", "b", {}).run_inference([Request(text="a")]) == [InferenceOutputModel()]
 
 
 def test_requests_refuse_unknown_fields_and_empty_queue_names() -> None:

@@ -10,8 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from modalkit.batching import BatchRecord, BatchScheduler, BatchTimeoutError, Failure
-from modalkit.pipelines import AsyncInputModel
-from modalkit.service.errors import ItemRejectedError
+from modalkit.pipelines import AsyncInputModel, RejectItem
 from modalkit.service.failure_log import MAX_ERRORS_PER_PERIOD, PERIOD_S, FailureLog
 from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
@@ -134,7 +133,7 @@ async def test_each_distinct_error_is_logged_up_to_a_limit_and_the_rest_counted_
 
 
 async def test_an_error_of_modalkit_is_logged_with_its_message_alone(logged: Logged) -> None:
-    for record in await records_of(BatchTimeoutError(1.0, 1), ItemRejectedError("no")):
+    for record in await records_of(BatchTimeoutError(1.0, 1), RejectItem("no")):
         FailureLog("m")(record)
     assert logged == ["m: 1 item failed: a batch of 1 did not finish within the batch timeout of 1 s"]
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from pydantic import BaseModel
 
-from modalkit.batching import Success
+from modalkit.batching import BatchScheduler, Success
 from modalkit.batching.errors import InputsMovedError
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel
-from modalkit.service.pipeline_batches import at_full_load, attempt_as_one_batch, is_too_large
+from modalkit.service.pipeline_batches import at_full_load, is_too_large, run_batch_of
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import POISON, Length, LengthPipeline, Text
@@ -73,6 +73,7 @@ async def test_as_many_batches_run_at_once_as_the_pipeline_says_or_the_settings(
     )
     expected = configured or 2
     async with InferenceWorker(pipeline, settings=settings) as worker, anyio.create_task_group() as task_group:
+        assert pipeline.entered.acquire(timeout=60), "the warm-up has run"
         pipeline.batches.clear()
         pipeline.gate.clear()
         for _ in range(4):
@@ -173,7 +174,8 @@ def test_what_torch_says_when_a_cpu_is_out_of_memory_is_known() -> None:
 
 
 @pytest.mark.parametrize("change", [lambda items: items.sort(key=lambda item: len(item.text)), list.reverse, list.pop])
-def test_a_group_whose_items_a_stage_moves_gets_an_error_and_no_result_of_another(
+@pytest.mark.anyio
+async def test_a_group_whose_items_a_stage_moves_gets_an_error_and_no_result_of_another(
     change: Callable[[list[Any]], object],
 ) -> None:
     class Moving(LengthPipeline):
@@ -182,4 +184,6 @@ def test_a_group_whose_items_a_stage_moves_gets_an_error_and_no_result_of_anothe
             return super().preprocess(input_list)
 
     items = [Text(text="the longest"), Text(text="b"), Text(text="long")]
-    assert isinstance(attempt_as_one_batch(Moving(), items), InputsMovedError)
+    async with BatchScheduler(run_batch_of(Moving())) as scheduler:
+        with pytest.raises(InputsMovedError):
+            await scheduler.run_as_one_batch(items)

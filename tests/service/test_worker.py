@@ -21,8 +21,8 @@ from modalkit.batching import (
     SchedulerClosedError,
     Success,
 )
-from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
-from modalkit.service.errors import ItemRejectedError, PipelineOutputError
+from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel, RejectItem
+from modalkit.service.errors import PipelineOutputError
 from modalkit.service.jobs import (
     DeliveryStatus,
     IdempotencyKeyReusedError,
@@ -91,7 +91,7 @@ async def test_outcomes_of_a_list_keep_its_order_and_only_bad_items_fail(worker:
     assert isinstance(poisoned, Failure)
     assert isinstance(poisoned.error, ValueError)
     assert isinstance(rejected, Failure)
-    assert isinstance(rejected.error, ItemRejectedError)
+    assert isinstance(rejected.error, RejectItem)
     assert str(rejected.error) == "rejected by the model"
     assert outcomes[3] == Success(Length(length=5))
 

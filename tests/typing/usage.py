@@ -1,12 +1,14 @@
 """How users call modalkit: checked by mypy in `make check`, never run."""
 
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 from pydantic import BaseModel
 from torch import Tensor, nn
 
 from modalkit import BatchPolicy, BatchRecord, BatchScheduler, Failure, InferenceWorker, Stages, Success
-from modalkit.inference_pipeline import InferencePipeline
+from modalkit.inference_pipeline import InferencePipeline, RejectItem
 from modalkit.iomodel import (
     AsyncInputModel,
     AsyncOutputModel,
@@ -32,6 +34,9 @@ class Lengths(InferencePipeline):
     output_model = Response
 
     def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
+        for index, item in enumerate(input_list):
+            if not getattr(item, "text", ""):
+                raise RejectItem("there is no text", index=index)
         return {"texts": [getattr(item, "text", "") for item in input_list]}
 
     def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +44,38 @@ class Lengths(InferencePipeline):
 
     def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
         return [Response(length=length) for length in raw_output["lengths"]]
+
+
+class Remote(InferencePipeline):
+    max_in_flight = 8
+
+    async def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel | Exception]:
+        return [RejectItem("there is no text") for _ in input_list]
+
+    async def warm_up(self) -> None:
+        await self.run_inference([])
+
+
+class RemoteStage(Lengths):
+    async def predict(  # type: ignore[override]  # only a class whose base defines it as a function needs this
+        self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]
+    ) -> dict[str, Any]:
+        return preprocessed_data
+
+
+class Writer(InferencePipeline):
+    def predict_stream(self, input_list: list[BaseModel]) -> Iterator[list[Response | None]]:
+        yield [Response(length=1) for _ in input_list]
+
+
+class RemoteWriter(InferencePipeline):
+    async def predict_stream(self, input_list: list[BaseModel]) -> AsyncIterator[list[Response | RejectItem | None]]:
+        yield [None for _ in input_list]
+
+
+async def read_pieces(worker: InferenceWorker) -> list[InferenceOutputModel]:
+    async with aclosing(worker.predict_stream(Request(text="a"), timeout_s=60)) as pieces:
+        return [piece async for piece in pieces]
 
 
 class Printer:

@@ -112,7 +112,7 @@ async def test_a_call_that_the_engine_refuses_may_be_tried_again(client: httpx.A
     ("error_type", "status"),
     [
         ("QueueFullError", 429),
-        ("ItemRejectedError", 422),
+        ("RejectItem", 422),
         ("RequestTooLargeError", 413),
         ("DeadlineExceededError", 504),
         ("BatchTimeoutError", 504),

@@ -107,7 +107,7 @@ async def test_an_item_that_fails_leaves_its_call_alone(stand: Stand) -> None:
     ]
     assert [error.error_type for error in errors if isinstance(error, RemoteItemError)] == [
         "ValueError",
-        "ItemRejectedError",
+        "RejectItem",
     ]
     assert len(sent(stand)) == 1
 

@@ -158,7 +158,7 @@ async def test_entries_that_cannot_be_run_or_written_fail_alone(processor: CallP
     outcomes = await processor.process(entries, a_call())
     assert [outcome["status"] for outcome in outcomes] == ["success", *["error"] * 6, "success"]
     assert [outcome["error_type"] for outcome in outcomes[1:-1]] == [
-        *("ItemRejectedError", "ValueError", "ItemRejectedError", "OutputNotJsonError", "ItemRejectedError"),
+        *("RejectItem", "ValueError", "RejectItem", "OutputNotJsonError", "RejectItem"),
         "TypeError",
     ]
     assert outcomes[1]["error"] == "text: String should have at least 1 character"

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from modalkit.batching import Failure, Priority, Success
-from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, RejectItem, SyncInputModel
 from modalkit.service.calls.wire_format import (
     job_object,
     make_job_id,
@@ -21,7 +21,7 @@ from modalkit.service.calls.wire_format import (
     read_job,
     read_outcome,
 )
-from modalkit.service.errors import ItemRejectedError, RemoteItemError
+from modalkit.service.errors import RemoteItemError
 from modalkit.service.jobs import DeliveryStatus, Job, JobStatus
 from tests.support.length_model import Length
 
@@ -92,7 +92,7 @@ def test_results_and_errors_are_read_as_they_were_written() -> None:
     output = read_outcome(outcome_object(Success(Length(length=4, meta={"n": 1}))))
     assert isinstance(output, InferenceOutputModel)
     assert output.model_dump() == {"status": "success", "error": None, "meta": {"n": 1}, "length": 4}
-    for error, text in ((ItemRejectedError("no"), "no"), (ValueError("no"), "ValueError: no")):
+    for error, text in ((RejectItem("no"), "no"), (ValueError("no"), "ValueError: no")):
         read = read_outcome(outcome_object(Failure(error)))
         assert isinstance(read, RemoteItemError)
         assert (str(read), read.error_type) == (text, type(error).__name__)
