@@ -61,7 +61,7 @@ _TEMPLATES = {
     ),
     Task.RERANK: _Template(
         "modalkit.pipelines.rerank:RerankPipeline",
-        {"query": "weather", "document": "What a lovely day!"},
+        {"query": "How is the weather?", "text": "What a lovely day!"},
         {"model_path": "cross-encoder/ms-marco-MiniLM-L6-v2"},
     ),
     Task.TOKEN_CLASSIFICATION: _Template(
