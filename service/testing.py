@@ -139,8 +139,8 @@ async def client_of(
     asks for no API key, keeps its jobs in memory, measures no costs, reads no variables, and sends the results of jobs
     to the `queue_backend`, by default one in memory.
 
-    An exception that the application does not answer is raised by the request. Answers arrive as a whole, streams too,
-    and the client never disconnects: that takes a server. Raises what loading the models raises.
+    It needs asyncio. An exception that the application does not answer is raised by the request. Answers arrive as a
+    whole, streams too, and the client never disconnects: that takes a server. Raises what loading the models raises.
     """
     if isinstance(served, Path | str):
         settings = Settings(_config_files=[os.fspath(served)], _environ={}, app_settings=_FOR_TESTS)

@@ -1,7 +1,7 @@
 """The HTTP application: its routes, its API key, and its gateway, which is open as long as the server runs."""
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -71,8 +71,8 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.add_middleware(_Entrance, start=start)
     add_prediction_routes(app, gateway, api_key)
+    app.add_middleware(_Entrance, start=start)  # the outermost one: nothing is answered before the start
     app.include_router(make_job_router(gateway.jobs), dependencies=[] if api_key is None else api_key.dependencies)
     _add_health(app, gateway)
     install_problem_handlers(app)
@@ -112,24 +112,19 @@ class _Start:
 
 
 class _Entrance:
-    """Refuses requests while the start is needed, and adds ``root_path`` to scopes without it.
-
-    ASGI servers may leave ``root_path`` out, and `fastapi_offline` needs it.
-    """
+    """Refuses requests while the start is needed."""
 
     def __init__(self, app: ASGIApp, start: _Start) -> None:
         self._app = app
         self._start = start
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope.setdefault("root_path", "")
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if not self._start.is_needed or scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+            return self._app(scope, receive, send)
         if not self._start.is_logged:
             self._start.is_logged = True
             logger.error("Requests are refused: %s", NOT_STARTED)
-        await error_response(ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, NOT_STARTED))(scope, receive, send)
+        return error_response(ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, NOT_STARTED))(scope, receive, send)
 
 
 def _complete_schema(app: FastAPI) -> None:

@@ -90,6 +90,7 @@ async def test_jobs_take_the_time_from_the_clock() -> None:
     assert expired.status is JobStatus.EXPIRED
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_client_of_a_configuration_file_finds_its_models_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +105,7 @@ async def test_a_client_of_a_configuration_file_finds_its_models_ready(
     assert not (tmp_path / "jobs.db").exists()
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_client_of_a_gateway_raises_why_a_model_cannot_be_loaded() -> None:
     unloadable = {"pipeline": "tests.support.length_model:UnloadablePipeline"}
     settings = Settings(
