@@ -7,8 +7,9 @@ from fastapi import FastAPI, HTTPException
 
 from modalkit import LocalGateway, QueueFullError, Settings, Success, create_app, lifespan_of
 
-gateway = LocalGateway(Settings.load())
-models = create_app(gateway)
+settings = Settings.load()
+gateway = LocalGateway(settings)
+models = create_app(gateway, auth=settings.app_settings.auth_config)
 
 
 @asynccontextmanager

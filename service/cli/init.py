@@ -18,6 +18,8 @@ from modalkit.service.errors import ServiceError
 from modalkit.service.settings import ModelEntry
 
 _ENTRIES = "  model_entries:\n"
+_ENTRY = re.compile(r"    \S.*\n((?:      .*\n)+)")
+_ENTRY_LINE = re.compile(r"      (\w+):[^#]*?(\s+#.*)?$")
 _ITEM_LINE = re.compile(r"^ITEM = .*$", re.MULTILINE)
 
 
@@ -37,7 +39,7 @@ class Task(StrEnum):
 
 
 @dataclass(frozen=True)
-class _Template:
+class Template:
     """What one task needs: the class that runs the model, the keys of its entry, and an item to try."""
 
     pipeline: str
@@ -47,29 +49,29 @@ class _Template:
     model_name: str = ""
 
 
-_TEMPLATES = {
-    Task.EMPTY: _Template(
+TEMPLATES = {
+    Task.EMPTY: Template(
         "pipeline:WordCount", {"text": "one two three"}, files=("pipeline.py", "test_pipeline.py"), model_name="words"
     ),
-    Task.SENTIMENT: _Template(
+    Task.SENTIMENT: Template(
         "modalkit.pipelines.sentiment:SentimentPipeline", {"text": "What a lovely day!"}, {"model_path": "bundled"}
     ),
-    Task.EMBEDDING: _Template(
+    Task.EMBEDDING: Template(
         "modalkit.pipelines.embedding:EmbeddingPipeline",
         {"text": "What a lovely day!"},
         {"model_path": "sentence-transformers/all-MiniLM-L6-v2"},
     ),
-    Task.RERANK: _Template(
+    Task.RERANK: Template(
         "modalkit.pipelines.rerank:RerankPipeline",
         {"query": "How is the weather?", "text": "What a lovely day!"},
         {"model_path": "cross-encoder/ms-marco-MiniLM-L6-v2"},
     ),
-    Task.TOKEN_CLASSIFICATION: _Template(
+    Task.TOKEN_CLASSIFICATION: Template(
         "modalkit.pipelines.token_classification:TokenClassificationPipeline",
         {"text": "Marie Curie was born in Warsaw."},
         {"model_path": "dslim/bert-base-NER"},
     ),
-    Task.ZERO_SHOT: _Template(
+    Task.ZERO_SHOT: Template(
         "modalkit.pipelines.zero_shot:ZeroShotPipeline",
         {"text": "What a lovely day!", "labels": ["weather", "politics"]},
         {"model_path": "typeform/distilbert-base-uncased-mnli"},
@@ -98,7 +100,7 @@ def init(
         raise typer.BadParameter(
             "--model needs a --task: with a pipeline of your own, modalkit.yaml says what it loads"
         )
-    template = _TEMPLATES[task]
+    template = TEMPLATES[task]
     files = _files_of(task, template, model)
     for name in files:
         if (folder / name).exists():
@@ -118,7 +120,7 @@ def init(
     )
 
 
-def _files_of(task: Task, template: _Template, model: str | None) -> dict[str, str]:
+def _files_of(task: Task, template: Template, model: str | None) -> dict[str, str]:
     """The files of a new service by their names."""
     arguments = dict(template.arguments) if model is None else {**template.arguments, "model_path": model}
     templates = resources.files("modalkit.service.cli").joinpath("templates")
@@ -133,21 +135,23 @@ def _files_of(task: Task, template: _Template, model: str | None) -> dict[str, s
 def _configuration(model_name: str, pipeline: str, arguments: Mapping[str, Any]) -> str:
     """The commented file of all defaults, with this model in place of the bundled one.
 
-    Keys that every entry has are kept, with their comments; those of the bundled model are replaced.
+    Keys that every entry has are kept, with their comments; those of the bundled pipeline are kept for tasks only.
     """
     head, _, rest = defaults_yaml().partition(_ENTRIES)
-    entry = re.match(r"    \S.*\n((?:      .*\n)+)", rest)
-    if not head or entry is None:
+    entry = _ENTRY.match(rest)
+    if entry is None:
         raise AssertionError("modalkit.yaml has no model entry: this is a bug in modalkit")
-    lines = [f"    {model_name}:\n"]
-    kept = False
-    for line in entry[1].splitlines(keepends=True):
-        key = re.match(r"      (\w+):", line)
-        if key or line.startswith("      #"):
-            kept = key is not None and key[1] in ModelEntry.model_fields
-        if key and key[1] == "pipeline":
-            lines.append(re.sub(r'"[^"]*"', lambda _: json.dumps(pipeline), line, count=1))
-        elif kept:
+    values = {"pipeline": pipeline, **arguments}
+    lines = [f"    {model_name}:"]
+    is_kept = True
+    for line in entry[1].splitlines():
+        if found := _ENTRY_LINE.match(line):
+            key, comment = found[1], found[2] or ""
+            is_kept = bool(arguments) or key in ModelEntry.model_fields
+            if key in values:
+                lines.append(f"      {key}: {json.dumps(values.pop(key))}{comment}")
+                continue
+        if is_kept and (arguments or not line.startswith("      #")):
             lines.append(line)
-    lines += [f"      {key}: {json.dumps(value)}\n" for key, value in arguments.items()]
-    return f"{head}{_ENTRIES}{''.join(lines)}{rest[entry.end() :]}"
+    lines += [f"      {key}: {json.dumps(value)}" for key, value in values.items()]
+    return f"{head}{_ENTRIES}{chr(10).join(lines)}\n{rest[entry.end() :]}"

@@ -2,9 +2,23 @@
 
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel
 
-from modalkit import BatchPolicy, BatchRecord, BatchScheduler, Failure, InferenceWorker, Stages, Success
+from modalkit import (
+    BatchPolicy,
+    BatchRecord,
+    BatchScheduler,
+    Failure,
+    InferenceWorker,
+    LocalGateway,
+    Priority,
+    QueueFullError,
+    Stages,
+    Success,
+    create_app,
+    lifespan_of,
+)
 from modalkit.inference_pipeline import InferencePipeline
 from modalkit.iomodel import (
     AsyncInputModel,
@@ -15,6 +29,7 @@ from modalkit.iomodel import (
 )
 from modalkit.settings import Settings
 from modalkit.task_queue import InMemoryBackend, QueueBackend
+from modalkit.testing import FakeClock, client_of, poisoned, worker_of
 
 
 class Request(BaseModel):
@@ -86,3 +101,20 @@ async def run_stages(texts: list[str]) -> list[int]:
         if isinstance(outcome, Failure):
             raise outcome.error
     return results
+
+
+def mount(gateway: LocalGateway) -> FastAPI:
+    models = create_app(gateway)
+    app = FastAPI(lifespan=lifespan_of(models))
+    app.mount("/models", models)
+    return app
+
+
+async def test_a_pipeline(gateway: LocalGateway) -> bool:
+    kind: type[Lengths] = poisoned(Lengths, lambda item: item.text == "bad")
+    async with worker_of(kind, clock=FakeClock(), scale=2) as worker, client_of(mount(gateway)) as client:
+        try:
+            await worker.predict({"text": "a"}, priority=Priority.BULK)
+        except QueueFullError as error:
+            return error.is_permanent
+        return (await client.get("/models/health/live")).is_success

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from modalkit.service.cli.config import defaults_yaml
-from modalkit.service.cli.init import Task
+from modalkit.service.cli.init import TEMPLATES, Task
 from modalkit.service.settings import Settings
 from tests.support.command_line import Modalkit, serving
+from tests.support.guides import blocks, guide
 
 FILES = {
     Task.EMPTY: {".dockerignore", "Dockerfile", "modalkit.yaml", "pipeline.py", "test_pipeline.py"},
@@ -37,22 +38,39 @@ def started(modalkit: Modalkit, tmp_path: Path) -> Started:
     return init
 
 
+def run_pytest(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"]
+    return subprocess.run(command, check=False, cwd=folder, env=environment, text=True, capture_output=True)
+
+
 @pytest.mark.parametrize("task", [Task.EMPTY, Task.SENTIMENT])
 def test_its_tests_pass_and_it_serves(started: Started, environment: dict[str, str], task: Task) -> None:
     folder = started(task)
     assert {path.name for path in folder.iterdir()} == FILES[task]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"],
-        check=False,
-        cwd=folder,
-        env=environment,
-        text=True,
-        capture_output=True,
-    )
+    done = run_pytest(folder, environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
     with serving(folder, environment) as (_, client):
         assert client.post("/sync/predict", json=ITEMS[task]).json()["status"] == "success"
+
+
+def test_the_guides_show_its_test_as_it_is_and_another_one_that_passes(
+    started: Started, environment: dict[str, str]
+) -> None:
+    folder = started(Task.EMPTY)
+    template, more = blocks(guide("testing.md"), "python")
+    tests = folder / "test_pipeline.py"
+    assert tests.read_text() == template
+    tests.write_text(f"{template}\n{more}")
+    done = run_pytest(folder, environment)
+    assert "5 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_guide_has_each_task_with_an_item() -> None:
+    rows = dict(re.findall(r"^\| `([\w-]+)`[^|]* \|[^|]*\| `(.*)` \|$", guide("init.md"), re.MULTILINE))
+    assert {Task(name): set(json.loads(item)) for name, item in rows.items()} == {
+        task: set(template.item) for task, template in TEMPLATES.items()
+    }
 
 
 @pytest.mark.parametrize("task", Task)
