@@ -147,6 +147,8 @@ def _configuration(model_name: str, pipeline: str, arguments: Mapping[str, Any])
     for line in entry[1].splitlines():
         if found := _ENTRY_LINE.match(line):
             key, comment = found[1], found[2] or ""
+            if values.get(key) != "bundled":
+                comment = comment.replace(" bundled,", "")
             is_kept = bool(arguments) or key in ModelEntry.model_fields
             if key in values:
                 lines.append(f"      {key}: {json.dumps(values.pop(key))}{comment}")
