@@ -130,7 +130,6 @@ async def client_of(
     served: Path | str | LocalGateway | Starlette,
     *,
     queue_backend: QueueBackend | None = None,
-    headers: Mapping[str, str] | None = None,
 ) -> AsyncGenerator[httpx.AsyncClient]:
     """An HTTP client for a service in this process, without a port; leaving the context ends the service.
 
@@ -153,7 +152,5 @@ async def client_of(
         else:
             app = served
         await stack.enter_async_context(lifespan_of(app)(None))
-        client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(app), base_url="http://testserver", headers=headers, timeout=60
-        )
+        client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://testserver", timeout=60)
         yield await stack.enter_async_context(client)
