@@ -59,8 +59,8 @@ async def test_where_nothing_starts_it_each_request_says_what_to_write_and_the_l
     app.mount("/models", create_app(LocalGateway(settings)))
     with caplog.at_level(logging.ERROR, "modalkit"):
         async with client_of(app) as client:
-            for _ in range(3):
-                problem = assert_problem(await client.get(f"/models{path}"), 503)
+            answers = [await client.get(f"/models{path}") for _ in range(3)]
+    problem, *_ = [assert_problem(answer, 503) for answer in answers]
     assert "app = FastAPI(lifespan=lifespan_of(models))" in problem["detail"]
     assert "from modalkit import lifespan_of" in problem["detail"]
     (record,) = caplog.records
