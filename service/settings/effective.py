@@ -67,7 +67,8 @@ def _is_hidden(path: KeyPath, value: Any) -> bool:
     if value is None or value == []:
         return False
     if is_secret(Settings, path):
-        return path[-1] != "broker_url" or _PASSWORD_IN_URL.search(str(value)) is not None
+        # This one is a secret only for the password that it may hold.
+        return path[-1] != "broker_url" or any(sign in str(value) for sign in "@?")
     is_free = path[:2] in (("model_settings", "common"), ("model_settings", "model_entries")) or path[2:3] == ("env",)
     return is_free and bool(_SECRET_NAME.search(path[-1]) or _PASSWORD_IN_URL.search(str(value)))
 

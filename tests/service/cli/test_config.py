@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from modalkit.service.settings import Settings
 from modalkit.service.settings.yaml_text import parse_yaml
 from tests.support.command_line import Modalkit
@@ -50,6 +52,11 @@ def test_each_value_that_is_no_default_has_its_origin_and_secrets_are_hidden(mod
         "tokenizer: words  # modalkit.yaml, line 14",
         "# modalkit.yaml, line 15:",
     ]
+
+
+@pytest.mark.parametrize(("url", "shown"), [("redis://host/1", "redis://host/1"), ("redis://h?password=x", "(hidden)")])
+def test_an_address_is_hidden_where_it_may_hold_a_password(modalkit: Modalkit, url: str, shown: str) -> None:
+    assert f"broker_url: {shown}  #" in modalkit("config", MODALKIT_APP_SETTINGS__QUEUE_CONFIG__BROKER_URL=url).stdout
 
 
 def test_what_it_prints_is_a_configuration_with_the_same_values(modalkit: Modalkit, folder: Path) -> None:
