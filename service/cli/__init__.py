@@ -1,4 +1,4 @@
-"""The command line: ``modalkit serve | predict | check | deploy | tune | jobs``."""
+"""The command line: ``modalkit init | serve | predict | check | config | deploy | tune | jobs``."""
 
 from modalkit.service.cli.main import app, main
 

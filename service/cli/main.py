@@ -11,7 +11,9 @@ import typer
 
 from modalkit.service.cli.check import check
 from modalkit.service.cli.common import notices
+from modalkit.service.cli.config import config
 from modalkit.service.cli.deploy import deploy
+from modalkit.service.cli.init import init
 from modalkit.service.cli.jobs import app as jobs_app
 from modalkit.service.cli.predict import predict
 from modalkit.service.cli.serve import serve
@@ -32,7 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (serve, predict, check, deploy, tune):
+for command in (init, serve, predict, check, config, deploy, tune):
     app.command()(command)
 app.add_typer(jobs_app)
 

@@ -38,7 +38,7 @@ def own_package() -> tuple[LocalPath, ...]:
     In a checkout most of its folders are links, and what Modal copies ends at links: each is a path of its own.
     """
     home = Path(modalkit.__file__).resolve().parent
-    links = sorted(path for path in home.iterdir() if path.is_symlink())
+    links = sorted(path for path in home.iterdir() if path.is_symlink() and path.is_dir())
     remote, ignore = f"{SOURCE_FOLDER}/modalkit", _NO_CACHES + _RESULTS
     return (
         LocalPath(home, remote, is_folder=True, ignore=ignore),

@@ -1,5 +1,6 @@
 """The configuration: one frozen, validated `Settings` from YAML files, `MODALKIT_…` variables and arguments."""
 
+from modalkit.service.settings.effective import effective_yaml
 from modalkit.service.settings.layers import deep_merge
 from modalkit.service.settings.models import (
     AppSettings,
@@ -28,4 +29,5 @@ __all__ = [
     "Settings",
     "SettingsError",
     "deep_merge",
+    "effective_yaml",
 ]

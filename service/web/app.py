@@ -1,7 +1,9 @@
 """The HTTP application: its routes, its API key, and its gateway, which is open as long as the server runs."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -10,6 +12,8 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
+from starlette.applications import Starlette
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.service.gateway import Gateway, Readiness
 from modalkit.service.settings import AuthConfig
@@ -18,8 +22,18 @@ from modalkit.service.web.answers import JSON, NDJSON, Problem
 from modalkit.service.web.auth import require_api_key
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.metrics import CONTENT_TYPE, exposition
-from modalkit.service.web.problems import install_problem_handlers
+from modalkit.service.web.problems import ProblemError, error_response, install_problem_handlers
 from modalkit.service.web.routes import add_prediction_routes
+
+logger = logging.getLogger(__name__)
+
+NOT_STARTED = (
+    "this application was not started, so its models were never loaded. If another application mounts it, write "
+    "`app = FastAPI(lifespan=lifespan_of(models))` for that one, where `models` is what create_app returned, and "
+    "`from modalkit import lifespan_of`. A test client must be entered as a context manager. If you open the gateway "
+    "yourself, write `create_app(gateway, owns_gateway=False)`."
+)
+"""The answer to requests of an application whose lifespan was not run."""
 
 DESCRIPTION = """
 Single requests, run in batches. `POST /sync/predict` waits for one result; `POST /batch/predict` takes a list;
@@ -32,15 +46,21 @@ problem details (RFC 9457).
 def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway: bool = True) -> FastAPI:
     """The HTTP service over a gateway, which is opened and closed with it (by ASGI's lifespan) if it `owns_gateway`.
 
+    An application that another one mounts is started by that one: see `lifespan_of`. Until it is started, each request
+    is answered with 503 and what to write.
+
     Health checks, metrics and documentation need no key. Raises `LoadError` for an API key that
     cannot be used; so does the start of the lifespan for one that cannot be read from AWS SSM.
     """
-    api_key = require_api_key(auth or AuthConfig())
+    auth = auth or AuthConfig()
+    api_key = require_api_key(auth)
+    start = _Start(is_needed=owns_gateway or auth.ssm_key is not None)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # The key first, so that an error in its name shows before models are loaded.
         async with nullcontext() if api_key is None else api_key.opened(), gateway if owns_gateway else nullcontext():
+            start.is_needed = False
             yield
 
     app = FastAPIOffline(
@@ -52,6 +72,7 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
         generate_unique_id_function=lambda route: route.name,
     )
     add_prediction_routes(app, gateway, api_key)
+    app.add_middleware(_Entrance, start=start)  # the outermost one: nothing is answered before the start
     app.include_router(make_job_router(gateway.jobs), dependencies=[] if api_key is None else api_key.dependencies)
     _add_health(app, gateway)
     install_problem_handlers(app)
@@ -62,6 +83,48 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
         return RedirectResponse("docs")
 
     return app
+
+
+def lifespan_of(*apps: Starlette) -> Callable[[Any], AbstractAsyncContextManager[None]]:
+    """A lifespan for the application that mounts `apps`: it starts them, and ends them in the opposite order.
+
+    Frameworks run the lifespan of the outermost application only. So give this one to it, as in
+    ``FastAPI(lifespan=lifespan_of(models))``, or enter it in the lifespan of your own:
+    ``async with lifespan_of(models)(app): ...``.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: Any) -> AsyncGenerator[None]:
+        async with AsyncExitStack() as stack:
+            for app in apps:
+                await stack.enter_async_context(app.router.lifespan_context(app))
+            yield
+
+    return lifespan
+
+
+@dataclass(slots=True)
+class _Start:
+    """Whether the lifespan must run before requests can be answered."""
+
+    is_needed: bool
+    is_logged: bool = False
+
+
+class _Entrance:
+    """Refuses requests while the start is needed."""
+
+    def __init__(self, app: ASGIApp, start: _Start) -> None:
+        self._app = app
+        self._start = start
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        if not self._start.is_needed or scope["type"] != "http":
+            return self._app(scope, receive, send)
+        if not self._start.is_logged:
+            self._start.is_logged = True
+            logger.error("Requests are refused: %s", NOT_STARTED)
+        return error_response(ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, NOT_STARTED))(scope, receive, send)
 
 
 def _complete_schema(app: FastAPI) -> None:

@@ -146,11 +146,13 @@ def test_the_wheel_holds_one_package_with_its_data(wheel: Path) -> None:
     folders = {path.name for path in site_packages.iterdir() if path.is_dir()}
     assert {name for name in folders if not name.endswith(".dist-info")} == {"modalkit"}
     for needed in (
+        "modalkit.yaml",
         "py.typed",
         "batching/scheduler.py",
         "benchmarks/corpus/mixed_length.txt.gz",
         "pipelines/sentiment_model/model.safetensors",
         "service/cli/main.py",
+        "service/cli/templates/Dockerfile",
     ):
         assert (site_packages / "modalkit" / needed).is_file()
 
@@ -184,6 +186,13 @@ def test_a_misspelt_module_of_the_users_package_is_named(python: Python, project
     done = python("-P", "-c", COMMAND, "check")
     assert done.returncode == 2
     assert "model_entries.words.pipeline: there is no module 'service.worker_count'" in done.stderr
+
+
+def test_a_new_service_is_written_from_the_package(python: Python, project: Path) -> None:
+    done = python("-P", "-c", COMMAND, "init", "new")
+    assert done.returncode == 0, done.stderr
+    assert python("-m", "pytest", "-p", "no:cacheprovider", "new").returncode == 0
+    assert python("-P", "-c", COMMAND, "config", "--defaults").stdout == (ROOT / "modalkit.yaml").read_text()
 
 
 def test_under_uvicorn(installed: Path, project: Path) -> None:

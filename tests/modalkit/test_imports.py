@@ -12,13 +12,27 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     "module",
-    ["modalkit", "modalkit.iomodel", "modalkit.inference_pipeline", "modalkit.settings", "modalkit.task_queue"],
+    [
+        "modalkit",
+        *(f"modalkit.{name}" for name in ("iomodel", "inference_pipeline", "settings", "task_queue", "testing")),
+    ],
 )
 def test_every_module_gives_what_it_lists(module: str) -> None:
     imported = importlib.import_module(module)
     assert imported.__all__ == sorted(imported.__all__)
     for name in imported.__all__:
         assert getattr(imported, name) is not None
+
+
+def test_importing_modalkit_loads_nothing_until_a_name_is_used() -> None:
+    program = (
+        "import sys, modalkit;"
+        "print([m for m in ('anyio', 'fastapi', 'numpy', 'pydantic', 'torch') if m in sys.modules]);"
+        "modalkit.Priority; print('fastapi' in sys.modules); modalkit.create_app; print('fastapi' in sys.modules);"
+        "from modalkit import testing; print(hasattr(modalkit, 'nothing'), 'Settings' in dir(modalkit))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[]", "False", "True", "False True"]
 
 
 def test_importing_modalkit_loads_no_model_library() -> None:

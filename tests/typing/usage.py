@@ -4,10 +4,24 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from modalkit import BatchPolicy, BatchRecord, BatchScheduler, Failure, InferenceWorker, Stages, Success
+from modalkit import (
+    BatchPolicy,
+    BatchRecord,
+    BatchScheduler,
+    Failure,
+    InferenceWorker,
+    LocalGateway,
+    Priority,
+    QueueFullError,
+    Stages,
+    Success,
+    create_app,
+    lifespan_of,
+)
 from modalkit.inference_pipeline import InferencePipeline, RejectItem
 from modalkit.iomodel import (
     AsyncInputModel,
@@ -19,6 +33,7 @@ from modalkit.iomodel import (
 from modalkit.pipelines import Engine, EngineSettings, load_engine
 from modalkit.settings import Settings
 from modalkit.task_queue import InMemoryBackend, QueueBackend
+from modalkit.testing import FakeClock, client_of, poisoned, worker_of
 
 
 class Request(BaseModel):
@@ -132,3 +147,20 @@ async def run_stages(texts: list[str]) -> list[int]:
         if isinstance(outcome, Failure):
             raise outcome.error
     return results
+
+
+def mount(gateway: LocalGateway) -> FastAPI:
+    models = create_app(gateway)
+    app = FastAPI(lifespan=lifespan_of(models))
+    app.mount("/models", models)
+    return app
+
+
+async def test_a_pipeline(gateway: LocalGateway) -> bool:
+    kind: type[Lengths] = poisoned(Lengths, lambda item: item.text == "bad")
+    async with worker_of(kind, clock=FakeClock(), scale=2) as worker, client_of(mount(gateway)) as client:
+        try:
+            await worker.predict({"text": "a"}, priority=Priority.BULK)
+        except QueueFullError as error:
+            return error.is_permanent
+        return (await client.get("/models/health/live")).is_success

@@ -11,18 +11,11 @@ from modalkit.service.calls.engine import KeyValueStore, MemoryKeyValueStore
 from modalkit.service.calls.records import RESERVATION_S, CallRecords
 from modalkit.service.jobs import IdempotencyKeyReusedError, Job, JobStoreError
 from modalkit.service.on_modal.engine import ModalKeyValueStore
+from modalkit.testing import FakeClock
 
 pytestmark = pytest.mark.anyio
 
 CALL = "fc-01J"
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -41,17 +34,17 @@ def open_store(request: pytest.FixtureRequest) -> Callable[[], KeyValueStore]:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
-def records(open_store: Callable[[], KeyValueStore], clock: Clock) -> CallRecords:
+def records(open_store: Callable[[], KeyValueStore], clock: FakeClock) -> CallRecords:
     return CallRecords(open_store(), clock=clock)
 
 
 @pytest.fixture
-def other(open_store: Callable[[], KeyValueStore], clock: Clock) -> CallRecords:
+def other(open_store: Callable[[], KeyValueStore], clock: FakeClock) -> CallRecords:
     """The records as another process sees it."""
     return CallRecords(open_store(), clock=clock)
 
@@ -166,10 +159,10 @@ async def test_the_same_request_gets_the_same_job_and_another_is_refused(
 
 
 async def test_a_repetition_is_refused_while_the_first_request_is_under_way(
-    records: CallRecords, other: CallRecords, clock: Clock
+    records: CallRecords, other: CallRecords, clock: FakeClock
 ) -> None:
     assert await records.reserve("key", "one") is None
-    clock.now += RESERVATION_S - 1
+    clock.advance(RESERVATION_S - 1)
     for digest in ("one", "two"):
         with pytest.raises(JobStoreError, match="'key' is under way; retry in a moment"):
             await other.reserve("key", digest)
@@ -191,10 +184,10 @@ async def test_of_many_that_reserve_at_once_one_may(records: CallRecords, other:
 
 
 async def test_what_a_dead_process_reserved_is_taken_over_after_a_minute(
-    records: CallRecords, other: CallRecords, clock: Clock
+    records: CallRecords, other: CallRecords, clock: FakeClock
 ) -> None:
     await records.reserve("key", "one")
-    clock.now += RESERVATION_S
+    clock.advance(RESERVATION_S)
     assert await other.reserve("key", "two") is None
     with pytest.raises(JobStoreError, match="under way"):
         await records.reserve("key", "two")

@@ -16,18 +16,9 @@ from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import FIRST_JOB_RETRY_S, JobOutcome, JobRunner
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import AsyncConfig
+from modalkit.testing import FakeClock
 
 pytestmark = pytest.mark.anyio
-
-
-class Clock:
-    """Wall-clock seconds that the test sets."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Flaky(MemoryJobStore):
@@ -105,8 +96,8 @@ def output_of(job: Job) -> InferenceOutputModel:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
@@ -115,7 +106,7 @@ def store() -> Flaky:
 
 
 @pytest.fixture
-async def manager(store: Flaky, clock: Clock) -> AsyncIterator[JobManager]:
+async def manager(store: Flaky, clock: FakeClock) -> AsyncIterator[JobManager]:
     async with JobManager(store, clock=clock, result_ttl_s=60, sweep_interval_s=0.001) as opened:
         for model_name in ("m", "other"):
             opened.attach(model_name, NoFeed())
@@ -197,17 +188,17 @@ async def test_each_end_is_stored_as_it_was(manager: JobManager) -> None:
     assert jobs[3].error == "ValueError: this is no item"
 
 
-async def test_the_timeout_counts_from_the_first_dispatch(manager: JobManager, clock: Clock) -> None:
+async def test_the_timeout_counts_from_the_first_dispatch(manager: JobManager, clock: FakeClock) -> None:
     waited = await submit(manager)
-    clock.now += 1_000_000  # a long backlog must not expire by waiting
+    clock.advance(1_000_000)  # a long backlog must not expire by waiting
     engine = Engine(is_open=False)
     async with JobRunner(manager, "m", engine, window=3, timeout_s=100) as runner:
         await engine.until_started(1)
-        clock.now += 99
+        clock.advance(99)
         runner.wake()
         await anyio.wait_all_tasks_blocked()
         assert (await ended_or_not(manager, waited)).status is JobStatus.RUNNING
-        clock.now += 2
+        clock.advance(2)
         runner.wake()
         job = await ended(manager, waited)
     assert job.status is JobStatus.EXPIRED
@@ -215,12 +206,12 @@ async def test_the_timeout_counts_from_the_first_dispatch(manager: JobManager, c
     assert not engine.waiting
 
 
-async def test_a_job_expires_by_its_own_time_queued_or_running(manager: JobManager, clock: Clock) -> None:
+async def test_a_job_expires_by_its_own_time_queued_or_running(manager: JobManager, clock: FakeClock) -> None:
     engine = Engine(is_open=False)
     async with JobRunner(manager, "m", engine, window=1) as runner:
         job_ids = [await submit(manager, expires_in=10) for _ in range(2)]
         await engine.until_started(1)
-        clock.now += 11
+        clock.advance(11)
         runner.wake()
         jobs = [await ended(manager, job_id) for job_id in job_ids]
     assert [(job.status, job.error) for job in jobs] == [
@@ -416,14 +407,14 @@ async def test_jobs_of_a_group_that_hangs_end_before_a_clean_stop(manager: JobMa
 
 
 async def test_a_job_that_is_cancelled_in_its_group_stays_cancelled_and_a_late_one_is_not_run(
-    manager: JobManager, clock: Clock
+    manager: JobManager, clock: FakeClock
 ) -> None:
     cancelled, late = await crashed(manager, 2)
     engine = Engine(is_open=False)
     async with JobRunner(manager, "m", engine, window=9, timeout_s=30):
         await anyio.wait_all_tasks_blocked()
         await manager.cancel(cancelled)
-        clock.now += 31
+        clock.advance(31)
         assert engine.groups == [[cancelled]]
         engine.open()
         job = await ended(manager, late)
@@ -455,7 +446,7 @@ SYSTEMIC = Failure(ConnectionError("the database is down"), is_systemic=True)
 
 
 async def test_jobs_of_a_systemic_failure_run_again_later_until_they_succeed_or_are_out_of_attempts(
-    manager: JobManager, clock: Clock
+    manager: JobManager, clock: FakeClock
 ) -> None:
     waits: list[int] = []
 
@@ -474,11 +465,11 @@ async def test_jobs_of_a_systemic_failure_run_again_later_until_they_succeed_or_
             job = await ended_or_not(manager, lucky)
             assert (job.status, job.attempts, job.retry_at) == (JobStatus.QUEUED, attempt, clock() + 10 * attempt)
             assert job.error == "ConnectionError: the database is down"
-            clock.now += 10 * attempt - 1
+            clock.advance(10 * attempt - 1)
             runner.wake()
             await anyio.wait_all_tasks_blocked()
             assert len(engine.started) == 2 * attempt
-            clock.now += 1
+            clock.advance(1)
             runner.wake()
         await engine.until_started(6)
         engine.answer(doomed, SYSTEMIC)
@@ -496,8 +487,8 @@ async def test_a_runner_sleeps_until_the_next_retry_is_due_also_one_of_an_earlie
     job_id = await submit(manager)
     await manager.store.claim("m", 1, manager.clock())
     await manager.store.requeue([JobRetry(job_id=job_id, retry_at=manager.clock() + 0.02, error="down")])
-    start_s = anyio.current_time()
-    manager.clock = lambda: 1000.0 + anyio.current_time() - start_s
+    now, start_s = manager.clock(), anyio.current_time()
+    manager.clock = lambda: now + anyio.current_time() - start_s
     async with JobRunner(manager, "m", Engine(), window=9):
         job = await ended(manager, job_id)
     assert (job.status, job.attempts) == (JobStatus.SUCCEEDED, 2)
@@ -528,7 +519,7 @@ async def test_a_job_that_would_expire_before_it_runs_again_fails_with_its_error
         engine.open()
 
 
-async def test_a_job_that_waits_to_run_again_can_be_cancelled(manager: JobManager, clock: Clock) -> None:
+async def test_a_job_that_waits_to_run_again_can_be_cancelled(manager: JobManager, clock: FakeClock) -> None:
     engine = Engine(is_open=False)
     async with JobRunner(manager, "m", engine, window=9, max_attempts=9, backoff_s=lambda _: 10.0) as runner:
         job_id = await submit(manager)
@@ -536,7 +527,7 @@ async def test_a_job_that_waits_to_run_again_can_be_cancelled(manager: JobManage
         engine.answer(job_id, SYSTEMIC)
         await anyio.wait_all_tasks_blocked()
         await manager.cancel(job_id)
-        clock.now += 11
+        clock.advance(11)
         runner.wake()
         await anyio.wait_all_tasks_blocked()
     assert len(engine.started) == 1
@@ -627,7 +618,7 @@ async def test_waiting_for_a_job_ends_in_time(manager: JobManager) -> None:
     assert await manager.get("unknown", wait_s=30) is None
 
 
-async def test_results_are_removed_once_their_time_is_over(manager: JobManager, store: Flaky, clock: Clock) -> None:
+async def test_results_are_removed_once_their_time_is_over(manager: JobManager, store: Flaky, clock: FakeClock) -> None:
     swept = anyio.Event()
     remove = store.remove_finished
 
@@ -641,19 +632,19 @@ async def test_results_are_removed_once_their_time_is_over(manager: JobManager, 
     async with JobRunner(manager, "m", Engine(), window=3):
         job_id = await submit(manager)
         await ended(manager, job_id)
-        clock.now += 59
+        clock.advance(59)
         assert await manager.get(job_id) is not None
-        clock.now += 2
+        clock.advance(2)
         await swept.wait()
         assert await manager.get(job_id) is None
 
 
-async def test_an_expired_job_is_delivered_to_its_failure_queue(clock: Clock) -> None:
+async def test_an_expired_job_is_delivered_to_its_failure_queue(clock: FakeClock) -> None:
     queue = InMemoryBackend()
     async with JobManager(Flaky(), queue, clock=clock, sweep_interval_s=0.001) as manager:
         manager.attach("m", NoFeed())
         job_id = await submit(manager, failure_queue="bad", expires_in=5)
-        clock.now += 6
+        clock.advance(6)
         assert job_id in await queue.receive("bad")
 
 

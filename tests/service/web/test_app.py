@@ -14,7 +14,7 @@ from modalkit.batching import MeasuredCostModel, SchedulerStatistics
 from modalkit.service.loading import LoadError
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, Settings
-from modalkit.service.web import create_app
+from modalkit.service.web import create_app, lifespan_of
 from modalkit.service.web.auth import require_api_key
 from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
@@ -276,7 +276,8 @@ async def test_the_documentation_works_on_a_server_that_leaves_root_path_out(set
         sent.append(message)
 
     scope = {"type": "http", "method": "GET", "path": "/docs", "query_string": b"", "headers": []}
-    await app(scope, receive, send)
+    async with lifespan_of(app)(None):
+        await app(scope, receive, send)
     page = b"".join(message.get("body", b"") for message in sent).decode()
     assert '"/static-offline-docs/swagger-ui-bundle.js"' in page
     assert "None" not in page

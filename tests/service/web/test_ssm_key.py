@@ -150,7 +150,7 @@ async def test_no_request_gets_in_where_the_server_skipped_the_start(settings: S
     app = create_app(LocalGateway(settings), auth=AUTH)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         assert "lifespan" in assert_problem(await call(client, "first"), 503)["detail"]
-        assert_problem(await client.post("/sync/predict", json={"text": "four"}), 401)
+        assert_problem(await client.post("/sync/predict", json={"text": "four"}), 503)
 
 
 async def test_the_key_is_read_again_every_refresh_seconds(put: Put) -> None:

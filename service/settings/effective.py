@@ -1,0 +1,79 @@
+"""The configuration that is in effect, as YAML: with the origin of what is no default, and without secrets."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modalkit.service.settings.layers import origin, read_files, read_variables
+from modalkit.service.settings.schema import KeyPath, is_secret
+from modalkit.service.settings.settings import Settings
+from modalkit.service.settings.yaml_text import dump_yaml, parse_yaml
+
+HIDDEN = "(hidden)"
+MAX_COMMENTED_CHARACTERS = 60
+"""Above longer texts their origin has a line of its own, because YAML may break them over lines."""
+
+_SECRET_NAME = re.compile(r"(?:^|_|-)(?:key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
+_PASSWORD_IN_URL = re.compile(r"://[^/\s]*:[^/\s]*@")
+
+
+def effective_yaml(config_files: Sequence[Path | str] | None = None, environ: Mapping[str, str] | None = None) -> str:
+    """The settings of `Settings.load`, as the text of a configuration file. Raises SettingsError.
+
+    Each value that is no default has its origin as a comment: a file with the line, or a variable. Secrets are hidden;
+    of arguments of pipelines and variables of the image, so are those whose names end in ``key``, ``token`` and such.
+    """
+    environ = os.environ if environ is None else environ
+    settings = Settings.load(config_files, environ)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the line above has given them
+        layers = [*read_files(Settings, config_files, environ), read_variables(Settings, environ)]
+    values = settings.model_dump(mode="json")
+    defaults = dict(_leaves(Settings.load([], {}).model_dump(mode="json")))
+    leaves = dict(_leaves(values))
+    comments = {
+        path: origin(path, layers)
+        for path, value in leaves.items()
+        if any(layer.gives(path) for layer in layers) and defaults.get(path) != value
+    }
+    for path in [*leaves]:
+        if _is_hidden(path, leaves[path]):
+            _set(values, path, HIDDEN)
+    text = dump_yaml(values)
+    lines = text.splitlines()
+    _, numbers = parse_yaml(text)
+    for path, comment in sorted(comments.items(), key=lambda found: numbers[found[0]], reverse=True):
+        index, value = numbers[path] - 1, leaves[path]
+        if isinstance(value, str) and (len(value) > MAX_COMMENTED_CHARACTERS or not value.isprintable()):
+            indent = len(lines[index]) - len(lines[index].lstrip())
+            lines.insert(index, f"{' ' * indent}# {comment}:")
+        else:
+            lines[index] += f"  # {comment}"
+    return "\n".join([*lines, ""])
+
+
+def _leaves(values: Mapping[str, Any], at: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    for key, value in values.items():
+        path = (*at, str(key))
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, path)
+        else:
+            yield path, value
+
+
+def _is_hidden(path: KeyPath, value: Any) -> bool:
+    if value is None or value == []:
+        return False
+    if is_secret(Settings, path):
+        # This one is a secret only for the password that it may hold.
+        return path[-1] != "broker_url" or any(sign in str(value) for sign in "@?")
+    is_free = path[:2] in (("model_settings", "common"), ("model_settings", "model_entries")) or path[2:3] == ("env",)
+    return is_free and bool(_SECRET_NAME.search(path[-1]) or _PASSWORD_IN_URL.search(str(value)))
+
+
+def _set(values: Any, path: KeyPath, value: object) -> None:
+    for key in path[:-1]:
+        values = values[key]
+    values[path[-1]] = value
