@@ -15,6 +15,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
+from modalkit.service.cli.common import one_of
 from modalkit.service.errors import ServiceError
 from modalkit.service.validation import field_errors, summary
 
@@ -38,7 +39,7 @@ class FileFormat(StrEnum):
 
 FormatOption = Annotated[
     FileFormat | None,
-    typer.Option("--format", "-f", help="The input's format, where its name does not tell."),
+    typer.Option("--format", "-f", help="The input's format, where its name does not tell.", **one_of(FileFormat)),
 ]
 ColumnOption = Annotated[str | None, typer.Option(help="The CSV column, or JSON key, that holds the text.")]
 
