@@ -1,5 +1,7 @@
 """Reads request bodies and validates their items; each invalid item has its own error."""
 
+import codecs
+import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
@@ -60,20 +62,24 @@ class BodyParser:
 
     def item(self, body: bytes) -> BaseModel:
         """The one item of a body."""
+        _check_keys(_JSON, body)
         if self._takes_envelope and _ENVELOPE.match(body):
             return _parse(self._envelope, body).message
         return _parse(self._item, body)
 
     def items(self, body: bytes) -> Sequence[BaseModel | Failure]:
         """The items of a list. Raises `ProblemError` if it is no list."""
+        _check_keys(_JSON, body)
         return _parse_list(self._items, self.item, body)
 
     def job(self, body: bytes, what: str = "body") -> AsyncInputModel:
         """The job that a body, or another part of the request, asks for."""
+        _check_keys(_JSON_OF_JOBS, body, what)
         return _parse(self._job, body, what)
 
     def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
         """The jobs of a list. Raises `ProblemError` if it is no list."""
+        _check_keys(_JSON_OF_JOBS, body)
         return _parse_list(self._jobs, self.job, body)
 
     def line(self, line: bytes) -> AsyncInputModel | Failure:
@@ -105,13 +111,46 @@ def _or_failure(parse: Callable[[bytes], Model], body: bytes) -> Model | Failure
         return Failure(problem)
 
 
+class _RefusedJSONError(Exception):
+    """Raised for what pydantic's reader takes, though its sender cannot mean it."""
+
+
+def _check_object(pairs: list[tuple[str, Any]]) -> None:
+    if len({key for key, _ in pairs}) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _RefusedJSONError(f"has the key {twice[:100]!r} twice in one object; remove one of the two")
+
+
+def _refuse_constant(name: str) -> None:
+    raise _RefusedJSONError(f"holds {name}, which is not JSON and cannot be stored; send null")
+
+
+# Values are checked, not kept. Numbers are left as they are written, because Python refuses the longest ones.
+_JSON = json.JSONDecoder(object_pairs_hook=_check_object, parse_int=str, parse_float=str)
+_JSON_OF_JOBS = json.JSONDecoder(
+    object_pairs_hook=_check_object, parse_int=str, parse_float=str, parse_constant=_refuse_constant
+)
+
+
+def _check_keys(decoder: json.JSONDecoder, body: bytes, what: str = "body") -> None:
+    """Raise `ProblemError` for a key that one object has twice, and for NaN where the decoder refuses it."""
+    try:
+        decoder.decode(body.decode())
+    except _RefusedJSONError as error:
+        raise ProblemError(HTTPStatus.BAD_REQUEST, f"the {what} {error}") from None
+    except (ValueError, RecursionError):
+        return  # pydantic says what is wrong
+
+
 def _parse(model: type[Model], body: bytes, what: str = "body") -> Model:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
         findings = error.errors(include_url=False)
         if findings[0]["type"] == "json_invalid":
-            raise ProblemError(
-                HTTPStatus.BAD_REQUEST, f"the {what} is not JSON: {findings[0]['ctx']['error']}; correct it there"
-            ) from error
+            reason = f"{findings[0]['ctx']['error']}; correct it there"
+            if body.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                reason = "it begins with a byte order mark; send UTF-8 without one"
+            raise ProblemError(HTTPStatus.BAD_REQUEST, f"the {what} is not JSON: {reason}") from error
         raise invalid(findings, model) from error
