@@ -7,7 +7,7 @@ together at run time are not found.
 import ast
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
@@ -34,12 +34,13 @@ def image_gaps(plan: ImagePlan, settings: Settings, folder: Path) -> list[str]:
     copied = {PurePosixPath(path.remote).name.removesuffix(".py") for path in plan.local_paths}
     commands = " ".join(plan.run_commands)
     installed = _with_dependencies([*plan.requirements, *re.findall(r"[\w.-]+", commands), "modal"])
+    owners = metadata.packages_distributions()
     trees = [(source, tree) for source in sources if (tree := _parsed(source)) is not None]
     gaps: dict[str, str] = {}
     for source, tree in trees:
         for name in _imports(tree):
             if name not in copied and name != "modalkit" and name not in sys.stdlib_module_names:
-                gaps.setdefault(f"import {name}", _missing_import(name, source.name, installed, folder))
+                gaps.setdefault(f"import {name}", _missing_import(name, source.name, installed, owners, folder))
     files = [(name, source.name, source.parent) for source, tree in trees for name in _names_of_files(tree)]
     for model, entry in settings.model_settings.model_entries.items():
         texts = [value for value in entry.arguments().values() if isinstance(value, str)]
@@ -141,9 +142,11 @@ def _missing_file(file: Path, is_in_folder: bool, user: str, settings: Settings,
     )
 
 
-def _missing_import(name: str, user: str, installed: set[str], folder: Path) -> str:
-    """The message for a module, or an empty text if the image has it."""
-    distributions = metadata.packages_distributions().get(name, [])
+def _missing_import(
+    name: str, user: str, installed: set[str], owners: Mapping[str, Sequence[str]], folder: Path
+) -> str:
+    """The message for a module, or an empty text if the image has it; `owners` has the distributions of modules."""
+    distributions = owners.get(name, [])
     if any(canonicalize_name(distribution) in installed for distribution in distributions or [name]):
         return ""
     if not distributions:
