@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -63,25 +64,28 @@ class BodyParser:
 
     def item(self, body: bytes) -> BaseModel:
         """The one item of a body."""
-        _check_keys(_JSON, body)
+        _check_keys(body)
         if self._takes_envelope and _ENVELOPE.match(body):
             return _parse(self._envelope, body).message
         return _parse(self._item, body)
 
     def items(self, body: bytes) -> Sequence[BaseModel | Failure]:
         """The items of a list. Raises `ProblemError` if it is no list."""
-        _check_keys(_JSON, body)
+        _check_keys(body)
         return _parse_list(self._items, self.item, body)
 
     def job(self, body: bytes, what: str = "body") -> AsyncInputModel:
         """The job that a body, or another part of the request, asks for."""
-        _check_keys(_JSON_OF_JOBS, body, what)
-        return _parse(self._job, body, what)
+        _check_keys(body, what)
+        return _checked_meta(_parse(self._job, body, what), body)
 
     def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
         """The jobs of a list. Raises `ProblemError` if it is no list."""
-        _check_keys(_JSON_OF_JOBS, body)
-        return _parse_list(self._jobs, self.job, body)
+        _check_keys(body)
+        jobs = _parse_list(self._jobs, self.job, body)
+        if not _has_constants(body):
+            return jobs
+        return [job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job), body) for job in jobs]
 
     def line(self, line: bytes) -> AsyncInputModel | Failure:
         """The job that one line of a stream asks for, or what is wrong with the line."""
@@ -102,7 +106,10 @@ def _parse_list(
     try:
         return adapter.validate_json(body)
     except ValidationError:
-        return [_or_failure(parse, to_json(value)) for value in _parse(RootModel[list[Any]], body).root]
+        return [
+            _or_failure(parse, to_json(value, inf_nan_mode="constants"))
+            for value in _parse(RootModel[list[Any]], body).root
+        ]
 
 
 def _or_failure(parse: Callable[[bytes], Model], body: bytes) -> Model | Failure:
@@ -122,25 +129,34 @@ def _check_object(pairs: list[tuple[str, Any]]) -> None:
         raise _RefusedJSONError(f"has the key {twice[:100]!r} twice in one object; remove one of the two")
 
 
-def _refuse_constant(name: str) -> None:
-    raise _RefusedJSONError(f"holds {name}, which is not JSON and cannot be stored; send null")
-
-
-# Values are checked, not kept. Numbers are left as they are written, because Python refuses the longest ones.
+# Numbers are left as they are written, because Python refuses the longest ones.
 _JSON = json.JSONDecoder(object_pairs_hook=_check_object, parse_int=str, parse_float=str)
-_JSON_OF_JOBS = json.JSONDecoder(
-    object_pairs_hook=_check_object, parse_int=str, parse_float=str, parse_constant=_refuse_constant
-)
 
 
-def _check_keys(decoder: json.JSONDecoder, body: bytes, what: str = "body") -> None:
-    """Raise `ProblemError` for a key that one object has twice, and for NaN where the decoder refuses it."""
+def _check_keys(body: bytes, what: str = "body") -> None:
+    """Raise `ProblemError` for a key that one object has twice."""
     try:
-        decoder.decode(body.decode())
+        _JSON.decode(body.decode())
     except _RefusedJSONError as error:
         raise ProblemError(HTTPStatus.BAD_REQUEST, f"the {what} {error}") from None
     except (ValueError, RecursionError):
         return  # pydantic says what is wrong
+
+
+def _has_constants(body: bytes) -> bool:
+    return b"NaN" in body or b"Infinity" in body
+
+
+def _checked_meta(job: AsyncInputModel, body: bytes) -> AsyncInputModel:
+    """The job of a body. Raises `ProblemError` for NaN in `meta`, which could not be returned unchanged."""
+    if _has_constants(body):
+        try:
+            json.dumps(job.meta, allow_nan=False)
+        except ValueError:
+            raise ProblemError(
+                HTTPStatus.UNPROCESSABLE_ENTITY, "meta: must not hold NaN or Infinity, which are not JSON; send null"
+            ) from None
+    return job
 
 
 def _parse(model: type[Model], body: bytes, what: str = "body") -> Model:

@@ -90,7 +90,12 @@ async def test_an_empty_list_is_answered_with_one(client: httpx.AsyncClient) -> 
         ("/batch/predict", b'[{"text": "a"}, {"text": "a", "text": "b"}]', 400, "has the key 'text' twice"),
         ("/async/predict", b'{"message": {"text": "a", "text": "b"}}', 400, "has the key 'text' twice"),
         ("/async/predict", b'[{"message": {"text": "a"}, "meta": {"a": 1, "a": 2}}]', 400, "has the key 'a' twice"),
-        ("/async/predict", b'{"message": {"text": "a"}, "meta": {"a": NaN}}', 400, "the body holds NaN, which is not"),
+        (
+            "/async/predict",
+            b'{"message": {"text": "a"}, "meta": {"a": NaN}}',
+            422,
+            "meta: must not hold NaN or Infinity",
+        ),
         ("/async/predict", b'{"message": {"text": "a"}, "expires_in": "600"}', 422, "expires_in: "),
         ("/sync/predict", b'\xef\xbb\xbf{"text": "a"}', 400, "it begins with a byte order mark; send UTF-8 without"),
     ],
