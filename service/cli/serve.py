@@ -75,7 +75,7 @@ async def _serve(server: Server, gateway: LocalGateway, listener: socket.socket,
     if stop.at_once:
         is_lost = settings.app_settings.async_config.store == "memory"
         fate = "lost, as the store is in memory" if is_lost else "kept, and run after the next start"
-        notices.print(f"Stopped at once. {stop.unfinished_jobs}: {fate}.")
+        notices.print(f"Stopped at once. {stop.unfinished_jobs}{fate}." if stop.unfinished_jobs else "Stopped at once.")
         raise typer.Exit(1)
     if any(model.readiness is Readiness.BROKEN for model in gateway.models.values()):
         raise typer.Exit(1)
@@ -94,7 +94,8 @@ class _Stop:
     server: Server
     gateway: LocalGateway
     at_once: bool = False
-    unfinished_jobs: str = "Jobs that had not ended"
+    unfinished_jobs: str = "Jobs that had not ended: "
+    """How many jobs had not ended when it stopped at once; empty for none."""
 
     async def on_signals(self, everything: anyio.CancelScope) -> None:
         """Wait for signals, until cancelled; the second one cancels `everything`."""
@@ -111,7 +112,7 @@ class _Stop:
         with suppress(JobStoreError), anyio.move_on_after(COUNTING_S):
             counts = await self.gateway.jobs.counts()
             jobs = sum(count for status, count in counts.statuses.items() if not status.has_ended)
-            self.unfinished_jobs = f"{jobs} job{'' if jobs == 1 else 's'} had not ended"
+            self.unfinished_jobs = f"{jobs} job{'' if jobs == 1 else 's'} had not ended: " if jobs else ""
 
 
 async def _stop_when_broken(server: Server, gateway: LocalGateway) -> None:
