@@ -60,8 +60,8 @@ class AsyncInputModel(BaseModel, Generic[MessageT]):
     idempotency_key: IdempotencyKey | None = Field(
         default=None, description="Of requests with the same key, only the first becomes a job; all get its job id."
     )
-    expires_in: PositiveFloat | None = Field(
-        default=None, le=MAX_EXPIRES_IN_S, description="Seconds from now: a job that has not ended by then expires."
+    expires_in: Annotated[PositiveFloat, Field(strict=True, le=MAX_EXPIRES_IN_S)] | None = Field(
+        default=None, description="Seconds from now: a job that has not ended by then expires."
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+from modalkit.pipelines.extras import install_command
 from modalkit.service.errors import ServiceError
 
 
@@ -32,9 +33,7 @@ def aws_clients(
         from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
         from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]  # ships no types
     except ImportError as error:
-        raise error_class(
-            f"{needed_by} needs aiobotocore ({error}); install it: pip install 'modalkit[{extra}]'"
-        ) from error
+        raise error_class(f"{needed_by} needs aiobotocore ({error}): {install_command(extra)}") from error
     session = get_session()
     try:
         # botocore reads AWS_DEFAULT_REGION. AWS_REGION is what AWS's other SDKs and Modal's form for credentials use.

@@ -1,5 +1,6 @@
 """Errors that several parts of `service` use, their root, and errors as text."""
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -54,6 +55,14 @@ class NotReadyError(ServiceError):
         super().__init__(f"model {model_name!r} takes no requests now: it is {readiness}; see /health/ready")
         self.model_name = model_name
         self.readiness = readiness
+
+
+class InvalidItemError(ServiceError, ValueError):
+    """Raised for an item or a request that its model refuses; `errors` has the fields, as HTTP answers do."""
+
+    def __init__(self, message: str, errors: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__(message)
+        self.errors = errors
 
 
 class PipelineOutputError(ServiceError):

@@ -1,5 +1,6 @@
 """How a process serves HTTP for long: its socket, its server, and Python's garbage collector."""
 
+import errno
 import gc
 import socket
 from collections.abc import Iterator
@@ -32,9 +33,17 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.listen(2048)
         except OSError as error:
             raise AddressError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; stop what uses it, or choose another port"
+                f"cannot listen on {host}:{port}: {error.strerror or error}; {_remedy(error)}"
             ) from error
         yield listener
+
+
+def _remedy(error: OSError) -> str:
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return "give an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "choose a port above 1023, or run it with the right to this one"
+    return "stop what uses it, or choose another port"
 
 
 class Server(uvicorn.Server):

@@ -2,11 +2,25 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json, to_json
+
+from modalkit.service.errors import InvalidItemError, describe_value
+
+Model = TypeVar("Model", bound=BaseModel)
 
 _SHOWN_CHARACTERS = 100
+
+
+def validated(model: type[Model], value: object) -> Model:
+    """The value as an instance of `model`. Raises `InvalidItemError`, and what the model's own validators raise."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        errors = field_errors(error.errors(include_url=False), model)
+        raise InvalidItemError(summary(errors), errors) from error
 
 
 def field_errors(findings: Iterable[Mapping[str, Any]], model: type[BaseModel] | None = None) -> list[dict[str, Any]]:
@@ -34,6 +48,8 @@ def _field_error(finding: Mapping[str, Any], model: type[BaseModel] | None) -> d
     message = str(finding["msg"])
     if kind == "string_type":
         message = "must be a text, a JSON string"
+    elif kind in ("value_error", "assertion_error"):
+        message = str(finding["ctx"]["error"])  # without "Value error, "
     elif kind == "list_type":
         message = "must be a JSON list, as in [1, 2]"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
@@ -54,8 +70,17 @@ def _known_fields(path: Sequence[int | str], model: type[BaseModel] | None) -> s
 
 
 def _shown(value: object) -> object:
-    """The value where it is short, else its beginning."""
+    """The value where it is short, else the beginning of its JSON."""
     if value is None or isinstance(value, bool | int | float):
         return value
-    text = value if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        text = value
+    else:
+        try:
+            text = to_json(value, inf_nan_mode="null", fallback=describe_value).decode()
+        except ValueError:  # half of a surrogate pair, or nested too deep
+            text = describe_value(value)
+        else:
+            if len(text) <= _SHOWN_CHARACTERS:
+                return from_json(text)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"

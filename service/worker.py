@@ -23,6 +23,7 @@ from modalkit.batching import (
 )
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.inference_pipeline import awaited, has_own
+from modalkit.service.errors import InvalidItemError
 from modalkit.service.failure_log import FailureLog
 from modalkit.service.jobs import Job, JobStore, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
@@ -33,6 +34,7 @@ from modalkit.service.pipeline_batches import is_too_large, max_in_flight_of, ru
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
 from modalkit.service.streams import Payload, StreamedItem, item_of
+from modalkit.service.validation import validated
 
 MAX_STUCK_THREADS = 3
 """Threads stuck in batches that hang with which a worker is broken."""
@@ -60,10 +62,10 @@ class InferenceWorker(AsyncContextManagerMixin):
     replaces the one that the settings name; a `job_store`, not yet open, is opened and closed by the worker. Workers in
     one process share jobs and deliveries by an open `jobs`, in place of these two.
 
-    Items are instances of `input_model` (by default the pipeline's own), or mappings, which are validated: pydantic's
-    `ValidationError` is raised before anything is queued. On entering, the pipeline's warm-up runs, and the costs of
-    its batches are read or measured, as the settings say; without `calibrate` they are not measured, which suits short
-    uses. `on_batch` is called in the event loop with the record of each batch.
+    Items are instances of `input_model` (by default the pipeline's own), or mappings, which are validated:
+    `InvalidItemError`, a ``ValueError``, is raised before anything is queued. On entering, the pipeline's warm-up runs,
+    and the costs of its batches are read or measured, as the settings say; without `calibrate` they are not measured,
+    which suits short uses. `on_batch` is called in the event loop with the record of each batch.
 
     What the pipeline raises is logged with its traceback, once a minute for each distinct error. `log_failures` False
     is for callers that report each error themselves.
@@ -151,7 +153,7 @@ class InferenceWorker(AsyncContextManagerMixin):
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run many items and return their outcomes in the same order: a `Success` or a `Failure` each.
 
-        A mapping that is no valid item is a `Failure` with its ``ValidationError`` and disturbs no other. Before
+        A mapping that is no valid item is a `Failure` with its `InvalidItemError` and disturbs no other. Before
         anything is queued, `QueueFullError` is raised when not all find room, and `SchedulerClosedError`.
         """
         checked = [self._checked(item) for item in items]
@@ -201,12 +203,12 @@ class InferenceWorker(AsyncContextManagerMixin):
                 streamed.is_wanted = False
                 withdraw()
 
-    async def submit(self, request: AsyncInputModel, *, priority: Priority = Priority.BULK) -> str:
+    async def submit(self, request: AsyncInputModel | Mapping[str, Any], *, priority: Priority = Priority.BULK) -> str:
         """Accept a job and return its id, once it is stored: its result is kept, and sent to the queue it names.
 
-        A repetition of a request with the same `idempotency_key` gets the id of the first. Raises ``ValidationError``
-        for a message that is no valid item, `QueueNotAllowedError`, `QueueNameError` and `JobStoreError`. When
-        cancelled, the job may have been accepted.
+        A repetition of a request with the same `idempotency_key` gets the id of the first. Raises `InvalidItemError`
+        for a mapping that is no `AsyncInputModel` and for a message that is no valid item, `QueueNotAllowedError`,
+        `QueueNameError` and `JobStoreError`. When cancelled, the job may have been accepted.
         """
         (outcome,) = await self.submit_many([request], priority=priority)
         if isinstance(outcome, Failure):
@@ -214,13 +216,16 @@ class InferenceWorker(AsyncContextManagerMixin):
         return outcome.value
 
     async def submit_many(
-        self, requests: Sequence[AsyncInputModel], *, priority: Priority = Priority.BULK
+        self, requests: Sequence[AsyncInputModel | Mapping[str, Any]], *, priority: Priority = Priority.BULK
     ) -> list[Outcome[str]]:
         """Accept many jobs in one step, and return the id or the error of each, in the same order.
 
         One that is invalid disturbs no other. Raises `JobStoreError` when none was stored.
         """
-        return await self._jobs.submit(requests, model_name=self.model_name, priority=priority)
+        checked = [_request(request) for request in requests]
+        valid = [request for request in checked if not isinstance(request, Failure)]
+        outcomes = iter(await self._jobs.submit(valid, model_name=self.model_name, priority=priority))
+        return [request if isinstance(request, Failure) else next(outcomes) for request in checked]
 
     async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job | None:
         """The job of this id as it is now, or once it ends within `wait_s` seconds; None if there is none."""
@@ -262,13 +267,20 @@ class InferenceWorker(AsyncContextManagerMixin):
             sink(record)
 
     def _validated(self, item: BaseModel | Mapping[str, Any]) -> BaseModel:
-        return item if isinstance(item, BaseModel) else self.input_model.model_validate(item)
+        return item if isinstance(item, BaseModel) else validated(self.input_model, item)
 
     def _checked(self, item: BaseModel | Mapping[str, Any]) -> BaseModel | Failure:
         try:
             return self._validated(item)
         except Exception as error:  # noqa: BLE001  # a model's own validators may raise anything
             return Failure(error)
+
+
+def _request(request: AsyncInputModel | Mapping[str, Any]) -> AsyncInputModel | Failure:
+    try:
+        return request if isinstance(request, AsyncInputModel) else validated(AsyncInputModel, request)
+    except InvalidItemError as error:
+        return Failure(error)
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modalkit.benchmarks.containers.matrix import Cell, Figures, Matrix, VariantResult
+from modalkit.pipelines.extras import install_command
 
 COLUMNS: Mapping[str, Callable[[Figures], str]] = {
     "items/s": lambda cell: f"{cell.items_per_s:,.0f}",
@@ -43,7 +44,7 @@ class Results:
         try:
             import matplotlib as _  # noqa: F401  # wanted later
         except ImportError as error:
-            raise RuntimeError("the plot needs matplotlib: pip install 'modalkit[bench]'") from error
+            raise RuntimeError(f"the plot needs matplotlib: {install_command('bench')}") from error
         self._settings = {**what, "matrix": matrix}
         self._folder = folder
         self._results: list[VariantResult] = []

@@ -25,6 +25,7 @@ from modalkit.service.jobs import Job, JobStatus, JobStoreError
 from modalkit.service.jobs.life import new_job, request_digest
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.settings import BatchConfig
+from modalkit.service.validation import validated
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class CallJobs(AsyncContextManagerMixin):
         self._queue_rules.check(request.success_queue, request.failure_queue)
         message = request.message
         if not isinstance(message, BaseModel):
-            message = model.input_model.model_validate(message)
+            message = validated(model.input_model, message)
         submission = _Submission(request.model_copy(update={"message": message}), priority)
         job = self._job("", model.name, submission, self._clock())  # raises what is wrong with it
         if request.idempotency_key is None:
@@ -187,7 +188,10 @@ class CallJobs(AsyncContextManagerMixin):
         try:
             job_id = await self._schedulers[model_name].submit(submission, priority=submission.priority)
         except Exception:
-            await self._records.release(key)
+            try:
+                await self._records.release(key)
+            except Exception:
+                logger.exception("The idempotency key of a job that was not accepted is still reserved")
             raise
         try:
             await self._records.keep(key, digest, job_id)

@@ -3,8 +3,9 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 from uuid import uuid4
 
 import typer
@@ -25,6 +26,18 @@ ModelOption = Annotated[
 ]
 notices = Console(stderr=True, soft_wrap=True, highlight=False)
 """Messages for people, on standard error; standard output is for results."""
+
+
+def one_of(kind: type[StrEnum]) -> dict[str, Any]:
+    """Arguments of an option whose values are those of `kind`; typer's own message would begin with "Value error"."""
+
+    def parse(text: str) -> StrEnum:
+        try:
+            return kind(text.lower())
+        except ValueError:
+            raise typer.BadParameter(f"must be one of {', '.join(kind)}, not {text!r}") from None
+
+    return {"parser": parse, "metavar": "|".join(kind)}
 
 
 def model_source(settings: Settings, model_name: str | None) -> ModelSource:

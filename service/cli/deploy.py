@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from modalkit.service.cli.common import ConfigFiles
+from modalkit.service.cli.common import ConfigFiles, notices
 from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
 from modalkit.service.settings import Settings
@@ -33,7 +33,8 @@ def deploy(
 ) -> None:
     """Deploy the configured service, or an app of your own, to Modal.
 
-    Runs `modal deploy`, whose exit code is passed on.
+    Runs `modal deploy`, whose exit code is passed on. With --dry-run, warnings name the imports and the files of your
+    modules that the image would lack, as far as their source tells.
 
     [bold]Examples[/bold]
 
@@ -53,12 +54,15 @@ def deploy(
     mode = [] if module.endswith(".py") else ["-m"]
     if dry_run:
         from modalkit.service.on_modal.config import ModalConfig, describe_deployment
+        from modalkit.service.on_modal.image_gaps import image_gaps
 
         modal_config = ModalConfig(environ=environ)
         if app != DEFAULT_APP:
             os.environ.update(environ)
             _import_app(app, module)
         typer.echo(dump_yaml(describe_deployment(modal_config)), nl=False)
+        for gap in image_gaps(modal_config.plan_image(), modal_config.settings, Path.cwd()):
+            notices.print(f"modalkit: warning: {gap}", markup=False)
         return
     Settings.load(environ=environ)  # an error is one message here; Modal's command would print a traceback
     options = [f"--{option}={value}" for option, value in {"name": name, "env": env, "tag": tag}.items() if value]

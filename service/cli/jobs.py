@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from modalkit.service.cli.common import ConfigFiles, notices
+from modalkit.service.cli.common import ConfigFiles, notices, one_of
 from modalkit.service.cli.jobs_client import JobRefusedError, JobsClient
 from modalkit.service.jobs import DeliveryStatus, JobStatus
 from modalkit.service.settings import Settings
@@ -61,10 +61,13 @@ def seconds_of(duration: str) -> int:
 
 Url = Annotated[httpx.URL | None, typer.Option(parser=_url, metavar="URL", help="The address of a running service.")]
 Key = Annotated[str | None, typer.Option(envvar="MODALKIT_API_KEY", help="The API key of that service.")]
-Statuses = Annotated[list[JobStatus] | None, typer.Option("--status", help="Only jobs in this state; may be repeated.")]
+Statuses = Annotated[
+    list[JobStatus] | None,
+    typer.Option("--status", help="Only jobs in this state; may be repeated.", **one_of(JobStatus)),
+]
 Deliveries = Annotated[
     list[DeliveryStatus] | None,
-    typer.Option("--delivery", help="Only jobs with such a delivery; may be repeated."),
+    typer.Option("--delivery", help="Only jobs with such a delivery; may be repeated.", **one_of(DeliveryStatus)),
 ]
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only jobs of this model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]

@@ -16,6 +16,7 @@ from modalkit.service.cli.deploy import deploy
 from modalkit.service.cli.init import init
 from modalkit.service.cli.jobs import app as jobs_app
 from modalkit.service.cli.predict import predict
+from modalkit.service.cli.records import InputError
 from modalkit.service.cli.serve import serve
 from modalkit.service.cli.tune import tune
 from modalkit.service.errors import ServiceError, UnknownModelError
@@ -23,7 +24,7 @@ from modalkit.service.loading import LoadError
 from modalkit.service.settings import SettingsError
 from modalkit.service.version import VERSION
 
-EXIT_CONFIGURATION = 2
+EXIT_USAGE = 2
 EXIT_FAILURE = 1
 
 app = typer.Typer(
@@ -72,5 +73,5 @@ def main() -> None:
         sys.exit(EXIT_FAILURE)
     except (ServiceError, OSError) as error:
         notices.print(f"modalkit: error: {error}", markup=False)
-        is_configuration = isinstance(error, SettingsError | LoadError | UnknownModelError)
-        sys.exit(EXIT_CONFIGURATION if is_configuration else EXIT_FAILURE)
+        is_usage = isinstance(error, InputError | LoadError | SettingsError | UnknownModelError)
+        sys.exit(EXIT_USAGE if is_usage else EXIT_FAILURE)

@@ -27,9 +27,11 @@ from modalkit.service.cli.records import (
     FormatOption,
     Record,
     Writer,
-    make_writer,
+    kept_columns,
+    output_format,
     read_file,
     read_records,
+    result_writer,
 )
 from modalkit.service.errors import OutputNotJsonError, describe_error
 from modalkit.service.outputs import output_object
@@ -51,14 +53,24 @@ def predict(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to run.")] = None,
     input_path: Annotated[
         Path | None,
-        typer.Option("--input", "-i", help="A .txt, .jsonl or .csv file; - is standard input.", allow_dash=True),
+        typer.Option(
+            "--input",
+            "-i",
+            help="A .txt, .jsonl or .csv file; - is standard input.",
+            allow_dash=True,
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     output_path: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Where results go; standard output if left out."),
+        typer.Option("--output", "-o", help="A .jsonl or .csv file for the results; standard output if left out."),
     ] = None,
     file_format: FormatOption = None,
     column: ColumnOption = None,
+    keep_columns: Annotated[
+        bool, typer.Option("--keep-columns", help="Write the columns (or keys) of the input before each result.")
+    ] = False,
     config: ConfigFiles = None,
     model: ModelOption = None,
 ) -> None:
@@ -66,13 +78,14 @@ def predict(
 
     Results are JSON, one a line; CSV where the output file is called .csv. A line that cannot be read, or fails, gets
     an error in its place, is reported with its number on standard error, and makes the exit code 1. The output file
-    takes its name at the end, and may be that of the input.
+    takes its name at the end, and may be that of the input. With --keep-columns, a column of the input whose name a
+    result has too is written as input_NAME.
 
     [bold]Examples[/bold]
 
     modalkit predict "What a lovely day!" "It could be worse."
 
-    modalkit predict --input reviews.csv --column review --output scored.csv
+    modalkit predict --input reviews.csv --column review --output scored.csv --keep-columns
 
     cat lines.txt | modalkit predict > scored.jsonl
     """
@@ -80,17 +93,19 @@ def predict(
         raise typer.BadParameter("give texts or --input, not both")
     if not texts and input_path is None and sys.stdin.isatty():
         raise typer.BadParameter("there is nothing to read: give texts, --input FILE, or pipe lines in")
+    written = output_format(output_path)
     settings = Settings.load(config)
     source = model_source(settings, model)
     records, total = _open_input(texts, input_path, file_format, source.input_model, column)
-    is_csv = output_path is not None and output_path.suffix.lower() == ".csv"
     with nullcontext(_use_utf8(sys.stdout)) if output_path is None else whole_file(output_path) as out:
         with notices.status(f"Loading {source.model_name} ..."):
             pipeline = source.load()
-        writer = make_writer(out, FileFormat.CSV if is_csv else FileFormat.JSONL, source.output_model)
-        with Progress(*COLUMNS, console=notices, transient=True, disable=not notices.is_terminal) as progress:
+        with (
+            Progress(*COLUMNS, console=notices, transient=True, disable=not notices.is_terminal) as progress,
+            result_writer(out, written, source.output_model) as writer,
+        ):
             progress.add_task("Running", total=total)
-            run = _Run(writer, progress, settings)
+            run = _Run(writer, progress, settings, source.output_model if keep_columns else None)
             anyio.run(run.score, pipeline, records)
         out.flush()
     run.report(single=bool(texts))
@@ -139,11 +154,15 @@ class _Chunk:
 
 @dataclass(slots=True)
 class _Run:
-    """One run of a model over many records, and its figures."""
+    """One run of a model over many records, and its figures.
+
+    With the model's output model, the columns of the input are kept.
+    """
 
     writer: Writer
     progress: Progress
     settings: Settings
+    keeps_beside: type[BaseModel] | None = None
     failed: int = 0
     written: int = 0
     elapsed_s: float = 0.0
@@ -151,7 +170,8 @@ class _Run:
 
     async def score(self, pipeline: InferencePipeline, records: Iterator[Record]) -> None:
         """Run all records, two chunks at a time, and write their results in order."""
-        chunk_size = max(1, min(MAX_CHUNK_ITEMS, self.settings.app_settings.batch_config.max_queue_size // 2))
+        max_queue_size = self.settings.app_settings.batch_config.max_queue_size
+        chunk_size = max(1, min(MAX_CHUNK_ITEMS, max_queue_size // 2))
         async with (
             short_lived_worker(pipeline, self.settings, self._show_progress) as worker,
             plain_task_group() as task_group,
@@ -160,6 +180,8 @@ class _Run:
             chunk: _Chunk | None = None
             while chunk is None or chunk.records:
                 before, chunk = chunk, _Chunk(await to_thread.run_sync(lambda: list(islice(records, chunk_size))))
+                if before is not None and max_queue_size == 1:
+                    await before.done.wait()  # the queue has no room for two
                 task_group.start_soon(chunk.run, worker)
                 if before is not None:
                     await self._write(before)
@@ -173,7 +195,8 @@ class _Run:
             if record.item is None:
                 self.progress.advance(self.progress.task_ids[0])
             result = _result(record, outcomes)
-            self.writer(result)
+            kept = {} if self.keeps_beside is None else kept_columns(record, self.keeps_beside)
+            self.writer({**kept, **result})
             self.written += 1
             if result["status"] == "error":
                 self.failed += 1

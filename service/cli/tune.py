@@ -117,8 +117,7 @@ def tune(
     own_or_made_up = MadeUpSamples(pipeline) if items is None else OwnSamples(pipeline, items)
     run = _Tuning(pipeline, settings, own_or_made_up, max_seconds)
     if plot is not None:
-        draw_costs(plot, f"{pipeline.model_name} on {key.device}", run.shapes, run.costs)
-        notices.print(f"The plot is in {plot}", markup=False)
+        run.draw(plot, f"{pipeline.model_name} on {key.device}")
     chosen = run.choose(None if p99_ms is None else p99_ms / 1000)
     if (path := settings.app_settings.batch_config.calibration.path) is not None:
         save_costs(path, key, run.costs)
@@ -167,7 +166,7 @@ class _Tuning:
         self._config = settings.app_settings.batch_config
         self._max_in_flight = max_in_flight_of(pipeline, self._config)
         self._max_s = max_s
-        self._deadline_s = monotonic() + max_s
+        self.deadline_s = monotonic() + max_s
         bar = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*bar, console=notices, transient=True, disable=not notices.is_terminal) as progress:
             task = progress.add_task("Warming up ...", total=MEASURING_SHARE * max_s)
@@ -182,6 +181,13 @@ class _Tuning:
         self._bench = Bench(pipeline, settings, self.costs, samples)
         _show_measurements(self._output, self._measured, self.shapes, self._max_in_flight)
         _show_costs(self._output, self.costs, self.shapes)
+
+    def draw(self, path: Path, title: str) -> None:
+        """Draw the costs into a file; this does not count as time for measuring."""
+        started_s = monotonic()
+        draw_costs(path, title, self.shapes, self.costs)
+        notices.print(f"The plot is in {path}", markup=False)
+        self.deadline_s += monotonic() - started_s
 
     def choose(self, objective_s: float | None) -> ChosenLimits:
         """Choose limits, print them and try them. Raises `TuningError` where the trial is not complete."""
@@ -212,14 +218,14 @@ class _Tuning:
         for load in LOADS:
             capacity = predicted_capacity(self.shapes, policy, load, self._max_in_flight)
             rate_per_s = min(load * capacity.items_per_s, MAX_SENT_PER_S)
-            plan = TrialPlan.within(rate_per_s, capacity.batch_s, self._deadline_s - monotonic())
+            plan = TrialPlan.within(rate_per_s, capacity.batch_s, self.deadline_s - monotonic())
             if plan is None:
                 break
             with notices.status(f"Trying these limits for up to {_duration(plan.duration_s + plan.patience_s)} ..."):
                 trial = anyio.run(self._bench.open_loop, config, sizes, plan)
             share = f"{load:.0%} of the predicted capacity"
             if load * capacity.items_per_s > MAX_SENT_PER_S:
-                share = f"the most that is tried; predicted are {capacity.items_per_s:.3g}"
+                share = f"the most that is tried; predicted are {_figure(capacity.items_per_s)}"
             _show_trial(self._output, trial, plan, share, objective_s)
             if trial.failed or (trial.is_complete and (objective_s is None or trial.p99_s <= objective_s)):
                 break
@@ -283,12 +289,13 @@ def _show_choice(output: Console, chosen: ChosenLimits, config: BatchConfig) -> 
 def _show_trial(output: Console, trial: Trial, plan: TrialPlan, share: str, objective_s: float | None) -> None:
     """Show the results of a trial."""
     output.print(
-        f"Tried: {trial.sent} requests of the sizes above at random times, {plan.rate_per_s:.3g} a second ({share})"
+        f"Tried: {trial.sent} requests of the sizes above at random times, {_figure(plan.rate_per_s)} a second "
+        f"({share})"
     )
     objective = "none" if objective_s is None else f"p99 {_duration(objective_s)}"
     output.print(
         f"  p50 {_duration(trial.p50_s)}   p99 {_duration(trial.p99_s)} (objective: {objective})   "
-        f"{trial.items_per_s:.4g} items/s"
+        f"{_figure(trial.items_per_s)} items/s"
     )
     if not trial.is_complete:
         output.print(f"  {trial.failed} failed, {trial.unfinished} were not done in time")

@@ -266,6 +266,14 @@ class Deliverer(AsyncContextManagerMixin):
             self._release([job for job, _ in attempted])
 
 
+_STATES_OF_RESULTS = {
+    (DeliveryStatus.UNDELIVERED, False): "is undelivered",
+    (DeliveryStatus.UNDELIVERED, True): "are undelivered",
+    (DeliveryStatus.PENDING, False): "was not taken and is sent again later",
+    (DeliveryStatus.PENDING, True): "were not taken and are sent again later",
+}
+
+
 def log_failed_attempts(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
     """Log one line per queue, not per message: a queue that is down fails thousands."""
     failed = Counter((queue, record.status) for queue, record in records if record.error is not None)
@@ -274,9 +282,9 @@ def log_failed_attempts(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
         record, is_last = last[queue, status], status is DeliveryStatus.UNDELIVERED
         logger.log(
             logging.ERROR if is_last else logging.WARNING,
-            "%d results for %r %s; the last one, of job %s, after attempt %d: %s",
-            *(messages, shown_queue_name(queue)),
-            "are undelivered" if is_last else "were not taken and are sent again later",
+            "%s for %r %s; the last one, of job %s, after attempt %d: %s",
+            *("1 result" if messages == 1 else f"{messages} results", shown_queue_name(queue)),
+            _STATES_OF_RESULTS[status, messages > 1],
             *(record.job_id, record.attempts, record.error),
         )
 

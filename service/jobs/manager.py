@@ -23,6 +23,7 @@ from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.store import JobStore
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.queue_backends.sending import close_backend
+from modalkit.service.validation import validated
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class JobManager(AsyncContextManagerMixin):
         """A job that is not stored yet, or what is wrong with the request."""
         try:
             message = request.message
-            item = message if isinstance(message, BaseModel) else input_model.model_validate(message)
+            item = message if isinstance(message, BaseModel) else validated(input_model, message)
             self._queue_rules.check(request.success_queue, request.failure_queue)
             return new_job(
                 request,

@@ -35,17 +35,17 @@ class QueueRules:
             if not any(fnmatch.fnmatchcase(queue_name, pattern) for pattern in self._allowed_queues):
                 raise QueueNotAllowedError(field, queue_name, self._allowed_queues)
             if isinstance(self._backend, NamedQueueBackend):
-                _check_by(self._backend, queue_name)
+                _check_by(self._backend, field, queue_name)
             if len(self._known_queues) < MAX_KNOWN_QUEUES:
                 self._known_queues.add(queue_name)
 
 
-def _check_by(backend: NamedQueueBackend, queue_name: str) -> None:
+def _check_by(backend: NamedQueueBackend, field: str, queue_name: str) -> None:
     try:
         backend.check_queue_name(queue_name)
-    except QueueNameError:
-        raise
+    except QueueNameError as error:
+        raise QueueNameError(error.queue_name, error.problem, field=field) from error
     except BaseException as error:  # a user's code, which must not end the server by a SystemExit
         raise QueueNameError(
-            shown_queue_name(queue_name), f"its backend cannot check the name: {describe_error(error)}"
+            shown_queue_name(queue_name), f"its backend cannot check the name: {describe_error(error)}", field=field
         ) from error

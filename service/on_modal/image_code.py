@@ -11,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 import modalkit
+from modalkit.pipelines.extras import install_command
 from modalkit.service.loading import LoadError, current_name, find_top_module
 from modalkit.service.settings import Settings
 
@@ -67,8 +68,8 @@ def own_requirements(settings: Settings, python: str) -> tuple[str, ...]:
     known = distribution.metadata.get_all("Provides-Extra") or []
     if missing := extras - set(known):
         raise LoadError(
-            f"the configuration needs {', '.join(f'modalkit[{extra}]' for extra in sorted(missing))}, which the "
-            f"installed modalkit {distribution.version} does not know: install it again"
+            f"the configuration needs what the extra {', '.join(sorted(missing))} installs, which the installed "
+            f"modalkit {distribution.version} does not know: {install_command(','.join(sorted(missing)))}"
         )
     # Modal gives its client to every container.
     lines = (line for line in distribution.requires or [] if Requirement(line).name != "modal")

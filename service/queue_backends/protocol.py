@@ -18,11 +18,13 @@ class UndeliverableError(QueueBackendError):
 
 
 class QueueNameError(UndeliverableError):
-    """Raised for a queue name that its backend can never send to."""
+    """Raised for a queue name that its backend can never send to; `field` is the one of a request that has it."""
 
-    def __init__(self, queue_name: str, problem: str) -> None:
-        super().__init__(f"queue {queue_name!r}: {problem}")
+    def __init__(self, queue_name: str, problem: str, *, field: str | None = None) -> None:
+        super().__init__(f"{'' if field is None else f'{field}: '}queue {queue_name!r}: {problem}")
         self.queue_name = queue_name
+        self.problem = problem
+        self.field = field
 
 
 @dataclass(frozen=True, slots=True)

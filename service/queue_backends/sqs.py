@@ -45,7 +45,7 @@ class _Entry:
 
 
 class SQSBackend(ConnectedBackend):
-    """Sends results to the SQS queues of an AWS account. Needs the extra ``modalkit[sqs]``, and asyncio.
+    """Sends results to the SQS queues of an AWS account. Needs the extra ``sqs``, and asyncio.
 
     Credentials, and the region where `region` is None, come from where AWS's tools look for them. `endpoint_url` is
     the address of another server that speaks SQS. A queue that does not exist is created if `create_missing_queues`,

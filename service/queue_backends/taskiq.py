@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+from modalkit.pipelines.extras import install_command
 from modalkit.service.errors import describe_error
 from modalkit.service.queue_backends.protocol import QueueBackendError, QueueMessage, QueueNameError
 from modalkit.service.queue_backends.sending import ConnectedBackend
@@ -73,7 +74,7 @@ class TaskIQBackend(ConnectedBackend):
 
     The first message starts the broker, `aclose` shuts it down, and the next message starts it again, even in another
     event loop; only taskiq-redis's own brokers stay in one event loop. With ``start=False`` your code starts and shuts
-    it down. Needs the extra ``modalkit[taskiq]``, and asyncio. Raises `QueueBackendError` where either is missing.
+    it down. Needs the extra ``taskiq``, and asyncio. Raises `QueueBackendError` where either is missing.
     """
 
     _needs_asyncio = True
@@ -129,4 +130,4 @@ class TaskIQBackend(ConnectedBackend):
 
 
 def _not_installed(error: ImportError) -> QueueBackendError:
-    return QueueBackendError(f"TaskIQBackend needs taskiq and taskiq-redis ({error}); pip install 'modalkit[taskiq]'")
+    return QueueBackendError(f"TaskIQBackend needs taskiq and taskiq-redis ({error}): {install_command('taskiq')}")

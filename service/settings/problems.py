@@ -74,9 +74,11 @@ def _message(root: type[Section], path: KeyPath, finding: Mapping[str, Any]) -> 
     if kind == "missing":
         return "is missing: add it"
     demand = _DEMANDS.get(kind, finding["msg"]).format_map(finding.get("ctx", {}))
-    shown = "this secret" if is_secret(root, path) else _shown(value, whole=demand != _MAPPING)
+    if kind == "value_error":
+        demand = str(finding["ctx"]["error"])  # without "Value error, "
+    shown = "" if is_secret(root, path) else f", not {_shown(value, whole=demand != _MAPPING)}"
     quote = "; write it in quotes" if kind == "string_type" and isinstance(value, bool | int | float) else ""
-    return f"{demand}, not {shown}{quote}"
+    return f"{demand}{shown}{quote}"
 
 
 def _shown(value: object, *, whole: bool) -> str:

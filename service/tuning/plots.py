@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from modalkit.batching import CostModel
 from modalkit.batching.calibration import Measurement
+from modalkit.pipelines.extras import install_command
 from modalkit.service.tuning import TuningError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ FORMATS = (".pdf", ".png", ".svg")
 def require_drawable(path: Path) -> None:
     """Raise `TuningError` if no plot can be drawn there; called before measuring, which takes time."""
     if find_spec("matplotlib") is None:
-        raise TuningError("--plot needs matplotlib, which is not installed: pip install 'modalkit[bench]'")
+        raise TuningError(f"--plot needs matplotlib, which is not installed: {install_command('bench')}")
     if path.suffix.lower() not in FORMATS:
         raise TuningError(f"--plot {path}: the name must end in one of {', '.join(FORMATS)}")
     if not path.parent.is_dir():

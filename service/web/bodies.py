@@ -1,7 +1,11 @@
 """Reads request bodies and validates their items; each invalid item has its own error."""
 
+import codecs
+import json
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -60,21 +64,28 @@ class BodyParser:
 
     def item(self, body: bytes) -> BaseModel:
         """The one item of a body."""
+        _check_keys(body)
         if self._takes_envelope and _ENVELOPE.match(body):
             return _parse(self._envelope, body).message
         return _parse(self._item, body)
 
     def items(self, body: bytes) -> Sequence[BaseModel | Failure]:
         """The items of a list. Raises `ProblemError` if it is no list."""
+        _check_keys(body)
         return _parse_list(self._items, self.item, body)
 
     def job(self, body: bytes, what: str = "body") -> AsyncInputModel:
         """The job that a body, or another part of the request, asks for."""
-        return _parse(self._job, body, what)
+        _check_keys(body, what)
+        return _checked_meta(_parse(self._job, body, what), body)
 
     def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
         """The jobs of a list. Raises `ProblemError` if it is no list."""
-        return _parse_list(self._jobs, self.job, body)
+        _check_keys(body)
+        jobs = _parse_list(self._jobs, self.job, body)
+        if not _has_constants(body):
+            return jobs
+        return [job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job), body) for job in jobs]
 
     def line(self, line: bytes) -> AsyncInputModel | Failure:
         """The job that one line of a stream asks for, or what is wrong with the line."""
@@ -95,7 +106,10 @@ def _parse_list(
     try:
         return adapter.validate_json(body)
     except ValidationError:
-        return [_or_failure(parse, to_json(value)) for value in _parse(RootModel[list[Any]], body).root]
+        return [
+            _or_failure(parse, to_json(value, inf_nan_mode="constants"))
+            for value in _parse(RootModel[list[Any]], body).root
+        ]
 
 
 def _or_failure(parse: Callable[[bytes], Model], body: bytes) -> Model | Failure:
@@ -105,13 +119,54 @@ def _or_failure(parse: Callable[[bytes], Model], body: bytes) -> Model | Failure
         return Failure(problem)
 
 
+class _RefusedJSONError(Exception):
+    """Raised for what pydantic's reader takes, though its sender cannot mean it."""
+
+
+def _check_object(pairs: list[tuple[str, Any]]) -> None:
+    if len({key for key, _ in pairs}) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise _RefusedJSONError(f"has the key {twice[:100]!r} twice in one object; remove one of the two")
+
+
+# Numbers are left as they are written, because Python refuses the longest ones.
+_JSON = json.JSONDecoder(object_pairs_hook=_check_object, parse_int=str, parse_float=str)
+
+
+def _check_keys(body: bytes, what: str = "body") -> None:
+    """Raise `ProblemError` for a key that one object has twice."""
+    try:
+        _JSON.decode(body.decode())
+    except _RefusedJSONError as error:
+        raise ProblemError(HTTPStatus.BAD_REQUEST, f"the {what} {error}") from None
+    except (ValueError, RecursionError):
+        return  # pydantic says what is wrong
+
+
+def _has_constants(body: bytes) -> bool:
+    return b"NaN" in body or b"Infinity" in body
+
+
+def _checked_meta(job: AsyncInputModel, body: bytes) -> AsyncInputModel:
+    """The job of a body. Raises `ProblemError` for NaN in `meta`, which could not be returned unchanged."""
+    if _has_constants(body):
+        try:
+            json.dumps(job.meta, allow_nan=False)
+        except ValueError:
+            raise ProblemError(
+                HTTPStatus.UNPROCESSABLE_ENTITY, "meta: must not hold NaN or Infinity, which are not JSON; send null"
+            ) from None
+    return job
+
+
 def _parse(model: type[Model], body: bytes, what: str = "body") -> Model:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
         findings = error.errors(include_url=False)
         if findings[0]["type"] == "json_invalid":
-            raise ProblemError(
-                HTTPStatus.BAD_REQUEST, f"the {what} is not JSON: {findings[0]['ctx']['error']}; correct it there"
-            ) from error
+            reason = f"{findings[0]['ctx']['error']}; correct it there"
+            if body.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                reason = "it begins with a byte order mark; send UTF-8 without one"
+            raise ProblemError(HTTPStatus.BAD_REQUEST, f"the {what} is not JSON: {reason}") from error
         raise invalid(findings, model) from error

@@ -22,6 +22,7 @@ from modalkit.batching import (
 from modalkit.pipelines import RejectItem
 from modalkit.service.errors import (
     ContainerFaultError,
+    InvalidItemError,
     NotAvailableError,
     NotReadyError,
     RemoteCallError,
@@ -44,6 +45,7 @@ _ERRORS: dict[HTTPStatus, tuple[type[Exception], ...]] = {
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: (RequestTooLargeError,),
     HTTPStatus.UNPROCESSABLE_ENTITY: (
         IdempotencyKeyReusedError,
+        InvalidItemError,
         QueueNameError,
         QueueNotAllowedError,
         RejectItem,
@@ -102,7 +104,8 @@ def error_response(error: Exception) -> Response:
         status = status_of(error)
         retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
         headers = {"Retry-After": str(RETRY_AFTER_S)} if retry else None
-        error = ProblemError(status, describe_error(error), headers=headers)
+        errors = error.errors if isinstance(error, InvalidItemError) else ()
+        error = ProblemError(status, describe_error(error), errors, headers)
     status = error.status
     content = {"type": "about:blank", "title": status.phrase, "status": status, "detail": error.detail}
     if error.errors:
@@ -129,10 +132,13 @@ def install_problem_handlers(app: FastAPI) -> None:
         return error_response(invalid(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def on_http_error(_: Request, error: HTTPException) -> Response:
-        status = HTTPStatus(error.status_code)
-        is_unknown = status is HTTPStatus.NOT_FOUND
-        detail = "there is nothing at this address; /docs lists what there is" if is_unknown else error.detail
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        status, detail = HTTPStatus(error.status_code), error.detail
+        if status is HTTPStatus.NOT_FOUND:
+            detail = "there is nothing at this address; /docs lists what there is"
+        elif status is HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            detail = f"{request.url.path} takes {allowed}, not {request.method}; /docs lists what there is"
         return error_response(ProblemError(status, detail, headers=error.headers))
 
     @app.exception_handler(Exception)

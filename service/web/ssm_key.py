@@ -41,7 +41,7 @@ async def _wait(wanted: anyio.Event, seconds: float) -> None:
 
 
 class SsmKey:
-    """The key in a parameter of AWS SSM. Needs the extra ``modalkit[aws]``, and asyncio.
+    """The key in a parameter of AWS SSM. Needs the extra ``aws``, and asyncio.
 
     It is read when `opened` is entered, and then every `refresh_s` seconds. If it cannot be read again, the last key
     stays valid; the error is logged, and the read is retried with backoff. Credentials, and the region where `region`

@@ -251,6 +251,7 @@ def test_secrets_are_shown_nowhere() -> None:
     assert settings.app_settings.auth_config.api_key.get_secret_value() == "s3cret"
     assert "s3cret" not in repr(settings) + str(settings.model_dump())
     assert "hunter2" not in repr(load("app_settings: {queue_config: {broker_url: 'redis://:hunter2@host'}}"))
+    assert "api_key: must not be empty (" in refused("app_settings: {auth_config: {api_key: ''}}")
     assert "12345" not in refused("app_settings: {auth_config: {api_key: 12345}}")
     assert "s3cret" not in refused("app_settings: {auth_config: {api_kee: s3cret}}")
     webhook = "app_settings: {queue_config: {webhook: {allowed_hosts: ['https://hooks.example.com/s3cret']}}}"

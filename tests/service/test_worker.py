@@ -9,7 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from modalkit.batching import (
     BatchRecord,
@@ -22,7 +22,7 @@ from modalkit.batching import (
     Success,
 )
 from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel, RejectItem
-from modalkit.service.errors import PipelineOutputError
+from modalkit.service.errors import InvalidItemError, PipelineOutputError
 from modalkit.service.jobs import (
     DeliveryStatus,
     IdempotencyKeyReusedError,
@@ -79,8 +79,10 @@ async def test_each_caller_gets_the_result_of_its_own_item(worker: InferenceWork
 async def test_a_mapping_is_validated_before_it_is_queued(worker: InferenceWorker, pipeline: LengthPipeline) -> None:
     assert await worker.predict({"text": "four"}) == Length(length=4)
     seen = len(pipeline.batches)
-    with pytest.raises(ValidationError, match="text"):
+    with pytest.raises(InvalidItemError) as refused:
         await worker.predict({"txt": "four"})
+    assert str(refused.value) == "text: is missing: add it; txt: unknown field; did you mean 'text'?"
+    assert [error["field"] for error in refused.value.errors] == ["text", "txt"]
     assert len(pipeline.batches) == seen
 
 
@@ -101,7 +103,7 @@ async def test_a_list_has_an_error_in_the_place_of_each_invalid_item(worker: Inf
     assert good == Success(Length(length=2))
     for outcome in (bad, worse):
         assert isinstance(outcome, Failure)
-        assert isinstance(outcome.error, ValidationError)
+        assert isinstance(outcome.error, InvalidItemError)
     (alone,) = await worker.predict_many([{}])
     assert isinstance(alone, Failure)
 
@@ -231,7 +233,7 @@ async def test_without_a_queue_results_are_kept_and_sent_nowhere(pipeline: Lengt
 async def test_a_job_with_an_invalid_message_or_queue_is_refused_at_once(pipeline: LengthPipeline) -> None:
     settings = settings_with("queue_config", backend="memory", allowed_queues=["team-a.*"])
     async with InferenceWorker(pipeline, settings=settings, job_store=MemoryJobStore()) as worker:
-        with pytest.raises(ValidationError):
+        with pytest.raises(InvalidItemError, match="text: "):
             await worker.submit(AsyncInputModel(message={"text": ""}))
         with pytest.raises(QueueNotAllowedError, match=r"failure_queue: queue 'other' is not allowed.*team-a"):
             await worker.submit(
@@ -350,7 +352,7 @@ async def test_many_jobs_are_submitted_in_one_step_and_a_bad_one_disturbs_no_oth
     assert isinstance(first, Success)
     assert same == first
     assert isinstance(invalid, Failure)
-    assert isinstance(invalid.error, ValidationError)
+    assert isinstance(invalid.error, InvalidItemError)
     assert isinstance(reused, Failure)
     assert isinstance(reused.error, IdempotencyKeyReusedError)
     assert isinstance(last, Success)
@@ -429,3 +431,18 @@ async def test_a_backend_that_the_configuration_made_is_closed_once_and_an_injec
 def test_an_object_that_cannot_send_is_refused_at_once(pipeline: LengthPipeline) -> None:
     with pytest.raises(TypeError, match="async send_message"):
         InferenceWorker(pipeline, queue_backend=object())  # type: ignore[arg-type]  # that is the point
+
+
+async def test_a_job_may_be_a_mapping(worker: InferenceWorker, queue: InMemoryBackend) -> None:
+    await worker.submit({"message": {"text": "four"}, "success_queue": "ok"})
+    assert json.loads(await queue.receive("ok"))["result"]["length"] == 4
+    with pytest.raises(
+        InvalidItemError, match=r"message: is missing: add it; text: unknown field; .*known are: message"
+    ):
+        await worker.submit({"text": "four"})
+    first, second = await worker.submit_many(
+        [{"message": {"text": "a"}, "succes_queue": "ok"}, {"message": {"text": "b"}}]
+    )
+    assert isinstance(first, Failure)
+    assert str(first.error) == "succes_queue: unknown field; did you mean 'success_queue'?"
+    assert isinstance(second, Success)

@@ -102,6 +102,7 @@ async def run_a_worker() -> InferenceOutputModel:
     backend: QueueBackend = Printer()
     async with InferenceWorker(Lengths("lengths", ".", {}), settings=Settings(), queue_backend=backend) as worker:
         job_id: str = await worker.submit(AsyncInputModel(message={"text": "a"}, success_queue="results"))
+        await worker.submit({"message": {"text": "a"}})
         answer = AsyncOutputModel(job_id=job_id)
         job = await worker.job(answer.job_id, wait_s=1.0)
         if job is not None and job.status.has_ended:

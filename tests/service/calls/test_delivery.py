@@ -82,7 +82,7 @@ async def test_results_that_are_not_taken_are_sent_again(caplog: pytest.LogCaptu
     (message,) = backend.taken["q"]
     assert json.loads(message)["job_id"] == "job"
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
-    assert "1 results for 'q' were not taken and are sent again" in caplog.text
+    assert "1 result for 'q' was not taken and is sent again" in caplog.text
     assert "attempt 2: ConnectionError: down" in caplog.text
 
 
@@ -93,7 +93,7 @@ async def test_a_result_is_given_up_after_so_many_attempts(caplog: pytest.LogCap
     assert job.delivery_error == "ConnectionError: down"
     assert backend.attempts == ["q"] * 3
     assert caplog.records[-1].levelno == logging.ERROR
-    assert "1 results for 'q' are undelivered; the last one, of job job, after attempt 3" in caplog.text
+    assert "1 result for 'q' is undelivered; the last one, of job job, after attempt 3" in caplog.text
 
 
 async def test_a_result_is_given_up_when_the_next_attempt_would_come_too_late() -> None:

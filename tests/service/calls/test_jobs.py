@@ -205,3 +205,20 @@ async def test_a_job_that_no_reader_of_json_takes_is_refused_and_its_neighbour_a
     assert isinstance(deep, Failure)
     assert "recursion limit exceeded" in str(deep.error)
     assert len(stand.kept_calls) == 1
+
+
+async def test_a_key_that_cannot_be_released_does_not_hide_why_the_job_was_refused(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stuck(CallRecords):
+        async def release(self, key: str) -> None:
+            raise JobStoreError("the store is gone")
+
+    async def refuse(*_: object) -> str:
+        raise JobStoreError("there is no room")
+
+    monkeypatch.setattr(stand.engine, "enqueue", refuse)
+    async with stand.jobs(records=Stuck(stand.store)) as jobs:
+        (outcome,) = await jobs.submit([asked("a", idempotency_key="k")], model_name=MODEL)
+    assert isinstance(outcome, Failure)
+    assert str(outcome.error) == "there is no room"

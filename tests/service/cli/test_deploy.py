@@ -163,3 +163,45 @@ def test_help_has_examples(modalkit: Modalkit) -> None:
     done = modalkit("deploy", "--help")
     assert done.returncode == 0
     assert "modalkit deploy --dry-run" in done.stdout
+
+
+def test_a_dry_run_says_what_the_image_lacks_for_the_users_modules(modalkit: Modalkit, folder: Path) -> None:
+    """A package, a module and files that a pipeline needs, with the key that adds each; not what may be missing."""
+    (folder / "mine.py").write_text(
+        "import numpy, yaml, werkzeug\n"
+        "import helper\n"
+        "from pathlib import Path\n"
+        "from modalkit.inference_pipeline import InferencePipeline\n"
+        "try:\n    import pytest\nexcept ImportError:\n    pytest = None\n"
+        "LABELS = Path(__file__).parent / 'data' / 'labels.txt'\n"
+        "class Mine(InferencePipeline):\n"
+        "    def load(self): return open('vocab.json'), 'no file', Path('data', 'known.txt')\n"
+    )
+    (folder / "data").mkdir()
+    for name in ("helper.py", "data/labels.txt", "data/known.txt", "vocab.json", "weights.bin", "other.txt"):
+        (folder / name).touch()
+    (folder / "modalkit.yaml").write_text(
+        "app_settings: {deployment_config: {mounts: [{local_path: data/known.txt, remote_path: data/known.txt}]}}\n"
+        "model_settings: {model_entries: {mine: {pipeline: 'mine:Mine', weights: weights.bin}}}\n"
+    )
+    done = modalkit("deploy", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    gaps = [line.removeprefix("modalkit: warning: ") for line in done.stderr.splitlines()]
+    files = ("mine.py names the file data/labels.txt", "mine.py names the file vocab.json")
+    assert [gap.partition(",")[0] for gap in gaps] == [
+        *("mine.py imports werkzeug", "mine.py imports helper", *files),
+        "model_settings.model_entries.mine names the file weights.bin",
+    ]
+    assert "app_settings.build_config.extra_run_commands: pip install Werkzeug==" in gaps[0]
+    assert "app_settings.build_config.python_modules: [helper]" in gaps[1]
+    assert "mounts: {local_path: data/labels.txt, remote_path: /root/data/labels.txt}" in gaps[2]
+
+
+def test_a_dry_run_is_silent_about_what_was_added(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "mine.py").write_text("import werkzeug, helper\n")
+    (folder / "helper.py").touch()
+    (folder / "modalkit.yaml").write_text(
+        "app_settings: {build_config: {extra_run_commands: pip install werkzeug>=3, python_modules: [helper]}}\n"
+        "model_settings: {model_entries: {mine: {pipeline: 'mine:Mine'}}}\n"
+    )
+    assert modalkit("deploy", "--dry-run").stderr == ""

@@ -409,3 +409,11 @@ def test_a_duration_is_shown_as_it_is_given(text: str, seconds: int) -> None:
 def test_durations_have_a_unit(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="such as 90s"):
         seconds_of(text)
+
+
+def test_an_unknown_state_is_refused_with_those_there_are(modalkit: Modalkit) -> None:
+    done = modalkit("jobs", "list", "--status", "done")
+    told = " ".join(done.stderr.replace("│", " ").split())
+    assert done.returncode == 2
+    assert "must be one of queued, running, succeeded, failed, cancelled, expired, not 'done'" in told
+    assert "Value error" not in told

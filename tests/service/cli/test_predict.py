@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.progress import Progress
 
 from modalkit.service.cli.common import whole_file
 from modalkit.service.cli.predict import _Run
-from modalkit.service.cli.records import FileFormat, read_records
+from modalkit.service.cli.records import FileFormat, Record, read_records
 from modalkit.service.settings import Settings
 from tests.support.command_line import Modalkit
 from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
@@ -74,28 +75,38 @@ def test_a_csv_file_gives_its_column_and_a_csv_output_has_columns(modalkit: Moda
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("-i", "missing.txt"), "missing.txt"),
         (
             ("-i", "in.csv"),
             "the CSV header has no column 'text'; it has ['id', 'review']: name the text's with --column",
         ),
         (("-i", "in.parquet"), "cannot tell the format of in.parquet by its name; say --format txt, jsonl or csv"),
-        (("-i", "in.csv", "--column", "review", "-o", "no/such/folder.jsonl"), "no/such/folder.jsonl"),
+        (
+            ("-i", "in.csv", "--column", "review", "-o", "out.parquet"),
+            "cannot write .parquet files: results are JSON lines or CSV; call the output out.jsonl or out.csv",
+        ),
     ],
 )
-def test_an_input_that_cannot_be_read_is_one_message(
+def test_an_input_or_output_that_cannot_be_used_is_one_message_and_exit_code_2(
     modalkit: Modalkit, folder: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     (folder / "in.csv").write_text("id,review\n1,a\n")
     (folder / "in.parquet").write_text("")
     done = modalkit("predict", *arguments)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("modalkit: error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+    assert not (folder / "out.parquet").exists()
 
 
-@pytest.mark.parametrize("arguments", [("a text", "--input", "in.csv"), ("--format", "xml")])
+def test_an_output_in_a_folder_that_does_not_exist_is_one_message(modalkit: Modalkit) -> None:
+    done = modalkit("predict", "a text", "-o", "no/such/folder.jsonl")
+    assert done.returncode == 1
+    assert done.stderr.startswith("modalkit: error: ")
+    assert "no/such/folder.jsonl" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("a text", "--input", "in.csv"), ("--format", "xml"), ("-i", "missing.txt")])
 def test_wrong_usage_is_exit_code_2(modalkit: Modalkit, arguments: tuple[str, ...]) -> None:
     assert modalkit("predict", *arguments).returncode == 2
 
@@ -104,6 +115,63 @@ def test_an_unknown_model_is_exit_code_2_and_names_those_there_are(modalkit: Mod
     done = modalkit("predict", "--model", "other", "a text")
     assert done.returncode == 2
     assert done.stderr == "modalkit: error: there is no model 'other'; configured are: lengths\n"
+
+
+COUNTING = """
+from modalkit.inference_pipeline import InferencePipeline
+from modalkit.iomodel import InferenceOutputModel
+
+
+class WordCount(InferencePipeline):
+    def preprocess(self, input_list):
+        return {"texts": [item.text for item in input_list]}
+
+    def predict(self, input_list, preprocessed_data):
+        return {"counts": [len(text.split()) for text in preprocessed_data["texts"]]}
+
+    def postprocess(self, input_list, raw_output):
+        counts = raw_output["counts"]
+        return [InferenceOutputModel(words=count, **({"long": True} if count > 2 else {})) for count in counts]
+"""
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_csv_output_has_the_fields_of_a_pipeline_without_an_output_model(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "my_module.py").write_text(COUNTING)
+    (folder / "modalkit.yaml").write_text("model_settings: {model_entries: {words: {pipeline: 'my_module:WordCount'}}}")
+    done = modalkit("predict", "-o", "out.csv", stdin="one two\none two three\n")
+    assert done.returncode == 0, done.stderr
+    first, second = csv_rows(folder / "out.csv")
+    assert first == {"status": "success", "error": "", "meta": "{}", "words": "2", "long": ""}
+    assert (second["words"], second["long"]) == ("3", "True")
+
+
+def test_a_csv_output_without_any_result_has_a_header(modalkit: Modalkit, folder: Path) -> None:
+    assert modalkit("predict", "-o", "out.csv", stdin="").returncode == 0
+    assert (folder / "out.csv").read_text() == "status,error,meta,length\n"
+
+
+def test_columns_of_the_input_can_be_kept(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "in.csv").write_bytes(b"id,text,status\n7,four,new\n8,,caf\xe9\n")
+    modalkit("predict", "-i", "in.csv", "-o", "out.csv", "--keep-columns")
+    first, second = csv_rows(folder / "out.csv")
+    assert list(first) == ["id", "text", "input_status", "status", "error", "meta", "length"]
+    assert list(first.values()) == ["7", "four", "new", "success", "", "{}", "4"]
+    assert (second["id"], second["input_status"], second["status"]) == ("8", "caf\ufffd", "error")
+
+
+def test_keys_of_a_jsonl_input_can_be_kept(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "in.jsonl").write_text('{"id": 7, "body": "four", "x": NaN}\n{"id": 8}\n"five!"\n')
+    done = modalkit("predict", "-i", "in.jsonl", "--column", "body", "--keep-columns")
+    first, second, third = results(done.stdout)
+    assert [*first.items()][:3] == [("id", 7), ("body", "four"), ("x", None)]
+    assert first["length"] == 4
+    assert (second["id"], second["status"]) == (8, "error")
+    assert (third["text"], third["length"]) == ("five!", 5)
 
 
 ODD = """
@@ -193,7 +261,7 @@ def test_an_output_that_is_no_json_is_its_own_lines_error(
     else:
         written = results((folder / "out.jsonl").read_text() if output else done.stdout)
     assert [slot["status"] for slot in written] == ["success", "error", "success", "error", "error", "success"]
-    assert written[2].get("score") is None
+    assert not written[2].get("score")
 
 
 @pytest.mark.anyio
@@ -204,6 +272,25 @@ async def test_the_progress_counts_failed_and_invalid_lines_too() -> None:
     run = _Run(lambda _: None, progress, Settings())
     await run.score(LengthPipeline(), read_records(lines, FileFormat.TXT, Text, None))
     assert progress.tasks[0].completed == len(lines)
+
+
+@pytest.mark.anyio
+async def test_a_queue_of_one_item_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the next line is read before the scheduler has taken the last one out of its queue."""
+
+    async def read_at_once(read: Callable[[], list[Record]]) -> list[Record]:
+        return read()
+
+    monkeypatch.setattr("modalkit.service.cli.predict.to_thread.run_sync", read_at_once)
+    settings = Settings.model_validate({"app_settings": {"batch_config": {"max_queue_size": 1, "max_batch_size": 1}}})
+    written: list[Mapping[str, Any]] = []
+    progress = Progress(disable=True)
+    progress.add_task("Running")
+    lines = ["a", "bb", "ccc"]
+    await _Run(written.append, progress, settings).score(
+        LengthPipeline(), read_records(lines, FileFormat.TXT, Text, None)
+    )
+    assert [result["length"] for result in written] == [1, 2, 3]
 
 
 @pytest.mark.anyio

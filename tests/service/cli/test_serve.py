@@ -154,6 +154,32 @@ def test_a_signal_ends_the_wait_for_a_job(folder: Path, environment: dict[str, s
         assert waiting.result().json()["status"] == "running"
 
 
+def test_a_second_signal_stops_at_once_and_says_that_jobs_are_kept(folder: Path, environment: dict[str, str]) -> None:
+    (folder / "my_model.py").write_text(HANGING)
+    (folder / "modalkit.yaml").write_text(TWO_MODELS)
+    with serving(folder, environment) as (process, client):
+        bodies = [{"message": {"text": text}} for text in ("hang", "a", "b")]
+        jobs = [client.post("/async/predict?model_name=good", json=body).json()["job_id"] for body in bodies]
+        while client.get(f"/jobs/{jobs[0]}").json()["status"] != "running":
+            pass
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        while not process.stderr.readline().startswith("Finishing"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        said = finish(process)
+    assert process.returncode == 1
+    assert "Stopped at once. 3 jobs had not ended: kept, and run after the next start." in said
+    assert " cancelled" not in said
+
+
+@pytest.mark.parametrize("host", ["nohost.invalid", "192.0.2.1"])
+def test_an_address_that_is_not_of_this_machine_is_told_as_such(host: str) -> None:
+    with pytest.raises(AddressError, match=rf"cannot listen on {host}:0: .*; give an address of this machine"):
+        with listening(host, 0):
+            pass
+
+
 def test_a_socket_that_cannot_listen_is_closed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(AddressError, match="already in use"):
         with listening("127.0.0.1", taken.getsockname()[1]):

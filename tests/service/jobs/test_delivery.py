@@ -108,7 +108,7 @@ async def test_a_delivery_is_given_up_after_so_many_attempts_and_can_be_replayed
         status, attempts, error = await delivery_of(store)
         assert (status, attempts) == (DeliveryStatus.UNDELIVERED, 3)
         assert error == "the backend did not take the message"
-        assert "1 results for 'ok' are undelivered; the last one, of job job, after attempt 3" in caplog.text
+        assert "1 result for 'ok' is undelivered; the last one, of job job, after attempt 3" in caplog.text
         await store.replay(["job"], 4.0)
         deliverer.wake()
         await queue.receive("ok")

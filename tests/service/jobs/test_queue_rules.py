@@ -21,13 +21,16 @@ class Raises:
 
 @pytest.mark.parametrize("error", [ValueError("odd"), SystemExit("odd"), KeyboardInterrupt("odd")])
 def test_whatever_a_backend_raises_for_a_name_refuses_that_name(error: BaseException) -> None:
-    with pytest.raises(QueueNameError, match=f"its backend cannot check the name: {type(error).__name__}: odd"):
+    with pytest.raises(
+        QueueNameError,
+        match=f"success_queue: queue 'a': its backend cannot check the name: {type(error).__name__}: odd",
+    ):
         QueueRules(["*"], Raises(error)).check("a", None)
 
 
 def test_a_backends_own_refusal_is_passed_on_and_comes_after_ours() -> None:
     rules = QueueRules(["a*"], Raises(QueueNameError("a", "is too short")))
-    with pytest.raises(QueueNameError, match="is too short"):
-        rules.check("a", None)
+    with pytest.raises(QueueNameError, match="failure_queue: queue 'a': is too short"):
+        rules.check(None, "a")
     with pytest.raises(QueueNotAllowedError, match="'b' is not allowed"):
         rules.check(None, "b")

@@ -86,6 +86,18 @@ async def test_an_empty_list_is_answered_with_one(client: httpx.AsyncClient) -> 
             422,
             "failure_queue: must not hold",
         ),
+        ("/sync/predict", b'{"text": "a", "text": "b"}', 400, "the body has the key 'text' twice in one object"),
+        ("/batch/predict", b'[{"text": "a"}, {"text": "a", "text": "b"}]', 400, "has the key 'text' twice"),
+        ("/async/predict", b'{"message": {"text": "a", "text": "b"}}', 400, "has the key 'text' twice"),
+        ("/async/predict", b'[{"message": {"text": "a"}, "meta": {"a": 1, "a": 2}}]', 400, "has the key 'a' twice"),
+        (
+            "/async/predict",
+            b'{"message": {"text": "a"}, "meta": {"a": NaN}}',
+            422,
+            "meta: must not hold NaN or Infinity",
+        ),
+        ("/async/predict", b'{"message": {"text": "a"}, "expires_in": "600"}', 422, "expires_in: "),
+        ("/sync/predict", b'\xef\xbb\xbf{"text": "a"}', 400, "it begins with a byte order mark; send UTF-8 without"),
     ],
 )
 async def test_a_bad_body_is_refused_with_the_field_and_the_remedy(
@@ -101,6 +113,19 @@ async def test_a_bad_field_is_shown_with_the_beginning_of_its_value(client: http
     assert error["field"] == "text"
     assert "1000" in error["message"]
     assert error["value"] == f"{'x' * 100}... ({2**20} characters)"
+
+
+async def test_a_bad_value_is_shown_as_json(client: httpx.AsyncClient) -> None:
+    problem = assert_problem(await client.post("/sync/predict", content=b'{"text": {"a": [true, null]}}'), 422)
+    assert problem["errors"][0]["value"] == {"a": [True, None]}
+    problem = assert_problem(await client.post("/sync/predict", json={"text": {"a": [True] * 100}}), 422)
+    assert problem["errors"][0]["value"].startswith('{"a":[true,true')
+    assert problem["errors"][0]["value"].endswith("... (507 characters)")
+
+
+async def test_a_wrong_method_is_told_the_right_one(client: httpx.AsyncClient) -> None:
+    problem = assert_problem(await client.get("/sync/predict"), 405)
+    assert problem["detail"] == "/sync/predict takes POST, not GET; /docs lists what there is"
 
 
 async def test_a_body_beyond_the_limit_is_refused(client: httpx.AsyncClient) -> None:

@@ -338,7 +338,7 @@ def test_without_a_region_the_error_comes_at_once(server: SqsServer, monkeypatch
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "aiobotocore.session", None)
-    with pytest.raises(LoadError, match=r"ssm_key needs aiobotocore .*pip install 'modalkit\[aws\]'"):
+    with pytest.raises(LoadError, match=r"ssm_key needs aiobotocore .*pip install .*/.+\[aws\]'"):
         SsmKey(NAME)
 
 

@@ -26,6 +26,16 @@ def lines_of(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in answer.text.splitlines()]
 
 
+@pytest.mark.parametrize("invalid", ['{"text": "x"}', '{"message": {"text": "y"}}'])
+async def test_nan_in_meta_spoils_its_own_slot(client: httpx.AsyncClient, invalid: str) -> None:
+    """Also in a list that is read item by item, because another item is invalid."""
+    items = ['{"message": {"text": "NaN"}}', '{"message": {"text": "b"}, "meta": {"n": [NaN]}}', invalid]
+    answer = await client.post("/async/predict", content=f"[{','.join(items)}]")
+    good, bad, _ = answer.json()
+    assert "job_id" in good
+    assert bad["error"] == "meta: must not hold NaN or Infinity, which are not JSON; send null"
+
+
 async def test_a_list_is_accepted_in_one_answer_and_a_bad_job_spoils_its_own_slot(
     client: httpx.AsyncClient, queue: InMemoryBackend
 ) -> None:
