@@ -32,8 +32,8 @@ class BatchShape:
 class BundledPipeline(SentimentPipeline):
     """The bundled model, which records the real shape of each batch; the scheduler has estimates."""
 
-    def __init__(self) -> None:
-        super().__init__("sentiment", str(Path.cwd()), {})
+    def __init__(self, **model_entry: Any) -> None:
+        super().__init__("sentiment", str(Path.cwd()), {}, **model_entry)
         self.shapes: list[BatchShape] = []
 
     def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:

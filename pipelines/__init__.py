@@ -3,7 +3,8 @@
 `modalkit.pipelines.sentiment` is not imported here, because it imports torch and transformers.
 """
 
-from modalkit.pipelines.errors import BatchTooLargeError, ModelLoadError, PipelineError
+from modalkit.pipelines.engines import Engine, EngineChoice, EngineSettings, load_engine
+from modalkit.pipelines.errors import BatchTooLargeError, EngineError, ModelLoadError, PipelineError
 from modalkit.pipelines.inference_pipeline import InferencePipeline
 from modalkit.pipelines.iomodel import (
     AnyInput,
@@ -20,9 +21,14 @@ __all__ = [
     "AsyncOutputModel",
     "BatchTooLargeError",
     "DelayedFailureOutputModel",
+    "Engine",
+    "EngineChoice",
+    "EngineError",
+    "EngineSettings",
     "InferenceOutputModel",
     "InferencePipeline",
     "ModelLoadError",
     "PipelineError",
     "SyncInputModel",
+    "load_engine",
 ]

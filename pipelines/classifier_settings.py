@@ -1,9 +1,10 @@
 """The settings of a text classifier, checked before any file is opened."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from modalkit.pipelines.engines.settings import DTypeName, EngineName, EngineOptions, EngineSettings
 from modalkit.pipelines.errors import ModelLoadError
 
 BUNDLED = "bundled"
@@ -19,8 +20,10 @@ class CommonSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     device: DeviceName = Field(default="auto", description="auto, cpu, mps, cuda or cuda:N")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="auto, float32, bfloat16 or float16"
+    dtype: Literal["auto", DTypeName] = Field(default="auto", description="auto, float32, bfloat16 or float16")
+    engines: EngineOptions = Field(
+        default=EngineOptions(),
+        description=f"a group of settings of engines ({', '.join(EngineOptions.model_fields)})",
     )
     threads: int | None = Field(
         default=None, ge=1, strict=True, description="a positive whole number of CPU threads, or null for torch's own"
@@ -38,7 +41,16 @@ class ClassifierEntry(BaseModel):
     max_length: int | None = Field(
         default=None, ge=1, strict=True, description="a positive whole number of tokens, or null for the model's limit"
     )
+    engine: Literal["auto", EngineName] = Field(default="auto", description=f"auto, {', '.join(get_args(EngineName))}")
+    dtype: Literal["auto", DTypeName] | None = Field(
+        default=None, description="auto, float32, bfloat16, float16, or null for that of model_settings.common"
+    )
     revision: str | None = Field(default=None, min_length=1, description="a branch, tag or commit on the hub, or null")
+
+
+def engine_settings(common: CommonSettings, entry: ClassifierEntry) -> EngineSettings:
+    """The settings of a model's engine; its entry's number format is used in place of the common one."""
+    return EngineSettings(**dict(common.engines), engine=entry.engine, dtype=entry.dtype or common.dtype)
 
 
 def parse_settings(

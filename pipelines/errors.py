@@ -11,3 +11,7 @@ class ModelLoadError(PipelineError):
 
 class BatchTooLargeError(PipelineError):
     """Raised by a pipeline when a batch does not fit into memory, but smaller batches of its items may."""
+
+
+class EngineError(ModelLoadError):
+    """Raised when the engine that was asked for cannot run a model: a missing package, or a format it cannot use."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel
 
+from modalkit.pipelines.engines.settings import EngineChoice
 from modalkit.pipelines.iomodel import AnyInput, InferenceOutputModel
 
 
@@ -38,6 +39,9 @@ class InferencePipeline(ABC):
     More than one pays where one batch leaves a part of the device idle. Read when a worker is made. With more than one,
     two batches may be in the same stage.
     """
+
+    engine_choice: EngineChoice | None = None
+    """What computes the model, if the pipeline has loaded it by `load_engine`: shown by the service."""
 
     def __init__(
         self, model_name: str, all_model_data_folder: str, common_settings: dict[str, Any], **model_entry: Any
@@ -99,6 +103,13 @@ class InferencePipeline(ABC):
 
         Does nothing by default.
         """
+
+    def measure_engines(self, max_s: float) -> EngineChoice | None:  # noqa: ARG002  # part of the interface
+        """Measure all engines for up to `max_s` seconds, use the best and keep the choice; None without engines.
+
+        It is called by ``modalkit tune --engines``.
+        """
+        return None
 
     def on_volume_reload(self) -> None:  # noqa: B027  # a hook: most pipelines need nothing here
         """React to new contents of the mounted volumes. Does nothing by default."""

@@ -71,7 +71,7 @@ def _positions(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def load_checkpoint(entry: ClassifierEntry, models_folder: Path, device: torch.device, dtype: str) -> Checkpoint:
+def load_checkpoint(entry: ClassifierEntry, models_folder: Path, device: torch.device) -> Checkpoint:
     """Load the model of `entry` onto `device`. Prints nothing.
 
     Raises `ModelLoadError`, with the location and a remedy, if the model cannot be found, read or used.
@@ -85,7 +85,7 @@ def load_checkpoint(entry: ClassifierEntry, models_folder: Path, device: torch.d
             stored_dtype = config.dtype or torch.float32
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                source, config=config, dtype=dtype_for(device, dtype, stored_dtype), output_loading_info=True, **where
+                source, config=config, dtype=dtype_on(device, stored_dtype), output_loading_info=True, **where
             )
             model = model.to(device)
     except Exception as error:  # the libraries raise exceptions of any class, even bare Exception
@@ -202,9 +202,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def dtype_for(device: torch.device, name: str, stored: torch.dtype) -> torch.dtype:
-    """The number format to compute in. ``auto`` is float32 on a CPU, where half precision is slow, else `stored`."""
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else stored
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def dtype_on(device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The number format to load weights in: float32 on a CPU, which every engine can start from, else `stored`."""
+    return torch.float32 if device.type == "cpu" else stored

@@ -1,21 +1,28 @@
 """The sentiment pipeline, for any sequence-classification model of the transformers library."""
 
+import logging
+from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
+import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from modalkit.pipelines.classifier_settings import parse_settings
+from modalkit.pipelines.classifier_settings import engine_settings, parse_settings
 from modalkit.pipelines.cpu_threads import cpu_threads
+from modalkit.pipelines.engines import Engine, EngineChoice, EngineSettings, load_engine, same_labels
 from modalkit.pipelines.errors import ModelLoadError
 from modalkit.pipelines.inference_pipeline import InferencePipeline
 from modalkit.pipelines.iomodel import InferenceOutputModel
-from modalkit.pipelines.loading import Checkpoint, choose_device, dtype_for, load_checkpoint
+from modalkit.pipelines.loading import Checkpoint, choose_device, dtype_on, load_checkpoint
+from modalkit.pipelines.text_samples import varied_texts
 from modalkit.pipelines.token_counter import TokenCounter
 from modalkit.pipelines.tokenization import TextEncoder
+
+logger = logging.getLogger(__name__)
 
 MAX_TEXT_CHARACTERS = 100_000
 
@@ -69,9 +76,9 @@ class SentimentPipeline(InferencePipeline):
 
     Keys of its entry: ``model_path`` (``bundled``, the default; a folder, absolute or in `all_model_data_folder` or in
     the working directory; or a model's name on the Hugging Face hub), ``max_length`` (the number of tokens that a text
-    is truncated to, by default the model's limit), and ``revision`` (of a model on the hub). Keys of `common_settings`:
-    ``device``, ``dtype`` (``auto``: float32 on a CPU, elsewhere that of the stored weights), and ``threads``, for the
-    whole process.
+    is truncated to, by default the model's limit), ``revision`` (of a model on the hub), ``engine`` and ``dtype``
+    (``auto``, the default, measures what is fastest: see `modalkit.pipelines.engines`). Keys of `common_settings`:
+    ``device``, ``dtype`` for entries without one, ``engines``, and ``threads``, for the whole process.
 
     The constructor loads the model and prints nothing. It raises `ModelLoadError` if the model cannot be loaded.
     Batches may be in different stages on different threads.
@@ -87,9 +94,9 @@ class SentimentPipeline(InferencePipeline):
         common, entry = parse_settings(model_name, common_settings, model_entry)
         if common.threads is not None:
             cpu_threads().set_total(common.threads)
-        self._dtype_name = common.dtype
+        self._engine_settings = engine_settings(common, entry)
         self.device = choose_device(common.device)
-        self._checkpoint = checkpoint = load_checkpoint(entry, Path(all_model_data_folder), self.device, common.dtype)
+        self._checkpoint = checkpoint = load_checkpoint(entry, Path(all_model_data_folder), self.device)
         self._model = checkpoint.model
         self._inputs = checkpoint.inputs
         self._encoder = _make_encoder(model_name, checkpoint, entry.max_length)
@@ -97,6 +104,7 @@ class SentimentPipeline(InferencePipeline):
         self._pad_left = checkpoint.tokenizer.padding_side == "left"
         self.labels = [label.lower() if label.lower() in COMMON_LABELS else label for label in checkpoint.labels]
         self._multi_label = self._model.config.problem_type == "multi_label_classification"
+        self._engine = self._load_engine(self._engine_settings)
 
     @property
     def max_length(self) -> int:
@@ -106,7 +114,8 @@ class SentimentPipeline(InferencePipeline):
     @property
     def dtype(self) -> torch.dtype:
         """The number format that the model computes in."""
-        return self._model.dtype
+        dtype: torch.dtype = getattr(torch, self._engine.choice.dtype)
+        return dtype
 
     @property
     def max_in_flight(self) -> int:  # type: ignore[override]  # read only: it follows from the device
@@ -120,19 +129,7 @@ class SentimentPipeline(InferencePipeline):
 
     def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
         """Tokenize and pad to the longest: ``tensors`` (batch, length) on the CPU, and ``truncated`` for each item."""
-        encoded = self._encoder.encode([cast("SentimentRequest", item).text for item in input_list])
-        length = max(map(len, encoded.ids))
-        if self.device.type == "cuda":
-            # Tensor cores need multiples of 8; the limit of a model may be no multiple of 8.
-            length = max(length, min(-(-length // 8) * 8, self.max_length))
-        rows = {"input_ids": (encoded.ids, self._checkpoint.tokenizer.pad_token_id)}
-        if "attention_mask" in self._inputs:
-            rows["attention_mask"] = ([[1] * len(row) for row in encoded.ids], 0)
-        if "token_type_ids" in self._inputs:
-            type_ids = encoded.type_ids or [[0] * len(row) for row in encoded.ids]
-            rows["token_type_ids"] = (type_ids, self._checkpoint.tokenizer.pad_token_type_id)
-        tensors = {name: torch.tensor(self._padded(values, fill, length)) for name, (values, fill) in rows.items()}
-        return {"tensors": tensors, "truncated": encoded.truncated}
+        return self._encode([cast("SentimentRequest", item).text for item in input_list])
 
     def predict(
         self,
@@ -141,11 +138,7 @@ class SentimentPipeline(InferencePipeline):
     ) -> dict[str, Any]:
         """Run the model: ``probabilities`` of shape (batch, labels), float32 on the CPU."""
         with torch.inference_mode():
-            tensors = {
-                name: tensor.to(self.device, non_blocking=True) for name, tensor in preprocessed_data["tensors"].items()
-            }
-            logits = self._model(**tensors).logits.float()
-            probabilities = logits.sigmoid() if self._multi_label else logits.softmax(dim=-1)
+            probabilities = self._probabilities(self._engine(**preprocessed_data["tensors"])["logits"])
         return {"probabilities": probabilities.cpu(), "truncated": preprocessed_data["truncated"]}
 
     def postprocess(
@@ -182,25 +175,64 @@ class SentimentPipeline(InferencePipeline):
         return [SentimentRequest(text=text) for _ in range(n)]
 
     def device_name(self) -> str:
-        """The GPU, or the CPU with the threads that torch uses, and the number format."""
+        """The GPU, or the CPU with the threads that torch uses, and the engine with its number format."""
+        engine = self._engine.choice.candidate
         if self.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(self.device)}, {self.dtype}"
-        return f"{super().device_name()}, {self.device.type}, {cpu_threads().total} threads, {self.dtype}"
+            return f"{torch.cuda.get_device_name(self.device)}, {engine}"
+        return f"{super().device_name()}, {self.device.type}, {cpu_threads().total} threads, {engine}"
 
     def move_to(self, device: str) -> None:
-        """Move the model to `device`; with dtype ``auto`` its number format is chosen for that device.
+        """Move the model to `device`, and choose the engine for it.
 
         Raises `ModelLoadError` if there is no such device.
         """
         target = choose_device(device)
-        dtype = dtype_for(target, self._dtype_name, self._checkpoint.dtype)
-        torch.nn.Module.to(self._model, device=target, dtype=dtype)
+        torch.nn.Module.to(self._model, device=target, dtype=dtype_on(target, self._checkpoint.dtype))
         self.device = target
+        self._engine = self._load_engine(self._engine_settings)
 
-    def _padded(self, rows: list[list[int]], fill: int, length: int) -> list[list[int]]:
-        if self._pad_left:
-            return [[fill] * (length - len(row)) + row for row in rows]
-        return [row + [fill] * (length - len(row)) for row in rows]
+    def measure_engines(self, max_s: float) -> EngineChoice:
+        """Measure all engines again, for up to `max_s` seconds, use the best and keep the choice."""
+        longer = {"measure_seconds": max_s, "use_kept_choice": False}
+        self._engine = self._load_engine(self._engine_settings.model_copy(update=longer))
+        return self._engine.choice
+
+    def _load_engine(self, settings: EngineSettings) -> Engine:
+        texts = varied_texts(self._encoder, self.max_length)
+        batches = [self._encode(batch)["tensors"] for batch in texts]  # `preprocess` may be that of a subclass
+        same = same_labels(settings.sameness, probabilities=self._probabilities)
+        engine = load_engine(self._model, batches, settings, same=same)
+        self.engine_choice = engine.choice
+        logger.info("%s: engine %s", self.model_name, engine.choice)
+        return engine
+
+    def _probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.sigmoid() if self._multi_label else logits.softmax(dim=-1)
+
+    def _encode(self, texts: list[str]) -> dict[str, Any]:
+        encoded = self._encoder.encode(texts)
+        length = max(map(len, encoded.ids))
+        if self.device.type == "cuda":
+            # Tensor cores need multiples of 8; the limit of a model may be no multiple of 8.
+            length = max(length, min(-(-length // 8) * 8, self.max_length))
+        tokenizer = self._checkpoint.tokenizer
+        rows: dict[str, tuple[Sequence[list[int] | int], int]] = {"input_ids": (encoded.ids, tokenizer.pad_token_id)}
+        if "attention_mask" in self._inputs:
+            rows["attention_mask"] = ([1] * len(texts), 0)
+        if "token_type_ids" in self._inputs:
+            rows["token_type_ids"] = (encoded.type_ids or [0] * len(texts), tokenizer.pad_token_type_id)
+        bounds = [length - len(row) if self._pad_left else len(row) for row in encoded.ids]
+        return {
+            "tensors": {name: self._padded(values, fill, bounds, length) for name, (values, fill) in rows.items()},
+            "truncated": encoded.truncated,
+        }
+
+    def _padded(self, values: Sequence[list[int] | int], fill: int, bounds: list[int], length: int) -> torch.Tensor:
+        """One row for each text: its values, or one value for all its tokens, before or after its bound."""
+        padded = np.full((len(bounds), length), fill, np.int64)
+        for row, value, bound in zip(padded, values, bounds, strict=True):
+            row[slice(bound, None) if self._pad_left else slice(bound)] = value
+        return torch.from_numpy(padded)
 
 
 def _make_encoder(model_name: str, checkpoint: Checkpoint, max_length: int | None) -> TextEncoder:

@@ -7,7 +7,7 @@ from typing import Protocol
 from pydantic import BaseModel
 
 from modalkit.batching import Outcome, Priority, SchedulerStatistics
-from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
+from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel
 from modalkit.service.errors import NotReadyError, Readiness, UnknownModelError
 from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage
 
@@ -46,6 +46,11 @@ class Model(Protocol):
         timeout_s: float | None = None,
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run items; outcomes in their order. Raises `NotReadyError` and what `InferenceWorker.predict_many` raises."""
+
+    @property
+    def engine_choice(self) -> EngineChoice | None:
+        """What computes the model in this process, where its pipeline says so; None before it is loaded."""
+        ...
 
     def statistics(self) -> SchedulerStatistics | None:
         """What this process did for the model so far; None before the model is loaded."""

@@ -110,6 +110,8 @@ class ModelSource:
         entry = settings.model_settings.model_entries.get(model_name)
         self._key = f"model_settings.model_entries.{model_name}"
         self._settings = settings.model_settings
+        costs = settings.app_settings.batch_config.calibration.path
+        self._engine_folder = None if costs is None else costs.parent / "engines"  # beside the learnt costs
         self._arguments = {} if entry is None else entry.arguments()
         self.model_name = model_name
         if implementation is None:
@@ -131,6 +133,9 @@ class ModelSource:
         A `device` is used in place of that of ``model_settings.common``.
         """
         common = {**self._settings.common, **({} if device is None else {"device": device})}
+        engines = common.get("engines")
+        if isinstance(engines, dict) and engines.get("cache_folder") is None and self._engine_folder is not None:
+            common["engines"] = {**engines, "cache_folder": self._engine_folder}
         try:
             return self.pipeline_class(
                 self.model_name, str(self._settings.local_model_repository_folder), common, **self._arguments

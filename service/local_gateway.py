@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from modalkit.batching import Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.threads import DedicatedThread
-from modalkit.pipelines import InferenceOutputModel, InferencePipeline, PipelineError
+from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline, PipelineError
 from modalkit.service.errors import NotReadyError, Readiness, ServiceError, UnknownModelError
 from modalkit.service.jobs import JobStore
 from modalkit.service.jobs.manager import JobManager
@@ -75,6 +75,11 @@ class LocalModel:
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run items; outcomes in their order. Raises `NotReadyError` and what `InferenceWorker.predict_many` raises."""
         return await self.ready_worker().predict_many(items, priority=priority, timeout_s=timeout_s)
+
+    @property
+    def engine_choice(self) -> EngineChoice | None:
+        """What computes the model, where its pipeline says so; None before it is loaded."""
+        return None if self.worker is None else self.worker.engine_choice
 
     def statistics(self) -> SchedulerStatistics | None:
         """What the worker did so far; None before the model is loaded."""

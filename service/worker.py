@@ -20,7 +20,7 @@ from modalkit.batching import (
     SchedulerStatistics,
     Success,
 )
-from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
+from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel, InferencePipeline
 from modalkit.service.failure_log import FailureLog
 from modalkit.service.jobs import Job, JobStore, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
@@ -190,6 +190,11 @@ class InferenceWorker(AsyncContextManagerMixin):
     def statistics(self) -> SchedulerStatistics:
         """An immutable snapshot of the requests and batches that wait, run and are done."""
         return self._scheduler.statistics()
+
+    @property
+    def engine_choice(self) -> EngineChoice | None:
+        """What computes the model, where the pipeline says so."""
+        return self.pipeline.engine_choice
 
     @property
     def costs(self) -> MeasuredCostModel:

@@ -108,6 +108,11 @@ class CallModel(AsyncContextManagerMixin):
         waiting = [_item(item, priority, timeout_s) for item in items]
         return await self._scheduler.submit_many(waiting, priority=priority, timeout_s=timeout_s)
 
+    @property
+    def engine_choice(self) -> None:
+        """Nothing: another process computes the model."""
+        return
+
     def statistics(self) -> SchedulerStatistics:
         """What this process sent: its batches are calls."""
         return self._scheduler.statistics()

@@ -33,6 +33,7 @@ def check(config: ConfigFiles = None) -> None:
     backend = load_queue_backend(settings.app_settings.queue_config)
     try_api_key(settings.app_settings.auth_config)
     models = Table("model", "pipeline", "loaded in", "smoke batch", title="Models", title_justify="left")
+    engines: list[str] = []
     for model_name in settings.model_settings.model_entries:
         source = ModelSource(settings, model_name)
         with notices.status(f"Loading {model_name} ..."):
@@ -41,8 +42,12 @@ def check(config: ConfigFiles = None) -> None:
             loaded_s = time.perf_counter() - started_s
             result = anyio.run(_smoke_batch, pipeline, source.input_model, settings)
         models.add_row(model_name, source.pipeline_class.__name__, f"{loaded_s:.1f} s", result)
+        if pipeline.engine_choice is not None:
+            engines.append(f"{model_name}: engine {pipeline.engine_choice}")
     output = Console(soft_wrap=True, highlight=False)
     output.print(models)
+    for line in engines:
+        output.print(line, markup=False)
     output.print(_service_table(settings, "none" if backend is None else type(backend).__name__))
 
 

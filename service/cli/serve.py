@@ -105,6 +105,9 @@ async def _announce(server: Server, gateway: LocalGateway, listener: socket.sock
     if len(failed) == len(gateway.models):
         server.should_exit = True
         return
+    for model in gateway.models.values():
+        if model.engine_choice is not None:
+            notices.print(f"{model.name}: engine {model.engine_choice}", markup=False)
     without = f", without {', '.join(failed)} (see the errors above)" if failed else ""
     notices.print(
         f"Ready after {time.perf_counter() - started_s:.1f} s{without}. Ctrl-C stops.",

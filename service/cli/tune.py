@@ -55,6 +55,9 @@ def tune(
         Path | None, typer.Option(help="Draw the costs into this .png, .svg or .pdf.", dir_okay=False)
     ] = None,
     max_seconds: Annotated[float, typer.Option(help="How long to measure and try, once the model is loaded.")] = 60.0,
+    engines: Annotated[
+        bool, typer.Option("--engines", help="Only measure the engines that can run the model, and keep the choice.")
+    ] = False,
     samples: Annotated[
         Path | None,
         typer.Option(
@@ -77,6 +80,9 @@ def tune(
     pipeline's sample_items, or read from --samples, as `modalkit predict` reads its input. Without --p99-ms the limits
     serve throughput alone. Only what was measured lowers a limit.
 
+    --engines measures no batches, but every engine and number format that runs the model here, conversions included,
+    however long they take within --max-seconds. Later starts use the choice without measuring.
+
     --write keeps the comments of the file. Costs are kept in calibration.path, where the configuration names one. When
     requests of the trial fail or are not done in time, nothing is written and the exit code is 1.
 
@@ -85,6 +91,8 @@ def tune(
     modalkit tune
 
     modalkit tune --p99-ms 200 --write modalkit.yaml --plot costs.png
+
+    modalkit tune --engines
 
     modalkit tune --samples reviews.csv --column review
     """
@@ -99,6 +107,9 @@ def tune(
     items = None if samples is None else _read_samples(samples, file_format, source.input_model, column)
     with notices.status(f"Loading {source.model_name} ..."):
         pipeline = source.load()
+    if engines:
+        _measure_engines(pipeline, max_seconds)
+        return
     try:
         key = CostKey.of(pipeline, settings.app_settings.batch_config)
     except Exception as error:
@@ -115,6 +126,15 @@ def tune(
         with whole_file(write) as file:
             file.write(text_with_limits(write, chosen.values))
         notices.print(f"The limits are in {write}", markup=False)
+
+
+def _measure_engines(pipeline: InferencePipeline, max_s: float) -> None:
+    with notices.status("Measuring engines ..."):
+        choice = pipeline.measure_engines(max_s)
+    if choice is None:
+        raise TuningError(f"{type(pipeline).__name__} has no measure_engines, so there is no engine to choose")
+    output = Console(soft_wrap=True, highlight=False)
+    output.print(f"{pipeline.model_name}: engine {choice}", markup=False)
 
 
 def _require_positive(option: str, value: float | None) -> None:

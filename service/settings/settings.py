@@ -20,7 +20,13 @@ from modalkit.service.settings.problems import SettingsError, explain
 DEFAULT_MODEL = "sentiment"
 
 _BUNDLED: dict[str, Any] = {"pipeline": "modalkit.pipelines.sentiment:SentimentPipeline", "model_path": "bundled"}
-_COMMON: dict[str, Any] = {"device": "auto", "dtype": "auto", "threads": None}
+_ENGINES: dict[str, Any] = {
+    "cache_folder": None,
+    "measure_seconds": 3,
+    "max_copied_bytes": 2**30,
+    "sameness": {"label_agreement": 0.995, "tie": 0.02, "confidence_change": 0.02, "cosine": 0.999},
+}
+_COMMON: dict[str, Any] = {"device": "auto", "dtype": "auto", "engines": _ENGINES, "threads": None}
 _CONSTRUCTOR_ARGUMENTS = ("model_name", "all_model_data_folder", "common_settings")
 
 

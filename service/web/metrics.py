@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from prometheus_client import PlatformCollector, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from modalkit.service.gateway import Gateway, Model, Readiness
@@ -42,6 +42,7 @@ class _Snapshot(Collector):
 
 def _of_models(models: Iterable[Model]) -> Iterator[Metric]:
     ready = GaugeMetricFamily("modalkit_model_ready", "1 where a model takes requests.", labels=["model"])
+    engines = InfoMetricFamily("modalkit_engine", "What computes a model, and how.", labels=["model"])
     queued = GaugeMetricFamily("modalkit_queued_requests", "Requests that wait.", labels=["model", "priority"])
     running = GaugeMetricFamily("modalkit_running_requests", "Requests in batches that run.", labels=["model"])
     stuck = GaugeMetricFamily("modalkit_stuck_threads", "Calls past the batch timeout that hang.", labels=["model"])
@@ -59,6 +60,8 @@ def _of_models(models: Iterable[Model]) -> Iterator[Metric]:
     for model in models:
         name, done = model.name, model.statistics()
         ready.add_metric([name], model.readiness is Readiness.READY)
+        if (choice := model.engine_choice) is not None:
+            engines.add_metric([name], {"engine": choice.engine, "dtype": choice.dtype})
         if done is None:
             continue
         for priority, count in done.queued.items():
@@ -74,7 +77,7 @@ def _of_models(models: Iterable[Model]) -> Iterator[Metric]:
         busy.add_metric([name], done.busy_s)
         real.add_metric([name], done.real_tokens)
         padded.add_metric([name], done.padded_tokens)
-    yield from (ready, queued, running, stuck, requests, batches, items, busy, real, padded, latency)
+    yield from (ready, engines, queued, running, stuck, requests, batches, items, busy, real, padded, latency)
 
 
 def _of_jobs(counts: JobCounts) -> Iterator[Metric]:

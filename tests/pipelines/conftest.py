@@ -8,8 +8,8 @@ from modalkit.pipelines.training.data import Sentence
 
 @pytest.fixture(scope="session")
 def bundled() -> SentimentPipeline:
-    """The bundled model as it is served by default."""
-    return SentimentPipeline("sentiment", "models", {})
+    """The bundled model with the exact numbers."""
+    return SentimentPipeline("sentiment", "models", {"dtype": "float32"}, engine="torch")
 
 
 @pytest.fixture(scope="session")

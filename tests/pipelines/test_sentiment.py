@@ -17,6 +17,10 @@ from modalkit.pipelines.loading import BUNDLED_FOLDER
 from modalkit.pipelines.sentiment import MAX_TEXT_CHARACTERS, SentimentPipeline, SentimentRequest, SentimentResponse
 from modalkit.pipelines.training.data import Sentence
 
+TORCH = {"engine": "torch"}
+EXACT = {**TORCH, "dtype": "float32"}
+"""The entry's keys for the exact numbers, without measuring."""
+
 
 def requests(*texts: str) -> list[BaseModel]:
     return [SentimentRequest(text=text) for text in texts]
@@ -96,7 +100,7 @@ def test_a_text_beyond_the_models_limit_is_cut_and_says_so(bundled: SentimentPip
 
 
 def test_max_length_cuts_earlier() -> None:
-    pipeline = SentimentPipeline("sentiment", "models", {}, max_length=8)
+    pipeline = SentimentPipeline("sentiment", "models", {}, max_length=8, **EXACT)
     assert pipeline.preprocess(requests("word " * 20))["tensors"]["input_ids"].shape == (1, 8)
     assert [answer.truncated for answer in run(pipeline, "a b c d e f", "a b c d e f g")] == [False, True]
 
@@ -108,7 +112,7 @@ def test_a_batch_is_padded_to_its_longest_text(bundled: SentimentPipeline) -> No
 
 
 def test_on_cuda_lengths_are_multiples_of_8_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = SentimentPipeline("sentiment", "models", {"device": "cpu"}, max_length=13)
+    pipeline = SentimentPipeline("sentiment", "models", {"device": "cpu"}, max_length=13, **EXACT)
     monkeypatch.setattr(pipeline, "device", torch.device("cuda"))
     lengths = [
         pipeline.preprocess(requests("good " * words))["tensors"]["input_ids"].shape[1] for words in (1, 6, 7, 99)
@@ -121,7 +125,7 @@ def test_a_model_gets_only_the_tensors_that_it_takes(model_folder: Path, bundled
     sizes: dict[str, Any] = {"dim": 8, "hidden_dim": 8, "n_heads": 2, "n_layers": 1, "vocab_size": 16_384}
     config = DistilBertConfig(**sizes, id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1})
     DistilBertForSequenceClassification(config).save_pretrained(model_folder)
-    pipeline = SentimentPipeline("mine", ".", {"device": "cpu"}, model_path=str(model_folder))
+    pipeline = SentimentPipeline("mine", ".", {"device": "cpu"}, model_path=str(model_folder), **EXACT)
     assert set(pipeline.preprocess(requests("good"))["tensors"]) == {"input_ids", "attention_mask"}
     assert "token_type_ids" in bundled.preprocess(requests("good"))["tensors"]
     (answer,) = run(pipeline, "good")
@@ -137,20 +141,20 @@ def test_moving_to_a_device_that_is_not_there_changes_nothing(bundled: Sentiment
     assert run(bundled, "good")
 
 
-def test_on_a_cpu_it_computes_in_float32_whatever_is_stored(bundled: SentimentPipeline) -> None:
+def test_the_number_format_is_the_one_asked_for_whatever_is_stored(bundled: SentimentPipeline) -> None:
     assert json.loads((BUNDLED_FOLDER / "config.json").read_text())["dtype"] == "float16"
-    assert bundled.device.type == "cpu" or torch.cuda.is_available()
-    cpu = SentimentPipeline("sentiment", "models", {"device": "cpu"})
-    assert cpu.dtype is torch.float32
-    assert SentimentPipeline("sentiment", "models", {"device": "cpu", "dtype": "bfloat16"}).dtype is torch.bfloat16
+    assert bundled.dtype is torch.float32
+    cpu = SentimentPipeline("sentiment", "models", {"device": "cpu", "dtype": "float32"}, **TORCH, dtype="bfloat16")
+    assert cpu.dtype is torch.bfloat16  # that of the entry
     cpu.move_to("cpu")
-    assert cpu.dtype is torch.float32
+    assert cpu.dtype is torch.bfloat16
+    assert "torch bfloat16" in cpu.device_name()
 
 
 def test_threads_are_set_as_configured() -> None:
     before = torch.get_num_threads()
     try:
-        SentimentPipeline("sentiment", "models", {"threads": before + 1})
+        SentimentPipeline("sentiment", "models", {"threads": before + 1}, **EXACT)
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
@@ -162,14 +166,14 @@ def test_a_folder_is_found_in_the_models_folder_and_its_labels_are_used(model_fo
         id2label={"0": "NEGATIVE", "1": "Meh", "2": "POSITIVE"},
         label2id={"NEGATIVE": 0, "Meh": 1, "POSITIVE": 2},
     )
-    pipeline = SentimentPipeline("mine", str(model_folder.parent), {}, model_path="mine")
+    pipeline = SentimentPipeline("mine", str(model_folder.parent), {}, model_path="mine", **EXACT)
     assert pipeline.labels == ["negative", "Meh", "positive"]
     assert [answer.sentiment for answer in run(pipeline, "I love it", "The meeting is at nine.")] == ["positive", "Meh"]
 
 
 def test_a_classifier_of_several_labels_at_once_gives_each_its_own_probability(model_folder: Path) -> None:
     change_json(model_folder / "config.json", problem_type="multi_label_classification")
-    pipeline = SentimentPipeline("mine", str(model_folder.parent), {}, model_path="mine")
+    pipeline = SentimentPipeline("mine", str(model_folder.parent), {}, model_path="mine", **EXACT)
     items = requests("I love it")
     probabilities = pipeline.predict(items, pipeline.preprocess(items))["probabilities"]
     assert probabilities.sum() != pytest.approx(1, abs=1e-3)
@@ -177,7 +181,7 @@ def test_a_classifier_of_several_labels_at_once_gives_each_its_own_probability(m
 
 def test_padding_goes_where_the_tokenizer_has_it(model_folder: Path) -> None:
     change_json(model_folder / "tokenizer_config.json", padding_side="left")
-    pipeline = SentimentPipeline("mine", str(model_folder.parent), {}, model_path="mine")
+    pipeline = SentimentPipeline("mine", str(model_folder.parent), {}, model_path="mine", **EXACT)
     mask = pipeline.preprocess(requests("good", "good good good"))["tensors"]["attention_mask"]
     assert mask.tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
 
@@ -188,9 +192,15 @@ def test_padding_goes_where_the_tokenizer_has_it(model_folder: Path) -> None:
         ({"device": "gpu"}, {}, r"model_settings\.common\.device: 'gpu' is not auto, cpu, mps, cuda or cuda:N"),
         ({"device": "cuda:99"}, {}, r"'cuda:99' was asked for.*set it to auto or cpu"),
         ({"dtype": "float8"}, {}, r"common\.dtype: 'float8' is not auto, float32"),
+        ({"engines": {"cache": "x"}}, {}, r"common\.engines: .* is not a group of settings of engines \(cache_folder"),
+        ({}, {"engine": "tensorrt"}, r"model_entries\.mine\.engine: 'tensorrt' is not auto, torch, torch-compile"),
         ({"threads": 0}, {}, r"common\.threads: 0 is not a positive whole number"),
-        ({"treads": 2}, {}, r"common\.treads: there is no such setting; there are device, dtype, threads"),
-        ({}, {"max_lenght": 5}, r"model_entries\.mine\.max_lenght: there is no such setting; there are max_length"),
+        ({"treads": 2}, {}, r"common\.treads: there is no such setting; there are device, dtype, engines, threads"),
+        (
+            {},
+            {"max_lenght": 5},
+            r"model_entries\.mine\.max_lenght: there is no such setting; there are dtype, engine, max_length",
+        ),
         ({}, {"max_length": 513}, r"max_length: 513 is more than the 512 tokens"),
         ({}, {"max_length": 2}, r"model_entries\.mine\.max_length: max_length 2 leaves no room for text.*Raise it"),
         ({}, {"revision": "main"}, r"revision 'main' is for a model on the hub"),

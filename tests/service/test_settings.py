@@ -194,7 +194,12 @@ def test_variables_hold_plain_values_null_lists_and_mappings() -> None:
     assert (deployment.gpu, deployment.region, deployment.secure) == (None, ["eu", "us"], False)
     assert settings.app_settings.build_config.env == {"LOG_LEVEL": "debug"}
     assert settings.app_settings.app_prefix == "123"
-    assert settings.model_settings.common == {"device": "cpu", "dtype": "auto", "threads": 2}
+    common = settings.model_settings.common
+    assert {key: common[key] for key in ("device", "dtype", "threads")} == {
+        "device": "cpu",
+        "dtype": "auto",
+        "threads": 2,
+    }
 
 
 def test_model_names_keep_their_case_and_further_keys_are_the_pipelines() -> None:

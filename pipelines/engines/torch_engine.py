@@ -1,0 +1,91 @@
+"""Torch as an engine, and what the other engines need of a torch module."""
+
+import copy
+import importlib.util
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from modalkit.pipelines.engines.settings import DTYPES, Candidate, DTypeName
+from modalkit.pipelines.errors import EngineError
+
+Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""Computes one batch."""
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the weights are; the CPU for a module without weights."""
+    return next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+
+
+def dtype_of(module: nn.Module) -> DTypeName:
+    """The number format of the first weights with a fraction; float32 for a module without any."""
+    for tensor in module.parameters():
+        for name in DTYPES:
+            if tensor.dtype is getattr(torch, name):
+                return name
+    return "float32"
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """The memory of parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def named_outputs(outputs: object) -> dict[str, Tensor]:
+    """A module's outputs by name, those with a fraction in float32.
+
+    A mapping keeps its names; a lone tensor is called ``output``, and those of a tuple ``output_0`` and so on.
+    Raises `TypeError` for other outputs.
+    """
+    if isinstance(outputs, Tensor):
+        named = {"output": outputs}
+    elif isinstance(outputs, Mapping):
+        named = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+    elif isinstance(outputs, tuple | list):
+        named = {f"output_{i}": value for i, value in enumerate(outputs) if isinstance(value, Tensor)}
+    else:
+        raise TypeError(f"a module must return tensors, by name or in a tuple, not {type(outputs).__name__}")
+    return {name: value.float() if value.is_floating_point() else value for name, value in named.items()}
+
+
+def torch_run(module: nn.Module, candidate: Candidate, *, may_copy: bool = True) -> Run:
+    """Run a module by torch. In another number format than its own, a copy runs if `may_copy`, else it is changed.
+
+    Raises `EngineError` where torch cannot compile.
+    """
+    dtype: torch.dtype = getattr(torch, candidate.dtype)
+    device = device_of(module)
+    own: Callable[..., object] = module
+    if dtype_of(module) != candidate.dtype:
+        own = (copy.deepcopy(module) if may_copy else module).to(dtype=dtype)
+    if candidate.engine == "torch-compile":
+        _require_compiler(device)
+        own = torch.compile(own, dynamic=True)
+
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            placed = {
+                name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+                for name, tensor in inputs.items()
+            }
+            return named_outputs(own(**placed))
+
+    return run
+
+
+def _require_compiler(device: torch.device) -> None:
+    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        raise EngineError("torch-compile needs a C++ compiler on a CPU: install g++, or set engine to torch")
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise EngineError("torch-compile needs the package triton on CUDA: install it, or set engine to torch")
+
+
+def changing_dimensions(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, list[int]]:
+    """For each input, the dimensions whose size is not the same in all batches."""
+    return {
+        name: [d for d in range(batches[0][name].dim()) if len({batch[name].shape[d] for batch in batches}) > 1]
+        for name in batches[0]
+    }

@@ -1,0 +1,223 @@
+"""An engine is the one that was asked for, or the fastest that gives the same outputs; nothing else stops a start."""
+
+import faulthandler
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modalkit.pipelines import EngineError, EngineSettings, load_engine
+from modalkit.pipelines.engines import exported, probe
+from modalkit.pipelines.engines.loading import Engine
+from tests.pipelines.engines.conftest import Batch, batch
+
+EXPLICIT = [("torch", "float32"), ("torch", "bfloat16"), ("openvino", "float32"), ("onnx", "float32")]
+
+
+def with_(settings: EngineSettings, **changes: Any) -> EngineSettings:
+    return EngineSettings.model_validate({**settings.model_dump(), **changes})
+
+
+def logits_of(module: nn.Module, inputs: Batch) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = module(**inputs)["logits"]
+        return found
+
+
+@pytest.mark.parametrize(("engine", "dtype"), EXPLICIT)
+def test_an_engine_takes_batches_of_any_size(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, engine: str, dtype: str
+) -> None:
+    expected = logits_of(module, batch(7, 23))
+    loaded = load_engine(module, batches, with_(settings, engine=engine, dtype=dtype))
+    assert (loaded.choice.engine, loaded.choice.dtype) == (engine, dtype)
+    found = loaded(**batch(7, 23))["logits"]
+    assert found.dtype is torch.float32
+    assert torch.allclose(found, expected, atol=0.02 if dtype == "bfloat16" else 1e-5)
+
+
+def test_torch_in_float32_gives_the_modules_own_numbers(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings
+) -> None:
+    engine = load_engine(module, batches, with_(settings, engine="torch", dtype="float32"))
+    for inputs in (batch(1, 3), batch(33, 8)):
+        assert torch.equal(engine(**inputs)["logits"], logits_of(module, inputs))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "names"),
+    [(lambda x: x, ["output"]), (lambda x: (x, x), ["output_0", "output_1"]), (lambda x: {"a": x, "b": None}, ["a"])],
+)
+def test_outputs_have_names(outputs: Callable[[Tensor], object], names: list[str], settings: EngineSettings) -> None:
+    class Returning(nn.Module):
+        def forward(self, x: Tensor) -> object:
+            return outputs(x * 2)
+
+    inputs = {"x": torch.ones(2, 3)}
+    found = load_engine(Returning(), [inputs], with_(settings, engine="torch", dtype="float32"))(**inputs)
+    assert list(found) == names
+
+
+def test_auto_takes_what_is_fastest_and_the_next_start_measures_nothing(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load_engine(module, batches, settings).choice
+    assert set(first.speeds) >= {"torch float32", "torch bfloat16", "openvino float32", "onnx float32"}
+    assert first.samples == 60
+    assert "outputs compared on 60 samples" in str(first)
+    monkeypatch.setattr("modalkit.pipelines.engines.measuring.Race", None)
+    again = load_engine(module, batches, settings)
+    assert again.choice == first
+    assert torch.allclose(again(**batch(5, 5))["logits"], logits_of(module, batch(5, 5)), atol=0.02)
+
+
+def test_other_weights_are_measured_again(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_torch = with_(settings, engine="torch")
+    load_engine(module, batches, only_torch)
+    with torch.no_grad():
+        next(module.parameters()).add_(1)
+    monkeypatch.setattr("modalkit.pipelines.engines.measuring.Race", None)
+    with pytest.raises(TypeError, match="not callable"):
+        load_engine(module, batches, only_torch)
+
+
+def test_an_engine_whose_package_is_missing_is_an_error_that_names_it(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else found(name))
+    with pytest.raises(EngineError, match=r"openvino needs the package openvino: install modalkit\[openvino\]"):
+        load_engine(module, batches, with_(settings, engine="openvino"))
+    choice = load_engine(module, batches, with_(settings, measure_seconds=0)).choice
+    assert choice.engine == "torch"
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        (
+            {"engine": "onnx", "dtype": "bfloat16"},
+            r"onnx computes in float32 only on this device \(cpu\): set dtype",
+        ),
+        ({"engine": "torch-compile"}, r"needs a C\+\+ compiler on a CPU: install g\+\+, or set engine to torch"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_an_error_with_the_remedy(
+    module: nn.Module,
+    batches: list[Batch],
+    settings: EngineSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    wish: dict[str, str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(EngineError, match=message):
+        load_engine(module, batches, with_(settings, **wish))
+
+
+def fail(*_: object) -> None:
+    raise ValueError("no such operator")
+
+
+def crash(*_: object) -> None:
+    faulthandler.disable()  # pytest would show the stack
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+@pytest.mark.parametrize(("happens", "said"), [(fail, "ValueError: no such operator"), (crash, "ended by SIGSEGV")])
+def test_a_broken_conversion_is_a_warning_unless_it_was_asked_for(
+    module: nn.Module,
+    batches: list[Batch],
+    settings: EngineSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    happens: Callable[..., None],
+    said: str,
+) -> None:
+    """The conversion runs in a fork of this process, so it runs the stand-in."""
+    monkeypatch.setattr(probe, "convert", happens)
+    engine = load_engine(module, batches, settings)
+    assert engine.choice.engine == "torch"
+    assert said in engine.choice.refused["openvino"]
+    assert f"Engine onnx cannot run this model: {engine.choice.refused['onnx']}" in caplog.text
+    assert engine(**batches[0])
+    with pytest.raises(EngineError, match=rf"openvino float32 cannot run this model: .*{said}"):
+        load_engine(module, batches, with_(settings, engine="openvino", dtype="float32"))
+
+
+def test_an_installation_that_is_broken_is_a_warning(
+    module: nn.Module,
+    batches: list[Batch],
+    settings: EngineSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr(exported, "missing_packages", lambda engine: [])
+    choice = load_engine(module, batches, with_(settings, measure_seconds=0)).choice
+    assert choice.engine == "torch"
+    assert "Engine openvino cannot be used: ModuleNotFoundError" in caplog.text
+
+
+def test_wrong_numbers_are_refused(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: object) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+        answers = {len(inputs["ids"]): -logits_of(module, inputs) for inputs in batches}
+        return lambda inputs: {"logits": answers[len(inputs["ids"])]}
+
+    monkeypatch.setattr("modalkit.pipelines.engines.exported.open_converted", wrong)
+    choice = load_engine(module, batches, with_(settings, dtype="float32")).choice
+    assert choice.engine == "torch"
+    assert "labels agree on" in choice.refused["openvino float32"]
+
+
+def test_a_large_model_is_not_loaded_twice_and_it_says_so(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings
+) -> None:
+    engine = load_engine(module, batches, with_(settings, max_copied_bytes=100))
+    assert str(engine.choice).startswith("torch float32, not measured, because the model is not loaded twice")
+    assert not (settings.cache_folder or Path()).exists()
+
+
+def test_a_conversion_that_takes_longer_than_the_start_may_goes_on_for_a_later_one(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings
+) -> None:
+    choice = load_engine(module, batches, with_(settings, measure_seconds=0.001)).choice
+    assert set(choice.unfinished) == {"openvino", "onnx"}
+    assert "still to be measured: openvino, onnx" in str(choice)
+    later = load_engine(module, batches, settings).choice
+    assert later.unfinished == ()
+    assert "onnx float32" in later.speeds
+
+
+def test_a_folder_that_cannot_be_written_stops_no_start(
+    module: nn.Module, batches: list[Batch], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    engine: Engine = load_engine(module, batches, EngineSettings(cache_folder=tmp_path / "file", measure_seconds=9))
+    assert engine.choice.engine == "torch"
+    assert "cannot be kept" in caplog.text
+
+
+def test_without_batches_there_is_nothing_to_measure(module: nn.Module) -> None:
+    with pytest.raises(ValueError, match="example_inputs is empty"):
+        load_engine(module, [])
+
+
+def test_importing_the_api_imports_no_engine() -> None:
+    program = (
+        "import modalkit.pipelines, sys; print(*({'torch', 'openvino', 'onnx', 'onnxruntime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == ""

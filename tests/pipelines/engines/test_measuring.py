@@ -1,0 +1,116 @@
+"""Which candidate wins, on a clock that the candidates themselves advance."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from modalkit.pipelines.engines import Candidate, Sameness, same_labels, same_vectors
+from modalkit.pipelines.engines.measuring import Contender, Race
+from modalkit.pipelines.engines.settings import REFERENCE
+
+BFLOAT16 = Candidate("torch", "bfloat16")
+OPENVINO = Candidate("openvino", "float32")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def sample_batches(count: int = 8) -> list[Mapping[str, Tensor]]:
+    return [{"x": torch.full((8, 2), float(i + 1))} for i in range(count)]
+
+
+def logits(inputs: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([inputs["x"][:, 0], -inputs["x"][:, 0]], dim=-1)
+
+
+class Timed:
+    """Takes so many seconds for a batch, and gives the logits times a factor."""
+
+    def __init__(self, clock: Clock, seconds: float, factor: float = 1.0) -> None:
+        self._clock, self._seconds, self._factor = clock, seconds, factor
+        self.calls = 0
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.calls += 1
+        self._clock.now_s += self._seconds
+        return {"logits": logits(inputs) * self._factor}
+
+
+def test_the_fastest_whose_outputs_are_the_same_is_taken() -> None:
+    clock = Clock()
+    race = Race(Timed(clock, 0.2), sample_batches(), clock)
+    contenders = [Contender(BFLOAT16, Timed(clock, 0.1)), Contender(OPENVINO, Timed(clock, 0.09, factor=-1))]
+    race.run(contenders, 1000)
+    choice = race.choose(contenders, same_labels(), REFERENCE)
+    assert choice.candidate == BFLOAT16
+    assert choice.speeds == pytest.approx(
+        {"torch float32": 1, "torch bfloat16": 2, "openvino float32": 2.222}, rel=0.01
+    )
+    assert "labels agree on 0.0% of the samples" in choice.refused["openvino float32"]
+    assert str(choice).startswith("torch bfloat16, the fastest: 0.90 x openvino float32, 2.00 x torch float32; outputs")
+
+
+def test_a_small_gain_is_not_worth_other_numbers() -> None:
+    clock = Clock()
+    race = Race(Timed(clock, 0.2), sample_batches(), clock)
+    contenders = [Contender(BFLOAT16, Timed(clock, 0.195))]
+    race.run(contenders, 1000)
+    assert race.choose(contenders, same_labels(), REFERENCE).candidate == REFERENCE
+
+
+def test_a_hopeless_candidate_is_left_out_early() -> None:
+    clock = Clock()
+    slow = Timed(clock, 2.0)
+    race = Race(Timed(clock, 0.2), sample_batches(), clock)
+    contenders = [Contender(BFLOAT16, slow), Contender(OPENVINO, Timed(clock, 0.1))]
+    race.run(contenders, 1000)
+    assert slow.calls < 8
+    assert race.choose(contenders, same_labels(), REFERENCE).candidate == OPENVINO
+
+
+def test_with_too_little_time_to_compare_nothing_else_is_taken() -> None:
+    clock = Clock()
+    race = Race(Timed(clock, 5.0), sample_batches(), clock)
+    contenders = [Contender(BFLOAT16, Timed(clock, 1.0))]
+    race.run(contenders, 3)
+    choice = race.choose(contenders, same_labels(), REFERENCE)
+    assert choice.candidate == REFERENCE
+    assert "only 8 samples could be compared" in choice.reason
+
+
+def test_a_candidate_that_raises_takes_no_part() -> None:
+    def broken(_: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        raise RuntimeError("no kernel for this")
+
+    clock = Clock()
+    race = Race(Timed(clock, 0.2), sample_batches(), clock)
+    contenders = [Contender(BFLOAT16, broken)]
+    race.run(contenders, 1000)
+    assert contenders[0].error == "RuntimeError: no kernel for this"
+    assert race.choose(contenders, same_labels(), REFERENCE).candidate == REFERENCE
+
+
+def outputs(*rows: tuple[float, ...]) -> list[dict[str, Tensor]]:
+    return [{"logits": torch.tensor(rows).log()}]
+
+
+def test_labels_of_ties_may_change_and_others_may_not() -> None:
+    clear, tie = (0.8, 0.2), (0.505, 0.495)
+    assert same_labels()(outputs(clear, tie), outputs(clear, tie[::-1])) is None
+    assert same_labels()(outputs(clear, tie), outputs(clear[::-1], tie)) == "labels agree on 0.0% of the samples"
+    assert same_labels()(outputs(clear), outputs((0.77, 0.23))) == "confidences change by up to 0.030"
+    assert same_labels(Sameness(confidence_change=0.05))(outputs(clear), outputs((0.77, 0.23))) is None
+    assert same_labels()(outputs(clear), outputs((float("nan"), 1.0))) == "outputs that are no numbers"
+
+
+def test_vectors_must_keep_their_direction() -> None:
+    one, same, other = ([{"v": torch.tensor([v])}] for v in ((1.0, 0.0), (2.0, 0.01), (0.0, 1.0)))
+    assert same_vectors()(one, same) is None
+    assert same_vectors()(one, other) == "the cosine similarity of v falls to 0.0000"
