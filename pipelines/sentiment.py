@@ -1,27 +1,23 @@
 """The sentiment pipeline, for any sequence-classification model of the transformers library."""
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from torch import nn
 
 from modalkit.pipelines.classifier_settings import ClassifierEntry
 from modalkit.pipelines.engines import Same, same_labels
 from modalkit.pipelines.iomodel import InferenceOutputModel
 from modalkit.pipelines.loading import TEXT_CLASSIFICATION
-from modalkit.pipelines.texts import Text, Truncated
+from modalkit.pipelines.texts import TextRequest, Truncated
 from modalkit.pipelines.transformer_pipeline import TransformerPipeline
 
 COMMON_LABELS = frozenset({"positive", "neutral", "negative"})
 
 
-class SentimentRequest(BaseModel):
+class SentimentRequest(TextRequest):
     """One text to judge."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    text: Text
 
 
 class SentimentResponse(InferenceOutputModel):
@@ -53,14 +49,6 @@ class SentimentPipeline(TransformerPipeline[ClassifierEntry]):
     def same(self) -> Same:
         """Engines must agree on the labels, and nearly on the confidences."""
         return same_labels(self._engine_settings.sameness, probabilities=self._probabilities)
-
-    def to_text(self, item: BaseModel) -> str:
-        """The text."""
-        return cast("SentimentRequest", item).text
-
-    def sample_item(self, text: str) -> SentimentRequest:
-        """A request for the text."""
-        return SentimentRequest(text=text)
 
     def predict(
         self,

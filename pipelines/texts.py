@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 MAX_TEXT_CHARACTERS = 100_000
@@ -39,3 +39,11 @@ Truncated = Annotated[
     ),
 ]
 """A field whose default is false, and which is left out then."""
+
+
+class TextRequest(BaseModel):
+    """One text."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: Text

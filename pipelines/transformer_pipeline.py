@@ -1,7 +1,6 @@
 """What the pipelines of models from the transformers library share: all but their outputs."""
 
 import logging
-from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -19,6 +18,7 @@ from modalkit.pipelines.errors import ModelLoadError
 from modalkit.pipelines.inference_pipeline import InferencePipeline
 from modalkit.pipelines.loading import Task, choose_device, dtype_on, load_checkpoint
 from modalkit.pipelines.text_samples import varied_texts
+from modalkit.pipelines.texts import TextRequest
 from modalkit.pipelines.token_counter import TokenCounter
 from modalkit.pipelines.tokenization import TextEncoder, TextOrPair
 
@@ -40,6 +40,7 @@ class TransformerPipeline(InferencePipeline, Generic[EntryT]):
     Batches may be in different stages on different threads.
     """
 
+    input_model: ClassVar[type[BaseModel]] = TextRequest
     task: ClassVar[Task]
     entry_model: ClassVar[type[TextModelEntry]] = TextModelEntry
     reads_pairs: ClassVar[bool] = False
@@ -63,13 +64,13 @@ class TransformerPipeline(InferencePipeline, Generic[EntryT]):
         self._module = self.prepare()
         self._engine = self._load_engine(self._engine_settings)
 
-    @abstractmethod
     def to_text(self, item: BaseModel) -> TextOrPair:
-        """What the model reads of an item."""
+        """What the model reads of an item: by default its `text`."""
+        return cast("str", item.text)  # type: ignore[attr-defined]  # a subclass with another input model overrides this
 
-    @abstractmethod
     def sample_item(self, text: str) -> BaseModel:
         """An item whose texts are together `text`."""
+        return self.input_model.model_validate({"text": text})
 
     def prepare(self) -> nn.Module:
         """Read what the task needs of the loaded checkpoint, and return the module to run: by default the model.
