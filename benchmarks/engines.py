@@ -26,7 +26,7 @@ from modalkit.benchmarks.texts import CORPUS, TextsOption, read_texts
 from modalkit.pipelines.engines.kept import processor
 from modalkit.pipelines.sentiment import SentimentRequest
 
-DEFAULT_WAYS = "torch/float32,torch/auto,auto/auto"
+DEFAULT_WAYS = "torch/float32,torch-packed,auto"
 MEASURES = ("bulk", "callers", "http")
 BATCH_SIZE = 16
 CALLERS = 64

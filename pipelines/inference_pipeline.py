@@ -33,15 +33,15 @@ class InferencePipeline(ABC):
     cost_feature: ClassVar[Literal["padded", "total"]] = "padded"
     """What the time of a batch grows with: the sizes after padding to the longest, or their sum without padding."""
 
+    engine_choice: EngineChoice | None = None
+    """What computes the model, if the pipeline has loaded it by `load_engine`: shown by the service."""
+
     max_in_flight: int = 1
     """How many batches may run at once, each on a thread of its own; ``batch_config.max_in_flight`` may change it.
 
     More than one pays where one batch leaves a part of the device idle. Read when a worker is made. With more than one,
     two batches may be in the same stage.
     """
-
-    engine_choice: EngineChoice | None = None
-    """What computes the model, if the pipeline has loaded it by `load_engine`: shown by the service."""
 
     def __init__(
         self, model_name: str, all_model_data_folder: str, common_settings: dict[str, Any], **model_entry: Any

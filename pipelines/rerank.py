@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
+import numpy as np
 import torch
 from pydantic import BaseModel, Field
 from torch import nn
@@ -100,8 +101,8 @@ class RerankPipeline(TransformerPipeline[RerankEntry]):
         raw_output: dict[str, Any],
     ) -> list[InferenceOutputModel]:
         """The score of each pair."""
-        logits = raw_output["logits"].double()[:, 0]
-        scores = (logits.sigmoid() if self._is_sigmoid else logits).tolist()
+        logits = raw_output["logits"].numpy()[:, 0].astype(np.float64)
+        scores = ((1 + np.tanh(logits / 2)) / 2 if self._is_sigmoid else logits).tolist()  # sigmoid
         return [
             RerankResponse(score=score, truncated=truncated)
             for score, truncated in zip(scores, raw_output["truncated"], strict=True)

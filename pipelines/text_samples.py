@@ -6,7 +6,7 @@ from modalkit.pipelines.tokenization import TextEncoder
 
 SAMPLE_SHAPES = (
     *((1, 10), (1, 32), (2, 16), (4, 12), (4, 32), (4, 64), (8, 24), (8, 48)),
-    *((16, 8), (16, 12), (16, 16), (16, 24), (16, 32), (16, 48), (16, 64), (16, 96)),
+    *((32, 8), (32, 12), (32, 16), (16, 24), (16, 32), (16, 48), (16, 64), (16, 96)),
 )
 """Batches as a service has them: the number of texts, and the tokens of the longest."""
 

@@ -1,8 +1,6 @@
 """Entities in texts, by any token-classification model of the transformers library."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -71,71 +69,48 @@ class TokenClassificationPipeline(TransformerPipeline[TokenClassificationEntry])
 
     def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
         """The entities of each text."""
-        logits = raw_output["logits"].numpy()
+        logits, encoded = raw_output["logits"].numpy(), raw_output["encoded"]
         powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        probabilities = powers / powers.sum(axis=-1, keepdims=True)
-        responses: list[InferenceOutputModel] = []
-        for item, row, place, encoding, truncated in zip(
-            input_list,
-            probabilities,
-            raw_output["places"],
-            raw_output["encoded"].encodings,
-            raw_output["truncated"],
-            strict=True,
-        ):
-            words = list(self._words(row[place], encoding))
-            responses.append(
-                TokenClassificationResponse(entities=_entities(str(self.to_text(item)), words), truncated=truncated)
+        chances = powers / powers.sum(axis=-1, keepdims=True)
+        rows = zip(input_list, chances, raw_output["places"], encoded.encodings, encoded.truncated, strict=True)
+        return [
+            TokenClassificationResponse(
+                entities=list(self._entities(str(self.to_text(item)), row[place], encoding)), truncated=truncated
             )
-        return responses
+            for item, row, place, encoding, truncated in rows
+        ]
 
-    def _words(self, probabilities: Floats, encoding: Any) -> Iterator["_Word"]:
-        """The parts of the text that have a label of their own: tokens, or words, as `aggregation` says."""
-        specials, offsets = encoding.special_tokens_mask, encoding.offsets
-        tokens = [i for i in range(len(offsets)) if not specials[i]]
-        if self.entry.aggregation == "simple":
-            groups = [[i] for i in tokens]
-        else:
-            groups = [list(group) for _, group in groupby(tokens, encoding.word_ids.__getitem__)]
-        for group in groups:
-            chances = self._merge(probabilities[group])
-            best = int(chances.argmax())
-            label = self.checkpoint.labels[best]
-            yield _Word(label, float(chances[best]), offsets[group[0]][0], offsets[group[-1]][1])
+    def _entities(self, text: str, chances: Floats, encoding: Any) -> Iterator[Entity]:
+        """Words, or tokens, whose labels follow each other, as one entity."""
+        tokens = [i for i, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
+        offsets, word_ids = encoding.offsets, encoding.word_ids
+        words = tokens if self.entry.aggregation == "simple" else [word_ids[i] for i in tokens]
+        starts = [at for at, word in enumerate(words) if at == 0 or word != words[at - 1]]
+        if not tokens:
+            return
+        places = [offsets[i] for i in tokens]
+        merged = self._merge(chances[tokens], starts)
+        labels = [self.checkpoint.labels[i] for i in merged.argmax(axis=1)]
+        names = [label[2:] if label.startswith(("B-", "I-")) else label for label in labels]
+        heads = [i for i, label in enumerate(labels) if i == 0 or label.startswith("B-") or names[i] != names[i - 1]]
+        for head, after in zip(heads, [*heads[1:], len(labels)], strict=True):
+            if names[head] == OUTSIDE:
+                continue
+            start, end = places[starts[head]][0], places[[*starts, len(tokens)][after] - 1][1]
+            start += len(text[start:end]) - len(text[start:end].lstrip())  # some tokenizers count the space before it
+            score = float(merged[head:after].max(axis=1).mean())
+            yield Entity(entity_group=names[head], score=score, word=text[start:end], start=start, end=end)
 
-    def _merge(self, chances: Floats) -> Floats:
-        best = chances.max(axis=1).argmax()
-        merged: Floats = {"average": chances.mean(axis=0), "max": chances[best]}.get(self.entry.aggregation, chances[0])
-        return merged
-
-
-@dataclass(frozen=True)
-class _Word:
-    label: str
-    score: float
-    start: int
-    end: int
-
-    @property
-    def name(self) -> str:
-        return self.label[2:] if self.label.startswith(("B-", "I-")) else self.label
-
-
-def _entities(text: str, words: list[_Word]) -> list[Entity]:
-    groups: list[list[_Word]] = []
-    for word in words:
-        if groups and groups[-1][-1].name == word.name and not word.label.startswith("B-"):
-            groups[-1].append(word)
-        else:
-            groups.append([word])
-    found = []
-    for group in groups:
-        start, end = group[0].start, group[-1].end
-        start += len(text[start:end]) - len(text[start:end].lstrip())  # some tokenizers count the space before a word
-        if (name := group[0].name) != OUTSIDE:
-            score = float(np.mean([word.score for word in group]))
-            found.append(Entity(entity_group=name, score=score, word=text[start:end], start=start, end=end))
-    return found
+    def _merge(self, chances: Floats, starts: list[int]) -> Floats:
+        """The probabilities of each word, from those of its tokens; `starts` has the index of its first one."""
+        ends = [*starts[1:], len(chances)]
+        if self.entry.aggregation == "average":
+            sums: Floats = np.add.reduceat(chances, starts, axis=0)
+            return sums / np.subtract(ends, starts).astype(np.float32)[:, None]
+        if self.entry.aggregation == "max":
+            best = chances.max(axis=1)
+            starts = [start + int(best[start:end].argmax()) for start, end in zip(starts, ends, strict=True)]
+        return chances[starts]
 
 
 class _MaskedLogits(ModelWithEnd):

@@ -43,6 +43,8 @@ class TextEncoder:
         with_offsets: bool = False,
     ) -> None:
         self.max_length = max_length
+        self.in_parallel = True
+        """Whether the texts of a batch are encoded on all cores: beside a model that computes there, that is slower."""
         self.special_tokens = tokenizer.num_special_tokens_to_add(pair=of_pairs)
         if max_length <= self.special_tokens:
             raise ValueError(
@@ -85,7 +87,7 @@ class TextEncoder:
         typed = any(backend.encode("a", "a" if self._of_pairs else None).type_ids)
 
         def encode(texts: Sequence[TextOrPair]) -> EncodedTexts:
-            encodings = encode_batch(texts)
+            encodings = encode_batch(texts) if self.in_parallel else [encode_batch([text])[0] for text in texts]
             return EncodedTexts(
                 ids=[encoding.ids for encoding in encodings],
                 type_ids=[encoding.type_ids for encoding in encodings] if typed else None,

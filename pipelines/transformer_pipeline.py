@@ -197,6 +197,7 @@ class TransformerPipeline(InferencePipeline, Generic[EntryT]):
             raise ModelLoadError(f"{path}: {error}. Raise it, or leave it out") from error
 
     def _load_engine(self, settings: EngineSettings) -> Engine:
+        self._encoder.in_parallel = self.device.type != "cpu"
         batches = []
         for texts in varied_texts(self._encoder, self.max_length):
             halves = [(text[: len(text) // 3] or "a", text[len(text) // 3 :]) for text in texts]

@@ -5,13 +5,14 @@ import importlib.util
 import json
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modalkit.pipelines.cpu_threads import cpu_threads
 from modalkit.pipelines.engines.settings import Candidate, DTypeName
 from modalkit.pipelines.engines.torch_engine import Run, device_of, named_outputs
 from modalkit.pipelines.errors import EngineError
@@ -32,9 +33,8 @@ def dtypes_of(engine: str, device: torch.device) -> list[DTypeName]:
     Imports the engine. Raises `EngineError` for a package that is missing.
     """
     if missing := missing_packages(engine):
-        raise EngineError(
-            f"engine {engine} needs the package {missing[0]}: install modalkit[{engine}], or set engine to auto"
-        )
+        remedy = f"run pip install {' '.join(missing)}, or set engine to auto"
+        raise EngineError(f"engine {engine} needs the package {missing[0]}: {remedy}")
     if engine == "onnx":
         import onnxruntime
 
@@ -83,26 +83,37 @@ def _to_onnx(module: nn.Module, example: Mapping[str, Tensor], changing: Mapping
 
 
 def open_converted(candidate: Candidate, folder: Path, device: torch.device) -> Run:
-    """Run what `convert` wrote. Raises what the engine raises where it cannot read or compile it."""
+    """Run what `convert` wrote. Raises what the engine raises where it cannot read or compile it.
+
+    While `CpuThreads.share` gives a calling thread but a part of the threads, because several batches run at once, a
+    second instance computes, in which batches do not wait for each other.
+    """
     names: list[str] = json.loads((folder / OUTPUTS_FILE).read_text(encoding="utf-8"))
-    arrays = (_openvino if candidate.engine == "openvino" else _onnx)(candidate, folder, device)
+    load = _openvino if candidate.engine == "openvino" else _onnx
+    total = cpu_threads().total
+    in_flight = cpu_threads().max_in_flight if device.type == "cpu" else 1
+    alone = load(candidate, folder, device, total, 1)
+    beside_others = load(candidate, folder, device, total // in_flight, in_flight) if in_flight > 1 else alone
 
     def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = arrays({name: tensor.numpy(force=True) for name, tensor in inputs.items()})
+        compute = alone if torch.get_num_threads() >= total else beside_others
+        found = compute({name: tensor.numpy(force=True) for name, tensor in inputs.items()})
         # OpenVINO reuses the memory of its outputs in the next call.
         return named_outputs({n: torch.from_numpy(a.copy()).to(device) for n, a in zip(names, found, strict=True)})
 
     return run
 
 
-def _openvino(candidate: Candidate, folder: Path, device: torch.device) -> Any:  # noqa: ARG001  # OpenVINO runs on the CPU
+Compute = Callable[[dict[str, Any]], list[Any]]
+
+
+def _openvino(candidate: Candidate, folder: Path, _: torch.device, threads: int, at_once: int) -> Compute:
     import openvino
 
-    hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[candidate.dtype]
     options = {
-        "INFERENCE_PRECISION_HINT": hint,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[candidate.dtype],
+        "INFERENCE_NUM_THREADS": threads * at_once,
+        "NUM_STREAMS": at_once,
     }
     compiled = openvino.Core().compile_model(folder / "model.xml", "CPU", options)
     local = threading.local()  # a request can be used by one thread at a time
@@ -115,11 +126,11 @@ def _openvino(candidate: Candidate, folder: Path, device: torch.device) -> Any: 
     return run
 
 
-def _onnx(candidate: Candidate, folder: Path, device: torch.device) -> Any:  # noqa: ARG001  # it is float32
+def _onnx(_: Candidate, folder: Path, device: torch.device, threads: int, at_once: int) -> Compute:  # noqa: ARG001  # threads of a session are shared
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors; warnings go to the standard error output, past all logging
     providers = list(dict.fromkeys([ONNX_PROVIDERS[device.type], ONNX_PROVIDERS["cpu"]]))
     session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=providers)

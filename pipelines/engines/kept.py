@@ -13,13 +13,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from modalkit.pipelines.cpu_threads import cpu_threads
 from modalkit.pipelines.engines.sameness import Same
 from modalkit.pipelines.engines.settings import EngineChoice, EngineSettings
 from modalkit.pipelines.engines.torch_engine import changing_dimensions, device_of
 
 logger = logging.getLogger(__name__)
 
-PACKAGES = ("torch", "transformers", "openvino", "onnxruntime", "onnx", "onnxscript")
+PACKAGES = ("modalkit", "torch", "transformers", "openvino", "onnxruntime", "onnx", "onnxscript")
 
 
 class Kept:
@@ -34,7 +35,7 @@ class Kept:
         inputs = sorted((name, str(batches[0][name].dtype), d) for name, d in changing_dimensions(batches).items())
         self._folder = folder / _hash(model, inputs)
         self._versions = versions
-        situation = (processor(device_of(module)), torch.get_num_threads(), versions)
+        situation = (processor(device_of(module)), cpu_threads().total, versions)
         asked = (settings.engine, settings.dtype, settings.sameness, getattr(same, "__qualname__", ""))
         self._choice = self._folder / f"choice-{_hash(situation, asked)}.json"
 

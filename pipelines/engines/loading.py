@@ -125,7 +125,7 @@ class _Loader:
             raise EngineError(f"engine {asked.engine} {able} on this device ({self._device.type}): set {wish}")
         found = []
         # Compiling takes longer than a start may, so that has to be asked for.
-        engines: tuple[EngineName, ...] = ("torch", *CONVERTED)
+        engines: tuple[EngineName, ...] = ("torch", "torch-packed", *CONVERTED)
         for engine in engines:
             try:
                 dtypes = self._dtypes(engine)
@@ -138,15 +138,21 @@ class _Loader:
 
     def _dtypes(self, engine: EngineName) -> list[DTypeName]:
         from modalkit.pipelines.engines.exported import dtypes_of
+        from modalkit.pipelines.engines.packed import packable_dtypes
 
         if engine in CONVERTED:
             return dtypes_of(engine, self._device)
+        if engine == "torch-packed":
+            return packable_dtypes() if self._device.type == "cpu" else []
         if self._settings.dtype != "auto":
             return [self._settings.dtype]
         if engine == "torch-compile":
             return [self._own_dtype]
-        # Only GPUs compute quickly in float16.
-        sensible: tuple[DTypeName, ...] = ("float32", "bfloat16") if self._device.type == "cpu" else DTYPES
+        sensible = list(DTYPES)
+        if self._device.type == "cpu":  # which does not compute quickly in float16
+            sensible = ["float32", "bfloat16"]
+            if self._settings.engine == "auto" and "bfloat16" in packable_dtypes():  # packed, it is never slower
+                sensible = ["float32"]
         return [self._own_dtype, *(dtype for dtype in sensible if dtype != self._own_dtype)]
 
     def _load(self, candidate: Candidate, reason: str) -> Engine:

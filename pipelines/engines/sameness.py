@@ -34,7 +34,7 @@ def same_labels(
 
         to_probabilities = probabilities or (lambda logits: logits.softmax(dim=-1))
         expected, other = (
-            to_probabilities(torch.cat([batch[output].float().cpu() for batch in batches]).flatten(end_dim=-2))
+            to_probabilities(torch.cat([batch[output].float().cpu().flatten(end_dim=-2) for batch in batches]))
             for batches in (reference, found)
         )
         if not bool(other.isfinite().all()):
@@ -45,7 +45,7 @@ def same_labels(
         if len(agree) and float(agree.float().mean()) < bounds.label_agreement:
             return f"labels agree on {float(agree.float().mean()):.1%} of the samples"
         change = (other.gather(1, best.indices[:, :1]) - best.values[:, :1]).abs().flatten()
-        if (largest := float(change.quantile(0.99))) > bounds.confidence_change:
+        if (largest := float(change.quantile(0.99, interpolation="lower"))) > bounds.confidence_change:
             return f"confidences change by up to {largest:.3f}"
         return None
 
@@ -70,7 +70,7 @@ def same_vectors(limits: Sameness | None = None) -> Same:
             )
             if not bool(cosines.isfinite().all()):
                 return "outputs that are no numbers"
-            if (least := float(cosines.quantile(0.01))) < bounds.cosine:
+            if (least := float(cosines.quantile(0.01, interpolation="higher"))) < bounds.cosine:
                 return f"the cosine similarity of {name} falls to {least:.4f}"
         return None
 

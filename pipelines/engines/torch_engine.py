@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from modalkit.pipelines.engines.packed import pack_linears
 from modalkit.pipelines.engines.settings import DTYPES, Candidate, DTypeName
 from modalkit.pipelines.errors import EngineError
 
@@ -52,15 +53,18 @@ def named_outputs(outputs: object) -> dict[str, Tensor]:
 
 
 def torch_run(module: nn.Module, candidate: Candidate, *, may_copy: bool = True) -> Run:
-    """Run a module by torch. In another number format than its own, a copy runs if `may_copy`, else it is changed.
+    """Run a module by torch. To change its weights, a copy is made if `may_copy`, else the module is changed.
 
     Raises `EngineError` where torch cannot compile.
     """
     dtype: torch.dtype = getattr(torch, candidate.dtype)
     device = device_of(module)
     own: Callable[..., object] = module
-    if dtype_of(module) != candidate.dtype:
-        own = (copy.deepcopy(module) if may_copy else module).to(dtype=dtype)
+    if dtype_of(module) != candidate.dtype or candidate.engine == "torch-packed":
+        changed = (copy.deepcopy(module) if may_copy else module).to(dtype=dtype)
+        if candidate.engine == "torch-packed":
+            pack_linears(changed)
+        own = changed
     if candidate.engine == "torch-compile":
         _require_compiler(device)
         own = torch.compile(own, dynamic=True)

@@ -10,7 +10,14 @@ import typer
 from modalkit.pipelines.errors import ModelLoadError
 from modalkit.pipelines.loading import BUNDLED_FOLDER
 from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest
-from modalkit.pipelines.training.data import LABELS, SOURCES, Sentence, fetch_sentences, load_sentences
+from modalkit.pipelines.training.data import (
+    LABELS,
+    SOURCES,
+    Sentence,
+    fetch_sentences,
+    load_sentences,
+    read_sentences,
+)
 from modalkit.pipelines.training.train import fine_tune
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -47,9 +54,15 @@ def evaluate_model(
         BUNDLED_FOLDER
     ),
     cache: Cache = DEFAULT_CACHE,
+    engine: Annotated[str, typer.Option(help="The engine: auto, torch, torch-packed, openvino or onnx.")] = "torch",
+    dtype: Annotated[str, typer.Option(help="The number format: auto, float32, bfloat16 or float16.")] = "float32",
+    sentences: Annotated[
+        Path | None, typer.Option(help="A file of sentences, as export-held-out writes it, in place of a download.")
+    ] = None,
 ) -> None:
     """Measure a model on the held-out sentences, in the same way as it is served."""
-    _report(model, [sentence for sentence in _sentences(cache) if sentence.held_out])
+    held_out = read_sentences(sentences) if sentences else [s for s in _sentences(cache) if s.held_out]
+    _report(model, held_out, engine=engine, dtype=dtype)
 
 
 @app.command()
@@ -63,12 +76,15 @@ def export_held_out(
     print(f"wrote {len(held_out):,} sentences to {output}")
 
 
-def _report(model: Path, sentences: list[Sentence]) -> None:
+def _report(model: Path, sentences: list[Sentence], engine: str = "torch", dtype: str = "float32") -> None:
     try:
-        pipeline = SentimentPipeline("sentiment", "models", {}, model_path=str(model.resolve()))
+        pipeline = SentimentPipeline(
+            "sentiment", "models", {}, model_path=str(model.resolve()), engine=engine, dtype=dtype
+        )
         figures = evaluate(pipeline, sentences)
     except (ModelLoadError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
+    print(f"engine {pipeline.engine_choice}")
     print(
         "| held-out sentences | count | three-way accuracy | not neutral | polarity accuracy |\n|---|---|---|---|---|"
     )

@@ -95,3 +95,9 @@ def pip_download(requirement: str, folder: Path, *options: str) -> Path:
         subprocess.run([*command, *options, requirement], check=True)
     (path,) = target.iterdir()
     return path
+
+
+def read_sentences(path: Path) -> list[Sentence]:
+    """The sentences of a file that ``export-held-out`` wrote."""
+    rows = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [Sentence(source, float(rating), text) for source, rating, text in (row.split("\t", 2) for row in rows)]

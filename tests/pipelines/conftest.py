@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from modalkit.pipelines.sentiment import SentimentPipeline
-from modalkit.pipelines.training.data import Sentence
+from modalkit.pipelines.training.data import Sentence, read_sentences
 
 
 @pytest.fixture(scope="session")
@@ -15,5 +15,4 @@ def bundled() -> SentimentPipeline:
 @pytest.fixture(scope="session")
 def held_out() -> list[Sentence]:
     """The sentences that the bundled model was not trained on."""
-    rows = (Path(__file__).parent / "data" / "held_out.tsv").read_text(encoding="utf-8").split("\n")[:-1]
-    return [Sentence(source, float(rating), text) for source, rating, text in (row.split("\t", 2) for row in rows)]
+    return read_sentences(Path(__file__).parent / "data" / "held_out.tsv")

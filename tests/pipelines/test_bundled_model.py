@@ -5,9 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from pydantic import BaseModel
 
-from modalkit.pipelines.loading import BUNDLED_FOLDER
-from modalkit.pipelines.sentiment import SentimentPipeline
+from modalkit.pipelines.classifier_settings import ClassifierEntry
+from modalkit.pipelines.loading import BUNDLED_FOLDER, load_checkpoint
+from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest
 from modalkit.pipelines.training.__main__ import evaluate
 from modalkit.pipelines.training.data import Sentence
 
@@ -31,6 +34,46 @@ def test_it_is_as_accurate_as_its_card_says(bundled: SentimentPipeline, held_out
         # Another processor may round a close call the other way.
         assert float(three_way) == pytest.approx(found.three_way, abs=0.003)
         assert float(polarity) == pytest.approx(found.polarity, abs=0.003)
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [("torch", "bfloat16"), ("torch-packed", "float32"), ("openvino", "float32"), ("onnx", "float32")],
+)
+def test_every_engine_gives_its_labels(
+    bundled: SentimentPipeline, held_out: list[Sentence], tmp_path: Path, engine: str, dtype: str
+) -> None:
+    common = {"device": "cpu", "engines": {"cache_folder": tmp_path}}
+    pipeline = SentimentPipeline("sentiment", "models", common, engine=engine, dtype=dtype)
+    items: list[BaseModel] = [SentimentRequest(text=sentence.text) for sentence in held_out[:100]]
+    expected, found = ([answer.model_dump() for answer in p.run_inference(items)] for p in (bundled, pipeline))
+    agree = sum(a["sentiment"] == b["sentiment"] for a, b in zip(expected, found, strict=True))
+    assert agree >= 0.99 * len(items)
+    assert f"{engine} {dtype}" in pipeline.device_name()
+    if dtype == "float32":
+        confidences = ([answer["confidence"] for answer in answers] for answers in (expected, found))
+        assert next(confidences) == pytest.approx(next(confidences), abs=1e-4)
+
+
+def test_by_default_it_runs_by_what_is_fastest_with_its_labels(
+    bundled: SentimentPipeline, held_out: list[Sentence], tmp_path: Path
+) -> None:
+    common = {"device": "cpu", "engines": {"cache_folder": tmp_path, "measure_seconds": 2}}
+    pipeline = SentimentPipeline("sentiment", "models", common)
+    assert pipeline.engine_choice is not None
+    assert pipeline.engine_choice.speeds["torch float32"] == 1
+    items: list[BaseModel] = [SentimentRequest(text=sentence.text) for sentence in held_out[:100]]
+    pairs = zip(bundled.run_inference(items), pipeline.run_inference(items), strict=True)
+    assert sum(a.model_dump()["sentiment"] == b.model_dump()["sentiment"] for a, b in pairs) >= 99
+
+
+def test_torch_in_float32_computes_what_the_model_itself_does(bundled: SentimentPipeline) -> None:
+    items: list[BaseModel] = [SentimentRequest(text=text) for text in ("What a lovely day!", "good " * 90)]
+    prepared = bundled.preprocess(items)
+    model = load_checkpoint(ClassifierEntry(), Path(), torch.device("cpu")).model
+    with torch.inference_mode():
+        expected = model(**prepared["tensors"]).logits.softmax(dim=-1)
+    assert torch.equal(bundled.predict(items, prepared)["probabilities"], expected)
 
 
 def test_the_test_data_is_the_held_out_tenth(held_out: list[Sentence]) -> None:

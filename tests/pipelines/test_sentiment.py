@@ -194,7 +194,7 @@ def test_padding_goes_where_the_tokenizer_has_it(model_folder: Path) -> None:
         ({"device": "cuda:99"}, {}, r"'cuda:99' was asked for.*set it to auto or cpu"),
         ({"dtype": "float8"}, {}, r"common\.dtype: 'float8' is not auto, float32"),
         ({"engines": {"cache": "x"}}, {}, r"common\.engines: .* is not a group of settings of engines \(cache_folder"),
-        ({}, {"engine": "tensorrt"}, r"model_entries\.mine\.engine: 'tensorrt' is not auto, torch, torch-compile"),
+        ({}, {"engine": "tensorrt"}, r"model_entries\.mine\.engine: 'tensorrt' is not auto, torch, torch-packed"),
         ({"threads": 0}, {}, r"common\.threads: 0 is not a positive whole number"),
         ({"treads": 2}, {}, r"common\.treads: there is no such setting; there are device, dtype, engines, threads"),
         (

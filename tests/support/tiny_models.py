@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import BertConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 EXACT: dict[str, Any] = {"engine": "torch", "dtype": "float32"}
 """The entry's keys for the exact numbers, without measuring."""
@@ -17,7 +17,7 @@ TEXTS = [
     "No.",
     "The unbelievably long-winded announcement wasn't understood",
     "Zürich and Genève are in Switzerland",
-    "A cat sat on the mat, and the other cats of the neighbourhood sat around it for the whole afternoon. " * 4,
+    "A cat sat on the mat, and the other cats of the neighbourhood sat around it for the whole afternoon. " * 9,
 ]
 """Of mixed lengths; the last one is longer than `POSITIONS`."""
 
@@ -26,7 +26,7 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
-def save_tokenizer(folder: Path, *, padding_side: str = "right", max_length: int = POSITIONS) -> None:
+def save_tokenizer(folder: Path, padding_side: str) -> None:
     """A tokenizer like BERT's, of few words, so that many have several tokens."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
@@ -41,18 +41,25 @@ def save_tokenizer(folder: Path, *, padding_side: str = "right", max_length: int
     names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # the library has no type for it
         tokenizer_object=tokenizer,
-        model_max_length=max_length,
+        model_max_length=POSITIONS,
         padding_side=padding_side,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         **names,
     ).save_pretrained(folder)
 
 
-def save_model(model_class: type[PreTrainedModel], folder: Path, **config: Any) -> Path:
-    """A BERT with random weights that are large enough for outputs that differ, and the tokenizer."""
+def save_model(
+    model_class: type[PreTrainedModel],
+    folder: Path,
+    config_class: type[PreTrainedConfig] = BertConfig,
+    *,
+    padding_side: str = "right",
+    **config: Any,
+) -> Path:
+    """A model with random weights that are large enough for outputs that differ, and the tokenizer."""
     torch.manual_seed(7)
     sizes = {**SIZES, "vocab_size": 150, "max_position_embeddings": POSITIONS, "initializer_range": 0.5}
-    model: Any = model_class(BertConfig(**sizes, **config))
+    model: Any = model_class(config_class(**sizes, **config))
     model.save_pretrained(folder)
-    save_tokenizer(folder)
+    save_tokenizer(folder, padding_side)
     return folder

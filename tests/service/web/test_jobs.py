@@ -7,6 +7,7 @@ import anyio
 import httpx
 import pytest
 
+from modalkit.pipelines import EngineChoice
 from modalkit.service.jobs import JobStoreError
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.local_gateway import LocalGateway
@@ -14,7 +15,7 @@ from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app
 from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
-from tests.support.length_model import POISON
+from tests.support.length_model import POISON, LengthPipeline
 
 pytestmark = pytest.mark.anyio
 
@@ -96,7 +97,11 @@ async def test_ended_jobs_are_purged_as_asked_for(client: httpx.AsyncClient) -> 
         assert "older_than" in assert_problem(await client.delete(f"/jobs?older_than={bad}"), 422)["detail"]
 
 
-async def test_metrics_tell_of_models_batches_and_jobs(client: httpx.AsyncClient) -> None:
+async def test_metrics_tell_of_models_batches_and_jobs(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = EngineChoice(engine="openvino", dtype="bfloat16", reason="the fastest")
+    monkeypatch.setattr(LengthPipeline, "engine_choice", choice)
     await client.post("/sync/predict", json={"text": "four"})
     await ended(client, await submit(client, "four"))
     answer = await client.get("/metrics")
@@ -104,6 +109,7 @@ async def test_metrics_tell_of_models_batches_and_jobs(client: httpx.AsyncClient
     lines = answer.text.splitlines()
     for line in (
         'modalkit_model_ready{model="lengths"} 1.0',
+        'modalkit_engine_info{dtype="bfloat16",engine="openvino",model="lengths"} 1.0',
         'modalkit_requests_total{model="lengths",outcome="succeeded"} 2.0',
         'modalkit_batches_total{model="lengths"} 2.0',
         'modalkit_jobs{status="succeeded"} 1.0',
