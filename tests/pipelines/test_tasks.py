@@ -156,7 +156,7 @@ def test_pairs_are_scored_as_a_cross_encoder_does(
 
 
 def test_a_reranker_with_an_activation_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    config = {"sentence_transformers": {"activation_fn": "torch.nn.Tanh"}}
+    config: dict[str, Any] = {"sentence_transformers": {"activation_fn": "torch.nn.Tanh"}}
     folder = save_model(BertForSequenceClassification, tmp_path / "mine", num_labels=1, **config)
     with pytest.raises(ModelLoadError, match=r"torch\.nn\.Tanh.*mine\.activation to sigmoid or none"):
         load(RerankPipeline, folder)
