@@ -3,6 +3,7 @@
 from typing import Any
 
 from pydantic import BaseModel
+from torch import Tensor, nn
 
 from modalkit import BatchPolicy, BatchRecord, BatchScheduler, Failure, InferenceWorker, Stages, Success
 from modalkit.inference_pipeline import InferencePipeline
@@ -13,6 +14,7 @@ from modalkit.iomodel import (
     InferenceOutputModel,
     SyncInputModel,
 )
+from modalkit.pipelines import Engine, EngineSettings, load_engine
 from modalkit.settings import Settings
 from modalkit.task_queue import InMemoryBackend, QueueBackend
 
@@ -62,6 +64,13 @@ async def run_a_scheduler(texts: list[str]) -> list[int]:
 
     async with BatchScheduler(lengths, policy=BatchPolicy(max_batch_size=8)) as scheduler:
         return [await scheduler.submit(text, size=len(text)) for text in texts]
+
+
+def load_an_engine(module: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    settings = EngineSettings(engine="openvino", dtype="float32")
+    engine: Engine = load_engine(module, batches, settings, same=lambda reference, found: None)
+    assert str(engine.choice)
+    return engine(**batches[0])["logits"]
 
 
 def read_a_failure(message: str) -> DelayedFailureOutputModel:
