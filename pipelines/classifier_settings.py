@@ -1,8 +1,9 @@
-"""The settings of a text classifier, checked before any file is opened."""
+"""The settings of a model of the transformers library, checked before any file is opened."""
 
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic_core import ErrorDetails
 
 from modalkit.pipelines.engines.settings import DTypeName, EngineName, EngineOptions, EngineSettings
 from modalkit.pipelines.errors import ModelLoadError
@@ -30,14 +31,12 @@ class CommonSettings(BaseModel):
     )
 
 
-class ClassifierEntry(BaseModel):
-    """A text classifier's entry in ``model_settings.model_entries``."""
+class TextModelEntry(BaseModel):
+    """The entry of a model that reads texts, in ``model_settings.model_entries``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model_path: str = Field(
-        default=BUNDLED, min_length=1, strict=True, description="bundled, a folder, or a model's name on a hub"
-    )
+    model_path: str = Field(min_length=1, strict=True, description="a folder, or a model's name on a hub")
     max_length: int | None = Field(
         default=None, ge=1, strict=True, description="a positive whole number of tokens, or null for the model's limit"
     )
@@ -48,18 +47,29 @@ class ClassifierEntry(BaseModel):
     revision: str | None = Field(default=None, min_length=1, description="a branch, tag or commit on the hub, or null")
 
 
-def engine_settings(common: CommonSettings, entry: ClassifierEntry) -> EngineSettings:
+EntryT = TypeVar("EntryT", bound=TextModelEntry)
+
+
+class ClassifierEntry(TextModelEntry):
+    """The entry of a text classifier; without a `model_path`, of the bundled one."""
+
+    model_path: str = Field(
+        default=BUNDLED, min_length=1, strict=True, description="bundled, a folder, or a model's name on a hub"
+    )
+
+
+def engine_settings(common: CommonSettings, entry: TextModelEntry) -> EngineSettings:
     """The settings of a model's engine; its entry's number format is used in place of the common one."""
     return EngineSettings(**dict(common.engines), engine=entry.engine, dtype=entry.dtype or common.dtype)
 
 
 def parse_settings(
-    model_name: str, common_settings: dict[str, Any], model_entry: dict[str, Any]
-) -> tuple[CommonSettings, ClassifierEntry]:
+    model_name: str, common_settings: dict[str, Any], model_entry: dict[str, Any], entry_model: type[EntryT]
+) -> tuple[CommonSettings, EntryT]:
     """Check both parts. Raises `ModelLoadError`, which names each wrong key by its path in the configuration file."""
     return (
         _parse(CommonSettings, "model_settings.common", common_settings),
-        _parse(ClassifierEntry, f"model_settings.model_entries.{model_name}", model_entry),
+        _parse(entry_model, f"model_settings.model_entries.{model_name}", model_entry),
     )
 
 
@@ -67,15 +77,14 @@ def _parse(model: type[SettingsT], path: str, values: dict[str, Any]) -> Setting
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [
-            f"{path}.{problem['loc'][0]}: {_explain(model, str(problem['loc'][0]), problem['input'])}"
-            for problem in error.errors()
-        ]
+        problems = [f"{path}.{problem['loc'][0]}: {_explain(model, problem)}" for problem in error.errors()]
         raise ModelLoadError("; ".join(problems)) from error
 
 
-def _explain(model: type[BaseModel], key: str, value: object) -> str:
-    field = model.model_fields.get(key)
+def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
+    field = model.model_fields.get(str(problem["loc"][0]))
     if field is None:
         return f"there is no such setting; there are {', '.join(sorted(model.model_fields))}"
-    return f"{value!r} is not {field.description}"
+    if problem["type"] == "missing":
+        return f"it is missing: give {field.description}"
+    return f"{problem['input']!r} is not {field.description}"

@@ -1,4 +1,4 @@
-"""Loads a sequence-classification model of the transformers library onto a device, and prints nothing."""
+"""Loads a model of the transformers library onto a device, and prints nothing."""
 
 import inspect
 import logging
@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from modalkit.pipelines.classifier_settings import BUNDLED, DEVICE_PATTERN, ClassifierEntry
+from modalkit.pipelines.classifier_settings import BUNDLED, DEVICE_PATTERN, ClassifierEntry, TextModelEntry
 from modalkit.pipelines.errors import ModelLoadError
 
 BUNDLED_FOLDER = Path(__file__).parent / "sentiment_model"
@@ -34,8 +34,26 @@ _quieting = threading.Lock()
 
 
 @dataclass(frozen=True)
+class Task:
+    """What kind of model is loaded: the class of transformers that loads it, and the words of error messages."""
+
+    loader: type[Any]
+    noun: str
+    trained_for: str
+    min_labels: int = 2
+    unused_weights: tuple[str, ...] = ()
+    """The first parts of the names of weights that may be missing."""
+
+    def __str__(self) -> str:
+        return f"{'an' if self.noun[0] in 'aeiou' else 'a'} {self.noun}"
+
+
+TEXT_CLASSIFICATION = Task(AutoModelForSequenceClassification, "text classifier", "sequence classification")
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """A classifier in evaluation mode with its tokenizer; `dtype` is the number format of the stored weights."""
+    """A model in evaluation mode with its tokenizer; `dtype` is the number format of the stored weights."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -71,7 +89,9 @@ def _positions(model: PreTrainedModel) -> int | None:
     return limit
 
 
-def load_checkpoint(entry: ClassifierEntry, models_folder: Path, device: torch.device) -> Checkpoint:
+def load_checkpoint(
+    entry: TextModelEntry, models_folder: Path, device: torch.device, task: Task = TEXT_CLASSIFICATION
+) -> Checkpoint:
     """Load the model of `entry` onto `device`. Prints nothing.
 
     Raises `ModelLoadError`, with the location and a remedy, if the model cannot be found, read or used.
@@ -84,20 +104,22 @@ def load_checkpoint(entry: ClassifierEntry, models_folder: Path, device: torch.d
             config = AutoConfig.from_pretrained(source, **where)
             stored_dtype = config.dtype or torch.float32
             tokenizer = AutoTokenizer.from_pretrained(source, **where)
-            model, report = AutoModelForSequenceClassification.from_pretrained(
+            model, report = task.loader.from_pretrained(
                 source, config=config, dtype=dtype_on(device, stored_dtype), output_loading_info=True, **where
             )
             model = model.to(device)
     except Exception as error:  # the libraries raise exceptions of any class, even bare Exception
-        raise ModelLoadError(_explain_failure(error, entry, place, models_folder, is_folder=is_folder)) from error
+        raise ModelLoadError(_explain_failure(error, task, entry, place, models_folder, is_folder=is_folder)) from error
     checkpoint = Checkpoint(model.eval(), tokenizer, stored_dtype, source)
-    _check_usable(checkpoint, place, report["missing_keys"])
+    _check_usable(checkpoint, task, place, [k for k in report["missing_keys"] if not k.startswith(task.unused_weights)])
     return checkpoint
 
 
-def _locate(entry: ClassifierEntry, models_folder: Path) -> tuple[str, bool]:
+def _locate(entry: TextModelEntry, models_folder: Path) -> tuple[str, bool]:
     """The location of the model, and whether that is a folder rather than a name on the hub."""
-    if entry.model_path == BUNDLED:
+    has_default = isinstance(entry, ClassifierEntry)
+    is_bundled = has_default and entry.model_path == BUNDLED
+    if is_bundled:
         candidates = [BUNDLED_FOLDER]
     else:
         path = Path(entry.model_path).expanduser()
@@ -110,39 +132,40 @@ def _locate(entry: ClassifierEntry, models_folder: Path) -> tuple[str, bool]:
                     f"the folder {folder}: remove revision"
                 )
             return str(folder.resolve()), True
-    if entry.model_path == BUNDLED or not _HUB_NAME.fullmatch(entry.model_path) or entry.model_path.startswith("."):
+    if is_bundled or not _HUB_NAME.fullmatch(entry.model_path) or entry.model_path.startswith("."):
         looked_for = " nor ".join(str(folder) for folder in candidates)
+        others = f", a model's name on the hub, or {BUNDLED!r}" if has_default else ", or a model's name on the hub"
         raise ModelLoadError(
             f"model_path {entry.model_path!r}: there is no folder {looked_for}; give the folder that holds the model's "
-            f"config.json, a model's name on the hub, or {BUNDLED!r}"
+            f"config.json{others}"
         )
     return entry.model_path, False
 
 
 def _explain_failure(
-    error: Exception, entry: ClassifierEntry, place: str, models_folder: Path, *, is_folder: bool
+    error: Exception, task: Task, entry: TextModelEntry, place: str, models_folder: Path, *, is_folder: bool
 ) -> str:
     reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
     if is_folder:
         return (
-            f"cannot load a text classifier from {place}: {reason}. It needs config.json, tokenizer.json and "
-            "model.safetensors of a sequence-classification model, as save_pretrained() writes them: if they are "
-            "there, copy them again"
+            f"cannot load {task} from {place}: {reason}. It needs config.json, tokenizer.json and "
+            f"model.safetensors of a {task.trained_for.replace(' ', '-')} model, as save_pretrained() writes them: if "
+            "they are there, copy them again"
         )
     return (
-        f"cannot load a text classifier from {place}: {reason}. If a folder was meant by model_path "
+        f"cannot load {task} from {place}: {reason}. If a folder was meant by model_path "
         f"{entry.model_path!r}: it is neither in {models_folder} nor in {Path.cwd()}"
     )
 
 
-def _check_usable(checkpoint: Checkpoint, place: str, missing_weights: list[str]) -> None:
+def _check_usable(checkpoint: Checkpoint, task: Task, place: str, missing_weights: list[str]) -> None:
     if missing_weights:
         missing = ", ".join(sorted(missing_weights)[:4])
         raise ModelLoadError(
-            f"the model in {place} is no trained text classifier: it has no weights for {missing}. Use one that was "
-            "fine-tuned for sequence classification"
+            f"the model in {place} is no trained {task.noun}: it has no weights for {missing}. Use one that was "
+            f"fine-tuned for {task.trained_for}"
         )
-    if len(checkpoint.labels) < 2:
+    if len(checkpoint.labels) < task.min_labels:
         raise ModelLoadError(
             f"the model in {place} is no classifier: its config.json has {len(checkpoint.labels)} label. Use a "
             "classifier with two labels or more"

@@ -119,12 +119,12 @@ class NotAvailableError(ServiceError):
 
 
 class OutputNotJsonError(ServiceError):
-    """Raised for an output that JSON cannot hold: with a NumPy number, bytes, or half of a surrogate pair."""
+    """Raised for an output that JSON cannot hold: with bytes, an object of any class, or half of a surrogate pair."""
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(
-            f"the pipeline's output is no JSON ({describe_error(reason)}); postprocess must return plain values, such "
-            "as float(score) for a NumPy number"
+            f"the pipeline's output is no JSON ({describe_error(reason)}); postprocess must return values that "
+            "JSON has: texts, numbers, lists and dictionaries"
         )
 
 

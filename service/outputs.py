@@ -22,11 +22,13 @@ _LONG_DIGITS = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS // _SAMPLE_STEP))
 def output_json(output: InferenceOutputModel) -> bytes:
     """An output as JSON; numbers that JSON does not have (NaN, Infinity) are null.
 
+    NumPy's scalars and arrays and torch's tensors become numbers and lists.
+
     Raises `OutputNotJsonError` for an output that cannot be written, or that readers of JSON refuse: one nested deeper
     than 196 levels, or with an integer of more than 4,300 digits.
     """
     try:
-        content = output.model_dump_json().encode()
+        content = output.model_dump_json(fallback=_plain).encode()
         if b"NaN" in content or b"Infinity" in content:  # a model may be configured to write them
             content = to_json(from_json(content), inf_nan_mode="null")
         if may_be_refused(content):
@@ -35,6 +37,13 @@ def output_json(output: InferenceOutputModel) -> bytes:
         # A model's own serializers may raise anything.
         raise OutputNotJsonError(error) from error
     return content
+
+
+def _plain(value: object) -> object:
+    """What an array or a scalar of NumPy or torch holds, in Python's types. Raises `TypeError` for anything else."""
+    if hasattr(value, "dtype") and hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is no type of JSON")
 
 
 def may_be_refused(content: bytes) -> bool:

@@ -34,7 +34,7 @@ def same_labels(
 
         to_probabilities = probabilities or (lambda logits: logits.softmax(dim=-1))
         expected, other = (
-            to_probabilities(torch.cat([batch[output].float().cpu() for batch in batches]).flatten(end_dim=-2))
+            to_probabilities(torch.cat([batch[output].float().cpu().flatten(end_dim=-2) for batch in batches]))
             for batches in (reference, found)
         )
         if not bool(other.isfinite().all()):

@@ -24,7 +24,13 @@ _OFFICIAL_PYTHON = re.compile(r"(?:^|/)python:(\d+\.\d+)")
 # As modalkit.pipelines.loading has it, which brings in torch; a dash in front would be an option of the command.
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _NOT_THE_MODEL = ("**/.git", "**/.cache")
-_LOADS_FROM_THE_HUB = ("modalkit.pipelines.sentiment", "SentimentPipeline")
+_LOAD_FROM_THE_HUB = {
+    "modalkit.pipelines.embedding": "EmbeddingPipeline",
+    "modalkit.pipelines.rerank": "RerankPipeline",
+    "modalkit.pipelines.sentiment": "SentimentPipeline",
+    "modalkit.pipelines.token_classification": "TokenClassificationPipeline",
+    "modalkit.pipelines.zero_shot": "ZeroShotPipeline",
+}
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,7 @@ def _source(entry: ModelEntry, settings: Settings, folder: Path, elsewhere: Iter
         if local.is_dir():
             return LocalPath(local, remote, is_folder=True, ignore=_NOT_THE_MODEL)
     module, _, name = entry.pipeline.partition(":")
-    loads_from_the_hub = (current_name(module, folder), name) == _LOADS_FROM_THE_HUB
+    loads_from_the_hub = _LOAD_FROM_THE_HUB.get(current_name(module, folder)) == name
     is_on_the_hub = loads_from_the_hub and _HUB_NAME.fullmatch(path) is not None
     if not is_on_the_hub or _hub_cache_is_mounted(settings.app_settings.build_config.env, elsewhere):
         return None

@@ -14,7 +14,8 @@ from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from modalkit.pipelines.errors import ModelLoadError
 from modalkit.pipelines.loading import BUNDLED_FOLDER
-from modalkit.pipelines.sentiment import MAX_TEXT_CHARACTERS, SentimentPipeline, SentimentRequest, SentimentResponse
+from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest, SentimentResponse
+from modalkit.pipelines.texts import MAX_TEXT_CHARACTERS
 from modalkit.pipelines.training.data import Sentence
 
 TORCH = {"engine": "torch"}

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ConfigDict, field_serializer
 
 from modalkit.pipelines import InferenceOutputModel
@@ -41,11 +42,27 @@ def test_numbers_that_json_does_not_have_are_null() -> None:
     assert b"NaN," not in output_json(Constants(score=float("nan"), **odd))
 
 
-@pytest.mark.parametrize("value", [np.float32(1), "\ud800", b"\xff", object()])
+@pytest.mark.parametrize("value", ["\ud800", b"\xff", object(), {"deep": [object()]}])
 def test_what_is_no_json_is_an_error_with_a_remedy(value: Any) -> None:
     output = InferenceOutputModel.model_validate({"score": value})
-    with pytest.raises(OutputNotJsonError, match=r"is no JSON \(.*float\(score\)"):
+    with pytest.raises(OutputNotJsonError, match=r"is no JSON \(.*texts, numbers, lists"):
         output_json(output)
+
+
+class Scores(InferenceOutputModel):
+    best: float
+    count: int
+    all: list[float]
+    kept: Any = None
+
+
+def test_numbers_and_arrays_of_numpy_and_torch_are_json() -> None:
+    """In fields with a type and without one, at any depth."""
+    odd = {"best": np.float32(0.5), "count": np.int64(3), "all": np.array([0.5, np.nan], np.float32)}
+    deep = {"kept": {"grid": np.eye(2, dtype=np.int8)}, "vector": torch.ones(2, dtype=torch.bfloat16), "one": np.True_}
+    plain = {"best": 0.5, "count": 3, "all": [0.5, None], "kept": {"grid": [[1, 0], [0, 1]]}, "vector": [1.0, 1.0]}
+    success: dict[str, Any] = {"status": "success", "error": None, "meta": {}, "one": True}
+    assert output_object(Scores.model_validate(odd | deep)) == success | plain
 
 
 def test_a_serializer_that_raises_is_told_with_its_error() -> None:

@@ -37,7 +37,7 @@ from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import POISON, REJECTED, Length, LengthPipeline, Text
-from tests.support.odd_model import MUTE, NAN, NUMPY, SURROGATE, OddPipeline
+from tests.support.odd_model import MUTE, NAN, OBJECT, SURROGATE, OddPipeline
 
 pytestmark = pytest.mark.anyio
 
@@ -300,14 +300,14 @@ async def test_a_result_or_an_error_that_cannot_be_kept_fails_its_job_alone(
     jobs: JobStore = MemoryJobStore() if store == "memory" else SqliteJobStore(tmp_path / "jobs.db")
     async with InferenceWorker(OddPipeline(), queue_backend=queue, job_store=jobs) as worker:
         errors = {}
-        for text in (NUMPY, SURROGATE, MUTE):
+        for text in (OBJECT, SURROGATE, MUTE):
             job_id = await worker.submit(AsyncInputModel(message={"text": text}, failure_queue="bad"))
             job = await worker.job(job_id, wait_s=30)
             assert job is not None
             assert job.status is JobStatus.FAILED
             errors[text] = job.error
             assert json.loads(await queue.receive("bad"))["error"] == job.error
-        assert "numpy.float32" in str(errors[NUMPY])
+        assert "object is no type of JSON" in str(errors[OBJECT])
         assert "surrogates not allowed" in str(errors[SURROGATE])
         assert str(errors[MUTE]).startswith("MuteError: ")
         await worker.submit(AsyncInputModel(message={"text": "goes on"}, success_queue="ok"))

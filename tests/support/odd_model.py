@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel
 
 from modalkit.pipelines import InferenceOutputModel
 from tests.support.length_model import Length, LengthPipeline
 
-NUMPY = "numpy"
+OBJECT = "object"
 NAN = "nan"
 SURROGATE = "surrogate"
 MUTE = "mute"
@@ -30,7 +29,7 @@ class OddPipeline(LengthPipeline):
         return super().predict(input_list, preprocessed_data)
 
     def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
-        odd = {NUMPY: np.float32(0.5), NAN: float("nan"), SURROGATE: "half of a pair: \ud83d"}
+        odd = {OBJECT: object(), NAN: float("nan"), SURROGATE: "half of a pair: \ud83d"}
         return [
             InferenceOutputModel.model_validate({"score": odd[text]}) if text in odd else Length(length=len(text))
             for text in raw_output["texts"]

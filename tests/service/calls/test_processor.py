@@ -23,7 +23,7 @@ from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import AsyncConfig, Settings
 from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
-from tests.support.odd_model import NUMPY, OddPipeline
+from tests.support.odd_model import OBJECT, OddPipeline
 
 pytestmark = pytest.mark.anyio
 
@@ -150,7 +150,7 @@ async def test_entries_that_cannot_be_run_or_written_fail_alone(processor: CallP
         item(""),
         item(POISON),
         item(REJECTED),
-        item(NUMPY),
+        item(OBJECT),
         {"text": "no message"},
         "not even an object",
         item("good too"),
@@ -255,7 +255,7 @@ async def test_a_jobs_result_is_sent_and_returned(processor: CallProcessor, queu
         (POISON, "ValueError: this batch is poisoned"),
         (REJECTED, "rejected by the model"),
         ("", "text: String should have at least 1 character"),
-        (NUMPY, "the pipeline's output is no JSON"),
+        (OBJECT, "the pipeline's output is no JSON"),
     ],
 )
 async def test_a_failed_job_sends_what_was_asked_for(

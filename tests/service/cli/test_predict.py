@@ -15,7 +15,7 @@ from modalkit.service.cli.records import FileFormat, Record, read_records
 from modalkit.service.settings import Settings
 from tests.support.command_line import Modalkit
 from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
-from tests.support.odd_model import MUTE, NAN, NUMPY, SURROGATE
+from tests.support.odd_model import MUTE, NAN, OBJECT, SURROGATE
 
 
 def results(text: str) -> list[dict[str, Any]]:
@@ -252,7 +252,7 @@ def test_an_output_that_is_no_json_is_its_own_lines_error(
     modalkit: Modalkit, folder: Path, output: tuple[str, ...]
 ) -> None:
     (folder / "modalkit.yaml").write_text(ODD)
-    done = modalkit("predict", *output, stdin="\n".join(["four", NUMPY, NAN, SURROGATE, MUTE, "five!"]))
+    done = modalkit("predict", *output, stdin="\n".join(["four", OBJECT, NAN, SURROGATE, MUTE, "five!"]))
     assert done.returncode == 1
     assert [line.split(":")[0] for line in done.stderr.splitlines()[:-1]] == ["line 2", "line 4", "line 5"]
     if "out.csv" in output:

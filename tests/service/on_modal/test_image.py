@@ -341,6 +341,7 @@ def test_a_model_of_this_machine_is_where_it_is_looked_for(
     ("entry", "command"),
     [
         ({"model_path": "acme/reviews"}, "hf download acme/reviews"),
+        ({"model_path": "acme/e", "pipeline": "modalkit.pipelines.embedding:EmbeddingPipeline"}, "hf download acme/e"),
         (
             {"model_path": "acme/reviews", "revision": "v1; rm -rf /"},
             "hf download acme/reviews --revision 'v1; rm -rf /'",

@@ -10,7 +10,7 @@ import pytest
 from modalkit.service.queue_backends import InMemoryBackend
 from tests.support.http_client import assert_problem
 from tests.support.length_model import POISON, REJECTED
-from tests.support.odd_model import MUTE, NAN, NUMPY, SURROGATE
+from tests.support.odd_model import MUTE, NAN, OBJECT, SURROGATE
 
 pytestmark = pytest.mark.anyio
 
@@ -201,16 +201,16 @@ async def test_wrong_addresses_and_methods_are_problems_too(
 
 
 async def test_an_output_that_is_no_json_is_a_problem(client: httpx.AsyncClient) -> None:
-    for text, told in ((NUMPY, "numpy.float32"), (SURROGATE, "surrogates"), (MUTE, "MuteError")):
+    for text, told in ((OBJECT, "object is no type of JSON"), (SURROGATE, "surrogates"), (MUTE, "MuteError")):
         response = await client.post("/sync/predict?model_name=odd", json={"text": text})
         assert told in assert_problem(response, 500)["detail"]
 
 
 async def test_an_output_that_is_no_json_spoils_its_own_slot(client: httpx.AsyncClient) -> None:
-    items = [{"text": text} for text in ("four", NUMPY, NAN, SURROGATE, MUTE, "five!")]
+    items = [{"text": text} for text in ("four", OBJECT, NAN, SURROGATE, MUTE, "five!")]
     slots = (await client.post("/batch/predict?model_name=odd", json=items)).json()
     assert [slot["status"] for slot in slots] == ["success", "error", "success", "error", "error", "success"]
-    assert "float(score)" in slots[1]["error"]
+    assert "that JSON has: texts, numbers" in slots[1]["error"]
     assert slots[2]["score"] is None
 
 

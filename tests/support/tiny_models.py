@@ -1,0 +1,65 @@
+"""Models of transformers with random weights, small enough to be made in a moment, and a tokenizer for them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+EXACT: dict[str, Any] = {"engine": "torch", "dtype": "float32"}
+"""The entry's keys for the exact numbers, without measuring."""
+
+TEXTS = [
+    "Paris is lovely.",
+    "What a day!",
+    "Angela Merkel met Emmanuel Macron in Strasbourg, before both of them travelled to Brussels by an early train.",
+    "No.",
+    "The unbelievably long-winded announcement wasn't understood",
+    "Zürich and Genève are in Switzerland",
+    "A cat sat on the mat, and the other cats of the neighbourhood sat around it for the whole afternoon. " * 9,
+]
+"""Of mixed lengths; the last one is longer than `POSITIONS`."""
+
+POSITIONS = 128
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def save_tokenizer(folder: Path, padding_side: str) -> None:
+    """A tokenizer like BERT's, of few words, so that many have several tokens."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=150, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # the library has no type for it
+        tokenizer_object=tokenizer,
+        model_max_length=POSITIONS,
+        padding_side=padding_side,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **names,
+    ).save_pretrained(folder)
+
+
+def save_model(
+    model_class: type[PreTrainedModel],
+    folder: Path,
+    config_class: type[PreTrainedConfig] = BertConfig,
+    *,
+    padding_side: str = "right",
+    **config: Any,
+) -> Path:
+    """A model with random weights that are large enough for outputs that differ, and the tokenizer."""
+    torch.manual_seed(7)
+    sizes = {**SIZES, "vocab_size": 150, "max_position_embeddings": POSITIONS, "initializer_range": 0.5}
+    model: Any = model_class(config_class(**sizes, **config))
+    model.save_pretrained(folder)
+    save_tokenizer(folder, padding_side)
+    return folder
