@@ -30,9 +30,10 @@ if TYPE_CHECKING:
         InferenceOutputModel,
         InferencePipeline,
         PipelineError,
+        RejectItem,
         SyncInputModel,
     )
-    from modalkit.service.errors import ItemRejectedError, NotReadyError, ServiceError
+    from modalkit.service.errors import InvalidItemError, NotReadyError, ServiceError
     from modalkit.service.local_gateway import LocalGateway
     from modalkit.service.queue_backends import InMemoryBackend, QueueBackend
     from modalkit.service.settings import Settings
@@ -54,7 +55,7 @@ __all__ = [
     "InferenceOutputModel",
     "InferencePipeline",
     "InferenceWorker",
-    "ItemRejectedError",
+    "InvalidItemError",
     "LocalGateway",
     "NotReadyError",
     "Outcome",
@@ -62,6 +63,7 @@ __all__ = [
     "Priority",
     "QueueBackend",
     "QueueFullError",
+    "RejectItem",
     "RequestTooLargeError",
     "ServiceError",
     "Settings",
@@ -74,8 +76,8 @@ __all__ = [
 
 _DEFINED_IN = {
     "InferenceWorker": "service.worker",
-    "ItemRejectedError": "service.errors",
     "LocalGateway": "service.local_gateway",
+    "InvalidItemError": "service.errors",
     "NotReadyError": "service.errors",
     "ServiceError": "service.errors",
     "Settings": "service.settings",
@@ -90,6 +92,7 @@ _DEFINED_IN = {
             "InferenceOutputModel",
             "InferencePipeline",
             "PipelineError",
+            "RejectItem",
             "SyncInputModel",
         ),
         "pipelines",

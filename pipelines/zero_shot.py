@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from modalkit.pipelines.classifier_settings import TextModelEntry
-from modalkit.pipelines.errors import ModelLoadError
+from modalkit.pipelines.errors import ModelLoadError, RejectItem
 from modalkit.pipelines.iomodel import InferenceOutputModel
 from modalkit.pipelines.loading import Task
 from modalkit.pipelines.texts import TextRequest, Truncated
@@ -121,15 +121,17 @@ class ZeroShotPipeline(TransformerPipeline[ZeroShotEntry]):
             logits[order], truncated[order] = np.concatenate(rows), [t for part in parts for t in part["truncated"]]
         return {"logits": logits, "truncated": truncated}
 
-    def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
+    def postprocess(
+        self, input_list: list[BaseModel], raw_output: dict[str, Any]
+    ) -> list[InferenceOutputModel] | Any:
         """The labels of each text."""
-        responses: list[InferenceOutputModel] = []
+        responses: list[InferenceOutputModel | RejectItem] = []
         at = 0
         for item in input_list:
             labels = self.labels_of(item)
             if not labels:
                 why = "there are no labels: give labels in the request, or in the model's entry in the configuration"
-                responses.append(InferenceOutputModel(status="error", error=why))
+                responses.append(RejectItem(why))
                 continue
             rows = slice(at, at := at + len(labels))
             scores = self._scores(raw_output["logits"][rows])
