@@ -90,7 +90,7 @@ def predict(
         writer = make_writer(out, FileFormat.CSV if is_csv else FileFormat.JSONL, source.output_model)
         with Progress(*COLUMNS, console=notices, transient=True, disable=not notices.is_terminal) as progress:
             progress.add_task("Running", total=total)
-            run = _Run(writer, progress, settings)
+            run = _Run(writer, progress, source.settings)
             anyio.run(run.score, pipeline, records)
         out.flush()
     run.report(single=bool(texts))
