@@ -1,4 +1,4 @@
-"""The baseline for durable jobs: the least that a FastAPI service can do with the same requests.
+"""The baseline for requests and durable jobs: the least that a FastAPI service can do with the same requests.
 
 `app` validates and stores nothing; with ``BENCHMARK_REDIS_URL`` it sends each item as a TaskIQ task, one by one.
 """
@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from taskiq_redis import RedisStreamBroker
 
 from modalkit.benchmarks.nothing import Text
-from modalkit.pipelines import AsyncInputModel, AsyncOutputModel
+from modalkit.pipelines import AsyncInputModel, AsyncOutputModel, InferenceOutputModel
 
 REDIS_URL = os.environ.get("BENCHMARK_REDIS_URL", "redis://localhost:6379")
 QUEUE = "results"
@@ -33,6 +33,12 @@ async def lifespan(_: FastAPI) -> AsyncIterator[None]:
 
 
 app = FastAPI(lifespan=lifespan)
+
+
+@app.post("/echo")
+async def echo(request: Text) -> InferenceOutputModel:  # noqa: ARG001  # only its parsing is measured
+    """Validate, and answer as a pipeline that does nothing."""
+    return InferenceOutputModel()
 
 
 @app.post("/validate", status_code=202)

@@ -1,4 +1,4 @@
-"""What durable jobs cost, next to a FastAPI service that stores nothing, and next to one that sends TaskIQ tasks.
+"""What requests and durable jobs cost, next to a FastAPI service that does nothing, and to one that sends TaskIQ tasks.
 
 Run it with ``python -m modalkit.benchmarks.jobs``; ``--only`` chooses parts. The services are processes of their own
 with a pipeline that does nothing, a SQLite store with full synchronisation, and a Redis server of their own.
@@ -107,11 +107,11 @@ def metric(url: str, name: str) -> float:
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[-1])
 
 
-def rate(url: str, bodies: list[bytes], clients: int, jobs: int) -> float:
-    """Jobs accepted per second."""
+def rate(url: str, bodies: list[bytes], clients: int, jobs: int, status: int = 202) -> float:
+    """Jobs or items accepted per second."""
     started_s = time.perf_counter()
     statuses = uvloop.run(post_all(url, bodies, clients))
-    if statuses != {202: len(bodies)}:
+    if statuses != {status: len(bodies)}:
         raise RuntimeError(f"{url} answered {statuses}")
     return jobs / (time.perf_counter() - started_s)
 
@@ -133,6 +133,21 @@ def wait_until(reached: Callable[[], bool], timeout_s: float = 300.0) -> None:
 def told(name: str, ratios: list[float]) -> str:
     """A line with the median and the range of a ratio."""
     return f"{name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
+
+
+def predictions(rounds: int, items: int) -> None:
+    """Single requests to a pipeline that does nothing, next to a route that validates and answers with its models."""
+    ratios = []
+    bodies = [json.dumps({"text": TEXT}).encode()] * items
+    with tempfile.TemporaryDirectory() as folder, bare() as plain, served(Path(folder)) as url:
+        for _ in range(rounds):
+            reference = rate(f"{plain}/echo", bodies, CLIENTS, items, 200)
+            ours = rate(f"{url}/sync/predict", bodies, CLIENTS, items, 200)
+            ratios.append(ours / reference)
+            print(f"  bare {reference:.0f}/s, in batches {ours:.0f}/s")
+    print(
+        told(f"requests to a pipeline that does nothing, {CLIENTS} clients, beside a route that does nothing", ratios)
+    )
 
 
 def singles(rounds: int, jobs: int) -> None:
@@ -197,11 +212,12 @@ def backlog(jobs: int) -> None:
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help="single, lists, redis or backlog.")] = None,
+    only: Annotated[str | None, typer.Option(help="sync, single, lists, redis or backlog.")] = None,
     rounds: Annotated[int, typer.Option(help="How often each pair is measured, in turns.")] = 5,
 ) -> None:
-    """Print what durable jobs cost."""
+    """Print what requests and durable jobs cost."""
     parts: dict[str, Callable[[], None]] = {
+        "sync": lambda: predictions(rounds, 12_000),
         "single": lambda: singles(rounds, 6000),
         "lists": lambda: many(rounds, 40_000),
         "redis": lambda: through_redis(rounds, 40_000),

@@ -27,6 +27,7 @@ class TokenCounter:
 
     def __init__(self, encoder: TextEncoder) -> None:
         self._encoder = encoder
+        self._lowercases = encoder.lowercases
         self._known: dict[str, int] = {}
         self._words = (WORDS_AND_MARKS if self._marks_are_words() else WORDS_BETWEEN_SPACES).findall
         self._learn([word for word in encoder.vocabulary(VOCABULARY_WORDS) if word.isalnum()])
@@ -35,7 +36,7 @@ class TokenCounter:
         """The tokens of a text that the model reads, special tokens included: from 1 to the encoder's `max_length`."""
         # Few tokens have more than 10 characters, so the text after that does not change the result.
         text = text[: 10 * self._encoder.max_length]
-        words = self._words(text.lower() if self._encoder.lowercases else text)
+        words = self._words(text.lower() if self._lowercases else text)
         known: list[int | None] = list(map(self._known.get, words))
         tokens = self._look_up(words) if None in known else cast("list[int]", known)
         return min(self._encoder.special_tokens + sum(tokens), self._encoder.max_length) or 1

@@ -10,7 +10,6 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.service.gateway import Gateway, Readiness
 from modalkit.service.settings import AuthConfig
@@ -59,7 +58,6 @@ def create_app(
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.add_middleware(_RootPath)
     add_prediction_routes(app, gateway, api_key)
     app.include_router(make_job_router(gateway.jobs), dependencies=[] if api_key is None else api_key.dependencies)
     _add_health(app, gateway, require_all_models=require_all_models)
@@ -71,17 +69,6 @@ def create_app(
         return RedirectResponse("docs")
 
     return app
-
-
-class _RootPath:
-    """Adds ``root_path`` to scopes without it: ASGI servers may leave it out, and `fastapi_offline` needs it."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope.setdefault("root_path", "")
-        await self._app(scope, receive, send)
 
 
 def _complete_schema(app: FastAPI) -> None:

@@ -76,6 +76,10 @@ class ProblemError(ServiceError):
         return self.detail
 
 
+KNOWN_ERRORS: tuple[type[Exception], ...] = (ProblemError, *_STATUS_OF)
+"""Errors that callers are told; any other one is logged with its traceback, and the answer is 500."""
+
+
 def invalid(findings: Iterable[Mapping[str, Any]], model: type[BaseModel] | None = None) -> ProblemError:
     """The problem of a request in which pydantic found errors (`ValidationError.errors`); for `model`, its model."""
     errors = field_errors(findings, model)
@@ -117,8 +121,7 @@ def install_problem_handlers(app: FastAPI) -> None:
     async def on_error(_: Request, error: Exception) -> Response:
         return error_response(error)
 
-    app.add_exception_handler(ProblemError, on_error)
-    for kind in _STATUS_OF:
+    for kind in KNOWN_ERRORS:
         app.add_exception_handler(kind, on_error)
 
     @app.exception_handler(RequestValidationError)

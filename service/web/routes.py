@@ -1,16 +1,17 @@
 """The routes that predict, at once or as jobs."""
 
-from collections.abc import Awaitable, Callable, Coroutine
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
 from functools import cache, wraps
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar, Union
 
+import anyio
 from fastapi import Body, Depends, FastAPI, Request
 from fastapi.responses import Response
-from fastapi.routing import APIRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.batching import Failure, Outcome
-from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel, AsyncOutputModel, InferenceOutputModel
 from modalkit.service.errors import OutputNotJsonError
 from modalkit.service.gateway import Gateway, find_model
@@ -19,18 +20,20 @@ from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, Submitted
 from modalkit.service.web.auth import ApiKey
 from modalkit.service.web.bodies import BodyParser, read_body, run_valid
 from modalkit.service.web.options import PredictionOptions, SubmissionOptions
-from modalkit.service.web.problems import ProblemError, error_json, error_response
+from modalkit.service.web.problems import KNOWN_ERRORS, ProblemError, error_json, error_response
 from modalkit.service.web.submissions import Submitter
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 T = TypeVar("T")
 
+WATCH_AFTER_S = 0.1
+"""Seconds after which a request that waits is watched: a task for each request would cost a fifth of its time."""
+
 
 def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None) -> None:
-    """Add the routes over `gateway`.
-
-    They are added to the application itself: a router in between would cost as much time as the route.
-    """
+    """Add the routes over `gateway`: to FastAPI for the documentation, and as `DirectRoutes`."""
+    endpoints: dict[str, Endpoint] = {}
+    app.add_middleware(DirectRoutes, endpoints=endpoints)
     models = gateway.models.values()
     item: Any = Union[tuple(model.input_model for model in models)]  # noqa: UP007  # types known at run time
     job: Any = Union[tuple(AsyncInputModel[model.input_model] for model in models)]  # type: ignore[name-defined]  # noqa: UP007  # as above
@@ -50,6 +53,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
                     await api_key.check(request)
                 return await endpoint(request)
 
+            endpoints[path] = checked
             app.router.add_api_route(
                 path,
                 checked,
@@ -58,7 +62,6 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
                 response_model=answer,
                 responses=PROBLEM_ANSWERS,
                 dependencies=[Depends(documented_body), Depends(options), *key],
-                route_class_override=_PlainRoute,
                 **more,
             )
 
@@ -110,31 +113,58 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
         return await Submitter(gateway.jobs, model.name, parser(model.input_model), options).answer(request)
 
 
-class _PlainRoute(APIRoute):
-    """A documented route that calls its endpoint with the request; FastAPI reads no parameters, runs no dependencies.
+class DirectRoutes:
+    """ASGI middleware that answers POST requests by `endpoints`, an endpoint for each path, and passes on all others.
 
-    What FastAPI does for each request takes as long as all other work for a job.
+    FastAPI only documents these routes: its routing, parameters and middleware take longer than all other work for a
+    request. An error that is none of `KNOWN_ERRORS` is raised.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The function that answers a request."""
-        return self.endpoint
+    def __init__(self, app: ASGIApp, endpoints: Mapping[str, Endpoint]) -> None:
+        self._app = app
+        self._endpoints = endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, as an ASGI application does."""
+        root_path = scope.setdefault("root_path", "")  # servers may leave it out, and `fastapi_offline` needs it
+        endpoint = None
+        if scope["type"] == "http" and scope["method"] == "POST":
+            endpoint = self._endpoints.get(scope["path"].removeprefix(root_path))
+        if endpoint is None:
+            await self._app(scope, receive, send)
+            return
+        try:
+            response = await endpoint(Request(scope, receive, send))
+        except KNOWN_ERRORS as error:
+            response = error_response(error)
+        await response(scope, receive, send)
 
 
 async def while_connected(request: Request, call: Awaitable[T]) -> T:
-    """Await a call; cancel it when the client disconnects, so that its item leaves the queue."""
-    async with plain_task_group() as task_group:
+    """Await a call; cancel it when the client disconnects, so that its item leaves the queue.
 
-        async def watch() -> None:
-            # The body has been read, so the only message that can come is the disconnection.
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
-            task_group.cancel_scope.cancel()
+    Only a request that has waited for `WATCH_AFTER_S` seconds gets a task that watches its connection.
+    """
+    watch: asyncio.Task[None] | None = None
 
-        task_group.start_soon(watch)
-        result = await call
-        task_group.cancel_scope.cancel()
-        return result
+    async def cancel_when_disconnected() -> None:
+        # The body has been read, so the only message that can come is the disconnection.
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        scope.cancel()
+
+    def start_watch() -> None:
+        nonlocal watch
+        watch = asyncio.create_task(cancel_when_disconnected())
+
+    timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, start_watch)
+    try:
+        with anyio.CancelScope() as scope:
+            return await call
+    finally:
+        timer.cancel()
+        if watch is not None:
+            watch.cancel()
     raise ProblemError(HTTPStatus.REQUEST_TIMEOUT, "the client has gone")
 
 
