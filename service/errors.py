@@ -1,5 +1,6 @@
 """Errors that several parts of `service` use, their root, and errors as text."""
 
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from sysconfig import get_path
@@ -14,6 +15,8 @@ MAX_ERROR_BYTES = 8 * 1024
 CUT_NOTE = " … ({characters} more characters)"
 MAX_NOTE_BYTES = 64
 """Limit of the bytes of a `CUT_NOTE`."""
+MAX_CODE_CHARACTERS = 200
+"""Limit of the characters of a line of code beside an error."""
 
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _FOLDERS_OF_OTHERS = (f"{Path(__file__).parents[1]}/", f"{get_path('stdlib')}/")
@@ -139,9 +142,11 @@ def describe_with_line(error: BaseException) -> str:
     if not frames:
         return describe_error(error)
     frame = frames[-1]
-    path = Path(frame.filename)
-    file = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    return f"{describe_error(error)} ({file}, line {frame.lineno}, in {frame.name}: {frame.line})"
+    file = frame.filename
+    with suppress(OSError):  # the working directory may be gone
+        file = file.removeprefix(f"{Path.cwd()}/")
+    code = (frame.line or "")[:MAX_CODE_CHARACTERS]
+    return f"{describe_error(error)} ({file}, line {frame.lineno}, in {frame.name}{f': {code}' if code else ''})"
 
 
 def _is_users(file: str) -> bool:

@@ -131,10 +131,11 @@ class LocalGateway(AsyncContextManagerMixin):
 
     The models are those of the configuration, unless `sources` says which.
 
-    Constructing it imports the classes that the configuration names and raises `LoadError` where that fails; entering
-    it opens the job store and starts to load the models in the background. A model that cannot be loaded is `failed`,
-    one whose worker breaks down is `broken`, and neither affects the others. Leaving it does not wait for a model that
-    is still being constructed, whose stored jobs stay for the next start; a warm-up that has begun is finished.
+    Constructing it imports the classes that the configuration names and raises `LoadError` where that fails, and
+    `SettingsError` for keys that their constructors do not take; entering it opens the job store and starts to load the
+    models in the background. A model that cannot be loaded is `failed`, one whose worker breaks down is `broken`, and
+    neither affects the others. Leaving it does not wait for a model that is still being constructed, whose stored jobs
+    stay for the next start; a warm-up that has begun is finished.
     """
 
     def __init__(

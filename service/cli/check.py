@@ -19,7 +19,7 @@ from modalkit.service.errors import ItemRejectedError, OutputNotJsonError, Servi
 from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
 from modalkit.service.made_up_items import NoItemsError, make_up_items
 from modalkit.service.outputs import output_json
-from modalkit.service.settings import Settings
+from modalkit.service.settings import BatchConfig, Settings
 from modalkit.service.worker import short_lived_worker
 
 BATCH_COUNT = 4
@@ -114,7 +114,11 @@ async def _run_batch(pipeline: InferencePipeline, source: ModelSource) -> str:
     async with short_lived_worker(pipeline, source.settings, input_model=source.input_model) as worker:
         items, are_guessed = _items(pipeline, source)
         started_s = time.perf_counter()
-        outcomes = await worker.predict_many(items)
+        outcomes: list[Outcome[InferenceOutputModel]]
+        try:
+            outcomes = await worker.predict_many(items)
+        except Exception as error:  # noqa: BLE001  # such as that of an item_size; reported like that of a stage
+            outcomes = [Failure(error)]
         elapsed_s = time.perf_counter() - started_s
     error = next(filter(None, map(_error_of, outcomes)), None)
     if error is None:
@@ -141,15 +145,16 @@ def _error_of(outcome: Outcome[InferenceOutputModel]) -> Exception | None:
 
 def _items(pipeline: InferencePipeline, source: ModelSource) -> tuple[Sequence[BaseModel], bool]:
     """Items to try, and whether they were guessed. Raises `BatchFailedError`, and `NoItemsError` for none."""
+    count = min(BATCH_COUNT, source.settings.app_settings.batch_config.max_queue_size)
     try:
-        items = pipeline.sample_items(BATCH_COUNT, ITEM_SIZE)
+        items = pipeline.sample_items(count, ITEM_SIZE)
     except Exception as error:
         raise BatchFailedError(
-            f"{source.model_name}: sample_items({BATCH_COUNT}, {ITEM_SIZE}) failed: {describe_with_line(error)}"
+            f"{source.model_name}: sample_items({count}, {ITEM_SIZE}) failed: {describe_with_line(error)}"
         ) from error
     if items:
         return items, False
-    made_up = make_up_items(source.input_model, BATCH_COUNT)
+    made_up = make_up_items(source.input_model, count)
     return made_up.items, made_up.are_guessed
 
 
@@ -157,10 +162,19 @@ def _service_table(settings: Settings, backend: str) -> Table:
     app = settings.app_settings
     batch, jobs, auth = app.batch_config, app.async_config, app.auth_config
     table = Table("setting", "value", title="Service", title_justify="left")
-    table.add_row("batches", f"up to {batch.max_batch_size} items, waiting at most {batch.wait_ms:g} ms")
+    table.add_row("batches", _limits(batch))
+    for name in settings.model_settings.model_entries:
+        own = settings.for_model(name).app_settings.batch_config
+        if own != batch:
+            table.add_row(f"batches of {name}", _limits(own))
     table.add_row("queue", f"up to {batch.max_queue_size} requests")
     table.add_row("jobs", f"{jobs.store}" + (f" ({jobs.store_path})" if jobs.store == "sqlite" else ""))
     table.add_row("results to", backend)
     anyone = auth.api_key is None and auth.ssm_key is None
     table.add_row("callers", "anyone" if anyone else f"with the API key, in {auth.auth_header!r}")
     return table
+
+
+def _limits(batch: BatchConfig) -> str:
+    in_flight = "" if batch.max_in_flight is None else f", {batch.max_in_flight} at once"
+    return f"up to {batch.max_batch_size} items, waiting at most {batch.wait_ms:g} ms{in_flight}"

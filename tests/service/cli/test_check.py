@@ -67,6 +67,13 @@ class Rejecting(Base):
         return [InferenceOutputModel(status="error", error="too few stars") for _ in input_list]
 
 
+class Unsized(Base):
+    input_model = Example
+
+    def item_size(self, item):
+        return item.size
+
+
 class Cold(Base):
     def warm_up(self):
         start_driver()
@@ -104,7 +111,10 @@ def test_a_model_without_sample_items_is_tried_with_items_from_its_schema(modalk
     configure(folder, "Good")
     done = modalkit("check")
     assert (done.returncode, done.stderr) == (0, "")
+    assert "4 items in" in done.stdout
     assert "made up" in done.stdout
+    limits = {f"MODALKIT_APP_SETTINGS__BATCH_CONFIG__{name}": "2" for name in ("MAX_BATCH_SIZE", "MAX_QUEUE_SIZE")}
+    assert "2 items in" in modalkit("check", **limits).stdout
 
 
 @pytest.mark.parametrize(
@@ -120,6 +130,7 @@ def test_a_model_without_sample_items_is_tried_with_items_from_its_schema(modalk
         ),
         ("BrokenByGuess", 1, "FAILED", ["KeyError: 'missing'", "The items were made up", "Field(examples="]),
         ("Numpy", 1, "FAILED", ["numpy: a batch of 4 items failed: the pipeline's output is no JSON"]),
+        ("Unsized", 1, "FAILED", ["a batch of 4 items failed: AttributeError: ", "in item_size: return item.size"]),
         ("BadSamplesLater", 1, "FAILED", ["sample_items(4, 16) failed: TypeError: ", "in sample_items: return [Rev"]),
         ("BadSamples", 2, "FAILED to warm up", ["warming up BadSamples failed: TypeError: ", "in sample_items: "]),
         ("Cold", 2, "FAILED to warm up", ["warming up Cold failed: RuntimeError: no driver (", "in start_driver: "]),
@@ -137,6 +148,12 @@ def test_what_fails_or_was_not_tried_is_said_in_one_message(
     for line, code in re.findall(r"\(my_models.py, line (\d+), in \w+: (.*?)\)(?:\. |$)", done.stderr, re.MULTILINE):
         assert MODELS.splitlines()[int(line) - 1].strip() == code
     assert done.stderr.count("\n") == 1
+
+
+def test_limits_of_one_model_are_shown(modalkit: Modalkit, folder: Path) -> None:
+    configure(folder, "Good")
+    done = modalkit("check", MODALKIT_MODEL_SETTINGS__MODEL_ENTRIES__good__MAX_IN_FLIGHT="2")
+    assert re.search("batches of good .* up to 32 items, waiting at most 0 ms, 2 at once", done.stdout)
 
 
 def test_the_other_models_are_tried_after_one_that_failed(modalkit: Modalkit, folder: Path) -> None:
