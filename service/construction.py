@@ -52,6 +52,13 @@ class Constructor:
             else:
                 yield name, f"is missing: add it, the constructor of {self._class.__name__} needs it. {self._takes()}"
 
+    def misspelt(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Each key that only ``**options`` takes and that is similar to one of modalkit's own, and that one."""
+        for key in entry:
+            meant = close_name(key, ModelEntry.model_fields)
+            if key not in self._named and self._takes_any_key and meant is not None:
+                yield key, meant
+
     def make(self, arguments: Mapping[str, Any], entry: Mapping[str, Any]) -> InferencePipeline:
         """Construct the pipeline; `arguments` are the `STANDARD_ARGUMENTS`. Raises what the constructor raises."""
         bound = self._bound(arguments, entry)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import logging
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,8 @@ from modalkit.service.queue_backends import (
 )
 from modalkit.service.settings import QueueConfig, Settings, SettingsError
 from modalkit.service.settings.problems import Problem
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -137,6 +140,15 @@ class ModelSource:
         ]
         if problems:
             raise SettingsError(problems)
+        for key, meant in self._constructor.misspelt(self._arguments):
+            logger.warning(
+                "%s.%s: is given to the constructor of %s; did you mean %s? (%s)",
+                self._key,
+                key,
+                implementation.__name__,
+                meant,
+                settings.origin(*path, key),
+            )
         self.input_model: type[BaseModel] = implementation.input_model
         self.output_model: type[InferenceOutputModel] = implementation.output_model
         if entry is not None and entry.input_model is not None:

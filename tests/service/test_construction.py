@@ -213,6 +213,14 @@ def test_a_wrong_key_is_refused_with_what_the_constructor_takes(
         assert message in str(caught.value)
 
 
+def test_a_key_like_one_of_modalkits_is_reported_where_the_constructor_takes_any(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert source_of(Base, "batch_confg: {}").load().model_entry == {"batch_confg": {}}
+    said = "mine.batch_confg: is given to the constructor of Base; did you mean batch_config? (modalkit.yaml, line 8)"
+    assert said in caplog.text
+
+
 def test_an_error_of_a_constructor_has_its_class_and_the_users_line() -> None:
     with pytest.raises(LoadError) as caught:
         source_of(Failing, "model_file: a.bin").load()
