@@ -48,7 +48,7 @@ def make_up_items(model: type[BaseModel], n: int) -> MadeUpItems:
     Raises `NoItemsError`.
     """
     try:
-        schema = model.model_json_schema()
+        schema: Mapping[str, Any] = model.model_json_schema()
     except Exception as error:
         raise NoItemsError(f"{model.__name__} has no JSON schema: {describe_error(error)}") from error
     maker = _Maker(schema.get("$defs", {}))

@@ -114,11 +114,7 @@ async def _run_batch(pipeline: InferencePipeline, source: ModelSource) -> str:
     async with short_lived_worker(pipeline, source.settings, input_model=source.input_model) as worker:
         items, are_guessed = _items(pipeline, source)
         started_s = time.perf_counter()
-        outcomes: list[Outcome[InferenceOutputModel]]
-        try:
-            outcomes = await worker.predict_many(items)
-        except Exception as error:  # noqa: BLE001  # such as that of an item_size; reported like that of a stage
-            outcomes = [Failure(error)]
+        outcomes = await worker.predict_many(items)
         elapsed_s = time.perf_counter() - started_s
     error = next(filter(None, map(_error_of, outcomes)), None)
     if error is None:
@@ -147,7 +143,7 @@ def _items(pipeline: InferencePipeline, source: ModelSource) -> tuple[Sequence[B
     """Items to try, and whether they were guessed. Raises `BatchFailedError`, and `NoItemsError` for none."""
     count = min(BATCH_COUNT, source.settings.app_settings.batch_config.max_queue_size)
     try:
-        items = pipeline.sample_items(count, ITEM_SIZE)
+        items = list(pipeline.sample_items(count, ITEM_SIZE))[:count]
     except Exception as error:
         raise BatchFailedError(
             f"{source.model_name}: sample_items({count}, {ITEM_SIZE}) failed: {describe_with_line(error)}"

@@ -67,13 +67,6 @@ class Rejecting(Base):
         return [InferenceOutputModel(status="error", error="too few stars") for _ in input_list]
 
 
-class Unsized(Base):
-    input_model = Example
-
-    def item_size(self, item):
-        return item.size
-
-
 class Cold(Base):
     def warm_up(self):
         start_driver()
@@ -130,7 +123,6 @@ def test_a_model_without_sample_items_is_tried_with_items_from_its_schema(modalk
         ),
         ("BrokenByGuess", 1, "FAILED", ["KeyError: 'missing'", "The items were made up", "Field(examples="]),
         ("Numpy", 1, "FAILED", ["numpy: a batch of 4 items failed: the pipeline's output is no JSON"]),
-        ("Unsized", 1, "FAILED", ["a batch of 4 items failed: AttributeError: ", "in item_size: return item.size"]),
         ("BadSamplesLater", 1, "FAILED", ["sample_items(4, 16) failed: TypeError: ", "in sample_items: return [Rev"]),
         ("BadSamples", 2, "FAILED to warm up", ["warming up BadSamples failed: TypeError: ", "in sample_items: "]),
         ("Cold", 2, "FAILED to warm up", ["warming up Cold failed: RuntimeError: no driver (", "in start_driver: "]),
