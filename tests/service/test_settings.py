@@ -120,11 +120,8 @@ def test_a_file_that_is_named_but_missing_is_an_error(name: str) -> None:
             "a.batch_config.max_batch_sise: unknown key; did you mean max_batch_size?",
         ),
         (
-            """
-            app_settings: {batch_config: {max_queue_size: 64}}
-            model_settings: {model_entries: {a: {pipeline: 'm:C', batch_config: {max_batch_size: 65}}}}
-            """,
-            "a.batch_config.max_batch_size: 65 is more than",
+            "model_settings: {model_entries: {a: {pipeline: 'm:C', batch_config: {max_batch_size: 10_001}}}}",
+            "a.batch_config.max_batch_size: 10001 is more than",
         ),
         (
             "model_settings: {model_entries: {a: {pipeline: 'm:C', max_in_flight: 0}}}",
