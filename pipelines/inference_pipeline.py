@@ -27,10 +27,22 @@ class InferencePipeline:
     Each of these four methods may be an ``async def``, for a model behind a network: it runs in the event loop, and the
     others in threads. `max_in_flight` batches then wait for the network at once. Their costs are not measured at start.
 
-    `model_name` is the entry's name in ``model_settings.model_entries``. `all_model_data_folder` is the folder of local
-    models. `common_settings` are the settings of all models (``model_settings.common``). `model_entry` has the other
-    keys of the entry, without the one that names the pipeline. A pipeline is ready when it is constructed.
+    A pipeline is ready when it is constructed. Its constructor may have any parameters: modalkit passes to it the keys
+    of the model's entry, and those of `model_name`, `all_model_data_folder` and `common_settings` that it names. These
+    are attributes as well, set before the constructor runs, so it need not call ``super().__init__``.
     """
+
+    model_name: str
+    """The entry's name in ``model_settings.model_entries``; the name of the class where modalkit does not construct."""
+
+    all_model_data_folder: str
+    """The folder of local models."""
+
+    common_settings: dict[str, Any]
+    """The settings of all models (``model_settings.common``), with the device of this one."""
+
+    model_entry: dict[str, Any]
+    """The keys of the entry, without those that modalkit itself uses."""
 
     input_model: ClassVar[type[BaseModel]] = AnyInput
     """The model that each item is validated by before it reaches the pipeline."""
@@ -51,20 +63,37 @@ class InferencePipeline:
     two batches may be in the same stage.
     """
 
-    def __init__(
-        self, model_name: str, all_model_data_folder: str, common_settings: dict[str, Any], **model_entry: Any
-    ) -> None:
-        self.model_name = model_name
-        self.all_model_data_folder = all_model_data_folder
-        self.common_settings = common_settings
-        self.model_entry = model_entry
+    def __new__(cls, *_args: Any, **_options: Any) -> Self:
+        """Make an instance that has the attributes of the constructor before it is called, or where it is not.
 
-    def __new__(cls, *_: Any, **__: Any) -> Self:
-        """Make an instance. Raises `TypeError` for a class that lacks a stage, and has nothing in place of them."""
+        Raises `TypeError` for a class that lacks a stage, and has nothing in place of them.
+        """
         missing = [name for name in STAGES if getattr(cls, name) is getattr(InferencePipeline, name)]
         if missing and all(getattr(cls, name) is getattr(InferencePipeline, name) for name in IN_PLACE_OF_STAGES):
             raise TypeError(f"{cls.__name__} must define {', '.join(missing)}; or {' or '.join(IN_PLACE_OF_STAGES)}")
-        return super().__new__(cls)
+        self = super().__new__(cls)
+        self.model_name = cls.__name__
+        self.all_model_data_folder = "."
+        self.common_settings = {}
+        self.model_entry = {}
+        return self
+
+    def __init__(
+        self,
+        model_name: str | None = None,
+        all_model_data_folder: str | None = None,
+        common_settings: dict[str, Any] | None = None,
+        **model_entry: Any,
+    ) -> None:
+        """Set the attributes; those that are left out stay as modalkit set them."""
+        if model_name is not None:
+            self.model_name = model_name
+        if all_model_data_folder is not None:
+            self.all_model_data_folder = all_model_data_folder
+        if common_settings is not None:
+            self.common_settings = common_settings
+        if model_entry:
+            self.model_entry = model_entry
 
     # The results are "or Any", so that subclasses may define the methods as `async def`.
 

@@ -121,9 +121,7 @@ class ZeroShotPipeline(TransformerPipeline[ZeroShotEntry]):
             logits[order], truncated[order] = np.concatenate(rows), [t for part in parts for t in part["truncated"]]
         return {"logits": logits, "truncated": truncated}
 
-    def postprocess(
-        self, input_list: list[BaseModel], raw_output: dict[str, Any]
-    ) -> list[InferenceOutputModel] | Any:
+    def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel] | Any:
         """The labels of each text."""
         responses: list[InferenceOutputModel | RejectItem] = []
         at = 0

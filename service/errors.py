@@ -1,7 +1,11 @@
 """Errors that several parts of `service` use, their root, and errors as text."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
+from pathlib import Path
+from sysconfig import get_path
+from traceback import extract_tb
 from typing import Any
 
 from modalkit.batching import BatchingError
@@ -12,6 +16,11 @@ MAX_ERROR_BYTES = 8 * 1024
 CUT_NOTE = " … ({characters} more characters)"
 MAX_NOTE_BYTES = 64
 """Limit of the bytes of a `CUT_NOTE`."""
+MAX_CODE_CHARACTERS = 200
+"""Limit of the characters of a line of code beside an error."""
+
+_INSTALLED = frozenset({"site-packages", "dist-packages"})
+_FOLDERS_OF_OTHERS = (f"{Path(__file__).parents[1]}/", f"{get_path('stdlib')}/")
 
 
 class ServiceError(Exception):
@@ -49,10 +58,14 @@ class Readiness(StrEnum):
 
 
 class NotReadyError(ServiceError):
-    """Raised when a request comes for a model that is still loading, could not be loaded, or is shutting down."""
+    """Raised when a request comes for a model that is still loading, could not be loaded, or is shutting down.
 
-    def __init__(self, model_name: str, readiness: Readiness) -> None:
-        super().__init__(f"model {model_name!r} takes no requests now: it is {readiness}; see /health/ready")
+    `reason` says why it could not be loaded, for callers: without lines of code.
+    """
+
+    def __init__(self, model_name: str, readiness: Readiness, reason: str | None = None) -> None:
+        why = "; see /health/ready" if reason is None else f" ({reason})"
+        super().__init__(f"model {model_name!r} takes no requests now: it is {readiness}{why}")
         self.model_name = model_name
         self.readiness = readiness
 
@@ -137,6 +150,24 @@ def describe_error(error: BaseException) -> str:
     if not issubclass(kind, ServiceError | BatchingError | PipelineError):
         text = f"{_class_name(kind)}: {text}"
     return cut_text(text)
+
+
+def describe_with_line(error: BaseException) -> str:
+    """`describe_error`, and the line of the user's code that raised the error, if one did. Never raises."""
+    frames = [frame for frame in extract_tb(error.__traceback__) if _is_users(frame.filename)]
+    if not frames:
+        return describe_error(error)
+    frame = frames[-1]
+    file = frame.filename
+    with suppress(OSError):  # the working directory may be gone
+        file = file.removeprefix(f"{Path.cwd()}/")
+    code = (frame.line or "")[:MAX_CODE_CHARACTERS]
+    return f"{describe_error(error)} ({file}, line {frame.lineno}, in {frame.name}{f': {code}' if code else ''})"
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file belongs neither to modalkit, nor to Python, nor to an installed package."""
+    return not file.startswith(("<", *_FOLDERS_OF_OTHERS)) and _INSTALLED.isdisjoint(Path(file).parts)
 
 
 def error_text(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import logging
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
-from modalkit.service.errors import ServiceError, UnknownModelError, describe_error, error_text
+from modalkit.service.construction import Constructor
+from modalkit.service.errors import ServiceError, UnknownModelError, describe_error, describe_with_line, error_text
 from modalkit.service.jobs import JobStore, MemoryJobStore, SqliteJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.queue_backends import (
@@ -21,7 +23,10 @@ from modalkit.service.queue_backends import (
     TaskIQBackend,
     WebhookBackend,
 )
-from modalkit.service.settings import QueueConfig, Settings
+from modalkit.service.settings import QueueConfig, Settings, SettingsError
+from modalkit.service.settings.problems import Problem
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -29,7 +34,10 @@ _FORMER_PACKAGES = ("batching", "benchmarks", "pipelines", "service")
 
 
 class LoadError(ServiceError):
-    """Raised when a class that the configuration names cannot be imported, is of the wrong kind, or cannot be built."""
+    """Raised when a class that the configuration names cannot be imported, is of the wrong kind, or cannot be built.
+
+    Also raised when the warm-up of a pipeline fails. Its text names the line of the user's code that raised.
+    """
 
 
 def find_top_module(name: str, folder: Path | None) -> ModuleSpec | None:
@@ -82,7 +90,7 @@ def import_object(path: str, key: str) -> Any:
             "that holds it"
         ) from error
     except Exception as error:
-        raise LoadError(f"{key}: importing {module_name!r} failed: {describe_error(error)}") from error
+        raise LoadError(f"{key}: importing {module_name!r} failed: {describe_with_line(error)}") from error
     try:
         return getattr(module, attribute)
     except AttributeError:
@@ -101,24 +109,47 @@ class ModelSource:
     """One entry of ``model_settings.model_entries``. The constructor imports its classes, `load` reads its weights.
 
     An `implementation` is used in place of the class that the entry names, and needs no entry. Raises
-    `UnknownModelError` for a name with neither, and `LoadError` for a class that cannot be imported.
+    `UnknownModelError` for a name with neither, `LoadError` for a class that cannot be imported, and `SettingsError`
+    for keys that the constructor of the pipeline does not take, or that it needs and that are missing.
     """
 
     def __init__(
         self, settings: Settings, model_name: str, implementation: type[InferencePipeline] | None = None
     ) -> None:
         entry = settings.model_settings.model_entries.get(model_name)
-        self._key = f"model_settings.model_entries.{model_name}"
-        self._settings = settings.model_settings
+        path = ("model_settings", "model_entries", model_name)
+        self._key = ".".join(path)
+        self._folder = str(settings.model_settings.local_model_repository_folder)
+        self._common = settings.model_settings.common
         costs = settings.app_settings.batch_config.calibration.path
         self._engine_folder = None if costs is None else costs.parent / "engines"  # beside the learnt costs
         self._arguments = {} if entry is None else entry.arguments()
         self.model_name = model_name
+        self.settings = settings.for_model(model_name)
+        """The settings, in which the limits of batches are those of this model."""
+        self.device = self._common["device"] if entry is None or entry.devices is None else entry.devices
+        """The device of this model."""
         if implementation is None:
             if entry is None:
                 raise UnknownModelError(model_name, sorted(settings.model_settings.model_entries))
             implementation = import_class(entry.pipeline, f"{self._key}.pipeline", InferencePipeline)
         self.pipeline_class = implementation
+        self._constructor = Constructor(implementation)
+        problems = [
+            Problem((*path, key), message, settings.origin(*path, key))
+            for key, message in self._constructor.problems(self._arguments)
+        ]
+        if problems:
+            raise SettingsError(problems)
+        for key, meant in self._constructor.misspelt(self._arguments):
+            logger.warning(
+                "%s.%s: is given to the constructor of %s; did you mean %s? (%s)",
+                self._key,
+                key,
+                implementation.__name__,
+                meant,
+                settings.origin(*path, key),
+            )
         self.input_model: type[BaseModel] = implementation.input_model
         self.output_model: type[InferenceOutputModel] = implementation.output_model
         if entry is not None and entry.input_model is not None:
@@ -129,19 +160,22 @@ class ModelSource:
     def load(self, device: str | None = None) -> InferencePipeline:
         """Construct the pipeline, which takes seconds; may run in any thread. Raises `LoadError`.
 
-        A `device` is used in place of that of ``model_settings.common``.
+        A `device` is used in place of the configured one.
         """
-        common = {**self._settings.common, **({} if device is None else {"device": device})}
+        common = {**self._common, "device": self.device if device is None else device}
         engines = common.get("engines")
         if isinstance(engines, dict) and engines.get("cache_folder") is None and self._engine_folder is not None:
             common["engines"] = {**engines, "cache_folder": self._engine_folder}
+        arguments = {
+            "model_name": self.model_name,
+            "all_model_data_folder": self._folder,
+            "common_settings": common,
+        }
         try:
-            return self.pipeline_class(
-                self.model_name, str(self._settings.local_model_repository_folder), common, **self._arguments
-            )
+            return self._constructor.make(arguments, self._arguments)
         except Exception as error:
             name = self.pipeline_class.__name__
-            raise LoadError(f"{self._key}: {name} cannot be loaded: {error_text(error)}") from error
+            raise LoadError(f"{self._key}: {name} cannot be loaded: {describe_with_line(error)}") from error
 
 
 class _DiscardingBackend:

@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from modalkit.batching import Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.threads import DedicatedThread
-from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline, PipelineError
-from modalkit.service.errors import NotReadyError, Readiness, ServiceError, UnknownModelError
+from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline
+from modalkit.service.errors import NotReadyError, Readiness, ServiceError, UnknownModelError, describe_error
 from modalkit.service.jobs import JobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import LoadError, ModelSource, make_job_manager
@@ -91,7 +91,8 @@ class LocalModel:
         # A model whose batches hang may still answer. Probes of /health/live decide when its process is replaced.
         may_answer = readiness is Readiness.READY or (readiness is Readiness.BROKEN and self.error is None)
         if self.worker is None or not may_answer:
-            raise NotReadyError(self.name, readiness)
+            reason = None if self.error is None else describe_error(self.error.__cause__ or self.error)
+            raise NotReadyError(self.name, readiness, reason)
         return self.worker
 
     async def serve(self, settings: Settings, jobs: JobManager) -> None:
@@ -107,9 +108,10 @@ class LocalModel:
         except Exception as error:
             # A failed model must not stop the others: its readiness says so, and so does each request for it.
             self.error = error
-            # An error in a user's own class needs its traceback; the messages of ours do not.
-            explained = isinstance(error, LoadError) and isinstance(error.__cause__, PipelineError)
+            # Our own errors say everything, the line of the user's code included.
+            explained = isinstance(error, ServiceError)
             logger.log(logging.ERROR, "Model %r failed: %s", self.name, error, exc_info=None if explained else error)
+            logger.debug("The traceback of this error:", exc_info=error)
         finally:
             self.settled.set()
 
@@ -134,10 +136,11 @@ class LocalGateway(AsyncContextManagerMixin):
 
     The models are those of the configuration, unless `sources` says which.
 
-    Constructing it imports the classes that the configuration names and raises `LoadError` where that fails; entering
-    it opens the job store and starts to load the models in the background. A model that cannot be loaded is `failed`,
-    one whose worker breaks down is `broken`, and neither affects the others. Leaving it does not wait for a model that
-    is still being constructed, whose stored jobs stay for the next start; a warm-up that has begun is finished.
+    Constructing it imports the classes that the configuration names and raises `LoadError` where that fails, and
+    `SettingsError` for keys that their constructors do not take; entering it opens the job store and starts to load the
+    models in the background. A model that cannot be loaded is `failed`, one whose worker breaks down is `broken`, and
+    neither affects the others. Leaving it does not wait for a model that is still being constructed, whose stored jobs
+    stay for the next start; a warm-up that has begun is finished.
     """
 
     def __init__(

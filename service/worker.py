@@ -23,13 +23,13 @@ from modalkit.batching import (
 )
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.inference_pipeline import awaited, has_own
-from modalkit.service.errors import InvalidItemError
+from modalkit.service.errors import InvalidItemError, describe_with_line
 from modalkit.service.failure_log import FailureLog
 from modalkit.service.jobs import Job, JobStore, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import JobOutcome, JobRunner
 from modalkit.service.learnt_costs import LearntCosts
-from modalkit.service.loading import make_job_manager
+from modalkit.service.loading import LoadError, make_job_manager
 from modalkit.service.pipeline_batches import is_too_large, max_in_flight_of, run_batch_of
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
@@ -64,8 +64,9 @@ class InferenceWorker(AsyncContextManagerMixin):
 
     Items are instances of `input_model` (by default the pipeline's own), or mappings, which are validated:
     `InvalidItemError`, a ``ValueError``, is raised before anything is queued. On entering, the pipeline's warm-up runs,
-    and the costs of its batches are read or measured, as the settings say; without `calibrate` they are not measured,
-    which suits short uses. `on_batch` is called in the event loop with the record of each batch.
+    which raises `LoadError` if it fails, and the costs of its batches are read or measured, as the settings say.
+    Without `calibrate` they are not measured, which suits short uses. `on_batch` is called in the event loop with the
+    record of each batch.
 
     What the pipeline raises is logged with its traceback, once a minute for each distinct error. `log_failures` False
     is for callers that report each error themselves.
@@ -84,6 +85,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         calibrate: bool = True,
         log_failures: bool = True,
     ) -> None:
+        settings = None if settings is None else settings.for_model(pipeline.model_name)
         app_settings = AppSettings() if settings is None else settings.app_settings
         batch_config = app_settings.batch_config
         max_in_flight = max_in_flight_of(pipeline, batch_config)
@@ -123,12 +125,21 @@ class InferenceWorker(AsyncContextManagerMixin):
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
         try:
             async with self._jobs if self._owns_jobs else nullcontext(), self._scheduler:
-                await awaited(await self._scheduler.run_in_thread(self.pipeline.warm_up))
+                await self._warm_up()
                 await self._costs.learn(self._scheduler)
                 async with self._runner:
                     yield self
         finally:
             await self._costs.keep()
+
+    async def _warm_up(self) -> None:
+        try:
+            await awaited(await self._scheduler.run_in_thread(self.pipeline.warm_up))
+        except Exception as error:
+            name = type(self.pipeline).__name__
+            raise LoadError(
+                f"model {self.model_name!r}: warming up {name} failed: {describe_with_line(error)}"
+            ) from error
 
     async def predict(
         self,
@@ -285,13 +296,22 @@ def _request(request: AsyncInputModel | Mapping[str, Any]) -> AsyncInputModel | 
 
 @asynccontextmanager
 async def short_lived_worker(
-    pipeline: InferencePipeline, settings: Settings, on_batch: Callable[[BatchRecord], None] | None = None
+    pipeline: InferencePipeline,
+    settings: Settings,
+    on_batch: Callable[[BatchRecord], None] | None = None,
+    input_model: type[BaseModel] | None = None,
 ) -> AsyncGenerator[InferenceWorker]:
     """A worker without jobs, for callers that report each error themselves; it measures no costs."""
     async with (
         JobManager(MemoryJobStore()) as jobs,
         InferenceWorker(
-            pipeline, settings=settings, jobs=jobs, on_batch=on_batch, calibrate=False, log_failures=False
+            pipeline,
+            settings=settings,
+            jobs=jobs,
+            input_model=input_model,
+            on_batch=on_batch,
+            calibrate=False,
+            log_failures=False,
         ) as worker,
     ):
         yield worker

@@ -267,7 +267,7 @@ async def in_process_gateway(
     Its ``models`` predict, and its ``jobs`` are submitted, asked for and cancelled. Results of jobs go to
     `queue_backend`. The engine is opened and closed with it.
     """
-    app = AppSettings() if settings is None else settings.app_settings
+    app = AppSettings() if settings is None else settings.for_model(pipeline.model_name).app_settings
     records = CallRecords(engine.store)
     rules = QueueRules(app.queue_config.allowed_queues, queue_backend)
     async with (

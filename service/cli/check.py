@@ -1,82 +1,182 @@
 """``modalkit check``: try the configuration without serving it."""
 
 import time
-from contextlib import suppress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from traceback import format_exception
+from typing import Annotated
 
 import anyio
-from pydantic import BaseModel, ValidationError
+import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
-from modalkit.batching import Failure
-from modalkit.pipelines import InferencePipeline
+from modalkit.batching import Failure, Outcome
+from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline, RejectItem
 from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
-from modalkit.service.errors import describe_error
+from modalkit.service.errors import OutputNotJsonError, ServiceError, describe_with_line
 from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
-from modalkit.service.settings import Settings
+from modalkit.service.made_up_items import NoItemsError, make_up_items
+from modalkit.service.outputs import output_json
+from modalkit.service.settings import BatchConfig, Settings
 from modalkit.service.worker import short_lived_worker
 
-SMOKE_BATCH = 4
-SMOKE_SIZE = 16
+BATCH_COUNT = 4
+ITEM_SIZE = 16
+HOW_TO_GIVE_SAMPLES = (
+    "to give samples, implement sample_items(n, size) in the pipeline, or give the fields of its input_model examples, "
+    'as in text: str = Field(examples=["one", "two"])'
+)
 
 
-def check(config: ConfigFiles = None) -> None:
+class BatchFailedError(ServiceError):
+    """Raised when the batch of a model failed, its outputs cannot be written as JSON, or its sample_items failed."""
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What was found of a model: `seconds` of loading, the `batch` in words, and the error, or why none was tried."""
+
+    seconds: float
+    batch: str
+    engine: EngineChoice | None = None
+    not_tried: str | None = None
+    error: ServiceError | None = None
+
+
+def check(
+    config: ConfigFiles = None,
+    show_traceback: Annotated[
+        bool, typer.Option("--traceback", help="Print the whole traceback of each error of a model.")
+    ] = False,
+) -> None:
     """Load the configuration and every model, run a small batch through each, and print what would be served.
+
+    The items of a batch are those of the pipeline's sample_items, else examples, defaults and small values of its
+    input_model. Outputs are written as JSON, as an answer would be. A model for which no item can be made is loaded
+    only, and a warning says so. Exit codes: 0, 1 if a batch failed, 2 if a model could not be loaded.
 
     [bold]Examples[/bold]
 
     modalkit check
+
+    modalkit check --traceback
 
     MODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_BATCH_SIZE=64 modalkit check --config production.yaml
     """
     settings = Settings.load(config)
     backend = load_queue_backend(settings.app_settings.queue_config)
     try_api_key(settings.app_settings.auth_config)
-    models = Table("model", "pipeline", "loaded in", "smoke batch", title="Models", title_justify="left")
+    sources = [ModelSource(settings, model_name) for model_name in settings.model_settings.model_entries]
+    models = Table("model", "pipeline", "loaded in", "batch", title="Models", title_justify="left")
+    errors: list[ServiceError] = []
     engines: list[str] = []
-    for model_name in settings.model_settings.model_entries:
-        source = ModelSource(settings, model_name)
-        with notices.status(f"Loading {model_name} ..."):
-            started_s = time.perf_counter()
-            pipeline = source.load()
-            loaded_s = time.perf_counter() - started_s
-            result = anyio.run(_smoke_batch, pipeline, source.input_model, settings)
-        models.add_row(model_name, source.pipeline_class.__name__, f"{loaded_s:.1f} s", result)
-        if pipeline.engine_choice is not None:
-            engines.append(f"{model_name}: engine {pipeline.engine_choice}")
+    for source in sources:
+        with notices.status(f"Loading {source.model_name} ..."):
+            report = _try(source)
+        models.add_row(source.model_name, source.pipeline_class.__name__, f"{report.seconds:.1f} s", report.batch)
+        if report.engine is not None:
+            engines.append(f"{source.model_name}: engine {report.engine}")
+        if report.not_tried is not None:
+            notices.print(
+                f"modalkit: warning: {source.model_name}: NOTHING WAS TRIED: {report.not_tried}; {HOW_TO_GIVE_SAMPLES}",
+                markup=False,
+            )
+        if report.error is not None:
+            errors.append(report.error)
+            notices.print(f"modalkit: error: {report.error}", markup=False)
+            if show_traceback:
+                notices.print("".join(format_exception(report.error.__cause__ or report.error)), markup=False)
     output = Console(soft_wrap=True, highlight=False)
     output.print(models)
     for line in engines:
         output.print(line, markup=False)
     output.print(_service_table(settings, "none" if backend is None else type(backend).__name__))
+    if errors:
+        raise typer.Exit(2 if any(isinstance(error, LoadError) for error in errors) else 1)
 
 
-async def _smoke_batch(pipeline: InferencePipeline, input_model: type[BaseModel], settings: Settings) -> str:
-    async with short_lived_worker(pipeline, settings) as worker:
-        items = pipeline.sample_items(SMOKE_BATCH, SMOKE_SIZE)
-        if not items and "text" in input_model.model_fields:
-            with suppress(ValidationError):  # its items may need more than a text
-                items = [input_model.model_validate({"text": "What a lovely day!"})] * SMOKE_BATCH
-        if not items:
-            return "none: no sample_items, no field text"
+def _try(source: ModelSource) -> _Report:
+    """Load a model and run a batch."""
+    started_s = time.perf_counter()
+    try:
+        pipeline = source.load()
+    except LoadError as error:
+        return _Report(time.perf_counter() - started_s, "FAILED to load", error=error)
+    loaded_s = time.perf_counter() - started_s
+    try:
+        return _Report(loaded_s, anyio.run(_run_batch, pipeline, source), pipeline.engine_choice)
+    except LoadError as error:
+        return _Report(loaded_s, "FAILED to warm up", pipeline.engine_choice, error=error)
+    except BatchFailedError as error:
+        return _Report(loaded_s, "FAILED", pipeline.engine_choice, error=error)
+    except NoItemsError as error:
+        return _Report(loaded_s, "NOT TRIED", pipeline.engine_choice, not_tried=str(error))
+
+
+async def _run_batch(pipeline: InferencePipeline, source: ModelSource) -> str:
+    """Run a batch and say how long it took. Raises `LoadError`, `BatchFailedError`, and `NoItemsError` for no items."""
+    async with short_lived_worker(pipeline, source.settings, input_model=source.input_model) as worker:
+        items, are_guessed = _items(pipeline, source)
         started_s = time.perf_counter()
-        for outcome in await worker.predict_many(items):
-            if isinstance(outcome, Failure):
-                raise LoadError(
-                    f"model_settings.model_entries.{worker.model_name}: the smoke batch failed: "
-                    f"{describe_error(outcome.error)}"
-                )
-        return f"{len(items)} items in {(time.perf_counter() - started_s) * 1000:.0f} ms"
+        outcomes = await worker.predict_many(items)
+        elapsed_s = time.perf_counter() - started_s
+    error = next(filter(None, map(_error_of, outcomes)), None)
+    if error is None:
+        return f"{len(items)} items in {elapsed_s * 1000:.0f} ms{', made up' if are_guessed else ''}"
+    what = describe_with_line(error)
+    if are_guessed and isinstance(error, RejectItem):
+        raise NoItemsError(f"the pipeline rejects the items made up from its input_model ({what})") from error
+    may_be_the_items = are_guessed and not isinstance(error, OutputNotJsonError)
+    note = f". The items were made up from the types of its input_model; {HOW_TO_GIVE_SAMPLES}"
+    raise BatchFailedError(
+        f"{source.model_name}: a batch of {len(items)} items failed: {what}{note if may_be_the_items else ''}"
+    ) from error
+
+
+def _error_of(outcome: Outcome[InferenceOutputModel]) -> Exception | None:
+    if isinstance(outcome, Failure):
+        return outcome.error
+    try:
+        output_json(outcome.value)
+    except OutputNotJsonError as error:
+        return error
+    return None
+
+
+def _items(pipeline: InferencePipeline, source: ModelSource) -> tuple[Sequence[BaseModel], bool]:
+    """Items to try, and whether they were guessed. Raises `BatchFailedError`, and `NoItemsError` for none."""
+    count = min(BATCH_COUNT, source.settings.app_settings.batch_config.max_queue_size)
+    try:
+        items = list(pipeline.sample_items(count, ITEM_SIZE))[:count]
+    except Exception as error:
+        raise BatchFailedError(
+            f"{source.model_name}: sample_items({count}, {ITEM_SIZE}) failed: {describe_with_line(error)}"
+        ) from error
+    if items:
+        return items, False
+    made_up = make_up_items(source.input_model, count)
+    return made_up.items, made_up.are_guessed
 
 
 def _service_table(settings: Settings, backend: str) -> Table:
     app = settings.app_settings
     batch, jobs, auth = app.batch_config, app.async_config, app.auth_config
     table = Table("setting", "value", title="Service", title_justify="left")
-    table.add_row("batches", f"up to {batch.max_batch_size} items, waiting at most {batch.wait_ms:g} ms")
+    table.add_row("batches", _limits(batch))
+    for name in settings.model_settings.model_entries:
+        own = settings.for_model(name).app_settings.batch_config
+        if own != batch:
+            table.add_row(f"batches of {name}", _limits(own))
     table.add_row("queue", f"up to {batch.max_queue_size} requests")
     table.add_row("jobs", f"{jobs.store}" + (f" ({jobs.store_path})" if jobs.store == "sqlite" else ""))
     table.add_row("results to", backend)
     anyone = auth.api_key is None and auth.ssm_key is None
     table.add_row("callers", "anyone" if anyone else f"with the API key, in {auth.auth_header!r}")
     return table
+
+
+def _limits(batch: BatchConfig) -> str:
+    in_flight = "" if batch.max_in_flight is None else f", {batch.max_in_flight} at once"
+    return f"up to {batch.max_batch_size} items, waiting at most {batch.wait_ms:g} ms{in_flight}"

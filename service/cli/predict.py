@@ -105,7 +105,7 @@ def predict(
             result_writer(out, written, source.output_model) as writer,
         ):
             progress.add_task("Running", total=total)
-            run = _Run(writer, progress, settings, source.output_model if keep_columns else None)
+            run = _Run(writer, progress, source.settings, source.output_model if keep_columns else None)
             anyio.run(run.score, pipeline, records)
         out.flush()
     run.report(single=bool(texts))

@@ -53,7 +53,12 @@ def serve(
     settings = Settings.load(config)
     try_api_key(settings.app_settings.auth_config)  # uvicorn would show an error as a traceback, and exit with code 0
     gateway = LocalGateway(settings)
-    app = create_app(gateway, auth=settings.app_settings.auth_config, owns_gateway=False)
+    app = create_app(
+        gateway,
+        auth=settings.app_settings.auth_config,
+        owns_gateway=False,
+        require_all_models=settings.app_settings.require_all_models,
+    )
     is_access_logged = log_level in ("debug", "info")
     http = uvicorn.Config(app, log_config=None, access_log=is_access_logged, timeout_graceful_shutdown=GRACE_S)
     with listening(host, port) as listener:

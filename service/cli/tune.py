@@ -27,7 +27,7 @@ from modalkit.service.pipeline_batches import max_in_flight_of
 from modalkit.service.settings import BatchConfig, Settings
 from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.choice import ChosenLimits, choose_limits, lone_sizes, nearest_size, predicted_capacity
-from modalkit.service.tuning.config_file import require_writable, text_with_limits
+from modalkit.service.tuning.config_file import LIMITS_OF_ALL, require_writable, text_with_limits
 from modalkit.service.tuning.measuring import MEASURING_SHARE, fitted_costs, measure
 from modalkit.service.tuning.plots import draw_costs, require_drawable
 from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples, Samples
@@ -83,8 +83,9 @@ def tune(
     --engines measures no batches, but every engine and number format that runs the model here, conversions included,
     however long they take within --max-seconds. Later starts use the choice without measuring.
 
-    --write keeps the comments of the file. Costs are kept in calibration.path, where the configuration names one. When
-    requests of the trial fail or are not done in time, nothing is written and the exit code is 1.
+    --write keeps the comments of the file, and changes the limits of the model alone if it has a batch_config of its
+    own. Costs are kept in calibration.path, where the configuration names one. When requests of the trial fail or are
+    not done in time, nothing is written and the exit code is 1.
 
     [bold]Examples[/bold]
 
@@ -100,8 +101,11 @@ def tune(
     _require_positive("--max-seconds", max_seconds)
     settings = Settings.load(config)
     source = model_source(settings, model)
+    own = settings.model_settings.model_entries[source.model_name].batch_config is not None
+    section = ("model_settings", "model_entries", source.model_name, "batch_config") if own else LIMITS_OF_ALL
+    settings = source.settings
     if write is not None:
-        require_writable(write)
+        require_writable(write, section)
     if plot is not None:
         require_drawable(plot)
     items = None if samples is None else _read_samples(samples, file_format, source.input_model, column)
@@ -123,7 +127,7 @@ def tune(
         save_costs(path, key, run.costs)
     if write is not None:
         with whole_file(write) as file:
-            file.write(text_with_limits(write, chosen.values))
+            file.write(text_with_limits(write, chosen.values, section))
         notices.print(f"The limits are in {write}", markup=False)
 
 

@@ -54,7 +54,11 @@ def create_web_endpoints(
         gateway = _gateway_here(app_cls, input_model, output_model, models)
     else:
         gateway = _gateway_to(app_cls, config, input_model, output_model, models)
-    return create_app(gateway, auth=config.app_settings.auth_config)
+    return create_app(
+        gateway,
+        auth=config.app_settings.auth_config,
+        require_all_models=config.app_settings.require_all_models,
+    )
 
 
 def web_app_here(
@@ -77,7 +81,7 @@ def web_app_here(
         open_records(config),
         models,
         queue_rules=container.queue_rules,
-        config=config.app_settings.batch_config,
+        config=config.settings.for_model(worker.name).app_settings.batch_config,
         input_model_path=path,
     )
     return create_app(CallGateway(models, jobs, opens=[engine]), auth=config.app_settings.auth_config)
@@ -98,7 +102,7 @@ def _gateway_to(
     given_parameters: list[dict[str, str]] = [{"model_name": name} for name in models] or [{}]
     parameters_of = {_name_of(app_cls, config, parameters): parameters for parameters in given_parameters}
     engine = ModalEngine({name: connection(app_cls, config, given) for name, given in parameters_of.items()})
-    path, batch_config = import_path(input_model), config.app_settings.batch_config
+    path = import_path(input_model)
 
     def call_model(name: str) -> CallModel:
         known_input, known_output = input_model, output_model
@@ -108,7 +112,7 @@ def _gateway_to(
         return CallModel(
             name,
             engine,
-            batch_config,
+            config.settings.for_model(name).app_settings.batch_config,
             input_model=known_input,
             output_model=known_output,
             input_model_path=path,
@@ -120,7 +124,7 @@ def _gateway_to(
         open_records(config),
         call_models,
         queue_rules=QueueRules(config.app_settings.queue_config.allowed_queues, None),
-        config=batch_config,
+        config=config.app_settings.batch_config,
         input_model_path=path,
     )
     return CallGateway(call_models, jobs, opens=[engine, *call_models.values()])

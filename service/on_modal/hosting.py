@@ -103,7 +103,7 @@ class HostedService(Constructible):
         await self._stop()
 
     async def __aenter__(self) -> Self:
-        """Load the pipeline and start the worker. Raises `LoadError`, and what the pipeline raises."""
+        """Load the pipeline and start the worker. Raises `LoadError` and `SettingsError`."""
         await self._start()
         return self
 
@@ -141,7 +141,7 @@ class HostedService(Constructible):
         if pipeline is None:
             pipeline = await to_thread.run_sync(source.load)
         elif not config.app_settings.deployment_config.gpu_snapshot:
-            await to_thread.run_sync(pipeline.move_to, config.model_settings.common["device"])
+            await to_thread.run_sync(pipeline.move_to, source.device)
         if self.queue_backend is None:
             self.queue_backend = load_queue_backend(config.app_settings.queue_config)
             self._owns_backend = True
@@ -193,7 +193,7 @@ class HostedService(Constructible):
 
 
 def model_source(service: HostedService, config: ModalConfig) -> ModelSource:
-    """The pipeline class and the entry of a service. Raises `LoadError` and `UnknownModelError`."""
+    """The pipeline class and the entry of a service. Raises `LoadError`, `SettingsError` and `UnknownModelError`."""
     implementation = service.inference_implementation
     name = default_model_name(config, implementation) if service.model_name is None else service.model_name
     return ModelSource(config.settings, name, implementation)

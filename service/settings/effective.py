@@ -1,13 +1,10 @@
 """The configuration that is in effect, as YAML: with the origin of what is no default, and without secrets."""
 
-import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modalkit.service.settings.layers import origin, read_files, read_variables
 from modalkit.service.settings.schema import KeyPath, is_secret
 from modalkit.service.settings.settings import Settings
 from modalkit.service.settings.yaml_text import dump_yaml, parse_yaml
@@ -26,18 +23,11 @@ def effective_yaml(config_files: Sequence[Path | str] | None = None, environ: Ma
     Each value that is no default has its origin as a comment: a file with the line, or a variable. Secrets are hidden;
     of arguments of pipelines and variables of the image, so are those whose names end in ``key``, ``token`` and such.
     """
-    environ = os.environ if environ is None else environ
     settings = Settings.load(config_files, environ)
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # the line above has given them
-        layers = [*read_files(Settings, config_files, environ), read_variables(Settings, environ)]
     values = settings.model_dump(mode="json")
     defaults = dict(_leaves(Settings.load([], {}).model_dump(mode="json")))
     leaves = dict(_leaves(values))
-    comments = {
-        path: origin(path, layers)
-        for path, value in leaves.items()
-        if any(layer.gives(path) for layer in layers) and defaults.get(path) != value
-    }
+    comments = {path: settings.origin(*path) for path, value in leaves.items() if defaults.get(path) != value}
     for path in [*leaves]:
         if _is_hidden(path, leaves[path]):
             _set(values, path, HIDDEN)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from types import NoneType
@@ -96,13 +97,19 @@ class Layer:
         return new
 
 
-def origin(path: KeyPath, layers: Sequence[Layer]) -> str:
-    """The origin of a key's value: in the last layer that gives the key, else in the last one that gives its parent."""
-    for length in range(len(path), 0, -1):
-        for layer in reversed(layers):
-            if layer.gives(path[:length]):
-                return layer.origin(path[:length])
-    return "default"
+@dataclass(frozen=True)
+class Origins:
+    """Where the values of a configuration come from; two of equal values are equal, wherever these come from."""
+
+    layers: Sequence[Layer] = field(default=(), compare=False)
+
+    def of(self, path: KeyPath) -> str:
+        """The origin of a key: in the last layer that gives it, else in the last one that gives its parent."""
+        for length in range(len(path), 0, -1):
+            for layer in reversed(self.layers):
+                if layer.gives(path[:length]):
+                    return layer.origin(path[:length])
+        return "default"
 
 
 def read_files(

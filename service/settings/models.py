@@ -324,6 +324,8 @@ class AppSettings(Section):
 
     app_prefix: AppPrefix = "sentiment"
     """First part of the Modal app's name; `MODALKIT_APP_POSTFIX` is the second."""
+    require_all_models: bool = False
+    """Whether `/health/ready` answers 503 as long as any model failed to load; false: only if all did."""
     auth_config: AuthConfig = AuthConfig()
     build_config: BuildConfig = BuildConfig()
     deployment_config: DeploymentConfig = DeploymentConfig()

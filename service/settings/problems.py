@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from modalkit.service.errors import ServiceError
 from modalkit.service.settings.models import Section
-from modalkit.service.settings.schema import KeyPath, is_secret, known_paths, suggestion
+from modalkit.service.settings.schema import KeyPath, is_secret, known_around, suggestion
 
 _MAPPING = "must be a mapping, lines of `key: value`"
 _DEMANDS = {
@@ -70,7 +70,7 @@ def _message(root: type[Section], path: KeyPath, finding: Mapping[str, Any]) -> 
     if kind == "refused":
         return str(finding["msg"])
     if kind == "extra_forbidden":
-        return unknown_key(path, suggestion(path, known_paths(root)))
+        return unknown_key(path, suggestion(path, known_around(root, path)))
     if kind == "missing":
         return "is missing: add it"
     demand = _DEMANDS.get(kind, finding["msg"]).format_map(finding.get("ctx", {}))

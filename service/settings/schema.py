@@ -3,6 +3,7 @@
 import difflib
 import types
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 from pydantic import SecretStr
@@ -67,14 +68,25 @@ def known_paths(root: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
             yield from known_paths(get_args(kind)[0] if get_origin(kind) is list else kind, (*at, name))
 
 
+def known_around(root: type[Section], path: KeyPath) -> list[KeyPath]:
+    """The paths of all keys below `root`, and those beside `path`, which may be below a mapping with free keys."""
+    annotation = reduce(below, path[:-1], root)
+    return [*known_paths(root), *known_paths(annotation, path[:-1])]
+
+
+def close_name(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of the names, if one is similar."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=0.75)), None)
+
+
 def suggestion(path: KeyPath, known: Iterable[KeyPath]) -> KeyPath | None:
     """The most similar known key: one beside the given key, else one with its name elsewhere, else any."""
     known = list(known)
     path = (*(key for key in path[:-1] if not key.isdecimal()), path[-1])
     beside = [other[-1] for other in known if other[:-1] == path[:-1]]
-    similar = difflib.get_close_matches(path[-1], beside, n=1, cutoff=0.75)
-    if similar:
-        return (*path[:-1], similar[0])
+    similar = close_name(path[-1], beside)
+    if similar is not None:
+        return (*path[:-1], similar)
     elsewhere = [other for other in known if other[-1] == path[-1]]
     if elsewhere:
         return elsewhere[0]

@@ -3,8 +3,10 @@
 import os
 import re
 from collections.abc import Mapping
+from functools import reduce
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
@@ -12,10 +14,12 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from modalkit.service.settings import Settings, deep_merge
+from modalkit.service.settings.schema import KeyPath
 from modalkit.service.settings.yaml_text import parse_yaml
 from modalkit.service.tuning import TuningError
 
-SECTION = ("app_settings", "batch_config")
+LIMITS_OF_ALL: KeyPath = ("app_settings", "batch_config")
+"""The section of the limits for models without their own."""
 
 _FIRST_INDENTED_KEY = re.compile(r"^( +)[^\s#-]", re.MULTILINE)
 _FIRST_LIST = re.compile(r"^( *)[^\s#-][^\n]*:[^\S\n]*\n( *)-( +)", re.MULTILINE)
@@ -28,7 +32,7 @@ class _Representer(RoundTripRepresenter):
 _Representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null"))
 
 
-def require_writable(path: Path) -> None:
+def require_writable(path: Path, section: KeyPath = LIMITS_OF_ALL) -> None:
     """Check that limits can be written there, into a new file or a configuration; called before measuring.
 
     Raises `SettingsError` for a file that is no configuration of modalkit, and `TuningError` if it cannot be changed,
@@ -38,11 +42,11 @@ def require_writable(path: Path) -> None:
         raise TuningError(f"--write {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.resolve().parent, os.W_OK):
         raise TuningError(f"--write {path}: {path.resolve().parent} may not be written to; choose another folder")
-    text_with_limits(path, {"max_batch_size": 1})
+    text_with_limits(path, {"max_batch_size": 1}, section)
 
 
-def text_with_limits(path: Path, values: Mapping[str, int | float]) -> str:
-    """The text of the YAML file at `path`, if there is one, with these keys of ``app_settings.batch_config``.
+def text_with_limits(path: Path, values: Mapping[str, int | float], section: KeyPath = LIMITS_OF_ALL) -> str:
+    """The text of the YAML file at `path`, if there is one, with these keys of the section.
 
     Comments, order and other keys stay; all lines get the indentation of the first section. Raises `SettingsError` if
     it would not load, and `TuningError` if other keys would change.
@@ -50,21 +54,22 @@ def text_with_limits(path: Path, values: Mapping[str, int | float]) -> str:
     if path.exists():
         Settings.load([path], environ={})
     lines = ", ".join(f"{key}: {value}" for key, value in values.items())
-    by_hand = f"write such lines into its app_settings.batch_config by hand: {lines}"
+    by_hand = f"write such lines into its {'.'.join(section)} by hand: {lines}"
     try:
         before = path.read_text(encoding="utf-8-sig") if path.exists() else ""
-        after = _with_limits(before, values)
+        after = _with_limits(before, values, section)
     except (UnicodeDecodeError, YAMLError) as error:
         reason = f"({' '.join(str(error).split())})"
         raise TuningError(f"{path} cannot be changed {reason}; {by_hand}") from error
-    wanted = deep_merge(parse_yaml(before)[0] or {}, {SECTION[0]: {SECTION[1]: dict(values)}})
+    given = reduce(lambda inner, key: {key: inner}, reversed(section), dict[str, Any](values))
+    wanted = deep_merge(parse_yaml(before)[0] or {}, given)
     if parse_yaml(after)[0] != wanted:
         raise TuningError(f"{path} cannot be changed without changing more of it; {by_hand}")
     Settings(_config_files=[], _environ={}, **wanted)
     return after
 
 
-def _with_limits(text: str, values: Mapping[str, int | float]) -> str:
+def _with_limits(text: str, values: Mapping[str, int | float], path: KeyPath) -> str:
     round_trip = YAML()
     round_trip.Representer = _Representer
     round_trip.preserve_quotes = True
@@ -77,9 +82,9 @@ def _with_limits(text: str, values: Mapping[str, int | float]) -> str:
     document = round_trip.load(text)
     if document is None:
         # A file with only comments has no document to which they could belong.
-        return text + _with_limits(f"{SECTION[0]}:\n  {SECTION[1]}: {{}}\n", values)
+        return text + _with_limits(f"{path[0]}:\n  {path[1]}: {{}}\n", values, path)
     section = document
-    for key in SECTION:
+    for key in path:
         _set(section, key, section.get(key) or CommentedMap())
         section = section[key]
     for key, value in reversed(list(values.items())):

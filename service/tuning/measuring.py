@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from modalkit.batching import CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, Measurement
 from modalkit.pipelines import InferencePipeline
-from modalkit.service.errors import describe_error
+from modalkit.service.errors import describe_with_line
 from modalkit.service.pipeline_batches import at_full_load, is_asynchronous_pipeline, is_too_large, max_in_flight_of
 from modalkit.service.settings import BatchConfig
 from modalkit.service.tuning import TuningError
@@ -69,7 +69,7 @@ def measure(
                 break
     except Exception as error:
         after = f" after a batch of {measurements[-1].count} of size {measurements[-1].longest}" if measurements else ""
-        raise TuningError(f"measuring failed{after}: {describe_error(error)}") from error
+        raise TuningError(f"measuring failed{after}: {describe_with_line(error)}") from error
     if not measurements:
         raise TuningError(
             f"nothing could be measured within --max-seconds {max_s:g} and max_batch_tokens "

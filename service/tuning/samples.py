@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pydantic import BaseModel
 
 from modalkit.pipelines import InferencePipeline
-from modalkit.service.errors import describe_error
+from modalkit.service.errors import describe_with_line
 from modalkit.service.tuning import TuningError
 
 ITEMS_OF_EACH_SIZE = 16
@@ -24,7 +24,7 @@ class MadeUpSamples:
         try:
             items = pipeline.sample_items(1, 1)
         except Exception as error:
-            raise TuningError(f"sample_items(1, 1) failed: {describe_error(error)}") from error
+            raise TuningError(f"sample_items(1, 1) failed: {describe_with_line(error)}") from error
         if not items:
             raise TuningError(
                 f"{type(pipeline).__name__} makes up no items to measure: implement sample_items(n, size), which "
@@ -51,7 +51,7 @@ class OwnSamples:
             sized = sorted(((pipeline.item_size(item), item) for item in items), key=lambda pair: pair[0])
         except Exception as error:
             raise TuningError(
-                f"{type(pipeline).__name__}.item_size failed for an item of --samples: {describe_error(error)}"
+                f"{type(pipeline).__name__}.item_size failed for an item of --samples: {describe_with_line(error)}"
             ) from error
         self._items = list(items)
         self._groups: dict[int, list[BaseModel]] = {}

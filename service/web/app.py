@@ -43,8 +43,16 @@ problem details (RFC 9457).
 """
 
 
-def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway: bool = True) -> FastAPI:
+def create_app(
+    gateway: Gateway,
+    *,
+    auth: AuthConfig | None = None,
+    owns_gateway: bool = True,
+    require_all_models: bool = False,
+) -> FastAPI:
     """The HTTP service over a gateway, which is opened and closed with it (by ASGI's lifespan) if it `owns_gateway`.
+
+    A model that could not be loaded leaves the service ready for the others, unless it must `require_all_models`.
 
     An application that another one mounts is started by that one: see `lifespan_of`. Until it is started, each request
     is answered with 503 and what to write.
@@ -74,7 +82,7 @@ def create_app(gateway: Gateway, *, auth: AuthConfig | None = None, owns_gateway
     add_prediction_routes(app, gateway, api_key)
     app.add_middleware(_Entrance, start=start)  # the outermost one: nothing is answered before the start
     app.include_router(make_job_router(gateway.jobs), dependencies=[] if api_key is None else api_key.dependencies)
-    _add_health(app, gateway)
+    _add_health(app, gateway, require_all_models=require_all_models)
     install_problem_handlers(app)
     _complete_schema(app)
 
@@ -142,7 +150,7 @@ def _complete_schema(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
 
 
-def _add_health(app: FastAPI, gateway: Gateway) -> None:
+def _add_health(app: FastAPI, gateway: Gateway, *, require_all_models: bool) -> None:
     get = partial(app.get, tags=["health"])
 
     @get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
@@ -160,10 +168,14 @@ def _add_health(app: FastAPI, gateway: Gateway) -> None:
             return JSONResponse({"status": "broken", "models": broken}, HTTPStatus.SERVICE_UNAVAILABLE)
         return JSONResponse({"status": "live"})
 
-    @get("/health/ready", summary="Whether every model takes requests", responses={503: {"description": "Not yet"}})
+    summary = "every model takes" if require_all_models else "the models that could be loaded take"
+
+    @get("/health/ready", summary=f"Whether {summary} requests", responses={503: {"description": "Not yet"}})
     async def ready() -> JSONResponse:
         models = {name: model.readiness for name, model in gateway.models.items()}
-        is_ready = all(state is Readiness.READY for state in models.values())
+        states = set(models.values())
+        excused = set() if require_all_models else {Readiness.FAILED}
+        is_ready = states - excused == {Readiness.READY}
         return JSONResponse(
             {"status": "ready" if is_ready else "not ready", "models": models},
             HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE,

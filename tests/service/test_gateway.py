@@ -9,12 +9,13 @@ import anyio
 import pytest
 from anyio import to_thread
 
+from modalkit.batching import QueueFullError
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.errors import NotReadyError, Readiness, UnknownModelError
 from modalkit.service.jobs import Job, JobStatus, SqliteJobStore
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import Settings
-from tests.support.length_model import LengthPipeline
+from tests.support.length_model import LengthPipeline, Text
 
 pytestmark = pytest.mark.anyio
 
@@ -117,3 +118,25 @@ async def test_jobs_of_a_model_that_is_not_configured_are_refused_by_its_name(tm
     async with LocalGateway(settings_of(tmp_path, a="tests.support.length_model:LengthPipeline")) as gateway:
         with pytest.raises(UnknownModelError, match="'other'"):
             await gateway.jobs.submit([AsyncInputModel(message={"text": "a"})], model_name="other")
+
+
+async def test_each_model_has_the_limits_of_its_entry(tmp_path: Path) -> None:
+    pipeline = "tests.support.length_model:LengthPipeline"
+    settings = Settings(
+        app_settings={
+            "async_config": {"store_path": tmp_path / "jobs.db"},
+            "batch_config": {"max_batch_size": 3, "max_queue_size": 4, "calibration": {"enabled": False}},
+        },
+        model_settings={
+            "model_entries": {
+                "common": {"pipeline": pipeline},
+                "own": {"pipeline": pipeline, "batch_config": {"max_batch_size": 1, "max_queue_size": 1}},
+            }
+        },
+    )
+    async with LocalGateway(settings) as gateway:
+        await gateway.wait_until_ready()
+        items = [Text(text="a"), Text(text="b")]
+        await gateway.models["common"].predict_many(items)
+        with pytest.raises(QueueFullError):
+            await gateway.models["own"].predict_many(items)

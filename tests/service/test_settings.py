@@ -113,6 +113,20 @@ def test_a_file_that_is_named_but_missing_is_an_error(name: str) -> None:
         ("app_settings: {queue_config: {allowed_queues: all}}", "allowed_queues: must be a list"),
         ("model_settings: {model_entries: {a: {pipeline: my_module}}}", 'pipeline: must have the form "module:Class"'),
         ("model_settings: {model_entries: {a: {path: x}}}", "a.pipeline: is missing: add pipeline"),
+        ("model_settings: {model_entries: {a: {pipelin: 'm:C'}}}", "a.pipelin: unknown key; did you mean pipeline?"),
+        ("model_settings: {model_entries: {sentiment: {pipelin: 'm:C'}}}", "pipelin: unknown key; did you mean pipel"),
+        (
+            "model_settings: {model_entries: {a: {pipeline: 'm:C', batch_config: {max_batch_sise: 8}}}}",
+            "a.batch_config.max_batch_sise: unknown key; did you mean max_batch_size?",
+        ),
+        (
+            "model_settings: {model_entries: {a: {pipeline: 'm:C', batch_config: {max_batch_size: 10_001}}}}",
+            "a.batch_config.max_batch_size: 10001 is more than",
+        ),
+        (
+            "model_settings: {model_entries: {a: {pipeline: 'm:C', max_in_flight: 0}}}",
+            "max_in_flight: must be at least",
+        ),
         ("model_settings: {model_entries: {a: {pipeline: 'm:C', model_name: b}}}", "model_name: modalkit itself gives"),
         ("app_settings: {batch_config: {max_batch_size: 9, max_queue_size: 8}}", "max_batch_size: 9 is more than"),
         ("app_settings: {auth_config: {api_key: a, ssm_key: b}}", "ssm_key: api_key is given as well"),
@@ -220,6 +234,49 @@ def test_the_bundled_model_can_be_changed_without_naming_its_pipeline() -> None:
     ).model_settings.model_entries.values()
     assert entry.pipeline == "modalkit.pipelines.sentiment:SentimentPipeline"
     assert entry.arguments() == {"model_path": "bundled", "max_length": 64}
+
+
+def test_limits_of_a_model_are_merged_over_those_of_the_application() -> None:
+    settings = load(
+        """
+        app_settings: {batch_config: {max_batch_size: 20_000, max_queue_size: 50_000, calibration: {max_seconds: 1}}}
+        model_settings:
+          model_entries:
+            a: {pipeline: "m:C", batch_config: {wait_ms: 7, calibration: {enabled: false}}}
+            b: {pipeline: "m:C", max_in_flight: 3}
+            c: {pipeline: "m:C", key: 1}
+        """,
+        MODEL_SETTINGS__MODEL_ENTRIES__a__BATCH_CONFIG__MAX_AGE_MS="5",
+    )
+    a, b, c = (settings.for_model(name).app_settings.batch_config for name in "abc")
+    assert (a.max_batch_size, a.max_queue_size, a.wait_ms, a.max_age_ms) == (20_000, 50_000, 7, 5)
+    assert (a.calibration.enabled, a.calibration.max_seconds) == (False, 1)
+    assert (b.max_batch_size, b.max_in_flight, b.wait_ms) == (20_000, 3, 0)
+    assert c == settings.app_settings.batch_config == settings.for_model("none").app_settings.batch_config
+    assert [entry.arguments() for entry in settings.model_settings.model_entries.values()] == [{}, {}, {"key": 1}]
+
+
+def test_limits_that_were_chosen_for_a_model_are_not_undone() -> None:
+    """As those of ``modalkit tune``, which a worker applies the settings of a model to again."""
+    chosen = load("model_settings: {model_entries: {a: {pipeline: 'm:C', batch_config: {wait_ms: 7}}}}").for_model("a")
+    limits = chosen.app_settings.batch_config.model_copy(update={"wait_ms": 9})
+    chosen = chosen.model_copy(update={"app_settings": chosen.app_settings.model_copy(update={"batch_config": limits})})
+    assert chosen.for_model("a").app_settings.batch_config.wait_ms == 9
+
+
+def test_a_wrong_limit_of_the_application_is_said_once() -> None:
+    said = refused(
+        "app_settings: {batch_config: {wait_ms: x}}\n"
+        "model_settings: {model_entries: {a: {pipeline: 'm:C', batch_config: {max_batch_size: 1}}}}"
+    )
+    assert said.count("wait_ms") == 1
+
+
+def test_the_origin_of_a_value_is_known_afterwards() -> None:
+    settings = load("app_settings:\n  app_prefix: a", APP_SETTINGS__BATCH_CONFIG__WAIT_MS="5")
+    assert settings.origin("app_settings", "app_prefix") == "config0.yaml, line 2"
+    assert settings.origin("app_settings", "batch_config", "wait_ms") == "MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS"
+    assert settings.origin("model_settings", "common") == "default"
 
 
 def test_old_names_are_read_with_a_warning() -> None:

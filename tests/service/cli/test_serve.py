@@ -133,12 +133,26 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others_alone(folder: Path, env
     (folder / "my_model.py").write_text(HANGING)
     (folder / "modalkit.yaml").write_text(TWO_MODELS)
     with serving(folder, environment) as (process, client):
-        assert client.get("/health/ready").json()["models"] == {"bad": "failed", "good": "ready"}
+        ready = client.get("/health/ready")
+        assert (ready.status_code, ready.json()["models"]) == (200, {"bad": "failed", "good": "ready"})
         assert client.post("/sync/predict?model_name=good", json={"text": "four"}).json()["length"] == 4
-        assert client.post("/sync/predict?model_name=bad", json={"text": "four"}).status_code == 503
+        refused = client.post("/sync/predict?model_name=bad", json={"text": "four"})
+        assert refused.status_code == 503
+        assert "RuntimeError: the weights are not there" in refused.json()["detail"]
         process.send_signal(signal.SIGTERM)
         finish(process)
         assert process.returncode == 0
+
+
+def test_a_service_that_must_have_all_models_is_not_ready_without_one(
+    folder: Path, environment: dict[str, str]
+) -> None:
+    (folder / "my_model.py").write_text(HANGING)
+    (folder / "modalkit.yaml").write_text(TWO_MODELS)
+    strict = {"MODALKIT_APP_SETTINGS__REQUIRE_ALL_MODELS": "true"}
+    with serving(folder, {**environment, **strict}) as (_, client):
+        assert client.get("/health/ready").status_code == 503
+        assert client.post("/sync/predict?model_name=good", json={"text": "four"}).status_code == 200
 
 
 def test_a_signal_ends_the_wait_for_a_job(folder: Path, environment: dict[str, str]) -> None:

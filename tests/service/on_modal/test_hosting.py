@@ -296,7 +296,7 @@ async def test_a_pipeline_that_cannot_be_loaded_leaves_nothing_behind(
 
     service = make(make_config(queue_config=CLOSABLE), inference_implementation=Cold)
     for _ in range(2):
-        with pytest.raises(ZeroDivisionError, match="the warm-up"):
+        with pytest.raises(LoadError, match=r"warming up Cold failed: ZeroDivisionError: the warm-up \(.*, line "):
             await service.__aenter__()
     assert [backend.closed for backend in configured_backends] == [1, 1]
     unloadable = make(make_config({"model_entries": {"m": {"pipeline": "nowhere:Nothing"}}}), ModalService)
@@ -325,7 +325,7 @@ async def test_what_leaves_a_container_is_an_error_of_ours(make_config: MakeConf
             raise error
 
     instance = make(make_config(), inference_implementation=Cold)
-    with pytest.raises(RemoteCallError, match=f"the container could not start: {type(error).__name__}: the warm-up"):
+    with pytest.raises(LoadError, match=f"warming up Cold failed: {type(error).__name__}: the warm-up"):
         await run_hooks(instance, _PartialFunctionFlags.ENTER_POST_SNAPSHOT)
     async with make(make_config()) as service:
         with pytest.raises(RemoteCallError, match="process_request failed: ValueError: timeouts_s: 1 times"):
@@ -335,6 +335,14 @@ async def test_what_leaves_a_container_is_an_error_of_ours(make_config: MakeConf
 def snapshotting(make_config: MakeConfig, **deployment: Any) -> ModalConfig:
     settings = {"memory_snapshot": True, "gpu": "T4"} | deployment
     return make_config({"common": {"device": "the device"}}, deployment_config=settings)
+
+
+async def test_a_pipeline_of_a_snapshot_is_moved_to_the_device_of_its_entry(make_config: MakeConfig) -> None:
+    settings = {"model_entries": {"Movable": {"pipeline": "m:C", "devices": "its own"}}}
+    config = make_config(settings, deployment_config={"memory_snapshot": True, "gpu": "T4"})
+    async with as_modal_runs_it(make(config, inference_implementation=Movable)):
+        (pipeline,) = Recording.made
+        assert pipeline.history[1] == "move to its own"
 
 
 async def test_a_memory_snapshot_has_the_weights_loaded_on_the_cpu_and_moved_afterwards(

@@ -43,6 +43,20 @@ def test_comments_order_and_other_keys_stay(tmp_path: Path) -> None:
     assert path.read_text() == expected
 
 
+def test_limits_of_one_model_go_to_its_entry(tmp_path: Path) -> None:
+    path = tmp_path / "modalkit.yaml"
+    entry = "model_settings:\n  model_entries:\n    a:\n      pipeline: m:C\n      batch_config: {wait_ms: 2} # mine\n"
+    path.write_text(entry)
+    section = ("model_settings", "model_entries", "a", "batch_config")
+    require_writable(path, section)
+    path.write_text(text_with_limits(path, {"max_batch_size": 64}, section))
+    assert path.read_text() == entry.replace("{wait", "{max_batch_size: 64, wait")
+    limits = Settings.load([path], environ={}).for_model("a").app_settings.batch_config
+    assert (limits.max_batch_size, limits.wait_ms) == (64, 2)
+    with pytest.raises(SettingsError, match="is missing: add pipeline"):
+        require_writable(tmp_path / "other.yaml", section)
+
+
 def test_in_our_own_complete_file_only_the_values_change(tmp_path: Path) -> None:
     path = tmp_path / "modalkit.yaml"
     before = (Path(__file__).parents[3] / "modalkit.yaml").read_text()

@@ -110,15 +110,34 @@ async def test_a_model_that_cannot_be_loaded_leaves_the_others_alone(
     )
     gateway = LocalGateway(settings)
     async with serving(create_app(gateway)) as client:
-        with pytest.raises(LoadError, match="bad: UnloadablePipeline cannot be loaded: the weights are not there"):
+        with pytest.raises(LoadError, match="bad: UnloadablePipeline cannot be loaded: RuntimeError: the weights are"):
             await gateway.wait_until_ready()
-        ready = await client.get("/health/ready")
-        assert ready.status_code == 503
-        assert ready.json()["models"] == {"good": "ready", "bad": "failed"}
+        await until_ready(client)
+        ready = (await client.get("/health/ready")).json()
+        assert ready == {"status": "ready", "models": {"good": "ready", "bad": "failed"}}
         assert (await client.post("/sync/predict", json={"text": "four"})).status_code == 200
-        problem = assert_problem(await client.post("/sync/predict?model_name=bad", json={"text": "four"}), 503)
-        assert "it is failed" in problem["detail"]
+        for path, body in (("/sync/predict", {"text": "four"}), ("/async/predict", {"message": {"text": "four"}})):
+            problem = assert_problem(await client.post(f"{path}?model_name=bad", json=body), 503)
+            assert "it is failed (RuntimeError: the weights are not there)" in problem["detail"]
     assert "the weights are not there" in caplog.text
+    strict = LocalGateway(settings)
+    async with serving(create_app(strict, require_all_models=True)) as client:
+        await strict.wait_until_settled()
+        ready_not = await client.get("/health/ready")
+        assert ready_not.status_code == 503
+        assert ready_not.json() == {"status": "not ready", "models": {"good": "ready", "bad": "failed"}}
+
+
+async def test_a_service_whose_only_model_failed_is_not_ready(tmp_path: Path) -> None:
+    support = "tests.support.length_model"
+    settings = Settings(
+        app_settings={"async_config": {"store_path": tmp_path / "jobs.db"}},
+        model_settings={"model_entries": {"bad": {"pipeline": f"{support}:UnloadablePipeline"}}},
+    )
+    gateway = LocalGateway(settings)
+    async with serving(create_app(gateway)) as client:
+        await gateway.wait_until_settled()
+        assert (await client.get("/health/ready")).status_code == 503
 
 
 async def test_a_full_queue_is_429_and_the_deadline_504(gated_settings: Settings) -> None:

@@ -1,0 +1,123 @@
+"""Items made from the schema of an input model."""
+
+from datetime import datetime
+from enum import Enum
+from typing import Annotated, Literal, Union
+from uuid import UUID
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, field_validator
+
+from modalkit.pipelines import AnyInput
+from modalkit.pipelines.sentiment import SentimentRequest
+from modalkit.service.made_up_items import NoItemsError, make_up_items
+
+
+class Color(Enum):
+    RED = "red"
+
+
+class Point(BaseModel):
+    x: Annotated[float, Field(gt=0, lt=1)]
+    y: Annotated[float, Field(ge=7)]
+
+
+class Node(BaseModel):
+    """Refers to itself."""
+
+    name: Annotated[str, Field(min_length=30, max_length=40)]
+    children: list["Node"]
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"]
+
+
+class Everything(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    text: Annotated[str, Field(max_length=5)]
+    count: Annotated[int, Field(gt=9, multiple_of=4)]
+    few: Annotated[int, Field(lt=-3)]
+    flag: bool
+    color: Color
+    points: Annotated[list[Point], Field(min_length=2)]
+    pair: tuple[int, str]
+    either: Point | None
+    animal: Annotated[Union[Dog, "Node"], Field()]
+    tree: Node
+    when: datetime
+    uid: UUID
+    url: HttpUrl
+    content: bytes
+    scores: dict[str, float]
+    anything: object
+    nothing: None
+    optional: int = 3
+
+
+def test_every_type_gets_a_small_valid_value() -> None:
+    made = make_up_items(Everything, 4)
+    assert len(made.items) == 4
+    assert made.are_guessed
+    item = made.items[0]
+    assert isinstance(item, Everything)
+    assert (len(item.text), item.count, item.optional, len(item.points)) == (5, 12, 3, 2)
+
+
+class Documented(BaseModel):
+    text: Annotated[str, Field(examples=["one", "two"])]
+    extra: Annotated[int | None, Field(examples=[5])] = None
+    rest: int = 2
+
+
+def test_examples_go_before_defaults_and_guesses() -> None:
+    made = make_up_items(Documented, 2)
+    assert not made.are_guessed
+    assert made.items == [Documented(text="one", extra=5)] * 2
+    assert not make_up_items(SentimentRequest, 1).are_guessed
+
+
+class Whole(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"a": 1}, {"a": 2}]})
+
+    a: int
+
+
+def test_examples_of_the_whole_item_are_repeated() -> None:
+    assert make_up_items(Whole, 3).items == [Whole(a=1), Whole(a=2), Whole(a=1)]
+
+
+class Picky(BaseModel):
+    text: str
+
+    @field_validator("text")
+    @classmethod
+    def _check(cls, text: str) -> str:
+        raise ValueError("no text is good enough")
+
+
+class Coded(BaseModel):
+    code: Annotated[str, Field(pattern=r"^\d{4}-X$")]
+
+
+class Endless(BaseModel):
+    other: "Endless"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (AnyInput, "AnyInput declares no fields"),
+        (
+            Picky,
+            'Picky refuses the item made from its schema, {"text":"What a lovely day!"}: text: Value error',
+        ),
+        (Coded, "Coded refuses the item made from its schema"),
+        (Endless, "nested without end"),
+    ],
+)
+def test_where_no_item_can_be_made_the_reason_is_said(model: type[BaseModel], message: str) -> None:
+    with pytest.raises(NoItemsError) as caught:
+        make_up_items(model, 1)
+    assert message in str(caught.value)
