@@ -53,14 +53,7 @@ def predict(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to run.")] = None,
     input_path: Annotated[
         Path | None,
-        typer.Option(
-            "--input",
-            "-i",
-            help="A .txt, .jsonl or .csv file; - is standard input.",
-            allow_dash=True,
-            exists=True,
-            dir_okay=False,
-        ),
+        typer.Option("--input", "-i", help="A .txt, .jsonl or .csv file; - is standard input."),
     ] = None,
     output_path: Annotated[
         Path | None,
@@ -125,6 +118,8 @@ def _open_input(
         return read_records(texts, FileFormat.TXT, input_model, None), len(texts)
     if path is None or str(path) == "-":
         return read_records(_use_utf8(sys.stdin), file_format or FileFormat.TXT, input_model, column), None
+    if not path.is_file():
+        raise typer.BadParameter(f"there is no file {path}; check its name", param_hint="--input")
     with path.open("rb") as counted:
         lines = sum(chunk.count(b"\n") for chunk in iter(lambda: counted.read(2**20), b""))
     records = read_file(path, file_format, input_model, column)

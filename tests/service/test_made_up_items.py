@@ -111,7 +111,7 @@ class Endless(BaseModel):
         (AnyInput, "AnyInput declares no fields"),
         (
             Picky,
-            'Picky refuses the item made from its schema, {"text":"What a lovely day!"}: text: Value error',
+            'Picky refuses the item made from its schema, {"text":"What a lovely day!"}: text: no text is good enough',
         ),
         (Coded, "Coded refuses the item made from its schema"),
         (Endless, "nested without end"),

@@ -8,10 +8,11 @@ from typing import Any
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from modalkit.batching import DeadlineExceededError, OutputCountError, Success
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline, RejectItem
+from modalkit.service.errors import InvalidItemError
 from modalkit.service.jobs import JobStatus
 from modalkit.service.settings import Settings
 from modalkit.service.streams import NoPieceError
@@ -264,7 +265,7 @@ async def test_a_stream_cut_by_the_batch_timeout_is_not_started_again(kind: Kind
 async def test_a_pipeline_that_does_not_stream_has_one_piece() -> None:
     async with InferenceWorker(LengthPipeline(), calibrate=False) as worker:
         assert [piece async for piece in worker.predict_stream({"text": "four"})] == [Length(length=4)]
-        with pytest.raises(ValidationError):
+        with pytest.raises(InvalidItemError):
             await anext(worker.predict_stream({"text": ""}))
 
 

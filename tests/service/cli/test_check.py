@@ -8,7 +8,6 @@ import pytest
 from tests.support.command_line import Modalkit
 
 MODELS = """
-import numpy as np
 from pydantic import BaseModel, Field
 
 from modalkit.inference_pipeline import InferencePipeline
@@ -53,11 +52,11 @@ class BrokenByGuess(Broken):
     input_model = Review
 
 
-class Numpy(Base):
+class Unwritable(Base):
     input_model = Example
 
     def postprocess(self, input_list, raw_output):
-        return [InferenceOutputModel(stars=np.float32(1)) for _ in input_list]
+        return [InferenceOutputModel(stars=object()) for _ in input_list]
 
 
 class Rejecting(Base):
@@ -122,7 +121,7 @@ def test_a_model_without_sample_items_is_tried_with_items_from_its_schema(modalk
             ["a batch of 4 items failed: KeyError: 'missing' (", 'return preprocessed_data["'],
         ),
         ("BrokenByGuess", 1, "FAILED", ["KeyError: 'missing'", "The items were made up", "Field(examples="]),
-        ("Numpy", 1, "FAILED", ["numpy: a batch of 4 items failed: the pipeline's output is no JSON"]),
+        ("Unwritable", 1, "FAILED", ["unwritable: a batch of 4 items failed: the pipeline's output is no JSON"]),
         ("BadSamplesLater", 1, "FAILED", ["sample_items(4, 16) failed: TypeError: ", "in sample_items: return [Rev"]),
         ("BadSamples", 2, "FAILED to warm up", ["warming up BadSamples failed: TypeError: ", "in sample_items: "]),
         ("Cold", 2, "FAILED to warm up", ["warming up Cold failed: RuntimeError: no driver (", "in start_driver: "]),

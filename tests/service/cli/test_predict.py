@@ -111,6 +111,12 @@ def test_wrong_usage_is_exit_code_2(modalkit: Modalkit, arguments: tuple[str, ..
     assert modalkit("predict", *arguments).returncode == 2
 
 
+def test_a_dash_means_standard_input(modalkit: Modalkit) -> None:
+    done = modalkit("predict", "--input", "-", stdin="one text\n")
+    assert done.returncode == 0
+    assert '"length": 8' in done.stdout
+
+
 def test_an_unknown_model_is_exit_code_2_and_names_those_there_are(modalkit: Modalkit) -> None:
     done = modalkit("predict", "--model", "other", "a text")
     assert done.returncode == 2
