@@ -17,6 +17,7 @@ from modalkit.pipelines.cpu_threads import cpu_threads
 from modalkit.pipelines.engines.sameness import Same
 from modalkit.pipelines.engines.settings import EngineChoice, EngineSettings
 from modalkit.pipelines.engines.torch_engine import changing_dimensions, device_of
+from modalkit.pipelines.errors import EngineError
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,13 @@ class Kept:
 
 
 def default_folder() -> Path:
-    """``modalkit/engines`` in the user's cache folder, which ``XDG_CACHE_HOME`` may name."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modalkit" / "engines"
+    """``modalkit/engines`` in the user's cache folder, which ``XDG_CACHE_HOME`` may name. Raises `EngineError`."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modalkit" / "engines"
+    except RuntimeError as error:
+        raise EngineError(
+            "this user has no home folder to keep engines in: set cache_folder (model_settings.common.engines)"
+        ) from error
 
 
 def processor(device: torch.device) -> str:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from modalkit.pipelines.engines.sameness import Same, default_same
@@ -24,6 +25,7 @@ from modalkit.pipelines.errors import EngineError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from modalkit.pipelines.engines.kept import Kept
     from modalkit.pipelines.engines.measuring import Contender
     from modalkit.pipelines.engines.probe import Conversion
     from modalkit.pipelines.engines.torch_engine import Run
@@ -80,7 +82,6 @@ class _Loader:
     def __init__(
         self, module: nn.Module, batches: list[Mapping[str, Tensor]], settings: EngineSettings, same: Same | None
     ) -> None:
-        from modalkit.pipelines.engines.kept import Kept
         from modalkit.pipelines.engines.torch_engine import device_of, dtype_of, weight_bytes
 
         if not batches:
@@ -93,7 +94,13 @@ class _Loader:
         self._device = device_of(module)
         self._own_dtype = dtype_of(module)
         self._bytes = weight_bytes(module)
-        self._kept = Kept(module, batches, settings, same)
+
+    @cached_property
+    def _kept(self) -> Kept:
+        """What is kept for the module. Reads all its weights."""
+        from modalkit.pipelines.engines.kept import Kept
+
+        return Kept(self._module, self._batches, self._settings, self._same)
 
     def load(self) -> Engine:
         asked = self._settings
@@ -104,7 +111,12 @@ class _Loader:
         if self._bytes > asked.max_copied_bytes:
             sizes = f"its {self._bytes / 2**20:,.0f} MiB are more than max_copied_bytes"
             return self._load(default, f"not measured, because the model is not loaded twice: {sizes}")
-        if (engine := self._kept_engine()) is not None:
+        try:
+            engine = self._kept_engine()
+        except Exception as error:  # noqa: BLE001  # no home folder, weights of a kind of their own
+            logger.warning("Engines are not measured: %s", _text(error))
+            return self._load(default, "not measured, because nothing can be kept for it")
+        if engine is not None:
             return engine
         if asked.measure_seconds == 0:
             return self._load(default, "not measured, because measure_seconds is 0")
@@ -207,8 +219,17 @@ class _Loader:
                 refused[str(contender.candidate)] = contender.error
         for name, why in refused.items():
             logger.warning("Engine %s cannot run this model: %s", name, why)
+        runs = {contender.candidate: contender.run for contender in contenders if contender.error is None}
+        if candidates[0] not in runs:
+            return self._load(candidates[0], "as configured")
         same = self._same or default_same(self._settings.sameness, race.reference_outputs[0])
-        choice = race.choose(contenders, same, candidates[0])
+        try:
+            choice = race.choose(contenders, same, candidates[0])
+        except Exception as error:  # noqa: BLE001  # a comparison of the user's may raise anything
+            logger.warning("Outputs of engines cannot be compared: %s", _text(error))
+            default = candidates[0]
+            reason = "outputs could not be compared, so nothing else is used"
+            return Engine(runs[default], EngineChoice(engine=default.engine, dtype=default.dtype, reason=reason))
         earlier = self._kept.choice()
         choice = choice.model_copy(
             update={
@@ -218,18 +239,17 @@ class _Loader:
             }
         )
         self._kept.keep(choice)
-        runs = {contender.candidate: contender.run for contender in contenders}
         return Engine(runs[choice.candidate], choice)
 
     def _start_conversions(self, candidates: list[Candidate]) -> list[Conversion]:
         started = []
         for engine in CONVERTED:
             wanted = [candidate for candidate in candidates if candidate.engine == engine]
-            if wanted and not self._kept.export_folder(engine).is_dir():
-                try:
+            try:
+                if wanted and not self._kept.export_folder(engine).is_dir():
                     started.append(self._convert(wanted))
-                except Exception as error:  # noqa: BLE001  # no folder, no process: nothing that stops a start
-                    logger.warning("Engine %s cannot be tried: %s", engine, _text(error))
+            except Exception as error:  # noqa: BLE001  # no folder, no process: nothing that stops a start
+                logger.warning("Engine %s cannot be tried: %s", engine, _text(error))
         return started
 
     def _convert(self, candidates: list[Candidate]) -> Conversion:
@@ -239,10 +259,13 @@ class _Loader:
         return Conversion(candidates, self._module, self._batches, folder)
 
     def _finish(self, conversions: list[Conversion]) -> dict[str, str]:
-        """Wait for conversions as long as a start may; those that take longer go on. Returns errors by engine."""
+        """Wait for conversions as long as a start may; those that take longer go on. Returns errors by engine.
+
+        The conversion for an engine that is asked for is waited for until it has ended.
+        """
         limit_s = self._started_s + CONVERSION_SHARE * self._settings.measure_seconds
         for conversion in conversions:
-            conversion.wait(limit_s - time.perf_counter())
+            conversion.wait(None if self._settings.engine in CONVERTED else limit_s - time.perf_counter())
         return {c.engine: c.error for c in conversions if c.has_ended and c.error is not None}
 
     def _open(self, candidate: Candidate) -> Run:

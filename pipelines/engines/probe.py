@@ -65,9 +65,9 @@ class Conversion:
             warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child computes on one
             self._process.start()
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float | None) -> None:
         """Wait until the conversion has ended, or for so many seconds; after these it pauses until `go_on`."""
-        self._process.join(max(seconds, 0))
+        self._process.join(None if seconds is None else max(seconds, 0))
         if not self.has_ended:
             self._signal(signal.SIGSTOP)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modalkit.pipelines import EngineError, EngineSettings, load_engine
-from modalkit.pipelines.engines import exported, probe
+from modalkit.pipelines.engines import exported, measuring, probe
 from modalkit.pipelines.engines.loading import Engine
 from tests.pipelines.engines.conftest import Batch, batch
 
@@ -187,9 +187,10 @@ def test_wrong_numbers_are_refused(
     assert "labels agree on" in choice.refused["openvino float32"]
 
 
-def test_a_large_model_is_not_loaded_twice_and_it_says_so(
-    module: nn.Module, batches: list[Batch], settings: EngineSettings
+def test_a_large_model_is_not_loaded_twice_nor_read_and_it_says_so(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("modalkit.pipelines.engines.kept._weights_hash", fail)
     engine = load_engine(module, batches, with_(settings, max_copied_bytes=100))
     assert str(engine.choice).startswith("torch float32, not measured, because the model is not loaded twice")
     assert not (settings.cache_folder or Path()).exists()
@@ -226,3 +227,82 @@ def test_importing_the_api_imports_no_engine() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == ""
+
+
+def cannot_compare(*_: object) -> str | None:
+    raise KeyError("probabilities")
+
+
+def test_a_comparison_that_fails_is_a_warning_and_torch_runs(
+    module: nn.Module,
+    batches: list[Batch],
+    settings: EngineSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(measuring, "_ratio", lambda slower, faster: 1 if slower is faster else 2)  # bfloat16 wins
+    only_torch = with_(settings, engine="torch")
+    engine = load_engine(module, batches, only_torch, same=cannot_compare)
+    assert str(engine.choice).startswith("torch float32, outputs could not be compared")
+    assert "Outputs of engines cannot be compared: KeyError: 'probabilities'" in caplog.text
+    assert engine(**batches[0])
+    assert load_engine(module, batches, only_torch).choice.samples  # measured, so the failure was not kept
+
+
+def test_an_engine_that_was_asked_for_is_waited_for(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exported, "dtypes_of", lambda engine, device: ["float32", "bfloat16"])
+    asked = with_(settings, engine="openvino", measure_seconds=0.001)
+    assert load_engine(module, batches, asked).choice.engine == "openvino"
+
+
+def test_an_engine_that_was_asked_for_and_fails_in_all_its_formats_is_an_error(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exported, "dtypes_of", lambda engine, device: ["float32", "bfloat16"])
+    monkeypatch.setattr(probe, "convert", fail)
+    with pytest.raises(EngineError, match=r"openvino float32 cannot run this model: .*no such operator"):
+        load_engine(module, batches, with_(settings, engine="openvino"))
+
+
+def test_a_folder_that_cannot_be_looked_into_stops_no_start(
+    module: nn.Module, batches: list[Batch], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Root may look into each folder, so one with an impossible name stands for those of other users.
+    folder = tmp_path / ("x" * 300)
+    engine = load_engine(module, batches, EngineSettings(cache_folder=folder, measure_seconds=9))
+    assert engine.choice.engine in ("torch", "torch-packed")
+    assert "Engine openvino cannot be tried: OSError" in caplog.text
+
+
+def test_a_user_without_a_home_folder_has_engines(
+    module: nn.Module, batches: list[Batch], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert load_engine(module, batches, EngineSettings(measure_seconds=9)).choice.engine.startswith("torch")
+    assert "has no home folder to keep engines in: set cache_folder" in caplog.text
+
+
+def test_weights_that_cannot_be_read_as_bytes_stop_no_start(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    class WithState(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def get_extra_state(self) -> object:
+            return {"version": 2}
+
+        def set_extra_state(self, state: object) -> None: ...
+
+        def forward(self, ids: Tensor, mask: Tensor) -> object:
+            return self.inner(ids=ids, mask=mask)
+
+    assert load_engine(WithState(module), batches, settings).choice.engine == "torch"
+    assert "Engines are not measured: AttributeError" in caplog.text
