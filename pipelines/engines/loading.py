@@ -200,20 +200,22 @@ class _Loader:
         from modalkit.pipelines.engines.torch_engine import torch_run
 
         conversions = self._start_conversions(candidates)
-        race = Race(torch_run(self._module, REFERENCE), self._batches)
-        refused = self._finish(conversions)
-        contenders: list[Contender] = []
-        unfinished = tuple(conversion.engine for conversion in conversions if not conversion.has_ended)
-        for candidate in candidates:
-            if candidate.engine in (*unfinished, *refused):
-                continue
-            try:
-                contenders.append(race.contender(candidate, self._open))
-            except Exception as error:  # noqa: BLE001  # a broken candidate must not stop the start
-                refused[str(candidate)] = _text(error)
-        race.run(contenders, self._started_s + self._settings.measure_seconds)
-        for conversion in conversions:
-            conversion.go_on()
+        try:
+            race = Race(torch_run(self._module, REFERENCE), self._batches)
+            refused = self._finish(conversions)
+            contenders: list[Contender] = []
+            unfinished = tuple(conversion.engine for conversion in conversions if not conversion.has_ended)
+            for candidate in candidates:
+                if candidate.engine in (*unfinished, *refused):
+                    continue
+                try:
+                    contenders.append(race.contender(candidate, self._open))
+                except Exception as error:  # noqa: BLE001  # a broken candidate must not stop the start
+                    refused[str(candidate)] = _text(error)
+            race.run(contenders, self._started_s + self._settings.measure_seconds)
+        finally:
+            for conversion in conversions:
+                conversion.go_on()
         for contender in contenders:
             if contender.error is not None:
                 refused[str(contender.candidate)] = contender.error

@@ -1,10 +1,12 @@
 """Converts a module in a process of its own, so that a crash of a converter or an engine ends only that."""
 
+import atexit
 import contextlib
 import multiprocessing
 import os
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import textwrap
@@ -64,6 +66,7 @@ class Conversion:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the child computes on one
             self._process.start()
+        atexit.register(self._process.kill)  # multiprocessing sends SIGTERM, for which one that pauses does not end
 
     def wait(self, seconds: float | None) -> None:
         """Wait until the conversion has ended, or for so many seconds; after these it pauses until `go_on`."""
@@ -80,7 +83,8 @@ class Conversion:
 
     def _signal(self, number: signal.Signals) -> None:
         if self._process.pid is not None:
-            os.kill(self._process.pid, number)  # it is our child, so its id is not taken by another process
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and another thread has looked
+                os.kill(self._process.pid, number)
 
     def require_success(self) -> None:
         """Wait for the end. Raises `EngineError` for a conversion that failed."""
@@ -113,6 +117,18 @@ def _example_of(batches: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]
     return next((b for b in by_size if all(size > 1 for t in b.values() for size in t.shape)), by_size[-1])
 
 
+def _leave_the_service() -> None:
+    """In a fork: leave its signals, which an event loop gets by a socket, and its connections and ports alone."""
+    signal.set_wakeup_fd(-1)
+    for kind in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_DFL)
+    with contextlib.suppress(FileNotFoundError):  # elsewhere than on Linux it is no fork
+        for number in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+            with contextlib.suppress(OSError):  # the folder's own is closed by now
+                if number > 2 and stat.S_ISSOCK(os.fstat(number).st_mode):
+                    os.close(number)
+
+
 def _convert_and_try(
     candidates: Sequence[Candidate],
     module: nn.Module,
@@ -123,7 +139,7 @@ def _convert_and_try(
     folder: Path,
 ) -> None:
     """What the process runs: it ends with code 0 once every candidate has computed the example."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    _leave_the_service()
     signal.alarm(MAX_SECONDS)  # a process that hangs ends itself, even if its parent has ended
     log = os.open(partial / LOG_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(log, 1)
