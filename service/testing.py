@@ -1,9 +1,10 @@
 """For tests of a user's own pipelines and applications: without a port, and without waiting for a clock."""
 
+import inspect
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import httpx
 from pydantic import BaseModel
 from starlette.applications import Starlette
 
-from modalkit.pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.pipelines import InferencePipeline
 from modalkit.service.jobs import MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import ModelSource
@@ -59,21 +60,29 @@ def poisoned(
     that fails. The error is a ValueError unless another one is given.
     """
     raised = ValueError("this item is poisoned") if error is None else error
-    runs_as_one = pipeline_class.run_inference is not InferencePipeline.run_inference
+    entrances = ("predict_stream", "run_inference")
+    replaced = (name for name in entrances if getattr(pipeline_class, name) is not getattr(InferencePipeline, name))
+    name = next(replaced, "preprocess")
+    method: Callable[..., Any] = getattr(pipeline_class, name)
 
     def refuse(items: list[BaseModel]) -> None:
         if any(map(matches, items)):
             raise raised
 
-    def preprocess(self: InferencePipeline, input_list: list[BaseModel]) -> dict[str, Any]:
+    def call(self: InferencePipeline, input_list: list[BaseModel]) -> Any:
         refuse(input_list)
-        return pipeline_class.preprocess(self, input_list)
+        return method(self, input_list)
 
-    def run_inference(self: InferencePipeline, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
-        refuse(input_list)
-        return pipeline_class.run_inference(self, input_list)
+    async def call_later(self: InferencePipeline, input_list: list[BaseModel]) -> Any:
+        return await call(self, input_list)
 
-    methods: dict[str, Any] = {"run_inference": run_inference} if runs_as_one else {"preprocess": preprocess}
+    async def steps_later(self: InferencePipeline, input_list: list[BaseModel]) -> AsyncGenerator[Any]:
+        async with aclosing(call(self, input_list)) as steps:
+            async for step in steps:
+                yield step
+
+    is_stream, is_later = inspect.isasyncgenfunction(method), inspect.iscoroutinefunction(method)
+    methods: dict[str, Any] = {name: steps_later if is_stream else call_later if is_later else call}
     return type(f"Poisoned{pipeline_class.__name__}", (pipeline_class,), {"__module__": __name__, **methods})
 
 

@@ -1,5 +1,6 @@
 """What `modalkit.testing` gives to tests of a user's own."""
 
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -7,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from modalkit.batching import Failure, Success
-from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
 from modalkit.service.jobs import JobStatus
 from modalkit.service.loading import LoadError
 from modalkit.service.local_gateway import LocalGateway
@@ -28,6 +29,45 @@ class AsOne(LengthPipeline):
     def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
         self.entries.append(self.model_entry)
         return [Length(length=len(item.text)) for item in input_list if isinstance(item, Text)]
+
+
+class Streaming(LengthPipeline):
+    """Yields its results."""
+
+    def predict_stream(self, input_list: list[BaseModel]) -> Iterator[list[InferenceOutputModel | None]]:
+        yield [Length(length=len(item.text)) for item in input_list if isinstance(item, Text)]
+
+
+class Asynchronous(InferencePipeline):
+    """Runs in the event loop."""
+
+    input_model = Text
+
+    async def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
+        return [Length(length=len(item.text)) for item in input_list if isinstance(item, Text)]
+
+
+class AsynchronousStages(Asynchronous):
+    """Has stages of which one runs in the event loop."""
+
+    run_inference = InferencePipeline.run_inference
+
+    async def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
+        return {"outputs": [Length(length=len(item.text)) for item in input_list if isinstance(item, Text)]}
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        return preprocessed_data
+
+    def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
+        found: list[InferenceOutputModel] = raw_output["outputs"]
+        return found
+
+
+class StreamingLater(Asynchronous):
+    """Yields its results in the event loop."""
+
+    async def predict_stream(self, input_list: list[BaseModel]) -> AsyncIterator[list[InferenceOutputModel]]:
+        yield await self.run_inference(input_list)
 
 
 async def test_a_worker_has_the_keys_of_its_entry_and_reads_no_configuration(
@@ -61,8 +101,10 @@ async def test_settings_of_the_service_have_their_effect() -> None:
         assert max(map(len, pipeline.batches)) == 2
 
 
-@pytest.mark.parametrize("pipeline_class", [LengthPipeline, AsOne])
-async def test_of_a_poisoned_pipeline_the_items_that_match_fail_alone(pipeline_class: type[LengthPipeline]) -> None:
+@pytest.mark.parametrize(
+    "pipeline_class", [LengthPipeline, AsOne, Streaming, Asynchronous, AsynchronousStages, StreamingLater]
+)
+async def test_of_a_poisoned_pipeline_the_items_that_match_fail_alone(pipeline_class: type[InferencePipeline]) -> None:
     error = KeyError("no such user")
     poison = poisoned(pipeline_class, lambda item: item.text.startswith("bad"), error)
     async with worker_of(poison) as worker:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ print("the end")
 @contextlib.contextmanager
 def waiting(
     module: nn.Module, batches: list[Batch], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[multiprocessing.Process]:
+) -> Iterator[BaseProcess]:
     """The process of a conversion that waits for a signal; it is ended at the end."""
     ready, started = os.pipe()
 
