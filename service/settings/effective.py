@@ -13,15 +13,19 @@ HIDDEN = "(hidden)"
 MAX_COMMENTED_CHARACTERS = 60
 """Above longer texts their origin has a line of its own, because YAML may break them over lines."""
 
-_SECRET_NAME = re.compile(r"(?:^|_|-)(?:key|token|secret|password|passwd|credential)s?$", re.IGNORECASE)
-_PASSWORD_IN_URL = re.compile(r"://[^/\s]*:[^/\s]*@")
+_SECRET_NAME = re.compile(
+    r"(?:(?:^|_|-|api|access|private)key|token|secret|password|passwd|pwd|credential)s?$", re.IGNORECASE
+)
+_USER_IN_URL = re.compile(r"://[^/\s@]+@")
+"""A password, or a token in the place of the user."""
 
 
 def effective_yaml(config_files: Sequence[Path | str] | None = None, environ: Mapping[str, str] | None = None) -> str:
     """The settings of `Settings.load`, as the text of a configuration file. Raises SettingsError.
 
-    Each value that is no default has its origin as a comment: a file with the line, or a variable. Secrets are hidden;
-    of arguments of pipelines and variables of the image, so are those whose names end in ``key``, ``token`` and such.
+    Each value that is no default has its origin as a comment: a file with the line, or a variable. Secrets are hidden,
+    and addresses with a user or password; of arguments of pipelines and variables of the image, so are those whose
+    names end in ``key``, ``token`` and such.
     """
     settings = Settings.load(config_files, environ)
     values = settings.model_dump(mode="json")
@@ -60,7 +64,14 @@ def _is_hidden(path: KeyPath, value: Any) -> bool:
         # This one is a secret only for the password that it may hold.
         return path[-1] != "broker_url" or any(sign in str(value) for sign in "@?")
     is_free = path[:2] in (("model_settings", "common"), ("model_settings", "model_entries")) or path[2:3] == ("env",)
-    return is_free and bool(_SECRET_NAME.search(path[-1]) or _PASSWORD_IN_URL.search(str(value)))
+    return bool(_USER_IN_URL.search(str(value))) or (is_free and _is_named_secret(path[-1], value))
+
+
+def _is_named_secret(name: str, value: Any) -> bool:
+    """Whether a value is a secret by its name, or a list in which one is."""
+    parts = value if isinstance(value, list) else []
+    inner = [item for part in parts if isinstance(part, dict) for item in part.items()]
+    return bool(_SECRET_NAME.search(name)) or any(_is_named_secret(key, each) for key, each in inner)
 
 
 def _set(values: Any, path: KeyPath, value: object) -> None:

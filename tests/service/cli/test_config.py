@@ -59,6 +59,33 @@ def test_an_address_is_hidden_where_it_may_hold_a_password(modalkit: Modalkit, u
     assert f"broker_url: {shown}  #" in modalkit("config", MODALKIT_APP_SETTINGS__QUEUE_CONFIG__BROKER_URL=url).stdout
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "apiKey: s3cret",
+        "db_pwd: s3cret",
+        'backends: [{url: "http://a", token: s3cret}]',
+        "url: https://s3cret@host/folder",
+    ],
+)
+def test_arguments_of_a_pipeline_that_are_secrets_are_hidden(modalkit: Modalkit, folder: Path, line: str) -> None:
+    (folder / "modalkit.yaml").write_text(CONFIGURATION.replace("tokenizer: words", line))
+    done = modalkit("config")
+    assert done.returncode == 0, done.stderr
+    assert "s3cret" not in done.stdout
+
+
+def test_secrets_of_the_image_are_hidden(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "modalkit.yaml").write_text(
+        "app_settings: {build_config: {env: {PGPASSWORD: s3cret}, "
+        'extra_run_commands: ["pip install git+https://user:s3cret@host/code"]}}'
+    )
+    done = modalkit("config")
+    assert done.returncode == 0, done.stderr
+    assert "s3cret" not in done.stdout
+    assert "extra_run_commands: (hidden)" in done.stdout
+
+
 def test_what_it_prints_is_a_configuration_with_the_same_values(modalkit: Modalkit, folder: Path) -> None:
     (folder / "modalkit.yaml").write_text(
         CONFIGURATION.replace("s3cret", "(hidden)").replace("redis://user:(hidden)@host", "(hidden)")
