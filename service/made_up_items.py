@@ -53,7 +53,7 @@ def make_up_items(model: type[BaseModel], n: int) -> MadeUpItems:
         raise NoItemsError(f"{model.__name__} has no JSON schema: {describe_error(error)}") from error
     maker = _Maker(schema.get("$defs", {}))
     schema = maker.resolved(schema)
-    values = schema.get("examples") or ([maker.value(schema)] if schema.get("properties") else [])
+    values = _examples(schema) or ([maker.value(schema)] if schema.get("properties") else [])
     if not values:
         raise NoItemsError(f"{model.__name__} declares no fields")
     items = [_validated(model, value) for value in values[:n]]
@@ -89,8 +89,8 @@ class _Maker:
         if depth > MAX_DEPTH:
             raise NoItemsError("its fields are nested without end")
         schema = self.resolved(schema)
-        if schema.get("examples"):
-            return schema["examples"][0]
+        if examples := _examples(schema):
+            return examples[0]
         for key in ("default", "const"):
             if key in schema:
                 return schema[key]
@@ -111,7 +111,7 @@ class _Maker:
                 return {
                     name: self.value(inner, depth + 1)
                     for name, inner in schema.get("properties", {}).items()
-                    if name in required or inner.get("examples")
+                    if name in required or _examples(inner)
                 }
             case "array":
                 return self._list(schema, depth)
@@ -132,6 +132,12 @@ class _Maker:
             return [self.value(inner, depth + 1) for inner in schema["prefixItems"]]
         count = min(max(schema.get("minItems", 0), depth <= MAX_OPTIONAL_DEPTH), schema.get("maxItems", math.inf))
         return [self.value(schema.get("items", {}), depth + 1) for _ in range(int(count))]
+
+
+def _examples(schema: Mapping[str, Any]) -> Sequence[Any]:
+    """The examples of a schema; those by name, which OpenAPI has outside of schemas, are none."""
+    examples = schema.get("examples")
+    return examples if isinstance(examples, list) else ()
 
 
 def _number(schema: Mapping[str, Any], *, is_whole: bool) -> float:

@@ -129,7 +129,9 @@ class DirectRoutes:
         root_path = scope.setdefault("root_path", "")  # servers may leave it out, and `fastapi_offline` needs it
         endpoint = None
         if scope["type"] == "http" and scope["method"] == "POST":
-            endpoint = self._endpoints.get(scope["path"].removeprefix(root_path))
+            path: str = scope["path"]
+            # As Starlette does: a root path counts only where a slash follows.
+            endpoint = self._endpoints.get(path.removeprefix(root_path) if path.startswith(f"{root_path}/") else path)
         if endpoint is None:
             await self._app(scope, receive, send)
             return

@@ -121,3 +121,13 @@ def test_where_no_item_can_be_made_the_reason_is_said(model: type[BaseModel], me
     with pytest.raises(NoItemsError) as caught:
         make_up_items(model, 1)
     assert message in str(caught.value)
+
+
+class ExamplesByName(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": {"one": {"value": {"text": "a"}}}})
+
+    text: str = Field(json_schema_extra={"examples": {"one": "b"}})
+
+
+def test_examples_by_name_are_none() -> None:
+    assert make_up_items(ExamplesByName, 1).are_guessed

@@ -75,3 +75,15 @@ async def test_with_a_gateway_that_its_owner_opens_there_is_nothing_to_start(set
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
             assert (await client.post("/models/sync/predict", json={"text": "four"})).json()["length"] == 4
+
+
+@pytest.mark.parametrize("root_path", ["", "/", "/models", "/models/"])
+async def test_the_root_path_of_a_server_that_strips_it_changes_no_answer(settings: Settings, root_path: str) -> None:
+    async with LocalGateway(settings) as gateway:
+        await gateway.wait_until_ready()
+        transport = httpx.ASGITransport(create_app(gateway, owns_gateway=False), root_path=root_path)
+        async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+            # Without the header of JSON, FastAPI itself would refuse it.
+            assert (await client.post("/sync/predict", content=b'{"text": "four"}')).json()["length"] == 4
+            assert (await client.post("/sync/predict/", content=b"{}")).status_code == 307
+            assert_problem(await client.get("/sync/predict"), 405)
