@@ -4,10 +4,10 @@ import hashlib
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from pydantic import ValidationError
@@ -58,9 +58,12 @@ class Kept:
         """Write a choice for later starts; without a place for it, they measure again."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._folder, delete=False, encoding="utf-8") as file:
-                file.write(choice.model_dump_json(indent=1))
-            Path(file.name).replace(self._choice)
+            partial = self._choice.with_suffix(f".{uuid4().hex}")
+            try:
+                partial.write_text(choice.model_dump_json(indent=1), encoding="utf-8")
+                partial.replace(self._choice)
+            finally:
+                partial.unlink(missing_ok=True)
         except OSError as error:
             logger.warning("%s: the choice of an engine cannot be kept (%s)", self._choice, error)
 

@@ -8,12 +8,12 @@ import shutil
 import signal
 import stat
 import sys
-import tempfile
 import textwrap
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ class Conversion:
         for abandoned in folder.parent.glob(f"{folder.name}.*"):
             if time.time() - abandoned.stat().st_mtime > MAX_SECONDS:
                 shutil.rmtree(abandoned, ignore_errors=True)
-        self._partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        self._partial = folder.with_name(f"{folder.name}.{uuid4().hex}")
+        self._partial.mkdir()  # readable for other users, as `tempfile.mkdtemp` makes none
         device = device_of(module)
         uses_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch has no type for it
         can_fork = sys.platform == "linux" and device.type == "cpu" and not uses_cuda

@@ -276,6 +276,18 @@ def test_a_folder_that_cannot_be_looked_into_stops_no_start(
     assert "Engine openvino cannot be tried: OSError" in caplog.text
 
 
+def test_what_is_kept_may_be_read_by_other_users(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings
+) -> None:
+    """An image is made by root, and another user runs in it."""
+    load_engine(module, batches, settings)
+    assert settings.cache_folder is not None
+    kept = list(settings.cache_folder.glob("*/*"))
+    assert {path.name.partition("-")[0] for path in kept} == {"choice", "openvino", "onnx"}
+    for path in [*kept, *settings.cache_folder.glob("*/*/*")]:
+        assert path.stat().st_mode & 0o044 == 0o044, path
+
+
 def test_a_user_without_a_home_folder_has_engines(
     module: nn.Module, batches: list[Batch], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
