@@ -47,10 +47,10 @@ class Asynchronous(InferencePipeline):
         return [Length(length=len(item.text)) for item in input_list if isinstance(item, Text)]
 
 
-class AsynchronousStages(Asynchronous):
+class AsynchronousStages(InferencePipeline):
     """Has stages of which one runs in the event loop."""
 
-    run_inference = InferencePipeline.run_inference
+    input_model = Text
 
     async def preprocess(self, input_list: list[BaseModel]) -> dict[str, Any]:
         return {"outputs": [Length(length=len(item.text)) for item in input_list if isinstance(item, Text)]}
