@@ -8,6 +8,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
@@ -65,7 +66,7 @@ def _sources(path: Path) -> Iterator[Path]:
 def _parsed(source: Path) -> ast.Module | None:
     try:
         return ast.parse(source.read_bytes())
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, RecursionError, SyntaxError, ValueError):
         return None  # the import of it says what is wrong
 
 
@@ -77,7 +78,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             if node.module is not None and node.level == 0:
                 yield node.module.partition(".")[0]
-        elif not _is_optional(node):
+        elif not isinstance(node, ast.expr) and not _is_optional(node):
             yield from _imports(node)
 
 
@@ -123,9 +124,10 @@ def _found(name: str, beside: Path, folder: Path) -> tuple[Path, bool] | None:
     if not name or len(name) > MAX_NAME_CHARACTERS or not name.isprintable():
         return None
     for start, is_in_folder in ((folder, True), (beside, False)):
-        file = (start / name).resolve()
-        if file.is_relative_to(folder.resolve()) and file.suffix != ".py" and file.is_file():
-            return file, is_in_folder
+        with suppress(OSError):  # a text that is no name of a file, or a folder of another user
+            file = (start / name).resolve()
+            if file.is_relative_to(folder.resolve()) and file.suffix != ".py" and file.is_file():
+                return file, is_in_folder
     return None
 
 

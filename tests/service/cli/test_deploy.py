@@ -197,6 +197,19 @@ def test_a_dry_run_says_what_the_image_lacks_for_the_users_modules(modalkit: Mod
     assert "mounts: {local_path: data/labels.txt, remote_path: /root/data/labels.txt}" in gaps[2]
 
 
+@pytest.mark.parametrize("text", ["'" + "я" * 200 + "'", " + ".join(["'a'"] * 2000)])
+def test_long_texts_of_the_users_modules_stop_no_deployment(modalkit: Modalkit, folder: Path, text: str) -> None:
+    (folder / "mine.py").write_text(
+        "from modalkit.inference_pipeline import InferencePipeline\n"
+        f"TEXT = {text}\n"
+        "class Mine(InferencePipeline):\n"
+        "    def run_inference(self, input_list): return []\n"
+    )
+    (folder / "modalkit.yaml").write_text("model_settings: {model_entries: {mine: {pipeline: 'mine:Mine'}}}\n")
+    done = modalkit("deploy", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_dry_run_is_silent_about_what_was_added(modalkit: Modalkit, folder: Path) -> None:
     (folder / "mine.py").write_text("import werkzeug, helper\n")
     (folder / "helper.py").touch()
