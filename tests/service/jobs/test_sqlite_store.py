@@ -416,13 +416,19 @@ async def test_more_operations_than_may_wait_are_refused(path: Path, monkeypatch
 
 
 async def test_a_cancelled_purge_leaves_the_store_working(path: Path) -> None:
-    may_go_on = threading.Event()
+    is_busy, may_go_on = threading.Event(), threading.Event()
+
+    def keep_busy(_: object) -> bool:
+        is_busy.set()
+        return may_go_on.wait(timeout=60)
+
     async with SqliteJobStore(path) as store:
         await store.add([new_job(f"{n}") for n in range(10)])
         for n in range(10):
             await store.cancel(f"{n}", 2.0)
         async with anyio.create_task_group() as task_group:
-            task_group.start_soon(store._perform, lambda _: may_go_on.wait(timeout=60))  # noqa: SLF001  # keeps the thread
+            task_group.start_soon(store._perform, keep_busy)  # noqa: SLF001  # its thread can do nothing else
+            assert await anyio.to_thread.run_sync(is_busy.wait, 60)
             with anyio.move_on_after(0):
                 await store.purge(JobFilter())
             may_go_on.set()
