@@ -62,7 +62,9 @@ class Executor(Generic[T, R]):
     output belongs to which payload.
     """
 
-    def __init__(self, run_batch: RunBatch[T, R], timeout_s: float, name: str) -> None:
+    def __init__(self, run_batch: RunBatch[T, R], timeout_s: float, name: str, device: int = 0) -> None:
+        self.device = device
+        """The index of the device that its batches run on."""
         self._run_batch = run_batch
         self.stages = run_batch if isinstance(run_batch, Stages) else None
         """The stages by which batches can overlap."""
