@@ -89,7 +89,7 @@ class Dispatcher(Generic[T, R]):
         """Run one batch after the other, until the scheduler is closed and nothing waits, or until it is broken."""
         try:
             async with anyio.create_task_group() as overlapped:
-                while (batch := await self._next_batch(executor.device)) is not None:
+                while (batch := await self._next_batch(executor)) is not None:
                     if self._should_overlap(executor):
                         await self._start_overlapped(batch, executor, overlapped)
                     else:
@@ -99,9 +99,16 @@ class Dispatcher(Generic[T, R]):
         finally:
             executor.close()
 
-    async def _next_batch(self, device: int) -> Batch[Pending[T, R]] | None:
+    async def _next_batch(self, executor: Executor[T, R]) -> Batch[Pending[T, R]] | None:
         while not self.broken.is_set():
-            decision = self._decide(device)
+            try:
+                await executor.prepare()
+            except Exception:
+                logger.exception("%s: device %d cannot run batches; trying again", self._name, executor.device)
+                if self.is_open or len(self._planner.queue):
+                    continue
+                return None
+            decision = self._decide(executor.device)
             for request in decision.expired:
                 self.runner.fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
             if decision.batch is not None:

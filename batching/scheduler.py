@@ -47,6 +47,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     A list of these is for as many devices, which take batches from one queue; `cost_model` is then a list, too, because
     devices may differ.
 
+    `before_batch`, one for each device, is called in a thread before each batch and does not count towards its time
+    limit: a device that has to be started again is, and meanwhile the others run the batches.
+
     Up to `max_in_flight` batches run at once on each device (overlapping ones count as one). While
     `max_partial_in_flight` batches run, only full ones are added: for a `run_batch` that costs by the call and not by
     the item, such as a remote call.
@@ -77,6 +80,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         max_in_flight: int = 1,
         max_partial_in_flight: int | None = None,
         batch_timeout_s: float | None = None,
+        before_batch: Sequence[Callable[[], object] | None] | None = None,
         is_too_large: Callable[[Exception], bool] | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
         name: str = "batch scheduler",
@@ -103,8 +107,8 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, *cost_models)
         runner = BatchRunner(self._planner, is_too_large=is_too_large, on_batch=on_batch, name=name)
         executors = [
-            Executor(run, timeout_s, f"{name} {device * max_in_flight + i}", device)
-            for device, run in enumerate(devices)
+            Executor(run, timeout_s, f"{name} {device * max_in_flight + i}", device, before)
+            for device, (run, before) in enumerate(zip(devices, before_batch or [None] * len(devices), strict=True))
             for i in range(max_in_flight)
         ]
         self._dispatcher = Dispatcher(

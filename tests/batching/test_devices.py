@@ -4,9 +4,10 @@ import threading
 from collections.abc import Callable
 
 import anyio
+import anyio.lowlevel
 import pytest
 
-from modalkit.batching import BatchPlanner, BatchPolicy, BatchScheduler, MeasuredCostModel, Request
+from modalkit.batching import BatchPlanner, BatchPolicy, BatchScheduler, MeasuredCostModel, Request, RunBatch, Success
 from modalkit.batching.measured_cost import CostFeature
 
 
@@ -65,6 +66,32 @@ async def test_devices_run_at_once_and_a_slow_one_delays_only_its_own_batch() ->
                 callers.start_soon(submit, number)
     assert sorted(done) == list(range(10))
     assert sum(name == "slow" for name, _ in ran) == 1
+
+
+@pytest.mark.anyio
+async def test_a_device_that_cannot_run_takes_no_batches_and_one_that_recovers_does() -> None:
+    is_usable, ran = threading.Event(), threading.Event()
+
+    def before() -> None:
+        if not is_usable.wait(0.01):
+            raise RuntimeError("no device")
+
+    def second(numbers: list[int]) -> list[int]:
+        ran.set()
+        return numbers
+
+    async def first(numbers: list[int]) -> list[int]:
+        await anyio.lowlevel.checkpoint()
+        return numbers
+
+    policy = BatchPolicy(max_batch_size=1)
+    devices: list[RunBatch[int, int]] = [first, second]
+    async with BatchScheduler(devices, policy=policy, before_batch=[None, before]) as scheduler:
+        assert await scheduler.submit_many(range(20)) == [Success(number) for number in range(20)]
+        assert not ran.is_set()
+        is_usable.set()
+        while not ran.is_set():
+            await scheduler.submit_many(range(20))
 
 
 @pytest.mark.anyio
