@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from modalkit.pipelines.classifier_settings import EntryT, TextModelEntry, engine_settings, parse_settings
 from modalkit.pipelines.cpu_threads import cpu_threads
+from modalkit.pipelines.devices import choose_device
 from modalkit.pipelines.engines import Engine, EngineChoice, EngineSettings, Same, load_engine
 from modalkit.pipelines.errors import ModelLoadError
 from modalkit.pipelines.inference_pipeline import InferencePipeline
-from modalkit.pipelines.loading import Task, choose_device, dtype_on, load_checkpoint
+from modalkit.pipelines.loading import Task, dtype_on, load_checkpoint
 from modalkit.pipelines.text_samples import varied_texts
 from modalkit.pipelines.texts import TextRequest
 from modalkit.pipelines.token_counter import TokenCounter
