@@ -208,6 +208,14 @@ class InferencePipeline:
         """
         return None
 
+    def close(self) -> Awaitable[object] | None:
+        """Free what the model holds: connections, files, memory of a device. Does nothing by default.
+
+        Called once, when its worker closes, after the last batch and in the thread of the batches; no batch runs any
+        more. It may be an ``async def``. Errors are logged, and it is not waited for longer than 10 seconds.
+        """
+        return None
+
     def on_volume_reload(self) -> None:
         """React to new contents of the mounted volumes. Does nothing by default."""
 

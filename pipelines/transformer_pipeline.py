@@ -159,6 +159,10 @@ class TransformerPipeline(InferencePipeline, Generic[EntryT]):
         self._engine = self._load_engine(self._engine_settings.model_copy(update=longer))
         return self._engine.choice
 
+    def close(self) -> None:
+        """Free the engine. No batch can run any more."""
+        self._engine.close()
+
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs of the model for a padded batch, by their names: float32 on the CPU."""
         return {name: output.cpu() for name, output in self._engine(**tensors).items()}

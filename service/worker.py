@@ -66,7 +66,8 @@ class InferenceWorker(AsyncContextManagerMixin):
     `InvalidItemError`, a ``ValueError``, is raised before anything is queued. On entering, the pipeline's warm-up runs,
     which raises `LoadError` if it fails, and the costs of its batches are read or measured, as the settings say.
     Without `calibrate` they are not measured, which suits short uses. `on_batch` is called in the event loop with the
-    record of each batch.
+    record of each batch. The pipeline's `close` is called after the last batch, unless other workers use the pipeline
+    too and this one does not own it (`owns_pipeline` False).
 
     What the pipeline raises is logged with its traceback, once a minute for each distinct error. `log_failures` False
     is for callers that report each error themselves.
@@ -84,6 +85,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         on_batch: Callable[[BatchRecord], None] | None = None,
         calibrate: bool = True,
         log_failures: bool = True,
+        owns_pipeline: bool = True,
     ) -> None:
         settings = None if settings is None else settings.for_model(pipeline.model_name)
         app_settings = AppSettings() if settings is None else settings.app_settings
@@ -108,6 +110,7 @@ class InferenceWorker(AsyncContextManagerMixin):
             batch_timeout_s=batch_config.batch_timeout_seconds,
             is_too_large=is_too_large,
             on_batch=self._on_batch,
+            on_close=pipeline.close if owns_pipeline else None,
             name=self.model_name,
         )
         window = min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
@@ -300,6 +303,8 @@ async def short_lived_worker(
     settings: Settings,
     on_batch: Callable[[BatchRecord], None] | None = None,
     input_model: type[BaseModel] | None = None,
+    *,
+    owns_pipeline: bool = True,
 ) -> AsyncGenerator[InferenceWorker]:
     """A worker without jobs, for callers that report each error themselves; it measures no costs."""
     async with (
@@ -312,6 +317,7 @@ async def short_lived_worker(
             on_batch=on_batch,
             calibrate=False,
             log_failures=False,
+            owns_pipeline=owns_pipeline,
         ) as worker,
     ):
         yield worker
