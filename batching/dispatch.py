@@ -87,17 +87,14 @@ class Dispatcher(Generic[T, R]):
 
     async def _serve(self, executor: Executor[T, R]) -> None:
         """Run one batch after the other, until the scheduler is closed and nothing waits, or until it is broken."""
-        try:
-            async with anyio.create_task_group() as overlapped:
-                while (batch := await self._next_batch(executor)) is not None:
-                    if self._should_overlap(executor):
-                        await self._start_overlapped(batch, executor, overlapped)
-                    else:
-                        await self._run(batch, executor)
-                        if executor.is_async or len(self._planner.queue) < self._planner.policy.max_batch_size:
-                            await checkpoint()  # callers that got a result may send a request for the next batch
-        finally:
-            executor.close()
+        async with anyio.create_task_group() as overlapped:
+            while (batch := await self._next_batch(executor)) is not None:
+                if self._should_overlap(executor):
+                    await self._start_overlapped(batch, executor, overlapped)
+                else:
+                    await self._run(batch, executor)
+                    if executor.is_async or len(self._planner.queue) < self._planner.policy.max_batch_size:
+                        await checkpoint()  # callers that got a result may send a request for the next batch
 
     async def _next_batch(self, executor: Executor[T, R]) -> Batch[Pending[T, R]] | None:
         while not self.broken.is_set():

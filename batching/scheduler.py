@@ -1,5 +1,7 @@
 """Collects single requests into batches and gives each caller its own outcome; the anyio shell around the planner."""
 
+import inspect
+import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -28,6 +30,11 @@ from modalkit.batching.stages import RunBatch
 from modalkit.batching.statistics import BatchRecord, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.wakeup import asyncio_loop
+
+logger = logging.getLogger(__name__)
+
+MAX_CLOSE_S = 10.0
+"""Seconds that `on_close` may take; then it goes on in its thread, and the scheduler has closed."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -65,6 +72,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     `is_too_large` accepts is halved until its parts fit, and later batches stay below that size for a while. `on_batch`
     gets the record of each batch, in the event loop; an exception that it raises is logged.
 
+    `on_close` is called once, after the last batch and in its thread, and awaited if it is asynchronous. Its errors are
+    logged.
+
     Each accepted request gets exactly one outcome: a result, its own error, or cancellation. An exception of
     `cost_model` or of the scheduler itself is logged and fails the requests of that batch. After three in a row the
     scheduler `is_broken`: all its requests then fail with `SchedulerClosedError`.
@@ -83,6 +93,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         before_batch: Sequence[Callable[[], object] | None] | None = None,
         is_too_large: Callable[[Exception], bool] | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
+        on_close: Callable[[], object] | None = None,
         name: str = "batch scheduler",
     ) -> None:
         if max_in_flight < 1:
@@ -115,6 +126,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
             self._planner, executors, runner, max_partial_in_flight=max_partial_in_flight, name=name
         )
         self._telemetry = runner.telemetry
+        self._on_close = on_close
         self._now: Callable[[], float] = anyio.current_time
         self._opened_s = self._closed_s = math.nan
 
@@ -136,6 +148,23 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         finally:
             self._dispatcher.fail_all(SchedulerClosedError("the scheduler was aborted before this request finished"))
             self._closed_s = self._now()
+            await self._close()
+
+    async def _close(self) -> None:
+        """Call `on_close`, and end the threads."""
+        first, *_ = executors = self._dispatcher.executors
+        try:
+            if self._on_close is not None:
+                with anyio.fail_after(MAX_CLOSE_S, shield=True):
+                    async with first.paused():
+                        result = await first.run_while_paused(self._on_close, None)
+                    if inspect.isawaitable(result):
+                        await result
+        except Exception:
+            logger.exception("%s: closing failed; what it holds may not be free", self.name)
+        finally:
+            for executor in executors:
+                executor.close()
 
     async def submit(
         self,

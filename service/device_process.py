@@ -38,7 +38,7 @@ TIMEOUT_SHARE = 0.95
 """Of the batch timeout: a process whose batch takes longer is ended, before the scheduler gives the batch up."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
 """Before a process that ended is started again; each start that fails doubles the pause."""
-CLOSE_S = 10.0
+CLOSE_S = 4.0
 
 
 class DeviceProcessError(ServiceError):
@@ -348,6 +348,7 @@ class _Server:
             while True:
                 number, thread, method, arguments = pickle.loads(self._connection.recv_bytes())  # noqa: S301  # as above
                 if method == "end":
+                    asyncio.run(awaited(self._pipeline.close()))
                     break
                 if method == "stop":
                     self._stopped.add(number)

@@ -1,7 +1,7 @@
 """The worker: one pipeline, its scheduler and its jobs. It knows neither HTTP nor Modal."""
 
 import math
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any, Self
 
@@ -69,7 +69,8 @@ class InferenceWorker(AsyncContextManagerMixin):
     `InvalidItemError`, a ``ValueError``, is raised before anything is queued. On entering, the pipeline's warm-up runs,
     which raises `LoadError` if it fails, and the costs of its batches are read or measured, as the settings say.
     Without `calibrate` they are not measured, which suits short uses. `on_batch` is called in the event loop with the
-    record of each batch.
+    record of each batch. The pipeline's `close` is called after the last batch, unless other workers use the pipeline
+    too and this one does not own it (`owns_pipeline` False).
 
     What the pipeline raises is logged with its traceback, once a minute for each distinct error. `log_failures` False
     is for callers that report each error themselves.
@@ -87,6 +88,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         on_batch: Callable[[BatchRecord], None] | None = None,
         calibrate: bool = True,
         log_failures: bool = True,
+        owns_pipeline: bool = True,
     ) -> None:
         self.pipelines = [pipeline] if isinstance(pipeline, InferencePipeline) else list(pipeline)
         pipeline = self.pipeline = self.pipelines[0]
@@ -113,6 +115,7 @@ class InferenceWorker(AsyncContextManagerMixin):
             before_batch=[each.ensure_running if isinstance(each, DevicePipeline) else None for each in self.pipelines],
             is_too_large=is_too_large,
             on_batch=self._on_batch,
+            on_close=self._close_pipelines if owns_pipeline else None,
             name=self.model_name,
         )
         window = min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
@@ -138,9 +141,11 @@ class InferenceWorker(AsyncContextManagerMixin):
         finally:
             for costs in self._costs:
                 await costs.keep()
-            for pipeline in self.pipelines[1:]:
-                with anyio.CancelScope(shield=True):
-                    await anyio.to_thread.run_sync(pipeline.close)  # the process of its device
+
+    def _close_pipelines(self) -> Awaitable[object] | None:
+        for pipeline in self.pipelines[1:]:
+            pipeline.close()
+        return self.pipeline.close()
 
     async def _warm_up(self, pipeline: InferencePipeline, device: int) -> None:
         try:
@@ -310,6 +315,8 @@ async def short_lived_worker(
     settings: Settings,
     on_batch: Callable[[BatchRecord], None] | None = None,
     input_model: type[BaseModel] | None = None,
+    *,
+    owns_pipeline: bool = True,
 ) -> AsyncGenerator[InferenceWorker]:
     """A worker without jobs, for callers that report each error themselves; it measures no costs."""
     async with (
@@ -322,6 +329,7 @@ async def short_lived_worker(
             on_batch=on_batch,
             calibrate=False,
             log_failures=False,
+            owns_pipeline=owns_pipeline,
         ) as worker,
     ):
         yield worker
