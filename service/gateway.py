@@ -79,6 +79,10 @@ class Jobs(Protocol):
     def administration(self) -> JobAdministration | None:
         """None where the engine cannot list, replay, purge or count jobs."""
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why jobs can neither be accepted nor read now; None where they can, or where that is not known."""
+
     async def submit(
         self, requests: Sequence[AsyncInputModel], *, model_name: str, priority: Priority = Priority.BULK
     ) -> list[Outcome[str]]:

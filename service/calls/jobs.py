@@ -56,6 +56,7 @@ class CallJobs(AsyncContextManagerMixin):
     """
 
     administration: JobAdministration | None = None
+    failure: None = None
 
     def __init__(
         self,

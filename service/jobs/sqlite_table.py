@@ -342,6 +342,11 @@ class JobTable:
         self._move(DeliveryStatus.PENDING, DeliveryStatus.UNDELIVERED, len(rows))
         return [job_id for (job_id,) in rows]
 
+    def check(self) -> None:
+        """Write something, and change nothing: to see whether the database can be written."""
+        key, kind = next(iter(COUNTED.items()))
+        self._database.execute("INSERT OR REPLACE INTO counts (status, jobs) VALUES (?, ?)", (key, self.counts[kind]))
+
     def remove(self, which: str, values: Sequence[Any]) -> int:
         """Remove some of the ended jobs for which the condition `which` holds; returns how many."""
         removed = self._database.execute(sql.REMOVE.format(which=which), (*values, ROWS_PER_STEP)).fetchall()

@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from modalkit.service.errors import describe_error
 from modalkit.service.gateway import Gateway, Readiness
 from modalkit.service.settings import AuthConfig
 from modalkit.service.version import VERSION
@@ -175,8 +176,10 @@ def _add_health(app: FastAPI, gateway: Gateway, *, require_all_models: bool) -> 
         models = {name: model.readiness for name, model in gateway.models.items()}
         states = set(models.values())
         excused = set() if require_all_models else {Readiness.FAILED}
-        is_ready = states - excused == {Readiness.READY}
+        failure = gateway.jobs.failure
+        is_ready = states - excused == {Readiness.READY} and failure is None
+        reasons = {} if failure is None else {"reasons": {"jobs": describe_error(failure)}}
         return JSONResponse(
-            {"status": "ready" if is_ready else "not ready", "models": models},
+            {"status": "ready" if is_ready else "not ready", "models": models, **reasons},
             HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE,
         )

@@ -69,6 +69,20 @@ async def test_the_application_opens_and_closes_its_gateway(settings: Settings) 
         assert job["result"]["length"] == 4
 
 
+async def test_a_service_whose_store_fails_is_not_ready_until_it_can_be_written_again(settings: Settings) -> None:
+    gateway = LocalGateway(settings)
+    async with serving(create_app(gateway)) as client:
+        await until_ready(client)
+        gateway.jobs.store._database.execute("PRAGMA query_only = 1")  # noqa: SLF001  # stands in for a broken disk
+        assert (await client.post("/async/predict", json={"message": {"text": "four"}})).status_code == 503
+        refused = await client.get("/health/ready")
+        assert refused.status_code == 503
+        assert "jobs.db cannot be used" in refused.json()["reasons"]["jobs"]
+        assert (await client.get("/health/live")).status_code == 200, "a new process would have the same disk"
+        gateway.jobs.store._database.execute("PRAGMA query_only = 0")  # noqa: SLF001  # as above
+        await until_ready(client)
+
+
 async def test_a_model_that_broke_down_fails_liveness_and_ends_the_gateway_when_it_was_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
