@@ -20,7 +20,7 @@ from modalkit.batching.errors import (
 )
 from modalkit.batching.execution import Executor
 from modalkit.batching.measured_cost import MeasuredCostModel
-from modalkit.batching.pending import ItemSizes, Listener, Pending, Waiter
+from modalkit.batching.pending import ItemSizes, Listener, Pending, Waiter, Withdraw
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import BatchPolicy
 from modalkit.batching.request import LARGEST_SIZE, Failure, Outcome, Priority, Success
@@ -197,7 +197,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         *,
         size: int | None = None,
         priority: Priority = Priority.INTERACTIVE,
-    ) -> Callable[[], None]:
+    ) -> Withdraw:
         """Queue one payload and return at once; `on_outcome` is called in the event loop with its outcome.
 
         It serves callers that have many requests at a time and no task for each. It returns a function that withdraws
@@ -208,9 +208,12 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         request = listener.request = self._make_request(payload, size, priority, listener)
         self._enqueue((request,))
 
-        def withdraw() -> None:
+        def withdraw(*, only_waiting: bool = False) -> bool:
+            if only_waiting and request not in self._planner.queue:
+                return False
             listener.stop()
             self._withdraw((request,), CANCELLED)
+            return True
 
         return withdraw
 

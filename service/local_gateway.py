@@ -172,6 +172,10 @@ class LocalGateway(AsyncContextManagerMixin):
             finally:
                 self._closing.set()
 
+    def drain(self) -> None:
+        """Before the gateway is left: answer callers that wait for jobs, and start no more of them. Idempotent."""
+        self.jobs.drain()
+
     def _check_ready(self, model_name: str) -> None:
         if model_name not in self.models:
             raise UnknownModelError(model_name, list(self.models))

@@ -21,6 +21,7 @@ from modalkit.batching import (
     SchedulerStatistics,
     Success,
 )
+from modalkit.batching.pending import Withdraw
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.inference_pipeline import awaited, has_own
 from modalkit.service.errors import InvalidItemError, describe_with_line
@@ -324,7 +325,7 @@ class _Engine:
         self._scheduler = scheduler
         self.input_model = input_model
 
-    def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
+    def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Withdraw:
         item = self.input_model.model_validate_json(job.message_json)
         return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority)
 

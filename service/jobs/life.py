@@ -173,6 +173,14 @@ def requeue_job(job: Job, retry: JobRetry) -> Job | None:
     )
 
 
+def return_job(job: Job) -> Job | None:
+    """This running job, queued as it was before it was claimed, because it did not begin."""
+    if job.status is not JobStatus.RUNNING:
+        return None
+    has_run = job.attempts or job.crashes
+    return replace(job, status=JobStatus.QUEUED, started_at=job.started_at if has_run else None)
+
+
 # Ending.
 
 

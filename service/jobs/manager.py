@@ -43,6 +43,9 @@ class JobFeed(Protocol):
     def abandon(self, job_id: str) -> None:
         """A job was cancelled; this feed may or may not run it."""
 
+    def close(self) -> None:
+        """Start no more jobs, because the store keeps them for the next start."""
+
 
 class JobManager(AsyncContextManagerMixin):
     """Owns an open job store and the deliveries from it; several workers, one per model, may share it.
@@ -203,6 +206,16 @@ class JobManager(AsyncContextManagerMixin):
         """Answer callers that wait for the end of a job with the job as it is, now and from now on. Idempotent."""
         self._may_wait = False
         self._wake_waiters(list(self._waiters))
+
+    def drain(self) -> None:
+        """Before the manager is left: `stop_waiting`, and start no more jobs of a durable store. Idempotent.
+
+        Jobs are still accepted, for the next start.
+        """
+        self.stop_waiting()
+        if self.store.durable:
+            for feed in self._feeds.values():
+                feed.close()
 
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended, and return it as it then is; None if there is none."""

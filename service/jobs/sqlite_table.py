@@ -181,6 +181,14 @@ class JobTable:
         rows = [(retry.job_id, microseconds(retry.retry_at), retry.error) for retry in retries]
         self._move(JobStatus.RUNNING, JobStatus.QUEUED, self._write(sql.REQUEUE, rows))
 
+    def return_claimed(self, job_ids: Sequence[str]) -> None:
+        """Queue running jobs as they were before they were claimed, because they did not begin.
+
+        Jobs that are not running are left as they are.
+        """
+        returned = self._database.execute(sql.RETURN, (_json(job_ids),)).rowcount
+        self._move(JobStatus.RUNNING, JobStatus.QUEUED, returned)
+
     def release_retries(self, model_name: str, now: float) -> float | None:
         """Make jobs claimable whose `retry_at` has come; returns the next `retry_at` of the model's jobs, if any.
 

@@ -87,6 +87,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     claim = _operation(JobTable.claim)
     claim_quarantined = _operation(JobTable.claim_quarantined)
     requeue = _operation(JobTable.requeue)
+    return_claimed = _operation(JobTable.return_claimed)
     release_retries = _operation(JobTable.release_retries)
     finish = _operation(JobTable.finish)
     cancel = _operation(JobTable.cancel)
