@@ -99,6 +99,16 @@ class NotAwaitedError(ServiceError):
         )
 
 
+class RetryableError(ServiceError):
+    """Raised in place of an error that the pipeline declares transient (`retryable_errors`), which is its cause.
+
+    A job runs again later; another caller may send its item again.
+    """
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(describe_error(cause))
+
+
 class RemoteItemError(ServiceError):
     """Raised for an item that failed in another process; `error_type` is the class of the error that it had there."""
 

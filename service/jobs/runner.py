@@ -77,9 +77,9 @@ class JobRunner(AsyncContextManagerMixin):
     that kills the process is found (see `quarantine_group_size`). Between two groups, as many other jobs run. A group
     that raises has killed nothing: its jobs run again as others do. The jobs of a group that hangs run one by one.
 
-    A job that fails systemically (see `retry_of`) runs again later, up to `max_attempts` times in all, with waits of 1
-    to 2 s, 4 to 8 s, 16 to 32 s and so on. `timeout_s` counts from a job's first start: a job that takes longer
-    expires.
+    A job that fails systemically, or by a transient error (see `retry_of`), runs again later, up to `max_attempts` times
+    in all, with waits of 1 to 2 s, 4 to 8 s, 16 to 32 s and so on. `timeout_s` counts from a job's first start: a job
+    that takes longer expires.
 
     Use it as an async context manager, inside that of its open `JobManager`. Leaving it claims no more jobs and waits
     for those that run; the others stay in a durable store for the next start. From a store that is not durable,
@@ -369,7 +369,7 @@ class JobRunner(AsyncContextManagerMixin):
             if retries:
                 what = f"The ends of {len(retries)} jobs"
                 logger.warning(
-                    "%s: %d jobs failed together and run again later; the last one, job %s: %s",
+                    "%s: %d jobs failed and run again later; the last one, job %s: %s",
                     *(self._model_name, len(retries), retries[-1].job_id, retries[-1].error),
                 )
                 await store_until_closing(what, partial(self._manager.store.requeue, retries), self._closing)

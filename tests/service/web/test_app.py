@@ -8,6 +8,7 @@ import anyio
 import httpx
 import pytest
 from anyio import to_thread
+from pydantic import BaseModel
 from starlette.types import Message
 
 from modalkit.batching import MeasuredCostModel, SchedulerStatistics
@@ -67,6 +68,27 @@ async def test_the_application_opens_and_closes_its_gateway(settings: Settings) 
     async with serving(create_app(LocalGateway(settings))) as client:
         job = (await client.get(f"/jobs/{job_id}?wait=30")).json()
         assert job["result"]["length"] == 4
+
+
+class Weather(LengthPipeline):
+    retryable_errors = (ConnectionError,)
+
+    def warm_up(self) -> None: ...
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        raise ConnectionError("the database is down")
+
+
+async def test_callers_are_told_to_try_again_where_an_error_passes() -> None:
+    settings = Settings(
+        app_settings={"async_config": {"store": "memory"}, "batch_config": {"calibration": {"enabled": False}}},
+        model_settings={"model_entries": {"weather": {"pipeline": f"{__name__}:Weather"}}},
+    )
+    async with serving(create_app(LocalGateway(settings))) as client:
+        await until_ready(client)
+        answer = await client.post("/sync/predict", json={"text": "four"})
+    assert assert_problem(answer, 503)["detail"] == "ConnectionError: the database is down"
+    assert answer.headers["retry-after"]
 
 
 async def test_a_service_whose_store_fails_is_not_ready_until_it_can_be_written_again(settings: Settings) -> None:
