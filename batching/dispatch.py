@@ -59,13 +59,24 @@ class Dispatcher(Generic[T, R]):
         self._max_partial_in_flight = math.inf if max_partial_in_flight is None else max_partial_in_flight
         self._name = name
         self._faults_in_a_row = 0
+        self._task_group: TaskGroup
 
     def start(self, task_group: TaskGroup, now: Callable[[], float]) -> None:
         """Start the workers; `now` is the event loop's clock."""
         self.runner.now = now
         self.is_open = True
+        self._task_group = task_group
         for executor in self.executors:
             task_group.start_soon(self._serve, executor)
+
+    def replace_executors(self, executors: Sequence[Executor[T, R]]) -> None:
+        """Let these executors run the next batches; those before them end with the batches that they run."""
+        for executor in self.executors:
+            executor.is_retired = True
+        self.executors = executors
+        for executor in executors:
+            self._task_group.start_soon(self._serve, executor)
+        self.sleepers.wake_all()
 
     def close(self) -> None:
         """Accept nothing more; the workers end once the queue is empty."""
@@ -86,10 +97,13 @@ class Dispatcher(Generic[T, R]):
             self.runner.fail(request, failure)
 
     async def _serve(self, executor: Executor[T, R]) -> None:
-        """Run one batch after the other, until the scheduler is closed and nothing waits, or until it is broken."""
+        """Run one batch after the other, until the scheduler is closed and nothing waits, or is broken.
+
+        An executor that is retired runs none after the present one.
+        """
         try:
             async with anyio.create_task_group() as overlapped:
-                while (batch := await self._next_batch()) is not None:
+                while (batch := await self._next_batch(executor)) is not None:
                     if self._should_overlap(executor):
                         await self._start_overlapped(batch, executor, overlapped)
                     else:
@@ -98,9 +112,10 @@ class Dispatcher(Generic[T, R]):
                             await checkpoint()  # callers that got a result may send a request for the next batch
         finally:
             executor.close()
+            self.sleepers.wake_one()  # a retired executor may have requeued requests
 
-    async def _next_batch(self) -> Batch[Pending[T, R]] | None:
-        while not self.broken.is_set():
+    async def _next_batch(self, executor: Executor[T, R]) -> Batch[Pending[T, R]] | None:
+        while not (self.broken.is_set() or executor.is_retired):
             decision = self._decide()
             for request in decision.expired:
                 self.runner.fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))

@@ -44,6 +44,12 @@ class BatchPlanner(Generic[RequestT]):
         self._bulk_deficit_s = 0.0
         self._bulk_in_flight = 0
 
+    def set_policy(self, policy: BatchPolicy) -> None:
+        """Form the next batches within other limits; what waits stays, also beyond a smaller `max_queue_items`."""
+        self.policy = self.former.policy = policy
+        self.queue.max_items = policy.max_queue_items
+        self._bulk_time_limit.set_maximum(policy.max_bulk_batch_s)
+
     def push(self, request: RequestT) -> None:
         """Add a new request; raises `QueueFullError` when there is no room."""
         self.push_all((request,))

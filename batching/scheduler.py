@@ -1,7 +1,7 @@
 """Collects single requests into batches and gives each caller its own outcome; the anyio shell around the planner."""
 
 import math
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Generic, Self, TypeVar, cast
 
@@ -77,26 +77,25 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         on_batch: Callable[[BatchRecord], None] | None = None,
         name: str = "batch scheduler",
     ) -> None:
-        if max_in_flight < 1:
-            raise ValueError(f"max_in_flight must be at least 1, got {max_in_flight!r}")
         if max_partial_in_flight is not None and not 1 <= max_partial_in_flight <= max_in_flight:
             raise ValueError(
                 f"max_partial_in_flight must be from 1 to {max_in_flight} or None, got {max_partial_in_flight!r}"
             )
-        if batch_timeout_s is not None and batch_timeout_s <= 0:
-            raise ValueError(f"batch_timeout_s must be positive or None, got {batch_timeout_s!r}")
         self.policy = policy or BatchPolicy()
         self.cost_model = cost_model or MeasuredCostModel()
         self.name = name
         self._sizes = None if item_size is None else ItemSizes(item_size, name)
-        timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         # All mutable state: the planner with its queue; the dispatcher with its workers and the counters; the clock.
         self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, self.cost_model)
         runner = BatchRunner(self._planner, is_too_large=is_too_large, on_batch=on_batch, name=name)
-        executors = [Executor(run_batch, timeout_s, f"{name} {i}") for i in range(max_in_flight)]
         self._dispatcher = Dispatcher(
-            self._planner, executors, runner, max_partial_in_flight=max_partial_in_flight, name=name
+            self._planner,
+            self._executors(run_batch, max_in_flight, batch_timeout_s),
+            runner,
+            max_partial_in_flight=max_partial_in_flight,
+            name=name,
         )
+        self._replacing = anyio.Lock()
         self._telemetry = runner.telemetry
         self._now: Callable[[], float] = anyio.current_time
         self._opened_s = self._closed_s = math.nan
@@ -217,6 +216,50 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
 
         return withdraw
 
+    def _executors(
+        self, run_batch: RunBatch[T, R], max_in_flight: int, batch_timeout_s: float | None
+    ) -> list[Executor[T, R]]:
+        if max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be at least 1, got {max_in_flight!r}")
+        if batch_timeout_s is not None and batch_timeout_s <= 0:
+            raise ValueError(f"batch_timeout_s must be positive or None, got {batch_timeout_s!r}")
+        timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
+        return [Executor(run_batch, timeout_s, f"{self.name} {i}") for i in range(max_in_flight)]
+
+    async def replace(
+        self,
+        run_batch: RunBatch[T, R],
+        *,
+        policy: BatchPolicy,
+        item_size: Callable[[T], int] | None = None,
+        max_in_flight: int = 1,
+        batch_timeout_s: float | None = None,
+        warm_up: Callable[[], object] | None = None,
+    ) -> None:
+        """Run the next batches by another function, within other limits. The arguments are those of the constructor.
+
+        Requests that wait are kept, with their sizes, and batches that run end by the function that they began with,
+        except that one whose failing items are searched for is requeued. `warm_up` is called before, in a thread of the
+        new function, while batches go on; it may return an awaitable. What it raises is raised, and changes nothing.
+        Also raises `SchedulerClosedError`.
+        """
+        executors = self._executors(run_batch, max_in_flight, batch_timeout_s)
+        try:
+            if warm_up is not None:
+                warmed_up = await executors[0].run_while_paused(warm_up, None)
+                if isinstance(warmed_up, Awaitable):
+                    await warmed_up
+            async with self._replacing:
+                self._ensure_open()
+                self.policy = policy
+                self._planner.set_policy(policy)
+                self._sizes = None if item_size is None else ItemSizes(item_size, self.name)
+                self._dispatcher.replace_executors(executors)
+        except BaseException:
+            for executor in executors:
+                executor.close()
+            raise
+
     async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None = None) -> S:
         """Run a function, such as a warm-up, in a thread that runs batches, while no batch is in any stage.
 
@@ -239,8 +282,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     async def _paused(self) -> AsyncGenerator[Executor[T, R]]:
         """Wait until no batch is in any stage, and let none start in the block; yields the first executor."""
         self._ensure_open()
-        executors = self._dispatcher.executors
         async with AsyncExitStack() as paused:
+            await paused.enter_async_context(self._replacing)
+            executors = self._dispatcher.executors
             for executor in executors:
                 await paused.enter_async_context(executor.paused())
             yield executors[0]

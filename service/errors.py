@@ -70,6 +70,14 @@ class NotReadyError(ServiceError):
         self.readiness = readiness
 
 
+class ReloadError(ServiceError):
+    """Raised when a model is not reloaded, or its limits are not changed: it goes on as it was."""
+
+    def __init__(self, model_name: str, reason: str) -> None:
+        super().__init__(f"model {model_name!r} goes on as it was: {reason}")
+        self.model_name = model_name
+
+
 class InvalidItemError(ServiceError, ValueError):
     """Raised for an item or a request that its model refuses; `errors` has the fields, as HTTP answers do."""
 

@@ -33,6 +33,10 @@ class Model(Protocol):
     def readiness(self) -> Readiness:
         """Whether it takes requests."""
 
+    @property
+    def problem(self) -> str | None:
+        """Why it takes no requests, or should get none; None where that is not known."""
+
     async def predict(
         self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
     ) -> InferenceOutputModel:

@@ -73,6 +73,23 @@ class LearntCosts:
 
         Errors are logged as warnings, because real batches teach the model too.
         """
+        await self._load()
+        if self._calibrate and not self._is_complete:
+            await self._measure(scheduler)
+            await self.keep()
+
+    async def follow(self, pipeline: InferencePipeline, batch_config: BatchConfig) -> None:
+        """Go on with the costs of another pipeline, which takes the place of this one, or within other limits.
+
+        Its costs start as those in the file, if it was measured before, else as they are.
+        """
+        await self.keep()
+        self._pipeline, self._batch_config, self._config = pipeline, batch_config, batch_config.calibration
+        self._key = None
+        await self._load()
+
+    async def _load(self) -> None:
+        """Read the costs of the pipeline from the configured file, if they are there."""
         if (path := self._config.path) is not None:
             try:
                 self._key = CostKey.of(self._pipeline, self._batch_config)
@@ -80,9 +97,6 @@ class LearntCosts:
                 self._warn("device_name failed, so its costs are not kept", error)
             else:
                 self._is_complete |= await to_thread.run_sync(load_costs, path, self._key, self.model)
-        if self._calibrate and not self._is_complete:
-            await self._measure(scheduler)
-            await self.keep()
 
     async def keep(self) -> None:
         """Write the costs to the configured file, if any; cancellation does not interrupt it."""

@@ -129,6 +129,7 @@ class ModelSource:
         """The settings, in which the limits of batches are those of this model."""
         self.device = self._common["device"] if entry is None or entry.devices is None else entry.devices
         """The device of this model."""
+        self._implementation = implementation
         if implementation is None:
             if entry is None:
                 raise UnknownModelError(model_name, sorted(settings.model_settings.model_entries))
@@ -156,6 +157,10 @@ class ModelSource:
             self.input_model = import_class(entry.input_model, f"{self._key}.input_model", BaseModel)
         if entry is not None and entry.output_model is not None:
             self.output_model = import_class(entry.output_model, f"{self._key}.output_model", InferenceOutputModel)
+
+    def again(self, settings: Settings) -> "ModelSource":
+        """The same model by other settings. Raises what the constructor raises."""
+        return type(self)(settings, self.model_name, self._implementation)
 
     def load(self, device: str | None = None) -> InferencePipeline:
         """Construct the pipeline, which takes seconds; may run in any thread. Raises `LoadError`.

@@ -1,43 +1,74 @@
 """The gateway to models that run in this process."""
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import math
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Self, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
 
 import anyio
-from anyio import AsyncContextManagerMixin
+from anyio import AsyncContextManagerMixin, to_thread
 from pydantic import BaseModel
 
 from modalkit.batching import Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.threads import DedicatedThread
 from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline
-from modalkit.service.errors import NotReadyError, Readiness, ServiceError, UnknownModelError, describe_error
+from modalkit.service.errors import (
+    InvalidItemError,
+    NotReadyError,
+    Readiness,
+    ReloadError,
+    ServiceError,
+    UnknownModelError,
+    describe_error,
+)
 from modalkit.service.jobs import JobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import LoadError, ModelSource, make_job_manager
+from modalkit.service.memory import free_bytes, private_bytes
 from modalkit.service.queue_backends import QueueBackend
-from modalkit.service.settings import Settings
+from modalkit.service.settings import BatchConfig, Settings
+from modalkit.service.validation import summary, validated
 from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+RESTART_INTERVAL_S = 600.0
+"""A model that hangs again within so many seconds after it was restarted is not restarted once more."""
+RESTART_TIMEOUT_S = 300.0
+"""Seconds within which a model that hangs has to be loaded anew."""
+CHECK_INTERVAL_S = 0.5
+"""Seconds between two looks whether a worker hangs."""
+
 
 class ModelBrokenError(ServiceError):
     """Raised inside the gateway, and logged, for a model that was ready and can run nothing any more."""
 
-    def __init__(self, model_name: str) -> None:
-        super().__init__(f"model {model_name!r} broke down and takes no requests any more; restart this process")
+    def __init__(self, model_name: str, problem: str) -> None:
+        super().__init__(f"model {model_name!r} broke down: {problem}; it takes no requests, restart this process")
         self.model_name = model_name
+
+
+@dataclass
+class _Phase:
+    """What the models of a gateway share: its end, and how many of them load."""
+
+    closing: anyio.Event = field(default_factory=anyio.Event)
+    draining: anyio.Event = field(default_factory=anyio.Event)
+    """Set before the gateway closes: no model is reloaded any more."""
+    loading: int = 0
+    loads: int = 0
+    """How often one began to load."""
 
 
 class LocalModel:
     """A configured model and, once it is loaded, its worker."""
 
-    def __init__(self, source: ModelSource, closing: anyio.Event) -> None:
+    def __init__(self, source: ModelSource, phase: _Phase) -> None:
         self.name = source.model_name
         self.input_model = source.input_model
         self.output_model = source.output_model
@@ -46,19 +77,28 @@ class LocalModel:
         self.worker: InferenceWorker | None = None
         self.settled = anyio.Event()
         """Set once the model is ready or has failed."""
-        self._source = source
-        self._closing = closing
+        self.source = source
+        self._phase = phase
+        self._changing = anyio.Lock()
+        self._loaded_bytes = 0  # memory that it took when it was loaded; 0 where that is not known
 
     @property
     def readiness(self) -> Readiness:
         """Whether it takes requests."""
         if self.error is not None:
             return Readiness.FAILED if self.worker is None else Readiness.BROKEN
-        if self._closing.is_set():
+        if self._phase.closing.is_set():
             return Readiness.DRAINING
         if self.worker is None:
             return Readiness.LOADING
         return Readiness.BROKEN if self.worker.is_broken else Readiness.READY
+
+    @property
+    def problem(self) -> str | None:
+        """Why it takes no requests, or should get none; None where that is not known."""
+        if self.error is not None:
+            return describe_error(self.error)
+        return None if self.worker is None else self.worker.problem
 
     async def predict(
         self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
@@ -98,13 +138,13 @@ class LocalModel:
     async def serve(self, settings: Settings, jobs: JobManager) -> None:
         """Load the model and keep its worker open until the gateway closes, or the model breaks down (see `error`)."""
         try:
-            pipeline = await self._load()
+            pipeline = await _unless(self._phase.closing.wait, lambda: self._load(self.source))
             if pipeline is None:
                 return
             worker = InferenceWorker(pipeline, settings=settings, jobs=jobs, input_model=self.input_model)
             async with worker as self.worker:
                 self.settled.set()
-                await self._wait_until_closing(worker)
+                await self._supervise(worker)
         except Exception as error:
             # A failed model must not stop the others: its readiness says so, and so does each request for it.
             self.error = error
@@ -115,20 +155,101 @@ class LocalModel:
         finally:
             self.settled.set()
 
-    async def _wait_until_closing(self, worker: InferenceWorker) -> None:
-        """Wait until the gateway closes. Raises `ModelBrokenError` when the worker breaks down before."""
-        await _unless(worker.wait_until_broken, self._closing.wait)
-        if not self._closing.is_set():
-            raise ModelBrokenError(self.name)
+    async def reload(self, source: ModelSource) -> None:
+        """Load the model anew beside the one that runs, and let it run the next batches. No request fails for it.
 
-    async def _load(self) -> InferencePipeline | None:
-        """The loaded pipeline, or None when the gateway closes before."""
+        Raises `NotReadyError` where none runs, `ReloadError` and `LoadError`: then the old one goes on.
+        """
+        async with self._one_change():
+            worker = self.ready_worker()
+            if (source.input_model, source.output_model) != (self.input_model, self.output_model):
+                raise ReloadError(self.name, "its input_model or output_model is another one; restart the service")
+            free = free_bytes()
+            if free is not None and free < self._loaded_bytes:
+                raise ReloadError(
+                    self.name,
+                    f"it needs {self._loaded_bytes >> 20} MiB beside the old one and {free >> 20} MiB of memory are "
+                    "free; restart the service instead",
+                )
+            await self._replace(worker, source, self._phase.draining)
+            logger.info("Model %r was reloaded", self.name)
+
+    async def set_limits(self, limits: Mapping[str, Any]) -> None:
+        """Change limits of its batches, keys of `batch_config`, until the next reload or start.
+
+        Raises `NotReadyError`, and `InvalidItemError` for limits that cannot hold.
+        """
+        async with self._one_change():
+            worker = self.ready_worker()
+            if "calibration" in limits:
+                error = {"field": "calibration", "message": "is for the start; change it in the configuration"}
+                raise InvalidItemError(summary([error]), [error])
+            await worker.set_limits(validated(BatchConfig, {**worker.limits.model_dump(), **limits}))
+
+    @asynccontextmanager
+    async def _one_change(self) -> AsyncGenerator[None]:
+        try:
+            self._changing.acquire_nowait()
+        except anyio.WouldBlock:
+            raise ReloadError(self.name, "it is being reloaded already; try again later") from None
+        try:
+            yield
+        finally:
+            self._changing.release()
+
+    async def _replace(self, worker: InferenceWorker, source: ModelSource, stopping: anyio.Event) -> None:
+        """Load the model of `source`, and let it run the worker's next batches, unless `stopping` is set before."""
+
+        async def replace() -> bool:
+            await worker.replace(await self._load(source), source.settings.app_settings.batch_config)
+            return True
+
+        if not await _unless(stopping.wait, replace):
+            raise NotReadyError(self.name, Readiness.DRAINING)
+        self.source = source
+
+    async def _supervise(self, worker: InferenceWorker) -> None:
+        """Wait until the gateway closes. Restart a model that hangs; raises `ModelBrokenError` for one that is lost."""
+        restarted_s = -math.inf
+        while not self._phase.closing.is_set():
+            with anyio.move_on_after(CHECK_INTERVAL_S):
+                await _unless(worker.wait_until_broken, self._phase.closing.wait)
+            if (problem := worker.problem) is None or self._phase.closing.is_set():
+                continue
+            if not worker.hangs:
+                raise ModelBrokenError(self.name, problem)
+            if anyio.current_time() < restarted_s + RESTART_INTERVAL_S:
+                raise ModelBrokenError(self.name, f"{problem}, again after it was restarted")
+            restarted_s = anyio.current_time()
+            await self._restart(worker, problem)
+
+    async def _restart(self, worker: InferenceWorker, problem: str) -> None:
+        logger.error("Model %r: %s; it is loaded anew", self.name, problem)
+        try:
+            with anyio.fail_after(RESTART_TIMEOUT_S):
+                async with self._changing:
+                    await self._replace(worker, self.source, self._phase.closing)
+        except Exception as error:
+            if not self._phase.closing.is_set():
+                raise ModelBrokenError(self.name, f"{problem}, and it could not be loaded anew") from error
+        else:
+            logger.error("Model %r was restarted", self.name)
+
+    async def _load(self, source: ModelSource) -> InferencePipeline:
+        """The loaded pipeline. When cancelled, what is being loaded is abandoned."""
+        phase = self._phase
+        is_alone, phase.loading = not phase.loading, phase.loading + 1
+        phase.loads += 1
+        load, used = phase.loads, private_bytes()
         thread = DedicatedThread(f"load {self.name}")
         try:
-            pipeline = await _unless(self._closing.wait, lambda: thread.run(self._source.load))
+            pipeline = await thread.run(source.load)
         finally:
             thread.close()
-        return None if self._closing.is_set() else pipeline
+            phase.loading -= 1
+        if is_alone and phase.loads == load:  # else what others loaded meanwhile is counted too
+            self._loaded_bytes = max(0, private_bytes() - used)
+        return pipeline
 
 
 class LocalGateway(AsyncContextManagerMixin):
@@ -152,11 +273,11 @@ class LocalGateway(AsyncContextManagerMixin):
         sources: Sequence[ModelSource] | None = None,
     ) -> None:
         self._settings = settings
-        self._closing = anyio.Event()
+        self._phase = _Phase()
         self._broken = anyio.Event()
         if sources is None:
             sources = [ModelSource(settings, name) for name in settings.model_settings.model_entries]
-        self.models = {source.model_name: LocalModel(source, self._closing) for source in sources}
+        self.models = {source.model_name: LocalModel(source, self._phase) for source in sources}
         if not self.models:
             raise LoadError("model_settings.model_entries: there is no model; add one")
         self.jobs = make_job_manager(settings, queue_backend, job_store)
@@ -170,16 +291,43 @@ class LocalGateway(AsyncContextManagerMixin):
             try:
                 yield self
             finally:
-                self._closing.set()
+                self._phase.closing.set()
 
     def drain(self) -> None:
-        """Before the gateway is left: answer callers that wait for jobs, and start no more of them. Idempotent."""
+        """Before the gateway is left: end reloads, answer callers that wait for jobs, start no more. Idempotent."""
+        self._phase.draining.set()
         self.jobs.drain()
 
+    async def reload(self, model_name: str) -> None:
+        """Load a model anew by the configuration as it is now, beside the one that runs, and replace that.
+
+        No request fails for it. Where it raises, the old one goes on: `UnknownModelError`, `NotReadyError` for a model
+        that does not run, `ReloadError`, `LoadError`, and `SettingsError` for a configuration with an error. Modules of
+        Python are not imported again, and of the configuration only what concerns the model is taken up.
+        """
+        model = self._model(model_name)
+        # In a thread, because it reads files and may import modules.
+        await model.reload(await to_thread.run_sync(self._read_source_again, model))
+
+    def _read_source_again(self, model: LocalModel) -> ModelSource:
+        settings = self._settings.read_again()
+        before, after = self._settings.app_settings, settings.app_settings
+        later = [
+            f"app_settings.{name}" for name in type(after).model_fields if getattr(before, name) != getattr(after, name)
+        ]
+        entries = [each.model_settings.model_entries for each in (self._settings, settings)]
+        later += [f"the model {name!r}" for name in sorted(entries[0].keys() ^ entries[1].keys())]
+        if later := [each for each in later if each != "app_settings.batch_config"]:
+            logger.warning("What changed of %s takes effect at the next start only", ", ".join(later))
+        return model.source.again(settings)
+
     def _check_ready(self, model_name: str) -> None:
+        self._model(model_name).ready_worker()
+
+    def _model(self, model_name: str) -> LocalModel:
         if model_name not in self.models:
             raise UnknownModelError(model_name, list(self.models))
-        self.models[model_name].ready_worker()
+        return self.models[model_name]
 
     async def wait_until_settled(self) -> None:
         """Wait until every model is ready or has failed: `readiness` tells which."""
@@ -199,13 +347,12 @@ class LocalGateway(AsyncContextManagerMixin):
                 raise NotReadyError(model.name, model.readiness)
 
     async def wait_until_broken(self) -> None:
-        """Wait until no model can take requests any more, and at least one could before."""
+        """Wait until a model that could take requests can do so no more, and cannot be restarted."""
         await self._broken.wait()
 
     async def _serve(self, model: LocalModel) -> None:
         await model.serve(self._settings, self.jobs)
-        models = self.models.values()
-        if all(other.error for other in models) and any(other.worker for other in models):
+        if model.readiness is Readiness.BROKEN:
             self._broken.set()
 
 

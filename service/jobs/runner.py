@@ -77,9 +77,9 @@ class JobRunner(AsyncContextManagerMixin):
     that kills the process is found (see `quarantine_group_size`). Between two groups, as many other jobs run. A group
     that raises has killed nothing: its jobs run again as others do. The jobs of a group that hangs run one by one.
 
-    A job that fails systemically, or by a transient error (see `retry_of`), runs again later, up to `max_attempts` times
-    in all, with waits of 1 to 2 s, 4 to 8 s, 16 to 32 s and so on. `timeout_s` counts from a job's first start: a job
-    that takes longer expires.
+    A job that fails systemically, or by a transient error (see `retry_of`), runs again later, up to `max_attempts`
+    times in all, with waits of 1 to 2 s, 4 to 8 s, 16 to 32 s and so on. `timeout_s` counts from a job's first start: a
+    job that takes longer expires.
 
     Use it as an async context manager, inside that of its open `JobManager`. Leaving it claims no more jobs and waits
     for those that run; the others stay in a durable store for the next start. From a store that is not durable,
@@ -150,6 +150,12 @@ class JobRunner(AsyncContextManagerMixin):
     def close(self) -> None:
         """Claim no more jobs, and give those that have not begun back to a durable store. Idempotent."""
         self._closing.set()
+        self.wake()
+
+    def set_limits(self, window: int, group_limit: int) -> None:
+        """Change the limits; jobs that are in the window already stay there."""
+        self._window = window
+        self._group_limit = min(group_limit, window)
         self.wake()
 
     def abandon(self, job_id: str) -> None:

@@ -110,6 +110,7 @@ class Settings(Section):
     model_settings: ModelSettings = Field(default_factory=ModelSettings)
 
     _origins: Origins = PrivateAttr(default=Origins())
+    _sources: tuple[Any, ...] = PrivateAttr(default=(None, None, {}))
 
     def __init__(
         self,
@@ -132,6 +133,7 @@ class Settings(Section):
         if problems:
             raise SettingsError(problems)
         self._origins = origins
+        self._sources = (_config_files, _environ, values)
 
     @classmethod
     def load(cls, config_files: Sequence[Path | str] | None = None, environ: Mapping[str, str] | None = None) -> Self:
@@ -141,6 +143,11 @@ class Settings(Section):
         `modalkit.yaml` of the working directory, if it exists. An empty sequence reads no file. Raises SettingsError.
         """
         return cls(_config_files=config_files, _environ=environ)
+
+    def read_again(self) -> Self:
+        """The settings as the same files, variables and arguments give them now. Raises SettingsError."""
+        files, environ, values = self._sources
+        return type(self)(files, environ, **values)
 
     def origin(self, *path: str) -> str:
         """Where the value of a key comes from, as in ``modalkit.yaml, line 12``; ``default`` where it is not given."""
