@@ -1,5 +1,6 @@
 """The gateway to models that run in this process."""
 
+import gc
 import logging
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import LoadError, ModelSource, make_job_manager
 from modalkit.service.memory import free_bytes, private_bytes
 from modalkit.service.queue_backends import QueueBackend
+from modalkit.service.serving import freeze_gc
 from modalkit.service.settings import BatchConfig, Settings
 from modalkit.service.validation import summary, validated
 from modalkit.service.worker import InferenceWorker
@@ -142,6 +144,7 @@ class LocalModel:
             if pipeline is None:
                 return
             worker = InferenceWorker(pipeline, settings=settings, jobs=jobs, input_model=self.input_model)
+            del pipeline  # else one that was replaced would stay in memory
             async with worker as self.worker:
                 self.settled.set()
                 await self._supervise(worker)
@@ -172,6 +175,8 @@ class LocalModel:
                     "free; restart the service instead",
                 )
             await self._replace(worker, source, self._phase.draining)
+            if gc.get_freeze_count():
+                freeze_gc()  # the objects of the new one, too
             logger.info("Model %r was reloaded", self.name)
 
     async def set_limits(self, limits: Mapping[str, Any]) -> None:
@@ -297,6 +302,20 @@ class LocalGateway(AsyncContextManagerMixin):
         """Before the gateway is left: end reloads, answer callers that wait for jobs, start no more. Idempotent."""
         self._phase.draining.set()
         self.jobs.drain()
+
+    @property
+    def administration(self) -> Self:
+        """What can be done with the models while they run: `reload`, `set_limits` and `limits`."""
+        return self
+
+    async def set_limits(self, model_name: str, limits: Mapping[str, Any]) -> None:
+        """Change limits of a model's batches; see `LocalModel.set_limits`. Raises `UnknownModelError` too."""
+        await self._model(model_name).set_limits(limits)
+
+    def limits(self, model_name: str) -> BatchConfig | None:
+        """The limits of a model's batches; None before it is loaded. Raises `UnknownModelError`."""
+        worker = self._model(model_name).worker
+        return None if worker is None else worker.limits
 
     async def reload(self, model_name: str) -> None:
         """Load a model anew by the configuration as it is now, beside the one that runs, and replace that.

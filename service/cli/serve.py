@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import anyio
 import typer
 import uvicorn
+from anyio.abc import TaskGroup
 
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
@@ -67,7 +68,7 @@ async def _serve(server: Server, gateway: LocalGateway, listener: socket.socket,
         outer.start_soon(stop.on_signals, outer)
         async with gateway, plain_task_group() as task_group:
             task_group.start_soon(_announce, server, gateway, listener, settings)
-            task_group.start_soon(_stop_when_broken, stop, gateway)
+            task_group.start_soon(_stop_when_broken, stop, gateway, outer)
             await server.serve([listener])
             task_group.cancel_scope.cancel()
             notices.print("Finishing what was accepted ...")
@@ -83,10 +84,10 @@ def _failed(gateway: LocalGateway) -> list[str]:
     return [name for name, model in gateway.models.items() if model.readiness is Readiness.FAILED]
 
 
-async def _stop_when_broken(stop: Stop, gateway: LocalGateway) -> None:
-    """Stop when no model can run any more, so that a supervisor sees the exit code and starts the process again."""
+async def _stop_when_broken(stop: Stop, gateway: LocalGateway, background: TaskGroup) -> None:
+    """Stop when a model broke down, so that a supervisor sees the exit code and starts the process again."""
     await gateway.wait_until_broken()
-    stop.begin()
+    stop.begin(background)
 
 
 async def _announce(server: Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:

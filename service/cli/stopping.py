@@ -1,5 +1,6 @@
 """Stops ``modalkit serve`` on signals: gently within a grace, or at once; and reloads the models on SIGHUP."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -13,9 +14,12 @@ import anyio
 from anyio.abc import TaskGroup
 
 from modalkit.service.cli.common import notices
+from modalkit.service.errors import Readiness, ServiceError
 from modalkit.service.jobs import JobStoreError
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.serving import Server
+
+logger = logging.getLogger(__name__)
 
 EXIT_AT_ONCE = 1
 """The exit code where accepted requests may not have been finished."""
@@ -31,7 +35,8 @@ CLOSING_S = 3
 class Stop:
     """Stops on signals: on the first one finishes what was accepted, within `grace_s` seconds, on the second at once.
 
-    Jobs that have not begun stay in the store. `is_durable` says whether it keeps them.
+    Jobs that have not begun stay in the store. `is_durable` says whether it keeps them. On SIGHUP, the models are
+    reloaded; where it comes because the terminal was closed, the service stops.
     """
 
     server: Server
@@ -42,16 +47,31 @@ class Stop:
 
     async def on_signals(self, background: TaskGroup) -> None:
         """Wait for signals, until cancelled; `background` outlasts this task."""
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async for _ in signals:
-                if self.is_stopping:
+        had_terminal = os.isatty(0)
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+            async for number in signals:
+                has_terminal = os.isatty(0)
+                if number == signal.SIGHUP and (has_terminal or not had_terminal):
+                    background.start_soon(self._reload)
+                elif self.is_stopping:
                     await self.stop_now("Stopped at once.")
-                self.is_stopping = True
-                self.begin()
-                background.start_soon(self._after_grace)
+                else:
+                    self.begin(background)
 
-    def begin(self) -> None:
-        """Accept no more connections, and start no more jobs."""
+    async def _reload(self) -> None:
+        """Reload the models one after the other; those that cannot be go on as they were."""
+        for name in self.gateway.models:
+            try:
+                await self.gateway.reload(name)
+            except ServiceError as error:
+                logger.error("Not reloaded: %s", error)  # noqa: TRY400  # it says everything
+            else:
+                notices.print(f"{name} was reloaded.", markup=False)
+
+    def begin(self, background: TaskGroup) -> None:
+        """Accept no more connections, and start no more jobs; stop at once after the grace."""
+        self.is_stopping = True
+        background.start_soon(self._after_grace)
         self.server.should_exit = True
         self.gateway.drain()
 
@@ -68,7 +88,8 @@ class Stop:
         for child in multiprocessing.active_children():
             child.kill()  # conversions of models
         sys.stderr.flush()
-        os._exit(EXIT_AT_ONCE)
+        is_broken = any(model.readiness is Readiness.BROKEN for model in self.gateway.models.values())
+        os._exit(EXIT_BROKEN if is_broken else EXIT_AT_ONCE)
 
     async def _unfinished_jobs(self) -> str:
         """How many jobs have not ended; empty for none."""

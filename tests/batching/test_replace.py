@@ -1,7 +1,8 @@
 """A scheduler goes on by another function, and within other limits, while requests wait and run."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import anyio
 import pytest
@@ -44,7 +45,9 @@ class Tagged:
             await anyio.sleep(0.001)
 
 
-def collector(answers: dict[int, str], scheduler: BatchScheduler[int, str]) -> Callable[[int], object]:
+def collector(
+    answers: dict[int, str], scheduler: BatchScheduler[int, str]
+) -> Callable[[int], Coroutine[Any, Any, None]]:
     async def call(payload: int) -> None:
         answers[payload] = await scheduler.submit(payload)
 

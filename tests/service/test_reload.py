@@ -1,6 +1,7 @@
 """A model is loaded anew beside the one that runs, or gets other limits, and no request fails for it."""
 
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -119,6 +120,14 @@ async def test_under_a_steady_load_no_request_and_no_job_fails(gateway: LocalGat
     assert done_by_all.succeeded >= 500, "statistics go on"
 
 
+async def test_a_model_that_was_replaced_leaves_the_memory(gateway: LocalGateway) -> None:
+    await version(gateway.models["m"])
+    first = weakref.ref(Versioned.instances.pop())
+    await gateway.reload("m")
+    while first() is not None:  # until the thread of its last batch has ended
+        assert await version(gateway.models["m"]) == 1
+
+
 @pytest.mark.parametrize(
     ("entry", "error", "why"),
     [
@@ -187,9 +196,10 @@ async def test_limits_are_changed_live_and_by_a_reload(gateway: LocalGateway, tm
     assert (model.worker.limits.max_batch_size, model.worker.limits.batch_timeout_seconds) == (2, 0.05)
     await model.predict_many([Text(text="a")] * 8)
     assert max(map(len, Versioned.instances[0].batches)) == 2
-    for wrong in ({"max_batch_size": 0}, {"max_batch_sise": 3}, {"max_batch_size": 20_000}, {"calibration": {}}):
+    limits: dict[str, Any]
+    for limits in ({"max_batch_size": 0}, {"max_batch_sise": 3}, {"max_batch_size": 20_000}, {"calibration": {}}):
         with pytest.raises(InvalidItemError):
-            await model.set_limits(wrong)
+            await model.set_limits(limits)
     configure(tmp_path, version=2)
     await gateway.reload("m")
     assert model.worker.limits.max_batch_size == 4

@@ -360,7 +360,7 @@ async def test_an_interactive_job_waits_for_one_group_after_a_crash_of_a_full_wi
     before: list[int] = []
     start = engine.start
 
-    def counting(job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
+    def counting(job: Job, on_outcome: Callable[[JobOutcome], None]) -> Withdraw:
         if job.priority is Priority.INTERACTIVE:
             before.append(len(engine.groups))
         return start(job, on_outcome)

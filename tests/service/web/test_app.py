@@ -128,7 +128,9 @@ async def test_a_model_that_broke_down_fails_liveness_and_ends_the_gateway_when_
         assert (await client.post("/sync/predict", json={"text": "four"})).status_code == 503
         live = await client.get("/health/live")
         assert (live.status_code, live.json()) == (503, {"status": "broken", "models": ["lengths"]})
-        assert (await client.get("/health/ready")).json()["models"] == {"lengths": "broken"}
+        ready = (await client.get("/health/ready")).json()
+        assert ready["models"] == {"lengths": "broken"}
+        assert "its scheduler broke down" in ready["reasons"]["lengths"]
     assert "broke down" in caplog.text
 
 
@@ -161,7 +163,9 @@ async def test_a_model_that_cannot_be_loaded_leaves_the_others_alone(
         await strict.wait_until_settled()
         ready_not = await client.get("/health/ready")
         assert ready_not.status_code == 503
-        assert ready_not.json() == {"status": "not ready", "models": {"good": "ready", "bad": "failed"}}
+        answer = ready_not.json()
+        assert (answer["status"], answer["models"]) == ("not ready", {"good": "ready", "bad": "failed"})
+        assert "the weights are not there" in answer["reasons"]["bad"]
 
 
 async def test_a_service_whose_only_model_failed_is_not_ready(tmp_path: Path) -> None:
@@ -359,5 +363,5 @@ async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             assert "422" not in operation["responses"], path
-            takes_requests = path.startswith(("/sync", "/batch", "/async", "/jobs"))
+            takes_requests = path.startswith(("/sync", "/batch", "/async", "/jobs", "/admin"))
             assert ("default" in operation["responses"]) == takes_requests, path
