@@ -1,23 +1,19 @@
 """The gateway to models that run in this process."""
 
-import gc
 import logging
-import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import anyio
 from anyio import AsyncContextManagerMixin, to_thread
+from anyio.abc import TaskGroup
 from pydantic import BaseModel
 
 from modalkit.batching import Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.batching.threads import DedicatedThread
-from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline
+from modalkit.pipelines import EngineChoice, InferenceOutputModel
 from modalkit.service.errors import (
-    InvalidItemError,
     NotReadyError,
     Readiness,
     ReloadError,
@@ -28,49 +24,18 @@ from modalkit.service.errors import (
 from modalkit.service.jobs import JobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import LoadError, ModelSource, make_job_manager
-from modalkit.service.memory import free_bytes, private_bytes
 from modalkit.service.queue_backends import QueueBackend
-from modalkit.service.serving import freeze_gc
 from modalkit.service.settings import BatchConfig, Settings
-from modalkit.service.validation import summary, validated
+from modalkit.service.supervision import Phase, Supervisor
 from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-RESTART_INTERVAL_S = 600.0
-"""A model that hangs again within so many seconds after it was restarted is not restarted once more."""
-RESTART_TIMEOUT_S = 300.0
-"""Seconds within which a model that hangs has to be loaded anew."""
-CHECK_INTERVAL_S = 0.5
-"""Seconds between two looks whether a worker hangs."""
-
-
-class ModelBrokenError(ServiceError):
-    """Raised inside the gateway, and logged, for a model that was ready and can run nothing any more."""
-
-    def __init__(self, model_name: str, problem: str) -> None:
-        super().__init__(f"model {model_name!r} broke down: {problem}; it takes no requests, restart this process")
-        self.model_name = model_name
-
-
-@dataclass
-class _Phase:
-    """What the models of a gateway share: its end, and how many of them load."""
-
-    closing: anyio.Event = field(default_factory=anyio.Event)
-    draining: anyio.Event = field(default_factory=anyio.Event)
-    """Set before the gateway closes: no model is reloaded any more."""
-    loading: int = 0
-    loads: int = 0
-    """How often one began to load."""
 
 
 class LocalModel:
     """A configured model and, once it is loaded, its worker."""
 
-    def __init__(self, source: ModelSource, phase: _Phase) -> None:
+    def __init__(self, source: ModelSource, phase: Phase) -> None:
         self.name = source.model_name
         self.input_model = source.input_model
         self.output_model = source.output_model
@@ -79,10 +44,8 @@ class LocalModel:
         self.worker: InferenceWorker | None = None
         self.settled = anyio.Event()
         """Set once the model is ready or has failed."""
-        self.source = source
         self._phase = phase
-        self._changing = anyio.Lock()
-        self._loaded_bytes = 0  # memory that it took when it was loaded; 0 where that is not known
+        self._supervisor = Supervisor(source, phase)
 
     @property
     def readiness(self) -> Readiness:
@@ -137,17 +100,17 @@ class LocalModel:
             raise NotReadyError(self.name, readiness, reason)
         return self.worker
 
-    async def serve(self, settings: Settings, jobs: JobManager) -> None:
+    async def serve(self, jobs: JobManager) -> None:
         """Load the model and keep its worker open until the gateway closes, or the model breaks down (see `error`)."""
         try:
-            pipeline = await _unless(self._phase.closing.wait, lambda: self._load(self.source))
+            pipeline = await self._supervisor.load()
             if pipeline is None:
                 return
-            worker = InferenceWorker(pipeline, settings=settings, jobs=jobs, input_model=self.input_model)
+            worker = InferenceWorker(pipeline, settings=self.source.settings, jobs=jobs, input_model=self.input_model)
             del pipeline  # else one that was replaced would stay in memory
             async with worker as self.worker:
                 self.settled.set()
-                await self._supervise(worker)
+                await self._supervisor.watch(worker)
         except Exception as error:
             # A failed model must not stop the others: its readiness says so, and so does each request for it.
             self.error = error
@@ -159,102 +122,22 @@ class LocalModel:
             self.settled.set()
 
     async def reload(self, source: ModelSource) -> None:
-        """Load the model anew beside the one that runs, and let it run the next batches. No request fails for it.
-
-        Raises `NotReadyError` where none runs, `ReloadError` and `LoadError`: then the old one goes on.
-        """
-        async with self._one_change():
-            worker = self.ready_worker()
-            if (source.input_model, source.output_model) != (self.input_model, self.output_model):
-                raise ReloadError(self.name, "its input_model or output_model is another one; restart the service")
-            free = free_bytes()
-            if free is not None and free < self._loaded_bytes:
-                raise ReloadError(
-                    self.name,
-                    f"it needs {self._loaded_bytes >> 20} MiB beside the old one and {free >> 20} MiB of memory are "
-                    "free; restart the service instead",
-                )
-            await self._replace(worker, source, self._phase.draining)
-            if gc.get_freeze_count():
-                freeze_gc()  # the objects of the new one, too
-            logger.info("Model %r was reloaded", self.name)
+        """Replace the pipeline that runs by one of `source`. Raises `NotReadyError`, and what `Supervisor` raises."""
+        await self._supervisor.reload(self.ready_worker(), source)
 
     async def set_limits(self, limits: Mapping[str, Any]) -> None:
-        """Change limits of its batches, keys of `batch_config`, until the next reload or start.
+        """Change limits of its batches. Raises `NotReadyError`, and what `Supervisor` raises."""
+        await self._supervisor.set_limits(self.ready_worker(), limits)
 
-        Raises `NotReadyError`, and `InvalidItemError` for limits that cannot hold.
-        """
-        async with self._one_change():
-            worker = self.ready_worker()
-            if "calibration" in limits:
-                error = {"field": "calibration", "message": "is for the start; change it in the configuration"}
-                raise InvalidItemError(summary([error]), [error])
-            await worker.set_limits(validated(BatchConfig, {**worker.limits.model_dump(), **limits}))
+    def begin_again(self, source: ModelSource) -> None:
+        """Let the next `serve` load it from `source`, after it could not be loaded. Raises `ReloadError`."""
+        self._supervisor.check(source)
+        self._supervisor.source, self.error, self.settled = source, None, anyio.Event()
 
-    @asynccontextmanager
-    async def _one_change(self) -> AsyncGenerator[None]:
-        try:
-            self._changing.acquire_nowait()
-        except anyio.WouldBlock:
-            raise ReloadError(self.name, "it is being reloaded already; try again later") from None
-        try:
-            yield
-        finally:
-            self._changing.release()
-
-    async def _replace(self, worker: InferenceWorker, source: ModelSource, stopping: anyio.Event) -> None:
-        """Load the model of `source`, and let it run the worker's next batches, unless `stopping` is set before."""
-
-        async def replace() -> bool:
-            await worker.replace(await self._load(source), source.settings.app_settings.batch_config)
-            return True
-
-        if not await _unless(stopping.wait, replace):
-            raise NotReadyError(self.name, Readiness.DRAINING)
-        self.source = source
-
-    async def _supervise(self, worker: InferenceWorker) -> None:
-        """Wait until the gateway closes. Restart a model that hangs; raises `ModelBrokenError` for one that is lost."""
-        restarted_s = -math.inf
-        while not self._phase.closing.is_set():
-            with anyio.move_on_after(CHECK_INTERVAL_S):
-                await _unless(worker.wait_until_broken, self._phase.closing.wait)
-            if (problem := worker.problem) is None or self._phase.closing.is_set():
-                continue
-            if not worker.hangs:
-                raise ModelBrokenError(self.name, problem)
-            if anyio.current_time() < restarted_s + RESTART_INTERVAL_S:
-                raise ModelBrokenError(self.name, f"{problem}, again after it was restarted")
-            restarted_s = anyio.current_time()
-            await self._restart(worker, problem)
-
-    async def _restart(self, worker: InferenceWorker, problem: str) -> None:
-        logger.error("Model %r: %s; it is loaded anew", self.name, problem)
-        try:
-            with anyio.fail_after(RESTART_TIMEOUT_S):
-                async with self._changing:
-                    await self._replace(worker, self.source, self._phase.closing)
-        except Exception as error:
-            if not self._phase.closing.is_set():
-                raise ModelBrokenError(self.name, f"{problem}, and it could not be loaded anew") from error
-        else:
-            logger.error("Model %r was restarted", self.name)
-
-    async def _load(self, source: ModelSource) -> InferencePipeline:
-        """The loaded pipeline. When cancelled, what is being loaded is abandoned."""
-        phase = self._phase
-        is_alone, phase.loading = not phase.loading, phase.loading + 1
-        phase.loads += 1
-        load, used = phase.loads, private_bytes()
-        thread = DedicatedThread(f"load {self.name}")
-        try:
-            pipeline = await thread.run(source.load)
-        finally:
-            thread.close()
-            phase.loading -= 1
-        if is_alone and phase.loads == load:  # else what others loaded meanwhile is counted too
-            self._loaded_bytes = max(0, private_bytes() - used)
-        return pipeline
+    @property
+    def source(self) -> ModelSource:
+        """What it was loaded from, or is loaded from."""
+        return self._supervisor.source
 
 
 class LocalGateway(AsyncContextManagerMixin):
@@ -278,8 +161,9 @@ class LocalGateway(AsyncContextManagerMixin):
         sources: Sequence[ModelSource] | None = None,
     ) -> None:
         self._settings = settings
-        self._phase = _Phase()
+        self._phase = Phase()
         self._broken = anyio.Event()
+        self._task_group: TaskGroup
         if sources is None:
             sources = [ModelSource(settings, name) for name in settings.model_settings.model_entries]
         self.models = {source.model_name: LocalModel(source, self._phase) for source in sources}
@@ -290,12 +174,13 @@ class LocalGateway(AsyncContextManagerMixin):
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
-        async with self.jobs, plain_task_group() as task_group:
+        async with self.jobs, plain_task_group() as self._task_group:
             for model in self.models.values():
-                task_group.start_soon(self._serve, model)
+                self._task_group.start_soon(self._serve, model)
             try:
                 yield self
             finally:
+                self._phase.draining.set()
                 self._phase.closing.set()
 
     def drain(self) -> None:
@@ -321,12 +206,21 @@ class LocalGateway(AsyncContextManagerMixin):
         """Load a model anew by the configuration as it is now, beside the one that runs, and replace that.
 
         No request fails for it. Where it raises, the old one goes on: `UnknownModelError`, `NotReadyError` for a model
-        that does not run, `ReloadError`, `LoadError`, and `SettingsError` for a configuration with an error. Modules of
-        Python are not imported again, and of the configuration only what concerns the model is taken up.
+        that does not run, `ReloadError`, `LoadError`, and `SettingsError` for a configuration with an error. A model
+        that could not be loaded is tried again. Modules of Python are not imported again, and of the configuration only
+        what concerns the model is taken up.
         """
         model = self._model(model_name)
         # In a thread, because it reads files and may import modules.
-        await model.reload(await to_thread.run_sync(self._read_source_again, model))
+        source = await to_thread.run_sync(self._read_source_again, model)
+        if model.readiness is not Readiness.FAILED:
+            await model.reload(source)
+            return
+        model.begin_again(source)
+        self._task_group.start_soon(self._serve, model)
+        await model.settled.wait()
+        if model.error is not None:
+            raise ReloadError(model.name, describe_error(model.error)) from model.error
 
     def _read_source_again(self, model: LocalModel) -> ModelSource:
         settings = self._settings.read_again()
@@ -370,21 +264,6 @@ class LocalGateway(AsyncContextManagerMixin):
         await self._broken.wait()
 
     async def _serve(self, model: LocalModel) -> None:
-        await model.serve(self._settings, self.jobs)
+        await model.serve(self.jobs)
         if model.readiness is Readiness.BROKEN:
             self._broken.set()
-
-
-async def _unless(stopped: Callable[[], Awaitable[None]], call: Callable[[], Awaitable[T]]) -> T | None:
-    """Await `call` and return its result; cancel it and return None when `stopped` returns before."""
-    async with plain_task_group() as task_group:
-
-        async def watch() -> None:
-            await stopped()
-            task_group.cancel_scope.cancel()
-
-        task_group.start_soon(watch)
-        result = await call()
-        task_group.cancel_scope.cancel()
-        return result
-    return None

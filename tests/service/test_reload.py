@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from modalkit.batching import SchedulerClosedError
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
-from modalkit.service import local_gateway
+from modalkit.service import supervision
 from modalkit.service.errors import InvalidItemError, NotReadyError, Readiness, ReloadError, UnknownModelError
 from modalkit.service.jobs import JobStatus
 from modalkit.service.loading import LoadError
@@ -151,11 +151,23 @@ async def test_a_version_that_cannot_take_over_leaves_the_old_one_and_says_why(
 async def test_a_version_for_which_there_is_no_memory_is_not_loaded(
     gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway.models["m"], "_loaded_bytes", 3 * 2**20)
-    monkeypatch.setattr(local_gateway, "free_bytes", lambda: 2 * 2**20)
+    monkeypatch.setattr(gateway.models["m"]._supervisor, "_loaded_bytes", 3 * 2**20)  # noqa: SLF001  # as if it took so much
+    monkeypatch.setattr(supervision, "free_bytes", lambda: 2 * 2**20)
     with pytest.raises(ReloadError, match="it needs 3 MiB beside the old one and 2 MiB of memory are free; restart"):
         await gateway.reload("m")
     assert len(Versioned.instances) == 1
+
+
+async def test_a_model_that_could_not_be_loaded_is_tried_again(tmp_path: Path) -> None:
+    Versioned.may_load.set()
+    async with LocalGateway(Settings.load([configure(tmp_path, version=-1)])) as gateway:
+        await gateway.wait_until_settled()
+        with pytest.raises(ReloadError, match="the weights are damaged"):
+            await gateway.reload("m")
+        assert gateway.models["m"].readiness is Readiness.FAILED
+        configure(tmp_path, version=3)
+        await gateway.reload("m")
+        assert await version(gateway.models["m"]) == 3
 
 
 async def test_one_reload_at_a_time_and_none_once_the_service_stops(gateway: LocalGateway) -> None:
