@@ -53,6 +53,8 @@ class Readiness(StrEnum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
+    RESTARTING = "restarting"
+    """It hangs, and is loaded anew; what does not hang may still be answered."""
     BROKEN = "broken"
     FAILED = "failed"
 

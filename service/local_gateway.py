@@ -56,6 +56,8 @@ class LocalModel:
             return Readiness.DRAINING
         if self.worker is None:
             return Readiness.LOADING
+        if self.worker.hangs:
+            return Readiness.RESTARTING
         return Readiness.BROKEN if self.worker.is_broken else Readiness.READY
 
     @property
@@ -93,9 +95,7 @@ class LocalModel:
     def ready_worker(self) -> InferenceWorker:
         """The worker. Raises `NotReadyError`."""
         readiness = self.readiness
-        # A model whose batches hang may still answer. Probes of /health/live decide when its process is replaced.
-        may_answer = readiness is Readiness.READY or (readiness is Readiness.BROKEN and self.error is None)
-        if self.worker is None or not may_answer:
+        if self.worker is None or readiness not in (Readiness.READY, Readiness.RESTARTING):
             reason = None if self.error is None else describe_error(self.error.__cause__ or self.error)
             raise NotReadyError(self.name, readiness, reason)
         return self.worker

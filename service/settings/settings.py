@@ -110,7 +110,6 @@ class Settings(Section):
     model_settings: ModelSettings = Field(default_factory=ModelSettings)
 
     _origins: Origins = PrivateAttr(default=Origins())
-    _sources: tuple[Any, ...] = PrivateAttr(default=(None, None, {}))
 
     def __init__(
         self,
@@ -124,7 +123,7 @@ class Settings(Section):
         if values:
             layers.append(Layer(root, values, {(): "argument"}))
         problems = [problem for layer in layers for problem in layer.problems]
-        origins = Origins(layers)
+        origins = Origins(layers, (_config_files, _environ), values)
         merged = _complete_limits_of_models(reduce(deep_merge, (layer.values for layer in layers)))
         try:
             super().__init__(**merged)
@@ -133,7 +132,6 @@ class Settings(Section):
         if problems:
             raise SettingsError(problems)
         self._origins = origins
-        self._sources = (_config_files, _environ, values)
 
     @classmethod
     def load(cls, config_files: Sequence[Path | str] | None = None, environ: Mapping[str, str] | None = None) -> Self:
@@ -146,8 +144,7 @@ class Settings(Section):
 
     def read_again(self) -> Self:
         """The settings as the same files, variables and arguments give them now. Raises SettingsError."""
-        files, environ, values = self._sources
-        return type(self)(files, environ, **values)
+        return type(self)(*self._origins.arguments, **self._origins.values)
 
     def origin(self, *path: str) -> str:
         """Where the value of a key comes from, as in ``modalkit.yaml, line 12``; ``default`` where it is not given."""

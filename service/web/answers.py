@@ -88,7 +88,7 @@ class ModelView(BaseModel):
     """A model as those see it who run it."""
 
     name: str
-    readiness: str = Field(description="`ready`, `loading`, `draining`, `broken` or `failed`.")
+    readiness: str = Field(description="`ready`, `loading`, `restarting`, `draining`, `broken` or `failed`.")
     problem: str | None = Field(description="Why it takes no requests, or should get none.")
     engine: str | None = Field(description="What computes it.")
     batch_config: dict[str, Any] | None = Field(description="The limits of its batches; null where it does not run.")

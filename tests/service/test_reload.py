@@ -227,7 +227,7 @@ async def test_a_model_that_hangs_is_not_ready_is_loaded_anew_and_goes_on(tmp_pa
         async with anyio.create_task_group() as task_group:
             for _ in range(2):
                 task_group.start_soon(model.predict_many, [Text(text="hang")])
-            while model.readiness is not Readiness.BROKEN:
+            while model.readiness is not Readiness.RESTARTING:
                 await anyio.sleep(0.01)
             assert "of its calls hang past batch_timeout_seconds" in str(model.problem)
             Versioned.may_load.set()
