@@ -7,7 +7,7 @@ import signal
 import sys
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import anyio
@@ -44,6 +44,7 @@ class Stop:
     grace_s: float
     is_durable: bool
     is_stopping: bool = False
+    reloading: anyio.Lock = field(default_factory=anyio.Lock)
 
     async def on_signals(self, background: TaskGroup) -> None:
         """Wait for signals, until cancelled; `background` outlasts this task."""
@@ -60,13 +61,14 @@ class Stop:
 
     async def _reload(self) -> None:
         """Reload the models one after the other; those that cannot be go on as they were."""
-        for name in self.gateway.models:
-            try:
-                await self.gateway.reload(name)
-            except ServiceError as error:
-                logger.error("Not reloaded: %s", error)  # noqa: TRY400  # it says everything
-            else:
-                notices.print(f"{name} was reloaded.", markup=False)
+        async with self.reloading:  # a second signal may come after a second change of the configuration
+            for name in self.gateway.models:
+                try:
+                    await self.gateway.reload(name)
+                except ServiceError as error:
+                    logger.error("Not reloaded: %s", error)  # noqa: TRY400  # it says everything
+                else:
+                    notices.print(f"{name} was reloaded.", markup=False)
 
     def begin(self, background: TaskGroup) -> None:
         """Accept no more connections, and start no more jobs; stop at once after the grace."""

@@ -55,12 +55,12 @@ def make_admin_router(gateway: Gateway, dependencies: Sequence[Any]) -> APIRoute
     async def list_models() -> list[ModelView]:
         return [view(name) for name in gateway.models]
 
-    @router.get("/models/{name}", summary="One model")
+    @router.get("/models/{name:path}", summary="One model")
     async def get_model(name: ModelName) -> ModelView:
         return view(name)
 
     @router.post(
-        "/models/{name}/reload",
+        "/models/{name:path}/reload",
         summary="Load a model anew beside the one that runs, and replace it",
         description="By the configuration as it is now. The answer comes when the new one is warm and runs all batches "
         "from then on; no request fails for it. With 409 the old one goes on, and the detail says why.",
@@ -70,7 +70,7 @@ def make_admin_router(gateway: Gateway, dependencies: Sequence[Any]) -> APIRoute
         return view(name)
 
     @router.patch(
-        "/models/{name}",
+        "/models/{name:path}",
         summary="Change the limits of a model's batches",
         description="Keys of `batch_config`, except `calibration`; they hold until the model is reloaded or started.",
         openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": _LIMITS_SCHEMA}}}},

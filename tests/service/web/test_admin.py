@@ -22,6 +22,7 @@ app_settings:
 model_settings:
   model_entries:
     lengths: {pipeline: "tests.support.length_model:LengthPipeline", more: 1}
+    org/other: {pipeline: "tests.support.length_model:LengthPipeline"}
 """
 KEY = {"Authorization": "Bearer secret"}
 
@@ -46,7 +47,9 @@ async def client(configuration: Path) -> AsyncIterator[httpx.AsyncClient]:
 async def test_a_model_is_reloaded_by_the_configuration_as_it_is_now(
     client: httpx.AsyncClient, configuration: Path
 ) -> None:
-    (before,) = (await client.get("/admin/models")).json()
+    before, other = (await client.get("/admin/models")).json()
+    assert (await client.get("/admin/models/org%2Fother")).json() == other
+    assert (await client.post("/admin/models/org%2Fother/reload")).status_code == 200
     assert (before["name"], before["readiness"], before["problem"]) == ("lengths", "ready", None)
     assert before["batch_config"]["max_batch_size"] == 8
     configuration.write_text(CONFIGURATION.replace("max_batch_size: 8", "max_batch_size: 9"))
