@@ -61,12 +61,15 @@ class LearntCosts:
         self._pipeline = pipeline
         self._batch_config = batch_config
         self._config = batch_config.calibration
-        # Costs of an asynchronous pipeline are those of a server elsewhere: only real batches teach them.
-        measures = self._config.enabled and not is_asynchronous_pipeline(pipeline)
-        self._calibrate = calibrate and measures
+        self._calibrate = calibrate and self._measures
         self._key: CostKey | None = None
         # Whether the costs are worth keeping: incomplete ones in the file would prevent a later measurement.
-        self._is_complete = not measures
+        self._is_complete = not self._measures
+
+    @property
+    def _measures(self) -> bool:
+        # Costs of an asynchronous pipeline are those of a server elsewhere: only real batches teach them.
+        return self._config.enabled and not is_asynchronous_pipeline(self._pipeline)
 
     async def learn(self, scheduler: BatchScheduler[Any, InferenceOutputModel]) -> None:
         """Read the costs from the configured file, or measure them in the scheduler's thread.
@@ -81,11 +84,12 @@ class LearntCosts:
     async def follow(self, pipeline: InferencePipeline, batch_config: BatchConfig) -> None:
         """Go on with the costs of another pipeline, which takes the place of this one, or within other limits.
 
-        Its costs start as those in the file, if it was measured before, else as they are.
+        Its costs start as those in the file, if it was measured before, else as they are; these are not kept for it, so
+        that the next start measures it.
         """
         await self.keep()
         self._pipeline, self._batch_config, self._config = pipeline, batch_config, batch_config.calibration
-        self._key = None
+        self._key, self._is_complete = None, not self._measures
         await self._load()
 
     async def _load(self) -> None:

@@ -44,6 +44,9 @@ from modalkit.service.settings import AppSettings, BatchConfig, Settings
 from modalkit.service.streams import Payload, StreamedItem, item_of
 from modalkit.service.validation import validated
 
+MAX_DEVICE_FAULTS = 2
+"""Batches in a row that fail as a whole by a fault of the device with which a worker is broken. The text of one such
+error may come from an item; a device that is lost fails every batch."""
 MAX_STUCK_THREADS = 3
 """Threads stuck in batches that hang with which a worker is broken."""
 BATCHES_IN_THE_JOB_WINDOW = 16
@@ -107,7 +110,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._sinks += [] if on_batch is None else [on_batch]
         self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
         self._streams = has_own(pipeline, "predict_stream")
-        self._device_fault: str | None = None
+        self._device_faults = 0
+        self._device_fault = ""
         self._scheduler: BatchScheduler[Payload, InferenceOutputModel] = BatchScheduler(
             **self._how_to_run(pipeline, batch_config),
             cost_model=self._costs.model,
@@ -320,7 +324,7 @@ class InferenceWorker(AsyncContextManagerMixin):
     @property
     def problem(self) -> str | None:
         """Why batches cannot be run any more: their device is broken, the scheduler, or too many hang; else None."""
-        if self._device_fault is not None:
+        if self._device_faults >= MAX_DEVICE_FAULTS:
             return f"its device is broken: {self._device_fault}"
         if self._scheduler.is_broken:
             return "its scheduler broke down, as the log says"
@@ -338,8 +342,11 @@ class InferenceWorker(AsyncContextManagerMixin):
         await self._scheduler.wait_until_broken()
 
     def _on_batch(self, record: BatchRecord) -> None:
-        if record.errors and (fault := next(filter(is_device_fault, record.errors), None)) is not None:
-            self._device_fault = self._device_fault or describe_error(fault)
+        if record.failed < record.count - record.requeued:
+            self._device_faults = 0
+        elif (fault := next(filter(is_device_fault, record.errors), None)) is not None:
+            self._device_faults += 1
+            self._device_fault = describe_error(fault)
         for sink in self._sinks:
             sink(record)
 

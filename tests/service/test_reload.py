@@ -46,6 +46,8 @@ class Versioned(LengthPipeline):
             raise RuntimeError("thirteen")
 
     def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        if "fault" in preprocessed_data["texts"]:
+            raise RuntimeError("CUDA error: device-side assert triggered")
         if self.hangs and "hang" in preprocessed_data["texts"]:
             self.gate.clear()
         return super().predict(input_list, preprocessed_data)
@@ -258,3 +260,35 @@ async def test_a_model_that_hangs_again_is_broken(tmp_path: Path) -> None:
         assert "hang past batch_timeout_seconds, again after it was restarted" in str(model.problem)
         for instance in Versioned.instances:
             instance.gate.set()
+
+
+async def test_a_model_whose_device_is_lost_is_broken_and_one_such_error_alone_is_not(gateway: LocalGateway) -> None:
+    model = gateway.models["m"]
+
+    async def fault() -> None:
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            await model.predict(Text(text="fault"))
+
+    await fault()
+    assert await version(model) == 1
+    await fault()
+    assert model.readiness is Readiness.READY, "a batch between them has succeeded"
+    await fault()
+    with anyio.fail_after(60):
+        await gateway.wait_until_broken()
+    assert model.readiness is Readiness.BROKEN
+    assert "its device is broken: RuntimeError: CUDA error" in str(model.problem)
+    with pytest.raises(NotReadyError, match="broken"):
+        await model.predict(Text(text="a"))
+
+
+async def test_learnt_costs_survive_a_reload_as_a_start(gateway: LocalGateway, tmp_path: Path) -> None:
+    model = gateway.models["m"]
+    await version(model)
+    assert model.worker is not None
+    costs, observed = model.worker.costs, model.worker.costs.observed
+    assert observed
+    configure(tmp_path, version=2)
+    await gateway.reload("m")
+    assert model.worker.costs is costs
+    assert costs.observed >= observed

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 
 from modalkit.service.serving import AddressError, listening
 from tests.support.command_line import Modalkit, Process, forked, serving, started
+from tests.support.processes import ForkedPython
 
 TWO_MODELS = """
 app_settings:
@@ -246,6 +247,28 @@ def test_a_second_signal_ends_open_requests_too_without_a_traceback(folder: Path
         assert isinstance(held.exception(), httpx.TransportError)
     assert process.returncode == 1
     assert "Stopped at once." in said
+    assert "Traceback" not in said
+
+
+def test_what_does_not_end_within_the_grace_is_left(folder: Path, environment: dict[str, str]) -> None:
+    (folder / "my_model.py").write_text(HANGING)
+    (folder / "modalkit.yaml").write_text(TWO_MODELS)
+
+    def impatient(arguments: list[str], folder: Path, environment: Mapping[str, str]) -> Process:
+        code = (
+            "from modalkit.service.cli import main, serve, stopping; import sys;"
+            "sys.modules['modalkit.service.cli.serve'].GRACE_S = stopping.CLOSING_S = 0.1; main()"
+        )
+        return ForkedPython(["-P", "-c", code, *arguments], cwd=folder, env=environment)
+
+    with serving(folder, environment, impatient) as (process, client):
+        accepted = client.post("/async/predict?model_name=good", json={"message": {"text": "hang"}}).json()
+        while client.get(f"/jobs/{accepted['job_id']}").json()["status"] != "running":
+            pass
+        process.send_signal(signal.SIGTERM)
+        said = finish(process)
+    assert process.returncode == 1
+    assert "Stopped at the end of the grace of 0.1 s. 1 job had not ended: kept, and run after the next start." in said
     assert "Traceback" not in said
 
 
