@@ -65,8 +65,9 @@ class Stop:
             for name in self.gateway.models:
                 try:
                     await self.gateway.reload(name)
-                except ServiceError as error:
-                    logger.error("Not reloaded: %s", error)  # noqa: TRY400  # it says everything
+                except Exception as error:  # noqa: BLE001  # a user's module may raise anything; the service goes on
+                    explained = isinstance(error, ServiceError)
+                    logger.error("Not reloaded: %s", error, exc_info=None if explained else error)
                 else:
                     notices.print(f"{name} was reloaded.", markup=False)
 
