@@ -65,9 +65,9 @@ class Stop:
             for name in self.gateway.models:
                 try:
                     await self.gateway.reload(name)
-                except Exception as error:  # noqa: BLE001  # a user's module may raise anything; the service goes on
+                except Exception as error:  # a user's module may raise anything, and the service goes on
                     explained = isinstance(error, ServiceError)
-                    logger.error("Not reloaded: %s", error, exc_info=None if explained else error)
+                    logger.log(logging.ERROR, "Not reloaded: %s", error, exc_info=None if explained else error)
                 else:
                     notices.print(f"{name} was reloaded.", markup=False)
 

@@ -65,7 +65,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         self.commits = 0
         """How many transactions have been committed since the store was opened."""
         self.failure: JobStoreUnavailableError | None = None
-        """Why the store cannot be used; None from the next transaction on that writes, such as `check`."""
+        """Why the store cannot be used, until `check` finds that it can."""
 
     @abstractmethod
     async def _perform(self, operation: Callable[[JobTable], T]) -> T:
@@ -96,7 +96,6 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     claim_quarantined_deliveries = _operation(JobTable.claim_quarantined_deliveries)
     record_deliveries = _operation(JobTable.record_deliveries)
     recover = _operation(JobTable.recover)
-    check = _operation(JobTable.check)
 
     async def replay(self, job_ids: Sequence[str] | None, now: float) -> int:
         """Make the deliveries due of those of these jobs, or of all, that are undelivered; returns how many.
@@ -135,6 +134,12 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
             removed += some
         return removed
 
+    async def check(self) -> None:
+        """See whether the store can be written and read: then it has no `failure` any more."""
+        await self._perform(JobTable.check)
+        await self.counts()
+        self.failure = None
+
     async def get(self, job_id: str) -> Job | None:
         """The job of this id, or None if there is none (any more)."""
         return await self._read(lambda database: find_job(database, job_id))
@@ -154,7 +159,6 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         """Run the operations in one transaction; returns each one's result or error, or the commit's for all."""
         counts_before = self._table.counts.copy()
         try:
-            written = self._database.total_changes
             self._database.execute("BEGIN IMMEDIATE")
             results = self._table.run(operations)
             if self._table.counts != counts_before:
@@ -166,8 +170,6 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
                 self._database.execute("ROLLBACK")
             self.failure = self._unavailable(error)
             return [self._unavailable(error) for _ in operations]
-        if self._database.total_changes > written:
-            self.failure = None
         self.commits += 1
         if self._table.has_removed and self.durable:
             self._give_space_back()

@@ -189,9 +189,10 @@ async def test_a_full_disk_is_an_error_with_a_remedy_and_the_store_goes_on(path:
             await store.add([new_job(f"{n}", "x" * 2000) for n in range(100)])
         stored = (await store.counts()).statuses[JobStatus.QUEUED]
         await store.expire(10, 2.0)
-        assert store.failure is not None, "a transaction that writes nothing shows nothing"
+        assert store.failure is not None, "what writes nothing shows nothing"
         store._database.execute("PRAGMA max_page_count = 2000000")  # noqa: SLF001  # space again
         await store.add([new_job("z", "x" * 100_000)])
+        await store.check()
         assert store.failure is None
         assert (await store.counts()).statuses[JobStatus.QUEUED] == stored + 1
         assert len(await store.claim("m", 1000, 2.0)) == stored + 1
