@@ -159,12 +159,15 @@ class _Accepted:
             sent = [items[place] for place in self._places] if self._rejected else items
             given = list(sent)
             try:
-                with _transient_errors(self._pipeline):
-                    result = method(given, *data)
-                    if isinstance(result, CoroutineType) and inspect.iscoroutinefunction(method):
-                        result = await result
+                result = method(given, *data)
+                if isinstance(result, CoroutineType) and inspect.iscoroutinefunction(method):
+                    result = await result
             except RejectItem as error:
                 self._reject(error, by_index=repeats)
+            except Exception as error:  # as `_transient_errors`, without the cost of a context manager
+                if _is_transient(self._pipeline, error):
+                    raise RetryableError(error) from error
+                raise
             else:
                 ensure_order(sent, given)
                 _ensure_awaited(name, result)
@@ -279,9 +282,9 @@ def _transient_errors(pipeline: InferencePipeline) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_transient(pipeline, error):
-            raise
-        raise RetryableError(error) from error
+        if _is_transient(pipeline, error):
+            raise RetryableError(error) from error
+        raise
 
 
 def _is_transient(pipeline: InferencePipeline, error: Exception) -> bool:
