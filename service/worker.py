@@ -142,9 +142,9 @@ class InferenceWorker(AsyncContextManagerMixin):
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
         try:
             async with self._jobs if self._owns_jobs else nullcontext(), self._scheduler:
-                for device, pipeline in enumerate(self.pipelines):
-                    await self._warm_up(pipeline, device)
-                    await self._costs[device].learn(self._scheduler, device)
+                for device, costs in enumerate(self._costs):
+                    await self._warm_up(device)
+                    await costs.learn(self._scheduler, device)
                 async with self._runner:
                     yield self
         finally:
@@ -165,7 +165,8 @@ class InferenceWorker(AsyncContextManagerMixin):
             "before_batch": [each.ensure_running if isinstance(each, DevicePipeline) else None for each in pipelines],
         }
 
-    async def _warm_up(self, pipeline: InferencePipeline, device: int) -> None:
+    async def _warm_up(self, device: int) -> None:
+        pipeline = self.pipelines[device]
         try:
             await awaited(await self._scheduler.run_in_thread(pipeline.warm_up, device=device))
         except Exception as error:
