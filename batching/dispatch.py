@@ -60,6 +60,7 @@ class Dispatcher(Generic[T, R]):
         self._name = name
         self._faults_in_a_row = 0
         self._task_group: TaskGroup
+        self._retired: list[Executor[T, R]] = []
 
     def start(self, task_group: TaskGroup, now: Callable[[], float]) -> None:
         """Start the workers; `now` is the event loop's clock."""
@@ -72,11 +73,12 @@ class Dispatcher(Generic[T, R]):
     def replace_executors(self, executors: Sequence[Executor[T, R]], close_old: Callable[[], Awaitable[None]]) -> None:
         """Let these executors run the next batches; those before them end with the batches that they run.
 
-        When they have ended, `close_old` is called.
+        When all of those have ended, `close_old` is called.
         """
         for executor in self.executors:
             executor.is_retired = True
-        self._task_group.start_soon(self._close_retired, self.executors, close_old)
+        self._retired = [*(old for old in self._retired if not old.has_ended.is_set()), *self.executors]
+        self._task_group.start_soon(self._close_retired, self._retired, close_old)
         self.executors = executors
         for executor in executors:
             self._task_group.start_soon(self._serve, executor)
