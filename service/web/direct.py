@@ -1,18 +1,11 @@
-"""A short way for requests that come by the thousand: past FastAPI's middleware, and in one write to the client."""
+"""A short way for requests that come by the thousand, past FastAPI's middleware."""
 
-from collections.abc import Collection, Mapping
-from functools import cached_property
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
-
-try:
-    from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
-except ImportError:  # without httptools, answers are sent as everywhere
-    STATUS_LINE, RequestResponseCycle = {}, None  # type: ignore[assignment,misc]  # as there is no such class
 
 
 def put_outside(app: FastAPI, own: Collection[object]) -> None:
@@ -39,9 +32,9 @@ def put_outside(app: FastAPI, own: Collection[object]) -> None:
 class DirectHeaders(Headers):
     """Headers that are looked up instead of searched; the first one of a name counts."""
 
-    @cached_property
-    def _first(self) -> Mapping[bytes, bytes]:
-        return dict(reversed(self.raw))
+    def __init__(self, scope: Scope) -> None:
+        super().__init__(scope=scope)
+        self._first = dict(reversed(self.raw))
 
     def get(self, key: str, default: Any = None) -> Any:
         """The header, or `default`."""
@@ -58,37 +51,6 @@ class DirectHeaders(Headers):
 class DirectRequest(Request):
     """A request whose headers are looked up."""
 
-    @cached_property
-    def headers(self) -> Headers:  # type: ignore[override]  # a property there, and as unchangeable here
-        """The headers."""
-        return DirectHeaders(scope=self.scope)
-
-
-async def send_response(response: Response, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send a response, in one write where it is whole and `send` is that of uvicorn."""
-    cycle: Any = getattr(send, "__self__", None)
-    is_whole = type(response) is Response and response.background is None
-    if (
-        not is_whole
-        or RequestResponseCycle is None
-        or type(cycle) is not RequestResponseCycle
-        or cycle.access_log
-        or cycle.disconnected
-        or cycle.response_started
-        or cycle.flow.write_paused
-        or "connection" in response.headers
-    ):
-        await response(scope, receive, send)
-        return
-    cycle.response_started = cycle.response_complete = True
-    cycle.waiting_for_100_continue = False
-    parts = [STATUS_LINE[response.status_code]]
-    for name, value in (*cycle.default_headers, *response.raw_headers):
-        parts += (name, b": ", value, b"\r\n")
-    parts.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
-    parts.append(response.body)
-    cycle.transport.write(b"".join(parts))
-    cycle.message_event.set()
-    if not cycle.keep_alive:
-        cycle.transport.close()
-    cycle.on_response()
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        super().__init__(scope, receive, send)
+        self._headers = DirectHeaders(scope)  # where Starlette keeps what it makes of them

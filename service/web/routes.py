@@ -18,7 +18,7 @@ from modalkit.service.outputs import output_json
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, Submitted
 from modalkit.service.web.auth import ApiKey
 from modalkit.service.web.bodies import BodyParser, read_body, run_valid
-from modalkit.service.web.direct import DirectRequest, send_response
+from modalkit.service.web.direct import DirectRequest
 from modalkit.service.web.options import PredictionOptions, SubmissionOptions
 from modalkit.service.web.problems import (
     KNOWN_ERRORS,
@@ -148,7 +148,7 @@ class DirectRoutes:
         except Exception as error:
             await unexpected_error_response(error)(scope, receive, send)
             raise
-        await send_response(response, scope, receive, send)
+        await response(scope, receive, send)
 
 
 async def while_connected(request: Request, call: Awaitable[T]) -> T:

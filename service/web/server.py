@@ -9,7 +9,7 @@ from typing import Any, cast
 import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, ASGISendEvent, HTTPResponseStartEvent
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from modalkit.service.serving import Server
@@ -17,7 +17,7 @@ from modalkit.service.settings import ServerConfig
 from modalkit.service.web.connections import ConnectionLimits, LimitedProtocol, Waiting
 
 try:
-    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+    from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 except ImportError:  # h11 is slower, and enough
     HttpToolsProtocol = None  # type: ignore[assignment,misc]  # then there is no `LimitedHttpTools`
 
@@ -85,6 +85,50 @@ def _head_bytes(target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> int:
 
 if HttpToolsProtocol is not None:
 
+    class OneWriteCycle(RequestResponseCycle):
+        """Sends the head of an answer of known length together with its body: one call of the system instead of two."""
+
+        _head: HTTPResponseStartEvent | None = None
+
+        async def send(self, message: ASGISendEvent) -> None:
+            """Send a part of the answer, as uvicorn does."""
+            head, self._head = self._head, None
+            if message["type"] == "http.response.start":
+                has_length = any(name == b"content-length" for name, _ in message.get("headers", ()))
+                is_plain = not (self.response_started or self.access_log or self.scope["method"] == "HEAD")
+                if has_length and is_plain:
+                    self._head = message
+                    return
+            elif head is not None:
+                if not message.get("more_body") and self._send_all(head, message.get("body", b"")):
+                    return
+                await super().send(head)
+            await super().send(message)
+
+        def _send_all(self, head: HTTPResponseStartEvent, body: bytes) -> bool:
+            """Send a whole answer; returns whether that was possible."""
+            headers = dict(head["headers"])
+            if (
+                self.disconnected
+                or self.flow.write_paused
+                or b"connection" in headers
+                or headers[b"content-length"] != b"%d" % len(body)
+            ):
+                return False
+            lines = [b"%b: %b\r\n" % header for header in (*self.default_headers, *head["headers"])]
+            content = b"".join(lines)
+            if content.count(b"\n") != len(lines) or content.count(b"\r") != len(lines) or b"\0" in content:
+                return False  # uvicorn raises its error
+            self.response_started = self.response_complete = True
+            self.waiting_for_100_continue = False
+            end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
+            self.transport.write(b"".join((STATUS_LINE[head["status"]], content, end, body)))
+            self.message_event.set()
+            if not self.keep_alive:
+                self.transport.close()
+            self.on_response()
+            return True
+
     class LimitedHttpTools(LimitedProtocol, HttpToolsProtocol):
         """HTTP/1.1 by httptools."""
 
@@ -121,6 +165,7 @@ if HttpToolsProtocol is not None:
                 raise _RefusedError
             self._parsed_bytes = self._received_bytes
             super().on_headers_complete()
+            self.cycle.__class__ = OneWriteCycle  # uvicorn makes it, and asks for no class
             if len(self.pipeline) > MAX_PIPELINED:
                 self.transport.abort()
                 raise _RefusedError
