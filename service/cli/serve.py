@@ -181,15 +181,15 @@ async def _stop_when_broken(server: Server, gateway: LocalGateway) -> None:
     gateway.jobs.stop_waiting()
 
 
-def _address(listener: socket.socket, config: ServerConfig) -> tuple[str, str]:
-    """The address to show for a socket, and what `curl` needs to use it."""
+def _address(listener: socket.socket, config: ServerConfig) -> tuple[str, str, str]:
+    """The address to show for a socket, and the options of `curl` and the URL that use it."""
     scheme = "http" if config.tls_certificate is None else "https"
     if listener.family == socket.AF_UNIX:
         path = listener.getsockname()
-        return f"unix:{path}", f"--unix-socket {shlex.quote(path)} {scheme}://localhost"
+        return f"unix:{path}", f" --unix-socket {shlex.quote(path)}", f"{scheme}://localhost"
     host, port = listener.getsockname()[:2]
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-    return url, url
+    return url, "", url
 
 
 async def _announce(
@@ -197,8 +197,8 @@ async def _announce(
 ) -> None:
     """Print how to use the service once it is ready; stop it when no model could be loaded, which has been logged."""
     addresses = [_address(listener, settings.app_settings.server_config) for listener in listeners]
-    url = ", ".join(address for address, _ in addresses)
-    notices.print(f"modalkit {VERSION} on {url}: loading {', '.join(gateway.models)} ...")
+    shown = ", ".join(address for address, _, _ in addresses)
+    notices.print(f"modalkit {VERSION} on {shown}: loading {', '.join(gateway.models)} ...")
     started_s = time.perf_counter()
     await gateway.wait_until_settled()
     freeze_gc()
@@ -212,17 +212,17 @@ async def _announce(
     without = f", without {', '.join(failed)} (see the errors above)" if failed else ""
     notices.print(
         f"Ready after {time.perf_counter() - started_s:.1f} s{without}. Ctrl-C stops.",
-        _things_to_try(addresses[0][1], gateway, settings),
+        _things_to_try(*addresses[0][1:], gateway, settings),
     )
 
 
-def _things_to_try(url: str, gateway: LocalGateway, settings: Settings) -> str:
+def _things_to_try(options: str, url: str, gateway: LocalGateway, settings: Settings) -> str:
     auth = settings.app_settings.auth_config
     scheme = "Bearer " if auth.auth_header.lower() == "authorization" else ""
     key = "" if auth.api_key is None and auth.ssm_key is None else f" -H '{auth.auth_header}: {scheme}<your key>'"
 
     def curl(path: str, body: str) -> str:
-        return f"  curl {url}{path}{key} -d {shlex.quote(body)}"
+        return f"  curl{options} {url}{path}{key} -d {shlex.quote(body)}"
 
     lines = ["", "Try:"]
     if "text" in next(iter(gateway.models.values())).input_model.model_fields:
@@ -230,7 +230,7 @@ def _things_to_try(url: str, gateway: LocalGateway, settings: Settings) -> str:
             curl("/sync/predict", '{"text": "What a lovely day!"}'),
             curl("/batch/predict", '[{"text": "I love it"}, {"text": "It broke after a week"}]'),
             curl("/async/predict", '{"message": {"text": "Great value for the money"}, "success_queue": "results"}'),
-            f"  curl{key} {url}'/jobs/<the job_id>?wait=10'",
+            f"  curl{options}{key} '{url}/jobs/<the job_id>?wait=10'",
         ]
     return "\n".join([*lines, f"  {url}/docs in a browser"])
 

@@ -30,7 +30,8 @@ MAX_CHECKED = 1000
 """Connections that are looked at in a tenth of a second; where there are more, each is looked at less often."""
 
 _TOO_MANY_HEADERS = (
-    f"the request line and the headers are larger than {MAX_HEAD_BYTES} bytes, or more than {MAX_HEADERS}"
+    f"the request line and the headers are larger than {MAX_HEAD_BYTES} bytes in all, or more than "
+    f"{MAX_HEADERS} headers; send fewer"
 )
 
 
