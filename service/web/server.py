@@ -100,7 +100,7 @@ if HttpToolsProtocol is not None:
                 if has_length and is_plain:
                     self._head = message
                     return
-            elif head is not None:
+            elif message["type"] == "http.response.body" and head is not None:
                 if not message.get("more_body") and self._send_all(head, message.get("body", b"")):
                     return
                 await super().send(head)
