@@ -160,13 +160,19 @@ class BatchFormer(Generic[RequestT]):
         by_size = sorted([*self.queue.all_but([anchor]), anchor], key=attrgetter("size"))
         totals = list(accumulate((request.size for request in by_size), initial=0))
         limit, least_s, starts, seconds = self.count_limit, [0.0], [0], [0.0]
+        are_equal, all_s = by_size[0].size == by_size[-1].size, [0.0]
         for end, largest in enumerate(by_size, start=1):
             best_s, best_start, best_batch_s = math.inf, end - 1, 0.0
             for start in range(end - 1, max(-1, end - limit - 1), -1):
                 count = end - start
-                batch_s = self.cost_model.predict_s(count, largest.size, totals[end] - totals[start])
-                if count > 1 and not self.is_allowed(count, largest.size, batch_s):
-                    break
+                if are_equal and start:
+                    batch_s = all_s[count]  # was predicted for the first so many
+                else:
+                    batch_s = self.cost_model.predict_s(count, largest.size, totals[end] - totals[start])
+                    if count > 1 and not self.is_allowed(count, largest.size, batch_s):
+                        all_s.append(math.inf)
+                        break
+                    all_s.append(batch_s)
                 if least_s[start] + batch_s <= best_s * ROUNDING_MARGIN:
                     best_s, best_start, best_batch_s = least_s[start] + batch_s, start, batch_s
             least_s.append(best_s)

@@ -2,15 +2,20 @@
 
 import errno
 import gc
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import uvicorn
 
 from modalkit.service.errors import ServiceError
 
+BACKLOG = 2048
 GC_THRESHOLD = 10_000
+FIRST_INHERITED = 3
+"""The file descriptor of the first socket from systemd (sd_listen_fds)."""
 
 
 class AddressError(ServiceError):
@@ -30,12 +35,47 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
             listener = opened.enter_context(socket.socket(family, kind, protocol))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(2048)
+            listener.listen(BACKLOG)
         except OSError as error:
             raise AddressError(
                 f"cannot listen on {host}:{port}: {error.strerror or error}; {_remedy(error)}"
             ) from error
         yield listener
+
+
+@contextmanager
+def listening_on_path(path: Path) -> Iterator[socket.socket]:
+    """Listen on a Unix socket, which all users may connect to, while the context is open. Raises `AddressError`.
+
+    A socket that an earlier process has left there is replaced.
+    """
+    with ExitStack() as opened:
+        listener = opened.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        try:
+            if path.is_socket() and listener.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink()
+            listener.bind(str(path))
+            opened.callback(path.unlink, missing_ok=True)
+            path.chmod(0o666)
+            listener.listen(BACKLOG)
+        except OSError as error:
+            remedy = (
+                "give a path that does not exist, in a folder that does and is yours, of about 100 characters at most"
+            )
+            raise AddressError(f"cannot listen on {path}: {error.strerror or error}; {remedy}") from error
+        yield listener
+
+
+def inherited_listeners() -> list[socket.socket]:
+    """The sockets that systemd, or what follows its protocol, has opened for this process; it may be asked once."""
+    process, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if process != str(os.getpid()) or not count.isdigit():
+        return []
+    listeners = [socket.socket(fileno=FIRST_INHERITED + number) for number in range(int(count))]
+    for listener in listeners:
+        os.set_inheritable(listener.fileno(), False)
+    return listeners
 
 
 def _remedy(error: OSError) -> str:

@@ -3,26 +3,28 @@
 import logging
 import shlex
 import socket
+import ssl
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Literal
 
 import anyio
 import typer
-import uvicorn
 from anyio.abc import TaskGroup
 
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
 from modalkit.service.cli.stopping import EXIT_BROKEN, Stop, summarize
 from modalkit.service.errors import Readiness
+from modalkit.service.loading import LoadError
 from modalkit.service.local_gateway import LocalGateway
-from modalkit.service.serving import Server, freeze_gc, listening
-from modalkit.service.settings import Settings
+from modalkit.service.serving import Server, freeze_gc, inherited_listeners, listening, listening_on_path
+from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.version import VERSION
 from modalkit.service.web import create_app
-
-GRACE_S = 30
-"""Seconds that open HTTP requests may take after the first signal to stop."""
+from modalkit.service.web.server import LimitedServer, server_of
 
 
 def serve(
@@ -32,8 +34,22 @@ def serve(
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(case_sensitive=False, help="What is logged.")
     ] = "warning",
+    unix_socket: Annotated[
+        Path | None, typer.Option(help="A Unix socket to listen on, in place of an address and a port.")
+    ] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM file with the certificate and its chain.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file with its key, if that has its own.")] = None,
+    root_path: Annotated[str | None, typer.Option(help="Path below which a proxy shows the service.")] = None,
+    trusted_proxy: Annotated[
+        list[str] | None, typer.Option(help="Address or network whose X-Forwarded-… headers count; may be repeated.")
+    ] = None,
+    access_log: Annotated[bool | None, typer.Option(help="Log a line for each request.")] = None,
+    grace: Annotated[float | None, typer.Option(help="Seconds for open requests after the signal to stop.")] = None,
 ) -> None:
     """Serve the configured models over HTTP until interrupted; then finish what was accepted.
+
+    Sockets that systemd has opened (socket activation) are used in place of an address and a port. The options for
+    TLS, proxies, the Unix socket, the access log and the grace are settings of `app_settings.server_config` as well.
 
     The first SIGTERM or Ctrl-C stops it gently: open requests are finished, and jobs that have not begun stay stored.
     The second one stops it at once, with the exit code 1; so does the end of the grace. A model that cannot be loaded
@@ -47,7 +63,17 @@ def serve(
     modalkit serve --host 0.0.0.0 --port 80 --config production.yaml
     """
     logging.getLogger().setLevel(log_level.upper())
-    settings = Settings.load(config)
+    given = {
+        "unix_socket": unix_socket,
+        "tls_certificate": tls_certificate,
+        "tls_key": tls_key,
+        "root_path": root_path,
+        "trusted_proxies": trusted_proxy,
+        "access_log": access_log,
+        "grace_seconds": grace,
+    }
+    server_options = {key: value for key, value in given.items() if value is not None}
+    settings = Settings(config, app_settings={"server_config": server_options})
     try_api_key(settings.app_settings.auth_config)  # uvicorn would show an error as a traceback, and exit with code 0
     gateway = LocalGateway(settings)
     app = create_app(
@@ -56,20 +82,50 @@ def serve(
         owns_gateway=False,
         require_all_models=settings.app_settings.require_all_models,
     )
-    is_access_logged = log_level in ("debug", "info")
-    http = uvicorn.Config(app, log_config=None, access_log=is_access_logged, timeout_graceful_shutdown=GRACE_S)
-    with listening(host, port) as listener:
-        anyio.run(_serve, Server(http), gateway, listener, settings, backend_options={"use_uvloop": True})
+    server_config = settings.app_settings.server_config
+    has_access_log = server_config.access_log
+    if has_access_log is None:
+        has_access_log = log_level in ("debug", "info")
+    elif has_access_log:
+        logging.getLogger("uvicorn.access").setLevel("INFO")
+    server = server_of(app, server_config, access_log=has_access_log)
+    _load_certificate(server, server_config)
+    with _listeners(host, port, server_config) as listeners:
+        anyio.run(_serve, server, gateway, listeners, settings, backend_options={"use_uvloop": True})
 
 
-async def _serve(server: Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
-    stop = Stop(server, gateway, GRACE_S, is_durable=settings.app_settings.async_config.store != "memory")
+def _load_certificate(server: LimitedServer, config: ServerConfig) -> None:
+    try:
+        server.config.load()
+    except OSError as error:  # also those of TLS
+        reason = (error.strerror if not isinstance(error, ssl.SSLError) else error.reason) or error
+        files = " and ".join(str(file) for file in (config.tls_certificate, config.tls_key) if file is not None)
+        raise LoadError(
+            f"app_settings.server_config.tls_certificate: {files}: {reason}; give the PEM files of a certificate and "
+            "its key, and the key's password if it has one"
+        ) from error
+
+
+@contextmanager
+def _listeners(host: str, port: int, config: ServerConfig) -> Iterator[list[socket.socket]]:
+    """The sockets to serve: those of systemd, else the Unix socket, else the address. Raises `AddressError`."""
+    if listeners := inherited_listeners():
+        yield listeners
+    else:
+        with listening(host, port) if config.unix_socket is None else listening_on_path(config.unix_socket) as listener:
+            yield [listener]
+
+
+async def _serve(server: Server, gateway: LocalGateway, listeners: list[socket.socket], settings: Settings) -> None:
+    app_settings = settings.app_settings
+    is_durable = app_settings.async_config.store != "memory"
+    stop = Stop(server, gateway, app_settings.server_config.grace_seconds, is_durable=is_durable)
     async with plain_task_group() as outer:
         outer.start_soon(stop.on_signals, outer)
         async with gateway, plain_task_group() as task_group:
-            task_group.start_soon(_announce, server, gateway, listener, settings)
+            task_group.start_soon(_announce, server, gateway, listeners, settings)
             task_group.start_soon(_stop_when_broken, stop, gateway, outer)
-            await server.serve([listener])
+            await server.serve(listeners)
             task_group.cancel_scope.cancel()
             notices.print("Finishing what was accepted ...")
         outer.cancel_scope.cancel()
@@ -90,11 +146,24 @@ async def _stop_when_broken(stop: Stop, gateway: LocalGateway, background: TaskG
     stop.begin(background)
 
 
-async def _announce(server: Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
-    """Print how to use the service once it is ready; stop it when no model could be loaded, which has been logged."""
+def _address(listener: socket.socket, config: ServerConfig) -> tuple[str, str, str]:
+    """The address to show for a socket, and the options of `curl` and the URL that use it."""
+    scheme = "http" if config.tls_certificate is None else "https"
+    if listener.family == socket.AF_UNIX:
+        path = listener.getsockname()
+        return f"unix:{path}", f" --unix-socket {shlex.quote(path)}", f"{scheme}://localhost"
     host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    notices.print(f"modalkit {VERSION} on {url}: loading {', '.join(gateway.models)} ...")
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+    return url, "", url
+
+
+async def _announce(
+    server: Server, gateway: LocalGateway, listeners: Sequence[socket.socket], settings: Settings
+) -> None:
+    """Print how to use the service once it is ready; stop it when no model could be loaded, which has been logged."""
+    addresses = [_address(listener, settings.app_settings.server_config) for listener in listeners]
+    shown = ", ".join(address for address, _, _ in addresses)
+    notices.print(f"modalkit {VERSION} on {shown}: loading {', '.join(gateway.models)} ...")
     started_s = time.perf_counter()
     await gateway.wait_until_settled()
     freeze_gc()
@@ -108,17 +177,17 @@ async def _announce(server: Server, gateway: LocalGateway, listener: socket.sock
     without = f", without {', '.join(failed)} (see the errors above)" if failed else ""
     notices.print(
         f"Ready after {time.perf_counter() - started_s:.1f} s{without}. Ctrl-C stops.",
-        _things_to_try(url, gateway, settings),
+        _things_to_try(*addresses[0][1:], gateway, settings),
     )
 
 
-def _things_to_try(url: str, gateway: LocalGateway, settings: Settings) -> str:
+def _things_to_try(options: str, url: str, gateway: LocalGateway, settings: Settings) -> str:
     auth = settings.app_settings.auth_config
     scheme = "Bearer " if auth.auth_header.lower() == "authorization" else ""
     key = "" if auth.api_key is None and auth.ssm_key is None else f" -H '{auth.auth_header}: {scheme}<your key>'"
 
     def curl(path: str, body: str) -> str:
-        return f"  curl {url}{path}{key} -d {shlex.quote(body)}"
+        return f"  curl{options} {url}{path}{key} -d {shlex.quote(body)}"
 
     lines = ["", "Try:"]
     if "text" in next(iter(gateway.models.values())).input_model.model_fields:
@@ -126,6 +195,6 @@ def _things_to_try(url: str, gateway: LocalGateway, settings: Settings) -> str:
             curl("/sync/predict", '{"text": "What a lovely day!"}'),
             curl("/batch/predict", '[{"text": "I love it"}, {"text": "It broke after a week"}]'),
             curl("/async/predict", '{"message": {"text": "Great value for the money"}, "success_queue": "results"}'),
-            f"  curl{key} '{url}/jobs/<the job_id>?wait=10'",
+            f"  curl{options}{key} '{url}/jobs/<the job_id>?wait=10'",
         ]
     return "\n".join([*lines, f"  {url}/docs in a browser"])

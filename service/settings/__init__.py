@@ -13,6 +13,7 @@ from modalkit.service.settings.models import (
     QueueConfig,
 )
 from modalkit.service.settings.problems import SettingsError
+from modalkit.service.settings.server import ServerConfig
 from modalkit.service.settings.settings import ModelEntry, ModelSettings, Settings
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "ModelEntry",
     "ModelSettings",
     "QueueConfig",
+    "ServerConfig",
     "Settings",
     "SettingsError",
     "deep_merge",

@@ -1,6 +1,7 @@
 """The types of settings, each with its check and the message when it fails."""
 
 import re
+from ipaddress import ip_network
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
@@ -45,6 +46,17 @@ def _check_host(value: str) -> str:
     if not value or "/" in value:
         # The value is not shown: the path of a webhook's URL is often its secret.
         raise refusal("must be a host alone, as in hooks.example.com, without scheme and path")
+    return value
+
+
+def _check_proxy(value: str) -> str:
+    try:
+        if value != "*":
+            ip_network(value)
+    except ValueError:
+        raise refusal(
+            f'must be an address or a network, as in 10.0.0.0/8, or "*" for all of them, not {value!r}'
+        ) from None
     return value
 
 
@@ -97,6 +109,10 @@ HeaderName = Annotated[
     str,
     _matching("[!#$%&'*+.^_`|~0-9A-Za-z-]+", "must be the name of an HTTP header, as in authorization or x-api-key"),
 ]
+RootPath = Annotated[
+    str, _matching("(/[A-Za-z0-9._~-]+)*", "must be empty, or a path without a slash at its end, as in /models")
+]
+TrustedProxy = Annotated[str, AfterValidator(_check_proxy)]
 ContainerFolder = Annotated[str, AfterValidator(_check_container_folder)]
 MountPath = Annotated[ContainerFolder, AfterValidator(_check_mount_path)]
 Host = Annotated[str, AfterValidator(_check_host)]

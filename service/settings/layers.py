@@ -10,9 +10,9 @@ from typing import Any, get_origin
 
 from ruamel.yaml.error import YAMLError
 
-from modalkit.service.settings.models import Section
 from modalkit.service.settings.problems import Problem, SettingsError, unknown_key
 from modalkit.service.settings.schema import KeyPath, below, is_structured, kinds, known_paths, section_in, suggestion
+from modalkit.service.settings.section import Section
 from modalkit.service.settings.yaml_text import describe_yaml_error, parse_yaml
 
 API_KEY_VARIABLE = "MODALKIT_API_KEY"

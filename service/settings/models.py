@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from modalkit.batching import BatchPolicy
 from modalkit.service.settings.fields import (
@@ -27,25 +27,10 @@ from modalkit.service.settings.fields import (
     Wait,
     refusal,
 )
+from modalkit.service.settings.section import Section
+from modalkit.service.settings.server import ServerConfig
 
 _LIMITS = BatchPolicy()
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
-
-    model_config = ConfigDict(
-        allow_inf_nan=False, extra="forbid", frozen=True, hide_input_in_errors=True, use_attribute_docstrings=True
-    )
-
-    old_names: ClassVar[Mapping[str, str]] = {}
-    """Earlier names of keys, each with its present name; they are still read, with a warning."""
-
-    def require_at_most(self, key: str, limit: str, consequence: str = "") -> None:
-        """Refuse a value of the setting `key` above that of the setting `limit`, where neither is null."""
-        value, maximum = getattr(self, key), getattr(self, limit)
-        if value is not None and maximum is not None and value > maximum:
-            raise refusal(f"{value} is more than {limit} ({maximum}){consequence}: lower it, or raise {limit}", key)
 
 
 class AuthConfig(Section):
@@ -326,6 +311,7 @@ class AppSettings(Section):
     """First part of the Modal app's name; `MODALKIT_APP_POSTFIX` is the second."""
     require_all_models: bool = False
     """Whether `/health/ready` answers 503 as long as any model failed to load; false: only if all did."""
+    server_config: ServerConfig = ServerConfig()
     auth_config: AuthConfig = AuthConfig()
     build_config: BuildConfig = BuildConfig()
     deployment_config: DeploymentConfig = DeploymentConfig()

@@ -7,8 +7,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from modalkit.service.errors import ServiceError
-from modalkit.service.settings.models import Section
 from modalkit.service.settings.schema import KeyPath, is_secret, known_around, suggestion
+from modalkit.service.settings.section import Section
 
 _MAPPING = "must be a mapping, lines of `key: value`"
 _DEMANDS = {

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeAlias, Union, get_args, get_origin
 
 from pydantic import SecretStr
 
-from modalkit.service.settings.models import Section
+from modalkit.service.settings.section import Section
 
 KeyPath: TypeAlias = tuple[str, ...]
 

@@ -14,9 +14,10 @@ from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_vali
 
 from modalkit.service.settings.fields import ClassPath, Count, DevicesOfModel, NonEmpty, refusal
 from modalkit.service.settings.layers import Layer, Origins, deep_merge, read_files, read_variables
-from modalkit.service.settings.models import AppSettings, BatchConfig, Section
+from modalkit.service.settings.models import AppSettings, BatchConfig
 from modalkit.service.settings.problems import Problem, SettingsError, explain
 from modalkit.service.settings.schema import KeyPath, close_name
+from modalkit.service.settings.section import Section
 
 DEFAULT_MODEL = "sentiment"
 

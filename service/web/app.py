@@ -22,10 +22,11 @@ from modalkit.service.version import VERSION
 from modalkit.service.web.admin_routes import make_admin_router
 from modalkit.service.web.answers import JSON, NDJSON, Problem
 from modalkit.service.web.auth import require_api_key
+from modalkit.service.web.direct import put_outside
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.metrics import CONTENT_TYPE, exposition
 from modalkit.service.web.problems import ProblemError, error_response, install_problem_handlers
-from modalkit.service.web.routes import add_prediction_routes
+from modalkit.service.web.routes import DirectRoutes, add_prediction_routes
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def create_app(
     )
     add_prediction_routes(app, gateway, api_key)
     app.add_middleware(_Entrance, start=start)  # the outermost one: nothing is answered before the start
+    put_outside(app, (DirectRoutes, _Entrance))
     app.include_router(make_job_router(gateway.jobs), dependencies=[] if api_key is None else api_key.dependencies)
     app.include_router(make_admin_router(gateway, [] if api_key is None else api_key.dependencies))
     _add_health(app, gateway, require_all_models=require_all_models)

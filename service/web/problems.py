@@ -119,6 +119,12 @@ def error_response(error: Exception) -> Response:
     return Response(to_json(content, inf_nan_mode="null"), status, error.headers, PROBLEM_JSON)
 
 
+def unexpected_error_response(error: Exception) -> Response:
+    """The answer to a request that failed for no reason that its caller needs to know; the log has it."""
+    detail = f"an unexpected {type(error).__name__}; the service's log tells more"
+    return error_response(ProblemError(HTTPStatus.INTERNAL_SERVER_ERROR, detail))
+
+
 def error_json(error: Exception) -> bytes:
     """The answer to one of several items, in JSON."""
     return to_json({"status": "error", "error": describe_error(error)})
@@ -150,5 +156,4 @@ def install_problem_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def on_unexpected_error(_: Request, error: Exception) -> Response:
         # Starlette raises the error again once this is sent, so that the server logs it with its traceback.
-        detail = f"an unexpected {type(error).__name__}; the service's log tells more"
-        return error_response(ProblemError(HTTPStatus.INTERNAL_SERVER_ERROR, detail))
+        return unexpected_error_response(error)

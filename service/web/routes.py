@@ -6,7 +6,6 @@ from functools import cache, wraps
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar, Union
 
-import anyio
 from fastapi import Body, Depends, FastAPI, Request
 from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,8 +18,15 @@ from modalkit.service.outputs import output_json
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, Submitted
 from modalkit.service.web.auth import ApiKey
 from modalkit.service.web.bodies import BodyParser, read_body, run_valid
+from modalkit.service.web.direct import DirectRequest
 from modalkit.service.web.options import PredictionOptions, SubmissionOptions
-from modalkit.service.web.problems import KNOWN_ERRORS, ProblemError, error_json, error_response
+from modalkit.service.web.problems import (
+    KNOWN_ERRORS,
+    ProblemError,
+    error_json,
+    error_response,
+    unexpected_error_response,
+)
 from modalkit.service.web.submissions import Submitter
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -117,7 +123,7 @@ class DirectRoutes:
     """ASGI middleware that answers POST requests by `endpoints`, an endpoint for each path, and passes on all others.
 
     FastAPI only documents these routes: its routing, parameters and middleware take longer than all other work for a
-    request. An error that is none of `KNOWN_ERRORS` is raised.
+    request. An error that is none of `KNOWN_ERRORS` is answered with 500 and raised, so that the server logs it.
     """
 
     def __init__(self, app: ASGIApp, endpoints: Mapping[str, Endpoint]) -> None:
@@ -136,9 +142,12 @@ class DirectRoutes:
             await self._app(scope, receive, send)
             return
         try:
-            response = await endpoint(Request(scope, receive, send))
+            response = await endpoint(DirectRequest(scope, receive, send))
         except KNOWN_ERRORS as error:
             response = error_response(error)
+        except Exception as error:
+            await unexpected_error_response(error)(scope, receive, send)
+            raise
         await response(scope, receive, send)
 
 
@@ -148,12 +157,16 @@ async def while_connected(request: Request, call: Awaitable[T]) -> T:
     Only a request that has waited for `WATCH_AFTER_S` seconds gets a task that watches its connection.
     """
     watch: asyncio.Task[None] | None = None
+    task, has_gone = asyncio.current_task(), False
 
     async def cancel_when_disconnected() -> None:
+        nonlocal has_gone
         # The body has been read, so the only message that can come is the disconnection.
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        scope.cancel()
+        if task is not None:
+            has_gone = True
+            task.cancel()
 
     def start_watch() -> None:
         nonlocal watch
@@ -161,8 +174,11 @@ async def while_connected(request: Request, call: Awaitable[T]) -> T:
 
     timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, start_watch)
     try:
-        with anyio.CancelScope() as scope:
-            return await call
+        return await call
+    except asyncio.CancelledError:
+        # A cancel scope would do the same, at several times the cost for each request that nothing disturbs.
+        if not has_gone or task is None or task.uncancel():
+            raise
     finally:
         timer.cancel()
         if watch is not None:

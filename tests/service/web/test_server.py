@@ -1,0 +1,99 @@
+"""The server with applications that answer in unusual ways, and middleware of users around the routes."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from modalkit.service.local_gateway import LocalGateway
+from modalkit.service.serving import listening
+from modalkit.service.settings import ServerConfig, Settings
+from modalkit.service.web import create_app
+from modalkit.service.web.server import server_of
+from tests.support.http_client import NO_TLS, assert_problem
+
+pytestmark = pytest.mark.anyio
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@asynccontextmanager
+async def served(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
+    with listening("127.0.0.1", 0) as listener:
+        server = server_of(app, ServerConfig(), access_log=False)
+        server.config.lifespan = "off"
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(server.serve, [listener])
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            try:
+                async with httpx.AsyncClient(base_url=url, timeout=60, verify=NO_TLS) as client:
+                    yield client
+            finally:
+                server.should_exit = True
+
+
+def answering(headers: Headers, *bodies: bytes) -> ASGIApp:
+    """An application that sends these parts of an answer; without any it raises once it has begun."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if not bodies:
+            raise RuntimeError("after the beginning")
+        for number, body in enumerate(bodies, start=1):
+            await send({"type": "http.response.body", "body": body, "more_body": number < len(bodies)})
+
+    return app
+
+
+LENGTH = (b"content-length", b"4")
+
+
+@pytest.mark.parametrize("parts", [[b"four"], [b"fo", b"ur"]])
+@pytest.mark.parametrize("headers", [[LENGTH], [LENGTH, (b"connection", b"close")], []])
+async def test_an_answer_arrives_whole_however_it_is_sent(headers: Headers, parts: list[bytes]) -> None:
+    async with served(answering([*headers, (b"x-a", b"1")], *parts)) as client:
+        for _ in range(2):
+            answer = await client.get("/")
+            assert (answer.status_code, answer.text, answer.headers["x-a"]) == (200, "four", "1")
+        head = await client.head("/")
+        assert head.text == ""
+
+
+@pytest.mark.parametrize("headers", [[LENGTH, (b"x-a", b"1\r\nx-b: 2")], [LENGTH, (b"x-a", b"\0")]])
+async def test_a_header_that_would_break_the_answer_is_never_sent(headers: Headers) -> None:
+    async with served(answering(headers, b"four")) as client:
+        with pytest.raises(httpx.RemoteProtocolError, match="disconnected without sending"):
+            await client.get("/")
+
+
+async def test_an_application_that_fails_before_its_body_is_answered_with_500() -> None:
+    async with served(answering([LENGTH])) as client:
+        assert (await client.get("/")).status_code == 500
+
+
+async def unexpected(*args: Any, **kwargs: Any) -> Any:
+    raise KeyError("a bug")
+
+
+@pytest.mark.parametrize("has_cors", [False, True])
+async def test_users_middleware_sees_predictions_and_errors_are_problems(
+    settings: Settings, has_cors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with LocalGateway(settings) as gateway:
+        await gateway.wait_until_ready()
+        app = create_app(gateway, owns_gateway=False)
+        if has_cors:
+            app.add_middleware(CORSMiddleware, allow_origins=["*"])
+        async with served(app) as client:
+            origin = {"origin": "https://example.com"}
+            answer = await client.post("/sync/predict", json={"text": "four"}, headers=origin)
+            assert answer.json()["length"] == 4
+            assert answer.headers.get("access-control-allow-origin") == ("*" if has_cors else None)
+            monkeypatch.setattr(gateway.jobs, "submit", unexpected)
+            problem = assert_problem(await client.post("/async/predict", json={"message": {"text": "four"}}), 500)
+            assert "unexpected KeyError" in problem["detail"]
