@@ -58,6 +58,7 @@ def serve(
         auth=settings.app_settings.auth_config,
         owns_gateway=False,
         require_all_models=settings.app_settings.require_all_models,
+        adapters=settings.app_settings.adapters,
     )
     is_access_logged = log_level in ("debug", "info")
     http = uvicorn.Config(app, log_config=None, access_log=is_access_logged, timeout_graceful_shutdown=GRACE_S)

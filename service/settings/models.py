@@ -5,7 +5,7 @@ The text below a field says what the setting does and what follows from it. Noth
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -27,6 +27,9 @@ from modalkit.service.settings.fields import (
     Wait,
     refusal,
 )
+
+Adapter = Literal["openai", "tei", "vllm"]
+ADAPTERS: tuple[Adapter, ...] = get_args(Adapter)
 
 _LIMITS = BatchPolicy()
 
@@ -326,6 +329,8 @@ class AppSettings(Section):
     """First part of the Modal app's name; `MODALKIT_APP_POSTFIX` is the second."""
     require_all_models: bool = False
     """Whether `/health/ready` answers 503 as long as any model failed to load; false: only if all did."""
+    adapters: list[Adapter] = list(ADAPTERS)
+    """Other servers whose clients are answered, by routes in their shapes: openai, tei, vllm; [] for none."""
     auth_config: AuthConfig = AuthConfig()
     build_config: BuildConfig = BuildConfig()
     deployment_config: DeploymentConfig = DeploymentConfig()

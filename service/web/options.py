@@ -16,6 +16,7 @@ from modalkit.batching import Priority
 from modalkit.service.web.problems import ProblemError
 
 MAX_KEY_CHARACTERS = 255
+RESPOND_ASYNC = "respond-async"
 
 ModelName = Annotated[str | None, Query(description="Which model, where there are several; the first if left out.")]
 PriorityHeader = Annotated[
@@ -28,6 +29,10 @@ KeyHeader = Annotated[
     str | None,
     Field(min_length=1, max_length=MAX_KEY_CHARACTERS),
     Header(alias="Idempotency-Key", description="The same for each repetition of a request: they all get one job."),
+]
+PreferHeader = Annotated[
+    str | None,
+    Header(alias="Prefer", description="`respond-async`: accept the item as a job, and answer with its id (RFC 7240)."),
 ]
 
 
@@ -43,6 +48,13 @@ class PredictionOptions:
     def of(cls, request: Request) -> Self:
         """The options of this request. Raises `ProblemError`."""
         return cls(_model_name(request), _priority(request, Priority.INTERACTIVE), _timeout_s(request))
+
+
+@dataclass(frozen=True, slots=True)
+class SyncOptions(PredictionOptions):
+    """The options of ``/sync/predict``, for its documentation; `prefers_async` reads the preference."""
+
+    prefer: PreferHeader = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,14 @@ class SubmissionOptions:
                 "and the setting async_config.timeout bound how long a job may take"
             )
         return cls(_model_name(request), _priority(request, Priority.BULK), _idempotency_key(request))
+
+
+def prefers_async(request: Request) -> bool:
+    """Whether the client prefers a job to waiting for the result; other preferences are ignored."""
+    if "prefer" not in request.headers:
+        return False
+    preferences = ",".join(request.headers.getlist("prefer")).split(",")
+    return any(preference.partition(";")[0].strip().lower() == RESPOND_ASYNC for preference in preferences)
 
 
 def check_query(request: Request, known: Collection[str]) -> None:
