@@ -82,6 +82,7 @@ def create_app(
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,  # /jobs/ is no other name of /jobs: a client without its id would reach all jobs
         generate_unique_id_function=lambda route: route.name,
     )
     dependencies = [] if api_key is None else api_key.dependencies

@@ -23,6 +23,7 @@ MAX_BODY_BYTES = 32 * 2**20
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
 
+_HUGE = re.compile(rb"[eE]\+?\d{3}|\d{300}")
 _ENVELOPE = re.compile(rb'\s*\{\s*"message"\s*:')
 
 
@@ -161,7 +162,8 @@ def _check_keys(body: bytes, what: str = "body") -> None:
 
 
 def _has_constants(body: bytes) -> bool:
-    return b"NaN" in body or b"Infinity" in body
+    """Whether numbers may be NaN or Infinity: by name, or because they are too large for a float."""
+    return b"NaN" in body or b"Infinity" in body or _HUGE.search(body) is not None
 
 
 def _checked_meta(job: AsyncInputModel, body: bytes) -> AsyncInputModel:
@@ -171,7 +173,8 @@ def _checked_meta(job: AsyncInputModel, body: bytes) -> AsyncInputModel:
             json.dumps(job.meta, allow_nan=False)
         except ValueError:
             raise ProblemError(
-                HTTPStatus.UNPROCESSABLE_ENTITY, "meta: must not hold NaN or Infinity, which are not JSON; send null"
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+                "meta: must not hold NaN or Infinity (a number too large for a float), which are not JSON; send null",
             ) from None
     return job
 

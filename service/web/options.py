@@ -99,7 +99,10 @@ def _model_name(request: Request) -> str | None:
     if not request.scope["query_string"]:
         return None
     check_query(request, ("model_name",))
-    return request.query_params.get("model_name")
+    names = request.query_params.getlist("model_name")
+    if len(names) > 1:
+        raise _problem("model_name: is given twice; remove one of the two")
+    return names[0] if names else None
 
 
 def _priority(request: Request, default: Priority) -> Priority:

@@ -208,4 +208,5 @@ def _allowed_methods(app: FastAPI, request: Request) -> str:
         scope = {**request.scope, "method": method}
         return any(route.matches(scope)[0] is Match.FULL for route in app.routes)
 
-    return ", ".join(filter(is_allowed, ("GET", "POST", "PUT", "PATCH", "DELETE")))
+    methods = list(filter(is_allowed, ("GET", "POST", "PUT", "PATCH", "DELETE")))
+    return ", ".join(["GET", "HEAD", *methods[1:]] if methods[0] == "GET" else methods)

@@ -1,6 +1,6 @@
 """Clients of other servers: OpenAI's list of models, Text Embeddings Inference, vLLM and Hugging Face's client."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
 from modalkit.service.local_gateway import LocalGateway
-from modalkit.service.settings import Settings
+from modalkit.service.settings import ADAPTERS, Adapter, Settings
 from modalkit.service.web import create_app
 from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
@@ -41,9 +41,10 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def test_hugging_faces_client_classifies_and_embeds(client: httpx.AsyncClient) -> None:
-    for path in ("", "/predict"):
-        ask = InferenceClient(model=f"{client.base_url}{path}").text_classification
-        labels = await to_thread.run_sync(ask, "WHAt")
+    ask = InferenceClient(model=str(client.base_url)).text_classification
+    ask_by_path = InferenceClient(model=f"{client.base_url}/predict").text_classification
+    for method in (ask, ask_by_path):
+        labels = await to_thread.run_sync(method, "WHAt")
         assert [(label.label, label.score) for label in labels] == [("loud", 0.75), ("quiet", 0.25)]
     (best,) = await to_thread.run_sync(partial(ask, "what", top_k=1))
     assert (best.label, best.score) == ("quiet", 1)
@@ -159,11 +160,12 @@ async def test_what_cannot_be_done_is_refused(
 
 
 async def test_an_adapter_has_no_routes_without_a_model_that_fits_and_none_when_it_is_switched_off() -> None:
-    for entry, adapters, paths in (
-        ("lengths", ["openai", "tei", "vllm"], {"/v1/models", "/v1/models/{model}"}),
+    cases: list[tuple[str, Sequence[Adapter], set[str]]] = [
+        ("lengths", ADAPTERS, {"/v1/models", "/v1/models/{model}"}),
         ("all", ["tei"], {"/predict", "/embed", "/rerank"}),
-        ("all", [], set[str]()),
-    ):
+        ("all", [], set()),
+    ]
+    for entry, adapters, paths in cases:
         app = create_app(LocalGateway(make_settings(**{entry: ENTRIES[entry]})), adapters=adapters)
         others = {"/predict", "/embed", "/rerank", "/classify", "/v1/models", "/v1/models/{model}"}
         assert others & app.openapi()["paths"].keys() == paths
