@@ -174,7 +174,7 @@ def _checked_meta(job: AsyncInputModel, body: bytes) -> AsyncInputModel:
         except ValueError:
             raise ProblemError(
                 HTTPStatus.UNPROCESSABLE_ENTITY,
-                "meta: must not hold NaN or Infinity (a number too large for a float), which are not JSON; send null",
+                "meta: must not hold NaN or Infinity, which are not JSON; send null",
             ) from None
     return job
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Request
 from fastapi.responses import Response
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from pydantic_core import to_json
 
 from modalkit.pipelines import InferenceOutputModel
@@ -54,6 +54,13 @@ class PredictRequest(_Request):
     parameters: Parameters | None = Field(
         default=None, description="Where it is given, the answer is a list of lists also for a single text."
     )
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _no_pair(cls, value: object) -> object:
+        if isinstance(value, list) and len(value) > 1 and isinstance(value[0], str):
+            raise ValueError('texts in one list are a pair, which no model here reads: send [["one"], ["two"]]')
+        return value
 
 
 class Prediction(BaseModel):

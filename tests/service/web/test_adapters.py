@@ -136,7 +136,7 @@ async def test_openais_list_of_models(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "status", "detail"),
     [
-        ("/predict", {"inputs": ["a", "b"]}, 422, "inputs"),
+        ("/predict", {"inputs": ["a", "b"]}, 422, "inputs: texts in one list are a pair, which"),
         ("/predict", {"inputs": []}, 422, "inputs"),
         ("/predict", {"inputs": "a", "raw_scores": True}, 422, "raw_scores"),
         ("/predict", {"inputs": "x" * (LIMIT + 1), "truncate": False}, 413, "truncate"),
