@@ -47,6 +47,14 @@ class UnknownModelError(ServiceError):
         self.known = known
 
 
+class UnknownJobError(ServiceError):
+    """Raised when a job is asked for that is not stored."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"there is no job {job_id!r}: the id is wrong, or the job was removed after its result_ttl")
+        self.job_id = job_id
+
+
 class Readiness(StrEnum):
     """Whether a model takes requests, and if not, why."""
 

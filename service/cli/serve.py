@@ -81,6 +81,7 @@ def serve(
         auth=settings.app_settings.auth_config,
         owns_gateway=False,
         require_all_models=settings.app_settings.require_all_models,
+        adapters=settings.app_settings.adapters,
     )
     server_config = settings.app_settings.server_config
     has_access_log = server_config.access_log

@@ -58,6 +58,7 @@ def create_web_endpoints(
         gateway,
         auth=config.app_settings.auth_config,
         require_all_models=config.app_settings.require_all_models,
+        adapters=config.app_settings.adapters,
     )
 
 
@@ -84,7 +85,11 @@ def web_app_here(
         config=config.settings.for_model(worker.name).app_settings.batch_config,
         input_model_path=path,
     )
-    return create_app(CallGateway(models, jobs, opens=[engine]), auth=config.app_settings.auth_config)
+    return create_app(
+        CallGateway(models, jobs, opens=[engine]),
+        auth=config.app_settings.auth_config,
+        adapters=config.app_settings.adapters,
+    )
 
 
 def _gateway_to(

@@ -3,6 +3,8 @@
 from modalkit.service.settings.effective import effective_yaml
 from modalkit.service.settings.layers import deep_merge
 from modalkit.service.settings.models import (
+    ADAPTERS,
+    Adapter,
     AppSettings,
     AsyncConfig,
     AuthConfig,
@@ -17,6 +19,8 @@ from modalkit.service.settings.server import ServerConfig
 from modalkit.service.settings.settings import ModelEntry, ModelSettings, Settings
 
 __all__ = [
+    "ADAPTERS",
+    "Adapter",
     "AppSettings",
     "AsyncConfig",
     "AuthConfig",

@@ -5,7 +5,7 @@ The text below a field says what the setting does and what follows from it. Noth
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,9 @@ from modalkit.service.settings.fields import (
 )
 from modalkit.service.settings.section import Section
 from modalkit.service.settings.server import ServerConfig
+
+Adapter = Literal["openai", "tei", "vllm"]
+ADAPTERS: tuple[Adapter, ...] = get_args(Adapter)
 
 _LIMITS = BatchPolicy()
 
@@ -312,6 +315,8 @@ class AppSettings(Section):
     require_all_models: bool = False
     """Whether `/health/ready` answers 503 as long as any model failed to load; false: only if all did."""
     server_config: ServerConfig = ServerConfig()
+    adapters: list[Adapter] = list(ADAPTERS)
+    """Other servers whose clients are answered, by routes in their shapes: openai, tei, vllm; [] for none."""
     auth_config: AuthConfig = AuthConfig()
     build_config: BuildConfig = BuildConfig()
     deployment_config: DeploymentConfig = DeploymentConfig()

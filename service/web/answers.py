@@ -1,7 +1,7 @@
 """The answers of routes, except the outputs of models."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,7 +24,7 @@ class FieldError(BaseModel):
 class Problem(BaseModel):
     """Problem details (RFC 9457)."""
 
-    type: str = "about:blank"
+    type: str = Field(description="What kind of problem it is: a URI that docs/problems.md explains.")
     title: str
     status: int
     detail: str
@@ -38,6 +38,12 @@ PROBLEM_ANSWERS: dict[int | str, dict[str, Any]] = {
     }
 }
 """For OpenAPI: the answer of a route to a request that fails."""
+
+JOB_LINKS = {
+    operation: {"operationId": operation, "parameters": {"job_id": "$response.body#/job_id"}}
+    for operation in ("get_job", "cancel_job", "replay_job")
+}
+"""For OpenAPI: what can be asked of a job that was accepted."""
 
 
 class JobView(BaseModel):
@@ -100,6 +106,13 @@ class Submitted(BaseModel):
     job_id: str | None = None
     status: str | None = Field(default=None, description="`error` where the job was refused.")
     error: str | None = None
+
+
+class FailedItem(BaseModel):
+    """The answer for one item of several that has no result."""
+
+    status: Literal["error"]
+    error: str = Field(description="Why.")
 
 
 class Replayed(BaseModel):

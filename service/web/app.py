@@ -1,7 +1,7 @@
 """The HTTP application: its routes, its API key, and its gateway, which is open as long as the server runs."""
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +17,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.service.errors import describe_error
 from modalkit.service.gateway import Gateway, Readiness
-from modalkit.service.settings import AuthConfig
+from modalkit.service.settings import ADAPTERS, Adapter, AuthConfig
 from modalkit.service.version import VERSION
+from modalkit.service.web.adapters.openai import make_models_router
+from modalkit.service.web.adapters.tei import add_tei_routes
+from modalkit.service.web.adapters.vllm import add_vllm_routes
 from modalkit.service.web.admin_routes import make_admin_router
 from modalkit.service.web.answers import JSON, NDJSON, Problem
 from modalkit.service.web.auth import require_api_key
@@ -52,10 +55,12 @@ def create_app(
     auth: AuthConfig | None = None,
     owns_gateway: bool = True,
     require_all_models: bool = False,
+    adapters: Collection[Adapter] = ADAPTERS,
 ) -> FastAPI:
     """The HTTP service over a gateway, which is opened and closed with it (by ASGI's lifespan) if it `owns_gateway`.
 
     A model that could not be loaded leaves the service ready for the others, unless it must `require_all_models`.
+    `adapters` are the other servers whose clients it answers, by routes in their shapes.
 
     An application that another one mounts is started by that one: see `lifespan_of`. Until it is started, each request
     is answered with 503 and what to write.
@@ -82,16 +87,24 @@ def create_app(
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,  # /jobs/ is no other name of /jobs: a client without its id would reach all jobs
         generate_unique_id_function=lambda route: route.name,
     )
-    add_prediction_routes(app, gateway, api_key)
+    dependencies = [] if api_key is None else api_key.dependencies
+    route = add_prediction_routes(app, gateway, api_key)
+    if "tei" in adapters:
+        add_tei_routes(route, gateway.models)
+    if "vllm" in adapters:
+        add_vllm_routes(route, gateway.models)
+    if "openai" in adapters:
+        app.include_router(make_models_router(gateway.models), dependencies=dependencies)
     app.add_middleware(_Entrance, start=start)  # the outermost one: nothing is answered before the start
     put_outside(app, (DirectRoutes, _Entrance))
-    app.include_router(make_job_router(gateway.jobs), dependencies=[] if api_key is None else api_key.dependencies)
-    app.include_router(make_admin_router(gateway, [] if api_key is None else api_key.dependencies))
+    app.include_router(make_job_router(gateway.jobs), dependencies=dependencies)
+    app.include_router(make_admin_router(gateway, dependencies))
     _add_health(app, gateway, require_all_models=require_all_models)
     install_problem_handlers(app)
-    _complete_schema(app)
+    _complete_schema(app, list(gateway.models))
 
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
@@ -127,13 +140,15 @@ class _Start:
 
 
 class _Entrance:
-    """Refuses requests while the start is needed."""
+    """Refuses requests while the start is needed, and answers HEAD as GET: the server leaves the body out."""
 
     def __init__(self, app: ASGIApp, start: _Start) -> None:
         self._app = app
         self._start = start
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # a copy: the server still has to know
         if not self._start.is_needed or scope["type"] != "http":
             return self._app(scope, receive, send)
         if not self._start.is_logged:
@@ -142,19 +157,36 @@ class _Entrance:
         return error_response(ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, NOT_STARTED))(scope, receive, send)
 
 
-def _complete_schema(app: FastAPI) -> None:
-    """Add to the OpenAPI schema what FastAPI cannot declare: problem details, and jobs as a stream."""
+def _complete_schema(app: FastAPI, model_names: Sequence[str]) -> None:
+    """Add to the OpenAPI schema what FastAPI cannot declare: problem details, names of models, and jobs as a stream."""
     _, problem = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         schema = generate()
         schema["components"]["schemas"] |= problem["$defs"]
+        for operations in schema["paths"].values():
+            for method, operation in operations.items():
+                for parameter in operation.get("parameters", ()):
+                    _complete_parameter(parameter)
+                    if parameter["name"] == "model_name" and method == "post":
+                        parameter["schema"]["enum"] = model_names
         content = schema["paths"]["/async/predict"]["post"]["requestBody"]["content"]
         content[NDJSON] = {"schema": content[JSON]["schema"]["anyOf"][-1]["items"]}
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
+
+
+def _complete_parameter(parameter: dict[str, Any]) -> None:
+    """Make a header or a query that may be left out one that cannot be null, which none can be."""
+    match parameter["schema"].pop("anyOf", None):
+        case None:
+            pass
+        case [kind, {"type": "null"}]:
+            parameter["schema"] |= kind
+        case kinds:
+            parameter["schema"]["anyOf"] = kinds
 
 
 def _add_health(app: FastAPI, gateway: Gateway, *, require_all_models: bool) -> None:
@@ -177,6 +209,7 @@ def _add_health(app: FastAPI, gateway: Gateway, *, require_all_models: bool) -> 
 
     summary = "every model takes" if require_all_models else "the models that could be loaded take"
 
+    @get("/health", include_in_schema=False)  # for clients and probes of other servers
     @get("/health/ready", summary=f"Whether {summary} requests", responses={503: {"description": "Not yet"}})
     async def ready() -> JSONResponse:
         models = {name: model.readiness for name, model in gateway.models.items()}

@@ -44,6 +44,17 @@ async def read_body(request: Request) -> bytes:
     return b"".join(chunks)
 
 
+def check_encoding(request: Request) -> None:
+    """Raise `ProblemError` for a compressed body: a small one may become larger than all memory."""
+    encoding = request.headers.get("content-encoding")
+    if encoding is not None and encoding.strip().lower() != "identity":
+        raise ProblemError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            f"Content-Encoding: {encoding!r:.100} is not supported; send the body as it is, without compression",
+            headers={"Accept-Encoding": "identity"},
+        )
+
+
 class BodyParser:
     """Parses the bodies for one model, whose items are validated as `input_model`.
 
@@ -88,6 +99,12 @@ class BodyParser:
     def line(self, line: bytes) -> AsyncInputModel | Failure:
         """The job that one line of a stream asks for, or what is wrong with the line."""
         return _or_failure(lambda body: self.job(body, "line"), line)
+
+
+def parse(model: type[Model], body: bytes) -> Model:
+    """A body as an instance of `model`. Raises `ProblemError`."""
+    _check_keys(body)
+    return _parse(model, body)
 
 
 async def run_valid(

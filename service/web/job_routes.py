@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import PositiveFloat
 
 from modalkit.pipelines.iomodel import MAX_EXPIRES_IN_S
+from modalkit.service.errors import UnknownJobError
 from modalkit.service.gateway import JobAdministration, Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
 from modalkit.service.web.answers import PROBLEM_ANSWERS, JobDetails, JobPageView, JobView, Purged, Replayed
@@ -104,8 +105,5 @@ async def _check_query(request: Request) -> None:
 
 def _details(job_id: str, job: Job | None) -> JobDetails:
     if job is None:
-        raise ProblemError(
-            HTTPStatus.NOT_FOUND,
-            f"there is no job {job_id!r}: the id is wrong, or the job was removed after its result_ttl",
-        )
+        raise UnknownJobError(job_id)
     return JobDetails.model_validate(job)

@@ -16,6 +16,7 @@ from modalkit.batching import Priority
 from modalkit.service.web.problems import ProblemError
 
 MAX_KEY_CHARACTERS = 255
+RESPOND_ASYNC = "respond-async"
 
 ModelName = Annotated[str | None, Query(description="Which model, where there are several; the first if left out.")]
 PriorityHeader = Annotated[
@@ -28,6 +29,10 @@ KeyHeader = Annotated[
     str | None,
     Field(min_length=1, max_length=MAX_KEY_CHARACTERS),
     Header(alias="Idempotency-Key", description="The same for each repetition of a request: they all get one job."),
+]
+PreferHeader = Annotated[
+    str | None,
+    Header(alias="Prefer", description="`respond-async`: accept the item as a job, and answer with its id (RFC 7240)."),
 ]
 
 
@@ -43,6 +48,13 @@ class PredictionOptions:
     def of(cls, request: Request) -> Self:
         """The options of this request. Raises `ProblemError`."""
         return cls(_model_name(request), _priority(request, Priority.INTERACTIVE), _timeout_s(request))
+
+
+@dataclass(frozen=True, slots=True)
+class SyncOptions(PredictionOptions):
+    """The options of ``/sync/predict``, for its documentation; `prefers_async` reads the preference."""
+
+    prefer: PreferHeader = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +76,14 @@ class SubmissionOptions:
         return cls(_model_name(request), _priority(request, Priority.BULK), _idempotency_key(request))
 
 
+def prefers_async(request: Request) -> bool:
+    """Whether the client prefers a job to waiting for the result; other preferences are ignored."""
+    if "prefer" not in request.headers:
+        return False
+    preferences = ",".join(request.headers.getlist("prefer")).split(",")
+    return any(preference.partition(";")[0].strip().lower() == RESPOND_ASYNC for preference in preferences)
+
+
 def check_query(request: Request, known: Collection[str]) -> None:
     """Refuse a query parameter that the route does not have: a misspelt filter would change what is asked for.
 
@@ -79,7 +99,10 @@ def _model_name(request: Request) -> str | None:
     if not request.scope["query_string"]:
         return None
     check_query(request, ("model_name",))
-    return request.query_params.get("model_name")
+    names = request.query_params.getlist("model_name")
+    if len(names) > 1:
+        raise _problem("model_name: is given twice; remove one of the two")
+    return names[0] if names else None
 
 
 def _priority(request: Request, default: Priority) -> Priority:

@@ -1,5 +1,6 @@
 """Errors as HTTP answers: problem details (RFC 9457) that name the field, the value and the remedy."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -11,6 +12,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from modalkit.batching import (
     BatchTimeoutError,
@@ -24,13 +26,17 @@ from modalkit.service.errors import (
     ContainerFaultError,
     InvalidItemError,
     NotAvailableError,
+    NotAwaitedError,
     NotReadyError,
+    OutputNotJsonError,
+    PipelineOutputError,
     ReloadError,
     RemoteCallError,
     RemoteItemError,
     RemoteTimeoutError,
     RetryableError,
     ServiceError,
+    UnknownJobError,
     UnknownModelError,
     describe_error,
 )
@@ -45,7 +51,7 @@ from modalkit.service.web.answers import PROBLEM_JSON
 RETRY_AFTER_S = 1
 
 _ERRORS: dict[HTTPStatus, tuple[type[Exception], ...]] = {
-    HTTPStatus.NOT_FOUND: (UnknownModelError,),
+    HTTPStatus.NOT_FOUND: (UnknownJobError, UnknownModelError),
     HTTPStatus.CONFLICT: (LoadError, ReloadError, SettingsError),
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: (RequestTooLargeError,),
     HTTPStatus.UNPROCESSABLE_ENTITY: (
@@ -56,6 +62,7 @@ _ERRORS: dict[HTTPStatus, tuple[type[Exception], ...]] = {
         RejectItem,
     ),
     HTTPStatus.TOO_MANY_REQUESTS: (JobStoreBusyError, JobStoreFullError, QueueFullError),
+    HTTPStatus.INTERNAL_SERVER_ERROR: (NotAwaitedError, OutputNotJsonError, PipelineOutputError),
     HTTPStatus.NOT_IMPLEMENTED: (NotAvailableError,),
     HTTPStatus.SERVICE_UNAVAILABLE: (
         ContainerFaultError,
@@ -68,7 +75,38 @@ _ERRORS: dict[HTTPStatus, tuple[type[Exception], ...]] = {
     HTTPStatus.GATEWAY_TIMEOUT: (BatchTimeoutError, DeadlineExceededError, RemoteTimeoutError),
 }
 _STATUS_OF = {kind: status for status, kinds in _ERRORS.items() for kind in kinds}
-_STATUS_BY_NAME = {kind.__name__: status for kind, status in _STATUS_OF.items()}
+_KIND_BY_NAME = {kind.__name__: kind for kind in _STATUS_OF}
+
+TYPE_PREFIX = "urn:problem-type:modalkit:"
+"""The beginning of the type of each problem; the rest is explained in docs/problems.md."""
+PIPELINE_ERROR = "pipeline-error"
+"""The type of the problem of an item that failed by an error of the pipeline's own."""
+_TYPE_OF_STATUS = {
+    HTTPStatus.BAD_REQUEST: "bad-request",
+    HTTPStatus.UNAUTHORIZED: "unauthorized",
+    HTTPStatus.FORBIDDEN: "forbidden",
+    HTTPStatus.NOT_FOUND: "not-found",
+    HTTPStatus.METHOD_NOT_ALLOWED: "method-not-allowed",
+    HTTPStatus.REQUEST_TIMEOUT: "request-timeout",
+    HTTPStatus.CONFLICT: "conflict",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "content-too-large",
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "unsupported-media-type",
+    HTTPStatus.UNPROCESSABLE_ENTITY: "invalid-request",
+    HTTPStatus.TOO_MANY_REQUESTS: "too-many-requests",
+    HTTPStatus.INTERNAL_SERVER_ERROR: "internal-error",
+    HTTPStatus.NOT_IMPLEMENTED: "not-available",
+    HTTPStatus.SERVICE_UNAVAILABLE: "service-unavailable",
+}
+"""The type of a problem that is no error of a kind with its own type."""
+
+
+def _type_of_kind(kind: type[Exception]) -> str:
+    """The type of the problems of one class of errors: `QueueFullError` has ``queue-full``."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "-", kind.__name__.removesuffix("Error")).lower()
+
+
+PROBLEM_TYPES = frozenset((*_TYPE_OF_STATUS.values(), *map(_type_of_kind, _STATUS_OF), PIPELINE_ERROR))
+"""The types of all problems, without `TYPE_PREFIX`."""
 
 
 @dataclass(eq=False)
@@ -96,24 +134,38 @@ def invalid(findings: Iterable[Mapping[str, Any]], model: type[BaseModel] | None
 
 def status_of(error: Exception) -> HTTPStatus:
     """The HTTP status for an error of a gateway; 500 for an error of a pipeline."""
+    kind = _kind_of(error)
+    return HTTPStatus.INTERNAL_SERVER_ERROR if kind is None else _STATUS_OF[kind]
+
+
+def _kind_of(error: Exception) -> type[Exception] | None:
+    """The class in `_ERRORS` that an error counts as; None for an error of a pipeline."""
     if isinstance(error, QueueFullError) and error.is_permanent:
-        return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+        return RequestTooLargeError
     if isinstance(error, RemoteItemError):
-        return _STATUS_BY_NAME.get(error.error_type, HTTPStatus.INTERNAL_SERVER_ERROR)
-    found = (_STATUS_OF[kind] for kind in type(error).__mro__ if kind in _STATUS_OF)
-    return next(found, HTTPStatus.INTERNAL_SERVER_ERROR)
+        return _KIND_BY_NAME.get(error.error_type)
+    return next((kind for kind in type(error).__mro__ if kind in _STATUS_OF), None)
 
 
 def error_response(error: Exception) -> Response:
     """The answer to a request that failed, of the media type ``application/problem+json``."""
-    if not isinstance(error, ProblemError):
-        status = status_of(error)
+    name: str | None
+    if isinstance(error, ProblemError):
+        name = _TYPE_OF_STATUS.get(error.status)
+    else:
+        kind, status = _kind_of(error), status_of(error)
+        name = PIPELINE_ERROR if kind is None else _type_of_kind(kind)
         retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
         headers = {"Retry-After": str(RETRY_AFTER_S)} if retry else None
         errors = error.errors if isinstance(error, InvalidItemError) else ()
         error = ProblemError(status, describe_error(error), errors, headers)
     status = error.status
-    content = {"type": "about:blank", "title": status.phrase, "status": status, "detail": error.detail}
+    content = {
+        "type": "about:blank" if name is None else f"{TYPE_PREFIX}{name}",
+        "title": status.phrase if name is None else name.replace("-", " ").capitalize(),
+        "status": status,
+        "detail": error.detail,
+    }
     if error.errors:
         content["errors"] = error.errors
     return Response(to_json(content, inf_nan_mode="null"), status, error.headers, PROBLEM_JSON)
@@ -149,11 +201,23 @@ def install_problem_handlers(app: FastAPI) -> None:
         if status is HTTPStatus.NOT_FOUND:
             detail = "there is nothing at this address; /docs lists what there is"
         elif status is HTTPStatus.METHOD_NOT_ALLOWED:
-            allowed = (error.headers or {}).get("Allow", "another method")
+            allowed = _allowed_methods(app, request)
             detail = f"{request.url.path} takes {allowed}, not {request.method}; /docs lists what there is"
+            return error_response(ProblemError(status, detail, headers={"Allow": allowed}))
         return error_response(ProblemError(status, detail, headers=error.headers))
 
     @app.exception_handler(Exception)
     async def on_unexpected_error(_: Request, error: Exception) -> Response:
         # Starlette raises the error again once this is sent, so that the server logs it with its traceback.
         return unexpected_error_response(error)
+
+
+def _allowed_methods(app: FastAPI, request: Request) -> str:
+    """The methods of all routes at the request's path; Starlette's own answer has those of the first one."""
+
+    def is_allowed(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in app.routes)
+
+    methods = list(filter(is_allowed, ("GET", "POST", "PUT", "PATCH", "DELETE")))
+    return ", ".join(["GET", "HEAD", *methods[1:]] if methods[0] == "GET" else methods)

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cache, wraps
 from http import HTTPStatus
-from typing import Annotated, Any, TypeVar, Union
+from typing import Annotated, Any, Protocol, TypeVar, Union
 
 from fastapi import Body, Depends, FastAPI, Request
 from fastapi.responses import Response
@@ -15,11 +15,11 @@ from modalkit.pipelines import AsyncInputModel, AsyncOutputModel, InferenceOutpu
 from modalkit.service.errors import OutputNotJsonError
 from modalkit.service.gateway import Gateway, find_model
 from modalkit.service.outputs import output_json
-from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, Submitted
+from modalkit.service.web.answers import JOB_LINKS, JSON, PROBLEM_ANSWERS, FailedItem, Submitted
 from modalkit.service.web.auth import ApiKey
-from modalkit.service.web.bodies import BodyParser, read_body, run_valid
+from modalkit.service.web.bodies import BodyParser, check_encoding, read_body, run_valid
 from modalkit.service.web.direct import DirectRequest
-from modalkit.service.web.options import PredictionOptions, SubmissionOptions
+from modalkit.service.web.options import PredictionOptions, SubmissionOptions, SyncOptions, prefers_async
 from modalkit.service.web.problems import (
     KNOWN_ERRORS,
     ProblemError,
@@ -30,14 +30,31 @@ from modalkit.service.web.problems import (
 from modalkit.service.web.submissions import Submitter
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+Responses = dict[int | str, dict[str, Any]]
 T = TypeVar("T")
 
 WATCH_AFTER_S = 0.1
 """Seconds after which a request that waits is watched: a task for each request would cost a fifth of its time."""
 
 
-def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None) -> None:
-    """Add the routes over `gateway`: to FastAPI for the documentation, and as `DirectRoutes`."""
+class AddRoute(Protocol):
+    """Makes a function the endpoint of POST requests to `path`.
+
+    `taken`, `options` and `answer` are the types of what it takes and answers, `responses` its other answers: for the
+    documentation only, as `more` is.
+    """
+
+    def __call__(
+        self, path: str, taken: Any, options: type, answer: Any, responses: Responses | None = None, **more: Any
+    ) -> Callable[[Endpoint], None]:
+        """A decorator of the endpoint."""
+
+
+def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None) -> AddRoute:
+    """Add the routes over `gateway`: to FastAPI for the documentation, and as `DirectRoutes`.
+
+    Returns what adds further ones.
+    """
     endpoints: dict[str, Endpoint] = {}
     app.add_middleware(DirectRoutes, endpoints=endpoints)
     models = gateway.models.values()
@@ -47,9 +64,14 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     key = [] if api_key is None else api_key.dependencies
     parser = cache(BodyParser)
 
-    def route(path: str, taken: Any, options: type, answer: Any, **more: Any) -> Callable[[Endpoint], None]:
-        """Add a route; `taken`, `options` and `answer` are the types of what it takes and answers, for OpenAPI only."""
+    def submitter(request: Request) -> Submitter:
+        options = SubmissionOptions.of(request)
+        model = find_model(gateway.models, options.model_name)
+        return Submitter(gateway.jobs, model.name, parser(model.input_model), options)
 
+    def route(
+        path: str, taken: Any, options: type, answer: Any, responses: Responses | None = None, **more: Any
+    ) -> Callable[[Endpoint], None]:
         def documented_body(body: Annotated[taken, Body()]) -> None: ...
 
         def add(endpoint: Endpoint) -> None:
@@ -57,6 +79,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
             async def checked(request: Request) -> Response:
                 if api_key is not None:
                     await api_key.check(request)
+                check_encoding(request)
                 return await endpoint(request)
 
             endpoints[path] = checked
@@ -66,15 +89,25 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
                 methods=["POST"],
                 tags=["predictions"],
                 response_model=answer,
-                responses=PROBLEM_ANSWERS,
+                responses=PROBLEM_ANSWERS | (responses or {}),
                 dependencies=[Depends(documented_body), Depends(options), *key],
                 **more,
             )
 
         return add
 
-    @route("/sync/predict", item, PredictionOptions, output, summary="Run one item and wait for its result")
+    @route(
+        "/sync/predict",
+        item,
+        SyncOptions,
+        output,
+        {202: {"model": AsyncOutputModel, "description": "Accepted as a job", "links": JOB_LINKS}},
+        summary="Run one item and wait for its result",
+        description="With `Prefer: respond-async` the item becomes a job, as by `/async/predict`.",
+    )
     async def sync_predict(request: Request) -> Response:
+        if prefers_async(request):
+            return await submitter(request).answer_later(request)
         options = PredictionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
         item = parser(model.input_model).item(await read_body(request))
@@ -88,7 +121,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
         "/batch/predict",
         list[item],
         PredictionOptions,
-        list[output],
+        list[output | FailedItem],
         summary="Run a list of items; each slot has a result or an error",
     )
     async def batch_predict(request: Request) -> Response:
@@ -108,15 +141,16 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
         job | list[job],
         SubmissionOptions,
         AsyncOutputModel | list[Submitted],
+        {202: {"links": JOB_LINKS}},
         status_code=HTTPStatus.ACCEPTED,
         summary="Accept a job, a list of jobs, or a stream of them",
         description="A job is accepted once it is stored. A stream (NDJSON) is answered with a line for each of its "
         "lines, with the status 200.",
     )
     async def async_predict(request: Request) -> Response:
-        options = SubmissionOptions.of(request)
-        model = find_model(gateway.models, options.model_name)
-        return await Submitter(gateway.jobs, model.name, parser(model.input_model), options).answer(request)
+        return await submitter(request).answer(request)
+
+    return route
 
 
 class DirectRoutes:

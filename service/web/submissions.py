@@ -21,7 +21,7 @@ from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import JobStoreError
 from modalkit.service.web.answers import JSON, NDJSON
 from modalkit.service.web.bodies import BodyParser, read_body, run_valid
-from modalkit.service.web.options import SubmissionOptions
+from modalkit.service.web.options import RESPOND_ASYNC, SubmissionOptions
 from modalkit.service.web.problems import ProblemError, error_json
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,17 @@ class Submitter:
             self._refuse_key()
             answers = [_json(outcome) for outcome in await self._submit(self._parser.jobs(body))]
             return Response(b"[" + b",".join(answers) + b"]", HTTPStatus.ACCEPTED, media_type=JSON)
-        (outcome,) = await self._submit([self._with_key(self._parser.job(body))])
+        return await self._answer_one(request, self._parser.job(body))
+
+    async def answer_later(self, request: Request) -> Response:
+        """Submit the item in the body of a request that prefers a job to waiting."""
+        job = AsyncInputModel(message=self._parser.item(await read_body(request)))
+        response = await self._answer_one(request, job)
+        response.headers["Preference-Applied"] = RESPOND_ASYNC
+        return response
+
+    async def _answer_one(self, request: Request, job: AsyncInputModel) -> Response:
+        (outcome,) = await self._submit([self._with_key(job)])
         if isinstance(outcome, Failure):
             raise outcome.error
         location = f"{request.scope.get('root_path', '')}/jobs/{outcome.value}"

@@ -1,0 +1,73 @@
+"""Which models an adapter can use, and how it runs their items."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import Request
+
+from modalkit.batching import Failure
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.gateway import Model, find_model
+from modalkit.service.validation import validated
+from modalkit.service.web.options import PredictionOptions
+from modalkit.service.web.problems import ProblemError
+from modalkit.service.web.routes import while_connected
+
+MAX_TEXTS = 4096
+"""Limit of the texts in one request to an adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What models are asked to do. A model fits whose items have the fields `takes`, and its outputs the field `gives`.
+
+    So a pipeline of a user's own fits by its `input_model` and its `output_model`.
+    """
+
+    name: str
+    takes: frozenset[str]
+    gives: str
+
+    def models_of(self, models: Mapping[str, Model]) -> dict[str, Model]:
+        """Those of these models that fit."""
+        return {
+            name: model
+            for name, model in models.items()
+            if self.takes <= model.input_model.model_fields.keys() and self.gives in model.output_model.model_fields
+        }
+
+    async def run(
+        self,
+        request: Request,
+        models: Mapping[str, Model],
+        items: Iterable[Mapping[str, Any]],
+        model_name: str | None = None,
+    ) -> tuple[str, list[InferenceOutputModel]]:
+        """Run items on the model of this name, or the one that the request's query names, or the first that fits.
+
+        Returns the model's name and the outputs. Raises `ProblemError` for a model that does not fit, and the first
+        error of an item.
+        """
+        options, fitting = PredictionOptions.of(request), self.models_of(models)
+        name = model_name or options.model_name
+        model = find_model(fitting if name is None else models, name)
+        if model.name not in fitting:
+            raise ProblemError(
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+                f"model {model.name!r} does not fit {self.name}; those that do: {', '.join(fitting)}",
+            )
+        valid = [validated(model.input_model, item) for item in items]
+        call = model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s)
+        outputs = []
+        for outcome in await while_connected(request, call):
+            if isinstance(outcome, Failure):
+                raise outcome.error
+            outputs.append(outcome.value)
+        return model.name, outputs
+
+
+CLASSIFICATION = Task("text classification", frozenset({"text", "scores"}), "scores")
+EMBEDDING = Task("embedding", frozenset({"text"}), "embedding")
+RERANKING = Task("reranking", frozenset({"query", "text"}), "score")

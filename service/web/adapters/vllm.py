@@ -1,0 +1,86 @@
+"""vLLM's ``POST /classify``."""
+
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from fastapi import Request
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
+
+from modalkit.service.gateway import Model
+from modalkit.service.web.adapters.tasks import CLASSIFICATION, MAX_TEXTS
+from modalkit.service.web.answers import JSON
+from modalkit.service.web.bodies import parse, read_body
+from modalkit.service.web.options import PredictionOptions
+from modalkit.service.web.routes import AddRoute
+
+
+class ClassificationRequest(BaseModel):
+    """Texts to classify."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
+    model: str | None = Field(default=None, description="Which model; the first classifier if left out.")
+    user: str | None = Field(default=None, description="Not used.")
+    use_activation: Literal[True] | None = Field(default=None, description="The answer always has probabilities.")
+
+
+class ClassificationData(BaseModel):
+    """The class of one text."""
+
+    index: int
+    label: str
+    probs: list[float] = Field(description="The probabilities of all labels, in the order of the model's labels.")
+    num_classes: int
+
+
+class UsageInfo(BaseModel):
+    """Always 0: tokens are not counted."""
+
+    prompt_tokens: int = 0
+    total_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class ClassificationResponse(BaseModel):
+    """The classes of all texts."""
+
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[ClassificationData]
+    usage: UsageInfo = UsageInfo()
+
+
+def add_vllm_routes(route: AddRoute, models: Mapping[str, Model]) -> None:
+    """Add the route, if there is a classifier."""
+    if not CLASSIFICATION.models_of(models):
+        return
+
+    @route(
+        "/classify",
+        ClassificationRequest,
+        PredictionOptions,
+        ClassificationResponse,
+        summary="Classify texts, as vLLM does",
+    )
+    async def classify(request: Request) -> Response:
+        asked = parse(ClassificationRequest, await read_body(request))
+        texts = [asked.input] if isinstance(asked.input, str) else asked.input
+        items = ({"text": text, "scores": True} for text in texts)
+        name, outputs = await CLASSIFICATION.run(request, models, items, asked.model)
+        data = []
+        for index, output in enumerate(outputs):
+            scores: dict[str, float] = getattr(output, CLASSIFICATION.gives)
+            probs = list(scores.values())
+            label = max(scores, key=scores.__getitem__)
+            data.append(ClassificationData(index=index, label=label, probs=probs, num_classes=len(probs)))
+        answer = ClassificationResponse(
+            id=f"classify-{uuid.uuid4().hex}", created=int(time.time()), model=name, data=data
+        )
+        return Response(to_json(answer), media_type=JSON)
