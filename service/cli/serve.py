@@ -15,7 +15,7 @@ import typer
 import uvicorn
 
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
+from modalkit.service.cli.common import ConfigFiles, notices, try_api_keys
 from modalkit.service.errors import Readiness
 from modalkit.service.jobs import JobStoreError
 from modalkit.service.local_gateway import LocalGateway
@@ -23,6 +23,7 @@ from modalkit.service.serving import Server, freeze_gc, listening
 from modalkit.service.settings import Settings
 from modalkit.service.version import VERSION
 from modalkit.service.web import create_app
+from modalkit.service.web.auth import refuse_strangers
 
 COUNTING_S = 2
 """Seconds within which the store must say how many jobs have not ended, when the service stops at once."""
@@ -34,6 +35,9 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes any free one.")] = 8000,
     config: ConfigFiles = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen without an API key on an address that others can reach.")
+    ] = False,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(case_sensitive=False, help="What is logged.")
     ] = "warning",
@@ -51,7 +55,7 @@ def serve(
     """
     logging.getLogger().setLevel(log_level.upper())
     settings = Settings.load(config)
-    try_api_key(settings.app_settings.auth_config)  # uvicorn would show an error as a traceback, and exit with code 0
+    try_api_keys(settings.app_settings.auth_config)  # uvicorn would show an error as a traceback, and exit with code 0
     gateway = LocalGateway(settings)
     app = create_app(
         gateway,
@@ -62,6 +66,8 @@ def serve(
     is_access_logged = log_level in ("debug", "info")
     http = uvicorn.Config(app, log_config=None, access_log=is_access_logged, timeout_graceful_shutdown=GRACE_S)
     with listening(host, port) as listener:
+        if not insecure:
+            refuse_strangers(settings.app_settings.auth_config, listener)
         anyio.run(_serve, Server(http), gateway, listener, settings, backend_options={"use_uvloop": True})
 
 
@@ -152,7 +158,7 @@ async def _announce(server: Server, gateway: LocalGateway, listener: socket.sock
 def _things_to_try(url: str, gateway: LocalGateway, settings: Settings) -> str:
     auth = settings.app_settings.auth_config
     scheme = "Bearer " if auth.auth_header.lower() == "authorization" else ""
-    key = "" if auth.api_key is None and auth.ssm_key is None else f" -H '{auth.auth_header}: {scheme}<your key>'"
+    key = f" -H '{auth.auth_header}: {scheme}<your key>'" if auth.asks_for_key else ""
 
     def curl(path: str, body: str) -> str:
         return f"  curl {url}{path}{key} -d {shlex.quote(body)}"

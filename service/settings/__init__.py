@@ -10,6 +10,8 @@ from modalkit.service.settings.models import (
     BuildConfig,
     CloudBucketMount,
     DeploymentConfig,
+    KeyConfig,
+    KeyScope,
     QueueConfig,
 )
 from modalkit.service.settings.problems import SettingsError
@@ -23,6 +25,8 @@ __all__ = [
     "BuildConfig",
     "CloudBucketMount",
     "DeploymentConfig",
+    "KeyConfig",
+    "KeyScope",
     "ModelEntry",
     "ModelSettings",
     "QueueConfig",

@@ -100,6 +100,9 @@ HeaderName = Annotated[
     str,
     _matching("[!#$%&'*+.^_`|~0-9A-Za-z-]+", "must be the name of an HTTP header, as in authorization or x-api-key"),
 ]
+KeyName = Annotated[
+    str, _matching("[A-Za-z0-9._-]{1,64}", "must be 1 to 64 letters, digits, dots, dashes or underscores")
+]
 ContainerFolder = Annotated[str, AfterValidator(_check_container_folder)]
 MountPath = Annotated[ContainerFolder, AfterValidator(_check_mount_path)]
 Host = Annotated[str, AfterValidator(_check_host)]

@@ -1,7 +1,7 @@
 """The HTTP application: its routes, its API key, and its gateway, which is open as long as the server runs."""
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +16,10 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.service.gateway import Gateway, Readiness
-from modalkit.service.settings import AuthConfig
+from modalkit.service.settings import AuthConfig, KeyScope
 from modalkit.service.version import VERSION
 from modalkit.service.web.answers import JSON, NDJSON, Problem
-from modalkit.service.web.auth import require_api_key
+from modalkit.service.web.auth import configured_keys
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.metrics import CONTENT_TYPE, exposition
 from modalkit.service.web.problems import ProblemError, error_response, install_problem_handlers
@@ -57,17 +57,17 @@ def create_app(
     An application that another one mounts is started by that one: see `lifespan_of`. Until it is started, each request
     is answered with 503 and what to write.
 
-    Health checks, metrics and documentation need no key. Raises `LoadError` for an API key that
-    cannot be used; so does the start of the lifespan for one that cannot be read from AWS SSM.
+    Health checks and documentation need no key; nor do metrics, unless `auth` says so. Raises `LoadError` for an API
+    key that cannot be used; so does the start of the lifespan for one that cannot be read from AWS SSM.
     """
     auth = auth or AuthConfig()
-    api_key = require_api_key(auth)
-    start = _Start(is_needed=owns_gateway or auth.ssm_key is not None)
+    keys = configured_keys(auth)
+    start = _Start(is_needed=owns_gateway or auth.uses_ssm)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # The key first, so that an error in its name shows before models are loaded.
-        async with nullcontext() if api_key is None else api_key.opened(), gateway if owns_gateway else nullcontext():
+        # The keys first, so that an error in a name shows before models are loaded.
+        async with keys.opened(), gateway if owns_gateway else nullcontext():
             start.is_needed = False
             yield
 
@@ -79,9 +79,10 @@ def create_app(
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    add_prediction_routes(app, gateway, api_key)
+    add_prediction_routes(app, gateway, keys)
     app.add_middleware(_Entrance, start=start)  # the outermost one: nothing is answered before the start
-    app.include_router(make_job_router(gateway.jobs), dependencies=[] if api_key is None else api_key.dependencies)
+    app.include_router(make_job_router(gateway.jobs), dependencies=keys.requires(KeyScope.JOBS))
+    _add_metrics(app, gateway, [] if auth.open_metrics else keys.requires(KeyScope.METRICS))
     _add_health(app, gateway, require_all_models=require_all_models)
     install_problem_handlers(app)
     _complete_schema(app)
@@ -150,12 +151,20 @@ def _complete_schema(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
 
 
-def _add_health(app: FastAPI, gateway: Gateway, *, require_all_models: bool) -> None:
-    get = partial(app.get, tags=["health"])
-
-    @get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+def _add_metrics(app: FastAPI, gateway: Gateway, dependencies: Sequence[Any]) -> None:
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        summary="Metrics for Prometheus",
+        response_class=PlainTextResponse,
+        dependencies=dependencies,
+    )
     async def metrics() -> Response:
         return Response(await exposition(gateway), media_type=CONTENT_TYPE)
+
+
+def _add_health(app: FastAPI, gateway: Gateway, *, require_all_models: bool) -> None:
+    get = partial(app.get, tags=["health"])
 
     @get(
         "/health/live",

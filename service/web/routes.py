@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar, Union
 
@@ -16,8 +16,9 @@ from modalkit.pipelines import AsyncInputModel, AsyncOutputModel, InferenceOutpu
 from modalkit.service.errors import OutputNotJsonError
 from modalkit.service.gateway import Gateway, find_model
 from modalkit.service.outputs import output_json
+from modalkit.service.settings import KeyScope
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, Submitted
-from modalkit.service.web.auth import ApiKey
+from modalkit.service.web.auth import ApiKeys, caller_of, end_request
 from modalkit.service.web.bodies import BodyParser, read_body, run_valid
 from modalkit.service.web.options import PredictionOptions, SubmissionOptions
 from modalkit.service.web.problems import KNOWN_ERRORS, ProblemError, error_json, error_response
@@ -30,7 +31,7 @@ WATCH_AFTER_S = 0.1
 """Seconds after which a request that waits is watched: a task for each request would cost a fifth of its time."""
 
 
-def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None) -> None:
+def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> None:
     """Add the routes over `gateway`: to FastAPI for the documentation, and as `DirectRoutes`."""
     endpoints: dict[str, Endpoint] = {}
     app.add_middleware(DirectRoutes, endpoints=endpoints)
@@ -38,19 +39,22 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     item: Any = Union[tuple(model.input_model for model in models)]  # noqa: UP007  # types known at run time
     job: Any = Union[tuple(AsyncInputModel[model.input_model] for model in models)]  # type: ignore[name-defined]  # noqa: UP007  # as above
     output: Any = Union[tuple(model.output_model for model in models)]  # noqa: UP007  # as above
-    key = [] if api_key is None else api_key.dependencies
     parser = cache(BodyParser)
 
-    def route(path: str, taken: Any, options: type, answer: Any, **more: Any) -> Callable[[Endpoint], None]:
-        """Add a route; `taken`, `options` and `answer` are the types of what it takes and answers, for OpenAPI only."""
+    def route(
+        path: str, key_scope: KeyScope, taken: Any, options: type, answer: Any, **more: Any
+    ) -> Callable[[Endpoint], None]:
+        """Add a route for keys with this scope.
+
+        `taken`, `options` and `answer` are the types of what it takes and answers, for OpenAPI only.
+        """
 
         def documented_body(body: Annotated[taken, Body()]) -> None: ...
 
         def add(endpoint: Endpoint) -> None:
             @wraps(endpoint)
             async def checked(request: Request) -> Response:
-                if api_key is not None:
-                    await api_key.check(request)
+                await keys.check(request, key_scope)
                 return await endpoint(request)
 
             endpoints[path] = checked
@@ -61,18 +65,26 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
                 tags=["predictions"],
                 response_model=answer,
                 responses=PROBLEM_ANSWERS,
-                dependencies=[Depends(documented_body), Depends(options), *key],
+                dependencies=[Depends(documented_body), Depends(options), *keys.documented()],
                 **more,
             )
 
         return add
 
-    @route("/sync/predict", item, PredictionOptions, output, summary="Run one item and wait for its result")
+    @route(
+        "/sync/predict",
+        KeyScope.PREDICT,
+        item,
+        PredictionOptions,
+        output,
+        summary="Run one item and wait for its result",
+    )
     async def sync_predict(request: Request) -> Response:
         options = PredictionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
-        item = parser(model.input_model).item(await read_body(request))
-        call = model.predict(item, priority=options.priority, timeout_s=options.timeout_s)
+        item, caller = parser(model.input_model).item(await read_body(request)), caller_of(request)
+        caller.take_items(1)
+        call = model.predict(item, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
         try:
             return Response(output_json(await while_connected(request, call)), media_type=JSON)
         except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is this item's error
@@ -80,6 +92,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
 
     @route(
         "/batch/predict",
+        KeyScope.PREDICT,
         list[item],
         PredictionOptions,
         list[output],
@@ -88,17 +101,15 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     async def batch_predict(request: Request) -> Response:
         options = PredictionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
-        items = parser(model.input_model).items(await read_body(request))
-        outcomes = await run_valid(
-            items,
-            lambda valid: while_connected(
-                request, model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s)
-            ),
-        )
+        items, caller = parser(model.input_model).items(await read_body(request)), caller_of(request)
+        caller.take_items(len(items))
+        run = partial(model.predict_many, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
+        outcomes = await run_valid(items, lambda valid: while_connected(request, run(valid)))
         return Response(b"[" + b",".join(map(_slot, outcomes)) + b"]", media_type=JSON)
 
     @route(
         "/async/predict",
+        KeyScope.JOBS,
         job | list[job],
         SubmissionOptions,
         AsyncOutputModel | list[Submitted],
@@ -110,7 +121,8 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     async def async_predict(request: Request) -> Response:
         options = SubmissionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
-        return await Submitter(gateway.jobs, model.name, parser(model.input_model), options).answer(request)
+        submitter = Submitter(gateway.jobs, model.name, parser(model.input_model), options, caller_of(request))
+        return await submitter.answer(request)
 
 
 class DirectRoutes:
@@ -132,14 +144,17 @@ class DirectRoutes:
             path: str = scope["path"]
             # As Starlette does: a root path counts only where a slash follows.
             endpoint = self._endpoints.get(path.removeprefix(root_path) if path.startswith(f"{root_path}/") else path)
-        if endpoint is None:
-            await self._app(scope, receive, send)
-            return
         try:
-            response = await endpoint(Request(scope, receive, send))
-        except KNOWN_ERRORS as error:
-            response = error_response(error)
-        await response(scope, receive, send)
+            if endpoint is None:
+                await self._app(scope, receive, send)
+                return
+            try:
+                response = await endpoint(Request(scope, receive, send))
+            except KNOWN_ERRORS as error:
+                response = error_response(error)
+            await response(scope, receive, send)
+        finally:
+            end_request(scope)
 
 
 async def while_connected(request: Request, call: Awaitable[T]) -> T:
