@@ -21,7 +21,6 @@ from starlette.types import Scope
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.jobs import Job
 from modalkit.service.loading import LoadError
-from modalkit.service.serving import AddressError
 from modalkit.service.settings import AuthConfig, KeyConfig, KeyScope
 from modalkit.service.web.problems import ProblemError
 from modalkit.service.web.ssm_key import SsmKey, key_digest
@@ -256,12 +255,12 @@ def _text_of(secret: SecretStr | None) -> str:
 
 
 def refuse_strangers(config: AuthConfig, listener: socket.socket) -> None:
-    """Raise `AddressError` where other machines can reach the socket, no key is asked for, and nothing allows that."""
+    """Raise `LoadError` where other machines can reach the socket, no key is asked for, and nothing allows that."""
     if config.asks_for_key or config.insecure or listener.family not in (socket.AF_INET, socket.AF_INET6):
         return
     host = listener.getsockname()[0]
     if not ipaddress.ip_address(host).is_loopback:
-        raise AddressError(
+        raise LoadError(
             f"without an API key nothing is served on {host}: all who reach this address could use the models, and "
             f"read and cancel all jobs. Set {AUTH}.api_key (or MODALKIT_APP_SETTINGS__AUTH_CONFIG__API_KEY), or listen "
             f"on 127.0.0.1; where something else keeps strangers away, give --insecure (or {AUTH}.insecure: true)"

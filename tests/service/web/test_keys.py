@@ -16,11 +16,12 @@ from fastapi.responses import PlainTextResponse
 from modalkit.service.loading import LoadError
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
-from modalkit.service.serving import AddressError, listening
+from modalkit.service.serving import listening
 from modalkit.service.settings import AuthConfig, KeyConfig, KeyScope, Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.auth import Caller, caller_of, configured_keys, refuse_strangers
 from modalkit.service.web.problems import ProblemError
+from tests.support.guides import blocks, guide
 from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import LengthPipeline
@@ -255,6 +256,16 @@ app_settings:
             assert_problem(answer, 401)
 
 
+def test_the_configuration_of_the_guide_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (text,) = blocks(guide("keys.md"), "yaml")
+    (tmp_path / "modalkit.yaml").write_text(text)
+    monkeypatch.setenv("MODALKIT_APP_SETTINGS__AUTH_CONFIG__KEYS__operator__API_KEY", "k")
+    auth = Settings.load([tmp_path / "modalkit.yaml"]).app_settings.auth_config
+    assert auth.asks_for_key
+    assert auth.uses_ssm
+    assert {name: key.scopes for name, key in auth.keys.items()}["operator"] == [KeyScope.ADMIN]
+
+
 def test_only_hashes_of_keys_are_kept() -> None:
     keys = configured_keys(AuthConfig(api_key="s3cret", keys={"a": {"api_key": "0ther"}}))
     kept = list(vars(keys).values())
@@ -282,7 +293,7 @@ def test_a_key_that_cannot_be_used_is_refused_by_its_name(keys: dict[str, Any], 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_nothing_is_served_to_other_machines_without_a_key(host: str) -> None:
     with listening(host, 0) as listener:
-        with pytest.raises(AddressError, match=r"api_key .*, or listen on 127\.0\.0\.1; .*--insecure") as refused:
+        with pytest.raises(LoadError, match=r"api_key .*, or listen on 127\.0\.0\.1; .*--insecure") as refused:
             refuse_strangers(AuthConfig(), listener)
         assert host in str(refused.value)
         refuse_strangers(AuthConfig(insecure=True), listener)
