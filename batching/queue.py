@@ -100,6 +100,7 @@ class RequestQueue(Generic[RequestT]):
     def __init__(self, max_items: int) -> None:
         self.max_items = max_items
         self._reserved = max_items // RESERVED_DIVISOR
+        self._unreserved = max_items - self._reserved
         # All mutable state. A request waits exactly while its sequence number is positive. Buckets and deadlines may
         # hold some that do not wait.
         self._lanes: dict[Priority, _Lane[RequestT]] = {priority: _Lane() for priority in Priority}
@@ -117,31 +118,32 @@ class RequestQueue(Generic[RequestT]):
         return self._lanes[priority].count
 
     def push_all(self, requests: Sequence[RequestT]) -> None:
-        """Add new requests: all of them, or none and raise `QueueFullError`."""
+        """Add new requests of one priority and owner: all of them, or none and raise `QueueFullError`."""
         if not requests:
             return
-        priority, name = requests[0].priority, requests[0].owner
-        if self._length + len(requests) > self.max_items - self._reserved:
+        first = requests[0]
+        lane, name = self._lanes[first.priority], first.owner
+        if self._length + len(requests) > self._unreserved:
             limit = self._limit_of(name, len(requests))
             if self._length + len(requests) > limit:
                 raise QueueFullError(self._length, limit, len(requests))
-        lane = self._lanes[priority]
-        owner = lane.owner(name)
+        owner = lane.owners.get(name)
+        if owner is None or owner.last < lane.reached:  # seldom, and a call takes longer than the look-up
+            owner = lane.owner(name)
+        buckets, last = owner.buckets, owner.last
         for request in requests:
-            if request.owner is not name or request.priority is not priority:
-                priority, name = request.priority, request.owner
-                lane = self._lanes[priority]
-                owner = lane.owner(name)
-            size, buckets = request.size, owner.buckets
+            size = request.size
             index = _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
             try:
                 buckets[index].append(request)
             except KeyError:
                 buckets[index] = deque((request,))
-            request.sequence = owner.last = owner.last + size
-            lane.count += 1
+            last += size
+            request.sequence = last
             if request.deadline_s < math.inf:
                 heapq.heappush(self._deadlines, (request.deadline_s, id(request), request))
+        owner.last = last
+        lane.count += len(requests)
         self._length += len(requests)
 
     def _limit_of(self, name: str, added: int) -> int:
@@ -149,7 +151,7 @@ class RequestQueue(Generic[RequestT]):
         owners = [lane.owners[name] for lane in self._lanes.values() if name in lane.owners]
         held = sum(len(bucket) for owner in owners for bucket in owner.buckets.values())
         is_light = not name or held + added <= self._reserved
-        return self.max_items if is_light else self.max_items - self._reserved
+        return self.max_items if is_light else self._unreserved
 
     def discard(self, request: RequestT) -> bool:
         """Remove a request, if it waits; returns whether it did."""
@@ -215,8 +217,8 @@ class RequestQueue(Generic[RequestT]):
                     oldest = bucket[0]
             for index in empty:
                 del owner.buckets[index]
-            if name and not owner.buckets:
-                gone.append(name)
+            if name and not owner.buckets and owner.last <= lane.reached:
+                gone.append(name)  # a new one would start at the same number
         for name in gone:
             del lane.owners[name]
         if oldest is not None:
