@@ -75,7 +75,7 @@ class CallJobs(AsyncContextManagerMixin):
         self._queue_rules = queue_rules
         self._input_model_path = input_model_path
         self._clock = clock
-        self._locks_of_keys: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
+        self._locks_of_keys: WeakValueDictionary[tuple[str, str], anyio.Lock] = WeakValueDictionary()
         self._schedulers: dict[str, BatchScheduler[_Submission, str]] = {
             name: BatchScheduler(
                 partial(self._enqueue, name),
@@ -182,15 +182,14 @@ class CallJobs(AsyncContextManagerMixin):
             return await self._schedulers[model.name].submit(submission, priority=priority, owner=owner)
         # One at a time in this process, so that a repetition in the same list finds the first; and shielded, because a
         # caller that was cancelled will repeat the request.
-        key = f"{owner}/{request.idempotency_key}" if owner else request.idempotency_key
-        lock = self._locks_of_keys.setdefault(key, anyio.Lock())
+        lock = self._locks_of_keys.setdefault((owner, request.idempotency_key), anyio.Lock())
         async with lock:
             with anyio.CancelScope(shield=True):
-                job_id = await self._submit_once(key, request_digest(job), model.name, submission)
+                job_id = await self._submit_once(request.idempotency_key, request_digest(job), model.name, submission)
         return job_id
 
     async def _submit_once(self, key: str, digest: str, model_name: str, submission: _Submission) -> str:
-        known = await self._records.reserve(key, digest)
+        known = await self._records.reserve(key, digest, submission.owner)
         if known is not None:
             return known
         try:
@@ -199,12 +198,12 @@ class CallJobs(AsyncContextManagerMixin):
             )
         except Exception:
             try:
-                await self._records.release(key)
+                await self._records.release(key, submission.owner)
             except Exception:
                 logger.exception("The idempotency key of a job that was not accepted is still reserved")
             raise
         try:
-            await self._records.keep(key, digest, job_id)
+            await self._records.keep(key, digest, job_id, submission.owner)
         except JobStoreError:
             # The job is accepted; after an error its caller would submit it again.
             logger.exception("The idempotency key of job %s could not be recorded", job_id)

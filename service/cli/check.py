@@ -172,8 +172,8 @@ def _service_table(settings: Settings, backend: str) -> Table:
     table.add_row("queue", f"up to {batch.max_queue_size} requests")
     table.add_row("jobs", f"{jobs.store}" + (f" ({jobs.store_path})" if jobs.store == "sqlite" else ""))
     table.add_row("results to", backend)
-    named = f", or one of {', '.join(auth.keys)}" if auth.keys else ""
-    with_key = f"with the API key{named}, in {auth.auth_header!r}"
+    named = f" of {', '.join(auth.keys)}" if auth.keys else ""
+    with_key = f"with an API key{named}, in {auth.auth_header!r}"
     table.add_row("callers", with_key if auth.asks_for_key else "anyone")
     return table
 
