@@ -11,15 +11,7 @@ from modalkit.batching import Priority
 from modalkit.service.jobs import life
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import DuplicateJobError, IdempotencyKeyReusedError, JobStoreFullError
-from modalkit.service.jobs.model import (
-    DeliveryRecord,
-    DeliveryStatus,
-    Job,
-    JobEnd,
-    JobRetry,
-    JobStatus,
-    Recovery,
-)
+from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobEnd, JobRetry, JobStatus, Recovery
 from modalkit.service.jobs.sqlite_rows import (
     COLUMNS,
     COUNTED,
@@ -177,10 +169,8 @@ class JobTable:
         while owners and limit > 0 and size_bytes <= sql.BYTES_PER_READ:
             share, turns, owners = -(-limit // len(owners)), owners, []
             for owner in turns:
-                some = self._claim(sql.CLAIMABLE, now, model_name, priority, owner, min(share, limit))
-                claimed += some
-                limit -= len(some)
-                size_bytes += sum(job.size_bytes for job in some)
+                claimed += (some := self._claim(sql.CLAIMABLE, now, model_name, priority, owner, min(share, limit)))
+                limit, size_bytes = limit - len(some), size_bytes + sum(job.size_bytes for job in some)
                 if len(some) == share:
                     owners.append(owner)  # which may have more
                 if limit <= 0 or size_bytes > sql.BYTES_PER_READ:

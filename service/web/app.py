@@ -57,8 +57,10 @@ def create_app(
     An application that another one mounts is started by that one: see `lifespan_of`. Until it is started, each request
     is answered with 503 and what to write.
 
-    Health checks and documentation need no key; nor do metrics, unless `auth` says so. Raises `LoadError` for an API
-    key that cannot be used; so does the start of the lifespan for one that cannot be read from AWS SSM.
+    `auth` says which API keys a request needs; without it none is needed, whatever the settings of the gateway are:
+    pass ``auth=settings.app_settings.auth_config`` to use the configured keys, as ``modalkit serve`` does. Health
+    checks and documentation need no key; nor do metrics, unless `auth` says so. Raises `LoadError` for an API key that
+    cannot be used; so does the start of the lifespan for one that cannot be read from AWS SSM.
     """
     auth = auth or AuthConfig()
     keys = configured_keys(auth)
