@@ -58,7 +58,7 @@ class BatchPlanner(Generic[RequestT]):
         self.push_all((request,))
 
     def push_all(self, requests: Sequence[RequestT]) -> None:
-        """Add new requests: all of them, or none and raise `QueueFullError`."""
+        """Add new requests of one priority and owner: all of them, or none and raise `QueueFullError`."""
         self.queue.push_all(requests)
         if requests and requests[-1].priority is INTERACTIVE:
             self._last_interactive_s = requests[-1].arrival_s

@@ -1,15 +1,20 @@
 """The bounded queue of waiting requests, from which the planner forms batches.
 
 Each lane keeps its requests in buckets of similar size (log-spaced: sizes in a bucket differ by less than a twentieth),
-each bucket in order of arrival. To push or to withdraw a request is O(1). To find the oldest is O(number of buckets),
-which is a few dozen however many requests wait. The queue has no clock, does no I/O and is not thread-safe.
+for each owner apart, each bucket in the order of sequence numbers. To push or to withdraw a request is O(1). To find
+the first is O(number of buckets), which is a few dozen for each owner however many requests wait. The queue has no
+clock, does no I/O and is not thread-safe.
+
+Sequence numbers share a lane between owners, as self-clocked fair queueing does: the number of a request is the last
+one of its owner plus its size, and an owner of whom nothing waits starts at the number that the lane has reached. So
+the requests of one owner are in order of arrival, and those of several take turns, by size.
 """
 
 import heapq
 import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
-from itertools import count, islice
+from itertools import islice
 from operator import attrgetter
 from typing import Generic, TypeVar
 
@@ -18,6 +23,7 @@ from modalkit.batching.request import Priority, Request
 
 BUCKETS_PER_OCTAVE = 16
 LARGEST_SMALL_SIZE = 2048
+RESERVED_DIVISOR = 10
 _STALE_LIMIT = 64
 
 RequestT = TypeVar("RequestT", bound=Request)  # type: ignore[type-arg]  # a bound cannot be generic
@@ -42,38 +48,64 @@ class _Lane(Generic[RequestT]):
     there, or when such stale requests outnumber the waiting ones.
     """
 
-    __slots__ = ("buckets", "count", "stale")
+    __slots__ = ("count", "owners", "reached", "stale")
 
     def __init__(self) -> None:
-        self.buckets: dict[int, deque[RequestT]] = {}
+        self.owners: dict[str, _Owner[RequestT]] = {}
         self.count = 0
         self.stale = 0
+        self.reached = 0
+        """The sequence number of the request that was first when it was last asked for."""
+
+    def owner(self, name: str) -> "_Owner[RequestT]":
+        """The requests of this owner, whose next sequence number follows those that had their turn."""
+        owner = self.owners.get(name)
+        if owner is None:
+            owner = self.owners[name] = _Owner()
+        if owner.last < self.reached:
+            owner.last = self.reached
+        return owner
 
     def sweep(self) -> None:
         """Remove stale requests if there are too many."""
         if self.stale > self.count + _STALE_LIMIT:
-            for index in self.buckets:
-                self.rebuild(index)
+            for owner in self.owners.values():
+                for index in owner.buckets:
+                    owner.rebuild(index)
             self.stale = 0
 
+
+class _Owner(Generic[RequestT]):
+    """The waiting requests of one owner in a lane; `last` is the last sequence number that was given."""
+
+    __slots__ = ("buckets", "last")
+
+    def __init__(self) -> None:
+        self.buckets: dict[int, deque[RequestT]] = {}
+        self.last = 0
+
     def rebuild(self, index: int, added: Iterable[RequestT] = ()) -> None:
-        """Remove stale requests from a bucket, and add some, in order of arrival."""
+        """Remove stale requests from a bucket, and add some, in their order."""
         waiting = (request for request in self.buckets.get(index, ()) if request.sequence > 0)
         once = dict.fromkeys((*waiting, *added))  # a requeued request may not have left its bucket yet
         self.buckets[index] = deque(sorted(once, key=attrgetter("sequence")))
 
 
 class RequestQueue(Generic[RequestT]):
-    """Holds at most `max_items` requests until the planner takes them or their callers withdraw them."""
+    """Holds at most `max_items` requests until the planner takes them or their callers withdraw them.
+
+    An owner with a name may fill nine tenths of it; the last tenth is for owners who hold no more than so many.
+    """
 
     def __init__(self, max_items: int) -> None:
         self.max_items = max_items
+        self._reserved = max_items // RESERVED_DIVISOR
+        self._unreserved = max_items - self._reserved
         # All mutable state. A request waits exactly while its sequence number is positive. Buckets and deadlines may
         # hold some that do not wait.
         self._lanes: dict[Priority, _Lane[RequestT]] = {priority: _Lane() for priority in Priority}
         self._length = 0
         self._deadlines: list[tuple[float, int, RequestT]] = []
-        self._sequence = count(1)
 
     def __len__(self) -> int:
         return self._length
@@ -86,21 +118,40 @@ class RequestQueue(Generic[RequestT]):
         return self._lanes[priority].count
 
     def push_all(self, requests: Sequence[RequestT]) -> None:
-        """Add new requests: all of them, or none and raise `QueueFullError`."""
-        if self._length + len(requests) > self.max_items:
-            raise QueueFullError(self._length, self.max_items, len(requests))
+        """Add new requests of one priority and owner: all of them, or none and raise `QueueFullError`."""
+        if not requests:
+            return
+        first = requests[0]
+        lane, name = self._lanes[first.priority], first.owner
+        if self._length + len(requests) > self._unreserved:
+            limit = self._limit_of(name, len(requests))
+            if self._length + len(requests) > limit:
+                raise QueueFullError(self._length, limit, len(requests))
+        owner = lane.owners.get(name)
+        if owner is None or owner.last < lane.reached:  # seldom, and a call takes longer than the look-up
+            owner = lane.owner(name)
+        buckets, last = owner.buckets, owner.last
         for request in requests:
-            lane, size = self._lanes[request.priority], request.size
+            size = request.size
             index = _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
             try:
-                lane.buckets[index].append(request)
+                buckets[index].append(request)
             except KeyError:
-                lane.buckets[index] = deque((request,))
-            request.sequence = next(self._sequence)
-            lane.count += 1
+                buckets[index] = deque((request,))
+            last += size
+            request.sequence = last
             if request.deadline_s < math.inf:
-                heapq.heappush(self._deadlines, (request.deadline_s, request.sequence, request))
+                heapq.heappush(self._deadlines, (request.deadline_s, id(request), request))
+        owner.last = last
+        lane.count += len(requests)
         self._length += len(requests)
+
+    def _limit_of(self, name: str, added: int) -> int:
+        """Requests that the queue may hold after an owner has added some."""
+        owners = [lane.owners[name] for lane in self._lanes.values() if name in lane.owners]
+        held = sum(len(bucket) for owner in owners for bucket in owner.buckets.values())
+        is_light = not name or held + added <= self._reserved
+        return self.max_items if is_light else self._unreserved
 
     def discard(self, request: RequestT) -> bool:
         """Remove a request, if it waits; returns whether it did."""
@@ -126,16 +177,16 @@ class RequestQueue(Generic[RequestT]):
 
     def requeue(self, requests: Sequence[RequestT]) -> None:
         """Let requests wait again that were taken, with their old sequence numbers, even if the queue is full."""
-        buckets = defaultdict[tuple[_Lane[RequestT], int], list[RequestT]](list)
+        buckets = defaultdict[tuple[_Owner[RequestT], int], list[RequestT]](list)
         for request in requests:
             lane = self._lanes[request.priority]
             request.sequence = -request.sequence
             lane.count += 1
-            buckets[lane, size_bucket(request.size)].append(request)
+            buckets[lane.owner(request.owner), size_bucket(request.size)].append(request)
             if request.deadline_s < math.inf:
-                heapq.heappush(self._deadlines, (request.deadline_s, request.sequence, request))
-        for (lane, index), added in buckets.items():
-            lane.rebuild(index, added)
+                heapq.heappush(self._deadlines, (request.deadline_s, id(request), request))
+        for (owner, index), added in buckets.items():
+            owner.rebuild(index, added)
         self._length += len(requests)
 
     def pop_expired(self, now: float) -> list[RequestT]:
@@ -148,37 +199,51 @@ class RequestQueue(Generic[RequestT]):
         return expired
 
     def oldest(self, priority: Priority) -> RequestT | None:
-        """The request of this lane that arrived first, or None when none waits."""
+        """The request of this lane with the lowest sequence number, or None when none waits.
+
+        Of one owner it is the one that arrived first, and of several the one of the owner whose turn it is.
+        """
         lane = self._lanes[priority]
-        oldest, empty = None, []
-        for index, bucket in lane.buckets.items():
-            while bucket and bucket[0].sequence < 0:
-                bucket.popleft()
-                lane.stale -= 1
-            if not bucket:
-                empty.append(index)
-            elif oldest is None or bucket[0].sequence < oldest.sequence:
-                oldest = bucket[0]
-        for index in empty:
-            del lane.buckets[index]
+        oldest, gone = None, []
+        for name, owner in lane.owners.items():
+            empty = []
+            for index, bucket in owner.buckets.items():
+                while bucket and bucket[0].sequence < 0:
+                    bucket.popleft()
+                    lane.stale -= 1
+                if not bucket:
+                    empty.append(index)
+                elif oldest is None or bucket[0].sequence < oldest.sequence:
+                    oldest = bucket[0]
+            for index in empty:
+                del owner.buckets[index]
+            if name and not owner.buckets and owner.last <= lane.reached:
+                gone.append(name)  # a new one would start at the same number
+        for name in gone:
+            del lane.owners[name]
+        if oldest is not None:
+            lane.reached = oldest.sequence
         return oldest
 
     def bucket_indices(self, priority: Priority) -> list[int]:
         """The buckets of this lane that may hold waiting requests, smallest sizes first."""
-        return sorted(self._lanes[priority].buckets)
+        return sorted({index for owner in self._lanes[priority].owners.values() for index in owner.buckets})
 
     def front(self, priority: Priority, index: int, limit: int) -> list[RequestT]:
-        """The oldest waiting requests of one bucket, at most `limit`, in order of arrival."""
-        bucket = self._lanes[priority].buckets.get(index, ())
-        return list(islice((request for request in bucket if request.sequence > 0), limit))
+        """The first waiting requests of one bucket, at most `limit`, in the order of their sequence numbers."""
+        buckets = (owner.buckets.get(index, ()) for owner in self._lanes[priority].owners.values())
+        waiting = [(request for request in bucket if request.sequence > 0) for bucket in buckets if bucket]
+        in_order = waiting[0] if len(waiting) == 1 else heapq.merge(*waiting, key=attrgetter("sequence"))
+        return list(islice(in_order, limit))
 
     def all_but(self, requests: list[RequestT]) -> list[RequestT]:
         """All waiting requests of the lane of these `requests` except these, smallest sizes first."""
-        buckets = self._lanes[requests[0].priority].buckets
+        priority = requests[0].priority
         excluded = set(map(id, requests))
         return [
             request
-            for index in sorted(buckets)
-            for request in buckets[index]
+            for index in self.bucket_indices(priority)
+            for owner in self._lanes[priority].owners.values()
+            for request in owner.buckets.get(index, ())
             if request.sequence > 0 and id(request) not in excluded
         ]

@@ -32,8 +32,10 @@ class Request(Generic[T]):
     priority: Priority = Priority.INTERACTIVE
     arrival_s: float = 0.0
     deadline_s: float = math.inf
+    owner: str = ""
+    """On whose behalf it runs: owners get equal shares of a lane."""
     sequence: int = field(default=0, init=False)
-    """Its number in the order of arrival: positive while it waits, negative afterwards, 0 before. Set by the queue."""
+    """Its place in the order of its lane: positive while it waits, negative afterwards, 0 before. Set by the queue."""
 
 
 @dataclass(slots=True)  # not frozen: one is made for each request, and a frozen one takes three times as long to make

@@ -169,15 +169,18 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         size: int | None = None,
         priority: Priority = Priority.INTERACTIVE,
         timeout_s: float | None = None,
+        owner: str = "",
     ) -> R:
         """Run one payload in a batch and return its result, or raise its own error.
+
+        While requests of several owners wait in a lane, each owner gets an equal share of it, by the sizes of requests.
 
         Raises `QueueFullError`, `RequestTooLargeError`, `SchedulerClosedError` or `ValueError` (a `size` out of range)
         before anything is queued; `DeadlineExceededError` after `timeout_s` seconds; and `BatchTimeoutError`,
         `OutputCountError` or what `run_batch` raised for this payload. When cancelled, a request that waits leaves the
         queue; one that runs is finished, and its result dropped.
         """
-        waiter = self._make_waiter(timeout_s)
+        waiter = self._make_waiter(timeout_s, owner)
         request = self._make_request(payload, size, priority, waiter)
         self._enqueue((request,))
         if timeout_s is None:
@@ -204,6 +207,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         *,
         priority: Priority = Priority.INTERACTIVE,
         timeout_s: float | None = None,
+        owner: str = "",
     ) -> list[Outcome[R]]:
         """Run many payloads and return their outcomes in the same order: a `Success` or a `Failure` for each.
 
@@ -211,7 +215,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         `QueueFullError` or `SchedulerClosedError` before anything is queued: all payloads are accepted, or none.
         `timeout_s` and cancellation are as for `submit`.
         """
-        waiter = self._make_waiter(timeout_s)
+        waiter = self._make_waiter(timeout_s, owner)
         refused: dict[int, Failure] = {}
         requests = list[Pending[T, R]]()
         if self._sizes is None:
@@ -239,6 +243,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         *,
         size: int | None = None,
         priority: Priority = Priority.INTERACTIVE,
+        owner: str = "",
     ) -> Withdraw:
         """Queue one payload and return at once; `on_outcome` is called in the event loop with its outcome.
 
@@ -246,7 +251,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         the request; after that, `on_outcome` is not called. Raises what `submit` raises before anything is queued.
         """
         self._ensure_open()
-        listener = Listener(on_outcome, self._now())
+        listener = Listener(on_outcome, self._now(), owner)
         request = listener.request = self._make_request(payload, size, priority, listener)
         self._enqueue((request,))
 
@@ -382,9 +387,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
                 BROKEN if self.is_broken else "the scheduler is not open: use it inside its 'async with' block"
             )
 
-    def _make_waiter(self, timeout_s: float | None) -> Waiter:
+    def _make_waiter(self, timeout_s: float | None, owner: str) -> Waiter:
         self._ensure_open()
-        return Waiter(self._loop, self._now(), timeout_s)
+        return Waiter(self._loop, self._now(), timeout_s, owner)
 
     def _make_request(
         self, payload: T, size: int | None, priority: Priority, waiter: Waiter | Listener[R]

@@ -48,9 +48,14 @@ class Model(Protocol):
         """Why it takes no requests, or should get none; None where that is not known."""
 
     async def predict(
-        self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
+        self,
+        item: BaseModel,
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+        owner: str = "",
     ) -> InferenceOutputModel:
-        """Run one item. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""
+        """Run one item; owners get equal shares. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""
 
     async def predict_many(
         self,
@@ -58,6 +63,7 @@ class Model(Protocol):
         *,
         priority: Priority = Priority.INTERACTIVE,
         timeout_s: float | None = None,
+        owner: str = "",
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run items; outcomes in their order. Raises `NotReadyError` and what `InferenceWorker.predict_many` raises."""
 
@@ -76,8 +82,8 @@ class JobAdministration(Protocol):
     async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
         """Up to `limit` jobs that `which` covers, the newest first; `cursor` is that of the page before."""
 
-    async def replay(self, job_ids: Sequence[str] | None = None) -> int:
-        """Send the undelivered results of these jobs, or of all, once more; returns how many."""
+    async def replay(self, job_ids: Sequence[str] | None = None, *, owner: str | None = None) -> int:
+        """Send the undelivered results of these jobs, or of all (of that `owner`), once more; returns how many."""
 
     async def purge(self, which: JobFilter) -> int:
         """Remove the ended jobs that `which` covers; returns how many."""
@@ -98,12 +104,17 @@ class Jobs(Protocol):
         """Why jobs can neither be accepted nor read now; None where they can, or where that is not known."""
 
     async def submit(
-        self, requests: Sequence[AsyncInputModel], *, model_name: str, priority: Priority = Priority.BULK
+        self,
+        requests: Sequence[AsyncInputModel],
+        *,
+        model_name: str,
+        priority: Priority = Priority.BULK,
+        owner: str = "",
     ) -> list[Outcome[str]]:
         """Accept jobs for one model; the id or the error of each, in the same order.
 
-        An invalid request disturbs no other. Raises `UnknownModelError`, and `NotReadyError` where the model takes no
-        jobs now.
+        They belong to the `owner`, the name of an API key, and to none if it is empty. An invalid request disturbs no
+        other. Raises `UnknownModelError`, and `NotReadyError` where the model takes no jobs now.
         """
 
     async def get(self, job_id: str, wait_s: float = 0.0) -> Job | None:

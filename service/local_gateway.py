@@ -68,10 +68,15 @@ class LocalModel:
         return None if self.worker is None else self.worker.problem
 
     async def predict(
-        self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
+        self,
+        item: BaseModel,
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+        owner: str = "",
     ) -> InferenceOutputModel:
         """Run one item. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""
-        return await self.ready_worker().predict(item, priority=priority, timeout_s=timeout_s)
+        return await self.ready_worker().predict(item, priority=priority, timeout_s=timeout_s, owner=owner)
 
     async def predict_many(
         self,
@@ -79,9 +84,10 @@ class LocalModel:
         *,
         priority: Priority = Priority.INTERACTIVE,
         timeout_s: float | None = None,
+        owner: str = "",
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run items; outcomes in their order. Raises `NotReadyError` and what `InferenceWorker.predict_many` raises."""
-        return await self.ready_worker().predict_many(items, priority=priority, timeout_s=timeout_s)
+        return await self.ready_worker().predict_many(items, priority=priority, timeout_s=timeout_s, owner=owner)
 
     @property
     def engine_choice(self) -> EngineChoice | None:

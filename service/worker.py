@@ -232,13 +232,14 @@ class InferenceWorker(AsyncContextManagerMixin):
         *,
         priority: Priority = Priority.INTERACTIVE,
         timeout_s: float | None = None,
+        owner: str = "",
     ) -> InferenceOutputModel:
-        """Run one item in some batch and return its output, or raise its error.
+        """Run one item in some batch and return its output, or raise its error. Owners get equal shares.
 
         Raises what `BatchScheduler.submit` raises, `RejectItem` when the pipeline refuses the item or answers
         with the status ``error``, and whatever the pipeline raised. A cancelled call takes its item out of the queue.
         """
-        return await self._scheduler.submit(self._validated(item), priority=priority, timeout_s=timeout_s)
+        return await self._scheduler.submit(self._validated(item), priority=priority, timeout_s=timeout_s, owner=owner)
 
     async def predict_many(
         self,
@@ -246,6 +247,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         *,
         priority: Priority = Priority.INTERACTIVE,
         timeout_s: float | None = None,
+        owner: str = "",
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run many items and return their outcomes in the same order: a `Success` or a `Failure` each.
 
@@ -254,7 +256,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         """
         checked = [self._checked(item) for item in items]
         valid = [item for item in checked if not isinstance(item, Failure)]
-        outcomes = iter(await self._scheduler.submit_many(valid, priority=priority, timeout_s=timeout_s))
+        ran = await self._scheduler.submit_many(valid, priority=priority, timeout_s=timeout_s, owner=owner)
+        outcomes = iter(ran)
         return [item if isinstance(item, Failure) else next(outcomes) for item in checked]
 
     async def predict_stream(
@@ -263,6 +266,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         *,
         priority: Priority = Priority.INTERACTIVE,
         timeout_s: float | None = None,
+        owner: str = "",
     ) -> AsyncGenerator[InferenceOutputModel]:
         """Run one item, and yield the pieces of its result as the pipeline's `predict_stream` makes them.
 
@@ -277,7 +281,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         streamed = StreamedItem(validated, send.send_nowait)
         with send, receive:
             withdraw = self._scheduler.submit_nowait(
-                streamed if self._streams else streamed.item, send.send_nowait, priority=priority
+                streamed if self._streams else streamed.item, send.send_nowait, priority=priority, owner=owner
             )
             try:
                 deadline_s = math.inf if timeout_s is None else anyio.current_time() + timeout_s

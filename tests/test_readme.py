@@ -57,7 +57,7 @@ def test_the_settings_in_the_table_have_the_defaults_it_says() -> None:
     app_settings = Settings.load([]).app_settings
     for section, key, shown in rows:
         default = getattr(getattr(app_settings, section), key)
-        assert shown == ("none" if default is None else str(default).removesuffix(".0"))
+        assert shown == ("none" if default is None else str(default).removesuffix(".0").lower())
 
 
 def test_the_files_that_it_links_to_exist() -> None:

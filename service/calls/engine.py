@@ -25,6 +25,9 @@ class CallOptions:
     input_model: str | None = None
     """The class that messages are validated as, ``module:Class``, where it is not the one that the worker knows."""
 
+    owners: Sequence[str] | None = None
+    """The owner of each job; None where none has one."""
+
     def __post_init__(self) -> None:
         if self.priority is not None:
             Priority(self.priority)  # raises ValueError

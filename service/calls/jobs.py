@@ -46,6 +46,7 @@ class _Submission:
     request: AsyncInputModel
     """With a validated message."""
     priority: Priority
+    owner: str
 
 
 class CallJobs(AsyncContextManagerMixin):
@@ -75,7 +76,7 @@ class CallJobs(AsyncContextManagerMixin):
         self._queue_rules = queue_rules
         self._input_model_path = input_model_path
         self._clock = clock
-        self._locks_of_keys: WeakValueDictionary[str, anyio.Lock] = WeakValueDictionary()
+        self._locks_of_keys: WeakValueDictionary[tuple[str, str], anyio.Lock] = WeakValueDictionary()
         self._schedulers: dict[str, BatchScheduler[_Submission, str]] = {
             name: BatchScheduler(
                 partial(self._enqueue, name),
@@ -95,19 +96,25 @@ class CallJobs(AsyncContextManagerMixin):
             yield self
 
     async def submit(
-        self, requests: Sequence[AsyncInputModel], *, model_name: str, priority: Priority = Priority.BULK
+        self,
+        requests: Sequence[AsyncInputModel],
+        *,
+        model_name: str,
+        priority: Priority = Priority.BULK,
+        owner: str = "",
     ) -> list[Outcome[str]]:
         """Accept jobs; returns the id or the error of each, in their order, once the queue keeps them.
 
         One that is refused disturbs no other. A repetition of a request with the same `idempotency_key` gets the id of
-        the first. When cancelled, any of the jobs may have been accepted. Raises `UnknownModelError`.
+        the first, where the `owner` is the same. When cancelled, any of the jobs may have been accepted. Raises
+        `UnknownModelError`.
         """
         model = find_model(self._models, model_name)
         outcomes: list[Outcome[str]] = [Failure(RuntimeError("it was not submitted"))] * len(requests)
 
         async def submit(index: int) -> None:
             try:
-                outcomes[index] = Success(await self._submit(model, requests[index], priority))
+                outcomes[index] = Success(await self._submit(model, requests[index], priority, owner))
             except Exception as error:  # noqa: BLE001  # the error of this job
                 outcomes[index] = Failure(error)
 
@@ -165,37 +172,39 @@ class CallJobs(AsyncContextManagerMixin):
                 logger.exception("Call %s could not be ended; its worker will find its jobs cancelled", call_id)
         return replace(job, status=JobStatus.CANCELLED, finished_at=self._clock())
 
-    async def _submit(self, model: Model, request: AsyncInputModel, priority: Priority) -> str:
+    async def _submit(self, model: Model, request: AsyncInputModel, priority: Priority, owner: str) -> str:
         self._queue_rules.check(request.success_queue, request.failure_queue)
         message = request.message
         if not isinstance(message, BaseModel):
             message = validated(model.input_model, message)
-        submission = _Submission(request.model_copy(update={"message": message}), priority)
+        submission = _Submission(request.model_copy(update={"message": message}), priority, owner)
         job = self._job("", model.name, submission, self._clock())  # raises what is wrong with it
         if request.idempotency_key is None:
-            return await self._schedulers[model.name].submit(submission, priority=priority)
+            return await self._schedulers[model.name].submit(submission, priority=priority, owner=owner)
         # One at a time in this process, so that a repetition in the same list finds the first; and shielded, because a
         # caller that was cancelled will repeat the request.
-        lock = self._locks_of_keys.setdefault(request.idempotency_key, anyio.Lock())
+        lock = self._locks_of_keys.setdefault((owner, request.idempotency_key), anyio.Lock())
         async with lock:
             with anyio.CancelScope(shield=True):
                 job_id = await self._submit_once(request.idempotency_key, request_digest(job), model.name, submission)
         return job_id
 
     async def _submit_once(self, key: str, digest: str, model_name: str, submission: _Submission) -> str:
-        known = await self._records.reserve(key, digest)
+        known = await self._records.reserve(key, digest, submission.owner)
         if known is not None:
             return known
         try:
-            job_id = await self._schedulers[model_name].submit(submission, priority=submission.priority)
+            job_id = await self._schedulers[model_name].submit(
+                submission, priority=submission.priority, owner=submission.owner
+            )
         except Exception:
             try:
-                await self._records.release(key)
+                await self._records.release(key, submission.owner)
             except Exception:
                 logger.exception("The idempotency key of a job that was not accepted is still reserved")
             raise
         try:
-            await self._records.keep(key, digest, job_id)
+            await self._records.keep(key, digest, job_id, submission.owner)
         except JobStoreError:
             # The job is accepted; after an error its caller would submit it again.
             logger.exception("The idempotency key of job %s could not be recorded", job_id)
@@ -204,8 +213,12 @@ class CallJobs(AsyncContextManagerMixin):
     async def _enqueue(self, model_name: str, submissions: list[_Submission]) -> Sequence[str | Exception]:
         accepted_at = self._clock()
         entries = [json_form(submission.request) for submission in submissions]
+        owners = [submission.owner for submission in submissions]
         options = CallOptions(
-            priority=str(submissions[0].priority), accepted_at=accepted_at, input_model=self._input_model_path
+            priority=str(submissions[0].priority),
+            accepted_at=accepted_at,
+            input_model=self._input_model_path,
+            owners=owners if any(owners) else None,
         )
         try:
             call_id = await self._queue.enqueue(model_name, entries, options)
@@ -235,6 +248,7 @@ class CallJobs(AsyncContextManagerMixin):
             priority=submission.priority,
             now=now,
             delivers=True,
+            owner=submission.owner,
         )
 
 

@@ -91,11 +91,18 @@ class CallModel(AsyncContextManagerMixin):
             self.readiness = Readiness.DRAINING
 
     async def predict(
-        self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
+        self,
+        item: BaseModel,
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+        owner: str = "",
     ) -> InferenceOutputModel:
         """Run one item. Raises what `BatchScheduler.submit` does, `RemoteItemError`, `RemoteCallError`."""
         self._check_readiness()
-        return await self._scheduler.submit(_item(item, priority, timeout_s), priority=priority, timeout_s=timeout_s)
+        return await self._scheduler.submit(
+            _item(item, priority, timeout_s), priority=priority, timeout_s=timeout_s, owner=owner
+        )
 
     async def predict_many(
         self,
@@ -103,11 +110,12 @@ class CallModel(AsyncContextManagerMixin):
         *,
         priority: Priority = Priority.INTERACTIVE,
         timeout_s: float | None = None,
+        owner: str = "",
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run several items; outcomes in the same order."""
         self._check_readiness()
         waiting = [_item(item, priority, timeout_s) for item in items]
-        return await self._scheduler.submit_many(waiting, priority=priority, timeout_s=timeout_s)
+        return await self._scheduler.submit_many(waiting, priority=priority, timeout_s=timeout_s, owner=owner)
 
     @property
     def engine_choice(self) -> None:

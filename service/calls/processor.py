@@ -142,7 +142,8 @@ class CallProcessor:
         try:
             request = read_entry(entry)
             if isinstance(request, AsyncInputModel):
-                self._make_job(item, make_job_id(call.call_id, index), request, options, now, left_s)
+                owner = "" if options.owners is None else options.owners[index]
+                self._make_job(item, make_job_id(call.call_id, index), request, options, owner, now, left_s)
             item.message = self._validated(request.message, options.input_model)
         except ValidationError as error:
             item.outcome = Failure(RejectItem(summary(field_errors(error.errors(include_url=False)))))
@@ -151,7 +152,14 @@ class CallProcessor:
         return item
 
     def _make_job(
-        self, item: _Item, job_id: str, request: AsyncInputModel, options: CallOptions, now: float, left_s: float
+        self,
+        item: _Item,
+        job_id: str,
+        request: AsyncInputModel,
+        options: CallOptions,
+        owner: str,
+        now: float,
+        left_s: float,
     ) -> None:
         """Make an item a job. Raises `QueueNotAllowedError` and `QueueNameError`; the job then names no queue."""
         item.priority = Priority.BULK if options.priority is None else item.priority
@@ -163,6 +171,7 @@ class CallProcessor:
             priority=item.priority,
             now=now if options.accepted_at is None else options.accepted_at,
             delivers=False,
+            owner=owner,
         )
         item.job = job = life.start_job(queued, now)
         item.timeout_s = min(left_s, life.deadline_of(job, timeout_s=self._config.timeout, now=now) - now)

@@ -98,13 +98,13 @@ class CallRecords:
         await self._store.put(f"{call_id}/faults", count)
         return count
 
-    async def reserve(self, key: str, digest: str) -> str | None:
-        """The id of the job that was made with an idempotency key; None where the caller may make it now.
+    async def reserve(self, key: str, digest: str, owner: str = "") -> str | None:
+        """The id of the job that was made with an owner's idempotency key; None where the caller may make it now.
 
         `digest` stands for what is asked for. Raises `IdempotencyKeyReusedError` where that was something else, and
         `JobStoreError` while another request holds the key.
         """
-        name = f"key/{key}"
+        name = _name_of(key, owner)
         own: dict[str, Any] = {"digest": digest, "reserved_at": self._clock()}
         if await self._store.put(name, own, skip_if_exists=True):
             return None
@@ -118,10 +118,15 @@ class CallRecords:
         await self._store.put(name, own)
         return None
 
-    async def keep(self, key: str, digest: str, job_id: str) -> None:
+    async def keep(self, key: str, digest: str, job_id: str, owner: str = "") -> None:
         """Keep which job was made with a key that was reserved."""
-        await self._store.put(f"key/{key}", {"digest": digest, "job_id": job_id})
+        await self._store.put(_name_of(key, owner), {"digest": digest, "job_id": job_id})
 
-    async def release(self, key: str) -> None:
+    async def release(self, key: str, owner: str = "") -> None:
         """Let another request make the job of a key that was reserved."""
-        await self._store.remove(f"key/{key}")
+        await self._store.remove(_name_of(key, owner))
+
+
+def _name_of(key: str, owner: str) -> str:
+    # Keys are printable, so no key without an owner is one with an owner.
+    return f"key/{owner}\n{key}" if owner else f"key/{key}"

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from modalkit.batching import Failure, Outcome
 from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline, RejectItem
-from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
+from modalkit.service.cli.common import ConfigFiles, notices, try_api_keys
 from modalkit.service.errors import OutputNotJsonError, ServiceError, describe_with_line
 from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
 from modalkit.service.made_up_items import MadeUpItems, NoItemsError, make_up_items
@@ -66,7 +66,7 @@ def check(
     """
     settings = Settings.load(config)
     backend = load_queue_backend(settings.app_settings.queue_config)
-    try_api_key(settings.app_settings.auth_config)
+    try_api_keys(settings.app_settings.auth_config)
     sources = [ModelSource(settings, model_name) for model_name in settings.model_settings.model_entries]
     models = Table("model", "pipeline", "loaded in", "batch", title="Models", title_justify="left")
     errors: list[ServiceError] = []
@@ -173,8 +173,9 @@ def _service_table(settings: Settings, backend: str) -> Table:
     table.add_row("queue", f"up to {batch.max_queue_size} requests")
     table.add_row("jobs", f"{jobs.store}" + (f" ({jobs.store_path})" if jobs.store == "sqlite" else ""))
     table.add_row("results to", backend)
-    anyone = auth.api_key is None and auth.ssm_key is None
-    table.add_row("callers", "anyone" if anyone else f"with the API key, in {auth.auth_header!r}")
+    named = f" of {', '.join(auth.keys)}" if auth.keys else ""
+    with_key = f"with an API key{named}, in {auth.auth_header!r}"
+    table.add_row("callers", with_key if auth.asks_for_key else "anyone")
     return table
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from modalkit.service.loading import ModelSource
 from modalkit.service.settings import AuthConfig, Settings
-from modalkit.service.web.auth import require_api_key
+from modalkit.service.web.auth import configured_keys
 
 ConfigFiles = Annotated[
     list[Path] | None,
@@ -45,11 +45,11 @@ def model_source(settings: Settings, model_name: str | None) -> ModelSource:
     return ModelSource(settings, model_name or next(iter(settings.model_settings.model_entries)))
 
 
-def try_api_key(config: AuthConfig) -> None:
-    """Read the configured API key once, from AWS SSM where it is kept there. Raises `LoadError`."""
-    api_key = require_api_key(config)
-    if api_key is not None:
-        with start_blocking_portal() as portal, portal.wrap_async_context_manager(api_key.opened()):
+def try_api_keys(config: AuthConfig) -> None:
+    """Read the configured API keys once, from AWS SSM where they are kept there. Raises `LoadError`."""
+    keys = configured_keys(config)
+    if config.uses_ssm:
+        with start_blocking_portal() as portal, portal.wrap_async_context_manager(keys.opened()):
             pass
 
 

@@ -15,7 +15,7 @@ import typer
 from anyio.abc import TaskGroup
 
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
+from modalkit.service.cli.common import ConfigFiles, notices, try_api_keys
 from modalkit.service.cli.stopping import EXIT_BROKEN, Stop, summarize
 from modalkit.service.errors import Readiness
 from modalkit.service.loading import LoadError
@@ -24,6 +24,7 @@ from modalkit.service.serving import Server, freeze_gc, inherited_listeners, lis
 from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.version import VERSION
 from modalkit.service.web import create_app
+from modalkit.service.web.auth import refuse_strangers
 from modalkit.service.web.server import LimitedServer, server_of
 
 
@@ -31,6 +32,9 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes any free one.")] = 8000,
     config: ConfigFiles = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen without an API key on an address that others can reach.")
+    ] = False,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(case_sensitive=False, help="What is logged.")
     ] = "warning",
@@ -74,7 +78,7 @@ def serve(
     }
     server_options = {key: value for key, value in given.items() if value is not None}
     settings = Settings(config, app_settings={"server_config": server_options})
-    try_api_key(settings.app_settings.auth_config)  # uvicorn would show an error as a traceback, and exit with code 0
+    try_api_keys(settings.app_settings.auth_config)  # uvicorn would show an error as a traceback, and exit with code 0
     gateway = LocalGateway(settings)
     app = create_app(
         gateway,
@@ -92,6 +96,9 @@ def serve(
     server = server_of(app, server_config, access_log=has_access_log)
     _load_certificate(server, server_config)
     with _listeners(host, port, server_config) as listeners:
+        if not insecure:
+            for listener in listeners:
+                refuse_strangers(settings.app_settings.auth_config, listener)
         anyio.run(_serve, server, gateway, listeners, settings, backend_options={"use_uvloop": True})
 
 
@@ -185,7 +192,7 @@ async def _announce(
 def _things_to_try(options: str, url: str, gateway: LocalGateway, settings: Settings) -> str:
     auth = settings.app_settings.auth_config
     scheme = "Bearer " if auth.auth_header.lower() == "authorization" else ""
-    key = "" if auth.api_key is None and auth.ssm_key is None else f" -H '{auth.auth_header}: {scheme}<your key>'"
+    key = f" -H '{auth.auth_header}: {scheme}<your key>'" if auth.asks_for_key else ""
 
     def curl(path: str, body: str) -> str:
         return f"  curl{options} {url}{path}{key} -d {shlex.quote(body)}"

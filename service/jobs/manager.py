@@ -139,14 +139,19 @@ class JobManager(AsyncContextManagerMixin):
         self._feeds.pop(model_name, None)
 
     async def submit(
-        self, requests: Sequence[AsyncInputModel], *, model_name: str, priority: Priority = Priority.BULK
+        self,
+        requests: Sequence[AsyncInputModel],
+        *,
+        model_name: str,
+        priority: Priority = Priority.BULK,
+        owner: str = "",
     ) -> list[Outcome[str]]:
         """Store jobs in one step; returns the id or the error of each, in the same order, once they are stored.
 
         A request that is invalid, names a queue that cannot be used or reuses an idempotency key for something else has
         an error and disturbs no other. A repetition of a request with the same `idempotency_key` has the id of the
-        first. Raises `NotReadyError` where the model takes no jobs, what `check_ready` raises, and `JobStoreError` when
-        none was stored.
+        first, where the `owner` is the same. Raises `NotReadyError` where the model takes no jobs, what `check_ready`
+        raises, and `JobStoreError` when none was stored.
         When cancelled, jobs may have been stored.
         """
         if self.check_ready is not None:
@@ -154,7 +159,7 @@ class JobManager(AsyncContextManagerMixin):
         feed = self._feeds.get(model_name)
         if feed is None:
             raise NotReadyError(model_name, Readiness.LOADING)
-        entries = [self._new_job(request, model_name, feed.input_model, priority) for request in requests]
+        entries = [self._new_job(request, model_name, feed.input_model, priority, owner) for request in requests]
         jobs = [entry for entry in entries if isinstance(entry, Job)]
         added = iter(await self.store.add(jobs) if jobs else ())
         if jobs:
@@ -166,7 +171,7 @@ class JobManager(AsyncContextManagerMixin):
         return outcomes
 
     def _new_job(
-        self, request: AsyncInputModel, model_name: str, input_model: type[BaseModel], priority: Priority
+        self, request: AsyncInputModel, model_name: str, input_model: type[BaseModel], priority: Priority, owner: str
     ) -> Job | Exception:
         """A job that is not stored yet, or what is wrong with the request."""
         try:
@@ -181,6 +186,7 @@ class JobManager(AsyncContextManagerMixin):
                 priority=priority,
                 now=self.clock(),
                 delivers=self._deliverer is not None,
+                owner=owner,
             )
         except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything
             return error
@@ -232,9 +238,9 @@ class JobManager(AsyncContextManagerMixin):
         self._wake_deliverer()
         self._wake_waiters(ended)
 
-    async def replay(self, job_ids: Sequence[str] | None = None) -> int:
-        """Send undelivered results, of these jobs or of all, once more; returns how many."""
-        replayed = await self.store.replay(job_ids, self.clock())
+    async def replay(self, job_ids: Sequence[str] | None = None, *, owner: str | None = None) -> int:
+        """Send undelivered results, of these jobs or of all (of that `owner`), once more; returns how many."""
+        replayed = await self.store.replay(job_ids, self.clock(), owner)
         self._wake_deliverer()
         return replayed
 

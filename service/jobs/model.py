@@ -154,6 +154,8 @@ class Job:
     created_at: float
     expires_at: float | None = None
     idempotency_key: str | None = None
+    owner: str = ""
+    """The name of the API key that it was made with; empty where keys have no names."""
     status: JobStatus = JobStatus.QUEUED
     delivery: DeliveryStatus = DeliveryStatus.NONE
     result_json: str | None = None
@@ -214,6 +216,7 @@ class JobFilter:
     deliveries: Sequence[DeliveryStatus] = ()
     model_name: str | None = None
     ended_before: float | None = None
+    owner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

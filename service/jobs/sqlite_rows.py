@@ -11,7 +11,7 @@ from modalkit.service.jobs.model import DeliveryStatus, Job, JobCounts, JobFilte
 
 NEW_JOB_COLUMNS = (
     *("job_id", "model_name", "status", "message", "success_queue", "failure_queue", "meta", "priority", "created_at"),
-    *("expires_at", "idempotency_key", "delivery"),
+    *("expires_at", "idempotency_key", "owner", "delivery"),
 )
 COLUMNS = (
     *NEW_JOB_COLUMNS,
@@ -60,6 +60,7 @@ def row_from_job(job: Job) -> tuple[Any, ...]:
         microseconds(job.created_at),
         None if job.expires_at is None else microseconds(job.expires_at),
         job.idempotency_key,
+        job.owner,
         DeliveryStatus.NONE.value,
     )
 
@@ -67,7 +68,7 @@ def row_from_job(job: Job) -> tuple[Any, ...]:
 def job_from_row(row: Sequence[Any]) -> Job:
     """The job of a row of all `COLUMNS`."""
     job_id, model_name, status, message, success_queue, failure_queue, meta, priority, created_us, *others = row
-    expires_us, idempotency_key, delivery, result, error, started_us, finished_us, *counted = others
+    expires_us, idempotency_key, owner, delivery, result, error, started_us, finished_us, *counted = others
     crashes, attempts, retry_us, delivery_attempts, delivery_error, delivery_crashes = counted
     return Job(
         job_id=job_id,
@@ -80,6 +81,7 @@ def job_from_row(row: Sequence[Any]) -> Job:
         created_at=created_us / 1_000_000,
         expires_at=_seconds(expires_us),
         idempotency_key=idempotency_key,
+        owner=owner,
         status=_STATUSES[status],
         delivery=_DELIVERIES[delivery],
         result_json=result,
@@ -142,6 +144,9 @@ def condition_of(which: JobFilter) -> tuple[str, list[Any]]:
     if which.ended_before is not None:
         conditions.append("finished_at < ?")
         values.append(microseconds(which.ended_before))
+    if which.owner is not None:
+        conditions.append("owner <> '' AND owner = ?")  # the first part, so that SQLite finds the partial index
+        values.append(which.owner)
     return " AND ".join(conditions), values
 
 

@@ -79,6 +79,15 @@ MIGRATIONS = (
     CREATE INDEX deliveries ON jobs (delivery_queue, due_at) WHERE due_at IS NOT NULL AND delivery_crashes = 0;
     CREATE INDEX suspect_deliveries ON jobs (delivery_crashes, seq) WHERE due_at IS NOT NULL AND delivery_crashes > 0;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN owner TEXT NOT NULL DEFAULT '';
+    DROP INDEX queued_jobs;
+    DROP INDEX idempotency_keys;
+    CREATE INDEX queued_jobs ON jobs (model_name, priority, owner, seq)
+        WHERE status = 'queued' AND crashes = 0 AND retry_at IS NULL;
+    CREATE UNIQUE INDEX idempotency_keys ON jobs (idempotency_key, owner) WHERE idempotency_key IS NOT NULL;
+    CREATE INDEX owned_jobs ON jobs (owner, seq) WHERE owner <> '';
+    """,
 )
 """Step n makes version n + 1 of the tables from version n. Times are in microseconds since 1970.
 

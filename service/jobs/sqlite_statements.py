@@ -33,11 +33,16 @@ READ = f"""
     )
 """  # noqa: S608  # as above
 READ_FIRST = f"SELECT seq, {READ_COLUMNS} FROM jobs WHERE seq = (SELECT min(seq) FROM ({{chosen}}))"  # noqa: S608  # as above
-CLAIMABLE = """
-    SELECT seq FROM jobs
-    WHERE status = 'queued' AND crashes = 0 AND retry_at IS NULL AND model_name = ? AND priority = ?
-    ORDER BY seq LIMIT ?
-"""
+_CLAIMABLE = "status = 'queued' AND crashes = 0 AND retry_at IS NULL AND model_name = ?1 AND priority = ?2"
+CLAIMABLE = f"SELECT seq FROM jobs WHERE {_CLAIMABLE} AND owner = ?3 ORDER BY seq LIMIT ?4"  # noqa: S608  # as above
+OWNERS = f"""
+    WITH RECURSIVE owners (owner) AS (
+        SELECT min(owner) FROM jobs WHERE {_CLAIMABLE}
+        UNION ALL
+        SELECT (SELECT min(owner) FROM jobs WHERE {_CLAIMABLE} AND owner > owners.owner)
+        FROM owners WHERE owner IS NOT NULL LIMIT ?3
+    ) SELECT owner FROM owners WHERE owner IS NOT NULL
+"""  # noqa: S608  # as above
 FEWEST_CRASHES = """
     SELECT crashes FROM jobs WHERE status = 'queued' AND crashes > 0 AND model_name = ? ORDER BY crashes LIMIT 1
 """

@@ -11,15 +11,7 @@ from modalkit.batching import Priority
 from modalkit.service.jobs import life
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import DuplicateJobError, IdempotencyKeyReusedError, JobStoreFullError
-from modalkit.service.jobs.model import (
-    DeliveryRecord,
-    DeliveryStatus,
-    Job,
-    JobEnd,
-    JobRetry,
-    JobStatus,
-    Recovery,
-)
+from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobEnd, JobRetry, JobStatus, Recovery
 from modalkit.service.jobs.sqlite_rows import (
     COLUMNS,
     COUNTED,
@@ -34,6 +26,7 @@ Row = tuple[Any, ...]
 
 ROWS_PER_STEP = 1000
 QUEUES_PER_VISIT = 1000
+OWNERS_PER_CLAIM = 1000
 
 _STATUS, _CREATED_AT, _STARTED_AT = map(COLUMNS.index, ("status", "created_at", "started_at"))
 _ROWS_PER_STATEMENT = (64, 32, 16, 8, 4, 2, 1)  # few sizes, so that the statements stay prepared
@@ -68,7 +61,8 @@ class JobTable:
     def __init__(self, database: sqlite3.Connection, max_jobs: int) -> None:
         self._database = database
         self._max_jobs = max_jobs
-        self._last_queue = ""
+        self._last_queue = self._last_owner = ""
+        self._has_owners = bool(database.execute("SELECT EXISTS (SELECT 1 FROM jobs WHERE owner <> '')").fetchone()[0])
         self.has_removed = False
         """Whether jobs were removed, so that there may be free pages; set to False by the owner of the transaction."""
         self.counts: Counter[JobStatus | DeliveryStatus] = Counter()
@@ -122,7 +116,8 @@ class JobTable:
 
     def _add_with_key(self, job: Job) -> str | IdempotencyKeyReusedError:
         if job.idempotency_key is not None:
-            row = self._database.execute(f"{SELECT} WHERE idempotency_key = ?", (job.idempotency_key,)).fetchone()
+            key = (job.idempotency_key, job.owner)
+            row = self._database.execute(f"{SELECT} WHERE idempotency_key = ? AND owner = ?", key).fetchone()
             if row is not None:
                 earlier = job_from_row(row)
                 if life.is_same_request(job, earlier):
@@ -141,6 +136,7 @@ class JobTable:
             self._database.execute("ROLLBACK TO operation")
             duplicate = jobs[0].job_id if len(jobs) == 1 else self._first_duplicate([job.job_id for job in jobs])
             raise DuplicateJobError(duplicate) from None
+        self._has_owners = self._has_owners or any(job.owner for job in jobs)
         self.counts[JobStatus.QUEUED] += inserted
         self.counts[DeliveryStatus.NONE] += inserted
 
@@ -153,14 +149,33 @@ class JobTable:
         """Make up to `limit` queued jobs of a model running, and return them.
 
         Quarantined jobs and jobs that wait for a retry are skipped. Interactive jobs go before bulk ones, but up to
-        `bulk_limit` bulk jobs are claimed first. Jobs of one priority are claimed in the order of their addition.
+        `bulk_limit` bulk jobs are claimed first. Jobs of one priority and owner are claimed in the order of their
+        addition; of several owners, each gets an equal part of the jobs.
         """
         for_interactive = max(0, limit - bulk_limit)
-        claimed = self._claim(sql.CLAIMABLE, now, model_name, Priority.INTERACTIVE, for_interactive)
+        claimed = self._claim_fairly(now, model_name, Priority.INTERACTIVE, for_interactive)
         may_be_more = len(claimed) == for_interactive
-        claimed += self._claim(sql.CLAIMABLE, now, model_name, Priority.BULK, limit - len(claimed))
+        claimed += self._claim_fairly(now, model_name, Priority.BULK, limit - len(claimed))
         if may_be_more:
-            claimed += self._claim(sql.CLAIMABLE, now, model_name, Priority.INTERACTIVE, limit - len(claimed))
+            claimed += self._claim_fairly(now, model_name, Priority.INTERACTIVE, limit - len(claimed))
+        return claimed
+
+    def _claim_fairly(self, now: float, model_name: str, priority: Priority, limit: int) -> list[Job]:
+        if not self._has_owners:
+            return self._claim(sql.CLAIMABLE, now, model_name, priority, "", limit)
+        rows = self._database.execute(sql.OWNERS, (model_name, priority, OWNERS_PER_CLAIM))
+        owners = sorted((owner for (owner,) in rows), key=lambda owner: (owner <= self._last_owner, owner))
+        claimed, size_bytes = list[Job](), 0
+        while owners and limit > 0 and size_bytes <= sql.BYTES_PER_READ:
+            share, turns, owners = -(-limit // len(owners)), owners, []
+            for owner in turns:
+                claimed += (some := self._claim(sql.CLAIMABLE, now, model_name, priority, owner, min(share, limit)))
+                limit, size_bytes = limit - len(some), size_bytes + sum(job.size_bytes for job in some)
+                if len(some) == share:
+                    owners.append(owner)  # which may have more
+                if limit <= 0 or size_bytes > sql.BYTES_PER_READ:
+                    self._last_owner = owner
+                    break
         return claimed
 
     def claim_quarantined(self, model_name: str, limit: int, now: float) -> list[Job]:
@@ -316,9 +331,9 @@ class JobTable:
             ]
             self._move(DeliveryStatus.PENDING, status, self._write(sql.RECORD_DELIVERIES, rows))
 
-    def replay(self, which: str, value: str | int, now: float) -> list[int]:
+    def replay(self, which: str, values: Sequence[object], now: float) -> list[int]:
         """Make some undelivered deliveries due that match the condition `which`; returns their sequence numbers."""
-        values = (microseconds(now), value, ROWS_PER_STEP)
+        values = (microseconds(now), *values, ROWS_PER_STEP)
         replayed = [row[0] for row in self._database.execute(sql.REPLAY.format(which=which), values).fetchall()]
         self._move(DeliveryStatus.UNDELIVERED, DeliveryStatus.PENDING, len(replayed))
         return replayed

@@ -97,18 +97,24 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     record_deliveries = _operation(JobTable.record_deliveries)
     recover = _operation(JobTable.recover)
 
-    async def replay(self, job_ids: Sequence[str] | None, now: float) -> int:
+    async def replay(self, job_ids: Sequence[str] | None, now: float, owner: str | None = None) -> int:
         """Make the deliveries due of those of these jobs, or of all, that are undelivered; returns how many.
 
-        All are changed in several steps, so that other calls go on between them.
+        With an `owner`, only jobs of that owner are changed. All are changed in several steps, so that other calls go
+        on between them.
         """
+        which, owners = ("true", []) if owner is None else ("owner = ?", [owner])
         if job_ids is not None:
             return await self._perform(
-                lambda table: sum(len(table.replay("job_id = ?", each, now)) for each in job_ids)
+                lambda table: sum(
+                    len(table.replay(f"job_id = ? AND {which}", [each, *owners], now)) for each in job_ids
+                )
             )
         # By sequence number, so that a delivery that fails again meanwhile is not replayed again and again.
         replayed, sequence = 0, 0
-        while some := await self._perform(partial(JobTable.replay, which="seq > ?", value=sequence, now=now)):
+        while some := await self._perform(
+            partial(JobTable.replay, which=f"seq > ? AND {which}", values=[sequence, *owners], now=now)
+        ):
             replayed, sequence = replayed + len(some), max(some)
         return replayed
 

@@ -63,7 +63,7 @@ def own_requirements(settings: Settings, python: str) -> tuple[str, ...]:
     app = settings.app_settings
     backends = {app.queue_config.backend, *app.queue_config.routes.values()}
     extras = {"taskiq"} & backends
-    if "sqs" in backends or app.auth_config.ssm_key is not None:
+    if "sqs" in backends or app.auth_config.uses_ssm:
         extras.add("aws")
     known = distribution.metadata.get_all("Provides-Extra") or []
     if missing := extras - set(known):

@@ -12,6 +12,8 @@ from modalkit.service.settings.models import (
     BuildConfig,
     CloudBucketMount,
     DeploymentConfig,
+    KeyConfig,
+    KeyScope,
     QueueConfig,
 )
 from modalkit.service.settings.problems import SettingsError
@@ -28,6 +30,8 @@ __all__ = [
     "BuildConfig",
     "CloudBucketMount",
     "DeploymentConfig",
+    "KeyConfig",
+    "KeyScope",
     "ModelEntry",
     "ModelSettings",
     "QueueConfig",

@@ -113,6 +113,9 @@ RootPath = Annotated[
     str, _matching("(/[A-Za-z0-9._~-]+)*", "must be empty, or a path without a slash at its end, as in /models")
 ]
 TrustedProxy = Annotated[str, AfterValidator(_check_proxy)]
+KeyName = Annotated[
+    str, _matching("[A-Za-z0-9._-]{1,64}", "must be 1 to 64 letters, digits, dots, dashes or underscores")
+]
 ContainerFolder = Annotated[str, AfterValidator(_check_container_folder)]
 MountPath = Annotated[ContainerFolder, AfterValidator(_check_mount_path)]
 Host = Annotated[str, AfterValidator(_check_host)]

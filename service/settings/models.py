@@ -4,6 +4,7 @@ The text below a field says what the setting does and what follows from it. Noth
 """
 
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
@@ -19,6 +20,7 @@ from modalkit.service.settings.fields import (
     Duration,
     HeaderName,
     Host,
+    KeyName,
     ModuleName,
     MountPath,
     NonEmpty,
@@ -36,25 +38,79 @@ ADAPTERS: tuple[Adapter, ...] = get_args(Adapter)
 _LIMITS = BatchPolicy()
 
 
+class KeyScope(StrEnum):
+    """What a key may be used for."""
+
+    PREDICT = "predict"
+    """Predictions that the caller waits for."""
+    JOBS = "jobs"
+    """Submitting jobs, and reading, cancelling and replaying those of the same key."""
+    METRICS = "metrics"
+    """Reading `/metrics`, where that needs a key."""
+    ADMIN = "admin"
+    """Everything: also the jobs of other keys, and what changes the service itself."""
+
+
+class KeyConfig(Section):
+    """One of several keys: where it is, what it may be used for, and how much."""
+
+    api_key: Secret | None = None
+    """The key itself, or `sha256:` and the 64 hexadecimal digits of its SHA-256."""
+    file: NonEmpty | None = None
+    """File that holds the key, in place of `api_key`; it is read at start."""
+    ssm_key: NonEmpty | None = None
+    """Name of the AWS SSM parameter that holds the key, in place of `api_key`."""
+    scopes: Annotated[list[KeyScope], Field(min_length=1)] = [KeyScope.PREDICT, KeyScope.JOBS]
+    """What the key may be used for: predict, jobs, metrics; admin includes all of them."""
+    max_requests_per_second: Duration | None = None
+    """Requests per second, with bursts of one second; further ones are refused (HTTP 429); null sets no limit."""
+    max_items_per_second: Duration | None = None
+    """Items and jobs per second, likewise; streams are read no faster."""
+    max_requests_in_flight: Count | None = None
+    """Requests of the key that are answered at a time; further ones are refused (HTTP 429); null sets no limit."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if sum(place is not None for place in (self.api_key, self.file, self.ssm_key)) != 1:
+            raise refusal("give the key in one of api_key, file and ssm_key")
+        return self
+
+
 class AuthConfig(Section):
     """Who may call the service."""
 
     api_key: Secret | None = None
-    """Callers must send this key; with null, no key is asked for."""
+    """Callers must send this key; with null, and without `keys`, no key is asked for. It may be used for everything."""
     ssm_key: NonEmpty | None = None
     """Name of the AWS SSM parameter that holds the key, in place of `api_key`; its value is decrypted."""
     ssm_region: NonEmpty | None = None
-    """AWS region of that parameter; null takes it from the environment."""
+    """AWS region of all such parameters; null takes it from the environment."""
     ssm_refresh_seconds: Duration = 300
     """Seconds between two reads of the parameter; a new key works at once, the old one until the next read."""
     auth_header: HeaderName = "authorization"
     """The request header that carries the key; `authorization` expects `Bearer <key>`."""
+    keys: dict[KeyName, KeyConfig] = {}
+    """Further keys by name. Jobs belong to the name of the key that made them; other keys do not see them."""
+    open_metrics: bool = True
+    """Whether `/metrics` needs no key; false: a key with the scope `metrics`."""
+    insecure: bool = False
+    """Whether `modalkit serve` may listen without a key on an address that other machines can reach."""
 
     @model_validator(mode="after")
     def _one_key(self) -> Self:
         if self.api_key is not None and self.ssm_key is not None:
             raise refusal("api_key is given as well, and only one of them can hold: set the other to null", "ssm_key")
         return self
+
+    @property
+    def asks_for_key(self) -> bool:
+        """Whether any key is configured."""
+        return self.api_key is not None or self.ssm_key is not None or bool(self.keys)
+
+    @property
+    def uses_ssm(self) -> bool:
+        """Whether any key is in AWS SSM."""
+        return self.ssm_key is not None or any(key.ssm_key is not None for key in self.keys.values())
 
 
 class BuildConfig(Section):

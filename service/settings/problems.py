@@ -17,6 +17,7 @@ _DEMANDS = {
     **dict.fromkeys(("finite_number", "float_parsing", "float_type"), "must be a number"),
     **dict.fromkeys(("int_from_float", "int_parsing", "int_type"), "must be a whole number"),
     **dict.fromkeys(("string_too_short", "too_short"), "must not be empty"),
+    "enum": "must be {expected}",
     "greater_than": "must be more than {gt}",
     "greater_than_equal": "must be at least {ge}",
     "list_type": "must be a list, as in [one, two]",

@@ -58,6 +58,7 @@ class JobView(BaseModel):
     error: str | None = Field(description="Why the job failed or expired, or why its last attempt failed.")
     meta: dict[str, Any] = Field(description="As it was given.")
     priority: Priority = Field(description="The class that it runs in.")
+    owner: str = Field(default="", description="The name of the API key that made it; empty where it has none.")
     delivery: DeliveryStatus = Field(description="What became of the message to the queue that the job named.")
     delivery_attempts: int
     delivery_error: str | None = Field(description="Why the last attempt to deliver failed.")

@@ -17,14 +17,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.service.errors import describe_error
 from modalkit.service.gateway import Gateway, Readiness
-from modalkit.service.settings import ADAPTERS, Adapter, AuthConfig
+from modalkit.service.settings import ADAPTERS, Adapter, AuthConfig, KeyScope
 from modalkit.service.version import VERSION
 from modalkit.service.web.adapters.openai import make_models_router
 from modalkit.service.web.adapters.tei import add_tei_routes
 from modalkit.service.web.adapters.vllm import add_vllm_routes
 from modalkit.service.web.admin_routes import make_admin_router
 from modalkit.service.web.answers import JSON, NDJSON, Problem
-from modalkit.service.web.auth import require_api_key
+from modalkit.service.web.auth import configured_keys
 from modalkit.service.web.direct import put_outside
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.metrics import CONTENT_TYPE, exposition
@@ -65,19 +65,19 @@ def create_app(
     An application that another one mounts is started by that one: see `lifespan_of`. Until it is started, each request
     is answered with 503 and what to write.
 
-    `auth` says which API key a request needs; without it none is needed, whatever the settings of the gateway are: pass
-    ``auth=settings.app_settings.auth_config`` to use the configured key, as ``modalkit serve`` does. Health checks,
-    metrics and documentation need no key. Raises `LoadError` for an API key that
+    `auth` says which API keys a request needs; without it none is needed, whatever the settings of the gateway are:
+    pass ``auth=settings.app_settings.auth_config`` to use the configured keys, as ``modalkit serve`` does. Health
+    checks and documentation need no key; nor do metrics, unless `auth` says so. Raises `LoadError` for an API key that
     cannot be used; so does the start of the lifespan for one that cannot be read from AWS SSM.
     """
     auth = auth or AuthConfig()
-    api_key = require_api_key(auth)
-    start = _Start(is_needed=owns_gateway or auth.ssm_key is not None)
+    keys = configured_keys(auth)
+    start = _Start(is_needed=owns_gateway or auth.uses_ssm)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # The key first, so that an error in its name shows before models are loaded.
-        async with nullcontext() if api_key is None else api_key.opened(), gateway if owns_gateway else nullcontext():
+        # The keys first, so that an error in a name shows before models are loaded.
+        async with keys.opened(), gateway if owns_gateway else nullcontext():
             start.is_needed = False
             yield
 
@@ -90,18 +90,18 @@ def create_app(
         redirect_slashes=False,  # /jobs/ is no other name of /jobs: a client without its id would reach all jobs
         generate_unique_id_function=lambda route: route.name,
     )
-    dependencies = [] if api_key is None else api_key.dependencies
-    route = add_prediction_routes(app, gateway, api_key)
+    route = add_prediction_routes(app, gateway, keys)
     if "tei" in adapters:
         add_tei_routes(route, gateway.models)
     if "vllm" in adapters:
         add_vllm_routes(route, gateway.models)
     if "openai" in adapters:
-        app.include_router(make_models_router(gateway.models), dependencies=dependencies)
+        app.include_router(make_models_router(gateway.models), dependencies=keys.requires(KeyScope.PREDICT))
     app.add_middleware(_Entrance, start=start)  # the outermost one: nothing is answered before the start
     put_outside(app, (DirectRoutes, _Entrance))
-    app.include_router(make_job_router(gateway.jobs), dependencies=dependencies)
-    app.include_router(make_admin_router(gateway, dependencies))
+    app.include_router(make_job_router(gateway.jobs), dependencies=keys.requires(KeyScope.JOBS))
+    _add_metrics(app, gateway, [] if auth.open_metrics else keys.requires(KeyScope.METRICS))
+    app.include_router(make_admin_router(gateway, keys.requires(KeyScope.ADMIN)))
     _add_health(app, gateway, require_all_models=require_all_models)
     install_problem_handlers(app)
     _complete_schema(app, list(gateway.models))
@@ -189,12 +189,20 @@ def _complete_parameter(parameter: dict[str, Any]) -> None:
             parameter["schema"]["anyOf"] = kinds
 
 
-def _add_health(app: FastAPI, gateway: Gateway, *, require_all_models: bool) -> None:
-    get = partial(app.get, tags=["health"])
-
-    @get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+def _add_metrics(app: FastAPI, gateway: Gateway, dependencies: Sequence[Any]) -> None:
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        summary="Metrics for Prometheus",
+        response_class=PlainTextResponse,
+        dependencies=dependencies,
+    )
     async def metrics() -> Response:
         return Response(await exposition(gateway), media_type=CONTENT_TYPE)
+
+
+def _add_health(app: FastAPI, gateway: Gateway, *, require_all_models: bool) -> None:
+    get = partial(app.get, tags=["health"])
 
     @get(
         "/health/live",

@@ -12,6 +12,7 @@ from modalkit.service.errors import UnknownJobError
 from modalkit.service.gateway import JobAdministration, Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
 from modalkit.service.web.answers import PROBLEM_ANSWERS, JobDetails, JobPageView, JobView, Purged, Replayed
+from modalkit.service.web.auth import caller_of
 from modalkit.service.web.options import check_query
 from modalkit.service.web.problems import ProblemError
 from modalkit.service.web.routes import while_connected
@@ -45,20 +46,31 @@ def make_job_router(jobs: Jobs) -> APIRouter:
             raise ProblemError(HTTPStatus.NOT_IMPLEMENTED, reason)
         return jobs.administration
 
+    async def check_owner(request: Request, job_id: str) -> None:
+        """Raise `ProblemError` for a job of another key, as for one that does not exist."""
+        caller = caller_of(request)
+        if not caller.sees_all_jobs:
+            job = await jobs.get(job_id)
+            if job is None or not caller.sees(job):
+                raise UnknownJobError(job_id)
+
     @router.get("/jobs", summary="List jobs, the newest first")
     async def list_jobs(
+        request: Request,
         status: Statuses = [],  # noqa: B006  # FastAPI copies it
         delivery: Deliveries = [],  # noqa: B006  # as above
         model_name: OfModel = None,
         limit: Limit = 100,
         cursor: Cursor = None,
     ) -> JobPageView:
-        which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name)
+        owner = caller_of(request).visible_owner
+        which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name, owner=owner)
         page = await administration(CANNOT_LIST).page(limit, which, cursor)
         return JobPageView(jobs=[JobView.model_validate(job) for job in page.jobs], next_cursor=page.next_cursor)
 
     @router.delete("/jobs", summary="Remove jobs that have ended, with their results")
     async def purge_jobs(
+        request: Request,
         status: Statuses = [],  # noqa: B006  # as above
         delivery: Deliveries = [],  # noqa: B006  # as above
         model_name: OfModel = None,
@@ -70,23 +82,35 @@ def make_job_router(jobs: Jobs) -> APIRouter:
                 "say which jobs to remove: by status, as in ?status=failed, by delivery, or by older_than (in seconds)",
             )
         ended_before = None if older_than is None else time.time() - older_than
-        which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name, ended_before=ended_before)
+        which = JobFilter(
+            statuses=status,
+            deliveries=delivery,
+            model_name=model_name,
+            ended_before=ended_before,
+            owner=caller_of(request).visible_owner,
+        )
         return Purged(purged=await administration(CANNOT_PURGE).purge(which))
 
     @router.post("/jobs/replay", summary="Send all undelivered results once more")
-    async def replay_jobs() -> Replayed:
-        return Replayed(replayed=await administration(CANNOT_REPLAY).replay())
+    async def replay_jobs(request: Request) -> Replayed:
+        owner = caller_of(request).visible_owner
+        return Replayed(replayed=await administration(CANNOT_REPLAY).replay(owner=owner))
 
     @router.get("/jobs/{job_id}", summary="What became of a job")
     async def get_job(request: Request, job_id: JobId, wait: Wait = 0.0) -> JobDetails:
-        return _details(job_id, await while_connected(request, jobs.get(job_id, wait)))
+        if wait:
+            await check_owner(request, job_id)
+        job = await while_connected(request, jobs.get(job_id, wait))
+        return _details(job_id, job if job is not None and caller_of(request).sees(job) else None)
 
     @router.delete("/jobs/{job_id}", summary="Cancel a job that has not ended")
-    async def cancel_job(job_id: JobId) -> JobDetails:
+    async def cancel_job(request: Request, job_id: JobId) -> JobDetails:
+        await check_owner(request, job_id)
         return _details(job_id, await jobs.cancel(job_id))
 
     @router.post("/jobs/{job_id}/replay", summary="Send an undelivered result once more")
-    async def replay_job(job_id: JobId) -> JobDetails:
+    async def replay_job(request: Request, job_id: JobId) -> JobDetails:
+        await check_owner(request, job_id)
         replayed = await administration(CANNOT_REPLAY).replay([job_id])
         job = await jobs.get(job_id)
         if job is not None and not replayed:

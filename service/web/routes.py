@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol, TypeVar, Union
 
@@ -15,8 +15,9 @@ from modalkit.pipelines import AsyncInputModel, AsyncOutputModel, InferenceOutpu
 from modalkit.service.errors import OutputNotJsonError
 from modalkit.service.gateway import Gateway, find_model
 from modalkit.service.outputs import output_json
+from modalkit.service.settings import KeyScope
 from modalkit.service.web.answers import JOB_LINKS, JSON, PROBLEM_ANSWERS, FailedItem, Submitted
-from modalkit.service.web.auth import ApiKey
+from modalkit.service.web.auth import ApiKeys, caller_of, end_request
 from modalkit.service.web.bodies import BodyParser, check_encoding, read_body, run_valid
 from modalkit.service.web.direct import DirectRequest
 from modalkit.service.web.options import PredictionOptions, SubmissionOptions, SyncOptions, prefers_async
@@ -38,19 +39,26 @@ WATCH_AFTER_S = 0.1
 
 
 class AddRoute(Protocol):
-    """Makes a function the endpoint of POST requests to `path`.
+    """Makes a function the endpoint of POST requests to `path`, for keys with `key_scope`.
 
     `taken`, `options` and `answer` are the types of what it takes and answers, `responses` its other answers: for the
     documentation only, as `more` is.
     """
 
     def __call__(
-        self, path: str, taken: Any, options: type, answer: Any, responses: Responses | None = None, **more: Any
+        self,
+        path: str,
+        key_scope: KeyScope,
+        taken: Any,
+        options: type,
+        answer: Any,
+        responses: Responses | None = None,
+        **more: Any,
     ) -> Callable[[Endpoint], None]:
         """A decorator of the endpoint."""
 
 
-def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None) -> AddRoute:
+def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> AddRoute:
     """Add the routes over `gateway`: to FastAPI for the documentation, and as `DirectRoutes`.
 
     Returns what adds further ones.
@@ -61,24 +69,28 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     item: Any = Union[tuple(model.input_model for model in models)]  # noqa: UP007  # types known at run time
     job: Any = Union[tuple(AsyncInputModel[model.input_model] for model in models)]  # type: ignore[name-defined]  # noqa: UP007  # as above
     output: Any = Union[tuple(model.output_model for model in models)]  # noqa: UP007  # as above
-    key = [] if api_key is None else api_key.dependencies
     parser = cache(BodyParser)
 
     def submitter(request: Request) -> Submitter:
         options = SubmissionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
-        return Submitter(gateway.jobs, model.name, parser(model.input_model), options)
+        return Submitter(gateway.jobs, model.name, parser(model.input_model), options, caller_of(request))
 
     def route(
-        path: str, taken: Any, options: type, answer: Any, responses: Responses | None = None, **more: Any
+        path: str,
+        key_scope: KeyScope,
+        taken: Any,
+        options: type,
+        answer: Any,
+        responses: Responses | None = None,
+        **more: Any,
     ) -> Callable[[Endpoint], None]:
         def documented_body(body: Annotated[taken, Body()]) -> None: ...
 
         def add(endpoint: Endpoint) -> None:
             @wraps(endpoint)
             async def checked(request: Request) -> Response:
-                if api_key is not None:
-                    await api_key.check(request)
+                await keys.check(request, key_scope)
                 check_encoding(request)
                 return await endpoint(request)
 
@@ -90,7 +102,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
                 tags=["predictions"],
                 response_model=answer,
                 responses=PROBLEM_ANSWERS | (responses or {}),
-                dependencies=[Depends(documented_body), Depends(options), *key],
+                dependencies=[Depends(documented_body), Depends(options), *keys.documented()],
                 **more,
             )
 
@@ -98,6 +110,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
 
     @route(
         "/sync/predict",
+        KeyScope.PREDICT,
         item,
         SyncOptions,
         output,
@@ -107,11 +120,13 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     )
     async def sync_predict(request: Request) -> Response:
         if prefers_async(request):
+            caller_of(request).require(KeyScope.JOBS)
             return await submitter(request).answer_later(request)
         options = PredictionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
-        item = parser(model.input_model).item(await read_body(request))
-        call = model.predict(item, priority=options.priority, timeout_s=options.timeout_s)
+        item, caller = parser(model.input_model).item(await read_body(request)), caller_of(request)
+        caller.take_items(1)
+        call = model.predict(item, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
         try:
             return Response(output_json(await while_connected(request, call)), media_type=JSON)
         except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is this item's error
@@ -119,6 +134,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
 
     @route(
         "/batch/predict",
+        KeyScope.PREDICT,
         list[item],
         PredictionOptions,
         list[output | FailedItem],
@@ -127,17 +143,15 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     async def batch_predict(request: Request) -> Response:
         options = PredictionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
-        items = parser(model.input_model).items(await read_body(request))
-        outcomes = await run_valid(
-            items,
-            lambda valid: while_connected(
-                request, model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s)
-            ),
-        )
+        items, caller = parser(model.input_model).items(await read_body(request)), caller_of(request)
+        caller.take_items(len(items))
+        run = partial(model.predict_many, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
+        outcomes = await run_valid(items, lambda valid: while_connected(request, run(valid)))
         return Response(b"[" + b",".join(map(_slot, outcomes)) + b"]", media_type=JSON)
 
     @route(
         "/async/predict",
+        KeyScope.JOBS,
         job | list[job],
         SubmissionOptions,
         AsyncOutputModel | list[Submitted],
@@ -172,17 +186,20 @@ class DirectRoutes:
             path: str = scope["path"]
             # As Starlette does: a root path counts only where a slash follows.
             endpoint = self._endpoints.get(path.removeprefix(root_path) if path.startswith(f"{root_path}/") else path)
-        if endpoint is None:
-            await self._app(scope, receive, send)
-            return
         try:
-            response = await endpoint(DirectRequest(scope, receive, send))
-        except KNOWN_ERRORS as error:
-            response = error_response(error)
-        except Exception as error:
-            await unexpected_error_response(error)(scope, receive, send)
-            raise
-        await response(scope, receive, send)
+            if endpoint is None:
+                await self._app(scope, receive, send)
+                return
+            try:
+                response = await endpoint(DirectRequest(scope, receive, send))
+            except KNOWN_ERRORS as error:
+                response = error_response(error)
+            except Exception as error:
+                await unexpected_error_response(error)(scope, receive, send)
+                raise
+            await response(scope, receive, send)
+        finally:
+            end_request(scope)
 
 
 async def while_connected(request: Request, call: Awaitable[T]) -> T:

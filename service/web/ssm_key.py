@@ -1,7 +1,9 @@
 """An API key in AWS Systems Manager (SSM), which may change while the service runs."""
 
 import asyncio
+import hashlib
 import logging
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
@@ -41,7 +43,7 @@ async def _wait(wanted: anyio.Event, seconds: float) -> None:
 
 
 class SsmKey:
-    """The key in a parameter of AWS SSM. Needs the extra ``aws``, and asyncio.
+    """The key in a parameter of AWS SSM, which `setting` names. Needs the extra ``aws``, and asyncio.
 
     It is read when `opened` is entered, and then every `refresh_s` seconds. If it cannot be read again, the last key
     stays valid; the error is logged, and the read is retried with backoff. Credentials, and the region where `region`
@@ -53,6 +55,7 @@ class SsmKey:
         self,
         name: str,
         *,
+        setting: str = SSM_KEY,
         region: str | None = None,
         refresh_s: float = 300.0,
         clock: Callable[[], float] = anyio.current_time,
@@ -62,19 +65,20 @@ class SsmKey:
             "ssm",
             region,
             error_class=LoadError,
-            needed_by=SSM_KEY,
+            needed_by=setting,
             extra="aws",
             setting="app_settings.auth_config.ssm_region",
             read_timeout_s=5,
         )
         self._name = name
+        self._setting = setting
         self._place = f"parameter {name!r} of AWS SSM in {region}"
         self._refresh_s = refresh_s
         self._clock = clock
         self._wait = wait
         # All mutable state, besides the client.
-        self.value: bytes | None = None
-        """The key of the last read, in the form of `header_bytes`; None before the first read."""
+        self.digest: bytes | None = None
+        """The digest of the key of the last read; None before the first read."""
         self._wanted = anyio.Event()  # set from when a read is wanted until its end
         self._was_read = anyio.Event()  # set at the end of the read
         self._next_wrong_key_read_at = float("-inf")
@@ -83,12 +87,12 @@ class SsmKey:
     async def opened(self) -> AsyncIterator[None]:
         """Read the key (raises `LoadError`), then read it again at intervals until the context is left."""
         if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
-            raise LoadError(f"{SSM_KEY} needs the event loop of asyncio; it does not run on trio")
+            raise LoadError(f"{self._setting} needs the event loop of asyncio; it does not run on trio")
         client = self._create_client()
         with self._explained():
             self._client = await client.__aenter__()
         try:
-            self.value = await self._read()
+            self.digest = await self._read()
             self._wanted, self._was_read = anyio.Event(), anyio.Event()
             async with plain_task_group() as task_group:
                 task_group.start_soon(self._refresh_forever)
@@ -122,15 +126,15 @@ class SsmKey:
             await self._wait(self._wanted, min(retry_s, self._refresh_s))
             self._wanted.set()
             try:
-                value = await self._read()
+                digest = await self._read()
             except LoadError as error:
                 failures += 1
                 logger.warning("The API key cannot be read again; the last one stays valid. %s", error)
             else:
                 failures = 0
-                if value != self.value:
-                    logger.info("The API key has changed")
-                self.value = value
+                if digest != self.digest:
+                    logger.info("The API key in %s has changed", self._place)
+                self.digest = digest
             self._was_read.set()
             self._wanted, self._was_read = anyio.Event(), anyio.Event()
 
@@ -141,7 +145,7 @@ class SsmKey:
             parameter = answer["Parameter"]
             if parameter["Type"] == "StringList":
                 raise ValueError("it is a StringList; make it a SecureString (or a String) that holds one key")
-            return header_bytes(parameter["Value"])
+            return key_digest(parameter["Value"])
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -157,7 +161,7 @@ class SsmKey:
             else:
                 reason = str(error) if isinstance(error, ValueError) else describe_error(error)
             remedy = _REMEDIES.get(code or type(error).__name__)
-            raise LoadError(f"{SSM_KEY}: {self._place}: {reason}{f'; {remedy}' if remedy else ''}") from error
+            raise LoadError(f"{self._setting}: {self._place}: {reason}{f'; {remedy}' if remedy else ''}") from error
 
 
 def header_bytes(key: str) -> bytes:
@@ -172,3 +176,15 @@ def header_bytes(key: str) -> bytes:
     if not key.isprintable():
         raise ValueError("it has a line break or another control character inside, which no header can carry")
     return key.encode()
+
+
+_DIGEST = re.compile(r"sha256:([0-9A-Fa-f]{64})")
+
+
+def key_digest(key: str) -> bytes:
+    """The SHA-256 of a key as a header carries it, or the one that a text ``sha256:<64 digits>`` gives in its place.
+
+    Raises `ValueError`, as `header_bytes` does.
+    """
+    given = _DIGEST.fullmatch(key.strip())
+    return bytes.fromhex(given[1]) if given else hashlib.sha256(header_bytes(key)).digest()

@@ -4,6 +4,7 @@ import logging
 import tempfile
 from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from modalkit.pipelines import AsyncInputModel
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import JobStoreError
 from modalkit.service.web.answers import JSON, NDJSON
+from modalkit.service.web.auth import Caller
 from modalkit.service.web.bodies import BodyParser, read_body, run_valid
 from modalkit.service.web.options import RESPOND_ASYNC, SubmissionOptions
 from modalkit.service.web.problems import ProblemError, error_json
@@ -48,11 +50,14 @@ class Line(NamedTuple):
 class Submitter:
     """Submits the jobs of one request to one model."""
 
-    def __init__(self, jobs: Jobs, model_name: str, parser: BodyParser, options: SubmissionOptions) -> None:
+    def __init__(
+        self, jobs: Jobs, model_name: str, parser: BodyParser, options: SubmissionOptions, caller: Caller
+    ) -> None:
         self._jobs = jobs
         self._model_name = model_name
         self._parser = parser
         self._options = options
+        self._caller = caller
 
     async def answer(self, request: Request) -> Response:
         """Submit what the body of the request asks for, and answer once it is stored."""
@@ -64,7 +69,9 @@ class Submitter:
         body = await read_body(request)
         if body.lstrip()[:1] == b"[":
             self._refuse_key()
-            answers = [_json(outcome) for outcome in await self._submit(self._parser.jobs(body))]
+            jobs = self._parser.jobs(body)
+            self._caller.take_items(len(jobs))
+            answers = [_json(outcome) for outcome in await self._submit(jobs)]
             return Response(b"[" + b",".join(answers) + b"]", HTTPStatus.ACCEPTED, media_type=JSON)
         return await self._answer_one(request, self._parser.job(body))
 
@@ -76,7 +83,9 @@ class Submitter:
         return response
 
     async def _answer_one(self, request: Request, job: AsyncInputModel) -> Response:
-        (outcome,) = await self._submit([self._with_key(job)])
+        keyed = self._with_key(job)
+        self._caller.take_items(1)
+        (outcome,) = await self._submit([keyed])
         if isinstance(outcome, Failure):
             raise outcome.error
         location = f"{request.scope.get('root_path', '')}/jobs/{outcome.value}"
@@ -84,6 +93,7 @@ class Submitter:
 
     async def answer_lines(self, lines: Sequence[Line]) -> bytes:
         """Submit the jobs of some lines; returns a line for each, with its `job_id` or its error."""
+        await self._caller.wait_for_items(len(lines))
         asked = [Failure(_TOO_LARGE) if line.content is None else self._parser.line(line.content) for line in lines]
         try:
             outcomes = await self._submit(asked)
@@ -98,7 +108,13 @@ class Submitter:
 
     async def _submit(self, asked: Sequence[AsyncInputModel | Failure]) -> list[Outcome[str]]:
         return await run_valid(
-            asked, lambda jobs: self._jobs.submit(jobs, model_name=self._model_name, priority=self._options.priority)
+            asked,
+            partial(
+                self._jobs.submit,
+                model_name=self._model_name,
+                priority=self._options.priority,
+                owner=self._caller.owner,
+            ),
         )
 
     def _with_key(self, job: AsyncInputModel) -> AsyncInputModel:

@@ -12,6 +12,7 @@ from modalkit.batching.queue import size_bucket
 
 sizes = st.integers(1, 2000)
 MAX_ITEMS = 20
+RESERVED = MAX_ITEMS // 10
 
 
 @given(sizes, sizes)
@@ -38,15 +39,20 @@ class QueueMachine(RuleBasedStateMachine):
         size=sizes,
         priority=st.sampled_from(Priority),
         lifetime_s=st.one_of(st.just(math.inf), st.floats(0, 10)),
+        owner=st.sampled_from(["", "a", "b"]),
     )
-    def push(self, size: int, priority: Priority, lifetime_s: float) -> object:
-        request = Request(None, size, priority, self.now, self.now + lifetime_s)
-        if len(self.expected) == MAX_ITEMS:
-            with pytest.raises(QueueFullError) as caught:
-                self.queue.push_all([request])
-            assert caught.value.depth == caught.value.limit == MAX_ITEMS
+    def push(self, size: int, priority: Priority, lifetime_s: float, owner: str) -> object:
+        request = Request(None, size, priority, self.now, self.now + lifetime_s, owner)
+        refusal = None
+        try:
+            self.queue.push_all([request])
+        except QueueFullError as error:
+            refusal = error
+        if refusal is not None:
+            assert refusal.depth == len(self.expected) >= refusal.limit
+            assert refusal.limit in ((MAX_ITEMS, MAX_ITEMS - RESERVED) if owner else (MAX_ITEMS,))
             return multiple()
-        self.queue.push_all([request])
+        assert len(self.expected) < MAX_ITEMS
         self.expected.append(request)
         return request
 
@@ -88,9 +94,15 @@ class QueueMachine(RuleBasedStateMachine):
         for priority in Priority:
             waiting = [r for r in self.expected if r.priority is priority]
             assert self.queue.waiting(priority) == len(waiting)
-            assert self.queue.oldest(priority) is (waiting[0] if waiting else None)
+            firsts = {owner: next(r for r in waiting if r.owner == owner) for owner in {r.owner for r in waiting}}
+            oldest = self.queue.oldest(priority)
+            assert (oldest is None) == (not waiting)
+            assert oldest is None or firsts[oldest.owner] is oldest
+            assert oldest is None or oldest.sequence == min(r.sequence for r in waiting)
             in_buckets = [r for i in self.queue.bucket_indices(priority) for r in self.queue.front(priority, i, 1000)]
-            assert in_buckets == sorted(waiting, key=lambda r: size_bucket(r.size))
+            assert set(in_buckets) == set(waiting)
+            places = [(size_bucket(r.size), r.sequence) for r in in_buckets]
+            assert places == sorted(places)
 
 
 TestQueueMachine = QueueMachine.TestCase
@@ -110,3 +122,68 @@ def test_a_full_queue_says_how_deep_it_is_and_what_to_do() -> None:
     queue.push_all([Request(None)])
     with pytest.raises(QueueFullError, match=r"holds 1 of at most 2 requests and has no room for 2 more.*retry later"):
         queue.push_all([Request(None), Request(None)])
+
+
+def drained(queue: RequestQueue[Request[str]]) -> list[str]:
+    """The payloads in the order in which they are first."""
+    payloads = []
+    while (oldest := queue.oldest(Priority.INTERACTIVE)) is not None:
+        queue.take([oldest])
+        payloads.append(oldest.payload)
+    return payloads
+
+
+def requests_of(owner: str, count: int, size: int = 1) -> list[Request[str]]:
+    return [Request(owner, size, owner=owner) for _ in range(count)]
+
+
+def test_a_single_request_does_not_wait_for_the_thousands_of_another_owner() -> None:
+    queue: RequestQueue[Request[str]] = RequestQueue(20_000)
+    queue.push_all(requests_of("a", 10_000, size=5))
+    for _ in range(3):
+        first = queue.oldest(Priority.INTERACTIVE)
+        assert first is not None
+        queue.take([first])
+    queue.push_all(requests_of("b", 1, size=5))
+    assert "b" in drained(queue)[:2]
+
+
+def test_owners_get_equal_shares_by_the_sizes_of_their_requests() -> None:
+    queue: RequestQueue[Request[str]] = RequestQueue(1000)
+    queue.push_all(requests_of("a", 300, size=1))
+    queue.push_all(requests_of("b", 300, size=3))
+    queue.push_all(requests_of("c", 300, size=1))
+    first = drained(queue)[:210]
+    assert [first.count(owner) for owner in "abc"] == [90, 30, 90]
+
+
+def test_an_owner_who_was_away_has_no_claim_to_the_time_that_others_used() -> None:
+    queue: RequestQueue[Request[str]] = RequestQueue(1000)
+    queue.push_all(requests_of("a", 300))
+    for _ in range(200):
+        queue.take([first for first in [queue.oldest(Priority.INTERACTIVE)] if first is not None])
+    queue.push_all(requests_of("b", 100))
+    first = drained(queue)[:20]
+    assert first.count("b") in (10, 11)
+
+
+def test_no_owner_fills_the_last_tenth_of_the_queue_for_the_others() -> None:
+    queue: RequestQueue[Request[str]] = RequestQueue(100)
+    queue.push_all(requests_of("a", 90))
+    with pytest.raises(QueueFullError, match="90 of at most 90"):
+        queue.push_all(requests_of("a", 1))
+    queue.push_all(requests_of("b", 5))
+    queue.push_all(requests_of("c", 5))
+    with pytest.raises(QueueFullError, match="100 of at most 100"):
+        queue.push_all(requests_of("d", 1))
+    with pytest.raises(QueueFullError) as refused:
+        RequestQueue[Request[str]](100).push_all(requests_of("a", 95))
+    assert refused.value.is_permanent
+
+
+def test_owners_who_are_gone_leave_no_memory_behind() -> None:
+    queue: RequestQueue[Request[str]] = RequestQueue(10)
+    for i in range(1000):
+        queue.push_all(requests_of(str(i), 1))
+        drained(queue)
+    assert len(queue._lanes[Priority.INTERACTIVE].owners) < 3  # noqa: SLF001  # no public view of what a leak would fill

@@ -629,3 +629,21 @@ async def test_those_without_a_task_get_an_outcome_when_the_scheduler_is_aborted
             scope.cancel()
             await anyio.lowlevel.checkpoint()
     assert [type(outcome.error) for outcome in outcomes] == [SchedulerClosedError]
+
+
+async def test_one_request_of_an_owner_runs_next_however_many_of_another_wait() -> None:
+    """Companions, too, come in turns: each owner gets half of the batches while both have requests."""
+    pipeline = Pipeline()
+    policy = BatchPolicy(max_batch_size=8)
+    async with held(pipeline, policy=policy, cost_model=PaddedCostModel(fixed_s=1.0, token_s=0.0)) as (
+        scheduler,
+        group,
+    ):
+        group.start_soon(partial(scheduler.submit_many, range(1, 1001), owner="a"))
+        await anyio.wait_all_tasks_blocked()
+        group.start_soon(partial(scheduler.submit, 5000, owner="b"))
+        group.start_soon(partial(scheduler.submit_many, range(6000, 6012), owner="c"))
+        await anyio.wait_all_tasks_blocked()
+    first, second, third = ([number // 1000 for number in batch] for batch in pipeline.batches[1:4])
+    assert 5 in first
+    assert [numbers.count(6) for numbers in (first, second, third)] == [3, 4, 4]

@@ -11,6 +11,7 @@ from modalkit.batching import Failure
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.gateway import Model, find_model
 from modalkit.service.validation import validated
+from modalkit.service.web.auth import caller_of
 from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.problems import ProblemError
 from modalkit.service.web.routes import while_connected
@@ -59,7 +60,9 @@ class Task:
                 f"model {model.name!r} does not fit {self.name}; those that do: {', '.join(fitting)}",
             )
         valid = [validated(model.input_model, item) for item in items]
-        call = model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s)
+        caller = caller_of(request)
+        caller.take_items(len(valid))
+        call = model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
         outputs = []
         for outcome in await while_connected(request, call):
             if isinstance(outcome, Failure):

@@ -15,6 +15,7 @@ from pydantic_core import to_json
 
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.gateway import Model
+from modalkit.service.settings import KeyScope
 from modalkit.service.web.adapters.tasks import CLASSIFICATION, EMBEDDING, MAX_TEXTS, RERANKING, Task
 from modalkit.service.web.answers import JSON
 from modalkit.service.web.bodies import parse, read_body
@@ -138,9 +139,9 @@ def add_tei_routes(route: AddRoute, models: Mapping[str, Model]) -> None:
     fitting = [added for added in routes if added[0].models_of(models)]
     for task, path, body, answer, endpoint in fitting:
         summary = f"{task.name.capitalize()}, as by Text Embeddings Inference"
-        route(path, body, PredictionOptions, answer, summary=summary)(endpoint)
+        route(path, KeyScope.PREDICT, body, PredictionOptions, answer, summary=summary)(endpoint)
     for _, _, body, answer, endpoint in fitting[:1]:
-        route("/", body, PredictionOptions, answer, include_in_schema=False)(endpoint)
+        route("/", KeyScope.PREDICT, body, PredictionOptions, answer, include_in_schema=False)(endpoint)
 
 
 def _check_length(asked: _Request, outputs: Sequence[InferenceOutputModel]) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
 from modalkit.service.gateway import Model
+from modalkit.service.settings import KeyScope
 from modalkit.service.web.adapters.tasks import CLASSIFICATION, MAX_TEXTS
 from modalkit.service.web.answers import JSON
 from modalkit.service.web.bodies import parse, read_body
@@ -64,6 +65,7 @@ def add_vllm_routes(route: AddRoute, models: Mapping[str, Model]) -> None:
 
     @route(
         "/classify",
+        KeyScope.PREDICT,
         ClassificationRequest,
         PredictionOptions,
         ClassificationResponse,

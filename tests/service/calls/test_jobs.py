@@ -211,7 +211,7 @@ async def test_a_key_that_cannot_be_released_does_not_hide_why_the_job_was_refus
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stuck(CallRecords):
-        async def release(self, key: str) -> None:
+        async def release(self, key: str, owner: str = "") -> None:
             raise JobStoreError("the store is gone")
 
     async def refuse(*_: object) -> str:
@@ -222,3 +222,24 @@ async def test_a_key_that_cannot_be_released_does_not_hide_why_the_job_was_refus
         (outcome,) = await jobs.submit([asked("a", idempotency_key="k")], model_name=MODEL)
     assert isinstance(outcome, Failure)
     assert str(outcome.error) == "there is no room"
+
+
+async def test_a_job_keeps_its_owner_while_it_waits_and_once_its_call_has_returned(stand: Stand) -> None:
+    """The jobs of several owners share a call; an idempotency key belongs to its owner."""
+    stand.pipeline.gate.clear()
+    async with stand.jobs() as jobs:
+        request, ids = asked("four", idempotency_key="once"), dict[str, str]()
+        for owner in ("", "shop", "blog", "shop"):
+            (outcome,) = await jobs.submit([request], model_name=MODEL, owner=owner)
+            assert isinstance(outcome, Success)
+            assert ids.setdefault(owner, outcome.value) == outcome.value
+        assert len(set(ids.values())) == 3
+        (refused,) = await jobs.submit([asked("other", idempotency_key="once")], model_name=MODEL, owner="blog")
+        assert isinstance(refused, Failure)
+        assert ids["blog"] in str(refused.error)
+        waiting = {owner: await jobs.get(job_id) for owner, job_id in ids.items()}
+        stand.pipeline.gate.set()
+        ended = {owner: await jobs.get(job_id, 30.0) for owner, job_id in ids.items()}
+    for found in (waiting, ended):
+        assert {owner: None if job is None else job.owner for owner, job in found.items()} == {o: o for o in ids}
+    assert {job.status for job in ended.values() if job is not None} == {JobStatus.SUCCEEDED}

@@ -85,6 +85,13 @@ def test_a_key_that_is_not_in_ssm_is_one_message_and_exit_code_2(modalkit: Modal
     assert done.stderr.count("\n") == 1
 
 
+def test_without_a_key_it_serves_no_other_machines(modalkit: Modalkit) -> None:
+    done = modalkit("serve", "--host", "0.0.0.0", "--port", "0")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("modalkit: error: without an API key nothing is served on 0.0.0.0")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_misspelt_variable_is_refused(modalkit: Modalkit) -> None:
     done = modalkit("check", MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MSS="5")
     assert done.returncode == 2

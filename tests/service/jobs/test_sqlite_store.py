@@ -323,6 +323,7 @@ def listed(**fields: Any) -> str:
     ("statement", "index"),
     [
         (sql.CLAIMABLE, "queued_jobs"),
+        (sql.OWNERS, "queued_jobs"),
         (sql.FEWEST_CRASHES, "suspect_jobs"),
         (sql.QUARANTINED, "suspect_jobs"),
         (sql.REQUEUE.format(rows="(1, 1, 1)"), "sqlite_autoindex_jobs_1"),
@@ -343,7 +344,9 @@ def listed(**fields: Any) -> str:
         (sql.RECORD_DELIVERIES.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.REPLAY.format(which="seq > ?"), "undelivered_jobs"),
         (sql.REMOVE.format(which=sql.REMOVABLE), "removable_jobs"),
-        (f"{SELECT} WHERE idempotency_key = ?", "idempotency_keys"),
+        (sql.REPLAY.format(which="seq > ? AND owner = ?"), "undelivered_jobs"),
+        (f"{SELECT} WHERE idempotency_key = ? AND owner = ?", "idempotency_keys"),
+        (listed(owner="a"), "owned_jobs"),
         (listed(statuses=[JobStatus.FAILED]), "failed_jobs"),
         (listed(statuses=[JobStatus.RUNNING], model_name="m"), "running_jobs"),
         (listed(deliveries=[DeliveryStatus.UNDELIVERED]), "undelivered_jobs"),
@@ -576,6 +579,24 @@ async def test_a_database_of_the_third_version_is_migrated_with_its_jobs(path: P
         assert [job.job_id for job in await store.claim_quarantined("m", 9, 4.0)] == ["b"]
         assert [job.job_id for job in await claim_all(store)] == ["d"]
         assert [job.job_id for job in await store.claim_quarantined_deliveries(9)] == ["c"]
+
+
+async def test_a_database_of_the_fourth_version_is_migrated_with_its_jobs(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    database = sqlite3.connect(path)
+    for step in MIGRATIONS[:4]:
+        database.executescript(step)
+    database.executescript("""
+        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, idempotency_key)
+            VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none', 'once');
+        INSERT INTO counts VALUES ('queued', 1), ('delivery none', 1);
+    """)
+    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 4")
+    database.close()
+    async with SqliteJobStore(path) as store:
+        again = replace(new_job("b"), message_json="{}", success_queue=None, meta_json="{}", idempotency_key="once")
+        assert await store.add([again, replace(again, owner="shop")]) == ["a", "b"]
+        assert {job.job_id: job.owner for job in await store.claim("m", 9, 2.0)} == {"a": "", "b": "shop"}
 
 
 @pytest.mark.parametrize("keyed", [True, False])

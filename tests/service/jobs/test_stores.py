@@ -634,3 +634,40 @@ def test_an_end_or_a_record_of_another_status_is_refused() -> None:
         JobEnd(job_id="a", status=JobStatus.CANCELLED, finished_at=1.0)
     with pytest.raises(ValueError, match="status must be pending, delivered or undelivered"):
         DeliveryRecord(job_id="a", status=DeliveryStatus.NONE, attempts=1)
+
+
+async def test_owners_get_equal_parts_of_what_is_claimed(store: JobStore) -> None:
+    await store.add([new_job(f"a{n}", owner="a") for n in range(100)])
+    await store.add([new_job(f"{name}{n}", owner=name) for name in ("", "b") for n in range(2)])
+    claimed = [job.job_id for job in await store.claim("m", 9, 2.0)]
+    assert sorted(claimed) == ["0", "1", "a0", "a1", "a2", "a3", "a4", "b0", "b1"]
+    assert [job_id for job_id in claimed if job_id[0] == "a"] == ["a0", "a1", "a2", "a3", "a4"]
+
+
+async def test_owners_take_turns_where_each_claim_is_for_one_job(store: JobStore) -> None:
+    await store.add([new_job(f"{name}{n}", owner=name) for name in ("", "a", "b") for n in range(3)])
+    claimed = [(await store.claim("m", 1, 2.0))[0].owner for _ in range(9)]
+    assert [sorted(claimed[n : n + 3]) for n in (0, 3, 6)] == [["", "a", "b"]] * 3
+    assert await store.claim("m", 1, 2.0) == []
+
+
+async def test_a_key_stands_for_a_job_of_each_owner(store: JobStore) -> None:
+    same = new_job("a", idempotency_key="k", message_json="{}")
+    others = [replace(same, job_id="b", owner="x"), replace(same, job_id="c", owner="x"), replace(same, job_id="d")]
+    assert await store.add([same, *others]) == ["a", "b", "b", "a"]
+    assert (await existing(store, "b")).owner == "x"
+
+
+async def test_an_owner_lists_removes_and_replays_its_own_jobs_alone(store: JobStore) -> None:
+    jobs = [new_job(f"{owner}{n}", owner=owner, success_queue="ok") for owner in ("x", "y") for n in range(2)]
+    await store.add(jobs)
+    await store.claim("m", 9, 2.0)
+    await store.finish([success(job.job_id) for job in jobs])
+    await store.record_deliveries(
+        [DeliveryRecord(job_id=job.job_id, status=DeliveryStatus.UNDELIVERED, attempts=1) for job in jobs]
+    )
+    assert [job.job_id for job in (await store.page(9, JobFilter(owner="x"))).jobs] == ["x1", "x0"]
+    assert await store.replay(["x0", "y0"], 4.0, "x") == 1
+    assert await store.replay(None, 4.0, "x") == 1
+    assert await store.purge(JobFilter(owner="y")) == 2
+    assert [job.job_id for job in (await store.page(9, JobFilter())).jobs] == ["x1", "x0"]

@@ -14,9 +14,9 @@ from starlette.types import Message
 from modalkit.batching import MeasuredCostModel, SchedulerStatistics
 from modalkit.service.loading import LoadError
 from modalkit.service.local_gateway import LocalGateway
-from modalkit.service.settings import AuthConfig, Settings
+from modalkit.service.settings import AuthConfig, KeyScope, Settings
 from modalkit.service.web import create_app, lifespan_of
-from modalkit.service.web.auth import require_api_key
+from modalkit.service.web.auth import configured_keys
 from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
 from tests.support.length_model import LengthPipeline
@@ -282,16 +282,15 @@ async def test_a_key_from_a_variable_such_as_a_modal_secret_sets_lets_its_owner_
 @pytest.mark.parametrize("key", [" \n", "two\nlines"])
 def test_a_key_that_no_header_can_carry_is_refused_at_once(key: str) -> None:
     with pytest.raises(LoadError, match=r"app_settings\.auth_config\.api_key: it (is empty|has a line break)"):
-        require_api_key(AuthConfig(api_key=key))
+        configured_keys(AuthConfig(api_key=key))
 
 
 @pytest.mark.parametrize("header", ["authorization", "x-api-key"])
 def test_checking_a_key_costs_no_thread(header: str) -> None:
-    api_key = require_api_key(AuthConfig(api_key="s3cret", auth_header=header))
-    assert api_key is not None
+    keys = configured_keys(AuthConfig(api_key="s3cret", auth_header=header))
     assert all(
         inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(type(called).__call__)
-        for called in (depends.dependency for depends in api_key.dependencies)
+        for called in (depends.dependency for depends in keys.requires(KeyScope.JOBS))
     )
 
 

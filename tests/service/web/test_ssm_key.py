@@ -18,7 +18,7 @@ from modalkit.service.loading import LoadError
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app, ssm_key
-from modalkit.service.web.ssm_key import SsmKey
+from modalkit.service.web.ssm_key import SsmKey, key_digest
 from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
 from tests.support.sqs_server import REGION, SqsServer, forget_aws_settings
@@ -158,10 +158,10 @@ async def test_the_key_is_read_again_every_refresh_seconds(put: Put) -> None:
     time = Time()
     key = SsmKey(NAME, refresh_s=60, clock=lambda: time.now, wait=time.wait)
     async with key.opened():
-        assert key.value == b"first"
+        assert key.digest == key_digest("first")
         await put("second\n")
         assert await time.refresh() == 60
-        assert key.value == b"second"
+        assert key.digest == key_digest("second")
 
 
 async def test_the_last_key_stays_valid_while_aws_cannot_be_reached(
@@ -176,13 +176,13 @@ async def test_the_last_key_stays_valid_while_aws_cannot_be_reached(
             waits_s = [await time.refresh() for _ in range(5)]
         finally:
             server.start()
-        assert key.value == b"first"
+        assert key.digest == key_digest("first")
         assert 0 < waits_s[0] < waits_s[1] < waits_s[2] < waits_s[4] == 60
         assert caplog.text.count("the last one stays valid") == 5
         assert "first" not in caplog.text
         await put("second")
         assert await time.refresh() == 60
-        assert key.value == b"second"
+        assert key.digest == key_digest("second")
 
 
 async def test_a_parameter_that_is_spoilt_later_leaves_the_last_key_valid(
@@ -194,7 +194,7 @@ async def test_a_parameter_that_is_spoilt_later_leaves_the_last_key_valid(
     async with key.opened():
         await put(" ")
         assert await time.refresh() < 300
-        assert key.value == b"first"
+        assert key.digest == key_digest("first")
         assert "it is empty" in caplog.text
 
 
@@ -205,15 +205,15 @@ async def test_a_wrong_key_has_the_parameter_read_every_few_seconds_at_most(serv
     async with key.opened():
         await put("second")
         await key.refresh()
-        assert key.value == b"second"
+        assert key.digest == key_digest("second")
         await put("third")
         for time.now in (0.0, ssm_key.WRONG_KEY_INTERVAL_S - 0.1):
             await key.refresh()
-            assert key.value == b"second"
+            assert key.digest == key_digest("second")
         assert server.requests == []
         time.now = ssm_key.WRONG_KEY_INTERVAL_S
         await key.refresh()
-        assert key.value == b"third"
+        assert key.digest == key_digest("third")
     await key.refresh()
     assert server.requests == ["GetParameter"]
 
@@ -227,9 +227,9 @@ async def test_a_request_that_is_cancelled_leaves_the_reading_to_the_others(serv
             scope.cancel()
             await key.refresh()
         assert scope.cancelled_caught
-        assert key.value == b"first"
+        assert key.digest == key_digest("first")
         await key.refresh()
-        assert key.value == b"second"
+        assert key.digest == key_digest("second")
         assert server.requests == ["GetParameter"]
 
 
