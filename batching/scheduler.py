@@ -197,14 +197,17 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         *,
         size: int | None = None,
         priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
     ) -> Callable[[], None]:
         """Queue one payload and return at once; `on_outcome` is called in the event loop with its outcome.
 
         It serves callers that have many requests at a time and no task for each. It returns a function that withdraws
-        the request; after that, `on_outcome` is not called. Raises what `submit` raises before anything is queued.
+        the request; after that, `on_outcome` is not called. A request that still waits after `timeout_s` seconds gets a
+        `DeadlineExceededError`, once a batch is formed; one that runs is finished. Raises what `submit` raises before
+        anything is queued.
         """
         self._ensure_open()
-        listener = Listener(on_outcome, self._now())
+        listener = Listener(on_outcome, self._now(), timeout_s)
         request = listener.request = self._make_request(payload, size, priority, listener)
         self._enqueue((request,))
 

@@ -1,15 +1,15 @@
 """What a frontend (HTTP, the command line) needs of an engine that runs models and jobs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from pydantic import BaseModel
 
-from modalkit.batching import Outcome, Priority, SchedulerStatistics
+from modalkit.batching import Outcome, Priority, SchedulerStatistics, Success
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel
 from modalkit.service.errors import NotReadyError, Readiness, UnknownModelError
-from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage
+from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage, JobPiece
 
 __all__ = ["Gateway", "JobAdministration", "Jobs", "Model", "NotReadyError", "Readiness", "find_model"]
 
@@ -37,6 +37,28 @@ class Model(Protocol):
         self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
     ) -> InferenceOutputModel:
         """Run one item. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""
+
+    def predict_pieces(
+        self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
+    ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
+        """Run one item; yields pieces of its result, where the engine passes them on, and then its `Success`.
+
+        Raises, at the first step or later, what `predict` raises.
+        """
+        ...
+
+    def predict_nowait(
+        self,
+        item: BaseModel,
+        on_outcome: Callable[[Outcome[InferenceOutputModel]], None],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> Callable[[], None]:
+        """Queue one item and return at once; `on_outcome` is called in the event loop with its outcome.
+
+        Returns a function that withdraws it. Raises `NotReadyError`, and what `InferenceWorker.predict_nowait` raises.
+        """
 
     async def predict_many(
         self,
@@ -90,6 +112,14 @@ class Jobs(Protocol):
 
     async def get(self, job_id: str, wait_s: float = 0.0) -> Job | None:
         """The job as it is now, or once it ends within `wait_s` seconds; None if there is none."""
+
+    def watch(self, job_ids: Sequence[str]) -> AsyncGenerator[Job | JobPiece]:
+        """Jobs as they are now, and again after changes, and pieces of their results; unknown ones are left out.
+
+        It ends once all have ended, or the gateway closes. Of changes that follow each other fast, only the last may be
+        seen.
+        """
+        ...
 
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended; returns the job as it then is, or None if there is none."""

@@ -9,7 +9,7 @@ import anyio
 from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
-from modalkit.batching import Outcome, Priority, SchedulerStatistics
+from modalkit.batching import Outcome, Priority, SchedulerStatistics, Success
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.threads import DedicatedThread
 from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline
@@ -65,6 +65,23 @@ class LocalModel:
     ) -> InferenceOutputModel:
         """Run one item. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""
         return await self.ready_worker().predict(item, priority=priority, timeout_s=timeout_s)
+
+    def predict_pieces(
+        self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
+    ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
+        """Run one item, as `InferenceWorker.predict_pieces` does. Raises `NotReadyError`."""
+        return self.ready_worker().predict_pieces(item, priority=priority, timeout_s=timeout_s)
+
+    def predict_nowait(
+        self,
+        item: BaseModel,
+        on_outcome: Callable[[Outcome[InferenceOutputModel]], None],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> Callable[[], None]:
+        """Queue one item. Raises `NotReadyError`, and what `InferenceWorker.predict_nowait` raises."""
+        return self.ready_worker().predict_nowait(item, on_outcome, priority=priority, timeout_s=timeout_s)
 
     async def predict_many(
         self,

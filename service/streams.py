@@ -12,6 +12,7 @@ from modalkit.pipelines import InferenceOutputModel, RejectItem
 from modalkit.service.errors import ServiceError
 
 Output = InferenceOutputModel | Exception
+OnPiece = Callable[[InferenceOutputModel], None]
 
 
 class StreamCutError(ServiceError):
@@ -34,12 +35,13 @@ class NoPieceError(ServiceError):
 class StreamedItem:
     """An item whose caller gets each piece at once, by a call of `on_piece` in the event loop.
 
-    Its caller sets `is_wanted` to False when it waits no longer. An item of which a piece was sent does not run again.
-    Made in the event loop.
+    Its caller sets `is_wanted` to False when it waits no longer. An item of which a piece was sent does not run again,
+    unless it `may_repeat`: then pieces of the next run follow. Made in the event loop.
     """
 
-    def __init__(self, item: BaseModel, on_piece: Callable[[InferenceOutputModel], None]) -> None:
+    def __init__(self, item: BaseModel, on_piece: OnPiece, *, may_repeat: bool = False) -> None:
         self.item = item
+        self.may_repeat = may_repeat
         self.is_wanted = True
         self.error: Exception | None = None
         """The error of the batch, after a piece was sent."""
@@ -52,7 +54,7 @@ class StreamedItem:
     def accept(self, run: "StreamRun", piece: InferenceOutputModel) -> None:
         """Pass a piece on, in the event loop, if it is still wanted."""
         if self.is_wanted and self.run is run:
-            self.has_pieces = True
+            self.has_pieces = not self.may_repeat
             self._on_piece(piece)
 
 
@@ -124,7 +126,7 @@ class StreamRun:
     def _send(self, pieces: list[tuple[StreamedItem, InferenceOutputModel]]) -> None:
         if not pieces:
             return
-        self._sent.update(payload for payload, _ in pieces)
+        self._sent.update(payload for payload, _ in pieces if not payload.may_repeat)
         if not self._in_thread:
             self._accept(pieces)
             return

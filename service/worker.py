@@ -1,8 +1,10 @@
 """The worker: one pipeline, its scheduler and its jobs. It knows neither HTTP nor Modal."""
 
 import math
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import aclosing, asynccontextmanager, nullcontext
+from functools import partial
 from typing import Any, Self
 
 import anyio
@@ -36,6 +38,8 @@ from modalkit.service.settings import AppSettings, BatchConfig, Settings
 from modalkit.service.streams import Payload, StreamedItem, item_of
 from modalkit.service.validation import validated
 
+MAX_UNREAD_PIECES = 64
+"""Pieces of one result that wait until their caller takes them."""
 MAX_STUCK_THREADS = 3
 """Threads stuck in batches that hang with which a worker is broken."""
 BATCHES_IN_THE_JOB_WINDOW = 16
@@ -114,7 +118,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._runner = JobRunner(
             self._jobs,
             self.model_name,
-            _Engine(self._scheduler, self.input_model),
+            _Engine(self._scheduler, self.input_model, self._jobs.tell_piece if self._streams else None),
             window=max(1, window),
             group_limit=batch_config.max_batch_size,
             timeout_s=app_settings.async_config.timeout,
@@ -155,6 +159,17 @@ class InferenceWorker(AsyncContextManagerMixin):
         """
         return await self._scheduler.submit(self._validated(item), priority=priority, timeout_s=timeout_s)
 
+    def predict_nowait(
+        self,
+        item: BaseModel | Mapping[str, Any],
+        on_outcome: Callable[[Outcome[InferenceOutputModel]], None],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> Callable[[], None]:
+        """Queue one item and return at once; see `BatchScheduler.submit_nowait`. Raises `InvalidItemError`."""
+        return self._scheduler.submit_nowait(self._validated(item), on_outcome, priority=priority, timeout_s=timeout_s)
+
     async def predict_many(
         self,
         items: Sequence[BaseModel | Mapping[str, Any]],
@@ -185,34 +200,54 @@ class InferenceWorker(AsyncContextManagerMixin):
         raises, also after some pieces; `timeout_s` is the time for all of them. To stop early, close it
         (``contextlib.aclosing``): others of the batch go on, and the batch ends when no caller waits any more.
         """
-        validated = self._validated(item)
-        send, receive = anyio.create_memory_object_stream[InferenceOutputModel | Outcome[InferenceOutputModel]](
-            math.inf
-        )
-        streamed = StreamedItem(validated, send.send_nowait)
-        with send, receive:
-            withdraw = self._scheduler.submit_nowait(
-                streamed if self._streams else streamed.item, send.send_nowait, priority=priority
-            )
-            try:
-                deadline_s = math.inf if timeout_s is None else anyio.current_time() + timeout_s
-                piece = None
-                while True:
-                    with anyio.CancelScope(deadline=deadline_s) as scope:
-                        received = await receive.receive()
-                    if scope.cancelled_caught:
-                        raise DeadlineExceededError(timeout_s or 0.0)
-                    if isinstance(received, Failure):
-                        raise received.error
-                    if isinstance(received, Success):
-                        if received.value is not piece:
-                            yield received.value
-                        return
-                    piece = received
+        last = None
+        async with aclosing(self.predict_pieces(item, priority=priority, timeout_s=timeout_s)) as pieces:
+            async for piece in pieces:
+                if not isinstance(piece, Success):
+                    last = piece
                     yield piece
-            finally:
-                streamed.is_wanted = False
-                withdraw()
+                elif piece.value is not last:
+                    yield piece.value
+
+    async def predict_pieces(
+        self,
+        item: BaseModel | Mapping[str, Any],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
+        """As `predict_stream`, but the result comes once more as a `Success`, at the end.
+
+        A caller that is slow misses the oldest of more than `MAX_UNREAD_PIECES` pieces.
+        """
+        validated = self._validated(item)
+        received: deque[InferenceOutputModel | Outcome[InferenceOutputModel]] = deque(maxlen=MAX_UNREAD_PIECES)
+        change = anyio.Event()
+
+        def receive(piece: InferenceOutputModel | Outcome[InferenceOutputModel]) -> None:
+            received.append(piece)
+            change.set()
+
+        streamed = StreamedItem(validated, receive)
+        withdraw = self._scheduler.submit_nowait(streamed if self._streams else validated, receive, priority=priority)
+        try:
+            deadline_s = math.inf if timeout_s is None else anyio.current_time() + timeout_s
+            while True:
+                while received:
+                    piece = received.popleft()
+                    if isinstance(piece, Failure):
+                        raise piece.error
+                    yield piece
+                    if isinstance(piece, Success):
+                        return
+                change = anyio.Event()
+                with anyio.CancelScope(deadline=deadline_s) as scope:
+                    await change.wait()
+                if scope.cancelled_caught:
+                    raise DeadlineExceededError(timeout_s or 0.0)
+        finally:
+            streamed.is_wanted = False
+            withdraw()
 
     async def submit(self, request: AsyncInputModel | Mapping[str, Any], *, priority: Priority = Priority.BULK) -> str:
         """Accept a job and return its id, once it is stored: its result is kept, and sent to the queue it names.
@@ -320,13 +355,21 @@ async def short_lived_worker(
 class _Engine:
     """Runs stored jobs in the worker's scheduler."""
 
-    def __init__(self, scheduler: BatchScheduler[Payload, InferenceOutputModel], input_model: type[BaseModel]) -> None:
+    def __init__(
+        self,
+        scheduler: BatchScheduler[Payload, InferenceOutputModel],
+        input_model: type[BaseModel],
+        on_piece: Callable[[str, InferenceOutputModel], None] | None,
+    ) -> None:
         self._scheduler = scheduler
         self.input_model = input_model
+        self._on_piece = on_piece
 
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
-        item = self.input_model.model_validate_json(job.message_json)
-        return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority)
+        payload: Payload = self.input_model.model_validate_json(job.message_json)
+        if self._on_piece is not None:
+            payload = StreamedItem(payload, partial(self._on_piece, job.job_id), may_repeat=True)
+        return self._scheduler.submit_nowait(payload, on_outcome, priority=job.priority)
 
     async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
         outcomes: dict[str, JobOutcome] = {}

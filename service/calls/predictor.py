@@ -1,6 +1,6 @@
 """The frontend's side of items that a caller waits for: gathers them into calls of a worker."""
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -9,7 +9,15 @@ import anyio
 from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
-from modalkit.batching import BatchPolicy, BatchScheduler, Outcome, PaddedCostModel, Priority, SchedulerStatistics
+from modalkit.batching import (
+    BatchPolicy,
+    BatchScheduler,
+    Outcome,
+    PaddedCostModel,
+    Priority,
+    SchedulerStatistics,
+    Success,
+)
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.calls.engine import CallClient, CallOptions
 from modalkit.service.calls.wire_format import json_form, read_outcome
@@ -95,6 +103,25 @@ class CallModel(AsyncContextManagerMixin):
         """Run one item. Raises what `BatchScheduler.submit` does, `RemoteItemError`, `RemoteCallError`."""
         self._check_readiness()
         return await self._scheduler.submit(_item(item, priority, timeout_s), priority=priority, timeout_s=timeout_s)
+
+    async def predict_pieces(
+        self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
+    ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
+        """Run one item; yields only its result, because calls return results as a whole."""
+        yield Success(await self.predict(item, priority=priority, timeout_s=timeout_s))
+
+    def predict_nowait(
+        self,
+        item: BaseModel,
+        on_outcome: Callable[[Outcome[InferenceOutputModel]], None],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+    ) -> Callable[[], None]:
+        """Queue one item; returns a function that withdraws it."""
+        self._check_readiness()
+        waiting = _item(item, priority, timeout_s)
+        return self._scheduler.submit_nowait(waiting, on_outcome, priority=priority, timeout_s=timeout_s)
 
     async def predict_many(
         self,

@@ -267,6 +267,7 @@ class JobRunner(AsyncContextManagerMixin):
         self._running[job.job_id] = _Running(job, lambda: None)
         self._bulk_running += job.priority is Priority.BULK
         heapq.heappush(self._deadlines, (self._deadline_of(job), job.job_id))
+        self._manager.tell_change((job.job_id,))
 
     def _leave(self, job_id: str) -> Job | None:
         """Remove a job from the window and from the scheduler, and return it; None if it is not there."""
@@ -357,7 +358,7 @@ class JobRunner(AsyncContextManagerMixin):
                     "%s: %d jobs failed together and run again later; the last one, job %s: %s",
                     *(self._model_name, len(retries), retries[-1].job_id, retries[-1].error),
                 )
-                await store_until_closing(what, partial(self._manager.store.requeue, retries), self._closing)
+                await store_until_closing(what, partial(self._manager.requeue, retries), self._closing)
                 self._next_retry_at = min(self._next_retry_at, *(retry.retry_at for retry in retries))
             self._unstored -= len(ended)
             self.wake()

@@ -10,6 +10,7 @@ from modalkit.service.jobs import DeliveryStatus, JobStatus
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
+EVENT_STREAM = "text/event-stream"
 PROBLEM_JSON = "application/problem+json"
 
 
@@ -75,6 +76,13 @@ class JobDetails(JobView):
     success_queue: str | None
     failure_queue: str | None
     idempotency_key: str | None
+
+
+class JobPieceView(BaseModel):
+    """A piece of a job's result, while the job runs."""
+
+    job_id: str
+    piece: dict[str, Any] = Field(description="What the pipeline's `predict_stream` yielded for the job.")
 
 
 class JobPageView(BaseModel):

@@ -62,12 +62,12 @@ class BodyParser:
         self._items: TypeAdapter[list[BaseModel]] = TypeAdapter(list[input_model])  # type: ignore[valid-type]  # as above
         self._jobs: TypeAdapter[list[AsyncInputModel]] = TypeAdapter(list[self._job])  # type: ignore[name-defined]  # as above
 
-    def item(self, body: bytes) -> BaseModel:
-        """The one item of a body."""
-        _check_keys(body)
+    def item(self, body: bytes, what: str = "body") -> BaseModel:
+        """The one item of a body, or of another part of the request."""
+        _check_keys(body, what)
         if self._takes_envelope and _ENVELOPE.match(body):
-            return _parse(self._envelope, body).message
-        return _parse(self._item, body)
+            return _parse(self._envelope, body, what).message
+        return _parse(self._item, body, what)
 
     def items(self, body: bytes) -> Sequence[BaseModel | Failure]:
         """The items of a list. Raises `ProblemError` if it is no list."""
@@ -87,9 +87,13 @@ class BodyParser:
             return jobs
         return [job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job), body) for job in jobs]
 
-    def line(self, line: bytes) -> AsyncInputModel | Failure:
-        """The job that one line of a stream asks for, or what is wrong with the line."""
-        return _or_failure(lambda body: self.job(body, "line"), line)
+    def item_lines(self, lines: Sequence[bytes]) -> Sequence[BaseModel | Failure]:
+        """The item of each line of a stream, or what is wrong with the line."""
+        return _parse_lines(self._item, partial(self.item, what="line"), lines)
+
+    def job_lines(self, lines: Sequence[bytes]) -> Sequence[AsyncInputModel | Failure]:
+        """The job that each line of a stream asks for, or what is wrong with the line."""
+        return _parse_lines(self._job, partial(self.job, what="line"), lines)
 
 
 async def run_valid(
@@ -110,6 +114,21 @@ def _parse_list(
             _or_failure(parse, to_json(value, inf_nan_mode="constants"))
             for value in _parse(RootModel[list[Any]], body).root
         ]
+
+
+def _parse_lines(
+    model: type[Model], parse: Callable[[bytes], Model], lines: Sequence[bytes]
+) -> Sequence[Model | Failure]:
+    validate = model.__pydantic_validator__.validate_json
+    together = b"[" + b",".join(lines) + b"]"
+    try:
+        if not _has_constants(together):
+            found = [validate(line) for line in lines]
+            _check_keys(together)  # in one step, which takes a third of the time
+            return found
+    except Exception:  # noqa: BLE001, S110  # one by one, each gets its own error
+        pass
+    return [_or_failure(parse, line) for line in lines]
 
 
 def _or_failure(parse: Callable[[bytes], Model], body: bytes) -> Model | Failure:

@@ -100,17 +100,37 @@ def status_of(error: Exception) -> HTTPStatus:
 
 def error_response(error: Exception) -> Response:
     """The answer to a request that failed, of the media type ``application/problem+json``."""
-    if not isinstance(error, ProblemError):
-        status = status_of(error)
-        retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if retry else None
-        errors = error.errors if isinstance(error, InvalidItemError) else ()
-        error = ProblemError(status, describe_error(error), errors, headers)
-    status = error.status
-    content = {"type": "about:blank", "title": status.phrase, "status": status, "detail": error.detail}
-    if error.errors:
-        content["errors"] = error.errors
-    return Response(to_json(content, inf_nan_mode="null"), status, error.headers, PROBLEM_JSON)
+    problem = as_problem(error)
+    return Response(problem_json(problem), problem.status, problem.headers, PROBLEM_JSON)
+
+
+def problem_json(error: Exception) -> bytes:
+    """The problem details of an error, in JSON."""
+    return to_json(_content(as_problem(error)), inf_nan_mode="null")
+
+
+def slot_json(error: Exception) -> bytes:
+    """The answer to one of several items, in JSON, with the problem details that it would have as a request."""
+    problem = as_problem(error)
+    slot = {"status": "error", "error": problem.detail, "problem": _content(problem)}
+    return to_json(slot, inf_nan_mode="null")
+
+
+def as_problem(error: Exception) -> ProblemError:
+    """What a request is answered with that failed by this error."""
+    if isinstance(error, ProblemError):
+        return error
+    status = status_of(error)
+    retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if retry else None
+    errors = error.errors if isinstance(error, InvalidItemError) else ()
+    return ProblemError(status, describe_error(error), errors, headers)
+
+
+def _content(problem: ProblemError) -> dict[str, Any]:
+    status = problem.status
+    content = {"type": "about:blank", "title": status.phrase, "status": status, "detail": problem.detail}
+    return {**content, "errors": problem.errors} if problem.errors else content
 
 
 def error_json(error: Exception) -> bytes:

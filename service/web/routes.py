@@ -19,7 +19,10 @@ from modalkit.service.outputs import output_json
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, Submitted
 from modalkit.service.web.auth import ApiKey
 from modalkit.service.web.bodies import BodyParser, read_body, run_valid
-from modalkit.service.web.options import PredictionOptions, SubmissionOptions
+from modalkit.service.web.events import EventStream, prediction_events
+from modalkit.service.web.lines import LineStream
+from modalkit.service.web.options import PredictionOptions, StreamOptions, SubmissionOptions, takes_events, takes_lines
+from modalkit.service.web.prediction_stream import PredictionStream
 from modalkit.service.web.problems import KNOWN_ERRORS, ProblemError, error_json, error_response
 from modalkit.service.web.submissions import Submitter
 
@@ -67,11 +70,22 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
 
         return add
 
-    @route("/sync/predict", item, PredictionOptions, output, summary="Run one item and wait for its result")
+    @route(
+        "/sync/predict",
+        item,
+        PredictionOptions,
+        output,
+        summary="Run one item and wait for its result",
+        description="With `Accept: text/event-stream`, the pieces of a pipeline with `predict_stream` are events "
+        "`piece`, and the result is the last event, `result`. An error after the first event is an event `error` with "
+        "problem details.",
+    )
     async def sync_predict(request: Request) -> Response:
         options = PredictionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
         item = parser(model.input_model).item(await read_body(request))
+        if takes_events(request):
+            return EventStream(prediction_events(model, item, options))
         call = model.predict(item, priority=options.priority, timeout_s=options.timeout_s)
         try:
             return Response(output_json(await while_connected(request, call)), media_type=JSON)
@@ -81,13 +95,19 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     @route(
         "/batch/predict",
         list[item],
-        PredictionOptions,
+        StreamOptions,
         list[output],
-        summary="Run a list of items; each slot has a result or an error",
+        summary="Run a list of items, or a stream of them; each has a result or an error",
+        description="A stream (NDJSON) is answered with a line for each of its lines as soon as it is done, with its "
+        "`index` from 0; `ordered=true` keeps the order. Its items are `bulk` unless `X-Priority` says otherwise. An "
+        "error's line has the `problem` that a single request would be answered with.",
     )
     async def batch_predict(request: Request) -> Response:
-        options = PredictionOptions.of(request)
+        options = StreamOptions.of(request)
         model = find_model(gateway.models, options.model_name)
+        if takes_lines(request):
+            await model.predict_many([])  # a model that takes nothing now fails the request, not each line
+            return LineStream(PredictionStream(model, parser(model.input_model), options).answer)
         items = parser(model.input_model).items(await read_body(request))
         outcomes = await run_valid(
             items,

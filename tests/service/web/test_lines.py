@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modalkit.service.web.submissions import Line, lines_of
+from modalkit.service.web.lines import Line, lines_of
 
 
 async def lines_in(chunks: list[bytes], largest_bytes: int = 8) -> list[Line]:

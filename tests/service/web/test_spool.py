@@ -3,7 +3,7 @@
 import anyio
 import pytest
 
-from modalkit.service.web.submissions import SPOOL_CHUNK_BYTES, SPOOL_MEMORY_BYTES, Spool
+from modalkit.service.web.lines import SPOOL_CHUNK_BYTES, SPOOL_MEMORY_BYTES, Spool
 
 pytestmark = pytest.mark.anyio
 
