@@ -39,12 +39,10 @@ class Listener(Generic[R]):
 
     __slots__ = ("_on_outcome", "arrival_s", "deadline_s", "request")
 
-    def __init__(
-        self, on_outcome: Callable[[Outcome[R]], None], arrival_s: float, timeout_s: float | None = None
-    ) -> None:
+    def __init__(self, on_outcome: Callable[[Outcome[R]], None], arrival_s: float) -> None:
         self._on_outcome: Callable[[Outcome[R]], None] | None = on_outcome
         self.arrival_s = arrival_s
-        self.deadline_s = math.inf if timeout_s is None else arrival_s + timeout_s
+        self.deadline_s = math.inf
         self.request: Pending[Any, R] | None = None
 
     def stop(self) -> None:

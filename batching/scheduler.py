@@ -3,6 +3,7 @@
 import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Generic, Self, TypeVar, cast
 
 import anyio
@@ -197,25 +198,44 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         *,
         size: int | None = None,
         priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
     ) -> Callable[[], None]:
         """Queue one payload and return at once; `on_outcome` is called in the event loop with its outcome.
 
         It serves callers that have many requests at a time and no task for each. It returns a function that withdraws
-        the request; after that, `on_outcome` is not called. A request that still waits after `timeout_s` seconds gets a
-        `DeadlineExceededError`, once a batch is formed; one that runs is finished. Raises what `submit` raises before
-        anything is queued.
+        the request; after that, `on_outcome` is not called. Raises what `submit` raises before anything is queued.
         """
         self._ensure_open()
-        listener = Listener(on_outcome, self._now(), timeout_s)
-        request = listener.request = self._make_request(payload, size, priority, listener)
+        listener = Listener(on_outcome, self._now())
+        listener.request = request = self._make_request(payload, size, priority, listener)
         self._enqueue((request,))
+        return partial(self._withdraw_from, listener, request)
 
-        def withdraw() -> None:
-            listener.stop()
-            self._withdraw((request,), CANCELLED)
+    def submit_many_nowait(
+        self,
+        payloads: Iterable[T],
+        on_outcome: Callable[[int, Outcome[R]], None],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+    ) -> list[Callable[[], None] | Failure]:
+        """Queue payloads, all or none, as `submit_nowait` does with one; `on_outcome` gets the place of each, from 0.
 
-        return withdraw
+        Returns, in their order, what withdraws each, or the `Failure` of one that is too large for any batch.
+        """
+        self._ensure_open()
+        now = self._now()
+        requests = list[Pending[T, R]]()
+        handles = list[Callable[[], None] | Failure]()
+        for place, payload in enumerate(payloads):
+            listener = Listener(partial(on_outcome, place), now)
+            try:
+                listener.request = request = self._make_request(payload, None, priority, listener)
+            except RequestTooLargeError as error:
+                handles.append(Failure(error))
+            else:
+                requests.append(request)
+                handles.append(partial(self._withdraw_from, listener, request))
+        self._enqueue(requests)
+        return handles
 
     async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None = None) -> S:
         """Run a function, such as a warm-up, in a thread that runs batches, while no batch is in any stage.
@@ -314,6 +334,10 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         except BaseException:
             self._withdraw(requests, CANCELLED)
             raise
+
+    def _withdraw_from(self, listener: Listener[R], request: Pending[T, R]) -> None:
+        listener.stop()
+        self._withdraw((request,), CANCELLED)
 
     def _withdraw(self, requests: Sequence[Pending[T, R]], outcome: Failure) -> None:
         for request in requests:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from pydantic import BaseModel
 
-from modalkit.batching import Outcome, Priority, SchedulerStatistics, Success
+from modalkit.batching import Failure, Outcome, Priority, SchedulerStatistics, Success
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel
 from modalkit.service.errors import NotReadyError, Readiness, UnknownModelError
 from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage, JobPiece
@@ -47,18 +47,19 @@ class Model(Protocol):
         """
         ...
 
-    def predict_nowait(
+    def predict_many_nowait(
         self,
-        item: BaseModel,
-        on_outcome: Callable[[Outcome[InferenceOutputModel]], None],
+        items: Sequence[BaseModel],
+        on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
         *,
         priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-    ) -> Callable[[], None]:
-        """Queue one item and return at once; `on_outcome` is called in the event loop with its outcome.
+    ) -> list[Callable[[], None] | Failure]:
+        """Queue items, all or none, and return at once; `on_outcome` gets the place of each, from 0, and its outcome.
 
-        Returns a function that withdraws it. Raises `NotReadyError`, and what `InferenceWorker.predict_nowait` raises.
+        Returns, in their order, what withdraws each, or the `Failure` of one that cannot be queued. Raises
+        `NotReadyError`, `QueueFullError` and `SchedulerClosedError`.
         """
+        ...
 
     async def predict_many(
         self,

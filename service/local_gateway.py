@@ -9,7 +9,7 @@ import anyio
 from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
-from modalkit.batching import Outcome, Priority, SchedulerStatistics, Success
+from modalkit.batching import Failure, Outcome, Priority, SchedulerStatistics, Success
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.threads import DedicatedThread
 from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline
@@ -72,16 +72,15 @@ class LocalModel:
         """Run one item, as `InferenceWorker.predict_pieces` does. Raises `NotReadyError`."""
         return self.ready_worker().predict_pieces(item, priority=priority, timeout_s=timeout_s)
 
-    def predict_nowait(
+    def predict_many_nowait(
         self,
-        item: BaseModel,
-        on_outcome: Callable[[Outcome[InferenceOutputModel]], None],
+        items: Sequence[BaseModel],
+        on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
         *,
         priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-    ) -> Callable[[], None]:
-        """Queue one item. Raises `NotReadyError`, and what `InferenceWorker.predict_nowait` raises."""
-        return self.ready_worker().predict_nowait(item, on_outcome, priority=priority, timeout_s=timeout_s)
+    ) -> list[Callable[[], None] | Failure]:
+        """Queue items, as `InferenceWorker.predict_many_nowait` does. Raises `NotReadyError`."""
+        return self.ready_worker().predict_many_nowait(items, on_outcome, priority=priority)
 
     async def predict_many(
         self,

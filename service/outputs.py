@@ -48,6 +48,8 @@ def _plain(value: object) -> object:
 
 def may_be_refused(content: bytes) -> bool:
     """Whether a text may be nested too deep, or hold too long an integer; cheaper than reading it."""
+    if len(content) <= MAX_DEPTH - MAX_WRAPPERS:
+        return False
     if content.count(b"{") + content.count(b"[") > MAX_DEPTH - MAX_WRAPPERS:
         return True
     return len(content) > MAX_DIGITS and _LONG_DIGITS.search(content[::_SAMPLE_STEP]) is not None

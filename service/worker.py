@@ -159,16 +159,15 @@ class InferenceWorker(AsyncContextManagerMixin):
         """
         return await self._scheduler.submit(self._validated(item), priority=priority, timeout_s=timeout_s)
 
-    def predict_nowait(
+    def predict_many_nowait(
         self,
-        item: BaseModel | Mapping[str, Any],
-        on_outcome: Callable[[Outcome[InferenceOutputModel]], None],
+        items: Sequence[BaseModel],
+        on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
         *,
         priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-    ) -> Callable[[], None]:
-        """Queue one item and return at once; see `BatchScheduler.submit_nowait`. Raises `InvalidItemError`."""
-        return self._scheduler.submit_nowait(self._validated(item), on_outcome, priority=priority, timeout_s=timeout_s)
+    ) -> list[Callable[[], None] | Failure]:
+        """Queue items and return at once; see `BatchScheduler.submit_many_nowait`."""
+        return self._scheduler.submit_many_nowait(items, on_outcome, priority=priority)
 
     async def predict_many(
         self,
@@ -366,10 +365,10 @@ class _Engine:
         self._on_piece = on_piece
 
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
-        payload: Payload = self.input_model.model_validate_json(job.message_json)
+        item: Payload = self.input_model.model_validate_json(job.message_json)
         if self._on_piece is not None:
-            payload = StreamedItem(payload, partial(self._on_piece, job.job_id), may_repeat=True)
-        return self._scheduler.submit_nowait(payload, on_outcome, priority=job.priority)
+            item = StreamedItem(item_of(item), partial(self._on_piece, job.job_id), may_repeat=True)
+        return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority)
 
     async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
         outcomes: dict[str, JobOutcome] = {}

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from modalkit.batching import (
     BatchPolicy,
     BatchScheduler,
+    Failure,
     Outcome,
     PaddedCostModel,
     Priority,
@@ -110,18 +111,17 @@ class CallModel(AsyncContextManagerMixin):
         """Run one item; yields only its result, because calls return results as a whole."""
         yield Success(await self.predict(item, priority=priority, timeout_s=timeout_s))
 
-    def predict_nowait(
+    def predict_many_nowait(
         self,
-        item: BaseModel,
-        on_outcome: Callable[[Outcome[InferenceOutputModel]], None],
+        items: Sequence[BaseModel],
+        on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
         *,
         priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-    ) -> Callable[[], None]:
-        """Queue one item; returns a function that withdraws it."""
+    ) -> list[Callable[[], None] | Failure]:
+        """Queue items and return at once; see `BatchScheduler.submit_many_nowait`."""
         self._check_readiness()
-        waiting = _item(item, priority, timeout_s)
-        return self._scheduler.submit_nowait(waiting, on_outcome, priority=priority, timeout_s=timeout_s)
+        waiting = [_item(item, priority, None) for item in items]
+        return self._scheduler.submit_many_nowait(waiting, on_outcome, priority=priority)
 
     async def predict_many(
         self,

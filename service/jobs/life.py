@@ -101,6 +101,9 @@ def new_job(
         expires_at=None if request.expires_in is None else now + request.expires_in,
         idempotency_key=request.idempotency_key,
     )
+    names = (job.job_id, model_name, job.success_queue, job.failure_queue, job.idempotency_key)
+    if "".join(filter(None, names)).isprintable():
+        return job
     for field in _NAME_FIELDS:
         name = getattr(job, field) or ""
         if not name.isprintable():

@@ -215,7 +215,7 @@ class JobManager(AsyncContextManagerMixin):
         follow each other fast, and of pieces, only the last may be seen.
         """
         left = set(job_ids)
-        with self._watching(left) as watch:
+        with self._watching(job_ids) as watch:
             for job_id in job_ids:
                 watch.add(job_id)
             while left:

@@ -1,7 +1,7 @@
 """The answers of routes, except the outputs of models."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -78,13 +78,6 @@ class JobDetails(JobView):
     idempotency_key: str | None
 
 
-class JobPieceView(BaseModel):
-    """A piece of a job's result, while the job runs."""
-
-    job_id: str
-    piece: dict[str, Any] = Field(description="What the pipeline's `predict_stream` yielded for the job.")
-
-
 class JobPageView(BaseModel):
     """One page of jobs."""
 
@@ -98,6 +91,20 @@ class Submitted(BaseModel):
     job_id: str | None = None
     status: str | None = Field(default=None, description="`error` where the job was refused.")
     error: str | None = None
+
+
+class SubmittedLine(Submitted):
+    """The answer for one line of a stream of jobs."""
+
+    line: int = Field(description="The number of the line, from 1.")
+
+
+class FailedSlot(BaseModel):
+    """The answer for one item of a stream that failed."""
+
+    status: Literal["error"]
+    error: str
+    problem: Problem = Field(description="What a request with this item alone is answered with.")
 
 
 class Replayed(BaseModel):

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from modalkit.service.gateway import Gateway, Readiness
 from modalkit.service.settings import AuthConfig
 from modalkit.service.version import VERSION
-from modalkit.service.web.answers import JSON, NDJSON, Problem
+from modalkit.service.web.answers import EVENT_STREAM, JSON, NDJSON, FailedSlot, Problem, SubmittedLine
 from modalkit.service.web.auth import require_api_key
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.metrics import CONTENT_TYPE, exposition
@@ -136,15 +136,27 @@ class _Entrance:
 
 
 def _complete_schema(app: FastAPI) -> None:
-    """Add to the OpenAPI schema what FastAPI cannot declare: problem details, and jobs as a stream."""
-    _, problem = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
+    """Add to the OpenAPI schema what FastAPI cannot declare: problem details, streams of lines and of events."""
+    models = (Problem, FailedSlot, SubmittedLine)
+    refs, added = models_json_schema(
+        [(model, "serialization") for model in models], ref_template="#/components/schemas/{model}"
+    )
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         schema = generate()
-        schema["components"]["schemas"] |= problem["$defs"]
-        content = schema["paths"]["/async/predict"]["post"]["requestBody"]["content"]
-        content[NDJSON] = {"schema": content[JSON]["schema"]["anyOf"][-1]["items"]}
+        schema["components"]["schemas"] |= added["$defs"]
+        sync, batch, submit = (schema["paths"][f"/{path}/predict"]["post"] for path in ("sync", "batch", "async"))
+        sync["responses"]["200"]["content"][EVENT_STREAM] = {"schema": {"type": "string"}}
+        for operation in (batch, submit):
+            content = operation["requestBody"]["content"]
+            content[NDJSON] = {"schema": content[JSON]["schema"].get("anyOf", [content[JSON]["schema"]])[-1]["items"]}
+        answers = batch["responses"]["200"]["content"]
+        index = {"type": "object", "properties": {"index": {"type": "integer"}}, "required": ["index"]}
+        outcome = {"anyOf": [answers[JSON]["schema"]["items"], refs[FailedSlot, "serialization"]]}
+        answers[NDJSON] = {"schema": {"allOf": [index, outcome]}}
+        line = refs[SubmittedLine, "serialization"]
+        submit["responses"]["200"] = {"description": "To a stream", "content": {NDJSON: {"schema": line}}}
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema

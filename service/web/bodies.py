@@ -143,7 +143,7 @@ class _RefusedJSONError(Exception):
 
 
 def _check_object(pairs: list[tuple[str, Any]]) -> None:
-    if len({key for key, _ in pairs}) < len(pairs):
+    if len(dict(pairs)) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise _RefusedJSONError(f"has the key {twice[:100]!r} twice in one object; remove one of the two")
 

@@ -115,6 +115,7 @@ class JobEvents:
 
     async def make(self) -> AsyncGenerator[bytes]:
         """For each job ``status`` when it changes, ``piece`` and, at its end, ``result``. Raises `JobStoreError`."""
+        yield KEEPALIVE_COMMENT  # starts the answer
         left = [job_id for job_id, place in self._places.items() if self._seen[place] not in _ENDED]
         async with aclosing(self._jobs.watch(left)) as changes:
             async for change in changes:

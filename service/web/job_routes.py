@@ -28,6 +28,7 @@ CANNOT_REPLAY = (
 
 EVENTS: dict[str, Any] = {
     "response_class": EventStream,
+    "status_code": 200,
     "responses": {204: {"description": "All was seen already: do not connect again"}},
     "description": "`status` when a job changes, `piece` for each part of its result where the pipeline has "
     "`predict_stream`, and `result` when it has ended: then nothing more follows for it. The stream ends when all have "

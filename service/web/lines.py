@@ -4,7 +4,8 @@ import tempfile
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from http import HTTPStatus
-from typing import ClassVar, NamedTuple, TypeVar
+from io import SEEK_END
+from typing import IO, ClassVar, NamedTuple, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -17,7 +18,7 @@ from modalkit.service.web.answers import NDJSON
 from modalkit.service.web.problems import ProblemError
 
 MAX_LINE_BYTES = 2**20
-LINES_AT_ONCE = 256
+LINES_AT_ONCE = 512
 """Lines that are parsed in one go; between two of them, other requests have their turn."""
 READ_AHEAD_BYTES = 2**18
 """Bytes of a body that are received before they can be used, so that a disconnection behind them is noticed."""
@@ -95,22 +96,34 @@ class Spool(AbstractContextManager["Spool"]):
 
     def __init__(self, max_bytes: int = MAX_UNREAD_BYTES, memory_bytes: int = SPOOL_MEMORY_BYTES) -> None:
         self._max_bytes = max_bytes
-        self._file = tempfile.SpooledTemporaryFile(max_size=memory_bytes)  # noqa: SIM115  # closed by __exit__
+        self._memory_bytes = memory_bytes
         self._size = 0
-        self._read_bytes = 0
+        self._file: IO[bytes] | None = None
+        self._read_bytes = 0  # of the file
+        self._parts: list[bytes] = []  # what comes after the file
+        self._parts_bytes = 0
         self._closed = False
         self._change = anyio.Event()
 
     def __exit__(self, *_: object) -> None:
-        Spool.size_of_all -= self._size
-        self._file.close()
+        self._resize(0)
+        if self._file is not None:
+            self._file.close()
+
+    def _resize(self, size: int) -> None:
+        Spool.size_of_all += size - self._size
+        self._size = size
 
     def write(self, data: bytes) -> None:
         """Add bytes at the end."""
-        self._file.seek(self._size)
-        self._file.write(data)
-        self._size += len(data)
-        Spool.size_of_all += len(data)
+        self._parts.append(data)
+        self._parts_bytes += len(data)
+        self._resize(self._size + len(data))
+        if self._parts_bytes > self._memory_bytes:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # closed by __exit__
+            self._file.seek(0, SEEK_END)
+            self._file.write(self._take_parts())
         self._change.set()
 
     async def wait_for_room(self) -> None:
@@ -127,19 +140,31 @@ class Spool(AbstractContextManager["Spool"]):
         self._change.set()
 
     async def read(self) -> bytes:
-        """Wait for bytes and return up to `SPOOL_CHUNK_BYTES` of them; empty at the end."""
+        """Wait for bytes and return some of them; empty at the end."""
         while not self._size and not self._closed:
             self._change = anyio.Event()
             await self._change.wait()
+        data = self._read_file() or self._take_parts()
+        if not self._parts and not self._read_bytes:
+            self._resize(0)
+            self._change.set()
+        return data
+
+    def _read_file(self) -> bytes:
+        if self._file is None:
+            return b""
         self._file.seek(self._read_bytes)
         data = self._file.read(SPOOL_CHUNK_BYTES)
         self._read_bytes += len(data)
-        if self._read_bytes == self._size:
-            Spool.size_of_all -= self._size
-            self._read_bytes = self._size = 0
-            self._file.seek(0)
-            self._file.truncate()
-            self._change.set()
+        if self._read_bytes == self._file.seek(0, SEEK_END):
+            self._file.truncate(0)
+            self._read_bytes = 0
+        return data
+
+    def _take_parts(self) -> bytes:
+        data = b"".join(self._parts)
+        self._parts.clear()
+        self._parts_bytes = 0
         return data
 
     async def chunks(self) -> AsyncIterator[bytes]:
