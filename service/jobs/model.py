@@ -21,8 +21,6 @@ from modalkit.service.outputs import may_be_refused
 JsonObject = dict[str, Any]
 
 IDS_PER_READ = 256
-_VERSION_AND_VARIANT = 7 << 76 | 2 << 62
-_RANDOM_BITS = ~(0xF << 76 | 0x3 << 62)
 
 
 class JobStatus(StrEnum):
@@ -52,8 +50,8 @@ class DeliveryStatus(StrEnum):
     """Given up after too many attempts; kept until it is replayed or purged."""
 
 
-_random_parts = list[bytes]()
-os.register_at_fork(after_in_child=_random_parts.clear)
+_random_ends = list[str]()
+os.register_at_fork(after_in_child=_random_ends.clear)
 
 
 def new_job_id() -> str:
@@ -62,15 +60,19 @@ def new_job_id() -> str:
     Its text sorts by the time it was made, so that a store writes jobs of the same time next to each other.
     """
     try:
-        random_part = _random_parts.pop()
+        end = _random_ends.pop()
     except IndexError:
         # Many at a time, because each call of the system releases the interpreter's lock, which takes long to get back.
-        more = os.urandom(10 * IDS_PER_READ)
-        random_part, *others = (more[start : start + 10] for start in range(0, len(more), 10))
-        _random_parts.extend(others)
-    number = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(random_part, "big")
-    digits = f"{number & _RANDOM_BITS | _VERSION_AND_VARIANT:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+        digits = os.urandom(10 * IDS_PER_READ).hex()
+        end, *others = (_end_of_id(digits[start : start + 20]) for start in range(0, len(digits), 20))
+        _random_ends.extend(others)
+    milliseconds = f"{time.time_ns() // 1_000_000:012x}"
+    return f"{milliseconds[:8]}-{milliseconds[8:]}-{end}"
+
+
+def _end_of_id(digits: str) -> str:
+    """The random part of an id, with its version (7) and its variant, from hexadecimal digits."""
+    return f"7{digits[:3]}-{'89ab'[int(digits[3], 16) % 4]}{digits[4:7]}-{digits[7:19]}"
 
 
 def json_text(value: JsonObject) -> str:

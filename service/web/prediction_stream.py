@@ -21,7 +21,7 @@ MAX_ITEMS_IN_FLIGHT = 1024
 MAX_BYTES_IN_FLIGHT = 2**23
 """The bytes of their lines, beyond which no more are taken."""
 FULL_QUEUE_RETRY_S = 0.05
-"""Seconds until an item is tried again for which the model's queue had no room."""
+"""Seconds until an item is tried again for which the model's queue had no room, unless one of its stream has ended."""
 
 
 class PredictionStream:
@@ -69,13 +69,15 @@ class PredictionStream:
         asked = list(zip(parsed(lines, self._parser.item_lines), sizes, strict=True))
         together = len(asked)
         while asked:
-            await self._until(lambda: self._in_flight < MAX_ITEMS_IN_FLIGHT and self._bytes < MAX_BYTES_IN_FLIGHT)
+            # Many at a time, because waking up for each batch costs more than the items.
+            await self._until(lambda: self._in_flight <= MAX_ITEMS_IN_FLIGHT // 2 and self._bytes < MAX_BYTES_IN_FLIGHT)
             together = min(together, MAX_ITEMS_IN_FLIGHT - self._in_flight)
             try:
                 self._start(asked[:together])
             except QueueFullError:
                 if together == 1:
-                    await anyio.sleep(FULL_QUEUE_RETRY_S)
+                    with anyio.move_on_after(FULL_QUEUE_RETRY_S):
+                        await self._next_change()
                 together = max(1, together // 2)
             else:
                 asked = asked[together:]
@@ -110,8 +112,11 @@ class PredictionStream:
 
     async def _until(self, reached: Callable[[], bool]) -> None:
         while not reached():
-            self._change = anyio.Event()
-            await self._change.wait()
+            await self._next_change()
+
+    async def _next_change(self) -> None:
+        self._change = anyio.Event()
+        await self._change.wait()
 
     async def _expire(self, timeout_s: float) -> None:
         """End items whose time is over; they started in the order of their indices."""

@@ -39,7 +39,7 @@ class Submitter:
         body = await read_body(request)
         if body.lstrip()[:1] == b"[":
             self._refuse_key()
-            answers = [_json(outcome) for outcome in await self._submit(self._parser.jobs(body))]
+            answers = map(_json, await self._submit(self._parser.jobs(body)))
             return Response(b"[" + b",".join(answers) + b"]", HTTPStatus.ACCEPTED, media_type=JSON)
         (outcome,) = await self._submit([self._with_key(self._parser.job(body))])
         if isinstance(outcome, Failure):
