@@ -1,11 +1,15 @@
 """Partial results: the pieces of the items of one batch, and how they reach their callers."""
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+import math
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 
+import anyio
 from anyio.lowlevel import current_token
 from pydantic import BaseModel
 
+from modalkit.batching import DeadlineExceededError, Failure, Outcome, Success
 from modalkit.batching.execution import checked_outputs
 from modalkit.batching.wakeup import asyncio_loop
 from modalkit.pipelines import InferenceOutputModel, RejectItem
@@ -13,6 +17,10 @@ from modalkit.service.errors import ServiceError
 
 Output = InferenceOutputModel | Exception
 OnPiece = Callable[[InferenceOutputModel], None]
+
+
+MAX_UNREAD_PIECES = 64
+"""Pieces of one result that wait until their caller takes them."""
 
 
 class StreamCutError(ServiceError):
@@ -140,3 +148,39 @@ class StreamRun:
     def _accept(self, pieces: Iterable[tuple[StreamedItem, InferenceOutputModel]]) -> None:
         for payload, piece in pieces:
             payload.accept(self, piece)
+
+
+async def pieces_of(
+    start: Callable[[Callable[[InferenceOutputModel | Outcome[InferenceOutputModel]], None]], Callable[[], None]],
+    timeout_s: float | None,
+) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
+    """What a request receives: its pieces, of which a slow caller misses the oldest, and then its `Success`.
+
+    `start` queues the request, with a function for each piece and for the outcome, and returns what withdraws it.
+    Raises the request's error, and `DeadlineExceededError` after `timeout_s` seconds for all pieces.
+    """
+    received: deque[InferenceOutputModel | Outcome[InferenceOutputModel]] = deque(maxlen=MAX_UNREAD_PIECES)
+    change = anyio.Event()
+
+    def receive(piece: InferenceOutputModel | Outcome[InferenceOutputModel]) -> None:
+        received.append(piece)
+        change.set()
+
+    withdraw = start(receive)
+    try:
+        deadline_s = math.inf if timeout_s is None else anyio.current_time() + timeout_s
+        while True:
+            while received:
+                piece = received.popleft()
+                if isinstance(piece, Failure):
+                    raise piece.error
+                yield piece
+                if isinstance(piece, Success):
+                    return
+            change = anyio.Event()
+            with anyio.CancelScope(deadline=deadline_s) as scope:
+                await change.wait()
+            if scope.cancelled_caught:
+                raise DeadlineExceededError(timeout_s or 0.0)
+    finally:
+        withdraw()

@@ -1,13 +1,10 @@
 """The worker: one pipeline, its scheduler and its jobs. It knows neither HTTP nor Modal."""
 
-import math
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any, Self
 
-import anyio
 from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
@@ -15,7 +12,6 @@ from modalkit.batching import (
     BatchPolicy,
     BatchRecord,
     BatchScheduler,
-    DeadlineExceededError,
     Failure,
     MeasuredCostModel,
     Outcome,
@@ -35,11 +31,9 @@ from modalkit.service.loading import LoadError, make_job_manager
 from modalkit.service.pipeline_batches import is_too_large, max_in_flight_of, run_batch_of
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
-from modalkit.service.streams import Payload, StreamedItem, item_of
+from modalkit.service.streams import Payload, StreamedItem, item_of, pieces_of
 from modalkit.service.validation import validated
 
-MAX_UNREAD_PIECES = 64
-"""Pieces of one result that wait until their caller takes them."""
 MAX_STUCK_THREADS = 3
 """Threads stuck in batches that hang with which a worker is broken."""
 BATCHES_IN_THE_JOB_WINDOW = 16
@@ -208,7 +202,7 @@ class InferenceWorker(AsyncContextManagerMixin):
                 elif piece.value is not last:
                     yield piece.value
 
-    async def predict_pieces(
+    def predict_pieces(
         self,
         item: BaseModel | Mapping[str, Any],
         *,
@@ -220,33 +214,21 @@ class InferenceWorker(AsyncContextManagerMixin):
         A caller that is slow misses the oldest of more than `MAX_UNREAD_PIECES` pieces.
         """
         validated = self._validated(item)
-        received: deque[InferenceOutputModel | Outcome[InferenceOutputModel]] = deque(maxlen=MAX_UNREAD_PIECES)
-        change = anyio.Event()
 
-        def receive(piece: InferenceOutputModel | Outcome[InferenceOutputModel]) -> None:
-            received.append(piece)
-            change.set()
+        def start(
+            receive: Callable[[InferenceOutputModel | Outcome[InferenceOutputModel]], None],
+        ) -> Callable[[], None]:
+            streamed = StreamedItem(validated, receive)
+            payload = streamed if self._streams else validated
+            withdraw = self._scheduler.submit_nowait(payload, receive, priority=priority)
 
-        streamed = StreamedItem(validated, receive)
-        withdraw = self._scheduler.submit_nowait(streamed if self._streams else validated, receive, priority=priority)
-        try:
-            deadline_s = math.inf if timeout_s is None else anyio.current_time() + timeout_s
-            while True:
-                while received:
-                    piece = received.popleft()
-                    if isinstance(piece, Failure):
-                        raise piece.error
-                    yield piece
-                    if isinstance(piece, Success):
-                        return
-                change = anyio.Event()
-                with anyio.CancelScope(deadline=deadline_s) as scope:
-                    await change.wait()
-                if scope.cancelled_caught:
-                    raise DeadlineExceededError(timeout_s or 0.0)
-        finally:
-            streamed.is_wanted = False
-            withdraw()
+            def leave() -> None:
+                streamed.is_wanted = False
+                withdraw()
+
+            return leave
+
+        return pieces_of(start, timeout_s)
 
     async def submit(self, request: AsyncInputModel | Mapping[str, Any], *, priority: Priority = Priority.BULK) -> str:
         """Accept a job and return its id, once it is stored: its result is kept, and sent to the queue it names.

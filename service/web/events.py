@@ -84,8 +84,8 @@ class EventStream(Response):
 
 async def prediction_events(model: Model, item: BaseModel, options: PredictionOptions) -> AsyncGenerator[bytes]:
     """An event ``piece`` for each piece of the result of one item, and then one ``result``. Raises `ProblemError`."""
-    outputs = model.predict_pieces(item, priority=options.priority, timeout_s=options.timeout_s)
     try:
+        outputs = model.predict_pieces(item, priority=options.priority, timeout_s=options.timeout_s)
         async with aclosing(outputs):
             async for output in outputs:
                 if isinstance(output, Success):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from modalkit.service.streams import MAX_UNREAD_PIECES
 from modalkit.service.web import lines, prediction_stream
 from modalkit.service.web.events import HEARTBEAT_S
 from modalkit.service.web.job_routes import MAX_WATCHED_JOBS
-from modalkit.service.worker import MAX_UNREAD_PIECES
 from tests.support import processes
 from tests.support.command_line import serving
 from tests.support.guides import ROOT, blocks, guide, section

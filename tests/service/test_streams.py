@@ -16,8 +16,8 @@ from modalkit.service.errors import InvalidItemError
 from modalkit.service.jobs import Job, JobStatus, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.settings import Settings
-from modalkit.service.streams import NoPieceError
-from modalkit.service.worker import MAX_UNREAD_PIECES, InferenceWorker
+from modalkit.service.streams import MAX_UNREAD_PIECES, NoPieceError
+from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import Length, LengthPipeline, Text
 
 pytestmark = pytest.mark.anyio
