@@ -44,9 +44,10 @@ model_settings:
 """
 SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port", "0"]
 BARE = [sys.executable, "-m", "uvicorn", "modalkit.benchmarks.bare_servers:app", "--no-access-log", "--port", "0"]
-LIST_LENGTHS = (100, 1000)
 CLIENTS = 64
 LIST_CLIENTS = 4
+LISTS = {100: CLIENTS, 1000: LIST_CLIENTS}
+"""The connections for lists of each length."""
 STREAMS = 4
 
 
@@ -117,7 +118,7 @@ def rate(url: str, bodies: list[bytes], clients: int, jobs: int, status: int = 2
     return jobs / (time.perf_counter() - started_s)
 
 
-def lists(jobs: int, length: int = LIST_LENGTHS[-1]) -> list[bytes]:
+def lists(jobs: int, length: int = 1000) -> list[bytes]:
     """The bodies of requests that submit so many jobs as lists."""
     return [b"[" + b",".join([JOB] * length) + b"]"] * (jobs // length)
 
@@ -165,10 +166,11 @@ def singles(rounds: int, jobs: int) -> None:
 
 def many(rounds: int, jobs: int) -> None:
     """Durable submissions as lists."""
-    for length in LIST_LENGTHS:
+    for length, clients in LISTS.items():
         with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url:
-            rates = [rate(f"{url}/async/predict", lists(jobs, length), LIST_CLIENTS, jobs) for _ in range(rounds)]
-        print(f"lists of {length}: {statistics.median(rates):.0f} jobs/s ({min(rates):.0f} .. {max(rates):.0f})")
+            rates = [rate(f"{url}/async/predict", lists(jobs, length), clients, jobs) for _ in range(rounds)]
+        median, spread = statistics.median(rates), f"{min(rates):.0f} .. {max(rates):.0f}"
+        print(f"lists of {length}, {clients} clients: {median:.0f} jobs/s ({spread})")
 
 
 def streams(rounds: int, items: int) -> None:

@@ -133,9 +133,14 @@ def _content(problem: ProblemError) -> dict[str, Any]:
     return {**content, "errors": problem.errors} if problem.errors else content
 
 
+def error_slot(error: Exception) -> dict[str, str]:
+    """The answer to one of several items."""
+    return {"status": "error", "error": describe_error(error)}
+
+
 def error_json(error: Exception) -> bytes:
     """The answer to one of several items, in JSON."""
-    return to_json({"status": "error", "error": describe_error(error)})
+    return to_json(error_slot(error))
 
 
 def install_problem_handlers(app: FastAPI) -> None:

@@ -16,7 +16,7 @@ from modalkit.service.web.answers import JSON
 from modalkit.service.web.bodies import BodyParser, read_body, run_valid
 from modalkit.service.web.lines import Line, Lines, LineStream, parsed
 from modalkit.service.web.options import SubmissionOptions, takes_lines
-from modalkit.service.web.problems import ProblemError, error_json
+from modalkit.service.web.problems import ProblemError, error_slot
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,13 @@ class Submitter:
         body = await read_body(request)
         if body.lstrip()[:1] == b"[":
             self._refuse_key()
-            answers = map(_json, await self._submit(self._parser.jobs(body)))
-            return Response(b"[" + b",".join(answers) + b"]", HTTPStatus.ACCEPTED, media_type=JSON)
+            answers = [_answer(outcome) for outcome in await self._submit(self._parser.jobs(body))]
+            return Response(to_json(answers), HTTPStatus.ACCEPTED, media_type=JSON)
         (outcome,) = await self._submit([self._with_key(self._parser.job(body))])
         if isinstance(outcome, Failure):
             raise outcome.error
         location = f"{request.scope.get('root_path', '')}/jobs/{outcome.value}"
-        return Response(_json(outcome), HTTPStatus.ACCEPTED, {"Location": location}, JSON)
+        return Response(to_json(_answer(outcome)), HTTPStatus.ACCEPTED, {"Location": location}, JSON)
 
     async def _answer_lines(self, lines: Lines, write: Callable[[bytes], None]) -> None:
         """Submit the jobs of all lines, and answer each with its `job_id` or its error once the job is stored.
@@ -64,7 +64,7 @@ class Submitter:
                 logger.exception("Jobs of a stream could not be submitted")
             outcomes = [Failure(error)] * len(lines)
         return b"".join(
-            b'{"line":%d,%s\n' % (line.number, _json(outcome)[1:])
+            to_json({"line": line.number, **_answer(outcome)}) + b"\n"
             for line, outcome in zip(lines, outcomes, strict=True)
         )
 
@@ -92,5 +92,5 @@ class Submitter:
             )
 
 
-def _json(outcome: Outcome[str]) -> bytes:
-    return error_json(outcome.error) if isinstance(outcome, Failure) else to_json({"job_id": outcome.value})
+def _answer(outcome: Outcome[str]) -> dict[str, str]:
+    return error_slot(outcome.error) if isinstance(outcome, Failure) else {"job_id": outcome.value}
