@@ -1,7 +1,7 @@
 """Server-sent events of predictions and of jobs, over real sockets."""
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,17 +56,19 @@ async def client(gateway: LocalGateway) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-def lengths(gateway: LocalGateway) -> LengthPipeline:
+def lengths(gateway: LocalGateway) -> Iterator[LengthPipeline]:
     pipeline = gateway.models["lengths"].ready_worker().pipeline
     assert isinstance(pipeline, LengthPipeline)
-    return pipeline
+    yield pipeline
+    pipeline.gate.set()
 
 
 @pytest.fixture
-def spelling(gateway: LocalGateway) -> Spelling:
+def spelling(gateway: LocalGateway) -> Iterator[Spelling]:
     pipeline = gateway.models["spelling"].ready_worker().pipeline
     assert isinstance(pipeline, Spelling)
-    return pipeline
+    yield pipeline
+    pipeline.gate.set()
 
 
 @asynccontextmanager
@@ -259,7 +261,6 @@ async def test_a_cancelled_job_ends_its_stream(client: httpx.AsyncClient, length
         await anext(received)
         await client.delete(f"/jobs/{job_id}")
         assert [event.data["status"] async for event in received][-1] == "cancelled"
-    lengths.gate.set()
 
 
 async def test_the_store_is_read_only_after_changes(
@@ -276,7 +277,9 @@ async def test_the_store_is_read_only_after_changes(
 
     lengths.gate.clear()
     job_id = await submit(client, "lengths", "four")
-    await until(lambda: lengths.entered.acquire(blocking=False))
+    with anyio.fail_after(60):
+        while (await client.get(f"/jobs/{job_id}")).json()["status"] != "running":
+            await anyio.sleep(0.01)
     monkeypatch.setattr(JobStore, "get", counted)
     async with listening(client, "GET", f"/jobs/{job_id}/events", with_comments=True) as received:
         assert (await anext(received)).name == "comment"
@@ -298,7 +301,6 @@ async def test_a_closing_service_ends_its_streams(
         await anext(received)
         gateway.jobs.stop_waiting()
         assert "result" not in [event.name async for event in received]
-    lengths.gate.set()
 
 
 async def test_unknown_jobs_and_too_many_are_refused(client: httpx.AsyncClient) -> None:

@@ -1,7 +1,7 @@
 """Streams of items to /batch/predict, over real sockets: answers while the stream goes on, and flow control."""
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -42,10 +42,11 @@ async def client(gateway: LocalGateway) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-def pipeline(gateway: LocalGateway) -> LengthPipeline:
+def pipeline(gateway: LocalGateway) -> Iterator[LengthPipeline]:
     pipeline = gateway.models["lengths"].ready_worker().pipeline
     assert isinstance(pipeline, LengthPipeline)
-    return pipeline
+    yield pipeline
+    pipeline.gate.set()
 
 
 def body_of(*texts: str) -> bytes:
@@ -228,7 +229,6 @@ async def test_an_item_that_takes_too_long_is_told_so_at_once(
         (504, "no result within 0.05 s; allow more time, or send less at once")
     }
     assert len(found) == 200
-    pipeline.gate.set()
 
 
 async def test_a_model_that_takes_nothing_refuses_the_stream_as_a_whole(settings: Settings) -> None:
