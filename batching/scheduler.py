@@ -219,7 +219,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     ) -> list[Callable[[], None] | Failure]:
         """Queue payloads, all or none, as `submit_nowait` does with one; `on_outcome` gets the place of each, from 0.
 
-        Returns, in their order, what withdraws each, or the `Failure` of one that is too large for any batch.
+        Returns, in their order, what withdraws each, or the `Failure` of one that is too large for any batch. They may
+        fill three quarters of the queue, because their caller can wait for room and others cannot; beyond that,
+        `QueueFullError` is raised.
         """
         self._ensure_open()
         now = self._now()
@@ -234,6 +236,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
             else:
                 requests.append(request)
                 handles.append(partial(self._withdraw_from, listener, request))
+        depth, limit = len(self._planner.queue), max(1, self.policy.max_queue_items * 3 // 4)
+        if depth + len(requests) > limit:
+            raise QueueFullError(depth, limit, len(requests))
         self._enqueue(requests)
         return handles
 
