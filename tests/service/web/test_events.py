@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import anyio
 import httpx
 import pytest
+from anyio.abc import SocketAttribute
 
 from modalkit.service.jobs import JobStore
 from modalkit.service.local_gateway import LocalGateway
@@ -16,7 +17,7 @@ from modalkit.service.settings import Settings
 from modalkit.service.web import create_app, events
 from tests.service.test_streams import Spelling
 from tests.support.http_client import assert_problem, job
-from tests.support.http_server import serving
+from tests.support.http_server import limit_buffers, serving
 from tests.support.length_model import POISON, LengthPipeline
 
 pytestmark = pytest.mark.anyio
@@ -186,6 +187,27 @@ async def test_when_the_client_leaves_nothing_more_is_made(client: httpx.AsyncCl
     spelling.gate.set()
     await until(lambda: spelling.closed == 1)
     assert spelling.steps < 1000
+
+
+async def test_a_client_that_does_not_read_holds_up_nothing_and_misses_pieces_but_not_the_result(
+    gateway: LocalGateway, spelling: Spelling
+) -> None:
+    async with (
+        serving(create_app(gateway, owns_gateway=False), socket_buffer_bytes=2**14) as client,
+        await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0) as stream,
+    ):
+        limit_buffers(stream.extra(SocketAttribute.raw_socket), 2**14)  # noqa: S610  # of anyio, not of Django
+        body = json.dumps({"text": "x" * 1000}).encode()
+        head = "POST /sync/predict?model_name=spelling HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n"
+        await stream.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await until(lambda: spelling.closed == 1)
+        received = b""
+        with anyio.fail_after(60):
+            while not received.endswith(b"\r\n0\r\n\r\n"):
+                received += await stream.receive()
+    assert received.count(b"event: piece") < 1000
+    assert received.rindex(b"event: result") > received.rindex(b"event: piece")
+    assert b"x" * 1000 in received[received.rindex(b"event: result") :]
 
 
 # Jobs.
