@@ -56,21 +56,17 @@ async def lines_of(chunks: AsyncIterable[bytes], max_bytes: int = MAX_LINE_BYTES
 
     The content of a line that is too large is dropped, so that memory is bounded.
     """
-
-    def join(line: bytes | None, part: bytes) -> bytes | None:
-        return None if line is None or len(line) + len(part) > max_bytes else line + part
-
     number = 0
     rest: bytes | None = b""
     async for chunk in chunks:
         first, *others = chunk.split(b"\n")
         lines = []
-        rest = join(rest, first)
+        rest = None if rest is None or len(rest) + len(first) > max_bytes else rest + first
         for part in others:
             number += 1
             if rest is None or rest.strip():
                 lines.append(Line(number, rest))
-            rest = join(b"", part)
+            rest = part if len(part) <= max_bytes else None
         for start in range(0, len(lines), LINES_AT_ONCE):
             yield lines[start : start + LINES_AT_ONCE]
             await checkpoint()

@@ -100,8 +100,10 @@ class PredictionStream:
     def _queue(
         self, items: Sequence[BaseModel], first: int, places: Sequence[int]
     ) -> Sequence[Callable[[], None] | Failure]:
+        end = self._end
+
         def on_outcome(number: int, outcome: Outcome[InferenceOutputModel]) -> None:
-            self._end(first + places[number], outcome)
+            end(first + places[number], outcome)
 
         try:
             return self._model.predict_many_nowait(items, on_outcome, priority=self._options.priority)
