@@ -20,6 +20,8 @@ MAX_ITEMS_IN_FLIGHT = 1024
 """Items of one stream that wait, run, or wait to be answered in order."""
 MAX_BYTES_IN_FLIGHT = 2**23
 """The bytes of their lines, beyond which no more are taken."""
+WRITE_INTERVAL_S = 0.002
+"""Seconds that answers wait for others while more items of their stream run."""
 FULL_QUEUE_RETRY_S = 0.05
 """Seconds until an item is tried again for which the model's queue had no room, unless one of its stream has ended."""
 
@@ -141,10 +143,12 @@ class PredictionStream:
         self._answer(index, outcome)
 
     def _answer(self, index: int, outcome: Outcome[InferenceOutputModel]) -> None:
-        """Write the answer for an item, at once or in its turn, together with those of the same batch."""
+        """Write the answer for an item, at once or in its turn."""
         if not self._will_flush:
             self._will_flush = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            # Those of several batches together, because each writing takes as long as several items.
+            delay_s = WRITE_INTERVAL_S if self._running else 0.0
+            asyncio.get_running_loop().call_later(delay_s, self._flush)
         self._done[index] = b'{"index":%d,%s\n' % (index, _content(outcome)[1:])
 
     def _flush(self) -> None:
