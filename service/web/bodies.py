@@ -22,6 +22,7 @@ MAX_BODY_BYTES = 32 * 2**20
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
+Content = TypeVar("Content")
 
 _ENVELOPE = re.compile(rb'\s*\{\s*"message"\s*:')
 
@@ -77,15 +78,13 @@ class BodyParser:
     def job(self, body: bytes, what: str = "body") -> AsyncInputModel:
         """The job that a body, or another part of the request, asks for."""
         _check_keys(body, what)
-        return _checked_meta(_parse(self._job, body, what), body)
+        return _checked_meta(_parse(self._job, body, what))
 
     def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
         """The jobs of a list. Raises `ProblemError` if it is no list."""
         _check_keys(body)
         jobs = _parse_list(self._jobs, self.job, body)
-        if not _has_constants(body):
-            return jobs
-        return [job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job), body) for job in jobs]
+        return [job if isinstance(job, Failure) else _or_failure(_checked_meta, job) for job in jobs]
 
     def item_lines(self, lines: Sequence[bytes]) -> Sequence[BaseModel | Failure]:
         """The item of each line of a stream, or what is wrong with the line."""
@@ -94,12 +93,7 @@ class BodyParser:
     def job_lines(self, lines: Sequence[bytes]) -> Sequence[AsyncInputModel | Failure]:
         """The job that each line of a stream asks for, or what is wrong with the line."""
         jobs = _parse_lines(self._job, partial(self.job, what="line"), lines)
-        return [
-            _or_failure(partial(_checked_meta, job), line)
-            if _has_constants(line) and not isinstance(job, Failure)
-            else job
-            for job, line in zip(jobs, lines, strict=True)
-        ]
+        return [job if isinstance(job, Failure) else _or_failure(_checked_meta, job) for job in jobs]
 
 
 async def run_valid(
@@ -135,10 +129,10 @@ def _parse_lines(
 
 
 def _or_failure(
-    parse: Callable[[bytes], Model], body: bytes, errors: type[Exception] = ProblemError
+    check: Callable[[Content], Model], content: Content, errors: type[Exception] = ProblemError
 ) -> Model | Failure:
     try:
-        return parse(body)
+        return check(content)
     except errors as error:
         return Failure(error)
 
@@ -154,6 +148,7 @@ def _check_object(pairs: list[tuple[str, Any]]) -> None:
 
 
 # Numbers are left as they are written, because Python refuses the longest ones.
+_STRICT_JSON = json.JSONEncoder(allow_nan=False)
 _JSON = json.JSONDecoder(object_pairs_hook=_check_object, parse_int=str, parse_float=str)
 
 
@@ -167,18 +162,15 @@ def _check_keys(body: bytes, what: str = "body") -> None:
         return  # pydantic says what is wrong
 
 
-def _has_constants(body: bytes) -> bool:
-    return b"NaN" in body or b"Infinity" in body
-
-
-def _checked_meta(job: AsyncInputModel, body: bytes) -> AsyncInputModel:
-    """The job of a body. Raises `ProblemError` for NaN in `meta`, which could not be returned unchanged."""
-    if _has_constants(body):
+def _checked_meta(job: AsyncInputModel) -> AsyncInputModel:
+    """The job. Raises `ProblemError` for NaN or 1e999 in its `meta`, which could not be returned unchanged."""
+    if job.meta:
         try:
-            json.dumps(job.meta, allow_nan=False)
+            _STRICT_JSON.encode(job.meta)
         except ValueError:
             raise ProblemError(
-                HTTPStatus.UNPROCESSABLE_ENTITY, "meta: must not hold NaN or Infinity, which are not JSON; send null"
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+                "meta: must not hold NaN, Infinity or a number above 1.8e308; send null",
             ) from None
     return job
 

@@ -166,7 +166,7 @@ async def test_a_client_that_reads_no_answers_is_not_read_any_more(
 
     monkeypatch.setattr(lines.Spool, "wait_for_room", noticed)
     item = b'{"text": "four"}' if path.startswith(b"/batch") else b'{"message": {"text": "four"}}'
-    sent, chunk, count = 0, (item.ljust(100) + b"\n") * 1000, 40
+    sent, chunk, count = 0, (item.ljust(100) + b"\n") * 1000, 25
     async with connected(client, path) as stream, anyio.create_task_group() as task_group:
 
         async def send_all() -> None:
