@@ -151,7 +151,7 @@ class StreamRun:
 
 
 async def pieces_of(
-    start: Callable[[Callable[[InferenceOutputModel | Outcome[InferenceOutputModel]], None]], Callable[[], None]],
+    start: Callable[[Callable[[InferenceOutputModel | Outcome[InferenceOutputModel]], None]], Callable[[], object]],
     timeout_s: float | None,
 ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
     """What a request receives: its pieces, of which a slow caller misses the oldest, and then its `Success`.

@@ -82,6 +82,7 @@ class CallModel(AsyncContextManagerMixin):
         self._client = client
         self.readiness = Readiness.LOADING
         """Whether it takes items."""
+        self.problem: str | None = None
         self._scheduler: BatchScheduler[_Item, InferenceOutputModel] = BatchScheduler(
             self._call,
             policy=call_policy(config),
@@ -117,7 +118,7 @@ class CallModel(AsyncContextManagerMixin):
         on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
         *,
         priority: Priority = Priority.INTERACTIVE,
-    ) -> list[Callable[[], None] | Failure]:
+    ) -> list[Callable[[], object] | Failure]:
         """Queue items and return at once; see `BatchScheduler.submit_many_nowait`."""
         self._check_readiness()
         waiting = [_item(item, priority, None) for item in items]

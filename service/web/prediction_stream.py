@@ -37,7 +37,7 @@ class PredictionStream:
         # line, its start and how to withdraw it, and their bytes in all; answers that are not written yet, by
         # index, whether they will be, and the index of the next one; and what wakes the task that takes lines.
         self._index = 0
-        self._running: dict[int, tuple[int, float, Callable[[], None]]] = {}
+        self._running: dict[int, tuple[int, float, Callable[[], object]]] = {}
         self._bytes = 0
         self._done: dict[int, bytes] = {}
         self._next = 0
@@ -101,7 +101,7 @@ class PredictionStream:
 
     def _queue(
         self, items: Sequence[BaseModel], first: int, places: Sequence[int]
-    ) -> Sequence[Callable[[], None] | Failure]:
+    ) -> Sequence[Callable[[], object] | Failure]:
         end = self._end
 
         def on_outcome(number: int, outcome: Outcome[InferenceOutputModel]) -> None:
