@@ -252,17 +252,42 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         """
         self._ensure_open()
         listener = Listener(on_outcome, self._now(), owner)
-        request = listener.request = self._make_request(payload, size, priority, listener)
+        listener.request = request = self._make_request(payload, size, priority, listener)
         self._enqueue((request,))
+        return partial(self._withdraw_from, listener, request)
 
-        def withdraw(*, only_waiting: bool = False) -> bool:
-            if only_waiting and request not in self._planner.queue:
-                return False
-            listener.stop()
-            self._withdraw((request,), CANCELLED)
-            return True
+    def submit_many_nowait(
+        self,
+        payloads: Iterable[T],
+        on_outcome: Callable[[int, Outcome[R]], None],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        owner: str = "",
+    ) -> list[Callable[[], object] | Failure]:
+        """Queue payloads, all or none, as `submit_nowait` does with one; `on_outcome` gets the place of each, from 0.
 
-        return withdraw
+        Returns, in their order, what withdraws each, or the `Failure` of one that is too large for any batch. They may
+        fill three quarters of the queue, because their caller can wait for room and others cannot; beyond that,
+        `QueueFullError` is raised.
+        """
+        self._ensure_open()
+        now = self._now()
+        requests = list[Pending[T, R]]()
+        handles = list[Callable[[], object] | Failure]()
+        for place, payload in enumerate(payloads):
+            listener = Listener(partial(on_outcome, place), now, owner)
+            try:
+                listener.request = request = self._make_request(payload, None, priority, listener)
+            except RequestTooLargeError as error:
+                handles.append(Failure(error))
+            else:
+                requests.append(request)
+                handles.append(partial(self._withdraw_from, listener, request))
+        depth, limit = len(self._planner.queue), max(1, self.policy.max_queue_items * 3 // 4)
+        if depth + len(requests) > limit:
+            raise QueueFullError(depth, limit, len(requests))
+        self._enqueue(requests)
+        return handles
 
     def _executors(
         self,
@@ -422,6 +447,13 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         except BaseException:
             self._withdraw(requests, CANCELLED)
             raise
+
+    def _withdraw_from(self, listener: Listener[R], request: Pending[T, R], *, only_waiting: bool = False) -> bool:
+        if only_waiting and request not in self._planner.queue:
+            return False
+        listener.stop()
+        self._withdraw((request,), CANCELLED)
+        return True
 
     def _withdraw(self, requests: Sequence[Pending[T, R]], outcome: Failure) -> None:
         for request in requests:

@@ -22,7 +22,7 @@ import redis
 import typer
 import uvloop
 
-from modalkit.benchmarks.raw_http import post_all
+from modalkit.benchmarks.raw_http import post_all, stream_all
 from modalkit.benchmarks.redis_server import RedisServer
 
 TEXT = "The room was clean and the staff could not have been kinder to us."
@@ -44,9 +44,11 @@ model_settings:
 """
 SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port", "0"]
 BARE = [sys.executable, "-m", "uvicorn", "modalkit.benchmarks.bare_servers:app", "--no-access-log", "--port", "0"]
-LIST_LENGTH = 1000
 CLIENTS = 64
 LIST_CLIENTS = 4
+LISTS = {100: CLIENTS, 1000: LIST_CLIENTS}
+"""The connections for lists of each length."""
+STREAMS = 4
 
 
 @contextmanager
@@ -116,9 +118,9 @@ def rate(url: str, bodies: list[bytes], clients: int, jobs: int, status: int = 2
     return jobs / (time.perf_counter() - started_s)
 
 
-def lists(jobs: int) -> list[bytes]:
+def lists(jobs: int, length: int = 1000) -> list[bytes]:
     """The bodies of requests that submit so many jobs as lists."""
-    return [b"[" + b",".join([JOB] * LIST_LENGTH) + b"]"] * (jobs // LIST_LENGTH)
+    return [b"[" + b",".join([JOB] * length) + b"]"] * (jobs // length)
 
 
 def wait_until(reached: Callable[[], bool], timeout_s: float = 300.0) -> None:
@@ -163,10 +165,25 @@ def singles(rounds: int, jobs: int) -> None:
 
 
 def many(rounds: int, jobs: int) -> None:
-    """Durable submissions as lists of 1,000."""
+    """Durable submissions as lists."""
+    for length, clients in LISTS.items():
+        with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url:
+            rates = [rate(f"{url}/async/predict", lists(jobs, length), clients, jobs) for _ in range(rounds)]
+        median, spread = statistics.median(rates), f"{min(rates):.0f} .. {max(rates):.0f}"
+        print(f"lists of {length}, {clients} clients: {median:.0f} jobs/s ({spread})")
+
+
+def streams(rounds: int, items: int) -> None:
+    """Items in a stream (NDJSON) to a pipeline that does nothing, alone and beside others."""
+    line = json.dumps({"text": TEXT}).encode() + b"\n"
     with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url:
-        rates = [rate(f"{url}/async/predict", lists(jobs), LIST_CLIENTS, jobs) for _ in range(rounds)]
-    print(f"lists of {LIST_LENGTH}: {statistics.median(rates):.0f} jobs/s ({min(rates):.0f} .. {max(rates):.0f})")
+        for count in (1, STREAMS):
+            rates = []
+            for _ in range(rounds):
+                started_s = time.perf_counter()
+                answered = uvloop.run(stream_all(f"{url}/batch/predict", line * (items // count), count))
+                rates.append(answered / (time.perf_counter() - started_s))
+            print(f"{count} streams: {statistics.median(rates):.0f} items/s ({min(rates):.0f} .. {max(rates):.0f})")
 
 
 def through_redis(rounds: int, jobs: int) -> None:
@@ -212,7 +229,7 @@ def backlog(jobs: int) -> None:
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help="sync, single, lists, redis or backlog.")] = None,
+    only: Annotated[str | None, typer.Option(help="sync, single, lists, streams, redis or backlog.")] = None,
     rounds: Annotated[int, typer.Option(help="How often each pair is measured, in turns.")] = 5,
 ) -> None:
     """Print what requests and durable jobs cost."""
@@ -220,6 +237,7 @@ def main(
         "sync": lambda: predictions(rounds, 12_000),
         "single": lambda: singles(rounds, 6000),
         "lists": lambda: many(rounds, 40_000),
+        "streams": lambda: streams(rounds, 100_000),
         "redis": lambda: through_redis(rounds, 40_000),
         "backlog": lambda: backlog(1_000_000),
     }

@@ -48,6 +48,24 @@ class _Connection(asyncio.Protocol):
             self._transport.write(request)
 
 
+async def stream_all(url: str, body: bytes, streams: int) -> int:
+    """POST this body of lines in each of so many streams at once; returns how many items were answered with success."""
+    parts = urlsplit(url)
+    head = (
+        f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/x-ndjson\r\n"
+        f"Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+
+    async def stream() -> int:
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=2**22)
+        writer.write(head.encode() + body)
+        answer = await reader.read(-1)
+        writer.close()
+        return answer.count(b'"status":"success"')
+
+    return sum(await asyncio.gather(*(stream() for _ in range(streams))))
+
+
 async def post_all(url: str, bodies: Sequence[bytes], clients: int) -> dict[int, int]:
     """POST each body to `url` over `clients` connections; returns the number of answers by status."""
     parts = urlsplit(url)

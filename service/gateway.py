@@ -1,15 +1,15 @@
 """What a frontend (HTTP, the command line) needs of an engine that runs models and jobs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from modalkit.batching import Outcome, Priority, SchedulerStatistics
+from modalkit.batching import Failure, Outcome, Priority, SchedulerStatistics, Success
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel
 from modalkit.service.errors import NotReadyError, Readiness, UnknownModelError
-from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage
+from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage, JobPiece
 from modalkit.service.settings import BatchConfig
 
 __all__ = [
@@ -56,6 +56,35 @@ class Model(Protocol):
         owner: str = "",
     ) -> InferenceOutputModel:
         """Run one item; owners get equal shares. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""
+
+    def predict_pieces(
+        self,
+        item: BaseModel,
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+        owner: str = "",
+    ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
+        """Run one item; yields pieces of its result, where the engine passes them on, and then its `Success`.
+
+        Raises, at the first step or later, what `predict` raises.
+        """
+        ...
+
+    def predict_many_nowait(
+        self,
+        items: Sequence[BaseModel],
+        on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        owner: str = "",
+    ) -> list[Callable[[], object] | Failure]:
+        """Queue items, all or none, and return at once; `on_outcome` gets the place of each, from 0, and its outcome.
+
+        Returns, in their order, what withdraws each, or the `Failure` of one that cannot be queued. Raises
+        `NotReadyError`, `QueueFullError` and `SchedulerClosedError`.
+        """
+        ...
 
     async def predict_many(
         self,
@@ -119,6 +148,14 @@ class Jobs(Protocol):
 
     async def get(self, job_id: str, wait_s: float = 0.0) -> Job | None:
         """The job as it is now, or once it ends within `wait_s` seconds; None if there is none."""
+
+    def watch(self, job_ids: Sequence[str]) -> AsyncGenerator[Job | JobPiece]:
+        """Jobs as they are now, and again after changes, and pieces of their results; unknown ones are left out.
+
+        It ends once all have ended, or the gateway closes. Of changes that follow each other fast, only the last may be
+        seen.
+        """
+        ...
 
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended; returns the job as it then is, or None if there is none."""

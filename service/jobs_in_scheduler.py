@@ -1,6 +1,7 @@
 """Runs stored jobs in the scheduler of a worker."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from pydantic import BaseModel
 
@@ -9,19 +10,27 @@ from modalkit.batching.pending import Withdraw
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.jobs import Job
 from modalkit.service.jobs.runner import JobOutcome
-from modalkit.service.streams import Payload
+from modalkit.service.streams import Payload, StreamedItem, item_of
 
 
 class JobsInScheduler:
     """The `JobEngine` of a worker."""
 
-    def __init__(self, scheduler: BatchScheduler[Payload, InferenceOutputModel], input_model: type[BaseModel]) -> None:
+    def __init__(
+        self,
+        scheduler: BatchScheduler[Payload, InferenceOutputModel],
+        input_model: type[BaseModel],
+        on_piece: Callable[[str, InferenceOutputModel], None] | None,
+    ) -> None:
         self._scheduler = scheduler
         self.input_model = input_model
+        self._on_piece = on_piece
 
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Withdraw:
         """Run a job in some batch."""
-        item = self.input_model.model_validate_json(job.message_json)
+        item: Payload = self.input_model.model_validate_json(job.message_json)
+        if self._on_piece is not None:
+            item = StreamedItem(item_of(item), partial(self._on_piece, job.job_id), may_repeat=True)
         return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority, owner=job.owner)
 
     async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:

@@ -1,7 +1,7 @@
 """The gateway to models that run in this process."""
 
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ from anyio import AsyncContextManagerMixin, to_thread
 from anyio.abc import TaskGroup
 from pydantic import BaseModel
 
-from modalkit.batching import Outcome, Priority, SchedulerStatistics
+from modalkit.batching import Failure, Outcome, Priority, SchedulerStatistics, Success
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import EngineChoice, InferenceOutputModel
 from modalkit.service.errors import (
@@ -77,6 +77,28 @@ class LocalModel:
     ) -> InferenceOutputModel:
         """Run one item. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""
         return await self.ready_worker().predict(item, priority=priority, timeout_s=timeout_s, owner=owner)
+
+    def predict_pieces(
+        self,
+        item: BaseModel,
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+        owner: str = "",
+    ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
+        """Run one item, as `InferenceWorker.predict_pieces` does. Raises `NotReadyError`."""
+        return self.ready_worker().predict_pieces(item, priority=priority, timeout_s=timeout_s, owner=owner)
+
+    def predict_many_nowait(
+        self,
+        items: Sequence[BaseModel],
+        on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        owner: str = "",
+    ) -> list[Callable[[], object] | Failure]:
+        """Queue items, as `InferenceWorker.predict_many_nowait` does. Raises `NotReadyError`."""
+        return self.ready_worker().predict_many_nowait(items, on_outcome, priority=priority, owner=owner)
 
     async def predict_many(
         self,

@@ -1,17 +1,26 @@
 """Partial results: the pieces of the items of one batch, and how they reach their callers."""
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+import math
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 
+import anyio
 from anyio.lowlevel import current_token
 from pydantic import BaseModel
 
+from modalkit.batching import DeadlineExceededError, Failure, Outcome, Success
 from modalkit.batching.execution import checked_outputs
 from modalkit.batching.wakeup import asyncio_loop
 from modalkit.pipelines import InferenceOutputModel, RejectItem
 from modalkit.service.errors import ServiceError
 
 Output = InferenceOutputModel | Exception
+OnPiece = Callable[[InferenceOutputModel], None]
+
+
+MAX_UNREAD_PIECES = 64
+"""Pieces of one result that wait until their caller takes them."""
 
 
 class StreamCutError(ServiceError):
@@ -34,12 +43,13 @@ class NoPieceError(ServiceError):
 class StreamedItem:
     """An item whose caller gets each piece at once, by a call of `on_piece` in the event loop.
 
-    Its caller sets `is_wanted` to False when it waits no longer. An item of which a piece was sent does not run again.
-    Made in the event loop.
+    Its caller sets `is_wanted` to False when it waits no longer. An item of which a piece was sent does not run again,
+    unless it `may_repeat`: then pieces of the next run follow. Made in the event loop.
     """
 
-    def __init__(self, item: BaseModel, on_piece: Callable[[InferenceOutputModel], None]) -> None:
+    def __init__(self, item: BaseModel, on_piece: OnPiece, *, may_repeat: bool = False) -> None:
         self.item = item
+        self.may_repeat = may_repeat
         self.is_wanted = True
         self.error: Exception | None = None
         """The error of the batch, after a piece was sent."""
@@ -52,7 +62,7 @@ class StreamedItem:
     def accept(self, run: "StreamRun", piece: InferenceOutputModel) -> None:
         """Pass a piece on, in the event loop, if it is still wanted."""
         if self.is_wanted and self.run is run:
-            self.has_pieces = True
+            self.has_pieces = not self.may_repeat
             self._on_piece(piece)
 
 
@@ -124,7 +134,7 @@ class StreamRun:
     def _send(self, pieces: list[tuple[StreamedItem, InferenceOutputModel]]) -> None:
         if not pieces:
             return
-        self._sent.update(payload for payload, _ in pieces)
+        self._sent.update(payload for payload, _ in pieces if not payload.may_repeat)
         if not self._in_thread:
             self._accept(pieces)
             return
@@ -138,3 +148,39 @@ class StreamRun:
     def _accept(self, pieces: Iterable[tuple[StreamedItem, InferenceOutputModel]]) -> None:
         for payload, piece in pieces:
             payload.accept(self, piece)
+
+
+async def pieces_of(
+    start: Callable[[Callable[[InferenceOutputModel | Outcome[InferenceOutputModel]], None]], Callable[[], object]],
+    timeout_s: float | None,
+) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
+    """What a request receives: its pieces, of which a slow caller misses the oldest, and then its `Success`.
+
+    `start` queues the request, with a function for each piece and for the outcome, and returns what withdraws it.
+    Raises the request's error, and `DeadlineExceededError` after `timeout_s` seconds for all pieces.
+    """
+    received: deque[InferenceOutputModel | Outcome[InferenceOutputModel]] = deque(maxlen=MAX_UNREAD_PIECES)
+    change = anyio.Event()
+
+    def receive(piece: InferenceOutputModel | Outcome[InferenceOutputModel]) -> None:
+        received.append(piece)
+        change.set()
+
+    withdraw = start(receive)
+    try:
+        deadline_s = math.inf if timeout_s is None else anyio.current_time() + timeout_s
+        while True:
+            while received:
+                piece = received.popleft()
+                if isinstance(piece, Failure):
+                    raise piece.error
+                yield piece
+                if isinstance(piece, Success):
+                    return
+            change = anyio.Event()
+            with anyio.CancelScope(deadline=deadline_s) as scope:
+                await change.wait()
+            if scope.cancelled_caught:
+                raise DeadlineExceededError(timeout_s or 0.0)
+    finally:
+        withdraw()

@@ -1,8 +1,7 @@
 """The worker: one pipeline, its scheduler and its jobs. It knows neither HTTP nor Modal."""
 
-import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from typing import Any, Self
 
 import anyio
@@ -15,7 +14,6 @@ from modalkit.batching import (
     BatchPolicy,
     BatchRecord,
     BatchScheduler,
-    DeadlineExceededError,
     Failure,
     MeasuredCostModel,
     Outcome,
@@ -43,7 +41,7 @@ from modalkit.service.loading import LoadError, make_job_manager
 from modalkit.service.pipeline_batches import is_device_fault, is_too_large, max_in_flight_of, run_batch_of
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
-from modalkit.service.streams import Payload, StreamedItem, item_of
+from modalkit.service.streams import Payload, StreamedItem, item_of, pieces_of
 from modalkit.service.validation import validated
 
 MAX_DEVICE_FAULTS = 2
@@ -131,7 +129,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._runner = JobRunner(
             self._jobs,
             self.model_name,
-            JobsInScheduler(self._scheduler, self.input_model),
+            JobsInScheduler(self._scheduler, self.input_model, self._jobs.tell_piece if self._streams else None),
             window=_job_window(batch_config),
             group_limit=batch_config.max_batch_size,
             timeout_s=app_settings.async_config.timeout,
@@ -241,6 +239,17 @@ class InferenceWorker(AsyncContextManagerMixin):
         """
         return await self._scheduler.submit(self._validated(item), priority=priority, timeout_s=timeout_s, owner=owner)
 
+    def predict_many_nowait(
+        self,
+        items: Sequence[BaseModel],
+        on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        owner: str = "",
+    ) -> list[Callable[[], object] | Failure]:
+        """Queue items and return at once; see `BatchScheduler.submit_many_nowait`."""
+        return self._scheduler.submit_many_nowait(items, on_outcome, priority=priority, owner=owner)
+
     async def predict_many(
         self,
         items: Sequence[BaseModel | Mapping[str, Any]],
@@ -274,34 +283,44 @@ class InferenceWorker(AsyncContextManagerMixin):
         raises, also after some pieces; `timeout_s` is the time for all of them. To stop early, close it
         (``contextlib.aclosing``): others of the batch go on, and the batch ends when no caller waits any more.
         """
-        validated = self._validated(item)
-        send, receive = anyio.create_memory_object_stream[InferenceOutputModel | Outcome[InferenceOutputModel]](
-            math.inf
-        )
-        streamed = StreamedItem(validated, send.send_nowait)
-        with send, receive:
-            withdraw = self._scheduler.submit_nowait(
-                streamed if self._streams else streamed.item, send.send_nowait, priority=priority, owner=owner
-            )
-            try:
-                deadline_s = math.inf if timeout_s is None else anyio.current_time() + timeout_s
-                piece = None
-                while True:
-                    with anyio.CancelScope(deadline=deadline_s) as scope:
-                        received = await receive.receive()
-                    if scope.cancelled_caught:
-                        raise DeadlineExceededError(timeout_s or 0.0)
-                    if isinstance(received, Failure):
-                        raise received.error
-                    if isinstance(received, Success):
-                        if received.value is not piece:
-                            yield received.value
-                        return
-                    piece = received
+        last = None
+        pieces = self.predict_pieces(item, priority=priority, timeout_s=timeout_s, owner=owner)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if not isinstance(piece, Success):
+                    last = piece
                     yield piece
-            finally:
+                elif piece.value is not last:
+                    yield piece.value
+
+    def predict_pieces(
+        self,
+        item: BaseModel | Mapping[str, Any],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+        owner: str = "",
+    ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
+        """As `predict_stream`, but the result comes once more as a `Success`, at the end.
+
+        A caller that is slow misses the oldest of more than `MAX_UNREAD_PIECES` pieces.
+        """
+        validated = self._validated(item)
+
+        def start(
+            receive: Callable[[InferenceOutputModel | Outcome[InferenceOutputModel]], None],
+        ) -> Callable[[], None]:
+            streamed = StreamedItem(validated, receive)
+            payload = streamed if self._streams else validated
+            withdraw = self._scheduler.submit_nowait(payload, receive, priority=priority, owner=owner)
+
+            def leave() -> None:
                 streamed.is_wanted = False
                 withdraw()
+
+            return leave
+
+        return pieces_of(start, timeout_s)
 
     async def submit(self, request: AsyncInputModel | Mapping[str, Any], *, priority: Priority = Priority.BULK) -> str:
         """Accept a job and return its id, once it is stored: its result is kept, and sent to the queue it names.

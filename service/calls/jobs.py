@@ -21,7 +21,7 @@ from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import json_form, make_job_id, parse_job_id, read_job
 from modalkit.service.errors import NotAvailableError, ServiceError, describe_error
 from modalkit.service.gateway import JobAdministration, Model, find_model
-from modalkit.service.jobs import Job, JobStatus, JobStoreError
+from modalkit.service.jobs import Job, JobPiece, JobStatus, JobStoreError
 from modalkit.service.jobs.life import new_job, request_digest
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.settings import BatchConfig
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 MAX_WAITING_JOBS = 10_000
 """Most jobs of a model that wait to be sent; the configured limit of waiting items is one of the worker's queue."""
 SUBMITTED_AT_ONCE = 1000
+WATCH_INTERVAL_S = 2.0
+"""Seconds between two questions for jobs that are watched, unless the first of them ends before."""
 
 _STATUS_OF = {
     CallState.FAILED: JobStatus.FAILED,
@@ -152,6 +154,24 @@ class CallJobs(AsyncContextManagerMixin):
         if await self._records.is_cancelled(call_id, index):
             return replace(job, status=JobStatus.CANCELLED)
         return replace(job, status=_STATUS_OF.get(result.state, JobStatus.QUEUED), error=result.error)
+
+    async def watch(self, job_ids: Sequence[str]) -> AsyncGenerator[Job | JobPiece]:
+        """Jobs as they are now, and again after changes; it ends once all have ended. Unknown ones are left out.
+
+        A queue tells nothing by itself, so it is asked again and again. Raises `JobStoreError`.
+        """
+        left: dict[str, JobStatus | None] = dict.fromkeys(job_ids)
+        wait_s = 0.0
+        while left:
+            for job_id, status in list(left.items()):
+                job, wait_s = await self.get(job_id, wait_s), 0.0
+                if job is None or job.status.has_ended:
+                    del left[job_id]
+                else:
+                    left[job_id] = job.status
+                if job is not None and job.status is not status:
+                    yield job
+            wait_s = WATCH_INTERVAL_S
 
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended; returns the job as it then is, or None if there is none.

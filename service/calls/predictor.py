@@ -1,6 +1,6 @@
 """The frontend's side of items that a caller waits for: gathers them into calls of a worker."""
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -9,7 +9,16 @@ import anyio
 from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
-from modalkit.batching import BatchPolicy, BatchScheduler, Outcome, PaddedCostModel, Priority, SchedulerStatistics
+from modalkit.batching import (
+    BatchPolicy,
+    BatchScheduler,
+    Failure,
+    Outcome,
+    PaddedCostModel,
+    Priority,
+    SchedulerStatistics,
+    Success,
+)
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.calls.engine import CallClient, CallOptions
 from modalkit.service.calls.wire_format import json_form, read_outcome
@@ -103,6 +112,30 @@ class CallModel(AsyncContextManagerMixin):
         return await self._scheduler.submit(
             _item(item, priority, timeout_s), priority=priority, timeout_s=timeout_s, owner=owner
         )
+
+    async def predict_pieces(
+        self,
+        item: BaseModel,
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        timeout_s: float | None = None,
+        owner: str = "",
+    ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
+        """Run one item; yields only its result, because calls return results as a whole."""
+        yield Success(await self.predict(item, priority=priority, timeout_s=timeout_s, owner=owner))
+
+    def predict_many_nowait(
+        self,
+        items: Sequence[BaseModel],
+        on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
+        *,
+        priority: Priority = Priority.INTERACTIVE,
+        owner: str = "",
+    ) -> list[Callable[[], object] | Failure]:
+        """Queue items and return at once; see `BatchScheduler.submit_many_nowait`."""
+        self._check_readiness()
+        waiting = [_item(item, priority, None) for item in items]
+        return self._scheduler.submit_many_nowait(waiting, on_outcome, priority=priority, owner=owner)
 
     async def predict_many(
         self,

@@ -103,6 +103,9 @@ def new_job(
         idempotency_key=request.idempotency_key,
         owner=owner,
     )
+    names = (job.job_id, model_name, job.success_queue, job.failure_queue, job.idempotency_key)
+    if "".join(filter(None, names)).isprintable():
+        return job
     for field in _NAME_FIELDS:
         name = getattr(job, field) or ""
         if not name.isprintable():

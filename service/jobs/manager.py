@@ -2,8 +2,8 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Protocol, Self
 
 import anyio
@@ -12,13 +12,13 @@ from pydantic import BaseModel
 
 from modalkit.batching import Failure, Outcome, Priority, Success
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.pipelines import AsyncInputModel
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import SteadyClock
 from modalkit.service.errors import NotReadyError, Readiness
 from modalkit.service.jobs.delivery import Deliverer
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import new_job
-from modalkit.service.jobs.model import Job, JobEnd, JobStatus, new_job_id
+from modalkit.service.jobs.model import Job, JobEnd, JobPiece, JobRetry, JobStatus, new_job_id
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.store import JobStore
 from modalkit.service.queue_backends import QueueBackend
@@ -45,6 +45,26 @@ class JobFeed(Protocol):
 
     def close(self) -> None:
         """Start no more jobs, because the store keeps them for the next start."""
+
+
+class _Watch:
+    """Collects which of some jobs have changed, with the newest piece of each, until its owner takes them."""
+
+    def __init__(self) -> None:
+        self._changed: dict[str, InferenceOutputModel | None] = {}
+        self._change = anyio.Event()
+
+    def add(self, job_id: str, piece: InferenceOutputModel | None = None) -> None:
+        """A job has changed, or there is a piece of its result."""
+        self._changed[job_id] = self._changed.get(job_id) if piece is None else piece
+        self._change.set()
+
+    async def changes(self) -> dict[str, InferenceOutputModel | None]:
+        """Wait for changes, and take them."""
+        await self._change.wait()
+        self._change = anyio.Event()
+        changed, self._changed = self._changed, {}
+        return changed
 
 
 class JobManager(AsyncContextManagerMixin):
@@ -89,12 +109,12 @@ class JobManager(AsyncContextManagerMixin):
             if queue_backend is None
             else Deliverer(queue_backend, store, max_attempts=max_delivery_attempts, clock=clock)
         )
-        # All mutable state: the feeds by model name, the callers that wait for the end of a job, and whether callers
-        # may wait.
+        # All mutable state: the feeds by model name, the watches of each job that is watched, and whether callers may
+        # wait.
         self.quarantine_lock = anyio.Lock()
         """Held by the feed that runs a quarantined group, from before it is claimed until its ends are stored."""
         self._feeds: dict[str, JobFeed] = {}
-        self._waiters: defaultdict[str, set[anyio.Event]] = defaultdict(set)
+        self._watches: defaultdict[str, set[_Watch]] = defaultdict(set)
         self._may_wait = True
 
     @asynccontextmanager
@@ -193,25 +213,72 @@ class JobManager(AsyncContextManagerMixin):
 
     async def get(self, job_id: str, wait_s: float = 0.0) -> Job | None:
         """The job, or None if there is none; waits up to `wait_s` seconds for it to end, until `stop_waiting`."""
-        ended = anyio.Event()
-        self._waiters[job_id].add(ended)
-        try:
-            job = await self.store.get(job_id)
-            if wait_s <= 0 or job is None or job.status.has_ended or not self._may_wait:
-                return job
-            with anyio.move_on_after(wait_s):
-                await ended.wait()
+        if wait_s <= 0:
             return await self.store.get(job_id)
+        with self._watching([job_id]) as watch:
+            job = await self.store.get(job_id)
+            with anyio.move_on_after(wait_s):
+                while job is not None and not job.status.has_ended and self._may_wait:
+                    await watch.changes()
+                    job = await self.store.get(job_id)
+            return job
+
+    async def watch(self, job_ids: Sequence[str]) -> AsyncGenerator[Job | JobPiece]:
+        """Jobs as they are now, and again after changes, and pieces of their results; unknown ones are left out.
+
+        It ends once all have ended, or after `stop_waiting`. The store is read after changes only. Of changes that
+        follow each other fast, and of pieces, only the last may be seen.
+        """
+        left = set(job_ids)
+        with self._watching(job_ids) as watch:
+            for job_id in job_ids:
+                watch.add(job_id)
+            while left:
+                for job_id, piece in (await watch.changes()).items():
+                    job = await self.store.get(job_id)
+                    has_ended = job is None or job.status.has_ended
+                    if job is not None and not has_ended:
+                        yield job
+                    if piece is not None:
+                        yield JobPiece(job_id, piece)
+                    if has_ended:
+                        left.discard(job_id)
+                        if job is not None:
+                            yield job
+                if not self._may_wait:
+                    return
+
+    @contextmanager
+    def _watching(self, job_ids: Collection[str]) -> Generator["_Watch"]:
+        """A watch of these jobs, told of all that happens in the block."""
+        watch = _Watch()
+        for job_id in job_ids:
+            self._watches[job_id].add(watch)
+        try:
+            yield watch
         finally:
-            waiters = self._waiters[job_id]
-            waiters.discard(ended)
-            if not waiters:
-                del self._waiters[job_id]
+            for job_id in job_ids:
+                watches = self._watches[job_id]
+                watches.discard(watch)
+                if not watches:
+                    del self._watches[job_id]
+
+    def tell_change(self, job_ids: Iterable[str]) -> None:
+        """Tell those who watch these jobs that what is stored of them has changed."""
+        if self._watches:
+            for job_id in job_ids:
+                for watch in self._watches.get(job_id, ()):
+                    watch.add(job_id)
+
+    def tell_piece(self, job_id: str, piece: InferenceOutputModel) -> None:
+        """Tell those who watch this job of a piece of its result."""
+        for watch in self._watches.get(job_id, ()):
+            watch.add(job_id, piece)
 
     def stop_waiting(self) -> None:
         """Answer callers that wait for the end of a job with the job as it is, now and from now on. Idempotent."""
         self._may_wait = False
-        self._wake_waiters(list(self._waiters))
+        self.tell_change(list(self._watches))
 
     def drain(self) -> None:
         """Before the manager is left: `stop_waiting`, and start no more jobs of a durable store. Idempotent.
@@ -229,14 +296,19 @@ class JobManager(AsyncContextManagerMixin):
         if job is not None and job.status is JobStatus.CANCELLED:
             if feed := self._feeds.get(job.model_name):
                 feed.abandon(job_id)
-            self._wake_waiters([job_id])
+            self.tell_change([job_id])
         return job
 
     async def finish(self, ends: Sequence[JobEnd]) -> None:
         """Store how jobs ended, wake callers that wait for them and have messages delivered. Raises `JobStoreError`."""
         ended = await self.store.finish(ends)
         self._wake_deliverer()
-        self._wake_waiters(ended)
+        self.tell_change(ended)
+
+    async def requeue(self, retries: Sequence[JobRetry]) -> None:
+        """Store that jobs run again later. Raises `JobStoreError`."""
+        await self.store.requeue(retries)
+        self.tell_change(retry.job_id for retry in retries)
 
     async def replay(self, job_ids: Sequence[str] | None = None, *, owner: str | None = None) -> int:
         """Send undelivered results, of these jobs or of all (of that `owner`), once more; returns how many."""
@@ -248,19 +320,13 @@ class JobManager(AsyncContextManagerMixin):
         if self._deliverer is not None:
             self._deliverer.wake()
 
-    def _wake_waiters(self, job_ids: Iterable[str]) -> None:
-        if self._waiters:
-            for job_id in job_ids:
-                for ended in self._waiters.get(job_id, ()):
-                    ended.set()
-
     async def _sweep(self) -> None:
         while True:
             try:
                 if self.store.failure is not None:
                     await self.store.check()
                 while expired := await self.store.expire(EXPIRED_PER_CALL, self.clock()):
-                    self._wake_waiters(expired)
+                    self.tell_change(expired)
                     self._wake_deliverer()
                 await self.store.remove_finished(self.clock() - self._result_ttl_s)
             except JobStoreError:

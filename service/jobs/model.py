@@ -14,6 +14,7 @@ from typing import Any, cast
 from pydantic_core import from_json, to_json
 
 from modalkit.batching import Priority
+from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.errors import error_text
 from modalkit.service.outputs import may_be_refused
 
@@ -107,6 +108,14 @@ class JobEnd:
     def __post_init__(self) -> None:
         if self.status not in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.EXPIRED):
             raise ValueError(f"status must be succeeded, failed or expired, got {self.status!r}")
+
+
+@dataclass(slots=True)
+class JobPiece:
+    """A part of the result of a job that runs; it is not stored."""
+
+    job_id: str
+    output: InferenceOutputModel
 
 
 @dataclass(slots=True, kw_only=True)

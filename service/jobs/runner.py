@@ -281,6 +281,7 @@ class JobRunner(AsyncContextManagerMixin):
         self._running[job.job_id] = _Running(job, _leave_unstarted)
         self._bulk_running += job.priority is Priority.BULK
         heapq.heappush(self._deadlines, (self._deadline_of(job), job.job_id))
+        self._manager.tell_change((job.job_id,))
 
     def _leave(self, job_id: str) -> Job | None:
         """Remove a job from the window and from the scheduler, and return it; None if it is not there."""
@@ -378,7 +379,7 @@ class JobRunner(AsyncContextManagerMixin):
                     "%s: %d jobs failed and run again later; the last one, job %s: %s",
                     *(self._model_name, len(retries), retries[-1].job_id, retries[-1].error),
                 )
-                await store_until_closing(what, partial(self._manager.store.requeue, retries), self._closing)
+                await store_until_closing(what, partial(self._manager.requeue, retries), self._closing)
                 self._next_retry_at = min(self._next_retry_at, *(retry.retry_at for retry in retries))
             if returned := [end for end in ended if isinstance(end, str)]:
                 what = f"The return of {len(returned)} jobs that have not begun"

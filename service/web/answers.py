@@ -10,6 +10,7 @@ from modalkit.service.jobs import DeliveryStatus, JobStatus
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
+EVENT_STREAM = "text/event-stream"
 PROBLEM_JSON = "application/problem+json"
 
 
@@ -114,6 +115,20 @@ class FailedItem(BaseModel):
 
     status: Literal["error"]
     error: str = Field(description="Why.")
+
+
+class SubmittedLine(Submitted):
+    """The answer for one line of a stream of jobs."""
+
+    line: int = Field(description="The number of the line, from 1.")
+
+
+class FailedSlot(BaseModel):
+    """The answer for one item of a stream that failed."""
+
+    status: Literal["error"]
+    error: str
+    problem: Problem = Field(description="What a request with this item alone is answered with.")
 
 
 class Replayed(BaseModel):

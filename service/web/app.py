@@ -23,7 +23,7 @@ from modalkit.service.web.adapters.openai import make_models_router
 from modalkit.service.web.adapters.tei import add_tei_routes
 from modalkit.service.web.adapters.vllm import add_vllm_routes
 from modalkit.service.web.admin_routes import make_admin_router
-from modalkit.service.web.answers import JSON, NDJSON, Problem
+from modalkit.service.web.answers import EVENT_STREAM, JSON, NDJSON, FailedSlot, Problem, SubmittedLine
 from modalkit.service.web.auth import configured_keys
 from modalkit.service.web.direct import put_outside
 from modalkit.service.web.job_routes import make_job_router
@@ -158,21 +158,33 @@ class _Entrance:
 
 
 def _complete_schema(app: FastAPI, model_names: Sequence[str]) -> None:
-    """Add to the OpenAPI schema what FastAPI cannot declare: problem details, names of models, and jobs as a stream."""
-    _, problem = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
+    """Add to the OpenAPI schema what FastAPI cannot declare: problem details, names of models, lines and events."""
+    models = (Problem, FailedSlot, SubmittedLine)
+    refs, added = models_json_schema(
+        [(model, "serialization") for model in models], ref_template="#/components/schemas/{model}"
+    )
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         schema = generate()
-        schema["components"]["schemas"] |= problem["$defs"]
+        schema["components"]["schemas"] |= added["$defs"]
         for operations in schema["paths"].values():
             for method, operation in operations.items():
                 for parameter in operation.get("parameters", ()):
                     _complete_parameter(parameter)
                     if parameter["name"] == "model_name" and method == "post":
                         parameter["schema"]["enum"] = model_names
-        content = schema["paths"]["/async/predict"]["post"]["requestBody"]["content"]
-        content[NDJSON] = {"schema": content[JSON]["schema"]["anyOf"][-1]["items"]}
+        sync, batch, submit = (schema["paths"][f"/{path}/predict"]["post"] for path in ("sync", "batch", "async"))
+        sync["responses"]["200"]["content"][EVENT_STREAM] = {"schema": {"type": "string"}}
+        for operation in (batch, submit):
+            content = operation["requestBody"]["content"]
+            content[NDJSON] = {"schema": content[JSON]["schema"].get("anyOf", [content[JSON]["schema"]])[-1]["items"]}
+        answers = batch["responses"]["200"]["content"]
+        index = {"type": "object", "properties": {"index": {"type": "integer"}}, "required": ["index"]}
+        outcome = {"anyOf": [answers[JSON]["schema"]["items"], refs[FailedSlot, "serialization"]]}
+        answers[NDJSON] = {"schema": {"allOf": [index, outcome]}}
+        line = refs[SubmittedLine, "serialization"]
+        submit["responses"]["200"] = {"description": "To a stream", "content": {NDJSON: {"schema": line}}}
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema

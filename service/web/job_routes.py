@@ -2,9 +2,10 @@
 
 import time
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
+from fastapi.responses import Response
 from pydantic import PositiveFloat
 
 from modalkit.pipelines.iomodel import MAX_EXPIRES_IN_S
@@ -13,11 +14,13 @@ from modalkit.service.gateway import JobAdministration, Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
 from modalkit.service.web.answers import PROBLEM_ANSWERS, JobDetails, JobPageView, JobView, Purged, Replayed
 from modalkit.service.web.auth import caller_of
+from modalkit.service.web.events import EventStream, JobEvents
 from modalkit.service.web.options import check_query
 from modalkit.service.web.problems import ProblemError
 from modalkit.service.web.routes import while_connected
 
 MAX_WAIT_S = 300.0
+MAX_WATCHED_JOBS = 100
 
 CANNOT_LIST = "the jobs cannot be listed: the engine that runs them keeps no list; ask for each by its id"
 CANNOT_PURGE = "the jobs cannot be removed: the engine that runs them removes results by itself"
@@ -25,6 +28,14 @@ CANNOT_REPLAY = (
     "the engine that runs the jobs cannot send a result once more: it stays in GET /jobs/{job_id}; submit the job again"
 )
 
+EVENTS: dict[str, Any] = {
+    "response_class": EventStream,
+    "status_code": 200,
+    "responses": {204: {"description": "All was seen already: do not connect again"}},
+    "description": "`status` when a job changes, `piece` for each part of its result where the pipeline has "
+    "`predict_stream`, and `result` when it has ended: then nothing more follows for it. The stream ends when all have "
+    "ended. The data of `status` and `result` is the job; comments are sent in pauses.",
+}
 JobId = Annotated[str, Path(description="As given by /async/predict.")]
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the job's end before answering.")]
 Statuses = Annotated[list[JobStatus], Query(alias="status", description="Only jobs in one of these states.")]
@@ -32,6 +43,12 @@ Deliveries = Annotated[list[DeliveryStatus], Query(alias="delivery", description
 OfModel = Annotated[str | None, Query(alias="model_name", description="Only jobs of this model.")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Maximum jobs in one answer.")]
 Cursor = Annotated[int | None, Query(ge=0, lt=2**63, description="The `next_cursor` of the page before.")]
+JobIds = Annotated[
+    list[str], Query(alias="job_id", min_length=1, max_length=MAX_WATCHED_JOBS, description="The jobs to watch.")
+]
+LastEventId = Annotated[
+    str | None, Header(alias="Last-Event-ID", description="The id of the last event that was seen; browsers send it.")
+]
 OlderThan = Annotated[
     PositiveFloat | None, Query(le=MAX_EXPIRES_IN_S, description="Only jobs that ended so many seconds ago.")
 ]
@@ -96,6 +113,24 @@ def make_job_router(jobs: Jobs) -> APIRouter:
         owner = caller_of(request).visible_owner
         return Replayed(replayed=await administration(CANNOT_REPLAY).replay(owner=owner))
 
+    @router.get("/jobs/events", summary="What happens to several jobs, as server-sent events", **EVENTS)
+    async def watch_jobs(request: Request, job_id: JobIds, last_event_id: LastEventId = None) -> Response:
+        return await watch(request, list(dict.fromkeys(job_id)), last_event_id)
+
+    @router.get("/jobs/{job_id}/events", summary="What happens to a job, as server-sent events", **EVENTS)
+    async def watch_job(request: Request, job_id: JobId, last_event_id: LastEventId = None) -> Response:
+        return await watch(request, [job_id], last_event_id)
+
+    async def watch(request: Request, job_ids: list[str], last_event_id: str | None) -> Response:
+        caller = caller_of(request)
+        for job_id in job_ids:
+            job = await jobs.get(job_id)
+            _found(job_id, job if job is not None and caller.sees(job) else None)
+        events = JobEvents(jobs, job_ids, last_event_id)
+        if events.are_all_seen:
+            return Response(status_code=HTTPStatus.NO_CONTENT)  # so that a browser does not connect again
+        return EventStream(events.make())
+
     @router.get("/jobs/{job_id}", summary="What became of a job")
     async def get_job(request: Request, job_id: JobId, wait: Wait = 0.0) -> JobDetails:
         if wait:
@@ -128,6 +163,10 @@ async def _check_query(request: Request) -> None:
 
 
 def _details(job_id: str, job: Job | None) -> JobDetails:
+    return JobDetails.model_validate(_found(job_id, job))
+
+
+def _found(job_id: str, job: Job | None) -> Job:
     if job is None:
         raise UnknownJobError(job_id)
-    return JobDetails.model_validate(job)
+    return job

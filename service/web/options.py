@@ -13,14 +13,19 @@ from fastapi import Header, Query, Request
 from pydantic import Field
 
 from modalkit.batching import Priority
+from modalkit.service.web.answers import EVENT_STREAM
 from modalkit.service.web.problems import ProblemError
 
 MAX_KEY_CHARACTERS = 255
 RESPOND_ASYNC = "respond-async"
+NDJSON_TYPES = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")
 
 ModelName = Annotated[str | None, Query(description="Which model, where there are several; the first if left out.")]
 PriorityHeader = Annotated[
     Priority, Header(alias="X-Priority", description="`interactive` goes before `bulk`, which keeps a share.")
+]
+Ordered = Annotated[
+    bool, Query(description="Whether a stream is answered in the order of its lines, not as results are done.")
 ]
 TimeoutHeader = Annotated[
     float | None, Header(alias="X-Request-Timeout", gt=0, description="Seconds after which the answer is 504.")
@@ -55,6 +60,20 @@ class SyncOptions(PredictionOptions):
     """The options of ``/sync/predict``, for its documentation; `prefers_async` reads the preference."""
 
     prefer: PreferHeader = None
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions(PredictionOptions):
+    """The options of a request whose items may come as a stream."""
+
+    ordered: Ordered = False
+
+    @classmethod
+    def of(cls, request: Request) -> Self:
+        """The options of this request. Raises `ProblemError`."""
+        model_name = _model_name(request, "ordered")
+        default = Priority.BULK if takes_lines(request) else Priority.INTERACTIVE
+        return cls(model_name, _priority(request, default), _timeout_s(request), _ordered(request))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +114,31 @@ def check_query(request: Request, known: Collection[str]) -> None:
             raise _problem(f"{name!r:.100}: there is no such query parameter; this route has: {listed}")
 
 
-def _model_name(request: Request) -> str | None:
+def takes_events(request: Request) -> bool:
+    """Whether the client asks for server-sent events."""
+    return EVENT_STREAM in request.headers.get("accept", "").lower()
+
+
+def takes_lines(request: Request) -> bool:
+    """Whether the body is a stream of lines."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() in NDJSON_TYPES
+
+
+def _model_name(request: Request, *others: str) -> str | None:
     if not request.scope["query_string"]:
         return None
-    check_query(request, ("model_name",))
+    check_query(request, ("model_name", *others))
     names = request.query_params.getlist("model_name")
     if len(names) > 1:
         raise _problem("model_name: is given twice; remove one of the two")
     return names[0] if names else None
+
+
+def _ordered(request: Request) -> bool:
+    value = request.query_params.get("ordered", "false")
+    if value not in ("true", "false"):
+        raise _problem(f"ordered: must be true or false, got {value!r:.100}")
+    return value == "true"
 
 
 def _priority(request: Request, default: Priority) -> Priority:

@@ -117,6 +117,8 @@ class ProblemError(ServiceError):
     detail: str
     errors: Sequence[Mapping[str, Any]] = ()
     headers: Mapping[str, str] | None = None
+    name: str | None = None
+    """The last part of its type; None: that of the status."""
 
     def __str__(self) -> str:
         return self.detail
@@ -149,26 +151,48 @@ def _kind_of(error: Exception) -> type[Exception] | None:
 
 def error_response(error: Exception) -> Response:
     """The answer to a request that failed, of the media type ``application/problem+json``."""
-    name: str | None
+    problem = as_problem(error)
+    return Response(to_json(_content(error), inf_nan_mode="null"), problem.status, problem.headers, PROBLEM_JSON)
+
+
+def problem_json(error: Exception) -> bytes:
+    """The problem details of an error, in JSON."""
+    return to_json(_content(error), inf_nan_mode="null")
+
+
+def slot_json(error: Exception) -> bytes:
+    """The answer to one of several items, in JSON, with the problem details that it would have as a request."""
+    slot = {"status": "error", "error": as_problem(error).detail, "problem": _content(error)}
+    return to_json(slot, inf_nan_mode="null")
+
+
+def as_problem(error: Exception) -> ProblemError:
+    """What a request is answered with that failed by this error."""
     if isinstance(error, ProblemError):
-        name = _TYPE_OF_STATUS.get(error.status)
-    else:
-        kind, status = _kind_of(error), status_of(error)
-        name = PIPELINE_ERROR if kind is None else _type_of_kind(kind)
-        retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if retry else None
-        errors = error.errors if isinstance(error, InvalidItemError) else ()
-        error = ProblemError(status, describe_error(error), errors, headers)
-    status = error.status
+        return error
+    kind, status = _kind_of(error), status_of(error)
+    retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if retry else None
+    errors = error.errors if isinstance(error, InvalidItemError) else ()
+    name = PIPELINE_ERROR if kind is None else _type_of_kind(kind)
+    return ProblemError(status, describe_error(error), errors, headers, name=name)
+
+
+def _content(error: Exception) -> dict[str, Any]:
+    problem = as_problem(error)
+    name, status = problem.name or _TYPE_OF_STATUS.get(problem.status), problem.status
     content = {
         "type": "about:blank" if name is None else f"{TYPE_PREFIX}{name}",
         "title": status.phrase if name is None else name.replace("-", " ").capitalize(),
         "status": status,
-        "detail": error.detail,
+        "detail": problem.detail,
     }
-    if error.errors:
-        content["errors"] = error.errors
-    return Response(to_json(content, inf_nan_mode="null"), status, error.headers, PROBLEM_JSON)
+    return {**content, "errors": problem.errors} if problem.errors else content
+
+
+def error_slot(error: Exception) -> dict[str, str]:
+    """The answer to one of several items."""
+    return {"status": "error", "error": describe_error(error)}
 
 
 def unexpected_error_response(error: Exception) -> Response:
@@ -179,7 +203,7 @@ def unexpected_error_response(error: Exception) -> Response:
 
 def error_json(error: Exception) -> bytes:
     """The answer to one of several items, in JSON."""
-    return to_json({"status": "error", "error": describe_error(error)})
+    return to_json(error_slot(error))
 
 
 def install_problem_handlers(app: FastAPI) -> None:

@@ -20,7 +20,18 @@ from modalkit.service.web.answers import JOB_LINKS, JSON, PROBLEM_ANSWERS, Faile
 from modalkit.service.web.auth import ApiKeys, caller_of, end_request
 from modalkit.service.web.bodies import BodyParser, check_encoding, read_body, run_valid
 from modalkit.service.web.direct import DirectRequest
-from modalkit.service.web.options import PredictionOptions, SubmissionOptions, SyncOptions, prefers_async
+from modalkit.service.web.events import EventStream, prediction_events
+from modalkit.service.web.lines import LineStream
+from modalkit.service.web.options import (
+    PredictionOptions,
+    StreamOptions,
+    SubmissionOptions,
+    SyncOptions,
+    prefers_async,
+    takes_events,
+    takes_lines,
+)
+from modalkit.service.web.prediction_stream import PredictionStream
 from modalkit.service.web.problems import (
     KNOWN_ERRORS,
     ProblemError,
@@ -116,7 +127,9 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> AddR
         output,
         {202: {"model": AsyncOutputModel, "description": "Accepted as a job", "links": JOB_LINKS}},
         summary="Run one item and wait for its result",
-        description="With `Prefer: respond-async` the item becomes a job, as by `/async/predict`.",
+        description="With `Prefer: respond-async` the item becomes a job, as by `/async/predict`. With `Accept: "
+        "text/event-stream`, the pieces of a pipeline with `predict_stream` are events `piece`, and the result is the "
+        "last event, `result`. An error after the first event is an event `error` with problem details.",
     )
     async def sync_predict(request: Request) -> Response:
         if prefers_async(request):
@@ -126,6 +139,8 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> AddR
         model = find_model(gateway.models, options.model_name)
         item, caller = parser(model.input_model).item(await read_body(request)), caller_of(request)
         caller.take_items(1)
+        if takes_events(request):
+            return EventStream(prediction_events(model, item, options, caller.owner))
         call = model.predict(item, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
         try:
             return Response(output_json(await while_connected(request, call)), media_type=JSON)
@@ -136,14 +151,21 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> AddR
         "/batch/predict",
         KeyScope.PREDICT,
         list[item],
-        PredictionOptions,
+        StreamOptions,
         list[output | FailedItem],
-        summary="Run a list of items; each slot has a result or an error",
+        summary="Run a list of items, or a stream of them; each has a result or an error",
+        description="A stream (NDJSON) is answered with a line for each of its lines as soon as it is done, with its "
+        "`index` from 0; `ordered=true` keeps the order. Its items are `bulk` unless `X-Priority` says otherwise. An "
+        "error's line has the `problem` that a single request would be answered with.",
     )
     async def batch_predict(request: Request) -> Response:
-        options = PredictionOptions.of(request)
+        options = StreamOptions.of(request)
         model = find_model(gateway.models, options.model_name)
-        items, caller = parser(model.input_model).items(await read_body(request)), caller_of(request)
+        caller = caller_of(request)
+        if takes_lines(request):
+            await model.predict_many([])  # a model that takes nothing now fails the request, not each line
+            return LineStream(PredictionStream(model, parser(model.input_model), options, caller).answer)
+        items = parser(model.input_model).items(await read_body(request))
         caller.take_items(len(items))
         run = partial(model.predict_many, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
         outcomes = await run_valid(items, lambda valid: while_connected(request, run(valid)))

@@ -592,6 +592,27 @@ async def test_a_request_without_a_task_tells_its_outcome_to_a_function() -> Non
         scheduler.submit_nowait(5, partial(outcomes.__setitem__, 5))
 
 
+async def test_many_requests_without_tasks_tell_their_places() -> None:
+    outcomes: dict[int, Any] = {}
+    pipeline = Pipeline()
+    policy = BatchPolicy(max_queue_items=6, max_batch_tokens=10)
+    async with held(pipeline, policy=policy, item_size=abs) as (scheduler, _):
+        handles = scheduler.submit_many_nowait([1, 20, -3, 4], outcomes.__setitem__)
+        assert [isinstance(handle, Failure) for handle in handles] == [False, True, False, False]
+        with pytest.raises(QueueFullError):
+            scheduler.submit_many_nowait([5, 7], outcomes.__setitem__)
+        for number in (6, 8, 9):
+            scheduler.submit_nowait(number, lambda _: None)  # the last quarter of the queue is free
+        assert not isinstance(handles[3], Failure)
+        handles[3]()
+        pipeline.gate.set()
+    assert outcomes.pop(0) == Success(2)
+    assert str(outcomes.pop(2).error) == "-3 is negative"
+    assert not outcomes
+    with pytest.raises(SchedulerClosedError):
+        scheduler.submit_many_nowait([1], outcomes.__setitem__)
+
+
 async def test_a_request_that_runs_when_it_is_withdrawn_tells_nothing() -> None:
     outcomes: list[Any] = []
     pipeline = Pipeline()

@@ -173,7 +173,7 @@ def test_the_guide_quotes_the_programs_as_they_are() -> None:
     assert quoted_files(GUIDE) == files_in("examples/delivery")
 
 
-@pytest.mark.parametrize("name", ["delivery.md", "queue-patterns.md"])
+@pytest.mark.parametrize("name", ["delivery.md", "queue-patterns.md", "streaming.md"])
 def test_links_lead_somewhere(name: str) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", guide(name)):
         path = ROOT / "docs" / (target or name)

@@ -13,9 +13,10 @@ from pydantic import BaseModel
 from modalkit.batching import DeadlineExceededError, OutputCountError, Success
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline, RejectItem
 from modalkit.service.errors import InvalidItemError
-from modalkit.service.jobs import JobStatus
+from modalkit.service.jobs import Job, JobStatus, MemoryJobStore
+from modalkit.service.jobs.manager import JobManager
 from modalkit.service.settings import Settings
-from modalkit.service.streams import NoPieceError
+from modalkit.service.streams import MAX_UNREAD_PIECES, NoPieceError
 from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import Length, LengthPipeline, Text
 
@@ -260,6 +261,39 @@ async def test_a_stream_cut_by_the_batch_timeout_is_not_started_again(kind: Kind
         assert error.startswith(
             "BatchTimeoutError" if len(texts) == 1 else "StreamCutError: the batch took longer than"
         )
+
+
+@BOTH
+async def test_those_who_watch_jobs_get_their_pieces_and_change_nothing(kind: Kind) -> None:
+    """A job of which a piece was told runs again after an error of its batch, as all jobs do."""
+    pipeline = kind()
+    pipeline.gate.clear()
+    async with JobManager(MemoryJobStore()) as jobs, InferenceWorker(pipeline, jobs=jobs) as worker:
+        requests = [AsyncInputModel(message={"text": text}) for text in ("ab!", "abcdef")]
+        bad, good = [outcome.value for outcome in await worker.submit_many(requests) if isinstance(outcome, Success)]
+        ends: dict[str, JobStatus] = {}
+        pieces: dict[str, list[str]] = {bad: [], good: []}
+        async for change in jobs.watch([bad, good]):
+            pipeline.gate.set()
+            if isinstance(change, Job):
+                ends[change.job_id] = change.status
+            elif isinstance(change.output, Piece):
+                pieces[change.job_id].append(change.output.text)
+    assert sorted(pipeline.batches[0]) == ["ab!", "abcdef"]
+    assert ends == {bad: JobStatus.FAILED, good: JobStatus.SUCCEEDED}
+    assert pieces[good][-1] == "abcdef"
+    assert set(pieces[bad]) <= {"a", "ab"}
+    assert not jobs._watches  # noqa: SLF001  # nothing is left behind
+
+
+async def test_a_caller_that_is_slow_misses_pieces_but_not_the_result() -> None:
+    async with InferenceWorker(Spelling()) as worker:
+        async with aclosing(worker.predict_pieces({"text": "x" * 500})) as outputs:
+            await anext(outputs)
+            assert await worker.predict({"text": "after"}) == Piece(text="after")  # the first batch has ended
+            left = [output async for output in outputs]
+    assert len(left) <= MAX_UNREAD_PIECES
+    assert left[-1] == Success(Piece(text="x" * 500))
 
 
 async def test_a_pipeline_that_does_not_stream_has_one_piece() -> None:

@@ -1,6 +1,7 @@
 """The HTTP service of a frontend over each engine: requests over a real server, run by a real worker."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import httpx
 import pytest
 from pydantic import SecretStr
 
+from modalkit.service.calls import jobs as calls_jobs
 from modalkit.service.calls.engine import CallResult, CallState
 from modalkit.service.calls.jobs import CallGateway
 from modalkit.service.errors import ContainerFaultError, RemoteItemError, RemoteTimeoutError, ServiceError
@@ -197,6 +199,22 @@ async def test_a_job_of_a_call_that_runs_is_queued_however_long_one_waits(
         assert running["created_at"]
     pipeline.gate.set()
     assert (await found(client, job_id, 30))["status"] == "succeeded"
+
+
+async def test_items_of_a_stream_and_events_of_jobs_come_over_any_engine(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls_jobs, "WATCH_INTERVAL_S", 0.01)
+    body = "\n".join(json.dumps({"text": text}) for text in ("four", "", POISON))
+    answer = await client.post("/batch/predict?ordered=true", content=body, headers=NDJSON)
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert [(line["index"], line["status"]) for line in lines] == [(0, "success"), (1, "error"), (2, "error")]
+    answer = await client.post("/sync/predict", json={"text": "four"}, headers={"Accept": "text/event-stream"})
+    assert [line for line in answer.text.splitlines() if line.startswith("event")] == ["event: result"]
+    first, second = await submit(client, job("four"), job(POISON))
+    events = (await client.get("/jobs/events", params={"job_id": [first, second]})).text
+    results = re.findall(r'event: result\ndata: {"job_id":"(.*?)".*?"status":"(.*?)"', events)
+    assert sorted(results) == sorted([(first, "succeeded"), (second, "failed")])
 
 
 async def test_a_job_that_fails_says_why_and_leaves_its_neighbours_alone(

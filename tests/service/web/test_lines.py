@@ -6,8 +6,12 @@ import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, field_validator
 
-from modalkit.service.web.submissions import Line, lines_of
+from modalkit.batching import Failure
+from modalkit.service.web.bodies import BodyParser
+from modalkit.service.web.lines import Line, lines_of
+from modalkit.service.web.problems import ProblemError
 
 
 async def lines_in(chunks: list[bytes], largest_bytes: int = 8) -> list[Line]:
@@ -44,3 +48,25 @@ def test_the_pieces_make_no_difference(lines: list[bytes], data: st.DataObject) 
     cuts = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=5)))
     pieces = [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)]
     assert anyio.run(lines_in, pieces) == anyio.run(lines_in, [body])
+
+
+class Odd(BaseModel):
+    text: str
+
+    @field_validator("text")
+    @classmethod
+    def fail(cls, text: str) -> str:
+        if text == "odd":
+            raise LookupError("a validator's own error")
+        return text
+
+
+def test_each_line_has_its_own_error_whatever_it_is() -> None:
+    """Lines that are JSON only together, as the second and the third, are none."""
+    lines = ['{"text": "a"}', '{"a": [{"b": 1}', '{"c": 2}]}', '{"text": "b"},{"text": "c"}', '{"text": "odd"}', "[1]"]
+    found = BodyParser(Odd).item_lines([*(line.encode() for line in lines), b'{"text": "a", "text": "b"}'])
+    assert found[0] == Odd(text="a")
+    errors = [each.error for each in found[1:] if isinstance(each, Failure)]
+    assert [type(error) for error in errors] == [*[ProblemError] * 3, LookupError, *[ProblemError] * 2]
+    assert "not JSON" in str(errors[0])
+    assert "twice" in str(errors[-1])

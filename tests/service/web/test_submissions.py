@@ -12,7 +12,7 @@ from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
 from modalkit.service.web import create_app
-from modalkit.service.web.submissions import MAX_LINE_BYTES
+from modalkit.service.web.lines import MAX_LINE_BYTES
 from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import POISON

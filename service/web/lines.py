@@ -1,0 +1,218 @@
+"""Bodies and answers that are streams of lines (NDJSON), of any length, with flow control in both directions."""
+
+import tempfile
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
+from http import HTTPStatus
+from io import SEEK_END
+from typing import IO, ClassVar, NamedTuple, TypeVar
+
+import anyio
+from anyio.lowlevel import checkpoint
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from modalkit.batching import Failure
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.service.web.answers import NDJSON
+from modalkit.service.web.problems import ProblemError
+
+MAX_LINE_BYTES = 2**20
+LINES_AT_ONCE = 512
+"""Lines that are parsed in one go; between two of them, other requests have their turn."""
+READ_AHEAD_BYTES = 2**18
+"""Bytes of a body that are received before they can be used, so that a disconnection behind them is noticed."""
+MAX_UNREAD_BYTES = 8 * 2**20
+"""Bytes of answers for one client; with so many, its body is not read on before it has read them."""
+MAX_UNREAD_BYTES_IN_ALL = 256 * 2**20
+"""The same for all clients together; with so many, each of them has only `MIN_UNREAD_BYTES`."""
+MIN_UNREAD_BYTES = 2**16
+SPOOL_MEMORY_BYTES = 2**16
+SPOOL_CHUNK_BYTES = 2**16
+
+
+_TOO_LARGE = ProblemError(
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    f"the line is larger than {MAX_LINE_BYTES} bytes: send it as a request of its own",
+)
+
+T = TypeVar("T")
+
+
+class Line(NamedTuple):
+    """A line that is not empty. `number` counts all lines from 1; `content` is None where it is too large."""
+
+    number: int
+    content: bytes | None
+
+
+Lines = AsyncIterator[list[Line]]
+Answer = Callable[[Lines, Callable[[bytes], None]], Awaitable[None]]
+"""Takes lines, and answers them by a function that writes bytes. It is cancelled when the client disconnects."""
+
+
+async def lines_of(chunks: AsyncIterable[bytes], max_bytes: int = MAX_LINE_BYTES) -> Lines:
+    """The lines of a body, in lists of up to `LINES_AT_ONCE` of those that arrived together.
+
+    The content of a line that is too large is dropped, so that memory is bounded.
+    """
+    number = 0
+    rest: bytes | None = b""
+    async for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        lines = []
+        rest = None if rest is None or len(rest) + len(first) > max_bytes else rest + first
+        for part in others:
+            number += 1
+            if rest is None or rest.strip():
+                lines.append(Line(number, rest))
+            rest = part if len(part) <= max_bytes else None
+        for start in range(0, len(lines), LINES_AT_ONCE):
+            yield lines[start : start + LINES_AT_ONCE]
+            await checkpoint()
+    if rest is None or rest.strip():
+        yield [Line(number + 1, rest)]
+
+
+def parsed(lines: Sequence[Line], parse: Callable[[Sequence[bytes]], Sequence[T | Failure]]) -> Sequence[T | Failure]:
+    """What `parse` makes of the content of each line; a line that is too large has a `Failure`."""
+    found = iter(parse([line.content for line in lines if line.content is not None]))
+    return [Failure(_TOO_LARGE) if line.content is None else next(found) for line in lines]
+
+
+class Spool(AbstractContextManager["Spool"]):
+    """A pipe of bytes whose writer may go on for a while without a reader: `memory_bytes` in memory, more in a file.
+
+    It has one writer and one reader. The writer, if it waits for room before each write, adds about `max_bytes` before
+    the reader has read all; less, where all spools of the process hold much.
+    """
+
+    size_of_all: ClassVar[int] = 0
+    """Bytes that all spools of this process hold."""
+
+    def __init__(self, max_bytes: int = MAX_UNREAD_BYTES, memory_bytes: int = SPOOL_MEMORY_BYTES) -> None:
+        self._max_bytes = max_bytes
+        self._memory_bytes = memory_bytes
+        self._size = 0
+        self._file: IO[bytes] | None = None
+        self._read_bytes = 0  # of the file
+        self._parts: list[bytes] = []  # what comes after the file
+        self._parts_bytes = 0
+        self._closed = False
+        self._change = anyio.Event()
+
+    def __exit__(self, *_: object) -> None:
+        self._resize(0)
+        if self._file is not None:
+            self._file.close()
+
+    def _resize(self, size: int) -> None:
+        Spool.size_of_all += size - self._size
+        self._size = size
+
+    def write(self, data: bytes) -> None:
+        """Add bytes at the end."""
+        self._parts.append(data)
+        self._parts_bytes += len(data)
+        self._resize(self._size + len(data))
+        if self._parts_bytes > self._memory_bytes:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # closed by __exit__
+            self._file.seek(0, SEEK_END)
+            self._file.write(self._take_parts())
+        self._change.set()
+
+    async def wait_for_room(self) -> None:
+        """Where it is full, wait until the reader has read all."""
+        limit = self._max_bytes if Spool.size_of_all < MAX_UNREAD_BYTES_IN_ALL else MIN_UNREAD_BYTES
+        if self._size >= limit:
+            while self._size:
+                self._change = anyio.Event()
+                await self._change.wait()
+
+    def close(self) -> None:
+        """Mark the end: the reader gets it once it has read everything."""
+        self._closed = True
+        self._change.set()
+
+    async def read(self) -> bytes:
+        """Wait for bytes and return some of them; empty at the end."""
+        while not self._size and not self._closed:
+            self._change = anyio.Event()
+            await self._change.wait()
+        data = self._read_file() or self._take_parts()
+        if not self._parts and not self._read_bytes:
+            self._resize(0)
+            self._change.set()
+        return data
+
+    def _read_file(self) -> bytes:
+        if self._file is None:
+            return b""
+        self._file.seek(self._read_bytes)
+        data = self._file.read(SPOOL_CHUNK_BYTES)
+        self._read_bytes += len(data)
+        if self._read_bytes == self._file.seek(0, SEEK_END):
+            self._file.truncate(0)
+            self._read_bytes = 0
+        return data
+
+    def _take_parts(self) -> bytes:
+        data = b"".join(self._parts)
+        self._parts.clear()
+        self._parts_bytes = 0
+        return data
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """All that is read, until the end."""
+        while data := await self.read():
+            yield data
+
+
+class LineStream(Response):
+    """Answers lines with lines, while they come.
+
+    Answers are sent at once. A client may send for a while without reading answers, because many clients send
+    everything before they read anything. Once it has `MAX_UNREAD_BYTES` to read, its body is not read any further.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(media_type=NDJSON)
+        del self.headers["content-length"]
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's signature
+        """Answer, as an ASGI application does."""
+        with Spool(READ_AHEAD_BYTES, READ_AHEAD_BYTES * 4) as body, Spool() as answers:
+            async with plain_task_group() as task_group:
+
+                async def receive_body() -> None:
+                    """Receive until the client disconnects, which cancels everything."""
+                    while (message := await receive())["type"] != "http.disconnect":
+                        body.write(message.get("body", b""))
+                        if message.get("more_body", False):
+                            await body.wait_for_room()
+                        else:
+                            body.close()
+                    task_group.cancel_scope.cancel()
+
+                async def send_answers() -> None:
+                    content = await answers.read()
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                    while content:
+                        await send({"type": "http.response.body", "body": content, "more_body": True})
+                        content = await answers.read()
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    task_group.cancel_scope.cancel()
+
+                task_group.start_soon(receive_body)
+                task_group.start_soon(send_answers)
+                await self._answer(_paced(lines_of(body.chunks()), answers), answers.write)
+                answers.close()
+
+
+async def _paced(lines: Lines, answers: Spool) -> Lines:
+    """These lines, each list once there is room for its answers."""
+    async for some in lines:
+        await answers.wait_for_room()
+        yield some

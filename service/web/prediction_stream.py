@@ -1,0 +1,180 @@
+"""``POST /batch/predict`` with a stream of items: each is answered once it is done, or in the order of the items."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import anyio
+from pydantic import BaseModel
+
+from modalkit.batching import DeadlineExceededError, Failure, Outcome, QueueFullError
+from modalkit.batching.task_groups import plain_task_group
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.gateway import Model
+from modalkit.service.outputs import output_json
+from modalkit.service.web.auth import Caller
+from modalkit.service.web.bodies import BodyParser
+from modalkit.service.web.lines import Line, Lines, parsed
+from modalkit.service.web.options import StreamOptions
+from modalkit.service.web.problems import slot_json
+
+MAX_ITEMS_IN_FLIGHT = 1024
+"""Items of one stream that wait, run, or wait to be answered in order."""
+MAX_BYTES_IN_FLIGHT = 2**23
+"""The bytes of their lines, beyond which no more are taken."""
+WRITE_INTERVAL_S = 0.002
+"""Seconds that answers wait for others while more items of their stream run."""
+FULL_QUEUE_RETRY_S = 0.05
+"""Seconds until an item is tried again for which the model's queue had no room, unless one of its stream has ended."""
+
+
+class PredictionStream:
+    """Runs the items of one stream by one model: a limited number at a time, however many there are."""
+
+    def __init__(self, model: Model, parser: BodyParser, options: StreamOptions, caller: Caller) -> None:
+        self._model = model
+        self._parser = parser
+        self._options = options
+        self._caller = caller
+        # All mutable state: the index of the next item; those that wait or run, by index, each with the bytes of its
+        # line, its start and how to withdraw it, and their bytes in all; answers that are not written yet, by
+        # index, whether they will be, and the index of the next one; and what wakes the task that takes lines.
+        self._index = 0
+        self._running: dict[int, tuple[int, float, Callable[[], object]]] = {}
+        self._bytes = 0
+        self._done: dict[int, bytes] = {}
+        self._next = 0
+        self._will_flush = False
+        self._change = anyio.Event()
+        self._write: Callable[[bytes], None]
+
+    async def answer(self, lines: Lines, write: Callable[[bytes], None]) -> None:
+        """Run the items of all lines, and answer each. When cancelled, those that wait leave the queue."""
+        self._write = write
+        try:
+            async with plain_task_group() as task_group:
+                if self._options.timeout_s is not None:
+                    task_group.start_soon(self._expire, self._options.timeout_s)
+                async for some in lines:
+                    await self._run(some)
+                await self._until(lambda: not self._in_flight)
+                task_group.cancel_scope.cancel()
+        finally:
+            for _, _, withdraw in self._running.values():
+                withdraw()
+            self._done.clear()
+
+    @property
+    def _in_flight(self) -> int:
+        return len(self._running) + len(self._done)
+
+    async def _run(self, lines: Sequence[Line]) -> None:
+        """Start the items of lines, as many as there is room for in this stream and in the model's queue."""
+        await self._caller.wait_for_items(len(lines))
+        sizes = [len(line.content or b"") for line in lines]
+        asked = list(zip(parsed(lines, self._parser.item_lines), sizes, strict=True))
+        together = len(asked)
+        while asked:
+            # Many at a time, because waking up for each batch costs more than the items.
+            await self._until(lambda: self._in_flight <= MAX_ITEMS_IN_FLIGHT // 2 and self._bytes < MAX_BYTES_IN_FLIGHT)
+            together = min(together, MAX_ITEMS_IN_FLIGHT - self._in_flight)
+            try:
+                self._start(asked[:together])
+            except QueueFullError:
+                if together == 1:
+                    with anyio.move_on_after(FULL_QUEUE_RETRY_S):
+                        await self._next_change()
+                together = max(1, together // 2)
+            else:
+                asked = asked[together:]
+                together = len(asked)
+
+    def _start(self, group: Sequence[tuple[BaseModel | Failure, int]]) -> None:
+        """Start items, and answer those that are refused. Raises `QueueFullError` before any has started."""
+        places = [place for place, (item, _) in enumerate(group) if not isinstance(item, Failure)]
+        started = iter(self._queue([item for item, _ in group if not isinstance(item, Failure)], self._index, places))
+        now_s = anyio.current_time()
+        for item, size_bytes in group:
+            index, self._index = self._index, self._index + 1
+            handle = item if isinstance(item, Failure) else next(started)
+            if isinstance(handle, Failure):
+                self._answer(index, handle)
+            else:
+                self._running[index] = size_bytes, now_s, handle
+                self._bytes += size_bytes
+
+    def _queue(
+        self, items: Sequence[BaseModel], first: int, places: Sequence[int]
+    ) -> Sequence[Callable[[], object] | Failure]:
+        end = self._end
+
+        def on_outcome(number: int, outcome: Outcome[InferenceOutputModel]) -> None:
+            end(first + places[number], outcome)
+
+        try:
+            return self._model.predict_many_nowait(
+                items, on_outcome, priority=self._options.priority, owner=self._caller.owner
+            )
+        except QueueFullError:
+            raise
+        except Exception as error:  # noqa: BLE001  # such as the closing of the service
+            return [Failure(error)] * len(items)
+
+    async def _until(self, reached: Callable[[], bool]) -> None:
+        while not reached():
+            await self._next_change()
+
+    async def _next_change(self) -> None:
+        self._change = anyio.Event()
+        await self._change.wait()
+
+    async def _expire(self, timeout_s: float) -> None:
+        """End items whose time is over; they started in the order of their indices."""
+        while True:
+            oldest = next(iter(self._running.items()), None)
+            if oldest is None:
+                await anyio.sleep(timeout_s)
+                continue
+            index, (_, started_s, withdraw) = oldest
+            left_s = started_s + timeout_s - anyio.current_time()
+            if left_s > 0:
+                await anyio.sleep(left_s)
+            else:
+                withdraw()
+                self._end(index, Failure(DeadlineExceededError(timeout_s)))
+
+    def _end(self, index: int, outcome: Outcome[InferenceOutputModel]) -> None:
+        """Answer an item that ran; called in the event loop with its outcome."""
+        self._bytes -= self._running.pop(index)[0]
+        self._answer(index, outcome)
+
+    def _answer(self, index: int, outcome: Outcome[InferenceOutputModel]) -> None:
+        """Write the answer for an item, at once or in its turn."""
+        if not self._will_flush:
+            self._will_flush = True
+            # Those of several batches together, because each writing takes as long as several items.
+            delay_s = WRITE_INTERVAL_S if self._running else 0.0
+            asyncio.get_running_loop().call_later(delay_s, self._flush)
+        self._done[index] = b'{"index":%d,%s\n' % (index, _content(outcome)[1:])
+
+    def _flush(self) -> None:
+        self._will_flush = False
+        if self._options.ordered:
+            answers = list[bytes]()
+            while self._next in self._done:
+                answers.append(self._done.pop(self._next))
+                self._next += 1
+        else:
+            answers = list(self._done.values())
+            self._done.clear()
+        if answers:
+            self._write(b"".join(answers))
+        self._change.set()
+
+
+def _content(outcome: Outcome[InferenceOutputModel]) -> bytes:
+    if isinstance(outcome, Failure):
+        return slot_json(outcome.error)
+    try:
+        return output_json(outcome.value)
+    except Exception as error:  # noqa: BLE001  # the output's own serializers may raise anything
+        return slot_json(error)
