@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Generic
 
-from modalkit.batching.adaptive import Arrivals, BulkTimeLimit, Exploration, TokenLimit
+from modalkit.batching.adaptive import Arrivals, BulkTimeLimit, DrainRate, Exploration, TokenLimit
 from modalkit.batching.cost import CostModel
+from modalkit.batching.errors import DeadlineUnreachableError, QueueFullError, QueueSlowError
 from modalkit.batching.forming import BatchFormer
 from modalkit.batching.policy import Batch, BatchPolicy, Decision, DispatchReason
 from modalkit.batching.queue import RequestQueue, RequestT
@@ -29,12 +30,13 @@ class BatchPlanner(Generic[RequestT]):
     The planner does no I/O and never waits: `now` is an argument, and a decision takes effect at once.
     """
 
-    def __init__(self, policy: BatchPolicy, cost_model: CostModel) -> None:
+    def __init__(self, policy: BatchPolicy, cost_model: CostModel, *, workers: int = 1) -> None:
         self.policy = policy
         self.cost_model = cost_model
-        self.queue: RequestQueue[RequestT] = RequestQueue(policy.max_queue_items)
+        self.queue: RequestQueue[RequestT] = RequestQueue(policy.max_queue_items, self._own_s)
         self.token_limit = TokenLimit()
         self.former = BatchFormer(policy, cost_model, self.queue, self.token_limit)
+        self._drain = DrainRate(workers)
         self._exploration = Exploration()
         self._bulk_time_limit = BulkTimeLimit(policy.max_bulk_batch_s)
         self._last_interactive_s = -math.inf
@@ -56,6 +58,36 @@ class BatchPlanner(Generic[RequestT]):
         if self.policy.max_wait_s:
             for request in requests:
                 self._arrivals[request.priority].add(request.size, request.arrival_s)
+
+    def wait_s(self, priority: Priority) -> float:
+        """Predicted seconds that a new request would wait: for what is before it in the queue, not for what runs.
+
+        0 before the first batch has ended. A bulk request also waits for all interactive ones.
+        """
+        seconds = self.queue.seconds(INTERACTIVE)
+        if priority is not INTERACTIVE:
+            seconds += self.queue.seconds(Priority.BULK)
+        return self._drain.wait_s(seconds)
+
+    def check_room(self, priority: Priority, timeout_s: float | None) -> None:
+        """Raise `QueueFullError` or `DeadlineUnreachableError` if a new request should not be queued now."""
+        depth, limit = len(self.queue), self.policy.max_queue_items
+        if depth >= limit:
+            error = QueueFullError(depth, limit)
+            self.add_retry(error)
+            raise error
+        if not depth:
+            return  # whatever the predictions say: they can become right only if something runs
+        wait_s, max_wait_s = self.wait_s(priority), self.policy.max_queue_s
+        if timeout_s is not None and wait_s >= timeout_s:
+            raise DeadlineUnreachableError(timeout_s, wait_s)
+        if max_wait_s is not None and wait_s >= max_wait_s:
+            raise QueueSlowError(depth, limit, wait_s, max_wait_s)
+
+    def add_retry(self, error: QueueFullError) -> None:
+        """Add to an error of the queue when there will be room, as predicted."""
+        missing = error.depth + error.added - error.limit
+        error.retry_after_s = self.wait_s(Priority.BULK) * min(1.0, missing / max(1, error.depth))
 
     def decide(self, now: float, *, draining: bool = False) -> Decision[RequestT]:
         """Take the next batch out of the queue, or say when to ask again. Call it only when a worker is free.
@@ -96,7 +128,11 @@ class BatchPlanner(Generic[RequestT]):
         else:
             self._exploration.record_trial(elapsed_s - batch.baseline_s)
         if succeeded:
+            count = len(batch.requests)
             self.record_run([request.size for request in batch.requests], elapsed_s)
+            self._drain.record(elapsed_s, self.cost_model.predict_s(count, batch.longest, batch.total))
+            if self._drain.is_refresh_due():
+                self.queue.refresh()
 
     def record_run(self, sizes: Sequence[int], elapsed_s: float) -> None:
         """Learn that requests of these `sizes` ran together without an error, in `elapsed_s` seconds."""
@@ -120,6 +156,12 @@ class BatchPlanner(Generic[RequestT]):
             and self.queue.waiting(Priority.INTERACTIVE) > 0
             and self._bulk_deficit_s <= 0
         )
+
+    def _own_s(self, size: int) -> float:
+        try:
+            return self.former.own_s(size)
+        except (Exception, SystemExit):  # noqa: BLE001  # of a custom cost model; forming a batch handles it
+            return 0.0
 
     # Which lane is next.
 

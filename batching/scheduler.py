@@ -14,6 +14,7 @@ from modalkit.batching.cost import CostModel
 from modalkit.batching.dispatch import BROKEN, Dispatcher
 from modalkit.batching.errors import (
     DeadlineExceededError,
+    DeadlineUnreachableError,
     QueueFullError,
     RequestTooLargeError,
     SchedulerClosedError,
@@ -91,7 +92,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         self._sizes = None if item_size is None else ItemSizes(item_size, name)
         timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         # All mutable state: the planner with its queue; the dispatcher with its workers and the counters; the clock.
-        self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, self.cost_model)
+        self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, self.cost_model, workers=max_in_flight)
         runner = BatchRunner(self._planner, is_too_large=is_too_large, on_batch=on_batch, name=name)
         executors = [Executor(run_batch, timeout_s, f"{name} {i}") for i in range(max_in_flight)]
         self._dispatcher = Dispatcher(
@@ -214,6 +215,20 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
 
         return withdraw
 
+    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+        """Raise what a request should be refused with now; for frontends, before they read and parse what they get.
+
+        That is `SchedulerClosedError`; `QueueFullError`, as `submit` does, and where the requests before it in the
+        queue are predicted to take `max_queue_s` of the policy; `DeadlineUnreachableError` where these are predicted
+        to take `timeout_s` or more. What it refuses is counted as refused.
+        """
+        self._ensure_open()
+        try:
+            self._planner.check_room(priority, timeout_s)
+        except (QueueFullError, DeadlineUnreachableError):
+            self._telemetry.refused += 1
+            raise
+
     async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None = None) -> S:
         """Run a function, such as a warm-up, in a thread that runs batches, while no batch is in any stage.
 
@@ -295,8 +310,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     def _enqueue(self, requests: Sequence[Pending[T, R]]) -> None:
         try:
             self._planner.push_all(requests)
-        except QueueFullError:
+        except QueueFullError as error:
             self._telemetry.refused += len(requests)
+            self._planner.add_retry(error)
             raise
         self._telemetry.accepted += len(requests)
         self._dispatcher.sleepers.wake_one()

@@ -33,6 +33,9 @@ class Model(Protocol):
     def readiness(self) -> Readiness:
         """Whether it takes requests."""
 
+    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+        """Raise what a request should be refused with now: `NotReadyError`, what `BatchScheduler.check_room` raises."""
+
     async def predict(
         self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
     ) -> InferenceOutputModel:

@@ -60,6 +60,10 @@ class LocalModel:
             return Readiness.LOADING
         return Readiness.BROKEN if self.worker.is_broken else Readiness.READY
 
+    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+        """Raise what a request should be refused with now: `NotReadyError`, what `BatchScheduler.check_room` raises."""
+        self.ready_worker().check_room(priority=priority, timeout_s=timeout_s)
+
     async def predict(
         self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
     ) -> InferenceOutputModel:

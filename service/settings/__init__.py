@@ -11,6 +11,7 @@ from modalkit.service.settings.models import (
     CloudBucketMount,
     DeploymentConfig,
     QueueConfig,
+    RequestConfig,
 )
 from modalkit.service.settings.problems import SettingsError
 from modalkit.service.settings.settings import ModelEntry, ModelSettings, Settings
@@ -26,6 +27,7 @@ __all__ = [
     "ModelEntry",
     "ModelSettings",
     "QueueConfig",
+    "RequestConfig",
     "Settings",
     "SettingsError",
     "deep_merge",

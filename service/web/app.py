@@ -16,8 +16,9 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.service.gateway import Gateway, Readiness
-from modalkit.service.settings import AuthConfig
+from modalkit.service.settings import AuthConfig, RequestConfig
 from modalkit.service.version import VERSION
+from modalkit.service.web.admission import Admission
 from modalkit.service.web.answers import JSON, NDJSON, Problem
 from modalkit.service.web.auth import require_api_key
 from modalkit.service.web.job_routes import make_job_router
@@ -47,6 +48,7 @@ def create_app(
     gateway: Gateway,
     *,
     auth: AuthConfig | None = None,
+    limits: RequestConfig | None = None,
     owns_gateway: bool = True,
     require_all_models: bool = False,
 ) -> FastAPI:
@@ -57,8 +59,8 @@ def create_app(
     An application that another one mounts is started by that one: see `lifespan_of`. Until it is started, each request
     is answered with 503 and what to write.
 
-    Health checks, metrics and documentation need no key. Raises `LoadError` for an API key that
-    cannot be used; so does the start of the lifespan for one that cannot be read from AWS SSM.
+    `limits` are those of requests. Health checks, metrics and documentation need no key. Raises `LoadError` for an API
+    key that cannot be used; so does the start of the lifespan for one that cannot be read from AWS SSM.
     """
     auth = auth or AuthConfig()
     api_key = require_api_key(auth)
@@ -79,10 +81,11 @@ def create_app(
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    add_prediction_routes(app, gateway, api_key)
+    admission = Admission(limits)
+    add_prediction_routes(app, gateway, api_key, admission)
     app.add_middleware(_Entrance, start=start)  # the outermost one: nothing is answered before the start
     app.include_router(make_job_router(gateway.jobs), dependencies=[] if api_key is None else api_key.dependencies)
-    _add_health(app, gateway, require_all_models=require_all_models)
+    _add_health(app, gateway, admission, require_all_models=require_all_models)
     install_problem_handlers(app)
     _complete_schema(app)
 
@@ -150,12 +153,12 @@ def _complete_schema(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
 
 
-def _add_health(app: FastAPI, gateway: Gateway, *, require_all_models: bool) -> None:
+def _add_health(app: FastAPI, gateway: Gateway, admission: Admission, *, require_all_models: bool) -> None:
     get = partial(app.get, tags=["health"])
 
     @get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return Response(await exposition(gateway), media_type=CONTENT_TYPE)
+        return Response(await exposition(gateway, admission), media_type=CONTENT_TYPE)
 
     @get(
         "/health/live",

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar, Union
 
@@ -16,9 +16,10 @@ from modalkit.pipelines import AsyncInputModel, AsyncOutputModel, InferenceOutpu
 from modalkit.service.errors import OutputNotJsonError
 from modalkit.service.gateway import Gateway, find_model
 from modalkit.service.outputs import output_json
+from modalkit.service.web.admission import Admission, Reception, read_body
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, Submitted
 from modalkit.service.web.auth import ApiKey
-from modalkit.service.web.bodies import BodyParser, read_body, run_valid
+from modalkit.service.web.bodies import BodyParser, run_valid
 from modalkit.service.web.options import PredictionOptions, SubmissionOptions
 from modalkit.service.web.problems import KNOWN_ERRORS, ProblemError, error_json, error_response
 from modalkit.service.web.submissions import Submitter
@@ -30,7 +31,7 @@ WATCH_AFTER_S = 0.1
 """Seconds after which a request that waits is watched: a task for each request would cost a fifth of its time."""
 
 
-def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None) -> None:
+def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None, admission: Admission) -> None:
     """Add the routes over `gateway`: to FastAPI for the documentation, and as `DirectRoutes`."""
     endpoints: dict[str, Endpoint] = {}
     app.add_middleware(DirectRoutes, endpoints=endpoints)
@@ -39,7 +40,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     job: Any = Union[tuple(AsyncInputModel[model.input_model] for model in models)]  # type: ignore[name-defined]  # noqa: UP007  # as above
     output: Any = Union[tuple(model.output_model for model in models)]  # noqa: UP007  # as above
     key = [] if api_key is None else api_key.dependencies
-    parser = cache(BodyParser)
+    parser = cache(partial(BodyParser, admission=admission))
 
     def route(path: str, taken: Any, options: type, answer: Any, **more: Any) -> Callable[[Endpoint], None]:
         """Add a route; `taken`, `options` and `answer` are the types of what it takes and answers, for OpenAPI only."""
@@ -51,7 +52,11 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
             async def checked(request: Request) -> Response:
                 if api_key is not None:
                     await api_key.check(request)
-                return await endpoint(request)
+                reception = Reception(admission, request)
+                try:
+                    return await endpoint(request)
+                finally:
+                    reception.release()
 
             endpoints[path] = checked
             app.router.add_api_route(
@@ -71,6 +76,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     async def sync_predict(request: Request) -> Response:
         options = PredictionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
+        await admission.check(partial(model.check_room, priority=options.priority, timeout_s=options.timeout_s))
         item = parser(model.input_model).item(await read_body(request))
         call = model.predict(item, priority=options.priority, timeout_s=options.timeout_s)
         try:
@@ -88,14 +94,15 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     async def batch_predict(request: Request) -> Response:
         options = PredictionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
-        items = parser(model.input_model).items(await read_body(request))
+        await admission.check(partial(model.check_room, priority=options.priority, timeout_s=options.timeout_s))
+        items = await parser(model.input_model).items(await read_body(request))
         outcomes = await run_valid(
             items,
             lambda valid: while_connected(
                 request, model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s)
             ),
         )
-        return Response(b"[" + b",".join(map(_slot, outcomes)) + b"]", media_type=JSON)
+        return Response(b"[" + b",".join(await admission.map(_slot, outcomes)) + b"]", media_type=JSON)
 
     @route(
         "/async/predict",
@@ -110,7 +117,8 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, api_key: ApiKey | None
     async def async_predict(request: Request) -> Response:
         options = SubmissionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
-        return await Submitter(gateway.jobs, model.name, parser(model.input_model), options).answer(request)
+        submitter = Submitter(gateway.jobs, model.name, parser(model.input_model), options, admission)
+        return await submitter.answer(request)
 
 
 class DirectRoutes:

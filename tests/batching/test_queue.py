@@ -29,7 +29,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue: RequestQueue[Request[None]] = RequestQueue(MAX_ITEMS)
+        self.queue: RequestQueue[Request[None]] = RequestQueue(MAX_ITEMS, lambda size: size / self.unit)
+        self.unit = 1.0
         self.expected: list[Request[None]] = []
         self.now = 0.0
 
@@ -75,6 +76,11 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             self.expected = [request for request in self.expected if request not in taken]
 
+    @rule(unit=st.sampled_from((1.0, 1000.0)))
+    def learn(self, unit: float) -> None:
+        self.unit = unit
+        self.queue.refresh()
+
     @rule(elapsed_s=st.floats(0, 5))
     def expire(self, elapsed_s: float) -> None:
         self.now += elapsed_s
@@ -90,6 +96,8 @@ class QueueMachine(RuleBasedStateMachine):
             assert self.queue.waiting(priority) == len(waiting)
             assert self.queue.oldest(priority) is (waiting[0] if waiting else None)
             in_buckets = [r for i in self.queue.bucket_indices(priority) for r in self.queue.front(priority, i, 1000)]
+            seconds = sum(r.size for r in waiting) / self.unit
+            assert seconds / 1.05 - 1e-6 <= self.queue.seconds(priority) <= seconds + 1e-6
             assert in_buckets == sorted(waiting, key=lambda r: size_bucket(r.size))
 
 
