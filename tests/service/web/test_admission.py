@@ -186,12 +186,12 @@ async def test_bodies_that_stall_hold_a_bounded_number_of_bytes_and_small_ones_a
         for _ in range(count):
             await stalled.enter_async_context(await send_part(client, 100_000 - 1))
         await until_metric(client, f"modalkit_held_body_bytes {float(count * held)}")
-        refused = await client.post("/batch/predict", content=list_of(900))
+        refused = await client.post("/batch/predict", content=list_of(990))
         assert "request_config.max_pending_bytes" in assert_problem(refused, 503)["detail"]
         assert refused.headers["retry-after"] == "1"
         assert (await client.post("/sync/predict", json={"text": "small"})).status_code == 200
     await until_metric(client, "modalkit_held_body_bytes 0.0")
-    assert (await client.post("/batch/predict", content=list_of(900))).status_code == 413, "the queue holds 100"
+    assert (await client.post("/batch/predict", content=list_of(990))).status_code == 413, "the queue holds 100"
 
 
 async def test_a_body_that_is_declared_too_large_is_refused_before_it_comes(
