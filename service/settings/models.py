@@ -251,7 +251,7 @@ class RequestConfig(Section):
     """Maximum items of a list; a longer one is refused (HTTP 413)."""
     max_item_bytes: Count = 16 * 2**20
     """Maximum bytes of one item; a larger one is refused (HTTP 413)."""
-    max_item_values: Count = 200_000
+    max_item_values: Count = 100_000
     """Maximum brackets and commas of one item: many small values cost more than one long text (HTTP 413)."""
     max_pending_bytes: Count = 256 * 2**20
     """Maximum bytes of all bodies that arrive or wait, the first 64 KiB of each not counted; beyond, HTTP 503."""

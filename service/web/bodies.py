@@ -224,7 +224,9 @@ def _or_failure(parse: Callable[[], Model]) -> Model | Failure:
     try:
         return parse()
     except ProblemError as problem:
-        return Failure(problem)
+        # What it was raised from refers to all that is wrong with the item.
+        problem.__cause__ = problem.__context__ = None
+        return Failure(problem.with_traceback(None))
 
 
 class _RefusedJSONError(Exception):

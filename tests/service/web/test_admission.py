@@ -118,6 +118,8 @@ async def test_a_list_of_invalid_items_has_a_bounded_answer() -> None:
     assert b"unknown field number 7: unknown field" in answers[0]
     assert b"is invalid, as others before it are" in answers[-1]
     assert sum(map(len, answers)) < 2 * bodies.MAX_EXPLAINED_BYTES
+    held = [slot.error for slot in slots if isinstance(slot, Failure)]
+    assert {(error.__context__, error.__cause__, error.__traceback__) for error in held} == {(None, None, None)}
 
 
 async def test_an_item_with_very_many_errors_has_a_bounded_answer() -> None:
