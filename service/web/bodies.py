@@ -74,11 +74,9 @@ class BodyParser:
     async def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
         """The jobs of a list. Raises `ProblemError` if it is no list."""
         jobs = await self._list(self._jobs, self._job_of, body)
-        if not _has_constants(body):
-            return jobs
 
         def checked(job: AsyncInputModel | Failure) -> AsyncInputModel | Failure:
-            return job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job, body))
+            return job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job))
 
         return await self._admission.map(checked, jobs)
 
@@ -96,7 +94,7 @@ class BodyParser:
     def _job_of(self, body: bytes, what: str = "body", *, explain: bool) -> AsyncInputModel:
         _check_item(body, self._admission.limits)
         _check_keys(body, what)
-        return _checked_meta(_parse(self._job, body, what, explain=explain), body)
+        return _checked_meta(_parse(self._job, body, what, explain=explain))
 
     async def _list(
         self, adapter: TypeAdapter[list[Model]], parse: Callable[..., Model], body: bytes
@@ -240,6 +238,7 @@ def _check_object(pairs: list[tuple[str, Any]]) -> None:
 
 
 # Numbers are left as they are written, because Python refuses the longest ones.
+_STRICT_JSON = json.JSONEncoder(allow_nan=False)
 _JSON = json.JSONDecoder(object_pairs_hook=_check_object, parse_int=str, parse_float=str)
 
 
@@ -253,18 +252,15 @@ def _check_keys(body: bytes, what: str = "body") -> None:
         return  # pydantic says what is wrong
 
 
-def _has_constants(body: bytes) -> bool:
-    return b"NaN" in body or b"Infinity" in body
-
-
-def _checked_meta(job: AsyncInputModel, body: bytes) -> AsyncInputModel:
-    """The job of a body. Raises `ProblemError` for NaN in `meta`, which could not be returned unchanged."""
-    if _has_constants(body):
+def _checked_meta(job: AsyncInputModel) -> AsyncInputModel:
+    """The job. Raises `ProblemError` for NaN or 1e999 in its `meta`, which could not be returned unchanged."""
+    if job.meta:
         try:
-            json.dumps(job.meta, allow_nan=False)
+            _STRICT_JSON.encode(job.meta)
         except ValueError:
             raise ProblemError(
-                HTTPStatus.UNPROCESSABLE_ENTITY, "meta: must not hold NaN or Infinity, which are not JSON; send null"
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+                "meta: must not hold NaN, Infinity or a number above 1.8e308; send null",
             ) from None
     return job
 

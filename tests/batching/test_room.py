@@ -64,7 +64,7 @@ def test_the_predicted_wait_is_right_for_any_structure_of_costs(
         drain(planner, structure, workers)
     planner.push_all(requests(1000, 7))
     predicted_s = planner.wait_s(INTERACTIVE)
-    factor = 1.5 if isinstance(planner.cost_model, MeasuredCostModel) else 4
+    factor = 1.5 if cost_model is MeasuredCostModel else 4
     assert predicted_s / factor < drain(planner, structure, workers) < predicted_s * factor
     assert planner.wait_s(INTERACTIVE) == 0
 
