@@ -33,7 +33,7 @@ class DrainRate:
     """
 
     def __init__(self, workers: int) -> None:
-        self._workers = workers
+        self.workers = workers
         self._batches = 0
         self._measured_s = self._predicted_s = 0.0  # weighted sums over recent batches
 
@@ -51,7 +51,7 @@ class DrainRate:
         """Seconds until what is predicted to take `predicted_s` has run; 0 before the first batch."""
         if not self._predicted_s:
             return 0.0
-        return predicted_s * self._measured_s / self._predicted_s / self._workers
+        return predicted_s * self._measured_s / self._predicted_s / self.workers
 
 
 class Arrivals:
@@ -158,10 +158,15 @@ class BulkTimeLimit:
     """
 
     def __init__(self, max_s: float | None = None) -> None:
-        self._max_s = math.inf if max_s is None else max_s
-        self.seconds = self._max_s
+        self.seconds = math.inf
+        self.set_maximum(max_s)
         self._cost = 0.0
         self._measured = self._calls = 0
+
+    def set_maximum(self, max_s: float | None) -> None:
+        """Never exceed `max_s` from now on."""
+        self._max_s = math.inf if max_s is None else max_s
+        self.seconds = min(self.seconds, self._max_s)
 
     def should_measure(self) -> bool:
         """Whether to form a bulk batch only to measure what a short one costs: always at first, later each 8th time."""

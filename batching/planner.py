@@ -47,6 +47,15 @@ class BatchPlanner(Generic[RequestT]):
         self._bulk_deficit_s = 0.0
         self._bulk_in_flight = 0
 
+    def set_policy(self, policy: BatchPolicy, workers: int = 1) -> None:
+        """Form the next batches within other limits; what waits stays, also beyond a smaller `max_queue_items`."""
+        self.policy = policy
+        self._drain.workers = workers * len(self.devices)
+        self.queue.max_items = policy.max_queue_items
+        for device in self.devices:
+            device.former.policy = policy
+            device.bulk_time_limit.set_maximum(policy.max_bulk_batch_s)
+
     def push(self, request: RequestT) -> None:
         """Add a new request; raises `QueueFullError` when there is no room."""
         self.push_all((request,))

@@ -56,6 +56,7 @@ class CallJobs(AsyncContextManagerMixin):
     """
 
     administration: JobAdministration | None = None
+    failure: None = None
 
     def __init__(
         self,
@@ -244,6 +245,7 @@ class CallGateway(AsyncContextManagerMixin):
     models: Mapping[str, Model]
     jobs: CallJobs
     opens: Sequence[AbstractAsyncContextManager[Any]]
+    administration: None = None
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:

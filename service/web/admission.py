@@ -150,12 +150,12 @@ class Reception:
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body, of a request that has a `Reception`.
+    """The whole body. That of a request without a `Reception` is held by no `Admission`.
 
     Raises `ProblemError` for a body that is too large, alone or together with those of other requests, and if the
     client leaves before its end.
     """
-    reception: Reception = request.scope[_RECEPTION]
+    reception: Reception = request.scope.get(_RECEPTION) or Reception(Admission(), request)
     return await reception.read(request)
 
 
