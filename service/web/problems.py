@@ -1,5 +1,6 @@
 """Errors as HTTP answers: problem details (RFC 9457) that name the field, the value and the remedy."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,9 @@ def error_response(error: Exception) -> Response:
         kind, status = _kind_of(error), status_of(error)
         name = PIPELINE_ERROR if kind is None else _type_of_kind(kind)
         retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if retry else None
+        predicted_s = getattr(error, "retry_after_s", None)
+        after_s = max(RETRY_AFTER_S, math.ceil(predicted_s or 0))
+        headers = {"Retry-After": str(after_s)} if retry or predicted_s else None
         errors = error.errors if isinstance(error, InvalidItemError) else ()
         error = ProblemError(status, describe_error(error), errors, headers)
     status = error.status
