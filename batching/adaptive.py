@@ -22,6 +22,37 @@ SETTLED_AFTER = 64  # measured batches
 MEASURE_INTERVAL = 8  # calls of `should_measure` for one measurement, once settled
 LONGER_FACTOR, SHORTER_FACTOR = 1.02, 0.98  # a step for each measured batch
 
+DRAIN_SMOOTHING = 1 / 4  # weight of the last batch in the measured drain rate
+REFRESH_INTERVAL = 32  # batches after which what waits is predicted anew; before, after each batch
+
+
+class DrainRate:
+    """How fast the queue drains: what recent batches took, beside what the costs predict for them.
+
+    The costs alone are not enough: those of a cost model that learns nothing may be in any unit.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._batches = 0
+        self._measured_s = self._predicted_s = 0.0  # weighted sums over recent batches
+
+    def record(self, elapsed_s: float, predicted_s: float) -> None:
+        """Take a batch into account that took `elapsed_s`, where the costs, which have learnt from it, say another."""
+        self._batches += 1
+        self._measured_s += DRAIN_SMOOTHING * (elapsed_s - self._measured_s)
+        self._predicted_s += DRAIN_SMOOTHING * (predicted_s - self._predicted_s)
+
+    def is_refresh_due(self) -> bool:
+        """Whether the costs may have changed much since requests were last predicted."""
+        return self._batches < REFRESH_INTERVAL or self._batches % REFRESH_INTERVAL == 0
+
+    def wait_s(self, predicted_s: float) -> float:
+        """Seconds until what is predicted to take `predicted_s` has run; 0 before the first batch."""
+        if not self._predicted_s:
+            return 0.0
+        return predicted_s * self._measured_s / self._predicted_s / self.workers
+
 
 class Arrivals:
     """The mean gap between requests and their mean size, as exponential averages over the last few dozen requests.

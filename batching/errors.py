@@ -6,7 +6,12 @@ class BatchingError(Exception):
 
 
 class QueueFullError(BatchingError):
-    """Raised when a request is refused because the queue has no room for it. The caller may try again later."""
+    """Raised when a request is refused because the queue has no room for it. The caller may try again later.
+
+    `retry_after_s` is the predicted time until there is room for it; 0 where that is not known.
+    """
+
+    retry_after_s = 0.0
 
     def __init__(self, depth: int, limit: int, added: int = 1) -> None:
         remedy = "send fewer at once" if added > limit else "retry later"
@@ -22,6 +27,20 @@ class QueueFullError(BatchingError):
     def is_permanent(self) -> bool:
         """Whether even an empty queue has no room for so many requests at once."""
         return self.added > self.limit
+
+
+class QueueSlowError(QueueFullError):
+    """Raised by `check_room` when what waits before a request is predicted to take longer than `max_queue_s`."""
+
+    def __init__(self, depth: int, limit: int, wait_s: float, max_wait_s: float) -> None:
+        super().__init__(depth, limit)
+        text = (
+            f"the {depth} requests in the queue are predicted to take {wait_s:.3g} s, and more are refused from "
+            f"{max_wait_s:g} s on; retry later, or raise the limit (max_queue_s of BatchPolicy, "
+            "batch_config.max_queue_seconds in a configuration)"
+        )
+        self.args = (text,)
+        self.retry_after_s = wait_s - max_wait_s
 
 
 class RequestTooLargeError(BatchingError):
@@ -41,6 +60,19 @@ class DeadlineExceededError(BatchingError):
     def __init__(self, timeout_s: float) -> None:
         super().__init__(f"no result within {timeout_s:g} s; allow more time, or send less at once")
         self.timeout_s = timeout_s
+
+
+class DeadlineUnreachableError(DeadlineExceededError):
+    """Raised by `check_room` for a request that would still wait at its deadline, by the predictions."""
+
+    def __init__(self, timeout_s: float, wait_s: float) -> None:
+        super().__init__(timeout_s)
+        text = (
+            f"no result is possible within {timeout_s:g} s: what waits before it is predicted to take {wait_s:.3g} s; "
+            "allow more time, or retry later"
+        )
+        self.args = (text,)
+        self.retry_after_s = wait_s - timeout_s
 
 
 class SchedulerClosedError(BatchingError):

@@ -95,7 +95,7 @@ class BatchFormer(Generic[RequestT]):
             if room <= 0:
                 break
             run = [request for request in self.queue.front(priority, index, room) if request.size <= batch.longest]
-            added, own_s = len(run), self._own_s(run[0].size) if run else 0.0
+            added, own_s = len(run), self.own_s(run[0].size) if run else 0.0
             while added:
                 count, total = len(batch.requests) + added, batch.total + sum(request.size for request in run[:added])
                 seconds = self.cost_model.predict_s(count, batch.longest, total)
@@ -109,7 +109,7 @@ class BatchFormer(Generic[RequestT]):
                 break  # smaller requests need even more padding
         return batch
 
-    def _own_s(self, size: int) -> float:
+    def own_s(self, size: int) -> float:
         """Seconds per request of this size in the best batch of requests of this size."""
         limit = self.count_limit
         counts = [*(1 << i for i in range((limit - 1).bit_length())), limit]

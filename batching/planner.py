@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Generic
 
-from modalkit.batching.adaptive import Arrivals, BulkTimeLimit, Exploration, TokenLimit
+from modalkit.batching.adaptive import Arrivals, BulkTimeLimit, DrainRate, Exploration, TokenLimit
 from modalkit.batching.cost import CostModel
+from modalkit.batching.errors import DeadlineUnreachableError, QueueFullError, QueueSlowError
 from modalkit.batching.forming import BatchFormer
 from modalkit.batching.policy import Batch, BatchPolicy, Decision, DispatchReason
 from modalkit.batching.queue import RequestQueue, RequestT
@@ -34,10 +35,11 @@ class BatchPlanner(Generic[RequestT]):
     The planner does no I/O and never waits: `now` is an argument, and a decision takes effect at once.
     """
 
-    def __init__(self, policy: BatchPolicy, *cost_models: CostModel) -> None:
+    def __init__(self, policy: BatchPolicy, *cost_models: CostModel, workers: int = 1) -> None:
         self.policy = policy
-        self.queue: RequestQueue[RequestT] = RequestQueue(policy.max_queue_items)
+        self.queue: RequestQueue[RequestT] = RequestQueue(policy.max_queue_items, self._own_s)
         self.devices = [_Device(policy, cost_model, self.queue) for cost_model in cost_models]
+        self._drain = DrainRate(workers * len(cost_models))
         self._last_interactive_s = -math.inf
         self._arrivals = {priority: Arrivals() for priority in Priority}
         # While both lanes wait, bulk has a right to `bulk_share` of the running time. This is how many seconds it got
@@ -45,13 +47,15 @@ class BatchPlanner(Generic[RequestT]):
         self._bulk_deficit_s = 0.0
         self._bulk_in_flight = 0
 
-    def set_policy(self, policy: BatchPolicy) -> None:
+    def set_policy(self, policy: BatchPolicy, workers: int = 1) -> None:
         """Form the next batches within other limits; what waits stays, also beyond a smaller `max_queue_items`."""
         self.policy = policy
-        self.queue.max_items = policy.max_queue_items
+        self._drain.workers = workers * len(self.devices)
+        self.queue.set_max_items(policy.max_queue_items)
         for device in self.devices:
             device.former.policy = policy
             device.bulk_time_limit.set_maximum(policy.max_bulk_batch_s)
+        self.queue.refresh()
 
     def push(self, request: RequestT) -> None:
         """Add a new request; raises `QueueFullError` when there is no room."""
@@ -65,6 +69,36 @@ class BatchPlanner(Generic[RequestT]):
         if self.policy.max_wait_s:
             for request in requests:
                 self._arrivals[request.priority].add(request.size, request.arrival_s)
+
+    def wait_s(self, priority: Priority) -> float:
+        """Predicted seconds that a new request would wait: for what is before it in the queue, not for what runs.
+
+        0 before the first batch has ended. A bulk request also waits for all interactive ones.
+        """
+        seconds = self.queue.seconds(INTERACTIVE)
+        if priority is not INTERACTIVE:
+            seconds += self.queue.seconds(Priority.BULK)
+        return self._drain.wait_s(seconds)
+
+    def check_room(self, priority: Priority, timeout_s: float | None) -> None:
+        """Raise `QueueFullError` or `DeadlineUnreachableError` if a new request should not be queued now."""
+        depth, limit = len(self.queue), self.policy.max_queue_items
+        if depth >= limit:
+            error = QueueFullError(depth, limit)
+            self.add_retry(error)
+            raise error
+        if not depth:
+            return  # whatever the predictions say: they can become right only if something runs
+        wait_s, max_wait_s = self.wait_s(priority), self.policy.max_queue_s
+        if timeout_s is not None and wait_s >= timeout_s:
+            raise DeadlineUnreachableError(timeout_s, wait_s)
+        if max_wait_s is not None and wait_s >= max_wait_s:
+            raise QueueSlowError(depth, limit, wait_s, max_wait_s)
+
+    def add_retry(self, error: QueueFullError) -> None:
+        """Add to an error of the queue when there will be room, as predicted."""
+        missing = error.depth + error.added - error.limit
+        error.retry_after_s = self.wait_s(Priority.BULK) * min(1.0, missing / max(1, error.depth))
 
     def decide(self, now: float, *, device: int = 0, draining: bool = False) -> Decision[RequestT]:
         """Take the next batch out of the queue, or say when to ask again. Call it only when a worker is free.
@@ -108,6 +142,11 @@ class BatchPlanner(Generic[RequestT]):
             exploration.record_trial(elapsed_s - batch.baseline_s)
         if succeeded:
             self.record_run([request.size for request in batch.requests], elapsed_s, batch.device)
+            # By the costs of the first device, as those of what waits: the drain rate corrects for all devices.
+            predicted_s = self.devices[0].cost_model.predict_s(len(batch.requests), batch.longest, batch.total)
+            self._drain.record(elapsed_s, predicted_s)
+            if self._drain.is_refresh_due():
+                self.queue.refresh()
 
     def record_run(self, sizes: Sequence[int], elapsed_s: float, device: int = 0) -> None:
         """Learn that requests of these `sizes` ran together without an error, in `elapsed_s` seconds."""
@@ -136,6 +175,12 @@ class BatchPlanner(Generic[RequestT]):
             and self.queue.waiting(Priority.INTERACTIVE) > 0
             and self._bulk_deficit_s <= 0
         )
+
+    def _own_s(self, size: int) -> float:
+        try:
+            return self.devices[0].former.own_s(size)
+        except (Exception, SystemExit):  # noqa: BLE001  # of a custom cost model; forming a batch handles it
+            return 0.0
 
     # Which lane is next.
 

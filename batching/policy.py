@@ -30,6 +30,8 @@ class BatchPolicy:
     """How long an idle worker may wait for a fuller batch, if the predicted costs say that waiting pays."""
     max_queue_items: int = 10_000
     """Requests that wait."""
+    max_queue_s: float | None = 600.0
+    """Predicted seconds of what waits before a new request, for callers that ask `BatchScheduler.check_room`."""
     max_age_s: float = 2.0
     """Age at which a request is overdue: no younger one of its lane then runs before it, except as a companion."""
     bulk_share: float = 0.1
@@ -46,6 +48,7 @@ class BatchPolicy:
         self._require("max_batch_s", self.max_batch_s is None or self.max_batch_s > 0, "positive")
         self._require("max_wait_s", 0 <= self.max_wait_s < math.inf, "a finite time, 0 or more")
         self._require("max_queue_items", self.max_queue_items >= 1, "at least 1")
+        self._require("max_queue_s", self.max_queue_s is None or self.max_queue_s > 0, "positive")
         self._require("max_age_s", self.max_age_s >= 0, "0 or more")
         self._require("max_bulk_batch_s", self.max_bulk_batch_s is None or self.max_bulk_batch_s > 0, "positive")
         self._require("bulk_share", 0 <= self.bulk_share < 1, "from 0 to below 1")

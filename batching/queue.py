@@ -8,18 +8,21 @@ clock, does no I/O and is not thread-safe.
 Sequence numbers share a lane between owners, as self-clocked fair queueing does: the number of a request is the last
 one of its owner plus its size, and an owner of whom nothing waits starts at the number that the lane has reached. So
 the requests of one owner are in order of arrival, and those of several take turns, by size.
+
+It also knows how many seconds the requests of each lane take, as a function of their sizes predicts: the sum changes
+with each request, so that to ask for it is O(1) too.
 """
 
 import heapq
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import Generic, TypeVar
 
 from modalkit.batching.errors import QueueFullError
-from modalkit.batching.request import Priority, Request
+from modalkit.batching.request import LARGEST_SIZE, Priority, Request
 
 BUCKETS_PER_OCTAVE = 16
 LARGEST_SMALL_SIZE = 2048
@@ -41,6 +44,11 @@ def size_bucket(size: int) -> int:
     return _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
 
 
+def _size_of(bucket: int) -> int:
+    """The smallest size in a bucket."""
+    return math.ceil(2 ** (bucket / BUCKETS_PER_OCTAVE))
+
+
 class _Lane(Generic[RequestT]):
     """The waiting requests of one priority.
 
@@ -48,11 +56,13 @@ class _Lane(Generic[RequestT]):
     there, or when such stale requests outnumber the waiting ones.
     """
 
-    __slots__ = ("count", "owners", "reached", "stale")
+    __slots__ = ("count", "counts", "owners", "reached", "seconds", "stale")
 
     def __init__(self) -> None:
         self.owners: dict[str, _Owner[RequestT]] = {}
         self.count = 0
+        self.counts = [0] * (size_bucket(LARGEST_SIZE) + 1)  # the waiting requests of each bucket
+        self.seconds = 0.0  # that the waiting requests are predicted to take
         self.stale = 0
         self.reached = 0
         """The sequence number of the request that was first when it was last asked for."""
@@ -95,16 +105,19 @@ class RequestQueue(Generic[RequestT]):
     """Holds at most `max_items` requests until the planner takes them or their callers withdraw them.
 
     An owner with a name may fill nine tenths of it; the last tenth is for owners who hold no more than so many.
+
+    `predict_s` gives the seconds that a request of a size takes. It is called once for each bucket, and again after
+    `refresh`.
     """
 
-    def __init__(self, max_items: int) -> None:
-        self.max_items = max_items
-        self._reserved = max_items // RESERVED_DIVISOR
-        self._unreserved = max_items - self._reserved
+    def __init__(self, max_items: int, predict_s: Callable[[int], float] = lambda _: 0.0) -> None:
+        self.set_max_items(max_items)
+        self._predict_s = predict_s
         # All mutable state. A request waits exactly while its sequence number is positive. Buckets and deadlines may
         # hold some that do not wait.
         self._lanes: dict[Priority, _Lane[RequestT]] = {priority: _Lane() for priority in Priority}
         self._length = 0
+        self._seconds_of = [math.nan] * (size_bucket(LARGEST_SIZE) + 1)  # NaN where it was not asked yet
         self._deadlines: list[tuple[float, int, RequestT]] = []
 
     def __len__(self) -> int:
@@ -113,9 +126,32 @@ class RequestQueue(Generic[RequestT]):
     def __contains__(self, request: RequestT) -> bool:
         return request.sequence > 0
 
+    def set_max_items(self, max_items: int) -> None:
+        """Hold at most so many requests from now on; what waits stays."""
+        self.max_items = max_items
+        self._reserved = max_items // RESERVED_DIVISOR
+        self._unreserved = max_items - self._reserved
+
     def waiting(self, priority: Priority) -> int:
         """How many requests wait in this lane."""
         return self._lanes[priority].count
+
+    def seconds(self, priority: Priority) -> float:
+        """How many seconds the requests that wait in this lane are predicted to take."""
+        lane = self._lanes[priority]
+        return lane.seconds if lane.count else 0.0
+
+    def refresh(self) -> None:
+        """Predict the seconds of all requests anew."""
+        self._seconds_of = [math.nan] * len(self._seconds_of)
+        for lane in self._lanes.values():
+            indices = {index for owner in lane.owners.values() for index in owner.buckets}
+            lane.seconds = sum(lane.counts[index] * self._predict(index) for index in indices)
+
+    def _predict(self, index: int) -> float:
+        if math.isnan(self._seconds_of[index]):
+            self._seconds_of[index] = self._predict_s(_size_of(index))
+        return self._seconds_of[index]
 
     def push_all(self, requests: Sequence[RequestT]) -> None:
         """Add new requests of one priority and owner: all of them, or none and raise `QueueFullError`."""
@@ -137,9 +173,12 @@ class RequestQueue(Generic[RequestT]):
             try:
                 buckets[index].append(request)
             except KeyError:
+                self._predict(index)
                 buckets[index] = deque((request,))
             last += size
             request.sequence = last
+            lane.counts[index] += 1
+            lane.seconds += self._seconds_of[index]
             if request.deadline_s < math.inf:
                 heapq.heappush(self._deadlines, (request.deadline_s, id(request), request))
         owner.last = last
@@ -163,9 +202,12 @@ class RequestQueue(Generic[RequestT]):
     def take(self, requests: list[RequestT]) -> None:
         """Remove requests, all of which wait."""
         for request in requests:
-            lane = self._lanes[request.priority]
+            lane, size = self._lanes[request.priority], request.size
+            index = _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
             request.sequence = -request.sequence
             lane.count -= 1
+            lane.counts[index] -= 1
+            lane.seconds -= self._seconds_of[index]
             lane.stale += 1
         self._length -= len(requests)
         for lane in self._lanes.values():
@@ -179,10 +221,12 @@ class RequestQueue(Generic[RequestT]):
         """Let requests wait again that were taken, with their old sequence numbers, even if the queue is full."""
         buckets = defaultdict[tuple[_Owner[RequestT], int], list[RequestT]](list)
         for request in requests:
-            lane = self._lanes[request.priority]
+            lane, index = self._lanes[request.priority], size_bucket(request.size)
             request.sequence = -request.sequence
             lane.count += 1
-            buckets[lane.owner(request.owner), size_bucket(request.size)].append(request)
+            lane.counts[index] += 1
+            lane.seconds += self._predict(index)
+            buckets[lane.owner(request.owner), index].append(request)
             if request.deadline_s < math.inf:
                 heapq.heappush(self._deadlines, (request.deadline_s, id(request), request))
         for (owner, index), added in buckets.items():

@@ -17,6 +17,7 @@ from modalkit.batching.cost import CostModel
 from modalkit.batching.dispatch import BROKEN, Dispatcher
 from modalkit.batching.errors import (
     DeadlineExceededError,
+    DeadlineUnreachableError,
     QueueFullError,
     RequestTooLargeError,
     SchedulerClosedError,
@@ -111,7 +112,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         self.name = name
         self._sizes = None if item_size is None else ItemSizes(item_size, name)
         # All mutable state: the planner with its queue; the dispatcher with its workers and the counters; the clock.
-        self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, *cost_models)
+        self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, *cost_models, workers=max_in_flight)
         runner = BatchRunner(self._planner, is_too_large=is_too_large, on_batch=on_batch, name=name)
         self._dispatcher = Dispatcher(
             self._planner,
@@ -339,7 +340,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
             async with self._replacing:
                 self._ensure_open()
                 self.policy = policy
-                self._planner.set_policy(policy)
+                self._planner.set_policy(policy, max_in_flight)
                 self._sizes = None if item_size is None else ItemSizes(item_size, self.name)
                 close_old = partial(self._close, self._dispatcher.executors, on_close and self._on_close)
                 self._dispatcher.replace_executors(executors, close_old)
@@ -347,6 +348,20 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         except BaseException:
             for executor in executors:
                 executor.close()
+            raise
+
+    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+        """Raise what a request should be refused with now; for frontends, before they read and parse what they get.
+
+        That is `SchedulerClosedError`; `QueueFullError`, as `submit` does, and where the requests before it in the
+        queue are predicted to take `max_queue_s` of the policy; `DeadlineUnreachableError` where these are predicted
+        to take `timeout_s` or more. What it refuses is counted as refused.
+        """
+        self._ensure_open()
+        try:
+            self._planner.check_room(priority, timeout_s)
+        except (QueueFullError, DeadlineUnreachableError):
+            self._telemetry.refused += 1
             raise
 
     async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None = None, *, device: int = 0) -> S:
@@ -431,8 +446,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     def _enqueue(self, requests: Sequence[Pending[T, R]]) -> None:
         try:
             self._planner.push_all(requests)
-        except QueueFullError:
+        except QueueFullError as error:
             self._telemetry.refused += len(requests)
+            self._planner.add_retry(error)
             raise
         self._telemetry.accepted += len(requests)
         self._dispatcher.sleepers.wake_one()

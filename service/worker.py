@@ -60,6 +60,7 @@ def batch_policy(config: BatchConfig) -> BatchPolicy:
         max_batch_s=config.max_batch_seconds,
         max_wait_s=config.wait_ms / 1000,
         max_queue_items=config.max_queue_size,
+        max_queue_s=config.max_queue_seconds,
         max_age_s=config.max_age_ms / 1000,
         max_bulk_batch_s=None if config.max_bulk_batch_ms == "auto" else config.max_bulk_batch_ms / 1000,
     )
@@ -223,6 +224,10 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._runner.set_limits(_job_window(limits), limits.max_batch_size)
         for costs, pipeline in zip(self._costs, pipelines, strict=True):
             await costs.follow(pipeline, limits)
+
+    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+        """Raise what a request should be refused with now, before it is read: see `BatchScheduler.check_room`."""
+        self._scheduler.check_room(priority=priority, timeout_s=timeout_s)
 
     async def predict(
         self,

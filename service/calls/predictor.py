@@ -46,6 +46,7 @@ def call_policy(config: BatchConfig, *, max_waiting: int = 0) -> BatchPolicy:
     return BatchPolicy(
         max_batch_size=config.max_batch_size,
         max_queue_items=max(config.max_queue_size, max_waiting),
+        max_queue_s=config.max_queue_seconds,
         mixes_lanes=False,  # a call has one priority
     )
 
@@ -98,6 +99,11 @@ class CallModel(AsyncContextManagerMixin):
             self.readiness = Readiness.READY
             yield self
             self.readiness = Readiness.DRAINING
+
+    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+        """Raise what a request should be refused with now: `NotReadyError`, what `BatchScheduler.check_room` raises."""
+        self._check_readiness()
+        self._scheduler.check_room(priority=priority, timeout_s=timeout_s)
 
     async def predict(
         self,

@@ -83,6 +83,7 @@ def serve(
     app = create_app(
         gateway,
         auth=settings.app_settings.auth_config,
+        limits=settings.app_settings.request_config,
         owns_gateway=False,
         require_all_models=settings.app_settings.require_all_models,
         adapters=settings.app_settings.adapters,

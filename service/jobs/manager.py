@@ -8,6 +8,7 @@ from typing import Protocol, Self
 
 import anyio
 from anyio import AsyncContextManagerMixin
+from anyio.lowlevel import checkpoint
 from pydantic import BaseModel
 
 from modalkit.batching import Failure, Outcome, Priority, Success
@@ -28,6 +29,8 @@ from modalkit.service.validation import validated
 logger = logging.getLogger(__name__)
 
 EXPIRED_PER_CALL = 1000
+NEW_JOBS_AT_ONCE = 256
+"""Jobs of a list that are made in one go; between two slices, other tasks run."""
 
 
 class JobFeed(Protocol):
@@ -179,7 +182,12 @@ class JobManager(AsyncContextManagerMixin):
         feed = self._feeds.get(model_name)
         if feed is None:
             raise NotReadyError(model_name, Readiness.LOADING)
-        entries = [self._new_job(request, model_name, feed.input_model, priority, owner) for request in requests]
+        entries = list[Job | Exception]()
+        for start in range(0, len(requests), NEW_JOBS_AT_ONCE):
+            if start:
+                await checkpoint()
+            some = requests[start : start + NEW_JOBS_AT_ONCE]
+            entries += [self._new_job(request, model_name, feed.input_model, priority, owner) for request in some]
         jobs = [entry for entry in entries if isinstance(entry, Job)]
         added = iter(await self.store.add(jobs) if jobs else ())
         if jobs:

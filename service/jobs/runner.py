@@ -61,6 +61,10 @@ class JobEngine(Protocol):
         """
 
 
+MAX_WINDOW_BYTES = 64 * 2**20
+"""Bytes of the jobs in a window beyond which no more are claimed. One claim may add as much once more."""
+
+
 @dataclass(slots=True)
 class _Running:
     """A job in the window."""
@@ -108,11 +112,12 @@ class JobRunner(AsyncContextManagerMixin):
         self._max_attempts = max_attempts
         self._backoff_s = backoff_s
         self.input_model = engine.input_model
-        # All mutable state: the jobs in the window, and how many of them are bulk; those of them that the scheduler has
-        # no room for yet; their deadlines, as a heap; the ends to be stored, and how many are not stored yet; when the
-        # next job in the store may run again; what wakes the feeding task; and whether it is to stop.
+        # All mutable state: the jobs in the window, how many of them are bulk, and their bytes; those of them that the
+        # scheduler has no room for yet; their deadlines, as a heap; the ends to be stored, and how many are not stored
+        # yet; when the next job in the store may run again; what wakes the feeding task; and whether it is to stop.
         self._running: dict[str, _Running] = {}
         self._bulk_running = 0
+        self._window_bytes = 0
         self._waiting: deque[Job] = deque()
         self._deadlines: list[tuple[float, str]] = []
         self._ends: Collector[JobEnd | JobRetry | str] = Collector()
@@ -239,7 +244,7 @@ class JobRunner(AsyncContextManagerMixin):
 
     def _wanted(self, limit: float) -> int:
         """How many jobs to claim now."""
-        if self._waiting or self._leaves_jobs_stored():
+        if self._waiting or self._leaves_jobs_stored() or self._window_bytes >= MAX_WINDOW_BYTES:
             return 0
         return int(min(limit, max(0, self._window - len(self._running) - self._unstored)))
 
@@ -280,6 +285,7 @@ class JobRunner(AsyncContextManagerMixin):
         """Add a job to the window."""
         self._running[job.job_id] = _Running(job, _leave_unstarted)
         self._bulk_running += job.priority is Priority.BULK
+        self._window_bytes += job.size_bytes
         heapq.heappush(self._deadlines, (self._deadline_of(job), job.job_id))
         self._manager.tell_change((job.job_id,))
 
@@ -290,6 +296,7 @@ class JobRunner(AsyncContextManagerMixin):
             return None
         running.withdraw()
         self._bulk_running -= running.job.priority is Priority.BULK
+        self._window_bytes -= running.job.size_bytes
         return running.job
 
     def _start_waiting(self) -> None:

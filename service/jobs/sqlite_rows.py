@@ -19,8 +19,8 @@ COLUMNS = (
     *("delivery_attempts", "delivery_error", "delivery_crashes"),
 )
 LATEST_US = 2**62
-PAGE_BYTES = 16 * 2**20
-"""Bytes of text that a page of jobs may have; a page of one job may have more."""
+PAGE_BYTES = 2**20
+"""Bytes of text that a page of jobs may have; a page of one job may have more. It is read and written in one go."""
 TEXT_COLUMNS = ("job_id", "message", "success_queue", "failure_queue", "meta", "idempotency_key", "result")
 """The columns that may be long, besides the errors."""
 
@@ -34,6 +34,8 @@ def _cut(column: str) -> str:
 
 READ_COLUMNS = ", ".join(_cut(column) if column in ("error", "delivery_error") else column for column in COLUMNS)
 """The SQL expressions to select for the `COLUMNS`."""
+PAGE_COLUMNS = READ_COLUMNS.replace(" message,", " '{}',", 1)
+"""The same for a page of jobs, which tells no messages: they may be large, and are not read."""
 
 # Looked up, because to call an enumeration takes several times as long.
 _PRIORITIES = {priority.value: priority for priority in Priority}
@@ -111,12 +113,12 @@ def find_job(database: sqlite3.Connection, job_id: str) -> Job | None:
 
 
 def page_of_jobs(database: sqlite3.Connection, limit: int, which: JobFilter, cursor: int | None) -> JobPage:
-    """A page of jobs; the cursor is the `seq` of the last job of the page before."""
+    """A page of jobs without their messages; the cursor is the `seq` of the last job of the page before."""
     condition, values = condition_of(which)
     if cursor is not None:
         condition, values = f"{condition} AND seq < ?", [*values, cursor]
     rows = database.execute(
-        f"SELECT seq, {READ_COLUMNS} FROM jobs WHERE {condition} ORDER BY seq DESC LIMIT ?",  # noqa: S608  # values are bound
+        f"SELECT seq, {PAGE_COLUMNS} FROM jobs WHERE {condition} ORDER BY seq DESC LIMIT ?",  # noqa: S608  # values are bound
         (*values, limit + 1),
     )
     page, last_sequence, size_bytes = list[Job](), 0, 0

@@ -153,7 +153,8 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
         """Up to `limit` jobs that match `which`, the newest first, starting at the `next_cursor` of another page.
 
-        A page that would have more than `PAGE_BYTES` has fewer jobs; `next_cursor` tells whether more follow.
+        Their messages are not read: `message_json` is an empty object. A page that would have more than `PAGE_BYTES`
+        has fewer jobs; `next_cursor` tells whether more follow.
         """
         return await self._read(lambda database: page_of_jobs(database, limit, which, cursor))
 

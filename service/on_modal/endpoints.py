@@ -57,6 +57,7 @@ def create_web_endpoints(
     return create_app(
         gateway,
         auth=config.app_settings.auth_config,
+        limits=config.app_settings.request_config,
         require_all_models=config.app_settings.require_all_models,
         adapters=config.app_settings.adapters,
     )
@@ -85,10 +86,12 @@ def web_app_here(
         config=config.settings.for_model(worker.name).app_settings.batch_config,
         input_model_path=path,
     )
+    app = config.app_settings
     return create_app(
         CallGateway(models, jobs, opens=[engine]),
-        auth=config.app_settings.auth_config,
-        adapters=config.app_settings.adapters,
+        auth=app.auth_config,
+        limits=app.request_config,
+        adapters=app.adapters,
     )
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from sys import getsizeof
 
 import anyio
 
@@ -20,32 +21,43 @@ class InMemoryBackend:
 
     The first message to a queue creates it. A queue holds at most `max_messages_per_queue` messages; further ones
     remove the oldest. There are at most `max_queues` queues; a further one removes the queue whose last message is the
-    oldest. So memory is limited even where no code reads. The first removals are logged.
+    oldest. All messages together take at most `max_bytes` of memory; a further one removes others, of that queue first.
+    So memory is limited even where no code reads. The first removals are logged.
     """
 
-    def __init__(self, max_messages_per_queue: int = 100_000, *, max_queues: int = 1000) -> None:
-        for name, limit in (("max_messages_per_queue", max_messages_per_queue), ("max_queues", max_queues)):
+    def __init__(
+        self, max_messages_per_queue: int = 100_000, *, max_queues: int = 1000, max_bytes: int = 128 * 2**20
+    ) -> None:
+        limits = {"max_messages_per_queue": max_messages_per_queue, "max_queues": max_queues, "max_bytes": max_bytes}
+        for name, limit in limits.items():
             if limit < 1:
                 raise ValueError(f"{name} must be at least 1, got {limit!r}")
         self._max_messages = max_messages_per_queue
         self._max_queues = max_queues
-        # All mutable state: the queues, the one with the newest message last; the queues whose removals were logged;
-        # what wakes the receivers that wait.
+        self._max_bytes = max_bytes
+        # All mutable state: the queues, the one with the newest message last; the bytes of their messages; the queues
+        # whose removals were logged, and whether others were; what wakes the receivers that wait.
         self._queues: OrderedDict[str, deque[str]] = OrderedDict()
+        self._bytes = 0
         self._dropping: set[str] = set()
-        self._drops_queues = False
+        self._drops_queues = self._drops_bytes = False
         self._arrivals: dict[str, anyio.Event] = {}
 
     async def send_message(self, queue_name: str, message: str) -> bool:
         """Put a message at the end of a queue; always accepted."""
-        queue = self._queues.setdefault(queue_name, deque(maxlen=self._max_messages))
+        queue = self._queues.setdefault(queue_name, deque())
         self._queues.move_to_end(queue_name)
-        if len(queue) == self._max_messages and queue_name not in self._dropping:
-            self._dropping.add(queue_name)
-            logger.warning("Queue %r in memory is full: from now on its oldest messages are dropped", queue_name)
         queue.append(message)
+        self._bytes += getsizeof(message)
+        if len(queue) > self._max_messages:
+            self._take(queue)
+            if queue_name not in self._dropping:
+                self._dropping.add(queue_name)
+                logger.warning("Queue %r in memory is full: from now on its oldest messages are dropped", queue_name)
+        self._drop_bytes()
         if len(self._queues) > self._max_queues:
-            dropped, _ = self._queues.popitem(last=False)
+            dropped, messages = self._queues.popitem(last=False)
+            self._bytes -= sum(map(getsizeof, messages))
             self._dropping.discard(dropped)
             if not self._drops_queues:
                 self._drops_queues = True
@@ -65,7 +77,7 @@ class InMemoryBackend:
         queue = self._queues.get(queue_name)
         if not queue:
             raise QueueEmptyError(f"queue {queue_name!r} is empty")
-        return queue.popleft()
+        return self._take(queue)
 
     async def receive(self, queue_name: str) -> str:
         """Wait for a message, then remove and return the oldest one. A cancelled call removes none."""
@@ -93,4 +105,24 @@ class InMemoryBackend:
     def clear(self) -> None:
         """Remove all queues and their messages."""
         self._queues.clear()
+        self._bytes = 0
         self._dropping.clear()
+
+    def _take(self, queue: deque[str]) -> str:
+        message = queue.popleft()
+        self._bytes -= getsizeof(message)
+        return message
+
+    def _drop_bytes(self) -> None:
+        """Drop messages while all take too many bytes, but not the newest one."""
+        while self._bytes > self._max_bytes:
+            name, queue = next(iter(self._queues.items()))
+            if len(self._queues) == len(queue) == 1:
+                return
+            if not self._drops_bytes:
+                self._drops_bytes = True
+                logger.warning("The queues in memory hold %d bytes: old messages are dropped now", self._max_bytes)
+            if queue:
+                self._take(queue)
+            else:
+                del self._queues[name]

@@ -15,6 +15,7 @@ from modalkit.service.settings.models import (
     KeyConfig,
     KeyScope,
     QueueConfig,
+    RequestConfig,
 )
 from modalkit.service.settings.problems import SettingsError
 from modalkit.service.settings.server import ServerConfig
@@ -35,6 +36,7 @@ __all__ = [
     "ModelEntry",
     "ModelSettings",
     "QueueConfig",
+    "RequestConfig",
     "ServerConfig",
     "Settings",
     "SettingsError",

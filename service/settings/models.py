@@ -270,6 +270,8 @@ class BatchConfig(Section):
     """Batches of a model that run at once; null: as many as its pipeline says, which is 1 unless its class has more."""
     max_queue_size: Count = _LIMITS.max_queue_items
     """Maximum waiting requests; further ones are refused (HTTP 429)."""
+    max_queue_seconds: Duration | None = _LIMITS.max_queue_s
+    """Maximum predicted seconds of what waits before a new request over HTTP; beyond, it gets a 429; null: no limit."""
     max_age_ms: Wait = round(1000 * _LIMITS.max_age_s)
     """Age in milliseconds past which the oldest request goes into the next batch, whatever its size."""
     max_bulk_batch_ms: Literal["auto"] | Duration = "auto"
@@ -282,6 +284,21 @@ class BatchConfig(Section):
     def _a_batch_fits_the_queue(self) -> Self:
         self.require_at_most("max_batch_size", "max_queue_size", ", so no batch could ever fill")
         return self
+
+
+class RequestConfig(Section):
+    """The limits of HTTP requests, which bound what they cost in memory and how long others wait for them."""
+
+    max_body_bytes: Count = 32 * 2**20
+    """Maximum bytes of a body; a larger one is refused (HTTP 413). A stream of lines (NDJSON) may have any length."""
+    max_items: Count = 10_000
+    """Maximum items of a list; a longer one is refused (HTTP 413)."""
+    max_item_bytes: Count = 16 * 2**20
+    """Maximum bytes of one item; a larger one is refused (HTTP 413)."""
+    max_item_values: Count = 100_000
+    """Maximum brackets and commas of one item: many small values cost more than one long text (HTTP 413)."""
+    max_pending_bytes: Count = 256 * 2**20
+    """Maximum bytes of all bodies that arrive or wait, the first 64 KiB of each not counted; beyond, HTTP 503."""
 
 
 class SqsConfig(Section):
@@ -377,5 +394,6 @@ class AppSettings(Section):
     build_config: BuildConfig = BuildConfig()
     deployment_config: DeploymentConfig = DeploymentConfig()
     batch_config: BatchConfig = BatchConfig()
+    request_config: RequestConfig = RequestConfig()
     queue_config: QueueConfig = QueueConfig()
     async_config: AsyncConfig = AsyncConfig()

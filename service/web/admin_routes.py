@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends, Path, Request
 from pydantic_core import from_json
 
 from modalkit.service.gateway import Gateway, ModelAdministration, find_model
+from modalkit.service.web.admission import read_body
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, ModelView
-from modalkit.service.web.bodies import read_body
 from modalkit.service.web.options import check_query
 from modalkit.service.web.problems import ProblemError
 

@@ -17,12 +17,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.service.errors import describe_error
 from modalkit.service.gateway import Gateway, Readiness
-from modalkit.service.settings import ADAPTERS, Adapter, AuthConfig, KeyScope
+from modalkit.service.settings import ADAPTERS, Adapter, AuthConfig, KeyScope, RequestConfig
 from modalkit.service.version import VERSION
 from modalkit.service.web.adapters.openai import make_models_router
 from modalkit.service.web.adapters.tei import add_tei_routes
 from modalkit.service.web.adapters.vllm import add_vllm_routes
 from modalkit.service.web.admin_routes import make_admin_router
+from modalkit.service.web.admission import Admission
 from modalkit.service.web.answers import EVENT_STREAM, JSON, NDJSON, FailedSlot, Problem, SubmittedLine
 from modalkit.service.web.auth import configured_keys
 from modalkit.service.web.direct import put_outside
@@ -53,6 +54,7 @@ def create_app(
     gateway: Gateway,
     *,
     auth: AuthConfig | None = None,
+    limits: RequestConfig | None = None,
     owns_gateway: bool = True,
     require_all_models: bool = False,
     adapters: Collection[Adapter] = ADAPTERS,
@@ -67,8 +69,9 @@ def create_app(
 
     `auth` says which API keys a request needs; without it none is needed, whatever the settings of the gateway are:
     pass ``auth=settings.app_settings.auth_config`` to use the configured keys, as ``modalkit serve`` does. Health
-    checks and documentation need no key; nor do metrics, unless `auth` says so. Raises `LoadError` for an API key that
-    cannot be used; so does the start of the lifespan for one that cannot be read from AWS SSM.
+    checks and documentation need no key; nor do metrics, unless `auth` says so. `limits` are those of requests. Raises
+    `LoadError` for an API key that cannot be used; so does the start of the lifespan for one that cannot be read from
+    AWS SSM.
     """
     auth = auth or AuthConfig()
     keys = configured_keys(auth)
@@ -90,7 +93,8 @@ def create_app(
         redirect_slashes=False,  # /jobs/ is no other name of /jobs: a client without its id would reach all jobs
         generate_unique_id_function=lambda route: route.name,
     )
-    route = add_prediction_routes(app, gateway, keys)
+    admission = Admission(limits)
+    route = add_prediction_routes(app, gateway, keys, admission)
     if "tei" in adapters:
         add_tei_routes(route, gateway.models)
     if "vllm" in adapters:
@@ -100,7 +104,7 @@ def create_app(
     app.add_middleware(_Entrance, start=start)  # the outermost one: nothing is answered before the start
     put_outside(app, (DirectRoutes, _Entrance))
     app.include_router(make_job_router(gateway.jobs), dependencies=keys.requires(KeyScope.JOBS))
-    _add_metrics(app, gateway, [] if auth.open_metrics else keys.requires(KeyScope.METRICS))
+    _add_metrics(app, gateway, admission, [] if auth.open_metrics else keys.requires(KeyScope.METRICS))
     app.include_router(make_admin_router(gateway, keys.requires(KeyScope.ADMIN)))
     _add_health(app, gateway, require_all_models=require_all_models)
     install_problem_handlers(app)
@@ -201,7 +205,7 @@ def _complete_parameter(parameter: dict[str, Any]) -> None:
             parameter["schema"]["anyOf"] = kinds
 
 
-def _add_metrics(app: FastAPI, gateway: Gateway, dependencies: Sequence[Any]) -> None:
+def _add_metrics(app: FastAPI, gateway: Gateway, admission: Admission, dependencies: Sequence[Any]) -> None:
     @app.get(
         "/metrics",
         tags=["health"],
@@ -210,7 +214,7 @@ def _add_metrics(app: FastAPI, gateway: Gateway, dependencies: Sequence[Any]) ->
         dependencies=dependencies,
     )
     async def metrics() -> Response:
-        return Response(await exposition(gateway), media_type=CONTENT_TYPE)
+        return Response(await exposition(gateway, admission), media_type=CONTENT_TYPE)
 
 
 def _add_health(app: FastAPI, gateway: Gateway, *, require_all_models: bool) -> None:

@@ -1,10 +1,14 @@
-"""Reads request bodies and validates their items; each invalid item has its own error."""
+"""Validates the items of request bodies; each invalid item has its own error.
+
+What costs much is done in slices, between which other requests have their turn, and is bounded: the items of a list,
+the size of an item, and what is said of invalid ones.
+"""
 
 import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -12,37 +16,28 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, RootModel, TypeAdapter, ValidationError
 from pydantic_core import to_json
-from starlette.requests import ClientDisconnect
 
 from modalkit.batching import Failure, Outcome
 from modalkit.pipelines import AsyncInputModel, SyncInputModel
+from modalkit.service.settings import RequestConfig
+from modalkit.service.web.admission import Admission
 from modalkit.service.web.problems import ProblemError, invalid
 
-MAX_BODY_BYTES = 32 * 2**20
+SLICE_BYTES = 2**16
+"""Bytes of a list that are parsed in one go, and a longer item as a whole."""
+SLICE_MARKS = 10_000
+"""Commas and brackets that are looked at in one go."""
+MAX_EXPLAINED_BYTES = 2**20
+"""Bytes of explanations of the invalid items of one list; of further invalid items, only that they are invalid."""
+MAX_FINDINGS = 1000
+"""Findings in one item of which the first are told; of more, only their number."""
+MAX_SHOWN = 100
+"""Findings that are told."""
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
-Content = TypeVar("Content")
 
 _ENVELOPE = re.compile(rb'\s*\{\s*"message"\s*:')
-
-
-async def read_body(request: Request) -> bytes:
-    """The whole body. Raises `ProblemError` if it is over `MAX_BODY_BYTES`, or if the client leaves before its end."""
-    chunks, size_bytes = [], 0
-    try:
-        async for chunk in request.stream():
-            size_bytes += len(chunk)
-            if size_bytes > MAX_BODY_BYTES:
-                raise ProblemError(
-                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-                    f"the body is larger than {MAX_BODY_BYTES} bytes: send several smaller requests",
-                    headers={"Connection": "close"},
-                )
-            chunks.append(chunk)
-    except ClientDisconnect:
-        raise ProblemError(HTTPStatus.BAD_REQUEST, "the client disconnected before the end of the body") from None
-    return b"".join(chunks)
 
 
 def check_encoding(request: Request) -> None:
@@ -61,10 +56,12 @@ class BodyParser:
 
     An item may come bare (``{"text": …}``) or in an envelope (``{"message": {"text": …}}``), the form of asynchronous
     requests, unless the item itself may have a field ``message``. The methods for lists put a `Failure` with a
-    `ProblemError` in the place of an invalid item, and the other methods raise it.
+    `ProblemError` in the place of an invalid item, and the other methods raise it. All raise it where the body exceeds
+    the limits of `admission`.
     """
 
-    def __init__(self, input_model: type[BaseModel]) -> None:
+    def __init__(self, input_model: type[BaseModel], admission: Admission | None = None) -> None:
+        self._admission = admission or Admission()
         self._takes_envelope = (
             "message" not in input_model.model_fields and input_model.model_config.get("extra") != "allow"
         )
@@ -76,26 +73,24 @@ class BodyParser:
 
     def item(self, body: bytes, what: str = "body") -> BaseModel:
         """The one item of a body, or of another part of the request."""
-        _check_keys(body, what)
-        if self._takes_envelope and _ENVELOPE.match(body):
-            return _parse(self._envelope, body, what).message
-        return _parse(self._item, body, what)
+        return self._item_of(body, what, explain=True)
 
-    def items(self, body: bytes) -> Sequence[BaseModel | Failure]:
+    async def items(self, body: bytes) -> Sequence[BaseModel | Failure]:
         """The items of a list. Raises `ProblemError` if it is no list."""
-        _check_keys(body)
-        return _parse_list(self._items, self.item, body)
+        return await self._list(self._items, self._item_of, body)
 
     def job(self, body: bytes, what: str = "body") -> AsyncInputModel:
         """The job that a body, or another part of the request, asks for."""
-        _check_keys(body, what)
-        return _checked_meta(_parse(self._job, body, what))
+        return self._job_of(body, what, explain=True)
 
-    def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
+    async def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
         """The jobs of a list. Raises `ProblemError` if it is no list."""
-        _check_keys(body)
-        jobs = _parse_list(self._jobs, self.job, body)
-        return [job if isinstance(job, Failure) else _or_failure(_checked_meta, job) for job in jobs]
+        jobs = await self._list(self._jobs, self._job_of, body)
+
+        def checked(job: AsyncInputModel | Failure) -> AsyncInputModel | Failure:
+            return job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job))
+
+        return await self._admission.map(checked, jobs)
 
     def item_lines(self, lines: Sequence[bytes]) -> Sequence[BaseModel | Failure]:
         """The item of each line of a stream, or what is wrong with the line."""
@@ -104,7 +99,61 @@ class BodyParser:
     def job_lines(self, lines: Sequence[bytes]) -> Sequence[AsyncInputModel | Failure]:
         """The job that each line of a stream asks for, or what is wrong with the line."""
         jobs = _parse_lines(self._job, partial(self.job, what="line"), lines)
-        return [job if isinstance(job, Failure) else _or_failure(_checked_meta, job) for job in jobs]
+        return [job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job)) for job in jobs]
+
+    def _item_of(self, body: bytes, what: str = "body", *, explain: bool) -> BaseModel:
+        _check_item(body, self._admission.limits)
+        _check_keys(body, what)
+        if self._takes_envelope and _ENVELOPE.match(body):
+            return _parse(self._envelope, body, what, explain=explain).message
+        return _parse(self._item, body, what, explain=explain)
+
+    def _job_of(self, body: bytes, what: str = "body", *, explain: bool) -> AsyncInputModel:
+        _check_item(body, self._admission.limits)
+        _check_keys(body, what)
+        return _checked_meta(_parse(self._job, body, what, explain=explain))
+
+    async def _list(
+        self, adapter: TypeAdapter[list[Model]], parse: Callable[..., Model], body: bytes
+    ) -> Sequence[Model | Failure]:
+        """The valid items of a list, and what is wrong with the others; `parse` parses one of them."""
+        limits = self._admission.limits
+        is_short = len(body) <= min(SLICE_BYTES, limits.max_item_bytes, limits.max_item_values)
+        if is_short:
+            _check_keys(body)
+            try:
+                valid = adapter.validate_json(body)
+            except ValidationError:
+                pass
+            else:
+                _check_count(len(valid), limits)
+                return valid
+        found, room_bytes = list[Model | Failure](), MAX_EXPLAINED_BYTES
+
+        def parse_one(value: object) -> Model | Failure:
+            nonlocal room_bytes
+            content = to_json(value, inf_nan_mode="constants")
+            entry = _or_failure(partial(parse, content, explain=room_bytes > 0))
+            if isinstance(entry, Failure):
+                room_bytes -= len(str(entry.error))
+            return entry
+
+        parts = iter((body,)) if is_short else _parts_of(body, limits)
+        while True:
+            async with self._admission.turn:
+                part = next(parts, None)
+                if part is None:
+                    return found
+                if not part:
+                    continue
+                _check_keys(part)
+                try:
+                    found += adapter.validate_json(part)
+                    continue
+                except ValidationError:
+                    values = _parse(RootModel[list[Any]], part).root
+                _check_count(len(values), limits)
+            found += await self._admission.map(parse_one, values)
 
 
 def parse(model: type[Model], body: bytes) -> Model:
@@ -121,16 +170,75 @@ async def run_valid(
     return [item if isinstance(item, Failure) else next(outcomes) for item in items]
 
 
-def _parse_list(
-    adapter: TypeAdapter[list[Model]], parse: Callable[[bytes], Model], body: bytes
-) -> Sequence[Model | Failure]:
-    try:
-        return adapter.validate_json(body)
-    except ValidationError:
-        return [
-            _or_failure(parse, to_json(value, inf_nan_mode="constants"))
-            for value in _parse(RootModel[list[Any]], body).root
-        ]
+_SPACE = b" \t\r\n"
+_LIST = re.compile(rb"[ \t\r\n]*\[")
+_TO_MARK = re.compile(rb'[^"\[\]{},]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{},]*+)*+[\[\]{},]', re.DOTALL)
+"""All up to the next bracket or comma that is in no string."""
+
+
+def _parts_of(body: bytes, limits: RequestConfig) -> Iterator[bytes]:
+    """A JSON list in parts of whole items, each a list again; an empty part now and then, so that others have a turn.
+
+    Brackets are only counted: what is between them is looked at when a part is parsed. Raises `ProblemError`.
+    """
+    opened = _LIST.match(body)
+    if opened is None:
+        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "must be a JSON list, as in [1, 2]")
+    first = start = item = end = opened.end()
+    depth, count, marks, mark = 1, 0, 0, b""
+    while depth:
+        found = _TO_MARK.match(body, end)
+        if found is None:
+            raise _not_json("the list, or a text in it, has no end")
+        end = found.end()
+        mark = body[end - 1 : end]
+        depth += (mark in b"[{") - (mark in b"]}")
+        marks += 1
+        if end - item > limits.max_item_bytes or marks > limits.max_item_values:
+            _check_size(end - item, marks, limits)
+        if depth == 0 or (depth == 1 and mark == b","):
+            count += 1
+            if count > limits.max_items:
+                _check_count(count, limits)
+            item, marks = end, 0
+            if depth == 0 or end - start > SLICE_BYTES:
+                part = body[start : end - 1]
+                if start != first and not part.strip(_SPACE):
+                    raise _not_json("the list ends with a comma")
+                yield b"[%b]" % part
+                start = end
+        elif marks % SLICE_MARKS == 0:
+            yield b""
+    if mark != b"]" or body[end:].strip(_SPACE):
+        raise _not_json("something follows the list")
+
+
+def _check_item(body: bytes, limits: RequestConfig) -> None:
+    marks = sum(map(body.count, (b",", b"[", b"{"))) if len(body) > limits.max_item_values else 0
+    _check_size(len(body), marks, limits)
+
+
+def _check_size(size_bytes: int, marks: int, limits: RequestConfig) -> None:
+    for size, what, key in ((size_bytes, "bytes", "max_item_bytes"), (marks, "brackets and commas", "max_item_values")):
+        limit = getattr(limits, key)
+        if size > limit:
+            raise ProblemError(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"an item has more than {limit} {what}: send a smaller one, or raise request_config.{key}",
+            )
+
+
+def _check_count(count: int, limits: RequestConfig) -> None:
+    if count > limits.max_items:
+        raise ProblemError(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            f"the list has more than {limits.max_items} items: send several lists, or jobs as a stream of lines "
+            "(application/x-ndjson), or raise request_config.max_items",
+        )
+
+
+def _not_json(reason: str) -> ProblemError:
+    return ProblemError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {reason}; correct it there")
 
 
 def _parse_lines(
@@ -141,17 +249,17 @@ def _parse_lines(
         found = [validate(line) for line in lines]
         _JSON.decode((b"[" + b",".join(lines) + b"]").decode())  # in one step, which takes a third of the time
     except Exception:  # noqa: BLE001  # one by one, each gets its own error; validators may raise anything
-        return [_or_failure(parse, line, Exception) for line in lines]
+        return [_or_failure(partial(parse, line), Exception) for line in lines]
     return found
 
 
-def _or_failure(
-    check: Callable[[Content], Model], content: Content, errors: type[Exception] = ProblemError
-) -> Model | Failure:
+def _or_failure(parse: Callable[[], Model], errors: type[Exception] = ProblemError) -> Model | Failure:
     try:
-        return check(content)
+        return parse()
     except errors as error:
-        return Failure(error)
+        # What it was raised from refers to all that is wrong with the item.
+        error.__cause__ = error.__context__ = None
+        return Failure(error.with_traceback(None))
 
 
 class _RefusedJSONError(Exception):
@@ -192,14 +300,22 @@ def _checked_meta(job: AsyncInputModel) -> AsyncInputModel:
     return job
 
 
-def _parse(model: type[Model], body: bytes, what: str = "body") -> Model:
+def _parse(model: type[Model], body: bytes, what: str = "body", *, explain: bool = True) -> Model:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
+        if not explain:
+            detail = (
+                "is invalid, as others before it are: correct those, and send it again to see what is wrong with it"
+            )
+            raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from None
+        if (count := error.error_count()) > MAX_FINDINGS:
+            detail = f"has {count} errors, too many to list them: compare it with the schema at /docs"
+            raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from None
         findings = error.errors(include_url=False)
         if findings[0]["type"] == "json_invalid":
             reason = f"{findings[0]['ctx']['error']}; correct it there"
             if body.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 reason = "it begins with a byte order mark; send UTF-8 without one"
             raise ProblemError(HTTPStatus.BAD_REQUEST, f"the {what} is not JSON: {reason}") from error
-        raise invalid(findings, model) from error
+        raise invalid(findings[:MAX_SHOWN], model) from error

@@ -10,15 +10,16 @@ from prometheus_client.registry import Collector
 
 from modalkit.service.gateway import Gateway, Model, Readiness
 from modalkit.service.jobs import JobCounts, JobStoreError
+from modalkit.service.web.admission import Admission
 
 logger = logging.getLogger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-async def exposition(gateway: Gateway) -> bytes:
+async def exposition(gateway: Gateway, admission: Admission) -> bytes:
     """All metrics, in Prometheus's text format."""
-    metrics = list(_of_models(gateway.models.values()))
+    metrics = [*_of_models(gateway.models.values()), *_of_bodies(admission)]
     if (administration := gateway.jobs.administration) is not None:
         is_up = GaugeMetricFamily("modalkit_job_store_up", "0 where the job store cannot be read.")
         try:
@@ -78,6 +79,13 @@ def _of_models(models: Iterable[Model]) -> Iterator[Metric]:
         real.add_metric([name], done.real_tokens)
         padded.add_metric([name], done.padded_tokens)
     yield from (ready, engines, queued, running, stuck, requests, batches, items, busy, real, padded, latency)
+
+
+def _of_bodies(admission: Admission) -> Iterator[Metric]:
+    yield CounterMetricFamily("modalkit_cut_bodies", "Bodies that their clients cut.", value=admission.cut_bodies)
+    yield GaugeMetricFamily(
+        "modalkit_held_body_bytes", "Bytes of large bodies that arrive or wait.", value=admission.held_bytes
+    )
 
 
 def _of_jobs(counts: JobCounts) -> Iterator[Metric]:

@@ -1,5 +1,6 @@
 """Errors as HTTP answers: problem details (RFC 9457) that name the field, the value and the remedy."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -172,7 +173,9 @@ def as_problem(error: Exception) -> ProblemError:
         return error
     kind, status = _kind_of(error), status_of(error)
     retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if retry else None
+    predicted_s = getattr(error, "retry_after_s", None)
+    after_s = max(RETRY_AFTER_S, math.ceil(predicted_s or 0))
+    headers = {"Retry-After": str(after_s)} if retry or predicted_s else None
     errors = error.errors if isinstance(error, InvalidItemError) else ()
     name = PIPELINE_ERROR if kind is None else _type_of_kind(kind)
     return ProblemError(status, describe_error(error), errors, headers, name=name)

@@ -16,9 +16,10 @@ from modalkit.service.errors import OutputNotJsonError
 from modalkit.service.gateway import Gateway, find_model
 from modalkit.service.outputs import output_json
 from modalkit.service.settings import KeyScope
+from modalkit.service.web.admission import Admission, Reception, read_body
 from modalkit.service.web.answers import JOB_LINKS, JSON, PROBLEM_ANSWERS, FailedItem, Submitted
 from modalkit.service.web.auth import ApiKeys, caller_of, end_request
-from modalkit.service.web.bodies import BodyParser, check_encoding, read_body, run_valid
+from modalkit.service.web.bodies import BodyParser, check_encoding, run_valid
 from modalkit.service.web.direct import DirectRequest
 from modalkit.service.web.events import EventStream, prediction_events
 from modalkit.service.web.lines import LineStream
@@ -69,7 +70,7 @@ class AddRoute(Protocol):
         """A decorator of the endpoint."""
 
 
-def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> AddRoute:
+def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admission: Admission) -> AddRoute:
     """Add the routes over `gateway`: to FastAPI for the documentation, and as `DirectRoutes`.
 
     Returns what adds further ones.
@@ -80,12 +81,12 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> AddR
     item: Any = Union[tuple(model.input_model for model in models)]  # noqa: UP007  # types known at run time
     job: Any = Union[tuple(AsyncInputModel[model.input_model] for model in models)]  # type: ignore[name-defined]  # noqa: UP007  # as above
     output: Any = Union[tuple(model.output_model for model in models)]  # noqa: UP007  # as above
-    parser = cache(BodyParser)
+    parser = cache(partial(BodyParser, admission=admission))
 
     def submitter(request: Request) -> Submitter:
         options = SubmissionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
-        return Submitter(gateway.jobs, model.name, parser(model.input_model), options, caller_of(request))
+        return Submitter(gateway.jobs, model.name, parser(model.input_model), options, caller_of(request), admission)
 
     def route(
         path: str,
@@ -103,7 +104,11 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> AddR
             async def checked(request: Request) -> Response:
                 await keys.check(request, key_scope)
                 check_encoding(request)
-                return await endpoint(request)
+                reception = Reception(admission, request)
+                try:
+                    return await endpoint(request)
+                finally:
+                    reception.release()
 
             endpoints[path] = checked
             app.router.add_api_route(
@@ -137,6 +142,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> AddR
             return await submitter(request).answer_later(request)
         options = PredictionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
+        await admission.check(partial(model.check_room, priority=options.priority, timeout_s=options.timeout_s))
         item, caller = parser(model.input_model).item(await read_body(request)), caller_of(request)
         caller.take_items(1)
         if takes_events(request):
@@ -165,11 +171,12 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> AddR
         if takes_lines(request):
             await model.predict_many([])  # a model that takes nothing now fails the request, not each line
             return LineStream(PredictionStream(model, parser(model.input_model), options, caller).answer)
-        items = parser(model.input_model).items(await read_body(request))
+        await admission.check(partial(model.check_room, priority=options.priority, timeout_s=options.timeout_s))
+        items = await parser(model.input_model).items(await read_body(request))
         caller.take_items(len(items))
         run = partial(model.predict_many, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
         outcomes = await run_valid(items, lambda valid: while_connected(request, run(valid)))
-        return Response(b"[" + b",".join(map(_slot, outcomes)) + b"]", media_type=JSON)
+        return Response(b"[" + b",".join(await admission.map(_slot, outcomes)) + b"]", media_type=JSON)
 
     @route(
         "/async/predict",

@@ -13,9 +13,10 @@ from modalkit.batching import Failure, Outcome
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import JobStoreError
+from modalkit.service.web.admission import Admission, read_body
 from modalkit.service.web.answers import JSON
 from modalkit.service.web.auth import Caller
-from modalkit.service.web.bodies import BodyParser, read_body, run_valid
+from modalkit.service.web.bodies import BodyParser, run_valid
 from modalkit.service.web.lines import Line, Lines, LineStream, parsed
 from modalkit.service.web.options import RESPOND_ASYNC, SubmissionOptions, takes_lines
 from modalkit.service.web.problems import ProblemError, error_slot
@@ -27,31 +28,40 @@ class Submitter:
     """Submits the jobs of one request to one model."""
 
     def __init__(
-        self, jobs: Jobs, model_name: str, parser: BodyParser, options: SubmissionOptions, caller: Caller
+        self,
+        jobs: Jobs,
+        model_name: str,
+        parser: BodyParser,
+        options: SubmissionOptions,
+        caller: Caller,
+        admission: Admission,
     ) -> None:
         self._jobs = jobs
         self._model_name = model_name
         self._parser = parser
         self._options = options
         self._caller = caller
+        self._admission = admission
 
     async def answer(self, request: Request) -> Response:
         """Submit what the body of the request asks for, and answer once it is stored."""
         if takes_lines(request):
             self._refuse_key()
-            await self._submit([])  # a model that takes no jobs now fails the request, not each line
+        await self._submit([])  # a model that takes no jobs now fails the request before it is read, not each line
+        if takes_lines(request):
             return LineStream(self._answer_lines)
         body = await read_body(request)
         if body.lstrip()[:1] == b"[":
             self._refuse_key()
-            jobs = self._parser.jobs(body)
+            jobs = await self._parser.jobs(body)
             self._caller.take_items(len(jobs))
-            answers = [_answer(outcome) for outcome in await self._submit(jobs)]
+            answers = await self._admission.map(_answer, await self._submit(jobs))
             return Response(to_json(answers), HTTPStatus.ACCEPTED, media_type=JSON)
         return await self._answer_one(request, self._parser.job(body))
 
     async def answer_later(self, request: Request) -> Response:
         """Submit the item in the body of a request that prefers a job to waiting."""
+        await self._submit([])  # as above
         job = AsyncInputModel(message=self._parser.item(await read_body(request)))
         response = await self._answer_one(request, job)
         response.headers["Preference-Applied"] = RESPOND_ASYNC

@@ -416,6 +416,7 @@ def test_a_long_queue_of_equal_requests_is_decided_in_a_few_steps_even_where_cos
 
     plan = BatchPlanner[Request[int]](BatchPolicy(max_batch_size=256), Additive())
     push(plan, *[7] * 1000)
+    asked.clear()
     assert len(sizes_of(plan.decide(0.0))) == 256
     assert len(asked) < 10
 

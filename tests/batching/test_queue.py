@@ -30,7 +30,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue: RequestQueue[Request[None]] = RequestQueue(MAX_ITEMS)
+        self.queue: RequestQueue[Request[None]] = RequestQueue(MAX_ITEMS, lambda size: size / self.unit)
+        self.unit = 1.0
         self.expected: list[Request[None]] = []
         self.now = 0.0
 
@@ -81,6 +82,11 @@ class QueueMachine(RuleBasedStateMachine):
         else:
             self.expected = [request for request in self.expected if request not in taken]
 
+    @rule(unit=st.sampled_from((1.0, 1000.0)))
+    def learn(self, unit: float) -> None:
+        self.unit = unit
+        self.queue.refresh()
+
     @rule(elapsed_s=st.floats(0, 5))
     def expire(self, elapsed_s: float) -> None:
         self.now += elapsed_s
@@ -100,6 +106,8 @@ class QueueMachine(RuleBasedStateMachine):
             assert oldest is None or firsts[oldest.owner] is oldest
             assert oldest is None or oldest.sequence == min(r.sequence for r in waiting)
             in_buckets = [r for i in self.queue.bucket_indices(priority) for r in self.queue.front(priority, i, 1000)]
+            seconds = sum(r.size for r in waiting) / self.unit
+            assert seconds / 1.05 - 1e-6 <= self.queue.seconds(priority) <= seconds + 1e-6
             assert set(in_buckets) == set(waiting)
             places = [(size_bucket(r.size), r.sequence) for r in in_buckets]
             assert places == sorted(places)

@@ -17,8 +17,9 @@ from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.gateway import Model
 from modalkit.service.settings import KeyScope
 from modalkit.service.web.adapters.tasks import CLASSIFICATION, EMBEDDING, MAX_TEXTS, RERANKING, Task
+from modalkit.service.web.admission import read_body
 from modalkit.service.web.answers import JSON
-from modalkit.service.web.bodies import parse, read_body
+from modalkit.service.web.bodies import parse
 from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.problems import ProblemError
 from modalkit.service.web.routes import AddRoute, Endpoint

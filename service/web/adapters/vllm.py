@@ -13,8 +13,9 @@ from pydantic_core import to_json
 from modalkit.service.gateway import Model
 from modalkit.service.settings import KeyScope
 from modalkit.service.web.adapters.tasks import CLASSIFICATION, MAX_TEXTS
+from modalkit.service.web.admission import read_body
 from modalkit.service.web.answers import JSON
-from modalkit.service.web.bodies import parse, read_body
+from modalkit.service.web.bodies import parse
 from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.routes import AddRoute
 

@@ -148,6 +148,19 @@ async def submit(
     return added.value
 
 
+async def test_a_window_of_large_jobs_holds_fewer_of_them(manager: JobManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else 500 jobs of 16 MiB would be in memory at once."""
+    monkeypatch.setattr("modalkit.service.jobs.runner.MAX_WINDOW_BYTES", 1000)
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=100):
+        for _ in range(5):
+            await submit(manager, {"text": "x" * 600})
+            await anyio.wait_all_tasks_blocked()
+        assert len(engine.started) == 2
+        engine.open()
+        await engine.until_started(5)
+
+
 async def ended(manager: JobManager, job_id: str) -> Job:
     job = await manager.get(job_id, wait_s=30)
     assert job is not None

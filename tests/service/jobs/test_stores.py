@@ -521,13 +521,22 @@ async def test_jobs_that_wait_to_run_again_can_be_cancelled_expire_and_leave_the
 
 async def test_a_page_ends_where_it_has_too_many_bytes(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modalkit.service.jobs.sqlite_rows.PAGE_BYTES", 2500)
-    await store.add([new_job(f"{n}", message_json=f'{{"text":"{"é" * (3000 if n == 2 else 400)}"}}') for n in range(6)])
+    await store.add([new_job(f"{n}", meta_json=f'{{"text":"{"é" * (3000 if n == 2 else 400)}"}}') for n in range(6)])
     pages, cursor = list[list[str]](), None
     while not pages or cursor is not None:
         page = await store.page(4, JobFilter(), cursor)
         pages.append([job.job_id for job in page.jobs])
         cursor = page.next_cursor
     assert pages == [["5", "4", "3"], ["2"], ["1", "0"]]
+
+
+async def test_a_page_of_jobs_with_large_messages_does_not_read_them(store: JobStore) -> None:
+    """Else 60 large jobs took 1.75 GB for an answer of 25 KB, or a page each."""
+    await store.add([new_job(f"{n}", message_json=f'{{"text":"{"x" * 2**20}"}}') for n in range(10)])
+    page = await store.page(100, JobFilter())
+    assert [job.job_id for job in page.jobs] == [f"{n}" for n in reversed(range(10))]
+    assert {job.message_json for job in page.jobs} == {"{}"}
+    assert page.next_cursor is None
 
 
 @pytest.mark.parametrize("value", ["[" * 254 + "]" * 254, "9" * 5000], ids=["deep", "long"])

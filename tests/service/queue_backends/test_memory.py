@@ -1,5 +1,7 @@
 """The queue in memory, which users test with."""
 
+import sys
+
 import anyio
 import anyio.lowlevel
 import pytest
@@ -45,6 +47,27 @@ async def test_one_queue_too_many_drops_the_one_not_sent_to_for_longest(caplog: 
     assert caplog.text.count("more than 2 queues") == 1
     with pytest.raises(ValueError, match="max_queues"):
         InMemoryBackend(max_queues=0)
+
+
+async def test_all_messages_together_take_a_bounded_number_of_bytes(caplog: pytest.LogCaptureFixture) -> None:
+    """Those of the queue that was not sent to for longest are dropped first, and never the newest one."""
+    size = sys.getsizeof("x" * 1000)
+    backend = InMemoryBackend(max_bytes=3 * size)
+    for name in ("a", "b", "a", "b", "b"):
+        await backend.send_message(name, "x" * 1000)
+    assert (backend.depth("a"), backend.depth("b")) == (0, 3)
+    backend.receive_nowait("b")
+    await backend.send_message("c", "x" * 1000)
+    assert (backend.depth("b"), backend.depth("c")) == (2, 1)
+    await backend.send_message("c", "y" * 9000)
+    assert {name: backend.messages(name) for name in backend.queue_names()} == {"c": ["y" * 9000]}
+    backend.clear()
+    for number in range(5):
+        await backend.send_message("d", f"{number}" * 1000)
+    assert [message[0] for message in backend.messages("d")] == ["2", "3", "4"]
+    assert caplog.text.count("old messages are dropped now") == 1
+    with pytest.raises(ValueError, match="max_bytes"):
+        InMemoryBackend(max_bytes=0)
 
 
 async def test_receivers_wait_and_each_message_goes_to_one_of_them() -> None:

@@ -1,0 +1,163 @@
+"""What the HTTP service takes on: how many bytes in all, how much work in one go, and how fast it refuses."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+from typing import TypeVar
+
+import anyio
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from modalkit.batching import QueueFullError
+from modalkit.service.settings import RequestConfig
+from modalkit.service.web.problems import ProblemError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+FREE_BYTES = 2**16
+"""Bytes of a body that do not count as held, so that small requests are served while others stall with large ones."""
+SLICE_ITEMS = 256
+"""Items that are worked on in one go; between two slices, other requests have their turn."""
+REFUSALS_PER_S = 100
+"""Refusals a second that are answered at once; more of them would take the time of accepted requests."""
+MAX_REFUSAL_DELAY_S = 1.0
+
+_RECEPTION = "modalkit.reception"
+
+
+class RefusalPace:
+    """How long refusals wait, so that clients that ask again at once do not ask too often."""
+
+    def __init__(self) -> None:
+        self._credit = float(REFUSALS_PER_S)  # refusals that may be answered at once; less than 0 where some wait
+        self._last_s = math.inf
+
+    def delay_s(self, now: float) -> float:
+        """Seconds that a refusal at the time `now` waits, up to `MAX_REFUSAL_DELAY_S`; 0 while there are few."""
+        earned = max(0.0, now - self._last_s) * REFUSALS_PER_S
+        self._last_s = now
+        credit = min(self._credit + earned, REFUSALS_PER_S) - 1
+        self._credit = max(credit, -MAX_REFUSAL_DELAY_S * REFUSALS_PER_S)
+        return max(0.0, -self._credit / REFUSALS_PER_S)
+
+
+class Admission:
+    """What all requests of one application share: the bytes that they hold, and the turn of those that take long."""
+
+    def __init__(self, limits: RequestConfig | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits or RequestConfig()
+        self.held_bytes = 0
+        """Bytes of bodies that arrive or wait, without the first `FREE_BYTES` of each."""
+        self.cut_bodies = 0
+        """How many bodies were cut by their clients."""
+        self.turn = anyio.Lock()
+        """Held for each slice of long work: in one pass of the event loop there is at most one slice."""
+        self._pace = RefusalPace()
+        self._now = now
+
+    async def check(self, check_room: Callable[[], None]) -> None:
+        """Call `check_room`, which raises what a request is refused with.
+
+        Where there are many refusals for a full queue, they wait for up to a second, and there may be room by then.
+        """
+        try:
+            check_room()
+        except QueueFullError:
+            delay_s = self._pace.delay_s(self._now())
+            if not delay_s:
+                raise
+        else:
+            return
+        await anyio.sleep(delay_s)
+        check_room()
+
+    async def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """The results of a function for all items, in their order. Between two slices of them, other tasks run."""
+        if len(items) <= SLICE_ITEMS:
+            return list(map(function, items))
+        results = list[R]()
+        for start in range(0, len(items), SLICE_ITEMS):
+            async with self.turn:
+                results += map(function, items[start : start + SLICE_ITEMS])
+        return results
+
+
+class Reception:
+    """What one request holds: made when it comes, and released when it has been answered."""
+
+    __slots__ = ("_admission", "_held_bytes")
+
+    def __init__(self, admission: Admission, request: Request) -> None:
+        self._admission = admission
+        self._held_bytes = 0
+        request.scope[_RECEPTION] = self
+
+    def release(self) -> None:
+        """Hold nothing any more."""
+        self._admission.held_bytes -= self._held_bytes
+        self._held_bytes = 0
+
+    async def read(self, request: Request) -> bytes:
+        """The whole body; see `read_body`."""
+        declared = request.headers.get("content-length", "0")
+        size_bytes = int(declared) if declared.isdecimal() else 0
+        self._check(size_bytes)
+        chunks, size_bytes = [], 0
+        try:
+            async for chunk in request.stream():
+                size_bytes += len(chunk)
+                self._check(size_bytes)
+                if size_bytes > FREE_BYTES:
+                    self._admission.held_bytes += size_bytes - FREE_BYTES - self._held_bytes
+                    self._held_bytes = size_bytes - FREE_BYTES
+                chunks.append(chunk)
+        except ClientDisconnect:
+            self._admission.cut_bodies += 1
+            logger.debug("%s: the client disconnected after %d bytes of the body", request.scope["path"], size_bytes)
+            raise ProblemError(HTTPStatus.BAD_REQUEST, "the client disconnected before the end of the body") from None
+        body = b"".join(chunks)
+        if size_bytes > FREE_BYTES:
+            async with (
+                self._admission.turn
+            ):  # of large bodies that arrive together, one is parsed in a pass of the loop
+                pass
+        return body
+
+    def _check(self, size_bytes: int) -> None:
+        """Raise `ProblemError` for a body of so many bytes that is too large, or too large now."""
+        limits = self._admission.limits
+        if size_bytes > limits.max_body_bytes:
+            raise _refused(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+                f"the body is larger than {limits.max_body_bytes} bytes (request_config.max_body_bytes): send several "
+                "smaller requests",
+            )
+        if size_bytes <= FREE_BYTES:
+            return
+        if self._admission.held_bytes + size_bytes - FREE_BYTES - self._held_bytes > limits.max_pending_bytes:
+            raise _refused(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"the service holds as many bytes of other requests as it may ({limits.max_pending_bytes}, "
+                "request_config.max_pending_bytes): retry later",
+                **{"Retry-After": "1"},
+            )
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body. That of a request without a `Reception` is held by no `Admission`.
+
+    Raises `ProblemError` for a body that is too large, alone or together with those of other requests, and if the
+    client leaves before its end.
+    """
+    reception: Reception = request.scope.get(_RECEPTION) or Reception(Admission(), request)
+    return await reception.read(request)
+
+
+def _refused(status: HTTPStatus, detail: str, **headers: str) -> ProblemError:
+    return ProblemError(status, detail, headers={"Connection": "close", **headers})

@@ -1,0 +1,330 @@
+"""What one client may send cannot stop the others, and what is refused costs little."""
+
+import json
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from anyio import to_thread
+from anyio.lowlevel import checkpoint
+from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.types import Message
+
+from modalkit.batching import DeadlineUnreachableError, Failure, QueueFullError
+from modalkit.service.local_gateway import LocalGateway
+from modalkit.service.settings import RequestConfig, Settings
+from modalkit.service.web import bodies, create_app
+from modalkit.service.web.admission import FREE_BYTES, Admission, RefusalPace
+from modalkit.service.web.bodies import BodyParser
+from modalkit.service.web.problems import ProblemError, error_json, error_response
+from tests.support.http_client import assert_problem, job
+from tests.support.http_server import serving
+from tests.support.length_model import LengthPipeline, Text
+
+pytestmark = pytest.mark.anyio
+
+LARGE = 4 * FREE_BYTES
+
+
+def list_of(count: int, text: str = "x" * 80) -> bytes:
+    return json.dumps([{"text": text}] * count).encode()
+
+
+@pytest.fixture
+async def limited(settings: Settings) -> AsyncIterator[tuple[httpx.AsyncClient, LocalGateway]]:
+    limits = RequestConfig(max_items=1000, max_item_bytes=5000, max_item_values=500, max_pending_bytes=LARGE)
+    gateway = LocalGateway(settings)
+    async with gateway:
+        await gateway.wait_until_ready()
+        async with serving(create_app(gateway, limits=limits, owns_gateway=False)) as client:
+            yield client, gateway
+
+
+# One request cannot hold up the others.
+
+
+@pytest.mark.parametrize("content", [b"1", b'{"text":"x"}', b'{"text":"%b"}' % (b"x" * 80)])
+@pytest.mark.parametrize("path", ["/batch/predict", "/async/predict"])
+async def test_a_list_with_too_many_items_is_refused_with_the_remedy(
+    limited: tuple[httpx.AsyncClient, LocalGateway], content: bytes, path: str
+) -> None:
+    refused = await limited[0].post(path, content=b"[" + b",".join([content] * 1001) + b"]")
+    assert "more than 1000 items: send several lists, or jobs as a stream" in assert_problem(refused, 413)["detail"]
+
+
+@pytest.mark.parametrize(
+    ("item", "told"), [({"text": "x" * 5000}, "5000 bytes"), ({"text": "x", "n": [1] * 501}, "500 brackets and commas")]
+)
+async def test_a_large_item_is_refused_alone_and_in_a_list(
+    limited: tuple[httpx.AsyncClient, LocalGateway], item: dict[str, Any], told: str
+) -> None:
+    for path, body in (
+        ("/sync/predict", item),
+        ("/async/predict", {"message": item}),
+        ("/batch/predict", [{"text": "a"}, item]),
+        ("/batch/predict", [{"text": "a" * 100}] * 800 + [item]),
+    ):
+        refused = await limited[0].post(path, json=body)
+        assert f"an item has more than {told}" in assert_problem(refused, 413)["detail"]
+
+
+async def test_others_have_their_turn_while_a_large_list_is_parsed() -> None:
+    parser, turns = BodyParser(Text), 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await checkpoint()
+
+    for content in (list_of(10_000), list_of(10_000, ""), b"[" + b"1," * 9_999 + b"1]"):
+        turns = 0
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(count_turns)
+            assert len(await parser.items(content)) == 10_000
+            task_group.cancel_scope.cancel()
+        assert turns > len(content) // bodies.SLICE_BYTES
+        assert turns > 10 or content.startswith(b'[{"text": "x')
+
+
+async def test_a_nested_item_is_looked_at_in_slices_until_it_is_too_large() -> None:
+    parser, turns = BodyParser(Text, Admission(RequestConfig(max_item_values=100_000))), 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await checkpoint()
+
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(count_turns)
+        with pytest.raises(ProblemError, match="more than 100000 brackets"):
+            await parser.items(b"[[" + b"[]," * 1_000_000 + b"1]]")
+        task_group.cancel_scope.cancel()
+    assert turns >= 100_000 // bodies.SLICE_MARKS
+
+
+async def test_a_list_of_invalid_items_has_a_bounded_answer() -> None:
+    item = json.dumps({f"unknown field number {number}": 1 for number in range(20)})
+    slots = await BodyParser(Text).items(b"[%b]" % ",".join([item] * 2000).encode())
+    answers = [error_json(slot.error) for slot in slots if isinstance(slot, Failure)]
+    assert len(answers) == 2000
+    assert b"unknown field number 7: unknown field" in answers[0]
+    assert b"is invalid, as others before it are" in answers[-1]
+    assert sum(map(len, answers)) < 2 * bodies.MAX_EXPLAINED_BYTES
+    held = [slot.error for slot in slots if isinstance(slot, Failure)]
+    assert {(error.__context__, error.__cause__, error.__traceback__) for error in held} == {(None, None, None)}
+
+
+async def test_an_item_with_very_many_errors_has_a_bounded_answer() -> None:
+    fields = {f"f{number}": 1 for number in range(bodies.MAX_FINDINGS + 1)}
+    with pytest.raises(ProblemError, match=r"has 1002 errors, too many to list"):
+        BodyParser(Text).item(json.dumps(fields).encode())
+    fields = {f"f{number}": 1 for number in range(bodies.MAX_FINDINGS - 1)}
+    with pytest.raises(ProblemError) as caught:
+        BodyParser(Text).item(json.dumps(fields).encode())
+    assert len(caught.value.errors) == bodies.MAX_SHOWN
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.sampled_from(['"', "\\", '\\"', "],[", "{", "\ud7ff"]),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(st.lists(values), st.integers(1, 100), st.sampled_from([(",", ":"), (" ,\n ", " : ")]))
+def test_the_parts_of_a_list_are_the_list(items: list[Any], slice_bytes: int, separators: tuple[str, str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bodies, "SLICE_BYTES", slice_bytes)
+        body = json.dumps(items, separators=separators, ensure_ascii=False).encode()
+        parts = list(bodies._parts_of(b" \n" + body + b"\t", RequestConfig()))  # noqa: SLF001  # its own claim
+    assert [item for part in parts if part for item in json.loads(part)] == items
+
+
+@given(st.text(alphabet='[]{},:"\\1a \n', max_size=30), st.integers(1, 10))
+def test_what_is_no_json_is_not_taken_in_parts_either(text: str, slice_bytes: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bodies, "SLICE_BYTES", slice_bytes)
+        body = f"[{text}]"
+        try:
+            parts = list(bodies._parts_of(body.encode(), RequestConfig()))  # noqa: SLF001  # as above
+            found = [item for part in parts if part for item in json.loads(part)]
+        except (ProblemError, ValueError):
+            with pytest.raises(json.JSONDecodeError):
+                json.loads(body)
+        else:
+            assert found == json.loads(body)
+
+
+# Bytes.
+
+
+async def send_part(client: httpx.AsyncClient, size_bytes: int) -> anyio.abc.SocketStream:
+    """A connection that sends so many bytes of a body of a million, and then nothing."""
+    stream = await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0)
+    await stream.send(b"POST /sync/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * size_bytes)
+    return stream
+
+
+async def until_metric(client: httpx.AsyncClient, line: str) -> None:
+    with anyio.fail_after(30):
+        while line not in (await client.get("/metrics")).text.splitlines():
+            await checkpoint()
+
+
+async def test_bodies_that_stall_hold_a_bounded_number_of_bytes_and_small_ones_are_served(
+    limited: tuple[httpx.AsyncClient, LocalGateway],
+) -> None:
+    client, _ = limited
+    held = 100_000 - 1 - FREE_BYTES
+    count = LARGE // held
+    async with AsyncExitStack() as stalled:
+        for _ in range(count):
+            await stalled.enter_async_context(await send_part(client, 100_000 - 1))
+        await until_metric(client, f"modalkit_held_body_bytes {float(count * held)}")
+        refused = await client.post("/batch/predict", content=list_of(990))
+        assert "request_config.max_pending_bytes" in assert_problem(refused, 503)["detail"]
+        assert refused.headers["retry-after"] == "1"
+        assert (await client.post("/sync/predict", json={"text": "small"})).status_code == 200
+    await until_metric(client, "modalkit_held_body_bytes 0.0")
+    assert (await client.post("/batch/predict", content=list_of(990))).status_code == 413, "the queue holds 100"
+
+
+async def test_a_body_that_is_declared_too_large_is_refused_before_it_comes(
+    limited: tuple[httpx.AsyncClient, LocalGateway],
+) -> None:
+    stream = await anyio.connect_tcp("127.0.0.1", limited[0].base_url.port or 0)
+    async with stream:
+        await stream.send(b"POST /sync/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+        with anyio.fail_after(30):
+            assert (await stream.receive()).startswith(b"HTTP/1.1 413 ")
+
+
+async def test_a_body_that_its_client_cuts_is_a_debug_line_and_a_count(
+    limited: tuple[httpx.AsyncClient, LocalGateway], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        stream = await send_part(limited[0], 7)
+        await stream.aclose()
+        await until_metric(limited[0], "modalkit_cut_bodies_total 1.0")
+    (line,) = [record for record in caplog.records if record.name.startswith("modalkit")]
+    assert (line.levelname, line.exc_info) == ("DEBUG", None)
+    assert line.getMessage() == "/sync/predict: the client disconnected after 7 bytes of the body"
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# Refusing.
+
+
+async def ask_without_body(app: FastAPI, path: str, **headers: str) -> list[Message]:
+    """What the application sends to a request of whose body nothing must be read."""
+
+    async def receive() -> Message:
+        raise AssertionError("the body is read")
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    given = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": given}
+    await app(scope, receive, send)
+    return sent
+
+
+class Slow(LengthPipeline):
+    """Its instance can be held."""
+
+    instance: "Slow"
+
+    def __init__(self, *args: Any, **model_entry: Any) -> None:
+        super().__init__(*args, **model_entry)
+        type(self).instance = self
+
+
+@pytest.mark.parametrize("path", ["/sync/predict", "/batch/predict"])
+async def test_a_full_queue_refuses_before_the_body_is_read(settings: Settings, path: str) -> None:
+    settings = Settings(
+        app_settings={
+            **settings.app_settings.model_dump(exclude_unset=True),
+            "batch_config": {"max_queue_size": 2, "max_batch_size": 1, "calibration": {"enabled": False}},
+        },
+        model_settings={"model_entries": {"slow": {"pipeline": f"{__name__}:Slow"}}},
+    )
+    gateway = LocalGateway(settings)
+    app = create_app(gateway, owns_gateway=False)
+    (loading, *_) = await ask_without_body(app, path)
+    assert loading["status"] == 503
+    (loading, *_) = await ask_without_body(app, "/async/predict")
+    assert loading["status"] == 503
+    async with gateway:
+        await gateway.wait_until_ready()
+        model, pipeline = gateway.models["slow"], Slow.instance
+        pipeline.gate.clear()
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(model.predict, Text(text="runs"))
+            for _ in range(2):  # the first is the warm-up
+                await to_thread.run_sync(pipeline.entered.acquire)
+            for _ in range(2):
+                task_group.start_soon(model.predict, Text(text="waits"))
+            await anyio.wait_all_tasks_blocked()
+            (full, *_) = await ask_without_body(app, path)
+            assert full["status"] == 429
+            pipeline.gate.set()
+    (draining, *_) = await ask_without_body(app, path)
+    assert draining["status"] == 503
+
+
+def test_the_answer_says_when_to_come_again() -> None:
+    full = QueueFullError(5, 5)
+    assert error_response(full).headers["retry-after"] == "1"
+    full.retry_after_s = 12.3
+    assert error_response(full).headers["retry-after"] == "13"
+    late = error_response(DeadlineUnreachableError(2, 8.5))
+    assert (late.status_code, late.headers["retry-after"]) == (504, "7")
+
+
+def test_refusals_wait_only_where_there_are_many() -> None:
+    pace = RefusalPace()
+    assert [pace.delay_s(0.0) for _ in range(100)] == [0.0] * 100
+    delays = [pace.delay_s(0.0) for _ in range(200)]
+    assert delays[0] == pytest.approx(0.01)
+    assert delays == sorted(delays)
+    assert delays[-1] == 1
+    assert pace.delay_s(3.0) == 0
+
+
+async def test_a_request_that_waits_to_be_refused_is_taken_when_there_is_room() -> None:
+    admission, full, asked = Admission(now=lambda: 0.0), True, 0
+
+    def check_room() -> None:
+        nonlocal asked
+        asked += 1
+        if full:
+            raise QueueFullError(1, 1)
+
+    for _ in range(100):
+        with pytest.raises(QueueFullError):
+            await admission.check(check_room)
+    assert asked == 100
+
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(admission.check, check_room)
+        await anyio.wait_all_tasks_blocked()
+        full = False
+    assert asked == 102
+
+
+async def test_a_job_of_a_long_list_can_be_asked_for_while_others_are_made(
+    limited: tuple[httpx.AsyncClient, LocalGateway],
+) -> None:
+    jobs = [job("x" * 80, meta={"n": [1, 2]})] * 999 + [job("")]
+    slots = (await limited[0].post("/async/predict", json=jobs)).json()
+    assert [("job_id" in slot) for slot in slots] == [True] * 999 + [False]
