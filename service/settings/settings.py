@@ -24,7 +24,7 @@ DEFAULT_MODEL = "sentiment"
 _BUNDLED: dict[str, Any] = {"pipeline": "modalkit.pipelines.sentiment:SentimentPipeline", "model_path": "bundled"}
 _ENGINES: dict[str, Any] = {
     "cache_folder": None,
-    "measure_seconds": 3,
+    "measure_seconds": 2.4,
     "max_copied_bytes": 2**30,
     "sameness": {"label_agreement": 0.995, "tie": 0.02, "confidence_change": 0.02, "cosine": 0.999},
 }

@@ -11,7 +11,7 @@ from modalkit.service.gateway import Model, find_model
 from modalkit.service.web.answers import PROBLEM_ANSWERS
 
 
-class ModelView(BaseModel):
+class ListedModel(BaseModel):
     """A model."""
 
     id: str = Field(description="The name that `?model_name=` takes.")
@@ -24,7 +24,7 @@ class ModelList(BaseModel):
     """All models."""
 
     object: Literal["list"] = "list"
-    data: list[ModelView]
+    data: list[ListedModel]
 
 
 def make_models_router(models: Mapping[str, Model]) -> APIRouter:
@@ -33,11 +33,11 @@ def make_models_router(models: Mapping[str, Model]) -> APIRouter:
     created = int(time.time())
 
     @router.get("/v1/models", summary="List the models")
-    async def list_models() -> ModelList:
-        return ModelList(data=[ModelView(id=name, created=created) for name in models])
+    async def openai_list_models() -> ModelList:
+        return ModelList(data=[ListedModel(id=name, created=created) for name in models])
 
     @router.get("/v1/models/{model:path}", summary="One model")
-    async def get_model(model: str) -> ModelView:
-        return ModelView(id=find_model(models, model).name, created=created)
+    async def openai_get_model(model: str) -> ListedModel:
+        return ListedModel(id=find_model(models, model).name, created=created)
 
     return router
