@@ -19,11 +19,14 @@ R = TypeVar("R")
 class Waiter(Wakeup):
     """Wakes one caller when all its requests have their outcomes. Times are those of the event loop's clock."""
 
-    __slots__ = ("arrival_s", "deadline_s", "unfinished")
+    __slots__ = ("arrival_s", "deadline_s", "tag", "unfinished")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None, arrival_s: float, timeout_s: float | None) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop | None, arrival_s: float, timeout_s: float | None, tag: str | None
+    ) -> None:
         super().__init__(loop)
         self.unfinished = 1
+        self.tag = tag
         self.arrival_s = arrival_s
         self.deadline_s = math.inf if timeout_s is None else arrival_s + timeout_s
 
@@ -37,12 +40,13 @@ class Waiter(Wakeup):
 class Listener(Generic[R]):
     """Calls a function with the outcome of one request, in place of a caller that waits."""
 
-    __slots__ = ("_on_outcome", "arrival_s", "deadline_s", "request")
+    __slots__ = ("_on_outcome", "arrival_s", "deadline_s", "request", "tag")
 
-    def __init__(self, on_outcome: Callable[[Outcome[R]], None], arrival_s: float) -> None:
+    def __init__(self, on_outcome: Callable[[Outcome[R]], None], arrival_s: float, tag: str | None) -> None:
         self._on_outcome: Callable[[Outcome[R]], None] | None = on_outcome
         self.arrival_s = arrival_s
         self.deadline_s = math.inf
+        self.tag = tag
         self.request: Pending[Any, R] | None = None
 
     def stop(self) -> None:
