@@ -30,10 +30,12 @@ from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import JobOutcome, JobRunner
 from modalkit.service.learnt_costs import LearntCosts
 from modalkit.service.loading import LoadError, make_job_manager
+from modalkit.service.metrics import BatchMetrics
 from modalkit.service.pipeline_batches import is_too_large, max_in_flight_of, run_batch_of
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
 from modalkit.service.streams import Payload, StreamedItem, item_of
+from modalkit.service.tracing import active_tracing, current_traceparent
 from modalkit.service.validation import validated
 
 MAX_STUCK_THREADS = 3
@@ -94,7 +96,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         self.input_model = input_model or pipeline.input_model
         self._owns_jobs = jobs is None
         self._jobs = jobs or make_job_manager(settings, queue_backend, job_store)
-        self._sinks: list[Callable[[BatchRecord], None]] = [FailureLog(self.model_name)] if log_failures else []
+        self._sinks: list[Callable[[BatchRecord], None]] = [BatchMetrics(self.model_name)]
+        self._sinks += [FailureLog(self.model_name)] if log_failures else []
         self._sinks += [] if on_batch is None else [on_batch]
         self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
         self._streams = has_own(pipeline, "predict_stream")
@@ -153,7 +156,9 @@ class InferenceWorker(AsyncContextManagerMixin):
         Raises what `BatchScheduler.submit` raises, `RejectItem` when the pipeline refuses the item or answers
         with the status ``error``, and whatever the pipeline raised. A cancelled call takes its item out of the queue.
         """
-        return await self._scheduler.submit(self._validated(item), priority=priority, timeout_s=timeout_s)
+        return await self._scheduler.submit(
+            self._validated(item), priority=priority, timeout_s=timeout_s, tag=current_traceparent()
+        )
 
     async def predict_many(
         self,
@@ -169,7 +174,10 @@ class InferenceWorker(AsyncContextManagerMixin):
         """
         checked = [self._checked(item) for item in items]
         valid = [item for item in checked if not isinstance(item, Failure)]
-        outcomes = iter(await self._scheduler.submit_many(valid, priority=priority, timeout_s=timeout_s))
+        ran = await self._scheduler.submit_many(
+            valid, priority=priority, timeout_s=timeout_s, tag=current_traceparent()
+        )
+        outcomes = iter(ran)
         return [item if isinstance(item, Failure) else next(outcomes) for item in checked]
 
     async def predict_stream(
@@ -192,7 +200,10 @@ class InferenceWorker(AsyncContextManagerMixin):
         streamed = StreamedItem(validated, send.send_nowait)
         with send, receive:
             withdraw = self._scheduler.submit_nowait(
-                streamed if self._streams else streamed.item, send.send_nowait, priority=priority
+                streamed if self._streams else streamed.item,
+                send.send_nowait,
+                priority=priority,
+                tag=current_traceparent(),
             )
             try:
                 deadline_s = math.inf if timeout_s is None else anyio.current_time() + timeout_s
@@ -274,6 +285,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         await self._scheduler.wait_until_broken()
 
     def _on_batch(self, record: BatchRecord) -> None:
+        if (tracing := active_tracing()) is not None:
+            tracing.record_batch(self.model_name, record)
         for sink in self._sinks:
             sink(record)
 
@@ -326,7 +339,7 @@ class _Engine:
 
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
         item = self.input_model.model_validate_json(job.message_json)
-        return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority)
+        return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority, tag=job.traceparent)
 
     async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
         outcomes: dict[str, JobOutcome] = {}

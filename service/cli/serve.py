@@ -15,12 +15,14 @@ import typer
 import uvicorn
 
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
+from modalkit.service.cli.common import ConfigFiles, notices, one_of, try_api_key
 from modalkit.service.errors import Readiness
 from modalkit.service.jobs import JobStoreError
 from modalkit.service.local_gateway import LocalGateway
+from modalkit.service.logs import LogFormat, configure_logging
 from modalkit.service.serving import Server, freeze_gc, listening
 from modalkit.service.settings import Settings
+from modalkit.service.tracing import enable_tracing_from_environment
 from modalkit.service.version import VERSION
 from modalkit.service.web import create_app
 
@@ -37,6 +39,12 @@ def serve(
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(case_sensitive=False, help="What is logged.")
     ] = "warning",
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(
+            **one_of(LogFormat), envvar="MODALKIT_LOG_FORMAT", help="auto is text at a terminal, and JSON elsewhere."
+        ),
+    ] = LogFormat.AUTO,
 ) -> None:
     """Serve the configured models over HTTP until interrupted; then finish what was accepted.
 
@@ -49,7 +57,9 @@ def serve(
 
     modalkit serve --host 0.0.0.0 --port 80 --config production.yaml
     """
+    configure_logging(log_format)
     logging.getLogger().setLevel(log_level.upper())
+    enable_tracing_from_environment()
     settings = Settings.load(config)
     try_api_key(settings.app_settings.auth_config)  # uvicorn would show an error as a traceback, and exit with code 0
     gateway = LocalGateway(settings)

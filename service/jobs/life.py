@@ -78,6 +78,7 @@ def new_job(
     priority: Priority,
     now: float,
     delivers: bool,
+    traceparent: str | None = None,
 ) -> Job:
     """A queued job that asks for what `request` asks for.
 
@@ -100,6 +101,7 @@ def new_job(
         created_at=now,
         expires_at=None if request.expires_in is None else now + request.expires_in,
         idempotency_key=request.idempotency_key,
+        traceparent=traceparent,
     )
     for field in _NAME_FIELDS:
         name = getattr(job, field) or ""

@@ -79,6 +79,9 @@ MIGRATIONS = (
     CREATE INDEX deliveries ON jobs (delivery_queue, due_at) WHERE due_at IS NOT NULL AND delivery_crashes = 0;
     CREATE INDEX suspect_deliveries ON jobs (delivery_crashes, seq) WHERE due_at IS NOT NULL AND delivery_crashes > 0;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN traceparent TEXT;
+    """,
 )
 """Step n makes version n + 1 of the tables from version n. Times are in microseconds since 1970.
 

@@ -22,6 +22,7 @@ from modalkit.service.web.answers import JSON, NDJSON, Problem
 from modalkit.service.web.auth import require_api_key
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.metrics import CONTENT_TYPE, exposition
+from modalkit.service.web.observing import RequestObserver
 from modalkit.service.web.problems import ProblemError, error_response, install_problem_handlers
 from modalkit.service.web.routes import add_prediction_routes
 
@@ -80,7 +81,8 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
     )
     add_prediction_routes(app, gateway, api_key)
-    app.add_middleware(_Entrance, start=start)  # the outermost one: nothing is answered before the start
+    app.add_middleware(_Entrance, start=start)  # around the routes: none answers before the start
+    app.add_middleware(RequestObserver, routes=app.routes)  # the outermost one: it measures everything
     app.include_router(make_job_router(gateway.jobs), dependencies=[] if api_key is None else api_key.dependencies)
     _add_health(app, gateway, require_all_models=require_all_models)
     install_problem_handlers(app)
