@@ -106,6 +106,13 @@ class Gateway(AbstractAsyncContextManager["Gateway"], Protocol):
     def jobs(self) -> Jobs:
         """The jobs of these models."""
 
+    async def metrics_of_processes(self, own: str) -> Mapping[str, str]:
+        """The metrics of each process of the service, in Prometheus's text format, by its id; this one's are `own`.
+
+        Where no other process has any, the id is empty.
+        """
+        ...
+
 
 def find_model(models: Mapping[str, Model], name: str | None) -> Model:
     """The model of this name, or the first for None. Raises `UnknownModelError`."""

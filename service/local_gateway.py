@@ -172,6 +172,10 @@ class LocalGateway(AsyncContextManagerMixin):
             finally:
                 self._closing.set()
 
+    async def metrics_of_processes(self, own: str) -> dict[str, str]:
+        """The metrics of this process alone."""
+        return {"": own}
+
     def _check_ready(self, model_name: str) -> None:
         if model_name not in self.models:
             raise UnknownModelError(model_name, list(self.models))

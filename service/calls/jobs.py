@@ -17,6 +17,7 @@ from modalkit.batching import BatchScheduler, Failure, Outcome, Priority, Succes
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.calls.engine import CallOptions, CallQueue, CallState
 from modalkit.service.calls.predictor import COST_OF_A_CALL, MAX_PARTIAL_CALLS_IN_FLIGHT, call_policy
+from modalkit.service.calls.published_metrics import PublishedMetrics
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import json_form, make_job_id, parse_job_id, read_job
 from modalkit.service.errors import NotAvailableError, ServiceError, describe_error
@@ -25,6 +26,7 @@ from modalkit.service.jobs import Job, JobStatus, JobStoreError
 from modalkit.service.jobs.life import new_job, request_digest
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.settings import BatchConfig
+from modalkit.service.tracing import current_traceparent
 from modalkit.service.validation import validated
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class _Submission:
     request: AsyncInputModel
     """With a validated message."""
     priority: Priority
+    traceparent: str | None
 
 
 class CallJobs(AsyncContextManagerMixin):
@@ -169,7 +172,7 @@ class CallJobs(AsyncContextManagerMixin):
         message = request.message
         if not isinstance(message, BaseModel):
             message = validated(model.input_model, message)
-        submission = _Submission(request.model_copy(update={"message": message}), priority)
+        submission = _Submission(request.model_copy(update={"message": message}), priority, current_traceparent())
         job = self._job("", model.name, submission, self._clock())  # raises what is wrong with it
         if request.idempotency_key is None:
             return await self._schedulers[model.name].submit(submission, priority=priority)
@@ -203,8 +206,12 @@ class CallJobs(AsyncContextManagerMixin):
     async def _enqueue(self, model_name: str, submissions: list[_Submission]) -> Sequence[str | Exception]:
         accepted_at = self._clock()
         entries = [json_form(submission.request) for submission in submissions]
+        traceparents = [submission.traceparent for submission in submissions]
         options = CallOptions(
-            priority=str(submissions[0].priority), accepted_at=accepted_at, input_model=self._input_model_path
+            priority=str(submissions[0].priority),
+            accepted_at=accepted_at,
+            input_model=self._input_model_path,
+            traceparents=traceparents if any(traceparents) else None,
         )
         try:
             call_id = await self._queue.enqueue(model_name, entries, options)
@@ -234,6 +241,7 @@ class CallJobs(AsyncContextManagerMixin):
             priority=submission.priority,
             now=now,
             delivers=True,
+            traceparent=submission.traceparent,
         )
 
 
@@ -244,6 +252,8 @@ class CallGateway(AsyncContextManagerMixin):
     models: Mapping[str, Model]
     jobs: CallJobs
     opens: Sequence[AbstractAsyncContextManager[Any]]
+    published_metrics: PublishedMetrics | None = None
+    """Where processes that cannot be scraped publish their metrics."""
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
@@ -251,3 +261,7 @@ class CallGateway(AsyncContextManagerMixin):
             for resource in (*self.opens, self.jobs):
                 await stack.enter_async_context(resource)
             yield self
+
+    async def metrics_of_processes(self, own: str) -> dict[str, str]:
+        """The metrics of this process and of those that publish theirs."""
+        return {"": own} if self.published_metrics is None else await self.published_metrics.with_own(own)

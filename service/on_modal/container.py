@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 import anyio
@@ -15,6 +15,7 @@ from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
 from modalkit.service.calls.processor import Call, CallProcessor
+from modalkit.service.calls.published_metrics import PublishedMetrics
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.errors import ContainerFaultError, RemoteCallError, ServiceError, describe_error
 from modalkit.service.gateway import Readiness
@@ -24,10 +25,11 @@ from modalkit.service.jobs.model import new_job_id
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.loading import ModelSource
 from modalkit.service.on_modal.config import ModalConfig
-from modalkit.service.on_modal.engine import open_records, takes_one_input_at_a_time
+from modalkit.service.on_modal.engine import open_metrics, open_records, takes_one_input_at_a_time
 from modalkit.service.pipeline_batches import is_device_fault
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.serving import freeze_gc
+from modalkit.service.web.metrics import of_this_process, text_of
 from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,7 @@ class Container:
         leave_rotation: Callable[[], Awaitable[None]],
         on_batch: Callable[[BatchRecord], None],
         records: CallRecords | None = None,
+        published_metrics: PublishedMetrics | None = None,
     ) -> None:
         app, deployment = config.app_settings, config.app_settings.deployment_config
         self._config = config
@@ -104,6 +107,7 @@ class Container:
         self._leave_rotation = leave_rotation
         self._has_warned = False
         self._has_fault = anyio.Event()
+        self._published_metrics = published_metrics or (None if modal.is_local() else open_metrics(config))
         self._lifetime = Lifetime(self._serve())
         self._jobs = JobManager(MemoryJobStore())  # of the worker's own interface; Modal keeps the jobs of calls
         self.worker = ContainerWorker(
@@ -159,13 +163,18 @@ class Container:
     @asynccontextmanager
     async def _serve(self) -> AsyncGenerator[None]:
         interval_s = self._config.app_settings.deployment_config.volume_reload_interval_seconds
-        async with self._jobs, self.worker, plain_task_group() as upkeep:
+        published = self._published_metrics
+        publishing = nullcontext() if published is None else published.publishing(self._metrics)
+        async with publishing, self._jobs, self.worker, plain_task_group() as upkeep:
             upkeep.start_soon(self._watch)
             upkeep.start_soon(self._leave_when_faulty)
             if interval_s is not None:
                 upkeep.start_soon(keep_volumes_fresh, self._config, self.worker.pipeline, interval_s)
             yield
             upkeep.cancel_scope.cancel()
+
+    async def _metrics(self) -> str:
+        return text_of(of_this_process([self.worker]))
 
     async def _watch(self) -> None:
         await self.worker.wait_until_broken()

@@ -3,8 +3,10 @@
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import modal
 import modal.exception
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -21,11 +23,13 @@ from modalkit.service.on_modal.engine import (
     Connect,
     ModalEngine,
     connection,
+    open_metrics,
     open_records,
     takes_one_input_at_a_time,
 )
 from modalkit.service.on_modal.hosting import HostedService, default_model_name, model_source, responses_of
 from modalkit.service.web import create_app
+from modalkit.service.web.metrics import own_exposition
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +88,8 @@ def web_app_here(
         config=config.settings.for_model(worker.name).app_settings.batch_config,
         input_model_path=path,
     )
-    return create_app(CallGateway(models, jobs, opens=[engine]), auth=config.app_settings.auth_config)
+    gateway = CallGateway(models, jobs, [engine], None if modal.is_local() else open_metrics(config))
+    return create_app(gateway, auth=config.app_settings.auth_config)
 
 
 def _gateway_to(
@@ -127,7 +132,10 @@ def _gateway_to(
         config=config.app_settings.batch_config,
         input_model_path=path,
     )
-    return CallGateway(call_models, jobs, opens=[engine, *call_models.values()])
+    published = open_metrics(config)
+    gateway = CallGateway(call_models, jobs, [engine, *call_models.values()], published)
+    gateway.opens = [*gateway.opens, published.publishing(partial(own_exposition, gateway))]
+    return gateway
 
 
 def import_path(model: type[BaseModel] | None) -> str | None:

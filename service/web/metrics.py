@@ -1,12 +1,13 @@
 """Metrics for Prometheus: those counted in the process, and what is read of models and jobs at each scrape."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from time import time
 
 from prometheus_client import PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from modalkit.service.gateway import Gateway, Model, Readiness
@@ -18,9 +19,19 @@ logger = logging.getLogger(__name__)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-async def exposition(gateway: Gateway) -> bytes:
-    """All metrics, in Prometheus's text format."""
-    metrics = [*_counted(), *_of_models(gateway.models.values())]
+async def exposition(gateway: Gateway) -> str:
+    """The metrics of all processes of a service, in Prometheus's text format.
+
+    Where there are several, those of each have its id as the label `process`.
+    """
+    own = await own_exposition(gateway)
+    texts = await gateway.metrics_of_processes(own)
+    return own if list(texts) == [""] else _merged(texts)
+
+
+async def own_exposition(gateway: Gateway) -> str:
+    """The metrics of this process, in Prometheus's text format."""
+    metrics = list(of_this_process(gateway.models.values()))
     if (administration := gateway.jobs.administration) is not None:
         is_up = GaugeMetricFamily("modalkit_job_store_up", "0 where the job store cannot be read.")
         try:
@@ -30,8 +41,31 @@ async def exposition(gateway: Gateway) -> bytes:
             is_up.add_metric([], 0)
             logger.exception("The jobs could not be counted")
         metrics.append(is_up)
-    metrics += [*ProcessCollector(registry=None).collect(), *PlatformCollector(registry=None).collect()]
-    return generate_latest(_Snapshot(metrics))
+    return text_of(metrics)
+
+
+def of_this_process(models: Iterable[Model]) -> Iterator[Metric]:
+    """What is known without jobs."""
+    yield from _counted()
+    yield from _of_models(models)
+    yield from ProcessCollector(registry=None).collect()
+    yield from PlatformCollector(registry=None).collect()
+
+
+def text_of(metrics: Iterable[Metric]) -> str:
+    """Metrics in Prometheus's text format."""
+    return generate_latest(_Snapshot(metrics)).decode()
+
+
+def _merged(texts: Mapping[str, str]) -> str:
+    families: dict[str, Metric] = {}
+    for process_id, text in texts.items():
+        for metric in text_string_to_metric_families(text):
+            family = families.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+            family.samples += [
+                sample._replace(labels={**sample.labels, "process": process_id}) for sample in metric.samples
+            ]
+    return text_of(families.values())
 
 
 @dataclass

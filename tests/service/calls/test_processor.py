@@ -167,7 +167,7 @@ async def test_entries_that_cannot_be_run_or_written_fail_alone(processor: CallP
 
 
 async def test_a_time_for_each_entry_is_asked_for(processor: CallProcessor) -> None:
-    with pytest.raises(ValueError, match="timeouts_s: 1 times for 2 entries; give each entry one"):
+    with pytest.raises(ValueError, match="timeouts_s: 1 values for 2 entries; give each entry one"):
         await processor.process([item("four"), item("five")], a_call(timeouts_s=[1.0]))
 
 
