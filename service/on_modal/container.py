@@ -15,7 +15,6 @@ from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
 from modalkit.service.calls.processor import Call, CallProcessor
-from modalkit.service.calls.published_metrics import PublishedMetrics
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.errors import ContainerFaultError, RemoteCallError, ServiceError, describe_error
 from modalkit.service.gateway import Readiness
@@ -24,11 +23,13 @@ from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.model import new_job_id
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.loading import ModelSource
+from modalkit.service.logs import LogFormat, configure_logging
 from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.engine import open_metrics, open_records, takes_one_input_at_a_time
 from modalkit.service.pipeline_batches import is_device_fault
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.serving import freeze_gc
+from modalkit.service.tracing import enable_tracing_from_environment
 from modalkit.service.web.metrics import of_this_process, text_of
 from modalkit.service.worker import InferenceWorker
 
@@ -38,6 +39,14 @@ GRACE_S = 25.0
 """Seconds to finish what was accepted; Modal gives an exit hook 30."""
 CALL_MARGIN_S = 5.0
 """Seconds before Modal's timeout at which a call returns by itself."""
+
+
+def set_up_logs_and_traces() -> None:
+    """In a container, log as JSON unless the program has handlers, and trace where variables name a collector."""
+    if not modal.is_local():
+        if not logging.getLogger().handlers:
+            configure_logging(LogFormat.AUTO)
+        enable_tracing_from_environment()
 
 
 @contextmanager
@@ -98,7 +107,6 @@ class Container:
         leave_rotation: Callable[[], Awaitable[None]],
         on_batch: Callable[[BatchRecord], None],
         records: CallRecords | None = None,
-        published_metrics: PublishedMetrics | None = None,
     ) -> None:
         app, deployment = config.app_settings, config.app_settings.deployment_config
         self._config = config
@@ -107,7 +115,7 @@ class Container:
         self._leave_rotation = leave_rotation
         self._has_warned = False
         self._has_fault = anyio.Event()
-        self._published_metrics = published_metrics or (None if modal.is_local() else open_metrics(config))
+        self._published_metrics = None if modal.is_local() else open_metrics(config)
         self._lifetime = Lifetime(self._serve())
         self._jobs = JobManager(MemoryJobStore())  # of the worker's own interface; Modal keeps the jobs of calls
         self.worker = ContainerWorker(

@@ -19,6 +19,7 @@ from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.loading import LoadError, ModelSource
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.container import set_up_logs_and_traces
 from modalkit.service.on_modal.engine import (
     Connect,
     ModalEngine,
@@ -51,6 +52,7 @@ def create_web_endpoints(
     Items are validated as `input_model`, here and in the containers, and documented with `output_model`; by default
     these are those of the configuration. Who may call is up to ``auth_config``.
     """
+    set_up_logs_and_traces()
     config = getattr(app_cls, "modal_utils", None)
     config = config if isinstance(config, ModalConfig) else ModalConfig()
     gateway: Gateway
