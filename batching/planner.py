@@ -12,8 +12,10 @@ from modalkit.batching.policy import Batch, BatchPolicy, Decision, DispatchReaso
 from modalkit.batching.queue import RequestQueue, RequestT
 from modalkit.batching.request import Priority
 
-BULK_COMPANIONS_SHARE = 0.8  # with bulk companions an interactive batch may take this share of the bulk time limit,
-BULK_COMPANIONS_FACTOR = 1.1  # or, if that is more, this many times its own predicted time
+# With bulk companions an interactive request may wait and run, in all, for this many times the bulk time limit; or, if
+# it has waited for too long for that, its batch may take this many times its own predicted time.
+COMPANIONS_LIMITS = 1.2
+COMPANIONS_FACTOR = 1.1
 INTERACTIVE = Priority.INTERACTIVE  # a local name, because an attribute of an enum is slow to look up
 INTERACTIVE_RECENT_S = 2.0  # bulk batches stay short for so long after an interactive request
 
@@ -181,11 +183,9 @@ class BatchPlanner(Generic[RequestT]):
         if (oldest := self.queue.oldest(Priority.BULK)) is not None and self._bulk_time_limit.should_measure():
             self._shortened(self.former.form(oldest))
         left = self.queue.waiting(Priority.INTERACTIVE) - len(batch.requests)
-        max_s = max(
-            BULK_COMPANIONS_SHARE * self._bulk_time_limit.seconds / math.sqrt(1 + left),
-            BULK_COMPANIONS_FACTOR * batch.predicted_s,
-        )
-        return self.former.add_companions(batch, Priority.BULK, max_s)
+        limit_s, waited_s = self._bulk_time_limit.seconds, now - batch.requests[0].arrival_s
+        max_s = min(limit_s, COMPANIONS_LIMITS * limit_s - waited_s) / math.sqrt(1 + left)
+        return self.former.add_companions(batch, Priority.BULK, max(max_s, COMPANIONS_FACTOR * batch.predicted_s))
 
     def _shortened(self, batch: Batch[RequestT]) -> Batch[RequestT]:
         short = self.former.shorten(batch, self._bulk_time_limit.seconds)

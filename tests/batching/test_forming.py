@@ -92,6 +92,16 @@ def test_the_more_interactive_requests_are_left_waiting_the_fewer_companions_go_
     assert taken[0] > taken[1] > taken[2]
 
 
+def test_the_longer_an_interactive_request_has_waited_the_fewer_companions_delay_it() -> None:
+    taken = []
+    for waited_s in (0.0, 0.3, 0.5):
+        plan = BatchPlanner[Request[int]](BatchPolicy(), CPU)
+        push(plan, [100] * 200, BULK)
+        push(plan, [100])
+        taken.append(bulk_in(next_batch(plan, waited_s)))
+    assert taken[0] > taken[1] > taken[2]
+
+
 def test_while_interactive_requests_arrive_bulk_batches_are_short_and_cost_hardly_more() -> None:
     plan = BatchPlanner[Request[int]](BatchPolicy(), CPU)
     chance = random.Random(3)
