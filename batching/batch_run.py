@@ -87,7 +87,7 @@ class BatchRunner(Generic[T, R]):
                 elapsed_s, succeeded = (total_s, False) if seconds is None else (seconds.total_s, True)
                 failed = "the cost model could not learn from a batch"
                 self._call(failed, self._planner.end_batch, batch, elapsed_s, succeeded=succeeded)
-        self._planner.former.failure_limit = self._history.count_limit(self._planner.policy.max_batch_size)
+        self._planner.limit_count(self._history.count_limit(self._planner.policy.max_batch_size))
         self.running.pop(id(batch), None)  # it is already removed if the scheduler has broken meanwhile
         if was_preempted:
             return
@@ -116,18 +116,18 @@ class BatchRunner(Generic[T, R]):
     ) -> tuple[list[Exception], int]:
         """Run parts of a batch that failed; returns the errors of requests, and how many were requeued."""
         test, errors = GroupTest(wanted, self._history, self._is_wanted), list[Exception]()
-        self._record_failure(test, wanted, error)
+        self._record_failure(test, wanted, error, executor.device)
         while part := test.next_part():
             outputs, seconds = await executor.attempt([request.payload for request in part])
             if isinstance(outputs, Exception):
-                self._record_failure(test, part, outputs)
+                self._record_failure(test, part, outputs, executor.device)
             else:
                 errors += self._succeed(part, outputs)
                 test.record_success()
                 if seconds is not None:
                     sizes = [request.size for request in part]
                     failed = "the cost model could not learn from a part of a batch"
-                    self._call(failed, self._planner.record_run, sizes, seconds.total_s)
+                    self._call(failed, self._planner.record_run, sizes, seconds.total_s, executor.device)
         for request, own_error in test.failing:
             if self.fail(request, Failure(own_error, is_systemic=test.is_systemic)):
                 errors.append(own_error)
@@ -137,18 +137,21 @@ class BatchRunner(Generic[T, R]):
         if isinstance(error, BatchTimeoutError) and not any(
             isinstance(own, BatchTimeoutError) for _, own in test.failing
         ):
-            self._planner.record_too_large([request.size for request in wanted])  # no item hangs: they were too many
+            sizes = [request.size for request in wanted]
+            self._planner.record_too_large(sizes, executor.device)  # no item hangs: they were too many
         requeued = [request for request in test.untested if request.outcome is None]
         self._planner.queue.requeue(requeued)
         return errors, len(requeued)
 
-    def _record_failure(self, test: GroupTest[Pending[T, R]], part: list[Pending[T, R]], error: Exception) -> None:
+    def _record_failure(
+        self, test: GroupTest[Pending[T, R]], part: list[Pending[T, R]], error: Exception, device: int
+    ) -> None:
         if isinstance(error, BatchTimeoutError):
             test.record_timeout(error)
         elif self._is_too_large is not None and self._call(
             "is_too_large failed; the error is treated as any other error", self._is_too_large, error
         ):
-            self._planner.record_too_large([request.size for request in part])
+            self._planner.record_too_large([request.size for request in part], device)
             _clear_frames(error)
             test.record_too_large(error)
         else:

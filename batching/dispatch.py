@@ -87,21 +87,25 @@ class Dispatcher(Generic[T, R]):
 
     async def _serve(self, executor: Executor[T, R]) -> None:
         """Run one batch after the other, until the scheduler is closed and nothing waits, or until it is broken."""
-        try:
-            async with anyio.create_task_group() as overlapped:
-                while (batch := await self._next_batch()) is not None:
-                    if self._should_overlap(executor):
-                        await self._start_overlapped(batch, executor, overlapped)
-                    else:
-                        await self._run(batch, executor)
-                        if executor.is_async or len(self._planner.queue) < self._planner.policy.max_batch_size:
-                            await checkpoint()  # callers that got a result may send a request for the next batch
-        finally:
-            executor.close()
+        async with anyio.create_task_group() as overlapped:
+            while (batch := await self._next_batch(executor)) is not None:
+                if self._should_overlap(executor):
+                    await self._start_overlapped(batch, executor, overlapped)
+                else:
+                    await self._run(batch, executor)
+                    if executor.is_async or len(self._planner.queue) < self._planner.policy.max_batch_size:
+                        await checkpoint()  # callers that got a result may send a request for the next batch
 
-    async def _next_batch(self) -> Batch[Pending[T, R]] | None:
+    async def _next_batch(self, executor: Executor[T, R]) -> Batch[Pending[T, R]] | None:
         while not self.broken.is_set():
-            decision = self._decide()
+            try:
+                await executor.prepare()
+            except Exception:
+                logger.exception("%s: device %d cannot run batches; trying again", self._name, executor.device)
+                if self.is_open or len(self._planner.queue):
+                    continue
+                return None
+            decision = self._decide(executor.device)
             for request in decision.expired:
                 self.runner.fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
             if decision.batch is not None:
@@ -113,11 +117,11 @@ class Dispatcher(Generic[T, R]):
             await self.sleepers.sleep_until(decision.wake_s)
         return None
 
-    def _decide(self) -> Decision[Pending[T, R]]:
-        if self._should_wait_for_full_batch():
+    def _decide(self, device: int) -> Decision[Pending[T, R]]:
+        if self._should_wait_for_full_batch(device):
             return Decision()
         try:
-            return self._planner.decide(self.runner.now(), draining=not self.is_open)
+            return self._planner.decide(self.runner.now(), device=device, draining=not self.is_open)
         except _FAULTS as error:
             # One of these would have been the anchor. Without them the next decision may succeed.
             oldest = list(filter(None, map(self._planner.queue.oldest, Priority)))
@@ -126,13 +130,13 @@ class Dispatcher(Generic[T, R]):
             self._handle_fault(error, oldest)
             return Decision(wake_s=-math.inf)
 
-    def _should_wait_for_full_batch(self) -> bool:
+    def _should_wait_for_full_batch(self, device: int) -> bool:
         """Whether `max_partial_in_flight` batches run, and too few requests wait for a full batch."""
         queue = self._planner.queue
         return (
             len(self.runner.running) >= self._max_partial_in_flight
             and self.is_open
-            and max(map(queue.waiting, Priority)) < self._planner.former.count_limit
+            and max(map(queue.waiting, Priority)) < self._planner.devices[device].former.count_limit
         )
 
     def _should_overlap(self, executor: Executor[T, R]) -> bool:

@@ -62,7 +62,17 @@ class Executor(Generic[T, R]):
     output belongs to which payload.
     """
 
-    def __init__(self, run_batch: RunBatch[T, R], timeout_s: float, name: str) -> None:
+    def __init__(
+        self,
+        run_batch: RunBatch[T, R],
+        timeout_s: float,
+        name: str,
+        device: int = 0,
+        before_batch: Callable[[], object] | None = None,
+    ) -> None:
+        self._before_batch = before_batch
+        self.device = device
+        """The index of the device that its batches run on."""
         self._run_batch = run_batch
         self.stages = run_batch if isinstance(run_batch, Stages) else None
         """The stages by which batches can overlap."""
@@ -132,6 +142,12 @@ class Executor(Generic[T, R]):
                 outputs, seconds = await self._run_in_time(payloads)
         return checked_outputs(outputs, len(payloads)), seconds
 
+    async def prepare(self) -> None:
+        """Call `before_batch` in the main thread, without a time limit. Raises what it raises."""
+        if self._before_batch is not None:
+            async with self._main_lock:
+                await self._main.run(self._before_batch)
+
     async def attempt(
         self, payloads: list[T], progress: "Progress | None" = None
     ) -> tuple[Sequence[R | Exception] | Exception, StageSeconds | None]:
@@ -140,6 +156,7 @@ class Executor(Generic[T, R]):
         So no frame of the error's traceback refers to the requests that will refer to the error.
         """
         try:
+            await self.prepare()
             return await self.run(payloads, progress)
         except Exception as error:  # noqa: BLE001  # user code may raise anything; the items get it as their error
             return error, None

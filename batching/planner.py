@@ -28,17 +28,16 @@ class BatchPlanner(Generic[RequestT]):
     companions in interactive batches where they add almost no time. While interactive requests arrive, bulk batches are
     short, because the next interactive request waits for the batch that runs.
 
+    There is a cost model for each device, because devices may differ; a device is named by its index. All of them serve
+    the one queue.
+
     The planner does no I/O and never waits: `now` is an argument, and a decision takes effect at once.
     """
 
-    def __init__(self, policy: BatchPolicy, cost_model: CostModel) -> None:
+    def __init__(self, policy: BatchPolicy, *cost_models: CostModel) -> None:
         self.policy = policy
-        self.cost_model = cost_model
         self.queue: RequestQueue[RequestT] = RequestQueue(policy.max_queue_items)
-        self.token_limit = TokenLimit()
-        self.former = BatchFormer(policy, cost_model, self.queue, self.token_limit)
-        self._exploration = Exploration()
-        self._bulk_time_limit = BulkTimeLimit(policy.max_bulk_batch_s)
+        self.devices = [_Device(policy, cost_model, self.queue) for cost_model in cost_models]
         self._last_interactive_s = -math.inf
         self._arrivals = {priority: Arrivals() for priority in Priority}
         # While both lanes wait, bulk has a right to `bulk_share` of the running time. This is how many seconds it got
@@ -59,10 +58,11 @@ class BatchPlanner(Generic[RequestT]):
             for request in requests:
                 self._arrivals[request.priority].add(request.size, request.arrival_s)
 
-    def decide(self, now: float, *, draining: bool = False) -> Decision[RequestT]:
+    def decide(self, now: float, *, device: int = 0, draining: bool = False) -> Decision[RequestT]:
         """Take the next batch out of the queue, or say when to ask again. Call it only when a worker is free.
 
-        With `draining`, no more requests are expected, so no batch waits for them.
+        The batch is formed by the costs of `device`. With `draining`, no more requests are expected, so no batch waits
+        for them.
         """
         expired = self.queue.pop_expired(now)
         wake_s = math.inf
@@ -70,15 +70,15 @@ class BatchPlanner(Generic[RequestT]):
             anchor = self.queue.oldest(priority)
             if anchor is None:
                 continue
-            batch = self._form_batch(anchor, now)
+            batch = self._form_batch(anchor, now, self.devices[device])
             if batch.reason is DispatchReason.IDLE:
-                reason, batch_wake_s = self._dispatch_or_wait(batch, now)
+                reason, batch_wake_s = self._dispatch_or_wait(batch, now, self.devices[device])
                 # If requests wait in both lanes, the worker has something to do, so it does not wait.
                 if reason is None and not draining and len(self.queue) == self.queue.waiting(priority):
                     wake_s = min(wake_s, batch_wake_s)
                     continue
                 batch = replace(batch, reason=reason or DispatchReason.IDLE)
-            return Decision(self._take(batch), expired=expired)
+            return Decision(self._take(batch, device), expired=expired)
         return Decision(wake_s=wake_s, expired=expired)
 
     def end_batch(self, batch: Batch[RequestT], elapsed_s: float, *, succeeded: bool = True) -> None:
@@ -93,22 +93,28 @@ class BatchPlanner(Generic[RequestT]):
             # Bulk companions of interactive batches reduce the deficit to 0 at most. Below 0, bulk would wait for
             # hours.
             self._bulk_deficit_s = deficit_s if is_bulk else max(deficit_s, min(0.0, self._bulk_deficit_s))
+        exploration = self.devices[batch.device].exploration
         if batch.baseline_s is None:
-            self._exploration.record_batch(elapsed_s)
+            exploration.record_batch(elapsed_s)
         else:
-            self._exploration.record_trial(elapsed_s - batch.baseline_s)
+            exploration.record_trial(elapsed_s - batch.baseline_s)
         if succeeded:
-            self.record_run([request.size for request in batch.requests], elapsed_s)
+            self.record_run([request.size for request in batch.requests], elapsed_s, batch.device)
 
-    def record_run(self, sizes: Sequence[int], elapsed_s: float) -> None:
+    def record_run(self, sizes: Sequence[int], elapsed_s: float, device: int = 0) -> None:
         """Learn that requests of these `sizes` ran together without an error, in `elapsed_s` seconds."""
         count, longest = len(sizes), max(sizes)
-        self.cost_model.observe(count, longest, sum(sizes), elapsed_s)
-        self.token_limit.record_fit(count * longest)
+        self.devices[device].cost_model.observe(count, longest, sum(sizes), elapsed_s)
+        self.devices[device].token_limit.record_fit(count * longest)
 
-    def record_too_large(self, sizes: list[int]) -> None:
+    def record_too_large(self, sizes: list[int], device: int = 0) -> None:
         """Learn that requests of these `sizes` did not fit into the device together."""
-        self.token_limit.record_too_large(len(sizes) * max(sizes))
+        self.devices[device].token_limit.record_too_large(len(sizes) * max(sizes))
+
+    def limit_count(self, limit: int | None) -> None:
+        """Let no batch hold more requests than this, because failures are frequent; None for no such limit."""
+        for device in self.devices:
+            device.former.failure_limit = limit
 
     def cancel_batch(self, batch: Batch[RequestT], requests: Sequence[RequestT]) -> None:
         """Account for a batch of `decide` that did not run, and requeue these `requests` of it."""
@@ -134,7 +140,9 @@ class BatchPlanner(Generic[RequestT]):
 
     # Whether the batch runs now.
 
-    def _dispatch_or_wait(self, batch: Batch[RequestT], now: float) -> tuple[DispatchReason | None, float]:
+    def _dispatch_or_wait(
+        self, batch: Batch[RequestT], now: float, device: "_Device[RequestT]"
+    ) -> tuple[DispatchReason | None, float]:
         """The reason to dispatch a batch that has room, or None and the time to ask again.
 
         To wait delays each request of the batch until the next arrival, and then by what that request adds to the
@@ -153,13 +161,13 @@ class BatchPlanner(Generic[RequestT]):
         arrivals = self._arrivals[batch.priority]
         count, size = len(batch.requests) + 1, max(1, round(arrivals.mean_size))
         longest, total = max(batch.longest, size), batch.total + size
-        with_one_more_s = self.cost_model.predict_s(count, longest, total)
-        if count > self.former.count_limit:
+        with_one_more_s = device.cost_model.predict_s(count, longest, total)
+        if count > device.former.count_limit:
             return DispatchReason.FULL, now
-        if not self.former.is_allowed(count, longest, with_one_more_s):
+        if not device.former.is_allowed(count, longest, with_one_more_s):
             return DispatchReason.BUDGET, now
         added_s = with_one_more_s - batch.predicted_s
-        worth_waiting_s = self.cost_model.predict_s(1, size, size) / count - added_s
+        worth_waiting_s = device.cost_model.predict_s(1, size, size) / count - added_s
         last_useful_s = arrivals.last_s + worth_waiting_s
         if arrivals.gap_s >= worth_waiting_s or now >= last_useful_s:
             return DispatchReason.IDLE, now
@@ -170,47 +178,59 @@ class BatchPlanner(Generic[RequestT]):
 
     # Which batch runs.
 
-    def _form_batch(self, anchor: RequestT, now: float) -> Batch[RequestT]:
+    def _form_batch(self, anchor: RequestT, now: float, device: "_Device[RequestT]") -> Batch[RequestT]:
         is_bulk = anchor.priority is Priority.BULK
-        batch = self.former.form(anchor)
-        if not self.former.is_trusted:
+        batch = device.former.form(anchor)
+        if not device.former.is_trusted:
             return batch  # the predictions are not good enough to shorten or extend it, or for a trial
         if is_bulk and now <= self._last_interactive_s + INTERACTIVE_RECENT_S:
-            return self._shortened(batch)
+            return self._shortened(batch, device)
         if is_bulk or not (self.policy.mixes_lanes and self.queue.waiting(Priority.BULK)):
-            return self._trial_if_due(batch)
+            return self._trial_if_due(batch, device)
         # Bulk requests may run only as companions for long, and the bulk time limit has to stay up to date.
-        if (oldest := self.queue.oldest(Priority.BULK)) is not None and self._bulk_time_limit.should_measure():
-            self._shortened(self.former.form(oldest))
+        if (oldest := self.queue.oldest(Priority.BULK)) is not None and device.bulk_time_limit.should_measure():
+            self._shortened(device.former.form(oldest), device)
         left = self.queue.waiting(Priority.INTERACTIVE) - len(batch.requests)
-        limit_s, waited_s = self._bulk_time_limit.seconds, now - batch.requests[0].arrival_s
+        limit_s, waited_s = device.bulk_time_limit.seconds, now - batch.requests[0].arrival_s
         max_s = min(limit_s, COMPANIONS_LIMITS * limit_s - waited_s) / math.sqrt(1 + left)
-        return self.former.add_companions(batch, Priority.BULK, max(max_s, COMPANIONS_FACTOR * batch.predicted_s))
+        return device.former.add_companions(batch, Priority.BULK, max(max_s, COMPANIONS_FACTOR * batch.predicted_s))
 
-    def _shortened(self, batch: Batch[RequestT]) -> Batch[RequestT]:
-        short = self.former.shorten(batch, self._bulk_time_limit.seconds)
-        self._bulk_time_limit.add(batch, short)
+    def _shortened(self, batch: Batch[RequestT], device: "_Device[RequestT]") -> Batch[RequestT]:
+        short = device.former.shorten(batch, device.bulk_time_limit.seconds)
+        device.bulk_time_limit.add(batch, short)
         return short
 
-    def _trial_if_due(self, batch: Batch[RequestT]) -> Batch[RequestT]:
+    def _trial_if_due(self, batch: Batch[RequestT], device: "_Device[RequestT]") -> Batch[RequestT]:
         """The batch, or now and then a full one in its place, to see whether that is as slow as predicted."""
-        limit = self.former.count_limit
+        limit = device.former.count_limit
         if 2 * len(batch.requests) > limit or self.queue.waiting(batch.priority) < limit:
             return batch
-        full = self.former.form_full(batch.requests[0])
+        full = device.former.form_full(batch.requests[0])
         baseline_s = batch.predicted_s / batch.total * full.total
         loss_s = full.predicted_s - baseline_s
         is_acceptable = batch.priority is Priority.BULK or loss_s <= batch.predicted_s
-        if 2 * len(full.requests) > limit and is_acceptable and self._exploration.is_due(loss_s):
+        if 2 * len(full.requests) > limit and is_acceptable and device.exploration.is_due(loss_s):
             return replace(full, baseline_s=baseline_s)
         return batch
 
-    def _take(self, batch: Batch[RequestT]) -> Batch[RequestT]:
+    def _take(self, batch: Batch[RequestT], device: int) -> Batch[RequestT]:
         self.queue.take(batch.requests)
         is_bulk = batch.priority is Priority.BULK
         self._bulk_in_flight += is_bulk
         other = Priority.INTERACTIVE if is_bulk else Priority.BULK
-        return replace(batch, contended=True) if self.queue.waiting(other) else batch
+        contended = self.queue.waiting(other) > 0
+        return replace(batch, contended=contended, device=device) if contended or device else batch
+
+
+class _Device(Generic[RequestT]):
+    """What is known of one device: the costs of its batches, and how large and how long these may be."""
+
+    def __init__(self, policy: BatchPolicy, cost_model: CostModel, queue: RequestQueue[RequestT]) -> None:
+        self.cost_model = cost_model
+        self.token_limit = TokenLimit()
+        self.former = BatchFormer(policy, cost_model, queue, self.token_limit)
+        self.exploration = Exploration()
+        self.bulk_time_limit = BulkTimeLimit(policy.max_bulk_batch_s)
 
 
 def _bulk_part(batch: Batch[RequestT]) -> float:

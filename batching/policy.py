@@ -87,6 +87,8 @@ class Batch(Generic[RequestT]):
     """Whether requests of the other lane waited when it was formed."""
     baseline_s: float | None = None
     """For a trial (see `Exploration`): seconds that its requests would take in batches predicted to be best."""
+    device: int = 0
+    """The index of the device that it was formed for."""
 
     @property
     def padded_tokens(self) -> int:

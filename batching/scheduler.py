@@ -1,5 +1,7 @@
 """Collects single requests into batches and gives each caller its own outcome; the anyio shell around the planner."""
 
+import inspect
+import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -29,6 +31,11 @@ from modalkit.batching.statistics import BatchRecord, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.wakeup import asyncio_loop
 
+logger = logging.getLogger(__name__)
+
+MAX_CLOSE_S = 10.0
+"""Seconds that `on_close` may take; then it goes on in its thread, and the scheduler has closed."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 S = TypeVar("S")
@@ -44,8 +51,15 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     `run_batch` is a synchronous function, which runs in a thread of the scheduler; or an asynchronous function; or
     three `Stages` of either kind, which overlap with those of the next batch, in a second thread, where that pays.
 
-    Up to `max_in_flight` batches run at once (overlapping ones count as one). While `max_partial_in_flight` batches
-    run, only full ones are added: for a `run_batch` that costs by the call and not by the item, such as a remote call.
+    A list of these is for as many devices, which take batches from one queue; `cost_model` is then a list, too, because
+    devices may differ.
+
+    `before_batch`, one for each device, is called in a thread before each batch and does not count towards its time
+    limit: a device that has to be started again is, and meanwhile the others run the batches.
+
+    Up to `max_in_flight` batches run at once on each device (overlapping ones count as one). While
+    `max_partial_in_flight` batches run, only full ones are added: for a `run_batch` that costs by the call and not by
+    the item, such as a remote call.
 
     `item_size` gives the size of a payload for which `submit` gets no size. It runs in the event loop for each request,
     so it has to be fast. If it fails or returns an invalid size, the nearest valid size counts (1 after a failure), and
@@ -58,6 +72,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     `is_too_large` accepts is halved until its parts fit, and later batches stay below that size for a while. `on_batch`
     gets the record of each batch, in the event loop; an exception that it raises is logged.
 
+    `on_close` is called once, after the last batch and in its thread, and awaited if it is asynchronous. Its errors are
+    logged.
+
     Each accepted request gets exactly one outcome: a result, its own error, or cancellation. An exception of
     `cost_model` or of the scheduler itself is logged and fails the requests of that batch. After three in a row the
     scheduler `is_broken`: all its requests then fail with `SchedulerClosedError`.
@@ -65,16 +82,18 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
 
     def __init__(
         self,
-        run_batch: RunBatch[T, R],
+        run_batch: RunBatch[T, R] | Sequence[RunBatch[T, R]],
         *,
         policy: BatchPolicy | None = None,
-        cost_model: CostModel | None = None,
+        cost_model: CostModel | Sequence[CostModel] | None = None,
         item_size: Callable[[T], int] | None = None,
         max_in_flight: int = 1,
         max_partial_in_flight: int | None = None,
         batch_timeout_s: float | None = None,
+        before_batch: Sequence[Callable[[], object] | None] | None = None,
         is_too_large: Callable[[Exception], bool] | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
+        on_close: Callable[[], object] | None = None,
         name: str = "batch scheduler",
     ) -> None:
         if max_in_flight < 1:
@@ -86,18 +105,28 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         if batch_timeout_s is not None and batch_timeout_s <= 0:
             raise ValueError(f"batch_timeout_s must be positive or None, got {batch_timeout_s!r}")
         self.policy = policy or BatchPolicy()
-        self.cost_model = cost_model or MeasuredCostModel()
+        devices = run_batch if isinstance(run_batch, Sequence) else [run_batch]
+        if cost_model is None:
+            cost_model = [MeasuredCostModel() for _ in devices]
+        cost_models = cost_model if isinstance(cost_model, Sequence) else [cost_model]
+        if not devices or len(devices) != len(cost_models):
+            raise ValueError(f"cost_model must be one for each of the {len(devices)} devices, got {len(cost_models)}")
         self.name = name
         self._sizes = None if item_size is None else ItemSizes(item_size, name)
         timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         # All mutable state: the planner with its queue; the dispatcher with its workers and the counters; the clock.
-        self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, self.cost_model)
+        self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, *cost_models)
         runner = BatchRunner(self._planner, is_too_large=is_too_large, on_batch=on_batch, name=name)
-        executors = [Executor(run_batch, timeout_s, f"{name} {i}") for i in range(max_in_flight)]
+        executors = [
+            Executor(run, timeout_s, f"{name} {device * max_in_flight + i}", device, before)
+            for device, (run, before) in enumerate(zip(devices, before_batch or [None] * len(devices), strict=True))
+            for i in range(max_in_flight)
+        ]
         self._dispatcher = Dispatcher(
             self._planner, executors, runner, max_partial_in_flight=max_partial_in_flight, name=name
         )
         self._telemetry = runner.telemetry
+        self._on_close = on_close
         self._now: Callable[[], float] = anyio.current_time
         self._opened_s = self._closed_s = math.nan
 
@@ -119,6 +148,23 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         finally:
             self._dispatcher.fail_all(SchedulerClosedError("the scheduler was aborted before this request finished"))
             self._closed_s = self._now()
+            await self._close()
+
+    async def _close(self) -> None:
+        """Call `on_close`, and end the threads."""
+        first, *_ = executors = self._dispatcher.executors
+        try:
+            if self._on_close is not None:
+                with anyio.fail_after(MAX_CLOSE_S, shield=True):
+                    async with first.paused():
+                        result = await first.run_while_paused(self._on_close, None)
+                    if inspect.isawaitable(result):
+                        await result
+        except Exception:
+            logger.exception("%s: closing failed; what it holds may not be free", self.name)
+        finally:
+            for executor in executors:
+                executor.close()
 
     async def submit(
         self,
@@ -219,13 +265,13 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
 
         return withdraw
 
-    async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None = None) -> S:
-        """Run a function, such as a warm-up, in a thread that runs batches, while no batch is in any stage.
+    async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None = None, *, device: int = 0) -> S:
+        """Run a function, such as a warm-up, in a thread that runs batches of `device`, while no batch is in any stage.
 
         Raises what the function raises, `SchedulerClosedError`, and `TimeoutError` after `timeout_s` seconds; then the
         function goes on in its thread, and its result is dropped.
         """
-        async with self._paused() as executor:
+        async with self._paused(device) as executor:
             return await executor.run_while_paused(function, timeout_s)
 
     async def run_as_one_batch(self, payloads: Sequence[T]) -> Sequence[R | Exception]:
@@ -238,14 +284,14 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
             return await executor.run_batch_while_paused(list(payloads))
 
     @asynccontextmanager
-    async def _paused(self) -> AsyncGenerator[Executor[T, R]]:
-        """Wait until no batch is in any stage, and let none start in the block; yields the first executor."""
+    async def _paused(self, device: int = 0) -> AsyncGenerator[Executor[T, R]]:
+        """Wait until no batch is in any stage, and let none start in the block; yields the device's first executor."""
         self._ensure_open()
         executors = self._dispatcher.executors
         async with AsyncExitStack() as paused:
             for executor in executors:
                 await paused.enter_async_context(executor.paused())
-            yield executors[0]
+            yield next(executor for executor in executors if executor.device == device)
 
     def statistics(self) -> SchedulerStatistics:
         """An immutable snapshot of the requests and batches that wait, run and have ended."""

@@ -76,7 +76,11 @@ async def worker_of(
     """A worker with default settings, warmed up and calibrated, with a queue for all items."""
     settings = Settings(app_settings={"batch_config": {"max_queue_size": 1_000_000, **batch_config}})
     async with InferenceWorker(
-        pipeline, settings=settings, job_store=MemoryJobStore(), on_batch=records.batches.append
+        pipeline,
+        settings=settings,
+        job_store=MemoryJobStore(),
+        on_batch=records.batches.append,
+        owns_pipeline=False,
     ) as worker:
         yield worker
 

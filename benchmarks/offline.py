@@ -46,7 +46,10 @@ async def scheduler_s(
     pipeline: InferencePipeline, items: list[BaseModel], settings: Settings
 ) -> tuple[float, SchedulerStatistics]:
     """Seconds for all items through a worker, in chunks that fit its queue, as in ``modalkit predict``."""
-    async with JobManager(MemoryJobStore()) as jobs, InferenceWorker(pipeline, settings=settings, jobs=jobs) as worker:
+    async with (
+        JobManager(MemoryJobStore()) as jobs,
+        InferenceWorker(pipeline, settings=settings, jobs=jobs, owns_pipeline=False) as worker,
+    ):
         started_s = time.perf_counter()
 
         async def run(chunk: list[BaseModel]) -> None:

@@ -5,6 +5,7 @@ with fewer threads wait less. Measured on 2 cores with the bundled model: two ba
 times as many items per second as one batch with two threads.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -19,6 +20,10 @@ class CpuThreads:
 
     def __init__(self) -> None:
         self.total = torch.get_num_threads()
+        self._make_restorer()
+        os.register_at_fork(after_in_child=self._make_restorer)  # a fork has no other threads than the one that forked
+
+    def _make_restorer(self) -> None:
         self._restorer = ThreadPoolExecutor(1, "torch threads")
 
     @property

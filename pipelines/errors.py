@@ -29,3 +29,8 @@ class RejectItem(PipelineError):  # noqa: N818  # it says what to do, and is no 
     def __init__(self, reason: str, *, index: int | None = None) -> None:
         super().__init__(reason or "the pipeline gave no reason")
         self.index = index
+
+
+def describe(error: Exception) -> str:
+    """An error in one line: its message, after the name of its class unless it is an `EngineError`."""
+    return str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {' '.join(str(error).split())}"

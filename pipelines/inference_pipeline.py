@@ -1,15 +1,21 @@
 """The interface of a model that a worker runs in batches."""
 
+from __future__ import annotations
+
 import inspect
 import os
 import platform
 from collections.abc import AsyncIterable, Awaitable, Iterable, Sequence
-from typing import Any, ClassVar, Literal, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel
 
 from modalkit.pipelines.engines.settings import EngineChoice
 from modalkit.pipelines.iomodel import AnyInput, InferenceOutputModel
+
+if TYPE_CHECKING:
+    import torch
 
 STAGES = ("preprocess", "predict", "postprocess")
 """The stages of a batch, in their order."""
@@ -94,6 +100,16 @@ class InferencePipeline:
             self.common_settings = common_settings
         if model_entry:
             self.model_entry = model_entry
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device that the settings give this model; by default a GPU if there is one. Imports torch.
+
+        Raises `ModelLoadError` for a device that this machine or this build of torch does not have.
+        """
+        from modalkit.pipelines.devices import choose_device
+
+        return choose_device(self.common_settings.get("device", "auto"))
 
     # The results are "or Any", so that subclasses may define the methods as `async def`.
 
@@ -189,6 +205,14 @@ class InferencePipeline:
         """Measure all engines for up to `max_s` seconds, use the best and keep the choice; None without engines.
 
         It is called by ``modalkit tune --engines``.
+        """
+        return None
+
+    def close(self) -> Awaitable[object] | None:
+        """Free what the model holds: connections, files, memory of a device. Does nothing by default.
+
+        Called once, when its worker closes, after the last batch and in the thread of the batches; no batch runs any
+        more. It may be an ``async def``. Errors are logged, and it is not waited for longer than 10 seconds.
         """
         return None
 

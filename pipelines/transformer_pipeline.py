@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from modalkit.pipelines.classifier_settings import EntryT, TextModelEntry, engine_settings, parse_settings
 from modalkit.pipelines.cpu_threads import cpu_threads
+from modalkit.pipelines.devices import choose_device
 from modalkit.pipelines.engines import Engine, EngineChoice, EngineSettings, Same, load_engine
 from modalkit.pipelines.errors import ModelLoadError
 from modalkit.pipelines.inference_pipeline import InferencePipeline
-from modalkit.pipelines.loading import Task, choose_device, dtype_on, load_checkpoint
+from modalkit.pipelines.loading import Task, dtype_on, load_checkpoint
 from modalkit.pipelines.text_samples import varied_texts
 from modalkit.pipelines.texts import TextRequest
 from modalkit.pipelines.token_counter import TokenCounter
@@ -157,6 +158,10 @@ class TransformerPipeline(InferencePipeline, Generic[EntryT]):
         longer = {"measure_seconds": max_s, "use_kept_choice": False}
         self._engine = self._load_engine(self._engine_settings.model_copy(update=longer))
         return self._engine.choice
+
+    def close(self) -> None:
+        """Free the engine. No batch can run any more."""
+        self._engine.close()
 
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs of the model for a padded batch, by their names: float32 on the CPU."""

@@ -68,10 +68,11 @@ class LearntCosts:
         # Whether the costs are worth keeping: incomplete ones in the file would prevent a later measurement.
         self._is_complete = not measures
 
-    async def learn(self, scheduler: BatchScheduler[Any, InferenceOutputModel]) -> None:
-        """Read the costs from the configured file, or measure them in the scheduler's thread.
+    async def learn(self, scheduler: BatchScheduler[Any, InferenceOutputModel], device: int = 0) -> None:
+        """Read the costs from the configured file, or measure them in the scheduler's thread of that device.
 
-        Errors are logged as warnings, because real batches teach the model too.
+        An equal device that was measured before has left them in the file. Errors are logged as warnings, because real
+        batches teach the model too.
         """
         if (path := self._config.path) is not None:
             try:
@@ -81,7 +82,7 @@ class LearntCosts:
             else:
                 self._is_complete |= await to_thread.run_sync(load_costs, path, self._key, self.model)
         if self._calibrate and not self._is_complete:
-            await self._measure(scheduler)
+            await self._measure(scheduler, device)
             await self.keep()
 
     async def keep(self) -> None:
@@ -91,7 +92,7 @@ class LearntCosts:
             with CancelScope(shield=True):
                 await to_thread.run_sync(save_costs, path, key, self.model)
 
-    async def _measure(self, scheduler: BatchScheduler[Any, InferenceOutputModel]) -> None:
+    async def _measure(self, scheduler: BatchScheduler[Any, InferenceOutputModel], device: int) -> None:
         calibration = Calibration(
             run=at_full_load(self._pipeline, max_in_flight_of(self._pipeline, self._batch_config)),
             sample_items=self._pipeline.sample_items,
@@ -104,7 +105,7 @@ class LearntCosts:
         # No shape starts that would end too late, and none should take longer than a batch may.
         limit_s = self._config.max_seconds + self._batch_config.batch_timeout_seconds
         try:
-            await scheduler.run_in_thread(lambda: list(calibration.measure()), limit_s)
+            await scheduler.run_in_thread(lambda: list(calibration.measure()), limit_s, device=device)
         except Exception as error:  # noqa: BLE001  # user code may raise anything, and real batches teach the model too
             self._warn("measuring batch costs ended early; the first real batches teach them", error)
         else:

@@ -118,7 +118,7 @@ class ModelSource:
     ) -> None:
         entry = settings.model_settings.model_entries.get(model_name)
         path = ("model_settings", "model_entries", model_name)
-        self._key = ".".join(path)
+        self.key = ".".join(path)
         self._folder = str(settings.model_settings.local_model_repository_folder)
         self._common = settings.model_settings.common
         costs = settings.app_settings.batch_config.calibration.path
@@ -127,12 +127,13 @@ class ModelSource:
         self.model_name = model_name
         self.settings = settings.for_model(model_name)
         """The settings, in which the limits of batches are those of this model."""
-        self.device = self._common["device"] if entry is None or entry.devices is None else entry.devices
-        """The device of this model."""
+        self._devices = [self._common["device"]] if entry is None or entry.devices is None else entry.devices
+        self._takes_all_gpus = entry is not None and entry.devices == ["auto"]
+        self._implementation = implementation
         if implementation is None:
             if entry is None:
                 raise UnknownModelError(model_name, sorted(settings.model_settings.model_entries))
-            implementation = import_class(entry.pipeline, f"{self._key}.pipeline", InferencePipeline)
+            implementation = import_class(entry.pipeline, f"{self.key}.pipeline", InferencePipeline)
         self.pipeline_class = implementation
         self._constructor = Constructor(implementation)
         problems = [
@@ -144,7 +145,7 @@ class ModelSource:
         for key, meant in self._constructor.misspelt(self._arguments):
             logger.warning(
                 "%s.%s: is given to the constructor of %s; did you mean %s? (%s)",
-                self._key,
+                self.key,
                 key,
                 implementation.__name__,
                 meant,
@@ -153,16 +154,28 @@ class ModelSource:
         self.input_model: type[BaseModel] = implementation.input_model
         self.output_model: type[InferenceOutputModel] = implementation.output_model
         if entry is not None and entry.input_model is not None:
-            self.input_model = import_class(entry.input_model, f"{self._key}.input_model", BaseModel)
+            self.input_model = import_class(entry.input_model, f"{self.key}.input_model", BaseModel)
         if entry is not None and entry.output_model is not None:
-            self.output_model = import_class(entry.output_model, f"{self._key}.output_model", InferenceOutputModel)
+            self.output_model = import_class(entry.output_model, f"{self.key}.output_model", InferenceOutputModel)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.settings, self.model_name, self._implementation)
+
+    def devices(self) -> list[str]:
+        """The devices that run this model. Imports torch where the entry's ``devices`` is ``auto``: all GPUs then."""
+        if self._takes_all_gpus:
+            import torch
+
+            if torch.cuda.device_count() > 1:
+                return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        return self._devices
 
     def load(self, device: str | None = None) -> InferencePipeline:
         """Construct the pipeline, which takes seconds; may run in any thread. Raises `LoadError`.
 
-        A `device` is used in place of the configured one.
+        A `device` is used in place of the configured one, or of the first of several.
         """
-        common = {**self._common, "device": self.device if device is None else device}
+        common = {**self._common, "device": self._devices[0] if device is None else device}
         engines = common.get("engines")
         if isinstance(engines, dict) and engines.get("cache_folder") is None and self._engine_folder is not None:
             common["engines"] = {**engines, "cache_folder": self._engine_folder}
@@ -175,7 +188,7 @@ class ModelSource:
             return self._constructor.make(arguments, self._arguments)
         except Exception as error:
             name = self.pipeline_class.__name__
-            raise LoadError(f"{self._key}: {name} cannot be loaded: {describe_with_line(error)}") from error
+            raise LoadError(f"{self.key}: {name} cannot be loaded: {describe_with_line(error)}") from error
 
 
 class _DiscardingBackend:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Self, TypeVar
 
 import anyio
@@ -13,6 +14,7 @@ from modalkit.batching import Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.threads import DedicatedThread
 from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline
+from modalkit.service.device_process import load_on_devices
 from modalkit.service.errors import NotReadyError, Readiness, ServiceError, UnknownModelError, describe_error
 from modalkit.service.jobs import JobStore
 from modalkit.service.jobs.manager import JobManager
@@ -98,10 +100,10 @@ class LocalModel:
     async def serve(self, settings: Settings, jobs: JobManager) -> None:
         """Load the model and keep its worker open until the gateway closes, or the model breaks down (see `error`)."""
         try:
-            pipeline = await self._load()
-            if pipeline is None:
+            pipelines = await self._load()
+            if pipelines is None:
                 return
-            worker = InferenceWorker(pipeline, settings=settings, jobs=jobs, input_model=self.input_model)
+            worker = InferenceWorker(pipelines, settings=settings, jobs=jobs, input_model=self.input_model)
             async with worker as self.worker:
                 self.settled.set()
                 await self._wait_until_closing(worker)
@@ -121,14 +123,14 @@ class LocalModel:
         if not self._closing.is_set():
             raise ModelBrokenError(self.name)
 
-    async def _load(self) -> InferencePipeline | None:
-        """The loaded pipeline, or None when the gateway closes before."""
+    async def _load(self) -> list[InferencePipeline] | None:
+        """The pipeline, loaded on each of its devices, or None when the gateway closes before."""
         thread = DedicatedThread(f"load {self.name}")
         try:
-            pipeline = await _unless(self._closing.wait, lambda: thread.run(self._source.load))
+            pipelines = await _unless(self._closing.wait, lambda: thread.run(partial(load_on_devices, self._source)))
         finally:
             thread.close()
-        return None if self._closing.is_set() else pipeline
+        return None if self._closing.is_set() else pipelines
 
 
 class LocalGateway(AsyncContextManagerMixin):

@@ -17,6 +17,7 @@ MAX_OPTIONAL_DEPTH = 4
 MAX_DEPTH = 50
 
 _BY_FORMAT = {
+    "base64": "aGVsbG8=",
     "binary": "aGVsbG8=",
     "date": "2026-01-31",
     "date-time": "2026-01-31T12:00:00Z",
@@ -36,10 +37,14 @@ class NoItemsError(ServiceError):
 
 @dataclass(frozen=True)
 class MadeUpItems:
-    """Valid items; `are_guessed` where a value is neither an example nor a default of the model's author."""
+    """Valid items; `are_guessed` where a value is neither an example nor a default of the model's author.
+
+    `has_fields` is False for a model that declares none and takes any: then its items have a text, by a blind guess.
+    """
 
     items: Sequence[BaseModel]
     are_guessed: bool
+    has_fields: bool
 
 
 def make_up_items(model: type[BaseModel], n: int) -> MadeUpItems:
@@ -53,11 +58,11 @@ def make_up_items(model: type[BaseModel], n: int) -> MadeUpItems:
         raise NoItemsError(f"{model.__name__} has no JSON schema: {describe_error(error)}") from error
     maker = _Maker(schema.get("$defs", {}))
     schema = maker.resolved(schema)
-    values = _examples(schema) or ([maker.value(schema)] if schema.get("properties") else [])
-    if not values:
-        raise NoItemsError(f"{model.__name__} declares no fields")
-    items = [_validated(model, value) for value in values[:n]]
-    return MadeUpItems([items[index % len(items)] for index in range(n)], maker.has_guessed)
+    has_fields = bool(_examples(schema) or schema.get("properties")) or schema.get("additionalProperties") is not True
+    if not has_fields:
+        schema = {**schema, "properties": {"text": {"type": "string"}}, "required": ["text"]}
+    items = [_validated(model, value) for value in (_examples(schema) or [maker.value(schema)])[:n]]
+    return MadeUpItems([items[index % len(items)] for index in range(n)], maker.has_guessed, has_fields)
 
 
 def _validated(model: type[BaseModel], value: object) -> BaseModel:

@@ -1,7 +1,7 @@
 """The worker: one pipeline, its scheduler and its jobs. It knows neither HTTP nor Modal."""
 
 import math
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from modalkit.batching import (
 )
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.inference_pipeline import awaited, has_own
+from modalkit.service.device_process import DevicePipeline
 from modalkit.service.errors import InvalidItemError, describe_with_line
 from modalkit.service.failure_log import FailureLog
 from modalkit.service.jobs import Job, JobStore, MemoryJobStore
@@ -59,6 +60,8 @@ def batch_policy(config: BatchConfig) -> BatchPolicy:
 class InferenceWorker(AsyncContextManagerMixin):
     """Runs a pipeline on batches of the items that many callers send one by one.
 
+    Several pipelines are the same model on as many devices (see `load_on_devices`), which take batches from one queue.
+
     Use it as an async context manager (asyncio or trio), entered and left in the same task; leaving it finishes what
     was accepted. Without `settings` it runs on their defaults, with jobs kept in memory and no queue. `queue_backend`
     replaces the one that the settings name; a `job_store`, not yet open, is opened and closed by the worker. Workers in
@@ -68,7 +71,8 @@ class InferenceWorker(AsyncContextManagerMixin):
     `InvalidItemError`, a ``ValueError``, is raised before anything is queued. On entering, the pipeline's warm-up runs,
     which raises `LoadError` if it fails, and the costs of its batches are read or measured, as the settings say.
     Without `calibrate` they are not measured, which suits short uses. `on_batch` is called in the event loop with the
-    record of each batch.
+    record of each batch. The pipeline's `close` is called after the last batch, unless other workers use the pipeline
+    too and this one does not own it (`owns_pipeline` False).
 
     What the pipeline raises is logged with its traceback, once a minute for each distinct error. `log_failures` False
     is for callers that report each error themselves.
@@ -76,7 +80,7 @@ class InferenceWorker(AsyncContextManagerMixin):
 
     def __init__(
         self,
-        pipeline: InferencePipeline,
+        pipeline: InferencePipeline | Sequence[InferencePipeline],
         *,
         settings: Settings | None = None,
         queue_backend: QueueBackend | None = None,
@@ -86,12 +90,14 @@ class InferenceWorker(AsyncContextManagerMixin):
         on_batch: Callable[[BatchRecord], None] | None = None,
         calibrate: bool = True,
         log_failures: bool = True,
+        owns_pipeline: bool = True,
     ) -> None:
+        self.pipelines = [pipeline] if isinstance(pipeline, InferencePipeline) else list(pipeline)
+        pipeline = self.pipeline = self.pipelines[0]
         settings = None if settings is None else settings.for_model(pipeline.model_name)
         app_settings = AppSettings() if settings is None else settings.app_settings
         batch_config = app_settings.batch_config
         max_in_flight = max_in_flight_of(pipeline, batch_config)
-        self.pipeline = pipeline
         self.model_name = pipeline.model_name
         self.input_model = input_model or pipeline.input_model
         self._owns_jobs = jobs is None
@@ -99,18 +105,20 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._sinks: list[Callable[[BatchRecord], None]] = [BatchMetrics(self.model_name)]
         self._sinks += [FailureLog(self.model_name)] if log_failures else []
         self._sinks += [] if on_batch is None else [on_batch]
-        self._costs = LearntCosts(pipeline, batch_config, calibrate=calibrate)
+        self._costs = [LearntCosts(each, batch_config, calibrate=calibrate) for each in self.pipelines]
         self._streams = has_own(pipeline, "predict_stream")
         size_of_item: Callable[[Any], int] = pipeline.item_size
         self._scheduler: BatchScheduler[Payload, InferenceOutputModel] = BatchScheduler(
-            run_batch_of(pipeline, max_in_flight),
+            [run_batch_of(each, max_in_flight) for each in self.pipelines],
             policy=batch_policy(batch_config),
-            cost_model=self._costs.model,
+            cost_model=[costs.model for costs in self._costs],
             item_size=(lambda payload: pipeline.item_size(item_of(payload))) if self._streams else size_of_item,
             max_in_flight=max_in_flight,
             batch_timeout_s=batch_config.batch_timeout_seconds,
+            before_batch=[each.ensure_running if isinstance(each, DevicePipeline) else None for each in self.pipelines],
             is_too_large=is_too_large,
             on_batch=self._on_batch,
+            on_close=self._close_pipelines if owns_pipeline else None,
             name=self.model_name,
         )
         window = min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
@@ -128,16 +136,23 @@ class InferenceWorker(AsyncContextManagerMixin):
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
         try:
             async with self._jobs if self._owns_jobs else nullcontext(), self._scheduler:
-                await self._warm_up()
-                await self._costs.learn(self._scheduler)
+                for device, pipeline in enumerate(self.pipelines):
+                    await self._warm_up(pipeline, device)
+                    await self._costs[device].learn(self._scheduler, device)
                 async with self._runner:
                     yield self
         finally:
-            await self._costs.keep()
+            for costs in self._costs:
+                await costs.keep()
 
-    async def _warm_up(self) -> None:
+    def _close_pipelines(self) -> Awaitable[object] | None:
+        for pipeline in self.pipelines[1:]:
+            pipeline.close()
+        return self.pipeline.close()
+
+    async def _warm_up(self, pipeline: InferencePipeline, device: int) -> None:
         try:
-            await awaited(await self._scheduler.run_in_thread(self.pipeline.warm_up))
+            await awaited(await self._scheduler.run_in_thread(pipeline.warm_up, device=device))
         except Exception as error:
             name = type(self.pipeline).__name__
             raise LoadError(
@@ -272,8 +287,8 @@ class InferenceWorker(AsyncContextManagerMixin):
 
     @property
     def costs(self) -> MeasuredCostModel:
-        """The measured costs of this pipeline's batches."""
-        return self._costs.model
+        """The measured costs of this pipeline's batches, on its first device."""
+        return self._costs[0].model
 
     @property
     def is_broken(self) -> bool:
@@ -313,6 +328,8 @@ async def short_lived_worker(
     settings: Settings,
     on_batch: Callable[[BatchRecord], None] | None = None,
     input_model: type[BaseModel] | None = None,
+    *,
+    owns_pipeline: bool = True,
 ) -> AsyncGenerator[InferenceWorker]:
     """A worker without jobs, for callers that report each error themselves; it measures no costs."""
     async with (
@@ -325,6 +342,7 @@ async def short_lived_worker(
             on_batch=on_batch,
             calibrate=False,
             log_failures=False,
+            owns_pipeline=owns_pipeline,
         ) as worker,
     ):
         yield worker

@@ -6,6 +6,7 @@ import json
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 from modalkit.pipelines.cpu_threads import cpu_threads
 from modalkit.pipelines.engines.settings import Candidate, DTypeName
-from modalkit.pipelines.engines.torch_engine import Run, device_of, named_outputs
+from modalkit.pipelines.engines.torch_engine import device_of, named_outputs
 from modalkit.pipelines.errors import EngineError
 
 PACKAGES = {"openvino": ("openvino",), "onnx": ("onnxruntime", "onnx", "onnxscript")}
 OUTPUTS_FILE = "outputs.json"
+Compute = Callable[[dict[str, Any]], list[Any]]
 ONNX_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -82,29 +84,32 @@ def _to_onnx(module: nn.Module, example: Mapping[str, Tensor], changing: Mapping
     )
 
 
-def open_converted(candidate: Candidate, folder: Path, device: torch.device) -> Run:
-    """Run what `convert` wrote. Raises what the engine raises where it cannot read or compile it.
+class Converted:
+    """Runs what `convert` wrote. The constructor raises what the engine raises if it cannot read or compile it."""
 
-    While `CpuThreads.share` gives a calling thread but a part of the threads, because several batches run at once, a
-    second instance computes, in which batches do not wait for each other.
-    """
-    names: list[str] = json.loads((folder / OUTPUTS_FILE).read_text(encoding="utf-8"))
-    load = _openvino if candidate.engine == "openvino" else _onnx
-    total = cpu_threads().total
-    in_flight = cpu_threads().max_in_flight if device.type == "cpu" else 1
-    alone = load(candidate, folder, device, total, 1)
-    beside_others = load(candidate, folder, device, total // in_flight, in_flight) if in_flight > 1 else alone
+    def __init__(self, candidate: Candidate, folder: Path, device: torch.device) -> None:
+        self._names: list[str] = json.loads((folder / OUTPUTS_FILE).read_text(encoding="utf-8"))
+        self._device = device
+        self._threads = cpu_threads().total
+        self._in_flight = cpu_threads().max_in_flight if device.type == "cpu" else 1
+        self._load = partial(_openvino if candidate.engine == "openvino" else _onnx, candidate, folder, device)
+        self._alone = self._beside_others = self._load(self._threads, 1)
 
-    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        compute = alone if torch.get_num_threads() >= total else beside_others
+    def prepare(self) -> None:
+        """Load a second instance for batches that run at once, so that they do not wait for each other.
+
+        It computes where `CpuThreads.share` gives the calling thread but a part of the threads.
+        """
+        if self._in_flight > 1:
+            self._beside_others = self._load(self._threads // self._in_flight, self._in_flight)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute a batch."""
+        compute = self._alone if torch.get_num_threads() >= self._threads else self._beside_others
         found = compute({name: tensor.numpy(force=True) for name, tensor in inputs.items()})
         # OpenVINO reuses the memory of its outputs in the next call.
-        return named_outputs({n: torch.from_numpy(a.copy()).to(device) for n, a in zip(names, found, strict=True)})
-
-    return run
-
-
-Compute = Callable[[dict[str, Any]], list[Any]]
+        tensors = {n: torch.from_numpy(a.copy()).to(self._device) for n, a in zip(self._names, found, strict=True)}
+        return named_outputs(tensors)
 
 
 def _openvino(candidate: Candidate, folder: Path, _: torch.device, threads: int, at_once: int) -> Compute:

@@ -44,6 +44,13 @@ class Kept:
         """Where the module, converted for an engine by these versions, is or will be; it may not exist."""
         return self._folder / f"{engine}-{_hash(self._versions)}"
 
+    def is_converted(self, engine: str) -> bool:
+        """Whether the module is there, converted for an engine."""
+        try:
+            return self.export_folder(engine).is_dir()
+        except OSError:  # not every folder may be looked into
+            return False
+
     def choice(self) -> EngineChoice | None:
         """The earlier choice; None if there is none that can be read."""
         try:

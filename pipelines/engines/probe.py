@@ -18,7 +18,8 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from modalkit.pipelines.engines.exported import convert, on_cpu, open_converted
+from modalkit.pipelines.cpu_threads import cpu_threads
+from modalkit.pipelines.engines.exported import Converted, convert, on_cpu
 from modalkit.pipelines.engines.settings import Candidate
 from modalkit.pipelines.engines.torch_engine import changing_dimensions, device_of
 from modalkit.pipelines.errors import EngineError
@@ -145,11 +146,11 @@ def _convert_and_try(
     log = os.open(partial / LOG_FILE, os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    torch.set_num_threads(1)  # the threads of OpenMP are not there after a fork
+    cpu_threads().set_total(1)  # the threads of OpenMP are not there after a fork
     try:
         convert(candidates[0].engine, module, example, changing, partial)
         for candidate in candidates:
-            open_converted(candidate, partial, device)(example)
+            Converted(candidate, partial, device)(example)
         with contextlib.suppress(OSError):  # another process has made it meanwhile
             partial.rename(folder)
     except BaseException as error:  # noqa: BLE001  # the parent reads the last line

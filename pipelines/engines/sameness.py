@@ -77,8 +77,12 @@ def same_vectors(limits: Sameness | None = None) -> Same:
     return compare
 
 
-def default_same(limits: Sameness, outputs: Outputs) -> Same:
-    """The comparison for outputs of these names: labels where there are ``logits`` of two classes or more."""
-    logits = outputs.get("logits")
-    is_classifier = logits is not None and logits.dim() >= 2 and logits.shape[-1] >= 2
-    return same_labels(limits) if is_classifier else same_vectors(limits)
+def default_same(limits: Sameness) -> Same:
+    """For outputs of any names: labels where there are ``logits`` of two classes or more, else vectors."""
+
+    def compare(reference: Sequence[Outputs], found: Sequence[Outputs]) -> str | None:
+        logits = reference[0].get("logits")
+        is_classifier = logits is not None and logits.dim() >= 2 and logits.shape[-1] >= 2
+        return (same_labels if is_classifier else same_vectors)(limits)(reference, found)
+
+    return compare

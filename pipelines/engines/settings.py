@@ -54,7 +54,7 @@ class EngineOptions(BaseModel):
     """The limits for outputs beside float32."""
     max_copied_bytes: int = Field(default=2**30, ge=0)
     """A module with more bytes of weights is not loaded twice, so nothing is measured: torch runs it as it is."""
-    measure_seconds: float = Field(default=3.0, ge=0)
+    measure_seconds: float = Field(default=2.4, ge=0)
     """Maximum seconds that conversions and measuring add to a start; 0 measures nothing."""
 
 

@@ -23,11 +23,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 def dtype_of(module: nn.Module) -> DTypeName:
     """The number format of the first weights with a fraction; float32 for a module without any."""
-    for tensor in module.parameters():
-        for name in DTYPES:
-            if tensor.dtype is getattr(torch, name):
-                return name
-    return "float32"
+    kinds: dict[torch.dtype, DTypeName] = {getattr(torch, name): name for name in DTYPES}
+    return next((kinds[tensor.dtype] for tensor in module.parameters() if tensor.dtype in kinds), "float32")
 
 
 def weight_bytes(module: nn.Module) -> int:

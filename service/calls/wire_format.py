@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, Field, TypeAdapter
 
 from modalkit.batching import Failure, Outcome, Success
-from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, RejectItem, SyncInputModel
 from modalkit.service.errors import RemoteItemError, describe_error
 from modalkit.service.jobs.model import Job, json_text, read_object
 from modalkit.service.outputs import output_object
@@ -59,7 +59,9 @@ def outcome_object(outcome: Outcome[InferenceOutputModel]) -> dict[str, Any]:
             return output_object(outcome.value)
         except Exception as error:  # noqa: BLE001  # an output that is no JSON is the item's error
             outcome = Failure(error)
-    return {"status": "error", "error": describe_error(outcome.error), "error_type": type(outcome.error).__name__}
+    # An error of a user's own class tells only by its base that the item was refused, which is the caller's fault.
+    kind = RejectItem if isinstance(outcome.error, RejectItem) else type(outcome.error)
+    return {"status": "error", "error": describe_error(outcome.error), "error_type": kind.__name__}
 
 
 def read_outcome(value: Mapping[str, Any]) -> InferenceOutputModel | RemoteItemError:

@@ -1,14 +1,12 @@
 """``modalkit check``: try the configuration without serving it."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from traceback import format_exception
 from typing import Annotated
 
 import anyio
 import typer
-from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +15,7 @@ from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipe
 from modalkit.service.cli.common import ConfigFiles, notices, try_api_key
 from modalkit.service.errors import OutputNotJsonError, ServiceError, describe_with_line
 from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
-from modalkit.service.made_up_items import NoItemsError, make_up_items
+from modalkit.service.made_up_items import MadeUpItems, NoItemsError, make_up_items
 from modalkit.service.outputs import output_json
 from modalkit.service.settings import BatchConfig, Settings
 from modalkit.service.worker import short_lived_worker
@@ -54,8 +52,9 @@ def check(
     """Load the configuration and every model, run a small batch through each, and print what would be served.
 
     The items of a batch are those of the pipeline's sample_items, else examples, defaults and small values of its
-    input_model. Outputs are written as JSON, as an answer would be. A model for which no item can be made is loaded
-    only, and a warning says so. Exit codes: 0, 1 if a batch failed, 2 if a model could not be loaded.
+    input_model, or a text where it declares no fields. Outputs are written as JSON, as an answer would be. A model for
+    which no item can be made is loaded only, and a warning says so. Exit codes: 0, 1 if a batch failed, 2 if a model
+    could not be loaded.
 
     [bold]Examples[/bold]
 
@@ -118,7 +117,8 @@ def _try(source: ModelSource) -> _Report:
 async def _run_batch(pipeline: InferencePipeline, source: ModelSource) -> str:
     """Run a batch and say how long it took. Raises `LoadError`, `BatchFailedError`, and `NoItemsError` for no items."""
     async with short_lived_worker(pipeline, source.settings, input_model=source.input_model) as worker:
-        items, are_guessed = _items(pipeline, source)
+        made_up = _items(pipeline, source)
+        items, are_guessed = made_up.items, made_up.are_guessed
         started_s = time.perf_counter()
         outcomes = await worker.predict_many(items)
         elapsed_s = time.perf_counter() - started_s
@@ -129,6 +129,10 @@ async def _run_batch(pipeline: InferencePipeline, source: ModelSource) -> str:
     if are_guessed and isinstance(error, RejectItem):
         raise NoItemsError(f"the pipeline rejects the items made up from its input_model ({what})") from error
     may_be_the_items = are_guessed and not isinstance(error, OutputNotJsonError)
+    if may_be_the_items and not made_up.has_fields:
+        raise NoItemsError(
+            f"{source.input_model.__name__} declares no fields, and items with a text alone fail: {what}"
+        ) from error
     note = f". The items were made up from the types of its input_model; {HOW_TO_GIVE_SAMPLES}"
     raise BatchFailedError(
         f"{source.model_name}: a batch of {len(items)} items failed: {what}{note if may_be_the_items else ''}"
@@ -145,8 +149,8 @@ def _error_of(outcome: Outcome[InferenceOutputModel]) -> Exception | None:
     return None
 
 
-def _items(pipeline: InferencePipeline, source: ModelSource) -> tuple[Sequence[BaseModel], bool]:
-    """Items to try, and whether they were guessed. Raises `BatchFailedError`, and `NoItemsError` for none."""
+def _items(pipeline: InferencePipeline, source: ModelSource) -> MadeUpItems:
+    """Items to try: sample items, else made-up ones. Raises `BatchFailedError`, and `NoItemsError` for none."""
     count = min(BATCH_COUNT, source.settings.app_settings.batch_config.max_queue_size)
     try:
         items = list(pipeline.sample_items(count, ITEM_SIZE))[:count]
@@ -154,10 +158,7 @@ def _items(pipeline: InferencePipeline, source: ModelSource) -> tuple[Sequence[B
         raise BatchFailedError(
             f"{source.model_name}: sample_items({count}, {ITEM_SIZE}) failed: {describe_with_line(error)}"
         ) from error
-    if items:
-        return items, False
-    made_up = make_up_items(source.input_model, count)
-    return made_up.items, made_up.are_guessed
+    return MadeUpItems(items, are_guessed=False, has_fields=True) if items else make_up_items(source.input_model, count)
 
 
 def _service_table(settings: Settings, backend: str) -> Table:

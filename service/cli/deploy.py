@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -17,6 +18,10 @@ from modalkit.service.settings.layers import CONFIG_VARIABLE
 from modalkit.service.settings.yaml_text import dump_yaml
 
 DEFAULT_APP = "modalkit.service.modal_app"
+NOT_SHOWN = (
+    "this is the image of {app} and what its ModalConfig has for each decorator; which of it the app uses, and what it "
+    "says beside it, is in its source only"
+)
 
 
 def deploy(
@@ -34,7 +39,8 @@ def deploy(
     """Deploy the configured service, or an app of your own, to Modal.
 
     Runs `modal deploy`, whose exit code is passed on. With --dry-run, warnings name the imports and the files of your
-    modules that the image would lack, as far as their source tells.
+    modules that the image would lack, as far as their source tells. A dry run of an app of your own prints its image
+    and its ModalConfig, by default that of the configuration, not what its decorators say beside it.
 
     [bold]Examples[/bold]
 
@@ -59,7 +65,9 @@ def deploy(
         modal_config = ModalConfig(environ=environ)
         if app != DEFAULT_APP:
             os.environ.update(environ)
-            _import_app(app, module)
+            found = vars(_import_app(app, module)).values()
+            modal_config = next((value for value in found if isinstance(value, ModalConfig)), modal_config)
+            notices.print(f"modalkit: note: {NOT_SHOWN.format(app=app)}", markup=False)
         typer.echo(dump_yaml(describe_deployment(modal_config)), nl=False)
         for gap in image_gaps(modal_config.plan_image(), modal_config.settings, Path.cwd()):
             notices.print(f"modalkit: warning: {gap}", markup=False)
@@ -73,13 +81,13 @@ def deploy(
     raise typer.Exit(done.returncode if done.returncode >= 0 else 128 - done.returncode)
 
 
-def _import_app(app: str, module: str) -> None:
+def _import_app(app: str, module: str) -> ModuleType:
     """Import the app as Modal does: the local modules that it imports become part of the image."""
     if module.endswith(".py"):
         file = Path(module).resolve()
         sys.path.insert(0, str(file.parent))
         module = file.stem
     try:
-        importlib.import_module(module)
+        return importlib.import_module(module)
     except Exception as error:
         raise LoadError(f"the app {app!r} cannot be imported: {describe_error(error)}") from error

@@ -142,7 +142,7 @@ class HostedService(Constructible):
         if pipeline is None:
             pipeline = await to_thread.run_sync(source.load)
         elif not config.app_settings.deployment_config.gpu_snapshot:
-            await to_thread.run_sync(pipeline.move_to, source.device)
+            await to_thread.run_sync(pipeline.move_to, source.devices()[0])
         if self.queue_backend is None:
             self.queue_backend = load_queue_backend(config.app_settings.queue_config)
             self._owns_backend = True
@@ -197,7 +197,13 @@ def model_source(service: HostedService, config: ModalConfig) -> ModelSource:
     """The pipeline class and the entry of a service. Raises `LoadError`, `SettingsError` and `UnknownModelError`."""
     implementation = service.inference_implementation
     name = default_model_name(config, implementation) if service.model_name is None else service.model_name
-    return ModelSource(config.settings, name, implementation)
+    source = ModelSource(config.settings, name, implementation)
+    if len(source.devices()) > 1:
+        raise LoadError(
+            f"{source.key}.devices: a container of Modal runs a model on one device; name one, and let Modal run more "
+            "containers (deployment_config.max_containers)"
+        )
+    return source
 
 
 def default_model_name(config: ModalConfig, implementation: type[InferencePipeline] | None) -> str:

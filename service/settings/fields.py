@@ -62,16 +62,13 @@ def _check_one_or_many(value: Any) -> Any:
     return value
 
 
-def _check_device(value: Any) -> Any:
+def _check_devices(value: Any) -> Any:
     devices = value if isinstance(value, list) else [value]
-    if value is not None and not (devices and all(isinstance(device, str) and device for device in devices)):
-        raise refusal("must be the name of a device, as in cpu or cuda:0")
-    if len(devices) > 1:
-        raise refusal(
-            f"one model runs on one device, and here are {len(devices)}: name one, as in devices: {devices[0]}; "
-            "for several devices make an entry for each"
-        )
-    return devices[0]
+    if not (devices and all(isinstance(device, str) and device for device in devices)):
+        raise refusal("must be the name of a device, as in cpu or cuda:0, or a list of these, or auto for all GPUs")
+    if len(devices) > 1 and "auto" in devices:
+        raise refusal("auto stands for all GPUs, so it must be alone")
+    return devices
 
 
 _Number = BeforeValidator(_refuse_bool)
@@ -80,7 +77,7 @@ CountOrZero = Annotated[int, _Number, Field(ge=0)]
 Duration = Annotated[float, _Number, Field(gt=0)]
 Wait = Annotated[float, _Number, Field(ge=0)]
 NonEmpty = Annotated[str, Field(min_length=1)]
-DeviceOfModel = Annotated[str, BeforeValidator(_check_device)]
+DevicesOfModel = Annotated[list[str], BeforeValidator(_check_devices)]
 OneOrMany = Annotated[str | list[str], BeforeValidator(_check_one_or_many)]
 ClassPath = Annotated[str, _matching(_CLASS_PATH, 'must have the form "module:Class", as in "my_module:MyPipeline"')]
 ModuleName = Annotated[

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from modalkit.service.settings.fields import ClassPath, Count, DeviceOfModel, NonEmpty, refusal
+from modalkit.service.settings.fields import ClassPath, Count, DevicesOfModel, NonEmpty, refusal
 from modalkit.service.settings.layers import Layer, Origins, deep_merge, read_files, read_variables
 from modalkit.service.settings.models import AppSettings, BatchConfig, Section
 from modalkit.service.settings.problems import Problem, SettingsError, explain
@@ -48,8 +48,9 @@ class ModelEntry(Section):
     """Limits of this model's batches: keys of `app_settings.batch_config`; those left out are as there."""
     max_in_flight: Count | None = None
     """Batches of this model that run at once, in place of `batch_config.max_in_flight`."""
-    devices: DeviceOfModel | None = None
-    """Device of this model, in place of `model_settings.common.device`; one for now."""
+    devices: DevicesOfModel | None = None
+    """Device of this model, in place of `model_settings.common.device`. Or a list of devices, each with the whole
+    model, which take batches from one queue; or ``auto`` for all GPUs. Each after the first has its own process."""
 
     @model_validator(mode="before")
     @classmethod

@@ -58,7 +58,9 @@ def create_app(
     An application that another one mounts is started by that one: see `lifespan_of`. Until it is started, each request
     is answered with 503 and what to write.
 
-    Health checks, metrics and documentation need no key. Raises `LoadError` for an API key that
+    `auth` says which API key a request needs; without it none is needed, whatever the settings of the gateway are: pass
+    ``auth=settings.app_settings.auth_config`` to use the configured key, as ``modalkit serve`` does. Health checks,
+    metrics and documentation need no key. Raises `LoadError` for an API key that
     cannot be used; so does the start of the lifespan for one that cannot be read from AWS SSM.
     """
     auth = auth or AuthConfig()

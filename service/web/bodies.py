@@ -5,7 +5,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ MAX_BODY_BYTES = 32 * 2**20
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
+Content = TypeVar("Content")
 
 _ENVELOPE = re.compile(rb'\s*\{\s*"message"\s*:')
 
@@ -77,15 +77,13 @@ class BodyParser:
     def job(self, body: bytes, what: str = "body") -> AsyncInputModel:
         """The job that a body, or another part of the request, asks for."""
         _check_keys(body, what)
-        return _checked_meta(_parse(self._job, body, what), body)
+        return _checked_meta(_parse(self._job, body, what))
 
     def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
         """The jobs of a list. Raises `ProblemError` if it is no list."""
         _check_keys(body)
         jobs = _parse_list(self._jobs, self.job, body)
-        if not _has_constants(body):
-            return jobs
-        return [job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job), body) for job in jobs]
+        return [job if isinstance(job, Failure) else _or_failure(_checked_meta, job) for job in jobs]
 
     def line(self, line: bytes) -> AsyncInputModel | Failure:
         """The job that one line of a stream asks for, or what is wrong with the line."""
@@ -112,9 +110,9 @@ def _parse_list(
         ]
 
 
-def _or_failure(parse: Callable[[bytes], Model], body: bytes) -> Model | Failure:
+def _or_failure(check: Callable[[Content], Model], content: Content) -> Model | Failure:
     try:
-        return parse(body)
+        return check(content)
     except ProblemError as problem:
         return Failure(problem)
 
@@ -130,6 +128,7 @@ def _check_object(pairs: list[tuple[str, Any]]) -> None:
 
 
 # Numbers are left as they are written, because Python refuses the longest ones.
+_STRICT_JSON = json.JSONEncoder(allow_nan=False)
 _JSON = json.JSONDecoder(object_pairs_hook=_check_object, parse_int=str, parse_float=str)
 
 
@@ -143,18 +142,15 @@ def _check_keys(body: bytes, what: str = "body") -> None:
         return  # pydantic says what is wrong
 
 
-def _has_constants(body: bytes) -> bool:
-    return b"NaN" in body or b"Infinity" in body
-
-
-def _checked_meta(job: AsyncInputModel, body: bytes) -> AsyncInputModel:
-    """The job of a body. Raises `ProblemError` for NaN in `meta`, which could not be returned unchanged."""
-    if _has_constants(body):
+def _checked_meta(job: AsyncInputModel) -> AsyncInputModel:
+    """The job. Raises `ProblemError` for NaN or 1e999 in its `meta`, which could not be returned unchanged."""
+    if job.meta:
         try:
-            json.dumps(job.meta, allow_nan=False)
+            _STRICT_JSON.encode(job.meta)
         except ValueError:
             raise ProblemError(
-                HTTPStatus.UNPROCESSABLE_ENTITY, "meta: must not hold NaN or Infinity, which are not JSON; send null"
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+                "meta: must not hold NaN, Infinity or a number above 1.8e308; send null",
             ) from None
     return job
 

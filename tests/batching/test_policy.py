@@ -351,7 +351,7 @@ def test_while_few_wait_all_are_cut_into_the_batches_that_take_the_least_time(
     ]
     allowed = [parts for parts in cuts if all(map(is_allowed, parts))]
     least_s = min(map(seconds, allowed))
-    plan_without_rest = plan.former.form(next(iter(plan.queue.front(INTERACTIVE, size_bucket(sizes[0]), 1))))
+    plan_without_rest = plan.devices[0].former.form(next(iter(plan.queue.front(INTERACTIVE, size_bucket(sizes[0]), 1))))
     chosen = sorted(request.size for request in plan_without_rest.requests)
     assert sizes[0] in chosen
     assert any(chosen in parts and seconds(parts) <= least_s * (1 + 1e-9) for parts in allowed)

@@ -24,5 +24,5 @@ def test_the_table_has_every_engine_and_the_text_the_defaults() -> None:
     assert re.findall(r"^\| `([\w-]+)` \|", GUIDE, re.MULTILINE) == list(get_args(EngineName))
     defaults = EngineSettings()
     assert f"at least {defaults.sameness.label_agreement:.1%}".replace("%", " %") in GUIDE
-    assert f"at most {defaults.measure_seconds:.0f} seconds" in GUIDE
+    assert f"at most {defaults.measure_seconds:g} seconds" in GUIDE
     assert defaults.max_copied_bytes == 2**30

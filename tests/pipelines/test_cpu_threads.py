@@ -1,5 +1,8 @@
 """Torch's threads on a CPU are divided between the batches that run at once."""
 
+import multiprocessing
+import os
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +22,25 @@ def four_threads() -> Iterator[None]:
     cpu_threads().set_total(4)
     yield
     cpu_threads().set_total(before)
+
+
+def test_a_forked_process_shares_threads_too() -> None:
+    cpu_threads().share(cpu_threads().total + 1)  # the thread that sets numbers back runs here; it is not in the fork
+    torch.set_num_threads(cpu_threads().total)
+    context = multiprocessing.get_context("fork")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, which is what is tested
+        process = context.Process(target=share_and_exit, daemon=True)
+        process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def share_and_exit() -> None:
+    torch.set_num_threads(2)
+    cpu_threads().set_total(2)
+    cpu_threads().share(2)
+    os._exit(torch.get_num_threads() - 1)
 
 
 def threads_in_a_new_thread() -> int:
@@ -57,7 +79,8 @@ async def test_the_bundled_model_gives_each_caller_its_own_result_with_batches_a
     settings = Settings(app_settings={"batch_config": {"max_batch_size": 4, "calibration": {"enabled": False}}})
     outputs: dict[int, object] = {}
 
-    async with InferenceWorker(bundled, settings=settings) as worker, anyio.create_task_group() as task_group:
+    worker = InferenceWorker(bundled, settings=settings, owns_pipeline=False)
+    async with worker, anyio.create_task_group() as task_group:
 
         async def predict(number: int) -> None:
             outputs[number] = await worker.predict(items[number])

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
+from modalkit.pipelines.devices import choose_device
 from modalkit.pipelines.errors import ModelLoadError
-from modalkit.pipelines.loading import BUNDLED_FOLDER, Checkpoint, choose_device, dtype_on, quiet_transformers
+from modalkit.pipelines.loading import BUNDLED_FOLDER, Checkpoint, dtype_on, quiet_transformers
 
 
 def test_weights_are_loaded_in_float32_on_a_cpu_and_as_stored_elsewhere() -> None:

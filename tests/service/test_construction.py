@@ -173,7 +173,8 @@ def test_keys_of_an_engine_reach_the_constructor_and_those_of_modalkit_do_not() 
 def test_the_device_of_an_entry_goes_before_the_common_one() -> None:
     assert source_of(Base, "devices: [cuda:1]").load().common_settings["device"] == "cuda:1"
     assert source_of(Base, "devices: 'cuda:1'").load("cpu").common_settings["device"] == "cpu"
-    assert source_of(Base, "").device == "cpu"
+    assert source_of(Base, "").devices() == ["cpu"]
+    assert source_of(Base, "devices: [cpu, cpu]").devices() == ["cpu", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_the_device_of_an_entry_goes_before_the_common_one() -> None:
             ["mine.cache: the constructor of ByKeyword does not take it. It takes model_file, threshold (optional)"],
         ),
         (Simple, "<<: {model_file: a, batch_confg: {}}", ["mine.batch_confg: ", "did you mean batch_config?"]),
-        (Documented, "<<: {devices: [cpu, 'cuda:0']}", ["mine.devices: one model runs on one device, and here are 2"]),
+        (Documented, "<<: {devices: [auto, 'cuda:0']}", ["mine.devices: auto stands for all GPUs"]),
         (Documented, "<<: {devices: 1}", ["mine.devices: must be the name of a device, as in cpu or cuda:0"]),
         (
             Reserved,

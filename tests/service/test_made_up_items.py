@@ -6,11 +6,11 @@ from typing import Annotated, Literal, Union
 from uuid import UUID
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, HttpUrl, field_validator
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, HttpUrl, RootModel, field_validator
 
 from modalkit.pipelines import AnyInput
 from modalkit.pipelines.sentiment import SentimentRequest
-from modalkit.service.made_up_items import NoItemsError, make_up_items
+from modalkit.service.made_up_items import TEXT, NoItemsError, make_up_items
 
 
 class Color(Enum):
@@ -50,6 +50,7 @@ class Everything(BaseModel):
     uid: UUID
     url: HttpUrl
     content: bytes
+    image: Base64Bytes
     scores: dict[str, float]
     anything: object
     nothing: None
@@ -108,7 +109,6 @@ class Endless(BaseModel):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (AnyInput, "AnyInput declares no fields"),
         (
             Picky,
             'Picky refuses the item made from its schema, {"text":"What a lovely day!"}: text: no text is good enough',
@@ -121,6 +121,24 @@ def test_where_no_item_can_be_made_the_reason_is_said(model: type[BaseModel], me
     with pytest.raises(NoItemsError) as caught:
         make_up_items(model, 1)
     assert message in str(caught.value)
+
+
+class Empty(BaseModel):
+    pass
+
+
+class Pixels(RootModel[list[int]]):
+    pass
+
+
+def test_where_no_fields_are_declared_any_item_is_tried_with_a_text() -> None:
+    made = make_up_items(AnyInput, 1)
+    assert (made.items, made.are_guessed, made.has_fields) == ([AnyInput.model_validate({"text": TEXT})], True, False)
+
+
+def test_a_model_that_takes_no_fields_or_no_object_gets_what_it_takes() -> None:
+    assert (make_up_items(Empty, 1).items, make_up_items(Empty, 1).are_guessed) == ([Empty()], False)
+    assert make_up_items(Pixels, 1).items == [Pixels([1])]
 
 
 class ExamplesByName(BaseModel):

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from modalkit.pipelines import EngineError, EngineSettings, load_engine
-from modalkit.pipelines.engines import exported, measuring, probe
+from modalkit.pipelines.engines import choosing, exported, probe
+from modalkit.pipelines.engines.exported import Converted
 from modalkit.pipelines.engines.loading import Engine
+from modalkit.pipelines.engines.measuring import Race
+from modalkit.pipelines.engines.settings import REFERENCE
 from tests.pipelines.engines.conftest import Batch, batch
 
 EXPLICIT = [
@@ -78,7 +81,7 @@ def test_auto_takes_what_is_fastest_and_the_next_start_measures_nothing(
     assert set(first.speeds) >= {"torch float32", "torch-packed float32", "openvino float32", "onnx float32"}
     assert first.samples == 60
     assert "outputs compared on 60 samples" in str(first)
-    monkeypatch.setattr("modalkit.pipelines.engines.measuring.Race", None)
+    monkeypatch.setattr("modalkit.pipelines.engines.choosing.Race", None)
     again = load_engine(module, batches, settings)
     assert again.choice == first
     assert torch.allclose(again(**batch(5, 5))["logits"], logits_of(module, batch(5, 5)), atol=0.02)
@@ -91,7 +94,7 @@ def test_other_weights_are_measured_again(
     load_engine(module, batches, only_torch)
     with torch.no_grad():
         next(module.parameters()).add_(1)
-    monkeypatch.setattr("modalkit.pipelines.engines.measuring.Race", None)
+    monkeypatch.setattr("modalkit.pipelines.engines.choosing.Race", None)
     with pytest.raises(TypeError, match="not callable"):
         load_engine(module, batches, only_torch)
 
@@ -177,11 +180,13 @@ def test_an_installation_that_is_broken_is_a_warning(
 def test_wrong_numbers_are_refused(
     module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(*_: object) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-        answers = {len(inputs["ids"]): -logits_of(module, inputs) for inputs in batches}
-        return lambda inputs: {"logits": answers[len(inputs["ids"])]}
+    answers = {len(inputs["ids"]): -logits_of(module, inputs) for inputs in batches}
 
-    monkeypatch.setattr("modalkit.pipelines.engines.exported.open_converted", wrong)
+    class Wrong(Converted):
+        def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {"logits": answers[len(inputs["ids"])]}
+
+    monkeypatch.setattr(choosing, "Converted", Wrong)
     choice = load_engine(module, batches, with_(settings, dtype="float32")).choice
     assert choice.engine in ("torch", "torch-packed")
     assert "labels agree on" in choice.refused["openvino float32"]
@@ -205,6 +210,17 @@ def test_a_conversion_that_takes_longer_than_the_start_may_goes_on_for_a_later_o
     later = load_engine(module, batches, settings).choice
     assert later.unfinished == ()
     assert "onnx float32" in later.speeds
+
+
+def test_an_export_that_no_start_waits_for_comes_after_it(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as long_export:
+        long_export.setattr(choosing, "ONNX_EXPORT_S", 1000)
+        choice = load_engine(module, batches, settings).choice
+    assert choice.unfinished == ("onnx",)
+    assert "openvino float32" in choice.speeds
+    assert load_engine(module, batches, settings).choice.unfinished == ()
 
 
 def test_a_folder_that_cannot_be_written_stops_no_start(
@@ -240,7 +256,7 @@ def test_a_comparison_that_fails_is_a_warning_and_torch_runs(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(measuring, "_ratio", lambda slower, faster: 1 if slower is faster else 2)  # bfloat16 wins
+    monkeypatch.setattr(Race, "speed", lambda race, contender: 1 if contender.candidate == REFERENCE else 2)
     only_torch = with_(settings, engine="torch")
     engine = load_engine(module, batches, only_torch, same=cannot_compare)
     assert str(engine.choice).startswith("torch float32, outputs could not be compared")
@@ -252,7 +268,7 @@ def test_a_comparison_that_fails_is_a_warning_and_torch_runs(
 def test_an_engine_that_was_asked_for_is_waited_for(
     module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exported, "dtypes_of", lambda engine, device: ["float32", "bfloat16"])
+    monkeypatch.setattr(choosing, "dtypes_of", lambda engine, device: ["float32", "bfloat16"])
     asked = with_(settings, engine="openvino", measure_seconds=0.001)
     assert load_engine(module, batches, asked).choice.engine == "openvino"
 
@@ -260,7 +276,7 @@ def test_an_engine_that_was_asked_for_is_waited_for(
 def test_an_engine_that_was_asked_for_and_fails_in_all_its_formats_is_an_error(
     module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exported, "dtypes_of", lambda engine, device: ["float32", "bfloat16"])
+    monkeypatch.setattr(choosing, "dtypes_of", lambda engine, device: ["float32", "bfloat16"])
     monkeypatch.setattr(probe, "convert", fail)
     with pytest.raises(EngineError, match=r"openvino float32 cannot run this model: .*no such operator"):
         load_engine(module, batches, with_(settings, engine="openvino"))

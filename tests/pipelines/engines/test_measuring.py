@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from modalkit.pipelines.engines import Candidate, Sameness, same_labels, same_vectors
-from modalkit.pipelines.engines.measuring import Contender, Race
+from modalkit.pipelines.engines.measuring import Race
 from modalkit.pipelines.engines.settings import REFERENCE
+from modalkit.pipelines.engines.torch_engine import Run
 
 BFLOAT16 = Candidate("torch", "bfloat16")
 OPENVINO = Candidate("openvino", "float32")
@@ -49,9 +50,10 @@ class Timed:
 def test_the_fastest_whose_outputs_are_the_same_is_taken() -> None:
     clock = Clock()
     race = Race(Timed(clock, 0.2), sample_batches(), clock, clock.sleep)
-    contenders = [Contender(BFLOAT16, Timed(clock, 0.1)), Contender(OPENVINO, Timed(clock, 0.09, factor=-1))]
-    race.run(contenders, 1000)
-    choice = race.choose(contenders, same_labels(), REFERENCE)
+    race.enter(BFLOAT16, lambda _: Timed(clock, 0.1))
+    race.enter(OPENVINO, lambda _: Timed(clock, 0.09, factor=-1))
+    race.run(1000)
+    choice = race.choose(same_labels(), REFERENCE)
     assert choice.candidate == BFLOAT16
     assert choice.speeds == pytest.approx(
         {"torch float32": 1, "torch bfloat16": 2, "openvino float32": 2.222}, rel=0.01
@@ -63,41 +65,59 @@ def test_the_fastest_whose_outputs_are_the_same_is_taken() -> None:
 def test_a_small_gain_is_not_worth_other_numbers() -> None:
     clock = Clock()
     race = Race(Timed(clock, 0.2), sample_batches(), clock, clock.sleep)
-    contenders = [Contender(BFLOAT16, Timed(clock, 0.195))]
-    race.run(contenders, 1000)
-    assert race.choose(contenders, same_labels(), REFERENCE).candidate == REFERENCE
+    race.enter(BFLOAT16, lambda _: Timed(clock, 0.195))
+    race.run(1000)
+    assert race.choose(same_labels(), REFERENCE).candidate == REFERENCE
 
 
 def test_a_hopeless_candidate_is_left_out_early() -> None:
     clock = Clock()
     slow = Timed(clock, 2.0)
     race = Race(Timed(clock, 0.2), sample_batches(), clock, clock.sleep)
-    contenders = [Contender(BFLOAT16, slow), Contender(OPENVINO, Timed(clock, 0.1))]
-    race.run(contenders, 1000)
+    race.enter(BFLOAT16, lambda _: slow)
+    race.enter(OPENVINO, lambda _: Timed(clock, 0.1))
+    race.run(1000)
     assert slow.calls < 8
-    assert race.choose(contenders, same_labels(), REFERENCE).candidate == OPENVINO
+    assert race.choose(same_labels(), REFERENCE).candidate == OPENVINO
 
 
 def test_with_too_little_time_to_compare_nothing_else_is_taken() -> None:
     clock = Clock()
     race = Race(Timed(clock, 5.0), sample_batches(), clock, clock.sleep)
-    contenders = [Contender(BFLOAT16, Timed(clock, 1.0))]
-    race.run(contenders, 3)
-    choice = race.choose(contenders, same_labels(), REFERENCE)
+    race.enter(BFLOAT16, lambda _: Timed(clock, 1.0))
+    race.run(3)
+    choice = race.choose(same_labels(), REFERENCE)
     assert choice.candidate == REFERENCE
     assert "only 8 samples could be compared" in choice.reason
+
+
+def test_no_round_begins_that_would_end_after_the_deadline() -> None:
+    clock = Clock()
+    reference = Timed(clock, 1.0)
+    race = Race(reference, sample_batches(), clock, clock.sleep)
+    race.enter(BFLOAT16, lambda _: Timed(clock, 1.0))
+    race.run(5.5)  # two calls to warm up, and two in a round
+    assert reference.calls == 2
 
 
 def test_a_candidate_that_raises_takes_no_part() -> None:
     def broken(_: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise RuntimeError("no kernel for this")
 
+    def cannot_be_loaded(_: Candidate) -> Run:
+        raise OSError("no such file")
+
     clock = Clock()
     race = Race(Timed(clock, 0.2), sample_batches(), clock, clock.sleep)
-    contenders = [Contender(BFLOAT16, broken)]
-    race.run(contenders, 1000)
-    assert contenders[0].error == "RuntimeError: no kernel for this"
-    assert race.choose(contenders, same_labels(), REFERENCE).candidate == REFERENCE
+    race.enter(BFLOAT16, lambda _: broken)
+    race.enter(OPENVINO, cannot_be_loaded)
+    race.run(1000)
+    assert race.errors() == {
+        "torch bfloat16": "RuntimeError: no kernel for this",
+        "openvino float32": "OSError: no such file",
+    }
+    assert race.runs() == {}
+    assert race.choose(same_labels(), REFERENCE).candidate == REFERENCE
 
 
 def outputs(*rows: tuple[float, ...]) -> list[dict[str, Tensor]]:
@@ -122,9 +142,11 @@ def test_vectors_must_keep_their_direction() -> None:
 def test_where_the_fastest_is_refused_one_that_was_left_out_is_taken() -> None:
     clock = Clock()
     race = Race(Timed(clock, 0.4), sample_batches(), clock, clock.sleep)
-    contenders = [Contender(OPENVINO, Timed(clock, 0.1, factor=-1)), Contender(BFLOAT16, Timed(clock, 0.2))]
-    race.run(contenders, 1000)
-    assert len(contenders[1].outputs) < 8
-    choice = race.choose(contenders, same_labels(), REFERENCE)
+    slow = Timed(clock, 0.2)
+    race.enter(OPENVINO, lambda _: Timed(clock, 0.1, factor=-1))
+    race.enter(BFLOAT16, lambda _: slow)
+    race.run(1000)
+    assert slow.calls < 8
+    choice = race.choose(same_labels(), REFERENCE)
     assert choice.candidate == BFLOAT16
     assert choice.speeds == {"torch float32": 1.0, "torch bfloat16": 2.0, "openvino float32": 4.0}

@@ -23,6 +23,7 @@ from modalkit.service.calls.wire_format import (
 )
 from modalkit.service.errors import RemoteItemError
 from modalkit.service.jobs import DeliveryStatus, Job, JobStatus
+from modalkit.service.web.problems import status_of
 from tests.support.length_model import Length
 
 JOB = Job(
@@ -96,6 +97,15 @@ def test_results_and_errors_are_read_as_they_were_written() -> None:
         read = read_outcome(outcome_object(Failure(error)))
         assert isinstance(read, RemoteItemError)
         assert (str(read), read.error_type) == (text, type(error).__name__)
+
+
+def test_a_refusal_of_a_users_own_class_stays_one() -> None:
+    class TooDarkError(RejectItem):
+        """Raised by a user's pipeline."""
+
+    read = read_outcome(outcome_object(Failure(TooDarkError("no light"))))
+    assert isinstance(read, RemoteItemError)
+    assert (str(read), status_of(read)) == ("no light", 422)
 
 
 def test_an_output_that_is_no_json_is_its_items_error() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command_line import Modalkit
+from tests.support.guides import ROOT, blocks
 
 MODELS = """
 from pydantic import BaseModel, Field
@@ -109,10 +110,30 @@ def test_a_model_without_sample_items_is_tried_with_items_from_its_schema(modalk
     assert "2 items in" in modalkit("check", **limits).stdout
 
 
+def test_the_word_count_of_the_readme_is_tried(modalkit: Modalkit, folder: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (module,) = [block for block in blocks(readme, "python") if block.startswith("# my_module.py")]
+    (entry,) = [block for block in blocks(readme, "yaml") if "my_module" in block]
+    (folder / "my_module.py").write_text(module)
+    (folder / "modalkit.yaml").write_text(entry)
+    done = modalkit("check")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search("words .* WordCount .* 4 items in .*, made up", done.stdout)
+
+
 @pytest.mark.parametrize(
     ("name", "exit_code", "result", "messages"),
     [
-        ("Unknown", 0, "NOT TRIED", ["NOTHING WAS TRIED: AnyInput declares no fields", "sample_items(n, size)"]),
+        (
+            "Unknown",
+            0,
+            "NOT TRIED",
+            [
+                "NOTHING WAS TRIED: AnyInput declares no fields, and items with a text",
+                "AttributeError: ",
+                "sample_items(",
+            ],
+        ),
         ("Rejecting", 0, "NOT TRIED", ["NOTHING WAS TRIED: the pipeline rejects the items", "too few stars"]),
         (
             "Broken",

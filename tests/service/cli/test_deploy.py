@@ -108,6 +108,22 @@ def test_a_dry_run_of_an_app_shows_the_local_modules_that_it_imports(
         assert {"add_local_file": str(folder / name), "remote_path": f"/root/{name}"} in steps
 
 
+def test_a_dry_run_of_an_app_shows_its_own_configuration_and_says_what_it_does_not_show(
+    modalkit: Modalkit, folder: Path
+) -> None:
+    (folder / "own.yaml").write_text("app_settings: {app_prefix: own, deployment_config: {gpu: H100}}")
+    (folder / "own_app.py").write_text(
+        "from pathlib import Path\n"
+        "from modalkit.modal_config import ModalConfig\n"
+        "from modalkit.settings import Settings\n"
+        "mine = ModalConfig(Settings.load([Path('own.yaml')]))\n"
+    )
+    done = modalkit("deploy", "--dry-run", "own_app.py")
+    shown = YAML(typ="safe").load(done.stdout)
+    assert (shown["app"], shown["class"]["settings"]["gpu"]) == ("own-dev", "H100")
+    assert "note: this is the image of own_app.py and what its ModalConfig has for each decorator" in done.stderr
+
+
 def test_files_of_the_configuration_may_be_given(modalkit: Modalkit, folder: Path) -> None:
     (folder / "more.yaml").write_text("app_settings: {deployment_config: {gpu: H100}}")
     shown = described(modalkit, "--config", "modalkit.yaml", "--config", "more.yaml")

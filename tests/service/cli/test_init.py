@@ -8,14 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import BertForSequenceClassification, BertForTokenClassification, BertModel, PreTrainedModel
 
+from modalkit.service.cli.check import check
 from modalkit.service.cli.config import defaults_yaml
 from modalkit.service.cli.init import TEMPLATES, Task
 from modalkit.service.settings import Settings
 from tests.support.command_line import Modalkit, serving
 from tests.support.guides import blocks, guide
+from tests.support.tiny_models import EXACT, save_model
 
 FILES = {
     Task.EMPTY: {".dockerignore", "Dockerfile", "modalkit.yaml", "pipeline.py", "test_pipeline.py"},
@@ -30,16 +34,16 @@ Started = Callable[..., Path]
 def started(modalkit: Modalkit, tmp_path: Path) -> Started:
     """A folder with the files for a task."""
 
-    def init(task: Task, folder: str = "new") -> Path:
-        done = modalkit("init", folder, "--task", task)
+    def init(task: Task, folder: str = "new", *options: str) -> Path:
+        done = modalkit("init", folder, "--task", task, *options)
         assert done.returncode == 0, done.stderr
         return tmp_path / folder
 
     return init
 
 
-def run_pytest(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider"]
+def run_pytest(folder: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", *options]
     return subprocess.run(command, check=False, cwd=folder, env=environment, text=True, capture_output=True)
 
 
@@ -52,6 +56,40 @@ def test_its_tests_pass_and_it_serves(started: Started, environment: dict[str, s
     assert " passed" in done.stdout
     with serving(folder, environment) as (_, client):
         assert client.post("/sync/predict", json=ITEMS[task]).json()["status"] == "success"
+
+
+def test_what_it_writes_for_a_model_passes_its_own_tests_and_check(
+    started: Started,
+    environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With small random models, by torch in float32: engines are not measured."""
+    models: dict[Task, tuple[type[PreTrainedModel], dict[str, Any]]] = {
+        Task.EMBEDDING: (BertModel, {}),
+        Task.RERANK: (BertForSequenceClassification, {"num_labels": 1}),
+        Task.TOKEN_CLASSIFICATION: (BertForTokenClassification, {"id2label": {0: "O", 1: "B-CAT"}}),
+        Task.ZERO_SHOT: (BertForSequenceClassification, {"id2label": {0: "contradiction", 1: "entailment"}}),
+    }
+    assert {Task.EMPTY, Task.SENTIMENT, *models} == set(Task)
+    for task, (model, config) in models.items():
+        save_model(model, tmp_path / "models" / f"my-{task}", **config)
+        configuration = started(task, task, "--model", f"my-{task}") / "modalkit.yaml"
+        text = configuration.read_text()
+        for key, value in EXACT.items():
+            text, count = re.subn(rf"# {key}: auto ", f"{key}: {value} ", text)
+            assert count == 1
+        configuration.write_text(text)
+    done = run_pytest(tmp_path, environment, "--import-mode=importlib", *models)
+    assert f"{len(models)} passed" in done.stdout, done.stdout + done.stderr
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    for task in models:
+        check([tmp_path / task / "modalkit.yaml"])
+        said = capsys.readouterr()
+        assert re.search(rf"{task} .* 4 items in", said.out)
+        assert said.err == ""
 
 
 def test_the_guides_show_its_test_as_it_is_and_another_one_that_passes(

@@ -33,7 +33,7 @@ async def test_nan_in_meta_spoils_its_own_slot(client: httpx.AsyncClient, invali
     answer = await client.post("/async/predict", content=f"[{','.join(items)}]")
     good, bad, _ = answer.json()
     assert "job_id" in good
-    assert bad["error"] == "meta: must not hold NaN or Infinity, which are not JSON; send null"
+    assert bad["error"] == "meta: must not hold NaN, Infinity or a number above 1.8e308; send null"
 
 
 async def test_a_list_is_accepted_in_one_answer_and_a_bad_job_spoils_its_own_slot(

@@ -1,0 +1,413 @@
+"""Pipelines in processes of their own, so that several devices do not wait for one Python interpreter."""
+
+import asyncio
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, Pipe
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from modalkit.batching import BatchTimeoutError
+from modalkit.batching.execution import ensure_order
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.pipelines.engines.settings import EngineChoice
+from modalkit.pipelines.inference_pipeline import awaited
+from modalkit.service.errors import ServiceError, describe_error
+from modalkit.service.loading import LoadError, ModelSource
+from modalkit.service.pipeline_batches import is_asynchronous_pipeline
+
+logger = logging.getLogger(__name__)
+
+KEPT = ("preprocess", "predict")
+"""What these return stays in the process of the device."""
+KEPT_RESULTS = 32
+"""Results of stages that are kept there; older ones belong to batches that were given up."""
+TIMEOUT_SHARE = 0.95
+"""Of the batch timeout: a process whose batch takes longer is ended, before the scheduler gives the batch up."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
+"""Before a process that ended is started again; each start that fails doubles the pause."""
+CLOSE_S = 4.0
+
+
+class DeviceProcessError(ServiceError):
+    """Raised for a batch whose process ended, or could not be started again."""
+
+    def __init__(self, device: str, what: str) -> None:
+        super().__init__(f"the process of device {device} {what}")
+
+
+class _Kept(NamedTuple):
+    """Stands for the result of a stage, which stays in the process of the device."""
+
+    number: int
+    spent_s: float = 0.0
+    """Seconds that the batch has spent in its stages."""
+
+
+class _Description(NamedTuple):
+    device_name: str
+    max_in_flight: int
+    engine_choice: EngineChoice | None
+
+
+class _Process:
+    """A process that has loaded a pipeline. Any number of threads may call its methods at once."""
+
+    def __init__(self, source: ModelSource, device: str) -> None:
+        """Start to load; `wait_until_ready` waits for it."""
+        self._device = device
+        self._lock = threading.Lock()
+        self._number = 0
+        self._answers: dict[int, SimpleQueue[tuple[str, Any]]] = {0: SimpleQueue()}
+        self._connection, theirs = Pipe()
+        with theirs:
+            # Not by `multiprocessing`, which would run the main module of this program once more.
+            self._child = subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                start_new_session=True,  # Ctrl-C is for this process, which then finishes what was accepted
+            )
+        self._connection.send_bytes(pickle.dumps((source, device)))
+        threading.Thread(target=self._read, name=f"answers of {device}", daemon=True).start()
+
+    def wait_until_ready(self) -> _Description:
+        """Wait until the pipeline is loaded. Raises what its constructor raised, and `DeviceProcessError`."""
+        description: _Description = self._result(0, None)
+        return description
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it answers no more calls."""
+        return self._child.poll() is not None
+
+    def call(self, timeout_s: float | None, method: str, *arguments: Any) -> Any:
+        """Call a method of the pipeline there, and return its result or raise its error.
+
+        Raises `TimeoutError` after `timeout_s`, when it ends the process, and `DeviceProcessError`.
+        """
+        number = self._send(method, arguments)
+        try:
+            return self._result(number, timeout_s)
+        finally:
+            del self._answers[number]
+
+    def stream(self, timeout_s: float | None, method: str, *arguments: Any) -> Iterator[Any]:
+        """As `call`, for a generator: yields what it yields. Closing it closes the generator there."""
+        number, has_ended = self._send(method, arguments), False
+        try:
+            while True:
+                kind, value = self._next(number, timeout_s)
+                if kind == "piece":
+                    yield value
+                    continue
+                has_ended = True
+                if kind == "error":
+                    raise value
+                return
+        finally:
+            del self._answers[number]
+            if not has_ended:
+                self._write(number, "stop", ())
+
+    def end(self) -> None:
+        """End the process. No call may run."""
+        self._write(0, "end", ())
+        try:
+            self._child.wait(CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+
+    def _send(self, method: str, arguments: tuple[Any, ...]) -> int:
+        with self._lock:
+            self._number += 1
+            number = self._number
+        self._answers[number] = SimpleQueue()
+        try:
+            self._write(number, method, arguments)
+        except BaseException:
+            del self._answers[number]
+            raise
+        return number
+
+    def _write(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        message = pickle.dumps((number, threading.get_ident(), method, arguments))  # raises what the items raise
+        with self._lock, suppress(OSError):  # it has ended: `_read` says so to all that wait
+            self._connection.send_bytes(message)
+
+    def _result(self, number: int, timeout_s: float | None) -> Any:
+        kind, value = self._next(number, timeout_s)
+        if kind == "error":
+            raise value
+        return value
+
+    def _next(self, number: int, timeout_s: float | None) -> tuple[str, Any]:
+        try:
+            return self._answers[number].get(timeout=timeout_s)
+        except Empty:
+            self._child.kill()
+            self._child.wait()
+            return "error", TimeoutError()
+
+    def _read(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                number, kind, value = pickle.loads(self._connection.recv_bytes())  # noqa: S301  # of our own process
+                if (answers := self._answers.get(number)) is not None:
+                    answers.put((kind, value))
+        code = self._child.wait()
+        how = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        end = "error", DeviceProcessError(self._device, how)
+        for answers in list(self._answers.values()):
+            answers.put(end)
+
+
+class DevicePipeline(InferencePipeline):
+    """A pipeline on another device, in a process of its own.
+
+    A process that ends is started again by `ensure_running`. One whose batch takes longer than `batch_timeout_s` is
+    ended, so that a batch that hangs does not keep its device. `close` ends it.
+    """
+
+    def __init__(self, source: ModelSource, device: str, batch_timeout_s: float) -> None:
+        super().__init__(source.model_name)
+        self._source = source
+        self._device = device
+        self._batch_timeout_s = batch_timeout_s
+        self._lock = threading.Lock()
+        self._pause_s = FIRST_PAUSE_S
+        self._is_closed = False
+        self._process = _Process(source, device)
+
+    def wait_until_loaded(self, first: InferencePipeline) -> None:
+        """Wait for the process, and take from `first` what is the same on all devices. Raises `LoadError`."""
+        key = f"{self._source.key}.devices: {self._device}"
+        if is_asynchronous_pipeline(first):
+            raise LoadError(f"{key}: an asynchronous pipeline runs on no device; remove it, and set max_in_flight")
+        try:
+            self._description = self._process.wait_until_ready()
+        except Exception as error:
+            raise LoadError(f"{key}: {describe_error(error)}") from error
+        self.engine_choice = self._description.engine_choice
+        self.max_in_flight = self._description.max_in_flight
+        self.model_entry = first.model_entry
+        self.input_model = first.input_model  # type: ignore[misc]  # of the class elsewhere, here of each instance
+        self.output_model = first.output_model  # type: ignore[misc]
+        self.cost_feature = first.cost_feature  # type: ignore[misc]
+        self.item_size = first.item_size  # type: ignore[method-assign]
+        self.sample_items = first.sample_items  # type: ignore[method-assign]
+
+    def device_name(self) -> str:  # noqa: D102  # these are documented in the base class
+        return self._description.device_name
+
+    def warm_up(self) -> None:  # noqa: D102  # as above
+        self._process.call(None, "warm_up")
+
+    def before_predict(self, in_flight: int) -> None:  # noqa: D102  # as above
+        self._process.call(None, "before_predict", in_flight)
+
+    def on_volume_reload(self) -> None:  # noqa: D102  # as above
+        self._process.call(None, "on_volume_reload")
+
+    def close(self) -> None:  # noqa: D102  # as above
+        self._is_closed = True
+        self._process.end()
+
+    def _call(self, method: str, items: list[BaseModel], *data: Any) -> Any:
+        """Run a stage. Raises `BatchTimeoutError` and ends the process when the batch takes too long."""
+        spent_s = sum(each.spent_s for each in data if isinstance(each, _Kept))
+        process, started_s = self._process, time.monotonic()
+        with self._in_time(items):
+            result = process.call(self._limit_s - spent_s, method, items, *data)
+        if isinstance(result, _Kept):
+            return result._replace(spent_s=spent_s + time.monotonic() - started_s)
+        return result
+
+    @property
+    def _limit_s(self) -> float:
+        return TIMEOUT_SHARE * self._batch_timeout_s
+
+    @contextmanager
+    def _in_time(self, items: list[BaseModel]) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError:
+            raise BatchTimeoutError(self._batch_timeout_s, len(items)) from None
+
+    def ensure_running(self) -> None:
+        """Start the process again if it has ended, and wait until it has loaded and warmed up, after a pause.
+
+        Each failure doubles the pause. Raises what the constructor and the warm-up raise, and `DeviceProcessError`.
+        """
+        with self._lock:
+            if not self._process.has_ended or self._is_closed:
+                return
+            logger.warning("The process of device %s has ended; starting it again", self._device)
+            time.sleep(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+            self._process = _Process(self._source, self._device)
+            self._process.wait_until_ready()
+            self._process.call(None, "warm_up")
+            self._pause_s = FIRST_PAUSE_S
+
+
+class _InStages(DevicePipeline):
+    def preprocess(self, input_list: list[BaseModel]) -> Any:
+        return self._call("preprocess", input_list)
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: Any) -> Any:
+        return self._call("predict", input_list, preprocessed_data)
+
+    def postprocess(self, input_list: list[BaseModel], raw_output: Any) -> list[InferenceOutputModel]:
+        outputs: list[InferenceOutputModel] = self._call("postprocess", input_list, raw_output)
+        return outputs
+
+
+class _AsOne(DevicePipeline):
+    def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
+        outputs: list[InferenceOutputModel] = self._call("run_inference", input_list)
+        return outputs
+
+
+class _InPieces(DevicePipeline):
+    def predict_stream(self, input_list: list[BaseModel]) -> Iterator[Sequence[InferenceOutputModel | None]]:
+        with self._in_time(input_list):
+            yield from self._process.stream(self._limit_s, "predict_stream", input_list)
+
+
+def load_on_devices(source: ModelSource) -> list[InferencePipeline]:
+    """Load the pipeline on each of its devices: on the first in this process, on each other in one of its own.
+
+    It takes seconds, and may run in any thread. Raises `LoadError`.
+    """
+    first_device, *other_devices = source.devices()
+    if not other_devices:
+        return [source.load(first_device)]
+    kind = (
+        _InPieces if _has_own(source, "predict_stream") else _AsOne if _has_own(source, "run_inference") else _InStages
+    )
+    timeout_s = source.settings.app_settings.batch_config.batch_timeout_seconds
+    others = [kind(source, device, timeout_s) for device in other_devices]  # they load while this process does
+    try:
+        first = source.load(first_device)
+        for other in others:
+            other.wait_until_loaded(first)
+    except BaseException:
+        for other in others:
+            other.close()
+        raise
+    return [first, *others]
+
+
+def _has_own(source: ModelSource, method: str) -> bool:
+    return getattr(source.pipeline_class, method) is not getattr(InferencePipeline, method)
+
+
+# In the process of a device.
+
+
+def serve(descriptor: int) -> None:
+    """Load a pipeline and answer calls of its methods, until the connection ends."""
+    with Connection(descriptor) as connection:
+        source, device = pickle.loads(connection.recv_bytes())  # noqa: S301  # of the process that started this one
+        _Server(connection).serve(source, device)
+
+
+class _Server:
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+        self._stopped: set[int] = set()
+        self._threads: dict[int, ThreadPoolExecutor] = {}
+        """One for each thread that calls, because libraries keep state for each thread."""
+
+    def serve(self, source: ModelSource, device: str) -> None:
+        try:
+            self._pipeline = source.load(device)
+            pipeline = self._pipeline
+            description = _Description(pipeline.device_name(), pipeline.max_in_flight, pipeline.engine_choice)
+        except Exception as error:  # noqa: BLE001  # the other process raises it
+            self._answer(0, "error", error)
+            return
+        self._answer(0, "result", description)
+        with suppress(EOFError, OSError):
+            while True:
+                number, thread, method, arguments = pickle.loads(self._connection.recv_bytes())  # noqa: S301  # as above
+                if method == "end":
+                    asyncio.run(awaited(self._pipeline.close()))
+                    break
+                if method == "stop":
+                    self._stopped.add(number)
+                    continue
+                if thread not in self._threads:
+                    self._threads[thread] = ThreadPoolExecutor(1, f"{source.model_name} {len(self._threads)}")
+                self._threads[thread].submit(self._run, number, method, arguments)
+        sys.stdout.flush()
+        os._exit(0)  # a call that hangs must not keep the process
+
+    def _run(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        try:
+            function = getattr(self._pipeline, method)
+            given = [self._taken(argument) for argument in arguments]
+            items = list(given[0]) if given and isinstance(given[0], list) else []
+            result = function(*given)
+            if method == "predict_stream":
+                for piece in result:
+                    self._answer(number, "piece", piece)
+                    if number in self._stopped:
+                        break
+                result = None
+            if items:
+                ensure_order(items, given[0])
+            if method in KEPT:
+                result = self._keep(number, result)
+            elif method == "warm_up":
+                asyncio.run(awaited(result))
+                result = None
+        except BaseException as error:  # noqa: BLE001  # whatever it is, the other process raises it
+            self._answer(number, "error", error)
+        else:
+            self._answer(number, "result", result)
+        finally:
+            self._stopped.discard(number)
+
+    def _keep(self, number: int, result: Any) -> _Kept:
+        with self._lock:
+            self._kept[number] = result
+            while len(self._kept) > KEPT_RESULTS:
+                self._kept.popitem(last=False)
+        return _Kept(number)
+
+    def _taken(self, argument: Any) -> Any:
+        if not isinstance(argument, _Kept):
+            return argument
+        with self._lock:
+            return self._kept.pop(argument.number)
+
+    def _answer(self, number: int, kind: str, value: Any) -> None:
+        if isinstance(value, BaseException):
+            value.add_note("".join(["in another process:\n", *traceback.format_exception(value)]))
+        try:
+            message = pickle.dumps((number, kind, value))
+            if kind == "error":
+                pickle.loads(message)  # noqa: S301  # some exceptions can be written, but not read
+        except Exception as error:  # noqa: BLE001  # objects of a user may raise anything
+            what = f"{type(value).__name__} cannot go to another process: {error}"
+            text = describe_error(value) if isinstance(value, Exception) else what
+            message = pickle.dumps((number, "error", RuntimeError(text)))
+        with self._lock, suppress(OSError):  # the other process may have ended
+            self._connection.send_bytes(message)

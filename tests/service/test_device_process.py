@@ -1,0 +1,145 @@
+"""A model on several devices: each after the first has a process of its own, and all take batches from one queue."""
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from modalkit.batching import BatchTimeoutError, Failure, Success
+from modalkit.pipelines import InferencePipeline, RejectItem
+from modalkit.service import device_process
+from modalkit.service.device_process import DevicePipeline, load_on_devices
+from modalkit.service.loading import LoadError, ModelSource
+from modalkit.service.settings import Settings
+from modalkit.service.worker import InferenceWorker
+
+pytestmark = pytest.mark.anyio
+
+CONFIGURATION = """
+app_settings:
+  batch_config: {{max_batch_size: 4, batch_timeout_seconds: {timeout_s}, calibration: {{enabled: false}}}}
+model_settings:
+  model_entries:
+    where: {{pipeline: "tests.support.device_pipelines:{kind}", devices: [{devices}]}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _fast_restarts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(device_process, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.chdir(tmp_path)
+
+
+def source_of(kind: str, devices: str = "a, b", timeout_s: float = 30.0) -> ModelSource:
+    Path("modalkit.yaml").write_text(CONFIGURATION.format(kind=kind, devices=devices, timeout_s=timeout_s))
+    return ModelSource(Settings.load(environ={}), "where")
+
+
+@asynccontextmanager
+async def worker_of(source: ModelSource, first: int = 0) -> AsyncIterator[InferenceWorker]:
+    """A worker on the devices of the source from number `first`: on those after 0, all batches cross a pipe."""
+    pipelines = await anyio.to_thread.run_sync(load_on_devices, source)
+    try:
+        async with InferenceWorker(pipelines[first:], settings=source.settings) as worker:
+            yield worker
+    finally:
+        for pipeline in pipelines:
+            if isinstance(pipeline, DevicePipeline):
+                await anyio.to_thread.run_sync(pipeline.close)
+
+
+async def outputs_of(worker: InferenceWorker, *texts: str) -> list[Any]:
+    outcomes = await worker.predict_many([{"text": text} for text in texts])
+    return [outcome.value if isinstance(outcome, Success) else outcome.error for outcome in outcomes]
+
+
+async def wait_until_gone(process: int) -> None:
+    while Path(f"/proc/{process}").exists():
+        await anyio.sleep(0.01)
+
+
+async def test_all_devices_take_batches_from_one_queue() -> None:
+    async with worker_of(source_of("WherePipeline", "a, b, c")) as worker:
+        texts = [str(number) for number in range(200)]
+        outputs = await outputs_of(worker, *texts)
+        assert [output.text for output in outputs] == texts
+        assert {output.device for output in outputs} == {"a", "b", "c"}
+        assert len({output.process for output in outputs}) == 3
+        processes = {output.process for output in outputs} - {os.getpid()}
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+async def test_in_another_process_a_bad_item_fails_alone_as_it_does_in_this_one() -> None:
+    async with worker_of(source_of("WherePipeline"), first=1) as worker:
+        good, rejected, failed, odd, moved, other = await outputs_of(
+            worker, "good", "reject", "fail", "odd", "remove", "other"
+        )
+    assert (good.text, other.text, moved.text) == ("good", "other", "remove")
+    assert good.process == other.process != os.getpid()
+    assert isinstance(rejected, RejectItem)
+    assert str(rejected) == "not this one"
+    assert isinstance(failed, ArithmeticError)
+    assert "tests/support/device_pipelines.py" in "".join(failed.__notes__)
+    assert isinstance(odd, ValueError)
+
+
+async def test_a_process_that_is_killed_in_a_batch_is_started_again_and_no_caller_notices() -> None:
+    async with worker_of(source_of("WherePipeline"), first=1) as worker:
+        (before,) = await outputs_of(worker, "before")
+        outputs = await outputs_of(worker, "one", "kill", "two")
+        assert [output.text for output in outputs] == ["one", "kill", "two"]
+        assert {output.process for output in outputs}.isdisjoint({before.process, os.getpid()})
+        os.kill(outputs[0].process, signal.SIGKILL)
+        await wait_until_gone(outputs[0].process)
+        (after,) = await outputs_of(worker, "after")
+        assert after.process not in {before.process, outputs[0].process}
+
+
+async def test_a_batch_that_hangs_does_not_keep_its_device() -> None:
+    async with worker_of(source_of("WherePipeline", timeout_s=0.5), first=1) as worker:
+        good, hanging = await outputs_of(worker, "good", "hang")
+        assert isinstance(hanging, BatchTimeoutError)
+        assert good.text == "good"
+        (after,) = await outputs_of(worker, "after")
+        assert after.text == "after"
+
+
+async def test_a_pipeline_of_one_stage_runs_elsewhere_too() -> None:
+    async with worker_of(source_of("AsOnePipeline"), first=1) as worker:
+        (output,) = await outputs_of(worker, "a")
+        assert output.process != os.getpid()
+
+
+async def test_pieces_come_from_another_process_one_by_one_and_can_be_stopped() -> None:
+    async with worker_of(source_of("PiecesPipeline"), first=1) as worker:
+        pieces = [piece async for piece in worker.predict_stream({"text": "abc"})]
+        assert [getattr(piece, "text", "") for piece in pieces] == ["a", "ab", "abc"]
+        async with aclosing(worker.predict_stream({"text": ""})) as endless:
+            await anext(endless)
+        assert [outcome.text for outcome in await outputs_of(worker, "ab")] == ["ab"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("OnlyHerePipeline", "where.devices: b: .*there is no device b"),
+        ("AsynchronousPipeline", "where.devices: b: an asynchronous pipeline runs on no device.*max_in_flight"),
+    ],
+)
+async def test_a_device_that_cannot_be_used_is_named_at_the_start(kind: str, message: str) -> None:
+    with pytest.raises(LoadError, match=message):
+        await anyio.to_thread.run_sync(load_on_devices, source_of(kind))
+
+
+async def test_one_device_needs_no_other_process() -> None:
+    (pipeline,) = await anyio.to_thread.run_sync(load_on_devices, source_of("WherePipeline", "a"))
+    assert not isinstance(pipeline, DevicePipeline)
+    assert isinstance(pipeline, InferencePipeline)
+    assert not isinstance(pipeline, Failure)

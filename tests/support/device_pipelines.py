@@ -1,0 +1,99 @@
+"""Pipelines whose results tell in which process and on which device they were made."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline, RejectItem
+
+
+class Item(BaseModel):
+    """What should happen to it."""
+
+    text: str
+
+
+class Output(InferenceOutputModel):
+    """Where it was made."""
+
+    text: str = ""
+    process: int = 0
+    device: str = ""
+
+
+class WherePipeline(InferencePipeline):
+    """Answers with its process; some texts reject, fail, hang or kill."""
+
+    input_model = Item
+    output_model = Output
+
+    def preprocess(self, input_list: list[Item]) -> dict[str, Any]:  # type: ignore[override]
+        for index, item in enumerate(input_list):
+            if item.text == "reject":
+                raise RejectItem("not this one", index=index)
+        texts = [item.text for item in input_list]
+        if "remove" in texts:
+            del input_list[texts.index("remove")]
+        # Something that no pickle could carry: it stays where it is made.
+        return {"texts": texts, "local": lambda: None}
+
+    def predict(self, input_list: list[Item], preprocessed_data: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        assert preprocessed_data["local"]() is None
+        texts = preprocessed_data["texts"]
+        if "fail" in texts:
+            raise ArithmeticError("cannot compute this")
+        if "hang" in texts:
+            time.sleep(60)
+        if "kill" in texts and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), 9)
+        return {"texts": texts}
+
+    def postprocess(self, input_list: list[Item], raw_output: dict[str, Any]) -> list[Any]:  # type: ignore[override]
+        return [
+            ValueError("odd") if text == "odd" else Output(text=text, process=os.getpid(), device=self.device_name())
+            for text in raw_output["texts"]
+        ]
+
+    def device_name(self) -> str:
+        return str(self.common_settings["device"])
+
+
+class OnlyHerePipeline(WherePipeline):
+    """Cannot be constructed on device b."""
+
+    def __init__(self, common_settings: dict[str, Any]) -> None:
+        if common_settings["device"] == "b":
+            raise RuntimeError("there is no device b")
+
+
+class AsOnePipeline(InferencePipeline):
+    """Runs as one stage."""
+
+    input_model = Item
+    output_model = Output
+
+    def run_inference(self, input_list: list[Item]) -> list[Output]:  # type: ignore[override]
+        return [Output(text=item.text, process=os.getpid()) for item in input_list]
+
+
+class PiecesPipeline(InferencePipeline):
+    """Yields a piece for each letter; it never ends for an empty text."""
+
+    input_model = Item
+    output_model = Output
+
+    def predict_stream(self, input_list: list[Item]) -> Iterator[list[Output]]:  # type: ignore[override]
+        for length in range(1, 1 + max(len(item.text) or 10**9 for item in input_list)):
+            yield [Output(text=item.text[:length], process=os.getpid()) for item in input_list]
+
+
+class AsynchronousPipeline(InferencePipeline):
+    """Has no device."""
+
+    async def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
+        return [InferenceOutputModel() for _ in input_list]
