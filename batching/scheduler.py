@@ -299,7 +299,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         oldest = {priority: queue.oldest(priority) for priority in Priority}
         return self._telemetry.snapshot(
             queued={priority: queue.waiting(priority) for priority in Priority},
-            queued_s=self._planner.former.queued_s(),
+            queued_s=min(device.former.queued_s() for device in self._planner.devices),
             oldest_s={lane: 0.0 if one is None else self._now() - one.arrival_s for lane, one in oldest.items()},
             running=sum(len(batch.requests) for batch in self._dispatcher.runner.running.values()),
             open_s=self._open_s() * len(self._dispatcher.executors),

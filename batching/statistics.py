@@ -69,7 +69,7 @@ class SchedulerStatistics:
     queued: Mapping[Priority, int]
     """Requests that wait, by lane."""
     queued_s: float
-    """Seconds that one worker is predicted to need for all that wait."""
+    """Seconds that one worker, on the fastest device, is predicted to need for all that wait."""
     oldest_s: Mapping[Priority, float]
     """Seconds that the oldest waiting request of each lane has waited; 0 where none waits."""
     running: int
