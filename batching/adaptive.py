@@ -127,10 +127,15 @@ class BulkTimeLimit:
     """
 
     def __init__(self, max_s: float | None = None) -> None:
-        self._max_s = math.inf if max_s is None else max_s
-        self.seconds = self._max_s
+        self.seconds = math.inf
+        self.set_maximum(max_s)
         self._cost = 0.0
         self._measured = self._calls = 0
+
+    def set_maximum(self, max_s: float | None) -> None:
+        """Never exceed `max_s` from now on."""
+        self._max_s = math.inf if max_s is None else max_s
+        self.seconds = min(self.seconds, self._max_s)
 
     def should_measure(self) -> bool:
         """Whether to form a bulk batch only to measure what a short one costs: always at first, later each 8th time."""

@@ -117,7 +117,7 @@ class BatchRunner(Generic[T, R]):
         """Run parts of a batch that failed; returns the errors of requests, and how many were requeued."""
         test, errors = GroupTest(wanted, self._history, self._is_wanted), list[Exception]()
         self._record_failure(test, wanted, error, executor.device)
-        while part := test.next_part():
+        while not executor.is_retired and (part := test.next_part()):
             outputs, seconds = await executor.attempt([request.payload for request in part])
             if isinstance(outputs, Exception):
                 self._record_failure(test, part, outputs, executor.device)
@@ -139,7 +139,7 @@ class BatchRunner(Generic[T, R]):
         ):
             sizes = [request.size for request in wanted]
             self._planner.record_too_large(sizes, executor.device)  # no item hangs: they were too many
-        requeued = [request for request in test.untested if request.outcome is None]
+        requeued = [request for request in wanted if request.outcome is None]
         self._planner.queue.requeue(requeued)
         return errors, len(requeued)
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -59,13 +59,33 @@ class Dispatcher(Generic[T, R]):
         self._max_partial_in_flight = math.inf if max_partial_in_flight is None else max_partial_in_flight
         self._name = name
         self._faults_in_a_row = 0
+        self._task_group: TaskGroup
 
     def start(self, task_group: TaskGroup, now: Callable[[], float]) -> None:
         """Start the workers; `now` is the event loop's clock."""
         self.runner.now = now
         self.is_open = True
+        self._task_group = task_group
         for executor in self.executors:
             task_group.start_soon(self._serve, executor)
+
+    def replace_executors(self, executors: Sequence[Executor[T, R]], close_old: Callable[[], Awaitable[None]]) -> None:
+        """Let these executors run the next batches; those before them end with the batches that they run.
+
+        When they have ended, `close_old` is called.
+        """
+        for executor in self.executors:
+            executor.is_retired = True
+        self._task_group.start_soon(self._close_retired, self.executors, close_old)
+        self.executors = executors
+        for executor in executors:
+            self._task_group.start_soon(self._serve, executor)
+        self.sleepers.wake_all()
+
+    async def _close_retired(self, executors: Sequence[Executor[T, R]], close: Callable[[], Awaitable[None]]) -> None:
+        for executor in executors:
+            await executor.has_ended.wait()
+        await close()
 
     def close(self) -> None:
         """Accept nothing more; the workers end once the queue is empty."""
@@ -86,24 +106,33 @@ class Dispatcher(Generic[T, R]):
             self.runner.fail(request, failure)
 
     async def _serve(self, executor: Executor[T, R]) -> None:
-        """Run one batch after the other, until the scheduler is closed and nothing waits, or until it is broken."""
-        async with anyio.create_task_group() as overlapped:
-            while (batch := await self._next_batch(executor)) is not None:
-                if self._should_overlap(executor):
-                    await self._start_overlapped(batch, executor, overlapped)
-                else:
-                    await self._run(batch, executor)
-                    if executor.is_async or len(self._planner.queue) < self._planner.policy.max_batch_size:
-                        await checkpoint()  # callers that got a result may send a request for the next batch
+        """Run one batch after the other, until the scheduler is closed and nothing waits, or is broken.
+
+        An executor that is retired runs none after the present one.
+        """
+        try:
+            async with anyio.create_task_group() as overlapped:
+                while (batch := await self._next_batch(executor)) is not None:
+                    if self._should_overlap(executor):
+                        await self._start_overlapped(batch, executor, overlapped)
+                    else:
+                        await self._run(batch, executor)
+                        if executor.is_async or len(self._planner.queue) < self._planner.policy.max_batch_size:
+                            await checkpoint()  # callers that got a result may send a request for the next batch
+        finally:
+            executor.has_ended.set()
+            self.sleepers.wake_one()  # a retired executor may have requeued requests
 
     async def _next_batch(self, executor: Executor[T, R]) -> Batch[Pending[T, R]] | None:
-        while not self.broken.is_set():
+        while not (self.broken.is_set() or executor.is_retired):
             try:
                 await executor.prepare()
             except Exception:
                 logger.exception("%s: device %d cannot run batches; trying again", self._name, executor.device)
                 if self.is_open or len(self._planner.queue):
                     continue
+                return None
+            if executor.is_retired:
                 return None
             decision = self._decide(executor.device)
             for request in decision.expired:

@@ -88,6 +88,10 @@ class Executor(Generic[T, R]):
         self._main_lock = anyio.Lock(fast_acquire=True)
         self._side_lock = anyio.Lock(fast_acquire=True)
         self._is_closed = False
+        self.is_retired = False
+        """Whether it is to begin no more batches, because others have taken its place."""
+        self.has_ended = anyio.Event()
+        """Set once it begins no more batches."""
 
     @property
     def is_busy(self) -> bool:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from modalkit.batching.errors import number_text, text_of
 from modalkit.batching.request import LARGEST_SIZE, Outcome, Priority, Request
@@ -64,6 +64,14 @@ class Listener(Generic[R]):
             self._on_outcome(outcome)
         except Exception:
             logger.exception("A function that was called with the outcome of a request failed")
+
+
+class Withdraw(Protocol):
+    """Withdraws a request: its listener is not called any more."""
+
+    def __call__(self, *, only_waiting: bool = False) -> bool:
+        """Withdraw it; with `only_waiting`, not if it runs or has ended. Returns whether it was withdrawn."""
+        ...
 
 
 class Pending(Request[T], Generic[T, R]):

@@ -45,6 +45,14 @@ class BatchPlanner(Generic[RequestT]):
         self._bulk_deficit_s = 0.0
         self._bulk_in_flight = 0
 
+    def set_policy(self, policy: BatchPolicy) -> None:
+        """Form the next batches within other limits; what waits stays, also beyond a smaller `max_queue_items`."""
+        self.policy = policy
+        self.queue.max_items = policy.max_queue_items
+        for device in self.devices:
+            device.former.policy = policy
+            device.bulk_time_limit.set_maximum(policy.max_bulk_batch_s)
+
     def push(self, request: RequestT) -> None:
         """Add a new request; raises `QueueFullError` when there is no room."""
         self.push_all((request,))

@@ -3,8 +3,9 @@
 import inspect
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Generic, Self, TypeVar, cast
 
 import anyio
@@ -22,7 +23,7 @@ from modalkit.batching.errors import (
 )
 from modalkit.batching.execution import Executor
 from modalkit.batching.measured_cost import MeasuredCostModel
-from modalkit.batching.pending import ItemSizes, Listener, Pending, Waiter
+from modalkit.batching.pending import ItemSizes, Listener, Pending, Waiter, Withdraw
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import BatchPolicy
 from modalkit.batching.request import LARGEST_SIZE, Failure, Outcome, Priority, Success
@@ -96,14 +97,10 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         on_close: Callable[[], object] | None = None,
         name: str = "batch scheduler",
     ) -> None:
-        if max_in_flight < 1:
-            raise ValueError(f"max_in_flight must be at least 1, got {max_in_flight!r}")
         if max_partial_in_flight is not None and not 1 <= max_partial_in_flight <= max_in_flight:
             raise ValueError(
                 f"max_partial_in_flight must be from 1 to {max_in_flight} or None, got {max_partial_in_flight!r}"
             )
-        if batch_timeout_s is not None and batch_timeout_s <= 0:
-            raise ValueError(f"batch_timeout_s must be positive or None, got {batch_timeout_s!r}")
         self.policy = policy or BatchPolicy()
         devices = run_batch if isinstance(run_batch, Sequence) else [run_batch]
         if cost_model is None:
@@ -113,18 +110,17 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
             raise ValueError(f"cost_model must be one for each of the {len(devices)} devices, got {len(cost_models)}")
         self.name = name
         self._sizes = None if item_size is None else ItemSizes(item_size, name)
-        timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         # All mutable state: the planner with its queue; the dispatcher with its workers and the counters; the clock.
         self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, *cost_models)
         runner = BatchRunner(self._planner, is_too_large=is_too_large, on_batch=on_batch, name=name)
-        executors = [
-            Executor(run, timeout_s, f"{name} {device * max_in_flight + i}", device, before)
-            for device, (run, before) in enumerate(zip(devices, before_batch or [None] * len(devices), strict=True))
-            for i in range(max_in_flight)
-        ]
         self._dispatcher = Dispatcher(
-            self._planner, executors, runner, max_partial_in_flight=max_partial_in_flight, name=name
+            self._planner,
+            self._executors(devices, max_in_flight, batch_timeout_s, before_batch),
+            runner,
+            max_partial_in_flight=max_partial_in_flight,
+            name=name,
         )
+        self._replacing = anyio.Lock()
         self._telemetry = runner.telemetry
         self._on_close = on_close
         self._now: Callable[[], float] = anyio.current_time
@@ -148,16 +144,16 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         finally:
             self._dispatcher.fail_all(SchedulerClosedError("the scheduler was aborted before this request finished"))
             self._closed_s = self._now()
-            await self._close()
+            await self._close(self._dispatcher.executors, self._on_close)
 
-    async def _close(self) -> None:
+    async def _close(self, executors: Sequence[Executor[T, R]], on_close: Callable[[], object] | None) -> None:
         """Call `on_close`, and end the threads."""
-        first, *_ = executors = self._dispatcher.executors
+        first, *_ = executors
         try:
-            if self._on_close is not None:
+            if on_close is not None:
                 with anyio.fail_after(MAX_CLOSE_S, shield=True):
                     async with first.paused():
-                        result = await first.run_while_paused(self._on_close, None)
+                        result = await first.run_while_paused(on_close, None)
                     if inspect.isawaitable(result):
                         await result
         except Exception:
@@ -248,7 +244,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         size: int | None = None,
         priority: Priority = Priority.INTERACTIVE,
         tag: str | None = None,
-    ) -> Callable[[], None]:
+    ) -> Withdraw:
         """Queue one payload and return at once; `on_outcome` is called in the event loop with its outcome.
 
         It serves callers that have many requests at a time and no task for each. It returns a function that withdraws
@@ -259,11 +255,74 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         request = listener.request = self._make_request(payload, size, priority, listener)
         self._enqueue((request,))
 
-        def withdraw() -> None:
+        def withdraw(*, only_waiting: bool = False) -> bool:
+            if only_waiting and request not in self._planner.queue:
+                return False
             listener.stop()
             self._withdraw((request,), CANCELLED)
+            return True
 
         return withdraw
+
+    def _executors(
+        self,
+        devices: Sequence[RunBatch[T, R]],
+        max_in_flight: int,
+        batch_timeout_s: float | None,
+        before_batch: Sequence[Callable[[], object] | None] | None,
+    ) -> list[Executor[T, R]]:
+        if max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be at least 1, got {max_in_flight!r}")
+        if batch_timeout_s is not None and batch_timeout_s <= 0:
+            raise ValueError(f"batch_timeout_s must be positive or None, got {batch_timeout_s!r}")
+        timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
+        return [
+            Executor(run, timeout_s, f"{self.name} {device * max_in_flight + i}", device, before)
+            for device, (run, before) in enumerate(zip(devices, before_batch or [None] * len(devices), strict=True))
+            for i in range(max_in_flight)
+        ]
+
+    async def replace(
+        self,
+        run_batch: RunBatch[T, R] | Sequence[RunBatch[T, R]],
+        *,
+        policy: BatchPolicy,
+        item_size: Callable[[T], int] | None = None,
+        max_in_flight: int = 1,
+        batch_timeout_s: float | None = None,
+        before_batch: Sequence[Callable[[], object] | None] | None = None,
+        warm_up: Sequence[Callable[[], object]] = (),
+        on_close: Callable[[], object] | None = None,
+    ) -> None:
+        """Run the next batches by other functions, within other limits. The arguments are those of the constructor.
+
+        Requests that wait are kept, with their sizes, and batches that run end by the function that they began with,
+        except that one whose failing items are searched for is requeued. `warm_up`, one for each device, is called
+        before, in a thread of the device, while batches go on; it may return an awaitable. What it raises is raised,
+        and changes nothing. With an `on_close`, the one before is called once the old batches have ended. Also raises
+        `SchedulerClosedError`, and `ValueError` for another number of devices.
+        """
+        devices = run_batch if isinstance(run_batch, Sequence) else [run_batch]
+        if len(devices) != len(self._planner.devices):
+            raise ValueError(f"there must be {len(self._planner.devices)} devices as before, got {len(devices)}")
+        executors = self._executors(devices, max_in_flight, batch_timeout_s, before_batch)
+        try:
+            for device, function in enumerate(warm_up):
+                warmed_up = await executors[device * max_in_flight].run_while_paused(function, None)
+                if isinstance(warmed_up, Awaitable):
+                    await warmed_up
+            async with self._replacing:
+                self._ensure_open()
+                self.policy = policy
+                self._planner.set_policy(policy)
+                self._sizes = None if item_size is None else ItemSizes(item_size, self.name)
+                close_old = partial(self._close, self._dispatcher.executors, on_close and self._on_close)
+                self._dispatcher.replace_executors(executors, close_old)
+                self._on_close = on_close or self._on_close
+        except BaseException:
+            for executor in executors:
+                executor.close()
+            raise
 
     async def run_in_thread(self, function: Callable[[], S], timeout_s: float | None = None, *, device: int = 0) -> S:
         """Run a function, such as a warm-up, in a thread that runs batches of `device`, while no batch is in any stage.
@@ -287,8 +346,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     async def _paused(self, device: int = 0) -> AsyncGenerator[Executor[T, R]]:
         """Wait until no batch is in any stage, and let none start in the block; yields the device's first executor."""
         self._ensure_open()
-        executors = self._dispatcher.executors
         async with AsyncExitStack() as paused:
+            await paused.enter_async_context(self._replacing)
+            executors = self._dispatcher.executors
             for executor in executors:
                 await paused.enter_async_context(executor.paused())
             yield next(executor for executor in executors if executor.device == device)

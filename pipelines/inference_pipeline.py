@@ -59,6 +59,9 @@ class InferencePipeline:
     cost_feature: ClassVar[Literal["padded", "total"]] = "padded"
     """What the time of a batch grows with: the sizes after padding to the longest, or their sum without padding."""
 
+    retryable_errors: ClassVar[type[Exception] | tuple[type[Exception], ...]] = ()
+    """Errors that pass, such as those of a connection: jobs that fail by one run again later, other callers get 503."""
+
     engine_choice: EngineChoice | None = None
     """What computes the model, if the pipeline has loaded it by `load_engine`: shown by the service."""
 

@@ -1,6 +1,7 @@
-"""How long to wait between attempts; the one backoff of all retries of modalkit."""
+"""How long to wait between attempts, the one backoff of all retries of modalkit; and a clock for such times."""
 
 import random
+import time
 
 FIRST_RETRY_S = 0.5
 MAX_RETRY_S = 300.0
@@ -17,3 +18,20 @@ def backoff_with_jitter(
     """
     ceiling_s = min(longest_s, first_s * factor ** (min(attempt, 64) - 1))
     return ceiling_s * (0.5 + random.random() / 2)  # noqa: S311  # spreads load, keeps no secret
+
+
+class SteadyClock:
+    """Wall-clock Unix seconds at its making, and the seconds since then: setting the machine's clock changes nothing.
+
+    What is due in ten seconds is due in ten seconds, also where the machine's clock is set back by an hour.
+    """
+
+    # Linux's other clock stands still while the machine is suspended.
+    _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+    def __init__(self) -> None:
+        self._offset_s = time.time() - time.clock_gettime(self._CLOCK)
+
+    def __call__(self) -> float:
+        """The time."""
+        return self._offset_s + time.clock_gettime(self._CLOCK)

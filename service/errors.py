@@ -53,6 +53,8 @@ class Readiness(StrEnum):
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
+    RESTARTING = "restarting"
+    """It hangs, and is loaded anew; what does not hang may still be answered."""
     BROKEN = "broken"
     FAILED = "failed"
 
@@ -68,6 +70,14 @@ class NotReadyError(ServiceError):
         super().__init__(f"model {model_name!r} takes no requests now: it is {readiness}{why}")
         self.model_name = model_name
         self.readiness = readiness
+
+
+class ReloadError(ServiceError):
+    """Raised when a model is not reloaded, or its limits are not changed: it goes on as it was."""
+
+    def __init__(self, model_name: str, reason: str) -> None:
+        super().__init__(f"model {model_name!r} goes on as it was: {reason}")
+        self.model_name = model_name
 
 
 class InvalidItemError(ServiceError, ValueError):
@@ -97,6 +107,16 @@ class NotAwaitedError(ServiceError):
             f"{source} returned a {_class_name(type(awaitable))}{f' of {name}' if name else ''} that was not awaited; "
             "write 'await' before the call that makes it, in an 'async def'"
         )
+
+
+class RetryableError(ServiceError):
+    """Raised in place of an error that the pipeline declares transient (`retryable_errors`), which is its cause.
+
+    A job runs again later; another caller may send its item again.
+    """
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(describe_error(cause))
 
 
 class RemoteItemError(ServiceError):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import BaseModel
 
@@ -10,8 +10,18 @@ from modalkit.batching import Outcome, Priority, SchedulerStatistics
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel
 from modalkit.service.errors import NotReadyError, Readiness, UnknownModelError
 from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage
+from modalkit.service.settings import BatchConfig
 
-__all__ = ["Gateway", "JobAdministration", "Jobs", "Model", "NotReadyError", "Readiness", "find_model"]
+__all__ = [
+    "Gateway",
+    "JobAdministration",
+    "Jobs",
+    "Model",
+    "ModelAdministration",
+    "NotReadyError",
+    "Readiness",
+    "find_model",
+]
 
 
 class Model(Protocol):
@@ -32,6 +42,10 @@ class Model(Protocol):
     @property
     def readiness(self) -> Readiness:
         """Whether it takes requests."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why it takes no requests, or should get none; None where that is not known."""
 
     async def predict(
         self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
@@ -79,6 +93,10 @@ class Jobs(Protocol):
     def administration(self) -> JobAdministration | None:
         """None where the engine cannot list, replay, purge or count jobs."""
 
+    @property
+    def failure(self) -> Exception | None:
+        """Why jobs can neither be accepted nor read now; None where they can, or where that is not known."""
+
     async def submit(
         self, requests: Sequence[AsyncInputModel], *, model_name: str, priority: Priority = Priority.BULK
     ) -> list[Outcome[str]]:
@@ -93,6 +111,26 @@ class Jobs(Protocol):
 
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended; returns the job as it then is, or None if there is none."""
+
+
+class ModelAdministration(Protocol):
+    """What can be done with the models of an engine while they run. Methods raise `UnknownModelError`."""
+
+    async def reload(self, model_name: str) -> None:
+        """Load a model anew by the configuration as it is now, beside the one that runs, and replace that.
+
+        No request fails for it. Where it raises, the old one goes on: `NotReadyError` where none runs, `ReloadError`,
+        `LoadError` and `SettingsError`.
+        """
+
+    async def set_limits(self, model_name: str, limits: Mapping[str, Any]) -> None:
+        """Change limits of a model's batches, keys of `batch_config`, until it is reloaded or started.
+
+        Raises `NotReadyError`, `ReloadError` during a reload, and `InvalidItemError` for limits that cannot hold.
+        """
+
+    def limits(self, model_name: str) -> BatchConfig | None:
+        """The limits of a model's batches; None where it does not run."""
 
 
 class Gateway(AbstractAsyncContextManager["Gateway"], Protocol):
@@ -112,6 +150,10 @@ class Gateway(AbstractAsyncContextManager["Gateway"], Protocol):
         Where no other process has any, the id is empty.
         """
         ...
+
+    @property
+    def administration(self) -> ModelAdministration | None:
+        """None where the engine cannot reload models."""
 
 
 def find_model(models: Mapping[str, Model], name: str | None) -> Model:

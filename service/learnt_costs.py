@@ -61,12 +61,15 @@ class LearntCosts:
         self._pipeline = pipeline
         self._batch_config = batch_config
         self._config = batch_config.calibration
-        # Costs of an asynchronous pipeline are those of a server elsewhere: only real batches teach them.
-        measures = self._config.enabled and not is_asynchronous_pipeline(pipeline)
-        self._calibrate = calibrate and measures
+        self._calibrate = calibrate and self._measures
         self._key: CostKey | None = None
         # Whether the costs are worth keeping: incomplete ones in the file would prevent a later measurement.
-        self._is_complete = not measures
+        self._is_complete = not self._measures
+
+    @property
+    def _measures(self) -> bool:
+        # Costs of an asynchronous pipeline are those of a server elsewhere: only real batches teach them.
+        return self._config.enabled and not is_asynchronous_pipeline(self._pipeline)
 
     async def learn(self, scheduler: BatchScheduler[Any, InferenceOutputModel], device: int = 0) -> None:
         """Read the costs from the configured file, or measure them in the scheduler's thread of that device.
@@ -74,6 +77,24 @@ class LearntCosts:
         An equal device that was measured before has left them in the file. Errors are logged as warnings, because real
         batches teach the model too.
         """
+        await self._load()
+        if self._calibrate and not self._is_complete:
+            await self._measure(scheduler, device)
+            await self.keep()
+
+    async def follow(self, pipeline: InferencePipeline, batch_config: BatchConfig) -> None:
+        """Go on with the costs of another pipeline, which takes the place of this one, or within other limits.
+
+        Its costs start as those in the file, if it was measured before, else as they are; these are not kept for it, so
+        that the next start measures it.
+        """
+        await self.keep()
+        self._pipeline, self._batch_config, self._config = pipeline, batch_config, batch_config.calibration
+        self._key, self._is_complete = None, not self._measures
+        await self._load()
+
+    async def _load(self) -> None:
+        """Read the costs of the pipeline from the configured file, if they are there."""
         if (path := self._config.path) is not None:
             try:
                 self._key = CostKey.of(self._pipeline, self._batch_config)
@@ -81,9 +102,6 @@ class LearntCosts:
                 self._warn("device_name failed, so its costs are not kept", error)
             else:
                 self._is_complete |= await to_thread.run_sync(load_costs, path, self._key, self.model)
-        if self._calibrate and not self._is_complete:
-            await self._measure(scheduler, device)
-            await self.keep()
 
     async def keep(self) -> None:
         """Write the costs to the configured file, if any; cancellation does not interrupt it."""

@@ -170,6 +170,10 @@ class ModelSource:
                 return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
         return self._devices
 
+    def again(self, settings: Settings) -> "ModelSource":
+        """The same model by other settings. Raises what the constructor raises."""
+        return type(self)(settings, self.model_name, self._implementation)
+
     def load(self, device: str | None = None) -> InferencePipeline:
         """Construct the pipeline, which takes seconds; may run in any thread. Raises `LoadError`.
 

@@ -1,45 +1,41 @@
 """The gateway to models that run in this process."""
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import Self, TypeVar
+from typing import Any, Self
 
 import anyio
-from anyio import AsyncContextManagerMixin
+from anyio import AsyncContextManagerMixin, to_thread
+from anyio.abc import TaskGroup
 from pydantic import BaseModel
 
 from modalkit.batching import Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.batching.threads import DedicatedThread
-from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline
-from modalkit.service.device_process import load_on_devices
-from modalkit.service.errors import NotReadyError, Readiness, ServiceError, UnknownModelError, describe_error
+from modalkit.pipelines import EngineChoice, InferenceOutputModel
+from modalkit.service.errors import (
+    NotReadyError,
+    Readiness,
+    ReloadError,
+    ServiceError,
+    UnknownModelError,
+    describe_error,
+)
 from modalkit.service.jobs import JobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import LoadError, ModelSource, make_job_manager
 from modalkit.service.queue_backends import QueueBackend
-from modalkit.service.settings import Settings
+from modalkit.service.settings import BatchConfig, Settings
+from modalkit.service.supervision import Phase, Supervisor
 from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-class ModelBrokenError(ServiceError):
-    """Raised inside the gateway, and logged, for a model that was ready and can run nothing any more."""
-
-    def __init__(self, model_name: str) -> None:
-        super().__init__(f"model {model_name!r} broke down and takes no requests any more; restart this process")
-        self.model_name = model_name
 
 
 class LocalModel:
     """A configured model and, once it is loaded, its worker."""
 
-    def __init__(self, source: ModelSource, closing: anyio.Event) -> None:
+    def __init__(self, source: ModelSource, phase: Phase) -> None:
         self.name = source.model_name
         self.input_model = source.input_model
         self.output_model = source.output_model
@@ -48,19 +44,28 @@ class LocalModel:
         self.worker: InferenceWorker | None = None
         self.settled = anyio.Event()
         """Set once the model is ready or has failed."""
-        self._source = source
-        self._closing = closing
+        self._phase = phase
+        self._supervisor = Supervisor(source, phase)
 
     @property
     def readiness(self) -> Readiness:
         """Whether it takes requests."""
         if self.error is not None:
             return Readiness.FAILED if self.worker is None else Readiness.BROKEN
-        if self._closing.is_set():
+        if self._phase.closing.is_set():
             return Readiness.DRAINING
         if self.worker is None:
             return Readiness.LOADING
+        if self.worker.hangs:
+            return Readiness.RESTARTING
         return Readiness.BROKEN if self.worker.is_broken else Readiness.READY
+
+    @property
+    def problem(self) -> str | None:
+        """Why it takes no requests, or should get none; None where that is not known."""
+        if self.error is not None:
+            return describe_error(self.error)
+        return None if self.worker is None else self.worker.problem
 
     async def predict(
         self, item: BaseModel, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None
@@ -90,23 +95,22 @@ class LocalModel:
     def ready_worker(self) -> InferenceWorker:
         """The worker. Raises `NotReadyError`."""
         readiness = self.readiness
-        # A model whose batches hang may still answer. Probes of /health/live decide when its process is replaced.
-        may_answer = readiness is Readiness.READY or (readiness is Readiness.BROKEN and self.error is None)
-        if self.worker is None or not may_answer:
+        if self.worker is None or readiness not in (Readiness.READY, Readiness.RESTARTING):
             reason = None if self.error is None else describe_error(self.error.__cause__ or self.error)
             raise NotReadyError(self.name, readiness, reason)
         return self.worker
 
-    async def serve(self, settings: Settings, jobs: JobManager) -> None:
+    async def serve(self, jobs: JobManager) -> None:
         """Load the model and keep its worker open until the gateway closes, or the model breaks down (see `error`)."""
         try:
-            pipelines = await self._load()
+            pipelines = await self._supervisor.load()
             if pipelines is None:
                 return
-            worker = InferenceWorker(pipelines, settings=settings, jobs=jobs, input_model=self.input_model)
+            worker = InferenceWorker(pipelines, settings=self.source.settings, jobs=jobs, input_model=self.input_model)
+            del pipelines  # else one that was replaced would stay in memory
             async with worker as self.worker:
                 self.settled.set()
-                await self._wait_until_closing(worker)
+                await self._supervisor.watch(worker)
         except Exception as error:
             # A failed model must not stop the others: its readiness says so, and so does each request for it.
             self.error = error
@@ -117,20 +121,23 @@ class LocalModel:
         finally:
             self.settled.set()
 
-    async def _wait_until_closing(self, worker: InferenceWorker) -> None:
-        """Wait until the gateway closes. Raises `ModelBrokenError` when the worker breaks down before."""
-        await _unless(worker.wait_until_broken, self._closing.wait)
-        if not self._closing.is_set():
-            raise ModelBrokenError(self.name)
+    async def reload(self, source: ModelSource) -> None:
+        """Replace the pipeline that runs by one of `source`. Raises `NotReadyError`, and what `Supervisor` raises."""
+        await self._supervisor.reload(self.ready_worker(), source)
 
-    async def _load(self) -> list[InferencePipeline] | None:
-        """The pipeline, loaded on each of its devices, or None when the gateway closes before."""
-        thread = DedicatedThread(f"load {self.name}")
-        try:
-            pipelines = await _unless(self._closing.wait, lambda: thread.run(partial(load_on_devices, self._source)))
-        finally:
-            thread.close()
-        return None if self._closing.is_set() else pipelines
+    async def set_limits(self, limits: Mapping[str, Any]) -> None:
+        """Change limits of its batches. Raises `NotReadyError`, and what `Supervisor` raises."""
+        await self._supervisor.set_limits(self.ready_worker(), limits)
+
+    def begin_again(self, source: ModelSource) -> None:
+        """Let the next `serve` load it from `source`, after it could not be loaded. Raises `ReloadError`."""
+        self._supervisor.check(source)
+        self._supervisor.source, self.error, self.settled = source, None, anyio.Event()
+
+    @property
+    def source(self) -> ModelSource:
+        """What it was loaded from, or is loaded from."""
+        return self._supervisor.source
 
 
 class LocalGateway(AsyncContextManagerMixin):
@@ -154,11 +161,12 @@ class LocalGateway(AsyncContextManagerMixin):
         sources: Sequence[ModelSource] | None = None,
     ) -> None:
         self._settings = settings
-        self._closing = anyio.Event()
+        self._phase = Phase()
         self._broken = anyio.Event()
+        self._task_group: TaskGroup
         if sources is None:
             sources = [ModelSource(settings, name) for name in settings.model_settings.model_entries]
-        self.models = {source.model_name: LocalModel(source, self._closing) for source in sources}
+        self.models = {source.model_name: LocalModel(source, self._phase) for source in sources}
         if not self.models:
             raise LoadError("model_settings.model_entries: there is no model; add one")
         self.jobs = make_job_manager(settings, queue_backend, job_store)
@@ -166,22 +174,77 @@ class LocalGateway(AsyncContextManagerMixin):
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
-        async with self.jobs, plain_task_group() as task_group:
+        async with self.jobs, plain_task_group() as self._task_group:
             for model in self.models.values():
-                task_group.start_soon(self._serve, model)
+                self._task_group.start_soon(self._serve, model)
             try:
                 yield self
             finally:
-                self._closing.set()
+                self._phase.draining.set()
+                self._phase.closing.set()
+
+    def drain(self) -> None:
+        """Before the gateway is left: end reloads, answer callers that wait for jobs, start no more. Idempotent."""
+        self._phase.draining.set()
+        self.jobs.drain()
+
+    @property
+    def administration(self) -> Self:
+        """What can be done with the models while they run: `reload`, `set_limits` and `limits`."""
+        return self
+
+    async def set_limits(self, model_name: str, limits: Mapping[str, Any]) -> None:
+        """Change limits of a model's batches; see `LocalModel.set_limits`. Raises `UnknownModelError` too."""
+        await self._model(model_name).set_limits(limits)
+
+    def limits(self, model_name: str) -> BatchConfig | None:
+        """The limits of a model's batches; None before it is loaded. Raises `UnknownModelError`."""
+        worker = self._model(model_name).worker
+        return None if worker is None else worker.limits
+
+    async def reload(self, model_name: str) -> None:
+        """Load a model anew by the configuration as it is now, beside the one that runs, and replace that.
+
+        No request fails for it. Where it raises, the old one goes on: `UnknownModelError`, `NotReadyError` for a model
+        that does not run, `ReloadError`, `LoadError`, and `SettingsError` for a configuration with an error. A model
+        that could not be loaded is tried again. Modules of Python are not imported again, and of the configuration only
+        what concerns the model is taken up.
+        """
+        model = self._model(model_name)
+        # In a thread, because it reads files and may import modules.
+        source = await to_thread.run_sync(self._read_source_again, model)
+        if model.readiness is not Readiness.FAILED:
+            await model.reload(source)
+            return
+        model.begin_again(source)
+        self._task_group.start_soon(self._serve, model)
+        await model.settled.wait()
+        if model.error is not None:
+            raise ReloadError(model.name, describe_error(model.error)) from model.error
+
+    def _read_source_again(self, model: LocalModel) -> ModelSource:
+        settings = self._settings.read_again()
+        before, after = self._settings.app_settings, settings.app_settings
+        later = [
+            f"app_settings.{name}" for name in type(after).model_fields if getattr(before, name) != getattr(after, name)
+        ]
+        entries = [each.model_settings.model_entries for each in (self._settings, settings)]
+        later += [f"the model {name!r}" for name in sorted(entries[0].keys() ^ entries[1].keys())]
+        if later := [each for each in later if each != "app_settings.batch_config"]:
+            logger.warning("What changed of %s takes effect at the next start only", ", ".join(later))
+        return model.source.again(settings)
 
     async def metrics_of_processes(self, own: str) -> dict[str, str]:
         """The metrics of this process alone."""
         return {"": own}
 
     def _check_ready(self, model_name: str) -> None:
+        self._model(model_name).ready_worker()
+
+    def _model(self, model_name: str) -> LocalModel:
         if model_name not in self.models:
             raise UnknownModelError(model_name, list(self.models))
-        self.models[model_name].ready_worker()
+        return self.models[model_name]
 
     async def wait_until_settled(self) -> None:
         """Wait until every model is ready or has failed: `readiness` tells which."""
@@ -201,26 +264,10 @@ class LocalGateway(AsyncContextManagerMixin):
                 raise NotReadyError(model.name, model.readiness)
 
     async def wait_until_broken(self) -> None:
-        """Wait until no model can take requests any more, and at least one could before."""
+        """Wait until a model that could take requests can do so no more, and cannot be restarted."""
         await self._broken.wait()
 
     async def _serve(self, model: LocalModel) -> None:
-        await model.serve(self._settings, self.jobs)
-        models = self.models.values()
-        if all(other.error for other in models) and any(other.worker for other in models):
+        await model.serve(self.jobs)
+        if model.readiness is Readiness.BROKEN:
             self._broken.set()
-
-
-async def _unless(stopped: Callable[[], Awaitable[None]], call: Callable[[], Awaitable[T]]) -> T | None:
-    """Await `call` and return its result; cancel it and return None when `stopped` returns before."""
-    async with plain_task_group() as task_group:
-
-        async def watch() -> None:
-            await stopped()
-            task_group.cancel_scope.cancel()
-
-        task_group.start_soon(watch)
-        result = await call()
-        task_group.cancel_scope.cancel()
-        return result
-    return None

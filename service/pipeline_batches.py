@@ -4,8 +4,9 @@ import asyncio
 import inspect
 import re
 import sys
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from functools import partial
 from threading import Lock, Thread
 from types import CoroutineType
 from typing import Any, ParamSpec, TypeVar
@@ -16,7 +17,7 @@ from modalkit.batching import RunBatch, Stages
 from modalkit.batching.execution import checked_outputs, ensure_order
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline, RejectItem
 from modalkit.pipelines.inference_pipeline import STAGES, has_own, is_asynchronous
-from modalkit.service.errors import NotAwaitedError, PipelineOutputError, error_text
+from modalkit.service.errors import NotAwaitedError, PipelineOutputError, RetryableError, error_text
 from modalkit.service.settings import BatchConfig
 from modalkit.service.streams import Payload, StreamRun
 
@@ -91,9 +92,9 @@ def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatc
 
 def _stream_of(pipeline: InferencePipeline, max_in_flight: int) -> RunBatch[Payload, InferenceOutputModel]:
     async def stream_in_event_loop(payloads: list[Payload]) -> Outputs:
-        run = StreamRun(payloads, _checked, in_thread=False)
+        run = StreamRun(payloads, partial(_checked, pipeline), in_thread=False)
         if run.items:
-            with run.errors():
+            with run.errors(), _transient_errors(pipeline):
                 steps: Any = pipeline.predict_stream(run.items)
                 async with aclosing(steps):
                     async for step in steps:
@@ -102,9 +103,9 @@ def _stream_of(pipeline: InferencePipeline, max_in_flight: int) -> RunBatch[Payl
         return run.outputs()
 
     def stream(payloads: list[Payload]) -> Outputs:
-        run = StreamRun(payloads, _checked, in_thread=True)
+        run = StreamRun(payloads, partial(_checked, pipeline), in_thread=True)
         if run.items:
-            with run.errors():
+            with run.errors(), _transient_errors(pipeline):
                 steps = pipeline.predict_stream(run.items)
                 _ensure_awaited("predict_stream", steps)
                 try:
@@ -163,6 +164,10 @@ class _Accepted:
                     result = await result
             except RejectItem as error:
                 self._reject(error, by_index=repeats)
+            except Exception as error:  # as `_transient_errors`, without the cost of a context manager
+                if _is_transient(self._pipeline, error):
+                    raise RetryableError(error) from error
+                raise
             else:
                 ensure_order(sent, given)
                 _ensure_awaited(name, result)
@@ -172,9 +177,9 @@ class _Accepted:
     def outputs(self, outputs: Any) -> Outputs:
         """The outputs of all items of the batch, from those of the accepted ones. Raises `OutputCountError`."""
         if not self._rejected:
-            return _checked_all(outputs)
+            return _checked_all(self._pipeline, outputs)
         accepted = checked_outputs(outputs, len(self._places)) if self._places else []
-        found = self._rejected | dict(zip(self._places, _checked_all(accepted), strict=True))
+        found = self._rejected | dict(zip(self._places, _checked_all(self._pipeline, accepted), strict=True))
         return [found[place] for place in range(self._count)]
 
     def _reject(self, error: RejectItem, *, by_index: bool) -> None:
@@ -253,15 +258,15 @@ def is_too_large(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(sign in error_text(error) for sign in _OUT_OF_MEMORY)
 
 
-def _checked_all(outputs: Any) -> Outputs:
+def _checked_all(pipeline: InferencePipeline, outputs: Any) -> Outputs:
     # The scheduler refuses anything but a sequence of the right length.
     is_list = isinstance(outputs, Sequence) and not isinstance(outputs, str | bytes)
-    return [_checked(output) for output in outputs] if is_list else outputs
+    return [_checked(pipeline, output) for output in outputs] if is_list else outputs
 
 
-def _checked(output: object) -> InferenceOutputModel | Exception:
+def _checked(pipeline: InferencePipeline, output: object) -> InferenceOutputModel | Exception:
     if isinstance(output, Exception):
-        return output
+        return RetryableError(output) if _is_transient(pipeline, output) else output
     if not isinstance(output, InferenceOutputModel):
         try:
             _ensure_awaited("the pipeline", output)
@@ -269,6 +274,27 @@ def _checked(output: object) -> InferenceOutputModel | Exception:
             return error
         return PipelineOutputError(output)
     return RejectItem(output.error or "") if output.status == "error" else output
+
+
+@contextmanager
+def _transient_errors(pipeline: InferencePipeline) -> Iterator[None]:
+    """A block that runs the pipeline: raises `RetryableError` in place of what the pipeline declares transient."""
+    try:
+        yield
+    except Exception as error:
+        if _is_transient(pipeline, error):
+            raise RetryableError(error) from error
+        raise
+
+
+def _is_transient(pipeline: InferencePipeline, error: Exception) -> bool:
+    """Whether the pipeline declares an error transient that is none of those which are treated in their own way."""
+    return (
+        isinstance(error, pipeline.retryable_errors)
+        and not isinstance(error, RejectItem)
+        and not is_too_large(error)
+        and not is_device_fault(error)
+    )
 
 
 def _ensure_awaited(source: str, result: Any) -> None:

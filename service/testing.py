@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
@@ -94,7 +93,7 @@ async def worker_of(
     app_settings: Mapping[str, Any] | None = None,
     common: Mapping[str, Any] | None = None,
     queue_backend: QueueBackend | None = None,
-    clock: Callable[[], float] = time.time,
+    clock: Callable[[], float] | None = None,
     **entry: Any,
 ) -> AsyncGenerator[InferenceWorker]:
     """A worker of this pipeline, without a configuration file; leaving the context finishes what was accepted.

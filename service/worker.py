@@ -6,10 +6,12 @@ from contextlib import asynccontextmanager, nullcontext
 from typing import Any, Self
 
 import anyio
+import anyio.to_thread
 from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
 from modalkit.batching import (
+    BatchingError,
     BatchPolicy,
     BatchRecord,
     BatchScheduler,
@@ -24,21 +26,31 @@ from modalkit.batching import (
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.inference_pipeline import awaited, has_own
 from modalkit.service.device_process import DevicePipeline
-from modalkit.service.errors import InvalidItemError, describe_with_line
+from modalkit.service.errors import (
+    InvalidItemError,
+    ReloadError,
+    ServiceError,
+    describe_error,
+    describe_with_line,
+)
 from modalkit.service.failure_log import FailureLog
 from modalkit.service.jobs import Job, JobStore, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
-from modalkit.service.jobs.runner import JobOutcome, JobRunner
+from modalkit.service.jobs.runner import JobRunner
+from modalkit.service.jobs_in_scheduler import JobsInScheduler
 from modalkit.service.learnt_costs import LearntCosts
 from modalkit.service.loading import LoadError, make_job_manager
 from modalkit.service.metrics import BatchMetrics
-from modalkit.service.pipeline_batches import is_too_large, max_in_flight_of, run_batch_of
+from modalkit.service.pipeline_batches import is_device_fault, is_too_large, max_in_flight_of, run_batch_of
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
 from modalkit.service.streams import Payload, StreamedItem, item_of
 from modalkit.service.tracing import active_tracing, current_traceparent
 from modalkit.service.validation import validated
 
+MAX_DEVICE_FAULTS = 2
+"""Batches in a row that fail as a whole by a fault of the device with which a worker is broken. The text of one such
+error may come from an item; a device that is lost fails every batch."""
 MAX_STUCK_THREADS = 3
 """Threads stuck in batches that hang with which a worker is broken."""
 BATCHES_IN_THE_JOB_WINDOW = 16
@@ -97,7 +109,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         settings = None if settings is None else settings.for_model(pipeline.model_name)
         app_settings = AppSettings() if settings is None else settings.app_settings
         batch_config = app_settings.batch_config
-        max_in_flight = max_in_flight_of(pipeline, batch_config)
+        self.limits = batch_config
+        """The limits of its batches."""
         self.model_name = pipeline.model_name
         self.input_model = input_model or pipeline.input_model
         self._owns_jobs = jobs is None
@@ -106,27 +119,23 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._sinks += [FailureLog(self.model_name)] if log_failures else []
         self._sinks += [] if on_batch is None else [on_batch]
         self._costs = [LearntCosts(each, batch_config, calibrate=calibrate) for each in self.pipelines]
+        self._owns_pipeline = owns_pipeline
         self._streams = has_own(pipeline, "predict_stream")
-        size_of_item: Callable[[Any], int] = pipeline.item_size
+        self._device_faults = 0
+        self._device_fault = ""
         self._scheduler: BatchScheduler[Payload, InferenceOutputModel] = BatchScheduler(
-            [run_batch_of(each, max_in_flight) for each in self.pipelines],
-            policy=batch_policy(batch_config),
+            **self._how_to_run(self.pipelines, batch_config),
+            on_close=self._close_of(self.pipelines),
             cost_model=[costs.model for costs in self._costs],
-            item_size=(lambda payload: pipeline.item_size(item_of(payload))) if self._streams else size_of_item,
-            max_in_flight=max_in_flight,
-            batch_timeout_s=batch_config.batch_timeout_seconds,
-            before_batch=[each.ensure_running if isinstance(each, DevicePipeline) else None for each in self.pipelines],
             is_too_large=is_too_large,
             on_batch=self._on_batch,
-            on_close=self._close_pipelines if owns_pipeline else None,
             name=self.model_name,
         )
-        window = min(BATCHES_IN_THE_JOB_WINDOW * batch_config.max_batch_size, batch_config.max_queue_size // 2)
         self._runner = JobRunner(
             self._jobs,
             self.model_name,
-            _Engine(self._scheduler, self.input_model),
-            window=max(1, window),
+            JobsInScheduler(self._scheduler, self.input_model),
+            window=_job_window(batch_config),
             group_limit=batch_config.max_batch_size,
             timeout_s=app_settings.async_config.timeout,
             max_attempts=app_settings.async_config.max_attempts,
@@ -136,28 +145,89 @@ class InferenceWorker(AsyncContextManagerMixin):
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
         try:
             async with self._jobs if self._owns_jobs else nullcontext(), self._scheduler:
-                for device, pipeline in enumerate(self.pipelines):
-                    await self._warm_up(pipeline, device)
-                    await self._costs[device].learn(self._scheduler, device)
+                for device, costs in enumerate(self._costs):
+                    await self._warm_up(device)
+                    await costs.learn(self._scheduler, device)
                 async with self._runner:
                     yield self
         finally:
             for costs in self._costs:
                 await costs.keep()
 
-    def _close_pipelines(self) -> Awaitable[object] | None:
-        for pipeline in self.pipelines[1:]:
-            pipeline.close()
-        return self.pipeline.close()
+    def _how_to_run(self, pipelines: Sequence[InferencePipeline], limits: BatchConfig) -> dict[str, Any]:
+        """The arguments of the scheduler that depend on the pipeline and its limits."""
+        pipeline = pipelines[0]
+        max_in_flight = max_in_flight_of(pipeline, limits)
+        size_of_item: Callable[[Any], int] = pipeline.item_size
+        return {
+            "run_batch": [run_batch_of(each, max_in_flight) for each in pipelines],
+            "policy": batch_policy(limits),
+            "item_size": (lambda payload: pipeline.item_size(item_of(payload))) if self._streams else size_of_item,
+            "max_in_flight": max_in_flight,
+            "batch_timeout_s": limits.batch_timeout_seconds,
+            "before_batch": [each.ensure_running if isinstance(each, DevicePipeline) else None for each in pipelines],
+        }
 
-    async def _warm_up(self, pipeline: InferencePipeline, device: int) -> None:
+    async def _warm_up(self, device: int) -> None:
+        pipeline = self.pipelines[device]
         try:
             await awaited(await self._scheduler.run_in_thread(pipeline.warm_up, device=device))
         except Exception as error:
-            name = type(self.pipeline).__name__
-            raise LoadError(
-                f"model {self.model_name!r}: warming up {name} failed: {describe_with_line(error)}"
-            ) from error
+            raise self._warm_up_error(pipeline, error) from error
+
+    def _warm_up_error(self, pipeline: InferencePipeline, error: Exception) -> LoadError:
+        name = type(pipeline).__name__
+        return LoadError(f"model {self.model_name!r}: warming up {name} failed: {describe_with_line(error)}")
+
+    def _close_of(self, pipelines: Sequence[InferencePipeline]) -> Callable[[], object] | None:
+        def close() -> Awaitable[object] | None:
+            for pipeline in pipelines[1:]:
+                pipeline.close()
+            return pipelines[0].close()
+
+        return close if self._owns_pipeline else None
+
+    async def replace(self, pipelines: Sequence[InferencePipeline], limits: BatchConfig) -> None:
+        """Run the next batches by other pipelines of this model, one for each device, within these limits.
+
+        No request fails for it. They are warmed up before, while batches go on. Requests and jobs that wait are kept,
+        batches that run end by the old pipelines, which are closed then, and costs and statistics go on from what they
+        are. Raises `LoadError` if the warm-up fails, and `ReloadError` for a pipeline that is too different to take
+        over: then nothing has changed, and the new ones are closed.
+        """
+        try:
+            if len(pipelines) != len(self.pipelines):
+                raise ReloadError(self.model_name, f"it had {len(self.pipelines)} devices before; start anew")  # noqa: TRY301  # the new ones are closed
+            self._check_alike(pipelines[0])
+            await self._run_as(pipelines, limits, is_new=True)
+        except BaseException as error:
+            with anyio.CancelScope(shield=True):
+                if (close := self._close_of(pipelines)) is not None:
+                    await awaited(await anyio.to_thread.run_sync(close))
+            if not isinstance(error, Exception) or isinstance(error, (ServiceError, BatchingError)):
+                raise
+            raise self._warm_up_error(pipelines[0], error) from error
+
+    def _check_alike(self, pipeline: InferencePipeline) -> None:
+        if has_own(pipeline, "predict_stream") != self._streams or pipeline.cost_feature != self.pipeline.cost_feature:
+            raise ReloadError(
+                self.model_name, "predict_stream or cost_feature of the class are others than before; start anew"
+            )
+
+    async def set_limits(self, limits: BatchConfig) -> None:
+        """Form the next batches within these limits; what waits is kept."""
+        await self._run_as(self.pipelines, limits, is_new=False)
+
+    async def _run_as(self, pipelines: Sequence[InferencePipeline], limits: BatchConfig, *, is_new: bool) -> None:
+        await self._scheduler.replace(
+            **self._how_to_run(pipelines, limits),
+            warm_up=[pipeline.warm_up for pipeline in pipelines] if is_new else [],
+            on_close=self._close_of(pipelines) if is_new else None,
+        )
+        self.pipelines, self.pipeline, self.limits = list(pipelines), pipelines[0], limits
+        self._runner.set_limits(_job_window(limits), limits.max_batch_size)
+        for costs, pipeline in zip(self._costs, pipelines, strict=True):
+            await costs.follow(pipeline, limits)
 
     async def predict(
         self,
@@ -292,8 +362,24 @@ class InferenceWorker(AsyncContextManagerMixin):
 
     @property
     def is_broken(self) -> bool:
-        """Whether this process should be replaced: too many batches hang past their timeout, or the scheduler broke."""
-        return self._scheduler.is_broken or self._scheduler.stuck_threads >= MAX_STUCK_THREADS
+        """Whether this process should be replaced, unless another pipeline helps: see `problem`."""
+        return self.problem is not None
+
+    @property
+    def problem(self) -> str | None:
+        """Why batches cannot be run any more: their device is broken, the scheduler, or too many hang; else None."""
+        if self._device_faults >= MAX_DEVICE_FAULTS:
+            return f"its device is broken: {self._device_fault}"
+        if self._scheduler.is_broken:
+            return "its scheduler broke down, as the log says"
+        if self.hangs:
+            return f"{self._scheduler.stuck_threads} of its calls hang past batch_timeout_seconds"
+        return None
+
+    @property
+    def hangs(self) -> bool:
+        """Whether too many batches hang past their timeout: another pipeline, in threads of its own, may not."""
+        return self._scheduler.stuck_threads >= MAX_STUCK_THREADS
 
     async def wait_until_broken(self) -> None:
         """Wait until the scheduler breaks: then nothing runs any more. It may never return."""
@@ -302,6 +388,11 @@ class InferenceWorker(AsyncContextManagerMixin):
     def _on_batch(self, record: BatchRecord) -> None:
         if (tracing := active_tracing()) is not None:
             tracing.record_batch(self.model_name, record)
+        if record.failed < record.count - record.requeued:
+            self._device_faults = 0
+        elif (fault := next(filter(is_device_fault, record.errors), None)) is not None:
+            self._device_faults += 1
+            self._device_fault = describe_error(fault)
         for sink in self._sinks:
             sink(record)
 
@@ -313,6 +404,10 @@ class InferenceWorker(AsyncContextManagerMixin):
             return self._validated(item)
         except Exception as error:  # noqa: BLE001  # a model's own validators may raise anything
             return Failure(error)
+
+
+def _job_window(limits: BatchConfig) -> int:
+    return max(1, min(BATCHES_IN_THE_JOB_WINDOW * limits.max_batch_size, limits.max_queue_size // 2))
 
 
 def _request(request: AsyncInputModel | Mapping[str, Any]) -> AsyncInputModel | Failure:
@@ -346,29 +441,3 @@ async def short_lived_worker(
         ) as worker,
     ):
         yield worker
-
-
-class _Engine:
-    """Runs stored jobs in the worker's scheduler."""
-
-    def __init__(self, scheduler: BatchScheduler[Payload, InferenceOutputModel], input_model: type[BaseModel]) -> None:
-        self._scheduler = scheduler
-        self.input_model = input_model
-
-    def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
-        item = self.input_model.model_validate_json(job.message_json)
-        return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority, tag=job.traceparent)
-
-    async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
-        outcomes: dict[str, JobOutcome] = {}
-        items: dict[str, BaseModel] = {}
-        for job in jobs:
-            try:
-                items[job.job_id] = self.input_model.model_validate_json(job.message_json)
-            except Exception as error:  # noqa: BLE001  # an item that is not valid any more fails alone
-                outcomes[job.job_id] = Failure(error)
-        if items:
-            outputs = await self._scheduler.run_as_one_batch(list(items.values()))
-            for job_id, output in zip(items, outputs, strict=True):
-                outcomes[job_id] = Failure(output) if isinstance(output, Exception) else Success(output)
-        return [outcomes[job.job_id] for job in jobs]

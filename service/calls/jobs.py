@@ -59,6 +59,7 @@ class CallJobs(AsyncContextManagerMixin):
     """
 
     administration: JobAdministration | None = None
+    failure: None = None
 
     def __init__(
         self,
@@ -254,6 +255,7 @@ class CallGateway(AsyncContextManagerMixin):
     opens: Sequence[AbstractAsyncContextManager[Any]]
     published_metrics: PublishedMetrics | None = None
     """Where processes that cannot be scraped publish their metrics."""
+    administration: None = None
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:

@@ -74,6 +74,7 @@ class CallModel(AsyncContextManagerMixin):
         self._client = client
         self.readiness = Readiness.LOADING
         """Whether it takes items."""
+        self.problem: str | None = None
         self._scheduler: BatchScheduler[_Item, InferenceOutputModel] = BatchScheduler(
             self._call,
             policy=call_policy(config),

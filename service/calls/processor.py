@@ -1,6 +1,7 @@
 """The worker's side of calls: runs their entries in batches of its worker, and returns an outcome for each."""
 
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -13,14 +14,16 @@ from pydantic_core import to_json
 
 from modalkit.batching import DeadlineExceededError, Failure, Outcome, Priority, QueueFullError
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, RejectItem
+from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.calls.delivery import send_results
 from modalkit.service.calls.engine import CallOptions
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import job_object, make_job_id, outcome_object, read_entry
-from modalkit.service.errors import ContainerFaultError, DeviceFaultError, describe_error
+from modalkit.service.errors import ContainerFaultError, DeviceFaultError, RetryableError, describe_error
 from modalkit.service.jobs import life
 from modalkit.service.jobs.model import Job
 from modalkit.service.jobs.queue_rules import QueueRules
+from modalkit.service.jobs.runner import FIRST_JOB_RETRY_S
 from modalkit.service.jobs.telemetry import record_end
 from modalkit.service.loading import LoadError, import_class
 from modalkit.service.pipeline_batches import is_device_fault
@@ -242,6 +245,18 @@ class CallProcessor:
                 task_group.start_soon(self._run_alike, group)
 
     async def _run_alike(self, items: Sequence[_Item]) -> None:
+        """Run items; jobs that fail by a transient error again, as long as there are attempts and time."""
+        attempt, until_s = 1, math.inf if items[0].until_s is None else items[0].until_s
+        while True:
+            await self._run_once(items)
+            items = [item for item in items if item.job is not None and _failed_by_a_transient_error(item)]
+            pause_s = backoff_with_jitter(attempt, first_s=FIRST_JOB_RETRY_S)
+            if not items or attempt >= self._config.max_attempts or anyio.current_time() + pause_s >= until_s:
+                return
+            await anyio.sleep(pause_s)
+            attempt += 1
+
+    async def _run_once(self, items: Sequence[_Item]) -> None:
         first = items[0]
         messages = [item.message for item in items if item.message is not None]
         outcomes: Sequence[Outcome[InferenceOutputModel]]
@@ -291,6 +306,10 @@ class CallProcessor:
             )
             for item, job in zip((item for item in items if item.job is not None), sent, strict=True):
                 item.job = job
+
+
+def _failed_by_a_transient_error(item: _Item) -> bool:
+    return isinstance(item.outcome, Failure) and isinstance(item.outcome.error, RetryableError)
 
 
 def _is_to_run(item: _Item) -> bool:

@@ -97,8 +97,19 @@ class JobsClient:
         """
         # A dot is quoted too: /jobs/./replay would mean /jobs/replay, and so all jobs.
         job = "" if job_id is None else f"/{quote(job_id, safe='').replace('.', '%2E')}"
-        path = f"/jobs{job}{path}"
         given = {name: value for name, value in (parameters or {}).items() if value is not None}
+        return self.send(kind, method, f"/jobs{job}{path}", given, about=job_id)
+
+    def send(
+        self,
+        kind: type[Answer],
+        method: str,
+        path: str,
+        given: dict[str, Any] | None = None,
+        *,
+        about: str | None = None,
+    ) -> Answer:
+        """The answer of a route to the parameters `given`; `about` is the job that is asked for. Raises as `ask`."""
         try:
             response = self._portal.call(partial(self._request, method, path, params=given))
         except httpx.ReadTimeout as error:
@@ -110,12 +121,12 @@ class JobsClient:
             reason = str(error) or type(error).__name__
             raise JobsError(f"{self.name} cannot be reached: {reason}; start the service, or correct --url") from error
         if response.status_code != HTTPStatus.OK:
-            raise self._error(response, job_id)
+            raise self._error(response, about)
         try:
             return kind.model_validate_json(response.content)
         except ValidationError as error:
             raise JobsError(
-                f"{self.name} answers {method} /jobs as no modalkit of this version does; correct --url, or use the "
+                f"{self.name} answers {method} {path} as no modalkit of this version does; correct --url, or use the "
                 "modalkit of the service"
             ) from error
 

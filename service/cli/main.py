@@ -16,6 +16,7 @@ from modalkit.service.cli.init import init
 from modalkit.service.cli.jobs import app as jobs_app
 from modalkit.service.cli.predict import predict
 from modalkit.service.cli.records import InputError
+from modalkit.service.cli.reload import reload
 from modalkit.service.cli.serve import serve
 from modalkit.service.cli.tune import tune
 from modalkit.service.errors import ServiceError, UnknownModelError
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (init, serve, predict, check, config, deploy, tune):
+for command in (init, serve, predict, check, config, deploy, tune, reload):
     app.command()(command)
 app.add_typer(jobs_app)
 

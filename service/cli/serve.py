@@ -2,22 +2,19 @@
 
 import logging
 import shlex
-import signal
 import socket
 import time
-from collections import Counter
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import anyio
 import typer
 import uvicorn
+from anyio.abc import TaskGroup
 
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.cli.common import ConfigFiles, notices, one_of, try_api_key
+from modalkit.service.cli.stopping import EXIT_BROKEN, Stop, summarize
 from modalkit.service.errors import Readiness
-from modalkit.service.jobs import JobStoreError
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.logs import LogFormat, configure_logging
 from modalkit.service.serving import Server, freeze_gc, listening
@@ -26,8 +23,6 @@ from modalkit.service.tracing import enable_tracing_from_environment
 from modalkit.service.version import VERSION
 from modalkit.service.web import create_app
 
-COUNTING_S = 2
-"""Seconds within which the store must say how many jobs have not ended, when the service stops at once."""
 GRACE_S = 30
 """Seconds that open HTTP requests may take after the first signal to stop."""
 
@@ -48,8 +43,10 @@ def serve(
 ) -> None:
     """Serve the configured models over HTTP until interrupted; then finish what was accepted.
 
-    A model that cannot be loaded leaves the others alone; without any that can, the exit code is 2. When no model can
-    run anything any more, the server stops; the exit code is 1 if one that was ready broke down.
+    The first SIGTERM or Ctrl-C stops it gently: open requests are finished, and jobs that have not begun stay stored.
+    The second one stops it at once, with the exit code 1; so does the end of the grace. A model that cannot be loaded
+    leaves the others alone; without any that can, the exit code is 2. When a model breaks down and cannot be restarted,
+    the server stops with the exit code 3, so that a supervisor starts it again.
 
     [bold]Examples[/bold]
 
@@ -76,24 +73,19 @@ def serve(
 
 
 async def _serve(server: Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
-    stop = _Stop(server, gateway)
+    stop = Stop(server, gateway, GRACE_S, is_durable=settings.app_settings.async_config.store != "memory")
     async with plain_task_group() as outer:
-        outer.start_soon(stop.on_signals, outer.cancel_scope)
+        outer.start_soon(stop.on_signals, outer)
         async with gateway, plain_task_group() as task_group:
             task_group.start_soon(_announce, server, gateway, listener, settings)
-            task_group.start_soon(_stop_when_broken, server, gateway)
+            task_group.start_soon(_stop_when_broken, stop, gateway, outer)
             await server.serve([listener])
             task_group.cancel_scope.cancel()
             notices.print("Finishing what was accepted ...")
         outer.cancel_scope.cancel()
-    _summarize(gateway, at_once=stop.at_once)
-    if stop.at_once:
-        is_lost = settings.app_settings.async_config.store == "memory"
-        fate = "lost, as the store is in memory" if is_lost else "kept, and run after the next start"
-        notices.print(f"Stopped at once. {stop.unfinished_jobs}{fate}." if stop.unfinished_jobs else "Stopped at once.")
-        raise typer.Exit(1)
+    summarize(gateway, at_once=False)
     if any(model.readiness is Readiness.BROKEN for model in gateway.models.values()):
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_BROKEN)
     if len(_failed(gateway)) == len(gateway.models):
         raise typer.Exit(2)
 
@@ -102,39 +94,10 @@ def _failed(gateway: LocalGateway) -> list[str]:
     return [name for name, model in gateway.models.items() if model.readiness is Readiness.FAILED]
 
 
-@dataclass
-class _Stop:
-    """Stops on signals: on the first one finishes what was accepted, on the second one stops at once."""
-
-    server: Server
-    gateway: LocalGateway
-    at_once: bool = False
-    unfinished_jobs: str = "Jobs that had not ended: "
-    """How many jobs had not ended when it stopped at once; empty for none."""
-
-    async def on_signals(self, everything: anyio.CancelScope) -> None:
-        """Wait for signals, until cancelled; the second one cancels `everything`."""
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async for _ in signals:
-                if self.server.should_exit and not self.at_once:
-                    self.at_once = True
-                    await self._count_jobs()
-                    everything.cancel()
-                self.server.should_exit = True
-                self.gateway.jobs.stop_waiting()  # a client that waits for the end of a job would keep the server open
-
-    async def _count_jobs(self) -> None:
-        with suppress(JobStoreError), anyio.move_on_after(COUNTING_S):
-            counts = await self.gateway.jobs.counts()
-            jobs = sum(count for status, count in counts.statuses.items() if not status.has_ended)
-            self.unfinished_jobs = f"{jobs} job{'' if jobs == 1 else 's'} had not ended: " if jobs else ""
-
-
-async def _stop_when_broken(server: Server, gateway: LocalGateway) -> None:
-    """Stop when no model can run any more, so that a supervisor sees the exit code and starts the process again."""
+async def _stop_when_broken(stop: Stop, gateway: LocalGateway, background: TaskGroup) -> None:
+    """Stop when a model broke down, so that a supervisor sees the exit code and starts the process again."""
     await gateway.wait_until_broken()
-    server.should_exit = True
-    gateway.jobs.stop_waiting()
+    stop.begin(background)
 
 
 async def _announce(server: Server, gateway: LocalGateway, listener: socket.socket, settings: Settings) -> None:
@@ -176,18 +139,3 @@ def _things_to_try(url: str, gateway: LocalGateway, settings: Settings) -> str:
             f"  curl{key} '{url}/jobs/<the job_id>?wait=10'",
         ]
     return "\n".join([*lines, f"  {url}/docs in a browser"])
-
-
-def _summarize(gateway: LocalGateway, *, at_once: bool) -> None:
-    for model_name, model in gateway.models.items():
-        if (done := model.statistics()) is None:
-            continue
-        spread = ""
-        if sizes := sorted(Counter(done.batch_sizes).elements()):
-            spread = f" (middle half {sizes[len(sizes) // 4]} to {sizes[3 * len(sizes) // 4]}, largest {sizes[-1]})"
-        ended_early = "stopped before their end" if at_once else "cancelled"
-        notices.print(
-            f"{model_name}: {done.succeeded} succeeded, {done.failed} failed, {done.expired} expired, "
-            f"{done.cancelled} {ended_early}; {done.batches} batches, {done.mean_batch_size:.1f} items each on average"
-            f"{spread}"
-        )

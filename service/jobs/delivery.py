@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -15,7 +14,7 @@ from anyio.abc import TaskGroup
 from structlog.contextvars import bind_contextvars
 
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.service.backoff import backoff_with_jitter
+from modalkit.service.backoff import SteadyClock, backoff_with_jitter
 from modalkit.service.jobs.collector import Collector, store_until_closing
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import after_delivery_attempt
@@ -104,14 +103,14 @@ class Deliverer(AsyncContextManagerMixin):
         max_attempts: int = 8,
         send_timeout_s: float = 30.0,
         backoff_s: Callable[[int], float] = backoff_with_jitter,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self._backend = backend
         self._store = store
         self._max_attempts = max_attempts
         self._send_timeout_s = send_timeout_s
         self._backoff_s = backoff_s
-        self._clock = clock
+        self._clock = clock or SteadyClock()
         sends_many = isinstance(backend, BatchQueueBackend)
         self._messages_per_call = MESSAGES_PER_CALL if sends_many else 1
         # All mutable state: what is under way; when to poll the store, by the event loop's clock; the results that are

@@ -23,7 +23,7 @@ from pydantic_core import to_json, to_jsonable_python
 from modalkit.batching import DeadlineExceededError, Failure, Outcome, Priority
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
-from modalkit.service.errors import OutputNotJsonError, ServiceError, describe_error
+from modalkit.service.errors import OutputNotJsonError, RetryableError, ServiceError, describe_error
 from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobEnd, JobRetry, JobStatus, json_text
 from modalkit.service.outputs import output_json
 from modalkit.service.queue_backends import UndeliverableError
@@ -149,11 +149,14 @@ def retry_of(
 ) -> JobRetry | None:
     """When a running job is to run again, or None if `outcome` ends it.
 
-    Only a systemic failure, for which the job is not to blame, is repeated: if it was not attempt number `max_attempts`
-    and the job does not expire, at `deadline`, before its next attempt.
+    Only a failure for which the job is not to blame is repeated, a systemic one or one that the pipeline declares
+    transient: if it was not attempt number `max_attempts` and the job does not expire, at `deadline`, before its next
+    attempt.
     """
     attempt = job.attempts + 1
-    if not (isinstance(outcome, Failure) and outcome.is_systemic and attempt < max_attempts):
+    if not isinstance(outcome, Failure) or attempt >= max_attempts:
+        return None
+    if not (outcome.is_systemic or isinstance(outcome.error, RetryableError)):
         return None
     retry_at = now + backoff_s(attempt)
     if retry_at >= deadline:
@@ -173,6 +176,14 @@ def requeue_job(job: Job, retry: JobRetry) -> Job | None:
         error=retry.error,
         crashes=0,
     )
+
+
+def return_job(job: Job) -> Job | None:
+    """This running job, queued as it was before it was claimed, because it did not begin."""
+    if job.status is not JobStatus.RUNNING:
+        return None
+    has_run = job.attempts or job.crashes
+    return replace(job, status=JobStatus.QUEUED, started_at=job.started_at if has_run else None)
 
 
 # Ending.

@@ -1,7 +1,6 @@
 """The jobs of a process: accepts and stores them, tells their states, and has their results delivered."""
 
 import logging
-import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,6 +13,7 @@ from pydantic import BaseModel
 from modalkit.batching import Failure, Outcome, Priority, Success
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel
+from modalkit.service.backoff import SteadyClock
 from modalkit.service.errors import NotReadyError, Readiness
 from modalkit.service.jobs.delivery import Deliverer
 from modalkit.service.jobs.errors import JobStoreError
@@ -45,6 +45,9 @@ class JobFeed(Protocol):
     def abandon(self, job_id: str) -> None:
         """A job was cancelled; this feed may or may not run it."""
 
+    def close(self) -> None:
+        """Start no more jobs, because the store keeps them for the next start."""
+
 
 class JobManager(AsyncContextManagerMixin):
     """Owns an open job store and the deliveries from it; several workers, one per model, may share it.
@@ -52,7 +55,8 @@ class JobManager(AsyncContextManagerMixin):
     An async context manager. On entering, jobs that an earlier process left running are queued again, and deliveries
     that it left pending are sent. Without a `queue_backend`, results are sent nowhere. `result_ttl_s` seconds after its
     end, a job is removed. Every `sweep_interval_s` seconds, jobs expire whose time has come, and old ones are removed.
-    `clock` gives wall-clock Unix seconds. A backend that the manager `owns` is closed with it.
+    `clock` gives wall-clock Unix seconds, by default those of a `SteadyClock`. A backend that the manager `owns` is
+    closed with it.
     """
 
     def __init__(
@@ -65,7 +69,7 @@ class JobManager(AsyncContextManagerMixin):
         result_ttl_s: float = 86_400.0,
         max_delivery_attempts: int = 8,
         sweep_interval_s: float = 1.0,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         if queue_backend is not None and not isinstance(queue_backend, QueueBackend):
             raise TypeError(
@@ -74,7 +78,7 @@ class JobManager(AsyncContextManagerMixin):
         self.store = store
         # What of `administration` concerns nothing but the store.
         self.page, self.purge, self.counts = store.page, store.purge, store.counts
-        self.clock = clock
+        self.clock = clock = clock or SteadyClock()
         self.check_ready: Callable[[str], None] | None = None
         """Called with a model's name before jobs are accepted for it; what it raises, `submit` raises."""
         self._backend = queue_backend
@@ -121,6 +125,11 @@ class JobManager(AsyncContextManagerMixin):
                 job_id,
                 extra={"job_id": job_id},
             )
+
+    @property
+    def failure(self) -> JobStoreError | None:
+        """Why jobs can neither be accepted nor read now; None where they can."""
+        return self.store.failure
 
     @property
     def administration(self) -> Self:
@@ -205,6 +214,16 @@ class JobManager(AsyncContextManagerMixin):
         self._may_wait = False
         self._wake_waiters(list(self._waiters))
 
+    def drain(self) -> None:
+        """Before the manager is left: `stop_waiting`, and start no more jobs of a durable store. Idempotent.
+
+        Jobs are still accepted, for the next start.
+        """
+        self.stop_waiting()
+        if self.store.durable:
+            for feed in self._feeds.values():
+                feed.close()
+
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended, and return it as it then is; None if there is none."""
         now = self.clock()
@@ -242,6 +261,8 @@ class JobManager(AsyncContextManagerMixin):
     async def _sweep(self) -> None:
         while True:
             try:
+                if self.store.failure is not None:
+                    await self.store.check()
                 while expired := await self.store.expire(EXPIRED_PER_CALL, self.clock()):
                     self._wake_waiters(expired)
                     self._wake_deliverer()

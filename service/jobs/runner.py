@@ -15,6 +15,7 @@ from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
 from modalkit.batching import Failure, Outcome, Priority, QueueFullError, SchedulerClosedError
+from modalkit.batching.pending import Withdraw
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
@@ -46,12 +47,13 @@ class JobEngine(Protocol):
     def input_model(self) -> type[BaseModel]:
         """The class of the items."""
 
-    def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
+    def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Withdraw:
         """Run a job in some batch and call `on_outcome` in the event loop with its outcome.
 
         Returns a function that withdraws the job: after it, `on_outcome` is not called. Raises `QueueFullError`, and
         what is wrong with the job.
         """
+        ...
 
     async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
         """Run jobs while no other is in the pipeline; returns the outcome of each, in their order.
@@ -65,7 +67,7 @@ class _Running:
     """A job in the window."""
 
     job: Job
-    withdraw: Callable[[], None]
+    withdraw: Withdraw
 
 
 class JobRunner(AsyncContextManagerMixin):
@@ -76,12 +78,12 @@ class JobRunner(AsyncContextManagerMixin):
     that kills the process is found (see `quarantine_group_size`). Between two groups, as many other jobs run. A group
     that raises has killed nothing: its jobs run again as others do. The jobs of a group that hangs run one by one.
 
-    A job that fails systemically (see `retry_of`) runs again later, up to `max_attempts` times in all, with waits of 1
-    to 2 s, 4 to 8 s, 16 to 32 s and so on. `timeout_s` counts from a job's first start: a job that takes longer
-    expires.
+    A job that fails systemically, or by a transient error (see `retry_of`), runs again later, up to `max_attempts`
+    times in all, with waits of 1 to 2 s, 4 to 8 s, 16 to 32 s and so on. `timeout_s` counts from a job's first start: a
+    job that takes longer expires.
 
     Use it as an async context manager, inside that of its open `JobManager`. Leaving it claims no more jobs and waits
-    for those in the window; the others stay in a durable store for the next start. From a store that is not durable,
+    for those that run; the others stay in a durable store for the next start. From a store that is not durable,
     they are run before leaving, and jobs that wait for a retry run at once, for the last time. When an exception leaves
     the block, the jobs in the window are abandoned and run again at the next start.
     """
@@ -114,7 +116,7 @@ class JobRunner(AsyncContextManagerMixin):
         self._bulk_running = 0
         self._waiting: deque[Job] = deque()
         self._deadlines: list[tuple[float, str]] = []
-        self._ends: Collector[JobEnd | JobRetry] = Collector()
+        self._ends: Collector[JobEnd | JobRetry | str] = Collector()
         self._unstored = 0
         self._next_retry_at = -math.inf
         self._change = anyio.Event()
@@ -131,8 +133,7 @@ class JobRunner(AsyncContextManagerMixin):
                 try:
                     yield self
                 finally:
-                    self._closing.set()
-                    self.wake()
+                    self.close()
         finally:
             for running in self._running.values():
                 running.withdraw()
@@ -146,6 +147,17 @@ class JobRunner(AsyncContextManagerMixin):
     def wake(self) -> None:
         """Ask the store for jobs: some were added, or something else has changed."""
         self._change.set()
+
+    def close(self) -> None:
+        """Claim no more jobs, and give those that have not begun back to a durable store. Idempotent."""
+        self._closing.set()
+        self.wake()
+
+    def set_limits(self, window: int, group_limit: int) -> None:
+        """Change the limits; jobs that are in the window already stay there."""
+        self._window = window
+        self._group_limit = min(group_limit, window)
+        self.wake()
 
     def abandon(self, job_id: str) -> None:
         """Withdraw a job that was cancelled in the store, if it is in the window."""
@@ -216,6 +228,8 @@ class JobRunner(AsyncContextManagerMixin):
                 self._enter(job)
             self._waiting += claimed
             self._expire_overdue()
+            if self._leaves_jobs_stored():
+                self._give_back()
             self._start_waiting()
             if len(claimed) == wanted > 0:
                 continue
@@ -265,7 +279,7 @@ class JobRunner(AsyncContextManagerMixin):
 
     def _enter(self, job: Job) -> None:
         """Add a job to the window."""
-        self._running[job.job_id] = _Running(job, lambda: None)
+        self._running[job.job_id] = _Running(job, _leave_unstarted)
         self._bulk_running += job.priority is Priority.BULK
         heapq.heappush(self._deadlines, (self._deadline_of(job), job.job_id))
 
@@ -291,6 +305,13 @@ class JobRunner(AsyncContextManagerMixin):
                 except Exception as error:  # noqa: BLE001  # an item that is not valid any more fails alone
                     self._end(job, Failure(error))
             self._waiting.popleft()
+
+    def _give_back(self) -> None:
+        """Have the jobs that have not begun stored as they were before they were claimed."""
+        for job_id, running in list(self._running.items()):
+            if running.withdraw(only_waiting=True):
+                self._leave(job_id)
+                self._add_end(job_id)
 
     def _sleep_s(self, *, may_claim: bool) -> float | None:
         """Seconds until something may have to be done that nothing else tells of."""
@@ -331,8 +352,8 @@ class JobRunner(AsyncContextManagerMixin):
         record_end(job, end.status, now)
         return end
 
-    def _add_end(self, end: JobEnd | JobRetry) -> None:
-        """Have an end stored; until it is, it takes the job's place in the window."""
+    def _add_end(self, end: JobEnd | JobRetry | str) -> None:
+        """Have an end stored, or the return of a job by its id; until it is, it takes the job's place in the window."""
         self._unstored += 1
         self._ends.add(end)
 
@@ -363,11 +384,19 @@ class JobRunner(AsyncContextManagerMixin):
             if retries:
                 what = f"The ends of {len(retries)} jobs"
                 logger.warning(
-                    "%s: %d jobs failed together and run again later; the last one, job %s: %s",
+                    "%s: %d jobs failed and run again later; the last one, job %s: %s",
                     *(self._model_name, len(retries), retries[-1].job_id, retries[-1].error),
                     extra={"job_id": retries[-1].job_id},
                 )
                 await store_until_closing(what, partial(self._manager.store.requeue, retries), self._closing)
                 self._next_retry_at = min(self._next_retry_at, *(retry.retry_at for retry in retries))
+            if returned := [end for end in ended if isinstance(end, str)]:
+                what = f"The return of {len(returned)} jobs that have not begun"
+                await store_until_closing(what, partial(self._manager.store.return_claimed, returned), self._closing)
             self._unstored -= len(ended)
             self.wake()
+
+
+def _leave_unstarted(*, only_waiting: bool = False) -> bool:  # noqa: ARG001  # as `Withdraw` has it
+    """Withdraws a job that the engine has not got yet."""
+    return True

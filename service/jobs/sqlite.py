@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
-from modalkit.service.jobs.errors import JobStoreClosedError, JobStoreLockedError
+from modalkit.service.jobs.errors import JobStoreClosedError, JobStoreLockedError, JobStoreUnavailableError
 from modalkit.service.jobs.operation_thread import OperationThread
 from modalkit.service.jobs.sqlite_schema import open_database, open_for_reading
 from modalkit.service.jobs.sqlite_table import JobTable
@@ -29,10 +29,10 @@ class SqliteJobStore(JobStore):
     committed job survives the death of the process and of the machine, if the disk writes what it acknowledges. What
     only reads has a connection and a thread of its own, so it neither waits for a commit nor makes one wait.
 
-    A lock on ``<path>.lock`` keeps other owners out; the kernel releases it when the process dies. Entering creates the
-    folder and the file where needed, and raises `JobStoreLockedError`, `JobStoreSchemaError` for a file of another
-    program, or `JobStoreUnavailableError`. Leaving finishes the operations that wait; when an exception leaves the
-    block, only the transaction that runs.
+    A lock on ``<path>.lock`` keeps other owners out; where the path is a symlink, it is beside the file itself. The
+    kernel releases it when the process dies. Entering creates the folder and the file where needed, and raises
+    `JobStoreLockedError`, `JobStoreSchemaError` for a file of another program, or `JobStoreUnavailableError`. Leaving
+    finishes the operations that wait; when an exception leaves the block, only the transaction that runs.
     """
 
     durable = True
@@ -76,7 +76,8 @@ class SqliteJobStore(JobStore):
     def _open_for_writing(self) -> Iterator[None]:
         with self._errors_translated(), ExitStack() as opened:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(f"{self.path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # Of what a symlink leads to, because two paths may lead to one database.
+            lock = os.open(f"{self.path.resolve()}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             opened.callback(os.close, lock)
             self._take(lock)
             self._database = opened.enter_context(closing(open_database(self.path)))
@@ -99,8 +100,12 @@ class SqliteJobStore(JobStore):
             yield
 
     def _run_reads(self, reads: list[Callable[[Any], Any]]) -> list[Any]:
-        with self._errors_translated():
-            return [read(self._reader) for read in reads]
+        try:
+            with self._errors_translated():
+                return [read(self._reader) for read in reads]
+        except JobStoreUnavailableError as error:
+            self.failure = error
+            raise
 
 
 class MemoryJobStore(JobStore):

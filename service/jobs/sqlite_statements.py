@@ -50,6 +50,10 @@ REQUEUE = """
         error = retry.column3
     FROM (VALUES {rows}) AS retry WHERE job_id = retry.column1 AND status = 'running'
 """
+RETURN = """
+    UPDATE jobs SET status = 'queued', started_at = iif(attempts = 0 AND crashes = 0, NULL, started_at)
+    WHERE status = 'running' AND job_id IN (SELECT value FROM json_each(?))
+"""
 RELEASE = """
     UPDATE jobs SET retry_at = NULL WHERE seq IN (
         SELECT seq FROM jobs WHERE status = 'queued' AND retry_at <= ? AND model_name = ? ORDER BY retry_at LIMIT ?

@@ -181,6 +181,14 @@ class JobTable:
         rows = [(retry.job_id, microseconds(retry.retry_at), retry.error) for retry in retries]
         self._move(JobStatus.RUNNING, JobStatus.QUEUED, self._write(sql.REQUEUE, rows))
 
+    def return_claimed(self, job_ids: Sequence[str]) -> None:
+        """Queue running jobs as they were before they were claimed, because they did not begin.
+
+        Jobs that are not running are left as they are.
+        """
+        returned = self._database.execute(sql.RETURN, (_json(job_ids),)).rowcount
+        self._move(JobStatus.RUNNING, JobStatus.QUEUED, returned)
+
     def release_retries(self, model_name: str, now: float) -> float | None:
         """Make jobs claimable whose `retry_at` has come; returns the next `retry_at` of the model's jobs, if any.
 
@@ -341,6 +349,11 @@ class JobTable:
         ).fetchall()
         self._move(DeliveryStatus.PENDING, DeliveryStatus.UNDELIVERED, len(rows))
         return [job_id for (job_id,) in rows]
+
+    def check(self) -> None:
+        """Write something, and change nothing: to see whether the database can be written."""
+        key, kind = next(iter(COUNTED.items()))
+        self._database.execute("INSERT OR REPLACE INTO counts (status, jobs) VALUES (?, ?)", (key, self.counts[kind]))
 
     def remove(self, which: str, values: Sequence[Any]) -> int:
         """Remove some of the ended jobs for which the condition `which` holds; returns how many."""

@@ -64,6 +64,8 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         self._table: JobTable
         self.commits = 0
         """How many transactions have been committed since the store was opened."""
+        self.failure: JobStoreUnavailableError | None = None
+        """Why the store cannot be used, until `check` finds that it can."""
 
     @abstractmethod
     async def _perform(self, operation: Callable[[JobTable], T]) -> T:
@@ -85,6 +87,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     claim = _operation(JobTable.claim)
     claim_quarantined = _operation(JobTable.claim_quarantined)
     requeue = _operation(JobTable.requeue)
+    return_claimed = _operation(JobTable.return_claimed)
     release_retries = _operation(JobTable.release_retries)
     finish = _operation(JobTable.finish)
     cancel = _operation(JobTable.cancel)
@@ -131,6 +134,12 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
             removed += some
         return removed
 
+    async def check(self) -> None:
+        """See whether the store can be written and read: then it has no `failure` any more."""
+        await self._perform(JobTable.check)
+        await self.counts()
+        self.failure = None
+
     async def get(self, job_id: str) -> Job | None:
         """The job of this id, or None if there is none (any more)."""
         return await self._read(lambda database: find_job(database, job_id))
@@ -159,6 +168,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
             self._table.counts = counts_before
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
+            self.failure = self._unavailable(error)
             return [self._unavailable(error) for _ in operations]
         self.commits += 1
         if self._table.has_removed and self.durable:

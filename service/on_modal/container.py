@@ -79,9 +79,9 @@ class ContainerWorker(InferenceWorker):
         return self.model_name
 
     @property
-    def is_broken(self) -> bool:
-        """Whether this process should be replaced."""
-        return self.fault is not None or super().is_broken
+    def problem(self) -> str | None:
+        """Why it takes no requests, or should get none."""
+        return self.fault or super().problem
 
     @property
     def readiness(self) -> Readiness:

@@ -102,6 +102,10 @@ class Origins:
     """Where the values of a configuration come from; two of equal values are equal, wherever these come from."""
 
     layers: Sequence[Layer] = field(default=(), compare=False)
+    arguments: tuple[Any, ...] = field(default=(), compare=False)
+    """The arguments of `Settings` that gave these layers: its files and its variables."""
+    values: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Its arguments by name."""
 
     def of(self, path: KeyPath) -> str:
         """The origin of a key: in the last layer that gives it, else in the last one that gives its parent."""

@@ -306,7 +306,7 @@ class AsyncConfig(Section):
     timeout: Duration = 3600
     """Seconds that a job may take after it first ran; then it expires."""
     max_attempts: Count = 5
-    """Attempts for a job whose whole batch fails, as when a database is down; 5 attempts take 85 s or more."""
+    """Attempts for a job whose whole batch fails, or that fails by a retryable error; 5 take 85 s or more."""
     result_ttl: Duration = 86_400
     """Seconds for which a finished job is kept; one whose result is not delivered yet is kept longer."""
     store: Literal["memory", "sqlite"] = "sqlite"

@@ -124,7 +124,7 @@ class Settings(Section):
         if values:
             layers.append(Layer(root, values, {(): "argument"}))
         problems = [problem for layer in layers for problem in layer.problems]
-        origins = Origins(layers)
+        origins = Origins(layers, (_config_files, _environ), values)
         merged = _complete_limits_of_models(reduce(deep_merge, (layer.values for layer in layers)))
         try:
             super().__init__(**merged)
@@ -142,6 +142,10 @@ class Settings(Section):
         `modalkit.yaml` of the working directory, if it exists. An empty sequence reads no file. Raises SettingsError.
         """
         return cls(_config_files=config_files, _environ=environ)
+
+    def read_again(self) -> Self:
+        """The settings as the same files, variables and arguments give them now. Raises SettingsError."""
+        return type(self)(*self._origins.arguments, **self._origins.values)
 
     def origin(self, *path: str) -> str:
         """Where the value of a key comes from, as in ``modalkit.yaml, line 12``; ``default`` where it is not given."""

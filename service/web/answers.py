@@ -84,6 +84,16 @@ class JobPageView(BaseModel):
     next_cursor: int | None = Field(description="The `cursor` of the next page; null when this is the last.")
 
 
+class ModelView(BaseModel):
+    """A model as those see it who run it."""
+
+    name: str
+    readiness: str = Field(description="`ready`, `loading`, `restarting`, `draining`, `broken` or `failed`.")
+    problem: str | None = Field(description="Why it takes no requests, or should get none.")
+    engine: str | None = Field(description="What computes it.")
+    batch_config: dict[str, Any] | None = Field(description="The limits of its batches; null where it does not run.")
+
+
 class Submitted(BaseModel):
     """The answer for one job of several: its id, or why it was refused."""
 

@@ -15,9 +15,11 @@ from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from modalkit.service.errors import describe_error
 from modalkit.service.gateway import Gateway, Readiness
 from modalkit.service.settings import AuthConfig
 from modalkit.service.version import VERSION
+from modalkit.service.web.admin_routes import make_admin_router
 from modalkit.service.web.answers import JSON, NDJSON, Problem
 from modalkit.service.web.auth import require_api_key
 from modalkit.service.web.job_routes import make_job_router
@@ -86,6 +88,7 @@ def create_app(
     app.add_middleware(_Entrance, start=start)  # around the routes: none answers before the start
     app.add_middleware(RequestObserver, routes=app.routes)  # the outermost one: it measures everything
     app.include_router(make_job_router(gateway.jobs), dependencies=[] if api_key is None else api_key.dependencies)
+    app.include_router(make_admin_router(gateway, [] if api_key is None else api_key.dependencies))
     _add_health(app, gateway, require_all_models=require_all_models)
     install_problem_handlers(app)
     _complete_schema(app)
@@ -179,8 +182,14 @@ def _add_health(app: FastAPI, gateway: Gateway, *, require_all_models: bool) -> 
         models = {name: model.readiness for name, model in gateway.models.items()}
         states = set(models.values())
         excused = set() if require_all_models else {Readiness.FAILED}
-        is_ready = states - excused == {Readiness.READY}
+        failure = gateway.jobs.failure
+        is_ready = states - excused == {Readiness.READY} and failure is None
+        answer: dict[str, Any] = {"status": "ready" if is_ready else "not ready", "models": models}
+        problems = {name: model.problem for name, model in gateway.models.items()}
+        problems["jobs"] = None if failure is None else describe_error(failure)
+        if not is_ready and (reasons := {name: problem for name, problem in problems.items() if problem}):
+            answer["reasons"] = reasons
         return JSONResponse(
-            {"status": "ready" if is_ready else "not ready", "models": models},
+            answer,
             HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE,
         )

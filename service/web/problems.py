@@ -25,16 +25,20 @@ from modalkit.service.errors import (
     InvalidItemError,
     NotAvailableError,
     NotReadyError,
+    ReloadError,
     RemoteCallError,
     RemoteItemError,
     RemoteTimeoutError,
+    RetryableError,
     ServiceError,
     UnknownModelError,
     describe_error,
 )
 from modalkit.service.jobs import IdempotencyKeyReusedError, JobStoreBusyError, JobStoreError, JobStoreFullError
 from modalkit.service.jobs.queue_rules import QueueNotAllowedError
+from modalkit.service.loading import LoadError
 from modalkit.service.queue_backends import QueueNameError
+from modalkit.service.settings import SettingsError
 from modalkit.service.validation import field_errors, summary
 from modalkit.service.web.answers import PROBLEM_JSON
 
@@ -42,6 +46,7 @@ RETRY_AFTER_S = 1
 
 _ERRORS: dict[HTTPStatus, tuple[type[Exception], ...]] = {
     HTTPStatus.NOT_FOUND: (UnknownModelError,),
+    HTTPStatus.CONFLICT: (LoadError, ReloadError, SettingsError),
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: (RequestTooLargeError,),
     HTTPStatus.UNPROCESSABLE_ENTITY: (
         IdempotencyKeyReusedError,
@@ -57,6 +62,7 @@ _ERRORS: dict[HTTPStatus, tuple[type[Exception], ...]] = {
         JobStoreError,
         NotReadyError,
         RemoteCallError,
+        RetryableError,
         SchedulerClosedError,
     ),
     HTTPStatus.GATEWAY_TIMEOUT: (BatchTimeoutError, DeadlineExceededError, RemoteTimeoutError),

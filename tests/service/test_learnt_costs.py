@@ -82,6 +82,20 @@ async def test_models_that_write_their_costs_at_the_same_time_lose_none(path: Pa
     assert sorted(file.name for file in path.parent.iterdir()) == ["batches.json", "batches.json.lock"]
 
 
+async def test_a_pipeline_that_takes_over_starts_from_the_costs_before_it_and_is_measured_at_the_next_start(
+    path: Path,
+) -> None:
+    async with InferenceWorker(LengthPipeline(), settings=settings(path)) as worker:
+        observed = worker.costs.observed
+        await worker.replace([LengthPipeline(weights="new")], worker.limits)
+        assert worker.costs.observed == observed
+        await worker.predict(Text(text="four"))
+        assert len(json.loads(path.read_text())["tables"]) == 1
+        await worker.replace([LengthPipeline()], worker.limits)
+        assert worker.costs.observed == observed, "as it was measured before"
+    assert len(json.loads(path.read_text())["tables"]) == 1
+
+
 async def test_a_secret_in_the_entry_of_a_model_is_not_written(path: Path) -> None:
     async with InferenceWorker(LengthPipeline(token="hf_secret"), settings=settings(path)):
         pass

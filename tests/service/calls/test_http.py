@@ -7,17 +7,23 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from pydantic import SecretStr
 
 from modalkit.service.calls.engine import CallResult, CallState
+from modalkit.service.calls.jobs import CallGateway
 from modalkit.service.errors import ContainerFaultError, RemoteItemError, RemoteTimeoutError, ServiceError
 from modalkit.service.jobs.life import EXPIRES_IN_PASSED
 from modalkit.service.queue_backends import InMemoryBackend
+from modalkit.service.settings import AuthConfig
+from modalkit.service.web import create_app
 from modalkit.service.web.problems import error_response
-from tests.service.calls.conftest import Stand
+from tests.service.calls.conftest import MODEL, Stand
+from tests.support.http_server import serving
 from tests.support.length_model import POISON, REJECTED, LengthPipeline
 
 pytestmark = pytest.mark.anyio
 
+BEARER = {"Authorization": "Bearer k"}
 NDJSON = {"Content-Type": "application/x-ndjson"}
 
 
@@ -51,6 +57,16 @@ async def found(client: httpx.AsyncClient, job_id: str, wait_s: float = 0) -> di
 def problem(answer: httpx.Response, status: int) -> str:
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
     return str(answer.json()["detail"])
+
+
+async def test_models_elsewhere_cannot_be_reloaded_and_the_answer_says_what_to_do(stand: Stand) -> None:
+    model = stand.model()
+    gateway = CallGateway({MODEL: model}, stand.jobs(model), opens=[model])
+    async with serving(create_app(gateway, auth=AuthConfig(api_key=SecretStr("k"))), headers=BEARER) as client:
+        (shown,) = (await client.get("/admin/models")).json()
+        assert (shown["readiness"], shown["batch_config"]) == ("ready", None)
+        assert "deploy again" in problem(await client.post(f"/admin/models/{MODEL}/reload"), 501)
+        assert "deploy again" in problem(await client.patch(f"/admin/models/{MODEL}", json={"max_batch_size": 2}), 501)
 
 
 async def test_one_item_gets_its_result(client: httpx.AsyncClient) -> None:

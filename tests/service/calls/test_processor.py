@@ -166,6 +166,25 @@ async def test_entries_that_cannot_be_run_or_written_fail_alone(processor: CallP
     assert "message: is missing" in outcomes[5]["error"]
 
 
+async def test_jobs_run_again_after_a_transient_error_and_other_entries_are_told(
+    processor: CallProcessor, pipeline: Fragile, queue: InMemoryBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures, postprocess = iter((True, True)), pipeline.postprocess
+
+    def fail(input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
+        if next(failures, False):
+            raise ConnectionError("the database is down")
+        return postprocess(input_list, raw_output)
+
+    monkeypatch.setattr(processor_module, "FIRST_JOB_RETRY_S", 0.0)
+    monkeypatch.setattr(pipeline, "retryable_errors", ConnectionError)
+    monkeypatch.setattr(pipeline, "postprocess", fail)
+    (told,) = await processor.process([item("four")], a_call())
+    assert (told["error_type"], told["error"]) == ("RetryableError", "ConnectionError: the database is down")
+    await processor.process([job("four")], a_call("fc-2", accepted_at=NOW))
+    assert [message["result"]["length"] for message in sent(queue, "ok")] == [4]
+
+
 async def test_a_time_for_each_entry_is_asked_for(processor: CallProcessor) -> None:
     with pytest.raises(ValueError, match="timeouts_s: 1 values for 2 entries; give each entry one"):
         await processor.process([item("four"), item("five")], a_call(timeouts_s=[1.0]))

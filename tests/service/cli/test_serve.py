@@ -1,16 +1,21 @@
 """``modalkit serve`` as a process: it starts, answers, stops gently, and keeps accepted jobs."""
 
 import gc
+import os
 import signal
 import socket
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 
+import httpx
 import pytest
 
 from modalkit.service.serving import AddressError, listening
 from tests.support.command_line import Modalkit, Process, forked, serving, started
+from tests.support.processes import ForkedPython
 
 TWO_MODELS = """
 app_settings:
@@ -31,6 +36,17 @@ class Hanging(LengthPipeline):
             threading.Event().wait()
         return super().postprocess(input_list, raw_output)
 """
+HELD = """
+from pathlib import Path
+from tests.support.length_model import LengthPipeline
+
+class Held(LengthPipeline):
+    def predict(self, input_list, preprocessed_data):
+        if "hold" in preprocessed_data["texts"]:
+            Path("held").touch()
+            Path("gate").read_text()  # a pipe: it waits for the test to write
+        return super().predict(input_list, preprocessed_data)
+"""
 BREAKING = """
 from modalkit.batching import MeasuredCostModel
 from tests.support.length_model import LengthPipeline
@@ -49,6 +65,12 @@ class Never(LengthPipeline):
         print("begun", file=sys.stderr, flush=True)
         threading.Event().wait()
 """
+
+
+def until_it_accepts_nothing(client: httpx.Client) -> None:
+    with suppress(httpx.TransportError):
+        while True:
+            client.get("/health/live")
 
 
 def finish(process: Process) -> str:
@@ -80,7 +102,7 @@ def test_when_its_last_model_breaks_it_stops_with_an_exit_code(folder: Path, env
         answers = [client.post("/sync/predict?model_name=good", json={"text": "four"}) for _ in range(3)]
         assert [answer.status_code for answer in answers] == [500, 500, 500]
         said = finish(process)
-        assert process.returncode == 1
+        assert process.returncode == 3
         assert "broke down" in said
 
 
@@ -185,6 +207,69 @@ def test_a_second_signal_stops_at_once_and_says_that_jobs_are_kept(folder: Path,
     assert process.returncode == 1
     assert "Stopped at once. 3 jobs had not ended: kept, and run after the next start." in said
     assert " cancelled" not in said
+
+
+def test_the_first_signal_finishes_open_requests_and_leaves_jobs_that_have_not_begun_stored(
+    folder: Path, environment: dict[str, str]
+) -> None:
+    (folder / "my_model.py").write_text(HELD)
+    (folder / "modalkit.yaml").write_text(TWO_MODELS.replace("Hanging", "Held"))
+    os.mkfifo(folder / "gate")
+    with serving(folder, environment) as (process, client), ThreadPoolExecutor() as threads:
+        held = threads.submit(client.post, "/sync/predict?model_name=good", json={"text": "hold"})
+        while not (folder / "held").exists():
+            assert process.poll() is None
+        jobs = [{"message": {"text": "x" * n}} for n in range(1, 41)]
+        assert client.post("/async/predict?model_name=good", json=jobs).status_code == 202
+        process.send_signal(signal.SIGTERM)
+        until_it_accepts_nothing(client)
+        (folder / "gate").write_text("go on")
+        assert held.result().json()["length"] == 4
+        said = finish(process)
+        assert process.returncode == 0, said
+    with closing(sqlite3.connect(folder / "jobs.db")) as database:
+        stored = database.execute("SELECT DISTINCT status, started_at, crashes FROM jobs").fetchall()
+    assert stored == [("queued", None, 0)]
+
+
+def test_a_second_signal_ends_open_requests_too_without_a_traceback(folder: Path, environment: dict[str, str]) -> None:
+    (folder / "my_model.py").write_text(HELD)
+    (folder / "modalkit.yaml").write_text(TWO_MODELS.replace("Hanging", "Held"))
+    os.mkfifo(folder / "gate")
+    with serving(folder, environment) as (process, client), ThreadPoolExecutor() as threads:
+        held = threads.submit(client.post, "/sync/predict?model_name=good", json={"text": "hold"})
+        while not (folder / "held").exists():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        until_it_accepts_nothing(client)
+        process.send_signal(signal.SIGTERM)
+        said = finish(process)
+        assert isinstance(held.exception(), httpx.TransportError)
+    assert process.returncode == 1
+    assert "Stopped at once." in said
+    assert "Traceback" not in said
+
+
+def test_what_does_not_end_within_the_grace_is_left(folder: Path, environment: dict[str, str]) -> None:
+    (folder / "my_model.py").write_text(HANGING)
+    (folder / "modalkit.yaml").write_text(TWO_MODELS)
+
+    def impatient(arguments: list[str], folder: Path, environment: Mapping[str, str]) -> Process:
+        code = (
+            "from modalkit.service.cli import main, serve, stopping; import sys;"
+            "sys.modules['modalkit.service.cli.serve'].GRACE_S = stopping.CLOSING_S = 0.1; main()"
+        )
+        return ForkedPython(["-P", "-c", code, *arguments], cwd=folder, env=environment)
+
+    with serving(folder, environment, impatient) as (process, client):
+        accepted = client.post("/async/predict?model_name=good", json={"message": {"text": "hang"}}).json()
+        while client.get(f"/jobs/{accepted['job_id']}").json()["status"] != "running":
+            pass
+        process.send_signal(signal.SIGTERM)
+        said = finish(process)
+    assert process.returncode == 1
+    assert "Stopped at the end of the grace of 0.1 s. 1 job had not ended: kept, and run after the next start." in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("host", ["nohost.invalid", "192.0.2.1"])

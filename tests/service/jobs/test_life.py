@@ -331,6 +331,13 @@ class StoreFollowsLife(RuleBasedStateMachine):
         if retry.job_id in self.jobs:
             self.change(life.requeue_job(self.jobs[retry.job_id], retry))
 
+    @rule(number=st.integers(0, 9))
+    def return_claimed(self, number: int) -> None:
+        job_id = self.pick(number)
+        self.runner.run(self.store.return_claimed([job_id]))
+        if job_id in self.jobs:
+            self.change(life.return_job(self.jobs[job_id]))
+
     @rule()
     def release_retries(self) -> None:
         next_at = self.runner.run(self.store.release_retries("m", self.now))

@@ -8,6 +8,7 @@ import anyio.lowlevel
 import pytest
 
 from modalkit.batching import BatchTimeoutError, Failure, Priority, QueueFullError, SchedulerClosedError, Success
+from modalkit.batching.pending import Withdraw
 from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import NotReadyError
@@ -47,9 +48,11 @@ class Engine:
         self.groups: list[list[str]] = []
         self.raises: dict[int, Exception] = {}
         self.waiting: dict[str, Callable[[JobOutcome], None]] = {}
+        self.queued: set[str] = set()
+        """Those that wait for a batch."""
         self.change = anyio.Event()
 
-    def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
+    def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Withdraw:
         if self.refusals:
             self.refusals -= 1
             raise QueueFullError(1, 1)
@@ -60,7 +63,13 @@ class Engine:
         self.change.set()
         if self.is_open:
             self.answer(job.job_id)
-        return lambda: self.waiting.pop(job.job_id, None) and None
+
+        def withdraw(*, only_waiting: bool = False) -> bool:
+            if only_waiting and job.job_id not in self.queued:
+                return False
+            return self.waiting.pop(job.job_id, None) is not None
+
+        return withdraw
 
     async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
         assert not self.waiting
@@ -121,6 +130,8 @@ class NoFeed:
     def wake(self) -> None: ...
 
     def abandon(self, job_id: str) -> None: ...
+
+    def close(self) -> None: ...
 
 
 async def submit(
@@ -349,7 +360,7 @@ async def test_an_interactive_job_waits_for_one_group_after_a_crash_of_a_full_wi
     before: list[int] = []
     start = engine.start
 
-    def counting(job: Job, on_outcome: Callable[[JobOutcome], None]) -> Callable[[], None]:
+    def counting(job: Job, on_outcome: Callable[[JobOutcome], None]) -> Withdraw:
         if job.priority is Priority.INTERACTIVE:
             before.append(len(engine.groups))
         return start(job, on_outcome)
@@ -532,6 +543,27 @@ async def test_a_job_that_waits_to_run_again_can_be_cancelled(manager: JobManage
         await anyio.wait_all_tasks_blocked()
     assert len(engine.started) == 1
     assert (await ended(manager, job_id)).status is JobStatus.CANCELLED
+
+
+async def test_a_draining_manager_leaves_the_jobs_that_have_not_begun_in_a_durable_store(
+    manager: JobManager, store: Flaky
+) -> None:
+    """They are as they were, so that neither their timeout nor a count of crashes has begun."""
+    store.durable = True
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=2):
+        running, waiting, stored = [await submit(manager) for _ in range(3)]
+        await engine.until_started(2)
+        engine.queued.add(waiting)
+        manager.drain()
+        while (await ended_or_not(manager, waiting)).status is not JobStatus.QUEUED:
+            await anyio.wait_all_tasks_blocked()
+        late = await submit(manager)
+        engine.open()
+    assert [job.job_id for job in engine.started] == [running, waiting]
+    jobs = [await ended_or_not(manager, job_id) for job_id in (running, waiting, stored, late)]
+    assert [job.status for job in jobs] == [JobStatus.SUCCEEDED, *[JobStatus.QUEUED] * 3]
+    assert [(job.started_at, job.attempts, job.crashes) for job in jobs[1:]] == [(None, 0, 0)] * 3
 
 
 @pytest.mark.parametrize("durable", [False, True])

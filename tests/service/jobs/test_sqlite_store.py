@@ -166,6 +166,21 @@ async def test_a_second_owner_is_refused_with_the_firsts_process_id(path: Path) 
         assert await store.get("a") is not None
 
 
+async def test_a_path_that_leads_to_an_open_store_is_refused(path: Path, tmp_path: Path) -> None:
+    """Its second owner would queue the running jobs of the first again."""
+    link = tmp_path / "elsewhere" / "link.db"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    async with SqliteJobStore(path):
+        with pytest.raises(JobStoreLockedError):
+            async with SqliteJobStore(link):
+                pass
+    async with SqliteJobStore(link):
+        with pytest.raises(JobStoreLockedError):
+            async with SqliteJobStore(path):
+                pass
+
+
 async def test_a_full_disk_is_an_error_with_a_remedy_and_the_store_goes_on(path: Path) -> None:
     async with SqliteJobStore(path) as store:
         await store.add([new_job("a")])
@@ -173,8 +188,12 @@ async def test_a_full_disk_is_an_error_with_a_remedy_and_the_store_goes_on(path:
         with pytest.raises(JobStoreUnavailableError, match=r"jobs\.db cannot be used: .*full; free some space"):
             await store.add([new_job(f"{n}", "x" * 2000) for n in range(100)])
         stored = (await store.counts()).statuses[JobStatus.QUEUED]
+        await store.expire(10, 2.0)
+        assert store.failure is not None, "what writes nothing shows nothing"
         store._database.execute("PRAGMA max_page_count = 2000000")  # noqa: SLF001  # space again
         await store.add([new_job("z", "x" * 100_000)])
+        await store.check()
+        assert store.failure is None
         assert (await store.counts()).statuses[JobStatus.QUEUED] == stored + 1
         assert len(await store.claim("m", 1000, 2.0)) == stored + 1
 

@@ -484,6 +484,23 @@ async def test_jobs_that_wait_to_run_again_are_claimed_in_their_old_order_once_r
     assert await store.release_retries("n", 5.0) is None
 
 
+async def test_claimed_jobs_that_did_not_begin_are_queued_as_they_were(store: JobStore) -> None:
+    await store.add([new_job("a"), new_job("b"), new_job("c")])
+    await store.claim("m", 1, 2.0)
+    await store.requeue([JobRetry(job_id="a", retry_at=3.0, error="down")])
+    await store.release_retries("m", 3.0)
+    await store.claim("m", 2, 4.0)
+    await store.return_claimed(["a", "b", "c", "unknown"])
+    jobs = [await existing(store, job_id) for job_id in "abc"]
+    assert [(job.status, job.started_at) for job in jobs] == [
+        (JobStatus.QUEUED, 2.0),
+        (JobStatus.QUEUED, None),
+        (JobStatus.QUEUED, None),
+    ]
+    assert (await store.counts()).statuses[JobStatus.QUEUED] == 3
+    assert [job.job_id for job in await store.claim("m", 9, 5.0)] == ["a", "b", "c"]
+
+
 async def test_jobs_that_wait_to_run_again_can_be_cancelled_expire_and_leave_the_quarantine(store: JobStore) -> None:
     await store.add([new_job("a"), new_job("b", expires_at=10.0), new_job("c")])
     await store.claim("m", 3, 2.0)

@@ -9,6 +9,7 @@ import anyio
 import httpx
 import pytest
 from anyio import to_thread
+from pydantic import BaseModel
 from starlette.types import Message
 
 from modalkit.batching import MeasuredCostModel, SchedulerStatistics
@@ -70,6 +71,41 @@ async def test_the_application_opens_and_closes_its_gateway(settings: Settings) 
         assert job["result"]["length"] == 4
 
 
+class Weather(LengthPipeline):
+    retryable_errors = (ConnectionError,)
+
+    def warm_up(self) -> None: ...
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        raise ConnectionError("the database is down")
+
+
+async def test_callers_are_told_to_try_again_where_an_error_passes() -> None:
+    settings = Settings(
+        app_settings={"async_config": {"store": "memory"}, "batch_config": {"calibration": {"enabled": False}}},
+        model_settings={"model_entries": {"weather": {"pipeline": f"{__name__}:Weather"}}},
+    )
+    async with serving(create_app(LocalGateway(settings))) as client:
+        await until_ready(client)
+        answer = await client.post("/sync/predict", json={"text": "four"})
+    assert assert_problem(answer, 503)["detail"] == "ConnectionError: the database is down"
+    assert answer.headers["retry-after"]
+
+
+async def test_a_service_whose_store_fails_is_not_ready_until_it_can_be_written_again(settings: Settings) -> None:
+    gateway = LocalGateway(settings)
+    async with serving(create_app(gateway)) as client:
+        await until_ready(client)
+        gateway.jobs.store._database.execute("PRAGMA query_only = 1")  # noqa: SLF001  # stands in for a broken disk
+        assert (await client.post("/async/predict", json={"message": {"text": "four"}})).status_code == 503
+        refused = await client.get("/health/ready")
+        assert refused.status_code == 503
+        assert "jobs.db cannot be used" in refused.json()["reasons"]["jobs"]
+        assert (await client.get("/health/live")).status_code == 200, "a new process would have the same disk"
+        gateway.jobs.store._database.execute("PRAGMA query_only = 0")  # noqa: SLF001  # as above
+        await until_ready(client)
+
+
 async def test_a_model_that_broke_down_fails_liveness_and_ends_the_gateway_when_it_was_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -93,7 +129,9 @@ async def test_a_model_that_broke_down_fails_liveness_and_ends_the_gateway_when_
         assert (await client.post("/sync/predict", json={"text": "four"})).status_code == 503
         live = await client.get("/health/live")
         assert (live.status_code, live.json()) == (503, {"status": "broken", "models": ["lengths"]})
-        assert (await client.get("/health/ready")).json()["models"] == {"lengths": "broken"}
+        ready = (await client.get("/health/ready")).json()
+        assert ready["models"] == {"lengths": "broken"}
+        assert "its scheduler broke down" in ready["reasons"]["lengths"]
     assert "broke down" in caplog.text
 
 
@@ -126,7 +164,9 @@ async def test_a_model_that_cannot_be_loaded_leaves_the_others_alone(
         await strict.wait_until_settled()
         ready_not = await client.get("/health/ready")
         assert ready_not.status_code == 503
-        assert ready_not.json() == {"status": "not ready", "models": {"good": "ready", "bad": "failed"}}
+        answer = ready_not.json()
+        assert (answer["status"], answer["models"]) == ("not ready", {"good": "ready", "bad": "failed"})
+        assert "the weights are not there" in answer["reasons"]["bad"]
 
 
 async def test_a_service_whose_only_model_failed_is_not_ready(tmp_path: Path) -> None:
@@ -324,7 +364,7 @@ async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient
     for path, operations in schema["paths"].items():
         for operation in operations.values():
             assert "422" not in operation["responses"], path
-            takes_requests = path.startswith(("/sync", "/batch", "/async", "/jobs"))
+            takes_requests = path.startswith(("/sync", "/batch", "/async", "/jobs", "/admin"))
             assert ("default" in operation["responses"]) == takes_requests, path
 
 

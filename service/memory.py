@@ -1,0 +1,29 @@
+"""How much memory this process uses of its own, and how much more it may use, where Linux tells."""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def private_bytes() -> int:
+    """Bytes of memory that belong to this process alone: without files that it maps; 0 where that is not known."""
+    return _kibibytes(Path("/proc/self/status"), "RssAnon") or 0
+
+
+def free_bytes() -> int | None:
+    """Bytes that may still be used: of the machine or, where that is less, of the container; None where not known."""
+    free = [_kibibytes(Path("/proc/meminfo"), "MemAvailable")]
+    with suppress(OSError, ValueError):  # "max" is no limit
+        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)", (_CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        free.append(limit - used + (int(cached[1]) if cached else 0))
+    return min((each for each in free if each is not None), default=None)
+
+
+def _kibibytes(file: Path, name: str) -> int | None:
+    with suppress(OSError):
+        if found := re.search(rf"^{name}:\s*(\d+) kB", file.read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    return None

@@ -1,0 +1,102 @@
+"""The routes for those who run the service: what its models do, and changes of them while requests come."""
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Request
+from pydantic_core import from_json
+
+from modalkit.service.gateway import Gateway, ModelAdministration, find_model
+from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, ModelView
+from modalkit.service.web.bodies import read_body
+from modalkit.service.web.options import check_query
+from modalkit.service.web.problems import ProblemError
+
+CANNOT_CHANGE = (
+    "the models run in other processes, which cannot be told to reload; deploy again, and new containers take over"
+)
+NEEDS_KEY = (
+    "this needs an API key, and none is configured: set app_settings.auth_config, or send the process the signal "
+    "SIGHUP, which reloads its models"
+)
+
+_LIMITS_SCHEMA = {"type": "object", "examples": [{"max_batch_size": 64}]}
+
+ModelName = Annotated[str, Path(description="A model's name in the configuration.")]
+
+
+def make_admin_router(gateway: Gateway, dependencies: Sequence[Any]) -> APIRouter:
+    """The routes over the models of `gateway`. Without `dependencies`, which check the key, they are refused."""
+    router = APIRouter(
+        prefix="/admin",
+        tags=["administration"],
+        dependencies=[*(dependencies or [Depends(_refuse)]), Depends(_check_query)],
+        responses=PROBLEM_ANSWERS,
+    )
+
+    def administration() -> ModelAdministration:
+        if gateway.administration is None:
+            raise ProblemError(HTTPStatus.NOT_IMPLEMENTED, CANNOT_CHANGE)
+        return gateway.administration
+
+    def view(name: str) -> ModelView:
+        model = find_model(gateway.models, name)
+        limits = None if gateway.administration is None else gateway.administration.limits(name)
+        return ModelView(
+            name=model.name,
+            readiness=model.readiness,
+            problem=model.problem,
+            engine=None if model.engine_choice is None else str(model.engine_choice),
+            batch_config=None if limits is None else limits.model_dump(mode="json", exclude={"calibration"}),
+        )
+
+    @router.get("/models", summary="The models, with the limits of their batches")
+    async def list_models() -> list[ModelView]:
+        return [view(name) for name in gateway.models]
+
+    @router.get("/models/{name:path}", summary="One model")
+    async def get_model(name: ModelName) -> ModelView:
+        return view(name)
+
+    @router.post(
+        "/models/{name:path}/reload",
+        summary="Load a model anew beside the one that runs, and replace it",
+        description="By the configuration as it is now. The answer comes when the new one is warm and runs all batches "
+        "from then on; no request fails for it. With 409 the old one goes on, and the detail says why.",
+    )
+    async def reload_model(name: ModelName) -> ModelView:
+        await administration().reload(name)
+        return view(name)
+
+    @router.patch(
+        "/models/{name:path}",
+        summary="Change the limits of a model's batches",
+        description="Keys of `batch_config`, except `calibration`; they hold until the model is reloaded or started.",
+        openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": _LIMITS_SCHEMA}}}},
+    )
+    async def change_limits(request: Request, name: ModelName) -> ModelView:
+        await administration().set_limits(name, _limits(await read_body(request)))
+        return view(name)
+
+    return router
+
+
+def _limits(body: bytes) -> dict[str, Any]:
+    try:
+        limits = from_json(body)
+    except ValueError as error:
+        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"the body is no JSON: {error}") from None
+    if not isinstance(limits, dict):
+        raise ProblemError(
+            HTTPStatus.UNPROCESSABLE_ENTITY, 'the body must be a JSON object, as in {"max_batch_size": 64}'
+        )
+    return limits
+
+
+async def _refuse() -> None:
+    raise ProblemError(HTTPStatus.FORBIDDEN, NEEDS_KEY)
+
+
+async def _check_query(request: Request) -> None:
+    check_query(request, set())
