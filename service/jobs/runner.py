@@ -341,10 +341,7 @@ class JobRunner(AsyncContextManagerMixin):
                     now=now,
                     backoff_s=self._backoff_s,
                 )
-            if retry is None:
-                self._add_end(self._ended(job, outcome, now))
-            else:
-                self._add_end(retry)
+            self._add_end(retry or self._ended(job, outcome, now))
         self.wake()
 
     def _ended(self, job: Job, outcome: JobOutcome, now: float) -> JobEnd:
