@@ -109,6 +109,15 @@ class BatchFormer(Generic[RequestT]):
                 break  # smaller requests need even more padding
         return batch
 
+    def queued_s(self) -> float:
+        """Seconds that all waiting requests are predicted to take, in the best batches of their own sizes."""
+        runs = [
+            self.queue.front(priority, index, self.queue.max_items)
+            for priority in Priority
+            for index in self.queue.bucket_indices(priority)
+        ]
+        return sum(len(run) * self._own_s(run[0].size) for run in runs if run)
+
     def _own_s(self, size: int) -> float:
         """Seconds per request of this size in the best batch of requests of this size."""
         limit = self.count_limit

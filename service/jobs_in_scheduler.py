@@ -22,7 +22,9 @@ class JobsInScheduler:
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Withdraw:
         """Run a job in some batch."""
         item = self.input_model.model_validate_json(job.message_json)
-        return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority, owner=job.owner)
+        return self._scheduler.submit_nowait(
+            item, on_outcome, priority=job.priority, owner=job.owner, tag=job.traceparent
+        )
 
     async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
         """Run jobs while no other is in the pipeline."""

@@ -79,6 +79,7 @@ def new_job(
     now: float,
     delivers: bool,
     owner: str = "",
+    traceparent: str | None = None,
 ) -> Job:
     """A queued job that asks for what `request` asks for.
 
@@ -102,6 +103,7 @@ def new_job(
         expires_at=None if request.expires_in is None else now + request.expires_in,
         idempotency_key=request.idempotency_key,
         owner=owner,
+        traceparent=traceparent,
     )
     for field in _NAME_FIELDS:
         name = getattr(job, field) or ""
