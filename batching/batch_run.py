@@ -2,6 +2,7 @@
 
 import logging
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Generic, ParamSpec, TypeVar
 
@@ -13,7 +14,7 @@ from modalkit.batching.group_testing import FailureHistory, GroupTest
 from modalkit.batching.pending import Pending
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import Batch
-from modalkit.batching.request import Failure, Success
+from modalkit.batching.request import Failure, Priority, Success
 from modalkit.batching.stages import StageSeconds, StageShares
 from modalkit.batching.statistics import BatchRecord, Telemetry
 
@@ -166,17 +167,16 @@ class BatchRunner(Generic[T, R]):
 
     def _succeed(self, requests: list[Pending[T, R]], outputs: Sequence[R | Exception]) -> list[Exception]:
         """Give the requests their outputs; returns those that are errors."""
-        now, errors, latencies_s = self.now(), list[Exception](), []
+        errors, succeeded = list[Exception](), 0
         for request, output in zip(requests, outputs, strict=True):
             if isinstance(output, Exception):
                 if self.fail(request, Failure(output)):
                     errors.append(output)
             elif request.outcome is None:
                 request.outcome = Success(output)
-                latencies_s.append(now - request.arrival_s)
+                succeeded += 1
                 request.waiter.end_one()
-        self.telemetry.succeeded += len(latencies_s)
-        self.telemetry.latencies_s += latencies_s
+        self.telemetry.succeeded += succeeded
         return errors
 
     # Calls of code that may not be ours, and records.
@@ -200,7 +200,6 @@ class BatchRunner(Generic[T, R]):
         *,
         overlapped: bool,
     ) -> None:
-        arrivals_s = [request.arrival_s for request in batch.requests]
         record = BatchRecord(
             count=len(batch.requests),
             failed=len(errors),
@@ -210,8 +209,8 @@ class BatchRunner(Generic[T, R]):
             reason=batch.reason,
             real_tokens=batch.total,
             padded_tokens=batch.padded_tokens,
-            queue_s=formed_s - sum(arrivals_s) / len(arrivals_s),
-            oldest_queue_s=formed_s - arrivals_s[0],
+            waits_s=_waits_s(batch, formed_s),
+            tags=list(filter(None, {request.waiter.tag for request in batch.requests})),
             total_s=total_s,
             predicted_s=batch.predicted_s,
             overlapped=overlapped,
@@ -220,6 +219,16 @@ class BatchRunner(Generic[T, R]):
         self.telemetry.count_batch(record)
         if self._on_batch is not None:
             self._call("on_batch failed; the batch itself was not affected", self._on_batch, record)
+
+
+def _waits_s(batch: Batch[Pending[T, R]], formed_s: float) -> dict[Priority, list[float]]:
+    """Seconds that the requests of a batch had waited, by lane."""
+    if batch.requests[-1].priority is batch.priority:  # companions of the other lane come last
+        return {batch.priority: [formed_s - request.arrival_s for request in batch.requests]}
+    waits_s = defaultdict[Priority, list[float]](list)
+    for request in batch.requests:
+        waits_s[request.priority].append(formed_s - request.arrival_s)
+    return waits_s
 
 
 def _clear_frames(error: BaseException) -> None:

@@ -19,14 +19,20 @@ R = TypeVar("R")
 class Waiter(Wakeup):
     """Wakes one caller when all its requests have their outcomes. Times are those of the event loop's clock."""
 
-    __slots__ = ("arrival_s", "deadline_s", "owner", "unfinished")
+    __slots__ = ("arrival_s", "deadline_s", "owner", "tag", "unfinished")
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop | None, arrival_s: float, timeout_s: float | None, owner: str
+        self,
+        loop: asyncio.AbstractEventLoop | None,
+        arrival_s: float,
+        timeout_s: float | None,
+        owner: str,
+        tag: str | None,
     ) -> None:
         super().__init__(loop)
         self.unfinished = 1
         self.owner = owner
+        self.tag = tag
         self.arrival_s = arrival_s
         self.deadline_s = math.inf if timeout_s is None else arrival_s + timeout_s
 
@@ -40,13 +46,14 @@ class Waiter(Wakeup):
 class Listener(Generic[R]):
     """Calls a function with the outcome of one request, in place of a caller that waits."""
 
-    __slots__ = ("_on_outcome", "arrival_s", "deadline_s", "owner", "request")
+    __slots__ = ("_on_outcome", "arrival_s", "deadline_s", "owner", "request", "tag")
 
-    def __init__(self, on_outcome: Callable[[Outcome[R]], None], arrival_s: float, owner: str) -> None:
+    def __init__(self, on_outcome: Callable[[Outcome[R]], None], arrival_s: float, owner: str, tag: str | None) -> None:
         self._on_outcome: Callable[[Outcome[R]], None] | None = on_outcome
         self.arrival_s = arrival_s
         self.deadline_s = math.inf
         self.owner = owner
+        self.tag = tag
         self.request: Pending[Any, R] | None = None
 
     def stop(self) -> None:

@@ -171,17 +171,19 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         priority: Priority = Priority.INTERACTIVE,
         timeout_s: float | None = None,
         owner: str = "",
+        tag: str | None = None,
     ) -> R:
         """Run one payload in a batch and return its result, or raise its own error.
 
         While requests of several owners wait in a lane, each owner gets an equal share of it, by the sizes of requests.
+        The record of its batch has its `tag`, as for all ways to submit.
 
         Raises `QueueFullError`, `RequestTooLargeError`, `SchedulerClosedError` or `ValueError` (a `size` out of range)
         before anything is queued; `DeadlineExceededError` after `timeout_s` seconds; and `BatchTimeoutError`,
         `OutputCountError` or what `run_batch` raised for this payload. When cancelled, a request that waits leaves the
         queue; one that runs is finished, and its result dropped.
         """
-        waiter = self._make_waiter(timeout_s, owner)
+        waiter = self._make_waiter(timeout_s, owner, tag)
         request = self._make_request(payload, size, priority, waiter)
         self._enqueue((request,))
         if timeout_s is None:
@@ -209,6 +211,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         priority: Priority = Priority.INTERACTIVE,
         timeout_s: float | None = None,
         owner: str = "",
+        tag: str | None = None,
     ) -> list[Outcome[R]]:
         """Run many payloads and return their outcomes in the same order: a `Success` or a `Failure` for each.
 
@@ -216,7 +219,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         `QueueFullError` or `SchedulerClosedError` before anything is queued: all payloads are accepted, or none.
         `timeout_s` and cancellation are as for `submit`.
         """
-        waiter = self._make_waiter(timeout_s, owner)
+        waiter = self._make_waiter(timeout_s, owner, tag)
         refused: dict[int, Failure] = {}
         requests = list[Pending[T, R]]()
         if self._sizes is None:
@@ -245,6 +248,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         size: int | None = None,
         priority: Priority = Priority.INTERACTIVE,
         owner: str = "",
+        tag: str | None = None,
     ) -> Withdraw:
         """Queue one payload and return at once; `on_outcome` is called in the event loop with its outcome.
 
@@ -252,7 +256,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         the request; after that, `on_outcome` is not called. Raises what `submit` raises before anything is queued.
         """
         self._ensure_open()
-        listener = Listener(on_outcome, self._now(), owner)
+        listener = Listener(on_outcome, self._now(), owner, tag)
         listener.request = request = self._make_request(payload, size, priority, listener)
         self._enqueue((request,))
         return partial(self._withdraw_from, listener, request)
@@ -264,6 +268,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         *,
         priority: Priority = Priority.INTERACTIVE,
         owner: str = "",
+        tag: str | None = None,
     ) -> list[Callable[[], object] | Failure]:
         """Queue payloads, all or none, as `submit_nowait` does with one; `on_outcome` gets the place of each, from 0.
 
@@ -276,7 +281,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         requests = list[Pending[T, R]]()
         handles = list[Callable[[], object] | Failure]()
         for place, payload in enumerate(payloads):
-            listener = Listener(partial(on_outcome, place), now, owner)
+            listener = Listener(partial(on_outcome, place), now, owner, tag)
             try:
                 listener.request = request = self._make_request(payload, None, priority, listener)
             except RequestTooLargeError as error:
@@ -395,8 +400,12 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
 
     def statistics(self) -> SchedulerStatistics:
         """An immutable snapshot of the requests and batches that wait, run and have ended."""
+        queue = self._planner.queue
+        oldest = {priority: queue.oldest(priority) for priority in Priority}
         return self._telemetry.snapshot(
-            queued={priority: self._planner.queue.waiting(priority) for priority in Priority},
+            queued={priority: queue.waiting(priority) for priority in Priority},
+            queued_s=sum(map(self._planner.queue.seconds, Priority)),
+            oldest_s={lane: 0.0 if one is None else self._now() - one.arrival_s for lane, one in oldest.items()},
             running=sum(len(batch.requests) for batch in self._dispatcher.runner.running.values()),
             open_s=self._open_s() * len(self._dispatcher.executors),
             stuck_threads=self.stuck_threads,
@@ -427,9 +436,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
                 BROKEN if self.is_broken else "the scheduler is not open: use it inside its 'async with' block"
             )
 
-    def _make_waiter(self, timeout_s: float | None, owner: str) -> Waiter:
+    def _make_waiter(self, timeout_s: float | None, owner: str, tag: str | None) -> Waiter:
         self._ensure_open()
-        return Waiter(self._loop, self._now(), timeout_s, owner)
+        return Waiter(self._loop, self._now(), timeout_s, owner, tag)
 
     def _make_request(
         self, payload: T, size: int | None, priority: Priority, waiter: Waiter | Listener[R]

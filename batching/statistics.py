@@ -1,14 +1,11 @@
 """What is recorded of each batch, and of all: for metrics and logs."""
 
-import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from modalkit.batching.policy import DispatchReason
 from modalkit.batching.request import Priority
-
-LATENCIES_KEPT = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +29,10 @@ class BatchRecord:
     """The sum of the sizes."""
     padded_tokens: int
     """The sum of the sizes, with each request counted at the size of the largest."""
-    queue_s: float
-    """Mean seconds that the requests had waited when the batch was formed."""
-    oldest_queue_s: float
-    """Seconds that the oldest request had waited then."""
+    waits_s: Mapping[Priority, Sequence[float]]
+    """Seconds that each request had waited when the batch was formed, by lane."""
+    tags: Sequence[str] = ()
+    """The tags of the requests, each once."""
     preprocess_s: float
     """Seconds in the first stage. This and the next two are 0 if the batch failed and ran again in parts."""
     predict_s: float
@@ -48,6 +45,11 @@ class BatchRecord:
     """Seconds that its stages together were predicted to take."""
     overlapped: bool
     """Whether its first stage ran at the same time as the second stage of the batch before."""
+
+    @property
+    def queue_s(self) -> float:
+        """Mean seconds that the requests had waited when the batch was formed."""
+        return sum(map(sum, self.waits_s.values())) / self.count
 
     @property
     def padding_share(self) -> float:
@@ -66,6 +68,10 @@ class SchedulerStatistics:
 
     queued: Mapping[Priority, int]
     """Requests that wait, by lane."""
+    queued_s: float
+    """Seconds that one worker, on the fastest device, is predicted to need for all that wait."""
+    oldest_s: Mapping[Priority, float]
+    """Seconds that the oldest waiting request of each lane has waited; 0 where none waits."""
     running: int
     """Requests in batches that run now, those of cancelled callers included."""
     accepted: int
@@ -90,10 +96,6 @@ class SchedulerStatistics:
     """Seconds that they spent in the second stage, or in the whole batch if it has no stages."""
     open_s: float
     """Seconds since the scheduler was opened, times the number of batches that may run at once."""
-    latency_p50_s: float
-    """The median latency of the last 4,096 requests that succeeded; NaN before the first."""
-    latency_p90_s: float
-    latency_p99_s: float
     stuck_threads: int
     """Calls that ran past the batch timeout and have not returned; each holds a thread."""
 
@@ -129,7 +131,6 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.accepted = self.succeeded = self.failed = self.expired = self.cancelled = self.refused = 0
-        self.latencies_s: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self._batch_sizes: Counter[int] = Counter()
         self._real_tokens = self._padded_tokens = 0
         self._busy_s = self._predict_s = 0.0
@@ -143,12 +144,20 @@ class Telemetry:
         self._predict_s += record.predict_s
 
     def snapshot(
-        self, *, queued: Mapping[Priority, int], running: int, open_s: float, stuck_threads: int
+        self,
+        *,
+        queued: Mapping[Priority, int],
+        queued_s: float,
+        oldest_s: Mapping[Priority, float],
+        running: int,
+        open_s: float,
+        stuck_threads: int,
     ) -> SchedulerStatistics:
         """The statistics now; the arguments are what only the scheduler knows."""
-        latencies_s = sorted(self.latencies_s)
         return SchedulerStatistics(
             queued=queued,
+            queued_s=queued_s,
+            oldest_s=oldest_s,
             running=running,
             accepted=self.accepted,
             succeeded=self.succeeded,
@@ -162,12 +171,5 @@ class Telemetry:
             busy_s=self._busy_s,
             predict_s=self._predict_s,
             open_s=open_s,
-            latency_p50_s=_quantile(latencies_s, 0.5),
-            latency_p90_s=_quantile(latencies_s, 0.9),
-            latency_p99_s=_quantile(latencies_s, 0.99),
             stuck_threads=stuck_threads,
         )
-
-
-def _quantile(ascending: Sequence[float], share: float) -> float:
-    return ascending[min(int(share * len(ascending)), len(ascending) - 1)] if ascending else math.nan

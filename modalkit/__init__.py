@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from modalkit.service.local_gateway import LocalGateway
     from modalkit.service.queue_backends import InMemoryBackend, QueueBackend
     from modalkit.service.settings import Settings
+    from modalkit.service.tracing import enable_tracing
     from modalkit.service.web import create_app, lifespan_of
     from modalkit.service.worker import InferenceWorker
 
@@ -71,6 +72,7 @@ __all__ = [
     "Success",
     "SyncInputModel",
     "create_app",
+    "enable_tracing",
     "lifespan_of",
 ]
 
@@ -82,6 +84,7 @@ _DEFINED_IN = {
     "ServiceError": "service.errors",
     "Settings": "service.settings",
     "create_app": "service.web",
+    "enable_tracing": "service.tracing",
     "lifespan_of": "service.web",
     **dict.fromkeys(("InMemoryBackend", "QueueBackend"), "service.queue_backends"),
     **dict.fromkeys(

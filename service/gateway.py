@@ -195,6 +195,13 @@ class Gateway(AbstractAsyncContextManager["Gateway"], Protocol):
     def jobs(self) -> Jobs:
         """The jobs of these models."""
 
+    async def metrics_of_processes(self, own: str) -> Mapping[str, str]:
+        """The metrics of each process of the service, in Prometheus's text format, by its id; this one's are `own`.
+
+        Where no other process has any, the id is empty.
+        """
+        ...
+
     @property
     def administration(self) -> ModelAdministration | None:
         """None where the engine cannot reload models."""

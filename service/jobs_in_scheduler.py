@@ -31,7 +31,9 @@ class JobsInScheduler:
         item: Payload = self.input_model.model_validate_json(job.message_json)
         if self._on_piece is not None:
             item = StreamedItem(item_of(item), partial(self._on_piece, job.job_id), may_repeat=True)
-        return self._scheduler.submit_nowait(item, on_outcome, priority=job.priority, owner=job.owner)
+        return self._scheduler.submit_nowait(
+            item, on_outcome, priority=job.priority, owner=job.owner, tag=job.traceparent
+        )
 
     async def run_as_one_batch(self, jobs: Sequence[Job]) -> Sequence[JobOutcome]:
         """Run jobs while no other is in the pipeline."""

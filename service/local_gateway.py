@@ -266,6 +266,10 @@ class LocalGateway(AsyncContextManagerMixin):
             logger.warning("What changed of %s takes effect at the next start only", ", ".join(later))
         return model.source.again(settings)
 
+    async def metrics_of_processes(self, own: str) -> dict[str, str]:
+        """The metrics of this process alone."""
+        return {"": own}
+
     def _check_ready(self, model_name: str) -> None:
         self._model(model_name).ready_worker()
 

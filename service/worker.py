@@ -38,10 +38,12 @@ from modalkit.service.jobs.runner import JobRunner
 from modalkit.service.jobs_in_scheduler import JobsInScheduler
 from modalkit.service.learnt_costs import LearntCosts
 from modalkit.service.loading import LoadError, make_job_manager
+from modalkit.service.metrics import BatchMetrics
 from modalkit.service.pipeline_batches import is_device_fault, is_too_large, max_in_flight_of, run_batch_of
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
 from modalkit.service.streams import Payload, StreamedItem, item_of, pieces_of
+from modalkit.service.tracing import active_tracing, current_traceparent
 from modalkit.service.validation import validated
 
 MAX_DEVICE_FAULTS = 2
@@ -112,7 +114,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         self.input_model = input_model or pipeline.input_model
         self._owns_jobs = jobs is None
         self._jobs = jobs or make_job_manager(settings, queue_backend, job_store)
-        self._sinks: list[Callable[[BatchRecord], None]] = [FailureLog(self.model_name)] if log_failures else []
+        self._sinks: list[Callable[[BatchRecord], None]] = [BatchMetrics(self.model_name)]
+        self._sinks += [FailureLog(self.model_name)] if log_failures else []
         self._sinks += [] if on_batch is None else [on_batch]
         self._costs = [LearntCosts(each, batch_config, calibrate=calibrate) for each in self.pipelines]
         self._owns_pipeline = owns_pipeline
@@ -242,7 +245,9 @@ class InferenceWorker(AsyncContextManagerMixin):
         Raises what `BatchScheduler.submit` raises, `RejectItem` when the pipeline refuses the item or answers
         with the status ``error``, and whatever the pipeline raised. A cancelled call takes its item out of the queue.
         """
-        return await self._scheduler.submit(self._validated(item), priority=priority, timeout_s=timeout_s, owner=owner)
+        return await self._scheduler.submit(
+            self._validated(item), priority=priority, timeout_s=timeout_s, owner=owner, tag=current_traceparent()
+        )
 
     def predict_many_nowait(
         self,
@@ -253,7 +258,9 @@ class InferenceWorker(AsyncContextManagerMixin):
         owner: str = "",
     ) -> list[Callable[[], object] | Failure]:
         """Queue items and return at once; see `BatchScheduler.submit_many_nowait`."""
-        return self._scheduler.submit_many_nowait(items, on_outcome, priority=priority, owner=owner)
+        return self._scheduler.submit_many_nowait(
+            items, on_outcome, priority=priority, owner=owner, tag=current_traceparent()
+        )
 
     async def predict_many(
         self,
@@ -270,7 +277,9 @@ class InferenceWorker(AsyncContextManagerMixin):
         """
         checked = [self._checked(item) for item in items]
         valid = [item for item in checked if not isinstance(item, Failure)]
-        ran = await self._scheduler.submit_many(valid, priority=priority, timeout_s=timeout_s, owner=owner)
+        ran = await self._scheduler.submit_many(
+            valid, priority=priority, timeout_s=timeout_s, owner=owner, tag=current_traceparent()
+        )
         outcomes = iter(ran)
         return [item if isinstance(item, Failure) else next(outcomes) for item in checked]
 
@@ -317,7 +326,9 @@ class InferenceWorker(AsyncContextManagerMixin):
         ) -> Callable[[], None]:
             streamed = StreamedItem(validated, receive)
             payload = streamed if self._streams else validated
-            withdraw = self._scheduler.submit_nowait(payload, receive, priority=priority, owner=owner)
+            withdraw = self._scheduler.submit_nowait(
+                payload, receive, priority=priority, owner=owner, tag=current_traceparent()
+            )
 
             def leave() -> None:
                 streamed.is_wanted = False
@@ -403,6 +414,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         await self._scheduler.wait_until_broken()
 
     def _on_batch(self, record: BatchRecord) -> None:
+        if (tracing := active_tracing()) is not None:
+            tracing.record_batch(self.model_name, record)
         if record.failed < record.count - record.requeued:
             self._device_faults = 0
         elif (fault := next(filter(is_device_fault, record.errors), None)) is not None:

@@ -11,7 +11,13 @@ from modalkit.batching import BatchRecord
 from modalkit.service.on_modal.service import ModalService
 
 KEPT_RECORDS = 10_000
-_FIELDS = [field.name for field in fields(BatchRecord) if field.name != "errors"]
+_LEFT_OUT = ("errors", "tags", "waits_s")
+_FIELDS = ["queue_s", *(field.name for field in fields(BatchRecord) if field.name not in _LEFT_OUT)]
+
+
+def plain_record(record: BatchRecord) -> dict[str, Any]:
+    """What a report has of a batch: plain values, one for the whole batch each."""
+    return {name: getattr(record, name) for name in _FIELDS}
 
 
 class MeasuredService(ModalService):
@@ -23,10 +29,10 @@ class MeasuredService(ModalService):
     _records: "deque[dict[str, Any]] | None" = None
 
     def on_batch(self, record: BatchRecord) -> None:
-        """Keep the record without its errors, which are no JSON, and pass it on."""
+        """Keep what the report needs of the record, and pass it on."""
         if self._records is None:
             self._records = deque(maxlen=KEPT_RECORDS)
-        self._records.append({name: getattr(record, name) for name in _FIELDS})
+        self._records.append(plain_record(record))
         super().on_batch(record)
 
     @modal.method()

@@ -8,8 +8,8 @@ import anyio
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.jobs.delivery import log_failed_attempts
 from modalkit.service.jobs.life import after_delivery_attempt, record_delivery
-from modalkit.service.jobs.messages import result_message, utc_timestamp
 from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job
+from modalkit.service.jobs.telemetry import Sending
 from modalkit.service.queue_backends import QueueBackend, QueueMessage
 from modalkit.service.queue_backends.sending import send_all
 
@@ -34,7 +34,8 @@ async def send_results(
     attempt = 0
     while pending:
         attempt += 1
-        errors = await _attempt(backend, [done[index] for index in pending], until_s, clock())
+        sending = Sending([done[index] for index in pending], clock())
+        errors = await _attempt(backend, sending.messages, until_s)
         pause_s, now = backoff_s(attempt), clock()
         is_last = anyio.current_time() + pause_s >= until_s
         attempted: list[tuple[str, DeliveryRecord]] = []
@@ -44,6 +45,7 @@ async def send_results(
             )
             attempted.append((done[index].delivery_queue or "", record))
             done[index] = record_delivery(done[index], record) or done[index]
+        sending.end([record for _, record in attempted], now)
         log_failed_attempts(attempted)
         pending = [index for index in pending if done[index].delivery is DeliveryStatus.PENDING]
         if pending:
@@ -52,10 +54,8 @@ async def send_results(
 
 
 async def _attempt(
-    backend: QueueBackend, jobs: Sequence[Job], until_s: float, now: float
+    backend: QueueBackend, messages: Sequence[QueueMessage], until_s: float
 ) -> Sequence[Exception | None]:
-    timestamp = utc_timestamp(now)
-    messages = [QueueMessage(job.delivery_queue or "", result_message(job, timestamp), job.job_id) for job in jobs]
     with anyio.CancelScope(deadline=until_s):
         return await send_all(backend, messages)
-    return [TimeoutError("no answer in the time that the call has")] * len(jobs)
+    return [TimeoutError("no answer in the time that the call has")] * len(messages)

@@ -28,6 +28,9 @@ class CallOptions:
     owners: Sequence[str] | None = None
     """The owner of each job; None where none has one."""
 
+    traceparents: Sequence[str | None] | None = None
+    """The trace of each job, as W3C's header has it; None where no job belongs to one."""
+
     def __post_init__(self) -> None:
         if self.priority is not None:
             Priority(self.priority)  # raises ValueError
@@ -108,6 +111,10 @@ class KeyValueStore(Protocol):
         """Remove a key, if it exists."""
         ...
 
+    async def items(self) -> dict[str, Any]:
+        """All keys with their values."""
+        ...
+
 
 class MemoryKeyValueStore:
     """A key-value store of this process."""
@@ -129,3 +136,7 @@ class MemoryKeyValueStore:
     async def remove(self, key: str) -> None:
         """Remove a key, if it exists."""
         self._values.pop(key, None)
+
+    async def items(self) -> dict[str, Any]:
+        """All keys with their values."""
+        return dict(self._values)

@@ -17,6 +17,7 @@ from modalkit.batching import BatchScheduler, Failure, Outcome, Priority, Succes
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.calls.engine import CallOptions, CallQueue, CallState
 from modalkit.service.calls.predictor import COST_OF_A_CALL, MAX_PARTIAL_CALLS_IN_FLIGHT, call_policy
+from modalkit.service.calls.published_metrics import PublishedMetrics
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import json_form, make_job_id, parse_job_id, read_job
 from modalkit.service.errors import NotAvailableError, ServiceError, describe_error
@@ -25,6 +26,7 @@ from modalkit.service.jobs import Job, JobPiece, JobStatus, JobStoreError
 from modalkit.service.jobs.life import new_job, request_digest
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.settings import BatchConfig
+from modalkit.service.tracing import current_traceparent
 from modalkit.service.validation import validated
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class _Submission:
     """With a validated message."""
     priority: Priority
     owner: str
+    traceparent: str | None
 
 
 class CallJobs(AsyncContextManagerMixin):
@@ -197,7 +200,9 @@ class CallJobs(AsyncContextManagerMixin):
         message = request.message
         if not isinstance(message, BaseModel):
             message = validated(model.input_model, message)
-        submission = _Submission(request.model_copy(update={"message": message}), priority, owner)
+        submission = _Submission(
+            request.model_copy(update={"message": message}), priority, owner, current_traceparent()
+        )
         job = self._job("", model.name, submission, self._clock())  # raises what is wrong with it
         if request.idempotency_key is None:
             return await self._schedulers[model.name].submit(submission, priority=priority, owner=owner)
@@ -234,11 +239,13 @@ class CallJobs(AsyncContextManagerMixin):
         accepted_at = self._clock()
         entries = [json_form(submission.request) for submission in submissions]
         owners = [submission.owner for submission in submissions]
+        traceparents = [submission.traceparent for submission in submissions]
         options = CallOptions(
             priority=str(submissions[0].priority),
             accepted_at=accepted_at,
             input_model=self._input_model_path,
             owners=owners if any(owners) else None,
+            traceparents=traceparents if any(traceparents) else None,
         )
         try:
             call_id = await self._queue.enqueue(model_name, entries, options)
@@ -269,6 +276,7 @@ class CallJobs(AsyncContextManagerMixin):
             now=now,
             delivers=True,
             owner=submission.owner,
+            traceparent=submission.traceparent,
         )
 
 
@@ -279,6 +287,8 @@ class CallGateway(AsyncContextManagerMixin):
     models: Mapping[str, Model]
     jobs: CallJobs
     opens: Sequence[AbstractAsyncContextManager[Any]]
+    published_metrics: PublishedMetrics | None = None
+    """Where processes that cannot be scraped publish their metrics."""
     administration: None = None
 
     @asynccontextmanager
@@ -287,3 +297,7 @@ class CallGateway(AsyncContextManagerMixin):
             for resource in (*self.opens, self.jobs):
                 await stack.enter_async_context(resource)
             yield self
+
+    async def metrics_of_processes(self, own: str) -> dict[str, str]:
+        """The metrics of this process and of those that publish theirs."""
+        return {"": own} if self.published_metrics is None else await self.published_metrics.with_own(own)

@@ -24,6 +24,7 @@ from modalkit.service.calls.engine import CallClient, CallOptions
 from modalkit.service.calls.wire_format import json_form, read_outcome
 from modalkit.service.errors import RemoteCallError, RemoteItemError, ServiceError
 from modalkit.service.gateway import NotReadyError, Readiness
+from modalkit.service.metrics import BatchMetrics
 from modalkit.service.settings import BatchConfig
 
 MAX_CALLS_IN_FLIGHT = 64
@@ -90,6 +91,7 @@ class CallModel(AsyncContextManagerMixin):
             cost_model=COST_OF_A_CALL,
             max_in_flight=MAX_CALLS_IN_FLIGHT,
             max_partial_in_flight=MAX_PARTIAL_CALLS_IN_FLIGHT,
+            on_batch=BatchMetrics(name),
             name=f"calls of {name}",
         )
 

@@ -24,6 +24,7 @@ from modalkit.service.jobs import life
 from modalkit.service.jobs.model import Job
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.runner import FIRST_JOB_RETRY_S
+from modalkit.service.jobs.telemetry import record_end
 from modalkit.service.loading import LoadError, import_class
 from modalkit.service.pipeline_batches import is_device_fault
 from modalkit.service.queue_backends import QueueBackend
@@ -96,13 +97,14 @@ class CallProcessor:
     async def process(self, entries: Sequence[object], call: Call) -> list[dict[str, Any]]:
         """Run a call; returns the outcome of each entry, in their order, as `wire_format` says.
 
-        An entry that is invalid or fails disturbs no other. Raises `ValueError` for another number of `timeouts_s` than
-        entries, `JobStoreError`, and of all errors of items only `DeviceFaultError`: then nothing has been sent. When
-        cancelled, results of jobs may have been sent.
+        An entry that is invalid or fails disturbs no other. Raises `ValueError` for another number of `timeouts_s` or
+        `traceparents` than entries, `JobStoreError`, and of all errors of items only `DeviceFaultError`: then nothing
+        has been sent. When cancelled, results of jobs may have been sent.
         """
-        timeouts_s = call.options.timeouts_s
-        if timeouts_s is not None and len(timeouts_s) != len(entries):
-            raise ValueError(f"timeouts_s: {len(timeouts_s)} times for {len(entries)} entries; give each entry one")
+        for name in ("timeouts_s", "traceparents"):
+            values = getattr(call.options, name)
+            if values is not None and len(values) != len(entries):
+                raise ValueError(f"{name}: {len(values)} values for {len(entries)} entries; give each entry one")
         items = self._items(entries, call)
         if call.is_kept and _have_jobs(items):
             _cancel(items, await self._records.cancelled(call.call_id, len(items)), self._clock())
@@ -143,7 +145,9 @@ class CallProcessor:
             request = read_entry(entry)
             if isinstance(request, AsyncInputModel):
                 owner = "" if options.owners is None else options.owners[index]
-                self._make_job(item, make_job_id(call.call_id, index), request, options, owner, now, left_s)
+                traceparent = None if options.traceparents is None else options.traceparents[index]
+                job_id = make_job_id(call.call_id, index)
+                self._make_job(item, job_id, request, options, owner, now, left_s, traceparent)
             item.message = self._validated(request.message, options.input_model)
         except ValidationError as error:
             item.outcome = Failure(RejectItem(summary(field_errors(error.errors(include_url=False)))))
@@ -160,6 +164,7 @@ class CallProcessor:
         owner: str,
         now: float,
         left_s: float,
+        traceparent: str | None,
     ) -> None:
         """Make an item a job. Raises `QueueNotAllowedError` and `QueueNameError`; the job then names no queue."""
         item.priority = Priority.BULK if options.priority is None else item.priority
@@ -172,6 +177,7 @@ class CallProcessor:
             now=now if options.accepted_at is None else options.accepted_at,
             delivers=False,
             owner=owner,
+            traceparent=traceparent,
         )
         item.job = job = life.start_job(queued, now)
         item.timeout_s = min(left_s, life.deadline_of(job, timeout_s=self._config.timeout, now=now) - now)
@@ -292,6 +298,7 @@ class CallProcessor:
         for item in items:
             if item.job is not None and item.outcome is not None:
                 item.job = life.end_job(item.job, life.end_of(item.job, item.outcome, now)) or item.job
+                record_end(item.job, item.job.status, now)
         if self._responses is not None:
             sent = await send_results(
                 self._responses,

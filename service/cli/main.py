@@ -1,6 +1,5 @@
 """The command ``modalkit`` and what all its subcommands share: configuration, errors as messages, exit codes."""
 
-import logging
 import os
 import sys
 import warnings
@@ -22,6 +21,7 @@ from modalkit.service.cli.serve import serve
 from modalkit.service.cli.tune import tune
 from modalkit.service.errors import ServiceError, UnknownModelError
 from modalkit.service.loading import LoadError
+from modalkit.service.logs import LogFormat, configure_logging
 from modalkit.service.settings import SettingsError
 from modalkit.service.version import VERSION
 
@@ -62,7 +62,7 @@ def _modalkit(
 
 def main() -> None:
     """Run the command line. Each error of modalkit becomes one message on standard error."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(LogFormat.TEXT)
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"modalkit: warning: {message}\n"
     # At the end, so that a folder with the name of an installed package does not hide the package.
     sys.path.append(str(Path.cwd()))

@@ -15,13 +15,15 @@ import typer
 from anyio.abc import TaskGroup
 
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.service.cli.common import ConfigFiles, notices, try_api_keys
+from modalkit.service.cli.common import ConfigFiles, notices, one_of, try_api_keys
 from modalkit.service.cli.stopping import EXIT_BROKEN, Stop, summarize
 from modalkit.service.errors import Readiness
 from modalkit.service.loading import LoadError
 from modalkit.service.local_gateway import LocalGateway
+from modalkit.service.logs import LogFormat, configure_logging
 from modalkit.service.serving import Server, freeze_gc, inherited_listeners, listening, listening_on_path
 from modalkit.service.settings import ServerConfig, Settings
+from modalkit.service.tracing import enable_tracing_from_environment
 from modalkit.service.version import VERSION
 from modalkit.service.web import create_app
 from modalkit.service.web.auth import refuse_strangers
@@ -38,6 +40,12 @@ def serve(
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(case_sensitive=False, help="What is logged.")
     ] = "warning",
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(
+            **one_of(LogFormat), envvar="MODALKIT_LOG_FORMAT", help="auto is text at a terminal, and JSON elsewhere."
+        ),
+    ] = LogFormat.AUTO,
     unix_socket: Annotated[
         Path | None, typer.Option(help="A Unix socket to listen on, in place of an address and a port.")
     ] = None,
@@ -66,7 +74,9 @@ def serve(
 
     modalkit serve --host 0.0.0.0 --port 80 --config production.yaml
     """
+    configure_logging(log_format)
     logging.getLogger().setLevel(log_level.upper())
+    enable_tracing_from_environment()
     given = {
         "unix_socket": unix_socket,
         "tls_certificate": tls_certificate,

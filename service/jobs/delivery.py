@@ -11,16 +11,17 @@ from typing import Self
 import anyio
 from anyio import AsyncContextManagerMixin
 from anyio.abc import TaskGroup
+from structlog.contextvars import bind_contextvars
 
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.backoff import SteadyClock, backoff_with_jitter
 from modalkit.service.jobs.collector import Collector, store_until_closing
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import after_delivery_attempt
-from modalkit.service.jobs.messages import result_message, utc_timestamp
 from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job
 from modalkit.service.jobs.store import JobStore
-from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend, QueueMessage
+from modalkit.service.jobs.telemetry import Sending
+from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend
 from modalkit.service.queue_backends.sending import send_all
 from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 
@@ -237,18 +238,20 @@ class Deliverer(AsyncContextManagerMixin):
 
     async def _attempt(self, jobs: Sequence[Job]) -> None:
         """Send the messages of some jobs, and have the results recorded."""
-        sent_at = utc_timestamp(self._clock())
-        messages = [QueueMessage(_queue_of(job), result_message(job, sent_at), job.job_id) for job in jobs]
+        if len(jobs) == 1:
+            bind_contextvars(job_id=jobs[0].job_id)  # for what the backend logs, in this task
+        sending = Sending(jobs, self._clock())
         timed_out = TimeoutError(f"no answer within {self._send_timeout_s:g} s")
         errors: Sequence[Exception | None] = [timed_out] * len(jobs)
         with anyio.move_on_after(self._send_timeout_s):
-            errors = await send_all(self._backend, messages)
+            errors = await send_all(self._backend, sending.messages)
         now = self._clock()
-        for job, error in zip(jobs, errors, strict=True):
-            record = after_delivery_attempt(
-                job, error, max_attempts=self._max_attempts, now=now, backoff_s=self._backoff_s
-            )
-            self._attempted.add((job, record))
+        records = [
+            after_delivery_attempt(job, error, max_attempts=self._max_attempts, now=now, backoff_s=self._backoff_s)
+            for job, error in zip(jobs, errors, strict=True)
+        ]
+        sending.end(records, now)
+        self._attempted.add(*zip(jobs, records, strict=True))
 
     async def _record(self) -> None:
         """Record the results of attempts, all those together that came meanwhile."""
@@ -285,6 +288,7 @@ def log_failed_attempts(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
             *("1 result" if messages == 1 else f"{messages} results", shown_queue_name(queue)),
             _STATES_OF_RESULTS[status, messages > 1],
             *(record.job_id, record.attempts, record.error),
+            extra={"job_id": record.job_id},
         )
 
 

@@ -79,6 +79,7 @@ def new_job(
     now: float,
     delivers: bool,
     owner: str = "",
+    traceparent: str | None = None,
 ) -> Job:
     """A queued job that asks for what `request` asks for.
 
@@ -102,6 +103,7 @@ def new_job(
         expires_at=None if request.expires_in is None else now + request.expires_in,
         idempotency_key=request.idempotency_key,
         owner=owner,
+        traceparent=traceparent,
     )
     names = (job.job_id, model_name, job.success_queue, job.failure_queue, job.idempotency_key)
     if "".join(filter(None, names)).isprintable():

@@ -22,8 +22,10 @@ from modalkit.service.jobs.life import new_job
 from modalkit.service.jobs.model import Job, JobEnd, JobPiece, JobRetry, JobStatus, new_job_id
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.store import JobStore
+from modalkit.service.jobs.telemetry import record_end
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.queue_backends.sending import close_backend
+from modalkit.service.tracing import current_traceparent
 from modalkit.service.validation import validated
 
 logger = logging.getLogger(__name__)
@@ -139,9 +141,13 @@ class JobManager(AsyncContextManagerMixin):
         if recovery.requeued:
             logger.warning("%d jobs that were running when the last process ended run again", recovery.requeued)
         for job_id in recovery.failed:
-            logger.error("Job %s has failed: the process died with it too often", job_id)
+            logger.error("Job %s has failed: the process died with it too often", job_id, extra={"job_id": job_id})
         for job_id in recovery.undelivered:
-            logger.error("The result of job %s is undelivered: the process died too often sending it", job_id)
+            logger.error(
+                "The result of job %s is undelivered: the process died too often sending it",
+                job_id,
+                extra={"job_id": job_id},
+            )
 
     @property
     def failure(self) -> JobStoreError | None:
@@ -213,6 +219,7 @@ class JobManager(AsyncContextManagerMixin):
                 message=item,
                 priority=priority,
                 now=self.clock(),
+                traceparent=current_traceparent(),
                 delivers=self._deliverer is not None,
                 owner=owner,
             )
@@ -300,8 +307,11 @@ class JobManager(AsyncContextManagerMixin):
 
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended, and return it as it then is; None if there is none."""
-        job = await self.store.cancel(job_id, self.clock())
+        now = self.clock()
+        job = await self.store.cancel(job_id, now)
         if job is not None and job.status is JobStatus.CANCELLED:
+            if job.finished_at == now:  # it has not been cancelled before
+                record_end(job, job.status, now)
             if feed := self._feeds.get(job.model_name):
                 feed.abandon(job_id)
             self.tell_change([job_id])

@@ -14,14 +14,17 @@ def utc_timestamp(unix_s: float) -> str:
     return datetime.fromtimestamp(unix_s, UTC).isoformat().replace("+00:00", "Z")
 
 
-def result_message(job: Job, timestamp: str) -> str:
+def result_message(job: Job, timestamp: str, traceparent: str | None = None) -> str:
     """The message of an ended job, as JSON; numbers that JSON does not have (NaN, Infinity) are null.
 
     A success carries the pipeline's output under ``result``; a failure carries ``error`` and the ``original_message``,
     in the form of a `DelayedFailureOutputModel`. Both carry ``version``, ``job_id`` (by which a receiver recognises a
-    message that is delivered twice), ``status`` and the caller's ``meta`` with the ``timestamp`` added.
+    message that is delivered twice), ``status`` and the caller's ``meta`` with the ``timestamp`` added. A
+    ``traceparent``, where there is one, names the trace.
     """
     head = f'"version":{MESSAGE_VERSION},"job_id":{_json(job.job_id)}'
+    if traceparent is not None:
+        head += f',"traceparent":{_json(traceparent)}'
     if job.status is JobStatus.SUCCEEDED:
         # Joined from the stored JSON texts: to parse and write them again would take five times as long.
         return f'{{{head},"status":"success","result":{job.result_json},"meta":{_meta_with(job, timestamp)}}}'

@@ -165,6 +165,8 @@ class Job:
     idempotency_key: str | None = None
     owner: str = ""
     """The name of the API key that it was made with; empty where keys have no names."""
+    traceparent: str | None = None
+    """The trace of the request that asked for it, as W3C's header has it."""
     status: JobStatus = JobStatus.QUEUED
     delivery: DeliveryStatus = DeliveryStatus.NONE
     result_json: str | None = None
@@ -243,6 +245,8 @@ class JobCounts:
 
     statuses: Mapping[JobStatus, int]
     deliveries: Mapping[DeliveryStatus, int]
+    oldest_queued_at: Mapping[str, float]
+    """When the oldest job of each model was accepted of those that are queued and may run now."""
 
 
 @dataclass(frozen=True, slots=True)

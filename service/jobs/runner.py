@@ -24,6 +24,7 @@ from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import JobTimeoutError, deadline_of, end_of, retry_of
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.model import Job, JobEnd, JobRetry
+from modalkit.service.jobs.telemetry import record_end
 
 logger = logging.getLogger(__name__)
 
@@ -348,8 +349,13 @@ class JobRunner(AsyncContextManagerMixin):
                     now=now,
                     backoff_s=self._backoff_s,
                 )
-            self._add_end(retry or end_of(job, outcome, now))
+            self._add_end(retry or self._ended(job, outcome, now))
         self.wake()
+
+    def _ended(self, job: Job, outcome: JobOutcome, now: float) -> JobEnd:
+        end = end_of(job, outcome, now)
+        record_end(job, end.status, now)
+        return end
 
     def _add_end(self, end: JobEnd | JobRetry | str) -> None:
         """Have an end stored, or the return of a job by its id; until it is, it takes the job's place in the window."""
@@ -366,7 +372,7 @@ class JobRunner(AsyncContextManagerMixin):
             _, job_id = heapq.heappop(self._deadlines)
             job = self._leave(job_id)
             if job is not None:
-                self._add_end(end_of(job, Failure(JobTimeoutError(self._timeout_s)), now))
+                self._add_end(self._ended(job, Failure(JobTimeoutError(self._timeout_s)), now))
 
     def _deadline_of(self, job: Job) -> float:
         return deadline_of(job, timeout_s=self._timeout_s, now=self._manager.clock())
@@ -385,6 +391,7 @@ class JobRunner(AsyncContextManagerMixin):
                 logger.warning(
                     "%s: %d jobs failed and run again later; the last one, job %s: %s",
                     *(self._model_name, len(retries), retries[-1].job_id, retries[-1].error),
+                    extra={"job_id": retries[-1].job_id},
                 )
                 await store_until_closing(what, partial(self._manager.requeue, retries), self._closing)
                 self._next_retry_at = min(self._next_retry_at, *(retry.retry_at for retry in retries))

@@ -11,7 +11,7 @@ from modalkit.service.jobs.model import DeliveryStatus, Job, JobCounts, JobFilte
 
 NEW_JOB_COLUMNS = (
     *("job_id", "model_name", "status", "message", "success_queue", "failure_queue", "meta", "priority", "created_at"),
-    *("expires_at", "idempotency_key", "owner", "delivery"),
+    *("expires_at", "idempotency_key", "owner", "traceparent", "delivery"),
 )
 COLUMNS = (
     *NEW_JOB_COLUMNS,
@@ -63,6 +63,7 @@ def row_from_job(job: Job) -> tuple[Any, ...]:
         None if job.expires_at is None else microseconds(job.expires_at),
         job.idempotency_key,
         job.owner,
+        job.traceparent,
         DeliveryStatus.NONE.value,
     )
 
@@ -70,7 +71,7 @@ def row_from_job(job: Job) -> tuple[Any, ...]:
 def job_from_row(row: Sequence[Any]) -> Job:
     """The job of a row of all `COLUMNS`."""
     job_id, model_name, status, message, success_queue, failure_queue, meta, priority, created_us, *others = row
-    expires_us, idempotency_key, owner, delivery, result, error, started_us, finished_us, *counted = others
+    expires_us, idempotency_key, owner, traceparent, delivery, result, error, started_us, finished_us, *counted = others
     crashes, attempts, retry_us, delivery_attempts, delivery_error, delivery_crashes = counted
     return Job(
         job_id=job_id,
@@ -84,6 +85,7 @@ def job_from_row(row: Sequence[Any]) -> Job:
         expires_at=_seconds(expires_us),
         idempotency_key=idempotency_key,
         owner=owner,
+        traceparent=traceparent,
         status=_STATUSES[status],
         delivery=_DELIVERIES[delivery],
         result_json=result,
@@ -102,6 +104,13 @@ def job_from_row(row: Sequence[Any]) -> Job:
 def _seconds(microseconds: int | None) -> float | None:
     return None if microseconds is None else microseconds / 1_000_000
 
+
+NEXT_OLDEST = """
+    SELECT model_name, priority, created_at FROM jobs
+    WHERE status = 'queued' AND crashes = 0 AND retry_at IS NULL AND (model_name, priority) > (?, ?)
+    ORDER BY model_name, priority, seq LIMIT 1
+"""
+"""The oldest claimable job of the next model and priority after these."""
 
 SELECT = f"SELECT {READ_COLUMNS} FROM jobs"  # noqa: S608  # names of our own, no input
 
@@ -164,5 +173,17 @@ def counts_of_jobs(database: sqlite3.Connection) -> JobCounts:
     found = dict(database.execute("SELECT status, jobs FROM counts"))
     counts = {kind: found.get(key, 0) for key, kind in COUNTED.items()}
     return JobCounts(
-        {status: counts[status] for status in JobStatus}, {delivery: counts[delivery] for delivery in DeliveryStatus}
+        {status: counts[status] for status in JobStatus},
+        {delivery: counts[delivery] for delivery in DeliveryStatus},
+        _oldest_queued_at(database),
     )
+
+
+def _oldest_queued_at(database: sqlite3.Connection) -> dict[str, float]:
+    """When the first claimable job of each model was added, by one step in the index for each model and priority."""
+    oldest_us = dict[str, int]()
+    model, priority = "", ""
+    while row := database.execute(NEXT_OLDEST, (model, priority)).fetchone():
+        model, priority, created_us = row
+        oldest_us[model] = min(created_us, oldest_us.get(model, created_us))
+    return {model: created_us / 1_000_000 for model, created_us in oldest_us.items()}

@@ -88,6 +88,9 @@ MIGRATIONS = (
     CREATE UNIQUE INDEX idempotency_keys ON jobs (idempotency_key, owner) WHERE idempotency_key IS NOT NULL;
     CREATE INDEX owned_jobs ON jobs (owner, seq) WHERE owner <> '';
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN traceparent TEXT;
+    """,
 )
 """Step n makes version n + 1 of the tables from version n. Times are in microseconds since 1970.
 

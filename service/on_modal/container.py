@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from typing import Any
 
 import anyio
@@ -23,11 +23,14 @@ from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.model import new_job_id
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.loading import ModelSource
+from modalkit.service.logs import LogFormat, configure_logging
 from modalkit.service.on_modal.config import ModalConfig
-from modalkit.service.on_modal.engine import open_records, takes_one_input_at_a_time
+from modalkit.service.on_modal.engine import open_metrics, open_records, takes_one_input_at_a_time
 from modalkit.service.pipeline_batches import is_device_fault
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.serving import freeze_gc
+from modalkit.service.tracing import enable_tracing_from_environment
+from modalkit.service.web.metrics import of_this_process, text_of
 from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
@@ -36,6 +39,14 @@ GRACE_S = 25.0
 """Seconds to finish what was accepted; Modal gives an exit hook 30."""
 CALL_MARGIN_S = 5.0
 """Seconds before Modal's timeout at which a call returns by itself."""
+
+
+def set_up_logs_and_traces() -> None:
+    """In a container, log as JSON unless the program has handlers, and trace where variables name a collector."""
+    if not modal.is_local():
+        if not logging.getLogger().handlers:
+            configure_logging(LogFormat.AUTO)
+        enable_tracing_from_environment()
 
 
 @contextmanager
@@ -104,6 +115,7 @@ class Container:
         self._leave_rotation = leave_rotation
         self._has_warned = False
         self._has_fault = anyio.Event()
+        self._published_metrics = None if modal.is_local() else open_metrics(config)
         self._lifetime = Lifetime(self._serve())
         self._jobs = JobManager(MemoryJobStore())  # of the worker's own interface; Modal keeps the jobs of calls
         self.worker = ContainerWorker(
@@ -159,13 +171,18 @@ class Container:
     @asynccontextmanager
     async def _serve(self) -> AsyncGenerator[None]:
         interval_s = self._config.app_settings.deployment_config.volume_reload_interval_seconds
-        async with self._jobs, self.worker, plain_task_group() as upkeep:
+        published = self._published_metrics
+        publishing = nullcontext() if published is None else published.publishing(self._metrics)
+        async with publishing, self._jobs, self.worker, plain_task_group() as upkeep:
             upkeep.start_soon(self._watch)
             upkeep.start_soon(self._leave_when_faulty)
             if interval_s is not None:
                 upkeep.start_soon(keep_volumes_fresh, self._config, self.worker.pipeline, interval_s)
             yield
             upkeep.cancel_scope.cancel()
+
+    async def _metrics(self) -> str:
+        return text_of(of_this_process([self.worker]))
 
     async def _watch(self) -> None:
         await self.worker.wait_until_broken()

@@ -3,8 +3,10 @@
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import modal
 import modal.exception
 from fastapi import FastAPI
 from pydantic import BaseModel
@@ -17,15 +19,18 @@ from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.loading import LoadError, ModelSource
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.on_modal.container import set_up_logs_and_traces
 from modalkit.service.on_modal.engine import (
     Connect,
     ModalEngine,
     connection,
+    open_metrics,
     open_records,
     takes_one_input_at_a_time,
 )
 from modalkit.service.on_modal.hosting import HostedService, default_model_name, model_source, responses_of
 from modalkit.service.web import create_app
+from modalkit.service.web.metrics import own_exposition
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +52,7 @@ def create_web_endpoints(
     Items are validated as `input_model`, here and in the containers, and documented with `output_model`; by default
     these are those of the configuration. Who may call is up to ``auth_config``.
     """
+    set_up_logs_and_traces()
     config = getattr(app_cls, "modal_utils", None)
     config = config if isinstance(config, ModalConfig) else ModalConfig()
     gateway: Gateway
@@ -87,12 +93,8 @@ def web_app_here(
         input_model_path=path,
     )
     app = config.app_settings
-    return create_app(
-        CallGateway(models, jobs, opens=[engine]),
-        auth=app.auth_config,
-        limits=app.request_config,
-        adapters=app.adapters,
-    )
+    gateway = CallGateway(models, jobs, [engine], None if modal.is_local() else open_metrics(config))
+    return create_app(gateway, auth=app.auth_config, limits=app.request_config, adapters=app.adapters)
 
 
 def _gateway_to(
@@ -135,7 +137,10 @@ def _gateway_to(
         config=config.app_settings.batch_config,
         input_model_path=path,
     )
-    return CallGateway(call_models, jobs, opens=[engine, *call_models.values()])
+    published = open_metrics(config)
+    gateway = CallGateway(call_models, jobs, [engine, *call_models.values()], published)
+    gateway.opens = [*gateway.opens, published.publishing(partial(own_exposition, gateway))]
+    return gateway
 
 
 def import_path(model: type[BaseModel] | None) -> str | None:

@@ -15,6 +15,7 @@ from grpclib.exceptions import StreamTerminatedError
 from modal.types import InputInfo, InputStatus
 
 from modalkit.service.calls.engine import CallOptions, CallResult, CallState
+from modalkit.service.calls.published_metrics import PublishedMetrics
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.errors import (
     NotAvailableError,
@@ -159,6 +160,13 @@ class ModalKeyValueStore:
         """Remove a key, if it exists."""
         await _with_retries(lambda: self._dict.pop.aio(key, None))
 
+    async def items(self) -> dict[str, Any]:
+        """All keys with their values."""
+        return await _with_retries(self._items)
+
+    async def _items(self) -> dict[str, Any]:
+        return {key: value async for key, value in self._dict.items.aio()}
+
 
 async def _with_retries(operation: Callable[[], Awaitable[T]]) -> T:
     give_up_at_s = anyio.current_time() + STORE_RETRIES_S
@@ -176,6 +184,11 @@ async def _with_retries(operation: Callable[[], Awaitable[T]]) -> T:
 def open_records(config: ModalConfig) -> CallRecords:
     """The call records that all containers of an app share."""
     return CallRecords(ModalKeyValueStore(f"{config.app_name}-jobs"))
+
+
+def open_metrics(config: ModalConfig) -> PublishedMetrics:
+    """The metrics that all containers of an app publish."""
+    return PublishedMetrics(ModalKeyValueStore(f"{config.app_name}-metrics"))
 
 
 def connection(app_cls: Any, config: ModalConfig, parameters: Mapping[str, Any]) -> Connect:

@@ -16,7 +16,7 @@ from modalkit.pipelines import InferencePipeline
 from modalkit.pipelines.inference_pipeline import awaited
 from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
 from modalkit.service.on_modal.config import ModalConfig
-from modalkit.service.on_modal.container import Container, only_service_errors
+from modalkit.service.on_modal.container import Container, only_service_errors, set_up_logs_and_traces
 from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend
 from modalkit.service.queue_backends.sending import close_backend
 
@@ -135,6 +135,7 @@ class HostedService(Constructible):
                 self._container = await self._started_container()
 
     async def _started_container(self) -> Container:
+        set_up_logs_and_traces()
         config = self.configuration()
         source = model_source(self, config)
         pipeline = self._pipeline_of_snapshot

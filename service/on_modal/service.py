@@ -41,6 +41,7 @@ class ModalService(HostedService):
         accepted_at: float | None = None,
         input_model: str | None = None,
         owners: Sequence[str] | None = None,
+        traceparents: Sequence[str | None] | None = None,
     ) -> list[dict[str, Any]]:
         """Run a list of items, and return what became of each, in the same order.
 
@@ -52,9 +53,10 @@ class ModalService(HostedService):
 
         `priority` is ``interactive`` or ``bulk``; `timeouts_s` limits the seconds of each entry; `accepted_at`, Unix
         seconds, is when jobs were accepted whose ids were given out already; `input_model`, ``module:Class``, is what
-        messages are validated as in place of the pipeline's own class; `owners` names whose each job is. Raises
-        `ContainerFaultError` when the device breaks, for Modal to run the call again, and `RemoteCallError` for any
-        other error of the call as a whole. When cancelled, what has not run leaves the queue.
+        messages are validated as in place of the pipeline's own class; `owners` names whose each job is, and
+        `traceparents` are the traces of jobs. Raises `ContainerFaultError` when the device breaks, for Modal to run the
+        call again, and `RemoteCallError` for any other error of the call as a whole. When cancelled, what has not run
+        leaves the queue.
         """
         container = self.running()
         with only_service_errors("process_request failed"):
@@ -64,6 +66,7 @@ class ModalService(HostedService):
                 accepted_at=accepted_at,
                 input_model=input_model,
                 owners=owners,
+                traceparents=traceparents,
             )
             return await container.process(input_list, options)
 

@@ -35,6 +35,8 @@ class QueueMessage:
     body: str
     job_id: str
     """The same at each attempt, so that a queue or a receiver can drop duplicates."""
+    traceparent: str | None = None
+    """The trace that the message belongs to, as W3C's header has it."""
 
 
 @runtime_checkable

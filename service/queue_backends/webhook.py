@@ -111,7 +111,7 @@ class WebhookBackend(ConnectedBackend):
         limiter = self._limiters.setdefault(url.netloc, anyio.CapacityLimiter(MAX_REQUESTS_PER_HOST))
         try:
             async with hold(limiter, ATTEMPT_S - self._timeout_s, f"{shown}: too many messages wait for this host"):
-                status = await self._post(pool, url, message.job_id, body)
+                status = await self._post(pool, url, message, body)
         except TimeoutError:
             raise QueueBackendError(f"{shown}: no answer within {self._timeout_s:g} s") from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
@@ -120,9 +120,11 @@ class WebhookBackend(ConnectedBackend):
             is_final = 400 <= status < 500 and status not in _TRIED_AGAIN
             raise (UndeliverableError if is_final else QueueBackendError)(f"{shown} answers {status}")
 
-    async def _post(self, pool: httpcore.AsyncConnectionPool, url: httpx.URL, job_id: str, body: bytes) -> int:
+    async def _post(
+        self, pool: httpcore.AsyncConnectionPool, url: httpx.URL, message: QueueMessage, body: bytes
+    ) -> int:
         target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
-        message_id, timestamp = safe_id(job_id), str(int(time.time()))
+        message_id, timestamp = safe_id(message.job_id), str(int(time.time()))
         headers: list[tuple[str | bytes, str | bytes]] = [
             ("Host", url.netloc),
             ("Content-Type", "application/json"),
@@ -130,6 +132,8 @@ class WebhookBackend(ConnectedBackend):
             (ID_HEADER, message_id),
             (TIMESTAMP_HEADER, timestamp),
         ]
+        if message.traceparent is not None:
+            headers.append(("traceparent", message.traceparent))
         if self._key is not None:
             headers.append((SIGNATURE_HEADER, sign(self._key, message_id, timestamp, body)))
         async with AsyncExitStack() as stack:

@@ -29,6 +29,7 @@ from modalkit.service.web.auth import configured_keys
 from modalkit.service.web.direct import put_outside
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.metrics import CONTENT_TYPE, exposition
+from modalkit.service.web.observing import RequestObserver
 from modalkit.service.web.problems import ProblemError, error_response, install_problem_handlers
 from modalkit.service.web.routes import DirectRoutes, add_prediction_routes
 
@@ -101,8 +102,9 @@ def create_app(
         add_vllm_routes(route, gateway.models)
     if "openai" in adapters:
         app.include_router(make_models_router(gateway.models), dependencies=keys.requires(KeyScope.PREDICT))
-    app.add_middleware(_Entrance, start=start)  # the outermost one: nothing is answered before the start
-    put_outside(app, (DirectRoutes, _Entrance))
+    app.add_middleware(_Entrance, start=start)  # around the routes: none answers before the start
+    app.add_middleware(RequestObserver, routes=app.routes)  # the outermost one: it measures everything
+    put_outside(app, (DirectRoutes, _Entrance, RequestObserver))
     app.include_router(make_job_router(gateway.jobs), dependencies=keys.requires(KeyScope.JOBS))
     _add_metrics(app, gateway, admission, [] if auth.open_metrics else keys.requires(KeyScope.METRICS))
     app.include_router(make_admin_router(gateway, keys.requires(KeyScope.ADMIN)))

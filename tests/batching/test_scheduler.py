@@ -259,7 +259,9 @@ async def test_a_record_tells_what_a_batch_was_and_how_it_went() -> None:
     assert second.padding_share == pytest.approx(1 / 30)
     assert second.priority is Priority.INTERACTIVE
     assert second.reason is DispatchReason.IDLE
-    assert 0 < second.queue_s <= second.oldest_queue_s + 1e-6, "a mean, which is rounded"
+    (waits_s,) = second.waits_s.values()
+    assert len(waits_s) == 3
+    assert 0 < min(waits_s) <= second.queue_s + 1e-6 <= max(waits_s) + 2e-6, "a mean, which is rounded"
     assert 0 < first.predict_s <= first.total_s + 1e-6, "two clocks, which tick alike"
     assert second.predict_s == 0 < second.total_s, "it failed and ran again in parts"
 
@@ -548,8 +550,37 @@ async def test_statistics_account_for_every_request_and_batch() -> None:
     assert statistics.padding_share == 0
     assert statistics.busy_s >= statistics.predict_s > 0
     assert 0 < statistics.utilisation < 1
-    assert 0 < statistics.latency_p50_s <= statistics.latency_p90_s <= statistics.latency_p99_s
-    assert statistics.queue_depth == 0
+    assert statistics.queue_depth == statistics.queued_s == 0
+    assert set(statistics.oldest_s.values()) == {0}
+
+
+async def test_statistics_tell_how_long_requests_have_waited_and_how_long_all_will_take() -> None:
+    pipeline, sizes = Pipeline(), {1: 100, 2: 100, 3: 50}
+    options = {"cost_model": PaddedCostModel(1.0, 0.01), "policy": BatchPolicy(max_batch_size=2)}
+    async with held(pipeline, **options) as (scheduler, group):
+        for number in (1, 2, 3):
+            group.start_soon(partial(scheduler.submit, number, size=sizes[number]))
+        group.start_soon(partial(scheduler.submit, 4, size=50, priority=Priority.BULK))
+        await anyio.wait_all_tasks_blocked()
+        statistics = scheduler.statistics()
+        assert statistics.queued_s == pytest.approx(3.0 + 2 * 1.0), "each in the best batch of its size and lane"
+        assert min(statistics.oldest_s.values()) > 0
+
+
+async def test_a_record_has_the_waits_by_lane_and_the_tags_of_its_requests_once() -> None:
+    pipeline, records = Pipeline(), list[BatchRecord]()
+    async with held(pipeline, cost_model=PaddedCostModel(), on_batch=records.append) as (scheduler, group):
+        group.start_soon(partial(scheduler.submit_many, [1, 2], tag="list"))
+        group.start_soon(partial(scheduler.submit, 3, tag="one"))
+        scheduler.submit_nowait(4, lambda _: None, priority=Priority.BULK, tag="job")
+        await anyio.wait_all_tasks_blocked()
+    first, second = records
+    assert first.tags == []
+    assert sorted(second.tags) == ["job", "list", "one"]
+    assert {lane: len(waits_s) for lane, waits_s in second.waits_s.items()} == {
+        Priority.INTERACTIVE: 3,
+        Priority.BULK: 1,
+    }
 
 
 def test_statistics_can_be_read_after_the_event_loop_has_ended() -> None:

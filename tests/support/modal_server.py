@@ -73,6 +73,12 @@ class ModalServer:
         await self.engine.store.remove(key)
         return api_pb2.DictPopResponse(found=value is not None, value=pickle.dumps(value))
 
+    async def DictContents(self, request: Any) -> AsyncIterator[Any]:  # noqa: N802
+        for key, value in (await self.engine.store.items()).items():
+            dict_id, _, name = key.partition(" ")
+            if dict_id == request.dict_id:
+                yield api_pb2.DictEntry(key=pickle.dumps(name), value=pickle.dumps(value))
+
     async def FunctionMap(self, request: Any) -> Any:  # noqa: N802
         (item,) = request.pipelined_inputs
         (entries,), options = pickle.loads(item.input.args)  # noqa: S301
@@ -240,6 +246,10 @@ def _servicer(known: ModalServer) -> Any:
                 raise GRPCError(Status.UNIMPLEMENTED, f"the test's server has no {name}")
             try:
                 answer = getattr(known, name)(request)
+                if isinstance(answer, AsyncIterator):
+                    async for part in answer:
+                        await stream.send_message(part)
+                    return
                 answer = await answer if inspect.isawaitable(answer) else answer
             except ServiceError as error:  # a fault of the engine
                 raise GRPCError(Status.RESOURCE_EXHAUSTED, str(error)) from error

@@ -20,6 +20,7 @@ from modalkit import (
     Stages,
     Success,
     create_app,
+    enable_tracing,
     lifespan_of,
 )
 from modalkit.inference_pipeline import InferencePipeline, RejectItem
@@ -151,6 +152,7 @@ async def run_stages(texts: list[str]) -> list[int]:
 
 
 def mount(gateway: LocalGateway) -> FastAPI:
+    enable_tracing()
     models = create_app(gateway)
     app = FastAPI(lifespan=lifespan_of(models))
     app.mount("/models", models)

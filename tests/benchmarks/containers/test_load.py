@@ -16,6 +16,7 @@ from modalkit.batching.policy import DispatchReason
 from modalkit.benchmarks.containers.here import opening_here
 from modalkit.benchmarks.containers.load import ERRORS_IN_A_ROW, OpenTarget, Target, measure_variant
 from modalkit.benchmarks.containers.matrix import Cell, Figures, Load, Variant, VariantResult
+from modalkit.benchmarks.containers.measured import plain_record
 from modalkit.benchmarks.corpus import mixed_length_texts
 from modalkit.service.calls.engine import CallOptions
 from modalkit.service.errors import RemoteCallError
@@ -134,6 +135,8 @@ class FakeContainer:
     async def report(self) -> Mapping[str, Any]:
         statistics = SchedulerStatistics(
             queued=dict.fromkeys(Priority, 0),
+            queued_s=0.0,
+            oldest_s=dict.fromkeys(Priority, 0.0),
             running=0,
             accepted=0,
             succeeded=0,
@@ -147,9 +150,6 @@ class FakeContainer:
             busy_s=0.0,
             predict_s=0.004 * self.batches,
             open_s=next(self.open_s),
-            latency_p50_s=math.nan,
-            latency_p90_s=math.nan,
-            latency_p99_s=math.nan,
             stuck_threads=0,
         )
         record = BatchRecord(
@@ -159,8 +159,7 @@ class FakeContainer:
             reason=DispatchReason.FULL,
             real_tokens=30,
             padded_tokens=40,
-            queue_s=0.001,
-            oldest_queue_s=0.001,
+            waits_s={Priority.INTERACTIVE: [0.001] * 4},
             preprocess_s=0.0,
             predict_s=0.004,
             postprocess_s=0.0,
@@ -169,7 +168,7 @@ class FakeContainer:
             overlapped=False,
         )
         report: Mapping[str, Any] = to_jsonable_python(
-            {"device": "made up", "statistics": statistics, "records": [record] if self.batches else []}
+            {"device": "made up", "statistics": statistics, "records": [plain_record(record)] if self.batches else []}
         )
         return report
 

@@ -99,11 +99,11 @@ async def test_a_kept_call_is_cancelled_once_and_its_worker_goes_on(stand: Stand
 
 async def test_what_a_call_raises_is_its_failure_and_no_other_calls(stand: Stand) -> None:
     wrong = CallOptions(timeouts_s=[1.0, 2.0])
-    with pytest.raises(RemoteCallError, match="2 times for 1 entries"):
+    with pytest.raises(RemoteCallError, match="2 values for 1 entries"):
         await stand.engine.call(MODEL, [item("a")], wrong)
     call_id = await stand.engine.enqueue(MODEL, [item("a")], wrong)
     result = await stand.engine.result(call_id, 30.0)
-    assert (result.state, "2 times for 1 entries" in str(result.error)) == (CallState.FAILED, True)
+    assert (result.state, "2 values for 1 entries" in str(result.error)) == (CallState.FAILED, True)
 
 
 async def test_a_broken_device_fails_the_call_and_nothing_is_sent(open_stand: OpenStand) -> None:

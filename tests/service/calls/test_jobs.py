@@ -24,7 +24,7 @@ class Failing:
     """A key-value store that does not write what is under keys that have `failing` in them, reservations aside."""
 
     def __init__(self, store: KeyValueStore, failing: str) -> None:
-        self.get, self.remove, self._put = store.get, store.remove, store.put
+        self.get, self.items, self.remove, self._put = store.get, store.items, store.remove, store.put
         self._failing = failing
 
     async def put(self, key: str, value: Any, *, skip_if_exists: bool = False) -> bool:

@@ -186,7 +186,7 @@ async def test_jobs_run_again_after_a_transient_error_and_other_entries_are_told
 
 
 async def test_a_time_for_each_entry_is_asked_for(processor: CallProcessor) -> None:
-    with pytest.raises(ValueError, match="timeouts_s: 1 times for 2 entries; give each entry one"):
+    with pytest.raises(ValueError, match="timeouts_s: 1 values for 2 entries; give each entry one"):
         await processor.process([item("four"), item("five")], a_call(timeouts_s=[1.0]))
 
 

@@ -70,6 +70,9 @@ async def test_a_store_keeps_what_is_put_and_forgets_what_is_removed(open_store:
     assert not await again.put("a", 2, skip_if_exists=True)
     assert await store.put("a", 3)
     assert await again.get("a") == 3
+    assert await again.put("b", 5)
+    assert await store.items() == {"a": 3, "b": 5}
+    await store.remove("b")
     await again.remove("a")
     await again.remove("a")
     assert await store.get("a") is None

@@ -1,5 +1,7 @@
 """Service classes in any program and, with Modal's own runtime objects, in a container."""
 
+import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,11 +17,13 @@ from modalkit.modal_config import ModalConfig
 from modalkit.modal_service import ModalService
 from modalkit.pipelines import SyncInputModel
 from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
+from modalkit.service.calls.published_metrics import PublishedMetrics
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.errors import ContainerFaultError, DeviceFaultError, RemoteCallError, UnknownModelError
 from modalkit.service.loading import LoadError, ModelSource
+from modalkit.service.logs import LogFormat
 from modalkit.service.on_modal import container as container_module
-from modalkit.service.on_modal.container import Container
+from modalkit.service.on_modal.container import Container, set_up_logs_and_traces
 from modalkit.service.on_modal.hosting import Constructible, HostedService, responses_of
 from modalkit.service.queue_backends import InMemoryBackend
 from tests.support.length_model import POISON, LengthPipeline, Text
@@ -328,7 +332,7 @@ async def test_what_leaves_a_container_is_an_error_of_ours(make_config: MakeConf
     with pytest.raises(LoadError, match=f"warming up Cold failed: {type(error).__name__}: the warm-up"):
         await run_hooks(instance, _PartialFunctionFlags.ENTER_POST_SNAPSHOT)
     async with make(make_config()) as service:
-        with pytest.raises(RemoteCallError, match="process_request failed: ValueError: timeouts_s: 1 times"):
+        with pytest.raises(RemoteCallError, match="process_request failed: ValueError: timeouts_s: 1 values"):
             await process(service, [item("a"), item("b")], timeouts_s=[1.0])
 
 
@@ -556,3 +560,35 @@ def test_the_base_class_needs_no_constructor_to_have_run() -> None:
     assert (service.queue_backend, service.model_name) == (None, "set")
     with pytest.raises(RuntimeError, match="not running"):
         service.running()
+
+
+async def test_a_container_publishes_the_metrics_of_its_batches(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryKeyValueStore()
+    monkeypatch.setattr(
+        "modalkit.service.on_modal.container.open_metrics", lambda _: PublishedMetrics(store, process_id="ta-1")
+    )
+    with in_a_container(max_inputs=4):
+        service = make(make_config())
+        async with service:
+            name = service.running().worker.name
+            await service.running().process([{"message": {"text": "four"}}], CallOptions())
+    _, text = (await store.items())["ta-1"]
+    assert re.search(rf'^modalkit_batch_size_count{{model="{name}"}} [1-9]', text, re.MULTILINE)
+    assert f'modalkit_requests_total{{model="{name}",outcome="succeeded"}} 1.0' in text.splitlines()
+
+
+async def test_a_container_logs_as_json_unless_the_program_has_handlers_of_its_own(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured: list[LogFormat] = []
+    monkeypatch.setattr("modalkit.service.on_modal.container.configure_logging", configured.append)
+    root = logging.getLogger()
+    with in_a_container():
+        set_up_logs_and_traces()
+        assert configured == []
+        monkeypatch.setattr(root, "handlers", [])
+        set_up_logs_and_traces()
+    set_up_logs_and_traces()
+    assert configured == [LogFormat.AUTO], "only in the container"

@@ -75,6 +75,16 @@ async def test_a_result_is_posted_signed_and_with_its_jobs_id(
         verify_webhook(SECRET.lower(), received.headers, received.body)
 
 
+async def test_a_message_takes_its_trace_along(receiver: WebhookReceiver, backend: WebhookBackend) -> None:
+    traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    messages = [
+        QueueMessage(url_of(receiver), "{}", job_id, trace) for job_id, trace in (("1", traceparent), ("2", None))
+    ]
+    assert await backend.send_messages(messages) == [None, None]
+    found = {received.headers["webhook-id"]: received.headers.get("traceparent") for received in receiver.received}
+    assert found == {"1": traceparent, "2": None}
+
+
 async def test_without_a_secret_nothing_is_signed_and_an_odd_id_is_made_safe(receiver: WebhookReceiver) -> None:
     backend = WebhookBackend(allowed_hosts=[f"127.0.0.1:{receiver.port}"], allow_private_addresses=True)
     message = QueueMessage(url_of(receiver), "{}", "1\r\nx-injected: 1")

@@ -1,6 +1,7 @@
 """The application as a whole: life cycle, health, who may call, documentation, overload and clients that go away."""
 
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from modalkit.service.web import create_app, lifespan_of
 from modalkit.service.web.auth import configured_keys
 from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
-from tests.support.length_model import LengthPipeline
+from tests.support.length_model import POISON, LengthPipeline
 
 pytestmark = pytest.mark.anyio
 
@@ -364,3 +365,22 @@ async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient
             assert "422" not in operation["responses"], path
             takes_requests = path.startswith(("/sync", "/batch", "/async", "/jobs", "/admin", "/v1"))
             assert ("default" in operation["responses"]) == takes_requests, path
+
+
+async def test_neither_texts_nor_keys_are_logged(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    gateway = LocalGateway(settings)
+    key, text = {"Authorization": "Bearer s3cret-key"}, "a private text"
+    async with serving(create_app(gateway, auth=AuthConfig(api_key="s3cret-key"))) as client:
+        await gateway.wait_until_ready()
+        for headers in (key, {"Authorization": "Bearer wrong-key"}):
+            for path, content in (
+                ("/sync/predict", {"text": text}),
+                ("/sync/predict", {"text": [text]}),
+                ("/batch/predict", [{"text": text}, {"text": POISON}, {"txt": text}]),
+                ("/async/predict", {"message": {"text": text}, "idempotency_key": "my-own-key"}),
+            ):
+                await client.post(path, json=content, headers=headers)
+    assert "poisoned" in caplog.text, "something is logged"
+    for secret in (text, "s3cret-key", "wrong-key", "my-own-key"):
+        assert secret not in caplog.text

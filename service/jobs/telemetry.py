@@ -1,0 +1,54 @@
+"""What metrics and traces are told of jobs: their ends, and the attempts to deliver their results."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from modalkit.service.jobs.messages import result_message, utc_timestamp
+from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobStatus
+from modalkit.service.metrics import delivery_attempts, delivery_seconds, job_age_seconds
+from modalkit.service.queue_backends import QueueMessage
+from modalkit.service.tracing import active_tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
+
+def record_end(job: Job, status: JobStatus, now: float) -> None:
+    """Record that a job ended, at the wall-clock time `now`."""
+    job_age_seconds(job.model_name, status).observe(max(0.0, now - job.created_at))
+    if (tracing := active_tracing()) is not None:
+        attributes = {"modalkit.model": job.model_name, "modalkit.job_id": job.job_id, "modalkit.job.status": status}
+        tracing.record_job(job.traceparent, attributes, job.created_at, now)
+
+
+class Sending:
+    """An attempt to deliver the results of some jobs, which have all ended with a message to send: its `messages`."""
+
+    def __init__(self, jobs: Sequence[Job], now: float) -> None:
+        self._jobs = jobs
+        self._tracing = active_tracing()
+        self._spans: list[Span | None] = list(map(self._start_span, jobs))
+        timestamp = utc_timestamp(now)
+        self.messages = [self._message(job, span, timestamp) for job, span in zip(jobs, self._spans, strict=True)]
+
+    def end(self, records: Sequence[DeliveryRecord], now: float) -> None:
+        """Record what became of each message."""
+        for job, span, record in zip(self._jobs, self._spans, records, strict=True):
+            delivery_attempts(record.status).inc()
+            if record.status is not DeliveryStatus.PENDING:
+                ended_at = now if job.finished_at is None else job.finished_at
+                delivery_seconds(job.model_name, record.status).observe(max(0.0, now - ended_at))
+            if self._tracing is not None and span is not None:
+                self._tracing.end_delivery(span, record.error)
+
+    def _start_span(self, job: Job) -> "Span | None":
+        if self._tracing is None:
+            return None
+        return self._tracing.start_delivery(
+            job.traceparent, {"modalkit.model": job.model_name, "modalkit.job_id": job.job_id}
+        )
+
+    def _message(self, job: Job, span: "Span | None", timestamp: str) -> QueueMessage:
+        traceparent = job.traceparent if self._tracing is None or span is None else self._tracing.traceparent(span)
+        body = result_message(job, timestamp, traceparent)
+        return QueueMessage(job.delivery_queue or "", body, job.job_id, traceparent)

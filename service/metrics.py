@@ -1,0 +1,91 @@
+"""The histograms and counters of this process for Prometheus, and what fills them.
+
+`service/web/metrics.py` adds what is read at each scrape. No label has more values than there are models, routes or
+members of an enumeration: none is the name of a queue, a job or a caller.
+"""
+
+from functools import cache
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from modalkit.batching import BatchRecord, DispatchReason, Priority
+
+REGISTRY = CollectorRegistry()
+"""What is counted here: of all models, applications and job stores of the process."""
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_AGES_S = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 6 * 3600, 24 * 3600)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+
+
+def _histogram(name: str, description: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> Histogram:
+    return Histogram(name, description, labels, buckets=buckets, registry=REGISTRY)
+
+
+def _counter(name: str, description: str, *labels: str) -> Counter:
+    return Counter(name, description, labels, registry=REGISTRY)
+
+
+_REQUEST = _histogram(
+    "modalkit_request_seconds",
+    "Seconds from the headers of an HTTP request to the end of its answer.",
+    ("route", "outcome"),
+    _SECONDS,
+)
+_WAIT = _histogram(
+    "modalkit_queue_wait_seconds", "Seconds that a request waited for its batch.", ("model", "priority"), _SECONDS
+)
+_STAGE = _histogram("modalkit_stage_seconds", "Seconds of a batch in a stage.", ("model", "stage"), _SECONDS)
+_SIZE = _histogram("modalkit_batch_size", "Requests in a batch.", ("model",), _SIZES)
+_PADDING = _histogram("modalkit_padding_share", "Share of a batch that is padding.", ("model",), _SHARES)
+_BATCHES = _counter("modalkit_batches", "Batches that ran, by why they were dispatched.", "model", "reason")
+_PREDICTED = _counter("modalkit_predicted_seconds", "Predicted seconds of batches that succeeded.", "model")
+_MEASURED = _counter("modalkit_measured_seconds", "Measured seconds of the same batches.", "model")
+_JOB_AGE = _histogram(
+    "modalkit_job_age_seconds", "Seconds from a job's acceptance to its end.", ("model", "status"), _AGES_S
+)
+_DELIVERY = _histogram(
+    "modalkit_delivery_seconds",
+    "Seconds from a job's end until its result was delivered, or given up.",
+    ("model", "outcome"),
+    _AGES_S,
+)
+_ATTEMPTS = _counter("modalkit_delivery_attempts", "Attempts to deliver a result.", "outcome")
+
+# To find a child by its labels takes longer than to add to it.
+request_seconds = cache(_REQUEST.labels)
+"""The histogram of a route and an outcome."""
+job_age_seconds = cache(_JOB_AGE.labels)
+"""The histogram of a model and a status."""
+delivery_seconds = cache(_DELIVERY.labels)
+"""The histogram of a model and an outcome, `delivered` or `undelivered`."""
+delivery_attempts = cache(_ATTEMPTS.labels)
+"""The counter of an outcome: `delivered`, `undelivered`, or `pending` for an attempt that is repeated."""
+
+
+class BatchMetrics:
+    """A sink for the batch records of one model."""
+
+    def __init__(self, model: str) -> None:
+        self._waits = {priority: _WAIT.labels(model, priority) for priority in Priority}
+        self._stages = {name: _STAGE.labels(model, name) for name in ("preprocess", "predict", "postprocess")}
+        self._reasons = {reason: _BATCHES.labels(model, reason) for reason in DispatchReason}
+        self._size, self._padding = _SIZE.labels(model), _PADDING.labels(model)
+        self._predicted, self._measured = _PREDICTED.labels(model), _MEASURED.labels(model)
+
+    def __call__(self, record: BatchRecord) -> None:
+        """Count a batch; that it took, only if it succeeded in one run."""
+        self._reasons[record.reason].inc()
+        self._size.observe(record.count)
+        self._padding.observe(record.padding_share)
+        for priority, waits_s in record.waits_s.items():
+            observe = self._waits[priority].observe
+            for wait_s in waits_s:
+                observe(wait_s)
+        if record.measured_s:
+            self._predicted.inc(record.predicted_s)
+            self._measured.inc(record.measured_s)
+            for name, stage in self._stages.items():
+                if seconds := getattr(record, f"{name}_s"):
+                    stage.observe(seconds)

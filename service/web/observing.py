@@ -1,0 +1,102 @@
+"""What every HTTP request gets besides its answer: an id, a measured latency and, where that is enabled, a span."""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Sequence
+from functools import cache
+from itertools import count
+from time import perf_counter
+
+from starlette.routing import BaseRoute
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bind_contextvars, reset_contextvars
+
+from modalkit.service.metrics import request_seconds
+from modalkit.service.tracing import active_tracing, checked_traceparent, given_traceparent
+
+MAX_ID_CHARACTERS = 128
+OTHER_ROUTE = "other"
+"""The route of requests that lead to none."""
+
+_OUTCOMES = {408: "disconnected", 429: "refused", 503: "refused", 504: "timed out"}
+_PREFIX = os.urandom(6).hex()
+_NUMBERS = count(1)
+
+
+class RequestObserver:
+    """ASGI middleware: measures each request, binds its id for log lines, and traces it where tracing is enabled.
+
+    The id is the request's ``X-Request-ID``, if that is visible ASCII of at most 128 characters, or else a new one. The
+    answer has it in the same header. `routes` are those of the application, which may grow until the first request.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self._app = app
+        self._routes = routes
+        self._fixed_paths: frozenset[str] = frozenset()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, as an ASGI application does."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started_s = perf_counter()
+        given_id = traceparent = None
+        for name, value in scope["headers"]:
+            if name == b"x-request-id":
+                given_id = _checked_id(value)
+            elif name == b"traceparent":
+                traceparent = checked_traceparent(value.decode("latin-1"))
+        request_id = given_id or f"{_PREFIX}-{next(_NUMBERS):x}"
+        id_header = (b"x-request-id", request_id.encode())
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # mounted applications change the scope
+        status = 0
+
+        def observe(message: Message) -> Awaitable[None]:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), id_header]
+            return send(message)
+
+        bound = bind_contextvars(request_id=request_id)
+        unanswered = "failed"
+        try:
+            if (tracing := active_tracing()) is None:
+                given = given_traceparent.set(traceparent)
+                await self._app(scope, receive, observe)
+                given_traceparent.reset(given)
+            else:
+                with tracing.request(scope["method"], traceparent, {"modalkit.request_id": request_id}) as span:
+                    try:
+                        await self._app(scope, receive, observe)
+                    finally:
+                        tracing.end_request(span, scope["method"], self._route(scope, path), status)
+            unanswered = "disconnected"
+        except asyncio.CancelledError:
+            unanswered = "disconnected"
+            raise
+        finally:
+            outcome = outcome_of(status) if status else unanswered
+            request_seconds(self._route(scope, path), outcome).observe(perf_counter() - started_s)
+        reset_contextvars(**bound)  # not after an exception: the server logs it after this
+
+    def _route(self, scope: Scope, path: str) -> str:
+        """The path of the route that a request led to, with the names of its parameters in place of their values."""
+        if not self._fixed_paths:
+            paths = [getattr(route, "path", "{") for route in self._routes]
+            self._fixed_paths = frozenset(path for path in paths if "{" not in path)
+        return path if path in self._fixed_paths else getattr(scope.get("route"), "path", OTHER_ROUTE)
+
+
+@cache
+def outcome_of(status: int) -> str:
+    """What became of a request that was answered with this status."""
+    if status < 400:
+        return "succeeded"
+    return _OUTCOMES.get(status, "invalid" if status < 500 else "failed")
+
+
+def _checked_id(value: bytes) -> str | None:
+    is_valid = 0 < len(value) <= MAX_ID_CHARACTERS and all(0x21 <= byte <= 0x7E for byte in value)
+    return value.decode() if is_valid else None
