@@ -269,6 +269,12 @@ class RequestQueue(Generic[RequestT]):
             lane.reached = oldest.sequence
         return oldest
 
+    def firsts(self, priority: Priority) -> list[RequestT]:
+        """The first waiting request of each owner and bucket of this lane; one of them arrived before all others."""
+        buckets = [bucket for owner in self._lanes[priority].owners.values() for bucket in owner.buckets.values()]
+        first = [next((request for request in bucket if request.sequence > 0), None) for bucket in buckets]
+        return [request for request in first if request is not None]
+
     def bucket_indices(self, priority: Priority) -> list[int]:
         """The buckets of this lane that may hold waiting requests, smallest sizes first."""
         return sorted({index for owner in self._lanes[priority].owners.values() for index in owner.buckets})

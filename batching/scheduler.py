@@ -401,11 +401,11 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     def statistics(self) -> SchedulerStatistics:
         """An immutable snapshot of the requests and batches that wait, run and have ended."""
         queue = self._planner.queue
-        oldest = {priority: queue.oldest(priority) for priority in Priority}
+        arrivals_s = {lane: [request.arrival_s for request in queue.firsts(lane)] for lane in Priority}
         return self._telemetry.snapshot(
             queued={priority: queue.waiting(priority) for priority in Priority},
             queued_s=sum(map(self._planner.queue.seconds, Priority)),
-            oldest_s={lane: 0.0 if one is None else self._now() - one.arrival_s for lane, one in oldest.items()},
+            oldest_s={lane: self._now() - min(times_s) if times_s else 0.0 for lane, times_s in arrivals_s.items()},
             running=sum(len(batch.requests) for batch in self._dispatcher.runner.running.values()),
             open_s=self._open_s() * len(self._dispatcher.executors),
             stuck_threads=self.stuck_threads,

@@ -104,6 +104,8 @@ class QueueMachine(RuleBasedStateMachine):
             oldest = self.queue.oldest(priority)
             assert (oldest is None) == (not waiting)
             assert oldest is None or firsts[oldest.owner] is oldest
+            arrivals_s = [request.arrival_s for request in self.queue.firsts(priority)]
+            assert min(arrivals_s, default=None) == min((r.arrival_s for r in waiting), default=None)
             assert oldest is None or oldest.sequence == min(r.sequence for r in waiting)
             in_buckets = [r for i in self.queue.bucket_indices(priority) for r in self.queue.front(priority, i, 1000)]
             seconds = sum(r.size for r in waiting) / self.unit

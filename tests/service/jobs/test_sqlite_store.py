@@ -599,6 +599,24 @@ async def test_a_database_of_the_fourth_version_is_migrated_with_its_jobs(path: 
         assert {job.job_id: job.owner for job in await store.claim("m", 9, 2.0)} == {"a": "", "b": "shop"}
 
 
+async def test_a_database_of_the_fifth_version_keeps_its_owners_and_gets_traces(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    database = sqlite3.connect(path)
+    for step in MIGRATIONS[:5]:
+        database.executescript(step)
+    database.executescript("""
+        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, owner)
+            VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none', 'shop');
+        INSERT INTO counts VALUES ('queued', 1), ('delivery none', 1);
+    """)
+    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 5")
+    database.close()
+    async with SqliteJobStore(path) as store:
+        await store.add([replace(new_job("b"), message_json="{}", owner="lab", traceparent="00-trace")])
+        found = {job.job_id: (job.owner, job.traceparent) for job in await store.claim("m", 9, 2.0)}
+    assert found == {"a": ("shop", None), "b": ("lab", "00-trace")}
+
+
 @pytest.mark.parametrize("keyed", [True, False])
 async def test_a_full_store_still_knows_its_keys(path: Path, keyed: bool) -> None:
     job = replace(new_job("a"), idempotency_key="k")
