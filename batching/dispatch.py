@@ -77,7 +77,7 @@ class Dispatcher(Generic[T, R]):
         """
         for executor in self.executors:
             executor.is_retired = True
-        self._retired = [*(old for old in self._retired if not old.has_ended.is_set()), *self.executors]
+        self._retired = [*self._retired, *self.executors]
         self._task_group.start_soon(self._close_retired, self._retired, close_old)
         self.executors = executors
         for executor in executors:
@@ -87,6 +87,7 @@ class Dispatcher(Generic[T, R]):
     async def _close_retired(self, executors: Sequence[Executor[T, R]], close: Callable[[], Awaitable[None]]) -> None:
         for executor in executors:
             await executor.has_ended.wait()
+        self._retired = [executor for executor in self._retired if not executor.has_ended.is_set()]
         await close()
 
     def close(self) -> None:

@@ -116,6 +116,24 @@ def test_a_full_queue_tells_when_there_is_room() -> None:
     assert full.value.retry_after_s == 6
 
 
+def test_other_limits_count_from_when_they_are_set() -> None:
+    planner: BatchPlanner[Request[int]] = BatchPlanner(BatchPolicy(max_batch_size=1), PaddedCostModel(1.0, 0.01))
+    planner.push(Request(0, 1))
+    drain(planner, lambda _: 1.0, 1)
+    for _ in range(20):
+        planner.push(Request(0, 1, owner="a"))
+    assert planner.wait_s(INTERACTIVE) == pytest.approx(20)
+    planner.set_policy(BatchPolicy(max_batch_size=1, max_queue_s=5.0), workers=2)
+    assert planner.wait_s(INTERACTIVE) == pytest.approx(10)
+    with pytest.raises(QueueSlowError):
+        planner.check_room(INTERACTIVE, None)
+    planner.set_policy(BatchPolicy(max_batch_size=10), workers=2)
+    assert planner.wait_s(INTERACTIVE) < 5  # batches of several items cost less by the item
+    planner.set_policy(BatchPolicy(max_queue_items=20))
+    with pytest.raises(QueueFullError):
+        planner.push(Request(0, 1, owner="b"))
+
+
 def test_a_cost_model_that_raises_refuses_nothing() -> None:
     class Broken(PaddedCostModel):
         def predict_s(self, count: int, longest: int, total: int) -> float:

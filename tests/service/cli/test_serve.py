@@ -255,11 +255,8 @@ def test_what_does_not_end_within_the_grace_is_left(folder: Path, environment: d
     (folder / "modalkit.yaml").write_text(TWO_MODELS)
 
     def impatient(arguments: list[str], folder: Path, environment: Mapping[str, str]) -> Process:
-        code = (
-            "from modalkit.service.cli import main, serve, stopping; import sys;"
-            "sys.modules['modalkit.service.cli.serve'].GRACE_S = stopping.CLOSING_S = 0.1; main()"
-        )
-        return ForkedPython(["-P", "-c", code, *arguments], cwd=folder, env=environment)
+        code = "from modalkit.service.cli import main, stopping; stopping.CLOSING_S = 0.1; main()"
+        return ForkedPython(["-P", "-c", code, *arguments, "--grace", "0.1"], cwd=folder, env=environment)
 
     with serving(folder, environment, impatient) as (process, client):
         accepted = client.post("/async/predict?model_name=good", json={"message": {"text": "hang"}}).json()
