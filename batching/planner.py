@@ -48,7 +48,7 @@ class BatchPlanner(Generic[RequestT]):
     def set_policy(self, policy: BatchPolicy) -> None:
         """Form the next batches within other limits; what waits stays, also beyond a smaller `max_queue_items`."""
         self.policy = policy
-        self.queue.max_items = policy.max_queue_items
+        self.queue.set_max_items(policy.max_queue_items)
         for device in self.devices:
             device.former.policy = policy
             device.bulk_time_limit.set_maximum(policy.max_bulk_batch_s)

@@ -98,14 +98,18 @@ class RequestQueue(Generic[RequestT]):
     """
 
     def __init__(self, max_items: int) -> None:
-        self.max_items = max_items
-        self._reserved = max_items // RESERVED_DIVISOR
-        self._unreserved = max_items - self._reserved
+        self.set_max_items(max_items)
         # All mutable state. A request waits exactly while its sequence number is positive. Buckets and deadlines may
         # hold some that do not wait.
         self._lanes: dict[Priority, _Lane[RequestT]] = {priority: _Lane() for priority in Priority}
         self._length = 0
         self._deadlines: list[tuple[float, int, RequestT]] = []
+
+    def set_max_items(self, max_items: int) -> None:
+        """Hold at most so many requests from now on; what waits stays."""
+        self.max_items = max_items
+        self._reserved = max_items // RESERVED_DIVISOR
+        self._unreserved = max_items - self._reserved
 
     def __len__(self) -> int:
         return self._length
