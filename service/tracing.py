@@ -14,6 +14,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from modalkit.batching import BatchRecord
+from modalkit.pipelines.extras import install_command
 from modalkit.service.version import VERSION
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def enable_tracing_from_environment() -> None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ModuleNotFoundError as error:
-        logger.warning("Nothing is traced, because %s is not installed: pip install 'modalkit[otel]'", error.name)
+        logger.warning("Nothing is traced, because %s is not installed: %s", error.name, install_command("otel"))
         return
     if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         provider = TracerProvider(

@@ -181,7 +181,8 @@ def _complete_schema(app: FastAPI, model_names: Sequence[str]) -> None:
                     if parameter["name"] == "model_name" and method == "post":
                         parameter["schema"]["enum"] = model_names
         sync, batch, submit = (schema["paths"][f"/{path}/predict"]["post"] for path in ("sync", "batch", "async"))
-        sync["responses"]["200"]["content"][EVENT_STREAM] = {"schema": {"type": "string"}}
+        for streams in (sync, *(schema["paths"][path]["get"] for path in ("/jobs/events", "/jobs/{job_id}/events"))):
+            streams["responses"]["200"]["content"][EVENT_STREAM] = {"schema": _EVENT}
         for operation in (batch, submit):
             content = operation["requestBody"]["content"]
             content[NDJSON] = {"schema": content[JSON]["schema"].get("anyOf", [content[JSON]["schema"]])[-1]["items"]}
@@ -194,6 +195,13 @@ def _complete_schema(app: FastAPI, model_names: Sequence[str]) -> None:
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
+
+
+_EVENT = {
+    "type": "object",
+    "description": "An event: its name, its data, which is JSON, and its id where a stream can go on after it.",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}, "id": {"type": "string"}},
+}
 
 
 def _complete_parameter(parameter: dict[str, Any]) -> None:

@@ -30,9 +30,11 @@ async def exposition(gateway: Gateway, admission: Admission) -> str:
     return own if list(texts) == [""] else _merged(texts)
 
 
-async def own_exposition(gateway: Gateway, admission: Admission) -> str:
-    """The metrics of this process, in Prometheus's text format."""
-    metrics = [*of_this_process(gateway.models.values()), *_of_bodies(admission)]
+async def own_exposition(gateway: Gateway, admission: Admission | None = None) -> str:
+    """The metrics of this process, in Prometheus's text format; with an `admission`, those of its bodies too."""
+    metrics = list(of_this_process(gateway.models.values()))
+    if admission is not None:
+        metrics += _of_bodies(admission)
     if (administration := gateway.jobs.administration) is not None:
         is_up = GaugeMetricFamily("modalkit_job_store_up", "0 where the job store cannot be read.")
         try:

@@ -95,8 +95,16 @@ def test_the_configured_models_are_an_app_without_a_token_or_a_network() -> None
         "proxy_auth": True,
         "paths": [
             *("/admin/models", "/admin/models/{name}", "/admin/models/{name}/reload"),
-            *("/async/predict", "/batch/predict", "/health/live", "/health/ready", "/jobs", "/jobs/replay"),
-            *("/jobs/{job_id}", "/jobs/{job_id}/replay", "/metrics", "/sync/predict", "/v1/models"),
+            *("/async/predict", "/batch/predict", "/health/live", "/health/ready", "/jobs", "/jobs/events"),
+            *(
+                "/jobs/replay",
+                "/jobs/{job_id}",
+                "/jobs/{job_id}/events",
+                "/jobs/{job_id}/replay",
+                "/metrics",
+                "/sync/predict",
+                "/v1/models",
+            ),
             "/v1/models/{model}",
         ],
     }
