@@ -13,10 +13,12 @@ from modalkit.batching.policy import Batch, BatchPolicy, Decision, DispatchReaso
 from modalkit.batching.queue import RequestQueue, RequestT
 from modalkit.batching.request import Priority
 
-# With bulk companions an interactive request may wait and run, in all, for this many times the bulk time limit; or, if
-# it has waited for too long for that, its batch may take this many times its own predicted time.
-COMPANIONS_LIMITS = 1.2
+# With bulk companions an interactive request may wait and run, in all, for so many times the bulk time limit, and more
+# with the share of the interactive requests: the rarer they are, the less it costs to give them few companions. One
+# that has waited for too long for that may have a batch that takes this factor of its own predicted time.
+COMPANIONS_LIMITS, COMPANIONS_LIMITS_PER_SHARE = 0.6, 1.5
 COMPANIONS_FACTOR = 1.1
+SHARE_SMOOTHING = 1 / 64  # of a batch
 INTERACTIVE = Priority.INTERACTIVE  # a local name, because an attribute of an enum is slow to look up
 INTERACTIVE_RECENT_S = 2.0  # bulk batches stay short for so long after an interactive request
 
@@ -46,6 +48,7 @@ class BatchPlanner(Generic[RequestT]):
         # less than that (more, if negative). It is reset once the bulk lane is empty, so that it cannot accumulate.
         self._bulk_deficit_s = 0.0
         self._bulk_in_flight = 0
+        self._interactive_share = 0.0  # of the sizes in recent batches
 
     def set_policy(self, policy: BatchPolicy, workers: int = 1) -> None:
         """Form the next batches within other limits; what waits stays, also beyond a smaller `max_queue_items`."""
@@ -130,6 +133,7 @@ class BatchPlanner(Generic[RequestT]):
         """
         is_bulk = batch.priority is Priority.BULK
         self._bulk_in_flight -= is_bulk
+        self._interactive_share += SHARE_SMOOTHING * (1 - _bulk_part(batch) - self._interactive_share)
         if batch.contended:
             deficit_s = self._bulk_deficit_s + elapsed_s * (self.policy.bulk_share - _bulk_part(batch))
             # Bulk companions of interactive batches reduce the deficit to 0 at most. Below 0, bulk would wait for
@@ -245,7 +249,8 @@ class BatchPlanner(Generic[RequestT]):
             self._shortened(device.former.form(oldest), device)
         left = self.queue.waiting(Priority.INTERACTIVE) - len(batch.requests)
         limit_s, waited_s = device.bulk_time_limit.seconds, now - batch.requests[0].arrival_s
-        max_s = min(limit_s, COMPANIONS_LIMITS * limit_s - waited_s) / math.sqrt(1 + left)
+        limits = COMPANIONS_LIMITS + COMPANIONS_LIMITS_PER_SHARE * self._interactive_share
+        max_s = min(limit_s, limits * limit_s - waited_s) / math.sqrt(1 + left)
         return device.former.add_companions(batch, Priority.BULK, max(max_s, COMPANIONS_FACTOR * batch.predicted_s))
 
     def _shortened(self, batch: Batch[RequestT], device: "_Device[RequestT]") -> Batch[RequestT]:
