@@ -8,7 +8,7 @@ from typing import Generic, ParamSpec, TypeVar
 
 import anyio
 
-from modalkit.batching.errors import BatchingError, BatchTimeoutError, DeadlineExceededError
+from modalkit.batching.errors import BatchingError, BatchTimeoutError, DeadlineExceededError, OutputCountError
 from modalkit.batching.execution import BatchPreemptedError, Executor, Progress
 from modalkit.batching.group_testing import FailureHistory, GroupTest
 from modalkit.batching.pending import Pending
@@ -53,6 +53,7 @@ class BatchRunner(Generic[T, R]):
         self._is_too_large = is_too_large
         self._on_batch = on_batch
         self._name = name
+        self._has_warned = False
 
     async def run(
         self, batch: Batch[Pending[T, R]], executor: Executor[T, R], progress: Progress | None = None
@@ -116,6 +117,11 @@ class BatchRunner(Generic[T, R]):
     ) -> tuple[list[Exception], int]:
         """Run parts of a batch that failed; returns the errors of requests, and how many were requeued."""
         test, errors = GroupTest(wanted, self._history, self._is_wanted), list[Exception]()
+        if isinstance(error, OutputCountError) and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s: %s; such a batch runs again in parts, so nothing is gained by batches", self._name, error
+            )
         self._record_failure(test, wanted, error, executor.device)
         while not executor.is_retired and (part := test.next_part()):
             outputs, seconds = await executor.attempt([request.payload for request in part])

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from modalkit.batching import Failure, Outcome
+from modalkit.batching import BatchRecord, Failure, Outcome
 from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline, RejectItem
 from modalkit.service.cli.common import ConfigFiles, notices, try_api_keys
 from modalkit.service.errors import OutputNotJsonError, ServiceError, describe_with_line
@@ -116,13 +116,19 @@ def _try(source: ModelSource) -> _Report:
 
 async def _run_batch(pipeline: InferencePipeline, source: ModelSource) -> str:
     """Run a batch and say how long it took. Raises `LoadError`, `BatchFailedError`, and `NoItemsError` for no items."""
-    async with short_lived_worker(pipeline, source.settings, input_model=source.input_model) as worker:
+    records = list[BatchRecord]()
+    async with short_lived_worker(pipeline, source.settings, records.append, source.input_model) as worker:
         made_up = _items(pipeline, source)
         items, are_guessed = made_up.items, made_up.are_guessed
         started_s = time.perf_counter()
         outcomes = await worker.predict_many(items)
         elapsed_s = time.perf_counter() - started_s
     error = next(filter(None, map(_error_of, outcomes)), None)
+    if error is None and not all(record.predict_s for record in records):
+        raise BatchFailedError(
+            f"{source.model_name}: a batch of {len(items)} items failed, and succeeded only in parts: return exactly "
+            "one output for each item, in their order, and look for what fails where there are several"
+        )
     if error is None:
         return f"{len(items)} items in {elapsed_s * 1000:.0f} ms{', made up' if are_guessed else ''}"
     what = describe_with_line(error)
