@@ -14,6 +14,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from modalkit import enable_tracing
 from modalkit.pipelines import AsyncInputModel
+from modalkit.pipelines.extras import install_command
 from modalkit.service import tracing
 from modalkit.service.jobs import SqliteJobStore
 from modalkit.service.local_gateway import LocalGateway
@@ -222,4 +223,4 @@ def test_a_missing_extra_is_told_and_leaves_the_service_alone(
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.resources", None)
     enable_tracing_from_environment()
     assert tracing.active_tracing() is None
-    assert "pip install 'modalkit[otel]'" in caplog.text
+    assert install_command("otel") in caplog.text
