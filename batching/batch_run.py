@@ -117,7 +117,7 @@ class BatchRunner(Generic[T, R]):
     ) -> tuple[list[Exception], int]:
         """Run parts of a batch that failed; returns the errors of requests, and how many were requeued."""
         test, errors = GroupTest(wanted, self._history, self._is_wanted), list[Exception]()
-        if isinstance(error, OutputCountError) and not self._has_warned:
+        if isinstance(error, OutputCountError) and len(wanted) > 1 and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "%s: %s; such a batch runs again in parts, so nothing is gained by batches", self._name, error
