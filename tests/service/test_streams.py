@@ -210,7 +210,7 @@ async def test_when_no_caller_waits_any_more_the_generator_is_closed(kind: Kind)
         assert await worker.predict(Text(text="g")) == Piece(text="g")
     assert pipeline.batches == [["abcdef"], ["g"]]
     assert pipeline.closed == 2
-    assert pipeline.steps == 3, "one was under way when its caller left"
+    assert 2 <= pipeline.steps <= 3, "one of each batch, and one that may have been under way when its caller left"
 
 
 @BOTH
