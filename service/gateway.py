@@ -47,7 +47,9 @@ class Model(Protocol):
     def problem(self) -> str | None:
         """Why it takes no requests, or should get none; None where that is not known."""
 
-    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+    def check_room(
+        self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None, owner: str = ""
+    ) -> None:
         """Raise what a request should be refused with now: `NotReadyError`, what `BatchScheduler.check_room` raises."""
 
     async def predict(

@@ -67,9 +67,11 @@ class LocalModel:
             return describe_error(self.error)
         return None if self.worker is None else self.worker.problem
 
-    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+    def check_room(
+        self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None, owner: str = ""
+    ) -> None:
         """Raise what a request should be refused with now: `NotReadyError`, what `BatchScheduler.check_room` raises."""
-        self.ready_worker().check_room(priority=priority, timeout_s=timeout_s)
+        self.ready_worker().check_room(priority=priority, timeout_s=timeout_s, owner=owner)
 
     async def predict(
         self,

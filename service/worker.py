@@ -228,9 +228,11 @@ class InferenceWorker(AsyncContextManagerMixin):
         for costs, pipeline in zip(self._costs, pipelines, strict=True):
             await costs.follow(pipeline, limits)
 
-    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+    def check_room(
+        self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None, owner: str = ""
+    ) -> None:
         """Raise what a request should be refused with now, before it is read: see `BatchScheduler.check_room`."""
-        self._scheduler.check_room(priority=priority, timeout_s=timeout_s)
+        self._scheduler.check_room(priority=priority, timeout_s=timeout_s, owner=owner)
 
     async def predict(
         self,

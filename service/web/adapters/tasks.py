@@ -59,9 +59,9 @@ class Task:
                 HTTPStatus.UNPROCESSABLE_ENTITY,
                 f"model {model.name!r} does not fit {self.name}; those that do: {', '.join(fitting)}",
             )
-        model.check_room(priority=options.priority, timeout_s=options.timeout_s)
-        valid = [validated(model.input_model, item) for item in items]
         caller = caller_of(request)
+        model.check_room(priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
+        valid = [validated(model.input_model, item) for item in items]
         caller.take_items(len(valid))
         call = model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
         outputs = []
