@@ -251,13 +251,13 @@ class RequestQueue(Generic[RequestT]):
         Of one owner it is the one that arrived first, and of several the one of the owner whose turn it is.
         """
         lane = self._lanes[priority]
-        oldest, gone = None, []
+        oldest, gone, stale = None, [], 0
         for name, owner in lane.owners.items():
             empty = []
             for index, bucket in owner.buckets.items():
                 while bucket and bucket[0].sequence < 0:
                     bucket.popleft()
-                    lane.stale -= 1
+                    stale += 1
                 if not bucket:
                     empty.append(index)
                 elif oldest is None or bucket[0].sequence < oldest.sequence:
@@ -268,6 +268,7 @@ class RequestQueue(Generic[RequestT]):
                 gone.append(name)  # a new one would start at the same number
         for name in gone:
             del lane.owners[name]
+        lane.stale -= stale
         if oldest is not None:
             lane.reached = oldest.sequence
         return oldest
