@@ -91,6 +91,8 @@ class AuthConfig(Section):
     """The request header that carries the key; `authorization` expects `Bearer <key>`."""
     keys: dict[KeyName, KeyConfig] = {}
     """Further keys by name. Jobs belong to the name of the key that made them; other keys do not see them."""
+    max_wrong_keys_per_minute: Count | None = 60
+    """Wrong keys from one address in a minute; further ones get HTTP 429, after a second; null: no limit."""
     open_metrics: bool = True
     """Whether `/metrics` needs no key; false: a key with the scope `metrics`."""
     insecure: bool = False

@@ -5,11 +5,12 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Request
-from pydantic_core import from_json
+from pydantic import RootModel
 
 from modalkit.service.gateway import Gateway, ModelAdministration, find_model
 from modalkit.service.web.admission import read_body
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, ModelView
+from modalkit.service.web.bodies import parse
 from modalkit.service.web.options import check_query
 from modalkit.service.web.problems import ProblemError
 
@@ -76,22 +77,11 @@ def make_admin_router(gateway: Gateway, dependencies: Sequence[Any]) -> APIRoute
         openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": _LIMITS_SCHEMA}}}},
     )
     async def change_limits(request: Request, name: ModelName) -> ModelView:
-        await administration().set_limits(name, _limits(await read_body(request)))
+        limits = parse(RootModel[dict[str, Any]], await read_body(request)).root
+        await administration().set_limits(name, limits)
         return view(name)
 
     return router
-
-
-def _limits(body: bytes) -> dict[str, Any]:
-    try:
-        limits = from_json(body)
-    except ValueError as error:
-        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"the body is no JSON: {error}") from None
-    if not isinstance(limits, dict):
-        raise ProblemError(
-            HTTPStatus.UNPROCESSABLE_ENTITY, 'the body must be a JSON object, as in {"max_batch_size": 64}'
-        )
-    return limits
 
 
 async def _refuse() -> None:

@@ -50,6 +50,7 @@ class Submitter:
         await self._submit([])  # a model that takes no jobs now fails the request before it is read, not each line
         if takes_lines(request):
             return LineStream(self._answer_lines)
+        self._caller.take_items(0)  # a caller that is over its limit is refused before its body is read
         body = await read_body(request)
         if body.lstrip()[:1] == b"[":
             self._refuse_key()
@@ -62,6 +63,7 @@ class Submitter:
     async def answer_later(self, request: Request) -> Response:
         """Submit the item in the body of a request that prefers a job to waiting."""
         await self._submit([])  # as above
+        self._caller.take_items(0)
         job = AsyncInputModel(message=self._parser.item(await read_body(request)))
         response = await self._answer_one(request, job)
         response.headers["Preference-Applied"] = RESPOND_ASYNC

@@ -60,6 +60,7 @@ class Task:
                 f"model {model.name!r} does not fit {self.name}; those that do: {', '.join(fitting)}",
             )
         caller = caller_of(request)
+        caller.take_items(0)
         model.check_room(priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
         valid = [validated(model.input_model, item) for item in items]
         caller.take_items(len(valid))

@@ -18,7 +18,7 @@ from starlette.types import Message
 
 from modalkit.batching import DeadlineUnreachableError, Failure, QueueFullError
 from modalkit.service.local_gateway import LocalGateway
-from modalkit.service.settings import RequestConfig, Settings
+from modalkit.service.settings import AuthConfig, RequestConfig, Settings
 from modalkit.service.web import bodies, create_app
 from modalkit.service.web.admission import FREE_BYTES, Admission, RefusalPace
 from modalkit.service.web.bodies import BodyParser
@@ -280,6 +280,18 @@ async def test_a_full_queue_refuses_before_the_body_is_read(settings: Settings, 
             pipeline.gate.set()
     (draining, *_) = await ask_without_body(app, path)
     assert draining["status"] == 503
+
+
+async def test_a_key_over_its_limits_is_refused_before_its_body_is_read(settings: Settings) -> None:
+    gateway = LocalGateway(settings)
+    keys = {"shop": {"api_key": "s", "max_items_per_second": 0.01}}
+    app = create_app(gateway, auth=AuthConfig.model_validate({"keys": keys}), owns_gateway=False)
+    async with gateway, serving(app, headers={"Authorization": "Bearer s"}) as client:
+        await gateway.wait_until_ready()
+        assert (await client.post("/batch/predict", json=[{"text": "a"}] * 3)).status_code == 200
+        for path in ("/sync/predict", "/batch/predict", "/async/predict"):
+            (refused, *_) = await ask_without_body(app, path, authorization="Bearer s")
+            assert refused["status"] == 429
 
 
 def test_the_answer_says_when_to_come_again() -> None:
