@@ -98,6 +98,11 @@ class Reception:
         self._held_bytes = 0
         request.scope[_RECEPTION] = self
 
+    @property
+    def limits(self) -> RequestConfig:
+        """The limits that hold for it."""
+        return self._admission.limits
+
     def release(self) -> None:
         """Hold nothing any more."""
         self._admission.held_bytes -= self._held_bytes
@@ -157,6 +162,12 @@ async def read_body(request: Request) -> bytes:
     """
     reception: Reception = request.scope.get(_RECEPTION) or Reception(Admission(), request)
     return await reception.read(request)
+
+
+def limits_of(request: Request) -> RequestConfig:
+    """The limits that hold for a request."""
+    reception: Reception | None = request.scope.get(_RECEPTION)
+    return RequestConfig() if reception is None else reception.limits
 
 
 def _refused(status: HTTPStatus, detail: str, **headers: str) -> ProblemError:

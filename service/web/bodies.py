@@ -20,7 +20,7 @@ from pydantic_core import to_json
 from modalkit.batching import Failure, Outcome
 from modalkit.pipelines import AsyncInputModel, SyncInputModel
 from modalkit.service.settings import RequestConfig
-from modalkit.service.web.admission import Admission
+from modalkit.service.web.admission import Admission, limits_of, read_body
 from modalkit.service.web.problems import ProblemError, invalid
 
 SLICE_BYTES = 2**16
@@ -156,8 +156,10 @@ class BodyParser:
             found += await self._admission.map(parse_one, values)
 
 
-def parse(model: type[Model], body: bytes) -> Model:
-    """A body as an instance of `model`. Raises `ProblemError`."""
+async def read_as(model: type[Model], request: Request) -> Model:
+    """The whole body as an instance of `model`; it may be as large as one item. Raises `ProblemError`."""
+    body = await read_body(request)
+    _check_item(body, limits_of(request))
     _check_keys(body)
     return _parse(model, body)
 
