@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 
@@ -101,6 +102,7 @@ _TYPE_OF_STATUS = {
 """The type of a problem that is no error of a kind with its own type."""
 
 
+@cache
 def _type_of_kind(kind: type[Exception]) -> str:
     """The type of the problems of one class of errors: `QueueFullError` has ``queue-full``."""
     return re.sub("(?<=[a-z])(?=[A-Z])", "-", kind.__name__.removesuffix("Error")).lower()
@@ -137,7 +139,10 @@ def invalid(findings: Iterable[Mapping[str, Any]], model: type[BaseModel] | None
 
 def status_of(error: Exception) -> HTTPStatus:
     """The HTTP status for an error of a gateway; 500 for an error of a pipeline."""
-    kind = _kind_of(error)
+    return _status_of_kind(_kind_of(error))
+
+
+def _status_of_kind(kind: type[Exception] | None) -> HTTPStatus:
     return HTTPStatus.INTERNAL_SERVER_ERROR if kind is None else _STATUS_OF[kind]
 
 
@@ -153,17 +158,18 @@ def _kind_of(error: Exception) -> type[Exception] | None:
 def error_response(error: Exception) -> Response:
     """The answer to a request that failed, of the media type ``application/problem+json``."""
     problem = as_problem(error)
-    return Response(to_json(_content(error), inf_nan_mode="null"), problem.status, problem.headers, PROBLEM_JSON)
+    return Response(to_json(_content(problem), inf_nan_mode="null"), problem.status, problem.headers, PROBLEM_JSON)
 
 
 def problem_json(error: Exception) -> bytes:
     """The problem details of an error, in JSON."""
-    return to_json(_content(error), inf_nan_mode="null")
+    return to_json(_content(as_problem(error)), inf_nan_mode="null")
 
 
 def slot_json(error: Exception) -> bytes:
     """The answer to one of several items, in JSON, with the problem details that it would have as a request."""
-    slot = {"status": "error", "error": as_problem(error).detail, "problem": _content(error)}
+    problem = as_problem(error)
+    slot = {"status": "error", "error": problem.detail, "problem": _content(problem)}
     return to_json(slot, inf_nan_mode="null")
 
 
@@ -171,7 +177,8 @@ def as_problem(error: Exception) -> ProblemError:
     """What a request is answered with that failed by this error."""
     if isinstance(error, ProblemError):
         return error
-    kind, status = _kind_of(error), status_of(error)
+    kind = _kind_of(error)
+    status = _status_of_kind(kind)
     retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
     predicted_s = getattr(error, "retry_after_s", None)
     after_s = max(RETRY_AFTER_S, math.ceil(predicted_s or 0))
@@ -181,8 +188,7 @@ def as_problem(error: Exception) -> ProblemError:
     return ProblemError(status, describe_error(error), errors, headers, name=name)
 
 
-def _content(error: Exception) -> dict[str, Any]:
-    problem = as_problem(error)
+def _content(problem: ProblemError) -> dict[str, Any]:
     name, status = problem.name or _TYPE_OF_STATUS.get(problem.status), problem.status
     content = {
         "type": "about:blank" if name is None else f"{TYPE_PREFIX}{name}",
