@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing, suppress
+from http import HTTPStatus
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -44,12 +45,13 @@ JSON, NDJSON = "application/json", "application/x-ndjson"
 
 
 class Probe:
-    """A good client: it sends a small request every few milliseconds, from a thread, while the context is open."""
+    """A good client: it sends `request` every few milliseconds, from a thread, while the context is open."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, request: bytes) -> None:
         self.latencies_s: list[float] = []
         self.statuses = Counter[str]()
         self._port = port
+        self._request = request
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._ask)
 
@@ -69,11 +71,10 @@ class Probe:
         return self.statuses.keys() == {"200"}
 
     def _ask(self) -> None:
-        request = head("/sync/predict", 21) + b'{"text":"a good one"}'
         with closing(socket.create_connection(("127.0.0.1", self._port), timeout=60)) as connection:
             while not self._is_over.wait(0.005):
                 began_s = time.perf_counter()
-                connection.sendall(request)
+                connection.sendall(self._request)
                 self.statuses[connection.recv(2**16)[9:12].decode() or "cut"] += 1
                 self.latencies_s.append(time.perf_counter() - began_s)
 
@@ -93,6 +94,11 @@ def times(item: object, count: int, separator: str = ",") -> bytes:
 def listed(item: object, count: int) -> bytes:
     """The JSON of a list of so many equal items."""
     return b"[%b]" % times(item, count)
+
+
+# What good clients send: the first waits for nothing but the process, the second also for the items before it.
+ALIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+PREDICT = head("/sync/predict", 21) + b'{"text":"a good one"}'
 
 
 # One request at a time.
@@ -129,6 +135,8 @@ def large_requests() -> Iterator[Large]:
     yield Large("an item of 99,000 unknown fields", "/sync/predict", times({f"f{n}": n for n in range(99_000)}, 1))
     yield Large("an item of 99,000 levels", "/sync/predict", b'{"text": %b}' % (b"[" * 99_000 + b"]" * 99_000))
     yield Large("a job of 15 MiB", "/async/predict", times({"message": {"text": "x" * (15 * MIB)}}, 1))
+    yield Large("that job", "/jobs/{job_id}?wait=30")
+    yield Large("its events", "/jobs/{job_id}/events")
     yield Large("a job with 15 MiB of meta", "/async/predict", times({"message": text, "meta": meta}, 1))
     yield Large(
         "a job with 99,000 values of meta", "/async/predict", times({"message": text, "meta": {"a": [1] * 99_000}}, 1)
@@ -147,18 +155,26 @@ def large_requests() -> Iterator[Large]:
 
 def delays(server: KilledServer, only: str) -> float:
     """Send each request while a good client measures its latency; tells and returns the longest that one caused."""
-    longest_s = 0.0
+    longest_s, job_id = 0.0, ""
     for large in large_requests():
         if only not in f"{large.name} {large.path}":
             continue
-        with Probe(server.port) as probe, httpx.Client(base_url=server.url, timeout=300, verify=NO_TLS) as client:
+        with (
+            Probe(server.port, ALIVE) as probe,
+            httpx.Client(base_url=server.url, timeout=300, verify=NO_TLS) as client,
+        ):
             time.sleep(0.1)
             began_s = time.perf_counter()
             method = "POST" if large.body else "GET"
             try:
                 answer = client.request(
-                    method, large.path, content=large.body, headers={"Content-Type": large.content_type}
+                    method,
+                    large.path.format(job_id=job_id),
+                    content=large.body,
+                    headers={"Content-Type": large.content_type},
                 )
+                if answer.status_code == HTTPStatus.ACCEPTED and answer.content.startswith(b"{"):
+                    job_id = answer.json()["job_id"]
                 told = f"{answer.status_code}, {len(answer.content):,} bytes"
             except httpx.HTTPError as error:
                 told = type(error).__name__
@@ -283,7 +299,7 @@ def withstand(server: KilledServer, connections: int, seconds: float) -> tuple[f
     process = multiprocessing.get_context("spawn").Process(
         target=anyio.run, args=(attack, server.port, connections), daemon=True
     )
-    with Probe(server.port) as probe:
+    with Probe(server.port, PREDICT) as probe:
         process.start()
         ends_s, most_mib = time.perf_counter() + seconds, 0.0
         while time.perf_counter() < ends_s:
