@@ -190,10 +190,11 @@ class RequestQueue(Generic[RequestT]):
 
     def _limit_of(self, name: str, added: int) -> int:
         """Requests that the queue may hold after an owner has added some."""
+        if not name:
+            return self.max_items
         owners = [lane.owners[name] for lane in self._lanes.values() if name in lane.owners]
         held = sum(len(bucket) for owner in owners for bucket in owner.buckets.values())
-        is_light = not name or held + added <= self._reserved
-        return self.max_items if is_light else self._unreserved
+        return self.max_items if held + added <= self._reserved else self._unreserved
 
     def discard(self, request: RequestT) -> bool:
         """Remove a request, if it waits; returns whether it did."""
