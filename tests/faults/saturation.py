@@ -25,7 +25,7 @@ import httpx
 import redis.asyncio
 
 from modalkit.benchmarks.redis_server import RedisServer
-from tests.support.fault_pipelines import HANGING
+from tests.support.fault_pipelines import HANG_S, HANGING
 from tests.support.http_client import NO_TLS
 from tests.support.killed_server import KilledServer
 from tests.support.length_model import POISON
@@ -303,7 +303,7 @@ class Run:
         """An item on which the pipeline hangs for longer than the batch timeout, and later a job of this kind."""
         async with self._client("faults") as client:
             await self._ask("hanging", client, "/sync/predict", json={"text": HANGING})
-            await anyio.sleep(6)
+            await anyio.sleep(HANG_S + 2)  # three calls that hang at once would restart the pipeline
             await self._submit("hanging", client, [HANGING])
 
     async def _reload(self) -> None:
