@@ -16,9 +16,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, suppress
-from http import HTTPStatus
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -105,88 +106,108 @@ PREDICT = head("/sync/predict", 21) + b'{"text":"a good one"}'
 
 
 class Large(NamedTuple):
-    """A request that costs much: POST, or GET without a body."""
+    """A request that costs much: POST, or GET without a body. Its body is made when it is sent."""
 
     name: str
     path: str
-    body: bytes = b""
+    body: Callable[[], bytes] | None = None
     content_type: str = JSON
 
 
-def large_requests() -> Iterator[Large]:
-    """Each request that one client might send, made when it is needed."""
-    wrong = {f"unknown field {number}": 1 for number in range(20)}
-    text, meta = {"text": "x" * 2400}, {"a": "x" * (15 * MIB)}
-    for path in ("/batch/predict", "/async/predict"):
-        yield Large("32 MiB of 1", path, listed(1, 16 * MIB - 8))
-        yield Large("10,000 wrong items", path, listed(wrong, 10_000))
-        yield Large("4 MB of bad lines", path, times({"text": 1}, 330_000, "\n"), NDJSON)
-        yield Large("8 wrong lines of 1 MB", path, times(wrong | {"a": [1] * 300_000}, 8, "\n"), NDJSON)
-        yield Large(
-            "8 lines with 20,000 wrong fields", path, times({f"f{n}": 1 for n in range(20_000)}, 8, "\n"), NDJSON
+WRONG = {f"unknown field {number}": 1 for number in range(20)}
+TEXT, LONG_TEXT, META = {"text": "x" * 2400}, {"text": "x" * (15 * MIB)}, {"a": "x" * (15 * MIB)}
+ADAPTERS = {"/predict": b"inputs", "/embed": b"inputs", "/classify": b"input", "/rerank": b"texts"}
+
+LARGE = [
+    *(
+        large
+        for path in ("/batch/predict", "/async/predict")
+        for large in (
+            Large("32 MiB of 1", path, lambda: listed(1, 16 * MIB - 8)),
+            Large("10,000 wrong items", path, lambda: listed(WRONG, 10_000)),
+            Large("4 MB of bad lines", path, lambda: times({"text": 1}, 330_000, "\n"), NDJSON),
+            Large("wrong lines of 1 MB", path, lambda: times(WRONG | {"a": [1] * 300_000}, 8, "\n"), NDJSON),
+            Large("lines with 20,000 wrong fields", path, lambda: times(wrong_fields(20_000), 8, "\n"), NDJSON),
         )
-    yield Large("24 MiB of items", "/batch/predict", listed(text, 10_000))
-    yield Large("24 MiB of lines", "/batch/predict", times(text, 10_000, "\n"), NDJSON)
-    yield Large("24 MiB of jobs", "/async/predict", listed({"message": text}, 10_000))
-    yield Large("24 MiB of lines with jobs", "/async/predict", times({"message": text}, 10_000, "\n"), NDJSON)
-    yield Large("an item of 15 MiB", "/sync/predict", times({"text": "x" * (15 * MIB)}, 1))
-    yield Large("an item of 12 MiB of escapes", "/sync/predict", times({"text": "\u20ac" * (2 * MIB)}, 1))
-    yield Large("an item of 99,000 values", "/sync/predict", times({"text": [1] * 99_000}, 1))
-    yield Large("an item of 99,000 unknown fields", "/sync/predict", times({f"f{n}": n for n in range(99_000)}, 1))
-    yield Large("an item of 99,000 levels", "/sync/predict", b'{"text": %b}' % (b"[" * 99_000 + b"]" * 99_000))
-    yield Large("a job of 15 MiB", "/async/predict", times({"message": {"text": "x" * (15 * MIB)}}, 1))
-    yield Large("that job", "/jobs/{job_id}?wait=30")
-    yield Large("its events", "/jobs/{job_id}/events")
-    yield Large("a job with 15 MiB of meta", "/async/predict", times({"message": text, "meta": meta}, 1))
-    yield Large(
-        "a job with 99,000 values of meta", "/async/predict", times({"message": text, "meta": {"a": [1] * 99_000}}, 1)
-    )
-    yield Large(
-        "60 jobs with 200 KB of meta", "/async/predict", listed({"message": text, "meta": {"a": "x" * 200_000}}, 60)
-    )
-    yield Large("a page of these jobs", "/jobs?limit=1000")
-    for path, field in (("/predict", "inputs"), ("/embed", "inputs"), ("/classify", "input"), ("/rerank", "texts")):
-        for name, values in (("32 MiB of 1", listed(1, 16 * MIB - 16)), ("49,000 lists", listed([1], 49_000))):
-            yield Large(name, path, b'{"%b":%b}' % (field.encode(), values))
-    yield Large("4,096 texts", "/embed", b'{"inputs":%b}' % listed("x" * 3000, 4096))
-    yield Large("4,096 texts", "/predict", b'{"inputs":%b}' % listed(["x" * 3000], 4096))
-    yield Large("32 MiB of a list for an object", "/predict", listed(1, 16 * MIB - 8))
+    ),
+    Large("24 MiB of items", "/batch/predict", lambda: listed(TEXT, 10_000)),
+    Large("24 MiB of lines", "/batch/predict", lambda: times(TEXT, 10_000, "\n"), NDJSON),
+    Large("24 MiB of jobs", "/async/predict", lambda: listed({"message": TEXT}, 10_000)),
+    Large("24 MiB of lines with jobs", "/async/predict", lambda: times({"message": TEXT}, 10_000, "\n"), NDJSON),
+    Large("an item of 15 MiB", "/sync/predict", lambda: times(LONG_TEXT, 1)),
+    Large("an item of 12 MiB of escapes", "/sync/predict", lambda: times({"text": "\u20ac" * (2 * MIB)}, 1)),
+    Large("an item of 99,000 values", "/sync/predict", lambda: times({"text": [1] * 99_000}, 1)),
+    Large("an item of 99,000 wrong fields", "/sync/predict", lambda: times(wrong_fields(99_000), 1)),
+    Large("an item of 99,000 levels", "/sync/predict", lambda: b'{"text": %b}' % (b"[" * 99_000 + b"]" * 99_000)),
+    Large("a job of 15 MiB", "/async/predict", lambda: times({"message": LONG_TEXT}, 1)),
+    Large("the newest job", "/jobs/{job_id}?wait=30"),
+    Large("events of the newest job", "/jobs/{job_id}/events"),
+    Large("a job with 15 MiB of meta", "/async/predict", lambda: times({"message": TEXT, "meta": META}, 1)),
+    Large("the newest job", "/jobs/{job_id}?wait=30"),
+    Large(
+        "a job with 99,000 values of meta",
+        "/async/predict",
+        lambda: times({"message": TEXT, "meta": {"a": [1] * 99_000}}, 1),
+    ),
+    Large(
+        "60 jobs with 200 KB of meta",
+        "/async/predict",
+        lambda: listed({"message": TEXT, "meta": {"a": "x" * 200_000}}, 60),
+    ),
+    Large("a page of these jobs", "/jobs?limit=1000"),
+    *(
+        Large(
+            name, path, partial(lambda field, item, count: b'{"%b":%b}' % (field, listed(item, count)), field, *items)
+        )
+        for path, field in ADAPTERS.items()
+        for name, items in {"32 MiB of 1": (1, 16 * MIB - 16), "49,000 lists": ([1], 49_000)}.items()
+    ),
+    Large("4,096 texts", "/embed", lambda: b'{"inputs":%b}' % listed("x" * 3000, 4096)),
+    Large("4,096 texts", "/predict", lambda: b'{"inputs":%b}' % listed(["x" * 3000], 4096)),
+    Large("32 MiB of a list for an object", "/predict", lambda: listed(1, 16 * MIB - 8)),
+]
+"""Requests that one client might send."""
+
+
+def wrong_fields(count: int) -> dict[str, int]:
+    """An item with so many fields that it may not have."""
+    return {f"f{number}": 1 for number in range(count)}
+
+
+def send(url: str, number: int) -> str:
+    """Send one of the large requests, and tell what it was answered with."""
+    large = LARGE[number]
+    with httpx.Client(base_url=url, timeout=300, verify=NO_TLS) as client:
+        path = large.path
+        if "{job_id}" in path:
+            path = path.format(job_id=client.get("/jobs?limit=1").json()["jobs"][0]["job_id"])
+        body, headers = large.body and large.body(), {"Content-Type": large.content_type}
+        began_s = time.perf_counter()
+        try:
+            answer = client.request("POST" if body else "GET", path, content=body, headers=headers)
+            told = f"{answer.status_code}, {len(answer.content):,} bytes"
+        except httpx.HTTPError as error:
+            told = type(error).__name__
+        return f"{told} after {time.perf_counter() - began_s:.2f} s"
 
 
 def delays(server: KilledServer, only: str) -> float:
     """Send each request while a good client measures its latency; tells and returns the longest that one caused."""
-    longest_s, job_id = 0.0, ""
-    for large in large_requests():
-        if only not in f"{large.name} {large.path}":
-            continue
-        with (
-            Probe(server.port, ALIVE) as probe,
-            httpx.Client(base_url=server.url, timeout=300, verify=NO_TLS) as client,
-        ):
-            time.sleep(0.1)
-            began_s = time.perf_counter()
-            method = "POST" if large.body else "GET"
-            try:
-                answer = client.request(
-                    method,
-                    large.path.format(job_id=job_id),
-                    content=large.body,
-                    headers={"Content-Type": large.content_type},
-                )
-                if answer.status_code == HTTPStatus.ACCEPTED and answer.content.startswith(b"{"):
-                    job_id = answer.json()["job_id"]
-                told = f"{answer.status_code}, {len(answer.content):,} bytes"
-            except httpx.HTTPError as error:
-                told = type(error).__name__
-            took_s = time.perf_counter() - began_s
-            time.sleep(0.1)
-        slowest_s = max(probe.latencies_s)
-        longest_s = max(longest_s, slowest_s)
-        sys.stdout.write(
-            f"{slowest_s * 1000:7.0f} ms  {large.name} to {large.path}: {told} after {took_s:.2f} s"
-            f"{'' if probe.is_served else f', while others got {dict(probe.statuses)}'}\n"
-        )
-        sys.stdout.flush()
+    longest_s = 0.0
+    # In a process of its own, because this one should do nothing but measure.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as sender:
+        for number, large in enumerate(LARGE):
+            if only not in f"{large.name} {large.path}":
+                continue
+            with Probe(server.port, ALIVE) as probe:
+                told = sender.submit(send, server.url, number).result()
+            slowest_s = max(probe.latencies_s)
+            longest_s = max(longest_s, slowest_s)
+            sys.stdout.write(
+                f"{slowest_s * 1000:7.0f} ms  {large.name} to {large.path}: {told}"
+                f"{'' if probe.is_served else f', while others got {dict(probe.statuses)}'}\n"
+            )
+            sys.stdout.flush()
     return longest_s
 
 
@@ -294,6 +315,13 @@ async def attack(port: int, connections: int) -> None:
             task_group.start_soon(repeat, KINDS[number % len(KINDS)])
 
 
+def resident_mib(server: KilledServer) -> float:
+    """The memory that the server says it has."""
+    metrics = httpx.get(f"{server.url}/metrics", timeout=60, verify=NO_TLS).text
+    line = next(line for line in metrics.splitlines() if line.startswith("process_resident_memory_bytes "))
+    return float(line.split()[1]) / MIB
+
+
 def withstand(server: KilledServer, connections: int, seconds: float) -> tuple[float, Probe]:
     """Have so many hostile connections for a while; the most MiB that the server had, and what good clients got."""
     process = multiprocessing.get_context("spawn").Process(
@@ -303,9 +331,7 @@ def withstand(server: KilledServer, connections: int, seconds: float) -> tuple[f
         process.start()
         ends_s, most_mib = time.perf_counter() + seconds, 0.0
         while time.perf_counter() < ends_s:
-            metrics = httpx.get(f"{server.url}/metrics", timeout=60, verify=NO_TLS).text
-            resident = next(line for line in metrics.splitlines() if line.startswith("process_resident_memory_bytes "))
-            most_mib = max(most_mib, float(resident.split()[1]) / MIB)
+            most_mib = max(most_mib, resident_mib(server))
             time.sleep(0.2)
     process.kill()
     process.join()
