@@ -216,8 +216,9 @@ def _parts_of(body: bytes, limits: RequestConfig) -> Iterator[bytes]:
 
 
 def _check_item(body: bytes, limits: RequestConfig) -> None:
-    marks = sum(map(body.count, (b",", b"[", b"{"))) if len(body) > limits.max_item_values else 0
-    _check_size(len(body), marks, limits)
+    _check_size(len(body), 0, limits)
+    if len(body) > limits.max_item_values:
+        _check_size(len(body), sum(map(body.count, (b",", b"[", b"{"))), limits)
 
 
 def _check_size(size_bytes: int, marks: int, limits: RequestConfig) -> None:
@@ -291,7 +292,8 @@ def _check_keys(body: bytes, what: str = "body") -> None:
 
 def _checked_meta(job: AsyncInputModel) -> AsyncInputModel:
     """The job. Raises `ProblemError` for NaN or 1e999 in its `meta`, which could not be returned unchanged."""
-    if job.meta:
+    content = to_json(job.meta, inf_nan_mode="constants") if job.meta else b""
+    if b"NaN" in content or b"Infinity" in content:  # they may be in a text, too
         try:
             _STRICT_JSON.encode(job.meta)
         except ValueError:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 
+from anyio.lowlevel import checkpoint
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic_core import to_json
@@ -13,7 +14,7 @@ from modalkit.batching import Failure, Outcome
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import JobStoreError
-from modalkit.service.web.admission import Admission, read_body
+from modalkit.service.web.admission import FREE_BYTES, Admission, read_body
 from modalkit.service.web.answers import JSON
 from modalkit.service.web.auth import Caller
 from modalkit.service.web.bodies import BodyParser, run_valid
@@ -58,7 +59,10 @@ class Submitter:
             self._caller.take_items(len(jobs))
             answers = await self._admission.map(_answer, await self._submit(jobs))
             return Response(to_json(answers), HTTPStatus.ACCEPTED, media_type=JSON)
-        return await self._answer_one(request, self._parser.job(body))
+        job = self._parser.job(body)
+        if len(body) > FREE_BYTES:
+            await checkpoint()  # others have their turn before it is written
+        return await self._answer_one(request, job)
 
     async def answer_later(self, request: Request) -> Response:
         """Submit the item in the body of a request that prefers a job to waiting."""
