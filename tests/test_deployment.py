@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
 from modalkit.service.settings import Settings
+from modalkit.service.version import VERSION
 from tests.support.guides import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -65,6 +66,16 @@ def test_the_compose_file_is_valid_and_names_files_that_exist() -> None:
     (prometheus,) = documents(DEPLOY / "prometheus.yml")
     assert prometheus["scrape_configs"][0]["static_configs"] == [{"targets": ["modalkit:8000"]}]
     assert services["modalkit"]["ports"] == ["8000:8000"]
+
+
+def test_the_release_is_a_valid_workflow_that_compares_the_tag_with_the_version() -> None:
+    workflow = ROOT / ".github/workflows/release.yml"
+    run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", str(workflow))
+    (steps,) = (job["steps"] for name, job in documents(workflow)[0]["jobs"].items() if name == "packages")
+    compare = next(step["run"] for step in steps if step.get("name", "").startswith("The tag is"))
+    for tag, exit_code in ((f"v{VERSION}", 0), ("v0.0.0", 1)):
+        done = subprocess.run(["/bin/sh", "-c", compare], check=False, cwd=ROOT, env={"GITHUB_REF_NAME": tag})
+        assert done.returncode == exit_code
 
 
 def test_kubernetes_accepts_the_manifests() -> None:
