@@ -61,10 +61,10 @@ class Task:
             )
         caller = caller_of(request)
         caller.take_items(0)
-        model.check_room(priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
+        model.check_room(**options.for_owner(caller.owner))
         valid = [validated(model.input_model, item) for item in items]
         caller.take_items(len(valid))
-        call = model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
+        call = model.predict_many(valid, **options.for_owner(caller.owner))
         outputs = []
         for outcome in await while_connected(request, call):
             if isinstance(outcome, Failure):
