@@ -155,7 +155,7 @@ class Run:
                     for _ in range(count):
                         clients.start_soon(self._repeat, send)
                 number = 0
-                while self._now_s() + fault_every_s <= minutes * 60:
+                while self._now_s() < minutes * 60 - 1:
                     fault = faults[number % len(faults)]
                     with anyio.move_on_after(fault_every_s, shield=True):
                         await fault()
