@@ -42,9 +42,12 @@ model_settings:
 
 async def ask(app: FastAPI, statuses: Counter[int]) -> None:
     """Send a request to the application, without a server."""
+    body = [{"type": "http.request", "body": BODY, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": BODY, "more_body": False}
+        if not body:
+            await asyncio.Event().wait()  # the client stays
+        return body.pop()
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.start":
