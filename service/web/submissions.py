@@ -93,7 +93,7 @@ class Submitter:
 
     async def _answer_some(self, lines: Sequence[Line]) -> bytes:
         await self._caller.wait_for_items(len(lines))
-        asked = parsed(lines, self._parser.job_lines)
+        asked = await parsed(lines, self._parser.job_lines)
         try:
             outcomes = await self._submit(asked)
         except Exception as error:  # the lines after these may succeed

@@ -93,6 +93,27 @@ async def test_others_have_their_turn_while_a_large_list_is_parsed() -> None:
         assert turns > 10 or content.startswith(b'[{"text": "x')
 
 
+@pytest.mark.parametrize("parse", [BodyParser.item_lines, BodyParser.job_lines])
+async def test_of_many_streams_one_is_parsed_in_a_pass_of_the_event_loop(parse: Any) -> None:
+    parser, ends, turns = BodyParser(Text), list[int](), 0
+
+    async def parse_lines() -> None:
+        await parse(parser, [b'{"text": 1}'] * 10)
+        ends.append(turns)
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while len(ends) < 20:
+            turns += 1
+            await checkpoint()
+
+    async with anyio.create_task_group() as task_group:
+        for _ in range(20):
+            task_group.start_soon(parse_lines)
+        task_group.start_soon(count_turns)
+    assert len(set(ends)) == 20
+
+
 async def test_a_nested_item_is_looked_at_in_slices_until_it_is_too_large() -> None:
     parser, turns = BodyParser(Text, Admission(RequestConfig(max_item_values=100_000))), 0
 
