@@ -61,7 +61,7 @@ async def ask(app: FastAPI, statuses: Counter[int]) -> None:
         "query_string": b"model_name=measured",
         "headers": headers,
     }
-    await app(scope, receive, send)  # type: ignore[arg-type]  # messages as plain dictionaries
+    await app(scope, receive, send)
 
 
 async def cost_us(pipeline: str, expected: int, rounds: int, at_once: int = 1000) -> float:

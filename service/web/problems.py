@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from http import HTTPStatus
 from typing import Any
 
@@ -105,13 +104,13 @@ _TYPE_OF_STATUS = {
 """The type of a problem that is no error of a kind with its own type."""
 
 
-@cache
 def _type_of_kind(kind: type[Exception]) -> str:
     """The type of the problems of one class of errors: `QueueFullError` has ``queue-full``."""
     return re.sub("(?<=[a-z])(?=[A-Z])", "-", kind.__name__.removesuffix("Error")).lower()
 
 
-PROBLEM_TYPES = frozenset((*_TYPE_OF_STATUS.values(), *map(_type_of_kind, _STATUS_OF), PIPELINE_ERROR))
+_TYPE_OF_KIND = {kind: _type_of_kind(kind) for kind in _STATUS_OF}
+PROBLEM_TYPES = frozenset((*_TYPE_OF_STATUS.values(), *_TYPE_OF_KIND.values(), PIPELINE_ERROR))
 """The types of all problems, without `TYPE_PREFIX`."""
 
 
@@ -178,7 +177,7 @@ def as_problem(error: Exception) -> ProblemError:
     after_s = max(RETRY_AFTER_S, math.ceil(predicted_s or 0))
     headers = {"Retry-After": str(after_s)} if retry or predicted_s else None
     errors = error.errors if isinstance(error, InvalidItemError) else ()
-    name = PIPELINE_ERROR if kind is None else _type_of_kind(kind)
+    name = PIPELINE_ERROR if kind is None else _TYPE_OF_KIND[kind]
     return ProblemError(status, describe_error(error), errors, headers, name=name)
 
 

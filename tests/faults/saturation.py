@@ -249,10 +249,11 @@ class Run:
             self.report.failing.update(ids if kind != "traffic" else ())
 
     async def _read_messages(self) -> None:
-        last: dict[str, bytes | str] = {"modalkit:good": "0", "modalkit:bad": "0"}
+        last: dict[Any, Any] = {"modalkit:good": "0", "modalkit:bad": "0"}
         async with redis.asyncio.Redis.from_url(self._broker.url) as client:
             while True:
-                for stream, entries in await client.xread(last, block=1000):
+                found: Any = await client.xread(last, block=1000)
+                for stream, entries in found:
                     for entry_id, entry in entries:
                         message = json.loads(json.loads(entry[b"data"])["args"][0])
                         self.report.messages[message["job_id"]] += 1
