@@ -151,6 +151,16 @@ class ModelSource:
                 meant,
                 settings.origin(*path, key),
             )
+        if (
+            self.settings.app_settings.batch_config.max_batch_tokens is not None
+            and implementation.item_size is InferencePipeline.item_size
+        ):
+            logger.warning(
+                "%s: batch_config.max_batch_tokens has no effect, because each item has the size 1; implement "
+                "item_size in %s, or set max_batch_size",
+                self.key,
+                implementation.__name__,
+            )
         self.input_model: type[BaseModel] = implementation.input_model
         self.output_model: type[InferenceOutputModel] = implementation.output_model
         if entry is not None and entry.input_model is not None:
@@ -189,10 +199,12 @@ class ModelSource:
             "common_settings": common,
         }
         try:
-            return self._constructor.make(arguments, self._arguments)
+            pipeline = self._constructor.make(arguments, self._arguments)
         except Exception as error:
             name = self.pipeline_class.__name__
             raise LoadError(f"{self.key}: {name} cannot be loaded: {describe_with_line(error)}") from error
+        pipeline.output_model = self.output_model  # type: ignore[misc]  # of the class, unless the entry names one
+        return pipeline
 
 
 class _DiscardingBackend:
