@@ -3,6 +3,7 @@
 The layers of the encoder get all texts one after the other, as one row; only attention knows where each begins.
 """
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -12,11 +13,6 @@ from transformers.masking_utils import flash_attention_mask
 
 from modalkit.pipelines.engines.settings import DTypeName
 from modalkit.pipelines.errors import EngineError
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None  # type: ignore[assignment]
 
 IMPLEMENTATION = "modalkit_unpadded"
 MIN_CAPABILITY = (8, 0)  # of the GPU, for flash attention
@@ -51,7 +47,9 @@ class UnpaddedEncoder(nn.Module):
 
 def unpaddable_dtypes(module: nn.Module, device: torch.device) -> list[DTypeName]:
     """The number formats in which the encoder inside `module` can compute without padding; none where it cannot."""
-    if varlen_attn is None or device.type != "cuda" or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return []
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # before torch 2.10
         return []
     return DTYPES if _place_of_encoder(module) is not None else []
 
@@ -100,6 +98,8 @@ def _attend(
     """Attention among the tokens of each text; tensors have the shape (1, heads, tokens, size of a head)."""
     if unknown := [name for name in UNKNOWN_HERE if options.get(name) is not None]:
         raise EngineError(f"torch-unpadded cannot compute attention with {', '.join(unknown)}")
+    from torch.nn.attention.varlen import varlen_attn
+
     begins, longest = options["cu_seq_lens_q"], options["max_length_q"]
     query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     found = varlen_attn(query, key, value, begins, begins, longest, longest, scale=scaling)

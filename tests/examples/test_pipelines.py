@@ -219,9 +219,7 @@ async def test_texts_are_generated_piece_by_piece_as_transformers_would(
 
 
 async def test_a_misspelt_folder_is_an_error_at_once(folder: Path) -> None:
-    with pytest.raises(
-        LoadError, match=r"FileNotFoundError: .*my-gtp' \(generate\.py, line \d+, in __init__: f"
-    ):
+    with pytest.raises(LoadError, match=r"FileNotFoundError: .*my-gtp' \(generate\.py, line \d+, in __init__: f"):
         async with worker_of(import_module("generate").Generate, model_path="my-gtp"):
             pass
 
