@@ -23,6 +23,8 @@ class MuteError(Exception):
 class OddPipeline(LengthPipeline):
     """Answers these four texts with what JSON cannot hold, or an error without a text, and all others as usual."""
 
+    output_model = InferenceOutputModel
+
     def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
         if MUTE in preprocessed_data["texts"]:
             raise MuteError
