@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.pipelines.inference_pipeline import has_own
 from modalkit.service.construction import Constructor
 from modalkit.service.errors import ServiceError, UnknownModelError, describe_error, describe_with_line, error_text
 from modalkit.service.jobs import JobStore, MemoryJobStore, SqliteJobStore
@@ -153,7 +154,7 @@ class ModelSource:
             )
         if (
             self.settings.app_settings.batch_config.max_batch_tokens is not None
-            and implementation.item_size is InferencePipeline.item_size
+            and not has_own(implementation, "item_size")
         ):
             logger.warning(
                 "%s: batch_config.max_batch_tokens has no effect, because each item has the size 1; implement "
