@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import platform
+import threading
 from collections.abc import AsyncIterable, Awaitable, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 STAGES = ("preprocess", "predict", "postprocess")
 """The stages of a batch, in their order."""
+TRANSFORMERS_LOADING = threading.RLock()
+"""Held while transformers loads a model: two at once, in two threads, leave weights of one of them out."""
 IN_PLACE_OF_STAGES = ("run_inference", "predict_stream")
 
 

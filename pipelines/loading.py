@@ -4,7 +4,6 @@ import inspect
 import logging
 import re
 import textwrap
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +24,12 @@ from transformers.utils import logging as transformers_logging
 
 from modalkit.pipelines.classifier_settings import BUNDLED, ClassifierEntry, TextModelEntry
 from modalkit.pipelines.errors import ModelLoadError
+from modalkit.pipelines.inference_pipeline import TRANSFORMERS_LOADING
 
 BUNDLED_FOLDER = Path(__file__).parent / "sentiment_model"
 DEFAULT_MAX_LENGTH = 512
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_quieting = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -197,7 +196,7 @@ def quiet_transformers() -> Iterator[None]:
 
     The settings are global to the process, so only one thread at a time runs the block.
     """
-    with _quieting:
+    with TRANSFORMERS_LOADING:
         verbosity = transformers_logging.get_verbosity()
         bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
         transformers_logging.set_verbosity(logging.ERROR)

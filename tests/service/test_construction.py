@@ -1,7 +1,11 @@
 """Constructors of pipelines: what they are given, and which keys of an entry are refused."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -114,6 +118,19 @@ class Failing(Base):
 class Sized(Base):
     def item_size(self, item: BaseModel) -> int:
         return 2
+
+
+class Meeting(Base):
+    """Notes whether another constructor runs at the same time."""
+
+    barrier = Barrier(2)
+
+    def __init__(self) -> None:
+        self.has_met = True
+        try:
+            self.barrier.wait(timeout=0.1)
+        except BrokenBarrierError:
+            self.has_met = False
 
 
 class Returning(InferencePipeline):
@@ -249,6 +266,15 @@ def test_a_limit_of_tokens_without_the_sizes_of_items_is_reported(caplog: pytest
 def test_a_stream_that_returns_is_refused_when_the_pipeline_is_made() -> None:
     with pytest.raises(LoadError, match=r"Returning\.predict_stream must yield a list with a piece for each item, not"):
         source_of(Returning, "").load()
+
+
+def test_constructors_that_may_use_transformers_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models that it loads at once, in two threads, spoil each other."""
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
+    sources = [source_of(Meeting, "") for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        pipelines = list(threads.map(ModelSource.load, sources))
+    assert [pipeline.has_met for pipeline in pipelines if isinstance(pipeline, Meeting)] == [False, False]
 
 
 def test_an_error_of_a_constructor_has_its_class_and_the_users_line() -> None:
