@@ -91,6 +91,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         log_failures: bool = True,
         owns_pipeline: bool = True,
     ) -> None:
+        if isinstance(pipeline, type):
+            raise TypeError(f"InferenceWorker takes a pipeline, not its class: {pipeline.__name__}(...)")
         self.pipelines = [pipeline] if isinstance(pipeline, InferencePipeline) else list(pipeline)
         pipeline = self.pipeline = self.pipelines[0]
         settings = None if settings is None else settings.for_model(pipeline.model_name)
