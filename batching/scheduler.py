@@ -414,7 +414,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     @property
     def stuck_threads(self) -> int:
         """Calls that ran past the batch timeout and have not returned; each holds a thread."""
-        return sum(executor.stuck_threads for executor in self._dispatcher.executors)
+        return sum([executor.stuck_threads for executor in self._dispatcher.executors])
 
     @property
     def is_broken(self) -> bool:

@@ -85,12 +85,7 @@ class BodyParser:
 
     async def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
         """The jobs of a list. Raises `ProblemError` if it is no list."""
-        jobs = await self._list(self._jobs, self._job_of, body)
-
-        def checked(job: AsyncInputModel | Failure) -> AsyncInputModel | Failure:
-            return job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job))
-
-        return await self._admission.map(checked, jobs)
+        return await self._admission.map(_checked_job, await self._list(self._jobs, self._job_of, body))
 
     def item_lines(self, lines: Sequence[bytes]) -> Sequence[BaseModel | Failure]:
         """The item of each line of a stream, or what is wrong with the line."""
@@ -99,7 +94,7 @@ class BodyParser:
     def job_lines(self, lines: Sequence[bytes]) -> Sequence[AsyncInputModel | Failure]:
         """The job that each line of a stream asks for, or what is wrong with the line."""
         jobs = _parse_lines(self._job, partial(self.job, what="line"), lines)
-        return [job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job)) for job in jobs]
+        return list(map(_checked_job, jobs))
 
     def _item_of(self, body: bytes, what: str = "body", *, explain: bool) -> BaseModel:
         _check_item(body, self._admission.limits)
@@ -111,7 +106,10 @@ class BodyParser:
     def _job_of(self, body: bytes, what: str = "body", *, explain: bool) -> AsyncInputModel:
         _check_item(body, self._admission.limits)
         _check_keys(body, what)
-        return _checked_meta(_parse(self._job, body, what, explain=explain))
+        job = _checked_job(_parse(self._job, body, what, explain=explain))
+        if isinstance(job, Failure):
+            raise job.error
+        return job
 
     async def _list(
         self, adapter: TypeAdapter[list[Model]], parse: Callable[..., Model], body: bytes
@@ -214,8 +212,8 @@ def _parts_of(body: bytes, limits: RequestConfig) -> Iterator[bytes]:
 
 
 def _check_item(body: bytes, limits: RequestConfig) -> None:
-    marks = sum(map(body.count, (b",", b"[", b"{"))) if len(body) > limits.max_item_values else 0
-    _check_size(len(body), marks, limits)
+    if len(body) > min(limits.max_item_bytes, limits.max_item_values):
+        _check_size(len(body), sum(map(body.count, (b",", b"[", b"{"))), limits)
 
 
 def _check_size(size_bytes: int, marks: int, limits: RequestConfig) -> None:
@@ -279,6 +277,8 @@ _JSON = json.JSONDecoder(object_pairs_hook=_check_object, parse_int=str, parse_f
 
 def _check_keys(body: bytes, what: str = "body") -> None:
     """Raise `ProblemError` for a key that one object has twice."""
+    if body.count(b":") < 2:
+        return
     try:
         _JSON.decode(body.decode())
     except _RefusedJSONError as error:
@@ -287,22 +287,23 @@ def _check_keys(body: bytes, what: str = "body") -> None:
         return  # pydantic says what is wrong
 
 
-def _checked_meta(job: AsyncInputModel) -> AsyncInputModel:
-    """The job. Raises `ProblemError` for NaN or 1e999 in its `meta`, which could not be returned unchanged."""
-    if job.meta:
-        try:
+def _checked_job(job: AsyncInputModel | Failure) -> AsyncInputModel | Failure:
+    """The job, or what is wrong with its `meta`: NaN or 1e999, which could not be returned unchanged."""
+    if isinstance(job, Failure) or not job.meta:
+        return job
+    content = to_json(job.meta)
+    try:
+        if b"NaN" in content or b"Infinity" in content:  # as a number, or in a text
             _STRICT_JSON.encode(job.meta)
-        except ValueError:
-            raise ProblemError(
-                HTTPStatus.UNPROCESSABLE_ENTITY,
-                "meta: must not hold NaN, Infinity or a number above 1.8e308; send null",
-            ) from None
+    except ValueError:
+        detail = "meta: must not hold NaN, Infinity or a number above 1.8e308; send null"
+        return Failure(ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail))
     return job
 
 
 def _parse(model: type[Model], body: bytes, what: str = "body", *, explain: bool = True) -> Model:
     try:
-        return model.model_validate_json(body)
+        return model.__pydantic_validator__.validate_json(body)  # as `model_validate_json`, which checks its arguments
     except ValidationError as error:
         if not explain:
             detail = (

@@ -1,10 +1,9 @@
 """The routes that predict, at once or as jobs."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cache, partial, wraps
 from http import HTTPStatus
-from typing import Annotated, Any, Protocol, TypeVar, Union
+from typing import Annotated, Any, Protocol, Union
 
 from fastapi import Body, Depends, FastAPI, Request
 from fastapi.responses import Response
@@ -17,10 +16,10 @@ from modalkit.service.gateway import Gateway, find_model
 from modalkit.service.outputs import output_json
 from modalkit.service.settings import KeyScope
 from modalkit.service.web.admission import Admission, Reception, read_body
-from modalkit.service.web.answers import JOB_LINKS, JSON, PROBLEM_ANSWERS, FailedItem, Submitted
+from modalkit.service.web.answers import JOB_LINKS, PROBLEM_ANSWERS, FailedItem, Submitted
 from modalkit.service.web.auth import ApiKeys, caller_of, end_request
 from modalkit.service.web.bodies import BodyParser, check_encoding, run_valid
-from modalkit.service.web.direct import DirectRequest
+from modalkit.service.web.direct import DirectRequest, DirectResponse, while_connected
 from modalkit.service.web.events import EventStream, prediction_events
 from modalkit.service.web.lines import LineStream
 from modalkit.service.web.options import (
@@ -35,7 +34,6 @@ from modalkit.service.web.options import (
 from modalkit.service.web.prediction_stream import PredictionStream
 from modalkit.service.web.problems import (
     KNOWN_ERRORS,
-    ProblemError,
     error_json,
     error_response,
     unexpected_error_response,
@@ -44,10 +42,6 @@ from modalkit.service.web.submissions import Submitter
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 Responses = dict[int | str, dict[str, Any]]
-T = TypeVar("T")
-
-WATCH_AFTER_S = 0.1
-"""Seconds after which a request that waits is watched: a task for each request would cost a fifth of its time."""
 
 
 class AddRoute(Protocol):
@@ -102,7 +96,8 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
         def add(endpoint: Endpoint) -> None:
             @wraps(endpoint)
             async def checked(request: Request) -> Response:
-                await keys.check(request, key_scope)
+                if keys.are_asked_for:
+                    await keys.check(request, key_scope)
                 check_encoding(request)
                 reception = Reception(admission, request)
                 try:
@@ -149,7 +144,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
             return EventStream(prediction_events(model, item, options, caller.owner))
         call = model.predict(item, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
         try:
-            return Response(output_json(await while_connected(request, call)), media_type=JSON)
+            return DirectResponse(output_json(await while_connected(request, call)))
         except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is this item's error
             return error_response(error)
 
@@ -176,7 +171,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
         caller.take_items(len(items))
         run = partial(model.predict_many, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
         outcomes = await run_valid(items, lambda valid: while_connected(request, run(valid)))
-        return Response(b"[" + b",".join(await admission.map(_slot, outcomes)) + b"]", media_type=JSON)
+        return DirectResponse(b"[" + b",".join(await admission.map(_slot, outcomes)) + b"]")
 
     @route(
         "/async/predict",
@@ -229,41 +224,6 @@ class DirectRoutes:
             await response(scope, receive, send)
         finally:
             end_request(scope)
-
-
-async def while_connected(request: Request, call: Awaitable[T]) -> T:
-    """Await a call; cancel it when the client disconnects, so that its item leaves the queue.
-
-    Only a request that has waited for `WATCH_AFTER_S` seconds gets a task that watches its connection.
-    """
-    watch: asyncio.Task[None] | None = None
-    task, has_gone = asyncio.current_task(), False
-
-    async def cancel_when_disconnected() -> None:
-        nonlocal has_gone
-        # The body has been read, so the only message that can come is the disconnection.
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        if task is not None:
-            has_gone = True
-            task.cancel()
-
-    def start_watch() -> None:
-        nonlocal watch
-        watch = asyncio.create_task(cancel_when_disconnected())
-
-    timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, start_watch)
-    try:
-        return await call
-    except asyncio.CancelledError:
-        # A cancel scope would do the same, at several times the cost for each request that nothing disturbs.
-        if not has_gone or task is None or task.uncancel():
-            raise
-    finally:
-        timer.cancel()
-        if watch is not None:
-            watch.cancel()
-    raise ProblemError(HTTPStatus.REQUEST_TIMEOUT, "the client has gone")
 
 
 def _slot(outcome: Outcome[InferenceOutputModel]) -> bytes:
