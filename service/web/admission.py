@@ -113,7 +113,9 @@ class Reception:
             message = await request.receive()
             if message["type"] == "http.disconnect":
                 self._admission.cut_bodies += 1
-                logger.debug("%s: the client left after %d bytes of the body", request.scope["path"], size_bytes)
+                logger.debug(
+                    "%s: the client disconnected after %d bytes of the body", request.scope["path"], size_bytes
+                )
                 raise ProblemError(HTTPStatus.BAD_REQUEST, "the client disconnected before the end of the body")
             chunk, more = message.get("body", b""), message.get("more_body", False)
             size_bytes += len(chunk)

@@ -1,7 +1,7 @@
 """The routes that predict, at once or as jobs."""
 
 from collections.abc import Awaitable, Callable, Mapping
-from functools import cache, partial, wraps
+from functools import cache, partial
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol, Union
 
@@ -69,8 +69,8 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
 
     Returns what adds further ones.
     """
-    endpoints: dict[str, Endpoint] = {}
-    app.add_middleware(DirectRoutes, endpoints=endpoints)
+    endpoints: dict[str, tuple[Endpoint, KeyScope]] = {}
+    app.add_middleware(DirectRoutes, endpoints=endpoints, keys=keys, admission=admission)
     models = gateway.models.values()
     item: Any = Union[tuple(model.input_model for model in models)]  # noqa: UP007  # types known at run time
     job: Any = Union[tuple(AsyncInputModel[model.input_model] for model in models)]  # type: ignore[name-defined]  # noqa: UP007  # as above
@@ -94,21 +94,10 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
         def documented_body(body: Annotated[taken, Body()]) -> None: ...
 
         def add(endpoint: Endpoint) -> None:
-            @wraps(endpoint)
-            async def checked(request: Request) -> Response:
-                if keys.are_asked_for:
-                    await keys.check(request, key_scope)
-                check_encoding(request)
-                reception = Reception(admission, request)
-                try:
-                    return await endpoint(request)
-                finally:
-                    reception.release()
-
-            endpoints[path] = checked
+            endpoints[path] = endpoint, key_scope
             app.router.add_api_route(
                 path,
-                checked,
+                endpoint,
                 methods=["POST"],
                 tags=["predictions"],
                 response_model=answer,
@@ -192,35 +181,50 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
 
 
 class DirectRoutes:
-    """ASGI middleware that answers POST requests by `endpoints`, an endpoint for each path, and passes on all others.
+    """ASGI middleware that answers POST requests by `endpoints`, and passes on all others.
 
-    FastAPI only documents these routes: its routing, parameters and middleware take longer than all other work for a
-    request. An error that is none of `KNOWN_ERRORS` is answered with 500 and raised, so that the server logs it.
+    There is an endpoint for each path, with the scope that a key needs for it. FastAPI only documents these routes: its
+    routing, parameters and middleware take longer than all other work for a request. An error that is none of
+    `KNOWN_ERRORS` is answered with 500 and raised, so that the server logs it.
     """
 
-    def __init__(self, app: ASGIApp, endpoints: Mapping[str, Endpoint]) -> None:
+    def __init__(
+        self, app: ASGIApp, endpoints: Mapping[str, tuple[Endpoint, KeyScope]], keys: ApiKeys, admission: Admission
+    ) -> None:
         self._app = app
         self._endpoints = endpoints
+        self._keys = keys
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application does."""
         root_path = scope.setdefault("root_path", "")  # servers may leave it out, and `fastapi_offline` needs it
-        endpoint = None
+        found = None
         if scope["type"] == "http" and scope["method"] == "POST":
             path: str = scope["path"]
             # As Starlette does: a root path counts only where a slash follows.
-            endpoint = self._endpoints.get(path.removeprefix(root_path) if path.startswith(f"{root_path}/") else path)
+            if root_path and path.startswith(f"{root_path}/"):
+                path = path.removeprefix(root_path)
+            found = self._endpoints.get(path)
         try:
-            if endpoint is None:
+            if found is None:
                 await self._app(scope, receive, send)
                 return
+            endpoint, key_scope = found
+            request = DirectRequest(scope, receive, send)
+            reception = Reception(self._admission, request)
             try:
-                response = await endpoint(DirectRequest(scope, receive, send))
+                if self._keys.are_asked_for:
+                    await self._keys.check(request, key_scope)
+                check_encoding(request)
+                response = await endpoint(request)
             except KNOWN_ERRORS as error:
                 response = error_response(error)
             except Exception as error:
                 await unexpected_error_response(error)(scope, receive, send)
                 raise
+            finally:
+                reception.release()
             await response(scope, receive, send)
         finally:
             end_request(scope)
