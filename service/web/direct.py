@@ -47,8 +47,8 @@ class DirectHeaders(Headers):
     """Headers that are looked up instead of searched; the first one of a name counts."""
 
     def __init__(self, scope: Scope) -> None:
-        super().__init__(scope=scope)
-        self._first = dict(reversed(self.raw))
+        self._list = scope["headers"]
+        self._first = dict(reversed(self._list))
 
     def get(self, key: str, default: Any = None) -> Any:
         """The header, or `default`."""
