@@ -190,7 +190,7 @@ class BatchFormer(Generic[RequestT]):
         return Batch(requests, anchor.priority, reason, longest, total, seconds[end])
 
     def _whole_if_best(self, anchor: RequestT, others: list[RequestT]) -> Batch[RequestT] | None:
-        """All these requests of one size as one batch, if none of fewer takes less time for each: no partition does then.
+        """All these requests of one size as one batch, if none of fewer takes less for each: no partition does then.
 
         That is found in a third of the time.
         """
