@@ -7,7 +7,7 @@ members of an enumeration: none is the name of a queue, a job or a caller.
 import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter
@@ -26,28 +26,42 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
 
-class _Histogram(Collector):
-    """A histogram of `prometheus_client`, in whose own one an observation takes several times as long."""
+class LoopHistogram(Collector):
+    """A histogram for Prometheus that is filled in the event loop: `prometheus_client`'s own one, which threads may
+    fill, takes several times as long for an observation.
+    """
 
-    def __init__(self, name: str, description: str, labels: Sequence[str], buckets: Sequence[float]) -> None:
-        self._describe = lambda: HistogramMetricFamily(name, description, labels=labels)
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        labels: Sequence[str],
+        buckets: Sequence[float],
+        registry: CollectorRegistry = REGISTRY,
+    ) -> None:
+        self._describe = partial(HistogramMetricFamily, name, description, labels=labels)
         self._bounds = [*buckets, math.inf]
-        self.of = cache(lambda *values: self._children.setdefault(values, Observations(self._bounds)))
+        self._observed: dict[tuple[str, ...], Observations] = {}
+        registry.register(self)
+
+    def of(self, *values: str) -> "Observations":
         """The observations with these values of the labels."""
-        self._children: dict[tuple[str, ...], Observations] = {}
-        REGISTRY.register(self)
+        observed = self._observed.get(values)
+        if observed is None:
+            observed = self._observed[values] = Observations(self._bounds)
+        return observed
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """What was observed."""
         family = self._describe()
-        for values, observed in list(self._children.items()):
+        for values, observed in self._observed.items():
             counts = zip(map(floatToGoString, self._bounds), accumulate(observed.counts), strict=True)
             family.add_metric(values, list(counts), observed.sum)
         yield family
 
 
 class Observations:
-    """What a histogram has counted for one value of each label; filled in the event loop."""
+    """What a histogram has counted for one value of each label."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -64,25 +78,25 @@ def _counter(name: str, description: str, *labels: str) -> Counter:
     return Counter(name, description, labels, registry=REGISTRY)
 
 
-_REQUEST = _Histogram(
+_REQUEST = LoopHistogram(
     "modalkit_request_seconds",
     "Seconds from the headers of an HTTP request to the end of its answer.",
     ("route", "outcome"),
     _SECONDS,
 )
-_WAIT = _Histogram(
+_WAIT = LoopHistogram(
     "modalkit_queue_wait_seconds", "Seconds that a request waited for its batch.", ("model", "priority"), _SECONDS
 )
-_STAGE = _Histogram("modalkit_stage_seconds", "Seconds of a batch in a stage.", ("model", "stage"), _SECONDS)
-_SIZE = _Histogram("modalkit_batch_size", "Requests in a batch.", ("model",), _SIZES)
-_PADDING = _Histogram("modalkit_padding_share", "Share of a batch that is padding.", ("model",), _SHARES)
+_STAGE = LoopHistogram("modalkit_stage_seconds", "Seconds of a batch in a stage.", ("model", "stage"), _SECONDS)
+_SIZE = LoopHistogram("modalkit_batch_size", "Requests in a batch.", ("model",), _SIZES)
+_PADDING = LoopHistogram("modalkit_padding_share", "Share of a batch that is padding.", ("model",), _SHARES)
 _BATCHES = _counter("modalkit_batches", "Batches that ran, by why they were dispatched.", "model", "reason")
 _PREDICTED = _counter("modalkit_predicted_seconds", "Predicted seconds of batches that succeeded.", "model")
 _MEASURED = _counter("modalkit_measured_seconds", "Measured seconds of the same batches.", "model")
-_JOB_AGE = _Histogram(
+_JOB_AGE = LoopHistogram(
     "modalkit_job_age_seconds", "Seconds from a job's acceptance to its end.", ("model", "status"), _AGES_S
 )
-_DELIVERY = _Histogram(
+_DELIVERY = LoopHistogram(
     "modalkit_delivery_seconds",
     "Seconds from a job's end until its result was delivered, or given up.",
     ("model", "outcome"),

@@ -93,76 +93,67 @@ class DirectResponse(Response):
 
 
 class _Call:
-    """A task that awaits something for a request, as long as its client is connected."""
+    """A task that awaits something for a request."""
 
-    __slots__ = ("_request", "_task", "has_gone", "is_old", "watch")
+    __slots__ = ("has_gone", "is_old", "receive", "task", "watch")
 
-    def __init__(self, request: Request) -> None:
-        self._request = request
-        self._task = asyncio.current_task()
-        self.is_old = False
+    def __init__(self, receive: Receive, task: asyncio.Task[Any] | None) -> None:
+        self.receive = receive
+        self.task = task
+        self.is_old = self.has_gone = False
         self.watch: asyncio.Task[None] | None = None
-        self.has_gone = False
 
     async def cancel_when_disconnected(self) -> None:
         # The body has been read, so the only message that can come is the disconnection.
-        while (await self._request.receive())["type"] != "http.disconnect":
+        while (await self.receive())["type"] != "http.disconnect":
             pass
-        if self._task is not None:
+        if self.task is not None:
             self.has_gone = True
-            self._task.cancel()
-
-    def was_cancelled_alone(self) -> bool:
-        """Whether its client has gone, and nothing else has cancelled it."""
-        return self.has_gone and self._task is not None and not self._task.uncancel()
+            self.task.cancel()
 
 
-class _Watch:
-    """Watches the connections of the calls of one event loop that take long, by one timer for all of them.
+class _Calls(dict[_Call, None]):
+    """The calls of one event loop. One timer for all of them finds those that take long, whose connections are watched.
 
-    A timer, or a task, for each call would cost a tenth, or a fifth, of the time of a request.
+    A timer, or a task, for each call would cost a twentieth, or a fifth, of the time of a request.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.calls: dict[_Call, None] = {}
-        self._is_looking = False
+        self.is_looking = False
 
-    def add(self, call: _Call) -> None:
-        self.calls[call] = None
-        if not self._is_looking:
-            self._is_looking = True
-            self.loop.call_later(WATCH_INTERVAL_S, self._look)
-
-    def _look(self) -> None:
-        for call in self.calls:
+    def look(self) -> None:
+        """Watch the connections of the calls that waited at the last look, too; and look again while any waits."""
+        for call in self:
             if call.is_old and call.watch is None:
                 call.watch = self.loop.create_task(call.cancel_when_disconnected())
             call.is_old = True
-        self._is_looking = bool(self.calls)
-        if self._is_looking:
-            self.loop.call_later(WATCH_INTERVAL_S, self._look)
+        self.is_looking = bool(self)
+        if self.is_looking:
+            self.loop.call_later(WATCH_INTERVAL_S, self.look)
 
 
-_watch: _Watch | None = None
+_calls: _Calls | None = None
 
 
 async def while_connected(request: Request, awaitable: Awaitable[T]) -> T:
     """Await something; cancel it when the client disconnects, so that its item leaves the queue."""
-    global _watch  # noqa: PLW0603  # that of the event loop that was last used
-    watch, loop = _watch, asyncio.get_running_loop()
-    if watch is None or watch.loop is not loop:
-        watch = _watch = _Watch(loop)
-    call = _Call(request)
-    watch.add(call)
+    global _calls  # noqa: PLW0603  # those of the event loop that was last used
+    calls, loop = _calls, asyncio.get_running_loop()
+    if calls is None or calls.loop is not loop:
+        calls = _calls = _Calls(loop)
+    call = _Call(request.receive, task := asyncio.current_task())
+    calls[call] = None
+    if not calls.is_looking:
+        calls.look()
     try:
         return await awaitable
     except asyncio.CancelledError:
         # A cancel scope would do the same, at several times the cost for each request that nothing disturbs.
-        if not call.was_cancelled_alone():
+        if not call.has_gone or task is None or task.uncancel():
             raise
     finally:
-        del watch.calls[call]
+        del calls[call]
         if call.watch is not None:
             call.watch.cancel()
     raise ProblemError(HTTPStatus.REQUEST_TIMEOUT, "the client has gone")
