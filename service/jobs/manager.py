@@ -5,14 +5,14 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
-from typing import Protocol, Self
+from typing import Protocol, Self, Unpack
 
 import anyio
 from anyio import AsyncContextManagerMixin
 from anyio.lowlevel import checkpoint
 from pydantic import BaseModel
 
-from modalkit.batching import Failure, Outcome, Priority, Success
+from modalkit.batching import Failure, Outcome, QueueOptions, Success
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import SteadyClock
@@ -169,12 +169,7 @@ class JobManager(AsyncContextManagerMixin):
         self._feeds.pop(model_name, None)
 
     async def submit(
-        self,
-        requests: Sequence[AsyncInputModel],
-        *,
-        model_name: str,
-        priority: Priority = Priority.BULK,
-        owner: str = "",
+        self, requests: Sequence[AsyncInputModel], *, model_name: str, **options: Unpack[QueueOptions]
     ) -> list[Outcome[str]]:
         """Store jobs in one step; returns the id or the error of each, in the same order, once they are stored.
 
@@ -188,11 +183,10 @@ class JobManager(AsyncContextManagerMixin):
         make = partial(
             new_job,
             model_name=model_name,
-            priority=priority,
             now=self.clock(),
             traceparent=current_traceparent(),
             delivers=self._deliverer is not None,
-            owner=owner,
+            **options,
         )
         entries = list[Job | Exception]()
         for start in range(0, len(requests), NEW_JOBS_AT_ONCE):

@@ -10,7 +10,6 @@ from starlette.types import Message
 from modalkit.service.web.direct import while_connected
 from modalkit.service.web.problems import ProblemError
 
-
 pytestmark = pytest.mark.anyio
 
 
