@@ -294,7 +294,8 @@ def _checked_job(job: AsyncInputModel | Failure) -> AsyncInputModel | Failure:
 
 def _parse(model: type[Model], body: bytes, what: str = "body", *, explain: bool = True) -> Model:
     try:
-        return model.__pydantic_validator__.validate_json(body)  # as `model_validate_json`, which checks its arguments
+        # As `model_validate_json`, which checks its arguments first.
+        parsed: Model = model.__pydantic_validator__.validate_json(body)
     except ValidationError as error:
         if not explain:
             detail = (
@@ -311,3 +312,4 @@ def _parse(model: type[Model], body: bytes, what: str = "body", *, explain: bool
                 reason = "it begins with a byte order mark; send UTF-8 without one"
             raise ProblemError(HTTPStatus.BAD_REQUEST, f"the {what} is not JSON: {reason}") from error
         raise invalid(findings[:MAX_SHOWN], model) from error
+    return parsed
