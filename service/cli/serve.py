@@ -24,7 +24,7 @@ from modalkit.service.loading import LoadError
 from modalkit.service.local_gateway import LocalGateway, LocalModel
 from modalkit.service.logs import LogFormat, configure_logging
 from modalkit.service.made_up_items import MadeUpItems, NoItemsError, make_up_items
-from modalkit.service.serving import Server, freeze_gc, inherited_listeners, listening, listening_on_path
+from modalkit.service.serving import Server, inherited_listeners, listening, listening_on_path, tune_interpreter
 from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.tracing import enable_tracing_from_environment
 from modalkit.service.version import VERSION
@@ -186,7 +186,7 @@ async def _announce(
     notices.print(f"modalkit {VERSION} on {shown}: loading {', '.join(gateway.models)} ...")
     started_s = time.perf_counter()
     await gateway.wait_until_settled()
-    freeze_gc()
+    tune_interpreter()
     failed = _failed(gateway)
     if len(failed) == len(gateway.models):
         server.should_exit = True
