@@ -112,6 +112,9 @@ class Jobs(Protocol):
     def failure(self) -> Exception | None:
         """Why jobs can neither be accepted nor read now; None where they can, or where that is not known."""
 
+    def check_accepting(self, model_name: str) -> None:
+        """Raise what `submit` would raise for any job of this model now."""
+
     async def submit(
         self, requests: Sequence[AsyncInputModel], *, model_name: str, **options: Unpack[QueueOptions]
     ) -> list[Outcome[str]]:

@@ -114,11 +114,14 @@ class LocalModel:
 
     def ready_worker(self) -> InferenceWorker:
         """The worker. Raises `NotReadyError`."""
+        worker = self.worker
+        if worker is not None and self.error is None and worker.problem is None and not self._state.closing.is_set():
+            return worker  # each request asks for it
         readiness = self.readiness
-        if self.worker is None or readiness not in (Readiness.READY, Readiness.RESTARTING):
+        if worker is None or readiness not in (Readiness.READY, Readiness.RESTARTING):
             reason = None if self.error is None else describe_error(self.error.__cause__ or self.error)
             raise NotReadyError(self.name, readiness, reason)
-        return self.worker
+        return worker
 
     async def serve(self, jobs: JobManager) -> None:
         """Load the model and keep its worker open until the gateway closes, or the model breaks down (see `error`)."""

@@ -93,6 +93,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,  # /jobs/ is no other name of /jobs: a client without its id would reach all jobs
         generate_unique_id_function=lambda route: route.name,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # `RequestObserver` has all of it
     )
     admission = Admission(limits)
     routes = PostRoutes(app, keys, admission)

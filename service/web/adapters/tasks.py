@@ -12,9 +12,9 @@ from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.gateway import Model, find_model
 from modalkit.service.validation import validated
 from modalkit.service.web.auth import caller_of
+from modalkit.service.web.direct import while_connected
 from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.problems import ProblemError
-from modalkit.service.web.routes import while_connected
 
 MAX_TEXTS = 4096
 """Limit of the texts in one request to an adapter."""
