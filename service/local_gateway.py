@@ -13,7 +13,6 @@ from pydantic import BaseModel
 from modalkit.batching import (
     Failure,
     Outcome,
-    Priority,
     QueueOptions,
     RequestOptions,
     SchedulerStatistics,
@@ -75,9 +74,9 @@ class LocalModel:
             return describe_error(self.error)
         return None if self.worker is None else self.worker.problem
 
-    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+    def check_room(self, **options: Unpack[RequestOptions]) -> None:
         """Raise what a request should be refused with now: `NotReadyError`, what `BatchScheduler.check_room` raises."""
-        self.ready_worker().check_room(priority=priority, timeout_s=timeout_s)
+        self.ready_worker().check_room(**options)
 
     async def predict(self, item: BaseModel, **options: Unpack[RequestOptions]) -> InferenceOutputModel:
         """Run one item. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""

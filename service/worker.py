@@ -91,6 +91,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         log_failures: bool = True,
         owns_pipeline: bool = True,
     ) -> None:
+        if isinstance(pipeline, type):
+            raise TypeError(f"InferenceWorker takes a pipeline, not its class: {pipeline.__name__}(...)")
         self.pipelines = [pipeline] if isinstance(pipeline, InferencePipeline) else list(pipeline)
         pipeline = self.pipeline = self.pipelines[0]
         settings = None if settings is None else settings.for_model(pipeline.model_name)
@@ -218,9 +220,9 @@ class InferenceWorker(AsyncContextManagerMixin):
         for costs, pipeline in zip(self._costs, pipelines, strict=True):
             await costs.follow(pipeline, limits)
 
-    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+    def check_room(self, **options: Unpack[RequestOptions]) -> None:
         """Raise what a request should be refused with now, before it is read: see `BatchScheduler.check_room`."""
-        self._scheduler.check_room(priority=priority, timeout_s=timeout_s)
+        self._scheduler.check_room(**options)
 
     async def predict(
         self, item: BaseModel | Mapping[str, Any], **options: Unpack[RequestOptions]

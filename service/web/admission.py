@@ -97,6 +97,11 @@ class Reception:
         self._held_bytes = 0
         request.scope[_RECEPTION] = self
 
+    @property
+    def limits(self) -> RequestConfig:
+        """The limits that hold for it."""
+        return self._admission.limits
+
     def release(self) -> None:
         """Hold nothing any more."""
         if self._held_bytes:
@@ -160,6 +165,12 @@ def read_body(request: Request) -> Awaitable[bytes]:
     """
     reception: Reception = request.scope.get(_RECEPTION) or Reception(Admission(), request)
     return reception.read(request)
+
+
+def limits_of(request: Request) -> RequestConfig:
+    """The limits that hold for a request."""
+    reception: Reception | None = request.scope.get(_RECEPTION)
+    return RequestConfig() if reception is None else reception.limits
 
 
 def _refused(status: HTTPStatus, detail: str, **headers: str) -> ProblemError:

@@ -192,7 +192,8 @@ def _complete_schema(app: FastAPI, model_names: Sequence[str]) -> None:
             for method, operation in operations.items():
                 for parameter in operation.get("parameters", ()):
                     _complete_parameter(parameter)
-                    if parameter["name"] == "model_name" and method == "post":
+                    # A filter of jobs may name a model that is configured no more.
+                    if parameter["name"] == "name" or (parameter["name"] == "model_name" and method == "post"):
                         parameter["schema"]["enum"] = model_names
         sync, batch, submit = (schema["paths"][f"/{path}/predict"]["post"] for path in ("sync", "batch", "async"))
         for streams in (sync, *(schema["paths"][path]["get"] for path in ("/jobs/events", "/jobs/{job_id}/events"))):

@@ -20,7 +20,7 @@ from pydantic_core import to_json
 from modalkit.batching import Failure
 from modalkit.pipelines import AsyncInputModel, SyncInputModel
 from modalkit.service.settings import RequestConfig
-from modalkit.service.web.admission import Admission
+from modalkit.service.web.admission import Admission, limits_of, read_body
 from modalkit.service.web.problems import ProblemError, invalid
 
 SLICE_BYTES = 2**16
@@ -86,13 +86,15 @@ class BodyParser:
         """The jobs of a list. Raises `ProblemError` if it is no list."""
         return await self._admission.map(_checked_job, await self._list(self._jobs, self._job_of, body))
 
-    def item_lines(self, lines: Sequence[bytes]) -> Sequence[BaseModel | Failure]:
+    async def item_lines(self, lines: Sequence[bytes]) -> Sequence[BaseModel | Failure]:
         """The item of each line of a stream, or what is wrong with the line."""
-        return _parse_lines(self._item, partial(self.item, what="line"), lines)
+        async with self._admission.turn:
+            return _parse_lines(self._item, partial(self.item, what="line"), lines)
 
-    def job_lines(self, lines: Sequence[bytes]) -> Sequence[AsyncInputModel | Failure]:
+    async def job_lines(self, lines: Sequence[bytes]) -> Sequence[AsyncInputModel | Failure]:
         """The job that each line of a stream asks for, or what is wrong with the line."""
-        jobs = _parse_lines(self._job, partial(self.job, what="line"), lines)
+        async with self._admission.turn:
+            jobs = _parse_lines(self._job, partial(self.job, what="line"), lines)
         return list(map(_checked_job, jobs))
 
     def _item_of(self, body: bytes, what: str = "body", *, explain: bool) -> BaseModel:
@@ -153,8 +155,10 @@ class BodyParser:
             found += await self._admission.map(parse_one, values)
 
 
-def parse(model: type[Model], body: bytes) -> Model:
-    """A body as an instance of `model`. Raises `ProblemError`."""
+async def read_as(model: type[Model], request: Request) -> Model:
+    """The whole body as an instance of `model`; it may be as large as one item. Raises `ProblemError`."""
+    body = await read_body(request)
+    _check_item(body, limits_of(request))
     _check_keys(body)
     return _parse(model, body)
 
@@ -204,6 +208,7 @@ def _parts_of(body: bytes, limits: RequestConfig) -> Iterator[bytes]:
 
 def _check_item(body: bytes, limits: RequestConfig) -> None:
     if len(body) > min(limits.max_item_bytes, limits.max_item_values):
+        _check_size(len(body), 0, limits)  # first, because counting takes long for a large body
         _check_size(len(body), sum(map(body.count, (b",", b"[", b"{"))), limits)
 
 

@@ -10,13 +10,13 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.pipelines import AsyncInputModel, AsyncOutputModel
-from modalkit.service.gateway import Gateway, find_model
+from modalkit.service.gateway import Gateway, Model, find_model
 from modalkit.service.outputs import output_json
 from modalkit.service.settings import KeyScope
 from modalkit.service.validation import run_valid
 from modalkit.service.web.admission import Admission, Reception, read_body
 from modalkit.service.web.answers import JOB_LINKS, PROBLEM_ANSWERS, FailedItem, Submitted
-from modalkit.service.web.auth import ApiKeys, caller_of, end_request
+from modalkit.service.web.auth import ApiKeys, Caller, caller_of, end_request
 from modalkit.service.web.bodies import BodyParser, check_encoding
 from modalkit.service.web.direct import DirectRequest, DirectResponse, while_connected
 from modalkit.service.web.events import EventStream, prediction_events
@@ -95,6 +95,11 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
     output: Any = Union[tuple(model.output_model for model in models)]  # noqa: UP007  # as above
     parser = cache(partial(BodyParser, admission=admission))
 
+    async def check_room(model: Model, options: PredictionOptions, caller: Caller) -> None:
+        """Raise what a request should be refused with before its body is read."""
+        caller.take_items(0)
+        await admission.check(partial(model.check_room, **options.for_owner(caller.owner)))
+
     def submitter(request: Request) -> Submitter:
         options = SubmissionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
@@ -117,9 +122,9 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
             caller_of(request).require(KeyScope.JOBS)
             return await submitter(request).answer_later(request)
         options = PredictionOptions.of(request)
-        model = find_model(gateway.models, options.model_name)
-        await admission.check(partial(model.check_room, priority=options.priority, timeout_s=options.timeout_s))
-        item, caller = parser(model.input_model).item(await read_body(request)), caller_of(request)
+        model, caller = find_model(gateway.models, options.model_name), caller_of(request)
+        await check_room(model, options, caller)
+        item = parser(model.input_model).item(await read_body(request))
         caller.take_items(1)
         if takes_events(request):
             return EventStream(prediction_events(model, item, options.for_owner(caller.owner)))
@@ -142,12 +147,11 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
     )
     async def batch_predict(request: Request) -> Response:
         options = StreamOptions.of(request)
-        model = find_model(gateway.models, options.model_name)
-        caller = caller_of(request)
+        model, caller = find_model(gateway.models, options.model_name), caller_of(request)
         if takes_lines(request):
             await model.predict_many([])  # a model that takes nothing now fails the request, not each line
             return LineStream(PredictionStream(model, parser(model.input_model), options, caller).answer)
-        await admission.check(partial(model.check_room, priority=options.priority, timeout_s=options.timeout_s))
+        await check_room(model, options, caller)
         items = await parser(model.input_model).items(await read_body(request))
         caller.take_items(len(items))
         run = partial(model.predict_many, **options.for_owner(caller.owner))

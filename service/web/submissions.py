@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 
+from anyio.lowlevel import checkpoint
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic_core import to_json
@@ -14,7 +15,7 @@ from modalkit.pipelines import AsyncInputModel
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import JobStoreError
 from modalkit.service.validation import run_valid
-from modalkit.service.web.admission import Admission, read_body
+from modalkit.service.web.admission import FREE_BYTES, Admission, read_body
 from modalkit.service.web.auth import Caller
 from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.direct import DirectResponse
@@ -52,6 +53,7 @@ class Submitter:
         self._jobs.check_accepting(self._model_name)
         if takes_lines(request):
             return LineStream(self._answer_lines)
+        self._caller.take_items(0)  # a caller that is over its limit is refused before its body is read
         body = await read_body(request)
         if body.lstrip()[:1] == b"[":
             self._refuse_key()
@@ -59,11 +61,15 @@ class Submitter:
             self._caller.take_items(len(jobs))
             answers = await self._admission.map(_answer, await self._submit(jobs))
             return DirectResponse(to_json(answers), HTTPStatus.ACCEPTED)
-        return await self._answer_one(request, self._parser.job(body))
+        job = self._parser.job(body)
+        if len(body) > FREE_BYTES:
+            await checkpoint()  # others have their turn before it is written
+        return await self._answer_one(request, job)
 
     async def answer_later(self, request: Request) -> Response:
         """Submit the item in the body of a request that prefers a job to waiting."""
         self._jobs.check_accepting(self._model_name)  # as above
+        self._caller.take_items(0)
         job = AsyncInputModel(message=self._parser.item(await read_body(request)))
         response = await self._answer_one(request, job)
         response.headers["Preference-Applied"] = RESPOND_ASYNC
@@ -90,7 +96,7 @@ class Submitter:
 
     async def _answer_some(self, lines: Sequence[Line]) -> bytes:
         await self._caller.wait_for_items(len(lines))
-        asked = parsed(lines, self._parser.job_lines)
+        asked = await parsed(lines, self._parser.job_lines)
         try:
             outcomes = await self._submit(asked)
         except Exception as error:  # the lines after these may succeed

@@ -59,9 +59,10 @@ class Task:
                 HTTPStatus.UNPROCESSABLE_ENTITY,
                 f"model {model.name!r} does not fit {self.name}; those that do: {', '.join(fitting)}",
             )
-        model.check_room(priority=options.priority, timeout_s=options.timeout_s)
-        valid = [validated(model.input_model, item) for item in items]
         caller = caller_of(request)
+        caller.take_items(0)
+        model.check_room(**options.for_owner(caller.owner))
+        valid = [validated(model.input_model, item) for item in items]
         caller.take_items(len(valid))
         call = model.predict_many(valid, **options.for_owner(caller.owner))
         outputs = []
