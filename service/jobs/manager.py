@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from itertools import repeat
 from typing import Protocol, Self
 
 import anyio
@@ -16,10 +17,20 @@ from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import SteadyClock
 from modalkit.service.errors import NotReadyError, Readiness
+from modalkit.service.jobs.batches import Batches
 from modalkit.service.jobs.delivery import Deliverer
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import new_job
-from modalkit.service.jobs.model import Job, JobEnd, JobPiece, JobRetry, JobStatus, new_job_id
+from modalkit.service.jobs.model import (
+    BatchLines,
+    Job,
+    JobEnd,
+    JobFilter,
+    JobPiece,
+    JobRetry,
+    JobStatus,
+    new_job_id,
+)
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.store import JobStore
 from modalkit.service.jobs.telemetry import record_end
@@ -30,7 +41,10 @@ from modalkit.service.validation import validated
 
 logger = logging.getLogger(__name__)
 
+ALL_JOBS = JobFilter()
 EXPIRED_PER_CALL = 1000
+DOCUMENT_GRACE_S = 86_400.0
+"""Seconds for which documents are kept beyond `result_ttl_s`: as long as the jobs that they describe may take."""
 NEW_JOBS_AT_ONCE = 256
 """Jobs of a list that are made in one go; between two slices, other tasks run."""
 
@@ -100,10 +114,11 @@ class JobManager(AsyncContextManagerMixin):
             )
         self.store = store
         # What of `administration` concerns nothing but the store.
-        self.page, self.purge, self.counts = store.page, store.purge, store.counts
+        self.page, self.purge, self.counts, self.documents = store.page, store.purge, store.counts, store
         self.clock = clock = clock or SteadyClock()
         self.check_ready: Callable[[str], None] | None = None
         """Called with a model's name before jobs are accepted for it; what it raises, `submit` raises."""
+        self.batches = Batches(self)
         self._backend = queue_backend
         self._owns_backend = owns_backend
         self._queue_rules = QueueRules(allowed_queues, queue_backend)
@@ -156,7 +171,7 @@ class JobManager(AsyncContextManagerMixin):
 
     @property
     def administration(self) -> Self:
-        """What can be done with many jobs at once: `page`, `replay`, `purge` and `counts`."""
+        """What can be done with many jobs at once: list, count, replay, retry and purge them, and batches of them."""
         return self
 
     def attach(self, model_name: str, feed: JobFeed) -> None:
@@ -174,13 +189,14 @@ class JobManager(AsyncContextManagerMixin):
         model_name: str,
         priority: Priority = Priority.BULK,
         owner: str = "",
+        batch: BatchLines | None = None,
     ) -> list[Outcome[str]]:
         """Store jobs in one step; returns the id or the error of each, in the same order, once they are stored.
 
         A request that is invalid, names a queue that cannot be used or reuses an idempotency key for something else has
         an error and disturbs no other. A repetition of a request with the same `idempotency_key` has the id of the
-        first, where the `owner` is the same. Raises `NotReadyError` where the model takes no jobs, what `check_ready`
-        raises, and `JobStoreError` when none was stored.
+        first, where the `owner` is the same. A `batch` has the line of each request. Raises `NotReadyError` where the
+        model takes no jobs, what `check_ready` raises, and `JobStoreError` when none was stored.
         When cancelled, jobs may have been stored.
         """
         if self.check_ready is not None:
@@ -188,12 +204,16 @@ class JobManager(AsyncContextManagerMixin):
         feed = self._feeds.get(model_name)
         if feed is None:
             raise NotReadyError(model_name, Readiness.LOADING)
+        places = repeat(None) if batch is None else zip(repeat(batch.batch_id), batch.lines)
         entries = list[Job | Exception]()
         for start in range(0, len(requests), NEW_JOBS_AT_ONCE):
             if start:
                 await checkpoint()
             some = requests[start : start + NEW_JOBS_AT_ONCE]
-            entries += [self._new_job(request, model_name, feed.input_model, priority, owner) for request in some]
+            entries += [
+                self._new_job(request, model_name, feed.input_model, priority, owner, place)
+                for request, place in zip(some, places, strict=False)
+            ]
         jobs = [entry for entry in entries if isinstance(entry, Job)]
         added = iter(await self.store.add(jobs) if jobs else ())
         if jobs:
@@ -205,7 +225,13 @@ class JobManager(AsyncContextManagerMixin):
         return outcomes
 
     def _new_job(
-        self, request: AsyncInputModel, model_name: str, input_model: type[BaseModel], priority: Priority, owner: str
+        self,
+        request: AsyncInputModel,
+        model_name: str,
+        input_model: type[BaseModel],
+        priority: Priority,
+        owner: str,
+        place: tuple[str, int] | None,
     ) -> Job | Exception:
         """A job that is not stored yet, or what is wrong with the request."""
         try:
@@ -222,6 +248,7 @@ class JobManager(AsyncContextManagerMixin):
                 traceparent=current_traceparent(),
                 delivers=self._deliverer is not None,
                 owner=owner,
+                place=place,
             )
         except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything
             return error
@@ -290,6 +317,11 @@ class JobManager(AsyncContextManagerMixin):
         for watch in self._watches.get(job_id, ()):
             watch.add(job_id, piece)
 
+    @property
+    def may_wait(self) -> bool:
+        """Whether callers may wait for jobs to end: until `stop_waiting`."""
+        return self._may_wait
+
     def stop_waiting(self) -> None:
         """Answer callers that wait for the end of a job with the job as it is, now and from now on. Idempotent."""
         self._may_wait = False
@@ -310,12 +342,27 @@ class JobManager(AsyncContextManagerMixin):
         now = self.clock()
         job = await self.store.cancel(job_id, now)
         if job is not None and job.status is JobStatus.CANCELLED:
-            if job.finished_at == now:  # it has not been cancelled before
-                record_end(job, job.status, now)
-            if feed := self._feeds.get(job.model_name):
-                feed.abandon(job_id)
-            self.tell_change([job_id])
+            self.tell_cancelled(job, now, is_new=job.finished_at == now)
         return job
+
+    def tell_cancelled(self, job: Job, now: float, *, is_new: bool = True) -> None:
+        """A job was cancelled in the store: withdraw it, and tell those who watch it."""
+        if is_new:
+            record_end(job, JobStatus.CANCELLED, now)
+        if feed := self._feeds.get(job.model_name):
+            feed.abandon(job.job_id)
+        self.tell_change([job.job_id])
+
+    async def retry(self, job_ids: Sequence[str] | None = None, which: JobFilter = ALL_JOBS) -> int:
+        """Run failed, expired and cancelled jobs that match `which` once more, all or of these ids; returns how many.
+
+        Each is the same job with a new attempt; one whose message is about to be sent is left as it is.
+        """
+        retried = await self.store.retry(job_ids, which, self.clock())
+        for feed in self._feeds.values():
+            feed.wake()
+        self.tell_change(retried)
+        return len(retried)
 
     async def finish(self, ends: Sequence[JobEnd]) -> None:
         """Store how jobs ended, wake callers that wait for them and have messages delivered. Raises `JobStoreError`."""
@@ -347,6 +394,7 @@ class JobManager(AsyncContextManagerMixin):
                     self.tell_change(expired)
                     self._wake_deliverer()
                 await self.store.remove_finished(self.clock() - self._result_ttl_s)
+                await self.store.remove_old_documents(self.clock() - self._result_ttl_s - DOCUMENT_GRACE_S)
             except JobStoreError:
                 logger.exception("Old jobs could not be removed; trying again in %g s", self._sweep_interval_s)
             await anyio.sleep(self._sweep_interval_s)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Protocol, TypeVar, Union
 
 from fastapi import Body, Depends, FastAPI, Request
 from fastapi.responses import Response
+from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.batching import Failure, Outcome
@@ -22,6 +23,7 @@ from modalkit.service.web.auth import ApiKeys, caller_of, end_request
 from modalkit.service.web.bodies import BodyParser, check_encoding, run_valid
 from modalkit.service.web.direct import DirectRequest
 from modalkit.service.web.events import EventStream, prediction_events
+from modalkit.service.web.line_models import Target
 from modalkit.service.web.lines import LineStream
 from modalkit.service.web.options import (
     PredictionOptions,
@@ -78,15 +80,22 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
     endpoints: dict[str, Endpoint] = {}
     app.add_middleware(DirectRoutes, endpoints=endpoints)
     models = gateway.models.values()
-    item: Any = Union[tuple(model.input_model for model in models)]  # noqa: UP007  # types known at run time
-    job: Any = Union[tuple(AsyncInputModel[model.input_model] for model in models)]  # type: ignore[name-defined]  # noqa: UP007  # as above
-    output: Any = Union[tuple(model.output_model for model in models)]  # noqa: UP007  # as above
+    item: Any = _labelled({model.name: model.input_model for model in models})
+    job: Any = _labelled({model.name: AsyncInputModel[model.input_model] for model in models})  # type: ignore[name-defined]  # as above
+    output: Any = _labelled({model.name: model.output_model for model in models})
     parser = cache(partial(BodyParser, admission=admission))
+
+    @cache
+    def target_of(model_name: str, input_model: type[BaseModel]) -> Target:
+        return Target(gateway.models[model_name], parser(input_model))
+
+    def find(model_name: str | None) -> Target:
+        model = find_model(gateway.models, model_name)
+        return target_of(model.name, model.input_model)
 
     def submitter(request: Request) -> Submitter:
         options = SubmissionOptions.of(request)
-        model = find_model(gateway.models, options.model_name)
-        return Submitter(gateway.jobs, model.name, parser(model.input_model), options, caller_of(request), admission)
+        return Submitter(gateway.jobs, find, options, caller_of(request), admission)
 
     def route(
         path: str,
@@ -170,7 +179,7 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
         caller = caller_of(request)
         if takes_lines(request):
             await model.predict_many([])  # a model that takes nothing now fails the request, not each line
-            return LineStream(PredictionStream(model, parser(model.input_model), options, caller).answer)
+            return LineStream(PredictionStream(find, options, caller).answer, admission.limits.max_line_bytes)
         await admission.check(partial(model.check_room, priority=options.priority, timeout_s=options.timeout_s))
         items = await parser(model.input_model).items(await read_body(request))
         caller.take_items(len(items))
@@ -194,6 +203,18 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
         return await submitter(request).answer(request)
 
     return route
+
+
+def _labelled(kinds: Mapping[str, type[BaseModel]]) -> Any:
+    """The union of these types, each with the name of its model in the documentation where there are several."""
+    if len(kinds) == 1:
+        return next(iter(kinds.values()))
+    return Union[  # noqa: UP007  # types known at run time
+        tuple(
+            Annotated[kind, Field(title=name, description=f"With `?model_name={name}`.")]
+            for name, kind in kinds.items()
+        )
+    ]
 
 
 class DirectRoutes:
