@@ -5,14 +5,14 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import repeat
-from typing import Protocol, Self
+from typing import Protocol, Self, Unpack
 
 import anyio
 from anyio import AsyncContextManagerMixin
 from anyio.lowlevel import checkpoint
 from pydantic import BaseModel
 
-from modalkit.batching import Failure, Outcome, Priority, Success
+from modalkit.batching import Failure, Outcome, QueueOptions, Success
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import SteadyClock
@@ -187,9 +187,8 @@ class JobManager(AsyncContextManagerMixin):
         requests: Sequence[AsyncInputModel],
         *,
         model_name: str,
-        priority: Priority = Priority.BULK,
-        owner: str = "",
         batch: BatchLines | None = None,
+        **options: Unpack[QueueOptions],
     ) -> list[Outcome[str]]:
         """Store jobs in one step; returns the id or the error of each, in the same order, once they are stored.
 
@@ -211,7 +210,7 @@ class JobManager(AsyncContextManagerMixin):
                 await checkpoint()
             some = requests[start : start + NEW_JOBS_AT_ONCE]
             entries += [
-                self._new_job(request, model_name, feed.input_model, priority, owner, place)
+                self._new_job(request, model_name, feed.input_model, place, options)
                 for request, place in zip(some, places, strict=False)
             ]
         jobs = [entry for entry in entries if isinstance(entry, Job)]
@@ -229,9 +228,8 @@ class JobManager(AsyncContextManagerMixin):
         request: AsyncInputModel,
         model_name: str,
         input_model: type[BaseModel],
-        priority: Priority,
-        owner: str,
         place: tuple[str, int] | None,
+        options: QueueOptions,
     ) -> Job | Exception:
         """A job that is not stored yet, or what is wrong with the request."""
         try:
@@ -243,12 +241,11 @@ class JobManager(AsyncContextManagerMixin):
                 job_id=new_job_id(),
                 model_name=model_name,
                 message=item,
-                priority=priority,
                 now=self.clock(),
                 traceparent=current_traceparent(),
                 delivers=self._deliverer is not None,
-                owner=owner,
                 place=place,
+                **options,
             )
         except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything
             return error
