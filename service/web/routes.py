@@ -200,8 +200,8 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
 
 
 def _labelled(kinds: Mapping[str, type[BaseModel]]) -> Any:
-    """The union of these types, each with the name of its model in the documentation where there are several."""
-    if len(kinds) == 1:
+    """The union of these types, each with the name of its model in the documentation where they differ."""
+    if len(set(kinds.values())) == 1:
         return next(iter(kinds.values()))
     return Union[  # noqa: UP007  # types known at run time
         tuple(
