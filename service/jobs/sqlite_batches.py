@@ -20,7 +20,7 @@ RESULT_BYTES_PER_READ = 2**20
 ENDS_PER_READ = 20_000
 
 _SIZE = " + ".join(f"coalesce(length(CAST({column} AS BLOB)), 0)" for column in ("result", "error", "meta"))
-RESULTS = f"""
+_RESULTS = f"""
     SELECT json_group_array(json_array(line, job_id, status, result, error, meta, finished_at)) FROM (
         SELECT *, row_number() OVER rows AS number, sum({_SIZE}) OVER rows AS size,
             sum(finished_at IS NULL) OVER rows AS unfinished
@@ -67,7 +67,7 @@ def results_in_order(
     """Some results of the lines after `after` up to the first that has not ended, and the id of the job of that."""
     which, values = _condition(batch_id, owner)
     which += " AND line > ? ORDER BY line"
-    rows = _read(database, RESULTS.format(which=which, order="line"), [*values, after])
+    rows = _read(database, _RESULTS.format(which=which, order="line"), [*values, after])
     if rows and not rows[-1].status.has_ended:
         return rows[:-1], rows[-1].job_id
     return rows, None
@@ -92,7 +92,7 @@ def ends_after(
 
 def results_of(database: sqlite3.Connection, sequences: Sequence[int]) -> list[BatchResult]:
     """The results of some jobs that have ended: as many as fit into one read, beginning with the first."""
-    statement = RESULTS.format(which="seq IN (SELECT value FROM json_each(?)) ORDER BY seq", order="seq")
+    statement = _RESULTS.format(which="seq IN (SELECT value FROM json_each(?)) ORDER BY seq", order="seq")
     return _read(database, statement, [to_json(sequences[:RESULTS_PER_READ]).decode()])
 
 

@@ -16,6 +16,7 @@ from modalkit.service.jobs import sqlite_many as many
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreUnavailableError
 from modalkit.service.jobs.model import Batch, BatchResult, Job, JobCounts, JobFilter, JobPage
+from modalkit.service.jobs.sqlite_many import ROWS_PER_STEP
 from modalkit.service.jobs.sqlite_rows import condition_of, counts_of_jobs, find_job, microseconds, page_of_jobs
 from modalkit.service.jobs.sqlite_table import JobTable
 
@@ -301,7 +302,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         self._table.has_removed = False
         try:
             # A script, because `execute` runs one step of it, which frees one page; so it is no part of a transaction.
-            self._database.executescript(f"PRAGMA incremental_vacuum({many.ROWS_PER_STEP})")
+            self._database.executescript(f"PRAGMA incremental_vacuum({ROWS_PER_STEP})")
         except sqlite3.Error:
             logger.exception("Free space of %s could not be given back; trying again after the next removal", self.path)
 

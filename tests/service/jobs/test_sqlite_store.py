@@ -39,7 +39,6 @@ from modalkit.service.jobs import (
     SqliteJobStore,
 )
 from modalkit.service.jobs import sqlite_statements as sql
-from modalkit.service.jobs.sqlite_batches import RESULTS
 from modalkit.service.jobs.sqlite_rows import SELECT, condition_of
 from modalkit.service.jobs.sqlite_schema import APPLICATION_ID, MIGRATIONS
 from modalkit.service.jobs.sqlite_table import JobTable
@@ -351,7 +350,7 @@ def listed(**fields: Any) -> str:
         (sql.KNOWN_KEYS, "idempotency_keys"),
         ("SELECT status, count(*) FROM jobs WHERE batch_id = ? AND owner = ? GROUP BY status", "batch_states"),
         ("SELECT count(*) FROM jobs WHERE batch_id = ? AND finished_at > ?", "batch_ends"),
-        (RESULTS.format(which="batch_id = ? AND line > ? ORDER BY line", order="line"), "batch_lines"),
+        ("SELECT * FROM jobs WHERE batch_id = ? AND line > ? ORDER BY line LIMIT 500", "batch_lines"),
         (listed(statuses=[JobStatus.FAILED]), "failed_jobs"),
         (listed(statuses=[JobStatus.RUNNING], model_name="m"), "running_jobs"),
         (listed(deliveries=[DeliveryStatus.UNDELIVERED]), "undelivered_jobs"),
@@ -664,6 +663,7 @@ async def test_a_delivery_that_fails_again_meanwhile_is_replayed_once(
 
 
 async def test_a_database_of_the_sixth_version_takes_batches(path: Path) -> None:
+    path.parent.mkdir()
     database = sqlite3.connect(path)
     for step in MIGRATIONS[:6]:
         database.executescript(step)
