@@ -29,6 +29,10 @@ class Batches:
         """The jobs of a batch, counted; None where there is none."""
         return await self._store.batch(batch_id, owner, self._jobs.clock())
 
+    async def exists(self, batch_id: str, owner: str | None = None) -> bool:
+        """Whether there is a job of a batch; cheaper than to count them."""
+        return await self._store.has_batch(batch_id, owner)
+
     async def cancel(self, batch_id: str, owner: str | None = None) -> int:
         """Cancel all jobs of a batch that have not ended; returns how many."""
         cancelled = 0

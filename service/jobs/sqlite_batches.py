@@ -36,6 +36,12 @@ def _condition(batch_id: str, owner: str | None) -> tuple[str, list[Any]]:
     return ("batch_id = ?", [batch_id]) if owner is None else ("batch_id = ? AND owner = ?", [batch_id, owner])
 
 
+def has_batch(database: sqlite3.Connection, batch_id: str, owner: str | None) -> bool:
+    """Whether there is a job of this batch, of one owner or of all."""
+    which, values = _condition(batch_id, owner)
+    return bool(database.execute(f"SELECT EXISTS (SELECT 1 FROM jobs WHERE {which})", values).fetchone()[0])  # noqa: S608  # as above
+
+
 def find_batch(database: sqlite3.Connection, batch_id: str, owner: str | None, now: float) -> Batch | None:
     """The batch of this id, with the jobs of one owner or of all; None where there is no job of it."""
     which, values = _condition(batch_id, owner)

@@ -208,6 +208,10 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         """The jobs of a batch, of one owner or of all, counted; None where there is none."""
         return await self._read(lambda database: batches.find_batch(database, batch_id, owner, now))
 
+    async def has_batch(self, batch_id: str, owner: str | None) -> bool:
+        """Whether there is a job of a batch, of one owner or of all."""
+        return await self._read(lambda database: batches.has_batch(database, batch_id, owner))
+
     async def results_in_order(
         self, batch_id: str, owner: str | None, after: int
     ) -> tuple[list[BatchResult], str | None]:

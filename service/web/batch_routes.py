@@ -31,16 +31,19 @@ def make_batch_router(jobs: Jobs) -> APIRouter:
     def batches() -> Batches:
         return administration_of(jobs, CANNOT_LIST).batches
 
-    async def find(request: Request, batch_id: str) -> Batch:
-        """The batch, of the caller's own jobs. Raises `UnknownBatchError`."""
-        batch = await batches().get(batch_id, caller_of(request).visible_owner)
-        if batch is None:
+    async def visible_owner(request: Request, batch_id: str) -> str | None:
+        """The owner of the jobs that the caller sees; None for all. Raises `UnknownBatchError` if none is of the batch."""
+        owner = caller_of(request).visible_owner
+        if not await batches().exists(batch_id, owner):
             raise UnknownBatchError(batch_id)
-        return batch
+        return owner
 
     @router.get("/batches/{batch_id}", summary="How far a batch is")
     async def get_batch(request: Request, batch_id: BatchId) -> BatchView:
-        return view_of(await find(request, batch_id))
+        batch = await batches().get(batch_id, caller_of(request).visible_owner)
+        if batch is None:
+            raise UnknownBatchError(batch_id)
+        return _view_of(batch)
 
     @router.get(
         "/batches/{batch_id}/results",
@@ -53,8 +56,7 @@ def make_batch_router(jobs: Jobs) -> APIRouter:
     async def read_results(
         request: Request, batch_id: BatchId, after: After = 0, ordered: Ordered = True, wait: Wait = True
     ) -> StreamingResponse:
-        await find(request, batch_id)
-        owner = caller_of(request).visible_owner
+        owner = await visible_owner(request, batch_id)
         if ordered:
             results = batches().results_by_line(batch_id, owner, after=after, wait=wait)
         else:
@@ -62,25 +64,23 @@ def make_batch_router(jobs: Jobs) -> APIRouter:
 
         async def lines() -> AsyncIterator[bytes]:
             async for some in results:
-                yield b"".join(line_of(result) for result in some if ordered or result.line > after) or b"\n"
+                yield b"".join(_line_of(result) for result in some if ordered or result.line > after) or b"\n"
 
         return StreamingResponse(lines(), media_type=NDJSON)
 
     @router.post("/batches/{batch_id}/cancel", summary="Cancel the jobs of a batch that have not ended")
     async def cancel_batch(request: Request, batch_id: BatchId) -> Cancelled:
-        await find(request, batch_id)
-        return Cancelled(cancelled=await batches().cancel(batch_id, caller_of(request).visible_owner))
+        return Cancelled(cancelled=await batches().cancel(batch_id, await visible_owner(request, batch_id)))
 
     @router.delete("/batches/{batch_id}", summary="Remove the jobs of a batch that have ended, with their results")
     async def purge_batch(request: Request, batch_id: BatchId) -> Purged:
-        await find(request, batch_id)
-        which = JobFilter(batch_id=batch_id, owner=caller_of(request).visible_owner)
+        which = JobFilter(batch_id=batch_id, owner=await visible_owner(request, batch_id))
         return Purged(purged=await administration_of(jobs, CANNOT_LIST).purge(which))
 
     return router
 
 
-def view_of(batch: Batch) -> BatchView:
+def _view_of(batch: Batch) -> BatchView:
     """A batch as its caller sees it."""
     return BatchView(
         batch_id=batch.batch_id,
@@ -93,7 +93,7 @@ def view_of(batch: Batch) -> BatchView:
     )
 
 
-def line_of(result: BatchResult) -> bytes:
+def _line_of(result: BatchResult) -> bytes:
     """A line of the stream, joined from JSON texts as they are stored: `BatchLine` has its fields."""
     meta = result.meta_json.encode()
     if b"NaN" in meta or b"Infinity" in meta:

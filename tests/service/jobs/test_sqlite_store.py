@@ -663,7 +663,7 @@ async def test_a_delivery_that_fails_again_meanwhile_is_replayed_once(
 
 
 async def test_a_database_of_the_sixth_version_takes_batches(path: Path) -> None:
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True)
     database = sqlite3.connect(path)
     for step in MIGRATIONS[:6]:
         database.executescript(step)
