@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import islice
@@ -21,6 +21,7 @@ from modalkit.service.cli.jobs_client import JobsClient, JobsError
 from modalkit.service.cli.predict import SHOWN_ERRORS
 from modalkit.service.cli.records import Record, kept_columns
 from modalkit.service.cli.results import ResultWriter
+from modalkit.service.errors import ServiceError
 from modalkit.service.web.answers import NDJSON
 
 LINES_PER_REQUEST = 1000
@@ -91,10 +92,22 @@ class BatchRun:
 
     async def run(self, records: Iterator[Record], first_line: int) -> None:
         """Submit records, the first of which is `first_line` of the batch, and write their results."""
+        failure: Exception | None = None
+
+        async def until_failure(task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+            nonlocal failure
+            try:
+                await task(*arguments)
+            except (ServiceError, OSError) as error:  # alone, and in no group, it is one message
+                failure = failure or error
+                task_group.cancel_scope.cancel()
+
         async with plain_task_group() as task_group:
-            task_group.start_soon(self._send_all, records, first_line)
+            task_group.start_soon(until_failure, self._send_all, records, first_line)
             if self.writer is not None:
-                task_group.start_soon(self._write_all, first_line - 1)
+                task_group.start_soon(until_failure, self._write_all, first_line - 1)
+        if failure is not None:
+            raise failure
 
     # Sending.
 

@@ -4,7 +4,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -174,7 +174,9 @@ def _records_of(
     """The records, and their number where it is known before they are read."""
     if str(path) == "-":
         return read_standard_input(file_format, fields, column), None
-    return read_file(path, file_format, fields, column), rows_of(path, file_format)
+    records = read_file(path, file_format, fields, column)
+    # The first one is read now, so that a file without the column is refused before anything is sent.
+    return chain(list(islice(records, 1)), records), rows_of(path, file_format)
 
 
 def _report(ran: BatchRun, elapsed_s: float, before: int, *, waited: bool) -> None:

@@ -151,6 +151,17 @@ def test_what_cannot_be_done_is_one_message(
     assert said in " ".join(done.stderr.replace("│", " ").split())
 
 
+def test_a_key_that_is_missing_is_one_message(folder: Path, environment: dict[str, str], modalkit: Modalkit) -> None:
+    (folder / "in.txt").write_text("a\n")
+    with serving(folder, environment | {"MODALKIT_APP_SETTINGS__AUTH_CONFIG__API_KEY": "k"}) as (_, client):
+        url = ("--url", str(client.base_url))
+        done = modalkit("submit", "in.txt", *url, "--wait", "-o", "out.jsonl")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "give its API key with --key or in MODALKIT_API_KEY" in done.stderr
+        assert modalkit("submit", "in.txt", *url, "--wait", "--key", "k").returncode == 0
+    assert list(folder.glob("out.jsonl*")) == []
+
+
 def test_a_service_that_is_away_is_one_message(installed_modalkit: Modalkit, folder: Path) -> None:
     (folder / "in.txt").write_text("a\n")
     done = installed_modalkit("submit", "in.txt", "--url", "http://127.0.0.1:1")
