@@ -25,7 +25,7 @@ from modalkit.service.web.adapters.tei import add_tei_routes
 from modalkit.service.web.adapters.vllm import add_vllm_routes
 from modalkit.service.web.admin_routes import make_admin_router
 from modalkit.service.web.admission import Admission
-from modalkit.service.web.answers import EVENT_STREAM, JSON, NDJSON, FailedSlot, Problem, SubmittedLine
+from modalkit.service.web.answers import EVENT_STREAM, JSON, NDJSON, BatchLine, FailedSlot, Problem, SubmittedLine
 from modalkit.service.web.auth import configured_keys
 from modalkit.service.web.batch_routes import make_batch_router
 from modalkit.service.web.direct import put_outside
@@ -185,7 +185,7 @@ def _complete_schema(app: FastAPI, by_name: Mapping[str, Model]) -> None:
 
     `x-models` says which model takes and gives what.
     """
-    models = (Problem, FailedSlot, SubmittedLine)
+    models = (Problem, FailedSlot, SubmittedLine, BatchLine)
     refs, added = models_json_schema(
         [(model, "serialization") for model in models], ref_template="#/components/schemas/{model}"
     )

@@ -11,7 +11,7 @@ from modalkit.service.errors import UnknownBatchError
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import Batch, BatchResult, JobFilter
 from modalkit.service.jobs.batches import Batches
-from modalkit.service.web.answers import NDJSON, PROBLEM_ANSWERS, BatchLine, BatchView, Cancelled, Purged
+from modalkit.service.web.answers import NDJSON, PROBLEM_ANSWERS, BatchView, Cancelled, Purged
 from modalkit.service.web.auth import caller_of
 from modalkit.service.web.job_routes import CANNOT_LIST, administration_of, refuse_unknown_query
 from modalkit.service.web.options import BATCH_ID_PATTERN, MAX_LINE
@@ -51,7 +51,7 @@ def make_batch_router(jobs: Jobs) -> APIRouter:
         description="A line for each job that has ended; the answer ends once all that are stored have. With `after`, "
         "the line that was read last, a stream that was cut is read on. Empty lines are sent in pauses.",
         response_class=StreamingResponse,
-        responses={200: {"content": {NDJSON: {"schema": BatchLine.model_json_schema()}}}},
+        responses={200: {"content": {NDJSON: {"schema": {"$ref": "#/components/schemas/BatchLine"}}}}},
     )
     async def read_results(
         request: Request, batch_id: BatchId, after: After = 0, ordered: Ordered = True, wait: Wait = True

@@ -3,7 +3,7 @@
 import time
 from functools import partial
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
@@ -29,7 +29,6 @@ CANNOT_REPLAY = (
     "the engine that runs the jobs cannot send a result once more: it stays in GET /jobs/{job_id}; submit the job again"
 )
 
-RETRYABLE = (JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED)
 CANNOT_RETRY = "jobs run once more that are failed, expired or cancelled, and whose message is not about to be sent"
 
 EVENTS: dict[str, Any] = {
@@ -43,6 +42,10 @@ EVENTS: dict[str, Any] = {
 JobId = Annotated[str, Path(description="As given by /async/predict.")]
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the job's end before answering.")]
 Statuses = Annotated[list[JobStatus], Query(alias="status", description="Only jobs in one of these states.")]
+Retryable = Annotated[
+    list[Literal[JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED]],
+    Query(alias="status", description="Only jobs in one of these states."),
+]
 Deliveries = Annotated[list[DeliveryStatus], Query(alias="delivery", description="Only jobs with such a delivery.")]
 OfModel = Annotated[str | None, Query(alias="model_name", description="Only jobs of this model.")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Maximum jobs in one answer.")]
@@ -121,12 +124,10 @@ def make_job_router(jobs: Jobs) -> APIRouter:
     @router.post("/jobs/retry", summary="Run all jobs that failed once more")
     async def retry_jobs(
         request: Request,
-        status: Statuses = [JobStatus.FAILED],  # noqa: B006  # as above
+        status: Retryable = [JobStatus.FAILED],  # noqa: B006  # as above
         model_name: OfModel = None,
         batch_id: OfBatch = None,
     ) -> Retried:
-        if wrong := [each for each in status if each not in RETRYABLE]:
-            raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"status: {CANNOT_RETRY}; {wrong[0]} ones are not")
         owner = caller_of(request).visible_owner
         which = JobFilter(statuses=status, model_name=model_name, batch_id=batch_id, owner=owner)
         return Retried(retried=await administration(CANNOT_LIST).retry(None, which))

@@ -157,17 +157,22 @@ def _model_name(request: Request, *others: str) -> str | None:
     if not request.scope["query_string"]:
         return None
     check_query(request, ("model_name", *others))
-    names = request.query_params.getlist("model_name")
-    if len(names) > 1:
-        raise _problem("model_name: is given twice; remove one of the two")
-    return names[0] if names else None
+    return _only(request, "model_name")
+
+
+def _only(request: Request, name: str) -> str | None:
+    """The value of a query parameter, or None where it is not given. Raises `ProblemError` where it is given twice."""
+    values = request.query_params.getlist(name)
+    if len(values) > 1:
+        raise _problem(f"{name}: is given twice; remove one of the two")
+    return values[0] if values else None
 
 
 def _place(request: Request) -> tuple[str | None, int]:
     """The batch of a request, and the line of its first job there."""
     if not request.scope["query_string"]:
         return None, 1
-    batch_id, first = request.query_params.get("batch_id"), request.query_params.get("first_line", "1")
+    batch_id, first = _only(request, "batch_id"), _only(request, "first_line") or "1"
     if batch_id is not None and not re.fullmatch(BATCH_ID_PATTERN, batch_id):
         raise _problem(
             f"batch_id: must be 1 to 100 letters, digits, dots, hyphens or underscores, got {batch_id!r:.200}"

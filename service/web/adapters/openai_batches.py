@@ -23,11 +23,12 @@ from modalkit.service.web.auth import caller_of
 from modalkit.service.web.job_routes import CANNOT_LIST, administration_of, refuse_unknown_query
 from modalkit.service.web.problems import ProblemError
 
-UPLOAD_SCHEMA = {
+_UPLOAD_SCHEMA = {
     "type": "object",
     "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"const": "batch"}},
     "required": ["file", "purpose"],
 }
+UPLOAD = {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD_SCHEMA}}}
 
 
 Limit = Annotated[int, Query(ge=1, le=100, description="How many at most.")]
@@ -46,7 +47,9 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
     @router.post(
         "/v1/files",
         summary="Upload the input of a batch",
-        openapi_extra={"requestBody": {"content": {"multipart/form-data": {"schema": UPLOAD_SCHEMA}}}},
+        openapi_extra={
+            "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": UPLOAD_SCHEMA}}}
+        },
     )
     async def openai_upload_file(request: Request) -> FileObject:
         size = request.headers.get("content-length", "")
