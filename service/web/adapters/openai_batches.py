@@ -47,9 +47,7 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
     @router.post(
         "/v1/files",
         summary="Upload the input of a batch",
-        openapi_extra={
-            "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": UPLOAD_SCHEMA}}}
-        },
+        openapi_extra={"requestBody": UPLOAD},
     )
     async def openai_upload_file(request: Request) -> FileObject:
         size = request.headers.get("content-length", "")
