@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from itertools import repeat
 from typing import Protocol, Self, Unpack
 
@@ -198,11 +199,15 @@ class JobManager(AsyncContextManagerMixin):
         model takes no jobs, what `check_ready` raises, and `JobStoreError` when none was stored.
         When cancelled, jobs may have been stored.
         """
-        if self.check_ready is not None:
-            self.check_ready(model_name)
-        feed = self._feeds.get(model_name)
-        if feed is None:
-            raise NotReadyError(model_name, Readiness.LOADING)
+        feed = self._feed_of(model_name)
+        make = partial(
+            new_job,
+            model_name=model_name,
+            now=self.clock(),
+            traceparent=current_traceparent(),
+            delivers=self._deliverer is not None,
+            **options,
+        )
         places = repeat(None) if batch is None else zip(repeat(batch.batch_id), batch.lines)
         entries = list[Job | Exception]()
         for start in range(0, len(requests), NEW_JOBS_AT_ONCE):
@@ -210,7 +215,7 @@ class JobManager(AsyncContextManagerMixin):
                 await checkpoint()
             some = requests[start : start + NEW_JOBS_AT_ONCE]
             entries += [
-                self._new_job(request, model_name, feed.input_model, place, options)
+                self._new_job(request, feed.input_model, make, place)
                 for request, place in zip(some, places, strict=False)
             ]
         jobs = [entry for entry in entries if isinstance(entry, Job)]
@@ -223,30 +228,31 @@ class JobManager(AsyncContextManagerMixin):
             outcomes.append(Success(result) if isinstance(result, str) else Failure(result))
         return outcomes
 
+    def check_accepting(self, model_name: str) -> None:
+        """Raise what `submit` would raise for any job now: `NotReadyError`, and what `check_ready` raises."""
+        self._feed_of(model_name)
+
+    def _feed_of(self, model_name: str) -> JobFeed:
+        if self.check_ready is not None:
+            self.check_ready(model_name)
+        feed = self._feeds.get(model_name)
+        if feed is None:
+            raise NotReadyError(model_name, Readiness.LOADING)
+        return feed
+
     def _new_job(
         self,
         request: AsyncInputModel,
-        model_name: str,
         input_model: type[BaseModel],
+        make: Callable[..., Job],
         place: tuple[str, int] | None,
-        options: QueueOptions,
     ) -> Job | Exception:
         """A job that is not stored yet, or what is wrong with the request."""
         try:
             message = request.message
             item = message if isinstance(message, BaseModel) else validated(input_model, message)
             self._queue_rules.check(request.success_queue, request.failure_queue)
-            return new_job(
-                request,
-                job_id=new_job_id(),
-                model_name=model_name,
-                message=item,
-                now=self.clock(),
-                traceparent=current_traceparent(),
-                delivers=self._deliverer is not None,
-                place=place,
-                **options,
-            )
+            return make(request, job_id=new_job_id(), message=item, place=place)
         except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything
             return error
 

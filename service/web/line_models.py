@@ -1,6 +1,6 @@
 """Streams whose lines may each name a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -32,9 +32,9 @@ FindTarget = Callable[[str | None], Target]
 """The target of a model's name, or that of the first model. Raises `UnknownModelError`."""
 
 
-def parse_lines(
+async def parse_lines(
     lines: Sequence[Line],
-    parse: Callable[[BodyParser, Sequence[bytes]], Sequence[T | Failure]],
+    parse: Callable[[BodyParser, Sequence[bytes]], Awaitable[Sequence[T | Failure]]],
     target: Target,
     find: FindTarget | None,
     max_bytes: int,
@@ -44,7 +44,7 @@ def parse_lines(
     Without `find`, no line names one.
     """
     if find is None or not any(line.content is not None and b'"model_name"' in line.content for line in lines):
-        return parsed(lines, partial(parse, target.parser), max_bytes), [target] * len(lines)
+        return await parsed(lines, partial(parse, target.parser), max_bytes), [target] * len(lines)
     targets, asked = [target] * len(lines), list[T | Failure | None]([None] * len(lines))
     places = dict[str, list[int]]()
     plain = list(lines)
@@ -59,7 +59,7 @@ def parse_lines(
         places.setdefault(targets[index].model.name, []).append(index)
     for indices in places.values():
         parser = targets[indices[0]].parser
-        found = parsed([plain[index] for index in indices], partial(parse, parser), max_bytes)
+        found = await parsed([plain[index] for index in indices], partial(parse, parser), max_bytes)
         for index, entry in zip(indices, found, strict=True):
             asked[index] = entry
     return [entry for entry in asked if entry is not None], targets

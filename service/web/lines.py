@@ -68,11 +68,11 @@ async def lines_of(chunks: AsyncIterable[bytes], max_bytes: int) -> Lines:
         yield [Line(number + 1, rest)]
 
 
-def parsed(
-    lines: Sequence[Line], parse: Callable[[Sequence[bytes]], Sequence[T | Failure]], max_bytes: int
+async def parsed(
+    lines: Sequence[Line], parse: Callable[[Sequence[bytes]], Awaitable[Sequence[T | Failure]]], max_bytes: int
 ) -> Sequence[T | Failure]:
     """What `parse` makes of the content of each line; one that was larger than `max_bytes` has a `Failure`."""
-    found = iter(parse([line.content for line in lines if line.content is not None]))
+    found = iter(await parse([line.content for line in lines if line.content is not None]))
     too_large = ProblemError(
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         f"the line is larger than {max_bytes} bytes: send it as a request of its own, or raise "

@@ -54,7 +54,7 @@ FirstLine = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each request
 class PredictionOptions:
     """The options of a request that waits for its result."""
 
@@ -72,14 +72,14 @@ class PredictionOptions:
         return {"priority": self.priority, "timeout_s": self.timeout_s, "owner": owner}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each request
 class SyncOptions(PredictionOptions):
     """The options of ``/sync/predict``, for its documentation; `prefers_async` reads the preference."""
 
     prefer: PreferHeader = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each request
 class StreamOptions(PredictionOptions):
     """The options of a request whose items may come as a stream."""
 
@@ -93,7 +93,7 @@ class StreamOptions(PredictionOptions):
         return cls(model_name, _priority(request, default), _timeout_s(request), _ordered(request))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each request
 class SubmissionOptions:
     """The options of a request that submits jobs."""
 
@@ -190,7 +190,9 @@ def _ordered(request: Request) -> bool:
 
 
 def _priority(request: Request, default: Priority) -> Priority:
-    value = request.headers.get("x-priority", default)
+    value = request.headers.get("x-priority")
+    if value is None:
+        return default
     try:
         return Priority(value)
     except ValueError:

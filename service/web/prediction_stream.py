@@ -75,7 +75,7 @@ class PredictionStream:
         await self._caller.wait_for_items(len(lines))
         sizes = [len(line.content or b"") for line in lines]
         max_bytes = self._target.parser.limits.max_line_bytes
-        items, targets = parse_lines(lines, BodyParser.item_lines, self._target, self._find, max_bytes)
+        items, targets = await parse_lines(lines, BodyParser.item_lines, self._target, self._find, max_bytes)
         asked = list(zip(items, sizes, targets, strict=True))
         together = _of_one_model(asked)
         while asked:

@@ -29,6 +29,18 @@ class Deadly(LengthPipeline):
         return super().predict(input_list, preprocessed_data)
 
 
+HANGING = "hang"
+HANG_S = 8.0
+
+
+class Faulty(LengthPipeline):
+    """Takes 40 ms for each batch without using the processor, and hangs for 8 s when it meets one text."""
+
+    def predict(self, input_list: Any, preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(HANG_S if HANGING in preprocessed_data["texts"] else 0.04)
+        return super().predict(input_list, preprocessed_data)
+
+
 class Gated(LengthPipeline):
     """Waits, at a text ``gate NAME``, for a file of that name in the working directory; answers with the texts too."""
 
