@@ -96,7 +96,8 @@ MIGRATIONS = (
     ALTER TABLE jobs ADD COLUMN line INTEGER;
     CREATE INDEX batch_lines ON jobs (batch_id, line) WHERE batch_id IS NOT NULL;
     CREATE INDEX batch_states ON jobs (batch_id, owner, status) WHERE batch_id IS NOT NULL;
-    CREATE INDEX batch_ends ON jobs (batch_id, finished_at) WHERE batch_id IS NOT NULL AND finished_at IS NOT NULL;
+    CREATE INDEX batch_ends ON jobs (batch_id, finished_at, owner)
+        WHERE batch_id IS NOT NULL AND finished_at IS NOT NULL;
     DROP INDEX removable_jobs;
     CREATE INDEX removable_jobs ON jobs (finished_at)
         WHERE finished_at IS NOT NULL AND delivery IN ('none', 'delivered', 'memory');

@@ -196,11 +196,12 @@ def _complete_schema(app: FastAPI, by_name: Mapping[str, Model]) -> None:
         schema = generate()
         schema["components"]["schemas"] |= added["$defs"]
         for operations in schema["paths"].values():
-            for method, operation in operations.items():
+            for operation in operations.values():
                 for parameter in operation.get("parameters", ()):
                     _complete_parameter(parameter)
                     # A filter of jobs may name a model that is configured no more.
-                    if parameter["name"] == "name" or (parameter["name"] == "model_name" and method == "post"):
+                    chooses = parameter["name"] == "model_name" and "predictions" in operation["tags"]
+                    if parameter["name"] == "name" or chooses:
                         parameter["schema"]["enum"] = list(by_name)
         sync, batch, submit = (schema["paths"][f"/{path}/predict"]["post"] for path in ("sync", "batch", "async"))
         for streams in (sync, *(schema["paths"][path]["get"] for path in ("/jobs/events", "/jobs/{job_id}/events"))):
