@@ -295,8 +295,8 @@ def test_purge_asks_at_a_terminal(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["purge", "--yes"], "by --status, by --delivery, or by --older-than"),
-        (["purge", "--model", "lengths", "--yes"], "by --status, by --delivery, or by --older-than"),
+        (["purge", "--yes"], "by --status, --delivery, --batch or --older-than"),
+        (["purge", "--model", "lengths", "--yes"], "by --status, --delivery, --batch or --older-than"),
         (["purge", "--older-than", "7 weeks", "--yes"], "such as 90s, 15m, 2h or 7d, not '7 weeks'"),
         (["purge", "--older-than", "0s", "--yes"], "not '0s'"),
         (["purge", "--older-than", "999999999d", "--yes"], "not '999999999d'"),
