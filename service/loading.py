@@ -227,14 +227,6 @@ class _DiscardingBackend:
         return True
 
 
-class _OwnMemoryBackend(InMemoryBackend):
-    """The configured queues in memory, which no code reads: the job store keeps the results."""
-
-    def keeps_in_process(self, queue_name: str) -> bool:  # noqa: ARG002  # as `keeps_in_process` asks
-        """Whether only code in this process can read the messages of this queue."""
-        return True
-
-
 def load_queue_backend(config: QueueConfig) -> QueueBackend | None:
     """The queue backend that the configuration names, or None for ``none``. Raises `LoadError`."""
     if config.backend == "none":
@@ -266,7 +258,8 @@ def _make_built_in_backend(config: QueueConfig, name: str) -> QueueBackend:
         case "none":
             return _DiscardingBackend()
         case "memory":
-            return _OwnMemoryBackend(max_messages_per_queue=1000, max_queues=100)
+            # These queues cannot be read from outside the process, and the job store keeps the results.
+            return InMemoryBackend(max_messages_per_queue=1000, max_queues=100, is_read=False)
         case "sqs":
             return SQSBackend(**config.sqs.model_dump())
         case "webhook":
