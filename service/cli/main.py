@@ -19,6 +19,7 @@ from modalkit.service.cli.predict import predict
 from modalkit.service.cli.records import InputError
 from modalkit.service.cli.reload import reload
 from modalkit.service.cli.serve import serve
+from modalkit.service.cli.submit import submit
 from modalkit.service.cli.tune import tune
 from modalkit.service.errors import ServiceError, UnknownModelError
 from modalkit.service.loading import LoadError
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (init, serve, predict, check, config, deploy, tune, reload):
+for command in (init, serve, predict, submit, check, config, deploy, tune, reload):
     app.command()(command)
 jobs_app.command()(backup)
 app.add_typer(jobs_app)

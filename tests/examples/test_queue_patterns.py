@@ -110,7 +110,7 @@ def test_without_a_queue_results_are_asked_for(run: Run) -> None:
 
 def test_a_configured_service_takes_the_queues_that_it_allows(folder: Path, environment: dict[str, str]) -> None:
     with serving(folder, environment) as (_, client):
-        job = until_delivery_is(client, submitted(client), "delivered")
+        job = until_delivery_is(client, submitted(client), "memory")
         assert job["result"]["root"] == 3.0
         refused = client.post("/async/predict", json={**SUBMISSION, "success_queue": "elsewhere"})
         assert refused.status_code == 422

@@ -354,7 +354,7 @@ async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient
     properties = schema["components"]["schemas"][job["$ref"].rsplit("/", 1)[1]]["properties"]
     assert set(properties) == {*("message", "success_queue", "failure_queue", "meta"), "idempotency_key", "expires_in"}
     headers = {parameter["name"] for parameter in schema["paths"]["/async/predict"]["post"]["parameters"]}
-    assert headers == {"model_name", "X-Priority", "Idempotency-Key"}
+    assert headers == {"model_name", "batch_id", "first_line", "X-Priority", "Idempotency-Key"}
     assert properties["message"] == {"$ref": "#/components/schemas/Text"}
     problem = sync["responses"]["default"]["content"]["application/problem+json"]["schema"]
     assert problem == {"$ref": "#/components/schemas/Problem"}
