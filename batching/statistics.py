@@ -1,11 +1,14 @@
 """What is recorded of each batch, and of all: for metrics and logs."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from modalkit.batching.policy import DispatchReason
 from modalkit.batching.request import Priority
+
+RECENT_BATCHES = 256
+"""How many of the last batches the statistics hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +34,14 @@ class BatchRecord:
     """The sum of the sizes, with each request counted at the size of the largest."""
     waits_s: Mapping[Priority, Sequence[float]]
     """Seconds that each request had waited when the batch was formed, by lane."""
+    sizes: Sequence[int] = ()
+    """The sizes of the requests: first those of the anchor's lane, as in `waits_s`, then those of the other lane."""
     tags: Sequence[str] = ()
     """The tags of the requests, each once."""
+    device: int = 0
+    """The index of the device that ran it."""
+    formed_s: float = 0.0
+    """When it was formed, by the clock of the event loop."""
     preprocess_s: float
     """Seconds in the first stage. This and the next two are 0 if the batch failed and ran again in parts."""
     predict_s: float
@@ -68,8 +77,8 @@ class SchedulerStatistics:
 
     queued: Mapping[Priority, int]
     """Requests that wait, by lane."""
-    queued_s: float
-    """Seconds that one worker, on the fastest device, is predicted to need for all that wait."""
+    work_s: Mapping[Priority, float]
+    """Seconds that one worker, on the fastest device, is predicted to need for those that wait, by lane."""
     oldest_s: Mapping[Priority, float]
     """Seconds that the oldest waiting request of each lane has waited; 0 where none waits."""
     running: int
@@ -98,6 +107,13 @@ class SchedulerStatistics:
     """Seconds since the scheduler was opened, times the number of batches that may run at once."""
     stuck_threads: int
     """Calls that ran past the batch timeout and have not returned; each holds a thread."""
+    recent: Sequence[BatchRecord] = ()
+    """The last batches, the newest last, without their errors; there are `RECENT_BATCHES` at most."""
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds that one worker, on the fastest device, is predicted to need for all that wait."""
+        return sum(self.work_s.values())
 
     @property
     def queue_depth(self) -> int:
@@ -134,6 +150,7 @@ class Telemetry:
         self._batch_sizes: Counter[int] = Counter()
         self._real_tokens = self._padded_tokens = 0
         self._busy_s = self._predict_s = 0.0
+        self._recent: deque[BatchRecord] = deque(maxlen=RECENT_BATCHES)
 
     def count_batch(self, record: BatchRecord) -> None:
         """Count a batch."""
@@ -142,12 +159,13 @@ class Telemetry:
         self._padded_tokens += record.padded_tokens
         self._busy_s += record.total_s
         self._predict_s += record.predict_s
+        self._recent.append(replace(record, errors=()) if record.errors else record)  # errors may hold tensors
 
     def snapshot(
         self,
         *,
         queued: Mapping[Priority, int],
-        queued_s: float,
+        work_s: Mapping[Priority, float],
         oldest_s: Mapping[Priority, float],
         running: int,
         open_s: float,
@@ -156,7 +174,7 @@ class Telemetry:
         """The statistics now; the arguments are what only the scheduler knows."""
         return SchedulerStatistics(
             queued=queued,
-            queued_s=queued_s,
+            work_s=work_s,
             oldest_s=oldest_s,
             running=running,
             accepted=self.accepted,
@@ -172,4 +190,5 @@ class Telemetry:
             predict_s=self._predict_s,
             open_s=open_s,
             stuck_threads=stuck_threads,
+            recent=tuple(self._recent),
         )
