@@ -221,6 +221,11 @@ class LocalGateway(AsyncContextManagerMixin):
         self.jobs.drain()
 
     @property
+    def is_draining(self) -> bool:
+        """Whether `drain` was called, or the gateway is being left."""
+        return self._phase.draining.is_set()
+
+    @property
     def administration(self) -> Self:
         """What can be done with the models while they run: `reload`, `set_limits` and `limits`."""
         return self

@@ -97,6 +97,7 @@ def serve(
         owns_gateway=False,
         require_all_models=settings.app_settings.require_all_models,
         adapters=settings.app_settings.adapters,
+        ui=settings.app_settings.ui,
     )
     server_config = settings.app_settings.server_config
     has_access_log = server_config.access_log

@@ -66,6 +66,7 @@ def create_web_endpoints(
         limits=config.app_settings.request_config,
         require_all_models=config.app_settings.require_all_models,
         adapters=config.app_settings.adapters,
+        ui=config.app_settings.ui,
     )
 
 
@@ -94,7 +95,7 @@ def web_app_here(
     )
     app = config.app_settings
     gateway = CallGateway(models, jobs, [engine], None if modal.is_local() else open_metrics(config))
-    return create_app(gateway, auth=app.auth_config, limits=app.request_config, adapters=app.adapters)
+    return create_app(gateway, auth=app.auth_config, limits=app.request_config, adapters=app.adapters, ui=app.ui)
 
 
 def _gateway_to(

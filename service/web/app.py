@@ -32,6 +32,7 @@ from modalkit.service.web.metrics import CONTENT_TYPE, exposition
 from modalkit.service.web.observing import RequestObserver
 from modalkit.service.web.problems import ProblemError, error_response, install_problem_handlers
 from modalkit.service.web.routes import DirectRoutes, add_prediction_routes
+from modalkit.service.web.ui import add_page
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +60,13 @@ def create_app(
     owns_gateway: bool = True,
     require_all_models: bool = False,
     adapters: Collection[Adapter] = ADAPTERS,
+    ui: bool = True,
 ) -> FastAPI:
     """The HTTP service over a gateway, which is opened and closed with it (by ASGI's lifespan) if it `owns_gateway`.
 
     A model that could not be loaded leaves the service ready for the others, unless it must `require_all_models`.
-    `adapters` are the other servers whose clients it answers, by routes in their shapes.
+    `adapters` are the other servers whose clients it answers, by routes in their shapes. With `ui`, a page at ``/`` and
+    ``/ui`` shows what the service does; what it shows needs a key.
 
     An application that another one mounts is started by that one: see `lifespan_of`. Until it is started, each request
     is answered with 503 and what to write.
@@ -112,9 +115,13 @@ def create_app(
     install_problem_handlers(app)
     _complete_schema(app, list(gateway.models))
 
-    @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("docs")
+    if ui:
+        add_page(app, gateway, keys)
+    else:
+
+        @app.get("/", include_in_schema=False)
+        async def root() -> RedirectResponse:
+            return RedirectResponse("docs")
 
     return app
 
