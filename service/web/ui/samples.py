@@ -65,9 +65,10 @@ class Sampler:
         }
         if (done := model.statistics()) is None:
             return state
-        is_new = max(0, done.batches - shown.get(model.name, 0))
+        before = shown.get(model.name, 0)
         shown[model.name] = done.batches
-        recent = done.recent[-is_new:] if is_new else ()
+        new = done.batches - before if done.batches >= before else done.batches  # a model that failed counts anew
+        recent = done.recent[-new:] if new else ()
         first = done.batches - len(recent) + 1
         clock_s = time.time() - anyio.current_time()
         counters = ("running", "succeeded", "failed", "expired", "cancelled", "refused", "batches", "real_tokens")
