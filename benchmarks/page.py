@@ -1,7 +1,7 @@
 """What the page at ``/`` costs a worker that is saturated with jobs, and how soon it is painted beside it.
 
-Run it with ``python -m modalkit.benchmarks.page``, in a clone after ``make test``, on a machine with Chromium. The browser
-runs on the same machine, so that its own work counts as well.
+Run it with ``python -m modalkit.benchmarks.page``, in a clone after ``make test``, on a machine with Chromium. The
+browser runs on the same machine, so that its own work counts as well.
 """
 
 import json

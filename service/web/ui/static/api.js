@@ -87,11 +87,3 @@ export async function* events(path, signal) {
     }
   }
 }
-
-let known = null;
-
-/** Whether the service has a route, by its own description. */
-export async function hasRoute(path) {
-  known ??= get("openapi.json").catch(() => ({ paths: {} }));
-  return path in (await known).paths;
-}

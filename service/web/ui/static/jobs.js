@@ -1,6 +1,6 @@
 // The view of jobs: by state, found by text, each with what can be done to it.
 
-import { events, get, hasRoute, send } from "./api.js";
+import { events, get, send } from "./api.js";
 import { ago, byId, choices, count, duration, h, json, setText } from "./dom.js";
 
 const PAGE = 50;
@@ -20,6 +20,7 @@ export class JobList {
     this.cursor = null;
     this.jobs = [];
     this.counts = null;
+    this.canRetry = false;
     this.run = 0;
     this.press = choices(byId("states"), { ...STATES, undelivered: "Undelivered" }, (state) => this.#filter({ state }));
     byId("search").addEventListener("submit", (event) => {
@@ -136,7 +137,6 @@ export class JobList {
     };
     this.show = show;
     try {
-      this.canRetry = await hasRoute("/jobs/{job_id}/retry");
       show(await get(`jobs/${encodeURIComponent(jobId)}`, signal));
       for await (const { event } of events(`jobs/${encodeURIComponent(jobId)}/events`, signal)) {
         if (event === "status" || event === "result") show(await get(`jobs/${encodeURIComponent(jobId)}`, signal));
@@ -167,14 +167,14 @@ function row(job) {
   const link = h("a", { href: `#jobs/${encodeURIComponent(job.job_id)}`, title: job.job_id }, job.job_id);
   const took = job.started_at && job.finished_at ? seconds(job.started_at, job.finished_at) : "–";
   const end = job.error ?? (job.result === null ? "" : JSON.stringify(job.result));
-  const cell = (label, ...content) => h("td", { "data-label": label }, content);
-  return h("tr", {},
-    h("th", { scope: "row" }, link, h("span", { class: "model" }, job.model_name)),
+  const cell = (label, ...content) => h("td", { role: "cell", "data-label": label }, content);
+  return h("tr", { role: "row" },
+    h("th", { scope: "row", role: "rowheader" }, link, h("span", { class: "model" }, job.model_name)),
     cell("State", stateOf(job)),
     cell("Delivery", job.delivery === "none" ? "–" : job.delivery),
     cell("Accepted", ago(job.created_at)),
     cell("Took", took),
-    h("td", { "data-label": "Result or error", class: job.error ? "end error" : "end" }, end.slice(0, 200)),
+    h("td", { role: "cell", "data-label": "Result or error", class: job.error ? "end error" : "end" }, end.slice(0, 200)),
   );
 }
 

@@ -32,8 +32,8 @@ export class Live {
     this.predicted = new Scatter(byId("predicted"));
   }
 
-  /** Show what is known of a model; `mine` are the traces of the playground. */
-  draw(model, history, mine) {
+  /** Show what is known of a model. `mine` are the traces of the playground, `jobs` the counts of all jobs. */
+  draw(model, history, mine, jobs) {
     const sample = history.last;
     if (sample?.batches === undefined) return;
     const recent = history.recent();
@@ -44,6 +44,8 @@ export class Live {
       setText(work, duration(sample.work_s[lane]));
       setText(oldest, sample.queued[lane] ? duration(sample.oldest_s[lane]) : "–");
     }
+    const stored = jobs?.statuses.queued ?? 0;
+    setText(byId("backlog"), stored === 0 ? "No job waits in the store." : `${count(stored)} job${stored === 1 ? " waits" : "s wait"} in the store.`);
     this.rates.draw(history.points, sample.at);
     this.queue.draw(history.points, sample.at);
     this.batches.draw(model, recent, sample.at, mine);

@@ -35,7 +35,7 @@ function historyOf(name) {
 function draw() {
   if (last === null) return;
   const name = chosenModel();
-  if (view === "live") views.live.draw(name, historyOf(name), views.try.traces);
+  if (view === "live") views.live.draw(name, historyOf(name), views.try.traces, last.jobs);
   if (view === "try") views.try.tell(historyOf(name));
   if (view === "models") views.models.draw(last.models);
   views.jobs.tell(last.jobs, view === "jobs");
@@ -135,6 +135,7 @@ async function readService() {
   service = await get("ui/service");
   sendKeyAs(service.key_header);
   byId("key").hidden = service.key_header === null;
+  views.jobs.canRetry = service.can_retry;
   showModels();
   route();
 }

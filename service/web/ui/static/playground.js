@@ -23,8 +23,9 @@ export class Playground {
       this.#showCode();
     });
     press(this.language);
+    byId("copy").hidden = navigator.clipboard === undefined; // which is only there by HTTPS and on this machine
     byId("copy").addEventListener("click", async () => {
-      await navigator.clipboard?.writeText(byId("code").textContent);
+      await navigator.clipboard.writeText(byId("code").textContent);
       byId("copy").textContent = "Copied";
       setTimeout(() => (byId("copy").textContent = "Copy"), 1500);
     });
