@@ -2,7 +2,7 @@
 
 import { count, h, number, setText, svg } from "./dom.js";
 
-const WINDOW_S = 120;
+const WINDOWS = { 30: "30 s ago", 60: "1 min ago", 120: "2 min ago" };
 const WIDTH = 600;
 const HEIGHT = 100;
 
@@ -27,14 +27,18 @@ export class TimeChart {
     );
     this.top = h("span", { class: "top" });
     root.classList.add("chart");
-    root.replaceChildren(this.drawing, this.top, h("span", { class: "start" }, "2 min ago"), h("span", { class: "end" }, "now"));
+    this.start = h("span", { class: "start" });
+    root.replaceChildren(this.drawing, this.top, this.start, h("span", { class: "end" }, "now"));
   }
 
   draw(points, now) {
     const sums = points.map((point) => this.series.reduce((sum, name) => sum + point[name], 0));
     const limit = ceiling(Math.max(0, ...sums));
     setText(this.top, count(limit));
-    const x = points.map((point) => ((WIDTH * (point.at - now + WINDOW_S)) / WINDOW_S).toFixed(1));
+    const age = points.length === 0 ? 0 : now - points[0].at;
+    const span = Number(Object.keys(WINDOWS).find((seconds) => age <= seconds) ?? 120);
+    setText(this.start, WINDOWS[span]);
+    const x = points.map((point) => ((WIDTH * (point.at - now + span)) / span).toFixed(1));
     let below = points.map(() => 0);
     this.series.forEach((name, place) => {
       const above = points.map((point, index) => below[index] + point[name]);
@@ -42,11 +46,12 @@ export class TimeChart {
       const [upper, lower] = [line(above), line(below)];
       const there = x.map((each, index) => `${each} ${upper[index]}`).join("L");
       const back = x.map((each, index) => `${each} ${lower[index]}`).reverse().join("L");
-      this.areas[place].setAttribute("d", points.length > 1 ? `M${there}L${back}Z` : "");
+      const isEmpty = points.length < 2 || points.every((point) => point[name] === 0);
+      this.areas[place].setAttribute("d", isEmpty ? "" : `M${there}L${back}Z`);
       below = above;
     });
     const last = sums.length === 0 ? 0 : sums[sums.length - 1];
-    this.drawing.setAttribute("aria-label", `${this.what}: now ${number(last)}, at most ${number(Math.max(0, ...sums))} in the last two minutes`);
+    this.drawing.setAttribute("aria-label", `${this.what}: now ${number(last)}, at most ${number(Math.max(0, ...sums))} in the last ${span} seconds`);
   }
 }
 

@@ -54,7 +54,7 @@ export class ItemForm {
     this.isSplit = isSplit;
     this.fields = isSplit
       ? Object.entries(this.schema.properties).map(([name, schema]) => this.#field(name, schema, whole[name]))
-      : [this.#jsonField("Item, as JSON", {}, whole, true)];
+      : [this.#jsonField("Item", {}, whole, true)];
     this.root.replaceChildren(...this.fields.map((field) => field.element));
     this.root.oninput = () => this.changed();
   }
@@ -101,7 +101,8 @@ export class ItemForm {
   #jsonField(name, schema, value, isRequired) {
     const input = h("textarea", { rows: 5, class: "mono", spellcheck: "false" });
     input.value = value === undefined || value === null ? "" : json(value);
-    return this.#labelled(name, schema, input, isRequired, () => {
+    const told = { ...schema, description: [schema.description, "as JSON"].filter(Boolean).join(" · ") };
+    return this.#labelled(name, told, input, isRequired, () => {
       if (input.value.trim() === "") return isRequired ? null : undefined;
       try {
         return JSON.parse(input.value);

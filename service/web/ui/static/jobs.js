@@ -5,6 +5,7 @@ import { ago, byId, choices, count, duration, h, json, setText } from "./dom.js"
 
 const PAGE = 50;
 const SEARCHED = 1000;
+const REFRESH_MS = 3000;
 const STATES = { "": "All", queued: "Queued", running: "Running", succeeded: "Succeeded", failed: "Failed", cancelled: "Cancelled", expired: "Expired" };
 const ENDED = ["succeeded", "failed", "cancelled", "expired"];
 const CAN_RETRY = ["failed", "cancelled", "expired"];
@@ -21,6 +22,7 @@ export class JobList {
     this.jobs = [];
     this.counts = null;
     this.canRetry = false;
+    this.hasModels = false; // whether there are several
     this.run = 0;
     this.press = choices(byId("states"), { ...STATES, undelivered: "Undelivered" }, (state) => this.#filter({ state }));
     byId("search").addEventListener("submit", (event) => {
@@ -61,6 +63,10 @@ export class JobList {
       const label = value === "undelivered" ? "Undelivered" : STATES[value];
       button.replaceChildren(label, " ", h("span", { class: "count" }, count(of)));
     }
+    if (performance.now() - this.loadedAt < REFRESH_MS) {
+      this.counts = ""; // the next sample compares again
+      return;
+    }
     const isAtTop = this.jobs.length <= PAGE && !this.rows.contains(document.activeElement);
     if (isShown && !isFirst && isAtTop && this.text === "" && !this.isLoading) this.#load(null);
   }
@@ -74,6 +80,7 @@ export class JobList {
   async #load(cursor) {
     const run = ++this.run;
     this.isLoading = true;
+    this.loadedAt = performance.now();
     try {
       const found = this.text === "" ? await this.#page(cursor, PAGE) : await this.#search(cursor);
       if (run !== this.run) return;
@@ -113,7 +120,7 @@ export class JobList {
   }
 
   #draw(note = "") {
-    this.rows.replaceChildren(...this.jobs.map(row));
+    this.rows.replaceChildren(...this.jobs.map((job) => row(job, this.hasModels)));
     setText(this.note, this.jobs.length === 0 ? `No such job. ${note}` : note);
     this.more.hidden = this.cursor === null;
   }
@@ -163,13 +170,18 @@ function stateOf(job) {
   return h("span", { class: `state ${job.status}` }, job.status);
 }
 
-function row(job) {
+/** The fields of a result that are the model's own. */
+function short({ status, error, meta, ...own }) {
+  return JSON.stringify(own);
+}
+
+function row(job, hasModels) {
   const link = h("a", { href: `#jobs/${encodeURIComponent(job.job_id)}`, title: job.job_id }, job.job_id);
   const took = job.started_at && job.finished_at ? seconds(job.started_at, job.finished_at) : "–";
-  const end = job.error ?? (job.result === null ? "" : JSON.stringify(job.result));
+  const end = job.error ?? (job.result === null ? "" : short(job.result));
   const cell = (label, ...content) => h("td", { role: "cell", "data-label": label }, content);
   return h("tr", { role: "row" },
-    h("th", { scope: "row", role: "rowheader" }, link, h("span", { class: "model" }, job.model_name)),
+    h("th", { scope: "row", role: "rowheader" }, link, hasModels && h("span", { class: "model" }, job.model_name)),
     cell("State", stateOf(job)),
     cell("Delivery", job.delivery === "none" ? "–" : job.delivery),
     cell("Accepted", ago(job.created_at)),

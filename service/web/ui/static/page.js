@@ -136,6 +136,7 @@ async function readService() {
   sendKeyAs(service.key_header);
   byId("key").hidden = service.key_header === null;
   views.jobs.canRetry = service.can_retry;
+  views.jobs.hasModels = service.models.length > 1;
   showModels();
   route();
 }
