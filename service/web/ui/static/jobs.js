@@ -31,6 +31,8 @@ export class JobList {
     });
     byId("search-text").addEventListener("search", (event) => event.target.value === "" && this.#filter({ text: "" }));
     this.more.addEventListener("click", () => this.#load(this.cursor));
+    this.all = byId("all-jobs");
+    this.all.addEventListener("click", () => this.#actOnAll());
     this.dialog.addEventListener("close", () => {
       this.watching?.abort();
       if (location.hash.startsWith("#jobs/")) location.hash = "#jobs";
@@ -74,7 +76,19 @@ export class JobList {
   #filter(change) {
     Object.assign(this, change);
     this.press(this.state);
+    this.all.hidden = !(this.state === "undelivered" || (this.state === "failed" && this.canRetry));
+    setText(this.all, this.state === "failed" ? "Run all failed jobs again" : "Send all these results once more");
     this.#load(null);
+  }
+
+  async #actOnAll() {
+    try {
+      const { retried, replayed } = await (await send(this.state === "failed" ? "jobs/retry" : "jobs/replay", { method: "POST" })).json();
+      await this.#load(null);
+      setText(this.note, retried === undefined ? `${count(replayed)} results are sent once more.` : `${count(retried)} jobs run again.`);
+    } catch (error) {
+      setText(this.note, error.message);
+    }
   }
 
   async #load(cursor) {
@@ -211,6 +225,7 @@ function jobDetails(job, message, act, canRetry) {
     Runs: job.attempts ? count(job.attempts) : "",
     "Process died in it": job.crashes ? `${job.crashes} times` : "",
     "Idempotency key": job.idempotency_key,
+    Batch: job.batch_id && `${job.batch_id}, line ${job.line}`,
     "Queue of results": job.success_queue,
     "Queue of failures": job.failure_queue,
     Delivery: job.delivery === "none" ? "" : `${job.delivery}, ${count(job.delivery_attempts)} attempts`,
@@ -219,7 +234,7 @@ function jobDetails(job, message, act, canRetry) {
   };
   const actions = [
     ENDED.includes(job.status) ? null : h("button", { type: "button", click: () => act("DELETE", "") }, "Cancel the job"),
-    canRetry && CAN_RETRY.includes(job.status) ? h("button", { type: "button", class: "main", click: () => act("POST", "/retry") }, "Run it again") : null,
+    canRetry && CAN_RETRY.includes(job.status) && job.delivery !== "pending" ? h("button", { type: "button", class: "main", click: () => act("POST", "/retry") }, "Run it again") : null,
     job.delivery === "undelivered" ? h("button", { type: "button", click: () => act("POST", "/replay") }, "Send the result once more") : null,
   ].filter(Boolean);
   const block = (label, value) => (value === null || value === undefined ? null : [h("h3", {}, label), h("pre", { tabindex: "0", "aria-label": label }, json(value))]);
