@@ -9,6 +9,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -53,13 +54,10 @@ def main(
     bodies = [json.dumps(listed).encode()] * (jobs // len(listed))
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     ratios, paints = list[float](), list[float]()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serving(Path(folder), CONFIGURATION) as url,
-        sync_playwright() as playwright,
-    ):
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), CONFIGURATION) as url, ExitStack() as stack:
+        uvloop.run(post_all(f"{url}/async/predict", bodies, LIST_CLIENTS))  # Playwright has an event loop of its own
+        playwright = stack.enter_context(sync_playwright())
         browser = playwright.chromium.launch(executable_path=browser_path)
-        uvloop.run(post_all(f"{url}/async/predict", bodies, LIST_CLIENTS))
         for number in range(rounds):
             alone = rate(url, seconds) if number % 2 == 0 else 0.0
             page, paint_ms = opened(browser, url)
