@@ -217,4 +217,5 @@ def _things_to_try(options: str, url: str, gateway: LocalGateway, settings: Sett
             curl("/async/predict", '{"message": {"text": "Great value for the money"}, "success_queue": "results"}'),
             f"  curl{options}{key} '{url}/jobs/<the job_id>?wait=10'",
         ]
-    return "\n".join([*lines, f"  {url}/docs in a browser"])
+    page = f"  {url} in a browser shows what happens, {url}/docs all routes"
+    return "\n".join([*lines, page if settings.app_settings.ui else f"  {url}/docs in a browser"])

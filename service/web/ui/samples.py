@@ -19,6 +19,12 @@ MAX_DETAILED = 32
 PAGE_TRACES = "6d6f64616c6b6974"
 """How the ids of traces begin that the page gives to its requests: it finds their batches by them."""
 
+_STATISTICS = (
+    *("queued", "work_s", "oldest_s", "running", "batches", "predict_s", "open_s"),
+    *("succeeded", "failed", "expired", "cancelled", "refused"),
+)
+"""What of the statistics is told as it is."""
+
 
 class Sampler:
     """Makes a sample each second for all who watch together; while no one watches, there are none."""
@@ -71,11 +77,9 @@ class Sampler:
         recent = done.recent[-new:] if new else ()
         first = done.batches - len(recent) + 1
         clock_s = time.time() - anyio.current_time()
-        counters = ("running", "succeeded", "failed", "expired", "cancelled", "refused", "batches", "real_tokens")
-        counters += ("padded_tokens", "predict_s", "open_s", "queued", "work_s", "oldest_s")
         return {
             **state,
-            **{name: getattr(done, name) for name in counters},
+            **{name: getattr(done, name) for name in _STATISTICS},
             "recent": [
                 {"number": number, **_batch(record, clock_s, is_detailed=number > done.batches - MAX_DETAILED)}
                 for number, record in enumerate(recent, first)

@@ -1,7 +1,7 @@
 """The routes of the page: its files, who may see what it shows, and what it is told once a second."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ async def gateway(tmp_path: Path) -> AsyncIterator[LocalGateway]:
         yield opened
 
 
-async def samples(client: httpx.AsyncClient, headers: dict[str, str] | None = None) -> AsyncIterator[dict[str, Any]]:
+async def samples(client: httpx.AsyncClient, headers: dict[str, str] | None = None) -> AsyncGenerator[dict[str, Any]]:
     async with client.stream("GET", "/ui/events", headers=headers) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         async for line in answer.aiter_lines():
@@ -135,11 +135,15 @@ async def test_jobs_that_run_with_a_request_are_told_as_bulk(gateway: LocalGatew
 
 
 async def test_all_who_watch_share_one_sample_and_are_told_of_the_end(gateway: LocalGateway) -> None:
-    sampler, calls = Sampler(gateway), list[None]()
+    sampler, calls, told = Sampler(gateway), list[None](), list[list[bytes]]()
     model: Any = gateway.models["lengths"]
     statistics = model.statistics
-    model.statistics = lambda: calls.append(None) or statistics()
-    told = list[list[bytes]]()
+
+    def counted() -> Any:
+        calls.append(None)
+        return statistics()
+
+    model.statistics = counted
 
     async def watch() -> None:
         events = list[bytes]()
