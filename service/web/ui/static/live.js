@@ -29,6 +29,8 @@ export class Live {
     byId("queue").replaceChildren(...LANES.map((lane) => h("tr", {}, h("th", { scope: "row", class: lane }, lane), this.cells[lane])));
     this.padding = new Bars(byId("padding"), ["<1", "<2", "<5", "<10", "<20", "<30", "<50", "≥50"], "Batches by their share of padding in per cent");
     this.sizes = null;
+    this.samples = 0; // the distributions change slowly, and are drawn for every second one
+    this.drawn = "";
     this.predicted = new Scatter(byId("predicted"));
   }
 
@@ -37,6 +39,7 @@ export class Live {
     const sample = history.last;
     if (sample?.batches === undefined) return;
     const recent = history.recent();
+    this.batches.draw(model, recent, sample.at, mine); // first, because it reads a width: nothing is to be laid out yet
     this.#drawFigures(history, sample, recent);
     for (const lane of LANES) {
       const [items, work, oldest] = this.cells[lane];
@@ -48,8 +51,9 @@ export class Live {
     setText(byId("backlog"), stored === 0 ? "No job waits in the store." : `${count(stored)} job${stored === 1 ? " waits" : "s wait"} in the store.`);
     this.rates.draw(history.points, sample.at);
     this.queue.draw(history.points, sample.at);
-    this.batches.draw(model, recent, sample.at, mine);
-    this.#drawDistributions(recent, sample.limits?.max_batch_size ?? 32);
+    const what = `${model} ${sample.limits?.max_batch_size}`;
+    if (what !== this.drawn || (this.samples += 1) % 2 === 0) this.#drawDistributions(recent, sample.limits?.max_batch_size ?? 32);
+    this.drawn = what;
   }
 
   #drawFigures(history, sample, recent) {
