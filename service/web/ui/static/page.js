@@ -41,6 +41,14 @@ function draw() {
   views.jobs.tell(last.jobs, view === "jobs");
 }
 
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // an address that was cut
+  }
+}
+
 function route() {
   const [wanted, rest] = location.hash.slice(1).split(/\/(.*)/);
   view = VIEWS.includes(wanted) ? wanted : "live";
@@ -51,13 +59,14 @@ function route() {
   }
   if (!rest) views.jobs.close();
   document.title = `${TITLES[view]} · modalkit`;
-  if (view === "jobs" && service.models.length > 0) views.jobs.open(rest ? decodeURIComponent(rest) : null);
+  if (view === "jobs" && service.models.length > 0) views.jobs.open(rest ? decoded(rest) : null);
   draw();
 }
 
 function showModels() {
   const names = service.models.map((model) => model.name);
-  byId("model").replaceChildren(...names.map((name) => h("option", { value: name }, name)));
+  const chosen = byId("model").value;
+  byId("model").replaceChildren(...names.map((name) => h("option", { value: name, selected: name === chosen }, name)));
   byId("model-choice").hidden = names.length < 2;
   chooseModel();
 }
@@ -96,7 +105,7 @@ async function follow() {
   const own = (stream = new AbortController());
   while (!own.signal.aborted) {
     try {
-      if (service.models.length === 0) await readService();
+      await readService(); // again after a cut: it may be another process, with other models
       for await (const { event, data } of events("ui/events", own.signal)) {
         if (event === "sample") {
           notice(null);
@@ -132,7 +141,9 @@ function stop() {
 }
 
 async function readService() {
-  service = await get("ui/service");
+  const told = await get("ui/service");
+  if (JSON.stringify(told) === JSON.stringify(service)) return;
+  service = told;
   sendKeyAs(service.key_header);
   byId("key").hidden = service.key_header === null;
   views.jobs.canRetry = service.can_retry;
