@@ -13,7 +13,7 @@ import pytest
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, KeyConfig, KeyScope, Settings
 from modalkit.service.web import create_app
-from modalkit.service.web.ui import samples as ui_samples
+from modalkit.service.web.ui import samples
 from modalkit.service.web.ui.routes import FOLDER
 from modalkit.service.web.ui.samples import PAGE_TRACES, Sampler
 from tests.support.http_client import assert_problem, job
@@ -27,7 +27,7 @@ HEADERS = {"traceparent": f"00-{TRACE}-00000000000000a1-01"}
 
 @pytest.fixture(autouse=True)
 def _short_period(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ui_samples, "PERIOD_S", 0.1)
+    monkeypatch.setattr(samples, "PERIOD_S", 0.1)
 
 
 @pytest.fixture
@@ -44,7 +44,9 @@ async def gateway(tmp_path: Path) -> AsyncIterator[LocalGateway]:
         yield opened
 
 
-async def samples(client: httpx.AsyncClient, headers: dict[str, str] | None = None) -> AsyncGenerator[dict[str, Any]]:
+async def samples_of(
+    client: httpx.AsyncClient, headers: dict[str, str] | None = None
+) -> AsyncGenerator[dict[str, Any]]:
     async with client.stream("GET", "/ui/events", headers=headers) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         async for line in answer.aiter_lines():
@@ -96,7 +98,7 @@ async def test_what_the_page_shows_needs_a_key_with_the_scope_of_metrics(gateway
         assert_problem(await client.get("/ui/events"), 401)
         assert_problem(await client.get("/ui/events?key=watcher-key"), 401)
         assert_problem(await client.get("/ui/events", headers={"X-Key": "caller-key"}), 403)
-        async with aclosing(samples(client, {"X-Key": "watcher-key"})) as told_samples:
+        async with aclosing(samples_of(client, {"X-Key": "watcher-key"})) as told_samples:
             assert "lengths" in (await anext(told_samples))["models"]
 
 
@@ -106,7 +108,7 @@ async def test_samples_tell_batches_once_with_their_requests_and_the_traces_of_t
         await client.post(
             "/sync/predict", json={"text": "one"}, headers={"traceparent": f"00-{'ab' * 16}-{'1' * 16}-01"}
         )
-        async with aclosing(samples(client)) as told:
+        async with aclosing(samples_of(client)) as told:
             first = (await anext(told))["models"]["lengths"]
             assert [batch["number"] for batch in first["recent"]] == list(range(1, first["batches"] + 1))
             listed = [batch for batch in first["recent"] if batch["traces"]]
@@ -129,7 +131,7 @@ async def test_jobs_that_run_with_a_request_are_told_as_bulk(gateway: LocalGatew
     async with serving(create_app(gateway, owns_gateway=False)) as client:
         job_id = (await client.post("/async/predict", json=job("four"), headers=HEADERS)).json()["job_id"]
         await client.get(f"/jobs/{job_id}?wait=30")
-        async with aclosing(samples(client)) as told:
+        async with aclosing(samples_of(client)) as told:
             (batch,) = (await anext(told))["models"]["lengths"]["recent"]
     assert (batch["bulk"], batch["traces"], batch["requests"][0][:2]) == (1, [TRACE], ["bulk", 4])
 
@@ -165,7 +167,7 @@ async def test_all_who_watch_share_one_sample_and_are_told_of_the_end(gateway: L
 async def test_a_model_that_is_not_loaded_is_told_without_figures(gateway: LocalGateway) -> None:
     gateway.models["lengths"].worker, worker = None, gateway.models["lengths"].worker
     try:
-        async with serving(create_app(gateway, owns_gateway=False)) as client, aclosing(samples(client)) as told:
+        async with serving(create_app(gateway, owns_gateway=False)) as client, aclosing(samples_of(client)) as told:
             sample = await anext(told)
     finally:
         gateway.models["lengths"].worker = worker

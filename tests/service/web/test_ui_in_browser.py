@@ -14,6 +14,7 @@ from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app
+from modalkit.service.web.ui import samples
 from tests.support.browser import assert_accessible, chromium, page_in
 from tests.support.http_client import job
 from tests.support.http_server import serving
@@ -34,6 +35,11 @@ def anyio_backend() -> str:
 async def browser() -> AsyncIterator[Browser]:
     async with chromium() as opened:
         yield opened
+
+
+@pytest.fixture(autouse=True)
+def _short_period(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "PERIOD_S", 0.2)
 
 
 @pytest.fixture
