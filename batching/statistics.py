@@ -3,8 +3,9 @@
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from modalkit.batching.policy import DispatchReason
+from modalkit.batching.policy import Batch, DispatchReason
 from modalkit.batching.request import Priority
 
 RECENT_BATCHES = 256
@@ -108,7 +109,8 @@ class SchedulerStatistics:
     stuck_threads: int
     """Calls that ran past the batch timeout and have not returned; each holds a thread."""
     recent: Sequence[BatchRecord] = ()
-    """The last batches, the newest last, without their errors; there are `RECENT_BATCHES` at most."""
+    """The last batches, the newest last, without their errors; there are `RECENT_BATCHES` at most, and none where the
+    scheduler has no `on_batch`."""
 
     @property
     def queued_s(self) -> float:
@@ -152,13 +154,16 @@ class Telemetry:
         self._busy_s = self._predict_s = 0.0
         self._recent: deque[BatchRecord] = deque(maxlen=RECENT_BATCHES)
 
-    def count_batch(self, record: BatchRecord) -> None:
-        """Count a batch."""
-        self._batch_sizes[record.count] += 1
-        self._real_tokens += record.real_tokens
-        self._padded_tokens += record.padded_tokens
-        self._busy_s += record.total_s
-        self._predict_s += record.predict_s
+    def count_batch(self, batch: Batch[Any], total_s: float, predict_s: float) -> None:
+        """Count a batch that ran for `total_s` seconds, of them `predict_s` in its second stage."""
+        self._batch_sizes[len(batch.requests)] += 1
+        self._real_tokens += batch.total
+        self._padded_tokens += batch.padded_tokens
+        self._busy_s += total_s
+        self._predict_s += predict_s
+
+    def keep(self, record: BatchRecord) -> None:
+        """Keep the record of a batch, one of the last."""
         self._recent.append(replace(record, errors=()) if record.errors else record)  # errors may hold tensors
 
     def snapshot(

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from modalkit.service.cli.backup import backup
 from modalkit.service.cli.check import check
 from modalkit.service.cli.common import notices
 from modalkit.service.cli.config import config
@@ -30,7 +31,6 @@ EXIT_FAILURE = 1
 
 app = typer.Typer(
     name="modalkit",
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -38,6 +38,7 @@ app = typer.Typer(
 )
 for command in (init, serve, predict, check, config, deploy, tune, reload):
     app.command()(command)
+jobs_app.command()(backup)
 app.add_typer(jobs_app)
 
 
