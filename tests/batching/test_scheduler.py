@@ -577,8 +577,8 @@ async def test_the_statistics_hold_the_last_batches_with_the_sizes_of_their_requ
             raise ValueError("a bad item")
         return items
 
-    options = {"policy": BatchPolicy(max_batch_size=2), "item_size": len, "on_batch": list[BatchRecord]().append}
-    async with BatchScheduler(run, **options) as scheduler:
+    policy, told = BatchPolicy(max_batch_size=2), list[BatchRecord]()
+    async with BatchScheduler(run, policy=policy, item_size=len, on_batch=told.append) as scheduler:
         await scheduler.submit_many(["a" * 10, "b" * 9])
         with pytest.raises(ValueError, match="a bad item"):
             await scheduler.submit("bad")
