@@ -18,7 +18,6 @@ from modalkit.service.web.ui.samples import Sampler
 
 FOLDER = File(__file__).parent / "static"
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-RETRY = "/jobs/{job_id}/retry"
 HEADERS = {
     "Cache-Control": "no-cache",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -51,7 +50,7 @@ def add_page(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> None:
             {
                 "version": VERSION,
                 "key_header": keys.header if keys.are_asked_for else None,
-                "can_retry": any(getattr(route, "path", "") == RETRY for route in app.routes),
+                "can_retry": hasattr(gateway.jobs.administration, "retry"),
                 "models": [
                     {"name": name, "schema": model.input_model.model_json_schema()}
                     for name, model in gateway.models.items()
