@@ -1,6 +1,7 @@
 // The last batches: a column each, when each ran, and who rode with whom in the chosen one.
 
 import { byId, count, duration, h, number, percent, setText, svg } from "./dom.js";
+import { KEPT_BATCHES } from "./history.js";
 
 const COLUMN_PX = 34;
 const MOST_COLUMNS = 32;
@@ -25,7 +26,11 @@ export const took = (batch) => batch.measured_s || batch.total_s;
 function requestsOf(batch) {
   if (batch.requests) return batch.requests;
   const size = batch.real_tokens / batch.count;
-  return Array.from({ length: batch.count }, (_, place) => [place < batch.count - batch.bulk ? "interactive" : "bulk", size, null]);
+  return Array.from({ length: batch.count }, (_, place) => [
+    place < batch.count - batch.bulk ? "interactive" : "bulk",
+    size,
+    null,
+  ]);
 }
 
 function summary(batch) {
@@ -35,7 +40,7 @@ function summary(batch) {
 }
 
 /** The box of a batch: a row for each request, as long as its share of the longest one. */
-export function boxOf(batch, rowHeight) {
+function boxOf(batch, rowHeight) {
   const requests = requestsOf(batch);
   const longest = batch.padded_tokens / batch.count;
   const gap = rowHeight > 2 ? 1 : 0;
@@ -72,9 +77,10 @@ export class Batches {
     this.root.addEventListener("keydown", (event) => this.#move(event));
     this.lanes = ["interactive", "bulk"].map((lane) => svg("path", { class: lane }));
     this.drawing = svg("svg", { viewBox: "0 0 1000 40", preserveAspectRatio: "none", role: "img" }, this.lanes);
+    this.start = h("span", { class: "start" });
     this.timeline.append(
       this.drawing,
-      h("span", { class: "start" }, `${TIMELINE_S} s ago`),
+      this.start,
       h("span", { class: "middle" }, "When each ran, side by side where several ran at once"),
       h("span", { class: "end" }, "now"),
     );
@@ -97,7 +103,8 @@ export class Batches {
     const kept = rowHeight === this.rowHeight ? this.columns : new Map();
     this.rowHeight = rowHeight;
     const columns = new Map(shown.map((batch) => [batch.number, kept.get(batch.number) ?? this.#column(batch, mine)]));
-    const isSame = columns.size === this.columns.size && [...columns].every(([key, value]) => this.columns.get(key) === value);
+    const isSame =
+      columns.size === this.columns.size && [...columns].every(([key, value]) => this.columns.get(key) === value);
     this.columns = columns;
     if (isSame) return;
     this.root.replaceChildren(...columns.values());
@@ -150,33 +157,43 @@ export class Batches {
   }
 
   #drawTimeline(batches, now) {
+    // Where more run than are kept, these reach back less far.
+    const span = batches.length < KEPT_BATCHES ? TIMELINE_S : Math.min(TIMELINE_S, now - batches[0].at);
+    setText(this.start, `${number(span)} s ago`);
     const rows = []; // when the batch at the end of each row ended
     const paths = { interactive: [], bulk: [] };
     for (const batch of batches.toSorted((a, b) => a.at - b.at)) {
       const end = batch.at + batch.total_s;
-      if (end < now - TIMELINE_S) continue;
+      if (end < now - span) continue;
       let row = rows.findIndex((ended) => ended <= batch.at + 1e-4);
       if (row < 0) row = rows.push(0) - 1;
       rows[row] = end;
-      const x = Math.max(0, (1000 * (batch.at - now + TIMELINE_S)) / TIMELINE_S);
-      const width = Math.max(1.5, (1000 * (end - now + TIMELINE_S)) / TIMELINE_S - x - 0.7);
+      const x = Math.max(0, (1000 * (batch.at - now + span)) / span);
+      const width = Math.max(1.5, (1000 * (end - now + span)) / span - x - 0.7);
       paths[batch.priority].push([x, row, width]);
     }
     const height = 40 / Math.max(1, Math.min(8, rows.length));
     ["interactive", "bulk"].forEach((lane, place) => {
       const d = paths[lane].map(
-        ([x, row, width]) => `M${x.toFixed(1)} ${(row * height + 1).toFixed(1)}h${width.toFixed(1)}v${(height - 2).toFixed(1)}h-${width.toFixed(1)}z`,
+        ([x, row, width]) =>
+          `M${x.toFixed(1)} ${(row * height + 1).toFixed(1)}h${width.toFixed(1)}v${(height - 2).toFixed(1)}h-${width.toFixed(1)}z`,
       );
       this.lanes[place].setAttribute("d", d.join(""));
     });
     const shown = paths.interactive.length + paths.bulk.length;
-    this.drawing.setAttribute("aria-label", `${shown} batches in the last ${TIMELINE_S} seconds, ${rows.length} at once at most`);
+    this.drawing.setAttribute(
+      "aria-label",
+      `${shown} batches in the last ${number(span)} seconds, ${rows.length} at once at most`,
+    );
   }
 }
 
 /** What a batch was, and its requests in a table. */
 export function batchDetails(batch, isMine) {
-  const lanes = batch.bulk === 0 || batch.bulk === batch.count ? batch.priority : `${batch.count - batch.bulk} interactive, ${batch.bulk} bulk`;
+  const lanes =
+    batch.bulk === 0 || batch.bulk === batch.count
+      ? batch.priority
+      : `${batch.count - batch.bulk} interactive, ${batch.bulk} bulk`;
   const facts = {
     Requests: `${count(batch.count)} (${lanes})`,
     Tokens: `${count(batch.real_tokens)} of ${count(batch.padded_tokens)}, ${percent(paddingOf(batch))} padding`,
@@ -191,15 +208,37 @@ export function batchDetails(batch, isMine) {
   return h(
     "div",
     { class: "batch-details" },
-    h("div", {},
+    h(
+      "div",
+      {},
       h("h4", {}, `Batch ${count(batch.number)}`, isMine && h("span", { class: "tag" }, "with your request")),
-      h("dl", { class: "facts" }, Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+      h(
+        "dl",
+        { class: "facts" },
+        Object.entries(facts).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
+      ),
       h("p", { class: "caption" }, `It ran as it was because ${REASONS[batch.reason] ?? batch.reason}.`),
     ),
-    h("div", { class: "riders", tabindex: "0", role: "group", "aria-label": "Requests of the batch" },
-      h("table", {},
-        h("thead", {}, h("tr", {}, ["Class", "Size", "", "Waited"].map((name) => (name ? h("th", { scope: "col" }, name) : h("td"))))),
-        h("tbody", {}, requests.slice(0, MOST_RIDERS).map(([lane, size, waited]) => rider(lane, size, waited, longest))),
+    h(
+      "div",
+      { class: "riders", tabindex: "0", role: "group", "aria-label": "Requests of the batch" },
+      h(
+        "table",
+        {},
+        h(
+          "thead",
+          {},
+          h(
+            "tr",
+            {},
+            ["Class", "Size", "", "Waited"].map((name) => (name ? h("th", { scope: "col" }, name) : h("td"))),
+          ),
+        ),
+        h(
+          "tbody",
+          {},
+          requests.slice(0, MOST_RIDERS).map(([lane, size, waited]) => rider(lane, size, waited, longest)),
+        ),
       ),
       requests.length > MOST_RIDERS && h("p", { class: "caption" }, `and ${requests.length - MOST_RIDERS} more`),
     ),
@@ -209,5 +248,12 @@ export function batchDetails(batch, isMine) {
 function rider(lane, size, waited, longest) {
   const bar = h("i", { class: `length ${lane}` });
   bar.style.width = `${Math.max(1, Math.round((100 * size) / longest))}%`;
-  return h("tr", {}, h("td", {}, lane), h("td", { class: "number" }, number(size)), h("td", { class: "of" }, bar), h("td", { class: "number" }, waited === null ? "" : duration(waited)));
+  return h(
+    "tr",
+    {},
+    h("td", {}, lane),
+    h("td", { class: "number" }, number(size)),
+    h("td", { class: "of" }, bar),
+    h("td", { class: "number" }, waited === null ? "" : duration(waited)),
+  );
 }

@@ -45,13 +45,19 @@ export class TimeChart {
       const line = (values) => values.map((value) => (HEIGHT * (1 - value / limit)).toFixed(1));
       const [upper, lower] = [line(above), line(below)];
       const there = x.map((each, index) => `${each} ${upper[index]}`).join("L");
-      const back = x.map((each, index) => `${each} ${lower[index]}`).reverse().join("L");
+      const back = x
+        .map((each, index) => `${each} ${lower[index]}`)
+        .reverse()
+        .join("L");
       const isEmpty = points.length < 2 || points.every((point) => point[name] === 0);
       this.areas[place].setAttribute("d", isEmpty ? "" : `M${there}L${back}Z`);
       below = above;
     });
     const last = sums.length === 0 ? 0 : sums[sums.length - 1];
-    this.drawing.setAttribute("aria-label", `${this.what}: now ${number(last)}, at most ${number(Math.max(0, ...sums))} in the last ${span} seconds`);
+    this.drawing.setAttribute(
+      "aria-label",
+      `${this.what}: now ${number(last)}, at most ${number(Math.max(0, ...sums))} in the last ${span} seconds`,
+    );
   }
 }
 
@@ -66,7 +72,9 @@ export class Bars {
     root.classList.add("bars");
     root.setAttribute("role", "img");
     root.replaceChildren(
-      ...labels.map((label, place) => h("span", { class: "bar-of" }, this.values[place], this.bars[place], h("span", {}, label))),
+      ...labels.map((label, place) =>
+        h("span", { class: "bar-of" }, this.values[place], this.bars[place], h("span", {}, label)),
+      ),
     );
   }
 
@@ -77,7 +85,9 @@ export class Bars {
       this.bars[place].style.height = `${Math.round((each / most) * 100)}%`;
       setText(this.values[place], each === 0 ? "" : `${Math.max(1, Math.round((each / all) * 100))}%`);
     });
-    const told = this.labels.map((label, place) => `${label}: ${counts[place]}`).filter((_, place) => counts[place] > 0);
+    const told = this.labels
+      .map((label, place) => `${label}: ${counts[place]}`)
+      .filter((_, place) => counts[place] > 0);
     this.root.setAttribute("aria-label", `${this.what}. ${told.join(", ") || "No batch yet."}`);
   }
 }
@@ -103,9 +113,14 @@ export class Scatter {
     const [low, high] = [Math.min(...values), Math.max(...values)].map(Math.log10);
     const [from, to] = pairs.length === 0 ? [-3, -2] : [low - 0.08, high + 0.08];
     const place = (value) => (100 * (Math.log10(value) - from)) / (to - from);
-    const d = pairs.map(([predicted, actual]) => `M${place(predicted).toFixed(1)} ${(100 - place(actual)).toFixed(1)}h0`);
+    const d = pairs.map(
+      ([predicted, actual]) => `M${place(predicted).toFixed(1)} ${(100 - place(actual)).toFixed(1)}h0`,
+    );
     this.points.setAttribute("d", d.join(""));
-    const texts = pairs.length === 0 ? ["", "", ""] : [`took ${format(10 ** to)}`, format(10 ** from), `predicted ${format(10 ** to)}`];
+    const texts =
+      pairs.length === 0
+        ? ["", "", ""]
+        : [`took ${format(10 ** to)}`, format(10 ** from), `predicted ${format(10 ** to)}`];
     this.limits.forEach((limit, index) => setText(limit, texts[index]));
     this.drawing.setAttribute("aria-label", `Predicted and actual seconds of ${pairs.length} batches`);
   }

@@ -68,13 +68,12 @@ export function duration(seconds) {
   return `${plain.format(seconds / 86400)} d`;
 }
 
-/** How long ago a time of the service was; `now` is the same clock. */
+/** How long ago a time was. */
 export function ago(iso) {
   const seconds = (Date.now() - new Date(iso).getTime()) / 1000;
   return seconds < 1 ? "just now" : `${duration(Math.floor(seconds))} ago`;
 }
 
-/** JSON with an indent, and the values of short objects in one line. */
 export function json(value) {
   return JSON.stringify(value, null, 2);
 }

@@ -75,10 +75,14 @@ export class ItemForm {
 
   #control(name, schema, value, isRequired) {
     if (schema.enum) {
-      const options = schema.enum.map((each, place) => h("option", { value: place, selected: each === value }, String(each)));
+      const options = schema.enum.map((each, place) =>
+        h("option", { value: place, selected: each === value }, String(each)),
+      );
       if (!isRequired) options.unshift(h("option", { value: "" }, "not given"));
       const select = h("select", {}, options);
-      return this.#labelled(name, schema, select, isRequired, () => (select.value === "" ? undefined : schema.enum[select.value]));
+      return this.#labelled(name, schema, select, isRequired, () =>
+        select.value === "" ? undefined : schema.enum[select.value],
+      );
     }
     if (schema.type === "boolean") {
       const box = h("input", { type: "checkbox", checked: value === true });
@@ -87,13 +91,17 @@ export class ItemForm {
     if (schema.type === "integer" || schema.type === "number") {
       const step = schema.type === "integer" ? 1 : "any";
       const input = h("input", { type: "number", step, min: schema.minimum, max: schema.maximum, value });
-      return this.#labelled(name, schema, input, isRequired, () => (input.value === "" ? undefined : Number(input.value)));
+      return this.#labelled(name, schema, input, isRequired, () =>
+        input.value === "" ? undefined : Number(input.value),
+      );
     }
     if (schema.type === "string") {
       const isLong = (schema.maxLength ?? Infinity) > LONG_TEXT && !schema.format;
       const input = isLong ? h("textarea", { rows: 3 }) : h("input", { type: "text" });
       input.value = value ?? "";
-      return this.#labelled(name, schema, input, isRequired, () => (input.value === "" && !isRequired ? undefined : input.value));
+      return this.#labelled(name, schema, input, isRequired, () =>
+        input.value === "" && !isRequired ? undefined : input.value,
+      );
     }
     return this.#jsonField(name, schema, value, isRequired);
   }
@@ -123,7 +131,9 @@ export class ItemForm {
     ].filter(Boolean);
     const hint = [schema.description, limits.join(", ")].filter(Boolean).join(" · ");
     if (hint) control.setAttribute("aria-describedby", `${id}-hint`);
-    const element = h("div", { class: "field" },
+    const element = h(
+      "div",
+      { class: "field" },
       h("label", { for: id }, name, isRequired ? null : h("span", { class: "optional" }, " optional")),
       control,
       hint && h("p", { class: "caption", id: `${id}-hint` }, hint),

@@ -1,7 +1,7 @@
 // What the samples of one model add up to: rates over time, and the last batches.
 
 const KEPT_S = 120;
-const KEPT_BATCHES = 512;
+export const KEPT_BATCHES = 512;
 const LONGEST_GAP_S = 5;
 
 export class History {
@@ -25,7 +25,8 @@ export class History {
         at,
         succeeded: (sample.succeeded - before.succeeded) / seconds,
         failed: (sample.failed + sample.expired - before.failed - before.expired) / seconds,
-        busy: sample.open_s > before.open_s ? (sample.predict_s - before.predict_s) / (sample.open_s - before.open_s) : 0,
+        busy:
+          sample.open_s > before.open_s ? (sample.predict_s - before.predict_s) / (sample.open_s - before.open_s) : 0,
         interactive: sample.queued.interactive,
         bulk: sample.queued.bulk,
       });
@@ -47,10 +48,5 @@ export class History {
   /** The batches that are kept, the newest last. */
   recent() {
     return [...this.batches.values()];
-  }
-
-  /** The batch of a request that was sent with this trace, if it has been told. */
-  batchOf(trace) {
-    return this.recent().find((batch) => batch.traces.includes(trace)) ?? null;
   }
 }

@@ -6,7 +6,15 @@ import { ago, byId, choices, count, duration, h, json, setText } from "./dom.js"
 const PAGE = 50;
 const SEARCHED = 1000;
 const REFRESH_MS = 3000;
-const STATES = { "": "All", queued: "Queued", running: "Running", succeeded: "Succeeded", failed: "Failed", cancelled: "Cancelled", expired: "Expired" };
+const STATES = {
+  "": "All",
+  queued: "Queued",
+  running: "Running",
+  succeeded: "Succeeded",
+  failed: "Failed",
+  cancelled: "Cancelled",
+  expired: "Expired",
+};
 const ENDED = ["succeeded", "failed", "cancelled", "expired"];
 const CAN_RETRY = ["failed", "cancelled", "expired"];
 
@@ -83,9 +91,14 @@ export class JobList {
 
   async #actOnAll() {
     try {
-      const { retried, replayed } = await (await send(this.state === "failed" ? "jobs/retry" : "jobs/replay", { method: "POST" })).json();
+      const { retried, replayed } = await (
+        await send(this.state === "failed" ? "jobs/retry" : "jobs/replay", { method: "POST" })
+      ).json();
       await this.#load(null);
-      setText(this.note, retried === undefined ? `${count(replayed)} results are sent once more.` : `${count(retried)} jobs run again.`);
+      setText(
+        this.note,
+        retried === undefined ? `${count(replayed)} results are sent once more.` : `${count(retried)} jobs run again.`,
+      );
     } catch (error) {
       setText(this.note, error.message);
     }
@@ -120,17 +133,26 @@ export class JobList {
   async #search(cursor) {
     if (cursor === null && /^[\w.-]{8,}$/.test(this.text)) {
       try {
-        return { jobs: [await get(`jobs/${encodeURIComponent(this.text)}`)], next_cursor: null, note: "Found by its id." };
+        return {
+          jobs: [await get(`jobs/${encodeURIComponent(this.text)}`)],
+          next_cursor: null,
+          note: "Found by its id.",
+        };
       } catch (error) {
         if (error.status !== 404) throw error;
       }
     }
     const page = await this.#page(cursor, SEARCHED);
     const wanted = this.text.toLowerCase();
-    const holds = (job) => JSON.stringify([job.job_id, job.meta, job.error, job.delivery_error, job.result]).toLowerCase().includes(wanted);
+    const holds = (job) =>
+      JSON.stringify([job.job_id, job.meta, job.error, job.delivery_error, job.result]).toLowerCase().includes(wanted);
     this.searched = (cursor === null ? 0 : this.searched) + page.jobs.length;
     const older = page.next_cursor === null ? "" : " “Older jobs” searches further.";
-    return { ...page, jobs: page.jobs.filter(holds), note: `Searched the newest ${count(this.searched)} jobs.${older}` };
+    return {
+      ...page,
+      jobs: page.jobs.filter(holds),
+      note: `Searched the newest ${count(this.searched)} jobs.${older}`,
+    };
   }
 
   #draw(note = "") {
@@ -152,7 +174,9 @@ export class JobList {
     const { signal } = this.watching;
     const show = (job, message) => {
       const isFocused = this.dialog.contains(document.activeElement);
-      this.dialog.replaceChildren(...jobDetails(job, message, (method, path) => this.#act(jobId, method, path), this.canRetry));
+      this.dialog.replaceChildren(
+        ...jobDetails(job, message, (method, path) => this.#act(jobId, method, path), this.canRetry),
+      );
       if (!this.dialog.open) this.dialog.showModal();
       else if (isFocused && !this.dialog.contains(document.activeElement)) this.dialog.querySelector("button").focus();
     };
@@ -194,13 +218,19 @@ function row(job, hasModels) {
   const took = job.started_at && job.finished_at ? seconds(job.started_at, job.finished_at) : "–";
   const end = job.error ?? (job.result === null ? "" : short(job.result));
   const cell = (label, ...content) => h("td", { role: "cell", "data-label": label }, content);
-  return h("tr", { role: "row" },
+  return h(
+    "tr",
+    { role: "row" },
     h("th", { scope: "row", role: "rowheader" }, link, hasModels && h("span", { class: "model" }, job.model_name)),
     cell("State", stateOf(job)),
     cell("Delivery", job.delivery === "none" ? "–" : job.delivery),
     cell("Accepted", ago(job.created_at)),
     cell("Took", took),
-    h("td", { role: "cell", "data-label": "Result or error", class: job.error ? "end error" : "end" }, end.slice(0, 200)),
+    h(
+      "td",
+      { role: "cell", "data-label": "Result or error", class: job.error ? "end error" : "end" },
+      end.slice(0, 200),
+    ),
   );
 }
 
@@ -230,14 +260,25 @@ function jobDetails(job, message, act, canRetry) {
     "Queue of failures": job.failure_queue,
     Delivery: job.delivery === "none" ? "" : `${job.delivery}, ${count(job.delivery_attempts)} attempts`,
     "Delivery failed by": job.delivery_error,
-    ...Object.fromEntries(Object.entries(times).map(([label, time]) => [label, time && `${new Date(time).toLocaleString()}, ${ago(time)}`])),
+    ...Object.fromEntries(
+      Object.entries(times).map(([label, time]) => [label, time && `${new Date(time).toLocaleString()}, ${ago(time)}`]),
+    ),
   };
   const actions = [
-    ENDED.includes(job.status) ? null : h("button", { type: "button", click: () => act("DELETE", "") }, "Cancel the job"),
-    canRetry && CAN_RETRY.includes(job.status) && job.delivery !== "pending" ? h("button", { type: "button", class: "main", click: () => act("POST", "/retry") }, "Run it again") : null,
-    job.delivery === "undelivered" ? h("button", { type: "button", click: () => act("POST", "/replay") }, "Send the result once more") : null,
+    ENDED.includes(job.status)
+      ? null
+      : h("button", { type: "button", click: () => act("DELETE", "") }, "Cancel the job"),
+    canRetry && CAN_RETRY.includes(job.status) && job.delivery !== "pending"
+      ? h("button", { type: "button", class: "main", click: () => act("POST", "/retry") }, "Run it again")
+      : null,
+    job.delivery === "undelivered"
+      ? h("button", { type: "button", click: () => act("POST", "/replay") }, "Send the result once more")
+      : null,
   ].filter(Boolean);
-  const block = (label, value) => (value === null || value === undefined ? null : [h("h3", {}, label), h("pre", { tabindex: "0", "aria-label": label }, json(value))]);
+  const block = (label, value) =>
+    value === null || value === undefined
+      ? null
+      : [h("h3", {}, label), h("pre", { tabindex: "0", "aria-label": label }, json(value))];
   return [
     h("div", { class: "heading" }, title, close),
     name,
@@ -245,7 +286,17 @@ function jobDetails(job, message, act, canRetry) {
     error,
     actions.length > 0 && h("div", { class: "actions" }, actions),
     job.error && h("p", { class: "notice" }, job.error),
-    h("dl", { class: "facts" }, Object.entries(facts).filter(([, value]) => value).map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value)))),
-    ...[block("Message", job.message), block("Result", job.result), block("Meta", Object.keys(job.meta).length ? job.meta : null)].flat(),
+    h(
+      "dl",
+      { class: "facts" },
+      Object.entries(facts)
+        .filter(([, value]) => value)
+        .map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value))),
+    ),
+    ...[
+      block("Message", job.message),
+      block("Result", job.result),
+      block("Meta", Object.keys(job.meta).length ? job.meta : null),
+    ].flat(),
   ].filter(Boolean);
 }

@@ -21,13 +21,23 @@ const FIGURES = {
 export class Live {
   constructor() {
     this.figures = Object.fromEntries(Object.keys(FIGURES).map((name) => [name, h("dd", {}, "–")]));
-    byId("figures").replaceChildren(...Object.entries(FIGURES).map(([name, label]) => h("div", {}, h("dt", {}, label), this.figures[name])));
+    byId("figures").replaceChildren(
+      ...Object.entries(FIGURES).map(([name, label]) => h("div", {}, h("dt", {}, label), this.figures[name])),
+    );
     this.rates = new TimeChart(byId("rate-chart"), ["succeeded", "failed"], "Items each second");
     this.queue = new TimeChart(byId("queue-chart"), LANES, "Items that wait");
     this.batches = new Batches();
-    this.cells = Object.fromEntries(LANES.map((lane) => [lane, ["items", "work", "oldest"].map(() => h("td", { class: "number" }, "–"))]));
-    byId("queue").replaceChildren(...LANES.map((lane) => h("tr", {}, h("th", { scope: "row", class: lane }, lane), this.cells[lane])));
-    this.padding = new Bars(byId("padding"), ["<1", "<2", "<5", "<10", "<20", "<30", "<50", "≥50"], "Batches by their share of padding in per cent");
+    this.cells = Object.fromEntries(
+      LANES.map((lane) => [lane, ["items", "work", "oldest"].map(() => h("td", { class: "number" }, "–"))]),
+    );
+    byId("queue").replaceChildren(
+      ...LANES.map((lane) => h("tr", {}, h("th", { scope: "row", class: lane }, lane), this.cells[lane])),
+    );
+    this.padding = new Bars(
+      byId("padding"),
+      ["<1", "<2", "<5", "<10", "<20", "<30", "<50", "≥50"],
+      "Batches by their share of padding in per cent",
+    );
     this.sizes = null;
     this.samples = 0; // the distributions change slowly, and are drawn for every second one
     this.drawn = "";
@@ -48,11 +58,17 @@ export class Live {
       setText(oldest, sample.queued[lane] ? duration(sample.oldest_s[lane]) : "–");
     }
     const stored = jobs?.statuses.queued ?? 0;
-    setText(byId("backlog"), stored === 0 ? "No job waits in the store." : `${count(stored)} job${stored === 1 ? " waits" : "s wait"} in the store.`);
+    setText(
+      byId("backlog"),
+      stored === 0
+        ? "No job waits in the store."
+        : `${count(stored)} job${stored === 1 ? " waits" : "s wait"} in the store.`,
+    );
     this.rates.draw(history.points, sample.at);
     this.queue.draw(history.points, sample.at);
     const what = `${model} ${sample.limits?.max_batch_size}`;
-    if (what !== this.drawn || (this.samples += 1) % 2 === 0) this.#drawDistributions(recent, sample.limits?.max_batch_size ?? 32);
+    if (what !== this.drawn || (this.samples += 1) % 2 === 0)
+      this.#drawDistributions(recent, sample.limits?.max_batch_size ?? 32);
     this.drawn = what;
   }
 
@@ -60,7 +76,9 @@ export class Live {
     const rate = history.rate("succeeded");
     const busy = history.rate("busy");
     const waiting = sample.queued.interactive + sample.queued.bulk;
-    const [real, padded] = ["real_tokens", "padded_tokens"].map((name) => recent.reduce((sum, batch) => sum + batch[name], 0));
+    const [real, padded] = ["real_tokens", "padded_tokens"].map((name) =>
+      recent.reduce((sum, batch) => sum + batch[name], 0),
+    );
     const requests = recent.reduce((sum, batch) => sum + batch.count, 0);
     const off = median(measured(recent).map(([predicted, actual]) => Math.abs(predicted / actual - 1)));
     const texts = {
@@ -81,28 +99,49 @@ export class Live {
       const labels = limits.map((limit, place) => (place < 2 ? `${limit}` : `≤${limit === Infinity ? "…" : limit}`));
       this.sizes = new Bars(byId("sizes"), labels, "Batches by their number of requests");
     }
-    this.sizes.draw(histogram(recent.map((batch) => batch.count), limits));
-    this.padding.draw(histogram(recent.map((batch) => 1 - batch.real_tokens / batch.padded_tokens), PADDING_LIMITS, 1e-9));
+    this.sizes.draw(
+      histogram(
+        recent.map((batch) => batch.count),
+        limits,
+      ),
+    );
+    this.padding.draw(
+      histogram(
+        recent.map((batch) => 1 - batch.real_tokens / batch.padded_tokens),
+        PADDING_LIMITS,
+        1e-9,
+      ),
+    );
     const pairs = measured(recent);
     this.predicted.draw(pairs, duration);
     const close = pairs.filter(([predicted, actual]) => Math.abs(predicted / actual - 1) <= 0.2).length;
     const last = `the last ${count(recent.length)} batches`;
     setText(byId("sizes-caption"), recent.length ? `Requests in each of ${last}` : "No batch has run yet");
-    setText(byId("padding-caption"), recent.length ? `Share of padding in ${last}, in per cent` : "No batch has run yet");
-    const share = pairs.length ? `${percent(close / pairs.length)} of ${count(pairs.length)} within a fifth of the prediction` : "No batch has run yet";
+    setText(byId("padding-caption"), recent.length ? `Per cent of padding in ${last}` : "No batch has run yet");
+    const share = pairs.length
+      ? `${percent(close / pairs.length)} of ${count(pairs.length)} within a fifth of the prediction`
+      : "No batch has run yet";
     setText(byId("predicted-caption"), share);
   }
 }
 
 /** What was predicted and what it took, of the batches that succeeded in one run. */
 function measured(batches) {
-  return batches.filter((batch) => batch.measured_s > 0 && batch.predicted_s > 0).map((batch) => [batch.predicted_s, took(batch)]);
+  return batches
+    .filter((batch) => batch.measured_s > 0 && batch.predicted_s > 0)
+    .map((batch) => [batch.predicted_s, took(batch)]);
 }
 
 /** How many values are up to each limit, and above the one before. */
 function histogram(values, limits, slack = 0) {
   const counts = limits.map(() => 0);
-  for (const value of values) counts[Math.max(0, limits.findIndex((limit) => value <= limit - slack || limit === limits.at(-1)))] += 1;
+  for (const value of values)
+    counts[
+      Math.max(
+        0,
+        limits.findIndex((limit) => value <= limit - slack || limit === limits.at(-1)),
+      )
+    ] += 1;
   return counts;
 }
 

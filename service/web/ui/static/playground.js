@@ -8,7 +8,8 @@ import { ItemForm } from "./form.js";
 const TRACES = "6d6f64616c6b6974"; // how the ids of its traces begin: the service tells the batches of these
 const MOST_COPIES = 1000;
 
-const hex = (bytes) => Array.from(crypto.getRandomValues(new Uint8Array(bytes)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+const hex = (bytes) =>
+  Array.from(crypto.getRandomValues(new Uint8Array(bytes)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
 export class Playground {
   constructor() {
@@ -44,12 +45,30 @@ export class Playground {
     [this.models, this.model] = [models, model];
     this.form = new ItemForm(model.schema, () => this.#showCode());
     this.options = {
-      mode: h("select", { id: "mode" }, h("option", { value: "wait" }, "Wait for the result"), h("option", { value: "job" }, "As a job")),
-      priority: h("select", { id: "priority" }, h("option", { value: "" }, "as usual"), h("option", {}, "interactive"), h("option", {}, "bulk")),
+      mode: h(
+        "select",
+        { id: "mode" },
+        h("option", { value: "wait" }, "Wait for the result"),
+        h("option", { value: "job" }, "As a job"),
+      ),
+      priority: h(
+        "select",
+        { id: "priority" },
+        h("option", { value: "" }, "as usual"),
+        h("option", {}, "interactive"),
+        h("option", {}, "bulk"),
+      ),
       copies: h("input", { id: "copies", type: "number", min: 1, max: MOST_COPIES, value: 1 }),
       queue: h("input", { id: "queue-name", type: "text", placeholder: "none" }),
     };
-    const field = (label, control, hint) => h("div", { class: "field" }, h("label", { for: control.id }, label), control, hint && h("p", { class: "caption" }, hint));
+    const field = (label, control, hint) =>
+      h(
+        "div",
+        { class: "field" },
+        h("label", { for: control.id }, label),
+        control,
+        hint && h("p", { class: "caption" }, hint),
+      );
     const queue = field("Queue of the result", this.options.queue);
     const toggleQueue = () => (queue.hidden = this.options.mode.value !== "job");
     this.options.mode.addEventListener("change", toggleQueue);
@@ -60,7 +79,14 @@ export class Playground {
     byId("request").replaceChildren(
       h("div", { class: "heading" }, h("h3", {}, `An item for ${model.name}`), this.form.isSplit && asJson),
       this.form.root,
-      h("div", { class: "row" }, field("How", this.options.mode), field("Class", this.options.priority), field("Copies", this.options.copies), queue),
+      h(
+        "div",
+        { class: "row" },
+        field("How", this.options.mode),
+        field("Class", this.options.priority),
+        field("Copies", this.options.copies),
+        queue,
+      ),
       h("p", { class: "caption" }, "Several copies go as one list, and show how batches form."),
       this.problem,
       h("div", { class: "actions" }, this.submit),
@@ -82,7 +108,10 @@ export class Playground {
   #request() {
     const { mode, priority, copies, queue } = this.options;
     const item = this.form.item();
-    const one = mode.value === "job" ? { message: item, ...(queue.value ? { success_queue: queue.value, failure_queue: queue.value } : {}) } : item;
+    const one =
+      mode.value === "job"
+        ? { message: item, ...(queue.value ? { success_queue: queue.value, failure_queue: queue.value } : {}) }
+        : item;
     const times = Math.max(1, Math.min(MOST_COPIES, Math.floor(Number(copies.value)) || 1));
     const route = mode.value === "job" ? "async/predict" : times > 1 ? "batch/predict" : "sync/predict";
     const query = this.models.length > 1 ? `?${new URLSearchParams({ model_name: this.model.name })}` : "";
@@ -134,10 +163,19 @@ export class Playground {
       const content = await answer.json();
       const seconds = (performance.now() - started) / 1000;
       byId("answer").replaceChildren(...answerOf(answer.status, seconds, content));
-      byId("rode").replaceChildren(h("p", { class: "caption" }, this.canTell ? "Its batch is told in a second …" : "This key does not show which batch it ran in."));
+      byId("rode").replaceChildren(
+        h(
+          "p",
+          { class: "caption" },
+          this.canTell ? "Its batch is told in a second …" : "This key does not show which batch it ran in.",
+        ),
+      );
     } catch (error) {
-      const text = error.name === "AbortError" ? "The request was cancelled; its items have left the queue." : error.message;
-      byId("answer").replaceChildren(h("p", { class: "notice" }, error.status ? `HTTP ${error.status}: ${text}` : text));
+      const text =
+        error.name === "AbortError" ? "The request was cancelled; its items have left the queue." : error.message;
+      byId("answer").replaceChildren(
+        h("p", { class: "notice" }, error.status ? `HTTP ${error.status}: ${text}` : text),
+      );
     } finally {
       this.sending = null;
       this.submit.textContent = "Send";
@@ -151,13 +189,20 @@ export class Playground {
     const text = batches.map((batch) => batch.number).join(", ");
     if (text === this.shownBatches) return;
     this.shownBatches = text;
-    const where = batches.length === 1 ? "It ran in one batch." : `It ran in ${count(batches.length)} batches: ${text}.`;
-    byId("rode").replaceChildren(h("h3", {}, "Who rode with it"), h("p", { class: "caption" }, where), batchDetails(batches[0], false));
+    const where =
+      batches.length === 1 ? "It ran in one batch." : `It ran in ${count(batches.length)} batches: ${text}.`;
+    byId("rode").replaceChildren(
+      h("h3", {}, "Who rode with it"),
+      h("p", { class: "caption" }, where),
+      batchDetails(batches[0], false),
+    );
   }
 }
 
 function answerOf(status, seconds, content) {
-  const ids = (Array.isArray(content) ? content : [content]).map((each) => each?.job_id).filter((id) => typeof id === "string");
+  const ids = (Array.isArray(content) ? content : [content])
+    .map((each) => each?.job_id)
+    .filter((id) => typeof id === "string");
   const links = ids.slice(0, 20).map((id) => h("li", {}, h("a", { href: `#jobs/${encodeURIComponent(id)}` }, id)));
   return [
     h("p", {}, h("span", { class: "state succeeded" }, `HTTP ${status}`), ` in ${duration(seconds)}`),
@@ -179,13 +224,22 @@ function literal(value) {
   if (value === null || value === undefined) return "None";
   if (typeof value === "boolean") return value ? "True" : "False";
   if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
-  if (typeof value === "object") return `{${Object.entries(value).map(([key, each]) => `${JSON.stringify(key)}: ${literal(each)}`).join(", ")}}`;
+  if (typeof value === "object")
+    return `{${Object.entries(value)
+      .map(([key, each]) => `${JSON.stringify(key)}: ${literal(each)}`)
+      .join(", ")}}`;
   return JSON.stringify(value);
 }
 
 function python(url, headers, { one, times }) {
   const lines = ["import httpx", "", "answer = httpx.post(", `    ${JSON.stringify(url)},`];
   if (Object.keys(headers).length > 0) lines.push(`    headers=${literal(headers)},`);
-  lines.push(`    json=${times > 1 ? `[${literal(one)}] * ${times}` : literal(one)},`, "    timeout=60,", ")", "answer.raise_for_status()", "print(answer.json())");
+  lines.push(
+    `    json=${times > 1 ? `[${literal(one)}] * ${times}` : literal(one)},`,
+    "    timeout=60,",
+    ")",
+    "answer.raise_for_status()",
+    "print(answer.json())",
+  );
   return lines.join("\n");
 }
