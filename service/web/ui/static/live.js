@@ -11,6 +11,7 @@ const LANES = ["interactive", "bulk"];
 const FIGURES = {
   rate: "Items each second",
   waiting: "Waiting",
+  work: "Predicted to take",
   running: "Running",
   size: "Items in a batch",
   padding: "Padding",
@@ -83,7 +84,8 @@ export class Live {
     const off = median(measured(recent).map(([predicted, actual]) => Math.abs(predicted / actual - 1)));
     const texts = {
       rate: rate === null ? "–" : number(rate),
-      waiting: waiting === 0 ? "0" : `${count(waiting)} · ${duration(sample.work_s.interactive + sample.work_s.bulk)}`,
+      waiting: count(waiting),
+      work: duration(sample.work_s.interactive + sample.work_s.bulk),
       running: count(sample.running),
       size: recent.length === 0 ? "–" : number(requests / recent.length),
       padding: padded === 0 ? "–" : percent(1 - real / padded),
