@@ -130,6 +130,7 @@ async function follow() {
       }
       if (!(error instanceof Refused || error instanceof TypeError)) throw error;
       tell("bad", "Not connected");
+      if (error.status) notice(error.message);
     }
     await pause(RETRY_MS);
   }
