@@ -9,7 +9,7 @@ const SIZE_LIMITS = [1, 2, 4, 8, 16, 32, 64, 128, 256, Infinity];
 const LANES = ["interactive", "bulk"];
 
 const FIGURES = {
-  rate: "Items each second",
+  rate: "Items a second",
   waiting: "Waiting",
   work: "Predicted to take",
   running: "Running",
