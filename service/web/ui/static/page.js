@@ -196,7 +196,9 @@ byId("key").addEventListener("click", () => askForKey("The key of this tab."));
 byId("key-forget").addEventListener("click", () => useKey(null));
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  useKey(byId("key-text").value.trim());
+  const key = byId("key-text").value.trim();
+  if (/^[\x20-\xff]+$/.test(key)) useKey(key);
+  else setText(byId("key-reason"), "No header can carry this key: use letters, digits and signs of Latin-1.");
 });
 byId("model").addEventListener("change", chooseModel);
 document.addEventListener("click", (event) => {
