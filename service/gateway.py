@@ -206,6 +206,11 @@ class Gateway(AbstractAsyncContextManager["Gateway"], Protocol):
     def administration(self) -> ModelAdministration | None:
         """None where the engine cannot reload models."""
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether it is about to be left, so that answers without an end should end."""
+        ...
+
 
 ModelT = TypeVar("ModelT", bound=Model)
 

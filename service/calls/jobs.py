@@ -298,6 +298,7 @@ class CallGateway(AsyncContextManagerMixin):
     published_metrics: PublishedMetrics | None = None
     """Where processes that cannot be scraped publish their metrics."""
     administration: None = None
+    is_draining: bool = False
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:

@@ -260,6 +260,8 @@ class AppSettings(Section):
     server_config: ServerConfig = ServerConfig()
     adapters: list[Adapter] = list(ADAPTERS)
     """Other servers whose clients are answered, by routes in their shapes: openai, tei, vllm; [] for none."""
+    ui: bool = True
+    """Whether a page at `/` and `/ui` shows what the service does; false: `/` leads to `/docs`."""
     auth_config: AuthConfig = AuthConfig()
     build_config: BuildConfig = BuildConfig()
     deployment_config: DeploymentConfig = DeploymentConfig()

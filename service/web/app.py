@@ -34,6 +34,7 @@ from modalkit.service.web.metrics import CONTENT_TYPE, exposition
 from modalkit.service.web.observing import RequestObserver
 from modalkit.service.web.problems import ProblemError, error_response, install_problem_handlers
 from modalkit.service.web.routes import DirectRoutes, PostRoutes, add_prediction_routes
+from modalkit.service.web.ui import add_page
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +62,13 @@ def create_app(
     owns_gateway: bool = True,
     require_all_models: bool = False,
     adapters: Collection[Adapter] = ADAPTERS,
+    ui: bool = True,
 ) -> FastAPI:
     """The HTTP service over a gateway, which is opened and closed with it (by ASGI's lifespan) if it `owns_gateway`.
 
     A model that could not be loaded leaves the service ready for the others, unless it must `require_all_models`.
-    `adapters` are the other servers whose clients it answers, by routes in their shapes.
+    `adapters` are the other servers whose clients it answers, by routes in their shapes. With `ui`, a page at ``/`` and
+    ``/ui`` shows what the service does; what it shows needs a key.
 
     An application that another one mounts is started by that one: see `lifespan_of`. Until it is started, each request
     is answered with 503 and what to write.
@@ -118,9 +121,13 @@ def create_app(
     install_problem_handlers(app)
     _complete_schema(app, gateway.models)
 
-    @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("docs")
+    if ui:
+        add_page(app, gateway, keys)
+    else:
+
+        @app.get("/", include_in_schema=False)
+        async def root() -> RedirectResponse:
+            return RedirectResponse("docs")
 
     return app
 
@@ -134,6 +141,7 @@ def configured_app(gateway: Gateway, settings: AppSettings, *, owns_gateway: boo
         owns_gateway=owns_gateway,
         require_all_models=settings.require_all_models,
         adapters=settings.adapters,
+        ui=settings.ui,
     )
 
 

@@ -135,7 +135,7 @@ class FakeContainer:
     async def report(self) -> Mapping[str, Any]:
         statistics = SchedulerStatistics(
             queued=dict.fromkeys(Priority, 0),
-            queued_s=0.0,
+            work_s=dict.fromkeys(Priority, 0.0),
             oldest_s=dict.fromkeys(Priority, 0.0),
             running=0,
             accepted=0,
