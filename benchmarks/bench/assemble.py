@@ -214,14 +214,22 @@ def loads_of(base: Load, clients: str, rates: str | None, arrivals: str) -> list
 
 
 def variants_of(sweeps: Sequence[str]) -> list[Variant]:
-    """Each combination of the values of each sweep, as ``max_batch_size=8,32``. Raises `BenchError`."""
+    """Each combination of the values of each sweep, as ``max_batch_size=8,32``. Raises `BenchError`.
+
+    The value of ``engine`` may have a number format too, as ``torch/float32``.
+    """
     settings = []
     for sweep in sweeps:
         key, _, values = sweep.partition("=")
         if not key or not values:
             raise BenchError(f"--sweep {sweep!r}: give a setting and its values, as max_batch_size=8,32")
-        settings.append([(key.strip(), value.strip()) for value in values.split(",")])
-    return [dict(chosen) for chosen in itertools.product(*settings)]
+        settings.append([_settings(key.strip(), value.strip()) for value in values.split(",")])
+    return [dict(itertools.chain(*chosen)) for chosen in itertools.product(*settings)]
+
+
+def _settings(key: str, value: str) -> list[tuple[str, str]]:
+    engine, slash, dtype = value.partition("/")
+    return [(key, engine), ("dtype", dtype)] if key == "engine" and slash else [(key, value)]
 
 
 def _each(text: str, read: Callable[[str], T], option: str, example: str) -> list[T]:

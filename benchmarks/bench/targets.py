@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,9 +120,16 @@ class ServeTarget:
 
 @contextmanager
 def process(
-    command: Sequence[str], environment: Mapping[str, str], ready: str, folder: Path | None = None
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    ready: str,
+    folder: Path | None = None,
+    *,
+    stop_s: float = STOP_S,
 ) -> Iterator[str]:
-    """A process of which the output until it matched `ready` is the value. It is stopped gently, and then killed.
+    """A process of which the output until it matched `ready` is the value.
+
+    It is stopped gently, and killed `stop_s` later; at once with 0.
 
     Raises `BenchError` with its output where it ends before.
     """
@@ -137,12 +144,12 @@ def process(
                 said = Path(log.name).read_text(errors="replace")
             yield said
         finally:
-            running.send_signal(signal.SIGINT)
-            try:
-                running.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                running.kill()
-                running.wait()
+            if stop_s:
+                running.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    running.wait(stop_s)
+            running.kill()
+            running.wait()
 
 
 @dataclass(frozen=True, slots=True)

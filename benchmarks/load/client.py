@@ -15,6 +15,9 @@ import httptools
 CHECKS_PER_TIMEOUT = 10
 """How often, in the time that a request may take, requests are looked for that took longer."""
 
+NO_CONNECTION = "no connection"
+"""The begin of the reason where the server was not reached."""
+
 Outcome = int | str
 """The number of items with an answer, or why there was none."""
 
@@ -128,11 +131,20 @@ class HttpCaller:
         index %= len(self._target.requests)
         async with self._may_send:
             try:
-                status, body = await self._exchange(self._target.requests[index])
-            except TimeoutError as error:  # before its parent class
-                return str(error) or "no connection in time"
+                connection = await self._connected()
+            except OSError as error:  # TimeoutError is one too
+                return f"{NO_CONNECTION}: {type(error).__name__}: {error.strerror or error}"
+            self._busy.add(connection)
+            try:
+                status, body = await connection.send(self._target.requests[index])
+            except TimeoutError as error:
+                return str(error)
             except OSError as error:
                 return f"{type(error).__name__}: {error.strerror or error}"
+            finally:
+                self._busy.discard(connection)
+            if connection.is_open:
+                self._idle.append(connection)
         if not 200 <= status < 300:  # HTTP's classes
             return f"HTTP {status}"
         if self._target.keeps_bodies:
@@ -140,21 +152,13 @@ class HttpCaller:
         mark = self._target.error_mark
         return self._target.list_length - (body.count(mark) if mark else 0)
 
-    async def _exchange(self, request: bytes) -> tuple[int, bytes]:
+    async def _connected(self) -> _Connection:
         while self._idle:
             if (connection := self._idle.pop()).is_open:
-                break
-        else:
-            async with asyncio.timeout(self._target.timeout_s):
-                _, connection = await self._connect()
-        self._busy.add(connection)
-        try:
-            answer = await connection.send(request)
-        finally:
-            self._busy.discard(connection)
-        if connection.is_open:
-            self._idle.append(connection)
-        return answer
+                return connection
+        async with asyncio.timeout(self._target.timeout_s):
+            _, connection = await self._connect()
+        return connection
 
     async def expire(self) -> None:
         """Fail requests that take too long, for ever."""

@@ -33,9 +33,21 @@ class Endpoint:
 
     def requests(self, items: Sequence[Item]) -> list[bytes]:
         """The HTTP requests for the items, in lists of `list_length` that begin again where the items end."""
-        head = self._head()
-        bodies = (self.content(self.items_of(items, index)) for index in range(self.request_count(items)))
-        return [head + b"%d\r\n\r\n" % len(body) + body for body in bodies]
+        count = self.request_count(items)
+        return [self.request(self.content(self.items_of(items, index))) for index in range(count)]
+
+    def request(self, body: bytes) -> bytes:
+        """The HTTP request with this body."""
+        parts = urlsplit(self.url)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers = {
+            "Host": parts.netloc.rpartition("@")[2],
+            "Content-Type": self.content_type,
+            **self.headers,
+            "Content-Length": str(len(body)),
+        }
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        return f"POST {target} HTTP/1.1\r\n{lines}\r\n".encode() + body
 
     def request_count(self, items: Sequence[Item]) -> int:
         """How many different requests the items make."""
@@ -63,21 +75,18 @@ class Endpoint:
             return [None] * self.list_length
         return [_text(label) for label in value] if isinstance(value, list) else [_text(value)]
 
-    def _head(self) -> bytes:
-        parts = urlsplit(self.url)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        headers = {"Host": parts.netloc.rpartition("@")[2], "Content-Type": self.content_type, **self.headers}
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        return f"POST {target} HTTP/1.1\r\n{lines}Content-Length: ".encode()
-
 
 def filled(template: Any, items: Sequence[Item]) -> Any:
-    """The template with the items in it. Raises `KeyError` for a field that an item has not."""
+    """The template with the items in it. Raises `BenchError` for a field that an item has not."""
     if isinstance(template, str) and template.startswith("$"):
         name = template[1:]
         if name == "item":
             return items[0]
-        return len(items) if name == "count" else items[0][name]
+        if name == "count":
+            return len(items)
+        if name not in items[0]:
+            raise BenchError(f"an item has no field {name!r}; it has {', '.join(items[0])}")
+        return items[0][name]
     if isinstance(template, Mapping):
         if set(template) == {"$each"}:
             return [filled(template["$each"], [item]) for item in items]

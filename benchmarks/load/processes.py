@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from modalkit.benchmarks.load.client import HttpTarget
+from modalkit.benchmarks.load.client import NO_CONNECTION, HttpTarget
 from modalkit.benchmarks.load.endpoint import Endpoint, Item
 from modalkit.benchmarks.load.figures import BUSY_CPU_SHARE, Measured, measured_of
 from modalkit.benchmarks.load.plan import BenchError, Load
@@ -49,7 +49,11 @@ def run_load(
         keeps_bodies=keeps_bodies or labels is not None,
     )
     measured = run_target(target, load, on_progress=on_progress)
-    if not measured.answered and measured.errors and all("onnect" in reason for reason in measured.errors):
+    if (
+        not measured.answered
+        and measured.errors
+        and all(reason.startswith(NO_CONNECTION) for reason in measured.errors)
+    ):
         raise BenchError(f"{endpoint.url}: {next(iter(measured.errors))}")
     if labels is not None:
         measured = replace(measured, accuracy=_accuracy(endpoint, labels, measured))
