@@ -23,6 +23,9 @@ from modalkit.service.cli.common import ConfigFiles, ModelOption, notices
 from modalkit.service.cli.records import ColumnOption, FormatOption
 
 PIPED_WIDTH = 1000
+OWN_CAPACITY_S = 1.5
+OWN_SHARE = 0.8
+"""A run with more of the requests per second that the generator itself can send was limited by it."""
 
 app = typer.Typer()
 
@@ -171,7 +174,7 @@ def bench(
             notices.print(f"{target}: {variant_name(variant)}", markup=False)
             with session.opened(variant) as opened:
                 if opened.running.url is not None and results.own_capacity is None:
-                    results.own_capacity = _own_capacity(opened, processes)
+                    results.own_capacity = _own_capacity(opened, processes, min(OWN_CAPACITY_S, seconds))
                 if opened.cold_start_s is not None:
                     results.cold_start_s[variant_name(variant)] = opened.cold_start_s
                 for load in loads:
@@ -195,14 +198,10 @@ def bench(
         raise typer.Exit(1)
 
 
-def _own_capacity(opened: OpenSession, processes: int | None) -> dict[str, float]:
+def _own_capacity(opened: OpenSession, processes: int | None, seconds: float) -> dict[str, float]:
     with notices.status("Measuring what the load generator itself can do ..."):
-        found = own_capacity(opened.endpoint, opened.session.inputs.items, processes=processes or 1)
+        found = own_capacity(opened.endpoint, opened.session.inputs.items, processes=processes or 1, seconds=seconds)
     return {"requests_per_s": found.requests_per_s, "processes": found.processes}
-
-
-OWN_SHARE = 0.8
-"""A run with more of the requests per second that the generator itself can send was limited by it."""
 
 
 def _measured(opened: OpenSession, load: Load, results: Results) -> Cell:

@@ -96,9 +96,7 @@ class OpenSession:
         return Cell(
             variant=self.variant,
             load=str(load),
-            mode=self.session.mode
-            if length == 1 or self.session.mode == "ndjson"
-            else f"{self.session.mode} of {length}",
+            mode=self.session.mode + (f" of {length}" if length > 1 else ""),
             open=load.is_open,
             clients=None if load.is_open else load.clients,
             rate_per_s=None if load.rate_per_s is None else load.rate_per_s * length,
