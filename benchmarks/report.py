@@ -19,6 +19,8 @@ from modalkit.benchmarks.measurement import Figure, Study
 from modalkit.service.version import VERSION
 
 DEFAULT_TEXTS = 2_000
+RATIO = "x"
+TOLERANCE = 0.1
 
 
 class StudyName(StrEnum):
@@ -90,6 +92,42 @@ def _figure_as_dict(figure: Figure) -> dict[str, object]:
     }
 
 
+def read_baseline(path: Path) -> dict[str, float]:
+    """The medians of the ratios that ``--json`` wrote, by study and name. Raises `typer.BadParameter`."""
+    try:
+        studies = json.loads(path.read_text(encoding="utf-8"))["studies"]
+        return {
+            f"{study}: {figure['name']}": figure["median"]
+            for study, found in studies.items()
+            for figure in found
+            if figure["unit"] == RATIO and figure["median"] is not None
+        }
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise typer.BadParameter(f"--baseline {path}: {error}; give a file that --json wrote") from error
+
+
+def regressions(figures: Mapping[str, Sequence[Figure]], baseline: Mapping[str, float]) -> list[str]:
+    """A line for each ratio with a target that is more than 10 % worse than in the baseline.
+
+    Times are not compared: they are those of another machine, or of another day.
+    """
+    lines = []
+    for study, found in figures.items():
+        for figure in found:
+            before = baseline.get(f"{study}: {figure.name}")
+            if before is None or not figure.rounds or figure.unit != RATIO or before <= 0:
+                continue
+            change = figure.value / before - 1
+            is_worse = (figure.at_most is not None and change > TOLERANCE) or (
+                figure.at_least is not None and change < -TOLERANCE
+            )
+            if is_worse:
+                lines.append(
+                    f"{study}: {figure.name}: {figure.value:.3g}, in the baseline {before:.3g} ({change:+.0%})"
+                )
+    return lines
+
+
 def run_study(study: Study, rounds: int, show: Callable[[str], None]) -> list[Figure]:
     """Run a study for `rounds` rounds; `show` gets progress messages."""
     show(f"{study.name}: warming up")
@@ -106,8 +144,12 @@ def main(
     texts: Annotated[int, typer.Option(min=1, help="Texts of the corpus, at most 4,000.")] = DEFAULT_TEXTS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a target is missed.")] = False,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Older --json: exit with 1 if a ratio is more than 10 % worse.", exists=True)
+    ] = None,
 ) -> None:
     """Run the studies (a quarter of an hour on two cores) and print their figures."""
+    before = {} if baseline is None else read_baseline(baseline)
     console, progress = Console(width=110), Console(stderr=True)
     figures: dict[str, list[Figure]] = {}
     for name in only or list(StudyName):
@@ -115,7 +157,11 @@ def main(
         console.print(figures_table(name.value, figures[name.value]))
     if json_file is not None:
         json_file.write_text(as_json(figures), encoding="utf-8")
-    if check and any(figure.is_met is False for found in figures.values() for figure in found):
+    for line in (worse := regressions(figures, before)):
+        console.print(f"[red]worse[/red] {line}")
+    if before and not worse:
+        console.print("No ratio is more than 10 % worse than in the baseline.")
+    if worse or (check and any(figure.is_met is False for found in figures.values() for figure in found)):
         raise typer.Exit(1)
 
 

@@ -1,7 +1,7 @@
 """Puts loads on a target, some times each, and joins what the generator, the server and the GPU tell."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,8 +43,7 @@ class Session:
     @contextmanager
     def opened(self, variant: Variant) -> Iterator["OpenSession"]:
         """The target with these settings, once it answers. Raises `BenchError` where it does not."""
-        starting: AbstractContextManager[Running] = self.target.started(variant)
-        with starting as running:
+        with self.target.started(variant) as running:
             session = OpenSession(self, variant, running)
             session.wait_until_ready()
             yield session

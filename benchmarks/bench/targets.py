@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,10 +40,13 @@ class Running:
 class Target(Protocol):
     """Something to measure, in several variants one after the other."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        ...  # a protocol method has no body
 
-    def started(self, variant: Variant) -> Any:
-        """A context in which it runs with these settings; its value is a `Running`."""
+    def started(self, variant: Variant) -> AbstractContextManager[Running]:
+        """A context in which it runs with these settings."""
         ...  # a protocol method has no body
 
 

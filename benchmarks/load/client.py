@@ -157,6 +157,7 @@ class HttpCaller:
             if (connection := self._idle.pop()).is_open:
                 return connection
         async with asyncio.timeout(self._target.timeout_s):
+            connection: _Connection
             _, connection = await self._connect()
         return connection
 

@@ -8,6 +8,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from modalkit.benchmarks.bench.cli import app
+from modalkit.benchmarks.bench.results import Cell, Figure
+from modalkit.benchmarks.bench.server_side import ServerSide
 from tests.support.command_line import CONFIGURATION, serving
 from tests.support.processes import ROOT
 
@@ -53,3 +55,15 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     }
     with serving(folder, environment) as (_, client):
         yield str(client.base_url).rstrip("/")
+
+
+def cell_of(load: str, variant: dict[str, str], items_per_s: float, **more: Any) -> Cell:
+    """A load with made-up figures."""
+    figures = {"items_per_s": Figure(items_per_s), "p50_ms": Figure(5.0), "p99_ms": Figure(10_000 / items_per_s)}
+    values: dict[str, Any] = {
+        "mode": "sync", "open": False, "clients": 8, "rate_per_s": None, "answered": 10, "errors": {}, "accuracy": None,
+        "limited": [], "client": {}, "latency_curve": [(0, 1.0), (0.5, 5.0), (1, 9.0)],
+        "timeline": [(1.0, items_per_s, 5.0, 9.0), (2.0, 0.0, float("nan"), float("nan"))],
+        "server": ServerSide(queue_s=0.001, stages_s={"predict": 0.004}, rest_s=0.0, batch_sizes={"1": 3, "more": 1}),
+    }  # fmt: skip
+    return Cell(load=load, variant=variant, figures=figures, **(values | more))
