@@ -122,9 +122,7 @@ def regressions(figures: Mapping[str, Sequence[Figure]], baseline: Mapping[str, 
                 figure.at_least is not None and change < -TOLERANCE
             )
             if is_worse:
-                lines.append(
-                    f"{study}: {figure.name}: {figure.value:.3g}, in the baseline {before:.3g} ({change:+.0%})"
-                )
+                lines.append(f"{study}: {figure.name}: {figure.value:.3g} after {before:.3g} ({change:+.0%})")
     return lines
 
 

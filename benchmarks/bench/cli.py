@@ -168,8 +168,11 @@ def bench(
     )
     base = Load(seconds=seconds, warm_up_s=warm_up, until_steady=until_steady, timeout_s=timeout, processes=processes)
     loads = [] if capacity or p99_ms is not None else loads_of(base, clients, rate, arrivals)
-    results = Results(target=target, settings=as_settings(options, seconds=seconds, warm_up=warm_up, sweep=sweep or []))
     with _progress() as on_run, session_of(options, on_run) as session:
+        settings = as_settings(
+            options, seconds=seconds, warm_up=warm_up, sweep=sweep or [], items=session.inputs.source
+        )
+        results = Results(target=session.target.name, settings=settings)
         for variant in variants_of(sweep or []):
             notices.print(f"{target}: {variant_name(variant)}", markup=False)
             with session.opened(variant) as opened:

@@ -9,7 +9,7 @@ from typing import Any
 
 from modalkit.benchmarks.bench.charts import charts_of
 from modalkit.benchmarks.bench.compare import Verdict
-from modalkit.benchmarks.bench.report import findings, load_rows, machine_line, number
+from modalkit.benchmarks.bench.report import findings, items_line, load_rows, machine_line, number
 from modalkit.benchmarks.bench.results import name_of
 from modalkit.benchmarks.bench.svg import drawn
 
@@ -22,7 +22,9 @@ def page(document: Mapping[str, Any], verdicts: Sequence[Verdict] = ()) -> str:
     repeats = document["settings"].get("repeats", 1)
     return template.substitute(
         title=escape(document["target"]),
-        when=escape(f"Measured on {document['measured_at'][:16].replace('T', ' at ')} UTC by modalkit bench"),
+        when=escape(
+            f"Measured on {document['measured_at'][:16].replace('T', ' at ')} UTC by modalkit bench; {items_line(document)}"
+        ),
         machine=escape(machine_line(document)),
         tiles="".join(_tile(*tile) for tile in _tiles(document)),
         warning="" if not limited else f'<section class="card warning"><h2>Limits</h2>{_list(limited)}</section>',

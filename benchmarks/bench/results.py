@@ -23,6 +23,7 @@ from modalkit.service.version import VERSION
 FORMAT = 1
 CURVE_SHARES = (0, 0.01, 0.05, *(round(0.1 * step, 1) for step in range(1, 10)), 0.95, 0.98, 0.99, 0.995, 0.999, 1)
 TIMELINE_POINTS = 60
+TIMELINE_STEP_S = 0.5
 PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "uvicorn", "uvloop", "numpy")
 # Quantiles of Student's t for 95 %, by the number of runs less one; beyond, that of the normal distribution.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
@@ -173,8 +174,8 @@ def curve_of(runs: Sequence[Measured]) -> list[tuple[float, float]]:
 
 
 def timeline_of(run: Measured, items_per_request: int) -> list[tuple[float, float, float, float]]:
-    """How a run went, in at most 60 parts of equal time."""
-    points = min(TIMELINE_POINTS, max(1, len(run.latencies_s) // 10))
+    """How a run went, in at most 60 parts of equal time, of half a second or more."""
+    points = max(1, min(TIMELINE_POINTS, int(run.elapsed_s / TIMELINE_STEP_S)))
     width_s = run.elapsed_s / points
     places = np.minimum((run.ended_s / width_s).astype(int), points - 1)
     rows = []

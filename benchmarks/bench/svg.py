@@ -11,7 +11,7 @@ WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 44
 COLOURS = 8
 TICKS = 5
-MAX_DOTS = 40
+MAX_DOTS = 12
 """A line with more points has no dots."""
 BAR_ROOM = 0.8
 

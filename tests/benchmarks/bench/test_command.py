@@ -47,7 +47,7 @@ def test_a_service_is_measured_and_shown(bench: Bench, service: str, results: Re
     assert page.count("<svg") >= 5
     assert not re.search(r'(src|href)="|url\(|@import', page), "the page needs another file"
     table = (folder / "bench" / "results.md").read_text()
-    assert "| mode | load | items/s | p50 ms |" in table
+    assert "| load | items/s | p50 ms |" in table
     assert "| worse |" in table
 
 
