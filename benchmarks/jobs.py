@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 from urllib.request import urlopen
 
-import redis
 import typer
 
 from modalkit.benchmarks.bench.targets import SERVE, process
@@ -26,6 +25,7 @@ from modalkit.benchmarks.load.client import HttpTarget
 from modalkit.benchmarks.load.endpoint import LINES
 from modalkit.benchmarks.load.processes import run_target
 from modalkit.benchmarks.redis_server import RedisServer
+from modalkit.pipelines.extras import install_command
 
 TEXT = "The room was clean and the staff could not have been kinder to us."
 JOB = json.dumps(
@@ -71,9 +71,9 @@ def serving(folder: Path, configuration: str) -> Iterator[str]:
 
 
 @contextmanager
-def bare(redis_url: str = "redis://localhost:6379") -> Iterator[str]:
-    """The address of the service that stores nothing."""
-    with _process(BARE, r"running on", None, BENCHMARK_REDIS_URL=redis_url) as said:
+def bare(**variables: str) -> Iterator[str]:
+    """The address of the service that stores nothing; it sends tasks with the variable ``BENCHMARK_REDIS_URL``."""
+    with _process(BARE, r"running on", None, **variables) as said:
         yield _address(said)
 
 
@@ -191,12 +191,16 @@ def streams(rounds: int, items: int) -> None:
 
 def through_redis(rounds: int, jobs: int) -> None:
     """From acceptance to the message in a Redis stream, next to a task for each item from its route."""
+    try:
+        import redis
+    except ImportError:
+        raise typer.BadParameter(f"redis needs the client of Redis: {install_command('taskiq')}") from None
     ratios = []
     with (
         tempfile.TemporaryDirectory() as folder,
         RedisServer() as broker,
         redis.Redis.from_url(broker.url) as client,
-        bare(broker.url) as plain,
+        bare(BENCHMARK_REDIS_URL=broker.url) as plain,
         served(Path(folder), "taskiq", broker.url) as url,
     ):
         for _ in range(rounds):

@@ -1,13 +1,9 @@
 """The studies with targets, in one table for each: ``python -m modalkit.benchmarks.report``, see its ``--help``."""
 
 import json
-import os
-import platform
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from modalkit.benchmarks.bench.results import machine, versions_of
 from modalkit.benchmarks.measurement import Figure, Study
-from modalkit.service.version import VERSION
+from modalkit.pipelines.extras import install_command
 
 DEFAULT_TEXTS = 2_000
 RATIO = "x"
@@ -34,7 +31,12 @@ class StudyName(StrEnum):
 def make_study(name: StudyName, texts: int = DEFAULT_TEXTS) -> Study:
     """The study of that name; `texts` is the number of texts for the study that runs the model."""
     if name is StudyName.OVERHEAD:
-        from modalkit.benchmarks.overhead import OverheadStudy
+        try:
+            from modalkit.benchmarks.overhead import OverheadStudy
+        except ImportError:
+            raise typer.BadParameter(
+                f"{name} needs the library batched: {install_command('bench')}, or choose others by --only"
+            ) from None
 
         return OverheadStudy()
     if name is StudyName.GROWTH:
@@ -72,9 +74,8 @@ def as_json(figures: Mapping[str, Sequence[Figure]]) -> str:
     """The figures of each study, with the machine and the versions, as JSON."""
     document = {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": sys.version.split()[0],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": {"modalkit": VERSION, **{name: version(name) for name in ("torch", "transformers", "batched")}},
+        "machine": machine(),
+        "versions": versions_of("torch", "transformers", "batched"),
         "studies": {study: [_figure_as_dict(figure) for figure in found] for study, found in figures.items()},
     }
     return json.dumps(document, indent=2) + "\n"

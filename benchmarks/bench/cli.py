@@ -141,7 +141,7 @@ def bench(
     modalkit bench http://127.0.0.1:9000/classify --body '{"inputs": "$text"}' --answer 0.label -i test.csv --label y
     """
     if png:
-        require_matplotlib()
+        require_matplotlib("--png")
     before = None if compare is None else read_document(compare)
     options = Options(
         target=target,

@@ -22,9 +22,7 @@ def page(document: Mapping[str, Any], verdicts: Sequence[Verdict] = ()) -> str:
     repeats = document["settings"].get("repeats", 1)
     return template.substitute(
         title=escape(document["target"]),
-        when=escape(
-            f"Measured on {document['measured_at'][:16].replace('T', ' at ')} UTC by modalkit bench; {items_line(document)}"
-        ),
+        when=escape(f"{document['measured_at'][:16].replace('T', ', ')} UTC; {items_line(document)}"),
         machine=escape(machine_line(document)),
         tiles="".join(_tile(*tile) for tile in _tiles(document)),
         warning="" if not limited else f'<section class="card warning"><h2>Limits</h2>{_list(limited)}</section>',

@@ -6,6 +6,7 @@ import platform
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -98,17 +99,11 @@ class Results:
 
     def document(self) -> dict[str, Any]:
         """As plain JSON values, with the machine and the versions."""
-        versions = {"modalkit": VERSION, "python": platform.python_version()}
-        for name in PACKAGES:
-            try:
-                versions[name] = version(name)
-            except PackageNotFoundError:
-                continue
         document = {
             "format": FORMAT,
             "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
-            "versions": versions,
+            "versions": versions_of(*PACKAGES),
             "target": self.target,
             "settings": self.settings,
             "own_capacity": self.own_capacity,
@@ -119,6 +114,15 @@ class Results:
         }
         plain: dict[str, Any] = from_json(to_json(document, inf_nan_mode="null", serialize_unknown=True))
         return plain
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """The versions of modalkit, of Python, and of those of these packages that are installed."""
+    versions = {"modalkit": VERSION, "python": platform.python_version()}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def machine() -> dict[str, Any]:

@@ -11,8 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from modalkit.benchmarks.bench.plots import require_matplotlib
 from modalkit.benchmarks.containers.matrix import Cell, Figures, Matrix, VariantResult
-from modalkit.pipelines.extras import install_command
 
 COLUMNS: Mapping[str, Callable[[Figures], str]] = {
     "items/s": lambda cell: f"{cell.items_per_s:,.0f}",
@@ -37,14 +37,11 @@ PLOTTED: Mapping[str, Callable[[Figures], float]] = {
 class Results:
     """The results so far of a matrix, kept in a folder: `results.json` and `results.png`.
 
-    Raises `RuntimeError` at once where matplotlib is missing: what was measured has cost money by the time of the plot.
+    Raises `BenchError` at once where matplotlib is missing: what was measured has cost money by the time of the plot.
     """
 
     def __init__(self, matrix: Matrix, what: Mapping[str, Any], folder: Path) -> None:
-        try:
-            import matplotlib as _  # noqa: F401  # wanted later
-        except ImportError as error:
-            raise RuntimeError(f"the plot needs matplotlib: {install_command('bench')}") from error
+        require_matplotlib("the plot")
         self._settings = {**what, "matrix": matrix}
         self._folder = folder
         self._results: list[VariantResult] = []

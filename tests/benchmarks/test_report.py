@@ -62,8 +62,8 @@ def test_the_json_holds_every_round_and_what_it_was_measured_on() -> None:
         {"name": "slow", "unit": "x", "median": 3.5, "rounds": [3.0, 4.0], "at_most": 2, "met": False},
         {"name": "unknown", "unit": "x", "median": None, "rounds": []},
     ]
-    assert document["python"]
-    assert document["versions"]["torch"]
+    assert document["machine"]["cores"]
+    assert document["versions"].keys() >= {"python", "torch"}
 
 
 def test_a_ratio_that_is_a_tenth_worse_than_in_the_baseline_is_flagged(tmp_path: Path) -> None:
