@@ -61,8 +61,9 @@ class OpenSession:
     def wait_until_ready(self) -> None:
         """Wait for the first answer. Raises `BenchError`."""
         if self.running.url is not None:
+            session = self.session
             self.cold_start_s = first_answer_s(
-                self.running, lambda load: self._send(load, "start"), self.session.start_timeout_s
+                self.running, self.endpoint, session.inputs.items, session.start_timeout_s
             )
 
     @property

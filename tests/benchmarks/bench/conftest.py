@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from modalkit.benchmarks.bench import cli
 from modalkit.benchmarks.bench.cli import app
 from modalkit.benchmarks.bench.results import Cell, Figure
 from modalkit.benchmarks.bench.server_side import ServerSide
@@ -14,6 +15,8 @@ from tests.support.command_line import CONFIGURATION, serving
 from tests.support.processes import ROOT
 
 QUICK = ["--seconds", "0.3", "--warm-up", "0.1", "--repeats", "1", "--clients", "2", "--no-png"]
+
+MEASURE_ITSELF = "itself"
 
 Bench = Callable[..., Result]
 
@@ -28,10 +31,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def bench(folder: Path) -> Bench:
-    """Runs the command with short loads, in this process; those of its options that are given again count."""
+def bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Runs the command with short loads, in this process; those of its options that are given again count.
+
+    What the load generator itself can do is not measured, unless the first argument is `MEASURE_ITSELF`.
+    """
 
     def run(*arguments: str) -> Result:
+        if arguments[0] == MEASURE_ITSELF:
+            return CliRunner().invoke(app, [*QUICK, *arguments[1:]])
+        monkeypatch.setattr(cli, "_own_capacity", lambda *_: {"requests_per_s": 1e6, "processes": 1})
         return CliRunner().invoke(app, [*QUICK, *arguments])
 
     return run

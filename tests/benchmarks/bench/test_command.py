@@ -15,7 +15,7 @@ import pytest
 from modalkit.benchmarks.bench.cli import app
 from modalkit.benchmarks.bench.results import Results
 from modalkit.benchmarks.load import BenchError
-from tests.benchmarks.bench.conftest import Bench, cell_of
+from tests.benchmarks.bench.conftest import MEASURE_ITSELF, Bench, cell_of
 
 ResultsOf = Callable[[], Any]
 
@@ -24,7 +24,18 @@ def test_a_service_is_measured_and_shown(bench: Bench, service: str, results: Re
     older = Results(target="", settings={}, cells=[cell_of("2 clients", {}, items_per_s=1e9)])
     (folder / "old.json").write_text(json.dumps(older.document()))
     done = bench(
-        *(service, "--key", "secret", "--repeats", "2", "--price-per-hour", "0.5", "--length-mix", "4:3,9:1"),
+        *(
+            MEASURE_ITSELF,
+            service,
+            "--key",
+            "secret",
+            "--repeats",
+            "2",
+            "--price-per-hour",
+            "0.5",
+            "--length-mix",
+            "4:3,9:1",
+        ),
         *("--compare", "old.json"),
     )
     assert "2 clients" in done.output
@@ -76,6 +87,13 @@ def test_settings_are_changed_while_a_service_runs_and_changed_back(
     assert limit() == before
 
 
+def test_a_request_that_is_refused_shows_the_answer(bench: Bench, service: str) -> None:
+    done = bench(f"{service}/sync/predict", "--key", "secret", "--body", '{"txt": "$text"}')
+    assert isinstance(done.exception, BenchError)
+    assert "HTTP 422" in str(done.exception)
+    assert "txt" in str(done.exception)
+
+
 def test_settings_that_cannot_be_changed_say_why(bench: Bench, service: str) -> None:
     done = bench(service, "--key", "secret", "--sweep", "engine=onnx")
     assert isinstance(done.exception, BenchError)
@@ -121,7 +139,7 @@ def test_jobs_are_followed_to_their_delivery(bench: Bench, results: ResultsOf, q
         (["--mode", "telepathy"], "--mode 'telepathy'"),
         (["http://127.0.0.1:1", "--body", "{text}"], "--body is not JSON"),
         (["http://127.0.0.1:1", "--header", "x"], "--header 'x': give NAME: VALUE"),
-        (["http://127.0.0.1:1"], "ConnectionRefusedError"),
+        (["http://127.0.0.1:1"], "the first request failed: ConnectError"),
         (["http://127.0.0.1:1", "--clients", "many"], "--clients 'many'"),
         (["http://127.0.0.1:1", "--sweep", "size"], "--sweep 'size'"),
         (["worker", "--length-mix", "0:1"], "--length-mix '0:1'"),
