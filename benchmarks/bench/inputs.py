@@ -62,7 +62,7 @@ def _csv_rows(path: Path) -> Sequence[tuple[int, Mapping[str, Any]]]:
 
 
 def _records(path: Path, file_format: FileFormat | None) -> list[tuple[int, Mapping[str, Any]]]:
-    rows = []
+    rows: list[tuple[int, Mapping[str, Any]]] = []
     for record in read_file(path, file_format, _AnyItem, None):
         if record.item is None:
             raise InputError(f"{path}, line {record.line}: {record.error}")

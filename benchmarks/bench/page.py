@@ -56,7 +56,7 @@ def _tiles(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     costs = [cell["cost_per_million"] for cell in document["cells"] if cell["cost_per_million"] is not None]
     if costs:
         tiles.append((number(min(costs)), "", "for a million items, at the price given"))
-    starts = document["cold_start_s"].values()
+    starts = [seconds for seconds in document["cold_start_s"].values() if seconds is not None]
     if starts:
         tiles.append((number(min(starts)), "s", "from the start to the first answer"))
     if document["own_capacity"]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from modalkit.benchmarks.bench.compare import Verdict, overlap
-from modalkit.benchmarks.bench.results import variant_name
+from modalkit.benchmarks.bench.results import name_of, variant_name
 
 Rows = list[list[str]]
 
@@ -111,10 +111,10 @@ def findings(document: Mapping[str, Any]) -> Iterator[str]:
         )
     for cell in document["cells"]:
         for reason, count in list(cell["errors"].items())[:3]:
-            yield f"{cell['load']}: {count} x {reason}"
+            yield f"{name_of(cell)}: {count} x {reason}"
         if cell["limited"]:
             reasons = ", ".join(cell["limited"])
-            yield f"{cell['load']} (!): the load generator was the limit, and the server can do more: {reasons}."
+            yield f"{name_of(cell)} (!): the load generator was the limit, and the server can do more: {reasons}."
 
 
 def winners(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:

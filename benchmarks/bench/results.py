@@ -77,6 +77,8 @@ class Cell:
     """Pairs of a share of the requests and the milliseconds that it did not exceed."""
     timeline: Sequence[tuple[float, float, float, float]] = ()
     """Seconds, and in the time before: items per second, median and 99th percentile in milliseconds."""
+    records: Sequence[Mapping[str, Any]] = ()
+    """Those of the batches, where they were asked for."""
 
 
 @dataclass(kw_only=True)

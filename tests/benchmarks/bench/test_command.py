@@ -24,18 +24,8 @@ def test_a_service_is_measured_and_shown(bench: Bench, service: str, results: Re
     older = Results(target="", settings={}, cells=[cell_of("2 clients", {}, items_per_s=1e9)])
     (folder / "old.json").write_text(json.dumps(older.document()))
     done = bench(
-        *(
-            MEASURE_ITSELF,
-            service,
-            "--key",
-            "secret",
-            "--repeats",
-            "2",
-            "--price-per-hour",
-            "0.5",
-            "--length-mix",
-            "4:3,9:1",
-        ),
+        *(MEASURE_ITSELF, service, "--key", "secret", "--repeats", "2", "--price-per-hour", "0.5"),
+        *("--length-mix", "4:3,9:1"),
         *("--compare", "old.json"),
     )
     assert "2 clients" in done.output

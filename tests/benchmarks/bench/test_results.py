@@ -1,6 +1,9 @@
 """Figures, verdicts and plots."""
 
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from modalkit.benchmarks.bench.page import page
 from modalkit.benchmarks.bench.plots import write_plots
 from modalkit.benchmarks.bench.report import findings, load_rows, number
 from modalkit.benchmarks.bench.results import Cell, Figure, Results, read_document, timeline_of
-from modalkit.benchmarks.bench.server_side import server_side
+from modalkit.benchmarks.bench.server_side import gpu_use, server_side
 from modalkit.benchmarks.load import BenchError, Measured
 from tests.benchmarks.bench.conftest import cell_of
 
@@ -151,3 +154,33 @@ def test_a_timeline_has_what_ended_in_each_part() -> None:
 @pytest.mark.parametrize(("value", "text"), [(1234.5, "1,234"), (56.78, "56.8"), (1.234, "1.23"), (None, "-")])
 def test_numbers_have_three_digits(value: float | None, text: str) -> None:
     assert number(value) == text
+
+
+def test_the_gpus_are_sampled_where_there_is_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = threading.Event()
+
+    def utilization(handle: int) -> SimpleNamespace:
+        sampled.set()
+        return SimpleNamespace(gpu=50)
+
+    stand_in = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda handle: "H200",
+        nvmlDeviceGetUtilizationRates=utilization,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=2**30),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", stand_in)
+    with gpu_use() as use:
+        assert sampled.wait(60)
+    assert use.summary() == [{"name": "H200", "utilisation": 0.5, "memory_bytes": 2**30}]
+
+
+def test_a_machine_without_nvml_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with gpu_use() as use:
+        pass
+    assert use.summary() == []
