@@ -26,6 +26,7 @@ class StudyName(StrEnum):
     OVERHEAD = "overhead"
     GROWTH = "growth"
     END_TO_END = "end-to-end"
+    HTTP = "http"
 
 
 def make_study(name: StudyName, texts: int = DEFAULT_TEXTS) -> Study:
@@ -43,6 +44,10 @@ def make_study(name: StudyName, texts: int = DEFAULT_TEXTS) -> Study:
         from modalkit.benchmarks.growth import GrowthStudy
 
         return GrowthStudy()
+    if name is StudyName.HTTP:
+        from modalkit.benchmarks.jobs import HttpStudy
+
+        return HttpStudy()
     from modalkit.benchmarks.end_to_end import EndToEndStudy
     from modalkit.benchmarks.in_process import BundledPipeline, corpus_items
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from modalkit.benchmarks.end_to_end import EndToEndStudy
 from modalkit.benchmarks.growth import GrowthStudy
 from modalkit.benchmarks.in_process import BundledPipeline, corpus_items
+from modalkit.benchmarks.jobs import HttpStudy
 from modalkit.benchmarks.measurement import Figure, Study
 from modalkit.benchmarks.overhead import OverheadStudy
 from modalkit.benchmarks.report import as_json, figures_table, read_baseline, regressions, run_study
@@ -18,7 +19,7 @@ from modalkit.benchmarks.report import as_json, figures_table, read_baseline, re
 UNCALIBRATED = {"calibration": {"enabled": False}}  # which would take seconds for each worker
 
 
-@pytest.mark.parametrize("study", [OverheadStudy(items=2_000), GrowthStudy(depths=(40, 80), items=200)])
+@pytest.mark.parametrize("study", [OverheadStudy(items=2_000), GrowthStudy(depths=(40, 80), items=200), HttpStudy(20)])
 def test_a_study_measures_every_figure_in_every_round(study: Study) -> None:
     told: list[str] = []
     figures = run_study(study, 2, told.append)

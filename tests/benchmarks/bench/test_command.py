@@ -11,11 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.main import get_command
 
 from modalkit.benchmarks.bench.cli import app
 from modalkit.benchmarks.bench.results import Results
 from modalkit.benchmarks.load import BenchError
 from tests.benchmarks.bench.conftest import MEASURE_ITSELF, Bench, cell_of
+from tests.support.guides import guide
 
 ResultsOf = Callable[[], Any]
 
@@ -159,3 +161,11 @@ def test_serving_imports_no_benchmark() -> None:
     program = "import sys, modalkit.service.cli.main; print([n for n in sys.modules if 'modalkit.bench' in n])"
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_guide_names_no_option_that_is_not_there() -> None:
+    there = {name for parameter in get_command(app).params for name in (*parameter.opts, *parameter.secondary_opts)}
+    of_others = {"--write", "--gpus"}
+    named = set(re.findall(r"(?<![\w-])--[a-z0-9-]+", guide("benchmarking.md")))
+    assert named - of_others <= there
+    assert len(named) > 20
