@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check soak bench format train clean
+.PHONY: help run test check soak bench format lock train clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -35,6 +35,11 @@ bench: $(VENV)/.installed-dev  ## Measure ratios, and flag those more than 10 % 
 format: $(VENV)/.installed-dev  ## Put the code into its standard form
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+lock: $(VENV)/.installed-dev  ## Write the packages of the container image, with their hashes, into deploy/requirements.txt
+	@$(BIN)/uv pip compile pyproject.toml --extra otel --extra sqs --extra taskiq --constraint constraints.txt \
+		--no-emit-package torch --generate-hashes --python-version 3.11 --no-annotate --quiet --no-header \
+		--output-file deploy/requirements.txt
 
 train: $(VENV)/.installed  ## Train the bundled model anew (about 15 minutes on 2 cores)
 	@$(BIN)/python -m modalkit.pipelines.training train
