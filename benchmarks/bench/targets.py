@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
@@ -197,12 +198,18 @@ class ComposeTarget:
     def started(self, variant: Variant) -> Iterator[Running]:
         """The file passes the variables of a variant on to its service. Raises as `DockerTarget` does."""
         environment = {**os.environ, **variables_of(variant, self.model)}
+        compose = partial(docker, "compose", "--file", self.name, environment=environment)
         started_s = time.perf_counter()
         try:
-            docker("compose", "--file", self.name, "up", "--detach", environment=environment)
+            compose("up", "--detach")
+        except BenchError:
+            with suppress(BenchError):  # what came up
+                compose("down")
+            raise
+        try:
             yield Running(f"http://127.0.0.1:{self.port}", started_s)
         finally:
-            docker("compose", "--file", self.name, "down", environment=environment)
+            compose("down")
 
 
 def docker(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
