@@ -18,7 +18,7 @@ from modalkit.benchmarks.bench.report import number, show, write_files
 from modalkit.benchmarks.bench.results import Cell, Results, read_document, variant_name
 from modalkit.benchmarks.bench.search import find_capacity, find_rate
 from modalkit.benchmarks.bench.session import MODES, OnRun, OpenSession
-from modalkit.benchmarks.load import PRESETS, Load, own_capacity
+from modalkit.benchmarks.load import PRESETS, BenchError, Load, own_capacity
 from modalkit.service.cli.common import ConfigFiles, ModelOption, notices
 from modalkit.service.cli.records import ColumnOption, FormatOption
 
@@ -168,6 +168,8 @@ def bench(
     )
     base = Load(seconds=seconds, warm_up_s=warm_up, until_steady=until_steady, timeout_s=timeout, processes=processes)
     loads = [] if capacity or p99_ms is not None else loads_of(base, clients, rate, arrivals)
+    if tool is not None and any(load.is_open for load in loads):
+        raise BenchError("--tool drives a closed loop: give --clients, not --rate")
     with _progress() as on_run, session_of(options, on_run) as session:
         settings = as_settings(
             options, seconds=seconds, warm_up=warm_up, sweep=sweep or [], items=session.inputs.source
@@ -185,10 +187,8 @@ def bench(
                 if capacity or p99_ms is not None:
                     _search(opened, base, p99_ms, results, output)
                 if tool is not None:
-                    last = loads[-1] if loads else base
-                    results.cross_check = cross_check(
-                        tool, opened.endpoint, session.inputs.items, last, results.cells[-1]
-                    )
+                    own = [cell for cell in results.cells if not cell.open][-1]
+                    results.cross_check = cross_check(tool, opened.endpoint, session.inputs.items, base, own)
     document = results.document()
     verdicts = [] if before is None else compared(document, before, tolerance)
     console = Console()
@@ -202,8 +202,8 @@ def bench(
 
 
 def _own_capacity(opened: OpenSession, processes: int | None, seconds: float) -> dict[str, float]:
-    with notices.status("Measuring what the load generator itself can do ..."):
-        found = own_capacity(opened.endpoint, opened.session.inputs.items, processes=processes or 1, seconds=seconds)
+    found = own_capacity(opened.endpoint, opened.session.inputs.items, processes=processes or 1, seconds=seconds)
+    notices.print(f"The load generator itself can send {number(found.requests_per_s)} requests/s")
     return {"requests_per_s": found.requests_per_s, "processes": found.processes}
 
 
