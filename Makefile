@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check soak bench format train clean
+.PHONY: help run test check soak bench bench-peers format train clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
 run: $(VENV)/.installed  ## Serve the bundled model on http://127.0.0.1:8000 (HOST= and PORT= change it)
 	@$(BIN)/modalkit serve --host $(HOST) --port $(PORT)
@@ -31,6 +31,9 @@ soak: $(VENV)/.installed-dev  ## Kill the service 20 times during 10,000 jobs, a
 
 bench: $(VENV)/.installed-dev  ## Measure, beside what each figure is compared to (about 15 minutes on 2 cores)
 	@$(BIN)/python -m modalkit.benchmarks.report
+
+bench-peers: $(VENV)/.installed-dev  ## Measure beside LitServe, mosec, Ray Serve, BentoML, Infinity and FastAPI (15 minutes on 2 cores)
+	@$(BIN)/python -m modalkit.benchmarks.peers
 
 format: $(VENV)/.installed-dev  ## Put the code into its standard form
 	@$(BIN)/ruff check --fix .
