@@ -8,7 +8,6 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,9 +19,12 @@ from urllib.request import urlopen
 
 import redis
 import typer
-import uvloop
 
-from modalkit.benchmarks.raw_http import post_all, stream_all
+from modalkit.benchmarks.bench.targets import SERVE, process
+from modalkit.benchmarks.load import Endpoint, Load, Measured
+from modalkit.benchmarks.load.client import HttpTarget
+from modalkit.benchmarks.load.endpoint import LINES
+from modalkit.benchmarks.load.processes import run_target
 from modalkit.benchmarks.redis_server import RedisServer
 
 TEXT = "The room was clean and the staff could not have been kinder to us."
@@ -42,7 +44,6 @@ model_settings:
   model_entries:
     nothing: {{pipeline: "modalkit.benchmarks.nothing:{pipeline}"}}
 """
-SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port", "0"]
 BARE = [sys.executable, "-m", "uvicorn", "modalkit.benchmarks.bare_servers:app", "--no-access-log", "--port", "0"]
 CLIENTS = 64
 LIST_CLIENTS = 4
@@ -65,34 +66,22 @@ def served(
 def serving(folder: Path, configuration: str) -> Iterator[str]:
     """The address of ``modalkit serve`` in `folder` with this configuration."""
     (folder / "modalkit.yaml").write_text(configuration)
-    with _process(SERVE, folder, r"^Ready") as said:
+    with _process(SERVE, r"^Ready", folder) as said:
         yield _address(said)
 
 
 @contextmanager
 def bare(redis_url: str = "redis://localhost:6379") -> Iterator[str]:
     """The address of the service that stores nothing."""
-    with _process(BARE, Path.cwd(), r"running on", BENCHMARK_REDIS_URL=redis_url) as said:
+    with _process(BARE, r"running on", None, BENCHMARK_REDIS_URL=redis_url) as said:
         yield _address(said)
 
 
 @contextmanager
-def _process(command: list[str], folder: Path, ready: str, **variables: str) -> Iterator[str]:
+def _process(command: list[str], ready: str, folder: Path | None, **variables: str) -> Iterator[str]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), **variables}
-    # To a file, because a pipe is not read any more once the process is ready.
-    with tempfile.NamedTemporaryFile() as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-        try:
-            said = ""
-            while not re.search(ready, said, re.MULTILINE):
-                if process.poll() is not None:
-                    raise RuntimeError(f"the server did not start: {said}")
-                time.sleep(0.05)
-                said = Path(log.name).read_text()
-            yield said
-        finally:
-            process.kill()  # gently, it would first finish what was accepted
-            process.wait()
+    with process(command, environment, ready, folder, stop_s=0) as said:  # gently, it would finish what was accepted
+        yield said
 
 
 def _address(said: str) -> str:
@@ -109,13 +98,24 @@ def metric(url: str, name: str) -> float:
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[-1])
 
 
-def rate(url: str, bodies: list[bytes], clients: int, jobs: int, status: int = 202) -> float:
+def rate(url: str, bodies: list[bytes], clients: int, jobs: int) -> float:
     """Jobs or items accepted per second."""
-    started_s = time.perf_counter()
-    statuses = uvloop.run(post_all(url, bodies, clients))
-    if statuses != {status: len(bodies)}:
-        raise RuntimeError(f"{url} answered {statuses}")
-    return jobs / (time.perf_counter() - started_s)
+    return jobs / _sent(Endpoint(url), bodies, clients).elapsed_s
+
+
+def _sent(endpoint: Endpoint, bodies: list[bytes], clients: int) -> Measured:
+    """Send each body once. Raises `RuntimeError` where one is refused."""
+    target = HttpTarget(
+        url=endpoint.url,
+        requests=[endpoint.request(body) for body in dict.fromkeys(bodies)],
+        list_length=endpoint.list_length,
+        error_mark=endpoint.error_mark,
+        timeout_s=600,
+    )
+    sent = run_target(target, Load(clients=clients, requests=len(bodies), processes=1, timeout_s=600))
+    if sent.errors:
+        raise RuntimeError(f"{endpoint.url} answered {dict(sent.errors)}")
+    return sent
 
 
 def lists(jobs: int, length: int = 1000) -> list[bytes]:
@@ -143,8 +143,8 @@ def predictions(rounds: int, items: int) -> None:
     bodies = [json.dumps({"text": TEXT}).encode()] * items
     with tempfile.TemporaryDirectory() as folder, bare() as plain, served(Path(folder)) as url:
         for _ in range(rounds):
-            reference = rate(f"{plain}/echo", bodies, CLIENTS, items, 200)
-            ours = rate(f"{url}/sync/predict", bodies, CLIENTS, items, 200)
+            reference = rate(f"{plain}/echo", bodies, CLIENTS, items)
+            ours = rate(f"{url}/sync/predict", bodies, CLIENTS, items)
             ratios.append(ours / reference)
             print(f"  bare {reference:.0f}/s, in batches {ours:.0f}/s")
     print(
@@ -178,11 +178,14 @@ def streams(rounds: int, items: int) -> None:
     line = json.dumps({"text": TEXT}).encode() + b"\n"
     with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url:
         for count in (1, STREAMS):
-            rates = []
-            for _ in range(rounds):
-                started_s = time.perf_counter()
-                answered = uvloop.run(stream_all(f"{url}/batch/predict", line * (items // count), count))
-                rates.append(answered / (time.perf_counter() - started_s))
+            endpoint = Endpoint(
+                f"{url}/batch/predict",
+                list_length=items // count,
+                content_type=LINES,
+                error_mark=b'"status":"error"',
+            )
+            sent = [_sent(endpoint, [line * (items // count)] * count, count) for _ in range(rounds)]
+            rates = [found.answered / found.elapsed_s for found in sent]
             print(f"{count} streams: {statistics.median(rates):.0f} items/s ({min(rates):.0f} .. {max(rates):.0f})")
 
 
