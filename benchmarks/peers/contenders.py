@@ -145,7 +145,7 @@ CONTENDERS: tuple[Contender, ...] = (
             Settings(batch=8, wait_ms=5, threads=CORES),
         ),
         command=_module("ray"),
-        variables={"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"},
+        variables={"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
     ),
     Contender(
         name="bentoml",

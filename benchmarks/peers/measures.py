@@ -39,18 +39,19 @@ class Durations:
 def closed_loop(server: Server, texts: Texts, clients: int, durations: Durations) -> dict[str, object]:
     """Throughput and latencies with so many clients, each of which waits for its answer."""
     load = Load(clients=clients, seconds=durations.throughput_s, warm_up_s=durations.warm_up_s)
-    return _told(_run(server, texts, load))
+    return _told(run_load(server.endpoint, texts.items, load))
 
 
 def idle(server: Server, texts: Texts, durations: Durations) -> dict[str, object]:
-    """Latencies of one client."""
-    return _told(_run(server, texts, Load(clients=1, seconds=durations.idle_s, warm_up_s=0.5)))
+    """Latencies of one client, and how many of its answers have the label that float32 gives."""
+    load = Load(clients=1, seconds=durations.idle_s, warm_up_s=0.5)
+    return _told(run_load(server.endpoint, texts.items, load, labels=texts.labels))
 
 
 def open_loop(server: Server, texts: Texts, per_second: float, durations: Durations) -> dict[str, object]:
     """Latencies of requests that arrive at random, counted from when they were due."""
     load = Load(rate_per_s=per_second, arrivals="poisson", seconds=durations.open_loop_s, warm_up_s=1)
-    return {"rate": per_second, **_told(_run(server, texts, load))}
+    return {"rate": per_second, **_told(run_load(server.endpoint, texts.items, load))}
 
 
 def poisoned(server: Server, texts: Texts) -> dict[str, object]:
@@ -63,10 +64,6 @@ def poisoned(server: Server, texts: Texts) -> dict[str, object]:
         found = run_load(server.endpoint, items, Load(clients=POISONED_BATCH, requests=len(items)))
         failed.append(len(others) - found.answered)
     return {"others": len(others), "failed": sum(failed) / len(failed), "failed_at_most": max(failed)}
-
-
-def _run(server: Server, texts: Texts, load: Load) -> Measured:
-    return run_load(server.endpoint, texts.items, load, labels=list(texts.labels))
 
 
 def _told(found: Measured) -> dict[str, object]:

@@ -4,7 +4,6 @@ from typing import Any
 
 import bentoml
 
-from modalkit.benchmarks.peers.servers.pipeline import Model
 from modalkit.benchmarks.peers.settings import Settings
 
 TIMEOUT_S = 60
@@ -17,6 +16,8 @@ class Sentiments:
     """The model behind BentoML's interface; a request has a list of inputs."""
 
     def __init__(self) -> None:
+        from modalkit.benchmarks.peers.servers.pipeline import Model
+
         self._model = Model(settings)
 
     @bentoml.api(route="/predict", **LIMITS)

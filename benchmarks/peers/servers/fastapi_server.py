@@ -1,44 +1,51 @@
 """FastAPI without batching: each request runs the model by itself. Also jobs by its ``BackgroundTasks``."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
 from fastapi import BackgroundTasks, FastAPI
+from pydantic import BaseModel
 
-from modalkit.benchmarks.peers.servers.pipeline import Model
 from modalkit.benchmarks.peers.settings import Settings
-from modalkit.pipelines.sentiment import SentimentRequest
 
-models: list[Model] = []
+models: list[Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = []
 finished: list[str] = []
 
 
 @asynccontextmanager
 async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-    """Load the model, once in each worker."""
+    """Load the model, once in each worker; their parent does not import torch."""
+    from modalkit.benchmarks.peers.servers.pipeline import Model
+
     models.append(Model(Settings.from_variable()))
     yield
+
+
+class TextRequest(BaseModel):
+    """What a request has; the pipeline validates more."""
+
+    text: str
 
 
 app = FastAPI(lifespan=lifespan)
 
 
 @app.post("/predict")
-def predict(request: SentimentRequest) -> dict[str, Any]:
+def predict(request: TextRequest) -> dict[str, Any]:
     """Answer one request, in a thread of the pool."""
     return models[0]([request.model_dump()])[0]
 
 
 @app.post("/predict-async")
-async def predict_in_the_event_loop(request: SentimentRequest) -> dict[str, Any]:
+async def predict_in_the_event_loop(request: TextRequest) -> dict[str, Any]:
     """Answer one request, which blocks the event loop: no two compute at once."""
     return models[0]([request.model_dump()])[0]
 
 
 @app.post("/jobs", status_code=202)
-def submit(request: SentimentRequest, background: BackgroundTasks) -> dict[str, str]:
+def submit(request: TextRequest, background: BackgroundTasks) -> dict[str, str]:
     """Run the model after the answer."""
     background.add_task(lambda: finished.append(predict(request)["sentiment"]))
     return {"status": "accepted"}

@@ -4,7 +4,6 @@ from typing import Any
 
 import litserve
 
-from modalkit.benchmarks.peers.servers.pipeline import Model
 from modalkit.benchmarks.peers.settings import Settings
 
 TIMEOUT_S = 60
@@ -14,7 +13,9 @@ class Sentiments(litserve.LitAPI):
     """The model behind LitServe's interface."""
 
     def setup(self, device: str) -> None:  # noqa: ARG002  # part of the interface
-        """Load the model, once in each worker."""
+        """Load the model, once in each worker; the other processes do not import torch."""
+        from modalkit.benchmarks.peers.servers.pipeline import Model
+
         self._model = Model(Settings.from_variable())
 
     def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from typing import Any
 
 from mosec import Server, Worker
 
-from modalkit.benchmarks.peers.servers.pipeline import Model
 from modalkit.benchmarks.peers.settings import Settings
 
 TIMEOUT_S = 60
@@ -15,6 +14,8 @@ class Sentiments(Worker):
 
     def __init__(self) -> None:
         super().__init__()
+        from modalkit.benchmarks.peers.servers.pipeline import Model
+
         self._model = Model(Settings.from_variable())
 
     def forward(self, data: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -31,5 +32,6 @@ if __name__ == "__main__":
         max_batch_size=settings.batch,
         max_wait_time=settings.wait_ms,
         timeout=TIMEOUT_S,
+        route="/predict",
     )
     server.run()

@@ -7,7 +7,6 @@ import ray
 from ray import serve
 from starlette.requests import Request
 
-from modalkit.benchmarks.peers.servers.pipeline import Model
 from modalkit.benchmarks.peers.settings import Settings
 
 MAX_ONGOING_REQUESTS = 1_000
@@ -21,6 +20,8 @@ class Sentiments:
     """The model behind Ray Serve's interface."""
 
     def __init__(self, settings: Settings) -> None:
+        from modalkit.benchmarks.peers.servers.pipeline import Model
+
         self._model = Model(settings)
 
     @serve.batch(max_batch_size=settings.batch, batch_wait_timeout_s=settings.wait_ms / 1000)
