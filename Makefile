@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check soak bench bench-peers format train clean
+.PHONY: help run test check soak bench bench-peers format lock train clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -29,8 +29,8 @@ check: $(VENV)/.installed-dev  ## Lint, check formatting, types, layers and pypr
 soak: $(VENV)/.installed-dev  ## Kill the service 20 times during 10,000 jobs, and count what was lost (about 2 minutes)
 	@$(BIN)/python -m tests.faults.soak
 
-bench: $(VENV)/.installed-dev  ## Measure, beside what each figure is compared to (about 15 minutes on 2 cores)
-	@$(BIN)/python -m modalkit.benchmarks.report
+bench: $(VENV)/.installed-dev  ## Measure ratios, and flag those more than 10 % worse than the committed ones (4 minutes)
+	@$(BIN)/python -m modalkit.benchmarks.report --rounds 2 --texts 600 --baseline benchmarks/baseline.json
 
 bench-peers: $(VENV)/.installed-dev  ## Measure beside LitServe, mosec, Ray Serve, BentoML, Infinity and FastAPI (15 minutes on 2 cores)
 	@$(BIN)/python -m modalkit.benchmarks.peers
@@ -38,6 +38,11 @@ bench-peers: $(VENV)/.installed-dev  ## Measure beside LitServe, mosec, Ray Serv
 format: $(VENV)/.installed-dev  ## Put the code into its standard form
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+lock: $(VENV)/.installed-dev  ## Write the packages of the container image, with their hashes, into deploy/requirements.txt
+	@$(BIN)/uv pip compile pyproject.toml --extra otel --extra sqs --extra taskiq --constraint constraints.txt \
+		--no-emit-package torch --generate-hashes --python-version 3.11 --no-annotate --quiet --no-header \
+		--output-file deploy/requirements.txt
 
 train: $(VENV)/.installed  ## Train the bundled model anew (about 15 minutes on 2 cores)
 	@$(BIN)/python -m modalkit.pipelines.training train

@@ -17,7 +17,7 @@ from modalkit.batching.measured_cost import CostFeature, MeasuredCostModel
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import Batch, BatchPolicy, Decision, DispatchReason
 from modalkit.batching.queue import RequestQueue
-from modalkit.batching.request import Failure, Outcome, Priority, Request, Success
+from modalkit.batching.request import Failure, Outcome, Priority, QueueOptions, Request, RequestOptions, Success
 from modalkit.batching.scheduler import BatchScheduler
 from modalkit.batching.stages import RunBatch, Stages, StageSeconds
 from modalkit.batching.statistics import BatchRecord, SchedulerStatistics
@@ -44,8 +44,10 @@ __all__ = [
     "PaddedCostModel",
     "Priority",
     "QueueFullError",
+    "QueueOptions",
     "QueueSlowError",
     "Request",
+    "RequestOptions",
     "RequestQueue",
     "RequestTooLargeError",
     "RunBatch",

@@ -38,7 +38,7 @@ class DrainRate:
         self._measured_s = self._predicted_s = 0.0  # weighted sums over recent batches
 
     def record(self, elapsed_s: float, predicted_s: float) -> None:
-        """Take a batch into account that took `elapsed_s`, where the costs, which have learnt from it, say another."""
+        """Take a batch into account that took `elapsed_s`; the costs, which have learnt from it, say `predicted_s`."""
         self._batches += 1
         self._measured_s += DRAIN_SMOOTHING * (elapsed_s - self._measured_s)
         self._predicted_s += DRAIN_SMOOTHING * (predicted_s - self._predicted_s)

@@ -206,6 +206,10 @@ class BatchRunner(Generic[T, R]):
         *,
         overlapped: bool,
     ) -> None:
+        seconds = seconds or StageSeconds(0.0, 0.0, 0.0)
+        self.telemetry.count_batch(batch, total_s, seconds.predict_s)
+        if self._on_batch is None:
+            return
         record = BatchRecord(
             count=len(batch.requests),
             failed=len(errors),
@@ -220,11 +224,9 @@ class BatchRunner(Generic[T, R]):
             total_s=total_s,
             predicted_s=batch.predicted_s,
             overlapped=overlapped,
-            **(seconds or StageSeconds(0.0, 0.0, 0.0))._asdict(),
+            **seconds._asdict(),
         )
-        self.telemetry.count_batch(record)
-        if self._on_batch is not None:
-            self._call("on_batch failed; the batch itself was not affected", self._on_batch, record)
+        self._call("on_batch failed; the batch itself was not affected", self._on_batch, record)
 
 
 def _waits_s(batch: Batch[Pending[T, R]], formed_s: float) -> dict[Priority, list[float]]:

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -13,6 +14,7 @@ from anyio.lowlevel import checkpoint
 from modalkit.batching.batch_run import BatchRunner
 from modalkit.batching.errors import DeadlineExceededError, SchedulerClosedError, text_of
 from modalkit.batching.execution import Executor, Progress
+from modalkit.batching.executors import Executors
 from modalkit.batching.pending import Pending
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import Batch, Decision
@@ -44,7 +46,7 @@ class Dispatcher(Generic[T, R]):
     def __init__(
         self,
         planner: BatchPlanner[Pending[T, R]],
-        executors: Sequence[Executor[T, R]],
+        executors: Executors[T, R],
         runner: BatchRunner[T, R],
         *,
         max_partial_in_flight: int | None,
@@ -56,11 +58,15 @@ class Dispatcher(Generic[T, R]):
         self.is_open = False
         self.broken = anyio.Event()
         self._planner = planner
+        if max_partial_in_flight is not None and not 1 <= max_partial_in_flight <= executors.max_in_flight:
+            limit = executors.max_in_flight
+            raise ValueError(f"max_partial_in_flight must be from 1 to {limit} or None, got {max_partial_in_flight!r}")
         self._max_partial_in_flight = math.inf if max_partial_in_flight is None else max_partial_in_flight
         self._name = name
         self._faults_in_a_row = 0
         self._task_group: TaskGroup
         self._retired: list[Executor[T, R]] = []
+        self._replacing = anyio.Lock()
 
     def start(self, task_group: TaskGroup, now: Callable[[], float]) -> None:
         """Start the workers; `now` is the event loop's clock."""
@@ -70,25 +76,49 @@ class Dispatcher(Generic[T, R]):
         for executor in self.executors:
             task_group.start_soon(self._serve, executor)
 
-    def replace_executors(self, executors: Sequence[Executor[T, R]], close_old: Callable[[], Awaitable[None]]) -> None:
-        """Let these executors run the next batches; those before them end with the batches that they run.
+    @asynccontextmanager
+    async def paused(self) -> AsyncGenerator[Executors[T, R]]:
+        """Wait until no batch is in any stage, and let none start in the block; yields the executors."""
+        async with self._replacing, self.executors.paused():
+            yield self.executors
 
-        When all of those have ended, `close_old` is called.
+    @asynccontextmanager
+    async def replacing(
+        self, executors: Executors[T, R], warm_up: Sequence[Callable[[], object]]
+    ) -> AsyncGenerator[None]:
+        """Let these executors run the next batches, from the end of the block on, which is entered once they are warm.
+
+        If anything raises, their threads are ended, and those before them go on.
         """
+        if executors.devices != self.executors.devices:
+            raise ValueError(f"there must be {self.executors.devices} devices as before, got {executors.devices}")
+        try:
+            await executors.warm_up(warm_up)
+            async with self._replacing:
+                yield
+                self._replace(executors)
+        except BaseException:
+            executors.end_threads()
+            raise
+
+    def _replace(self, executors: Executors[T, R]) -> None:
+        """Start these executors; those before them end with the batches that they run, and are closed once all have."""
+        if executors.on_close is None:
+            executors.on_close, self.executors.on_close = self.executors.on_close, None
         for executor in self.executors:
             executor.is_retired = True
         self._retired = [*self._retired, *self.executors]
-        self._task_group.start_soon(self._close_retired, self._retired, close_old)
+        self._task_group.start_soon(self._close_retired, self._retired, self.executors)
         self.executors = executors
         for executor in executors:
             self._task_group.start_soon(self._serve, executor)
         self.sleepers.wake_all()
 
-    async def _close_retired(self, executors: Sequence[Executor[T, R]], close: Callable[[], Awaitable[None]]) -> None:
-        for executor in executors:
+    async def _close_retired(self, retired: Sequence[Executor[T, R]], last: Executors[T, R]) -> None:
+        for executor in retired:
             await executor.has_ended.wait()
         self._retired = [executor for executor in self._retired if not executor.has_ended.is_set()]
-        await close()
+        await last.close()
 
     def close(self) -> None:
         """Accept nothing more; the workers end once the queue is empty."""

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
+import anyio
+
 from modalkit.batching.errors import number_text, text_of
 from modalkit.batching.request import LARGEST_SIZE, Outcome, Priority, Request
 from modalkit.batching.wakeup import Wakeup
@@ -29,7 +31,11 @@ class Waiter(Wakeup):
         owner: str,
         tag: str | None,
     ) -> None:
-        super().__init__(loop)
+        # It does not call the base's constructor, for the same reason as `Pending`.
+        if loop is None:
+            self._future, self._event = None, anyio.Event()
+        else:
+            self._future = loop.create_future()
         self.unfinished = 1
         self.owner = owner
         self.tag = tag

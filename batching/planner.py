@@ -293,4 +293,6 @@ class _Device(Generic[RequestT]):
 
 def _bulk_part(batch: Batch[RequestT]) -> float:
     """The share of a batch, by size, that is bulk requests."""
+    if batch.requests[-1].priority is batch.priority:  # companions of the other lane come last
+        return float(batch.priority is Priority.BULK)
     return sum(request.size for request in batch.requests if request.priority is Priority.BULK) / batch.total

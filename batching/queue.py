@@ -187,10 +187,11 @@ class RequestQueue(Generic[RequestT]):
 
     def _limit_of(self, name: str, added: int) -> int:
         """Requests that the queue may hold after an owner has added some."""
+        if not name:
+            return self.max_items
         owners = [lane.owners[name] for lane in self._lanes.values() if name in lane.owners]
         held = sum(len(bucket) for owner in owners for bucket in owner.buckets.values())
-        is_light = not name or held + added <= self._reserved
-        return self.max_items if is_light else self._unreserved
+        return self.max_items if held + added <= self._reserved else self._unreserved
 
     def discard(self, request: RequestT) -> bool:
         """Remove a request, if it waits; returns whether it did."""
@@ -248,13 +249,13 @@ class RequestQueue(Generic[RequestT]):
         Of one owner it is the one that arrived first, and of several the one of the owner whose turn it is.
         """
         lane = self._lanes[priority]
-        oldest, gone = None, []
+        oldest, gone, stale = None, [], 0
         for name, owner in lane.owners.items():
             empty = []
             for index, bucket in owner.buckets.items():
                 while bucket and bucket[0].sequence < 0:
                     bucket.popleft()
-                    lane.stale -= 1
+                    stale += 1
                 if not bucket:
                     empty.append(index)
                 elif oldest is None or bucket[0].sequence < oldest.sequence:
@@ -265,6 +266,7 @@ class RequestQueue(Generic[RequestT]):
                 gone.append(name)  # a new one would start at the same number
         for name in gone:
             del lane.owners[name]
+        lane.stale -= stale
         if oldest is not None:
             lane.reached = oldest.sequence
         return oldest

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Generic, TypedDict, TypeVar
 
 LARGEST_SIZE = 2**31
 """The largest size of a request. A larger one, by a mistake of a pipeline, could make sums of sizes infinite."""
@@ -17,6 +17,22 @@ class Priority(StrEnum):
 
     INTERACTIVE = "interactive"
     BULK = "bulk"
+
+
+class QueueOptions(TypedDict, total=False):
+    """How a request waits, as keyword arguments of all that passes requests on to a `BatchScheduler`."""
+
+    priority: Priority
+    """Its lane; if it is left out, the interactive one, and that for bulk for jobs."""
+    owner: str
+    """On whose behalf it runs: owners get equal shares of a lane."""
+
+
+class RequestOptions(QueueOptions, total=False):
+    """How a request waits for its result."""
+
+    timeout_s: float | None
+    """Seconds after which it fails with `DeadlineExceededError`; None, as if it is left out, is no limit."""
 
 
 @dataclass(slots=True, eq=False)

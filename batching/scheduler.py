@@ -1,12 +1,10 @@
 """Collects single requests into batches and gives each caller its own outcome; the anyio shell around the planner."""
 
-import inspect
-import logging
 import math
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import Generic, Self, TypeVar, cast
+from typing import Generic, Self, TypeVar, Unpack, cast
 
 import anyio
 from anyio import AsyncContextManagerMixin
@@ -22,7 +20,7 @@ from modalkit.batching.errors import (
     RequestTooLargeError,
     SchedulerClosedError,
 )
-from modalkit.batching.execution import Executor
+from modalkit.batching.executors import Executors, RunOptions
 from modalkit.batching.measured_cost import MeasuredCostModel
 from modalkit.batching.pending import ItemSizes, Listener, Pending, Waiter, Withdraw
 from modalkit.batching.planner import BatchPlanner
@@ -32,11 +30,6 @@ from modalkit.batching.stages import RunBatch
 from modalkit.batching.statistics import BatchRecord, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.wakeup import asyncio_loop
-
-logger = logging.getLogger(__name__)
-
-MAX_CLOSE_S = 10.0
-"""Seconds that `on_close` may take; then it goes on in its thread, and the scheduler has closed."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,26 +49,18 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     A list of these is for as many devices, which take batches from one queue; `cost_model` is then a list, too, because
     devices may differ.
 
-    `before_batch`, one for each device, is called in a thread before each batch and does not count towards its time
-    limit: a device that has to be started again is, and meanwhile the others run the batches.
-
-    Up to `max_in_flight` batches run at once on each device (overlapping ones count as one). While
-    `max_partial_in_flight` batches run, only full ones are added: for a `run_batch` that costs by the call and not by
-    the item, such as a remote call.
+    `options` (see `RunOptions`) say how many batches run at once, how long each may take, and what is called before
+    each and after the last one. While `max_partial_in_flight` batches run, only full ones are added: for a `run_batch`
+    that costs by the call and not by the item, such as a remote call.
 
     `item_size` gives the size of a payload for which `submit` gets no size. It runs in the event loop for each request,
     so it has to be fast. If it fails or returns an invalid size, the nearest valid size counts (1 after a failure), and
     one warning is logged. Batches are formed by `cost_model`, by default a `MeasuredCostModel`.
 
     If a batch fails, its failing items are searched for and fail alone; the other items run again in later batches. If
-    nothing succeeds any more, batches are given up after a few runs, with a `Failure` that `is_systemic`. A batch that
-    runs longer than `batch_timeout_s` runs again item by item, and an item that takes as long alone fails with
-    `BatchTimeoutError`; a synchronous function goes on in its thread, and its result is dropped. A batch whose error
-    `is_too_large` accepts is halved until its parts fit, and later batches stay below that size for a while. `on_batch`
-    gets the record of each batch, in the event loop; an exception that it raises is logged.
-
-    `on_close` is called once, after the last batch and in its thread, and awaited if it is asynchronous. Its errors are
-    logged.
+    nothing succeeds any more, batches are given up after a few runs, with a `Failure` that `is_systemic`. A batch whose
+    error `is_too_large` accepts is halved until its parts fit, and later batches stay below that size for a while.
+    `on_batch` gets the record of each batch, in the event loop; an exception that it raises is logged.
 
     Each accepted request gets exactly one outcome: a result, its own error, or cancellation. An exception of
     `cost_model` or of the scheduler itself is logged and fails the requests of that batch. After three in a row the
@@ -89,41 +74,29 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         policy: BatchPolicy | None = None,
         cost_model: CostModel | Sequence[CostModel] | None = None,
         item_size: Callable[[T], int] | None = None,
-        max_in_flight: int = 1,
         max_partial_in_flight: int | None = None,
-        batch_timeout_s: float | None = None,
-        before_batch: Sequence[Callable[[], object] | None] | None = None,
         is_too_large: Callable[[Exception], bool] | None = None,
         on_batch: Callable[[BatchRecord], None] | None = None,
-        on_close: Callable[[], object] | None = None,
         name: str = "batch scheduler",
+        **options: Unpack[RunOptions],
     ) -> None:
-        if max_partial_in_flight is not None and not 1 <= max_partial_in_flight <= max_in_flight:
-            raise ValueError(
-                f"max_partial_in_flight must be from 1 to {max_in_flight} or None, got {max_partial_in_flight!r}"
-            )
         self.policy = policy or BatchPolicy()
-        devices = run_batch if isinstance(run_batch, Sequence) else [run_batch]
+        executors = Executors(run_batch, name, **options)
+        devices, workers = executors.devices, executors.max_in_flight
         if cost_model is None:
-            cost_model = [MeasuredCostModel() for _ in devices]
+            cost_model = [MeasuredCostModel() for _ in range(devices)]
         cost_models = cost_model if isinstance(cost_model, Sequence) else [cost_model]
-        if not devices or len(devices) != len(cost_models):
-            raise ValueError(f"cost_model must be one for each of the {len(devices)} devices, got {len(cost_models)}")
+        if not cost_models or devices != len(cost_models):
+            raise ValueError(f"cost_model must be one for each of the {devices} devices, got {len(cost_models)}")
         self.name = name
         self._sizes = None if item_size is None else ItemSizes(item_size, name)
         # All mutable state: the planner with its queue; the dispatcher with its workers and the counters; the clock.
-        self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, *cost_models, workers=max_in_flight)
+        self._planner: BatchPlanner[Pending[T, R]] = BatchPlanner(self.policy, *cost_models, workers=workers)
         runner = BatchRunner(self._planner, is_too_large=is_too_large, on_batch=on_batch, name=name)
         self._dispatcher = Dispatcher(
-            self._planner,
-            self._executors(devices, max_in_flight, batch_timeout_s, before_batch),
-            runner,
-            max_partial_in_flight=max_partial_in_flight,
-            name=name,
+            self._planner, executors, runner, max_partial_in_flight=max_partial_in_flight, name=name
         )
-        self._replacing = anyio.Lock()
         self._telemetry = runner.telemetry
-        self._on_close = on_close
         self._now: Callable[[], float] = anyio.current_time
         self._opened_s = self._closed_s = math.nan
 
@@ -133,7 +106,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
             raise RuntimeError("a BatchScheduler can be entered only once")
         token = current_token()
         self._loop = asyncio_loop(token)
-        self._now = token.backend_class.current_time
+        self._now = token.backend_class.current_time if self._loop is None else self._loop.time  # a quarter of the time
         self._opened_s = self._now()
         try:
             async with plain_task_group() as task_group:
@@ -145,23 +118,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         finally:
             self._dispatcher.fail_all(SchedulerClosedError("the scheduler was aborted before this request finished"))
             self._closed_s = self._now()
-            await self._close(self._dispatcher.executors, self._on_close)
-
-    async def _close(self, executors: Sequence[Executor[T, R]], on_close: Callable[[], object] | None) -> None:
-        """Call `on_close`, and end the threads."""
-        first, *_ = executors
-        try:
-            if on_close is not None:
-                with anyio.fail_after(MAX_CLOSE_S, shield=True):
-                    async with first.paused():
-                        result = await first.run_while_paused(on_close, None)
-                    if inspect.isawaitable(result):
-                        await result
-        except Exception:
-            logger.exception("%s: closing failed; what it holds may not be free", self.name)
-        finally:
-            for executor in executors:
-                executor.close()
+            await self._dispatcher.executors.close()
 
     async def submit(
         self,
@@ -295,35 +252,14 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         self._enqueue(requests)
         return handles
 
-    def _executors(
-        self,
-        devices: Sequence[RunBatch[T, R]],
-        max_in_flight: int,
-        batch_timeout_s: float | None,
-        before_batch: Sequence[Callable[[], object] | None] | None,
-    ) -> list[Executor[T, R]]:
-        if max_in_flight < 1:
-            raise ValueError(f"max_in_flight must be at least 1, got {max_in_flight!r}")
-        if batch_timeout_s is not None and batch_timeout_s <= 0:
-            raise ValueError(f"batch_timeout_s must be positive or None, got {batch_timeout_s!r}")
-        timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
-        return [
-            Executor(run, timeout_s, f"{self.name} {device * max_in_flight + i}", device, before)
-            for device, (run, before) in enumerate(zip(devices, before_batch or [None] * len(devices), strict=True))
-            for i in range(max_in_flight)
-        ]
-
     async def replace(
         self,
         run_batch: RunBatch[T, R] | Sequence[RunBatch[T, R]],
         *,
         policy: BatchPolicy,
         item_size: Callable[[T], int] | None = None,
-        max_in_flight: int = 1,
-        batch_timeout_s: float | None = None,
-        before_batch: Sequence[Callable[[], object] | None] | None = None,
         warm_up: Sequence[Callable[[], object]] = (),
-        on_close: Callable[[], object] | None = None,
+        **options: Unpack[RunOptions],
     ) -> None:
         """Run the next batches by other functions, within other limits. The arguments are those of the constructor.
 
@@ -333,27 +269,12 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         and changes nothing. With an `on_close`, the one before is called once the old batches have ended. Also raises
         `SchedulerClosedError`, and `ValueError` for another number of devices.
         """
-        devices = run_batch if isinstance(run_batch, Sequence) else [run_batch]
-        if len(devices) != len(self._planner.devices):
-            raise ValueError(f"there must be {len(self._planner.devices)} devices as before, got {len(devices)}")
-        executors = self._executors(devices, max_in_flight, batch_timeout_s, before_batch)
-        try:
-            for device, function in enumerate(warm_up):
-                warmed_up = await executors[device * max_in_flight].run_while_paused(function, None)
-                if isinstance(warmed_up, Awaitable):
-                    await warmed_up
-            async with self._replacing:
-                self._ensure_open()
-                self.policy = policy
-                self._planner.set_policy(policy, max_in_flight)
-                self._sizes = None if item_size is None else ItemSizes(item_size, self.name)
-                close_old = partial(self._close, self._dispatcher.executors, on_close and self._on_close)
-                self._dispatcher.replace_executors(executors, close_old)
-                self._on_close = on_close or self._on_close
-        except BaseException:
-            for executor in executors:
-                executor.close()
-            raise
+        executors = Executors(run_batch, self.name, **options)
+        async with self._dispatcher.replacing(executors, warm_up):
+            self._ensure_open()
+            self.policy = policy
+            self._planner.set_policy(policy, executors.max_in_flight)
+            self._sizes = None if item_size is None else ItemSizes(item_size, self.name)
 
     def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
         """Raise what a request should be refused with now; for frontends, before they read and parse what they get.
@@ -375,8 +296,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         Raises what the function raises, `SchedulerClosedError`, and `TimeoutError` after `timeout_s` seconds; then the
         function goes on in its thread, and its result is dropped.
         """
-        async with self._paused(device) as executor:
-            return await executor.run_while_paused(function, timeout_s)
+        self._ensure_open()
+        async with self._dispatcher.paused() as executors:
+            return await executors.first_of(device).run_while_paused(function, timeout_s)
 
     async def run_as_one_batch(self, payloads: Sequence[T]) -> Sequence[R | Exception]:
         """Run payloads as one batch, while no other batch is in any stage; returns the output or error of each.
@@ -384,19 +306,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         Raises what the batch raises: it is not split. Also raises `BatchTimeoutError`, `InputsMovedError`,
         `OutputCountError` and `SchedulerClosedError`.
         """
-        async with self._paused() as executor:
-            return await executor.run_batch_while_paused(list(payloads))
-
-    @asynccontextmanager
-    async def _paused(self, device: int = 0) -> AsyncGenerator[Executor[T, R]]:
-        """Wait until no batch is in any stage, and let none start in the block; yields the device's first executor."""
         self._ensure_open()
-        async with AsyncExitStack() as paused:
-            await paused.enter_async_context(self._replacing)
-            executors = self._dispatcher.executors
-            for executor in executors:
-                await paused.enter_async_context(executor.paused())
-            yield next(executor for executor in executors if executor.device == device)
+        async with self._dispatcher.paused() as executors:
+            return await executors.first_of(0).run_batch_while_paused(list(payloads))
 
     def statistics(self) -> SchedulerStatistics:
         """An immutable snapshot of the requests and batches that wait, run and have ended."""
@@ -414,7 +326,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     @property
     def stuck_threads(self) -> int:
         """Calls that ran past the batch timeout and have not returned; each holds a thread."""
-        return sum(executor.stuck_threads for executor in self._dispatcher.executors)
+        return self._dispatcher.executors.stuck_threads
 
     @property
     def is_broken(self) -> bool:

@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from modalkit.batching.policy import DispatchReason
+from modalkit.batching.policy import Batch, DispatchReason
 from modalkit.batching.request import Priority
 
 
@@ -135,13 +136,13 @@ class Telemetry:
         self._real_tokens = self._padded_tokens = 0
         self._busy_s = self._predict_s = 0.0
 
-    def count_batch(self, record: BatchRecord) -> None:
-        """Count a batch."""
-        self._batch_sizes[record.count] += 1
-        self._real_tokens += record.real_tokens
-        self._padded_tokens += record.padded_tokens
-        self._busy_s += record.total_s
-        self._predict_s += record.predict_s
+    def count_batch(self, batch: Batch[Any], total_s: float, predict_s: float) -> None:
+        """Count a batch that ran for `total_s` seconds, of them `predict_s` in its second stage."""
+        self._batch_sizes[len(batch.requests)] += 1
+        self._real_tokens += batch.total
+        self._padded_tokens += batch.padded_tokens
+        self._busy_s += total_s
+        self._predict_s += predict_s
 
     def snapshot(
         self,

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 from urllib.request import urlopen
 
-import redis
 import typer
 
 from modalkit.benchmarks.bench.targets import SERVE, process
@@ -25,7 +24,9 @@ from modalkit.benchmarks.load import Endpoint, Load, Measured
 from modalkit.benchmarks.load.client import HttpTarget
 from modalkit.benchmarks.load.endpoint import LINES
 from modalkit.benchmarks.load.processes import run_target
+from modalkit.benchmarks.measurement import Figure
 from modalkit.benchmarks.redis_server import RedisServer
+from modalkit.pipelines.extras import install_command
 
 TEXT = "The room was clean and the staff could not have been kinder to us."
 JOB = json.dumps(
@@ -71,9 +72,9 @@ def serving(folder: Path, configuration: str) -> Iterator[str]:
 
 
 @contextmanager
-def bare(redis_url: str = "redis://localhost:6379") -> Iterator[str]:
-    """The address of the service that stores nothing."""
-    with _process(BARE, r"running on", None, BENCHMARK_REDIS_URL=redis_url) as said:
+def bare(**variables: str) -> Iterator[str]:
+    """The address of the service that stores nothing; it sends tasks with the variable ``BENCHMARK_REDIS_URL``."""
+    with _process(BARE, r"running on", None, **variables) as said:
         yield _address(said)
 
 
@@ -137,19 +138,36 @@ def told(name: str, ratios: list[float]) -> str:
     return f"{name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
 
 
-def predictions(rounds: int, items: int) -> None:
-    """Single requests to a pipeline that does nothing, next to a route that validates and answers with its models."""
-    ratios = []
-    bodies = [json.dumps({"text": TEXT}).encode()] * items
-    with tempfile.TemporaryDirectory() as folder, bare() as plain, served(Path(folder)) as url:
-        for _ in range(rounds):
-            reference = rate(f"{plain}/echo", bodies, CLIENTS, items)
-            ours = rate(f"{url}/sync/predict", bodies, CLIENTS, items)
-            ratios.append(ours / reference)
-            print(f"  bare {reference:.0f}/s, in batches {ours:.0f}/s")
-    print(
-        told(f"requests to a pipeline that does nothing, {CLIENTS} clients, beside a route that does nothing", ratios)
-    )
+class HttpStudy:
+    """Single requests to a pipeline that does nothing, beside a route that validates and answers with its models."""
+
+    name = "http"
+
+    def __init__(self, items: int = 12_000) -> None:
+        self._bodies = [json.dumps({"text": TEXT}).encode()] * items
+        self._rates: list[tuple[float, float]] = []
+
+    def warm_up(self) -> None:
+        """Nothing: the servers start with each round."""
+
+    def run_round(self) -> None:
+        """Measure both, on servers of their own."""
+        with tempfile.TemporaryDirectory() as folder, bare() as plain, served(Path(folder)) as url:
+            urls = [f"{url}/sync/predict", f"{plain}/echo"]
+            for each in urls:
+                rate(each, self._bodies[: len(self._bodies) // 10], CLIENTS, 1)
+            ours, reference = (rate(each, self._bodies, CLIENTS, len(self._bodies)) for each in urls)
+        self._rates.append((ours, reference))
+
+    def figures(self) -> list[Figure]:
+        """Rates and their ratio."""
+        ours, reference = zip(*self._rates, strict=True)
+        ratios = tuple(mine / other for mine, other in self._rates)
+        return [
+            Figure(name=f"requests to a pipeline that does nothing, {CLIENTS} clients", rounds=ours, unit="requests/s"),
+            Figure(name="requests to a bare FastAPI route", rounds=reference, unit="requests/s"),
+            Figure(name="our requests / those of the bare route", rounds=ratios, at_least=1.2),
+        ]
 
 
 def singles(rounds: int, jobs: int) -> None:
@@ -191,12 +209,16 @@ def streams(rounds: int, items: int) -> None:
 
 def through_redis(rounds: int, jobs: int) -> None:
     """From acceptance to the message in a Redis stream, next to a task for each item from its route."""
+    try:
+        import redis
+    except ImportError:
+        raise typer.BadParameter(f"redis needs the client of Redis: {install_command('taskiq')}") from None
     ratios = []
     with (
         tempfile.TemporaryDirectory() as folder,
         RedisServer() as broker,
         redis.Redis.from_url(broker.url) as client,
-        bare(broker.url) as plain,
+        bare(BENCHMARK_REDIS_URL=broker.url) as plain,
         served(Path(folder), "taskiq", broker.url) as url,
     ):
         for _ in range(rounds):
@@ -232,12 +254,11 @@ def backlog(jobs: int) -> None:
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help="sync, single, lists, streams, redis or backlog.")] = None,
+    only: Annotated[str | None, typer.Option(help="single, lists, streams, redis or backlog.")] = None,
     rounds: Annotated[int, typer.Option(help="How often each pair is measured, in turns.")] = 5,
 ) -> None:
     """Print what requests and durable jobs cost."""
     parts: dict[str, Callable[[], None]] = {
-        "sync": lambda: predictions(rounds, 12_000),
         "single": lambda: singles(rounds, 6000),
         "lists": lambda: many(rounds, 40_000),
         "streams": lambda: streams(rounds, 100_000),

@@ -77,8 +77,8 @@ class InferencePipeline:
 
         Raises `TypeError` for a class that lacks a stage, and has nothing in place of them.
         """
-        missing = [name for name in STAGES if getattr(cls, name) is getattr(InferencePipeline, name)]
-        if missing and all(getattr(cls, name) is getattr(InferencePipeline, name) for name in IN_PLACE_OF_STAGES):
+        missing = [name for name in STAGES if not has_own(cls, name)]
+        if missing and not any(has_own(cls, name) for name in IN_PLACE_OF_STAGES):
             raise TypeError(f"{cls.__name__} must define {', '.join(missing)}; or {' or '.join(IN_PLACE_OF_STAGES)}")
         self = super().__new__(cls)
         self.model_name = cls.__name__
@@ -228,9 +228,10 @@ async def awaited(result: Any) -> Any:
     return await result if inspect.isawaitable(result) else result
 
 
-def has_own(pipeline: InferencePipeline, method: str) -> bool:
-    """Whether the class of the pipeline defines this method."""
-    return getattr(getattr(pipeline, method), "__func__", None) is not getattr(InferencePipeline, method)
+def has_own(pipeline: InferencePipeline | type[InferencePipeline], method: str) -> bool:
+    """Whether a pipeline, or a class of pipelines, defines this method itself."""
+    found = getattr(pipeline, method)
+    return getattr(found, "__func__", found) is not getattr(InferencePipeline, method)
 
 
 def is_asynchronous(pipeline: InferencePipeline, *methods: str) -> bool:

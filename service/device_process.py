@@ -1,6 +1,5 @@
 """Pipelines in processes of their own, so that several devices do not wait for one Python interpreter."""
 
-import asyncio
 import logging
 import os
 import pickle
@@ -8,32 +7,25 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection, Pipe
+from functools import partial
+from multiprocessing.connection import Pipe
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel
 
 from modalkit.batching import BatchTimeoutError
-from modalkit.batching.execution import ensure_order
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
-from modalkit.pipelines.engines.settings import EngineChoice
-from modalkit.pipelines.inference_pipeline import awaited
+from modalkit.pipelines.inference_pipeline import has_own
+from modalkit.service.device_server import Description, Kept, serve
 from modalkit.service.errors import ServiceError, describe_error
 from modalkit.service.loading import LoadError, ModelSource
 from modalkit.service.pipeline_batches import is_asynchronous_pipeline
 
 logger = logging.getLogger(__name__)
 
-KEPT = ("preprocess", "predict")
-"""What these return stays in the process of the device."""
-KEPT_RESULTS = 32
-"""Results of stages that are kept there; older ones belong to batches that were given up."""
 TIMEOUT_SHARE = 0.95
 """Of the batch timeout: a process whose batch takes longer is ended, before the scheduler gives the batch up."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
@@ -46,20 +38,6 @@ class DeviceProcessError(ServiceError):
 
     def __init__(self, device: str, what: str) -> None:
         super().__init__(f"the process of device {device} {what}")
-
-
-class _Kept(NamedTuple):
-    """Stands for the result of a stage, which stays in the process of the device."""
-
-    number: int
-    spent_s: float = 0.0
-    """Seconds that the batch has spent in its stages."""
-
-
-class _Description(NamedTuple):
-    device_name: str
-    max_in_flight: int
-    engine_choice: EngineChoice | None
 
 
 class _Process:
@@ -75,7 +53,7 @@ class _Process:
         with theirs:
             # Not by `multiprocessing`, which would run the main module of this program once more.
             self._child = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+                [sys.executable, "-c", f"from {serve.__module__} import serve; serve({theirs.fileno()})"],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
                 start_new_session=True,  # Ctrl-C is for this process, which then finishes what was accepted
@@ -83,9 +61,9 @@ class _Process:
         self._connection.send_bytes(pickle.dumps((source, device)))
         threading.Thread(target=self._read, name=f"answers of {device}", daemon=True).start()
 
-    def wait_until_ready(self) -> _Description:
+    def wait_until_ready(self) -> Description:
         """Wait until the pipeline is loaded. Raises what its constructor raised, and `DeviceProcessError`."""
-        description: _Description = self._result(0, None)
+        description: Description = self._result(0, None)
         return description
 
     @property
@@ -196,7 +174,7 @@ class DevicePipeline(InferencePipeline):
         """Wait for the process, and take from `first` what is the same on all devices. Raises `LoadError`."""
         key = f"{self._source.key}.devices: {self._device}"
         if is_asynchronous_pipeline(first):
-            raise LoadError(f"{key}: an asynchronous pipeline runs on no device; remove it, and set max_in_flight")
+            raise LoadError(f"{key}: an asynchronous pipeline cannot run on several devices; set max_in_flight instead")
         try:
             self._description = self._process.wait_until_ready()
         except Exception as error:
@@ -228,11 +206,11 @@ class DevicePipeline(InferencePipeline):
 
     def _call(self, method: str, items: list[BaseModel], *data: Any) -> Any:
         """Run a stage. Raises `BatchTimeoutError` and ends the process when the batch takes too long."""
-        spent_s = sum(each.spent_s for each in data if isinstance(each, _Kept))
+        spent_s = sum(each.spent_s for each in data if isinstance(each, Kept))
         process, started_s = self._process, time.monotonic()
         with self._in_time(items):
             result = process.call(self._limit_s - spent_s, method, items, *data)
-        if isinstance(result, _Kept):
+        if isinstance(result, Kept):
             return result._replace(spent_s=spent_s + time.monotonic() - started_s)
         return result
 
@@ -296,9 +274,8 @@ def load_on_devices(source: ModelSource) -> list[InferencePipeline]:
     first_device, *other_devices = source.devices()
     if not other_devices:
         return [source.load(first_device)]
-    kind = (
-        _InPieces if _has_own(source, "predict_stream") else _AsOne if _has_own(source, "run_inference") else _InStages
-    )
+    own = partial(has_own, source.pipeline_class)
+    kind = _InPieces if own("predict_stream") else _AsOne if own("run_inference") else _InStages
     timeout_s = source.settings.app_settings.batch_config.batch_timeout_seconds
     others = [kind(source, device, timeout_s) for device in other_devices]  # they load while this process does
     try:
@@ -310,104 +287,3 @@ def load_on_devices(source: ModelSource) -> list[InferencePipeline]:
             other.close()
         raise
     return [first, *others]
-
-
-def _has_own(source: ModelSource, method: str) -> bool:
-    return getattr(source.pipeline_class, method) is not getattr(InferencePipeline, method)
-
-
-# In the process of a device.
-
-
-def serve(descriptor: int) -> None:
-    """Load a pipeline and answer calls of its methods, until the connection ends."""
-    with Connection(descriptor) as connection:
-        source, device = pickle.loads(connection.recv_bytes())  # noqa: S301  # of the process that started this one
-        _Server(connection).serve(source, device)
-
-
-class _Server:
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._lock = threading.Lock()
-        self._kept: OrderedDict[int, Any] = OrderedDict()
-        self._stopped: set[int] = set()
-        self._threads: dict[int, ThreadPoolExecutor] = {}
-        """One for each thread that calls, because libraries keep state for each thread."""
-
-    def serve(self, source: ModelSource, device: str) -> None:
-        try:
-            self._pipeline = source.load(device)
-            pipeline = self._pipeline
-            description = _Description(pipeline.device_name(), pipeline.max_in_flight, pipeline.engine_choice)
-        except Exception as error:  # noqa: BLE001  # the other process raises it
-            self._answer(0, "error", error)
-            return
-        self._answer(0, "result", description)
-        with suppress(EOFError, OSError):
-            while True:
-                number, thread, method, arguments = pickle.loads(self._connection.recv_bytes())  # noqa: S301  # as above
-                if method == "end":
-                    asyncio.run(awaited(self._pipeline.close()))
-                    break
-                if method == "stop":
-                    self._stopped.add(number)
-                    continue
-                if thread not in self._threads:
-                    self._threads[thread] = ThreadPoolExecutor(1, f"{source.model_name} {len(self._threads)}")
-                self._threads[thread].submit(self._run, number, method, arguments)
-        sys.stdout.flush()
-        os._exit(0)  # a call that hangs must not keep the process
-
-    def _run(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
-        try:
-            function = getattr(self._pipeline, method)
-            given = [self._taken(argument) for argument in arguments]
-            items = list(given[0]) if given and isinstance(given[0], list) else []
-            result = function(*given)
-            if method == "predict_stream":
-                for piece in result:
-                    self._answer(number, "piece", piece)
-                    if number in self._stopped:
-                        break
-                result = None
-            if items:
-                ensure_order(items, given[0])
-            if method in KEPT:
-                result = self._keep(number, result)
-            elif method == "warm_up":
-                asyncio.run(awaited(result))
-                result = None
-        except BaseException as error:  # noqa: BLE001  # whatever it is, the other process raises it
-            self._answer(number, "error", error)
-        else:
-            self._answer(number, "result", result)
-        finally:
-            self._stopped.discard(number)
-
-    def _keep(self, number: int, result: Any) -> _Kept:
-        with self._lock:
-            self._kept[number] = result
-            while len(self._kept) > KEPT_RESULTS:
-                self._kept.popitem(last=False)
-        return _Kept(number)
-
-    def _taken(self, argument: Any) -> Any:
-        if not isinstance(argument, _Kept):
-            return argument
-        with self._lock:
-            return self._kept.pop(argument.number)
-
-    def _answer(self, number: int, kind: str, value: Any) -> None:
-        if isinstance(value, BaseException):
-            value.add_note("".join(["in another process:\n", *traceback.format_exception(value)]))
-        try:
-            message = pickle.dumps((number, kind, value))
-            if kind == "error":
-                pickle.loads(message)  # noqa: S301  # some exceptions can be written, but not read
-        except Exception as error:  # noqa: BLE001  # objects of a user may raise anything
-            what = f"{type(value).__name__} cannot go to another process: {error}"
-            text = describe_error(value) if isinstance(value, Exception) else what
-            message = pickle.dumps((number, "error", RuntimeError(text)))
-        with self._lock, suppress(OSError):  # the other process may have ended
-            self._connection.send_bytes(message)

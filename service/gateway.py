@@ -2,26 +2,23 @@
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, Unpack
 
 from pydantic import BaseModel
 
-from modalkit.batching import Failure, Outcome, Priority, SchedulerStatistics, Success
+from modalkit.batching import (
+    Failure,
+    Outcome,
+    Priority,
+    QueueOptions,
+    RequestOptions,
+    SchedulerStatistics,
+    Success,
+)
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel
-from modalkit.service.errors import NotReadyError, Readiness, UnknownModelError
+from modalkit.service.errors import Readiness, UnknownModelError
 from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage, JobPiece
 from modalkit.service.settings import BatchConfig
-
-__all__ = [
-    "Gateway",
-    "JobAdministration",
-    "Jobs",
-    "Model",
-    "ModelAdministration",
-    "NotReadyError",
-    "Readiness",
-    "find_model",
-]
 
 
 class Model(Protocol):
@@ -50,23 +47,11 @@ class Model(Protocol):
     def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
         """Raise what a request should be refused with now: `NotReadyError`, what `BatchScheduler.check_room` raises."""
 
-    async def predict(
-        self,
-        item: BaseModel,
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-        owner: str = "",
-    ) -> InferenceOutputModel:
-        """Run one item; owners get equal shares. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""
+    async def predict(self, item: BaseModel, **options: Unpack[RequestOptions]) -> InferenceOutputModel:
+        """Run one item. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""
 
     def predict_pieces(
-        self,
-        item: BaseModel,
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-        owner: str = "",
+        self, item: BaseModel, **options: Unpack[RequestOptions]
     ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
         """Run one item; yields pieces of its result, where the engine passes them on, and then its `Success`.
 
@@ -78,9 +63,7 @@ class Model(Protocol):
         self,
         items: Sequence[BaseModel],
         on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        owner: str = "",
+        **options: Unpack[QueueOptions],
     ) -> list[Callable[[], object] | Failure]:
         """Queue items, all or none, and return at once; `on_outcome` gets the place of each, from 0, and its outcome.
 
@@ -90,12 +73,7 @@ class Model(Protocol):
         ...
 
     async def predict_many(
-        self,
-        items: Sequence[BaseModel],
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-        owner: str = "",
+        self, items: Sequence[BaseModel], **options: Unpack[RequestOptions]
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run items; outcomes in their order. Raises `NotReadyError` and what `InferenceWorker.predict_many` raises."""
 
@@ -136,12 +114,7 @@ class Jobs(Protocol):
         """Why jobs can neither be accepted nor read now; None where they can, or where that is not known."""
 
     async def submit(
-        self,
-        requests: Sequence[AsyncInputModel],
-        *,
-        model_name: str,
-        priority: Priority = Priority.BULK,
-        owner: str = "",
+        self, requests: Sequence[AsyncInputModel], *, model_name: str, **options: Unpack[QueueOptions]
     ) -> list[Outcome[str]]:
         """Accept jobs for one model; the id or the error of each, in the same order.
 
@@ -207,7 +180,10 @@ class Gateway(AbstractAsyncContextManager["Gateway"], Protocol):
         """None where the engine cannot reload models."""
 
 
-def find_model(models: Mapping[str, Model], name: str | None) -> Model:
+ModelT = TypeVar("ModelT", bound=Model)
+
+
+def find_model(models: Mapping[str, ModelT], name: str | None) -> ModelT:
     """The model of this name, or the first for None. Raises `UnknownModelError`."""
     if name is None:
         return next(iter(models.values()))

@@ -85,8 +85,8 @@ class LearntCosts:
     async def follow(self, pipeline: InferencePipeline, batch_config: BatchConfig) -> None:
         """Go on with the costs of another pipeline, which takes the place of this one, or within other limits.
 
-        Its costs start as those in the file, if it was measured before, else as they are; these are not kept for it, so
-        that the next start measures it.
+        Its costs are those of the file, if it was measured before. Otherwise they stay as they are, and are not written
+        to the file, so that the next start measures them.
         """
         await self.keep()
         self._pipeline, self._batch_config, self._config = pipeline, batch_config, batch_config.calibration

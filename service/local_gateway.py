@@ -3,14 +3,22 @@
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import anyio
 from anyio import AsyncContextManagerMixin, to_thread
 from anyio.abc import TaskGroup
 from pydantic import BaseModel
 
-from modalkit.batching import Failure, Outcome, Priority, SchedulerStatistics, Success
+from modalkit.batching import (
+    Failure,
+    Outcome,
+    Priority,
+    QueueOptions,
+    RequestOptions,
+    SchedulerStatistics,
+    Success,
+)
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import EngineChoice, InferenceOutputModel
 from modalkit.service.errors import (
@@ -18,15 +26,15 @@ from modalkit.service.errors import (
     Readiness,
     ReloadError,
     ServiceError,
-    UnknownModelError,
     describe_error,
 )
+from modalkit.service.gateway import find_model
 from modalkit.service.jobs import JobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import LoadError, ModelSource, make_job_manager
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import BatchConfig, Settings
-from modalkit.service.supervision import Phase, Supervisor
+from modalkit.service.supervision import GatewayState, Supervisor
 from modalkit.service.worker import InferenceWorker
 
 logger = logging.getLogger(__name__)
@@ -35,7 +43,7 @@ logger = logging.getLogger(__name__)
 class LocalModel:
     """A configured model and, once it is loaded, its worker."""
 
-    def __init__(self, source: ModelSource, phase: Phase) -> None:
+    def __init__(self, source: ModelSource, state: GatewayState) -> None:
         self.name = source.model_name
         self.input_model = source.input_model
         self.output_model = source.output_model
@@ -44,15 +52,15 @@ class LocalModel:
         self.worker: InferenceWorker | None = None
         self.settled = anyio.Event()
         """Set once the model is ready or has failed."""
-        self._phase = phase
-        self._supervisor = Supervisor(source, phase)
+        self._state = state
+        self._supervisor = Supervisor(source, state)
 
     @property
     def readiness(self) -> Readiness:
         """Whether it takes requests."""
         if self.error is not None:
             return Readiness.FAILED if self.worker is None else Readiness.BROKEN
-        if self._phase.closing.is_set():
+        if self._state.closing.is_set():
             return Readiness.DRAINING
         if self.worker is None:
             return Readiness.LOADING
@@ -71,49 +79,30 @@ class LocalModel:
         """Raise what a request should be refused with now: `NotReadyError`, what `BatchScheduler.check_room` raises."""
         self.ready_worker().check_room(priority=priority, timeout_s=timeout_s)
 
-    async def predict(
-        self,
-        item: BaseModel,
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-        owner: str = "",
-    ) -> InferenceOutputModel:
+    async def predict(self, item: BaseModel, **options: Unpack[RequestOptions]) -> InferenceOutputModel:
         """Run one item. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""
-        return await self.ready_worker().predict(item, priority=priority, timeout_s=timeout_s, owner=owner)
+        return await self.ready_worker().predict(item, **options)
 
     def predict_pieces(
-        self,
-        item: BaseModel,
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-        owner: str = "",
+        self, item: BaseModel, **options: Unpack[RequestOptions]
     ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
         """Run one item, as `InferenceWorker.predict_pieces` does. Raises `NotReadyError`."""
-        return self.ready_worker().predict_pieces(item, priority=priority, timeout_s=timeout_s, owner=owner)
+        return self.ready_worker().predict_pieces(item, **options)
 
     def predict_many_nowait(
         self,
         items: Sequence[BaseModel],
         on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        owner: str = "",
+        **options: Unpack[QueueOptions],
     ) -> list[Callable[[], object] | Failure]:
         """Queue items, as `InferenceWorker.predict_many_nowait` does. Raises `NotReadyError`."""
-        return self.ready_worker().predict_many_nowait(items, on_outcome, priority=priority, owner=owner)
+        return self.ready_worker().predict_many_nowait(items, on_outcome, **options)
 
     async def predict_many(
-        self,
-        items: Sequence[BaseModel],
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-        owner: str = "",
+        self, items: Sequence[BaseModel], **options: Unpack[RequestOptions]
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run items; outcomes in their order. Raises `NotReadyError` and what `InferenceWorker.predict_many` raises."""
-        return await self.ready_worker().predict_many(items, priority=priority, timeout_s=timeout_s, owner=owner)
+        return await self.ready_worker().predict_many(items, **options)
 
     @property
     def engine_choice(self) -> EngineChoice | None:
@@ -193,12 +182,12 @@ class LocalGateway(AsyncContextManagerMixin):
         sources: Sequence[ModelSource] | None = None,
     ) -> None:
         self._settings = settings
-        self._phase = Phase()
+        self._state = GatewayState()
         self._broken = anyio.Event()
         self._task_group: TaskGroup
         if sources is None:
             sources = [ModelSource(settings, name) for name in settings.model_settings.model_entries]
-        self.models = {source.model_name: LocalModel(source, self._phase) for source in sources}
+        self.models = {source.model_name: LocalModel(source, self._state) for source in sources}
         if not self.models:
             raise LoadError("model_settings.model_entries: there is no model; add one")
         self.jobs = make_job_manager(settings, queue_backend, job_store)
@@ -212,12 +201,12 @@ class LocalGateway(AsyncContextManagerMixin):
             try:
                 yield self
             finally:
-                self._phase.draining.set()
-                self._phase.closing.set()
+                self._state.draining.set()
+                self._state.closing.set()
 
     def drain(self) -> None:
         """Before the gateway is left: end reloads, answer callers that wait for jobs, start no more. Idempotent."""
-        self._phase.draining.set()
+        self._state.draining.set()
         self.jobs.drain()
 
     @property
@@ -227,11 +216,11 @@ class LocalGateway(AsyncContextManagerMixin):
 
     async def set_limits(self, model_name: str, limits: Mapping[str, Any]) -> None:
         """Change limits of a model's batches; see `LocalModel.set_limits`. Raises `UnknownModelError` too."""
-        await self._model(model_name).set_limits(limits)
+        await find_model(self.models, model_name).set_limits(limits)
 
     def limits(self, model_name: str) -> BatchConfig | None:
         """The limits of a model's batches; None before it is loaded. Raises `UnknownModelError`."""
-        worker = self._model(model_name).worker
+        worker = find_model(self.models, model_name).worker
         return None if worker is None else worker.limits
 
     async def reload(self, model_name: str) -> None:
@@ -242,7 +231,7 @@ class LocalGateway(AsyncContextManagerMixin):
         that could not be loaded is tried again. Modules of Python are not imported again, and of the configuration only
         what concerns the model is taken up.
         """
-        model = self._model(model_name)
+        model = find_model(self.models, model_name)
         # In a thread, because it reads files and may import modules.
         source = await to_thread.run_sync(self._read_source_again, model)
         if model.readiness is not Readiness.FAILED:
@@ -271,12 +260,7 @@ class LocalGateway(AsyncContextManagerMixin):
         return {"": own}
 
     def _check_ready(self, model_name: str) -> None:
-        self._model(model_name).ready_worker()
-
-    def _model(self, model_name: str) -> LocalModel:
-        if model_name not in self.models:
-            raise UnknownModelError(model_name, list(self.models))
-        return self.models[model_name]
+        find_model(self.models, model_name).ready_worker()
 
     async def wait_until_settled(self) -> None:
         """Wait until every model is ready or has failed: `readiness` tells which."""

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from pydantic import BaseModel
 
-from modalkit.batching import RunBatch, Stages
+from modalkit.batching import BatchPolicy, RunBatch, Stages
 from modalkit.batching.execution import checked_outputs, ensure_order
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline, RejectItem
 from modalkit.pipelines.inference_pipeline import STAGES, has_own, is_asynchronous
@@ -38,8 +38,21 @@ _FAULT_OF_THE_CALL = re.compile(
     r"|CUBLAS_STATUS_(INVALID_VALUE|NOT_SUPPORTED|ARCH_MISMATCH)"
 )
 
-
 _AWAITABLES = (CoroutineType, asyncio.Future)
+
+
+def batch_policy(config: BatchConfig) -> BatchPolicy:
+    """The scheduler's limits as the configuration gives them."""
+    return BatchPolicy(
+        max_batch_size=config.max_batch_size,
+        max_batch_tokens=config.max_batch_tokens,
+        max_batch_s=config.max_batch_seconds,
+        max_wait_s=config.wait_ms / 1000,
+        max_queue_items=config.max_queue_size,
+        max_queue_s=config.max_queue_seconds,
+        max_age_s=config.max_age_ms / 1000,
+        max_bulk_batch_s=None if config.max_bulk_batch_ms == "auto" else config.max_bulk_batch_ms / 1000,
+    )
 
 
 def max_in_flight_of(pipeline: InferencePipeline, config: BatchConfig) -> int:

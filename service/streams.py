@@ -151,13 +151,17 @@ class StreamRun:
 
 
 async def pieces_of(
-    start: Callable[[Callable[[InferenceOutputModel | Outcome[InferenceOutputModel]], None]], Callable[[], object]],
+    item: BaseModel,
+    submit: Callable[[Payload, Callable[[Outcome[InferenceOutputModel]], None]], Callable[[], object]],
     timeout_s: float | None,
+    *,
+    streams: bool,
 ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
     """What a request receives: its pieces, of which a slow caller misses the oldest, and then its `Success`.
 
-    `start` queues the request, with a function for each piece and for the outcome, and returns what withdraws it.
-    Raises the request's error, and `DeadlineExceededError` after `timeout_s` seconds for all pieces.
+    `submit` queues a payload, with a function for its outcome, and returns what withdraws it. `streams` says whether
+    the pipeline takes a `StreamedItem`. Raises the request's error, and `DeadlineExceededError` after `timeout_s`
+    seconds for all pieces.
     """
     received: deque[InferenceOutputModel | Outcome[InferenceOutputModel]] = deque(maxlen=MAX_UNREAD_PIECES)
     change = anyio.Event()
@@ -166,7 +170,8 @@ async def pieces_of(
         received.append(piece)
         change.set()
 
-    withdraw = start(receive)
+    streamed = StreamedItem(item, receive)
+    withdraw = submit(streamed if streams else item, receive)
     try:
         deadline_s = math.inf if timeout_s is None else anyio.current_time() + timeout_s
         while True:
@@ -183,4 +188,5 @@ async def pieces_of(
             if scope.cancelled_caught:
                 raise DeadlineExceededError(timeout_s or 0.0)
     finally:
+        streamed.is_wanted = False
         withdraw()

@@ -38,7 +38,7 @@ RESTART_INTERVAL_S = 600.0
 RESTART_TIMEOUT_S = 300.0
 """Seconds within which a model that hangs has to be loaded anew."""
 CHECK_INTERVAL_S = 0.5
-"""Seconds between two looks whether a worker hangs."""
+"""Seconds between two checks for a worker that hangs."""
 
 
 class ModelBrokenError(ServiceError):
@@ -50,8 +50,8 @@ class ModelBrokenError(ServiceError):
 
 
 @dataclass
-class Phase:
-    """What the models of a gateway share: its end, and how many of them load."""
+class GatewayState:
+    """What the models of a gateway share: whether it ends, and how many of them load."""
 
     draining: anyio.Event = field(default_factory=anyio.Event)
     """Set before the gateway closes: no model is reloaded any more."""
@@ -62,31 +62,31 @@ class Phase:
 
 
 class Supervisor:
-    """Loads the pipeline of one model, and sees to the worker that runs it."""
+    """Loads the pipeline of one model, replaces it on reload, and restarts it where it hangs."""
 
-    def __init__(self, source: ModelSource, phase: Phase) -> None:
+    def __init__(self, source: ModelSource, state: GatewayState) -> None:
         self.source = source
         """What the pipeline that runs was loaded from."""
         self._name = source.model_name
-        self._phase = phase
+        self._state = state
         self._changing = anyio.Lock()
         self._loaded_bytes = 0  # memory that the pipeline took when it was loaded; 0 where that is not known
 
     async def load(self) -> list[InferencePipeline] | None:
         """The first pipeline, on each of its devices, or None when the gateway closes before. Raises `LoadError`."""
-        return await _unless(self._phase.closing.wait, lambda: self._load(self.source))
+        return await _unless(self._state.closing.wait, lambda: self._load(self.source))
 
     def check(self, source: ModelSource) -> None:
-        """Raise `ReloadError` for a source whose requests or results are others than those of this one."""
+        """Raise `ReloadError` for a source that takes other requests, or gives other results, than the present one."""
         if (source.input_model, source.output_model) != (self.source.input_model, self.source.output_model):
-            raise ReloadError(self._name, "its input_model or output_model is another one; restart the service")
+            raise ReloadError(self._name, "its input_model or output_model has changed; restart the service")
 
     async def reload(self, worker: InferenceWorker, source: ModelSource) -> None:
         """Let the worker run its next batches by a pipeline of `source`; see `LocalGateway.reload`."""
         async with self._one_change():
             self.check(source)
             limits = source.settings.app_settings.batch_config
-            await self._replace(worker, source, limits, self._phase.draining)
+            await self._replace(worker, source, limits, self._state.draining)
             if gc.get_freeze_count():
                 gc.freeze()  # the objects of the new one, too
             logger.info("Model %r was reloaded", self._name)
@@ -102,10 +102,10 @@ class Supervisor:
     async def watch(self, worker: InferenceWorker) -> None:
         """Wait until the gateway closes. Restart a model that hangs; raises `ModelBrokenError` for one that is lost."""
         restarted_s = -math.inf
-        while not self._phase.closing.is_set():
+        while not self._state.closing.is_set():
             with anyio.move_on_after(CHECK_INTERVAL_S):
-                await _unless(worker.wait_until_broken, self._phase.closing.wait)
-            if (problem := worker.problem) is None or self._phase.closing.is_set():
+                await _unless(worker.wait_until_broken, self._state.closing.wait)
+            if (problem := worker.problem) is None or self._state.closing.is_set():
                 continue
             if not worker.hangs:
                 raise ModelBrokenError(self._name, problem)
@@ -119,9 +119,9 @@ class Supervisor:
         try:
             with anyio.fail_after(RESTART_TIMEOUT_S):
                 async with self._changing:
-                    await self._replace(worker, self.source, worker.limits, self._phase.closing)
+                    await self._replace(worker, self.source, worker.limits, self._state.closing)
         except Exception as error:
-            if not self._phase.closing.is_set():
+            if not self._state.closing.is_set():
                 why_not = describe_error(error)
                 raise ModelBrokenError(self._name, f"{problem}, and it was not loaded anew ({why_not})") from error
         else:
@@ -160,17 +160,17 @@ class Supervisor:
 
     async def _load(self, source: ModelSource) -> list[InferencePipeline]:
         """The pipeline, loaded on each of its devices. When cancelled, what is being loaded is abandoned."""
-        phase = self._phase
-        is_alone, phase.loading = not phase.loading, phase.loading + 1
-        phase.loads += 1
-        load, used = phase.loads, private_bytes()
+        state = self._state
+        is_alone, state.loading = not state.loading, state.loading + 1
+        state.loads += 1
+        load, used = state.loads, private_bytes()
         thread = DedicatedThread(f"load {self._name}")
         try:
             pipelines = await thread.run(partial(load_on_devices, source))
         finally:
             thread.close()
-            phase.loading -= 1
-        if is_alone and phase.loads == load:  # else what others loaded meanwhile is counted too
+            state.loading -= 1
+        if is_alone and state.loads == load:  # else what others loaded meanwhile is counted too
             self._loaded_bytes = max(0, private_bytes() - used)
         return pipelines
 

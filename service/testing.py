@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from starlette.applications import Starlette
 
 from modalkit.pipelines import InferencePipeline
+from modalkit.pipelines.inference_pipeline import has_own
 from modalkit.service.jobs import MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import ModelSource
@@ -60,8 +61,7 @@ def poisoned(
     """
     raised = ValueError("this item is poisoned") if error is None else error
     entrances = ("predict_stream", "run_inference")
-    replaced = (name for name in entrances if getattr(pipeline_class, name) is not getattr(InferencePipeline, name))
-    name = next(replaced, "preprocess")
+    name = next((name for name in entrances if has_own(pipeline_class, name)), "preprocess")
     method: Callable[..., Any] = getattr(pipeline_class, name)
 
     def refuse(items: list[BaseModel]) -> None:

@@ -1,15 +1,18 @@
 """Messages for the sender of an invalid item: the field, what is wrong with it, and the remedy."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
+from modalkit.batching import Failure, Outcome
 from modalkit.service.errors import InvalidItemError, describe_value
 
 Model = TypeVar("Model", bound=BaseModel)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _SHOWN_CHARACTERS = 100
 
@@ -21,6 +24,14 @@ def validated(model: type[Model], value: object) -> Model:
     except ValidationError as error:
         errors = field_errors(error.errors(include_url=False), model)
         raise InvalidItemError(summary(errors), errors) from error
+
+
+async def run_valid(
+    items: Sequence[Item | Failure], run: Callable[[list[Item]], Awaitable[Sequence[Outcome[Result]]]]
+) -> list[Outcome[Result]]:
+    """The outcomes of items, in their order: of the valid ones those that `run` returns, of the others their own."""
+    outcomes = iter(await run([item for item in items if not isinstance(item, Failure)]))
+    return [item if isinstance(item, Failure) else next(outcomes) for item in items]
 
 
 def field_errors(findings: Iterable[Mapping[str, Any]], model: type[BaseModel] | None = None) -> list[dict[str, Any]]:

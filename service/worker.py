@@ -2,7 +2,8 @@
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
-from typing import Any, Self
+from functools import partial
+from typing import Any, Self, Unpack
 
 import anyio
 import anyio.to_thread
@@ -11,13 +12,14 @@ from pydantic import BaseModel
 
 from modalkit.batching import (
     BatchingError,
-    BatchPolicy,
     BatchRecord,
     BatchScheduler,
     Failure,
     MeasuredCostModel,
     Outcome,
     Priority,
+    QueueOptions,
+    RequestOptions,
     SchedulerStatistics,
     Success,
 )
@@ -28,10 +30,10 @@ from modalkit.service.errors import (
     InvalidItemError,
     ReloadError,
     ServiceError,
-    describe_error,
     describe_with_line,
 )
 from modalkit.service.failure_log import FailureLog
+from modalkit.service.health import Health
 from modalkit.service.jobs import Job, JobStore, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import JobRunner
@@ -39,33 +41,19 @@ from modalkit.service.jobs_in_scheduler import JobsInScheduler
 from modalkit.service.learnt_costs import LearntCosts
 from modalkit.service.loading import LoadError, make_job_manager
 from modalkit.service.metrics import BatchMetrics
-from modalkit.service.pipeline_batches import is_device_fault, is_too_large, max_in_flight_of, run_batch_of
+from modalkit.service.pipeline_batches import (
+    batch_policy,
+    is_too_large,
+    max_in_flight_of,
+    run_batch_of,
+)
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import AppSettings, BatchConfig, Settings
-from modalkit.service.streams import Payload, StreamedItem, item_of, pieces_of
+from modalkit.service.streams import Payload, item_of, pieces_of
 from modalkit.service.tracing import active_tracing, current_traceparent
-from modalkit.service.validation import validated
+from modalkit.service.validation import run_valid, validated
 
-MAX_DEVICE_FAULTS = 2
-"""Batches in a row that fail as a whole by a fault of the device with which a worker is broken. The text of one such
-error may come from an item; a device that is lost fails every batch."""
-MAX_STUCK_THREADS = 3
-"""Threads stuck in batches that hang with which a worker is broken."""
 BATCHES_IN_THE_JOB_WINDOW = 16
-
-
-def batch_policy(config: BatchConfig) -> BatchPolicy:
-    """The scheduler's limits as the configuration gives them."""
-    return BatchPolicy(
-        max_batch_size=config.max_batch_size,
-        max_batch_tokens=config.max_batch_tokens,
-        max_batch_s=config.max_batch_seconds,
-        max_wait_s=config.wait_ms / 1000,
-        max_queue_items=config.max_queue_size,
-        max_queue_s=config.max_queue_seconds,
-        max_age_s=config.max_age_ms / 1000,
-        max_bulk_batch_s=None if config.max_bulk_batch_ms == "auto" else config.max_bulk_batch_ms / 1000,
-    )
 
 
 class InferenceWorker(AsyncContextManagerMixin):
@@ -114,14 +102,9 @@ class InferenceWorker(AsyncContextManagerMixin):
         self.input_model = input_model or pipeline.input_model
         self._owns_jobs = jobs is None
         self._jobs = jobs or make_job_manager(settings, queue_backend, job_store)
-        self._sinks: list[Callable[[BatchRecord], None]] = [BatchMetrics(self.model_name)]
-        self._sinks += [FailureLog(self.model_name)] if log_failures else []
-        self._sinks += [] if on_batch is None else [on_batch]
         self._costs = [LearntCosts(each, batch_config, calibrate=calibrate) for each in self.pipelines]
         self._owns_pipeline = owns_pipeline
         self._streams = has_own(pipeline, "predict_stream")
-        self._device_faults = 0
-        self._device_fault = ""
         self._scheduler: BatchScheduler[Payload, InferenceOutputModel] = BatchScheduler(
             **self._how_to_run(self.pipelines, batch_config),
             on_close=self._close_of(self.pipelines),
@@ -130,6 +113,10 @@ class InferenceWorker(AsyncContextManagerMixin):
             on_batch=self._on_batch,
             name=self.model_name,
         )
+        self._health = Health(self._scheduler)
+        failure_log = FailureLog(self.model_name) if log_failures else None
+        sinks = (self._health, BatchMetrics(self.model_name), failure_log, on_batch)
+        self._sinks: list[Callable[[BatchRecord], None]] = [sink for sink in sinks if sink is not None]
         self._runner = JobRunner(
             self._jobs,
             self.model_name,
@@ -189,15 +176,13 @@ class InferenceWorker(AsyncContextManagerMixin):
     async def replace(self, pipelines: Sequence[InferencePipeline], limits: BatchConfig) -> None:
         """Run the next batches by other pipelines of this model, one for each device, within these limits.
 
-        No request fails for it. They are warmed up before, while batches go on. Requests and jobs that wait are kept,
-        batches that run end by the old pipelines, which are closed then, and costs and statistics go on from what they
-        are. Raises `LoadError` if the warm-up fails, and `ReloadError` for a pipeline that is too different to take
-        over: then nothing has changed, and the new ones are closed.
+        No request fails for it. They are warmed up before, while batches go on. What waits is kept, as are costs and
+        statistics; batches that run end by the old pipelines, which are closed then. Raises `LoadError` if the warm-up
+        fails, and `ReloadError` for a pipeline that is too different to take over: then nothing has changed, and the
+        new ones are closed.
         """
         try:
-            if len(pipelines) != len(self.pipelines):
-                raise ReloadError(self.model_name, f"it had {len(self.pipelines)} devices before; start anew")  # noqa: TRY301  # the new ones are closed
-            self._check_alike(pipelines[0])
+            self._check_alike(pipelines)
             await self._run_as(pipelines, limits, is_new=True)
         except BaseException as error:
             with anyio.CancelScope(shield=True):
@@ -207,10 +192,13 @@ class InferenceWorker(AsyncContextManagerMixin):
                 raise
             raise self._warm_up_error(pipelines[0], error) from error
 
-    def _check_alike(self, pipeline: InferencePipeline) -> None:
+    def _check_alike(self, pipelines: Sequence[InferencePipeline]) -> None:
+        pipeline = pipelines[0]
+        if len(pipelines) != len(self.pipelines):
+            raise ReloadError(self.model_name, f"it had {len(self.pipelines)} devices before; restart the service")
         if has_own(pipeline, "predict_stream") != self._streams or pipeline.cost_feature != self.pipeline.cost_feature:
             raise ReloadError(
-                self.model_name, "predict_stream or cost_feature of the class are others than before; start anew"
+                self.model_name, "predict_stream or cost_feature of its class has changed; restart the service"
             )
 
     async def set_limits(self, limits: BatchConfig) -> None:
@@ -233,63 +221,37 @@ class InferenceWorker(AsyncContextManagerMixin):
         self._scheduler.check_room(priority=priority, timeout_s=timeout_s)
 
     async def predict(
-        self,
-        item: BaseModel | Mapping[str, Any],
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-        owner: str = "",
+        self, item: BaseModel | Mapping[str, Any], **options: Unpack[RequestOptions]
     ) -> InferenceOutputModel:
         """Run one item in some batch and return its output, or raise its error. Owners get equal shares.
 
         Raises what `BatchScheduler.submit` raises, `RejectItem` when the pipeline refuses the item or answers
         with the status ``error``, and whatever the pipeline raised. A cancelled call takes its item out of the queue.
         """
-        return await self._scheduler.submit(
-            self._validated(item), priority=priority, timeout_s=timeout_s, owner=owner, tag=current_traceparent()
-        )
+        return await self._scheduler.submit(self._validated(item), tag=current_traceparent(), **options)
 
     def predict_many_nowait(
         self,
         items: Sequence[BaseModel],
         on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        owner: str = "",
+        **options: Unpack[QueueOptions],
     ) -> list[Callable[[], object] | Failure]:
         """Queue items and return at once; see `BatchScheduler.submit_many_nowait`."""
-        return self._scheduler.submit_many_nowait(
-            items, on_outcome, priority=priority, owner=owner, tag=current_traceparent()
-        )
+        return self._scheduler.submit_many_nowait(items, on_outcome, tag=current_traceparent(), **options)
 
     async def predict_many(
-        self,
-        items: Sequence[BaseModel | Mapping[str, Any]],
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-        owner: str = "",
+        self, items: Sequence[BaseModel | Mapping[str, Any]], **options: Unpack[RequestOptions]
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run many items and return their outcomes in the same order: a `Success` or a `Failure` each.
 
         A mapping that is no valid item is a `Failure` with its `InvalidItemError` and disturbs no other. Before
         anything is queued, `QueueFullError` is raised when not all find room, and `SchedulerClosedError`.
         """
-        checked = [self._checked(item) for item in items]
-        valid = [item for item in checked if not isinstance(item, Failure)]
-        ran = await self._scheduler.submit_many(
-            valid, priority=priority, timeout_s=timeout_s, owner=owner, tag=current_traceparent()
-        )
-        outcomes = iter(ran)
-        return [item if isinstance(item, Failure) else next(outcomes) for item in checked]
+        run = partial(self._scheduler.submit_many, tag=current_traceparent(), **options)
+        return await run_valid([self._checked(item) for item in items], run)
 
     async def predict_stream(
-        self,
-        item: BaseModel | Mapping[str, Any],
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-        owner: str = "",
+        self, item: BaseModel | Mapping[str, Any], **options: Unpack[RequestOptions]
     ) -> AsyncGenerator[InferenceOutputModel]:
         """Run one item, and yield the pieces of its result as the pipeline's `predict_stream` makes them.
 
@@ -298,7 +260,7 @@ class InferenceWorker(AsyncContextManagerMixin):
         (``contextlib.aclosing``): others of the batch go on, and the batch ends when no caller waits any more.
         """
         last = None
-        pieces = self.predict_pieces(item, priority=priority, timeout_s=timeout_s, owner=owner)
+        pieces = self.predict_pieces(item, **options)
         async with aclosing(pieces):
             async for piece in pieces:
                 if not isinstance(piece, Success):
@@ -311,32 +273,15 @@ class InferenceWorker(AsyncContextManagerMixin):
         self,
         item: BaseModel | Mapping[str, Any],
         *,
-        priority: Priority = Priority.INTERACTIVE,
         timeout_s: float | None = None,
-        owner: str = "",
+        **options: Unpack[QueueOptions],
     ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
         """As `predict_stream`, but the result comes once more as a `Success`, at the end.
 
         A caller that is slow misses the oldest of more than `MAX_UNREAD_PIECES` pieces.
         """
-        validated = self._validated(item)
-
-        def start(
-            receive: Callable[[InferenceOutputModel | Outcome[InferenceOutputModel]], None],
-        ) -> Callable[[], None]:
-            streamed = StreamedItem(validated, receive)
-            payload = streamed if self._streams else validated
-            withdraw = self._scheduler.submit_nowait(
-                payload, receive, priority=priority, owner=owner, tag=current_traceparent()
-            )
-
-            def leave() -> None:
-                streamed.is_wanted = False
-                withdraw()
-
-            return leave
-
-        return pieces_of(start, timeout_s)
+        submit = partial(self._scheduler.submit_nowait, tag=current_traceparent(), **options)
+        return pieces_of(self._validated(item), submit, timeout_s, streams=self._streams)
 
     async def submit(self, request: AsyncInputModel | Mapping[str, Any], *, priority: Priority = Priority.BULK) -> str:
         """Accept a job and return its id, once it is stored: its result is kept, and sent to the queue it names.
@@ -357,10 +302,8 @@ class InferenceWorker(AsyncContextManagerMixin):
 
         One that is invalid disturbs no other. Raises `JobStoreError` when none was stored.
         """
-        checked = [_request(request) for request in requests]
-        valid = [request for request in checked if not isinstance(request, Failure)]
-        outcomes = iter(await self._jobs.submit(valid, model_name=self.model_name, priority=priority))
-        return [request if isinstance(request, Failure) else next(outcomes) for request in checked]
+        submit = partial(self._jobs.submit, model_name=self.model_name, priority=priority)
+        return await run_valid([_request(request) for request in requests], submit)
 
     async def job(self, job_id: str, *, wait_s: float = 0.0) -> Job | None:
         """The job of this id as it is now, or once it ends within `wait_s` seconds; None if there is none."""
@@ -396,18 +339,12 @@ class InferenceWorker(AsyncContextManagerMixin):
     @property
     def problem(self) -> str | None:
         """Why batches cannot be run any more: their device is broken, the scheduler, or too many hang; else None."""
-        if self._device_faults >= MAX_DEVICE_FAULTS:
-            return f"its device is broken: {self._device_fault}"
-        if self._scheduler.is_broken:
-            return "its scheduler broke down, as the log says"
-        if self.hangs:
-            return f"{self._scheduler.stuck_threads} of its calls hang past batch_timeout_seconds"
-        return None
+        return self._health.problem
 
     @property
     def hangs(self) -> bool:
         """Whether too many batches hang past their timeout: another pipeline, in threads of its own, may not."""
-        return self._scheduler.stuck_threads >= MAX_STUCK_THREADS
+        return self._health.hangs
 
     async def wait_until_broken(self) -> None:
         """Wait until the scheduler breaks: then nothing runs any more. It may never return."""
@@ -416,11 +353,6 @@ class InferenceWorker(AsyncContextManagerMixin):
     def _on_batch(self, record: BatchRecord) -> None:
         if (tracing := active_tracing()) is not None:
             tracing.record_batch(self.model_name, record)
-        if record.failed < record.count - record.requeued:
-            self._device_faults = 0
-        elif (fault := next(filter(is_device_fault, record.errors), None)) is not None:
-            self._device_faults += 1
-            self._device_fault = describe_error(fault)
         for sink in self._sinks:
             sink(record)
 
@@ -447,25 +379,16 @@ def _request(request: AsyncInputModel | Mapping[str, Any]) -> AsyncInputModel | 
 
 @asynccontextmanager
 async def short_lived_worker(
-    pipeline: InferencePipeline,
-    settings: Settings,
-    on_batch: Callable[[BatchRecord], None] | None = None,
-    input_model: type[BaseModel] | None = None,
-    *,
-    owns_pipeline: bool = True,
+    pipeline: InferencePipeline, settings: Settings, **options: Any
 ) -> AsyncGenerator[InferenceWorker]:
-    """A worker without jobs, for callers that report each error themselves; it measures no costs."""
+    """A worker without jobs, for callers that report each error themselves; it measures no costs.
+
+    `options` are further arguments of `InferenceWorker`.
+    """
     async with (
         JobManager(MemoryJobStore()) as jobs,
         InferenceWorker(
-            pipeline,
-            settings=settings,
-            jobs=jobs,
-            input_model=input_model,
-            on_batch=on_batch,
-            calibrate=False,
-            log_failures=False,
-            owns_pipeline=owns_pipeline,
+            pipeline, settings=settings, jobs=jobs, calibrate=False, log_failures=False, **options
         ) as worker,
     ):
         yield worker

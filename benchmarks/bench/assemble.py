@@ -25,6 +25,7 @@ from modalkit.benchmarks.bench.inputs import (
 from modalkit.benchmarks.bench.session import MODES, OnRun, Session, published_schema
 from modalkit.benchmarks.bench.targets import ComposeTarget, DockerTarget, ServeTarget, Target, UrlTarget, Variant
 from modalkit.benchmarks.load import PRESETS, BenchError, Endpoint, Load, preset
+from modalkit.benchmarks.load.arrivals import Arrivals, read_trace
 from modalkit.benchmarks.load.endpoint import LINES
 from modalkit.service.cli.common import model_source
 from modalkit.service.cli.records import FileFormat
@@ -205,6 +206,11 @@ def _inputs(options: Options, model: str) -> Inputs:
 
 def loads_of(base: Load, clients: str, rates: str | None, arrivals: str) -> list[Load]:
     """A load for each number of clients, or for each rate; or one for a trace. Raises `BenchError`."""
+    if arrivals not in list(Arrivals):
+        try:
+            read_trace(Path(arrivals))
+        except (OSError, ValueError) as error:
+            raise BenchError(f"--arrivals: {error}; else give one of {', '.join(Arrivals)}") from error
     if rates is not None:
         return [replace(base, rate_per_s=rate, arrivals=arrivals) for rate in _each(rates, float, "--rate", "20,60")]
     with_trace = replace(base, arrivals=arrivals)

@@ -109,7 +109,8 @@ def _nines(share: float) -> float:
 def _parts(cells: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     """Where the time of a request goes, by the server's account."""
     told = [cell for cell in cells if cell["server"] and cell["server"]["queue_s"] is not None][:MAX_SERIES]
-    parts = ["queue", "preprocess", "predict", "postprocess", "rest"]
+    stages = dict.fromkeys(stage for cell in told for stage in cell["server"]["stages_s"])
+    parts = ["queue", *stages, "rest"]
 
     def ms_of(cell: Mapping[str, Any], part: str) -> float:
         server = cell["server"]

@@ -18,11 +18,14 @@ from modalkit.benchmarks.bench.report import number, show, write_files
 from modalkit.benchmarks.bench.results import Cell, Results, read_document, variant_name
 from modalkit.benchmarks.bench.search import find_capacity, find_rate
 from modalkit.benchmarks.bench.session import MODES, OnRun, OpenSession
-from modalkit.benchmarks.load import PRESETS, Load, own_capacity
+from modalkit.benchmarks.load import PRESETS, BenchError, Load, own_capacity
 from modalkit.service.cli.common import ConfigFiles, ModelOption, notices
 from modalkit.service.cli.records import ColumnOption, FormatOption
 
 PIPED_WIDTH = 1000
+OWN_CAPACITY_S = 1.5
+OWN_SHARE = 0.8
+"""A run with more of the requests per second that the generator itself can send was limited by it."""
 
 app = typer.Typer()
 
@@ -138,7 +141,7 @@ def bench(
     modalkit bench http://127.0.0.1:9000/classify --body '{"inputs": "$text"}' --answer 0.label -i test.csv --label y
     """
     if png:
-        require_matplotlib()
+        require_matplotlib("--png")
     before = None if compare is None else read_document(compare)
     options = Options(
         target=target,
@@ -165,13 +168,18 @@ def bench(
     )
     base = Load(seconds=seconds, warm_up_s=warm_up, until_steady=until_steady, timeout_s=timeout, processes=processes)
     loads = [] if capacity or p99_ms is not None else loads_of(base, clients, rate, arrivals)
-    results = Results(target=target, settings=as_settings(options, seconds=seconds, warm_up=warm_up, sweep=sweep or []))
+    if tool is not None and any(load.is_open for load in loads):
+        raise BenchError("--tool drives a closed loop: give --clients, not --rate")
     with _progress() as on_run, session_of(options, on_run) as session:
+        settings = as_settings(
+            options, seconds=seconds, warm_up=warm_up, sweep=sweep or [], items=session.inputs.source
+        )
+        results = Results(target=session.target.name, settings=settings)
         for variant in variants_of(sweep or []):
             notices.print(f"{target}: {variant_name(variant)}", markup=False)
             with session.opened(variant) as opened:
                 if opened.running.url is not None and results.own_capacity is None:
-                    results.own_capacity = _own_capacity(opened, processes)
+                    results.own_capacity = _own_capacity(opened, processes, min(OWN_CAPACITY_S, seconds))
                 if opened.cold_start_s is not None:
                     results.cold_start_s[variant_name(variant)] = opened.cold_start_s
                 for load in loads:
@@ -179,10 +187,8 @@ def bench(
                 if capacity or p99_ms is not None:
                     _search(opened, base, p99_ms, results, output)
                 if tool is not None:
-                    last = loads[-1] if loads else base
-                    results.cross_check = cross_check(
-                        tool, opened.endpoint, session.inputs.items, last, results.cells[-1]
-                    )
+                    own = [cell for cell in results.cells if not cell.open][-1]
+                    results.cross_check = cross_check(tool, opened.endpoint, session.inputs.items, base, own)
     document = results.document()
     verdicts = [] if before is None else compared(document, before, tolerance)
     console = Console()
@@ -195,14 +201,10 @@ def bench(
         raise typer.Exit(1)
 
 
-def _own_capacity(opened: OpenSession, processes: int | None) -> dict[str, float]:
-    with notices.status("Measuring what the load generator itself can do ..."):
-        found = own_capacity(opened.endpoint, opened.session.inputs.items, processes=processes or 1)
+def _own_capacity(opened: OpenSession, processes: int | None, seconds: float) -> dict[str, float]:
+    found = own_capacity(opened.endpoint, opened.session.inputs.items, processes=processes or 1, seconds=seconds)
+    notices.print(f"The load generator itself can send {number(found.requests_per_s)} requests/s")
     return {"requests_per_s": found.requests_per_s, "processes": found.processes}
-
-
-OWN_SHARE = 0.8
-"""A run with more of the requests per second that the generator itself can send was limited by it."""
 
 
 def _measured(opened: OpenSession, load: Load, results: Results) -> Cell:

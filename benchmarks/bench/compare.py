@@ -55,12 +55,13 @@ def _verdicts(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: floa
 
 def verdict_of(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: float, *, higher: bool) -> str:
     """The verdict of one figure, which may have a confidence interval."""
-    if abs(now["mean"] - before["mean"]) <= tolerance * abs(before["mean"]) or _overlap(now, before):
+    if abs(now["mean"] - before["mean"]) <= tolerance * abs(before["mean"]) or overlap(now, before):
         return "same"
     return "better" if (now["mean"] > before["mean"]) is higher else "worse"
 
 
-def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two confidence intervals overlap; False where one is not known."""
     if one.get("low") is None or other.get("low") is None:
         return False
     return bool(one["low"] <= other["high"] and other["low"] <= one["high"])

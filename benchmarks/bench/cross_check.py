@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,14 +33,13 @@ end
 
 
 def cross_check(tool: str, endpoint: Endpoint, items: Sequence[Any], load: Load, own: Cell) -> dict[str, Any]:
-    """Put the load of a closed loop on the endpoint by `tool`, and compare the throughput with that of `own`.
+    """Put the clients of the closed loop `own` on the endpoint by `tool`, and compare the throughput.
 
-    Raises `BenchError` where the tool is missing or fails.
+    The times are those of `load`. Raises `BenchError` where the tool is missing or fails.
     """
     if tool not in TOOLS:
         raise BenchError(f"--tool {tool!r}: give one of {', '.join(TOOLS)}")
-    if load.is_open:
-        raise BenchError("--tool drives a closed loop: give --clients, not --rate")
+    load = replace(load, clients=own.clients or 1)
     with tempfile.TemporaryDirectory() as folder:
         run = _wrk if tool == "wrk" else _aiperf
         found = run(endpoint, items, load, Path(folder))

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import httptools
 import numpy as np
+import uvloop
 
 from modalkit.benchmarks.load import BenchError, Endpoint, Measured
 from modalkit.pipelines.extras import install_command
@@ -114,7 +115,7 @@ def webhook_receiver() -> Iterator[Receiver]:
         async with server:
             await done.wait()
 
-    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
+    thread = threading.Thread(target=lambda: uvloop.run(serve()), daemon=True)
     thread.start()
     ready.wait()
     try:

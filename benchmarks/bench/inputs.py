@@ -56,13 +56,13 @@ def file_inputs(path: Path, file_format: FileFormat | None, column: str | None, 
     return Inputs(items, str(path), labels if label is not None else None)
 
 
-def _csv_rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
+def _csv_rows(path: Path) -> Sequence[tuple[int, Mapping[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         return list(enumerate(csv.DictReader(lines), start=1))
 
 
 def _records(path: Path, file_format: FileFormat | None) -> list[tuple[int, Mapping[str, Any]]]:
-    rows = []
+    rows: list[tuple[int, Mapping[str, Any]]] = []
     for record in read_file(path, file_format, _AnyItem, None):
         if record.item is None:
             raise InputError(f"{path}, line {record.line}: {record.error}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from modalkit.benchmarks.bench.charts import charts_of
 from modalkit.benchmarks.bench.compare import Verdict
-from modalkit.benchmarks.bench.report import findings, load_rows, machine_line, number
+from modalkit.benchmarks.bench.report import findings, items_line, load_rows, machine_line, number
 from modalkit.benchmarks.bench.results import name_of
 from modalkit.benchmarks.bench.svg import drawn
 
@@ -22,7 +22,7 @@ def page(document: Mapping[str, Any], verdicts: Sequence[Verdict] = ()) -> str:
     repeats = document["settings"].get("repeats", 1)
     return template.substitute(
         title=escape(document["target"]),
-        when=escape(f"Measured on {document['measured_at'][:16].replace('T', ' at ')} UTC by modalkit bench"),
+        when=escape(f"{document['measured_at'][:16].replace('T', ', ')} UTC; {items_line(document)}"),
         machine=escape(machine_line(document)),
         tiles="".join(_tile(*tile) for tile in _tiles(document)),
         warning="" if not limited else f'<section class="card warning"><h2>Limits</h2>{_list(limited)}</section>',
@@ -56,7 +56,7 @@ def _tiles(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     costs = [cell["cost_per_million"] for cell in document["cells"] if cell["cost_per_million"] is not None]
     if costs:
         tiles.append((number(min(costs)), "", "for a million items, at the price given"))
-    starts = document["cold_start_s"].values()
+    starts = [seconds for seconds in document["cold_start_s"].values() if seconds is not None]
     if starts:
         tiles.append((number(min(starts)), "s", "from the start to the first answer"))
     if document["own_capacity"]:

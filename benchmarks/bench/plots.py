@@ -10,10 +10,10 @@ from modalkit.benchmarks.load import BenchError
 from modalkit.pipelines.extras import install_command
 
 
-def require_matplotlib() -> None:
-    """Raise `BenchError` where matplotlib is not installed."""
+def require_matplotlib(what: str) -> None:
+    """Raise `BenchError` where matplotlib is not installed: before anything is measured, which takes time."""
     if find_spec("matplotlib") is None:
-        raise BenchError(f"--png needs matplotlib: {install_command('bench')}")
+        raise BenchError(f"{what} needs matplotlib: {install_command('bench')}")
 
 
 def write_plots(document: Mapping[str, Any], folder: Path) -> list[Path]:

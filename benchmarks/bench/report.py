@@ -9,15 +9,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from modalkit.benchmarks.bench.compare import Verdict
-from modalkit.benchmarks.bench.results import variant_name
+from modalkit.benchmarks.bench.compare import Verdict, overlap
+from modalkit.benchmarks.bench.results import name_of, variant_name
 
 Rows = list[list[str]]
 
 NONE = "-"
 """In a cell without a value."""
 
-MORE = {"items_per_s": "most items/s", "p99_ms": "lowest p99", "p50_ms": "lowest median latency"}
+MORE = {"items_per_s": "most items/s", "p99_ms": "lowest p99", "p50_ms": "lowest median"}
 
 
 def number(value: float | None, unit: str = "") -> str:
@@ -72,7 +72,8 @@ def load_rows(document: Mapping[str, Any]) -> Rows:
                 NONE if delivery is None else f"{delivery['lost']}, {delivery['duplicates']} twice",
             ]
         )
-    kept = [place for place in range(len(headings)) if any(row[place] not in ("", NONE) for row in rows[1:])]
+    usual = ("", NONE, "sync")
+    kept = [place for place in range(len(headings)) if any(row[place] not in usual for row in rows[1:])]
     return [[row[place] for place in kept] for row in rows]
 
 
@@ -110,10 +111,10 @@ def findings(document: Mapping[str, Any]) -> Iterator[str]:
         )
     for cell in document["cells"]:
         for reason, count in list(cell["errors"].items())[:3]:
-            yield f"{cell['load']}: {count} x {reason}"
+            yield f"{name_of(cell)}: {count} x {reason}"
         if cell["limited"]:
             reasons = ", ".join(cell["limited"])
-            yield f"{cell['load']} (!): the load generator was the limit, and the server can do more: {reasons}."
+            yield f"{name_of(cell)} (!): the load generator was the limit, and the server can do more: {reasons}."
 
 
 def winners(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -124,11 +125,25 @@ def winners(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for (mode, load), rivals in by_load.items():
         if len({variant_name(cell["variant"]) for cell in rivals}) < 2:
             continue
-        for name, what in MORE.items():
-            known = [cell for cell in rivals if name in cell["figures"]]
-            if known:
-                best = (max if name == "items_per_s" else min)(known, key=lambda cell: cell["figures"][name]["mean"])
-                yield f"{mode}, {load}: {what} with {variant_name(best['variant'])} ({figure(best, name)})."
+        wins = [
+            f"{what} with {variant_name(best['variant'])} ({figure(best, name)}{doubt})"
+            for name, what in MORE.items()
+            for best, doubt in _best([cell for cell in rivals if name in cell["figures"]], name)
+        ]
+        yield f"{mode}, {load}: {'; '.join(wins)}."
+
+
+def _best(cells: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The best one of a figure, and a word where the second is as good for all that is known."""
+    ranked = sorted(cells, key=lambda cell: cell["figures"][name]["mean"], reverse=name == "items_per_s")
+    if ranked:
+        is_close = len(ranked) > 1 and overlap(ranked[0]["figures"][name], ranked[1]["figures"][name])
+        yield ranked[0], f", no clear difference to {variant_name(ranked[1]['variant'])}" if is_close else ""
+
+
+def items_line(document: Mapping[str, Any]) -> str:
+    """What was sent."""
+    return f"items: {document['settings'].get('items', 'not told')}"
 
 
 def machine_line(document: Mapping[str, Any]) -> str:
@@ -162,7 +177,8 @@ def show(document: Mapping[str, Any], verdicts: Sequence[Verdict], console: Cons
 
 def markdown(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
     """The same as Markdown."""
-    lines = [f"# {document['target']}", "", f"{document['measured_at']}. {machine_line(document)}.", ""]
+    lines = [f"# {document['target']}", "", f"{document['measured_at']}, {items_line(document)}.", ""]
+    lines += [f"{machine_line(document)}.", ""]
     lines += _markdown_table(load_rows(document))
     lines += ["", *(f"- {line}" for line in findings(document))]
     if verdicts:

@@ -6,6 +6,7 @@ import platform
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ from modalkit.service.version import VERSION
 FORMAT = 1
 CURVE_SHARES = (0, 0.01, 0.05, *(round(0.1 * step, 1) for step in range(1, 10)), 0.95, 0.98, 0.99, 0.995, 0.999, 1)
 TIMELINE_POINTS = 60
+TIMELINE_STEP_S = 0.5
 PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "uvicorn", "uvloop", "numpy")
 # Quantiles of Student's t for 95 %, by the number of runs less one; beyond, that of the normal distribution.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
@@ -75,6 +77,8 @@ class Cell:
     """Pairs of a share of the requests and the milliseconds that it did not exceed."""
     timeline: Sequence[tuple[float, float, float, float]] = ()
     """Seconds, and in the time before: items per second, median and 99th percentile in milliseconds."""
+    records: Sequence[Mapping[str, Any]] = ()
+    """Those of the batches, where they were asked for."""
 
 
 @dataclass(kw_only=True)
@@ -97,17 +101,11 @@ class Results:
 
     def document(self) -> dict[str, Any]:
         """As plain JSON values, with the machine and the versions."""
-        versions = {"modalkit": VERSION, "python": platform.python_version()}
-        for name in PACKAGES:
-            try:
-                versions[name] = version(name)
-            except PackageNotFoundError:
-                continue
         document = {
             "format": FORMAT,
             "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
-            "versions": versions,
+            "versions": versions_of(*PACKAGES),
             "target": self.target,
             "settings": self.settings,
             "own_capacity": self.own_capacity,
@@ -118,6 +116,15 @@ class Results:
         }
         plain: dict[str, Any] = from_json(to_json(document, inf_nan_mode="null", serialize_unknown=True))
         return plain
+
+
+def versions_of(*packages: str) -> dict[str, str]:
+    """The versions of modalkit, of Python, and of those of these packages that are installed."""
+    versions = {"modalkit": VERSION, "python": platform.python_version()}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
 
 
 def machine() -> dict[str, Any]:
@@ -173,8 +180,8 @@ def curve_of(runs: Sequence[Measured]) -> list[tuple[float, float]]:
 
 
 def timeline_of(run: Measured, items_per_request: int) -> list[tuple[float, float, float, float]]:
-    """How a run went, in at most 60 parts of equal time."""
-    points = min(TIMELINE_POINTS, max(1, len(run.latencies_s) // 10))
+    """How a run went, in at most 60 parts of equal time, of half a second or more."""
+    points = max(1, min(TIMELINE_POINTS, int(run.elapsed_s / TIMELINE_STEP_S)))
     width_s = run.elapsed_s / points
     places = np.minimum((run.ended_s / width_s).astype(int), points - 1)
     rows = []

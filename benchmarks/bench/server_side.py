@@ -1,7 +1,7 @@
 """What the server tells of itself: the parts of the latency, its batches, their padding, and the GPU."""
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,7 +47,7 @@ def scrape(url: str, headers: Mapping[str, str], model: str | None = None) -> Sa
         answer = httpx.get(f"{url}/metrics", headers=dict(headers), timeout=5)
         if answer.status_code != 200:
             return None
-        found: Counter[tuple[str, str]] = Counter()
+        found: defaultdict[tuple[str, str], float] = defaultdict(float)
         for family in text_string_to_metric_families(answer.text):
             for sample in family.samples:
                 if model is None or sample.labels.get("model", model) == model:

@@ -1,7 +1,7 @@
 """Puts loads on a target, some times each, and joins what the generator, the server and the GPU tell."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,8 +43,7 @@ class Session:
     @contextmanager
     def opened(self, variant: Variant) -> Iterator["OpenSession"]:
         """The target with these settings, once it answers. Raises `BenchError` where it does not."""
-        starting: AbstractContextManager[Running] = self.target.started(variant)
-        with starting as running:
+        with self.target.started(variant) as running:
             session = OpenSession(self, variant, running)
             session.wait_until_ready()
             yield session
@@ -62,8 +61,9 @@ class OpenSession:
     def wait_until_ready(self) -> None:
         """Wait for the first answer. Raises `BenchError`."""
         if self.running.url is not None:
+            session = self.session
             self.cold_start_s = first_answer_s(
-                self.running, lambda load: self._send(load, "start"), self.session.start_timeout_s
+                self.running, self.endpoint, session.inputs.items, session.start_timeout_s
             )
 
     @property
@@ -96,9 +96,7 @@ class OpenSession:
         return Cell(
             variant=self.variant,
             load=str(load),
-            mode=self.session.mode
-            if length == 1 or self.session.mode == "ndjson"
-            else f"{self.session.mode} of {length}",
+            mode=self.session.mode + (f" of {length}" if length > 1 else ""),
             open=load.is_open,
             clients=None if load.is_open else load.clients,
             rate_per_s=None if load.rate_per_s is None else load.rate_per_s * length,

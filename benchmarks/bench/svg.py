@@ -11,7 +11,7 @@ WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 44
 COLOURS = 8
 TICKS = 5
-MAX_DOTS = 40
+MAX_DOTS = 12
 """A line with more points has no dots."""
 BAR_ROOM = 0.8
 
@@ -118,8 +118,8 @@ def _bars(chart: Chart, y_axis: _Axis) -> Iterator[str]:
         x = LEFT + room * (place + 0.5)
         yield f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(name)}</text>'
     for index, series in enumerate(chart.series):
-        for place, value in series.points:
-            x = LEFT + room * (place + 0.5 - BAR_ROOM / 2) + width * index
+        for at, value in series.points:
+            x = LEFT + room * (at + 0.5 - BAR_ROOM / 2) + width * index
             top = y_axis.place(value)
             size = f'width="{max(1.0, width - 1):.1f}" height="{max(0.0, bottom - top):.1f}"'
             bar = f'x="{x:.1f}" y="{top:.1f}" {size} rx="2" style="fill:{_colour(index)}"'

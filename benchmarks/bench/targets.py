@@ -7,16 +7,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import quote
 
 import httpx
 
-from modalkit.benchmarks.load import BenchError, Load
+from modalkit.benchmarks.load import BenchError, Endpoint
+from modalkit.benchmarks.load.endpoint import Item
 from modalkit.service.errors import describe_error
 
 Variant = Mapping[str, str]
@@ -25,6 +27,9 @@ Variant = Mapping[str, str]
 ENTRY_KEYS = ("engine", "dtype", "max_in_flight", "model_path", "devices")
 SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port", "0"]
 STOP_S = 10.0
+START_CHECK_S = 0.2
+MAX_SHOWN = 500
+"""Characters of an answer that a message shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +45,13 @@ class Running:
 class Target(Protocol):
     """Something to measure, in several variants one after the other."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        ...  # a protocol method has no body
 
-    def started(self, variant: Variant) -> Any:
-        """A context in which it runs with these settings; its value is a `Running`."""
+    def started(self, variant: Variant) -> AbstractContextManager[Running]:
+        """A context in which it runs with these settings."""
         ...  # a protocol method has no body
 
 
@@ -190,12 +198,18 @@ class ComposeTarget:
     def started(self, variant: Variant) -> Iterator[Running]:
         """The file passes the variables of a variant on to its service. Raises as `DockerTarget` does."""
         environment = {**os.environ, **variables_of(variant, self.model)}
+        compose = partial(docker, "compose", "--file", self.name, environment=environment)
         started_s = time.perf_counter()
         try:
-            docker("compose", "--file", self.name, "up", "--detach", environment=environment)
+            compose("up", "--detach")
+        except BenchError:
+            with suppress(BenchError):  # what came up
+                compose("down")
+            raise
+        try:
             yield Running(f"http://127.0.0.1:{self.port}", started_s)
         finally:
-            docker("compose", "--file", self.name, "down", environment=environment)
+            compose("down")
 
 
 def docker(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
@@ -217,20 +231,24 @@ def docker(*arguments: str, environment: Mapping[str, str] | None = None) -> str
     return done.stdout
 
 
-def first_answer_s(running: Running, send: Callable[[Load], Any], timeout_s: float) -> float | None:
+def first_answer_s(running: Running, endpoint: Endpoint, items: Sequence[Item], timeout_s: float) -> float | None:
     """Wait until a request is answered; the seconds since the start began, or None if it ran already.
 
-    Raises `BenchError` where none is answered in time.
+    Raises `BenchError` where none is answered in time, or one is refused, with what the server says.
     """
     deadline_s = time.perf_counter() + (timeout_s if running.started_s is not None else 0.0)
-    while True:
-        try:
-            measured = send(Load(clients=1, requests=1, processes=1))
-            if not measured.errors:
-                return None if running.started_s is None else time.perf_counter() - running.started_s
-            problem = next(iter(measured.errors))
-        except BenchError as error:
-            problem = str(error)
-        if time.perf_counter() > deadline_s:
-            raise BenchError(f"the first request failed: {problem}")
-        time.sleep(0.2)
+    body = endpoint.content(endpoint.items_of(items, 0))
+    headers = {"Content-Type": endpoint.content_type, **endpoint.headers}
+    with httpx.Client(timeout=timeout_s) as client:
+        while True:
+            is_final = False
+            try:
+                answer = client.post(endpoint.url, content=body, headers=headers)
+                if answer.is_success:
+                    return None if running.started_s is None else time.perf_counter() - running.started_s
+                problem, is_final = f"HTTP {answer.status_code}: {answer.text[:MAX_SHOWN]}", answer.is_client_error
+            except httpx.HTTPError as error:
+                problem = describe_error(error)
+            if is_final or time.perf_counter() > deadline_s:
+                raise BenchError(f"{endpoint.url}: the first request failed: {problem}")
+            time.sleep(START_CHECK_S)

@@ -1,7 +1,7 @@
 """What the load generator can do against a server that answers at once, and that server."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import cast
@@ -21,12 +21,12 @@ ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 
 
 
 def own_capacity(
-    endpoint: Endpoint, items: list[Item], *, clients: int = 64, processes: int = 1, seconds: float = 1.5
+    endpoint: Endpoint, items: Sequence[Item], *, clients: int = 64, processes: int = 1, seconds: float = 1.5
 ) -> Measured:
     """Send the same requests in a closed loop to a server that answers at once."""
     with instant_server() as url:
         target = HttpTarget(url=url, requests=endpoint.requests(items), list_length=endpoint.list_length)
-        return run_target(target, Load(clients=clients, seconds=seconds, warm_up_s=0.3, processes=processes))
+        return run_target(target, Load(clients=clients, seconds=seconds, warm_up_s=seconds / 5, processes=processes))
 
 
 @contextmanager

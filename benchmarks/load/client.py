@@ -157,8 +157,8 @@ class HttpCaller:
             if (connection := self._idle.pop()).is_open:
                 return connection
         async with asyncio.timeout(self._target.timeout_s):
-            _, connection = await self._connect()
-        return connection
+            _, made = await self._connect()
+        return cast("_Connection", made)
 
     async def expire(self) -> None:
         """Fail requests that take too long, for ever."""

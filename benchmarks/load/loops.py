@@ -68,20 +68,41 @@ async def closed_loop(call: Call, indices: Iterator[int], clients: int, samples:
 
 
 async def open_loop(
-    call: Call, indices: Iterator[int], times_s: Iterator[float], samples: Samples, stop: asyncio.Event
+    call: Call,
+    indices: Iterator[int],
+    times_s: Iterator[float],
+    samples: Samples,
+    stop: asyncio.Event,
+    drain_s: float,
 ) -> None:
-    """Send requests at their times, in seconds from now, until they end or `stop` is set; wait for the last answers."""
+    """Send requests at their times, in seconds from now, until they end or `stop` is set.
+
+    Then the last answers are waited for, `drain_s` at most: what still waits then has failed.
+    """
     begun_s = perf_counter()
+    under_way: set[asyncio.Task[None]] = set()
 
     async def send(index: int, due_s: float) -> None:
         sent_s = perf_counter()
-        samples.add(due_s, sent_s, await call(index))
+        try:
+            outcome = await call(index)
+        except asyncio.CancelledError:  # below
+            outcome = f"no answer {drain_s:g} s after the end"
+        samples.add(due_s, sent_s, outcome)
 
-    async with asyncio.TaskGroup() as group:
-        for time_s, index in zip(times_s, indices, strict=False):  # the shorter one ends the loop
-            while (wait_s := begun_s + time_s - perf_counter()) > 0:
-                # A timer may end up to half a millisecond early.
-                await asyncio.sleep(min(wait_s, STOP_CHECK_S))
-                if stop.is_set():
-                    return
-            group.create_task(send(index, begun_s + time_s))
+    for time_s, index in zip(times_s, indices, strict=False):  # the shorter one ends the loop
+        while (wait_s := begun_s + time_s - perf_counter()) > 0:
+            # A timer may end up to half a millisecond early.
+            await asyncio.sleep(min(wait_s, STOP_CHECK_S))
+            if stop.is_set():
+                break
+        if stop.is_set():
+            break
+        task = asyncio.create_task(send(index, begun_s + time_s))
+        under_way.add(task)
+        task.add_done_callback(under_way.discard)
+    if under_way:
+        _, late = await asyncio.wait(under_way, timeout=drain_s)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late)

@@ -49,11 +49,8 @@ def run_load(
         keeps_bodies=keeps_bodies or labels is not None,
     )
     measured = run_target(target, load, on_progress=on_progress)
-    if (
-        not measured.answered
-        and measured.errors
-        and all(reason.startswith(NO_CONNECTION) for reason in measured.errors)
-    ):
+    is_away = all(reason.startswith(NO_CONNECTION) for reason in measured.errors)
+    if is_away and measured.errors and not measured.answered:
         raise BenchError(f"{endpoint.url}: {next(iter(measured.errors))}")
     if labels is not None:
         measured = replace(measured, accuracy=_accuracy(endpoint, labels, measured))

@@ -107,7 +107,7 @@ async def _send(part: Part, call: Call, samples: Samples, stop: asyncio.Event) -
     load = part.load
     if load.is_open:
         times_s = arrival_times(load.arrivals, load.rate_per_s, part.place, part.of)
-        await open_loop(call, iter(part.indices()), times_s, samples, stop)
+        await open_loop(call, iter(part.indices()), times_s, samples, stop, load.timeout_s)
     else:
         await closed_loop(call, iter(part.indices()), part.clients(), samples, stop)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modalkit.benchmarks.corpus import mixed_length_texts
-from modalkit.benchmarks.load import LoadError
+from modalkit.benchmarks.load import BenchError
 from modalkit.benchmarks.peers.contenders import CONTENDERS, OURS, UNBATCHED, Contender, contender, with_best_types
 from modalkit.benchmarks.peers.jobs import ROUTES, kill_with_jobs
 from modalkit.benchmarks.peers.measures import LOADS, Durations, Texts, closed_loop, idle, open_loop, poisoned
@@ -85,7 +85,7 @@ class Run:
             self._show(key)
             try:
                 self._steps[key] = measure()
-            except (StartError, LoadError) as error:
+            except (StartError, BenchError) as error:
                 self._steps[key] = {"failed": str(error)}
                 self._show(f"{key}: {error}")
             self._file.parent.mkdir(parents=True, exist_ok=True)

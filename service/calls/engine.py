@@ -24,10 +24,8 @@ class CallOptions:
     """Wall-clock Unix seconds at which its jobs were accepted; set in calls that a `CallQueue` keeps, and no others."""
     input_model: str | None = None
     """The class that messages are validated as, ``module:Class``, where it is not the one that the worker knows."""
-
     owners: Sequence[str] | None = None
     """The owner of each job; None where none has one."""
-
     traceparents: Sequence[str | None] | None = None
     """The trace of each job, as W3C's header has it; None where no job belongs to one."""
 

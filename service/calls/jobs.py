@@ -6,14 +6,14 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, Unpack
 from weakref import WeakValueDictionary
 
 import anyio
 from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
-from modalkit.batching import BatchScheduler, Failure, Outcome, Priority, Success
+from modalkit.batching import BatchScheduler, Failure, Outcome, Priority, QueueOptions, Success
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.calls.engine import CallOptions, CallQueue, CallState
 from modalkit.service.calls.predictor import COST_OF_A_CALL, MAX_PARTIAL_CALLS_IN_FLIGHT, call_policy
@@ -49,9 +49,9 @@ _STATUS_OF = {
 class _Submission:
     request: AsyncInputModel
     """With a validated message."""
-    priority: Priority
-    owner: str
     traceparent: str | None
+    priority: Priority = Priority.BULK
+    owner: str = ""
 
 
 class CallJobs(AsyncContextManagerMixin):
@@ -101,12 +101,7 @@ class CallJobs(AsyncContextManagerMixin):
             yield self
 
     async def submit(
-        self,
-        requests: Sequence[AsyncInputModel],
-        *,
-        model_name: str,
-        priority: Priority = Priority.BULK,
-        owner: str = "",
+        self, requests: Sequence[AsyncInputModel], *, model_name: str, **options: Unpack[QueueOptions]
     ) -> list[Outcome[str]]:
         """Accept jobs; returns the id or the error of each, in their order, once the queue keeps them.
 
@@ -119,7 +114,7 @@ class CallJobs(AsyncContextManagerMixin):
 
         async def submit(index: int) -> None:
             try:
-                outcomes[index] = Success(await self._submit(model, requests[index], priority, owner))
+                outcomes[index] = Success(await self._submit(model, requests[index], options))
             except Exception as error:  # noqa: BLE001  # the error of this job
                 outcomes[index] = Failure(error)
 
@@ -195,20 +190,20 @@ class CallJobs(AsyncContextManagerMixin):
                 logger.exception("Call %s could not be ended; its worker will find its jobs cancelled", call_id)
         return replace(job, status=JobStatus.CANCELLED, finished_at=self._clock())
 
-    async def _submit(self, model: Model, request: AsyncInputModel, priority: Priority, owner: str) -> str:
+    async def _submit(self, model: Model, request: AsyncInputModel, options: QueueOptions) -> str:
         self._queue_rules.check(request.success_queue, request.failure_queue)
         message = request.message
         if not isinstance(message, BaseModel):
             message = validated(model.input_model, message)
         submission = _Submission(
-            request.model_copy(update={"message": message}), priority, owner, current_traceparent()
+            request.model_copy(update={"message": message}), traceparent=current_traceparent(), **options
         )
         job = self._job("", model.name, submission, self._clock())  # raises what is wrong with it
         if request.idempotency_key is None:
-            return await self._schedulers[model.name].submit(submission, priority=priority, owner=owner)
+            return await self._send(model.name, submission)
         # One at a time in this process, so that a repetition in the same list finds the first; and shielded, because a
         # caller that was cancelled will repeat the request.
-        lock = self._locks_of_keys.setdefault((owner, request.idempotency_key), anyio.Lock())
+        lock = self._locks_of_keys.setdefault((submission.owner, request.idempotency_key), anyio.Lock())
         async with lock:
             with anyio.CancelScope(shield=True):
                 job_id = await self._submit_once(request.idempotency_key, request_digest(job), model.name, submission)
@@ -219,9 +214,7 @@ class CallJobs(AsyncContextManagerMixin):
         if known is not None:
             return known
         try:
-            job_id = await self._schedulers[model_name].submit(
-                submission, priority=submission.priority, owner=submission.owner
-            )
+            job_id = await self._send(model_name, submission)
         except Exception:
             try:
                 await self._records.release(key, submission.owner)
@@ -234,6 +227,10 @@ class CallJobs(AsyncContextManagerMixin):
             # The job is accepted; after an error its caller would submit it again.
             logger.exception("The idempotency key of job %s could not be recorded", job_id)
         return job_id
+
+    async def _send(self, model_name: str, submission: _Submission) -> str:
+        scheduler = self._schedulers[model_name]
+        return await scheduler.submit(submission, priority=submission.priority, owner=submission.owner)
 
     async def _enqueue(self, model_name: str, submissions: list[_Submission]) -> Sequence[str | Exception]:
         accepted_at = self._clock()

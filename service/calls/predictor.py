@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import anyio
 from anyio import AsyncContextManagerMixin
@@ -16,14 +16,15 @@ from modalkit.batching import (
     Outcome,
     PaddedCostModel,
     Priority,
+    QueueOptions,
+    RequestOptions,
     SchedulerStatistics,
     Success,
 )
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.calls.engine import CallClient, CallOptions
 from modalkit.service.calls.wire_format import json_form, read_outcome
-from modalkit.service.errors import RemoteCallError, RemoteItemError, ServiceError
-from modalkit.service.gateway import NotReadyError, Readiness
+from modalkit.service.errors import NotReadyError, Readiness, RemoteCallError, RemoteItemError, ServiceError
 from modalkit.service.metrics import BatchMetrics
 from modalkit.service.settings import BatchConfig
 
@@ -107,56 +108,35 @@ class CallModel(AsyncContextManagerMixin):
         self._check_readiness()
         self._scheduler.check_room(priority=priority, timeout_s=timeout_s)
 
-    async def predict(
-        self,
-        item: BaseModel,
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-        owner: str = "",
-    ) -> InferenceOutputModel:
+    async def predict(self, item: BaseModel, **options: Unpack[RequestOptions]) -> InferenceOutputModel:
         """Run one item. Raises what `BatchScheduler.submit` does, `RemoteItemError`, `RemoteCallError`."""
         self._check_readiness()
-        return await self._scheduler.submit(
-            _item(item, priority, timeout_s), priority=priority, timeout_s=timeout_s, owner=owner
-        )
+        return await self._scheduler.submit(_item(item, **options), **options)
 
     async def predict_pieces(
-        self,
-        item: BaseModel,
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-        owner: str = "",
+        self, item: BaseModel, **options: Unpack[RequestOptions]
     ) -> AsyncGenerator[InferenceOutputModel | Success[InferenceOutputModel]]:
         """Run one item; yields only its result, because calls return results as a whole."""
-        yield Success(await self.predict(item, priority=priority, timeout_s=timeout_s, owner=owner))
+        yield Success(await self.predict(item, **options))
 
     def predict_many_nowait(
         self,
         items: Sequence[BaseModel],
         on_outcome: Callable[[int, Outcome[InferenceOutputModel]], None],
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        owner: str = "",
+        **options: Unpack[QueueOptions],
     ) -> list[Callable[[], object] | Failure]:
         """Queue items and return at once; see `BatchScheduler.submit_many_nowait`."""
         self._check_readiness()
-        waiting = [_item(item, priority, None) for item in items]
-        return self._scheduler.submit_many_nowait(waiting, on_outcome, priority=priority, owner=owner)
+        waiting = [_item(item, **options) for item in items]
+        return self._scheduler.submit_many_nowait(waiting, on_outcome, **options)
 
     async def predict_many(
-        self,
-        items: Sequence[BaseModel],
-        *,
-        priority: Priority = Priority.INTERACTIVE,
-        timeout_s: float | None = None,
-        owner: str = "",
+        self, items: Sequence[BaseModel], **options: Unpack[RequestOptions]
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run several items; outcomes in the same order."""
         self._check_readiness()
-        waiting = [_item(item, priority, timeout_s) for item in items]
-        return await self._scheduler.submit_many(waiting, priority=priority, timeout_s=timeout_s, owner=owner)
+        waiting = [_item(item, **options) for item in items]
+        return await self._scheduler.submit_many(waiting, **options)
 
     @property
     def engine_choice(self) -> None:
@@ -188,7 +168,9 @@ class CallModel(AsyncContextManagerMixin):
             return [error] * len(items)
 
 
-def _item(item: BaseModel, priority: Priority, timeout_s: float | None) -> _Item:
+def _item(item: BaseModel, **options: Unpack[RequestOptions]) -> _Item:
+    timeout_s = options.get("timeout_s")
+    priority = options.get("priority", Priority.INTERACTIVE)
     return _Item(json_form(item), priority, None if timeout_s is None else anyio.current_time() + timeout_s)
 
 

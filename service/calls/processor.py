@@ -97,11 +97,11 @@ class CallProcessor:
     async def process(self, entries: Sequence[object], call: Call) -> list[dict[str, Any]]:
         """Run a call; returns the outcome of each entry, in their order, as `wire_format` says.
 
-        An entry that is invalid or fails disturbs no other. Raises `ValueError` for another number of `timeouts_s` or
-        `traceparents` than entries, `JobStoreError`, and of all errors of items only `DeviceFaultError`: then nothing
-        has been sent. When cancelled, results of jobs may have been sent.
+        An entry that is invalid or fails disturbs no other. Raises `ValueError` for another number of `timeouts_s`,
+        `owners` or `traceparents` than entries, `JobStoreError`, and of all errors of items only `DeviceFaultError`:
+        then nothing has been sent. When cancelled, results of jobs may have been sent.
         """
-        for name in ("timeouts_s", "traceparents"):
+        for name in ("timeouts_s", "owners", "traceparents"):
             values = getattr(call.options, name)
             if values is not None and len(values) != len(entries):
                 raise ValueError(f"{name}: {len(values)} values for {len(entries)} entries; give each entry one")
@@ -138,16 +138,13 @@ class CallProcessor:
     def _item(self, index: int, entry: object, call: Call, now: float, left_s: float) -> _Item:
         options = call.options
         item = _Item(
-            priority=Priority.INTERACTIVE if options.priority is None else Priority(options.priority),
+            priority=Priority(options.priority or Priority.INTERACTIVE),
             timeout_s=None if options.timeouts_s is None else options.timeouts_s[index],
         )
         try:
             request = read_entry(entry)
             if isinstance(request, AsyncInputModel):
-                owner = "" if options.owners is None else options.owners[index]
-                traceparent = None if options.traceparents is None else options.traceparents[index]
-                job_id = make_job_id(call.call_id, index)
-                self._make_job(item, job_id, request, options, owner, now, left_s, traceparent)
+                self._make_job(item, request, call, index, now, left_s)
             item.message = self._validated(request.message, options.input_model)
         except ValidationError as error:
             item.outcome = Failure(RejectItem(summary(field_errors(error.errors(include_url=False)))))
@@ -156,28 +153,21 @@ class CallProcessor:
         return item
 
     def _make_job(
-        self,
-        item: _Item,
-        job_id: str,
-        request: AsyncInputModel,
-        options: CallOptions,
-        owner: str,
-        now: float,
-        left_s: float,
-        traceparent: str | None,
+        self, item: _Item, request: AsyncInputModel, call: Call, index: int, now: float, left_s: float
     ) -> None:
         """Make an item a job. Raises `QueueNotAllowedError` and `QueueNameError`; the job then names no queue."""
-        item.priority = Priority.BULK if options.priority is None else item.priority
+        options = call.options
+        item.priority = Priority(options.priority or Priority.BULK)
         queued = life.new_job(
             request,
-            job_id=job_id,
+            job_id=make_job_id(call.call_id, index),
             model_name=self._worker.model_name,
             message=request.message,
             priority=item.priority,
             now=now if options.accepted_at is None else options.accepted_at,
             delivers=False,
-            owner=owner,
-            traceparent=traceparent,
+            owner="" if options.owners is None else options.owners[index],
+            traceparent=None if options.traceparents is None else options.traceparents[index],
         )
         item.job = job = life.start_job(queued, now)
         item.timeout_s = min(left_s, life.deadline_of(job, timeout_s=self._config.timeout, now=now) - now)

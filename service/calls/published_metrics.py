@@ -41,7 +41,7 @@ class PublishedMetrics:
             logger.warning("The metrics of this process could not be published: %s", error)
 
     async def with_own(self, text: str) -> dict[str, str]:
-        """The texts of all processes, this one's as given. Those of others are missing where they cannot be read."""
+        """The texts of all processes; `text` is this one's. Those of others are missing where they cannot be read."""
         found: dict[str, str] = {}
         try:
             with anyio.fail_after(READ_TIMEOUT_S):

@@ -117,7 +117,9 @@ def _try(source: ModelSource) -> _Report:
 async def _run_batch(pipeline: InferencePipeline, source: ModelSource) -> str:
     """Run a batch and say how long it took. Raises `LoadError`, `BatchFailedError`, and `NoItemsError` for no items."""
     records = list[BatchRecord]()
-    async with short_lived_worker(pipeline, source.settings, records.append, source.input_model) as worker:
+    async with short_lived_worker(
+        pipeline, source.settings, on_batch=records.append, input_model=source.input_model
+    ) as worker:
         made_up = _items(pipeline, source)
         items, are_guessed = made_up.items, made_up.are_guessed
         started_s = time.perf_counter()

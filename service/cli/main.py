@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from modalkit.service.cli.backup import backup
 from modalkit.service.cli.check import check
 from modalkit.service.cli.common import notices
 from modalkit.service.cli.config import config
@@ -40,7 +41,7 @@ class _Group(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """All names, as ``--help`` lists them."""
-        return [*super().list_commands(ctx), *(name for name in entry_points(group=PLUGINS).names)]
+        return [*super().list_commands(ctx), *sorted(entry_points(group=PLUGINS).names)]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of that name; None where there is none."""
@@ -52,7 +53,6 @@ class _Group(TyperGroup):
 app = typer.Typer(
     name="modalkit",
     cls=_Group,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -60,6 +60,7 @@ app = typer.Typer(
 )
 for command in (init, serve, predict, check, config, deploy, tune, reload):
     app.command()(command)
+jobs_app.command()(backup)
 app.add_typer(jobs_app)
 
 

@@ -168,7 +168,7 @@ class _Run:
         max_queue_size = self.settings.app_settings.batch_config.max_queue_size
         chunk_size = max(1, min(MAX_CHUNK_ITEMS, max_queue_size // 2))
         async with (
-            short_lived_worker(pipeline, self.settings, self._show_progress) as worker,
+            short_lived_worker(pipeline, self.settings, on_batch=self._show_progress) as worker,
             plain_task_group() as task_group,
         ):
             started_s = time.perf_counter()

@@ -25,7 +25,7 @@ from modalkit.service.serving import Server, freeze_gc, inherited_listeners, lis
 from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.tracing import enable_tracing_from_environment
 from modalkit.service.version import VERSION
-from modalkit.service.web import create_app
+from modalkit.service.web.app import configured_app
 from modalkit.service.web.auth import refuse_strangers
 from modalkit.service.web.server import LimitedServer, server_of
 
@@ -90,14 +90,7 @@ def serve(
     settings = Settings(config, app_settings={"server_config": server_options})
     try_api_keys(settings.app_settings.auth_config)  # uvicorn would show an error as a traceback, and exit with code 0
     gateway = LocalGateway(settings)
-    app = create_app(
-        gateway,
-        auth=settings.app_settings.auth_config,
-        limits=settings.app_settings.request_config,
-        owns_gateway=False,
-        require_all_models=settings.app_settings.require_all_models,
-        adapters=settings.app_settings.adapters,
-    )
+    app = configured_app(gateway, settings.app_settings, owns_gateway=False)
     server_config = settings.app_settings.server_config
     has_access_log = server_config.access_log
     if has_access_log is None:

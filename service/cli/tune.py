@@ -23,7 +23,7 @@ from modalkit.service.cli.common import ConfigFiles, ModelOption, model_source, 
 from modalkit.service.cli.records import ColumnOption, FileFormat, FormatOption, read_file
 from modalkit.service.errors import describe_error
 from modalkit.service.learnt_costs import CostKey, save_costs
-from modalkit.service.pipeline_batches import max_in_flight_of
+from modalkit.service.pipeline_batches import batch_policy, max_in_flight_of
 from modalkit.service.settings import BatchConfig, Settings
 from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.choice import ChosenLimits, choose_limits, lone_sizes, nearest_size, predicted_capacity
@@ -32,7 +32,6 @@ from modalkit.service.tuning.measuring import MEASURING_SHARE, fitted_costs, mea
 from modalkit.service.tuning.plots import draw_costs, require_drawable
 from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples, Samples
 from modalkit.service.tuning.trial import Bench, Trial, TrialPlan, require_complete
-from modalkit.service.worker import batch_policy
 
 LOADS = (0.7, 0.5, 0.35, 0.25)  # shares of the predicted capacity, tried in this order until one keeps the objective
 MAX_SENT_PER_S = 1000.0  # the same process sends requests and runs the model

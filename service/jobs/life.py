@@ -9,7 +9,8 @@ Beside its status a job has a delivery: `none` until it ends with a message to s
 `delivered` or `undelivered`; a replay makes an undelivered one pending again.
 
 Pure functions of values, used by every engine: none reads a clock, none changes a job. Those that change its state
-return a new job, or None where the job is in no state for that. Times are wall-clock Unix seconds.
+return a new job, or None where the job is in no state for that. Times are wall-clock Unix seconds. What a store changes
+by itself is SQL (`sqlite_table.py`), and tested against functions like these.
 """
 
 import hashlib
@@ -75,9 +76,9 @@ def new_job(
     job_id: str,
     model_name: str,
     message: BaseModel | Mapping[str, Any],
-    priority: Priority,
     now: float,
     delivers: bool,
+    priority: Priority = Priority.BULK,
     owner: str = "",
     traceparent: str | None = None,
 ) -> Job:
@@ -169,28 +170,6 @@ def retry_of(
     return JobRetry(job_id=job.job_id, retry_at=retry_at, error=describe_error(outcome.error))
 
 
-def requeue_job(job: Job, retry: JobRetry) -> Job | None:
-    """This running job, queued to run again later. It leaves the quarantine, because a run of it has ended."""
-    if job.status is not JobStatus.RUNNING:
-        return None
-    return replace(
-        job,
-        status=JobStatus.QUEUED,
-        attempts=job.attempts + 1,
-        retry_at=retry.retry_at,
-        error=retry.error,
-        crashes=0,
-    )
-
-
-def return_job(job: Job) -> Job | None:
-    """This running job, queued as it was before it was claimed, because it did not begin."""
-    if job.status is not JobStatus.RUNNING:
-        return None
-    has_run = job.attempts or job.crashes
-    return replace(job, status=JobStatus.QUEUED, started_at=job.started_at if has_run else None)
-
-
 # Ending.
 
 
@@ -229,10 +208,6 @@ def end_job(job: Job, end: JobEnd) -> Job | None:
     is_running = job.status is JobStatus.RUNNING
     if not (is_running or (job.status is JobStatus.QUEUED and end.status is JobStatus.EXPIRED)):
         return None
-    return _ended(job, end, attempts=job.attempts + is_running)
-
-
-def _ended(job: Job, end: JobEnd, *, attempts: int) -> Job:
     queue = job.success_queue if end.status is JobStatus.SUCCEEDED else job.failure_queue
     return replace(
         job,
@@ -240,17 +215,10 @@ def _ended(job: Job, end: JobEnd, *, attempts: int) -> Job:
         result_json=end.result_json,
         error=end.error,
         finished_at=end.finished_at,
-        attempts=attempts,
+        attempts=job.attempts + is_running,
         retry_at=None,
         delivery=DeliveryStatus.PENDING if queue else DeliveryStatus.NONE,
     )
-
-
-def expire_job(job: Job, now: float) -> Job | None:
-    """This queued job, expired, if its `expires_at` has come."""
-    if job.status is not JobStatus.QUEUED or job.expires_at is None or job.expires_at > now:
-        return None
-    return end_job(job, JobEnd(job_id=job.job_id, status=JobStatus.EXPIRED, error=EXPIRES_IN_PASSED, finished_at=now))
 
 
 def cancel_job(job: Job, now: float) -> Job | None:
@@ -277,29 +245,6 @@ def quarantine_group_size(crashes: int, limit: int) -> int:
 def has_crashed_too_often(crashes: int) -> bool:
     """Whether a job, or a delivery, with which the process died so often is not tried again."""
     return crashes >= MAX_CRASHES
-
-
-def recover_job(job: Job, now: float) -> Job | None:
-    """This running job after its process died: queued and quarantined, or failed after too many crashes."""
-    if job.status is not JobStatus.RUNNING:
-        return None
-    crashed = replace(job, crashes=job.crashes + 1)
-    if not has_crashed_too_often(crashed.crashes):
-        return replace(crashed, status=JobStatus.QUEUED)
-    failed = JobEnd(job_id=job.job_id, status=JobStatus.FAILED, error=TOO_MANY_CRASHES, finished_at=now)
-    return _ended(crashed, failed, attempts=job.attempts)  # a run that a crash cut short is no attempt
-
-
-def recover_delivery(job: Job) -> Job | None:
-    """This job after its process died during the delivery: quarantined, or undelivered after too many crashes."""
-    if job.delivery is not DeliveryStatus.PENDING:
-        return None
-    crashes = job.delivery_crashes + 1
-    if not has_crashed_too_often(crashes):
-        return replace(job, delivery_crashes=crashes)
-    return replace(
-        job, delivery=DeliveryStatus.UNDELIVERED, delivery_error=TOO_MANY_DELIVERY_CRASHES, delivery_crashes=0
-    )
 
 
 # Delivery.
@@ -340,10 +285,3 @@ def record_delivery(job: Job, record: DeliveryRecord) -> Job | None:
         delivery_error=record.error,
         delivery_crashes=0,
     )
-
-
-def replay_delivery(job: Job) -> Job | None:
-    """This undelivered job, its delivery pending again with all its attempts."""
-    if job.delivery is not DeliveryStatus.UNDELIVERED:
-        return None
-    return replace(job, delivery=DeliveryStatus.PENDING, delivery_attempts=0)

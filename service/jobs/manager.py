@@ -4,14 +4,14 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from typing import Protocol, Self
+from typing import Protocol, Self, Unpack
 
 import anyio
 from anyio import AsyncContextManagerMixin
 from anyio.lowlevel import checkpoint
 from pydantic import BaseModel
 
-from modalkit.batching import Failure, Outcome, Priority, Success
+from modalkit.batching import Failure, Outcome, QueueOptions, Success
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import SteadyClock
@@ -168,12 +168,7 @@ class JobManager(AsyncContextManagerMixin):
         self._feeds.pop(model_name, None)
 
     async def submit(
-        self,
-        requests: Sequence[AsyncInputModel],
-        *,
-        model_name: str,
-        priority: Priority = Priority.BULK,
-        owner: str = "",
+        self, requests: Sequence[AsyncInputModel], *, model_name: str, **options: Unpack[QueueOptions]
     ) -> list[Outcome[str]]:
         """Store jobs in one step; returns the id or the error of each, in the same order, once they are stored.
 
@@ -193,7 +188,7 @@ class JobManager(AsyncContextManagerMixin):
             if start:
                 await checkpoint()
             some = requests[start : start + NEW_JOBS_AT_ONCE]
-            entries += [self._new_job(request, model_name, feed.input_model, priority, owner) for request in some]
+            entries += [self._new_job(request, model_name, feed.input_model, options) for request in some]
         jobs = [entry for entry in entries if isinstance(entry, Job)]
         added = iter(await self.store.add(jobs) if jobs else ())
         if jobs:
@@ -205,7 +200,7 @@ class JobManager(AsyncContextManagerMixin):
         return outcomes
 
     def _new_job(
-        self, request: AsyncInputModel, model_name: str, input_model: type[BaseModel], priority: Priority, owner: str
+        self, request: AsyncInputModel, model_name: str, input_model: type[BaseModel], options: QueueOptions
     ) -> Job | Exception:
         """A job that is not stored yet, or what is wrong with the request."""
         try:
@@ -217,11 +212,10 @@ class JobManager(AsyncContextManagerMixin):
                 job_id=new_job_id(),
                 model_name=model_name,
                 message=item,
-                priority=priority,
                 now=self.clock(),
                 traceparent=current_traceparent(),
                 delivers=self._deliverer is not None,
-                owner=owner,
+                **options,
             )
         except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything
             return error

@@ -1,12 +1,10 @@
 """Feeds the stored jobs of one model to its scheduler, a limited number at a time, and stores how they end."""
 
-import heapq
 import logging
 import math
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, Self
 
@@ -14,7 +12,7 @@ import anyio
 from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
-from modalkit.batching import Failure, Outcome, Priority, QueueFullError, SchedulerClosedError
+from modalkit.batching import Failure, Outcome, QueueFullError, SchedulerClosedError
 from modalkit.batching.pending import Withdraw
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel
@@ -25,6 +23,7 @@ from modalkit.service.jobs.life import JobTimeoutError, deadline_of, end_of, ret
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.model import Job, JobEnd, JobRetry
 from modalkit.service.jobs.telemetry import record_end
+from modalkit.service.jobs.window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +31,6 @@ ROOM_POLL_INTERVAL_S = 0.05
 """Seconds between two attempts to start a job while the scheduler's queue is full."""
 BULK_WINDOW_DIVISOR = 10
 """Bulk jobs get at least one in N places of the window."""
-SPARE_DEADLINES = 10_000
-"""Outdated entries that the heap of deadlines may have, beyond two for each job in the window."""
 FIRST_JOB_RETRY_S = 2.0
 """Seconds, at most, between a job's first attempt and its second; each later wait is four times as long."""
 
@@ -64,14 +61,6 @@ class JobEngine(Protocol):
 
 MAX_WINDOW_BYTES = 64 * 2**20
 """Bytes of the jobs in a window beyond which no more are claimed. One claim may add as much once more."""
-
-
-@dataclass(slots=True)
-class _Running:
-    """A job in the window."""
-
-    job: Job
-    withdraw: Withdraw
 
 
 class JobRunner(AsyncContextManagerMixin):
@@ -113,14 +102,11 @@ class JobRunner(AsyncContextManagerMixin):
         self._max_attempts = max_attempts
         self._backoff_s = backoff_s
         self.input_model = engine.input_model
-        # All mutable state: the jobs in the window, how many of them are bulk, and their bytes; those of them that the
-        # scheduler has no room for yet; their deadlines, as a heap; the ends to be stored, and how many are not stored
-        # yet; when the next job in the store may run again; what wakes the feeding task; and whether it is to stop.
-        self._running: dict[str, _Running] = {}
-        self._bulk_running = 0
-        self._window_bytes = 0
+        # All mutable state: the jobs in the window; those of them that the scheduler has no room for yet; the ends to
+        # be stored, and how many are not stored yet; when the next job in the store may run again; what wakes the
+        # feeding task; and whether it is to stop.
+        self._running = Window()
         self._waiting: deque[Job] = deque()
-        self._deadlines: list[tuple[float, str]] = []
         self._ends: Collector[JobEnd | JobRetry | str] = Collector()
         self._unstored = 0
         self._next_retry_at = -math.inf
@@ -140,8 +126,7 @@ class JobRunner(AsyncContextManagerMixin):
                 finally:
                     self.close()
         finally:
-            for running in self._running.values():
-                running.withdraw()
+            self._running.withdraw_all()
             self._manager.detach(self._model_name)
 
     @property
@@ -166,7 +151,7 @@ class JobRunner(AsyncContextManagerMixin):
 
     def abandon(self, job_id: str) -> None:
         """Withdraw a job that was cancelled in the store, if it is in the window."""
-        if self._leave(job_id) is not None:
+        if self._running.remove(job_id) is not None:
             self.wake()
 
     # Feeding.
@@ -194,7 +179,7 @@ class JobRunner(AsyncContextManagerMixin):
             for job in group:
                 self._enter(job)
             self._expire_overdue()
-            await self._run_group([job for job in group if job.job_id in self._running])
+            await self._run_group([job for job in group if job in self._running])
             while self._unstored:
                 self._change = anyio.Event()
                 await self._change.wait()
@@ -245,7 +230,7 @@ class JobRunner(AsyncContextManagerMixin):
 
     def _wanted(self, limit: float) -> int:
         """How many jobs to claim now."""
-        if self._waiting or self._leaves_jobs_stored() or self._window_bytes >= MAX_WINDOW_BYTES:
+        if self._waiting or self._leaves_jobs_stored() or self._running.size_bytes >= MAX_WINDOW_BYTES:
             return 0
         return int(min(limit, max(0, self._window - len(self._running) - self._unstored)))
 
@@ -269,7 +254,7 @@ class JobRunner(AsyncContextManagerMixin):
                 self._next_retry_at = math.inf  # before the call: a sooner retry may be stored during it
                 next_retry_at = await store.release_retries(self._model_name, now)
                 self._next_retry_at = min(self._next_retry_at, math.inf if next_retry_at is None else next_retry_at)
-            bulk_limit = max(0, bulk_share - self._bulk_running)
+            bulk_limit = max(0, bulk_share - self._running.bulk)
             return await store.claim(self._model_name, limit, now, bulk_limit=bulk_limit)
         except JobStoreError as error:
             self._next_retry_at = -math.inf
@@ -284,30 +269,16 @@ class JobRunner(AsyncContextManagerMixin):
 
     def _enter(self, job: Job) -> None:
         """Add a job to the window."""
-        self._running[job.job_id] = _Running(job, _leave_unstarted)
-        self._bulk_running += job.priority is Priority.BULK
-        self._window_bytes += job.size_bytes
-        heapq.heappush(self._deadlines, (self._deadline_of(job), job.job_id))
+        self._running.add(job, self._deadline_of(job))
         self._manager.tell_change((job.job_id,))
-
-    def _leave(self, job_id: str) -> Job | None:
-        """Remove a job from the window and from the scheduler, and return it; None if it is not there."""
-        running = self._running.pop(job_id, None)
-        if running is None:
-            return None
-        running.withdraw()
-        self._bulk_running -= running.job.priority is Priority.BULK
-        self._window_bytes -= running.job.size_bytes
-        return running.job
 
     def _start_waiting(self) -> None:
         """Start jobs as long as the engine has room: interactive requests may fill its queue."""
         while self._waiting:
             job = self._waiting[0]
-            running = self._running.get(job.job_id)
-            if running is not None:
+            if job in self._running:
                 try:
-                    running.withdraw = self._engine.start(job, partial(self._end, job))
+                    self._running.start(job, self._engine.start(job, partial(self._end, job)))
                 except QueueFullError:
                     return
                 except Exception as error:  # noqa: BLE001  # an item that is not valid any more fails alone
@@ -316,16 +287,14 @@ class JobRunner(AsyncContextManagerMixin):
 
     def _give_back(self) -> None:
         """Have the jobs that have not begun stored as they were before they were claimed."""
-        for job_id, running in list(self._running.items()):
-            if running.withdraw(only_waiting=True):
-                self._leave(job_id)
-                self._add_end(job_id)
+        for job in self._running.remove_unstarted():
+            self._add_end(job.job_id)
 
     def _sleep_s(self, *, may_claim: bool) -> float | None:
         """Seconds until something may have to be done that nothing else tells of."""
         if self._waiting:
             return ROOM_POLL_INTERVAL_S
-        until = self._deadlines[0][0] if self._deadlines else math.inf
+        until = self._running.next_deadline
         if may_claim:
             until = min(until, self._next_retry_at)
         return None if math.isinf(until) else max(0.0, until - self._manager.clock())
@@ -334,7 +303,7 @@ class JobRunner(AsyncContextManagerMixin):
 
     def _end(self, job: Job, outcome: JobOutcome) -> None:
         """End a job, or have it run again later; called in the event loop with its outcome."""
-        if self._leave(job.job_id) is None:
+        if self._running.remove(job.job_id) is None:
             return
         if isinstance(outcome, Failure) and isinstance(outcome.error, SchedulerClosedError):
             self._engine_closed = True  # what has not ended runs again after the next start
@@ -364,15 +333,8 @@ class JobRunner(AsyncContextManagerMixin):
 
     def _expire_overdue(self) -> None:
         now = self._manager.clock()
-        if len(self._deadlines) > 2 * len(self._running) + SPARE_DEADLINES:
-            # Entries of jobs that have ended stay behind that of a job which takes long.
-            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._running]
-            heapq.heapify(self._deadlines)
-        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._running):
-            _, job_id = heapq.heappop(self._deadlines)
-            job = self._leave(job_id)
-            if job is not None:
-                self._add_end(self._ended(job, Failure(JobTimeoutError(self._timeout_s)), now))
+        for job in self._running.remove_overdue(now):
+            self._add_end(self._ended(job, Failure(JobTimeoutError(self._timeout_s)), now))
 
     def _deadline_of(self, job: Job) -> float:
         return deadline_of(job, timeout_s=self._timeout_s, now=self._manager.clock())
@@ -400,8 +362,3 @@ class JobRunner(AsyncContextManagerMixin):
                 await store_until_closing(what, partial(self._manager.store.return_claimed, returned), self._closing)
             self._unstored -= len(ended)
             self.wake()
-
-
-def _leave_unstarted(*, only_waiting: bool = False) -> bool:  # noqa: ARG001  # as `Withdraw` has it
-    """Withdraws a job that the engine has not got yet."""
-    return True

@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from pydantic_core import from_json, to_json
@@ -31,28 +31,11 @@ OWNERS_PER_CLAIM = 1000
 _STATUS, _CREATED_AT, _STARTED_AT = map(COLUMNS.index, ("status", "created_at", "started_at"))
 _ROWS_PER_STATEMENT = (1024, 256, 64, 16, 4, 1)  # few sizes, so that the statements stay prepared
 
-Operation = Callable[["JobTable"], Any]
-"""Changes jobs, and returns the result for its caller."""
-
-
-class Add:
-    """The operation that stores new jobs."""
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs = jobs
-        self.is_plain = all(job.idempotency_key is None for job in jobs)
-        """Whether each job is added or the operation fails: none has an idempotency key."""
-
-    def __call__(self, table: "JobTable") -> list[str | IdempotencyKeyReusedError]:
-        """Store the jobs."""
-        return table.add(self.jobs)
-
 
 class JobTable:
     """The table of jobs behind one connection, used by one thread at a time: the operations of a `JobStore`.
 
-    Methods are called by operations that are given to `run`, in a transaction. The owner of the transaction restores
-    `counts` when it rolls back. An operation that raises changes nothing.
+    Methods are called in a transaction, whose owner restores `counts` when it rolls back.
 
     Many rows are written by one statement and read as one value: the connection releases the interpreter's lock at each
     step of a statement, and waits for the event loop's thread each time before it goes on.
@@ -76,36 +59,6 @@ class JobTable:
             f"INSERT OR REPLACE INTO counts (status, jobs) VALUES {', '.join(['(?, ?)'] * len(changed))}",  # noqa: S608  # as above
             [value for row in changed for value in row],
         )
-
-    def run(self, operations: Sequence[Operation]) -> list[Any]:
-        """Run operations, each of which fails alone; returns the result or the error of each, in the same order.
-
-        The jobs that several of them add are written together. Raises `sqlite3.Error` if the whole transaction failed.
-        """
-        additions = [operation for operation in operations if isinstance(operation, Add) and operation.is_plain]
-        together = Add([job for addition in additions for job in addition.jobs])
-        added = len(additions) > 1 and not isinstance(self._run_alone(together), Exception)
-        return [
-            [job.job_id for job in operation.jobs]
-            if added and isinstance(operation, Add) and operation.is_plain
-            else self._run_alone(operation)
-            for operation in operations
-        ]
-
-    def _run_alone(self, operation: Operation) -> Any:
-        counts_before = self.counts.copy()
-        self._database.execute("SAVEPOINT operation")
-        try:
-            result = operation(self)
-        except Exception as error:
-            # A `DataError` says that something is too large, which is no matter of the other operations.
-            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.DataError):
-                raise
-            self._database.execute("ROLLBACK TO operation")
-            self.counts = counts_before
-            result = error
-        self._database.execute("RELEASE operation")
-        return result
 
     def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
         """Store jobs, except those whose idempotency key is stored already."""

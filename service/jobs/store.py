@@ -13,7 +13,7 @@ from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreUnavailableError
 from modalkit.service.jobs.model import Job, JobCounts, JobFilter, JobPage
 from modalkit.service.jobs.sqlite_rows import condition_of, counts_of_jobs, find_job, microseconds, page_of_jobs
-from modalkit.service.jobs.sqlite_table import ROWS_PER_STEP, Add, JobTable, Operation
+from modalkit.service.jobs.sqlite_table import ROWS_PER_STEP, JobTable
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,22 @@ _REMEDIES = {
     "SQLITE_BUSY": "close the other program that has it open for writing",
     "SQLITE_READONLY": "make the file and its folder writable",
 }
+
+Operation = Callable[[JobTable], Any]
+"""Changes jobs, and returns the result for its caller."""
+
+
+class Add:
+    """The operation that stores new jobs."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs = jobs
+        self.is_plain = all(job.idempotency_key is None for job in jobs)
+        """Whether each job is added or the operation fails: none has an idempotency key."""
+
+    def __call__(self, table: JobTable) -> list[str | IdempotencyKeyReusedError]:
+        """Store the jobs."""
+        return table.add(self.jobs)
 
 
 def _operation(
@@ -167,7 +183,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         counts_before = self._table.counts.copy()
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            results = self._table.run(operations)
+            results = self._run(operations)
             if self._table.counts != counts_before:
                 self._table.store_counts(counts_before)
             self._database.execute("COMMIT")
@@ -184,6 +200,36 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
             self._unavailable(result) if isinstance(result, sqlite3.Error | MemoryError) else result
             for result in results
         ]
+
+    def _run(self, operations: Sequence[Operation]) -> list[Any]:
+        """Run operations, each of which fails alone; returns the result or the error of each, in the same order.
+
+        The jobs that several of them add are written together. Raises `sqlite3.Error` if the whole transaction failed.
+        """
+        additions = [operation for operation in operations if isinstance(operation, Add) and operation.is_plain]
+        together = Add([job for addition in additions for job in addition.jobs])
+        added = len(additions) > 1 and not isinstance(self._run_alone(together), Exception)
+        return [
+            [job.job_id for job in operation.jobs]
+            if added and isinstance(operation, Add) and operation.is_plain
+            else self._run_alone(operation)
+            for operation in operations
+        ]
+
+    def _run_alone(self, operation: Operation) -> Any:
+        counts_before = self._table.counts.copy()
+        self._database.execute("SAVEPOINT operation")
+        try:
+            result = operation(self._table)
+        except Exception as error:
+            # A `DataError` says that something is too large, which is no matter of the other operations.
+            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.DataError):
+                raise
+            self._database.execute("ROLLBACK TO operation")
+            self._table.counts = counts_before
+            result = error
+        self._database.execute("RELEASE operation")
+        return result
 
     def _give_space_back(self) -> None:
         """Give some free pages back to the disk; the others are used again, or given back after the next removal."""

@@ -16,8 +16,7 @@ from modalkit.pipelines import InferencePipeline
 from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
 from modalkit.service.calls.processor import Call, CallProcessor
 from modalkit.service.calls.records import CallRecords
-from modalkit.service.errors import ContainerFaultError, RemoteCallError, ServiceError, describe_error
-from modalkit.service.gateway import Readiness
+from modalkit.service.errors import ContainerFaultError, Readiness, RemoteCallError, ServiceError, describe_error
 from modalkit.service.jobs import MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.model import new_job_id

@@ -29,7 +29,7 @@ from modalkit.service.on_modal.engine import (
     takes_one_input_at_a_time,
 )
 from modalkit.service.on_modal.hosting import HostedService, default_model_name, model_source, responses_of
-from modalkit.service.web import create_app
+from modalkit.service.web.app import configured_app
 from modalkit.service.web.metrics import own_exposition
 
 logger = logging.getLogger(__name__)
@@ -60,13 +60,7 @@ def create_web_endpoints(
         gateway = _gateway_here(app_cls, input_model, output_model, models)
     else:
         gateway = _gateway_to(app_cls, config, input_model, output_model, models)
-    return create_app(
-        gateway,
-        auth=config.app_settings.auth_config,
-        limits=config.app_settings.request_config,
-        require_all_models=config.app_settings.require_all_models,
-        adapters=config.app_settings.adapters,
-    )
+    return configured_app(gateway, config.app_settings)
 
 
 def web_app_here(
@@ -92,9 +86,8 @@ def web_app_here(
         config=config.settings.for_model(worker.name).app_settings.batch_config,
         input_model_path=path,
     )
-    app = config.app_settings
     gateway = CallGateway(models, jobs, [engine], None if modal.is_local() else open_metrics(config))
-    return create_app(gateway, auth=app.auth_config, limits=app.request_config, adapters=app.adapters)
+    return configured_app(gateway, config.app_settings)
 
 
 def _gateway_to(

@@ -13,7 +13,7 @@ from modal.cls import is_parameter
 
 from modalkit.batching import BatchRecord
 from modalkit.pipelines import InferencePipeline
-from modalkit.pipelines.inference_pipeline import awaited
+from modalkit.pipelines.inference_pipeline import awaited, has_own
 from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
 from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.container import Container, only_service_errors, set_up_logs_and_traces
@@ -246,7 +246,7 @@ async def _load_for_snapshot(self: HostedService) -> None:
         if deployment.gpu_snapshot:
             self._pipeline_of_snapshot = await to_thread.run_sync(source.load)
             await awaited(await to_thread.run_sync(self._pipeline_of_snapshot.warm_up))
-        elif deployment.gpu is None or source.pipeline_class.move_to is not InferencePipeline.move_to:
+        elif deployment.gpu is None or has_own(source.pipeline_class, "move_to"):
             self._pipeline_of_snapshot = await to_thread.run_sync(source.load, "cpu")
         else:
             logger.warning(

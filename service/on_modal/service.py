@@ -32,17 +32,7 @@ class ModalService(HostedService):
     """
 
     @modal.method()
-    async def process_request(
-        self,
-        input_list: Sequence[InputEntry],
-        *,
-        priority: str | None = None,
-        timeouts_s: Sequence[float | None] | None = None,
-        accepted_at: float | None = None,
-        input_model: str | None = None,
-        owners: Sequence[str] | None = None,
-        traceparents: Sequence[str | None] | None = None,
-    ) -> list[dict[str, Any]]:
+    async def process_request(self, /, input_list: Sequence[InputEntry], **options: Any) -> list[dict[str, Any]]:
         """Run a list of items, and return what became of each, in the same order.
 
         An entry is ``{"message": {…}}``, or a `SyncInputModel`, and gives the pipeline's output as an object,
@@ -51,24 +41,14 @@ class ModalService(HostedService):
         has time, and the job is what is returned. Entries of other calls run in the same batches; one that is invalid
         or fails disturbs no other.
 
-        `priority` is ``interactive`` or ``bulk``; `timeouts_s` limits the seconds of each entry; `accepted_at`, Unix
-        seconds, is when jobs were accepted whose ids were given out already; `input_model`, ``module:Class``, is what
-        messages are validated as in place of the pipeline's own class; `owners` names whose each job is, and
-        `traceparents` are the traces of jobs. Raises `ContainerFaultError` when the device breaks, for Modal to run the
+        The `options` are those of `CallOptions`: `priority` is ``interactive`` or ``bulk``, and `timeouts_s` limits the
+        seconds of each entry, for example. Raises `ContainerFaultError` when the device breaks, for Modal to run the
         call again, and `RemoteCallError` for any other error of the call as a whole. When cancelled, what has not run
         leaves the queue.
         """
         container = self.running()
         with only_service_errors("process_request failed"):
-            options = CallOptions(
-                priority=priority,
-                timeouts_s=timeouts_s,
-                accepted_at=accepted_at,
-                input_model=input_model,
-                owners=owners,
-                traceparents=traceparents,
-            )
-            return await container.process(input_list, options)
+            return await container.process(input_list, CallOptions(**options))
 
     def web_app(
         self, input_model: type[BaseModel] | None = None, output_model: type[InferenceOutputModel] | None = None

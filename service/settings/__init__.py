@@ -1,5 +1,6 @@
 """The configuration: one frozen, validated `Settings` from YAML files, `MODALKIT_…` variables and arguments."""
 
+from modalkit.service.settings.deployment import BuildConfig, CloudBucketMount, DeploymentConfig
 from modalkit.service.settings.effective import effective_yaml
 from modalkit.service.settings.layers import deep_merge
 from modalkit.service.settings.models import (
@@ -9,9 +10,6 @@ from modalkit.service.settings.models import (
     AsyncConfig,
     AuthConfig,
     BatchConfig,
-    BuildConfig,
-    CloudBucketMount,
-    DeploymentConfig,
     KeyConfig,
     KeyScope,
     QueueConfig,

@@ -94,7 +94,7 @@ class Bench:
         batch_config = config.model_copy(update={"calibration": calibration})
         app_settings = self.settings.app_settings.model_copy(update={"batch_config": batch_config})
         settings = self.settings.model_copy(update={"app_settings": app_settings})
-        async with short_lived_worker(self.pipeline, settings, on_batch, owns_pipeline=False) as worker:
+        async with short_lived_worker(self.pipeline, settings, on_batch=on_batch, owns_pipeline=False) as worker:
             worker.costs.restore(self.costs.state())
             yield worker
 

@@ -15,9 +15,9 @@ from pydantic.json_schema import models_json_schema
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from modalkit.service.errors import describe_error
-from modalkit.service.gateway import Gateway, Readiness
-from modalkit.service.settings import ADAPTERS, Adapter, AuthConfig, KeyScope, RequestConfig
+from modalkit.service.errors import Readiness, describe_error
+from modalkit.service.gateway import Gateway
+from modalkit.service.settings import ADAPTERS, Adapter, AppSettings, AuthConfig, KeyScope, RequestConfig
 from modalkit.service.version import VERSION
 from modalkit.service.web.adapters.openai import make_models_router
 from modalkit.service.web.adapters.tei import add_tei_routes
@@ -31,7 +31,7 @@ from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.metrics import CONTENT_TYPE, exposition
 from modalkit.service.web.observing import RequestObserver
 from modalkit.service.web.problems import ProblemError, error_response, install_problem_handlers
-from modalkit.service.web.routes import DirectRoutes, add_prediction_routes
+from modalkit.service.web.routes import DirectRoutes, PostRoutes, add_prediction_routes
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +95,12 @@ def create_app(
         generate_unique_id_function=lambda route: route.name,
     )
     admission = Admission(limits)
-    route = add_prediction_routes(app, gateway, keys, admission)
+    routes = PostRoutes(app, keys, admission)
+    add_prediction_routes(routes, gateway, admission)
     if "tei" in adapters:
-        add_tei_routes(route, gateway.models)
+        add_tei_routes(routes, gateway.models)
     if "vllm" in adapters:
-        add_vllm_routes(route, gateway.models)
+        add_vllm_routes(routes, gateway.models)
     if "openai" in adapters:
         app.include_router(make_models_router(gateway.models), dependencies=keys.requires(KeyScope.PREDICT))
     app.add_middleware(_Entrance, start=start)  # around the routes: none answers before the start
@@ -117,6 +118,18 @@ def create_app(
         return RedirectResponse("docs")
 
     return app
+
+
+def configured_app(gateway: Gateway, settings: AppSettings, *, owns_gateway: bool = True) -> FastAPI:
+    """The HTTP service over a gateway as the settings have it; see `create_app`."""
+    return create_app(
+        gateway,
+        auth=settings.auth_config,
+        limits=settings.request_config,
+        owns_gateway=owns_gateway,
+        require_all_models=settings.require_all_models,
+        adapters=settings.adapters,
+    )
 
 
 def lifespan_of(*apps: Starlette) -> Callable[[Any], AbstractAsyncContextManager[None]]:

@@ -8,7 +8,7 @@ import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ from fastapi import Request
 from pydantic import BaseModel, RootModel, TypeAdapter, ValidationError
 from pydantic_core import to_json
 
-from modalkit.batching import Failure, Outcome
+from modalkit.batching import Failure
 from modalkit.pipelines import AsyncInputModel, SyncInputModel
 from modalkit.service.settings import RequestConfig
 from modalkit.service.web.admission import Admission
@@ -35,7 +35,6 @@ MAX_SHOWN = 100
 """Findings that are told."""
 
 Model = TypeVar("Model", bound=BaseModel)
-Result = TypeVar("Result")
 
 _ENVELOPE = re.compile(rb'\s*\{\s*"message"\s*:')
 
@@ -160,14 +159,6 @@ def parse(model: type[Model], body: bytes) -> Model:
     """A body as an instance of `model`. Raises `ProblemError`."""
     _check_keys(body)
     return _parse(model, body)
-
-
-async def run_valid(
-    items: Sequence[Model | Failure], run: Callable[[list[Model]], Awaitable[Sequence[Outcome[Result]]]]
-) -> list[Outcome[Result]]:
-    """The outcomes of items, in their order: of the valid ones those that `run` returns, of the others their own."""
-    outcomes = iter(await run([item for item in items if not isinstance(item, Failure)]))
-    return [item if isinstance(item, Failure) else next(outcomes) for item in items]
 
 
 _SPACE = b" \t\r\n"

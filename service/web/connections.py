@@ -9,16 +9,16 @@ import logging
 import resource
 import socket
 import struct
-from dataclasses import dataclass
 from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any
 
-from pydantic_core import to_json
 from uvicorn.protocols.http.flow_control import FlowControl
 
 from modalkit.service.settings import ServerConfig
 from modalkit.service.web.answers import PROBLEM_JSON
+from modalkit.service.web.options import are_lines
+from modalkit.service.web.problems import ProblemError, problem_json
 
 logger = logging.getLogger(__name__)
 
@@ -43,41 +43,21 @@ class Waiting(Enum):
     """The client has been told why it is refused."""
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionLimits:
-    """Seconds that a connection may wait, and how many connections there may be."""
+def within_open_files(config: ServerConfig) -> ServerConfig:
+    """The configuration, with as many connections as the process may have open files.
 
-    header_s: float
-    body_s: float
-    answer_s: float
-    idle_s: float
-    connections: int
-
-    @classmethod
-    def of(cls, config: ServerConfig) -> "ConnectionLimits":
-        """The limits of the configuration, as far as the process may open files."""
-        connections = min(config.max_connections, _files_for_connections(config.max_connections))
-        if connections < config.max_connections:
-            logger.warning(
-                "Only %d connections, as the limit of open files (ulimit -n) allows no more", max(1, connections)
-            )
-        return cls(
-            config.header_timeout_seconds,
-            config.body_timeout_seconds,
-            config.answer_timeout_seconds,
-            config.idle_timeout_seconds,
-            max(1, connections),
-        )
-
-
-def _files_for_connections(wanted: int) -> int:
-    """How many connections the process may open, once its limit of files was raised as far as it may be."""
+    Raises the limit of open files where that is needed and allowed.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + RESERVED_FILES
+    needed = config.max_connections + RESERVED_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else max(soft, min(needed, hard))
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return wanted if soft == resource.RLIM_INFINITY else soft - RESERVED_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return config
+    connections = max(1, soft - RESERVED_FILES)
+    logger.warning("Only %d connections, as the limit of open files (ulimit -n) allows no more", connections)
+    return config.model_copy(update={"max_connections": connections})
 
 
 class LimitedProtocol(asyncio.Protocol):
@@ -90,7 +70,7 @@ class LimitedProtocol(asyncio.Protocol):
     cycle: Any
     headers: list[tuple[bytes, bytes]]
 
-    def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, limits: ServerConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
         # All mutable state: what it waits for, since when, and in which request; bytes that have come, and how many of
@@ -106,9 +86,9 @@ class LimitedProtocol(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Refuse the connection if there are too many."""
         super().connection_made(transport)
-        if len(self.connections) > 2 * self._limits.connections:
+        if len(self.connections) > 2 * self._limits.max_connections:
             self.transport.abort()  # not even those that are being refused may be without limit
-        elif len(self.connections) > self._limits.connections:
+        elif len(self.connections) > self._limits.max_connections:
             self.refuse(HTTPStatus.SERVICE_UNAVAILABLE, "there are too many connections; try again later")
 
     def data_received(self, data: bytes) -> None:
@@ -138,8 +118,8 @@ class LimitedProtocol(asyncio.Protocol):
             unread_bytes = self.transport.get_write_buffer_size()
             if unread_bytes < self._unread_bytes:
                 self._unread_since_s, self._unread_bytes = now, unread_bytes
-            elif now >= self._unread_since_s + self._limits.answer_s:
-                logger.debug("A client did not take its answer for %g s", self._limits.answer_s)
+            elif now >= self._unread_since_s + self._limits.answer_timeout_seconds:
+                logger.debug("A client did not take its answer for %g s", self._limits.answer_timeout_seconds)
                 self._reset()
             return
         waiting = self._what_it_waits_for()
@@ -165,11 +145,11 @@ class LimitedProtocol(asyncio.Protocol):
         limits = self._limits
         match waiting:
             case Waiting.FOR_REQUEST:
-                return limits.idle_s
+                return limits.idle_timeout_seconds
             case Waiting.FOR_HEADERS:
-                return limits.header_s
+                return limits.header_timeout_seconds
             case Waiting.FOR_BODY | Waiting.FOR_REST:
-                return limits.body_s
+                return limits.body_timeout_seconds
             case Waiting.FOR_END:
                 return LINGER_S
             case Waiting.FOR_ANSWER:
@@ -185,10 +165,13 @@ class LimitedProtocol(asyncio.Protocol):
             self.refuse(
                 HTTPStatus.REQUEST_TIMEOUT,
                 f"the body comes too slowly: of it came little or nothing for "
-                f"{self._limits.body_s:g} s; send it faster",
+                f"{self._limits.body_timeout_seconds:g} s; send it faster",
             )
         elif waiting is Waiting.FOR_HEADERS and self._received_bytes:
-            self.refuse(HTTPStatus.REQUEST_TIMEOUT, f"the headers were not complete within {self._limits.header_s:g} s")
+            self.refuse(
+                HTTPStatus.REQUEST_TIMEOUT,
+                f"the headers were not complete within {self._limits.header_timeout_seconds:g} s",
+            )
         elif self.transport.get_write_buffer_size():
             self._reset()  # to close it would wait until the client has taken all
         else:
@@ -215,7 +198,7 @@ class LimitedProtocol(asyncio.Protocol):
             cycle.message_event.set()
         logger.debug("A connection is refused with %d: %s", status, detail)
         self._waiting, self._since_s = Waiting.FOR_END, self.loop.time()
-        content = to_json({"type": "about:blank", "title": status.phrase, "status": status, "detail": detail})
+        content = problem_json(ProblemError(status, detail))
         retry = "retry-after: 1\r\n" if status is HTTPStatus.SERVICE_UNAVAILABLE else ""
         head = (
             f"HTTP/1.1 {status:d} {status.phrase}\r\ncontent-type: {PROBLEM_JSON}\r\n"
@@ -236,7 +219,4 @@ class LimitedProtocol(asyncio.Protocol):
 
 def _is_stream(headers: list[tuple[bytes, bytes]]) -> bool:
     """Whether the body is a stream of lines, whose client may have nothing to send for a while."""
-    return any(
-        name == b"content-type" and (b"ndjson" in value or b"jsonl" in value or b"x-jsonlines" in value)
-        for name, value in headers
-    )
+    return any(name == b"content-type" and are_lines(value.decode("latin-1")) for name, value in headers)

@@ -10,13 +10,12 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from modalkit.batching import Success
+from modalkit.batching import RequestOptions, Success
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.gateway import Jobs, Model
 from modalkit.service.jobs import JobPiece, JobStatus
 from modalkit.service.outputs import output_json
 from modalkit.service.web.answers import EVENT_STREAM, JobView
-from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.problems import KNOWN_ERRORS, as_problem, error_response, problem_json
 
 HEARTBEAT_S = 15.0
@@ -82,13 +81,10 @@ class EventStream(Response):
             task_group.cancel_scope.cancel()
 
 
-async def prediction_events(
-    model: Model, item: BaseModel, options: PredictionOptions, owner: str
-) -> AsyncGenerator[bytes]:
+async def prediction_events(model: Model, item: BaseModel, options: RequestOptions) -> AsyncGenerator[bytes]:
     """An event ``piece`` for each piece of the result of one item, and then one ``result``. Raises `ProblemError`."""
     try:
-        outputs = model.predict_pieces(item, priority=options.priority, timeout_s=options.timeout_s, owner=owner)
-        async with aclosing(outputs):
+        async with aclosing(model.predict_pieces(item, **options)) as outputs:
             async for output in outputs:
                 if isinstance(output, Success):
                     yield _event("result", output_json(output.value))

@@ -10,7 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from modalkit.service.gateway import Gateway, Model, Readiness
+from modalkit.service.errors import Readiness
+from modalkit.service.gateway import Gateway, Model
 from modalkit.service.jobs import JobCounts, JobStoreError
 from modalkit.service.metrics import REGISTRY
 from modalkit.service.web.admission import Admission

@@ -16,7 +16,7 @@ from modalkit.service.tracing import active_tracing, checked_traceparent, given_
 
 MAX_ID_CHARACTERS = 128
 OTHER_ROUTE = "other"
-"""The route of requests that lead to none."""
+"""The label of requests that match no route."""
 
 _OUTCOMES = {408: "disconnected", 429: "refused", 503: "refused", 504: "timed out"}
 _PREFIX = os.urandom(6).hex()

@@ -12,7 +12,7 @@ from typing import Annotated, Self
 from fastapi import Header, Query, Request
 from pydantic import Field
 
-from modalkit.batching import Priority
+from modalkit.batching import Priority, RequestOptions
 from modalkit.service.web.answers import EVENT_STREAM
 from modalkit.service.web.problems import ProblemError
 
@@ -53,6 +53,10 @@ class PredictionOptions:
     def of(cls, request: Request) -> Self:
         """The options of this request. Raises `ProblemError`."""
         return cls(_model_name(request), _priority(request, Priority.INTERACTIVE), _timeout_s(request))
+
+    def for_owner(self, owner: str) -> RequestOptions:
+        """How the items of the request wait for their results."""
+        return {"priority": self.priority, "timeout_s": self.timeout_s, "owner": owner}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,12 @@ def takes_events(request: Request) -> bool:
 
 def takes_lines(request: Request) -> bool:
     """Whether the body is a stream of lines."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower() in NDJSON_TYPES
+    return are_lines(request.headers.get("content-type", ""))
+
+
+def are_lines(content_type: str) -> bool:
+    """Whether a media type is that of a stream of lines."""
+    return content_type.partition(";")[0].strip().lower() in NDJSON_TYPES
 
 
 def _model_name(request: Request, *others: str) -> str | None:

@@ -10,12 +10,11 @@ from modalkit.batching import DeadlineExceededError, Failure, Outcome, QueueFull
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.gateway import Model
-from modalkit.service.outputs import output_json
 from modalkit.service.web.auth import Caller
 from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.lines import Line, Lines, parsed
 from modalkit.service.web.options import StreamOptions
-from modalkit.service.web.problems import slot_json
+from modalkit.service.web.problems import outcome_json, slot_json
 
 MAX_ITEMS_IN_FLIGHT = 1024
 """Items of one stream that wait, run, or wait to be answered in order."""
@@ -154,7 +153,7 @@ class PredictionStream:
             # Those of several batches together, because each writing takes as long as several items.
             delay_s = WRITE_INTERVAL_S if self._running else 0.0
             asyncio.get_running_loop().call_later(delay_s, self._flush)
-        self._done[index] = b'{"index":%d,%s\n' % (index, _content(outcome)[1:])
+        self._done[index] = b'{"index":%d,%s\n' % (index, outcome_json(outcome, slot_json)[1:])
 
     def _flush(self) -> None:
         self._will_flush = False
@@ -169,12 +168,3 @@ class PredictionStream:
         if answers:
             self._write(b"".join(answers))
         self._change.set()
-
-
-def _content(outcome: Outcome[InferenceOutputModel]) -> bytes:
-    if isinstance(outcome, Failure):
-        return slot_json(outcome.error)
-    try:
-        return output_json(outcome.value)
-    except Exception as error:  # noqa: BLE001  # the output's own serializers may raise anything
-        return slot_json(error)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -18,11 +18,13 @@ from starlette.routing import Match
 from modalkit.batching import (
     BatchTimeoutError,
     DeadlineExceededError,
+    Failure,
+    Outcome,
     QueueFullError,
     RequestTooLargeError,
     SchedulerClosedError,
 )
-from modalkit.pipelines import RejectItem
+from modalkit.pipelines import InferenceOutputModel, RejectItem
 from modalkit.service.errors import (
     ContainerFaultError,
     InvalidItemError,
@@ -44,6 +46,7 @@ from modalkit.service.errors import (
 from modalkit.service.jobs import IdempotencyKeyReusedError, JobStoreBusyError, JobStoreError, JobStoreFullError
 from modalkit.service.jobs.queue_rules import QueueNotAllowedError
 from modalkit.service.loading import LoadError
+from modalkit.service.outputs import output_json
 from modalkit.service.queue_backends import QueueNameError
 from modalkit.service.settings import SettingsError
 from modalkit.service.validation import field_errors, summary
@@ -135,12 +138,6 @@ def invalid(findings: Iterable[Mapping[str, Any]], model: type[BaseModel] | None
     return ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, summary(errors), errors=errors)
 
 
-def status_of(error: Exception) -> HTTPStatus:
-    """The HTTP status for an error of a gateway; 500 for an error of a pipeline."""
-    kind = _kind_of(error)
-    return HTTPStatus.INTERNAL_SERVER_ERROR if kind is None else _STATUS_OF[kind]
-
-
 def _kind_of(error: Exception) -> type[Exception] | None:
     """The class in `_ERRORS` that an error counts as; None for an error of a pipeline."""
     if isinstance(error, QueueFullError) and error.is_permanent:
@@ -171,7 +168,8 @@ def as_problem(error: Exception) -> ProblemError:
     """What a request is answered with that failed by this error."""
     if isinstance(error, ProblemError):
         return error
-    kind, status = _kind_of(error), status_of(error)
+    kind = _kind_of(error)
+    status = HTTPStatus.INTERNAL_SERVER_ERROR if kind is None else _STATUS_OF[kind]
     retry = status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
     predicted_s = getattr(error, "retry_after_s", None)
     after_s = max(RETRY_AFTER_S, math.ceil(predicted_s or 0))
@@ -207,6 +205,16 @@ def unexpected_error_response(error: Exception) -> Response:
 def error_json(error: Exception) -> bytes:
     """The answer to one of several items, in JSON."""
     return to_json(error_slot(error))
+
+
+def outcome_json(outcome: Outcome[InferenceOutputModel], error_json: Callable[[Exception], bytes]) -> bytes:
+    """The answer to one of several items, in JSON; `error_json` makes that to one that failed."""
+    if isinstance(outcome, Failure):
+        return error_json(outcome.error)
+    try:
+        return output_json(outcome.value)
+    except OutputNotJsonError as error:
+        return error_json(error)
 
 
 def install_problem_handlers(app: FastAPI) -> None:

@@ -4,22 +4,21 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cache, partial, wraps
 from http import HTTPStatus
-from typing import Annotated, Any, Protocol, TypeVar, Union
+from typing import Annotated, Any, TypeVar, Union
 
 from fastapi import Body, Depends, FastAPI, Request
 from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from modalkit.batching import Failure, Outcome
-from modalkit.pipelines import AsyncInputModel, AsyncOutputModel, InferenceOutputModel
-from modalkit.service.errors import OutputNotJsonError
+from modalkit.pipelines import AsyncInputModel, AsyncOutputModel
 from modalkit.service.gateway import Gateway, find_model
 from modalkit.service.outputs import output_json
 from modalkit.service.settings import KeyScope
+from modalkit.service.validation import run_valid
 from modalkit.service.web.admission import Admission, Reception, read_body
 from modalkit.service.web.answers import JOB_LINKS, JSON, PROBLEM_ANSWERS, FailedItem, Submitted
 from modalkit.service.web.auth import ApiKeys, caller_of, end_request
-from modalkit.service.web.bodies import BodyParser, check_encoding, run_valid
+from modalkit.service.web.bodies import BodyParser, check_encoding
 from modalkit.service.web.direct import DirectRequest
 from modalkit.service.web.events import EventStream, prediction_events
 from modalkit.service.web.lines import LineStream
@@ -38,6 +37,7 @@ from modalkit.service.web.problems import (
     ProblemError,
     error_json,
     error_response,
+    outcome_json,
     unexpected_error_response,
 )
 from modalkit.service.web.submissions import Submitter
@@ -50,14 +50,17 @@ WATCH_AFTER_S = 0.1
 """Seconds after which a request that waits is watched: a task for each request would cost a fifth of its time."""
 
 
-class AddRoute(Protocol):
-    """Makes a function the endpoint of POST requests to `path`, for keys with `key_scope`.
+class PostRoutes:
+    """POST routes of an application: FastAPI documents them, and `DirectRoutes` answers them."""
 
-    `taken`, `options` and `answer` are the types of what it takes and answers, `responses` its other answers: for the
-    documentation only, as `more` is.
-    """
+    def __init__(self, app: FastAPI, keys: ApiKeys, admission: Admission) -> None:
+        self._app = app
+        self._keys = keys
+        self._admission = admission
+        self._endpoints: dict[str, Endpoint] = {}
+        app.add_middleware(DirectRoutes, endpoints=self._endpoints)
 
-    def __call__(
+    def add(
         self,
         path: str,
         key_scope: KeyScope,
@@ -67,17 +70,43 @@ class AddRoute(Protocol):
         responses: Responses | None = None,
         **more: Any,
     ) -> Callable[[Endpoint], None]:
-        """A decorator of the endpoint."""
+        """A decorator that makes a function the endpoint of requests to `path`, for keys with `key_scope`.
+
+        `taken`, `options` and `answer` are the types of what it takes and answers, `responses` its other answers: for
+        the documentation only, as `more` is.
+        """
+
+        def documented_body(body: Annotated[taken, Body()]) -> None: ...
+
+        def add(endpoint: Endpoint) -> None:
+            @wraps(endpoint)
+            async def checked(request: Request) -> Response:
+                await self._keys.check(request, key_scope)
+                check_encoding(request)
+                reception = Reception(self._admission, request)
+                try:
+                    return await endpoint(request)
+                finally:
+                    reception.release()
+
+            self._endpoints[path] = checked
+            self._app.router.add_api_route(
+                path,
+                checked,
+                methods=["POST"],
+                tags=["predictions"],
+                response_model=answer,
+                responses=PROBLEM_ANSWERS | (responses or {}),
+                dependencies=[Depends(documented_body), Depends(options), *self._keys.documented()],
+                **more,
+            )
+
+        return add
 
 
-def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admission: Admission) -> AddRoute:
-    """Add the routes over `gateway`: to FastAPI for the documentation, and as `DirectRoutes`.
-
-    Returns what adds further ones.
-    """
-    endpoints: dict[str, Endpoint] = {}
-    app.add_middleware(DirectRoutes, endpoints=endpoints)
-    models = gateway.models.values()
+def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admission) -> None:
+    """Add the routes over `gateway` that predict, at once or as jobs."""
+    route, models = routes.add, gateway.models.values()
     item: Any = Union[tuple(model.input_model for model in models)]  # noqa: UP007  # types known at run time
     job: Any = Union[tuple(AsyncInputModel[model.input_model] for model in models)]  # type: ignore[name-defined]  # noqa: UP007  # as above
     output: Any = Union[tuple(model.output_model for model in models)]  # noqa: UP007  # as above
@@ -87,42 +116,6 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
         options = SubmissionOptions.of(request)
         model = find_model(gateway.models, options.model_name)
         return Submitter(gateway.jobs, model.name, parser(model.input_model), options, caller_of(request), admission)
-
-    def route(
-        path: str,
-        key_scope: KeyScope,
-        taken: Any,
-        options: type,
-        answer: Any,
-        responses: Responses | None = None,
-        **more: Any,
-    ) -> Callable[[Endpoint], None]:
-        def documented_body(body: Annotated[taken, Body()]) -> None: ...
-
-        def add(endpoint: Endpoint) -> None:
-            @wraps(endpoint)
-            async def checked(request: Request) -> Response:
-                await keys.check(request, key_scope)
-                check_encoding(request)
-                reception = Reception(admission, request)
-                try:
-                    return await endpoint(request)
-                finally:
-                    reception.release()
-
-            endpoints[path] = checked
-            app.router.add_api_route(
-                path,
-                checked,
-                methods=["POST"],
-                tags=["predictions"],
-                response_model=answer,
-                responses=PROBLEM_ANSWERS | (responses or {}),
-                dependencies=[Depends(documented_body), Depends(options), *keys.documented()],
-                **more,
-            )
-
-        return add
 
     @route(
         "/sync/predict",
@@ -146,8 +139,8 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
         item, caller = parser(model.input_model).item(await read_body(request)), caller_of(request)
         caller.take_items(1)
         if takes_events(request):
-            return EventStream(prediction_events(model, item, options, caller.owner))
-        call = model.predict(item, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
+            return EventStream(prediction_events(model, item, options.for_owner(caller.owner)))
+        call = model.predict(item, **options.for_owner(caller.owner))
         try:
             return Response(output_json(await while_connected(request, call)), media_type=JSON)
         except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is this item's error
@@ -174,9 +167,12 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
         await admission.check(partial(model.check_room, priority=options.priority, timeout_s=options.timeout_s))
         items = await parser(model.input_model).items(await read_body(request))
         caller.take_items(len(items))
-        run = partial(model.predict_many, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
+        run = partial(model.predict_many, **options.for_owner(caller.owner))
         outcomes = await run_valid(items, lambda valid: while_connected(request, run(valid)))
-        return Response(b"[" + b",".join(await admission.map(_slot, outcomes)) + b"]", media_type=JSON)
+        return Response(
+            b"[" + b",".join(await admission.map(partial(outcome_json, error_json=error_json), outcomes)) + b"]",
+            media_type=JSON,
+        )
 
     @route(
         "/async/predict",
@@ -192,8 +188,6 @@ def add_prediction_routes(app: FastAPI, gateway: Gateway, keys: ApiKeys, admissi
     )
     async def async_predict(request: Request) -> Response:
         return await submitter(request).answer(request)
-
-    return route
 
 
 class DirectRoutes:
@@ -264,12 +258,3 @@ async def while_connected(request: Request, call: Awaitable[T]) -> T:
         if watch is not None:
             watch.cancel()
     raise ProblemError(HTTPStatus.REQUEST_TIMEOUT, "the client has gone")
-
-
-def _slot(outcome: Outcome[InferenceOutputModel]) -> bytes:
-    if isinstance(outcome, Failure):
-        return error_json(outcome.error)
-    try:
-        return output_json(outcome.value)
-    except OutputNotJsonError as error:
-        return error_json(error)

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from modalkit.service.serving import Server
 from modalkit.service.settings import ServerConfig
-from modalkit.service.web.connections import ConnectionLimits, LimitedProtocol, Waiting
+from modalkit.service.web.connections import LimitedProtocol, Waiting, within_open_files
 
 try:
     from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -57,7 +57,7 @@ def server_of(app: ASGIApp, config: ServerConfig, *, access_log: bool) -> Limite
     return LimitedServer(
         uvicorn.Config(
             app,
-            http=cast("Any", partial(limited, limits=ConnectionLimits.of(config))),
+            http=cast("Any", partial(limited, limits=within_open_files(config))),
             ws="none",
             interface="asgi3",
             log_config=None,
@@ -87,7 +87,7 @@ def _head_bytes(target: bytes, headers: Iterable[tuple[bytes, bytes]]) -> int:
 if HttpToolsProtocol is not None:
 
     class OneWriteCycle(RequestResponseCycle):
-        """Sends the head of an answer of known length together with its body: one call of the system instead of two."""
+        """Sends the head of an answer of known length together with its body: one system call instead of two."""
 
         _head: HTTPResponseStartEvent | None = None
 

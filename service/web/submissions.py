@@ -13,10 +13,11 @@ from modalkit.batching import Failure, Outcome
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import JobStoreError
+from modalkit.service.validation import run_valid
 from modalkit.service.web.admission import Admission, read_body
 from modalkit.service.web.answers import JSON
 from modalkit.service.web.auth import Caller
-from modalkit.service.web.bodies import BodyParser, run_valid
+from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.lines import Line, Lines, LineStream, parsed
 from modalkit.service.web.options import RESPOND_ASYNC, SubmissionOptions, takes_lines
 from modalkit.service.web.problems import ProblemError, error_slot

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from modalkit.batching import scheduler
+from modalkit.batching import executors
 from modalkit.pipelines import EngineError, InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest
 from modalkit.service.loading import LoadError
@@ -89,7 +89,7 @@ async def test_an_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 async def test_a_close_that_hangs_is_left_behind(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(scheduler, "MAX_CLOSE_S", 0.01)
+    monkeypatch.setattr(executors, "MAX_CLOSE_S", 0.01)
     ended = threading.Event()
     pipeline = Held()
     monkeypatch.setattr(pipeline, "close", ended.wait)

@@ -130,7 +130,10 @@ async def test_pieces_come_from_another_process_one_by_one_and_can_be_stopped() 
     ("kind", "message"),
     [
         ("OnlyHerePipeline", "where.devices: b: .*there is no device b"),
-        ("AsynchronousPipeline", "where.devices: b: an asynchronous pipeline runs on no device.*max_in_flight"),
+        (
+            "AsynchronousPipeline",
+            "where.devices: b: an asynchronous .* on several devices; set max_in_flight",
+        ),
     ],
 )
 async def test_a_device_that_cannot_be_used_is_named_at_the_start(kind: str, message: str) -> None:

@@ -135,7 +135,7 @@ async def test_a_model_that_was_replaced_leaves_the_memory(gateway: LocalGateway
     [
         ({"version": -1}, LoadError, "m: Versioned cannot be loaded: RuntimeError: the weights are damaged"),
         ({"version": 13}, LoadError, "warming up Versioned failed: RuntimeError: thirteen"),
-        ({"version": 2, "pipeline": "Other"}, ReloadError, "its input_model or output_model is another one; restart"),
+        ({"version": 2, "pipeline": "Other"}, ReloadError, "its input_model or output_model has changed; restart"),
         ({"version": 2, "max_in_flight": 0}, SettingsError, "max_in_flight"),
         ({"version": 2, "unknown": 1, "pipeline": "Missing"}, LoadError, "has no 'Missing'"),
     ],

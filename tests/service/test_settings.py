@@ -10,9 +10,9 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
 from modalkit.batching import BatchPolicy
+from modalkit.service.pipeline_batches import batch_policy
 from modalkit.service.settings import BatchConfig, ModelEntry, Settings, SettingsError, deep_merge
 from modalkit.service.settings.schema import section_in
-from modalkit.service.worker import batch_policy
 
 ROOT = Path(__file__).parents[2]
 

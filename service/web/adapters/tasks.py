@@ -63,7 +63,7 @@ class Task:
         valid = [validated(model.input_model, item) for item in items]
         caller = caller_of(request)
         caller.take_items(len(valid))
-        call = model.predict_many(valid, priority=options.priority, timeout_s=options.timeout_s, owner=caller.owner)
+        call = model.predict_many(valid, **options.for_owner(caller.owner))
         outputs = []
         for outcome in await while_connected(request, call):
             if isinstance(outcome, Failure):

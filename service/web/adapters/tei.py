@@ -22,7 +22,7 @@ from modalkit.service.web.answers import JSON
 from modalkit.service.web.bodies import parse
 from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.problems import ProblemError
-from modalkit.service.web.routes import AddRoute, Endpoint
+from modalkit.service.web.routes import Endpoint, PostRoutes
 
 Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
 
@@ -98,7 +98,7 @@ class Rank(BaseModel):
     text: str | None = None
 
 
-def add_tei_routes(route: AddRoute, models: Mapping[str, Model]) -> None:
+def add_tei_routes(routes: PostRoutes, models: Mapping[str, Model]) -> None:
     """Add the routes for which there is a model, and ``POST /``, which is the first of them."""
 
     async def tei_predict(request: Request) -> Response:
@@ -132,17 +132,17 @@ def add_tei_routes(route: AddRoute, models: Mapping[str, Model]) -> None:
         ]
         return _json(sorted(ranks, key=lambda rank: rank["score"], reverse=True))
 
-    routes: list[tuple[Task, str, type[BaseModel], Any, Endpoint]] = [
+    known: list[tuple[Task, str, type[BaseModel], Any, Endpoint]] = [
         (CLASSIFICATION, "/predict", PredictRequest, list[Prediction] | list[list[Prediction]], tei_predict),
         (EMBEDDING, "/embed", EmbedRequest, list[list[float]], tei_embed),
         (RERANKING, "/rerank", RerankRequest, list[Rank], tei_rerank),
     ]
-    fitting = [added for added in routes if added[0].models_of(models)]
+    fitting = [added for added in known if added[0].models_of(models)]
     for task, path, body, answer, endpoint in fitting:
         summary = f"{task.name.capitalize()}, as by Text Embeddings Inference"
-        route(path, KeyScope.PREDICT, body, PredictionOptions, answer, summary=summary)(endpoint)
+        routes.add(path, KeyScope.PREDICT, body, PredictionOptions, answer, summary=summary)(endpoint)
     for _, _, body, answer, endpoint in fitting[:1]:
-        route("/", KeyScope.PREDICT, body, PredictionOptions, answer, include_in_schema=False)(endpoint)
+        routes.add("/", KeyScope.PREDICT, body, PredictionOptions, answer, include_in_schema=False)(endpoint)
 
 
 def _check_length(asked: _Request, outputs: Sequence[InferenceOutputModel]) -> None:

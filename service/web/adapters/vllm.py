@@ -17,7 +17,7 @@ from modalkit.service.web.admission import read_body
 from modalkit.service.web.answers import JSON
 from modalkit.service.web.bodies import parse
 from modalkit.service.web.options import PredictionOptions
-from modalkit.service.web.routes import AddRoute
+from modalkit.service.web.routes import PostRoutes
 
 
 class ClassificationRequest(BaseModel):
@@ -59,12 +59,12 @@ class ClassificationResponse(BaseModel):
     usage: UsageInfo = UsageInfo()
 
 
-def add_vllm_routes(route: AddRoute, models: Mapping[str, Model]) -> None:
+def add_vllm_routes(routes: PostRoutes, models: Mapping[str, Model]) -> None:
     """Add the route, if there is a classifier."""
     if not CLASSIFICATION.models_of(models):
         return
 
-    @route(
+    @routes.add(
         "/classify",
         KeyScope.PREDICT,
         ClassificationRequest,

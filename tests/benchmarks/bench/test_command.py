@@ -11,17 +11,28 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.main import get_command
 
 from modalkit.benchmarks.bench.cli import app
+from modalkit.benchmarks.bench.results import Results
 from modalkit.benchmarks.load import BenchError
-from tests.benchmarks.bench.conftest import Bench
+from tests.benchmarks.bench.conftest import MEASURE_ITSELF, Bench, cell_of
+from tests.support.guides import guide
 
 ResultsOf = Callable[[], Any]
 
 
 def test_a_service_is_measured_and_shown(bench: Bench, service: str, results: ResultsOf, folder: Path) -> None:
-    done = bench(service, "--key", "secret", "--repeats", "2", "--price-per-hour", "0.5", "--length-mix", "4:3,9:1")
+    older = Results(target="", settings={}, cells=[cell_of("2 clients", {}, items_per_s=1e9)])
+    (folder / "old.json").write_text(json.dumps(older.document()))
+    done = bench(
+        *(MEASURE_ITSELF, service, "--key", "secret", "--repeats", "2", "--price-per-hour", "0.5"),
+        *("--length-mix", "4:3,9:1"),
+        *("--compare", "old.json"),
+    )
     assert "2 clients" in done.output
+    assert "sync, 2 clients: items_per_s is worse" in done.output
+    assert done.exit_code == 1
     document = results()
     (cell,) = document["cells"]
     assert cell["answered"] > 0
@@ -39,28 +50,14 @@ def test_a_service_is_measured_and_shown(bench: Bench, service: str, results: Re
     assert page.count("<svg") >= 5
     assert not re.search(r'(src|href)="|url\(|@import', page), "the page needs another file"
     table = (folder / "bench" / "results.md").read_text()
-    assert "| mode | load | items/s | p50 ms |" in table
+    assert "| load | items/s | p50 ms |" in table
+    assert "| worse |" in table
 
 
-def test_results_are_compared_with_older_ones(bench: Bench, service: str, results: ResultsOf, folder: Path) -> None:
-    bench(service, "--key", "secret")
-    document = results()
-    document["cells"][0]["figures"]["items_per_s"]["mean"] *= 1000
-    document["cells"][0]["figures"]["p99_ms"]["mean"] *= 1000
-    (folder / "old.json").write_text(json.dumps(document))
-    done = bench(service, "--key", "secret", "--compare", "old.json")
-    assert done.exit_code == 1
-    assert "items_per_s is worse" in done.output
-    assert "better" in (folder / "bench" / "results.md").read_text()
-
-
-@pytest.mark.parametrize(("mode", "name"), [("batch", "batch of 5"), ("ndjson", "ndjson of 5")])
-def test_lists_and_streams_are_counted_by_items(
-    bench: Bench, service: str, results: ResultsOf, mode: str, name: str
-) -> None:
-    bench(service, "--key", "secret", "--mode", mode, "--list-length", "5", "--length-mix", "3")
+def test_a_stream_is_counted_by_its_items(bench: Bench, service: str, results: ResultsOf) -> None:
+    bench(service, "--key", "secret", "--mode", "ndjson", "--list-length", "5", "--length-mix", "3")
     (cell,) = results()["cells"]
-    assert cell["mode"] == name
+    assert cell["mode"] == "ndjson of 5"
     assert cell["answered"] > 0
     assert cell["answered"] % 5 == 0
 
@@ -74,12 +71,19 @@ def test_settings_are_changed_while_a_service_runs_and_changed_back(
         return found
 
     before = limit()
-    done = bench(service, "--key", "secret", "--sweep", "max_batch_size=1,4", "--length-mix", "3")
+    done = bench(service, "--key", "secret", "--sweep", "max_batch_size=1,4", "--mode", "batch", "--length-mix", "3")
     cells = results()["cells"]
     assert [cell["variant"] for cell in cells] == [{"max_batch_size": "1"}, {"max_batch_size": "4"}]
     assert cells[0]["server"]["mean_batch_size"] == 1
     assert "most items/s with max_batch_size" in done.output
     assert limit() == before
+
+
+def test_a_request_that_is_refused_shows_the_answer(bench: Bench, service: str) -> None:
+    done = bench(f"{service}/sync/predict", "--key", "secret", "--body", '{"txt": "$text"}')
+    assert isinstance(done.exception, BenchError)
+    assert "HTTP 422" in str(done.exception)
+    assert "txt" in str(done.exception)
 
 
 def test_settings_that_cannot_be_changed_say_why(bench: Bench, service: str) -> None:
@@ -127,9 +131,10 @@ def test_jobs_are_followed_to_their_delivery(bench: Bench, results: ResultsOf, q
         (["--mode", "telepathy"], "--mode 'telepathy'"),
         (["http://127.0.0.1:1", "--body", "{text}"], "--body is not JSON"),
         (["http://127.0.0.1:1", "--header", "x"], "--header 'x': give NAME: VALUE"),
-        (["http://127.0.0.1:1"], "ConnectionRefusedError"),
+        (["http://127.0.0.1:1"], "the first request failed: ConnectError"),
         (["http://127.0.0.1:1", "--clients", "many"], "--clients 'many'"),
         (["http://127.0.0.1:1", "--sweep", "size"], "--sweep 'size'"),
+        (["http://127.0.0.1:1", "--arrivals", "burst"], "--arrivals: [Errno 2]"),
         (["worker", "--length-mix", "0:1"], "--length-mix '0:1'"),
         (["worker", "--mode", "batch"], "a worker is called with one item"),
         (["--mode", "async", "--queue", "sqs"], "--queue 'sqs'"),
@@ -146,8 +151,6 @@ def test_the_command_is_found_by_its_entry_point(folder: Path) -> None:
     (plugin,) = entry_points(group="modalkit.commands", name="bench")
     assert plugin.load() is app
     program = "from modalkit.service.cli.main import main; main()"
-    listed = subprocess.run([sys.executable, "-P", "-c", program, "-h"], capture_output=True, text=True, check=True)
-    assert "bench" in listed.stdout
     done = subprocess.run(
         [sys.executable, "-P", "-c", program, "bench", "somewhere"], capture_output=True, text=True, check=False
     )
@@ -159,3 +162,11 @@ def test_serving_imports_no_benchmark() -> None:
     program = "import sys, modalkit.service.cli.main; print([n for n in sys.modules if 'modalkit.bench' in n])"
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_guide_names_no_option_that_is_not_there() -> None:
+    there = {name for parameter in get_command(app).params for name in (*parameter.opts, *parameter.secondary_opts)}
+    of_others = {"--write", "--gpus"}
+    named = set(re.findall(r"(?<![\w-])--[a-z0-9-]+", guide("benchmarking.md")))
+    assert named - of_others <= there
+    assert len(named) > 20

@@ -18,6 +18,8 @@ match sys.argv[1]:
         if sys.argv[-1] == "missing":
             sys.exit("no such image")
         print("abc123")
+    case "compose" if sys.argv[3] == "bad.yaml":
+        sys.exit(f"{{sys.argv[4]}} failed")
     case "port":
         print("127.0.0.1:4321\\n[::1]:4321")
 """
@@ -58,6 +60,8 @@ def test_a_compose_file_is_brought_up_and_down(log: Path) -> None:
 @pytest.mark.usefixtures("log")
 def test_what_docker_says_is_told() -> None:
     with pytest.raises(BenchError, match="no such image"), DockerTarget("missing", "m").started({}):
+        pass
+    with pytest.raises(BenchError, match="up failed"), ComposeTarget("bad.yaml", "m").started({}):
         pass
 
 

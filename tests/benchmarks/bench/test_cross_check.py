@@ -55,5 +55,8 @@ def test_answers_that_are_no_success_are_no_figure(service: str) -> None:
 def test_a_tool_that_is_not_known_is_refused() -> None:
     with pytest.raises(BenchError, match="--tool 'ab'"):
         cross_check("ab", Endpoint("http://h"), [], LOAD, own(1.0))
-    with pytest.raises(BenchError, match="drives a closed loop"):
-        cross_check("wrk", Endpoint("http://h"), [], Load(rate_per_s=3), own(1.0))
+
+
+def test_an_open_loop_cannot_be_checked(bench: Bench) -> None:
+    done = bench("http://127.0.0.1:1", "--rate", "5", "--tool", "wrk")
+    assert "drives a closed loop" in str(done.exception)

@@ -24,7 +24,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._answer(200, chunks=[b'{"label":', b' "yes"}'])
             case "/close":
                 self._answer(200, b"{}", close=True)
-            case "/echo":
+            case "/echo" | "/sync/predict":
                 self._answer(200, body)
             case path:
                 self._answer(int(path[1:]))

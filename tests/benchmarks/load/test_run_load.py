@@ -14,6 +14,7 @@ from modalkit.benchmarks.load import BenchError, Endpoint, Load, Measured, run_l
 from modalkit.benchmarks.load.figures import measured_of
 from modalkit.benchmarks.load.processes import is_steady
 from modalkit.benchmarks.load.worker_process import PartResult
+from tests.support.guides import blocks, guide
 
 ITEMS = [{"text": "a"}, {"text": "b"}, {"text": "c"}]
 
@@ -139,3 +140,10 @@ def test_a_level_throughput_is_steady() -> None:
     assert is_steady(level, warm_up_s=2)
     assert not is_steady(level, warm_up_s=12)
     assert not is_steady([(0.25 * step, step * step) for step in range(60)], warm_up_s=2)
+
+
+def test_the_program_of_the_guide_runs(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = blocks(guide("benchmarking.md"), "python")
+    quick = program.replace("http://127.0.0.1:8000", server).replace("seconds=5", "requests=9")
+    exec(compile(quick, "benchmarking.md", "exec"), {})  # noqa: S102  # our own guide
+    assert capsys.readouterr().out.endswith("{} ()\n")

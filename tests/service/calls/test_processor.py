@@ -188,6 +188,8 @@ async def test_jobs_run_again_after_a_transient_error_and_other_entries_are_told
 async def test_a_time_for_each_entry_is_asked_for(processor: CallProcessor) -> None:
     with pytest.raises(ValueError, match="timeouts_s: 1 values for 2 entries; give each entry one"):
         await processor.process([item("four"), item("five")], a_call(timeouts_s=[1.0]))
+    with pytest.raises(ValueError, match="owners: 1 values for 2 entries; give each entry one"):
+        await processor.process([job("four"), job("five")], a_call(accepted_at=1.0, owners=["a"]))
 
 
 async def test_an_empty_list_is_answered_with_one(processor: CallProcessor) -> None:

@@ -23,7 +23,7 @@ from modalkit.service.calls.wire_format import (
 )
 from modalkit.service.errors import RemoteItemError
 from modalkit.service.jobs import DeliveryStatus, Job, JobStatus
-from modalkit.service.web.problems import status_of
+from modalkit.service.web.problems import as_problem
 from tests.support.length_model import Length
 
 JOB = Job(
@@ -105,7 +105,7 @@ def test_a_refusal_of_a_users_own_class_stays_one() -> None:
 
     read = read_outcome(outcome_object(Failure(TooDarkError("no light"))))
     assert isinstance(read, RemoteItemError)
-    assert (str(read), status_of(read)) == ("no light", 422)
+    assert (str(read), as_problem(read).status) == ("no light", 422)
 
 
 def test_an_output_that_is_no_json_is_its_items_error() -> None:

@@ -201,7 +201,7 @@ class TestDockerfile:
         for name, value in variables.items():
             variables[name] = value.replace(found["VOLUME"], str(tmp_path))
         with serving(tmp_path / "new", environment | variables) as (_, client):
-            check = shlex.split(found["HEALTHCHECK"].partition("CMD ")[2])
+            check = json.loads(found["HEALTHCHECK"].partition("CMD ")[2])
             assert check[:2] == ["python", "-c"]
             address = str(client.base_url).rstrip("/")
             program = check[2].replace("http://127.0.0.1:8000", address)

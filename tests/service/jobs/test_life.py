@@ -27,6 +27,7 @@ from modalkit.service.jobs import (
     life,
 )
 from modalkit.service.queue_backends import UndeliverableError
+from tests.support import store_rules
 
 SYSTEMIC = Failure(ConnectionError("the database is down"), is_systemic=True)
 MAX_ATTEMPTS = 3
@@ -127,7 +128,7 @@ class OneJob(RuleBasedStateMachine):
     @rule(seconds=SECONDS)
     def wait(self, seconds: float) -> None:
         self.now += seconds
-        self.change(life.expire_job(self.job, self.now))
+        self.change(store_rules.expire_job(self.job, self.now))
 
     @precondition(lambda self: self.job.status is JobStatus.QUEUED and (self.job.retry_at or 0) <= self.now)
     @rule()
@@ -146,7 +147,7 @@ class OneJob(RuleBasedStateMachine):
         )
         was_running = self.job.status is JobStatus.RUNNING
         if retry is not None:
-            assert self.change(life.requeue_job(self.job, retry)) is was_running
+            assert self.change(store_rules.requeue_job(self.job, retry)) is was_running
         else:
             end = life.end_of(self.job, outcome, self.now)
             may_expire = self.job.status is JobStatus.QUEUED and end.status is JobStatus.EXPIRED
@@ -175,14 +176,14 @@ class OneJob(RuleBasedStateMachine):
     @rule()
     def replay(self) -> None:
         was_undelivered = self.job.delivery is DeliveryStatus.UNDELIVERED
-        assert self.change(life.replay_delivery(self.job)) is was_undelivered
+        assert self.change(store_rules.replay_delivery(self.job)) is was_undelivered
 
     @rule()
     def crash(self) -> None:
-        self.change(life.recover_job(self.job, self.now))
+        self.change(store_rules.recover_job(self.job, self.now))
         if self.is_claimed:
             self.is_claimed = False
-            self.change(life.recover_delivery(self.job))
+            self.change(store_rules.recover_delivery(self.job))
             self.due_at = self.now if self.job.delivery is DeliveryStatus.PENDING else None
 
     @invariant()
@@ -204,13 +205,16 @@ class OneJob(RuleBasedStateMachine):
 
     @invariant()
     def every_path_ends(self) -> None:
-        for step in (self.run_again, lambda job: life.recover_job(job, self.now) or life.start_job(job, self.now)):
+        for step in (
+            self.run_again,
+            lambda job: store_rules.recover_job(job, self.now) or life.start_job(job, self.now),
+        ):
             job, steps = self.job, 0
             while not job.status.has_ended:
                 job, steps = step(job), steps + 1
                 assert steps <= 2 * max(MAX_ATTEMPTS, life.MAX_CRASHES)
         fail: list[Callable[[Job], Job | None]] = [
-            life.recover_delivery,
+            store_rules.recover_delivery,
             lambda job: life.record_delivery(job, self.attempt(job, ConnectionError("down"))),
         ]
         for attempt in fail:
@@ -227,7 +231,7 @@ class OneJob(RuleBasedStateMachine):
             job, SYSTEMIC, max_attempts=MAX_ATTEMPTS, deadline=float("inf"), now=self.now, backoff_s=float
         )
         ended = life.end_job(job, life.end_of(job, SYSTEMIC, self.now)) if retry is None else None
-        after = ended if retry is None else life.requeue_job(job, retry)
+        after = ended if retry is None else store_rules.requeue_job(job, retry)
         assert after is not None
         return after
 
@@ -329,14 +333,14 @@ class StoreFollowsLife(RuleBasedStateMachine):
         retry = JobRetry(job_id=self.pick(number), retry_at=self.now + seconds, error="down")
         self.runner.run(self.store.requeue([retry]))
         if retry.job_id in self.jobs:
-            self.change(life.requeue_job(self.jobs[retry.job_id], retry))
+            self.change(store_rules.requeue_job(self.jobs[retry.job_id], retry))
 
     @rule(number=st.integers(0, 9))
     def return_claimed(self, number: int) -> None:
         job_id = self.pick(number)
         self.runner.run(self.store.return_claimed([job_id]))
         if job_id in self.jobs:
-            self.change(life.return_job(self.jobs[job_id]))
+            self.change(store_rules.return_job(self.jobs[job_id]))
 
     @rule()
     def release_retries(self) -> None:
@@ -358,7 +362,7 @@ class StoreFollowsLife(RuleBasedStateMachine):
     def expire(self) -> None:
         expired = self.runner.run(self.store.expire(99, self.now))
         jobs = list(self.jobs.values())
-        assert set(expired) == {job.job_id for job in jobs if self.change(life.expire_job(job, self.now))}
+        assert set(expired) == {job.job_id for job in jobs if self.change(store_rules.expire_job(job, self.now))}
 
     @rule()
     def claim_deliveries(self) -> None:
@@ -397,18 +401,18 @@ class StoreFollowsLife(RuleBasedStateMachine):
         chosen = list(self.jobs) if everything else [self.pick(number)] * 2
         replayed = self.runner.run(self.store.replay(None if everything else chosen, self.now))
         jobs = [self.jobs[job_id] for job_id in dict.fromkeys(chosen) if job_id in self.jobs]
-        assert replayed == sum(self.change(life.replay_delivery(job)) for job in jobs)
+        assert replayed == sum(self.change(store_rules.replay_delivery(job)) for job in jobs)
 
     @rule()
     def recover(self) -> None:
         recovery = self.runner.run(self.store.recover(self.now))
         before = dict(self.jobs)
         for job_id in self.claimed:
-            self.change(life.recover_delivery(before[job_id]))
+            self.change(store_rules.recover_delivery(before[job_id]))
             if self.jobs[job_id].delivery is DeliveryStatus.PENDING:
                 self.due[job_id] = self.now
         self.claimed.clear()
-        recovered = [i for i, job in self.jobs.items() if self.change(life.recover_job(job, self.now))]
+        recovered = [i for i, job in self.jobs.items() if self.change(store_rules.recover_job(job, self.now))]
         assert recovery.requeued == sum(self.jobs[i].status is JobStatus.QUEUED for i in recovered)
         assert list(recovery.failed) == [i for i in recovered if self.jobs[i].status is JobStatus.FAILED]
         undelivered = DeliveryStatus.UNDELIVERED
