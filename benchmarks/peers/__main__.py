@@ -1,17 +1,17 @@
 """Measures modalkit in turn with other servers: ``python -m modalkit.benchmarks.peers``; ``--help`` has the options."""
 
 import json
-import os
-import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from modalkit.benchmarks.bench.results import machine
 from modalkit.benchmarks.peers.contenders import CONTENDERS
 from modalkit.benchmarks.peers.environments import ENVIRONMENTS, BuildError, build, environment_names, versions_of
 from modalkit.benchmarks.peers.libraries import LIBRARIES, measure_libraries
@@ -72,13 +72,12 @@ def write(document: Mapping[str, Any], folder: Path) -> None:
 
 
 def _head(names: list[str]) -> dict[str, object]:
-    from modalkit.benchmarks.engines import processor_line
-
+    found = machine()
     own = {name: versions_of(name) for name in (*names, LIBRARIES)}
     packages = {one.title: own[one.name].get(one.package) for one in CONTENDERS if one.name in names}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{processor_line()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']} GiB, Python {python_version()}",
         "versions": {
             "modalkit": VERSION,
             **{name: version(name) for name in SHARED},

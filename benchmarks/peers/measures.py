@@ -34,6 +34,8 @@ class Durations:
     throughput_s: float
     open_loop_s: float
     idle_s: float
+    is_quick: bool = False
+    """Whether to try only the first settings of each sweep, and each load once: to see that all works."""
 
 
 def closed_loop(server: Server, texts: Texts, clients: int, durations: Durations) -> dict[str, object]:

@@ -23,7 +23,7 @@ RIVAL_LOAD = 0.6
 RIVAL_ROUNDS = 2
 ERRORS_ALLOWED = 0.01
 NORMAL = Durations(warm_up_s=1, throughput_s=4, open_loop_s=6, idle_s=3)
-QUICK = Durations(warm_up_s=0.5, throughput_s=1, open_loop_s=1, idle_s=1)
+QUICK = Durations(warm_up_s=0.5, throughput_s=1, open_loop_s=1, idle_s=1, is_quick=True)
 
 Step = dict[str, Any]
 
@@ -94,7 +94,7 @@ class Run:
 
     def _sweep(self, peer: Contender) -> None:
         self._step(f"documented/{peer.name}", lambda: self._throughput(peer, peer.documented))
-        for index, settings in enumerate(peer.sweep):
+        for index, settings in enumerate(peer.sweep[: 1 if self._durations.is_quick else None]):
             self._step(
                 f"sweep/{peer.name}/{index}", lambda settings=settings: self._throughput(peer, settings, clients=(FEW,))
             )
@@ -144,12 +144,12 @@ class Run:
                 closed_loop(server, self._texts, FEW, replace(self._durations, throughput_s=1))
                 return open_loop(server, self._texts, per_second, longer)
 
-        for turn in range(RIVAL_ROUNDS):
+        for turn in range(1 if self._durations.is_quick else RIVAL_ROUNDS):
             for name in (rival, OURS):
                 self._step(f"rival/{turn}/{name}", lambda name=name: measure(name))
 
     def _best_types(self, found: Contender) -> None:
-        for index, settings in enumerate(self.ranked(found)[:2]):
+        for index, settings in enumerate(self.ranked(found)[: 1 if self._durations.is_quick else 2]):
             changed = with_best_types(settings, found.name)
             self._step(f"types/{found.name}/{index}", lambda changed=changed: self._throughput(found, changed))
 

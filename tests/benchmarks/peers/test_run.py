@@ -10,7 +10,7 @@ from modalkit.benchmarks.peers import run as run_module
 from modalkit.benchmarks.peers.contenders import CONTENDERS, Contender
 from modalkit.benchmarks.peers.page import as_html, as_markdown
 from modalkit.benchmarks.peers.process import StartError
-from modalkit.benchmarks.peers.run import QUICK, Run
+from modalkit.benchmarks.peers.run import NORMAL, Run
 from modalkit.benchmarks.peers.settings import Settings
 from modalkit.benchmarks.peers.tables import targets_of
 
@@ -27,7 +27,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def run_of(file: Path, *names: str) -> Run:
-    return Run(file, names, QUICK, {}, lambda _: None)
+    return Run(file, names, NORMAL, {}, lambda _: None)
 
 
 def test_steps_that_are_done_are_not_repeated_and_one_that_fails_is_kept(
