@@ -116,7 +116,6 @@ CONTENDERS: tuple[Contender, ...] = (
             Settings(batch=2, wait_ms=5, **ONE_EACH),
             Settings(batch=8, wait_ms=5, **ONE_EACH),
             Settings(batch=8, wait_ms=0, option="fast_queue", **ONE_EACH),
-            Settings(batch=32, wait_ms=10, workers=1),
         ),
         command=_module("litserve"),
     ),
@@ -129,7 +128,6 @@ CONTENDERS: tuple[Contender, ...] = (
         sweep=(
             Settings(batch=2, wait_ms=1, **ONE_EACH),
             Settings(batch=8, wait_ms=1, **ONE_EACH),
-            Settings(batch=32, wait_ms=10, **ONE_EACH),
         ),
         command=_module("mosec", "--port", "{port}"),
     ),
@@ -142,7 +140,6 @@ CONTENDERS: tuple[Contender, ...] = (
         sweep=(
             Settings(batch=2, wait_ms=5, **ONE_EACH),
             Settings(batch=8, wait_ms=5, **ONE_EACH),
-            Settings(batch=8, wait_ms=5, threads=CORES),
         ),
         command=_module("ray"),
         variables={"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
@@ -156,7 +153,6 @@ CONTENDERS: tuple[Contender, ...] = (
         sweep=(
             Settings(batch=2, wait_ms=60_000, **ONE_EACH),
             Settings(batch=8, wait_ms=60_000, **ONE_EACH),
-            Settings(batch=32, wait_ms=60_000, workers=1),
         ),
         command=_serve_bentoml,
         body={"inputs": ["$item"]},
@@ -171,7 +167,6 @@ CONTENDERS: tuple[Contender, ...] = (
         source="the defaults of its command line",
         sweep=(
             Settings(batch=4),
-            Settings(batch=8),
             Settings(batch=8, option=TOKENIZED_LENGTHS),
         ),
         command=_serve_infinity,
@@ -190,7 +185,6 @@ CONTENDERS: tuple[Contender, ...] = (
         sweep=(
             Settings(**ONE_EACH),
             Settings(option=ASYNC_DEF, **ONE_EACH),
-            Settings(option=ASYNC_DEF),
         ),
         command=_module("fastapi"),
     ),

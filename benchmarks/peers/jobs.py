@@ -11,7 +11,7 @@ from typing import Any
 from modalkit.benchmarks.load import Load, run_load
 from modalkit.benchmarks.peers.contenders import OURS, UNBATCHED, Contender
 from modalkit.benchmarks.peers.measures import Texts
-from modalkit.benchmarks.peers.process import Server, get_json, post, serving
+from modalkit.benchmarks.peers.process import Server, ask, get_json, serving
 from modalkit.benchmarks.peers.settings import Settings
 
 JOBS = 1_000
@@ -33,7 +33,7 @@ class JobRoutes:
 
 
 def _ours(server: Server, _: Sequence[dict[str, Any]]) -> int:
-    lines = post(_url(server, "/metrics"), None, "GET")[1].decode().splitlines()
+    lines = ask(_url(server, "/metrics"), None, "GET")[1].decode().splitlines()
     mark = 'modalkit_jobs{status="succeeded"} '
     return sum(int(float(line.removeprefix(mark))) for line in lines if line.startswith(mark))
 

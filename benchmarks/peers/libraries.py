@@ -18,7 +18,7 @@ def measure_libraries(*, quick: bool, show: Callable[[str], None]) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "overhead.json"
         show("overhead of the scheduler and of other libraries")
-        _run("report", "--only", "overhead", "--rounds", "1" if quick else "3", "--json", str(file))
+        _run("report", "--only", "overhead", "--rounds", "1" if quick else "2", "--json", str(file))
         overhead = json.loads(file.read_text(encoding="utf-8"))["studies"]["overhead"]
     show("quality of the batches")
     batches = json.loads(_run("peers.batches", "--requests", "500" if quick else "4000"))

@@ -71,7 +71,7 @@ def serving(contender: Contender, settings: Settings, folder: Path | None = None
             process = subprocess.Popen(
                 contender.command(settings),
                 cwd=folder,
-                env=_environment(contender, settings, mark),
+                env=_environment(contender, settings, mark, folder),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -88,10 +88,17 @@ def serving(contender: Contender, settings: Settings, folder: Path | None = None
             process.wait()
 
 
-def _environment(contender: Contender, settings: Settings, mark: str) -> dict[str, str]:
+def _environment(contender: Contender, settings: Settings, mark: str, folder: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MODALKIT_"))}
     own = {"MODALKIT_MODEL_SETTINGS__COMMON__ENGINES__CACHE_FOLDER": str(ENVIRONMENTS.absolute() / "engines")}
-    return {**inherited, **own, **settings.to_variable(), **(contender.variables or {}), MARK: mark}
+    return {
+        **inherited,
+        **own,
+        **settings.to_variable(),
+        **(contender.variables or {}),
+        MARK: mark,
+        "TMPDIR": str(folder),
+    }
 
 
 def _free_port() -> int:
@@ -104,14 +111,14 @@ def _free_port() -> int:
 def _wait_until_answering(endpoint: Endpoint, process: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline_s = time.perf_counter() + START_TIMEOUT_S
     while time.perf_counter() < deadline_s and process.poll() is None:
-        if post(endpoint.url, endpoint.content([{"text": "Is it ready?"}]))[0] == http.HTTPStatus.OK:
+        if ask(endpoint.url, endpoint.content([{"text": "Is it ready?"}]))[0] == http.HTTPStatus.OK:
             return
         time.sleep(POLL_S)
     said = log.read_text(encoding="utf-8", errors="replace")[-3000:]
     raise StartError(f"no answer from {endpoint.url} within {START_TIMEOUT_S} s; the server printed:\n{said}")
 
 
-def post(url: str, body: bytes | None, method: str = "POST") -> tuple[int, bytes]:
+def ask(url: str, body: bytes | None, method: str = "POST") -> tuple[int, bytes]:
     """Send one request; returns the status, 0 without an answer, and the body."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
@@ -129,7 +136,7 @@ def post(url: str, body: bytes | None, method: str = "POST") -> tuple[int, bytes
 def get_json(url: str) -> object:
     """The answer to a GET request; None for an answer that is no JSON, or none at all."""
     try:
-        return json.loads(post(url, None, "GET")[1])
+        return json.loads(ask(url, None, "GET")[1])
     except ValueError:
         return None
 

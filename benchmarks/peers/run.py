@@ -1,6 +1,7 @@
 """What is measured when. Each step is kept, so that a run goes on where it was broken off."""
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -19,10 +20,11 @@ from modalkit.benchmarks.peers.settings import Settings
 TEXTS, TEXTS_KEY = 500, "texts"
 FEW, MANY = 64, 256
 """The numbers of clients."""
+CONVERSIONS_S = 15
 RIVAL_LOAD = 0.6
 RIVAL_ROUNDS = 2
 ERRORS_ALLOWED = 0.01
-NORMAL = Durations(warm_up_s=1, throughput_s=4, open_loop_s=6, idle_s=3)
+NORMAL = Durations(warm_up_s=1, throughput_s=3, open_loop_s=5, idle_s=3)
 QUICK = Durations(warm_up_s=0.5, throughput_s=1, open_loop_s=1, idle_s=1, is_quick=True)
 
 Step = dict[str, Any]
@@ -62,7 +64,9 @@ class Run:
             self._rival(rival)
         for found in reversed(everyone):
             self._step(f"again/{found.name}", lambda found=found: self._throughput(found, self._best(found)))
-        for found in [*self._ours, *self._peers]:
+        for found in self._ours:
+            self._step("engines", lambda found=found: self._choose_engine(found))
+        for found in everyone:
             self._best_types(found)
         for found in everyone:
             if found.name in ROUTES:
@@ -93,11 +97,9 @@ class Run:
         return self._steps[key]
 
     def _sweep(self, peer: Contender) -> None:
-        self._step(f"documented/{peer.name}", lambda: self._throughput(peer, peer.documented))
+        self._step(f"documented/{peer.name}", lambda: self._throughput(peer, peer.documented, (FEW, MANY)))
         for index, settings in enumerate(peer.sweep[: 1 if self._durations.is_quick else None]):
-            self._step(
-                f"sweep/{peer.name}/{index}", lambda settings=settings: self._throughput(peer, settings, clients=(FEW,))
-            )
+            self._step(f"sweep/{peer.name}/{index}", lambda settings=settings: self._throughput(peer, settings))
 
     def ranked(self, found: Contender) -> list[Settings]:
         """The settings that were tried, the best first."""
@@ -109,7 +111,7 @@ class Run:
     def _best(self, found: Contender) -> Settings:
         return self.ranked(found)[0]
 
-    def _throughput(self, found: Contender, settings: Settings, clients: Sequence[int] = (FEW, MANY)) -> Step:
+    def _throughput(self, found: Contender, settings: Settings, clients: Sequence[int] = (FEW,)) -> Step:
         with serving(found, settings) as server:
             told: Step = {"settings": asdict(settings), "told": str(settings), "started_in_s": server.started_in_s}
             for count in clients:
@@ -147,6 +149,12 @@ class Run:
         for turn in range(1 if self._durations.is_quick else RIVAL_ROUNDS):
             for name in (rival, OURS):
                 self._step(f"rival/{turn}/{name}", lambda name=name: measure(name))
+
+    def _choose_engine(self, found: Contender) -> Step:
+        """Start once, and let the conversions end that go on after the start: the choice is kept for all."""
+        with serving(found, with_best_types(self._best(found), found.name)) as server:
+            time.sleep(0 if self._durations.is_quick else CONVERSIONS_S)
+            return {"started_in_s": server.started_in_s}
 
     def _best_types(self, found: Contender) -> None:
         for index, settings in enumerate(self.ranked(found)[: 1 if self._durations.is_quick else 2]):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modalkit.benchmarks.peers.contenders import Contender
-from modalkit.benchmarks.peers.process import StartError, post, processes_of, serving
+from modalkit.benchmarks.peers.process import StartError, ask, processes_of, serving
 from modalkit.benchmarks.peers.settings import Settings
 
 SERVER = """
@@ -34,7 +34,7 @@ def contender_of(command: Callable[[Settings], list[str]]) -> Contender:
 def test_a_server_is_started_with_its_settings_and_killed_with_its_children(tmp_path: Path) -> None:
     fake = contender_of(lambda settings: [sys.executable, "-c", SERVER, str(settings.port)])
     with serving(fake, Settings(batch=7), tmp_path) as server:
-        assert Settings.from_text(post(server.endpoint.url, b"{}")[1].decode()) == server.settings
+        assert Settings.from_text(ask(server.endpoint.url, b"{}")[1].decode()) == server.settings
         assert server.settings.batch == 7
         assert server.started_in_s > 0
         assert len(processes_of(server.mark)) == 2  # the child has lost the mark
