@@ -90,15 +90,9 @@ def serving(contender: Contender, settings: Settings, folder: Path | None = None
 
 def _environment(contender: Contender, settings: Settings, mark: str, folder: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MODALKIT_"))}
-    own = {"MODALKIT_MODEL_SETTINGS__COMMON__ENGINES__CACHE_FOLDER": str(ENVIRONMENTS.absolute() / "engines")}
-    return {
-        **inherited,
-        **own,
-        **settings.to_variable(),
-        **(contender.variables or {}),
-        MARK: mark,
-        "TMPDIR": str(folder),
-    }
+    # One cache, so that the engine that modalkit chooses is that of all; and no files of theirs elsewhere.
+    folders = {"XDG_CACHE_HOME": str(ENVIRONMENTS.absolute() / "cache"), "TMPDIR": str(folder)}
+    return {**inherited, **folders, **settings.to_variable(), **(contender.variables or {}), MARK: mark}
 
 
 def _free_port() -> int:

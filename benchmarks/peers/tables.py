@@ -145,8 +145,9 @@ def _float32(steps: Steps) -> Table:
         )
     return Table(
         "float32, each at the best of a small sweep",
-        f"items/s: with {FEW} clients both rounds, the second in reverse order. One client: p50 / p99. Memory: resident, "
-        "of all processes, after the load. Start: until the first answer. Same labels: share of answers with the label of the pipeline in float32.",
+        f"items/s: with {FEW} clients both rounds, the second in reverse order. One client: p50 / p99. Memory: "
+        "resident, of all processes, after the load. Start: until the first answer. Same labels: share of answers with "
+        "the label of the pipeline in float32.",
         [
             "server",
             "settings",
