@@ -80,15 +80,15 @@ def _inline(text: str) -> str:
 
 def _bars(document: Mapping[str, Any]) -> str:
     steps = document["steps"]
-    rates = {
-        one: step[f"clients_{FEW}"]["per_s"]
+    rates = [
+        (step[f"clients_{FEW}"]["per_s"], one)
         for one in CONTENDERS
         if f"clients_{FEW}" in (step := steps.get(f"float32/{one.name}", {}))
-    }
-    most = max(rates.values(), default=1.0)
+    ]
+    most = max((rate for rate, _ in rates), default=1.0)
     rows = "".join(
         f"<span>{html.escape(one.title)}</span>"
         f"<span class='bar{' ours' * (one.name == OURS)}' style='width:{100 * rate / most:.1f}%'>{rate:.0f}</span>"
-        for one, rate in sorted(rates.items(), key=lambda pair: -pair[1])
+        for rate, one in sorted(rates, key=lambda pair: -pair[0])
     )
     return f"<div class='bars'>{rows}</div>"

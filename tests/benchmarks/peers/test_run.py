@@ -86,6 +86,7 @@ def document() -> dict[str, Any]:
     steps = {
         "float32/mosec": step(100, 500),
         "float32/fastapi": step(150, 500),
+        "float32/ray": {"failed": "no port"},
         "float32/modalkit": step(300, 540),
         "again/modalkit": {"clients_64": part(340)},
         "killed/modalkit": {"by": "jobs", "accepted": 1000, "done_before": 10, "results_after": 1000},
@@ -110,3 +111,4 @@ def test_both_pages_show_the_servers_their_errors_and_what_was_lost(document: di
     assert "| **missed** | at its best settings |" in markdown
     assert "<strong>missed</strong>" in page
     assert "a &lt;machine&gt;" in page
+    assert "<span>modalkit</span><span class='bar ours' style='width:100.0%'>300</span>" in page
