@@ -1,6 +1,8 @@
 """Measures modalkit in turn with other servers: ``python -m modalkit.benchmarks.peers``; ``--help`` has the options."""
 
 import json
+import signal
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -51,6 +53,7 @@ def main(
         raise typer.Exit(1) from None
     if build_only:
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are killed, too
     file = ENVIRONMENTS / ("quick.json" if quick else "run.json")
     if fresh:
         file.unlink(missing_ok=True)

@@ -181,5 +181,5 @@ def _texts_and_labels() -> Step:
 def _labels(texts: list[str]) -> list[str]:
     from modalkit.benchmarks.peers.servers.pipeline import Model
 
-    model = Model(Settings())
+    model = Model(Settings(threads=1))
     return [answer["sentiment"] for text in texts for answer in model([{"text": text}])]
