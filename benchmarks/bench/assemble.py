@@ -102,6 +102,8 @@ class Options:
             raise BenchError(f"--mode {self.mode} is for modalkit servers")
         if self.target == WORKER and self.mode != "sync":
             raise BenchError("a worker is called with one item at a time: leave out --mode")
+        if self.label is not None and (self.target == WORKER or self.target.startswith("modal:")):
+            raise BenchError("--label compares answers over HTTP: leave out the target, or give a URL")
         if self.label is not None and self.input_path is None:
             raise BenchError("--label names a column of --input FILE")
 

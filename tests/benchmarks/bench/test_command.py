@@ -136,6 +136,7 @@ def test_jobs_are_followed_to_their_delivery(bench: Bench, results: ResultsOf, q
         (["http://127.0.0.1:1", "--sweep", "size"], "--sweep 'size'"),
         (["http://127.0.0.1:1", "--arrivals", "burst"], "--arrivals: [Errno 2]"),
         (["worker", "--length-mix", "0:1"], "--length-mix '0:1'"),
+        (["worker", "--label", "y"], "--label compares answers over HTTP"),
         (["worker", "--mode", "batch"], "a worker is called with one item"),
         (["--mode", "async", "--queue", "sqs"], "--queue 'sqs'"),
         (["modal:app"], "give modal:APP/CLASS"),
