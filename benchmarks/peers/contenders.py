@@ -63,12 +63,12 @@ class Contender:
             (folder / "modalkit.yaml").write_text(text, encoding="utf-8")
 
 
-def _module(name: str, *arguments: str, module: str | None = None) -> Callable[[Settings], list[str]]:
-    """Starts a module of `servers` in the environment of that name, by default the one of that name."""
+def _module(name: str, *arguments: str) -> Callable[[Settings], list[str]]:
+    """Starts a module of `servers` in the environment of that name."""
     return lambda settings: [
         str(python_of(name)),
         "-m",
-        f"{SERVERS}.{module or name}_server",
+        f"{SERVERS}.{name}_server",
         *(argument.format(port=settings.port) for argument in arguments),
     ]
 
@@ -98,8 +98,6 @@ def _serve_infinity(settings: Settings) -> list[str]:
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     return [str(python_of("infinity").parent / "infinity_emb"), "v2", *arguments, *OPTIONS[settings.option]]
 
-
-ray_jobs_command = _module("ray", module="ray_jobs")
 
 ASYNC_DEF = "async def"
 TOKENIZED_LENGTHS = "lengths via tokenizer"

@@ -4,17 +4,15 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from modalkit.benchmarks.load import Load, run_load
-from modalkit.benchmarks.peers.contenders import OURS, UNBATCHED, Contender, ray_jobs_command
+from modalkit.benchmarks.peers.contenders import OURS, UNBATCHED, Contender
 from modalkit.benchmarks.peers.measures import Texts
 from modalkit.benchmarks.peers.process import Server, ask, get_json, serving
 from modalkit.benchmarks.peers.settings import Settings
-from modalkit.benchmarks.redis_server import RedisServer
 
 JOBS = 1_000
 WITHIN_S = 60
@@ -32,8 +30,6 @@ class JobRoutes:
     body: Any
     count: Callable[[Server, Sequence[dict[str, Any]]], int]
     """Results that can be had now, of the jobs with these answers to their submission."""
-    command: Callable[[Settings], list[str]] | None = None
-    """How it is started for this, with the URL of a Redis server as `Settings.option`; None: as for requests."""
 
 
 def _ours(server: Server, _: Sequence[dict[str, Any]]) -> int:
@@ -52,15 +48,7 @@ def _fastapi(server: Server, _: Sequence[dict[str, Any]]) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _ray(server: Server, _: Sequence[dict[str, Any]]) -> int:
-    import redis
-
-    with redis.Redis.from_url(server.settings.option) as client:
-        return sum(1 for _ in client.scan_iter("celery-task-meta-*", count=JOBS))
-
-
 ROUTES = {
-    "ray": JobRoutes("Celery, with Redis beside it", "/jobs", "$item", _ray, ray_jobs_command),
     "bentoml": JobRoutes("tasks", "/jobs/submit", {"inputs": ["$item"]}, _bentoml),
     UNBATCHED: JobRoutes("BackgroundTasks", "/jobs", "$item", _fastapi),
     OURS: JobRoutes("jobs", "/async/predict", {"message": "$item", "success_queue": "results"}, _ours),
@@ -70,11 +58,8 @@ ROUTES = {
 def kill_with_jobs(contender: Contender, settings: Settings, texts: Texts) -> dict[str, object]:
     """Submit 1,000 jobs, kill all processes, start again in the same folder, and count the results."""
     routes = ROUTES[contender.name]
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        if routes.command is not None:
-            broker = stack.enter_context(RedisServer(append_only=True))
-            contender, settings = replace(contender, command=routes.command), replace(settings, option=broker.url)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         with serving(contender, settings, folder) as server:
             endpoint = replace(server.endpoint, url=_url(server, routes.path), body=routes.body)
             submitted = run_load(endpoint, texts.items, Load(clients=64, requests=JOBS), keeps_bodies=True)

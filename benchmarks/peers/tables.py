@@ -228,10 +228,13 @@ def _killed(steps: Steps) -> Table:
             counts = [str(found[key]) for key in ("accepted", "done_before", "results_after")]
             rows.append([one.title, found["by"], *counts, str(found["accepted"] - found["results_after"])])
         elif one.name not in ROUTES and f"float32/{one.name}" in steps:
-            rows.append([one.title, "has no jobs", *[NOTHING] * 4])
+            rows.append([one.title, JOBLESS.get(one.name, "has no jobs"), *[NOTHING] * 4])
     note = f"{JOBS:,} jobs are accepted, all processes are killed (SIGKILL), and the server starts again."
     columns = ["server", "by", "accepted", "done before the kill", "results after it", "lost"]
     return Table("kill -9 with jobs accepted", note, columns, rows)
+
+
+JOBLESS = {"ray": "only by Celery with a broker beside it: not measured"}
 
 
 def _overhead(document: Mapping[str, Any]) -> Table:
