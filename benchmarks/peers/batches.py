@@ -4,6 +4,7 @@ Runs in the environment that has the package: ``make bench-peers`` starts it.
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import numpy as np
 import typer
 
 from modalkit.benchmarks.simulate.devices import MODALKIT, backlog_rate, offline_rate, planner, simulate
+from modalkit.benchmarks.simulate.engine import Rule
 from modalkit.benchmarks.simulate.razors_edge import STRATEGIES, RazorsEdge
 from modalkit.benchmarks.simulate.tables import load_table
 from modalkit.benchmarks.simulate.workload import ClosedLoop, OpenLoop, draw_sizes, poisson
@@ -28,7 +30,7 @@ def main(requests: Annotated[int, typer.Option(help="Requests of each simulation
     for device in DEVICES:
         table = load_table(device)
         capacity = offline_rate(table)
-        rules = {MODALKIT: partial(planner, table, NOISE)}
+        rules: dict[str, Callable[[], Rule]] = {MODALKIT: partial(planner, table, NOISE)}
         rules |= {f"razors-edge, {strategy}": partial(RazorsEdge, table, strategy) for strategy in STRATEGIES}
         dice = np.random.default_rng(SEED)
         sizes, arrivals_s = draw_sizes(requests, dice), poisson(LOAD * capacity, requests, dice)

@@ -99,12 +99,14 @@ def _serve_infinity(settings: Settings) -> list[str]:
     return [str(python_of("infinity").parent / "infinity_emb"), "v2", *arguments, *OPTIONS[settings.option]]
 
 
+def _one_each(batch: int = 1, wait_ms: int = 0, option: str = "") -> Settings:
+    """A worker with one thread for each core."""
+    return Settings(batch=batch, wait_ms=wait_ms, workers=CORES, threads=1, option=option)
+
+
 ASYNC_DEF = "async def"
 TOKENIZED_LENGTHS = "lengths via tokenizer"
 OPTIONS = {"": (), TOKENIZED_LENGTHS: ("--lengths-via-tokenize",)}
-ONE_EACH = {"workers": CORES, "threads": 1}
-"""A worker with one thread for each core."""
-
 CONTENDERS: tuple[Contender, ...] = (
     Contender(
         name="litserve",
@@ -113,9 +115,9 @@ CONTENDERS: tuple[Contender, ...] = (
         documented=Settings(batch=8, wait_ms=100, workers=CORES),
         source="docstrings: LitAPI(max_batch_size=8, batch_timeout=0.1); a worker for each core of a CPU",
         sweep=(
-            Settings(batch=2, wait_ms=5, **ONE_EACH),
-            Settings(batch=8, wait_ms=5, **ONE_EACH),
-            Settings(batch=8, wait_ms=0, option="fast_queue", **ONE_EACH),
+            _one_each(batch=2, wait_ms=5),
+            _one_each(batch=8, wait_ms=5),
+            _one_each(batch=8, wait_ms=0, option="fast_queue"),
         ),
         command=_module("litserve"),
     ),
@@ -126,8 +128,8 @@ CONTENDERS: tuple[Contender, ...] = (
         documented=Settings(batch=32, wait_ms=10),
         source="its DistilBERT example: max_batch_size=32, the default wait of 10 ms, one worker",
         sweep=(
-            Settings(batch=2, wait_ms=1, **ONE_EACH),
-            Settings(batch=8, wait_ms=1, **ONE_EACH),
+            _one_each(batch=2, wait_ms=1),
+            _one_each(batch=8, wait_ms=1),
         ),
         command=_module("mosec", "--port", "{port}"),
     ),
@@ -138,8 +140,8 @@ CONTENDERS: tuple[Contender, ...] = (
         documented=Settings(batch=8, wait_ms=100),
         source="the guide to dynamic request batching: max_batch_size=8, batch_wait_timeout_s=0.1",
         sweep=(
-            Settings(batch=2, wait_ms=5, **ONE_EACH),
-            Settings(batch=8, wait_ms=5, **ONE_EACH),
+            _one_each(batch=2, wait_ms=5),
+            _one_each(batch=8, wait_ms=5),
         ),
         command=_module("ray"),
         variables={"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
@@ -151,8 +153,8 @@ CONTENDERS: tuple[Contender, ...] = (
         documented=Settings(batch=32, wait_ms=1_000),
         source="the guide to adaptive batching: max_batch_size=32, max_latency_ms=1000",
         sweep=(
-            Settings(batch=2, wait_ms=60_000, **ONE_EACH),
-            Settings(batch=8, wait_ms=60_000, **ONE_EACH),
+            _one_each(batch=2, wait_ms=60_000),
+            _one_each(batch=8, wait_ms=60_000),
         ),
         command=_serve_bentoml,
         body={"inputs": ["$item"]},
@@ -183,8 +185,8 @@ CONTENDERS: tuple[Contender, ...] = (
         documented=Settings(),
         source="its tutorial: an endpoint by `def`, one worker",
         sweep=(
-            Settings(**ONE_EACH),
-            Settings(option=ASYNC_DEF, **ONE_EACH),
+            _one_each(),
+            _one_each(option=ASYNC_DEF),
         ),
         command=_module("fastapi"),
     ),

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -59,20 +60,20 @@ class Run:
             self._sweep(peer)
         everyone = [*self._peers, *self._ours]
         for found in everyone:
-            self._step(f"float32/{found.name}", lambda found=found: self._everything(found))
+            self._step(f"float32/{found.name}", partial(self._everything, found))
         if self._ours and (rival := self.best_peer()) is not None:
             self._rival(rival)
         for found in reversed(everyone):
-            self._step(f"again/{found.name}", lambda found=found: self._throughput(found, self._best(found)))
+            self._step(f"again/{found.name}", partial(self._throughput, found, self._best(found)))
         for found in self._ours:
-            self._step("engines", lambda found=found: self._choose_engine(found))
+            self._step("engines", partial(self._choose_engine, found))
         for found in everyone:
             self._best_types(found)
         for found in everyone:
             if found.name in ROUTES:
                 self._step(
                     f"killed/{found.name}",
-                    lambda found=found: kill_with_jobs(found, self._best(found), self._texts),
+                    partial(kill_with_jobs, found, self._best(found), self._texts),
                 )
 
     def best_peer(self) -> str | None:
@@ -97,9 +98,9 @@ class Run:
         return self._steps[key]
 
     def _sweep(self, peer: Contender) -> None:
-        self._step(f"documented/{peer.name}", lambda: self._throughput(peer, peer.documented, (FEW, MANY)))
+        self._step(f"documented/{peer.name}", partial(self._throughput, peer, peer.documented, (FEW, MANY)))
         for index, settings in enumerate(peer.sweep[: 1 if self._durations.is_quick else None]):
-            self._step(f"sweep/{peer.name}/{index}", lambda settings=settings: self._throughput(peer, settings))
+            self._step(f"sweep/{peer.name}/{index}", partial(self._throughput, peer, settings))
 
     def ranked(self, found: Contender) -> list[Settings]:
         """The settings that were tried, the best first."""
@@ -148,7 +149,7 @@ class Run:
 
         for turn in range(1 if self._durations.is_quick else RIVAL_ROUNDS):
             for name in (rival, OURS):
-                self._step(f"rival/{turn}/{name}", lambda name=name: measure(name))
+                self._step(f"rival/{turn}/{name}", partial(measure, name))
 
     def _choose_engine(self, found: Contender) -> Step:
         """Start once, and let the conversions end that go on after the start: the choice is kept for all."""
@@ -159,7 +160,7 @@ class Run:
     def _best_types(self, found: Contender) -> None:
         for index, settings in enumerate(self.ranked(found)[: 1 if self._durations.is_quick else 2]):
             changed = with_best_types(settings, found.name)
-            self._step(f"types/{found.name}/{index}", lambda changed=changed: self._throughput(found, changed))
+            self._step(f"types/{found.name}/{index}", partial(self._throughput, found, changed))
 
 
 def _rate(step: Step) -> float:

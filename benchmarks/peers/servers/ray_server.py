@@ -38,6 +38,7 @@ class Sentiments:
 if __name__ == "__main__":
     ray.init(include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": settings.port})
-    serve.run(Sentiments.bind(settings), route_prefix="/predict")
+    application = Sentiments.bind(settings)  # type: ignore[attr-defined]  # the decorator adds it
+    serve.run(application, route_prefix="/predict")
     while True:
         time.sleep(3600)
