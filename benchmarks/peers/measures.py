@@ -71,10 +71,10 @@ def poisoned(server: Server, texts: Texts) -> dict[str, object]:
 def _told(found: Measured) -> dict[str, object]:
     return {
         "per_s": found.items_per_s,
-        "p50_ms": found.p50_s * 1000,
-        "p99_ms": found.p99_s * 1000,
+        "p50_ms": found.p50_s * 1000 if found.answered else None,
+        "p99_ms": found.p99_s * 1000 if found.answered else None,
         "answered": found.answered,
         "errors": dict(found.errors),
-        "accuracy": found.accuracy,
+        "accuracy": found.accuracy if found.answered else None,
         "generator_was_the_limit": list(found.limited),
     }

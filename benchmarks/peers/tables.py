@@ -100,12 +100,13 @@ def targets_of(steps: Steps) -> list[Target]:
             is_least=False,
             detail=f"{_title(best)}: {rivals[best]:.0f} ms, ours {rival_p99[OURS]:.0f} ms",
         )
-    leanest: tuple[tuple[str, Callable[[Step], float]], ...] = (
+    leanest: tuple[tuple[str, Callable[[Step], float | None]], ...] = (
         ("median latency of one client", lambda step: step["idle"]["p50_ms"]),
         ("memory under load", lambda step: step["memory_mib"]),
     )
     for what, figure in leanest:
-        told = {name: figure(step) for name in names if "idle" in (step := steps.get(f"float32/{name}", {}))}
+        told = {name: figure(step) for name in names if (step := steps.get(f"float32/{name}", {})).get("idle")}
+        told = {name: value for name, value in told.items() if value}
         if OURS in told and len(told) > 1:
             best = min((name for name in told if name != OURS), key=told.__getitem__)
             ratio = told[OURS] / told[best]
@@ -139,7 +140,7 @@ def _float32(steps: Steps) -> Table:
                 _milliseconds(step["idle"]),
                 f"{step['memory_mib']:,.0f}",
                 f"{step['started_in_s']:.1f}",
-                f"{step['idle']['accuracy']:.1%}",
+                NOTHING if (share := step["idle"]["accuracy"]) is None else f"{share:.1%}",
                 _errors(step),
             ]
         )
@@ -294,7 +295,7 @@ def _rival_p99(steps: Steps) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for one in CONTENDERS:
         for turn in range(RIVAL_ROUNDS):
-            if "p99_ms" in (step := steps.get(f"rival/{turn}/{one.name}", {})):
+            if (step := steps.get(f"rival/{turn}/{one.name}", {})).get("p99_ms") is not None:
                 found.setdefault(one.name, []).append(step["p99_ms"])
     return {name: statistics.mean(values) for name, values in found.items()}
 
@@ -304,7 +305,7 @@ def _both(steps: Steps, name: str, clients: int) -> str:
 
 
 def _milliseconds(step: Step) -> str:
-    return f"{step['p50_ms']:.1f} / {step['p99_ms']:.1f}"
+    return NOTHING if step["p50_ms"] is None else f"{step['p50_ms']:.1f} / {step['p99_ms']:.1f}"
 
 
 def _errors(step: Step) -> str:

@@ -87,6 +87,7 @@ def document() -> dict[str, Any]:
         "float32/mosec": step(100, 500),
         "float32/fastapi": step(150, 500),
         "float32/ray": {"failed": "no port"},
+        "float32/litserve": {**step(0, 500), "idle": {**part(0), "p50_ms": None, "p99_ms": None, "accuracy": None}},
         "float32/modalkit": step(300, 540),
         "again/modalkit": {"clients_64": part(340)},
         "killed/modalkit": {"by": "jobs", "accepted": 1000, "done_before": 10, "results_after": 1000},
@@ -106,6 +107,7 @@ def test_the_targets_are_judged_by_the_mean_of_the_rounds(document: dict[str, An
 def test_both_pages_show_the_servers_their_errors_and_what_was_lost(document: dict[str, Any]) -> None:
     document["steps"]["float32/fastapi"]["clients_64"]["per_s"] = 200
     markdown, page = as_markdown(document), as_html(document)
+    assert "| LitServe | batches of 8 | 0 | 0 | - | 500 | 3.0 | - | 3 x HTTP 500 |" in markdown
     assert "| mosec | batches of 8 | 100 | 100 | 1.0 / 2.0 | 500 | 3.0 | 100.0% | 3 x HTTP 500 |" in markdown
     assert "| modalkit | jobs | 1000 | 10 | 1000 | 0 |" in markdown
     assert "| **missed** | at its best settings |" in markdown
