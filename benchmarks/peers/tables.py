@@ -105,8 +105,8 @@ def targets_of(steps: Steps) -> list[Target]:
         ("memory under load", lambda step: step["memory_mib"]),
     )
     for what, figure in leanest:
-        told = {name: figure(step) for name in names if (step := steps.get(f"float32/{name}", {})).get("idle")}
-        told = {name: value for name, value in told.items() if value}
+        measured = {name: step for name in names if (step := steps.get(f"float32/{name}", {})).get("idle")}
+        told = {name: value for name, step in measured.items() if (value := figure(step))}
         if OURS in told and len(told) > 1:
             best = min((name for name in told if name != OURS), key=told.__getitem__)
             ratio = told[OURS] / told[best]
