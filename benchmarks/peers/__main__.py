@@ -35,7 +35,12 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Measure each for a second: to see that all works.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, where an earlier run was broken off.")] = False,
     build_only: Annotated[bool, typer.Option("--build", help="Only build the environments.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results; else that of the committed ones.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the results; else that of the committed ones, or .cache/peers/results with the two above."
+        ),
+    ] = None,
 ) -> None:
     """Build the environments, measure all servers in turn (15 minutes on 2 cores), and write the JSON and the pages.
 
@@ -54,13 +59,14 @@ def main(
     if build_only:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the servers are killed, too
-    file = ENVIRONMENTS / ("quick.json" if quick else "run.json")
+    file = ENVIRONMENTS / f"{'quick' if quick else 'run'}{'-only' if only else ''}.json"
     if fresh:
         file.unlink(missing_ok=True)
     run = Run(file, names, QUICK if quick else NORMAL, _head(names), progress.print)
     run.all()
-    run.document["libraries"] = measure_libraries(quick=quick, show=progress.print)
-    write(run.document, out or RESULTS)
+    if not only:
+        run.document["libraries"] = measure_libraries(quick=quick, show=progress.print)
+    write(run.document, out or (ENVIRONMENTS / "results" if only or quick else RESULTS))
     file.unlink()
 
 
