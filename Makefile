@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check soak bench format lock train clean
+.PHONY: help run test check soak bench bench-peers format lock train clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
 run: $(VENV)/.installed  ## Serve the bundled model on http://127.0.0.1:8000 (HOST= and PORT= change it)
 	@$(BIN)/modalkit serve --host $(HOST) --port $(PORT)
@@ -32,6 +32,9 @@ soak: $(VENV)/.installed-dev  ## Kill the service 20 times, then break it under 
 
 bench: $(VENV)/.installed-dev  ## Measure ratios, and flag those more than 10 % worse than the committed ones (4 minutes)
 	@$(BIN)/python -m modalkit.benchmarks.report --rounds 2 --texts 600 --baseline benchmarks/baseline.json
+
+bench-peers: $(VENV)/.installed-dev  ## Measure beside LitServe, mosec, Ray Serve, BentoML, Infinity and FastAPI (15 minutes on 2 cores)
+	@$(BIN)/python -m modalkit.benchmarks.peers
 
 format: $(VENV)/.installed-dev  ## Put the code into its standard form
 	@$(BIN)/ruff check --fix .
