@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvloop
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from modalkit.benchmarks.jobs import LIST_CLIENTS, metric, serving, told
-from modalkit.benchmarks.raw_http import post_all
+from modalkit.benchmarks.jobs import rate as accepted_per_s
 from modalkit.benchmarks.texts import CORPUS, read_texts
 
 CONFIGURATION = "app_settings: {async_config: {store_path: jobs.db}}"
@@ -55,7 +54,7 @@ def main(
     browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     ratios, paints = list[float](), list[float]()
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder), CONFIGURATION) as url, ExitStack() as stack:
-        uvloop.run(post_all(f"{url}/async/predict", bodies, LIST_CLIENTS))  # Playwright has an event loop of its own
+        accepted_per_s(f"{url}/async/predict", bodies, LIST_CLIENTS, jobs)
         playwright = stack.enter_context(sync_playwright())
         browser = playwright.chromium.launch(executable_path=browser_path)
         for number in range(rounds):

@@ -31,10 +31,6 @@ class Inputs:
     labels: Sequence[str] | None = None
 
 
-class _AnyItem(BaseModel, extra="allow"):
-    """What a server without a known schema takes."""
-
-
 def file_inputs(path: Path, file_format: FileFormat | None, column: str | None, label: str | None) -> Inputs:
     """The items of a text, JSON lines or CSV file: the text of `column`, else all columns but the `label`.
 
@@ -63,10 +59,10 @@ def _csv_rows(path: Path) -> Sequence[tuple[int, Mapping[str, Any]]]:
 
 def _records(path: Path, file_format: FileFormat | None) -> list[tuple[int, Mapping[str, Any]]]:
     rows: list[tuple[int, Mapping[str, Any]]] = []
-    for record in read_file(path, file_format, _AnyItem, None):
-        if record.item is None:
-            raise InputError(f"{path}, line {record.line}: {record.error}")
-        rows.append((record.line, record.item.model_dump()))
+    for record in read_file(path, file_format, (TEXT,), None):
+        if not record.columns:
+            raise InputError(f"{path}, line {record.line}: {record.error or 'an item must be a text or a JSON object'}")
+        rows.append((record.line, record.columns))
     return rows
 
 
@@ -136,7 +132,7 @@ def takes_text_alone(schema: Mapping[str, Any]) -> bool:
 def described_model(schema: Mapping[str, Any]) -> type[BaseModel]:
     """A model with the JSON schema that a server publishes."""
 
-    class Described(_AnyItem):
+    class Described(BaseModel, extra="allow"):
         @classmethod
         def model_json_schema(cls, *_: Any, **__: Any) -> dict[str, Any]:
             return dict(schema)
