@@ -22,8 +22,8 @@ class InMemoryBackend:
     The first message to a queue creates it. A queue holds at most `max_messages_per_queue` messages; further ones
     remove the oldest. There are at most `max_queues` queues; a further one removes the queue whose last message is the
     oldest. All messages together take at most `max_bytes` of memory; a further one removes others, of that queue first.
-    So memory is limited even where no code reads. The first removals are logged. Without `is_read`, no code is known to read
-    them, as with the configured backend: deliveries then count as `memory`.
+    So memory is limited even where no code reads. The first removals are logged. Without `is_read`, no code is known to
+    read them, as with the configured backend: deliveries then count as `memory`.
     """
 
     def __init__(
