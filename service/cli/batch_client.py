@@ -200,6 +200,8 @@ class BatchRun:
             async with self.http.stream("GET", path, params={"after": after}) as response:
                 async for content in self._lines_of(response):
                     result = from_json(content)
+                    if not self._lines or result["line"] > self._lines[-1].number:
+                        return after  # of a line that a run before has sent, and this one has not read yet
                     after = result["line"]
                     self._write_result(result)
         except httpx.TransportError:

@@ -357,10 +357,7 @@ class JobManager(AsyncContextManagerMixin):
         self.tell_change([job.job_id])
 
     async def retry(self, job_ids: Sequence[str] | None = None, which: JobFilter = ALL_JOBS) -> int:
-        """Run failed, expired and cancelled jobs that match `which` once more, all or of these ids; returns how many.
-
-        Each is the same job with a new attempt; one whose message is about to be sent is left as it is.
-        """
+        """Run jobs once more that ended without success and match `which`, all or of these ids; returns how many."""
         retried = await self.store.retry(job_ids, which, self.clock())
         for feed in self._feeds.values():
             feed.wake()

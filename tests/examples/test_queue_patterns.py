@@ -164,8 +164,8 @@ def test_queues_go_to_different_backends_by_their_names(run: Run, folder: Path, 
 def test_routes_can_be_configured(folder: Path, environment: dict[str, str]) -> None:
     with serving(folder, {**environment, "MODALKIT_CONFIG": "modalkit.yaml,routing.yaml"}) as (_, client):
         urgent, other = submitted(client, success_queue="urgent_roots"), submitted(client)
-        for job_id in (urgent, other):
-            until_delivery_is(client, job_id, "delivered")
+        until_delivery_is(client, urgent, "memory")
+        until_delivery_is(client, other, "delivered")
     [(queue, message)] = rows(folder / "results.db")
     assert (queue, message["job_id"]) == ("roots", other)
 

@@ -123,14 +123,17 @@ def test_files_of_all_formats_give_the_same_results_with_errors_in_their_places(
 def test_a_batch_that_was_sent_is_collected_by_its_id(
     folder: Path, environment: dict[str, str], modalkit: Modalkit
 ) -> None:
-    (folder / "in.txt").write_text("a\nbb\n")
+    """Though results are there of lines that the second run has not sent yet."""
+    lengths = [1 + number % 50 for number in range(2500)]
+    (folder / "in.txt").write_text("".join("x" * length + "\n" for length in lengths))
     with serving(folder, environment) as (_, client):
         url = ("--url", str(client.base_url))
         sent = modalkit("submit", "in.txt", *url)
         assert sent.returncode == 0, sent.stderr
+        until(lambda: client.get(f"/batches/{sent.stdout.strip()}").json()["finished_at"] is not None, "they wait")
         collected = modalkit("submit", "in.txt", *url, "--batch", sent.stdout.strip(), "--wait")
-        assert [json.loads(line)["length"] for line in collected.stdout.splitlines()] == [1, 2]
-        assert client.get(f"/batches/{sent.stdout.strip()}").json()["jobs"] == 2
+        assert [json.loads(line)["length"] for line in collected.stdout.splitlines()] == lengths
+        assert client.get(f"/batches/{sent.stdout.strip()}").json()["jobs"] == len(lengths)
 
 
 @pytest.mark.parametrize(
