@@ -117,9 +117,8 @@ async def test_samples_tell_batches_once_with_their_requests_and_the_traces_of_t
             assert sorted((lane, size) for lane, size, _ in requests) == [("interactive", 4), ("interactive", 11)]
             await client.post("/sync/predict", json={"text": "more"})
             numbers = list[int]()
-            while len(numbers) < 1:
+            while first["batches"] + 1 not in numbers:
                 numbers += [batch["number"] for batch in (await anext(told))["models"]["lengths"]["recent"]]
-            assert first["batches"] + 1 in numbers
             last = await anext(told)
         assert last["models"]["lengths"]["recent"] == []
         assert last["models"]["lengths"]["succeeded"] == 4
@@ -152,7 +151,7 @@ async def test_all_who_watch_share_one_sample_and_are_told_of_the_end(gateway: L
         told.append(events)
         async for event in sampler.watch():
             events.append(event)
-            if len(events) == 3:
+            if len(told) == 5 and min(map(len, told)) >= 3:
                 gateway.drain()
 
     with anyio.fail_after(60):
