@@ -8,7 +8,7 @@ from modalkit.benchmarks.bench.charts import Chart, Series
 from modalkit.benchmarks.bench.report import number
 
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 44
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 10, 44
 COLOURS = 8
 TICKS = 5
 MAX_DOTS = 12
@@ -80,7 +80,7 @@ def _parts(chart: Chart) -> Iterator[str]:
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         yield f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:,g}</text>'
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    turned = f'x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})"'
+    turned = f'x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})"'
     yield f"<text {turned}>{escape(chart.y_label)}</text>"
     yield f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(chart.x_label)}</text>'
     if chart.bars:
