@@ -26,8 +26,9 @@ check: $(VENV)/.installed-dev  ## Lint, check formatting, types, layers and pypr
 	@$(BIN)/lint-imports
 	@$(BIN)/validate-pyproject pyproject.toml
 
-soak: $(VENV)/.installed-dev  ## Kill the service 20 times during 10,000 jobs, and count what was lost (about 2 minutes)
+soak: $(VENV)/.installed-dev  ## Kill the service 20 times, then break it under load, and count what is lost (5 minutes)
 	@$(BIN)/python -m tests.faults.soak
+	@$(BIN)/python -m tests.faults.saturation --minutes 3
 
 bench: $(VENV)/.installed-dev  ## Measure ratios, and flag those more than 10 % worse than the committed ones (4 minutes)
 	@$(BIN)/python -m modalkit.benchmarks.report --rounds 2 --texts 600 --baseline benchmarks/baseline.json

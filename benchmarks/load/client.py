@@ -18,6 +18,9 @@ CHECKS_PER_TIMEOUT = 10
 NO_CONNECTION = "no connection"
 """The begin of the reason where the server was not reached."""
 
+ANSWERED = "HTTP"
+"""The begin of the reason where the answer was no success."""
+
 Outcome = int | str
 """The number of items with an answer, or why there was none."""
 
@@ -146,7 +149,7 @@ class HttpCaller:
             if connection.is_open:
                 self._idle.append(connection)
         if not 200 <= status < 300:  # HTTP's classes
-            return f"HTTP {status}"
+            return f"{ANSWERED} {status}"
         if self._target.keeps_bodies:
             self.kept.append((index, perf_counter(), body))
         mark = self._target.error_mark

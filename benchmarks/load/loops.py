@@ -9,13 +9,13 @@ from time import perf_counter
 import numpy as np
 import numpy.typing as npt
 
-from modalkit.benchmarks.load.client import Outcome
+from modalkit.benchmarks.load.client import ANSWERED, Outcome
 
 Call = Callable[[int], Awaitable[Outcome]]
 """Sends the request of that index; returns the items answered, or why there was no answer."""
 
 MAX_PAUSE_S = 0.5
-"""Of a client whose requests all fail, so that a server that refuses at once is not asked without end."""
+"""Of a client whose requests get no answer at all, so that what is away is not asked without end."""
 STOP_CHECK_S = 0.1
 
 
@@ -56,7 +56,7 @@ async def closed_loop(call: Call, indices: Iterator[int], clients: int, samples:
             samples.add(sent_s, sent_s, outcome)
             if stop.is_set():
                 return
-            if isinstance(outcome, str):
+            if isinstance(outcome, str) and not outcome.startswith(ANSWERED):
                 pause_s = min(2 * pause_s + 0.001, MAX_PAUSE_S)
                 await asyncio.sleep(pause_s)
             else:

@@ -119,7 +119,7 @@ def _results(
                     with suppress(BrokenPipeError):
                         pipe.send(STOP)
         elif time.perf_counter() > stopped_s + 2 * load.timeout_s:
-            raise BenchError(f"requests took longer than the {load.timeout_s:g} s that they may take; this is a bug")
+            raise BenchError(f"the last requests did not end within {2 * load.timeout_s:g} s")
     return results, stopped_s if stopped_s is not None else time.perf_counter()
 
 
