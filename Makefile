@@ -27,8 +27,9 @@ check: $(VENV)/.installed-dev  ## Lint, check formatting, types, layers and pypr
 	@$(BIN)/lint-imports
 	@$(BIN)/validate-pyproject pyproject.toml
 
-soak: $(VENV)/.installed-dev  ## Kill the service 20 times during 10,000 jobs, and count what was lost (about 2 minutes)
+soak: $(VENV)/.installed-dev  ## Kill the service 20 times, then break it under load, and count what is lost (5 minutes)
 	@$(BIN)/python -m tests.faults.soak
+	@$(BIN)/python -m tests.faults.saturation --minutes 3
 
 bench: $(VENV)/.installed-dev  ## Measure, beside what each figure is compared to (about 15 minutes on 2 cores)
 	@$(BIN)/python -m modalkit.benchmarks.report

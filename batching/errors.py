@@ -89,19 +89,19 @@ class BatchTimeoutError(BatchingError):
 
 
 class OutputCountError(BatchingError):
-    """Raised when `run_batch` does not return exactly one output for each of its inputs."""
+    """Raised when a batch does not return exactly one output for each of its inputs."""
 
     def __init__(self, expected: int, returned: str) -> None:
-        super().__init__(f"run_batch must return a list with one output for each of {expected} inputs, got {returned}")
+        super().__init__(f"a list with one output for each of {expected} inputs must be returned, not {returned}")
 
 
 class InputsMovedError(BatchingError):
-    """Raised when `run_batch`, or a stage, removes inputs from the list that it is given, or changes their order."""
+    """Raised when a batch, or a stage of it, removes inputs from its list, or changes their order."""
 
     def __init__(self) -> None:
         super().__init__(
-            "run_batch, or a stage of it, removed inputs from its list or changed their order, so that its outputs may "
-            "be those of other inputs; let it work on a copy, and return one output for each input, in their order"
+            "a batch removed inputs from its list or changed their order, so that its outputs may be those of other "
+            "inputs; let it work on a copy of the list, and return one output for each input, in their order"
         )
 
 

@@ -259,15 +259,15 @@ def ensure_order(payloads: list[T], given: list[T]) -> None:
     known = set(map(id, payloads))
     kept = zip(given, payloads, strict=False)  # appended items, such as padding of the batch, move no other
     if len(given) < len(payloads) or any(found is not sent and id(found) in known for found, sent in kept):
-        logger.warning("A batch runs one by one: run_batch, or a stage, removed inputs from its list or moved them")
+        logger.warning("A batch runs one by one, because it removed inputs from its list or moved them")
         raise InputsMovedError
 
 
 def checked_outputs(outputs: Any, count: int) -> list[Any]:
     """The outputs as a list. Raises `OutputCountError` unless they are a sequence of `count`."""
     if not isinstance(outputs, Sequence) or isinstance(outputs, str | bytes):
-        raise OutputCountError(count, f"{type(outputs).__name__}")
+        raise OutputCountError(count, f"an object of type {type(outputs).__name__}")
     listed = list(outputs)  # a user's sequence may be lazy or report a wrong length
     if len(listed) != count:
-        raise OutputCountError(count, f"{len(listed)}")
+        raise OutputCountError(count, f"{len(listed)} outputs")
     return listed

@@ -83,13 +83,14 @@ class BatchPlanner(Generic[RequestT]):
             seconds += self.queue.seconds(Priority.BULK)
         return self._drain.wait_s(seconds)
 
-    def check_room(self, priority: Priority, timeout_s: float | None) -> None:
+    def check_room(self, priority: Priority, timeout_s: float | None, owner: str = "") -> None:
         """Raise `QueueFullError` or `DeadlineUnreachableError` if a new request should not be queued now."""
         depth, limit = len(self.queue), self.policy.max_queue_items
-        if depth >= limit:
-            error = QueueFullError(depth, limit)
+        try:
+            self.queue.check_room(owner, 1)
+        except QueueFullError as error:
             self.add_retry(error)
-            raise error
+            raise
         if not depth:
             return  # whatever the predictions say: they can become right only if something runs
         wait_s, max_wait_s = self.wait_s(priority), self.policy.max_queue_s

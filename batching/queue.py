@@ -160,9 +160,7 @@ class RequestQueue(Generic[RequestT]):
         first = requests[0]
         lane, name = self._lanes[first.priority], first.owner
         if self._length + len(requests) > self._unreserved:
-            limit = self._limit_of(name, len(requests))
-            if self._length + len(requests) > limit:
-                raise QueueFullError(self._length, limit, len(requests))
+            self.check_room(name, len(requests))
         owner = lane.owners.get(name)
         if owner is None or owner.last < lane.reached:  # seldom, and a call takes longer than the look-up
             owner = lane.owner(name)
@@ -184,6 +182,11 @@ class RequestQueue(Generic[RequestT]):
         owner.last = last
         lane.count += len(requests)
         self._length += len(requests)
+
+    def check_room(self, name: str, added: int) -> None:
+        """Raise `QueueFullError` if the owner `name` cannot add so many requests."""
+        if self._length + added > self._unreserved and self._length + added > (limit := self._limit_of(name, added)):
+            raise QueueFullError(self._length, limit, added)
 
     def _limit_of(self, name: str, added: int) -> int:
         """Requests that the queue may hold after an owner has added some."""

@@ -276,7 +276,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
             self._planner.set_policy(policy, executors.max_in_flight)
             self._sizes = None if item_size is None else ItemSizes(item_size, self.name)
 
-    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+    def check_room(
+        self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None, owner: str = ""
+    ) -> None:
         """Raise what a request should be refused with now; for frontends, before they read and parse what they get.
 
         That is `SchedulerClosedError`; `QueueFullError`, as `submit` does, and where the requests before it in the
@@ -285,7 +287,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         """
         self._ensure_open()
         try:
-            self._planner.check_room(priority, timeout_s)
+            self._planner.check_room(priority, timeout_s, owner)
         except (QueueFullError, DeadlineUnreachableError):
             self._telemetry.refused += 1
             raise

@@ -33,9 +33,11 @@ class NothingPipeline(InferencePipeline):
 
 
 class NeverPipeline(NothingPipeline):
-    """Never returns, so that jobs only wait."""
+    """Returns nothing until `released` is set, which may be never, so that requests and jobs only wait."""
+
+    released: ClassVar[threading.Event] = threading.Event()
 
     def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """Wait forever."""
-        threading.Event().wait()
+        """Wait."""
+        self.released.wait()
         return {}

@@ -68,9 +68,24 @@ async def stream_all(url: str, body: bytes, streams: int) -> int:
 
 async def post_all(url: str, bodies: Sequence[bytes], clients: int) -> dict[int, int]:
     """POST each body to `url` over `clients` connections; returns the number of answers by status."""
+    return await _send_all(url, iter([_post(url, body) for body in bodies]), clients)
+
+
+async def post_for(url: str, body: bytes, clients: int, seconds: float) -> dict[int, int]:
+    """POST a body again and again over `clients` connections for so long; returns the number of answers by status."""
+    request, loop = _post(url, body), asyncio.get_running_loop()
+    ends_s = loop.time() + seconds
+    return await _send_all(url, iter(lambda: request if loop.time() < ends_s else None, None), clients)
+
+
+def _post(url: str, body: bytes) -> bytes:
     parts = urlsplit(url)
     head = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\nContent-Length: "
-    requests = iter([head.encode() + b"%d\r\n\r\n" % len(body) + body for body in bodies])
+    return head.encode() + b"%d\r\n\r\n" % len(body) + body
+
+
+async def _send_all(url: str, requests: Iterator[bytes], clients: int) -> dict[int, int]:
+    parts = urlsplit(url)
     statuses: dict[int, int] = {}
     loop = asyncio.get_running_loop()
     finished: list[asyncio.Future[None]] = [loop.create_future() for _ in range(clients)]

@@ -11,6 +11,8 @@ from modalkit.pipelines.errors import ModelLoadError
 BUNDLED = "bundled"
 
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+DEVICE_KEYS = "devices of the entry, or else model_settings.common.device"
+"""Where a configuration says which device a model gets."""
 DeviceName = Annotated[str, StringConstraints(pattern=DEVICE_PATTERN)]
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
 
@@ -36,7 +38,7 @@ class TextModelEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model_path: str = Field(min_length=1, strict=True, description="a folder, or a model's name on a hub")
+    model_path: str = Field(min_length=1, strict=True, description="a folder, or owner/name of a model on a hub")
     max_length: int | None = Field(
         default=None, ge=1, strict=True, description="a positive whole number of tokens, or null for the model's limit"
     )
@@ -54,7 +56,7 @@ class ClassifierEntry(TextModelEntry):
     """The entry of a text classifier; without a `model_path`, of the bundled one."""
 
     model_path: str = Field(
-        default=BUNDLED, min_length=1, strict=True, description="bundled, a folder, or a model's name on a hub"
+        default=BUNDLED, min_length=1, strict=True, description="bundled, a folder, or owner/name of a model on a hub"
     )
 
 
@@ -77,8 +79,13 @@ def _parse(model: type[SettingsT], path: str, values: dict[str, Any]) -> Setting
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = [f"{path}.{problem['loc'][0]}: {_explain(model, problem)}" for problem in error.errors()]
+        problems = [f"{_key(path, problem)}: {_explain(model, problem)}" for problem in error.errors()]
         raise ModelLoadError("; ".join(problems)) from error
+
+
+def _key(path: str, problem: ErrorDetails) -> str:
+    key = f"{path}.{problem['loc'][0]}"
+    return DEVICE_KEYS if key == "model_settings.common.device" else key
 
 
 def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:

@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from modalkit.pipelines.classifier_settings import DEVICE_PATTERN
+from modalkit.pipelines.classifier_settings import DEVICE_KEYS, DEVICE_PATTERN
 from modalkit.pipelines.errors import ModelLoadError
 
 
@@ -22,8 +22,7 @@ def choose_device(name: str) -> torch.device:
     found = {"cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps), "cpu": 1}[device.type]
     if (device.index or 0) >= found:
         raise ModelLoadError(
-            f"model_settings.common.device: {name!r} was asked for, but torch {torch.__version__} finds "
-            f"{found} {device.type.upper()} devices on this machine: set it to auto or cpu, or install a build of "
-            "torch for the device and its driver"
+            f"{DEVICE_KEYS}: {name!r} was asked for, but torch {torch.__version__} finds {found} {device.type.upper()} "
+            "devices on this machine: set it to auto or cpu, or install a build of torch for the device and its driver"
         )
     return device

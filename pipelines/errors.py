@@ -31,6 +31,10 @@ class RejectItem(PipelineError):  # noqa: N818  # it says what to do, and is no 
         self.index = index
 
 
+class MissingFieldError(RejectItem, AttributeError):
+    """Raised where a pipeline without an `input_model` reads a field that an item does not have."""
+
+
 def describe(error: Exception) -> str:
     """An error in one line: its message, after the name of its class unless it is an `EngineError`."""
     return str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import platform
+import threading
 from collections.abc import AsyncIterable, Awaitable, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 STAGES = ("preprocess", "predict", "postprocess")
 """The stages of a batch, in their order."""
+TRANSFORMERS_LOADING = threading.RLock()
+"""Held while transformers loads a model: two at once, in two threads, leave weights of one of them out."""
 IN_PLACE_OF_STAGES = ("run_inference", "predict_stream")
 
 
@@ -54,9 +57,9 @@ class InferencePipeline:
     """The model that each item is validated by before it reaches the pipeline."""
 
     output_model: ClassVar[type[InferenceOutputModel]] = InferenceOutputModel
-    """The model that `postprocess` returns, for the documentation of the HTTP interface."""
+    """What each output is: an instance, or one of another class that has its fields. Others fail alone."""
 
-    cost_feature: ClassVar[Literal["padded", "total"]] = "padded"
+    cost_feature: Literal["padded", "total"] = "padded"
     """What the time of a batch grows with: the sizes after padding to the longest, or their sum without padding."""
 
     retryable_errors: ClassVar[type[Exception] | tuple[type[Exception], ...]] = ()
@@ -75,8 +78,13 @@ class InferencePipeline:
     def __new__(cls, *_args: Any, **_options: Any) -> Self:
         """Make an instance that has the attributes of the constructor before it is called, or where it is not.
 
-        Raises `TypeError` for a class that lacks a stage, and has nothing in place of them.
+        Raises `TypeError` for a class that lacks a stage, and has nothing in place of them, and for a `predict_stream`
+        that is an ``async def`` without ``yield``.
         """
+        if inspect.iscoroutinefunction(cls.predict_stream):
+            raise TypeError(
+                f"{cls.__name__}.predict_stream must yield a list with a piece for each item, not return it"
+            )
         missing = [name for name in STAGES if not has_own(cls, name)]
         if missing and not any(has_own(cls, name) for name in IN_PLACE_OF_STAGES):
             raise TypeError(f"{cls.__name__} must define {', '.join(missing)}; or {' or '.join(IN_PLACE_OF_STAGES)}")
@@ -166,7 +174,8 @@ class InferencePipeline:
     def item_size(self, item: BaseModel) -> int:  # noqa: ARG002  # part of the interface
         """Estimate the size of an item in a unit of the pipeline's choice (tokens, pixels), at least 1.
 
-        Batches are formed by size. It is called once for each request on the event loop, so it must take microseconds.
+        Batches are formed by size; a fraction is rounded up. It is called once for each request on the event loop, so
+        it must take microseconds.
         """
         return 1
 

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeVar
 
+from modalkit.pipelines.errors import MissingFieldError
+
 MessageT = TypeVar("MessageT", default=Any)
 
 MAX_EXPIRES_IN_S = 315_360_000
@@ -33,9 +35,21 @@ IdempotencyKey = Annotated[str, Field(min_length=1, max_length=255), AfterValida
 
 
 class AnyInput(BaseModel):
-    """An item of a pipeline without its own `input_model`: any JSON object, with its fields as attributes."""
+    """An item of a pipeline without its own `input_model`: any JSON object, with its fields as attributes.
+
+    Reading a field that it does not have raises a `RejectItem` that names it, unless the pipeline uses ``getattr`` with
+    a default, or ``hasattr``.
+    """
 
     model_config = ConfigDict(extra="allow")
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]  # pydantic hides it from type checkers
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            raise MissingFieldError(f"{name}: is missing: add it") from None
 
 
 class SyncInputModel(BaseModel, Generic[MessageT]):

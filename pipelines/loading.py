@@ -4,8 +4,7 @@ import inspect
 import logging
 import re
 import textwrap
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,12 @@ from transformers.utils import logging as transformers_logging
 
 from modalkit.pipelines.classifier_settings import BUNDLED, ClassifierEntry, TextModelEntry
 from modalkit.pipelines.errors import ModelLoadError
+from modalkit.pipelines.inference_pipeline import TRANSFORMERS_LOADING
 
 BUNDLED_FOLDER = Path(__file__).parent / "sentiment_model"
 DEFAULT_MAX_LENGTH = 512
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_quieting = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -132,14 +131,22 @@ def _locate(entry: TextModelEntry, models_folder: Path) -> tuple[str, bool]:
                     f"the folder {folder}: remove revision"
                 )
             return str(folder.resolve()), True
-    if is_bundled or not _HUB_NAME.fullmatch(entry.model_path) or entry.model_path.startswith("."):
+    if is_bundled or not _may_be_on_a_hub(entry, candidates):
         looked_for = " nor ".join(str(folder) for folder in candidates)
-        others = f", a model's name on the hub, or {BUNDLED!r}" if has_default else ", or a model's name on the hub"
+        others = f", or {BUNDLED!r}" if has_default else ""
         raise ModelLoadError(
             f"model_path {entry.model_path!r}: there is no folder {looked_for}; give the folder that holds the model's "
-            f"config.json{others}"
+            f"config.json, or owner/name of a model on the hub (with revision, if there is a folder owner){others}"
         )
     return entry.model_path, False
+
+
+def _may_be_on_a_hub(entry: TextModelEntry, folders: Sequence[Path]) -> bool:
+    """Whether no folder can be meant: asking a hub that cannot be reached for a misspelt folder takes minutes."""
+    if not _HUB_NAME.fullmatch(entry.model_path) or entry.model_path.startswith("."):
+        return False
+    has_owner = "/" in entry.model_path and not any(folder.parent.is_dir() for folder in folders)
+    return has_owner or entry.revision is not None
 
 
 def _explain_failure(
@@ -189,7 +196,7 @@ def quiet_transformers() -> Iterator[None]:
 
     The settings are global to the process, so only one thread at a time runs the block.
     """
-    with _quieting:
+    with TRANSFORMERS_LOADING:
         verbosity = transformers_logging.get_verbosity()
         bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
         transformers_logging.set_verbosity(logging.ERROR)

@@ -209,6 +209,8 @@ class TransformerPipeline(InferencePipeline, Generic[EntryT]):
             batches.append(self.encode(halves if self.reads_pairs else texts)["tensors"])
         engine = load_engine(self._module, batches, settings, same=self.same())
         self.engine_choice = engine.choice
+        is_unpadded = engine.choice.engine == "torch-unpadded"
+        self.cost_feature = "total" if is_unpadded else type(self).cost_feature
         logger.info("%s: engine %s", self.model_name, engine.choice)
         return engine
 

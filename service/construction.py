@@ -18,6 +18,7 @@ class Constructor:
 
     Its parameters get the keys of the model's entry and the `STANDARD_ARGUMENTS` by their names; ``**options`` gets
     those that no other parameter takes. ``*args`` without other positional parameters gets the standard arguments.
+    A class without a constructor of its own takes no keys.
     """
 
     def __init__(self, pipeline_class: type[InferencePipeline]) -> None:
@@ -25,7 +26,8 @@ class Constructor:
         _, *parameters = inspect.signature(pipeline_class.__init__).parameters.values()
         self._signature = inspect.Signature(parameters)
         kinds = {parameter.kind for parameter in parameters}
-        self._takes_any_key = Parameter.VAR_KEYWORD in kinds
+        self._is_own = pipeline_class.__init__ is not InferencePipeline.__init__
+        self._takes_any_key = self._is_own and Parameter.VAR_KEYWORD in kinds
         self._named = {
             parameter.name: parameter
             for parameter in parameters
@@ -86,6 +88,8 @@ class Constructor:
         return bound
 
     def _takes(self) -> str:
+        if not self._is_own:
+            return "The class has no __init__: add one with a parameter for each key"
         if not self._keys:
             return "It takes no keys"
         names = [name if self._named[name].default is Parameter.empty else f"{name} (optional)" for name in self._keys]

@@ -184,7 +184,7 @@ class DevicePipeline(InferencePipeline):
         self.model_entry = first.model_entry
         self.input_model = first.input_model  # type: ignore[misc]  # of the class elsewhere, here of each instance
         self.output_model = first.output_model  # type: ignore[misc]
-        self.cost_feature = first.cost_feature  # type: ignore[misc]
+        self.cost_feature = first.cost_feature
         self.item_size = first.item_size  # type: ignore[method-assign]
         self.sample_items = first.sample_items  # type: ignore[method-assign]
 

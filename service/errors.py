@@ -9,7 +9,7 @@ from traceback import extract_tb
 from typing import Any
 
 from modalkit.batching import BatchingError
-from modalkit.pipelines import PipelineError
+from modalkit.pipelines import InferenceOutputModel, PipelineError
 
 MAX_ERROR_BYTES = 8 * 1024
 """Limit of the bytes of UTF-8 of an error as text: in the store, in messages and in HTTP answers."""
@@ -97,12 +97,12 @@ class InvalidItemError(ServiceError, ValueError):
 
 
 class PipelineOutputError(ServiceError):
-    """Raised for an item whose output is no `InferenceOutputModel`."""
+    """Raised for an item whose output is not of the model's `output_model`."""
 
-    def __init__(self, output: object) -> None:
+    def __init__(self, output: object, output_model: type[InferenceOutputModel], reason: str = "") -> None:
         super().__init__(
-            f"the pipeline returned {describe_value(output)} for an item; postprocess must return an "
-            "InferenceOutputModel"
+            f"the pipeline returned {describe_value(output)} for an item, where its output_model is "
+            f"{output_model.__name__}{f' ({reason})' if reason else ''}; return one for each item"
         )
 
 
@@ -164,8 +164,8 @@ class OutputNotJsonError(ServiceError):
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(
-            f"the pipeline's output is no JSON ({describe_error(reason)}); postprocess must return values that "
-            "JSON has: texts, numbers, lists and dictionaries"
+            f"the pipeline's output is no JSON ({describe_error(reason)}); return values that JSON has: texts, "
+            "numbers, lists and dictionaries"
         )
 
 

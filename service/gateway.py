@@ -9,7 +9,6 @@ from pydantic import BaseModel
 from modalkit.batching import (
     Failure,
     Outcome,
-    Priority,
     QueueOptions,
     RequestOptions,
     SchedulerStatistics,
@@ -44,7 +43,7 @@ class Model(Protocol):
     def problem(self) -> str | None:
         """Why it takes no requests, or should get none; None where that is not known."""
 
-    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+    def check_room(self, **options: Unpack[RequestOptions]) -> None:
         """Raise what a request should be refused with now: `NotReadyError`, what `BatchScheduler.check_room` raises."""
 
     async def predict(self, item: BaseModel, **options: Unpack[RequestOptions]) -> InferenceOutputModel:
@@ -112,6 +111,9 @@ class Jobs(Protocol):
     @property
     def failure(self) -> Exception | None:
         """Why jobs can neither be accepted nor read now; None where they can, or where that is not known."""
+
+    def check_accepting(self, model_name: str) -> None:
+        """Raise what `submit` would raise for any job of this model now."""
 
     async def submit(
         self, requests: Sequence[AsyncInputModel], *, model_name: str, **options: Unpack[QueueOptions]

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
+import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.pipelines.inference_pipeline import TRANSFORMERS_LOADING, has_own
 from modalkit.service.construction import Constructor
 from modalkit.service.errors import ServiceError, UnknownModelError, describe_error, describe_with_line, error_text
 from modalkit.service.jobs import JobStore, MemoryJobStore, SqliteJobStore
@@ -29,6 +31,9 @@ from modalkit.service.settings.problems import Problem
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LOADING_TURN_S = 60.0
+"""Seconds after which a constructor that may use transformers runs beside another one that has not ended."""
 
 _FORMER_PACKAGES = ("batching", "benchmarks", "pipelines", "service")
 
@@ -151,6 +156,15 @@ class ModelSource:
                 meant,
                 settings.origin(*path, key),
             )
+        if self.settings.app_settings.batch_config.max_batch_tokens is not None and not has_own(
+            implementation, "item_size"
+        ):
+            logger.warning(
+                "%s: batch_config.max_batch_tokens has no effect, because each item has the size 1; implement "
+                "item_size in %s, or set max_batch_size",
+                self.key,
+                implementation.__name__,
+            )
         self.input_model: type[BaseModel] = implementation.input_model
         self.output_model: type[InferenceOutputModel] = implementation.output_model
         if entry is not None and entry.input_model is not None:
@@ -188,11 +202,22 @@ class ModelSource:
             "all_model_data_folder": self._folder,
             "common_settings": common,
         }
+        has_turn = self._may_use_transformers and TRANSFORMERS_LOADING.acquire(timeout=LOADING_TURN_S)
         try:
-            return self._constructor.make(arguments, self._arguments)
+            pipeline = self._constructor.make(arguments, self._arguments)
         except Exception as error:
             name = self.pipeline_class.__name__
             raise LoadError(f"{self.key}: {name} cannot be loaded: {describe_with_line(error)}") from error
+        finally:
+            if has_turn:
+                TRANSFORMERS_LOADING.release()
+        pipeline.output_model = self.output_model  # type: ignore[misc]  # of the class, unless the entry names one
+        return pipeline
+
+    @property
+    def _may_use_transformers(self) -> bool:
+        """Whether its constructor may load a model of transformers; modalkit's own pipelines take their turn there."""
+        return "transformers" in sys.modules and not self.pipeline_class.__module__.startswith("modalkit.")
 
 
 class _DiscardingBackend:

@@ -13,7 +13,6 @@ from pydantic import BaseModel
 from modalkit.batching import (
     Failure,
     Outcome,
-    Priority,
     QueueOptions,
     RequestOptions,
     SchedulerStatistics,
@@ -75,9 +74,9 @@ class LocalModel:
             return describe_error(self.error)
         return None if self.worker is None else self.worker.problem
 
-    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+    def check_room(self, **options: Unpack[RequestOptions]) -> None:
         """Raise what a request should be refused with now: `NotReadyError`, what `BatchScheduler.check_room` raises."""
-        self.ready_worker().check_room(priority=priority, timeout_s=timeout_s)
+        self.ready_worker().check_room(**options)
 
     async def predict(self, item: BaseModel, **options: Unpack[RequestOptions]) -> InferenceOutputModel:
         """Run one item. Raises `NotReadyError`, and what `InferenceWorker.predict` raises."""
@@ -115,11 +114,14 @@ class LocalModel:
 
     def ready_worker(self) -> InferenceWorker:
         """The worker. Raises `NotReadyError`."""
+        worker = self.worker
+        if worker is not None and self.error is None and worker.problem is None and not self._state.closing.is_set():
+            return worker  # each request asks for it
         readiness = self.readiness
-        if self.worker is None or readiness not in (Readiness.READY, Readiness.RESTARTING):
+        if worker is None or readiness not in (Readiness.READY, Readiness.RESTARTING):
             reason = None if self.error is None else describe_error(self.error.__cause__ or self.error)
             raise NotReadyError(self.name, readiness, reason)
-        return self.worker
+        return worker
 
     async def serve(self, jobs: JobManager) -> None:
         """Load the model and keep its worker open until the gateway closes, or the model breaks down (see `error`)."""

@@ -4,9 +4,16 @@
 members of an enumeration: none is the name of a queue, a job or a caller.
 """
 
-from functools import cache
+import math
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from modalkit.batching import BatchRecord, DispatchReason, Priority
 
@@ -19,33 +26,77 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
 
-def _histogram(name: str, description: str, labels: tuple[str, ...], buckets: tuple[float, ...]) -> Histogram:
-    return Histogram(name, description, labels, buckets=buckets, registry=REGISTRY)
+class LoopHistogram(Collector):
+    """A histogram for Prometheus that is filled in the event loop: `prometheus_client`'s own one, which threads may
+    fill, takes several times as long for an observation.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        labels: Sequence[str],
+        buckets: Sequence[float],
+        registry: CollectorRegistry = REGISTRY,
+    ) -> None:
+        self._describe = partial(HistogramMetricFamily, name, description, labels=labels)
+        self._bounds = [*buckets, math.inf]
+        self._observed: dict[tuple[str, ...], Observations] = {}
+        registry.register(self)
+
+    def of(self, *values: str) -> "Observations":
+        """The observations with these values of the labels."""
+        observed = self._observed.get(values)
+        if observed is None:
+            observed = self._observed[values] = Observations(self._bounds)
+        return observed
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """What was observed."""
+        family = self._describe()
+        for values, observed in self._observed.items():
+            counts = zip(map(floatToGoString, self._bounds), accumulate(observed.counts), strict=True)
+            family.add_metric(values, list(counts), observed.sum)
+        yield family
+
+
+class Observations:
+    """What a histogram has counted for one value of each label."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * len(bounds)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self.sum += value
+        self.counts[bisect_left(self._bounds, value)] += 1
 
 
 def _counter(name: str, description: str, *labels: str) -> Counter:
     return Counter(name, description, labels, registry=REGISTRY)
 
 
-_REQUEST = _histogram(
+_REQUEST = LoopHistogram(
     "modalkit_request_seconds",
     "Seconds from the headers of an HTTP request to the end of its answer.",
     ("route", "outcome"),
     _SECONDS,
 )
-_WAIT = _histogram(
+_WAIT = LoopHistogram(
     "modalkit_queue_wait_seconds", "Seconds that a request waited for its batch.", ("model", "priority"), _SECONDS
 )
-_STAGE = _histogram("modalkit_stage_seconds", "Seconds of a batch in a stage.", ("model", "stage"), _SECONDS)
-_SIZE = _histogram("modalkit_batch_size", "Requests in a batch.", ("model",), _SIZES)
-_PADDING = _histogram("modalkit_padding_share", "Share of a batch that is padding.", ("model",), _SHARES)
+_STAGE = LoopHistogram("modalkit_stage_seconds", "Seconds of a batch in a stage.", ("model", "stage"), _SECONDS)
+_SIZE = LoopHistogram("modalkit_batch_size", "Requests in a batch.", ("model",), _SIZES)
+_PADDING = LoopHistogram("modalkit_padding_share", "Share of a batch that is padding.", ("model",), _SHARES)
 _BATCHES = _counter("modalkit_batches", "Batches that ran, by why they were dispatched.", "model", "reason")
 _PREDICTED = _counter("modalkit_predicted_seconds", "Predicted seconds of batches that succeeded.", "model")
 _MEASURED = _counter("modalkit_measured_seconds", "Measured seconds of the same batches.", "model")
-_JOB_AGE = _histogram(
+_JOB_AGE = LoopHistogram(
     "modalkit_job_age_seconds", "Seconds from a job's acceptance to its end.", ("model", "status"), _AGES_S
 )
-_DELIVERY = _histogram(
+_DELIVERY = LoopHistogram(
     "modalkit_delivery_seconds",
     "Seconds from a job's end until its result was delivered, or given up.",
     ("model", "outcome"),
@@ -53,14 +104,13 @@ _DELIVERY = _histogram(
 )
 _ATTEMPTS = _counter("modalkit_delivery_attempts", "Attempts to deliver a result.", "outcome")
 
-# To find a child by its labels takes longer than to add to it.
-request_seconds = cache(_REQUEST.labels)
+request_seconds = _REQUEST.of
 """The histogram of a route and an outcome."""
-job_age_seconds = cache(_JOB_AGE.labels)
+job_age_seconds = _JOB_AGE.of
 """The histogram of a model and a status."""
-delivery_seconds = cache(_DELIVERY.labels)
+delivery_seconds = _DELIVERY.of
 """The histogram of a model and an outcome, `delivered` or `undelivered`."""
-delivery_attempts = cache(_ATTEMPTS.labels)
+delivery_attempts = cache(_ATTEMPTS.labels)  # to find a counter by its labels takes longer than to add to it
 """The counter of an outcome: `delivered`, `undelivered`, or `pending` for an attempt that is repeated."""
 
 
@@ -68,10 +118,10 @@ class BatchMetrics:
     """A sink for the batch records of one model."""
 
     def __init__(self, model: str) -> None:
-        self._waits = {priority: _WAIT.labels(model, priority) for priority in Priority}
-        self._stages = {name: _STAGE.labels(model, name) for name in ("preprocess", "predict", "postprocess")}
+        self._waits = {priority: _WAIT.of(model, priority) for priority in Priority}
+        self._stages = {name: _STAGE.of(model, name) for name in ("preprocess", "predict", "postprocess")}
         self._reasons = {reason: _BATCHES.labels(model, reason) for reason in DispatchReason}
-        self._size, self._padding = _SIZE.labels(model), _PADDING.labels(model)
+        self._size, self._padding = _SIZE.of(model), _PADDING.of(model)
         self._predicted, self._measured = _PREDICTED.labels(model), _MEASURED.labels(model)
 
     def __call__(self, record: BatchRecord) -> None:

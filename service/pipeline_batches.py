@@ -17,9 +17,10 @@ from modalkit.batching import BatchPolicy, RunBatch, Stages
 from modalkit.batching.execution import checked_outputs, ensure_order
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline, RejectItem
 from modalkit.pipelines.inference_pipeline import STAGES, has_own, is_asynchronous
-from modalkit.service.errors import NotAwaitedError, PipelineOutputError, RetryableError, error_text
+from modalkit.service.errors import NotAwaitedError, PipelineOutputError, RetryableError, describe_error, error_text
 from modalkit.service.settings import BatchConfig
 from modalkit.service.streams import Payload, StreamRun
+from modalkit.service.validation import validated
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -285,8 +286,18 @@ def _checked(pipeline: InferencePipeline, output: object) -> InferenceOutputMode
             _ensure_awaited("the pipeline", output)
         except NotAwaitedError as error:
             return error
-        return PipelineOutputError(output)
-    return RejectItem(output.error or "") if output.status == "error" else output
+        return PipelineOutputError(output, pipeline.output_model)
+    if output.status == "error":
+        return RejectItem(output.error or "")
+    return output if isinstance(output, pipeline.output_model) else _converted(output, pipeline.output_model)
+
+
+def _converted(output: InferenceOutputModel, model: type[InferenceOutputModel]) -> InferenceOutputModel | Exception:
+    """An output of another class as one of `model`, if its fields fit."""
+    try:
+        return validated(model, dict(output))
+    except Exception as error:  # noqa: BLE001  # a model's own validators may raise anything
+        return PipelineOutputError(output, model, describe_error(error))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from modalkit.service.errors import ServiceError
 
 BACKLOG = 2048
 GC_THRESHOLD = 10_000
+SWITCH_INTERVAL_S = 0.001
+"""A fifth of Python's default."""
 FIRST_INHERITED = 3
 """The file descriptor of the first socket from systemd (sd_listen_fds)."""
 
@@ -95,11 +98,13 @@ class Server(uvicorn.Server):
         yield
 
 
-def freeze_gc() -> None:
-    """Freeze the objects made at start, so that garbage collection skips them, and collect the others less often.
+def tune_interpreter() -> None:
+    """Let Python's threads take turns sooner, and garbage collection skip the objects made at start and run less often.
 
-    Collection took a third of the time of a job.
+    Collection took a third of the time of a job. While the event loop is busy, a thread that runs batches or stores
+    jobs waits for the interpreter each time that it needs it, for up to `SWITCH_INTERVAL_S`, and callers wait for it.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)

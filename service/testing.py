@@ -3,9 +3,11 @@
 import inspect
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from types import TracebackType
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import httpx
 from pydantic import BaseModel
@@ -13,6 +15,7 @@ from starlette.applications import Starlette
 
 from modalkit.pipelines import InferencePipeline
 from modalkit.pipelines.inference_pipeline import has_own
+from modalkit.service.errors import describe_value
 from modalkit.service.jobs import MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import ModelSource
@@ -32,6 +35,8 @@ _FOR_TESTS: dict[str, Any] = {
     "batch_config": {"calibration": {"enabled": False}},
 }
 
+P = ParamSpec("P")
+T = TypeVar("T")
 PipelineT = TypeVar("PipelineT", bound=InferencePipeline)
 
 
@@ -59,6 +64,7 @@ def poisoned(
     A worker then fails these items alone, and runs the others again: this shows what your program does with an item
     that fails. The error is a ValueError unless another one is given.
     """
+    _ensure_class("poisoned", pipeline_class)
     raised = ValueError("this item is poisoned") if error is None else error
     entrances = ("predict_stream", "run_inference")
     name = next((name for name in entrances if has_own(pipeline_class, name)), "preprocess")
@@ -85,7 +91,42 @@ def poisoned(
     return type(f"Poisoned{pipeline_class.__name__}", (pipeline_class,), {"__module__": __name__, **methods})
 
 
-@asynccontextmanager
+class Opened(AbstractAsyncContextManager[T], Generic[T]):
+    """What `worker_of` and `client_of` return. Only ``async with`` gives the worker, or the client."""
+
+    def __init__(self, manager: AbstractAsyncContextManager[T], name: str) -> None:
+        self._manager = manager
+        self._name = name
+
+    async def __aenter__(self) -> T:
+        return await self._manager.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return await self._manager.__aexit__(kind, error, traceback)
+
+    def __getattr__(self, name: str) -> Any:
+        given = self._name.removesuffix("_of")
+        raise AttributeError(f"no {name} before the {given} is open: async with {self._name}(...) as {given}: ...")
+
+
+def _opened(function: Callable[P, AsyncGenerator[T]]) -> Callable[P, Opened[T]]:
+    manager = asynccontextmanager(function)
+
+    @wraps(function)
+    def make(*args: P.args, **kwargs: P.kwargs) -> Opened[T]:
+        return Opened(manager(*args, **kwargs), function.__name__)
+
+    return make
+
+
+def _ensure_class(function: str, found: object) -> None:
+    if not (isinstance(found, type) and issubclass(found, InferencePipeline)):
+        raise TypeError(f"{function} takes a subclass of InferencePipeline, not {describe_value(found)}")
+
+
+@_opened
 async def worker_of(
     pipeline_class: type[InferencePipeline],
     *,
@@ -105,6 +146,7 @@ async def worker_of(
 
     Raises `SettingsError` for what a configuration may not have, and `LoadError` for a pipeline that cannot be made.
     """
+    _ensure_class("worker_of", pipeline_class)
     settings = Settings(
         _config_files=[],
         _environ={},
@@ -133,7 +175,7 @@ async def worker_of(
         yield worker
 
 
-@asynccontextmanager
+@_opened
 async def client_of(
     served: Path | str | LocalGateway | Starlette,
     *,
@@ -157,8 +199,13 @@ async def client_of(
             await stack.enter_async_context(served)
             await served.wait_until_ready()
             app: Starlette = create_app(served, owns_gateway=False)
-        else:
+        elif isinstance(served, Starlette):
             app = served
+        else:
+            raise TypeError(
+                "client_of takes the path of a configuration, a LocalGateway or an application, not "
+                f"{describe_value(served)}; worker_of takes a pipeline"
+            )
         await stack.enter_async_context(lifespan_of(app)(None))
         client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://testserver", timeout=60)
         yield await stack.enter_async_context(client)

@@ -91,6 +91,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         log_failures: bool = True,
         owns_pipeline: bool = True,
     ) -> None:
+        if isinstance(pipeline, type):
+            raise TypeError(f"InferenceWorker takes a pipeline, not its class: {pipeline.__name__}(...)")
         self.pipelines = [pipeline] if isinstance(pipeline, InferencePipeline) else list(pipeline)
         pipeline = self.pipeline = self.pipelines[0]
         settings = None if settings is None else settings.for_model(pipeline.model_name)
@@ -144,11 +146,13 @@ class InferenceWorker(AsyncContextManagerMixin):
         """The arguments of the scheduler that depend on the pipeline and its limits."""
         pipeline = pipelines[0]
         max_in_flight = max_in_flight_of(pipeline, limits)
-        size_of_item: Callable[[Any], int] = pipeline.item_size
+        size_of_item: Callable[[Any], int] | None = None  # all have the size 1
+        if has_own(pipeline, "item_size"):
+            size_of_item = (lambda item: pipeline.item_size(item_of(item))) if self._streams else pipeline.item_size
         return {
             "run_batch": [run_batch_of(each, max_in_flight) for each in pipelines],
             "policy": batch_policy(limits),
-            "item_size": (lambda payload: pipeline.item_size(item_of(payload))) if self._streams else size_of_item,
+            "item_size": size_of_item,
             "max_in_flight": max_in_flight,
             "batch_timeout_s": limits.batch_timeout_seconds,
             "before_batch": [each.ensure_running if isinstance(each, DevicePipeline) else None for each in pipelines],
@@ -216,9 +220,9 @@ class InferenceWorker(AsyncContextManagerMixin):
         for costs, pipeline in zip(self._costs, pipelines, strict=True):
             await costs.follow(pipeline, limits)
 
-    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+    def check_room(self, **options: Unpack[RequestOptions]) -> None:
         """Raise what a request should be refused with now, before it is read: see `BatchScheduler.check_room`."""
-        self._scheduler.check_room(priority=priority, timeout_s=timeout_s)
+        self._scheduler.check_room(**options)
 
     async def predict(
         self, item: BaseModel | Mapping[str, Any], **options: Unpack[RequestOptions]

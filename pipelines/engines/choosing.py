@@ -93,7 +93,7 @@ class Chooser:
             raise EngineError(f"engine {asked.engine} {able} on this device ({self._device.type}): set {wish}")
         found = []
         # Compiling takes longer than a start may, so that has to be asked for.
-        engines: tuple[EngineName, ...] = ("torch", "torch-packed", *CONVERTED)
+        engines: tuple[EngineName, ...] = ("torch", "torch-packed", "torch-unpadded", *CONVERTED)
         for engine in engines:
             try:
                 found += [Candidate(engine, dtype) for dtype in self._dtypes(engine) if asked.dtype in ("auto", dtype)]
@@ -108,6 +108,12 @@ class Chooser:
             return dtypes_of(engine, self._device)
         if engine == "torch-packed":
             return packable_dtypes() if self._device.type == "cpu" else []
+        if engine == "torch-unpadded":
+            if self._device.type != "cuda":
+                return []
+            from modalkit.pipelines.engines.unpadded import unpaddable_dtypes
+
+            return unpaddable_dtypes(self._module, self._device)
         if self._settings.dtype != "auto":
             return [self._settings.dtype]
         if engine == "torch-compile":

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-EngineName = Literal["torch", "torch-packed", "torch-compile", "openvino", "onnx"]
+EngineName = Literal["torch", "torch-packed", "torch-unpadded", "torch-compile", "openvino", "onnx"]
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 DTYPES: tuple[DTypeName, ...] = get_args(DTypeName)

@@ -57,10 +57,14 @@ def torch_run(module: nn.Module, candidate: Candidate, *, may_copy: bool = True)
     dtype: torch.dtype = getattr(torch, candidate.dtype)
     device = device_of(module)
     own: Callable[..., object] = module
-    if dtype_of(module) != candidate.dtype or candidate.engine == "torch-packed":
+    if dtype_of(module) != candidate.dtype or candidate.engine in ("torch-packed", "torch-unpadded"):
         changed = (copy.deepcopy(module) if may_copy else module).to(dtype=dtype)
         if candidate.engine == "torch-packed":
             pack_linears(changed)
+        elif candidate.engine == "torch-unpadded":
+            from modalkit.pipelines.engines.unpadded import remove_padding
+
+            remove_padding(changed)
         own = changed
     if candidate.engine == "torch-compile":
         _require_compiler(device)

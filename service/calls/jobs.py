@@ -100,6 +100,10 @@ class CallJobs(AsyncContextManagerMixin):
                 await stack.enter_async_context(scheduler)
             yield self
 
+    def check_accepting(self, model_name: str) -> None:
+        """Raise `UnknownModelError` for a model that there is not."""
+        find_model(self._models, model_name)
+
     async def submit(
         self, requests: Sequence[AsyncInputModel], *, model_name: str, **options: Unpack[QueueOptions]
     ) -> list[Outcome[str]]:

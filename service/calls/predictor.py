@@ -103,10 +103,10 @@ class CallModel(AsyncContextManagerMixin):
             yield self
             self.readiness = Readiness.DRAINING
 
-    def check_room(self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None) -> None:
+    def check_room(self, **options: Unpack[RequestOptions]) -> None:
         """Raise what a request should be refused with now: `NotReadyError`, what `BatchScheduler.check_room` raises."""
         self._check_readiness()
-        self._scheduler.check_room(priority=priority, timeout_s=timeout_s)
+        self._scheduler.check_room(**options)
 
     async def predict(self, item: BaseModel, **options: Unpack[RequestOptions]) -> InferenceOutputModel:
         """Run one item. Raises what `BatchScheduler.submit` does, `RemoteItemError`, `RemoteCallError`."""

@@ -28,6 +28,10 @@ HOW_TO_GIVE_SAMPLES = (
 )
 
 
+_FAULTS_OF_ITEMS = (ArithmeticError, AssertionError, LookupError, RejectItem, TypeError, ValueError)
+"""What pipelines raise for items with other values than they need; other errors have other causes."""
+
+
 class BatchFailedError(ServiceError):
     """Raised when the batch of a model failed, its outputs cannot be written as JSON, or its sample_items failed."""
 
@@ -134,13 +138,13 @@ async def _run_batch(pipeline: InferencePipeline, source: ModelSource) -> str:
     if error is None:
         return f"{len(items)} items in {elapsed_s * 1000:.0f} ms{', made up' if are_guessed else ''}"
     what = describe_with_line(error)
-    if are_guessed and isinstance(error, RejectItem):
-        raise NoItemsError(f"the pipeline rejects the items made up from its input_model ({what})") from error
-    may_be_the_items = are_guessed and not isinstance(error, OutputNotJsonError)
+    may_be_the_items = are_guessed and isinstance(error, _FAULTS_OF_ITEMS)
     if may_be_the_items and not made_up.has_fields:
         raise NoItemsError(
             f"{source.input_model.__name__} declares no fields, and items with a text alone fail: {what}"
         ) from error
+    if may_be_the_items and isinstance(error, RejectItem):
+        raise NoItemsError(f"the pipeline rejects the items made up from its input_model ({what})") from error
     note = f". The items were made up from the types of its input_model; {HOW_TO_GIVE_SAMPLES}"
     raise BatchFailedError(
         f"{source.model_name}: a batch of {len(items)} items failed: {what}{note if may_be_the_items else ''}"

@@ -9,25 +9,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import quote
 
 import anyio
 import typer
 from anyio.abc import TaskGroup
+from pydantic import BaseModel
 
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.cli.common import ConfigFiles, notices, one_of, try_api_keys
 from modalkit.service.cli.stopping import EXIT_BROKEN, Stop, summarize
 from modalkit.service.errors import Readiness
 from modalkit.service.loading import LoadError
-from modalkit.service.local_gateway import LocalGateway
+from modalkit.service.local_gateway import LocalGateway, LocalModel
 from modalkit.service.logs import LogFormat, configure_logging
-from modalkit.service.serving import Server, freeze_gc, inherited_listeners, listening, listening_on_path
+from modalkit.service.made_up_items import MadeUpItems, NoItemsError, make_up_items
+from modalkit.service.serving import Server, inherited_listeners, listening, listening_on_path, tune_interpreter
 from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.tracing import enable_tracing_from_environment
 from modalkit.service.version import VERSION
 from modalkit.service.web.app import configured_app
 from modalkit.service.web.auth import refuse_strangers
 from modalkit.service.web.server import LimitedServer, server_of
+
+SAMPLE_SIZE = 8
+"""Size of the sample items in the commands that are shown."""
+MAX_SHOWN_CHARACTERS = 500
+"""Limit of the characters of an item in them."""
 
 
 def serve(
@@ -178,7 +186,7 @@ async def _announce(
     notices.print(f"modalkit {VERSION} on {shown}: loading {', '.join(gateway.models)} ...")
     started_s = time.perf_counter()
     await gateway.wait_until_settled()
-    freeze_gc()
+    tune_interpreter()
     failed = _failed(gateway)
     if len(failed) == len(gateway.models):
         server.should_exit = True
@@ -194,19 +202,41 @@ async def _announce(
 
 
 def _things_to_try(options: str, url: str, gateway: LocalGateway, settings: Settings) -> str:
+    """Commands that work as they are, with items of the first model that is ready; only the link without any."""
     auth = settings.app_settings.auth_config
     scheme = "Bearer " if auth.auth_header.lower() == "authorization" else ""
     key = f" -H '{auth.auth_header}: {scheme}<your key>'" if auth.asks_for_key else ""
 
+    name, model = next((name, model) for name, model in gateway.models.items() if model.readiness is Readiness.READY)
+    query = "" if name == next(iter(gateway.models)) else f"?model_name={quote(name, safe='')}"
+
     def curl(path: str, body: str) -> str:
-        return f"  curl{options} {url}{path}{key} -d {shlex.quote(body)}"
+        return f"  curl{options} {shlex.quote(f'{url}{path}{query}')}{key} -d {shlex.quote(body)}"
 
     lines = ["", "Try:"]
-    if "text" in next(iter(gateway.models.values())).input_model.model_fields:
+    if items := _items_to_try(model):
         lines += [
-            curl("/sync/predict", '{"text": "What a lovely day!"}'),
-            curl("/batch/predict", '[{"text": "I love it"}, {"text": "It broke after a week"}]'),
-            curl("/async/predict", '{"message": {"text": "Great value for the money"}, "success_queue": "results"}'),
+            curl("/sync/predict", items[0]),
+            curl("/batch/predict", f"[{', '.join(items)}]"),
+            curl("/async/predict", f'{{"message": {items[0]}}}'),
             f"  curl{options}{key} '{url}/jobs/<the job_id>?wait=10'",
         ]
     return "\n".join([*lines, f"  {url}/docs in a browser"])
+
+
+def _items_to_try(model: LocalModel) -> list[str]:
+    """Two valid items in JSON: the author's examples, else sample items, else made-up ones. None if they are long."""
+    found: Sequence[BaseModel] = ()
+    try:
+        made_up = make_up_items(model.input_model, 2)
+    except NoItemsError:
+        made_up = MadeUpItems((), are_guessed=True, has_fields=True)
+    try:
+        if made_up.are_guessed:
+            found = model.ready_worker().pipeline.sample_items(2, SAMPLE_SIZE)
+        items = [item.model_dump_json(exclude_unset=True, by_alias=True) for item in (found or made_up.items)]
+        for item in items:
+            model.input_model.model_validate_json(item)
+    except Exception:  # noqa: BLE001  # of the user's pipeline or model: then there is nothing to show
+        return []
+    return items if max(map(len, items), default=0) <= MAX_SHOWN_CHARACTERS else []

@@ -70,11 +70,10 @@ class _Room:
         """`free_of` each queue that messages are under way to."""
         return {queue: self.free_of(queue) for queue in self._messages_by_queue}
 
-    def count(self, job: Job, sign: int) -> None:
-        """The message of a job is under way (1), or is not any more (-1)."""
-        queue = _queue_of(job)
-        self._messages_by_queue[queue] += sign
-        self._bytes_by_queue[queue] += sign * job.size_bytes
+    def count(self, queue: str, jobs: Sequence[Job], sign: int) -> None:
+        """The messages of jobs to a queue are under way (1), or are not any more (-1)."""
+        self._messages_by_queue[queue] += sign * len(jobs)
+        self._bytes_by_queue[queue] += sign * sum([job.size_bytes for job in jobs])
         if not self._messages_by_queue[queue]:
             del self._messages_by_queue[queue], self._bytes_by_queue[queue]
 
@@ -219,20 +218,17 @@ class Deliverer(AsyncContextManagerMixin):
 
     def _release(self, jobs: Sequence[Job]) -> None:
         """Free the room of jobs. The store may have something due that there was no room for."""
-        for job in jobs:
-            if self._room.free_of(_queue_of(job)) <= 0:
+        for queue, own in _by_queue(jobs).items():
+            if self._room.free_of(queue) <= 0:
                 self._next_poll_at = -math.inf
-            self._room.count(job, -1)
+            self._room.count(queue, own, -1)
         self._change.set()
 
     def _send(self, claimed: Sequence[Job]) -> None:
         """Send the messages of claimed jobs; returns at once."""
-        by_queue: defaultdict[str, list[Job]] = defaultdict(list)
-        for job in claimed:
-            self._room.count(job, 1)
-            by_queue[_queue_of(job)].append(job)
         # A call is for one queue, so that a queue that hangs holds up no message for another one.
-        for jobs in by_queue.values():
+        for queue, jobs in _by_queue(claimed).items():
+            self._room.count(queue, jobs, 1)
             for start in range(0, len(jobs), self._messages_per_call):
                 self._task_group.start_soon(self._attempt, jobs[start : start + self._messages_per_call])
 
@@ -260,7 +256,7 @@ class Deliverer(AsyncContextManagerMixin):
             # Those that are not stored are due again after the next start.
             what = f"The results of {len(records)} deliveries"
             await store_until_closing(what, partial(self._store.record_deliveries, records), self._closing)
-            log_failed_attempts([(_queue_of(job), record) for job, record in attempted])
+            log_failed_attempts([(_queue_of(job), record) for job, record in attempted if record.error is not None])
             due_in_s = [record.due_at - self._clock() for record in records if record.status is DeliveryStatus.PENDING]
             if due_in_s:
                 poll_at = anyio.current_time() + max(0.0, min(due_in_s)) + POLL_MARGIN_S
@@ -277,7 +273,7 @@ _STATES_OF_RESULTS = {
 
 
 def log_failed_attempts(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
-    """Log one line per queue, not per message: a queue that is down fails thousands."""
+    """Log one line per queue, not per message, of those that failed: a queue that is down fails thousands."""
     failed = Counter((queue, record.status) for queue, record in records if record.error is not None)
     last = {(queue, record.status): record for queue, record in records}
     for (queue, status), messages in failed.items():
@@ -290,6 +286,13 @@ def log_failed_attempts(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
             *(record.job_id, record.attempts, record.error),
             extra={"job_id": record.job_id},
         )
+
+
+def _by_queue(jobs: Sequence[Job]) -> dict[str, list[Job]]:
+    by_queue: defaultdict[str, list[Job]] = defaultdict(list)
+    for job in jobs:
+        by_queue[_queue_of(job)].append(job)
+    return by_queue
 
 
 def _queue_of(job: Job) -> str:

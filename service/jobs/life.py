@@ -26,7 +26,7 @@ from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import OutputNotJsonError, RetryableError, ServiceError, describe_error
 from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobEnd, JobRetry, JobStatus, json_text
-from modalkit.service.outputs import output_json
+from modalkit.service.outputs import may_be_refused, output_json
 from modalkit.service.queue_backends import UndeliverableError
 
 LARGEST_RESULT_BYTES = 100 * 2**20
@@ -88,14 +88,10 @@ def new_job(
     `delivers` the job names no queues. Raises `ValueError` for a name with unprintable characters, which not every
     store and queue can keep, and for what cannot be written as JSON or read from it.
     """
-    if isinstance(message, BaseModel):
-        values = message.model_dump(mode="json", by_alias=True, round_trip=True)
-    else:
-        values = to_jsonable_python(message, by_alias=True, round_trip=True)
     job = Job(
         job_id=job_id,
         model_name=model_name,
-        message_json=json_text(values),
+        message_json=_message_json(message),
         success_queue=request.success_queue if delivers else None,
         failure_queue=request.failure_queue if delivers else None,
         meta_json=json_text(request.meta),
@@ -114,6 +110,16 @@ def new_job(
         if not name.isprintable():
             raise ValueError(f"{field} must not hold unprintable characters, got {name!r}; remove them")
     return job
+
+
+def _message_json(message: BaseModel | Mapping[str, Any]) -> str:
+    """A message as JSON; NaN and Infinity are kept. Raises `ValueError`, and what the model's own serializers raise."""
+    if not isinstance(message, BaseModel):
+        return json_text(to_jsonable_python(message, by_alias=True, round_trip=True))
+    content = message.__pydantic_serializer__.to_json(message, by_alias=True, round_trip=True)
+    if b"null" in content or may_be_refused(content):  # null may stand for NaN here
+        return json_text(message.model_dump(mode="json", by_alias=True, round_trip=True))
+    return content.decode()
 
 
 def is_same_request(one: Job, other: Job) -> bool:

@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from typing import Protocol, Self, Unpack
 
 import anyio
@@ -178,17 +179,21 @@ class JobManager(AsyncContextManagerMixin):
         raises, and `JobStoreError` when none was stored.
         When cancelled, jobs may have been stored.
         """
-        if self.check_ready is not None:
-            self.check_ready(model_name)
-        feed = self._feeds.get(model_name)
-        if feed is None:
-            raise NotReadyError(model_name, Readiness.LOADING)
+        feed = self._feed_of(model_name)
+        make = partial(
+            new_job,
+            model_name=model_name,
+            now=self.clock(),
+            traceparent=current_traceparent(),
+            delivers=self._deliverer is not None,
+            **options,
+        )
         entries = list[Job | Exception]()
         for start in range(0, len(requests), NEW_JOBS_AT_ONCE):
             if start:
                 await checkpoint()
             some = requests[start : start + NEW_JOBS_AT_ONCE]
-            entries += [self._new_job(request, model_name, feed.input_model, options) for request in some]
+            entries += [self._new_job(request, feed.input_model, make) for request in some]
         jobs = [entry for entry in entries if isinstance(entry, Job)]
         added = iter(await self.store.add(jobs) if jobs else ())
         if jobs:
@@ -199,24 +204,27 @@ class JobManager(AsyncContextManagerMixin):
             outcomes.append(Success(result) if isinstance(result, str) else Failure(result))
         return outcomes
 
+    def check_accepting(self, model_name: str) -> None:
+        """Raise what `submit` would raise for any job now: `NotReadyError`, and what `check_ready` raises."""
+        self._feed_of(model_name)
+
+    def _feed_of(self, model_name: str) -> JobFeed:
+        if self.check_ready is not None:
+            self.check_ready(model_name)
+        feed = self._feeds.get(model_name)
+        if feed is None:
+            raise NotReadyError(model_name, Readiness.LOADING)
+        return feed
+
     def _new_job(
-        self, request: AsyncInputModel, model_name: str, input_model: type[BaseModel], options: QueueOptions
+        self, request: AsyncInputModel, input_model: type[BaseModel], make: Callable[..., Job]
     ) -> Job | Exception:
         """A job that is not stored yet, or what is wrong with the request."""
         try:
             message = request.message
             item = message if isinstance(message, BaseModel) else validated(input_model, message)
             self._queue_rules.check(request.success_queue, request.failure_queue)
-            return new_job(
-                request,
-                job_id=new_job_id(),
-                model_name=model_name,
-                message=item,
-                now=self.clock(),
-                traceparent=current_traceparent(),
-                delivers=self._deliverer is not None,
-                **options,
-            )
+            return make(request, job_id=new_job_id(), message=item)
         except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything
             return error
 

@@ -20,7 +20,7 @@ from modalkit.service.outputs import may_be_refused
 
 JsonObject = dict[str, Any]
 
-IDS_PER_READ = 256
+IDS_PER_READ = 4096
 _VERSION_AND_VARIANT = 7 << 76 | 2 << 62
 _RANDOM_BITS = ~(0xF << 76 | 0x3 << 62)
 
@@ -215,8 +215,11 @@ class Job:
     @property
     def size_bytes(self) -> int:
         """Bytes of UTF-8 of its longer texts."""
-        texts = (self.message_json, self.meta_json, self.result_json, self.error, self.delivery_error)
-        return sum(len(text) if text.isascii() else len(text.encode()) for text in texts if text)
+        size_bytes = 0
+        for text in (self.message_json, self.meta_json, self.result_json, self.error, self.delivery_error):
+            if text:
+                size_bytes += len(text) if text.isascii() else len(text.encode())
+        return size_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, cast
 
 from pydantic_core import from_json, to_json
@@ -29,7 +30,7 @@ QUEUES_PER_VISIT = 1000
 OWNERS_PER_CLAIM = 1000
 
 _STATUS, _CREATED_AT, _STARTED_AT = map(COLUMNS.index, ("status", "created_at", "started_at"))
-_ROWS_PER_STATEMENT = (1024, 256, 64, 16, 4, 1)  # few sizes, so that the statements stay prepared
+_ROWS_PER_STATEMENT = (1024, 256, 64, 32, 16, 8, 4, 2, 1)  # few sizes, so that the statements stay prepared
 
 
 class JobTable:
@@ -351,15 +352,20 @@ class JobTable:
         for count in _ROWS_PER_STATEMENT:
             while len(rows) - start >= count:
                 values = [value for row in rows[start : start + count] for value in row]
-                placeholders = f"({', '.join('?' * len(rows[0]))})"
-                sql = statement.format(rows=", ".join([placeholders] * count))
-                changed += self._database.execute(sql, values).rowcount
+                changed += self._database.execute(_with_rows(statement, len(rows[0]), count), values).rowcount
                 start += count
         return changed
 
     def _move(self, before: JobStatus | DeliveryStatus, after: JobStatus | DeliveryStatus, jobs: int) -> None:
         self.counts[before] -= jobs
         self.counts[after] += jobs
+
+
+@cache  # of few statements, with few counts of rows
+def _with_rows(statement: str, columns: int, count: int) -> str:
+    """A statement with the placeholders of its `{rows}`."""
+    placeholders = f"({', '.join('?' * columns)})"
+    return statement.format(rows=", ".join([placeholders] * count))
 
 
 def _json(values: Sequence[object]) -> str:

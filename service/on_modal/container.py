@@ -27,7 +27,7 @@ from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.engine import open_metrics, open_records, takes_one_input_at_a_time
 from modalkit.service.pipeline_batches import is_device_fault
 from modalkit.service.queue_backends import QueueBackend
-from modalkit.service.serving import freeze_gc
+from modalkit.service.serving import tune_interpreter
 from modalkit.service.tracing import enable_tracing_from_environment
 from modalkit.service.web.metrics import of_this_process, text_of
 from modalkit.service.worker import InferenceWorker
@@ -134,7 +134,7 @@ class Container:
         """Start the worker: warm up, learn costs. Raises what the pipeline raises."""
         await self._lifetime.start()
         if not modal.is_local():
-            freeze_gc()
+            tune_interpreter()
 
     async def stop(self, used_s: float = 0.0) -> None:
         """Finish what was accepted, within the grace that Modal gives, of which `used_s` seconds are gone."""

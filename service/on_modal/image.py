@@ -200,7 +200,8 @@ def _source(entry: ModelEntry, settings: Settings, folder: Path, elsewhere: Iter
             return LocalPath(local, remote, is_folder=True, ignore=_NOT_THE_MODEL)
     module, _, name = entry.pipeline.partition(":")
     loads_from_the_hub = _LOAD_FROM_THE_HUB.get(current_name(module, folder)) == name
-    is_on_the_hub = loads_from_the_hub and _HUB_NAME.fullmatch(path) is not None
+    has_owner = "/" in path or revision is not None  # without, a folder is meant
+    is_on_the_hub = loads_from_the_hub and has_owner and _HUB_NAME.fullmatch(path) is not None
     if not is_on_the_hub or _hub_cache_is_mounted(settings.app_settings.build_config.env, elsewhere):
         return None
     return shlex.join(["hf", "download", path, *([] if revision is None else ["--revision", str(revision)])])

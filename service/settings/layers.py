@@ -1,5 +1,6 @@
 """Layers of settings: YAML files, then `MODALKIT_…` variables over them, merged before anything is validated."""
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from modalkit.service.settings.problems import Problem, SettingsError, unknown_k
 from modalkit.service.settings.schema import KeyPath, below, is_structured, kinds, known_paths, section_in, suggestion
 from modalkit.service.settings.section import Section
 from modalkit.service.settings.yaml_text import describe_yaml_error, parse_yaml
+
+logger = logging.getLogger(__name__)
 
 API_KEY_VARIABLE = "MODALKIT_API_KEY"
 CONFIG_VARIABLE = "MODALKIT_CONFIG"
@@ -121,14 +124,27 @@ def read_files(
 ) -> Iterator[Layer]:
     """A layer for each file, in order: those given, else those in `MODALKIT_CONFIG`, else `modalkit.yaml` if it exists.
 
-    Raises SettingsError for a file that is missing, cannot be read or is not a YAML mapping.
+    Raises SettingsError for a file that is missing, cannot be read or is not a YAML mapping, and for one such as
+    `modalkit.yml` in place of `modalkit.yaml`.
     """
     if config_files is not None:
         yield from (_read_file(root, Path(file), "") for file in config_files)
     elif names := [name.strip() for name in environ.get(CONFIG_VARIABLE, "").split(",") if name.strip()]:
         yield from (_read_file(root, Path(name), f", named in {CONFIG_VARIABLE}") for name in names)
-    elif DEFAULT_FILE.exists():
-        yield _read_file(root, DEFAULT_FILE, "")
+    else:
+        others = [f"{file}" for file in sorted(Path().glob("*.*")) if _is_mistaken(file)]
+        if DEFAULT_FILE.exists():
+            yield _read_file(root, DEFAULT_FILE, "")
+            if others:
+                logger.warning("%s: not read, because there is %s; remove it", ", ".join(others), DEFAULT_FILE)
+        elif others:
+            raise _file_error(Path(others[0]), f"is not read: rename it to {DEFAULT_FILE}, or name it by --config")
+
+
+def _is_mistaken(file: Path) -> bool:
+    """Whether a file has the name of the default one in other letters or with another ending."""
+    is_alike = file.stem.lower() == DEFAULT_FILE.stem and file.suffix.lower() in (".yaml", ".yml", ".json")
+    return is_alike and file.is_file() and not (DEFAULT_FILE.exists() and file.samefile(DEFAULT_FILE))
 
 
 def read_variables(root: type[Section], environ: Mapping[str, str]) -> Layer:

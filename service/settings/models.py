@@ -86,6 +86,8 @@ class AuthConfig(Section):
     """The request header that carries the key; `authorization` expects `Bearer <key>`."""
     keys: dict[KeyName, KeyConfig] = {}
     """Further keys by name. Jobs belong to the name of the key that made them; other keys do not see them."""
+    max_wrong_keys_per_minute: Count | None = 60
+    """Wrong keys from one address in a minute; further ones get HTTP 429, after a second; null: no limit."""
     open_metrics: bool = True
     """Whether `/metrics` needs no key; false: a key with the scope `metrics`."""
     insecure: bool = False
@@ -130,7 +132,7 @@ class BatchConfig(Section):
     """Maximum tokens in one batch, padding included, which limits its memory; null sets no limit."""
     max_batch_seconds: Duration | None = _LIMITS.max_batch_s
     """Maximum predicted seconds of one batch, which limits how long requests wait behind it; null sets no limit."""
-    max_in_flight: Count | None = None
+    max_in_flight: Annotated[Count, Field(le=1024)] | None = None
     """Batches of a model that run at once; null: as many as its pipeline says, which is 1 unless its class has more."""
     max_queue_size: Count = _LIMITS.max_queue_items
     """Maximum waiting requests; further ones are refused (HTTP 429)."""

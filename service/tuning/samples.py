@@ -1,5 +1,6 @@
 """The items for measuring a pipeline: made up by the pipeline, or the user's own."""
 
+import math
 from collections.abc import Sequence
 
 from pydantic import BaseModel
@@ -48,7 +49,7 @@ class OwnSamples:
 
     def __init__(self, pipeline: InferencePipeline, items: Sequence[BaseModel]) -> None:
         try:
-            sized = sorted(((pipeline.item_size(item), item) for item in items), key=lambda pair: pair[0])
+            sized = sorted(((math.ceil(pipeline.item_size(item)), item) for item in items), key=lambda pair: pair[0])
         except Exception as error:
             raise TuningError(
                 f"{type(pipeline).__name__}.item_size failed for an item of --samples: {describe_with_line(error)}"

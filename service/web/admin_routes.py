@@ -5,11 +5,12 @@ from http import HTTPStatus
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Request
-from pydantic_core import from_json
+from pydantic import RootModel
 
 from modalkit.service.gateway import Gateway, ModelAdministration, find_model
-from modalkit.service.web.admission import read_body
+from modalkit.service.settings import BatchConfig
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, ModelView
+from modalkit.service.web.bodies import read_as
 from modalkit.service.web.options import check_query
 from modalkit.service.web.problems import ProblemError
 
@@ -21,7 +22,17 @@ NEEDS_KEY = (
     "SIGHUP, which reloads its models"
 )
 
-_LIMITS_SCHEMA = {"type": "object", "examples": [{"max_batch_size": 64}]}
+
+def _limits_schema() -> dict[str, Any]:
+    """What may be sent as limits: what is left out stays as it is, so there are no defaults."""
+    fields: dict[str, dict[str, Any]] = BatchConfig.model_json_schema()["properties"]
+    del fields["calibration"]
+    properties = {
+        name: {key: value for key, value in field.items() if key != "default"} for name, field in fields.items()
+    }
+    example = {"max_batch_size": 64}
+    return {"type": "object", "properties": properties, "additionalProperties": False, "examples": [example]}
+
 
 ModelName = Annotated[str, Path(description="A model's name in the configuration.")]
 
@@ -73,25 +84,14 @@ def make_admin_router(gateway: Gateway, dependencies: Sequence[Any]) -> APIRoute
         "/models/{name:path}",
         summary="Change the limits of a model's batches",
         description="Keys of `batch_config`, except `calibration`; they hold until the model is reloaded or started.",
-        openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": _LIMITS_SCHEMA}}}},
+        openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": _limits_schema()}}}},
     )
     async def change_limits(request: Request, name: ModelName) -> ModelView:
-        await administration().set_limits(name, _limits(await read_body(request)))
+        limits = await read_as(RootModel[dict[str, Any]], request)
+        await administration().set_limits(name, limits.root)
         return view(name)
 
     return router
-
-
-def _limits(body: bytes) -> dict[str, Any]:
-    try:
-        limits = from_json(body)
-    except ValueError as error:
-        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"the body is no JSON: {error}") from None
-    if not isinstance(limits, dict):
-        raise ProblemError(
-            HTTPStatus.UNPROCESSABLE_ENTITY, 'the body must be a JSON object, as in {"max_batch_size": 64}'
-        )
-    return limits
 
 
 async def _refuse() -> None:

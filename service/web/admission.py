@@ -3,13 +3,12 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import TypeVar
 
 import anyio
 from fastapi import Request
-from starlette.requests import ClientDisconnect
 
 from modalkit.batching import QueueFullError
 from modalkit.service.settings import RequestConfig
@@ -98,30 +97,39 @@ class Reception:
         self._held_bytes = 0
         request.scope[_RECEPTION] = self
 
+    @property
+    def limits(self) -> RequestConfig:
+        """The limits that hold for it."""
+        return self._admission.limits
+
     def release(self) -> None:
         """Hold nothing any more."""
-        self._admission.held_bytes -= self._held_bytes
-        self._held_bytes = 0
+        if self._held_bytes:
+            self._admission.held_bytes -= self._held_bytes
+            self._held_bytes = 0
 
     async def read(self, request: Request) -> bytes:
         """The whole body; see `read_body`."""
         declared = request.headers.get("content-length", "0")
         size_bytes = int(declared) if declared.isdecimal() else 0
         self._check(size_bytes)
-        chunks, size_bytes = [], 0
-        try:
-            async for chunk in request.stream():
-                size_bytes += len(chunk)
-                self._check(size_bytes)
-                if size_bytes > FREE_BYTES:
-                    self._admission.held_bytes += size_bytes - FREE_BYTES - self._held_bytes
-                    self._held_bytes = size_bytes - FREE_BYTES
-                chunks.append(chunk)
-        except ClientDisconnect:
-            self._admission.cut_bodies += 1
-            logger.debug("%s: the client disconnected after %d bytes of the body", request.scope["path"], size_bytes)
-            raise ProblemError(HTTPStatus.BAD_REQUEST, "the client disconnected before the end of the body") from None
-        body = b"".join(chunks)
+        chunks, size_bytes, more = list[bytes](), 0, True
+        while more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                self._admission.cut_bodies += 1
+                logger.debug(
+                    "%s: the client disconnected after %d bytes of the body", request.scope["path"], size_bytes
+                )
+                raise ProblemError(HTTPStatus.BAD_REQUEST, "the client disconnected before the end of the body")
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            size_bytes += len(chunk)
+            self._check(size_bytes)
+            if size_bytes > FREE_BYTES:
+                self._admission.held_bytes += size_bytes - FREE_BYTES - self._held_bytes
+                self._held_bytes = size_bytes - FREE_BYTES
+            chunks.append(chunk)
+        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
         if size_bytes > FREE_BYTES:
             async with (
                 self._admission.turn
@@ -149,14 +157,20 @@ class Reception:
             )
 
 
-async def read_body(request: Request) -> bytes:
-    """The whole body. That of a request without a `Reception` is held by no `Admission`.
+def read_body(request: Request) -> Awaitable[bytes]:
+    """Read the whole body. That of a request without a `Reception` is held by no `Admission`.
 
     Raises `ProblemError` for a body that is too large, alone or together with those of other requests, and if the
     client leaves before its end.
     """
     reception: Reception = request.scope.get(_RECEPTION) or Reception(Admission(), request)
-    return await reception.read(request)
+    return reception.read(request)
+
+
+def limits_of(request: Request) -> RequestConfig:
+    """The limits that hold for a request."""
+    reception: Reception | None = request.scope.get(_RECEPTION)
+    return RequestConfig() if reception is None else reception.limits
 
 
 def _refused(status: HTTPStatus, detail: str, **headers: str) -> ProblemError:

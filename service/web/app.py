@@ -93,6 +93,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,  # /jobs/ is no other name of /jobs: a client without its id would reach all jobs
         generate_unique_id_function=lambda route: route.name,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # `RequestObserver` has all of it
     )
     admission = Admission(limits)
     routes = PostRoutes(app, keys, admission)
@@ -191,7 +192,8 @@ def _complete_schema(app: FastAPI, model_names: Sequence[str]) -> None:
             for method, operation in operations.items():
                 for parameter in operation.get("parameters", ()):
                     _complete_parameter(parameter)
-                    if parameter["name"] == "model_name" and method == "post":
+                    # A filter of jobs may name a model that is configured no more.
+                    if parameter["name"] == "name" or (parameter["name"] == "model_name" and method == "post"):
                         parameter["schema"]["enum"] = model_names
         sync, batch, submit = (schema["paths"][f"/{path}/predict"]["post"] for path in ("sync", "batch", "async"))
         for streams in (sync, *(schema["paths"][path]["get"] for path in ("/jobs/events", "/jobs/{job_id}/events"))):

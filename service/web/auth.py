@@ -3,11 +3,13 @@
 import hashlib
 import hmac
 import ipaddress
+import logging
 import math
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,13 @@ from modalkit.service.web.ssm_key import SsmKey, key_digest
 AUTH = "app_settings.auth_config"
 BURST_S = 1.0
 """Seconds of a rate that may be used at once."""
+MAX_ADDRESSES = 10_000
+"""Client addresses whose wrong keys are counted."""
+WRONG_KEY_DELAY_S = 1.0
+"""Seconds after which a wrong key is answered, if its address has sent too many of them."""
 _CALLER = "modalkit_caller"
+
+logger = logging.getLogger(__name__)
 
 
 class Rate:
@@ -50,6 +58,35 @@ class Rate:
         """Count what is done."""
         if self._seconds_each:
             self._used_until = max(self._used_until, self._clock()) + count * self._seconds_each
+
+
+class WrongKeys:
+    """How many wrong keys each client address sends in a minute; `per_minute` of them are allowed, None is no limit.
+
+    Where there are very many addresses, some are counted together. Of IPv6, a network of 64 bits is one address.
+    """
+
+    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_minute = math.inf if per_minute is None else per_minute
+        self._clock = clock
+        self._counts = Counter[str]()
+        self._until_s = -math.inf
+
+    def add(self, address: str) -> float:
+        """Count a wrong key; returns the seconds for which the address may send no more, 0 if it may."""
+        with suppress(ValueError):  # for what is no address of IPv6
+            address = str(ipaddress.IPv6Network((address, 64), strict=False))
+        now = self._clock()
+        if now >= self._until_s:
+            self._counts.clear()
+            self._until_s = now + 60.0
+        if address not in self._counts and len(self._counts) >= MAX_ADDRESSES:
+            address = "other addresses"
+        self._counts[address] += 1
+        excess = self._counts[address] - self._per_minute
+        if excess == 1:
+            logger.warning("More than %d wrong API keys came from %s within a minute", self._per_minute, address)
+        return self._until_s - now if excess > 0 else 0.0
 
 
 class Caller:
@@ -81,7 +118,7 @@ class Caller:
     def enter(self) -> None:
         """Count a request that begins; `leave` has to follow. Raises `ProblemError` for one that exceeds a limit."""
         if self._in_flight >= self._max_in_flight:
-            raise _too_many(f"{self._max_in_flight} requests in flight", 1.0)
+            raise _over_limit(f"{self._max_in_flight} requests in flight", 1.0)
         _check_rate(self._requests, "requests per second")
         self._requests.take(1)
         self._in_flight += 1
@@ -91,7 +128,7 @@ class Caller:
         self._in_flight -= 1
 
     def take_items(self, count: int) -> None:
-        """Count items or jobs that are submitted. Raises `ProblemError` where they come too fast."""
+        """Count items or jobs that are submitted; 0 only checks. Raises `ProblemError` where they come too fast."""
         _check_rate(self._items, "items per second")
         self._items.take(count)
 
@@ -104,14 +141,16 @@ class Caller:
 
 def _check_rate(rate: Rate, what: str) -> None:
     if delay_s := rate.delay_s():
-        raise _too_many(what, delay_s)
+        raise _over_limit(what, delay_s)
 
 
-def _too_many(what: str, delay_s: float) -> ProblemError:
-    retry_after = {"Retry-After": str(math.ceil(delay_s))}
-    return ProblemError(
-        HTTPStatus.TOO_MANY_REQUESTS, f"this API key has reached its limit of {what}; retry later", headers=retry_after
-    )
+def _over_limit(what: str, delay_s: float) -> ProblemError:
+    return _too_many(f"this API key has reached its limit of {what}", delay_s)
+
+
+def _too_many(why: str, delay_s: float) -> ProblemError:
+    headers = {"Retry-After": str(math.ceil(delay_s))}
+    return ProblemError(HTTPStatus.TOO_MANY_REQUESTS, f"{why}; retry later", headers=headers)
 
 
 ANYONE = Caller("", None)
@@ -140,12 +179,17 @@ class ApiKeys:
     """
 
     def __init__(
-        self, header: str, callers: Mapping[bytes, Caller], in_ssm: Iterable[tuple[SsmKey, Caller]] = ()
+        self,
+        header: str,
+        callers: Mapping[bytes, Caller],
+        in_ssm: Iterable[tuple[SsmKey, Caller]] = (),
+        max_wrong_per_minute: int | None = None,
     ) -> None:
         self._header = header
         self._is_bearer = header.lower() == "authorization"
         self._callers = callers
         self._in_ssm = tuple(in_ssm)
+        self._wrong = WrongKeys(max_wrong_per_minute)
         self.are_asked_for = bool(self._callers or self._in_ssm)
 
     @asynccontextmanager
@@ -205,6 +249,9 @@ class ApiKeys:
                 caller = self._find_in_ssm(digest)
             if caller is not None:
                 return caller
+            if delay_s := self._wrong.add(request.client.host if request.client else ""):
+                await anyio.sleep(WRONG_KEY_DELAY_S)
+                raise _too_many("this address has sent too many wrong API keys", delay_s)
         problem = "the API key is wrong" if key else "the API key is missing"
         form = "Authorization: Bearer <key>" if self._is_bearer else f"{self._header}: <key>"
         detail = f"{problem}: send it as the header '{form}'"
@@ -247,7 +294,7 @@ def configured_keys(config: AuthConfig) -> ApiKeys:
         if digest in callers:
             raise LoadError(f"{setting}: another name has the same key; give each name a key of its own")
         callers[digest] = caller
-    return ApiKeys(config.auth_header, callers, in_ssm)
+    return ApiKeys(config.auth_header, callers, in_ssm, config.max_wrong_keys_per_minute)
 
 
 def _text_of(secret: SecretStr | None) -> str:

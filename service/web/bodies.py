@@ -20,7 +20,7 @@ from pydantic_core import to_json
 from modalkit.batching import Failure
 from modalkit.pipelines import AsyncInputModel, SyncInputModel
 from modalkit.service.settings import RequestConfig
-from modalkit.service.web.admission import Admission
+from modalkit.service.web.admission import Admission, limits_of, read_body
 from modalkit.service.web.problems import ProblemError, invalid
 
 SLICE_BYTES = 2**16
@@ -84,21 +84,18 @@ class BodyParser:
 
     async def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
         """The jobs of a list. Raises `ProblemError` if it is no list."""
-        jobs = await self._list(self._jobs, self._job_of, body)
+        return await self._admission.map(_checked_job, await self._list(self._jobs, self._job_of, body))
 
-        def checked(job: AsyncInputModel | Failure) -> AsyncInputModel | Failure:
-            return job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job))
-
-        return await self._admission.map(checked, jobs)
-
-    def item_lines(self, lines: Sequence[bytes]) -> Sequence[BaseModel | Failure]:
+    async def item_lines(self, lines: Sequence[bytes]) -> Sequence[BaseModel | Failure]:
         """The item of each line of a stream, or what is wrong with the line."""
-        return _parse_lines(self._item, partial(self.item, what="line"), lines)
+        async with self._admission.turn:
+            return _parse_lines(self._item, partial(self.item, what="line"), lines)
 
-    def job_lines(self, lines: Sequence[bytes]) -> Sequence[AsyncInputModel | Failure]:
+    async def job_lines(self, lines: Sequence[bytes]) -> Sequence[AsyncInputModel | Failure]:
         """The job that each line of a stream asks for, or what is wrong with the line."""
-        jobs = _parse_lines(self._job, partial(self.job, what="line"), lines)
-        return [job if isinstance(job, Failure) else _or_failure(partial(_checked_meta, job)) for job in jobs]
+        async with self._admission.turn:
+            jobs = _parse_lines(self._job, partial(self.job, what="line"), lines)
+        return list(map(_checked_job, jobs))
 
     def _item_of(self, body: bytes, what: str = "body", *, explain: bool) -> BaseModel:
         _check_item(body, self._admission.limits)
@@ -110,7 +107,10 @@ class BodyParser:
     def _job_of(self, body: bytes, what: str = "body", *, explain: bool) -> AsyncInputModel:
         _check_item(body, self._admission.limits)
         _check_keys(body, what)
-        return _checked_meta(_parse(self._job, body, what, explain=explain))
+        job = _checked_job(_parse(self._job, body, what, explain=explain))
+        if isinstance(job, Failure):
+            raise job.error
+        return job
 
     async def _list(
         self, adapter: TypeAdapter[list[Model]], parse: Callable[..., Model], body: bytes
@@ -155,8 +155,10 @@ class BodyParser:
             found += await self._admission.map(parse_one, values)
 
 
-def parse(model: type[Model], body: bytes) -> Model:
-    """A body as an instance of `model`. Raises `ProblemError`."""
+async def read_as(model: type[Model], request: Request) -> Model:
+    """The whole body as an instance of `model`; it may be as large as one item. Raises `ProblemError`."""
+    body = await read_body(request)
+    _check_item(body, limits_of(request))
     _check_keys(body)
     return _parse(model, body)
 
@@ -205,8 +207,9 @@ def _parts_of(body: bytes, limits: RequestConfig) -> Iterator[bytes]:
 
 
 def _check_item(body: bytes, limits: RequestConfig) -> None:
-    marks = sum(map(body.count, (b",", b"[", b"{"))) if len(body) > limits.max_item_values else 0
-    _check_size(len(body), marks, limits)
+    if len(body) > min(limits.max_item_bytes, limits.max_item_values):
+        _check_size(len(body), 0, limits)  # first, because counting takes long for a large body
+        _check_size(len(body), sum(map(body.count, (b",", b"[", b"{"))), limits)
 
 
 def _check_size(size_bytes: int, marks: int, limits: RequestConfig) -> None:
@@ -270,6 +273,8 @@ _JSON = json.JSONDecoder(object_pairs_hook=_check_object, parse_int=str, parse_f
 
 def _check_keys(body: bytes, what: str = "body") -> None:
     """Raise `ProblemError` for a key that one object has twice."""
+    if body.count(b":") < 2:
+        return
     try:
         _JSON.decode(body.decode())
     except _RefusedJSONError as error:
@@ -278,22 +283,24 @@ def _check_keys(body: bytes, what: str = "body") -> None:
         return  # pydantic says what is wrong
 
 
-def _checked_meta(job: AsyncInputModel) -> AsyncInputModel:
-    """The job. Raises `ProblemError` for NaN or 1e999 in its `meta`, which could not be returned unchanged."""
-    if job.meta:
-        try:
+def _checked_job(job: AsyncInputModel | Failure) -> AsyncInputModel | Failure:
+    """The job, or what is wrong with its `meta`: NaN or 1e999, which could not be returned unchanged."""
+    if isinstance(job, Failure) or not job.meta:
+        return job
+    content = to_json(job.meta)
+    try:
+        if b"NaN" in content or b"Infinity" in content:  # as a number, or in a text
             _STRICT_JSON.encode(job.meta)
-        except ValueError:
-            raise ProblemError(
-                HTTPStatus.UNPROCESSABLE_ENTITY,
-                "meta: must not hold NaN, Infinity or a number above 1.8e308; send null",
-            ) from None
+    except ValueError:
+        detail = "meta: must not hold NaN, Infinity or a number above 1.8e308; send null"
+        return Failure(ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail))
     return job
 
 
 def _parse(model: type[Model], body: bytes, what: str = "body", *, explain: bool = True) -> Model:
     try:
-        return model.model_validate_json(body)
+        # As `model_validate_json`, which checks its arguments first.
+        parsed: Model = model.__pydantic_validator__.validate_json(body)
     except ValidationError as error:
         if not explain:
             detail = (
@@ -310,3 +317,4 @@ def _parse(model: type[Model], body: bytes, what: str = "body", *, explain: bool
                 reason = "it begins with a byte order mark; send UTF-8 without one"
             raise ProblemError(HTTPStatus.BAD_REQUEST, f"the {what} is not JSON: {reason}") from error
         raise invalid(findings[:MAX_SHOWN], model) from error
+    return parsed

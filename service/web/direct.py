@@ -1,11 +1,25 @@
 """A short way for requests that come by the thousand, past FastAPI's middleware."""
 
-from collections.abc import Collection
-from typing import Any
+import asyncio
+from collections.abc import Awaitable, Collection
+from functools import cache
+from http import HTTPStatus
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
+from fastapi.responses import Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from modalkit.service.web.answers import JSON
+from modalkit.service.web.problems import ProblemError
+
+T = TypeVar("T")
+
+WATCH_INTERVAL_S = 0.1
+"""Seconds between two looks at the requests that wait; at the second one, a connection is watched."""
+
+_CONTENT_TYPE = (b"content-type", JSON.encode())
 
 
 def put_outside(app: FastAPI, own: Collection[object]) -> None:
@@ -33,19 +47,24 @@ class DirectHeaders(Headers):
     """Headers that are looked up instead of searched; the first one of a name counts."""
 
     def __init__(self, scope: Scope) -> None:
-        super().__init__(scope=scope)
-        self._first = dict(reversed(self.raw))
+        self._list = scope["headers"]
+        self._first = dict(reversed(self._list))
 
     def get(self, key: str, default: Any = None) -> Any:
         """The header, or `default`."""
-        value = self._first.get(key.lower().encode("latin-1"))
+        value = self._first.get(_encoded(key))
         return default if value is None else value.decode("latin-1")
 
     def __getitem__(self, key: str) -> str:
-        return self._first[key.lower().encode("latin-1")].decode("latin-1")
+        return self._first[_encoded(key)].decode("latin-1")
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and key.lower().encode("latin-1") in self._first
+        return isinstance(key, str) and _encoded(key) in self._first
+
+
+@cache  # the names that the code asks for
+def _encoded(name: str) -> bytes:
+    return name.lower().encode("latin-1")
 
 
 class DirectRequest(Request):
@@ -54,3 +73,87 @@ class DirectRequest(Request):
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         super().__init__(scope, receive, send)
         self._headers = DirectHeaders(scope)  # where Starlette keeps what it makes of them
+
+
+class DirectResponse(Response):
+    """An answer in JSON, made in a third of the time."""
+
+    def __init__(
+        self, content: bytes, status: int = HTTPStatus.OK, headers: Collection[tuple[bytes, bytes]] = ()
+    ) -> None:
+        self.body = content
+        self.status_code = status
+        self.background = None
+        self.raw_headers = [_CONTENT_TYPE, (b"content-length", b"%d" % len(content)), *headers]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's signature
+        """Answer, as an ASGI application does."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
+class _Call:
+    """A task that awaits something for a request."""
+
+    __slots__ = ("has_gone", "is_old", "receive", "task", "watch")
+
+    def __init__(self, receive: Receive, task: asyncio.Task[Any] | None) -> None:
+        self.receive = receive
+        self.task = task
+        self.is_old = self.has_gone = False
+        self.watch: asyncio.Task[None] | None = None
+
+    async def cancel_when_disconnected(self) -> None:
+        # The body has been read, so the only message that can come is the disconnection.
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+        if self.task is not None:
+            self.has_gone = True
+            self.task.cancel()
+
+
+class _Calls(dict[_Call, None]):
+    """The calls of one event loop. One timer for all of them finds those that take long, whose connections are watched.
+
+    A timer, or a task, for each call would cost a twentieth, or a fifth, of the time of a request.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.is_looking = False
+
+    def look(self) -> None:
+        """Watch the connections of the calls that waited at the last look, too; and look again while any waits."""
+        for call in self:
+            if call.is_old and call.watch is None:
+                call.watch = self.loop.create_task(call.cancel_when_disconnected())
+            call.is_old = True
+        self.is_looking = bool(self)
+        if self.is_looking:
+            self.loop.call_later(WATCH_INTERVAL_S, self.look)
+
+
+_calls: _Calls | None = None
+
+
+async def while_connected(request: Request, awaitable: Awaitable[T]) -> T:
+    """Await something; cancel it when the client disconnects, so that its item leaves the queue."""
+    global _calls  # noqa: PLW0603  # those of the event loop that was last used
+    calls, loop = _calls, asyncio.get_running_loop()
+    if calls is None or calls.loop is not loop:
+        calls = _calls = _Calls(loop)
+    call = _Call(request.receive, task := asyncio.current_task())
+    calls[call] = None
+    if not calls.is_looking:
+        calls.look()
+    try:
+        return await awaitable
+    except asyncio.CancelledError:
+        # A cancel scope would do the same, at several times the cost for each request that nothing disturbs.
+        if not call.has_gone or task is None or task.uncancel():
+            raise
+    finally:
+        del calls[call]
+        if call.watch is not None:
+            call.watch.cancel()
+    raise ProblemError(HTTPStatus.REQUEST_TIMEOUT, "the client has gone")

@@ -14,10 +14,10 @@ from modalkit.service.gateway import JobAdministration, Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
 from modalkit.service.web.answers import PROBLEM_ANSWERS, JobDetails, JobPageView, JobView, Purged, Replayed
 from modalkit.service.web.auth import caller_of
+from modalkit.service.web.direct import while_connected
 from modalkit.service.web.events import EventStream, JobEvents
 from modalkit.service.web.options import check_query
 from modalkit.service.web.problems import ProblemError
-from modalkit.service.web.routes import while_connected
 
 MAX_WAIT_S = 300.0
 MAX_WATCHED_JOBS = 100

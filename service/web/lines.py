@@ -74,9 +74,11 @@ async def lines_of(chunks: AsyncIterable[bytes], max_bytes: int = MAX_LINE_BYTES
         yield [Line(number + 1, rest)]
 
 
-def parsed(lines: Sequence[Line], parse: Callable[[Sequence[bytes]], Sequence[T | Failure]]) -> Sequence[T | Failure]:
+async def parsed(
+    lines: Sequence[Line], parse: Callable[[Sequence[bytes]], Awaitable[Sequence[T | Failure]]]
+) -> Sequence[T | Failure]:
     """What `parse` makes of the content of each line; a line that is too large has a `Failure`."""
-    found = iter(parse([line.content for line in lines if line.content is not None]))
+    found = iter(await parse([line.content for line in lines if line.content is not None]))
     return [Failure(_TOO_LARGE) if line.content is None else next(found) for line in lines]
 
 

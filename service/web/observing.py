@@ -49,7 +49,9 @@ class RequestObserver:
                 traceparent = checked_traceparent(value.decode("latin-1"))
         request_id = given_id or f"{_PREFIX}-{next(_NUMBERS):x}"
         id_header = (b"x-request-id", request_id.encode())
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # mounted applications change the scope
+        path, root_path = scope["path"], scope.get("root_path", "")  # mounted applications change the scope
+        if root_path:
+            path = path.removeprefix(root_path)
         status = 0
 
         def observe(message: Message) -> Awaitable[None]:

@@ -41,7 +41,7 @@ PreferHeader = Annotated[
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each request
 class PredictionOptions:
     """The options of a request that waits for its result."""
 
@@ -59,14 +59,14 @@ class PredictionOptions:
         return {"priority": self.priority, "timeout_s": self.timeout_s, "owner": owner}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each request
 class SyncOptions(PredictionOptions):
     """The options of ``/sync/predict``, for its documentation; `prefers_async` reads the preference."""
 
     prefer: PreferHeader = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each request
 class StreamOptions(PredictionOptions):
     """The options of a request whose items may come as a stream."""
 
@@ -80,7 +80,7 @@ class StreamOptions(PredictionOptions):
         return cls(model_name, _priority(request, default), _timeout_s(request), _ordered(request))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for each request
 class SubmissionOptions:
     """The options of a request that submits jobs."""
 
@@ -151,7 +151,9 @@ def _ordered(request: Request) -> bool:
 
 
 def _priority(request: Request, default: Priority) -> Priority:
-    value = request.headers.get("x-priority", default)
+    value = request.headers.get("x-priority")
+    if value is None:
+        return default
     try:
         return Priority(value)
     except ValueError:

@@ -70,7 +70,7 @@ class PredictionStream:
         """Start the items of lines, as many as there is room for in this stream and in the model's queue."""
         await self._caller.wait_for_items(len(lines))
         sizes = [len(line.content or b"") for line in lines]
-        asked = list(zip(parsed(lines, self._parser.item_lines), sizes, strict=True))
+        asked = list(zip(await parsed(lines, self._parser.item_lines), sizes, strict=True))
         together = len(asked)
         while asked:
             # Many at a time, because waking up for each batch costs more than the items.

@@ -109,7 +109,8 @@ def _type_of_kind(kind: type[Exception]) -> str:
     return re.sub("(?<=[a-z])(?=[A-Z])", "-", kind.__name__.removesuffix("Error")).lower()
 
 
-PROBLEM_TYPES = frozenset((*_TYPE_OF_STATUS.values(), *map(_type_of_kind, _STATUS_OF), PIPELINE_ERROR))
+_TYPE_OF_KIND = {kind: _type_of_kind(kind) for kind in _STATUS_OF}
+PROBLEM_TYPES = frozenset((*_TYPE_OF_STATUS.values(), *_TYPE_OF_KIND.values(), PIPELINE_ERROR))
 """The types of all problems, without `TYPE_PREFIX`."""
 
 
@@ -150,17 +151,18 @@ def _kind_of(error: Exception) -> type[Exception] | None:
 def error_response(error: Exception) -> Response:
     """The answer to a request that failed, of the media type ``application/problem+json``."""
     problem = as_problem(error)
-    return Response(to_json(_content(error), inf_nan_mode="null"), problem.status, problem.headers, PROBLEM_JSON)
+    return Response(to_json(_content(problem), inf_nan_mode="null"), problem.status, problem.headers, PROBLEM_JSON)
 
 
 def problem_json(error: Exception) -> bytes:
     """The problem details of an error, in JSON."""
-    return to_json(_content(error), inf_nan_mode="null")
+    return to_json(_content(as_problem(error)), inf_nan_mode="null")
 
 
 def slot_json(error: Exception) -> bytes:
     """The answer to one of several items, in JSON, with the problem details that it would have as a request."""
-    slot = {"status": "error", "error": as_problem(error).detail, "problem": _content(error)}
+    problem = as_problem(error)
+    slot = {"status": "error", "error": problem.detail, "problem": _content(problem)}
     return to_json(slot, inf_nan_mode="null")
 
 
@@ -175,12 +177,11 @@ def as_problem(error: Exception) -> ProblemError:
     after_s = max(RETRY_AFTER_S, math.ceil(predicted_s or 0))
     headers = {"Retry-After": str(after_s)} if retry or predicted_s else None
     errors = error.errors if isinstance(error, InvalidItemError) else ()
-    name = PIPELINE_ERROR if kind is None else _type_of_kind(kind)
+    name = PIPELINE_ERROR if kind is None else _TYPE_OF_KIND[kind]
     return ProblemError(status, describe_error(error), errors, headers, name=name)
 
 
-def _content(error: Exception) -> dict[str, Any]:
-    problem = as_problem(error)
+def _content(problem: ProblemError) -> dict[str, Any]:
     name, status = problem.name or _TYPE_OF_STATUS.get(problem.status), problem.status
     content = {
         "type": "about:blank" if name is None else f"{TYPE_PREFIX}{name}",

@@ -90,14 +90,15 @@ if HttpToolsProtocol is not None:
         """Sends the head of an answer of known length together with its body: one system call instead of two."""
 
         _head: HTTPResponseStartEvent | None = None
+        _headers: dict[bytes, bytes]
 
         async def send(self, message: ASGISendEvent) -> None:
             """Send a part of the answer, as uvicorn does."""
             head, self._head = self._head, None
             if message["type"] == "http.response.start":
-                has_length = any(name == b"content-length" for name, _ in message.get("headers", ()))
-                is_plain = not (self.response_started or self.access_log or self.scope["method"] == "HEAD")
-                if has_length and is_plain:
+                headers = self._headers = dict(message.get("headers", ()))
+                has_length = b"content-length" in headers and b"connection" not in headers
+                if has_length and not (self.response_started or self.access_log or self.scope["method"] == "HEAD"):
                     self._head = message
                     return
             elif message["type"] == "http.response.body" and head is not None:
@@ -108,13 +109,8 @@ if HttpToolsProtocol is not None:
 
         def _send_all(self, head: HTTPResponseStartEvent, body: bytes) -> bool:
             """Send a whole answer; returns whether that was possible."""
-            headers = dict(head["headers"])
-            if (
-                self.disconnected
-                or self.flow.write_paused
-                or b"connection" in headers
-                or headers[b"content-length"] != b"%d" % len(body)
-            ):
+            has_length = self._headers[b"content-length"] == b"%d" % len(body)
+            if self.disconnected or self.flow.write_paused or not has_length:
                 return False
             lines = [b"%b: %b\r\n" % header for header in (*self.default_headers, *head["headers"])]
             content = b"".join(lines)

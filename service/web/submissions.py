@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from http import HTTPStatus
 
+from anyio.lowlevel import checkpoint
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic_core import to_json
@@ -14,10 +15,10 @@ from modalkit.pipelines import AsyncInputModel
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import JobStoreError
 from modalkit.service.validation import run_valid
-from modalkit.service.web.admission import Admission, read_body
-from modalkit.service.web.answers import JSON
+from modalkit.service.web.admission import FREE_BYTES, Admission, read_body
 from modalkit.service.web.auth import Caller
 from modalkit.service.web.bodies import BodyParser
+from modalkit.service.web.direct import DirectResponse
 from modalkit.service.web.lines import Line, Lines, LineStream, parsed
 from modalkit.service.web.options import RESPOND_ASYNC, SubmissionOptions, takes_lines
 from modalkit.service.web.problems import ProblemError, error_slot
@@ -48,21 +49,27 @@ class Submitter:
         """Submit what the body of the request asks for, and answer once it is stored."""
         if takes_lines(request):
             self._refuse_key()
-        await self._submit([])  # a model that takes no jobs now fails the request before it is read, not each line
+        # A model that takes no jobs now fails the request before it is read, not each line.
+        self._jobs.check_accepting(self._model_name)
         if takes_lines(request):
             return LineStream(self._answer_lines)
+        self._caller.take_items(0)  # a caller that is over its limit is refused before its body is read
         body = await read_body(request)
         if body.lstrip()[:1] == b"[":
             self._refuse_key()
             jobs = await self._parser.jobs(body)
             self._caller.take_items(len(jobs))
             answers = await self._admission.map(_answer, await self._submit(jobs))
-            return Response(to_json(answers), HTTPStatus.ACCEPTED, media_type=JSON)
-        return await self._answer_one(request, self._parser.job(body))
+            return DirectResponse(to_json(answers), HTTPStatus.ACCEPTED)
+        job = self._parser.job(body)
+        if len(body) > FREE_BYTES:
+            await checkpoint()  # others have their turn before it is written
+        return await self._answer_one(request, job)
 
     async def answer_later(self, request: Request) -> Response:
         """Submit the item in the body of a request that prefers a job to waiting."""
-        await self._submit([])  # as above
+        self._jobs.check_accepting(self._model_name)  # as above
+        self._caller.take_items(0)
         job = AsyncInputModel(message=self._parser.item(await read_body(request)))
         response = await self._answer_one(request, job)
         response.headers["Preference-Applied"] = RESPOND_ASYNC
@@ -75,7 +82,9 @@ class Submitter:
         if isinstance(outcome, Failure):
             raise outcome.error
         location = f"{request.scope.get('root_path', '')}/jobs/{outcome.value}"
-        return Response(to_json(_answer(outcome)), HTTPStatus.ACCEPTED, {"Location": location}, JSON)
+        return DirectResponse(
+            to_json(_answer(outcome)), HTTPStatus.ACCEPTED, [(b"location", location.encode("latin-1"))]
+        )
 
     async def _answer_lines(self, lines: Lines, write: Callable[[bytes], None]) -> None:
         """Submit the jobs of all lines, and answer each with its `job_id` or its error once the job is stored.
@@ -87,7 +96,7 @@ class Submitter:
 
     async def _answer_some(self, lines: Sequence[Line]) -> bytes:
         await self._caller.wait_for_items(len(lines))
-        asked = parsed(lines, self._parser.job_lines)
+        asked = await parsed(lines, self._parser.job_lines)
         try:
             outcomes = await self._submit(asked)
         except Exception as error:  # the lines after these may succeed

@@ -116,6 +116,19 @@ def test_a_full_queue_tells_when_there_is_room() -> None:
     assert full.value.retry_after_s == 6
 
 
+def test_an_owner_is_told_that_its_share_of_the_queue_is_full_where_others_have_room() -> None:
+    planner: BatchPlanner[Request[int]] = BatchPlanner(
+        BatchPolicy(max_queue_items=20, max_batch_size=1), PaddedCostModel()
+    )
+    for _ in range(18):
+        planner.check_room(INTERACTIVE, None, "a")
+        planner.push(Request(0, 1, owner="a"))
+    with pytest.raises(QueueFullError, match="holds 18 of at most 18"):
+        planner.check_room(INTERACTIVE, None, "a")
+    planner.check_room(INTERACTIVE, None, "b")
+    planner.check_room(INTERACTIVE, None)
+
+
 def test_other_limits_count_from_when_they_are_set() -> None:
     planner: BatchPlanner[Request[int]] = BatchPlanner(BatchPolicy(max_batch_size=1), PaddedCostModel(1.0, 0.01))
     planner.push(Request(0, 1))

@@ -150,12 +150,12 @@ class Mangled(UserList[int]):
 @pytest.mark.parametrize(
     ("run_batch", "message"),
     [
-        (lambda items: items[1:], "one output for each of 1 inputs, got 0"),
-        (lambda items: [*items, 1], "one output for each of 1 inputs, got 2"),
-        (lambda _: None, "got NoneType"),
-        (lambda _: "ab", "got str"),
-        (lambda items: (item for item in items), "got generator"),
-        (lambda items: Mangled(), "one output for each of 1 inputs, got 3"),
+        (lambda items: items[1:], "one output for each of 1 inputs must be returned, not 0 outputs"),
+        (lambda items: [*items, 1], "one output for each of 1 inputs must be returned, not 2 outputs"),
+        (lambda _: None, "not an object of type NoneType"),
+        (lambda _: "ab", "not an object of type str"),
+        (lambda items: (item for item in items), "not an object of type generator"),
+        (lambda items: Mangled(), "one output for each of 1 inputs must be returned, not 3 outputs"),
     ],
 )
 async def test_a_wrong_number_of_outputs_is_an_error_that_says_so(
@@ -414,6 +414,14 @@ async def test_an_item_whose_size_is_unknown_runs_all_the_same_with_one_warning(
         assert await scheduler.submit_many(["x", "y"]) == [Success("x"), Success("y")]
     [warning] = caplog.messages
     assert f"model: item_size {message}" in warning
+
+
+async def test_a_size_with_a_fraction_is_rounded_up() -> None:
+    size: Any = 2.2
+    policy = BatchPolicy(max_batch_tokens=2)
+    async with BatchScheduler(lambda items: items, policy=policy, item_size=lambda _: size) as scheduler:
+        with pytest.raises(RequestTooLargeError, match="a request of size 3 can never run"):
+            await scheduler.submit("x")
 
 
 async def test_leaving_runs_everything_accepted_and_then_refuses() -> None:

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BertForTokenClassification, BertModel, G
 
 from modalkit.batching import Failure, Success
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline, RejectItem
+from modalkit.service.loading import LoadError
 from modalkit.service.settings import Settings
 from modalkit.testing import client_of, worker_of
 from tests.support import processes
@@ -215,6 +216,12 @@ async def test_texts_are_generated_piece_by_piece_as_transformers_would(
     assert len(pieces) == 6
     assert pieces[5].startswith(pieces[1])
     assert pieces[5] == found[0]
+
+
+async def test_a_misspelt_folder_is_an_error_at_once(folder: Path) -> None:
+    with pytest.raises(LoadError, match=r"FileNotFoundError: .*my-gtp' \(generate\.py, line \d+, in __init__: f"):
+        async with worker_of(import_module("generate").Generate, model_path="my-gtp"):
+            pass
 
 
 def test_the_tables_name_pipelines_their_results_and_their_keys() -> None:

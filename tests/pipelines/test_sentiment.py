@@ -190,8 +190,16 @@ def test_padding_goes_where_the_tokenizer_has_it(model_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("common", "entry", "message"),
     [
-        ({"device": "gpu"}, {}, r"model_settings\.common\.device: 'gpu' is not auto, cpu, mps, cuda or cuda:N"),
-        ({"device": "cuda:99"}, {}, r"'cuda:99' was asked for.*set it to auto or cpu"),
+        (
+            {"device": "gpu"},
+            {},
+            r"^devices of the entry, or else model_.*\.device: 'gpu' is not auto, cpu, mps, cuda or",
+        ),
+        (
+            {"device": "cuda:99"},
+            {},
+            r"^devices of the entry, or else model_.*\.device: 'cuda:99' was asked for.*set it to auto or cpu",
+        ),
         ({"dtype": "float8"}, {}, r"common\.dtype: 'float8' is not auto, float32"),
         ({"engines": {"cache": "x"}}, {}, r"common\.engines: .* is not a group of settings of engines \(cache_folder"),
         ({}, {"engine": "tensorrt"}, r"model_entries\.mine\.engine: 'tensorrt' is not auto, torch, torch-packed"),
@@ -206,9 +214,15 @@ def test_padding_goes_where_the_tokenizer_has_it(model_folder: Path) -> None:
         ({}, {"max_length": 2}, r"model_entries\.mine\.max_length: max_length 2 leaves no room for text.*Raise it"),
         ({}, {"revision": "main"}, r"revision 'main' is for a model on the hub"),
         ({}, {"model_path": "./nowhere"}, r"nowhere"),
+        ({}, {"model_path": "my-modle"}, r"model_path 'my-modle': there is no folder models/my-modle nor .*owner/name"),
+        ({}, {"model_path": "sentiment_model/x"}, r"there is no folder models/sentiment_model/x nor"),
     ],
 )
-def test_a_wrong_setting_is_refused_by_its_name(common: dict[str, Any], entry: dict[str, Any], message: str) -> None:
+def test_a_wrong_setting_is_refused_by_its_name(
+    common: dict[str, Any], entry: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sentiment_model").mkdir()
     with pytest.raises(ModelLoadError, match=message):
         SentimentPipeline("mine", "models", common, **entry)
 

@@ -242,8 +242,8 @@ def test_a_classifier_without_entailment_is_no_zero_shot_model(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("kind", "entry", "message"),
     [
-        (EmbeddingPipeline, {}, r"mine\.model_path: it is missing: give a folder, or a model's name on a hub"),
-        (EmbeddingPipeline, {"model_path": "./x"}, r"config\.json, or a model's name on the hub$"),
+        (EmbeddingPipeline, {}, r"mine\.model_path: it is missing: give a folder, or owner/name of a model on"),
+        (EmbeddingPipeline, {"model_path": "./x"}, r"config\.json, or owner/name of a model on the hub \(with"),
         (
             EmbeddingPipeline,
             {"model_path": "x", "pooling": "max"},

@@ -1,7 +1,11 @@
 """Constructors of pipelines: what they are given, and which keys of an entry are refused."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -111,6 +115,29 @@ class Failing(Base):
         self.table = NO_MODELS[model_file]
 
 
+class Sized(Base):
+    def item_size(self, item: BaseModel) -> int:
+        return 2
+
+
+class Meeting(Base):
+    """Notes whether another constructor runs at the same time."""
+
+    barrier = Barrier(2)
+
+    def __init__(self) -> None:
+        self.has_met = True
+        try:
+            self.barrier.wait(timeout=0.1)
+        except BrokenBarrierError:
+            self.has_met = False
+
+
+class Returning(InferencePipeline):
+    async def predict_stream(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
+        return [InferenceOutputModel() for _ in input_list]
+
+
 class Reserved(Base):
     def __init__(self, devices: str) -> None:
         self.devices = devices
@@ -148,10 +175,6 @@ def test_the_attributes_are_there_before_the_constructor_runs() -> None:
     pipeline = source_of(Simple, "model_file: a.bin").load()
     assert isinstance(pipeline, Simple)
     assert pipeline.seen == ("mine", "weights", "cpu")
-
-
-def test_a_pipeline_without_a_constructor_finds_its_keys_in_model_entry() -> None:
-    assert source_of(Base, "model_file: a.bin").load().model_entry == {"model_file": "a.bin"}
 
 
 @pytest.mark.anyio
@@ -196,6 +219,14 @@ def test_the_device_of_an_entry_goes_before_the_common_one() -> None:
             ["mine.cache: the constructor of ByKeyword does not take it. It takes model_file, threshold (optional)"],
         ),
         (Simple, "<<: {model_file: a, batch_confg: {}}", ["mine.batch_confg: ", "did you mean batch_config?"]),
+        (
+            Base,
+            "<<: {model_file: a, batch_confg: {}}",
+            [
+                "mine.model_file: the constructor of Base does not take it. The class has no __init__: add one",
+                "mine.batch_confg: the constructor of Base does not take it; did you mean batch_config? The class has",
+            ],
+        ),
         (Documented, "<<: {devices: [auto, 'cuda:0']}", ["mine.devices: auto stands for all GPUs"]),
         (Documented, "<<: {devices: 1}", ["mine.devices: must be the name of a device, as in cpu or cuda:0"]),
         (
@@ -217,9 +248,33 @@ def test_a_wrong_key_is_refused_with_what_the_constructor_takes(
 def test_a_key_like_one_of_modalkits_is_reported_where_the_constructor_takes_any(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert source_of(Base, "batch_confg: {}").load().model_entry == {"batch_confg": {}}
-    said = "mine.batch_confg: is given to the constructor of Base; did you mean batch_config? (modalkit.yaml, line 8)"
+    entry = source_of(Documented, "<<: {model_file: a, batch_confg: {}}").load().model_entry
+    assert entry == {"model_file": "a", "batch_confg": {}}
+    said = "mine.batch_confg: is given to the constructor of Documented; did you mean batch_config? (modalkit.yaml"
     assert said in caplog.text
+
+
+def test_a_limit_of_tokens_without_the_sizes_of_items_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    source_of(Base, "batch_config: {max_batch_size: 5}")
+    source_of(Sized, "batch_config: {max_batch_tokens: 5}")
+    assert not caplog.text
+    source_of(Base, "batch_config: {max_batch_tokens: 5}")
+    said = "mine: batch_config.max_batch_tokens has no effect, because each item has the size 1; implement item_size"
+    assert said in caplog.text
+
+
+def test_a_stream_that_returns_is_refused_when_the_pipeline_is_made() -> None:
+    with pytest.raises(LoadError, match=r"Returning\.predict_stream must yield a list with a piece for each item, not"):
+        source_of(Returning, "").load()
+
+
+def test_constructors_that_may_use_transformers_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models that it loads at once, in two threads, spoil each other."""
+    monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
+    sources = [source_of(Meeting, "") for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        pipelines = list(threads.map(ModelSource.load, sources))
+    assert [pipeline.has_met for pipeline in pipelines if isinstance(pipeline, Meeting)] == [False, False]
 
 
 def test_an_error_of_a_constructor_has_its_class_and_the_users_line() -> None:

@@ -127,4 +127,4 @@ def hostile_error() -> Exception:
 def test_whatever_an_error_does_it_is_described() -> None:
     assert describe_error(hostile_error()) == "HostileError: (its message cannot be shown: __str__ raises)"
     assert describe_error(SystemExit(3)) == "SystemExit: 3"
-    assert "a HostileError whose __repr__ raises" in str(PipelineOutputError(hostile_error()))
+    assert "a HostileError whose __repr__ raises" in str(PipelineOutputError(hostile_error(), InferenceOutputModel))

@@ -13,11 +13,13 @@ from pydantic import BaseModel
 
 from modalkit.batching import Failure, Outcome, OutputCountError, Success
 from modalkit.inference_pipeline import RejectItem
-from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
+from modalkit.pipelines.errors import MissingFieldError
 from modalkit.service.jobs import JobStatus
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
+from modalkit.service.testing import client_of
 from modalkit.service.web import create_app
 from modalkit.service.worker import InferenceWorker
 from tests.support.http_client import assert_problem
@@ -228,7 +230,30 @@ async def test_over_http_a_rejected_item_is_422_with_the_reason(anyio_backend: s
             assert [slot["status"] for slot in slots] == ["success", "error", "success", "error", "success"]
 
 
+class WithoutAnInputModel(InferencePipeline):
+    def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
+        return [self.length(item) for item in input_list]
+
+    def length(self, item: Any) -> InferenceOutputModel:
+        return Length(length=len(item.text) + getattr(item, "more", 0))
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_field_that_an_item_without_an_input_model_lacks_is_422(anyio_backend: str) -> None:
+    entry = {"pipeline": f"{__name__}:WithoutAnInputModel"}
+    settings = Settings(
+        app_settings={"async_config": {"store": "memory"}}, model_settings={"model_entries": {"m": entry}}
+    )
+    async with client_of(LocalGateway(settings)) as client:
+        refused = await client.post("/sync/predict", json={"txet": "four"})
+        assert assert_problem(refused, 422)["detail"] == "text: is missing: add it"
+        slots = (await client.post("/batch/predict", json=[{"text": "four"}, {"txet": "four"}])).json()
+        assert [slot["status"] for slot in slots] == ["success", "error"]
+
+
 def test_a_rejection_can_travel_between_processes() -> None:
+    missing = pickle.loads(pickle.dumps(MissingFieldError("text: is missing")))  # noqa: S301  # our own bytes
+    assert (str(missing), missing.index) == ("text: is missing", None)
     error = pickle.loads(pickle.dumps(RejectItem("too long", index=3)))  # noqa: S301  # our own bytes
     assert (str(error), error.index) == ("too long", 3)
 

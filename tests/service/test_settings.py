@@ -78,6 +78,21 @@ def test_files_are_named_by_a_variable_or_found_in_the_working_directory() -> No
     assert Settings.load([], {}).app_settings.app_prefix == "sentiment"
 
 
+@pytest.mark.parametrize("name", ["modalkit.yml", "Modalkit.YAML", "modalkit.json"])
+def test_a_file_in_the_place_of_modalkit_yaml_is_refused_or_reported(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path(name).write_text("app_settings: {app_prefix: other}")
+    with pytest.raises(
+        SettingsError, match=rf"{name}: is not read: rename it to modalkit\.yaml, or name it by --config"
+    ):
+        Settings.load(environ={})
+    assert Settings.load([name], {}).app_settings.app_prefix == "other"
+    Path("modalkit.yaml").write_text("app_settings: {app_prefix: here}")
+    assert Settings.load(environ={}).app_settings.app_prefix == "here"
+    assert f"{name}: not read, because there is modalkit.yaml; remove it" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["missing.yaml", "a.yaml,missing.yaml"])
 def test_a_file_that_is_named_but_missing_is_an_error(name: str) -> None:
     Path("a.yaml").touch()

@@ -112,6 +112,23 @@ async def test_of_a_poisoned_pipeline_the_items_that_match_fail_alone(pipeline_c
     assert outcomes == [Success(Length(length=1)), Failure(error), Success(Length(length=2)), Failure(error)]
 
 
+async def test_what_is_used_wrongly_says_how_it_is_used() -> None:
+    pipeline: Any = LengthPipeline()
+    unopened: Any = worker_of(LengthPipeline)
+    with pytest.raises(
+        AttributeError, match=r"no predict before the worker is open: async with worker_of\(\.\.\.\) as"
+    ):
+        await unopened.predict({"text": "a"})
+    with pytest.raises(TypeError, match="worker_of takes a subclass of InferencePipeline, not <tests"):
+        async with worker_of(pipeline):
+            pass
+    with pytest.raises(TypeError, match="poisoned takes a subclass of InferencePipeline, not <tests"):
+        poisoned(pipeline, bool)
+    with pytest.raises(TypeError, match="client_of takes the path of a configuration, a LocalGateway or an applicat"):
+        async with client_of(pipeline):
+            pass
+
+
 async def test_jobs_take_the_time_from_the_clock() -> None:
     clock, queue = FakeClock(), InMemoryBackend()
     async with worker_of(LengthPipeline, queue_backend=queue, clock=clock) as worker:

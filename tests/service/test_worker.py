@@ -135,12 +135,29 @@ async def test_outputs_that_are_no_models_fail_their_items_alone(
     assert second == Success(Length(length=2))
 
 
+async def test_an_output_that_does_not_fit_the_output_model_fails_its_item_alone(
+    worker: InferenceWorker, pipeline: LengthPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = [InferenceOutputModel(lenght=1), InferenceOutputModel(length=2, extra=3), Length(length=3)]
+    monkeypatch.setattr(pipeline, "postprocess", lambda items, _: outputs[: len(items)])
+    first, *others = await worker.predict_many([Text(text="a")] * 3)
+    assert isinstance(first, Failure)
+    assert "where its output_model is Length (length: is missing: add it)" in str(first.error)
+    assert others == [Success(Length.model_validate({"length": 2, "extra": 3})), Success(Length(length=3))]
+
+
+async def test_a_class_in_place_of_a_pipeline_is_refused() -> None:
+    kind: Any = LengthPipeline
+    with pytest.raises(TypeError, match=r"takes a pipeline, not its class: LengthPipeline\(\.\.\.\)"):
+        InferenceWorker(kind)
+
+
 @pytest.mark.parametrize(("outputs", "count"), [([], "0"), (None, "NoneType"), ([Length(length=1)] * 3, "3")])
 async def test_a_wrong_number_of_outputs_is_an_error_that_says_so(
     worker: InferenceWorker, pipeline: LengthPipeline, monkeypatch: pytest.MonkeyPatch, outputs: Any, count: str
 ) -> None:
     monkeypatch.setattr(pipeline, "postprocess", lambda *_: outputs)
-    with pytest.raises(OutputCountError, match=f"1 inputs, got {count}"):
+    with pytest.raises(OutputCountError, match=f"1 inputs must be returned, not .*{count}"):
         await worker.predict(Text(text="a"))
     monkeypatch.undo()
     assert await worker.predict(Text(text="still here")) == Length(length=10)

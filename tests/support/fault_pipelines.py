@@ -25,3 +25,15 @@ class Deadly(LengthPipeline):
         if KILLER in preprocessed_data["texts"]:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().predict(input_list, preprocessed_data)
+
+
+HANGING = "hang"
+HANG_S = 8.0
+
+
+class Faulty(LengthPipeline):
+    """Takes 40 ms for each batch without using the processor, and hangs for 8 s when it meets one text."""
+
+    def predict(self, input_list: Any, preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(HANG_S if HANGING in preprocessed_data["texts"] else 0.04)
+        return super().predict(input_list, preprocessed_data)

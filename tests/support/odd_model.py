@@ -31,6 +31,8 @@ class OddPipeline(LengthPipeline):
     def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
         odd = {OBJECT: object(), NAN: float("nan"), SURROGATE: "half of a pair: \ud83d"}
         return [
-            InferenceOutputModel.model_validate({"score": odd[text]}) if text in odd else Length(length=len(text))
+            Length.model_construct(score=odd[text])  # type: ignore[call-arg]  # without its length, on purpose
+            if text in odd
+            else Length(length=len(text))
             for text in raw_output["texts"]
         ]

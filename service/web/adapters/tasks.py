@@ -12,9 +12,9 @@ from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.gateway import Model, find_model
 from modalkit.service.validation import validated
 from modalkit.service.web.auth import caller_of
+from modalkit.service.web.direct import while_connected
 from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.problems import ProblemError
-from modalkit.service.web.routes import while_connected
 
 MAX_TEXTS = 4096
 """Limit of the texts in one request to an adapter."""
@@ -59,9 +59,10 @@ class Task:
                 HTTPStatus.UNPROCESSABLE_ENTITY,
                 f"model {model.name!r} does not fit {self.name}; those that do: {', '.join(fitting)}",
             )
-        model.check_room(priority=options.priority, timeout_s=options.timeout_s)
-        valid = [validated(model.input_model, item) for item in items]
         caller = caller_of(request)
+        caller.take_items(0)
+        model.check_room(**options.for_owner(caller.owner))
+        valid = [validated(model.input_model, item) for item in items]
         caller.take_items(len(valid))
         call = model.predict_many(valid, **options.for_owner(caller.owner))
         outputs = []

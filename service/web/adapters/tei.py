@@ -17,9 +17,8 @@ from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.gateway import Model
 from modalkit.service.settings import KeyScope
 from modalkit.service.web.adapters.tasks import CLASSIFICATION, EMBEDDING, MAX_TEXTS, RERANKING, Task
-from modalkit.service.web.admission import read_body
 from modalkit.service.web.answers import JSON
-from modalkit.service.web.bodies import parse
+from modalkit.service.web.bodies import read_as
 from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.problems import ProblemError
 from modalkit.service.web.routes import Endpoint, PostRoutes
@@ -102,7 +101,7 @@ def add_tei_routes(routes: PostRoutes, models: Mapping[str, Model]) -> None:
     """Add the routes for which there is a model, and ``POST /``, which is the first of them."""
 
     async def tei_predict(request: Request) -> Response:
-        asked = parse(PredictRequest, await read_body(request))
+        asked = await read_as(PredictRequest, request)
         texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
         items = ({"text": text if isinstance(text, str) else text[0], "scores": True} for text in texts)
         _, outputs = await CLASSIFICATION.run(request, models, items)
@@ -113,7 +112,7 @@ def add_tei_routes(routes: PostRoutes, models: Mapping[str, Model]) -> None:
         return _json(answers[0] if is_single else answers)
 
     async def tei_embed(request: Request) -> Response:
-        asked = parse(EmbedRequest, await read_body(request))
+        asked = await read_as(EmbedRequest, request)
         texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
         _, outputs = await EMBEDDING.run(request, models, ({"text": text} for text in texts))
         _check_length(asked, outputs)
@@ -121,7 +120,7 @@ def add_tei_routes(routes: PostRoutes, models: Mapping[str, Model]) -> None:
         return _json([_normalized(vector) for vector in vectors] if asked.normalize else vectors)
 
     async def tei_rerank(request: Request) -> Response:
-        asked = parse(RerankRequest, await read_body(request))
+        asked = await read_as(RerankRequest, request)
         items = ({"query": asked.query, "text": text} for text in asked.texts)
         _, outputs = await RERANKING.run(request, models, items)
         _check_length(asked, outputs)

@@ -13,9 +13,8 @@ from pydantic_core import to_json
 from modalkit.service.gateway import Model
 from modalkit.service.settings import KeyScope
 from modalkit.service.web.adapters.tasks import CLASSIFICATION, MAX_TEXTS
-from modalkit.service.web.admission import read_body
 from modalkit.service.web.answers import JSON
-from modalkit.service.web.bodies import parse
+from modalkit.service.web.bodies import read_as
 from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.routes import PostRoutes
 
@@ -73,7 +72,7 @@ def add_vllm_routes(routes: PostRoutes, models: Mapping[str, Model]) -> None:
         summary="Classify texts, as vLLM does",
     )
     async def classify(request: Request) -> Response:
-        asked = parse(ClassificationRequest, await read_body(request))
+        asked = await read_as(ClassificationRequest, request)
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         items = ({"text": text, "scores": True} for text in texts)
         name, outputs = await CLASSIFICATION.run(request, models, items, asked.model)

@@ -60,6 +60,13 @@ class TooFew(Base):
         return [InferenceOutputModel(stars=input_list[0].stars)]
 
 
+class Misspelt(Base):
+    input_model = Review
+
+    def run_inference(self, input_list):
+        return [lenght(item) for item in input_list]
+
+
 class Unwritable(Base):
     input_model = Example
 
@@ -137,7 +144,7 @@ def test_the_word_count_of_the_guide_is_tried(modalkit: Modalkit, folder: Path) 
             "NOT TRIED",
             [
                 "NOTHING WAS TRIED: AnyInput declares no fields, and items with a text",
-                "AttributeError: ",
+                "stars: is missing: add it",
                 "sample_items(",
             ],
         ),
@@ -148,6 +155,7 @@ def test_the_word_count_of_the_guide_is_tried(modalkit: Modalkit, folder: Path) 
             "FAILED",
             ["a batch of 4 items failed: KeyError: 'missing' (", 'return preprocessed_data["'],
         ),
+        ("Misspelt", 1, "FAILED", ["a batch of 4 items failed: NameError: name 'lenght' is not defined (", ")\n"]),
         ("BrokenByGuess", 1, "FAILED", ["KeyError: 'missing'", "The items were made up", "Field(examples="]),
         ("TooFew", 1, "FAILED", ["a batch of 4 items failed, and succeeded only in parts: return exactly one output"]),
         ("Unwritable", 1, "FAILED", ["unwritable: a batch of 4 items failed: the pipeline's output is no JSON"]),

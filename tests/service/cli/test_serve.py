@@ -1,13 +1,16 @@
 """``modalkit serve`` as a process: it starts, answers, stops gently, and keeps accepted jobs."""
 
 import gc
+import json
 import os
 import signal
 import socket
 import sqlite3
+import subprocess
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from itertools import takewhile
 from pathlib import Path
 
 import httpx
@@ -56,6 +59,23 @@ class Breaking(LengthPipeline):
         MeasuredCostModel.predict_s = None
         return super().preprocess(input_list)
 """
+NUMBERS = """
+from pydantic import BaseModel
+from modalkit import InferenceOutputModel, InferencePipeline
+
+class Number(BaseModel):
+    number: int
+    unit: str = "it's"
+
+class Numbers(InferencePipeline):
+    input_model = Number
+
+    def run_inference(self, input_list):
+        return [InferenceOutputModel(half=item.number / 2) for item in input_list]
+
+    def sample_items(self, n, size):
+        return [Number(number=3, unit="'")] * n
+"""
 NEVER_LOADED = """
 import sys, threading
 from tests.support.length_model import LengthPipeline
@@ -92,6 +112,26 @@ def test_it_serves_until_a_signal_and_then_stops_gently(
         assert "curl" in said
         assert "lengths: 1 succeeded" in said
         assert "Traceback" not in said
+
+
+def test_the_commands_that_it_shows_work_for_a_model_with_an_input_model_of_its_own(
+    folder: Path, environment: dict[str, str]
+) -> None:
+    (folder / "my_model.py").write_text(NUMBERS)
+    (folder / "two.yaml").write_text(TWO_MODELS.replace("Hanging", "Numbers"))
+    with serving(folder, {**environment, "MODALKIT_CONFIG": "two.yaml"}) as (process, _):
+        assert process.stderr is not None
+        shown = takewhile(lambda line: "/docs" not in line, iter(process.stderr.readline, ""))
+        sync, batch, job, result = (line.strip() for line in shown if line.startswith("  curl "))
+        answers = [json.loads(run(command)) for command in (sync, batch, job)]
+        assert answers[0]["half"] == 1.5
+        assert [slot["half"] for slot in answers[1]] == [1.5, 1.5]
+        found = json.loads(run(result.replace("<the job_id>", answers[2]["job_id"])))
+        assert found["result"]["half"] == 1.5
+
+
+def run(command: str) -> str:
+    return subprocess.run(["/bin/sh", "-c", f"{command} -s"], capture_output=True, check=True, text=True).stdout
 
 
 def test_when_its_last_model_breaks_it_stops_with_an_exit_code(folder: Path, environment: dict[str, str]) -> None:

@@ -79,8 +79,10 @@ async def test_limits_are_changed_while_requests_come(client: httpx.AsyncClient)
     answer = await client.patch("/admin/models/lengths", content='{"max_batch_size": 64}')
     assert answer.json()["batch_config"]["max_batch_size"] == 64
     assert answer.json()["batch_config"]["max_age_ms"] == 2000
-    for body in ("[1]", "no", '{"max_batch_size": 0}', '{"max_batch": 1}', '{"calibration": {}}', "null"):
+    for body in ("[1]", '{"max_batch_size": 0}', '{"max_batch": 1}', '{"calibration": {}}', "null"):
         assert_problem(await client.patch("/admin/models/lengths", content=body), 422)
+    for body in ("no", "", '{"max_batch_size": 1, "max_batch_size": 2}'):
+        assert_problem(await client.patch("/admin/models/lengths", content=body), 400)
     assert (await client.get("/admin/models/lengths")).json() == answer.json()
 
 

@@ -18,7 +18,7 @@ from starlette.types import Message
 
 from modalkit.batching import DeadlineUnreachableError, Failure, QueueFullError
 from modalkit.service.local_gateway import LocalGateway
-from modalkit.service.settings import RequestConfig, Settings
+from modalkit.service.settings import AuthConfig, RequestConfig, Settings
 from modalkit.service.web import bodies, create_app
 from modalkit.service.web.admission import FREE_BYTES, Admission, RefusalPace
 from modalkit.service.web.bodies import BodyParser
@@ -91,6 +91,27 @@ async def test_others_have_their_turn_while_a_large_list_is_parsed() -> None:
             task_group.cancel_scope.cancel()
         assert turns > len(content) // bodies.SLICE_BYTES
         assert turns > 10 or content.startswith(b'[{"text": "x')
+
+
+@pytest.mark.parametrize("parse", [BodyParser.item_lines, BodyParser.job_lines])
+async def test_of_many_streams_one_is_parsed_in_a_pass_of_the_event_loop(parse: Any) -> None:
+    parser, ends, turns = BodyParser(Text), list[int](), 0
+
+    async def parse_lines() -> None:
+        await parse(parser, [b'{"text": 1}'] * 10)
+        ends.append(turns)
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while len(ends) < 20:
+            turns += 1
+            await checkpoint()
+
+    async with anyio.create_task_group() as task_group:
+        for _ in range(20):
+            task_group.start_soon(parse_lines)
+        task_group.start_soon(count_turns)
+    assert len(set(ends)) == 20
 
 
 async def test_a_nested_item_is_looked_at_in_slices_until_it_is_too_large() -> None:
@@ -280,6 +301,18 @@ async def test_a_full_queue_refuses_before_the_body_is_read(settings: Settings, 
             pipeline.gate.set()
     (draining, *_) = await ask_without_body(app, path)
     assert draining["status"] == 503
+
+
+async def test_a_key_over_its_limits_is_refused_before_its_body_is_read(settings: Settings) -> None:
+    gateway = LocalGateway(settings)
+    keys = {"shop": {"api_key": "s", "max_items_per_second": 0.01}}
+    app = create_app(gateway, auth=AuthConfig.model_validate({"keys": keys}), owns_gateway=False)
+    async with gateway, serving(app, headers={"Authorization": "Bearer s"}) as client:
+        await gateway.wait_until_ready()
+        assert (await client.post("/batch/predict", json=[{"text": "a"}] * 3)).status_code == 200
+        for path in ("/sync/predict", "/batch/predict", "/async/predict"):
+            (refused, *_) = await ask_without_body(app, path, authorization="Bearer s")
+            assert refused["status"] == 429
 
 
 def test_the_answer_says_when_to_come_again() -> None:

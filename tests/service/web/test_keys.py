@@ -18,8 +18,9 @@ from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.serving import listening
 from modalkit.service.settings import AuthConfig, KeyConfig, KeyScope, Settings
+from modalkit.service.web import auth as web_auth
 from modalkit.service.web import create_app
-from modalkit.service.web.auth import Caller, caller_of, configured_keys, refuse_strangers
+from modalkit.service.web.auth import Caller, WrongKeys, caller_of, configured_keys, refuse_strangers
 from modalkit.service.web.problems import ProblemError
 from tests.support.guides import blocks, guide
 from tests.support.http_client import assert_problem, ended, job
@@ -231,6 +232,35 @@ async def test_limits_hold_over_http_for_lists_and_single_items(settings: Settin
             assert "items per second" in assert_problem(refused, 429)["detail"]
             assert int(refused.headers["retry-after"]) > 100
         assert (await client.post("/batch/predict", json=items, headers=BLOG)).status_code == 200
+
+
+async def test_an_address_with_many_wrong_keys_gets_429_and_right_keys_work_there(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(web_auth, "WRONG_KEY_DELAY_S", 0.0)
+    async with serving_keys(settings, max_wrong_keys_per_minute=2) as client:
+        for _ in range(2):
+            assert_problem(await client.get("/jobs", headers=sent("x")), 401)
+        refused = await client.get("/jobs", headers=sent("x"))
+        assert "too many wrong API keys" in assert_problem(refused, 429)["detail"]
+        assert 0 < int(refused.headers["retry-after"]) <= 60
+        assert (await client.get("/jobs", headers=SHOP)).status_code == 200
+
+
+def test_wrong_keys_are_counted_by_the_minute_for_a_bounded_number_of_addresses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(web_auth, "MAX_ADDRESSES", 3)
+    now = [1000.0]
+    wrong = WrongKeys(1, lambda: now[0])
+    assert [wrong.add("10.0.0.1"), wrong.add("10.0.0.1"), wrong.add("10.0.0.2")] == [0, 60, 0]
+    now[0] += 20
+    assert [wrong.add("2001:db8::1"), wrong.add("2001:db8::2"), wrong.add("10.0.0.1")] == [0, 40, 40]
+    assert [wrong.add(f"10.0.1.{number}") for number in range(3)] == [0, 40, 40], "these are counted together"
+    now[0] += 40
+    assert [wrong.add("10.0.0.1"), wrong.add("10.0.1.2"), wrong.add("10.0.1.2")] == [0, 0, 60]
+    unlimited = WrongKeys(None)
+    assert [unlimited.add("") for _ in range(100)] == [0] * 100
 
 
 async def test_keys_come_from_variables_files_and_as_hashes(

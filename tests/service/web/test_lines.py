@@ -61,10 +61,11 @@ class Odd(BaseModel):
         return text
 
 
-def test_each_line_has_its_own_error_whatever_it_is() -> None:
+@pytest.mark.anyio
+async def test_each_line_has_its_own_error_whatever_it_is() -> None:
     """Lines that are JSON only together, as the second and the third, are none."""
     lines = ['{"text": "a"}', '{"a": [{"b": 1}', '{"c": 2}]}', '{"text": "b"},{"text": "c"}', '{"text": "odd"}', "[1]"]
-    found = BodyParser(Odd).item_lines([*(line.encode() for line in lines), b'{"text": "a", "text": "b"}'])
+    found = await BodyParser(Odd).item_lines([*(line.encode() for line in lines), b'{"text": "a", "text": "b"}'])
     assert found[0] == Odd(text="a")
     errors = [each.error for each in found[1:] if isinstance(each, Failure)]
     assert [type(error) for error in errors] == [*[ProblemError] * 3, LookupError, *[ProblemError] * 2]

@@ -1,0 +1,129 @@
+"""Encoders without padding. Flash attention needs a GPU, so attention of each text alone stands in for it here."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForTokenClassification,
+)
+
+from modalkit.pipelines import EngineError, EngineSettings, load_engine, transformer_pipeline
+from modalkit.pipelines.engines import Engine, EngineChoice
+from modalkit.pipelines.engines.unpadded import remove_padding, unpaddable_dtypes
+from modalkit.pipelines.sentiment import SentimentPipeline
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "vocab_size": 100,
+}
+BERT = BertForSequenceClassification(BertConfig(**SIZES))
+ROBERTA = RobertaForTokenClassification(RobertaConfig(**SIZES, pad_token_id=1))
+DISTILBERT = DistilBertForSequenceClassification(
+    DistilBertConfig(dim=32, n_heads=4, n_layers=2, hidden_dim=48, vocab_size=100)
+)
+
+
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The lengths of the texts of each call of attention."""
+    seen: list[list[int]] = []
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, begins: Tensor, _: Tensor, longest: int, *__: int, scale: float
+    ) -> Tensor:
+        assert begins.dtype == torch.int32
+        counts = begins.diff().tolist()
+        assert max(counts) <= longest
+        assert sum(counts) == len(query)
+        seen.append(counts)
+        texts = zip(*(torch.split(tensor, counts) for tensor in (query, key, value)), strict=True)
+        return torch.cat([attention_of(parts, scale) for parts in texts])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend)
+    return seen
+
+
+def attention_of(parts: Sequence[Tensor], scale: float) -> Tensor:
+    query, key, value = (part.transpose(0, 1) for part in parts)
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale).transpose(0, 1)
+
+
+def mask_of(kind: str) -> Tensor:
+    mask = torch.ones(3, 7, dtype=torch.int64)
+    if kind != "none":
+        mask[0, 3:], mask[2, 1:] = 0, 0
+    return mask.flip(1) if kind == "left" else mask
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [(BERT, "right"), (BERT, "none"), (ROBERTA, "right"), (ROBERTA, "left"), (DISTILBERT, "right")],
+    ids=lambda each: each if isinstance(each, str) else type(each).__name__,
+)
+def test_outputs_are_those_of_the_padded_batch(model: PreTrainedModel, kind: str, lengths: list[list[int]]) -> None:
+    ids, mask = torch.randint(5, 100, (3, 7)), mask_of(kind)
+    other = copy.deepcopy(model).train(mode=False)
+    remove_padding(other)
+    model.train(mode=False)
+    with torch.inference_mode():
+        expected, found = (each(input_ids=ids, attention_mask=mask).logits for each in (model, other))
+    if found.dim() == 3:  # of each token: those of padding mean nothing
+        expected, found = expected[mask.bool()], found[mask.bool()]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert lengths == [mask.sum(dim=1).tolist()] * 2
+    assert model.config._attn_implementation == "sdpa"  # noqa: SLF001  # the module itself is as it was
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (GPT2ForSequenceClassification(GPT2Config(n_embd=8, n_layer=1, n_head=2)), "needs an encoder of transformers"),
+        (DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES)), "has its own attention"),
+        (torch.nn.Linear(2, 2), "needs an encoder of transformers"),
+    ],
+)
+def test_other_models_are_refused(model: torch.nn.Module, message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        remove_padding(model)
+
+
+def test_what_this_attention_does_not_know_is_refused(lengths: list[list[int]]) -> None:
+    model = copy.deepcopy(BERT)
+    remove_padding(model)
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with pytest.raises(EngineError, match="cannot compute attention with sliding_window"):
+        model.bert(input_ids=ids, sliding_window=2)
+    assert lengths == []
+
+
+def test_it_is_for_gpus() -> None:
+    assert unpaddable_dtypes(BERT, torch.device("cpu")) == []
+    with pytest.raises(EngineError, match=r"engine torch-unpadded cannot compute on this device \(cpu\)"):
+        load_engine(BERT, [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], EngineSettings(engine="torch-unpadded"))
+
+
+def test_a_batch_costs_the_sum_of_its_sizes_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(engine: str) -> SentimentPipeline:
+        choice = EngineChoice.model_validate({"engine": engine, "dtype": "float16", "reason": "a test"})
+        monkeypatch.setattr(transformer_pipeline, "load_engine", lambda *_, **__: Engine(dict, choice))
+        return SentimentPipeline("mine", ".", {})
+
+    assert load("torch-unpadded").cost_feature == "total"
+    assert load("torch").cost_feature == "padded"

@@ -1,0 +1,48 @@
+"""Requests on the short way: what happens to one whose client leaves."""
+
+import asyncio
+
+import anyio
+import pytest
+from fastapi import Request
+from starlette.types import Message
+
+from modalkit.service.web.direct import while_connected
+from modalkit.service.web.problems import ProblemError
+
+pytestmark = pytest.mark.anyio
+
+
+class Client:
+    """A client that stays connected until it leaves."""
+
+    def __init__(self) -> None:
+        self.has_left = anyio.Event()
+        self.request = Request({"type": "http", "headers": []}, self._receive)
+
+    async def _receive(self) -> Message:
+        await self.has_left.wait()
+        return {"type": "http.disconnect"}
+
+
+async def test_only_the_call_of_a_client_that_leaves_is_cancelled() -> None:
+    """Also where the calls began at different times, and others had begun and ended before."""
+    leaving, staying, answer = Client(), Client(), asyncio.Event()
+    assert await while_connected(leaving.request, asyncio.sleep(0, "at once")) == "at once"
+    others = [asyncio.create_task(while_connected(staying.request, answer.wait())) for _ in range(2)]
+    await asyncio.sleep(0)
+    call = asyncio.create_task(while_connected(leaving.request, asyncio.Event().wait()))
+    leaving.has_left.set()
+    with pytest.raises(ProblemError, match="the client has gone"):
+        await call
+    answer.set()
+    assert await asyncio.gather(*others) == [True, True]
+
+
+async def test_a_call_that_something_else_cancels_is_cancelled() -> None:
+    """It is no client that has gone: the cancellation is passed on."""
+    call = asyncio.create_task(while_connected(Client().request, asyncio.Event().wait()))
+    await asyncio.sleep(0)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
