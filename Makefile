@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check soak bench docs format lock train clean
+.PHONY: help run test check soak bench bench-peers docs format lock train clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
 run: $(VENV)/.installed  ## Serve the bundled model on http://127.0.0.1:8000 (HOST= and PORT= change it)
 	@$(BIN)/modalkit serve --host $(HOST) --port $(PORT)
@@ -31,8 +31,11 @@ soak: $(VENV)/.installed-dev  ## Kill the service 20 times, then break it under 
 	@$(BIN)/python -m tests.faults.soak
 	@$(BIN)/python -m tests.faults.saturation --minutes 3
 
-bench: $(VENV)/.installed-dev  ## Measure, beside what each figure is compared to (about 15 minutes on 2 cores)
-	@$(BIN)/python -m modalkit.benchmarks.report
+bench: $(VENV)/.installed-dev  ## Measure ratios, and flag those more than 10 % worse than the committed ones (4 minutes)
+	@$(BIN)/python -m modalkit.benchmarks.report --rounds 2 --texts 600 --baseline benchmarks/baseline.json
+
+bench-peers: $(VENV)/.installed-dev  ## Measure beside LitServe, mosec, Ray Serve, BentoML, Infinity and FastAPI (15 minutes on 2 cores)
+	@$(BIN)/python -m modalkit.benchmarks.peers
 
 docs: $(VENV)/.installed-dev  ## Build the documentation into build/site, with its links checked (REPOSITORY= is where the other files are)
 	@rm -rf build/docs build/site

@@ -220,12 +220,16 @@ class BatchRunner(Generic[T, R]):
             real_tokens=batch.total,
             padded_tokens=batch.padded_tokens,
             waits_s=_waits_s(batch, formed_s),
+            sizes=[request.size for request in batch.requests],
             tags=list(filter(None, {request.waiter.tag for request in batch.requests})),
+            device=batch.device,
+            formed_s=formed_s,
             total_s=total_s,
             predicted_s=batch.predicted_s,
             overlapped=overlapped,
             **seconds._asdict(),
         )
+        self.telemetry.keep(record)
         self._call("on_batch failed; the batch itself was not affected", self._on_batch, record)
 
 

@@ -318,7 +318,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         arrivals_s = {lane: [request.arrival_s for request in queue.firsts(lane)] for lane in Priority}
         return self._telemetry.snapshot(
             queued={priority: queue.waiting(priority) for priority in Priority},
-            queued_s=sum(map(self._planner.queue.seconds, Priority)),
+            work_s={priority: queue.seconds(priority) for priority in Priority},
             oldest_s={lane: self._now() - min(times_s) if times_s else 0.0 for lane, times_s in arrivals_s.items()},
             running=sum(len(batch.requests) for batch in self._dispatcher.runner.running.values()),
             open_s=self._open_s() * len(self._dispatcher.executors),

@@ -1,12 +1,15 @@
 """What is recorded of each batch, and of all: for metrics and logs."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modalkit.batching.policy import Batch, DispatchReason
 from modalkit.batching.request import Priority
+
+RECENT_BATCHES = 256
+"""How many of the last batches the statistics hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +35,14 @@ class BatchRecord:
     """The sum of the sizes, with each request counted at the size of the largest."""
     waits_s: Mapping[Priority, Sequence[float]]
     """Seconds that each request had waited when the batch was formed, by lane."""
+    sizes: Sequence[int] = ()
+    """The sizes of the requests: first those of the anchor's lane, as in `waits_s`, then those of the other lane."""
     tags: Sequence[str] = ()
     """The tags of the requests, each once."""
+    device: int = 0
+    """The index of the device that ran it."""
+    formed_s: float = 0.0
+    """When it was formed, by the clock of the event loop."""
     preprocess_s: float
     """Seconds in the first stage. This and the next two are 0 if the batch failed and ran again in parts."""
     predict_s: float
@@ -69,8 +78,8 @@ class SchedulerStatistics:
 
     queued: Mapping[Priority, int]
     """Requests that wait, by lane."""
-    queued_s: float
-    """Seconds that one worker, on the fastest device, is predicted to need for all that wait."""
+    work_s: Mapping[Priority, float]
+    """Seconds that one worker, on the fastest device, is predicted to need for those that wait, by lane."""
     oldest_s: Mapping[Priority, float]
     """Seconds that the oldest waiting request of each lane has waited; 0 where none waits."""
     running: int
@@ -99,6 +108,14 @@ class SchedulerStatistics:
     """Seconds since the scheduler was opened, times the number of batches that may run at once."""
     stuck_threads: int
     """Calls that ran past the batch timeout and have not returned; each holds a thread."""
+    recent: Sequence[BatchRecord] = ()
+    """The last batches, the newest last, without their errors; there are `RECENT_BATCHES` at most, and none where the
+    scheduler has no `on_batch`."""
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds that one worker, on the fastest device, is predicted to need for all that wait."""
+        return sum(self.work_s.values())
 
     @property
     def queue_depth(self) -> int:
@@ -135,6 +152,7 @@ class Telemetry:
         self._batch_sizes: Counter[int] = Counter()
         self._real_tokens = self._padded_tokens = 0
         self._busy_s = self._predict_s = 0.0
+        self._recent: deque[BatchRecord] = deque(maxlen=RECENT_BATCHES)
 
     def count_batch(self, batch: Batch[Any], total_s: float, predict_s: float) -> None:
         """Count a batch that ran for `total_s` seconds, of them `predict_s` in its second stage."""
@@ -144,11 +162,15 @@ class Telemetry:
         self._busy_s += total_s
         self._predict_s += predict_s
 
+    def keep(self, record: BatchRecord) -> None:
+        """Keep the record of a batch, one of the last."""
+        self._recent.append(replace(record, errors=()) if record.errors else record)  # errors may hold tensors
+
     def snapshot(
         self,
         *,
         queued: Mapping[Priority, int],
-        queued_s: float,
+        work_s: Mapping[Priority, float],
         oldest_s: Mapping[Priority, float],
         running: int,
         open_s: float,
@@ -157,7 +179,7 @@ class Telemetry:
         """The statistics now; the arguments are what only the scheduler knows."""
         return SchedulerStatistics(
             queued=queued,
-            queued_s=queued_s,
+            work_s=work_s,
             oldest_s=oldest_s,
             running=running,
             accepted=self.accepted,
@@ -173,4 +195,5 @@ class Telemetry:
             predict_s=self._predict_s,
             open_s=open_s,
             stuck_threads=stuck_threads,
+            recent=tuple(self._recent),
         )

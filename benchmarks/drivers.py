@@ -1,4 +1,4 @@
-"""Load generators that call a function with one item at a time, in this process or over HTTP; asyncio and trio."""
+"""Calls a function of this process with one item at a time; asyncio and trio. `load` does the like over HTTP."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -22,22 +22,6 @@ async def work_off(callers: Sequence[Call[T]], items: Sequence[T]) -> None:
     async with anyio.create_task_group() as task_group:
         for call in callers:
             task_group.start_soon(work, call)
-
-
-async def closed_loop(callers: Sequence[Call[T]], items: Sequence[T]) -> list[float]:
-    """Do the same as `work_off`, and return the seconds that each item took."""
-    latencies_s: list[float] = []
-
-    def timed(call: Call[T]) -> Call[T]:
-        async def send(item: T) -> None:
-            started_s = anyio.current_time()
-            await call(item)
-            latencies_s.append(anyio.current_time() - started_s)
-
-        return send
-
-    await work_off([timed(call) for call in callers], items)
-    return latencies_s
 
 
 async def open_loop(call: Call[T], items: Sequence[T], arrivals_s: Sequence[float]) -> list[float]:

@@ -9,8 +9,8 @@ import anyio
 import numpy as np
 
 from modalkit.batching import BatchPlanner, BatchPolicy, BatchScheduler, MeasuredCostModel, PaddedCostModel, Request
+from modalkit.benchmarks.batching_libraries import do_nothing
 from modalkit.benchmarks.measurement import Figure, Rounds
-from modalkit.benchmarks.overhead import do_nothing
 from modalkit.benchmarks.simulate.workload import draw_sizes
 
 DEPTHS = (1_000, 10_000, 100_000)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,12 +17,16 @@ from pathlib import Path
 from typing import Annotated
 from urllib.request import urlopen
 
-import redis
 import typer
-import uvloop
 
-from modalkit.benchmarks.raw_http import post_all, stream_all
+from modalkit.benchmarks.bench.targets import SERVE, process
+from modalkit.benchmarks.load import Endpoint, Load, Measured
+from modalkit.benchmarks.load.client import HttpTarget
+from modalkit.benchmarks.load.endpoint import LINES
+from modalkit.benchmarks.load.processes import run_target
+from modalkit.benchmarks.measurement import Figure
 from modalkit.benchmarks.redis_server import RedisServer
+from modalkit.pipelines.extras import install_command
 
 TEXT = "The room was clean and the staff could not have been kinder to us."
 JOB = json.dumps(
@@ -42,7 +45,6 @@ model_settings:
   model_entries:
     nothing: {{pipeline: "modalkit.benchmarks.nothing:{pipeline}"}}
 """
-SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port", "0"]
 BARE = [sys.executable, "-m", "uvicorn", "modalkit.benchmarks.bare_servers:app", "--no-access-log", "--port", "0"]
 CLIENTS = 64
 LIST_CLIENTS = 4
@@ -65,34 +67,22 @@ def served(
 def serving(folder: Path, configuration: str) -> Iterator[str]:
     """The address of ``modalkit serve`` in `folder` with this configuration."""
     (folder / "modalkit.yaml").write_text(configuration)
-    with _process(SERVE, folder, r"^Ready") as said:
+    with _process(SERVE, r"^Ready", folder) as said:
         yield _address(said)
 
 
 @contextmanager
-def bare(redis_url: str = "redis://localhost:6379") -> Iterator[str]:
-    """The address of the service that stores nothing."""
-    with _process(BARE, Path.cwd(), r"running on", BENCHMARK_REDIS_URL=redis_url) as said:
+def bare(**variables: str) -> Iterator[str]:
+    """The address of the service that stores nothing; it sends tasks with the variable ``BENCHMARK_REDIS_URL``."""
+    with _process(BARE, r"running on", None, **variables) as said:
         yield _address(said)
 
 
 @contextmanager
-def _process(command: list[str], folder: Path, ready: str, **variables: str) -> Iterator[str]:
+def _process(command: list[str], ready: str, folder: Path | None, **variables: str) -> Iterator[str]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), **variables}
-    # To a file, because a pipe is not read any more once the process is ready.
-    with tempfile.NamedTemporaryFile() as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
-        try:
-            said = ""
-            while not re.search(ready, said, re.MULTILINE):
-                if process.poll() is not None:
-                    raise RuntimeError(f"the server did not start: {said}")
-                time.sleep(0.05)
-                said = Path(log.name).read_text()
-            yield said
-        finally:
-            process.kill()  # gently, it would first finish what was accepted
-            process.wait()
+    with process(command, environment, ready, folder, stop_s=0) as said:  # gently, it would finish what was accepted
+        yield said
 
 
 def _address(said: str) -> str:
@@ -109,13 +99,24 @@ def metric(url: str, name: str) -> float:
     return float(next(line for line in lines if line.startswith(f"{name} ")).split()[-1])
 
 
-def rate(url: str, bodies: list[bytes], clients: int, jobs: int, status: int = 202) -> float:
+def rate(url: str, bodies: list[bytes], clients: int, jobs: int) -> float:
     """Jobs or items accepted per second."""
-    started_s = time.perf_counter()
-    statuses = uvloop.run(post_all(url, bodies, clients))
-    if statuses != {status: len(bodies)}:
-        raise RuntimeError(f"{url} answered {statuses}")
-    return jobs / (time.perf_counter() - started_s)
+    return jobs / _sent(Endpoint(url), bodies, clients).elapsed_s
+
+
+def _sent(endpoint: Endpoint, bodies: list[bytes], clients: int) -> Measured:
+    """Send each body once. Raises `RuntimeError` where one is refused."""
+    target = HttpTarget(
+        url=endpoint.url,
+        requests=[endpoint.request(body) for body in dict.fromkeys(bodies)],
+        list_length=endpoint.list_length,
+        error_mark=endpoint.error_mark,
+        timeout_s=600,
+    )
+    sent = run_target(target, Load(clients=clients, requests=len(bodies), processes=1, timeout_s=600))
+    if sent.errors:
+        raise RuntimeError(f"{endpoint.url} answered {dict(sent.errors)}")
+    return sent
 
 
 def lists(jobs: int, length: int = 1000) -> list[bytes]:
@@ -137,19 +138,36 @@ def told(name: str, ratios: list[float]) -> str:
     return f"{name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
 
 
-def predictions(rounds: int, items: int) -> None:
-    """Single requests to a pipeline that does nothing, next to a route that validates and answers with its models."""
-    ratios = []
-    bodies = [json.dumps({"text": TEXT}).encode()] * items
-    with tempfile.TemporaryDirectory() as folder, bare() as plain, served(Path(folder)) as url:
-        for _ in range(rounds):
-            reference = rate(f"{plain}/echo", bodies, CLIENTS, items, 200)
-            ours = rate(f"{url}/sync/predict", bodies, CLIENTS, items, 200)
-            ratios.append(ours / reference)
-            print(f"  bare {reference:.0f}/s, in batches {ours:.0f}/s")
-    print(
-        told(f"requests to a pipeline that does nothing, {CLIENTS} clients, beside a route that does nothing", ratios)
-    )
+class HttpStudy:
+    """Single requests to a pipeline that does nothing, beside a route that validates and answers with its models."""
+
+    name = "http"
+
+    def __init__(self, items: int = 12_000) -> None:
+        self._bodies = [json.dumps({"text": TEXT}).encode()] * items
+        self._rates: list[tuple[float, float]] = []
+
+    def warm_up(self) -> None:
+        """Nothing: the servers start with each round."""
+
+    def run_round(self) -> None:
+        """Measure both, on servers of their own."""
+        with tempfile.TemporaryDirectory() as folder, bare() as plain, served(Path(folder)) as url:
+            urls = [f"{url}/sync/predict", f"{plain}/echo"]
+            for each in urls:
+                rate(each, self._bodies[: len(self._bodies) // 10], CLIENTS, 1)
+            ours, reference = (rate(each, self._bodies, CLIENTS, len(self._bodies)) for each in urls)
+        self._rates.append((ours, reference))
+
+    def figures(self) -> list[Figure]:
+        """Rates and their ratio."""
+        ours, reference = zip(*self._rates, strict=True)
+        ratios = tuple(mine / other for mine, other in self._rates)
+        return [
+            Figure(name=f"requests to a pipeline that does nothing, {CLIENTS} clients", rounds=ours, unit="requests/s"),
+            Figure(name="requests to a bare FastAPI route", rounds=reference, unit="requests/s"),
+            Figure(name="our requests / those of the bare route", rounds=ratios, at_least=1.2),
+        ]
 
 
 def singles(rounds: int, jobs: int) -> None:
@@ -178,22 +196,29 @@ def streams(rounds: int, items: int) -> None:
     line = json.dumps({"text": TEXT}).encode() + b"\n"
     with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url:
         for count in (1, STREAMS):
-            rates = []
-            for _ in range(rounds):
-                started_s = time.perf_counter()
-                answered = uvloop.run(stream_all(f"{url}/batch/predict", line * (items // count), count))
-                rates.append(answered / (time.perf_counter() - started_s))
+            endpoint = Endpoint(
+                f"{url}/batch/predict",
+                list_length=items // count,
+                content_type=LINES,
+                error_mark=b'"status":"error"',
+            )
+            sent = [_sent(endpoint, [line * (items // count)] * count, count) for _ in range(rounds)]
+            rates = [found.answered / found.elapsed_s for found in sent]
             print(f"{count} streams: {statistics.median(rates):.0f} items/s ({min(rates):.0f} .. {max(rates):.0f})")
 
 
 def through_redis(rounds: int, jobs: int) -> None:
     """From acceptance to the message in a Redis stream, next to a task for each item from its route."""
+    try:
+        import redis
+    except ImportError:
+        raise typer.BadParameter(f"redis needs the client of Redis: {install_command('taskiq')}") from None
     ratios = []
     with (
         tempfile.TemporaryDirectory() as folder,
         RedisServer() as broker,
         redis.Redis.from_url(broker.url) as client,
-        bare(broker.url) as plain,
+        bare(BENCHMARK_REDIS_URL=broker.url) as plain,
         served(Path(folder), "taskiq", broker.url) as url,
     ):
         for _ in range(rounds):
@@ -229,12 +254,11 @@ def backlog(jobs: int) -> None:
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help="sync, single, lists, streams, redis or backlog.")] = None,
+    only: Annotated[str | None, typer.Option(help="single, lists, streams, redis or backlog.")] = None,
     rounds: Annotated[int, typer.Option(help="How often each pair is measured, in turns.")] = 5,
 ) -> None:
     """Print what requests and durable jobs cost."""
     parts: dict[str, Callable[[], None]] = {
-        "sync": lambda: predictions(rounds, 12_000),
         "single": lambda: singles(rounds, 6000),
         "lists": lambda: many(rounds, 40_000),
         "streams": lambda: streams(rounds, 100_000),

@@ -6,7 +6,6 @@ run in this one. HTTP and the clients use the same cores as the model: ``--bound
 a model that does nothing.
 """
 
-import asyncio
 import json
 import random
 import statistics
@@ -17,12 +16,11 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
 
 import typer
-import uvloop
 
 from modalkit.benchmarks.jobs import metric, rate, serving
+from modalkit.benchmarks.load import Endpoint, Load, run_load
 from modalkit.benchmarks.texts import CORPUS, TextsOption, read_texts
 
 CONFIGURATION = """
@@ -39,46 +37,14 @@ LIST_LENGTH = 1000
 SUCCEEDED = 'modalkit_jobs{status="succeeded"}'
 
 
-class Caller:
-    """Sends single requests over kept connections at given times, without waiting for earlier ones."""
-
-    def __init__(self, url: str, query: str = "") -> None:
-        parts = urlsplit(url)
-        self._head = (
-            f"POST /sync/predict{query} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
-        ).encode()
-        self._address = parts.hostname or "", parts.port or 80
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-        self.latencies_s: list[float] = []
-
-    async def send_all(self, texts: list[str], per_second: float, duration_s: float) -> None:
-        """Send texts at random times (a Poisson process) for `duration_s` seconds, and wait for all answers."""
-        chance, due_s, sent = random.Random(1), 0.0, []  # noqa: S311  # a repeatable load
-        started_s = time.perf_counter()
-        while (due_s := due_s + chance.expovariate(per_second)) < duration_s:
-            await asyncio.sleep(max(0.0, started_s + due_s - time.perf_counter()))
-            sent.append(asyncio.create_task(self._send(chance.choice(texts), started_s + due_s)))
-        await asyncio.gather(*sent)
-
-    async def _send(self, text: str, due_s: float) -> None:
-        while self._idle and self._idle[-1][0].at_eof():
-            self._idle.pop()  # the server closes connections that were idle for some seconds
-        reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
-        body = json.dumps({"text": text}).encode()
-        writer.write(self._head + b"%d\r\n\r\n" % len(body) + body)
-        head = await reader.readuntil(b"\r\n\r\n")
-        await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0]))
-        if not head.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(f"the server answered {head!r}")
-        self.latencies_s.append(time.perf_counter() - due_s)
-        self._idle.append((reader, writer))
-
-
 def latencies_s(url: str, texts: list[str], per_second: float, duration_s: float, query: str = "") -> list[float]:
-    """The latencies of such requests."""
-    caller = Caller(url, query)
-    uvloop.run(caller.send_all(texts, per_second, duration_s))
-    return caller.latencies_s
+    """The latencies of requests at random times (a Poisson process). Raises `RuntimeError` where one fails."""
+    load = Load(rate_per_s=per_second, seconds=duration_s, warm_up_s=0, processes=1)
+    found = run_load(Endpoint(f"{url}/sync/predict{query}"), [{"text": text} for text in texts], load)
+    if found.errors:
+        raise RuntimeError(f"the server answered {dict(found.errors)}")
+    latencies: list[float] = found.latencies_s.tolist()
+    return latencies
 
 
 def p99_s(latencies: list[float]) -> float:

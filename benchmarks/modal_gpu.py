@@ -17,10 +17,12 @@ from typing import Any
 import modal
 from rich.console import Console
 
+from modalkit.benchmarks.bench.report import show, write_files
+from modalkit.benchmarks.bench.results import Results
 from modalkit.benchmarks.containers.load import MODEL, Target, measure_variant
 from modalkit.benchmarks.containers.matrix import Load, Variant, VariantResult, parse_matrix
 from modalkit.benchmarks.containers.measured import MeasuredService
-from modalkit.benchmarks.containers.report import Results
+from modalkit.benchmarks.containers.report import add_variant
 from modalkit.benchmarks.corpus import mixed_length_texts
 from modalkit.service.calls.predictor import MAX_CALLS_IN_FLIGHT
 from modalkit.service.errors import describe_error
@@ -135,13 +137,14 @@ def main(
     """Measure all variants, print the figures, and write them and a plot into the folder `output`."""
     matrix = parse_matrix(gpus, batch_sizes, concurrency, seconds, keeps_records=records)
     measured = Measured(model or None, app_name or None, class_name or None)
-    results = Results(
-        matrix, {"app": measured.app_name, "class": measured.class_name, "model": measured.model}, Path(output)
-    )
+    name = f"modal:{measured.app_name or modal_config.app_name}/{measured.class_name or Model.__name__}"
+    results = Results(target=name, settings={"model": measured.model, "items": "the corpus", "matrix": matrix})
     for variant in matrix.variants():
         print(f"{variant.gpu}, batches of at most {variant.max_batch_size}")
-        results.add(_measured(variant, matrix.load, measured))
-    results.print(Console(width=120))
+        add_variant(results, _measured(variant, matrix.load, measured))
+        # At once, so that a run that is broken off keeps what it has.
+        write_files(results.document(), (), Path(output))
+    show(results.document(), (), Console(width=160))
 
 
 def _measured(variant: Variant, load: Load, measured: Measured) -> VariantResult:

@@ -1,15 +1,15 @@
-"""The overhead of the scheduler: requests without work, beside a minimal loop that batches them."""
+"""The overhead of the scheduler: requests without work, beside a minimal batching loop and other libraries."""
 
 import gc
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import anyio
-from batched import aio  # type: ignore[import-untyped]  # the package has no type information
 
 from modalkit.batching import BatchPolicy, BatchScheduler
 from modalkit.benchmarks.baselines import Collect, queue_and_thread, waiting_items
+from modalkit.benchmarks.batching_libraries import BATCHED, do_nothing, installed_libraries
 from modalkit.benchmarks.drivers import Call, timed_s, work_off
 from modalkit.benchmarks.measurement import Figure, Rounds
 
@@ -19,11 +19,6 @@ CALLERS = 1_000
 BATCH_SIZES = (256, 32)
 
 
-def do_nothing(items: Sequence[int]) -> Sequence[int]:
-    """Answer each item with itself."""
-    return items
-
-
 class OverheadStudy:
     """Microseconds per item of each contender, in a closed loop of 1,000 callers, with batches of 256 and of 32."""
 
@@ -31,6 +26,7 @@ class OverheadStudy:
 
     def __init__(self, items: int = 50_000) -> None:
         self._items = range(items)
+        self._libraries = installed_libraries()
         self._rounds = self._contenders()
 
     def warm_up(self) -> None:
@@ -48,19 +44,27 @@ class OverheadStudy:
     def _figures_of(self, batch_size: int) -> list[Figure]:
         figure, ratio = self._rounds.figure, self._rounds.ratio
         is_large = batch_size == max(BATCH_SIZES)
-        bare, submit, batched, many = (f"{way} {batch_size}" for way in ("bare", "submit", "batched", "submit_many"))
-        return [
+        bare, submit, many = (f"{way} {batch_size}" for way in ("bare", "submit", "submit_many"))
+        found = [
             figure(bare, f"bare queue and thread, batches of {batch_size}", "us/item"),
             figure(submit, f"submit, batches of {batch_size}", "us/item"),
-            figure(batched, f"the batched library, batches of {batch_size}", "us/item"),
             figure(many, f"submit_many, batches of {batch_size}", "us/item"),
             ratio(submit, bare, f"submit / bare queue and thread, {batch_size}", at_most=2),
-            ratio(submit, batched, f"submit / the batched library, {batch_size}", at_most=1 / 3 if is_large else None),
             ratio(many, submit, f"submit_many / submit, {batch_size}", at_most=1 / 3 if is_large else None),
         ]
+        for name in self._libraries:
+            library = f"{name} {batch_size}"
+            at_most = 1 / 3 if is_large and name == BATCHED else None
+            found += [
+                figure(library, f"{name}, batches of {batch_size}", "us/item"),
+                ratio(submit, library, f"submit / {name}, {batch_size}", at_most=at_most),
+            ]
+        return found
 
     def _contenders(self) -> Rounds:
-        ways = {"bare": self._bare, "submit": self._submit, "batched": self._batched, "submit_many": self._submit_many}
+        ways: dict[str, Callable[[int], Awaitable[float]]] = {"bare": self._bare, "submit": self._submit}
+        ways |= {name: partial(way, self._closed_loop_s) for name, way in self._libraries.items()}
+        ways["submit_many"] = self._submit_many
         return Rounds(
             [
                 partial(self._us_per_item, f"{name} {batch_size}", partial(way, batch_size))
@@ -84,9 +88,6 @@ class OverheadStudy:
     async def _submit(self, batch_size: int) -> float:
         async with _scheduler(batch_size) as scheduler:
             return await self._closed_loop_s(scheduler.submit)
-
-    async def _batched(self, batch_size: int) -> float:
-        return await self._closed_loop_s(aio.dynamically(do_nothing, batch_size=batch_size))
 
     async def _submit_many(self, batch_size: int) -> float:
         """Send lists one after the other, each with as many requests as the other loops have callers."""

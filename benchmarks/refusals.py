@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import uvloop
 from fastapi import FastAPI
 
 from modalkit.batching import QueueFullError
 from modalkit.benchmarks.jobs import TEXT, serving, told
+from modalkit.benchmarks.load import Endpoint, Load, run_load
 from modalkit.benchmarks.nothing import NeverPipeline, Text
-from modalkit.benchmarks.raw_http import post_for
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import Settings
 from modalkit.service.web import create_app
@@ -113,9 +112,12 @@ def over_http(rounds: int, seconds: float) -> None:
         for size in QUEUE_SIZES:
             configuration = CONFIGURATION.format(max_queue_size=size)
             with tempfile.TemporaryDirectory() as folder, serving(Path(folder), configuration) as url:
-                statuses = uvloop.run(post_for(f"{url}/sync/predict", BODY, CLIENTS, seconds))
-            succeeded[size].append(statuses.get(200, 0))
-            print(f"  {CLIENTS} clients for {seconds:g} s, max_queue_size {size}: {statuses}")
+                load = Load(clients=CLIENTS, seconds=seconds, warm_up_s=0, processes=1)
+                found = run_load(Endpoint(f"{url}/sync/predict"), [{"text": TEXT}], load)
+            succeeded[size].append(found.answered)
+            print(
+                f"  {CLIENTS} clients for {seconds:g} s, max_queue_size {size}: {found.answered}, {dict(found.errors)}"
+            )
     ratios = [small / large for large, small in zip(*succeeded.values(), strict=True)]
     print(told("successes with a queue of 100, beside one of 10,000", ratios))
 

@@ -1,13 +1,9 @@
 """The studies with targets, in one table for each: ``python -m modalkit.benchmarks.report``, see its ``--help``."""
 
 import json
-import os
-import platform
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from modalkit.benchmarks.bench.results import machine, versions_of
 from modalkit.benchmarks.measurement import Figure, Study
-from modalkit.service.version import VERSION
+from modalkit.pipelines.extras import install_command
 
 DEFAULT_TEXTS = 2_000
+RATIO = "x"
+TOLERANCE = 0.1
 
 
 class StudyName(StrEnum):
@@ -27,18 +26,28 @@ class StudyName(StrEnum):
     OVERHEAD = "overhead"
     GROWTH = "growth"
     END_TO_END = "end-to-end"
+    HTTP = "http"
 
 
 def make_study(name: StudyName, texts: int = DEFAULT_TEXTS) -> Study:
     """The study of that name; `texts` is the number of texts for the study that runs the model."""
     if name is StudyName.OVERHEAD:
-        from modalkit.benchmarks.overhead import OverheadStudy
+        try:
+            from modalkit.benchmarks.overhead import OverheadStudy
+        except ImportError:
+            raise typer.BadParameter(
+                f"{name} needs the library batched: {install_command('bench')}, or choose others by --only"
+            ) from None
 
         return OverheadStudy()
     if name is StudyName.GROWTH:
         from modalkit.benchmarks.growth import GrowthStudy
 
         return GrowthStudy()
+    if name is StudyName.HTTP:
+        from modalkit.benchmarks.jobs import HttpStudy
+
+        return HttpStudy()
     from modalkit.benchmarks.end_to_end import EndToEndStudy
     from modalkit.benchmarks.in_process import BundledPipeline, corpus_items
 
@@ -70,9 +79,8 @@ def as_json(figures: Mapping[str, Sequence[Figure]]) -> str:
     """The figures of each study, with the machine and the versions, as JSON."""
     document = {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": sys.version.split()[0],
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
-        "versions": {"modalkit": VERSION, **{name: version(name) for name in ("torch", "transformers", "batched")}},
+        "machine": machine(),
+        "versions": versions_of("torch", "transformers", "batched"),
         "studies": {study: [_figure_as_dict(figure) for figure in found] for study, found in figures.items()},
     }
     return json.dumps(document, indent=2) + "\n"
@@ -88,6 +96,40 @@ def _figure_as_dict(figure: Figure) -> dict[str, object]:
         **{name: bound for name, bound in targets.items() if bound is not None},
         **({} if figure.is_met is None else {"met": figure.is_met}),
     }
+
+
+def read_baseline(path: Path) -> dict[str, float]:
+    """The medians of the ratios that ``--json`` wrote, by study and name. Raises `typer.BadParameter`."""
+    try:
+        studies = json.loads(path.read_text(encoding="utf-8"))["studies"]
+        return {
+            f"{study}: {figure['name']}": figure["median"]
+            for study, found in studies.items()
+            for figure in found
+            if figure["unit"] == RATIO and figure["median"] is not None
+        }
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise typer.BadParameter(f"--baseline {path}: {error}; give a file that --json wrote") from error
+
+
+def regressions(figures: Mapping[str, Sequence[Figure]], baseline: Mapping[str, float]) -> list[str]:
+    """A line for each ratio with a target that is more than 10 % worse than in the baseline.
+
+    Times are not compared: they are those of another machine, or of another day.
+    """
+    lines = []
+    for study, found in figures.items():
+        for figure in found:
+            before = baseline.get(f"{study}: {figure.name}")
+            if before is None or not figure.rounds or figure.unit != RATIO or before <= 0:
+                continue
+            change = figure.value / before - 1
+            is_worse = (figure.at_most is not None and change > TOLERANCE) or (
+                figure.at_least is not None and change < -TOLERANCE
+            )
+            if is_worse:
+                lines.append(f"{study}: {figure.name}: {figure.value:.3g} after {before:.3g} ({change:+.0%})")
+    return lines
 
 
 def run_study(study: Study, rounds: int, show: Callable[[str], None]) -> list[Figure]:
@@ -106,8 +148,12 @@ def main(
     texts: Annotated[int, typer.Option(min=1, help="Texts of the corpus, at most 4,000.")] = DEFAULT_TEXTS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a target is missed.")] = False,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Older --json: exit with 1 if a ratio is more than 10 % worse.", exists=True)
+    ] = None,
 ) -> None:
     """Run the studies (a quarter of an hour on two cores) and print their figures."""
+    before = {} if baseline is None else read_baseline(baseline)
     console, progress = Console(width=110), Console(stderr=True)
     figures: dict[str, list[Figure]] = {}
     for name in only or list(StudyName):
@@ -115,7 +161,11 @@ def main(
         console.print(figures_table(name.value, figures[name.value]))
     if json_file is not None:
         json_file.write_text(as_json(figures), encoding="utf-8")
-    if check and any(figure.is_met is False for found in figures.values() for figure in found):
+    for line in (worse := regressions(figures, before)):
+        console.print(f"[red]worse[/red] {line}")
+    if before and not worse:
+        console.print("No ratio is more than 10 % worse than in the baseline.")
+    if worse or (check and any(figure.is_met is False for found in figures.values() for figure in found)):
         raise typer.Exit(1)
 
 

@@ -55,6 +55,17 @@ class UnknownJobError(ServiceError):
         self.job_id = job_id
 
 
+class UnknownBatchError(ServiceError):
+    """Raised when a batch is asked for of which no job is stored."""
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(
+            f"there is no batch {batch_id!r}: the id is wrong, no job was submitted with it, or all were removed after "
+            "their result_ttl"
+        )
+        self.batch_id = batch_id
+
+
 class Readiness(StrEnum):
     """Whether a model takes requests, and if not, why."""
 

@@ -16,8 +16,11 @@ from modalkit.batching import (
 )
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel
 from modalkit.service.errors import Readiness, UnknownModelError
-from modalkit.service.jobs import Job, JobCounts, JobFilter, JobPage, JobPiece
+from modalkit.service.jobs import BatchLines, Job, JobCounts, JobFilter, JobPage, JobPiece, JobStore
+from modalkit.service.jobs.batches import Batches
 from modalkit.service.settings import BatchConfig
+
+ALL_JOBS = JobFilter()
 
 
 class Model(Protocol):
@@ -97,8 +100,24 @@ class JobAdministration(Protocol):
     async def purge(self, which: JobFilter) -> int:
         """Remove the ended jobs that `which` covers; returns how many."""
 
+    async def retry(self, job_ids: Sequence[str] | None = None, which: JobFilter = ALL_JOBS) -> int:
+        """Run failed, expired and cancelled jobs that `which` covers once more, all or of these ids; returns how many.
+
+        One whose message is about to be sent is left as it is.
+        """
+
     async def counts(self) -> JobCounts:
         """How many jobs there are by status and by delivery."""
+
+    @property
+    def batches(self) -> Batches:
+        """The jobs that were submitted as lines of a batch."""
+        ...
+
+    @property
+    def documents(self) -> JobStore:
+        """What keeps the files of clients of other servers."""
+        ...
 
 
 class Jobs(Protocol):
@@ -116,11 +135,17 @@ class Jobs(Protocol):
         """Raise what `submit` would raise for any job of this model now."""
 
     async def submit(
-        self, requests: Sequence[AsyncInputModel], *, model_name: str, **options: Unpack[QueueOptions]
+        self,
+        requests: Sequence[AsyncInputModel],
+        *,
+        model_name: str,
+        batch: BatchLines | None = None,
+        **options: Unpack[QueueOptions],
     ) -> list[Outcome[str]]:
         """Accept jobs for one model; the id or the error of each, in the same order.
 
-        They belong to the `owner`, the name of an API key, and to none if it is empty. An invalid request disturbs no
+        They belong to the `owner`, the name of an API key, and to none if it is empty. With a `batch`, they are lines
+        of it; `NotAvailableError` says that the engine has none. An invalid request disturbs no
         other. Raises `UnknownModelError`, and `NotReadyError` where the model takes no jobs now.
         """
 
@@ -180,6 +205,11 @@ class Gateway(AbstractAsyncContextManager["Gateway"], Protocol):
     @property
     def administration(self) -> ModelAdministration | None:
         """None where the engine cannot reload models."""
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it is about to be left, so that answers without an end should end."""
+        ...
 
 
 ModelT = TypeVar("ModelT", bound=Model)

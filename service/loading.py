@@ -259,7 +259,7 @@ def _make_built_in_backend(config: QueueConfig, name: str) -> QueueBackend:
             return _DiscardingBackend()
         case "memory":
             # These queues cannot be read from outside the process, and the job store keeps the results.
-            return InMemoryBackend(max_messages_per_queue=1000, max_queues=100)
+            return InMemoryBackend(max_messages_per_queue=1000, max_queues=100, is_read=False)
         case "sqs":
             return SQSBackend(**config.sqs.model_dump())
         case "webhook":

@@ -212,6 +212,11 @@ class LocalGateway(AsyncContextManagerMixin):
         self.jobs.drain()
 
     @property
+    def is_draining(self) -> bool:
+        """Whether `drain` was called, or the gateway is being left."""
+        return self._state.draining.is_set()
+
+    @property
     def administration(self) -> Self:
         """What can be done with the models while they run: `reload`, `set_limits` and `limits`."""
         return self

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict
 
 from modalkit.batching import SchedulerStatistics
 from modalkit.benchmarks.containers.matrix import Figures
@@ -24,6 +25,7 @@ class Report:
     statistics: SchedulerStatistics
     records: list[Mapping[str, Any]]
     """Each has the fields of a `BatchRecord`, without its errors."""
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)  # the errors of a `BatchRecord`; none is reported
 
 
 @dataclass

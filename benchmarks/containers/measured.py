@@ -1,7 +1,7 @@
 """The service class with a method that tells of its batches."""
 
 from collections import deque
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import modal
@@ -11,7 +11,7 @@ from modalkit.batching import BatchRecord
 from modalkit.service.on_modal.service import ModalService
 
 KEPT_RECORDS = 10_000
-_LEFT_OUT = ("errors", "tags", "waits_s")
+_LEFT_OUT = ("errors", "sizes", "tags", "waits_s")
 _FIELDS = ["queue_s", *(field.name for field in fields(BatchRecord) if field.name not in _LEFT_OUT)]
 
 
@@ -40,7 +40,8 @@ class MeasuredService(ModalService):
         """The container's ``device``, its ``statistics`` and the ``records`` of its latest batches, then forgotten."""
         worker = self.running().worker
         records, self._records = self._records or (), None
+        statistics = replace(worker.statistics(), recent=())
         report: dict[str, Any] = to_jsonable_python(
-            {"device": worker.pipeline.device_name(), "statistics": worker.statistics(), "records": list(records)}
+            {"device": worker.pipeline.device_name(), "statistics": statistics, "records": list(records)}
         )
         return report

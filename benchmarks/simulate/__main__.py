@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from modalkit.benchmarks.bench.plots import require_matplotlib
 from modalkit.benchmarks.simulate.devices import make_device
 from modalkit.benchmarks.simulate.mix import RATES, print_mixes
 from modalkit.benchmarks.simulate.mix import mix as mix_of
@@ -36,6 +37,8 @@ def simulate(
     """Simulate each rule on each device under each load, and print the figures."""
     if context.invoked_subcommand is not None:
         return
+    if out is not None:
+        require_matplotlib("--out")
     devices = device or list(DEVICES)
     if unknown := sorted(set(devices) - set(DEVICES)):
         raise typer.BadParameter(f"no device is called {unknown[0]!r}; there are {', '.join(DEVICES)}")
@@ -59,6 +62,8 @@ def structures(
     plot: Annotated[Path | None, typer.Option(help="An image file to draw into (needs matplotlib).")] = None,
 ) -> None:
     """Run the planner from a cold start on dozens of cost structures, beside the best fixed batch size."""
+    if plot is not None:
+        require_matplotlib("--plot")
     regrets = study(jobs)
     print_regrets(regrets, Console(width=130))
     if plot is not None:

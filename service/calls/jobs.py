@@ -22,7 +22,7 @@ from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import json_form, make_job_id, parse_job_id, read_job
 from modalkit.service.errors import NotAvailableError, ServiceError, describe_error
 from modalkit.service.gateway import JobAdministration, Model, find_model
-from modalkit.service.jobs import Job, JobPiece, JobStatus, JobStoreError
+from modalkit.service.jobs import BatchLines, Job, JobPiece, JobStatus, JobStoreError
 from modalkit.service.jobs.life import new_job, request_digest
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.settings import BatchConfig
@@ -105,14 +105,21 @@ class CallJobs(AsyncContextManagerMixin):
         find_model(self._models, model_name)
 
     async def submit(
-        self, requests: Sequence[AsyncInputModel], *, model_name: str, **options: Unpack[QueueOptions]
+        self,
+        requests: Sequence[AsyncInputModel],
+        *,
+        model_name: str,
+        batch: BatchLines | None = None,
+        **options: Unpack[QueueOptions],
     ) -> list[Outcome[str]]:
         """Accept jobs; returns the id or the error of each, in their order, once the queue keeps them.
 
         One that is refused disturbs no other. A repetition of a request with the same `idempotency_key` gets the id of
         the first, where the `owner` is the same. When cancelled, any of the jobs may have been accepted. Raises
-        `UnknownModelError`.
+        `UnknownModelError`, and `NotAvailableError` for a `batch`.
         """
+        if batch is not None:
+            raise NotAvailableError("batch_id: the engine that runs the jobs cannot list them, so it has no batches")
         model = find_model(self._models, model_name)
         outcomes: list[Outcome[str]] = [Failure(RuntimeError("it was not submitted"))] * len(requests)
 
@@ -291,6 +298,7 @@ class CallGateway(AsyncContextManagerMixin):
     published_metrics: PublishedMetrics | None = None
     """Where processes that cannot be scraped publish their metrics."""
     administration: None = None
+    is_draining: bool = False
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:

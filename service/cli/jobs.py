@@ -1,4 +1,4 @@
-"""``modalkit jobs list | show | replay | purge``: jobs of a running service, or in the store's file."""
+"""``modalkit jobs list | show | replay | retry | purge``: jobs of a running service, or in the store's file."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ from modalkit.service.cli.common import ConfigFiles, notices, one_of
 from modalkit.service.cli.jobs_client import JobRefusedError, JobsClient
 from modalkit.service.jobs import DeliveryStatus, JobStatus
 from modalkit.service.settings import Settings
-from modalkit.service.web.answers import JobDetails, JobPageView, JobView, Purged, Replayed
+from modalkit.service.web.answers import JobDetails, JobPageView, JobView, Purged, Replayed, Retried
 
 PAGE_SIZE = 200
 MAX_AGE_S = 100 * 365 * 86_400
@@ -33,7 +33,7 @@ app = typer.Typer(name="jobs", no_args_is_help=True, rich_markup_mode="rich")
 
 @app.callback()
 def jobs() -> None:
-    """See to jobs: list and show them, send undelivered results once more, remove old ones.
+    """See to jobs: list and show them, send undelivered results once more, run failed ones again, remove old ones.
 
     With --url, by way of a running service. Without, in the SQLite file of the configuration (async_config.store_path),
     while no service has it open.
@@ -70,6 +70,7 @@ Deliveries = Annotated[
     typer.Option("--delivery", help="Only jobs with such a delivery; may be repeated.", **one_of(DeliveryStatus)),
 ]
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only jobs of this model.")]
+OfBatch = Annotated[str | None, typer.Option("--batch", help="Only jobs of this batch.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 
@@ -78,6 +79,7 @@ def list_jobs(
     status: Statuses = None,
     delivery: Deliveries = None,
     model: OfModel = None,
+    batch: OfBatch = None,
     limit: Annotated[int, typer.Option(min=1, help="Maximum jobs to list.")] = 20,
     everything: Annotated[bool, typer.Option("--all", help="List all there are, whatever the limit.")] = False,
     cursor: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Where to go on, as told before.")] = None,
@@ -96,7 +98,7 @@ def list_jobs(
 
     modalkit jobs list --url http://127.0.0.1:8000 --status failed --status expired --all --json
     """
-    parameters = {"status": status, "delivery": delivery, "model_name": model}
+    parameters = {"status": status, "delivery": delivery, "model_name": model, "batch_id": batch}
     listed = 0
     shown: list[JobView] = []
     with _jobs(url, key, config).opened() as client:
@@ -180,10 +182,53 @@ def replay(
 
 
 @app.command()
+def retry(
+    job_ids: Annotated[list[str] | None, typer.Argument(metavar="JOB_ID", help="Which jobs to run.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Run every failed job once more.")] = False,
+    status: Statuses = None,
+    model: OfModel = None,
+    batch: OfBatch = None,
+    url: Url = None,
+    key: Key = None,
+    config: ConfigFiles = None,
+) -> None:
+    """Run failed, expired or cancelled jobs once more: the same jobs, with their ids and idempotency keys.
+
+    With --all, every failed job, or those that --status, --model and --batch select. A job whose error was sent to a
+    queue sends a second message then, with the same job_id.
+
+    [bold]Examples[/bold]
+
+    modalkit jobs retry 019a6b5e-8c3f-7a41-9d52-0f6f3d1c2b7a
+
+    modalkit jobs retry --all --status failed --status expired --url http://127.0.0.1:8000
+    """
+    if bool(job_ids) == everything:
+        raise typer.BadParameter("give the ids of jobs, or --all for every failed job, and not both")
+    if job_ids and (status or model or batch):
+        raise typer.BadParameter("--status, --model and --batch select from --all; leave them out, or the ids")
+    answers: list[JobDetails | None] = []
+    with _jobs(url, key, config).opened() as client:
+        if everything:
+            parameters = {"status": status, "model_name": model, "batch_id": batch}
+            retried = client.ask(Retried, "POST", "/retry", parameters=parameters).retried
+        else:
+            answers = [_ask_about(client, job_id, "POST", "/retry") for job_id in _distinct(job_ids or ())]
+            retried = len(answers) - answers.count(None)
+    if retried:
+        typer.echo(f"{retried} job{' runs' if retried == 1 else 's run'} once more, {client.sent_when}.")
+    elif everything:
+        typer.echo("There are no such jobs.")
+    if None in answers:
+        raise typer.Exit(1)
+
+
+@app.command()
 def purge(
     status: Statuses = None,
     delivery: Deliveries = None,
     model: OfModel = None,
+    batch: OfBatch = None,
     older_than: Annotated[
         int | None,
         typer.Option(parser=seconds_of, metavar="DURATION", help="Only jobs that ended so long ago: 90s, 15m, 2h, 7d."),
@@ -203,8 +248,8 @@ def purge(
 
     modalkit jobs purge --delivery undelivered --url http://127.0.0.1:8000 --yes
     """
-    if not status and not delivery and older_than is None:
-        raise typer.BadParameter("say which jobs to remove: by --status, by --delivery, or by --older-than")
+    if not status and not delivery and batch is None and older_than is None:
+        raise typer.BadParameter("say which jobs to remove: by --status, --delivery, --batch or --older-than")
     if active := [state for state in status or () if not state.has_ended]:
         raise typer.BadParameter(
             f"only jobs that have ended are removed, {active[0]} ones are not", param_hint="--status"
@@ -213,15 +258,26 @@ def purge(
         raise typer.BadParameter("results that are about to be sent are not removed", param_hint="--delivery")
     client = _jobs(url, key, config)
     if not yes:
-        _confirm(status, delivery, model, older_than, client.name)
-    parameters = {"status": status, "delivery": delivery, "model_name": model, "older_than": older_than}
+        _confirm(status, delivery, model, batch, older_than, client.name)
+    parameters = {
+        "status": status,
+        "delivery": delivery,
+        "model_name": model,
+        "batch_id": batch,
+        "older_than": older_than,
+    }
     with client.opened():
         purged = client.ask(Purged, "DELETE", parameters=parameters).purged
     typer.echo(f"Removed {purged} job{'' if purged == 1 else 's'}.")
 
 
 def _confirm(
-    statuses: Statuses, deliveries: Deliveries, model_name: str | None, older_than_s: int | None, where: str
+    statuses: Statuses,
+    deliveries: Deliveries,
+    model_name: str | None,
+    batch_id: str | None,
+    older_than_s: int | None,
+    where: str,
 ) -> None:
     """Ask whether to remove these jobs. Raises `typer.Abort` for a no."""
     if not sys.stdin.isatty():
@@ -231,6 +287,8 @@ def _confirm(
         parts.append(f"with the delivery {' or '.join(deliveries)}")
     if model_name is not None:
         parts.append(f"of the model {model_name}")
+    if batch_id is not None:
+        parts.append(f"of the batch {batch_id}")
     if older_than_s is not None:
         parts.append(f"that ended more than {duration_text(older_than_s)} ago")
     typer.confirm(f"Remove from {where} all ended jobs {', '.join(parts)}?", abort=True, err=True)

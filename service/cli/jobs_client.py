@@ -121,7 +121,7 @@ class JobsClient:
             reason = str(error) or type(error).__name__
             raise JobsError(f"{self.name} cannot be reached: {reason}; start the service, or correct --url") from error
         if response.status_code != HTTPStatus.OK:
-            raise self._error(response, about)
+            raise self.error_of(response, about)
         try:
             return kind.model_validate_json(response.content)
         except ValidationError as error:
@@ -130,10 +130,12 @@ class JobsClient:
                 "modalkit of the service"
             ) from error
 
-    def _error(self, response: httpx.Response, about: str | None) -> JobsError:
-        status, detail = response.status_code, ""
+    def error_of(self, response: httpx.Response, about: str | None = None) -> JobsError:
+        """What an answer means that is no result; `about` is the job that was asked for."""
+        status, detail, kind = response.status_code, "", ""
         with suppress(ValidationError):  # the answer may be none of ours
-            detail = Problem.model_validate_json(response.content).detail
+            problem = Problem.model_validate_json(response.content)
+            detail, kind = problem.detail, problem.type.rpartition(":")[2]
         if about is not None and status in (HTTPStatus.CONFLICT, HTTPStatus.NOT_FOUND):
             if status == HTTPStatus.CONFLICT or about in detail:
                 return JobRefusedError(detail)
@@ -141,7 +143,8 @@ class JobsClient:
                 return JobRefusedError(f"there is no job {about!r} in {self.name}")
         if status == HTTPStatus.UNAUTHORIZED:
             return JobsError(f"{self.name} refuses the request (401); {self.key_remedy}")
-        if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED) or response.has_redirect_location:
+        is_missing = status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
+        if (is_missing and not kind.startswith("unknown-")) or response.has_redirect_location:
             elsewhere = f", and leads to {response.headers['location']}" if response.has_redirect_location else ""
             return JobsError(
                 f"{self.name} is not the address of a modalkit service: it answers {status}{elsewhere}; give --url as "

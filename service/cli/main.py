@@ -3,10 +3,13 @@
 import os
 import sys
 import warnings
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from modalkit.service.cli.backup import backup
 from modalkit.service.cli.check import check
@@ -19,6 +22,7 @@ from modalkit.service.cli.predict import predict
 from modalkit.service.cli.records import InputError
 from modalkit.service.cli.reload import reload
 from modalkit.service.cli.serve import serve
+from modalkit.service.cli.submit import submit
 from modalkit.service.cli.tune import tune
 from modalkit.service.errors import ServiceError, UnknownModelError
 from modalkit.service.loading import LoadError
@@ -29,14 +33,33 @@ from modalkit.service.version import VERSION
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
 
+PLUGINS = "modalkit.commands"
+"""The group of entry points by which other packages add commands: names of `typer.Typer` objects."""
+
+
+class _Group(TyperGroup):
+    """The commands of this package, and those of others, which are imported only when they are asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names, as ``--help`` lists them."""
+        return [*super().list_commands(ctx), *sorted(entry_points(group=PLUGINS).names)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name; None where there is none."""
+        found = super().get_command(ctx, cmd_name)
+        plugins = () if found else entry_points(group=PLUGINS, name=cmd_name)
+        return next((get_command(plugin.load()) for plugin in plugins), found)
+
+
 app = typer.Typer(
     name="modalkit",
+    cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (init, serve, predict, check, config, deploy, tune, reload):
+for command in (init, serve, predict, submit, check, config, deploy, tune, reload):
     app.command()(command)
 jobs_app.command()(backup)
 app.add_typer(jobs_app)

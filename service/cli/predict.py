@@ -2,13 +2,11 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import anyio
 import typer
@@ -19,19 +17,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from modalkit.batching import BatchRecord, Failure, Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
-from modalkit.service.cli.common import ConfigFiles, ModelOption, model_source, notices, whole_file
+from modalkit.service.cli.common import ConfigFiles, ModelOption, model_source, notices
 from modalkit.service.cli.records import (
-    KEEP_BAD_BYTES,
     ColumnOption,
     FileFormat,
     FormatOption,
     Record,
-    Writer,
     kept_columns,
-    output_format,
     read_file,
     read_records,
-    result_writer,
+    read_standard_input,
+    rows_of,
+    validated,
+)
+from modalkit.service.cli.results import (
+    KeepColumnsOption,
+    OutputOption,
+    ResultWriter,
+    ResumeOption,
+    result_file,
 )
 from modalkit.service.errors import OutputNotJsonError, describe_error
 from modalkit.service.outputs import output_object
@@ -53,26 +57,23 @@ def predict(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to run.")] = None,
     input_path: Annotated[
         Path | None,
-        typer.Option("--input", "-i", help="A .txt, .jsonl or .csv file; - is standard input."),
+        typer.Option("--input", "-i", help="A .txt, .jsonl, .csv or .parquet file, or .gz of it; - is standard input."),
     ] = None,
-    output_path: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="A .jsonl or .csv file for the results; standard output if left out."),
-    ] = None,
+    output_path: OutputOption = None,
     file_format: FormatOption = None,
     column: ColumnOption = None,
-    keep_columns: Annotated[
-        bool, typer.Option("--keep-columns", help="Write the columns (or keys) of the input before each result.")
-    ] = False,
+    keep_columns: KeepColumnsOption = False,
+    resume: ResumeOption = False,
     config: ConfigFiles = None,
     model: ModelOption = None,
 ) -> None:
     """Run a model over texts and write one result for each, in the same order.
 
-    Results are JSON, one a line; CSV where the output file is called .csv. A line that cannot be read, or fails, gets
-    an error in its place, is reported with its number on standard error, and makes the exit code 1. The output file
-    takes its name at the end, and may be that of the input. With --keep-columns, a column of the input whose name a
-    result has too is written as input_NAME.
+    Results are JSON, one a line; CSV or Parquet where the output file is called so, and compressed where it ends in
+    .gz. A line that cannot be read, or fails, gets an error in its place, is reported with its number on standard
+    error, and makes the exit code 1. The output file takes its name at the end, and may be that of the input; until
+    then, results are beside it, and --resume goes on with them. With --keep-columns, a column of the input whose name
+    a result has too is written as input_NAME.
 
     [bold]Examples[/bold]
 
@@ -86,21 +87,19 @@ def predict(
         raise typer.BadParameter("give texts or --input, not both")
     if not texts and input_path is None and sys.stdin.isatty():
         raise typer.BadParameter("there is nothing to read: give texts, --input FILE, or pipe lines in")
-    written = output_format(output_path)
+    if resume and output_path is None:
+        raise typer.BadParameter("there is no output to go on with: give --output", param_hint="--resume")
     settings = Settings.load(config)
     source = model_source(settings, model)
     records, total = _open_input(texts, input_path, file_format, source.input_model, column)
-    with nullcontext(_use_utf8(sys.stdout)) if output_path is None else whole_file(output_path) as out:
+    fields = list(source.output_model.model_fields)
+    with result_file(output_path, fields=fields, resume=resume) as writer:
         with notices.status(f"Loading {source.model_name} ..."):
             pipeline = source.load()
-        with (
-            Progress(*COLUMNS, console=notices, transient=True, disable=not notices.is_terminal) as progress,
-            result_writer(out, written, source.output_model) as writer,
-        ):
-            progress.add_task("Running", total=total)
-            run = _Run(writer, progress, source.settings, source.output_model if keep_columns else None)
-            anyio.run(run.score, pipeline, records)
-        out.flush()
+        with Progress(*COLUMNS, console=notices, transient=True, disable=not notices.is_terminal) as progress:
+            progress.add_task("Running", total=total, completed=writer.done)
+            run = _Run(writer, progress, source.settings, fields if keep_columns else None)
+            anyio.run(run.score, pipeline, islice(records, writer.done, None))
     run.report(single=bool(texts))
     if run.failed:
         raise typer.Exit(1)
@@ -114,23 +113,16 @@ def _open_input(
     column: str | None,
 ) -> tuple[Iterator[Record], int | None]:
     """The records, and their number where it is known before they are read."""
+    fields = list(input_model.model_fields)
     if texts:
-        return read_records(texts, FileFormat.TXT, input_model, None), len(texts)
+        return validated(read_records(texts, FileFormat.TXT, fields, None), input_model), len(texts)
     if path is None or str(path) == "-":
-        return read_records(_use_utf8(sys.stdin), file_format or FileFormat.TXT, input_model, column), None
+        return validated(read_standard_input(file_format, fields, column), input_model), None
     if not path.is_file():
         raise typer.BadParameter(f"there is no file {path}; check its name", param_hint="--input")
-    with path.open("rb") as counted:
-        lines = sum(chunk.count(b"\n") for chunk in iter(lambda: counted.read(2**20), b""))
-    records = read_file(path, file_format, input_model, column)
-    # The first record is read now, so that a CSV file without the column is refused before the model is loaded.
-    return chain(list(islice(records, 1)), records), lines
-
-
-def _use_utf8(stream: TextIO) -> TextIO:
-    if isinstance(stream, TextIOWrapper):
-        stream.reconfigure(encoding="utf-8", errors=KEEP_BAD_BYTES, newline="")
-    return stream
+    records, total = read_file(path, file_format, fields, column), rows_of(path, file_format)
+    # The first record is read now, so that a file without the column is refused before the model is loaded.
+    return validated(chain(list(islice(records, 1)), records), input_model), total
 
 
 @dataclass(slots=True)
@@ -142,7 +134,7 @@ class _Chunk:
     done: anyio.Event = field(default_factory=anyio.Event)
 
     async def run(self, worker: InferenceWorker) -> None:
-        items = [record.item for record in self.records if record.item is not None]
+        items = [record.item for record in self.records if record.error is None]
         self.outcomes = await worker.predict_many(items, priority=Priority.BULK)
         self.done.set()
 
@@ -151,13 +143,13 @@ class _Chunk:
 class _Run:
     """One run of a model over many records, and its figures.
 
-    With the model's output model, the columns of the input are kept.
+    With the fields of its outputs, the columns of the input are kept.
     """
 
-    writer: Writer
+    writer: ResultWriter
     progress: Progress
     settings: Settings
-    keeps_beside: type[BaseModel] | None = None
+    keeps_beside: Sequence[str] | None = None
     failed: int = 0
     written: int = 0
     elapsed_s: float = 0.0
@@ -187,11 +179,11 @@ class _Run:
         await chunk.done.wait()
         outcomes = iter(chunk.outcomes)
         for record in chunk.records:
-            if record.item is None:
+            if record.error is not None:
                 self.progress.advance(self.progress.task_ids[0])
             result = _result(record, outcomes)
             kept = {} if self.keeps_beside is None else kept_columns(record, self.keeps_beside)
-            self.writer({**kept, **result})
+            self.writer.write({**kept, **result})
             self.written += 1
             if result["status"] == "error":
                 self.failed += 1
@@ -217,7 +209,7 @@ class _Run:
 
 def _result(record: Record, outcomes: Iterator[Outcome[InferenceOutputModel]]) -> Mapping[str, Any]:
     """The result of a record as it is written; `outcomes` has the next one for each valid record."""
-    if record.item is None:
+    if record.error is not None:
         error = record.error
     elif isinstance(outcome := next(outcomes), Failure):
         error = describe_error(outcome.error)

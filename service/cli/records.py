@@ -1,98 +1,152 @@
-"""Reads items for a model from text files and writes their results."""
+"""Reads items from files of several formats, compressed by gzip or not."""
 
 import csv
-import json
+import gzip
+import io
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, BinaryIO, TextIO, cast
 
 import typer
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
+from modalkit.pipelines.extras import install_command
 from modalkit.service.cli.common import one_of
 from modalkit.service.errors import ServiceError
 from modalkit.service.validation import field_errors, summary
 
 KEEP_BAD_BYTES = "surrogateescape"
 """Bytes that are no UTF-8 become characters that `_record` refuses, so that only their line has an error."""
-
-SPOOL_MEMORY_CHARACTERS = 2**24
-"""Results of a CSV file that wait in memory for its header; more are in a temporary file."""
-JSON_LINES_SUFFIXES = ("", ".json", ".jsonl", ".ndjson")
+GZIP_MAGIC = b"\x1f\x8b"
+ROWS_PER_READ = 1000
 
 _BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
 class FileFormat(StrEnum):
-    """How a file holds its items: texts, or JSON objects or strings, one a line; or rows below a header line."""
+    """How a file holds its items: texts, or JSON objects or strings, one a line; or rows with named columns."""
 
     TXT = "txt"
     JSONL = "jsonl"
     CSV = "csv"
+    PARQUET = "parquet"
 
 
 FormatOption = Annotated[
     FileFormat | None,
     typer.Option("--format", "-f", help="The input's format, where its name does not tell.", **one_of(FileFormat)),
 ]
-ColumnOption = Annotated[str | None, typer.Option(help="The CSV column, or JSON key, that holds the text.")]
+ColumnOption = Annotated[str | None, typer.Option(help="The column, or JSON key, that holds the text.")]
 
 
 class InputError(ServiceError):
-    """Raised when an input as a whole cannot be read: an unknown format, or a CSV file without the column."""
+    """Raised when an input as a whole cannot be read: an unknown format, or a file without the column."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One item of an input with its line; `error` says what is wrong where `item` is None.
+    """One item of an input with its line (of Parquet, its row); `error` says what is wrong where there is no item.
 
     `columns` has the columns of its row, or the keys of its JSON object, whether the model has such fields or not.
     """
 
     line: int
-    item: BaseModel | None
+    item: Any
     error: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_file(
-    path: Path, given: FileFormat | None, input_model: type[BaseModel], column: str | None
-) -> Iterator[Record]:
+def validated(records: Iterable[Record], input_model: type[BaseModel]) -> Iterator[Record]:
+    """These records with their items as instances of a model; one that is invalid has an error."""
+    for record in records:
+        if record.error is not None:
+            yield record
+            continue
+        try:
+            yield replace(record, item=input_model.model_validate(record.item))
+        except ValidationError as error:
+            text = summary(field_errors(error.errors(include_url=False), input_model))
+            yield replace(record, item=None, error=text)
+
+
+def format_of(path: Path) -> FileFormat:
+    """The format of a file by its name. Raises `InputError`."""
+    suffix = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+    name = suffix.lower().removeprefix(".")
+    try:
+        return FileFormat({"ndjson": "jsonl", "pq": "parquet"}.get(name, name))
+    except ValueError:
+        raise InputError(
+            f"cannot tell the format of {path} by its name; say --format txt, jsonl, csv or parquet"
+        ) from None
+
+
+def read_file(path: Path, given: FileFormat | None, fields: Sequence[str], column: str | None) -> Iterator[Record]:
     """The items of a file, in the format as `given` or else by its name; see `read_records`.
 
-    Raises `InputError`, also for an unknown name, and ``OSError``.
+    Raises `InputError`, also for an unknown name and a damaged file, and ``OSError``.
     """
-    suffix = path.suffix.lower().removeprefix(".")
+    file_format = given or format_of(path)
+    if file_format is FileFormat.PARQUET:
+        yield from _parquet_records(path, fields, column)
+        return
+    with path.open("rb") as file:
+        yield from _text_records(file, str(path), file_format, fields, column)
+
+
+def read_standard_input(given: FileFormat | None, fields: Sequence[str], column: str | None) -> Iterator[Record]:
+    """The items of standard input, by default of lines of text. Raises `InputError`."""
+    if given is FileFormat.PARQUET:
+        raise InputError("Parquet cannot be read from standard input: give the name of a file")
+    with open(sys.stdin.fileno(), "rb", closefd=False) as file:  # a descriptor has no path
+        yield from _text_records(file, "standard input", given or FileFormat.TXT, fields, column)
+
+
+def rows_of(path: Path, given: FileFormat | None) -> int | None:
+    """How many items a file has, about; None where that is not known before it is read."""
+    if (given or format_of(path)) is FileFormat.PARQUET:
+        with _parquet_file(path) as parquet:
+            return int(parquet.metadata.num_rows)
+    with path.open("rb") as file:
+        if file.read(len(GZIP_MAGIC)) == GZIP_MAGIC:
+            return None
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))
+
+
+def _text_records(
+    file: BinaryIO, name: str, file_format: FileFormat, fields: Sequence[str], column: str | None
+) -> Iterator[Record]:
+    binary: Any = io.BufferedReader(cast("io.RawIOBase", file))
+    if binary.peek(len(GZIP_MAGIC))[: len(GZIP_MAGIC)] == GZIP_MAGIC:
+        binary = gzip.GzipFile(fileobj=binary)
     try:
-        file_format = given or FileFormat("jsonl" if suffix == "ndjson" else suffix)
-    except ValueError:
-        raise InputError(f"cannot tell the format of {path} by its name; say --format txt, jsonl or csv") from None
-    with path.open(encoding="utf-8-sig", errors=KEEP_BAD_BYTES, newline="") as lines:
-        yield from read_records(lines, file_format, input_model, column)
+        with io.TextIOWrapper(binary, encoding="utf-8-sig", errors=KEEP_BAD_BYTES, newline="") as text:
+            yield from read_records(text, file_format, fields, column)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{name} is damaged: {error}") from error
 
 
 def read_records(
-    lines: Iterable[str], file_format: FileFormat, input_model: type[BaseModel], column: str | None
+    lines: Iterable[str] | TextIO, file_format: FileFormat, fields: Sequence[str], column: str | None
 ) -> Iterator[Record]:
-    """The items of a text file, or of other lines; an invalid one is a `Record` with an error. Raises `InputError`.
+    """The items of lines of text, for a model with these `fields`; a line that cannot be read has an error.
 
-    A plain text becomes the model's field `text`, or its only field. `column` names the column of a CSV file (the key
-    of a JSON object) that holds the text; without it, all columns that the model has fields for are taken.
+    A plain text becomes the field `text`, or the only field. `column` names the column of a CSV file (the key of a JSON
+    object) that holds the text; without it, all columns that the model has fields for are taken. Raises `InputError`.
     """
-    fields = list(input_model.model_fields)
-    text_field = fields[0] if len(fields) == 1 else "text"
+    text_field = _text_field(fields)
     if file_format is FileFormat.CSV:
-        yield from _csv_records(lines, input_model, text_field, column)
+        yield from _csv_records(lines, fields, column)
         return
     for line, text in enumerate((text.rstrip("\r\n") for text in lines), start=1):
         if file_format is FileFormat.TXT:
-            yield _record(line, {text_field: text}, input_model)
+            yield _record(line, {text_field: text})
             continue
         try:
             value = from_json(text)
@@ -100,36 +154,41 @@ def read_records(
             yield Record(line, None, f"not JSON: {error}")
             continue
         if isinstance(value, str):
-            yield _record(line, {text_field: value}, input_model)
+            yield _record(line, {text_field: value})
         elif column is not None and isinstance(value, dict):
-            yield _record(line, {text_field: value[column]} if column in value else {}, input_model, value)
+            yield _record(line, {text_field: value[column]} if column in value else {}, value)
         else:
-            yield _record(line, value, input_model)
+            yield _record(line, value)
 
 
-def _record(line: int, value: Any, input_model: type[BaseModel], columns: Any = None) -> Record:
+def _text_field(fields: Sequence[str]) -> str:
+    return fields[0] if len(fields) == 1 else "text"
+
+
+def _record(line: int, value: Any, columns: Any = None) -> Record:
     """The record of an item; `columns` has what its line holds, where that is more than the item."""
     columns = value if columns is None else columns
     columns = columns if isinstance(columns, dict) else {}
     for name, text in value.items() if isinstance(value, dict) else ():
         if isinstance(text, str) and _BAD_BYTE.search(text):
             return Record(line, None, f"{name}: is not UTF-8; convert the input to UTF-8", columns)
-    try:
-        return Record(line, input_model.model_validate(value), columns=columns)
-    except ValidationError as error:
-        return Record(line, None, summary(field_errors(error.errors(include_url=False), input_model)), columns)
+    return Record(line, value, columns=columns)
 
 
-def _csv_records(
-    lines: Iterable[str], input_model: type[BaseModel], text_field: str, column: str | None
-) -> Iterator[Record]:
+def _columns_of_fields(what: str, header: Sequence[str], fields: Sequence[str], column: str | None) -> dict[str, str]:
+    """The column of each field that has one. Raises `InputError` where none has."""
+    wanted = [_text_field(fields)] if column is not None else [*fields] or [_text_field(fields)]
+    columns = {field: column or field for field in wanted if (column or field) in header}
+    if not columns:
+        named = ", ".join(repr(column or field) for field in wanted)
+        raise InputError(f"the {what} has no column {named}; it has {[*header]}: name the text's with --column")
+    return columns
+
+
+def _csv_records(lines: Iterable[str], fields: Sequence[str], column: str | None) -> Iterator[Record]:
     reader = csv.DictReader(lines)
     header = list(reader.fieldnames or ())
-    fields = [text_field] if column is not None else [*input_model.model_fields] or [text_field]
-    columns = {field: column or field for field in fields if (column or field) in header}
-    if not columns:
-        wanted = ", ".join(repr(column or field) for field in fields)
-        raise InputError(f"the CSV header has no column {wanted}; it has {header}: name the text's with --column")
+    columns = _columns_of_fields("CSV header", header, fields, column)
     while True:
         first_line = reader.line_num + 1
         try:
@@ -140,69 +199,58 @@ def _csv_records(
             yield Record(first_line, None, f"not CSV: {error}")
         else:
             given = {field: row[name] for field, name in columns.items() if row[name] is not None}
-            yield _record(first_line, given, input_model, {name: row[name] for name in header if row[name] is not None})
+            yield _record(first_line, given, {name: row[name] for name in header if row[name] is not None})
 
 
-def kept_columns(record: Record, output_model: type[BaseModel]) -> dict[str, Any]:
+def _parquet_records(path: Path, fields: Sequence[str], column: str | None) -> Iterator[Record]:
+    with _parquet_file(path) as parquet:
+        import pyarrow as pa
+
+        columns = _columns_of_fields("Parquet file", parquet.schema_arrow.names, fields, column)
+        line = 0
+        try:
+            for batch in parquet.iter_batches(batch_size=ROWS_PER_READ):
+                for row in batch.to_pylist():
+                    line += 1
+                    given = {field: row[name] for field, name in columns.items() if row[name] is not None}
+                    yield _record(line, given, row)
+        except pa.ArrowException as error:
+            raise InputError(f"{path} is damaged: {error}") from error
+
+
+def require_parquet(path: Path) -> None:
+    """Raise `InputError` where the extra for Parquet is missing."""
+    try:
+        import pyarrow.parquet  # noqa: F401  # to see whether it is there
+    except ImportError:
+        raise InputError(f"{path}: Parquet needs the extra parquet: {install_command('parquet')}") from None
+
+
+def _parquet_file(path: Path) -> Any:
+    """The open Parquet file. Raises `InputError` for another file, and where the extra is missing."""
+    require_parquet(path)
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(path)
+    except pa.ArrowException as error:
+        raise InputError(f"{path} is no Parquet file: {error}") from error
+
+
+def kept_columns(record: Record, output_fields: Iterable[str]) -> dict[str, Any]:
     """The columns of a record as they are written beside its result; `input_NAME` where results have a field NAME.
 
     What is not UTF-8 is replaced, and numbers that JSON does not have are null.
     """
-    fields = output_model.model_fields
+    fields = frozenset(output_fields)
     plain = {
         _readable(f"input_{name}" if name in fields else name): _readable(value)
         for name, value in record.columns.items()
     }
-    kept: dict[str, Any] = from_json(to_json(plain, inf_nan_mode="null"))
+    kept: dict[str, Any] = from_json(to_json(plain, inf_nan_mode="null", bytes_mode="base64"))
     return kept
 
 
 def _readable(value: Any) -> Any:
     return _BAD_BYTE.sub("\N{REPLACEMENT CHARACTER}", value) if isinstance(value, str) else value
-
-
-Writer = Callable[[Mapping[str, Any]], object]
-
-
-def output_format(path: Path | None) -> FileFormat:
-    """The format of results by the name of their file: CSV, or JSON lines. Raises `InputError` for any other name."""
-    suffix = "" if path is None else path.suffix.lower()
-    if suffix == ".csv":
-        return FileFormat.CSV
-    if path is None or suffix in JSON_LINES_SUFFIXES or (path.exists() and not path.is_file()):
-        return FileFormat.JSONL
-    raise InputError(
-        f"cannot write {suffix} files: results are JSON lines or CSV; call the output {path.stem}.jsonl or "
-        f"{path.stem}.csv, and convert that"
-    )
-
-
-@contextmanager
-def result_writer(stream: TextIO, file_format: FileFormat, output_model: type[BaseModel]) -> Iterator[Writer]:
-    """A function that writes one result to `stream`: a JSON object a line, or a row of a CSV file.
-
-    The header of a CSV file has the fields of `output_model` and all others that results have, so the file is written
-    when the block ends, with or without an exception.
-    """
-    if file_format is FileFormat.JSONL:
-        yield lambda result: stream.write(json.dumps(result, ensure_ascii=False) + "\n")
-        return
-    columns: dict[str, None] = {}
-    with tempfile.SpooledTemporaryFile(SPOOL_MEMORY_CHARACTERS, "w+", encoding="utf-8") as spool:
-
-        def write(result: Mapping[str, Any]) -> None:
-            columns.update(dict.fromkeys(result))
-            spool.write(json.dumps(result, ensure_ascii=False) + "\n")
-
-        try:
-            yield write
-        finally:
-            rows = csv.DictWriter(stream, list(columns | dict.fromkeys(output_model.model_fields)), lineterminator="\n")
-            rows.writeheader()
-            spool.seek(0)
-            for line in spool:
-                rows.writerow({name: _cell(value) for name, value in json.loads(line).items()})
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value

@@ -221,7 +221,8 @@ def _things_to_try(options: str, url: str, gateway: LocalGateway, settings: Sett
             curl("/async/predict", f'{{"message": {items[0]}}}'),
             f"  curl{options}{key} '{url}/jobs/<the job_id>?wait=10'",
         ]
-    return "\n".join([*lines, f"  {url}/docs in a browser"])
+    page = f"  {url} in a browser shows what happens, {url}/docs all routes"
+    return "\n".join([*lines, page if settings.app_settings.ui else f"  {url}/docs in a browser"])
 
 
 def _items_to_try(model: LocalModel) -> list[str]:

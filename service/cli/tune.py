@@ -20,7 +20,7 @@ from modalkit.batching import MeasuredCostModel
 from modalkit.batching.calibration import Calibration, Measurement, undisturbed
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.cli.common import ConfigFiles, ModelOption, model_source, notices, whole_file
-from modalkit.service.cli.records import ColumnOption, FileFormat, FormatOption, read_file
+from modalkit.service.cli.records import ColumnOption, FileFormat, FormatOption, read_file, validated
 from modalkit.service.errors import describe_error
 from modalkit.service.learnt_costs import CostKey, save_costs
 from modalkit.service.pipeline_batches import batch_policy, max_in_flight_of
@@ -148,7 +148,8 @@ def _read_samples(
     path: Path, file_format: FileFormat | None, input_model: type[BaseModel], column: str | None
 ) -> list[BaseModel]:
     """The items of the file. Raises `TuningError` for lines that are no items, and for a file without items."""
-    records = list(islice(read_file(path, file_format, input_model, column), MAX_SAMPLES))
+    read = read_file(path, file_format, list(input_model.model_fields), column)
+    records = list(validated(islice(read, MAX_SAMPLES), input_model))
     errors = [f"line {record.line}: {record.error}" for record in records if record.item is None]
     if errors:
         more = f"; and {len(errors) - SHOWN_ERRORS} more" if len(errors) > SHOWN_ERRORS else ""

@@ -12,6 +12,9 @@ from modalkit.service.jobs.errors import (
     JobStoreUnavailableError,
 )
 from modalkit.service.jobs.model import (
+    Batch,
+    BatchLines,
+    BatchResult,
     DeliveryRecord,
     DeliveryStatus,
     Job,
@@ -28,6 +31,9 @@ from modalkit.service.jobs.sqlite import MemoryJobStore, SqliteJobStore
 from modalkit.service.jobs.store import JobStore
 
 __all__ = [
+    "Batch",
+    "BatchLines",
+    "BatchResult",
     "DeliveryRecord",
     "DeliveryStatus",
     "DuplicateJobError",

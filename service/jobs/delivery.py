@@ -22,6 +22,7 @@ from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job
 from modalkit.service.jobs.store import JobStore
 from modalkit.service.jobs.telemetry import Sending
 from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend
+from modalkit.service.queue_backends.protocol import keeps_in_process
 from modalkit.service.queue_backends.sending import send_all
 from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 
@@ -242,8 +243,16 @@ class Deliverer(AsyncContextManagerMixin):
         with anyio.move_on_after(self._send_timeout_s):
             errors = await send_all(self._backend, sending.messages)
         now = self._clock()
+        stays = keeps_in_process(self._backend, _queue_of(jobs[0]))  # a call is for one queue
         records = [
-            after_delivery_attempt(job, error, max_attempts=self._max_attempts, now=now, backoff_s=self._backoff_s)
+            after_delivery_attempt(
+                job,
+                error,
+                max_attempts=self._max_attempts,
+                now=now,
+                backoff_s=self._backoff_s,
+                delivered=DeliveryStatus.MEMORY if stays else DeliveryStatus.DELIVERED,
+            )
             for job, error in zip(jobs, errors, strict=True)
         ]
         sending.end(records, now)

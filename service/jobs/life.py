@@ -5,6 +5,8 @@
       │  └────────┤ after a crash, or to run again later
       └───────────┴──► cancelled            (queued ──► expired; failed, after too many crashes)
 
+A job that ended without success may be queued once more, by hand (`retry_job`).
+
 Beside its status a job has a delivery: `none` until it ends with a message to send, then `pending`, and at last
 `delivered` or `undelivered`; a replay makes an undelivered one pending again.
 
@@ -81,8 +83,11 @@ def new_job(
     priority: Priority = Priority.BULK,
     owner: str = "",
     traceparent: str | None = None,
+    place: tuple[str, int] | None = None,
 ) -> Job:
     """A queued job that asks for what `request` asks for.
+
+    A job with a `place`, its batch and its line there, has these two as its idempotency key, unless it has its own.
 
     `message` is the request's message: a validated item or, where it is validated elsewhere, a JSON object. Without
     `delivers` the job names no queues. Raises `ValueError` for a name with unprintable characters, which not every
@@ -102,6 +107,9 @@ def new_job(
         owner=owner,
         traceparent=traceparent,
     )
+    if place is not None:
+        job.batch_id, job.line = place
+        job.idempotency_key = job.idempotency_key or f"{job.batch_id}:{job.line}"
     names = (job.job_id, model_name, job.success_queue, job.failure_queue, job.idempotency_key)
     if "".join(filter(None, names)).isprintable():
         return job
@@ -234,6 +242,31 @@ def cancel_job(job: Job, now: float) -> Job | None:
     return replace(job, status=JobStatus.CANCELLED, finished_at=now, retry_at=None)
 
 
+def retry_job(job: Job, now: float) -> Job | None:
+    """This failed, expired or cancelled job, queued once more as if it were new; None while its message is due.
+
+    It has as long as at first until it expires.
+    """
+    if job.status not in (JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED):
+        return None
+    if job.delivery is DeliveryStatus.PENDING:
+        return None
+    return replace(
+        job,
+        status=JobStatus.QUEUED,
+        error=None,
+        started_at=None,
+        finished_at=None,
+        crashes=0,
+        attempts=0,
+        expires_at=None if job.expires_at is None else job.expires_at - job.created_at + now,
+        delivery=DeliveryStatus.NONE,
+        delivery_attempts=0,
+        delivery_error=None,
+        delivery_crashes=0,
+    )
+
+
 # Crashes.
 
 
@@ -264,15 +297,16 @@ def after_delivery_attempt(
     now: float,
     is_last: bool = False,
     backoff_s: Callable[[int], float] = backoff_with_jitter,
+    delivered: DeliveryStatus = DeliveryStatus.DELIVERED,
 ) -> DeliveryRecord:
-    """What the next attempt to deliver means: delivered without an `error`, else due again or undelivered.
+    """What the next attempt to deliver means: `delivered` without an `error`, else due again or undelivered.
 
     Undelivered is what failed for good (`UndeliverableError`), in attempt number `max_attempts`, or in an attempt that
     `is_last` for another reason.
     """
     attempt = job.delivery_attempts + 1
     if error is None:
-        return DeliveryRecord(job_id=job.job_id, status=DeliveryStatus.DELIVERED, attempts=attempt)
+        return DeliveryRecord(job_id=job.job_id, status=delivered, attempts=attempt)
     text = describe_error(error)
     if is_last or attempt >= max_attempts or isinstance(error, UndeliverableError):
         return DeliveryRecord(job_id=job.job_id, status=DeliveryStatus.UNDELIVERED, attempts=attempt, error=text)

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
+from itertools import repeat
 from typing import Protocol, Self, Unpack
 
 import anyio
@@ -17,10 +18,20 @@ from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import SteadyClock
 from modalkit.service.errors import NotReadyError, Readiness
+from modalkit.service.jobs.batches import Batches
 from modalkit.service.jobs.delivery import Deliverer
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import new_job
-from modalkit.service.jobs.model import Job, JobEnd, JobPiece, JobRetry, JobStatus, new_job_id
+from modalkit.service.jobs.model import (
+    BatchLines,
+    Job,
+    JobEnd,
+    JobFilter,
+    JobPiece,
+    JobRetry,
+    JobStatus,
+    new_job_id,
+)
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.store import JobStore
 from modalkit.service.jobs.telemetry import record_end
@@ -31,7 +42,10 @@ from modalkit.service.validation import validated
 
 logger = logging.getLogger(__name__)
 
+ALL_JOBS = JobFilter()
 EXPIRED_PER_CALL = 1000
+DOCUMENT_GRACE_S = 86_400.0
+"""Seconds for which documents are kept beyond `result_ttl_s`: as long as the jobs that they describe may take."""
 NEW_JOBS_AT_ONCE = 256
 """Jobs of a list that are made in one go; between two slices, other tasks run."""
 
@@ -101,10 +115,11 @@ class JobManager(AsyncContextManagerMixin):
             )
         self.store = store
         # What of `administration` concerns nothing but the store.
-        self.page, self.purge, self.counts = store.page, store.purge, store.counts
+        self.page, self.purge, self.counts, self.documents = store.page, store.purge, store.counts, store
         self.clock = clock = clock or SteadyClock()
         self.check_ready: Callable[[str], None] | None = None
         """Called with a model's name before jobs are accepted for it; what it raises, `submit` raises."""
+        self.batches = Batches(self)
         self._backend = queue_backend
         self._owns_backend = owns_backend
         self._queue_rules = QueueRules(allowed_queues, queue_backend)
@@ -157,7 +172,7 @@ class JobManager(AsyncContextManagerMixin):
 
     @property
     def administration(self) -> Self:
-        """What can be done with many jobs at once: `page`, `replay`, `purge` and `counts`."""
+        """What can be done with many jobs at once: list, count, replay, retry and purge them, and batches of them."""
         return self
 
     def attach(self, model_name: str, feed: JobFeed) -> None:
@@ -169,14 +184,19 @@ class JobManager(AsyncContextManagerMixin):
         self._feeds.pop(model_name, None)
 
     async def submit(
-        self, requests: Sequence[AsyncInputModel], *, model_name: str, **options: Unpack[QueueOptions]
+        self,
+        requests: Sequence[AsyncInputModel],
+        *,
+        model_name: str,
+        batch: BatchLines | None = None,
+        **options: Unpack[QueueOptions],
     ) -> list[Outcome[str]]:
         """Store jobs in one step; returns the id or the error of each, in the same order, once they are stored.
 
         A request that is invalid, names a queue that cannot be used or reuses an idempotency key for something else has
         an error and disturbs no other. A repetition of a request with the same `idempotency_key` has the id of the
-        first, where the `owner` is the same. Raises `NotReadyError` where the model takes no jobs, what `check_ready`
-        raises, and `JobStoreError` when none was stored.
+        first, where the `owner` is the same. A `batch` has the line of each request. Raises `NotReadyError` where the
+        model takes no jobs, what `check_ready` raises, and `JobStoreError` when none was stored.
         When cancelled, jobs may have been stored.
         """
         feed = self._feed_of(model_name)
@@ -188,12 +208,16 @@ class JobManager(AsyncContextManagerMixin):
             delivers=self._deliverer is not None,
             **options,
         )
+        places = repeat(None) if batch is None else zip(repeat(batch.batch_id), batch.lines)
         entries = list[Job | Exception]()
         for start in range(0, len(requests), NEW_JOBS_AT_ONCE):
             if start:
                 await checkpoint()
             some = requests[start : start + NEW_JOBS_AT_ONCE]
-            entries += [self._new_job(request, feed.input_model, make) for request in some]
+            entries += [
+                self._new_job(request, feed.input_model, make, place)
+                for request, place in zip(some, places, strict=False)
+            ]
         jobs = [entry for entry in entries if isinstance(entry, Job)]
         added = iter(await self.store.add(jobs) if jobs else ())
         if jobs:
@@ -217,14 +241,18 @@ class JobManager(AsyncContextManagerMixin):
         return feed
 
     def _new_job(
-        self, request: AsyncInputModel, input_model: type[BaseModel], make: Callable[..., Job]
+        self,
+        request: AsyncInputModel,
+        input_model: type[BaseModel],
+        make: Callable[..., Job],
+        place: tuple[str, int] | None,
     ) -> Job | Exception:
         """A job that is not stored yet, or what is wrong with the request."""
         try:
             message = request.message
             item = message if isinstance(message, BaseModel) else validated(input_model, message)
             self._queue_rules.check(request.success_queue, request.failure_queue)
-            return make(request, job_id=new_job_id(), message=item)
+            return make(request, job_id=new_job_id(), message=item, place=place)
         except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything
             return error
 
@@ -292,6 +320,11 @@ class JobManager(AsyncContextManagerMixin):
         for watch in self._watches.get(job_id, ()):
             watch.add(job_id, piece)
 
+    @property
+    def may_wait(self) -> bool:
+        """Whether callers may wait for jobs to end: until `stop_waiting`."""
+        return self._may_wait
+
     def stop_waiting(self) -> None:
         """Answer callers that wait for the end of a job with the job as it is, now and from now on. Idempotent."""
         self._may_wait = False
@@ -312,12 +345,24 @@ class JobManager(AsyncContextManagerMixin):
         now = self.clock()
         job = await self.store.cancel(job_id, now)
         if job is not None and job.status is JobStatus.CANCELLED:
-            if job.finished_at == now:  # it has not been cancelled before
-                record_end(job, job.status, now)
-            if feed := self._feeds.get(job.model_name):
-                feed.abandon(job_id)
-            self.tell_change([job_id])
+            self.tell_cancelled(job, now, is_new=job.finished_at == now)
         return job
+
+    def tell_cancelled(self, job: Job, now: float, *, is_new: bool = True) -> None:
+        """A job was cancelled in the store: withdraw it, and tell those who watch it."""
+        if is_new:
+            record_end(job, JobStatus.CANCELLED, now)
+        if feed := self._feeds.get(job.model_name):
+            feed.abandon(job.job_id)
+        self.tell_change([job.job_id])
+
+    async def retry(self, job_ids: Sequence[str] | None = None, which: JobFilter = ALL_JOBS) -> int:
+        """Run jobs once more that ended without success and match `which`, all or of these ids; returns how many."""
+        retried = await self.store.retry(job_ids, which, self.clock())
+        for feed in self._feeds.values():
+            feed.wake()
+        self.tell_change(retried)
+        return len(retried)
 
     async def finish(self, ends: Sequence[JobEnd]) -> None:
         """Store how jobs ended, wake callers that wait for them and have messages delivered. Raises `JobStoreError`."""
@@ -349,6 +394,7 @@ class JobManager(AsyncContextManagerMixin):
                     self.tell_change(expired)
                     self._wake_deliverer()
                 await self.store.remove_finished(self.clock() - self._result_ttl_s)
+                await self.store.remove_old_documents(self.clock() - self._result_ttl_s - DOCUMENT_GRACE_S)
             except JobStoreError:
                 logger.exception("Old jobs could not be removed; trying again in %g s", self._sweep_interval_s)
             await anyio.sleep(self._sweep_interval_s)

@@ -48,6 +48,8 @@ class DeliveryStatus(StrEnum):
     """Nothing is to be sent: the job has not ended, was cancelled, or named no queue for this end."""
     PENDING = "pending"
     DELIVERED = "delivered"
+    MEMORY = "memory"
+    """In a queue of the service's own memory, which only code in its process can read, and which ends with it."""
     UNDELIVERED = "undelivered"
     """Given up after too many attempts; kept until it is replayed or purged."""
 
@@ -167,6 +169,9 @@ class Job:
     """The name of the API key that it was made with; empty where keys have no names."""
     traceparent: str | None = None
     """The trace of the request that asked for it, as W3C's header has it."""
+    batch_id: str | None = None
+    line: int | None = None
+    """Its place in its batch."""
     status: JobStatus = JobStatus.QUEUED
     delivery: DeliveryStatus = DeliveryStatus.NONE
     result_json: str | None = None
@@ -231,6 +236,7 @@ class JobFilter:
     model_name: str | None = None
     ended_before: float | None = None
     owner: str | None = None
+    batch_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +256,55 @@ class JobCounts:
     deliveries: Mapping[DeliveryStatus, int]
     oldest_queued_at: Mapping[str, float]
     """When the oldest job of each model was accepted of those that are queued and may run now."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLines:
+    """Where new jobs belong: their batch, and the line of each."""
+
+    batch_id: str
+    lines: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The stored jobs of one batch, counted."""
+
+    batch_id: str
+    statuses: Mapping[JobStatus, int]
+    """How many there are in each state, zeros included."""
+    created_at: float
+    """When the first of its jobs was accepted."""
+    finished_at: float | None
+    """When the last of its jobs ended; None while any has not."""
+    jobs_per_s: float
+    """How many of its jobs ended per second lately."""
+
+    @property
+    def active(self) -> int:
+        """How many of its jobs have not ended."""
+        return self.statuses[JobStatus.QUEUED] + self.statuses[JobStatus.RUNNING]
+
+    @property
+    def drain_s(self) -> float | None:
+        """Seconds until all have ended, if they go on ending as lately; None where none has ended lately."""
+        if not self.active:
+            return 0.0
+        return self.active / self.jobs_per_s if self.jobs_per_s else None
+
+
+@dataclass(slots=True)
+class BatchResult:
+    """How one job of a batch ended."""
+
+    line: int
+    job_id: str
+    status: JobStatus
+    result_json: str | None
+    error: str | None
+    meta_json: str
+    finished_us: int
+    """When it ended, in microseconds since 1970."""
 
 
 @dataclass(frozen=True, slots=True)

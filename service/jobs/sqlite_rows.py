@@ -11,7 +11,7 @@ from modalkit.service.jobs.model import DeliveryStatus, Job, JobCounts, JobFilte
 
 NEW_JOB_COLUMNS = (
     *("job_id", "model_name", "status", "message", "success_queue", "failure_queue", "meta", "priority", "created_at"),
-    *("expires_at", "idempotency_key", "owner", "traceparent", "delivery"),
+    *("expires_at", "idempotency_key", "owner", "traceparent", "batch_id", "line", "delivery"),
 )
 COLUMNS = (
     *NEW_JOB_COLUMNS,
@@ -64,6 +64,8 @@ def row_from_job(job: Job) -> tuple[Any, ...]:
         job.idempotency_key,
         job.owner,
         job.traceparent,
+        job.batch_id,
+        job.line,
         DeliveryStatus.NONE.value,
     )
 
@@ -71,8 +73,8 @@ def row_from_job(job: Job) -> tuple[Any, ...]:
 def job_from_row(row: Sequence[Any]) -> Job:
     """The job of a row of all `COLUMNS`."""
     job_id, model_name, status, message, success_queue, failure_queue, meta, priority, created_us, *others = row
-    expires_us, idempotency_key, owner, traceparent, delivery, result, error, started_us, finished_us, *counted = others
-    crashes, attempts, retry_us, delivery_attempts, delivery_error, delivery_crashes = counted
+    expires_us, idempotency_key, owner, traceparent, batch_id, line, delivery, result, error, *counted = others
+    started_us, finished_us, crashes, attempts, retry_us, delivery_attempts, delivery_error, delivery_crashes = counted
     return Job(
         job_id=job_id,
         model_name=model_name,
@@ -86,6 +88,8 @@ def job_from_row(row: Sequence[Any]) -> Job:
         idempotency_key=idempotency_key,
         owner=owner,
         traceparent=traceparent,
+        batch_id=batch_id,
+        line=line,
         status=_STATUSES[status],
         delivery=_DELIVERIES[delivery],
         result_json=result,
@@ -158,6 +162,9 @@ def condition_of(which: JobFilter) -> tuple[str, list[Any]]:
     if which.owner is not None:
         conditions.append("owner <> '' AND owner = ?")  # the first part, so that SQLite finds the partial index
         values.append(which.owner)
+    if which.batch_id is not None:
+        conditions.append("batch_id = ?")
+        values.append(which.batch_id)
     return " AND ".join(conditions), values
 
 

@@ -91,11 +91,32 @@ MIGRATIONS = (
     """
     ALTER TABLE jobs ADD COLUMN traceparent TEXT;
     """,
+    """
+    ALTER TABLE jobs ADD COLUMN batch_id TEXT;
+    ALTER TABLE jobs ADD COLUMN line INTEGER;
+    CREATE INDEX batch_lines ON jobs (batch_id, line) WHERE batch_id IS NOT NULL;
+    CREATE INDEX batch_states ON jobs (batch_id, owner, status) WHERE batch_id IS NOT NULL;
+    CREATE INDEX batch_ends ON jobs (batch_id, finished_at, owner)
+        WHERE batch_id IS NOT NULL AND finished_at IS NOT NULL;
+    DROP INDEX removable_jobs;
+    CREATE INDEX removable_jobs ON jobs (finished_at)
+        WHERE finished_at IS NOT NULL AND delivery IN ('none', 'delivered', 'memory');
+    CREATE TABLE documents (
+        document_id TEXT NOT NULL,
+        part INTEGER NOT NULL,
+        owner TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        content BLOB NOT NULL,
+        PRIMARY KEY (document_id, part)
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX documents_by_age ON documents (created_at);
+    """,
 )
 """Step n makes version n + 1 of the tables from version n. Times are in microseconds since 1970.
 
 `due_at` is when the next attempt to deliver is due, -1 while it is claimed, and null where nothing is to be sent.
-`retry_at` is when a queued job may run again, and null where it may at once.
+`retry_at` is when a queued job may run again, and null where it may at once. A job of a batch has a `batch_id` and its
+`line`. `documents` are files of clients of other servers, in parts.
 """
 
 

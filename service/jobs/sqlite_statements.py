@@ -114,11 +114,28 @@ RECORD_DELIVERIES = """
 REPLAY = """
     UPDATE jobs SET delivery = 'pending', delivery_attempts = 0, due_at = ?
     WHERE seq IN (SELECT seq FROM jobs WHERE delivery = 'undelivered' AND {which} ORDER BY seq LIMIT ?)
-    RETURNING seq
+    RETURNING seq, job_id
 """
 REMOVE = """
     DELETE FROM jobs WHERE seq IN (
         SELECT seq FROM jobs WHERE finished_at IS NOT NULL AND {which} LIMIT ?
     ) RETURNING status, delivery
 """
-REMOVABLE = "finished_at < ? AND delivery IN ('none', 'delivered')"
+REMOVABLE = "finished_at < ? AND delivery IN ('none', 'delivered', 'memory')"
+RETRYABLE = "status IN ('failed', 'expired', 'cancelled') AND delivery <> 'pending'"
+RETRY = """
+    UPDATE jobs SET status = 'queued', error = NULL, started_at = NULL, finished_at = NULL, crashes = 0, attempts = 0,
+        retry_at = NULL, expires_at = expires_at - created_at + ?, delivery = 'none', delivery_attempts = 0,
+        delivery_error = NULL, delivery_crashes = 0, delivery_queue = NULL, due_at = NULL
+    WHERE seq IN (SELECT value FROM json_each(?))
+"""
+KNOWN_KEYS = """
+    SELECT EXISTS (
+        SELECT 1 FROM jobs JOIN json_each(?) AS given
+        ON idempotency_key = given.value ->> 0 AND owner = given.value ->> 1
+    )
+"""
+CANCEL = """
+    UPDATE jobs SET status = 'cancelled', finished_at = ?, retry_at = NULL
+    WHERE job_id IN (SELECT value FROM json_each(?))
+"""

@@ -13,6 +13,7 @@ from modalkit.service.jobs import life
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import DuplicateJobError, IdempotencyKeyReusedError, JobStoreFullError
 from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobEnd, JobRetry, JobStatus, Recovery
+from modalkit.service.jobs.sqlite_many import ROWS_PER_STEP
 from modalkit.service.jobs.sqlite_rows import (
     COLUMNS,
     COUNTED,
@@ -25,7 +26,6 @@ from modalkit.service.jobs.sqlite_rows import (
 
 Row = tuple[Any, ...]
 
-ROWS_PER_STEP = 1000
 QUEUES_PER_VISIT = 1000
 OWNERS_PER_CLAIM = 1000
 
@@ -63,10 +63,15 @@ class JobTable:
 
     def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
         """Store jobs, except those whose idempotency key is stored already."""
-        if any(job.idempotency_key is not None for job in jobs):
+        keys = [(job.idempotency_key, job.owner) for job in jobs if job.idempotency_key is not None]
+        if keys and (len(set(keys)) < len(keys) or self._are_known(keys)):
             return [self._add_with_key(job) for job in jobs]
         self._insert(jobs)
         return [job.job_id for job in jobs]
+
+    def _are_known(self, keys: Sequence[tuple[str, str]]) -> bool:
+        """Whether any of these idempotency keys, each with its owner, is stored."""
+        return bool(self._database.execute(sql.KNOWN_KEYS, (_json(keys),)).fetchone()[0])
 
     def _add_with_key(self, job: Job) -> str | IdempotencyKeyReusedError:
         if job.idempotency_key is not None:
@@ -285,13 +290,6 @@ class JobTable:
             ]
             self._move(DeliveryStatus.PENDING, status, self._write(sql.RECORD_DELIVERIES, rows))
 
-    def replay(self, which: str, values: Sequence[object], now: float) -> list[int]:
-        """Make some undelivered deliveries due that match the condition `which`; returns their sequence numbers."""
-        values = (microseconds(now), *values, ROWS_PER_STEP)
-        replayed = [row[0] for row in self._database.execute(sql.REPLAY.format(which=which), values).fetchall()]
-        self._move(DeliveryStatus.UNDELIVERED, DeliveryStatus.PENDING, len(replayed))
-        return replayed
-
     def recover(self, now: float) -> Recovery:
         """Recover what was claimed by a process that has ended: called once, before anything is claimed.
 
@@ -323,15 +321,6 @@ class JobTable:
         """Write something, and change nothing: to see whether the database can be written."""
         key, kind = next(iter(COUNTED.items()))
         self._database.execute("INSERT OR REPLACE INTO counts (status, jobs) VALUES (?, ?)", (key, self.counts[kind]))
-
-    def remove(self, which: str, values: Sequence[Any]) -> int:
-        """Remove some of the ended jobs for which the condition `which` holds; returns how many."""
-        removed = self._database.execute(sql.REMOVE.format(which=which), (*values, ROWS_PER_STEP)).fetchall()
-        self.has_removed |= bool(removed)
-        for status, delivery in removed:
-            self.counts[JobStatus(status)] -= 1
-            self.counts[DeliveryStatus(delivery)] -= 1
-        return len(removed)
 
     def _read(self, chosen: str, values: tuple[Any, ...], change: str, *changed: object) -> list[list[Any]]:
         """The `COLUMNS` of the chosen jobs, in their order, after `change` was made to them: as many as fit at once.

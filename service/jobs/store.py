@@ -9,11 +9,16 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from pydantic_core import to_json
+
+from modalkit.service.jobs import sqlite_batches as batches
+from modalkit.service.jobs import sqlite_many as many
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreUnavailableError
-from modalkit.service.jobs.model import Job, JobCounts, JobFilter, JobPage
+from modalkit.service.jobs.model import Batch, BatchResult, Job, JobCounts, JobFilter, JobPage
+from modalkit.service.jobs.sqlite_many import ROWS_PER_STEP
 from modalkit.service.jobs.sqlite_rows import condition_of, counts_of_jobs, find_job, microseconds, page_of_jobs
-from modalkit.service.jobs.sqlite_table import ROWS_PER_STEP, JobTable
+from modalkit.service.jobs.sqlite_table import JobTable
 
 logger = logging.getLogger(__name__)
 
@@ -119,20 +124,36 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         With an `owner`, only jobs of that owner are changed. All are changed in several steps, so that other calls go
         on between them.
         """
-        which, owners = ("true", []) if owner is None else ("owner = ?", [owner])
-        if job_ids is not None:
-            return await self._perform(
-                lambda table: sum(
-                    len(table.replay(f"job_id = ? AND {which}", [each, *owners], now)) for each in job_ids
-                )
-            )
-        # By sequence number, so that a delivery that fails again meanwhile is not replayed again and again.
-        replayed, sequence = 0, 0
-        while some := await self._perform(
-            partial(JobTable.replay, which=f"seq > ? AND {which}", values=[sequence, *owners], now=now)
-        ):
-            replayed, sequence = replayed + len(some), max(some)
-        return replayed
+        which, values = _chosen(job_ids, JobFilter(owner=owner))
+        return len(await self._change_all(many.replay_some, which, values, now))
+
+    async def retry(self, job_ids: Sequence[str] | None, which: JobFilter, now: float) -> list[str]:
+        """Queue failed, expired and cancelled jobs that match `which` once more, all or of these ids; returns the ids.
+
+        Those whose message is about to be sent are left as they are. Many are changed in several steps.
+        """
+        condition, values = _chosen(job_ids, which)
+        return await self._change_all(many.retry_some, condition, values, now)
+
+    async def _change_all(
+        self, change: Callable[..., list[tuple[int, str]]], which: str, values: Sequence[Any], now: float
+    ) -> list[str]:
+        """Make a change of `sqlite_many` to all jobs that match the condition, in several steps; returns their ids."""
+
+        def change_some(table: JobTable, after: int) -> list[tuple[int, str]]:
+            return change(self._database, table.counts, f"seq > ? AND {which}", [after, *values], now)
+
+        # By sequence number, so that a job which is soon as it was before is not changed again and again.
+        changed, sequence = list[str](), 0
+        while some := await self._perform(partial(change_some, after=sequence)):
+            changed += [job_id for _, job_id in some]
+            sequence = max(sequence for sequence, _ in some)
+        return changed
+
+    async def cancel_some(self, which: JobFilter, now: float) -> list[Job]:
+        """Cancel some of the queued and running jobs that match `which`; returns them as they were before."""
+        condition, values = condition_of(which)
+        return await self._perform(lambda table: many.cancel_some(self._database, table.counts, condition, values, now))
 
     async def remove_finished(self, before: float) -> int:
         """Remove jobs that ended before that time and have nothing left to deliver; returns how many.
@@ -151,8 +172,13 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         return await self._remove(f"delivery <> 'pending' AND {condition}", values)
 
     async def _remove(self, which: str, values: Sequence[Any]) -> int:
+        def remove(table: JobTable) -> int:
+            removed = many.remove_some(self._database, table.counts, which, values)
+            table.has_removed |= removed > 0
+            return removed
+
         removed = 0
-        while some := await self._perform(lambda table: table.remove(which, values)):
+        while some := await self._perform(remove):
             removed += some
         return removed
 
@@ -177,6 +203,50 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     async def counts(self) -> JobCounts:
         """How many jobs there are of each kind; takes the same time however many there are."""
         return await self._read(counts_of_jobs)
+
+    async def batch(self, batch_id: str, owner: str | None, now: float) -> Batch | None:
+        """The jobs of a batch, of one owner or of all, counted; None where there is none."""
+        return await self._read(lambda database: batches.find_batch(database, batch_id, owner, now))
+
+    async def has_batch(self, batch_id: str, owner: str | None) -> bool:
+        """Whether there is a job of a batch, of one owner or of all."""
+        return await self._read(lambda database: batches.has_batch(database, batch_id, owner))
+
+    async def results_in_order(
+        self, batch_id: str, owner: str | None, after: int
+    ) -> tuple[list[BatchResult], str | None]:
+        """Some results of the lines after `after`, up to the first that has not ended; the id of the job of that."""
+        return await self._read(lambda database: batches.results_in_order(database, batch_id, owner, after))
+
+    async def ends_after(
+        self, batch_id: str, owner: str | None, finished_us: int, sequence: int
+    ) -> list[tuple[int, int]]:
+        """When some jobs of a batch ended, each with its sequence number, in order, beginning after these two."""
+        return await self._read(lambda database: batches.ends_after(database, batch_id, owner, finished_us, sequence))
+
+    async def results_of(self, sequences: Sequence[int]) -> list[BatchResult]:
+        """The results of ended jobs by their sequence numbers: as many as are read at once."""
+        return await self._read(lambda database: batches.results_of(database, sequences))
+
+    async def put_document(self, document_id: str, part: int, owner: str, content: bytes, now: float) -> None:
+        """Store a part of a document, in place of what was there."""
+        await self._perform(lambda _: many.put_document(self._database, document_id, part, owner, content, now))
+
+    async def document_part(self, document_id: str, part: int, owner: str | None) -> bytes | None:
+        """A part of a document of an owner, or of any; None where there is none."""
+        return await self._read(lambda database: many.document_part(database, document_id, part, owner))
+
+    async def document_ids(self, prefix: str, owner: str | None) -> list[str]:
+        """The ids of all documents with this beginning of an owner, or of all, the newest first."""
+        return await self._read(lambda database: many.document_ids(database, prefix, owner))
+
+    async def remove_document(self, document_id: str) -> None:
+        """Remove a document with all its parts."""
+        await self._perform(lambda _: many.remove_documents(self._database, "document_id = ?", [document_id]))
+
+    async def remove_old_documents(self, before: float) -> None:
+        """Remove documents of which a part was stored before that time."""
+        await self._perform(lambda _: many.remove_documents(self._database, "created_at < ?", [microseconds(before)]))
 
     def _transaction(self, operations: list[Operation]) -> list[Any]:
         """Run the operations in one transaction; returns each one's result or error, or the commit's for all."""
@@ -257,3 +327,12 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         return JobStoreUnavailableError(
             self.path, str(error), _REMEDIES.get("_".join(name.split("_")[:2]), "check its disk")
         )
+
+
+def _chosen(job_ids: Sequence[str] | None, which: JobFilter) -> tuple[str, list[Any]]:
+    """The SQL condition that selects these jobs, or all, of those that match `which`, and its values."""
+    condition, values = condition_of(which)
+    if job_ids is None:
+        return condition, values
+    of_these = "job_id IN (SELECT value FROM json_each(?))"
+    return f"{condition} AND {of_these}", [*values, to_json(list(job_ids)).decode()]

@@ -22,11 +22,17 @@ class InMemoryBackend:
     The first message to a queue creates it. A queue holds at most `max_messages_per_queue` messages; further ones
     remove the oldest. There are at most `max_queues` queues; a further one removes the queue whose last message is the
     oldest. All messages together take at most `max_bytes` of memory; a further one removes others, of that queue first.
-    So memory is limited even where no code reads. The first removals are logged.
+    So memory is limited even where no code reads. The first removals are logged. Without `is_read`, no code is known to
+    read them, as with the configured backend: deliveries then count as `memory`.
     """
 
     def __init__(
-        self, max_messages_per_queue: int = 100_000, *, max_queues: int = 1000, max_bytes: int = 128 * 2**20
+        self,
+        max_messages_per_queue: int = 100_000,
+        *,
+        max_queues: int = 1000,
+        max_bytes: int = 128 * 2**20,
+        is_read: bool = True,
     ) -> None:
         limits = {"max_messages_per_queue": max_messages_per_queue, "max_queues": max_queues, "max_bytes": max_bytes}
         for name, limit in limits.items():
@@ -35,6 +41,7 @@ class InMemoryBackend:
         self._max_messages = max_messages_per_queue
         self._max_queues = max_queues
         self._max_bytes = max_bytes
+        self._is_read = is_read
         # All mutable state: the queues, the one with the newest message last; the bytes of their messages; the queues
         # whose removals were logged, and whether others were; what wakes the receivers that wait.
         self._queues: OrderedDict[str, deque[str]] = OrderedDict()
@@ -42,6 +49,10 @@ class InMemoryBackend:
         self._dropping: set[str] = set()
         self._drops_queues = self._drops_bytes = False
         self._arrivals: dict[str, anyio.Event] = {}
+
+    def keeps_in_process(self, queue_name: str) -> bool:  # noqa: ARG002  # the same for all queues
+        """Whether no code is known to read the messages of this queue."""
+        return not self._is_read
 
     async def send_message(self, queue_name: str, message: str) -> bool:
         """Put a message at the end of a queue; always accepted."""

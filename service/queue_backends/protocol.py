@@ -79,6 +79,15 @@ class NamedQueueBackend(QueueBackend, Protocol):
         ...
 
 
+def keeps_in_process(backend: QueueBackend, queue_name: str) -> bool:
+    """Whether messages to this queue stay in the memory of the process, by the backend's optional method of this name.
+
+    Then a delivery counts as `memory` instead of `delivered`.
+    """
+    asked = getattr(backend, "keeps_in_process", None)
+    return asked is not None and bool(asked(queue_name))
+
+
 _SAFE = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 

@@ -7,7 +7,13 @@ from fnmatch import fnmatchcase
 
 import anyio
 
-from modalkit.service.queue_backends.protocol import NamedQueueBackend, QueueBackend, QueueMessage, QueueNameError
+from modalkit.service.queue_backends.protocol import (
+    NamedQueueBackend,
+    QueueBackend,
+    QueueMessage,
+    QueueNameError,
+    keeps_in_process,
+)
 from modalkit.service.queue_backends.sending import ATTEMPT_S, await_backend, send_all
 from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 
@@ -37,6 +43,10 @@ class RoutingBackend:
         backend = self._backend_for(queue_name)
         if isinstance(backend, NamedQueueBackend):
             backend.check_queue_name(queue_name)
+
+    def keeps_in_process(self, queue_name: str) -> bool:
+        """Whether the backend of a queue keeps its messages in memory, as `keeps_in_process` says."""
+        return keeps_in_process(self._backend_for(queue_name), queue_name)
 
     async def send_message(self, queue_name: str, message: str) -> bool:
         """Send a JSON text by its route. Raises `QueueNameError`, and the backend's own errors."""

@@ -157,6 +157,10 @@ class RequestConfig(Section):
 
     max_body_bytes: Count = 32 * 2**20
     """Maximum bytes of a body; a larger one is refused (HTTP 413). A stream of lines (NDJSON) may have any length."""
+    max_line_bytes: Count = 2**20
+    """Maximum bytes of a line of a stream; a longer one is refused alone (413 in its place)."""
+    max_file_bytes: Count = 200 * 2**20
+    """Maximum bytes of a file for a batch in the shape of OpenAI's; a larger one is refused (HTTP 413)."""
     max_items: Count = 10_000
     """Maximum items of a list; a longer one is refused (HTTP 413)."""
     max_item_bytes: Count = 16 * 2**20
@@ -256,6 +260,8 @@ class AppSettings(Section):
     server_config: ServerConfig = ServerConfig()
     adapters: list[Adapter] = list(ADAPTERS)
     """Other servers whose clients are answered, by routes in their shapes: openai, tei, vllm; [] for none."""
+    ui: bool = True
+    """Whether a page at `/` and `/ui` shows what the service does; false: `/` leads to `/docs`."""
     auth_config: AuthConfig = AuthConfig()
     build_config: BuildConfig = BuildConfig()
     deployment_config: DeploymentConfig = DeploymentConfig()

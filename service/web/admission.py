@@ -129,13 +129,10 @@ class Reception:
                 self._admission.held_bytes += size_bytes - FREE_BYTES - self._held_bytes
                 self._held_bytes = size_bytes - FREE_BYTES
             chunks.append(chunk)
-        body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        if size_bytes > FREE_BYTES:
-            async with (
-                self._admission.turn
-            ):  # of large bodies that arrive together, one is parsed in a pass of the loop
-                pass
-        return body
+        if size_bytes <= FREE_BYTES:
+            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        async with self._admission.turn:  # of large bodies, one is joined and parsed in a pass of the event loop
+            return b"".join(chunks)
 
     def _check(self, size_bytes: int) -> None:
         """Raise `ProblemError` for a body of so many bytes that is too large, or too large now."""

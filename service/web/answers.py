@@ -60,7 +60,12 @@ class JobView(BaseModel):
     meta: dict[str, Any] = Field(description="As it was given.")
     priority: Priority = Field(description="The class that it runs in.")
     owner: str = Field(default="", description="The name of the API key that made it; empty where it has none.")
-    delivery: DeliveryStatus = Field(description="What became of the message to the queue that the job named.")
+    batch_id: str | None = Field(default=None, description="The batch that it is a line of.")
+    line: int | None = Field(default=None, description="Its line there.")
+    delivery: DeliveryStatus = Field(
+        description="What became of the message to the queue that the job named. `memory`: it is in the memory of the "
+        "service, where only code in its process can read it."
+    )
     delivery_attempts: int
     delivery_error: str | None = Field(description="Why the last attempt to deliver failed.")
     crashes: int = Field(
@@ -129,6 +134,45 @@ class FailedSlot(BaseModel):
     status: Literal["error"]
     error: str
     problem: Problem = Field(description="What a request with this item alone is answered with.")
+
+
+class BatchView(BaseModel):
+    """The stored jobs of a batch, counted."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    batch_id: str
+    jobs: int = Field(description="How many are stored; more may be submitted.")
+    statuses: dict[JobStatus, int] = Field(description="How many are in each state.")
+    created_at: datetime = Field(description="When the first was accepted.")
+    finished_at: datetime | None = Field(description="When the last ended; null while any has not.")
+    jobs_per_s: float = Field(description="How many ended per second in the last 30 seconds.")
+    drain_s: float | None = Field(
+        description="Seconds until all have ended, at that rate; null where none has ended lately."
+    )
+
+
+class BatchLine(BaseModel):
+    """How one job of a batch ended."""
+
+    line: int = Field(description="Its line in the batch.")
+    job_id: str
+    status: JobStatus
+    result: dict[str, Any] | None = Field(description="The model's output, once the job has succeeded.")
+    error: str | None = Field(description="Why there is none.")
+    meta: dict[str, Any] = Field(description="As it was given.")
+
+
+class Cancelled(BaseModel):
+    """How many jobs were cancelled."""
+
+    cancelled: int
+
+
+class Retried(BaseModel):
+    """How many jobs run once more."""
+
+    retried: int
 
 
 class Replayed(BaseModel):

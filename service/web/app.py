@@ -1,7 +1,7 @@
 """The HTTP application: its routes, its API key, and its gateway, which is open as long as the server runs."""
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,22 +16,25 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.service.errors import Readiness, describe_error
-from modalkit.service.gateway import Gateway
+from modalkit.service.gateway import Gateway, Model
 from modalkit.service.settings import ADAPTERS, Adapter, AppSettings, AuthConfig, KeyScope, RequestConfig
 from modalkit.service.version import VERSION
 from modalkit.service.web.adapters.openai import make_models_router
+from modalkit.service.web.adapters.openai_batches import make_batches_router
 from modalkit.service.web.adapters.tei import add_tei_routes
 from modalkit.service.web.adapters.vllm import add_vllm_routes
 from modalkit.service.web.admin_routes import make_admin_router
 from modalkit.service.web.admission import Admission
-from modalkit.service.web.answers import EVENT_STREAM, JSON, NDJSON, FailedSlot, Problem, SubmittedLine
+from modalkit.service.web.answers import EVENT_STREAM, JSON, NDJSON, BatchLine, FailedSlot, Problem, SubmittedLine
 from modalkit.service.web.auth import configured_keys
+from modalkit.service.web.batch_routes import make_batch_router
 from modalkit.service.web.direct import put_outside
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.metrics import CONTENT_TYPE, exposition
 from modalkit.service.web.observing import RequestObserver
 from modalkit.service.web.problems import ProblemError, error_response, install_problem_handlers
 from modalkit.service.web.routes import DirectRoutes, PostRoutes, add_prediction_routes
+from modalkit.service.web.ui import add_page
 
 logger = logging.getLogger(__name__)
 
@@ -59,11 +62,13 @@ def create_app(
     owns_gateway: bool = True,
     require_all_models: bool = False,
     adapters: Collection[Adapter] = ADAPTERS,
+    ui: bool = True,
 ) -> FastAPI:
     """The HTTP service over a gateway, which is opened and closed with it (by ASGI's lifespan) if it `owns_gateway`.
 
     A model that could not be loaded leaves the service ready for the others, unless it must `require_all_models`.
-    `adapters` are the other servers whose clients it answers, by routes in their shapes.
+    `adapters` are the other servers whose clients it answers, by routes in their shapes. With `ui`, a page at ``/`` and
+    ``/ui`` shows what the service does; what it shows needs a key.
 
     An application that another one mounts is started by that one: see `lifespan_of`. Until it is started, each request
     is answered with 503 and what to write.
@@ -104,19 +109,25 @@ def create_app(
         add_vllm_routes(routes, gateway.models)
     if "openai" in adapters:
         app.include_router(make_models_router(gateway.models), dependencies=keys.requires(KeyScope.PREDICT))
+        app.include_router(make_batches_router(gateway, admission.limits), dependencies=keys.requires(KeyScope.JOBS))
     app.add_middleware(_Entrance, start=start)  # around the routes: none answers before the start
     app.add_middleware(RequestObserver, routes=app.routes)  # the outermost one: it measures everything
     put_outside(app, (DirectRoutes, _Entrance, RequestObserver))
-    app.include_router(make_job_router(gateway.jobs), dependencies=keys.requires(KeyScope.JOBS))
+    for router in (make_job_router(gateway.jobs), make_batch_router(gateway.jobs)):
+        app.include_router(router, dependencies=keys.requires(KeyScope.JOBS))
     _add_metrics(app, gateway, admission, [] if auth.open_metrics else keys.requires(KeyScope.METRICS))
     app.include_router(make_admin_router(gateway, keys.requires(KeyScope.ADMIN)))
     _add_health(app, gateway, require_all_models=require_all_models)
     install_problem_handlers(app)
-    _complete_schema(app, list(gateway.models))
+    _complete_schema(app, gateway.models)
 
-    @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("docs")
+    if ui:
+        add_page(app, gateway, keys)
+    else:
+
+        @app.get("/", include_in_schema=False)
+        async def root() -> RedirectResponse:
+            return RedirectResponse("docs")
 
     return app
 
@@ -130,6 +141,7 @@ def configured_app(gateway: Gateway, settings: AppSettings, *, owns_gateway: boo
         owns_gateway=owns_gateway,
         require_all_models=settings.require_all_models,
         adapters=settings.adapters,
+        ui=settings.ui,
     )
 
 
@@ -177,9 +189,12 @@ class _Entrance:
         return error_response(ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, NOT_STARTED))(scope, receive, send)
 
 
-def _complete_schema(app: FastAPI, model_names: Sequence[str]) -> None:
-    """Add to the OpenAPI schema what FastAPI cannot declare: problem details, names of models, lines and events."""
-    models = (Problem, FailedSlot, SubmittedLine)
+def _complete_schema(app: FastAPI, by_name: Mapping[str, Model]) -> None:
+    """Add to the OpenAPI schema what FastAPI cannot declare: problem details, names of models, lines and events.
+
+    `x-models` says which model takes and gives what.
+    """
+    models = (Problem, FailedSlot, SubmittedLine, BatchLine)
     refs, added = models_json_schema(
         [(model, "serialization") for model in models], ref_template="#/components/schemas/{model}"
     )
@@ -189,12 +204,13 @@ def _complete_schema(app: FastAPI, model_names: Sequence[str]) -> None:
         schema = generate()
         schema["components"]["schemas"] |= added["$defs"]
         for operations in schema["paths"].values():
-            for method, operation in operations.items():
+            for operation in operations.values():
                 for parameter in operation.get("parameters", ()):
                     _complete_parameter(parameter)
                     # A filter of jobs may name a model that is configured no more.
-                    if parameter["name"] == "name" or (parameter["name"] == "model_name" and method == "post"):
-                        parameter["schema"]["enum"] = model_names
+                    chooses = parameter["name"] == "model_name" and "predictions" in operation["tags"]
+                    if parameter["name"] == "name" or chooses:
+                        parameter["schema"]["enum"] = list(by_name)
         sync, batch, submit = (schema["paths"][f"/{path}/predict"]["post"] for path in ("sync", "batch", "async"))
         for streams in (sync, *(schema["paths"][path]["get"] for path in ("/jobs/events", "/jobs/{job_id}/events"))):
             streams["responses"]["200"]["content"][EVENT_STREAM] = {"schema": _EVENT}
@@ -207,6 +223,10 @@ def _complete_schema(app: FastAPI, model_names: Sequence[str]) -> None:
         answers[NDJSON] = {"schema": {"allOf": [index, outcome]}}
         line = refs[SubmittedLine, "serialization"]
         submit["responses"]["200"] = {"description": "To a stream", "content": {NDJSON: {"schema": line}}}
+        schema["x-models"] = {
+            name: {"input": model.input_model.model_json_schema(), "output": model.output_model.model_json_schema()}
+            for name, model in by_name.items()
+        }
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema

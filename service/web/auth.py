@@ -185,7 +185,7 @@ class ApiKeys:
         in_ssm: Iterable[tuple[SsmKey, Caller]] = (),
         max_wrong_per_minute: int | None = None,
     ) -> None:
-        self._header = header
+        self.header = header
         self._is_bearer = header.lower() == "authorization"
         self._callers = callers
         self._in_ssm = tuple(in_ssm)
@@ -216,7 +216,7 @@ class ApiKeys:
             return []
         return [
             Depends(
-                HTTPBearer(auto_error=False) if self._is_bearer else APIKeyHeader(name=self._header, auto_error=False)
+                HTTPBearer(auto_error=False) if self._is_bearer else APIKeyHeader(name=self.header, auto_error=False)
             )
         ]
 
@@ -235,7 +235,7 @@ class ApiKeys:
         return caller
 
     async def _find(self, request: Request) -> Caller:
-        key = request.headers.get(self._header, "")
+        key = request.headers.get(self.header, "")
         if self._is_bearer:
             kind, _, key = key.partition(" ")
             key = key.strip(" \t") if kind.lower() == "bearer" else ""
@@ -253,7 +253,7 @@ class ApiKeys:
                 await anyio.sleep(WRONG_KEY_DELAY_S)
                 raise _too_many("this address has sent too many wrong API keys", delay_s)
         problem = "the API key is wrong" if key else "the API key is missing"
-        form = "Authorization: Bearer <key>" if self._is_bearer else f"{self._header}: <key>"
+        form = "Authorization: Bearer <key>" if self._is_bearer else f"{self.header}: <key>"
         detail = f"{problem}: send it as the header '{form}'"
         raise ProblemError(HTTPStatus.UNAUTHORIZED, detail, headers={"WWW-Authenticate": "Bearer"})
 

@@ -61,14 +61,20 @@ class BodyParser:
 
     def __init__(self, input_model: type[BaseModel], admission: Admission | None = None) -> None:
         self._admission = admission or Admission()
-        self._takes_envelope = (
-            "message" not in input_model.model_fields and input_model.model_config.get("extra") != "allow"
-        )
+        takes_any = input_model.model_config.get("extra") == "allow"
+        self._takes_envelope = not takes_any and "message" not in input_model.model_fields
+        self.may_name_model = not takes_any and "model_name" not in input_model.model_fields
+        """Whether the key `model_name` of a bare item can name its model, because it is no field of the item."""
         self._item = input_model
         self._envelope = SyncInputModel[input_model]  # type: ignore[valid-type]  # a class known at run time
         self._job = AsyncInputModel[input_model]  # type: ignore[valid-type]  # as above
         self._items: TypeAdapter[list[BaseModel]] = TypeAdapter(list[input_model])  # type: ignore[valid-type]  # as above
         self._jobs: TypeAdapter[list[AsyncInputModel]] = TypeAdapter(list[self._job])  # type: ignore[name-defined]  # as above
+
+    @property
+    def limits(self) -> RequestConfig:
+        """The limits of what it parses."""
+        return self._admission.limits
 
     def item(self, body: bytes, what: str = "body") -> BaseModel:
         """The one item of a body, or of another part of the request."""
@@ -99,14 +105,14 @@ class BodyParser:
 
     def _item_of(self, body: bytes, what: str = "body", *, explain: bool) -> BaseModel:
         _check_item(body, self._admission.limits)
-        _check_keys(body, what)
+        check_keys(body, what)
         if self._takes_envelope and _ENVELOPE.match(body):
             return _parse(self._envelope, body, what, explain=explain).message
         return _parse(self._item, body, what, explain=explain)
 
     def _job_of(self, body: bytes, what: str = "body", *, explain: bool) -> AsyncInputModel:
         _check_item(body, self._admission.limits)
-        _check_keys(body, what)
+        check_keys(body, what)
         job = _checked_job(_parse(self._job, body, what, explain=explain))
         if isinstance(job, Failure):
             raise job.error
@@ -119,7 +125,7 @@ class BodyParser:
         limits = self._admission.limits
         is_short = len(body) <= min(SLICE_BYTES, limits.max_item_bytes, limits.max_item_values)
         if is_short:
-            _check_keys(body)
+            check_keys(body)
             try:
                 valid = adapter.validate_json(body)
             except ValidationError:
@@ -145,7 +151,7 @@ class BodyParser:
                     return found
                 if not part:
                     continue
-                _check_keys(part)
+                check_keys(part)
                 try:
                     found += adapter.validate_json(part)
                     continue
@@ -159,7 +165,7 @@ async def read_as(model: type[Model], request: Request) -> Model:
     """The whole body as an instance of `model`; it may be as large as one item. Raises `ProblemError`."""
     body = await read_body(request)
     _check_item(body, limits_of(request))
-    _check_keys(body)
+    check_keys(body)
     return _parse(model, body)
 
 
@@ -271,7 +277,7 @@ _STRICT_JSON = json.JSONEncoder(allow_nan=False)
 _JSON = json.JSONDecoder(object_pairs_hook=_check_object, parse_int=str, parse_float=str)
 
 
-def _check_keys(body: bytes, what: str = "body") -> None:
+def check_keys(body: bytes, what: str = "body") -> None:
     """Raise `ProblemError` for a key that one object has twice."""
     if body.count(b":") < 2:
         return

@@ -72,7 +72,7 @@ class EventStream(Response):
                         await error_response(event)(scope, receive, send)
                         task_group.cancel_scope.cancel()
                         return
-                    event = _event("error", problem_json(event))
+                    event = sse_event("error", problem_json(event))
                 if not has_started:
                     has_started = True
                     await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
@@ -87,9 +87,9 @@ async def prediction_events(model: Model, item: BaseModel, options: RequestOptio
         async with aclosing(model.predict_pieces(item, **options)) as outputs:
             async for output in outputs:
                 if isinstance(output, Success):
-                    yield _event("result", output_json(output.value))
+                    yield sse_event("result", output_json(output.value))
                 else:
-                    yield _event("piece", output_json(output))
+                    yield sse_event("piece", output_json(output))
     except Exception as error:
         raise as_problem(error) from error  # whatever the pipeline raised is this item's error
 
@@ -118,7 +118,7 @@ class JobEvents:
         async with aclosing(self._jobs.watch(left)) as changes:
             async for change in changes:
                 if isinstance(change, JobPiece):
-                    yield _event(
+                    yield sse_event(
                         "piece", b'{"job_id":%s,"piece":%s}' % (to_json(change.job_id), output_json(change.output))
                     )
                     continue
@@ -128,8 +128,9 @@ class JobEvents:
                 self._seen[place] = letter
                 name = "result" if change.status.has_ended else "status"
                 content = JobView.model_validate(change).model_dump_json().encode()
-                yield _event(name, content, "".join(self._seen))
+                yield sse_event(name, content, "".join(self._seen))
 
 
-def _event(name: str, content: bytes, event_id: str | None = None) -> bytes:
+def sse_event(name: str, content: bytes, event_id: str | None = None) -> bytes:
+    """An event with JSON as its data."""
     return format_sse_event(event=name, data_str=content.decode(), id=event_id)

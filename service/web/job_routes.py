@@ -1,8 +1,9 @@
 """The routes that show, cancel, replay and remove jobs."""
 
 import time
+from functools import partial
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
@@ -12,7 +13,7 @@ from modalkit.pipelines.iomodel import MAX_EXPIRES_IN_S
 from modalkit.service.errors import UnknownJobError
 from modalkit.service.gateway import JobAdministration, Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
-from modalkit.service.web.answers import PROBLEM_ANSWERS, JobDetails, JobPageView, JobView, Purged, Replayed
+from modalkit.service.web.answers import PROBLEM_ANSWERS, JobDetails, JobPageView, JobView, Purged, Replayed, Retried
 from modalkit.service.web.auth import caller_of
 from modalkit.service.web.direct import while_connected
 from modalkit.service.web.events import EventStream, JobEvents
@@ -28,6 +29,8 @@ CANNOT_REPLAY = (
     "the engine that runs the jobs cannot send a result once more: it stays in GET /jobs/{job_id}; submit the job again"
 )
 
+CANNOT_RETRY = "jobs run once more that are failed, expired or cancelled, and whose message is not about to be sent"
+
 EVENTS: dict[str, Any] = {
     "response_class": EventStream,
     "status_code": 200,
@@ -39,6 +42,10 @@ EVENTS: dict[str, Any] = {
 JobId = Annotated[str, Path(description="As given by /async/predict.")]
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the job's end before answering.")]
 Statuses = Annotated[list[JobStatus], Query(alias="status", description="Only jobs in one of these states.")]
+Retryable = Annotated[
+    list[Literal[JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED]],
+    Query(alias="status", description="Only jobs in one of these states."),
+]
 Deliveries = Annotated[list[DeliveryStatus], Query(alias="delivery", description="Only jobs with such a delivery.")]
 OfModel = Annotated[str | None, Query(alias="model_name", description="Only jobs of this model.")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Maximum jobs in one answer.")]
@@ -49,6 +56,7 @@ JobIds = Annotated[
 LastEventId = Annotated[
     str | None, Header(alias="Last-Event-ID", description="The id of the last event that was seen; browsers send it.")
 ]
+OfBatch = Annotated[str | None, Query(alias="batch_id", description="Only jobs of this batch.")]
 OlderThan = Annotated[
     PositiveFloat | None, Query(le=MAX_EXPIRES_IN_S, description="Only jobs that ended so many seconds ago.")
 ]
@@ -56,12 +64,8 @@ OlderThan = Annotated[
 
 def make_job_router(jobs: Jobs) -> APIRouter:
     """The routes over `jobs`."""
-    router = APIRouter(tags=["jobs"], dependencies=[Depends(_check_query)], responses=PROBLEM_ANSWERS)
-
-    def administration(reason: str) -> JobAdministration:
-        if jobs.administration is None:
-            raise ProblemError(HTTPStatus.NOT_IMPLEMENTED, reason)
-        return jobs.administration
+    router = APIRouter(tags=["jobs"], dependencies=[Depends(refuse_unknown_query)], responses=PROBLEM_ANSWERS)
+    administration = partial(administration_of, jobs)
 
     async def check_owner(request: Request, job_id: str) -> None:
         """Raise `ProblemError` for a job of another key, as for one that does not exist."""
@@ -77,11 +81,12 @@ def make_job_router(jobs: Jobs) -> APIRouter:
         status: Statuses = [],  # noqa: B006  # FastAPI copies it
         delivery: Deliveries = [],  # noqa: B006  # as above
         model_name: OfModel = None,
+        batch_id: OfBatch = None,
         limit: Limit = 100,
         cursor: Cursor = None,
     ) -> JobPageView:
         owner = caller_of(request).visible_owner
-        which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name, owner=owner)
+        which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name, batch_id=batch_id, owner=owner)
         page = await administration(CANNOT_LIST).page(limit, which, cursor)
         return JobPageView(jobs=[JobView.model_validate(job) for job in page.jobs], next_cursor=page.next_cursor)
 
@@ -91,18 +96,21 @@ def make_job_router(jobs: Jobs) -> APIRouter:
         status: Statuses = [],  # noqa: B006  # as above
         delivery: Deliveries = [],  # noqa: B006  # as above
         model_name: OfModel = None,
+        batch_id: OfBatch = None,
         older_than: OlderThan = None,
     ) -> Purged:
-        if not status and not delivery and older_than is None:
+        if not status and not delivery and batch_id is None and older_than is None:
             raise ProblemError(
                 HTTPStatus.UNPROCESSABLE_ENTITY,
-                "say which jobs to remove: by status, as in ?status=failed, by delivery, or by older_than (in seconds)",
+                "say which jobs to remove: by status, as in ?status=failed, by delivery, by batch_id, or by older_than "
+                "(in seconds)",
             )
         ended_before = None if older_than is None else time.time() - older_than
         which = JobFilter(
             statuses=status,
             deliveries=delivery,
             model_name=model_name,
+            batch_id=batch_id,
             ended_before=ended_before,
             owner=caller_of(request).visible_owner,
         )
@@ -112,6 +120,17 @@ def make_job_router(jobs: Jobs) -> APIRouter:
     async def replay_jobs(request: Request) -> Replayed:
         owner = caller_of(request).visible_owner
         return Replayed(replayed=await administration(CANNOT_REPLAY).replay(owner=owner))
+
+    @router.post("/jobs/retry", summary="Run all jobs that failed once more")
+    async def retry_jobs(
+        request: Request,
+        status: Retryable = [JobStatus.FAILED],  # noqa: B006  # as above
+        model_name: OfModel = None,
+        batch_id: OfBatch = None,
+    ) -> Retried:
+        owner = caller_of(request).visible_owner
+        which = JobFilter(statuses=status, model_name=model_name, batch_id=batch_id, owner=owner)
+        return Retried(retried=await administration(CANNOT_LIST).retry(None, which))
 
     @router.get("/jobs/events", summary="What happens to several jobs, as server-sent events", **EVENTS)
     async def watch_jobs(request: Request, job_id: JobIds, last_event_id: LastEventId = None) -> Response:
@@ -155,10 +174,28 @@ def make_job_router(jobs: Jobs) -> APIRouter:
             )
         return _details(job_id, job)
 
+    @router.post("/jobs/{job_id}/retry", summary="Run a job that failed once more")
+    async def retry_job(request: Request, job_id: JobId) -> JobDetails:
+        await check_owner(request, job_id)
+        retried = await administration(CANNOT_LIST).retry([job_id])
+        job = await jobs.get(job_id)
+        if job is not None and not retried:
+            state = f"{job.status}, and its delivery {job.delivery}"
+            raise ProblemError(HTTPStatus.CONFLICT, f"job {job_id} is {state}; {CANNOT_RETRY}")
+        return _details(job_id, job)
+
     return router
 
 
-async def _check_query(request: Request) -> None:
+def administration_of(jobs: Jobs, reason: str) -> JobAdministration:
+    """What can be done with many jobs at once. Raises `ProblemError` for the `reason` where nothing can."""
+    if jobs.administration is None:
+        raise ProblemError(HTTPStatus.NOT_IMPLEMENTED, reason)
+    return jobs.administration
+
+
+async def refuse_unknown_query(request: Request) -> None:
+    """Raise `ProblemError` for a query parameter that the route does not have."""
     check_query(request, {parameter.alias for parameter in request.scope["route"].dependant.query_params})
 
 

@@ -17,7 +17,6 @@ from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.web.answers import NDJSON
 from modalkit.service.web.problems import ProblemError
 
-MAX_LINE_BYTES = 2**20
 LINES_AT_ONCE = 512
 """Lines that are parsed in one go; between two of them, other requests have their turn."""
 READ_AHEAD_BYTES = 2**18
@@ -30,11 +29,6 @@ MIN_UNREAD_BYTES = 2**16
 SPOOL_MEMORY_BYTES = 2**16
 SPOOL_CHUNK_BYTES = 2**16
 
-
-_TOO_LARGE = ProblemError(
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-    f"the line is larger than {MAX_LINE_BYTES} bytes: send it as a request of its own",
-)
 
 T = TypeVar("T")
 
@@ -51,7 +45,7 @@ Answer = Callable[[Lines, Callable[[bytes], None]], Awaitable[None]]
 """Takes lines, and answers them by a function that writes bytes. It is cancelled when the client disconnects."""
 
 
-async def lines_of(chunks: AsyncIterable[bytes], max_bytes: int = MAX_LINE_BYTES) -> Lines:
+async def lines_of(chunks: AsyncIterable[bytes], max_bytes: int) -> Lines:
     """The lines of a body, in lists of up to `LINES_AT_ONCE` of those that arrived together.
 
     The content of a line that is too large is dropped, so that memory is bounded.
@@ -75,11 +69,16 @@ async def lines_of(chunks: AsyncIterable[bytes], max_bytes: int = MAX_LINE_BYTES
 
 
 async def parsed(
-    lines: Sequence[Line], parse: Callable[[Sequence[bytes]], Awaitable[Sequence[T | Failure]]]
+    lines: Sequence[Line], parse: Callable[[Sequence[bytes]], Awaitable[Sequence[T | Failure]]], max_bytes: int
 ) -> Sequence[T | Failure]:
-    """What `parse` makes of the content of each line; a line that is too large has a `Failure`."""
+    """What `parse` makes of the content of each line; one that was larger than `max_bytes` has a `Failure`."""
     found = iter(await parse([line.content for line in lines if line.content is not None]))
-    return [Failure(_TOO_LARGE) if line.content is None else next(found) for line in lines]
+    too_large = ProblemError(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        f"the line is larger than {max_bytes} bytes: send it as a request of its own, or raise "
+        "request_config.max_line_bytes",
+    )
+    return [Failure(too_large) if line.content is None else next(found) for line in lines]
 
 
 class Spool(AbstractContextManager["Spool"]):
@@ -178,10 +177,11 @@ class LineStream(Response):
     everything before they read anything. Once it has `MAX_UNREAD_BYTES` to read, its body is not read any further.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, max_line_bytes: int) -> None:
         super().__init__(media_type=NDJSON)
         del self.headers["content-length"]
         self._answer = answer
+        self._max_line_bytes = max_line_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's signature
         """Answer, as an ASGI application does."""
@@ -209,7 +209,7 @@ class LineStream(Response):
 
                 task_group.start_soon(receive_body)
                 task_group.start_soon(send_answers)
-                await self._answer(_paced(lines_of(body.chunks()), answers), answers.write)
+                await self._answer(_paced(lines_of(body.chunks(), self._max_line_bytes), answers), answers.write)
                 answers.close()
 
 

@@ -4,6 +4,7 @@ Routes read them by `of`. FastAPI only documents them: its own reading takes lon
 """
 
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -18,6 +19,8 @@ from modalkit.service.web.problems import ProblemError
 
 MAX_KEY_CHARACTERS = 255
 RESPOND_ASYNC = "respond-async"
+BATCH_ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+MAX_LINE = 2**53
 NDJSON_TYPES = ("application/x-ndjson", "application/ndjson", "application/jsonl", "application/x-jsonlines")
 
 ModelName = Annotated[str | None, Query(description="Which model, where there are several; the first if left out.")]
@@ -38,6 +41,16 @@ KeyHeader = Annotated[
 PreferHeader = Annotated[
     str | None,
     Header(alias="Prefer", description="`respond-async`: accept the item as a job, and answer with its id (RFC 7240)."),
+]
+
+
+NewBatchId = Annotated[
+    str | None,
+    Field(pattern=BATCH_ID_PATTERN),
+    Query(description="The batch that the jobs are lines of: an id of your own, such as a UUID."),
+]
+FirstLine = Annotated[
+    int, Query(ge=1, le=MAX_LINE, description="The line, in its batch, of the first job of this request.")
 ]
 
 
@@ -87,6 +100,8 @@ class SubmissionOptions:
     model_name: ModelName = None
     priority: PriorityHeader = Priority.BULK
     idempotency_key: KeyHeader = None
+    batch_id: NewBatchId = None
+    first_line: FirstLine = 1
 
     @classmethod
     def of(cls, request: Request) -> Self:
@@ -96,7 +111,12 @@ class SubmissionOptions:
                 "X-Request-Timeout: a job is not bound to its request; leave the header out, expires_in in the body "
                 "and the setting async_config.timeout bound how long a job may take"
             )
-        return cls(_model_name(request), _priority(request, Priority.BULK), _idempotency_key(request))
+        return cls(
+            _model_name(request, "batch_id", "first_line"),
+            _priority(request, Priority.BULK),
+            _idempotency_key(request),
+            *_place(request),
+        )
 
 
 def prefers_async(request: Request) -> bool:
@@ -137,10 +157,29 @@ def _model_name(request: Request, *others: str) -> str | None:
     if not request.scope["query_string"]:
         return None
     check_query(request, ("model_name", *others))
-    names = request.query_params.getlist("model_name")
-    if len(names) > 1:
-        raise _problem("model_name: is given twice; remove one of the two")
-    return names[0] if names else None
+    return _only(request, "model_name")
+
+
+def _only(request: Request, name: str) -> str | None:
+    """The value of a query parameter, or None where it is not given. Raises `ProblemError` where it is given twice."""
+    values = request.query_params.getlist(name)
+    if len(values) > 1:
+        raise _problem(f"{name}: is given twice; remove one of the two")
+    return values[0] if values else None
+
+
+def _place(request: Request) -> tuple[str | None, int]:
+    """The batch of a request, and the line of its first job there."""
+    if not request.scope["query_string"]:
+        return None, 1
+    batch_id, first = _only(request, "batch_id"), _only(request, "first_line") or "1"
+    if batch_id is not None and not re.fullmatch(BATCH_ID_PATTERN, batch_id):
+        raise _problem(
+            f"batch_id: must be 1 to 100 letters, digits, dots, hyphens or underscores, got {batch_id!r:.200}"
+        )
+    if not (first.isascii() and first.isdecimal() and 1 <= int(first[:20]) <= MAX_LINE):
+        raise _problem(f"first_line: must be a number from 1, got {first!r:.100}")
+    return batch_id, int(first)
 
 
 def _ordered(request: Request) -> bool:

@@ -9,10 +9,10 @@ from pydantic import BaseModel
 from modalkit.batching import DeadlineExceededError, Failure, Outcome, QueueFullError
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel
-from modalkit.service.gateway import Model
 from modalkit.service.web.auth import Caller
 from modalkit.service.web.bodies import BodyParser
-from modalkit.service.web.lines import Line, Lines, parsed
+from modalkit.service.web.line_models import FindTarget, Target, parse_lines
+from modalkit.service.web.lines import Line, Lines
 from modalkit.service.web.options import StreamOptions
 from modalkit.service.web.problems import outcome_json, slot_json
 
@@ -26,12 +26,16 @@ FULL_QUEUE_RETRY_S = 0.05
 """Seconds until an item is tried again for which the model's queue had no room, unless one of its stream has ended."""
 
 
-class PredictionStream:
-    """Runs the items of one stream by one model: a limited number at a time, however many there are."""
+_Asked = tuple[BaseModel | Failure, int, Target]
+"""What a line asks for, the bytes of the line, and the model for it."""
 
-    def __init__(self, model: Model, parser: BodyParser, options: StreamOptions, caller: Caller) -> None:
-        self._model = model
-        self._parser = parser
+
+class PredictionStream:
+    """Runs the items of one stream: a limited number at a time, however many there are."""
+
+    def __init__(self, find: FindTarget, options: StreamOptions, caller: Caller) -> None:
+        self._target = find(options.model_name)
+        self._find = find if self._target.parser.may_name_model else None
         self._options = options
         self._caller = caller
         # All mutable state: the index of the next item; those that wait or run, by index, each with the bytes of its
@@ -70,8 +74,10 @@ class PredictionStream:
         """Start the items of lines, as many as there is room for in this stream and in the model's queue."""
         await self._caller.wait_for_items(len(lines))
         sizes = [len(line.content or b"") for line in lines]
-        asked = list(zip(await parsed(lines, self._parser.item_lines), sizes, strict=True))
-        together = len(asked)
+        max_bytes = self._target.parser.limits.max_line_bytes
+        items, targets = await parse_lines(lines, BodyParser.item_lines, self._target, self._find, max_bytes)
+        asked = list(zip(items, sizes, targets, strict=True))
+        together = _of_one_model(asked)
         while asked:
             # Many at a time, because waking up for each batch costs more than the items.
             await self._until(lambda: self._in_flight <= MAX_ITEMS_IN_FLIGHT // 2 and self._bytes < MAX_BYTES_IN_FLIGHT)
@@ -85,14 +91,18 @@ class PredictionStream:
                 together = max(1, together // 2)
             else:
                 asked = asked[together:]
-                together = len(asked)
+                together = _of_one_model(asked)
 
-    def _start(self, group: Sequence[tuple[BaseModel | Failure, int]]) -> None:
-        """Start items, and answer those that are refused. Raises `QueueFullError` before any has started."""
-        places = [place for place, (item, _) in enumerate(group) if not isinstance(item, Failure)]
-        started = iter(self._queue([item for item, _ in group if not isinstance(item, Failure)], self._index, places))
+    def _start(self, group: Sequence[_Asked]) -> None:
+        """Start items of one model, and answer those that are refused.
+
+        Raises `QueueFullError` before any has started.
+        """
+        places = [place for place, (item, _, _) in enumerate(group) if not isinstance(item, Failure)]
+        items = [item for item, _, _ in group if not isinstance(item, Failure)]
+        started = iter(self._queue(group[0][2], items, self._index, places))
         now_s = anyio.current_time()
-        for item, size_bytes in group:
+        for item, size_bytes, _ in group:
             index, self._index = self._index, self._index + 1
             handle = item if isinstance(item, Failure) else next(started)
             if isinstance(handle, Failure):
@@ -102,7 +112,7 @@ class PredictionStream:
                 self._bytes += size_bytes
 
     def _queue(
-        self, items: Sequence[BaseModel], first: int, places: Sequence[int]
+        self, target: Target, items: Sequence[BaseModel], first: int, places: Sequence[int]
     ) -> Sequence[Callable[[], object] | Failure]:
         end = self._end
 
@@ -110,7 +120,7 @@ class PredictionStream:
             end(first + places[number], outcome)
 
         try:
-            return self._model.predict_many_nowait(
+            return target.model.predict_many_nowait(
                 items, on_outcome, priority=self._options.priority, owner=self._caller.owner
             )
         except QueueFullError:
@@ -168,3 +178,8 @@ class PredictionStream:
         if answers:
             self._write(b"".join(answers))
         self._change.set()
+
+
+def _of_one_model(asked: Sequence[_Asked]) -> int:
+    """How many of these are for the model of the first one, up to the first for another."""
+    return next((place for place, (_, _, target) in enumerate(asked) if target is not asked[0][2]), len(asked))

@@ -39,6 +39,7 @@ from modalkit.service.errors import (
     RemoteTimeoutError,
     RetryableError,
     ServiceError,
+    UnknownBatchError,
     UnknownJobError,
     UnknownModelError,
     describe_error,
@@ -55,7 +56,7 @@ from modalkit.service.web.answers import PROBLEM_JSON
 RETRY_AFTER_S = 1
 
 _ERRORS: dict[HTTPStatus, tuple[type[Exception], ...]] = {
-    HTTPStatus.NOT_FOUND: (UnknownJobError, UnknownModelError),
+    HTTPStatus.NOT_FOUND: (UnknownBatchError, UnknownJobError, UnknownModelError),
     HTTPStatus.CONFLICT: (LoadError, ReloadError, SettingsError),
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: (RequestTooLargeError,),
     HTTPStatus.UNPROCESSABLE_ENTITY: (

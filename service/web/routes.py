@@ -7,6 +7,7 @@ from typing import Annotated, Any, Union
 
 from fastapi import Body, Depends, FastAPI, Request
 from fastapi.responses import Response
+from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.pipelines import AsyncInputModel, AsyncOutputModel
@@ -20,6 +21,7 @@ from modalkit.service.web.auth import ApiKeys, Caller, caller_of, end_request
 from modalkit.service.web.bodies import BodyParser, check_encoding
 from modalkit.service.web.direct import DirectRequest, DirectResponse, while_connected
 from modalkit.service.web.events import EventStream, prediction_events
+from modalkit.service.web.line_models import Target
 from modalkit.service.web.lines import LineStream
 from modalkit.service.web.options import (
     PredictionOptions,
@@ -90,10 +92,18 @@ class PostRoutes:
 def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admission) -> None:
     """Add the routes over `gateway` that predict, at once or as jobs."""
     route, models = routes.add, gateway.models.values()
-    item: Any = Union[tuple(model.input_model for model in models)]  # noqa: UP007  # types known at run time
-    job: Any = Union[tuple(AsyncInputModel[model.input_model] for model in models)]  # type: ignore[name-defined]  # noqa: UP007  # as above
-    output: Any = Union[tuple(model.output_model for model in models)]  # noqa: UP007  # as above
+    item: Any = _labelled({model.name: model.input_model for model in models})
+    job: Any = _labelled({model.name: AsyncInputModel[model.input_model] for model in models})  # type: ignore[name-defined]  # a class known at run time
+    output: Any = _labelled({model.name: model.output_model for model in models})
     parser = cache(partial(BodyParser, admission=admission))
+
+    @cache
+    def target_of(model_name: str, input_model: type[BaseModel]) -> Target:
+        return Target(gateway.models[model_name], parser(input_model))
+
+    def find(model_name: str | None) -> Target:
+        model = find_model(gateway.models, model_name)
+        return target_of(model.name, model.input_model)
 
     async def check_room(model: Model, options: PredictionOptions, caller: Caller) -> None:
         """Raise what a request should be refused with before its body is read."""
@@ -102,8 +112,7 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
 
     def submitter(request: Request) -> Submitter:
         options = SubmissionOptions.of(request)
-        model = find_model(gateway.models, options.model_name)
-        return Submitter(gateway.jobs, model.name, parser(model.input_model), options, caller_of(request), admission)
+        return Submitter(gateway.jobs, find, options, caller_of(request), admission)
 
     @route(
         "/sync/predict",
@@ -150,7 +159,7 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
         model, caller = find_model(gateway.models, options.model_name), caller_of(request)
         if takes_lines(request):
             await model.predict_many([])  # a model that takes nothing now fails the request, not each line
-            return LineStream(PredictionStream(model, parser(model.input_model), options, caller).answer)
+            return LineStream(PredictionStream(find, options, caller).answer, admission.limits.max_line_bytes)
         await check_room(model, options, caller)
         items = await parser(model.input_model).items(await read_body(request))
         caller.take_items(len(items))
@@ -173,6 +182,18 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
     )
     async def async_predict(request: Request) -> Response:
         return await submitter(request).answer(request)
+
+
+def _labelled(kinds: Mapping[str, type[BaseModel]]) -> Any:
+    """The union of these types, each with the name of its model in the documentation where they differ."""
+    if len(set(kinds.values())) == 1:
+        return next(iter(kinds.values()))
+    return Union[  # noqa: UP007  # types known at run time
+        tuple(
+            Annotated[kind, Field(title=name, description=f"With `?model_name={name}`.")]
+            for name, kind in kinds.items()
+        )
+    ]
 
 
 class DirectRoutes:

@@ -164,6 +164,7 @@ if HttpToolsProtocol is not None:
             super().on_headers_complete()
             self.cycle.__class__ = OneWriteCycle  # uvicorn makes it, and asks for no class
             if len(self.pipeline) > MAX_PIPELINED:
+                self._waiting = Waiting.FOR_END  # or uvicorn would have it refused, behind the answer that is sent now
                 self.transport.abort()
                 raise _RefusedError
 

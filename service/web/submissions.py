@@ -1,7 +1,7 @@
 """``POST /async/predict``: one job, a list of them, or a stream of any length."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from http import HTTPStatus
 
@@ -13,34 +13,35 @@ from pydantic_core import to_json
 from modalkit.batching import Failure, Outcome
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.gateway import Jobs
-from modalkit.service.jobs import JobStoreError
+from modalkit.service.jobs import BatchLines, JobStoreError
 from modalkit.service.validation import run_valid
 from modalkit.service.web.admission import FREE_BYTES, Admission, read_body
 from modalkit.service.web.auth import Caller
 from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.direct import DirectResponse
-from modalkit.service.web.lines import Line, Lines, LineStream, parsed
+from modalkit.service.web.line_models import FindTarget, Target, parse_lines
+from modalkit.service.web.lines import Line, Lines, LineStream
 from modalkit.service.web.options import RESPOND_ASYNC, SubmissionOptions, takes_lines
-from modalkit.service.web.problems import ProblemError, error_slot
+from modalkit.service.web.problems import ProblemError, error_slot, slot_json
 
 logger = logging.getLogger(__name__)
 
 
 class Submitter:
-    """Submits the jobs of one request to one model."""
+    """Submits the jobs of one request to one model, except lines that name another."""
 
     def __init__(
         self,
         jobs: Jobs,
-        model_name: str,
-        parser: BodyParser,
+        find: FindTarget,
         options: SubmissionOptions,
         caller: Caller,
         admission: Admission,
     ) -> None:
         self._jobs = jobs
-        self._model_name = model_name
-        self._parser = parser
+        self._find = find
+        self._target = find(options.model_name)
+        self._parser = self._target.parser
         self._options = options
         self._caller = caller
         self._admission = admission
@@ -50,9 +51,9 @@ class Submitter:
         if takes_lines(request):
             self._refuse_key()
         # A model that takes no jobs now fails the request before it is read, not each line.
-        self._jobs.check_accepting(self._model_name)
+        self._jobs.check_accepting(self._target.model.name)
         if takes_lines(request):
-            return LineStream(self._answer_lines)
+            return LineStream(self._answer_lines, self._parser.limits.max_line_bytes)
         self._caller.take_items(0)  # a caller that is over its limit is refused before its body is read
         body = await read_body(request)
         if body.lstrip()[:1] == b"[":
@@ -68,7 +69,7 @@ class Submitter:
 
     async def answer_later(self, request: Request) -> Response:
         """Submit the item in the body of a request that prefers a job to waiting."""
-        self._jobs.check_accepting(self._model_name)  # as above
+        self._jobs.check_accepting(self._target.model.name)  # as above
         self._caller.take_items(0)
         job = AsyncInputModel(message=self._parser.item(await read_body(request)))
         response = await self._answer_one(request, job)
@@ -96,28 +97,50 @@ class Submitter:
 
     async def _answer_some(self, lines: Sequence[Line]) -> bytes:
         await self._caller.wait_for_items(len(lines))
-        asked = await parsed(lines, self._parser.job_lines)
-        try:
-            outcomes = await self._submit(asked)
-        except Exception as error:  # the lines after these may succeed
-            if not isinstance(error, JobStoreError):
-                logger.exception("Jobs of a stream could not be submitted")
-            outcomes = [Failure(error)] * len(lines)
-        return b"".join(
-            to_json({"line": line.number, **_answer(outcome)}) + b"\n"
-            for line, outcome in zip(lines, outcomes, strict=True)
-        )
+        max_bytes = self._parser.limits.max_line_bytes
+        asked, targets = await parse_lines(lines, BodyParser.job_lines, self._target, self._find, max_bytes)
+        answers = dict[int, bytes]()
+        for target in dict.fromkeys(targets):
+            chosen = [
+                (line.number, entry)
+                for line, entry, its_target in zip(lines, asked, targets, strict=True)
+                if its_target is target
+            ]
+            numbers, entries = zip(*chosen, strict=True)
+            try:
+                outcomes = await self._submit(entries, numbers, target)
+            except Exception as error:  # the lines after these may succeed
+                if not isinstance(error, JobStoreError):
+                    logger.exception("Jobs of a stream could not be submitted")
+                outcomes = [Failure(error)] * len(entries)
+            answers |= {number: _line(number, outcome) for number, outcome in zip(numbers, outcomes, strict=True)}
+        return b"".join(answers[line.number] for line in lines)
 
-    async def _submit(self, asked: Sequence[AsyncInputModel | Failure]) -> list[Outcome[str]]:
+    async def _submit(
+        self,
+        asked: Sequence[AsyncInputModel | Failure],
+        numbers: Iterable[int] | None = None,
+        target: Target | None = None,
+    ) -> list[Outcome[str]]:
+        """Submit jobs, which have these `numbers` (from 1) in the request; returns the outcome of each."""
         return await run_valid(
             asked,
             partial(
                 self._jobs.submit,
-                model_name=self._model_name,
+                model_name=(target or self._target).model.name,
                 priority=self._options.priority,
                 owner=self._caller.owner,
+                batch=self._batch_of(asked, numbers or range(1, len(asked) + 1)),
             ),
         )
+
+    def _batch_of(self, asked: Sequence[AsyncInputModel | Failure], numbers: Iterable[int]) -> BatchLines | None:
+        """The lines of the jobs that are valid, where the request has a batch."""
+        if self._options.batch_id is None:
+            return None
+        first = self._options.first_line - 1
+        lines = [first + number for job, number in zip(asked, numbers, strict=True) if not isinstance(job, Failure)]
+        return BatchLines(self._options.batch_id, lines)
 
     def _with_key(self, job: AsyncInputModel) -> AsyncInputModel:
         key = self._options.idempotency_key
@@ -136,6 +159,12 @@ class Submitter:
                 HTTPStatus.UNPROCESSABLE_ENTITY,
                 "Idempotency-Key: one key cannot stand for several jobs; give each its own idempotency_key",
             )
+
+
+def _line(number: int, outcome: Outcome[str]) -> bytes:
+    if isinstance(outcome, Failure):
+        return b'{"line":%d,%s\n' % (number, slot_json(outcome.error)[1:])
+    return b'{"line":%d,"job_id":%s}\n' % (number, to_json(outcome.value))
 
 
 def _answer(outcome: Outcome[str]) -> dict[str, str]:

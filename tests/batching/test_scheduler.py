@@ -32,6 +32,7 @@ from modalkit.batching import (
     SchedulerClosedError,
     Success,
 )
+from modalkit.batching.statistics import RECENT_BATCHES
 
 pytestmark = pytest.mark.anyio
 
@@ -574,7 +575,31 @@ async def test_statistics_tell_how_long_requests_have_waited_and_how_long_all_wi
         assert statistics.queued_s == pytest.approx(3.0 + 2 * 1.0, rel=0.01), (
             "each in the best batch of its size and lane"
         )
+        assert statistics.work_s[Priority.BULK] == pytest.approx(1.0, rel=0.01)
         assert min(statistics.oldest_s.values()) > 0
+
+
+async def test_the_statistics_hold_the_last_batches_with_the_sizes_of_their_requests_and_without_errors() -> None:
+    def run(items: list[str]) -> list[str]:
+        if "bad" in items:
+            raise ValueError("a bad item")
+        return items
+
+    policy, told = BatchPolicy(max_batch_size=2), list[BatchRecord]()
+    async with BatchScheduler(run, policy=policy, item_size=len, on_batch=told.append) as scheduler:
+        await scheduler.submit_many(["a" * 10, "b" * 9])
+        with pytest.raises(ValueError, match="a bad item"):
+            await scheduler.submit("bad")
+        several, failed = scheduler.statistics().recent
+        assert (sorted(several.sizes), several.failed, several.device) == ([9, 10], 0, 0)
+        assert (list(failed.sizes), failed.failed, failed.errors) == ([3], 1, ())
+        assert several.formed_s < failed.formed_s < anyio.current_time()
+        for _ in range(RECENT_BATCHES):
+            await scheduler.submit("one")
+        statistics = scheduler.statistics()
+    assert statistics.batches == RECENT_BATCHES + 2
+    assert {batch.count for batch in statistics.recent} == {1}
+    assert len(statistics.recent) == RECENT_BATCHES
 
 
 async def test_a_record_has_the_waits_by_lane_and_the_tags_of_its_requests_once() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import anyio
 import pytest
 
-from modalkit.benchmarks.drivers import closed_loop, open_loop, timed_s, work_off
+from modalkit.benchmarks.drivers import open_loop, timed_s, work_off
 
 pytestmark = pytest.mark.anyio
 
@@ -32,9 +32,8 @@ class Server:
 
 async def test_a_closed_loop_sends_the_next_item_once_one_is_answered() -> None:
     server = Server()
-    latencies_s = await closed_loop([server.call] * 2, [3, 1, 1, 1, 5])
+    await work_off([server.call] * 2, [3, 1, 1, 1, 5])
     assert server.arrivals == [(0, 3), (0, 1), (1, 1), (2, 1), (3, 5)]
-    assert sorted(latencies_s) == [1, 1, 1, 3, 5]
 
 
 async def test_a_closed_loop_keeps_all_its_callers_busy() -> None:

@@ -2,21 +2,24 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
 from modalkit.benchmarks.end_to_end import EndToEndStudy
 from modalkit.benchmarks.growth import GrowthStudy
 from modalkit.benchmarks.in_process import BundledPipeline, corpus_items
+from modalkit.benchmarks.jobs import HttpStudy
 from modalkit.benchmarks.measurement import Figure, Study
 from modalkit.benchmarks.overhead import OverheadStudy
-from modalkit.benchmarks.report import as_json, figures_table, run_study
+from modalkit.benchmarks.report import as_json, figures_table, read_baseline, regressions, run_study
 
 UNCALIBRATED = {"calibration": {"enabled": False}}  # which would take seconds for each worker
 
 
-@pytest.mark.parametrize("study", [OverheadStudy(items=2_000), GrowthStudy(depths=(40, 80), items=200)])
+@pytest.mark.parametrize("study", [OverheadStudy(items=2_000), GrowthStudy(depths=(40, 80), items=200), HttpStudy(20)])
 def test_a_study_measures_every_figure_in_every_round(study: Study) -> None:
     told: list[str] = []
     figures = run_study(study, 2, told.append)
@@ -60,5 +63,31 @@ def test_the_json_holds_every_round_and_what_it_was_measured_on() -> None:
         {"name": "slow", "unit": "x", "median": 3.5, "rounds": [3.0, 4.0], "at_most": 2, "met": False},
         {"name": "unknown", "unit": "x", "median": None, "rounds": []},
     ]
-    assert document["python"]
-    assert document["versions"]["torch"]
+    assert document["machine"]["cores"]
+    assert document["versions"].keys() >= {"python", "torch"}
+
+
+def test_a_ratio_that_is_a_tenth_worse_than_in_the_baseline_is_flagged(tmp_path: Path) -> None:
+    def measured(*values: float) -> dict[str, list[Figure]]:
+        more, less, free, time = values
+        return {
+            "s": [
+                Figure(name="more is better", rounds=(more,), at_least=1),
+                Figure(name="less is better", rounds=(less,), at_most=1),
+                Figure(name="without a target", rounds=(free,)),
+                Figure(name="a time", rounds=(time,), unit="us", at_most=1),
+                Figure(name="not measured", rounds=(), at_most=1),
+            ]
+        }
+
+    path = tmp_path / "baseline.json"
+    path.write_text(as_json(measured(2.0, 0.5, 1.0, 7.0)))
+    baseline = read_baseline(path)
+    assert regressions(measured(1.85, 0.54, 9.0, 99.0), baseline) == []
+    assert regressions(measured(1.7, 0.6, 9.0, 99.0), baseline) == [
+        "s: more is better: 1.7 after 2 (-15%)",
+        "s: less is better: 0.6 after 0.5 (+20%)",
+    ]
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(typer.BadParameter, match="give a file that --json wrote"):
+        read_baseline(tmp_path / "other.json")

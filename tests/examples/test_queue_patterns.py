@@ -110,7 +110,7 @@ def test_without_a_queue_results_are_asked_for(run: Run) -> None:
 
 def test_a_configured_service_takes_the_queues_that_it_allows(folder: Path, environment: dict[str, str]) -> None:
     with serving(folder, environment) as (_, client):
-        job = until_delivery_is(client, submitted(client), "delivered")
+        job = until_delivery_is(client, submitted(client), "memory")
         assert job["result"]["root"] == 3.0
         refused = client.post("/async/predict", json={**SUBMISSION, "success_queue": "elsewhere"})
         assert refused.status_code == 422
@@ -164,8 +164,8 @@ def test_queues_go_to_different_backends_by_their_names(run: Run, folder: Path, 
 def test_routes_can_be_configured(folder: Path, environment: dict[str, str]) -> None:
     with serving(folder, {**environment, "MODALKIT_CONFIG": "modalkit.yaml,routing.yaml"}) as (_, client):
         urgent, other = submitted(client, success_queue="urgent_roots"), submitted(client)
-        for job_id in (urgent, other):
-            until_delivery_is(client, job_id, "delivered")
+        until_delivery_is(client, urgent, "memory")
+        until_delivery_is(client, other, "delivered")
     [(queue, message)] = rows(folder / "results.db")
     assert (queue, message["job_id"]) == ("roots", other)
 

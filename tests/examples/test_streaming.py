@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from modalkit.service.settings import RequestConfig
 from modalkit.service.streams import MAX_UNREAD_PIECES
 from modalkit.service.web import lines, prediction_stream
 from modalkit.service.web.events import HEARTBEAT_S
@@ -68,7 +69,7 @@ def test_the_limits_are_those_it_says() -> None:
     text = " ".join(GUIDE.split())
     for said in (
         f"{prediction_stream.MAX_ITEMS_IN_FLIGHT:,} items of a stream",
-        f"A line may have {lines.MAX_LINE_BYTES // 2**20} MiB",
+        f"A line may have {RequestConfig().max_line_bytes // 2**20} MiB",
         f"After {lines.MAX_UNREAD_BYTES // 2**20} MiB that you have not read",
         f"have {lines.MAX_UNREAD_BYTES_IN_ALL // 2**20} MiB together",
         f"after {HEARTBEAT_S:g} seconds without an event",

@@ -149,6 +149,7 @@ def test_the_wheel_holds_one_package_with_its_data(wheel: Path) -> None:
         "modalkit.yaml",
         "py.typed",
         "batching/scheduler.py",
+        "benchmarks/bench/page.html",
         "benchmarks/corpus/mixed_length.txt.gz",
         "pipelines/sentiment_model/model.safetensors",
         "service/cli/main.py",

@@ -3,9 +3,11 @@
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
-from tests.support.length_model import LengthPipeline
+from modalkit.pipelines import InferenceOutputModel
+from tests.support.length_model import Length, LengthPipeline
 
 KILLER = "kill this process"
 
@@ -37,3 +39,16 @@ class Faulty(LengthPipeline):
     def predict(self, input_list: Any, preprocessed_data: dict[str, Any]) -> dict[str, Any]:
         time.sleep(HANG_S if HANGING in preprocessed_data["texts"] else 0.04)
         return super().predict(input_list, preprocessed_data)
+
+
+class Gated(LengthPipeline):
+    """Waits, at a text ``gate NAME``, for a file of that name in the working directory; answers with the texts too."""
+
+    def predict(self, input_list: Any, preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        for text in preprocessed_data["texts"]:
+            while text.startswith("gate ") and not Path(text.removeprefix("gate ")).exists():
+                time.sleep(0.01)
+        return super().predict(input_list, preprocessed_data)
+
+    def postprocess(self, input_list: Any, raw_output: dict[str, Any]) -> list[InferenceOutputModel]:
+        return [Length(length=len(text), text=text) for text in raw_output["texts"]]

@@ -13,13 +13,13 @@ from pydantic_core import to_jsonable_python
 
 from modalkit.batching import BatchRecord, Priority, SchedulerStatistics
 from modalkit.batching.policy import DispatchReason
-from modalkit.benchmarks.containers.here import opening_here
 from modalkit.benchmarks.containers.load import ERRORS_IN_A_ROW, OpenTarget, Target, measure_variant
 from modalkit.benchmarks.containers.matrix import Cell, Figures, Load, Variant, VariantResult
 from modalkit.benchmarks.containers.measured import plain_record
 from modalkit.benchmarks.corpus import mixed_length_texts
 from modalkit.service.calls.engine import CallOptions
 from modalkit.service.errors import RemoteCallError
+from tests.benchmarks.containers.here import opening_here
 from tests.support.length_model import POISON
 
 TEXTS = ["short", "a text that is rather longer"]
@@ -135,7 +135,7 @@ class FakeContainer:
     async def report(self) -> Mapping[str, Any]:
         statistics = SchedulerStatistics(
             queued=dict.fromkeys(Priority, 0),
-            queued_s=0.0,
+            work_s=dict.fromkeys(Priority, 0.0),
             oldest_s=dict.fromkeys(Priority, 0.0),
             running=0,
             accepted=0,

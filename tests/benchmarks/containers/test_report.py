@@ -1,14 +1,15 @@
 """What is written of a matrix, whatever became of its parts."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from modalkit.benchmarks.bench.report import show, write_files
+from modalkit.benchmarks.bench.results import Results
 from modalkit.benchmarks.containers.matrix import Cell, Figures, Variant, VariantResult, parse_matrix
-from modalkit.benchmarks.containers.report import Results
+from modalkit.benchmarks.containers.report import add_variant
 
 MATRIX = parse_matrix("T4,T5", "8,32", "64,512", 20.0, keeps_records=True)
 
@@ -35,49 +36,44 @@ def figures(items_per_s: float, errors: Mapping[str, int] | None = None) -> Figu
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> Results:
+def results() -> Results:
     """A matrix of which a part was measured and a part was not."""
-    made = Results(MATRIX, {"app": "sentiment-dev"}, tmp_path / "new" / "folder")
+    made = Results(target="modal:sentiment-dev/Model", settings={"matrix": MATRIX})
     cells = [
         Cell(concurrency=512, figures=figures(900.0, {"gone": 3})),
         Cell(concurrency=64, figures=figures(700.0), records=[{"count": 8}]),
     ]
-    made.add(VariantResult(variant=Variant("T4", 8), device="Tesla T4", cold_start_s=12.5, cells=cells))
-    made.add(VariantResult(variant=Variant("T4", 32), cells=[Cell(concurrency=64, error="it took [too] long")]))
-    made.add(VariantResult(variant=Variant("T5", 8), error="there is no T5"))
+    for result in (
+        VariantResult(variant=Variant("T4", 8), device="Tesla T4", cold_start_s=12.5, cells=cells),
+        VariantResult(variant=Variant("T4", 32), cells=[Cell(concurrency=64, error="it took [too] long")]),
+        VariantResult(variant=Variant("T5", 8), error="there is no T5"),
+    ):
+        add_variant(made, result)
     return made
 
 
-def test_everything_is_in_the_json_and_what_is_no_number_is_null(results: Results, tmp_path: Path) -> None:
-    document = json.loads((tmp_path / "new" / "folder" / "results.json").read_text())
-    assert document["settings"]["app"] == "sentiment-dev"
+def test_everything_is_in_the_document_and_what_is_no_number_is_null(results: Results) -> None:
+    document = results.document()
     assert document["settings"]["matrix"]["load"]["concurrency"] == [64, 512]
-    first, second, third = document["results"]
-    assert first["variant"] == {"gpu": "T4", "max_batch_size": 8}
-    assert first["device"] == "Tesla T4"
-    assert first["cells"][0]["figures"]["batch_sizes"] == {"4": 50, "8": 100}
-    assert first["cells"][1]["records"] == [{"count": 8}]
-    assert second["cells"][0]["figures"] is None
-    assert third["cold_start_s"] is None
-    assert third["error"] == "there is no T5"
+    first, second, third, fourth = document["cells"]
+    assert first["variant"] == {"gpu": "T4", "max_batch_size": "8"}
+    assert first["gpus"] == [{"name": "Tesla T4"}]
+    assert first["figures"]["p99_ms"]["mean"] == 200
+    assert first["server"]["batch_sizes"] == {"4": 50, "8": 100}
+    assert second["records"] == [{"count": 8}]
+    assert (third["answered"], third["load"]) == (0, "64 callers")
+    assert fourth["load"] == "start"
+    assert document["cold_start_s"] == {"gpu T4, max_batch_size 8": 12.5, "gpu T4, max_batch_size 32": None}
 
 
-def test_the_table_has_a_line_for_each_cell_and_names_what_failed(results: Results) -> None:
-    console = Console(width=120, record=True)
-    results.print(console)
+def test_the_table_has_a_line_for_each_cell_and_names_what_failed(results: Results, tmp_path: Path) -> None:
+    document = results.document()
+    console = Console(width=160, record=True)
+    show(document, (), console)
     said = console.export_text()
-    assert "…" not in said
-    assert ["T4", "8", "512", "900"] in [line.split()[:4] for line in said.splitlines()]
-    assert "T4, batches of at most 8, 512 callers: 3 x gone" in said
-    assert "T4, batches of at most 32, 64 callers: it took [too] long" in said
-    assert "T5, batches of at most 8: there is no T5" in said
-
-
-def test_a_plot_is_made_of_what_there_is(results: Results, tmp_path: Path) -> None:
-    assert (tmp_path / "new" / "folder" / "results.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_matrix_in_which_everything_failed_is_reported_too(tmp_path: Path) -> None:
-    results = Results(MATRIX, {}, tmp_path)
-    results.add(VariantResult(variant=Variant("T5", 8), error="there is no T5"))
-    assert (tmp_path / "results.png").exists()
+    assert "gpu T4, max_batch_size 8, Modal, 512 callers: 3 x gone" in said
+    assert "gpu T4, max_batch_size 32, Modal, 64 callers: 1 x it took [too] long" in said
+    assert "gpu T5, max_batch_size 8, Modal, start: 1 x there is no T5" in said
+    assert "512 callers: most items/s" not in said, "one was measured"
+    write_files(document, (), tmp_path / "new" / "folder")
+    assert "Tesla T4" in (tmp_path / "new" / "folder" / "results.html").read_text()

@@ -216,7 +216,7 @@ def test_replay_makes_one_result_due_again_and_refuses_others(jobs: Jobs) -> Non
     assert done.stdout.startswith("1 result will be sent once more, ")
     assert f"the delivery of job {DELIVERED} is delivered" in done.stderr
     assert "there is no job 'unknown'" in done.stderr
-    assert json.loads(jobs("show", UNDELIVERED, "--json").stdout)["delivery"] in ("pending", "delivered")
+    assert json.loads(jobs("show", UNDELIVERED, "--json").stdout)["delivery"] in ("pending", "memory")
 
 
 def test_replay_all_makes_every_undelivered_result_due_again(jobs: Jobs) -> None:
@@ -230,8 +230,19 @@ def test_what_is_replayed_in_the_file_is_sent_at_the_next_start(
 ) -> None:
     assert modalkit("jobs", "replay", UNDELIVERED).stdout.endswith("when the service starts next.\n")
     with serving(folder, environment) as (_, client):
-        while client.get(f"/jobs/{UNDELIVERED}").json()["delivery"] != "delivered":
+        while client.get(f"/jobs/{UNDELIVERED}").json()["delivery"] != "memory":
             pass
+
+
+def test_retry_queues_failed_jobs_once_more_and_refuses_others(jobs: Jobs) -> None:
+    done = jobs("retry", FAILED, DELIVERED, "unknown")
+    assert done.exit_code == 1
+    assert done.stdout.startswith("1 job runs once more, ")
+    assert f"job {DELIVERED} is succeeded" in done.stderr
+    assert "there is no job 'unknown'" in done.stderr
+    assert json.loads(jobs("show", FAILED, "--json").stdout)["status"] == "queued"
+    assert jobs("retry", "--all").stdout == "There are no such jobs.\n"
+    assert jobs("retry").exit_code == jobs("retry", FAILED, "--batch", "b").exit_code == 2
 
 
 def test_an_odd_id_means_no_other_address_of_the_service(
@@ -284,8 +295,8 @@ def test_purge_asks_at_a_terminal(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["purge", "--yes"], "by --status, by --delivery, or by --older-than"),
-        (["purge", "--model", "lengths", "--yes"], "by --status, by --delivery, or by --older-than"),
+        (["purge", "--yes"], "by --status, --delivery, --batch or --older-than"),
+        (["purge", "--model", "lengths", "--yes"], "by --status, --delivery, --batch or --older-than"),
         (["purge", "--older-than", "7 weeks", "--yes"], "such as 90s, 15m, 2h or 7d, not '7 weeks'"),
         (["purge", "--older-than", "0s", "--yes"], "not '0s'"),
         (["purge", "--older-than", "999999999d", "--yes"], "not '999999999d'"),

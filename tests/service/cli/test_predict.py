@@ -1,17 +1,22 @@
 """``modalkit predict`` as a user runs it."""
 
 import csv
+import gzip
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.progress import Progress
 
 from modalkit.service.cli.common import whole_file
 from modalkit.service.cli.predict import _Run
-from modalkit.service.cli.records import FileFormat, Record, read_records
+from modalkit.service.cli.records import FileFormat, Record, read_records, validated
+from modalkit.service.cli.results import ResultWriter, result_file
 from modalkit.service.settings import Settings
 from tests.support.command_line import Modalkit
 from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
@@ -20,6 +25,10 @@ from tests.support.odd_model import MUTE, NAN, OBJECT, SURROGATE
 
 def results(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
+
+
+def records_of(lines: list[str]) -> Iterator[Record]:
+    return validated(read_records(lines, FileFormat.TXT, ["text"], None), Text)
 
 
 def test_texts_as_arguments_give_one_result_a_line(installed_modalkit: Modalkit) -> None:
@@ -79,10 +88,13 @@ def test_a_csv_file_gives_its_column_and_a_csv_output_has_columns(modalkit: Moda
             ("-i", "in.csv"),
             "the CSV header has no column 'text'; it has ['id', 'review']: name the text's with --column",
         ),
-        (("-i", "in.parquet"), "cannot tell the format of in.parquet by its name; say --format txt, jsonl or csv"),
+        (("-i", "in.xlsx"), "cannot tell the format of in.xlsx by its name; say --format txt, jsonl, csv or parquet"),
+        (("-i", "in.parquet"), "in.parquet is no Parquet file"),
+        (("-i", "cut.jsonl.gz"), "cut.jsonl.gz is damaged"),
+        (("-i", "-", "-f", "parquet"), "Parquet cannot be read from standard input"),
         (
-            ("-i", "in.csv", "--column", "review", "-o", "out.parquet"),
-            "cannot write .parquet files: results are JSON lines or CSV; call the output out.jsonl or out.csv",
+            ("-i", "in.csv", "--column", "review", "-o", "out.xlsx"),
+            "cannot write .xlsx files: results are JSON lines, CSV or Parquet; call the output out.jsonl, out.csv or",
         ),
     ],
 )
@@ -90,13 +102,15 @@ def test_an_input_or_output_that_cannot_be_used_is_one_message_and_exit_code_2(
     modalkit: Modalkit, folder: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     (folder / "in.csv").write_text("id,review\n1,a\n")
-    (folder / "in.parquet").write_text("")
+    (folder / "in.xlsx").write_text("")
+    (folder / "in.parquet").write_text("no Parquet")
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'"four"')[:-9])
     done = modalkit("predict", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith("modalkit: error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
-    assert not (folder / "out.parquet").exists()
+    assert not (folder / "out.xlsx").exists()
 
 
 def test_an_output_in_a_folder_that_does_not_exist_is_one_message(modalkit: Modalkit) -> None:
@@ -178,6 +192,38 @@ def test_keys_of_a_jsonl_input_can_be_kept(modalkit: Modalkit, folder: Path) -> 
     assert first["length"] == 4
     assert (second["id"], second["status"]) == (8, "error")
     assert (third["text"], third["length"]) == ("five!", 5)
+
+
+def test_parquet_and_compressed_files_are_read_and_written(modalkit: Modalkit, folder: Path) -> None:
+    rows = [{"id": 1, "text": "four", "raw": b"\x00"}, {"id": 2, "text": None, "raw": b"\x01"}]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "in.parquet")
+    assert modalkit("predict", "-i", "in.parquet", "-o", "out.parquet", "--keep-columns").returncode == 1
+    first, second = pq.read_table(folder / "out.parquet").to_pylist()
+    assert (first["id"], first["raw"], first["length"], second["id"], second["length"]) == (1, "AA==", 4, 2, None)
+    assert "text: is missing" in second["error"]
+    (folder / "in.csv.gz").write_bytes(gzip.compress(b"text\nfour\n"))
+    assert modalkit("predict", "-i", "in.csv.gz", "-o", "out.jsonl.gz").returncode == 0
+    assert [row["length"] for row in results(gzip.decompress((folder / "out.jsonl.gz").read_bytes()).decode())] == [4]
+
+
+def test_a_run_that_was_interrupted_is_resumed(modalkit: Modalkit, folder: Path) -> None:
+    """With a result that was cut in the middle, as by a kill."""
+    (folder / "in.txt").write_text("a\nbb\nccc\n")
+
+    def interrupted() -> None:
+        with result_file(folder / "out.csv", fields=[]) as writer:
+            writer.write({"status": "success", "length": "of the first run"})
+            writer.stream.write('{"status": "succ')
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    refused = modalkit("predict", "-i", "in.txt", "-o", "out.csv")
+    assert (refused.returncode, "go on with --resume, or remove it" in refused.stderr) == (2, True)
+    resumed = modalkit("predict", "-i", "in.txt", "-o", "out.csv", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["length"] for row in csv_rows(folder / "out.csv")] == ["of the first run", "2", "3"]
+    assert list(folder.glob("*.partial")) == []
 
 
 ODD = """
@@ -275,8 +321,8 @@ async def test_the_progress_counts_failed_and_invalid_lines_too() -> None:
     lines = ["one", "", POISON, REJECTED, "five!"]
     progress = Progress(disable=True)
     progress.add_task("Running", total=len(lines))
-    run = _Run(lambda _: None, progress, Settings())
-    await run.score(LengthPipeline(), read_records(lines, FileFormat.TXT, Text, None))
+    run = _Run(ResultWriter(StringIO()), progress, Settings())
+    await run.score(LengthPipeline(), records_of(lines))
     assert progress.tasks[0].completed == len(lines)
 
 
@@ -289,29 +335,26 @@ async def test_a_queue_of_one_item_is_enough(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("modalkit.service.cli.predict.to_thread.run_sync", read_at_once)
     settings = Settings.model_validate({"app_settings": {"batch_config": {"max_queue_size": 1, "max_batch_size": 1}}})
-    written: list[Mapping[str, Any]] = []
+    written = StringIO()
     progress = Progress(disable=True)
     progress.add_task("Running")
     lines = ["a", "bb", "ccc"]
-    await _Run(written.append, progress, settings).score(
-        LengthPipeline(), read_records(lines, FileFormat.TXT, Text, None)
-    )
-    assert [result["length"] for result in written] == [1, 2, 3]
+    await _Run(ResultWriter(written), progress, settings).score(LengthPipeline(), records_of(lines))
+    assert [result["length"] for result in results(written.getvalue())] == [1, 2, 3]
 
 
 @pytest.mark.anyio
 async def test_an_output_that_cannot_be_written_ends_the_run_with_its_own_error() -> None:
     """So that the command tells a closed pipe and a full disk from a mistake of ours."""
 
-    def write(_: object) -> None:
-        raise BrokenPipeError
+    class Closed(StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
 
     progress = Progress(disable=True)
     progress.add_task("Running")
     with pytest.raises(BrokenPipeError):
-        await _Run(write, progress, Settings()).score(
-            LengthPipeline(), read_records(["one"], FileFormat.TXT, Text, None)
-        )
+        await _Run(ResultWriter(Closed()), progress, Settings()).score(LengthPipeline(), records_of(["one"]))
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_samples_are_read_as_predict_reads_its_input(modalkit: Modalkit, folder:
         ("own.txt", "fine\n" + "x" * 1001 + "\n", "line 2: text: String should have at most 1000 characters"),
         ("own.txt", "", "--samples own.txt holds no items: put one on each line"),
         ("own.csv", "stars\n5\n", "name the text's with --column"),
-        ("own.dat", "fine\n", "say --format txt, jsonl or csv"),
+        ("own.dat", "fine\n", "say --format txt, jsonl, csv or parquet"),
     ],
 )
 def test_samples_that_are_none_are_refused_before_the_model_is_loaded(

@@ -19,6 +19,7 @@ from modalkit.service.jobs import (
     DeliveryStatus,
     IdempotencyKeyReusedError,
     Job,
+    JobFilter,
     JobRetry,
     JobStatus,
     JobStore,
@@ -402,6 +403,13 @@ class StoreFollowsLife(RuleBasedStateMachine):
         replayed = self.runner.run(self.store.replay(None if everything else chosen, self.now))
         jobs = [self.jobs[job_id] for job_id in dict.fromkeys(chosen) if job_id in self.jobs]
         assert replayed == sum(self.change(store_rules.replay_delivery(job)) for job in jobs)
+
+    @rule(number=st.integers(0, 9), everything=st.booleans())
+    def retry(self, number: int, everything: bool) -> None:
+        chosen = list(self.jobs) if everything else [self.pick(number)] * 2
+        retried = self.runner.run(self.store.retry(None if everything else chosen, JobFilter(), self.now))
+        may = [job_id for job_id in self.jobs if job_id in chosen]
+        assert retried == [job_id for job_id in may if self.change(life.retry_job(self.jobs[job_id], self.now))]
 
     @rule()
     def recover(self) -> None:

@@ -347,6 +347,10 @@ def listed(**fields: Any) -> str:
         (sql.REPLAY.format(which="seq > ? AND owner = ?"), "undelivered_jobs"),
         (f"{SELECT} WHERE idempotency_key = ? AND owner = ?", "idempotency_keys"),
         (listed(owner="a"), "owned_jobs"),
+        (sql.KNOWN_KEYS, "idempotency_keys"),
+        ("SELECT status, count(*) FROM jobs WHERE batch_id = ? AND owner = ? GROUP BY status", "batch_states"),
+        ("SELECT count(*) FROM jobs WHERE batch_id = ? AND finished_at > ?", "batch_ends"),
+        ("SELECT * FROM jobs WHERE batch_id = ? AND line > ? ORDER BY line LIMIT 500", "batch_lines"),
         (listed(statuses=[JobStatus.FAILED]), "failed_jobs"),
         (listed(statuses=[JobStatus.RUNNING], model_name="m"), "running_jobs"),
         (listed(deliveries=[DeliveryStatus.UNDELIVERED]), "undelivered_jobs"),
@@ -656,3 +660,21 @@ async def test_a_delivery_that_fails_again_meanwhile_is_replayed_once(
                 replayed = await store.replay(None, 4.0)
                 task_group.cancel_scope.cancel()
     assert replayed == 5
+
+
+async def test_a_database_of_the_sixth_version_takes_batches(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    database = sqlite3.connect(path)
+    for step in MIGRATIONS[:6]:
+        database.executescript(step)
+    database.execute(
+        "INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery) "
+        "VALUES ('a', 'm', 'queued', '{}', '{}', 1, 'none')"
+    )
+    database.execute("INSERT INTO counts VALUES ('queued', 1), ('delivery none', 1)")
+    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 6")
+    database.close()
+    async with SqliteJobStore(path) as store:
+        await store.add([replace(new_job("b"), batch_id="x", line=1)])
+        jobs = [await store.get(job_id) for job_id in "ab"]
+        assert [(job.batch_id, job.line) for job in jobs if job] == [(None, None), ("x", 1)]

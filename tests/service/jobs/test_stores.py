@@ -607,6 +607,7 @@ async def test_counts_follow_every_change(store: JobStore) -> None:
         DeliveryStatus.NONE: 6,
         DeliveryStatus.PENDING: 1,
         DeliveryStatus.DELIVERED: 1,
+        DeliveryStatus.MEMORY: 0,
         DeliveryStatus.UNDELIVERED: 0,
     }
 

@@ -314,7 +314,6 @@ async def test_an_unexpected_error_is_a_problem_without_internals_and_is_logged(
 
 
 async def test_the_documentation_needs_no_other_server(client: httpx.AsyncClient) -> None:
-    assert (await client.get("/", follow_redirects=True)).url.path == "/docs"
     page = (await client.get("/docs")).text
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
@@ -354,7 +353,7 @@ async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient
     properties = schema["components"]["schemas"][job["$ref"].rsplit("/", 1)[1]]["properties"]
     assert set(properties) == {*("message", "success_queue", "failure_queue", "meta"), "idempotency_key", "expires_in"}
     headers = {parameter["name"] for parameter in schema["paths"]["/async/predict"]["post"]["parameters"]}
-    assert headers == {"model_name", "X-Priority", "Idempotency-Key"}
+    assert headers == {"model_name", "batch_id", "first_line", "X-Priority", "Idempotency-Key"}
     assert properties["message"] == {"$ref": "#/components/schemas/Text"}
     problem = sync["responses"]["default"]["content"]["application/problem+json"]["schema"]
     assert problem == {"$ref": "#/components/schemas/Problem"}

@@ -1,6 +1,7 @@
 """The application inside another one: who runs its lifespan, and what callers get where nothing does."""
 
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -29,7 +30,10 @@ async def test_a_mounted_application_is_started_and_ended_by_the_outer_one(setti
         assert (await client.get("/models/health/ready")).json()["status"] == "ready"
         answer = await client.post("/models/sync/predict", json={"text": "four"})
         assert answer.json()["length"] == 4
-        assert (await client.get("/models/", follow_redirects=True)).url.path == "/models/docs"
+        page = (await client.get("/models/")).text
+        assert page == (await client.get("/models/ui")).text
+        (script,) = re.findall('<script type="module" src="([^"]+)"', page)
+        assert (await client.get(f"/models/{script}")).status_code == 200
         assert_problem(await client.get("/models/nothing"), 404)
     assert gateway.models["lengths"].readiness is Readiness.DRAINING
 

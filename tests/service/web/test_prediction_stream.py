@@ -12,7 +12,7 @@ from anyio.abc import SocketAttribute, SocketStream
 
 from modalkit.batching import Priority
 from modalkit.service.local_gateway import LocalGateway
-from modalkit.service.settings import Settings
+from modalkit.service.settings import RequestConfig, Settings
 from modalkit.service.web import create_app, lines, prediction_stream
 from tests.support.http_client import assert_problem
 from tests.support.http_server import limit_buffers, serving
@@ -98,7 +98,7 @@ async def test_each_item_is_answered_with_its_index(client: httpx.AsyncClient) -
 
 
 async def test_an_error_is_told_as_problem_details_and_leaves_the_others_alone(client: httpx.AsyncClient) -> None:
-    huge = json.dumps({"text": "x" * lines.MAX_LINE_BYTES}).encode() + b"\n"
+    huge = json.dumps({"text": "x" * RequestConfig().max_line_bytes}).encode() + b"\n"
     body = body_of("a", POISON, REJECTED, "") + b"{\n" + b'{"text": "a", "text": "b"}\n' + huge + body_of("b")
     found = {line["index"]: line for line in read(await client.post("/batch/predict", content=body, headers=NDJSON))}
     assert [found[index]["status"] for index in range(8)] == ["success", *["error"] * 6, "success"]

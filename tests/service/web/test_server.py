@@ -1,7 +1,7 @@
 """The server with applications that answer in unusual ways, and middleware of users around the routes."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
@@ -14,7 +14,7 @@ from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.serving import listening
 from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.web import create_app
-from modalkit.service.web.server import server_of
+from modalkit.service.web.server import MAX_PIPELINED, server_of
 from tests.support.http_client import NO_TLS, assert_problem
 
 pytestmark = pytest.mark.anyio
@@ -97,3 +97,18 @@ async def test_users_middleware_sees_predictions_and_errors_are_problems(
             monkeypatch.setattr(gateway.jobs, "submit", unexpected)
             problem = assert_problem(await client.post("/async/predict", json={"message": {"text": "four"}}), 500)
             assert "unexpected KeyError" in problem["detail"]
+
+
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])
+async def test_a_connection_with_too_many_pipelined_requests_is_cut_and_logs_no_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """On uvloop, which raises for a write after the end that asyncio's own loop drops."""
+    async with served(answering([LENGTH], b"four")) as client:
+        async with await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0) as connection:
+            await connection.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * (MAX_PIPELINED + 100))
+            with suppress(anyio.EndOfStream, anyio.BrokenResourceError):
+                while True:
+                    await connection.receive()
+        assert (await client.get("/")).text == "four"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

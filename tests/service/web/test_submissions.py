@@ -10,9 +10,8 @@ import pytest
 
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
-from modalkit.service.settings import Settings
+from modalkit.service.settings import RequestConfig, Settings
 from modalkit.service.web import create_app
-from modalkit.service.web.lines import MAX_LINE_BYTES
 from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import POISON
@@ -105,11 +104,15 @@ async def test_answers_come_while_the_stream_goes_on(client: httpx.AsyncClient) 
 
 
 async def test_a_line_that_is_too_large_is_refused_alone(client: httpx.AsyncClient) -> None:
-    huge = json.dumps(job("x" * MAX_LINE_BYTES))
+    limit = RequestConfig().max_line_bytes
+    huge = json.dumps(job("x" * limit))
     body = f"{json.dumps(job('four'))}\n{huge}\n{json.dumps(job('five!'))}\n"
     lines = lines_of(await client.post("/async/predict", content=body, headers=NDJSON))
     assert ["job_id" in line for line in lines] == [True, False, True]
-    assert lines[1]["error"] == f"the line is larger than {MAX_LINE_BYTES} bytes: send it as a request of its own"
+    assert lines[1]["error"] == (
+        f"the line is larger than {limit} bytes: send it as a request of its own, or raise "
+        "request_config.max_line_bytes"
+    )
 
 
 async def test_a_client_that_goes_away_in_mid_stream_leaves_the_lines_before(

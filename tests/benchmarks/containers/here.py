@@ -22,7 +22,7 @@ class TargetHere:
         self._process_request: Any = service.process_request
         self._batch_report: Any = service.batch_report
 
-    async def call(self, model_name: str, entries: Sequence[Any], options: CallOptions) -> Sequence[Mapping[str, Any]]:  # noqa: ARG002  # the protocol's
+    async def call(self, model_name: str, entries: Sequence[Any], options: CallOptions) -> Sequence[Mapping[str, Any]]:
         """Run a call. Raises `RemoteCallError`."""
         try:
             outcomes: Sequence[Mapping[str, Any]] = await self._process_request(entries, **options.arguments())

@@ -1,0 +1,254 @@
+"""From the options of the command: the target, the items, the endpoint, the loads and the variants."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from modalkit.benchmarks.bench.delivery import Receiver, receiving
+from modalkit.benchmarks.bench.in_process import ModalTarget, WorkerTarget
+from modalkit.benchmarks.bench.inputs import (
+    Inputs,
+    corpus_inputs,
+    described_model,
+    file_inputs,
+    mixed_inputs,
+    sample_inputs,
+    schema_inputs,
+    sized_items,
+    takes_text_alone,
+)
+from modalkit.benchmarks.bench.session import MODES, OnRun, Session, published_schema
+from modalkit.benchmarks.bench.targets import ComposeTarget, DockerTarget, ServeTarget, Target, UrlTarget, Variant
+from modalkit.benchmarks.load import PRESETS, BenchError, Endpoint, Load, preset
+from modalkit.benchmarks.load.arrivals import Arrivals, read_trace
+from modalkit.benchmarks.load.endpoint import LINES
+from modalkit.service.cli.common import model_source
+from modalkit.service.cli.records import FileFormat
+from modalkit.service.settings import Settings
+
+T = TypeVar("T")
+
+OURS = "ours"
+SERVE, WORKER = "serve", "worker"
+LIST_LENGTHS = {"sync": 1, "batch": 32, "ndjson": 1000, "async": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The options of the command, as they were given."""
+
+    target: str
+    kind: str | None
+    body: str | None
+    answer: str | None
+    headers: Sequence[str]
+    api_key: str | None
+    mode: str
+    list_length: int | None
+    queue: str
+    input_path: Path | None
+    file_format: FileFormat | None
+    column: str | None
+    label: str | None
+    length_mix: str | None
+    samples: bool
+    config: Sequence[Path]
+    model: str | None
+    port: int
+    docker_arguments: Sequence[str]
+    repeats: int
+    price_per_hour: float | None
+
+    @property
+    def is_url(self) -> bool:
+        """Whether the target is a server that runs already."""
+        return self.target.startswith(("http://", "https://"))
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the target is a modalkit server, as far as the options tell."""
+        return (self.kind or OURS) == OURS and self.body is None and not self._has_path
+
+    @property
+    def _has_path(self) -> bool:
+        return self.is_url and self.kind is None and urlsplit(self.target).path not in ("", "/")
+
+    def all_headers(self) -> dict[str, str]:
+        """The headers of each request. Raises `BenchError`."""
+        headers = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
+        for line in self.headers:
+            name, colon, value = line.partition(":")
+            if not colon:
+                raise BenchError(f"--header {line!r}: give NAME: VALUE")
+            headers[name.strip()] = value.strip()
+        return headers
+
+    def length(self) -> int:
+        """Items of a request."""
+        return self.list_length or LIST_LENGTHS[self.mode]
+
+    def check(self) -> None:
+        """Raise `BenchError` where options contradict each other."""
+        if self.mode not in MODES:
+            raise BenchError(f"--mode {self.mode!r}: give one of {', '.join(MODES)}")
+        if self.kind is not None and self.kind not in PRESETS:
+            raise BenchError(f"--as {self.kind!r}: give one of {', '.join(PRESETS)}, or --body for any other server")
+        if self.mode in ("ndjson", "async") and not self.is_ours:
+            raise BenchError(f"--mode {self.mode} is for modalkit servers")
+        if self.target == WORKER and self.mode != "sync":
+            raise BenchError("a worker is called with one item at a time: leave out --mode")
+        if self.label is not None and (self.target == WORKER or self.target.startswith("modal:")):
+            raise BenchError("--label compares answers over HTTP: leave out the target, or give a URL")
+        if self.label is not None and self.input_path is None:
+            raise BenchError("--label names a column of --input FILE")
+
+    def endpoint(self, url: str) -> Endpoint:
+        """The endpoint of the target at its address. Raises `BenchError`."""
+        if self.body is not None or self._has_path:
+            made = Endpoint(self._with_path(url), self._template(), list_length=self.length())
+        elif self.mode == "ndjson":
+            query = f"?model_name={self.model}" if self.model else ""
+            made = Endpoint(
+                f"{url}/batch/predict{query}",
+                answer="sentiment",
+                list_length=self.length(),
+                content_type=LINES,
+                error_mark=b'"status":"error"',
+            )
+        else:
+            made = preset(self.kind or OURS, url, model=self.model, list_length=self.length())
+        if self.label is not None and (self.answer or made.answer) is None:
+            raise BenchError("--label needs --answer, the path of the label in an answer, as data.0.label")
+        return replace(made, answer=self.answer or made.answer, headers=self.all_headers())
+
+    def _with_path(self, url: str) -> str:
+        parts = urlsplit(self.target if self.is_url else url)
+        return url.rstrip("/") if not self.is_url or not parts.path else self.target
+
+    def _template(self) -> Any:
+        if self.body is None:
+            return "$item"
+        try:
+            return json.loads(self.body)
+        except ValueError as error:
+            raise BenchError(f'--body is not JSON: {error}; as in --body \'{{"text": "$text"}}\'') from None
+
+
+@contextmanager
+def session_of(options: Options, on_run: OnRun) -> Iterator[Session]:
+    """The session that the options describe; the queue is read while the block runs. Raises `BenchError`."""
+    options.check()
+    reading = receiving(options.queue) if options.mode == "async" else nullcontext()
+    with reading as receiver:
+        target, model = _target(options, receiver)
+        yield Session(
+            target=target,
+            inputs=_inputs(options, model),
+            endpoint=options.endpoint,
+            mode=options.mode,
+            model=options.model,
+            headers=options.all_headers(),
+            receiver=receiver,
+            repeats=options.repeats,
+            price_per_hour=options.price_per_hour,
+            on_run=on_run,
+        )
+
+
+def _target(options: Options, receiver: Receiver | None) -> tuple[Target, str]:
+    """The target, and the name of its model."""
+    kind, _, rest = options.target.partition(":")
+    if options.is_url:
+        parts = urlsplit(options.target)
+        base = f"{parts.scheme}://{parts.netloc}"
+        path = "" if options.body is not None or (not options.is_ours and options.kind is None) else parts.path
+        return UrlTarget(base + path.rstrip("/"), options.all_headers(), options.model), options.model or ""
+    if kind == "modal":
+        app, _, class_name = rest.partition("/")
+        if not class_name:
+            raise BenchError(f"{options.target!r}: give modal:APP/CLASS, the class that was deployed")
+        return ModalTarget(app, class_name, options.model), options.model or ""
+    if options.target in (SERVE, WORKER):
+        settings = Settings.load(options.config or None)
+        model = model_source(settings, options.model).model_name
+        if options.target == WORKER:
+            return WorkerTarget(model, tuple(options.config)), model
+        variables = None if receiver is None else receiver.variables
+        return ServeTarget(model, tuple(options.config), variables), model
+    if kind == "docker":
+        return DockerTarget(rest, options.model or "sentiment", options.port, options.docker_arguments), ""
+    if kind == "compose" or options.target.endswith((".yaml", ".yml")):
+        return ComposeTarget(rest or options.target, options.model or "sentiment", options.port), ""
+    raise BenchError(
+        f"{options.target!r} is no target: give a URL, serve, worker, docker:IMAGE, compose:FILE or modal:APP/CLASS"
+    )
+
+
+def _inputs(options: Options, model: str) -> Inputs:
+    if options.input_path is not None:
+        return file_inputs(options.input_path, options.file_format, options.column, options.label)
+    if options.target not in (SERVE, WORKER):
+        schema = None
+        if options.is_url and options.is_ours:
+            schema = published_schema(options.target.rstrip("/"), options.all_headers())
+        if schema is not None and (options.samples or not takes_text_alone(schema)):
+            return schema_inputs(described_model(schema))
+        return mixed_inputs(options.length_mix) if options.length_mix is not None else corpus_inputs()
+    source = model_source(Settings.load(options.config or None), model)
+    takes_text = takes_text_alone(source.input_model.model_json_schema())
+    if options.length_mix is not None:
+        return mixed_inputs(options.length_mix, sized_items(source.load()))
+    return corpus_inputs() if takes_text and not options.samples else sample_inputs(source.load())
+
+
+def loads_of(base: Load, clients: str, rates: str | None, arrivals: str) -> list[Load]:
+    """A load for each number of clients, or for each rate; or one for a trace. Raises `BenchError`."""
+    if arrivals not in list(Arrivals):
+        try:
+            read_trace(Path(arrivals))
+        except (OSError, ValueError) as error:
+            raise BenchError(f"--arrivals: {error}; else give one of {', '.join(Arrivals)}") from error
+    if rates is not None:
+        return [replace(base, rate_per_s=rate, arrivals=arrivals) for rate in _each(rates, float, "--rate", "20,60")]
+    with_trace = replace(base, arrivals=arrivals)
+    if with_trace.is_open:
+        return [with_trace]
+    return [replace(base, clients=count) for count in _each(clients, int, "--clients", "1,64")]
+
+
+def variants_of(sweeps: Sequence[str]) -> list[Variant]:
+    """Each combination of the values of each sweep, as ``max_batch_size=8,32``. Raises `BenchError`.
+
+    The value of ``engine`` may have a number format too, as ``torch/float32``.
+    """
+    settings = []
+    for sweep in sweeps:
+        key, _, values = sweep.partition("=")
+        if not key or not values:
+            raise BenchError(f"--sweep {sweep!r}: give a setting and its values, as max_batch_size=8,32")
+        settings.append([_settings(key.strip(), value.strip()) for value in values.split(",")])
+    return [dict(itertools.chain(*chosen)) for chosen in itertools.product(*settings)]
+
+
+def _settings(key: str, value: str) -> list[tuple[str, str]]:
+    engine, slash, dtype = value.partition("/")
+    return [(key, engine), ("dtype", dtype)] if key == "engine" and slash else [(key, value)]
+
+
+def _each(text: str, read: Callable[[str], T], option: str, example: str) -> list[T]:
+    try:
+        return [read(part) for part in text.split(",")]
+    except ValueError:
+        raise BenchError(f"{option} {text!r}: give numbers, as {example}") from None
+
+
+def as_settings(options: Options, **others: Any) -> Mapping[str, Any]:
+    """What the results say of the options; keys and headers are left out."""
+    hidden = ("headers", "api_key")
+    given = {name: getattr(options, name) for name in options.__slots__ if name not in hidden}
+    return {name: value for name, value in (given | others).items() if value not in (None, [], (), False)}

@@ -1,0 +1,80 @@
+"""Compares results with older ones: a verdict for each figure."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modalkit.benchmarks.bench.results import name_of
+
+LOWER_IS_BETTER = ("mean_ms", "p50_ms", "p99_ms", "delivery_p99_ms", "cost_per_million")
+HIGHER_IS_BETTER = ("items_per_s", "delivered_per_s", "accuracy")
+TOLERANCE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One figure beside the older one."""
+
+    what: str
+    figure: str
+    before: float
+    now: float
+    verdict: str
+    """``better``, ``worse`` or ``same``: within the tolerance, or within both confidence intervals."""
+
+    @property
+    def ratio(self) -> float:
+        """Now by before."""
+        return self.now / self.before if self.before else float("inf")
+
+
+def compared(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: float = TOLERANCE) -> list[Verdict]:
+    """The verdicts of all loads that both documents have."""
+    return list(_verdicts(now, before, tolerance))
+
+
+def _verdicts(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: float) -> Iterator[Verdict]:
+    old_cells = {name_of(cell): cell for cell in before["cells"]}
+    for cell in now["cells"]:
+        old = old_cells.get(name_of(cell))
+        if old is None:
+            continue
+        for name in (*HIGHER_IS_BETTER, *LOWER_IS_BETTER):
+            new_figure, old_figure = _figure(cell, name), _figure(old, name)
+            if new_figure and old_figure:
+                verdict = verdict_of(new_figure, old_figure, tolerance, higher=name in HIGHER_IS_BETTER)
+                yield Verdict(name_of(cell), name, old_figure["mean"], new_figure["mean"], verdict)
+    old_searches = {_search_name(search): search for search in before["searches"]}
+    for search in now["searches"]:
+        other = old_searches.get(_search_name(search))
+        if other and other["items_per_s"] and search["items_per_s"] is not None:
+            new_figure, old_figure = {"mean": search["items_per_s"]}, {"mean": other["items_per_s"]}
+            verdict = verdict_of(new_figure, old_figure, tolerance, higher=True)
+            yield Verdict(_search_name(search), "items_per_s", old_figure["mean"], new_figure["mean"], verdict)
+
+
+def verdict_of(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: float, *, higher: bool) -> str:
+    """The verdict of one figure, which may have a confidence interval."""
+    if abs(now["mean"] - before["mean"]) <= tolerance * abs(before["mean"]) or overlap(now, before):
+        return "same"
+    return "better" if (now["mean"] > before["mean"]) is higher else "worse"
+
+
+def overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two confidence intervals overlap; False where one is not known."""
+    if one.get("low") is None or other.get("low") is None:
+        return False
+    return bool(one["low"] <= other["high"] and other["low"] <= one["high"])
+
+
+def _figure(cell: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    if name in ("accuracy", "cost_per_million"):
+        return None if cell[name] is None else {"mean": cell[name]}
+    found: Mapping[str, Any] | None = cell["figures"].get(name)
+    return found
+
+
+def _search_name(search: Mapping[str, Any]) -> str:
+    limit = f", p99 below {search['p99_limit_ms']:g} ms" if "p99_limit_ms" in search else ""
+    variant = "".join(f", {key} {value}" for key, value in search["variant"].items())
+    return f"{search['search']}{limit}{variant}"

@@ -1,0 +1,150 @@
+"""The same load by an independent tool: wrk, or NVIDIA's aiperf in an environment of its own."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from modalkit.benchmarks.bench.results import Cell
+from modalkit.benchmarks.load import BenchError, Endpoint, Load
+
+TOOLS = ("wrk", "aiperf")
+AGREEMENT = 0.05
+AIPERF = "aiperf>=0.3,<1"
+_LATENCY_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}
+# wrk has one connection for each client, and sends the requests of the list one after the other.
+_LUA = """
+local bodies = {%s}
+local at = 0
+wrk.method = "POST"
+%s
+request = function()
+  at = at %% #bodies + 1
+  return wrk.format(nil, nil, nil, bodies[at])
+end
+"""
+
+
+def cross_check(tool: str, endpoint: Endpoint, items: Sequence[Any], load: Load, own: Cell) -> dict[str, Any]:
+    """Put the clients of the closed loop `own` on the endpoint by `tool`, and compare the throughput.
+
+    The times are those of `load`. Raises `BenchError` where the tool is missing or fails.
+    """
+    if tool not in TOOLS:
+        raise BenchError(f"--tool {tool!r}: give one of {', '.join(TOOLS)}")
+    load = replace(load, clients=own.clients or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        run = _wrk if tool == "wrk" else _aiperf
+        found = run(endpoint, items, load, Path(folder))
+    items_per_s = found["requests_per_s"] * endpoint.list_length
+    own_items_per_s = own.figures["items_per_s"].mean
+    ratio = items_per_s / own_items_per_s if own_items_per_s else float("inf")
+    return {
+        "tool": tool,
+        "load": str(load),
+        "items_per_s": items_per_s,
+        "own_items_per_s": own_items_per_s,
+        "p50_ms": found["p50_ms"],
+        "p99_ms": found["p99_ms"],
+        "ratio": ratio,
+        "agrees": abs(ratio - 1) <= AGREEMENT,
+    }
+
+
+def _wrk(endpoint: Endpoint, items: Sequence[Any], load: Load, folder: Path) -> dict[str, float]:
+    program = shutil.which("wrk")
+    if program is None:
+        raise BenchError("there is no program wrk: install it (apt-get install wrk, or brew install wrk)")
+    count = endpoint.request_count(items)
+    bodies = [endpoint.content(endpoint.items_of(items, index)) for index in range(count)]
+    headers = {"Content-Type": endpoint.content_type, **endpoint.headers}
+    script = folder / "load.lua"
+    lines = "\n".join(f"wrk.headers[{_lua(name.encode())}] = {_lua(value.encode())}" for name, value in headers.items())
+    script.write_text(_LUA % (",".join(map(_lua, bodies)), lines))
+    connections = f"-c{load.clients}"
+    said = _output(
+        [program, "-t1", connections, f"-d{max(1, round(load.warm_up_s + load.seconds))}s", "--latency",
+         f"--timeout={load.timeout_s:g}s", "-s", str(script), endpoint.url]
+    )  # fmt: skip
+    failed = re.search(r"Non-2xx or 3xx responses: (\d+)", said)
+    if failed is not None:
+        raise BenchError(f"wrk got {failed[1]} answers that were no success:\n{said}")
+    return {
+        "requests_per_s": float(_found(r"Requests/sec:\s+([\d.]+)", said)[0]),
+        **{f"p{share}_ms": _milliseconds(*_found(rf"{share}%\s+([\d.]+)(us|ms|s|m)", said)) for share in (50, 99)},
+    }
+
+
+def _lua(content: bytes) -> str:
+    """A string of Lua that is these bytes."""
+    plain = range(32, 127)
+    text = (chr(byte) if byte in plain and byte not in b'"\\' else f"\\{byte:03d}" for byte in content)
+    return f'"{"".join(text)}"'
+
+
+def _milliseconds(value: str, unit: str) -> float:
+    return float(value) * _LATENCY_MS[unit]
+
+
+def _found(pattern: str, said: str) -> tuple[str, ...]:
+    match = re.search(pattern, said)
+    if match is None:
+        raise BenchError(f"wrk printed no {pattern}:\n{said}")
+    return match.groups()
+
+
+def _aiperf(endpoint: Endpoint, items: Sequence[Any], load: Load, folder: Path) -> dict[str, float]:
+    program = _aiperf_program()
+    prompts = folder / "prompts.jsonl"
+    try:
+        prompts.write_text("".join(json.dumps({"text": item["text"]}) + "\n" for item in items))
+    except KeyError:
+        raise BenchError("--tool aiperf sends texts: the items have no field 'text'; use wrk") from None
+    if endpoint.list_length > 1:
+        raise BenchError("--tool aiperf sends one item in each request: use wrk for lists")
+    template = json.dumps(endpoint.body if endpoint.body != "$item" else {"text": "$text"})
+    template = template.replace('{"$each": "$text"}', '["$text"]').replace('"$text"', "{{ text|tojson }}")
+    parts = urlsplit(endpoint.url)
+    command = [
+        program, "profile", "--model", "model", "--url", endpoint.url, "--endpoint-type", "template",
+        "--extra-inputs", f"payload_template:{template}", "--input-file", str(prompts),
+        "--custom-dataset-type", "single_turn", "--concurrency", str(load.clients),
+        "--benchmark-duration", f"{max(1, round(load.seconds))}", "--tokenizer", "builtin",
+        "--output-artifact-dir", str(folder / "artifacts"), "--ui", "none",
+    ]  # fmt: skip
+    for name, value in endpoint.headers.items():
+        command += ["--header", f"{name}:{value}"]
+    said = _output(command)
+    results = next((folder / "artifacts").rglob("profile_export_aiperf.json"), None)
+    if results is None:
+        raise BenchError(f"aiperf wrote no results for {parts.netloc}:\n{said[-2000:]}")
+    found = json.loads(results.read_text())
+    return {
+        "requests_per_s": float(found["request_throughput"]["avg"]),
+        "p50_ms": float(found["request_latency"]["p50"]),
+        "p99_ms": float(found["request_latency"]["p99"]),
+    }
+
+
+def _aiperf_program() -> str:
+    """The program in an environment of its own, made at the first use, because its packages are many and pinned."""
+    folder = Path.home() / ".cache" / "modalkit" / "aiperf"
+    program = folder / "bin" / "aiperf"
+    if not program.exists():
+        _output([sys.executable, "-m", "venv", str(folder)])
+        _output([str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", AIPERF])
+    return str(program)
+
+
+def _output(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchError(f"{' '.join(command[:3])} failed: {(done.stderr or done.stdout).strip()[-2000:]}")
+    return done.stdout

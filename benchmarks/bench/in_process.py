@@ -1,0 +1,167 @@
+"""Models without HTTP: a worker in the process of the load generator, and a class that was deployed on Modal."""
+
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from pydantic import BaseModel
+
+from modalkit.batching import BatchRecord
+from modalkit.benchmarks.bench.targets import Running, Variant, variables_of
+from modalkit.benchmarks.load.client import Outcome
+from modalkit.benchmarks.load.loops import Call
+from modalkit.service.errors import describe_error
+
+MODAL_MODEL = "the measured model"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTarget:
+    """A worker in the process that sends, without HTTP."""
+
+    model: str
+    config: Sequence[Path] = ()
+    name: str = "worker"
+
+    @contextmanager
+    def started(self, variant: Variant) -> Iterator[Running]:  # noqa: ARG002  # the worker starts with its calls
+        """Nothing runs yet."""
+        yield Running(None, perf_counter())
+
+    def calls(self, items: Sequence[Mapping[str, Any]], variant: Variant) -> "WorkerCalls":
+        """What the load generator's process opens."""
+        return WorkerCalls(items, self.model, tuple(self.config), variables_of(variant, self.model))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCalls:
+    """A worker over one model of the configuration."""
+
+    items: Sequence[Mapping[str, Any]]
+    model: str
+    config: tuple[Path, ...]
+    variables: Mapping[str, str]
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[Call]:
+        """Load the model, and call its worker."""
+        from modalkit.service.cli.common import model_source
+        from modalkit.service.jobs import MemoryJobStore
+        from modalkit.service.settings import Settings
+        from modalkit.service.worker import InferenceWorker
+
+        settings = Settings.load(self.config or None, os.environ | self.variables)
+        source = model_source(settings, self.model)
+        call = ItemCall(self.items)
+        async with InferenceWorker(
+            source.load(),
+            settings=source.settings,
+            job_store=MemoryJobStore(),
+            input_model=source.input_model,
+            on_batch=call.add_batch,
+        ) as worker:
+            call.predict = worker.predict
+            yield call
+
+
+@dataclass
+class ItemCall:
+    """Predicts items by their index, and keeps the records of the batches."""
+
+    items: Sequence[Mapping[str, Any]]
+    predict: Any = None
+    kept: list[tuple[float, BatchRecord]] = field(default_factory=list)
+    """The records of batches, each with the time of its end, by `time.perf_counter`."""
+
+    def add_batch(self, record: BatchRecord) -> None:
+        """Keep a record, without what cannot be pickled."""
+        self.kept.append((perf_counter(), replace_errors(record)))
+
+    async def __call__(self, index: int) -> Outcome:
+        """Predict one item."""
+        try:
+            await self.predict(self.items[index % len(self.items)])
+        except Exception as error:  # noqa: BLE001  # counted
+            return describe_error(error)[:300]
+        return 1
+
+
+def replace_errors(record: BatchRecord) -> BatchRecord:
+    """The record without its errors, whose classes another process may not know."""
+    from dataclasses import replace
+
+    return replace(record, errors=())
+
+
+class _Item(BaseModel, extra="allow"):
+    """The message of any model."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModalTarget:
+    """A class that is deployed on Modal, called from this machine: ``modal:APP/CLASS``."""
+
+    app: str
+    class_name: str
+    model: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        return f"modal:{self.app}/{self.class_name}"
+
+    @contextmanager
+    def started(self, variant: Variant) -> Iterator[Running]:  # noqa: ARG002  # Modal starts containers for calls
+        """Nothing is started here."""
+        yield Running(None, perf_counter())
+
+    def calls(self, items: Sequence[Mapping[str, Any]], variant: Variant) -> "ModalCalls":
+        """What the load generator's process opens."""
+        return ModalCalls(items, self.app, self.class_name, self.model, variables_of(variant, self.model or ""))
+
+
+@dataclass(frozen=True, slots=True)
+class ModalCalls:
+    """A class on Modal, called as the web function calls it: requests are gathered into lists."""
+
+    items: Sequence[Mapping[str, Any]]
+    app: str
+    class_name: str
+    model: str | None
+    variables: Mapping[str, str]
+
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[Call]:
+        """Look the class up, with the variables of a variant as its environment."""
+        import modal
+
+        from modalkit.pipelines import InferenceOutputModel
+        from modalkit.service.calls.predictor import CallModel
+        from modalkit.service.on_modal.engine import ModalEngine
+        from modalkit.service.settings import BatchConfig
+
+        service_cls: Any = modal.Cls.from_name(self.app, self.class_name)
+        if self.variables:
+            service_cls = service_cls.with_options(env=dict(self.variables))
+        instance = service_cls(**({} if self.model is None else {"model_name": self.model}))
+
+        async def connect() -> Any:
+            return instance.process_request
+
+        call = ItemCall(self.items)
+        async with (
+            ModalEngine({MODAL_MODEL: connect}) as engine,
+            CallModel(
+                MODAL_MODEL, engine, BatchConfig(), input_model=_Item, output_model=InferenceOutputModel
+            ) as model,
+        ):
+
+            async def predict(item: Mapping[str, Any]) -> Any:
+                return await model.predict(_Item.model_validate(item))
+
+            call.predict = predict
+            yield call

@@ -1,0 +1,140 @@
+"""The items that are sent: of a file, of the corpus, of a mix of lengths, or made up for the model."""
+
+import csv
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from modalkit.benchmarks.corpus import mixed_length_texts
+from modalkit.benchmarks.load import BenchError
+from modalkit.pipelines import InferencePipeline
+from modalkit.service.cli.records import FileFormat, InputError, read_file
+from modalkit.service.made_up_items import make_up_items
+
+TEXT = "text"
+MIX_ITEMS = 1000
+SAMPLES_OF_A_SIZE = 32
+SAMPLE_SIZES = (8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Items, where they are from, and the label of each if they have one."""
+
+    items: Sequence[Mapping[str, Any]]
+    source: str
+    labels: Sequence[str] | None = None
+
+
+def file_inputs(path: Path, file_format: FileFormat | None, column: str | None, label: str | None) -> Inputs:
+    """The items of a text, JSON lines or CSV file: the text of `column`, else all columns but the `label`.
+
+    Raises `InputError` and ``OSError``; for a line that is no item too, since it would be sent.
+    """
+    items, labels = [], []
+    is_csv = FileFormat.CSV in (file_format, path.suffix.lower().removeprefix("."))
+    rows = _csv_rows(path) if is_csv else _records(path, file_format)
+    for number, row in rows:
+        if label is not None:
+            if label not in row:
+                raise InputError(f"{path}, item {number} has no label {label!r}; it has {', '.join(row)}")
+            labels.append(str(row[label]))
+        if column is not None and column not in row:
+            raise InputError(f"{path}, item {number} has no {column!r}; it has {', '.join(row)}")
+        items.append({TEXT: row[column]} if column is not None else {name: row[name] for name in row if name != label})
+    if not items:
+        raise InputError(f"{path} holds no items: put one on each line")
+    return Inputs(items, str(path), labels if label is not None else None)
+
+
+def _csv_rows(path: Path) -> Sequence[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        return list(enumerate(csv.DictReader(lines), start=1))
+
+
+def _records(path: Path, file_format: FileFormat | None) -> list[tuple[int, Mapping[str, Any]]]:
+    rows: list[tuple[int, Mapping[str, Any]]] = []
+    for record in read_file(path, file_format, (TEXT,), None):
+        if not record.columns:
+            raise InputError(f"{path}, line {record.line}: {record.error or 'an item must be a text or a JSON object'}")
+        rows.append((record.line, record.columns))
+    return rows
+
+
+def corpus_inputs() -> Inputs:
+    """The texts of mixed lengths."""
+    return Inputs([{TEXT: text} for text in mixed_length_texts()], "the corpus of mixed lengths")
+
+
+def mixed_inputs(mix: str, sized: Callable[[int, int], Sequence[Mapping[str, Any]]] | None = None) -> Inputs:
+    """Items of given sizes and shares, as ``16:70,256:30``; sizes alone are equally frequent.
+
+    `sized` makes a number of items of a size, in the model's unit; without it, they are texts of so many words.
+    Raises `BenchError`.
+    """
+    try:
+        pairs = [part.split(":") for part in mix.split(",")]
+        shares = {int(pair[0]): float(pair[1]) if len(pair) > 1 else 1.0 for pair in pairs}
+    except ValueError:
+        shares = {}
+    if not shares or min(shares) < 1 or min(shares.values()) <= 0:
+        raise BenchError(f"--length-mix {mix!r}: give sizes and their shares, all above 0, as 16:70,256:30")
+    pools = {
+        size: itertools.cycle(sized(SAMPLES_OF_A_SIZE, size) if sized else _texts_of_words(size)) for size in shares
+    }
+    drawn = random.Random(1).choices(list(shares), list(shares.values()), k=MIX_ITEMS)  # noqa: S311  # repeatable
+    return Inputs([next(pools[size]) for size in drawn], f"sizes {mix}")
+
+
+def _texts_of_words(count: int) -> list[Mapping[str, Any]]:
+    words = itertools.cycle(" ".join(mixed_length_texts(400)).split())
+    return [{TEXT: " ".join(itertools.islice(words, count))} for _ in range(SAMPLES_OF_A_SIZE)]
+
+
+def sized_items(pipeline: InferencePipeline) -> Callable[[int, int], Sequence[Mapping[str, Any]]]:
+    """What makes items of a size by the model's `sample_items`."""
+
+    def make(count: int, size: int) -> Sequence[Mapping[str, Any]]:
+        items = pipeline.sample_items(count, size)
+        if not items:
+            raise BenchError(f"{type(pipeline).__name__} has no sample_items that make items of a size; give --input")
+        return [item.model_dump(mode="json") for item in items]
+
+    return make
+
+
+def sample_inputs(pipeline: InferencePipeline) -> Inputs:
+    """Items of many sizes by the model's `sample_items`, else those that its input model's schema allows."""
+    samples = [item for size in SAMPLE_SIZES for item in pipeline.sample_items(SAMPLES_OF_A_SIZE, size)]
+    if samples:
+        random.Random(1).shuffle(samples)  # noqa: S311  # repeatable
+        return Inputs([item.model_dump(mode="json") for item in samples], "sample_items of the model")
+    return schema_inputs(pipeline.input_model)
+
+
+def schema_inputs(model: type[BaseModel]) -> Inputs:
+    """Items by the examples, defaults and types of a schema. Raises `NoItemsError`."""
+    made = make_up_items(model, SAMPLES_OF_A_SIZE)
+    return Inputs([item.model_dump(mode="json") for item in made.items], "made up by the schema of the model")
+
+
+def takes_text_alone(schema: Mapping[str, Any]) -> bool:
+    """Whether a text is all that an item needs."""
+    properties = schema.get("properties", {})
+    return TEXT in properties and set(schema.get("required", ())) <= {TEXT}
+
+
+def described_model(schema: Mapping[str, Any]) -> type[BaseModel]:
+    """A model with the JSON schema that a server publishes."""
+
+    class Described(BaseModel, extra="allow"):
+        @classmethod
+        def model_json_schema(cls, *_: Any, **__: Any) -> dict[str, Any]:
+            return dict(schema)
+
+    return Described

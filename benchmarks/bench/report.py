@@ -1,0 +1,214 @@
+"""Shows results: tables for the terminal and as Markdown, and the files of a run."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import to_json
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from modalkit.benchmarks.bench.compare import Verdict, overlap
+from modalkit.benchmarks.bench.results import name_of, variant_name
+
+Rows = list[list[str]]
+
+NONE = "-"
+"""In a cell without a value."""
+
+MORE = {"items_per_s": "most items/s", "p99_ms": "lowest p99", "p50_ms": "lowest median"}
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """A number with three digits, as in tables; a dash where there is none."""
+    if value is None or value != value:  # NaN
+        return NONE
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}{unit}"
+
+
+def figure(cell: Mapping[str, Any], name: str) -> str:
+    """A figure with half of its confidence interval."""
+    found = cell["figures"].get(name)
+    if not found:
+        return NONE
+    half = "" if found["low"] is None else f" ± {number(found['high'] - found['mean'])}"
+    return number(found["mean"]) + half
+
+
+def load_rows(document: Mapping[str, Any]) -> Rows:
+    """The table of all loads, headings first. Columns without any value are left out."""
+    headings = ["settings", "mode", "load", "items/s", "p50 ms", "p95 ms", "p99 ms", "failed"]
+    headings += [
+        "queue ms",
+        "batch",
+        "padding",
+        "busy",
+        "accuracy",
+        "per million",
+        "delivered/s",
+        "delivery p99 ms",
+        "lost",
+    ]
+    rows = [headings]
+    for cell in document["cells"]:
+        server, delivery = cell["server"] or {}, cell["delivery"]
+        rows.append(
+            [
+                variant_name(cell["variant"]) if cell["variant"] else "",
+                cell["mode"],
+                cell["load"] + (" (!)" if cell["limited"] else ""),
+                *(figure(cell, name) for name in ("items_per_s", "p50_ms", "p95_ms", "p99_ms")),
+                str(sum(cell["errors"].values())),
+                _ms(server.get("queue_s")),
+                number(server.get("mean_batch_size")),
+                _percent(server.get("padding_share")),
+                _percent(server.get("utilisation")),
+                _percent(cell["accuracy"]),
+                number(cell["cost_per_million"]),
+                figure(cell, "delivered_per_s"),
+                figure(cell, "delivery_p99_ms"),
+                NONE if delivery is None else f"{delivery['lost']}, {delivery['duplicates']} twice",
+            ]
+        )
+    usual = ("", NONE, "sync")
+    kept = [place for place in range(len(headings)) if any(row[place] not in usual for row in rows[1:])]
+    return [[row[place] for place in kept] for row in rows]
+
+
+def _ms(seconds: float | None) -> str:
+    return number(None if seconds is None else 1000 * seconds)
+
+
+def _percent(share: float | None) -> str:
+    return NONE if share is None else f"{share:.1%}"
+
+
+def findings(document: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each finding: searches, best settings, cross-check, errors, and what limits the figures."""
+    for search in document["searches"]:
+        settings = f" with {variant_name(search['variant'])}" if search["variant"] else ""
+        if search["search"] == "capacity":
+            yield f"Capacity{settings}: {number(search['items_per_s'])} items/s, with {search['load']}."
+        elif search["items_per_s"] is None:
+            yield (
+                f"No rate that was tried{settings} keeps p99 below {search['p99_limit_ms']:g} ms; the capacity is "
+                f"{number(search['capacity_items_per_s'])} items/s."
+            )
+        else:
+            rate, share = search["items_per_s"], search["items_per_s"] / search["capacity_items_per_s"]
+            yield (
+                f"p99 stays below {search['p99_limit_ms']:g} ms{settings} up to {number(rate)} items/s, where it is "
+                f"{number(search['p99_ms'])} ms; that is {share:.0%} of the capacity."
+            )
+    yield from winners(document["cells"])
+    if check := document["cross_check"]:
+        verdict = "agree within 5 %" if check["agrees"] else "do not agree within 5 %"
+        yield (
+            f"Cross-check by {check['tool']} ({check['load']}): {number(check['items_per_s'])} items/s, here "
+            f"{number(check['own_items_per_s'])}: the two {verdict} ({check['ratio'] - 1:+.1%})."
+        )
+    for cell in document["cells"]:
+        for reason, count in list(cell["errors"].items())[:3]:
+            yield f"{name_of(cell)}: {count} x {reason}"
+        if cell["limited"]:
+            reasons = ", ".join(cell["limited"])
+            yield f"{name_of(cell)} (!): the load generator was the limit, and the server can do more: {reasons}."
+
+
+def winners(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Which settings win for what, for each load that several settings were measured under."""
+    by_load: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        by_load.setdefault((cell["mode"], cell["load"]), []).append(cell)
+    for (mode, load), rivals in by_load.items():
+        if len({variant_name(cell["variant"]) for cell in rivals}) < 2:
+            continue
+        wins = [
+            f"{what} with {variant_name(best['variant'])} ({figure(best, name)}{doubt})"
+            for name, what in MORE.items()
+            for best, doubt in _best([cell for cell in rivals if name in cell["figures"]], name)
+        ]
+        yield f"{mode}, {load}: {'; '.join(wins)}."
+
+
+def _best(cells: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The best one of a figure, and a word where the second is as good for all that is known."""
+    ranked = sorted(cells, key=lambda cell: cell["figures"][name]["mean"], reverse=name == "items_per_s")
+    if ranked:
+        is_close = len(ranked) > 1 and overlap(ranked[0]["figures"][name], ranked[1]["figures"][name])
+        yield ranked[0], f", no clear difference to {variant_name(ranked[1]['variant'])}" if is_close else ""
+
+
+def items_line(document: Mapping[str, Any]) -> str:
+    """What was sent."""
+    return f"items: {document['settings'].get('items', 'not told')}"
+
+
+def machine_line(document: Mapping[str, Any]) -> str:
+    """The machine and the versions, in a line."""
+    found = document["machine"]
+    versions = ", ".join(f"{name} {text}" for name, text in document["versions"].items())
+    return f"{found['cpu']}, {found['cores']} cores, {found['memory_gib']:g} GiB, {found['system']}; {versions}"
+
+
+def show(document: Mapping[str, Any], verdicts: Sequence[Verdict], console: Console) -> None:
+    """Print the tables and the findings."""
+    headings, *rows = load_rows(document)
+    table = Table(*headings, box=box.SIMPLE)
+    for row in rows:
+        table.add_row(*row)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    console.print(table)
+    for line in findings(document):
+        console.print(line, markup=False)
+    if verdicts:
+        against = Table("beside the older results", "figure", "before", "now", "ratio", "", box=box.SIMPLE)
+        for found in verdicts:
+            colour = {"better": "green", "worse": "red"}.get(found.verdict, "default")
+            against.add_row(
+                found.what, found.figure, number(found.before), number(found.now), f"{found.ratio:.2f}",
+                f"[{colour}]{found.verdict}[/]",
+            )  # fmt: skip
+        console.print(against)
+
+
+def markdown(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
+    """The same as Markdown."""
+    lines = [f"# {document['target']}", "", f"{document['measured_at']}, {items_line(document)}.", ""]
+    lines += [f"{machine_line(document)}.", ""]
+    lines += _markdown_table(load_rows(document))
+    lines += ["", *(f"- {line}" for line in findings(document))]
+    if verdicts:
+        rows = [["load", "figure", "before", "now", "ratio", "verdict"]]
+        rows += [
+            [found.what, found.figure, number(found.before), number(found.now), f"{found.ratio:.2f}", found.verdict]
+            for found in verdicts
+        ]
+        lines += ["", "## Beside the older results", "", *_markdown_table(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_table(rows: Rows) -> list[str]:
+    headings, *others = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return [headings, "|" + "---|" * len(rows[0]), *others]
+
+
+def write_files(
+    document: Mapping[str, Any], verdicts: Sequence[Verdict], folder: Path, *, with_png: bool = True
+) -> list[Path]:
+    """Write `results.json`, `results.md`, `results.html` and, with matplotlib, a PNG of each plot into a folder."""
+    from modalkit.benchmarks.bench.page import page
+    from modalkit.benchmarks.bench.plots import write_plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "results.json": to_json(document, indent=2) + b"\n",
+        "results.md": markdown(document, verdicts).encode(),
+        "results.html": page(document, verdicts).encode(),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return [*(folder / name for name in contents), *(write_plots(document, folder) if with_png else ())]

@@ -1,0 +1,87 @@
+"""Searches: the capacity of a target, and the highest rate whose 99th percentile keeps a limit."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from modalkit.benchmarks.bench.results import Cell
+from modalkit.benchmarks.load import Load
+
+FIRST_CLIENTS = 8
+MAX_CLIENTS = 1024
+MIN_GAIN = 1.05
+"""More clients must raise the throughput at least so much."""
+RATE_STEPS = 6
+LOWEST_SHARE = 0.02
+"""Of the capacity; a lower rate is not tried."""
+MAX_SHED_SHARE = 0.01
+"""Requests that may fail at a rate that counts as kept."""
+
+Measure = Callable[[Load], Cell]
+
+
+def find_capacity(measure: Measure, load: Load, list_length: int = 1) -> tuple[list[Cell], dict[str, Any]]:
+    """Double the clients until the throughput no longer grows. Returns all that was measured, and the finding."""
+    cells: list[Cell] = []
+    clients = FIRST_CLIENTS
+    best: Cell | None = None
+    while clients <= MAX_CLIENTS:
+        cell = measure(replace(load, clients=clients, rate_per_s=None, arrivals="poisson"))
+        cells.append(cell)
+        grows = best is None or _rate(cell) > MIN_GAIN * _rate(best)
+        if best is None or _rate(cell) > _rate(best):
+            best = cell
+        if not grows or cell.limited:
+            break
+        clients *= 2
+    found = {
+        "search": "capacity",
+        "variant": cells[0].variant,
+        "items_per_s": 0.0 if best is None else _rate(best),
+        "load": "" if best is None else best.load,
+        "list_length": list_length,
+    }
+    return cells, found
+
+
+def find_rate(
+    measure: Measure, load: Load, p99_ms: float, capacity_items_per_s: float, list_length: int = 1
+) -> tuple[list[Cell], dict[str, Any]]:
+    """The highest rate of an open loop with the 99th percentile below the limit, by bisection below the capacity.
+
+    A rate at which a hundredth of the requests fail, or a tenth of what was due was not answered, is too high.
+    """
+    cells: list[Cell] = []
+    low, high = 0.0, capacity_items_per_s
+    kept: Cell | None = None
+    rate = 0.7 * high
+    while len(cells) < RATE_STEPS and rate >= LOWEST_SHARE * capacity_items_per_s > 0:
+        cell = measure(replace(load, rate_per_s=rate / list_length))
+        cells.append(cell)
+        if keeps(cell, p99_ms):
+            low, kept = rate, cell
+        else:
+            high = rate
+        rate = (low + high) / 2
+    cells.sort(key=lambda cell: cell.rate_per_s or 0.0)
+    return cells, {
+        "search": "rate",
+        "p99_limit_ms": p99_ms,
+        "variant": cells[0].variant if cells else {},
+        "items_per_s": None if kept is None else kept.rate_per_s,
+        "p99_ms": None if kept is None else kept.figures["p99_ms"].mean,
+        "capacity_items_per_s": capacity_items_per_s,
+    }
+
+
+def keeps(cell: Cell, p99_ms: float) -> bool:
+    """Whether an open loop's requests keep the limit."""
+    if "p99_ms" not in cell.figures or cell.rate_per_s is None:
+        return False
+    answered, failed = cell.answered, sum(cell.errors.values())
+    is_shed = failed > MAX_SHED_SHARE * (answered + failed)
+    return not is_shed and _rate(cell) > 0.9 * cell.rate_per_s and cell.figures["p99_ms"].mean <= p99_ms
+
+
+def _rate(cell: Cell) -> float:
+    return cell.figures["items_per_s"].mean

@@ -1,0 +1,179 @@
+"""What the server tells of itself: the parts of the latency, its batches, their padding, and the GPU."""
+
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
+
+from modalkit.batching import BatchRecord
+
+Samples = Mapping[tuple[str, str], float]
+"""Values by the name of a sample and its bucket, summed over all other labels."""
+
+GPU_SAMPLE_S = 0.2
+_QUEUE = ("modalkit_queue_wait_seconds", "te_request_queue_duration")
+_SIZE = ("modalkit_batch_size", "te_batch_next_size")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSide:
+    """The server's part of a run; None where it does not tell."""
+
+    queue_s: float | None = None
+    """Mean seconds that a request waited for its batch."""
+    stages_s: Mapping[str, float] = field(default_factory=dict)
+    """Mean seconds of a batch in each stage."""
+    rest_s: float | None = None
+    """What remains of the mean latency: HTTP, and the way there and back."""
+    mean_batch_size: float | None = None
+    batch_sizes: Mapping[str, float] = field(default_factory=dict)
+    """How many batches had at most so many requests, and more than the size before."""
+    padding_share: float | None = None
+    paddings: Mapping[str, float] = field(default_factory=dict)
+    """How many batches had at most such a share of padding, and more than the share before."""
+    utilisation: float | None = None
+    """Share of the time in which a batch ran."""
+
+
+def scrape(url: str, headers: Mapping[str, str], model: str | None = None) -> Samples | None:
+    """The metrics of a server; of one model where they have that label. None where it has none."""
+    try:
+        answer = httpx.get(f"{url}/metrics", headers=dict(headers), timeout=5)
+        if answer.status_code != 200:
+            return None
+        found: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for family in text_string_to_metric_families(answer.text):
+            for sample in family.samples:
+                if model is None or sample.labels.get("model", model) == model:
+                    key = sample.labels.get("le", "") or sample.labels.get("stage", "")
+                    found[sample.name, key] += sample.value
+    except (httpx.HTTPError, ValueError):
+        return None
+    return found
+
+
+def server_side(before: Samples | None, after: Samples | None, mean_s: float) -> ServerSide | None:
+    """What happened between two scrapes; None where the server counts no batches."""
+    if before is None or after is None:
+        return None
+
+    def grown(name: str, key: str = "") -> float:
+        return after.get((name, key), 0.0) - before.get((name, key), 0.0)
+
+    queue = next((name for name in _QUEUE if grown(f"{name}_count")), None)
+    size = next((name for name in _SIZE if grown(f"{name}_count")), None)
+    if queue is None and size is None:
+        return None
+    queue_s = None if queue is None else grown(f"{queue}_sum") / grown(f"{queue}_count")
+    batches = grown(f"{size}_count") if size else 0.0
+    stages_s = {
+        stage: grown("modalkit_stage_seconds_sum", stage) / count
+        for stage in ("preprocess", "predict", "postprocess")
+        if (count := grown("modalkit_stage_seconds_count", stage))
+    }
+    padded, open_s = grown("modalkit_padded_tokens_total"), grown("modalkit_open_seconds_total")
+    return ServerSide(
+        queue_s=queue_s,
+        stages_s=stages_s,
+        rest_s=None if queue_s is None or not stages_s else max(0.0, mean_s - queue_s - sum(stages_s.values())),
+        mean_batch_size=grown(f"{size}_sum") / batches if batches else None,
+        batch_sizes=_buckets(before, after, f"{size}_bucket"),
+        padding_share=1 - grown("modalkit_real_tokens_total") / padded if padded else None,
+        paddings=_buckets(before, after, "modalkit_padding_share_bucket"),
+        utilisation=grown("modalkit_busy_seconds_total") / open_s if open_s else None,
+    )
+
+
+def _buckets(before: Samples, after: Samples, name: str) -> dict[str, float]:
+    edges = sorted((float(key), key) for found, key in after if found == name and key)
+    counts = [after[name, key] - before.get((name, key), 0.0) for _, key in edges]
+    own = np.diff([0.0, *counts])
+    return {
+        ("more" if edge == float("inf") else f"{edge:g}"): float(n)
+        for (edge, _), n in zip(edges, own, strict=True)
+        if n
+    }
+
+
+def of_records(records: Sequence[BatchRecord], elapsed_s: float, mean_s: float) -> ServerSide | None:
+    """The same from the records of a worker's batches."""
+    if not records:
+        return None
+    counts = np.array([record.count for record in records])
+    queue_s = float(np.average([record.queue_s for record in records], weights=counts))
+    stages_s = {
+        stage: float(np.mean([getattr(record, f"{stage}_s") for record in records]))
+        for stage in ("preprocess", "predict", "postprocess")
+    }
+    return ServerSide(
+        queue_s=queue_s,
+        stages_s=stages_s,
+        rest_s=max(0.0, mean_s - queue_s - float(np.average([record.total_s for record in records], weights=counts))),
+        mean_batch_size=float(counts.mean()),
+        batch_sizes={f"{size}": float(n) for size, n in sorted(Counter(counts.tolist()).items())},
+        padding_share=1
+        - sum(record.real_tokens for record in records) / sum(record.padded_tokens for record in records),
+        paddings={
+            f"{share:g}": float(n)
+            for share, n in sorted(Counter(round(record.padding_share, 1) for record in records).items())
+        },
+        utilisation=sum(record.total_s for record in records) / elapsed_s,
+    )
+
+
+@dataclass
+class GpuUse:
+    """Samples of each GPU, taken while a block runs."""
+
+    names: list[str] = field(default_factory=list)
+    utilisation: list[list[float]] = field(default_factory=list)
+    memory_bytes: list[list[float]] = field(default_factory=list)
+
+    def summary(self) -> list[dict[str, Any]]:
+        """The mean utilisation and the most memory of each GPU."""
+        return [
+            {"name": name, "utilisation": float(np.mean(used)), "memory_bytes": max(held)}
+            for name, used, held in zip(self.names, self.utilisation, self.memory_bytes, strict=True)
+            if used
+        ]
+
+
+@contextmanager
+def gpu_use() -> Iterator[GpuUse]:
+    """Sample the GPUs of this machine by NVML while the block runs; without NVML or a GPU, nothing."""
+    use = GpuUse()
+    try:
+        import pynvml
+    except ImportError:
+        yield use
+        return
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield use
+        return
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    use.names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+    use.utilisation, use.memory_bytes = [[] for _ in handles], [[] for _ in handles]
+    stopped = threading.Event()
+
+    def sample() -> None:
+        while not stopped.wait(GPU_SAMPLE_S):
+            for index, handle in enumerate(handles):
+                use.utilisation[index].append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+                use.memory_bytes[index].append(float(pynvml.nvmlDeviceGetMemoryInfo(handle).used))
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield use
+    finally:
+        stopped.set()
+        thread.join()
+        pynvml.nvmlShutdown()

@@ -1,0 +1,192 @@
+"""Puts loads on a target, some times each, and joins what the generator, the server and the GPU tell."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+
+from modalkit.batching import BatchRecord
+from modalkit.benchmarks.bench.delivery import Delivery, Receiver, jobs_endpoint, wait_for_deliveries
+from modalkit.benchmarks.bench.in_process import ModalTarget, WorkerTarget
+from modalkit.benchmarks.bench.inputs import Inputs
+from modalkit.benchmarks.bench.results import Cell, Figure, curve_of, errors_of, figures_of, timeline_of
+from modalkit.benchmarks.bench.server_side import ServerSide, gpu_use, of_records, scrape, server_side
+from modalkit.benchmarks.bench.targets import Running, Target, Variant, first_answer_s
+from modalkit.benchmarks.load import BenchError, Endpoint, Load, Measured, run_load
+from modalkit.benchmarks.load.processes import run_target
+
+MODES = ("sync", "batch", "ndjson", "async")
+OnRun = Callable[[str, Load, float, int, int], object]
+"""Told of a run that goes on: its name, the load, the seconds since its begin, the items answered, the failures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """Everything that the loads on a target share."""
+
+    target: Target
+    inputs: Inputs
+    endpoint: Callable[[str], Endpoint]
+    """The endpoint at the address of a target."""
+    mode: str = "sync"
+    model: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    receiver: Receiver | None = None
+    """What reads the queue, in the mode ``async``."""
+    repeats: int = 3
+    price_per_hour: float | None = None
+    start_timeout_s: float = 300.0
+    on_run: OnRun = lambda *_: None
+
+    @contextmanager
+    def opened(self, variant: Variant) -> Iterator["OpenSession"]:
+        """The target with these settings, once it answers. Raises `BenchError` where it does not."""
+        with self.target.started(variant) as running:
+            session = OpenSession(self, variant, running)
+            session.wait_until_ready()
+            yield session
+
+
+@dataclass
+class OpenSession:
+    """A target that runs with the settings of one variant."""
+
+    session: Session
+    variant: Variant
+    running: Running
+    cold_start_s: float | None = None
+
+    def wait_until_ready(self) -> None:
+        """Wait for the first answer. Raises `BenchError`."""
+        if self.running.url is not None:
+            session = self.session
+            self.cold_start_s = first_answer_s(
+                self.running, self.endpoint, session.inputs.items, session.start_timeout_s
+            )
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where requests go. Raises `BenchError` for a target without HTTP."""
+        if self.running.url is None:
+            raise BenchError(f"{self.session.target.name} has no URL")
+        if self.session.receiver is not None:
+            length = self.session.endpoint(self.running.url).list_length
+            jobs = jobs_endpoint(self.running.url, self.session.model, self.session.receiver.queue_name, length)
+            return replace(jobs, headers=self.session.headers)
+        return self.session.endpoint(self.running.url)
+
+    def measure(self, load: Load, repeats: int | None = None) -> Cell:
+        """Put a load on the target, `repeats` times, by default those of the session. Raises `BenchError`."""
+        runs: list[Measured] = []
+        deliveries: list[Delivery] = []
+        sides: list[ServerSide] = []
+        wanted = repeats or self.session.repeats
+        with gpu_use() as gpus:
+            for number in range(wanted):
+                name = f"run {number + 1} of {wanted}" if wanted > 1 else "run"
+                measured, side = self._run(load, name)
+                runs.append(measured)
+                sides += [] if side is None else [side]
+                if self.session.receiver is not None:
+                    deliveries.append(wait_for_deliveries(measured, self.session.receiver))
+        figures = figures_of(runs, deliveries)
+        length = 1 if self.running.url is None else self.endpoint.list_length
+        return Cell(
+            variant=self.variant,
+            load=str(load),
+            mode=self.session.mode + (f" of {length}" if length > 1 else ""),
+            open=load.is_open,
+            clients=None if load.is_open else load.clients,
+            rate_per_s=None if load.rate_per_s is None else load.rate_per_s * length,
+            figures=figures,
+            answered=sum(run.answered for run in runs),
+            errors=errors_of(runs),
+            accuracy=None if runs[0].accuracy is None else Figure.of([run.accuracy or 0.0 for run in runs]).mean,
+            limited=list(dict.fromkeys(reason for run in runs for reason in run.limited)),
+            client={
+                "processes": max(run.processes for run in runs),
+                "cpu_share": max(run.cpu_share for run in runs),
+                "late_p99_ms": 1000 * max(run.late_p99_s for run in runs),
+            },
+            server=sides[-1] if sides else None,
+            delivery=_counts(deliveries) if deliveries else None,
+            gpus=gpus.summary(),
+            cost_per_million=self._cost(figures),
+            latency_curve=curve_of(runs),
+            timeline=timeline_of(runs[-1], length),
+        )
+
+    def _run(self, load: Load, name: str) -> tuple[Measured, ServerSide | None]:
+        if self.running.url is None:
+            measured = self._send(load, name)
+            records = [record for at_s, record in _records(measured) if at_s >= measured.begin_s]
+            return measured, of_records(records, measured.elapsed_s, measured.mean_s)
+        scrapes = _Scrapes(self.running.url, self.session.headers, self.session.model, load.warm_up_s)
+        measured = self._send(load, name, scrapes.on_progress)
+        return measured, server_side(scrapes.before, scrapes.scrape(), measured.mean_s)
+
+    def _send(self, load: Load, name: str, on_progress: Callable[[float], object] = lambda _: None) -> Measured:
+        session = self.session
+
+        def tell(elapsed_s: float, answered: int, failed: int) -> None:
+            on_progress(elapsed_s)
+            session.on_run(name, load, elapsed_s, answered, failed)
+
+        if isinstance(session.target, WorkerTarget | ModalTarget):
+            calls = session.target.calls(session.inputs.items, self.variant)
+            return run_target(calls, load, on_progress=tell, is_client=isinstance(session.target, ModalTarget))
+        return run_load(
+            self.endpoint,
+            session.inputs.items,
+            load,
+            labels=None if session.receiver is not None else session.inputs.labels,
+            keeps_bodies=session.receiver is not None,
+            on_progress=tell,
+        )
+
+    def _cost(self, figures: Mapping[str, Figure]) -> float | None:
+        price, rate = self.session.price_per_hour, figures.get("delivered_per_s", figures["items_per_s"]).mean
+        return None if price is None or not rate else price / 3600 / rate * 1e6
+
+
+class _Scrapes:
+    """The metrics of a server when the warm-up is over."""
+
+    def __init__(self, url: str, headers: Mapping[str, str], model: str | None, warm_up_s: float) -> None:
+        self._arguments = url, headers, model
+        self._warm_up_s = warm_up_s
+        self.before: Any = None
+        self._has_begun = False
+
+    def scrape(self) -> Any:
+        return scrape(*self._arguments)
+
+    def on_progress(self, elapsed_s: float) -> None:
+        if not self._has_begun and elapsed_s >= self._warm_up_s:
+            self._has_begun = True
+            self.before = self.scrape()
+
+
+def _records(measured: Measured) -> list[tuple[float, BatchRecord]]:
+    return [entry for entry in measured.kept if isinstance(entry[-1], BatchRecord)]
+
+
+def _counts(deliveries: list[Delivery]) -> dict[str, int]:
+    names = ("accepted", "delivered", "duplicates", "lost")
+    return {name: sum(getattr(delivery, name) for delivery in deliveries) for name in names}
+
+
+def published_schema(url: str, headers: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """The JSON schema of an item of a modalkit server, with what it refers to; None where it publishes none."""
+    try:
+        document = httpx.get(f"{url}/openapi.json", headers=dict(headers), timeout=10).raise_for_status().json()
+        content = document["paths"]["/sync/predict"]["post"]["requestBody"]["content"]
+        schema: dict[str, Any] = content["application/json"]["schema"]
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        return None
+    definitions = document.get("components", {}).get("schemas", {})
+    if "$ref" in schema:
+        schema = definitions.get(schema["$ref"].rpartition("/")[2], {})
+    return {**schema, "$defs": definitions}

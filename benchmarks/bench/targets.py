@@ -1,0 +1,254 @@
+"""What is measured: a server at a URL, one that is started here, or a model in a process of the load generator."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import quote
+
+import httpx
+
+from modalkit.benchmarks.load import BenchError, Endpoint
+from modalkit.benchmarks.load.endpoint import Item
+from modalkit.service.errors import describe_error
+
+Variant = Mapping[str, str]
+"""Settings by their name, as ``{"max_batch_size": "8"}``; empty: as they are."""
+
+ENTRY_KEYS = ("engine", "dtype", "max_in_flight", "model_path", "devices")
+SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port", "0"]
+STOP_S = 10.0
+START_CHECK_S = 0.2
+MAX_SHOWN = 500
+"""Characters of an answer that a message shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A target that takes load."""
+
+    url: str | None
+    """Its address; None for a target without HTTP."""
+    started_s: float | None = None
+    """When its start began, by `time.perf_counter`; None if it ran already."""
+
+
+class Target(Protocol):
+    """Something to measure, in several variants one after the other."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        ...  # a protocol method has no body
+
+    def started(self, variant: Variant) -> AbstractContextManager[Running]:
+        """A context in which it runs with these settings."""
+        ...  # a protocol method has no body
+
+
+def variables_of(variant: Variant, model: str) -> dict[str, str]:
+    """The variables that give a modalkit server these settings."""
+    names = {}
+    for key, value in variant.items():
+        if key == "device":
+            names["MODEL_SETTINGS__COMMON__DEVICE"] = value
+        elif key in ENTRY_KEYS:
+            names[f"MODEL_SETTINGS__MODEL_ENTRIES__{model}__{key.upper()}"] = value
+        else:
+            names[f"APP_SETTINGS__BATCH_CONFIG__{key.upper()}"] = value
+    return {f"MODALKIT_{name}": value for name, value in names.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class UrlTarget:
+    """A server that runs. The settings of a modalkit server are changed while it runs, and changed back."""
+
+    name: str
+    headers: Mapping[str, str]
+    model: str | None = None
+
+    @contextmanager
+    def started(self, variant: Variant) -> Iterator[Running]:
+        """Raises `BenchError` where the server cannot be changed."""
+        if not variant:
+            yield Running(self.name)
+            return
+        with httpx.Client(base_url=self.name, headers=self.headers, timeout=60) as client:
+            try:
+                found = client.get("/admin/models").raise_for_status().json()
+                path = f"/admin/models/{quote(self.model or found[0]['name'], safe='/')}"
+                before = client.get(path).raise_for_status().json()["batch_config"] or {}
+                client.patch(path, json=dict(variant)).raise_for_status()
+            except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+                detail = f" {error.response.text[:300]}" if isinstance(error, httpx.HTTPStatusError) else ""
+                raise BenchError(
+                    f"{self.name}: the settings cannot be changed while it runs: {describe_error(error)}{detail}; a "
+                    "modalkit server needs --key for this, and takes keys of batch_config"
+                ) from error
+            try:
+                yield Running(self.name)
+            finally:
+                client.patch(path, json={key: before[key] for key in variant if key in before})
+
+
+@dataclass(frozen=True, slots=True)
+class ServeTarget:
+    """``modalkit serve`` with the configuration of this folder, started for each variant."""
+
+    model: str
+    config: Sequence[Path] = ()
+    variables: Mapping[str, str] | None = None
+    """Further variables, as for a queue that the benchmark reads."""
+    name: str = "modalkit serve"
+
+    @contextmanager
+    def started(self, variant: Variant) -> Iterator[Running]:
+        """Raises `BenchError` where it does not start."""
+        command = [*SERVE, *(part for path in self.config for part in ("--config", str(path)))]
+        with tempfile.TemporaryDirectory() as folder:
+            # Its jobs are in a store of its own, which is synchronised as the configured one.
+            store = {"MODALKIT_APP_SETTINGS__ASYNC_CONFIG__STORE_PATH": str(Path(folder, "jobs.db"))}
+            given = {**store, **os.environ, **(self.variables or {}), **variables_of(variant, self.model)}
+            started_s = time.perf_counter()
+            with process(command, given, r"^Ready") as said:
+                address = re.search(r"http://[\w.:\[\]]+\d", said)
+                if address is None:
+                    raise BenchError(f"modalkit serve named no address: {said}")
+                yield Running(address.group(), started_s)
+
+
+@contextmanager
+def process(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    ready: str,
+    folder: Path | None = None,
+    *,
+    stop_s: float = STOP_S,
+) -> Iterator[str]:
+    """A process of which the output until it matched `ready` is the value.
+
+    It is stopped gently, and killed `stop_s` later; at once with 0.
+
+    Raises `BenchError` with its output where it ends before.
+    """
+    with tempfile.NamedTemporaryFile() as log:  # a pipe would have to be read all the time
+        running = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
+        try:
+            said = ""
+            while not re.search(ready, said, re.MULTILINE):
+                if running.poll() is not None:
+                    raise BenchError(f"{command[0]} ended with code {running.returncode}: {said[-2000:]}")
+                time.sleep(0.02)
+                said = Path(log.name).read_text(errors="replace")
+            yield said
+        finally:
+            if stop_s:
+                running.send_signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    running.wait(stop_s)
+            running.kill()
+            running.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class DockerTarget:
+    """A docker image, of which a container is started for each variant."""
+
+    name: str
+    model: str
+    port: int = 8000
+    """The port that the container listens on."""
+    arguments: Sequence[str] = ()
+    """Of ``docker run``, as ``--gpus all``."""
+
+    @contextmanager
+    def started(self, variant: Variant) -> Iterator[Running]:
+        """Raises `BenchError` where docker is missing or fails."""
+        variables = [f"--env={name}={value}" for name, value in variables_of(variant, self.model).items()]
+        started_s = time.perf_counter()
+        publish = f"--publish=127.0.0.1::{self.port}"
+        container = docker("run", "--detach", "--rm", publish, *variables, *self.arguments, self.name).split()[-1]
+        try:
+            address = docker("port", container, f"{self.port}/tcp").split()[0]
+            yield Running(f"http://{address}", started_s)
+        finally:
+            docker("stop", container)
+
+
+@dataclass(frozen=True, slots=True)
+class ComposeTarget:
+    """A compose file, whose services are started for each variant."""
+
+    name: str
+    model: str
+    port: int = 8000
+    """The port of this machine that a service publishes."""
+
+    @contextmanager
+    def started(self, variant: Variant) -> Iterator[Running]:
+        """The file passes the variables of a variant on to its service. Raises as `DockerTarget` does."""
+        environment = {**os.environ, **variables_of(variant, self.model)}
+        compose = partial(docker, "compose", "--file", self.name, environment=environment)
+        started_s = time.perf_counter()
+        try:
+            compose("up", "--detach")
+        except BenchError:
+            with suppress(BenchError):  # what came up
+                compose("down")
+            raise
+        try:
+            yield Running(f"http://127.0.0.1:{self.port}", started_s)
+        finally:
+            compose("down")
+
+
+def docker(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """What a docker command prints. Raises `BenchError` with what it says where it fails."""
+    try:
+        done = subprocess.run(
+            ["docker", *arguments],  # noqa: S607  # the user's own docker
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+    except FileNotFoundError:
+        raise BenchError(
+            "there is no program docker: install it, or start the server yourself and give its URL"
+        ) from None
+    if done.returncode:
+        raise BenchError(f"docker {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def first_answer_s(running: Running, endpoint: Endpoint, items: Sequence[Item], timeout_s: float) -> float | None:
+    """Wait until a request is answered; the seconds since the start began, or None if it ran already.
+
+    Raises `BenchError` where none is answered in time, or one is refused, with what the server says.
+    """
+    deadline_s = time.perf_counter() + (timeout_s if running.started_s is not None else 0.0)
+    body = endpoint.content(endpoint.items_of(items, 0))
+    headers = {"Content-Type": endpoint.content_type, **endpoint.headers}
+    with httpx.Client(timeout=timeout_s) as client:
+        while True:
+            is_final = False
+            try:
+                answer = client.post(endpoint.url, content=body, headers=headers)
+                if answer.is_success:
+                    return None if running.started_s is None else time.perf_counter() - running.started_s
+                problem, is_final = f"HTTP {answer.status_code}: {answer.text[:MAX_SHOWN]}", answer.is_client_error
+            except httpx.HTTPError as error:
+                problem = describe_error(error)
+            if is_final or time.perf_counter() > deadline_s:
+                raise BenchError(f"{endpoint.url}: the first request failed: {problem}")
+            time.sleep(START_CHECK_S)

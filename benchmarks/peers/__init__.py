@@ -1,0 +1,1 @@
+"""The bundled model behind other servers, measured in turn with modalkit: ``python -m modalkit.benchmarks.peers``."""

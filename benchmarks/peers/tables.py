@@ -1,0 +1,317 @@
+"""The tables of a run, from its document."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from modalkit.benchmarks.peers.contenders import CONTENDERS, OURS, UNBATCHED, contender
+from modalkit.benchmarks.peers.jobs import JOBS, ROUTES
+from modalkit.benchmarks.peers.measures import LOADS
+from modalkit.benchmarks.peers.run import FEW, MANY, RIVAL_LOAD, RIVAL_ROUNDS
+
+NOTHING = "-"
+Step = Mapping[str, Any]
+Steps = Mapping[str, Step]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, what one must know to read it, and cells as text."""
+
+    title: str
+    note: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A figure of ours beside that of others, and what it must reach."""
+
+    what: str
+    value: float
+    limit: float
+    is_least: bool
+    detail: str
+
+    @property
+    def is_met(self) -> bool:
+        """Whether it is reached."""
+        return self.value >= self.limit if self.is_least else self.value <= self.limit
+
+
+def tables_of(document: Mapping[str, Any]) -> list[Table]:
+    """All tables for which something was measured."""
+    steps: Steps = document["steps"]
+    targets = targets_of(steps)
+    found = [_targets(targets), _float32(steps), _latencies(steps), _best_types(steps), _documented(steps)]
+    found += [_poison(steps), _killed(steps), _overhead(document), _batches(document)]
+    return [table for table in found if table.rows]
+
+
+def targets_of(steps: Steps) -> list[Target]:
+    """What was set for modalkit beside these servers, and what was measured."""
+    found: list[Target] = []
+
+    def add(what: str, value: float | None, limit: float, *, is_least: bool, detail: str) -> None:
+        if value is not None:
+            found.append(Target(what, value, limit, is_least, detail))
+
+    names = [one.name for one in CONTENDERS]
+    batching = [name for name in names if name not in (OURS, UNBATCHED)]
+    rates = {name: rate for name in names if (rate := _rate(steps, name)) is not None}
+    ours = rates.get(OURS)
+    if ours is not None:
+        if rivals := {name: rates[name] for name in batching if name in rates}:
+            best = max(rivals, key=rivals.__getitem__)
+            add(
+                f"items/s, {FEW} clients, float32: ours / the best batching peer",
+                ours / rivals[best],
+                2.6,
+                is_least=True,
+                detail=_title(best),
+            )
+        if UNBATCHED in rates:
+            add(
+                f"items/s, {FEW} clients, float32: ours / FastAPI without batching",
+                ours / rates[UNBATCHED],
+                2.0,
+                is_least=True,
+                detail="at its best settings",
+            )
+    types = {name: rate for name in names if (rate := _types_rate(steps, name)) is not None}
+    if OURS in types and (rivals := {name: types[name] for name in batching if name in types}):
+        best = max(rivals, key=rivals.__getitem__)
+        add(
+            f"items/s, {FEW} clients, the best engines and types: ours / the best batching peer",
+            types[OURS] / rivals[best],
+            3.0,
+            is_least=True,
+            detail=_title(best),
+        )
+    rival_p99 = _rival_p99(steps)
+    if OURS in rival_p99 and (rivals := {name: p99 for name, p99 in rival_p99.items() if name != OURS}):
+        (best,) = rivals
+        add(
+            f"p99 at {RIVAL_LOAD:.0%} of the best batching peer's capacity: ours / that peer",
+            rival_p99[OURS] / rivals[best],
+            0.5,
+            is_least=False,
+            detail=f"{_title(best)}: {rivals[best]:.0f} ms, ours {rival_p99[OURS]:.0f} ms",
+        )
+    leanest: tuple[tuple[str, Callable[[Step], float | None]], ...] = (
+        ("median latency of one client", lambda step: step["idle"]["p50_ms"]),
+        ("memory under load", lambda step: step["memory_mib"]),
+    )
+    for what, figure in leanest:
+        measured = {name: step for name in names if (step := steps.get(f"float32/{name}", {})).get("idle")}
+        told = {name: value for name, step in measured.items() if (value := figure(step))}
+        if OURS in told and len(told) > 1:
+            best = min((name for name in told if name != OURS), key=told.__getitem__)
+            ratio = told[OURS] / told[best]
+            add(f"{what}: ours / the leanest peer", ratio, 1.1, is_least=False, detail=_title(best))
+    return found
+
+
+def _targets(targets: Sequence[Target]) -> Table:
+    rows = [
+        [
+            target.what,
+            f"{target.value:.2f}",
+            f"{'≥' if target.is_least else '≤'} {target.limit:g}",
+            "met" if target.is_met else "**missed**",
+            target.detail,
+        ]
+        for target in targets
+    ]
+    return Table("What modalkit must reach", "", ["figure", "measured", "target", "", "beside"], rows)
+
+
+def _float32(steps: Steps) -> Table:
+    rows = []
+    for name, step in _each(steps, "float32"):
+        rows.append(
+            [
+                _title(name),
+                step["told"] if name != OURS else "its defaults",
+                _both(steps, name, FEW),
+                _both(steps, name, MANY),
+                _milliseconds(step["idle"]),
+                f"{step['memory_mib']:,.0f}",
+                f"{step['started_in_s']:.1f}",
+                NOTHING if (share := step["idle"]["accuracy"]) is None else f"{share:.1%}",
+                _errors(step),
+            ]
+        )
+    return Table(
+        "float32, each at the best of a small sweep",
+        f"items/s: with {FEW} clients both rounds, the second in reverse order. One client: p50 / p99. Memory: "
+        "resident, of all processes, after the load. Start: until the first answer. Same labels: share of answers with "
+        "the label of the pipeline in float32.",
+        [
+            "server",
+            "settings",
+            f"items/s, {FEW} clients",
+            f"items/s, {MANY} clients",
+            "one client, ms",
+            "memory, MiB",
+            "start, s",
+            "same labels",
+            "errors",
+        ],
+        rows,
+    )
+
+
+def _latencies(steps: Steps) -> Table:
+    rows = [
+        [_title(name), *(f"{step[key]['rate']:.0f}/s: {_milliseconds(step[key])}" for key in _load_keys())]
+        for name, step in _each(steps, "float32")
+    ]
+    rival = _rival_p99(steps)
+    note = "Requests arrive at random; rate, and p50 / p99 in ms, counted from when a request was due."
+    if rival:
+        parts = ", ".join(f"{_title(name)} {p99:.0f} ms" for name, p99 in rival.items())
+        note += f" At {RIVAL_LOAD:.0%} of the best batching peer's capacity, p99: {parts}."
+    columns = ["server", *(f"{share:.0%} of its capacity" for share in LOADS)]
+    return Table("Latency under load, float32", note, columns, rows)
+
+
+def _best_types(steps: Steps) -> Table:
+    rows = []
+    for one in CONTENDERS:
+        tried = [step for index in range(2) if f"clients_{FEW}" in (step := steps.get(f"types/{one.name}/{index}", {}))]
+        if tried:
+            best = max(tried, key=lambda step: float(step[f"clients_{FEW}"]["per_s"]))
+            settings = best["told"] if one.name != OURS else "its defaults"
+            rows.append([one.title, settings, f"{best[f'clients_{FEW}']['per_s']:.0f}", _errors(best)])
+    return Table(
+        "The best engines and number formats, each at the better of its two best settings",
+        "All but Infinity run the same pipeline, which takes the fastest engine whose outputs are the same; Infinity "
+        "has torch in bfloat16.",
+        ["server", "settings", f"items/s, {FEW} clients", "errors"],
+        rows,
+    )
+
+
+def _documented(steps: Steps) -> Table:
+    rows = [
+        [
+            _title(name),
+            step["told"],
+            contender(name).source,
+            f"{step[f'clients_{FEW}']['per_s']:.0f}",
+            f"{step[f'clients_{MANY}']['per_s']:.0f}",
+            _errors(step),
+        ]
+        for name, step in _each(steps, "documented")
+    ]
+    columns = ["server", "settings", "from", f"items/s, {FEW} clients", f"items/s, {MANY} clients", "errors"]
+    return Table("float32, at the settings that each one's documentation recommends", "", columns, rows)
+
+
+def _poison(steps: Steps) -> Table:
+    rows = []
+    for name, step in _each(steps, "float32"):
+        if (found := step.get("poisoned")) is None:
+            rows.append([_title(name), "no item can fail: no code of yours runs in it", ""])
+        else:
+            rows.append([_title(name), f"{found['failed']:.1f}", str(found["failed_at_most"])])
+    note = "32 requests at once, one of which makes the model raise. How many of the 31 others fail, too."
+    return Table("A poisoned item", note, ["server", "others that fail, mean", "at most"], rows)
+
+
+def _killed(steps: Steps) -> Table:
+    rows = []
+    for one in CONTENDERS:
+        if (found := steps.get(f"killed/{one.name}")) and "accepted" in found:
+            counts = [str(found[key]) for key in ("accepted", "done_before", "results_after")]
+            rows.append([one.title, found["by"], *counts, str(found["accepted"] - found["results_after"])])
+        elif one.name not in ROUTES and f"float32/{one.name}" in steps:
+            rows.append([one.title, JOBLESS.get(one.name, "has no jobs"), *[NOTHING] * 4])
+    note = f"{JOBS:,} jobs are accepted, all processes are killed (SIGKILL), and the server starts again."
+    columns = ["server", "by", "accepted", "done before the kill", "results after it", "lost"]
+    return Table("kill -9 with jobs accepted", note, columns, rows)
+
+
+JOBLESS = {"ray": "only by Celery with a broker beside it: not measured"}
+
+
+def _overhead(document: Mapping[str, Any]) -> Table:
+    figures = document.get("libraries", {}).get("overhead", [])
+    rows = [
+        [figure["name"], f"{figure['median']:.3g} {figure['unit']}"]
+        for figure in figures
+        if figure["median"] is not None
+    ]
+    note = "1,000 callers of a function that does nothing, in one process; microseconds for each item."
+    return Table("The scheduler beside other libraries", note, ["figure", "median"], rows)
+
+
+def _batches(document: Mapping[str, Any]) -> Table:
+    found = document.get("libraries", {}).get("batches", {})
+    columns = list(next(iter(found.values()), {}))
+    rows = [[rule, *(f"{value:.3g}" for value in figures.values())] for rule, figures in found.items()]
+    note = (
+        "In simulation, on two devices with measured costs: throughput as a share of the best offline loop, and p99 at "
+        "70 % of that. modalkit learns the costs; razors-edge-batching-scheduler is given them exactly."
+    )
+    return Table("The quality of the batches", note, ["rule", *columns], rows)
+
+
+# Parts of a step.
+
+
+def _each(steps: Steps, kind: str) -> list[tuple[str, Step]]:
+    found = ((one.name, steps.get(f"{kind}/{one.name}", {})) for one in CONTENDERS)
+    return [(name, step) for name, step in found if f"clients_{FEW}" in step]
+
+
+def _load_keys() -> list[str]:
+    return [f"load_{share:.0%}" for share in LOADS]
+
+
+def _title(name: str) -> str:
+    return contender(name).title
+
+
+def _rounds(steps: Steps, name: str, clients: int) -> list[float]:
+    found = (steps.get(f"{kind}/{name}", {}).get(f"clients_{clients}") for kind in ("float32", "again"))
+    return [step["per_s"] for step in found if step]
+
+
+def _rate(steps: Steps, name: str) -> float | None:
+    rounds = _rounds(steps, name, FEW)
+    return statistics.mean(rounds) if rounds else None
+
+
+def _types_rate(steps: Steps, name: str) -> float | None:
+    tried = (steps.get(f"types/{name}/{index}", {}).get(f"clients_{FEW}") for index in range(2))
+    return max((step["per_s"] for step in tried if step), default=None)
+
+
+def _rival_p99(steps: Steps) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for one in CONTENDERS:
+        for turn in range(RIVAL_ROUNDS):
+            if (step := steps.get(f"rival/{turn}/{one.name}", {})).get("p99_ms") is not None:
+                found.setdefault(one.name, []).append(step["p99_ms"])
+    return {name: statistics.mean(values) for name, values in found.items()}
+
+
+def _both(steps: Steps, name: str, clients: int) -> str:
+    return ", ".join(f"{rate:.0f}" for rate in _rounds(steps, name, clients))
+
+
+def _milliseconds(step: Step) -> str:
+    return NOTHING if step["p50_ms"] is None else f"{step['p50_ms']:.1f} / {step['p99_ms']:.1f}"
+
+
+def _errors(step: Step) -> str:
+    """What went wrong in any part of a step."""
+    counts: dict[str, int] = {}
+    for part in step.values():
+        for reason, count in part.get("errors", {}).items() if isinstance(part, Mapping) else ():
+            counts[reason] = counts.get(reason, 0) + count
+    return ", ".join(f"{count} x {reason}" for reason, count in counts.items()) or "none"

@@ -1,0 +1,192 @@
+"""``modalkit submit``: runs a file through a running service, as jobs of one batch."""
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import anyio
+import typer
+from pydantic import BaseModel, Field
+from rich.progress import Progress
+
+from modalkit.batching import Priority
+from modalkit.service.cli.batch_client import BatchRun
+from modalkit.service.cli.common import ConfigFiles, notices, one_of
+from modalkit.service.cli.jobs import Key, Url
+from modalkit.service.cli.jobs_client import JobsClient, JobsError
+from modalkit.service.cli.predict import COLUMNS
+from modalkit.service.cli.records import (
+    ColumnOption,
+    FileFormat,
+    FormatOption,
+    InputError,
+    Record,
+    read_file,
+    read_standard_input,
+    rows_of,
+)
+from modalkit.service.cli.reload import DEFAULT_URL
+from modalkit.service.cli.results import (
+    PARTIAL,
+    KeepColumnsOption,
+    OutputOption,
+    ResumeOption,
+    refuse_leftovers,
+    result_file,
+)
+from modalkit.service.jobs.model import new_job_id
+from modalkit.service.settings import Settings
+from modalkit.service.web.options import BATCH_ID_PATTERN
+
+
+class _Schema(BaseModel):
+    properties: dict[str, Any] = {}
+
+
+class _ModelSchemas(BaseModel):
+    input: _Schema
+    output: _Schema
+
+
+class _Description(BaseModel):
+    """What is needed of ``/openapi.json``."""
+
+    models: dict[str, _ModelSchemas] = Field(alias="x-models", min_length=1)
+
+
+def submit(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A .jsonl, .csv, .parquet or .txt file, or .gz; - is standard input.")
+    ],
+    url: Url = DEFAULT_URL,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the results, and write them.")] = False,
+    output_path: OutputOption = None,
+    resume: ResumeOption = False,
+    batch: Annotated[str | None, typer.Option(help="The id of the batch; a new one if left out.")] = None,
+    file_format: FormatOption = None,
+    column: ColumnOption = None,
+    keep_columns: KeepColumnsOption = False,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Which model; the first if left out.")] = None,
+    priority: Annotated[Priority, typer.Option(help="The class of the jobs.", **one_of(Priority))] = Priority.BULK,
+    success_queue: Annotated[str | None, typer.Option(help="Where results are sent.")] = None,
+    failure_queue: Annotated[str | None, typer.Option(help="Where errors are sent.")] = None,
+    patience: Annotated[float, typer.Option(min=0, help="Seconds to try again while the service is away.")] = 300,
+    key: Key = None,
+    config: ConfigFiles = None,
+) -> None:
+    """Run a file through a running service: each line becomes a job of one batch.
+
+    Jobs are stored before they run, so the service may die and come back meanwhile, and so may the connection: each
+    line runs all the same, and once. With --wait, the results are written in the order of the input, with what
+    --keep-columns adds; after Ctrl-C, the same command with --resume goes on. Without, the id of the batch is printed:
+    the same command with --batch ID sends what is missing. A line of JSON with a `message` is a whole job, with `meta`
+    and queues of its own. Exit codes: 0, all succeeded; 1, some lines have errors, or the service was away; 2, wrong
+    usage.
+
+    [bold]Examples[/bold]
+
+    modalkit submit reviews.parquet --column review --wait --output scored.jsonl --keep-columns
+
+    zcat lines.jsonl.gz | modalkit submit - --format jsonl --url http://127.0.0.1:9000
+    """
+    if output_path is not None and not wait:
+        raise typer.BadParameter("results are written with --wait only: add it, or leave --output out")
+    if resume and output_path is None:
+        raise typer.BadParameter("there is no output to go on with: give --output", param_hint="--resume")
+    if batch is not None and not _is_batch_id(batch):
+        raise typer.BadParameter(
+            "it must be 1 to 100 letters, digits, dots, hyphens or underscores", param_hint="--batch"
+        )
+    if str(path) != "-" and not path.is_file():
+        raise typer.BadParameter(f"there is no file {path}; check its name", param_hint="FILE")
+    batch_id = batch or (_interrupted(output_path, resume=resume) if output_path else None) or new_job_id()
+    header = Settings.load(config).app_settings.auth_config.auth_header
+    client = JobsClient.of_service(url or DEFAULT_URL, key, header)
+    query = {} if model is None else {"model_name": model}
+    schemas = _schemas_of(JobsClient.of_service(url or DEFAULT_URL, key, header), model)
+    fields, results = list(schemas.input.properties), list(schemas.output.properties)
+    records, total = _records_of(path, file_format, fields, column)
+    queues = {"success_queue": success_queue, "failure_queue": failure_queue}
+    started_s = time.perf_counter()
+    with (
+        result_file(output_path, fields=results, resume=resume, run_id=batch_id) if wait else nullcontext() as writer,
+        Progress(*COLUMNS, console=notices, transient=True, disable=not notices.is_terminal) as progress,
+    ):
+        done = 0 if writer is None else writer.done
+        task = progress.add_task("Running" if wait else "Sending", total=total, completed=done)
+
+        async def run() -> BatchRun:
+            async with client.http as http:
+                batch_run = BatchRun(
+                    client=client,
+                    http=http,
+                    batch_id=batch_id,
+                    fields=fields,
+                    job={name: queue for name, queue in queues.items() if queue is not None},
+                    query=query,
+                    headers={"X-Priority": priority},
+                    writer=writer,
+                    kept_beside=results if keep_columns else None,
+                    patience_s=patience,
+                    on_progress=lambda: progress.advance(task),
+                )
+                await batch_run.run(islice(records, done, None), done + 1)
+                return batch_run
+
+        ran = anyio.run(run)
+    _report(ran, time.perf_counter() - started_s, done, waited=wait)
+    if ran.failed:
+        raise typer.Exit(1)
+
+
+def _is_batch_id(text: str) -> bool:
+    return re.fullmatch(BATCH_ID_PATTERN, text) is not None
+
+
+def _interrupted(output_path: Path, *, resume: bool) -> str | None:
+    """The batch of an interrupted run with this output, which is in the name of its file. Raises `InputError`."""
+    for partial in refuse_leftovers(output_path, resume=resume):
+        batch_id = partial.name.removeprefix(f"{output_path.resolve().name}.").removesuffix(PARTIAL)
+        if not _is_batch_id(batch_id):
+            raise InputError(f"{partial} is of no batch, but of another command; remove it to begin anew")
+        return batch_id
+    return None
+
+
+def _schemas_of(client: JobsClient, model: str | None) -> _ModelSchemas:
+    """What the items and the results of a model look like. Raises `JobsError`."""
+    with client.opened():
+        models = client.send(_Description, "GET", "/openapi.json").models
+    if model is None:
+        return next(iter(models.values()))
+    if model not in models:
+        raise JobsError(f"{client.name} has no model {model!r}; it has: {', '.join(models)}")
+    return models[model]
+
+
+def _records_of(
+    path: Path, file_format: FileFormat | None, fields: Sequence[str], column: str | None
+) -> tuple[Iterator[Record], int | None]:
+    """The records, and their number where it is known before they are read."""
+    if str(path) == "-":
+        return read_standard_input(file_format, fields, column), None
+    records = read_file(path, file_format, fields, column)
+    # The first one is read now, so that a file without the column is refused before anything is sent.
+    return chain(list(islice(records, 1)), records), rows_of(path, file_format)
+
+
+def _report(ran: BatchRun, elapsed_s: float, before: int, *, waited: bool) -> None:
+    """Print the figures on standard error and, where nobody waited, the batch on standard output."""
+    lines = ran.written if waited else ran.sent
+    rate = lines / elapsed_s if elapsed_s else 0.0
+    beside = f", after {before} of the run before" if before else ""
+    notices.print(
+        f"Batch {ran.batch_id}: {lines} lines {'done' if waited else 'sent'} in {elapsed_s:.1f} s ({rate:.0f} lines/s)"
+        f"{beside}, {ran.failed} of them with errors"
+    )
+    if not waited:
+        typer.echo(ran.batch_id)

@@ -1,0 +1,95 @@
+"""Batches: jobs that were submitted under one id, each with its line; counted, cancelled and read together."""
+
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING
+
+import anyio
+
+from modalkit.service.jobs.errors import JobStoreError
+from modalkit.service.jobs.model import Batch, BatchResult, JobFilter
+
+if TYPE_CHECKING:
+    from modalkit.service.jobs.manager import JobManager
+
+RESULTS_INTERVAL_S = 0.05
+"""Seconds between two reads for a caller that has read all there is."""
+MAX_WAIT_S = 5.0
+OVERLAP_US = 2_000_000
+"""Microseconds before the last end that was seen which are read again: ends may be stored in another order."""
+
+
+class Batches:
+    """The batches of a manager's jobs. Each has the jobs of one `owner`, or those of all where that is None."""
+
+    def __init__(self, jobs: "JobManager") -> None:
+        self._jobs = jobs
+        self._store = jobs.store
+
+    async def get(self, batch_id: str, owner: str | None = None) -> Batch | None:
+        """The jobs of a batch, counted; None where there is none."""
+        return await self._store.batch(batch_id, owner, self._jobs.clock())
+
+    async def exists(self, batch_id: str, owner: str | None = None) -> bool:
+        """Whether there is a job of a batch; cheaper than to count them."""
+        return await self._store.has_batch(batch_id, owner)
+
+    async def cancel(self, batch_id: str, owner: str | None = None) -> int:
+        """Cancel all jobs of a batch that have not ended; returns how many."""
+        cancelled = 0
+        while jobs := await self._store.cancel_some(
+            JobFilter(batch_id=batch_id, owner=owner), now := self._jobs.clock()
+        ):
+            for job in jobs:
+                self._jobs.tell_cancelled(job, now)
+            cancelled += len(jobs)
+        return cancelled
+
+    async def results_by_line(
+        self, batch_id: str, owner: str | None = None, *, after: int = 0, wait: bool = True
+    ) -> AsyncGenerator[list[BatchResult]]:
+        """The results of the lines after `after`, in their order; with `wait`, until all jobs of the batch have ended.
+
+        Without, up to the first line whose job has not. It ends early when the service stops. Empty lists come in
+        pauses.
+        """
+        while True:
+            results, unfinished = await self._store.results_in_order(batch_id, owner, after)
+            if results:
+                after = results[-1].line
+                yield results
+            if unfinished is not None:
+                if not (wait and self._jobs.may_wait):
+                    return
+                await self._jobs.get(unfinished, MAX_WAIT_S)
+                yield []  # so that the caller can say that it is there
+                await anyio.sleep(RESULTS_INTERVAL_S)  # the ends of many are read together
+            elif not results:
+                return
+
+    async def results_as_they_end(
+        self, batch_id: str, owner: str | None = None, *, wait: bool = True
+    ) -> AsyncGenerator[list[BatchResult]]:
+        """All results of a batch, in the order in which its jobs end; `wait` and the end are as above.
+
+        Raises `JobStoreError` where the store had trouble and not all can be told any more: read them again.
+        """
+        place, sent = (0, 0), 0
+        seen = dict[int, int]()  # when the jobs that were seen lately ended, by their sequence numbers
+        while True:
+            batch = await self.get(batch_id, owner)
+            is_last = batch is None or not batch.active
+            while ends := await self._store.ends_after(batch_id, owner, *place):
+                new = [sequence for _, sequence in ends if sequence not in seen]
+                place = ends[-1]
+                seen = {sequence: at for sequence, at in seen.items() if at >= place[0] - OVERLAP_US}
+                seen |= {sequence: at for at, sequence in ends}
+                while new and (results := await self._store.results_of(new)):
+                    yield results
+                    new, sent = new[len(results) :], sent + len(results)
+            if is_last or not (wait and self._jobs.may_wait):
+                if is_last and batch is not None and sent < sum(batch.statuses.values()):
+                    raise JobStoreError(f"some results of batch {batch_id} came late; read them again")
+                return
+            place = (max(0, place[0] - OVERLAP_US), 0)
+            yield []
+            await anyio.sleep(RESULTS_INTERVAL_S * 4)

@@ -1,0 +1,108 @@
+"""Changes of many jobs, which a condition selects: some of them in each call, so that others come in between.
+
+They are parts of a transaction. Counts are those of the table, and are changed with it.
+"""
+
+import sqlite3
+from collections import Counter
+from collections.abc import Sequence
+
+from pydantic_core import to_json
+
+from modalkit.service.jobs import sqlite_statements as sql
+from modalkit.service.jobs.model import DeliveryStatus, Job, JobStatus
+from modalkit.service.jobs.sqlite_rows import SELECT, job_from_row, microseconds
+
+Counts = Counter[JobStatus | DeliveryStatus]
+
+ROWS_PER_STEP = 1000
+
+
+def cancel_some(
+    database: sqlite3.Connection, counts: Counts, which: str, values: Sequence[object], now: float
+) -> list[Job]:
+    """Cancel queued and running jobs that match the condition `which`; returns them as they were before."""
+    rows = database.execute(
+        f"{SELECT} WHERE status IN ('queued', 'running') AND {which} LIMIT ?", (*values, ROWS_PER_STEP)
+    )
+    jobs = [job_from_row(row) for row in rows.fetchall()]
+    database.execute(sql.CANCEL, (microseconds(now), to_json([job.job_id for job in jobs]).decode()))
+    counts.subtract(Counter(job.status for job in jobs))
+    counts[JobStatus.CANCELLED] += len(jobs)
+    return jobs
+
+
+def retry_some(
+    database: sqlite3.Connection, counts: Counts, which: str, values: Sequence[object], now: float
+) -> list[tuple[int, str]]:
+    """Queue ended jobs that match the condition `which` once more, as `life.retry_job` says.
+
+    Returns the sequence number and the id of each.
+    """
+    rows = database.execute(
+        f"SELECT seq, job_id, status, delivery FROM jobs WHERE {sql.RETRYABLE} AND {which} ORDER BY seq LIMIT ?",  # noqa: S608  # names of our own; values are bound
+        (*values, ROWS_PER_STEP),
+    ).fetchall()
+    database.execute(sql.RETRY, (microseconds(now), to_json([row[0] for row in rows]).decode()))
+    for _, _, status, delivery in rows:
+        counts.subtract((JobStatus(status), DeliveryStatus(delivery)))
+        counts.update((JobStatus.QUEUED, DeliveryStatus.NONE))
+    return [(sequence, job_id) for sequence, job_id, _, _ in rows]
+
+
+def replay_some(
+    database: sqlite3.Connection, counts: Counts, which: str, values: Sequence[object], now: float
+) -> list[tuple[int, str]]:
+    """Make undelivered deliveries due that match the condition `which`; returns sequence numbers and ids."""
+    values = (microseconds(now), *values, ROWS_PER_STEP)
+    replayed = database.execute(sql.REPLAY.format(which=which), values).fetchall()
+    counts[DeliveryStatus.UNDELIVERED] -= len(replayed)
+    counts[DeliveryStatus.PENDING] += len(replayed)
+    return replayed
+
+
+def remove_some(database: sqlite3.Connection, counts: Counts, which: str, values: Sequence[object]) -> int:
+    """Remove ended jobs that match the condition `which`; returns how many."""
+    removed = database.execute(sql.REMOVE.format(which=which), (*values, ROWS_PER_STEP)).fetchall()
+    for status, delivery in removed:
+        counts.subtract((JobStatus(status), DeliveryStatus(delivery)))
+    return len(removed)
+
+
+# Documents: files of clients of other servers, in parts.
+
+
+def put_document(
+    database: sqlite3.Connection, document_id: str, part: int, owner: str, content: bytes, now: float
+) -> None:
+    """Store a part of a document, in place of what was there."""
+    database.execute(
+        "INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?, ?)",
+        (document_id, part, owner, microseconds(now), content),
+    )
+
+
+def remove_documents(database: sqlite3.Connection, which: str, values: Sequence[object]) -> int:
+    """Remove the documents that match the condition `which`; returns how many parts."""
+    return database.execute(f"DELETE FROM documents WHERE {which}", values).rowcount  # noqa: S608  # as above
+
+
+def document_part(database: sqlite3.Connection, document_id: str, part: int, owner: str | None) -> bytes | None:
+    """A part of a document of an owner, or of any; None where there is none."""
+    which = "true" if owner is None else "owner = ?"
+    row = database.execute(
+        f"SELECT content FROM documents WHERE document_id = ? AND part = ? AND {which}",  # noqa: S608  # as above
+        [document_id, part, *([] if owner is None else [owner])],
+    ).fetchone()
+    return None if row is None else row[0]
+
+
+def document_ids(database: sqlite3.Connection, prefix: str, owner: str | None) -> list[str]:
+    """The ids of all documents with this beginning of an owner, or of all, the newest first."""
+    which = "true" if owner is None else "owner = ?"
+    rows = database.execute(
+        f"SELECT document_id FROM documents WHERE part = 0 AND substr(document_id, 1, ?) = ? AND {which} "  # noqa: S608  # as above
+        "ORDER BY created_at DESC, document_id DESC",
+        [len(prefix), prefix, *([] if owner is None else [owner])],
+    )
+    return [document_id for (document_id,) in rows]

@@ -1,0 +1,107 @@
+"""OpenAI's batches: ``/v1/files`` and ``/v1/batches``."""
+
+from http import HTTPStatus
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import StreamingResponse
+from starlette.datastructures import UploadFile
+
+from modalkit.service.gateway import Gateway
+from modalkit.service.settings import RequestConfig
+from modalkit.service.web.adapters.openai_kept import BATCH, KeptBatches
+from modalkit.service.web.adapters.openai_shapes import (
+    BatchList,
+    BatchObject,
+    FileDeleted,
+    FileList,
+    FileObject,
+    NewBatch,
+)
+from modalkit.service.web.answers import PROBLEM_ANSWERS
+from modalkit.service.web.auth import caller_of
+from modalkit.service.web.job_routes import CANNOT_LIST, administration_of, refuse_unknown_query
+from modalkit.service.web.problems import ProblemError
+
+_UPLOAD_SCHEMA = {
+    "type": "object",
+    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"const": "batch"}},
+    "required": ["file", "purpose"],
+}
+UPLOAD = {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD_SCHEMA}}}
+
+
+Limit = Annotated[int, Query(ge=1, le=100, description="How many at most.")]
+After = Annotated[str | None, Query(description="The id of the last one that was seen.")]
+
+
+def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
+    """The routes over the jobs of `gateway`."""
+    router = APIRouter(tags=["OpenAI"], dependencies=[Depends(refuse_unknown_query)], responses=PROBLEM_ANSWERS)
+
+    def kept(request: Request) -> KeptBatches:
+        administration = administration_of(gateway.jobs, CANNOT_LIST)
+        caller = caller_of(request)
+        return KeptBatches(administration, gateway, limits, caller.owner, caller.visible_owner)
+
+    @router.post(
+        "/v1/files",
+        summary="Upload the input of a batch",
+        openapi_extra={"requestBody": UPLOAD},
+    )
+    async def openai_upload_file(request: Request) -> FileObject:
+        size = request.headers.get("content-length", "")
+        if not size.isdecimal():
+            raise ProblemError(HTTPStatus.LENGTH_REQUIRED, "Content-Length: is missing; send it")
+        if int(size) > limits.max_file_bytes:
+            detail = f"the file is larger than {limits.max_file_bytes} bytes (request_config.max_file_bytes)"
+            raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{detail}: send several smaller ones")
+        async with request.form(max_files=1) as form:
+            file, purpose = form.get("file"), form.get("purpose")
+            if not isinstance(file, UploadFile) or purpose != "batch":
+                detail = "send a form (multipart/form-data) with a `file`, and `purpose`, which must be `batch`"
+                raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
+            return await kept(request).add_file(file)
+
+    @router.get("/v1/files", summary="List files")
+    async def openai_list_files(request: Request) -> FileList:
+        return FileList(data=await kept(request).files())
+
+    @router.get("/v1/files/{file_id}", summary="One file")
+    async def openai_get_file(request: Request, file_id: str) -> FileObject:
+        return await kept(request).file(file_id)
+
+    @router.delete("/v1/files/{file_id}", summary="Remove a file")
+    async def openai_delete_file(request: Request, file_id: str) -> FileDeleted:
+        await kept(request).remove_file(file_id)
+        return FileDeleted(id=file_id)
+
+    @router.get("/v1/files/{file_id}/content", summary="The content of a file", response_class=StreamingResponse)
+    async def openai_file_content(request: Request, file_id: str) -> StreamingResponse:
+        own = kept(request)
+        await own.file(file_id)
+        return StreamingResponse(own.content(file_id), media_type="application/jsonl")
+
+    @router.post("/v1/batches", summary="Run the requests of a file as a batch")
+    async def openai_create_batch(request: Request, new: NewBatch) -> BatchObject:
+        return await kept(request).create(new)
+
+    @router.get("/v1/batches", summary="List batches")
+    async def openai_list_batches(request: Request, limit: Limit = 20, after: After = None) -> BatchList:
+        own = kept(request)
+        ids = await own.documents.document_ids(BATCH, own.visible_owner)
+        start = ids.index(after) + 1 if after in ids else 0
+        return BatchList(
+            data=[await own.batch(batch_id) for batch_id in ids[start : start + limit]],
+            has_more=len(ids) > start + limit,
+        )
+
+    @router.get("/v1/batches/{batch_id}", summary="One batch")
+    async def openai_get_batch(request: Request, batch_id: str) -> BatchObject:
+        return await kept(request).batch(batch_id)
+
+    @router.post("/v1/batches/{batch_id}/cancel", summary="Cancel the requests of a batch that have not ended")
+    async def openai_cancel_batch(request: Request, batch_id: str) -> BatchObject:
+        return await kept(request).cancel(batch_id)
+
+    return router

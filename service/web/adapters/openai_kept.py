@@ -1,0 +1,299 @@
+"""The files and batches of clients of OpenAI's API, kept in the job store.
+
+A line of an input file names an endpoint of ours: ``/sync/predict``, whose body is an item and perhaps `model`, or
+``/v1/embeddings``, whose body has one text as `input`. Output files are made of the results when they are read.
+"""
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from pydantic_core import from_json, to_json
+from starlette.datastructures import UploadFile
+
+from modalkit.batching import Failure
+from modalkit.pipelines import AsyncInputModel
+from modalkit.service.errors import ServiceError
+from modalkit.service.gateway import Gateway, JobAdministration, Model, find_model
+from modalkit.service.jobs import BatchLines, BatchResult, JobStatus
+from modalkit.service.settings import RequestConfig
+from modalkit.service.web.adapters.openai_shapes import (
+    BatchError,
+    BatchErrors,
+    BatchObject,
+    FileObject,
+    NewBatch,
+    RequestCounts,
+)
+from modalkit.service.web.adapters.tasks import EMBEDDING
+from modalkit.service.web.bodies import BodyParser
+from modalkit.service.web.lines import Line, lines_of
+from modalkit.service.web.problems import ProblemError, as_problem
+
+PART_BYTES = 2**20
+WINDOW_S = 86_400
+MAX_SHOWN_ERRORS = 100
+PREDICT, EMBEDDINGS = "/sync/predict", "/v1/embeddings"
+FILE, BATCH, OUTPUT, ERRORS = "file-", "batch_", "file-output-", "file-errors-"
+"""The beginnings of ids. Those of output files end as the id of their batch does."""
+
+
+class _Record(BaseModel):
+    """What is stored of a batch, besides its jobs."""
+
+    new: NewBatch
+    created_at: int
+    total: int = 0
+    errors: list[BatchError] = []
+    refused: list[dict[str, Any]] = []
+    """The lines of the error file for requests that became no job."""
+    cancelled_at: int | None = None
+
+
+class _Request(BaseModel):
+    """A line of an input file."""
+
+    custom_id: str
+    method: Literal["POST"] = "POST"
+    url: str
+    body: dict[str, Any]
+
+
+class KeptBatches:
+    """The files and batches that one caller sees, and those it makes."""
+
+    def __init__(
+        self,
+        administration: JobAdministration,
+        gateway: Gateway,
+        limits: RequestConfig,
+        owner: str,
+        visible_owner: str | None,
+    ) -> None:
+        self.documents, self.visible_owner = administration.documents, visible_owner
+        self._batches, self._gateway, self._limits, self._owner = administration.batches, gateway, limits, owner
+
+    # Files.
+
+    async def add_file(self, file: UploadFile) -> FileObject:
+        """Store an uploaded file; its description last, so that a file that is there is whole."""
+        file_id, number, size = f"{FILE}{uuid.uuid4().hex}", 0, 0
+        while part := await file.read(PART_BYTES):
+            number, size = number + 1, size + len(part)
+            await self._put(file_id, part, number)
+        added = FileObject(
+            id=file_id, bytes=size, created_at=int(time.time()), filename=file.filename or "requests.jsonl"
+        )
+        await self._put(file_id, to_json(added))
+        return added
+
+    async def files(self) -> list[FileObject]:
+        """All files that were uploaded."""
+        return [await self.file(each) for each in await self.documents.document_ids(FILE, self.visible_owner)]
+
+    async def file(self, file_id: str) -> FileObject:
+        """A file, uploaded or made of results. Raises `ProblemError`."""
+        for beginning in (OUTPUT, ERRORS):
+            if file_id.startswith(beginning):
+                batch = await self.batch(BATCH + file_id.removeprefix(beginning))
+                if file_id in (batch.output_file_id, batch.error_file_id):
+                    size = sum([len(part) async for part in self.content(file_id)])
+                    name = f"{file_id}.jsonl"
+                    created_at = batch.completed_at or batch.created_at
+                    return FileObject(
+                        id=file_id, bytes=size, created_at=created_at, filename=name, purpose="batch_output"
+                    )
+        return FileObject.model_validate_json(await self._read(FILE, file_id))
+
+    async def remove_file(self, file_id: str) -> None:
+        """Remove an uploaded file; those of results go with their jobs."""
+        await self._read(FILE, file_id)
+        await self.documents.remove_document(file_id)
+
+    async def content(self, file_id: str) -> AsyncIterator[bytes]:
+        """The content of a file that is there."""
+        for beginning in (OUTPUT, ERRORS):
+            if file_id.startswith(beginning):
+                async for part in self._results(file_id.removeprefix(beginning), failed=beginning == ERRORS):
+                    yield part
+                return
+        number = 1
+        while content := await self.documents.document_part(file_id, number, self.visible_owner):
+            yield content
+            number += 1
+
+    async def _results(self, ending: str, *, failed: bool) -> AsyncIterator[bytes]:
+        batch_id = BATCH + ending
+        record = await self._record(batch_id)
+        if failed:
+            yield b"".join(to_json(line) + b"\n" for line in record.refused)
+        async for results in self._batches.results_by_line(batch_id, self.visible_owner, wait=False):
+            chosen = [each for each in results if (each.status is not JobStatus.SUCCEEDED) == failed]
+            yield b"".join(to_json(_answer(each, record.new.endpoint)) + b"\n" for each in chosen)
+
+    # Batches.
+
+    async def create(self, new: NewBatch) -> BatchObject:
+        """Submit the requests of a file. Where a line is no request, none is, and the batch has failed."""
+        await self.file(new.input_file_id)
+        if new.endpoint == EMBEDDINGS and not EMBEDDING.models_of(self._gateway.models):
+            raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "endpoint: there is no model for embeddings")
+        batch_id = f"{BATCH}{uuid.uuid4().hex}"
+        record = _Record(new=new, created_at=int(time.time()))
+        seen = set[str]()
+        async for lines in self._lines(new.input_file_id):
+            for line in lines:
+                record.total += 1
+                try:
+                    custom_id, problem = _request(line, new.endpoint, self._limits).custom_id, ""
+                except ProblemError as error:
+                    custom_id, problem = "", error.detail
+                if custom_id in seen:
+                    problem = f"custom_id {custom_id!r:.100} comes twice"
+                if problem:
+                    record.errors.append(BatchError(code="invalid_line", line=line.number, message=problem))
+                else:
+                    seen.add(custom_id)
+        if not record.total:
+            record.errors.append(BatchError(code="empty_file", line=1, message="the file has no requests"))
+        del record.errors[MAX_SHOWN_ERRORS:]
+        if not record.errors:
+            async for lines in self._lines(new.input_file_id):
+                record.refused += await self._submit(batch_id, lines, new.endpoint)
+        await self._put(batch_id, to_json(record))
+        return await self.batch(batch_id)
+
+    async def batch(self, batch_id: str) -> BatchObject:
+        """A batch as it is now. Raises `ProblemError`."""
+        record = await self._record(batch_id)
+        found = BatchObject(
+            id=batch_id,
+            created_at=record.created_at,
+            expires_at=record.created_at + WINDOW_S,
+            **record.new.model_dump(),
+        )
+        if record.errors:
+            failed_at = record.created_at
+            return found.model_copy(
+                update={"status": "failed", "errors": BatchErrors(data=record.errors), "failed_at": failed_at}
+            )
+        batch = await self._batches.get(batch_id, self.visible_owner)
+        counts: Mapping[JobStatus, int] = {} if batch is None else batch.statuses
+        completed, expired = counts.get(JobStatus.SUCCEEDED, 0), counts.get(JobStatus.EXPIRED, 0)
+        failed = counts.get(JobStatus.FAILED, 0) + expired + len(record.refused)
+        changes: dict[str, Any] = {
+            "in_progress_at": record.created_at,
+            "cancelling_at": record.cancelled_at,
+            "request_counts": RequestCounts(total=record.total, completed=completed, failed=failed),
+        }
+        if batch is not None and batch.active:
+            changes["status"] = "in_progress" if record.cancelled_at is None else "cancelling"
+            return found.model_copy(update=changes)
+        ended_at = record.created_at if batch is None or batch.finished_at is None else int(batch.finished_at)
+        ending = batch_id.removeprefix(BATCH)
+        changes["output_file_id"] = f"{OUTPUT}{ending}" if completed else None
+        changes["error_file_id"] = f"{ERRORS}{ending}" if failed or counts.get(JobStatus.CANCELLED) else None
+        if counts.get(JobStatus.CANCELLED):
+            changes |= {"status": "cancelled", "cancelled_at": ended_at}
+        else:
+            changes |= {"status": "expired" if expired else "completed", "completed_at": ended_at}
+        return found.model_copy(update=changes)
+
+    async def cancel(self, batch_id: str) -> BatchObject:
+        """Cancel what has not ended. Raises `ProblemError`."""
+        record = await self._record(batch_id)
+        if (await self.batch(batch_id)).status == "in_progress":
+            await self._put(batch_id, to_json(record.model_copy(update={"cancelled_at": int(time.time())})))
+            await self._batches.cancel(batch_id, self.visible_owner)
+        return await self.batch(batch_id)
+
+    async def _submit(self, batch_id: str, lines: Sequence[Line], endpoint: str) -> list[dict[str, Any]]:
+        """Submit requests as jobs; returns what the error file says of those that are refused."""
+        jobs = dict[str, list[tuple[int, AsyncInputModel]]]()
+        errors = dict[str, Exception]()
+        names = dict[int, str]()
+        for line in lines:
+            asked = _request(line, endpoint, self._limits)
+            names[line.number] = asked.custom_id
+            try:
+                model, message = self._item_of(asked)
+            except (ProblemError, ServiceError) as error:
+                errors[asked.custom_id] = error
+                continue
+            job = AsyncInputModel(message=message, meta={"custom_id": asked.custom_id}, expires_in=WINDOW_S)
+            jobs.setdefault(model.name, []).append((line.number, job))
+        for model_name, chosen in jobs.items():
+            numbers = [number for number, _ in chosen]
+            requests = [job for _, job in chosen]
+            batch = BatchLines(batch_id, numbers)
+            outcomes = await self._gateway.jobs.submit(requests, model_name=model_name, owner=self._owner, batch=batch)
+            for number, outcome in zip(numbers, outcomes, strict=True):
+                if isinstance(outcome, Failure):
+                    errors[names[number]] = outcome.error
+        return [_refused(custom_id, as_problem(error)) for custom_id, error in errors.items()]
+
+    def _item_of(self, asked: _Request) -> tuple[Model, BaseModel]:
+        """The model of a request, and its item. Raises `ProblemError` and `UnknownModelError`."""
+        item = dict(asked.body)
+        name = item.pop("model", None)
+        models = EMBEDDING.models_of(self._gateway.models) if asked.url == EMBEDDINGS else self._gateway.models
+        if asked.url == EMBEDDINGS:
+            if not isinstance(item.get("input"), str):
+                raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "input: must be one text; give each its own line")
+            item = {"text": item["input"]}
+        model = find_model(models, name)
+        return model, BodyParser(model.input_model).item(to_json(item))
+
+    async def _lines(self, file_id: str) -> AsyncIterator[list[Line]]:
+        async for lines in lines_of(self.content(file_id), self._limits.max_line_bytes):
+            yield lines
+
+    async def _record(self, batch_id: str) -> _Record:
+        return _Record.model_validate_json(await self._read(BATCH, batch_id))
+
+    async def _read(self, beginning: str, document_id: str) -> bytes:
+        if document_id.startswith(beginning):
+            content = await self.documents.document_part(document_id, 0, self.visible_owner)
+            if content is not None:
+                return content
+        raise ProblemError(HTTPStatus.NOT_FOUND, f"there is no {document_id!r:.100}: it is wrong, or was removed")
+
+    async def _put(self, document_id: str, content: bytes, part: int = 0) -> None:
+        await self.documents.put_document(document_id, part, self._owner, content, time.time())
+
+
+def _request(line: Line, endpoint: str, limits: RequestConfig) -> _Request:
+    """What a line asks for. Raises `ProblemError`."""
+    if line.content is None:
+        detail = f"the line is larger than {limits.max_line_bytes} bytes (request_config.max_line_bytes)"
+        raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
+    try:
+        asked = _Request.model_validate(from_json(line.content))
+    except ValueError:
+        detail = f"must be a JSON object with custom_id, method (POST), url ({endpoint}) and body (an object)"
+        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from None
+    if asked.url != endpoint:
+        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"url: must be that of the batch, {endpoint}")
+    return asked
+
+
+def _refused(custom_id: str, problem: ProblemError) -> dict[str, Any]:
+    body = {"error": {"message": problem.detail, "code": str(int(problem.status))}}
+    response = {"status_code": int(problem.status), "request_id": "", "body": body}
+    return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": None}
+
+
+def _answer(result: BatchResult, endpoint: str) -> dict[str, Any]:
+    """A line of an output file, or of an error file."""
+    line = {"id": f"batch_req_{result.job_id}", "custom_id": from_json(result.meta_json)["custom_id"]}
+    if result.status is not JobStatus.SUCCEEDED or result.result_json is None:
+        error = {"code": result.status.value, "message": result.error or f"the request was {result.status}"}
+        return line | {"response": None, "error": error}
+    body = from_json(result.result_json)
+    if endpoint == EMBEDDINGS:
+        data = [{"object": "embedding", "index": 0, "embedding": body[EMBEDDING.gives]}]
+        body = {"object": "list", "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
+    return line | {"response": {"status_code": 200, "request_id": result.job_id, "body": body}, "error": None}

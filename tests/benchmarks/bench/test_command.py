@@ -1,0 +1,173 @@
+"""``modalkit bench`` on real services, from the load to the page."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from typer.main import get_command
+
+from modalkit.benchmarks.bench.cli import app
+from modalkit.benchmarks.bench.results import Results
+from modalkit.benchmarks.load import BenchError
+from tests.benchmarks.bench.conftest import MEASURE_ITSELF, Bench, cell_of
+from tests.support.guides import guide
+
+ResultsOf = Callable[[], Any]
+
+
+def test_a_service_is_measured_and_shown(bench: Bench, service: str, results: ResultsOf, folder: Path) -> None:
+    older = Results(target="", settings={}, cells=[cell_of("2 clients", {}, items_per_s=1e9)])
+    (folder / "old.json").write_text(json.dumps(older.document()))
+    done = bench(
+        *(MEASURE_ITSELF, service, "--key", "secret", "--repeats", "2", "--price-per-hour", "0.5"),
+        *("--length-mix", "4:3,9:1"),
+        *("--compare", "old.json"),
+    )
+    assert "2 clients" in done.output
+    assert "sync, 2 clients: items_per_s is worse" in done.output
+    assert done.exit_code == 1
+    document = results()
+    (cell,) = document["cells"]
+    assert cell["answered"] > 0
+    assert cell["errors"] == {}
+    figures = cell["figures"]
+    assert figures["items_per_s"]["low"] < figures["items_per_s"]["mean"] < figures["items_per_s"]["high"]
+    assert figures["p50_ms"]["mean"] <= figures["p99_ms"]["mean"]
+    assert cell["server"]["queue_s"] >= 0
+    assert sum(cell["server"]["batch_sizes"].values()) > 0
+    assert cell["cost_per_million"] == pytest.approx(0.5 / 3600 / figures["items_per_s"]["mean"] * 1e6)
+    assert document["own_capacity"]["requests_per_s"] > 0
+    assert document["machine"]["cores"]
+    assert "secret" not in json.dumps(document)
+    page = (folder / "bench" / "results.html").read_text()
+    assert page.count("<svg") >= 5
+    assert not re.search(r'(src|href)="|url\(|@import', page), "the page needs another file"
+    table = (folder / "bench" / "results.md").read_text()
+    assert "| load | items/s | p50 ms |" in table
+    assert "| worse |" in table
+
+
+def test_a_stream_is_counted_by_its_items(bench: Bench, service: str, results: ResultsOf) -> None:
+    bench(service, "--key", "secret", "--mode", "ndjson", "--list-length", "5", "--length-mix", "3")
+    (cell,) = results()["cells"]
+    assert cell["mode"] == "ndjson of 5"
+    assert cell["answered"] > 0
+    assert cell["answered"] % 5 == 0
+
+
+def test_settings_are_changed_while_a_service_runs_and_changed_back(
+    bench: Bench, service: str, results: ResultsOf
+) -> None:
+    def limit() -> int:
+        answer = httpx.get(f"{service}/admin/models/lengths", headers={"Authorization": "Bearer secret"})
+        found: int = answer.json()["batch_config"]["max_batch_size"]
+        return found
+
+    before = limit()
+    done = bench(service, "--key", "secret", "--sweep", "max_batch_size=1,4", "--mode", "batch", "--length-mix", "3")
+    cells = results()["cells"]
+    assert [cell["variant"] for cell in cells] == [{"max_batch_size": "1"}, {"max_batch_size": "4"}]
+    assert cells[0]["server"]["mean_batch_size"] == 1
+    assert "most items/s with max_batch_size" in done.output
+    assert limit() == before
+
+
+def test_a_request_that_is_refused_shows_the_answer(bench: Bench, service: str) -> None:
+    done = bench(f"{service}/sync/predict", "--key", "secret", "--body", '{"txt": "$text"}')
+    assert isinstance(done.exception, BenchError)
+    assert "HTTP 422" in str(done.exception)
+    assert "txt" in str(done.exception)
+
+
+def test_settings_that_cannot_be_changed_say_why(bench: Bench, service: str) -> None:
+    done = bench(service, "--key", "secret", "--sweep", "engine=onnx")
+    assert isinstance(done.exception, BenchError)
+    assert "engine" in str(done.exception)
+
+
+def test_an_open_loop_with_a_label_gives_rate_and_accuracy(
+    bench: Bench, service: str, results: ResultsOf, folder: Path
+) -> None:
+    (folder / "labelled.csv").write_text("text,size\nfour,4\nthree,6\n")
+    bench(service, "--key", "secret", "--rate", "40", "-i", "labelled.csv", "--label", "size", "--answer", "length")
+    (cell,) = results()["cells"]
+    assert (cell["open"], cell["rate_per_s"]) == (True, 40)
+    assert 0 < cell["accuracy"] < 1
+
+
+def test_a_worker_is_measured_without_http(bench: Bench, results: ResultsOf) -> None:
+    bench("worker", "--length-mix", "3,5")
+    (cell,) = results()["cells"]
+    assert cell["answered"] > 0
+    assert cell["server"]["mean_batch_size"] >= 1
+    assert cell["limited"] == []
+
+
+@pytest.mark.parametrize("queue", ["webhook", "redis"])
+def test_jobs_are_followed_to_their_delivery(bench: Bench, results: ResultsOf, queue: str) -> None:
+    bench("serve", "--mode", "async", "--queue", queue, "--list-length", "10", "--length-mix", "3")
+    document = results()
+    assert document["cold_start_s"]["as configured"] > 0
+    (cell,) = document["cells"]
+    delivery = cell["delivery"]
+    assert delivery["accepted"] == delivery["delivered"] > 0
+    assert (delivery["lost"], delivery["duplicates"]) == (0, 0)
+    assert cell["figures"]["delivered_per_s"]["mean"] > 0
+    assert cell["figures"]["delivery_p99_ms"]["mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["somewhere"], "is no target"),
+        (["--as", "torchserve"], "--as 'torchserve'"),
+        (["--mode", "telepathy"], "--mode 'telepathy'"),
+        (["http://127.0.0.1:1", "--body", "{text}"], "--body is not JSON"),
+        (["http://127.0.0.1:1", "--header", "x"], "--header 'x': give NAME: VALUE"),
+        (["http://127.0.0.1:1"], "the first request failed: ConnectError"),
+        (["http://127.0.0.1:1", "--clients", "many"], "--clients 'many'"),
+        (["http://127.0.0.1:1", "--sweep", "size"], "--sweep 'size'"),
+        (["http://127.0.0.1:1", "--arrivals", "burst"], "--arrivals: [Errno 2]"),
+        (["worker", "--length-mix", "0:1"], "--length-mix '0:1'"),
+        (["worker", "--label", "y"], "--label compares answers over HTTP"),
+        (["worker", "--mode", "batch"], "a worker is called with one item"),
+        (["--mode", "async", "--queue", "sqs"], "--queue 'sqs'"),
+        (["modal:app"], "give modal:APP/CLASS"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_with_the_remedy(bench: Bench, arguments: list[str], message: str) -> None:
+    done = bench(*arguments)
+    assert isinstance(done.exception, BenchError), done.exception
+    assert message in str(done.exception)
+
+
+def test_the_command_is_found_by_its_entry_point(folder: Path) -> None:
+    (plugin,) = entry_points(group="modalkit.commands", name="bench")
+    assert plugin.load() is app
+    program = "from modalkit.service.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, "bench", "somewhere"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("modalkit: error: 'somewhere' is no target")
+
+
+def test_serving_imports_no_benchmark() -> None:
+    program = "import sys, modalkit.service.cli.main; print([n for n in sys.modules if 'modalkit.bench' in n])"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_the_guide_names_no_option_that_is_not_there() -> None:
+    there = {name for parameter in get_command(app).params for name in (*parameter.opts, *parameter.secondary_opts)}
+    of_others = {"--write", "--gpus"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", guide("benchmarking.md")))
+    assert named - of_others <= there
+    assert len(named) > 20

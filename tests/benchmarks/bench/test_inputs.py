@@ -1,0 +1,76 @@
+"""The items that are sent."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from modalkit.benchmarks.bench.inputs import (
+    corpus_inputs,
+    described_model,
+    file_inputs,
+    mixed_inputs,
+    sample_inputs,
+    schema_inputs,
+    sized_items,
+    takes_text_alone,
+)
+from modalkit.service.cli.records import InputError
+from tests.support.length_model import LengthPipeline
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_each_format_gives_items_and_labels(tmp_path: Path) -> None:
+    lines = written(tmp_path / "a.txt", "one\ntwo\n")
+    assert file_inputs(lines, None, None, None).items == [{"text": "one"}, {"text": "two"}]
+    rows = written(tmp_path / "a.csv", "review,stars,y\ngood,5,pos\n")
+    found = file_inputs(rows, None, None, "y")
+    assert (found.items, found.labels) == ([{"review": "good", "stars": "5"}], ["pos"])
+    assert file_inputs(rows, None, "review", "y").items == [{"text": "good"}]
+    objects = written(tmp_path / "a.jsonl", '{"number": 4, "y": 2}\n"just text"\n')
+    assert file_inputs(objects, None, None, None).items == [{"number": 4, "y": 2}, {"text": "just text"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "column", "label", "message"),
+    [
+        ("a.csv", "t\nx\n", "text", None, "item 1 has no 'text'; it has t"),
+        ("a.csv", "t\nx\n", None, "y", "item 1 has no label 'y'; it has t"),
+        ("a.jsonl", "{\n", None, None, "line 1: not JSON"),
+        ("a.txt", "", None, None, "holds no items"),
+        ("a.xls", "x", None, None, "cannot tell the format"),
+    ],
+)
+def test_what_is_no_input_is_refused(
+    tmp_path: Path, name: str, text: str, column: str | None, label: str | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        file_inputs(written(tmp_path / name, text), None, column, label)
+
+
+def test_a_mix_has_its_sizes_in_their_shares() -> None:
+    counts = Counter(len(item["text"].split()) for item in mixed_inputs("3:90,200:10").items)
+    assert set(counts) == {3, 200}
+    assert 0.85 < counts[3] / counts.total() < 0.95
+
+
+def test_a_models_own_items_are_sent() -> None:
+    pipeline = LengthPipeline()
+    made = sized_items(pipeline)(2, 7)
+    assert len(made) == 2
+    assert sample_inputs(pipeline).source == "sample_items of the model"
+
+
+def test_a_published_schema_gives_items_for_any_model() -> None:
+    schema = {"type": "object", "properties": {"number": {"type": "integer", "minimum": 3}}, "required": ["number"]}
+    assert not takes_text_alone(schema)
+    assert schema_inputs(described_model(schema)).items[0] == {"number": 3}
+    assert takes_text_alone({"properties": {"text": {}, "scores": {}}, "required": ["text"]})
+
+
+def test_the_corpus_is_texts() -> None:
+    assert len(corpus_inputs().items) == 4000

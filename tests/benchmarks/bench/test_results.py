@@ -1,0 +1,186 @@
+"""Figures, verdicts and plots."""
+
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from modalkit.benchmarks.bench.charts import charts_of
+from modalkit.benchmarks.bench.compare import compared, verdict_of
+from modalkit.benchmarks.bench.page import page
+from modalkit.benchmarks.bench.plots import write_plots
+from modalkit.benchmarks.bench.report import findings, load_rows, number
+from modalkit.benchmarks.bench.results import Cell, Figure, Results, read_document, timeline_of
+from modalkit.benchmarks.bench.server_side import gpu_use, server_side
+from modalkit.benchmarks.load import BenchError, Measured
+from tests.benchmarks.bench.conftest import cell_of
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    results = Results(target="a <server>", settings={"repeats": 1})
+    results.cells = [
+        cell_of("8 clients", {"max_batch_size": "8"}, 100.0),
+        cell_of("8 clients", {"max_batch_size": "32"}, 200.0, errors={"HTTP 503": 3}, limited=["it was busy"]),
+    ]
+    results.searches = [{"search": "capacity", "variant": {}, "items_per_s": 200.0, "load": "8 clients"}]
+    results.cross_check = {
+        "tool": "wrk", "load": "8 clients", "items_per_s": 90.0, "own_items_per_s": 100.0, "ratio": 0.9,
+        "agrees": False, "p50_ms": 1, "p99_ms": 2,
+    }  # fmt: skip
+    return results.document()
+
+
+def test_an_interval_is_that_of_students_t() -> None:
+    values = [10.0, 12.0, 11.0, 14.0]
+    expected = stats.t.interval(0.95, 3, loc=np.mean(values), scale=stats.sem(values))
+    found = Figure.of(values)
+    assert (found.low, found.high) == pytest.approx(expected, rel=0.005)
+    assert Figure.of([3.0]) == Figure(3.0)
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "verdict"),
+    [
+        ({"mean": 95}, {"mean": 100}, "same"),
+        ({"mean": 80}, {"mean": 100}, "worse"),
+        ({"mean": 120}, {"mean": 100}, "better"),
+        ({"mean": 80, "low": 70, "high": 90}, {"mean": 100, "low": 85, "high": 115}, "same"),
+        ({"mean": 80, "low": 78, "high": 82}, {"mean": 100, "low": 98, "high": 102}, "worse"),
+    ],
+)
+def test_a_verdict_needs_a_difference_beyond_tolerance_and_chance(now: Any, before: Any, verdict: str) -> None:
+    assert verdict_of(now, before, 0.1, higher=True) == verdict
+
+
+def test_a_longer_latency_is_worse(document: dict[str, Any]) -> None:
+    older = read(document)
+    older["cells"][0]["figures"]["p99_ms"]["mean"] = 1.0
+    verdicts = {(found.what, found.figure): found.verdict for found in compared(document, older)}
+    assert verdicts["max_batch_size 8, sync, 8 clients", "p99_ms"] == "worse"
+    assert verdicts["max_batch_size 8, sync, 8 clients", "items_per_s"] == "same"
+    assert verdicts["capacity", "items_per_s"] == "same"
+
+
+def read(document: dict[str, Any]) -> dict[str, Any]:
+    import json
+
+    copy: dict[str, Any] = json.loads(json.dumps(document))
+    return copy
+
+
+def test_the_findings_say_what_wins_and_what_to_doubt(document: dict[str, Any]) -> None:
+    said = "\n".join(findings(document))
+    assert "Capacity: 200 items/s, with 8 clients." in said
+    assert "sync, 8 clients: most items/s with max_batch_size 32 (200); lowest p99 with" in said
+    assert "wrk (8 clients): 90.0 items/s, here 100: the two do not agree within 5 % (-10.0%)" in said
+    assert "3 x HTTP 503" in said
+    assert "the load generator was the limit" in said
+    assert load_rows(document)[0] == ["settings", "load", "items/s", "p50 ms", "p99 ms", "failed", "queue ms"]
+
+
+def test_the_page_and_the_plots_show_all_charts(document: dict[str, Any], tmp_path: Path) -> None:
+    names = [chart.name for chart in charts_of(document)]
+    assert names == ["throughput", "latency", "parts", "batch-sizes", "timeline-throughput", "timeline-p99"]
+    shown = page(document)
+    assert shown.count("<svg") == len(names)
+    assert "nan" not in shown.lower().replace("nance", "")
+    assert "a &lt;server&gt;" in shown
+    assert "<server>" not in shown
+    assert [path.name for path in write_plots(document, tmp_path)] == [f"{name}.png" for name in names]
+    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_without_any_answer_are_shown_too() -> None:
+    results = Results(target="http://x", settings={})
+    results.cells = [
+        Cell(
+            variant={}, load="1 client", mode="sync", open=False, clients=1, rate_per_s=None,
+            figures={"items_per_s": Figure(0.0)}, answered=0, errors={"HTTP 500": 5}, accuracy=None, limited=[],
+            client={},
+        )
+    ]  # fmt: skip
+    assert "HTTP 500" in page(results.document())
+
+
+def test_another_file_is_no_older_result(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(BenchError, match="holds no results of modalkit bench"):
+        read_document(tmp_path / "x.json")
+
+
+def test_the_server_is_told_by_how_its_metrics_grew() -> None:
+    before = {("modalkit_queue_wait_seconds_sum", ""): 1.0, ("modalkit_queue_wait_seconds_count", ""): 10.0}
+    after = {
+        ("modalkit_queue_wait_seconds_sum", ""): 1.6,
+        ("modalkit_queue_wait_seconds_count", ""): 16.0,
+        ("modalkit_batch_size_sum", ""): 6.0,
+        ("modalkit_batch_size_count", ""): 3.0,
+        ("modalkit_batch_size_bucket", "1.0"): 1.0,
+        ("modalkit_batch_size_bucket", "4.0"): 3.0,
+        ("modalkit_batch_size_bucket", "+Inf"): 3.0,
+        ("modalkit_stage_seconds_sum", "predict"): 0.3,
+        ("modalkit_stage_seconds_count", "predict"): 3.0,
+        ("modalkit_busy_seconds_total", ""): 1.0,
+        ("modalkit_open_seconds_total", ""): 4.0,
+        ("modalkit_real_tokens_total", ""): 8.0,
+        ("modalkit_padded_tokens_total", ""): 10.0,
+    }
+    found = server_side(before, after, mean_s=0.25)
+    assert found is not None
+    assert found.queue_s == pytest.approx(0.1)
+    assert found.stages_s == {"predict": pytest.approx(0.1)}
+    assert found.rest_s == pytest.approx(0.05)
+    assert (found.mean_batch_size, found.batch_sizes) == (2, {"1": 1, "4": 2})
+    assert found.padding_share == pytest.approx(0.2)
+    assert found.utilisation == 0.25
+    assert server_side({}, {}, 0.1) is None
+    assert server_side(None, after, 0.1) is None
+
+
+def test_a_timeline_has_what_ended_in_each_part() -> None:
+    run = Measured(
+        items_per_s=10, requests_per_s=10, answered=20, errors={}, elapsed_s=1.0, cpu_share=0, late_p99_s=0,
+        processes=1, latencies_s=np.full(20, 0.1), ended_s=np.linspace(0, 0.99, 20),
+    )  # fmt: skip
+    assert [(row[0], row[1]) for row in timeline_of(run, 1)] == [(0.5, 20.0), (1.0, 20.0)]
+
+
+@pytest.mark.parametrize(("value", "text"), [(1234.5, "1,234"), (56.78, "56.8"), (1.234, "1.23"), (None, "-")])
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_the_gpus_are_sampled_where_there_is_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = threading.Event()
+
+    def utilization(handle: int) -> SimpleNamespace:
+        sampled.set()
+        return SimpleNamespace(gpu=50)
+
+    stand_in = SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda handle: "H200",
+        nvmlDeviceGetUtilizationRates=utilization,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=2**30),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", stand_in)
+    with gpu_use() as use:
+        assert sampled.wait(60)
+    assert use.summary() == [{"name": "H200", "utilisation": 0.5, "memory_bytes": 2**30}]
+
+
+def test_a_machine_without_nvml_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with gpu_use() as use:
+        pass
+    assert use.summary() == []

@@ -1,0 +1,39 @@
+"""The searches, on a server that is a formula."""
+
+import pytest
+
+from modalkit.benchmarks.bench.results import Cell, Figure
+from modalkit.benchmarks.bench.search import find_capacity, find_rate
+from modalkit.benchmarks.load import Load
+
+CAPACITY = 400.0
+
+
+def measure(load: Load) -> Cell:
+    """A queue with one server: its latency grows without bounds near its capacity."""
+    rate = load.rate_per_s if load.rate_per_s is not None else min(CAPACITY, 20.0 * load.clients)
+    p99_ms = 1000 / max(1e-3, CAPACITY - rate)
+    figures = {"items_per_s": Figure(min(rate, CAPACITY)), "p99_ms": Figure(p99_ms)}
+    return Cell(
+        variant={}, load=str(load), mode="sync", open=load.is_open, clients=load.clients, rate_per_s=load.rate_per_s,
+        figures=figures, answered=1000, errors={}, accuracy=None, limited=[], client={},
+    )  # fmt: skip
+
+
+def test_the_capacity_is_where_more_clients_bring_no_more() -> None:
+    cells, found = find_capacity(measure, Load())
+    assert [cell.clients for cell in cells] == [8, 16, 32, 64]
+    assert (found["items_per_s"], found["load"]) == (CAPACITY, "32 clients")
+
+
+def test_the_highest_rate_that_keeps_a_limit_is_found() -> None:
+    cells, found = find_rate(measure, Load(), 10.0, CAPACITY)
+    assert len(cells) == 6
+    assert found["items_per_s"] == pytest.approx(300, rel=0.03), "at 300 per second the p99 is 10 ms"
+    assert found["items_per_s"] <= 300
+    assert found["p99_ms"] <= 10
+
+
+def test_a_limit_that_no_rate_keeps_is_told() -> None:
+    _, found = find_rate(measure, Load(), 0.1, CAPACITY)
+    assert found["items_per_s"] is None

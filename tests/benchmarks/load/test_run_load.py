@@ -1,0 +1,149 @@
+"""Loads on a real server, from real processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from modalkit.benchmarks.load import BenchError, Endpoint, Load, Measured, run_load
+from modalkit.benchmarks.load.figures import measured_of
+from modalkit.benchmarks.load.processes import is_steady
+from modalkit.benchmarks.load.worker_process import PartResult
+from tests.support.guides import blocks, guide
+
+ITEMS = [{"text": "a"}, {"text": "b"}, {"text": "c"}]
+
+
+def load_on(url: str, **options: object) -> Measured:
+    chosen = {"clients": 3, "requests": 12, "processes": 1, "timeout_s": 10, **options}
+    return run_load(Endpoint(url), ITEMS, Load(**chosen))  # type: ignore[arg-type]  # of a test
+
+
+def test_every_request_is_answered_and_counted(server: str) -> None:
+    found = load_on(server + "/close")
+    assert (found.answered, found.errors) == (12, {})
+    assert len(found.latencies_s) == len(found.ended_s) == 12
+    assert 0 < found.p50_s <= found.p99_s <= found.max_s
+
+
+def test_what_fails_is_counted_by_its_reason(server: str) -> None:
+    found = load_on(server + "/503")
+    assert (found.answered, found.errors) == (0, {"HTTP 503": 12})
+    assert np.isnan(found.p99_s)
+
+
+def test_an_open_loop_counts_from_when_a_request_was_due(server: str) -> None:
+    found = load_on(server + "/echo", requests=30, rate_per_s=300, arrivals="bursty")
+    assert found.answered == 30
+    assert (found.latencies_s >= 0).all()
+
+
+def test_the_processes_share_the_requests_and_the_clients(server: str) -> None:
+    found = load_on(server + "/echo", processes=2, requests=7)
+    assert (found.answered, found.processes) == (7, 2)
+
+
+def test_a_load_of_some_seconds_leaves_out_the_warm_up(server: str) -> None:
+    found = load_on(server + "/echo", requests=None, seconds=0.3, warm_up_s=0.1)
+    assert found.answered > 0
+    assert found.ended_s.min() >= 0
+    assert 0.3 <= found.elapsed_s < 5
+
+
+def test_labels_show_a_server_that_answers_wrong(server: str) -> None:
+    load = Load(clients=2, requests=6, processes=1)
+    found = run_load(Endpoint(f"{server}/echo", answer="text"), ITEMS, load, labels=["A", "b", "other"])
+    assert found.accuracy == pytest.approx(2 / 3)
+
+
+def test_items_that_fail_in_a_list_are_no_answers(server: str) -> None:
+    endpoint = Endpoint(f"{server}/echo", {"$each": "$item"}, list_length=3, error_mark=b'"b"')
+    found = run_load(endpoint, ITEMS, Load(clients=1, requests=2, processes=1))
+    assert found.answered == 4
+
+
+def test_an_address_without_a_server_is_no_measurement() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(BenchError, match="ConnectionRefusedError"):
+        load_on(f"http://127.0.0.1:{port}/")
+
+
+def test_a_load_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(BenchError, match="seconds must be above 0"):
+        Load(seconds=0)
+
+
+def test_a_script_without_a_main_guard_can_use_it(server: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from modalkit.benchmarks.load import *\n"
+        f"print(run_load(Endpoint({server + '/echo'!r}), [{{}}], Load(requests=3, processes=1)).answered)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout == "3\n"
+
+
+def test_the_processes_end_with_the_one_that_started_them(server: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\nfrom modalkit.benchmarks.load import *\n"
+        "def tell(*_):\n    print(os.getpid(), flush=True)\n"
+        f"run_load(Endpoint({server + '/echo'!r}), [{{}}], Load(clients=1, seconds=600), on_progress=tell)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.exists():
+            process.kill()
+            pytest.skip("this system does not list the children of a process")
+        (child,) = map(int, children.read_text().split())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with open(os.pidfd_open(child)) as ended:  # noqa: PTH123  # a number, no path
+        import select
+
+        assert select.select([ended], [], [], 60)[0], "the process still runs"
+
+
+def result(
+    due_s: list[float], ended_s: list[float], answered: list[int], reasons: list[str] | None = None
+) -> PartResult:
+    times_s = np.array([due_s, due_s, ended_s])
+    return PartResult(times_s, np.array(answered), reasons or [], 0.1)
+
+
+def test_figures_are_of_the_measured_time() -> None:
+    part = result([0.0, 1.0, 1.5, 2.9], [0.9, 1.4, 1.9, 3.4], [1, 1, -1, 1], ["HTTP 500"])
+    found = measured_of([part], Load(), begin_s=1.0, end_s=3.0)
+    assert (found.answered, found.items_per_s, found.errors) == (1, 0.5, {"HTTP 500": 1})
+    assert found.latencies_s.tolist() == pytest.approx([0.4])
+    open_loop = measured_of([part], Load(rate_per_s=1), begin_s=1.0, end_s=3.0)
+    assert open_loop.latencies_s.tolist() == pytest.approx([0.4, 0.5]), "what was due counts, even if it ended later"
+
+
+def test_a_generator_that_is_late_or_busy_was_the_limit() -> None:
+    times_s = np.array([[1.0, 2.0], [1.1, 2.1], [1.2, 2.2]])
+    part = PartResult(times_s, np.array([1, 1]), [], 0.99)
+    found = measured_of([part], Load(rate_per_s=1), begin_s=0, end_s=3)
+    assert [reason.partition(" ")[0] for reason in found.limited] == ["a", "requests"]
+
+
+def test_a_level_throughput_is_steady() -> None:
+    level = [(0.25 * step, 25 * step) for step in range(60)]
+    assert is_steady(level, warm_up_s=2)
+    assert not is_steady(level, warm_up_s=12)
+    assert not is_steady([(0.25 * step, step * step) for step in range(60)], warm_up_s=2)
+
+
+def test_the_program_of_the_guide_runs(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = blocks(guide("benchmarking.md"), "python")
+    quick = program.replace("http://127.0.0.1:8000", server).replace("seconds=5", "requests=9")
+    exec(compile(quick, "benchmarking.md", "exec"), {})  # noqa: S102  # our own guide
+    assert capsys.readouterr().out.endswith("{} ()\n")

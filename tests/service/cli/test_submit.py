@@ -1,0 +1,173 @@
+"""``modalkit submit`` against a real service, which is killed, as is the command."""
+
+import gzip
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.support.command_line import Modalkit, forked, serving
+from tests.support.killed_server import KilledServer
+from tests.support.length_model import POISON
+
+ROWS = 2000
+GATED = """
+app_settings:
+  async_config: {store_path: jobs.db}
+  batch_config: {calibration: {enabled: false}}
+model_settings:
+  model_entries:
+    lengths: {pipeline: "tests.support.fault_pipelines:Gated"}
+"""
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def until(reached: Callable[[], bool], what: str) -> None:
+    """Ask again and again until something in another process has happened."""
+    deadline = time.monotonic() + 90
+    while not reached():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def test_a_killed_service_and_an_interrupted_command_lose_nothing_and_repeat_nothing(
+    folder: Path, environment: dict[str, str], modalkit: Modalkit
+) -> None:
+    """The service dies by `kill -9` while jobs run; the command by Ctrl-C later; then it goes on."""
+    (folder / "modalkit.yaml").write_text(GATED)
+    texts = [f"row {number:04}" for number in range(ROWS)]  # of one size, so that they run in their order
+    texts[700], texts[1990] = "gate aaa", "gate bbb"
+    pq.write_table(pa.table({"id": list(range(ROWS)), "review": texts}), folder / "in.parquet")
+    with KilledServer(folder) as server:
+        command = ["submit", "in.parquet", "--column", "review", "--url", server.url, "--wait", "-o", "out.jsonl"]
+        command.append("--keep-columns")
+
+        def written() -> int:
+            return sum(path.read_bytes().count(b"\n") for path in folder.glob("out.jsonl.*.partial"))
+
+        with forked(command, folder, environment) as submitting:
+            until(lambda: written() > 300, "no results were written")
+            server.kill()
+            (folder / "aaa").touch()
+            server.start()
+            until(lambda: written() > 800, "no results were written after the service came back")
+            submitting.send_signal(signal.SIGINT)
+            _, said = submitting.communicate()
+            assert submitting.wait() != 0
+            assert "--resume goes on with it" in said
+        assert not (folder / "out.jsonl").exists()
+        refused = modalkit(*command)
+        assert refused.returncode == 2
+        assert "go on with --resume, or remove it" in refused.stderr
+        (folder / "bbb").touch()
+        resumed = modalkit(*command, "--resume")
+        assert resumed.returncode == 0, resumed.stderr
+        (stored,) = httpx.get(f"{server.url}/jobs?limit=1").json()["jobs"]
+        batch = httpx.get(f"{server.url}/batches/{stored['batch_id']}").json()
+    assert (batch["jobs"], batch["statuses"]["succeeded"]) == (ROWS, ROWS)
+    written_rows = lines_of(folder / "out.jsonl")
+    assert [(row["id"], row["review"], row["text"]) for row in written_rows] == [
+        (number, text, text) for number, text in enumerate(texts)
+    ]
+    assert list(folder.glob("*.partial")) == []
+
+
+def test_files_of_all_formats_give_the_same_results_with_errors_in_their_places(
+    folder: Path, environment: dict[str, str], modalkit: Modalkit
+) -> None:
+    texts = ["four", POISON, "five!"]
+    rows = [{"text": text, "id": number} for number, text in enumerate(texts)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "in.parquet")
+    (folder / "in.csv").write_text("id,text\n" + "".join(f"{row['id']},{row['text']}\n" for row in rows))
+    (folder / "in.txt").write_text("\n".join(texts))
+    (folder / "in.jsonl.gz").write_bytes(gzip.compress("\n".join(json.dumps(text) for text in texts).encode()))
+    with serving(folder, environment) as (_, client):
+        url = ("--url", str(client.base_url))
+        for name in ("in.parquet", "in.csv", "in.txt", "in.jsonl.gz"):
+            done = modalkit("submit", name, *url, "--wait", "-o", "out.jsonl")
+            assert done.returncode == 1, done.stderr
+            found = lines_of(folder / "out.jsonl")
+            assert [row.get("length") for row in found] == [4, None, 5]
+            assert found[1] == {"status": "error", "error": "ValueError: this batch is poisoned"}
+        compressed = modalkit("submit", "in.csv", *url, "--wait", "-o", "out.csv.gz", "--keep-columns")
+        assert compressed.returncode == 1
+        assert gzip.decompress((folder / "out.csv.gz").read_bytes()).decode().splitlines()[:2] == [
+            "id,text,status,error,meta,length",
+            "0,four,success,,{},4",
+        ]
+        modalkit("submit", "in.parquet", *url, "--wait", "-o", "out.parquet", "--keep-columns")
+        columns = pq.read_table(folder / "out.parquet").to_pydict()
+        assert (columns["id"], columns["length"]) == ([0, 1, 2], [4, None, 5])
+        (folder / "in.jsonl").write_text(
+            '"fine"\nnot json\n{"text": 7}\n{"message": {"text": "own"}, "meta": {"k": 1}}\n'
+        )
+        piped = modalkit("submit", "-", "-f", "jsonl", *url, "--wait", stdin=(folder / "in.jsonl").read_text())
+        statuses = [json.loads(line)["status"] for line in piped.stdout.splitlines()]
+        assert statuses == ["success", "error", "error", "success"]
+        assert "line 2: not JSON" in piped.stderr
+        assert "4 lines done" in piped.stderr
+        job = client.get("/jobs?limit=1").json()["jobs"][0]
+        assert job["meta"] == {"k": 1}
+
+
+def test_a_batch_that_was_sent_is_collected_by_its_id(
+    folder: Path, environment: dict[str, str], modalkit: Modalkit
+) -> None:
+    """Though results are there of lines that the second run has not sent yet."""
+    lengths = [1 + number % 50 for number in range(2500)]
+    (folder / "in.txt").write_text("".join("x" * length + "\n" for length in lengths))
+    with serving(folder, environment) as (_, client):
+        url = ("--url", str(client.base_url))
+        sent = modalkit("submit", "in.txt", *url)
+        assert sent.returncode == 0, sent.stderr
+        until(lambda: client.get(f"/batches/{sent.stdout.strip()}").json()["finished_at"] is not None, "they wait")
+        collected = modalkit("submit", "in.txt", *url, "--batch", sent.stdout.strip(), "--wait")
+        assert [json.loads(line)["length"] for line in collected.stdout.splitlines()] == lengths
+        assert client.get(f"/batches/{sent.stdout.strip()}").json()["jobs"] == len(lengths)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("missing.csv",), 2, "there is no file missing.csv"),
+        (("in.txt", "-o", "out.jsonl"), 2, "with --wait only"),
+        (("in.txt", "--resume", "--wait"), 2, "give --output"),
+        (("in.txt", "--batch", "a/b"), 2, "1 to 100 letters"),
+    ],
+)
+def test_what_cannot_be_done_is_one_message(
+    modalkit: Modalkit, folder: Path, arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    (folder / "in.txt").write_text("a\n")
+    done = modalkit("submit", *arguments)
+    assert done.returncode == code
+    assert said in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_a_key_that_is_missing_is_one_message(folder: Path, environment: dict[str, str], modalkit: Modalkit) -> None:
+    (folder / "in.txt").write_text("a\n")
+    with serving(folder, environment | {"MODALKIT_APP_SETTINGS__AUTH_CONFIG__API_KEY": "k"}) as (_, client):
+        url = ("--url", str(client.base_url))
+        done = modalkit("submit", "in.txt", *url, "--wait", "-o", "out.jsonl")
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "give its API key with --key or in MODALKIT_API_KEY" in done.stderr
+        assert modalkit("submit", "in.txt", *url, "--wait", "--key", "k").returncode == 0
+    assert list(folder.glob("out.jsonl*")) == []
+
+
+def test_a_service_that_is_away_is_one_message(installed_modalkit: Modalkit, folder: Path) -> None:
+    (folder / "in.txt").write_text("a\n")
+    done = installed_modalkit("submit", "in.txt", "--url", "http://127.0.0.1:1")
+    assert done.returncode == 1
+    assert "cannot be reached" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,148 @@
+"""OpenAI's Python client uploads a file, runs it as a batch, and reads the results."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+import httpx
+import openai
+import pytest
+
+from modalkit.service.local_gateway import LocalGateway
+from modalkit.service.settings import RequestConfig, Settings
+from modalkit.service.web import create_app
+from tests.service.web.test_adapters import ENTRIES, make_settings
+from tests.service.web.test_keys import serving_keys
+from tests.support.http_client import assert_problem
+from tests.support.http_server import serving
+from tests.support.length_model import POISON, LengthPipeline
+
+pytestmark = pytest.mark.anyio
+
+
+def request(custom_id: str, url: str = "/sync/predict", **body: Any) -> dict[str, Any]:
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+def client_of(client: httpx.AsyncClient, key: str = "none") -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{client.base_url}/v1", api_key=key, max_retries=0)
+
+
+async def uploaded(client: openai.AsyncOpenAI, *lines: Any) -> str:
+    content = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines).encode()
+    return (await client.files.create(file=("requests.jsonl", content), purpose="batch")).id
+
+
+async def ran(client: openai.AsyncOpenAI, file_id: str, endpoint: Any = "/sync/predict") -> Any:
+    """The batch of a file, once it has ended."""
+    batch = await client.batches.create(
+        input_file_id=file_id, endpoint=endpoint, completion_window="24h", metadata={"of": "a test"}
+    )
+    with anyio.fail_after(60):
+        while batch.status in ("in_progress", "cancelling"):
+            await anyio.sleep(0.01)
+            batch = await client.batches.retrieve(batch.id)
+    return batch
+
+
+async def content_of(client: openai.AsyncOpenAI, file_id: str | None) -> dict[str, Any]:
+    assert file_id is not None
+    lines = (await client.files.content(file_id)).text.splitlines()
+    return {line["custom_id"]: line for line in map(json.loads, filter(None, lines))}
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[LocalGateway]:
+    async with LocalGateway(make_settings(**ENTRIES)) as opened:
+        await opened.wait_until_ready()
+        yield opened
+
+
+@pytest.fixture
+async def client(gateway: LocalGateway) -> AsyncIterator[httpx.AsyncClient]:
+    async with serving(create_app(gateway, owns_gateway=False)) as opened:
+        yield opened
+
+
+async def test_a_file_becomes_a_batch_with_results_and_errors_by_custom_id(client: httpx.AsyncClient) -> None:
+    async with client_of(client) as ask:
+        file_id = await uploaded(
+            ask,
+            request("a", text="four", model="lengths"),
+            request("b", text=POISON, model="lengths"),
+            request("c", text=7),
+            request("d", text="x", model="none"),
+        )
+        batch = await ran(ask, file_id)
+        assert (batch.status, batch.metadata) == ("completed", {"of": "a test"})
+        counts = batch.request_counts
+        assert (counts.total, counts.completed, counts.failed) == (4, 1, 3)
+        assert (await content_of(ask, batch.output_file_id))["a"]["response"]["body"]["length"] == 4
+        errors = await content_of(ask, batch.error_file_id)
+        assert errors["b"]["error"] == {"code": "failed", "message": "ValueError: this batch is poisoned"}
+        assert errors["c"]["response"]["status_code"] == 422
+        assert errors["d"]["response"]["status_code"] == 404
+        assert (await ask.files.retrieve(batch.output_file_id)).purpose == "batch_output"
+        assert [each.id for each in (await ask.batches.list()).data] == [batch.id]
+        assert [each.id for each in (await ask.files.list()).data] == [file_id]
+        await ask.files.delete(file_id)
+        with pytest.raises(openai.NotFoundError):
+            await ask.files.retrieve(file_id)
+
+
+async def test_embeddings_are_answered_in_their_own_shape(client: httpx.AsyncClient) -> None:
+    async with client_of(client) as ask:
+        lines = [
+            request("a", "/v1/embeddings", input="two words", model="all"),
+            request("b", "/v1/embeddings", input=7),
+        ]
+        batch = await ran(ask, await uploaded(ask, *lines), "/v1/embeddings")
+        answer = (await content_of(ask, batch.output_file_id))["a"]["response"]["body"]
+        assert answer["data"] == [{"object": "embedding", "index": 0, "embedding": [9, 2]}]
+        assert list(await content_of(ask, batch.error_file_id)) == ["b"]
+
+
+async def test_a_file_with_a_wrong_line_runs_nothing(client: httpx.AsyncClient) -> None:
+    async with client_of(client) as ask:
+        lines = [request("a", text="x"), "no json", request("a", text="y"), request("b", "/v1/embeddings", input="z")]
+        batch = await ran(ask, await uploaded(ask, *lines))
+        assert batch.status == "failed"
+        assert [error.line for error in batch.errors.data] == [2, 3, 4]
+        assert (await ran(ask, await uploaded(ask, ""))).status == "failed"
+    assert (await client.get("/jobs")).json()["jobs"] == []
+
+
+async def test_a_batch_is_cancelled(client: httpx.AsyncClient, gateway: LocalGateway) -> None:
+    worker = gateway.models["lengths"].worker
+    assert worker is not None
+    assert isinstance(worker.pipeline, LengthPipeline)
+    worker.pipeline.gate.clear()
+    async with client_of(client) as ask:
+        file_id = await uploaded(ask, *[request(str(n), text="x", model="lengths") for n in range(40)])
+        batch = await ask.batches.create(input_file_id=file_id, endpoint="/sync/predict", completion_window="24h")  # type: ignore[arg-type]  # an endpoint of ours
+        assert batch.status == "in_progress"
+        assert (await ask.batches.cancel(batch.id)).status == "cancelled"
+        worker.pipeline.gate.set()
+        assert len(await content_of(ask, (await ask.batches.retrieve(batch.id)).error_file_id)) == 40
+
+
+async def test_files_and_batches_belong_to_the_key_that_made_them(settings: Settings) -> None:
+    async with serving_keys(settings) as client, client_of(client, "s") as shop, client_of(client, "b") as blog:
+        file_id = await uploaded(shop, request("a", text="x"))
+        batch = await ran(shop, file_id)
+        for ask in (blog.files.retrieve(file_id), blog.batches.retrieve(batch.id), blog.files.content(file_id)):
+            with pytest.raises(openai.NotFoundError):
+                await ask
+        with pytest.raises(openai.NotFoundError):
+            await blog.batches.create(input_file_id=file_id, endpoint="/sync/predict", completion_window="24h")  # type: ignore[arg-type]  # as above
+        assert (await blog.batches.list()).data == []
+
+
+async def test_an_upload_that_is_no_file_or_too_large_is_refused(gateway: LocalGateway) -> None:
+    limits = RequestConfig(max_file_bytes=1000)
+    async with serving(create_app(gateway, limits=limits, owns_gateway=False)) as client:
+        assert_problem(await client.post("/v1/files", data={"purpose": "batch"}), 422)
+        assert_problem(await client.post("/v1/files", files={"file": b"x"}, data={"purpose": "assistants"}), 422)
+        problem = assert_problem(await client.post("/v1/files", files={"file": b"x" * 2000}), 413)
+        assert "request_config.max_file_bytes" in problem["detail"]
