@@ -1,18 +1,20 @@
 """``modalkit check``: try the configuration without serving it."""
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from traceback import format_exception
 from typing import Annotated
 
 import anyio
 import typer
+from pydantic_core import to_json
 from rich.console import Console
 from rich.table import Table
 
 from modalkit.batching import BatchRecord, Failure, Outcome
 from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline, RejectItem
-from modalkit.service.cli.common import ConfigFiles, notices, try_api_keys
+from modalkit.service.cli.common import AsJson, ConfigFiles, notices, try_api_keys
 from modalkit.service.errors import OutputNotJsonError, ServiceError, describe_with_line
 from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
 from modalkit.service.made_up_items import MadeUpItems, NoItemsError, make_up_items
@@ -52,6 +54,7 @@ def check(
     show_traceback: Annotated[
         bool, typer.Option("--traceback", help="Print the whole traceback of each error of a model.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Load the configuration and every model, run a small batch through each, and print what would be served.
 
@@ -66,38 +69,64 @@ def check(
 
     modalkit check --traceback
 
+    modalkit check --json
+
     MODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_BATCH_SIZE=64 modalkit check --config production.yaml
     """
     settings = Settings.load(config)
     backend = load_queue_backend(settings.app_settings.queue_config)
     try_api_keys(settings.app_settings.auth_config)
     sources = [ModelSource(settings, model_name) for model_name in settings.model_settings.model_entries]
-    models = Table("model", "pipeline", "loaded in", "batch", title="Models", title_justify="left")
-    errors: list[ServiceError] = []
-    engines: list[str] = []
+    reports: list[_Report] = []
     for source in sources:
         with notices.status(f"Loading {source.model_name} ..."):
             report = _try(source)
-        models.add_row(source.model_name, source.pipeline_class.__name__, f"{report.seconds:.1f} s", report.batch)
-        if report.engine is not None:
-            engines.append(f"{source.model_name}: engine {report.engine}")
+        reports.append(report)
         if report.not_tried is not None:
             notices.print(
                 f"modalkit: warning: {source.model_name}: NOTHING WAS TRIED: {report.not_tried}; {HOW_TO_GIVE_SAMPLES}",
                 markup=False,
             )
         if report.error is not None:
-            errors.append(report.error)
             notices.print(f"modalkit: error: {report.error}", markup=False)
             if show_traceback:
                 notices.print("".join(format_exception(report.error.__cause__ or report.error)), markup=False)
-    output = Console(soft_wrap=True, highlight=False)
-    output.print(models)
-    for line in engines:
-        output.print(line, markup=False)
-    output.print(_service_table(settings, "none" if backend is None else type(backend).__name__))
+    service = _service(settings, "none" if backend is None else type(backend).__name__)
+    if as_json:
+        models = [_as_json(source, report) for source, report in zip(sources, reports, strict=True)]
+        typer.echo(to_json({"models": models, "service": service}))
+    else:
+        _print_tables(sources, reports, service)
+    errors = [report.error for report in reports if report.error is not None]
     if errors:
         raise typer.Exit(2 if any(isinstance(error, LoadError) for error in errors) else 1)
+
+
+def _as_json(source: ModelSource, report: _Report) -> dict[str, object]:
+    return {
+        "model": source.model_name,
+        "pipeline": source.pipeline_class.__name__,
+        "loaded_s": report.seconds,
+        "batch": report.batch,
+        "engine": report.engine and report.engine.model_dump(),
+        "not_tried": report.not_tried,
+        "error": report.error and str(report.error),
+    }
+
+
+def _print_tables(sources: Sequence[ModelSource], reports: Sequence[_Report], service: Mapping[str, str]) -> None:
+    models = Table("model", "pipeline", "loaded in", "batch", title="Models", title_justify="left")
+    for source, report in zip(sources, reports, strict=True):
+        models.add_row(source.model_name, source.pipeline_class.__name__, f"{report.seconds:.1f} s", report.batch)
+    settings = Table("setting", "value", title="Service", title_justify="left")
+    for name, value in service.items():
+        settings.add_row(name, value)
+    output = Console(soft_wrap=True, highlight=False)
+    output.print(models)
+    for source, report in zip(sources, reports, strict=True):
+        if report.engine is not None:
+            output.print(f"{source.model_name}: engine {report.engine}", markup=False)
+    output.print(settings)
 
 
 def _try(source: ModelSource) -> _Report:
@@ -173,22 +202,21 @@ def _items(pipeline: InferencePipeline, source: ModelSource) -> MadeUpItems:
     return MadeUpItems(items, are_guessed=False, has_fields=True) if items else make_up_items(source.input_model, count)
 
 
-def _service_table(settings: Settings, backend: str) -> Table:
+def _service(settings: Settings, backend: str) -> dict[str, str]:
+    """What is served, in words."""
     app = settings.app_settings
     batch, jobs, auth = app.batch_config, app.async_config, app.auth_config
-    table = Table("setting", "value", title="Service", title_justify="left")
-    table.add_row("batches", _limits(batch))
-    for name in settings.model_settings.model_entries:
-        own = settings.for_model(name).app_settings.batch_config
-        if own != batch:
-            table.add_row(f"batches of {name}", _limits(own))
-    table.add_row("queue", f"up to {batch.max_queue_size} requests")
-    table.add_row("jobs", f"{jobs.store}" + (f" ({jobs.store_path})" if jobs.store == "sqlite" else ""))
-    table.add_row("results to", backend)
+    own = {name: settings.for_model(name).app_settings.batch_config for name in settings.model_settings.model_entries}
     named = f" of {', '.join(auth.keys)}" if auth.keys else ""
     with_key = f"with an API key{named}, in {auth.auth_header!r}"
-    table.add_row("callers", with_key if auth.asks_for_key else "anyone")
-    return table
+    return {
+        "batches": _limits(batch),
+        **{f"batches of {name}": _limits(limits) for name, limits in own.items() if limits != batch},
+        "queue": f"up to {batch.max_queue_size} requests",
+        "jobs": f"{jobs.store}" + (f" ({jobs.store_path})" if jobs.store == "sqlite" else ""),
+        "results to": backend,
+        "callers": with_key if auth.asks_for_key else "anyone",
+    }
 
 
 def _limits(batch: BatchConfig) -> str:

@@ -24,6 +24,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Which of the configured models; the first if left out."),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 notices = Console(stderr=True, soft_wrap=True, highlight=False)
 """Messages for people, on standard error; standard output is for results."""
 

@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from modalkit.service.cli.common import ConfigFiles, notices, one_of
+from modalkit.service.cli.common import AsJson, ConfigFiles, notices, one_of
 from modalkit.service.cli.jobs_client import JobRefusedError, JobsClient
 from modalkit.service.jobs import DeliveryStatus, JobStatus
 from modalkit.service.settings import Settings
@@ -71,7 +71,6 @@ Deliveries = Annotated[
 ]
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only jobs of this model.")]
 OfBatch = Annotated[str | None, typer.Option("--batch", help="Only jobs of this batch.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 
 
 @app.command("list")

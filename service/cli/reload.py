@@ -7,7 +7,7 @@ import httpx
 import typer
 from pydantic import RootModel
 
-from modalkit.service.cli.common import ConfigFiles, notices
+from modalkit.service.cli.common import AsJson, ConfigFiles, notices
 from modalkit.service.cli.jobs import Key, Url
 from modalkit.service.cli.jobs_client import JobsClient, JobsError
 from modalkit.service.settings import Settings
@@ -21,6 +21,7 @@ def reload(
     url: Url = DEFAULT_URL,
     key: Key = None,
     config: ConfigFiles = None,
+    as_json: AsJson = False,
 ) -> None:
     """Have a running service load models anew, beside those that run; no request fails for it.
 
@@ -39,12 +40,12 @@ def reload(
     with JobsClient.of_service(url or DEFAULT_URL, key, header).opened() as client:
         for name in models or [model.name for model in client.send(_Models, "GET", "/admin/models").root]:
             try:
-                client.send(ModelView, "POST", f"/admin/models/{quote(name, safe='')}/reload")
+                model = client.send(ModelView, "POST", f"/admin/models/{quote(name, safe='')}/reload")
             except JobsError as error:
                 notices.print(f"modalkit: error: {error}", markup=False)
                 failed = True
             else:
-                typer.echo(f"{name} was reloaded.")
+                typer.echo(model.model_dump_json() if as_json else f"{name} was reloaded.")
     if failed:
         raise typer.Exit(1)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 import anyio
 import typer
 from pydantic import BaseModel
+from pydantic_core import to_json
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,7 +21,7 @@ from rich.table import Table
 from modalkit.batching import MeasuredCostModel
 from modalkit.batching.calibration import Calibration, Measurement, undisturbed
 from modalkit.pipelines import InferencePipeline
-from modalkit.service.cli.common import ConfigFiles, ModelOption, model_source, notices, whole_file
+from modalkit.service.cli.common import AsJson, ConfigFiles, ModelOption, model_source, notices, whole_file
 from modalkit.service.cli.records import ColumnOption, FileFormat, FormatOption, read_file, validated
 from modalkit.service.errors import describe_error
 from modalkit.service.learnt_costs import CostKey, save_costs
@@ -71,6 +73,7 @@ def tune(
     column: ColumnOption = None,
     config: ConfigFiles = None,
     model: ModelOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure what batches cost on this machine, choose limits by it, and try them on the scheduler.
 
@@ -92,7 +95,7 @@ def tune(
 
     modalkit tune --p99-ms 200 --write modalkit.yaml --plot costs.png
 
-    modalkit tune --engines
+    modalkit tune --engines --json
 
     modalkit tune --samples reviews.csv --column review
     """
@@ -111,14 +114,14 @@ def tune(
     with notices.status(f"Loading {source.model_name} ..."):
         pipeline = source.load()
     if engines:
-        _measure_engines(pipeline, max_seconds)
+        _measure_engines(pipeline, max_seconds, as_json=as_json)
         return
     try:
         key = CostKey.of(pipeline, settings.app_settings.batch_config)
     except Exception as error:
         raise TuningError(f"{type(pipeline).__name__}.device_name failed: {describe_error(error)}") from error
     own_or_made_up = MadeUpSamples(pipeline) if items is None else OwnSamples(pipeline, items)
-    run = _Tuning(pipeline, settings, own_or_made_up, max_seconds)
+    run = _Tuning(pipeline, settings, own_or_made_up, max_seconds, is_quiet=as_json)
     if plot is not None:
         run.draw(plot, f"{pipeline.model_name} on {key.device}")
     chosen = run.choose(None if p99_ms is None else p99_ms / 1000)
@@ -128,15 +131,21 @@ def tune(
         with whole_file(write) as file:
             file.write(text_with_limits(write, chosen.values, section))
         notices.print(f"The limits are in {write}", markup=False)
+    if as_json:
+        typer.echo(
+            to_json({"model": pipeline.model_name, "device": key.device, **run.figures(chosen)}, inf_nan_mode="null")
+        )
 
 
-def _measure_engines(pipeline: InferencePipeline, max_s: float) -> None:
+def _measure_engines(pipeline: InferencePipeline, max_s: float, *, as_json: bool) -> None:
     with notices.status("Measuring engines ..."):
         choice = pipeline.measure_engines(max_s)
     if choice is None:
         raise TuningError(f"{type(pipeline).__name__} has no measure_engines, so there is no engine to choose")
-    output = Console(soft_wrap=True, highlight=False)
-    output.print(f"{pipeline.model_name}: engine {choice}", markup=False)
+    if as_json:
+        typer.echo(to_json({"model": pipeline.model_name, **choice.model_dump()}))
+    else:
+        typer.echo(f"{pipeline.model_name}: engine {choice}")
 
 
 def _require_positive(option: str, value: float | None) -> None:
@@ -165,11 +174,15 @@ def _read_samples(
 class _Tuning:
     """Measures a pipeline when it is constructed and prints the figures. All steps take about `max_s` seconds."""
 
-    def __init__(self, pipeline: InferencePipeline, settings: Settings, samples: Samples, max_s: float) -> None:
-        self._output = Console(highlight=False, markup=False, width=None if Console().is_terminal else PIPED_WIDTH)
+    def __init__(
+        self, pipeline: InferencePipeline, settings: Settings, samples: Samples, max_s: float, *, is_quiet: bool
+    ) -> None:
+        width = None if Console().is_terminal else PIPED_WIDTH
+        self._output = Console(highlight=False, markup=False, width=width, quiet=is_quiet)
         self._config = settings.app_settings.batch_config
         self._max_in_flight = max_in_flight_of(pipeline, self._config)
         self._max_s = max_s
+        self.trial: Trial | None = None
         self.deadline_s = monotonic() + max_s
         bar = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*bar, console=notices, transient=True, disable=not notices.is_terminal) as progress:
@@ -209,6 +222,16 @@ class _Tuning:
         self._try_out(BatchConfig.model_validate(self._config.model_dump() | chosen.values), sizes, objective_s)
         return chosen
 
+    def figures(self, chosen: ChosenLimits) -> dict[str, Any]:
+        """What was measured, the costs, the limits with their reasons, and the last trial."""
+        return {
+            "batches": [asdict(shape) for shape in self.shapes],
+            "costs": self.costs.costs,
+            "limits": chosen.values,
+            "reasons": chosen.reasons,
+            "trial": self.trial and asdict(self.trial),
+        }
+
     def _seconds_beside_a_batch(self, size: int) -> float:
         lone_s = max(shape.seconds for shape in self.shapes if (shape.count, shape.longest) == (1, size))
         max_s = LONE_SHARE * self._max_s
@@ -226,7 +249,7 @@ class _Tuning:
             if plan is None:
                 break
             with notices.status(f"Trying these limits for up to {_duration(plan.duration_s + plan.patience_s)} ..."):
-                trial = anyio.run(self._bench.open_loop, config, sizes, plan)
+                trial = self.trial = anyio.run(self._bench.open_loop, config, sizes, plan)
             share = f"{load:.0%} of the predicted capacity"
             if load * capacity.items_per_s > MAX_SENT_PER_S:
                 share = f"the most that is tried; predicted are {_figure(capacity.items_per_s)}"

@@ -1,5 +1,6 @@
 """``modalkit check``: a batch for every model, and what is said of each that fails or cannot be tried."""
 
+import json
 import re
 from pathlib import Path
 
@@ -182,6 +183,16 @@ def test_limits_of_one_model_are_shown(modalkit: Modalkit, folder: Path) -> None
     configure(folder, "Good")
     done = modalkit("check", MODALKIT_MODEL_SETTINGS__MODEL_ENTRIES__good__MAX_IN_FLIGHT="2")
     assert re.search("batches of good .* up to 32 items, waiting at most 0 ms, 2 at once", done.stdout)
+
+
+def test_programs_get_json(modalkit: Modalkit, folder: Path) -> None:
+    configure(folder, "Broken", "Good")
+    done = modalkit("check", "--json")
+    found = json.loads(done.stdout)
+    assert {model["model"]: model["error"] is None for model in found["models"]} == {"broken": False, "good": True}
+    assert found["models"][1]["loaded_s"] >= 0
+    assert found["service"]["batches"] == "up to 32 items, waiting at most 0 ms"
+    assert done.returncode == 1
 
 
 def test_the_other_models_are_tried_after_one_that_failed(modalkit: Modalkit, folder: Path) -> None:

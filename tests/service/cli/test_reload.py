@@ -1,5 +1,6 @@
 """``modalkit reload`` and SIGHUP: a running service takes up its configuration, under load; and what it does if not."""
 
+import json
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def test_a_service_under_load_is_reloaded_by_the_command_and_by_a_signal_and_no_
         (folder / "modalkit.yaml").write_text(changed)
         done = modalkit("reload", url, MODALKIT_API_KEY="secret")
         assert (done.returncode, done.stdout) == (0, "lengths was reloaded.\n"), done.stderr
+        assert json.loads(modalkit("reload", url, "--json", MODALKIT_API_KEY="secret").stdout)["name"] == "lengths"
         process.send_signal(signal.SIGHUP)
         until_said(process, "lengths was reloaded.")
         (folder / "modalkit.yaml").write_text(CONFIGURATION.replace("LengthPipeline", "UnloadablePipeline"))

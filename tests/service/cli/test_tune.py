@@ -1,5 +1,6 @@
 """Tuning as a user does it, in a folder with a configuration, with a model that is quick."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,12 @@ def test_help_has_examples(modalkit: Modalkit) -> None:
 def test_the_limits_are_written_and_loaded(modalkit: Modalkit, folder: Path) -> None:
     path = folder / "modalkit.yaml"
     path.write_text(f"# ours\n{CONFIGURATION}")
-    done = modalkit(*QUICK, "--p99-ms", "500", "--write", "modalkit.yaml")
+    done = modalkit(*QUICK, "--p99-ms", "500", "--write", "modalkit.yaml", "--json")
     assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["limits"]["max_batch_seconds"] == pytest.approx(0.25, abs=0.05)
+    assert min(batch["seconds"] for batch in found["batches"]) > 0
+    assert found["trial"]["failed"] == 0
     assert path.read_text().startswith("# ours\n")
     batch_config = Settings.load([path], environ={}).app_settings.batch_config
     assert batch_config.max_batch_seconds == pytest.approx(0.25, abs=0.05)
