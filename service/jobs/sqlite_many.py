@@ -75,9 +75,9 @@ def remove_some(database: sqlite3.Connection, counts: Counts, which: str, values
 def put_document(
     database: sqlite3.Connection, document_id: str, part: int, owner: str, content: bytes, now: float
 ) -> None:
-    """Store a part of a document, in place of what was there."""
+    """Store a part of a document; one that is there gets the content, and keeps its owner and its age."""
     database.execute(
-        "INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?, ?)",
+        "INSERT INTO documents VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET content = excluded.content",
         (document_id, part, owner, microseconds(now), content),
     )
 

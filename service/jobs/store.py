@@ -229,7 +229,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         return await self._read(lambda database: batches.results_of(database, sequences))
 
     async def put_document(self, document_id: str, part: int, owner: str, content: bytes, now: float) -> None:
-        """Store a part of a document, in place of what was there."""
+        """Store a part of a document; one that is there gets the content, and keeps its owner and its age."""
         await self._perform(lambda _: many.put_document(self._database, document_id, part, owner, content, now))
 
     async def document_part(self, document_id: str, part: int, owner: str | None) -> bytes | None:
