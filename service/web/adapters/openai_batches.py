@@ -29,7 +29,8 @@ _UPLOAD_SCHEMA = {
     "required": ["file", "purpose"],
 }
 UPLOAD = {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD_SCHEMA}}}
-
+MAX_FIELDS = 8
+"""Fields of an upload beside the file, each of a mebibyte at most: they are held in memory."""
 
 Limit = Annotated[int, Query(ge=1, le=100, description="How many at most.")]
 After = Annotated[str | None, Query(description="The id of the last one that was seen.")]
@@ -40,9 +41,7 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
     router = APIRouter(tags=["OpenAI"], dependencies=[Depends(refuse_unknown_query)], responses=PROBLEM_ANSWERS)
 
     def kept(request: Request) -> KeptBatches:
-        administration = administration_of(gateway.jobs, CANNOT_LIST)
-        caller = caller_of(request)
-        return KeptBatches(administration, gateway, limits, caller.owner, caller.visible_owner)
+        return KeptBatches(administration_of(gateway.jobs, CANNOT_LIST), gateway, limits, caller_of(request))
 
     @router.post(
         "/v1/files",
@@ -56,7 +55,7 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
         if int(size) > limits.max_file_bytes:
             detail = f"the file is larger than {limits.max_file_bytes} bytes (request_config.max_file_bytes)"
             raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{detail}: send several smaller ones")
-        async with request.form(max_files=1) as form:
+        async with request.form(max_files=1, max_fields=MAX_FIELDS) as form:
             file, purpose = form.get("file"), form.get("purpose")
             if not isinstance(file, UploadFile) or purpose != "batch":
                 detail = "send a form (multipart/form-data) with a `file`, and `purpose`, which must be `batch`"

@@ -29,6 +29,7 @@ from modalkit.service.web.adapters.openai_shapes import (
     RequestCounts,
 )
 from modalkit.service.web.adapters.tasks import EMBEDDING
+from modalkit.service.web.auth import Caller
 from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.lines import Line, lines_of
 from modalkit.service.web.problems import ProblemError, as_problem
@@ -66,15 +67,10 @@ class KeptBatches:
     """The files and batches that one caller sees, and those it makes."""
 
     def __init__(
-        self,
-        administration: JobAdministration,
-        gateway: Gateway,
-        limits: RequestConfig,
-        owner: str,
-        visible_owner: str | None,
+        self, administration: JobAdministration, gateway: Gateway, limits: RequestConfig, caller: Caller
     ) -> None:
-        self.documents, self.visible_owner = administration.documents, visible_owner
-        self._batches, self._gateway, self._limits, self._owner = administration.batches, gateway, limits, owner
+        self.documents, self.visible_owner = administration.documents, caller.visible_owner
+        self._batches, self._gateway, self._limits, self._caller = administration.batches, gateway, limits, caller
 
     # Files.
 
@@ -137,7 +133,11 @@ class KeptBatches:
     # Batches.
 
     async def create(self, new: NewBatch) -> BatchObject:
-        """Submit the requests of a file. Where a line is no request, none is, and the batch has failed."""
+        """Submit the requests of a file. Where a line is no request, none is, and the batch has failed.
+
+        Raises `ProblemError`, also where the caller is over its limit of items.
+        """
+        self._caller.take_items(0)
         await self.file(new.input_file_id)
         if new.endpoint == EMBEDDINGS and not EMBEDDING.models_of(self._gateway.models):
             raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "endpoint: there is no model for embeddings")
@@ -153,14 +153,14 @@ class KeptBatches:
                     custom_id, problem = "", error.detail
                 if custom_id in seen:
                     problem = f"custom_id {custom_id!r:.100} comes twice"
-                if problem:
-                    record.errors.append(BatchError(code="invalid_line", line=line.number, message=problem))
-                else:
+                if not problem:
                     seen.add(custom_id)
+                elif len(record.errors) < MAX_SHOWN_ERRORS:
+                    record.errors.append(BatchError(code="invalid_line", line=line.number, message=problem))
         if not record.total:
             record.errors.append(BatchError(code="empty_file", line=1, message="the file has no requests"))
-        del record.errors[MAX_SHOWN_ERRORS:]
         if not record.errors:
+            self._caller.take_items(record.total)
             async for lines in self._lines(new.input_file_id):
                 record.refused += await self._submit(batch_id, lines, new.endpoint)
         await self._put(batch_id, to_json(record))
@@ -229,7 +229,9 @@ class KeptBatches:
             numbers = [number for number, _ in chosen]
             requests = [job for _, job in chosen]
             batch = BatchLines(batch_id, numbers)
-            outcomes = await self._gateway.jobs.submit(requests, model_name=model_name, owner=self._owner, batch=batch)
+            outcomes = await self._gateway.jobs.submit(
+                requests, model_name=model_name, owner=self._caller.owner, batch=batch
+            )
             for number, outcome in zip(numbers, outcomes, strict=True):
                 if isinstance(outcome, Failure):
                     errors[names[number]] = outcome.error
@@ -262,7 +264,7 @@ class KeptBatches:
         raise ProblemError(HTTPStatus.NOT_FOUND, f"there is no {document_id!r:.100}: it is wrong, or was removed")
 
     async def _put(self, document_id: str, content: bytes, part: int = 0) -> None:
-        await self.documents.put_document(document_id, part, self._owner, content, time.time())
+        await self.documents.put_document(document_id, part, self._caller.owner, content, time.time())
 
 
 def _request(line: Line, endpoint: str, limits: RequestConfig) -> _Request:

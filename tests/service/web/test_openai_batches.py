@@ -139,6 +139,21 @@ async def test_files_and_batches_belong_to_the_key_that_made_them(settings: Sett
         assert (await blog.batches.list()).data == []
 
 
+async def test_batches_count_against_the_limit_of_items_of_their_key(settings: Settings) -> None:
+    keys = {"slow": {"api_key": "s", "scopes": ["jobs"], "max_items_per_second": 0.001}}
+    async with serving_keys(settings, keys=keys) as client, client_of(client, "s") as ask:
+        file_id = await uploaded(ask, *[request(str(n), text="x") for n in range(3)])
+        await ran(ask, file_id)
+        with pytest.raises(openai.RateLimitError, match="items per second"):
+            await ran(ask, file_id)
+
+
+async def test_a_file_of_wrong_lines_tells_the_first_hundred(client: httpx.AsyncClient) -> None:
+    async with client_of(client) as ask:
+        batch = await ran(ask, await uploaded(ask, *["no json"] * 300))
+        assert [error.line for error in batch.errors.data] == list(range(1, 101))
+
+
 async def test_an_upload_that_is_no_file_or_too_large_is_refused(gateway: LocalGateway) -> None:
     limits = RequestConfig(max_file_bytes=1000)
     async with serving(create_app(gateway, limits=limits, owns_gateway=False)) as client:
