@@ -11,7 +11,7 @@ from pydantic_core import to_json
 
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.model import DeliveryStatus, Job, JobStatus
-from modalkit.service.jobs.sqlite_rows import SELECT, job_from_row, microseconds
+from modalkit.service.jobs.sqlite_rows import PAGE_COLUMNS, job_from_row, microseconds
 
 Counts = Counter[JobStatus | DeliveryStatus]
 
@@ -21,9 +21,10 @@ ROWS_PER_STEP = 1000
 def cancel_some(
     database: sqlite3.Connection, counts: Counts, which: str, values: Sequence[object], now: float
 ) -> list[Job]:
-    """Cancel queued and running jobs that match the condition `which`; returns them as they were before."""
+    """Cancel queued and running jobs that match the condition; returns them as before, without their messages."""
     rows = database.execute(
-        f"{SELECT} WHERE status IN ('queued', 'running') AND {which} LIMIT ?", (*values, ROWS_PER_STEP)
+        f"SELECT {PAGE_COLUMNS} FROM jobs WHERE status IN ('queued', 'running') AND {which} LIMIT ?",  # noqa: S608  # names of our own; values are bound
+        (*values, ROWS_PER_STEP),
     )
     jobs = [job_from_row(row) for row in rows.fetchall()]
     database.execute(sql.CANCEL, (microseconds(now), to_json([job.job_id for job in jobs]).decode()))
@@ -40,7 +41,7 @@ def retry_some(
     Returns the sequence number and the id of each.
     """
     rows = database.execute(
-        f"SELECT seq, job_id, status, delivery FROM jobs WHERE {sql.RETRYABLE} AND {which} ORDER BY seq LIMIT ?",  # noqa: S608  # names of our own; values are bound
+        f"SELECT seq, job_id, status, delivery FROM jobs WHERE {sql.RETRYABLE} AND {which} ORDER BY seq LIMIT ?",  # noqa: S608  # as above
         (*values, ROWS_PER_STEP),
     ).fetchall()
     database.execute(sql.RETRY, (microseconds(now), to_json([row[0] for row in rows]).decode()))

@@ -151,7 +151,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         return changed
 
     async def cancel_some(self, which: JobFilter, now: float) -> list[Job]:
-        """Cancel some of the queued and running jobs that match `which`; returns them as they were before."""
+        """Cancel some of the queued and running jobs that match; returns them as before, without their messages."""
         condition, values = condition_of(which)
         return await self._perform(lambda table: many.cancel_some(self._database, table.counts, condition, values, now))
 
