@@ -23,6 +23,7 @@ from modalkit.service.jobs.delivery import Deliverer
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import new_job
 from modalkit.service.jobs.model import (
+    ALL_JOBS,
     BatchLines,
     Job,
     JobEnd,
@@ -42,7 +43,6 @@ from modalkit.service.validation import validated
 
 logger = logging.getLogger(__name__)
 
-ALL_JOBS = JobFilter()
 EXPIRED_PER_CALL = 1000
 DOCUMENT_GRACE_S = 86_400.0
 """Seconds for which documents are kept beyond `result_ttl_s`: as long as the jobs that they describe may take."""

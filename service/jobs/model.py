@@ -239,6 +239,9 @@ class JobFilter:
     batch_id: str | None = None
 
 
+ALL_JOBS = JobFilter()
+
+
 @dataclass(frozen=True, slots=True)
 class JobPage:
     """Some of many jobs, the newest first."""

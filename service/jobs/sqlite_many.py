@@ -36,9 +36,9 @@ def cancel_some(
 def retry_some(
     database: sqlite3.Connection, counts: Counts, which: str, values: Sequence[object], now: float
 ) -> list[tuple[int, str]]:
-    """Queue ended jobs that match the condition `which` once more, as `life.retry_job` says.
+    """Queue ended jobs that match the condition `which` once more, as if they were new, unless their message is due.
 
-    Returns the sequence number and the id of each.
+    They have as long as at first until they expire. Returns the sequence number and the id of each.
     """
     rows = database.execute(
         f"SELECT seq, job_id, status, delivery FROM jobs WHERE {sql.RETRYABLE} AND {which} ORDER BY seq LIMIT ?",  # noqa: S608  # as above
