@@ -85,6 +85,7 @@ def retry_job(job: Job, now: float) -> Job | None:
         job,
         status=JobStatus.QUEUED,
         error=None,
+        created_at=now,
         started_at=None,
         finished_at=None,
         crashes=0,

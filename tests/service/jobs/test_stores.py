@@ -690,3 +690,13 @@ async def test_a_document_keeps_its_owner_and_its_age_when_another_changes_it(st
     assert await store.document_ids("d", "boss") == []
     await store.remove_old_documents(2.0)
     assert await store.document_part("d", 0, None) is None
+
+
+async def test_a_job_has_as_long_to_its_end_at_each_retry(store: JobStore) -> None:
+    await store.add([new_job("a", created_at=1.0, expires_at=11.0)])
+    for now in (100.0, 200.0):
+        await store.cancel("a", now - 1)
+        assert await store.retry(["a"], JobFilter(), now) == ["a"]
+        job = await existing(store, "a")
+        assert (job.created_at, job.expires_at) == (now, now + 10)
+        assert (await store.counts()).oldest_queued_at == {"m": now}
