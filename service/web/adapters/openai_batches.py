@@ -78,7 +78,7 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
     @router.get("/v1/files/{file_id}/content", summary="The content of a file", response_class=StreamingResponse)
     async def openai_file_content(request: Request, file_id: str) -> StreamingResponse:
         own = kept(request)
-        await own.file(file_id)
+        await own.check_file(file_id)
         return StreamingResponse(own.content(file_id), media_type="application/jsonl")
 
     @router.post("/v1/batches", summary="Run the requests of a file as a batch")
@@ -89,7 +89,9 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
     async def openai_list_batches(request: Request, limit: Limit = 20, after: After = None) -> BatchList:
         own = kept(request)
         ids = await own.documents.document_ids(BATCH, own.visible_owner)
-        start = ids.index(after) + 1 if after in ids else 0
+        if after is not None and after not in ids:
+            raise ProblemError(HTTPStatus.NOT_FOUND, f"after: there is no {after!r:.100}: it is wrong, or was removed")
+        start = 0 if after is None else ids.index(after) + 1
         return BatchList(
             data=[await own.batch(batch_id) for batch_id in ids[start : start + limit]],
             has_more=len(ids) > start + limit,

@@ -92,17 +92,26 @@ class KeptBatches:
 
     async def file(self, file_id: str) -> FileObject:
         """A file, uploaded or made of results. Raises `ProblemError`."""
+        batch = await self._batch_of(file_id)
+        if batch is None:
+            return FileObject.model_validate_json(await self._read(FILE, file_id))
+        size = sum([len(part) async for part in self.content(file_id)])
+        created_at = batch.completed_at or batch.created_at
+        name = f"{file_id}.jsonl"
+        return FileObject(id=file_id, bytes=size, created_at=created_at, filename=name, purpose="batch_output")
+
+    async def check_file(self, file_id: str) -> None:
+        """Raise `ProblemError` where there is no such file; cheaper than `file`, which reads all results."""
+        if await self._batch_of(file_id) is None:
+            await self._read(FILE, file_id)
+
+    async def _batch_of(self, file_id: str) -> BatchObject | None:
+        """The batch whose results a file has; None for any other file."""
         for beginning in (OUTPUT, ERRORS):
             if file_id.startswith(beginning):
                 batch = await self.batch(BATCH + file_id.removeprefix(beginning))
-                if file_id in (batch.output_file_id, batch.error_file_id):
-                    size = sum([len(part) async for part in self.content(file_id)])
-                    name = f"{file_id}.jsonl"
-                    created_at = batch.completed_at or batch.created_at
-                    return FileObject(
-                        id=file_id, bytes=size, created_at=created_at, filename=name, purpose="batch_output"
-                    )
-        return FileObject.model_validate_json(await self._read(FILE, file_id))
+                return batch if file_id in (batch.output_file_id, batch.error_file_id) else None
+        return None
 
     async def remove_file(self, file_id: str) -> None:
         """Remove an uploaded file; those of results go with their jobs."""
@@ -138,7 +147,7 @@ class KeptBatches:
         Raises `ProblemError`, also where the caller is over its limit of items.
         """
         self._caller.take_items(0)
-        await self.file(new.input_file_id)
+        await self.check_file(new.input_file_id)
         if new.endpoint == EMBEDDINGS and not EMBEDDING.models_of(self._gateway.models):
             raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "endpoint: there is no model for embeddings")
         batch_id = f"{BATCH}{uuid.uuid4().hex}"

@@ -85,6 +85,8 @@ async def test_a_file_becomes_a_batch_with_results_and_errors_by_custom_id(clien
         assert errors["d"]["response"]["status_code"] == 404
         assert (await ask.files.retrieve(batch.output_file_id)).purpose == "batch_output"
         assert [each.id for each in (await ask.batches.list()).data] == [batch.id]
+        with pytest.raises(openai.NotFoundError):
+            await ask.batches.list(after="batch_removed")
         assert [each.id for each in (await ask.files.list()).data] == [file_id]
         await ask.files.delete(file_id)
         with pytest.raises(openai.NotFoundError):
