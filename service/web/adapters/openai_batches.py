@@ -18,8 +18,9 @@ from modalkit.service.web.adapters.openai_shapes import (
     FileObject,
     NewBatch,
 )
-from modalkit.service.web.answers import PROBLEM_ANSWERS
+from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS
 from modalkit.service.web.auth import caller_of
+from modalkit.service.web.bodies import read_as
 from modalkit.service.web.job_routes import CANNOT_LIST, administration_of, refuse_unknown_query
 from modalkit.service.web.problems import ProblemError
 
@@ -81,9 +82,13 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
         await own.check_file(file_id)
         return StreamingResponse(own.content(file_id), media_type="application/jsonl")
 
-    @router.post("/v1/batches", summary="Run the requests of a file as a batch")
-    async def openai_create_batch(request: Request, new: NewBatch) -> BatchObject:
-        return await kept(request).create(new)
+    @router.post(
+        "/v1/batches",
+        summary="Run the requests of a file as a batch",
+        openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": NewBatch.model_json_schema()}}}},
+    )
+    async def openai_create_batch(request: Request) -> BatchObject:
+        return await kept(request).create(await read_as(NewBatch, request))
 
     @router.get("/v1/batches", summary="List batches")
     async def openai_list_batches(request: Request, limit: Limit = 20, after: After = None) -> BatchList:

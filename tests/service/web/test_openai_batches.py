@@ -163,3 +163,4 @@ async def test_an_upload_that_is_no_file_or_too_large_is_refused(gateway: LocalG
         assert_problem(await client.post("/v1/files", files={"file": b"x"}, data={"purpose": "assistants"}), 422)
         problem = assert_problem(await client.post("/v1/files", files={"file": b"x" * 2000}), 413)
         assert "request_config.max_file_bytes" in problem["detail"]
+        assert_problem(await client.post("/v1/batches", content=b" " * (RequestConfig().max_item_bytes + 1)), 413)
