@@ -284,6 +284,11 @@ class Batch:
     """How many of its jobs ended per second lately."""
 
     @property
+    def jobs(self) -> int:
+        """How many there are."""
+        return sum(self.statuses.values())
+
+    @property
     def active(self) -> int:
         """How many of its jobs have not ended."""
         return self.statuses[JobStatus.QUEUED] + self.statuses[JobStatus.RUNNING]
