@@ -2,13 +2,14 @@
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
+REPOSITORY ?= file://$(CURDIR)
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check soak bench bench-peers format lock train clean
+.PHONY: help run test check soak bench bench-peers docs format lock train clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -35,6 +36,15 @@ bench: $(VENV)/.installed-dev  ## Measure ratios, and flag those more than 10 % 
 
 bench-peers: $(VENV)/.installed-dev  ## Measure beside LitServe, mosec, Ray Serve, BentoML, Infinity and FastAPI (15 minutes on 2 cores)
 	@$(BIN)/python -m modalkit.benchmarks.peers
+
+docs: $(VENV)/.installed-dev  ## Build the documentation into build/site, with its links checked (REPOSITORY= is where the other files are)
+	@rm -rf build/docs build/site
+	@mkdir -p build
+	@cp -R docs build/docs
+	@sed -E 's#\]\(([^h)])#](../\1#g; s#\]\(\.\./docs/#](#g' README.md >build/docs/index.md
+	@sed -i.bak -E 's|\]\(\.\./([^)#]*)|]($(REPOSITORY)/\1?|g' build/docs/*.md  # by the ?, zensical sees that it is no page
+	@rm build/docs/*.bak
+	@$(BIN)/zensical build --clean --strict
 
 format: $(VENV)/.installed-dev  ## Put the code into its standard form
 	@$(BIN)/ruff check --fix .

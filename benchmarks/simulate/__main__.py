@@ -104,6 +104,16 @@ def sizes(
 
 
 @app.command()
+def pictures(folder: Annotated[Path, typer.Argument(help="The folder to draw into, docs/pictures.")]) -> None:
+    """Draw what docs/batching.md shows: batches.png and latencies.png (needs matplotlib)."""
+    from modalkit.benchmarks.simulate.pictures import draw_batches, draw_latencies
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_batches(folder / "batches.png")
+    draw_latencies(folder / "latencies.png")
+
+
+@app.command()
 def poison(
     items: Annotated[int, typer.Option(min=100, help="Items of each stream.")] = 2000,
     streams: Annotated[int, typer.Option(min=1, help="Streams of each row, whose mean is shown.")] = 10,

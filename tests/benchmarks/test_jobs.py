@@ -11,7 +11,7 @@ def test_jobs_are_accepted_as_often_as_they_are_sent(tmp_path: Path) -> None:
     with served(tmp_path) as url:
         assert rate(f"{url}/async/predict", [JOB] * 30, 4, 30) > 0
         assert rate(f"{url}/async/predict", lists(2000), 2, 2000) > 0
-        wait_until(lambda: metric(url, 'modalkit_deliveries{delivery="delivered"}') == 2030, timeout_s=60)
+        wait_until(lambda: metric(url, 'modalkit_deliveries{delivery="memory"}') == 2030, timeout_s=60)
         with pytest.raises(RuntimeError, match="HTTP 422"):
             rate(f"{url}/async/predict", [b"{}"] * 3, 2, 3)
 

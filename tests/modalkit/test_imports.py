@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.command_line import serving, started
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -41,3 +43,21 @@ def test_importing_modalkit_loads_no_model_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_service_imports_torch_transformers_and_modal_only_for_a_pipeline_that_does(tmp_path: Path) -> None:
+    (tmp_path / "light.py").write_text(
+        "import sys\n"
+        "from modalkit import InferenceOutputModel, InferencePipeline\n"
+        "class Loaded(InferencePipeline):\n"
+        "    def run_inference(self, input_list):\n"
+        "        loaded = [name for name in ('torch', 'transformers', 'modal') if name in sys.modules]\n"
+        "        return [InferenceOutputModel(loaded=loaded) for _ in input_list]\n"
+    )
+    (tmp_path / "modalkit.yaml").write_text("model_settings: {model_entries: {light: {pipeline: 'light:Loaded'}}}")
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    with serving(tmp_path, environment, start=started) as (_, client):
+        job_id = client.post("/async/predict", json={"message": {"text": "one"}}).json()["job_id"]
+        assert client.get(f"/jobs/{job_id}?wait=30").json()["result"]["loaded"] == []
+        assert client.get("/metrics").status_code == 200
+        assert client.post("/sync/predict", json={"text": "two"}).json()["loaded"] == []

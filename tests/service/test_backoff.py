@@ -24,8 +24,8 @@ def test_a_clock_that_is_set_changes_no_duration(monkeypatch: pytest.MonkeyPatch
 
 async def test_results_are_delivered_at_once_also_when_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     queue, pipeline, real = InMemoryBackend(), LengthPipeline(), time.time()
-    pipeline.gate.clear()
     async with InferenceWorker(pipeline, queue_backend=queue, calibrate=False) as worker:
+        pipeline.gate.clear()
         await worker.submit(AsyncInputModel(message={"text": "four"}, success_queue="ok"), priority=Priority.BULK)
         monkeypatch.setattr(time, "time", lambda: real - 3600)
         pipeline.gate.set()

@@ -95,16 +95,21 @@ def test_the_configured_models_are_an_app_without_a_token_or_a_network() -> None
         "proxy_auth": True,
         "paths": [
             *("/admin/models", "/admin/models/{name}", "/admin/models/{name}/reload"),
-            *("/async/predict", "/batch/predict", "/health/live", "/health/ready", "/jobs", "/jobs/events"),
+            *("/async/predict", "/batch/predict"),
+            *("/batches/{batch_id}", "/batches/{batch_id}/cancel", "/batches/{batch_id}/results"),
+            *("/health/live", "/health/ready", "/jobs", "/jobs/events"),
             *(
                 "/jobs/replay",
+                "/jobs/retry",
                 "/jobs/{job_id}",
                 "/jobs/{job_id}/events",
                 "/jobs/{job_id}/replay",
+                "/jobs/{job_id}/retry",
                 "/metrics",
                 "/sync/predict",
-                "/v1/models",
             ),
+            *("/v1/batches", "/v1/batches/{batch_id}", "/v1/batches/{batch_id}/cancel"),
+            *("/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content", "/v1/models"),
             "/v1/models/{model}",
         ],
     }

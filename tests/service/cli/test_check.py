@@ -124,10 +124,10 @@ def test_a_model_without_sample_items_is_tried_with_items_from_its_schema(modalk
     assert "2 items in" in modalkit("check", **limits).stdout
 
 
-def test_the_word_count_of_the_readme_is_tried(modalkit: Modalkit, folder: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
-    (module,) = [block for block in blocks(readme, "python") if block.startswith("# my_module.py")]
-    (entry,) = [block for block in blocks(readme, "yaml") if "my_module" in block]
+def test_the_word_count_of_the_guide_is_tried(modalkit: Modalkit, folder: Path) -> None:
+    page = (ROOT / "docs" / "start.md").read_text()
+    (module,) = [block for block in blocks(page, "python") if block.startswith("# my_module.py")]
+    (entry,) = [block for block in blocks(page, "yaml") if "my_module" in block]
     (folder / "my_module.py").write_text(module)
     (folder / "modalkit.yaml").write_text(entry)
     done = modalkit("check")

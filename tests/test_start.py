@@ -1,4 +1,4 @@
-"""What README.md shows works as printed."""
+"""What README.md, docs/start.md and docs/configuration.md show works as printed."""
 
 import json
 import re
@@ -13,11 +13,11 @@ from modalkit.service.settings import Settings
 from tests.support.command_line import CONFIGURATION, serving
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README, START = ((ROOT / path).read_text() for path in ("README.md", "docs/start.md"))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = START) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -25,26 +25,27 @@ def environment() -> dict[str, str]:
     return {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A folder with the files of README's section on a model of one's own."""
+def write_files(page: str, folder: Path) -> None:
+    """Write the files that the page shows for a model of one's own."""
     for language in ("python", "yaml"):
-        for block in blocks(language):
+        for block in blocks(language, page):
             if named := re.match(r"# (\S+\.(?:py|yaml))\n", block):
-                (tmp_path / named[1]).write_text(block)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["modalkit.yaml", "my_module.py"]
-    return tmp_path
+                (folder / named[1]).write_text(block)
+    assert sorted(path.name for path in folder.iterdir()) == ["modalkit.yaml", "my_module.py"]
 
 
-def test_a_model_of_ones_own_is_one_class_and_one_line(project: Path, environment: dict[str, str]) -> None:
-    with serving(project, environment) as (_, client):
+@pytest.mark.parametrize("page", [README, START], ids=["README.md", "docs/start.md"])
+def test_a_model_of_ones_own_is_one_class_and_one_line(page: str, tmp_path: Path, environment: dict[str, str]) -> None:
+    write_files(page, tmp_path)
+    with serving(tmp_path, environment) as (_, client):
         assert client.post("/sync/predict", json={"text": "one two three"}).json()["words"] == 3
 
 
-def test_the_program_without_http_prints_its_results(project: Path, environment: dict[str, str]) -> None:
+def test_the_program_without_http_prints_its_results(tmp_path: Path, environment: dict[str, str]) -> None:
+    write_files(START, tmp_path)
     (program,) = [block for block in blocks("python") if "anyio.run" in block]
     done = subprocess.run(
-        [sys.executable, "-c", program], check=True, cwd=project, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", program], check=True, cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     first, second = done.stdout.splitlines()
     assert "words=3" in first
@@ -52,7 +53,8 @@ def test_the_program_without_http_prints_its_results(project: Path, environment:
 
 
 def test_the_settings_in_the_table_have_the_defaults_it_says() -> None:
-    rows = re.findall(r"^\| `(\w+)\.(\w+)` \| (\S+) \|", README, re.MULTILINE)
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    rows = re.findall(r"^\| `(\w+)\.(\w+)` \| (\S+) \|", page, re.MULTILINE)
     assert len(rows) > 8
     app_settings = Settings.load([]).app_settings
     for section, key, shown in rows:
@@ -60,9 +62,9 @@ def test_the_settings_in_the_table_have_the_defaults_it_says() -> None:
         assert shown == ("none" if default is None else str(default).removesuffix(".0").lower())
 
 
-def test_the_files_that_it_links_to_exist() -> None:
-    for target in re.findall(r"\]\((?!https://)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_the_quick_start_of_the_readme_is_that_of_the_guide() -> None:
+    assert blocks("json", README) == blocks("json")
+    assert [block for block in blocks("bash", README) if block not in blocks("bash")] == ["make test\n"]
 
 
 def test_the_bundled_model_answers_the_quick_start_as_printed(tmp_path: Path, environment: dict[str, str]) -> None:
