@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Literal
 
+import anyio
 from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 from starlette.datastructures import UploadFile
@@ -49,8 +50,8 @@ class _Record(BaseModel):
     created_at: int
     total: int = 0
     errors: list[BatchError] = []
-    refused: list[dict[str, Any]] = []
-    """The lines of the error file for requests that became no job."""
+    refused: int = 0
+    """Requests that became no job; their lines of the error file are the other parts of the document."""
     cancelled_at: int | None = None
 
 
@@ -125,8 +126,13 @@ class KeptBatches:
                 async for part in self._results(file_id.removeprefix(beginning), failed=beginning == ERRORS):
                     yield part
                 return
+        async for part in self._parts(file_id):
+            yield part
+
+    async def _parts(self, document_id: str) -> AsyncIterator[bytes]:
+        """The parts of a document behind its description."""
         number = 1
-        while content := await self.documents.document_part(file_id, number, self.visible_owner):
+        while content := await self.documents.document_part(document_id, number, self.visible_owner):
             yield content
             number += 1
 
@@ -134,7 +140,8 @@ class KeptBatches:
         batch_id = BATCH + ending
         record = await self._record(batch_id)
         if failed:
-            yield b"".join(to_json(line) + b"\n" for line in record.refused)
+            async for part in self._parts(batch_id):
+                yield part
         async for results in self._batches.results_by_line(batch_id, self.visible_owner, wait=False):
             chosen = [each for each in results if (each.status is not JobStatus.SUCCEEDED) == failed]
             yield b"".join(to_json(_answer(each, record.new.endpoint)) + b"\n" for each in chosen)
@@ -170,8 +177,12 @@ class KeptBatches:
             record.errors.append(BatchError(code="empty_file", line=1, message="the file has no requests"))
         if not record.errors:
             self._caller.take_items(record.total)
-            async for lines in self._lines(new.input_file_id):
-                record.refused += await self._submit(batch_id, lines, new.endpoint)
+            try:
+                record.refused = await self._submit_all(batch_id, new)
+            except BaseException:
+                with anyio.CancelScope(shield=True):  # else its jobs would run without a batch
+                    await self._batches.cancel(batch_id, self._caller.owner)
+                raise
         await self._put(batch_id, to_json(record))
         return await self.batch(batch_id)
 
@@ -192,7 +203,7 @@ class KeptBatches:
         batch = await self._batches.get(batch_id, self.visible_owner)
         counts: Mapping[JobStatus, int] = {} if batch is None else batch.statuses
         completed, expired = counts.get(JobStatus.SUCCEEDED, 0), counts.get(JobStatus.EXPIRED, 0)
-        failed = counts.get(JobStatus.FAILED, 0) + expired + len(record.refused)
+        failed = counts.get(JobStatus.FAILED, 0) + expired + record.refused
         changes: dict[str, Any] = {
             "in_progress_at": record.created_at,
             "cancelling_at": record.cancelled_at,
@@ -218,6 +229,15 @@ class KeptBatches:
             await self._put(batch_id, to_json(record.model_copy(update={"cancelled_at": int(time.time())})))
             await self._batches.cancel(batch_id, self.visible_owner)
         return await self.batch(batch_id)
+
+    async def _submit_all(self, batch_id: str, new: NewBatch) -> int:
+        """Submit the requests of a file; returns how many are refused, and keeps their lines of the error file."""
+        refused = parts = 0
+        async for lines in self._lines(new.input_file_id):
+            if errors := await self._submit(batch_id, lines, new.endpoint):
+                refused, parts = refused + len(errors), parts + 1
+                await self._put(batch_id, b"".join(to_json(error) + b"\n" for error in errors), parts)
+        return refused
 
     async def _submit(self, batch_id: str, lines: Sequence[Line], endpoint: str) -> list[dict[str, Any]]:
         """Submit requests as jobs; returns what the error file says of those that are refused."""

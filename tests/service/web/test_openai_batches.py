@@ -1,7 +1,9 @@
 """OpenAI's Python client uploads a file, runs it as a batch, and reads the results."""
 
+import itertools
 import json
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from typing import Any
 
 import anyio
@@ -12,6 +14,8 @@ import pytest
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import RequestConfig, Settings
 from modalkit.service.web import create_app
+from modalkit.service.web.lines import LINES_AT_ONCE
+from modalkit.service.web.problems import ProblemError
 from tests.service.web.test_adapters import ENTRIES, make_settings
 from tests.service.web.test_keys import serving_keys
 from tests.support.http_client import assert_problem
@@ -127,6 +131,29 @@ async def test_a_batch_is_cancelled(client: httpx.AsyncClient, gateway: LocalGat
         assert (await ask.batches.cancel(batch.id)).status == "cancelled"
         worker.pipeline.gate.set()
         assert len(await content_of(ask, (await ask.batches.retrieve(batch.id)).error_file_id)) == 40
+
+
+async def test_a_batch_that_cannot_be_submitted_whole_runs_nothing(
+    client: httpx.AsyncClient, gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, submit, calls = gateway.models["lengths"].worker, gateway.jobs.submit, itertools.count()
+    assert worker is not None
+    assert isinstance(worker.pipeline, LengthPipeline)
+    worker.pipeline.gate.clear()
+
+    async def submit_once(*args: Any, **options: Any) -> Any:
+        if next(calls):
+            raise ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, "full")
+        return await submit(*args, **options)
+
+    monkeypatch.setattr(gateway.jobs, "submit", submit_once)
+    async with client_of(client) as ask:
+        lines = [request(str(n), text="x", model="lengths") for n in range(2 * LINES_AT_ONCE)]
+        with pytest.raises(openai.InternalServerError, match="full"):
+            await ran(ask, await uploaded(ask, *lines))
+        assert (await ask.batches.list()).data == []
+    worker.pipeline.gate.set()
+    assert {job["status"] for job in (await client.get("/jobs?limit=1000")).json()["jobs"]} == {"cancelled"}
 
 
 async def test_files_and_batches_belong_to_the_key_that_made_them(settings: Settings) -> None:
