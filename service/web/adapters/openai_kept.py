@@ -87,10 +87,6 @@ class KeptBatches:
         await self._put(file_id, to_json(added))
         return added
 
-    async def files(self) -> list[FileObject]:
-        """All files that were uploaded."""
-        return [await self.file(each) for each in await self.documents.document_ids(FILE, self.visible_owner)]
-
     async def file(self, file_id: str) -> FileObject:
         """A file, uploaded or made of results. Raises `ProblemError`."""
         batch = await self._batch_of(file_id)

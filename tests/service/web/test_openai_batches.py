@@ -91,7 +91,9 @@ async def test_a_file_becomes_a_batch_with_results_and_errors_by_custom_id(clien
         assert [each.id for each in (await ask.batches.list()).data] == [batch.id]
         with pytest.raises(openai.NotFoundError):
             await ask.batches.list(after="batch_removed")
-        assert [each.id for each in (await ask.files.list()).data] == [file_id]
+        other_id = await uploaded(ask, "")
+        assert [each.id async for each in ask.files.list(purpose="batch", limit=1)] == [other_id, file_id]
+        assert (await ask.files.list(purpose="batch_output")).data == []
         await ask.files.delete(file_id)
         with pytest.raises(openai.NotFoundError):
             await ask.files.retrieve(file_id)
