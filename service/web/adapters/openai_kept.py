@@ -177,7 +177,7 @@ class KeptBatches:
                 record.refused = await self._submit_all(batch_id, new)
             except BaseException:
                 with anyio.CancelScope(shield=True):  # else its jobs would run without a batch
-                    await self._batches.cancel(batch_id, self._caller.owner)
+                    await self._batches.cancel(batch_id, self.visible_owner)
                 raise
         await self._put(batch_id, to_json(record))
         return await self.batch(batch_id)
