@@ -45,9 +45,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
 
     `run_batch` is a synchronous function, which runs in a thread of the scheduler; or an asynchronous function; or
     three `Stages` of either kind, which overlap with those of the next batch, in a second thread, where that pays.
-
-    A list of these is for as many devices, which take batches from one queue; `cost_model` is then a list, too, because
-    devices may differ.
+    A list of these is for as many devices, which take batches from one queue; `cost_model` is then a list, too.
 
     `options` (see `RunOptions`) say how many batches run at once, how long each may take, and what is called before
     each and after the last one. While `max_partial_in_flight` batches run, only full ones are added: for a `run_batch`

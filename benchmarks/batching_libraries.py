@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 from batched import aio  # type: ignore[import-untyped]  # the package has no type information
 
-from modalkit.benchmarks.drivers import Call
+from modalkit.benchmarks.drivers import Call, do_nothing
 
 Measure = Callable[[Call[int]], Awaitable[float]]
 """Sends all items through a call; returns the seconds."""
@@ -19,11 +19,6 @@ BATCHED = "the batched library"
 
 Way = Callable[[Measure, int], Awaitable[float]]
 """Measures a library with batches of at most so many items."""
-
-
-def do_nothing(items: Sequence[int]) -> Sequence[int]:
-    """Answer each item with itself."""
-    return items
 
 
 def installed_libraries() -> dict[str, Way]:

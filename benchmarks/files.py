@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,14 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
+from modalkit.benchmarks.bench.targets import MODALKIT
 from modalkit.benchmarks.corpus import mixed_length_texts
 
-MODALKIT = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()"]
 PORT = 8439
 URL = f"http://127.0.0.1:{PORT}"
 POLL_S = 0.1
-
-
 PIPELINES = {
     "waiting": "modalkit.benchmarks.nothing:WaitingPipeline",
     "bundled": "modalkit.pipelines.sentiment:SentimentPipeline",
@@ -46,18 +43,23 @@ model_settings:
 
 @contextmanager
 def served(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``modalkit serve`` in `folder`, once it is ready."""
+    """``modalkit serve`` in `folder`, once it is ready. Raises `RuntimeError` where it ends before."""
     with subprocess.Popen([*MODALKIT, "serve", "--port", str(PORT)], cwd=folder, stderr=subprocess.DEVNULL) as process:
         try:
-            while True:
-                try:
-                    if httpx.get(f"{URL}/health/ready").is_success:
-                        break
-                except httpx.TransportError:
-                    time.sleep(POLL_S)
+            while not _is_ready():
+                if process.poll() is not None:
+                    raise RuntimeError(f"modalkit serve ended with code {process.returncode}")
+                time.sleep(POLL_S)
             yield process
         finally:
             process.terminate()
+
+
+def _is_ready() -> bool:
+    try:
+        return httpx.get(f"{URL}/health/ready").is_success
+    except httpx.TransportError:
+        return False
 
 
 def peak_mib(pid: int) -> float:

@@ -9,7 +9,7 @@ import anyio
 import numpy as np
 
 from modalkit.batching import BatchPlanner, BatchPolicy, BatchScheduler, MeasuredCostModel, PaddedCostModel, Request
-from modalkit.benchmarks.batching_libraries import do_nothing
+from modalkit.benchmarks.drivers import do_nothing
 from modalkit.benchmarks.measurement import Figure, Rounds
 from modalkit.benchmarks.simulate.workload import draw_sizes
 

@@ -9,8 +9,8 @@ import anyio
 
 from modalkit.batching import BatchPolicy, BatchScheduler
 from modalkit.benchmarks.baselines import Collect, queue_and_thread, waiting_items
-from modalkit.benchmarks.batching_libraries import BATCHED, do_nothing, installed_libraries
-from modalkit.benchmarks.drivers import Call, timed_s, work_off
+from modalkit.benchmarks.batching_libraries import BATCHED, installed_libraries
+from modalkit.benchmarks.drivers import Call, do_nothing, timed_s, work_off
 from modalkit.benchmarks.measurement import Figure, Rounds
 
 CALLERS = 1_000

@@ -16,11 +16,9 @@ from modalkit.batching import (
 )
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel
 from modalkit.service.errors import Readiness, UnknownModelError
-from modalkit.service.jobs import BatchLines, Job, JobCounts, JobFilter, JobPage, JobPiece, JobStore
+from modalkit.service.jobs import ALL_JOBS, BatchLines, Job, JobCounts, JobFilter, JobPage, JobPiece, JobStore
 from modalkit.service.jobs.batches import Batches
 from modalkit.service.settings import BatchConfig
-
-ALL_JOBS = JobFilter()
 
 
 class Model(Protocol):

@@ -26,7 +26,7 @@ from modalkit.benchmarks.bench.session import MODES, OnRun, Session, published_s
 from modalkit.benchmarks.bench.targets import ComposeTarget, DockerTarget, ServeTarget, Target, UrlTarget, Variant
 from modalkit.benchmarks.load import PRESETS, BenchError, Endpoint, Load, preset
 from modalkit.benchmarks.load.arrivals import Arrivals, read_trace
-from modalkit.benchmarks.load.endpoint import LINES
+from modalkit.benchmarks.load.endpoint import LINES, model_query
 from modalkit.service.cli.common import model_source
 from modalkit.service.cli.records import FileFormat
 from modalkit.service.settings import Settings
@@ -112,9 +112,8 @@ class Options:
         if self.body is not None or self._has_path:
             made = Endpoint(self._with_path(url), self._template(), list_length=self.length())
         elif self.mode == "ndjson":
-            query = f"?model_name={self.model}" if self.model else ""
             made = Endpoint(
-                f"{url}/batch/predict{query}",
+                f"{url}/batch/predict{model_query(self.model)}",
                 answer="sentiment",
                 list_length=self.length(),
                 content_type=LINES,

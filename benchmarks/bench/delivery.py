@@ -16,6 +16,7 @@ import numpy as np
 import uvloop
 
 from modalkit.benchmarks.load import BenchError, Endpoint, Measured
+from modalkit.benchmarks.load.endpoint import model_query
 from modalkit.pipelines.extras import install_command
 
 QUEUE = "bench-results"
@@ -58,7 +59,7 @@ def jobs_endpoint(url: str, model: str | None, queue_name: str, list_length: int
     """Where jobs are submitted, for a queue."""
     job = {"message": "$item", "success_queue": queue_name, "failure_queue": queue_name}
     return Endpoint(
-        f"{url}/async/predict" + (f"?model_name={model}" if model else ""),
+        f"{url}/async/predict{model_query(model)}",
         job if list_length == 1 else {"$each": job},
         list_length=list_length,
         error_mark=b'"status":"error"' if list_length > 1 else b"",

@@ -3,7 +3,7 @@
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -78,8 +78,8 @@ class ItemCall:
     """The records of batches, each with the time of its end, by `time.perf_counter`."""
 
     def add_batch(self, record: BatchRecord) -> None:
-        """Keep a record, without what cannot be pickled."""
-        self.kept.append((perf_counter(), replace_errors(record)))
+        """Keep a record, without its errors, whose classes another process may not know."""
+        self.kept.append((perf_counter(), replace(record, errors=())))
 
     async def __call__(self, index: int) -> Outcome:
         """Predict one item."""
@@ -88,13 +88,6 @@ class ItemCall:
         except Exception as error:  # noqa: BLE001  # counted
             return describe_error(error)[:300]
         return 1
-
-
-def replace_errors(record: BatchRecord) -> BatchRecord:
-    """The record without its errors, whose classes another process may not know."""
-    from dataclasses import replace
-
-    return replace(record, errors=())
 
 
 class _Item(BaseModel, extra="allow"):

@@ -25,7 +25,9 @@ Variant = Mapping[str, str]
 """Settings by their name, as ``{"max_batch_size": "8"}``; empty: as they are."""
 
 ENTRY_KEYS = ("engine", "dtype", "max_in_flight", "model_path", "devices")
-SERVE = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()", "serve", "--port", "0"]
+MODALKIT = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()"]
+"""The command ``modalkit`` of this environment."""
+SERVE = [*MODALKIT, "serve", "--port", "0"]
 STOP_S = 10.0
 START_CHECK_S = 0.2
 MAX_SHOWN = 500

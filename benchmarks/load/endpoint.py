@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from modalkit.benchmarks.load.plan import BenchError
 
@@ -115,8 +115,13 @@ def _compact(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+def model_query(model: str | None) -> str:
+    """The query by which a modalkit server is asked for a model; empty for its first one."""
+    return f"?model_name={quote(model, safe='')}" if model else ""
+
+
 def _ours(url: str, model: str | None, length: int) -> Endpoint:
-    query = f"?model_name={model}" if model else ""
+    query = model_query(model)
     if length == 1:
         return Endpoint(f"{url}/sync/predict{query}", answer="sentiment")
     return replace(
@@ -156,7 +161,8 @@ def _litserve(url: str, model: str | None, length: int) -> Endpoint:  # noqa: AR
 
 def _kserve(url: str, model: str | None, length: int) -> Endpoint:  # noqa: ARG001  # always a tensor
     tensor = {"name": "text", "shape": ["$count"], "datatype": "BYTES", "data": {"$each": "$text"}}
-    return Endpoint(f"{url}/v2/models/{model or 'model'}/infer", {"inputs": [tensor]}, "outputs.0.data.*")
+    name = quote(model or "model", safe="")
+    return Endpoint(f"{url}/v2/models/{name}/infer", {"inputs": [tensor]}, "outputs.0.data.*")
 
 
 PRESETS: Mapping[str, Callable[[str, str | None, int], Endpoint]] = {

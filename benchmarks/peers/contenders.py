@@ -1,12 +1,12 @@
 """The servers that are compared: how each is started, asked, and set up by its own documentation."""
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from modalkit.benchmarks.bench.targets import MODALKIT
 from modalkit.benchmarks.load import Endpoint
 from modalkit.benchmarks.peers.environments import python_of
 from modalkit.benchmarks.peers.settings import Settings
@@ -74,8 +74,7 @@ def _module(name: str, *arguments: str) -> Callable[[Settings], list[str]]:
 
 
 def _serve_ours(settings: Settings) -> list[str]:
-    serve = "from modalkit.service.cli import main; main()"
-    return [sys.executable, "-P", "-c", serve, "serve", "--port", str(settings.port)]
+    return [*MODALKIT, "serve", "--port", str(settings.port)]
 
 
 def _serve_bentoml(settings: Settings) -> list[str]:

@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,7 @@ from modalkit.benchmarks.load import Endpoint
 from modalkit.benchmarks.peers.contenders import Contender
 from modalkit.benchmarks.peers.environments import ENVIRONMENTS
 from modalkit.benchmarks.peers.settings import Settings
+from modalkit.benchmarks.redis_server import free_port
 
 START_TIMEOUT_S = 90
 POLL_S = 0.02
@@ -62,7 +62,7 @@ def serving(contender: Contender, settings: Settings, folder: Path | None = None
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        settings = replace(settings, port=_free_port())
+        settings = replace(settings, port=free_port())
         contender.prepare(settings, folder)
         mark = f"{contender.name}-{settings.port}-{os.getpid()}"
         log = folder / "log"
@@ -93,13 +93,6 @@ def _environment(contender: Contender, settings: Settings, mark: str, folder: Pa
     # One cache, so that the engine that modalkit chooses is that of all; and no files of theirs elsewhere.
     folders = {"XDG_CACHE_HOME": str(ENVIRONMENTS.absolute() / "cache"), "TMPDIR": str(folder)}
     return {**inherited, **folders, **settings.to_variable(), **(contender.variables or {}), MARK: mark}
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-    return port
 
 
 def _wait_until_answering(endpoint: Endpoint, process: "subprocess.Popen[bytes]", log: Path) -> None:

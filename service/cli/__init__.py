@@ -1,4 +1,4 @@
-"""The command line: ``modalkit init | serve | predict | check | config | deploy | tune | jobs | reload``."""
+"""The command ``modalkit``."""
 
 from modalkit.service.cli.main import app, main
 

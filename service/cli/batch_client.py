@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import httpx
@@ -23,6 +23,9 @@ from modalkit.service.cli.records import Record, kept_columns
 from modalkit.service.cli.results import ResultWriter
 from modalkit.service.errors import ServiceError
 from modalkit.service.web.answers import NDJSON
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 LINES_PER_REQUEST = 1000
 BYTES_PER_REQUEST = 4 * 2**20
@@ -81,7 +84,7 @@ class BatchRun:
     kept_beside: Sequence[str] | None
     """The fields of results, where the columns of the input are kept."""
     patience_s: float
-    on_progress: Any = None
+    on_progress: Callable[[], object]
     failed: int = 0
     sent: int = 0
     written: int = 0
@@ -237,8 +240,7 @@ class BatchRun:
             self.failed += 1
             if self.failed <= SHOWN_ERRORS:
                 notices.print(f"line {record.line}: {error}", markup=False)
-        if self.on_progress is not None:
-            self.on_progress()
+        self.on_progress()
 
     async def _lines_of(self, response: httpx.Response) -> AsyncIterator[bytes]:
         """The lines of an answer. Raises `_TryAgainError`, and `JobsError` for a refusal."""
@@ -255,7 +257,7 @@ class BatchRun:
             for line in filter(None, lines):  # an empty one is sent in pauses
                 yield line
 
-    async def _persist(self, what: str, attempt: Any, argument: Any) -> Any:
+    async def _persist(self, what: str, attempt: Callable[[T], Awaitable[R]], argument: T) -> R:
         """Await an attempt until it succeeds. Raises `JobsError` once it has failed for `patience_s` seconds."""
         failed_at, attempts = None, 0
         while True:

@@ -19,6 +19,7 @@ from modalkit.service.errors import ServiceError
 from modalkit.service.jobs import JobStoreLockedError, SqliteJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.web.answers import Problem
+from modalkit.service.web.auth import scheme_of
 from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.problems import install_problem_handlers
 from modalkit.service.web.ssm_key import header_bytes
@@ -59,9 +60,8 @@ class JobsClient:
                 f"correct the API key, which was sent in the header {auth_header!r} (auth_config.auth_header of the "
                 "configuration)"
             )
-            scheme = b"Bearer " if auth_header.lower() == "authorization" else b""
             try:
-                headers[auth_header.encode()] = scheme + header_bytes(key)
+                headers[auth_header.encode()] = scheme_of(auth_header).encode() + header_bytes(key)
             except ValueError as error:
                 raise JobsError(f"the API key (--key or MODALKIT_API_KEY) must be corrected: {error}") from None
         http = httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT)

@@ -73,16 +73,13 @@ def output_format(path: Path | None) -> OutputFormat:
     )
 
 
-def partial_files(path: Path) -> list[Path]:
-    """The files of interrupted runs beside the output at `path`."""
-    target = path.resolve()
-    beside = target.parent.iterdir() if target.parent.is_dir() else ()
-    return sorted(each for each in beside if each.name.startswith(f"{target.name}.") and each.name.endswith(PARTIAL))
-
-
 def refuse_leftovers(path: Path, *, resume: bool) -> list[Path]:
     """The file of an interrupted run beside the output, or none. Raises `InputError` unless it is to be resumed."""
-    found = partial_files(path)
+    target = path.resolve()
+    beside = target.parent.iterdir() if target.parent.is_dir() else ()
+    own, compressed = f"{target.name}.", f"{target.name}.gz."  # the second are files of another output
+    names = [each.name for each in beside if each.name.startswith(own) and not each.name.startswith(compressed)]
+    found = [target.with_name(name) for name in sorted(names) if name.endswith(PARTIAL)]
     if found and not resume:
         raise InputError(
             f"{found[0]} is from a run that was interrupted: go on with --resume, or remove it to begin anew"

@@ -29,7 +29,7 @@ from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.tracing import enable_tracing_from_environment
 from modalkit.service.version import VERSION
 from modalkit.service.web.app import configured_app
-from modalkit.service.web.auth import refuse_strangers
+from modalkit.service.web.auth import refuse_strangers, scheme_of
 from modalkit.service.web.server import LimitedServer, server_of
 
 SAMPLE_SIZE = 8
@@ -204,8 +204,7 @@ async def _announce(
 def _things_to_try(options: str, url: str, gateway: LocalGateway, settings: Settings) -> str:
     """Commands that work as they are, with items of the first model that is ready; only the link without any."""
     auth = settings.app_settings.auth_config
-    scheme = "Bearer " if auth.auth_header.lower() == "authorization" else ""
-    key = f" -H '{auth.auth_header}: {scheme}<your key>'" if auth.asks_for_key else ""
+    key = f" -H '{auth.auth_header}: {scheme_of(auth.auth_header)}<your key>'" if auth.asks_for_key else ""
 
     name, model = next((name, model) for name, model in gateway.models.items() if model.readiness is Readiness.READY)
     query = "" if name == next(iter(gateway.models)) else f"?model_name={quote(name, safe='')}"

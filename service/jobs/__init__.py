@@ -12,6 +12,7 @@ from modalkit.service.jobs.errors import (
     JobStoreUnavailableError,
 )
 from modalkit.service.jobs.model import (
+    ALL_JOBS,
     Batch,
     BatchLines,
     BatchResult,
@@ -31,6 +32,7 @@ from modalkit.service.jobs.sqlite import MemoryJobStore, SqliteJobStore
 from modalkit.service.jobs.store import JobStore
 
 __all__ = [
+    "ALL_JOBS",
     "Batch",
     "BatchLines",
     "BatchResult",

@@ -87,7 +87,7 @@ class Batches:
                     yield results
                     new, sent = new[len(results) :], sent + len(results)
             if is_last or not (wait and self._jobs.may_wait):
-                if is_last and batch is not None and sent < sum(batch.statuses.values()):
+                if is_last and batch is not None and sent < batch.jobs:
                     raise JobStoreError(f"some results of batch {batch_id} came late; read them again")
                 return
             place = (max(0, place[0] - OVERLAP_US), 0)

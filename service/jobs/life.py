@@ -5,7 +5,7 @@
       │  └────────┤ after a crash, or to run again later
       └───────────┴──► cancelled            (queued ──► expired; failed, after too many crashes)
 
-A job that ended without success may be queued once more, by hand (`retry_job`).
+A job that ended without success may be queued once more, by hand.
 
 Beside its status a job has a delivery: `none` until it ends with a message to send, then `pending`, and at last
 `delivered` or `undelivered`; a replay makes an undelivered one pending again.
@@ -240,31 +240,6 @@ def cancel_job(job: Job, now: float) -> Job | None:
     if job.status.has_ended:
         return None
     return replace(job, status=JobStatus.CANCELLED, finished_at=now, retry_at=None)
-
-
-def retry_job(job: Job, now: float) -> Job | None:
-    """This failed, expired or cancelled job, queued once more as if it were new; None while its message is due.
-
-    It has as long as at first until it expires.
-    """
-    if job.status not in (JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED):
-        return None
-    if job.delivery is DeliveryStatus.PENDING:
-        return None
-    return replace(
-        job,
-        status=JobStatus.QUEUED,
-        error=None,
-        started_at=None,
-        finished_at=None,
-        crashes=0,
-        attempts=0,
-        expires_at=None if job.expires_at is None else job.expires_at - job.created_at + now,
-        delivery=DeliveryStatus.NONE,
-        delivery_attempts=0,
-        delivery_error=None,
-        delivery_crashes=0,
-    )
 
 
 # Crashes.

@@ -23,6 +23,7 @@ from modalkit.service.jobs.delivery import Deliverer
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import new_job
 from modalkit.service.jobs.model import (
+    ALL_JOBS,
     BatchLines,
     Job,
     JobEnd,
@@ -42,7 +43,6 @@ from modalkit.service.validation import validated
 
 logger = logging.getLogger(__name__)
 
-ALL_JOBS = JobFilter()
 EXPIRED_PER_CALL = 1000
 DOCUMENT_GRACE_S = 86_400.0
 """Seconds for which documents are kept beyond `result_ttl_s`: as long as the jobs that they describe may take."""
@@ -130,13 +130,13 @@ class JobManager(AsyncContextManagerMixin):
             if queue_backend is None
             else Deliverer(queue_backend, store, max_attempts=max_delivery_attempts, clock=clock)
         )
-        # All mutable state: the feeds by model name, the watches of each job that is watched, and whether callers may
-        # wait.
+        # All mutable state: the feeds by model name, the watches of each job that is watched, and `may_wait`.
         self.quarantine_lock = anyio.Lock()
         """Held by the feed that runs a quarantined group, from before it is claimed until its ends are stored."""
         self._feeds: dict[str, JobFeed] = {}
         self._watches: defaultdict[str, set[_Watch]] = defaultdict(set)
-        self._may_wait = True
+        self.may_wait = True
+        """Whether callers may wait for jobs to end: until `stop_waiting`."""
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
@@ -263,7 +263,7 @@ class JobManager(AsyncContextManagerMixin):
         with self._watching([job_id]) as watch:
             job = await self.store.get(job_id)
             with anyio.move_on_after(wait_s):
-                while job is not None and not job.status.has_ended and self._may_wait:
+                while job is not None and not job.status.has_ended and self.may_wait:
                     await watch.changes()
                     job = await self.store.get(job_id)
             return job
@@ -290,7 +290,7 @@ class JobManager(AsyncContextManagerMixin):
                         left.discard(job_id)
                         if job is not None:
                             yield job
-                if not self._may_wait:
+                if not self.may_wait:
                     return
 
     @contextmanager
@@ -320,14 +320,9 @@ class JobManager(AsyncContextManagerMixin):
         for watch in self._watches.get(job_id, ()):
             watch.add(job_id, piece)
 
-    @property
-    def may_wait(self) -> bool:
-        """Whether callers may wait for jobs to end: until `stop_waiting`."""
-        return self._may_wait
-
     def stop_waiting(self) -> None:
         """Answer callers that wait for the end of a job with the job as it is, now and from now on. Idempotent."""
-        self._may_wait = False
+        self.may_wait = False
         self.tell_change(list(self._watches))
 
     def drain(self) -> None:

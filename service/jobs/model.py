@@ -239,6 +239,9 @@ class JobFilter:
     batch_id: str | None = None
 
 
+ALL_JOBS = JobFilter()
+
+
 @dataclass(frozen=True, slots=True)
 class JobPage:
     """Some of many jobs, the newest first."""
@@ -279,6 +282,11 @@ class Batch:
     """When the last of its jobs ended; None while any has not."""
     jobs_per_s: float
     """How many of its jobs ended per second lately."""
+
+    @property
+    def jobs(self) -> int:
+        """How many there are."""
+        return sum(self.statuses.values())
 
     @property
     def active(self) -> int:

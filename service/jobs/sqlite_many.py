@@ -11,7 +11,7 @@ from pydantic_core import to_json
 
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.model import DeliveryStatus, Job, JobStatus
-from modalkit.service.jobs.sqlite_rows import SELECT, job_from_row, microseconds
+from modalkit.service.jobs.sqlite_rows import PAGE_COLUMNS, job_from_row, microseconds
 
 Counts = Counter[JobStatus | DeliveryStatus]
 
@@ -21,9 +21,10 @@ ROWS_PER_STEP = 1000
 def cancel_some(
     database: sqlite3.Connection, counts: Counts, which: str, values: Sequence[object], now: float
 ) -> list[Job]:
-    """Cancel queued and running jobs that match the condition `which`; returns them as they were before."""
+    """Cancel queued and running jobs that match the condition; returns them as before, without their messages."""
     rows = database.execute(
-        f"{SELECT} WHERE status IN ('queued', 'running') AND {which} LIMIT ?", (*values, ROWS_PER_STEP)
+        f"SELECT {PAGE_COLUMNS} FROM jobs WHERE status IN ('queued', 'running') AND {which} LIMIT ?",  # noqa: S608  # names of our own; values are bound
+        (*values, ROWS_PER_STEP),
     )
     jobs = [job_from_row(row) for row in rows.fetchall()]
     database.execute(sql.CANCEL, (microseconds(now), to_json([job.job_id for job in jobs]).decode()))
@@ -35,12 +36,12 @@ def cancel_some(
 def retry_some(
     database: sqlite3.Connection, counts: Counts, which: str, values: Sequence[object], now: float
 ) -> list[tuple[int, str]]:
-    """Queue ended jobs that match the condition `which` once more, as `life.retry_job` says.
+    """Queue ended jobs that match the condition `which` once more, as if they were new, unless their message is due.
 
-    Returns the sequence number and the id of each.
+    They have as long as at first until they expire. Returns the sequence number and the id of each.
     """
     rows = database.execute(
-        f"SELECT seq, job_id, status, delivery FROM jobs WHERE {sql.RETRYABLE} AND {which} ORDER BY seq LIMIT ?",  # noqa: S608  # names of our own; values are bound
+        f"SELECT seq, job_id, status, delivery FROM jobs WHERE {sql.RETRYABLE} AND {which} ORDER BY seq LIMIT ?",  # noqa: S608  # as above
         (*values, ROWS_PER_STEP),
     ).fetchall()
     database.execute(sql.RETRY, (microseconds(now), to_json([row[0] for row in rows]).decode()))
@@ -75,9 +76,9 @@ def remove_some(database: sqlite3.Connection, counts: Counts, which: str, values
 def put_document(
     database: sqlite3.Connection, document_id: str, part: int, owner: str, content: bytes, now: float
 ) -> None:
-    """Store a part of a document, in place of what was there."""
+    """Store a part of a document; one that is there gets the content, and keeps its owner and its age."""
     database.execute(
-        "INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?, ?)",
+        "INSERT INTO documents VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET content = excluded.content",
         (document_id, part, owner, microseconds(now), content),
     )
 

@@ -124,10 +124,10 @@ REMOVE = """
 REMOVABLE = "finished_at < ? AND delivery IN ('none', 'delivered', 'memory')"
 RETRYABLE = "status IN ('failed', 'expired', 'cancelled') AND delivery <> 'pending'"
 RETRY = """
-    UPDATE jobs SET status = 'queued', error = NULL, started_at = NULL, finished_at = NULL, crashes = 0, attempts = 0,
-        retry_at = NULL, expires_at = expires_at - created_at + ?, delivery = 'none', delivery_attempts = 0,
-        delivery_error = NULL, delivery_crashes = 0, delivery_queue = NULL, due_at = NULL
-    WHERE seq IN (SELECT value FROM json_each(?))
+    UPDATE jobs SET status = 'queued', error = NULL, created_at = ?1, started_at = NULL, finished_at = NULL,
+        crashes = 0, attempts = 0, retry_at = NULL, expires_at = expires_at - created_at + ?1, delivery = 'none',
+        delivery_attempts = 0, delivery_error = NULL, delivery_crashes = 0, delivery_queue = NULL, due_at = NULL
+    WHERE seq IN (SELECT value FROM json_each(?2))
 """
 KNOWN_KEYS = """
     SELECT EXISTS (

@@ -151,7 +151,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         return changed
 
     async def cancel_some(self, which: JobFilter, now: float) -> list[Job]:
-        """Cancel some of the queued and running jobs that match `which`; returns them as they were before."""
+        """Cancel some of the queued and running jobs that match; returns them as before, without their messages."""
         condition, values = condition_of(which)
         return await self._perform(lambda table: many.cancel_some(self._database, table.counts, condition, values, now))
 
@@ -229,7 +229,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         return await self._read(lambda database: batches.results_of(database, sequences))
 
     async def put_document(self, document_id: str, part: int, owner: str, content: bytes, now: float) -> None:
-        """Store a part of a document, in place of what was there."""
+        """Store a part of a document; one that is there gets the content, and keeps its owner and its age."""
         await self._perform(lambda _: many.put_document(self._database, document_id, part, owner, content, now))
 
     async def document_part(self, document_id: str, part: int, owner: str | None) -> bytes | None:

@@ -137,7 +137,7 @@ class FailedSlot(BaseModel):
 
 
 class BatchView(BaseModel):
-    """The stored jobs of a batch, counted."""
+    """The stored jobs of a batch, counted; validated from the attributes of a `Batch`."""
 
     model_config = ConfigDict(from_attributes=True)
 

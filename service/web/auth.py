@@ -170,6 +170,11 @@ def end_request(scope: Scope) -> None:
         caller.leave()
 
 
+def scheme_of(header: str) -> str:
+    """What comes before a key in this header: `Bearer` and a space, or nothing in a header of another name."""
+    return "Bearer " if header.lower() == "authorization" else ""
+
+
 class ApiKeys:
     """The keys that requests may carry in the header `header`; without any, all requests are let in.
 
@@ -186,7 +191,7 @@ class ApiKeys:
         max_wrong_per_minute: int | None = None,
     ) -> None:
         self.header = header
-        self._is_bearer = header.lower() == "authorization"
+        self._is_bearer = bool(scheme_of(header))
         self._callers = callers
         self._in_ssm = tuple(in_ssm)
         self._wrong = WrongKeys(max_wrong_per_minute)
@@ -262,9 +267,6 @@ class ApiKeys:
             if ssm_key.digest is not None and hmac.compare_digest(ssm_key.digest, digest):
                 return caller
         return None
-
-
-NO_KEYS = ApiKeys("authorization", {})
 
 
 def configured_keys(config: AuthConfig) -> ApiKeys:

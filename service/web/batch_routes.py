@@ -9,7 +9,7 @@ from pydantic_core import from_json, to_json
 
 from modalkit.service.errors import UnknownBatchError
 from modalkit.service.gateway import Jobs
-from modalkit.service.jobs import Batch, BatchResult, JobFilter
+from modalkit.service.jobs import BatchResult, JobFilter
 from modalkit.service.jobs.batches import Batches
 from modalkit.service.web.answers import NDJSON, PROBLEM_ANSWERS, BatchView, Cancelled, Purged
 from modalkit.service.web.auth import caller_of
@@ -43,7 +43,7 @@ def make_batch_router(jobs: Jobs) -> APIRouter:
         batch = await batches().get(batch_id, caller_of(request).visible_owner)
         if batch is None:
             raise UnknownBatchError(batch_id)
-        return _view_of(batch)
+        return BatchView.model_validate(batch)
 
     @router.get(
         "/batches/{batch_id}/results",
@@ -78,19 +78,6 @@ def make_batch_router(jobs: Jobs) -> APIRouter:
         return Purged(purged=await administration_of(jobs, CANNOT_LIST).purge(which))
 
     return router
-
-
-def _view_of(batch: Batch) -> BatchView:
-    """A batch as its caller sees it."""
-    return BatchView(
-        batch_id=batch.batch_id,
-        jobs=sum(batch.statuses.values()),
-        statuses=dict(batch.statuses),
-        created_at=batch.created_at,
-        finished_at=batch.finished_at,
-        jobs_per_s=round(batch.jobs_per_s, 3),
-        drain_s=None if batch.drain_s is None else round(batch.drain_s, 3),
-    )
 
 
 def _line_of(result: BatchResult) -> bytes:

@@ -70,3 +70,29 @@ def replay_delivery(job: Job) -> Job | None:
     if job.delivery is not DeliveryStatus.UNDELIVERED:
         return None
     return replace(job, delivery=DeliveryStatus.PENDING, delivery_attempts=0)
+
+
+def retry_job(job: Job, now: float) -> Job | None:
+    """This failed, expired or cancelled job, queued once more as if it were new; None while its message is due.
+
+    It has as long as at first until it expires.
+    """
+    if job.status not in (JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED):
+        return None
+    if job.delivery is DeliveryStatus.PENDING:
+        return None
+    return replace(
+        job,
+        status=JobStatus.QUEUED,
+        error=None,
+        created_at=now,
+        started_at=None,
+        finished_at=None,
+        crashes=0,
+        attempts=0,
+        expires_at=None if job.expires_at is None else job.expires_at - job.created_at + now,
+        delivery=DeliveryStatus.NONE,
+        delivery_attempts=0,
+        delivery_error=None,
+        delivery_crashes=0,
+    )

@@ -1,7 +1,8 @@
 """OpenAI's batches: ``/v1/files`` and ``/v1/batches``."""
 
+from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
@@ -9,7 +10,7 @@ from starlette.datastructures import UploadFile
 
 from modalkit.service.gateway import Gateway
 from modalkit.service.settings import RequestConfig
-from modalkit.service.web.adapters.openai_kept import BATCH, KeptBatches
+from modalkit.service.web.adapters.openai_kept import BATCH, FILE, KeptBatches
 from modalkit.service.web.adapters.openai_shapes import (
     BatchList,
     BatchObject,
@@ -18,8 +19,9 @@ from modalkit.service.web.adapters.openai_shapes import (
     FileObject,
     NewBatch,
 )
-from modalkit.service.web.answers import PROBLEM_ANSWERS
+from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS
 from modalkit.service.web.auth import caller_of
+from modalkit.service.web.bodies import read_as
 from modalkit.service.web.job_routes import CANNOT_LIST, administration_of, refuse_unknown_query
 from modalkit.service.web.problems import ProblemError
 
@@ -29,8 +31,11 @@ _UPLOAD_SCHEMA = {
     "required": ["file", "purpose"],
 }
 UPLOAD = {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD_SCHEMA}}}
+MAX_FIELDS = 8
+"""Fields of an upload beside the file, each of a mebibyte at most: they are held in memory."""
 
-
+Purpose = Annotated[Literal["batch", "batch_output"], Query(description="Files of results are not listed.")]
+FileLimit = Annotated[int, Query(ge=1, le=10_000, description="How many at most.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="How many at most.")]
 After = Annotated[str | None, Query(description="The id of the last one that was seen.")]
 
@@ -40,9 +45,7 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
     router = APIRouter(tags=["OpenAI"], dependencies=[Depends(refuse_unknown_query)], responses=PROBLEM_ANSWERS)
 
     def kept(request: Request) -> KeptBatches:
-        administration = administration_of(gateway.jobs, CANNOT_LIST)
-        caller = caller_of(request)
-        return KeptBatches(administration, gateway, limits, caller.owner, caller.visible_owner)
+        return KeptBatches(administration_of(gateway.jobs, CANNOT_LIST), gateway, limits, caller_of(request))
 
     @router.post(
         "/v1/files",
@@ -56,16 +59,21 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
         if int(size) > limits.max_file_bytes:
             detail = f"the file is larger than {limits.max_file_bytes} bytes (request_config.max_file_bytes)"
             raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{detail}: send several smaller ones")
-        async with request.form(max_files=1) as form:
+        async with request.form(max_files=1, max_fields=MAX_FIELDS) as form:
             file, purpose = form.get("file"), form.get("purpose")
             if not isinstance(file, UploadFile) or purpose != "batch":
                 detail = "send a form (multipart/form-data) with a `file`, and `purpose`, which must be `batch`"
                 raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
             return await kept(request).add_file(file)
 
-    @router.get("/v1/files", summary="List files")
-    async def openai_list_files(request: Request) -> FileList:
-        return FileList(data=await kept(request).files())
+    @router.get("/v1/files", summary="List uploaded files")
+    async def openai_list_files(
+        request: Request, purpose: Purpose = "batch", limit: FileLimit = 10_000, after: After = None
+    ) -> FileList:
+        own = kept(request)
+        ids = await own.documents.document_ids(FILE, own.visible_owner) if purpose == "batch" else []
+        chosen, has_more = _page(ids, limit, after)
+        return FileList(data=[await own.file(file_id) for file_id in chosen], has_more=has_more)
 
     @router.get("/v1/files/{file_id}", summary="One file")
     async def openai_get_file(request: Request, file_id: str) -> FileObject:
@@ -79,22 +87,22 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
     @router.get("/v1/files/{file_id}/content", summary="The content of a file", response_class=StreamingResponse)
     async def openai_file_content(request: Request, file_id: str) -> StreamingResponse:
         own = kept(request)
-        await own.file(file_id)
+        await own.check_file(file_id)
         return StreamingResponse(own.content(file_id), media_type="application/jsonl")
 
-    @router.post("/v1/batches", summary="Run the requests of a file as a batch")
-    async def openai_create_batch(request: Request, new: NewBatch) -> BatchObject:
-        return await kept(request).create(new)
+    @router.post(
+        "/v1/batches",
+        summary="Run the requests of a file as a batch",
+        openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": NewBatch.model_json_schema()}}}},
+    )
+    async def openai_create_batch(request: Request) -> BatchObject:
+        return await kept(request).create(await read_as(NewBatch, request))
 
     @router.get("/v1/batches", summary="List batches")
     async def openai_list_batches(request: Request, limit: Limit = 20, after: After = None) -> BatchList:
         own = kept(request)
-        ids = await own.documents.document_ids(BATCH, own.visible_owner)
-        start = ids.index(after) + 1 if after in ids else 0
-        return BatchList(
-            data=[await own.batch(batch_id) for batch_id in ids[start : start + limit]],
-            has_more=len(ids) > start + limit,
-        )
+        chosen, has_more = _page(await own.documents.document_ids(BATCH, own.visible_owner), limit, after)
+        return BatchList(data=[await own.batch(batch_id) for batch_id in chosen], has_more=has_more)
 
     @router.get("/v1/batches/{batch_id}", summary="One batch")
     async def openai_get_batch(request: Request, batch_id: str) -> BatchObject:
@@ -105,3 +113,11 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
         return await kept(request).cancel(batch_id)
 
     return router
+
+
+def _page(ids: Sequence[str], limit: int, after: str | None) -> tuple[Sequence[str], bool]:
+    """Up to `limit` ids behind `after`, and whether there are more. Raises `ProblemError` for an unknown one."""
+    if after is not None and after not in ids:
+        raise ProblemError(HTTPStatus.NOT_FOUND, f"after: there is no {after!r:.100}: it is wrong, or was removed")
+    start = 0 if after is None else ids.index(after) + 1
+    return ids[start : start + limit], len(ids) > start + limit

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Literal
 
+import anyio
 from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 from starlette.datastructures import UploadFile
@@ -29,6 +30,7 @@ from modalkit.service.web.adapters.openai_shapes import (
     RequestCounts,
 )
 from modalkit.service.web.adapters.tasks import EMBEDDING
+from modalkit.service.web.auth import Caller
 from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.lines import Line, lines_of
 from modalkit.service.web.problems import ProblemError, as_problem
@@ -48,8 +50,8 @@ class _Record(BaseModel):
     created_at: int
     total: int = 0
     errors: list[BatchError] = []
-    refused: list[dict[str, Any]] = []
-    """The lines of the error file for requests that became no job."""
+    refused: int = 0
+    """Requests that became no job; their lines of the error file are the other parts of the document."""
     cancelled_at: int | None = None
 
 
@@ -66,15 +68,10 @@ class KeptBatches:
     """The files and batches that one caller sees, and those it makes."""
 
     def __init__(
-        self,
-        administration: JobAdministration,
-        gateway: Gateway,
-        limits: RequestConfig,
-        owner: str,
-        visible_owner: str | None,
+        self, administration: JobAdministration, gateway: Gateway, limits: RequestConfig, caller: Caller
     ) -> None:
-        self.documents, self.visible_owner = administration.documents, visible_owner
-        self._batches, self._gateway, self._limits, self._owner = administration.batches, gateway, limits, owner
+        self.documents, self.visible_owner = administration.documents, caller.visible_owner
+        self._batches, self._gateway, self._limits, self._caller = administration.batches, gateway, limits, caller
 
     # Files.
 
@@ -90,23 +87,28 @@ class KeptBatches:
         await self._put(file_id, to_json(added))
         return added
 
-    async def files(self) -> list[FileObject]:
-        """All files that were uploaded."""
-        return [await self.file(each) for each in await self.documents.document_ids(FILE, self.visible_owner)]
-
     async def file(self, file_id: str) -> FileObject:
         """A file, uploaded or made of results. Raises `ProblemError`."""
+        batch = await self._batch_of(file_id)
+        if batch is None:
+            return FileObject.model_validate_json(await self._read(FILE, file_id))
+        size = sum([len(part) async for part in self.content(file_id)])
+        created_at = batch.completed_at or batch.created_at
+        name = f"{file_id}.jsonl"
+        return FileObject(id=file_id, bytes=size, created_at=created_at, filename=name, purpose="batch_output")
+
+    async def check_file(self, file_id: str) -> None:
+        """Raise `ProblemError` where there is no such file; cheaper than `file`, which reads all results."""
+        if await self._batch_of(file_id) is None:
+            await self._read(FILE, file_id)
+
+    async def _batch_of(self, file_id: str) -> BatchObject | None:
+        """The batch whose results a file has; None for any other file."""
         for beginning in (OUTPUT, ERRORS):
             if file_id.startswith(beginning):
                 batch = await self.batch(BATCH + file_id.removeprefix(beginning))
-                if file_id in (batch.output_file_id, batch.error_file_id):
-                    size = sum([len(part) async for part in self.content(file_id)])
-                    name = f"{file_id}.jsonl"
-                    created_at = batch.completed_at or batch.created_at
-                    return FileObject(
-                        id=file_id, bytes=size, created_at=created_at, filename=name, purpose="batch_output"
-                    )
-        return FileObject.model_validate_json(await self._read(FILE, file_id))
+                return batch if file_id in (batch.output_file_id, batch.error_file_id) else None
+        return None
 
     async def remove_file(self, file_id: str) -> None:
         """Remove an uploaded file; those of results go with their jobs."""
@@ -120,8 +122,13 @@ class KeptBatches:
                 async for part in self._results(file_id.removeprefix(beginning), failed=beginning == ERRORS):
                     yield part
                 return
+        async for part in self._parts(file_id):
+            yield part
+
+    async def _parts(self, document_id: str) -> AsyncIterator[bytes]:
+        """The parts of a document behind its description."""
         number = 1
-        while content := await self.documents.document_part(file_id, number, self.visible_owner):
+        while content := await self.documents.document_part(document_id, number, self.visible_owner):
             yield content
             number += 1
 
@@ -129,7 +136,8 @@ class KeptBatches:
         batch_id = BATCH + ending
         record = await self._record(batch_id)
         if failed:
-            yield b"".join(to_json(line) + b"\n" for line in record.refused)
+            async for part in self._parts(batch_id):
+                yield part
         async for results in self._batches.results_by_line(batch_id, self.visible_owner, wait=False):
             chosen = [each for each in results if (each.status is not JobStatus.SUCCEEDED) == failed]
             yield b"".join(to_json(_answer(each, record.new.endpoint)) + b"\n" for each in chosen)
@@ -137,8 +145,12 @@ class KeptBatches:
     # Batches.
 
     async def create(self, new: NewBatch) -> BatchObject:
-        """Submit the requests of a file. Where a line is no request, none is, and the batch has failed."""
-        await self.file(new.input_file_id)
+        """Submit the requests of a file. Where a line is no request, none is, and the batch has failed.
+
+        Raises `ProblemError`, also where the caller is over its limit of items.
+        """
+        self._caller.take_items(0)
+        await self.check_file(new.input_file_id)
         if new.endpoint == EMBEDDINGS and not EMBEDDING.models_of(self._gateway.models):
             raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "endpoint: there is no model for embeddings")
         batch_id = f"{BATCH}{uuid.uuid4().hex}"
@@ -153,16 +165,20 @@ class KeptBatches:
                     custom_id, problem = "", error.detail
                 if custom_id in seen:
                     problem = f"custom_id {custom_id!r:.100} comes twice"
-                if problem:
-                    record.errors.append(BatchError(code="invalid_line", line=line.number, message=problem))
-                else:
+                if not problem:
                     seen.add(custom_id)
+                elif len(record.errors) < MAX_SHOWN_ERRORS:
+                    record.errors.append(BatchError(code="invalid_line", line=line.number, message=problem))
         if not record.total:
             record.errors.append(BatchError(code="empty_file", line=1, message="the file has no requests"))
-        del record.errors[MAX_SHOWN_ERRORS:]
         if not record.errors:
-            async for lines in self._lines(new.input_file_id):
-                record.refused += await self._submit(batch_id, lines, new.endpoint)
+            self._caller.take_items(record.total)
+            try:
+                record.refused = await self._submit_all(batch_id, new)
+            except BaseException:
+                with anyio.CancelScope(shield=True):  # else its jobs would run without a batch
+                    await self._batches.cancel(batch_id, self.visible_owner)
+                raise
         await self._put(batch_id, to_json(record))
         return await self.batch(batch_id)
 
@@ -183,7 +199,7 @@ class KeptBatches:
         batch = await self._batches.get(batch_id, self.visible_owner)
         counts: Mapping[JobStatus, int] = {} if batch is None else batch.statuses
         completed, expired = counts.get(JobStatus.SUCCEEDED, 0), counts.get(JobStatus.EXPIRED, 0)
-        failed = counts.get(JobStatus.FAILED, 0) + expired + len(record.refused)
+        failed = counts.get(JobStatus.FAILED, 0) + expired + record.refused
         changes: dict[str, Any] = {
             "in_progress_at": record.created_at,
             "cancelling_at": record.cancelled_at,
@@ -210,6 +226,15 @@ class KeptBatches:
             await self._batches.cancel(batch_id, self.visible_owner)
         return await self.batch(batch_id)
 
+    async def _submit_all(self, batch_id: str, new: NewBatch) -> int:
+        """Submit the requests of a file; returns how many are refused, and keeps their lines of the error file."""
+        refused = parts = 0
+        async for lines in self._lines(new.input_file_id):
+            if errors := await self._submit(batch_id, lines, new.endpoint):
+                refused, parts = refused + len(errors), parts + 1
+                await self._put(batch_id, b"".join(to_json(error) + b"\n" for error in errors), parts)
+        return refused
+
     async def _submit(self, batch_id: str, lines: Sequence[Line], endpoint: str) -> list[dict[str, Any]]:
         """Submit requests as jobs; returns what the error file says of those that are refused."""
         jobs = dict[str, list[tuple[int, AsyncInputModel]]]()
@@ -229,7 +254,9 @@ class KeptBatches:
             numbers = [number for number, _ in chosen]
             requests = [job for _, job in chosen]
             batch = BatchLines(batch_id, numbers)
-            outcomes = await self._gateway.jobs.submit(requests, model_name=model_name, owner=self._owner, batch=batch)
+            outcomes = await self._gateway.jobs.submit(
+                requests, model_name=model_name, owner=self._caller.owner, batch=batch
+            )
             for number, outcome in zip(numbers, outcomes, strict=True):
                 if isinstance(outcome, Failure):
                     errors[names[number]] = outcome.error
@@ -262,7 +289,7 @@ class KeptBatches:
         raise ProblemError(HTTPStatus.NOT_FOUND, f"there is no {document_id!r:.100}: it is wrong, or was removed")
 
     async def _put(self, document_id: str, content: bytes, part: int = 0) -> None:
-        await self.documents.put_document(document_id, part, self._owner, content, time.time())
+        await self.documents.put_document(document_id, part, self._caller.owner, content, time.time())
 
 
 def _request(line: Line, endpoint: str, limits: RequestConfig) -> _Request:

@@ -50,7 +50,7 @@ def add_page(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> None:
             {
                 "version": VERSION,
                 "key_header": keys.header if keys.are_asked_for else None,
-                "can_retry": hasattr(gateway.jobs.administration, "retry"),
+                "can_retry": gateway.jobs.administration is not None,
                 "models": [
                     {"name": name, "schema": model.input_model.model_json_schema()}
                     for name, model in gateway.models.items()

@@ -50,14 +50,15 @@ class Sampler:
     async def _shared_sample(self, tick: int) -> bytes:
         async with self._lock:
             if tick > self._tick:
-                self._tick = tick
                 self._event = await self._sample(self._shown)
+                self._tick = tick
             return self._event
 
     async def _sample(self, shown: dict[str, int]) -> bytes:
         """An event, with the batches of each model that are not among the first `shown` ones, which it updates."""
+        jobs = await self._jobs()  # first: a viewer that leaves meanwhile has taken no batch from the others
         models = {name: self._model(model, shown) for name, model in self._gateway.models.items()}
-        content = {"at": time.time(), "models": models, "jobs": await self._jobs()}
+        content = {"at": time.time(), "models": models, "jobs": jobs}
         return sse_event("sample", to_json(content, inf_nan_mode="null"))
 
     def _model(self, model: Model, shown: dict[str, int]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from modalkit.service.cli.common import whole_file
 from modalkit.service.cli.predict import _Run
 from modalkit.service.cli.records import FileFormat, Record, read_records, validated
-from modalkit.service.cli.results import ResultWriter, result_file
+from modalkit.service.cli.results import ResultWriter, refuse_leftovers, result_file
 from modalkit.service.settings import Settings
 from tests.support.command_line import Modalkit
 from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
@@ -290,6 +290,12 @@ def test_links_and_permissions_of_the_output_stay(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o640
     assert target.read_text() == "of today"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.yaml", "target.yaml"]
+
+
+def test_the_interrupted_run_of_a_compressed_output_is_not_that_of_the_plain_one(tmp_path: Path) -> None:
+    (partial := tmp_path / "out.jsonl.gz.partial").touch()
+    assert refuse_leftovers(tmp_path / "out.jsonl", resume=False) == []
+    assert refuse_leftovers(tmp_path / "out.jsonl.gz", resume=True) == [partial]
 
 
 def test_an_output_that_is_no_regular_file_is_written_to_at_once(modalkit: Modalkit) -> None:

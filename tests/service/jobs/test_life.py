@@ -409,7 +409,7 @@ class StoreFollowsLife(RuleBasedStateMachine):
         chosen = list(self.jobs) if everything else [self.pick(number)] * 2
         retried = self.runner.run(self.store.retry(None if everything else chosen, JobFilter(), self.now))
         may = [job_id for job_id in self.jobs if job_id in chosen]
-        assert retried == [job_id for job_id in may if self.change(life.retry_job(self.jobs[job_id], self.now))]
+        assert retried == [job_id for job_id in may if self.change(store_rules.retry_job(self.jobs[job_id], self.now))]
 
     @rule()
     def recover(self) -> None:

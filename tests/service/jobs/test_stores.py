@@ -681,3 +681,22 @@ async def test_an_owner_lists_removes_and_replays_its_own_jobs_alone(store: JobS
     assert await store.replay(None, 4.0, "x") == 1
     assert await store.purge(JobFilter(owner="y")) == 2
     assert [job.job_id for job in (await store.page(9, JobFilter())).jobs] == ["x1", "x0"]
+
+
+async def test_a_document_keeps_its_owner_and_its_age_when_another_changes_it(store: JobStore) -> None:
+    await store.put_document("d", 0, "shop", b"old", 1.0)
+    await store.put_document("d", 0, "boss", b"new", 9.0)
+    assert await store.document_part("d", 0, "shop") == b"new"
+    assert await store.document_ids("d", "boss") == []
+    await store.remove_old_documents(2.0)
+    assert await store.document_part("d", 0, None) is None
+
+
+async def test_a_job_has_as_long_to_its_end_at_each_retry(store: JobStore) -> None:
+    await store.add([new_job("a", created_at=1.0, expires_at=11.0)])
+    for now in (100.0, 200.0):
+        await store.cancel("a", now - 1)
+        assert await store.retry(["a"], JobFilter(), now) == ["a"]
+        job = await existing(store, "a")
+        assert (job.created_at, job.expires_at) == (now, now + 10)
+        assert (await store.counts()).oldest_queued_at == {"m": now}

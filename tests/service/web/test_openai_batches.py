@@ -1,7 +1,9 @@
 """OpenAI's Python client uploads a file, runs it as a batch, and reads the results."""
 
+import itertools
 import json
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from typing import Any
 
 import anyio
@@ -12,6 +14,8 @@ import pytest
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import RequestConfig, Settings
 from modalkit.service.web import create_app
+from modalkit.service.web.lines import LINES_AT_ONCE
+from modalkit.service.web.problems import ProblemError
 from tests.service.web.test_adapters import ENTRIES, make_settings
 from tests.service.web.test_keys import serving_keys
 from tests.support.http_client import assert_problem
@@ -85,7 +89,11 @@ async def test_a_file_becomes_a_batch_with_results_and_errors_by_custom_id(clien
         assert errors["d"]["response"]["status_code"] == 404
         assert (await ask.files.retrieve(batch.output_file_id)).purpose == "batch_output"
         assert [each.id for each in (await ask.batches.list()).data] == [batch.id]
-        assert [each.id for each in (await ask.files.list()).data] == [file_id]
+        with pytest.raises(openai.NotFoundError):
+            await ask.batches.list(after="batch_removed")
+        other_id = await uploaded(ask, "")
+        assert [each.id async for each in ask.files.list(purpose="batch", limit=1)] == [other_id, file_id]
+        assert (await ask.files.list(purpose="batch_output")).data == []
         await ask.files.delete(file_id)
         with pytest.raises(openai.NotFoundError):
             await ask.files.retrieve(file_id)
@@ -127,6 +135,29 @@ async def test_a_batch_is_cancelled(client: httpx.AsyncClient, gateway: LocalGat
         assert len(await content_of(ask, (await ask.batches.retrieve(batch.id)).error_file_id)) == 40
 
 
+async def test_a_batch_that_cannot_be_submitted_whole_runs_nothing(
+    client: httpx.AsyncClient, gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, submit, calls = gateway.models["lengths"].worker, gateway.jobs.submit, itertools.count()
+    assert worker is not None
+    assert isinstance(worker.pipeline, LengthPipeline)
+    worker.pipeline.gate.clear()
+
+    async def submit_once(*args: Any, **options: Any) -> Any:
+        if next(calls):
+            raise ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, "full")
+        return await submit(*args, **options)
+
+    monkeypatch.setattr(gateway.jobs, "submit", submit_once)
+    async with client_of(client) as ask:
+        lines = [request(str(n), text="x", model="lengths") for n in range(2 * LINES_AT_ONCE)]
+        with pytest.raises(openai.InternalServerError, match="full"):
+            await ran(ask, await uploaded(ask, *lines))
+        assert (await ask.batches.list()).data == []
+    worker.pipeline.gate.set()
+    assert {job["status"] for job in (await client.get("/jobs?limit=1000")).json()["jobs"]} == {"cancelled"}
+
+
 async def test_files_and_batches_belong_to_the_key_that_made_them(settings: Settings) -> None:
     async with serving_keys(settings) as client, client_of(client, "s") as shop, client_of(client, "b") as blog:
         file_id = await uploaded(shop, request("a", text="x"))
@@ -139,6 +170,21 @@ async def test_files_and_batches_belong_to_the_key_that_made_them(settings: Sett
         assert (await blog.batches.list()).data == []
 
 
+async def test_batches_count_against_the_limit_of_items_of_their_key(settings: Settings) -> None:
+    keys = {"slow": {"api_key": "s", "scopes": ["jobs"], "max_items_per_second": 0.001}}
+    async with serving_keys(settings, keys=keys) as client, client_of(client, "s") as ask:
+        file_id = await uploaded(ask, *[request(str(n), text="x") for n in range(3)])
+        await ran(ask, file_id)
+        with pytest.raises(openai.RateLimitError, match="items per second"):
+            await ran(ask, file_id)
+
+
+async def test_a_file_of_wrong_lines_tells_the_first_hundred(client: httpx.AsyncClient) -> None:
+    async with client_of(client) as ask:
+        batch = await ran(ask, await uploaded(ask, *["no json"] * 300))
+        assert [error.line for error in batch.errors.data] == list(range(1, 101))
+
+
 async def test_an_upload_that_is_no_file_or_too_large_is_refused(gateway: LocalGateway) -> None:
     limits = RequestConfig(max_file_bytes=1000)
     async with serving(create_app(gateway, limits=limits, owns_gateway=False)) as client:
@@ -146,3 +192,4 @@ async def test_an_upload_that_is_no_file_or_too_large_is_refused(gateway: LocalG
         assert_problem(await client.post("/v1/files", files={"file": b"x"}, data={"purpose": "assistants"}), 422)
         problem = assert_problem(await client.post("/v1/files", files={"file": b"x" * 2000}), 413)
         assert "request_config.max_file_bytes" in problem["detail"]
+        assert_problem(await client.post("/v1/batches", content=b" " * (RequestConfig().max_item_bytes + 1)), 413)

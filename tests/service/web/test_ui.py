@@ -163,6 +163,30 @@ async def test_all_who_watch_share_one_sample_and_are_told_of_the_end(gateway: L
     assert len(set(later)) < len(later), "and later ones are shared"
 
 
+async def test_a_viewer_that_leaves_takes_no_batch_from_the_others(
+    gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler, counting, model = Sampler(gateway), anyio.Event(), gateway.models["lengths"]
+
+    async def count_without_end() -> None:
+        counting.set()
+        await anyio.sleep_forever()
+
+    async with aclosing(sampler.watch()) as leaving, aclosing(sampler.watch()) as staying:
+        await anext(leaving)
+        await anext(staying)
+        await model.predict(model.input_model.model_validate({"text": "four"}))
+        with monkeypatch.context() as patched:
+            patched.setattr(gateway.jobs, "counts", count_without_end)
+            async with anyio.create_task_group() as group:
+                group.start_soon(leaving.__anext__)
+                await counting.wait()
+                group.cancel_scope.cancel()
+        told = (await anext(staying)).decode()
+    sample = json.loads(next(line for line in told.splitlines() if line.startswith("data: ")).removeprefix("data: "))
+    assert [batch["count"] for batch in sample["models"]["lengths"]["recent"]] == [1]
+
+
 async def test_a_model_that_is_not_loaded_is_told_without_figures(gateway: LocalGateway) -> None:
     gateway.models["lengths"].worker, worker = None, gateway.models["lengths"].worker
     try:
