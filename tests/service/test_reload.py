@@ -66,7 +66,7 @@ def configure(folder: Path, *, pipeline: str = "Versioned", more: str = "", **en
         f"""
 app_settings:
   async_config: {{store_path: "{folder}/jobs.db"}}
-  batch_config: {{max_batch_size: 4, batch_timeout_seconds: 0.05, calibration: {{enabled: false}}}}
+  batch_config: {{max_batch_size: 4, batch_timeout_seconds: 0.5, calibration: {{enabled: false}}}}
   {more}
 model_settings:
   model_entries:
@@ -207,7 +207,7 @@ async def test_limits_are_changed_live_and_by_a_reload(gateway: LocalGateway, tm
     model = gateway.models["m"]
     await model.set_limits({"max_batch_size": 2, "max_in_flight": 3})
     assert model.worker is not None
-    assert (model.worker.limits.max_batch_size, model.worker.limits.batch_timeout_seconds) == (2, 0.05)
+    assert (model.worker.limits.max_batch_size, model.worker.limits.batch_timeout_seconds) == (2, 0.5)
     await model.predict_many([Text(text="a")] * 8)
     assert max(map(len, Versioned.instances[0].batches)) == 2
     limits: dict[str, Any]

@@ -31,8 +31,8 @@ _UPLOAD_SCHEMA = {
     "required": ["file", "purpose"],
 }
 UPLOAD = {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD_SCHEMA}}}
-MAX_FIELDS = 8
-"""Fields of an upload beside the file, each of a mebibyte at most: they are held in memory."""
+MAX_FIELDS, MAX_FIELD_BYTES = 100, 65_536
+"""Limits of the fields of an upload beside the file, which are held in memory."""
 
 Purpose = Annotated[Literal["batch", "batch_output"], Query(description="Files of results are not listed.")]
 FileLimit = Annotated[int, Query(ge=1, le=10_000, description="How many at most.")]
@@ -59,7 +59,7 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
         if int(size) > limits.max_file_bytes:
             detail = f"the file is larger than {limits.max_file_bytes} bytes (request_config.max_file_bytes)"
             raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{detail}: send several smaller ones")
-        async with request.form(max_files=1, max_fields=MAX_FIELDS) as form:
+        async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
             file, purpose = form.get("file"), form.get("purpose")
             if not isinstance(file, UploadFile) or purpose != "batch":
                 detail = "send a form (multipart/form-data) with a `file`, and `purpose`, which must be `batch`"

