@@ -161,6 +161,8 @@ class BatchRun:
         unanswered = {place: line for place, line in enumerate(part, start=1) if line.error is None}
         if not unanswered:
             return
+        if self.writer is not None:
+            self.writer.is_begun = True  # whatever becomes of the answer, the service may have stored them
         reason, wait_s = "the answer was cut", None
         body = b"".join((b"" if line.error is not None else line.content) + b"\n" for line in part)
         query = {**self.query, "batch_id": self.batch_id, "first_line": str(part[0].number)}

@@ -113,10 +113,11 @@ def rows_of(path: Path, given: FileFormat | None) -> int | None:
     if (given or format_of(path)) is FileFormat.PARQUET:
         with _parquet_file(path) as parquet:
             return int(parquet.metadata.num_rows)
+    header = (given or format_of(path)) is FileFormat.CSV
     with path.open("rb") as file:
         if file.read(len(GZIP_MAGIC)) == GZIP_MAGIC:
             return None
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b""))
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b"")) - header
 
 
 def _text_records(

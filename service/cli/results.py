@@ -50,6 +50,8 @@ class ResultWriter:
     stream: TextIO
     done: int = 0
     """How many results there are from a run that was interrupted."""
+    is_begun: bool = False
+    """Whether there is something to go on with, though no result was written yet."""
 
     def write(self, result: Mapping[str, Any]) -> None:
         """Add a result."""
@@ -96,10 +98,10 @@ def result_file(
     """What writes results to `path`, or to standard output; JSON lines, CSV or Parquet by its name, compressed by .gz.
 
     Results are written to a file beside it, with `run_id` in its name, and take the place of `path` when the block ends
-    without an exception: so the output may be the input. When the block raises, they stay there; with `resume`, the
-    next run adds to them, and `done` says how many there are. CSV has the `fields` of results and all others that
-    they have. A path that is no regular file (a pipe, a terminal) is written directly. Raises `InputError` and
-    ``OSError`` at the start where nothing can be written.
+    without an exception: so the output may be the input. When the block raises, they stay there, and so does an empty
+    file once the writer `is_begun`; with `resume`, the next run adds to them, and `done` says how many there are. CSV
+    has the `fields` of results and all others that they have. A path that is no regular file (a pipe, a terminal) is
+    written directly. Raises `InputError` and ``OSError`` at the start where nothing can be written.
     """
     file_format = output_format(path)
     if path is None:
@@ -127,7 +129,7 @@ def result_file(
             _finish(partial, target, file_format, fields)
         except BaseException:
             stream.flush()
-            if partial.stat().st_size:
+            if partial.stat().st_size or writer.is_begun:
                 notices.print(f"{path} is left as it was; what was written is in {partial}: --resume goes on with it")
             else:
                 partial.unlink()

@@ -82,6 +82,24 @@ def test_a_killed_service_and_an_interrupted_command_lose_nothing_and_repeat_not
     assert list(folder.glob("*.partial")) == []
 
 
+def test_a_run_that_is_interrupted_before_its_first_result_is_resumed_as_the_same_batch(
+    folder: Path, environment: dict[str, str], modalkit: Modalkit
+) -> None:
+    (folder / "modalkit.yaml").write_text(GATED)
+    (folder / "in.txt").write_text("gate aaa\nrow\n")
+    with serving(folder, environment) as (_, client):
+        command = ["submit", "in.txt", "--url", str(client.base_url), "--wait", "-o", "out.jsonl"]
+        with forked(command, folder, environment) as submitting:
+            until(lambda: len(client.get("/jobs").json()["jobs"]) == 2, "no jobs were stored")
+            submitting.send_signal(signal.SIGINT)
+            _, said = submitting.communicate()
+        assert "--resume goes on with it" in said
+        (folder / "aaa").touch()
+        assert modalkit(*command, "--resume").returncode == 0
+        assert len(client.get("/jobs").json()["jobs"]) == 2
+    assert [row["text"] for row in lines_of(folder / "out.jsonl")] == ["gate aaa", "row"]
+
+
 def test_files_of_all_formats_give_the_same_results_with_errors_in_their_places(
     folder: Path, environment: dict[str, str], modalkit: Modalkit
 ) -> None:
