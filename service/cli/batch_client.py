@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from itertools import islice
@@ -161,24 +162,37 @@ class BatchRun:
         unanswered = {place: line for place, line in enumerate(part, start=1) if line.error is None}
         if not unanswered:
             return
-        if self.writer is not None:
-            self.writer.is_begun = True  # whatever becomes of the answer, the service may have stored them
         reason, wait_s = "the answer was cut", None
         body = b"".join((b"" if line.error is not None else line.content) + b"\n" for line in part)
         query = {**self.query, "batch_id": self.batch_id, "first_line": str(part[0].number)}
         headers = {**self.headers, "content-type": NDJSON}
-        async with self.http.stream("POST", "/async/predict", params=query, headers=headers, content=body) as response:
-            async for content in self._lines_of(response):
-                answer = from_json(content)
-                line = unanswered[answer["line"]]
-                if answer.get("status") == "error" and answer.get("problem", {}).get("status") in TRANSIENT:
-                    reason, wait_s = answer["error"], 1.0
-                    continue
-                del unanswered[answer["line"]]
-                line.error = answer.get("error")
-                line.is_stored = line.error is None
+        sending = self.http.stream("POST", "/async/predict", params=query, headers=headers, content=body)
+        with self._begun():
+            async with sending as response:
+                async for content in self._lines_of(response):
+                    answer = from_json(content)
+                    line = unanswered[answer["line"]]
+                    if answer.get("status") == "error" and answer.get("problem", {}).get("status") in TRANSIENT:
+                        reason, wait_s = answer["error"], 1.0
+                        continue
+                    del unanswered[answer["line"]]
+                    line.error = answer.get("error")
+                    line.is_stored = line.error is None
         if unanswered:
             raise _TryAgainError(reason, wait_s)
+
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        """The block sends lines: unless they are refused, the service may have stored them, whatever ends the block."""
+        if self.writer is None:
+            yield
+            return
+        before, self.writer.is_begun = self.writer.is_begun, True
+        try:
+            yield
+        except JobsError:
+            self.writer.is_begun = before
+            raise
 
     # Writing.
 
