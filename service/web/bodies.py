@@ -247,7 +247,8 @@ def _parse_lines(
     validate = model.__pydantic_validator__.validate_json
     try:
         found = [validate(line) for line in lines]
-        _JSON.decode((b"[" + b",".join(lines) + b"]").decode())  # in one step, which takes a third of the time
+        objects = b",".join([line for line in lines if line.count(b":") > 1])  # as in `check_keys`
+        _JSON.decode(f"[{objects.decode()}]")  # in one step, which takes a third of the time
     except Exception:  # noqa: BLE001  # one by one, each gets its own error; validators may raise anything
         return [_or_failure(partial(parse, line), Exception) for line in lines]
     return found
