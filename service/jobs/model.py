@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, cast
 
+from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 
 from modalkit.batching import Priority
@@ -94,24 +95,6 @@ def read_object(text: str) -> JsonObject:
         return {"unreadable": f"{len(text)} characters of JSON are stored that cannot be read: {error_text(error)}"}
 
 
-@dataclass(slots=True, kw_only=True)
-class JobEnd:
-    """How a job ended: `succeeded` with a result (a JSON object as text), `failed` or `expired` with an `error`.
-
-    Raises `ValueError` for another status.
-    """
-
-    job_id: str
-    status: JobStatus
-    result_json: str | None = None
-    error: str | None = None
-    finished_at: float
-
-    def __post_init__(self) -> None:
-        if self.status not in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.EXPIRED):
-            raise ValueError(f"status must be succeeded, failed or expired, got {self.status!r}")
-
-
 @dataclass(slots=True)
 class JobPiece:
     """A part of the result of a job that runs; it is not stored."""
@@ -192,6 +175,8 @@ class Job:
     delivery_error: str | None = None
     delivery_crashes: int = 0
     """How often the process died during the delivery, since an attempt last ended."""
+    item: BaseModel | None = field(default=None, repr=False, compare=False)
+    """The message as it was validated, where the job was not read from a store; it is not stored."""
 
     @property
     def message(self) -> JsonObject:
@@ -225,6 +210,26 @@ class Job:
             if text:
                 size_bytes += len(text) if text.isascii() else len(text.encode())
         return size_bytes
+
+
+@dataclass(slots=True, kw_only=True)
+class JobEnd:
+    """How a job ended: `succeeded` with a result (a JSON object as text), `failed` or `expired` with an `error`.
+
+    Raises `ValueError` for another status.
+    """
+
+    job_id: str
+    status: JobStatus
+    result_json: str | None = None
+    error: str | None = None
+    finished_at: float
+    job: Job | None = None
+    """The job, where its runner has it: its message can be sent without being read from the store again."""
+
+    def __post_init__(self) -> None:
+        if self.status not in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.EXPIRED):
+            raise ValueError(f"status must be succeeded, failed or expired, got {self.status!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,11 @@ from modalkit.service.jobs.model import DeliveryStatus, Job, JobCounts, JobFilte
 
 NEW_JOB_COLUMNS = (
     *("job_id", "model_name", "status", "message", "success_queue", "failure_queue", "meta", "priority", "created_at"),
-    *("expires_at", "idempotency_key", "owner", "traceparent", "batch_id", "line", "delivery"),
+    *("expires_at", "idempotency_key", "owner", "traceparent", "batch_id", "line", "delivery", "started_at"),
 )
 COLUMNS = (
     *NEW_JOB_COLUMNS,
-    *("result", "error", "started_at", "finished_at", "crashes", "attempts", "retry_at"),
+    *("result", "error", "finished_at", "crashes", "attempts", "retry_at"),
     *("delivery_attempts", "delivery_error", "delivery_crashes"),
 )
 LATEST_US = 2**62
@@ -49,11 +49,11 @@ def microseconds(seconds: float) -> int:
 
 
 def row_from_job(job: Job) -> tuple[Any, ...]:
-    """The values of `NEW_JOB_COLUMNS` of a queued job."""
+    """The values of `NEW_JOB_COLUMNS` of a new job."""
     return (
         job.job_id,
         job.model_name,
-        JobStatus.QUEUED.value,
+        job.status.value,
         job.message_json,
         job.success_queue,
         job.failure_queue,
@@ -67,14 +67,15 @@ def row_from_job(job: Job) -> tuple[Any, ...]:
         job.batch_id,
         job.line,
         DeliveryStatus.NONE.value,
+        None if job.started_at is None else microseconds(job.started_at),
     )
 
 
 def job_from_row(row: Sequence[Any]) -> Job:
     """The job of a row of all `COLUMNS`."""
     job_id, model_name, status, message, success_queue, failure_queue, meta, priority, created_us, *others = row
-    expires_us, idempotency_key, owner, traceparent, batch_id, line, delivery, result, error, *counted = others
-    started_us, finished_us, crashes, attempts, retry_us, delivery_attempts, delivery_error, delivery_crashes = counted
+    expires_us, idempotency_key, owner, traceparent, batch_id, line, delivery, started_us, *ended = others
+    result, error, finished_us, crashes, attempts, retry_us, delivery_attempts, delivery_error, delivery_crashes = ended
     return Job(
         job_id=job_id,
         model_name=model_name,

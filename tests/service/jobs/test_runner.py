@@ -1,6 +1,6 @@
 """Jobs move from the store into the scheduler a window at a time, and every end of theirs is stored."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
 import anyio
@@ -12,7 +12,7 @@ from modalkit.batching.pending import Withdraw
 from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import NotReadyError
-from modalkit.service.jobs import Job, JobEnd, JobRetry, JobStatus, JobStoreError, MemoryJobStore
+from modalkit.service.jobs import Job, JobEnd, JobRetry, JobStatus, JobStore, JobStoreError, MemoryJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import FIRST_JOB_RETRY_S, JobOutcome, JobRunner
 from modalkit.service.queue_backends import InMemoryBackend
@@ -32,9 +32,9 @@ class Flaky(MemoryJobStore):
             self.failures -= 1
             raise JobStoreError("the disk is full")
 
-    async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
+    async def finish(self, ends: Sequence[JobEnd], claimed: Collection[str] = ()) -> list[str]:
         self._maybe_fail()
-        return await super().finish(ends)
+        return await super().finish(ends, claimed)
 
 
 class Engine:
@@ -118,7 +118,7 @@ def store() -> Flaky:
 async def manager(store: Flaky, clock: FakeClock) -> AsyncIterator[JobManager]:
     async with JobManager(store, clock=clock, result_ttl_s=60, sweep_interval_s=0.001) as opened:
         for model_name in ("m", "other"):
-            opened.attach(model_name, NoFeed())
+            opened.attach(model_name, NoFeed(store))
         yield opened
 
 
@@ -126,6 +126,9 @@ class NoFeed:
     """Lets jobs be submitted before a runner is there for them."""
 
     input_model = AnyInput
+
+    def __init__(self, store: JobStore) -> None:
+        self.add = store.add
 
     def wake(self) -> None: ...
 
@@ -310,8 +313,8 @@ async def test_cancelling_too_late_does_not_stop_the_delivery() -> None:
     queue = InMemoryBackend()
 
     class Slow(Flaky):
-        async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
-            ended = await super().finish(ends)
+        async def finish(self, ends: Sequence[JobEnd], claimed: Collection[str] = ()) -> list[str]:
+            ended = await super().finish(ends, claimed)
             stored.set()
             await released.wait()
             return ended
@@ -686,8 +689,9 @@ async def test_results_are_removed_once_their_time_is_over(manager: JobManager, 
 
 async def test_an_expired_job_is_delivered_to_its_failure_queue(clock: FakeClock) -> None:
     queue = InMemoryBackend()
-    async with JobManager(Flaky(), queue, clock=clock, sweep_interval_s=0.001) as manager:
-        manager.attach("m", NoFeed())
+    store = Flaky()
+    async with JobManager(store, queue, clock=clock, sweep_interval_s=0.001) as manager:
+        manager.attach("m", NoFeed(store))
         job_id = await submit(manager, failure_queue="bad", expires_in=5)
         clock.advance(6)
         assert job_id in await queue.receive("bad")
