@@ -30,7 +30,7 @@ QUEUES_PER_VISIT = 1000
 OWNERS_PER_CLAIM = 1000
 
 _STATUS, _CREATED_AT, _STARTED_AT = map(COLUMNS.index, ("status", "created_at", "started_at"))
-_ROWS_PER_STATEMENT = (1024, 256, 64, 32, 16, 8, 4, 2, 1)  # few sizes, so that the statements stay prepared
+_ROWS_PER_STATEMENT = (1024, 256, 64, *range(32, 0, -1))  # few sizes, so that the statements stay prepared
 
 
 class JobTable:
