@@ -212,7 +212,7 @@ class JobManager(AsyncContextManagerMixin):
             **options,
         )
         places = repeat(None) if batch is None else zip(repeat(batch.batch_id), batch.lines)
-        entries = list[Job | Exception]()
+        entries: list[Job | Exception] = []
         for start in range(0, len(requests), NEW_JOBS_AT_ONCE):
             if start:
                 await checkpoint()
@@ -223,7 +223,7 @@ class JobManager(AsyncContextManagerMixin):
             ]
         jobs = [entry for entry in entries if isinstance(entry, Job)]
         added = iter(await feed.add(jobs) if jobs else ())
-        outcomes = list[Outcome[str]]()
+        outcomes: list[Outcome[str]] = []
         for entry in entries:
             result = next(added) if isinstance(entry, Job) else entry
             outcomes.append(Success(result) if isinstance(result, str) else Failure(result))

@@ -22,8 +22,6 @@ from modalkit.service.outputs import may_be_refused
 JsonObject = dict[str, Any]
 
 IDS_PER_READ = 4096
-_VERSION_AND_VARIANT = 7 << 76 | 2 << 62
-_RANDOM_BITS = ~(0xF << 76 | 0x3 << 62)
 
 
 class JobStatus(StrEnum):
@@ -55,7 +53,7 @@ class DeliveryStatus(StrEnum):
     """Given up after too many attempts; kept until it is replayed or purged."""
 
 
-_random_parts = list[bytes]()
+_random_parts = list[str]()
 os.register_at_fork(after_in_child=_random_parts.clear)
 
 
@@ -64,16 +62,14 @@ def new_job_id() -> str:
 
     Its text sorts by the time it was made, so that a store writes jobs of the same time next to each other.
     """
-    try:
-        random_part = _random_parts.pop()
-    except IndexError:
+    if not _random_parts:
         # Many at a time, because each call of the system releases the interpreter's lock, which takes long to get back.
-        more = os.urandom(10 * IDS_PER_READ)
-        random_part, *others = (more[start : start + 10] for start in range(0, len(more), 10))
-        _random_parts.extend(others)
-    number = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(random_part, "big")
-    digits = f"{number & _RANDOM_BITS | _VERSION_AND_VARIANT:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+        more = os.urandom(10 * IDS_PER_READ).hex()
+        parts = (more[start : start + 20] for start in range(0, len(more), 20))
+        # The version is 7. Of the digit that has the variant, two bits are random.
+        _random_parts.extend(f"-7{part[:3]}-{'89ab'[int(part[3], 16) % 4]}{part[4:7]}-{part[8:]}" for part in parts)
+    time_ms = f"{time.time_ns() // 1_000_000:012x}"
+    return f"{time_ms[:8]}-{time_ms[8:]}{_random_parts.pop()}"
 
 
 def json_text(value: JsonObject) -> str:

@@ -53,12 +53,12 @@ def row_from_job(job: Job) -> tuple[Any, ...]:
     return (
         job.job_id,
         job.model_name,
-        job.status.value,
+        str(job.status),
         job.message_json,
         job.success_queue,
         job.failure_queue,
         job.meta_json,
-        job.priority.value,
+        str(job.priority),
         microseconds(job.created_at),
         None if job.expires_at is None else microseconds(job.expires_at),
         job.idempotency_key,
@@ -66,7 +66,7 @@ def row_from_job(job: Job) -> tuple[Any, ...]:
         job.traceparent,
         job.batch_id,
         job.line,
-        DeliveryStatus.NONE.value,
+        str(DeliveryStatus.NONE),
         None if job.started_at is None else microseconds(job.started_at),
     )
 

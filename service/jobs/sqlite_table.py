@@ -204,8 +204,8 @@ class JobTable:
         """End jobs whose status is `before`; where one has another status, end none and return False."""
         rows = [
             (
-                *(end.job_id, end.status.value, end.result_json, end.error),
-                *(finished_us := microseconds(end.finished_at), before.value),
+                *(end.job_id, str(end.status), end.result_json, end.error),
+                *(finished_us := microseconds(end.finished_at), str(before)),
                 sql.CLAIMED if end.job_id in claimed else finished_us,
             )
             for end in ends
@@ -289,7 +289,7 @@ class JobTable:
         for status in DeliveryStatus:
             due = status is DeliveryStatus.PENDING
             rows = [
-                (each.job_id, status.value, each.attempts, each.error, microseconds(each.due_at) if due else None)
+                (each.job_id, str(status), each.attempts, each.error, microseconds(each.due_at) if due else None)
                 for each in records
                 if each.status is status
             ]
