@@ -1,4 +1,4 @@
-"""How many jobs wait in the store for one claimer, so that new ones go past the store where none do."""
+"""How many jobs wait in the store for one claimer, so that new ones need not wait there where there is room for all."""
 
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -9,44 +9,29 @@ UNKNOWN = 2**40
 
 
 class Backlog:
-    """An upper bound of the jobs that wait in the store to be claimed; at first it is not known.
+    """An upper bound of the jobs that wait in the store to be claimed, or are being claimed; at first it is not known.
 
-    What comes while `is_claimed` need not wait in the store: nothing waits there that is not being claimed already.
+    What comes meanwhile goes past the store where there is room for it beside `at_most` others.
     """
 
     def __init__(self) -> None:
-        self._at_most = UNKNOWN
+        self.at_most = UNKNOWN
         self._has_probe = False
-        self.claiming = 0
-        """How many jobs are being claimed."""
 
     def add(self, jobs: int = UNKNOWN) -> None:
         """So many jobs more wait, or any number."""
-        self._at_most += jobs
-
-    def __bool__(self) -> bool:
-        """Whether any may wait."""
-        return self._at_most > 0
-
-    @property
-    def is_claimed(self) -> bool:
-        """Whether none waits but those that are being claimed."""
-        return self._at_most == self.claiming
+        self.at_most += jobs
 
     async def claim(self, limit: int, claim: Callable[[int], Awaitable[Sequence[Job]]]) -> Sequence[Job]:
         """Claim up to `limit` jobs by `claim`, which gets the number; it may return fewer than wait, but not none."""
-        before = self._at_most
-        self.claiming = min(limit, before)
-        try:
-            claimed = await claim(self.claiming)
-            if len(claimed) < self.claiming:
-                # Probably all that waited. One more is asked for, to see whether that is so.
-                self._has_probe = len(claimed) > 0
-                self._at_most += self._has_probe - before
-            else:
-                self._at_most -= self.claiming
-                if self._has_probe and not self._at_most:
-                    self.add()
-        finally:
-            self.claiming = 0
+        before = self.at_most
+        claimed = await claim(min(limit, before))
+        if len(claimed) < min(limit, before):
+            # Probably all that waited. One more is asked for, to see whether that is so.
+            self._has_probe = len(claimed) > 0
+            self.at_most += self._has_probe - before
+        else:
+            self.at_most -= len(claimed)
+            if self._has_probe and not self.at_most:
+                self.add()
         return claimed

@@ -30,7 +30,7 @@ from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 logger = logging.getLogger(__name__)
 
 MESSAGES_PER_CALL = 100
-MAX_BATCH_CALLS = 8
+MAX_BATCH_CALLS = 32
 """Calls of a backend that takes many messages in a call, under way at once."""
 MAX_SINGLE_CALLS = 64
 """Calls of a backend that takes one message in a call, under way at once."""
@@ -170,11 +170,11 @@ class Deliverer(AsyncContextManagerMixin):
 
     def _claim_ends(self, ends: Sequence[JobEnd]) -> list[Job]:
         """The jobs whose messages there is room for; they count as under way."""
-        if not (self._takes_ends and self._due.is_claimed) or self._closing.is_set():
+        if not self._takes_ends or self._closing.is_set():
             return []
         claimed = list[Job]()
         for queue, jobs in _by_queue([end.job for end in ends if end.job and end.job.delivery_queue]).items():
-            taken = jobs[: max(0, min(self._room.free, self._room.free_of(queue)) - self._due.claiming)]
+            taken = jobs[: max(0, min(self._room.free, self._room.free_of(queue)) - self._due.at_most)]
             self._room.count(queue, taken, 1)
             claimed += taken
         return claimed
@@ -216,7 +216,7 @@ class Deliverer(AsyncContextManagerMixin):
         """Seconds until the store is to be polled; without room, until there is some."""
         if self._room.free <= 0:
             return math.inf
-        return 0.0 if self._due else self._next_poll_at - anyio.current_time()
+        return 0.0 if self._due.at_most else self._next_poll_at - anyio.current_time()
 
     async def _deliver_quarantined(self) -> bool:
         """Deliver a group of the quarantine while nothing else is sent; returns whether there may be more."""

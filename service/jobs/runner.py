@@ -149,8 +149,8 @@ class JobRunner(AsyncContextManagerMixin):
 
         When cancelled, those that may be stored are queued.
         """
-        is_taking = self._takes_new and self._queued.is_claimed and not self._closing.is_set()
-        entering = jobs[: self._wanted(math.inf)] if is_taking else ()
+        is_taking = self._takes_new and not self._closing.is_set()
+        entering = jobs[: max(0, self._wanted(math.inf) - self._queued.at_most)] if is_taking else ()
         for job in entering:
             job.status, job.started_at = JobStatus.RUNNING, job.created_at
         self._unstored += len(entering)
@@ -170,7 +170,7 @@ class JobRunner(AsyncContextManagerMixin):
                 self._enter(job)
                 self._waiting.append(job)
         self._start_waiting()
-        if self._queued or self._waiting or self._running.next_deadline < self._sleeps_until:
+        if self._queued.at_most or self._waiting or self._running.next_deadline < self._sleeps_until:
             self._change.set()
         return added
 
@@ -252,7 +252,7 @@ class JobRunner(AsyncContextManagerMixin):
             claimed: Sequence[Job] = ()
             if self._next_retry_at <= self._manager.clock() or self._empties_the_store():
                 self._queued.add()
-            if room and self._queued:
+            if room and self._queued.at_most:
                 claimed = await self._queued.claim(room, partial(self._claim, window=int(min(limit, self._window))))
             left -= len(claimed)
             for job in claimed:
@@ -273,7 +273,7 @@ class JobRunner(AsyncContextManagerMixin):
         """How many jobs to claim now."""
         if self._waiting or self._leaves_jobs_stored() or self._running.size_bytes >= MAX_WINDOW_BYTES:
             return 0
-        return int(min(limit, max(0, self._window - len(self._running) - self._unstored - self._queued.claiming)))
+        return int(min(limit, max(0, self._window - len(self._running) - self._unstored)))
 
     def _leaves_jobs_stored(self) -> bool:
         """Whether no more jobs are to be claimed: this runner closes, and the store keeps them for the next start."""
