@@ -161,7 +161,8 @@ def condition_of(which: JobFilter) -> tuple[str, list[Any]]:
         conditions.append("finished_at < ?")
         values.append(microseconds(which.ended_before))
     if which.owner is not None:
-        conditions.append("owner <> '' AND owner = ?")  # the first part, so that SQLite finds the partial index
+        # The first part, so that SQLite finds the partial index, which has no jobs without an owner.
+        conditions.append("owner <> '' AND owner = ?" if which.owner else "owner = ?")
         values.append(which.owner)
     if which.batch_id is not None:
         conditions.append("batch_id = ?")

@@ -12,7 +12,16 @@ from modalkit.batching.pending import Withdraw
 from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import NotReadyError
-from modalkit.service.jobs import Job, JobEnd, JobRetry, JobStatus, JobStore, JobStoreError, MemoryJobStore
+from modalkit.service.jobs import (
+    IdempotencyKeyReusedError,
+    Job,
+    JobEnd,
+    JobRetry,
+    JobStatus,
+    JobStore,
+    JobStoreError,
+    MemoryJobStore,
+)
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import FIRST_JOB_RETRY_S, JobOutcome, JobRunner
 from modalkit.service.queue_backends import InMemoryBackend
@@ -197,6 +206,54 @@ async def ended_or_not(manager: JobManager, job_id: str) -> Job:
     job = await manager.get(job_id)
     assert job is not None
     return job
+
+
+async def test_a_new_job_that_the_window_has_room_for_is_not_read_from_the_store(manager: JobManager) -> None:
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=3):
+        await anyio.wait_all_tasks_blocked()
+        requests = [AsyncInputModel(message={"n": n}) for n in range(5)]
+        job_ids = [
+            added.value for added in await manager.submit(requests, model_name="m") if isinstance(added, Success)
+        ]
+        assert [job.job_id for job in engine.started] == job_ids[:3]
+        statuses = [(await ended_or_not(manager, job_id)).status for job_id in job_ids]
+        engine.open()
+        jobs = [await ended(manager, job_id) for job_id in job_ids]
+    assert statuses == [JobStatus.RUNNING] * 3 + [JobStatus.QUEUED] * 2
+    assert [job.result for job in jobs] == [output_of(job).model_dump() for job in jobs]
+    assert [isinstance(job.item, AnyInput) for job in engine.started] == [True] * 3 + [False] * 2
+
+
+async def test_a_job_whose_submission_was_cancelled_runs_if_it_was_stored() -> None:
+    stored = anyio.Event()
+
+    class Slow(MemoryJobStore):
+        async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
+            added = await super().add(jobs)
+            stored.set()
+            await anyio.sleep_forever()
+            return added
+
+    engine = Engine()
+    async with JobManager(Slow()) as manager, JobRunner(manager, "m", engine, window=3):
+        await anyio.wait_all_tasks_blocked()
+        async with anyio.create_task_group() as submitting:
+            submitting.start_soon(submit, manager)
+            await stored.wait()
+            submitting.cancel_scope.cancel()
+        await engine.until_started(1)
+        await ended(manager, engine.started[0].job_id)
+
+
+async def test_a_repetition_with_the_same_idempotency_key_does_not_run(manager: JobManager) -> None:
+    engine = Engine()
+    async with JobRunner(manager, "m", engine, window=3) as runner:
+        await anyio.wait_all_tasks_blocked()
+        job_ids = [await submit(manager, idempotency_key="k") for _ in range(2)]
+        await ended(manager, job_ids[0])
+        assert runner.running == 0
+    assert len(engine.started) == len(set(job_ids)) == 1
 
 
 async def test_each_end_is_stored_as_it_was(manager: JobManager) -> None:
