@@ -148,32 +148,34 @@ class Deliverer(AsyncContextManagerMixin):
         self._change.set()
 
     async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
-        """Store how jobs ended, as `JobStore.finish` does, and have their messages sent.
+        """Store how jobs ended, as `JobStore.finish` does, and have their messages sent. The ends have their jobs.
 
-        Those that there is room for are claimed in the same step, and sent without being read from the store.
+        Messages that there is room for are claimed in the same step, and sent without being read from the store.
         """
-        sending = self._claim_ends(ends)
+        messages = [end.job for end in ends if end.job is not None and end.job.delivery_queue]
+        sending = self._claim_ended(messages)
         claimed = {job.job_id for job in sending}
         try:
-            ended = await self._store.finish(ends, claimed)
-        except BaseException:
+            with anyio.CancelScope(shield=True):  # else what is claimed might not be sent until the next start
+                ended = await self._store.finish(ends, claimed)
+        except JobStoreError:
             self._release(sending)
             raise
+        self._due.add(len(messages) - len(sending))
         if len(ended) < len(ends):
             claimed &= set(ended)
             self._release([job for job in sending if job.job_id not in claimed])
             sending = [job for job in sending if job.job_id in claimed]
         self._start_sending(sending)
-        self._due.add(len(ended) - len(sending))
         self._change.set()
         return ended
 
-    def _claim_ends(self, ends: Sequence[JobEnd]) -> list[Job]:
-        """The jobs whose messages there is room for; they count as under way."""
+    def _claim_ended(self, ended: Sequence[Job]) -> list[Job]:
+        """Those of jobs that end with a message whose messages there is room for; they count as under way."""
         if not self._takes_ends or self._closing.is_set():
             return []
         claimed = list[Job]()
-        for queue, jobs in _by_queue([end.job for end in ends if end.job and end.job.delivery_queue]).items():
+        for queue, jobs in _by_queue(ended).items():
             taken = jobs[: max(0, min(self._room.free, self._room.free_of(queue)) - self._due.at_most)]
             self._room.count(queue, taken, 1)
             claimed += taken
