@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 from anyio.lowlevel import EventLoopToken, current_token
 
-from modalkit.batching.wakeup import Wakeup, asyncio_loop
+from modalkit.batching.wakeup import Future, asyncio_loop, make_future, wake
 from modalkit.service.jobs.errors import JobStoreBusyError, JobStoreClosedError
 
 MAX_WAITING_OPERATIONS = 100_000
@@ -23,7 +23,7 @@ Operation = Callable[[Any], Any]
 class _Entry:
     """An operation on its way through the thread and back. The first and the last one have none: open, and close."""
 
-    done: Wakeup
+    done: Future[None]
     operation: Operation | None
     is_wanted: bool = True
     result: Any = None
@@ -98,7 +98,7 @@ class OperationThread:
 
     async def _pass_through(self, operation: Operation | None) -> Any:
         loop = asyncio_loop(self._token)
-        entry = _Entry(Wakeup(loop), operation)
+        entry = _Entry(make_future(loop), operation)
         self._waiting += 1
         self._coming.append(entry)
         if loop is None or self._max_together == 1:
@@ -106,7 +106,7 @@ class OperationThread:
         elif len(self._coming) == 1:
             loop.call_soon(self._hand_over)
         try:
-            await entry.done.wait()
+            await entry.done
         finally:
             entry.is_wanted = False
             self._waiting -= 1
@@ -161,4 +161,4 @@ class OperationThread:
 
 def _wake(entries: list[_Entry]) -> None:
     for entry in entries:
-        entry.done.set()
+        wake(entry.done)
