@@ -105,8 +105,8 @@ class JobRunner(AsyncContextManagerMixin):
         self.input_model = engine.input_model
         # All mutable state: the jobs in the window; those of them that the scheduler has no room for yet; the ends to
         # be stored; how many ends, and new jobs for the window, are being stored; how many jobs may be queued in the
-        # store, whether new ones may enter the window if none are, and when the next one may run again; until when the
-        # feeding task sleeps, and what wakes it; and whether it is to stop.
+        # store, whether new ones may enter the window beside them, and when the next one may run again; what wakes the
+        # feeding task; and whether it is to stop.
         self._running = Window()
         self._waiting: deque[Job] = deque()
         self._ends: Collector[JobEnd | JobRetry | str] = Collector()
@@ -114,7 +114,6 @@ class JobRunner(AsyncContextManagerMixin):
         self._queued = Backlog()
         self._takes_new = False
         self._next_retry_at = -math.inf
-        self._sleeps_until = -math.inf
         self._change = anyio.Event()
         self._closing = anyio.Event()
         self._engine_closed = False
@@ -145,11 +144,8 @@ class JobRunner(AsyncContextManagerMixin):
         self._change.set()
 
     async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
-        """Store new jobs, as `JobStore.add` does; those that there is room for enter the window without being claimed.
-
-        When cancelled, those that may be stored are queued.
-        """
-        is_taking = self._takes_new and not self._closing.is_set()
+        """Store new jobs as `JobStore.add` does, and start those that there is room for. When cancelled, all are queued."""
+        is_taking = self._takes_new and not self._closing.is_set() and not self._engine_closed
         entering = jobs[: max(0, self._wanted(math.inf) - self._queued.at_most)] if is_taking else ()
         for job in entering:
             job.status, job.started_at = JobStatus.RUNNING, job.created_at
@@ -170,8 +166,7 @@ class JobRunner(AsyncContextManagerMixin):
                 self._enter(job)
                 self._waiting.append(job)
         self._start_waiting()
-        if self._queued.at_most or self._waiting or self._running.next_deadline < self._sleeps_until:
-            self._change.set()
+        self._change.set()
         return added
 
     def close(self) -> None:
@@ -259,8 +254,9 @@ class JobRunner(AsyncContextManagerMixin):
                 self._enter(job)
             self._waiting += claimed
             self._expire_overdue()
-            if self._leaves_jobs_stored():
-                self._give_back()
+            if self._leaves_jobs_stored():  # as they were before they were claimed
+                for job in self._running.remove_unstarted():
+                    self._add_end(job.job_id)
             self._start_waiting()
             if claimed:
                 continue
@@ -326,11 +322,6 @@ class JobRunner(AsyncContextManagerMixin):
                     self._end(job, Failure(error))
             self._waiting.popleft()
 
-    def _give_back(self) -> None:
-        """Have the jobs that have not begun stored as they were before they were claimed."""
-        for job in self._running.remove_unstarted():
-            self._add_end(job.job_id)
-
     def _sleep_s(self, *, may_claim: bool) -> float | None:
         """Seconds until something may have to be done that nothing else tells of."""
         if self._waiting:
@@ -338,7 +329,6 @@ class JobRunner(AsyncContextManagerMixin):
         until = self._running.next_deadline
         if may_claim:
             until = min(until, self._next_retry_at)
-        self._sleeps_until = until
         return None if math.isinf(until) else max(0.0, until - self._manager.clock())
 
     # Ending.
@@ -349,7 +339,6 @@ class JobRunner(AsyncContextManagerMixin):
             return
         if isinstance(outcome, Failure) and isinstance(outcome.error, SchedulerClosedError):
             self._engine_closed = True  # what has not ended runs again after the next start
-            self._takes_new = False
         else:
             now, retry = self._manager.clock(), None
             if isinstance(outcome, Failure) and not self._empties_the_store():
