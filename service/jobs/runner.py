@@ -144,7 +144,7 @@ class JobRunner(AsyncContextManagerMixin):
         self._change.set()
 
     async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
-        """Store new jobs as `JobStore.add` does, and start those that there is room for. When cancelled, all are queued."""
+        """Store new jobs as `JobStore.add` does; those there is room for start. When cancelled, all stay queued."""
         is_taking = self._takes_new and not self._closing.is_set() and not self._engine_closed
         entering = jobs[: max(0, self._wanted(math.inf) - self._queued.at_most)] if is_taking else ()
         for job in entering:

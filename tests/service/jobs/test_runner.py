@@ -325,9 +325,9 @@ async def test_jobs_that_ended_together_are_stored_together(manager: JobManager,
     sizes: list[int] = []
     finish = store.finish
 
-    async def counting(ends: Sequence[JobEnd]) -> list[str]:
+    async def counting(ends: Sequence[JobEnd], claimed: Collection[str] = ()) -> list[str]:
         sizes.append(len(ends))
-        return await finish(ends)
+        return await finish(ends, claimed)
 
     store.finish = counting  # type: ignore[method-assign]  # to see how often it is called
     engine = Engine(is_open=False)
