@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from modalkit.benchmarks.texts import CORPUS, TextsOption, read_texts
 
 from modalkit.benchmarks.jobs import metric, rate, serving
 from modalkit.benchmarks.load import Endpoint, Load, run_load
-from modalkit.benchmarks.texts import CORPUS, TextsOption, read_texts
 
 CONFIGURATION = """
 app_settings:

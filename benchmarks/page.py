@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from modalkit.benchmarks.texts import CORPUS, read_texts
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from modalkit.benchmarks.jobs import LIST_CLIENTS, metric, serving, told
 from modalkit.benchmarks.jobs import rate as accepted_per_s
-from modalkit.benchmarks.texts import CORPUS, read_texts
 
 CONFIGURATION = "app_settings: {async_config: {store_path: jobs.db}}"
 SUCCEEDED = 'modalkit_requests_total{model="sentiment",outcome="succeeded"}'
