@@ -17,12 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from modalkit.benchmarks.bench.targets import MODALKIT
+from modalkit.benchmarks.bench.targets import MODALKIT, is_serving, process
 from modalkit.benchmarks.corpus import mixed_length_texts
 
 PORT = 8439
@@ -42,24 +41,11 @@ model_settings:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """``modalkit serve`` in `folder`, once it is ready. Raises `RuntimeError` where it ends before."""
-    with subprocess.Popen([*MODALKIT, "serve", "--port", str(PORT)], cwd=folder, stderr=subprocess.DEVNULL) as process:
-        try:
-            while not _is_ready():
-                if process.poll() is not None:
-                    raise RuntimeError(f"modalkit serve ended with code {process.returncode}")
-                time.sleep(POLL_S)
-            yield process
-        finally:
-            process.terminate()
-
-
-def _is_ready() -> bool:
-    try:
-        return httpx.get(f"{URL}/health/ready").is_success
-    except httpx.TransportError:
-        return False
+def served(folder: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """``modalkit serve`` in `folder`, once it is ready. Raises `BenchError` where it ends before."""
+    command = [*MODALKIT, "serve", "--port", str(PORT)]  # the same one again after a kill
+    with process(command, os.environ, is_serving, folder) as server:
+        yield server.running
 
 
 def peak_mib(pid: int) -> float:

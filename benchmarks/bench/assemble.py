@@ -2,11 +2,11 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from modalkit.benchmarks.bench.delivery import Receiver, receiving
@@ -27,11 +27,10 @@ from modalkit.benchmarks.bench.targets import ComposeTarget, DockerTarget, Serve
 from modalkit.benchmarks.load import PRESETS, BenchError, Endpoint, Load, preset
 from modalkit.benchmarks.load.arrivals import Arrivals, read_trace
 from modalkit.benchmarks.load.endpoint import LINES, model_query
+from modalkit.benchmarks.load.plan import values_of
 from modalkit.service.cli.common import model_source
 from modalkit.service.cli.records import FileFormat
 from modalkit.service.settings import Settings
-
-T = TypeVar("T")
 
 OURS = "ours"
 SERVE, WORKER = "serve", "worker"
@@ -213,11 +212,13 @@ def loads_of(base: Load, clients: str, rates: str | None, arrivals: str) -> list
         except (OSError, ValueError) as error:
             raise BenchError(f"--arrivals: {error}; else give one of {', '.join(Arrivals)}") from error
     if rates is not None:
-        return [replace(base, rate_per_s=rate, arrivals=arrivals) for rate in _each(rates, float, "--rate", "20,60")]
+        return [
+            replace(base, rate_per_s=rate, arrivals=arrivals) for rate in values_of(rates, float, "--rate", "20,60")
+        ]
     with_trace = replace(base, arrivals=arrivals)
     if with_trace.is_open:
         return [with_trace]
-    return [replace(base, clients=count) for count in _each(clients, int, "--clients", "1,64")]
+    return [replace(base, clients=count) for count in values_of(clients, int, "--clients", "1,64")]
 
 
 def variants_of(sweeps: Sequence[str]) -> list[Variant]:
@@ -237,13 +238,6 @@ def variants_of(sweeps: Sequence[str]) -> list[Variant]:
 def _settings(key: str, value: str) -> list[tuple[str, str]]:
     engine, slash, dtype = value.partition("/")
     return [(key, engine), ("dtype", dtype)] if key == "engine" and slash else [(key, value)]
-
-
-def _each(text: str, read: Callable[[str], T], option: str, example: str) -> list[T]:
-    try:
-        return [read(part) for part in text.split(",")]
-    except ValueError:
-        raise BenchError(f"{option} {text!r}: give numbers, as {example}") from None
 
 
 def as_settings(options: Options, **others: Any) -> Mapping[str, Any]:

@@ -14,7 +14,10 @@ from modalkit.batching import BatchRecord
 from modalkit.benchmarks.bench.targets import Running, Variant, variables_of
 from modalkit.benchmarks.load.client import Outcome
 from modalkit.benchmarks.load.loops import Call
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.calls.engine import CallClient
 from modalkit.service.errors import describe_error
+from modalkit.service.settings import BatchConfig, Settings
 
 MODAL_MODEL = "the measured model"
 
@@ -51,7 +54,6 @@ class WorkerCalls:
         """Load the model, and call its worker."""
         from modalkit.service.cli.common import model_source
         from modalkit.service.jobs import MemoryJobStore
-        from modalkit.service.settings import Settings
         from modalkit.service.worker import InferenceWorker
 
         settings = Settings.load(self.config or None, os.environ | self.variables)
@@ -132,10 +134,7 @@ class ModalCalls:
         """Look the class up, with the variables of a variant as its environment."""
         import modal
 
-        from modalkit.pipelines import InferenceOutputModel
-        from modalkit.service.calls.predictor import CallModel
         from modalkit.service.on_modal.engine import ModalEngine
-        from modalkit.service.settings import BatchConfig
 
         service_cls: Any = modal.Cls.from_name(self.app, self.class_name)
         if self.variables:
@@ -145,16 +144,22 @@ class ModalCalls:
         async def connect() -> Any:
             return instance.process_request
 
-        call = ItemCall(self.items)
-        async with (
-            ModalEngine({MODAL_MODEL: connect}) as engine,
-            CallModel(
-                MODAL_MODEL, engine, BatchConfig(), input_model=_Item, output_model=InferenceOutputModel
-            ) as model,
-        ):
-
-            async def predict(item: Mapping[str, Any]) -> Any:
-                return await model.predict(_Item.model_validate(item))
-
-            call.predict = predict
+        async with ModalEngine({MODAL_MODEL: connect}) as engine, calling(engine, self.items, BatchConfig()) as call:
             yield call
+
+
+@asynccontextmanager
+async def calling(
+    client: CallClient, items: Sequence[Mapping[str, Any]], config: BatchConfig
+) -> AsyncIterator[ItemCall]:
+    """What gathers items into calls of the one model behind a client, as the web function does."""
+    from modalkit.service.calls.predictor import CallModel
+
+    call = ItemCall(items)
+    async with CallModel(MODAL_MODEL, client, config, input_model=_Item, output_model=InferenceOutputModel) as model:
+
+        async def predict(item: Mapping[str, Any]) -> Any:
+            return await model.predict(_Item.model_validate(item))
+
+        call.predict = predict
+        yield call
