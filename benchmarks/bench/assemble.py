@@ -39,14 +39,14 @@ LIST_LENGTHS = {"sync": 1, "batch": 32, "ndjson": 1000, "async": 1}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The options of the command, as they were given."""
+    """The options of the command that say what is measured, by their names in its signature."""
 
     target: str
     kind: str | None
     body: str | None
     answer: str | None
-    headers: Sequence[str]
-    api_key: str | None
+    header: Sequence[str] | None
+    key: str | None
     mode: str
     list_length: int | None
     queue: str
@@ -56,10 +56,10 @@ class Options:
     label: str | None
     length_mix: str | None
     samples: bool
-    config: Sequence[Path]
+    config: Sequence[Path] | None
     model: str | None
     port: int
-    docker_arguments: Sequence[str]
+    docker_argument: Sequence[str] | None
     repeats: int
     price_per_hour: float | None
 
@@ -79,8 +79,8 @@ class Options:
 
     def all_headers(self) -> dict[str, str]:
         """The headers of each request. Raises `BenchError`."""
-        headers = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
-        for line in self.headers:
+        headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+        for line in self.header or ():
             name, colon, value = line.partition(":")
             if not colon:
                 raise BenchError(f"--header {line!r}: give NAME: VALUE")
@@ -175,11 +175,11 @@ def _target(options: Options, receiver: Receiver | None) -> tuple[Target, str]:
         settings = Settings.load(options.config or None)
         model = model_source(settings, options.model).model_name
         if options.target == WORKER:
-            return WorkerTarget(model, tuple(options.config)), model
+            return WorkerTarget(model, tuple(options.config or ())), model
         variables = None if receiver is None else receiver.variables
-        return ServeTarget(model, tuple(options.config), variables), model
+        return ServeTarget(model, tuple(options.config or ()), variables), model
     if kind == "docker":
-        return DockerTarget(rest, options.model or "sentiment", options.port, options.docker_arguments), ""
+        return DockerTarget(rest, options.model or "sentiment", options.port, options.docker_argument or ()), ""
     if kind == "compose" or options.target.endswith((".yaml", ".yml")):
         return ComposeTarget(rest or options.target, options.model or "sentiment", options.port), ""
     raise BenchError(
@@ -242,6 +242,6 @@ def _settings(key: str, value: str) -> list[tuple[str, str]]:
 
 def as_settings(options: Options, **others: Any) -> Mapping[str, Any]:
     """What the results say of the options; keys and headers are left out."""
-    hidden = ("headers", "api_key")
+    hidden = ("header", "key")
     given = {name: getattr(options, name) for name in options.__slots__ if name not in hidden}
     return {name: value for name, value in (given | others).items() if value not in (None, [], (), False)}

@@ -161,7 +161,7 @@ def figures_of(runs: Sequence[Measured], deliveries: Sequence[Delivery] = ()) ->
         "items_per_s": [run.items_per_s for run in runs],
         "mean_ms": [1000 * run.mean_s for run in runs],
         **{f"p{share:g}_ms": [1000 * run.latency_s(share / 100) for run in runs] for share in (50, 90, 95, 99)},
-        "max_ms": [1000 * run.max_s for run in runs],
+        "max_ms": [1000 * run.latency_s(1) for run in runs],
     }
     if deliveries:
         values["delivered_per_s"] = [delivery.delivered_per_s for delivery in deliveries]

@@ -38,8 +38,8 @@ def test_each_format_gives_items_and_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "column", "label", "message"),
     [
-        ("a.csv", "t\nx\n", "text", None, "item 1 has no 'text'; it has t"),
-        ("a.csv", "t\nx\n", None, "y", "item 1 has no label 'y'; it has t"),
+        ("a.csv", "t\nx\n", "text", None, "line 2 has no column 'text'; it has t"),
+        ("a.csv", "t\nx\n", None, "y", "line 2 has no label 'y'; it has t"),
         ("a.jsonl", "{\n", None, None, "line 1: not JSON"),
         ("a.txt", "", None, None, "holds no items"),
         ("a.xls", "x", None, None, "cannot tell the format"),
