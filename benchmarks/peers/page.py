@@ -6,9 +6,9 @@ from typing import Any
 from modalkit.benchmarks.bench.charts import Chart, Series
 from modalkit.benchmarks.bench.page import html_page, section
 from modalkit.benchmarks.bench.svg import drawn
-from modalkit.benchmarks.peers.contenders import CONTENDERS
+from modalkit.benchmarks.peers.contenders import CONTENDERS, OURS
 from modalkit.benchmarks.peers.run import FEW
-from modalkit.benchmarks.peers.tables import tables_of
+from modalkit.benchmarks.peers.tables import rate, tables_of
 from modalkit.benchmarks.tables import html_table, markdown_table
 
 TITLE = "modalkit beside other servers"
@@ -35,28 +35,25 @@ def as_html(document: Mapping[str, Any]) -> str:
 
 
 def throughput_chart(document: Mapping[str, Any]) -> Chart:
-    """The items per second of each server, at its documented settings and at the best of a sweep."""
+    """The items per second of each server, at the best of a sweep and at its documented settings, ours being both."""
     steps = document["steps"]
-    shown = [one for one in CONTENDERS if f"clients_{FEW}" in steps.get(f"float32/{one.name}", {})]
-    series = [
-        Series(
-            name,
-            [
-                (index, found[f"clients_{FEW}"]["per_s"])
-                for index, one in enumerate(shown)
-                if f"clients_{FEW}" in (found := steps.get(f"{kind}/{one.name}", {}))
-            ],
-        )
-        for name, kind in (("at the best of a sweep", "float32"), ("as its documentation recommends", "documented"))
-    ]
+    best = {one: found for one in CONTENDERS if (found := rate(steps, one.name)) is not None}
+    documented = {
+        one: steps[f"documented/{one.name}"][f"clients_{FEW}"]["per_s"]
+        for one in best
+        if f"clients_{FEW}" in steps.get(f"documented/{one.name}", {})
+    }
+    documented |= {one: found for one, found in best.items() if one.name == OURS}
+    shown = {"at the best of a sweep": best, "as its documentation recommends": documented}
+    places = {one: index for index, one in enumerate(best)}
     return Chart(
         name="throughput",
         title=f"items/s with {FEW} clients, float32",
         note="",
         x_label="",
         y_label="items/s",
-        series=series,
-        bars=[one.title.partition(",")[0] for one in shown],
+        series=[Series(name, [(places[one], found) for one, found in rates.items()]) for name, rates in shown.items()],
+        bars=[one.title.partition(",")[0] for one in best],
     )
 
 

@@ -53,7 +53,7 @@ def tables_of(document: Mapping[str, Any]) -> list[Table]:
 
 def targets_of(steps: Steps) -> list[Target]:
     """What was set for modalkit beside these servers, and what was measured."""
-    found: list[Target] = []
+    targets: list[Target] = []
 
     def add(
         what: str,
@@ -69,13 +69,13 @@ def targets_of(steps: Steps) -> list[Target]:
         if OURS in values and rivals:
             best = (max if is_least else min)(rivals, key=rivals.__getitem__)
             what = f"{what}: ours / {beside}"
-            found.append(Target(what, values[OURS] / rivals[best], limit, is_least, detail or _title(best)))
+            targets.append(Target(what, values[OURS] / rivals[best], limit, is_least, detail or _title(best)))
 
     names = [one.name for one in CONTENDERS]
-    rates = {name: rate for name in names if (rate := _rate(steps, name)) is not None}
-    types = {name: rate for name in names if (rate := _types_rate(steps, name)) is not None and name != UNBATCHED}
-    batching = {name: rate for name, rate in rates.items() if name != UNBATCHED}
-    unbatched = {name: rate for name, rate in rates.items() if name in (OURS, UNBATCHED)}
+    rates = {name: found for name in names if (found := rate(steps, name)) is not None}
+    types = {name: per_s for name in names if (per_s := _types_rate(steps, name)) is not None and name != UNBATCHED}
+    batching = {name: per_s for name, per_s in rates.items() if name != UNBATCHED}
+    unbatched = {name: per_s for name, per_s in rates.items() if name in (OURS, UNBATCHED)}
     best, leanest = "the best batching peer", "the leanest peer"
     add(f"items/s, {FEW} clients, float32", batching, 2.6, beside=best)
     add(f"items/s, {FEW} clients, float32", unbatched, 2.0, beside="FastAPI without batching", detail=AT_ITS_BEST)
@@ -88,7 +88,7 @@ def targets_of(steps: Steps) -> list[Target]:
     memory = {name: step["memory_mib"] for name, step in measured.items()}
     add("median latency of one client", latency, 1.1, is_least=False, beside=leanest)
     add("memory under load", memory, 1.1, is_least=False, beside=leanest)
-    return found
+    return targets
 
 
 def _targets(targets: Sequence[Target]) -> Table:
@@ -258,7 +258,8 @@ def _rounds(steps: Steps, name: str, clients: int) -> list[float]:
     return [step["per_s"] for step in found if step]
 
 
-def _rate(steps: Steps, name: str) -> float | None:
+def rate(steps: Steps, name: str) -> float | None:
+    """Items per second at the best of the sweep in float32: the mean of both rounds."""
     rounds = _rounds(steps, name, FEW)
     return statistics.mean(rounds) if rounds else None
 
@@ -278,7 +279,7 @@ def _rival_p99(steps: Steps) -> dict[str, float]:
 
 
 def _both(steps: Steps, name: str, clients: int) -> str:
-    return ", ".join(f"{rate:.0f}" for rate in _rounds(steps, name, clients))
+    return ", ".join(f"{per_s:.0f}" for per_s in _rounds(steps, name, clients))
 
 
 def _milliseconds(step: Step) -> str:

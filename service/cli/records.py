@@ -102,7 +102,7 @@ def read_file(
         yield from _text_records(file, str(path), file_format, fields, column)
 
 
-def read_standard_input(given: FileFormat | None, fields: Sequence[str] | None, column: str | None) -> Iterator[Record]:
+def read_standard_input(given: FileFormat | None, fields: Sequence[str], column: str | None) -> Iterator[Record]:
     """The items of standard input, by default of lines of text. Raises `InputError`."""
     if given is FileFormat.PARQUET:
         raise InputError("Parquet cannot be read from standard input: give the name of a file")

@@ -113,4 +113,4 @@ def test_both_pages_show_the_servers_their_errors_and_what_was_lost(document: di
     assert "| **missed** | at its best settings |" in markdown
     assert "<strong>missed</strong>" in page
     assert "a &lt;machine&gt;" in page
-    assert "<title>modalkit, at the best of a sweep: 300</title>" in page
+    assert "<title>modalkit, at the best of a sweep: 320</title>" in page
