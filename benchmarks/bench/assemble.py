@@ -193,7 +193,7 @@ def _inputs(options: Options, model: str) -> Inputs:
     if options.target not in (SERVE, WORKER):
         schema = None
         if options.is_url and options.is_ours:
-            schema = published_schema(options.target.rstrip("/"), options.all_headers())
+            schema = published_schema(options.target.rstrip("/"), options.all_headers(), options.model)
         if schema is not None and (options.samples or not takes_text_alone(schema)):
             return schema_inputs(described_model(schema))
         return mixed_inputs(options.length_mix) if options.length_mix is not None else corpus_inputs()

@@ -76,7 +76,9 @@ def bench(
     ] = None,
     input_path: Annotated[
         Path | None,
-        typer.Option("--input", "-i", help="Items: a .txt, .jsonl or .csv file.", exists=True, dir_okay=False),
+        typer.Option(
+            "--input", "-i", help="Items: a .txt, .jsonl, .csv or .parquet file.", exists=True, dir_okay=False
+        ),
     ] = None,
     file_format: FormatOption = None,
     column: ColumnOption = None,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json, to_json
 
+from modalkit.batching import BatchRecord
 from modalkit.benchmarks.bench.delivery import Delivery
 from modalkit.benchmarks.bench.server_side import ServerSide
 from modalkit.benchmarks.load import BenchError, Measured
@@ -77,7 +78,7 @@ class Cell:
     """Pairs of a share of the requests and the milliseconds that it did not exceed."""
     timeline: Sequence[tuple[float, float, float, float]] = ()
     """Seconds, and in the time before: items per second, median and 99th percentile in milliseconds."""
-    records: Sequence[Mapping[str, Any]] = ()
+    records: Sequence[BatchRecord] = ()
     """Those of the batches, where they were asked for."""
 
 

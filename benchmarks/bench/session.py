@@ -200,14 +200,24 @@ def _counts(deliveries: Sequence[Delivery]) -> dict[str, int]:
     return {name: sum(getattr(delivery, name) for delivery in deliveries) for name in names}
 
 
-def published_schema(url: str, headers: Mapping[str, str]) -> Mapping[str, Any] | None:
-    """The JSON schema of an item of a modalkit server, with what it refers to; None where it publishes none."""
+def published_schema(url: str, headers: Mapping[str, str], model: str | None) -> Mapping[str, Any] | None:
+    """The JSON schema of an item of a modalkit server; None where it publishes none."""
     try:
         document = httpx.get(f"{url}/openapi.json", headers=dict(headers), timeout=10).raise_for_status().json()
-        content = document["paths"]["/sync/predict"]["post"]["requestBody"]["content"]
-        schema: dict[str, Any] = content["application/json"]["schema"]
+        return item_schema(document, model)
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return None
+
+
+def item_schema(document: Mapping[str, Any], model: str | None) -> Mapping[str, Any]:
+    """The schema of a model's items in an OpenAPI document, by default the first one's, with what it refers to.
+
+    Raises `LookupError`.
+    """
+    content = document["paths"]["/sync/predict"]["post"]["requestBody"]["content"]
+    schema: dict[str, Any] = content["application/json"]["schema"]
+    models = schema.get("anyOf", [schema])
+    schema = next((one for one in models if one.get("title") == model), models[0])
     definitions = document.get("components", {}).get("schemas", {})
     if "$ref" in schema:
         schema = definitions.get(schema["$ref"].rpartition("/")[2], {})
