@@ -170,7 +170,7 @@ def bench(
                     _search(opened, base, p99_ms, results, output)
                 if tool is not None:
                     own = [cell for cell in results.cells if not cell.open][-1]
-                    results.cross_check = cross_check(tool, opened.endpoint, session.inputs.items, base, own)
+                    results.cross_check = cross_check(tool, opened.endpoint, session.inputs.items, base, own, repeats)
     document = results.document()
     verdicts = [] if before is None else compared(document, before, tolerance)
     console = Console()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from modalkit.benchmarks.bench.results import Cell
@@ -33,25 +34,31 @@ end
 """
 
 
-def cross_check(tool: str, endpoint: Endpoint, items: Sequence[Any], load: Load, own: Cell) -> dict[str, Any]:
+def cross_check(
+    tool: str, endpoint: Endpoint, items: Sequence[Any], load: Load, own: Cell, repeats: int = 1
+) -> dict[str, Any]:
     """Put the clients of the closed loop `own` on the endpoint by `tool`, and compare the throughput.
 
-    The times are those of `load`. Raises `BenchError` where the tool is missing or fails.
+    The times are those of `load`, and the figures the means of `repeats` runs. Raises `BenchError` where the tool is
+    missing or fails.
     """
     if tool not in TOOLS:
         raise BenchError(f"--tool {tool!r}: give one of {', '.join(TOOLS)}")
     load = replace(load, clients=own.clients or 1)
-    with tempfile.TemporaryDirectory() as folder:
-        run = _wrk if tool == "wrk" else _aiperf
-        found = run(endpoint, items, load, Path(folder))
+    run, runs = _wrk if tool == "wrk" else _aiperf, []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append(run(endpoint, items, load, Path(folder)))
+    found = {name: fmean(one[name] for one in runs) for name in runs[0]}
     items_per_s = found["requests_per_s"] * endpoint.list_length
-    own_items_per_s = own.figures["items_per_s"].mean
-    ratio = items_per_s / own_items_per_s if own_items_per_s else float("inf")
+    own_figure = own.figures["items_per_s"]
+    ratio = items_per_s / own_figure.mean if own_figure.mean else float("inf")
     return {
         "tool": tool,
         "load": str(load),
         "items_per_s": items_per_s,
-        "own_items_per_s": own_items_per_s,
+        "own_items_per_s": own_figure.mean,
+        "own_interval": None if own_figure.high is None else own_figure.high - own_figure.mean,
         "p50_ms": found["p50_ms"],
         "p99_ms": found["p99_ms"],
         "ratio": ratio,

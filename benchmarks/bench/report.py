@@ -30,8 +30,11 @@ def figure(cell: Mapping[str, Any], name: str) -> str:
     found = cell["figures"].get(name)
     if not found:
         return NONE
-    half = "" if found["low"] is None else f" ± {number(found['high'] - found['mean'])}"
-    return number(found["mean"]) + half
+    return number(found["mean"]) + _spread(None if found["low"] is None else found["high"] - found["mean"])
+
+
+def _spread(half: float | None) -> str:
+    return "" if half is None else f" ± {number(half)}"
 
 
 def load_table(document: Mapping[str, Any]) -> tuple[Sequence[str], Rows]:
@@ -110,7 +113,8 @@ def findings(document: Mapping[str, Any]) -> Iterator[str]:
         verdict = "agree within 5 %" if check["agrees"] else "do not agree within 5 %"
         yield (
             f"Cross-check by {check['tool']} ({check['load']}): {number(check['items_per_s'])} items/s, here "
-            f"{number(check['own_items_per_s'])}: the two {verdict} ({check['ratio'] - 1:+.1%})."
+            f"{number(check['own_items_per_s'])}{_spread(check.get('own_interval'))}: the two {verdict} "
+            f"({check['ratio'] - 1:+.1%})."
         )
     for cell in document["cells"]:
         for reason, count in list(cell["errors"].items())[:3]:
