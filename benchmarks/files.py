@@ -80,7 +80,7 @@ def run(folder: Path, *arguments: str) -> float:
 
 def written(folder: Path) -> int:
     """How many results an interrupted run has written so far."""
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob("out.jsonl.*.partial"))
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("out.jsonl.partial"))
 
 
 def with_faults(folder: Path, submit: list[str], rows: int) -> tuple[float, float]:
@@ -124,7 +124,7 @@ def main(
         pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), folder / "in.parquet")
         os.environ["MODALKIT_CONFIG"] = str(folder / "modalkit.yaml")
         file = ["--column", "review", "--keep-columns", "-o", "out.jsonl"]
-        submit = ["submit", "in.parquet", "--url", URL, "--wait", *file]
+        submit = ["submit", "in.parquet", "--url", URL, "--wait", "--force", *file]
         if part in (None, "rates"):
             alone = run(folder, "predict", "--input", "in.parquet", *file)
             with served(folder):

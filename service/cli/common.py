@@ -25,6 +25,12 @@ ModelOption = Annotated[
     typer.Option("--model", "-m", help="Which of the configured models; the first if left out."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_LINES_FAILED = 4
+"""The exit code of a command that has run all lines, some of which have errors. 3 is that of `modalkit serve`."""
+EXIT_AWAY = 5
+"""The exit code where the service cannot be reached: the same command may succeed later."""
 notices = Console(stderr=True, soft_wrap=True, highlight=False)
 """Messages for people, on standard error; standard output is for results."""
 

@@ -236,6 +236,10 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         """A part of a document of an owner, or of any; None where there is none."""
         return await self._read(lambda database: many.document_part(database, document_id, part, owner))
 
+    async def documents_bytes(self) -> int:
+        """The bytes of all documents of all owners."""
+        return await self._read(many.documents_bytes)
+
     async def document_ids(self, prefix: str, owner: str | None) -> list[str]:
         """The ids of all documents with this beginning of an owner, or of all, the newest first."""
         return await self._read(lambda database: many.document_ids(database, prefix, owner))
