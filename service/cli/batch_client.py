@@ -303,6 +303,9 @@ class BatchRun:
                 after = response.headers.get("retry-after", "")
                 raise _TryAgainError(str(error), float(after) if after.isdecimal() else None)
             raise error
+        if self._away_at is not None:
+            waited_s, self._away_at = time.monotonic() - self._away_at, None
+            notices.print(f"{self.client.name} answers again, after {waited_s:.0f} s", markup=False)
         rest = b""
         async for chunk in response.aiter_bytes():
             *lines, rest = (rest + chunk).split(b"\n")
@@ -314,7 +317,7 @@ class BatchRun:
         failed_at, attempts = None, 0
         while True:
             try:
-                answer = await attempt(argument)
+                return await attempt(argument)
             except (_TryAgainError, httpx.TransportError) as error:
                 now = time.monotonic()
                 failed_at, attempts = failed_at or now, attempts + 1
@@ -330,12 +333,6 @@ class BatchRun:
                 wait_s = getattr(error, "wait_s", None)
                 pause_s = backoff_with_jitter(attempts, first_s=0.1, longest_s=LONGEST_WAIT_S, factor=2)
                 await anyio.sleep(min(pause_s if wait_s is None else wait_s, LONGEST_WAIT_S))
-            else:
-                if self._away_at is not None:
-                    waited_s = time.monotonic() - self._away_at
-                    self._away_at = None
-                    notices.print(f"{self.client.name} answers again, after {waited_s:.0f} s", markup=False)
-                return answer
 
     def _tell_change(self) -> None:
         self._change.set()
