@@ -17,11 +17,10 @@ from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import IO, Annotated, Any, TextIO, cast
-from uuid import uuid4
 
 import typer
 
-from modalkit.service.cli.common import notices
+from modalkit.service.cli.common import notices, replacing
 from modalkit.service.cli.records import InputError, require_parquet
 
 JSON_LINES_SUFFIXES = ("", ".json", ".jsonl", ".ndjson")
@@ -190,24 +189,17 @@ def _whole_lines(stream: TextIO) -> int:
 
 def _finish(partial: Path, target: Path, file_format: OutputFormat, fields: Sequence[str]) -> None:
     """Put the results in `partial` in the place of `target`, in its format."""
-    whole = target.with_name(f"{target.name}.{uuid4().hex[:8]}.tmp")
-    try:
+    with replacing(target) as new:
         if file_format is OutputFormat.PARQUET:
-            _write_parquet(partial, whole)
+            _write_parquet(partial, new)
         else:
             opened = gzip.open if target.suffix.lower() == ".gz" else open
-            with opened(whole, "wt", encoding="utf-8", newline="") as out:
+            with opened(new, "wt", encoding="utf-8", newline="") as out:
                 if file_format is OutputFormat.CSV:
                     _write_csv(partial, out, fields)
                 else:
                     with _results(partial) as lines:
                         shutil.copyfileobj(lines, out)
-        if target.exists():
-            shutil.copymode(target, whole)
-        whole.replace(target)
-    except BaseException:
-        whole.unlink(missing_ok=True)
-        raise
     partial.unlink(missing_ok=True)
 
 
@@ -238,7 +230,7 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
 
 
-def _write_parquet(partial: Path, whole: Path) -> None:
+def _write_parquet(partial: Path, new: Path) -> None:
     """Write rows as Parquet; objects, which columns of one type do not take, as JSON."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
@@ -254,7 +246,7 @@ def _write_parquet(partial: Path, whole: Path) -> None:
     schema = pa.schema([])
     for table in tables():
         schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
-    with ParquetWriter(whole, schema) as writer:
+    with ParquetWriter(new, schema) as writer:
         for table in tables(schema):
             writer.write_table(table)
 

@@ -101,7 +101,7 @@ def submit(
         raise typer.BadParameter("results are written with --wait only: add it, or leave --output out")
     if resume and output_path is None:
         raise typer.BadParameter("there is no output to go on with: give --output", param_hint="--resume")
-    if batch is not None and not _is_batch_id(batch):
+    if batch is not None and not re.fullmatch(BATCH_ID_PATTERN, batch):
         raise typer.BadParameter(
             "it must be 1 to 100 letters, digits, dots, hyphens or underscores", param_hint="--batch"
         )
@@ -159,10 +159,6 @@ def submit(
     _report(ran, time.perf_counter() - started_s, done, waited=wait)
     if ran.failed:
         raise typer.Exit(EXIT_LINES_FAILED)
-
-
-def _is_batch_id(text: str) -> bool:
-    return re.fullmatch(BATCH_ID_PATTERN, text) is not None
 
 
 def _schemas_of(client: JobsClient, model: str | None) -> _ModelSchemas:

@@ -289,9 +289,8 @@ class KeptBatches:
         model = find_model(models, name)
         return model, BodyParser(model.input_model).item(to_json(item))
 
-    async def _lines(self, file_id: str) -> AsyncIterator[list[Line]]:
-        async for lines in lines_of(self.content(file_id), self._limits.max_line_bytes):
-            yield lines
+    def _lines(self, file_id: str) -> AsyncIterator[list[Line]]:
+        return lines_of(self.content(file_id), self._limits.max_line_bytes)
 
     async def _record(self, batch_id: str) -> _Record:
         return _Record.model_validate_json(await self._read(BATCH, batch_id))

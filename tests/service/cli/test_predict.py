@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.progress import Progress
 
-from modalkit.service.cli.common import whole_file
+from modalkit.service.cli.common import replacing
 from modalkit.service.cli.predict import _Run
 from modalkit.service.cli.records import FileFormat, Record, read_records, validated
 from modalkit.service.cli.results import ResultWriter, identity_of, result_file
@@ -279,31 +279,13 @@ def test_a_run_that_fails_leaves_the_output_as_it_was(
     assert list(folder.glob("*.partial")) == []
 
 
-def test_what_was_written_before_a_failure_is_kept_beside_the_output(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out.jsonl").write_text("of yesterday")
-
-    def interrupted() -> None:
-        with whole_file(tmp_path / "out.jsonl") as stream:
-            stream.write("the first result")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert (tmp_path / "out.jsonl").read_text() == "of yesterday"
-    (partial,) = tmp_path.glob("*.partial")
-    assert partial.read_text() == "the first result"
-    assert str(partial) in capsys.readouterr().err
-
-
 def test_links_and_permissions_of_the_output_stay(tmp_path: Path) -> None:
     target, link = tmp_path / "target.yaml", tmp_path / "link.yaml"
     target.write_text("of yesterday")
     target.chmod(0o640)
     link.symlink_to(target)
-    with whole_file(link) as stream:
-        stream.write("of today")
+    with replacing(link.resolve()) as new:
+        new.write_text("of today")
     assert link.is_symlink()
     assert target.stat().st_mode & 0o777 == 0o640
     assert target.read_text() == "of today"
