@@ -1,4 +1,4 @@
-"""Submits the lines of a batch to a running service and reads their results, through cut connections and restarts."""
+"""Submits lines as a batch of jobs to a running service, and reads the results, through cut connections and restarts."""
 
 import time
 from collections import deque
@@ -57,7 +57,7 @@ class _Line:
 
     @property
     def number(self) -> int:
-        """Its line in the batch: that of the file."""
+        """Its line in the batch of jobs: that of the file."""
         return self.record.line
 
 
@@ -71,7 +71,7 @@ class _TryAgainError(Exception):
 
 @dataclass(slots=True)
 class BatchRun:
-    """One run over the lines of a batch.
+    """One run over the lines of a batch of jobs.
 
     Lines are sent in parts, each again until the service has answered: it knows them by the batch and their numbers in
     the file. With a `writer`, results are read in the order of lines beside that, and written. `MAX_LINES_AHEAD` lines

@@ -70,7 +70,7 @@ Deliveries = Annotated[
     typer.Option("--delivery", help="Only jobs with such a delivery; may be repeated.", **one_of(DeliveryStatus)),
 ]
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only jobs of this model.")]
-OfBatch = Annotated[str | None, typer.Option("--batch", help="Only jobs of this batch.")]
+OfBatch = Annotated[str | None, typer.Option("--batch", help="Only jobs of this batch of jobs, by its id.")]
 
 
 @app.command("list")
@@ -277,7 +277,7 @@ def _confirm(
     if model_name is not None:
         parts.append(f"of the model {model_name}")
     if batch_id is not None:
-        parts.append(f"of the batch {batch_id}")
+        parts.append(f"of the batch of jobs {batch_id}")
     if older_than_s is not None:
         parts.append(f"that ended more than {duration_text(older_than_s)} ago")
     typer.confirm(f"Remove from {where} all ended jobs {', '.join(parts)}?", abort=True, err=True)

@@ -1,4 +1,4 @@
-"""``modalkit submit``: runs a file through a running service, as jobs of one batch."""
+"""``modalkit submit``: runs a file through a running service, as one batch of jobs."""
 
 import re
 import time
@@ -69,7 +69,7 @@ def submit(
     output_path: OutputOption = None,
     resume: ResumeOption = False,
     force: ForceOption = False,
-    batch: Annotated[str | None, typer.Option(help="The id of the batch; a new one if left out.")] = None,
+    batch: Annotated[str | None, typer.Option(help="The id of the batch of jobs; a new one if left out.")] = None,
     file_format: FormatOption = None,
     column: ColumnOption = None,
     keep_columns: KeepColumnsOption = False,
@@ -81,7 +81,7 @@ def submit(
     key: Key = None,
     config: ConfigFiles = None,
 ) -> None:
-    """Run a file through a running service: each line becomes a job of one batch.
+    """Run a file through a running service: each line becomes a job of one batch of jobs.
 
     Jobs are stored before they run, so the service may die and come back meanwhile, and so may the connection: each
     line runs all the same, and once. With --wait, the results are written in the order of the input, with what

@@ -21,7 +21,7 @@ from modalkit.batching import Failure
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.errors import ServiceError
 from modalkit.service.gateway import Gateway, JobAdministration, Model, find_model
-from modalkit.service.jobs import BatchLines, BatchResult, JobStatus
+from modalkit.service.jobs import JobBatchLines, JobBatchResult, JobStatus
 from modalkit.service.settings import RequestConfig
 from modalkit.service.web.adapters.openai_shapes import (
     BatchError,
@@ -268,7 +268,7 @@ class KeptBatches:
         for model_name, chosen in jobs.items():
             numbers = [number for number, _ in chosen]
             requests = [job for _, job in chosen]
-            batch = BatchLines(batch_id, numbers)
+            batch = JobBatchLines(batch_id, numbers)
             outcomes = await self._gateway.jobs.submit(
                 requests, model_name=model_name, owner=self._caller.owner, batch=batch
             )
@@ -327,7 +327,7 @@ def _refused(custom_id: str, problem: ProblemError) -> dict[str, Any]:
     return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": None}
 
 
-def _answer(result: BatchResult, endpoint: str) -> dict[str, Any]:
+def _answer(result: JobBatchResult, endpoint: str) -> dict[str, Any]:
     """A line of an output file, or of an error file."""
     line = {"id": f"batch_req_{result.job_id}", "custom_id": from_json(result.meta_json)["custom_id"]}
     if result.status is not JobStatus.SUCCEEDED or result.result_json is None:
