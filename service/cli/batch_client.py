@@ -1,4 +1,4 @@
-"""Submits lines as a batch of jobs to a running service, and reads the results, through cut connections and restarts."""
+"""Submits lines as a batch of jobs to a running service, and reads results, through cut connections and restarts."""
 
 import time
 from collections import deque
