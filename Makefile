@@ -41,7 +41,8 @@ docs: $(VENV)/.installed-dev  ## Build the documentation into build/site, with i
 	@rm -rf build/docs build/site
 	@mkdir -p build
 	@cp -R docs build/docs
-	@sed -E 's#\]\(([^h)])#](../\1#g; s#\]\(\.\./docs/#](#g' README.md >build/docs/index.md
+	@cp benchmarks/peers/results/*.svg build/docs
+	@sed -E 's#\]\(benchmarks/[^)]*/([a-z]+\.svg)#](docs/\1#; s#\]\(([^h)])#](../\1#g; s#\]\(\.\./docs/#](#g' README.md >build/docs/index.md
 	@sed -i.bak -E 's|\]\(\.\./([^)#]*)|]($(REPOSITORY)/\1?|g' build/docs/*.md  # by the ?, zensical sees that it is no page
 	@rm build/docs/*.bak
 	@$(BIN)/zensical build --clean --strict

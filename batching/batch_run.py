@@ -2,6 +2,7 @@
 
 import logging
 import traceback
+from asyncio import InvalidStateError
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Generic, ParamSpec, TypeVar
@@ -100,14 +101,13 @@ class BatchRunner(Generic[T, R]):
         """Give a request an error, if it has no outcome yet; returns whether it had none."""
         if request.outcome is not None:
             return False
-        request.outcome = failure
         if failure is CANCELLED:
             self.telemetry.cancelled += 1
         elif isinstance(failure.error, DeadlineExceededError):
             self.telemetry.expired += 1
         else:
             self.telemetry.failed += 1
-        request.waiter.end_one()
+        request.finish(failure)
         return True
 
     # A batch that failed.
@@ -179,9 +179,12 @@ class BatchRunner(Generic[T, R]):
                 if self.fail(request, Failure(output)):
                     errors.append(output)
             elif request.outcome is None:
-                request.outcome = Success(output)
+                request.outcome = outcome = Success(output)
                 succeeded += 1
-                request.waiter.end_one()
+                try:  # noqa: SIM105  # as `Pending.finish`, without a call for each request
+                    request.receiver.set_result(outcome)
+                except InvalidStateError:
+                    pass
         self.telemetry.succeeded += succeeded
         return errors
 
@@ -221,7 +224,7 @@ class BatchRunner(Generic[T, R]):
             padded_tokens=batch.padded_tokens,
             waits_s=_waits_s(batch, formed_s),
             sizes=[request.size for request in batch.requests],
-            tags=list(filter(None, {request.waiter.tag for request in batch.requests})),
+            tags=list(filter(None, {request.tag for request in batch.requests})),
             device=batch.device,
             formed_s=formed_s,
             total_s=total_s,

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from operator import attrgetter
 from typing import Generic
 
@@ -125,9 +124,10 @@ class BatchFormer(Generic[RequestT]):
             near = sorted((abs(math.log(sizes[0] / anchor.size)), i) for i, (_, sizes) in enumerate(runs) if sizes)
             for _, i in near:
                 side, sizes = runs[i]
-                sizes = list(takewhile(partial(_are_similar, anchor.size), sizes))
+                if not _are_similar(anchor.size, sizes[0]):  # sizes in a run differ by less than a twentieth
+                    continue
                 added = self._allowed(len(requests), longest, total, sizes)
-                was_refused = was_refused or bool(sizes and not added)
+                was_refused = was_refused or not added
                 if added:
                     requests += side.take(added)
                     longest, total = max(longest, *sizes[:added]), total + sum(sizes[:added])

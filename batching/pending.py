@@ -1,76 +1,60 @@
 """Requests together with what waits for their outcomes."""
 
-import asyncio
 import logging
 import math
+from asyncio import InvalidStateError
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
-import anyio
-
 from modalkit.batching.errors import number_text, text_of
 from modalkit.batching.request import LARGEST_SIZE, Outcome, Priority, Request
-from modalkit.batching.wakeup import Wakeup
+from modalkit.batching.wakeup import Future, wake
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
+R_contra = TypeVar("R_contra", contravariant=True)
 
 
-class Waiter(Wakeup):
-    """Wakes one caller when all its requests have their outcomes. Times are those of the event loop's clock."""
+class Receiver(Protocol[R_contra]):
+    """What gets the outcome of a request: a future, or what acts as one."""
 
-    __slots__ = ("arrival_s", "deadline_s", "owner", "tag", "unfinished")
+    def set_result(self, result: Outcome[R_contra], /) -> None:
+        """Take the outcome; called once. Raises `asyncio.InvalidStateError` if the task that waits was cancelled."""
+        ...
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop | None,
-        arrival_s: float,
-        timeout_s: float | None,
-        owner: str,
-        tag: str | None,
-    ) -> None:
-        # It does not call the base's constructor, for the same reason as `Pending`.
-        if loop is None:
-            self._future, self._event = None, anyio.Event()
-        else:
-            self._future = loop.create_future()
-        self.unfinished = 1
-        self.owner = owner
-        self.tag = tag
-        self.arrival_s = arrival_s
-        self.deadline_s = math.inf if timeout_s is None else arrival_s + timeout_s
 
-    def end_one(self) -> None:
-        """Count one of the caller's requests as finished; after the last one, wake the caller."""
+class Group:
+    """Wakes one caller, who awaits `finished`, when all its requests have their outcomes."""
+
+    __slots__ = ("finished", "unfinished")
+
+    def __init__(self, finished: Future[None]) -> None:
+        self.finished = finished
+        self.unfinished = 0
+
+    def set_result(self, _: Outcome[Any]) -> None:
+        """Count one of the requests as finished; after the last one, wake the caller."""
         self.unfinished -= 1
         if not self.unfinished:
-            self.set()
+            wake(self.finished)
 
 
 class Listener(Generic[R]):
-    """Calls a function with the outcome of one request, in place of a caller that waits."""
+    """Calls a function with the outcome of a request, in place of a caller that waits."""
 
-    __slots__ = ("_on_outcome", "arrival_s", "deadline_s", "owner", "request", "tag")
+    __slots__ = ("_on_outcome",)
 
-    def __init__(self, on_outcome: Callable[[Outcome[R]], None], arrival_s: float, owner: str, tag: str | None) -> None:
+    def __init__(self, on_outcome: Callable[[Outcome[R]], None]) -> None:
         self._on_outcome: Callable[[Outcome[R]], None] | None = on_outcome
-        self.arrival_s = arrival_s
-        self.deadline_s = math.inf
-        self.owner = owner
-        self.tag = tag
-        self.request: Pending[Any, R] | None = None
 
     def stop(self) -> None:
         """Do not call the function from now on."""
         self._on_outcome = None
 
-    def end_one(self) -> None:
-        """Call the function with the outcome; an exception of the function is logged."""
-        if self.request is None or self.request.outcome is None:
-            raise AssertionError("a request ended without an outcome: this is a bug in modalkit")
-        outcome, self.request = self.request.outcome, None  # so that listener and request do not refer to each other
+    def set_result(self, outcome: Outcome[R]) -> None:
+        """Call the function; an exception that it raises is logged."""
         if self._on_outcome is None:
             return
         try:
@@ -88,21 +72,40 @@ class Withdraw(Protocol):
 
 
 class Pending(Request[T], Generic[T, R]):
-    """A request with the waiter or listener that gets its outcome; `outcome` is None until it is finished."""
+    """A request with what gets its outcome; `outcome` is None until it is finished."""
 
-    __slots__ = ("outcome", "waiter")
+    __slots__ = ("outcome", "receiver", "tag")
 
-    def __init__(self, payload: T, size: int, priority: Priority, waiter: Waiter | Listener[R]) -> None:
+    def __init__(
+        self,
+        payload: T,
+        size: int,
+        priority: Priority,
+        arrival_s: float,
+        deadline_s: float,
+        owner: str,
+        tag: str | None,
+        receiver: Receiver[R],
+    ) -> None:
         # It does not call the base's constructor: one is made for each request, and this takes half the time.
         self.payload = payload
         self.size = size
         self.priority = priority
-        self.arrival_s = waiter.arrival_s
-        self.deadline_s = waiter.deadline_s
-        self.owner = waiter.owner
+        self.arrival_s = arrival_s
+        self.deadline_s = deadline_s
+        self.owner = owner
         self.sequence = 0
-        self.waiter = waiter
+        self.tag = tag
+        self.receiver = receiver
         self.outcome: Outcome[R] | None = None
+
+    def finish(self, outcome: Outcome[R]) -> None:
+        """Hand out the outcome of a request that has none."""
+        self.outcome = outcome
+        try:  # noqa: SIM105  # one is made for each request, and `suppress` takes longer than all the rest
+            self.receiver.set_result(outcome)
+        except InvalidStateError:
+            pass  # the task that waits was cancelled just now
 
 
 class ItemSizes(Generic[T]):

@@ -28,6 +28,7 @@ BUCKETS_PER_OCTAVE = 16
 LARGEST_SMALL_SIZE = 2048
 RESERVED_DIVISOR = 10
 _STALE_LIMIT = 64
+_NEVER = math.inf
 
 RequestT = TypeVar("RequestT", bound=Request)  # type: ignore[type-arg]  # a bound cannot be generic
 
@@ -165,6 +166,7 @@ class RequestQueue(Generic[RequestT]):
         if owner is None or owner.last < lane.reached:  # seldom, and a call takes longer than the look-up
             owner = lane.owner(name)
         buckets, last = owner.buckets, owner.last
+        counts, seconds, seconds_of = lane.counts, lane.seconds, self._seconds_of
         for request in requests:
             size = request.size
             index = _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
@@ -175,11 +177,12 @@ class RequestQueue(Generic[RequestT]):
                 buckets[index] = deque((request,))
             last += size
             request.sequence = last
-            lane.counts[index] += 1
-            lane.seconds += self._seconds_of[index]
-            if request.deadline_s < math.inf:
+            counts[index] += 1
+            seconds += seconds_of[index]
+            if request.deadline_s < _NEVER:
                 heapq.heappush(self._deadlines, (request.deadline_s, id(request), request))
         owner.last = last
+        lane.seconds = seconds
         lane.count += len(requests)
         self._length += len(requests)
 
@@ -205,13 +208,14 @@ class RequestQueue(Generic[RequestT]):
 
     def take(self, requests: list[RequestT]) -> None:
         """Remove requests, all of which wait."""
+        lanes, seconds_of = self._lanes, self._seconds_of
         for request in requests:
-            lane, size = self._lanes[request.priority], request.size
+            lane, size = lanes[request.priority], request.size
             index = _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
             request.sequence = -request.sequence
             lane.count -= 1
             lane.counts[index] -= 1
-            lane.seconds -= self._seconds_of[index]
+            lane.seconds -= seconds_of[index]
             lane.stale += 1
         self._length -= len(requests)
         for lane in self._lanes.values():

@@ -4,7 +4,7 @@ import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Generic, Self, TypeVar, Unpack, cast
+from typing import Any, Generic, Self, TypeVar, Unpack, cast
 
 import anyio
 from anyio import AsyncContextManagerMixin
@@ -22,14 +22,14 @@ from modalkit.batching.errors import (
 )
 from modalkit.batching.executors import Executors, RunOptions
 from modalkit.batching.measured_cost import MeasuredCostModel
-from modalkit.batching.pending import ItemSizes, Listener, Pending, Waiter, Withdraw
+from modalkit.batching.pending import Group, ItemSizes, Listener, Pending, Withdraw
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import BatchPolicy
 from modalkit.batching.request import LARGEST_SIZE, Failure, Outcome, Priority, Success
 from modalkit.batching.stages import RunBatch
 from modalkit.batching.statistics import BatchRecord, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.batching.wakeup import asyncio_loop
+from modalkit.batching.wakeup import Future, asyncio_loop, make_future
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -138,17 +138,19 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         `OutputCountError` or what `run_batch` raised for this payload. When cancelled, a request that waits leaves the
         queue; one that runs is finished, and its result dropped.
         """
-        waiter = self._make_waiter(timeout_s, owner, tag)
-        request = self._make_request(payload, size, priority, waiter)
+        arrival_s, deadline_s = self._times(timeout_s)
+        future: Future[Outcome[R]] = make_future(self._loop)
+        size = self._size_of(payload, size)
+        request = Pending(payload, size, priority, arrival_s, deadline_s, owner, tag, future)
         self._enqueue((request,))
         if timeout_s is None:
             try:
-                await waiter.wait()
+                await future
             except BaseException:
                 self._withdraw((request,), CANCELLED)
                 raise
         else:
-            await self._wait(waiter, (request,))
+            await self._wait(future, (request,), timeout_s)
         outcome = request.outcome
         if isinstance(outcome, Success):
             return outcome.value
@@ -157,7 +159,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
                 raise outcome.error
             raise AssertionError("a request was left without an outcome: this is a bug in modalkit")
         finally:
-            del request, outcome  # else the error's frames and the error refer to each other until garbage collection
+            del request, outcome, future  # else the error and its frames refer to each other until garbage collection
 
     async def submit_many(
         self,
@@ -174,21 +176,24 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         `QueueFullError` or `SchedulerClosedError` before anything is queued: all payloads are accepted, or none.
         `timeout_s` and cancellation are as for `submit`.
         """
-        waiter = self._make_waiter(timeout_s, owner, tag)
+        arrival_s, deadline_s = self._times(timeout_s)
+        group = Group(make_future(self._loop))
         refused: dict[int, Failure] = {}
         requests = list[Pending[T, R]]()
         if self._sizes is None:
-            requests = [Pending(payload, 1, priority, waiter) for payload in payloads]
+            requests = [Pending(payload, 1, priority, arrival_s, deadline_s, owner, tag, group) for payload in payloads]
         else:
             for number, payload in enumerate(payloads):
                 try:
-                    requests.append(self._make_request(payload, None, priority, waiter))
+                    size = self._size_of(payload)
                 except RequestTooLargeError as error:
                     refused[number] = Failure(error)
+                else:
+                    requests.append(Pending(payload, size, priority, arrival_s, deadline_s, owner, tag, group))
         self._enqueue(requests)
         if requests:
-            waiter.unfinished = len(requests)
-            await self._wait(waiter, requests)
+            group.unfinished = len(requests)
+            await self._wait(group.finished, requests, timeout_s)
         outcomes = cast("list[Outcome[R]]", [request.outcome for request in requests])
         if not refused:
             return outcomes
@@ -210,9 +215,10 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         It serves callers that have many requests at a time and no task for each. It returns a function that withdraws
         the request; after that, `on_outcome` is not called. Raises what `submit` raises before anything is queued.
         """
-        self._ensure_open()
-        listener = Listener(on_outcome, self._now(), owner, tag)
-        listener.request = request = self._make_request(payload, size, priority, listener)
+        arrival_s, deadline_s = self._times(None)
+        size = self._size_of(payload, size)
+        listener = Listener(on_outcome)
+        request = Pending(payload, size, priority, arrival_s, deadline_s, owner, tag, listener)
         self._enqueue((request,))
         return partial(self._withdraw_from, listener, request)
 
@@ -231,17 +237,17 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         fill three quarters of the queue, because their caller can wait for room and others cannot; beyond that,
         `QueueFullError` is raised.
         """
-        self._ensure_open()
-        now = self._now()
+        arrival_s, deadline_s = self._times(None)
         requests = list[Pending[T, R]]()
         handles = list[Callable[[], object] | Failure]()
         for place, payload in enumerate(payloads):
-            listener = Listener(partial(on_outcome, place), now, owner, tag)
             try:
-                listener.request = request = self._make_request(payload, None, priority, listener)
+                size = self._size_of(payload)
             except RequestTooLargeError as error:
                 handles.append(Failure(error))
             else:
+                listener = Listener(partial(on_outcome, place))
+                request = Pending(payload, size, priority, arrival_s, deadline_s, owner, tag, listener)
                 requests.append(request)
                 handles.append(partial(self._withdraw_from, listener, request))
         depth, limit = len(self._planner.queue), max(1, self.policy.max_queue_items * 3 // 4)
@@ -348,21 +354,25 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
                 BROKEN if self.is_broken else "the scheduler is not open: use it inside its 'async with' block"
             )
 
-    def _make_waiter(self, timeout_s: float | None, owner: str, tag: str | None) -> Waiter:
-        self._ensure_open()
-        return Waiter(self._loop, self._now(), timeout_s, owner, tag)
+    def _times(self, timeout_s: float | None) -> tuple[float, float]:
+        """When a request arrives and when its deadline is, on the event loop's clock."""
+        if not self._dispatcher.is_open:
+            self._ensure_open()
+        arrival_s = self._now()
+        return arrival_s, math.inf if timeout_s is None else arrival_s + timeout_s
 
-    def _make_request(
-        self, payload: T, size: int | None, priority: Priority, waiter: Waiter | Listener[R]
-    ) -> Pending[T, R]:
+    def _size_of(self, payload: T, size: int | None = None) -> int:
+        """The size of a payload, if it is not given; raises `RequestTooLargeError` or `ValueError`."""
         if size is None:
-            size = 1 if self._sizes is None else self._sizes.of(payload)
+            if self._sizes is None:
+                return 1
+            size = self._sizes.of(payload)
         elif not 1 <= size <= LARGEST_SIZE:
             raise ValueError(f"size must be from 1 to {LARGEST_SIZE}, got {size!r}")
         limit = self.policy.max_batch_tokens
         if limit is not None and size > limit:
             raise RequestTooLargeError(size, limit)
-        return Pending(payload, size, priority, waiter)
+        return size
 
     def _enqueue(self, requests: Sequence[Pending[T, R]]) -> None:
         try:
@@ -374,13 +384,13 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         self._telemetry.accepted += len(requests)
         self._dispatcher.sleepers.wake_one()
 
-    async def _wait(self, waiter: Waiter, requests: Sequence[Pending[T, R]]) -> None:
+    async def _wait(self, future: Future[Any], requests: Sequence[Pending[T, R]], timeout_s: float | None) -> None:
         """Wait for all outcomes. At the deadline, or when cancelled, withdraw the requests that have none."""
         try:
-            with anyio.CancelScope(deadline=waiter.deadline_s) as scope:
-                await waiter.wait()
-            if scope.cancelled_caught:
-                self._withdraw(requests, Failure(DeadlineExceededError(waiter.deadline_s - waiter.arrival_s)))
+            with anyio.CancelScope(deadline=requests[0].deadline_s) as scope:
+                await future
+            if scope.cancelled_caught and timeout_s is not None:
+                self._withdraw(requests, Failure(DeadlineExceededError(timeout_s)))
         except BaseException:
             self._withdraw(requests, CANCELLED)
             raise

@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 from anyio.lowlevel import EventLoopToken, current_token
 
 from modalkit.batching.errors import text_of
-from modalkit.batching.wakeup import Wakeup, asyncio_loop
+from modalkit.batching.wakeup import Future, asyncio_loop, make_future, wake
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ class _Call(Generic[T]):
         self.function = function
         self._token = token
         self._loop = asyncio_loop(token)
-        self.done = Wakeup(self._loop)
+        self.done: Future[None] = make_future(self._loop)
         self.result: T
         self.error: BaseException | None = None
 
@@ -31,9 +31,9 @@ class _Call(Generic[T]):
         except BaseException as error:  # noqa: BLE001  # the caller raises it
             self.error = error
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self.done.set)
+            self._loop.call_soon_threadsafe(wake, self.done)
         else:
-            self._token.backend_class.run_sync_soon(self.done.set, (), self._token.native_token)
+            self._token.backend_class.run_sync_soon(wake, (self.done,), self._token.native_token)
 
 
 class DedicatedThread:
@@ -63,7 +63,7 @@ class DedicatedThread:
         call = _Call(function, self._token)
         calls.put(call)  # type: ignore[arg-type]  # the thread does not use the result
         try:
-            await call.done.wait()
+            await call.done
         except BaseException:
             self.close(abandon=True)
             raise

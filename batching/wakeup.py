@@ -3,10 +3,13 @@
 import asyncio
 import math
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Generator
+from typing import Any, Generic, TypeVar
 
 import anyio
 from anyio.lowlevel import EventLoopToken
+
+T = TypeVar("T")
 
 
 def asyncio_loop(token: EventLoopToken) -> asyncio.AbstractEventLoop | None:
@@ -14,32 +17,41 @@ def asyncio_loop(token: EventLoopToken) -> asyncio.AbstractEventLoop | None:
     return token.native_token if isinstance(token.native_token, asyncio.AbstractEventLoop) else None
 
 
-class Wakeup:
-    """An event for one task, which waits for it once.
+class EventFuture(Generic[T]):
+    """As much of a future of asyncio as is used here, on trio: one task awaits it, once."""
 
-    With a `loop` of asyncio it is a bare future. An event of anyio holds one of asyncio, which makes a future for each
-    task that waits. One wakeup is made for each request, and the bare future halves its cost.
-    """
+    __slots__ = ("_event", "_result")
 
-    __slots__ = ("_event", "_future")
+    def __init__(self) -> None:
+        self._event = anyio.Event()
 
-    def __init__(self, loop: asyncio.AbstractEventLoop | None) -> None:
-        self._future: asyncio.Future[None] | None = None
-        if loop is not None:
-            self._future = loop.create_future()
-        else:
-            self._event = anyio.Event()
+    def __await__(self) -> Generator[Any, None, T]:
+        yield from self._event.wait().__await__()
+        return self._result
 
-    def wait(self) -> Awaitable[object]:
-        """Wait until it is set; to be awaited once."""
-        return self._event.wait() if self._future is None else self._future
+    def done(self) -> bool:
+        """Whether it has its result."""
+        return self._event.is_set()
 
-    def set(self) -> None:
-        """Wake the task that waits, now or later. Idempotent, also after the task was cancelled."""
-        if self._future is None:
-            self._event.set()
-        elif not self._future.done():
-            self._future.set_result(None)
+    def set_result(self, result: T) -> None:
+        """Wake the task that awaits it, now or later."""
+        self._result = result
+        self._event.set()
+
+
+Future = asyncio.Future[T] | EventFuture[T]
+"""Wakes one task, with a result. An event of anyio would take twice as long: it makes a future for each wait."""
+
+
+def make_future(loop: asyncio.AbstractEventLoop | None) -> Future[Any]:
+    """A future of this loop of asyncio; without one, that of trio."""
+    return EventFuture() if loop is None else loop.create_future()
+
+
+def wake(future: Future[None]) -> None:
+    """Wake the task that awaits the future, if it still does and was not woken before."""
+    if not future.done():
+        future.set_result(None)
 
 
 class Sleepers:

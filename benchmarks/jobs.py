@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ from urllib.request import urlopen
 
 import typer
 
-from modalkit.benchmarks.bench.targets import SERVE, process
+from modalkit.benchmarks.bench.targets import SERVE, is_serving, process
 from modalkit.benchmarks.load import Endpoint, Load, Measured
 from modalkit.benchmarks.load.client import HttpTarget
 from modalkit.benchmarks.load.endpoint import LINES
@@ -67,29 +67,26 @@ def served(
 def serving(folder: Path, configuration: str) -> Iterator[str]:
     """The address of ``modalkit serve`` in `folder` with this configuration."""
     (folder / "modalkit.yaml").write_text(configuration)
-    with _process(SERVE, r"^Ready", folder) as said:
-        yield _address(said)
+    with _process(SERVE, is_serving, folder) as url:
+        yield url
 
 
 @contextmanager
 def bare(**variables: str) -> Iterator[str]:
     """The address of the service that stores nothing; it sends tasks with the variable ``BENCHMARK_REDIS_URL``."""
-    with _process(BARE, r"running on", None, **variables) as said:
-        yield _address(said)
+    with _process(BARE, re.compile("running on").search, None, **variables) as url:
+        yield url
 
 
 @contextmanager
-def _process(command: list[str], ready: str, folder: Path | None, **variables: str) -> Iterator[str]:
+def _process(
+    command: list[str], is_ready: Callable[[str], object], folder: Path | None, **variables: str
+) -> Iterator[str]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), **variables}
-    with process(command, environment, ready, folder, stop_s=0) as said:  # gently, it would finish what was accepted
-        yield said
-
-
-def _address(said: str) -> str:
-    found = re.search(r"http://[\w.:]+\d", said)
-    if found is None:
-        raise RuntimeError(f"the server named no address: {said}")
-    return found.group()
+    with process(
+        command, environment, is_ready, folder, stop_s=0
+    ) as server:  # gently, it would finish what was accepted
+        yield server.url
 
 
 def metric(url: str, name: str) -> float:
@@ -133,7 +130,7 @@ def wait_until(reached: Callable[[], bool], timeout_s: float = 300.0) -> None:
         time.sleep(0.02)
 
 
-def told(name: str, ratios: list[float]) -> str:
+def told(name: str, ratios: Sequence[float]) -> str:
     """A line with the median and the range of a ratio."""
     return f"{name}: {statistics.median(ratios):.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
 

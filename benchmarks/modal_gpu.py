@@ -17,15 +17,21 @@ from typing import Any
 import modal
 from rich.console import Console
 
+from modalkit.benchmarks.bench.in_process import MODAL_MODEL
+from modalkit.benchmarks.bench.inputs import corpus_inputs
 from modalkit.benchmarks.bench.report import show, write_files
-from modalkit.benchmarks.bench.results import Results
-from modalkit.benchmarks.containers.load import MODEL, Target, measure_variant
-from modalkit.benchmarks.containers.matrix import Load, Variant, VariantResult, parse_matrix
+from modalkit.benchmarks.bench.results import Results, variant_name
 from modalkit.benchmarks.containers.measured import MeasuredService
-from modalkit.benchmarks.containers.report import add_variant
-from modalkit.benchmarks.corpus import mixed_length_texts
+from modalkit.benchmarks.containers.variants import (
+    Matrix,
+    Target,
+    Variant,
+    VariantResult,
+    failed_cell,
+    measure_variant,
+    parse_matrix,
+)
 from modalkit.service.calls.predictor import MAX_CALLS_IN_FLIGHT
-from modalkit.service.errors import describe_error
 from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.engine import ModalEngine
 
@@ -105,7 +111,7 @@ def load_function_settings(config: ModalConfig) -> dict[str, Any]:
 
 
 @app.function(**load_function_settings(modal_config))
-async def measure(variant: Variant, load: Load, measured: Measured) -> VariantResult:
+async def measure(variant: Variant, matrix: Matrix, measured: Measured) -> VariantResult:
     """Measure one variant from within Modal."""
 
     @asynccontextmanager
@@ -116,10 +122,10 @@ async def measure(variant: Variant, load: Load, measured: Measured) -> VariantRe
         async def connect() -> Any:
             return instance.process_request
 
-        async with ModalEngine({MODEL: connect}) as engine:
+        async with ModalEngine({MODAL_MODEL: connect}) as engine:
             yield ModalTarget(engine, instance)
 
-    return await measure_variant(variant, load, open_variant, mixed_length_texts())
+    return await measure_variant(variant, matrix, open_variant, corpus_inputs().items)
 
 
 @app.local_entrypoint()
@@ -139,16 +145,19 @@ def main(
     measured = Measured(model or None, app_name or None, class_name or None)
     name = f"modal:{measured.app_name or modal_config.app_name}/{measured.class_name or Model.__name__}"
     results = Results(target=name, settings={"model": measured.model, "items": "the corpus", "matrix": matrix})
-    for variant in matrix.variants():
+    for variant in matrix.variants:
         print(f"{variant.gpu}, batches of at most {variant.max_batch_size}")
-        add_variant(results, _measured(variant, matrix.load, measured))
+        found = _measured(variant, matrix, measured)
+        results.cells += found.cells
+        if found.cold_start_s is not None:
+            results.cold_start_s[variant_name(variant.settings())] = found.cold_start_s
         # At once, so that a run that is broken off keeps what it has.
         write_files(results.document(), (), Path(output))
     show(results.document(), (), Console(width=160))
 
 
-def _measured(variant: Variant, load: Load, measured: Measured) -> VariantResult:
+def _measured(variant: Variant, matrix: Matrix, measured: Measured) -> VariantResult:
     try:
-        return measure.remote(variant, load, measured)
+        return measure.remote(variant, matrix, measured)
     except Exception as error:  # noqa: BLE001  # the other variants are measured all the same
-        return VariantResult(variant=variant, error=describe_error(error))
+        return VariantResult([failed_cell(variant, "start", error)])

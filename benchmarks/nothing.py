@@ -1,7 +1,6 @@
 """Pipelines that do nothing, to measure everything except the model."""
 
 import threading
-import time
 from typing import Any, ClassVar
 
 from pydantic import BaseModel
@@ -31,15 +30,6 @@ class NothingPipeline(InferencePipeline):
     def postprocess(self, input_list: list[BaseModel], raw_output: dict[str, Any]) -> list[InferenceOutputModel]:  # noqa: ARG002
         """Return an output for each item."""
         return [InferenceOutputModel() for _ in input_list]
-
-
-class WaitingPipeline(NothingPipeline):
-    """Waits half a millisecond for each item, as for a device that computes elsewhere."""
-
-    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """Compute nothing."""
-        time.sleep(0.0005 * len(input_list))
-        return {}
 
 
 class NeverPipeline(NothingPipeline):

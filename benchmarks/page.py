@@ -4,34 +4,22 @@ Run it with ``python -m modalkit.benchmarks.page``, in a clone after ``make test
 browser runs on the same machine, so that its own work counts as well.
 """
 
-import json
 import shutil
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from modalkit.benchmarks.jobs import LIST_CLIENTS, metric, serving, told
-from modalkit.benchmarks.jobs import rate as accepted_per_s
-from modalkit.benchmarks.texts import CORPUS, read_texts
+from modalkit.benchmarks.jobs import serving, told
+from modalkit.benchmarks.mixed_load import CONFIGURATION, jobs_alone, submit_backlog
 
-CONFIGURATION = "app_settings: {async_config: {store_path: jobs.db}}"
-SUCCEEDED = 'modalkit_requests_total{model="sentiment",outcome="succeeded"}'
 SETTLED_S = 2.0
 """Seconds after the page was opened for which its cost does not count."""
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
-
-
-def rate(url: str, seconds: float) -> float:
-    """Jobs that the worker finishes each second."""
-    before, started_s = metric(url, SUCCEEDED), time.perf_counter()
-    time.sleep(seconds)
-    return (metric(url, SUCCEEDED) - before) / (time.perf_counter() - started_s)
 
 
 def opened(browser: Browser, url: str) -> tuple[Page, float]:
@@ -48,22 +36,21 @@ def main(
     jobs: Annotated[int, typer.Option(help="Jobs that wait at the start, and last until the end.")] = 300_000,
 ) -> None:
     """Compare the throughput of a saturated worker with the page open and closed."""
-    texts = read_texts(CORPUS)
-    listed = [{"message": {"text": text}} for text in texts][:1000]
-    bodies = [json.dumps(listed).encode()] * (jobs // len(listed))
-    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
     ratios, paints = list[float](), list[float]()
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), CONFIGURATION) as url, ExitStack() as stack:
-        accepted_per_s(f"{url}/async/predict", bodies, LIST_CLIENTS, jobs)
-        playwright = stack.enter_context(sync_playwright())
-        browser = playwright.chromium.launch(executable_path=browser_path)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(Path(folder), CONFIGURATION) as url,
+        sync_playwright() as play,
+    ):
+        submit_backlog(url, jobs)
+        browser = play.chromium.launch(executable_path=shutil.which("chromium") or shutil.which("google-chrome"))
         for number in range(rounds):
-            alone = rate(url, seconds) if number % 2 == 0 else 0.0
+            alone = jobs_alone(url, seconds) if number % 2 == 0 else 0.0
             page, paint_ms = opened(browser, url)
             time.sleep(SETTLED_S)
-            beside = rate(url, seconds)
+            beside = jobs_alone(url, seconds)
             page.close()
-            alone = alone or rate(url, seconds)
+            alone = alone or jobs_alone(url, seconds)
             ratios.append(beside / alone)
             paints.append(paint_ms)
             print(f"{alone:,.0f} jobs /s without the page, {beside:,.0f} with it; first paint {paint_ms:.0f} ms")

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from modalkit.benchmarks.bench.results import machine, versions_of
 from modalkit.benchmarks.measurement import Figure, Study
+from modalkit.benchmarks.tables import terminal_table
 from modalkit.pipelines.extras import install_command
 
 DEFAULT_TEXTS = 2_000
@@ -56,17 +57,13 @@ def make_study(name: StudyName, texts: int = DEFAULT_TEXTS) -> Study:
 
 def figures_table(title: str, figures: Sequence[Figure]) -> Table:
     """One line per figure: median, range over the rounds, target, and whether the target is met."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("figure")
-    for heading in ("median", "range", "target"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    rows = []
     for figure in figures:
         spread = f"{min(figure.rounds):.3g} .. {max(figure.rounds):.3g}" if len(figure.rounds) > 1 else ""
         verdict = {None: "", True: "met", False: "[red]missed[/red]"}[figure.is_met]
         value = f"{figure.value:.3g} {figure.unit}" if figure.rounds else "not measured"
-        table.add_row(figure.name, value, spread, _target(figure), verdict)
-    return table
+        rows.append([figure.name, value, spread, _target(figure), verdict])
+    return terminal_table(("figure", "median", "range", "target", ""), rows, title=title)
 
 
 def _target(figure: Figure) -> str:

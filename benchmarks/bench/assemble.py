@@ -2,11 +2,11 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from modalkit.benchmarks.bench.delivery import Receiver, receiving
@@ -27,11 +27,10 @@ from modalkit.benchmarks.bench.targets import ComposeTarget, DockerTarget, Serve
 from modalkit.benchmarks.load import PRESETS, BenchError, Endpoint, Load, preset
 from modalkit.benchmarks.load.arrivals import Arrivals, read_trace
 from modalkit.benchmarks.load.endpoint import LINES, model_query
+from modalkit.benchmarks.load.plan import values_of
 from modalkit.service.cli.common import model_source
 from modalkit.service.cli.records import FileFormat
 from modalkit.service.settings import Settings
-
-T = TypeVar("T")
 
 OURS = "ours"
 SERVE, WORKER = "serve", "worker"
@@ -40,14 +39,14 @@ LIST_LENGTHS = {"sync": 1, "batch": 32, "ndjson": 1000, "async": 1}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The options of the command, as they were given."""
+    """The options of the command that say what is measured, by their names in its signature."""
 
     target: str
     kind: str | None
     body: str | None
     answer: str | None
-    headers: Sequence[str]
-    api_key: str | None
+    header: Sequence[str] | None
+    key: str | None
     mode: str
     list_length: int | None
     queue: str
@@ -57,10 +56,10 @@ class Options:
     label: str | None
     length_mix: str | None
     samples: bool
-    config: Sequence[Path]
+    config: Sequence[Path] | None
     model: str | None
     port: int
-    docker_arguments: Sequence[str]
+    docker_argument: Sequence[str] | None
     repeats: int
     price_per_hour: float | None
 
@@ -80,8 +79,8 @@ class Options:
 
     def all_headers(self) -> dict[str, str]:
         """The headers of each request. Raises `BenchError`."""
-        headers = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
-        for line in self.headers:
+        headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
+        for line in self.header or ():
             name, colon, value = line.partition(":")
             if not colon:
                 raise BenchError(f"--header {line!r}: give NAME: VALUE")
@@ -176,11 +175,11 @@ def _target(options: Options, receiver: Receiver | None) -> tuple[Target, str]:
         settings = Settings.load(options.config or None)
         model = model_source(settings, options.model).model_name
         if options.target == WORKER:
-            return WorkerTarget(model, tuple(options.config)), model
+            return WorkerTarget(model, tuple(options.config or ())), model
         variables = None if receiver is None else receiver.variables
-        return ServeTarget(model, tuple(options.config), variables), model
+        return ServeTarget(model, tuple(options.config or ()), variables), model
     if kind == "docker":
-        return DockerTarget(rest, options.model or "sentiment", options.port, options.docker_arguments), ""
+        return DockerTarget(rest, options.model or "sentiment", options.port, options.docker_argument or ()), ""
     if kind == "compose" or options.target.endswith((".yaml", ".yml")):
         return ComposeTarget(rest or options.target, options.model or "sentiment", options.port), ""
     raise BenchError(
@@ -194,7 +193,7 @@ def _inputs(options: Options, model: str) -> Inputs:
     if options.target not in (SERVE, WORKER):
         schema = None
         if options.is_url and options.is_ours:
-            schema = published_schema(options.target.rstrip("/"), options.all_headers())
+            schema = published_schema(options.target.rstrip("/"), options.all_headers(), options.model)
         if schema is not None and (options.samples or not takes_text_alone(schema)):
             return schema_inputs(described_model(schema))
         return mixed_inputs(options.length_mix) if options.length_mix is not None else corpus_inputs()
@@ -213,11 +212,13 @@ def loads_of(base: Load, clients: str, rates: str | None, arrivals: str) -> list
         except (OSError, ValueError) as error:
             raise BenchError(f"--arrivals: {error}; else give one of {', '.join(Arrivals)}") from error
     if rates is not None:
-        return [replace(base, rate_per_s=rate, arrivals=arrivals) for rate in _each(rates, float, "--rate", "20,60")]
+        return [
+            replace(base, rate_per_s=rate, arrivals=arrivals) for rate in values_of(rates, float, "--rate", "20,60")
+        ]
     with_trace = replace(base, arrivals=arrivals)
     if with_trace.is_open:
         return [with_trace]
-    return [replace(base, clients=count) for count in _each(clients, int, "--clients", "1,64")]
+    return [replace(base, clients=count) for count in values_of(clients, int, "--clients", "1,64")]
 
 
 def variants_of(sweeps: Sequence[str]) -> list[Variant]:
@@ -239,15 +240,8 @@ def _settings(key: str, value: str) -> list[tuple[str, str]]:
     return [(key, engine), ("dtype", dtype)] if key == "engine" and slash else [(key, value)]
 
 
-def _each(text: str, read: Callable[[str], T], option: str, example: str) -> list[T]:
-    try:
-        return [read(part) for part in text.split(",")]
-    except ValueError:
-        raise BenchError(f"{option} {text!r}: give numbers, as {example}") from None
-
-
 def as_settings(options: Options, **others: Any) -> Mapping[str, Any]:
     """What the results say of the options; keys and headers are left out."""
-    hidden = ("headers", "api_key")
+    hidden = ("header", "key")
     given = {name: getattr(options, name) for name in options.__slots__ if name not in hidden}
     return {name: value for name, value in (given | others).items() if value not in (None, [], (), False)}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +76,9 @@ def bench(
     ] = None,
     input_path: Annotated[
         Path | None,
-        typer.Option("--input", "-i", help="Items: a .txt, .jsonl or .csv file.", exists=True, dir_okay=False),
+        typer.Option(
+            "--input", "-i", help="Items: a .txt, .jsonl, .csv or .parquet file.", exists=True, dir_okay=False
+        ),
     ] = None,
     file_format: FormatOption = None,
     column: ColumnOption = None,
@@ -140,32 +143,11 @@ def bench(
 
     modalkit bench http://127.0.0.1:9000/classify --body '{"inputs": "$text"}' --answer 0.label -i test.csv --label y
     """
+    given = locals()
+    options = Options(**{field.name: given[field.name] for field in fields(Options)})
     if png:
         require_matplotlib("--png")
     before = None if compare is None else read_document(compare)
-    options = Options(
-        target=target,
-        kind=kind,
-        body=body,
-        answer=answer,
-        headers=header or (),
-        api_key=key,
-        mode=mode,
-        list_length=list_length,
-        queue=queue,
-        input_path=input_path,
-        file_format=file_format,
-        column=column,
-        label=label,
-        length_mix=length_mix,
-        samples=samples,
-        config=config or (),
-        model=model,
-        port=port,
-        docker_arguments=docker_argument or (),
-        repeats=repeats,
-        price_per_hour=price_per_hour,
-    )
     base = Load(seconds=seconds, warm_up_s=warm_up, until_steady=until_steady, timeout_s=timeout, processes=processes)
     loads = [] if capacity or p99_ms is not None else loads_of(base, clients, rate, arrivals)
     if tool is not None and any(load.is_open for load in loads):
@@ -188,7 +170,7 @@ def bench(
                     _search(opened, base, p99_ms, results, output)
                 if tool is not None:
                     own = [cell for cell in results.cells if not cell.open][-1]
-                    results.cross_check = cross_check(tool, opened.endpoint, session.inputs.items, base, own)
+                    results.cross_check = cross_check(tool, opened.endpoint, session.inputs.items, base, own, repeats)
     document = results.document()
     verdicts = [] if before is None else compared(document, before, tolerance)
     console = Console()

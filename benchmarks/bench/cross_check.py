@@ -8,16 +8,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-from urllib.parse import urlsplit
 
 from modalkit.benchmarks.bench.results import Cell
 from modalkit.benchmarks.load import BenchError, Endpoint, Load
+from modalkit.benchmarks.load.endpoint import LINES
 
 TOOLS = ("wrk", "aiperf")
 AGREEMENT = 0.05
-AIPERF = "aiperf>=0.3,<1"
+AIPERF = "aiperf>=0.13,<1"
 _LATENCY_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}
 # wrk has one connection for each client, and sends the requests of the list one after the other.
 _LUA = """
@@ -32,25 +34,31 @@ end
 """
 
 
-def cross_check(tool: str, endpoint: Endpoint, items: Sequence[Any], load: Load, own: Cell) -> dict[str, Any]:
+def cross_check(
+    tool: str, endpoint: Endpoint, items: Sequence[Any], load: Load, own: Cell, repeats: int = 1
+) -> dict[str, Any]:
     """Put the clients of the closed loop `own` on the endpoint by `tool`, and compare the throughput.
 
-    The times are those of `load`. Raises `BenchError` where the tool is missing or fails.
+    The times are those of `load`, and the figures the means of `repeats` runs. Raises `BenchError` where the tool is
+    missing or fails.
     """
     if tool not in TOOLS:
         raise BenchError(f"--tool {tool!r}: give one of {', '.join(TOOLS)}")
     load = replace(load, clients=own.clients or 1)
-    with tempfile.TemporaryDirectory() as folder:
-        run = _wrk if tool == "wrk" else _aiperf
-        found = run(endpoint, items, load, Path(folder))
+    run, runs = _wrk if tool == "wrk" else _aiperf, []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            runs.append(run(endpoint, items, load, Path(folder)))
+    found = {name: fmean(one[name] for one in runs) for name in runs[0]}
     items_per_s = found["requests_per_s"] * endpoint.list_length
-    own_items_per_s = own.figures["items_per_s"].mean
-    ratio = items_per_s / own_items_per_s if own_items_per_s else float("inf")
+    own_figure = own.figures["items_per_s"]
+    ratio = items_per_s / own_figure.mean if own_figure.mean else float("inf")
     return {
         "tool": tool,
         "load": str(load),
         "items_per_s": items_per_s,
-        "own_items_per_s": own_items_per_s,
+        "own_items_per_s": own_figure.mean,
+        "own_interval": None if own_figure.high is None else own_figure.high - own_figure.mean,
         "p50_ms": found["p50_ms"],
         "p99_ms": found["p99_ms"],
         "ratio": ratio,
@@ -62,8 +70,7 @@ def _wrk(endpoint: Endpoint, items: Sequence[Any], load: Load, folder: Path) -> 
     program = shutil.which("wrk")
     if program is None:
         raise BenchError("there is no program wrk: install it (apt-get install wrk, or brew install wrk)")
-    count = endpoint.request_count(items)
-    bodies = [endpoint.content(endpoint.items_of(items, index)) for index in range(count)]
+    bodies = _bodies(endpoint, items)
     headers = {"Content-Type": endpoint.content_type, **endpoint.headers}
     script = folder / "load.lua"
     lines = "\n".join(f"wrk.headers[{_lua(name.encode())}] = {_lua(value.encode())}" for name, value in headers.items())
@@ -101,36 +108,42 @@ def _found(pattern: str, said: str) -> tuple[str, ...]:
 
 
 def _aiperf(endpoint: Endpoint, items: Sequence[Any], load: Load, folder: Path) -> dict[str, float]:
-    program = _aiperf_program()
-    prompts = folder / "prompts.jsonl"
-    try:
-        prompts.write_text("".join(json.dumps({"text": item["text"]}) + "\n" for item in items))
-    except KeyError:
-        raise BenchError("--tool aiperf sends texts: the items have no field 'text'; use wrk") from None
-    if endpoint.list_length > 1:
-        raise BenchError("--tool aiperf sends one item in each request: use wrk for lists")
-    template = json.dumps(endpoint.body if endpoint.body != "$item" else {"text": "$text"})
-    template = template.replace('{"$each": "$text"}', '["$text"]').replace('"$text"', "{{ text|tojson }}")
-    parts = urlsplit(endpoint.url)
+    bodies = _bodies(endpoint, items)
+    if endpoint.content_type == LINES or not bodies[0].startswith(b"{"):
+        raise BenchError("--tool aiperf sends JSON objects: use wrk for lists and streams")
+    prompts, artifacts = folder / "prompts.jsonl", folder / "artifacts"
+    # It sends texts to language models. Here each text is the body of a request, and the template leaves it as it is.
+    lines = (json.dumps({"text": body.decode()}) + "\n" for body in bodies)
+    prompts.write_text("".join(lines), encoding="utf-8")
     command = [
-        program, "profile", "--model", "model", "--url", endpoint.url, "--endpoint-type", "template",
-        "--extra-inputs", f"payload_template:{template}", "--input-file", str(prompts),
-        "--custom-dataset-type", "single_turn", "--concurrency", str(load.clients),
-        "--benchmark-duration", f"{max(1, round(load.seconds))}", "--tokenizer", "builtin",
-        "--output-artifact-dir", str(folder / "artifacts"), "--ui", "none",
+        _aiperf_program(), "profile", "--model", "model", "--url", endpoint.url, "--endpoint-type", "template",
+        "--extra-inputs", "payload_template:{{ text|safe }}", "--extra-inputs", "response_field:to_string(@)",
+        "--input-file", str(prompts), "--custom-dataset-type", "single-turn", "--concurrency", str(load.clients),
+        "--benchmark-duration", f"{load.seconds:g}", "--request-timeout-seconds", f"{load.timeout_s:g}",
+        # It counts tokens, and its own tokenizer is downloaded.
+        "--tokenizer", str(files("modalkit.pipelines") / "sentiment_model"), "--output-artifact-dir", str(artifacts),
+        "--ui", "none", "--export-level", "summary", "--no-gpu-telemetry", "--no-server-metrics",
     ]  # fmt: skip
+    if load.warm_up_s:
+        command += ["--warmup-duration", f"{load.warm_up_s:g}"]
     for name, value in endpoint.headers.items():
         command += ["--header", f"{name}:{value}"]
     said = _output(command)
-    results = next((folder / "artifacts").rglob("profile_export_aiperf.json"), None)
-    if results is None:
-        raise BenchError(f"aiperf wrote no results for {parts.netloc}:\n{said[-2000:]}")
-    found = json.loads(results.read_text())
+    results = artifacts / "profile_export_aiperf.json"
+    if not results.exists():
+        raise BenchError(f"aiperf wrote no results:\n{said[-2000:]}")
+    found = json.loads(results.read_text(encoding="utf-8"))
+    if found.get("error_summary"):
+        raise BenchError(f"aiperf got answers that were no success: {found['error_summary']}")
     return {
         "requests_per_s": float(found["request_throughput"]["avg"]),
         "p50_ms": float(found["request_latency"]["p50"]),
         "p99_ms": float(found["request_latency"]["p99"]),
     }
+
+
+def _bodies(endpoint: Endpoint, items: Sequence[Any]) -> list[bytes]:
+    return [endpoint.content(endpoint.items_of(items, index)) for index in range(endpoint.request_count(items))]
 
 
 def _aiperf_program() -> str:

@@ -14,9 +14,14 @@ from modalkit.batching import BatchRecord
 from modalkit.benchmarks.bench.targets import Running, Variant, variables_of
 from modalkit.benchmarks.load.client import Outcome
 from modalkit.benchmarks.load.loops import Call
+from modalkit.pipelines import InferenceOutputModel
+from modalkit.service.calls.engine import CallClient
 from modalkit.service.errors import describe_error
+from modalkit.service.settings import BatchConfig, Settings
 
 MODAL_MODEL = "the measured model"
+
+Item = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +29,9 @@ class WorkerTarget:
     """A worker in the process that sends, without HTTP."""
 
     model: str
-    config: Sequence[Path] = ()
+    config: tuple[Path, ...] = ()
+    items: Sequence[Item] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
     name: str = "worker"
 
     @contextmanager
@@ -32,26 +39,15 @@ class WorkerTarget:
         """Nothing runs yet."""
         yield Running(None, perf_counter())
 
-    def calls(self, items: Sequence[Mapping[str, Any]], variant: Variant) -> "WorkerCalls":
+    def calls(self, items: Sequence[Item], variant: Variant) -> "WorkerTarget":
         """What the load generator's process opens."""
-        return WorkerCalls(items, self.model, tuple(self.config), variables_of(variant, self.model))
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerCalls:
-    """A worker over one model of the configuration."""
-
-    items: Sequence[Mapping[str, Any]]
-    model: str
-    config: tuple[Path, ...]
-    variables: Mapping[str, str]
+        return replace(self, items=items, variables=variables_of(variant, self.model))
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Call]:
         """Load the model, and call its worker."""
         from modalkit.service.cli.common import model_source
         from modalkit.service.jobs import MemoryJobStore
-        from modalkit.service.settings import Settings
         from modalkit.service.worker import InferenceWorker
 
         settings = Settings.load(self.config or None, os.environ | self.variables)
@@ -72,7 +68,7 @@ class WorkerCalls:
 class ItemCall:
     """Predicts items by their index, and keeps the records of the batches."""
 
-    items: Sequence[Mapping[str, Any]]
+    items: Sequence[Item]
     predict: Any = None
     kept: list[tuple[float, BatchRecord]] = field(default_factory=list)
     """The records of batches, each with the time of its end, by `time.perf_counter`."""
@@ -96,11 +92,13 @@ class _Item(BaseModel, extra="allow"):
 
 @dataclass(frozen=True, slots=True)
 class ModalTarget:
-    """A class that is deployed on Modal, called from this machine: ``modal:APP/CLASS``."""
+    """A class that is deployed on Modal, called from this machine as the web function calls it: ``modal:APP/CLASS``."""
 
     app: str
     class_name: str
     model: str | None = None
+    items: Sequence[Item] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -112,30 +110,16 @@ class ModalTarget:
         """Nothing is started here."""
         yield Running(None, perf_counter())
 
-    def calls(self, items: Sequence[Mapping[str, Any]], variant: Variant) -> "ModalCalls":
+    def calls(self, items: Sequence[Item], variant: Variant) -> "ModalTarget":
         """What the load generator's process opens."""
-        return ModalCalls(items, self.app, self.class_name, self.model, variables_of(variant, self.model or ""))
-
-
-@dataclass(frozen=True, slots=True)
-class ModalCalls:
-    """A class on Modal, called as the web function calls it: requests are gathered into lists."""
-
-    items: Sequence[Mapping[str, Any]]
-    app: str
-    class_name: str
-    model: str | None
-    variables: Mapping[str, str]
+        return replace(self, items=items, variables=variables_of(variant, self.model or ""))
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Call]:
         """Look the class up, with the variables of a variant as its environment."""
         import modal
 
-        from modalkit.pipelines import InferenceOutputModel
-        from modalkit.service.calls.predictor import CallModel
         from modalkit.service.on_modal.engine import ModalEngine
-        from modalkit.service.settings import BatchConfig
 
         service_cls: Any = modal.Cls.from_name(self.app, self.class_name)
         if self.variables:
@@ -145,16 +129,20 @@ class ModalCalls:
         async def connect() -> Any:
             return instance.process_request
 
-        call = ItemCall(self.items)
-        async with (
-            ModalEngine({MODAL_MODEL: connect}) as engine,
-            CallModel(
-                MODAL_MODEL, engine, BatchConfig(), input_model=_Item, output_model=InferenceOutputModel
-            ) as model,
-        ):
-
-            async def predict(item: Mapping[str, Any]) -> Any:
-                return await model.predict(_Item.model_validate(item))
-
-            call.predict = predict
+        async with ModalEngine({MODAL_MODEL: connect}) as engine, calling(engine, self.items, BatchConfig()) as call:
             yield call
+
+
+@asynccontextmanager
+async def calling(client: CallClient, items: Sequence[Item], config: BatchConfig) -> AsyncIterator[ItemCall]:
+    """What gathers items into calls of the one model behind a client, as the web function does."""
+    from modalkit.service.calls.predictor import CallModel
+
+    call = ItemCall(items)
+    async with CallModel(MODAL_MODEL, client, config, input_model=_Item, output_model=InferenceOutputModel) as model:
+
+        async def predict(item: Item) -> Any:
+            return await model.predict(_Item.model_validate(item))
+
+        call.predict = predict
+        yield call

@@ -1,6 +1,5 @@
 """The items that are sent: of a file, of the corpus, of a mix of lengths, or made up for the model."""
 
-import csv
 import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -32,38 +31,24 @@ class Inputs:
 
 
 def file_inputs(path: Path, file_format: FileFormat | None, column: str | None, label: str | None) -> Inputs:
-    """The items of a text, JSON lines or CSV file: the text of `column`, else all columns but the `label`.
+    """The items of a text, JSON lines, CSV or Parquet file: the text of `column`, else all columns but the `label`.
 
     Raises `InputError` and ``OSError``; for a line that is no item too, since it would be sent.
     """
     items, labels = [], []
-    is_csv = FileFormat.CSV in (file_format, path.suffix.lower().removeprefix("."))
-    rows = _csv_rows(path) if is_csv else _records(path, file_format)
-    for number, row in rows:
+    for record in read_file(path, file_format, None, None):
+        row, place = record.columns, f"{path}, line {record.line}"
+        if not row:
+            raise InputError(f"{place}: {record.error or 'an item must be a text or a JSON object'}")
+        for what, name in (("label", label), ("column", column)):
+            if name is not None and name not in row:
+                raise InputError(f"{place} has no {what} {name!r}; it has {', '.join(row)}")
         if label is not None:
-            if label not in row:
-                raise InputError(f"{path}, item {number} has no label {label!r}; it has {', '.join(row)}")
             labels.append(str(row[label]))
-        if column is not None and column not in row:
-            raise InputError(f"{path}, item {number} has no {column!r}; it has {', '.join(row)}")
         items.append({TEXT: row[column]} if column is not None else {name: row[name] for name in row if name != label})
     if not items:
         raise InputError(f"{path} holds no items: put one on each line")
     return Inputs(items, str(path), labels if label is not None else None)
-
-
-def _csv_rows(path: Path) -> Sequence[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        return list(enumerate(csv.DictReader(lines), start=1))
-
-
-def _records(path: Path, file_format: FileFormat | None) -> list[tuple[int, Mapping[str, Any]]]:
-    rows: list[tuple[int, Mapping[str, Any]]] = []
-    for record in read_file(path, file_format, (TEXT,), None):
-        if not record.columns:
-            raise InputError(f"{path}, line {record.line}: {record.error or 'an item must be a text or a JSON object'}")
-        rows.append((record.line, record.columns))
-    return rows
 
 
 def corpus_inputs() -> Inputs:

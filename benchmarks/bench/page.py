@@ -9,34 +9,47 @@ from typing import Any
 
 from modalkit.benchmarks.bench.charts import charts_of
 from modalkit.benchmarks.bench.compare import Verdict
-from modalkit.benchmarks.bench.report import findings, items_line, load_rows, machine_line, number
+from modalkit.benchmarks.bench.report import findings, items_line, load_table, machine_line, number, verdict_table
 from modalkit.benchmarks.bench.results import name_of
 from modalkit.benchmarks.bench.svg import drawn
+from modalkit.benchmarks.tables import html_table, inline
 
 
 def page(document: Mapping[str, Any], verdicts: Sequence[Verdict] = ()) -> str:
     """The page of a document of results."""
-    template = Template((files("modalkit.benchmarks.bench") / "page.html").read_text(encoding="utf-8"))
     limited = [line for line in findings(document) if "(!)" in line]
     others = [line for line in findings(document) if "(!)" not in line]
     repeats = document["settings"].get("repeats", 1)
-    return template.substitute(
-        title=escape(document["target"]),
-        when=escape(f"{document['measured_at'][:16].replace('T', ', ')} UTC; {items_line(document)}"),
-        machine=escape(machine_line(document)),
-        tiles="".join(_tile(*tile) for tile in _tiles(document)),
-        warning="" if not limited else f'<section class="card warning"><h2>Limits</h2>{_list(limited)}</section>',
-        comparison=_comparison(verdicts),
-        table=_table(load_rows(document)),
-        repeats=f"{repeats} runs" if repeats > 1 else "one run",
-        findings="" if not others else f'<section class="card"><h2>Findings</h2>{_list(others)}</section>',
-        charts="".join(
-            f'<section class="card"><h2>{escape(chart.title)}</h2><p class="soft">{escape(chart.note)}</p>'
-            f"{drawn(chart)}</section>"
-            for chart in charts_of(document)
-        ),
-        document=escape(json.dumps({**document, "cells": [_short(cell) for cell in document["cells"]]}, indent=2)),
+    of_runs = f"{repeats} runs" if repeats > 1 else "one run"
+    about_loads = (
+        f"Means of {of_runs}; ± is half of the 95 % confidence interval. (!): the load generator was the limit."
     )
+    charts = [section(chart.title, drawn(chart), note=chart.note) for chart in charts_of(document)]
+    figures = json.dumps({**document, "cells": [_short(cell) for cell in document["cells"]]}, indent=2)
+    parts = [
+        f'<div class="tiles">{"".join(_tile(*tile) for tile in _tiles(document))}</div>',
+        section("Limits", _list(limited), kind="warning") if limited else "",
+        section("Beside the older results", html_table(*verdict_table(verdicts))) if verdicts else "",
+        section("Loads", html_table(*load_table(document)), note=about_loads),
+        section("Findings", _list(others)) if others else "",
+        f'<div class="charts">{"".join(charts)}</div>',
+        f"<details><summary>Settings and all figures, as JSON</summary><pre>{escape(figures)}</pre></details>",
+    ]
+    when = f"{document['measured_at'][:16].replace('T', ', ')} UTC; {items_line(document)}"
+    return html_page(document["target"], [when, machine_line(document)], parts)
+
+
+def html_page(title: str, facts: Sequence[str], parts: Sequence[str]) -> str:
+    """A page of these parts, below the title and some lines."""
+    template = Template((files("modalkit.benchmarks.bench") / "page.html").read_text(encoding="utf-8"))
+    lines = "".join(f'<p class="soft">{escape(fact)}</p>' for fact in facts)
+    return template.substitute(title=escape(title), facts=lines, parts="\n".join(parts))
+
+
+def section(title: str, content: str, *, note: str = "", kind: str = "") -> str:
+    """A part of a page in a frame."""
+    about = f'<p class="soft">{inline(note)}</p>' if note else ""
+    return f'<section class="card {kind}"><h2>{inline(title)}</h2>{about}{content}</section>'
 
 
 def _tiles(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -69,30 +82,8 @@ def _tile(value: str, unit: str, what: str) -> str:
     return f'<div class="tile"><b>{value}<small>{unit}</small></b><span>{escape(what)}</span></div>'
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    headings, *others = rows
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in headings)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in others)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
 def _list(lines: Sequence[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
-
-
-def _comparison(verdicts: Sequence[Verdict]) -> str:
-    if not verdicts:
-        return ""
-    rows = "".join(
-        f"<tr><td>{escape(found.what)}</td><td>{found.figure}</td><td>{number(found.before)}</td>"
-        f'<td>{number(found.now)}</td><td>{found.ratio:.2f}</td><td class="{found.verdict}">{found.verdict}</td></tr>'
-        for found in verdicts
-    )
-    head = "".join(f"<th>{name}</th>" for name in ("load", "figure", "before", "now", "ratio", "verdict"))
-    return (
-        '<section class="card"><h2>Beside the older results</h2><div class="scroll"><table><thead><tr>'
-        f"{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
-    )
 
 
 def _short(cell: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic_core import to_json
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from modalkit.benchmarks.bench.compare import Verdict, overlap
 from modalkit.benchmarks.bench.results import name_of, variant_name
-
-Rows = list[list[str]]
+from modalkit.benchmarks.tables import Rows, markdown_table, terminal_table
 
 NONE = "-"
 """In a cell without a value."""
@@ -33,25 +30,18 @@ def figure(cell: Mapping[str, Any], name: str) -> str:
     found = cell["figures"].get(name)
     if not found:
         return NONE
-    half = "" if found["low"] is None else f" ± {number(found['high'] - found['mean'])}"
-    return number(found["mean"]) + half
+    return number(found["mean"]) + _spread(None if found["low"] is None else found["high"] - found["mean"])
 
 
-def load_rows(document: Mapping[str, Any]) -> Rows:
-    """The table of all loads, headings first. Columns without any value are left out."""
-    headings = ["settings", "mode", "load", "items/s", "p50 ms", "p95 ms", "p99 ms", "failed"]
-    headings += [
-        "queue ms",
-        "batch",
-        "padding",
-        "busy",
-        "accuracy",
-        "per million",
-        "delivered/s",
-        "delivery p99 ms",
-        "lost",
-    ]
-    rows = [headings]
+def _spread(half: float | None) -> str:
+    return "" if half is None else f" ± {number(half)}"
+
+
+def load_table(document: Mapping[str, Any]) -> tuple[Sequence[str], Rows]:
+    """The columns and rows of the table of all loads. Columns without any value are left out."""
+    headings = ["settings", "mode", "load", "items/s", "p50 ms", "p95 ms", "p99 ms", "failed", "queue ms", "batch"]
+    headings += ["padding", "busy", "accuracy", "per million", "delivered/s", "delivery p99 ms", "lost"]
+    rows = []
     for cell in document["cells"]:
         server, delivery = cell["server"] or {}, cell["delivery"]
         rows.append(
@@ -73,8 +63,24 @@ def load_rows(document: Mapping[str, Any]) -> Rows:
             ]
         )
     usual = ("", NONE, "sync")
-    kept = [place for place in range(len(headings)) if any(row[place] not in usual for row in rows[1:])]
-    return [[row[place] for place in kept] for row in rows]
+    kept = [place for place in range(len(headings)) if any(row[place] not in usual for row in rows)]
+    return [headings[place] for place in kept], [[row[place] for place in kept] for row in rows]
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> tuple[Sequence[str], Rows]:
+    """The columns and rows of the table of the verdicts; a worse figure is marked as Markdown does."""
+    rows = [
+        [
+            found.what,
+            found.figure,
+            number(found.before),
+            number(found.now),
+            f"{found.ratio:.2f}",
+            f"**{found.verdict}**" if found.verdict == "worse" else found.verdict,
+        ]
+        for found in verdicts
+    ]
+    return ("load", "figure", "before", "now", "ratio", "verdict"), rows
 
 
 def _ms(seconds: float | None) -> str:
@@ -107,7 +113,8 @@ def findings(document: Mapping[str, Any]) -> Iterator[str]:
         verdict = "agree within 5 %" if check["agrees"] else "do not agree within 5 %"
         yield (
             f"Cross-check by {check['tool']} ({check['load']}): {number(check['items_per_s'])} items/s, here "
-            f"{number(check['own_items_per_s'])}: the two {verdict} ({check['ratio'] - 1:+.1%})."
+            f"{number(check['own_items_per_s'])}{_spread(check.get('own_interval'))}: the two {verdict} "
+            f"({check['ratio'] - 1:+.1%})."
         )
     for cell in document["cells"]:
         for reason, count in list(cell["errors"].items())[:3]:
@@ -155,45 +162,23 @@ def machine_line(document: Mapping[str, Any]) -> str:
 
 def show(document: Mapping[str, Any], verdicts: Sequence[Verdict], console: Console) -> None:
     """Print the tables and the findings."""
-    headings, *rows = load_rows(document)
-    table = Table(*headings, box=box.SIMPLE)
-    for row in rows:
-        table.add_row(*row)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    console.print(table)
+    console.print(terminal_table(*load_table(document)))
     for line in findings(document):
         console.print(line, markup=False)
     if verdicts:
-        against = Table("beside the older results", "figure", "before", "now", "ratio", "", box=box.SIMPLE)
-        for found in verdicts:
-            colour = {"better": "green", "worse": "red"}.get(found.verdict, "default")
-            against.add_row(
-                found.what, found.figure, number(found.before), number(found.now), f"{found.ratio:.2f}",
-                f"[{colour}]{found.verdict}[/]",
-            )  # fmt: skip
-        console.print(against)
+        columns, rows = verdict_table(verdicts)
+        marked = [[*row[:-1], row[-1].replace("**worse**", "[red]worse[/]")] for row in rows]
+        console.print(terminal_table(columns, marked, title="Beside the older results", left=2))
 
 
 def markdown(document: Mapping[str, Any], verdicts: Sequence[Verdict]) -> str:
     """The same as Markdown."""
     lines = [f"# {document['target']}", "", f"{document['measured_at']}, {items_line(document)}.", ""]
     lines += [f"{machine_line(document)}.", ""]
-    lines += _markdown_table(load_rows(document))
-    lines += ["", *(f"- {line}" for line in findings(document))]
+    lines += [markdown_table(*load_table(document)), "", *(f"- {line}" for line in findings(document))]
     if verdicts:
-        rows = [["load", "figure", "before", "now", "ratio", "verdict"]]
-        rows += [
-            [found.what, found.figure, number(found.before), number(found.now), f"{found.ratio:.2f}", found.verdict]
-            for found in verdicts
-        ]
-        lines += ["", "## Beside the older results", "", *_markdown_table(rows)]
+        lines += ["", "## Beside the older results", "", markdown_table(*verdict_table(verdicts))]
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(rows: Rows) -> list[str]:
-    headings, *others = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return [headings, "|" + "---|" * len(rows[0]), *others]
 
 
 def write_files(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic_core import from_json, to_json
 
+from modalkit.batching import BatchRecord
 from modalkit.benchmarks.bench.delivery import Delivery
 from modalkit.benchmarks.bench.server_side import ServerSide
 from modalkit.benchmarks.load import BenchError, Measured
@@ -77,7 +78,7 @@ class Cell:
     """Pairs of a share of the requests and the milliseconds that it did not exceed."""
     timeline: Sequence[tuple[float, float, float, float]] = ()
     """Seconds, and in the time before: items per second, median and 99th percentile in milliseconds."""
-    records: Sequence[Mapping[str, Any]] = ()
+    records: Sequence[BatchRecord] = ()
     """Those of the batches, where they were asked for."""
 
 
@@ -161,7 +162,7 @@ def figures_of(runs: Sequence[Measured], deliveries: Sequence[Delivery] = ()) ->
         "items_per_s": [run.items_per_s for run in runs],
         "mean_ms": [1000 * run.mean_s for run in runs],
         **{f"p{share:g}_ms": [1000 * run.latency_s(share / 100) for run in runs] for share in (50, 90, 95, 99)},
-        "max_ms": [1000 * run.max_s for run in runs],
+        "max_ms": [1000 * run.latency_s(1) for run in runs],
     }
     if deliveries:
         values["delivered_per_s"] = [delivery.delivered_per_s for delivery in deliveries]

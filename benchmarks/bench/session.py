@@ -1,6 +1,6 @@
 """Puts loads on a target, some times each, and joins what the generator, the server and the GPU tell."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -91,31 +91,16 @@ class OpenSession:
                 sides += [] if side is None else [side]
                 if self.session.receiver is not None:
                     deliveries.append(wait_for_deliveries(measured, self.session.receiver))
-        figures = figures_of(runs, deliveries)
-        length = 1 if self.running.url is None else self.endpoint.list_length
-        return Cell(
+        return cell_of(
+            load,
+            runs,
             variant=self.variant,
-            load=str(load),
-            mode=self.session.mode + (f" of {length}" if length > 1 else ""),
-            open=load.is_open,
-            clients=None if load.is_open else load.clients,
-            rate_per_s=None if load.rate_per_s is None else load.rate_per_s * length,
-            figures=figures,
-            answered=sum(run.answered for run in runs),
-            errors=errors_of(runs),
-            accuracy=None if runs[0].accuracy is None else Figure.of([run.accuracy or 0.0 for run in runs]).mean,
-            limited=list(dict.fromkeys(reason for run in runs for reason in run.limited)),
-            client={
-                "processes": max(run.processes for run in runs),
-                "cpu_share": max(run.cpu_share for run in runs),
-                "late_p99_ms": 1000 * max(run.late_p99_s for run in runs),
-            },
-            server=sides[-1] if sides else None,
-            delivery=_counts(deliveries) if deliveries else None,
+            mode=self.session.mode,
+            length=1 if self.running.url is None else self.endpoint.list_length,
+            sides=sides,
+            deliveries=deliveries,
             gpus=gpus.summary(),
-            cost_per_million=self._cost(figures),
-            latency_curve=curve_of(runs),
-            timeline=timeline_of(runs[-1], length),
+            price_per_hour=self.session.price_per_hour,
         )
 
     def _run(self, load: Load, name: str) -> tuple[Measured, ServerSide | None]:
@@ -146,9 +131,46 @@ class OpenSession:
             on_progress=tell,
         )
 
-    def _cost(self, figures: Mapping[str, Figure]) -> float | None:
-        price, rate = self.session.price_per_hour, figures.get("delivered_per_s", figures["items_per_s"]).mean
-        return None if price is None or not rate else price / 3600 / rate * 1e6
+
+def cell_of(
+    load: Load,
+    runs: Sequence[Measured],
+    *,
+    variant: Variant,
+    mode: str,
+    length: int = 1,
+    sides: Sequence[ServerSide | None] = (),
+    deliveries: Sequence[Delivery] = (),
+    gpus: Sequence[Mapping[str, Any]] = (),
+    price_per_hour: float | None = None,
+) -> Cell:
+    """The runs of a load, with `length` items in a request, as they are kept."""
+    figures = figures_of(runs, deliveries)
+    rate = figures.get("delivered_per_s", figures["items_per_s"]).mean
+    return Cell(
+        variant=variant,
+        load=str(load),
+        mode=mode + (f" of {length}" if length > 1 else ""),
+        open=load.is_open,
+        clients=None if load.is_open else load.clients,
+        rate_per_s=None if load.rate_per_s is None else load.rate_per_s * length,
+        figures=figures,
+        answered=sum(run.answered for run in runs),
+        errors=errors_of(runs),
+        accuracy=None if runs[0].accuracy is None else Figure.of([run.accuracy or 0.0 for run in runs]).mean,
+        limited=list(dict.fromkeys(reason for run in runs for reason in run.limited)),
+        client={
+            "processes": max(run.processes for run in runs),
+            "cpu_share": max(run.cpu_share for run in runs),
+            "late_p99_ms": 1000 * max(run.late_p99_s for run in runs),
+        },
+        server=sides[-1] if sides else None,
+        delivery=_counts(deliveries) if deliveries else None,
+        gpus=gpus,
+        cost_per_million=None if price_per_hour is None or not rate else price_per_hour / 3600 / rate * 1e6,
+        latency_curve=curve_of(runs),
+        timeline=timeline_of(runs[-1], length),
+    )
 
 
 class _Scrapes:
@@ -173,19 +195,29 @@ def _records(measured: Measured) -> list[tuple[float, BatchRecord]]:
     return [entry for entry in measured.kept if isinstance(entry[-1], BatchRecord)]
 
 
-def _counts(deliveries: list[Delivery]) -> dict[str, int]:
+def _counts(deliveries: Sequence[Delivery]) -> dict[str, int]:
     names = ("accepted", "delivered", "duplicates", "lost")
     return {name: sum(getattr(delivery, name) for delivery in deliveries) for name in names}
 
 
-def published_schema(url: str, headers: Mapping[str, str]) -> Mapping[str, Any] | None:
-    """The JSON schema of an item of a modalkit server, with what it refers to; None where it publishes none."""
+def published_schema(url: str, headers: Mapping[str, str], model: str | None) -> Mapping[str, Any] | None:
+    """The JSON schema of an item of a modalkit server; None where it publishes none."""
     try:
         document = httpx.get(f"{url}/openapi.json", headers=dict(headers), timeout=10).raise_for_status().json()
-        content = document["paths"]["/sync/predict"]["post"]["requestBody"]["content"]
-        schema: dict[str, Any] = content["application/json"]["schema"]
+        return item_schema(document, model)
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return None
+
+
+def item_schema(document: Mapping[str, Any], model: str | None) -> Mapping[str, Any]:
+    """The schema of a model's items in an OpenAPI document, by default the first one's, with what it refers to.
+
+    Raises `LookupError`.
+    """
+    content = document["paths"]["/sync/predict"]["post"]["requestBody"]["content"]
+    schema: dict[str, Any] = content["application/json"]["schema"]
+    models = schema.get("anyOf", [schema])
+    schema = next((one for one in models if one.get("title") == model), models[0])
     definitions = document.get("components", {}).get("schemas", {})
     if "$ref" in schema:
         schema = definitions.get(schema["$ref"].rpartition("/")[2], {})

@@ -14,6 +14,11 @@ TICKS = 5
 MAX_DOTS = 12
 """A line with more points has no dots."""
 BAR_ROOM = 0.8
+STYLE = (
+    "svg{--c0:#0f6e84;--c1:#d9822b}text{font:12px system-ui,sans-serif;fill:#667085}.title{font-size:15px;fill:#1d2430}"
+    ".grid{stroke:#8884}@media(prefers-color-scheme:dark){svg{--c0:#5cc3da;--c1:#f0a860}.title{fill:#e8eaee}}"
+)
+"""Of a picture: the colours of the page."""
 
 
 class _Axis:
@@ -72,6 +77,20 @@ def drawn(chart: Chart) -> str:
     )
 
 
+def picture(chart: Chart) -> str:
+    """The chart as a file of its own, light or dark as its reader's screen, with its title and the names in it."""
+    places = [LEFT + index * (WIDTH - LEFT) // len(chart.series) for index in range(len(chart.series))]
+    names = "".join(
+        f'<circle cx="{x}" cy="-12" r="5" style="fill:{_colour(index)}"/>'
+        f'<text x="{x + 10}" y="-8">{escape(one.name)}</text>'
+        for index, (x, one) in enumerate(zip(places, chart.series, strict=True))
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -52 {WIDTH} {HEIGHT + 52}" width="{WIDTH}"><style>{STYLE}'
+        f'</style><text x="0" y="-34" class="title">{escape(chart.title)}</text>{names}{"".join(_parts(chart))}</svg>\n'
+    )
+
+
 def _parts(chart: Chart) -> Iterator[str]:
     points = [point for series in chart.series for point in series.points]
     y_axis = _Axis([y for _, y in points], HEIGHT - BOTTOM, TOP, log=chart.log_y)
@@ -119,8 +138,9 @@ def _bars(chart: Chart, y_axis: _Axis) -> Iterator[str]:
         yield f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(name)}</text>'
     for index, series in enumerate(chart.series):
         for at, value in series.points:
+            name = chart.bars[int(at)]
             x = LEFT + room * (at + 0.5 - BAR_ROOM / 2) + width * index
             top = y_axis.place(value)
             size = f'width="{max(1.0, width - 1):.1f}" height="{max(0.0, bottom - top):.1f}"'
             bar = f'x="{x:.1f}" y="{top:.1f}" {size} rx="2" style="fill:{_colour(index)}"'
-            yield f"<rect {bar}><title>{escape(series.name)}: {number(value)}</title></rect>"
+            yield f"<rect {bar}><title>{escape(f'{name}, {series.name}')}: {number(value)}</title></rect>"

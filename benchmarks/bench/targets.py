@@ -1,5 +1,6 @@
 """What is measured: a server at a URL, one that is started here, or a model in a process of the load generator."""
 
+import math
 import os
 import re
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -121,38 +122,54 @@ class ServeTarget:
             store = {"MODALKIT_APP_SETTINGS__ASYNC_CONFIG__STORE_PATH": str(Path(folder, "jobs.db"))}
             given = {**store, **os.environ, **(self.variables or {}), **variables_of(variant, self.model)}
             started_s = time.perf_counter()
-            with process(command, given, r"^Ready") as said:
-                address = re.search(r"http://[\w.:\[\]]+\d", said)
-                if address is None:
-                    raise BenchError(f"modalkit serve named no address: {said}")
-                yield Running(address.group(), started_s)
+            with process(command, given, is_serving) as served:
+                yield Running(served.url, started_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process that is ready."""
+
+    running: "subprocess.Popen[bytes]"
+    said: str
+    """Its output until then."""
+
+    @property
+    def url(self) -> str:
+        """The address that it names. Raises `BenchError`."""
+        if (found := re.search(r"http://[\w.:\[\]]+\d", self.said)) is None:
+            raise BenchError(f"the server named no address: {self.said}")
+        return found.group()
 
 
 @contextmanager
 def process(
     command: Sequence[str],
     environment: Mapping[str, str],
-    ready: str,
+    is_ready: Callable[[str], object],
     folder: Path | None = None,
     *,
     stop_s: float = STOP_S,
-) -> Iterator[str]:
-    """A process of which the output until it matched `ready` is the value.
+    timeout_s: float = math.inf,
+) -> Iterator[Process]:
+    """A process, once `is_ready` says so, which gets its output. It is stopped gently, and killed `stop_s` later.
 
-    It is stopped gently, and killed `stop_s` later; at once with 0.
-
-    Raises `BenchError` with its output where it ends before.
+    Raises `BenchError` with its output where it ends before, or is not ready in time.
     """
     with tempfile.NamedTemporaryFile() as log:  # a pipe would have to be read all the time
-        running = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
+        deadline_s = time.perf_counter() + timeout_s
+        running = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder
+        )
         try:
-            said = ""
-            while not re.search(ready, said, re.MULTILINE):
-                if running.poll() is not None:
-                    raise BenchError(f"{command[0]} ended with code {running.returncode}: {said[-2000:]}")
+            while not is_ready(said := Path(log.name).read_text(errors="replace")):
+                ended = running.poll() is not None
+                if ended or time.perf_counter() > deadline_s:
+                    why = f"ended with code {running.returncode}" if ended else f"was not ready within {timeout_s:g} s"
+                    said = Path(log.name).read_text(errors="replace")
+                    raise BenchError(f"{command[0]} {why}: {said[-2000:]}")
                 time.sleep(0.02)
-                said = Path(log.name).read_text(errors="replace")
-            yield said
+            yield Process(running, said)
         finally:
             if stop_s:
                 running.send_signal(signal.SIGINT)
@@ -160,6 +177,10 @@ def process(
                     running.wait(stop_s)
             running.kill()
             running.wait()
+
+
+is_serving = re.compile("^Ready", re.MULTILINE).search
+"""Whether ``modalkit serve`` with this output is ready."""
 
 
 @dataclass(frozen=True, slots=True)

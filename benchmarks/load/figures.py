@@ -56,29 +56,14 @@ class Measured:
         return self.latency_s(0.5)
 
     @property
-    def p95_s(self) -> float:
-        """The latency that 95 of 100 requests do not exceed."""
-        return self.latency_s(0.95)
-
-    @property
     def p99_s(self) -> float:
         """The latency that 99 of 100 requests do not exceed."""
         return self.latency_s(0.99)
 
     @property
-    def max_s(self) -> float:
-        """The longest latency."""
-        return self.latency_s(1)
-
-    @property
     def mean_s(self) -> float:
         """The mean latency."""
         return float(self.latencies_s.mean()) if len(self.latencies_s) else float("nan")
-
-    @property
-    def failed(self) -> int:
-        """Requests without an answer."""
-        return sum(self.errors.values())
 
 
 def measured_of(results: Sequence[PartResult], load: Load, *, begin_s: float, end_s: float) -> Measured:

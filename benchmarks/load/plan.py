@@ -1,10 +1,14 @@
 """What load is put on a target."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from modalkit.benchmarks.load.arrivals import Arrivals
 from modalkit.service.errors import ServiceError
+
+T = TypeVar("T", int, float)
 
 
 class BenchError(ServiceError):
@@ -57,3 +61,11 @@ class Load:
             return f"{self.clients} client{'s' if self.clients > 1 else ''}"
         rate = "" if self.rate_per_s is None else f"{self.rate_per_s:.3g}/s "
         return f"{rate}{self.arrivals}"
+
+
+def values_of(text: str, read: Callable[[str], T], option: str, example: str) -> list[T]:
+    """The numbers of an option that has several, with commas. Raises `BenchError`."""
+    try:
+        return [read(part) for part in text.split(",")]
+    except ValueError:
+        raise BenchError(f"{option} {text!r}: give numbers, as {example}") from None

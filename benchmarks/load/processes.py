@@ -1,5 +1,7 @@
 """Runs a load in processes of its own, as many as it takes, and joins what they measured."""
 
+import asyncio
+import itertools
 import os
 import time
 from collections import Counter
@@ -14,6 +16,7 @@ import numpy as np
 from modalkit.benchmarks.load.client import NO_CONNECTION, HttpTarget
 from modalkit.benchmarks.load.endpoint import Endpoint, Item
 from modalkit.benchmarks.load.figures import BUSY_CPU_SHARE, Measured, measured_of
+from modalkit.benchmarks.load.loops import Call, Samples, closed_loop
 from modalkit.benchmarks.load.plan import BenchError, Load
 from modalkit.benchmarks.load.spawned import spawned
 from modalkit.benchmarks.load.worker_process import GO, STOP, CallTarget, Part, PartResult, run_part
@@ -73,6 +76,17 @@ def run_target(
         if processes >= most or measured.cpu_share < BUSY_CPU_SHARE:
             return measured
         processes = min(2 * processes, most)
+
+
+async def measure_here(call: Call, load: Load) -> Measured:
+    """Put a closed loop on a call in this process and event loop. The last answers are waited for, and count."""
+    samples, stop = Samples(), asyncio.Event()
+    began_s = time.perf_counter()
+    timer = asyncio.get_running_loop().call_later(load.seconds, stop.set)
+    await closed_loop(call, itertools.count(), load.clients, samples, stop)
+    timer.cancel()
+    result = PartResult(*samples.columns(), cpu_share=0.0)
+    return measured_of([result], load, begin_s=began_s, end_s=time.perf_counter())
 
 
 def _run(target: CallTarget, load: Load, processes: int, on_progress: OnProgress) -> Measured:

@@ -14,10 +14,11 @@ import typer
 from rich.console import Console
 
 from modalkit.benchmarks.bench.results import machine
+from modalkit.benchmarks.bench.svg import picture
 from modalkit.benchmarks.peers.contenders import CONTENDERS
 from modalkit.benchmarks.peers.environments import ENVIRONMENTS, BuildError, build, environment_names, versions_of
 from modalkit.benchmarks.peers.libraries import LIBRARIES, measure_libraries
-from modalkit.benchmarks.peers.page import as_html, as_markdown
+from modalkit.benchmarks.peers.page import as_html, as_markdown, throughput_chart
 from modalkit.benchmarks.peers.run import NORMAL, QUICK, TEXTS_KEY, Run
 from modalkit.service.version import VERSION
 
@@ -35,6 +36,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Measure each for a second: to see that all works.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Begin anew, where an earlier run was broken off.")] = False,
     build_only: Annotated[bool, typer.Option("--build", help="Only build the environments.")] = False,
+    pages_only: Annotated[bool, typer.Option("--pages", help="Only make the pages and the picture anew.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -46,6 +48,10 @@ def main(
 
     A run that was broken off goes on where it was: its steps are kept in `.cache/peers`.
     """
+    if pages_only:
+        folder = out or RESULTS
+        write(json.loads((folder / "results.json").read_text(encoding="utf-8")), folder)
+        return
     names = only or NAMES
     if unknown := sorted(set(names) - set(NAMES)):
         raise typer.BadParameter(f"no server is called {unknown[0]!r}; there are {', '.join(NAMES)}")
@@ -71,13 +77,18 @@ def main(
 
 
 def write(document: Mapping[str, Any], folder: Path) -> None:
-    """Write `results.json`, `README.md` and `page.html`."""
+    """Write `results.json`, and what is made of it: `README.md`, `page.html` and `throughput.svg`."""
     folder.mkdir(parents=True, exist_ok=True)
     document = {**document, "steps": {key: step for key, step in document["steps"].items() if key != TEXTS_KEY}}
-    (folder / "results.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(as_markdown(document), encoding="utf-8")
-    (folder / "page.html").write_text(as_html(document), encoding="utf-8")
-    progress.print(f"written: {', '.join(str(folder / name) for name in ('results.json', 'README.md', 'page.html'))}")
+    contents = {
+        "results.json": json.dumps(document, indent=1) + "\n",
+        "README.md": as_markdown(document),
+        "page.html": as_html(document),
+        "throughput.svg": picture(throughput_chart(document)),
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    progress.print(f"written: {', '.join(str(folder / name) for name in contents)}")
 
 
 def _head(names: list[str]) -> dict[str, object]:

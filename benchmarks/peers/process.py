@@ -5,7 +5,6 @@ import http.client
 import json
 import os
 import signal
-import subprocess
 import tempfile
 import time
 from collections import defaultdict
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from modalkit.benchmarks.bench.targets import process
 from modalkit.benchmarks.load import Endpoint
 from modalkit.benchmarks.peers.contenders import Contender
 from modalkit.benchmarks.peers.environments import ENVIRONMENTS
@@ -25,10 +25,6 @@ START_TIMEOUT_S = 90
 POLL_S = 0.02
 MARK = "PEER_RUN"
 """A variable by which all processes of a server are found, whoever started them."""
-
-
-class StartError(Exception):
-    """Raised when a server does not answer in time; the message has its last lines."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +42,9 @@ class Server:
         """The resident memory of all its processes."""
         page_mib = os.sysconf("SC_PAGE_SIZE") / 2**20
         pages = 0
-        for process in processes_of(self.mark):
+        for pid in processes_of(self.mark):
             with contextlib.suppress(OSError):  # it has just ended
-                pages += int(Path(f"/proc/{process}/statm").read_text().split()[1])
+                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return pages * page_mib
 
     def kill(self) -> None:
@@ -58,34 +54,30 @@ class Server:
 
 @contextmanager
 def serving(contender: Contender, settings: Settings, folder: Path | None = None) -> Iterator[Server]:
-    """A server that answers, in `folder` or a temporary one; it is killed at the end. Raises `StartError`."""
+    """A server that answers, in `folder` or a temporary one; it is killed at the end. Raises `BenchError`."""
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         settings = replace(settings, port=free_port())
         contender.prepare(settings, folder)
         mark = f"{contender.name}-{settings.port}-{os.getpid()}"
-        log = folder / "log"
+        endpoint = contender.endpoint(settings)
+
+        def is_ready(_: str) -> bool:
+            return ask(endpoint.url, endpoint.content([{"text": "Is it ready?"}]))[0] == http.HTTPStatus.OK
+
         started_s = time.perf_counter()
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                contender.command(settings),
-                cwd=folder,
-                env=_environment(contender, settings, mark, folder),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
+        environment = _environment(contender, settings, mark, folder)
+        command = contender.command(settings)
+        stack.callback(kill_all, mark)
+        stack.enter_context(process(command, environment, is_ready, folder, stop_s=0, timeout_s=START_TIMEOUT_S))
+        started_in_s = time.perf_counter() - started_s
         try:
-            endpoint = contender.endpoint(settings)
-            _wait_until_answering(endpoint, process, log)
-            started_in_s = time.perf_counter() - started_s
             yield Server(
                 contender=contender, settings=settings, endpoint=endpoint, started_in_s=started_in_s, mark=mark
             )
         finally:
-            kill_all(mark)
-            process.wait()
+            kill_all(mark)  # while its descendants can be told by their parents
 
 
 def _environment(contender: Contender, settings: Settings, mark: str, folder: Path) -> dict[str, str]:
@@ -93,16 +85,6 @@ def _environment(contender: Contender, settings: Settings, mark: str, folder: Pa
     # One cache, so that the engine that modalkit chooses is that of all; and no files of theirs elsewhere.
     folders = {"XDG_CACHE_HOME": str(ENVIRONMENTS.absolute() / "cache"), "TMPDIR": str(folder)}
     return {**inherited, **folders, **settings.to_variable(), **(contender.variables or {}), MARK: mark}
-
-
-def _wait_until_answering(endpoint: Endpoint, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline_s = time.perf_counter() + START_TIMEOUT_S
-    while time.perf_counter() < deadline_s and process.poll() is None:
-        if ask(endpoint.url, endpoint.content([{"text": "Is it ready?"}]))[0] == http.HTTPStatus.OK:
-            return
-        time.sleep(POLL_S)
-    said = log.read_text(encoding="utf-8", errors="replace")[-3000:]
-    raise StartError(f"no answer from {endpoint.url} within {START_TIMEOUT_S} s; the server printed:\n{said}")
 
 
 def ask(url: str, body: bytes | None, method: str = "POST") -> tuple[int, bytes]:
@@ -152,7 +134,7 @@ def processes_of(mark: str) -> list[int]:
 def kill_all(mark: str) -> None:
     """Kill the processes with this mark, and those that they start meanwhile, and wait until there are none."""
     while found := processes_of(mark):
-        for process in found:
+        for pid in found:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
         time.sleep(POLL_S)

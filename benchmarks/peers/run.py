@@ -15,7 +15,7 @@ from modalkit.benchmarks.load import BenchError
 from modalkit.benchmarks.peers.contenders import CONTENDERS, OURS, UNBATCHED, Contender, contender, with_best_types
 from modalkit.benchmarks.peers.jobs import ROUTES, kill_with_jobs
 from modalkit.benchmarks.peers.measures import LOADS, Durations, Texts, closed_loop, idle, open_loop, poisoned
-from modalkit.benchmarks.peers.process import StartError, serving
+from modalkit.benchmarks.peers.process import serving
 from modalkit.benchmarks.peers.settings import Settings
 
 TEXTS, TEXTS_KEY = 500, "texts"
@@ -90,7 +90,7 @@ class Run:
             self._show(key)
             try:
                 self._steps[key] = measure()
-            except (StartError, BenchError) as error:
+            except BenchError as error:
                 self._steps[key] = {"failed": str(error)}
                 self._show(f"{key}: {error}")
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The tables of a run, from its document."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from modalkit.benchmarks.peers.measures import LOADS
 from modalkit.benchmarks.peers.run import FEW, MANY, RIVAL_LOAD, RIVAL_ROUNDS
 
 NOTHING = "-"
+AT_ITS_BEST = "at its best settings"
 Step = Mapping[str, Any]
 Steps = Mapping[str, Step]
 
@@ -52,66 +53,42 @@ def tables_of(document: Mapping[str, Any]) -> list[Table]:
 
 def targets_of(steps: Steps) -> list[Target]:
     """What was set for modalkit beside these servers, and what was measured."""
-    found: list[Target] = []
+    targets: list[Target] = []
 
-    def add(what: str, value: float | None, limit: float, *, is_least: bool, detail: str) -> None:
-        if value is not None:
-            found.append(Target(what, value, limit, is_least, detail))
+    def add(
+        what: str,
+        values: Mapping[str, float],
+        limit: float,
+        *,
+        is_least: bool = True,
+        beside: str = "",
+        detail: str = "",
+    ) -> None:
+        """Ours beside the best of the others."""
+        rivals = {name: value for name, value in values.items() if name != OURS and value}
+        if OURS in values and rivals:
+            best = (max if is_least else min)(rivals, key=rivals.__getitem__)
+            what = f"{what}: ours / {beside}"
+            targets.append(Target(what, values[OURS] / rivals[best], limit, is_least, detail or _title(best)))
 
     names = [one.name for one in CONTENDERS]
-    batching = [name for name in names if name not in (OURS, UNBATCHED)]
-    rates = {name: rate for name in names if (rate := _rate(steps, name)) is not None}
-    ours = rates.get(OURS)
-    if ours is not None:
-        if rivals := {name: rates[name] for name in batching if name in rates}:
-            best = max(rivals, key=rivals.__getitem__)
-            add(
-                f"items/s, {FEW} clients, float32: ours / the best batching peer",
-                ours / rivals[best],
-                2.6,
-                is_least=True,
-                detail=_title(best),
-            )
-        if UNBATCHED in rates:
-            add(
-                f"items/s, {FEW} clients, float32: ours / FastAPI without batching",
-                ours / rates[UNBATCHED],
-                2.0,
-                is_least=True,
-                detail="at its best settings",
-            )
-    types = {name: rate for name in names if (rate := _types_rate(steps, name)) is not None}
-    if OURS in types and (rivals := {name: types[name] for name in batching if name in types}):
-        best = max(rivals, key=rivals.__getitem__)
-        add(
-            f"items/s, {FEW} clients, the best engines and types: ours / the best batching peer",
-            types[OURS] / rivals[best],
-            3.0,
-            is_least=True,
-            detail=_title(best),
-        )
-    rival_p99 = _rival_p99(steps)
-    if OURS in rival_p99 and (rivals := {name: p99 for name, p99 in rival_p99.items() if name != OURS}):
-        (best,) = rivals
-        add(
-            f"p99 at {RIVAL_LOAD:.0%} of the best batching peer's capacity: ours / that peer",
-            rival_p99[OURS] / rivals[best],
-            0.5,
-            is_least=False,
-            detail=f"{_title(best)}: {rivals[best]:.0f} ms, ours {rival_p99[OURS]:.0f} ms",
-        )
-    leanest: tuple[tuple[str, Callable[[Step], float | None]], ...] = (
-        ("median latency of one client", lambda step: step["idle"]["p50_ms"]),
-        ("memory under load", lambda step: step["memory_mib"]),
-    )
-    for what, figure in leanest:
-        measured = {name: step for name in names if (step := steps.get(f"float32/{name}", {})).get("idle")}
-        told = {name: value for name, step in measured.items() if (value := figure(step))}
-        if OURS in told and len(told) > 1:
-            best = min((name for name in told if name != OURS), key=told.__getitem__)
-            ratio = told[OURS] / told[best]
-            add(f"{what}: ours / the leanest peer", ratio, 1.1, is_least=False, detail=_title(best))
-    return found
+    rates = {name: found for name in names if (found := rate(steps, name)) is not None}
+    types = {name: per_s for name in names if (per_s := _types_rate(steps, name)) is not None and name != UNBATCHED}
+    batching = {name: per_s for name, per_s in rates.items() if name != UNBATCHED}
+    unbatched = {name: per_s for name, per_s in rates.items() if name in (OURS, UNBATCHED)}
+    best, leanest = "the best batching peer", "the leanest peer"
+    add(f"items/s, {FEW} clients, float32", batching, 2.6, beside=best)
+    add(f"items/s, {FEW} clients, float32", unbatched, 2.0, beside="FastAPI without batching", detail=AT_ITS_BEST)
+    add(f"items/s, {FEW} clients, the best engines and types", types, 3.0, beside=best)
+    p99 = _rival_p99(steps)
+    both = ", ".join(f"{'ours' if name == OURS else _title(name) + ':'} {ms:.0f} ms" for name, ms in p99.items())
+    add(f"p99 at {RIVAL_LOAD:.0%} of {best}'s capacity", p99, 0.5, is_least=False, beside="that peer", detail=both)
+    measured = {name: step for name in names if (step := steps.get(f"float32/{name}", {})).get("idle")}
+    latency = {name: step["idle"]["p50_ms"] for name, step in measured.items() if step["idle"]["p50_ms"]}
+    memory = {name: step["memory_mib"] for name, step in measured.items()}
+    add("median latency of one client", latency, 1.1, is_least=False, beside=leanest)
+    add("memory under load", memory, 1.1, is_least=False, beside=leanest)
+    return targets
 
 
 def _targets(targets: Sequence[Target]) -> Table:
@@ -281,7 +258,8 @@ def _rounds(steps: Steps, name: str, clients: int) -> list[float]:
     return [step["per_s"] for step in found if step]
 
 
-def _rate(steps: Steps, name: str) -> float | None:
+def rate(steps: Steps, name: str) -> float | None:
+    """Items per second at the best of the sweep in float32: the mean of both rounds."""
     rounds = _rounds(steps, name, FEW)
     return statistics.mean(rounds) if rounds else None
 
@@ -301,7 +279,7 @@ def _rival_p99(steps: Steps) -> dict[str, float]:
 
 
 def _both(steps: Steps, name: str, clients: int) -> str:
-    return ", ".join(f"{rate:.0f}" for rate in _rounds(steps, name, clients))
+    return ", ".join(f"{per_s:.0f}" for per_s in _rounds(steps, name, clients))
 
 
 def _milliseconds(step: Step) -> str:

@@ -6,13 +6,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from modalkit.benchmarks.bench.plots import require_matplotlib
 from modalkit.benchmarks.simulate.devices import make_device
-from modalkit.benchmarks.simulate.mix import RATES, print_mixes
+from modalkit.benchmarks.simulate.mix import RATES, mix_table
 from modalkit.benchmarks.simulate.mix import mix as mix_of
 from modalkit.benchmarks.simulate.regret import study
-from modalkit.benchmarks.simulate.report import print_results, write_results
-from modalkit.benchmarks.simulate.structure_report import draw_regrets, print_regrets
+from modalkit.benchmarks.simulate.report import print_regrets, print_results, write_results
 from modalkit.benchmarks.simulate.study import CALLERS, LOADS, QUICK_CALLERS, QUICK_LOADS, Settings, run_study
 from modalkit.benchmarks.simulate.tables import CPU, DEVICES, table_to_json
 
@@ -30,15 +28,11 @@ def simulate(
     noise: Annotated[float, typer.Option(min=0, help="Log-normal noise of each batch's time (sigma).")] = 0.05,
     seed: Annotated[int, typer.Option(help="The same seed gives the same figures.")] = 1,
     jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
-    out: Annotated[
-        Path | None, typer.Option(help="A folder for results.json and the plots (needs matplotlib).")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file to write, as `results/results.json`.")] = None,
 ) -> None:
     """Simulate each rule on each device under each load, and print the figures."""
     if context.invoked_subcommand is not None:
         return
-    if out is not None:
-        require_matplotlib("--out")
     devices = device or list(DEVICES)
     if unknown := sorted(set(devices) - set(DEVICES)):
         raise typer.BadParameter(f"no device is called {unknown[0]!r}; there are {', '.join(DEVICES)}")
@@ -57,23 +51,16 @@ def simulate(
 
 
 @app.command()
-def structures(
-    jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
-    plot: Annotated[Path | None, typer.Option(help="An image file to draw into (needs matplotlib).")] = None,
-) -> None:
+def structures(jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2) -> None:
     """Run the planner from a cold start on dozens of cost structures, beside the best fixed batch size."""
-    if plot is not None:
-        require_matplotlib("--plot")
-    regrets = study(jobs)
-    print_regrets(regrets, Console(width=130))
-    if plot is not None:
-        draw_regrets(regrets, plot)
+    print_regrets(study(jobs), Console(width=130))
 
 
 @app.command()
 def mix(requests: Annotated[int, typer.Option(min=100, help="Interactive requests of each rate.")] = 3_000) -> None:
     """Send interactive requests beside a backlog of jobs, on each device, and print how each affects the other."""
-    print_mixes([mix_of(make_device(name, 0.05), rate, requests) for name in DEVICES for rate in RATES], Console())
+    mixes = [mix_of(make_device(name, 0.05), rate, requests) for name in DEVICES for rate in RATES]
+    Console().print(mix_table(mixes))
 
 
 @app.command()

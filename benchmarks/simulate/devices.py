@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 
 from modalkit.batching import BatchPlanner, BatchPolicy, MeasuredCostModel
-from modalkit.benchmarks.simulate.adaptive import BentoRule, ClipperRule
 from modalkit.benchmarks.simulate.engine import Rule, Run, Simulation
 from modalkit.benchmarks.simulate.optimal import OptimalPartition
 from modalkit.benchmarks.simulate.rules import FixedWindow, SortedFifo, TokenBudget
@@ -33,7 +32,6 @@ MODALKIT, UNCALIBRATED = "modalkit", "modalkit, uncalibrated"
 FIXED_WINDOW = "fixed window FIFO"
 
 TOKEN_BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
-OBJECTIVES_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 TUNING_REQUESTS = 4_000
 
 CALIBRATION = tuple((count, size) for count in (1, 4, MAX_BATCH_SIZE) for size in (16, 64, 256))
@@ -120,11 +118,10 @@ def make_device(name: str, noise: float) -> Device:
     """The device of that name. Raises `ValueError` if there is none."""
     table = load_table(name)
 
-    def best(candidates: dict[float, Callable[[], Rule]]) -> float:
-        return max(candidates, key=lambda value: backlog_rate(candidates[value](), table, TUNING_REQUESTS, noise))
+    def rate(budget: int) -> float:
+        return backlog_rate(TokenBudget(budget, MAX_BATCH_SIZE), table, TUNING_REQUESTS, noise)
 
-    budget = int(best({tokens: partial(TokenBudget, tokens, MAX_BATCH_SIZE) for tokens in TOKEN_BUDGETS}))
-    objective_s = best({limit: partial(ClipperRule, limit, MAX_BATCH_SIZE) for limit in OBJECTIVES_S})
+    budget = max(TOKEN_BUDGETS, key=rate)
     rules: dict[str, Callable[[], Rule]] = {
         MODALKIT: partial(planner, table, noise),
         UNCALIBRATED: partial(planner, table, noise, calibrated=False),
@@ -133,8 +130,5 @@ def make_device(name: str, noise: float) -> Device:
         FIXED_WINDOW: partial(FixedWindow, MAX_BATCH_SIZE, 0.010),
         "token budget FIFO": partial(TokenBudget, budget, MAX_BATCH_SIZE),
         "sorted FIFO": partial(SortedFifo, MAX_BATCH_SIZE),
-        "BentoML's rule": partial(BentoRule, MAX_BATCH_SIZE),
-        "Clipper's rule": partial(ClipperRule, objective_s, MAX_BATCH_SIZE),
     }
-    settings = {"token budget FIFO": f"{budget} tokens", "Clipper's rule": f"{objective_s * 1000:.0f} ms"}
-    return Device(table, noise, offline_rate(table), rules, settings)
+    return Device(table, noise, offline_rate(table), rules, {"token budget FIFO": f"{budget} tokens"})

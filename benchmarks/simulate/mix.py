@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from modalkit.batching import Priority
 from modalkit.benchmarks.simulate.devices import Device, planner
 from modalkit.benchmarks.simulate.engine import Run, Simulation
 from modalkit.benchmarks.simulate.workload import OpenLoop, draw_sizes, poisson
+from modalkit.benchmarks.tables import terminal_table
 
 RATES = (0.08, 0.25, 0.4)
 """Interactive requests, as shares of the device's capacity: about 20, 60 and 100 a second on the measured CPU."""
@@ -53,21 +52,15 @@ def mix(device: Device, share: float, interactive: int, seed: int = 1) -> Mix:
     )
 
 
-def print_mixes(mixes: Sequence[Mix], console: Console) -> None:
+def mix_table(mixes: Sequence[Mix]) -> Table:
     """A line for each device and rate."""
-    table = Table(box=box.SIMPLE, title="Interactive requests beside a backlog of jobs")
-    for column in ("device", "requests/s", "p99 alone [ms]", "p99 [ms]", "ratio", "throughput beside jobs alone"):
-        table.add_column(column, justify="left" if column == "device" else "right")
+    rows = []
     for one in mixes:
-        table.add_row(
-            one.device,
-            f"{one.rate:.0f}",
-            f"{one.p99_alone_s * 1000:.1f}",
-            f"{one.p99_s * 1000:.1f}",
-            f"{one.p99_s / one.p99_alone_s:.2f}",
-            f"{one.throughput:.2f}",
-        )
-    console.print(table)
+        alone_ms, both_ms = 1000 * one.p99_alone_s, 1000 * one.p99_s
+        figures = (f"{one.rate:.0f}", f"{alone_ms:.1f}", f"{both_ms:.1f}", f"{both_ms / alone_ms:.2f}")
+        rows.append([one.device, *figures, f"{one.throughput:.2f}"])
+    columns = ("device", "requests/s", "p99 alone [ms]", "p99 [ms]", "ratio", "throughput beside jobs alone")
+    return terminal_table(columns, rows, title="Interactive requests beside a backlog of jobs")
 
 
 def _run(device: Device, arrivals_s: NDArray[np.float64], sizes: NDArray[np.int64], jobs: int, seed: int) -> Run:

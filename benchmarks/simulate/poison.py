@@ -13,9 +13,9 @@ from functools import partial
 
 import anyio
 from rich.console import Console
-from rich.table import Table
 
 from modalkit.batching import BatchPolicy, BatchScheduler, Failure, PaddedCostModel, Success
+from modalkit.benchmarks.tables import terminal_table
 
 SHARES = (0.0, 1 / 32, 1 / 8, 1 / 4, 1 / 2, 1.0)
 BATCH_SIZES = (8, 32, 256)
@@ -138,9 +138,7 @@ def _best_group(share: float, most: int, price: float) -> tuple[float, NestedPla
 
 def poison_table(shares: Sequence[float], batch_sizes: Sequence[int], items: int, seeds: int, console: Console) -> None:
     """Print the cost of each share of failing items, as the mean of several streams."""
-    table = Table(
-        "failing", "batch", "runs", "best", "ratio", "item-runs", "best", "ratio", "wrongly failed", "systemic"
-    )
+    rows: list[list[str]] = []
     for share in shares:
         for most in batch_sizes:
             ours, best = [], []
@@ -156,12 +154,8 @@ def poison_table(shares: Sequence[float], batch_sizes: Sequence[int], items: int
             ]
             (runs, item_runs), (best_runs, best_item_runs) = figures
             lost = sum(effort.wrongly_failed for effort in ours) / seeds
-            table.add_row(
-                f"{share:.3g}",
-                f"{most}",
-                *(f"{runs:.0f}", f"{best_runs:.0f}", f"{runs / best_runs:.2f}"),
-                *(f"{item_runs:.0f}", f"{best_item_runs:.0f}", f"{item_runs / best_item_runs:.2f}"),
-                f"{lost:g}",
-                f"{sum(effort.systemic for effort in ours) / seeds:g}",
-            )
-    console.print(table)
+            row = [f"{share:.3g}", f"{most}", f"{runs:.0f}", f"{best_runs:.0f}", f"{runs / best_runs:.2f}"]
+            row += [f"{item_runs:.0f}", f"{best_item_runs:.0f}", f"{item_runs / best_item_runs:.2f}"]
+            rows.append([*row, f"{lost:g}", f"{sum(effort.systemic for effort in ours) / seeds:g}"])
+    columns = ("failing", "batch", "runs", "best", "ratio", "item-runs", "best", "ratio", "wrongly failed", "systemic")
+    console.print(terminal_table(columns, rows))

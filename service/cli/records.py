@@ -87,7 +87,9 @@ def format_of(path: Path) -> FileFormat:
         ) from None
 
 
-def read_file(path: Path, given: FileFormat | None, fields: Sequence[str], column: str | None) -> Iterator[Record]:
+def read_file(
+    path: Path, given: FileFormat | None, fields: Sequence[str] | None, column: str | None
+) -> Iterator[Record]:
     """The items of a file, in the format as `given` or else by its name; see `read_records`.
 
     Raises `InputError`, also for an unknown name and a damaged file, and ``OSError``.
@@ -121,7 +123,7 @@ def rows_of(path: Path, given: FileFormat | None) -> int | None:
 
 
 def _text_records(
-    file: BinaryIO, name: str, file_format: FileFormat, fields: Sequence[str], column: str | None
+    file: BinaryIO, name: str, file_format: FileFormat, fields: Sequence[str] | None, column: str | None
 ) -> Iterator[Record]:
     binary: Any = io.BufferedReader(cast("io.RawIOBase", file))
     if binary.peek(len(GZIP_MAGIC))[: len(GZIP_MAGIC)] == GZIP_MAGIC:
@@ -134,12 +136,13 @@ def _text_records(
 
 
 def read_records(
-    lines: Iterable[str] | TextIO, file_format: FileFormat, fields: Sequence[str], column: str | None
+    lines: Iterable[str] | TextIO, file_format: FileFormat, fields: Sequence[str] | None, column: str | None
 ) -> Iterator[Record]:
     """The items of lines of text, for a model with these `fields`; a line that cannot be read has an error.
 
     A plain text becomes the field `text`, or the only field. `column` names the column of a CSV file (the key of a JSON
-    object) that holds the text; without it, all columns that the model has fields for are taken. Raises `InputError`.
+    object) that holds the text; without it, all columns that the model has fields for are taken, and all columns where
+    `fields` is None. Raises `InputError`.
     """
     text_field = _text_field(fields)
     if file_format is FileFormat.CSV:
@@ -162,8 +165,8 @@ def read_records(
             yield _record(line, value)
 
 
-def _text_field(fields: Sequence[str]) -> str:
-    return fields[0] if len(fields) == 1 else "text"
+def _text_field(fields: Sequence[str] | None) -> str:
+    return fields[0] if fields is not None and len(fields) == 1 else "text"
 
 
 def _record(line: int, value: Any, columns: Any = None) -> Record:
@@ -176,8 +179,12 @@ def _record(line: int, value: Any, columns: Any = None) -> Record:
     return Record(line, value, columns=columns)
 
 
-def _columns_of_fields(what: str, header: Sequence[str], fields: Sequence[str], column: str | None) -> dict[str, str]:
+def _columns_of_fields(
+    what: str, header: Sequence[str], fields: Sequence[str] | None, column: str | None
+) -> dict[str, str]:
     """The column of each field that has one. Raises `InputError` where none has."""
+    if fields is None:
+        return {name: name for name in header}
     wanted = [_text_field(fields)] if column is not None else [*fields] or [_text_field(fields)]
     columns = {field: column or field for field in wanted if (column or field) in header}
     if not columns:
@@ -186,7 +193,7 @@ def _columns_of_fields(what: str, header: Sequence[str], fields: Sequence[str], 
     return columns
 
 
-def _csv_records(lines: Iterable[str], fields: Sequence[str], column: str | None) -> Iterator[Record]:
+def _csv_records(lines: Iterable[str], fields: Sequence[str] | None, column: str | None) -> Iterator[Record]:
     reader = csv.DictReader(lines)
     header = list(reader.fieldnames or ())
     columns = _columns_of_fields("CSV header", header, fields, column)
@@ -203,7 +210,7 @@ def _csv_records(lines: Iterable[str], fields: Sequence[str], column: str | None
             yield _record(first_line, given, {name: row[name] for name in header if row[name] is not None})
 
 
-def _parquet_records(path: Path, fields: Sequence[str], column: str | None) -> Iterator[Record]:
+def _parquet_records(path: Path, fields: Sequence[str] | None, column: str | None) -> Iterator[Record]:
     with _parquet_file(path) as parquet:
         import pyarrow as pa
 

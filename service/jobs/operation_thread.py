@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 from anyio.lowlevel import EventLoopToken, current_token
 
-from modalkit.batching.wakeup import Wakeup, asyncio_loop
+from modalkit.batching.wakeup import Future, asyncio_loop, make_future, wake
 from modalkit.service.jobs.errors import JobStoreBusyError, JobStoreClosedError
 
 MAX_WAITING_OPERATIONS = 100_000
@@ -23,7 +23,7 @@ Operation = Callable[[Any], Any]
 class _Entry:
     """An operation on its way through the thread and back. The first and the last one have none: open, and close."""
 
-    done: Wakeup
+    done: Future[None]
     operation: Operation | None
     is_wanted: bool = True
     result: Any = None
@@ -96,11 +96,11 @@ class OperationThread:
         return await self._pass_through(operation)
 
     async def _pass_through(self, operation: Operation | None) -> Any:
-        entry = _Entry(Wakeup(asyncio_loop(self._token)), operation)
+        entry = _Entry(make_future(asyncio_loop(self._token)), operation)
         self._waiting += 1
         self._queue.put(entry)
         try:
-            await entry.done.wait()
+            await entry.done
         finally:
             entry.is_wanted = False
             self._waiting -= 1
@@ -151,4 +151,4 @@ class OperationThread:
 
 def _wake(entries: list[_Entry]) -> None:
     for entry in entries:
-        entry.done.set()
+        wake(entry.done)

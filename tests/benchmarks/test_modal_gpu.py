@@ -9,7 +9,7 @@ from typing import Any
 import modal
 import pytest
 
-from modalkit.benchmarks.containers.matrix import BATCH_LIMIT_VARIABLE, Variant
+from modalkit.benchmarks.containers.variants import BATCH_LIMIT_VARIABLE, Variant
 from modalkit.benchmarks.modal_gpu import Measured, Model, class_settings, load_function_settings, variant_class
 from modalkit.service.on_modal.config import ModalConfig
 from tests.support.modal_objects import inner, method_names

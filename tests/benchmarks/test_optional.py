@@ -10,7 +10,7 @@ sys.modules.update(dict.fromkeys({BLOCKED!r}))  # as if they were not installed
 from importlib import import_module
 import typer.testing
 import modalkit.benchmarks.bench.cli, modalkit.benchmarks.bare_servers, modalkit.benchmarks.modal_gpu
-for name in ("jobs", "mixed_load", "offline", "report", "simulate.__main__"):
+for name in ("jobs", "mixed_load", "report", "simulate.__main__"):
     import_module(f"modalkit.benchmarks.{{name}}")
 run = typer.testing.CliRunner().invoke
 print(run(modalkit.benchmarks.bench.cli.app, ["--png", "http://127.0.0.1:1"]).exception)

@@ -51,7 +51,7 @@ def test_a_service_is_measured_and_shown(bench: Bench, service: str, results: Re
     assert not re.search(r'(src|href)="|url\(|@import', page), "the page needs another file"
     table = (folder / "bench" / "results.md").read_text()
     assert "| load | items/s | p50 ms |" in table
-    assert "| worse |" in table
+    assert "| **worse** |" in table
 
 
 def test_a_stream_is_counted_by_its_items(bench: Bench, service: str, results: ResultsOf) -> None:

@@ -57,6 +57,11 @@ def test_a_tool_that_is_not_known_is_refused() -> None:
         cross_check("ab", Endpoint("http://h"), [], LOAD, own(1.0))
 
 
+def test_aiperf_takes_no_lists() -> None:
+    with pytest.raises(BenchError, match="use wrk for lists"):
+        cross_check("aiperf", Endpoint("http://h", {"$each": "$item"}), [{"text": "a"}], LOAD, own(1.0))
+
+
 def test_an_open_loop_cannot_be_checked(bench: Bench) -> None:
     done = bench("http://127.0.0.1:1", "--rate", "5", "--tool", "wrk")
     assert "drives a closed loop" in str(done.exception)

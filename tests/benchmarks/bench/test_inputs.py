@@ -15,6 +15,7 @@ from modalkit.benchmarks.bench.inputs import (
     sized_items,
     takes_text_alone,
 )
+from modalkit.benchmarks.bench.session import item_schema
 from modalkit.service.cli.records import InputError
 from tests.support.length_model import LengthPipeline
 
@@ -38,8 +39,8 @@ def test_each_format_gives_items_and_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "column", "label", "message"),
     [
-        ("a.csv", "t\nx\n", "text", None, "item 1 has no 'text'; it has t"),
-        ("a.csv", "t\nx\n", None, "y", "item 1 has no label 'y'; it has t"),
+        ("a.csv", "t\nx\n", "text", None, "line 2 has no column 'text'; it has t"),
+        ("a.csv", "t\nx\n", None, "y", "line 2 has no label 'y'; it has t"),
         ("a.jsonl", "{\n", None, None, "line 1: not JSON"),
         ("a.txt", "", None, None, "holds no items"),
         ("a.xls", "x", None, None, "cannot tell the format"),
@@ -70,6 +71,16 @@ def test_a_published_schema_gives_items_for_any_model() -> None:
     assert not takes_text_alone(schema)
     assert schema_inputs(described_model(schema)).items[0] == {"number": 3}
     assert takes_text_alone({"properties": {"text": {}, "scores": {}}, "required": ["text"]})
+
+
+def test_of_several_models_the_items_are_those_of_the_one_that_is_measured() -> None:
+    schemas = {"Text": {"properties": {"text": {}}, "required": ["text"]}, "Image": {"properties": {"pixels": {}}}}
+    models = [{"$ref": f"#/components/schemas/{name}", "title": name.lower()} for name in schemas]
+    content = {"application/json": {"schema": {"anyOf": models}}}
+    paths = {"/sync/predict": {"post": {"requestBody": {"content": content}}}}
+    document = {"paths": paths, "components": {"schemas": schemas}}
+    assert takes_text_alone(item_schema(document, None))
+    assert item_schema(document, "image")["properties"] == {"pixels": {}}
 
 
 def test_the_corpus_is_texts() -> None:

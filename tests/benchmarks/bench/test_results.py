@@ -14,7 +14,7 @@ from modalkit.benchmarks.bench.charts import charts_of
 from modalkit.benchmarks.bench.compare import compared, verdict_of
 from modalkit.benchmarks.bench.page import page
 from modalkit.benchmarks.bench.plots import write_plots
-from modalkit.benchmarks.bench.report import findings, load_rows, number
+from modalkit.benchmarks.bench.report import findings, load_table, number
 from modalkit.benchmarks.bench.results import Cell, Figure, Results, read_document, timeline_of
 from modalkit.benchmarks.bench.server_side import gpu_use, server_side
 from modalkit.benchmarks.load import BenchError, Measured
@@ -81,7 +81,7 @@ def test_the_findings_say_what_wins_and_what_to_doubt(document: dict[str, Any]) 
     assert "wrk (8 clients): 90.0 items/s, here 100: the two do not agree within 5 % (-10.0%)" in said
     assert "3 x HTTP 503" in said
     assert "the load generator was the limit" in said
-    assert load_rows(document)[0] == ["settings", "load", "items/s", "p50 ms", "p99 ms", "failed", "queue ms"]
+    assert load_table(document)[0] == ["settings", "load", "items/s", "p50 ms", "p99 ms", "failed", "queue ms"]
 
 
 def test_the_page_and_the_plots_show_all_charts(document: dict[str, Any], tmp_path: Path) -> None:

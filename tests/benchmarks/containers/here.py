@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from modalkit.benchmarks.containers.load import OpenTarget, Target
-from modalkit.benchmarks.containers.matrix import Variant
+from modalkit.batching import BatchRecord
 from modalkit.benchmarks.containers.measured import MeasuredService
+from modalkit.benchmarks.containers.variants import OpenTarget, Target, Variant
 from modalkit.service.calls.engine import CallOptions
 from modalkit.service.errors import RemoteCallError, describe_error
 from modalkit.service.on_modal.config import ModalConfig
@@ -30,9 +30,9 @@ class TargetHere:
             raise RemoteCallError(f"the call failed: {describe_error(error)}") from error
         return outcomes
 
-    async def report(self) -> Mapping[str, Any]:
+    async def report(self) -> tuple[str, Sequence[BatchRecord]]:
         """The report of the container."""
-        report: Mapping[str, Any] = await self._batch_report()
+        report: tuple[str, Sequence[BatchRecord]] = await self._batch_report()
         return report
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from modalkit.benchmarks.load import BenchError
 from modalkit.benchmarks.peers.contenders import Contender
-from modalkit.benchmarks.peers.process import StartError, ask, processes_of, serving
+from modalkit.benchmarks.peers.process import ask, processes_of, serving
 from modalkit.benchmarks.peers.settings import Settings
 
 SERVER = """
@@ -44,5 +45,5 @@ def test_a_server_is_started_with_its_settings_and_killed_with_its_children(tmp_
 
 def test_a_server_that_ends_tells_what_it_printed(tmp_path: Path) -> None:
     broken = contender_of(lambda _: [sys.executable, "-c", "raise SystemExit('no such model')"])
-    with pytest.raises(StartError, match="no such model"), serving(broken, Settings(), tmp_path):
+    with pytest.raises(BenchError, match="no such model"), serving(broken, Settings(), tmp_path):
         pass

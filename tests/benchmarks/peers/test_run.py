@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from modalkit.benchmarks.load import BenchError
 from modalkit.benchmarks.peers import run as run_module
 from modalkit.benchmarks.peers.contenders import CONTENDERS, Contender
 from modalkit.benchmarks.peers.page import as_html, as_markdown
-from modalkit.benchmarks.peers.process import StartError
 from modalkit.benchmarks.peers.run import NORMAL, Run
 from modalkit.benchmarks.peers.settings import Settings
 from modalkit.benchmarks.peers.tables import targets_of
@@ -38,7 +38,7 @@ def test_steps_that_are_done_are_not_repeated_and_one_that_fails_is_kept(
     def throughput(_: Run, found: Contender, settings: Settings, clients: object = ()) -> dict[str, Any]:
         measured.append(str(settings))
         if len(measured) == 2:
-            raise StartError("no port")
+            raise BenchError("no port")
         if len(measured) == 3:
             raise KeyboardInterrupt
         return {"clients_64": part(len(measured))}
@@ -113,4 +113,4 @@ def test_both_pages_show_the_servers_their_errors_and_what_was_lost(document: di
     assert "| **missed** | at its best settings |" in markdown
     assert "<strong>missed</strong>" in page
     assert "a &lt;machine&gt;" in page
-    assert "<span>modalkit</span><span class='bar ours' style='width:100.0%'>300</span>" in page
+    assert "<title>modalkit, at the best of a sweep: 320</title>" in page

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from modalkit.batching import Batch, BatchPlanner, BatchPolicy, CostModel, Decision, MeasuredCostModel, PaddedCostModel
-from modalkit.benchmarks.simulate.adaptive import BentoRule, ClipperRule
 from modalkit.benchmarks.simulate.engine import Rule, Simulation, SimulationError
 from modalkit.benchmarks.simulate.metrics import summarize
 from modalkit.benchmarks.simulate.rules import Fifo, FixedWindow, SortedFifo, TokenBudget, as_batch
@@ -29,8 +28,6 @@ RULES: dict[str, Callable[[], Rule]] = {
     "fixed window": FixedWindow,
     "token budget": partial(TokenBudget, 1024),
     "sorted": SortedFifo,
-    "bento": BentoRule,
-    "clipper": partial(ClipperRule, 0.05),
 }
 
 

@@ -40,14 +40,14 @@ def test_the_watch_counts_a_batch_that_overtakes_an_overdue_request() -> None:
 
 
 def test_a_quick_study_prints_its_tables_and_writes_json(tmp_path: Path) -> None:
-    arguments = ["--quick", "--requests", "400", "--device", "cpu-2-cores", "--jobs", "1", "--out", str(tmp_path)]
+    arguments = ["--quick", "--requests", "400", "--device", "cpu-2-cores", "--jobs", "1"]
+    arguments += ["--out", str(tmp_path / "results.json")]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "cpu-2-cores, bursty" in result.output
     stored = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {cell["rule"] for cell in stored["devices"][0]["cells"]} >= {MODALKIT, FIXED_WINDOW}
     assert {cell["summary"]["requests"] for cell in stored["devices"][0]["cells"]} == {400}
-    assert (tmp_path / "cpu-2-cores.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_sizes_are_counted_as_the_bundled_pipeline_estimates_them(tmp_path: Path) -> None:
