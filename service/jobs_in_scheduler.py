@@ -28,7 +28,11 @@ class JobsInScheduler:
 
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Withdraw:
         """Run a job in some batch."""
-        item: Payload = self.input_model.model_validate_json(job.message_json)
+        item: Payload = (
+            job.item
+            if isinstance(job.item, self.input_model)
+            else self.input_model.model_validate_json(job.message_json)
+        )
         if self._on_piece is not None:
             item = StreamedItem(item_of(item), partial(self._on_piece, job.job_id), may_repeat=True)
         return self._scheduler.submit_nowait(

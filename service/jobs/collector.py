@@ -1,6 +1,7 @@
 """For a task that stores what others give it: collects items that come one by one, and stores many at once."""
 
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
@@ -13,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 STORE_RETRY_S = 5.0
 """Seconds, at most, until a store that failed is asked again."""
+MIN_INTERVAL_S = 0.005
 
 T = TypeVar("T")
 
@@ -24,6 +26,7 @@ class Collector(Generic[T]):
         self._items: list[T] = []
         self._change = anyio.Event()
         self._closed = False
+        self._collected_s = -math.inf
 
     def add(self, *items: T) -> None:
         """Add items; returns at once."""
@@ -36,11 +39,17 @@ class Collector(Generic[T]):
         self._change.set()
 
     async def collect(self) -> list[T]:
-        """Wait until there are items, and return all of them. When cancelled, the items stay."""
+        """Wait until there are items, and return all of them. When cancelled, the items stay.
+
+        While they keep coming, it returns at most once in `MIN_INTERVAL_S`, so that many are stored in one step.
+        """
+        if self._items and (pause_s := self._collected_s + MIN_INTERVAL_S - anyio.current_time()) > 0:
+            await anyio.sleep(pause_s)
         while not self._items and not self._closed:
             self._change = anyio.Event()
             await self._change.wait()
         items, self._items = self._items, []
+        self._collected_s = anyio.current_time()
         return items
 
 

@@ -15,10 +15,11 @@ from structlog.contextvars import bind_contextvars
 
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.backoff import SteadyClock, backoff_with_jitter
+from modalkit.service.jobs.backlog import Backlog
 from modalkit.service.jobs.collector import Collector, store_until_closing
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import after_delivery_attempt
-from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job
+from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobEnd
 from modalkit.service.jobs.store import JobStore
 from modalkit.service.jobs.telemetry import Sending
 from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend
@@ -29,7 +30,7 @@ from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 logger = logging.getLogger(__name__)
 
 MESSAGES_PER_CALL = 100
-MAX_BATCH_CALLS = 8
+MAX_BATCH_CALLS = 32
 """Calls of a backend that takes many messages in a call, under way at once."""
 MAX_SINGLE_CALLS = 64
 """Calls of a backend that takes one message in a call, under way at once."""
@@ -113,10 +114,13 @@ class Deliverer(AsyncContextManagerMixin):
         self._clock = clock or SteadyClock()
         sends_many = isinstance(backend, BatchQueueBackend)
         self._messages_per_call = MESSAGES_PER_CALL if sends_many else 1
-        # All mutable state: what is under way; when to poll the store, by the event loop's clock; the results that are
-        # not recorded yet; and what wakes the task that polls.
+        # All mutable state: what is under way; what may be due in the store, when to poll it in any case, by the event
+        # loop's clock, and whether messages of jobs that end now may be sent if nothing is; the results that are not
+        # recorded yet; and what wakes the task that polls.
         self._room = _Room(MESSAGES_PER_CALL * MAX_BATCH_CALLS if sends_many else MAX_SINGLE_CALLS)
+        self._due = Backlog()
         self._next_poll_at = -math.inf
+        self._takes_ends = False
         self._attempted: Collector[tuple[Job, DeliveryRecord]] = Collector()
         self._change = anyio.Event()
         self._closing = anyio.Event()
@@ -140,13 +144,48 @@ class Deliverer(AsyncContextManagerMixin):
 
     def wake(self) -> None:
         """Poll the store: deliveries may have become due in it."""
-        self._next_poll_at = -math.inf
+        self._due.add()
         self._change.set()
+
+    async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
+        """Store how jobs ended, as `JobStore.finish` does, and have their messages sent. The ends have their jobs.
+
+        Messages that there is room for are claimed in the same step, and sent without being read from the store.
+        """
+        messages = [end.job for end in ends if end.job is not None and end.job.delivery_queue]
+        sending = self._claim_ended(messages)
+        claimed = {job.job_id for job in sending}
+        try:
+            with anyio.CancelScope(shield=True):  # else what is claimed might not be sent until the next start
+                ended = await self._store.finish(ends, claimed)
+        except JobStoreError:
+            self._release(sending)
+            raise
+        self._due.add(len(messages) - len(sending))
+        if len(ended) < len(ends):
+            claimed &= set(ended)
+            self._release([job for job in sending if job.job_id not in claimed])
+            sending = [job for job in sending if job.job_id in claimed]
+        self._start_sending(sending)
+        self._change.set()
+        return ended
+
+    def _claim_ended(self, ended: Sequence[Job]) -> list[Job]:
+        """Those of jobs that end with a message whose messages there is room for; they count as under way."""
+        if not self._takes_ends or self._closing.is_set():
+            return []
+        claimed = list[Job]()
+        for queue, jobs in _by_queue(ended).items():
+            taken = jobs[: max(0, min(self._room.free, self._room.free_of(queue)) - self._due.at_most)]
+            self._room.count(queue, taken, 1)
+            claimed += taken
+        return claimed
 
     async def _deliver(self) -> None:
         """Claim what is due and send it, until closed."""
         while not self._must_stop() and await self._deliver_quarantined():
             self._send(await self._claim())
+        self._takes_ends = True
         while not self._must_stop():
             self._change = anyio.Event()
             is_closing = self._closing.is_set()
@@ -177,21 +216,26 @@ class Deliverer(AsyncContextManagerMixin):
 
     def _sleep_s(self) -> float:
         """Seconds until the store is to be polled; without room, until there is some."""
-        return self._next_poll_at - anyio.current_time() if self._room.free > 0 else math.inf
+        if self._room.free <= 0:
+            return math.inf
+        return 0.0 if self._due.at_most else self._next_poll_at - anyio.current_time()
 
     async def _deliver_quarantined(self) -> bool:
         """Deliver a group of the quarantine while nothing else is sent; returns whether there may be more."""
         await self._until_nothing_is_under_way()
         try:
             group = await self._store.claim_quarantined_deliveries(min(MAX_QUARANTINE_GROUP, self._room.queue_limit))
-        except JobStoreError:
-            logger.exception("Due deliveries could not be read; trying again in %g s", POLL_INTERVAL_S)
-            with anyio.move_on_after(POLL_INTERVAL_S):
-                await self._closing.wait()
+        except JobStoreError as error:
+            await self._wait_for_the_store(error)
             return not self._closing.is_set()
         self._send(group)
         await self._until_nothing_is_under_way()
         return bool(group)
+
+    async def _wait_for_the_store(self, error: JobStoreError) -> None:
+        logger.error("Due deliveries could not be read; trying again in %g s", POLL_INTERVAL_S, exc_info=error)
+        with anyio.move_on_after(POLL_INTERVAL_S):
+            await self._closing.wait()
 
     async def _until_nothing_is_under_way(self) -> None:
         while self._room.messages:
@@ -202,34 +246,40 @@ class Deliverer(AsyncContextManagerMixin):
         """Claim what is due in the store, as much as there is room for."""
         if self._room.free <= 0:
             return []
-        self._next_poll_at = anyio.current_time() + POLL_INTERVAL_S
+        if self._next_poll_at <= (now := anyio.current_time()):
+            self._due.add()
+        self._next_poll_at = now + POLL_INTERVAL_S
         try:
-            claimed = await self._store.claim_deliveries(
+            return await self._due.claim(
                 self._room.free,
-                self._clock(),
-                queue_limits=self._room.free_by_queue(),
-                queue_limit=self._room.queue_limit,
+                partial(
+                    self._store.claim_deliveries,
+                    now=self._clock(),
+                    queue_limits=self._room.free_by_queue(),
+                    queue_limit=self._room.queue_limit,
+                ),
             )
-        except JobStoreError:
-            logger.exception("Due deliveries could not be read; trying again in %g s", POLL_INTERVAL_S)
+        except JobStoreError as error:
+            await self._wait_for_the_store(error)
             return []
-        if claimed:
-            self._next_poll_at = -math.inf  # there may be more
-        return claimed
 
     def _release(self, jobs: Sequence[Job]) -> None:
         """Free the room of jobs. The store may have something due that there was no room for."""
         for queue, own in _by_queue(jobs).items():
             if self._room.free_of(queue) <= 0:
-                self._next_poll_at = -math.inf
+                self.wake()
             self._room.count(queue, own, -1)
         self._change.set()
 
     def _send(self, claimed: Sequence[Job]) -> None:
         """Send the messages of claimed jobs; returns at once."""
-        # A call is for one queue, so that a queue that hangs holds up no message for another one.
         for queue, jobs in _by_queue(claimed).items():
             self._room.count(queue, jobs, 1)
+        self._start_sending(claimed)
+
+    def _start_sending(self, counted: Sequence[Job]) -> None:
+        # A call is for one queue, so that a queue that hangs holds up no message for another one.
+        for jobs in _by_queue(counted).values():
             for start in range(0, len(jobs), self._messages_per_call):
                 self._task_group.start_soon(self._attempt, jobs[start : start + self._messages_per_call])
 

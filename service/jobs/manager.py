@@ -20,7 +20,7 @@ from modalkit.service.backoff import SteadyClock
 from modalkit.service.errors import NotReadyError, Readiness
 from modalkit.service.jobs.batches import Batches
 from modalkit.service.jobs.delivery import Deliverer
-from modalkit.service.jobs.errors import JobStoreError
+from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreError
 from modalkit.service.jobs.life import new_job
 from modalkit.service.jobs.model import (
     ALL_JOBS,
@@ -58,7 +58,10 @@ class JobFeed(Protocol):
         """The class of the model's items."""
 
     def wake(self) -> None:
-        """Jobs were stored."""
+        """Jobs in the store were queued again."""
+
+    async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
+        """Store new jobs, as `JobStore.add` does, and run them."""
 
     def abandon(self, job_id: str) -> None:
         """A job was cancelled; this feed may or may not run it."""
@@ -209,7 +212,7 @@ class JobManager(AsyncContextManagerMixin):
             **options,
         )
         places = repeat(None) if batch is None else zip(repeat(batch.batch_id), batch.lines)
-        entries = list[Job | Exception]()
+        entries: list[Job | Exception] = []
         for start in range(0, len(requests), NEW_JOBS_AT_ONCE):
             if start:
                 await checkpoint()
@@ -219,10 +222,8 @@ class JobManager(AsyncContextManagerMixin):
                 for request, place in zip(some, places, strict=False)
             ]
         jobs = [entry for entry in entries if isinstance(entry, Job)]
-        added = iter(await self.store.add(jobs) if jobs else ())
-        if jobs:
-            feed.wake()
-        outcomes = list[Outcome[str]]()
+        added = iter(await feed.add(jobs) if jobs else ())
+        outcomes: list[Outcome[str]] = []
         for entry in entries:
             result = next(added) if isinstance(entry, Job) else entry
             outcomes.append(Success(result) if isinstance(result, str) else Failure(result))
@@ -252,9 +253,11 @@ class JobManager(AsyncContextManagerMixin):
             message = request.message
             item = message if isinstance(message, BaseModel) else validated(input_model, message)
             self._queue_rules.check(request.success_queue, request.failure_queue)
-            return make(request, job_id=new_job_id(), message=item, place=place)
+            job = make(request, job_id=new_job_id(), message=item, place=place)
+            job.item = item
         except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything
             return error
+        return job
 
     async def get(self, job_id: str, wait_s: float = 0.0) -> Job | None:
         """The job, or None if there is none; waits up to `wait_s` seconds for it to end, until `stop_waiting`."""
@@ -361,9 +364,7 @@ class JobManager(AsyncContextManagerMixin):
 
     async def finish(self, ends: Sequence[JobEnd]) -> None:
         """Store how jobs ended, wake callers that wait for them and have messages delivered. Raises `JobStoreError`."""
-        ended = await self.store.finish(ends)
-        self._wake_deliverer()
-        self.tell_change(ended)
+        self.tell_change(await (self._deliverer or self.store).finish(ends))
 
     async def requeue(self, retries: Sequence[JobRetry]) -> None:
         """Store that jobs run again later. Raises `JobStoreError`."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, cast
 
+from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 
 from modalkit.batching import Priority
@@ -21,8 +22,6 @@ from modalkit.service.outputs import may_be_refused
 JsonObject = dict[str, Any]
 
 IDS_PER_READ = 4096
-_VERSION_AND_VARIANT = 7 << 76 | 2 << 62
-_RANDOM_BITS = ~(0xF << 76 | 0x3 << 62)
 
 
 class JobStatus(StrEnum):
@@ -54,7 +53,7 @@ class DeliveryStatus(StrEnum):
     """Given up after too many attempts; kept until it is replayed or purged."""
 
 
-_random_parts = list[bytes]()
+_random_parts = list[str]()
 os.register_at_fork(after_in_child=_random_parts.clear)
 
 
@@ -63,16 +62,14 @@ def new_job_id() -> str:
 
     Its text sorts by the time it was made, so that a store writes jobs of the same time next to each other.
     """
-    try:
-        random_part = _random_parts.pop()
-    except IndexError:
+    if not _random_parts:
         # Many at a time, because each call of the system releases the interpreter's lock, which takes long to get back.
-        more = os.urandom(10 * IDS_PER_READ)
-        random_part, *others = (more[start : start + 10] for start in range(0, len(more), 10))
-        _random_parts.extend(others)
-    number = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(random_part, "big")
-    digits = f"{number & _RANDOM_BITS | _VERSION_AND_VARIANT:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+        more = os.urandom(10 * IDS_PER_READ).hex()
+        parts = (more[start : start + 20] for start in range(0, len(more), 20))
+        # The version is 7. Of the digit that has the variant, two bits are random.
+        _random_parts.extend(f"-7{part[:3]}-{'89ab'[int(part[3], 16) % 4]}{part[4:7]}-{part[8:]}" for part in parts)
+    time_ms = f"{time.time_ns() // 1_000_000:012x}"
+    return f"{time_ms[:8]}-{time_ms[8:]}{_random_parts.pop()}"
 
 
 def json_text(value: JsonObject) -> str:
@@ -92,24 +89,6 @@ def read_object(text: str) -> JsonObject:
         return cast("JsonObject", from_json(text))
     except ValueError as error:
         return {"unreadable": f"{len(text)} characters of JSON are stored that cannot be read: {error_text(error)}"}
-
-
-@dataclass(slots=True, kw_only=True)
-class JobEnd:
-    """How a job ended: `succeeded` with a result (a JSON object as text), `failed` or `expired` with an `error`.
-
-    Raises `ValueError` for another status.
-    """
-
-    job_id: str
-    status: JobStatus
-    result_json: str | None = None
-    error: str | None = None
-    finished_at: float
-
-    def __post_init__(self) -> None:
-        if self.status not in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.EXPIRED):
-            raise ValueError(f"status must be succeeded, failed or expired, got {self.status!r}")
 
 
 @dataclass(slots=True)
@@ -192,6 +171,8 @@ class Job:
     delivery_error: str | None = None
     delivery_crashes: int = 0
     """How often the process died during the delivery, since an attempt last ended."""
+    item: BaseModel | None = field(default=None, repr=False, compare=False)
+    """The message as it was validated, where the job was not read from a store; it is not stored."""
 
     @property
     def message(self) -> JsonObject:
@@ -225,6 +206,26 @@ class Job:
             if text:
                 size_bytes += len(text) if text.isascii() else len(text.encode())
         return size_bytes
+
+
+@dataclass(slots=True, kw_only=True)
+class JobEnd:
+    """How a job ended: `succeeded` with a result (a JSON object as text), `failed` or `expired` with an `error`.
+
+    Raises `ValueError` for another status.
+    """
+
+    job_id: str
+    status: JobStatus
+    result_json: str | None = None
+    error: str | None = None
+    finished_at: float
+    job: Job | None = None
+    """The job, where its runner has it: its message can be sent without being read from the store again."""
+
+    def __post_init__(self) -> None:
+        if self.status not in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.EXPIRED):
+            raise ValueError(f"status must be succeeded, failed or expired, got {self.status!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ class OperationThread:
     """Hands operations to `run`, in a thread of its own, in lists of up to `max_together`.
 
     `run` returns the result or the error of each, in the same order; what it raises is the error of all. The thread
-    starts as soon as an operation comes; those that come while it runs are in the next list.
+    starts as soon as the event loop has run what is ready now; operations that come while it runs are in the next list.
 
     An async context manager. The thread enters the context that `resources` returns, whose errors are raised, and
     leaves it after what waits is finished. When an exception leaves the block, only the operations that have begun are
@@ -52,9 +52,10 @@ class OperationThread:
         self._run = run
         self._resources = resources
         self._max_together = max_together
-        # All mutable state: what goes to the thread, how much of it has not come back, whether more may come, and
-        # whether what has not begun is still to be done.
-        self._queue: SimpleQueue[_Entry] = SimpleQueue()
+        # All mutable state: what goes to the thread at the end of this pass of the event loop, and what went there; how
+        # much has not come back, whether more may come, and whether what has not begun is still to be done.
+        self._coming: list[_Entry] = []
+        self._queue: SimpleQueue[list[_Entry]] = SimpleQueue()
         self._waiting = 0
         self._is_open = False
         self._aborted = False
@@ -96,9 +97,14 @@ class OperationThread:
         return await self._pass_through(operation)
 
     async def _pass_through(self, operation: Operation | None) -> Any:
-        entry = _Entry(make_future(asyncio_loop(self._token)), operation)
+        loop = asyncio_loop(self._token)
+        entry = _Entry(make_future(loop), operation)
         self._waiting += 1
-        self._queue.put(entry)
+        self._coming.append(entry)
+        if loop is None or self._max_together == 1:
+            self._hand_over()
+        elif len(self._coming) == 1:
+            loop.call_soon(self._hand_over)
         try:
             await entry.done
         finally:
@@ -108,11 +114,15 @@ class OperationThread:
             raise entry.result
         return entry.result
 
+    def _hand_over(self) -> None:
+        self._queue.put(self._coming)
+        self._coming = []
+
     # In the thread.
 
     def _serve(self) -> None:
         opened = ExitStack()
-        self._answer([self._queue.get()], lambda: [opened.enter_context(self._resources())])
+        self._answer(self._queue.get(), lambda: [opened.enter_context(self._resources())])
         while (entries := self._take())[-1].operation is not None:
             self._run_wanted(entries)
             del entries  # else the thread would keep the last results alive while it waits
@@ -122,11 +132,11 @@ class OperationThread:
         self._answer([last], lambda: [close()])
 
     def _take(self) -> list[_Entry]:
-        """Wait for an entry; returns it with those that came meanwhile, up to the last one of all."""
-        entries = [self._queue.get()]
+        """Wait for entries; returns them with those that came meanwhile, up to the last one of all."""
+        entries = self._queue.get()
         with suppress(Empty):
             while len(entries) < self._max_together and entries[-1].operation is not None:
-                entries.append(self._queue.get_nowait())
+                entries += self._queue.get_nowait()
         return entries
 
     def _run_wanted(self, entries: list[_Entry]) -> None:

@@ -17,11 +17,12 @@ from modalkit.batching.pending import Withdraw
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
+from modalkit.service.jobs.backlog import Backlog
 from modalkit.service.jobs.collector import STORE_RETRY_S, Collector, store_until_closing
-from modalkit.service.jobs.errors import JobStoreError
+from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreError
 from modalkit.service.jobs.life import JobTimeoutError, deadline_of, end_of, retry_of
 from modalkit.service.jobs.manager import JobManager
-from modalkit.service.jobs.model import Job, JobEnd, JobRetry
+from modalkit.service.jobs.model import Job, JobEnd, JobRetry, JobStatus
 from modalkit.service.jobs.telemetry import record_end
 from modalkit.service.jobs.window import Window
 
@@ -103,12 +104,15 @@ class JobRunner(AsyncContextManagerMixin):
         self._backoff_s = backoff_s
         self.input_model = engine.input_model
         # All mutable state: the jobs in the window; those of them that the scheduler has no room for yet; the ends to
-        # be stored, and how many are not stored yet; when the next job in the store may run again; what wakes the
+        # be stored; how many ends, and new jobs for the window, are being stored; how many jobs may be queued in the
+        # store, whether new ones may enter the window beside them, and when the next one may run again; what wakes the
         # feeding task; and whether it is to stop.
         self._running = Window()
         self._waiting: deque[Job] = deque()
         self._ends: Collector[JobEnd | JobRetry | str] = Collector()
         self._unstored = 0
+        self._queued = Backlog()
+        self._takes_new = False
         self._next_retry_at = -math.inf
         self._change = anyio.Event()
         self._closing = anyio.Event()
@@ -135,24 +139,51 @@ class JobRunner(AsyncContextManagerMixin):
         return len(self._running)
 
     def wake(self) -> None:
-        """Ask the store for jobs: some were added, or something else has changed."""
+        """Ask the store for jobs: some were queued again, or something else has changed."""
+        self._queued.add()
         self._change.set()
+
+    async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
+        """Store new jobs as `JobStore.add` does; those there is room for start. When cancelled, all stay queued."""
+        is_taking = self._takes_new and not self._closing.is_set() and not self._engine_closed
+        entering = jobs[: max(0, self._wanted(math.inf) - self._queued.at_most)] if is_taking else ()
+        for job in entering:
+            job.status, job.started_at = JobStatus.RUNNING, job.created_at
+        self._unstored += len(entering)
+        try:
+            added = await self._manager.store.add(jobs)
+        except anyio.get_cancelled_exc_class():
+            self._ends.add(*(job.job_id for job in entering))
+            self.wake()
+            raise
+        except BaseException:
+            self._unstored -= len(entering)
+            raise
+        self._unstored -= len(entering)
+        self._queued.add(len(jobs) - len(entering))
+        for job, job_id in zip(entering, added, strict=False):
+            if job_id == job.job_id:  # else its idempotency key is that of an earlier job
+                self._enter(job)
+                self._waiting.append(job)
+        self._start_waiting()
+        self._change.set()
+        return added
 
     def close(self) -> None:
         """Claim no more jobs, and give those that have not begun back to a durable store. Idempotent."""
         self._closing.set()
-        self.wake()
+        self._change.set()
 
     def set_limits(self, window: int, group_limit: int) -> None:
         """Change the limits; jobs that are in the window already stay there."""
         self._window = window
         self._group_limit = min(group_limit, window)
-        self.wake()
+        self._change.set()
 
     def abandon(self, job_id: str) -> None:
         """Withdraw a job that was cancelled in the store, if it is in the window."""
         if self._running.remove(job_id) is not None:
-            self.wake()
+            self._change.set()
 
     # Feeding.
 
@@ -208,24 +239,30 @@ class JobRunner(AsyncContextManagerMixin):
         With a `limit`, run so many, or as many as there are, and return when they and all others have ended.
         """
         left = limit
+        self._takes_new = math.isinf(limit)
         while not self._engine_closed:
             self._change = anyio.Event()
             is_closing = self._closing.is_set()
-            wanted = self._wanted(left)
-            claimed = await self._claim(wanted, int(min(limit, self._window))) if wanted else []
+            room = self._wanted(left)
+            claimed: Sequence[Job] = ()
+            if self._next_retry_at <= self._manager.clock() or self._empties_the_store():
+                self._queued.add()
+            if room and self._queued.at_most:
+                claimed = await self._queued.claim(room, partial(self._claim, window=int(min(limit, self._window))))
             left -= len(claimed)
             for job in claimed:
                 self._enter(job)
             self._waiting += claimed
             self._expire_overdue()
-            if self._leaves_jobs_stored():
-                self._give_back()
+            if self._leaves_jobs_stored():  # as they were before they were claimed
+                for job in self._running.remove_unstarted():
+                    self._add_end(job.job_id)
             self._start_waiting()
-            if len(claimed) == wanted > 0:
+            if claimed:
                 continue
             if not self._running and not self._unstored and (is_closing or not math.isinf(limit)):
                 return
-            with anyio.move_on_after(self._sleep_s(may_claim=wanted > 0 and not is_closing)):
+            with anyio.move_on_after(self._sleep_s(may_claim=room > 0 and not is_closing)):
                 await self._change.wait()
 
     def _wanted(self, limit: float) -> int:
@@ -285,11 +322,6 @@ class JobRunner(AsyncContextManagerMixin):
                     self._end(job, Failure(error))
             self._waiting.popleft()
 
-    def _give_back(self) -> None:
-        """Have the jobs that have not begun stored as they were before they were claimed."""
-        for job in self._running.remove_unstarted():
-            self._add_end(job.job_id)
-
     def _sleep_s(self, *, may_claim: bool) -> float | None:
         """Seconds until something may have to be done that nothing else tells of."""
         if self._waiting:
@@ -319,10 +351,12 @@ class JobRunner(AsyncContextManagerMixin):
                     backoff_s=self._backoff_s,
                 )
             self._add_end(retry or self._ended(job, outcome, now))
-        self.wake()
+        self._change.set()
 
     def _ended(self, job: Job, outcome: JobOutcome, now: float) -> JobEnd:
         end = end_of(job, outcome, now)
+        job.status, job.result_json, job.error, job.finished_at = end.status, end.result_json, end.error, now
+        end.job = job
         record_end(job, end.status, now)
         return end
 
@@ -360,5 +394,6 @@ class JobRunner(AsyncContextManagerMixin):
             if returned := [end for end in ended if isinstance(end, str)]:
                 what = f"The return of {len(returned)} jobs that have not begun"
                 await store_until_closing(what, partial(self._manager.store.return_claimed, returned), self._closing)
+                self._queued.add()
             self._unstored -= len(ended)
-            self.wake()
+            self._change.set()

@@ -11,11 +11,11 @@ from modalkit.service.jobs.model import DeliveryStatus, Job, JobCounts, JobFilte
 
 NEW_JOB_COLUMNS = (
     *("job_id", "model_name", "status", "message", "success_queue", "failure_queue", "meta", "priority", "created_at"),
-    *("expires_at", "idempotency_key", "owner", "traceparent", "batch_id", "line", "delivery"),
+    *("expires_at", "idempotency_key", "owner", "traceparent", "batch_id", "line", "delivery", "started_at"),
 )
 COLUMNS = (
     *NEW_JOB_COLUMNS,
-    *("result", "error", "started_at", "finished_at", "crashes", "attempts", "retry_at"),
+    *("result", "error", "finished_at", "crashes", "attempts", "retry_at"),
     *("delivery_attempts", "delivery_error", "delivery_crashes"),
 )
 LATEST_US = 2**62
@@ -49,16 +49,16 @@ def microseconds(seconds: float) -> int:
 
 
 def row_from_job(job: Job) -> tuple[Any, ...]:
-    """The values of `NEW_JOB_COLUMNS` of a queued job."""
+    """The values of `NEW_JOB_COLUMNS` of a new job."""
     return (
         job.job_id,
         job.model_name,
-        JobStatus.QUEUED.value,
+        str(job.status),
         job.message_json,
         job.success_queue,
         job.failure_queue,
         job.meta_json,
-        job.priority.value,
+        str(job.priority),
         microseconds(job.created_at),
         None if job.expires_at is None else microseconds(job.expires_at),
         job.idempotency_key,
@@ -66,15 +66,16 @@ def row_from_job(job: Job) -> tuple[Any, ...]:
         job.traceparent,
         job.batch_id,
         job.line,
-        DeliveryStatus.NONE.value,
+        str(DeliveryStatus.NONE),
+        None if job.started_at is None else microseconds(job.started_at),
     )
 
 
 def job_from_row(row: Sequence[Any]) -> Job:
     """The job of a row of all `COLUMNS`."""
     job_id, model_name, status, message, success_queue, failure_queue, meta, priority, created_us, *others = row
-    expires_us, idempotency_key, owner, traceparent, batch_id, line, delivery, result, error, *counted = others
-    started_us, finished_us, crashes, attempts, retry_us, delivery_attempts, delivery_error, delivery_crashes = counted
+    expires_us, idempotency_key, owner, traceparent, batch_id, line, delivery, started_us, *ended = others
+    result, error, finished_us, crashes, attempts, retry_us, delivery_attempts, delivery_error, delivery_crashes = ended
     return Job(
         job_id=job_id,
         model_name=model_name,
@@ -160,7 +161,8 @@ def condition_of(which: JobFilter) -> tuple[str, list[Any]]:
         conditions.append("finished_at < ?")
         values.append(microseconds(which.ended_before))
     if which.owner is not None:
-        conditions.append("owner <> '' AND owner = ?")  # the first part, so that SQLite finds the partial index
+        # The first part, so that SQLite finds the partial index, which has no jobs without an owner.
+        conditions.append("owner <> '' AND owner = ?" if which.owner else "owner = ?")
         values.append(which.owner)
     if which.batch_id is not None:
         conditions.append("batch_id = ?")

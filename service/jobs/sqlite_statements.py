@@ -73,7 +73,7 @@ END = f"""
     UPDATE jobs SET status = ended.column2, result = ended.column3, error = ended.column4,
         finished_at = ended.column5, attempts = attempts + (status = 'running'), retry_at = NULL,
         delivery_queue = {_QUEUE}, delivery = iif({_QUEUE} IS NULL, 'none', 'pending'),
-        due_at = iif({_QUEUE} IS NULL, NULL, ended.column5)
+        due_at = iif({_QUEUE} IS NULL, NULL, ended.column7)
     FROM (VALUES {{rows}}) AS ended WHERE job_id = ended.column1 AND status = ended.column6
 """  # noqa: S608  # as above
 COUNT_PENDING = """

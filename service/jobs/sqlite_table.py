@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ QUEUES_PER_VISIT = 1000
 OWNERS_PER_CLAIM = 1000
 
 _STATUS, _CREATED_AT, _STARTED_AT = map(COLUMNS.index, ("status", "created_at", "started_at"))
-_ROWS_PER_STATEMENT = (1024, 256, 64, 32, 16, 8, 4, 2, 1)  # few sizes, so that the statements stay prepared
+_ROWS_PER_STATEMENT = (1024, 256, 64, *range(32, 0, -1))  # few sizes, so that the statements stay prepared
 
 
 class JobTable:
@@ -96,7 +96,7 @@ class JobTable:
             duplicate = jobs[0].job_id if len(jobs) == 1 else self._first_duplicate([job.job_id for job in jobs])
             raise DuplicateJobError(duplicate) from None
         self._has_owners = self._has_owners or any(job.owner for job in jobs)
-        self.counts[JobStatus.QUEUED] += inserted
+        self.counts.update(job.status for job in jobs)
         self.counts[DeliveryStatus.NONE] += inserted
 
     def _first_duplicate(self, job_ids: Sequence[str]) -> str:
@@ -183,26 +183,31 @@ class JobTable:
                 row[_STARTED_AT] = max(now_us, row[_CREATED_AT])
         return [job_from_row(row) for row in rows]
 
-    def finish(self, ends: Sequence[JobEnd]) -> list[str]:
+    def finish(self, ends: Sequence[JobEnd], claimed: Collection[str] = ()) -> list[str]:
         """End jobs and, in the same step, make the deliveries due of those that named a queue for such an end.
 
         Returns the ids of the jobs that ended, in the order given. A job that cannot end so, because it was cancelled
-        meanwhile or is unknown, is left as it is, and its id is left out.
+        meanwhile or is unknown, is left as it is, and its id is left out. Deliveries of the jobs with the ids `claimed`
+        are claimed at once.
         """
-        if not self._end(JobStatus.RUNNING, ends):  # one was cancelled meanwhile, for example: end the others only
+        if not self._end(JobStatus.RUNNING, ends, claimed):  # one was cancelled, for example: end the others only
             jobs = {end.job_id: find_job(self._database, end.job_id) for end in ends}
             found = [
                 (job.status, end) for end in ends if (job := jobs.pop(end.job_id, None)) and life.end_job(job, end)
             ]
             for before in (JobStatus.RUNNING, JobStatus.QUEUED):
-                self._end(before, [end for status, end in found if status is before])
+                self._end(before, [end for status, end in found if status is before], claimed)
             ends = [end for _, end in found]
         return [end.job_id for end in ends]
 
-    def _end(self, before: JobStatus, ends: Sequence[JobEnd]) -> bool:
+    def _end(self, before: JobStatus, ends: Sequence[JobEnd], claimed: Collection[str] = ()) -> bool:
         """End jobs whose status is `before`; where one has another status, end none and return False."""
         rows = [
-            (end.job_id, end.status.value, end.result_json, end.error, microseconds(end.finished_at), before.value)
+            (
+                *(end.job_id, str(end.status), end.result_json, end.error),
+                *(finished_us := microseconds(end.finished_at), str(before)),
+                sql.CLAIMED if end.job_id in claimed else finished_us,
+            )
             for end in ends
         ]
         if self._write(sql.END, rows) < len(rows):
@@ -284,7 +289,7 @@ class JobTable:
         for status in DeliveryStatus:
             due = status is DeliveryStatus.PENDING
             rows = [
-                (each.job_id, status.value, each.attempts, each.error, microseconds(each.due_at) if due else None)
+                (each.job_id, str(status), each.attempts, each.error, microseconds(each.due_at) if due else None)
                 for each in records
                 if each.status is status
             ]

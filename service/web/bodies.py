@@ -173,6 +173,11 @@ _SPACE = b" \t\r\n"
 _LIST = re.compile(rb"[ \t\r\n]*\[")
 _TO_MARK = re.compile(rb'[^"\[\]{},]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"\[\]{},]*+)*+[\[\]{},]', re.DOTALL)
 """All up to the next bracket or comma that is in no string."""
+_STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_FLAT = rb'[\[{](?:[^"\[\]{}]++|%b)*+[\]}]' % _STRING
+_NESTED = rb'[\[{](?:[^"\[\]{}]++|%b|%b)*+[\]}]' % (_STRING, _FLAT)
+_TO_NEXT = re.compile(rb'(?:[^"\[\]{},]++|%b|%b)*+[,\]]' % (_STRING, _NESTED), re.DOTALL)
+"""An item that has objects and lists in itself at most, up to its end, in one step instead of many."""
 
 
 def _parts_of(body: bytes, limits: RequestConfig) -> Iterator[bytes]:
@@ -185,8 +190,9 @@ def _parts_of(body: bytes, limits: RequestConfig) -> Iterator[bytes]:
         raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "must be a JSON list, as in [1, 2]")
     first = start = item = end = opened.end()
     depth, count, marks, mark = 1, 0, 0, b""
+    short = min(SLICE_BYTES, limits.max_item_bytes, limits.max_item_values)
     while depth:
-        found = _TO_MARK.match(body, end)
+        found = (_TO_NEXT.match(body, end, end + short) if end == item else None) or _TO_MARK.match(body, end)
         if found is None:
             raise _not_json("the list, or a text in it, has no end")
         end = found.end()

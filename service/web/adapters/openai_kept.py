@@ -314,13 +314,13 @@ def _refused(custom_id: str, problem: ProblemError) -> dict[str, Any]:
 
 
 def _answer(result: BatchResult, endpoint: str) -> dict[str, Any]:
-    """A line of an output file, or of an error file."""
-    line = {"id": f"batch_req_{result.job_id}", "custom_id": from_json(result.meta_json)["custom_id"]}
+    """A line of an output file, or of an error file. A job that a client added by itself may have no `custom_id`."""
+    line = {"id": f"batch_req_{result.job_id}", "custom_id": from_json(result.meta_json).get("custom_id")}
     if result.status is not JobStatus.SUCCEEDED or result.result_json is None:
         error = {"code": result.status.value, "message": result.error or f"the request was {result.status}"}
         return line | {"response": None, "error": error}
     body = from_json(result.result_json)
     if endpoint == EMBEDDINGS:
-        data = [{"object": "embedding", "index": 0, "embedding": body[EMBEDDING.gives]}]
+        data = [{"object": "embedding", "index": 0, "embedding": body.get(EMBEDDING.gives)}]
         body = {"object": "list", "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
     return line | {"response": {"status_code": 200, "request_id": result.job_id, "body": body}, "error": None}

@@ -1,6 +1,6 @@
 """Jobs move from the store into the scheduler a window at a time, and every end of theirs is stored."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
 import anyio
@@ -12,7 +12,16 @@ from modalkit.batching.pending import Withdraw
 from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import NotReadyError
-from modalkit.service.jobs import Job, JobEnd, JobRetry, JobStatus, JobStoreError, MemoryJobStore
+from modalkit.service.jobs import (
+    IdempotencyKeyReusedError,
+    Job,
+    JobEnd,
+    JobRetry,
+    JobStatus,
+    JobStore,
+    JobStoreError,
+    MemoryJobStore,
+)
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import FIRST_JOB_RETRY_S, JobOutcome, JobRunner
 from modalkit.service.queue_backends import InMemoryBackend
@@ -32,9 +41,9 @@ class Flaky(MemoryJobStore):
             self.failures -= 1
             raise JobStoreError("the disk is full")
 
-    async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
+    async def finish(self, ends: Sequence[JobEnd], claimed: Collection[str] = ()) -> list[str]:
         self._maybe_fail()
-        return await super().finish(ends)
+        return await super().finish(ends, claimed)
 
 
 class Engine:
@@ -118,7 +127,7 @@ def store() -> Flaky:
 async def manager(store: Flaky, clock: FakeClock) -> AsyncIterator[JobManager]:
     async with JobManager(store, clock=clock, result_ttl_s=60, sweep_interval_s=0.001) as opened:
         for model_name in ("m", "other"):
-            opened.attach(model_name, NoFeed())
+            opened.attach(model_name, NoFeed(store))
         yield opened
 
 
@@ -126,6 +135,9 @@ class NoFeed:
     """Lets jobs be submitted before a runner is there for them."""
 
     input_model = AnyInput
+
+    def __init__(self, store: JobStore) -> None:
+        self.add = store.add
 
     def wake(self) -> None: ...
 
@@ -194,6 +206,54 @@ async def ended_or_not(manager: JobManager, job_id: str) -> Job:
     job = await manager.get(job_id)
     assert job is not None
     return job
+
+
+async def test_a_new_job_that_the_window_has_room_for_is_not_read_from_the_store(manager: JobManager) -> None:
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=3):
+        await anyio.wait_all_tasks_blocked()
+        requests = [AsyncInputModel(message={"n": n}) for n in range(5)]
+        job_ids = [
+            added.value for added in await manager.submit(requests, model_name="m") if isinstance(added, Success)
+        ]
+        assert [job.job_id for job in engine.started] == job_ids[:3]
+        statuses = [(await ended_or_not(manager, job_id)).status for job_id in job_ids]
+        engine.open()
+        jobs = [await ended(manager, job_id) for job_id in job_ids]
+    assert statuses == [JobStatus.RUNNING] * 3 + [JobStatus.QUEUED] * 2
+    assert [job.result for job in jobs] == [output_of(job).model_dump() for job in jobs]
+    assert [isinstance(job.item, AnyInput) for job in engine.started] == [True] * 3 + [False] * 2
+
+
+async def test_a_job_whose_submission_was_cancelled_runs_if_it_was_stored() -> None:
+    stored = anyio.Event()
+
+    class Slow(MemoryJobStore):
+        async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
+            added = await super().add(jobs)
+            stored.set()
+            await anyio.sleep_forever()
+            return added
+
+    engine = Engine()
+    async with JobManager(Slow()) as manager, JobRunner(manager, "m", engine, window=3):
+        await anyio.wait_all_tasks_blocked()
+        async with anyio.create_task_group() as submitting:
+            submitting.start_soon(submit, manager)
+            await stored.wait()
+            submitting.cancel_scope.cancel()
+        await engine.until_started(1)
+        await ended(manager, engine.started[0].job_id)
+
+
+async def test_a_repetition_with_the_same_idempotency_key_does_not_run(manager: JobManager) -> None:
+    engine = Engine()
+    async with JobRunner(manager, "m", engine, window=3) as runner:
+        await anyio.wait_all_tasks_blocked()
+        job_ids = [await submit(manager, idempotency_key="k") for _ in range(2)]
+        await ended(manager, job_ids[0])
+        assert runner.running == 0
+    assert len(engine.started) == len(set(job_ids)) == 1
 
 
 async def test_each_end_is_stored_as_it_was(manager: JobManager) -> None:
@@ -265,9 +325,9 @@ async def test_jobs_that_ended_together_are_stored_together(manager: JobManager,
     sizes: list[int] = []
     finish = store.finish
 
-    async def counting(ends: Sequence[JobEnd]) -> list[str]:
+    async def counting(ends: Sequence[JobEnd], claimed: Collection[str] = ()) -> list[str]:
         sizes.append(len(ends))
-        return await finish(ends)
+        return await finish(ends, claimed)
 
     store.finish = counting  # type: ignore[method-assign]  # to see how often it is called
     engine = Engine(is_open=False)
@@ -310,8 +370,8 @@ async def test_cancelling_too_late_does_not_stop_the_delivery() -> None:
     queue = InMemoryBackend()
 
     class Slow(Flaky):
-        async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
-            ended = await super().finish(ends)
+        async def finish(self, ends: Sequence[JobEnd], claimed: Collection[str] = ()) -> list[str]:
+            ended = await super().finish(ends, claimed)
             stored.set()
             await released.wait()
             return ended
@@ -686,8 +746,9 @@ async def test_results_are_removed_once_their_time_is_over(manager: JobManager, 
 
 async def test_an_expired_job_is_delivered_to_its_failure_queue(clock: FakeClock) -> None:
     queue = InMemoryBackend()
-    async with JobManager(Flaky(), queue, clock=clock, sweep_interval_s=0.001) as manager:
-        manager.attach("m", NoFeed())
+    store = Flaky()
+    async with JobManager(store, queue, clock=clock, sweep_interval_s=0.001) as manager:
+        manager.attach("m", NoFeed(store))
         job_id = await submit(manager, failure_queue="bad", expires_in=5)
         clock.advance(6)
         assert job_id in await queue.receive("bad")

@@ -339,7 +339,7 @@ def listed(**fields: Any) -> str:
         (sql.QUARANTINE_DELIVERIES.format(which="delivery_crashes > 0"), "suspect_deliveries"),
         (sql.QUARANTINE_DELIVERIES.format(which="delivery_crashes = 0 AND delivery_queue = ?"), "deliveries"),
         (sql.GIVE_UP_DELIVERIES, "suspect_deliveries"),
-        (sql.END.format(rows="(1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
+        (sql.END.format(rows="(1, 1, 1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.COUNT_PENDING, "sqlite_autoindex_jobs_1"),
         (sql.RECORD_DELIVERIES.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.REPLAY.format(which="seq > ?"), "undelivered_jobs"),

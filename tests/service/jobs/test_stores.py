@@ -679,8 +679,10 @@ async def test_an_owner_lists_removes_and_replays_its_own_jobs_alone(store: JobS
     assert [job.job_id for job in (await store.page(9, JobFilter(owner="x"))).jobs] == ["x1", "x0"]
     assert await store.replay(["x0", "y0"], 4.0, "x") == 1
     assert await store.replay(None, 4.0, "x") == 1
+    await store.add([new_job("unowned")])
+    assert [job.job_id for job in (await store.page(9, JobFilter(owner=""))).jobs] == ["unowned"]
     assert await store.purge(JobFilter(owner="y")) == 2
-    assert [job.job_id for job in (await store.page(9, JobFilter())).jobs] == ["x1", "x0"]
+    assert [job.job_id for job in (await store.page(9, JobFilter())).jobs] == ["unowned", "x1", "x0"]
 
 
 async def test_a_document_keeps_its_owner_and_its_age_when_another_changes_it(store: JobStore) -> None:

@@ -111,6 +111,17 @@ async def test_embeddings_are_answered_in_their_own_shape(client: httpx.AsyncCli
         assert list(await content_of(ask, batch.error_file_id)) == ["b"]
 
 
+async def test_a_job_that_was_added_to_a_batch_by_itself_does_not_break_its_files(client: httpx.AsyncClient) -> None:
+    async with client_of(client) as ask:
+        batch = await ran(
+            ask, await uploaded(ask, request("a", "/v1/embeddings", input="x", model="all")), "/v1/embeddings"
+        )
+        asked = {"batch_id": batch.id, "first_line": 9, "model_name": "lengths"}
+        added = await client.post("/async/predict", params=asked, json={"message": {"text": "four"}})
+        await client.get(f"/jobs/{added.json()['job_id']}", params={"wait": 30})
+        assert list(await content_of(ask, batch.output_file_id)) == ["a", None]
+
+
 async def test_a_file_with_a_wrong_line_runs_nothing(client: httpx.AsyncClient) -> None:
     async with client_of(client) as ask:
         lines = [request("a", text="x"), "no json", request("a", text="y"), request("b", "/v1/embeddings", input="z")]
