@@ -28,7 +28,7 @@ OWN_CAPACITY_S = 1.5
 OWN_SHARE = 0.8
 """A run with more of the requests per second that the generator itself can send was limited by it."""
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command("bench")
@@ -150,6 +150,8 @@ def bench(
     before = None if compare is None else read_document(compare)
     base = Load(seconds=seconds, warm_up_s=warm_up, until_steady=until_steady, timeout_s=timeout, processes=processes)
     loads = [] if capacity or p99_ms is not None else loads_of(base, clients, rate, arrivals)
+    if tool is not None and tool not in TOOLS:
+        raise BenchError(f"--tool {tool!r}: give one of {', '.join(TOOLS)}")
     if tool is not None and any(load.is_open for load in loads):
         raise BenchError("--tool drives a closed loop: give --clients, not --rate")
     with _progress() as on_run, session_of(options, on_run) as session:

@@ -52,14 +52,14 @@ def test_answers_that_are_no_success_are_no_figure(service: str) -> None:
         cross_check("wrk", Endpoint(f"{service}/sync/predict"), [{"text": "a"}], LOAD, own(1.0))
 
 
-def test_a_tool_that_is_not_known_is_refused() -> None:
-    with pytest.raises(BenchError, match="--tool 'ab'"):
-        cross_check("ab", Endpoint("http://h"), [], LOAD, own(1.0))
-
-
 def test_aiperf_takes_no_lists() -> None:
     with pytest.raises(BenchError, match="use wrk for lists"):
         cross_check("aiperf", Endpoint("http://h", {"$each": "$item"}), [{"text": "a"}], LOAD, own(1.0))
+
+
+def test_an_unknown_tool_is_refused_before_anything_runs(bench: Bench) -> None:
+    done = bench("http://127.0.0.1:1", "--tool", "ab")
+    assert "--tool 'ab': give one of wrk, aiperf" in str(done.exception)
 
 
 def test_an_open_loop_cannot_be_checked(bench: Bench) -> None:
