@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modalkit.service.cli.common import notices
+from modalkit.service.cli.common import notices, one_of
 from modalkit.service.cli.config import defaults_yaml
 from modalkit.service.errors import ServiceError
 from modalkit.service.settings import ModelEntry
@@ -85,7 +85,9 @@ TEMPLATES = {
 
 def init(
     folder: Annotated[Path, typer.Argument(help="Where the files go; it is made if it does not exist.")] = Path(),
-    task: Annotated[Task, typer.Option(help="What the service is for; empty: a pipeline of your own.")] = Task.EMPTY,
+    task: Annotated[
+        Task, typer.Option(help="What the service is for; empty: a pipeline of your own.", **one_of(Task))
+    ] = Task.EMPTY,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The model of a task: its name on a hub, or a folder.")
     ] = None,

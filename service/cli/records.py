@@ -198,7 +198,7 @@ def _columns_of_fields(
     wanted = [_text_field(fields)] if column is not None else [*fields] or [_text_field(fields)]
     columns = {field: column or field for field in wanted if (column or field) in header}
     if not columns:
-        named = ", ".join(repr(column or field) for field in wanted)
+        named = " or ".join(repr(column or field) for field in wanted)
         raise InputError(f"the {what} has no column {named}; it has {[*header]}: name the text's with --column")
     return columns
 

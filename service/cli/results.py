@@ -97,6 +97,8 @@ def interrupted_run(path: Path, run: Mapping[str, Any], *, resume: bool, force: 
     and where a run was interrupted, unless `resume` is set and that run had the same input and options.
     """
     partial = _partial_of(path)
+    if not partial.parent.is_dir():
+        raise InputError(f"there is no folder {partial.parent}: make it, or choose another output")
     if not partial.exists():
         if path.is_file() and path.stat().st_size and not force:
             raise InputError(f"{path} exists already: choose another output, or replace it with --force")
@@ -167,7 +169,7 @@ def result_file(
         except BaseException:
             stream.flush()
             if writer.done or writer.written or writer.is_begun:
-                notices.print(f"{path} is left as it was; what was written is in {partial}: --resume goes on with it")
+                notices.print(f"What was written is in {partial}: --resume goes on with it")
             else:
                 partial.unlink()
             raise

@@ -151,6 +151,12 @@ def test_nothing_is_overwritten_and_nothing_written_beside_it(modalkit: Modalkit
     assert (folder / "new" / "Dockerfile").read_text() == "mine"
 
 
+def test_an_unknown_task_is_refused_with_those_that_there_are(modalkit: Modalkit) -> None:
+    done = modalkit("init", "new", "--task", "translation")
+    assert done.returncode == 2
+    assert "must be one of empty, sentiment," in done.stderr
+
+
 def test_a_model_without_a_task_is_refused(modalkit: Modalkit) -> None:
     done = modalkit("init", "new", "--model", "mine")
     assert done.returncode == 2

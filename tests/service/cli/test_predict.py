@@ -116,9 +116,9 @@ def test_an_input_or_output_that_cannot_be_used_is_one_message_and_exit_code_2(
 
 def test_an_output_in_a_folder_that_does_not_exist_is_one_message(modalkit: Modalkit) -> None:
     done = modalkit("predict", "a text", "-o", "no/such/folder.jsonl")
-    assert done.returncode == 1
-    assert done.stderr.startswith("modalkit: error: ")
-    assert "no/such/folder.jsonl" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr.startswith("modalkit: error: there is no folder ")
+    assert "no/such: make it" in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [("a text", "--input", "in.csv"), ("--format", "xml"), ("-i", "missing.txt")])
