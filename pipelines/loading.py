@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from torch import nn
 from transformers import (
@@ -197,14 +198,16 @@ def quiet_transformers() -> Iterator[None]:
     The settings are global to the process, so only one thread at a time runs the block.
     """
     with TRANSFORMERS_LOADING:
-        verbosity = transformers_logging.get_verbosity()
+        verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
         bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
         transformers_logging.set_verbosity(logging.ERROR)
+        hub_logging.set_verbosity(logging.ERROR)
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the library has no type for it
         try:
             yield
         finally:
             transformers_logging.set_verbosity(verbosity)
+            hub_logging.set_verbosity(hub_verbosity)
             if bars:
                 transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # as above
                 if not hub_bars:

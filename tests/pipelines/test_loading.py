@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
@@ -32,9 +33,15 @@ def test_roberta_loses_the_positions_up_to_its_padding_token() -> None:
     assert checkpoint.max_length == 32
 
 
-def test_the_librarys_own_verbosity_is_back_after_loading() -> None:
-    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+def test_the_libraries_own_verbosity_is_back_after_loading() -> None:
+    def settings() -> tuple[int, int, bool]:
+        return (
+            transformers_logging.get_verbosity(),
+            hub_logging.get_verbosity(),
+            transformers_logging.is_progress_bar_enabled(),
+        )
+
+    before = settings()
     with quiet_transformers():
-        assert transformers_logging.get_verbosity() == logging.ERROR
-        assert not transformers_logging.is_progress_bar_enabled()
-    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+        assert settings() == (logging.ERROR, logging.ERROR, False)
+    assert settings() == before
