@@ -1,4 +1,4 @@
-// The last batches: a column each, when each ran, and who rode with whom in the chosen one.
+// The last batches: a column each, when each ran, and the requests of the chosen one.
 
 import { byId, count, duration, h, number, percent, setText, svg } from "./dom.js";
 import { KEPT_BATCHES } from "./history.js";

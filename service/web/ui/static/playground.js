@@ -192,7 +192,7 @@ export class Playground {
     const where =
       batches.length === 1 ? "It ran in one batch." : `It ran in ${count(batches.length)} batches: ${text}.`;
     byId("rode").replaceChildren(
-      h("h3", {}, "Who rode with it"),
+      h("h3", {}, "The requests of its batch"),
       h("p", { class: "caption" }, where),
       batchDetails(batches[0], false),
     );
