@@ -229,9 +229,12 @@ def _failures(results: Results, verdicts: list[Verdict]) -> Iterator[str]:
         yield f"the load generator was the limit ({line}); give it more --processes, or another machine"
     for cell in results.cells:
         if not cell.answered:
-            yield f"{cell.load}: nothing was answered"
+            yield f"{cell.load}: nothing was answered within --seconds"
         if cell.delivery is not None and cell.delivery["lost"]:
-            yield f"{cell.load}: {cell.delivery['lost']} accepted jobs were not delivered"
+            yield (
+                f"{cell.load}: {cell.delivery['lost']} accepted jobs were not delivered to --queue; a service that "
+                "runs already needs that backend in its queue_config"
+            )
     for found in verdicts:
         if found.verdict == "worse":
             yield f"{found.what}: {found.figure} is worse, {number(found.now)} after {number(found.before)}"
