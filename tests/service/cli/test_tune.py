@@ -149,8 +149,11 @@ import threading
 from tests.support.length_model import LengthPipeline
 
 class Mine(LengthPipeline):
+    calls_by_worker = 0  # batches are measured in the main thread; the worker of the trial has a thread of its own
+
     def predict(self, input_list, preprocessed_data):
-        if threading.current_thread() is not threading.main_thread() and len(self.batches) > 700:
+        self.calls_by_worker += threading.current_thread() is not threading.main_thread()
+        if self.calls_by_worker > 10:  # it has warmed up
             raise OSError("connection lost")
         return super().predict(input_list, preprocessed_data)
 """
