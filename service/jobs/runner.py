@@ -32,6 +32,8 @@ ROOM_POLL_INTERVAL_S = 0.05
 """Seconds between two attempts to start a job while the scheduler's queue is full."""
 BULK_WINDOW_DIVISOR = 10
 """Bulk jobs get at least one in N places of the window."""
+MAX_WINDOW_BYTES = 64 * 2**20
+"""Bytes of the jobs in a window beyond which no more are claimed. One claim may add as much once more."""
 FIRST_JOB_RETRY_S = 2.0
 """Seconds, at most, between a job's first attempt and its second; each later wait is four times as long."""
 
@@ -58,10 +60,6 @@ class JobEngine(Protocol):
 
         Raises what the batch raises, including `BatchTimeoutError`.
         """
-
-
-MAX_WINDOW_BYTES = 64 * 2**20
-"""Bytes of the jobs in a window beyond which no more are claimed. One claim may add as much once more."""
 
 
 class JobRunner(AsyncContextManagerMixin):
@@ -269,9 +267,8 @@ class JobRunner(AsyncContextManagerMixin):
 
     def _wanted(self, limit: float) -> int:
         """How many jobs to claim now."""
-        if self._waiting or self._leaves_jobs_stored():
-            return 0
-        if self._running.size_bytes + self._adding_bytes >= MAX_WINDOW_BYTES:
+        size_bytes = self._running.size_bytes + self._adding_bytes
+        if self._waiting or self._leaves_jobs_stored() or size_bytes >= MAX_WINDOW_BYTES:
             return 0
         return int(min(limit, max(0, self._window - len(self._running) - self._unstored)))
 
