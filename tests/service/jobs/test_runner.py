@@ -17,6 +17,7 @@ from modalkit.service.jobs import (
     IdempotencyKeyReusedError,
     Job,
     JobEnd,
+    JobFilter,
     JobRetry,
     JobStatus,
     JobStore,
@@ -313,8 +314,8 @@ async def test_jobs_run_that_were_retried_by_a_call_that_failed_half_way(manager
         await ended(manager, job_id)
         retry = store.retry
 
-        async def fails_at_last(*args: Any) -> list[str]:
-            await retry(*args)
+        async def fails_at_last(job_ids: Sequence[str] | None, which: JobFilter, now: float) -> list[str]:
+            await retry(job_ids, which, now)
             raise JobStoreError("the disk is full")
 
         store.retry = fails_at_last  # type: ignore[method-assign]  # as if it had failed in a later step
