@@ -49,6 +49,8 @@ class _Process:
         self._lock = threading.Lock()
         self._number = 0
         self._answers: dict[int, SimpleQueue[tuple[str, Any]]] = {0: SimpleQueue()}
+        self._end: tuple[str, Any] | None = None
+        """The answer to all calls once the process has ended."""
         self._connection, theirs = Pipe()
         with theirs:
             # Not by `multiprocessing`, which would run the main module of this program once more.
@@ -114,6 +116,8 @@ class _Process:
             self._number += 1
             number = self._number
         self._answers[number] = SimpleQueue()
+        if self._end is not None:  # `_read` may have answered those that waited before
+            self._answers[number].put(self._end)
         try:
             self._write(number, method, arguments)
         except BaseException:
@@ -148,9 +152,9 @@ class _Process:
                     answers.put((kind, value))
         code = self._child.wait()
         how = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        end = "error", DeviceProcessError(self._device, how)
+        self._end = "error", DeviceProcessError(self._device, how)
         for answers in list(self._answers.values()):
-            answers.put(end)
+            answers.put(self._end)
 
 
 class DevicePipeline(InferencePipeline):

@@ -16,8 +16,8 @@ from modalkit.batching import (
 )
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel
 from modalkit.service.errors import Readiness, UnknownModelError
-from modalkit.service.jobs import ALL_JOBS, BatchLines, Job, JobCounts, JobFilter, JobPage, JobPiece, JobStore
-from modalkit.service.jobs.batches import Batches
+from modalkit.service.jobs import ALL_JOBS, Job, JobBatchLines, JobCounts, JobFilter, JobPage, JobPiece, JobStore
+from modalkit.service.jobs.batches import JobBatches
 from modalkit.service.settings import BatchConfig
 
 
@@ -108,7 +108,7 @@ class JobAdministration(Protocol):
         """How many jobs there are by status and by delivery."""
 
     @property
-    def batches(self) -> Batches:
+    def batches(self) -> JobBatches:
         """The jobs that were submitted as lines of a batch."""
         ...
 
@@ -137,7 +137,7 @@ class Jobs(Protocol):
         requests: Sequence[AsyncInputModel],
         *,
         model_name: str,
-        batch: BatchLines | None = None,
+        batch: JobBatchLines | None = None,
         **options: Unpack[QueueOptions],
     ) -> list[Outcome[str]]:
         """Accept jobs for one model; the id or the error of each, in the same order.

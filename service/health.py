@@ -30,9 +30,14 @@ class Health:
             self._device_fault = describe_error(fault)
 
     @property
+    def device_is_lost(self) -> bool:
+        """Whether the device is broken; each request asks for it."""
+        return self._device_faults >= MAX_DEVICE_FAULTS
+
+    @property
     def problem(self) -> str | None:
         """Why batches cannot be run any more: their device is broken, the scheduler, or too many hang; else None."""
-        if self._device_faults >= MAX_DEVICE_FAULTS:
+        if self.device_is_lost:
             return f"its device is broken: {self._device_fault}"
         if self._scheduler.is_broken:
             return "its scheduler broke down, as the log says"

@@ -115,12 +115,10 @@ class LocalModel:
     def ready_worker(self) -> InferenceWorker:
         """The worker. Raises `NotReadyError`."""
         worker = self.worker
-        if worker is not None and self.error is None and worker.problem is None and not self._state.closing.is_set():
-            return worker  # each request asks for it
-        readiness = self.readiness
-        if worker is None or readiness not in (Readiness.READY, Readiness.RESTARTING):
+        # Each request asks for it, so as little as possible is looked at. A scheduler that is broken refuses by itself.
+        if worker is None or self.error is not None or worker.health.device_is_lost or self._state.closing.is_set():
             reason = None if self.error is None else describe_error(self.error.__cause__ or self.error)
-            raise NotReadyError(self.name, readiness, reason)
+            raise NotReadyError(self.name, self.readiness, reason)
         return worker
 
     async def serve(self, jobs: JobManager) -> None:

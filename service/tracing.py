@@ -133,12 +133,6 @@ def enable_tracing(provider: "TracerProvider | None" = None) -> None:
     _tracing = Tracing(provider)
 
 
-def disable_tracing() -> None:
-    """Make no more spans."""
-    global _tracing  # noqa: PLW0603  # as above
-    _tracing = None
-
-
 def active_tracing() -> Tracing | None:
     """What makes spans, if it is enabled."""
     return _tracing

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -15,6 +16,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _SHOWN_CHARACTERS = 100
+_COMPARED_CHARACTERS = 100
 
 
 def validated(model: type[Model], value: object) -> Model:
@@ -76,7 +78,12 @@ def _known_fields(path: Sequence[int | str], model: type[BaseModel] | None) -> s
     if model is None:
         return "remove it or correct its name"
     names = [field.alias or name for name, field in model.model_fields.items()]
-    close = difflib.get_close_matches(str(path[-1]), names, n=1)
+    return _names_like(str(path[-1])[:_COMPARED_CHARACTERS], *names)
+
+
+@lru_cache(maxsize=1024)  # many items may have the same wrong field, and to compare names takes long
+def _names_like(wrong: str, *names: str) -> str:
+    close = difflib.get_close_matches(wrong, names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"remove it; known are: {', '.join(names)}"
 
 

@@ -115,9 +115,10 @@ class InferenceWorker(AsyncContextManagerMixin):
             on_batch=self._on_batch,
             name=self.model_name,
         )
-        self._health = Health(self._scheduler)
+        self.health = Health(self._scheduler)
+        """Whether its batches can run."""
         failure_log = FailureLog(self.model_name) if log_failures else None
-        sinks = (self._health, BatchMetrics(self.model_name), failure_log, on_batch)
+        sinks = (self.health, BatchMetrics(self.model_name), failure_log, on_batch)
         self._sinks: list[Callable[[BatchRecord], None]] = [sink for sink in sinks if sink is not None]
         self._runner = JobRunner(
             self._jobs,
@@ -343,12 +344,12 @@ class InferenceWorker(AsyncContextManagerMixin):
     @property
     def problem(self) -> str | None:
         """Why batches cannot be run any more: their device is broken, the scheduler, or too many hang; else None."""
-        return self._health.problem
+        return self.health.problem
 
     @property
     def hangs(self) -> bool:
         """Whether too many batches hang past their timeout: another pipeline, in threads of its own, may not."""
-        return self._health.hangs
+        return self.health.hangs
 
     async def wait_until_broken(self) -> None:
         """Wait until the scheduler breaks: then nothing runs any more. It may never return."""

@@ -33,12 +33,12 @@ class _Connection(asyncio.Protocol):
         """When the request that is under way was sent."""
         self.is_open = False
         self._parser = httptools.HttpResponseParser(self)
-        self._body = b""
+        self._body: list[bytes] = []
 
     def send(self, request: bytes) -> "asyncio.Future[tuple[int, bytes]]":
         """Send a request. The future has the status and the body, or raises what became of the connection."""
         self._answer: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
-        self._body = b""
+        self._body = []
         self.since_s = perf_counter()
         self._transport.write(request)
         return self._answer
@@ -75,7 +75,7 @@ class _Connection(asyncio.Protocol):
     # Called by the parser.
 
     def on_body(self, body: bytes) -> None:
-        self._body = self._body + body if self._body else body
+        self._body.append(body)
 
     def on_message_complete(self) -> None:
         status = self._parser.get_status_code()
@@ -85,7 +85,7 @@ class _Connection(asyncio.Protocol):
             self.is_open = False
             self._transport.close()
         if not self._answer.done():
-            self._answer.set_result((status, self._body))
+            self._answer.set_result((status, b"".join(self._body)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import json_form, make_job_id, parse_job_id, read_job
 from modalkit.service.errors import NotAvailableError, ServiceError, describe_error
 from modalkit.service.gateway import JobAdministration, Model, find_model
-from modalkit.service.jobs import BatchLines, Job, JobPiece, JobStatus, JobStoreError
+from modalkit.service.jobs import Job, JobBatchLines, JobPiece, JobStatus, JobStoreError
 from modalkit.service.jobs.life import new_job, request_digest
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.settings import BatchConfig
@@ -109,7 +109,7 @@ class CallJobs(AsyncContextManagerMixin):
         requests: Sequence[AsyncInputModel],
         *,
         model_name: str,
-        batch: BatchLines | None = None,
+        batch: JobBatchLines | None = None,
         **options: Unpack[QueueOptions],
     ) -> list[Outcome[str]]:
         """Accept jobs; returns the id or the error of each, in their order, once the queue keeps them.

@@ -1,29 +1,30 @@
-"""Submits the lines of a batch to a running service and reads their results, through cut connections and restarts."""
+"""Submits lines as a batch of jobs to a running service, and reads results, through cut connections and restarts."""
 
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, TypeVar
 
 import anyio
 import httpx
 from anyio import to_thread
+from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.cli.common import notices
-from modalkit.service.cli.jobs_client import JobsClient, JobsError
+from modalkit.service.cli.jobs_client import AWAY, AwayError, JobsClient, JobsError
 from modalkit.service.cli.predict import SHOWN_ERRORS
 from modalkit.service.cli.records import Record, kept_columns
 from modalkit.service.cli.results import ResultWriter
 from modalkit.service.errors import ServiceError
-from modalkit.service.web.answers import NDJSON
+from modalkit.service.web.answers import NDJSON, BatchView
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,9 +36,11 @@ MAX_LINES_AHEAD = 20_000
 MAX_BYTES_AHEAD = 64 * 2**20
 LONGEST_WAIT_S = 5.0
 """Seconds, at most, until a service that does not answer is asked again."""
-TRANSIENT = frozenset(
-    {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT}
-)
+COUNTING_INTERVAL_S = 2.0
+"""Seconds between two questions how many jobs have ended."""
+COUNTING_PAUSE_FACTOR = 20
+"""The pause after an answer is so many times as long as that took: to count a million jobs takes the store a second."""
+TRANSIENT = AWAY | {HTTPStatus.TOO_MANY_REQUESTS}
 
 _JOB_KEYS = AsyncInputModel.model_fields.keys() | {"model_name"}
 
@@ -46,12 +49,16 @@ _JOB_KEYS = AsyncInputModel.model_fields.keys() | {"model_name"}
 class _Line:
     """A line whose result is not written yet."""
 
-    number: int
     record: Record
     content: bytes
     """The job, as it is sent; empty where it cannot be."""
     error: str | None = None
     is_stored: bool = False
+
+    @property
+    def number(self) -> int:
+        """Its line in the batch of jobs: that of the file."""
+        return self.record.line
 
 
 class _TryAgainError(Exception):
@@ -64,12 +71,12 @@ class _TryAgainError(Exception):
 
 @dataclass(slots=True)
 class BatchRun:
-    """One run over the lines of a batch.
+    """One run over the lines of a batch of jobs.
 
-    Lines are sent in parts, each again until the service has answered: it knows them by the batch and their numbers.
-    With a `writer`, results are read in the order of lines beside that, and written. So many lines are under way at
-    most, and memory is bounded. Raises `JobsError` where the service refuses, or cannot be reached for `patience_s`
-    seconds.
+    Lines are sent in parts, each again until the service has answered: it knows them by the batch and their numbers in
+    the file. With a `writer`, results are read in the order of lines beside that, and written. `MAX_LINES_AHEAD` lines
+    are under way at most, so memory is bounded. Raises `JobsError` where the service refuses, and `AwayError` where it
+    cannot be reached for `patience_s` seconds.
     """
 
     client: JobsClient
@@ -85,17 +92,22 @@ class BatchRun:
     kept_beside: Sequence[str] | None
     """The fields of results, where the columns of the input are kept."""
     patience_s: float
-    on_progress: Callable[[], object]
+    done: int = 0
+    """Lines that have their result from a run before."""
+    on_progress: Callable[..., object] | None = None
+    """Is told `completed`: how many lines of the file are sent or, with a `writer`, how many jobs have ended."""
     failed: int = 0
     sent: int = 0
     written: int = 0
+    _ended: int = 0
+    _away_at: float | None = None
     _lines: deque[_Line] = field(default_factory=deque)
     _bytes: int = 0
     _all_sent: bool = False
     _change: anyio.Event = field(default_factory=anyio.Event)
 
-    async def run(self, records: Iterator[Record], first_line: int) -> None:
-        """Submit records, the first of which is `first_line` of the batch, and write their results."""
+    async def run(self, records: Iterator[Record], after: int = 0) -> None:
+        """Submit records, which follow line `after` of the file, and write their results."""
         failure: Exception | None = None
 
         async def until_failure(task: Callable[..., Awaitable[None]], *arguments: Any) -> None:
@@ -107,22 +119,24 @@ class BatchRun:
                 task_group.cancel_scope.cancel()
 
         async with plain_task_group() as task_group:
-            task_group.start_soon(until_failure, self._send_all, records, first_line)
+            task_group.start_soon(until_failure, self._send_all, records)
             if self.writer is not None:
-                task_group.start_soon(until_failure, self._write_all, first_line - 1)
+                if self.on_progress is not None:
+                    task_group.start_soon(self._count_ended)
+                await until_failure(self._write_all, after)
+                task_group.cancel_scope.cancel()
         if failure is not None:
             raise failure
 
     # Sending.
 
-    async def _send_all(self, records: Iterator[Record], number: int) -> None:
+    async def _send_all(self, records: Iterator[Record]) -> None:
         while True:
             while len(self._lines) >= MAX_LINES_AHEAD or self._bytes >= MAX_BYTES_AHEAD:
                 await self._next_change()
-            part = await to_thread.run_sync(self._next_part, records, number, abandon_on_cancel=True)
+            part = await to_thread.run_sync(self._next_part, records, abandon_on_cancel=True)
             if not part:
                 break
-            number += len(part)
             if self.writer is not None:
                 self._lines += part
                 self._bytes += sum(len(line.content) for line in part)
@@ -135,10 +149,10 @@ class BatchRun:
         self._all_sent = True
         self._tell_change()
 
-    def _next_part(self, records: Iterator[Record], number: int) -> list[_Line]:
+    def _next_part(self, records: Iterator[Record]) -> list[_Line]:
         part, size_bytes = list[_Line](), 0
         for record in islice(records, LINES_PER_REQUEST):
-            line = _Line(number + len(part), record, b"", record.error)
+            line = _Line(record, b"", record.error)
             if record.error is None:
                 try:
                     line.content = self._job_of(record)
@@ -159,14 +173,18 @@ class BatchRun:
 
     async def _send(self, part: Sequence[_Line]) -> None:
         """Send lines, and note the answer for each. Raises `_TryAgainError`."""
-        unanswered = {place: line for place, line in enumerate(part, start=1) if line.error is None}
+        first = part[0].number
+        unanswered = {line.number - first + 1: line for line in part if line.error is None}
         if not unanswered:
             return
         reason, wait_s = "the answer was cut", None
-        body = b"".join((b"" if line.error is not None else line.content) + b"\n" for line in part)
-        query = {**self.query, "batch_id": self.batch_id, "first_line": str(part[0].number)}
+        body = bytearray()
+        for before, line in pairwise([part[0], *part]):
+            # Lines of the file without an item, or with one that is refused, are empty ones: those are only counted.
+            body += b"\n" * (line.number - before.number) + (b"" if line.error is not None else line.content)
+        query = {**self.query, "batch_id": self.batch_id, "first_line": str(first)}
         headers = {**self.headers, "content-type": NDJSON}
-        sending = self.http.stream("POST", "/async/predict", params=query, headers=headers, content=body)
+        sending = self.http.stream("POST", "/async/predict", params=query, headers=headers, content=bytes(body))
         with self._begun():
             async with sending as response:
                 async for content in self._lines_of(response):
@@ -249,14 +267,32 @@ class BatchRun:
         self._count(line.record, result["error"] if result["status"] == "error" else None)
         self._tell_change()
 
+    async def _count_ended(self) -> None:
+        """Ask again and again how many jobs have ended: results are written in order, and one line may hold up many."""
+        pause_s = COUNTING_INTERVAL_S
+        while True:
+            await anyio.sleep(pause_s)
+            asked_at = time.monotonic()
+            with suppress(httpx.TransportError, ValidationError):
+                response = await self.http.get(f"/batches/{self.batch_id}")
+                statuses = BatchView.model_validate_json(response.content).statuses
+                self._ended = sum(count for status, count in statuses.items() if status.has_ended)
+                self._show_progress()
+            pause_s = max(COUNTING_INTERVAL_S, COUNTING_PAUSE_FACTOR * (time.monotonic() - asked_at))
+
     # Both.
 
     def _count(self, record: Record, error: str | None) -> None:
         if error is not None:
             self.failed += 1
             if self.failed <= SHOWN_ERRORS:
-                notices.print(f"line {record.line}: {error}", markup=False)
-        self.on_progress()
+                notices.print(f"{record.place}: {error}", markup=False)
+        self._show_progress()
+
+    def _show_progress(self) -> None:
+        if self.on_progress is not None:
+            lines = self.sent if self.writer is None else self.written
+            self.on_progress(completed=max(self.done + lines, self._ended))
 
     async def _lines_of(self, response: httpx.Response) -> AsyncIterator[bytes]:
         """The lines of an answer. Raises `_TryAgainError`, and `JobsError` for a refusal."""
@@ -267,6 +303,9 @@ class BatchRun:
                 after = response.headers.get("retry-after", "")
                 raise _TryAgainError(str(error), float(after) if after.isdecimal() else None)
             raise error
+        if self._away_at is not None:
+            waited_s, self._away_at = time.monotonic() - self._away_at, None
+            notices.print(f"{self.client.name} answers again, after {waited_s:.0f} s", markup=False)
         rest = b""
         async for chunk in response.aiter_bytes():
             *lines, rest = (rest + chunk).split(b"\n")
@@ -274,7 +313,7 @@ class BatchRun:
                 yield line
 
     async def _persist(self, what: str, attempt: Callable[[T], Awaitable[R]], argument: T) -> R:
-        """Await an attempt until it succeeds. Raises `JobsError` once it has failed for `patience_s` seconds."""
+        """Await an attempt until it succeeds. Raises `AwayError` once it has failed for `patience_s` seconds."""
         failed_at, attempts = None, 0
         while True:
             try:
@@ -284,7 +323,13 @@ class BatchRun:
                 failed_at, attempts = failed_at or now, attempts + 1
                 reason = str(error) or type(error).__name__
                 if now - failed_at > self.patience_s:
-                    raise JobsError(f"{self.client.name}: {what} for {self.patience_s:g} s: {reason}") from error
+                    raise AwayError(f"{self.client.name}: {what} for {self.patience_s:g} s: {reason}") from error
+                if attempts > 1 and self._away_at is None:
+                    self._away_at = failed_at
+                    notices.print(
+                        f"{self.client.name}: {what}: {reason}; trying again for {self.patience_s:g} s (--patience)",
+                        markup=False,
+                    )
                 wait_s = getattr(error, "wait_s", None)
                 pause_s = backoff_with_jitter(attempts, first_s=0.1, longest_s=LONGEST_WAIT_S, factor=2)
                 await anyio.sleep(min(pause_s if wait_s is None else wait_s, LONGEST_WAIT_S))

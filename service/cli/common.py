@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 from uuid import uuid4
 
 import typer
@@ -25,6 +25,12 @@ ModelOption = Annotated[
     typer.Option("--model", "-m", help="Which of the configured models; the first if left out."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_LINES_FAILED = 4
+"""The exit code of a command that has run all lines, some of which have errors. 3 is that of `modalkit serve`."""
+EXIT_AWAY = 5
+"""The exit code where the service cannot be reached: the same command may succeed later."""
 notices = Console(stderr=True, soft_wrap=True, highlight=False)
 """Messages for people, on standard error; standard output is for results."""
 
@@ -55,28 +61,16 @@ def try_api_keys(config: AuthConfig) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """A stream whose content replaces the file at `path` when the block ends without an exception.
+def replacing(target: Path) -> Iterator[Path]:
+    """A path for a new file, which takes the place of `target`, with its permissions, when the block ends.
 
-    Until then the file stays as it was, so it may be the input as well. When the block raises, what was written is kept
-    beside the file, and a notice says where. A path that is no regular file (a pipe, a terminal) is written directly.
-    Raises ``OSError`` at the start where nothing can be written.
+    When the block raises, what was written there is removed, and `target` stays as it was.
     """
-    if path.exists() and not path.is_file():
-        with path.open("w", encoding="utf-8", newline="") as special:
-            yield special
-        return
-    target = path.resolve()
-    partial = target.with_name(f"{target.name}.{uuid4().hex[:8]}.partial")
+    new = target.with_name(f"{target.name}.{uuid4().hex[:8]}.tmp")
     try:
-        with partial.open("x", encoding="utf-8", newline="") as stream:
-            if target.exists():
-                shutil.copymode(target, partial)
-            yield stream
-        partial.replace(target)
-    except BaseException:
-        if partial.exists() and partial.stat().st_size:
-            notices.print(f"{path} is left as it was; what was written is in {partial}")
-        else:
-            partial.unlink(missing_ok=True)
-        raise
+        yield new
+        if target.exists():
+            shutil.copymode(target, new)
+        new.replace(target)
+    finally:
+        new.unlink(missing_ok=True)

@@ -9,8 +9,9 @@ from types import ModuleType
 from typing import Annotated
 
 import typer
+from pydantic_core import to_json
 
-from modalkit.service.cli.common import ConfigFiles, notices
+from modalkit.service.cli.common import AsJson, ConfigFiles, notices
 from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
 from modalkit.service.settings import Settings
@@ -31,6 +32,7 @@ def deploy(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be sent to Modal; needs no network and no token.")
     ] = False,
+    as_json: AsJson = False,
     config: ConfigFiles = None,
     name: Annotated[str | None, typer.Option(help="Name of the deployment; the app's own if left out.")] = None,
     env: Annotated[str | None, typer.Option(help="Modal environment to deploy to; its default if left out.")] = None,
@@ -50,6 +52,8 @@ def deploy(
 
     modalkit deploy my_app.py --env staging
     """
+    if as_json and not dry_run:
+        raise typer.BadParameter("what would be sent is printed with --dry-run only: add it, or leave --json out")
     environ = dict(os.environ)
     if config:
         files = [str(file) for file in config]
@@ -68,7 +72,11 @@ def deploy(
             found = vars(_import_app(app, module)).values()
             modal_config = next((value for value in found if isinstance(value, ModalConfig)), modal_config)
             notices.print(f"modalkit: note: {NOT_SHOWN.format(app=app)}", markup=False)
-        typer.echo(dump_yaml(describe_deployment(modal_config)), nl=False)
+        described = describe_deployment(modal_config)
+        if as_json:
+            typer.echo(to_json(described))
+        else:
+            typer.echo(dump_yaml(described), nl=False)
         for gap in image_gaps(modal_config.plan_image(), modal_config.settings, Path.cwd()):
             notices.print(f"modalkit: warning: {gap}", markup=False)
         return

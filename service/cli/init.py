@@ -17,6 +17,10 @@ from modalkit.service.cli.config import defaults_yaml
 from modalkit.service.errors import ServiceError
 from modalkit.service.settings import ModelEntry
 
+MAX_PREFIX_CHARACTERS = 63
+"""Limit of `app_settings.app_prefix`, which a new service has from its folder."""
+
+_PREFIX_LINE = re.compile(r"(?<=  app_prefix: )\S+")
 _ENTRIES = "  model_entries:\n"
 _ENTRY = re.compile(r"    \S.*\n((?:      .*\n)+)")
 _ENTRY_LINE = re.compile(r"      (\w+):[^#]*?(\s+#.*)?$")
@@ -101,7 +105,8 @@ def init(
             "--model needs a --task: with a pipeline of your own, modalkit.yaml says what it loads"
         )
     template = TEMPLATES[task]
-    files = _files_of(task, template, model)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name)[:MAX_PREFIX_CHARACTERS].strip("-")
+    files = _files_of(task, template, model, name or task)
     for name in files:
         if (folder / name).exists():
             raise InitError(f"{folder / name} exists already, and nothing is overwritten: choose an empty folder")
@@ -120,20 +125,22 @@ def init(
     )
 
 
-def _files_of(task: Task, template: Template, model: str | None) -> dict[str, str]:
+def _files_of(task: Task, template: Template, model: str | None, app_prefix: str) -> dict[str, str]:
     """The files of a new service by their names."""
     arguments = dict(template.arguments) if model is None else {**template.arguments, "model_path": model}
     templates = resources.files("modalkit.service.cli").joinpath("templates")
     texts = {name: templates.joinpath(name).read_text(encoding="utf-8") for name in (*template.files, "Dockerfile")}
     return {
-        "modalkit.yaml": _configuration(template.model_name or task, template.pipeline, arguments),
+        "modalkit.yaml": _configuration(
+            app_prefix, template.model_name or task, {"pipeline": template.pipeline, **arguments}
+        ),
         **{name: _ITEM_LINE.sub(lambda _: f"ITEM = {template.item!r}", text) for name, text in texts.items()},
         ".dockerignore": templates.joinpath("dockerignore").read_text(encoding="utf-8"),
     }
 
 
-def _configuration(model_name: str, pipeline: str, arguments: Mapping[str, Any]) -> str:
-    """The commented file of all defaults, with this model in place of the bundled one.
+def _configuration(app_prefix: str, model_name: str, values: dict[str, Any]) -> str:
+    """The commented file of all defaults, with a model with these values in place of the bundled one.
 
     Keys that every entry has are kept, with their comments; those of the bundled pipeline are kept for tasks only.
     """
@@ -141,7 +148,7 @@ def _configuration(model_name: str, pipeline: str, arguments: Mapping[str, Any])
     entry = _ENTRY.match(rest)
     if entry is None:
         raise AssertionError("modalkit.yaml has no model entry: this is a bug in modalkit")
-    values = {"pipeline": pipeline, **arguments}
+    has_arguments = len(values) > 1
     lines = [f"    {model_name}:"]
     is_kept = True
     for line in entry[1].splitlines():
@@ -149,11 +156,12 @@ def _configuration(model_name: str, pipeline: str, arguments: Mapping[str, Any])
             key, comment = found[1], found[2] or ""
             if values.get(key) != "bundled":
                 comment = comment.replace(" bundled,", "")
-            is_kept = bool(arguments) or key in ModelEntry.model_fields
+            is_kept = has_arguments or key in ModelEntry.model_fields
             if key in values:
                 lines.append(f"      {key}: {json.dumps(values.pop(key))}{comment}")
                 continue
-        if is_kept and (arguments or not line.startswith("      #")):
+        if is_kept and (has_arguments or not line.startswith("      #")):
             lines.append(line)
     lines += [f"      {key}: {json.dumps(value)}" for key, value in values.items()]
+    head = _PREFIX_LINE.sub(lambda _: json.dumps(app_prefix), head, count=1)
     return f"{head}{_ENTRIES}{chr(10).join(lines)}\n{rest[entry.end() :]}"

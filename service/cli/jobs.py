@@ -70,7 +70,7 @@ Deliveries = Annotated[
     typer.Option("--delivery", help="Only jobs with such a delivery; may be repeated.", **one_of(DeliveryStatus)),
 ]
 OfModel = Annotated[str | None, typer.Option("--model", "-m", help="Only jobs of this model.")]
-OfBatch = Annotated[str | None, typer.Option("--batch", help="Only jobs of this batch.")]
+OfBatch = Annotated[str | None, typer.Option("--batch", help="Only jobs of this batch of jobs, by its id.")]
 
 
 @app.command("list")
@@ -165,18 +165,16 @@ def replay(
     """
     if bool(job_ids) == everything:
         raise typer.BadParameter("give the ids of jobs, or --all for every undelivered result, and not both")
-    answers: list[JobDetails | None] = []
     with _jobs(url, key, config).opened() as client:
         if everything:
             replayed = client.ask(Replayed, "POST", "/replay").replayed
         else:
-            answers = [_ask_about(client, job_id, "POST", "/replay") for job_id in _distinct(job_ids or ())]
-            replayed = len(answers) - answers.count(None)
+            replayed = _each(client, job_ids or (), "/replay")
     if replayed:
         typer.echo(f"{replayed} result{'' if replayed == 1 else 's'} will be sent once more, {client.sent_when}.")
     elif everything:
         typer.echo("There are no undelivered results.")
-    if None in answers:
+    if replayed < len(set(job_ids or ())):
         raise typer.Exit(1)
 
 
@@ -206,19 +204,17 @@ def retry(
         raise typer.BadParameter("give the ids of jobs, or --all for every failed job, and not both")
     if job_ids and (status or model or batch):
         raise typer.BadParameter("--status, --model and --batch select from --all; leave them out, or the ids")
-    answers: list[JobDetails | None] = []
     with _jobs(url, key, config).opened() as client:
         if everything:
             parameters = {"status": status, "model_name": model, "batch_id": batch}
             retried = client.ask(Retried, "POST", "/retry", parameters=parameters).retried
         else:
-            answers = [_ask_about(client, job_id, "POST", "/retry") for job_id in _distinct(job_ids or ())]
-            retried = len(answers) - answers.count(None)
+            retried = _each(client, job_ids or (), "/retry")
     if retried:
         typer.echo(f"{retried} job{' runs' if retried == 1 else 's run'} once more, {client.sent_when}.")
     elif everything:
         typer.echo("There are no such jobs.")
-    if None in answers:
+    if retried < len(set(job_ids or ())):
         raise typer.Exit(1)
 
 
@@ -258,15 +254,9 @@ def purge(
     client = _jobs(url, key, config)
     if not yes:
         _confirm(status, delivery, model, batch, older_than, client.name)
-    parameters = {
-        "status": status,
-        "delivery": delivery,
-        "model_name": model,
-        "batch_id": batch,
-        "older_than": older_than,
-    }
+    parameters = {"status": status, "delivery": delivery, "model_name": model, "batch_id": batch}
     with client.opened():
-        purged = client.ask(Purged, "DELETE", parameters=parameters).purged
+        purged = client.ask(Purged, "DELETE", parameters=parameters | {"older_than": older_than}).purged
     typer.echo(f"Removed {purged} job{'' if purged == 1 else 's'}.")
 
 
@@ -287,7 +277,7 @@ def _confirm(
     if model_name is not None:
         parts.append(f"of the model {model_name}")
     if batch_id is not None:
-        parts.append(f"of the batch {batch_id}")
+        parts.append(f"of the batch of jobs {batch_id}")
     if older_than_s is not None:
         parts.append(f"that ended more than {duration_text(older_than_s)} ago")
     typer.confirm(f"Remove from {where} all ended jobs {', '.join(parts)}?", abort=True, err=True)
@@ -325,6 +315,11 @@ def _ask_about(client: JobsClient, job_id: str, method: str, path: str = "") -> 
     except JobRefusedError as error:
         notices.print(f"modalkit: error: {error}", markup=False)
         return None
+
+
+def _each(client: JobsClient, job_ids: Sequence[str], path: str) -> int:
+    """Have something done with each of these jobs; returns with how many it was."""
+    return sum(_ask_about(client, job_id, "POST", path) is not None for job_id in _distinct(job_ids))
 
 
 def job_table(jobs: Sequence[JobView], width: int) -> Table:

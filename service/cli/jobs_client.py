@@ -26,11 +26,16 @@ from modalkit.service.web.ssm_key import header_bytes
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
+AWAY = frozenset({HTTPStatus.BAD_GATEWAY, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
 TIMEOUT = httpx.Timeout(10, read=300)  # to replay or to purge very many jobs takes minutes
 
 
 class JobsError(ServiceError):
     """Raised when the jobs cannot be reached: no service at the address, a wrong key, no file, or one in use."""
+
+
+class AwayError(JobsError):
+    """Raised when a service cannot be reached, or its proxy says so; the same may succeed later."""
 
 
 class JobRefusedError(JobsError):
@@ -119,7 +124,7 @@ class JobsClient:
             ) from error
         except httpx.RequestError as error:
             reason = str(error) or type(error).__name__
-            raise JobsError(f"{self.name} cannot be reached: {reason}; start the service, or correct --url") from error
+            raise AwayError(f"{self.name} cannot be reached: {reason}; start the service, or correct --url") from error
         if response.status_code != HTTPStatus.OK:
             raise self.error_of(response, about)
         try:
@@ -150,7 +155,8 @@ class JobsClient:
                 f"{self.name} is not the address of a modalkit service: it answers {status}{elsewhere}; give --url as "
                 "modalkit serve shows it"
             )
-        return JobsError(f"{self.name} answers {status}{detail and ': '}{detail}")
+        kind_of_error = AwayError if status in AWAY else JobsError
+        return kind_of_error(f"{self.name} answers {status}{detail and ': '}{detail}")
 
 
 @asynccontextmanager

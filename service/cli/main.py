@@ -13,11 +13,12 @@ from typer.main import get_command
 
 from modalkit.service.cli.backup import backup
 from modalkit.service.cli.check import check
-from modalkit.service.cli.common import notices
+from modalkit.service.cli.common import EXIT_AWAY, EXIT_FAILURE, EXIT_USAGE, notices
 from modalkit.service.cli.config import config
 from modalkit.service.cli.deploy import deploy
 from modalkit.service.cli.init import init
 from modalkit.service.cli.jobs import app as jobs_app
+from modalkit.service.cli.jobs_client import AwayError
 from modalkit.service.cli.predict import predict
 from modalkit.service.cli.records import InputError
 from modalkit.service.cli.reload import reload
@@ -29,9 +30,6 @@ from modalkit.service.loading import LoadError
 from modalkit.service.logs import LogFormat, configure_logging
 from modalkit.service.settings import SettingsError
 from modalkit.service.version import VERSION
-
-EXIT_USAGE = 2
-EXIT_FAILURE = 1
 
 PLUGINS = "modalkit.commands"
 """The group of entry points by which other packages add commands: names of `typer.Typer` objects."""
@@ -80,7 +78,8 @@ def _modalkit(
     """Run a model on batches of what many callers send one by one.
 
     Configuration: modalkit.yaml in the working directory, or the files in MODALKIT_CONFIG, or --config; single settings
-    by MODALKIT_... variables. Exit codes: 0 done, 1 failed (or some items failed), 2 wrong usage or configuration.
+    by MODALKIT_... variables. Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 3 a served model broke
+    down; 4 all lines ran, some of them with errors; 5 the service is away.
     """
 
 
@@ -99,4 +98,4 @@ def main() -> None:
     except (ServiceError, OSError) as error:
         notices.print(f"modalkit: error: {error}", markup=False)
         is_usage = isinstance(error, InputError | LoadError | SettingsError | UnknownModelError)
-        sys.exit(EXIT_USAGE if is_usage else EXIT_FAILURE)
+        sys.exit(EXIT_USAGE if is_usage else EXIT_AWAY if isinstance(error, AwayError) else EXIT_FAILURE)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from modalkit.batching import BatchRecord, Failure, Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
-from modalkit.service.cli.common import ConfigFiles, ModelOption, model_source, notices
+from modalkit.service.cli.common import EXIT_LINES_FAILED, ConfigFiles, ModelOption, model_source, notices
 from modalkit.service.cli.records import (
     ColumnOption,
     FileFormat,
@@ -31,10 +31,12 @@ from modalkit.service.cli.records import (
     validated,
 )
 from modalkit.service.cli.results import (
+    ForceOption,
     KeepColumnsOption,
     OutputOption,
     ResultWriter,
     ResumeOption,
+    identity_of,
     result_file,
 )
 from modalkit.service.errors import OutputNotJsonError, describe_error
@@ -54,7 +56,7 @@ COLUMNS = (
 
 
 def predict(
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts to run.")] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to run; - alone is standard input.")] = None,
     input_path: Annotated[
         Path | None,
         typer.Option("--input", "-i", help="A .txt, .jsonl, .csv or .parquet file, or .gz of it; - is standard input."),
@@ -64,16 +66,17 @@ def predict(
     column: ColumnOption = None,
     keep_columns: KeepColumnsOption = False,
     resume: ResumeOption = False,
+    force: ForceOption = False,
     config: ConfigFiles = None,
     model: ModelOption = None,
 ) -> None:
     """Run a model over texts and write one result for each, in the same order.
 
     Results are JSON, one a line; CSV or Parquet where the output file is called so, and compressed where it ends in
-    .gz. A line that cannot be read, or fails, gets an error in its place, is reported with its number on standard
-    error, and makes the exit code 1. The output file takes its name at the end, and may be that of the input; until
-    then, results are beside it, and --resume goes on with them. With --keep-columns, a column of the input whose name
-    a result has too is written as input_NAME.
+    .gz. A line that cannot be read, or fails, gets an error in its place, is reported with its number in the file on
+    standard error, and makes the exit code 4. The output file takes its name at the end; until then, results are beside
+    it, and --resume goes on with them. A file that exists is replaced with --force only. With --keep-columns, a column
+    of the input whose name a result has too is written as input_NAME.
 
     [bold]Examples[/bold]
 
@@ -83,6 +86,8 @@ def predict(
 
     cat lines.txt | modalkit predict > scored.jsonl
     """
+    if texts == ["-"]:
+        texts, input_path = None, input_path or Path("-")
     if texts and input_path is not None:
         raise typer.BadParameter("give texts or --input, not both")
     if not texts and input_path is None and sys.stdin.isatty():
@@ -93,7 +98,15 @@ def predict(
     source = model_source(settings, model)
     records, total = _open_input(texts, input_path, file_format, source.input_model, column)
     fields = list(source.output_model.model_fields)
-    with result_file(output_path, fields=fields, resume=resume) as writer:
+    begun_by = {
+        "command": "predict",
+        "input": texts or identity_of(input_path or Path("-")),
+        "--format": file_format,
+        "--column": column,
+        "--keep-columns": keep_columns,
+        "--model": source.model_name,
+    }
+    with result_file(output_path, fields=fields, run=begun_by, resume=resume, force=force) as writer:
         with notices.status(f"Loading {source.model_name} ..."):
             pipeline = source.load()
         with Progress(*COLUMNS, console=notices, transient=True, disable=not notices.is_terminal) as progress:
@@ -102,7 +115,7 @@ def predict(
             anyio.run(run.score, pipeline, islice(records, writer.done, None))
     run.report(single=bool(texts))
     if run.failed:
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_LINES_FAILED)
 
 
 def _open_input(
@@ -188,7 +201,7 @@ class _Run:
             if result["status"] == "error":
                 self.failed += 1
                 if self.failed <= SHOWN_ERRORS:
-                    self.progress.console.print(f"line {record.line}: {result['error']}", markup=False)
+                    self.progress.console.print(f"{record.place}: {result['error']}", markup=False)
 
     def _show_progress(self, batch: BatchRecord) -> None:
         self.progress.advance(self.progress.task_ids[0], batch.count - batch.requeued)

@@ -51,8 +51,10 @@ class InputError(ServiceError):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One item of an input with its line (of Parquet, its row); `error` says what is wrong where there is no item.
+    """One item of an input with its place; `error` says what is wrong where there is no item.
 
+    `line` counts the lines of the file from 1, as an editor does: the header of CSV and blank lines count too, and an
+    item of several lines has the number of its first. Of Parquet, which has no lines, it is the row, from 1.
     `columns` has the columns of its row, or the keys of its JSON object, whether the model has such fields or not.
     """
 
@@ -60,6 +62,12 @@ class Record:
     item: Any
     error: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    unit: str = "line"
+
+    @property
+    def place(self) -> str:
+        """The place in words, as messages name it: ``line 7``, or ``row 7`` of Parquet."""
+        return f"{self.unit} {self.line}"
 
 
 def validated(records: Iterable[Record], input_model: type[BaseModel]) -> Iterator[Record]:
@@ -140,9 +148,9 @@ def read_records(
 ) -> Iterator[Record]:
     """The items of lines of text, for a model with these `fields`; a line that cannot be read has an error.
 
-    A plain text becomes the field `text`, or the only field. `column` names the column of a CSV file (the key of a JSON
-    object) that holds the text; without it, all columns that the model has fields for are taken, and all columns where
-    `fields` is None. Raises `InputError`.
+    Blank lines of JSON and of CSV are skipped. A plain text becomes the field `text`, or the only field. `column` names
+    the column of a CSV file (the key of a JSON object) that holds the text; without it, all columns that the model has
+    fields for are taken, and all columns where `fields` is None. Raises `InputError`.
     """
     text_field = _text_field(fields)
     if file_format is FileFormat.CSV:
@@ -151,6 +159,8 @@ def read_records(
     for line, text in enumerate((text.rstrip("\r\n") for text in lines), start=1):
         if file_format is FileFormat.TXT:
             yield _record(line, {text_field: text})
+            continue
+        if not text.strip():
             continue
         try:
             value = from_json(text)
@@ -169,14 +179,14 @@ def _text_field(fields: Sequence[str] | None) -> str:
     return fields[0] if fields is not None and len(fields) == 1 else "text"
 
 
-def _record(line: int, value: Any, columns: Any = None) -> Record:
+def _record(line: int, value: Any, columns: Any = None, unit: str = "line") -> Record:
     """The record of an item; `columns` has what its line holds, where that is more than the item."""
     columns = value if columns is None else columns
     columns = columns if isinstance(columns, dict) else {}
     for name, text in value.items() if isinstance(value, dict) else ():
         if isinstance(text, str) and _BAD_BYTE.search(text):
             return Record(line, None, f"{name}: is not UTF-8; convert the input to UTF-8", columns)
-    return Record(line, value, columns=columns)
+    return Record(line, value, columns=columns, unit=unit)
 
 
 def _columns_of_fields(
@@ -194,8 +204,8 @@ def _columns_of_fields(
 
 
 def _csv_records(lines: Iterable[str], fields: Sequence[str] | None, column: str | None) -> Iterator[Record]:
-    reader = csv.DictReader(lines)
-    header = list(reader.fieldnames or ())
+    reader = csv.reader(lines)
+    header = next(reader, [])
     columns = _columns_of_fields("CSV header", header, fields, column)
     while True:
         first_line = reader.line_num + 1
@@ -205,9 +215,12 @@ def _csv_records(lines: Iterable[str], fields: Sequence[str] | None, column: str
             return
         except csv.Error as error:
             yield Record(first_line, None, f"not CSV: {error}")
-        else:
-            given = {field: row[name] for field, name in columns.items() if row[name] is not None}
-            yield _record(first_line, given, {name: row[name] for name in header if row[name] is not None})
+            continue
+        if row:
+            values = dict(zip(header, row, strict=False))  # a row may be short; cells beyond the header are left out
+            yield _record(
+                first_line, {field: values[name] for field, name in columns.items() if name in values}, values
+            )
 
 
 def _parquet_records(path: Path, fields: Sequence[str] | None, column: str | None) -> Iterator[Record]:
@@ -221,7 +234,7 @@ def _parquet_records(path: Path, fields: Sequence[str] | None, column: str | Non
                 for row in batch.to_pylist():
                     line += 1
                     given = {field: row[name] for field, name in columns.items() if row[name] is not None}
-                    yield _record(line, given, row)
+                    yield _record(line, given, row, "row")
         except pa.ArrowException as error:
             raise InputError(f"{path} is damaged: {error}") from error
 

@@ -1,8 +1,12 @@
-"""Writes results, one for each item in the order of the input, to a file that takes its name at the end."""
+"""Writes results, one for each item in the order of the input, to a file that takes its name at the end.
+
+Until then they are in a file beside it, as JSON lines. Its first line says which run they are of, for --resume.
+"""
 
 import csv
 import fcntl
 import gzip
+import hashlib
 import json
 import shutil
 import sys
@@ -13,17 +17,15 @@ from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import IO, Annotated, Any, TextIO, cast
-from uuid import uuid4
 
 import typer
 
-from modalkit.service.cli.common import notices
+from modalkit.service.cli.common import notices, replacing
 from modalkit.service.cli.records import InputError, require_parquet
 
 JSON_LINES_SUFFIXES = ("", ".json", ".jsonl", ".ndjson")
 ROWS_PER_WRITE = 10_000
-PARTIAL = ".partial"
-
+INPUT_DIGEST_BYTES = 2**20
 
 OutputOption = Annotated[
     Path | None,
@@ -33,6 +35,7 @@ KeepColumnsOption = Annotated[
     bool, typer.Option("--keep-columns", help="Write the columns (or keys) of the input before each result.")
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the output of an interrupted run.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace an output file that exists.")]
 
 
 class OutputFormat(StrEnum):
@@ -52,10 +55,13 @@ class ResultWriter:
     """How many results there are from a run that was interrupted."""
     is_begun: bool = False
     """Whether there is something to go on with, though no result was written yet."""
+    written: int = 0
+    """How many results this run has written."""
 
     def write(self, result: Mapping[str, Any]) -> None:
         """Add a result."""
         self.stream.write(json.dumps(result, ensure_ascii=False) + "\n")
+        self.written += 1
 
 
 def output_format(path: Path | None) -> OutputFormat:
@@ -75,33 +81,61 @@ def output_format(path: Path | None) -> OutputFormat:
     )
 
 
-def refuse_leftovers(path: Path, *, resume: bool) -> list[Path]:
-    """The file of an interrupted run beside the output, or none. Raises `InputError` unless it is to be resumed."""
-    target = path.resolve()
-    beside = target.parent.iterdir() if target.parent.is_dir() else ()
-    own, compressed = f"{target.name}.", f"{target.name}.gz."  # the second are files of another output
-    names = [each.name for each in beside if each.name.startswith(own) and not each.name.startswith(compressed)]
-    found = [target.with_name(name) for name in sorted(names) if name.endswith(PARTIAL)]
-    if found and not resume:
+def identity_of(path: Path) -> str:
+    """What tells an input file from others: its name, its size and the digest of its beginning."""
+    if str(path) == "-":
+        return "standard input"
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(INPUT_DIGEST_BYTES)).hexdigest()
+    return f"{path.name} of {path.stat().st_size} bytes, SHA-256 of the first MiB {digest[:12]}"
+
+
+def interrupted_run(path: Path, run: Mapping[str, Any], *, resume: bool, force: bool) -> dict[str, Any]:
+    """What the first line beside the output at `path` says of the run that was interrupted; empty where there is none.
+
+    `run` has the input and the options of this run. Raises `InputError` where the output exists, unless `force` is set;
+    and where a run was interrupted, unless `resume` is set and that run had the same input and options.
+    """
+    partial = _partial_of(path)
+    if not partial.exists():
+        if path.is_file() and path.stat().st_size and not force:
+            raise InputError(f"{path} exists already: choose another output, or replace it with --force")
+        return {}
+    if not resume:
         raise InputError(
-            f"{found[0]} is from a run that was interrupted: go on with --resume, or remove it to begin anew"
+            f"{partial} is from a run that was interrupted: go on with --resume, or remove it to begin anew"
         )
-    if len(found) > 1:
-        raise InputError(f"several runs were interrupted: {', '.join(map(str, found))}; remove all but one of them")
+    with partial.open(encoding="utf-8", newline="\n") as stream:
+        first = stream.readline()
+    if not first.endswith("\n"):
+        return {}  # it was killed before it had sent anything
+    found: dict[str, Any] = json.loads(first)
+    for name, value in run.items():
+        if found.get(name) != value:
+            raise InputError(
+                f"{partial} is from a run with another {name} ({found.get(name) or 'none'}, not {value or 'none'}): "
+                "repeat the command that was interrupted, or remove the file to begin anew"
+            )
     return found
+
+
+def _partial_of(path: Path) -> Path:
+    target = path.resolve()
+    return target.with_name(f"{target.name}.partial")
 
 
 @contextmanager
 def result_file(
-    path: Path | None, *, fields: Sequence[str], resume: bool = False, run_id: str | None = None
+    path: Path | None, *, fields: Sequence[str], run: Mapping[str, Any], resume: bool = False, force: bool = False
 ) -> Iterator[ResultWriter]:
     """What writes results to `path`, or to standard output; JSON lines, CSV or Parquet by its name, compressed by .gz.
 
-    Results are written to a file beside it, with `run_id` in its name, and take the place of `path` when the block ends
-    without an exception: so the output may be the input. When the block raises, they stay there, and so does an empty
-    file once the writer `is_begun`; with `resume`, the next run adds to them, and `done` says how many there are. CSV
-    has the `fields` of results and all others that they have. A path that is no regular file (a pipe, a terminal) is
-    written directly. Raises `InputError` and ``OSError`` at the start where nothing can be written.
+    Results are written to a file beside it and take the place of `path` when the block ends without an exception: so
+    the output may be the input. When the block raises, they stay there, and so does a file without results once the
+    writer `is_begun`; with `resume`, the next run adds to them, and `done` says how many there are. `run` has the
+    input and the options of this run, which must be the same then. CSV has the `fields` of results and all others that
+    they have. A path that is no regular file (a pipe, a terminal) is written directly. Raises `InputError`, also as
+    `interrupted_run` does, and ``OSError`` at the start where nothing can be written.
     """
     file_format = output_format(path)
     if path is None:
@@ -114,22 +148,25 @@ def result_file(
         with path.open("w", encoding="utf-8", newline="") as special:
             yield ResultWriter(special)
         return
-    refuse_leftovers(path, resume=resume)
-    target = path.resolve()
-    partial = target.with_name(f"{target.name}{'' if run_id is None else f'.{run_id}'}{PARTIAL}")
+    interrupted_run(path, run, resume=resume, force=force)
+    partial = _partial_of(path)
     with partial.open("a+", encoding="utf-8", newline="") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"another run writes {partial}; wait for it, or choose another output") from None
-        writer = ResultWriter(stream, _whole_lines(stream))
+        lines = _whole_lines(stream)
+        if not lines:
+            stream.write(json.dumps(run, ensure_ascii=False) + "\n")
+            stream.flush()
+        writer = ResultWriter(stream, max(0, lines - 1))
         try:
             yield writer
             stream.flush()
-            _finish(partial, target, file_format, fields)
+            _finish(partial, path.resolve(), file_format, fields)
         except BaseException:
             stream.flush()
-            if partial.stat().st_size or writer.is_begun:
+            if writer.done or writer.written or writer.is_begun:
                 notices.print(f"{path} is left as it was; what was written is in {partial}: --resume goes on with it")
             else:
                 partial.unlink()
@@ -152,32 +189,30 @@ def _whole_lines(stream: TextIO) -> int:
 
 def _finish(partial: Path, target: Path, file_format: OutputFormat, fields: Sequence[str]) -> None:
     """Put the results in `partial` in the place of `target`, in its format."""
-    whole, is_compressed = partial, target.suffix.lower() == ".gz"
-    if file_format is not OutputFormat.JSONL or is_compressed:
-        whole = target.with_name(f"{target.name}.{uuid4().hex[:8]}.tmp")
-    try:
+    with replacing(target) as new:
         if file_format is OutputFormat.PARQUET:
-            _write_parquet(partial, whole)
-        elif whole is not partial:
-            opened = gzip.open if is_compressed else open
-            with opened(whole, "wt", encoding="utf-8", newline="") as out:
+            _write_parquet(partial, new)
+        else:
+            opened = gzip.open if target.suffix.lower() == ".gz" else open
+            with opened(new, "wt", encoding="utf-8", newline="") as out:
                 if file_format is OutputFormat.CSV:
                     _write_csv(partial, out, fields)
                 else:
-                    with partial.open(encoding="utf-8", newline="") as lines:
+                    with _results(partial) as lines:
                         shutil.copyfileobj(lines, out)
-        if target.exists():
-            shutil.copymode(target, whole)
-        whole.replace(target)
-    except BaseException:
-        if whole is not partial:
-            whole.unlink(missing_ok=True)
-        raise
     partial.unlink(missing_ok=True)
 
 
-def _rows(partial: Path) -> Iterator[dict[str, Any]]:
+@contextmanager
+def _results(partial: Path) -> Iterator[TextIO]:
+    """The lines of results, behind the first one."""
     with partial.open(encoding="utf-8", newline="\n") as lines:
+        lines.readline()
+        yield lines
+
+
+def _rows(partial: Path) -> Iterator[dict[str, Any]]:
+    with _results(partial) as lines:
         yield from map(json.loads, lines)
 
 
@@ -195,7 +230,7 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value
 
 
-def _write_parquet(partial: Path, whole: Path) -> None:
+def _write_parquet(partial: Path, new: Path) -> None:
     """Write rows as Parquet; objects, which columns of one type do not take, as JSON."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetWriter
@@ -211,7 +246,7 @@ def _write_parquet(partial: Path, whole: Path) -> None:
     schema = pa.schema([])
     for table in tables():
         schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
-    with ParquetWriter(whole, schema) as writer:
+    with ParquetWriter(new, schema) as writer:
         for table in tables(schema):
             writer.write_table(table)
 

@@ -1,6 +1,7 @@
 """``modalkit serve``: the HTTP service over the models of the configuration."""
 
 import logging
+import os
 import shlex
 import socket
 import ssl
@@ -26,6 +27,7 @@ from modalkit.service.logs import LogFormat, configure_logging
 from modalkit.service.made_up_items import MadeUpItems, NoItemsError, make_up_items
 from modalkit.service.serving import Server, inherited_listeners, listening, listening_on_path, tune_interpreter
 from modalkit.service.settings import ServerConfig, Settings
+from modalkit.service.settings.layers import CONFIG_VARIABLE, DEFAULT_FILE
 from modalkit.service.tracing import enable_tracing_from_environment
 from modalkit.service.version import VERSION
 from modalkit.service.web.app import configured_app
@@ -96,6 +98,9 @@ def serve(
     }
     server_options = {key: value for key, value in given.items() if value is not None}
     settings = Settings(config, app_settings={"server_config": server_options})
+    has_file = config or os.environ.get(CONFIG_VARIABLE) or DEFAULT_FILE.exists()
+    if not has_file and settings.origin("model_settings", "model_entries") == "default":
+        notices.print(f"no {DEFAULT_FILE} here: serving the bundled model")
     try_api_keys(settings.app_settings.auth_config)  # uvicorn would show an error as a traceback, and exit with code 0
     gateway = LocalGateway(settings)
     app = configured_app(gateway, settings.app_settings, owns_gateway=False)

@@ -1,9 +1,11 @@
-"""``modalkit submit``: runs a file through a running service, as jobs of one batch."""
+"""``modalkit submit``: runs a file through a running service, as one batch of jobs."""
 
 import re
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +17,7 @@ from rich.progress import Progress
 
 from modalkit.batching import Priority
 from modalkit.service.cli.batch_client import BatchRun
-from modalkit.service.cli.common import ConfigFiles, notices, one_of
+from modalkit.service.cli.common import EXIT_LINES_FAILED, ConfigFiles, notices, one_of
 from modalkit.service.cli.jobs import Key, Url
 from modalkit.service.cli.jobs_client import JobsClient, JobsError
 from modalkit.service.cli.predict import COLUMNS
@@ -23,7 +25,6 @@ from modalkit.service.cli.records import (
     ColumnOption,
     FileFormat,
     FormatOption,
-    InputError,
     Record,
     read_file,
     read_standard_input,
@@ -31,11 +32,12 @@ from modalkit.service.cli.records import (
 )
 from modalkit.service.cli.reload import DEFAULT_URL
 from modalkit.service.cli.results import (
-    PARTIAL,
+    ForceOption,
     KeepColumnsOption,
     OutputOption,
     ResumeOption,
-    refuse_leftovers,
+    identity_of,
+    interrupted_run,
     result_file,
 )
 from modalkit.service.jobs.model import new_job_id
@@ -66,7 +68,8 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the results, and write them.")] = False,
     output_path: OutputOption = None,
     resume: ResumeOption = False,
-    batch: Annotated[str | None, typer.Option(help="The id of the batch; a new one if left out.")] = None,
+    force: ForceOption = False,
+    batch: Annotated[str | None, typer.Option(help="The id of the batch of jobs; a new one if left out.")] = None,
     file_format: FormatOption = None,
     column: ColumnOption = None,
     keep_columns: KeepColumnsOption = False,
@@ -78,14 +81,15 @@ def submit(
     key: Key = None,
     config: ConfigFiles = None,
 ) -> None:
-    """Run a file through a running service: each line becomes a job of one batch.
+    """Run a file through a running service: each line becomes a job of one batch of jobs.
 
     Jobs are stored before they run, so the service may die and come back meanwhile, and so may the connection: each
     line runs all the same, and once. With --wait, the results are written in the order of the input, with what
-    --keep-columns adds; after Ctrl-C, the same command with --resume goes on. Without, the id of the batch is printed:
-    the same command with --batch ID sends what is missing. A line of JSON with a `message` is a whole job, with `meta`
-    and queues of its own. Exit codes: 0, all succeeded; 1, some lines have errors, or the service was away; 2, wrong
-    usage.
+    --keep-columns adds; after Ctrl-C, the same command with --resume goes on. An output that exists is replaced with
+    --force only. Without --wait, the id of the batch is printed: the same command with --batch ID sends what is
+    missing. A line of JSON with a `message` is a whole job, with `meta` and queues of its own. Exit codes: 0, all
+    succeeded; 1, the service refused, or something failed here; 2, wrong usage; 4, some lines have errors; 5, the
+    service was away.
 
     [bold]Examples[/bold]
 
@@ -97,13 +101,24 @@ def submit(
         raise typer.BadParameter("results are written with --wait only: add it, or leave --output out")
     if resume and output_path is None:
         raise typer.BadParameter("there is no output to go on with: give --output", param_hint="--resume")
-    if batch is not None and not _is_batch_id(batch):
+    if batch is not None and not re.fullmatch(BATCH_ID_PATTERN, batch):
         raise typer.BadParameter(
             "it must be 1 to 100 letters, digits, dots, hyphens or underscores", param_hint="--batch"
         )
     if str(path) != "-" and not path.is_file():
         raise typer.BadParameter(f"there is no file {path}; check its name", param_hint="FILE")
-    batch_id = batch or (_interrupted(output_path, resume=resume) if output_path else None) or new_job_id()
+    begun_by: dict[str, Any] = {
+        "command": "submit",
+        "input": identity_of(path),
+        "--format": file_format,
+        "--column": column,
+        "--keep-columns": keep_columns,
+        "--model": model,
+    }
+    if batch is not None:
+        begun_by["--batch"] = batch
+    before = interrupted_run(output_path, begun_by, resume=resume, force=force) if output_path is not None else {}
+    batch_id = begun_by["--batch"] = batch or before.get("--batch") or new_job_id()
     header = Settings.load(config).app_settings.auth_config.auth_header
     client = JobsClient.of_service(url or DEFAULT_URL, key, header)
     query = {} if model is None else {"model_name": model}
@@ -112,11 +127,13 @@ def submit(
     records, total = _records_of(path, file_format, fields, column)
     queues = {"success_queue": success_queue, "failure_queue": failure_queue}
     started_s = time.perf_counter()
+    writing = result_file(output_path, fields=results, run=begun_by, resume=resume, force=force)
     with (
-        result_file(output_path, fields=results, resume=resume, run_id=batch_id) if wait else nullcontext() as writer,
+        writing if wait else nullcontext() as writer,
         Progress(*COLUMNS, console=notices, transient=True, disable=not notices.is_terminal) as progress,
     ):
         done = 0 if writer is None else writer.done
+        after = deque(islice(records, done), maxlen=1)  # the last one that has a result
         task = progress.add_task("Running" if wait else "Sending", total=total, completed=done)
 
         async def run() -> BatchRun:
@@ -132,29 +149,16 @@ def submit(
                     writer=writer,
                     kept_beside=results if keep_columns else None,
                     patience_s=patience,
-                    on_progress=lambda: progress.advance(task),
+                    done=done,
+                    on_progress=partial(progress.update, task) if notices.is_terminal else None,
                 )
-                await batch_run.run(islice(records, done, None), done + 1)
+                await batch_run.run(records, after[0].line if after else 0)
                 return batch_run
 
         ran = anyio.run(run)
     _report(ran, time.perf_counter() - started_s, done, waited=wait)
     if ran.failed:
-        raise typer.Exit(1)
-
-
-def _is_batch_id(text: str) -> bool:
-    return re.fullmatch(BATCH_ID_PATTERN, text) is not None
-
-
-def _interrupted(output_path: Path, *, resume: bool) -> str | None:
-    """The batch of an interrupted run with this output, which is in the name of its file. Raises `InputError`."""
-    for partial in refuse_leftovers(output_path, resume=resume):
-        batch_id = partial.name.removeprefix(f"{output_path.resolve().name}.").removesuffix(PARTIAL)
-        if not _is_batch_id(batch_id):
-            raise InputError(f"{partial} is of no batch, but of another command; remove it to begin anew")
-        return batch_id
-    return None
+        raise typer.Exit(EXIT_LINES_FAILED)
 
 
 def _schemas_of(client: JobsClient, model: str | None) -> _ModelSchemas:

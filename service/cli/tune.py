@@ -21,7 +21,7 @@ from rich.table import Table
 from modalkit.batching import MeasuredCostModel
 from modalkit.batching.calibration import Calibration, Measurement, undisturbed
 from modalkit.pipelines import InferencePipeline
-from modalkit.service.cli.common import AsJson, ConfigFiles, ModelOption, model_source, notices, whole_file
+from modalkit.service.cli.common import AsJson, ConfigFiles, ModelOption, model_source, notices, replacing
 from modalkit.service.cli.records import ColumnOption, FileFormat, FormatOption, read_file, validated
 from modalkit.service.errors import describe_error
 from modalkit.service.learnt_costs import CostKey, save_costs
@@ -128,8 +128,8 @@ def tune(
     if (path := settings.app_settings.batch_config.calibration.path) is not None:
         save_costs(path, key, run.costs)
     if write is not None:
-        with whole_file(write) as file:
-            file.write(text_with_limits(write, chosen.values, section))
+        with replacing(write.resolve()) as new:
+            new.write_text(text_with_limits(write, chosen.values, section), encoding="utf-8")
         notices.print(f"The limits are in {write}", markup=False)
     if as_json:
         typer.echo(
@@ -159,7 +159,7 @@ def _read_samples(
     """The items of the file. Raises `TuningError` for lines that are no items, and for a file without items."""
     read = read_file(path, file_format, list(input_model.model_fields), column)
     records = list(validated(islice(read, MAX_SAMPLES), input_model))
-    errors = [f"line {record.line}: {record.error}" for record in records if record.item is None]
+    errors = [f"{record.place}: {record.error}" for record in records if record.item is None]
     if errors:
         more = f"; and {len(errors) - SHOWN_ERRORS} more" if len(errors) > SHOWN_ERRORS else ""
         raise TuningError(

@@ -13,12 +13,12 @@ from modalkit.service.jobs.errors import (
 )
 from modalkit.service.jobs.model import (
     ALL_JOBS,
-    Batch,
-    BatchLines,
-    BatchResult,
     DeliveryRecord,
     DeliveryStatus,
     Job,
+    JobBatch,
+    JobBatchLines,
+    JobBatchResult,
     JobCounts,
     JobEnd,
     JobFilter,
@@ -33,14 +33,14 @@ from modalkit.service.jobs.store import JobStore
 
 __all__ = [
     "ALL_JOBS",
-    "Batch",
-    "BatchLines",
-    "BatchResult",
     "DeliveryRecord",
     "DeliveryStatus",
     "DuplicateJobError",
     "IdempotencyKeyReusedError",
     "Job",
+    "JobBatch",
+    "JobBatchLines",
+    "JobBatchResult",
     "JobCounts",
     "JobEnd",
     "JobFilter",

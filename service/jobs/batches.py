@@ -1,4 +1,7 @@
-"""Batches: jobs that were submitted under one id, each with its line; counted, cancelled and read together."""
+"""Batches of jobs: jobs that were submitted under one id, each with its line; counted, cancelled and read together.
+
+A batch that a model runs is another thing: see the glossary.
+"""
 
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
@@ -6,7 +9,7 @@ from typing import TYPE_CHECKING
 import anyio
 
 from modalkit.service.jobs.errors import JobStoreError
-from modalkit.service.jobs.model import Batch, BatchResult, JobFilter
+from modalkit.service.jobs.model import JobBatch, JobBatchResult, JobFilter
 
 if TYPE_CHECKING:
     from modalkit.service.jobs.manager import JobManager
@@ -18,14 +21,14 @@ OVERLAP_US = 2_000_000
 """Microseconds before the last end that was seen which are read again: ends may be stored in another order."""
 
 
-class Batches:
-    """The batches of a manager's jobs. Each has the jobs of one `owner`, or those of all where that is None."""
+class JobBatches:
+    """The batches of jobs of a manager. Each has the jobs of one `owner`, or those of all where that is None."""
 
     def __init__(self, jobs: "JobManager") -> None:
         self._jobs = jobs
         self._store = jobs.store
 
-    async def get(self, batch_id: str, owner: str | None = None) -> Batch | None:
+    async def get(self, batch_id: str, owner: str | None = None) -> JobBatch | None:
         """The jobs of a batch, counted; None where there is none."""
         return await self._store.batch(batch_id, owner, self._jobs.clock())
 
@@ -46,7 +49,7 @@ class Batches:
 
     async def results_by_line(
         self, batch_id: str, owner: str | None = None, *, after: int = 0, wait: bool = True
-    ) -> AsyncGenerator[list[BatchResult]]:
+    ) -> AsyncGenerator[list[JobBatchResult]]:
         """The results of the lines after `after`, in their order; with `wait`, until all jobs of the batch have ended.
 
         Without, up to the first line whose job has not. It ends early when the service stops. Empty lists come in
@@ -68,7 +71,7 @@ class Batches:
 
     async def results_as_they_end(
         self, batch_id: str, owner: str | None = None, *, wait: bool = True
-    ) -> AsyncGenerator[list[BatchResult]]:
+    ) -> AsyncGenerator[list[JobBatchResult]]:
         """All results of a batch, in the order in which its jobs end; `wait` and the end are as above.
 
         Raises `JobStoreError` where the store had trouble and not all can be told any more: read them again.

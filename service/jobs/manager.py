@@ -18,14 +18,14 @@ from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import SteadyClock
 from modalkit.service.errors import NotReadyError, Readiness
-from modalkit.service.jobs.batches import Batches
+from modalkit.service.jobs.batches import JobBatches
 from modalkit.service.jobs.delivery import Deliverer
 from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreError
 from modalkit.service.jobs.life import new_job
 from modalkit.service.jobs.model import (
     ALL_JOBS,
-    BatchLines,
     Job,
+    JobBatchLines,
     JobEnd,
     JobFilter,
     JobPiece,
@@ -122,7 +122,7 @@ class JobManager(AsyncContextManagerMixin):
         self.clock = clock = clock or SteadyClock()
         self.check_ready: Callable[[str], None] | None = None
         """Called with a model's name before jobs are accepted for it; what it raises, `submit` raises."""
-        self.batches = Batches(self)
+        self.batches = JobBatches(self)
         self._backend = queue_backend
         self._owns_backend = owns_backend
         self._queue_rules = QueueRules(allowed_queues, queue_backend)
@@ -191,7 +191,7 @@ class JobManager(AsyncContextManagerMixin):
         requests: Sequence[AsyncInputModel],
         *,
         model_name: str,
-        batch: BatchLines | None = None,
+        batch: JobBatchLines | None = None,
         **options: Unpack[QueueOptions],
     ) -> list[Outcome[str]]:
         """Store jobs in one step; returns the id or the error of each, in the same order, once they are stored.

@@ -263,16 +263,16 @@ class JobCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchLines:
-    """Where new jobs belong: their batch, and the line of each."""
+class JobBatchLines:
+    """Where new jobs belong: their batch of jobs, and the line of each."""
 
     batch_id: str
     lines: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """The stored jobs of one batch, counted."""
+class JobBatch:
+    """The stored jobs of one batch of jobs, counted."""
 
     batch_id: str
     statuses: Mapping[JobStatus, int]
@@ -303,8 +303,8 @@ class Batch:
 
 
 @dataclass(slots=True)
-class BatchResult:
-    """How one job of a batch ended."""
+class JobBatchResult:
+    """How one job of a batch of jobs ended."""
 
     line: int
     job_id: str

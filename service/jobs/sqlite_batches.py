@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
-from modalkit.service.jobs.model import Batch, BatchResult, JobStatus
+from modalkit.service.jobs.model import JobBatch, JobBatchResult, JobStatus
 from modalkit.service.jobs.sqlite_rows import microseconds
 
 LATELY_S = 30.0
@@ -42,7 +42,7 @@ def has_batch(database: sqlite3.Connection, batch_id: str, owner: str | None) ->
     return bool(database.execute(f"SELECT EXISTS (SELECT 1 FROM jobs WHERE {which})", values).fetchone()[0])  # noqa: S608  # as above
 
 
-def find_batch(database: sqlite3.Connection, batch_id: str, owner: str | None, now: float) -> Batch | None:
+def find_batch(database: sqlite3.Connection, batch_id: str, owner: str | None, now: float) -> JobBatch | None:
     """The batch of this id, with the jobs of one owner or of all; None where there is no job of it."""
     which, values = _condition(batch_id, owner)
 
@@ -58,7 +58,7 @@ def find_batch(database: sqlite3.Connection, batch_id: str, owner: str | None, n
     finished_us = None if is_active else one("SELECT max(finished_at) FROM jobs WHERE {which}")
     lately_s = min(LATELY_S, max(now - created_us / 1_000_000, 0.001))
     ended = one("SELECT count(*) FROM jobs WHERE {which} AND finished_at > ?", microseconds(now - lately_s))
-    return Batch(
+    return JobBatch(
         batch_id,
         statuses,
         created_us / 1_000_000,
@@ -69,7 +69,7 @@ def find_batch(database: sqlite3.Connection, batch_id: str, owner: str | None, n
 
 def results_in_order(
     database: sqlite3.Connection, batch_id: str, owner: str | None, after: int
-) -> tuple[list[BatchResult], str | None]:
+) -> tuple[list[JobBatchResult], str | None]:
     """Some results of the lines after `after` up to the first that has not ended, and the id of the job of that."""
     which, values = _condition(batch_id, owner)
     which += " AND line > ? ORDER BY line"
@@ -96,15 +96,15 @@ def ends_after(
     return [(at, seq) for at, seq in from_json(text)]
 
 
-def results_of(database: sqlite3.Connection, sequences: Sequence[int]) -> list[BatchResult]:
+def results_of(database: sqlite3.Connection, sequences: Sequence[int]) -> list[JobBatchResult]:
     """The results of some jobs that have ended: as many as fit into one read, beginning with the first."""
     statement = _RESULTS.format(which="seq IN (SELECT value FROM json_each(?)) ORDER BY seq", order="seq")
     return _read(database, statement, [to_json(sequences[:RESULTS_PER_READ]).decode()])
 
 
-def _read(database: sqlite3.Connection, statement: str, values: list[Any]) -> list[BatchResult]:
+def _read(database: sqlite3.Connection, statement: str, values: list[Any]) -> list[JobBatchResult]:
     (text,) = database.execute(statement, values).fetchone()
     return [
-        BatchResult(line, job_id, JobStatus(status), result, error, meta, finished_us)
+        JobBatchResult(line, job_id, JobStatus(status), result, error, meta, finished_us)
         for line, job_id, status, result, error, meta, finished_us in from_json(text)
     ]

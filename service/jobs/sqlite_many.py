@@ -98,6 +98,12 @@ def document_part(database: sqlite3.Connection, document_id: str, part: int, own
     return None if row is None else row[0]
 
 
+def documents_bytes(database: sqlite3.Connection) -> int:
+    """The bytes of all documents."""
+    row = database.execute("SELECT coalesce(sum(length(content)), 0) FROM documents").fetchone()
+    return int(row[0])
+
+
 def document_ids(database: sqlite3.Connection, prefix: str, owner: str | None) -> list[str]:
     """The ids of all documents with this beginning of an owner, or of all, the newest first."""
     which = "true" if owner is None else "owner = ?"

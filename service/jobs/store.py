@@ -15,7 +15,7 @@ from modalkit.service.jobs import sqlite_batches as batches
 from modalkit.service.jobs import sqlite_many as many
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreUnavailableError
-from modalkit.service.jobs.model import Batch, BatchResult, Job, JobCounts, JobFilter, JobPage
+from modalkit.service.jobs.model import Job, JobBatch, JobBatchResult, JobCounts, JobFilter, JobPage
 from modalkit.service.jobs.sqlite_many import ROWS_PER_STEP
 from modalkit.service.jobs.sqlite_rows import condition_of, counts_of_jobs, find_job, microseconds, page_of_jobs
 from modalkit.service.jobs.sqlite_table import JobTable
@@ -204,7 +204,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         """How many jobs there are of each kind; takes the same time however many there are."""
         return await self._read(counts_of_jobs)
 
-    async def batch(self, batch_id: str, owner: str | None, now: float) -> Batch | None:
+    async def batch(self, batch_id: str, owner: str | None, now: float) -> JobBatch | None:
         """The jobs of a batch, of one owner or of all, counted; None where there is none."""
         return await self._read(lambda database: batches.find_batch(database, batch_id, owner, now))
 
@@ -214,7 +214,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
 
     async def results_in_order(
         self, batch_id: str, owner: str | None, after: int
-    ) -> tuple[list[BatchResult], str | None]:
+    ) -> tuple[list[JobBatchResult], str | None]:
         """Some results of the lines after `after`, up to the first that has not ended; the id of the job of that."""
         return await self._read(lambda database: batches.results_in_order(database, batch_id, owner, after))
 
@@ -224,7 +224,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         """When some jobs of a batch ended, each with its sequence number, in order, beginning after these two."""
         return await self._read(lambda database: batches.ends_after(database, batch_id, owner, finished_us, sequence))
 
-    async def results_of(self, sequences: Sequence[int]) -> list[BatchResult]:
+    async def results_of(self, sequences: Sequence[int]) -> list[JobBatchResult]:
         """The results of ended jobs by their sequence numbers: as many as are read at once."""
         return await self._read(lambda database: batches.results_of(database, sequences))
 
@@ -235,6 +235,10 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     async def document_part(self, document_id: str, part: int, owner: str | None) -> bytes | None:
         """A part of a document of an owner, or of any; None where there is none."""
         return await self._read(lambda database: many.document_part(database, document_id, part, owner))
+
+    async def documents_bytes(self) -> int:
+        """The bytes of all documents of all owners."""
+        return await self._read(many.documents_bytes)
 
     async def document_ids(self, prefix: str, owner: str | None) -> list[str]:
         """The ids of all documents with this beginning of an owner, or of all, the newest first."""

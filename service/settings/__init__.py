@@ -1,7 +1,7 @@
 """The configuration: one frozen, validated `Settings` from YAML files, `MODALKIT_…` variables and arguments."""
 
 from modalkit.service.settings.deployment import BuildConfig, CloudBucketMount, DeploymentConfig
-from modalkit.service.settings.effective import effective_yaml
+from modalkit.service.settings.effective import effective_settings, effective_yaml
 from modalkit.service.settings.layers import deep_merge
 from modalkit.service.settings.models import (
     ADAPTERS,
@@ -39,5 +39,6 @@ __all__ = [
     "Settings",
     "SettingsError",
     "deep_merge",
+    "effective_settings",
     "effective_yaml",
 ]

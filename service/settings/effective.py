@@ -20,25 +20,34 @@ _USER_IN_URL = re.compile(r"://[^/\s@]+@")
 """A password, or a token in the place of the user."""
 
 
-def effective_yaml(config_files: Sequence[Path | str] | None = None, environ: Mapping[str, str] | None = None) -> str:
-    """The settings of `Settings.load`, as the text of a configuration file. Raises SettingsError.
+def effective_settings(
+    config_files: Sequence[Path | str] | None = None, environ: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """The settings of `Settings.load` as plain data, and the origin of each value that is no default.
 
-    Each value that is no default has its origin as a comment: a file with the line, or a variable. Secrets are hidden,
-    and addresses with a user or password; of arguments of pipelines and variables of the image, so are those whose
-    names end in ``key``, ``token`` and such.
+    An origin is a file with the line, or a variable. Secrets are hidden, and addresses with a user or password; of
+    arguments of pipelines and variables of the image, so are those whose names end in ``key``, ``token`` and such.
+    Raises SettingsError.
     """
     settings = Settings.load(config_files, environ)
     values = settings.model_dump(mode="json")
     defaults = dict(_leaves(Settings.load([], {}).model_dump(mode="json")))
     leaves = dict(_leaves(values))
-    comments = {path: settings.origin(*path) for path, value in leaves.items() if defaults.get(path) != value}
-    for path in [*leaves]:
-        if _is_hidden(path, leaves[path]):
+    origins = {path: settings.origin(*path) for path, value in leaves.items() if defaults.get(path) != value}
+    for path, value in leaves.items():
+        if _is_hidden(path, value):
             _set(values, path, HIDDEN)
+    return values, origins
+
+
+def effective_yaml(config_files: Sequence[Path | str] | None = None, environ: Mapping[str, str] | None = None) -> str:
+    """What `effective_settings` returns, as the text of a configuration file in which each origin is a comment."""
+    values, origins = effective_settings(config_files, environ)
+    leaves = dict(_leaves(values))
     text = dump_yaml(values)
     lines = text.splitlines()
     _, numbers = parse_yaml(text)
-    for path, comment in sorted(comments.items(), key=lambda found: numbers[found[0]], reverse=True):
+    for path, comment in sorted(origins.items(), key=lambda found: numbers[found[0]], reverse=True):
         index, value = numbers[path] - 1, leaves[path]
         if isinstance(value, str) and (len(value) > MAX_COMMENTED_CHARACTERS or not value.isprintable()):
             indent = len(lines[index]) - len(lines[index].lstrip())

@@ -161,6 +161,8 @@ class RequestConfig(Section):
     """Maximum bytes of a line of a stream; a longer one is refused alone (413 in its place)."""
     max_file_bytes: Count = 200 * 2**20
     """Maximum bytes of a file for a batch in the shape of OpenAI's; a larger one is refused (HTTP 413)."""
+    max_stored_file_bytes: Count = 2 * 2**30
+    """Maximum bytes of all such files that are stored; beyond, another one is refused (HTTP 507)."""
     max_items: Count = 10_000
     """Maximum items of a list; a longer one is refused (HTTP 413)."""
     max_item_bytes: Count = 16 * 2**20

@@ -38,6 +38,8 @@ def require_writable(path: Path, section: KeyPath = LIMITS_OF_ALL) -> None:
     Raises `SettingsError` for a file that is no configuration of modalkit, and `TuningError` if it cannot be changed,
     or there is no folder for it.
     """
+    if path.exists() and not path.is_file():
+        raise TuningError(f"--write {path}: is no file; give the name of one")
     if not path.parent.is_dir():
         raise TuningError(f"--write {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.resolve().parent, os.W_OK):

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import anyio
 from fastapi import Request
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
+P = ParamSpec("P")
 
 FREE_BYTES = 2**16
 """Bytes of a body that do not count as held, so that small requests are served while others stall with large ones."""
@@ -60,13 +61,13 @@ class Admission:
         self._pace = RefusalPace()
         self._now = now
 
-    async def check(self, check_room: Callable[[], None]) -> None:
+    async def check(self, check_room: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `check_room`, which raises what a request is refused with.
 
         Where there are many refusals for a full queue, they wait for up to a second, and there may be room by then.
         """
         try:
-            check_room()
+            check_room(*args, **kwargs)
         except QueueFullError:
             delay_s = self._pace.delay_s(self._now())
             if not delay_s:
@@ -74,7 +75,7 @@ class Admission:
         else:
             return
         await anyio.sleep(delay_s)
-        check_room()
+        check_room(*args, **kwargs)
 
     async def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """The results of a function for all items, in their order. Between two slices of them, other tasks run."""

@@ -137,7 +137,7 @@ class FailedSlot(BaseModel):
 
 
 class BatchView(BaseModel):
-    """The stored jobs of a batch, counted; validated from the attributes of a `Batch`."""
+    """The stored jobs of a batch of jobs, counted; validated from the attributes of a `JobBatch`."""
 
     model_config = ConfigDict(from_attributes=True)
 

@@ -4,14 +4,15 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
+from pydantic_core import to_json
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -230,6 +231,17 @@ def _complete_schema(app: FastAPI, by_name: Mapping[str, Model]) -> None:
         return schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the schema
+
+    @lru_cache(maxsize=8)
+    def rendered(root_path: str) -> bytes:
+        return to_json({**app.openapi(), **({"servers": [{"url": root_path}]} if root_path else {})})
+
+    async def answer(request: Request) -> Response:
+        return Response(rendered(request.scope["root_path"].rstrip("/")), media_type=JSON)
+
+    # FastAPI's own route makes and writes the schema for each request, which delays others by several milliseconds.
+    app.router.routes[:] = [route for route in app.routes if getattr(route, "path", None) != app.openapi_url]
+    app.add_route(str(app.openapi_url), answer, include_in_schema=False)
 
 
 _EVENT = {

@@ -1,4 +1,4 @@
-"""The routes of batches: jobs that were submitted as lines of one."""
+"""The routes of batches of jobs."""
 
 from collections.abc import AsyncIterator
 from typing import Annotated
@@ -9,8 +9,8 @@ from pydantic_core import from_json, to_json
 
 from modalkit.service.errors import UnknownBatchError
 from modalkit.service.gateway import Jobs
-from modalkit.service.jobs import BatchResult, JobFilter
-from modalkit.service.jobs.batches import Batches
+from modalkit.service.jobs import JobBatchResult, JobFilter
+from modalkit.service.jobs.batches import JobBatches
 from modalkit.service.web.answers import NDJSON, PROBLEM_ANSWERS, BatchView, Cancelled, Purged
 from modalkit.service.web.auth import caller_of
 from modalkit.service.web.job_routes import CANNOT_LIST, administration_of, refuse_unknown_query
@@ -28,7 +28,7 @@ def make_batch_router(jobs: Jobs) -> APIRouter:
     """The routes over `jobs`."""
     router = APIRouter(tags=["batches"], dependencies=[Depends(refuse_unknown_query)], responses=PROBLEM_ANSWERS)
 
-    def batches() -> Batches:
+    def batches() -> JobBatches:
         return administration_of(jobs, CANNOT_LIST).batches
 
     async def visible_owner(request: Request, batch_id: str) -> str | None:
@@ -80,7 +80,7 @@ def make_batch_router(jobs: Jobs) -> APIRouter:
     return router
 
 
-def _line_of(result: BatchResult) -> bytes:
+def _line_of(result: JobBatchResult) -> bytes:
     """A line of the stream, joined from JSON texts as they are stored: `BatchLine` has its fields."""
     meta = result.meta_json.encode()
     if b"NaN" in meta or b"Infinity" in meta:

@@ -70,9 +70,11 @@ def _encoded(name: str) -> bytes:
 class DirectRequest(Request):
     """A request whose headers are looked up."""
 
+    headers = Headers()  # in place of Starlette's property
+
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         super().__init__(scope, receive, send)
-        self._headers = DirectHeaders(scope)  # where Starlette keeps what it makes of them
+        self.headers = DirectHeaders(scope)
 
 
 class DirectResponse(Response):
@@ -142,7 +144,7 @@ async def while_connected(request: Request, awaitable: Awaitable[T]) -> T:
     calls, loop = _calls, asyncio.get_running_loop()
     if calls is None or calls.loop is not loop:
         calls = _calls = _Calls(loop)
-    call = _Call(request.receive, task := asyncio.current_task())
+    call = _Call(request.receive, task := asyncio.current_task(loop))
     calls[call] = None
     if not calls.is_looking:
         calls.look()

@@ -43,7 +43,7 @@ async def parse_lines(
 
     Without `find`, no line names one.
     """
-    if find is None or not any(line.content is not None and b'"model_name"' in line.content for line in lines):
+    if find is None or b'"model_name"' not in b"\n".join([line.content or b"" for line in lines]):
         return await parsed(lines, partial(parse, target.parser), max_bytes), [target] * len(lines)
     targets, asked = [target] * len(lines), list[T | Failure | None]([None] * len(lines))
     places = dict[str, list[int]]()

@@ -54,13 +54,10 @@ async def lines_of(chunks: AsyncIterable[bytes], max_bytes: int) -> Lines:
     rest: bytes | None = b""
     async for chunk in chunks:
         first, *others = chunk.split(b"\n")
-        lines = []
         rest = None if rest is None or len(rest) + len(first) > max_bytes else rest + first
-        for part in others:
-            number += 1
-            if rest is None or rest.strip():
-                lines.append(Line(number, rest))
-            rest = part if len(part) <= max_bytes else None
+        *ended, rest = rest, *[part if len(part) <= max_bytes else None for part in others]
+        lines = [Line(place, part) for place, part in enumerate(ended, number + 1) if part is None or part.strip()]
+        number += len(ended)
         for start in range(0, len(lines), LINES_AT_ONCE):
             yield lines[start : start + LINES_AT_ONCE]
             await checkpoint()
@@ -72,13 +69,17 @@ async def parsed(
     lines: Sequence[Line], parse: Callable[[Sequence[bytes]], Awaitable[Sequence[T | Failure]]], max_bytes: int
 ) -> Sequence[T | Failure]:
     """What `parse` makes of the content of each line; one that was larger than `max_bytes` has a `Failure`."""
-    found = iter(await parse([line.content for line in lines if line.content is not None]))
+    contents = [line.content for line in lines if line.content is not None]
+    found = await parse(contents)
+    if len(contents) == len(lines):
+        return found
     too_large = ProblemError(
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         f"the line is larger than {max_bytes} bytes: send it as a request of its own, or raise "
         "request_config.max_line_bytes",
     )
-    return [Failure(too_large) if line.content is None else next(found) for line in lines]
+    others = iter(found)
+    return [Failure(too_large) if line.content is None else next(others) for line in lines]
 
 
 class Spool(AbstractContextManager["Spool"]):

@@ -98,26 +98,26 @@ class PredictionStream:
 
         Raises `QueueFullError` before any has started.
         """
-        places = [place for place, (item, _, _) in enumerate(group) if not isinstance(item, Failure)]
-        items = [item for item, _, _ in group if not isinstance(item, Failure)]
-        started = iter(self._queue(group[0][2], items, self._index, places))
+        first = self._index
+        valid = [(index, item) for index, (item, _, _) in enumerate(group, first) if not isinstance(item, Failure)]
+        started = iter(self._queue(group[0][2], [item for _, item in valid], [index for index, _ in valid]))
+        self._index += len(group)
         now_s = anyio.current_time()
-        for item, size_bytes, _ in group:
-            index, self._index = self._index, self._index + 1
+        for index, (item, size_bytes, _) in enumerate(group, first):
             handle = item if isinstance(item, Failure) else next(started)
             if isinstance(handle, Failure):
-                self._answer(index, handle)
+                self._end(index, handle)
             else:
                 self._running[index] = size_bytes, now_s, handle
                 self._bytes += size_bytes
 
     def _queue(
-        self, target: Target, items: Sequence[BaseModel], first: int, places: Sequence[int]
+        self, target: Target, items: Sequence[BaseModel], indices: Sequence[int]
     ) -> Sequence[Callable[[], object] | Failure]:
         end = self._end
 
         def on_outcome(number: int, outcome: Outcome[InferenceOutputModel]) -> None:
-            end(first + places[number], outcome)
+            end(indices[number], outcome)
 
         try:
             return target.model.predict_many_nowait(
@@ -152,12 +152,9 @@ class PredictionStream:
                 self._end(index, Failure(DeadlineExceededError(timeout_s)))
 
     def _end(self, index: int, outcome: Outcome[InferenceOutputModel]) -> None:
-        """Answer an item that ran; called in the event loop with its outcome."""
-        self._bytes -= self._running.pop(index)[0]
-        self._answer(index, outcome)
-
-    def _answer(self, index: int, outcome: Outcome[InferenceOutputModel]) -> None:
-        """Write the answer for an item, at once or in its turn."""
+        """Write the answer for an item, at once or in its turn; called in the event loop with its outcome."""
+        if (running := self._running.pop(index, None)) is not None:
+            self._bytes -= running[0]
         if not self._will_flush:
             self._will_flush = True
             # Those of several batches together, because each writing takes as long as several items.

@@ -101,6 +101,7 @@ _TYPE_OF_STATUS = {
     HTTPStatus.INTERNAL_SERVER_ERROR: "internal-error",
     HTTPStatus.NOT_IMPLEMENTED: "not-available",
     HTTPStatus.SERVICE_UNAVAILABLE: "service-unavailable",
+    HTTPStatus.INSUFFICIENT_STORAGE: "insufficient-storage",
 }
 """The type of a problem that is no error of a kind with its own type."""
 

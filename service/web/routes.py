@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from modalkit.batching import RequestOptions
 from modalkit.pipelines import AsyncInputModel, AsyncOutputModel
 from modalkit.service.gateway import Gateway, Model, find_model
 from modalkit.service.outputs import output_json
@@ -105,10 +106,10 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
         model = find_model(gateway.models, model_name)
         return target_of(model.name, model.input_model)
 
-    async def check_room(model: Model, options: PredictionOptions, caller: Caller) -> None:
+    def check_room(model: Model, caller: Caller, options: RequestOptions) -> Awaitable[None]:
         """Raise what a request should be refused with before its body is read."""
         caller.take_items(0)
-        await admission.check(partial(model.check_room, **options.for_owner(caller.owner)))
+        return admission.check(model.check_room, **options)
 
     def submitter(request: Request) -> Submitter:
         options = SubmissionOptions.of(request)
@@ -130,16 +131,15 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
         if prefers_async(request):
             caller_of(request).require(KeyScope.JOBS)
             return await submitter(request).answer_later(request)
-        options = PredictionOptions.of(request)
-        model, caller = find_model(gateway.models, options.model_name), caller_of(request)
-        await check_room(model, options, caller)
+        asked, caller = PredictionOptions.of(request), caller_of(request)
+        model, options = find_model(gateway.models, asked.model_name), asked.for_owner(caller.owner)
+        await check_room(model, caller, options)
         item = parser(model.input_model).item(await read_body(request))
         caller.take_items(1)
         if takes_events(request):
-            return EventStream(prediction_events(model, item, options.for_owner(caller.owner)))
-        call = model.predict(item, **options.for_owner(caller.owner))
+            return EventStream(prediction_events(model, item, options))
         try:
-            return DirectResponse(output_json(await while_connected(request, call)))
+            return DirectResponse(output_json(await while_connected(request, model.predict(item, **options))))
         except Exception as error:  # noqa: BLE001  # whatever the pipeline raised is this item's error
             return error_response(error)
 
@@ -155,15 +155,15 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
         "error's line has the `problem` that a single request would be answered with.",
     )
     async def batch_predict(request: Request) -> Response:
-        options = StreamOptions.of(request)
-        model, caller = find_model(gateway.models, options.model_name), caller_of(request)
+        asked, caller = StreamOptions.of(request), caller_of(request)
+        model, options = find_model(gateway.models, asked.model_name), asked.for_owner(caller.owner)
         if takes_lines(request):
             await model.predict_many([])  # a model that takes nothing now fails the request, not each line
-            return LineStream(PredictionStream(find, options, caller).answer, admission.limits.max_line_bytes)
-        await check_room(model, options, caller)
+            return LineStream(PredictionStream(find, asked, caller).answer, admission.limits.max_line_bytes)
+        await check_room(model, caller, options)
         items = await parser(model.input_model).items(await read_body(request))
         caller.take_items(len(items))
-        run = partial(model.predict_many, **options.for_owner(caller.owner))
+        run = partial(model.predict_many, **options)
         outcomes = await run_valid(items, lambda valid: while_connected(request, run(valid)))
         slots = await admission.map(partial(outcome_json, error_json=error_json), outcomes)
         return DirectResponse(b"[" + b",".join(slots) + b"]")

@@ -13,7 +13,7 @@ from pydantic_core import to_json
 from modalkit.batching import Failure, Outcome
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.gateway import Jobs
-from modalkit.service.jobs import BatchLines, JobStoreError
+from modalkit.service.jobs import JobBatchLines, JobStoreError
 from modalkit.service.validation import run_valid
 from modalkit.service.web.admission import FREE_BYTES, Admission, read_body
 from modalkit.service.web.auth import Caller
@@ -134,13 +134,13 @@ class Submitter:
             ),
         )
 
-    def _batch_of(self, asked: Sequence[AsyncInputModel | Failure], numbers: Iterable[int]) -> BatchLines | None:
+    def _batch_of(self, asked: Sequence[AsyncInputModel | Failure], numbers: Iterable[int]) -> JobBatchLines | None:
         """The lines of the jobs that are valid, where the request has a batch."""
         if self._options.batch_id is None:
             return None
         first = self._options.first_line - 1
         lines = [first + number for job, number in zip(asked, numbers, strict=True) if not isinstance(job, Failure)]
-        return BatchLines(self._options.batch_id, lines)
+        return JobBatchLines(self._options.batch_id, lines)
 
     def _with_key(self, job: AsyncInputModel) -> AsyncInputModel:
         key = self._options.idempotency_key

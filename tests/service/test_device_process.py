@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from modalkit.batching import BatchTimeoutError, Failure, Success
 from modalkit.pipelines import InferencePipeline, RejectItem
 from modalkit.service import device_process
-from modalkit.service.device_process import DevicePipeline, load_on_devices
+from modalkit.service.device_process import DevicePipeline, DeviceProcessError, _Process, load_on_devices
 from modalkit.service.loading import LoadError, ModelSource
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
@@ -74,6 +75,18 @@ async def test_all_devices_take_batches_from_one_queue() -> None:
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
+
+
+async def test_a_call_that_begins_after_its_process_has_ended_is_told_so_at_once() -> None:
+    """Though the thread that tells it to all calls has told those that it knew."""
+    process = _Process(source_of("WherePipeline"), "b")
+    await anyio.to_thread.run_sync(process.wait_until_ready)
+    process.end()
+    for reader in threading.enumerate():
+        if reader.name == "answers of b":
+            await anyio.to_thread.run_sync(reader.join)
+    with anyio.fail_after(60), pytest.raises(DeviceProcessError, match="process of device b ended"):
+        await anyio.to_thread.run_sync(process.call, None, "device_name", abandon_on_cancel=True)
 
 
 async def test_in_another_process_a_bad_item_fails_alone_as_it_does_in_this_one() -> None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -61,12 +61,12 @@ async def client(settings: Settings, queue: InMemoryBackend) -> AsyncIterator[ht
 
 
 @pytest.fixture
-def exporter() -> Iterator[InMemorySpanExporter]:
+def exporter(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    monkeypatch.setattr(tracing, "_tracing", None)  # and so it is again after the test
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     enable_tracing(provider)
-    yield exporter
-    tracing.disable_tracing()
+    return exporter
 
 
 def spans(exporter: InMemorySpanExporter, name: str) -> list[ReadableSpan]:

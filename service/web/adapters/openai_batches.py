@@ -47,6 +47,8 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
     def kept(request: Request) -> KeptBatches:
         return KeptBatches(administration_of(gateway.jobs, CANNOT_LIST), gateway, limits, caller_of(request))
 
+    uploading_bytes = 0
+
     @router.post(
         "/v1/files",
         summary="Upload the input of a batch",
@@ -59,12 +61,22 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
         if int(size) > limits.max_file_bytes:
             detail = f"the file is larger than {limits.max_file_bytes} bytes (request_config.max_file_bytes)"
             raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{detail}: send several smaller ones")
-        async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
-            file, purpose = form.get("file"), form.get("purpose")
-            if not isinstance(file, UploadFile) or purpose != "batch":
-                detail = "send a form (multipart/form-data) with a `file`, and `purpose`, which must be `batch`"
-                raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
-            return await kept(request).add_file(file)
+        nonlocal uploading_bytes
+        own = kept(request)
+        uploading_bytes += int(size)
+        try:
+            if await own.documents.documents_bytes() + uploading_bytes > limits.max_stored_file_bytes:
+                detail = f"the stored files would exceed {limits.max_stored_file_bytes} bytes in all"
+                remedy = "remove files that are not needed, or raise request_config.max_stored_file_bytes"
+                raise ProblemError(HTTPStatus.INSUFFICIENT_STORAGE, f"{detail}: {remedy}")
+            async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
+                file, purpose = form.get("file"), form.get("purpose")
+                if not isinstance(file, UploadFile) or purpose != "batch":
+                    detail = "send a form (multipart/form-data) with a `file`, and `purpose`, which must be `batch`"
+                    raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
+                return await own.add_file(file)
+        finally:
+            uploading_bytes -= int(size)
 
     @router.get("/v1/files", summary="List uploaded files")
     async def openai_list_files(

@@ -4,9 +4,11 @@ A line of an input file names an endpoint of ours: ``/sync/predict``, whose body
 ``/v1/embeddings``, whose body has one text as `input`. Output files are made of the results when they are read.
 """
 
+import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import closing
 from http import HTTPStatus
 from typing import Any, Literal
 
@@ -19,7 +21,7 @@ from modalkit.batching import Failure
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.errors import ServiceError
 from modalkit.service.gateway import Gateway, JobAdministration, Model, find_model
-from modalkit.service.jobs import BatchLines, BatchResult, JobStatus
+from modalkit.service.jobs import JobBatchLines, JobBatchResult, JobStatus
 from modalkit.service.settings import RequestConfig
 from modalkit.service.web.adapters.openai_shapes import (
     BatchError,
@@ -53,6 +55,8 @@ class _Record(BaseModel):
     refused: int = 0
     """Requests that became no job; their lines of the error file are the other parts of the document."""
     cancelled_at: int | None = None
+    ended: BatchObject | None = None
+    """The batch as it was when all its requests had ended; their jobs are removed before it."""
 
 
 class _Request(BaseModel):
@@ -155,20 +159,21 @@ class KeptBatches:
             raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "endpoint: there is no model for embeddings")
         batch_id = f"{BATCH}{uuid.uuid4().hex}"
         record = _Record(new=new, created_at=int(time.time()))
-        seen = set[str]()
-        async for lines in self._lines(new.input_file_id):
-            for line in lines:
-                record.total += 1
-                try:
-                    custom_id, problem = _request(line, new.endpoint, self._limits).custom_id, ""
-                except ProblemError as error:
-                    custom_id, problem = "", error.detail
-                if custom_id in seen:
-                    problem = f"custom_id {custom_id!r:.100} comes twice"
-                if not problem:
-                    seen.add(custom_id)
-                elif len(record.errors) < MAX_SHOWN_ERRORS:
-                    record.errors.append(BatchError(code="invalid_line", line=line.number, message=problem))
+        with closing(sqlite3.connect("")) as seen:  # in a temporary file, because there may be millions
+            seen.execute("CREATE TABLE ids (custom_id TEXT PRIMARY KEY) WITHOUT ROWID")
+            async for lines in self._lines(new.input_file_id):
+                for line in lines:
+                    record.total += 1
+                    try:
+                        custom_id = _request(line, new.endpoint, self._limits).custom_id
+                    except ProblemError as error:
+                        problem = error.detail
+                    else:
+                        if seen.execute("INSERT OR IGNORE INTO ids VALUES (?)", [custom_id]).rowcount:
+                            continue
+                        problem = f"custom_id {custom_id!r:.100} comes twice"
+                    if len(record.errors) < MAX_SHOWN_ERRORS:
+                        record.errors.append(BatchError(code="invalid_line", line=line.number, message=problem))
         if not record.total:
             record.errors.append(BatchError(code="empty_file", line=1, message="the file has no requests"))
         if not record.errors:
@@ -208,6 +213,7 @@ class KeptBatches:
         if batch is not None and batch.active:
             changes["status"] = "in_progress" if record.cancelled_at is None else "cancelling"
             return found.model_copy(update=changes)
+        removed = max(0, record.total - record.refused - sum(counts.values()))
         ended_at = record.created_at if batch is None or batch.finished_at is None else int(batch.finished_at)
         ending = batch_id.removeprefix(BATCH)
         changes["output_file_id"] = f"{OUTPUT}{ending}" if completed else None
@@ -216,7 +222,16 @@ class KeptBatches:
             changes |= {"status": "cancelled", "cancelled_at": ended_at}
         else:
             changes |= {"status": "expired" if expired else "completed", "completed_at": ended_at}
-        return found.model_copy(update=changes)
+        if removed and record.ended is not None:
+            files = {name: changes[name] for name in ("output_file_id", "error_file_id")}
+            return record.ended.model_copy(update=files)
+        if removed:
+            message = f"the results of {removed} requests were removed (async_config.result_ttl after their end)"
+            changes["errors"] = BatchErrors(data=[BatchError(code="results_removed", message=message)])
+        ended = found.model_copy(update=changes)
+        if not removed and ended != record.ended:
+            await self._put(batch_id, to_json(record.model_copy(update={"ended": ended})))
+        return ended
 
     async def cancel(self, batch_id: str) -> BatchObject:
         """Cancel what has not ended. Raises `ProblemError`."""
@@ -253,7 +268,7 @@ class KeptBatches:
         for model_name, chosen in jobs.items():
             numbers = [number for number, _ in chosen]
             requests = [job for _, job in chosen]
-            batch = BatchLines(batch_id, numbers)
+            batch = JobBatchLines(batch_id, numbers)
             outcomes = await self._gateway.jobs.submit(
                 requests, model_name=model_name, owner=self._caller.owner, batch=batch
             )
@@ -274,9 +289,8 @@ class KeptBatches:
         model = find_model(models, name)
         return model, BodyParser(model.input_model).item(to_json(item))
 
-    async def _lines(self, file_id: str) -> AsyncIterator[list[Line]]:
-        async for lines in lines_of(self.content(file_id), self._limits.max_line_bytes):
-            yield lines
+    def _lines(self, file_id: str) -> AsyncIterator[list[Line]]:
+        return lines_of(self.content(file_id), self._limits.max_line_bytes)
 
     async def _record(self, batch_id: str) -> _Record:
         return _Record.model_validate_json(await self._read(BATCH, batch_id))
@@ -313,7 +327,7 @@ def _refused(custom_id: str, problem: ProblemError) -> dict[str, Any]:
     return {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": None}
 
 
-def _answer(result: BatchResult, endpoint: str) -> dict[str, Any]:
+def _answer(result: JobBatchResult, endpoint: str) -> dict[str, Any]:
     """A line of an output file, or of an error file. A job that a client added by itself may have no `custom_id`."""
     line = {"id": f"batch_req_{result.job_id}", "custom_id": from_json(result.meta_json).get("custom_id")}
     if result.status is not JobStatus.SUCCEEDED or result.result_json is None:

@@ -37,15 +37,15 @@ class NewBatch(BaseModel):
 
 
 class BatchError(BaseModel):
-    """What is wrong with a line of the input file."""
+    """What is wrong with a line of the input file, or with the batch."""
 
     code: str
-    line: int
+    line: int | None = None
     message: str
 
 
 class BatchErrors(BaseModel):
-    """What is wrong with the input file."""
+    """What is wrong with the input file, or the batch."""
 
     object: Literal["list"] = "list"
     data: list[BatchError]

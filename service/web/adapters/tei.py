@@ -23,9 +23,9 @@ from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.problems import ProblemError
 from modalkit.service.web.routes import Endpoint, PostRoutes
 
-Texts = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
+Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_TEXTS)]
 
-OneText = Annotated[list[str], Field(min_length=1, max_length=1)]
+OneText = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=1)]
 
 
 class _Request(BaseModel):
@@ -48,7 +48,7 @@ class Parameters(BaseModel):
 class PredictRequest(_Request):
     """Texts to classify."""
 
-    inputs: str | OneText | Annotated[list[OneText], Field(min_length=1, max_length=MAX_TEXTS)] = Field(
+    inputs: str | OneText | Annotated[list[OneText], Field(fail_fast=True, min_length=1, max_length=MAX_TEXTS)] = Field(
         description="A text, or a list of lists with one text each."
     )
     raw_scores: Literal[False] = Field(default=False, description="Scores are probabilities.")

@@ -24,7 +24,7 @@ class ClassificationRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
+    input: str | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_TEXTS)]
     model: str | None = Field(default=None, description="Which model; the first classifier if left out.")
     user: str | None = Field(default=None, description="Not used.")
     use_activation: Literal[True] | None = Field(default=None, description="The answer always has probabilities.")

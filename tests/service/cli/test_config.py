@@ -1,5 +1,6 @@
 """``modalkit config``: what is in effect, where it comes from, and nothing secret."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,16 @@ def test_each_value_that_is_no_default_has_its_origin_and_secrets_are_hidden(mod
         "tokenizer: words  # modalkit.yaml, line 14",
         "# modalkit.yaml, line 15:",
     ]
+
+
+def test_the_same_can_be_printed_as_json(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "modalkit.yaml").write_text(CONFIGURATION)
+    done = modalkit("config", "--json")
+    assert "s3cret" not in done.stdout
+    printed = json.loads(done.stdout)
+    assert printed["settings"] == parse_yaml(modalkit("config").stdout)[0]
+    assert printed["origins"]["app_settings.batch_config.max_batch_size"] == "modalkit.yaml, line 2"
+    assert json.loads(modalkit("config", "--defaults", "--json").stdout)["origins"] == {}
 
 
 @pytest.mark.parametrize(("url", "shown"), [("redis://host/1", "redis://host/1"), ("redis://h?password=x", "(hidden)")])

@@ -1,5 +1,6 @@
 """``modalkit deploy``: what a dry run shows, and that Modal's own command is run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def test_a_dry_run_shows_every_setting_without_network_or_token(installed_modalk
         "add_local_file": str(folder / "modalkit.yaml"),
         "remote_path": "/root/modalkit_config/0-modalkit.yaml",
     } in (shown["image"])
+    assert json.loads(installed_modalkit("deploy", "--dry-run", "--json").stdout) == shown
 
 
 def test_a_dry_run_says_what_old_names_are_called_now(modalkit: Modalkit, folder: Path) -> None:

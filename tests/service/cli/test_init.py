@@ -117,13 +117,16 @@ def test_the_configuration_has_every_key_with_its_comment_and_differs_from_the_d
 ) -> None:
     text = (started(task) / "modalkit.yaml").read_text()
     defaults = defaults_yaml()
+    assert "\n  app_prefix: sentiment " in defaults
+    text = text.replace('  app_prefix: "new" ', "  app_prefix: sentiment ")
     head = defaults.index("    sentiment:\n")
     assert text[:head] == defaults[:head]
     shared = [line for line in text[head:].splitlines() if line.strip().startswith(("input_model:", "output_model:"))]
     assert len(shared) == 2
     assert all(line in defaults.splitlines() for line in shared)
     settings = Settings.load([started(task, "again") / "modalkit.yaml"], {})
-    assert settings.app_settings == Settings.load([], {}).app_settings
+    defaults_of_app = Settings.load([], {}).app_settings
+    assert settings.app_settings == defaults_of_app.model_copy(update={"app_prefix": "again"})
     (entry,) = settings.model_settings.model_entries.values()
     assert ("model_path" in entry.arguments()) == (task is not Task.EMPTY)
 

@@ -375,7 +375,7 @@ def test_an_address_without_a_service_is_one_message_without_the_password(modalk
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     done = modalkit("jobs", "list", "--url", f"http://me:password@127.0.0.1:{port}")
-    assert done.returncode == 1
+    assert done.returncode == 5
     assert done.stderr.startswith(f"modalkit: error: http://127.0.0.1:{port} cannot be reached: ")
     assert "--url" in done.stderr
 

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.progress import Progress
 
-from modalkit.service.cli.common import whole_file
+from modalkit.service.cli.common import replacing
 from modalkit.service.cli.predict import _Run
 from modalkit.service.cli.records import FileFormat, Record, read_records, validated
-from modalkit.service.cli.results import ResultWriter, refuse_leftovers, result_file
+from modalkit.service.cli.results import ResultWriter, identity_of, result_file
 from modalkit.service.settings import Settings
 from tests.support.command_line import Modalkit
 from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
@@ -46,7 +46,7 @@ def test_lines_of_standard_input_keep_their_order(modalkit: Modalkit) -> None:
 
 def test_a_bad_line_is_reported_with_its_number_and_is_not_fatal(modalkit: Modalkit) -> None:
     done = modalkit("predict", stdin=f"one\n\nthree\n{POISON}\nbad\udcff\nlast")
-    assert done.returncode == 1
+    assert done.returncode == 4
     assert [result["status"] for result in results(done.stdout)] == [
         *("success", "error", "success"),
         *("error", "error", "success"),
@@ -60,9 +60,10 @@ def test_a_bad_line_is_reported_with_its_number_and_is_not_fatal(modalkit: Modal
 
 
 def test_a_jsonl_file_holds_objects_or_texts(modalkit: Modalkit, folder: Path) -> None:
-    (folder / "in.jsonl").write_text('{"text": "four"}\n"five!"\n{"text": \n{"body": "a"}\n7\n')
+    (folder / "in.jsonl").write_text('{"text": "four"}\n"five!"\n \n{"text": \n{"body": "a"}\n7\n\n')
     done = modalkit("predict", "--input", "in.jsonl", "--output", "out.jsonl")
-    assert done.returncode == 1
+    assert done.returncode == 4
+    assert done.stderr.startswith("line 4: not JSON")  # blank lines count, and are no items
     assert done.stdout == ""
     written = results((folder / "out.jsonl").read_text())
     assert [slot.get("length") for slot in written] == [4, 5, None, None, None]
@@ -73,7 +74,7 @@ def test_a_jsonl_file_holds_objects_or_texts(modalkit: Modalkit, folder: Path) -
 def test_a_csv_file_gives_its_column_and_a_csv_output_has_columns(modalkit: Modalkit, folder: Path) -> None:
     (folder / "in.csv").write_text('id,review\n1,"two\nlines, quoted"\n2,four\n3,\n4\n')
     done = modalkit("predict", "-i", "in.csv", "--column", "review", "-o", "out.csv")
-    assert done.returncode == 1
+    assert done.returncode == 4
     with (folder / "out.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["length"] for row in rows] == ["17", "4", "", ""]
@@ -125,8 +126,9 @@ def test_wrong_usage_is_exit_code_2(modalkit: Modalkit, arguments: tuple[str, ..
     assert modalkit("predict", *arguments).returncode == 2
 
 
-def test_a_dash_means_standard_input(modalkit: Modalkit) -> None:
-    done = modalkit("predict", "--input", "-", stdin="one text\n")
+@pytest.mark.parametrize("arguments", [("--input", "-"), ("-",)])
+def test_a_dash_means_standard_input(modalkit: Modalkit, arguments: tuple[str, ...]) -> None:
+    done = modalkit("predict", *arguments, stdin="one text\n")
     assert done.returncode == 0
     assert '"length": 8' in done.stdout
 
@@ -197,7 +199,7 @@ def test_keys_of_a_jsonl_input_can_be_kept(modalkit: Modalkit, folder: Path) -> 
 def test_parquet_and_compressed_files_are_read_and_written(modalkit: Modalkit, folder: Path) -> None:
     rows = [{"id": 1, "text": "four", "raw": b"\x00"}, {"id": 2, "text": None, "raw": b"\x01"}]
     pq.write_table(pa.Table.from_pylist(rows), folder / "in.parquet")
-    assert modalkit("predict", "-i", "in.parquet", "-o", "out.parquet", "--keep-columns").returncode == 1
+    assert modalkit("predict", "-i", "in.parquet", "-o", "out.parquet", "--keep-columns").returncode == 4
     first, second = pq.read_table(folder / "out.parquet").to_pylist()
     assert (first["id"], first["raw"], first["length"], second["id"], second["length"]) == (1, "AA==", 4, 2, None)
     assert "text: is missing" in second["error"]
@@ -209,9 +211,18 @@ def test_parquet_and_compressed_files_are_read_and_written(modalkit: Modalkit, f
 def test_a_run_that_was_interrupted_is_resumed(modalkit: Modalkit, folder: Path) -> None:
     """With a result that was cut in the middle, as by a kill."""
     (folder / "in.txt").write_text("a\nbb\nccc\n")
+    (folder / "other.txt").write_text("a\nbb\nddd\n")
+    run = {
+        "command": "predict",
+        "input": identity_of(folder / "in.txt"),
+        "--format": None,
+        "--column": None,
+        "--keep-columns": False,
+        "--model": "lengths",
+    }
 
     def interrupted() -> None:
-        with result_file(folder / "out.csv", fields=[]) as writer:
+        with result_file(folder / "out.csv", fields=[], run=run) as writer:
             writer.write({"status": "success", "length": "of the first run"})
             writer.stream.write('{"status": "succ')
             raise KeyboardInterrupt
@@ -220,6 +231,9 @@ def test_a_run_that_was_interrupted_is_resumed(modalkit: Modalkit, folder: Path)
         interrupted()
     refused = modalkit("predict", "-i", "in.txt", "-o", "out.csv")
     assert (refused.returncode, "go on with --resume, or remove it" in refused.stderr) == (2, True)
+    other = modalkit("predict", "-i", "other.txt", "-o", "out.csv", "--resume")
+    assert other.returncode == 2
+    assert "out.csv.partial is from a run with another input (in.txt of 9 bytes, " in other.stderr
     resumed = modalkit("predict", "-i", "in.txt", "-o", "out.csv", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert [row["length"] for row in csv_rows(folder / "out.csv")] == ["of the first run", "2", "3"]
@@ -236,7 +250,11 @@ model_settings:
 def test_the_output_may_be_the_input(modalkit: Modalkit, folder: Path) -> None:
     (folder / "a.csv").write_text("text,length\n" + "".join(f"{'x' * n},\n" for n in range(1, 6)))
     (folder / "a.csv").chmod(0o640)
-    assert modalkit("predict", "-i", "a.csv", "-o", "a.csv").returncode == 0
+    content = (folder / "a.csv").read_text()
+    refused = modalkit("predict", "-i", "a.csv", "-o", "a.csv")
+    assert (refused.returncode, (folder / "a.csv").read_text()) == (2, content)
+    assert "a.csv exists already: choose another output, or replace it with --force" in refused.stderr
+    assert modalkit("predict", "-i", "a.csv", "-o", "a.csv", "--force").returncode == 0
     with (folder / "a.csv").open(newline="") as file:
         assert [row["length"] for row in csv.DictReader(file)] == ["1", "2", "3", "4", "5"]
     assert (folder / "a.csv").stat().st_mode & 0o777 == 0o640
@@ -256,27 +274,9 @@ def test_a_run_that_fails_leaves_the_output_as_it_was(
     (folder / "modalkit.yaml").write_text(f"model_settings: {{model_entries: {{a: {{{configuration}}}}}}}")
     (folder / "in.csv").write_text("text\nfour\n")
     (folder / "out.csv").write_text("of yesterday")
-    assert modalkit("predict", "-i", "in.csv", "-o", "out.csv", *arguments).returncode in (1, 2)
+    assert modalkit("predict", "-i", "in.csv", "-o", "out.csv", "--force", *arguments).returncode == 2
     assert (folder / "out.csv").read_text() == "of yesterday"
     assert list(folder.glob("*.partial")) == []
-
-
-def test_what_was_written_before_a_failure_is_kept_beside_the_output(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "out.jsonl").write_text("of yesterday")
-
-    def interrupted() -> None:
-        with whole_file(tmp_path / "out.jsonl") as stream:
-            stream.write("the first result")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert (tmp_path / "out.jsonl").read_text() == "of yesterday"
-    (partial,) = tmp_path.glob("*.partial")
-    assert partial.read_text() == "the first result"
-    assert str(partial) in capsys.readouterr().err
 
 
 def test_links_and_permissions_of_the_output_stay(tmp_path: Path) -> None:
@@ -284,18 +284,12 @@ def test_links_and_permissions_of_the_output_stay(tmp_path: Path) -> None:
     target.write_text("of yesterday")
     target.chmod(0o640)
     link.symlink_to(target)
-    with whole_file(link) as stream:
-        stream.write("of today")
+    with replacing(link.resolve()) as new:
+        new.write_text("of today")
     assert link.is_symlink()
     assert target.stat().st_mode & 0o777 == 0o640
     assert target.read_text() == "of today"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.yaml", "target.yaml"]
-
-
-def test_the_interrupted_run_of_a_compressed_output_is_not_that_of_the_plain_one(tmp_path: Path) -> None:
-    (partial := tmp_path / "out.jsonl.gz.partial").touch()
-    assert refuse_leftovers(tmp_path / "out.jsonl", resume=False) == []
-    assert refuse_leftovers(tmp_path / "out.jsonl.gz", resume=True) == [partial]
 
 
 def test_an_output_that_is_no_regular_file_is_written_to_at_once(modalkit: Modalkit) -> None:
@@ -311,7 +305,7 @@ def test_an_output_that_is_no_json_is_its_own_lines_error(
 ) -> None:
     (folder / "modalkit.yaml").write_text(ODD)
     done = modalkit("predict", *output, stdin="\n".join(["four", OBJECT, NAN, SURROGATE, MUTE, "five!"]))
-    assert done.returncode == 1
+    assert done.returncode == 4
     assert [line.split(":")[0] for line in done.stderr.splitlines()[:-1]] == ["line 2", "line 4", "line 5"]
     if "out.csv" in output:
         with (folder / "out.csv").open(newline="") as file:

@@ -134,6 +134,14 @@ def run(command: str) -> str:
     return subprocess.run(["/bin/sh", "-c", f"{command} -s"], capture_output=True, check=True, text=True).stdout
 
 
+def test_without_a_configuration_it_says_what_it_serves(modalkit: Modalkit, folder: Path) -> None:
+    said = "no modalkit.yaml here: serving the bundled model\n"
+    (folder / "modalkit.yaml").rename(folder / "other.yaml")
+    nowhere = ("--unix-socket", "no/such/folder")
+    assert modalkit("serve", *nowhere).stderr.startswith(said)
+    assert said not in modalkit("serve", "--config", "other.yaml", *nowhere).stderr
+
+
 def test_when_its_last_model_breaks_it_stops_with_an_exit_code(folder: Path, environment: dict[str, str]) -> None:
     (folder / "my_model.py").write_text(BREAKING)
     config = TWO_MODELS.replace("Hanging", "Breaking")

@@ -5,14 +5,20 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from modalkit.service.cli.batch_client import BatchRun
+from modalkit.service.cli.jobs_client import JobsClient
+from modalkit.service.cli.records import Record
+from modalkit.service.cli.results import ResultWriter
 from tests.support.command_line import Modalkit, forked, serving
 from tests.support.killed_server import KilledServer
 from tests.support.length_model import POISON
@@ -53,7 +59,7 @@ def test_a_killed_service_and_an_interrupted_command_lose_nothing_and_repeat_not
         command.append("--keep-columns")
 
         def written() -> int:
-            return sum(path.read_bytes().count(b"\n") for path in folder.glob("out.jsonl.*.partial"))
+            return sum(path.read_bytes().count(b"\n") for path in folder.glob("out.jsonl.partial"))
 
         with forked(command, folder, environment) as submitting:
             until(lambda: written() > 300, "no results were written")
@@ -65,10 +71,15 @@ def test_a_killed_service_and_an_interrupted_command_lose_nothing_and_repeat_not
             _, said = submitting.communicate()
             assert submitting.wait() != 0
             assert "--resume goes on with it" in said
+            assert "trying again for 300 s (--patience)" in said
+            assert f"{server.url} answers again, after " in said
         assert not (folder / "out.jsonl").exists()
         refused = modalkit(*command)
         assert refused.returncode == 2
         assert "go on with --resume, or remove it" in refused.stderr
+        other = modalkit(*command, "--resume", "--column", "id")
+        assert other.returncode == 2
+        assert "is from a run with another --column (review, not id)" in other.stderr
         (folder / "bbb").touch()
         resumed = modalkit(*command, "--resume")
         assert resumed.returncode == 0, resumed.stderr
@@ -112,13 +123,13 @@ def test_files_of_all_formats_give_the_same_results_with_errors_in_their_places(
     with serving(folder, environment) as (_, client):
         url = ("--url", str(client.base_url))
         for name in ("in.parquet", "in.csv", "in.txt", "in.jsonl.gz"):
-            done = modalkit("submit", name, *url, "--wait", "-o", "out.jsonl")
-            assert done.returncode == 1, done.stderr
+            done = modalkit("submit", name, *url, "--wait", "-o", "out.jsonl", "--force")
+            assert done.returncode == 4, done.stderr
             found = lines_of(folder / "out.jsonl")
             assert [row.get("length") for row in found] == [4, None, 5]
             assert found[1] == {"status": "error", "error": "ValueError: this batch is poisoned"}
         compressed = modalkit("submit", "in.csv", *url, "--wait", "-o", "out.csv.gz", "--keep-columns")
-        assert compressed.returncode == 1
+        assert compressed.returncode == 4
         assert gzip.decompress((folder / "out.csv.gz").read_bytes()).decode().splitlines()[:2] == [
             "id,text,status,error,meta,length",
             "0,four,success,,{},4",
@@ -127,12 +138,13 @@ def test_files_of_all_formats_give_the_same_results_with_errors_in_their_places(
         columns = pq.read_table(folder / "out.parquet").to_pydict()
         assert (columns["id"], columns["length"]) == ([0, 1, 2], [4, None, 5])
         (folder / "in.jsonl").write_text(
-            '"fine"\nnot json\n{"text": 7}\n{"message": {"text": "own"}, "meta": {"k": 1}}\n'
+            '"fine"\nnot json\n\n{"text": 7}\n{"message": {"text": "own"}, "meta": {"k": 1}}\n'
         )
         piped = modalkit("submit", "-", "-f", "jsonl", *url, "--wait", stdin=(folder / "in.jsonl").read_text())
         statuses = [json.loads(line)["status"] for line in piped.stdout.splitlines()]
         assert statuses == ["success", "error", "error", "success"]
         assert "line 2: not JSON" in piped.stderr
+        assert "line 4: message.text: " in piped.stderr
         assert "4 lines done" in piped.stderr
         job = client.get("/jobs?limit=1").json()["jobs"][0]
         assert job["meta"] == {"k": 1}
@@ -152,6 +164,61 @@ def test_a_batch_that_was_sent_is_collected_by_its_id(
         collected = modalkit("submit", "in.txt", *url, "--batch", sent.stdout.strip(), "--wait")
         assert [json.loads(line)["length"] for line in collected.stdout.splitlines()] == lengths
         assert client.get(f"/batches/{sent.stdout.strip()}").json()["jobs"] == len(lengths)
+
+
+def test_messages_and_results_of_the_service_have_the_line_of_the_file(
+    folder: Path, environment: dict[str, str], modalkit: Modalkit
+) -> None:
+    """That of the header counts, blank ones do, and the first one of a row of several; of Parquet, it is the row."""
+    (folder / "in.csv").write_text(f'id,text\n1,"a\nb"\n\n2,{POISON}\n3,four\n')
+    pq.write_table(pa.table({"text": ["four", POISON]}), folder / "in.parquet")
+    with serving(folder, environment) as (_, client):
+        url = ("--url", str(client.base_url))
+        done = modalkit("submit", "in.csv", *url, "--wait", "-o", "out.jsonl", "--batch", "b")
+        lines = [json.loads(line)["line"] for line in client.get("/batches/b/results").text.splitlines()]
+        of_parquet = modalkit("submit", "in.parquet", *url, "--wait")
+    assert [row.get("length") for row in lines_of(folder / "out.jsonl")] == [3, None, 4]
+    assert lines == [2, 5, 6]
+    assert done.stderr.startswith("line 5: ValueError: this batch is poisoned\n")
+    assert of_parquet.stderr.startswith("row 2: ValueError: this batch is poisoned\n")
+
+
+@pytest.mark.anyio
+async def test_the_progress_counts_jobs_that_have_ended_behind_one_that_has_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("modalkit.service.cli.batch_client.COUNTING_INTERVAL_S", 0.001)
+    told: list[int] = []
+    seen = anyio.Event()
+
+    def progress(*, completed: int) -> None:
+        told.append(completed)
+        if completed == 2:
+            seen.set()
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return httpx.Response(200, text="".join(f'{{"line":{line},"job_id":"j"}}\n' for line in (1, 2, 3)))
+        if request.url.path.endswith("/results"):
+            await seen.wait()
+            results = ({"line": line, "status": "succeeded", "result": {"status": "success"}} for line in (1, 2, 3))
+            return httpx.Response(200, text="".join(json.dumps(result) + "\n" for result in results))
+        times = {"created_at": "2026-01-01T00:00:00Z", "finished_at": None, "jobs_per_s": 1, "drain_s": None}
+        return httpx.Response(
+            200, json={"batch_id": "b", "jobs": 3, "statuses": {"succeeded": 2, "running": 1}, **times}
+        )
+
+    client = JobsClient.of_service(httpx.URL("http://service"), None, "authorization")
+    written = StringIO()
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://service") as http:
+        run = BatchRun(
+            client, http, "b", ["text"], {}, {}, {}, ResultWriter(written), None, patience_s=0, on_progress=progress
+        )
+        with anyio.fail_after(60):
+            await run.run(iter([Record(line, {"text": "a"}) for line in (1, 2, 3)]))
+    assert told[0] == 2
+    assert told[-1] == 3
+    assert written.getvalue().count("success") == 3
 
 
 @pytest.mark.parametrize(
@@ -186,6 +253,6 @@ def test_a_key_that_is_missing_is_one_message(folder: Path, environment: dict[st
 def test_a_service_that_is_away_is_one_message(installed_modalkit: Modalkit, folder: Path) -> None:
     (folder / "in.txt").write_text("a\n")
     done = installed_modalkit("submit", "in.txt", "--url", "http://127.0.0.1:1")
-    assert done.returncode == 1
+    assert done.returncode == 5
     assert "cannot be reached" in done.stderr
     assert done.stderr.count("\n") == 1

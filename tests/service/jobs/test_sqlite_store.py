@@ -17,8 +17,6 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from modalkit.batching import Priority
-from modalkit.service.errors import MAX_ERROR_BYTES
 from modalkit.service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
@@ -40,7 +38,6 @@ from modalkit.service.jobs import (
 )
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.sqlite_rows import SELECT, condition_of
-from modalkit.service.jobs.sqlite_schema import APPLICATION_ID, MIGRATIONS
 from modalkit.service.jobs.sqlite_table import JobTable
 
 pytestmark = pytest.mark.anyio
@@ -66,11 +63,6 @@ async def main():
 
 anyio.run(main)
 """
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "deep" / "down" / "jobs.db"
 
 
 def new_job(job_id: str, message: str = "") -> Job:
@@ -277,31 +269,6 @@ async def test_jobs_are_removed_also_where_their_space_cannot_be_given_back(
     assert "could not be given back; trying again after the next removal" in caplog.text
 
 
-async def test_a_database_of_the_first_version_is_migrated_with_its_jobs(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    database = sqlite3.connect(path)
-    database.executescript(MIGRATIONS[0])
-    database.executescript("""
-        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery)
-            VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none');
-        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, success_queue, finished_at)
-            VALUES ('b', 'm', 'succeeded', '{}', '{}', 1000000, 'pending', 'ok', 2000000),
-                ('c', 'm', 'succeeded', '{}', '{}', 1000000, 'undelivered', 'ok', 2000000);
-        INSERT INTO counts VALUES ('queued', 1), ('succeeded', 2);
-    """)
-    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1")
-    database.close()
-    async with SqliteJobStore(path) as store:
-        (job,) = await store.claim("m", 9, 2.0)
-        assert (job.job_id, job.priority) == ("a", Priority.BULK)
-        (due,) = await store.claim_deliveries(9, 2.0, queue_limits={}, queue_limit=9)
-        assert (due.job_id, due.delivery_queue) == ("b", "ok")
-        assert (await store.counts()).deliveries[DeliveryStatus.UNDELIVERED] == 1
-        assert await store.replay(None, 3.0) == 1
-        (due,) = await store.claim_deliveries(9, 3.0, queue_limits={}, queue_limit=9)
-        assert due.job_id == "c"
-
-
 async def test_a_database_that_another_program_locks_is_an_error_and_then_works_again(path: Path) -> None:
     async with SqliteJobStore(path) as store:
         store._database.execute("PRAGMA busy_timeout = 0")  # noqa: SLF001  # so that the test need not wait
@@ -496,53 +463,6 @@ async def test_more_is_never_read_at_once_than_fits(path: Path, monkeypatch: pyt
         assert len(fourth.message["text"]) == 5000
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # it is about SQLite, and takes seconds
-async def test_large_errors_of_an_older_version_stop_no_delivery(path: Path) -> None:
-    """Failed jobs with errors of more than 1 GB of JSON, replayed beside good ones, also after a restart."""
-    large = 20_000_000
-    async with SqliteJobStore(path) as store:
-        jobs = [replace(new_job(f"large{n}"), failure_queue="bad") for n in range(10)]
-        await store.add([*jobs, *(new_job(f"good{n}") for n in range(3))])
-        await store.claim("m", 99, 2.0)
-        ends = [JobEnd(job_id=f"large{n}", status=JobStatus.FAILED, error="e", finished_at=3.0) for n in range(10)]
-        await store.finish(ends)
-        await claim_all(store)
-        given_up = [
-            DeliveryRecord(job_id=f"large{n}", status=DeliveryStatus.UNDELIVERED, attempts=8, error="x")
-            for n in range(10)
-        ]
-        await store.record_deliveries(given_up)
-        await store._perform(  # noqa: SLF001  # as an older version stored them
-            lambda table: table._database.execute(  # noqa: SLF001
-                "UPDATE jobs SET error = replace(hex(zeroblob(?)), '00', char(1)) WHERE status = 'failed'",
-                (large,),
-            )
-        )
-        good = [
-            JobEnd(job_id=f"good{n}", status=JobStatus.SUCCEEDED, result_json="{}", finished_at=3.0) for n in range(3)
-        ]
-        await store.finish(good)
-        assert await store.replay(None, 4.0) == 10
-        assert sorted(job.job_id for job in await claim_all(store)) == sorted(
-            [f"large{n}" for n in range(10)] + [f"good{n}" for n in range(3)]
-        )
-    async with SqliteJobStore(path) as store:
-        await store.recover(5.0)
-        claimed = await store.claim_quarantined_deliveries(99)
-        assert len(claimed) == 13
-        errors = {job.error for job in claimed if job.error is not None}
-        assert errors == {"\x01" * MAX_ERROR_BYTES + f" … ({large - MAX_ERROR_BYTES} more characters)"}
-        page = await store.page(200, JobFilter(statuses=[JobStatus.FAILED]))
-        assert len(page.jobs) == 10
-
-
-async def claim_all(store: SqliteJobStore) -> list[Job]:
-    claimed = list[Job]()
-    while some := await store.claim_deliveries(99, 9.0, queue_limits={}, queue_limit=99):
-        claimed += some
-    return claimed
-
-
 async def test_jobs_that_wait_to_run_again_and_quarantined_ones_outlive_the_process(path: Path) -> None:
     async with SqliteJobStore(path) as store:
         await store.add([new_job("retry"), new_job("sent")])
@@ -559,66 +479,6 @@ async def test_jobs_that_wait_to_run_again_and_quarantined_ones_outlive_the_proc
         assert await store.release_retries("m", 8.5) is None
         (job,) = await store.claim("m", 9, 8.5)
         assert (job.job_id, job.attempts, job.error) == ("retry", 1, "down")
-
-
-async def test_a_database_of_the_third_version_is_migrated_with_its_jobs(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    database = sqlite3.connect(path)
-    for step in MIGRATIONS[:3]:
-        database.executescript(step)
-    database.executescript("""
-        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, crashes)
-            VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none', 0), ('b', 'm', 'queued', '{}', '{}', 1, 'none', 3);
-        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, success_queue, finished_at,
-                          due_at, delivery_queue)
-            VALUES ('c', 'm', 'succeeded', '{}', '{}', 1000000, 'pending', 'ok', 2000000, -1, 'ok'),
-                ('d', 'm', 'succeeded', '{}', '{}', 1000000, 'pending', 'ok', 2000000, 1, 'ok');
-        INSERT INTO counts VALUES ('queued', 2), ('succeeded', 2), ('delivery pending', 2), ('delivery none', 2);
-    """)
-    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 3")
-    database.close()
-    async with SqliteJobStore(path) as store:
-        await store.recover(3.0)
-        assert [(job.job_id, job.attempts) for job in await store.claim("m", 9, 4.0)] == [("a", 0)]
-        assert [job.job_id for job in await store.claim_quarantined("m", 9, 4.0)] == ["b"]
-        assert [job.job_id for job in await claim_all(store)] == ["d"]
-        assert [job.job_id for job in await store.claim_quarantined_deliveries(9)] == ["c"]
-
-
-async def test_a_database_of_the_fourth_version_is_migrated_with_its_jobs(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    database = sqlite3.connect(path)
-    for step in MIGRATIONS[:4]:
-        database.executescript(step)
-    database.executescript("""
-        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, idempotency_key)
-            VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none', 'once');
-        INSERT INTO counts VALUES ('queued', 1), ('delivery none', 1);
-    """)
-    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 4")
-    database.close()
-    async with SqliteJobStore(path) as store:
-        again = replace(new_job("b"), message_json="{}", success_queue=None, meta_json="{}", idempotency_key="once")
-        assert await store.add([again, replace(again, owner="shop")]) == ["a", "b"]
-        assert {job.job_id: job.owner for job in await store.claim("m", 9, 2.0)} == {"a": "", "b": "shop"}
-
-
-async def test_a_database_of_the_fifth_version_keeps_its_owners_and_gets_traces(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    database = sqlite3.connect(path)
-    for step in MIGRATIONS[:5]:
-        database.executescript(step)
-    database.executescript("""
-        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, owner)
-            VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none', 'shop');
-        INSERT INTO counts VALUES ('queued', 1), ('delivery none', 1);
-    """)
-    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 5")
-    database.close()
-    async with SqliteJobStore(path) as store:
-        await store.add([replace(new_job("b"), message_json="{}", owner="lab", traceparent="00-trace")])
-        found = {job.job_id: (job.owner, job.traceparent) for job in await store.claim("m", 9, 2.0)}
-    assert found == {"a": ("shop", None), "b": ("lab", "00-trace")}
 
 
 @pytest.mark.parametrize("keyed", [True, False])
@@ -660,21 +520,3 @@ async def test_a_delivery_that_fails_again_meanwhile_is_replayed_once(
                 replayed = await store.replay(None, 4.0)
                 task_group.cancel_scope.cancel()
     assert replayed == 5
-
-
-async def test_a_database_of_the_sixth_version_takes_batches(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    database = sqlite3.connect(path)
-    for step in MIGRATIONS[:6]:
-        database.executescript(step)
-    database.execute(
-        "INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery) "
-        "VALUES ('a', 'm', 'queued', '{}', '{}', 1, 'none')"
-    )
-    database.execute("INSERT INTO counts VALUES ('queued', 1), ('delivery none', 1)")
-    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 6")
-    database.close()
-    async with SqliteJobStore(path) as store:
-        await store.add([replace(new_job("b"), batch_id="x", line=1)])
-        jobs = [await store.get(job_id) for job_id in "ab"]
-        assert [(job.batch_id, job.line) for job in jobs if job] == [(None, None), ("x", 1)]

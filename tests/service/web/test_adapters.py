@@ -159,6 +159,20 @@ async def test_what_cannot_be_done_is_refused(
     assert detail in assert_problem(await client.post(path, json=body), status)["detail"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/embed", {"inputs": [1]}), ("/rerank", {"query": "a", "texts": [1]}), ("/classify", {"input": [1]})],
+)
+async def test_of_many_wrong_texts_the_first_is_explained(
+    client: httpx.AsyncClient, path: str, body: dict[str, Any]
+) -> None:
+    """To find what is wrong with each of very many texts delayed other clients."""
+    one = assert_problem(await client.post(path, json=body), 422)
+    many = {key: value * 4 if isinstance(value, list) else value for key, value in body.items()}
+    explained = assert_problem(await client.post(path, json=many), 422)["errors"]
+    assert [error["field"] for error in explained] == [error["field"] for error in one["errors"]]
+
+
 async def test_an_adapter_has_no_routes_without_a_model_that_fits_and_none_when_it_is_switched_off() -> None:
     cases: list[tuple[str, Sequence[Adapter], set[str]]] = [
         ("lengths", ADAPTERS, {"/v1/models", "/v1/models/{model}"}),

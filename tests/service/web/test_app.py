@@ -341,6 +341,24 @@ async def test_the_documentation_works_on_a_server_that_leaves_root_path_out(set
     assert "None" not in page
 
 
+async def test_the_schema_is_made_once_however_often_it_is_asked_for(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many clients who ask for it do not keep others waiting."""
+    app, made = create_app(LocalGateway(settings)), list[dict[str, Any]]()
+    make = app.openapi
+
+    def counted() -> dict[str, Any]:
+        made.append(make())
+        return made[-1]
+
+    monkeypatch.setattr(app, "openapi", counted)
+    async with serving(app) as client:
+        answers = [(await client.get("/openapi.json")).json() for _ in range(3)]
+    assert answers == [made[0]] * 3
+    assert len(made) == 1
+
+
 async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient) -> None:
     schema = (await client.get("/openapi.json")).json()
     sync = schema["paths"]["/sync/predict"]["post"]

@@ -196,6 +196,36 @@ async def test_a_file_of_wrong_lines_tells_the_first_hundred(client: httpx.Async
         assert [error.line for error in batch.errors.data] == list(range(1, 101))
 
 
+async def test_a_batch_whose_results_were_removed_keeps_its_counts(client: httpx.AsyncClient) -> None:
+    async with client_of(client) as ask:
+        file_id = await uploaded(ask, request("a", text="four", model="lengths"), request("c", text=7))
+        seen = await ran(ask, file_id)
+        unseen = await ask.batches.create(input_file_id=file_id, endpoint="/sync/predict", completion_window="24h")  # type: ignore[arg-type]  # an endpoint of ours
+        with anyio.fail_after(60):
+            while (await client.get(f"/batches/{unseen.id}")).json()["finished_at"] is None:
+                await anyio.sleep(0.01)
+        for batch in (seen, unseen):
+            assert (await client.delete(f"/batches/{batch.id}")).json() == {"purged": 1}
+        seen, unseen = [await ask.batches.retrieve(batch.id) for batch in (seen, unseen)]
+    counts = seen.request_counts
+    assert counts is not None
+    assert (counts.completed, counts.failed, seen.output_file_id) == (1, 1, None)
+    assert (seen.status, seen.errors) == ("completed", None)
+    assert unseen.errors is not None
+    assert unseen.errors.data is not None
+    assert [error.code for error in unseen.errors.data] == ["results_removed"]
+
+
+async def test_stored_files_have_a_limit_in_all(gateway: LocalGateway) -> None:
+    limits = RequestConfig(max_stored_file_bytes=2000)
+    async with serving(create_app(gateway, limits=limits, owns_gateway=False)) as client, client_of(client) as ask:
+        file_id = await uploaded(ask, "x" * 1000)
+        problem = assert_problem(await client.post("/v1/files", files={"file": b"x" * 1000}), 507)
+        assert "remove files that are not needed, or raise request_config.max_stored_file_bytes" in problem["detail"]
+        await ask.files.delete(file_id)
+        await uploaded(ask, "x" * 1000)
+
+
 async def test_an_upload_that_is_no_file_or_too_large_is_refused(gateway: LocalGateway) -> None:
     limits = RequestConfig(max_file_bytes=1000)
     async with serving(create_app(gateway, limits=limits, owns_gateway=False)) as client:
