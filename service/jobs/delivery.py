@@ -189,7 +189,7 @@ class Deliverer(AsyncContextManagerMixin):
         while not self._must_stop():
             self._change = anyio.Event()
             is_closing = self._closing.is_set()
-            claimed = await self._claim() if is_closing or self._sleep_s() <= 0 else []
+            claimed = await self._claim() if self._sleep_s() <= 0 else []
             self._send(claimed)
             if claimed:
                 continue
@@ -243,12 +243,10 @@ class Deliverer(AsyncContextManagerMixin):
             await self._change.wait()
 
     async def _claim(self) -> Sequence[Job]:
-        """Claim what is due in the store, as much as there is room for."""
-        if self._room.free <= 0:
-            return []
+        """Claim what is due in the store, as much as there is room for; there is some."""
         if self._next_poll_at <= (now := anyio.current_time()):
             self._due.add()
-        self._next_poll_at = now + POLL_INTERVAL_S
+            self._next_poll_at = now + POLL_INTERVAL_S
         try:
             return await self._due.claim(
                 self._room.free,

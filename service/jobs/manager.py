@@ -356,9 +356,11 @@ class JobManager(AsyncContextManagerMixin):
 
     async def retry(self, job_ids: Sequence[str] | None = None, which: JobFilter = ALL_JOBS) -> int:
         """Run jobs once more that ended without success and match `which`, all or of these ids; returns how many."""
-        retried = await self.store.retry(job_ids, which, self.clock())
-        for feed in self._feeds.values():
-            feed.wake()
+        try:
+            retried = await self.store.retry(job_ids, which, self.clock())
+        finally:  # it has several steps: some may be queued when it is cancelled, or fails
+            for feed in self._feeds.values():
+                feed.wake()
         self.tell_change(retried)
         return len(retried)
 

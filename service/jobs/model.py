@@ -1,7 +1,7 @@
 """The values of jobs: a job as it is stored, how it ended, what is recorded of its delivery, and pages of jobs.
 
-`life.py` says how one state of a job leads to the next. These values are never changed, though nothing forbids it:
-making a frozen one takes three times as long, and there are several for each job.
+`life.py` says how one state of a job leads to the next. Only a runner changes these values: a new job that starts as it
+is stored, and one that has ended. They are not frozen, because making a frozen one takes three times as long.
 """
 
 import os

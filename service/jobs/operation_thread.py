@@ -30,7 +30,7 @@ class _Entry:
 
 
 class OperationThread:
-    """Hands operations to `run`, in a thread of its own, in lists of up to `max_together`.
+    """Hands operations to `run`, in a thread of its own: those that came together, and more up to `max_together`.
 
     `run` returns the result or the error of each, in the same order; what it raises is the error of all. The thread
     starts as soon as the event loop has run what is ready now; operations that come while it runs are in the next list.

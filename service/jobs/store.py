@@ -97,7 +97,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         """Read what was committed."""
 
     async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
-        """Store queued jobs: all of them or, when it raises, none. Returns the id of each, in the same order.
+        """Store new jobs, queued or running: all or, when it raises, none. Returns the id of each, in the same order.
 
         A job whose idempotency key is stored already is not added: its place has the id of the job with that key or,
         if that job asked for something else, an error. Raises `DuplicateJobError` for an id that is stored already or
