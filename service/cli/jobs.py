@@ -318,7 +318,7 @@ def _ask_about(client: JobsClient, job_id: str, method: str, path: str = "") -> 
 
 
 def _each(client: JobsClient, job_ids: Sequence[str], path: str) -> int:
-    """Have something done with each of these jobs; returns with how many it was."""
+    """Send a request for each of these jobs; returns how many were accepted."""
     return sum(_ask_about(client, job_id, "POST", path) is not None for job_id in _distinct(job_ids))
 
 

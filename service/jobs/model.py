@@ -150,7 +150,7 @@ class Job:
     """The trace of the request that asked for it, as W3C's header has it."""
     batch_id: str | None = None
     line: int | None = None
-    """Its place in its batch."""
+    """Its line in its batch of jobs."""
     status: JobStatus = JobStatus.QUEUED
     delivery: DeliveryStatus = DeliveryStatus.NONE
     result_json: str | None = None
@@ -176,7 +176,7 @@ class Job:
 
     @property
     def message(self) -> JsonObject:
-        """The item that is run."""
+        """The item to run."""
         return read_object(self.message_json)
 
     @property

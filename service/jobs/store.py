@@ -215,7 +215,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     async def results_in_order(
         self, batch_id: str, owner: str | None, after: int
     ) -> tuple[list[JobBatchResult], str | None]:
-        """Some results of the lines after `after`, up to the first that has not ended; the id of the job of that."""
+        """Some results of the lines after `after`, up to the first whose job has not ended, and the id of that job."""
         return await self._read(lambda database: batches.results_in_order(database, batch_id, owner, after))
 
     async def ends_after(
