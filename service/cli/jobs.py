@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from modalkit.service.cli.common import AsJson, ConfigFiles, notices, one_of
+from modalkit.service.cli.common import EXIT_FAILURE, AsJson, ConfigFiles, notices, one_of
 from modalkit.service.cli.jobs_client import JobRefusedError, JobsClient
 from modalkit.service.jobs import DeliveryStatus, JobStatus
 from modalkit.service.settings import Settings
@@ -144,7 +144,7 @@ def show(
     elif found:
         typer.echo("\n\n".join(map(job_text, found)))
     if len(found) < len(answers):
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILURE)
 
 
 @app.command()
@@ -175,7 +175,7 @@ def replay(
     elif everything:
         typer.echo("There are no undelivered results.")
     if replayed < len(set(job_ids or ())):
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILURE)
 
 
 @app.command()
@@ -215,7 +215,7 @@ def retry(
     elif everything:
         typer.echo("There are no such jobs.")
     if retried < len(set(job_ids or ())):
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILURE)
 
 
 @app.command()
