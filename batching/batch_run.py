@@ -144,7 +144,7 @@ class BatchRunner(Generic[T, R]):
             isinstance(own, BatchTimeoutError) for _, own in test.failing
         ):
             sizes = [request.size for request in wanted]
-            self._planner.record_too_large(sizes, executor.device)  # no item hangs: they were too many
+            self._planner.record_too_large(sizes, executor.device)  # no item hangs alone: together they took too long
         requeued = [request for request in wanted if request.outcome is None]
         self._planner.queue.requeue(requeued)
         return errors, len(requeued)
@@ -188,7 +188,7 @@ class BatchRunner(Generic[T, R]):
         self.telemetry.succeeded += succeeded
         return errors
 
-    # Calls of code that may not be ours, and records.
+    # Calls of users' code, and records.
 
     def _call(self, failed: str, function: Callable[P, S], *args: P.args, **kwargs: P.kwargs) -> S | None:
         """Call a function that must not end a worker; if it raises, log what has `failed` and return None."""

@@ -121,7 +121,7 @@ class Dispatcher(Generic[T, R]):
         await last.close()
 
     def close(self) -> None:
-        """Accept nothing more; the workers end once the queue is empty."""
+        """Let the workers end once the queue is empty."""
         self.is_open = False
         self.sleepers.wake_all()
 

@@ -13,9 +13,10 @@ from modalkit.batching.policy import Batch, BatchPolicy, Decision, DispatchReaso
 from modalkit.batching.queue import RequestQueue, RequestT
 from modalkit.batching.request import Priority
 
-# With bulk companions an interactive request may wait and run, in all, for so many times the bulk time limit, and more
-# with the share of the interactive requests: the rarer they are, the less it costs to give them few companions. One
-# that has waited for too long for that may have a batch that takes this factor of its own predicted time.
+# An interactive batch with bulk companions must end within (COMPANIONS_LIMITS + COMPANIONS_LIMITS_PER_SHARE * share of
+# interactive requests) * bulk time limit, counted from the arrival of its oldest. The rarer interactive requests are,
+# the less throughput it costs to give them few companions. If that time has nearly passed already, companions
+# may lengthen the batch by COMPANIONS_FACTOR.
 COMPANIONS_LIMITS, COMPANIONS_LIMITS_PER_SHARE = 0.6, 1.5
 COMPANIONS_FACTOR = 1.1
 SHARE_SMOOTHING = 1 / 64  # of a batch

@@ -105,7 +105,7 @@ class _Owner(Generic[RequestT]):
 class RequestQueue(Generic[RequestT]):
     """Holds at most `max_items` requests until the planner takes them or their callers withdraw them.
 
-    An owner with a name may fill nine tenths of it; the last tenth is for owners who hold no more than so many.
+    An owner with a name may fill nine tenths of it; the last tenth is for owners who hold no more than a tenth.
 
     `predict_s` gives the seconds that a request of a size takes. It is called once for each bucket, and again after
     `refresh`.
@@ -128,7 +128,7 @@ class RequestQueue(Generic[RequestT]):
         return request.sequence > 0
 
     def set_max_items(self, max_items: int) -> None:
-        """Hold at most so many requests from now on; what waits stays."""
+        """Hold at most `max_items` requests from now on; those that wait stay."""
         self.max_items = max_items
         self._reserved = max_items // RESERVED_DIVISOR
         self._unreserved = max_items - self._reserved
@@ -187,7 +187,7 @@ class RequestQueue(Generic[RequestT]):
         self._length += len(requests)
 
     def check_room(self, name: str, added: int) -> None:
-        """Raise `QueueFullError` if the owner `name` cannot add so many requests."""
+        """Raise `QueueFullError` if the owner `name` cannot add that many requests."""
         if self._length + added > self._unreserved and self._length + added > (limit := self._limit_of(name, added)):
             raise QueueFullError(self._length, limit, added)
 

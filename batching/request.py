@@ -20,10 +20,10 @@ class Priority(StrEnum):
 
 
 class QueueOptions(TypedDict, total=False):
-    """How a request waits, as keyword arguments of all that passes requests on to a `BatchScheduler`."""
+    """How a request waits: keyword arguments of every function that passes requests on to a `BatchScheduler`."""
 
     priority: Priority
-    """Its lane; if it is left out, the interactive one, and that for bulk for jobs."""
+    """Its lane; by default the interactive one for requests, and the bulk one for jobs."""
     owner: str
     """On whose behalf it runs: owners get equal shares of a lane."""
 
@@ -32,7 +32,7 @@ class RequestOptions(QueueOptions, total=False):
     """How a request waits for its result."""
 
     timeout_s: float | None
-    """Seconds after which it fails with `DeadlineExceededError`; None, as if it is left out, is no limit."""
+    """Seconds after which it fails with `DeadlineExceededError`; None, the default, is no limit."""
 
 
 @dataclass(slots=True, eq=False)

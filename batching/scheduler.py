@@ -283,7 +283,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     def check_room(
         self, *, priority: Priority = Priority.INTERACTIVE, timeout_s: float | None = None, owner: str = ""
     ) -> None:
-        """Raise what a request should be refused with now; for frontends, before they read and parse what they get.
+        """Raise what a request should be refused with now; for frontends, before they read and parse a request.
 
         That is `SchedulerClosedError`; `QueueFullError`, as `submit` does, and where the requests before it in the
         queue are predicted to take `max_queue_s` of the policy; `DeadlineUnreachableError` where these are predicted
@@ -385,7 +385,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         self._dispatcher.sleepers.wake_one()
 
     async def _wait(self, future: Future[Any], requests: Sequence[Pending[T, R]], timeout_s: float | None) -> None:
-        """Wait for all outcomes. At the deadline, or when cancelled, withdraw the requests that have none."""
+        """Wait for all outcomes. At the deadline, or when cancelled, withdraw the requests that have no outcome."""
         try:
             with anyio.CancelScope(deadline=requests[0].deadline_s) as scope:
                 await future

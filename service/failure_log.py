@@ -25,7 +25,7 @@ _CALLS_PIPELINES = run_batch_of.__code__.co_filename
 class FailureLog:
     """A sink for the batch records of one model: logs the errors of items, except a `RejectItem`.
 
-    Two errors are the same where class, message and line are. In each period of `PERIOD_S` seconds an error is logged
+    Errors of one class, message and line count as the same. In each period of `PERIOD_S` seconds an error is logged
     once, and `MAX_ERRORS_PER_PERIOD` errors in all; the items that other errors failed are counted, and their number is
     logged with the first error of the next period. Keeps no error, because its frames may hold tensors. `clock` gives
     seconds.

@@ -1,4 +1,4 @@
-"""What a frontend (HTTP, the command line) needs of an engine that runs models and jobs."""
+"""The protocols between frontends (HTTP, the command line) and engines that run models and jobs."""
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -101,7 +101,7 @@ class JobAdministration(Protocol):
     async def retry(self, job_ids: Sequence[str] | None = None, which: JobFilter = ALL_JOBS) -> int:
         """Run failed, expired and cancelled jobs that `which` covers once more, all or of these ids; returns how many.
 
-        One whose message is about to be sent is left as it is.
+        A job whose message is about to be sent is not changed.
         """
 
     async def counts(self) -> JobCounts:

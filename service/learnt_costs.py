@@ -49,7 +49,7 @@ class CostKey:
 class LearntCosts:
     """Owns the cost model of one pipeline; the scheduler corrects it by every batch.
 
-    Raises `ValueError` for a pipeline whose `cost_feature` is none.
+    Raises `ValueError` for a pipeline whose `cost_feature` is unknown.
     """
 
     def __init__(self, pipeline: InferencePipeline, batch_config: BatchConfig, *, calibrate: bool) -> None:

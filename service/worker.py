@@ -249,8 +249,8 @@ class InferenceWorker(AsyncContextManagerMixin):
     ) -> list[Outcome[InferenceOutputModel]]:
         """Run many items and return their outcomes in the same order: a `Success` or a `Failure` each.
 
-        A mapping that is no valid item is a `Failure` with its `InvalidItemError` and disturbs no other. Before
-        anything is queued, `QueueFullError` is raised when not all find room, and `SchedulerClosedError`.
+        A mapping that is no valid item is a `Failure` with its `InvalidItemError` and does not affect the others.
+        Raises `QueueFullError` if there is no room for all of them, and `SchedulerClosedError`; then none is queued.
         """
         run = partial(self._scheduler.submit_many, tag=current_traceparent(), **options)
         return await run_valid([self._checked(item) for item in items], run)
@@ -305,7 +305,7 @@ class InferenceWorker(AsyncContextManagerMixin):
     ) -> list[Outcome[str]]:
         """Accept many jobs in one step, and return the id or the error of each, in the same order.
 
-        One that is invalid disturbs no other. Raises `JobStoreError` when none was stored.
+        One that is invalid does not affect the others. Raises `JobStoreError` when none was stored.
         """
         submit = partial(self._jobs.submit, model_name=self.model_name, priority=priority)
         return await run_valid([_request(request) for request in requests], submit)
@@ -343,12 +343,12 @@ class InferenceWorker(AsyncContextManagerMixin):
 
     @property
     def problem(self) -> str | None:
-        """Why batches cannot be run any more: their device is broken, the scheduler, or too many hang; else None."""
+        """Why no batch can run any more: the device or the scheduler is broken, or too many batches hang. Else None."""
         return self.health.problem
 
     @property
     def hangs(self) -> bool:
-        """Whether too many batches hang past their timeout: another pipeline, in threads of its own, may not."""
+        """Whether too many batches hang past their timeout. Another pipeline, with new threads, may run."""
         return self.health.hangs
 
     async def wait_until_broken(self) -> None:

@@ -37,8 +37,8 @@ def file_inputs(path: Path, file_format: FileFormat | None, column: str | None, 
     """
     items, labels = [], []
     for record in read_file(path, file_format, None, None):
-        row, place = record.columns, f"{path}, line {record.line}"
-        if not row:
+        row, place = record.columns, f"{path}, {record.place}"
+        if record.error is not None or not row:
             raise InputError(f"{place}: {record.error or 'an item must be a text or a JSON object'}")
         for what, name in (("label", label), ("column", column)):
             if name is not None and name not in row:

@@ -1,4 +1,4 @@
-"""What an engine implements to carry calls between the processes of a service.
+"""The protocols of an engine, which carries calls between the processes of a service.
 
 A *call* is a list of entries for one model. An entry is an item that its caller waits for, or a job. The frontend makes
 calls; a worker runs each of them by a `CallProcessor` and returns one outcome for each entry, as `wire_format` says.

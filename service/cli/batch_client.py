@@ -35,7 +35,7 @@ MAX_LINES_AHEAD = 20_000
 """Lines whose results are not written yet, beyond which no more are read."""
 MAX_BYTES_AHEAD = 64 * 2**20
 LONGEST_WAIT_S = 5.0
-"""Seconds, at most, until a service that does not answer is asked again."""
+"""Maximum seconds until a service that does not answer is asked again."""
 COUNTING_INTERVAL_S = 2.0
 """Seconds between two questions how many jobs have ended."""
 COUNTING_PAUSE_FACTOR = 20
@@ -95,7 +95,7 @@ class BatchRun:
     done: int = 0
     """Lines that have their result from a run before."""
     on_progress: Callable[..., object] | None = None
-    """Is told `completed`: how many lines of the file are sent or, with a `writer`, how many jobs have ended."""
+    """Called with `completed`: how many lines of the file are sent or, with a `writer`, how many jobs have ended."""
     failed: int = 0
     sent: int = 0
     written: int = 0
@@ -201,7 +201,7 @@ class BatchRun:
 
     @contextmanager
     def _begun(self) -> Iterator[None]:
-        """The block sends lines: unless they are refused, the service may have stored them, whatever ends the block."""
+        """A block that sends lines. Unless they are refused, the service may have stored them, however it ends."""
         if self.writer is None:
             yield
             return

@@ -107,8 +107,8 @@ def init(
             "--model needs a --task: with a pipeline of your own, modalkit.yaml says what it loads"
         )
     template = TEMPLATES[task]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name)[:MAX_PREFIX_CHARACTERS].strip("-")
-    files = _files_of(task, template, model, name or task)
+    app_prefix = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name)[:MAX_PREFIX_CHARACTERS].strip("-")
+    files = _files_of(task, template, model, app_prefix or task)
     for name in files:
         if (folder / name).exists():
             raise InitError(f"{folder / name} exists already, and nothing is overwritten: choose an empty folder")

@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from modalkit.service.cli.common import AsJson, ConfigFiles, notices, one_of
+from modalkit.service.cli.common import EXIT_FAILURE, AsJson, ConfigFiles, notices, one_of
 from modalkit.service.cli.jobs_client import JobRefusedError, JobsClient
 from modalkit.service.jobs import DeliveryStatus, JobStatus
 from modalkit.service.settings import Settings
@@ -144,7 +144,7 @@ def show(
     elif found:
         typer.echo("\n\n".join(map(job_text, found)))
     if len(found) < len(answers):
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILURE)
 
 
 @app.command()
@@ -175,7 +175,7 @@ def replay(
     elif everything:
         typer.echo("There are no undelivered results.")
     if replayed < len(set(job_ids or ())):
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILURE)
 
 
 @app.command()
@@ -215,7 +215,7 @@ def retry(
     elif everything:
         typer.echo("There are no such jobs.")
     if retried < len(set(job_ids or ())):
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILURE)
 
 
 @app.command()
@@ -318,7 +318,7 @@ def _ask_about(client: JobsClient, job_id: str, method: str, path: str = "") -> 
 
 
 def _each(client: JobsClient, job_ids: Sequence[str], path: str) -> int:
-    """Have something done with each of these jobs; returns with how many it was."""
+    """Send a request for each of these jobs; returns how many were accepted."""
     return sum(_ask_about(client, job_id, "POST", path) is not None for job_id in _distinct(job_ids))
 
 

@@ -185,7 +185,7 @@ def _record(line: int, value: Any, columns: Any = None, unit: str = "line") -> R
     columns = columns if isinstance(columns, dict) else {}
     for name, text in value.items() if isinstance(value, dict) else ():
         if isinstance(text, str) and _BAD_BYTE.search(text):
-            return Record(line, None, f"{name}: is not UTF-8; convert the input to UTF-8", columns)
+            return Record(line, None, f"{name}: is not UTF-8; convert the input to UTF-8", columns, unit)
     return Record(line, value, columns=columns, unit=unit)
 
 

@@ -7,7 +7,7 @@ import httpx
 import typer
 from pydantic import RootModel
 
-from modalkit.service.cli.common import AsJson, ConfigFiles, notices
+from modalkit.service.cli.common import EXIT_FAILURE, AsJson, ConfigFiles, notices
 from modalkit.service.cli.jobs import Key, Url
 from modalkit.service.cli.jobs_client import JobsClient, JobsError
 from modalkit.service.settings import Settings
@@ -47,7 +47,7 @@ def reload(
             else:
                 typer.echo(model.model_dump_json() if as_json else f"{name} was reloaded.")
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_FAILURE)
 
 
 class _Models(RootModel[list[ModelView]]):

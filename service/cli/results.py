@@ -11,7 +11,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
@@ -94,7 +94,8 @@ def interrupted_run(path: Path, run: Mapping[str, Any], *, resume: bool, force: 
     """What the first line beside the output at `path` says of the run that was interrupted; empty where there is none.
 
     `run` has the input and the options of this run. Raises `InputError` where the output exists, unless `force` is set;
-    and where a run was interrupted, unless `resume` is set and that run had the same input and options.
+    where another run goes on; and where one was interrupted, unless `resume` is set and that run had the same input and
+    options.
     """
     partial = _partial_of(path)
     if not partial.parent.is_dir():
@@ -103,15 +104,20 @@ def interrupted_run(path: Path, run: Mapping[str, Any], *, resume: bool, force: 
         if path.is_file() and path.stat().st_size and not force:
             raise InputError(f"{path} exists already: choose another output, or replace it with --force")
         return {}
+    with partial.open("rb") as stream:
+        _lock(stream, partial)  # until it is read
+        first = stream.readline()
     if not resume:
         raise InputError(
             f"{partial} is from a run that was interrupted: go on with --resume, or remove it to begin anew"
         )
-    with partial.open(encoding="utf-8", newline="\n") as stream:
-        first = stream.readline()
-    if not first.endswith("\n"):
+    if not first.endswith(b"\n"):
         return {}  # it was killed before it had sent anything
-    found: dict[str, Any] = json.loads(first)
+    found: Any = None
+    with suppress(ValueError):
+        found = json.loads(first)
+    if not isinstance(found, dict):
+        raise InputError(f"{partial} is from no run: move it away, or choose another output")
     for name, value in run.items():
         if found.get(name) != value:
             raise InputError(
@@ -124,6 +130,14 @@ def interrupted_run(path: Path, run: Mapping[str, Any], *, resume: bool, force: 
 def _partial_of(path: Path) -> Path:
     target = path.resolve()
     return target.with_name(f"{target.name}.partial")
+
+
+def _lock(stream: IO[Any], partial: Path) -> None:
+    """Lock a file until it is closed. Raises `InputError` where another run has it."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run writes {partial}; wait for it, or choose another output") from None
 
 
 @contextmanager
@@ -153,13 +167,10 @@ def result_file(
     interrupted_run(path, run, resume=resume, force=force)
     partial = _partial_of(path)
     with partial.open("a+", encoding="utf-8", newline="") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another run writes {partial}; wait for it, or choose another output") from None
+        _lock(stream, partial)
         lines = _whole_lines(stream)
         if not lines:
-            stream.write(json.dumps(run, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(run) + "\n")  # in ASCII: the name of a file may be no UTF-8
             stream.flush()
         writer = ResultWriter(stream, max(0, lines - 1))
         try:
@@ -169,7 +180,7 @@ def result_file(
         except BaseException:
             stream.flush()
             if writer.done or writer.written or writer.is_begun:
-                notices.print(f"What was written is in {partial}: --resume goes on with it")
+                notices.print(f"What was written is in {partial}: --resume goes on with it", markup=False)
             else:
                 partial.unlink()
             raise

@@ -18,7 +18,7 @@ from anyio.abc import TaskGroup
 from pydantic import BaseModel
 
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.service.cli.common import ConfigFiles, notices, one_of, try_api_keys
+from modalkit.service.cli.common import EXIT_USAGE, ConfigFiles, notices, one_of, try_api_keys
 from modalkit.service.cli.stopping import EXIT_BROKEN, Stop, summarize
 from modalkit.service.errors import Readiness
 from modalkit.service.loading import LoadError
@@ -158,7 +158,7 @@ async def _serve(server: Server, gateway: LocalGateway, listeners: list[socket.s
     if any(model.readiness is Readiness.BROKEN for model in gateway.models.values()):
         raise typer.Exit(EXIT_BROKEN)
     if len(_failed(gateway)) == len(gateway.models):
-        raise typer.Exit(2)
+        raise typer.Exit(EXIT_USAGE)
 
 
 def _failed(gateway: LocalGateway) -> list[str]:

@@ -1,17 +1,17 @@
-"""How many jobs wait in the store for one claimer, so that new ones need not wait there where there is room for all."""
+"""An upper bound of the jobs that wait in the store, so that new ones can bypass it while all have room."""
 
 from collections.abc import Awaitable, Callable, Sequence
 
 from modalkit.service.jobs.model import Job
 
 UNKNOWN = 2**40
-"""Stands for any number of jobs."""
+"""The bound where the number of waiting jobs is not known."""
 
 
 class Backlog:
-    """An upper bound of the jobs that wait in the store to be claimed, or are being claimed; at first it is not known.
+    """An upper bound of the jobs that wait in the store to be claimed by one task, or are being claimed by it.
 
-    What comes meanwhile goes past the store where there is room for it beside `at_most` others.
+    If there is room for a new job beside `at_most` others, it can start at once, without being read from the store.
     """
 
     def __init__(self) -> None:
@@ -19,15 +19,18 @@ class Backlog:
         self._has_probe = False
 
     def add(self, jobs: int = UNKNOWN) -> None:
-        """So many jobs more wait, or any number."""
+        """Count new waiting jobs; without a number, any number of jobs may wait from now on."""
         self.at_most += jobs
 
     async def claim(self, limit: int, claim: Callable[[int], Awaitable[Sequence[Job]]]) -> Sequence[Job]:
-        """Claim up to `limit` jobs by `claim`, which gets the number; it may return fewer than wait, but not none."""
+        """Claim up to `limit` jobs and lower the bound. `claim` gets the number of jobs to claim.
+
+        It may return fewer jobs than wait, but none only where none waits.
+        """
         before = self.at_most
         claimed = await claim(min(limit, before))
         if len(claimed) < min(limit, before):
-            # Probably all that waited. One more is asked for, to see whether that is so.
+            # Probably all that waited. The next claim asks for one job, to see whether that is so.
             self._has_probe = len(claimed) > 0
             self.at_most += self._has_probe - before
         else:

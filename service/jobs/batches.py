@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 RESULTS_INTERVAL_S = 0.05
 """Seconds between two reads for a caller that has read all there is."""
 MAX_WAIT_S = 5.0
+"""Maximum seconds between two lists for a caller that waits."""
 OVERLAP_US = 2_000_000
 """Microseconds before the last end that was seen which are read again: ends may be stored in another order."""
 
@@ -52,8 +53,8 @@ class JobBatches:
     ) -> AsyncGenerator[list[JobBatchResult]]:
         """The results of the lines after `after`, in their order; with `wait`, until all jobs of the batch have ended.
 
-        Without, up to the first line whose job has not. It ends early when the service stops. Empty lists come in
-        pauses.
+        Without `wait`, it ends at the first line whose job has not ended. It ends early when the service stops. While
+        there is no result, it yields an empty list every few seconds.
         """
         while True:
             results, unfinished = await self._store.results_in_order(batch_id, owner, after)
@@ -64,7 +65,7 @@ class JobBatches:
                 if not (wait and self._jobs.may_wait):
                     return
                 await self._jobs.get(unfinished, MAX_WAIT_S)
-                yield []  # so that the caller can say that it is there
+                yield []  # the caller sends a heartbeat
                 await anyio.sleep(RESULTS_INTERVAL_S)  # the ends of many are read together
             elif not results:
                 return
@@ -72,9 +73,9 @@ class JobBatches:
     async def results_as_they_end(
         self, batch_id: str, owner: str | None = None, *, wait: bool = True
     ) -> AsyncGenerator[list[JobBatchResult]]:
-        """All results of a batch, in the order in which its jobs end; `wait` and the end are as above.
+        """All results of a batch, in the order in which its jobs end; `wait` is as for `results_by_line`.
 
-        Raises `JobStoreError` where the store had trouble and not all can be told any more: read them again.
+        Raises `JobStoreError` if some ends were stored too late to be found by this order: read the results again.
         """
         place, sent = (0, 0), 0
         seen = dict[int, int]()  # when the jobs that were seen lately ended, by their sequence numbers

@@ -1,4 +1,4 @@
-"""For a task that stores what others give it: collects items that come one by one, and stores many at once."""
+"""Collects items that come one by one, so that one task can store many of them in one step."""
 
 import logging
 import math
@@ -13,8 +13,9 @@ from modalkit.service.jobs.errors import JobStoreError
 logger = logging.getLogger(__name__)
 
 STORE_RETRY_S = 5.0
-"""Seconds, at most, until a store that failed is asked again."""
+"""Maximum seconds until a store that failed is asked again."""
 MIN_INTERVAL_S = 0.005
+"""Minimum seconds between two collections."""
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ class Collector(Generic[T]):
     async def collect(self) -> list[T]:
         """Wait until there are items, and return all of them. When cancelled, the items stay.
 
-        While they keep coming, it returns at most once in `MIN_INTERVAL_S`, so that many are stored in one step.
+        While items keep coming, it returns at most once in `MIN_INTERVAL_S`, so that many are stored in one step.
         """
         if self._items and (pause_s := self._collected_s + MIN_INTERVAL_S - anyio.current_time()) > 0:
             await anyio.sleep(pause_s)
@@ -54,9 +55,10 @@ class Collector(Generic[T]):
 
 
 async def store_until_closing(what: str, store: Callable[[], Awaitable[None]], closing: anyio.Event) -> None:
-    """Await `store`, again and again until it raises no `JobStoreError`, or `closing` is set: then it is left out.
+    """Await `store`, and repeat it with backoff while it raises `JobStoreError`.
 
-    `what` begins the line that is logged for each error.
+    Once `closing` is set, an error is not followed by another attempt. Each error is logged in a line that begins with
+    `what`.
     """
     attempt = 1
     while True:

@@ -36,7 +36,7 @@ MAX_SINGLE_CALLS = 64
 """Calls of a backend that takes one message in a call, under way at once."""
 MAX_QUARANTINE_GROUP = 100
 MAX_BYTES_UNDER_WAY = 256 * 2**20
-"""While jobs of so many bytes are under way, no more are claimed; half of it for the jobs of one queue."""
+"""Bytes of the jobs under way beyond which no more are claimed; for the jobs of one queue it is half of that."""
 POLL_INTERVAL_S = 1.0
 """Seconds between two polls of the store, if nothing asks for one: an earlier process may have left retries in it."""
 POLL_MARGIN_S = 0.001
@@ -114,15 +114,13 @@ class Deliverer(AsyncContextManagerMixin):
         self._clock = clock or SteadyClock()
         sends_many = isinstance(backend, BatchQueueBackend)
         self._messages_per_call = MESSAGES_PER_CALL if sends_many else 1
-        # All mutable state: what is under way; what may be due in the store, when to poll it in any case, by the event
-        # loop's clock, and whether messages of jobs that end now may be sent if nothing is; the results that are not
-        # recorded yet; and what wakes the task that polls.
+        # All mutable state.
         self._room = _Room(MESSAGES_PER_CALL * MAX_BATCH_CALLS if sends_many else MAX_SINGLE_CALLS)
-        self._due = Backlog()
-        self._next_poll_at = -math.inf
-        self._takes_ends = False
-        self._attempted: Collector[tuple[Job, DeliveryRecord]] = Collector()
-        self._change = anyio.Event()
+        self._due = Backlog()  # deliveries that may be due in the store
+        self._next_poll_at = -math.inf  # when to poll the store without being woken, by the event loop's clock
+        self._takes_ends = False  # whether messages may be sent without waiting in the store
+        self._attempted: Collector[tuple[Job, DeliveryRecord]] = Collector()  # results that are not recorded yet
+        self._change = anyio.Event()  # wakes the task that polls
         self._closing = anyio.Event()
         self._task_group: TaskGroup
 
@@ -148,9 +146,10 @@ class Deliverer(AsyncContextManagerMixin):
         self._change.set()
 
     async def finish(self, ends: Sequence[JobEnd]) -> list[str]:
-        """Store how jobs ended, as `JobStore.finish` does, and have their messages sent. The ends have their jobs.
+        """Store how jobs ended, as `JobStore.finish` does, and have their messages sent. Each end has its `job`.
 
-        Messages that there is room for are claimed in the same step, and sent without being read from the store.
+        Messages that there is room for are claimed in the same step, and sent without being read from the store. Raises
+        `JobStoreError`; then nothing is sent.
         """
         messages = [end.job for end in ends if end.job is not None and end.job.delivery_queue]
         sending = self._claim_ended(messages)
@@ -171,7 +170,7 @@ class Deliverer(AsyncContextManagerMixin):
         return ended
 
     def _claim_ended(self, ended: Sequence[Job]) -> list[Job]:
-        """Those of jobs that end with a message whose messages there is room for; they count as under way."""
+        """The jobs among these whose messages there is room for; they count as under way from now on."""
         if not self._takes_ends or self._closing.is_set():
             return []
         claimed = list[Job]()
@@ -189,7 +188,7 @@ class Deliverer(AsyncContextManagerMixin):
         while not self._must_stop():
             self._change = anyio.Event()
             is_closing = self._closing.is_set()
-            claimed = await self._claim() if is_closing or self._sleep_s() <= 0 else []
+            claimed = await self._claim() if self._sleep_s() <= 0 else []
             self._send(claimed)
             if claimed:
                 continue
@@ -243,12 +242,10 @@ class Deliverer(AsyncContextManagerMixin):
             await self._change.wait()
 
     async def _claim(self) -> Sequence[Job]:
-        """Claim what is due in the store, as much as there is room for."""
-        if self._room.free <= 0:
-            return []
+        """Claim what is due in the store, as much as there is room for; there is some."""
         if self._next_poll_at <= (now := anyio.current_time()):
             self._due.add()
-        self._next_poll_at = now + POLL_INTERVAL_S
+            self._next_poll_at = now + POLL_INTERVAL_S
         try:
             return await self._due.claim(
                 self._room.free,
@@ -264,7 +261,7 @@ class Deliverer(AsyncContextManagerMixin):
             return []
 
     def _release(self, jobs: Sequence[Job]) -> None:
-        """Free the room of jobs. The store may have something due that there was no room for."""
+        """Free the room of jobs, and poll the store for deliveries that there was no room for."""
         for queue, own in _by_queue(jobs).items():
             if self._room.free_of(queue) <= 0:
                 self.wake()
@@ -309,7 +306,7 @@ class Deliverer(AsyncContextManagerMixin):
         self._attempted.add(*zip(jobs, records, strict=True))
 
     async def _record(self) -> None:
-        """Record the results of attempts, all those together that came meanwhile."""
+        """Record the results of attempts; those that come during one step are recorded together in the next."""
         while attempted := await self._attempted.collect():
             records = [record for _, record in attempted]
             # Those that are not stored are due again after the next start.
@@ -332,7 +329,7 @@ _STATES_OF_RESULTS = {
 
 
 def log_failed_attempts(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
-    """Log one line per queue, not per message, of those that failed: a queue that is down fails thousands."""
+    """Log failed attempts in one line per queue, not per message, because thousands fail when a queue is down."""
     failed = Counter((queue, record.status) for queue, record in records if record.error is not None)
     last = {(queue, record.status): record for queue, record in records}
     for (queue, status), messages in failed.items():

@@ -169,8 +169,8 @@ def retry_of(
 ) -> JobRetry | None:
     """When a running job is to run again, or None if `outcome` ends it.
 
-    Only a failure for which the job is not to blame is repeated, a systemic one or one that the pipeline declares
-    transient: if it was not attempt number `max_attempts` and the job does not expire, at `deadline`, before its next
+    Only a failure that is not the job's fault is repeated: a systemic one, or one that the pipeline declares transient.
+    It is not repeated after attempt number `max_attempts`, nor if the job would expire, at `deadline`, before the next
     attempt.
     """
     attempt = job.attempts + 1
@@ -188,7 +188,7 @@ def retry_of(
 
 
 def end_of(job: Job, outcome: Outcome[InferenceOutputModel], now: float) -> JobEnd:
-    """How a job ends of which this is the outcome.
+    """How a job with this outcome ends.
 
     It has expired if the error is one of time (`JobTimeoutError`, `DeadlineExceededError`), and failed for any other
     error, for a result that is no JSON and for one of more than `LARGEST_RESULT_BYTES`.
@@ -276,8 +276,8 @@ def after_delivery_attempt(
 ) -> DeliveryRecord:
     """What the next attempt to deliver means: `delivered` without an `error`, else due again or undelivered.
 
-    Undelivered is what failed for good (`UndeliverableError`), in attempt number `max_attempts`, or in an attempt that
-    `is_last` for another reason.
+    A message is undelivered if its error is an `UndeliverableError`, if this was attempt number `max_attempts`, or if
+    the attempt `is_last` for another reason.
     """
     attempt = job.delivery_attempts + 1
     if error is None:

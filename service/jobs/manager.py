@@ -47,7 +47,7 @@ EXPIRED_PER_CALL = 1000
 DOCUMENT_GRACE_S = 86_400.0
 """Seconds for which documents are kept beyond `result_ttl_s`: as long as the jobs that they describe may take."""
 NEW_JOBS_AT_ONCE = 256
-"""Jobs of a list that are made in one go; between two slices, other tasks run."""
+"""Jobs of a list that are made without a pause; after each slice of them, other tasks run."""
 
 
 class JobFeed(Protocol):
@@ -117,7 +117,7 @@ class JobManager(AsyncContextManagerMixin):
                 f"queue_backend must have an 'async send_message(queue_name, message) -> bool', got {queue_backend!r}"
             )
         self.store = store
-        # What of `administration` concerns nothing but the store.
+        # The parts of `administration` that only the store does.
         self.page, self.purge, self.counts, self.documents = store.page, store.purge, store.counts, store
         self.clock = clock = clock or SteadyClock()
         self.check_ready: Callable[[str], None] | None = None
@@ -312,14 +312,14 @@ class JobManager(AsyncContextManagerMixin):
                     del self._watches[job_id]
 
     def tell_change(self, job_ids: Iterable[str]) -> None:
-        """Tell those who watch these jobs that what is stored of them has changed."""
+        """Wake the watches of these jobs, because they have changed in the store."""
         if self._watches:
             for job_id in job_ids:
                 for watch in self._watches.get(job_id, ()):
                     watch.add(job_id)
 
     def tell_piece(self, job_id: str, piece: InferenceOutputModel) -> None:
-        """Tell those who watch this job of a piece of its result."""
+        """Give the watches of this job a piece of its result."""
         for watch in self._watches.get(job_id, ()):
             watch.add(job_id, piece)
 
@@ -347,7 +347,7 @@ class JobManager(AsyncContextManagerMixin):
         return job
 
     def tell_cancelled(self, job: Job, now: float, *, is_new: bool = True) -> None:
-        """A job was cancelled in the store: withdraw it, and tell those who watch it."""
+        """A job was cancelled in the store: withdraw it from its feed, and wake its watches."""
         if is_new:
             record_end(job, JobStatus.CANCELLED, now)
         if feed := self._feeds.get(job.model_name):
@@ -356,9 +356,11 @@ class JobManager(AsyncContextManagerMixin):
 
     async def retry(self, job_ids: Sequence[str] | None = None, which: JobFilter = ALL_JOBS) -> int:
         """Run jobs once more that ended without success and match `which`, all or of these ids; returns how many."""
-        retried = await self.store.retry(job_ids, which, self.clock())
-        for feed in self._feeds.values():
-            feed.wake()
+        try:
+            retried = await self.store.retry(job_ids, which, self.clock())
+        finally:  # it has several steps: some may be queued when it is cancelled, or fails
+            for feed in self._feeds.values():
+                feed.wake()
         self.tell_change(retried)
         return len(retried)
 

@@ -1,7 +1,7 @@
 """The values of jobs: a job as it is stored, how it ended, what is recorded of its delivery, and pages of jobs.
 
-`life.py` says how one state of a job leads to the next. These values are never changed, though nothing forbids it:
-making a frozen one takes three times as long, and there are several for each job.
+`life.py` says how one state of a job leads to the next. Only a runner changes these values: a new job that starts as it
+is stored, and one that has ended. They are not frozen, because making a frozen one takes three times as long.
 """
 
 import os
@@ -150,7 +150,7 @@ class Job:
     """The trace of the request that asked for it, as W3C's header has it."""
     batch_id: str | None = None
     line: int | None = None
-    """Its place in its batch."""
+    """Its line in its batch of jobs."""
     status: JobStatus = JobStatus.QUEUED
     delivery: DeliveryStatus = DeliveryStatus.NONE
     result_json: str | None = None
@@ -176,7 +176,7 @@ class Job:
 
     @property
     def message(self) -> JsonObject:
-        """The item that is run."""
+        """The item to run."""
         return read_object(self.message_json)
 
     @property

@@ -21,7 +21,7 @@ Operation = Callable[[Any], Any]
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """An operation on its way through the thread and back. The first and the last one have none: open, and close."""
+    """An operation on its way through the thread and back. `operation` is None to open (first) and to close (last)."""
 
     done: Future[None]
     operation: Operation | None
@@ -30,7 +30,7 @@ class _Entry:
 
 
 class OperationThread:
-    """Hands operations to `run`, in a thread of its own, in lists of up to `max_together`.
+    """Hands operations to `run`, in a thread of its own: those that came together, and more up to `max_together`.
 
     `run` returns the result or the error of each, in the same order; what it raises is the error of all. The thread
     starts as soon as the event loop has run what is ready now; operations that come while it runs are in the next list.
@@ -52,13 +52,12 @@ class OperationThread:
         self._run = run
         self._resources = resources
         self._max_together = max_together
-        # All mutable state: what goes to the thread at the end of this pass of the event loop, and what went there; how
-        # much has not come back, whether more may come, and whether what has not begun is still to be done.
-        self._coming: list[_Entry] = []
-        self._queue: SimpleQueue[list[_Entry]] = SimpleQueue()
-        self._waiting = 0
-        self._is_open = False
-        self._aborted = False
+        # All mutable state.
+        self._coming: list[_Entry] = []  # goes to the thread at the end of this pass of the event loop
+        self._queue: SimpleQueue[list[_Entry]] = SimpleQueue()  # went to the thread
+        self._waiting = 0  # operations without a result
+        self._is_open = False  # whether operations are accepted
+        self._aborted = False  # whether operations that have not begun fail
         self._token: EventLoopToken
 
     async def __aenter__(self) -> None:
@@ -132,7 +131,7 @@ class OperationThread:
         self._answer([last], lambda: [close()])
 
     def _take(self) -> list[_Entry]:
-        """Wait for entries; returns them with those that came meanwhile, up to the last one of all."""
+        """Wait for entries; returns them with those that came meanwhile, up to the one that closes."""
         entries = self._queue.get()
         with suppress(Empty):
             while len(entries) < self._max_together and entries[-1].operation is not None:

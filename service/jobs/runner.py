@@ -32,8 +32,10 @@ ROOM_POLL_INTERVAL_S = 0.05
 """Seconds between two attempts to start a job while the scheduler's queue is full."""
 BULK_WINDOW_DIVISOR = 10
 """Bulk jobs get at least one in N places of the window."""
+MAX_WINDOW_BYTES = 64 * 2**20
+"""Bytes of the jobs in a window beyond which no more are claimed. One claim may add as much once more."""
 FIRST_JOB_RETRY_S = 2.0
-"""Seconds, at most, between a job's first attempt and its second; each later wait is four times as long."""
+"""Maximum seconds between a job's first attempt and its second; each later wait is four times as long."""
 
 JobOutcome = Outcome[InferenceOutputModel]
 
@@ -58,10 +60,6 @@ class JobEngine(Protocol):
 
         Raises what the batch raises, including `BatchTimeoutError`.
         """
-
-
-MAX_WINDOW_BYTES = 64 * 2**20
-"""Bytes of the jobs in a window beyond which no more are claimed. One claim may add as much once more."""
 
 
 class JobRunner(AsyncContextManagerMixin):
@@ -103,18 +101,16 @@ class JobRunner(AsyncContextManagerMixin):
         self._max_attempts = max_attempts
         self._backoff_s = backoff_s
         self.input_model = engine.input_model
-        # All mutable state: the jobs in the window; those of them that the scheduler has no room for yet; the ends to
-        # be stored; how many ends, and new jobs for the window, are being stored; how many jobs may be queued in the
-        # store, whether new ones may enter the window beside them, and when the next one may run again; what wakes the
-        # feeding task; and whether it is to stop.
-        self._running = Window()
-        self._waiting: deque[Job] = deque()
-        self._ends: Collector[JobEnd | JobRetry | str] = Collector()
-        self._unstored = 0
-        self._queued = Backlog()
-        self._takes_new = False
-        self._next_retry_at = -math.inf
-        self._change = anyio.Event()
+        # All mutable state.
+        self._running = Window()  # the jobs in the window
+        self._waiting: deque[Job] = deque()  # those of them that the scheduler has no room for yet
+        self._ends: Collector[JobEnd | JobRetry | str] = Collector()  # to be stored
+        self._unstored = 0  # how many ends, and new jobs for the window, are not stored yet
+        self._adding_bytes = 0  # of these new jobs
+        self._queued = Backlog()  # jobs that wait in the store
+        self._takes_new = False  # whether new jobs may enter the window without waiting in the store
+        self._next_retry_at = -math.inf  # when the next queued job may run again
+        self._change = anyio.Event()  # wakes the feeding task
         self._closing = anyio.Event()
         self._engine_closed = False
 
@@ -144,29 +140,33 @@ class JobRunner(AsyncContextManagerMixin):
         self._change.set()
 
     async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
-        """Store new jobs as `JobStore.add` does; those there is room for start. When cancelled, all stay queued."""
+        """Store new jobs as `JobStore.add` does, and start those that the window has room for.
+
+        When cancelled, those that were stored are queued.
+        """
         is_taking = self._takes_new and not self._closing.is_set() and not self._engine_closed
         entering = jobs[: max(0, self._wanted(math.inf) - self._queued.at_most)] if is_taking else ()
         for job in entering:
             job.status, job.started_at = JobStatus.RUNNING, job.created_at
+        size_bytes = sum(job.size_bytes for job in entering)
         self._unstored += len(entering)
+        self._adding_bytes += size_bytes
         try:
             added = await self._manager.store.add(jobs)
-        except anyio.get_cancelled_exc_class():
-            self._ends.add(*(job.job_id for job in entering))
-            self.wake()
+        except anyio.get_cancelled_exc_class():  # they may have been stored
+            for job in entering:
+                self._add_end(job.job_id)
             raise
-        except BaseException:
+        finally:
             self._unstored -= len(entering)
-            raise
-        self._unstored -= len(entering)
-        self._queued.add(len(jobs) - len(entering))
+            self._adding_bytes -= size_bytes
+            self._queued.add(len(jobs) - len(entering))
+            self._change.set()
         for job, job_id in zip(entering, added, strict=False):
             if job_id == job.job_id:  # else its idempotency key is that of an earlier job
                 self._enter(job)
                 self._waiting.append(job)
         self._start_waiting()
-        self._change.set()
         return added
 
     def close(self) -> None:
@@ -236,7 +236,7 @@ class JobRunner(AsyncContextManagerMixin):
     async def _run_queued(self, limit: float = math.inf) -> None:
         """Run queued jobs, with the window kept filled, until closed; a store that is not durable is emptied first.
 
-        With a `limit`, run so many, or as many as there are, and return when they and all others have ended.
+        With a `limit`, run at most that many jobs, and return when all jobs in the window have ended.
         """
         left = limit
         self._takes_new = math.isinf(limit)
@@ -245,10 +245,11 @@ class JobRunner(AsyncContextManagerMixin):
             is_closing = self._closing.is_set()
             room = self._wanted(left)
             claimed: Sequence[Job] = ()
-            if self._next_retry_at <= self._manager.clock() or self._empties_the_store():
+            now, window = self._manager.clock(), int(min(limit, self._window))
+            if self._next_retry_at <= now or self._empties_the_store():
                 self._queued.add()
             if room and self._queued.at_most:
-                claimed = await self._queued.claim(room, partial(self._claim, window=int(min(limit, self._window))))
+                claimed = await self._queued.claim(room, partial(self._claim, now=now, window=window))
             left -= len(claimed)
             for job in claimed:
                 self._enter(job)
@@ -267,7 +268,8 @@ class JobRunner(AsyncContextManagerMixin):
 
     def _wanted(self, limit: float) -> int:
         """How many jobs to claim now."""
-        if self._waiting or self._leaves_jobs_stored() or self._running.size_bytes >= MAX_WINDOW_BYTES:
+        size_bytes = self._running.size_bytes + self._adding_bytes
+        if self._waiting or self._leaves_jobs_stored() or size_bytes >= MAX_WINDOW_BYTES:
             return 0
         return int(min(limit, max(0, self._window - len(self._running) - self._unstored)))
 
@@ -279,11 +281,11 @@ class JobRunner(AsyncContextManagerMixin):
         """Whether jobs run for the last time: this runner closes, and the store does not keep them."""
         return self._closing.is_set() and not self._manager.store.durable
 
-    async def _claim(self, limit: int, window: int) -> Sequence[Job]:
-        """Claim up to `limit` jobs, of which a `window` holds bulk ones too; those that wait for a retry when due."""
+    async def _claim(self, limit: int, now: float, window: int) -> Sequence[Job]:
+        """Claim up to `limit` jobs, after releasing those whose retry is due. Bulk jobs get a share of the `window`."""
         # A window of one job cannot be shared.
         bulk_share = min(window - 1, -(-window // BULK_WINDOW_DIVISOR))
-        store, now = self._manager.store, self._manager.clock()
+        store = self._manager.store
         try:
             if self._empties_the_store():
                 await store.release_retries(self._model_name, math.inf)
@@ -323,7 +325,7 @@ class JobRunner(AsyncContextManagerMixin):
             self._waiting.popleft()
 
     def _sleep_s(self, *, may_claim: bool) -> float | None:
-        """Seconds until something may have to be done that nothing else tells of."""
+        """Seconds until the feeding task has to wake by itself; None if only `_change` has to wake it."""
         if self._waiting:
             return ROOM_POLL_INTERVAL_S
         until = self._running.next_deadline
@@ -350,31 +352,32 @@ class JobRunner(AsyncContextManagerMixin):
                     now=now,
                     backoff_s=self._backoff_s,
                 )
-            self._add_end(retry or self._ended(job, outcome, now))
+            self._add_end(retry or self._make_end(job, outcome, now))
         self._change.set()
 
-    def _ended(self, job: Job, outcome: JobOutcome, now: float) -> JobEnd:
+    def _make_end(self, job: Job, outcome: JobOutcome, now: float) -> JobEnd:
+        """How the job ends; the job is changed to match, so that its message can be sent without being read again."""
         end = end_of(job, outcome, now)
         job.status, job.result_json, job.error, job.finished_at = end.status, end.result_json, end.error, now
-        end.job = job
+        job.item, end.job = None, job  # the item may take much memory, and has been run
         record_end(job, end.status, now)
         return end
 
     def _add_end(self, end: JobEnd | JobRetry | str) -> None:
-        """Have an end stored, or the return of a job by its id; until it is, it takes the job's place in the window."""
+        """Have an end stored, or the job of an id queued again; until then it counts as in the window."""
         self._unstored += 1
         self._ends.add(end)
 
     def _expire_overdue(self) -> None:
         now = self._manager.clock()
         for job in self._running.remove_overdue(now):
-            self._add_end(self._ended(job, Failure(JobTimeoutError(self._timeout_s)), now))
+            self._add_end(self._make_end(job, Failure(JobTimeoutError(self._timeout_s)), now))
 
     def _deadline_of(self, job: Job) -> float:
         return deadline_of(job, timeout_s=self._timeout_s, now=self._manager.clock())
 
     async def _store_ends(self) -> None:
-        """Store how jobs ended, all those together that ended meanwhile."""
+        """Store how jobs ended; those that ended during one step are stored together in the next."""
         while ended := await self._ends.collect():
             finished = [end for end in ended if isinstance(end, JobEnd)]
             retries = [end for end in ended if isinstance(end, JobRetry)]

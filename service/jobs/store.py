@@ -97,7 +97,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         """Read what was committed."""
 
     async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
-        """Store queued jobs: all of them or, when it raises, none. Returns the id of each, in the same order.
+        """Store new jobs, queued or running: all or, when it raises, none. Returns the id of each, in the same order.
 
         A job whose idempotency key is stored already is not added: its place has the id of the job with that key or,
         if that job asked for something else, an error. Raises `DuplicateJobError` for an id that is stored already or
@@ -215,7 +215,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     async def results_in_order(
         self, batch_id: str, owner: str | None, after: int
     ) -> tuple[list[JobBatchResult], str | None]:
-        """Some results of the lines after `after`, up to the first that has not ended; the id of the job of that."""
+        """Some results of the lines after `after`, up to the first whose job has not ended, and the id of that job."""
         return await self._read(lambda database: batches.results_in_order(database, batch_id, owner, after))
 
     async def ends_after(

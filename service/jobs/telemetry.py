@@ -22,7 +22,7 @@ def record_end(job: Job, status: JobStatus, now: float) -> None:
 
 
 class Sending:
-    """An attempt to deliver the results of some jobs, which have all ended with a message to send: its `messages`."""
+    """One attempt to deliver the messages of some ended jobs: makes their `messages`, records what became of them."""
 
     def __init__(self, jobs: Sequence[Job], now: float) -> None:
         self._jobs = jobs

@@ -1,4 +1,4 @@
-"""The routes for those who run the service: what its models do, and changes of them while requests come."""
+"""The routes for operators: the state of the models, reloads, and changes of their limits."""
 
 from collections.abc import Sequence
 from http import HTTPStatus
@@ -24,7 +24,7 @@ NEEDS_KEY = (
 
 
 def _limits_schema() -> dict[str, Any]:
-    """What may be sent as limits: what is left out stays as it is, so there are no defaults."""
+    """The schema of limits. It has no defaults, because a limit that is left out stays as it is."""
     fields: dict[str, dict[str, Any]] = BatchConfig.model_json_schema()["properties"]
     del fields["calibration"]
     properties = {
@@ -38,7 +38,7 @@ ModelName = Annotated[str, Path(description="A model's name in the configuration
 
 
 def make_admin_router(gateway: Gateway, dependencies: Sequence[Any]) -> APIRouter:
-    """The routes over the models of `gateway`. Without `dependencies`, which check the key, they are refused."""
+    """The routes over the models of `gateway`. Without `dependencies`, which check the key, each request is refused."""
     router = APIRouter(
         prefix="/admin",
         tags=["administration"],

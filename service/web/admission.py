@@ -1,4 +1,4 @@
-"""What the HTTP service takes on: how many bytes in all, how much work in one go, and how fast it refuses."""
+"""Limits that all requests share: bytes held in memory, work in one pass of the event loop, the pace of refusals."""
 
 import logging
 import math
@@ -23,7 +23,7 @@ P = ParamSpec("P")
 FREE_BYTES = 2**16
 """Bytes of a body that do not count as held, so that small requests are served while others stall with large ones."""
 SLICE_ITEMS = 256
-"""Items that are worked on in one go; between two slices, other requests have their turn."""
+"""Items that are processed without a pause; after each slice of them, other requests have their turn."""
 REFUSALS_PER_S = 100
 """Refusals a second that are answered at once; more of them would take the time of accepted requests."""
 MAX_REFUSAL_DELAY_S = 1.0
@@ -132,11 +132,11 @@ class Reception:
             chunks.append(chunk)
         if size_bytes <= FREE_BYTES:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        async with self._admission.turn:  # of large bodies, one is joined and parsed in a pass of the event loop
+        async with self._admission.turn:  # one large body in each pass of the event loop
             return b"".join(chunks)
 
     def _check(self, size_bytes: int) -> None:
-        """Raise `ProblemError` for a body of so many bytes that is too large, or too large now."""
+        """Raise `ProblemError` for a body of this size that is too large, alone or together with what is held now."""
         limits = self._admission.limits
         if size_bytes > limits.max_body_bytes:
             raise _refused(
@@ -156,7 +156,7 @@ class Reception:
 
 
 def read_body(request: Request) -> Awaitable[bytes]:
-    """Read the whole body. That of a request without a `Reception` is held by no `Admission`.
+    """Read the whole body. Without a `Reception`, its bytes count towards no `Admission`.
 
     Raises `ProblemError` for a body that is too large, alone or together with those of other requests, and if the
     client leaves before its end.

@@ -98,7 +98,7 @@ class JobPageView(BaseModel):
 
 
 class ModelView(BaseModel):
-    """A model as those see it who run it."""
+    """A model as an operator sees it."""
 
     name: str
     readiness: str = Field(description="`ready`, `loading`, `restarting`, `draining`, `broken` or `failed`.")

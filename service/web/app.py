@@ -1,4 +1,4 @@
-"""The HTTP application: its routes, its API key, and its gateway, which is open as long as the server runs."""
+"""The HTTP application: its routes, its API keys, and its gateway, which is open as long as the server runs."""
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
@@ -71,8 +71,8 @@ def create_app(
     `adapters` are the other servers whose clients it answers, by routes in their shapes. With `ui`, a page at ``/`` and
     ``/ui`` shows what the service does; what it shows needs a key.
 
-    An application that another one mounts is started by that one: see `lifespan_of`. Until it is started, each request
-    is answered with 503 and what to write.
+    An application that another one mounts has to be started by that one: see `lifespan_of`. Until then, each request is
+    answered with 503 and an explanation.
 
     `auth` says which API keys a request needs; without it none is needed, whatever the settings of the gateway are:
     pass ``auth=settings.app_settings.auth_config`` to use the configured keys, as ``modalkit serve`` does. Health
@@ -97,9 +97,9 @@ def create_app(
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
-        redirect_slashes=False,  # /jobs/ is no other name of /jobs: a client without its id would reach all jobs
+        redirect_slashes=False,  # a client that lost the id in /jobs/<id> must not reach /jobs
         generate_unique_id_function=lambda route: route.name,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # `RequestObserver` has all of it
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # `RequestObserver` does all of it
     )
     admission = Admission(limits)
     routes = PostRoutes(app, keys, admission)
@@ -173,7 +173,7 @@ class _Start:
 
 
 class _Entrance:
-    """Refuses requests while the start is needed, and answers HEAD as GET: the server leaves the body out."""
+    """Refuses requests until the application was started, and passes HEAD on as GET; the server drops the body."""
 
     def __init__(self, app: ASGIApp, start: _Start) -> None:
         self._app = app
@@ -181,7 +181,7 @@ class _Entrance:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "http" and scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}  # a copy: the server still has to know
+            scope = {**scope, "method": "GET"}  # a copy: the server needs the original method
         if not self._start.is_needed or scope["type"] != "http":
             return self._app(scope, receive, send)
         if not self._start.is_logged:
@@ -252,7 +252,7 @@ _EVENT = {
 
 
 def _complete_parameter(parameter: dict[str, Any]) -> None:
-    """Make a header or a query that may be left out one that cannot be null, which none can be."""
+    """Remove null from the schema of an optional header or query parameter: it can be left out, but not be null."""
     match parameter["schema"].pop("anyOf", None):
         case None:
             pass

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 class Rate:
     """A limit of what a key may ask for per second; None is no limit. `clock` gives seconds, from any start.
 
-    More than is left may be taken at once, so that a list of any length is accepted; what follows waits the longer.
+    One request may take more than is left, so that a list of any length is accepted; the next ones wait longer.
     """
 
     def __init__(self, per_second: float | None, clock: Callable[[], float]) -> None:
@@ -154,7 +154,7 @@ def _too_many(why: str, delay_s: float) -> ProblemError:
 
 
 ANYONE = Caller("", None)
-"""Whoever calls a service without keys."""
+"""The caller of a service without keys."""
 
 
 def caller_of(request: Request) -> Caller:

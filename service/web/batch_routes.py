@@ -32,7 +32,7 @@ def make_batch_router(jobs: Jobs) -> APIRouter:
         return administration_of(jobs, CANNOT_LIST).batches
 
     async def visible_owner(request: Request, batch_id: str) -> str | None:
-        """The owner of the jobs that the caller sees, None for all. Raises `UnknownBatchError` if none is of it."""
+        """The owner of the jobs that the caller sees, None for all. Raises `UnknownBatchError` if there are none."""
         owner = caller_of(request).visible_owner
         if not await batches().exists(batch_id, owner):
             raise UnknownBatchError(batch_id)

@@ -31,9 +31,9 @@ SLICE_MARKS = 10_000
 MAX_EXPLAINED_BYTES = 2**20
 """Bytes of explanations of the invalid items of one list; of further invalid items, only that they are invalid."""
 MAX_FINDINGS = 1000
-"""Findings in one item of which the first are told; of more, only their number."""
+"""Findings in one item of which an answer lists the first; of more, it tells only the number."""
 MAX_SHOWN = 100
-"""Findings that are told."""
+"""Most findings that an answer lists."""
 
 Model = TypeVar("Model", bound=BaseModel)
 

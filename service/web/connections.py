@@ -1,4 +1,4 @@
-"""The limits that uvicorn lacks for what connections send, take and wait for.
+"""The limits that uvicorn lacks for connections: bytes sent, unread answers, and time.
 
 No limit costs a request a timer: `check` is called now and then, and compares what the connection waits for with what
 it waited for the last time.
@@ -73,14 +73,13 @@ class LimitedProtocol(asyncio.Protocol):
     def __init__(self, *args: Any, limits: ServerConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
-        # All mutable state: what it waits for, since when, and in which request; bytes that have come, and how many of
-        # them had at the last look; bytes of the answer that the client had not taken at the last look, and since when.
+        # All mutable state. "Seen" is what the last check saw.
         self._waiting = Waiting.FOR_HEADERS
-        self._since_s = self.loop.time()
-        self._seen_cycle: Any = None
+        self._since_s = self.loop.time()  # since when it waits for that
+        self._seen_cycle: Any = None  # the request in which it waits
         self._received_bytes = 0
-        self._seen_bytes = 0
-        self._unread_bytes = 0
+        self._seen_bytes = 0  # of those received
+        self._unread_bytes = 0  # of the answer, which the client had not taken
         self._unread_since_s: float | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

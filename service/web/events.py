@@ -1,4 +1,4 @@
-"""Server-sent events: the answer, and what predictions and jobs send by it."""
+"""Server-sent events: the response class, and the events of predictions and jobs."""
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -19,7 +19,7 @@ from modalkit.service.web.answers import EVENT_STREAM, JobView
 from modalkit.service.web.problems import KNOWN_ERRORS, as_problem, error_response, problem_json
 
 HEARTBEAT_S = 15.0
-"""Seconds without an event after which a comment is sent, so that no proxy takes the connection for dead."""
+"""Seconds without an event after which a comment is sent, so that no proxy closes the connection."""
 
 _LETTERS = {status: status.value[0] for status in JobStatus}
 _ENDED = {letter for status, letter in _LETTERS.items() if status.has_ended}

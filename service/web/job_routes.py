@@ -188,7 +188,7 @@ def make_job_router(jobs: Jobs) -> APIRouter:
 
 
 def administration_of(jobs: Jobs, reason: str) -> JobAdministration:
-    """What can be done with many jobs at once. Raises `ProblemError` for the `reason` where nothing can."""
+    """The administration of jobs. Raises `ProblemError` with the `reason` where the engine has none."""
     if jobs.administration is None:
         raise ProblemError(HTTPStatus.NOT_IMPLEMENTED, reason)
     return jobs.administration

@@ -39,7 +39,7 @@ async def parse_lines(
     find: FindTarget | None,
     max_bytes: int,
 ) -> tuple[Sequence[T | Failure], Sequence[Target]]:
-    """What each line asks for, or what is wrong with it, and the target of each: the one it names, else `target`.
+    """What each line asks for, or what is wrong with it, with its target: the model that it names, else `target`.
 
     Without `find`, no line names one.
     """

@@ -18,7 +18,7 @@ from modalkit.service.web.answers import NDJSON
 from modalkit.service.web.problems import ProblemError
 
 LINES_AT_ONCE = 512
-"""Lines that are parsed in one go; between two of them, other requests have their turn."""
+"""Lines that are parsed without a pause; after that, other requests have their turn."""
 READ_AHEAD_BYTES = 2**18
 """Bytes of a body that are received before they can be used, so that a disconnection behind them is noticed."""
 MAX_UNREAD_BYTES = 8 * 2**20

@@ -23,7 +23,7 @@ MAX_BYTES_IN_FLIGHT = 2**23
 WRITE_INTERVAL_S = 0.002
 """Seconds that answers wait for others while more items of their stream run."""
 FULL_QUEUE_RETRY_S = 0.05
-"""Seconds until an item is tried again for which the model's queue had no room, unless one of its stream has ended."""
+"""Seconds between two attempts to queue an item while the model's queue is full; an item that ends shortens them."""
 
 
 _Asked = tuple[BaseModel | Failure, int, Target]
@@ -38,16 +38,15 @@ class PredictionStream:
         self._find = find if self._target.parser.may_name_model else None
         self._options = options
         self._caller = caller
-        # All mutable state: the index of the next item; those that wait or run, by index, each with the bytes of its
-        # line, its start and how to withdraw it, and their bytes in all; answers that are not written yet, by
-        # index, whether they will be, and the index of the next one; and what wakes the task that takes lines.
-        self._index = 0
+        # All mutable state.
+        self._index = 0  # of the next item
+        # Items that wait or run, by index: the bytes of the line, the start, and what withdraws the item.
         self._running: dict[int, tuple[int, float, Callable[[], object]]] = {}
-        self._bytes = 0
-        self._done: dict[int, bytes] = {}
-        self._next = 0
-        self._will_flush = False
-        self._change = anyio.Event()
+        self._bytes = 0  # of the lines of these items
+        self._done: dict[int, bytes] = {}  # answers that are not written yet, by index
+        self._next = 0  # the index of the next answer
+        self._will_flush = False  # whether a call that writes answers is due
+        self._change = anyio.Event()  # wakes the task that takes lines
         self._write: Callable[[bytes], None]
 
     async def answer(self, lines: Lines, write: Callable[[bytes], None]) -> None:

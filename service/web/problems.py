@@ -132,7 +132,7 @@ class ProblemError(ServiceError):
 
 
 KNOWN_ERRORS: tuple[type[Exception], ...] = (ProblemError, *_STATUS_OF)
-"""Errors that callers are told; any other one is logged with its traceback, and the answer is 500."""
+"""Errors whose text callers get; any other one is logged with its traceback, and the answer is 500."""
 
 
 def invalid(findings: Iterable[Mapping[str, Any]], model: type[BaseModel] | None = None) -> ProblemError:
@@ -169,7 +169,7 @@ def slot_json(error: Exception) -> bytes:
 
 
 def as_problem(error: Exception) -> ProblemError:
-    """What a request is answered with that failed by this error."""
+    """The problem details for a request that failed with this error."""
     if isinstance(error, ProblemError):
         return error
     kind = _kind_of(error)
@@ -200,7 +200,7 @@ def error_slot(error: Exception) -> dict[str, str]:
 
 
 def unexpected_error_response(error: Exception) -> Response:
-    """The answer to a request that failed for no reason that its caller needs to know; the log has it."""
+    """The answer to a request that failed by an internal error; the log has the reason."""
     detail = f"an unexpected {type(error).__name__}; the service's log tells more"
     return error_response(ProblemError(HTTPStatus.INTERNAL_SERVER_ERROR, detail))
 

@@ -90,7 +90,7 @@ class Submitter:
     async def _answer_lines(self, lines: Lines, write: Callable[[bytes], None]) -> None:
         """Submit the jobs of all lines, and answer each with its `job_id` or its error once the job is stored.
 
-        Lines are taken no faster than jobs are stored. When cancelled, the jobs of lines that were taken may stay.
+        Lines are taken no faster than jobs are stored. When cancelled, the jobs of lines that were taken may be stored.
         """
         async for some in lines:
             write(await self._answer_some(some))

@@ -380,6 +380,7 @@ async def test_a_request_that_can_never_fit_is_refused_at_once_and_disturbs_no_o
         with pytest.raises(RequestTooLargeError, match=r"size 11 can never run: max_batch_tokens is 10"):
             await scheduler.submit("x" * 11)
         short, long = await scheduler.submit_many(["ok", "x" * 11])
+        assert [isinstance(outcome, Failure) for outcome in await scheduler.submit_many(["x" * 11] * 2)] == [True, True]
     assert short == Success("ok")
     assert isinstance(long, Failure)
 
@@ -677,6 +678,29 @@ async def test_many_requests_without_tasks_tell_their_places() -> None:
     assert not outcomes
     with pytest.raises(SchedulerClosedError):
         scheduler.submit_many_nowait([1], outcomes.__setitem__)
+
+
+async def test_a_caller_that_is_cancelled_just_before_it_gets_its_outcome_disturbs_no_other() -> None:
+    """The first outcome of a batch cancels the caller that gets the second one."""
+    outcomes: list[Any] = []
+    scope = anyio.CancelScope()
+
+    def cancel_next(outcome: Any) -> None:
+        outcomes.append(outcome)
+        scope.cancel()
+
+    async def call() -> None:
+        with scope:
+            outcomes.append(await scheduler.submit(2))
+
+    pipeline = Pipeline()
+    async with held(pipeline) as (scheduler, group):
+        scheduler.submit_nowait(1, cancel_next)
+        group.start_soon(call)
+        await anyio.wait_all_tasks_blocked()
+        scheduler.submit_nowait(3, outcomes.append)
+    assert pipeline.batches == [[0], [1, 2, 3]]
+    assert (outcomes, scope.cancelled_caught) == ([Success(2), Success(6)], True)
 
 
 async def test_a_request_that_runs_when_it_is_withdrawn_tells_nothing() -> None:

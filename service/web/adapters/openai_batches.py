@@ -55,17 +55,18 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
         openapi_extra={"requestBody": UPLOAD},
     )
     async def openai_upload_file(request: Request) -> FileObject:
-        size = request.headers.get("content-length", "")
-        if not size.isdecimal():
+        length = request.headers.get("content-length", "")
+        if not length.isdecimal():
             raise ProblemError(HTTPStatus.LENGTH_REQUIRED, "Content-Length: is missing; send it")
-        if int(size) > limits.max_file_bytes:
+        if (size := int(length)) > limits.max_file_bytes:
             detail = f"the file is larger than {limits.max_file_bytes} bytes (request_config.max_file_bytes)"
             raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{detail}: send several smaller ones")
         nonlocal uploading_bytes
         own = kept(request)
-        uploading_bytes += int(size)
+        uploading_bytes += size
         try:
-            if await own.documents.documents_bytes() + uploading_bytes > limits.max_stored_file_bytes:
+            # In this order: an upload that ends meanwhile counts twice, and not never.
+            if uploading_bytes + await own.documents.documents_bytes() > limits.max_stored_file_bytes:
                 detail = f"the stored files would exceed {limits.max_stored_file_bytes} bytes in all"
                 remedy = "remove files that are not needed, or raise request_config.max_stored_file_bytes"
                 raise ProblemError(HTTPStatus.INSUFFICIENT_STORAGE, f"{detail}: {remedy}")
@@ -76,7 +77,7 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
                     raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
                 return await own.add_file(file)
         finally:
-            uploading_bytes -= int(size)
+            uploading_bytes -= size
 
     @router.get("/v1/files", summary="List uploaded files")
     async def openai_list_files(

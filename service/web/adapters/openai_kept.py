@@ -82,13 +82,18 @@ class KeptBatches:
     async def add_file(self, file: UploadFile) -> FileObject:
         """Store an uploaded file; its description last, so that a file that is there is whole."""
         file_id, number, size = f"{FILE}{uuid.uuid4().hex}", 0, 0
-        while part := await file.read(PART_BYTES):
-            number, size = number + 1, size + len(part)
-            await self._put(file_id, part, number)
-        added = FileObject(
-            id=file_id, bytes=size, created_at=int(time.time()), filename=file.filename or "requests.jsonl"
-        )
-        await self._put(file_id, to_json(added))
+        try:
+            while part := await file.read(PART_BYTES):
+                number, size = number + 1, size + len(part)
+                await self._put(file_id, part, number)
+            added = FileObject(
+                id=file_id, bytes=size, created_at=int(time.time()), filename=file.filename or "requests.jsonl"
+            )
+            await self._put(file_id, to_json(added))
+        except BaseException:
+            with anyio.CancelScope(shield=True):  # else its parts would count, and could not be removed
+                await self.documents.remove_document(file_id)
+            raise
         return added
 
     async def file(self, file_id: str) -> FileObject:

@@ -1,4 +1,4 @@
-"""What the page is told once a second: the state of models and jobs, and the batches since the last time."""
+"""The samples for the page, one each second: the state of models and jobs, and the batches since the last sample."""
 
 import math
 import time
@@ -15,19 +15,19 @@ from modalkit.service.web.events import sse_event
 
 PERIOD_S = 1.0
 MAX_DETAILED = 32
-"""Of so many batches of a sample, the newest ones, each request is told."""
+"""Newest batches of a sample that list each of their requests."""
 PAGE_TRACES = "6d6f64616c6b6974"
-"""How the ids of traces begin that the page gives to its requests: it finds their batches by them."""
+"""The beginning of the trace ids of requests from the page, by which it finds their batches."""
 
 _STATISTICS = (
     *("queued", "work_s", "oldest_s", "running", "batches", "predict_s", "open_s"),
     *("succeeded", "failed", "expired", "cancelled", "refused"),
 )
-"""What of the statistics is told as it is."""
+"""Fields of the statistics that a sample has unchanged."""
 
 
 class Sampler:
-    """Makes a sample each second for all who watch together; while no one watches, there are none."""
+    """Makes one sample each second for all viewers, and none while there is no viewer."""
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway

@@ -21,7 +21,7 @@ from tests.support.length_model import LengthPipeline
 
 
 def written(path: Path, text: str) -> Path:
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     return path
 
 
@@ -42,6 +42,7 @@ def test_each_format_gives_items_and_labels(tmp_path: Path) -> None:
         ("a.csv", "t\nx\n", "text", None, "line 2 has no column 'text'; it has t"),
         ("a.csv", "t\nx\n", None, "y", "line 2 has no label 'y'; it has t"),
         ("a.jsonl", "{\n", None, None, "line 1: not JSON"),
+        ("a.txt", "one\nbad\udcff\n", None, None, "line 2: text: is not UTF-8"),
         ("a.txt", "", None, None, "holds no items"),
         ("a.xls", "x", None, None, "cannot tell the format"),
     ],

@@ -15,8 +15,8 @@ from rich.progress import Progress
 
 from modalkit.service.cli.common import replacing
 from modalkit.service.cli.predict import _Run
-from modalkit.service.cli.records import FileFormat, Record, read_records, validated
-from modalkit.service.cli.results import ResultWriter, identity_of, result_file
+from modalkit.service.cli.records import FileFormat, InputError, Record, read_records, validated
+from modalkit.service.cli.results import ResultWriter, identity_of, interrupted_run, result_file
 from modalkit.service.settings import Settings
 from tests.support.command_line import Modalkit
 from tests.support.length_model import POISON, REJECTED, LengthPipeline, Text
@@ -238,6 +238,29 @@ def test_a_run_that_was_interrupted_is_resumed(modalkit: Modalkit, folder: Path)
     assert resumed.returncode == 0, resumed.stderr
     assert [row["length"] for row in csv_rows(folder / "out.csv")] == ["of the first run", "2", "3"]
     assert list(folder.glob("*.partial")) == []
+
+
+@pytest.mark.parametrize("content", [b"no JSON\n", b"[1]\n", b"\xff\n"])
+def test_a_file_of_that_name_that_is_from_no_run_is_left_as_it_is(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "out.jsonl.partial").write_bytes(content)
+    with pytest.raises(InputError, match="is from no run"):
+        interrupted_run(tmp_path / "out.jsonl", {}, resume=True, force=False)
+    assert (tmp_path / "out.jsonl.partial").read_bytes() == content
+
+
+def test_a_second_run_does_not_take_one_that_goes_on_for_interrupted(tmp_path: Path) -> None:
+    with (
+        result_file(tmp_path / "out.jsonl", fields=[], run={}),
+        pytest.raises(InputError, match="another run writes"),
+    ):
+        interrupted_run(tmp_path / "out.jsonl", {}, resume=False, force=False)
+
+
+def test_the_name_of_an_input_may_be_no_utf8(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "bad\udcff.txt").write_text("four\n")
+    done = modalkit("predict", "-i", "bad\udcff.txt", "-o", "out.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert [row["length"] for row in results((folder / "out.jsonl").read_text())] == [4]
 
 
 ODD = """

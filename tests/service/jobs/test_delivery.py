@@ -128,12 +128,12 @@ async def test_a_message_that_can_never_be_sent_is_undelivered_at_once(store: Me
     assert {(await delivery_of(store, job_id))[0] for job_id in "ac"} == {DeliveryStatus.DELIVERED}
 
 
-async def running_job(store: MemoryJobStore) -> JobEnd:
+async def running_job(store: MemoryJobStore, job_id: str = "job", queue: str = "ok") -> JobEnd:
     """The end of a job that runs."""
-    fields: dict[str, Any] = {"job_id": "job", "model_name": "m", "message_json": "{}", "success_queue": "ok"}
+    fields: dict[str, Any] = {"job_id": job_id, "model_name": "m", "message_json": "{}", "success_queue": queue}
     await store.add([Job(created_at=1.0, started_at=1.0, status=JobStatus.RUNNING, **fields)])
     done: dict[str, Any] = {"status": JobStatus.SUCCEEDED, "result_json": "{}", "finished_at": 3.0}
-    return JobEnd(job_id="job", job=Job(created_at=1.0, **fields, **done), **done)
+    return JobEnd(job_id=job_id, job=Job(created_at=1.0, **fields, **done), **done)
 
 
 class NeverClaimed(MemoryJobStore):
@@ -255,6 +255,32 @@ async def test_a_queue_that_hangs_holds_up_no_other(store: MemoryJobStore) -> No
             await queue.receive("ok")
         released.set()
     assert queue.depth("slow") == 1000
+
+
+async def test_a_poll_for_a_full_queue_puts_off_no_retry(
+    store: MemoryJobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modalkit.service.jobs.delivery.POLL_INTERVAL_S", 1e6)
+    monkeypatch.setattr("modalkit.service.jobs.delivery.MAX_SINGLE_CALLS", 2)
+    tried = list[str]()
+    again, released = anyio.Event(), anyio.Event()
+
+    class FailsOnce:
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            tried.append(queue_name)
+            if queue_name == "slow":
+                await released.wait()
+            elif len(tried) > 2:
+                again.set()
+            return queue_name == "slow" or again.is_set()
+
+    async with Deliverer(FailsOnce(), store, backoff_s=lambda _: 0.1) as deliverer:
+        await anyio.wait_all_tasks_blocked()
+        for job_id, queue in (("a", "slow"), ("b", "fails"), ("c", "slow")):
+            await deliverer.finish([await running_job(store, job_id, queue)])
+            await anyio.wait_all_tasks_blocked()
+        await again.wait()
+        released.set()
 
 
 async def test_a_backend_that_hangs_behind_a_route_takes_no_message_of_another_along(store: MemoryJobStore) -> None:

@@ -1,5 +1,6 @@
 """Jobs move from the store into the scheduler a window at a time, and every end of theirs is stored."""
 
+import math
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from modalkit.service.jobs import (
     IdempotencyKeyReusedError,
     Job,
     JobEnd,
+    JobFilter,
     JobRetry,
     JobStatus,
     JobStore,
@@ -216,13 +218,13 @@ async def test_a_new_job_that_the_window_has_room_for_is_not_read_from_the_store
         job_ids = [
             added.value for added in await manager.submit(requests, model_name="m") if isinstance(added, Success)
         ]
-        assert [job.job_id for job in engine.started] == job_ids[:3]
+        assert [(job.job_id, type(job.item)) for job in engine.started] == [(each, AnyInput) for each in job_ids[:3]]
         statuses = [(await ended_or_not(manager, job_id)).status for job_id in job_ids]
         engine.open()
         jobs = [await ended(manager, job_id) for job_id in job_ids]
     assert statuses == [JobStatus.RUNNING] * 3 + [JobStatus.QUEUED] * 2
     assert [job.result for job in jobs] == [output_of(job).model_dump() for job in jobs]
-    assert [isinstance(job.item, AnyInput) for job in engine.started] == [True] * 3 + [False] * 2
+    assert all(job.item is None for job in engine.started)  # which may take much memory
 
 
 async def test_a_job_whose_submission_was_cancelled_runs_if_it_was_stored() -> None:
@@ -244,6 +246,109 @@ async def test_a_job_whose_submission_was_cancelled_runs_if_it_was_stored() -> N
             submitting.cancel_scope.cancel()
         await engine.until_started(1)
         await ended(manager, engine.started[0].job_id)
+
+
+class Held(MemoryJobStore):
+    """Stores new jobs once `released` is set, or fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adding = 0
+        self.released = anyio.Event()
+        self.fails = False
+
+    async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
+        self.adding += 1
+        await self.released.wait()
+        if self.fails:
+            raise JobStoreError("the disk is full")
+        return await super().add(jobs)
+
+
+async def test_a_runner_closes_while_a_job_is_submitted_that_cannot_be_stored() -> None:
+    store = Held()
+    store.fails = True
+    async with JobManager(store) as manager, anyio.create_task_group() as submitting:
+        async with JobRunner(manager, "m", Engine(), window=3):
+            await anyio.wait_all_tasks_blocked()
+            submitting.start_soon(_submit_in_vain, manager)
+            await anyio.wait_all_tasks_blocked()
+            submitting.start_soon(_release_when_idle, store)
+
+
+async def _submit_in_vain(manager: JobManager) -> None:
+    with pytest.raises(JobStoreError, match="full"):
+        await submit(manager)
+
+
+async def _release_when_idle(store: Held) -> None:
+    await anyio.wait_all_tasks_blocked()
+    store.released.set()
+
+
+async def test_large_jobs_that_are_submitted_together_fill_the_window_as_others_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("modalkit.service.jobs.runner.MAX_WINDOW_BYTES", 1000)
+    store, engine = Held(), Engine(is_open=False)
+    async with JobManager(store) as manager, anyio.create_task_group() as submitting:
+        async with JobRunner(manager, "m", engine, window=100):
+            await anyio.wait_all_tasks_blocked()
+            for _ in range(5):
+                submitting.start_soon(submit, manager, {"text": "x" * 600})
+            await anyio.wait_all_tasks_blocked()
+            assert store.adding == 5
+            store.released.set()
+            await anyio.wait_all_tasks_blocked()
+            assert len(engine.started) == 2
+            engine.open()
+            await engine.until_started(5)
+
+
+async def test_jobs_run_that_were_retried_by_a_call_that_failed_half_way(manager: JobManager, store: Flaky) -> None:
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=3):
+        job_id = await submit(manager)
+        await engine.until_started(1)
+        engine.answer(job_id, Failure(ValueError("bad")))
+        await ended(manager, job_id)
+        retry = store.retry
+
+        async def fails_at_last(job_ids: Sequence[str] | None, which: JobFilter, now: float) -> list[str]:
+            await retry(job_ids, which, now)
+            raise JobStoreError("the disk is full")
+
+        store.retry = fails_at_last  # type: ignore[method-assign]  # as if it had failed in a later step
+        with pytest.raises(JobStoreError, match="full"):
+            await manager.retry()
+        engine.open()
+        await engine.until_started(2)
+
+
+@pytest.mark.parametrize("readings", range(1, 9))
+async def test_a_retry_that_falls_due_between_two_readings_of_the_clock_holds_up_no_job(readings: int) -> None:
+    left = math.inf
+
+    def clock() -> float:
+        """Stands still until so many `left` readings were made."""
+        nonlocal left
+        left -= 1
+        return 1000.0 if left >= 0 else 1010.0
+
+    engine = Engine(is_open=False)
+    async with (
+        JobManager(MemoryJobStore(), clock=clock, sweep_interval_s=1e6) as manager,
+        JobRunner(manager, "m", engine, window=1, max_attempts=2, backoff_s=lambda _: 5.0),
+    ):
+        await anyio.wait_all_tasks_blocked()
+        first = await submit(manager)
+        engine.answer(first, Failure(ConnectionError("down"), is_systemic=True))
+        await anyio.wait_all_tasks_blocked()
+        job_ids = [first, await submit(manager), await submit(manager)]
+        left = readings
+        engine.open()
+        for job_id in job_ids:
+            await ended(manager, job_id)
 
 
 async def test_a_repetition_with_the_same_idempotency_key_does_not_run(manager: JobManager) -> None:

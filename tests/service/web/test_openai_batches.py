@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from modalkit.service.jobs import JobStore, JobStoreError
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import RequestConfig, Settings
 from modalkit.service.web import create_app
@@ -224,6 +225,57 @@ async def test_stored_files_have_a_limit_in_all(gateway: LocalGateway) -> None:
         assert "remove files that are not needed, or raise request_config.max_stored_file_bytes" in problem["detail"]
         await ask.files.delete(file_id)
         await uploaded(ask, "x" * 1000)
+
+
+async def test_an_upload_that_ends_while_another_is_checked_counts(
+    gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, count = JobStore.put_document, JobStore.documents_bytes
+    first_is_stored, second_has_counted = anyio.Event(), anyio.Event()
+    counts, codes = list[int](), list[int]()
+
+    async def put_when_second_has_counted(store: JobStore, *arguments: Any) -> None:
+        await second_has_counted.wait()
+        await put(store, *arguments)
+
+    async def count_before_first_is_stored(store: JobStore) -> int:
+        counts.append(await count(store))
+        if len(counts) == 2:
+            second_has_counted.set()
+            await first_is_stored.wait()
+        return counts[0]
+
+    monkeypatch.setattr(JobStore, "put_document", put_when_second_has_counted)
+    monkeypatch.setattr(JobStore, "documents_bytes", count_before_first_is_stored)
+    limits = RequestConfig(max_stored_file_bytes=2000)
+    async with serving(create_app(gateway, limits=limits, owns_gateway=False)) as client:
+
+        async def upload() -> None:
+            files = {"file": b"x" * 1000}
+            codes.append((await client.post("/v1/files", files=files, data={"purpose": "batch"})).status_code)
+            first_is_stored.set()
+
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(upload)
+            task_group.start_soon(upload)
+    assert codes == [200, 507]
+
+
+async def test_a_file_that_cannot_be_stored_whole_leaves_nothing(
+    gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = JobStore.put_document
+
+    async def fail_at_the_end(store: JobStore, document_id: str, part: int, *arguments: Any) -> None:
+        if part == 0:
+            raise JobStoreError("no space is left")
+        await put(store, document_id, part, *arguments)
+
+    monkeypatch.setattr(JobStore, "put_document", fail_at_the_end)
+    async with serving(create_app(gateway, owns_gateway=False)) as client:
+        answer = await client.post("/v1/files", files={"file": b"x"}, data={"purpose": "batch"})
+    assert answer.is_server_error
+    assert await gateway.jobs.administration.documents.documents_bytes() == 0
 
 
 async def test_an_upload_that_is_no_file_or_too_large_is_refused(gateway: LocalGateway) -> None:
