@@ -23,20 +23,29 @@ from tests.service.jobs.test_sqlite_store import new_job
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_database_of_the_first_version_is_migrated_with_its_jobs(path: Path) -> None:
+def make_database(path: Path, version: int, rows: str) -> None:
+    """Write a database as an older version left it, with these rows."""
     path.parent.mkdir(parents=True)
     database = sqlite3.connect(path)
-    database.executescript(MIGRATIONS[0])
-    database.executescript("""
+    for script in (*MIGRATIONS[:version], rows):
+        database.executescript(script)
+    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {version}")
+    database.close()
+
+
+async def test_a_database_of_the_first_version_is_migrated_with_its_jobs(path: Path) -> None:
+    make_database(
+        path,
+        1,
+        """
         INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery)
             VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none');
         INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, success_queue, finished_at)
             VALUES ('b', 'm', 'succeeded', '{}', '{}', 1000000, 'pending', 'ok', 2000000),
                 ('c', 'm', 'succeeded', '{}', '{}', 1000000, 'undelivered', 'ok', 2000000);
         INSERT INTO counts VALUES ('queued', 1), ('succeeded', 2);
-    """)
-    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 1")
-    database.close()
+    """,
+    )
     async with SqliteJobStore(path) as store:
         (job,) = await store.claim("m", 9, 2.0)
         assert (job.job_id, job.priority) == ("a", Priority.BULK)
@@ -96,11 +105,10 @@ async def claim_all(store: SqliteJobStore) -> list[Job]:
 
 
 async def test_a_database_of_the_third_version_is_migrated_with_its_jobs(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    database = sqlite3.connect(path)
-    for step in MIGRATIONS[:3]:
-        database.executescript(step)
-    database.executescript("""
+    make_database(
+        path,
+        3,
+        """
         INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, crashes)
             VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none', 0), ('b', 'm', 'queued', '{}', '{}', 1, 'none', 3);
         INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, success_queue, finished_at,
@@ -108,9 +116,8 @@ async def test_a_database_of_the_third_version_is_migrated_with_its_jobs(path: P
             VALUES ('c', 'm', 'succeeded', '{}', '{}', 1000000, 'pending', 'ok', 2000000, -1, 'ok'),
                 ('d', 'm', 'succeeded', '{}', '{}', 1000000, 'pending', 'ok', 2000000, 1, 'ok');
         INSERT INTO counts VALUES ('queued', 2), ('succeeded', 2), ('delivery pending', 2), ('delivery none', 2);
-    """)
-    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 3")
-    database.close()
+    """,
+    )
     async with SqliteJobStore(path) as store:
         await store.recover(3.0)
         assert [(job.job_id, job.attempts) for job in await store.claim("m", 9, 4.0)] == [("a", 0)]
@@ -120,17 +127,15 @@ async def test_a_database_of_the_third_version_is_migrated_with_its_jobs(path: P
 
 
 async def test_a_database_of_the_fourth_version_is_migrated_with_its_jobs(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    database = sqlite3.connect(path)
-    for step in MIGRATIONS[:4]:
-        database.executescript(step)
-    database.executescript("""
+    make_database(
+        path,
+        4,
+        """
         INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, idempotency_key)
             VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none', 'once');
         INSERT INTO counts VALUES ('queued', 1), ('delivery none', 1);
-    """)
-    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 4")
-    database.close()
+    """,
+    )
     async with SqliteJobStore(path) as store:
         again = replace(new_job("b"), message_json="{}", success_queue=None, meta_json="{}", idempotency_key="once")
         assert await store.add([again, replace(again, owner="shop")]) == ["a", "b"]
@@ -138,17 +143,15 @@ async def test_a_database_of_the_fourth_version_is_migrated_with_its_jobs(path: 
 
 
 async def test_a_database_of_the_fifth_version_keeps_its_owners_and_gets_traces(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    database = sqlite3.connect(path)
-    for step in MIGRATIONS[:5]:
-        database.executescript(step)
-    database.executescript("""
+    make_database(
+        path,
+        5,
+        """
         INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery, owner)
             VALUES ('a', 'm', 'queued', '{}', '{}', 1000000, 'none', 'shop');
         INSERT INTO counts VALUES ('queued', 1), ('delivery none', 1);
-    """)
-    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 5")
-    database.close()
+    """,
+    )
     async with SqliteJobStore(path) as store:
         await store.add([replace(new_job("b"), message_json="{}", owner="lab", traceparent="00-trace")])
         found = {job.job_id: (job.owner, job.traceparent) for job in await store.claim("m", 9, 2.0)}
@@ -156,17 +159,15 @@ async def test_a_database_of_the_fifth_version_keeps_its_owners_and_gets_traces(
 
 
 async def test_a_database_of_the_sixth_version_takes_batches(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    database = sqlite3.connect(path)
-    for step in MIGRATIONS[:6]:
-        database.executescript(step)
-    database.execute(
-        "INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery) "
-        "VALUES ('a', 'm', 'queued', '{}', '{}', 1, 'none')"
+    make_database(
+        path,
+        6,
+        """
+        INSERT INTO jobs (job_id, model_name, status, message, meta, created_at, delivery)
+            VALUES ('a', 'm', 'queued', '{}', '{}', 1, 'none');
+        INSERT INTO counts VALUES ('queued', 1), ('delivery none', 1);
+    """,
     )
-    database.execute("INSERT INTO counts VALUES ('queued', 1), ('delivery none', 1)")
-    database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = 6")
-    database.close()
     async with SqliteJobStore(path) as store:
         await store.add([replace(new_job("b"), batch_id="x", line=1)])
         jobs = [await store.get(job_id) for job_id in "ab"]
