@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
 from torch import nn
@@ -29,6 +31,9 @@ from modalkit.pipelines.inference_pipeline import TRANSFORMERS_LOADING
 
 BUNDLED_FOLDER = Path(__file__).parent / "sentiment_model"
 DEFAULT_MAX_LENGTH = 512
+HUB_TIMEOUT_S = 10.0
+
+logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -98,7 +103,9 @@ def load_checkpoint(
     """
     source, is_folder = _locate(entry, models_folder)
     place = f"the folder {source}" if is_folder else f"the hub's {source!r}"
-    where: dict[str, Any] = {"local_files_only": True} if is_folder else {"revision": entry.revision or "main"}
+    where: dict[str, Any] = {"local_files_only": is_folder or not _hub_answers(source)}
+    if not is_folder:
+        where["revision"] = entry.revision or "main"
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source, **where)
@@ -150,10 +157,22 @@ def _may_be_on_a_hub(entry: TextModelEntry, folders: Sequence[Path]) -> bool:
     return has_owner or entry.revision is not None
 
 
+def _hub_answers(source: str) -> bool:
+    """Whether the hub can be reached: else the libraries ask for minutes, even for a model that is in their cache."""
+    try:
+        HfApi().model_info(source, timeout=HUB_TIMEOUT_S)
+    except (HfHubHTTPError, OfflineModeIsEnabled):
+        return True  # the libraries explain a refusal, and do not ask in the offline mode
+    except Exception as error:  # noqa: BLE001  # of the HTTP client that this version of the library has
+        logger.warning("The hub cannot be reached, so %s is looked for in its cache only: %s", source, error)
+        return False
+    return True
+
+
 def _explain_failure(
     error: Exception, task: Task, entry: TextModelEntry, place: str, models_folder: Path, *, is_folder: bool
 ) -> str:
-    reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
+    reason = textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...").rstrip(".")
     if is_folder:
         return (
             f"cannot load {task} from {place}: {reason}. It needs config.json, tokenizer.json and "

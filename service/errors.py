@@ -38,7 +38,11 @@ def _restored(kind: type[ServiceError], args: tuple[Any, ...], state: dict[str, 
     return error
 
 
-class UnknownModelError(ServiceError):
+class UsageError(ServiceError):
+    """Raised for an option or an input that is wrong, so that the command line ends with the code 2."""
+
+
+class UnknownModelError(UsageError):
     """Raised when a model is asked for that the configuration does not name."""
 
     def __init__(self, model_name: str, known: list[str]) -> None:

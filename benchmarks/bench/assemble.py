@@ -24,7 +24,7 @@ from modalkit.benchmarks.bench.inputs import (
 )
 from modalkit.benchmarks.bench.session import MODES, OnRun, Session, published_schema
 from modalkit.benchmarks.bench.targets import ComposeTarget, DockerTarget, ServeTarget, Target, UrlTarget, Variant
-from modalkit.benchmarks.load import PRESETS, BenchError, Endpoint, Load, preset
+from modalkit.benchmarks.load import PRESETS, Endpoint, Load, OptionError, preset
 from modalkit.benchmarks.load.arrivals import Arrivals, read_trace
 from modalkit.benchmarks.load.endpoint import LINES, model_query
 from modalkit.benchmarks.load.plan import values_of
@@ -78,12 +78,12 @@ class Options:
         return self.is_url and self.kind is None and urlsplit(self.target).path not in ("", "/")
 
     def all_headers(self) -> dict[str, str]:
-        """The headers of each request. Raises `BenchError`."""
+        """The headers of each request. Raises `OptionError`."""
         headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         for line in self.header or ():
             name, colon, value = line.partition(":")
             if not colon:
-                raise BenchError(f"--header {line!r}: give NAME: VALUE")
+                raise OptionError(f"--header {line!r}: give NAME: VALUE")
             headers[name.strip()] = value.strip()
         return headers
 
@@ -92,22 +92,22 @@ class Options:
         return self.list_length or LIST_LENGTHS[self.mode]
 
     def check(self) -> None:
-        """Raise `BenchError` where options contradict each other."""
+        """Raise `OptionError` where options contradict each other."""
         if self.mode not in MODES:
-            raise BenchError(f"--mode {self.mode!r}: give one of {', '.join(MODES)}")
+            raise OptionError(f"--mode {self.mode!r}: give one of {', '.join(MODES)}")
         if self.kind is not None and self.kind not in PRESETS:
-            raise BenchError(f"--as {self.kind!r}: give one of {', '.join(PRESETS)}, or --body for any other server")
+            raise OptionError(f"--as {self.kind!r}: give one of {', '.join(PRESETS)}, or --body for any other server")
         if self.mode in ("ndjson", "async") and not self.is_ours:
-            raise BenchError(f"--mode {self.mode} is for modalkit servers")
+            raise OptionError(f"--mode {self.mode} is for modalkit servers")
         if self.target == WORKER and self.mode != "sync":
-            raise BenchError("a worker is called with one item at a time: leave out --mode")
+            raise OptionError("a worker is called with one item at a time: leave out --mode")
         if self.label is not None and (self.target == WORKER or self.target.startswith("modal:")):
-            raise BenchError("--label compares answers over HTTP: leave out the target, or give a URL")
+            raise OptionError("--label compares answers over HTTP: leave out the target, or give a URL")
         if self.label is not None and self.input_path is None:
-            raise BenchError("--label names a column of --input FILE")
+            raise OptionError("--label names a column of --input FILE")
 
     def endpoint(self, url: str) -> Endpoint:
-        """The endpoint of the target at its address. Raises `BenchError`."""
+        """The endpoint of the target at its address. Raises `OptionError`."""
         if self.body is not None or self._has_path:
             made = Endpoint(self._with_path(url), self._template(), list_length=self.length())
         elif self.mode == "ndjson":
@@ -121,7 +121,7 @@ class Options:
         else:
             made = preset(self.kind or OURS, url, model=self.model, list_length=self.length())
         if self.label is not None and (self.answer or made.answer) is None:
-            raise BenchError("--label needs --answer, the path of the label in an answer, as data.0.label")
+            raise OptionError("--label needs --answer, the path of the label in an answer, as data.0.label")
         return replace(made, answer=self.answer or made.answer, headers=self.all_headers())
 
     def _with_path(self, url: str) -> str:
@@ -134,7 +134,7 @@ class Options:
         try:
             return json.loads(self.body)
         except ValueError as error:
-            raise BenchError(f'--body is not JSON: {error}; as in --body \'{{"text": "$text"}}\'') from None
+            raise OptionError(f'--body is not JSON: {error}; as in --body \'{{"text": "$text"}}\'') from None
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def _target(options: Options, receiver: Receiver | None) -> tuple[Target, str]:
     if kind == "modal":
         app, _, class_name = rest.partition("/")
         if not class_name:
-            raise BenchError(f"{options.target!r}: give modal:APP/CLASS, the class that was deployed")
+            raise OptionError(f"{options.target!r}: give modal:APP/CLASS, the class that was deployed")
         return ModalTarget(app, class_name, options.model), options.model or ""
     if options.target in (SERVE, WORKER):
         settings = Settings.load(options.config or None)
@@ -182,7 +182,7 @@ def _target(options: Options, receiver: Receiver | None) -> tuple[Target, str]:
         return DockerTarget(rest, options.model or "sentiment", options.port, options.docker_argument or ()), ""
     if kind == "compose" or options.target.endswith((".yaml", ".yml")):
         return ComposeTarget(rest or options.target, options.model or "sentiment", options.port), ""
-    raise BenchError(
+    raise OptionError(
         f"{options.target!r} is no target: give a URL, serve, worker, docker:IMAGE, compose:FILE or modal:APP/CLASS"
     )
 
@@ -205,12 +205,12 @@ def _inputs(options: Options, model: str) -> Inputs:
 
 
 def loads_of(base: Load, clients: str, rates: str | None, arrivals: str) -> list[Load]:
-    """A load for each number of clients, or for each rate; or one for a trace. Raises `BenchError`."""
+    """A load for each number of clients, or for each rate; or one for a trace. Raises `OptionError`."""
     if arrivals not in list(Arrivals):
         try:
             read_trace(Path(arrivals))
         except (OSError, ValueError) as error:
-            raise BenchError(f"--arrivals: {error}; else give one of {', '.join(Arrivals)}") from error
+            raise OptionError(f"--arrivals: {error}; else give one of {', '.join(Arrivals)}") from error
     if rates is not None:
         return [
             replace(base, rate_per_s=rate, arrivals=arrivals) for rate in values_of(rates, float, "--rate", "20,60")
@@ -221,8 +221,8 @@ def loads_of(base: Load, clients: str, rates: str | None, arrivals: str) -> list
     return [replace(base, clients=count) for count in values_of(clients, int, "--clients", "1,64")]
 
 
-def variants_of(sweeps: Sequence[str]) -> list[Variant]:
-    """Each combination of the values of each sweep, as ``max_batch_size=8,32``. Raises `BenchError`.
+def variants_of(sweeps: Sequence[str], known: Sequence[str]) -> list[Variant]:
+    """Each combination of the values of each sweep, as ``max_batch_size=8,32``. Raises `OptionError`.
 
     The value of ``engine`` may have a number format too, as ``torch/float32``.
     """
@@ -230,7 +230,9 @@ def variants_of(sweeps: Sequence[str]) -> list[Variant]:
     for sweep in sweeps:
         key, _, values = sweep.partition("=")
         if not key or not values:
-            raise BenchError(f"--sweep {sweep!r}: give a setting and its values, as max_batch_size=8,32")
+            raise OptionError(f"--sweep {sweep!r}: give a setting and its values, as max_batch_size=8,32")
+        if key.strip() not in known:
+            raise OptionError(f"--sweep {sweep!r}: {key.strip()!r} is no setting; give one of {', '.join(known)}")
         settings.append([_settings(key.strip(), value.strip()) for value in values.split(",")])
     return [dict(itertools.chain(*chosen)) for chosen in itertools.product(*settings)]
 

@@ -19,8 +19,9 @@ from modalkit.benchmarks.bench.report import number, show, write_files
 from modalkit.benchmarks.bench.results import Cell, Results, read_document, variant_name
 from modalkit.benchmarks.bench.search import find_capacity, find_rate
 from modalkit.benchmarks.bench.session import MODES, OnRun, OpenSession
-from modalkit.benchmarks.load import PRESETS, BenchError, Load, own_capacity
-from modalkit.service.cli.common import ConfigFiles, ModelOption, notices
+from modalkit.benchmarks.bench.targets import LIMITS, SETTINGS
+from modalkit.benchmarks.load import PRESETS, Load, OptionError, own_capacity
+from modalkit.service.cli.common import POSITIVE, ConfigFiles, ModelOption, notices
 from modalkit.service.cli.records import ColumnOption, FormatOption
 
 PIPED_WIDTH = 1000
@@ -64,13 +65,13 @@ def bench(
     arrivals: Annotated[
         str, typer.Option(help="Pattern of an open loop: poisson, constant, bursty, or a file of times.")
     ] = "poisson",
-    seconds: Annotated[float, typer.Option(help="Measured seconds of each run.")] = 10.0,
-    warm_up: Annotated[float, typer.Option(help="Seconds before that, not counted.")] = 2.0,
+    seconds: Annotated[float, typer.Option(help="Measured seconds of each run.", **POSITIVE)] = 10.0,
+    warm_up: Annotated[float, typer.Option(min=0, help="Seconds before that, not counted.")] = 2.0,
     until_steady: Annotated[
         bool, typer.Option("--until-steady", help="End a run as soon as the throughput no longer changes.")
     ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each load, for confidence intervals.")] = 3,
-    timeout: Annotated[float, typer.Option(help="Seconds after which a request counts as failed.")] = 30.0,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a request counts as failed.", **POSITIVE)] = 30.0,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Of the load generator; by default as many as it takes.")
     ] = None,
@@ -92,18 +93,20 @@ def bench(
         bool, typer.Option("--samples", help="Send items that the model makes up (sample_items), not texts.")
     ] = False,
     capacity: Annotated[bool, typer.Option("--capacity", help="Search the highest throughput.")] = False,
-    p99_ms: Annotated[float | None, typer.Option(help="Search the highest rate with p99 below this.")] = None,
+    p99_ms: Annotated[
+        float | None, typer.Option(help="Search the highest rate with p99 below this.", **POSITIVE)
+    ] = None,
     sweep: Annotated[
         list[str] | None, typer.Option(help="A setting and its values, as max_batch_size=8,32; may be repeated.")
     ] = None,
     config: ConfigFiles = None,
     model: ModelOption = None,
-    port: Annotated[int, typer.Option(help="The port that the container serves.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port that the container serves.")] = 8000,
     docker_argument: Annotated[
         list[str] | None, typer.Option(help="Argument of docker run, as --gpus=all; may be repeated.")
     ] = None,
     price_per_hour: Annotated[
-        float | None, typer.Option(help="Of the machine, for the cost of a million items.")
+        float | None, typer.Option(help="Of the machine, for the cost of a million items.", **POSITIVE)
     ] = None,
     tool: Annotated[
         str | None, typer.Option(metavar="|".join(TOOLS), help="Check the last closed loop by another tool.")
@@ -118,7 +121,7 @@ def bench(
         Path | None, typer.Option(help="Older results.json; the exit code is 1 if a figure is worse.", exists=True)
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="Share by which a figure may differ from the older one.")
+        float, typer.Option(min=0, help="Share by which a figure may differ from the older one.")
     ] = TOLERANCE,
 ) -> None:
     """Measure a server, a container, a worker or a class on Modal under load.
@@ -148,18 +151,19 @@ def bench(
     if png:
         require_matplotlib("--png")
     before = None if compare is None else read_document(compare)
+    variants = variants_of(sweep or [], LIMITS if options.is_url else SETTINGS)
     base = Load(seconds=seconds, warm_up_s=warm_up, until_steady=until_steady, timeout_s=timeout, processes=processes)
     loads = [] if capacity or p99_ms is not None else loads_of(base, clients, rate, arrivals)
     if tool is not None and tool not in TOOLS:
-        raise BenchError(f"--tool {tool!r}: give one of {', '.join(TOOLS)}")
+        raise OptionError(f"--tool {tool!r}: give one of {', '.join(TOOLS)}")
     if tool is not None and any(load.is_open for load in loads):
-        raise BenchError("--tool drives a closed loop: give --clients, not --rate")
+        raise OptionError("--tool drives a closed loop: give --clients, not --rate")
     with _progress() as on_run, session_of(options, on_run) as session:
         settings = as_settings(
             options, seconds=seconds, warm_up=warm_up, sweep=sweep or [], items=session.inputs.source
         )
         results = Results(target=session.target.name, settings=settings)
-        for variant in variants_of(sweep or []):
+        for variant in variants:
             notices.print(f"{target}: {variant_name(variant)}", markup=False)
             with session.opened(variant) as opened:
                 if opened.running.url is not None and results.own_capacity is None:
@@ -231,10 +235,7 @@ def _failures(results: Results, verdicts: list[Verdict]) -> Iterator[str]:
         if not cell.answered:
             yield f"{cell.load}: nothing was answered within --seconds"
         if cell.delivery is not None and cell.delivery["lost"]:
-            yield (
-                f"{cell.load}: {cell.delivery['lost']} accepted jobs were not delivered to --queue; a service that "
-                "runs already needs that backend in its queue_config"
-            )
+            yield f"{cell.load}: {cell.delivery['lost']} accepted jobs were not delivered to --queue"
     for found in verdicts:
         if found.verdict == "worse":
             yield f"{found.what}: {found.figure} is worse, {number(found.now)} after {number(found.before)}"

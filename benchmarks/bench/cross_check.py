@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from modalkit.benchmarks.bench.results import Cell
-from modalkit.benchmarks.load import BenchError, Endpoint, Load
+from modalkit.benchmarks.load import BenchError, Endpoint, Load, OptionError
 from modalkit.benchmarks.load.endpoint import LINES
 
 TOOLS = ("wrk", "aiperf")
@@ -108,7 +108,7 @@ def _found(pattern: str, said: str) -> tuple[str, ...]:
 def _aiperf(endpoint: Endpoint, items: Sequence[Any], load: Load, folder: Path) -> dict[str, float]:
     bodies = _bodies(endpoint, items)
     if endpoint.content_type == LINES or not bodies[0].startswith(b"{"):
-        raise BenchError("--tool aiperf sends JSON objects: use wrk for lists and streams")
+        raise OptionError("--tool aiperf sends JSON objects: use wrk for lists and streams")
     prompts, artifacts = folder / "prompts.jsonl", folder / "artifacts"
     # It sends texts to language models. Here each text is the body of a request, and the template leaves it as it is.
     lines = (json.dumps({"text": body.decode()}) + "\n" for body in bodies)

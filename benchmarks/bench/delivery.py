@@ -2,22 +2,25 @@
 
 import asyncio
 import json
+import math
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import httptools
+import httpx
 import numpy as np
 import uvloop
 
-from modalkit.benchmarks.load import BenchError, Endpoint, Measured
-from modalkit.benchmarks.load.endpoint import model_query
+from modalkit.benchmarks.load import BenchError, Endpoint, Measured, OptionError
+from modalkit.benchmarks.load.endpoint import Item, model_query
 from modalkit.pipelines.extras import install_command
+from modalkit.service.errors import describe_error
 
 QUEUE = "bench-results"
 STREAM = f"modalkit:{QUEUE}"
@@ -64,6 +67,34 @@ def jobs_endpoint(url: str, model: str | None, queue_name: str, list_length: int
         list_length=list_length,
         error_mark=b'"status":"error"' if list_length > 1 else b"",
     )
+
+
+def require_delivery(url: str, endpoint: Endpoint, items: Sequence[Item], receiver: Receiver) -> None:
+    """Submit a request of jobs, and wait until the result of the first arrives. Raises `BenchError` where it does not.
+
+    That is so where the service that was measured has another queue backend, or may not send to this address.
+    """
+    content = endpoint.content(endpoint.items_of(items, 0))
+    headers = {"Content-Type": endpoint.content_type, **endpoint.headers}
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+        try:
+            job_id = _SLOT.findall(client.post(endpoint.url, content=content).raise_for_status().content)[0]
+            deadline_s, reason = math.inf, None
+            while job_id not in dict(receiver.arrivals) and not reason:
+                job = client.get(f"/jobs/{job_id.decode()}", params={"wait": 5}).raise_for_status().json()
+                reason = "they stay in its memory" if job["delivery"] == "memory" else job["delivery_error"]
+                if job["finished_at"] is not None:
+                    deadline_s = min(deadline_s, time.perf_counter() + QUIET_S)
+                    time.sleep(0.02)
+                if time.perf_counter() > deadline_s:
+                    reason = f"none came within {QUIET_S:g} s"
+        except (httpx.HTTPError, ValueError, LookupError) as error:
+            raise BenchError(f"{url}: the first job failed: {describe_error(error)}") from error
+    if reason:
+        raise BenchError(
+            f"{url} does not send results of jobs to --queue: {reason}; set its queue_config as docs/benchmarking.md "
+            "says, or leave the target out: then bench starts a service that does"
+        )
 
 
 def wait_for_deliveries(measured: Measured, receiver: Receiver) -> Delivery:
@@ -205,7 +236,7 @@ def receiving(queue: str) -> Iterator[Receiver]:
         with redis_receiver(queue) as receiver:
             yield receiver
     else:
-        raise BenchError(f"--queue {queue!r}: give webhook, redis, or the URL of a Redis server")
+        raise OptionError(f"--queue {queue!r}: give webhook, redis, or the URL of a Redis server")
 
 
 def _queue_variables(**settings: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from modalkit.benchmarks.corpus import mixed_length_texts
-from modalkit.benchmarks.load import BenchError
+from modalkit.benchmarks.load import OptionError
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.cli.records import FileFormat, InputError, read_file
 from modalkit.service.made_up_items import make_up_items
@@ -60,7 +60,7 @@ def mixed_inputs(mix: str, sized: Callable[[int, int], Sequence[Mapping[str, Any
     """Items of given sizes and shares, as ``16:70,256:30``; sizes alone are equally frequent.
 
     `sized` makes a number of items of a size, in the model's unit; without it, they are texts of so many words.
-    Raises `BenchError`.
+    Raises `OptionError`.
     """
     try:
         pairs = [part.split(":") for part in mix.split(",")]
@@ -68,7 +68,7 @@ def mixed_inputs(mix: str, sized: Callable[[int, int], Sequence[Mapping[str, Any
     except ValueError:
         shares = {}
     if not shares or min(shares) < 1 or min(shares.values()) <= 0:
-        raise BenchError(f"--length-mix {mix!r}: give sizes and their shares, all above 0, as 16:70,256:30")
+        raise OptionError(f"--length-mix {mix!r}: give sizes and their shares, all above 0, as 16:70,256:30")
     pools = {
         size: itertools.cycle(sized(SAMPLES_OF_A_SIZE, size) if sized else _texts_of_words(size)) for size in shares
     }
@@ -87,7 +87,7 @@ def sized_items(pipeline: InferencePipeline) -> Callable[[int, int], Sequence[Ma
     def make(count: int, size: int) -> Sequence[Mapping[str, Any]]:
         items = pipeline.sample_items(count, size)
         if not items:
-            raise BenchError(f"{type(pipeline).__name__} has no sample_items that make items of a size; give --input")
+            raise OptionError(f"{type(pipeline).__name__} has no sample_items that make items of a size; give --input")
         return [item.model_dump(mode="json") for item in items]
 
     return make

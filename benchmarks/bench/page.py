@@ -20,10 +20,8 @@ def page(document: Mapping[str, Any], verdicts: Sequence[Verdict] = ()) -> str:
     limited = [line for line in findings(document) if "(!)" in line]
     others = [line for line in findings(document) if "(!)" not in line]
     repeats = document["settings"].get("repeats", 1)
-    of_runs = f"{repeats} runs" if repeats > 1 else "one run"
-    about_loads = (
-        f"Means of {of_runs}; ± is half of the 95 % confidence interval. (!): the load generator was the limit."
-    )
+    spread = f"Means of {repeats} runs; ± is half of the 95 % confidence interval." if repeats > 1 else "One run each."
+    about_loads = f"{spread} (!): the load generator was the limit."
     charts = [section(chart.title, drawn(chart), note=chart.note) for chart in charts_of(document)]
     figures = json.dumps({**document, "cells": [_short(cell) for cell in document["cells"]]}, indent=2)
     parts = [

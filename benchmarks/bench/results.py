@@ -19,7 +19,7 @@ from pydantic_core import from_json, to_json
 from modalkit.batching import BatchRecord
 from modalkit.benchmarks.bench.delivery import Delivery
 from modalkit.benchmarks.bench.server_side import ServerSide
-from modalkit.benchmarks.load import BenchError, Measured
+from modalkit.benchmarks.load import Measured, OptionError
 from modalkit.service.version import VERSION
 
 FORMAT = 1
@@ -202,11 +202,11 @@ def errors_of(runs: Sequence[Measured]) -> dict[str, int]:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Results that were written before. Raises `BenchError` for another file."""
+    """Results that were written before. Raises `OptionError` for another file."""
     try:
         document = from_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise BenchError(f"{path}: {error}") from error
+        raise OptionError(f"{path}: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise BenchError(f"{path} holds no results of modalkit bench: give the results.json of such a run")
+        raise OptionError(f"{path} holds no results of modalkit bench: give the results.json of such a run")
     return document

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 
 from modalkit.batching import BatchRecord
-from modalkit.benchmarks.bench.delivery import Delivery, Receiver, jobs_endpoint, wait_for_deliveries
+from modalkit.benchmarks.bench.delivery import Delivery, Receiver, jobs_endpoint, require_delivery, wait_for_deliveries
 from modalkit.benchmarks.bench.in_process import ModalTarget, WorkerTarget
 from modalkit.benchmarks.bench.inputs import Inputs
 from modalkit.benchmarks.bench.results import Cell, Figure, curve_of, errors_of, figures_of, timeline_of
@@ -59,12 +59,14 @@ class OpenSession:
     cold_start_s: float | None = None
 
     def wait_until_ready(self) -> None:
-        """Wait for the first answer. Raises `BenchError`."""
+        """Wait for the first answer and, of a job, for its delivery. Raises `BenchError`."""
         if self.running.url is not None:
             session = self.session
             self.cold_start_s = first_answer_s(
                 self.running, self.endpoint, session.inputs.items, session.start_timeout_s
             )
+            if session.receiver is not None:
+                require_delivery(self.running.url, self.endpoint, session.inputs.items, session.receiver)
 
     @property
     def endpoint(self) -> Endpoint:

@@ -21,11 +21,15 @@ import httpx
 from modalkit.benchmarks.load import BenchError, Endpoint
 from modalkit.benchmarks.load.endpoint import Item
 from modalkit.service.errors import describe_error
+from modalkit.service.settings import BatchConfig
 
 Variant = Mapping[str, str]
 """Settings by their name, as ``{"max_batch_size": "8"}``; empty: as they are."""
 
 ENTRY_KEYS = ("engine", "dtype", "max_in_flight", "model_path", "devices")
+LIMITS = tuple(name for name in BatchConfig.model_fields if name != "calibration")
+SETTINGS = ("device", *ENTRY_KEYS, *(name for name in LIMITS if name not in ENTRY_KEYS))
+"""What a variant may set; of a server that runs already, the limits alone."""
 MODALKIT = [sys.executable, "-P", "-c", "from modalkit.service.cli import main; main()"]
 """The command ``modalkit`` of this environment."""
 SERVE = [*MODALKIT, "serve", "--port", "0"]

@@ -14,7 +14,7 @@ from modalkit.benchmarks.bench.results import Cell, Figure
 from modalkit.benchmarks.bench.server_side import of_records
 from modalkit.benchmarks.bench.session import cell_of
 from modalkit.benchmarks.containers.measured import KEPT_RECORDS
-from modalkit.benchmarks.load import BenchError, Load, Measured
+from modalkit.benchmarks.load import BenchError, Load, Measured, OptionError
 from modalkit.benchmarks.load.plan import values_of
 from modalkit.benchmarks.load.processes import measure_here
 from modalkit.service.calls.engine import CallClient, CallOptions
@@ -61,14 +61,14 @@ class Matrix:
 
 
 def parse_matrix(gpus: str, batch_sizes: str, concurrency: str, seconds: float, *, keeps_records: bool) -> Matrix:
-    """The matrix that a command's options name, each a list with commas. Raises `BenchError`, with the option."""
+    """The matrix that a command's options name, each a list with commas. Raises `OptionError`, with the option."""
     base = Load(seconds=seconds, warm_up_s=min(WARM_UP_S, seconds))
     names = [name.strip() for name in gpus.split(",")]
     if not all(names):
-        raise BenchError(f"--gpus {gpus!r}: give names of GPUs, as T4,L4")
+        raise OptionError(f"--gpus {gpus!r}: give names of GPUs, as T4,L4")
     sizes = values_of(batch_sizes, int, "--batch-sizes", "8,32")
     if min(sizes) < 1:
-        raise BenchError(f"--batch-sizes {batch_sizes!r}: give numbers from 1, as 8,32")
+        raise OptionError(f"--batch-sizes {batch_sizes!r}: give numbers from 1, as 8,32")
     return Matrix(
         variants=[Variant(gpu, size) for gpu in dict.fromkeys(names) for size in dict.fromkeys(sizes)],
         loads=[replace(base, clients=count) for count in values_of(concurrency, int, "--concurrency", "64,512")],

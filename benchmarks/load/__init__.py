@@ -7,7 +7,7 @@ it, and so are the other benchmarks over HTTP.
 from modalkit.benchmarks.load.capacity import own_capacity
 from modalkit.benchmarks.load.endpoint import PRESETS, Endpoint, preset
 from modalkit.benchmarks.load.figures import Measured
-from modalkit.benchmarks.load.plan import BenchError, Load
+from modalkit.benchmarks.load.plan import BenchError, Load, OptionError
 from modalkit.benchmarks.load.processes import run_load
 
-__all__ = ["PRESETS", "BenchError", "Endpoint", "Load", "Measured", "own_capacity", "preset", "run_load"]
+__all__ = ["PRESETS", "BenchError", "Endpoint", "Load", "Measured", "OptionError", "own_capacity", "preset", "run_load"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from modalkit.benchmarks.load.plan import BenchError
+from modalkit.benchmarks.load.plan import OptionError
 
 Item = Mapping[str, Any]
 
@@ -77,7 +77,7 @@ class Endpoint:
 
 
 def filled(template: Any, items: Sequence[Item]) -> Any:
-    """The template with the items in it. Raises `BenchError` for a field that an item has not."""
+    """The template with the items in it. Raises `OptionError` for a field that an item has not."""
     if isinstance(template, str) and template.startswith("$"):
         name = template[1:]
         if name == "item":
@@ -85,7 +85,7 @@ def filled(template: Any, items: Sequence[Item]) -> Any:
         if name == "count":
             return len(items)
         if name not in items[0]:
-            raise BenchError(f"an item has no field {name!r}; it has {', '.join(items[0])}")
+            raise OptionError(f"an item has no field {name!r}; it has {', '.join(items[0])}")
         return items[0][name]
     if isinstance(template, Mapping):
         if set(template) == {"$each"}:
@@ -178,8 +178,8 @@ PRESETS: Mapping[str, Callable[[str, str | None, int], Endpoint]] = {
 
 
 def preset(kind: str, url: str, *, model: str | None = None, list_length: int = 1) -> Endpoint:
-    """The endpoint of a server of that kind (`PRESETS`) at its base URL. Raises `KeyError`, and `BenchError`."""
+    """The endpoint of a server of that kind (`PRESETS`) at its base URL. Raises `KeyError`, and `OptionError`."""
     if kind == "litserve" and list_length > 1:
-        raise BenchError("LitServe takes one item in a request; give --body for an API of your own that takes lists")
+        raise OptionError("LitServe takes one item in a request; give --body for an API of your own that takes lists")
     endpoint = PRESETS[kind](url.rstrip("/"), model, list_length)
     return replace(endpoint, list_length=list_length)

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from modalkit.benchmarks.load.arrivals import Arrivals
-from modalkit.service.errors import ServiceError
+from modalkit.service.errors import ServiceError, UsageError
 
 T = TypeVar("T", int, float)
 
 
 class BenchError(ServiceError):
-    """Raised where a target cannot be measured: it does not answer at all, or an option makes no sense."""
+    """Raised where a target cannot be measured."""
+
+
+class OptionError(BenchError, UsageError):
+    """Raised for an option that makes no sense, or not beside another one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +50,9 @@ class Load:
         for name in ("seconds", "timeout_s", "clients", "max_connections", "processes", "requests", "rate_per_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise BenchError(f"{name} must be above 0, not {value:g}")
+                raise OptionError(f"{name} must be above 0, not {value:g}")
         if not 0 <= self.warm_up_s < math.inf:
-            raise BenchError(f"warm_up_s must be 0 or more, not {self.warm_up_s:g}")
+            raise OptionError(f"warm_up_s must be 0 or more, not {self.warm_up_s:g}")
 
     @property
     def is_open(self) -> bool:
@@ -64,8 +68,11 @@ class Load:
 
 
 def values_of(text: str, read: Callable[[str], T], option: str, example: str) -> list[T]:
-    """The numbers of an option that has several, with commas. Raises `BenchError`."""
+    """The numbers of an option that has several, with commas. Raises `OptionError`."""
     try:
-        return [read(part) for part in text.split(",")]
+        values = [read(part) for part in text.split(",")]
     except ValueError:
-        raise BenchError(f"{option} {text!r}: give numbers, as {example}") from None
+        values = []
+    if not values or not all(0 < value < math.inf for value in values):
+        raise OptionError(f"{option} {text!r}: give numbers above 0, as {example}")
+    return values

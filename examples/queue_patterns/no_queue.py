@@ -1,4 +1,4 @@
-"""No queue: who submitted a job asks what became of it."""
+"""No queue: results stay in the job store, where the program that submitted the jobs reads them by their ids."""
 
 import anyio
 from square_root import SquareRoot

@@ -1,5 +1,6 @@
 """Options and steps that several subcommands share."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,20 @@ def one_of(kind: type[StrEnum]) -> dict[str, Any]:
             raise typer.BadParameter(f"must be one of {', '.join(kind)}, not {text!r}") from None
 
     return {"parser": parse, "metavar": "|".join(kind)}
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"must be a positive number, not {text}")
+    return value
+
+
+POSITIVE: dict[str, Any] = {"parser": _positive, "metavar": "NUMBER"}
+"""Arguments of an option whose value is a number above 0; the ranges of typer take infinity, and nan."""
 
 
 def model_source(settings: Settings, model_name: str | None) -> ModelSource:

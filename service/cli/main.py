@@ -20,12 +20,11 @@ from modalkit.service.cli.init import init
 from modalkit.service.cli.jobs import app as jobs_app
 from modalkit.service.cli.jobs_client import AwayError
 from modalkit.service.cli.predict import predict
-from modalkit.service.cli.records import InputError
 from modalkit.service.cli.reload import reload
 from modalkit.service.cli.serve import serve
 from modalkit.service.cli.submit import submit
 from modalkit.service.cli.tune import tune
-from modalkit.service.errors import ServiceError, UnknownModelError
+from modalkit.service.errors import ServiceError, UsageError
 from modalkit.service.loading import LoadError
 from modalkit.service.logs import LogFormat, configure_logging
 from modalkit.service.settings import SettingsError
@@ -97,5 +96,5 @@ def main() -> None:
         sys.exit(EXIT_FAILURE)
     except (ServiceError, OSError) as error:
         notices.print(f"modalkit: error: {error}", markup=False)
-        is_usage = isinstance(error, InputError | LoadError | SettingsError | UnknownModelError)
+        is_usage = isinstance(error, UsageError | LoadError | SettingsError)
         sys.exit(EXIT_USAGE if is_usage else EXIT_AWAY if isinstance(error, AwayError) else EXIT_FAILURE)

@@ -18,7 +18,7 @@ from pydantic_core import from_json, to_json
 
 from modalkit.pipelines.extras import install_command
 from modalkit.service.cli.common import one_of
-from modalkit.service.errors import ServiceError
+from modalkit.service.errors import UsageError
 from modalkit.service.validation import field_errors, summary
 
 KEEP_BAD_BYTES = "surrogateescape"
@@ -45,7 +45,7 @@ FormatOption = Annotated[
 ColumnOption = Annotated[str | None, typer.Option(help="The column, or JSON key, that holds the text.")]
 
 
-class InputError(ServiceError):
+class InputError(UsageError):
     """Raised when an input as a whole cannot be read: an unknown format, or a file without the column."""
 
 

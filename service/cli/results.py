@@ -120,11 +120,16 @@ def interrupted_run(path: Path, run: Mapping[str, Any], *, resume: bool, force: 
         raise InputError(f"{partial} is from no run: move it away, or choose another output")
     for name, value in run.items():
         if found.get(name) != value:
+            before, now = (_in_words(name, given) for given in (found.get(name), value))
             raise InputError(
-                f"{partial} is from a run with another {name} ({found.get(name) or 'none'}, not {value or 'none'}): "
-                "repeat the command that was interrupted, or remove the file to begin anew"
+                f"{partial} is from a run {before}, and this run is {now}: repeat the command that was interrupted, or "
+                "remove the file to begin anew"
             )
     return found
+
+
+def _in_words(name: str, value: Any) -> str:
+    return f"with {name}" if value is True else f"with {name} {value}" if value else f"without {name}"
 
 
 def _partial_of(path: Path) -> Path:

@@ -74,7 +74,7 @@ def submit(
     column: ColumnOption = None,
     keep_columns: KeepColumnsOption = False,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Which model; the first if left out.")] = None,
-    priority: Annotated[Priority, typer.Option(help="The class of the jobs.", **one_of(Priority))] = Priority.BULK,
+    priority: Annotated[Priority, typer.Option(help="The lane of the jobs.", **one_of(Priority))] = Priority.BULK,
     success_queue: Annotated[str | None, typer.Option(help="Where results are sent.")] = None,
     failure_queue: Annotated[str | None, typer.Option(help="Where errors are sent.")] = None,
     patience: Annotated[float, typer.Option(min=0, help="Seconds to try again while the service is away.")] = 300,

@@ -21,7 +21,7 @@ from rich.table import Table
 from modalkit.batching import MeasuredCostModel
 from modalkit.batching.calibration import Calibration, Measurement, undisturbed
 from modalkit.pipelines import InferencePipeline
-from modalkit.service.cli.common import AsJson, ConfigFiles, ModelOption, model_source, notices, replacing
+from modalkit.service.cli.common import POSITIVE, AsJson, ConfigFiles, ModelOption, model_source, notices, replacing
 from modalkit.service.cli.records import ColumnOption, FileFormat, FormatOption, read_file, validated
 from modalkit.service.errors import describe_error
 from modalkit.service.learnt_costs import CostKey, save_costs
@@ -47,7 +47,7 @@ TABLE: dict[str, Any] = {"box": box.SIMPLE, "title_justify": "left"}
 def tune(
     p99_ms: Annotated[
         float | None,
-        typer.Option(help="The latency that 99 of 100 requests are to keep, in milliseconds."),
+        typer.Option(help="The latency that 99 of 100 requests are to keep, in milliseconds.", **POSITIVE),
     ] = None,
     write: Annotated[
         Path | None, typer.Option("--write", "-w", help="Write the limits into this YAML file.", dir_okay=False)
@@ -55,7 +55,9 @@ def tune(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the costs into this .png, .svg or .pdf.", dir_okay=False)
     ] = None,
-    max_seconds: Annotated[float, typer.Option(help="How long to measure and try, once the model is loaded.")] = 60.0,
+    max_seconds: Annotated[
+        float, typer.Option(help="How long to measure and try, once the model is loaded.", **POSITIVE)
+    ] = 60.0,
     engines: Annotated[
         bool, typer.Option("--engines", help="Only measure the engines that can run the model, and keep the choice.")
     ] = False,
@@ -99,8 +101,6 @@ def tune(
 
     modalkit tune --samples reviews.csv --column review
     """
-    _require_positive("--p99-ms", p99_ms)
-    _require_positive("--max-seconds", max_seconds)
     settings = Settings.load(config)
     source = model_source(settings, model)
     own = settings.model_settings.model_entries[source.model_name].batch_config is not None
@@ -146,11 +146,6 @@ def _measure_engines(pipeline: InferencePipeline, max_s: float, *, as_json: bool
         typer.echo(to_json({"model": pipeline.model_name, **choice.model_dump()}))
     else:
         typer.echo(f"{pipeline.model_name}: engine {choice}")
-
-
-def _require_positive(option: str, value: float | None) -> None:
-    if value is not None and not 0 < value < math.inf:
-        raise typer.BadParameter(f"{option} must be a positive number, not {value:g}")
 
 
 def _read_samples(

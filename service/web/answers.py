@@ -58,7 +58,7 @@ class JobView(BaseModel):
     result: dict[str, Any] | None = Field(description="The model's output, once the job has succeeded.")
     error: str | None = Field(description="Why the job failed or expired, or why its last attempt failed.")
     meta: dict[str, Any] = Field(description="As it was given.")
-    priority: Priority = Field(description="The class that it runs in.")
+    priority: Priority = Field(description="The lane that it runs in.")
     owner: str = Field(default="", description="The name of the API key that made it; empty where it has none.")
     batch_id: str | None = Field(default=None, description="The batch that it is a line of.")
     line: int | None = Field(default=None, description="Its line there.")

@@ -157,7 +157,11 @@ def make_job_router(jobs: Jobs) -> APIRouter:
         job = await while_connected(request, jobs.get(job_id, wait))
         return _details(job_id, job if job is not None and caller_of(request).sees(job) else None)
 
-    @router.delete("/jobs/{job_id}", summary="Cancel a job that has not ended")
+    @router.delete(
+        "/jobs/{job_id}",
+        summary="Cancel a job that has not ended",
+        description="A job that has ended stays as it is. The `status` of the answer says whether it was cancelled.",
+    )
     async def cancel_job(request: Request, job_id: JobId) -> JobDetails:
         await check_owner(request, job_id)
         return _details(job_id, await jobs.cancel(job_id))

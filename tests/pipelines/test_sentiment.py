@@ -235,6 +235,15 @@ def test_a_name_that_no_hub_knows_is_refused_with_the_folders_that_were_tried(
         SentimentPipeline("mine", str(tmp_path), {}, model_path="nobody/nothing")
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(ModelLoadError, match=r"'nobody/nothing'.*[^.]\. If a folder was meant"):
+        SentimentPipeline("mine", str(tmp_path), {}, model_path="nobody/nothing")
+    assert "The hub cannot be reached, so nobody/nothing is looked for in its cache only" in caplog.text
+
+
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_an_incomplete_folder_is_refused(model_folder: Path, missing: str) -> None:
     (model_folder / missing).unlink()

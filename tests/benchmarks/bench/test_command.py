@@ -87,9 +87,20 @@ def test_a_request_that_is_refused_shows_the_answer(bench: Bench, service: str) 
 
 
 def test_settings_that_cannot_be_changed_say_why(bench: Bench, service: str) -> None:
-    done = bench(service, "--key", "secret", "--sweep", "engine=onnx")
+    done = bench(service, "--key", "secret", "--sweep", "max_batch_size=-1")
     assert isinstance(done.exception, BenchError)
-    assert "engine" in str(done.exception)
+    assert "max_batch_size" in str(done.exception)
+
+
+def test_a_service_that_sends_results_elsewhere_is_refused_before_any_load(
+    bench: Bench, service: str, folder: Path
+) -> None:
+    done = bench(service, "--key", "secret", "--mode", "async")
+    assert isinstance(done.exception, BenchError)
+    assert "does not send results of jobs to --queue: they stay in its memory; set its queue_config" in str(
+        done.exception
+    )
+    assert not (folder / "bench").exists()
 
 
 def test_an_open_loop_with_a_label_gives_rate_and_accuracy(
@@ -134,6 +145,9 @@ def test_jobs_are_followed_to_their_delivery(bench: Bench, results: ResultsOf, q
         (["http://127.0.0.1:1"], "the first request failed: ConnectError"),
         (["http://127.0.0.1:1", "--clients", "many"], "--clients 'many'"),
         (["http://127.0.0.1:1", "--sweep", "size"], "--sweep 'size'"),
+        (["--sweep", "foo=1"], "'foo' is no setting; give one of device, engine, dtype, max_in_flight, "),
+        (["http://127.0.0.1:1", "--sweep", "engine=onnx"], "'engine' is no setting; give one of max_batch_size, "),
+        (["http://127.0.0.1:1", "--rate", "0"], "--rate '0': give numbers above 0"),
         (["http://127.0.0.1:1", "--arrivals", "burst"], "--arrivals: [Errno 2]"),
         (["worker", "--length-mix", "0:1"], "--length-mix '0:1'"),
         (["worker", "--label", "y"], "--label compares answers over HTTP"),
@@ -148,6 +162,14 @@ def test_what_cannot_be_measured_is_said_with_the_remedy(bench: Bench, arguments
     assert message in str(done.exception)
 
 
+@pytest.mark.parametrize("option", ["--seconds", "--timeout", "--p99-ms", "--price-per-hour"])
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf"])
+def test_a_number_that_is_not_positive_is_refused(bench: Bench, option: str, value: str) -> None:
+    done = bench("worker", option, value)
+    assert done.exit_code == 2
+    assert f"must be a positive number, not {value}" in done.output
+
+
 def test_the_command_is_found_by_its_entry_point(folder: Path) -> None:
     (plugin,) = entry_points(group="modalkit.commands", name="bench")
     assert plugin.load() is app
@@ -155,7 +177,7 @@ def test_the_command_is_found_by_its_entry_point(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-P", "-c", program, "bench", "somewhere"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("modalkit: error: 'somewhere' is no target")
 
 

@@ -233,7 +233,9 @@ def test_a_run_that_was_interrupted_is_resumed(modalkit: Modalkit, folder: Path)
     assert (refused.returncode, "go on with --resume, or remove it" in refused.stderr) == (2, True)
     other = modalkit("predict", "-i", "other.txt", "-o", "out.csv", "--resume")
     assert other.returncode == 2
-    assert "out.csv.partial is from a run with another input (in.txt of 9 bytes, " in other.stderr
+    assert "out.csv.partial is from a run with input in.txt of 9 bytes, " in other.stderr
+    other = modalkit("predict", "-i", "in.txt", "-o", "out.csv", "--resume", "--keep-columns")
+    assert "is from a run without --keep-columns, and this run is with --keep-columns: repeat" in other.stderr
     resumed = modalkit("predict", "-i", "in.txt", "-o", "out.csv", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert [row["length"] for row in csv_rows(folder / "out.csv")] == ["of the first run", "2", "3"]

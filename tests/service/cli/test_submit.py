@@ -79,7 +79,7 @@ def test_a_killed_service_and_an_interrupted_command_lose_nothing_and_repeat_not
         assert "go on with --resume, or remove it" in refused.stderr
         other = modalkit(*command, "--resume", "--column", "id")
         assert other.returncode == 2
-        assert "is from a run with another --column (review, not id)" in other.stderr
+        assert "is from a run with --column review, and this run is with --column id: repeat" in other.stderr
         (folder / "bbb").touch()
         resumed = modalkit(*command, "--resume")
         assert resumed.returncode == 0, resumed.stderr

@@ -72,9 +72,9 @@ def test_a_plot_is_drawn(modalkit: Modalkit, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--p99-ms", "0"), 2, "--p99-ms must be a positive number"),
-        (("--p99-ms", "nan"), 2, "--p99-ms must be a positive number"),
-        (("--max-seconds", "-1"), 2, "--max-seconds must be a positive number"),
+        (("--p99-ms", "0"), 2, "'--p99-ms': must be a positive number, not 0"),
+        (("--p99-ms", "nan"), 2, "'--p99-ms': must be a positive number, not nan"),
+        (("--max-seconds", "-1"), 2, "'--max-seconds': must be a positive number, not -1"),
         (("--model", "other"), 2, "there is no model 'other'"),
         (("--write", "nowhere/modalkit.yaml"), 1, "create it first"),
         (("--write", "compose.yaml"), 2, "compose.yaml"),

@@ -250,7 +250,7 @@ function jobDetails(job, message, act, canRetry) {
   };
   const facts = {
     Model: job.model_name,
-    Class: job.priority,
+    Lane: job.priority,
     Owner: job.owner,
     Runs: job.attempts ? count(job.attempts) : "",
     "Process died in it": job.crashes ? `${job.crashes} times` : "",

@@ -83,7 +83,7 @@ export class Playground {
         "div",
         { class: "row" },
         field("How", this.options.mode),
-        field("Class", this.options.priority),
+        field("Lane", this.options.priority),
         field("Copies", this.options.copies),
         queue,
       ),
