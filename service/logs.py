@@ -22,6 +22,15 @@ class LogFormat(StrEnum):
     TEXT = "text"
 
 
+class LogLevel(StrEnum):
+    """What is logged: lines of this level and above."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 def configure_logging(log_format: LogFormat) -> None:
     """Write what is logged to standard error; replaces the handlers of the root logger."""
     is_terminal = sys.stderr.isatty()

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +24,17 @@ from modalkit.benchmarks.bench.inputs import (
     takes_text_alone,
 )
 from modalkit.benchmarks.bench.session import MODES, OnRun, Session, published_schema
-from modalkit.benchmarks.bench.targets import ComposeTarget, DockerTarget, ServeTarget, Target, UrlTarget, Variant
+from modalkit.benchmarks.bench.targets import (
+    LIMITS,
+    SETTINGS,
+    ComposeTarget,
+    DockerTarget,
+    ServeTarget,
+    Target,
+    UrlTarget,
+    Variant,
+    variables_of,
+)
 from modalkit.benchmarks.load import PRESETS, Endpoint, Load, OptionError, preset
 from modalkit.benchmarks.load.arrivals import Arrivals, read_trace
 from modalkit.benchmarks.load.endpoint import LINES, model_query
@@ -62,6 +73,7 @@ class Options:
     docker_argument: Sequence[str] | None
     repeats: int
     price_per_hour: float | None
+    sweep: Sequence[str] | None
 
     @property
     def is_url(self) -> bool:
@@ -105,6 +117,23 @@ class Options:
             raise OptionError("--label compares answers over HTTP: leave out the target, or give a URL")
         if self.label is not None and self.input_path is None:
             raise OptionError("--label names a column of --input FILE")
+        self.variants()
+
+    def variants(self) -> list[Variant]:
+        """Each combination of the values of each sweep, as ``max_batch_size=8,32``. Raises `OptionError`.
+
+        The value of ``engine`` may have a number format too, as ``torch/float32``.
+        """
+        known = LIMITS if self.is_url else SETTINGS
+        settings = []
+        for sweep in self.sweep or ():
+            key, _, values = (part.strip() for part in sweep.partition("="))
+            if not key or not values:
+                raise OptionError(f"--sweep {sweep!r}: give a setting and its values, as max_batch_size=8,32")
+            if key not in known:
+                raise OptionError(f"--sweep {sweep!r}: {key!r} is no setting; give one of {', '.join(known)}")
+            settings.append([_settings(key, value.strip()) for value in values.split(",")])
+        return [dict(itertools.chain(*chosen)) for chosen in itertools.product(*settings)]
 
     def endpoint(self, url: str) -> Endpoint:
         """The endpoint of the target at its address. Raises `OptionError`."""
@@ -163,6 +192,8 @@ def _target(options: Options, receiver: Receiver | None) -> tuple[Target, str]:
     kind, _, rest = options.target.partition(":")
     if options.is_url:
         parts = urlsplit(options.target)
+        if not parts.hostname:
+            raise OptionError(f"{options.target!r} names no server: give its address, as http://127.0.0.1:8000")
         base = f"{parts.scheme}://{parts.netloc}"
         path = "" if options.body is not None or (not options.is_ours and options.kind is None) else parts.path
         return UrlTarget(base + path.rstrip("/"), options.all_headers(), options.model), options.model or ""
@@ -174,11 +205,13 @@ def _target(options: Options, receiver: Receiver | None) -> tuple[Target, str]:
     if options.target in (SERVE, WORKER):
         settings = Settings.load(options.config or None)
         model = model_source(settings, options.model).model_name
+        for variant in options.variants():
+            Settings.load(options.config or None, os.environ | variables_of(variant, model))
         if options.target == WORKER:
             return WorkerTarget(model, tuple(options.config or ())), model
         variables = None if receiver is None else receiver.variables
         return ServeTarget(model, tuple(options.config or ()), variables), model
-    if kind == "docker":
+    if kind == "docker" and rest:
         return DockerTarget(rest, options.model or "sentiment", options.port, options.docker_argument or ()), ""
     if kind == "compose" or options.target.endswith((".yaml", ".yml")):
         return ComposeTarget(rest or options.target, options.model or "sentiment", options.port), ""
@@ -219,22 +252,6 @@ def loads_of(base: Load, clients: str, rates: str | None, arrivals: str) -> list
     if with_trace.is_open:
         return [with_trace]
     return [replace(base, clients=count) for count in values_of(clients, int, "--clients", "1,64")]
-
-
-def variants_of(sweeps: Sequence[str], known: Sequence[str]) -> list[Variant]:
-    """Each combination of the values of each sweep, as ``max_batch_size=8,32``. Raises `OptionError`.
-
-    The value of ``engine`` may have a number format too, as ``torch/float32``.
-    """
-    settings = []
-    for sweep in sweeps:
-        key, _, values = sweep.partition("=")
-        if not key or not values:
-            raise OptionError(f"--sweep {sweep!r}: give a setting and its values, as max_batch_size=8,32")
-        if key.strip() not in known:
-            raise OptionError(f"--sweep {sweep!r}: {key.strip()!r} is no setting; give one of {', '.join(known)}")
-        settings.append([_settings(key.strip(), value.strip()) for value in values.split(",")])
-    return [dict(itertools.chain(*chosen)) for chosen in itertools.product(*settings)]
 
 
 def _settings(key: str, value: str) -> list[tuple[str, str]]:

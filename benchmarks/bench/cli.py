@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from modalkit.benchmarks.bench.assemble import Options, as_settings, loads_of, session_of, variants_of
+from modalkit.benchmarks.bench.assemble import Options, as_settings, loads_of, session_of
 from modalkit.benchmarks.bench.compare import TOLERANCE, Verdict, compared
 from modalkit.benchmarks.bench.cross_check import TOOLS, cross_check
 from modalkit.benchmarks.bench.plots import require_matplotlib
@@ -19,9 +19,8 @@ from modalkit.benchmarks.bench.report import number, show, write_files
 from modalkit.benchmarks.bench.results import Cell, Results, read_document, variant_name
 from modalkit.benchmarks.bench.search import find_capacity, find_rate
 from modalkit.benchmarks.bench.session import MODES, OnRun, OpenSession
-from modalkit.benchmarks.bench.targets import LIMITS, SETTINGS
 from modalkit.benchmarks.load import PRESETS, Load, OptionError, own_capacity
-from modalkit.service.cli.common import POSITIVE, ConfigFiles, ModelOption, notices
+from modalkit.service.cli.common import NOT_NEGATIVE, POSITIVE, ConfigFiles, ModelOption, notices, whole
 from modalkit.service.cli.records import ColumnOption, FormatOption
 
 PIPED_WIDTH = 1000
@@ -51,7 +50,7 @@ def bench(
     key: Annotated[str | None, typer.Option(envvar="MODALKIT_API_KEY", help="The API key of that service.")] = None,
     mode: Annotated[str, typer.Option(metavar="|".join(MODES), help="How items are sent.")] = "sync",
     list_length: Annotated[
-        int | None, typer.Option(min=1, help="Items of a request: 32 in mode batch, 1000 in ndjson, else 1.")
+        int | None, typer.Option(help="Items of a request: 32 in mode batch, 1000 in ndjson, else 1.", **whole(1))
     ] = None,
     queue: Annotated[
         str, typer.Option(help="What results of jobs are read from: webhook, redis, or the URL of a Redis.")
@@ -66,14 +65,14 @@ def bench(
         str, typer.Option(help="Pattern of an open loop: poisson, constant, bursty, or a file of times.")
     ] = "poisson",
     seconds: Annotated[float, typer.Option(help="Measured seconds of each run.", **POSITIVE)] = 10.0,
-    warm_up: Annotated[float, typer.Option(min=0, help="Seconds before that, not counted.")] = 2.0,
+    warm_up: Annotated[float, typer.Option(help="Seconds before that, not counted.", **NOT_NEGATIVE)] = 2.0,
     until_steady: Annotated[
         bool, typer.Option("--until-steady", help="End a run as soon as the throughput no longer changes.")
     ] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each load, for confidence intervals.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Runs of each load, for confidence intervals.", **whole(1))] = 3,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request counts as failed.", **POSITIVE)] = 30.0,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Of the load generator; by default as many as it takes.")
+        int | None, typer.Option(help="Of the load generator; by default as many as it takes.", **whole(1))
     ] = None,
     input_path: Annotated[
         Path | None,
@@ -101,7 +100,7 @@ def bench(
     ] = None,
     config: ConfigFiles = None,
     model: ModelOption = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port that the container serves.")] = 8000,
+    port: Annotated[int, typer.Option(help="The port that the container serves.", **whole(1, 65535))] = 8000,
     docker_argument: Annotated[
         list[str] | None, typer.Option(help="Argument of docker run, as --gpus=all; may be repeated.")
     ] = None,
@@ -121,7 +120,7 @@ def bench(
         Path | None, typer.Option(help="Older results.json; the exit code is 1 if a figure is worse.", exists=True)
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Share by which a figure may differ from the older one.")
+        float, typer.Option(help="Share by which a figure may differ from the older one.", **NOT_NEGATIVE)
     ] = TOLERANCE,
 ) -> None:
     """Measure a server, a container, a worker or a class on Modal under load.
@@ -151,7 +150,6 @@ def bench(
     if png:
         require_matplotlib("--png")
     before = None if compare is None else read_document(compare)
-    variants = variants_of(sweep or [], LIMITS if options.is_url else SETTINGS)
     base = Load(seconds=seconds, warm_up_s=warm_up, until_steady=until_steady, timeout_s=timeout, processes=processes)
     loads = [] if capacity or p99_ms is not None else loads_of(base, clients, rate, arrivals)
     if tool is not None and tool not in TOOLS:
@@ -159,11 +157,9 @@ def bench(
     if tool is not None and any(load.is_open for load in loads):
         raise OptionError("--tool drives a closed loop: give --clients, not --rate")
     with _progress() as on_run, session_of(options, on_run) as session:
-        settings = as_settings(
-            options, seconds=seconds, warm_up=warm_up, sweep=sweep or [], items=session.inputs.source
-        )
+        settings = as_settings(options, seconds=seconds, warm_up=warm_up, items=session.inputs.source)
         results = Results(target=session.target.name, settings=settings)
-        for variant in variants:
+        for variant in options.variants():
             notices.print(f"{target}: {variant_name(variant)}", markup=False)
             with session.opened(variant) as opened:
                 if opened.running.url is not None and results.own_capacity is None:

@@ -189,11 +189,15 @@ def redis_receiver(url: str) -> Iterator[Receiver]:
         raise BenchError(f"--queue redis needs the client of Redis: {install_command('taskiq')}") from None
     receiver = Receiver(QUEUE, _queue_variables(BACKEND="taskiq", BROKER_URL=url))
     stopped = threading.Event()
-    with redis.Redis.from_url(url) as client:
+    try:
+        client = redis.Redis.from_url(url)
+    except ValueError as error:
+        raise OptionError(f"--queue {url!r}: {error}; give the URL of a Redis, as redis://127.0.0.1:6379") from error
+    with client:
         try:
             info: Any = client.xinfo_stream(STREAM) if client.exists(STREAM) else {"last-generated-id": "0-0"}
         except redis.RedisError as error:
-            raise BenchError(f"{url}: {error}") from error
+            raise BenchError(f"--queue {url}: {error}; start that Redis, or give the URL of one that runs") from error
         thread = threading.Thread(
             target=_read_stream, args=(client, info["last-generated-id"], receiver, stopped), daemon=True
         )

@@ -202,11 +202,10 @@ def errors_of(runs: Sequence[Measured]) -> dict[str, int]:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """Results that were written before. Raises `OptionError` for another file."""
-    try:
+    """Results that were written before. Raises `OptionError` for another file, and ``OSError``."""
+    document: Any = None
+    with suppress(ValueError):
         document = from_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise OptionError(f"{path}: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise OptionError(f"{path} holds no results of modalkit bench: give the results.json of such a run")
     return document

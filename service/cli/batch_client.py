@@ -230,11 +230,16 @@ class BatchRun:
             self._write({"status": "error", "error": self._lines[0].error})
 
     async def _read(self, after: int) -> int:
-        """Read results until the answer ends, and write them; returns the last line. Raises `_TryAgainError`."""
+        """Read results until the answer ends, and write them; returns the last line.
+
+        Raises `_TryAgainError`, and `JobsError` where the jobs were removed.
+        """
         path = f"/batches/{self.batch_id}/results"
         before = after
         try:
             async with self.http.stream("GET", path, params={"after": after}) as response:
+                if response.status_code == HTTPStatus.NOT_FOUND:
+                    raise self._removed()
                 async for content in self._lines_of(response):
                     result = from_json(content)
                     if not self._lines or result["line"] > self._lines[-1].number:
@@ -245,8 +250,17 @@ class BatchRun:
             if after == before:
                 raise
         if after == before:
+            response = await self.http.get(f"/batches/{self.batch_id}")
+            if response.is_success and BatchView.model_validate_json(response.content).finished_at is not None:
+                raise self._removed()
             raise _TryAgainError("the service stops")
         return after
+
+    def _removed(self) -> JobsError:
+        return JobsError(
+            f"{self.client.name} has no jobs of batch {self.batch_id} from line {self._lines[0].number} on any more: "
+            "they were removed before their results were read; submit those lines again"
+        )
 
     def _write_result(self, result: Mapping[str, Any]) -> None:
         while self._lines[0].number < result["line"]:

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -48,18 +48,30 @@ def one_of(kind: type[StrEnum]) -> dict[str, Any]:
     return {"parser": parse, "metavar": "|".join(kind)}
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise typer.BadParameter(f"must be a positive number, not {text}")
-    return value
+def _number_option(kind: type[float], words: str, is_valid: Callable[[float], bool]) -> dict[str, Any]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not is_valid(value) or value == math.inf:
+            raise typer.BadParameter(f"must be {words}, not {text}")
+        return value
+
+    return {"parser": parse, "metavar": "NUMBER"}
 
 
-POSITIVE: dict[str, Any] = {"parser": _positive, "metavar": "NUMBER"}
-"""Arguments of an option whose value is a number above 0; the ranges of typer take infinity, and nan."""
+def whole(lowest: int, highest: int | None = None) -> dict[str, Any]:
+    """Arguments of an option with a whole number from `lowest` to `highest`; typer's messages do not say the value."""
+    to = "" if highest is None else f" to {highest}"
+    limit = math.inf if highest is None else highest
+    return _number_option(int, f"a whole number from {lowest}{to}", lambda value: lowest <= value <= limit)
+
+
+POSITIVE = _number_option(float, "a number above 0", lambda value: value > 0)
+"""Arguments of an option with a positive number."""
+NOT_NEGATIVE = _number_option(float, "a number from 0", lambda value: value >= 0)
+"""Arguments of an option with a number that may be 0."""
 
 
 def model_source(settings: Settings, model_name: str | None) -> ModelSource:

@@ -62,6 +62,8 @@ def deploy(
         environ[CONFIG_VARIABLE] = ",".join(files)
     module = app.partition("::")[0]
     mode = [] if module.endswith(".py") else ["-m"]
+    if not mode and not Path(module).is_file():
+        raise typer.BadParameter(f"there is no file {module}; check its name", param_hint="APP")
     if dry_run:
         from modalkit.service.on_modal.config import ModalConfig, describe_deployment
         from modalkit.service.on_modal.image_gaps import image_gaps

@@ -14,7 +14,7 @@ import typer
 
 from modalkit.service.cli.common import notices, one_of
 from modalkit.service.cli.config import defaults_yaml
-from modalkit.service.errors import ServiceError
+from modalkit.service.errors import UsageError
 from modalkit.service.settings import ModelEntry
 
 MAX_PREFIX_CHARACTERS = 63
@@ -27,7 +27,7 @@ _ENTRY_LINE = re.compile(r"      (\w+):[^#]*?(\s+#.*)?$")
 _ITEM_LINE = re.compile(r"^ITEM = .*$", re.MULTILINE)
 
 
-class InitError(ServiceError):
+class InitError(UsageError):
     """Raised when a file is in the way of a new one."""
 
 

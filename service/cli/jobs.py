@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from modalkit.service.cli.common import EXIT_FAILURE, AsJson, ConfigFiles, notices, one_of
+from modalkit.service.cli.common import EXIT_FAILURE, AsJson, ConfigFiles, notices, one_of, whole
 from modalkit.service.cli.jobs_client import JobRefusedError, JobsClient
 from modalkit.service.jobs import DeliveryStatus, JobStatus
 from modalkit.service.settings import Settings
@@ -79,9 +79,9 @@ def list_jobs(
     delivery: Deliveries = None,
     model: OfModel = None,
     batch: OfBatch = None,
-    limit: Annotated[int, typer.Option(min=1, help="Maximum jobs to list.")] = 20,
+    limit: Annotated[int, typer.Option(help="Maximum jobs to list.", **whole(1))] = 20,
     everything: Annotated[bool, typer.Option("--all", help="List all there are, whatever the limit.")] = False,
-    cursor: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Where to go on, as told before.")] = None,
+    cursor: Annotated[int | None, typer.Option(help="Where to go on, as told before.", **whole(0, 2**63 - 1))] = None,
     as_json: AsJson = False,
     url: Url = None,
     key: Key = None,

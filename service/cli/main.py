@@ -84,6 +84,9 @@ def _modalkit(
 
 def main() -> None:
     """Run the command line. Each error of modalkit becomes one message on standard error."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the start
+            setattr(sys, name, Path(os.devnull).open("r+"))  # noqa: SIM115  # until the process ends
     configure_logging(LogFormat.TEXT)
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"modalkit: warning: {message}\n"
     # At the end, so that a folder with the name of an installed package does not hide the package.
@@ -95,6 +98,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILURE)
     except (ServiceError, OSError) as error:
-        notices.print(f"modalkit: error: {error}", markup=False)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"cannot use {error.filename}: {error.strerror}; correct the path, or its permissions"
+        notices.print(f"modalkit: error: {text}", markup=False)
         is_usage = isinstance(error, UsageError | LoadError | SettingsError)
         sys.exit(EXIT_USAGE if is_usage else EXIT_AWAY if isinstance(error, AwayError) else EXIT_FAILURE)

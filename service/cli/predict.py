@@ -27,6 +27,7 @@ from modalkit.service.cli.records import (
     read_file,
     read_records,
     read_standard_input,
+    require_file,
     rows_of,
     validated,
 )
@@ -131,8 +132,7 @@ def _open_input(
         return validated(read_records(texts, FileFormat.TXT, fields, None), input_model), len(texts)
     if path is None or str(path) == "-":
         return validated(read_standard_input(file_format, fields, column), input_model), None
-    if not path.is_file():
-        raise typer.BadParameter(f"there is no file {path}; check its name", param_hint="--input")
+    require_file(path, "--input")
     records, total = read_file(path, file_format, fields, column), rows_of(path, file_format)
     # The first record is read now, so that a file without the column is refused before the model is loaded.
     return validated(chain(list(islice(records, 1)), records), input_model), total

@@ -110,6 +110,13 @@ def read_file(
         yield from _text_records(file, str(path), file_format, fields, column)
 
 
+def require_file(path: Path, param_hint: str) -> None:
+    """Raise ``typer.BadParameter`` where there is no regular file: one is read more than once."""
+    if not path.is_file():
+        reason = "is no file; give the name of one, or - for standard input" if path.exists() else "does not exist"
+        raise typer.BadParameter(f"{path} {reason}", param_hint=param_hint)
+
+
 def read_standard_input(given: FileFormat | None, fields: Sequence[str], column: str | None) -> Iterator[Record]:
     """The items of standard input, by default of lines of text. Raises `InputError`."""
     if given is FileFormat.PARQUET:
@@ -206,6 +213,8 @@ def _columns_of_fields(
 def _csv_records(lines: Iterable[str], fields: Sequence[str] | None, column: str | None) -> Iterator[Record]:
     reader = csv.reader(lines)
     header = next(reader, [])
+    if not header:
+        raise InputError("the CSV has no header: its first line must name the columns")
     columns = _columns_of_fields("CSV header", header, fields, column)
     while True:
         first_line = reader.line_num + 1

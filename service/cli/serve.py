@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 from urllib.parse import quote
 
 import anyio
@@ -18,12 +18,12 @@ from anyio.abc import TaskGroup
 from pydantic import BaseModel
 
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.service.cli.common import EXIT_USAGE, ConfigFiles, notices, one_of, try_api_keys
+from modalkit.service.cli.common import EXIT_USAGE, POSITIVE, ConfigFiles, notices, one_of, try_api_keys, whole
 from modalkit.service.cli.stopping import EXIT_BROKEN, Stop, summarize
 from modalkit.service.errors import Readiness
 from modalkit.service.loading import LoadError
 from modalkit.service.local_gateway import LocalGateway, LocalModel
-from modalkit.service.logs import LogFormat, configure_logging
+from modalkit.service.logs import LogFormat, LogLevel, configure_logging
 from modalkit.service.made_up_items import MadeUpItems, NoItemsError, make_up_items
 from modalkit.service.serving import Server, inherited_listeners, listening, listening_on_path, tune_interpreter
 from modalkit.service.settings import ServerConfig, Settings
@@ -42,14 +42,12 @@ MAX_SHOWN_CHARACTERS = 500
 
 def serve(
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes any free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="The port; 0 takes any free one.", **whole(0, 65535))] = 8000,
     config: ConfigFiles = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen without an API key on an address that others can reach.")
     ] = False,
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], typer.Option(case_sensitive=False, help="What is logged.")
-    ] = "warning",
+    log_level: Annotated[LogLevel, typer.Option(help="What is logged.", **one_of(LogLevel))] = LogLevel.WARNING,
     log_format: Annotated[
         LogFormat,
         typer.Option(
@@ -66,7 +64,9 @@ def serve(
         list[str] | None, typer.Option(help="Address or network whose X-Forwarded-… headers count; may be repeated.")
     ] = None,
     access_log: Annotated[bool | None, typer.Option(help="Log a line for each request.")] = None,
-    grace: Annotated[float | None, typer.Option(help="Seconds for open requests after the signal to stop.")] = None,
+    grace: Annotated[
+        float | None, typer.Option(help="Seconds for open requests after the signal to stop.", **POSITIVE)
+    ] = None,
 ) -> None:
     """Serve the configured models over HTTP until interrupted; then finish what was accepted.
 
@@ -107,7 +107,7 @@ def serve(
     server_config = settings.app_settings.server_config
     has_access_log = server_config.access_log
     if has_access_log is None:
-        has_access_log = log_level in ("debug", "info")
+        has_access_log = log_level in (LogLevel.DEBUG, LogLevel.INFO)
     elif has_access_log:
         logging.getLogger("uvicorn.access").setLevel("INFO")
     server = server_of(app, server_config, access_log=has_access_log)

@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from modalkit.batching import Priority
 from modalkit.service.cli.batch_client import BatchRun
-from modalkit.service.cli.common import EXIT_LINES_FAILED, ConfigFiles, notices, one_of
+from modalkit.service.cli.common import EXIT_LINES_FAILED, NOT_NEGATIVE, ConfigFiles, notices, one_of
 from modalkit.service.cli.jobs import Key, Url
 from modalkit.service.cli.jobs_client import JobsClient, JobsError
 from modalkit.service.cli.predict import COLUMNS
@@ -28,6 +28,7 @@ from modalkit.service.cli.records import (
     Record,
     read_file,
     read_standard_input,
+    require_file,
     rows_of,
 )
 from modalkit.service.cli.reload import DEFAULT_URL
@@ -77,7 +78,9 @@ def submit(
     priority: Annotated[Priority, typer.Option(help="The lane of the jobs.", **one_of(Priority))] = Priority.BULK,
     success_queue: Annotated[str | None, typer.Option(help="Where results are sent.")] = None,
     failure_queue: Annotated[str | None, typer.Option(help="Where errors are sent.")] = None,
-    patience: Annotated[float, typer.Option(min=0, help="Seconds to try again while the service is away.")] = 300,
+    patience: Annotated[
+        float, typer.Option(help="Seconds to try again while the service is away.", **NOT_NEGATIVE)
+    ] = 300,
     key: Key = None,
     config: ConfigFiles = None,
 ) -> None:
@@ -105,8 +108,8 @@ def submit(
         raise typer.BadParameter(
             "it must be 1 to 100 letters, digits, dots, hyphens or underscores", param_hint="--batch"
         )
-    if str(path) != "-" and not path.is_file():
-        raise typer.BadParameter(f"there is no file {path}; check its name", param_hint="FILE")
+    if str(path) != "-":
+        require_file(path, "FILE")
     begun_by: dict[str, Any] = {
         "command": "submit",
         "input": identity_of(path),

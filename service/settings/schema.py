@@ -90,6 +90,6 @@ def suggestion(path: KeyPath, known: Iterable[KeyPath]) -> KeyPath | None:
     elsewhere = [other for other in known if other[-1] == path[-1]]
     if elsewhere:
         return elsewhere[0]
-    spelt = {".".join(other): other for other in known}
+    spelt = {".".join(other): other for other in known if other != path[: len(other)]}
     closest = difflib.get_close_matches(".".join(path), spelt, n=1, cutoff=0.7)
     return spelt[closest[0]] if closest else None

@@ -13,6 +13,7 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
+from modalkit.service.errors import UsageError
 from modalkit.service.settings import Settings, deep_merge
 from modalkit.service.settings.schema import KeyPath
 from modalkit.service.settings.yaml_text import parse_yaml
@@ -35,15 +36,15 @@ _Representer.add_representer(type(None), lambda dumper, _: dumper.represent_scal
 def require_writable(path: Path, section: KeyPath = LIMITS_OF_ALL) -> None:
     """Check that limits can be written there, into a new file or a configuration; called before measuring.
 
-    Raises `SettingsError` for a file that is no configuration of modalkit, and `TuningError` if it cannot be changed,
-    or there is no folder for it.
+    Raises `SettingsError` for a file that is no configuration of modalkit, `TuningError` if it cannot be changed, and
+    `UsageError` if there is no folder for it.
     """
     if path.exists() and not path.is_file():
-        raise TuningError(f"--write {path}: is no file; give the name of one")
+        raise UsageError(f"--write {path}: is no file; give the name of one")
     if not path.parent.is_dir():
-        raise TuningError(f"--write {path}: there is no folder {path.parent}; create it first")
+        raise UsageError(f"--write {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.resolve().parent, os.W_OK):
-        raise TuningError(f"--write {path}: {path.resolve().parent} may not be written to; choose another folder")
+        raise UsageError(f"--write {path}: {path.resolve().parent} may not be written to; choose another folder")
     text_with_limits(path, {"max_batch_size": 1}, section)
 
 

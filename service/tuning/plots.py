@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from modalkit.batching import CostModel
 from modalkit.batching.calibration import Measurement
 from modalkit.pipelines.extras import install_command
+from modalkit.service.errors import UsageError
 from modalkit.service.tuning import TuningError
 
 if TYPE_CHECKING:
@@ -18,13 +19,13 @@ FORMATS = (".pdf", ".png", ".svg")
 
 
 def require_drawable(path: Path) -> None:
-    """Raise `TuningError` if no plot can be drawn there; called before measuring, which takes time."""
+    """Raise `TuningError` without matplotlib, and `UsageError` for a path that no plot can have, before measuring."""
     if find_spec("matplotlib") is None:
         raise TuningError(f"--plot needs matplotlib, which is not installed: {install_command('bench')}")
     if path.suffix.lower() not in FORMATS:
-        raise TuningError(f"--plot {path}: the name must end in one of {', '.join(FORMATS)}")
+        raise UsageError(f"--plot {path}: the name must end in one of {', '.join(FORMATS)}")
     if not path.parent.is_dir():
-        raise TuningError(f"--plot {path}: there is no folder {path.parent}; create it first")
+        raise UsageError(f"--plot {path}: there is no folder {path.parent}; create it first")
 
 
 def draw_costs(path: Path, title: str, measurements: Sequence[Measurement], model: CostModel) -> None:

@@ -198,6 +198,7 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_line() -> None:
     ("name", "value", "message"),
     [
         ("APP_SETTINGS__BATCH_CONFIG__WAIT_MSS", "1", "did you mean MODALKIT_APP_SETTINGS__BATCH_CONFIG__WAIT_MS?"),
+        ("APP_SETTINGS__FOO", "1", "app_settings.foo: unknown key; remove it or correct its name (MODALKIT_APP"),
         ("BATCH_CONFIG__WAIT_MS", "1", "did you mean MODALKIT_APP_SETTINGS__BATCH_CONFIG"),
         ("APP_SETTINGS__BATCH_CONFIG__WAIT_MS", "soon", "wait_ms: must be a number, not 'soon' (MODALKIT_APP_SETTINGS"),
         ("APP_SETTINGS__QUEUE_CONFIG__ALLOWED_QUEUES", "[a", "is not valid YAML or JSON"),

@@ -66,10 +66,7 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
         uploading_bytes += size
         try:
             # In this order: an upload that ends meanwhile counts twice, and not never.
-            if uploading_bytes + await own.documents.documents_bytes() > limits.max_stored_file_bytes:
-                detail = f"the stored files would exceed {limits.max_stored_file_bytes} bytes in all"
-                remedy = "remove files that are not needed, or raise request_config.max_stored_file_bytes"
-                raise ProblemError(HTTPStatus.INSUFFICIENT_STORAGE, f"{detail}: {remedy}")
+            await own.check_room(uploading_bytes)
             async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
                 file, purpose = form.get("file"), form.get("purpose")
                 if not isinstance(file, UploadFile) or purpose != "batch":

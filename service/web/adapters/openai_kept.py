@@ -77,6 +77,13 @@ class KeptBatches:
         self.documents, self.visible_owner = administration.documents, caller.visible_owner
         self._batches, self._gateway, self._limits, self._caller = administration.batches, gateway, limits, caller
 
+    async def check_room(self, more_bytes: int) -> None:
+        """Raise `ProblemError` where the files would be larger in all than they may, with so many more bytes."""
+        if more_bytes + await self.documents.documents_bytes() > self._limits.max_stored_file_bytes:
+            detail = f"the stored files would exceed {self._limits.max_stored_file_bytes} bytes in all"
+            remedy = "remove files that are not needed, or raise request_config.max_stored_file_bytes"
+            raise ProblemError(HTTPStatus.INSUFFICIENT_STORAGE, f"{detail}: {remedy}")
+
     # Files.
 
     async def add_file(self, file: UploadFile) -> FileObject:
@@ -156,7 +163,7 @@ class KeptBatches:
     async def create(self, new: NewBatch) -> BatchObject:
         """Submit the requests of a file. Where a line is no request, none is, and the batch has failed.
 
-        Raises `ProblemError`, also where the caller is over its limit of items.
+        Raises `ProblemError`, also where the caller is over its limit of items, or the errors over that of files.
         """
         self._caller.take_items(0)
         await self.check_file(new.input_file_id)
@@ -188,12 +195,15 @@ class KeptBatches:
             except BaseException:
                 with anyio.CancelScope(shield=True):  # else its jobs would run without a batch
                     await self._batches.cancel(batch_id, self.visible_owner)
+                    await self.documents.remove_document(batch_id)
                 raise
         await self._put(batch_id, to_json(record))
         return await self.batch(batch_id)
 
     async def batch(self, batch_id: str) -> BatchObject:
         """A batch as it is now. Raises `ProblemError`."""
+        # Before the record: a cancellation stores its time there first, so it is not overwritten below.
+        batch = await self._batches.get(batch_id, self.visible_owner)
         record = await self._record(batch_id)
         found = BatchObject(
             id=batch_id,
@@ -206,7 +216,6 @@ class KeptBatches:
             return found.model_copy(
                 update={"status": "failed", "errors": BatchErrors(data=record.errors), "failed_at": failed_at}
             )
-        batch = await self._batches.get(batch_id, self.visible_owner)
         counts: Mapping[JobStatus, int] = {} if batch is None else batch.statuses
         completed, expired = counts.get(JobStatus.SUCCEEDED, 0), counts.get(JobStatus.EXPIRED, 0)
         failed = counts.get(JobStatus.FAILED, 0) + expired + record.refused
@@ -252,7 +261,9 @@ class KeptBatches:
         async for lines in self._lines(new.input_file_id):
             if errors := await self._submit(batch_id, lines, new.endpoint):
                 refused, parts = refused + len(errors), parts + 1
-                await self._put(batch_id, b"".join(to_json(error) + b"\n" for error in errors), parts)
+                content = b"".join(to_json(error) + b"\n" for error in errors)
+                await self.check_room(len(content))
+                await self._put(batch_id, content, parts)
         return refused
 
     async def _submit(self, batch_id: str, lines: Sequence[Line], endpoint: str) -> list[dict[str, Any]]:

@@ -167,7 +167,7 @@ def test_what_cannot_be_measured_is_said_with_the_remedy(bench: Bench, arguments
 def test_a_number_that_is_not_positive_is_refused(bench: Bench, option: str, value: str) -> None:
     done = bench("worker", option, value)
     assert done.exit_code == 2
-    assert f"must be a positive number, not {value}" in done.output
+    assert f"must be a number above 0, not {value}" in done.output
 
 
 def test_the_command_is_found_by_its_entry_point(folder: Path) -> None:

@@ -145,7 +145,7 @@ def test_nothing_is_overwritten_and_nothing_written_beside_it(modalkit: Modalkit
     (folder / "new").mkdir()
     (folder / "new" / "Dockerfile").write_text("mine")
     done = modalkit("init", "new")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("modalkit: error: new/Dockerfile exists already")
     assert [path.name for path in (folder / "new").iterdir()] == ["Dockerfile"]
     assert (folder / "new" / "Dockerfile").read_text() == "mine"

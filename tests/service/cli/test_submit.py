@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from modalkit.service.cli.batch_client import BatchRun
-from modalkit.service.cli.jobs_client import JobsClient
+from modalkit.service.cli.jobs_client import JobsClient, JobsError
 from modalkit.service.cli.records import Record
 from modalkit.service.cli.results import ResultWriter
 from tests.support.command_line import Modalkit, forked, serving
@@ -221,10 +221,29 @@ async def test_the_progress_counts_jobs_that_have_ended_behind_one_that_has_not(
     assert written.getvalue().count("success") == 3
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("status", [404, 200], ids=["of all jobs", "of some jobs"])
+async def test_the_removal_of_jobs_whose_results_are_waited_for_ends_the_command(status: int) -> None:
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return httpx.Response(200, text='{"line":1,"job_id":"j"}\n')
+        if request.url.path.endswith("/results"):
+            return httpx.Response(status)
+        times = {"created_at": "2026-01-01T00:00:00Z", "finished_at": "2026-01-01T00:00:01Z"}
+        counts = {"batch_id": "b", "jobs": 1, "statuses": {"failed": 1}, "jobs_per_s": 0, "drain_s": None}
+        return httpx.Response(200, json=counts | times)
+
+    client = JobsClient.of_service(httpx.URL("http://service"), None, "authorization")
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://service") as http:
+        run = BatchRun(client, http, "b", ["text"], {}, {}, {}, ResultWriter(StringIO()), None, patience_s=0)
+        with pytest.raises(JobsError, match="no jobs of batch b from line 1 on any more: they were removed"):
+            await run.run(iter([Record(1, {"text": "a"})]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("missing.csv",), 2, "there is no file missing.csv"),
+        (("missing.csv",), 2, "missing.csv does not exist"),
         (("in.txt", "-o", "out.jsonl"), 2, "with --wait only"),
         (("in.txt", "--resume", "--wait"), 2, "give --output"),
         (("in.txt", "--batch", "a/b"), 2, "1 to 100 letters"),

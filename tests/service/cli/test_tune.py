@@ -72,11 +72,11 @@ def test_a_plot_is_drawn(modalkit: Modalkit, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--p99-ms", "0"), 2, "'--p99-ms': must be a positive number, not 0"),
-        (("--p99-ms", "nan"), 2, "'--p99-ms': must be a positive number, not nan"),
-        (("--max-seconds", "-1"), 2, "'--max-seconds': must be a positive number, not -1"),
+        (("--p99-ms", "0"), 2, "'--p99-ms': must be a number above 0, not 0"),
+        (("--p99-ms", "nan"), 2, "'--p99-ms': must be a number above 0, not nan"),
+        (("--max-seconds", "-1"), 2, "'--max-seconds': must be a number above 0, not -1"),
         (("--model", "other"), 2, "there is no model 'other'"),
-        (("--write", "nowhere/modalkit.yaml"), 1, "create it first"),
+        (("--write", "nowhere/modalkit.yaml"), 2, "create it first"),
         (("--write", "compose.yaml"), 2, "compose.yaml"),
         (("--p99-ms", "0.0001"), 1, "no limits reach --p99-ms 0.0001"),
     ],
@@ -94,7 +94,7 @@ def test_bad_input_is_one_message(
 
 def test_a_plot_of_an_unknown_format_is_refused_at_once(modalkit: Modalkit) -> None:
     done = modalkit(*QUICK, "--plot", "costs.txt")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "must end in one of .pdf, .png, .svg" in done.stderr
 
 

@@ -147,6 +147,34 @@ async def test_a_batch_is_cancelled(client: httpx.AsyncClient, gateway: LocalGat
         assert len(await content_of(ask, (await ask.batches.retrieve(batch.id)).error_file_id)) == 40
 
 
+async def test_a_batch_that_is_asked_for_while_it_is_cancelled_keeps_the_time_of_that(
+    client: httpx.AsyncClient, gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, count, calls = gateway.models["lengths"].worker, JobStore.batch, itertools.count()
+    assert worker is not None
+    assert isinstance(worker.pipeline, LengthPipeline)
+    is_asked, is_cancelled = anyio.Event(), anyio.Event()
+
+    async def count_after_the_cancellation(store: JobStore, *arguments: Any) -> Any:
+        if not next(calls):
+            is_asked.set()
+            await is_cancelled.wait()
+        return await count(store, *arguments)
+
+    worker.pipeline.gate.clear()
+    async with client_of(client) as ask:
+        file_id = await uploaded(ask, request("a", text="x", model="lengths"))
+        batch = await ask.batches.create(input_file_id=file_id, endpoint="/sync/predict", completion_window="24h")  # type: ignore[arg-type]  # an endpoint of ours
+        monkeypatch.setattr(JobStore, "batch", count_after_the_cancellation)
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(ask.batches.retrieve, batch.id)
+            await is_asked.wait()
+            await ask.batches.cancel(batch.id)
+            is_cancelled.set()
+        assert (await ask.batches.retrieve(batch.id)).cancelling_at is not None
+    worker.pipeline.gate.set()
+
+
 async def test_a_batch_that_cannot_be_submitted_whole_runs_nothing(
     client: httpx.AsyncClient, gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +253,16 @@ async def test_stored_files_have_a_limit_in_all(gateway: LocalGateway) -> None:
         assert "remove files that are not needed, or raise request_config.max_stored_file_bytes" in problem["detail"]
         await ask.files.delete(file_id)
         await uploaded(ask, "x" * 1000)
+
+
+async def test_the_errors_of_refused_requests_count_as_files(gateway: LocalGateway) -> None:
+    limits = RequestConfig(max_stored_file_bytes=2000)
+    async with serving(create_app(gateway, limits=limits, owns_gateway=False)) as client, client_of(client) as ask:
+        file_id = await uploaded(ask, *[request(str(n), text=7) for n in range(10)])
+        stored = await gateway.jobs.administration.documents.documents_bytes()
+        new = {"input_file_id": file_id, "endpoint": "/sync/predict", "completion_window": "24h"}
+        assert_problem(await client.post("/v1/batches", json=new), 507)
+        assert await gateway.jobs.administration.documents.documents_bytes() == stored
 
 
 async def test_an_upload_that_ends_while_another_is_checked_counts(
