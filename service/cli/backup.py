@@ -39,6 +39,8 @@ def backup(
         raise BackupError(f"there is no job store at {source} (async_config.store_path)")
     if file.exists():
         raise typer.BadParameter(f"{file} exists: name a file that does not", param_hint="FILE")
+    if not file.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {file.parent}: make it, or name another file", param_hint="FILE")
     try:
         copy_store(source, file)
     except sqlite3.Error as error:

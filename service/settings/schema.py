@@ -80,7 +80,7 @@ def close_name(name: str, names: Iterable[str]) -> str | None:
 
 
 def suggestion(path: KeyPath, known: Iterable[KeyPath]) -> KeyPath | None:
-    """The most similar known key: one beside the given key, else one with its name elsewhere, else any."""
+    """The most similar known key: one beside the given key, else one with its name elsewhere, else one below."""
     known = list(known)
     path = (*(key for key in path[:-1] if not key.isdecimal()), path[-1])
     beside = [other[-1] for other in known if other[:-1] == path[:-1]]
@@ -90,6 +90,7 @@ def suggestion(path: KeyPath, known: Iterable[KeyPath]) -> KeyPath | None:
     elsewhere = [other for other in known if other[-1] == path[-1]]
     if elsewhere:
         return elsewhere[0]
-    spelt = {".".join(other): other for other in known if other != path[: len(other)]}
-    closest = difflib.get_close_matches(".".join(path), spelt, n=1, cutoff=0.7)
-    return spelt[closest[0]] if closest else None
+    depth = len(path) - 1
+    below = {".".join(other[depth:]): other for other in known if other[:depth] == path[:depth]}
+    closest = difflib.get_close_matches(path[-1], below, n=1, cutoff=0.7)
+    return below[closest[0]] if closest else None
