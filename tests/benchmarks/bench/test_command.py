@@ -153,7 +153,13 @@ def test_jobs_are_followed_to_their_delivery(bench: Bench, results: ResultsOf, q
         (["worker", "--label", "y"], "--label compares answers over HTTP"),
         (["worker", "--mode", "batch"], "a worker is called with one item"),
         (["--mode", "async", "--queue", "sqs"], "--queue 'sqs'"),
+        (
+            ["--mode", "async", "--queue", "redis://127.0.0.1:99999"],
+            "Port out of range 0-65535; give the URL",
+        ),
         (["modal:app"], "give modal:APP/CLASS"),
+        (["docker:"], "is no target"),
+        (["http://"], "names no server"),
     ],
 )
 def test_what_cannot_be_measured_is_said_with_the_remedy(bench: Bench, arguments: list[str], message: str) -> None:

@@ -1,16 +1,61 @@
 """What the command line says about itself, the configuration, and the models."""
 
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from tests.support.command_line import CONFIGURATION, Modalkit
+from tests.support.command_line import CONFIGURATION, MODALKIT, Modalkit
 from tests.support.sqs_server import REGION, SqsServer
 
 
 def test_the_version_is_that_of_the_installed_package(installed_modalkit: Modalkit) -> None:
     assert installed_modalkit("--version").stdout == f"modalkit {version('modalkit')}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("serve", "--port", "99999"), 2, "'--port': must be a whole number from 0 to 65535, not 99999"),
+        (("serve", "--grace", "x"), 2, "'--grace': must be a number above 0, not x"),
+        (("serve", "--log-level", "loud"), 2, "'--log-level': must be one of debug, info, warning, error, not 'loud'"),
+        (("jobs", "list", "--limit", "0"), 2, "'--limit': must be a whole number from 1, not 0"),
+        (("submit", "x", "--patience", "-1"), 2, "'--patience': must be a number from 0, not -1"),
+        (("predict", "-i", "."), 2, "--input: . is no file; give the name of one, or - for standard input"),
+        (("jobs", "backup", "no/copy.db"), 2, "FILE: there is no folder no: make it, or name another file"),
+        (("init", "modalkit.yaml/new"), 1, "error: cannot use modalkit.yaml/new: Not a directory; correct the path"),
+    ],
+)
+def test_a_refusal_names_the_option_the_value_and_the_remedy(
+    modalkit: Modalkit, folder: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    (folder / "jobs.db").touch()
+    done = modalkit(*arguments)
+    assert done.returncode == code
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_closed_standard_streams_are_no_error(environment: dict[str, str], folder: Path) -> None:
+    command = [sys.executable, *MODALKIT, "predict", "a text", "-o", "out.jsonl"]
+    subprocess.run(
+        ["/bin/sh", "-c", '"$@" <&- >&- 2>&-', "sh", *command], cwd=folder, env=environment, check=True, timeout=100
+    )
+    assert (folder / "out.jsonl").read_text().count("\n") == 1
+
+
+def test_an_interrupt_while_modules_are_imported_shows_no_traceback(environment: dict[str, str]) -> None:
+    program = (
+        "import sys, modalkit.__main__ as command\n"
+        "class Interrupt:\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'modalkit.service.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt)\n"
+        "command.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (130, b"")
 
 
 @pytest.mark.parametrize("command", ["serve", "predict", "check"])

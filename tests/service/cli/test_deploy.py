@@ -140,7 +140,8 @@ def test_files_of_the_configuration_may_be_given(modalkit: Modalkit, folder: Pat
         (("--config", "gone.yaml"), "gone.yaml: no such file"),
         (("--dry-run", "--config", "gone.yaml"), "gone.yaml: no such file"),
         (("--dry-run", "no_such_app"), "the app 'no_such_app' cannot be imported: "),
-        (("--dry-run", "no_such_app.py"), "the app 'no_such_app.py' cannot be imported: "),
+        (("--dry-run", "no_such_app.py"), "there is no file no_such_app.py; check its name"),
+        (("no_such_app.py::app",), "there is no file no_such_app.py; check its name"),
         (("--config", "a,b.yaml"), "comma"),
     ],
 )
@@ -167,6 +168,7 @@ def test_modals_own_command_is_run_and_its_exit_code_passed_on(modalkit: Modalki
     default = modalkit("deploy", "--config", "more.yaml")
     assert (default.returncode, default.stderr) == (7, "")
     assert default.stdout == "modal got ['deploy', '-m', '--', 'modalkit.service.modal_app'] more.yaml\n"
+    (folder / "own.py").touch()
     file = modalkit("deploy", "own.py", "--name", "mine", "--env", "staging", "--tag", "v1")
     assert file.stdout == "modal got ['deploy', '--name=mine', '--env=staging', '--tag=v1', '--', 'own.py'] None\n"
 

@@ -89,6 +89,7 @@ def test_a_csv_file_gives_its_column_and_a_csv_output_has_columns(modalkit: Moda
             ("-i", "in.csv"),
             "the CSV header has no column 'text'; it has ['id', 'review']: name the text's with --column",
         ),
+        (("-i", "empty.csv"), "the CSV has no header: its first line must name the columns"),
         (("-i", "in.xlsx"), "cannot tell the format of in.xlsx by its name; say --format txt, jsonl, csv or parquet"),
         (("-i", "in.parquet"), "in.parquet is no Parquet file"),
         (("-i", "cut.jsonl.gz"), "cut.jsonl.gz is damaged"),
@@ -103,7 +104,8 @@ def test_an_input_or_output_that_cannot_be_used_is_one_message_and_exit_code_2(
     modalkit: Modalkit, folder: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     (folder / "in.csv").write_text("id,review\n1,a\n")
-    (folder / "in.xlsx").write_text("")
+    for name in ("in.xlsx", "empty.csv"):
+        (folder / name).write_text("")
     (folder / "in.parquet").write_text("no Parquet")
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'"four"')[:-9])
     done = modalkit("predict", *arguments)
