@@ -13,7 +13,7 @@ import typer
 from anyio.from_thread import start_blocking_portal
 from rich.console import Console
 
-from modalkit.service.loading import ModelSource
+from modalkit.service.loading import LoadError, ModelSource
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web.auth import configured_keys
 
@@ -76,7 +76,10 @@ NOT_NEGATIVE = _number_option(float, "a number from 0", lambda value: value >= 0
 
 def model_source(settings: Settings, model_name: str | None) -> ModelSource:
     """The model of that name, by default the first; raises `UnknownModelError` and `LoadError`."""
-    return ModelSource(settings, model_name or next(iter(settings.model_settings.model_entries)))
+    entries = settings.model_settings.model_entries
+    if not entries:
+        raise LoadError("model_settings.model_entries: there is no model; add one")
+    return ModelSource(settings, model_name or next(iter(entries)))
 
 
 def try_api_keys(config: AuthConfig) -> None:

@@ -135,6 +135,12 @@ def test_a_dash_means_standard_input(modalkit: Modalkit, arguments: tuple[str, .
     assert '"length": 8' in done.stdout
 
 
+def test_a_configuration_without_a_model_is_exit_code_2(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "none.yaml").write_text("model_settings: {model_entries: {}}")
+    done = modalkit("predict", "a text", "-c", "none.yaml")
+    assert (done.returncode, "model_entries: there is no model; add one" in done.stderr) == (2, True)
+
+
 def test_an_unknown_model_is_exit_code_2_and_names_those_there_are(modalkit: Modalkit) -> None:
     done = modalkit("predict", "--model", "other", "a text")
     assert done.returncode == 2
