@@ -11,6 +11,7 @@ from uuid import uuid4
 import typer
 from anyio.from_thread import start_blocking_portal
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from modalkit.service.loading import ModelSource
 from modalkit.service.settings import AuthConfig, Settings
@@ -31,6 +32,8 @@ EXIT_LINES_FAILED = 4
 """The exit code of a command that has run all lines, some of which have errors. 3 is that of `modalkit serve`."""
 EXIT_AWAY = 5
 """The exit code where the service cannot be reached: the same command may succeed later."""
+SHOWN_ERRORS = 20
+"""Errors of lines that a command prints; of more, it tells only the number."""
 notices = Console(stderr=True, soft_wrap=True, highlight=False)
 """Messages for people, on standard error; standard output is for results."""
 
@@ -45,6 +48,20 @@ def one_of(kind: type[StrEnum]) -> dict[str, Any]:
             raise typer.BadParameter(f"must be one of {', '.join(kind)}, not {text!r}") from None
 
     return {"parser": parse, "metavar": "|".join(kind)}
+
+
+def progress_of_lines() -> Progress:
+    """A bar for lines that run or are sent, with their rate; nothing where standard error is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(show_speed=True),
+        TimeRemainingColumn(),
+        console=notices,
+        transient=True,
+        disable=not notices.is_terminal,
+    )
 
 
 def model_source(settings: Settings, model_name: str | None) -> ModelSource:
