@@ -1,12 +1,8 @@
 """Options and steps that several subcommands share."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
-from uuid import uuid4
 
 import typer
 from anyio.from_thread import start_blocking_portal
@@ -75,19 +71,3 @@ def try_api_keys(config: AuthConfig) -> None:
     if config.uses_ssm:
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(keys.opened()):
             pass
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A path for a new file, which takes the place of `target`, with its permissions, when the block ends.
-
-    When the block raises, what was written there is removed, and `target` stays as it was.
-    """
-    new = target.with_name(f"{target.name}.{uuid4().hex[:8]}.tmp")
-    try:
-        yield new
-        if target.exists():
-            shutil.copymode(target, new)
-        new.replace(target)
-    finally:
-        new.unlink(missing_ok=True)
