@@ -1,6 +1,7 @@
-"""OpenAI's batches: ``/v1/files`` and ``/v1/batches``."""
+"""OpenAI's routes: ``/v1/models``, ``/v1/files`` and ``/v1/batches``."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Annotated, Literal
 
@@ -8,7 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import UploadFile
 
-from modalkit.service.gateway import Gateway
+from modalkit.service.gateway import Gateway, Model, find_model
 from modalkit.service.settings import RequestConfig
 from modalkit.service.web.adapters.openai_kept import BATCH, FILE, KeptBatches
 from modalkit.service.web.adapters.openai_shapes import (
@@ -17,6 +18,8 @@ from modalkit.service.web.adapters.openai_shapes import (
     FileDeleted,
     FileList,
     FileObject,
+    ListedModel,
+    ModelList,
     NewBatch,
 )
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS
@@ -38,6 +41,22 @@ Purpose = Annotated[Literal["batch", "batch_output"], Query(description="Files o
 FileLimit = Annotated[int, Query(ge=1, le=10_000, description="How many at most.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="How many at most.")]
 After = Annotated[str | None, Query(description="The id of the last one that was seen.")]
+
+
+def make_models_router(models: Mapping[str, Model]) -> APIRouter:
+    """The routes that show `models`."""
+    router = APIRouter(tags=["OpenAI"], responses=PROBLEM_ANSWERS)
+    created = int(time.time())
+
+    @router.get("/v1/models", summary="List the models")
+    async def openai_list_models() -> ModelList:
+        return ModelList(data=[ListedModel(id=name, created=created) for name in models])
+
+    @router.get("/v1/models/{model:path}", summary="One model")
+    async def openai_get_model(model: str) -> ListedModel:
+        return ListedModel(id=find_model(models, model).name, created=created)
+
+    return router
 
 
 def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
