@@ -151,7 +151,7 @@ class Dispatcher(Generic[T, R]):
                     if self._should_overlap(executor):
                         await self._start_overlapped(batch, executor, overlapped)
                     else:
-                        await self._run(self._with_next(batch, executor), executor)
+                        await self._run(self._for_one_visit(batch, executor), executor)
                         if executor.is_async or len(self._planner.queue) < self._planner.policy.max_batch_size:
                             await checkpoint()  # callers that got a result may send a request for the next batch
         finally:
@@ -195,8 +195,8 @@ class Dispatcher(Generic[T, R]):
             self.runner.fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
         return decision
 
-    def _with_next(self, batch: Batch[Pending[T, R]], executor: Executor[T, R]) -> list[Batch[Pending[T, R]]]:
-        """The batch, and those that run after it in the same visit to the thread: brief ones, while full ones wait."""
+    def _for_one_visit(self, batch: Batch[Pending[T, R]], executor: Executor[T, R]) -> list[Batch[Pending[T, R]]]:
+        """The batch, and brief ones to run after it in the same visit to the thread, while full ones wait."""
         batches, total_s, items = [batch], self._expected_s(batch), len(batch.requests)
         limit = self._planner.policy.max_batch_size
         while (

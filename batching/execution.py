@@ -120,7 +120,7 @@ class Executor(Generic[T, R]):
             yield
 
     async def run_batch_while_paused(self, payloads: list[T]) -> Sequence[R | Exception]:
-        """Run a batch as `run` does, in a block of `paused`."""
+        """Run one batch, in a block of `paused`; raises what it raises."""
         self._ensure_open()
         ended: list[Ended[R]] = []
         await self._run_in_time([payloads], ended)
@@ -148,15 +148,15 @@ class Executor(Generic[T, R]):
         """Run batches one after the other, up to the first that fails: its error is then the last of the results.
 
         Synchronous batches run in one visit to the thread, in which the time limit is for all of them together. With a
-        `progress`, each stage runs as soon as the batch before has left it. Then only the time in the stages counts
-        towards the time limit, not the time that the batch waits for other batches.
+        `progress`, there is one batch, and each stage of it runs as soon as the batch before has left it. Then only the
+        time in the stages counts towards the time limit, not the time that the batch waits for other batches.
         """
         ended: list[Ended[R]] = []
         try:
             await self.prepare()
             if progress is not None and self.stages is not None:
-                for payloads in batches:
-                    ended.append(await self._run_overlapped(payloads, self.stages, progress))
+                [payloads] = batches
+                ended.append(await self._run_overlapped(payloads, self.stages, progress))
             else:
                 # All stages run at once, so no other batch may be in any of them.
                 async with nullcontext() if self.stages is None else self._side_lock, self._main_lock:
@@ -196,9 +196,7 @@ class Executor(Generic[T, R]):
         outputs, postprocess_s = await _call(self._main, self.stages.postprocess, payloads, raw)
         return outputs, StageSeconds(preprocess_s, predict_s, postprocess_s)
 
-    async def _run_overlapped(
-        self, payloads: list[T], stages: Stages[T, R], progress: "Progress"
-    ) -> Ended[R]:
+    async def _run_overlapped(self, payloads: list[T], stages: Stages[T, R], progress: "Progress") -> Ended[R]:
         left_s = self._timeout_s
         async with self._side_lock:
             prepared, preprocess_s = await self._run_stage(self._side, left_s, stages.preprocess, payloads)
