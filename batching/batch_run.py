@@ -5,12 +5,13 @@ import traceback
 from asyncio import InvalidStateError
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, ParamSpec, TypeVar
 
 import anyio
 
 from modalkit.batching.errors import BatchingError, BatchTimeoutError, DeadlineExceededError, OutputCountError
-from modalkit.batching.execution import BatchPreemptedError, Executor, Progress
+from modalkit.batching.execution import BatchPreemptedError, Executor
 from modalkit.batching.group_testing import FailureHistory, GroupTest
 from modalkit.batching.pending import Pending
 from modalkit.batching.planner import BatchPlanner
@@ -30,10 +31,22 @@ CANCELLED = Failure(BatchingError("its caller was cancelled"))
 """The outcome of a request whose caller no longer waits."""
 
 
-class BatchRunner(Generic[T, R]):
-    """Runs a batch of the planner until each request has an outcome or is requeued, and records the batch.
+@dataclass(frozen=True, slots=True)
+class BatchRun(Generic[T, R]):
+    """A batch that runs."""
 
-    If `run` raises an exception, it is a bug or comes from a custom cost model. Then requests may have no outcome.
+    batch: Batch[Pending[T, R]]
+    wanted: list[Pending[T, R]]
+    """Its requests whose callers still wait: only these run."""
+    formed_s: float
+    batches: int
+    """How many batches run together with this one, in the same visit to the thread, itself included."""
+
+
+class BatchRunner(Generic[T, R]):
+    """Gives each request of a batch that has run its outcome, or requeues it, and records the batch.
+
+    If `end` raises an exception, it is a bug or comes from a custom cost model. Then requests may have no outcome.
     """
 
     def __init__(
@@ -56,31 +69,38 @@ class BatchRunner(Generic[T, R]):
         self._name = name
         self._has_warned = False
 
-    async def run(
-        self, batch: Batch[Pending[T, R]], executor: Executor[T, R], progress: Progress | None = None
-    ) -> None:
-        """Run a batch; with a `progress`, at the same time as others. A batch that is preempted is requeued whole.
-
-        When cancelled, it leaves the batch in `running`, and its requests without an outcome.
-        """
-        self.running[id(batch)] = batch
-        formed_s = self.now()
-        seconds, errors, requeued, was_preempted = None, list[Exception](), 0, False
+    def begin(self, batch: Batch[Pending[T, R]], batches: int = 1) -> BatchRun[T, R] | None:
+        """Add a batch to `running`; returns None if nobody waits for it any more. `batches` run together with it."""
         wanted = [request for request in batch.requests if request.outcome is None]
+        if not wanted:
+            self._planner.cancel_batch(batch, [])
+            return None
+        self.running[id(batch)] = batch
+        return BatchRun(batch, wanted, self.now(), batches)
+
+    async def end(
+        self,
+        run: BatchRun[T, R],
+        outputs: Sequence[R | Exception] | Exception,
+        seconds: StageSeconds | None,
+        executor: Executor[T, R],
+        *,
+        overlapped: bool,
+    ) -> None:
+        """Use the outputs of a batch, or find its failing items. A batch that was preempted is requeued whole.
+
+        When cancelled, it leaves the batch in `running`, and requests without an outcome.
+        """
+        batch, wanted = run.batch, run.wanted
+        errors, requeued, was_preempted = list[Exception](), 0, isinstance(outputs, BatchPreemptedError)
         try:
-            if wanted:
-                outputs, seconds = await executor.attempt([request.payload for request in wanted], progress)
-                if isinstance(outputs, BatchPreemptedError):
-                    was_preempted = True
-                elif isinstance(outputs, Exception):
-                    errors, requeued = await self._find_failing(wanted, executor, outputs)
-                else:
-                    errors = self._succeed(wanted, outputs)
-                    self._history.record_success(len(wanted))
+            if not isinstance(outputs, Exception):
+                errors = self._succeed(wanted, outputs)
+                self._history.record_success(len(wanted))
+            elif not was_preempted:
+                errors, requeued = await self._find_failing(wanted, executor, outputs)
         finally:
-            if progress is not None:
-                progress.end()
-            total_s = self.now() - formed_s
+            total_s = (self.now() - run.formed_s) / run.batches
             if len(wanted) < len(batch.requests):
                 seconds = None
             if was_preempted:
@@ -95,7 +115,7 @@ class BatchRunner(Generic[T, R]):
             return
         if seconds is not None:
             self.shares.add(seconds)
-        self._report(batch, formed_s, total_s, seconds, errors, requeued, overlapped=progress is not None)
+        self._report(batch, run.formed_s, total_s, seconds, errors, requeued, overlapped=overlapped)
 
     def fail(self, request: Pending[T, R], failure: Failure) -> bool:
         """Give a request an error, if it has no outcome yet; returns whether it had none."""
@@ -124,7 +144,7 @@ class BatchRunner(Generic[T, R]):
             )
         self._record_failure(test, wanted, error, executor.device)
         while not executor.is_retired and (part := test.next_part()):
-            outputs, seconds = await executor.attempt([request.payload for request in part])
+            [(outputs, seconds)] = await executor.attempt([[request.payload for request in part]])
             if isinstance(outputs, Exception):
                 self._record_failure(test, part, outputs, executor.device)
             else:

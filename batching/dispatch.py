@@ -28,6 +28,8 @@ R = TypeVar("R")
 
 MIN_OVERLAP_SHARE = 0.1  # of a batch's time outside its second stage: the most that overlapping can save
 MIN_OVERLAP_S = 0.0005  # the same in seconds: overlapping costs two more visits to threads, about 50 microseconds each
+MAX_VISIT_ITEMS = 256  # of the batches that share a visit to the thread: with more, its share of an item is small
+MAX_VISIT_S = 0.0002  # that these may be expected to take: about what a visit costs
 PREFETCH_MARGIN = 2.0  # the next batch is formed this many expected first stages before the end of the second stage
 MAX_FAULTS_IN_A_ROW = 3
 BROKEN = "the scheduler is broken and runs nothing any more; the log says why; restart the process"
@@ -149,7 +151,7 @@ class Dispatcher(Generic[T, R]):
                     if self._should_overlap(executor):
                         await self._start_overlapped(batch, executor, overlapped)
                     else:
-                        await self._run(batch, executor)
+                        await self._run(self._for_one_visit(batch, executor), executor)
                         if executor.is_async or len(self._planner.queue) < self._planner.policy.max_batch_size:
                             await checkpoint()  # callers that got a result may send a request for the next batch
         finally:
@@ -168,8 +170,6 @@ class Dispatcher(Generic[T, R]):
             if executor.is_retired:
                 return None
             decision = self._decide(executor.device)
-            for request in decision.expired:
-                self.runner.fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
             if decision.batch is not None:
                 if len(self._planner.queue):
                     self.sleepers.wake_one()
@@ -183,7 +183,7 @@ class Dispatcher(Generic[T, R]):
         if self._should_wait_for_full_batch(device):
             return Decision()
         try:
-            return self._planner.decide(self.runner.now(), device=device, draining=not self.is_open)
+            decision = self._planner.decide(self.runner.now(), device=device, draining=not self.is_open)
         except _FAULTS as error:
             # One of these would have been the anchor. Without them the next decision may succeed.
             oldest = list(filter(None, map(self._planner.queue.oldest, Priority)))
@@ -191,6 +191,29 @@ class Dispatcher(Generic[T, R]):
                 self._planner.queue.discard(request)
             self._handle_fault(error, oldest)
             return Decision(wake_s=-math.inf)
+        for request in decision.expired:
+            self.runner.fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
+        return decision
+
+    def _for_one_visit(self, batch: Batch[Pending[T, R]], executor: Executor[T, R]) -> list[Batch[Pending[T, R]]]:
+        """The batch, and brief ones to run after it in the same visit to the thread, while full ones wait."""
+        batches, total_s, items = [batch], self._expected_s(batch), len(batch.requests)
+        limit = self._planner.policy.max_batch_size
+        while (
+            total_s < MAX_VISIT_S
+            and items + limit <= MAX_VISIT_ITEMS
+            and len(self._planner.queue) >= limit
+            and not executor.is_async
+            and (another := self._decide(executor.device).batch) is not None
+        ):
+            batches.append(another)
+            total_s += self._expected_s(another)
+            items += len(another.requests)
+        return batches
+
+    def _expected_s(self, batch: Batch[Pending[T, R]]) -> float:
+        """Seconds that a batch takes: the predicted ones, or those of recent batches if that is more."""
+        return max(batch.predicted_s, self.runner.shares.total_s)
 
     def _should_wait_for_full_batch(self, device: int) -> bool:
         """Whether `max_partial_in_flight` batches run, and too few requests wait for a full batch."""
@@ -220,7 +243,7 @@ class Dispatcher(Generic[T, R]):
         then requests may arrive that suit the next batch better.
         """
         progress = Progress(partial(self._planner.should_preempt, batch))
-        task_group.start_soon(self._run, batch, executor, progress)
+        task_group.start_soon(self._run, [batch], executor, progress)
         await progress.predict_started.wait()
         shares = self.runner.shares
         wait_s = batch.predicted_s * (1 - shares.outside - PREFETCH_MARGIN * shares.preprocess)
@@ -228,15 +251,23 @@ class Dispatcher(Generic[T, R]):
             await progress.predict_ended.wait()
 
     async def _run(
-        self, batch: Batch[Pending[T, R]], executor: Executor[T, R], progress: Progress | None = None
+        self, batches: list[Batch[Pending[T, R]]], executor: Executor[T, R], progress: Progress | None = None
     ) -> None:
-        try:
-            await self.runner.run(batch, executor, progress)
-        except _FAULTS as error:
-            self.runner.running.pop(id(batch), None)
-            self._handle_fault(error, batch.requests)
-        else:
-            self._faults_in_a_row = 0
+        """Run batches one after the other; with a `progress`, one batch at the same time as others."""
+        runs = [run for batch in batches if (run := self.runner.begin(batch, len(batches)))]
+        while runs:
+            results = await executor.attempt([[request.payload for request in run.wanted] for run in runs], progress)
+            for run, (outputs, seconds) in zip(runs, results, strict=False):
+                try:
+                    await self.runner.end(run, outputs, seconds, executor, overlapped=progress is not None)
+                except _FAULTS as error:
+                    self.runner.running.pop(id(run.batch), None)
+                    self._handle_fault(error, run.batch.requests)
+                else:
+                    self._faults_in_a_row = 0
+            del runs[: len(results)]
+        if progress is not None:
+            progress.end()
         if not self.is_open:
             self.sleepers.wake_all()  # to run requeued requests, or to end
         elif progress is not None:

@@ -3,7 +3,8 @@
 import inspect
 import logging
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from operator import is_
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 S = TypeVar("S")
+
+Ended = tuple[Sequence[R | Exception], StageSeconds]
+"""The outputs of a batch, and its seconds."""
 
 
 class BatchPreemptedError(Exception):
@@ -116,9 +120,11 @@ class Executor(Generic[T, R]):
             yield
 
     async def run_batch_while_paused(self, payloads: list[T]) -> Sequence[R | Exception]:
-        """Run a batch as `run` does, in a block of `paused`."""
+        """Run one batch, in a block of `paused`; raises what it raises."""
         self._ensure_open()
-        return checked_outputs((await self._run_in_time(payloads))[0], len(payloads))
+        ended: list[Ended[R]] = []
+        await self._run_in_time([payloads], ended)
+        return ended[0][0]
 
     async def run_while_paused(self, function: Callable[[], S], timeout_s: float | None) -> S:
         """Run a function in the main thread, in a block of `paused`."""
@@ -130,22 +136,6 @@ class Executor(Generic[T, R]):
         if self._is_closed:
             raise SchedulerClosedError("the scheduler closed before this could run")
 
-    async def run(
-        self, payloads: list[T], progress: "Progress | None" = None
-    ) -> tuple[Sequence[R | Exception], StageSeconds]:
-        """Run a batch, all its stages in one visit to the thread.
-
-        With a `progress`, each stage runs as soon as the batch before has left it. Then only the time in the stages
-        counts towards the time limit, not the time that the batch waits for other batches.
-        """
-        if progress is not None and self.stages is not None:
-            outputs, seconds = await self._run_overlapped(payloads, self.stages, progress)
-        else:
-            # All stages run at once, so no other batch may be in any of them.
-            async with nullcontext() if self.stages is None else self._side_lock, self._main_lock:
-                outputs, seconds = await self._run_in_time(payloads)
-        return checked_outputs(outputs, len(payloads)), seconds
-
     async def prepare(self) -> None:
         """Call `before_batch` in the main thread, without a time limit. Raises what it raises."""
         if self._before_batch is not None:
@@ -153,29 +143,51 @@ class Executor(Generic[T, R]):
                 await self._main.run(self._before_batch)
 
     async def attempt(
-        self, payloads: list[T], progress: "Progress | None" = None
-    ) -> tuple[Sequence[R | Exception] | Exception, StageSeconds | None]:
-        """Run a batch; return the error, if any, in place of the outputs.
+        self, batches: Sequence[list[T]], progress: "Progress | None" = None
+    ) -> list[Ended[R] | tuple[Exception, None]]:
+        """Run batches one after the other, up to the first that fails: its error is then the last of the results.
 
-        So no frame of the error's traceback refers to the requests that will refer to the error.
+        Synchronous batches run in one visit to the thread, in which the time limit is for all of them together. With a
+        `progress`, there is one batch, and each stage of it runs as soon as the batch before has left it. Then only the
+        time in the stages counts towards the time limit, not the time that the batch waits for other batches.
         """
+        ended: list[Ended[R]] = []
         try:
             await self.prepare()
-            return await self.run(payloads, progress)
+            if progress is not None and self.stages is not None:
+                [payloads] = batches
+                ended.append(await self._run_overlapped(payloads, self.stages, progress))
+            else:
+                # All stages run at once, so no other batch may be in any of them.
+                async with nullcontext() if self.stages is None else self._side_lock, self._main_lock:
+                    await self._run_in_time(batches, ended)
         except Exception as error:  # noqa: BLE001  # user code may raise anything; the items get it as their error
-            return error, None
+            # It is returned, so that no frame of its traceback refers to the requests that will refer to it.
+            return [*ended, (error, None)]
+        return [*ended]
 
-    async def _run_in_time(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
-        if math.isinf(self._timeout_s):
-            return await self._run_at_once(payloads)
-        with anyio.move_on_after(self._timeout_s):
-            return await self._run_at_once(payloads)
-        raise BatchTimeoutError(self._timeout_s, len(payloads))
+    async def _run_in_time(self, batches: Sequence[list[T]], ended: list[Ended[R]]) -> None:
+        """Run batches, and add each to `ended` once it has; raises what the first that fails raises."""
+        waiting = iter(batches)
+        try:
+            with nullcontext() if math.isinf(self._timeout_s) else anyio.move_on_after(self._timeout_s):
+                await self._run_at_once(waiting, ended)
+        finally:
+            deque(waiting, maxlen=0)  # an abandoned thread begins no further batch
+        if (count := len(ended)) < len(batches):
+            raise BatchTimeoutError(self._timeout_s, len(batches[count]))
 
-    async def _run_at_once(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
-        """Call the function, or all stages in a row, without a time limit."""
-        if not self.is_async:
-            return await self._main.run(partial(_run_synchronously, self._run_batch, payloads))
+    async def _run_at_once(self, batches: Iterator[list[T]], ended: list[Ended[R]]) -> None:
+        """As `_run_in_time`, without a time limit."""
+        if self.is_async:
+            for payloads in batches:
+                outputs, seconds = await self._run_in_loop(payloads)
+                ended.append((checked_outputs(outputs, len(payloads)), seconds))
+        else:
+            await self._main.run(partial(_run_synchronously, self._run_batch, batches, ended))
+
+    async def _run_in_loop(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
+        """Call the function, or all stages in a row, of which some are asynchronous."""
         if self.stages is None:
             outputs, seconds = await _call(self._main, cast("Callable[..., Any]", self._run_batch), payloads)
             return outputs, StageSeconds(0.0, seconds, 0.0)
@@ -184,9 +196,7 @@ class Executor(Generic[T, R]):
         outputs, postprocess_s = await _call(self._main, self.stages.postprocess, payloads, raw)
         return outputs, StageSeconds(preprocess_s, predict_s, postprocess_s)
 
-    async def _run_overlapped(
-        self, payloads: list[T], stages: Stages[T, R], progress: "Progress"
-    ) -> tuple[Any, StageSeconds]:
+    async def _run_overlapped(self, payloads: list[T], stages: Stages[T, R], progress: "Progress") -> Ended[R]:
         left_s = self._timeout_s
         async with self._side_lock:
             prepared, preprocess_s = await self._run_stage(self._side, left_s, stages.preprocess, payloads)
@@ -200,7 +210,7 @@ class Executor(Generic[T, R]):
         left_s -= predict_s
         async with self._side_lock:
             outputs, postprocess_s = await self._run_stage(self._side, left_s, stages.postprocess, payloads, raw)
-        return outputs, StageSeconds(preprocess_s, predict_s, postprocess_s)
+        return checked_outputs(outputs, len(payloads)), StageSeconds(preprocess_s, predict_s, postprocess_s)
 
     async def _run_stage(
         self, thread: DedicatedThread, left_s: float, stage: Callable[..., S], payloads: list[T], *more: Any
@@ -230,7 +240,13 @@ async def _call(thread: DedicatedThread, stage: Callable[..., Any], payloads: li
     return result, perf_counter() - started_s
 
 
-def _run_synchronously(run_batch: RunBatch[T, R], payloads: list[T]) -> tuple[Any, StageSeconds]:
+def _run_synchronously(run_batch: RunBatch[T, R], batches: Iterator[list[T]], ended: list[Ended[R]]) -> None:
+    for payloads in batches:
+        outputs, seconds = _run_stages(run_batch, payloads)
+        ended.append((checked_outputs(outputs, len(payloads)), seconds))
+
+
+def _run_stages(run_batch: RunBatch[T, R], payloads: list[T]) -> tuple[Any, StageSeconds]:
     if not isinstance(run_batch, Stages):
         outputs, seconds = _timed(run_batch, payloads)
         return outputs, StageSeconds(0.0, seconds, 0.0)

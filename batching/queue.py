@@ -208,15 +208,21 @@ class RequestQueue(Generic[RequestT]):
 
     def take(self, requests: list[RequestT]) -> None:
         """Remove requests, all of which wait."""
-        lanes, seconds_of = self._lanes, self._seconds_of
-        for request in requests:
-            lane, size = lanes[request.priority], request.size
-            index = _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
-            request.sequence = -request.sequence
-            lane.count -= 1
-            lane.counts[index] -= 1
-            lane.seconds -= seconds_of[index]
-            lane.stale += 1
+        seconds_of = self._seconds_of
+        for priority, lane in self._lanes.items():
+            if not lane.count:
+                continue
+            taken = [request for request in requests if request.priority is priority]
+            counts, seconds = lane.counts, lane.seconds
+            for request in taken:
+                size = request.size
+                index = _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
+                request.sequence = -request.sequence
+                counts[index] -= 1
+                seconds -= seconds_of[index]
+            lane.seconds = seconds
+            lane.count -= len(taken)
+            lane.stale += len(taken)
         self._length -= len(requests)
         for lane in self._lanes.values():
             lane.sweep()

@@ -1,5 +1,6 @@
 """What runs a batch: one function, or three stages that may overlap with those of the next batch."""
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -58,11 +59,16 @@ class StageShares:
         """The share of the first and the last stage together: the most that overlapping can save."""
         self.outside_s = 0.0
         """The same in seconds."""
+        self.total_s = math.inf
+        """Seconds of all stages; infinite before the first batch."""
         self._smoothing = 1.0
 
     def add(self, seconds: StageSeconds) -> None:
         """Take a batch into account."""
         if seconds.total_s > 0:
+            if math.isinf(self.total_s):
+                self.total_s = seconds.total_s
+            self.total_s += self._smoothing * (seconds.total_s - self.total_s)
             outside_s = seconds.preprocess_s + seconds.postprocess_s
             self.preprocess += self._smoothing * (seconds.preprocess_s / seconds.total_s - self.preprocess)
             self.outside += self._smoothing * (outside_s / seconds.total_s - self.outside)

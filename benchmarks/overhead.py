@@ -50,7 +50,7 @@ class OverheadStudy:
             figure(submit, f"submit, batches of {batch_size}", "us/item"),
             figure(many, f"submit_many, batches of {batch_size}", "us/item"),
             ratio(submit, bare, f"submit / bare queue and thread, {batch_size}", at_most=2),
-            ratio(many, submit, f"submit_many / submit, {batch_size}", at_most=1 / 3 if is_large else None),
+            ratio(many, submit, f"submit_many / submit, {batch_size}", at_most=1 / 3 if is_large else 1 / 2),
         ]
         for name in self._libraries:
             library = f"{name} {batch_size}"

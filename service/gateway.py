@@ -16,8 +16,8 @@ from modalkit.batching import (
 )
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel
 from modalkit.service.errors import Readiness, UnknownModelError
-from modalkit.service.jobs import ALL_JOBS, Job, JobBatchLines, JobCounts, JobFilter, JobPage, JobPiece, JobStore
-from modalkit.service.jobs.batches import JobBatches
+from modalkit.service.jobs import Job, JobBatchLines, JobPiece
+from modalkit.service.jobs.manager import JobManager
 from modalkit.service.settings import BatchConfig
 
 
@@ -86,44 +86,12 @@ class Model(Protocol):
         """What this process did for the model so far; None before the model is loaded."""
 
 
-class JobAdministration(Protocol):
-    """What can be done with many jobs at once, in an engine that can list its jobs. Methods raise `JobStoreError`."""
-
-    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
-        """Up to `limit` jobs that `which` covers, the newest first; `cursor` is that of the page before."""
-
-    async def replay(self, job_ids: Sequence[str] | None = None, *, owner: str | None = None) -> int:
-        """Send the undelivered results of these jobs, or of all (of that `owner`), once more; returns how many."""
-
-    async def purge(self, which: JobFilter) -> int:
-        """Remove the ended jobs that `which` covers; returns how many."""
-
-    async def retry(self, job_ids: Sequence[str] | None = None, which: JobFilter = ALL_JOBS) -> int:
-        """Run failed, expired and cancelled jobs that `which` covers once more, all or of these ids; returns how many.
-
-        A job whose message is about to be sent is not changed.
-        """
-
-    async def counts(self) -> JobCounts:
-        """How many jobs there are by status and by delivery."""
-
-    @property
-    def batches(self) -> JobBatches:
-        """The jobs that were submitted as lines of a batch."""
-        ...
-
-    @property
-    def documents(self) -> JobStore:
-        """What keeps the files of clients of other servers."""
-        ...
-
-
 class Jobs(Protocol):
     """The jobs of all models. Methods raise `JobStoreError`."""
 
     @property
-    def administration(self) -> JobAdministration | None:
-        """None where the engine cannot list, replay, purge or count jobs."""
+    def administration(self) -> JobManager | None:
+        """What can be done with many jobs at once; None where the engine cannot list, replay, purge or count jobs."""
 
     @property
     def failure(self) -> Exception | None:

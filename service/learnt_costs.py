@@ -16,6 +16,7 @@ from anyio import CancelScope, to_thread
 from modalkit.batching import BatchScheduler, CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, undisturbed
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
+from modalkit.pipelines.files import replacing
 from modalkit.service.errors import describe_error
 from modalkit.service.pipeline_batches import at_full_load, is_asynchronous_pipeline, is_too_large, max_in_flight_of
 from modalkit.service.settings import BatchConfig
@@ -167,18 +168,14 @@ def save_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> None:
 
     Several threads and processes may do so concurrently; readers see the old file or the new one.
     """
-    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_name(f"{path.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             tables = [table for table in _read(path) if table["key"] != asdict(key)]
             tables.append({"key": asdict(key), "costs": model.state()})
-            try:
-                partial.write_text(json.dumps({"version": FILE_VERSION, "tables": tables}, indent=1), encoding="utf-8")
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
+            with replacing(path) as new:
+                new.write_text(json.dumps({"version": FILE_VERSION, "tables": tables}, indent=1), encoding="utf-8")
     except OSError as error:
         logger.warning("%s: batch costs cannot be kept (%s); the next start measures them again", path, error)
 

@@ -155,16 +155,11 @@ def enable_tracing_from_environment() -> None:
         logger.warning("Nothing is traced, because %s is not installed: %s", error.name, install_command("otel"))
         return
     if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        provider = TracerProvider(
-            resource=Resource.create({"service.name": _service_name(), "service.version": VERSION})
-        )
+        name = os.environ.get("OTEL_SERVICE_NAME") or "modalkit"
+        provider = TracerProvider(resource=Resource.create({"service.name": name, "service.version": VERSION}))
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         trace.set_tracer_provider(provider)  # its spans are sent when the process ends, too
     enable_tracing()
-
-
-def _service_name() -> str:
-    return os.environ.get("OTEL_SERVICE_NAME") or "modalkit"
 
 
 def checked_traceparent(value: str) -> str | None:

@@ -7,7 +7,6 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from pydantic import ValidationError
@@ -18,6 +17,7 @@ from modalkit.pipelines.engines.sameness import Same
 from modalkit.pipelines.engines.settings import EngineChoice, EngineSettings
 from modalkit.pipelines.engines.torch_engine import changing_dimensions, device_of
 from modalkit.pipelines.errors import EngineError
+from modalkit.pipelines.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +65,8 @@ class Kept:
         """Write a choice for later starts; without a place for it, they measure again."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial = self._choice.with_suffix(f".{uuid4().hex}")
-            try:
-                partial.write_text(choice.model_dump_json(indent=1), encoding="utf-8")
-                partial.replace(self._choice)
-            finally:
-                partial.unlink(missing_ok=True)
+            with replacing(self._choice) as new:
+                new.write_text(choice.model_dump_json(indent=1), encoding="utf-8")
         except OSError as error:
             logger.warning("%s: the choice of an engine cannot be kept (%s)", self._choice, error)
 

@@ -21,7 +21,7 @@ from modalkit.service.calls.published_metrics import PublishedMetrics
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import json_form, make_job_id, parse_job_id, read_job
 from modalkit.service.errors import NotAvailableError, ServiceError, describe_error
-from modalkit.service.gateway import JobAdministration, Model, find_model
+from modalkit.service.gateway import Model, find_model
 from modalkit.service.jobs import Job, JobBatchLines, JobPiece, JobStatus, JobStoreError
 from modalkit.service.jobs.life import new_job, request_digest
 from modalkit.service.jobs.queue_rules import QueueRules
@@ -61,7 +61,7 @@ class CallJobs(AsyncContextManagerMixin):
     administration. See `CallModel` for `input_model_path`.
     """
 
-    administration: JobAdministration | None = None
+    administration: None = None
     failure: None = None
 
     def __init__(

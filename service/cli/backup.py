@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from modalkit.pipelines.files import replacing
 from modalkit.service.cli.common import ConfigFiles, notices
 from modalkit.service.errors import ServiceError
 from modalkit.service.jobs.sqlite_schema import open_for_reading
@@ -42,18 +43,12 @@ def backup(
     if not file.parent.is_dir():
         raise typer.BadParameter(f"there is no folder {file.parent}: make it, or name another file", param_hint="FILE")
     try:
-        copy_store(source, file)
+        with (
+            replacing(file) as new,
+            closing(open_for_reading(source)) as database,
+            closing(sqlite3.connect(new)) as copy,
+        ):
+            database.backup(copy)  # in one transaction
     except sqlite3.Error as error:
         raise BackupError(f"{source} could not be copied to {file}: {error}") from error
     notices.print(f"The jobs are in {file}", markup=False)
-
-
-def copy_store(source: Path, target: Path) -> None:
-    """Copy a database in one transaction. What could not be copied whole is removed. Raises `sqlite3.Error`."""
-    partial = target.with_name(f"{target.name}.partial")
-    try:
-        with closing(open_for_reading(source)) as database, closing(sqlite3.connect(partial)) as copy:
-            database.backup(copy)
-        partial.rename(target)
-    finally:
-        partial.unlink(missing_ok=True)

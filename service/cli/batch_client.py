@@ -18,9 +18,8 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.backoff import backoff_with_jitter
-from modalkit.service.cli.common import notices
+from modalkit.service.cli.common import SHOWN_ERRORS, notices
 from modalkit.service.cli.jobs_client import AWAY, AwayError, JobsClient, JobsError
-from modalkit.service.cli.predict import SHOWN_ERRORS
 from modalkit.service.cli.records import Record, kept_columns
 from modalkit.service.cli.results import ResultWriter
 from modalkit.service.errors import ServiceError

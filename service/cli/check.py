@@ -14,7 +14,7 @@ from rich.table import Table
 
 from modalkit.batching import BatchRecord, Failure, Outcome
 from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline, RejectItem
-from modalkit.service.cli.common import AsJson, ConfigFiles, notices, try_api_keys
+from modalkit.service.cli.common import EXIT_FAILURE, EXIT_USAGE, AsJson, ConfigFiles, notices, try_api_keys
 from modalkit.service.errors import OutputNotJsonError, ServiceError, describe_with_line
 from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
 from modalkit.service.made_up_items import MadeUpItems, NoItemsError, make_up_items
@@ -99,7 +99,7 @@ def check(
         _print_tables(sources, reports, service)
     errors = [report.error for report in reports if report.error is not None]
     if errors:
-        raise typer.Exit(2 if any(isinstance(error, LoadError) for error in errors) else 1)
+        raise typer.Exit(EXIT_USAGE if any(isinstance(error, LoadError) for error in errors) else EXIT_FAILURE)
 
 
 def _as_json(source: ModelSource, report: _Report) -> dict[str, object]:

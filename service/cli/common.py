@@ -1,17 +1,15 @@
 """Options and steps that several subcommands share."""
 
 import math
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
-from uuid import uuid4
 
 import typer
 from anyio.from_thread import start_blocking_portal
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from modalkit.service.loading import LoadError, ModelSource
 from modalkit.service.settings import AuthConfig, Settings
@@ -32,6 +30,8 @@ EXIT_LINES_FAILED = 4
 """The exit code of a command that has run all lines, some of which have errors. 3 is that of `modalkit serve`."""
 EXIT_AWAY = 5
 """The exit code where the service cannot be reached: the same command may succeed later."""
+SHOWN_ERRORS = 20
+"""Errors of lines that a command prints; of more, it tells only the number."""
 notices = Console(stderr=True, soft_wrap=True, highlight=False)
 """Messages for people, on standard error; standard output is for results."""
 
@@ -74,6 +74,20 @@ NOT_NEGATIVE = _number_option(float, "a number from 0", lambda value: value >= 0
 """Arguments of an option with a number that may be 0."""
 
 
+def progress_of_lines() -> Progress:
+    """A bar for lines that run or are sent, with their rate; nothing where standard error is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(show_speed=True),
+        TimeRemainingColumn(),
+        console=notices,
+        transient=True,
+        disable=not notices.is_terminal,
+    )
+
+
 def model_source(settings: Settings, model_name: str | None) -> ModelSource:
     """The model of that name, by default the first; raises `UnknownModelError` and `LoadError`."""
     entries = settings.model_settings.model_entries
@@ -88,19 +102,3 @@ def try_api_keys(config: AuthConfig) -> None:
     if config.uses_ssm:
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(keys.opened()):
             pass
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A path for a new file, which takes the place of `target`, with its permissions, when the block ends.
-
-    When the block raises, what was written there is removed, and `target` stays as it was.
-    """
-    new = target.with_name(f"{target.name}.{uuid4().hex[:8]}.tmp")
-    try:
-        yield new
-        if target.exists():
-            shutil.copymode(target, new)
-        new.replace(target)
-    finally:
-        new.unlink(missing_ok=True)

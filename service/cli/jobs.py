@@ -166,16 +166,9 @@ def replay(
     if bool(job_ids) == everything:
         raise typer.BadParameter("give the ids of jobs, or --all for every undelivered result, and not both")
     with _jobs(url, key, config).opened() as client:
-        if everything:
-            replayed = client.ask(Replayed, "POST", "/replay").replayed
-        else:
-            replayed = _each(client, job_ids or (), "/replay")
-    if replayed:
-        typer.echo(f"{replayed} result{'' if replayed == 1 else 's'} will be sent once more, {client.sent_when}.")
-    elif everything:
-        typer.echo("There are no undelivered results.")
-    if replayed < len(set(job_ids or ())):
-        raise typer.Exit(EXIT_FAILURE)
+        count = _each(client, job_ids, "/replay") if job_ids else client.ask(Replayed, "POST", "/replay").replayed
+    done = f"{count} result{'' if count == 1 else 's'} will be sent once more, {client.sent_when}."
+    _report(count, job_ids, done, "There are no undelivered results.")
 
 
 @app.command()
@@ -205,17 +198,13 @@ def retry(
     if job_ids and (status or model or batch):
         raise typer.BadParameter("--status, --model and --batch select from --all; leave them out, or the ids")
     with _jobs(url, key, config).opened() as client:
-        if everything:
-            parameters = {"status": status, "model_name": model, "batch_id": batch}
-            retried = client.ask(Retried, "POST", "/retry", parameters=parameters).retried
+        if job_ids:
+            count = _each(client, job_ids, "/retry")
         else:
-            retried = _each(client, job_ids or (), "/retry")
-    if retried:
-        typer.echo(f"{retried} job{' runs' if retried == 1 else 's run'} once more, {client.sent_when}.")
-    elif everything:
-        typer.echo("There are no such jobs.")
-    if retried < len(set(job_ids or ())):
-        raise typer.Exit(EXIT_FAILURE)
+            parameters = {"status": status, "model_name": model, "batch_id": batch}
+            count = client.ask(Retried, "POST", "/retry", parameters=parameters).retried
+    done = f"{count} job{' runs' if count == 1 else 's run'} once more, {client.sent_when}."
+    _report(count, job_ids, done, "There are no such jobs.")
 
 
 @app.command()
@@ -320,6 +309,14 @@ def _ask_about(client: JobsClient, job_id: str, method: str, path: str = "") -> 
 def _each(client: JobsClient, job_ids: Sequence[str], path: str) -> int:
     """Send a request for each of these jobs; returns how many were accepted."""
     return sum(_ask_about(client, job_id, "POST", path) is not None for job_id in _distinct(job_ids))
+
+
+def _report(count: int, job_ids: Sequence[str] | None, done: str, nothing: str) -> None:
+    """Print what was `done` to `count` jobs. Raises `typer.Exit` where that was not all that were named."""
+    if count or not job_ids:
+        typer.echo(done if count else nothing)
+    if count < len(set(job_ids or ())):
+        raise typer.Exit(EXIT_FAILURE)
 
 
 def job_table(jobs: Sequence[JobView], width: int) -> Table:

@@ -4,31 +4,36 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
 import typer
 from anyio import to_thread
-from pydantic import BaseModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from modalkit.batching import BatchRecord, Failure, Outcome, Priority, SchedulerStatistics
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
-from modalkit.service.cli.common import EXIT_LINES_FAILED, ConfigFiles, ModelOption, model_source, notices
+from modalkit.service.cli.common import (
+    EXIT_LINES_FAILED,
+    SHOWN_ERRORS,
+    ConfigFiles,
+    ModelOption,
+    model_source,
+    notices,
+    progress_of_lines,
+)
 from modalkit.service.cli.records import (
     ColumnOption,
     FileFormat,
     FormatOption,
     Record,
     kept_columns,
-    read_file,
+    open_input,
     read_records,
-    read_standard_input,
     require_file,
-    rows_of,
     validated,
 )
 from modalkit.service.cli.results import (
@@ -46,14 +51,6 @@ from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker, short_lived_worker
 
 MAX_CHUNK_ITEMS = 4096
-SHOWN_ERRORS = 20
-COLUMNS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TaskProgressColumn(show_speed=True),
-    TimeRemainingColumn(),
-)
 
 
 def predict(
@@ -95,13 +92,20 @@ def predict(
         raise typer.BadParameter("there is nothing to read: give texts, --input FILE, or pipe lines in")
     if resume and output_path is None:
         raise typer.BadParameter("there is no output to go on with: give --output", param_hint="--resume")
+    path = input_path or Path("-")
+    require_file(path, "--input")
     settings = Settings.load(config)
     source = model_source(settings, model)
-    records, total = _open_input(texts, input_path, file_format, source.input_model, column)
+    input_fields = list(source.input_model.model_fields)
+    total: int | None = len(texts or ())
+    if texts:
+        records = read_records(texts, FileFormat.TXT, input_fields, None)
+    else:
+        records, total = open_input(path, file_format, input_fields, column)
     fields = list(source.output_model.model_fields)
     begun_by = {
         "command": "predict",
-        "input": texts or identity_of(input_path or Path("-")),
+        "input": texts or identity_of(path),
         "--format": file_format,
         "--column": column,
         "--keep-columns": keep_columns,
@@ -110,32 +114,13 @@ def predict(
     with result_file(output_path, fields=fields, run=begun_by, resume=resume, force=force) as writer:
         with notices.status(f"Loading {source.model_name} ..."):
             pipeline = source.load()
-        with Progress(*COLUMNS, console=notices, transient=True, disable=not notices.is_terminal) as progress:
+        with progress_of_lines() as progress:
             progress.add_task("Running", total=total, completed=writer.done)
             run = _Run(writer, progress, source.settings, fields if keep_columns else None)
-            anyio.run(run.score, pipeline, islice(records, writer.done, None))
+            anyio.run(run.score, pipeline, islice(validated(records, source.input_model), writer.done, None))
     run.report(single=bool(texts))
     if run.failed:
         raise typer.Exit(EXIT_LINES_FAILED)
-
-
-def _open_input(
-    texts: list[str] | None,
-    path: Path | None,
-    file_format: FileFormat | None,
-    input_model: type[BaseModel],
-    column: str | None,
-) -> tuple[Iterator[Record], int | None]:
-    """The records, and their number where it is known before they are read."""
-    fields = list(input_model.model_fields)
-    if texts:
-        return validated(read_records(texts, FileFormat.TXT, fields, None), input_model), len(texts)
-    if path is None or str(path) == "-":
-        return validated(read_standard_input(file_format, fields, column), input_model), None
-    require_file(path, "--input")
-    records, total = read_file(path, file_format, fields, column), rows_of(path, file_format)
-    # The first record is read now, so that a file without the column is refused before the model is loaded.
-    return validated(chain(list(islice(records, 1)), records), input_model), total
 
 
 @dataclass(slots=True)

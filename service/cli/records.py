@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TextIO, cast
 
@@ -95,6 +96,20 @@ def format_of(path: Path) -> FileFormat:
         ) from None
 
 
+def open_input(
+    path: Path, given: FileFormat | None, fields: Sequence[str], column: str | None
+) -> tuple[Iterator[Record], int | None]:
+    """The items of a file, or of standard input for ``-``, and their number where it is known before they are read.
+
+    The first item of a file is read at once, so that a file without the column is refused before anything is done.
+    Raises `InputError` and ``OSError``.
+    """
+    if str(path) == "-":
+        return _read_standard_input(given, fields, column), None
+    records = read_file(path, given, fields, column)
+    return chain(list(islice(records, 1)), records), _rows_of(path, given)
+
+
 def read_file(
     path: Path, given: FileFormat | None, fields: Sequence[str] | None, column: str | None
 ) -> Iterator[Record]:
@@ -111,13 +126,13 @@ def read_file(
 
 
 def require_file(path: Path, param_hint: str) -> None:
-    """Raise ``typer.BadParameter`` where there is no regular file: one is read more than once."""
-    if not path.is_file():
+    """Raise ``typer.BadParameter`` where there is no regular file, nor ``-``: a file is read more than once."""
+    if str(path) != "-" and not path.is_file():
         reason = "is no file; give the name of one, or - for standard input" if path.exists() else "does not exist"
         raise typer.BadParameter(f"{path} {reason}", param_hint=param_hint)
 
 
-def read_standard_input(given: FileFormat | None, fields: Sequence[str], column: str | None) -> Iterator[Record]:
+def _read_standard_input(given: FileFormat | None, fields: Sequence[str], column: str | None) -> Iterator[Record]:
     """The items of standard input, by default of lines of text. Raises `InputError`."""
     if given is FileFormat.PARQUET:
         raise InputError("Parquet cannot be read from standard input: give the name of a file")
@@ -125,7 +140,7 @@ def read_standard_input(given: FileFormat | None, fields: Sequence[str], column:
         yield from _text_records(file, "standard input", given or FileFormat.TXT, fields, column)
 
 
-def rows_of(path: Path, given: FileFormat | None) -> int | None:
+def _rows_of(path: Path, given: FileFormat | None) -> int | None:
     """How many items a file has, about; None where that is not known before it is read."""
     if (given or format_of(path)) is FileFormat.PARQUET:
         with _parquet_file(path) as parquet:

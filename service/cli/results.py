@@ -20,7 +20,8 @@ from typing import IO, Annotated, Any, TextIO, cast
 
 import typer
 
-from modalkit.service.cli.common import notices, replacing
+from modalkit.pipelines.files import replacing
+from modalkit.service.cli.common import notices
 from modalkit.service.cli.records import InputError, require_parquet
 
 JSON_LINES_SUFFIXES = ("", ".json", ".jsonl", ".ndjson")

@@ -3,34 +3,22 @@
 import re
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import anyio
 import typer
 from pydantic import BaseModel, Field
-from rich.progress import Progress
 
 from modalkit.batching import Priority
 from modalkit.service.cli.batch_client import BatchRun
-from modalkit.service.cli.common import EXIT_LINES_FAILED, NOT_NEGATIVE, ConfigFiles, notices, one_of
+from modalkit.service.cli.common import EXIT_LINES_FAILED, NOT_NEGATIVE, ConfigFiles, notices, one_of, progress_of_lines
 from modalkit.service.cli.jobs import Key, Url
 from modalkit.service.cli.jobs_client import JobsClient, JobsError
-from modalkit.service.cli.predict import COLUMNS
-from modalkit.service.cli.records import (
-    ColumnOption,
-    FileFormat,
-    FormatOption,
-    Record,
-    read_file,
-    read_standard_input,
-    require_file,
-    rows_of,
-)
+from modalkit.service.cli.records import ColumnOption, FormatOption, open_input, require_file
 from modalkit.service.cli.reload import DEFAULT_URL
 from modalkit.service.cli.results import (
     ForceOption,
@@ -108,8 +96,7 @@ def submit(
         raise typer.BadParameter(
             "it must be 1 to 100 letters, digits, dots, hyphens or underscores", param_hint="--batch"
         )
-    if str(path) != "-":
-        require_file(path, "FILE")
+    require_file(path, "FILE")
     begun_by: dict[str, Any] = {
         "command": "submit",
         "input": identity_of(path),
@@ -127,14 +114,11 @@ def submit(
     query = {} if model is None else {"model_name": model}
     schemas = _schemas_of(JobsClient.of_service(url or DEFAULT_URL, key, header), model)
     fields, results = list(schemas.input.properties), list(schemas.output.properties)
-    records, total = _records_of(path, file_format, fields, column)
+    records, total = open_input(path, file_format, fields, column)
     queues = {"success_queue": success_queue, "failure_queue": failure_queue}
     started_s = time.perf_counter()
     writing = result_file(output_path, fields=results, run=begun_by, resume=resume, force=force)
-    with (
-        writing if wait else nullcontext() as writer,
-        Progress(*COLUMNS, console=notices, transient=True, disable=not notices.is_terminal) as progress,
-    ):
+    with writing if wait else nullcontext() as writer, progress_of_lines() as progress:
         done = 0 if writer is None else writer.done
         after = deque(islice(records, done), maxlen=1)  # the last one that has a result
         task = progress.add_task("Running" if wait else "Sending", total=total, completed=done)
@@ -173,17 +157,6 @@ def _schemas_of(client: JobsClient, model: str | None) -> _ModelSchemas:
     if model not in models:
         raise JobsError(f"{client.name} has no model {model!r}; it has: {', '.join(models)}")
     return models[model]
-
-
-def _records_of(
-    path: Path, file_format: FileFormat | None, fields: Sequence[str], column: str | None
-) -> tuple[Iterator[Record], int | None]:
-    """The records, and their number where it is known before they are read."""
-    if str(path) == "-":
-        return read_standard_input(file_format, fields, column), None
-    records = read_file(path, file_format, fields, column)
-    # The first one is read now, so that a file without the column is refused before anything is sent.
-    return chain(list(islice(records, 1)), records), rows_of(path, file_format)
 
 
 def _report(ran: BatchRun, elapsed_s: float, before: int, *, waited: bool) -> None:

@@ -21,7 +21,8 @@ from rich.table import Table
 from modalkit.batching import MeasuredCostModel
 from modalkit.batching.calibration import Calibration, Measurement, undisturbed
 from modalkit.pipelines import InferencePipeline
-from modalkit.service.cli.common import POSITIVE, AsJson, ConfigFiles, ModelOption, model_source, notices, replacing
+from modalkit.pipelines.files import replacing
+from modalkit.service.cli.common import POSITIVE, AsJson, ConfigFiles, ModelOption, model_source, notices
 from modalkit.service.cli.records import ColumnOption, FileFormat, FormatOption, read_file, validated
 from modalkit.service.errors import describe_error
 from modalkit.service.learnt_costs import CostKey, save_costs

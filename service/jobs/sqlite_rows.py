@@ -121,13 +121,17 @@ SELECT = f"SELECT {READ_COLUMNS} FROM jobs"  # noqa: S608  # names of our own, n
 
 
 def find_job(database: sqlite3.Connection, job_id: str) -> Job | None:
-    """The job of this id."""
+    """The job of this id, or None if there is none (any more)."""
     row = database.execute(f"{SELECT} WHERE job_id = ?", (job_id,)).fetchone()
     return None if row is None else job_from_row(row)
 
 
-def page_of_jobs(database: sqlite3.Connection, limit: int, which: JobFilter, cursor: int | None) -> JobPage:
-    """A page of jobs without their messages; the cursor is the `seq` of the last job of the page before."""
+def page_of_jobs(database: sqlite3.Connection, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
+    """Up to `limit` jobs that match `which`, the newest first, starting at the `next_cursor` of another page.
+
+    Their messages are not read: `message_json` is an empty object. A page that would have more than `PAGE_BYTES` has
+    fewer jobs; `next_cursor`, the `seq` of the last one, tells whether more follow.
+    """
     condition, values = condition_of(which)
     if cursor is not None:
         condition, values = f"{condition} AND seq < ?", [*values, cursor]
@@ -178,7 +182,7 @@ COUNTED: dict[str, JobStatus | DeliveryStatus] = {
 
 
 def counts_of_jobs(database: sqlite3.Connection) -> JobCounts:
-    """How many jobs there are of each kind."""
+    """How many jobs there are of each kind; takes the same time however many there are."""
     found = dict(database.execute("SELECT status, jobs FROM counts"))
     counts = {kind: found.get(key, 0) for key, kind in COUNTED.items()}
     return JobCounts(

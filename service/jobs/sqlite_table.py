@@ -225,10 +225,7 @@ class JobTable:
         cancelled = None if job is None else life.cancel_job(job, now)
         if job is None or cancelled is None:
             return job
-        self._database.execute(
-            "UPDATE jobs SET status = 'cancelled', finished_at = ?, retry_at = NULL WHERE job_id = ?",
-            (microseconds(now), job_id),
-        )
+        self._database.execute(sql.CANCEL, (microseconds(now), _json([job_id])))
         self._move(job.status, JobStatus.CANCELLED, 1)
         return cancelled
 

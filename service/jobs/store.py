@@ -15,7 +15,7 @@ from modalkit.service.jobs import sqlite_batches as batches
 from modalkit.service.jobs import sqlite_many as many
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreUnavailableError
-from modalkit.service.jobs.model import Job, JobBatch, JobBatchResult, JobCounts, JobFilter, JobPage
+from modalkit.service.jobs.model import Job, JobFilter
 from modalkit.service.jobs.sqlite_many import ROWS_PER_STEP
 from modalkit.service.jobs.sqlite_rows import condition_of, counts_of_jobs, find_job, microseconds, page_of_jobs
 from modalkit.service.jobs.sqlite_table import JobTable
@@ -57,6 +57,18 @@ def _operation(
     @wraps(change)
     async def perform(store: "JobStore", /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await store._perform(lambda table: change(table, *args, **kwargs))  # noqa: SLF001  # a method of it
+
+    return perform
+
+
+def _reading(
+    read: Callable[Concatenate[sqlite3.Connection, P], T],
+) -> Callable[Concatenate["JobStore", P], Coroutine[Any, Any, T]]:
+    """A method of the store that calls this function with a database of what was committed."""
+
+    @wraps(read)
+    async def perform(store: "JobStore", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await store._read(lambda database: read(database, *args, **kwargs))  # noqa: SLF001  # a method of it
 
     return perform
 
@@ -188,61 +200,21 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         await self.counts()
         self.failure = None
 
-    async def get(self, job_id: str) -> Job | None:
-        """The job of this id, or None if there is none (any more)."""
-        return await self._read(lambda database: find_job(database, job_id))
-
-    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
-        """Up to `limit` jobs that match `which`, the newest first, starting at the `next_cursor` of another page.
-
-        Their messages are not read: `message_json` is an empty object. A page that would have more than `PAGE_BYTES`
-        has fewer jobs; `next_cursor` tells whether more follow.
-        """
-        return await self._read(lambda database: page_of_jobs(database, limit, which, cursor))
-
-    async def counts(self) -> JobCounts:
-        """How many jobs there are of each kind; takes the same time however many there are."""
-        return await self._read(counts_of_jobs)
-
-    async def batch(self, batch_id: str, owner: str | None, now: float) -> JobBatch | None:
-        """The jobs of a batch, of one owner or of all, counted; None where there is none."""
-        return await self._read(lambda database: batches.find_batch(database, batch_id, owner, now))
-
-    async def has_batch(self, batch_id: str, owner: str | None) -> bool:
-        """Whether there is a job of a batch, of one owner or of all."""
-        return await self._read(lambda database: batches.has_batch(database, batch_id, owner))
-
-    async def results_in_order(
-        self, batch_id: str, owner: str | None, after: int
-    ) -> tuple[list[JobBatchResult], str | None]:
-        """Some results of the lines after `after`, up to the first whose job has not ended, and the id of that job."""
-        return await self._read(lambda database: batches.results_in_order(database, batch_id, owner, after))
-
-    async def ends_after(
-        self, batch_id: str, owner: str | None, finished_us: int, sequence: int
-    ) -> list[tuple[int, int]]:
-        """When some jobs of a batch ended, each with its sequence number, in order, beginning after these two."""
-        return await self._read(lambda database: batches.ends_after(database, batch_id, owner, finished_us, sequence))
-
-    async def results_of(self, sequences: Sequence[int]) -> list[JobBatchResult]:
-        """The results of ended jobs by their sequence numbers: as many as are read at once."""
-        return await self._read(lambda database: batches.results_of(database, sequences))
+    get = _reading(find_job)
+    page = _reading(page_of_jobs)
+    counts = _reading(counts_of_jobs)
+    batch = _reading(batches.find_batch)
+    has_batch = _reading(batches.has_batch)
+    results_in_order = _reading(batches.results_in_order)
+    ends_after = _reading(batches.ends_after)
+    results_of = _reading(batches.results_of)
+    document_part = _reading(many.document_part)
+    documents_bytes = _reading(many.documents_bytes)
+    document_ids = _reading(many.document_ids)
 
     async def put_document(self, document_id: str, part: int, owner: str, content: bytes, now: float) -> None:
         """Store a part of a document; one that is there gets the content, and keeps its owner and its age."""
         await self._perform(lambda _: many.put_document(self._database, document_id, part, owner, content, now))
-
-    async def document_part(self, document_id: str, part: int, owner: str | None) -> bytes | None:
-        """A part of a document of an owner, or of any; None where there is none."""
-        return await self._read(lambda database: many.document_part(database, document_id, part, owner))
-
-    async def documents_bytes(self) -> int:
-        """The bytes of all documents of all owners."""
-        return await self._read(many.documents_bytes)
-
-    async def document_ids(self, prefix: str, owner: str | None) -> list[str]:
-        """The ids of all documents with this beginning of an owner, or of all, the newest first."""
-        return await self._read(lambda database: many.document_ids(database, prefix, owner))
 
     async def remove_document(self, document_id: str) -> None:
         """Remove a document with all its parts."""

@@ -13,6 +13,7 @@ from modalkit.service.errors import describe_error
 from modalkit.service.loading import LoadError
 from modalkit.service.on_modal.image import ImagePlan, build_image, config_paths, image_in_container, plan_image
 from modalkit.service.settings import AppSettings, CloudBucketMount, DeploymentConfig, ModelSettings, Settings
+from modalkit.service.settings.effective import HIDDEN
 from modalkit.service.settings.layers import (
     API_KEY_VARIABLE,
     CONFIG_VARIABLE,
@@ -247,9 +248,7 @@ def _plain(arguments: dict[str, Any], config: ModalConfig) -> dict[str, Any]:
     deployment = config.app_settings.deployment_config
     plain = arguments | {
         "image": "see below",
-        "env": {
-            name: "(hidden)" if _holds_secret(name) else value for name, value in sorted(config.environment.items())
-        },
+        "env": {name: HIDDEN if _holds_secret(name) else value for name, value in sorted(config.environment.items())},
         "secrets": list(deployment.secrets),
     }
     if "volumes" in arguments:

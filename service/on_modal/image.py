@@ -18,7 +18,7 @@ from modalkit.pipelines.classifier_settings import BUNDLED
 from modalkit.service.loading import LoadError, current_name
 from modalkit.service.on_modal.image_code import SOURCE_FOLDER, LocalPath, own_package, own_requirements, user_code
 from modalkit.service.settings import BuildConfig, DeploymentConfig, ModelEntry, Settings
-from modalkit.service.settings.layers import CONFIG_VARIABLE, DEFAULT_FILE
+from modalkit.service.settings.layers import CONFIG_VARIABLE, DEFAULT_FILE, named_files
 
 _OFFICIAL_PYTHON = re.compile(r"(?:^|/)python:(\d+\.\d+)")
 # As modalkit.pipelines.loading has it, which brings in torch; a dash in front would be an option of the command.
@@ -76,7 +76,7 @@ def config_paths(settings: Settings, environ: Mapping[str, str], folder: Path) -
     They are those named in `MODALKIT_CONFIG`, else the working folder's modalkit.yaml if there is one. Raises
     `LoadError` for one that does not exist.
     """
-    names = [name.strip() for name in environ.get(CONFIG_VARIABLE, "").split(",") if name.strip()]
+    names = named_files(environ)
     if not names and (folder / DEFAULT_FILE).is_file():
         names = [str(DEFAULT_FILE)]
     start = settings.app_settings.build_config.workdir

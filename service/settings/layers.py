@@ -129,7 +129,7 @@ def read_files(
     """
     if config_files is not None:
         yield from (_read_file(root, Path(file), "") for file in config_files)
-    elif names := [name.strip() for name in environ.get(CONFIG_VARIABLE, "").split(",") if name.strip()]:
+    elif names := named_files(environ):
         yield from (_read_file(root, Path(name), f", named in {CONFIG_VARIABLE}") for name in names)
     else:
         others = [f"{file}" for file in sorted(Path().glob("*.*")) if _is_mistaken(file)]
@@ -139,6 +139,11 @@ def read_files(
                 logger.warning("%s: not read, because there is %s; remove it", ", ".join(others), DEFAULT_FILE)
         elif others:
             raise _file_error(Path(others[0]), f"is not read: rename it to {DEFAULT_FILE}, or name it by --config")
+
+
+def named_files(environ: Mapping[str, str]) -> list[str]:
+    """The files that `MODALKIT_CONFIG` names, separated by commas."""
+    return [name.strip() for name in environ.get(CONFIG_VARIABLE, "").split(",") if name.strip()]
 
 
 def _is_mistaken(file: Path) -> bool:

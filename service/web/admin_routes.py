@@ -11,7 +11,7 @@ from modalkit.service.gateway import Gateway, ModelAdministration, find_model
 from modalkit.service.settings import BatchConfig
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS, ModelView
 from modalkit.service.web.bodies import read_as
-from modalkit.service.web.options import check_query
+from modalkit.service.web.job_routes import refuse_unknown_query
 from modalkit.service.web.problems import ProblemError
 
 CANNOT_CHANGE = (
@@ -42,7 +42,7 @@ def make_admin_router(gateway: Gateway, dependencies: Sequence[Any]) -> APIRoute
     router = APIRouter(
         prefix="/admin",
         tags=["administration"],
-        dependencies=[*(dependencies or [Depends(_refuse)]), Depends(_check_query)],
+        dependencies=[*(dependencies or [Depends(_refuse)]), Depends(refuse_unknown_query)],
         responses=PROBLEM_ANSWERS,
     )
 
@@ -96,7 +96,3 @@ def make_admin_router(gateway: Gateway, dependencies: Sequence[Any]) -> APIRoute
 
 async def _refuse() -> None:
     raise ProblemError(HTTPStatus.FORBIDDEN, NEEDS_KEY)
-
-
-async def _check_query(request: Request) -> None:
-    check_query(request, set())

@@ -20,8 +20,7 @@ from modalkit.service.errors import Readiness, describe_error
 from modalkit.service.gateway import Gateway, Model
 from modalkit.service.settings import ADAPTERS, Adapter, AppSettings, AuthConfig, KeyScope, RequestConfig
 from modalkit.service.version import VERSION
-from modalkit.service.web.adapters.openai import make_models_router
-from modalkit.service.web.adapters.openai_batches import make_batches_router
+from modalkit.service.web.adapters.openai import make_batches_router, make_models_router
 from modalkit.service.web.adapters.tei import add_tei_routes
 from modalkit.service.web.adapters.vllm import add_vllm_routes
 from modalkit.service.web.admin_routes import make_admin_router

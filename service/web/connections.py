@@ -1,4 +1,4 @@
-"""The limits that uvicorn lacks for connections: bytes sent, unread answers, and time.
+"""HTTP connections: uvicorn's, with the limits that it lacks: bytes sent, headers, unread answers, and time.
 
 No limit costs a request a timer: `check` is called now and then, and compares what the connection waits for with what
 it waited for the last time.
@@ -6,14 +6,14 @@ it waited for the last time.
 
 import asyncio
 import logging
-import resource
 import socket
 import struct
 from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn._types import ASGI3Application, ASGISendEvent, HTTPResponseStartEvent
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from modalkit.service.settings import ServerConfig
 from modalkit.service.web.answers import PROBLEM_JSON
@@ -26,8 +26,11 @@ MIN_BODY_BYTES = 1024
 """Bytes of a body that must come within its time limit, unless it is a stream of lines: of these one byte."""
 LINGER_S = 2.0
 """Seconds for which a refused connection is still read, so that the client gets to see why."""
-RESERVED_FILES = 256
-"""Files that a process needs besides its connections."""
+MAX_HEAD_BYTES = 64 * 2**10
+"""Most bytes of a request line and its headers; also of what else comes between two parts of a body."""
+MAX_HEADERS = 100
+MAX_PIPELINED = 1000
+"""Most requests of a connection that wait for those before them to be answered."""
 
 
 class Waiting(Enum):
@@ -43,32 +46,55 @@ class Waiting(Enum):
     """The client has been told why it is refused."""
 
 
-def within_open_files(config: ServerConfig) -> ServerConfig:
-    """The configuration, with as many connections as the process may have open files.
-
-    Raises the limit of open files where that is needed and allowed.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = config.max_connections + RESERVED_FILES
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        soft = needed if hard == resource.RLIM_INFINITY else max(soft, min(needed, hard))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return config
-    connections = max(1, soft - RESERVED_FILES)
-    logger.warning("Only %d connections, as the limit of open files (ulimit -n) allows no more", connections)
-    return config.model_copy(update={"max_connections": connections})
+class _RefusedError(Exception):
+    """Raised in a callback of the parser, to stop it."""
 
 
-class LimitedProtocol(asyncio.Protocol):
-    """What both of uvicorn's protocols lack. Attributes without an underscore are uvicorn's."""
+class OneWriteCycle(RequestResponseCycle):
+    """Sends the head of an answer of known length together with its body: one system call instead of two."""
 
-    transport: asyncio.Transport
-    flow: FlowControl
-    loop: asyncio.AbstractEventLoop
-    connections: set[Any]
-    cycle: Any
-    headers: list[tuple[bytes, bytes]]
+    _head: HTTPResponseStartEvent | None = None
+    _headers: dict[bytes, bytes]
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Send a part of the answer, as uvicorn does."""
+        head, self._head = self._head, None
+        if message["type"] == "http.response.start":
+            headers = self._headers = dict(message.get("headers", ()))
+            has_length = b"content-length" in headers and b"connection" not in headers
+            if has_length and not (self.response_started or self.access_log or self.scope["method"] == "HEAD"):
+                self._head = message
+                return
+        elif message["type"] == "http.response.body" and head is not None:
+            if not message.get("more_body") and self._send_all(head, message.get("body", b"")):
+                return
+            await super().send(head)
+        await super().send(message)
+
+    def _send_all(self, head: HTTPResponseStartEvent, body: bytes) -> bool:
+        """Send a whole answer; returns whether that was possible."""
+        has_length = self._headers[b"content-length"] == b"%d" % len(body)
+        if self.disconnected or self.flow.write_paused or not has_length:
+            return False
+        lines = [b"%b: %b\r\n" % header for header in (*self.default_headers, *head["headers"])]
+        content = b"".join(lines)
+        if content.count(b"\n") != len(lines) or content.count(b"\r") != len(lines) or b"\0" in content:
+            return False  # uvicorn raises its error
+        self.response_started = self.response_complete = True
+        self.waiting_for_100_continue = False
+        end = b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n"
+        self.transport.write(b"".join((STATUS_LINE[head["status"]], content, end, body)))
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self.on_response()
+        return True
+
+
+class LimitedProtocol(HttpToolsProtocol):
+    """A connection with limits. Attributes without an underscore are uvicorn's."""
+
+    cycle: Any  # None before the first request, though uvicorn's type does not say so
 
     def __init__(self, *args: Any, limits: ServerConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -79,22 +105,82 @@ class LimitedProtocol(asyncio.Protocol):
         self._seen_cycle: Any = None  # the request in which it waits
         self._received_bytes = 0
         self._seen_bytes = 0  # of those received
+        self._parsed_bytes = 0  # received when the parser last had a complete head or a part of a body
+        self._running_cycle: RequestResponseCycle | None = None  # what the application has; others are in `pipeline`
         self._unread_bytes = 0  # of the answer, which the client had not taken
         self._unread_since_s: float | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         """Refuse the connection if there are too many."""
         super().connection_made(transport)
         if len(self.connections) > 2 * self._limits.max_connections:
             self.transport.abort()  # not even those that are being refused may be without limit
         elif len(self.connections) > self._limits.max_connections:
-            self.refuse(HTTPStatus.SERVICE_UNAVAILABLE, "there are too many connections; try again later")
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, "there are too many connections; try again later")
 
     def data_received(self, data: bytes) -> None:
         """Read a part of a request; nothing more of a connection that is refused."""
         if self._waiting is not Waiting.FOR_END:
             self._received_bytes += len(data)
             super().data_received(data)
+        # The parser itself keeps a header, or a trailer, of any size.
+        if self._received_bytes > self._parsed_bytes + MAX_HEAD_BYTES and self._waiting is not Waiting.FOR_END:
+            self._refuse_headers()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header, or a trailer, of which there may be as many."""
+        if len(self.headers) >= MAX_HEADERS:
+            self._refuse_headers()
+            raise _RefusedError
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Begin the request."""
+        if self._received_bytes > self._parsed_bytes + MAX_HEAD_BYTES:  # which may hold a part of the body
+            head_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if head_bytes > MAX_HEAD_BYTES:
+                self._refuse_headers()
+                raise _RefusedError
+        self._parsed_bytes = self._received_bytes
+        super().on_headers_complete()
+        self.cycle.__class__ = OneWriteCycle  # uvicorn makes it, and asks for no class
+        if len(self.pipeline) > MAX_PIPELINED:
+            self._waiting = Waiting.FOR_END  # or uvicorn would have it refused, behind the answer that is sent now
+            self.transport.abort()
+            raise _RefusedError
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body."""
+        self._parsed_bytes = self._received_bytes
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End the request."""
+        self._parsed_bytes = self._received_bytes
+        self.cycle.more_body = False  # also where it has been answered: then uvicorn leaves it
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Run the next request; once there is none, read on. No timer is needed for an idle connection."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self.flow.resume_reading()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running_cycle = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Run no more requests; uvicorn tells only the last one that its client has gone."""
+        self.pipeline.clear()
+        if self._running_cycle is not None and not self._running_cycle.response_complete:
+            self._running_cycle.disconnected = True
+            self._running_cycle.message_event.set()
+        super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         """Note that the client does not take its answer."""
@@ -106,10 +192,6 @@ class LimitedProtocol(asyncio.Protocol):
         """Note that the client has taken its answer."""
         self._unread_since_s = None
         super().resume_writing()
-
-    def has_part_of_head(self) -> bool:
-        """Whether a part of a request line or of headers has come."""
-        raise NotImplementedError
 
     def check(self, now: float) -> None:
         """Close the connection if it exceeds a limit."""
@@ -138,7 +220,8 @@ class LimitedProtocol(asyncio.Protocol):
             return Waiting.FOR_REST if cycle.response_complete else Waiting.FOR_BODY
         if not cycle.response_complete:
             return Waiting.FOR_ANSWER
-        return Waiting.FOR_HEADERS if self.has_part_of_head() else Waiting.FOR_REQUEST
+        has_part_of_head = self._received_bytes > self._parsed_bytes
+        return Waiting.FOR_HEADERS if has_part_of_head else Waiting.FOR_REQUEST
 
     def _limit_s(self, waiting: Waiting) -> float:
         limits = self._limits
@@ -161,13 +244,13 @@ class LimitedProtocol(asyncio.Protocol):
             if self.flow.read_paused or self._received_bytes >= self._seen_bytes + least_bytes:
                 self._since_s, self._seen_bytes = now, self._received_bytes
                 return
-            self.refuse(
+            self._refuse(
                 HTTPStatus.REQUEST_TIMEOUT,
                 f"the body comes too slowly: of it came little or nothing for "
                 f"{self._limits.body_timeout_seconds:g} s; send it faster",
             )
         elif waiting is Waiting.FOR_HEADERS and self._received_bytes:
-            self.refuse(
+            self._refuse(
                 HTTPStatus.REQUEST_TIMEOUT,
                 f"the headers were not complete within {self._limits.header_timeout_seconds:g} s",
             )
@@ -183,7 +266,14 @@ class LimitedProtocol(asyncio.Protocol):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.transport.abort()
 
-    def refuse(self, status: HTTPStatus, detail: str) -> None:
+    def _refuse_headers(self) -> None:
+        self._refuse(
+            HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+            f"the request line and the headers are larger than {MAX_HEAD_BYTES} bytes in all, or more than "
+            f"{MAX_HEADERS} headers; send fewer",
+        )
+
+    def _refuse(self, status: HTTPStatus, detail: str) -> None:
         """Answer with problem details in place of the application, read nothing more, and close the connection.
 
         Where an answer of the application has begun, or an earlier request waits for it, only close the connection.
@@ -213,7 +303,7 @@ class LimitedProtocol(asyncio.Protocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no request; uvicorn calls it."""
         if self._waiting is not Waiting.FOR_END:
-            self.refuse(HTTPStatus.BAD_REQUEST, f"{msg.rstrip('.')}: it does not follow HTTP/1.1")
+            self._refuse(HTTPStatus.BAD_REQUEST, f"{msg.rstrip('.')}: it does not follow HTTP/1.1")
 
 
 def _is_stream(headers: list[tuple[bytes, bytes]]) -> bool:

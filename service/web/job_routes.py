@@ -11,8 +11,9 @@ from pydantic import PositiveFloat
 
 from modalkit.pipelines.iomodel import MAX_EXPIRES_IN_S
 from modalkit.service.errors import UnknownJobError
-from modalkit.service.gateway import JobAdministration, Jobs
+from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
+from modalkit.service.jobs.manager import JobManager
 from modalkit.service.web.answers import PROBLEM_ANSWERS, JobDetails, JobPageView, JobView, Purged, Replayed, Retried
 from modalkit.service.web.auth import caller_of
 from modalkit.service.web.direct import while_connected
@@ -191,7 +192,7 @@ def make_job_router(jobs: Jobs) -> APIRouter:
     return router
 
 
-def administration_of(jobs: Jobs, reason: str) -> JobAdministration:
+def administration_of(jobs: Jobs, reason: str) -> JobManager:
     """The administration of jobs. Raises `ProblemError` with the `reason` where the engine has none."""
     if jobs.administration is None:
         raise ProblemError(HTTPStatus.NOT_IMPLEMENTED, reason)

@@ -1,30 +1,46 @@
-"""OpenAI's list of models: ``GET /v1/models`` and ``GET /v1/models/{model}``."""
+"""OpenAI's routes: ``/v1/models``, ``/v1/files`` and ``/v1/batches``."""
 
 import time
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Annotated, Literal
 
-from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import StreamingResponse
+from starlette.datastructures import UploadFile
 
-from modalkit.service.gateway import Model, find_model
-from modalkit.service.web.answers import PROBLEM_ANSWERS
+from modalkit.service.gateway import Gateway, Model, find_model
+from modalkit.service.settings import RequestConfig
+from modalkit.service.web.adapters.openai_kept import BATCH, FILE, KeptBatches
+from modalkit.service.web.adapters.openai_shapes import (
+    BatchList,
+    BatchObject,
+    FileDeleted,
+    FileList,
+    FileObject,
+    ListedModel,
+    ModelList,
+    NewBatch,
+)
+from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS
+from modalkit.service.web.auth import caller_of
+from modalkit.service.web.bodies import read_as
+from modalkit.service.web.job_routes import CANNOT_LIST, administration_of, refuse_unknown_query
+from modalkit.service.web.problems import ProblemError
 
+_UPLOAD_SCHEMA = {
+    "type": "object",
+    "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"const": "batch"}},
+    "required": ["file", "purpose"],
+}
+UPLOAD = {"required": True, "content": {"multipart/form-data": {"schema": _UPLOAD_SCHEMA}}}
+MAX_FIELDS, MAX_FIELD_BYTES = 100, 65_536
+"""Limits of the fields of an upload beside the file, which are held in memory."""
 
-class ListedModel(BaseModel):
-    """A model."""
-
-    id: str = Field(description="The name that `?model_name=` takes.")
-    object: Literal["model"] = "model"
-    created: int = Field(description="Unix seconds: when this process began to serve the model.")
-    owned_by: Literal["modalkit"] = "modalkit"
-
-
-class ModelList(BaseModel):
-    """All models."""
-
-    object: Literal["list"] = "list"
-    data: list[ListedModel]
+Purpose = Annotated[Literal["batch", "batch_output"], Query(description="Files of results are not listed.")]
+FileLimit = Annotated[int, Query(ge=1, le=10_000, description="How many at most.")]
+Limit = Annotated[int, Query(ge=1, le=100, description="How many at most.")]
+After = Annotated[str | None, Query(description="The id of the last one that was seen.")]
 
 
 def make_models_router(models: Mapping[str, Model]) -> APIRouter:
@@ -41,3 +57,96 @@ def make_models_router(models: Mapping[str, Model]) -> APIRouter:
         return ListedModel(id=find_model(models, model).name, created=created)
 
     return router
+
+
+def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
+    """The routes over the jobs of `gateway`."""
+    router = APIRouter(tags=["OpenAI"], dependencies=[Depends(refuse_unknown_query)], responses=PROBLEM_ANSWERS)
+
+    def kept(request: Request) -> KeptBatches:
+        return KeptBatches(administration_of(gateway.jobs, CANNOT_LIST), gateway, limits, caller_of(request))
+
+    uploading_bytes = 0
+
+    @router.post(
+        "/v1/files",
+        summary="Upload the input of a batch",
+        openapi_extra={"requestBody": UPLOAD},
+    )
+    async def openai_upload_file(request: Request) -> FileObject:
+        length = request.headers.get("content-length", "")
+        if not length.isdecimal():
+            raise ProblemError(HTTPStatus.LENGTH_REQUIRED, "Content-Length: is missing; send it")
+        if (size := int(length)) > limits.max_file_bytes:
+            detail = f"the file is larger than {limits.max_file_bytes} bytes (request_config.max_file_bytes)"
+            raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{detail}: send several smaller ones")
+        nonlocal uploading_bytes
+        own = kept(request)
+        uploading_bytes += size
+        try:
+            # In this order: an upload that ends meanwhile counts twice, and not never.
+            await own.check_room(uploading_bytes)
+            async with request.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as form:
+                file, purpose = form.get("file"), form.get("purpose")
+                if not isinstance(file, UploadFile) or purpose != "batch":
+                    detail = "send a form (multipart/form-data) with a `file`, and `purpose`, which must be `batch`"
+                    raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
+                return await own.add_file(file)
+        finally:
+            uploading_bytes -= size
+
+    @router.get("/v1/files", summary="List uploaded files")
+    async def openai_list_files(
+        request: Request, purpose: Purpose = "batch", limit: FileLimit = 10_000, after: After = None
+    ) -> FileList:
+        own = kept(request)
+        ids = await own.documents.document_ids(FILE, own.visible_owner) if purpose == "batch" else []
+        chosen, has_more = _page(ids, limit, after)
+        return FileList(data=[await own.file(file_id) for file_id in chosen], has_more=has_more)
+
+    @router.get("/v1/files/{file_id}", summary="One file")
+    async def openai_get_file(request: Request, file_id: str) -> FileObject:
+        return await kept(request).file(file_id)
+
+    @router.delete("/v1/files/{file_id}", summary="Remove a file")
+    async def openai_delete_file(request: Request, file_id: str) -> FileDeleted:
+        await kept(request).remove_file(file_id)
+        return FileDeleted(id=file_id)
+
+    @router.get("/v1/files/{file_id}/content", summary="The content of a file", response_class=StreamingResponse)
+    async def openai_file_content(request: Request, file_id: str) -> StreamingResponse:
+        own = kept(request)
+        await own.check_file(file_id)
+        return StreamingResponse(own.content(file_id), media_type="application/jsonl")
+
+    @router.post(
+        "/v1/batches",
+        summary="Run the requests of a file as a batch",
+        openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": NewBatch.model_json_schema()}}}},
+    )
+    async def openai_create_batch(request: Request) -> BatchObject:
+        return await kept(request).create(await read_as(NewBatch, request))
+
+    @router.get("/v1/batches", summary="List batches")
+    async def openai_list_batches(request: Request, limit: Limit = 20, after: After = None) -> BatchList:
+        own = kept(request)
+        chosen, has_more = _page(await own.documents.document_ids(BATCH, own.visible_owner), limit, after)
+        return BatchList(data=[await own.batch(batch_id) for batch_id in chosen], has_more=has_more)
+
+    @router.get("/v1/batches/{batch_id}", summary="One batch")
+    async def openai_get_batch(request: Request, batch_id: str) -> BatchObject:
+        return await kept(request).batch(batch_id)
+
+    @router.post("/v1/batches/{batch_id}/cancel", summary="Cancel the requests of a batch that have not ended")
+    async def openai_cancel_batch(request: Request, batch_id: str) -> BatchObject:
+        return await kept(request).cancel(batch_id)
+
+    return router
+
+
+def _page(ids: Sequence[str], limit: int, after: str | None) -> tuple[Sequence[str], bool]:
+    """Up to `limit` ids behind `after`, and whether there are more. Raises `ProblemError` for an unknown one."""
+    if after is not None and after not in ids:
+        raise ProblemError(HTTPStatus.NOT_FOUND, f"after: there is no {after!r:.100}: it is wrong, or was removed")
+    start = 0 if after is None else ids.index(after) + 1
+    return ids[start : start + limit], len(ids) > start + limit

@@ -20,8 +20,9 @@ from starlette.datastructures import UploadFile
 from modalkit.batching import Failure
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.errors import ServiceError
-from modalkit.service.gateway import Gateway, JobAdministration, Model, find_model
+from modalkit.service.gateway import Gateway, Model, find_model
 from modalkit.service.jobs import JobBatchLines, JobBatchResult, JobStatus
+from modalkit.service.jobs.manager import JobManager
 from modalkit.service.settings import RequestConfig
 from modalkit.service.web.adapters.openai_shapes import (
     BatchError,
@@ -71,9 +72,7 @@ class _Request(BaseModel):
 class KeptBatches:
     """The files and batches that one caller sees, and those it makes."""
 
-    def __init__(
-        self, administration: JobAdministration, gateway: Gateway, limits: RequestConfig, caller: Caller
-    ) -> None:
+    def __init__(self, administration: JobManager, gateway: Gateway, limits: RequestConfig, caller: Caller) -> None:
         self.documents, self.visible_owner = administration.documents, caller.visible_owner
         self._batches, self._gateway, self._limits, self._caller = administration.batches, gateway, limits, caller
 

@@ -1,8 +1,24 @@
-"""The files and batches of OpenAI's API, as they are sent and answered."""
+"""The models, files and batches of OpenAI's API, as they are sent and answered."""
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ListedModel(BaseModel):
+    """A model."""
+
+    id: str = Field(description="The name that `?model_name=` takes.")
+    object: Literal["model"] = "model"
+    created: int = Field(description="Unix seconds: when this process began to serve the model.")
+    owned_by: Literal["modalkit"] = "modalkit"
+
+
+class ModelList(BaseModel):
+    """All models."""
+
+    object: Literal["list"] = "list"
+    data: list[ListedModel]
 
 
 class FileObject(BaseModel):

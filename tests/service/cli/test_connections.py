@@ -3,14 +3,13 @@
 import json
 import select
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support.command_line import CONFIGURATION, Process, forked, serving, started
+from tests.support.command_line import CONFIGURATION, serving
 from tests.support.processes import ROOT
 
 MAX_CONNECTIONS = 20
@@ -24,22 +23,16 @@ LIMITS = {
 HEAD = b"POST /sync/predict HTTP/1.1\r\nHost: a\r\n"
 
 
-@pytest.fixture(scope="module", params=["httptools", "h11"])
-def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client of a server with short limits."""
-    folder: Path = tmp_path_factory.mktemp(request.param)
+    folder = tmp_path_factory.mktemp("connections")
     (folder / "modalkit.yaml").write_text(CONFIGURATION)
     environment = {
         "PYTHONPATH": str(ROOT),
         **{f"MODALKIT_APP_SETTINGS__SERVER_CONFIG__{name}": value for name, value in LIMITS.items()},
     }
-    start: Callable[..., Process] = forked
-    if request.param == "h11":
-        (folder / "without").mkdir()
-        (folder / "without" / "httptools.py").write_text("raise ImportError('not installed')")
-        environment["PYTHONPATH"] = f"{folder / 'without'}:{ROOT}"
-        start = started  # what is forked has imported httptools already
-    with serving(folder, environment, start) as (_, opened):
+    with serving(folder, environment) as (_, opened):
         yield opened
 
 

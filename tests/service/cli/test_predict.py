@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.progress import Progress
 
-from modalkit.service.cli.common import replacing
+from modalkit.pipelines.files import replacing
 from modalkit.service.cli.predict import _Run
 from modalkit.service.cli.records import FileFormat, InputError, Record, read_records, validated
 from modalkit.service.cli.results import ResultWriter, identity_of, interrupted_run, result_file

@@ -14,7 +14,8 @@ from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.serving import listening
 from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.web import create_app
-from modalkit.service.web.server import MAX_PIPELINED, server_of
+from modalkit.service.web.connections import MAX_PIPELINED
+from modalkit.service.web.server import server_of
 from tests.support.http_client import NO_TLS, assert_problem
 
 pytestmark = pytest.mark.anyio
