@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from modalkit.service.errors import UsageError
 from modalkit.service.settings import Settings, SettingsError
 from modalkit.service.tuning import TuningError
 from modalkit.service.tuning.config_file import require_writable, text_with_limits
@@ -135,5 +136,5 @@ def test_a_change_that_would_reach_further_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TuningError, match="create it first"):
+    with pytest.raises(UsageError, match="create it first"):
         require_writable(tmp_path / "nowhere" / "modalkit.yaml")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from modalkit.service.errors import UsageError
 from modalkit.service.tuning import TuningError, plots
 
 
@@ -17,5 +18,5 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
     ("name", "message"), [("costs.txt", "must end in one of"), ("nowhere/costs.png", "create it first")]
 )
 def test_a_name_that_cannot_be_drawn_to_is_refused(tmp_path: Path, name: str, message: str) -> None:
-    with pytest.raises(TuningError, match=message):
+    with pytest.raises(UsageError, match=message):
         plots.require_drawable(tmp_path / name)
