@@ -30,6 +30,11 @@ model_settings:
 """
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"  # the processes are served by threads alone; each costs a second
+
+
 @pytest.fixture(autouse=True)
 def _fast_restarts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(device_process, "FIRST_PAUSE_S", 0.0)

@@ -51,8 +51,7 @@ def in_a_container(*, max_inputs: int = 1, is_server: bool = False) -> Iterator[
     finally:
         _ContainerIOManager._reset_singleton()  # type: ignore[no-untyped-call]  # noqa: SLF001  # no other way, as below
         _TaskLifecycleManager._reset_singleton()  # noqa: SLF001
-        gc.unfreeze()  # a service sets the collector for the life of its container
-        gc.set_threshold(*thresholds)
+        gc.set_threshold(*thresholds)  # a service sets the collector for the life of its container
 
 
 @contextmanager

@@ -26,7 +26,13 @@ from typing import IO, Self
 from unittest import mock
 
 ROOT = Path(__file__).parents[2]
-PRELOADED = ["modalkit.service.cli", "modalkit.service.on_modal.service", "tests.support.length_model", "uvloop"]
+PRELOADED = [
+    "modalkit.service.cli",
+    "modalkit.service.on_modal.service",
+    "modalkit.pipelines.sentiment",
+    "tests.support.length_model",
+    "uvloop",
+]
 
 
 @cache
@@ -147,6 +153,9 @@ def _interpret(streams: list[Connection], arguments: list[str], cwd: str, env: d
     sys.stdin = os.fdopen(0, encoding="utf-8", errors="surrogateescape", closefd=False)
     sys.stdout = os.fdopen(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False, buffering=1)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where the tests run in the background of a script
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

@@ -27,12 +27,13 @@ ENTRIES = {
 
 def make_settings(**entries: Any) -> Settings:
     return Settings(
+        _config_files=[],
         app_settings={"async_config": {"store": "memory"}, "batch_config": {"calibration": {"enabled": False}}},
         model_settings={"model_entries": entries},
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 async def client() -> AsyncIterator[httpx.AsyncClient]:
     async with LocalGateway(make_settings(**ENTRIES)) as gateway:
         await gateway.wait_until_ready()

@@ -58,8 +58,8 @@ def _nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Any:
         b"-0",
     ],
 )
-async def test_a_hostile_body_is_refused(client: httpx.AsyncClient, path: str, body: bytes) -> None:
-    assert_refused(await client.post(path, content=body))
+async def test_a_hostile_body_is_refused(shared_client: httpx.AsyncClient, path: str, body: bytes) -> None:
+    assert_refused(await shared_client.post(path, content=body))
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ async def test_a_hostile_body_is_refused(client: httpx.AsyncClient, path: str, b
         b'{"text": -Infinity}',
     ],
 )
-async def test_a_hostile_item_spoils_its_own_slot(client: httpx.AsyncClient, item: bytes) -> None:
-    response = await client.post("/batch/predict", content=b'[{"text": "four"}, ' + item + b"]")
+async def test_a_hostile_item_spoils_its_own_slot(shared_client: httpx.AsyncClient, item: bytes) -> None:
+    response = await shared_client.post("/batch/predict", content=b'[{"text": "four"}, ' + item + b"]")
     assert response.status_code == 200, response.text[:1000]
     assert [slot["status"] for slot in response.json()] == ["success", "error"]
-    response = await client.post(
+    response = await shared_client.post(
         "/async/predict", content=b'[{"message": {"text": "four"}}, {"message": ' + item + b"}]"
     )
     assert response.status_code == 202, response.text[:1000]
@@ -86,11 +86,11 @@ async def test_a_hostile_item_spoils_its_own_slot(client: httpx.AsyncClient, ite
 
 
 @pytest.mark.parametrize("text", ["a\x00b", "\x00", "\u202e\u0000\ufeff", "\U0010ffff" * 10, "\x7f\x1b[31m"])
-async def test_a_text_with_any_character_is_an_item_and_a_job(client: httpx.AsyncClient, text: str) -> None:
-    response = await client.post("/sync/predict", json={"text": text})
+async def test_a_text_with_any_character_is_an_item_and_a_job(shared_client: httpx.AsyncClient, text: str) -> None:
+    response = await shared_client.post("/sync/predict", json={"text": text})
     assert (response.status_code, response.json()["length"]) == (200, len(text))
-    accepted = (await client.post("/async/predict", json=job(text, meta={text: text}))).json()
-    found = await ended(client, accepted["job_id"])
+    accepted = (await shared_client.post("/async/predict", json=job(text, meta={text: text}))).json()
+    found = await ended(shared_client, accepted["job_id"])
     assert (found["result"]["length"], found["meta"], found["message"]) == (len(text), {text: text}, {"text": text})
 
 
@@ -106,16 +106,20 @@ async def test_a_text_with_any_character_is_an_item_and_a_job(client: httpx.Asyn
         b"[]",
     ],
 )
-async def test_meta_that_could_not_be_returned_is_refused(client: httpx.AsyncClient, meta: bytes) -> None:
-    assert_refused(await client.post("/async/predict", content=b'{"message": {"text": "a"}, "meta": ' + meta + b"}"))
+async def test_meta_that_could_not_be_returned_is_refused(shared_client: httpx.AsyncClient, meta: bytes) -> None:
+    assert_refused(
+        await shared_client.post("/async/predict", content=b'{"message": {"text": "a"}, "meta": ' + meta + b"}")
+    )
 
 
 @pytest.mark.parametrize("digits", [20, 400, 4000, 5000])
-async def test_a_huge_number_in_meta_is_returned_unchanged_or_refused(client: httpx.AsyncClient, digits: int) -> None:
+async def test_a_huge_number_in_meta_is_returned_unchanged_or_refused(
+    shared_client: httpx.AsyncClient, digits: int
+) -> None:
     body = b'{"message": {"text": "a"}, "meta": {"a": ' + b"9" * digits + b"}}"
-    response = await client.post("/async/predict", content=body)
+    response = await shared_client.post("/async/predict", content=body)
     if response.status_code == 202:
-        found = await client.get(f"/jobs/{response.json()['job_id']}?wait=30")
+        found = await shared_client.get(f"/jobs/{response.json()['job_id']}?wait=30")
         assert found.status_code == 200
         assert b'"a":' + b"9" * digits in found.content
     else:
@@ -124,9 +128,9 @@ async def test_a_huge_number_in_meta_is_returned_unchanged_or_refused(client: ht
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip", "zstd", "x" * 1000])
 @pytest.mark.parametrize("path", ROUTES)
-async def test_a_compressed_body_is_refused(client: httpx.AsyncClient, path: str, encoding: str) -> None:
+async def test_a_compressed_body_is_refused(shared_client: httpx.AsyncClient, path: str, encoding: str) -> None:
     headers = {"Content-Encoding": encoding, "Content-Type": "application/x-ndjson"}
-    response = await client.post(path, content=gzip.compress(bytes(2**20)), headers=headers)
+    response = await shared_client.post(path, content=gzip.compress(bytes(2**20)), headers=headers)
     assert_problem(response, 415)
     assert response.headers["accept-encoding"] == "identity"
 
@@ -143,10 +147,10 @@ async def test_a_compressed_body_is_refused(client: httpx.AsyncClient, path: str
         "a" * 9000,
     ],
 )
-async def test_a_body_is_json_whatever_its_content_type(client: httpx.AsyncClient, content_type: str) -> None:
+async def test_a_body_is_json_whatever_its_content_type(shared_client: httpx.AsyncClient, content_type: str) -> None:
     headers = {b"content-type": content_type.encode("latin-1")}
-    assert (await client.post("/sync/predict", content=b'{"text": "four"}', headers=headers)).status_code == 200
-    assert_problem(await client.post("/sync/predict", content=b"--x\r\n\r\nfour\r\n--x--", headers=headers), 400)
+    assert (await shared_client.post("/sync/predict", content=b'{"text": "four"}', headers=headers)).status_code == 200
+    assert_problem(await shared_client.post("/sync/predict", content=b"--x\r\n\r\nfour\r\n--x--", headers=headers), 400)
 
 
 @pytest.mark.parametrize(
@@ -173,11 +177,11 @@ async def test_a_body_is_json_whatever_its_content_type(client: httpx.AsyncClien
         "%3Cscript%3E",
     ],
 )
-async def test_a_hostile_job_id_is_404(client: httpx.AsyncClient, job_id: str) -> None:
+async def test_a_hostile_job_id_is_404(shared_client: httpx.AsyncClient, job_id: str) -> None:
     for method in ("GET", "DELETE", "POST"):
         path = f"/jobs/{job_id}{'/replay' if method == 'POST' else ''}"
-        url = client.base_url.copy_with(raw_path=path.encode())
-        response = await client.send(client.build_request(method, url))
+        url = shared_client.base_url.copy_with(raw_path=path.encode())
+        response = await shared_client.send(shared_client.build_request(method, url))
         assert response.status_code in (404, 405), response.text[:1000]
         assert_refused(response)
         assert "set-cookie" not in response.headers
@@ -186,10 +190,10 @@ async def test_a_hostile_job_id_is_404(client: httpx.AsyncClient, job_id: str) -
 @pytest.mark.parametrize(
     "name", ["%00", "..%2f", "%ff", "a" * 8000, "%0d%0a", "gpt&model_name=odd", "", "%F0%9F%92%A9"]
 )
-async def test_a_hostile_model_name_is_refused(client: httpx.AsyncClient, name: str) -> None:
+async def test_a_hostile_model_name_is_refused(shared_client: httpx.AsyncClient, name: str) -> None:
     for path in ROUTES:
-        assert_refused(await client.post(f"{path}?model_name={name}", json={"text": "a"}))
-    assert_refused(await client.get(f"/v1/models/{name}"))
+        assert_refused(await shared_client.post(f"{path}?model_name={name}", json={"text": "a"}))
+    assert_refused(await shared_client.get(f"/v1/models/{name}"))
 
 
 @pytest.mark.parametrize(
@@ -212,14 +216,14 @@ async def test_a_hostile_model_name_is_refused(client: httpx.AsyncClient, name: 
         f"limit={'9' * 5000}",
     ],
 )
-async def test_a_hostile_filter_of_jobs_is_refused(client: httpx.AsyncClient, query: str) -> None:
+async def test_a_hostile_filter_of_jobs_is_refused(shared_client: httpx.AsyncClient, query: str) -> None:
     for method in ("GET", "DELETE"):
-        assert_problem(await client.request(method, f"/jobs?{query}"), 422)
+        assert_problem(await shared_client.request(method, f"/jobs?{query}"), 422)
 
 
 @pytest.mark.parametrize("wait", ["NaN", "Infinity", "-1", "1e400", "9" * 5000, "", "%00", "1&wait=2"])
-async def test_a_hostile_wait_is_refused(client: httpx.AsyncClient, wait: str) -> None:
-    assert_refused(await client.get(f"/jobs/none?wait={wait}"))
+async def test_a_hostile_wait_is_refused(shared_client: httpx.AsyncClient, wait: str) -> None:
+    assert_refused(await shared_client.get(f"/jobs/none?wait={wait}"))
 
 
 @pytest.mark.parametrize(
@@ -243,17 +247,17 @@ async def test_a_hostile_wait_is_refused(client: httpx.AsyncClient, wait: str) -
     ]
     + [("X-Priority", value) for value in (b"", b"\xff", b"BULK", b"bulk,interactive", b"x" * 5000)],
 )
-async def test_a_hostile_header_is_refused(client: httpx.AsyncClient, header: str, value: bytes) -> None:
+async def test_a_hostile_header_is_refused(shared_client: httpx.AsyncClient, header: str, value: bytes) -> None:
     headers = {header.encode(): value}
     for path in ("/sync/predict", "/batch/predict"):
-        problem = assert_problem(await client.post(path, json={"text": "a"}, headers=headers), 422)
+        problem = assert_problem(await shared_client.post(path, json={"text": "a"}, headers=headers), 422)
         assert header in problem["detail"]
 
 
 @pytest.mark.parametrize("key", [b"", b"\xff" * 300, b"x" * 256, b"\xc2\x85", b"a\tb"])
-async def test_a_hostile_idempotency_key_is_refused(client: httpx.AsyncClient, key: bytes) -> None:
+async def test_a_hostile_idempotency_key_is_refused(shared_client: httpx.AsyncClient, key: bytes) -> None:
     headers = {b"idempotency-key": key}
-    assert_problem(await client.post("/async/predict", json=job("a"), headers=headers), 422)
+    assert_problem(await shared_client.post("/async/predict", json=job("a"), headers=headers), 422)
 
 
 @pytest.mark.parametrize(
@@ -261,8 +265,10 @@ async def test_a_hostile_idempotency_key_is_refused(client: httpx.AsyncClient, k
     ["/sync/predict", "/async/predict", "/jobs", "/jobs/none", "/jobs/replay", "/health", "/metrics", "/nowhere"],
 )
 @pytest.mark.parametrize("method", ["OPTIONS", "PUT", "PATCH", "TRACE", "PROPFIND"])
-async def test_a_method_that_a_route_does_not_have_is_405(client: httpx.AsyncClient, path: str, method: str) -> None:
-    response = await client.request(method, path)
+async def test_a_method_that_a_route_does_not_have_is_405(
+    shared_client: httpx.AsyncClient, path: str, method: str
+) -> None:
+    response = await shared_client.request(method, path)
     problem = assert_refused(response)
     assert response.status_code == (404 if path == "/nowhere" else 405)
     if response.status_code == 405:
@@ -280,27 +286,27 @@ async def test_a_method_that_a_route_does_not_have_is_405(client: httpx.AsyncCli
         ("/openapi.json", "GET, HEAD"),
     ],
 )
-async def test_allow_has_all_methods_of_an_address(client: httpx.AsyncClient, path: str, allowed: str) -> None:
-    assert (await client.options(path)).headers["allow"] == allowed
+async def test_allow_has_all_methods_of_an_address(shared_client: httpx.AsyncClient, path: str, allowed: str) -> None:
+    assert (await shared_client.options(path)).headers["allow"] == allowed
 
 
 @pytest.mark.parametrize(
     "path", ["/health/live", "/health", "/metrics", "/jobs", "/docs", "/openapi.json", "/v1/models"]
 )
-async def test_head_is_get_without_a_body(client: httpx.AsyncClient, path: str) -> None:
-    response = await client.head(path)
+async def test_head_is_get_without_a_body(shared_client: httpx.AsyncClient, path: str) -> None:
+    response = await shared_client.head(path)
     assert (response.status_code, response.content) == (200, b"")
-    assert response.headers["content-type"] == (await client.get(path)).headers["content-type"]
-    assert (await client.head("/sync/predict")).status_code == 405
-    assert (await client.head("/jobs/none")).status_code == 404
-    assert (await client.get("/health/live")).json() == {"status": "live"}  # the connection is still in step
+    assert response.headers["content-type"] == (await shared_client.get(path)).headers["content-type"]
+    assert (await shared_client.head("/sync/predict")).status_code == 405
+    assert (await shared_client.head("/jobs/none")).status_code == 404
+    assert (await shared_client.get("/health/live")).json() == {"status": "live"}  # the connection is still in step
 
 
-async def test_a_body_in_a_thousand_chunks_is_one_body(client: httpx.AsyncClient) -> None:
+async def test_a_body_in_a_thousand_chunks_is_one_body(shared_client: httpx.AsyncClient) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         yield b'{"text": "'
         for _ in range(1000):
             yield b"x"
         yield b'"}'
 
-    assert (await client.post("/sync/predict", content=chunks())).json()["length"] == 1000
+    assert (await shared_client.post("/sync/predict", content=chunks())).json()["length"] == 1000

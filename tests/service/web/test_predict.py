@@ -17,25 +17,25 @@ pytestmark = pytest.mark.anyio
 SUCCESS: dict[str, Any] = {"status": "success", "error": None, "meta": {}}
 
 
-async def test_one_item_gets_its_result(client: httpx.AsyncClient) -> None:
-    response = await client.post("/sync/predict", json={"text": "four"})
+async def test_one_item_gets_its_result(shared_client: httpx.AsyncClient) -> None:
+    response = await shared_client.post("/sync/predict", json={"text": "four"})
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
     assert response.json() == {**SUCCESS, "length": 4}
 
 
-async def test_an_item_may_come_in_an_envelope(client: httpx.AsyncClient) -> None:
-    response = await client.post("/sync/predict", json={"message": {"text": "four"}})
+async def test_an_item_may_come_in_an_envelope(shared_client: httpx.AsyncClient) -> None:
+    response = await shared_client.post("/sync/predict", json={"message": {"text": "four"}})
     assert response.json()["length"] == 4
-    response = await client.post("/batch/predict", json=[{"message": {"text": "four"}}, {"text": "five!"}])
+    response = await shared_client.post("/batch/predict", json=[{"message": {"text": "four"}}, {"text": "five!"}])
     assert [slot["length"] for slot in response.json()] == [4, 5]
 
 
-async def test_concurrent_requests_share_batches_and_get_their_own_results(client: httpx.AsyncClient) -> None:
+async def test_concurrent_requests_share_batches_and_get_their_own_results(shared_client: httpx.AsyncClient) -> None:
     lengths: dict[int, int] = {}
 
     async def call(n: int) -> None:
-        lengths[n] = (await client.post("/sync/predict", json={"text": "x" * n})).json()["length"]
+        lengths[n] = (await shared_client.post("/sync/predict", json={"text": "x" * n})).json()["length"]
 
     async with anyio.create_task_group() as task_group:
         for n in range(1, 65):
@@ -43,9 +43,9 @@ async def test_concurrent_requests_share_batches_and_get_their_own_results(clien
     assert lengths == {n: n for n in range(1, 65)}
 
 
-async def test_a_list_keeps_its_order_and_each_bad_item_spoils_its_own_slot(client: httpx.AsyncClient) -> None:
+async def test_a_list_keeps_its_order_and_each_bad_item_spoils_its_own_slot(shared_client: httpx.AsyncClient) -> None:
     items = [{"text": "one"}, {"text": ""}, {"txt": "a"}, 7, {"text": POISON}, {"text": REJECTED}, {"text": "three"}]
-    response = await client.post("/batch/predict", json=items)
+    response = await shared_client.post("/batch/predict", json=items)
     assert response.status_code == 200
     slots = response.json()
     assert [slot["status"] for slot in slots] == ["success", *["error"] * 5, "success"]
@@ -57,8 +57,8 @@ async def test_a_list_keeps_its_order_and_each_bad_item_spoils_its_own_slot(clie
     assert slots[5]["error"] == "rejected by the model"
 
 
-async def test_an_empty_list_is_answered_with_one(client: httpx.AsyncClient) -> None:
-    assert (await client.post("/batch/predict", json=[])).json() == []
+async def test_an_empty_list_is_answered_with_one(shared_client: httpx.AsyncClient) -> None:
+    assert (await shared_client.post("/batch/predict", json=[])).json() == []
 
 
 @pytest.mark.parametrize(
@@ -101,114 +101,116 @@ async def test_an_empty_list_is_answered_with_one(client: httpx.AsyncClient) -> 
     ],
 )
 async def test_a_bad_body_is_refused_with_the_field_and_the_remedy(
-    client: httpx.AsyncClient, path: str, body: bytes, status: int, detail: str
+    shared_client: httpx.AsyncClient, path: str, body: bytes, status: int, detail: str
 ) -> None:
-    problem = assert_problem(await client.post(path, content=body), status)
+    problem = assert_problem(await shared_client.post(path, content=body), status)
     assert detail in problem["detail"]
 
 
-async def test_a_bad_field_is_shown_with_the_beginning_of_its_value(client: httpx.AsyncClient) -> None:
-    problem = assert_problem(await client.post("/sync/predict", json={"text": "x" * 2**20}), 422)
+async def test_a_bad_field_is_shown_with_the_beginning_of_its_value(shared_client: httpx.AsyncClient) -> None:
+    problem = assert_problem(await shared_client.post("/sync/predict", json={"text": "x" * 2**20}), 422)
     (error,) = problem["errors"]
     assert error["field"] == "text"
     assert "1000" in error["message"]
     assert error["value"] == f"{'x' * 100}... ({2**20} characters)"
 
 
-async def test_a_bad_value_is_shown_as_json(client: httpx.AsyncClient) -> None:
-    problem = assert_problem(await client.post("/sync/predict", content=b'{"text": {"a": [true, null]}}'), 422)
+async def test_a_bad_value_is_shown_as_json(shared_client: httpx.AsyncClient) -> None:
+    problem = assert_problem(await shared_client.post("/sync/predict", content=b'{"text": {"a": [true, null]}}'), 422)
     assert problem["errors"][0]["value"] == {"a": [True, None]}
-    problem = assert_problem(await client.post("/sync/predict", json={"text": {"a": [True] * 100}}), 422)
+    problem = assert_problem(await shared_client.post("/sync/predict", json={"text": {"a": [True] * 100}}), 422)
     assert problem["errors"][0]["value"].startswith('{"a":[true,true')
     assert problem["errors"][0]["value"].endswith("... (507 characters)")
 
 
-async def test_a_wrong_method_is_told_the_right_one(client: httpx.AsyncClient) -> None:
-    problem = assert_problem(await client.get("/sync/predict"), 405)
+async def test_a_wrong_method_is_told_the_right_one(shared_client: httpx.AsyncClient) -> None:
+    problem = assert_problem(await shared_client.get("/sync/predict"), 405)
     assert problem["detail"] == "/sync/predict takes POST, not GET; /docs lists what there is"
 
 
-async def test_a_body_beyond_the_limit_is_refused(client: httpx.AsyncClient) -> None:
+async def test_a_body_beyond_the_limit_is_refused(shared_client: httpx.AsyncClient) -> None:
     async def endless() -> Any:
         for _ in range(33):
             yield b" " * 2**20
 
-    response = await client.post("/sync/predict", content=endless())
+    response = await shared_client.post("/sync/predict", content=endless())
     assert "smaller requests" in assert_problem(response, 413)["detail"]
 
 
-async def test_an_item_that_fails_is_500_and_one_that_is_rejected_422(client: httpx.AsyncClient) -> None:
-    problem = assert_problem(await client.post("/sync/predict", json={"text": POISON}), 500)
+async def test_an_item_that_fails_is_500_and_one_that_is_rejected_422(shared_client: httpx.AsyncClient) -> None:
+    problem = assert_problem(await shared_client.post("/sync/predict", json={"text": POISON}), 500)
     assert problem["detail"] == "ValueError: this batch is poisoned"
-    assert_problem(await client.post("/sync/predict", json={"text": REJECTED}), 422)
-    assert (await client.post("/sync/predict", json={"text": "goes on"})).status_code == 200
+    assert_problem(await shared_client.post("/sync/predict", json={"text": REJECTED}), 422)
+    assert (await shared_client.post("/sync/predict", json={"text": "goes on"})).status_code == 200
 
 
-async def test_a_list_longer_than_the_queue_is_refused_for_good(client: httpx.AsyncClient) -> None:
-    problem = assert_problem(await client.post("/batch/predict", json=[{"text": "a"}] * 101), 413)
+async def test_a_list_longer_than_the_queue_is_refused_for_good(shared_client: httpx.AsyncClient) -> None:
+    problem = assert_problem(await shared_client.post("/batch/predict", json=[{"text": "a"}] * 101), 413)
     assert "100" in problem["detail"]
 
 
-async def test_a_model_is_chosen_by_name_with_its_case(client: httpx.AsyncClient) -> None:
-    response = await client.post("/sync/predict?model_name=Lengths-2", json={"text": "four"})
+async def test_a_model_is_chosen_by_name_with_its_case(shared_client: httpx.AsyncClient) -> None:
+    response = await shared_client.post("/sync/predict?model_name=Lengths-2", json={"text": "four"})
     assert response.json()["length"] == 4
-    problem = assert_problem(await client.post("/sync/predict?model_name=lengths-2", json={"text": "four"}), 404)
+    problem = assert_problem(await shared_client.post("/sync/predict?model_name=lengths-2", json={"text": "four"}), 404)
     assert problem["detail"] == "there is no model 'lengths-2'; configured are: lengths, Lengths-2, odd"
 
 
 @pytest.mark.parametrize(
     ("header", "value"), [("X-Request-Timeout", "0"), ("X-Request-Timeout", "soon"), ("X-Priority", "urgent")]
 )
-async def test_a_bad_header_is_refused_by_its_name(client: httpx.AsyncClient, header: str, value: str) -> None:
-    response = await client.post("/sync/predict", json={"text": "four"}, headers={header: value})
+async def test_a_bad_header_is_refused_by_its_name(shared_client: httpx.AsyncClient, header: str, value: str) -> None:
+    response = await shared_client.post("/sync/predict", json={"text": "four"}, headers={header: value})
     assert header in assert_problem(response, 422)["detail"]
 
 
-async def test_an_accepted_job_can_be_found_and_is_delivered(client: httpx.AsyncClient, queue: InMemoryBackend) -> None:
-    response = await client.post(
+async def test_an_accepted_job_can_be_found_and_is_delivered(
+    shared_client: httpx.AsyncClient, shared_queue: InMemoryBackend
+) -> None:
+    response = await shared_client.post(
         "/async/predict", json={"message": {"text": "four"}, "success_queue": "ok", "meta": {"user_id": "12345"}}
     )
     assert response.status_code == 202
     job_id = response.json()["job_id"]
     assert response.json() == {"job_id": job_id}
     assert response.headers["location"] == f"/jobs/{job_id}"
-    message = json.loads(await queue.receive("ok"))
+    message = json.loads(await shared_queue.receive("ok"))
     assert message["job_id"] == job_id
-    job = (await client.get(f"/jobs/{job_id}?wait=30")).json()
+    job = (await shared_client.get(f"/jobs/{job_id}?wait=30")).json()
     assert job["status"] == "succeeded"
     assert job["result"] == message["result"] == {**SUCCESS, "length": 4}
     assert job["meta"] == {"user_id": "12345"}
     assert job["created_at"] <= job["started_at"] <= job["finished_at"]
 
 
-async def test_an_unknown_job_is_404(client: httpx.AsyncClient) -> None:
-    assert "'nothing'" in assert_problem(await client.get("/jobs/nothing"), 404)["detail"]
-    assert_problem(await client.delete("/jobs/nothing"), 404)
-    assert "wait" in assert_problem(await client.get("/jobs/nothing?wait=1000"), 422)["detail"]
+async def test_an_unknown_job_is_404(shared_client: httpx.AsyncClient) -> None:
+    assert "'nothing'" in assert_problem(await shared_client.get("/jobs/nothing"), 404)["detail"]
+    assert_problem(await shared_client.delete("/jobs/nothing"), 404)
+    assert "wait" in assert_problem(await shared_client.get("/jobs/nothing?wait=1000"), 422)["detail"]
 
 
-async def test_a_finished_job_is_left_as_it_is_when_cancelled(client: httpx.AsyncClient) -> None:
-    job_id = (await client.post("/async/predict", json={"message": {"text": "four"}})).json()["job_id"]
-    await client.get(f"/jobs/{job_id}?wait=30")
-    assert (await client.delete(f"/jobs/{job_id}")).json()["status"] == "succeeded"
+async def test_a_finished_job_is_left_as_it_is_when_cancelled(shared_client: httpx.AsyncClient) -> None:
+    job_id = (await shared_client.post("/async/predict", json={"message": {"text": "four"}})).json()["job_id"]
+    await shared_client.get(f"/jobs/{job_id}?wait=30")
+    assert (await shared_client.delete(f"/jobs/{job_id}")).json()["status"] == "succeeded"
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", "/sync/predict", 405)])
 async def test_wrong_addresses_and_methods_are_problems_too(
-    client: httpx.AsyncClient, method: str, path: str, status: int
+    shared_client: httpx.AsyncClient, method: str, path: str, status: int
 ) -> None:
-    assert_problem(await client.request(method, path), status)
+    assert_problem(await shared_client.request(method, path), status)
 
 
-async def test_an_output_that_is_no_json_is_a_problem(client: httpx.AsyncClient) -> None:
+async def test_an_output_that_is_no_json_is_a_problem(shared_client: httpx.AsyncClient) -> None:
     for text, told in ((OBJECT, "object is no type of JSON"), (SURROGATE, "surrogates"), (MUTE, "MuteError")):
-        response = await client.post("/sync/predict?model_name=odd", json={"text": text})
+        response = await shared_client.post("/sync/predict?model_name=odd", json={"text": text})
         assert told in assert_problem(response, 500)["detail"]
 
 
-async def test_an_output_that_is_no_json_spoils_its_own_slot(client: httpx.AsyncClient) -> None:
+async def test_an_output_that_is_no_json_spoils_its_own_slot(shared_client: httpx.AsyncClient) -> None:
     items = [{"text": text} for text in ("four", OBJECT, NAN, SURROGATE, MUTE, "five!")]
-    slots = (await client.post("/batch/predict?model_name=odd", json=items)).json()
+    slots = (await shared_client.post("/batch/predict?model_name=odd", json=items)).json()
     assert [slot["status"] for slot in slots] == ["success", "error", "success", "error", "error", "success"]
     assert "that JSON has: texts, numbers" in slots[1]["error"]
     assert slots[2]["score"] is None
@@ -216,14 +218,14 @@ async def test_an_output_that_is_no_json_spoils_its_own_slot(client: httpx.Async
 
 @pytest.mark.parametrize(("headers", "priority"), [({}, "bulk"), ({"X-Priority": "interactive"}, "interactive")])
 async def test_a_job_is_bulk_unless_it_says_otherwise(
-    client: httpx.AsyncClient, headers: dict[str, str], priority: str
+    shared_client: httpx.AsyncClient, headers: dict[str, str], priority: str
 ) -> None:
-    accepted = await client.post("/async/predict", json={"message": {"text": "four"}}, headers=headers)
-    job = (await client.get(f"/jobs/{accepted.json()['job_id']}?wait=30")).json()
+    accepted = await shared_client.post("/async/predict", json={"message": {"text": "four"}}, headers=headers)
+    job = (await shared_client.get(f"/jobs/{accepted.json()['job_id']}?wait=30")).json()
     assert (job["priority"], job["status"]) == (priority, "succeeded")
 
 
-async def test_a_timeout_for_the_request_of_a_job_is_refused(client: httpx.AsyncClient) -> None:
+async def test_a_timeout_for_the_request_of_a_job_is_refused(shared_client: httpx.AsyncClient) -> None:
     headers = {"X-Request-Timeout": "5"}
-    refused = await client.post("/async/predict", json={"message": {"text": "four"}}, headers=headers)
+    refused = await shared_client.post("/async/predict", json={"message": {"text": "four"}}, headers=headers)
     assert assert_problem(refused, 422)["detail"].startswith("X-Request-Timeout: ")

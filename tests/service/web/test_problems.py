@@ -36,8 +36,8 @@ def test_the_page_explains_each_type_of_problem_and_no_other() -> None:
     ],
 )
 async def test_a_problem_says_its_type(
-    client: httpx.AsyncClient, method: str, path: str, body: bytes, status: int, kind: str
+    shared_client: httpx.AsyncClient, method: str, path: str, body: bytes, status: int, kind: str
 ) -> None:
-    problem = assert_problem(await client.request(method, path, content=body), status)
+    problem = assert_problem(await shared_client.request(method, path, content=body), status)
     assert problem["type"] == f"{TYPE_PREFIX}{kind}"
     assert problem["title"] == kind.replace("-", " ").capitalize()
