@@ -150,9 +150,9 @@ def test_each_gpu_is_measured_with_each_limit_under_each_number_of_callers() -> 
     ("gpus", "batch_sizes", "concurrency", "seconds", "complaint"),
     [
         ("T4,,L4", "8", "64", 1.0, "--gpus 'T4,,L4': give names of GPUs"),
-        ("T4", "8,all", "64", 1.0, "--batch-sizes '8,all': give numbers, as 8,32"),
-        ("T4", "0", "64", 1.0, "--batch-sizes '0': give numbers from 1"),
-        ("T4", "8", "0", 1.0, "clients must be above 0, not 0"),
+        ("T4", "8,all", "64", 1.0, "--batch-sizes '8,all': give numbers above 0, as 8,32"),
+        ("T4", "0", "64", 1.0, "--batch-sizes '0': give numbers above 0, as 8,32"),
+        ("T4", "8", "0", 1.0, "--concurrency '0': give numbers above 0, as 64,512"),
         ("T4", "8", "64", 0.0, "seconds must be above 0, not 0"),
     ],
 )
