@@ -67,8 +67,6 @@ def parse_matrix(gpus: str, batch_sizes: str, concurrency: str, seconds: float, 
     if not all(names):
         raise OptionError(f"--gpus {gpus!r}: give names of GPUs, as T4,L4")
     sizes = values_of(batch_sizes, int, "--batch-sizes", "8,32")
-    if min(sizes) < 1:
-        raise OptionError(f"--batch-sizes {batch_sizes!r}: give numbers from 1, as 8,32")
     return Matrix(
         variants=[Variant(gpu, size) for gpu in dict.fromkeys(names) for size in dict.fromkeys(sizes)],
         loads=[replace(base, clients=count) for count in values_of(concurrency, int, "--concurrency", "64,512")],
