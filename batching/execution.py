@@ -167,13 +167,15 @@ class Executor(Generic[T, R]):
         return [*ended]
 
     async def _run_in_time(self, batches: Sequence[list[T]], ended: list[Ended[R]]) -> None:
-        """Run batches, and add each to `ended` once it has; raises what the first that fails raises."""
-        waiting = iter(batches)
+        """Run batches, and add those that have ended to `ended`; raises what the first that fails raises."""
+        waiting, done = iter(batches), list[Ended[R]]()
         try:
             with nullcontext() if math.isinf(self._timeout_s) else anyio.move_on_after(self._timeout_s):
-                await self._run_at_once(waiting, ended)
+                await self._run_at_once(waiting, done)
+                return
         finally:
             deque(waiting, maxlen=0)  # an abandoned thread begins no further batch
+            ended += done  # and what it may still add to `done` is dropped
         if (count := len(ended)) < len(batches):
             raise BatchTimeoutError(self._timeout_s, len(batches[count]))
 

@@ -17,6 +17,7 @@ from modalkit.batching import (
     PaddedCostModel,
     Success,
     dispatch,
+    execution,
 )
 
 pytestmark = pytest.mark.anyio
@@ -130,3 +131,30 @@ async def test_asynchronous_batches_run_one_at_a_time() -> None:
 
     await recorder.run_all(8, run)
     assert [answered for _, answered in recorder.runs] == [0, 4]
+
+
+async def test_a_batch_that_ends_at_the_moment_of_its_time_limit_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+
+    class EndingError(BatchTimeoutError):
+        """The thread ends a lone item while the error for it is made."""
+
+        def __init__(self, timeout_s: float, count: int) -> None:
+            super().__init__(timeout_s, count)
+            if count == 1:
+                release.set()
+                for thread in threading.enumerate():
+                    if thread.name.startswith("batch scheduler"):
+                        thread.join(timeout=30)
+
+    monkeypatch.setattr(execution, "BatchTimeoutError", EndingError)
+
+    def run(items: list[int]) -> list[int]:
+        assert release.wait(timeout=30)
+        return items
+
+    async with BatchScheduler(run, policy=POLICY, batch_timeout_s=0.05) as scheduler:
+        first, second = await scheduler.submit_many(range(2))
+    assert isinstance(first, Failure)
+    assert isinstance(first.error, BatchTimeoutError)
+    assert second == Success(1)
