@@ -39,8 +39,6 @@ class BatchRun(Generic[T, R]):
     wanted: list[Pending[T, R]]
     """Its requests whose callers still wait: only these run."""
     formed_s: float
-    batches: int
-    """How many batches run together with this one, in the same visit to the thread, itself included."""
 
 
 class BatchRunner(Generic[T, R]):
@@ -69,14 +67,19 @@ class BatchRunner(Generic[T, R]):
         self._name = name
         self._has_warned = False
 
-    def begin(self, batch: Batch[Pending[T, R]], batches: int = 1) -> BatchRun[T, R] | None:
-        """Add a batch to `running`; returns None if nobody waits for it any more. `batches` run together with it."""
+    def begin(self, batch: Batch[Pending[T, R]]) -> BatchRun[T, R] | None:
+        """Add a batch to `running`; returns None if nobody waits for it any more."""
         wanted = [request for request in batch.requests if request.outcome is None]
         if not wanted:
             self._planner.cancel_batch(batch, [])
             return None
         self.running[id(batch)] = batch
-        return BatchRun(batch, wanted, self.now(), batches)
+        return BatchRun(batch, wanted, self.now())
+
+    def requeue(self, run: BatchRun[T, R]) -> None:
+        """Let the requests of a batch that did not run wait again."""
+        self.running.pop(id(run.batch), None)
+        self._planner.cancel_batch(run.batch, [request for request in run.wanted if request.outcome is None])
 
     async def end(
         self,
@@ -85,34 +88,34 @@ class BatchRunner(Generic[T, R]):
         seconds: StageSeconds | None,
         executor: Executor[T, R],
         *,
+        batches: int,
         overlapped: bool,
     ) -> None:
         """Use the outputs of a batch, or find its failing items. A batch that was preempted is requeued whole.
 
-        When cancelled, it leaves the batch in `running`, and requests without an outcome.
+        `batches` ran in the same visit to the thread, this one included: each took its part of that time. When
+        cancelled, it leaves the batch in `running`, and requests without an outcome.
         """
-        batch, wanted = run.batch, run.wanted
-        errors, requeued, was_preempted = list[Exception](), 0, isinstance(outputs, BatchPreemptedError)
+        if isinstance(outputs, BatchPreemptedError):
+            self.requeue(run)
+            return
+        batch, wanted, ran_s = run.batch, run.wanted, self.now()
+        errors, requeued = list[Exception](), 0
         try:
-            if not isinstance(outputs, Exception):
+            if isinstance(outputs, Exception):
+                errors, requeued = await self._find_failing(wanted, executor, outputs)
+            else:
                 errors = self._succeed(wanted, outputs)
                 self._history.record_success(len(wanted))
-            elif not was_preempted:
-                errors, requeued = await self._find_failing(wanted, executor, outputs)
         finally:
-            total_s = (self.now() - run.formed_s) / run.batches
+            total_s = (ran_s - run.formed_s) / batches + self.now() - ran_s
             if len(wanted) < len(batch.requests):
                 seconds = None
-            if was_preempted:
-                self._planner.cancel_batch(batch, [request for request in wanted if request.outcome is None])
-            else:
-                elapsed_s, succeeded = (total_s, False) if seconds is None else (seconds.total_s, True)
-                failed = "the cost model could not learn from a batch"
-                self._call(failed, self._planner.end_batch, batch, elapsed_s, succeeded=succeeded)
+            elapsed_s, succeeded = (total_s, False) if seconds is None else (seconds.total_s, True)
+            failed = "the cost model could not learn from a batch"
+            self._call(failed, self._planner.end_batch, batch, elapsed_s, succeeded=succeeded)
         self._planner.limit_count(self._history.count_limit(self._planner.policy.max_batch_size))
         self.running.pop(id(batch), None)  # it is already removed if the scheduler has broken meanwhile
-        if was_preempted:
-            return
         if seconds is not None:
             self.shares.add(seconds)
         self._report(batch, run.formed_s, total_s, seconds, errors, requeued, overlapped=overlapped)

@@ -253,19 +253,26 @@ class Dispatcher(Generic[T, R]):
     async def _run(
         self, batches: list[Batch[Pending[T, R]]], executor: Executor[T, R], progress: Progress | None = None
     ) -> None:
-        """Run batches one after the other; with a `progress`, one batch at the same time as others."""
-        runs = [run for batch in batches if (run := self.runner.begin(batch, len(batches)))]
-        while runs:
+        """Run batches one after the other; with a `progress`, one batch at the same time as others.
+
+        Those after one that fails, or takes long, are requeued.
+        """
+        runs = [run for batch in batches if (run := self.runner.begin(batch))]
+        if runs:
             results = await executor.attempt([[request.payload for request in run.wanted] for run in runs], progress)
+            if left := runs[len(results) :]:
+                for run in left:
+                    self.runner.requeue(run)
+                self.sleepers.wake_one()  # another worker may run them, while the items of a failed batch are searched
+            count, overlapped = len(results), progress is not None
             for run, (outputs, seconds) in zip(runs, results, strict=False):
                 try:
-                    await self.runner.end(run, outputs, seconds, executor, overlapped=progress is not None)
+                    await self.runner.end(run, outputs, seconds, executor, batches=count, overlapped=overlapped)
                 except _FAULTS as error:
                     self.runner.running.pop(id(run.batch), None)
                     self._handle_fault(error, run.batch.requests)
                 else:
                     self._faults_in_a_row = 0
-            del runs[: len(results)]
         if progress is not None:
             progress.end()
         if not self.is_open:

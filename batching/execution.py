@@ -30,6 +30,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 S = TypeVar("S")
 
+LONG_VISIT_S = 0.002
+"""Seconds of synchronous batches after which a visit to the thread begins no more: it was expected to take far less."""
+
 Ended = tuple[Sequence[R | Exception], StageSeconds]
 """The outputs of a batch, and its seconds."""
 
@@ -147,9 +150,10 @@ class Executor(Generic[T, R]):
     ) -> list[Ended[R] | tuple[Exception, None]]:
         """Run batches one after the other, up to the first that fails: its error is then the last of the results.
 
-        Synchronous batches run in one visit to the thread, in which the time limit is for all of them together. With a
-        `progress`, there is one batch, and each stage of it runs as soon as the batch before has left it. Then only the
-        time in the stages counts towards the time limit, not the time that the batch waits for other batches.
+        Synchronous batches run in one visit to the thread, in which the time limit is for all of them together. It ends
+        early once they have taken `LONG_VISIT_S`: those that are left have no result. With a `progress`, there is one
+        batch, and each stage of it runs as soon as the batch before has left it. Then only the time in the stages
+        counts towards the time limit, not the time that the batch waits for other batches.
         """
         ended: list[Ended[R]] = []
         try:
@@ -243,9 +247,12 @@ async def _call(thread: DedicatedThread, stage: Callable[..., Any], payloads: li
 
 
 def _run_synchronously(run_batch: RunBatch[T, R], batches: Iterator[list[T]], ended: list[Ended[R]]) -> None:
+    long_s = perf_counter() + LONG_VISIT_S
     for payloads in batches:
         outputs, seconds = _run_stages(run_batch, payloads)
         ended.append((checked_outputs(outputs, len(payloads)), seconds))
+        if perf_counter() >= long_s:
+            return
 
 
 def _run_stages(run_batch: RunBatch[T, R], payloads: list[T]) -> tuple[Any, StageSeconds]:

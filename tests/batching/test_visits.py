@@ -55,6 +55,7 @@ class Recorder:
 def all_brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a slow machine, too, the batches of these tests count as brief."""
     monkeypatch.setattr(dispatch, "MAX_VISIT_S", math.inf)
+    monkeypatch.setattr(execution, "LONG_VISIT_S", math.inf)
 
 
 @pytest.mark.usefixtures("all_brief")
@@ -131,6 +132,56 @@ async def test_asynchronous_batches_run_one_at_a_time() -> None:
 
     await recorder.run_all(8, run)
     assert [answered for _, answered in recorder.runs] == [0, 4]
+
+
+@pytest.mark.usefixtures("all_brief")
+async def test_another_worker_runs_what_follows_a_failing_batch_while_its_items_are_searched() -> None:
+    others_done = threading.Event()
+    failing, outcomes = list[int](), dict[int, Any]()
+
+    def run(items: list[int]) -> list[int]:
+        if 0 in items and len(items) == POLICY.max_batch_size:
+            failing.extend(items)
+            raise ValueError("they fail together")
+        if 0 in items:
+            assert others_done.wait(timeout=30), "the others wait for the search"
+        return items
+
+    def take(item: int, outcome: Any) -> None:
+        outcomes[item] = outcome
+        if set(range(12)) - set(failing) <= set(outcomes):
+            others_done.set()
+
+    async with BatchScheduler(run, policy=POLICY, cost_model=PaddedCostModel(), max_in_flight=2) as scheduler:
+        await scheduler.submit(-1)
+        for item in range(12):
+            scheduler.submit_nowait(item, partial(take, item))
+    assert outcomes == {item: Success(item) for item in range(12)}
+
+
+@pytest.mark.usefixtures("all_brief")
+async def test_what_is_withdrawn_while_the_batch_before_it_fails_does_not_run() -> None:
+    withdraw = list[Callable[[], object]]()
+
+    def withdraw_all(_: object) -> None:
+        for one in withdraw:
+            one()
+
+    recorder = Recorder(lambda items: raise_value_error(items) if 0 in items else items)
+    async with BatchScheduler(recorder.run, policy=POLICY, cost_model=PaddedCostModel()) as scheduler:
+        await scheduler.submit(-1)
+        scheduler.submit_nowait(0, withdraw_all)
+        withdraw += [scheduler.submit_nowait(item, print) for item in range(1, 12)]
+    [_, (failing, _), *_] = recorder.runs
+    assert {item for items, _ in recorder.runs[1:] for item in items} == set(failing)
+
+
+@pytest.mark.usefixtures("all_brief")
+async def test_a_visit_ends_with_the_first_batch_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "LONG_VISIT_S", 0.0)
+    recorder = Recorder()
+    await recorder.run_all(12)
+    assert [(len(items), answered) for items, answered in recorder.runs] == [(4, 0), (4, 4), (4, 8)]
 
 
 async def test_a_batch_that_ends_at_the_moment_of_its_time_limit_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
