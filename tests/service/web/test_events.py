@@ -110,6 +110,17 @@ async def until(reached: Callable[[], bool]) -> None:
             await anyio.sleep(0.01)
 
 
+def pause_after_each(spelling: Spelling) -> None:
+    """Clear the gate with each step."""
+    make = spelling.pieces
+
+    def pause_after(texts: Any, length: int) -> list[Any]:
+        spelling.gate.clear()
+        return make(texts, length)
+
+    spelling.pieces = pause_after  # type: ignore[method-assign]  # in place of a class of its own
+
+
 async def submit(client: httpx.AsyncClient, model: str, text: str) -> str:
     answer = await client.post(f"/async/predict?model_name={model}", json=job(text))
     return str(answer.json()["job_id"])
@@ -121,13 +132,7 @@ async def submit(client: httpx.AsyncClient, model: str, text: str) -> str:
 async def test_each_piece_comes_before_the_next_is_made_and_the_result_is_last(
     client: httpx.AsyncClient, spelling: Spelling
 ) -> None:
-    make = spelling.pieces
-
-    def pause_after(texts: Any, length: int) -> list[Any]:
-        spelling.gate.clear()
-        return make(texts, length)
-
-    spelling.pieces = pause_after  # type: ignore[method-assign]  # in place of a class of its own
+    pause_after_each(spelling)
     async with listening(client, "POST", "/sync/predict?model_name=spelling", {"text": "abc"}) as received:
         for text in ("a", "ab", "abc"):
             assert await anext(received) == (
@@ -179,14 +184,17 @@ async def test_comments_come_in_pauses(
         assert [event.name async for event in received][-1] == "result"
 
 
-async def test_when_the_client_leaves_nothing_more_is_made(client: httpx.AsyncClient, spelling: Spelling) -> None:
+async def test_when_the_client_leaves_nothing_more_is_made(
+    client: httpx.AsyncClient, gateway: LocalGateway, spelling: Spelling
+) -> None:
+    worker = gateway.models["spelling"].ready_worker()
+    pause_after_each(spelling)
     async with listening(client, "POST", "/sync/predict?model_name=spelling", {"text": "z" * 1000}) as received:
         await anext(received)
-        spelling.gate.clear()
-    await until(lambda: spelling.steps > 0)
+    await until(lambda: worker.statistics().cancelled == 1)
     spelling.gate.set()
     await until(lambda: spelling.closed == 1)
-    assert spelling.steps < 1000
+    assert spelling.steps <= 2, "only the step that waited at the gate is made"
 
 
 async def test_a_client_that_does_not_read_holds_up_nothing_and_misses_pieces_but_not_the_result(
