@@ -109,7 +109,7 @@ class Chooser:
         if engine == "torch-packed":
             return packable_dtypes() if self._device.type == "cpu" else []
         if engine == "torch-unpadded":
-            if self._device.type != "cuda":
+            if self._device.type not in ("cpu", "cuda"):
                 return []
             from modalkit.pipelines.engines.unpadded import unpaddable_dtypes
 

@@ -59,12 +59,12 @@ def torch_run(module: nn.Module, candidate: Candidate, *, may_copy: bool = True)
     own: Callable[..., object] = module
     if dtype_of(module) != candidate.dtype or candidate.engine in ("torch-packed", "torch-unpadded"):
         changed = (copy.deepcopy(module) if may_copy else module).to(dtype=dtype)
-        if candidate.engine == "torch-packed":
-            pack_linears(changed)
-        elif candidate.engine == "torch-unpadded":
+        if candidate.engine == "torch-unpadded":
             from modalkit.pipelines.engines.unpadded import remove_padding
 
             remove_padding(changed)
+        if candidate.engine in ("torch-packed", "torch-unpadded") and device.type == "cpu":
+            pack_linears(changed)
         own = changed
     if candidate.engine == "torch-compile":
         _require_compiler(device)

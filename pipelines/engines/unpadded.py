@@ -1,9 +1,11 @@
-"""Encoders of transformers that compute the tokens of a batch without its padding, by torch's flash attention.
+"""Encoders of transformers that compute the tokens of a batch without its padding.
 
-The layers of the encoder get all texts one after the other, as one row; only attention knows where each begins.
+The layers of the encoder get all texts one after the other, as one row; only attention knows where each begins. On a
+GPU that is torch's flash attention. On a CPU, short texts are padded for attention alone.
 """
 
 import importlib.util
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import flash_attention_mask
 
+from modalkit.pipelines.engines.packed import packable_dtypes
 from modalkit.pipelines.engines.settings import DTypeName
 from modalkit.pipelines.errors import EngineError
 
@@ -18,35 +21,96 @@ IMPLEMENTATION = "modalkit_unpadded"
 MIN_CAPABILITY = (8, 0)  # of the GPU, for flash attention
 DTYPES: list[DTypeName] = ["bfloat16", "float16"]  # those of flash attention
 UNKNOWN_HERE = ("position_bias", "sliding_window", "softcap", "s_aux")  # what attention may be told and is not done
+MAX_PADDED_LENGTH = 128  # of the longest text, for attention of all texts together; it needs memory for its square
+LENGTH_STEP = 8  # what that length is rounded up to
+
+
+class Places:
+    """Where the tokens of a batch are in a tensor that is padded; for a CPU, where padded texts can share an operation.
+
+    Tensors of attention without padding have the shape (1, heads, tokens, size of a head), padded ones (texts * heads,
+    length, size of a head).
+
+    oneDNN takes about a millisecond to prepare for a shape that it has not met lately, as long as it then computes. So
+    there are few shapes: `spare` tokens, which mean nothing, are to follow those of the texts.
+    """
+
+    def __init__(self, is_token: Tensor, heads: int) -> None:
+        self.lengths: list[int] = is_token.sum(dim=1).tolist()
+        tokens = sum(self.lengths)
+        self.spare = -tokens % 2 ** max(0, tokens.bit_length() - 5)  # at most 1/16 more
+        self._is_token = nn.functional.pad(is_token, (0, -is_token.shape[1] % LENGTH_STEP))
+        self._heads = torch.arange(heads)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """What is added to the scores: 0 for tokens, minus infinity for padding; (texts * heads, 1, length)."""
+        mask = torch.zeros(self._is_token.shape).masked_fill_(~self._is_token, -torch.inf)
+        return mask.repeat_interleave(len(self._heads), dim=0).unsqueeze(1)
+
+    def pad(self, tensor: Tensor) -> Tensor:
+        """Put each text into a row of its own. Padding has the values of some token."""
+        texts, length = self._is_token.shape
+        rows = tensor.transpose(1, 2).reshape(-1, tensor.shape[-1])
+        return rows.index_select(0, self._padded).view(texts * len(self._heads), length, -1)
+
+    def unpad(self, tensor: Tensor) -> Tensor:
+        """Put all texts into one row, with the heads after the tokens: (1, tokens, heads, size of a head)."""
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        return rows.index_select(0, self._unpadded).view(1, -1, len(self._heads), tensor.shape[-1])
+
+    @cached_property
+    def _padded(self) -> Tensor:
+        token = self._is_token.flatten().cumsum(0).sub_(1).clamp_(min=0).view(len(self.lengths), 1, -1)
+        return (token * len(self._heads) + self._heads.view(-1, 1)).flatten()
+
+    @cached_property
+    def _unpadded(self) -> Tensor:
+        text, place = self._is_token.nonzero(as_tuple=True)
+        row = text.view(-1, 1) * len(self._heads) + self._heads
+        rows = row * self._is_token.shape[1] + place.view(-1, 1)
+        return nn.functional.pad(rows, (0, 0, 0, self.spare)).flatten()
 
 
 class UnpaddedEncoder(nn.Module):
     """Runs an encoder on the tokens of a batch that are no padding; its outputs are 0 where there is padding."""
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, heads: int) -> None:
         super().__init__()
         self.encoder = encoder
+        self._heads = heads
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """What the encoder returns; `attention_mask` (texts, length) is true where there is a token."""
         texts, length, _ = hidden_states.shape
         if attention_mask is None:
             attention_mask = torch.ones(texts, length, dtype=torch.bool, device=hidden_states.device)
-        lengths = attention_mask.sum(dim=1, dtype=torch.int32)
-        outputs = self.encoder(
-            hidden_states[attention_mask].unsqueeze(0),
-            cu_seq_lens_q=nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
-            max_length_q=length,
-            **options,
-        )
+        tokens = hidden_states[attention_mask]
+        count = len(tokens)
+        if uses_flash(hidden_states):
+            lengths = attention_mask.sum(dim=1, dtype=torch.int32)
+            begins = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+            where: dict[str, Any] = {"cu_seq_lens_q": begins, "max_length_q": length}
+        else:
+            places = Places(attention_mask, self._heads)
+            where = {"places": places}
+            tokens = nn.functional.pad(tokens, (0, 0, 0, places.spare))
+        outputs = self.encoder(tokens.unsqueeze(0), **where, **options)
         padded = torch.zeros_like(hidden_states)
-        padded[attention_mask] = outputs.last_hidden_state.squeeze(0)
+        padded[attention_mask] = outputs.last_hidden_state.squeeze(0)[:count]
         outputs.last_hidden_state = padded
         return outputs
 
 
+def uses_flash(tensor: Tensor) -> bool:
+    """Whether attention is torch's flash attention, because the tensor is on a GPU."""
+    return tensor.is_cuda
+
+
 def unpaddable_dtypes(module: nn.Module, device: torch.device) -> list[DTypeName]:
     """The number formats in which the encoder inside `module` can compute without padding; none where it cannot."""
+    if device.type == "cpu":
+        return packable_dtypes() if _place_of_encoder(module) is not None else []
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return []
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # before torch 2.10
@@ -65,7 +129,7 @@ def remove_padding(module: nn.Module) -> None:
     if model.config._attn_implementation != IMPLEMENTATION:  # noqa: SLF001  # there is no public name for it
         raise EngineError(f"{type(model).__name__} has its own attention, so torch-unpadded cannot compute it")
     parent, name = place
-    setattr(parent, name, UnpaddedEncoder(getattr(parent, name)))
+    setattr(parent, name, UnpaddedEncoder(getattr(parent, name), model.config.num_attention_heads))
 
 
 def _model_in(module: nn.Module) -> PreTrainedModel | None:
@@ -98,9 +162,25 @@ def _attend(
     """Attention among the tokens of each text; tensors have the shape (1, heads, tokens, size of a head)."""
     if unknown := [name for name in UNKNOWN_HERE if options.get(name) is not None]:
         raise EngineError(f"torch-unpadded cannot compute attention with {', '.join(unknown)}")
+    if not uses_flash(query):
+        return _attend_on_cpu(query, key, value, scaling, options["places"]), None
     from torch.nn.attention.varlen import varlen_attn
 
     begins, longest = options["cu_seq_lens_q"], options["max_length_q"]
     query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     found = varlen_attn(query, key, value, begins, begins, longest, longest, scale=scaling)
     return found.unsqueeze(0), None  # type: ignore[union-attr]  # a tuple only where more is asked for
+
+
+def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, places: Places) -> Tensor:
+    """The same; torch's own attention for a CPU takes about twice as long for short texts in bfloat16."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if len(places.lengths) == 1 or max(places.lengths) > MAX_PADDED_LENGTH:
+        lengths = [*places.lengths, *([places.spare] if places.spare else [])]
+        texts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        found = [nn.functional.scaled_dot_product_attention(*text, scale=scale) for text in texts]
+        return torch.cat(found, dim=2).transpose(1, 2)
+    query, key, value = map(places.pad, (query, key, value))
+    scores = torch.baddbmm(places.mask.to(query.dtype), query, key.transpose(1, 2), alpha=scale)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)  # in bfloat16 it takes twice as long
+    return places.unpad(weights @ value)

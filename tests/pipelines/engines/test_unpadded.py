@@ -22,9 +22,11 @@ from transformers import (
 )
 
 from modalkit.pipelines import EngineError, EngineSettings, load_engine, transformer_pipeline
-from modalkit.pipelines.engines import Engine, EngineChoice
+from modalkit.pipelines.engines import Engine, EngineChoice, unpadded
+from modalkit.pipelines.engines.packed import packable_dtypes
+from modalkit.pipelines.engines.settings import DTypeName
 from modalkit.pipelines.engines.unpadded import remove_padding, unpaddable_dtypes
-from modalkit.pipelines.sentiment import SentimentPipeline
+from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -42,7 +44,7 @@ DISTILBERT = DistilBertForSequenceClassification(
 
 @pytest.fixture
 def lengths(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The lengths of the texts of each call of attention."""
+    """The lengths of the texts of each call of attention, which is the one for GPUs."""
     seen: list[list[int]] = []
 
     def attend(
@@ -57,6 +59,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         return torch.cat([attention_of(parts, scale) for parts in texts])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend)
+    monkeypatch.setattr(unpadded, "uses_flash", lambda _: True)
     return seen
 
 
@@ -72,12 +75,23 @@ def mask_of(kind: str) -> Tensor:
     return mask.flip(1) if kind == "left" else mask
 
 
+@pytest.fixture(params=["gpu", "cpu", "cpu, long texts"])
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Each way to compute attention; the lengths that flash attention got."""
+    if request.param == "gpu":
+        found: list[list[int]] = request.getfixturevalue("lengths")
+        return found
+    if request.param == "cpu, long texts":
+        monkeypatch.setattr(unpadded, "MAX_PADDED_LENGTH", 2)
+    return []
+
+
 @pytest.mark.parametrize(
     ("model", "kind"),
     [(BERT, "right"), (BERT, "none"), (ROBERTA, "right"), (ROBERTA, "left"), (DISTILBERT, "right")],
     ids=lambda each: each if isinstance(each, str) else type(each).__name__,
 )
-def test_outputs_are_those_of_the_padded_batch(model: PreTrainedModel, kind: str, lengths: list[list[int]]) -> None:
+def test_outputs_are_those_of_the_padded_batch(model: PreTrainedModel, kind: str, attention: list[list[int]]) -> None:
     ids, mask = torch.randint(5, 100, (3, 7)), mask_of(kind)
     other = copy.deepcopy(model).train(mode=False)
     remove_padding(other)
@@ -87,7 +101,7 @@ def test_outputs_are_those_of_the_padded_batch(model: PreTrainedModel, kind: str
     if found.dim() == 3:  # of each token: those of padding mean nothing
         expected, found = expected[mask.bool()], found[mask.bool()]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert lengths == [mask.sum(dim=1).tolist()] * 2
+    assert attention in ([], [mask.sum(dim=1).tolist()] * 2)
     assert model.config._attn_implementation == "sdpa"  # noqa: SLF001  # the module itself is as it was
 
 
@@ -113,10 +127,22 @@ def test_what_this_attention_does_not_know_is_refused(lengths: list[list[int]]) 
     assert lengths == []
 
 
-def test_it_is_for_gpus() -> None:
-    assert unpaddable_dtypes(BERT, torch.device("cpu")) == []
+def test_a_cpu_computes_encoders_in_the_formats_of_packed_weights() -> None:
+    assert unpaddable_dtypes(BERT, torch.device("cpu")) == packable_dtypes()
+    model = torch.nn.Linear(2, 2)
+    assert unpaddable_dtypes(model, torch.device("cpu")) == []
     with pytest.raises(EngineError, match=r"engine torch-unpadded cannot compute on this device \(cpu\)"):
-        load_engine(BERT, [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}], EngineSettings(engine="torch-unpadded"))
+        load_engine(model, [{"input": torch.ones(1, 2)}], EngineSettings(engine="torch-unpadded"))
+
+
+@pytest.mark.parametrize("dtype", packable_dtypes())
+def test_it_computes_the_bundled_model(dtype: DTypeName) -> None:
+    texts = [SentimentRequest(text=text) for text in ("Fine.", "It was awful from beginning to end.", "Great! " * 60)]
+    outputs = []
+    for engine, number in (("torch", "float32"), ("torch-unpadded", dtype)):
+        pipeline = SentimentPipeline("mine", ".", {"device": "cpu"}, engine=engine, dtype=number)
+        outputs.append(pipeline.predict(texts, pipeline.preprocess(texts))["probabilities"])
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-5 if dtype == "float32" else 0.02, rtol=0)
 
 
 def test_a_batch_costs_the_sum_of_its_sizes_then(monkeypatch: pytest.MonkeyPatch) -> None:
