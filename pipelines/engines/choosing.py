@@ -55,7 +55,7 @@ class Chooser:
     @cached_property
     def _kept(self) -> Kept:
         """What is kept for the module. Reads all its weights."""
-        return Kept(self._module, self._batches, self._settings, self._same)
+        return Kept(self._module, self._batches, self._settings, self._same, self._candidates())
 
     def choose(self) -> Chosen:
         """What computes the module, and why. Raises `EngineError`."""
@@ -107,7 +107,8 @@ class Chooser:
         if engine in CONVERTED:
             return dtypes_of(engine, self._device)
         if engine == "torch-packed":
-            return packable_dtypes() if self._device.type == "cpu" else []
+            is_outdone = self._settings.engine == "auto" and self._dtypes("torch-unpadded")  # which packs weights too
+            return packable_dtypes() if self._device.type == "cpu" and not is_outdone else []
         if engine == "torch-unpadded":
             if self._device.type not in ("cpu", "cuda"):
                 return []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modalkit.pipelines.cpu_threads import cpu_threads
 from modalkit.pipelines.engines.sameness import Same
-from modalkit.pipelines.engines.settings import EngineChoice, EngineSettings
+from modalkit.pipelines.engines.settings import Candidate, EngineChoice, EngineSettings
 from modalkit.pipelines.engines.torch_engine import changing_dimensions, device_of
 from modalkit.pipelines.errors import EngineError
 from modalkit.pipelines.files import replacing
@@ -28,7 +28,12 @@ class Kept:
     """What is kept for one module on this device."""
 
     def __init__(
-        self, module: nn.Module, batches: Sequence[Mapping[str, Tensor]], settings: EngineSettings, same: Same | None
+        self,
+        module: nn.Module,
+        batches: Sequence[Mapping[str, Tensor]],
+        settings: EngineSettings,
+        same: Same | None,
+        candidates: Sequence[Candidate],
     ) -> None:
         folder = settings.cache_folder or default_folder()
         versions = {name: _version(name) for name in PACKAGES}
@@ -36,7 +41,7 @@ class Kept:
         inputs = sorted((name, str(batches[0][name].dtype), d) for name, d in changing_dimensions(batches).items())
         self._folder = folder / _hash(model, inputs)
         self._versions = versions
-        situation = (processor(device_of(module)), cpu_threads().total, versions)
+        situation = (processor(device_of(module)), cpu_threads().total, versions, [str(each) for each in candidates])
         asked = (settings.engine, settings.dtype, settings.sameness, getattr(same, "__qualname__", ""))
         self._choice = self._folder / f"choice-{_hash(situation, asked)}.json"
 

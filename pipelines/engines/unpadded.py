@@ -109,13 +109,16 @@ def uses_flash(tensor: Tensor) -> bool:
 
 def unpaddable_dtypes(module: nn.Module, device: torch.device) -> list[DTypeName]:
     """The number formats in which the encoder inside `module` can compute without padding; none where it cannot."""
+    model = _model_in(module)
+    if _place_of_encoder(module) is None or model is None:
+        return []
+    if not model.is_backend_compatible():  # type: ignore[no-untyped-call]  # transformers has no type for it
+        return []
     if device.type == "cpu":
-        return packable_dtypes() if _place_of_encoder(module) is not None else []
+        return packable_dtypes()
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return []
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # before torch 2.10
-        return []
-    return DTYPES if _place_of_encoder(module) is not None else []
+    return DTYPES if importlib.util.find_spec("torch.nn.attention.varlen") else []  # since torch 2.10
 
 
 def remove_padding(module: nn.Module) -> None:
@@ -177,8 +180,8 @@ def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, scaling: float | N
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if len(places.lengths) == 1 or max(places.lengths) > MAX_PADDED_LENGTH:
         lengths = [*places.lengths, *([places.spare] if places.spare else [])]
-        texts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-        found = [nn.functional.scaled_dot_product_attention(*text, scale=scale) for text in texts]
+        texts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        found = [nn.functional.scaled_dot_product_attention(q, k, v, scale=scale) for q, k, v in texts]
         return torch.cat(found, dim=2).transpose(1, 2)
     query, key, value = map(places.pad, (query, key, value))
     scores = torch.baddbmm(places.mask.to(query.dtype), query, key.transpose(1, 2), alpha=scale)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -129,6 +130,7 @@ def test_what_this_attention_does_not_know_is_refused(lengths: list[list[int]]) 
 
 def test_a_cpu_computes_encoders_in_the_formats_of_packed_weights() -> None:
     assert unpaddable_dtypes(BERT, torch.device("cpu")) == packable_dtypes()
+    assert unpaddable_dtypes(DebertaV2ForSequenceClassification(DebertaV2Config(**SIZES)), torch.device("cpu")) == []
     model = torch.nn.Linear(2, 2)
     assert unpaddable_dtypes(model, torch.device("cpu")) == []
     with pytest.raises(EngineError, match=r"engine torch-unpadded cannot compute on this device \(cpu\)"):
@@ -137,7 +139,9 @@ def test_a_cpu_computes_encoders_in_the_formats_of_packed_weights() -> None:
 
 @pytest.mark.parametrize("dtype", packable_dtypes())
 def test_it_computes_the_bundled_model(dtype: DTypeName) -> None:
-    texts = [SentimentRequest(text=text) for text in ("Fine.", "It was awful from beginning to end.", "Great! " * 60)]
+    texts: list[BaseModel] = [
+        SentimentRequest(text=text) for text in ("Fine.", "It was awful from beginning to end.", "Great! " * 60)
+    ]
     outputs = []
     for engine, number in (("torch", "float32"), ("torch-unpadded", dtype)):
         pipeline = SentimentPipeline("mine", ".", {"device": "cpu"}, engine=engine, dtype=number)
