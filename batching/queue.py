@@ -21,6 +21,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import Generic, TypeVar
 
+from modalkit.batching.cost import SHORTEST_S
 from modalkit.batching.errors import QueueFullError
 from modalkit.batching.request import LARGEST_SIZE, Priority, Request
 
@@ -148,6 +149,11 @@ class RequestQueue(Generic[RequestT]):
         for lane in self._lanes.values():
             indices = {index for owner in lane.owners.values() for index in owner.buckets}
             lane.seconds = sum(lane.counts[index] * self._predict(index) for index in indices)
+
+    def seconds_per_size(self, size: int) -> float:
+        """The seconds that a request of about this size is predicted to take, for each unit of its size; not 0."""
+        index = size_bucket(size)
+        return max(self._predict(index), SHORTEST_S) / _size_of(index)
 
     def _predict(self, index: int) -> float:
         if math.isnan(self._seconds_of[index]):
