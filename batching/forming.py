@@ -15,7 +15,9 @@ from modalkit.batching.queue import RequestQueue, RequestT, size_bucket
 from modalkit.batching.request import Priority
 
 MAX_PARTITIONED = 32  # waiting requests for which all partitions are compared: 0.1 ms for 16, half a millisecond for 32
-ROUNDING_MARGIN = 1 + 1e-9  # rounding must not decide whether requests whose costs only add up run together
+ROUNDING = 1e-9  # a smaller relative difference does not decide whether requests run together
+ROUNDING_MARGIN = 1 + ROUNDING
+WORSE_IN_A_ROW = 2  # numbers of requests that cost more, after which no smaller one is tried
 INITIAL_COUNT_LIMIT = 8  # requests in a batch before anything was measured
 COUNT_LIMIT_FACTOR = 4  # times the most requests that ever ran together
 SIMILARITY_OFFSET = 16  # added to both sizes before they are compared, so that small sizes may differ more
@@ -268,28 +270,32 @@ class BatchFormer(Generic[RequestT]):
         """The run of one side that lowers the ratio of `batch_s` to `own_s` most, with the figures of the larger batch.
 
         `own_s` is the sum of what the requests would take in the best batches of their own sizes. On each side it tries
-        all requests of the run, and fewer.
+        all requests of the run, then fewer, until that was worse twice in a row: once only may be a step of the costs.
 
         The first value is None if every run would raise the ratio or exceed a limit. The second value says whether a
         run that would not raise it exceeded a limit.
         """
         predict_s = self.cost_model.predict_s
         room = self.count_limit - count
-        best, best_ratio, over_budget = None, batch_s / own_s * ROUNDING_MARGIN, False
+        best, best_ratio, over_budget = None, batch_s / own_s + ROUNDING, False
         for side in sides:
             sizes = side.sizes(room)
-            added = len(sizes)
+            added, worse, previous_ratio = len(sizes), 0, math.inf
             seconds_per_size = self.queue.seconds_per_size(sizes[0]) if sizes else 0.0
-            while added:
+            while added and worse < WORSE_IN_A_ROW:
                 run = sizes[:added]
                 new_longest, new_total = max(longest, *run), total + sum(run)
                 predicted_s = predict_s(count + added, new_longest, new_total)
                 new_own_s = own_s + (new_total - total) * seconds_per_size
                 ratio = predicted_s / new_own_s
                 if not self.is_allowed(count + added, new_longest, predicted_s):
-                    over_budget = over_budget or ratio <= best_ratio
-                elif ratio <= best_ratio:
-                    best, best_ratio = (side, added, new_longest, new_total, predicted_s, new_own_s), ratio
+                    over_budget = over_budget or ratio < best_ratio
+                else:
+                    worse = worse + 1 if ratio + ROUNDING >= previous_ratio else 0
+                    previous_ratio = ratio
+                    if ratio < best_ratio:
+                        best = side, added, new_longest, new_total, predicted_s, new_own_s
+                        best_ratio = ratio - ROUNDING
                 added = _fewer(count, added)
         return best, over_budget
 

@@ -15,7 +15,7 @@ with each request, so that to ask for it is O(1) too.
 
 import heapq
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from operator import attrgetter
@@ -214,19 +214,16 @@ class RequestQueue(Generic[RequestT]):
 
     def take(self, requests: list[RequestT]) -> None:
         """Remove requests, all of which wait."""
-        seconds_of = self._seconds_of
         for priority, lane in self._lanes.items():
             if not lane.count:
                 continue
             taken = [request for request in requests if request.priority is priority]
-            counts, seconds = lane.counts, lane.seconds
             for request in taken:
-                size = request.size
-                index = _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
                 request.sequence = -request.sequence
-                counts[index] -= 1
-                seconds -= seconds_of[index]
-            lane.seconds = seconds
+            for size, count in Counter([request.size for request in taken]).items():
+                index = size_bucket(size)
+                lane.counts[index] -= count
+                lane.seconds -= count * self._seconds_of[index]
             lane.count -= len(taken)
             lane.stale += len(taken)
         self._length -= len(requests)
