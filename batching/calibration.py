@@ -10,6 +10,7 @@ from statistics import median_low
 from time import perf_counter
 from typing import Generic, TypeVar
 
+from modalkit.batching.cost import SHORTEST_S
 from modalkit.batching.errors import number_text
 from modalkit.batching.request import LARGEST_SIZE
 
@@ -23,7 +24,6 @@ CHEAP_SHARE = 0.25  # of the time left, at most, for one of the others, before t
 SECOND_RUN_SHARE = 0.125  # of the time left, at most, for the second run of a shape
 MORE_RUNS_SHARE = 0.02  # of the time left, at most, for all further runs of a shape
 TOLERANCE = 0.1  # of `max_s`: predictions are not more precise than that
-SHORTEST_S = 1e-9
 DISTURBED_FACTOR = 1.5  # a shape that took this many times as long as a larger one was disturbed
 
 

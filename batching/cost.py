@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+SHORTEST_S = 1e-9  # a batch that is predicted to take less counts as this
+
 
 class CostModel(Protocol):
     """Predicts the seconds of a batch, and may learn from batches that ran."""

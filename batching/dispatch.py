@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 MIN_OVERLAP_SHARE = 0.1  # of a batch's time outside its second stage: the most that overlapping can save
 MIN_OVERLAP_S = 0.0005  # the same in seconds: overlapping costs two more visits to threads, about 50 microseconds each
-MAX_VISIT_ITEMS = 256  # of the batches that share a visit to the thread: with more, its share of an item is small
+MAX_VISIT_ITEMS = 1024  # of the batches that share a visit to the thread: with more, its share of an item is small
 MAX_VISIT_S = 0.0002  # that these may be expected to take: about what a visit costs
 PREFETCH_MARGIN = 2.0  # the next batch is formed this many expected first stages before the end of the second stage
 MAX_FAULTS_IN_A_ROW = 3

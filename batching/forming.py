@@ -15,7 +15,9 @@ from modalkit.batching.queue import RequestQueue, RequestT, size_bucket
 from modalkit.batching.request import Priority
 
 MAX_PARTITIONED = 32  # waiting requests for which all partitions are compared: 0.1 ms for 16, half a millisecond for 32
-ROUNDING_MARGIN = 1 + 1e-9  # rounding must not decide whether requests whose costs only add up run together
+ROUNDING = 1e-9  # a smaller relative difference does not decide whether requests run together
+ROUNDING_MARGIN = 1 + ROUNDING
+WORSE_IN_A_ROW = 2  # numbers of requests that cost more, after which no smaller one is tried
 INITIAL_COUNT_LIMIT = 8  # requests in a batch before anything was measured
 COUNT_LIMIT_FACTOR = 4  # times the most requests that ever ran together
 SIMILARITY_OFFSET = 16  # added to both sizes before they are compared, so that small sizes may differ more
@@ -26,9 +28,10 @@ class BatchFormer(Generic[RequestT]):
     """Forms a batch around an anchor, from the requests of its lane that wait in `queue`.
 
     While few requests wait, all partitions of them into batches are compared. The batch of the anchor in the partition
-    that takes the least time is chosen. If many wait, companions come from the nearest sizes, as long as each lowers
-    (or keeps) the predicted seconds per unit of size. If a batch has a small fixed cost, padding soon costs more than a
-    companion saves, so batches are small and even. If the fixed cost is large, they grow to the limits.
+    that takes the least time is chosen. If many wait, companions come from the nearest sizes, as long as they lower (or
+    keep) the ratio of the batch's seconds to what its requests would take in the best batches of their own sizes. If a
+    batch has a small fixed cost, padding soon costs more than a companion saves, so batches are small and even. If the
+    fixed cost is large, they grow to the limits.
 
     A `MeasuredCostModel` may be wrong. While it is not trusted, batches are full and of similar sizes: seldom the best
     choice, never a very bad one. No batch holds more than four times as many requests as ever ran together.
@@ -215,14 +218,14 @@ class BatchFormer(Generic[RequestT]):
         """Grow a batch around `anchor` by runs of smaller or larger requests, each time the run that helps most."""
         limit = self.count_limit
         requests, longest, total = [anchor], anchor.size, anchor.size
-        batch_s = self.cost_model.predict_s(1, longest, total)
+        batch_s, own_s = self.cost_model.predict_s(1, longest, total), total * self.queue.seconds_per_size(total)
         sides = self._neighbours(anchor, limit - 1)
         while len(requests) < limit:
-            grown, over_budget = self._best_growth(sides, len(requests), longest, total, batch_s)
+            grown, over_budget = self._best_growth(sides, len(requests), longest, total, batch_s, own_s)
             if grown is None:
                 reason = DispatchReason.BUDGET if over_budget else DispatchReason.IDLE
                 return Batch(requests, anchor.priority, reason, longest, total, batch_s)
-            side, added, longest, total, batch_s = grown
+            side, added, longest, total, batch_s, own_s = grown
             requests += side.take(added)
         return Batch(requests, anchor.priority, DispatchReason.FULL, longest, total, batch_s)
 
@@ -256,36 +259,44 @@ class BatchFormer(Generic[RequestT]):
         )
 
     def _best_growth(
-        self, sides: "tuple[_Neighbours[RequestT], ...]", count: int, longest: int, total: int, batch_s: float
-    ) -> "tuple[tuple[_Neighbours[RequestT], int, int, int, float] | None, bool]":
-        """The run of one side that lowers the seconds per unit of size most, with the figures of the larger batch.
+        self,
+        sides: "tuple[_Neighbours[RequestT], ...]",
+        count: int,
+        longest: int,
+        total: int,
+        batch_s: float,
+        own_s: float,
+    ) -> "tuple[tuple[_Neighbours[RequestT], int, int, int, float, float] | None, bool]":
+        """The run of one side that lowers the ratio of `batch_s` to `own_s` most, with the figures of the larger batch.
 
-        On each side it tries all requests of the run, half of them, and so on, as long as fewer are better. A batch
-        costs at least in proportion to its requests, so once fewer are worse, even fewer are worse still.
+        `own_s` is the sum of what the requests would take in the best batches of their own sizes. On each side it tries
+        all requests of the run, then fewer, until that was worse twice in a row: once only may be a step of the costs.
 
-        The first value is None if every run would raise the seconds or exceed a limit. The second value says whether a
-        run that would not raise them exceeded a limit.
+        The first value is None if every run would raise the ratio or exceed a limit. The second value says whether a
+        run that would not raise it exceeded a limit.
         """
         predict_s = self.cost_model.predict_s
         room = self.count_limit - count
-        best, best_s_per_size, over_budget = None, batch_s / total * ROUNDING_MARGIN, False
+        best, best_ratio, over_budget = None, batch_s / own_s + ROUNDING, False
         for side in sides:
             sizes = side.sizes(room)
-            added, previous_s_per_size = len(sizes), math.inf
-            while added:
+            added, worse, previous_ratio = len(sizes), 0, math.inf
+            seconds_per_size = self.queue.seconds_per_size(sizes[0]) if sizes else 0.0
+            while added and worse < WORSE_IN_A_ROW:
                 run = sizes[:added]
                 new_longest, new_total = max(longest, *run), total + sum(run)
                 predicted_s = predict_s(count + added, new_longest, new_total)
-                s_per_size = predicted_s / new_total
+                new_own_s = own_s + (new_total - total) * seconds_per_size
+                ratio = predicted_s / new_own_s
                 if not self.is_allowed(count + added, new_longest, predicted_s):
-                    over_budget = over_budget or s_per_size <= best_s_per_size
-                elif s_per_size * ROUNDING_MARGIN >= previous_s_per_size:
-                    break
+                    over_budget = over_budget or ratio < best_ratio
                 else:
-                    previous_s_per_size = s_per_size
-                    if s_per_size <= best_s_per_size:
-                        best, best_s_per_size = (side, added, new_longest, new_total, predicted_s), s_per_size
-                added //= 2
+                    worse = worse + 1 if ratio + ROUNDING >= previous_ratio else 0
+                    previous_ratio = ratio
+                    if ratio < best_ratio:
+                        best = side, added, new_longest, new_total, predicted_s, new_own_s
+                        best_ratio = ratio - ROUNDING
+                added = _fewer(count, added)
         return best, over_budget
 
     def _neighbours(self, anchor: RequestT, limit: int) -> "tuple[_Neighbours[RequestT], _Neighbours[RequestT]]":
@@ -310,6 +321,15 @@ class BatchFormer(Generic[RequestT]):
 def _are_similar(one: int, other: int) -> bool:
     smaller, larger = sorted((one, other))
     return larger + SIMILARITY_OFFSET <= MAX_SIZE_RATIO * (smaller + SIMILARITY_OFFSET)
+
+
+def _fewer(count: int, added: int) -> int:
+    """Fewer than `added`: as many as lead to the next lower power of 2 of requests in all, if that adds any, else half.
+
+    So only few numbers of requests are common, and what each costs is soon known.
+    """
+    power = 1 << (count + added - 1).bit_length() - 1
+    return power - count if power > count else added // 2
 
 
 class _Neighbours(Generic[RequestT]):

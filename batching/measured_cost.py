@@ -6,7 +6,7 @@ from enum import StrEnum
 from statistics import median
 from typing import Any, Self
 
-from modalkit.batching.cost import PaddedCostModel
+from modalkit.batching.cost import SHORTEST_S, PaddedCostModel
 from modalkit.batching.least_squares import NormalEquations
 from modalkit.batching.queue import size_bucket
 
@@ -26,7 +26,6 @@ FEATURES = len(NAMES)
 # The same is true of the sum of sizes that the pipeline did not declare.
 RELUCTANCE = (1.0, 1.0, 1.0, 100.0, 30.0, 300.0, *(1000.0 for _ in KNEES), *(1000.0 for _ in COUNT_KNEES))
 
-SHORTEST_S = 1e-9
 MAX_WEIGHT = 1e6
 
 MEMORY_BATCHES = 250  # after so many batches, an old one has 1/e of the weight of a new one

@@ -15,12 +15,13 @@ with each request, so that to ask for it is O(1) too.
 
 import heapq
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from operator import attrgetter
 from typing import Generic, TypeVar
 
+from modalkit.batching.cost import SHORTEST_S
 from modalkit.batching.errors import QueueFullError
 from modalkit.batching.request import LARGEST_SIZE, Priority, Request
 
@@ -149,6 +150,11 @@ class RequestQueue(Generic[RequestT]):
             indices = {index for owner in lane.owners.values() for index in owner.buckets}
             lane.seconds = sum(lane.counts[index] * self._predict(index) for index in indices)
 
+    def seconds_per_size(self, size: int) -> float:
+        """The seconds that a request of about this size is predicted to take, for each unit of its size; not 0."""
+        index = size_bucket(size)
+        return max(self._predict(index), SHORTEST_S) / _size_of(index)
+
     def _predict(self, index: int) -> float:
         if math.isnan(self._seconds_of[index]):
             self._seconds_of[index] = self._predict_s(_size_of(index))
@@ -208,19 +214,16 @@ class RequestQueue(Generic[RequestT]):
 
     def take(self, requests: list[RequestT]) -> None:
         """Remove requests, all of which wait."""
-        seconds_of = self._seconds_of
         for priority, lane in self._lanes.items():
             if not lane.count:
                 continue
             taken = [request for request in requests if request.priority is priority]
-            counts, seconds = lane.counts, lane.seconds
             for request in taken:
-                size = request.size
-                index = _BUCKETS_OF_SMALL_SIZES[size] if size <= LARGEST_SMALL_SIZE else _bucket_of(size)
                 request.sequence = -request.sequence
-                counts[index] -= 1
-                seconds -= seconds_of[index]
-            lane.seconds = seconds
+            for size, count in Counter([request.size for request in taken]).items():
+                index = size_bucket(size)
+                lane.counts[index] -= count
+                lane.seconds -= count * self._seconds_of[index]
             lane.count -= len(taken)
             lane.stale += len(taken)
         self._length -= len(requests)

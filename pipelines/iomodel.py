@@ -6,7 +6,7 @@ they also validate it; the body of an HTTP request is validated like this.
 
 from typing import Annotated, Any, Generic
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, SerializeAsAny
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, PositiveFloat, SerializeAsAny
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeVar
 
@@ -14,6 +14,8 @@ from modalkit.pipelines.errors import MissingFieldError
 
 MessageT = TypeVar("MessageT", default=Any)
 
+_EMPTY: dict[str, JsonValue] = {"default": {}}
+"""For the schema of a field that is an empty object by a factory: pydantic copies a default of {} in Python."""
 MAX_EXPIRES_IN_S = 315_360_000
 """Ten years: the most that `AsyncInputModel.expires_in` accepts."""
 
@@ -70,7 +72,11 @@ class AsyncInputModel(BaseModel, Generic[MessageT]):
         default=None, description="Where the result is sent; null sends it nowhere."
     )
     failure_queue: QueueName | None = Field(default=None, description="Where an error is sent; null sends it nowhere.")
-    meta: dict[str, Any] = Field(default={}, description="Your own data: returned with the result, unchanged.")
+    meta: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Your own data: returned with the result, unchanged.",
+        json_schema_extra=_EMPTY,
+    )
     idempotency_key: IdempotencyKey | None = Field(
         default=None, description="Of requests with the same key, only the first becomes a job; all get its job id."
     )
@@ -92,7 +98,7 @@ class InferenceOutputModel(BaseModel):
 
     status: str = "success"
     error: str | None = None
-    meta: dict[str, Any] = {}
+    meta: dict[str, Any] = Field(default_factory=dict, json_schema_extra=_EMPTY)
 
 
 class DelayedFailureOutputModel(InferenceOutputModel):

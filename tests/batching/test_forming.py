@@ -64,6 +64,25 @@ def test_while_costs_are_not_trusted_batches_are_full_ones_of_similar_sizes() ->
     assert (len(batch.requests), batch.longest) == (32, 50)
 
 
+class TwiceBeyondEight(PaddedCostModel):
+    """Costs by the number of requests alone."""
+
+    def predict_s(self, count: int, longest: int, total: int) -> float:
+        return (0.01 + 0.001 * count) * (2 if count > 8 else 1)
+
+
+def test_where_sizes_cost_nothing_batches_have_the_number_of_requests_that_costs_least() -> None:
+    plan = BatchPlanner[Request[int]](BatchPolicy(), TwiceBeyondEight())
+    push(plan, [20 + number % 19 * 5 for number in range(400)], BULK)
+    assert [len(next_batch(plan).requests) for _ in range(40)] == [8] * 40
+
+
+def test_batches_that_cost_nothing_are_full() -> None:
+    plan = BatchPlanner[Request[int]](BatchPolicy(), PaddedCostModel(fixed_s=0, token_s=0))
+    push(plan, list(range(1, 101)), BULK)
+    assert len(next_batch(plan).requests) == 32
+
+
 def test_an_interactive_batch_takes_bulk_companions_of_its_size_that_are_nearly_free() -> None:
     plan = BatchPlanner[Request[int]](BatchPolicy(), GPU)
     push(plan, [20] * 100, BULK)
