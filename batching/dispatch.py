@@ -28,7 +28,9 @@ R = TypeVar("R")
 
 MIN_OVERLAP_SHARE = 0.1  # of a batch's time outside its second stage: the most that overlapping can save
 MIN_OVERLAP_S = 0.0005  # the same in seconds: overlapping costs two more visits to threads, about 50 microseconds each
-MAX_VISIT_ITEMS = 1024  # of the batches that share a visit to the thread: with more, its share of an item is small
+# Of the batches that share a visit to the thread. With more, the visit's share of an item is small already, and to form
+# them would hold the event loop for long.
+MAX_VISIT_BATCHES, MAX_VISIT_ITEMS = 8, 1024
 MAX_VISIT_S = 0.0002  # that these may be expected to take: about what a visit costs
 PREFETCH_MARGIN = 2.0  # the next batch is formed this many expected first stages before the end of the second stage
 MAX_FAULTS_IN_A_ROW = 3
@@ -201,6 +203,7 @@ class Dispatcher(Generic[T, R]):
         limit = self._planner.policy.max_batch_size
         while (
             total_s < MAX_VISIT_S
+            and len(batches) < MAX_VISIT_BATCHES
             and items + limit <= MAX_VISIT_ITEMS
             and len(self._planner.queue) >= limit
             and not executor.is_async

@@ -15,9 +15,8 @@ from modalkit.batching.queue import RequestQueue, RequestT, size_bucket
 from modalkit.batching.request import Priority
 
 MAX_PARTITIONED = 32  # waiting requests for which all partitions are compared: 0.1 ms for 16, half a millisecond for 32
-ROUNDING = 1e-9  # a smaller relative difference does not decide whether requests run together
+ROUNDING = 1e-9  # a smaller difference, of ratios or relative, does not decide whether requests run together
 ROUNDING_MARGIN = 1 + ROUNDING
-WORSE_IN_A_ROW = 2  # numbers of requests that cost more, after which no smaller one is tried
 INITIAL_COUNT_LIMIT = 8  # requests in a batch before anything was measured
 COUNT_LIMIT_FACTOR = 4  # times the most requests that ever ran together
 SIMILARITY_OFFSET = 16  # added to both sizes before they are compared, so that small sizes may differ more
@@ -29,9 +28,10 @@ class BatchFormer(Generic[RequestT]):
 
     While few requests wait, all partitions of them into batches are compared. The batch of the anchor in the partition
     that takes the least time is chosen. If many wait, companions come from the nearest sizes, as long as they lower (or
-    keep) the ratio of the batch's seconds to what its requests would take in the best batches of their own sizes. If a
-    batch has a small fixed cost, padding soon costs more than a companion saves, so batches are small and even. If the
-    fixed cost is large, they grow to the limits.
+    keep) the ratio of the batch's seconds to what its requests would take in the best batches of their own sizes. (The
+    queue knows that by the costs of the first device, at its last refresh, whatever the limits.) If a batch has a small
+    fixed cost, padding soon costs more than a companion saves, so batches are small and even. If the fixed cost is
+    large, they grow to the limits.
 
     A `MeasuredCostModel` may be wrong. While it is not trusted, batches are full and of similar sizes: seldom the best
     choice, never a very bad one. No batch holds more than four times as many requests as ever ran together.
@@ -218,14 +218,15 @@ class BatchFormer(Generic[RequestT]):
         """Grow a batch around `anchor` by runs of smaller or larger requests, each time the run that helps most."""
         limit = self.count_limit
         requests, longest, total = [anchor], anchor.size, anchor.size
-        batch_s, own_s = self.cost_model.predict_s(1, longest, total), total * self.queue.seconds_per_size(total)
+        batch_s = self.cost_model.predict_s(1, longest, total)
+        apart_s = total * self.queue.seconds_per_size(anchor.size)
         sides = self._neighbours(anchor, limit - 1)
         while len(requests) < limit:
-            grown, over_budget = self._best_growth(sides, len(requests), longest, total, batch_s, own_s)
+            grown, over_budget = self._best_growth(sides, len(requests), longest, total, batch_s, apart_s)
             if grown is None:
                 reason = DispatchReason.BUDGET if over_budget else DispatchReason.IDLE
                 return Batch(requests, anchor.priority, reason, longest, total, batch_s)
-            side, added, longest, total, batch_s, own_s = grown
+            side, added, longest, total, batch_s, apart_s = grown
             requests += side.take(added)
         return Batch(requests, anchor.priority, DispatchReason.FULL, longest, total, batch_s)
 
@@ -265,37 +266,35 @@ class BatchFormer(Generic[RequestT]):
         longest: int,
         total: int,
         batch_s: float,
-        own_s: float,
+        apart_s: float,
     ) -> "tuple[tuple[_Neighbours[RequestT], int, int, int, float, float] | None, bool]":
-        """The run of one side that lowers the ratio of `batch_s` to `own_s` most, with the figures of the larger batch.
+        """The run of one side that lowers ``batch_s / apart_s`` most, with the figures of the larger batch.
 
-        `own_s` is the sum of what the requests would take in the best batches of their own sizes. On each side it tries
-        all requests of the run, then fewer, until that was worse twice in a row: once only may be a step of the costs.
+        `apart_s` is what the requests would take in the best batches of their own sizes. On each side it tries all
+        requests of the run, and fewer (`_fewer`).
 
         The first value is None if every run would raise the ratio or exceed a limit. The second value says whether a
         run that would not raise it exceeded a limit.
         """
         predict_s = self.cost_model.predict_s
         room = self.count_limit - count
-        best, best_ratio, over_budget = None, batch_s / own_s + ROUNDING, False
+        best, best_ratio, over_budget = None, batch_s / apart_s + ROUNDING, False
         for side in sides:
-            sizes = side.sizes(room)
-            added, worse, previous_ratio = len(sizes), 0, math.inf
-            seconds_per_size = self.queue.seconds_per_size(sizes[0]) if sizes else 0.0
-            while added and worse < WORSE_IN_A_ROW:
+            if not (sizes := side.sizes(room)):
+                continue
+            added = len(sizes)
+            seconds_per_size = self.queue.seconds_per_size(sizes[0])
+            while added:
                 run = sizes[:added]
                 new_longest, new_total = max(longest, *run), total + sum(run)
                 predicted_s = predict_s(count + added, new_longest, new_total)
-                new_own_s = own_s + (new_total - total) * seconds_per_size
-                ratio = predicted_s / new_own_s
+                new_apart_s = apart_s + (new_total - total) * seconds_per_size
+                ratio = predicted_s / new_apart_s
                 if not self.is_allowed(count + added, new_longest, predicted_s):
                     over_budget = over_budget or ratio < best_ratio
-                else:
-                    worse = worse + 1 if ratio + ROUNDING >= previous_ratio else 0
-                    previous_ratio = ratio
-                    if ratio < best_ratio:
-                        best = side, added, new_longest, new_total, predicted_s, new_own_s
-                        best_ratio = ratio - ROUNDING
+                elif ratio < best_ratio:
+                    best = side, added, new_longest, new_total, predicted_s, new_apart_s
+                    best_ratio = ratio - ROUNDING
                 added = _fewer(count, added)
         return best, over_budget
 
@@ -324,9 +323,9 @@ def _are_similar(one: int, other: int) -> bool:
 
 
 def _fewer(count: int, added: int) -> int:
-    """Fewer than `added`: as many as lead to the next lower power of 2 of requests in all, if that adds any, else half.
+    """Fewer than `added`: as many as make the next lower power of 2 with `count`, if that adds any, else half of them.
 
-    So only few numbers of requests are common, and what each costs is soon known.
+    So few numbers of requests are common, and what each costs is soon known.
     """
     power = 1 << (count + added - 1).bit_length() - 1
     return power - count if power > count else added // 2

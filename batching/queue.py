@@ -151,7 +151,7 @@ class RequestQueue(Generic[RequestT]):
             lane.seconds = sum(lane.counts[index] * self._predict(index) for index in indices)
 
     def seconds_per_size(self, size: int) -> float:
-        """The seconds that a request of about this size is predicted to take, for each unit of its size; not 0."""
+        """The seconds that a request of about this size is predicted to take, for each unit of its size."""
         index = size_bucket(size)
         return max(self._predict(index), SHORTEST_S) / _size_of(index)
 
@@ -220,6 +220,7 @@ class RequestQueue(Generic[RequestT]):
             taken = [request for request in requests if request.priority is priority]
             for request in taken:
                 request.sequence = -request.sequence
+            # By size, because most of a batch have few different ones.
             for size, count in Counter([request.size for request in taken]).items():
                 index = size_bucket(size)
                 lane.counts[index] -= count

@@ -1,10 +1,9 @@
 """The outputs of pipelines as JSON."""
 
 import re
-from collections.abc import Sequence
 from typing import Any, cast
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 
 from modalkit.pipelines import InferenceOutputModel
@@ -18,7 +17,6 @@ MAX_DIGITS = 4300
 """Limit of the digits of an integer that Python reads."""
 
 _DUMP_JSON = BaseModel.model_dump_json
-_LIST = TypeAdapter(list[Any]).serializer
 _SAMPLE_STEP = 64
 _LONG_DIGITS = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS // _SAMPLE_STEP))
 
@@ -44,24 +42,6 @@ def output_json(output: InferenceOutputModel) -> bytes:
         # A model's own serializers may raise anything.
         raise OutputNotJsonError(error) from error
     return content
-
-
-def outputs_json(outputs: Sequence[InferenceOutputModel]) -> bytes:
-    """Outputs as a JSON list, each as `output_json` writes it: together, in little more than half the time.
-
-    Raises `OutputNotJsonError` where one of them cannot be written.
-    """
-    if all(kind.model_dump_json is _DUMP_JSON for kind in {type(output) for output in outputs}):
-        try:
-            content = _LIST.to_json(outputs, fallback=_plain)
-            if may_be_refused(content):
-                from_json(b"[" * (MAX_WRAPPERS - 1) + content + b"]" * (MAX_WRAPPERS - 1))
-        except Exception:  # noqa: BLE001, S110  # one by one, the first that cannot be written says why
-            pass
-        else:
-            if b"NaN" not in content and b"Infinity" not in content:
-                return content
-    return b"[%b]" % b",".join(map(output_json, outputs))
 
 
 def _plain(value: object) -> object:

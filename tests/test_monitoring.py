@@ -41,6 +41,7 @@ async def exposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mapping[st
     """The labels of each metric of a service that has run a request and delivered a job."""
     monkeypatch.setattr(LengthPipeline, "engine_choice", EngineChoice(engine="torch", dtype="float32", reason="only"))
     settings = Settings(
+        _config_files=[],
         app_settings={"async_config": {"store_path": tmp_path / "jobs.db"}},
         model_settings={"model_entries": {"lengths": {"pipeline": "tests.support.length_model:LengthPipeline"}}},
     )

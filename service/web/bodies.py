@@ -91,9 +91,7 @@ class BodyParser:
 
     async def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
         """The jobs of a list. Raises `ProblemError` if it is no list."""
-        return await self._admission.in_slices(
-            partial(map, _checked_job), await self._list(self._jobs, self._job_of, body)
-        )
+        return await self._admission.map(_checked_job, await self._list(self._jobs, self._job_of, body))
 
     async def item_lines(self, lines: Sequence[bytes]) -> Sequence[BaseModel | Failure]:
         """The item of each line of a stream, or what is wrong with the line."""
@@ -163,7 +161,7 @@ class BodyParser:
                     continue
                 _check_count(len(values), limits)
             await _pause_after(part)
-            found += await self._admission.in_slices(partial(map, parse_one), values)
+            found += await self._admission.map(parse_one, values)
 
 
 async def read_as(model: type[Model], request: Request) -> Model:

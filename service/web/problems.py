@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -24,7 +23,6 @@ from modalkit.batching import (
     QueueFullError,
     RequestTooLargeError,
     SchedulerClosedError,
-    Success,
 )
 from modalkit.pipelines import InferenceOutputModel, RejectItem
 from modalkit.service.errors import (
@@ -49,7 +47,7 @@ from modalkit.service.errors import (
 from modalkit.service.jobs import IdempotencyKeyReusedError, JobStoreBusyError, JobStoreError, JobStoreFullError
 from modalkit.service.jobs.queue_rules import QueueNotAllowedError
 from modalkit.service.loading import LoadError
-from modalkit.service.outputs import output_json, outputs_json
+from modalkit.service.outputs import output_json
 from modalkit.service.queue_backends import QueueNameError
 from modalkit.service.settings import SettingsError
 from modalkit.service.validation import field_errors, summary
@@ -220,15 +218,6 @@ def outcome_json(outcome: Outcome[InferenceOutputModel], error_json: Callable[[E
         return output_json(outcome.value)
     except OutputNotJsonError as error:
         return error_json(error)
-
-
-def outcomes_json(outcomes: Sequence[Outcome[InferenceOutputModel]]) -> list[bytes]:
-    """The answers to some of several items, in JSON: each, or all with commas between them."""
-    values = [outcome.value for outcome in outcomes if isinstance(outcome, Success)]
-    if len(values) == len(outcomes):
-        with suppress(OutputNotJsonError):
-            return [outputs_json(values)[1:-1]]
-    return [outcome_json(outcome, error_json) for outcome in outcomes]
 
 
 def install_problem_handlers(app: FastAPI) -> None:

@@ -1,6 +1,9 @@
 """Companions are chosen by costs that are known, and with care by costs that are not."""
 
+import math
 import random
+
+import pytest
 
 from modalkit.batching import BatchPlanner, BatchPolicy, MeasuredCostModel, PaddedCostModel, Priority, Request
 from modalkit.batching.policy import Batch
@@ -64,17 +67,17 @@ def test_while_costs_are_not_trusted_batches_are_full_ones_of_similar_sizes() ->
     assert (len(batch.requests), batch.longest) == (32, 50)
 
 
-class TwiceBeyondEight(PaddedCostModel):
-    """Costs by the number of requests alone."""
+@pytest.mark.parametrize(("limit", "factor"), [(8, 2), (4, 10), (8, math.inf)])
+def test_where_sizes_cost_nothing_batches_have_the_number_of_requests_that_costs_least(
+    limit: int, factor: float
+) -> None:
+    class Cliff(PaddedCostModel):
+        def predict_s(self, count: int, longest: int, total: int) -> float:
+            return (0.01 + 0.001 * count) * (factor if count > limit else 1)
 
-    def predict_s(self, count: int, longest: int, total: int) -> float:
-        return (0.01 + 0.001 * count) * (2 if count > 8 else 1)
-
-
-def test_where_sizes_cost_nothing_batches_have_the_number_of_requests_that_costs_least() -> None:
-    plan = BatchPlanner[Request[int]](BatchPolicy(), TwiceBeyondEight())
+    plan = BatchPlanner[Request[int]](BatchPolicy(), Cliff())
     push(plan, [20 + number % 19 * 5 for number in range(400)], BULK)
-    assert [len(next_batch(plan).requests) for _ in range(40)] == [8] * 40
+    assert [len(next_batch(plan).requests) for _ in range(30)] == [limit] * 30
 
 
 def test_batches_that_cost_nothing_are_full() -> None:

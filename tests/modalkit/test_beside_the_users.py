@@ -75,7 +75,7 @@ app_settings:
 model_settings:
   model_entries:
     words: {pipeline: "service.wordcount:WordCount"}
-    sentiment: {pipeline: "pipelines.sentiment:SentimentPipeline", model_path: bundled}
+    sentiment: {pipeline: "pipelines.sentiment:SentimentPipeline", model_path: bundled, engine: torch, dtype: float32}
 """
 
 Python = Callable[..., subprocess.CompletedProcess[str]]
@@ -169,12 +169,15 @@ def test_the_source_distribution_makes_the_same_wheel(wheel: Path, tmp_path: Pat
         assert set(archive_first.namelist()) == made_again
 
 
-@pytest.mark.parametrize("arguments", [("-m", "pytest"), ("-m", "pytest", "--import-mode=importlib")])
-def test_under_pytest(python: Python, arguments: tuple[str, ...]) -> None:
-    done = python(*arguments, "-p", "no:cacheprovider")
+@pytest.mark.parametrize(
+    ("installed", "import_mode"), [("wheel", "prepend"), ("editable", "importlib")], indirect=["installed"]
+)
+def test_under_pytest(python: Python, import_mode: str) -> None:
+    done = python("-m", "pytest", f"--import-mode={import_mode}", "-p", "no:cacheprovider")
     assert "1 passed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("installed", ["wheel"], indirect=True)
 def test_the_command_line_runs_the_users_pipeline_and_the_bundled_one_by_its_former_name(python: Python) -> None:
     done = python("-P", "-c", COMMAND, "check")
     assert done.returncode == 0, done.stderr
@@ -182,6 +185,7 @@ def test_the_command_line_runs_the_users_pipeline_and_the_bundled_one_by_its_for
     assert "SentimentPipeline" in done.stdout
 
 
+@pytest.mark.parametrize("installed", ["wheel"], indirect=True)
 def test_a_misspelt_module_of_the_users_package_is_named(python: Python, project: Path) -> None:
     (project / "modalkit.yaml").write_text(CONFIGURATION.replace("service.wordcount", "service.worker_count"))
     done = python("-P", "-c", COMMAND, "check")
@@ -189,6 +193,7 @@ def test_a_misspelt_module_of_the_users_package_is_named(python: Python, project
     assert "model_entries.words.pipeline: there is no module 'service.worker_count'" in done.stderr
 
 
+@pytest.mark.parametrize("installed", ["wheel"], indirect=True)
 def test_a_new_service_is_written_from_the_package(python: Python, project: Path) -> None:
     done = python("-P", "-c", COMMAND, "init", "new")
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,5 @@
 """What a pipeline returns, or raises, as JSON and as text."""
 
-import math
-import re
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,7 @@ from modalkit.service.errors import (
     ServiceError,
     describe_error,
 )
-from modalkit.service.outputs import output_json, output_object, outputs_json
+from modalkit.service.outputs import output_json, output_object
 from tests.support.odd_model import MuteError
 
 
@@ -131,29 +128,3 @@ def test_whatever_an_error_does_it_is_described() -> None:
     assert describe_error(hostile_error()) == "HostileError: (its message cannot be shown: __str__ raises)"
     assert describe_error(SystemExit(3)) == "SystemExit: 3"
     assert "a HostileError whose __repr__ raises" in str(PipelineOutputError(hostile_error(), InferenceOutputModel))
-
-
-class Odd(InferenceOutputModel):
-    value: Any
-
-
-class OddConfigured(Odd):
-    model_config = ConfigDict(ser_json_inf_nan="strings", ser_json_bytes="base64")
-
-
-@pytest.mark.parametrize("kind", [Odd, OddConfigured])
-@pytest.mark.parametrize(
-    "value",
-    [1.5, math.nan, "NaN", "\u2028\x00é", b"\xff", timedelta(1), object(), "\ud800", 10**5000],
-    ids=lambda value: type(value).__name__,
-)
-def test_outputs_are_written_together_as_each_alone(kind: type[Odd], value: object) -> None:
-    """A list has the bytes of each output, or raises the error of the one that cannot be written."""
-    outputs = [InferenceOutputModel(), kind(value=value), kind(value=value, meta={"more": [1, None]})]
-    try:
-        expected = b"[%b]" % b",".join(map(output_json, outputs))
-    except OutputNotJsonError as error:
-        with pytest.raises(OutputNotJsonError, match=re.escape(str(error))):
-            outputs_json(outputs)
-    else:
-        assert outputs_json(outputs) == expected
