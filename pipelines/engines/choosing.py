@@ -1,6 +1,7 @@
 """Chooses what computes a torch module: as the settings say, as an earlier start found, or by measuring."""
 
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from functools import cached_property
@@ -107,10 +108,11 @@ class Chooser:
         if engine in CONVERTED:
             return dtypes_of(engine, self._device)
         if engine == "torch-packed":
-            is_outdone = self._settings.engine == "auto" and self._dtypes("torch-unpadded")  # which packs weights too
-            return packable_dtypes() if self._device.type == "cpu" and not is_outdone else []
+            return packable_dtypes() if self._device.type == "cpu" else []
         if engine == "torch-unpadded":
-            if self._device.type not in ("cpu", "cuda"):
+            if (
+                self._device.type not in ("cpu", "cuda") or "transformers" not in sys.modules
+            ):  # it is none of its models
                 return []
             from modalkit.pipelines.engines.unpadded import unpaddable_dtypes
 

@@ -36,10 +36,12 @@ class Places:
     """
 
     def __init__(self, is_token: Tensor, heads: int) -> None:
-        self.lengths: list[int] = is_token.sum(dim=1).tolist()
-        tokens = sum(self.lengths)
+        counts = is_token.sum(dim=1)
+        self.lengths: list[int] = counts.tolist()
+        tokens, longest = sum(self.lengths), max(self.lengths)
         self.spare = -tokens % 2 ** max(0, tokens.bit_length() - 5)  # at most 1/16 more
-        self._is_token = nn.functional.pad(is_token, (0, -is_token.shape[1] % LENGTH_STEP))
+        self._is_token = torch.arange(longest + -longest % LENGTH_STEP) < counts.unsqueeze(1)
+        self.heads = heads
         self._heads = torch.arange(heads)
 
     @cached_property
@@ -132,7 +134,8 @@ def remove_padding(module: nn.Module) -> None:
     if model.config._attn_implementation != IMPLEMENTATION:  # noqa: SLF001  # there is no public name for it
         raise EngineError(f"{type(model).__name__} has its own attention, so torch-unpadded cannot compute it")
     parent, name = place
-    setattr(parent, name, UnpaddedEncoder(getattr(parent, name), model.config.num_attention_heads))
+    heads = getattr(getattr(parent, "config", model.config), "num_attention_heads", 0)
+    setattr(parent, name, UnpaddedEncoder(getattr(parent, name), heads))
 
 
 def _model_in(module: nn.Module) -> PreTrainedModel | None:
@@ -177,6 +180,8 @@ def _attend(
 
 def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, places: Places) -> Tensor:
     """The same; torch's own attention for a CPU takes about twice as long for short texts in bfloat16."""
+    if key.shape != query.shape or query.shape[1] != places.heads:
+        raise EngineError("torch-unpadded computes attention with one key for each head only")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if len(places.lengths) == 1 or max(places.lengths) > MAX_PADDED_LENGTH:
         lengths = [*places.lengths, *([places.spare] if places.spare else [])]
