@@ -110,9 +110,7 @@ class Chooser:
         if engine == "torch-packed":
             return packable_dtypes() if self._device.type == "cpu" else []
         if engine == "torch-unpadded":
-            if (
-                self._device.type not in ("cpu", "cuda") or "transformers" not in sys.modules
-            ):  # it is none of its models
+            if "transformers" not in sys.modules:  # so the module is none of its models, and importing it takes seconds
                 return []
             from modalkit.pipelines.engines.unpadded import unpaddable_dtypes
 

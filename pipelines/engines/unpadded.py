@@ -42,34 +42,33 @@ class Places:
         self.spare = -tokens % 2 ** max(0, tokens.bit_length() - 5)  # at most 1/16 more
         self._is_token = torch.arange(longest + -longest % LENGTH_STEP) < counts.unsqueeze(1)
         self.heads = heads
-        self._heads = torch.arange(heads)
 
     @cached_property
     def mask(self) -> Tensor:
         """What is added to the scores: 0 for tokens, minus infinity for padding; (texts * heads, 1, length)."""
         mask = torch.zeros(self._is_token.shape).masked_fill_(~self._is_token, -torch.inf)
-        return mask.repeat_interleave(len(self._heads), dim=0).unsqueeze(1)
+        return mask.repeat_interleave(self.heads, dim=0).unsqueeze(1)
 
     def pad(self, tensor: Tensor) -> Tensor:
         """Put each text into a row of its own. Padding has the values of some token."""
         texts, length = self._is_token.shape
         rows = tensor.transpose(1, 2).reshape(-1, tensor.shape[-1])
-        return rows.index_select(0, self._padded).view(texts * len(self._heads), length, -1)
+        return rows.index_select(0, self._padded).view(texts * self.heads, length, -1)
 
     def unpad(self, tensor: Tensor) -> Tensor:
         """Put all texts into one row, with the heads after the tokens: (1, tokens, heads, size of a head)."""
         rows = tensor.reshape(-1, tensor.shape[-1])
-        return rows.index_select(0, self._unpadded).view(1, -1, len(self._heads), tensor.shape[-1])
+        return rows.index_select(0, self._unpadded).view(1, -1, self.heads, tensor.shape[-1])
 
     @cached_property
     def _padded(self) -> Tensor:
         token = self._is_token.flatten().cumsum(0).sub_(1).clamp_(min=0).view(len(self.lengths), 1, -1)
-        return (token * len(self._heads) + self._heads.view(-1, 1)).flatten()
+        return (token * self.heads + torch.arange(self.heads).view(-1, 1)).flatten()
 
     @cached_property
     def _unpadded(self) -> Tensor:
         text, place = self._is_token.nonzero(as_tuple=True)
-        row = text.view(-1, 1) * len(self._heads) + self._heads
+        row = text.view(-1, 1) * self.heads + torch.arange(self.heads)
         rows = row * self._is_token.shape[1] + place.view(-1, 1)
         return nn.functional.pad(rows, (0, 0, 0, self.spare)).flatten()
 

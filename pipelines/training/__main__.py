@@ -54,7 +54,7 @@ def evaluate_model(
         BUNDLED_FOLDER
     ),
     cache: Cache = DEFAULT_CACHE,
-    engine: Annotated[str, typer.Option(help="The engine: auto, torch, torch-unpadded, openvino, ...")] = "torch",
+    engine: Annotated[str, typer.Option(help="The engine, as `engine` of a model's entry.")] = "torch",
     dtype: Annotated[str, typer.Option(help="The number format: auto, float32, bfloat16 or float16.")] = "float32",
     sentences: Annotated[
         Path | None, typer.Option(help="A file of sentences, as export-held-out writes it, in place of a download.")

@@ -77,14 +77,14 @@ def mask_of(kind: str) -> Tensor:
 
 
 @pytest.fixture(params=["gpu", "cpu", "cpu, long texts"])
-def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Each way to compute attention; the lengths that flash attention got."""
+def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[list[int]] | None:
+    """Each way to compute attention; the lengths that flash attention gets, None on a CPU."""
     if request.param == "gpu":
         found: list[list[int]] = request.getfixturevalue("lengths")
         return found
     if request.param == "cpu, long texts":
         monkeypatch.setattr(unpadded, "MAX_PADDED_LENGTH", 2)
-    return []
+    return None
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,9 @@ def attention(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     [(BERT, "right"), (BERT, "none"), (ROBERTA, "right"), (ROBERTA, "left"), (DISTILBERT, "right")],
     ids=lambda each: each if isinstance(each, str) else type(each).__name__,
 )
-def test_outputs_are_those_of_the_padded_batch(model: PreTrainedModel, kind: str, attention: list[list[int]]) -> None:
+def test_outputs_are_those_of_the_padded_batch(
+    model: PreTrainedModel, kind: str, attention: list[list[int]] | None
+) -> None:
     ids, mask = torch.randint(5, 100, (3, 7)), mask_of(kind)
     other = copy.deepcopy(model).train(mode=False)
     remove_padding(other)
@@ -102,7 +104,7 @@ def test_outputs_are_those_of_the_padded_batch(model: PreTrainedModel, kind: str
     if found.dim() == 3:  # of each token: those of padding mean nothing
         expected, found = expected[mask.bool()], found[mask.bool()]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    assert attention in ([], [mask.sum(dim=1).tolist()] * 2)
+    assert attention is None or attention == [mask.sum(dim=1).tolist()] * 2
     assert model.config._attn_implementation == "sdpa"  # noqa: SLF001  # the module itself is as it was
 
 
@@ -126,6 +128,13 @@ def test_what_this_attention_does_not_know_is_refused(lengths: list[list[int]]) 
     with pytest.raises(EngineError, match="cannot compute attention with sliding_window"):
         model.bert(input_ids=ids, sliding_window=2)
     assert lengths == []
+
+
+def test_heads_that_share_keys_are_refused_on_a_cpu() -> None:
+    query, key = torch.ones(1, 4, 3, 8), torch.ones(1, 2, 3, 8)
+    places = unpadded.Places(torch.ones(1, 3, dtype=torch.bool), 4)
+    with pytest.raises(EngineError, match="one key for each head"):
+        unpadded._attend(BERT, query, key, key, None, places=places)  # noqa: SLF001  # transformers calls it
 
 
 def test_a_cpu_computes_encoders_in_the_formats_of_packed_weights() -> None:
