@@ -82,10 +82,15 @@ class UnpaddedEncoder(nn.Module):
         self._heads = heads
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
-        """What the encoder returns; `attention_mask` (texts, length) is true where there is a token."""
+        """What the encoder returns; `attention_mask` (texts, length) is true where there is a token.
+
+        A text without any has one, its first place, so that there is something to attend to.
+        """
         texts, length, _ = hidden_states.shape
         if attention_mask is None:
             attention_mask = torch.ones(texts, length, dtype=torch.bool, device=hidden_states.device)
+        attention_mask = attention_mask.clone()
+        attention_mask[:, 0] |= ~attention_mask.any(dim=1)
         tokens = hidden_states[attention_mask]
         count = len(tokens)
         if uses_flash(hidden_states):

@@ -108,6 +108,30 @@ def test_outputs_are_those_of_the_padded_batch(
     assert model.config._attn_implementation == "sdpa"  # noqa: SLF001  # the module itself is as it was
 
 
+@pytest.mark.parametrize("model", [BERT, DISTILBERT], ids=lambda each: type(each).__name__)
+def test_a_text_without_a_token_has_the_output_of_one_place_of_padding(
+    model: PreTrainedModel, attention: list[list[int]] | None
+) -> None:
+    other = copy.deepcopy(model).train(mode=False)
+    remove_padding(other)
+    model.train(mode=False)
+    ids, mask = torch.randint(5, 100, (2, 7)), torch.zeros(2, 7, dtype=torch.int64)
+    ids[0] = 0
+    mixed = mask.clone()
+    mixed[1, :3] = 1
+    with torch.inference_mode():
+        empty = model(input_ids=ids[:1, :1]).logits
+        with_tokens = model(input_ids=ids[1:, :3], attention_mask=mixed[1:, :3]).logits
+        found = [
+            other(input_ids=ids[:rows], attention_mask=each[:rows]).logits for rows, each in ((1, mask), (2, mixed))
+        ]
+        all_empty = other(input_ids=torch.zeros_like(ids), attention_mask=mask).logits
+    torch.testing.assert_close(found[0], empty, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[1], torch.cat([empty, with_tokens]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(all_empty, empty.expand_as(all_empty), atol=1e-5, rtol=1e-4)
+    assert attention is None or attention == [[1]] * 2 + [[1, 3]] * 2 + [[1, 1]] * 2
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
