@@ -116,7 +116,7 @@ class BatchRunner(Generic[T, R]):
             self._call(failed, self._planner.end_batch, batch, elapsed_s, succeeded=succeeded)
         self._planner.limit_count(self._history.count_limit(self._planner.policy.max_batch_size))
         self.running.pop(id(batch), None)  # it is already removed if the scheduler has broken meanwhile
-        if seconds is not None:
+        if seconds is not None and not executor.is_retired:
             self.shares.add(seconds)
         self._report(batch, run.formed_s, total_s, seconds, errors, requeued, overlapped=overlapped)
 

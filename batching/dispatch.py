@@ -19,6 +19,7 @@ from modalkit.batching.pending import Pending
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import Batch, Decision
 from modalkit.batching.request import Failure, Priority
+from modalkit.batching.stages import StageShares
 from modalkit.batching.wakeup import Sleepers
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ class Dispatcher(Generic[T, R]):
         self._retired = [*self._retired, *self.executors]
         self._task_group.start_soon(self._close_retired, self._retired, self.executors)
         self.executors = executors
+        self.runner.shares = StageShares()
         for executor in executors:
             self._task_group.start_soon(self._serve, executor)
         self.sleepers.wake_all()

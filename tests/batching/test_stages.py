@@ -164,6 +164,21 @@ def test_overlapping_pays_by_its_share_and_by_its_seconds(seconds: StageSeconds,
     assert (shares.outside >= MIN_OVERLAP_SHARE and shares.outside_s >= MIN_OVERLAP_S) == pays
 
 
+async def test_the_times_of_stages_before_a_replacement_are_forgotten() -> None:
+    old, new, records = Model(), Model(preprocess_s=0), list[BatchRecord]()
+    async with BatchScheduler(old.stages(), policy=ONE, on_batch=records.append) as scheduler:
+        await make_overlap_pay(old, scheduler)
+        running = old.close("predict", 1)
+        async with anyio.create_task_group() as group:
+            group.start_soon(scheduler.submit, 1)
+            await old.until_entered("predict")
+            await scheduler.replace(new.stages(), policy=ONE)
+            running.set()
+        records.clear()
+        assert await scheduler.submit_many([3, 4]) == [Success(6), Success(8)]
+    assert [record.overlapped for record in records] == [False, False]
+
+
 async def test_no_two_batches_are_in_the_same_stage_or_in_the_first_and_last_even_while_one_is_split() -> None:
     model = Model(predict_s=0.001)
     inside: set[str] = set()
