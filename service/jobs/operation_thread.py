@@ -114,8 +114,9 @@ class OperationThread:
         return entry.result
 
     def _hand_over(self) -> None:
-        self._queue.put(self._coming)
-        self._coming = []
+        if self._coming:
+            self._queue.put(self._coming)
+            self._coming = []
 
     # In the thread.
 
