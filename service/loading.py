@@ -38,6 +38,9 @@ LOADING_TURN_S = 60.0
 _FORMER_PACKAGES = ("batching", "benchmarks", "pipelines", "service")
 
 
+NO_MODELS = "model_settings.model_entries: there is no model; add one"
+
+
 class LoadError(ServiceError):
     """Raised when a class that the configuration names cannot be imported, is of the wrong kind, or cannot be built.
 

@@ -30,7 +30,7 @@ from modalkit.service.errors import (
 from modalkit.service.gateway import find_model
 from modalkit.service.jobs import JobStore
 from modalkit.service.jobs.manager import JobManager
-from modalkit.service.loading import LoadError, ModelSource, make_job_manager
+from modalkit.service.loading import NO_MODELS, LoadError, ModelSource, make_job_manager
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.settings import BatchConfig, Settings
 from modalkit.service.supervision import GatewayState, Supervisor
@@ -189,7 +189,7 @@ class LocalGateway(AsyncContextManagerMixin):
             sources = [ModelSource(settings, name) for name in settings.model_settings.model_entries]
         self.models = {source.model_name: LocalModel(source, self._state) for source in sources}
         if not self.models:
-            raise LoadError("model_settings.model_entries: there is no model; add one")
+            raise LoadError(NO_MODELS)
         self.jobs = make_job_manager(settings, queue_backend, job_store)
         self.jobs.check_ready = self._check_ready
 

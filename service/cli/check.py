@@ -16,7 +16,7 @@ from modalkit.batching import BatchRecord, Failure, Outcome
 from modalkit.pipelines import EngineChoice, InferenceOutputModel, InferencePipeline, RejectItem
 from modalkit.service.cli.common import EXIT_FAILURE, EXIT_USAGE, AsJson, ConfigFiles, notices, try_api_keys
 from modalkit.service.errors import OutputNotJsonError, ServiceError, describe_with_line
-from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
+from modalkit.service.loading import NO_MODELS, LoadError, ModelSource, load_queue_backend
 from modalkit.service.made_up_items import MadeUpItems, NoItemsError, make_up_items
 from modalkit.service.outputs import output_json
 from modalkit.service.settings import BatchConfig, Settings
@@ -74,6 +74,8 @@ def check(
     MODALKIT_APP_SETTINGS__BATCH_CONFIG__MAX_BATCH_SIZE=64 modalkit check --config production.yaml
     """
     settings = Settings.load(config)
+    if not settings.model_settings.model_entries:
+        raise LoadError(NO_MODELS)
     backend = load_queue_backend(settings.app_settings.queue_config)
     try_api_keys(settings.app_settings.auth_config)
     sources = [ModelSource(settings, model_name) for model_name in settings.model_settings.model_entries]

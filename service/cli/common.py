@@ -11,7 +11,7 @@ from anyio.from_thread import start_blocking_portal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from modalkit.service.loading import LoadError, ModelSource
+from modalkit.service.loading import NO_MODELS, LoadError, ModelSource
 from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web.auth import configured_keys
 
@@ -92,7 +92,7 @@ def model_source(settings: Settings, model_name: str | None) -> ModelSource:
     """The model of that name, by default the first; raises `UnknownModelError` and `LoadError`."""
     entries = settings.model_settings.model_entries
     if not entries:
-        raise LoadError("model_settings.model_entries: there is no model; add one")
+        raise LoadError(NO_MODELS)
     return ModelSource(settings, model_name or next(iter(entries)))
 
 

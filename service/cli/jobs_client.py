@@ -15,7 +15,7 @@ from anyio.from_thread import start_blocking_portal
 from fastapi import FastAPI
 from pydantic import BaseModel, ValidationError
 
-from modalkit.service.errors import ServiceError
+from modalkit.service.errors import ServiceError, UsageError
 from modalkit.service.jobs import JobStoreLockedError, SqliteJobStore
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.web.answers import Problem
@@ -57,7 +57,7 @@ class JobsClient:
 
     @classmethod
     def of_service(cls, url: httpx.URL, key: str | None, auth_header: str) -> Self:
-        """The jobs of the service at `url`. Raises `JobsError` for a key that no header can carry."""
+        """The jobs of the service at `url`. Raises `UsageError` for a key that no header can carry."""
         headers = {}
         remedy = "give its API key with --key or in MODALKIT_API_KEY"
         if key is not None:
@@ -68,7 +68,7 @@ class JobsClient:
             try:
                 headers[auth_header.encode()] = scheme_of(auth_header).encode() + header_bytes(key)
             except ValueError as error:
-                raise JobsError(f"the API key (--key or MODALKIT_API_KEY) must be corrected: {error}") from None
+                raise UsageError(f"the API key (--key or MODALKIT_API_KEY) must be corrected: {error}") from None
         http = httpx.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT)
         return cls(http, str(url.copy_with(userinfo=b"")), "at once", remedy)
 

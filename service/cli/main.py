@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from modalkit.pipelines.files import NO_SPACE
 from modalkit.service.cli.backup import backup
 from modalkit.service.cli.check import check
 from modalkit.service.cli.common import EXIT_AWAY, EXIT_FAILURE, EXIT_USAGE, notices
@@ -100,7 +101,8 @@ def main() -> None:
     except (ServiceError, OSError) as error:
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None:
-            text = f"cannot use {error.filename}: {error.strerror}; correct the path, or its permissions"
+            remedy = "free some space" if error.errno in NO_SPACE else "correct the path, or its permissions"
+            text = f"cannot use {error.filename}: {error.strerror}; {remedy}"
         notices.print(f"modalkit: error: {text}", markup=False)
         is_usage = isinstance(error, UsageError | LoadError | SettingsError)
         sys.exit(EXIT_USAGE if is_usage else EXIT_AWAY if isinstance(error, AwayError) else EXIT_FAILURE)

@@ -20,7 +20,7 @@ from typing import IO, Annotated, Any, TextIO, cast
 
 import typer
 
-from modalkit.pipelines.files import replacing
+from modalkit.pipelines.files import naming, replacing
 from modalkit.service.cli.common import notices
 from modalkit.service.cli.records import InputError, require_parquet
 
@@ -163,16 +163,17 @@ def result_file(
     if path is None:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
-        yield ResultWriter(sys.stdout)
-        sys.stdout.flush()
+        with naming("standard output"):
+            yield ResultWriter(sys.stdout)
+            sys.stdout.flush()
         return
     if path.exists() and not path.is_file():
-        with path.open("w", encoding="utf-8", newline="") as special:
+        with naming(path), path.open("w", encoding="utf-8", newline="") as special:
             yield ResultWriter(special)
         return
     interrupted_run(path, run, resume=resume, force=force)
     partial = _partial_of(path)
-    with partial.open("a+", encoding="utf-8", newline="") as stream:
+    with naming(partial), partial.open("a+", encoding="utf-8", newline="") as stream:
         _lock(stream, partial)
         lines = _whole_lines(stream)
         if not lines:
@@ -184,7 +185,8 @@ def result_file(
             stream.flush()
             _finish(partial, path.resolve(), file_format, fields)
         except BaseException:
-            stream.flush()
+            with suppress(OSError):  # the disk is full: what fits is there
+                stream.flush()
             if writer.done or writer.written or writer.is_begun:
                 notices.print(f"What was written is in {partial}: --resume goes on with it", markup=False)
             else:

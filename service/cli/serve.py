@@ -210,15 +210,15 @@ def _things_to_try(options: str, url: str, gateway: LocalGateway, settings: Sett
     """Commands that work as they are, with items of the first model that is ready; only the link without any."""
     auth = settings.app_settings.auth_config
     key = f" -H '{auth.auth_header}: {scheme_of(auth.auth_header)}<your key>'" if auth.asks_for_key else ""
-
-    name, model = next((name, model) for name, model in gateway.models.items() if model.readiness is Readiness.READY)
-    query = "" if name == next(iter(gateway.models)) else f"?model_name={quote(name, safe='')}"
+    model = next((model for model in gateway.models.values() if model.readiness is Readiness.READY), None)
+    is_first = model is next(iter(gateway.models.values()))
+    query = "" if model is None or is_first else f"?model_name={quote(model.name, safe='')}"
 
     def curl(path: str, body: str) -> str:
         return f"  curl{options} {shlex.quote(f'{url}{path}{query}')}{key} -d {shlex.quote(body)}"
 
     lines = ["", "Try:"]
-    if items := _items_to_try(model):
+    if model is not None and (items := _items_to_try(model)):
         lines += [
             curl("/sync/predict", items[0]),
             curl("/batch/predict", f"[{', '.join(items)}]"),

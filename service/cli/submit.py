@@ -17,7 +17,7 @@ from modalkit.batching import Priority
 from modalkit.service.cli.batch_client import BatchRun
 from modalkit.service.cli.common import EXIT_LINES_FAILED, NOT_NEGATIVE, ConfigFiles, notices, one_of, progress_of_lines
 from modalkit.service.cli.jobs import Key, Url
-from modalkit.service.cli.jobs_client import JobsClient, JobsError
+from modalkit.service.cli.jobs_client import JobsClient
 from modalkit.service.cli.records import ColumnOption, FormatOption, open_input, require_file
 from modalkit.service.cli.reload import DEFAULT_URL
 from modalkit.service.cli.results import (
@@ -29,6 +29,7 @@ from modalkit.service.cli.results import (
     interrupted_run,
     result_file,
 )
+from modalkit.service.errors import UsageError
 from modalkit.service.jobs.model import new_job_id
 from modalkit.service.settings import Settings
 from modalkit.service.web.options import BATCH_ID_PATTERN
@@ -149,13 +150,13 @@ def submit(
 
 
 def _schemas_of(client: JobsClient, model: str | None) -> _ModelSchemas:
-    """What the items and the results of a model look like. Raises `JobsError`."""
+    """The fields of the items and the results of a model. Raises `JobsError`, and `UsageError` for an unknown model."""
     with client.opened():
         models = client.send(_Description, "GET", "/openapi.json").models
     if model is None:
         return next(iter(models.values()))
     if model not in models:
-        raise JobsError(f"{client.name} has no model {model!r}; it has: {', '.join(models)}")
+        raise UsageError(f"{client.name} has no model {model!r}; it has: {', '.join(models)}")
     return models[model]
 
 

@@ -14,7 +14,7 @@ from modal.cls import is_parameter
 from modalkit.batching import BatchRecord
 from modalkit.pipelines import InferencePipeline
 from modalkit.pipelines.inference_pipeline import awaited, has_own
-from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
+from modalkit.service.loading import NO_MODELS, LoadError, ModelSource, load_queue_backend
 from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.container import Container, only_service_errors, set_up_logs_and_traces
 from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend
@@ -212,7 +212,7 @@ def default_model_name(config: ModalConfig, implementation: type[InferencePipeli
         return implementation.__name__
     for name in config.model_settings.model_entries:
         return name
-    raise LoadError("model_settings.model_entries: there is no model; add one, or set inference_implementation")
+    raise LoadError(f"{NO_MODELS}, or set inference_implementation")
 
 
 def responses_of(service: HostedService) -> QueueBackend | None:

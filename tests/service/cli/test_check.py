@@ -179,6 +179,13 @@ def test_what_fails_or_was_not_tried_is_said_in_one_message(
     assert len([line for line in done.stderr.splitlines() if "[warning" not in line]) == 1
 
 
+def test_a_configuration_without_a_model_is_refused(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "modalkit.yaml").write_text("model_settings: {model_entries: {}}")
+    done = modalkit("check")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no model; add one" in done.stderr
+
+
 def test_limits_of_one_model_are_shown(modalkit: Modalkit, folder: Path) -> None:
     configure(folder, "Good")
     done = modalkit("check", MODALKIT_MODEL_SETTINGS__MODEL_ENTRIES__good__MAX_IN_FLIGHT="2")

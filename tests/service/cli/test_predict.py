@@ -1,8 +1,11 @@
 """``modalkit predict`` as a user runs it."""
 
 import csv
+import errno
 import gzip
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
@@ -323,6 +326,30 @@ def test_links_and_permissions_of_the_output_stay(tmp_path: Path) -> None:
     assert target.stat().st_mode & 0o777 == 0o640
     assert target.read_text() == "of today"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.yaml", "target.yaml"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    killed, running, other = (tmp_path / f"a.{name}.tmp" for name in ("0123abcd", "4567abcd", "mine"))
+    for path in (killed, running, other):
+        path.touch()
+    for path in (killed, other):
+        os.utime(path, (0, 0))
+    with replacing(tmp_path / "a") as new:
+        new.touch()
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", running, other])
+
+
+def test_a_full_disk_is_told_with_the_file(modalkit: Modalkit, tmp_path: Path) -> None:
+    done = modalkit("predict", "four", "-o", "/dev/full")
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: cannot use /dev/full: No space left on device; free some space\n")
+    full = OSError(errno.ENOSPC, "No space left on device")
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(OSError, match=re.escape(f"'{output}.partial'")), result_file(output, fields=[], run={}):
+        raise full
+    full.filename = None
+    with pytest.raises(OSError, match=re.escape(f"'{output}'")), replacing(output):
+        raise full
 
 
 def test_an_output_that_is_no_regular_file_is_written_to_at_once(modalkit: Modalkit) -> None:

@@ -16,7 +16,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from modalkit.service.cli.serve import _things_to_try
+from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.serving import AddressError, listening
+from modalkit.service.settings import Settings
 from tests.support.command_line import Modalkit, Process, forked, serving, started
 from tests.support.processes import ForkedPython
 
@@ -315,6 +318,13 @@ def test_what_does_not_end_within_the_grace_is_left(folder: Path, environment: d
     assert process.returncode == 1
     assert "Stopped at the end of the grace of 0.1 s. 1 job had not ended: kept, and run after the next start." in said
     assert "Traceback" not in said
+
+
+def test_without_a_model_that_is_ready_it_shows_the_page_alone(folder: Path) -> None:
+    """A model may break down as soon as it is loaded."""
+    settings = Settings.load([folder / "modalkit.yaml"])
+    said = _things_to_try("", "http://h", LocalGateway(settings), settings)
+    assert said == "\nTry:\n  http://h in a browser shows what happens, http://h/docs all routes"
 
 
 @pytest.mark.parametrize("host", ["nohost.invalid", "192.0.2.1"])

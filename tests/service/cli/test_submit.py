@@ -258,13 +258,19 @@ def test_what_cannot_be_done_is_one_message(
     assert said in " ".join(done.stderr.replace("│", " ").split())
 
 
-def test_a_key_that_is_missing_is_one_message(folder: Path, environment: dict[str, str], modalkit: Modalkit) -> None:
+def test_a_key_that_is_missing_or_wrong_usage_is_one_message(
+    folder: Path, environment: dict[str, str], modalkit: Modalkit
+) -> None:
     (folder / "in.txt").write_text("a\n")
     with serving(folder, environment | {"MODALKIT_APP_SETTINGS__AUTH_CONFIG__API_KEY": "k"}) as (_, client):
         url = ("--url", str(client.base_url))
         done = modalkit("submit", "in.txt", *url, "--wait", "-o", "out.jsonl")
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
         assert "give its API key with --key or in MODALKIT_API_KEY" in done.stderr
+        for wrong, said in (("--model", "other"), "has no model 'other'"), (("--key", "k\nk"), "has a line break"):
+            done = modalkit("submit", "in.txt", *url, "--key", "k", *wrong)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+            assert said in done.stderr
         assert modalkit("submit", "in.txt", *url, "--wait", "--key", "k").returncode == 0
     assert list(folder.glob("out.jsonl*")) == []
 
