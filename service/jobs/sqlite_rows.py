@@ -6,7 +6,6 @@ from contextlib import closing
 from typing import Any
 
 from modalkit.batching import Priority
-from modalkit.service.errors import CUT_NOTE, MAX_ERROR_BYTES
 from modalkit.service.jobs.model import DeliveryStatus, Job, JobCounts, JobFilter, JobPage, JobStatus
 
 NEW_JOB_COLUMNS = (
@@ -23,17 +22,7 @@ PAGE_BYTES = 2**20
 """Bytes of text that a page of jobs may have; a page of one job may have more. It is read and written in one go."""
 TEXT_COLUMNS = ("job_id", "message", "success_queue", "failure_queue", "meta", "idempotency_key", "result")
 """The columns that may be long, besides the errors."""
-
-
-def _cut(column: str) -> str:
-    """SQL for an error's text, cut to `MAX_ERROR_BYTES` characters: older versions stored longer ones."""
-    size = f"length(CAST({column} AS BLOB))"  # of a text, `length` stops at the first NUL
-    note = CUT_NOTE.format(characters=f"' || ({size} - {MAX_ERROR_BYTES}) || '")
-    return f"iif({size} > {MAX_ERROR_BYTES}, substr({column}, 1, {MAX_ERROR_BYTES}) || '{note}', {column})"
-
-
-READ_COLUMNS = ", ".join(_cut(column) if column in ("error", "delivery_error") else column for column in COLUMNS)
-"""The SQL expressions to select for the `COLUMNS`."""
+READ_COLUMNS = ", ".join(COLUMNS)
 PAGE_COLUMNS = READ_COLUMNS.replace(" message,", " '{}',", 1)
 """The same for a page of jobs, which tells no messages: they may be large, and are not read."""
 

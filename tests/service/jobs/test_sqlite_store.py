@@ -211,7 +211,7 @@ async def test_a_cancelled_owner_leaves_a_sound_store(path: Path) -> None:
     [
         (b"these are not the bytes of a database, but enough of them to be read as one" * 20, "is no SQLite database"),
         ("CREATE TABLE notes (text)", "belongs to another program; give another store_path"),
-        ("PRAGMA application_id = 1836016747; PRAGMA user_version = 99", "version 99, newer than"),
+        ("PRAGMA application_id = 1836016747; PRAGMA user_version = 99", "version 99, and this modalkit knows"),
     ],
 )
 async def test_a_file_that_is_not_ours_is_refused_and_left_alone(
