@@ -13,9 +13,8 @@ from modalkit.pipelines import InferenceOutputModel, PipelineError
 
 MAX_ERROR_BYTES = 8 * 1024
 """Limit of the bytes of UTF-8 of an error as text: in the store, in messages and in HTTP answers."""
-CUT_NOTE = " … ({characters} more characters)"
 MAX_NOTE_BYTES = 64
-"""Limit of the bytes of a `CUT_NOTE`."""
+"""Limit of the bytes of what follows a text that was cut."""
 MAX_CODE_CHARACTERS = 200
 """Limit of the characters of a line of code beside an error."""
 
@@ -235,7 +234,7 @@ def cut_text(text: str) -> str:
     if len(text) <= MAX_ERROR_BYTES and len(encoded) <= MAX_ERROR_BYTES:
         return encoded.decode()
     kept = encoded[: MAX_ERROR_BYTES - MAX_NOTE_BYTES].decode(errors="ignore")
-    return f"{kept}{CUT_NOTE.format(characters=max(1, len(text) - len(kept)))}"
+    return f"{kept} … ({max(1, len(text) - len(kept))} more characters)"
 
 
 def _plain(text: str) -> str:
