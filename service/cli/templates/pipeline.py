@@ -10,7 +10,7 @@ from modalkit import InferenceOutputModel, InferencePipeline
 class Text(BaseModel):
     """A request. One that does not fit is refused with the field and the reason, before it costs any inference."""
 
-    text: str = Field(min_length=1)
+    text: str = Field(min_length=1, examples=["one two three"])
 
 
 class Count(InferenceOutputModel):
