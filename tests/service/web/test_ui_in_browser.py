@@ -3,12 +3,14 @@
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import pytest
 from playwright.async_api import Browser, Page, expect
+from pydantic import BaseModel, Field
 
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
@@ -96,6 +98,29 @@ async def test_a_request_of_the_playground_is_answered_and_its_batch_is_shown_li
         await expect(page.locator("#batch")).to_contain_text("3 (interactive)")
         await expect(page.locator("#figures")).to_contain_text("Items in a batch3")
         await expect(page.locator("#connection")).to_have_text("Live")
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    lives: int = Field(ge=1)
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"]
+
+
+class Priced(BaseModel):
+    animal: Annotated[Cat | Dog, Field(discriminator="kind")]
+    price: Decimal
+
+
+async def test_the_playground_begins_with_the_first_of_several_types(browser: Browser) -> None:
+    entry = {"pipeline": "tests.support.length_model:LengthPipeline", "input_model": f"{__name__}:Priced"}
+    memory = {"async_config": {"store": "memory"}}
+    settings = Settings(app_settings=memory, model_settings={"model_entries": {"animals": entry}})
+    async with opened(browser, LocalGateway(settings)) as (page, _):
+        await page.goto("/#try")
+        await expect(page.locator("#code")).to_contain_text('{"animal":{"kind":"cat","lives":1},"price":0}')
 
 
 async def test_a_job_is_submitted_seen_waiting_and_cancelled(
