@@ -10,7 +10,7 @@ APPLICATION_ID = 0x6D6F646B
 
 CACHE_BYTES = 16 * 2**20
 
-VERSION = 1
+VERSION = 7
 """The version of the tables. A database of another one is refused."""
 
 TABLES = """
