@@ -149,7 +149,7 @@ class Chooser:
     def _kept_engine(self) -> Chosen | None:
         """The engine of an earlier choice, if that was a complete one and can be used again."""
         choice = self._kept.choice() if self._settings.use_kept_choice else None
-        if choice is None or (choice.unfinished and choice.attempts < MAX_ATTEMPTS):
+        if choice is None or ((choice.unfinished or choice.is_tentative) and choice.attempts < MAX_ATTEMPTS):
             return None
         try:
             return self._tried(choice)
@@ -166,7 +166,9 @@ class Chooser:
         if default not in runs:
             return self._load(default, "as configured")
         try:
-            choice = race.choose(self._same, default)
+            choice, earlier = race.choose(self._same, default), self._kept.choice()
+            if choice.is_tentative and earlier and earlier.samples >= choice.samples and earlier.candidate in runs:
+                choice = earlier
             run = runs[choice.candidate]
             if isinstance(run, Converted):
                 run.prepare()
@@ -174,7 +176,6 @@ class Chooser:
             logger.warning("Outputs of engines cannot be compared: %s", describe(error))
             reason = "outputs could not be compared, so nothing else is used"
             return runs[default], EngineChoice(engine=default.engine, dtype=default.dtype, reason=reason)
-        earlier = self._kept.choice()
         choice = choice.model_copy(
             update={
                 "refused": {**refused, **choice.refused},

@@ -91,9 +91,13 @@ class Race:
                 break
 
     def speed(self, contender: Contender) -> float:
-        """How many times as fast as torch float32 it is, as the geometric mean of the batches that it ran."""
-        pairs = list(zip(self._reference.seconds, contender.seconds, strict=False))
-        return math.exp(sum(math.log(a / b) for a, b in pairs) / len(pairs)) if pairs else 0.0
+        """How many times as fast as torch float32 it is, as the geometric mean of the batches.
+
+        One that was left out ran only some of them. On these it is compared with the fastest that ran all.
+        """
+        ran_all = [c for c in self._contenders if len(c.seconds) == len(self._reference.seconds)]
+        fastest = max(ran_all, key=lambda c: _speed_beside(self._reference, c), default=self._reference)
+        return _speed_beside(fastest, contender) * _speed_beside(self._reference, fastest)
 
     def choose(self, same: Same, default: Candidate) -> EngineChoice:
         """The fastest whose outputs are the same; without one, or with too little gain, the default."""
@@ -104,7 +108,8 @@ class Race:
         speeds = {str(REFERENCE): 1.0} | {str(c.candidate): round(self.speed(c), 3) for c in running}
         least_speed = MIN_GAIN * speeds.get(str(default), 0.0)
         chosen, reason = default, "nothing else is faster"
-        if len(compared) < len(self._batches) and samples < MIN_SAMPLES:
+        is_tentative = len(compared) < len(self._batches) and samples < MIN_SAMPLES
+        if is_tentative:
             reason = f"only {samples} samples could be compared in measure_seconds, so nothing else is used"
             running = []
         # One that was left out has run fewer batches; it counts where those that ran all are refused.
@@ -118,7 +123,13 @@ class Race:
                 break
             refused[str(contender.candidate)] = why
         return EngineChoice(
-            engine=chosen.engine, dtype=chosen.dtype, reason=reason, speeds=speeds, refused=refused, samples=samples
+            engine=chosen.engine,
+            dtype=chosen.dtype,
+            reason=reason,
+            speeds=speeds,
+            refused=refused,
+            samples=samples,
+            is_tentative=is_tentative,
         )
 
     def _time(self, contender: Contender, batch: Mapping[str, Tensor]) -> None:
@@ -142,6 +153,11 @@ class Race:
             contender.error = describe(error)
             return None, 0.0
         return outputs, self._clock() - started_s
+
+
+def _speed_beside(other: Contender, contender: Contender) -> float:
+    pairs = list(zip(other.seconds, contender.seconds, strict=False))
+    return math.exp(sum(math.log(a / b) for a, b in pairs) / len(pairs)) if pairs else 0.0
 
 
 def _samples(batches: Sequence[Outputs]) -> int:

@@ -86,6 +86,8 @@ class EngineChoice(BaseModel):
     """The number of samples whose outputs were compared."""
     unfinished: tuple[str, ...] = ()
     """Engines whose conversion took longer than the start may; a later start measures them."""
+    is_tentative: bool = False
+    """Whether too few samples could be compared in `EngineOptions.measure_seconds`; a later start measures again."""
     attempts: int = 1
     """The number of starts that measured."""
 

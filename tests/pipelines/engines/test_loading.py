@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modalkit.pipelines import EngineError, EngineSettings, load_engine
-from modalkit.pipelines.engines import choosing, exported, probe
+from modalkit.pipelines.engines import choosing, exported, measuring, probe
 from modalkit.pipelines.engines.exported import Converted
 from modalkit.pipelines.engines.loading import Engine
 from modalkit.pipelines.engines.measuring import Race
@@ -210,6 +210,20 @@ def test_a_conversion_that_takes_longer_than_the_start_may_goes_on_for_a_later_o
     later = load_engine(module, batches, settings).choice
     assert later.unfinished == ()
     assert "onnx float32" in later.speeds
+
+
+def test_a_start_that_could_compare_too_few_samples_keeps_the_earlier_choice_and_is_not_final(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = load_engine(module, batches, settings).choice
+    with monkeypatch.context() as busy:
+        busy.setattr(measuring, "MIN_SAMPLES", 10_000)
+        again = load_engine(module, batches, with_(settings, use_kept_choice=False, measure_seconds=0.001)).choice
+        assert (again.candidate, again.samples) == (good.candidate, good.samples)
+        elsewhere = with_(settings, cache_folder=(settings.cache_folder or Path()) / "new", measure_seconds=0.001)
+        assert load_engine(module, batches, elsewhere).choice.is_tentative
+    later = load_engine(module, batches, with_(elsewhere, measure_seconds=settings.measure_seconds)).choice
+    assert not later.is_tentative
 
 
 def test_an_export_that_no_start_waits_for_comes_after_it(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modalkit.pipelines.engines import Candidate, Sameness, same_labels, same_vectors
-from modalkit.pipelines.engines.measuring import Race
+from modalkit.pipelines.engines.measuring import JUDGED_AFTER, Race
 from modalkit.pipelines.engines.settings import REFERENCE
 from modalkit.pipelines.engines.torch_engine import Run
 
@@ -79,6 +79,22 @@ def test_a_hopeless_candidate_is_left_out_early() -> None:
     race.run(1000)
     assert slow.calls < 8
     assert race.choose(same_labels(), REFERENCE).candidate == OPENVINO
+
+
+def test_one_that_was_left_out_is_compared_on_the_batches_that_it_ran() -> None:
+    class SlowerLater(Timed):
+        def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            self._seconds = 0.1 if self.calls <= JUDGED_AFTER else 0.3
+            return super().__call__(inputs)
+
+    clock = Clock()
+    race = Race(Timed(clock, 0.4), sample_batches(10), clock, clock.sleep)
+    race.enter(BFLOAT16, lambda _: Timed(clock, 0.2))
+    race.enter(OPENVINO, lambda _: SlowerLater(clock, 0.1))
+    race.run(1000)
+    choice = race.choose(same_labels(), REFERENCE)
+    assert choice.candidate == OPENVINO
+    assert choice.speeds["openvino float32"] / choice.speeds["torch bfloat16"] == pytest.approx(2, rel=0.01)
 
 
 def test_with_too_little_time_to_compare_nothing_else_is_taken() -> None:
