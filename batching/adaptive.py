@@ -131,8 +131,8 @@ class Exploration:
         self._interval = MIN_TRIAL_INTERVAL
         self._batches_to_trial = MIN_TRIAL_INTERVAL
 
-    def is_due(self, predicted_loss_s: float) -> bool:
-        """Whether a trial with this predicted loss is allowed now."""
+    def is_due(self, predicted_loss_s: float = -math.inf) -> bool:
+        """Whether a trial with this predicted loss is allowed now; without one, whether any is."""
         return self._batches_to_trial <= 0 and predicted_loss_s <= self._credit_s
 
     def record_batch(self, elapsed_s: float) -> None:

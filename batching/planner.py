@@ -263,7 +263,11 @@ class BatchPlanner(Generic[RequestT]):
     def _trial_if_due(self, batch: Batch[RequestT], device: "_Device[RequestT]") -> Batch[RequestT]:
         """The batch, or now and then a full one in its place, to see whether that is as slow as predicted."""
         limit = device.former.count_limit
-        if 2 * len(batch.requests) > limit or self.queue.waiting(batch.priority) < limit:
+        if (
+            not device.exploration.is_due()
+            or 2 * len(batch.requests) > limit
+            or self.queue.waiting(batch.priority) < limit
+        ):
             return batch
         full = device.former.form_full(batch.requests[0])
         baseline_s = batch.predicted_s / batch.total * full.total
