@@ -73,6 +73,16 @@ class Observations:
         self.sum += value
         self.counts[bisect_left(self._bounds, value)] += 1
 
+    def observe_all(self, values: Sequence[float]) -> None:
+        """Count several values; those of a batch are mostly between the same bounds."""
+        self.sum += sum(values)
+        place = bisect_left(self._bounds, min(values))
+        if place == bisect_left(self._bounds, max(values)):
+            self.counts[place] += len(values)
+            return
+        for value in values:
+            self.counts[bisect_left(self._bounds, value)] += 1
+
 
 def _counter(name: str, description: str, *labels: str) -> Counter:
     return Counter(name, description, labels, registry=REGISTRY)
@@ -130,9 +140,7 @@ class BatchMetrics:
         self._size.observe(record.count)
         self._padding.observe(record.padding_share)
         for priority, waits_s in record.waits_s.items():
-            observe = self._waits[priority].observe
-            for wait_s in waits_s:
-                observe(wait_s)
+            self._waits[priority].observe_all(waits_s)
         if record.measured_s:
             self._predicted.inc(record.predicted_s)
             self._measured.inc(record.measured_s)

@@ -32,8 +32,12 @@ async def run_valid(
     items: Sequence[Item | Failure], run: Callable[[list[Item]], Awaitable[Sequence[Outcome[Result]]]]
 ) -> list[Outcome[Result]]:
     """The outcomes of items, in their order: of the valid ones those that `run` returns, of the others their own."""
-    outcomes = iter(await run([item for item in items if not isinstance(item, Failure)]))
-    return [item if isinstance(item, Failure) else next(outcomes) for item in items]
+    valid = [item for item in items if not isinstance(item, Failure)]
+    outcomes = await run(valid)
+    if len(valid) == len(items):
+        return list(outcomes)
+    others = iter(outcomes)
+    return [item if isinstance(item, Failure) else next(others) for item in items]
 
 
 def field_errors(findings: Iterable[Mapping[str, Any]], model: type[BaseModel] | None = None) -> list[dict[str, Any]]:

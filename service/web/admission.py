@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from http import HTTPStatus
 from typing import ParamSpec, TypeVar
 
@@ -77,14 +77,14 @@ class Admission:
         await anyio.sleep(delay_s)
         check_room(*args, **kwargs)
 
-    async def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """The results of a function for all items, in their order. Between two slices of them, other tasks run."""
+    async def map(self, function: Callable[[Sequence[T]], Iterable[R]], items: Sequence[T]) -> list[R]:
+        """What a function makes of all items, which it is given in slices. Between two slices, other tasks run."""
         if len(items) <= SLICE_ITEMS:
-            return list(map(function, items))
+            return list(function(items))
         results = list[R]()
         for start in range(0, len(items), SLICE_ITEMS):
             async with self.turn:
-                results += map(function, items[start : start + SLICE_ITEMS])
+                results += function(items[start : start + SLICE_ITEMS])
         return results
 
 

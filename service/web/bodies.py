@@ -91,7 +91,7 @@ class BodyParser:
 
     async def jobs(self, body: bytes) -> Sequence[AsyncInputModel | Failure]:
         """The jobs of a list. Raises `ProblemError` if it is no list."""
-        return await self._admission.map(_checked_job, await self._list(self._jobs, self._job_of, body))
+        return await self._admission.map(_checked_jobs, await self._list(self._jobs, self._job_of, body))
 
     async def item_lines(self, lines: Sequence[bytes]) -> Sequence[BaseModel | Failure]:
         """The item of each line of a stream, or what is wrong with the line."""
@@ -102,7 +102,7 @@ class BodyParser:
         """The job that each line of a stream asks for, or what is wrong with the line."""
         async with self._admission.turn:
             jobs = _parse_lines(self._job, partial(self.job, what="line"), lines)
-        return list(map(_checked_job, jobs))
+        return _checked_jobs(jobs)
 
     def _item_of(self, body: bytes, what: str = "body", *, explain: bool) -> BaseModel:
         _check_item(body, self._admission.limits)
@@ -112,7 +112,7 @@ class BodyParser:
 
     def _job_of(self, body: bytes, what: str = "body", *, explain: bool) -> AsyncInputModel:
         _check_item(body, self._admission.limits)
-        job = _checked_job(_parse(self._job, body, what, explain=explain))
+        (job,) = _checked_jobs((_parse(self._job, body, what, explain=explain),))
         if isinstance(job, Failure):
             raise job.error
         return job
@@ -161,7 +161,7 @@ class BodyParser:
                     continue
                 _check_count(len(values), limits)
             await _pause_after(part)
-            found += await self._admission.map(parse_one, values)
+            found += await self._admission.map(partial(map, parse_one), values)
 
 
 async def read_as(model: type[Model], request: Request) -> Model:
@@ -306,14 +306,19 @@ def check_keys(body: bytes, what: str = "body") -> None:
         return  # pydantic says what is wrong
 
 
+def _checked_jobs(jobs: Sequence[AsyncInputModel | Failure]) -> Sequence[AsyncInputModel | Failure]:
+    """The jobs, or what is wrong with their `meta`: NaN or 1e999, which could not be returned unchanged."""
+    content = to_json([job.meta for job in jobs if not isinstance(job, Failure)])
+    if b"NaN" in content or b"Infinity" in content:  # as a number, or in a text
+        return list(map(_checked_job, jobs))
+    return jobs
+
+
 def _checked_job(job: AsyncInputModel | Failure) -> AsyncInputModel | Failure:
-    """The job, or what is wrong with its `meta`: NaN or 1e999, which could not be returned unchanged."""
-    if isinstance(job, Failure) or not job.meta:
+    if isinstance(job, Failure):
         return job
-    content = to_json(job.meta)
     try:
-        if b"NaN" in content or b"Infinity" in content:  # as a number, or in a text
-            _STRICT_JSON.encode(job.meta)
+        _STRICT_JSON.encode(job.meta)
     except ValueError:
         detail = "meta: must not hold NaN, Infinity or a number above 1.8e308; send null"
         return Failure(ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from itertools import islice, takewhile
 
 import anyio
 from pydantic import BaseModel
@@ -14,7 +15,7 @@ from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.line_models import FindTarget, Target, parse_lines
 from modalkit.service.web.lines import Line, Lines
 from modalkit.service.web.options import StreamOptions
-from modalkit.service.web.problems import outcome_json, slot_json
+from modalkit.service.web.problems import outcomes_json, slot_json
 
 MAX_ITEMS_IN_FLIGHT = 1024
 """Items of one stream that wait, run, or wait to be answered in order."""
@@ -22,6 +23,8 @@ MAX_BYTES_IN_FLIGHT = 2**23
 """The bytes of their lines, beyond which no more are taken."""
 WRITE_INTERVAL_S = 0.002
 """Seconds that answers wait for others while more items of their stream run."""
+WRITE_ITEMS, WRITE_BYTES = 32, 2**16
+"""Answers that are made at once, and bytes of them after which other requests have their turn."""
 FULL_QUEUE_RETRY_S = 0.05
 """Seconds between two attempts to queue an item while the model's queue is full; an item that ends shortens them."""
 
@@ -43,7 +46,7 @@ class PredictionStream:
         # Items that wait or run, by index: the bytes of the line, the start, and what withdraws the item.
         self._running: dict[int, tuple[int, float, Callable[[], object]]] = {}
         self._bytes = 0  # of the lines of these items
-        self._done: dict[int, bytes] = {}  # answers that are not written yet, by index
+        self._done: dict[int, Outcome[InferenceOutputModel]] = {}  # that are not answered yet, by index
         self._next = 0  # the index of the next answer
         self._will_flush = False  # whether a call that writes answers is due
         self._change = anyio.Event()  # wakes the task that takes lines
@@ -151,7 +154,7 @@ class PredictionStream:
                 self._end(index, Failure(DeadlineExceededError(timeout_s)))
 
     def _end(self, index: int, outcome: Outcome[InferenceOutputModel]) -> None:
-        """Write the answer for an item, at once or in its turn; called in the event loop with its outcome."""
+        """Have an item answered, soon or in its turn; called in the event loop with its outcome."""
         if (running := self._running.pop(index, None)) is not None:
             self._bytes -= running[0]
         if not self._will_flush:
@@ -159,21 +162,30 @@ class PredictionStream:
             # Those of several batches together, because each writing takes as long as several items.
             delay_s = WRITE_INTERVAL_S if self._running else 0.0
             asyncio.get_running_loop().call_later(delay_s, self._flush)
-        self._done[index] = b'{"index":%d,%s\n' % (index, outcome_json(outcome, slot_json)[1:])
+        self._done[index] = outcome
 
     def _flush(self) -> None:
+        """Write answers; others have their turn before the rest, where these are large."""
         self._will_flush = False
-        if self._options.ordered:
-            answers = list[bytes]()
-            while self._next in self._done:
-                answers.append(self._done.pop(self._next))
-                self._next += 1
-        else:
-            answers = list(self._done.values())
-            self._done.clear()
+        answers, size_bytes = list[bytes](), 0
+        while (indices := self._ready()) and size_bytes <= WRITE_BYTES:
+            outcomes = [self._done.pop(index) for index in indices]
+            slots = outcomes_json(outcomes, slot_json)
+            answers += [b'{"index":%d,%s\n' % (index, slot[1:]) for index, slot in zip(indices, slots, strict=True)]
+            size_bytes += sum(map(len, slots))
+            self._next += len(indices)
         if answers:
             self._write(b"".join(answers))
+        if indices:
+            self._will_flush = True
+            asyncio.get_running_loop().call_soon(self._flush)
         self._change.set()
+
+    def _ready(self) -> list[int]:
+        """The indices of the next items that can be answered."""
+        if self._options.ordered:
+            return list(takewhile(self._done.__contains__, range(self._next, self._next + WRITE_ITEMS)))
+        return list(islice(self._done, WRITE_ITEMS))
 
 
 def _of_one_model(asked: Sequence[_Asked]) -> int:

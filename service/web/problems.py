@@ -23,6 +23,7 @@ from modalkit.batching import (
     QueueFullError,
     RequestTooLargeError,
     SchedulerClosedError,
+    Success,
 )
 from modalkit.pipelines import InferenceOutputModel, RejectItem
 from modalkit.service.errors import (
@@ -47,7 +48,7 @@ from modalkit.service.errors import (
 from modalkit.service.jobs import IdempotencyKeyReusedError, JobStoreBusyError, JobStoreError, JobStoreFullError
 from modalkit.service.jobs.queue_rules import QueueNotAllowedError
 from modalkit.service.loading import LoadError
-from modalkit.service.outputs import output_json
+from modalkit.service.outputs import outputs_json
 from modalkit.service.queue_backends import QueueNameError
 from modalkit.service.settings import SettingsError
 from modalkit.service.validation import field_errors, summary
@@ -210,14 +211,13 @@ def error_json(error: Exception) -> bytes:
     return to_json(error_slot(error))
 
 
-def outcome_json(outcome: Outcome[InferenceOutputModel], error_json: Callable[[Exception], bytes]) -> bytes:
-    """The answer to one of several items, in JSON; `error_json` makes that to one that failed."""
-    if isinstance(outcome, Failure):
-        return error_json(outcome.error)
-    try:
-        return output_json(outcome.value)
-    except OutputNotJsonError as error:
-        return error_json(error)
+def outcomes_json(
+    outcomes: Iterable[Outcome[InferenceOutputModel]], error_json: Callable[[Exception], bytes]
+) -> list[bytes]:
+    """The answers to several items, in JSON; `error_json` makes that to one that failed."""
+    contents = iter(outputs_json([outcome.value for outcome in outcomes if isinstance(outcome, Success)]))
+    found = [outcome.error if isinstance(outcome, Failure) else next(contents) for outcome in outcomes]
+    return [content if isinstance(content, bytes) else error_json(content) for content in found]
 
 
 def install_problem_handlers(app: FastAPI) -> None:

@@ -38,7 +38,7 @@ from modalkit.service.web.problems import (
     KNOWN_ERRORS,
     error_json,
     error_response,
-    outcome_json,
+    outcomes_json,
     unexpected_error_response,
 )
 from modalkit.service.web.submissions import Submitter
@@ -165,7 +165,7 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
         caller.take_items(len(items))
         run = partial(model.predict_many, **options)
         outcomes = await run_valid(items, lambda valid: while_connected(request, run(valid)))
-        slots = await admission.map(partial(outcome_json, error_json=error_json), outcomes)
+        slots = await admission.map(partial(outcomes_json, error_json=error_json), outcomes)
         return DirectResponse(b"[" + b",".join(slots) + b"]")
 
     @route(

@@ -60,7 +60,7 @@ class Submitter:
             self._refuse_key()
             jobs = await self._parser.jobs(body)
             self._caller.take_items(len(jobs))
-            answers = await self._admission.map(_answer, await self._submit(jobs))
+            answers = await self._admission.map(partial(map, _answer), await self._submit(jobs))
             return DirectResponse(to_json(answers), HTTPStatus.ACCEPTED)
         job = self._parser.job(body)
         if len(body) > FREE_BYTES:

@@ -14,5 +14,9 @@ def test_a_histogram_tells_what_that_of_prometheus_client_tells() -> None:
     for model, lane, value in (("a", "x", 0.1), ("a", "x", 1.0), ("a", "y", 2.0), ("b", "x", 99.0), ("a", "x", 0.0)):
         own.of(model, lane).observe(value)
         other.labels(model, lane).observe(value)
+    for values in ((0.1, 0.2), (0.5, 99.0, 1.5)):
+        own.of("a", "x").observe_all(values)
+        for value in values:
+            other.labels("a", "x").observe(value)
     told = [line for line in generate_latest(theirs).decode().splitlines() if "_created" not in line]
     assert generate_latest(ours).decode().splitlines() == told

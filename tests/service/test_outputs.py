@@ -15,7 +15,7 @@ from modalkit.service.errors import (
     ServiceError,
     describe_error,
 )
-from modalkit.service.outputs import output_json, output_object
+from modalkit.service.outputs import output_json, output_object, outputs_json
 from tests.support.odd_model import MuteError
 
 
@@ -47,6 +47,17 @@ def test_what_is_no_json_is_an_error_with_a_remedy(value: Any) -> None:
     output = InferenceOutputModel.model_validate({"score": value})
     with pytest.raises(OutputNotJsonError, match=r"is no JSON \(.*texts, numbers, lists"):
         output_json(output)
+
+
+def test_each_of_many_outputs_is_written_as_it_is_alone() -> None:
+    """Beside others that JSON cannot hold."""
+    odd: list[InferenceOutputModel] = [Constants(score=float("inf")), Constants(score=1.0)]
+    alone = [output_json(output) for output in odd]
+    first, error, last = outputs_json([odd[0], Unserializable(), odd[1]])
+    assert [first, last] == alone
+    assert isinstance(error, OutputNotJsonError)
+    assert "LookupError" in str(error)
+    assert outputs_json([]) == []
 
 
 class Scores(InferenceOutputModel):

@@ -100,6 +100,21 @@ async def test_each_item_is_answered_with_its_index(client: httpx.AsyncClient) -
     ]
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_answers_that_are_written_in_several_steps_all_come(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, ordered: bool
+) -> None:
+    """Each step writes two answers."""
+    monkeypatch.setattr(prediction_stream, "WRITE_ITEMS", 2)
+    monkeypatch.setattr(prediction_stream, "WRITE_BYTES", 1)
+    texts = ["x" * length for length in range(1, 50)]
+    found = read(
+        await client.post("/batch/predict", params={"ordered": ordered}, content=body_of(*texts), headers=NDJSON)
+    )
+    lengths = [(line["index"], line["length"]) for line in found]
+    assert (lengths if ordered else sorted(lengths)) == list(enumerate(range(1, 50)))
+
+
 async def test_an_error_is_told_as_problem_details_and_leaves_the_others_alone(client: httpx.AsyncClient) -> None:
     huge = json.dumps({"text": "x" * RequestConfig().max_line_bytes}).encode() + b"\n"
     body = body_of("a", POISON, REJECTED, "") + b"{\n" + b'{"text": "a", "text": "b"}\n' + huge + body_of("b")
