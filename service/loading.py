@@ -1,9 +1,12 @@
 """Makes the objects that the configuration names: models, queue backends, job stores."""
 
 import importlib
+import importlib.util
 import inspect
 import logging
 import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -32,6 +35,8 @@ T = TypeVar("T")
 LOADING_TURN_S = 60.0
 """Seconds after which a constructor that may use transformers runs beside another one that has not ended."""
 
+_FORMER_PACKAGES = ("batching", "benchmarks", "pipelines", "service")
+
 
 NO_MODELS = "model_settings.model_entries: there is no model; add one"
 
@@ -43,9 +48,46 @@ class LoadError(ServiceError):
     """
 
 
+def find_top_module(name: str, folder: Path | None) -> ModuleSpec | None:
+    """Where Python finds a top-level module, or else where it is in the `folder`; imports nothing."""
+    try:
+        found = importlib.util.find_spec(name)
+    except ValueError:  # a module that is loaded and has no __spec__
+        found = None
+    return found or (None if folder is None else PathFinder.find_spec(name, [str(folder)]))
+
+
+def current_name(module_name: str, folder: Path | None = None) -> str:
+    """The name by which to import a module that the configuration names; imports nothing.
+
+    modalkit's own packages used to be at the top level, and configurations still say `pipelines.sentiment`: that means
+    `modalkit.pipelines.sentiment`, unless Python, or else the `folder`, has another module of that name.
+    """
+    top, *inner = module_name.split(".")
+    if top not in _FORMER_PACKAGES:
+        return module_name
+    own = _find_inner(importlib.util.find_spec("modalkit"), [top, *inner])
+    found = _find_inner(find_top_module(top, folder), inner)
+    if own is None or own.origin is None:
+        return module_name
+    # In modalkit's own folder, its links make both names lead to one file.
+    if found is not None and Path(str(found.origin)).resolve() != Path(own.origin).resolve():
+        return module_name
+    return f"modalkit.{module_name}"
+
+
+def _find_inner(package: ModuleSpec | None, names: list[str]) -> ModuleSpec | None:
+    for name in names:
+        if package is None or package.submodule_search_locations is None:
+            return None
+        package = PathFinder.find_spec(f"{package.name}.{name}", list(package.submodule_search_locations))
+    return package
+
+
 def import_object(path: str, key: str) -> Any:
     """Import the object at `"module:Class"`. Raises `LoadError`, whose message begins with `key`, a setting's path."""
     module_name, _, attribute = path.partition(":")
+    module_name = current_name(module_name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import modal
 
 from modalkit.pipelines.classifier_settings import BUNDLED
-from modalkit.service.loading import LoadError
+from modalkit.service.loading import LoadError, current_name
 from modalkit.service.on_modal.image_code import SOURCE_FOLDER, LocalPath, own_package, own_requirements, user_code
 from modalkit.service.settings import BuildConfig, DeploymentConfig, ModelEntry, Settings
 from modalkit.service.settings.layers import CONFIG_VARIABLE, DEFAULT_FILE, named_files
@@ -199,7 +199,7 @@ def _source(entry: ModelEntry, settings: Settings, folder: Path, elsewhere: Iter
         if local.is_dir():
             return LocalPath(local, remote, is_folder=True, ignore=_NOT_THE_MODEL)
     module, _, name = entry.pipeline.partition(":")
-    loads_from_the_hub = _LOAD_FROM_THE_HUB.get(module) == name
+    loads_from_the_hub = _LOAD_FROM_THE_HUB.get(current_name(module, folder)) == name
     has_owner = "/" in path or revision is not None  # without, a folder is meant
     is_on_the_hub = loads_from_the_hub and has_owner and _HUB_NAME.fullmatch(path) is not None
     if not is_on_the_hub or _hub_cache_is_mounted(settings.app_settings.build_config.env, elsewhere):

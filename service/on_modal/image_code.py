@@ -1,11 +1,9 @@
 """The Python code that a container needs: modalkit itself, what it depends on, and the user's own modules."""
 
-import importlib.util
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -14,7 +12,7 @@ from packaging.version import Version
 
 import modalkit
 from modalkit.pipelines.extras import install_command
-from modalkit.service.loading import LoadError
+from modalkit.service.loading import LoadError, current_name, find_top_module
 from modalkit.service.settings import Settings
 
 SOURCE_FOLDER = "/root"
@@ -116,7 +114,7 @@ def user_code(settings: Settings, folder: Path, python: str) -> tuple[list[Local
     """
     paths: dict[str, list[LocalPath]] = {}
     requirements: set[str] = set()
-    for name, key in _named(settings).items():
+    for name, key in _named(settings, folder).items():
         files = _locate(name, key, folder)
         distributions = metadata.packages_distributions().get(name, []) if _are_installed(files) else []
         if distributions:
@@ -129,7 +127,7 @@ def user_code(settings: Settings, folder: Path, python: str) -> tuple[list[Local
     return [path for name in sorted(paths) for path in paths[name]], requirements
 
 
-def _named(settings: Settings) -> Mapping[str, str]:
+def _named(settings: Settings, folder: Path) -> Mapping[str, str]:
     """The top-level names of the modules that the configuration names, each with the first key that does."""
     queue = settings.app_settings.queue_config
     at: dict[str, str | None] = {
@@ -142,24 +140,19 @@ def _named(settings: Settings) -> Mapping[str, str]:
     names: dict[str, str] = {}
     for key, path in at.items():
         if path is not None and ":" in path:
-            names.setdefault(path.partition(":")[0].partition(".")[0], key)
+            names.setdefault(_top_name(path.partition(":")[0], folder), key)
     for index, module in enumerate(settings.app_settings.build_config.python_modules):
-        names.setdefault(module.partition(".")[0], f"app_settings.build_config.python_modules.{index}")
+        names.setdefault(_top_name(module, folder), f"app_settings.build_config.python_modules.{index}")
     return {name: key for name, key in names.items() if not _is_given(name)}
+
+
+def _top_name(module: str, folder: Path) -> str:
+    return current_name(module, folder).partition(".")[0]
 
 
 def _is_given(name: str) -> bool:
     """Whether a container has the module in any case."""
     return name == "modalkit" or name in sys.stdlib_module_names
-
-
-def find_top_module(name: str, folder: Path) -> ModuleSpec | None:
-    """Where Python finds a top-level module, or else where it is in the `folder`; imports nothing."""
-    try:
-        found = importlib.util.find_spec(name)
-    except ValueError:  # a module that is loaded and has no __spec__
-        found = None
-    return found or PathFinder.find_spec(name, [str(folder)])
 
 
 def _locate(name: str, key: str, folder: Path) -> list[Path]:

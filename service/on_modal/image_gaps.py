@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from modalkit.service.loading import find_top_module
 from modalkit.service.on_modal.image import ImagePlan, in_container
-from modalkit.service.on_modal.image_code import SOURCE_FOLDER, find_top_module, own_package
+from modalkit.service.on_modal.image_code import SOURCE_FOLDER, own_package
 from modalkit.service.settings import Settings
 
 MAX_NAME_CHARACTERS = 255

@@ -75,8 +75,7 @@ app_settings:
 model_settings:
   model_entries:
     words: {pipeline: "service.wordcount:WordCount"}
-    sentiment:
-      {pipeline: "modalkit.pipelines.sentiment:SentimentPipeline", model_path: bundled, engine: torch, dtype: float32}
+    sentiment: {pipeline: "pipelines.sentiment:SentimentPipeline", model_path: bundled, engine: torch, dtype: float32}
 """
 
 Python = Callable[..., subprocess.CompletedProcess[str]]
@@ -179,7 +178,7 @@ def test_under_pytest(python: Python, import_mode: str) -> None:
 
 
 @pytest.mark.parametrize("installed", ["wheel"], indirect=True)
-def test_the_command_line_runs_the_users_pipeline_and_the_bundled_one(python: Python) -> None:
+def test_the_command_line_runs_the_users_pipeline_and_the_bundled_one_by_its_former_name(python: Python) -> None:
     done = python("-P", "-c", COMMAND, "check")
     assert done.returncode == 0, done.stderr
     assert "WordCount" in done.stdout

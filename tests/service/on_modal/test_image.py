@@ -219,6 +219,25 @@ def test_a_module_is_found_in_the_working_folder_wherever_python_looks() -> None
     }
 
 
+def test_a_former_name_of_ours_is_ours_unless_the_user_has_that_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in configurations from before all of modalkit was one package."""
+    former = json.dumps(model(pipeline="pipelines.sentiment:SentimentPipeline", model_path="acme/reviews"))
+    planned = plan(former)
+    assert users_paths(planned) == {}
+    assert planned.downloads == ("hf download acme/reviews",)
+    monkeypatch.syspath_prepend(Path.cwd())
+    mine = Path("pipelines").resolve()
+    mine.mkdir()
+    (mine / "__init__.py").touch()
+    assert users_paths(plan(former)) == {}
+    (mine / "sentiment.py").touch()
+    planned = plan(former)
+    assert users_paths(planned) == {"/root/pipelines": mine}
+    assert planned.downloads == ()
+
+
 def test_a_module_that_was_installed_becomes_a_requirement() -> None:
     planned = plan("app_settings: {queue_config: {backend: 'hypothesis.stateful:Bundle'}}")
     assert not users_paths(planned)
