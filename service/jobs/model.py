@@ -16,7 +16,6 @@ from pydantic_core import from_json, to_json
 
 from modalkit.batching import Priority
 from modalkit.pipelines import InferenceOutputModel
-from modalkit.service.errors import error_text
 from modalkit.service.outputs import may_be_refused
 
 JsonObject = dict[str, Any]
@@ -84,11 +83,8 @@ def json_text(value: JsonObject) -> str:
 
 
 def read_object(text: str) -> JsonObject:
-    """A stored JSON object. Of a text that cannot be read, which older versions stored, an object that says so."""
-    try:
-        return cast("JsonObject", from_json(text))
-    except ValueError as error:
-        return {"unreadable": f"{len(text)} characters of JSON are stored that cannot be read: {error_text(error)}"}
+    """A stored JSON object."""
+    return cast("JsonObject", from_json(text))
 
 
 @dataclass(slots=True)

@@ -28,8 +28,6 @@ from modalkit.service.jobs import (
     Recovery,
     SqliteJobStore,
 )
-from modalkit.service.jobs.messages import result_message
-from modalkit.service.web.answers import JobDetails, JobPageView
 
 pytestmark = pytest.mark.anyio
 
@@ -537,23 +535,6 @@ async def test_a_page_of_jobs_with_large_messages_does_not_read_them(store: JobS
     assert [job.job_id for job in page.jobs] == [f"{n}" for n in reversed(range(10))]
     assert {job.message_json for job in page.jobs} == {"{}"}
     assert page.next_cursor is None
-
-
-@pytest.mark.parametrize("value", ["[" * 254 + "]" * 254, "9" * 5000], ids=["deep", "long"])
-async def test_what_an_older_version_stored_and_no_reader_takes_can_still_be_seen_and_sent(
-    store: JobStore, value: str
-) -> None:
-    odd = f'{{"x":{value}}}'
-    await store.add([new_job("a", message_json=odd, meta_json=odd, failure_queue="bad"), new_job("b")])
-    await store.claim("m", 9, 2.0)
-    await store.finish([failure("a"), replace(success("b"), result_json=odd)])
-    page = await store.page(9, JobFilter())
-    shown = JobPageView.model_validate({"jobs": page.jobs, "next_cursor": None}, from_attributes=True)
-    assert "cannot be read" in shown.model_dump_json()
-    failed = await existing(store, "a")
-    assert list(failed.message) == ["unreadable"]
-    assert "cannot be read" in JobDetails.model_validate(failed).model_dump_json()
-    assert '"job_id":"a"' in result_message(failed, "now")
 
 
 async def test_old_ends_are_removed_unless_something_is_left_to_deliver(store: JobStore) -> None:
