@@ -362,7 +362,7 @@ def test_the_key_goes_where_the_configuration_says(
         wrong = modalkit("jobs", "list", *at, "--key", "closesesame")
         unsendable = modalkit("jobs", "list", *at, "--key", "open\nsesame")
         assert modalkit("jobs", "list", *at, "--key", "opensesame\n").returncode == 0, "as the service reads its key"
-    assert [without.returncode, wrong.returncode, unsendable.returncode] == [1, 1, 1]
+    assert [without.returncode, wrong.returncode, unsendable.returncode] == [1, 1, 2]
     assert "--key or in MODALKIT_API_KEY" in without.stderr
     assert f"the header '{header}'" in wrong.stderr
     assert "--key or MODALKIT_API_KEY" in unsendable.stderr
