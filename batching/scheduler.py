@@ -330,6 +330,11 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         )
 
     @property
+    def demand(self) -> int:
+        """Batches that run, and requests that wait for others: at least as many as will run soon. For any thread."""
+        return len(self._dispatcher.runner.running) + len(self._planner.queue)
+
+    @property
     def stuck_threads(self) -> int:
         """Calls that ran past the batch timeout and have not returned; each holds a thread."""
         return self._dispatcher.executors.stuck_threads

@@ -17,6 +17,7 @@ from modalkit.benchmarks.tables import terminal_table
 from modalkit.pipelines.extras import install_command
 
 DEFAULT_TEXTS = 2_000
+DEFAULT_ENGINE = "torch/float32"
 RATIO = "x"
 TOLERANCE = 0.1
 
@@ -30,8 +31,8 @@ class StudyName(StrEnum):
     HTTP = "http"
 
 
-def make_study(name: StudyName, texts: int = DEFAULT_TEXTS) -> Study:
-    """The study of that name; `texts` is the number of texts for the study that runs the model."""
+def make_study(name: StudyName, texts: int = DEFAULT_TEXTS, engine: str = DEFAULT_ENGINE) -> Study:
+    """The study of that name; `texts` and `engine` are for the study that runs the model."""
     if name is StudyName.OVERHEAD:
         try:
             from modalkit.benchmarks.overhead import OverheadStudy
@@ -52,7 +53,8 @@ def make_study(name: StudyName, texts: int = DEFAULT_TEXTS) -> Study:
     from modalkit.benchmarks.end_to_end import EndToEndStudy
     from modalkit.benchmarks.in_process import BundledPipeline, corpus_items
 
-    return EndToEndStudy(BundledPipeline(), corpus_items(texts))
+    engine_name, _, dtype = engine.partition("/")
+    return EndToEndStudy(BundledPipeline(engine=engine_name, dtype=dtype or "auto"), corpus_items(texts))
 
 
 def figures_table(title: str, figures: Sequence[Figure]) -> Table:
@@ -72,12 +74,13 @@ def _target(figure: Figure) -> str:
     return "" if figure.at_least is None else f">= {figure.at_least:.3g}"
 
 
-def as_json(figures: Mapping[str, Sequence[Figure]]) -> str:
-    """The figures of each study, with the machine and the versions, as JSON."""
+def as_json(figures: Mapping[str, Sequence[Figure]], engine: str = DEFAULT_ENGINE) -> str:
+    """The figures of each study, with the machine, the versions and the engine of the model, as JSON."""
     document = {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": versions_of("torch", "transformers", "batched"),
+        "engine": engine,
         "studies": {study: [_figure_as_dict(figure) for figure in found] for study, found in figures.items()},
     }
     return json.dumps(document, indent=2) + "\n"
@@ -143,6 +146,12 @@ def main(
     only: Annotated[list[StudyName] | None, typer.Option(help="Run only this study; may be repeated.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 3,
     texts: Annotated[int, typer.Option(min=1, help="Texts of the corpus, at most 4,000.")] = DEFAULT_TEXTS,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What runs the model, as in its entry; the same in all runs that are compared. auto: measured."
+        ),
+    ] = DEFAULT_ENGINE,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 if a target is missed.")] = False,
     baseline: Annotated[
@@ -154,10 +163,10 @@ def main(
     console, progress = Console(width=110), Console(stderr=True)
     figures: dict[str, list[Figure]] = {}
     for name in only or list(StudyName):
-        figures[name.value] = run_study(make_study(name, texts), rounds, progress.print)
+        figures[name.value] = run_study(make_study(name, texts, engine), rounds, progress.print)
         console.print(figures_table(name.value, figures[name.value]))
     if json_file is not None:
-        json_file.write_text(as_json(figures), encoding="utf-8")
+        json_file.write_text(as_json(figures, engine), encoding="utf-8")
     for line in (worse := regressions(figures, before)):
         console.print(f"[red]worse[/red] {line}")
     if before and not worse:

@@ -202,8 +202,9 @@ class InferencePipeline:
         return None
 
     def before_predict(self, in_flight: int) -> None:
-        """Prepare the thread of a batch, before its `predict`: `in_flight` batches run now, this one included.
+        """Prepare the thread of a batch, before its `predict`.
 
+        `in_flight` batches run now or will at once, as far as `max_in_flight` lets them, this one included.
         Called only where `max_in_flight` is more than 1, and not for an ``async def``. Does nothing by default.
         """
 

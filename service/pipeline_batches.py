@@ -68,13 +68,16 @@ def is_asynchronous_pipeline(pipeline: InferencePipeline) -> bool:
     return is_asynchronous(pipeline, *(("run_inference",) if has_own(pipeline, "run_inference") else STAGES))
 
 
-def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatch[Any, InferenceOutputModel]:
+def run_batch_of(
+    pipeline: InferencePipeline, max_in_flight: int = 1, demand: Callable[[], int] = lambda: 0
+) -> RunBatch[Any, InferenceOutputModel]:
     """The pipeline's three stages, or its `predict_stream` or `run_inference` where the class has its own.
 
-    Payloads are items; with a `predict_stream` also `StreamedItem`.
+    Payloads are items; with a `predict_stream` also `StreamedItem`. `demand` says how many batches could run now, for
+    `before_predict`: those that are between two stages will soon be in `predict` too.
     """
     if has_own(pipeline, "predict_stream"):
-        return _stream_of(pipeline, max_in_flight)
+        return _stream_of(pipeline, max_in_flight, demand)
 
     async def preprocess(items: list[BaseModel]) -> tuple[_Accepted, Any]:
         accepted = _Accepted(pipeline, len(items))
@@ -97,14 +100,16 @@ def run_batch_of(pipeline: InferencePipeline, max_in_flight: int = 1) -> RunBatc
         if is_asynchronous(pipeline, run.__name__):
             return run
         function = _synchronous(run)
-        return function if run in (preprocess, postprocess) else _counted(pipeline, max_in_flight, function)
+        return function if run in (preprocess, postprocess) else _counted(pipeline, max_in_flight, demand, function)
 
     if has_own(pipeline, "run_inference"):
         return as_defined(run_inference)
     return Stages(as_defined(preprocess), as_defined(predict), as_defined(postprocess))
 
 
-def _stream_of(pipeline: InferencePipeline, max_in_flight: int) -> RunBatch[Payload, InferenceOutputModel]:
+def _stream_of(
+    pipeline: InferencePipeline, max_in_flight: int, demand: Callable[[], int]
+) -> RunBatch[Payload, InferenceOutputModel]:
     async def stream_in_event_loop(payloads: list[Payload]) -> Outputs:
         run = StreamRun(payloads, partial(_checked, pipeline), in_thread=False)
         if run.items:
@@ -133,7 +138,7 @@ def _stream_of(pipeline: InferencePipeline, max_in_flight: int) -> RunBatch[Payl
 
     if is_asynchronous(pipeline, "predict_stream"):
         return stream_in_event_loop
-    return _counted(pipeline, max_in_flight, stream)
+    return _counted(pipeline, max_in_flight, demand, stream)
 
 
 def _synchronous(run: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
@@ -207,7 +212,9 @@ class _Accepted:
         self._places = [place for place in self._places if place not in self._rejected]
 
 
-def _counted(pipeline: InferencePipeline, max_in_flight: int, run: Callable[P, T]) -> Callable[P, T]:
+def _counted(
+    pipeline: InferencePipeline, max_in_flight: int, demand: Callable[[], int], run: Callable[P, T]
+) -> Callable[P, T]:
     """`run`, with a call of `before_predict` before each call, if batches may run at once."""
     if max_in_flight == 1:
         return run
@@ -219,7 +226,7 @@ def _counted(pipeline: InferencePipeline, max_in_flight: int, run: Callable[P, T
         with lock:
             in_flight += 1
         try:
-            pipeline.before_predict(in_flight)
+            pipeline.before_predict(max(in_flight, min(max_in_flight, demand())))
             return run(*args, **kwargs)
         finally:
             with lock:

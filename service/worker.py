@@ -150,8 +150,12 @@ class InferenceWorker(AsyncContextManagerMixin):
         size_of_item: Callable[[Any], int] | None = None  # all have the size 1
         if has_own(pipeline, "item_size"):
             size_of_item = (lambda item: pipeline.item_size(item_of(item))) if self._streams else pipeline.item_size
+
+        def demand() -> int:
+            return self._scheduler.demand // len(pipelines)
+
         return {
-            "run_batch": [run_batch_of(each, max_in_flight) for each in pipelines],
+            "run_batch": [run_batch_of(each, max_in_flight, demand) for each in pipelines],
             "policy": batch_policy(limits),
             "item_size": size_of_item,
             "max_in_flight": max_in_flight,
