@@ -331,7 +331,10 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
 
     @property
     def demand(self) -> int:
-        """Batches that run, and requests that wait for others: at least as many as will run soon. For any thread."""
+        """The batches that run plus the requests that wait: no fewer than the batches that will run at once.
+
+        May be read in any thread.
+        """
         return len(self._dispatcher.runner.running) + len(self._planner.queue)
 
     @property

@@ -98,18 +98,25 @@ def _figure_as_dict(figure: Figure) -> dict[str, object]:
     }
 
 
-def read_baseline(path: Path) -> dict[str, float]:
-    """The medians of the ratios that ``--json`` wrote, by study and name. Raises `typer.BadParameter`."""
+def read_baseline(path: Path, engine: str = DEFAULT_ENGINE) -> dict[str, float]:
+    """The medians of the ratios that ``--json`` wrote, by study and name.
+
+    Raises `typer.BadParameter`, also where another engine ran the model.
+    """
     try:
-        studies = json.loads(path.read_text(encoding="utf-8"))["studies"]
-        return {
+        document = json.loads(path.read_text(encoding="utf-8"))
+        measured_engine = document["engine"]
+        medians = {
             f"{study}: {figure['name']}": figure["median"]
-            for study, found in studies.items()
+            for study, found in document["studies"].items()
             for figure in found
             if figure["unit"] == RATIO and figure["median"] is not None
         }
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise typer.BadParameter(f"--baseline {path}: {error}; give a file that --json wrote") from error
+    if measured_engine != engine:
+        raise typer.BadParameter(f"--baseline {path}: its engine is {measured_engine}, not {engine}; give --engine")
+    return medians
 
 
 def regressions(figures: Mapping[str, Sequence[Figure]], baseline: Mapping[str, float]) -> list[str]:
@@ -159,7 +166,7 @@ def main(
     ] = None,
 ) -> None:
     """Run the studies (a quarter of an hour on two cores) and print their figures."""
-    before = {} if baseline is None else read_baseline(baseline)
+    before = {} if baseline is None else read_baseline(baseline, engine)
     console, progress = Console(width=110), Console(stderr=True)
     figures: dict[str, list[Figure]] = {}
     for name in only or list(StudyName):

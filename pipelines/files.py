@@ -11,7 +11,7 @@ from uuid import uuid4
 
 ABANDONED_S = 3600
 """Seconds since its last change after which a new file is of a process that was killed."""
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -23,9 +23,9 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     new = target.with_name(f"{target.name}.{uuid4().hex[:8]}.tmp")
     try:
-        with naming(target):
+        with naming_full_disk(target):
             for left in target.parent.glob(f"{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
-                with suppress(FileNotFoundError):  # another process removes it, or has finished it
+                with suppress(OSError):  # another process removes it or has finished it, or it is another user's
                     if time.time() - left.stat().st_mtime > ABANDONED_S:
                         left.unlink()
             yield new
@@ -37,7 +37,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming(file: Path | str) -> Iterator[None]:
+def naming_full_disk(file: Path | str) -> Iterator[None]:
     """Errors that say that there is no space get the name of the file, which the operating system does not tell."""
     try:
         yield

@@ -204,7 +204,7 @@ class InferencePipeline:
     def before_predict(self, in_flight: int) -> None:
         """Prepare the thread of a batch, before its `predict`.
 
-        `in_flight` batches run now or will at once, as far as `max_in_flight` lets them, this one included.
+        At most `in_flight` batches run now or will at once, this one included.
         Called only where `max_in_flight` is more than 1, and not for an ``async def``. Does nothing by default.
         """
 

@@ -35,10 +35,10 @@ T = TypeVar("T")
 LOADING_TURN_S = 60.0
 """Seconds after which a constructor that may use transformers runs beside another one that has not ended."""
 
-_FORMER_PACKAGES = ("batching", "benchmarks", "pipelines", "service")
-
-
 NO_MODELS = "model_settings.model_entries: there is no model; add one"
+"""What is wrong with a configuration without models."""
+
+_FORMER_PACKAGES = ("batching", "benchmarks", "pipelines", "service")
 
 
 class LoadError(ServiceError):

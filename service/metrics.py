@@ -74,7 +74,7 @@ class Observations:
         self.counts[bisect_left(self._bounds, value)] += 1
 
     def observe_all(self, values: Sequence[float]) -> None:
-        """Count several values; those of a batch are mostly between the same bounds."""
+        """Count several values, at least one; those of a batch are mostly between the same bounds."""
         self.sum += sum(values)
         place = bisect_left(self._bounds, min(values))
         if place == bisect_left(self._bounds, max(values)):
@@ -140,7 +140,8 @@ class BatchMetrics:
         self._size.observe(record.count)
         self._padding.observe(record.padding_share)
         for priority, waits_s in record.waits_s.items():
-            self._waits[priority].observe_all(waits_s)
+            if waits_s:
+                self._waits[priority].observe_all(waits_s)
         if record.measured_s:
             self._predicted.inc(record.predicted_s)
             self._measured.inc(record.measured_s)

@@ -44,7 +44,10 @@ def outputs_json(outputs: Iterable[InferenceOutputModel]) -> list[bytes | Output
     """What `output_json` returns or raises for each output, in two thirds of the time."""
     contents = [_or_error(_written, output) for output in outputs]
     if _may_hold_constants(b"".join([content for content in contents if isinstance(content, bytes)])):
-        return [_or_error(_with_nulls, content) if isinstance(content, bytes) else content for content in contents]
+        contents = [
+            _or_error(_with_nulls, content) if isinstance(content, bytes) and _may_hold_constants(content) else content
+            for content in contents
+        ]
     return contents
 
 

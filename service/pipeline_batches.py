@@ -73,8 +73,8 @@ def run_batch_of(
 ) -> RunBatch[Any, InferenceOutputModel]:
     """The pipeline's three stages, or its `predict_stream` or `run_inference` where the class has its own.
 
-    Payloads are items; with a `predict_stream` also `StreamedItem`. `demand` says how many batches could run now, for
-    `before_predict`: those that are between two stages will soon be in `predict` too.
+    Payloads are items; with a `predict_stream` also `StreamedItem`. `demand` is an upper bound of the batches that
+    run or wait, for `before_predict`.
     """
     if has_own(pipeline, "predict_stream"):
         return _stream_of(pipeline, max_in_flight, demand)

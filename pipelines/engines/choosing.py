@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 CONVERSION_SHARE = 0.6  # of `measure_seconds`, after which conversions are not waited for
 ONNX_EXPORT_S = 5.0  # what an export for ONNX Runtime takes at least; where no start waits so long, it comes after it
-MAX_ATTEMPTS = 3  # starts that wait for a conversion that takes longer
+MAX_ATTEMPTS = 3  # starts that measure, where a conversion took longer or too few samples were compared
 
 Chosen = tuple[Run, EngineChoice]
 
@@ -165,8 +165,9 @@ class Chooser:
         default, runs = candidates[0], race.runs()
         if default not in runs:
             return self._load(default, "as configured")
+        earlier = self._kept.choice()
         try:
-            choice, earlier = race.choose(self._same, default), self._kept.choice()
+            choice = race.choose(self._same, default)
             if choice.is_tentative and earlier and earlier.samples >= choice.samples and earlier.candidate in runs:
                 choice = earlier
             run = runs[choice.candidate]

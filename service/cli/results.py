@@ -20,7 +20,7 @@ from typing import IO, Annotated, Any, TextIO, cast
 
 import typer
 
-from modalkit.pipelines.files import naming, replacing
+from modalkit.pipelines.files import naming_full_disk, replacing
 from modalkit.service.cli.common import notices
 from modalkit.service.cli.records import InputError, require_parquet
 
@@ -163,17 +163,17 @@ def result_file(
     if path is None:
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape", newline="")
-        with naming("standard output"):
+        with naming_full_disk("standard output"):
             yield ResultWriter(sys.stdout)
             sys.stdout.flush()
         return
     if path.exists() and not path.is_file():
-        with naming(path), path.open("w", encoding="utf-8", newline="") as special:
+        with naming_full_disk(path), path.open("w", encoding="utf-8", newline="") as special:
             yield ResultWriter(special)
         return
     interrupted_run(path, run, resume=resume, force=force)
     partial = _partial_of(path)
-    with naming(partial), partial.open("a+", encoding="utf-8", newline="") as stream:
+    with naming_full_disk(partial), partial.open("a+", encoding="utf-8", newline="") as stream:
         _lock(stream, partial)
         lines = _whole_lines(stream)
         if not lines:

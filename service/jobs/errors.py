@@ -73,7 +73,7 @@ class JobStoreLockedError(JobStoreError):
 
 
 class JobStoreSchemaError(JobStoreError):
-    """Raised when a database was written by a newer version of modalkit, or by another program."""
+    """Raised when a database has tables of another version, or of another program."""
 
     def __init__(self, path: Path, problem: str, remedy: str) -> None:
         super().__init__(f"the database {path} {problem}; {remedy}")

@@ -76,7 +76,8 @@ TABLES = """
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX documents_by_age ON documents (created_at);
 """
-"""Times are in microseconds since 1970. Long columns are the last ones, so that SQLite finds the others without them.
+"""Times are in microseconds since 1970. Long columns are the last ones, so that SQLite finds the others without
+them. Older stores of this version have another order, so all SQL names its columns.
 
 `due_at` is when the next attempt to deliver is due, -1 while it is claimed, and null where nothing is to be sent.
 `retry_at` is when a queued job may run again, and null where it may at once. A job of a batch has a `batch_id` and its

@@ -212,7 +212,7 @@ def error_json(error: Exception) -> bytes:
 
 
 def outcomes_json(
-    outcomes: Iterable[Outcome[InferenceOutputModel]], error_json: Callable[[Exception], bytes]
+    outcomes: Sequence[Outcome[InferenceOutputModel]], error_json: Callable[[Exception], bytes]
 ) -> list[bytes]:
     """The answers to several items, in JSON; `error_json` makes that to one that failed."""
     contents = iter(outputs_json([outcome.value for outcome in outcomes if isinstance(outcome, Success)]))

@@ -88,6 +88,8 @@ def test_a_ratio_that_is_a_tenth_worse_than_in_the_baseline_is_flagged(tmp_path:
         "s: more is better: 1.7 after 2 (-15%)",
         "s: less is better: 0.6 after 0.5 (+20%)",
     ]
+    with pytest.raises(typer.BadParameter, match="its engine is torch/float32, not auto"):
+        read_baseline(path, "auto")
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(typer.BadParameter, match="give a file that --json wrote"):
         read_baseline(tmp_path / "other.json")

@@ -51,10 +51,15 @@ def test_what_is_no_json_is_an_error_with_a_remedy(value: Any) -> None:
 
 def test_each_of_many_outputs_is_written_as_it_is_alone() -> None:
     """Beside others that JSON cannot hold."""
-    odd: list[InferenceOutputModel] = [Constants(score=float("inf")), Constants(score=1.0)]
+
+    class Spaced(InferenceOutputModel):
+        def model_dump_json(self, **_: Any) -> str:
+            return '{"x": 1e+20}'
+
+    odd: list[InferenceOutputModel] = [Constants(score=float("inf")), Constants(score=1.0), Spaced()]
     alone = [output_json(output) for output in odd]
-    first, error, last = outputs_json([odd[0], Unserializable(), odd[1]])
-    assert [first, last] == alone
+    first, error, *last = outputs_json([odd[0], Unserializable(), *odd[1:]])
+    assert [first, *last] == alone
     assert isinstance(error, OutputNotJsonError)
     assert "LookupError" in str(error)
     assert outputs_json([]) == []

@@ -332,11 +332,13 @@ def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path) -
     killed, running, other = (tmp_path / f"a.{name}.tmp" for name in ("0123abcd", "4567abcd", "mine"))
     for path in (killed, running, other):
         path.touch()
-    for path in (killed, other):
+    folder = tmp_path / "a.89abcdef.tmp"
+    folder.mkdir()
+    for path in (killed, other, folder):
         os.utime(path, (0, 0))
     with replacing(tmp_path / "a") as new:
         new.touch()
-    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", running, other])
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "a", running, other, folder])
 
 
 def test_a_full_disk_is_told_with_the_file(modalkit: Modalkit, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from modalkit.service.jobs import (
 )
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.sqlite_rows import SELECT, condition_of
+from modalkit.service.jobs.sqlite_schema import APPLICATION_ID, TABLES, VERSION
 from modalkit.service.jobs.sqlite_table import JobTable
 
 pytestmark = pytest.mark.anyio
@@ -230,6 +231,21 @@ async def test_a_file_that_is_not_ours_is_refused_and_left_alone(
             async with SqliteJobStore(path):
                 pass
     assert path.read_bytes() == before
+
+
+async def test_a_store_of_this_version_may_have_its_columns_in_another_order(path: Path) -> None:
+    head, columns, rest = re.split(
+        r"(?<=CREATE TABLE jobs \()(.*?)(?=\n    \) STRICT)", TABLES, maxsplit=1, flags=re.DOTALL
+    )
+    path.parent.mkdir(parents=True)
+    with sqlite3.connect(path) as database:
+        database.executescript(f"{head}{','.join(reversed(columns.split(',')))}{rest}")
+        database.executescript(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}")
+    database.close()
+    async with SqliteJobStore(path) as store:
+        await store.add([new_job("a")])
+        (claimed,) = await store.claim("m", 1, 2.0)
+        assert await store.get("a") == claimed
 
 
 async def test_a_path_that_cannot_be_written_is_refused_with_a_remedy(tmp_path: Path) -> None:

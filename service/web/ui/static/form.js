@@ -26,8 +26,6 @@ function madeUp(schema, root, depth = 0) {
   if (found.default !== undefined) return found.default;
   if (found.const !== undefined) return found.const;
   if (found.enum) return found.enum[0];
-  const choices = found.oneOf ?? found.anyOf;
-  if (choices) return madeUp(choices[0], root, depth + 1);
   if (found.type === "string") return "";
   if (found.type === "integer" || found.type === "number") return found.minimum ?? 0;
   if (found.type === "boolean") return false;
@@ -36,7 +34,8 @@ function madeUp(schema, root, depth = 0) {
     const needed = Object.entries(found.properties).filter(([name]) => depth < 4 && found.required?.includes(name));
     return Object.fromEntries(needed.map(([name, field]) => [name, madeUp(field, root, depth + 1)]));
   }
-  return null;
+  const choices = found.oneOf ?? found.anyOf;
+  return choices ? madeUp(choices[0], root, depth + 1) : null;
 }
 
 let fields = 0;
