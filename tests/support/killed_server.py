@@ -3,13 +3,13 @@
 import os
 import re
 import signal
-import socket
 import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from tests.support.command_line import forked
+from tests.support.ports import free_port
 from tests.support.processes import ROOT, ForkedPython
 
 START_TIMEOUT_S = 60.0
@@ -22,8 +22,7 @@ class KilledServer:
     """
 
     def __init__(self, folder: Path, **variables: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port: int = listener.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.said = ""
         self.starts = 0

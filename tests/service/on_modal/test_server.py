@@ -26,6 +26,7 @@ from tests.support.http_server import serving
 from tests.support.length_model import Length, LengthPipeline, Text
 from tests.support.modal_container import as_modal_runs_it, in_a_container
 from tests.support.modal_objects import inner
+from tests.support.ports import free_port
 
 pytestmark = pytest.mark.anyio
 
@@ -48,12 +49,6 @@ class Fragile(LengthPipeline):
 class LengthServer(ModalServer):
     inference_implementation = Fragile
     host = "127.0.0.1"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
 
 
 def make(config: ModalConfig, **attributes: Any) -> ModalServer:
