@@ -24,7 +24,7 @@ from modalkit.pipelines.engines.settings import (
     EngineName,
     EngineSettings,
 )
-from modalkit.pipelines.engines.torch_engine import Run, device_of, dtype_of, torch_run, weight_bytes
+from modalkit.pipelines.engines.torch_engine import Run, device_of, dtype_of, example_of, torch_run, weight_bytes
 from modalkit.pipelines.errors import EngineError, describe
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class Chooser:
             return None
 
     def _measured_engine(self, candidates: list[Candidate]) -> Chosen:
-        race = Race(torch_run(self._module, REFERENCE), self._batches)
+        race = Race(torch_run(self._module, REFERENCE, self._batches[0]), self._batches)
         refused, unfinished = self._race(race, candidates)
         for name, why in refused.items():
             logger.warning("Engine %s cannot run this model: %s", name, why)
@@ -239,4 +239,5 @@ class Chooser:
     def _open(self, candidate: Candidate) -> Run:
         if candidate.engine in CONVERTED:
             return Converted(candidate, self._kept.export_folder(candidate.engine), self._device)
-        return torch_run(self._module, candidate, may_copy=self._bytes <= self._settings.max_copied_bytes)
+        may_copy = self._bytes <= self._settings.max_copied_bytes
+        return torch_run(self._module, candidate, example_of(self._batches), may_copy=may_copy)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from modalkit.pipelines.cpu_threads import cpu_threads
 from modalkit.pipelines.engines.exported import Converted, convert, on_cpu
 from modalkit.pipelines.engines.settings import Candidate
-from modalkit.pipelines.engines.torch_engine import changing_dimensions, device_of
+from modalkit.pipelines.engines.torch_engine import changing_dimensions, device_of, example_of
 from modalkit.pipelines.errors import EngineError
 
 MAX_SECONDS = 600
@@ -54,7 +54,7 @@ class Conversion:
         uses_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch has no type for it
         can_fork = sys.platform == "linux" and device.type == "cpu" and not uses_cuda
         context = multiprocessing.get_context("fork") if can_fork else multiprocessing.get_context("spawn")
-        example = {name: tensor.cpu() for name, tensor in _example_of(batches).items()}
+        example = {name: tensor.cpu() for name, tensor in example_of(batches).items()}
         arguments = (
             tuple(candidates),
             on_cpu(module),
@@ -113,12 +113,6 @@ class Conversion:
         return f"the process that tried it ended with code {code}"
 
 
-def _example_of(batches: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-    """The smallest batch in which no dimension is 1: exporters take 1 for a constant."""
-    by_size = sorted(batches, key=lambda batch: sum(tensor.numel() for tensor in batch.values()))
-    return next((b for b in by_size if all(size > 1 for t in b.values() for size in t.shape)), by_size[-1])
-
-
 def _leave_the_service() -> None:
     """In a fork: leave its signals, which an event loop gets by a socket, and its connections and ports alone."""
     signal.set_wakeup_fd(-1)
@@ -148,6 +142,10 @@ def _convert_and_try(
     os.dup2(log, 2)
     cpu_threads().set_total(1)  # the threads of OpenMP are not there after a fork
     try:
+        if "transformers" in sys.modules:
+            from modalkit.pipelines.engines.encoder import skip_other_tokens
+
+            skip_other_tokens(module, example)
         convert(candidates[0].engine, module, example, changing, partial)
         for candidate in candidates:
             Converted(candidate, partial, device)(example)

@@ -49,20 +49,27 @@ def named_outputs(outputs: object) -> dict[str, Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in named.items()}
 
 
-def torch_run(module: nn.Module, candidate: Candidate, *, may_copy: bool = True) -> Run:
+def torch_run(module: nn.Module, candidate: Candidate, example: Mapping[str, Tensor], *, may_copy: bool = True) -> Run:
     """Run a module by torch. To change its weights, a copy is made if `may_copy`, else the module is changed.
 
-    Raises `EngineError` where torch cannot compile.
+    `example` is a batch. Raises `EngineError` where torch cannot compile.
     """
     dtype: torch.dtype = getattr(torch, candidate.dtype)
     device = device_of(module)
     own: Callable[..., object] = module
+
+    def placed(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+            for name, tensor in inputs.items()
+        }
+
     if dtype_of(module) != candidate.dtype or candidate.engine in ("torch-packed", "torch-unpadded"):
         changed = (copy.deepcopy(module) if may_copy else module).to(dtype=dtype)
         if candidate.engine == "torch-unpadded":
             from modalkit.pipelines.engines.unpadded import remove_padding
 
-            remove_padding(changed)
+            remove_padding(changed, placed(example))
         if candidate.engine in ("torch-packed", "torch-unpadded") and device.type == "cpu":
             pack_linears(changed)
         own = changed
@@ -72,11 +79,7 @@ def torch_run(module: nn.Module, candidate: Candidate, *, may_copy: bool = True)
 
     def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode():
-            placed = {
-                name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
-                for name, tensor in inputs.items()
-            }
-            return named_outputs(own(**placed))
+            return named_outputs(own(**placed(inputs)))
 
     return run
 
@@ -94,3 +97,9 @@ def changing_dimensions(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, li
         name: [d for d in range(batches[0][name].dim()) if len({batch[name].shape[d] for batch in batches}) > 1]
         for name in batches[0]
     }
+
+
+def example_of(batches: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """The smallest batch in which no dimension is 1: exporters take 1 for a constant."""
+    by_size = sorted(batches, key=lambda batch: sum(tensor.numel() for tensor in batch.values()))
+    return next((b for b in by_size if all(size > 1 for t in b.values() for size in t.shape)), by_size[-1])

@@ -1,18 +1,26 @@
 """Encoders of transformers that compute the tokens of a batch without its padding.
 
 The layers of the encoder get all texts one after the other, as one row; only attention knows where each begins. On a
-GPU that is torch's flash attention. On a CPU, short texts are padded for attention alone.
+GPU that is torch's flash attention. On a CPU, short texts are padded for attention alone. Where the module's outputs
+depend on the first token of each text alone, as most classifiers' do, the last layer computes no other.
 """
 
 import importlib.util
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from modalkit.pipelines.engines.encoder import (
+    FirstTokensLayer,
+    KeysAndValues,
+    needs_first_tokens_only,
+    place_of_encoder,
+)
 from modalkit.pipelines.engines.packed import packable_dtypes
 from modalkit.pipelines.engines.settings import DTypeName
 from modalkit.pipelines.errors import EngineError
@@ -74,12 +82,19 @@ class Places:
 
 
 class UnpaddedEncoder(nn.Module):
-    """Runs an encoder on the tokens of a batch that are no padding; its outputs are 0 where there is padding."""
+    """Runs an encoder on the tokens of a batch that are no padding; what it does not compute is 0 in its outputs.
 
-    def __init__(self, encoder: nn.Module, heads: int) -> None:
+    With `first_only`, its last layer computes but the first token of each text.
+    """
+
+    def __init__(self, encoder: nn.Module, heads: int, *, first_only: bool) -> None:
         super().__init__()
         self.encoder = encoder
         self._heads = heads
+        self._first_only = first_only
+        if first_only:
+            layers: Any = encoder.layer
+            layers[-1] = FirstTokensLayer(layers[-1])
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """What the encoder returns; `attention_mask` (texts, length) is true where there is a token.
@@ -92,18 +107,17 @@ class UnpaddedEncoder(nn.Module):
         attention_mask = attention_mask.clone()
         attention_mask[:, 0] |= ~attention_mask.any(dim=1)
         tokens = hidden_states[attention_mask]
-        count = len(tokens)
-        if uses_flash(hidden_states):
-            lengths = attention_mask.sum(dim=1, dtype=torch.int32)
-            begins = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-            where: dict[str, Any] = {"cu_seq_lens_q": begins, "max_length_q": length}
-        else:
-            places = Places(attention_mask, self._heads)
-            where = {"places": places}
+        computed = attention_mask & (attention_mask.cumsum(dim=1) == 1) if self._first_only else attention_mask
+        count = texts if self._first_only else len(tokens)
+        lengths = attention_mask.sum(dim=1, dtype=torch.int32)
+        begins = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        where: dict[str, Any] = {"cu_seq_lens_q": begins, "max_length_q": length}
+        if not uses_flash(hidden_states):
+            where["places"] = places = Places(attention_mask, self._heads)
             tokens = nn.functional.pad(tokens, (0, 0, 0, places.spare))
         outputs = self.encoder(tokens.unsqueeze(0), **where, **options)
         padded = torch.zeros_like(hidden_states)
-        padded[attention_mask] = outputs.last_hidden_state.squeeze(0)[:count]
+        padded[computed] = outputs.last_hidden_state.squeeze(0)[:count]
         outputs.last_hidden_state = padded
         return outputs
 
@@ -115,10 +129,8 @@ def uses_flash(tensor: Tensor) -> bool:
 
 def unpaddable_dtypes(module: nn.Module, device: torch.device) -> list[DTypeName]:
     """The number formats in which the encoder inside `module` can compute without padding; none where it cannot."""
-    model = _model_in(module)
-    if _place_of_encoder(module) is None or model is None:
-        return []
-    if not model.is_backend_compatible():  # type: ignore[no-untyped-call]  # transformers has no type for it
+    place = place_of_encoder(module)
+    if place is None or not place.model.is_backend_compatible():  # type: ignore[no-untyped-call]  # transformers has no type for it
         return []
     if device.type == "cpu":
         return packable_dtypes()
@@ -127,37 +139,22 @@ def unpaddable_dtypes(module: nn.Module, device: torch.device) -> list[DTypeName
     return DTYPES if importlib.util.find_spec("torch.nn.attention.varlen") else []  # since torch 2.10
 
 
-def remove_padding(module: nn.Module) -> None:
-    """Let the encoder inside a module compute without padding. Raises `EngineError` for a model that has none such."""
-    place, model = _place_of_encoder(module), _model_in(module)
-    if place is None or model is None:
+def remove_padding(module: nn.Module, example: Mapping[str, Tensor]) -> None:
+    """Let the encoder inside a module compute neither padding nor what its outputs do not depend on.
+
+    `example`, a batch, shows what that is. Raises `EngineError` for a module that has no such encoder.
+    """
+    place = place_of_encoder(module)
+    if place is None:
         raise EngineError("torch-unpadded needs an encoder of transformers: set engine to auto or torch")
+    encoder = place.encoder
+    first_only = needs_first_tokens_only(module, encoder, example)
     AttentionInterface.register(IMPLEMENTATION, _attend)
     AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
-    model.set_attn_implementation(IMPLEMENTATION)
-    if model.config._attn_implementation != IMPLEMENTATION:  # noqa: SLF001  # there is no public name for it
-        raise EngineError(f"{type(model).__name__} has its own attention, so torch-unpadded cannot compute it")
-    parent, name = place
-    heads = getattr(getattr(parent, "config", model.config), "num_attention_heads", 0)
-    setattr(parent, name, UnpaddedEncoder(getattr(parent, name), heads))
-
-
-def _model_in(module: nn.Module) -> PreTrainedModel | None:
-    return next((each for each in module.modules() if isinstance(each, PreTrainedModel)), None)
-
-
-def _place_of_encoder(module: nn.Module) -> tuple[nn.Module, str] | None:
-    """The parent and the name of the only stack of layers of an encoder as BERT's."""
-    model = _model_in(module)
-    if model is None or model.config.is_encoder_decoder or getattr(model.config, "is_decoder", False):
-        return None
-    places = [
-        (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if name in ("encoder", "transformer") and isinstance(getattr(child, "layer", None), nn.ModuleList)
-    ]
-    return places[0] if len(places) == 1 else None
+    if not place.attend_by(IMPLEMENTATION):
+        raise EngineError(f"{type(place.model).__name__} has its own attention, so torch-unpadded cannot compute it")
+    heads = getattr(getattr(place.parent, "config", place.model.config), "num_attention_heads", 0)
+    setattr(place.parent, place.name, UnpaddedEncoder(encoder, heads, first_only=first_only))
 
 
 def _attend(
@@ -172,27 +169,41 @@ def _attend(
     """Attention among the tokens of each text; tensors have the shape (1, heads, tokens, size of a head)."""
     if unknown := [name for name in UNKNOWN_HERE if options.get(name) is not None]:
         raise EngineError(f"torch-unpadded cannot compute attention with {', '.join(unknown)}")
+    of_first = "keys_and_values" in options  # in a `FirstTokensLayer`
+    if of_first:
+        if options["keys_and_values"] is None:
+            raise KeysAndValues(key, value)
+        key, value = options["keys_and_values"]
     if not uses_flash(query):
         return _attend_on_cpu(query, key, value, scaling, options["places"]), None
     from torch.nn.attention.varlen import varlen_attn
 
     begins, longest = options["cu_seq_lens_q"], options["max_length_q"]
+    query_begins = torch.arange(len(begins), dtype=begins.dtype, device=begins.device) if of_first else begins
+    query_longest = 1 if of_first else longest
     query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    found = varlen_attn(query, key, value, begins, begins, longest, longest, scale=scaling)
+    found = varlen_attn(query, key, value, query_begins, begins, query_longest, longest, scale=scaling)
     return found.unsqueeze(0), None  # type: ignore[union-attr]  # a tuple only where more is asked for
 
 
 def _attend_on_cpu(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, places: Places) -> Tensor:
     """The same; torch's own attention for a CPU takes about twice as long for short texts in bfloat16."""
-    if key.shape != query.shape or query.shape[1] != places.heads:
+    if key.shape[1] != query.shape[1] or query.shape[1] != places.heads:
         raise EngineError("torch-unpadded computes attention with one key for each head only")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.shape[2] < key.shape[2]:  # those of the first tokens
+        firsts = query.transpose(1, 2).reshape(len(places.lengths) * places.heads, 1, -1)
+        return _attend_padded(firsts, key, value, scale, places).view(1, len(places.lengths), places.heads, -1)
     if len(places.lengths) == 1 or max(places.lengths) > MAX_PADDED_LENGTH:
         lengths = [*places.lengths, *([places.spare] if places.spare else [])]
         texts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
         found = [nn.functional.scaled_dot_product_attention(q, k, v, scale=scale) for q, k, v in texts]
         return torch.cat(found, dim=2).transpose(1, 2)
-    query, key, value = map(places.pad, (query, key, value))
-    scores = torch.baddbmm(places.mask.to(query.dtype), query, key.transpose(1, 2), alpha=scale)
+    return places.unpad(_attend_padded(places.pad(query), key, value, scale, places))
+
+
+def _attend_padded(query: Tensor, key: Tensor, value: Tensor, scale: float, places: Places) -> Tensor:
+    """The same for padded queries; what it returns is padded as these are."""
+    scores = torch.baddbmm(places.mask.to(query.dtype), query, places.pad(key).transpose(1, 2), alpha=scale)
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)  # in bfloat16 it takes twice as long
-    return places.unpad(weights @ value)
+    return weights @ places.pad(value)

@@ -41,6 +41,7 @@ ROBERTA = RobertaForTokenClassification(RobertaConfig(**SIZES, pad_token_id=1))
 DISTILBERT = DistilBertForSequenceClassification(
     DistilBertConfig(dim=32, n_heads=4, n_layers=2, hidden_dim=48, vocab_size=100)
 )
+EXAMPLE = {"input_ids": torch.randint(5, 100, (2, 5))}
 
 
 @pytest.fixture
@@ -49,19 +50,36 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     seen: list[list[int]] = []
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, begins: Tensor, _: Tensor, longest: int, *__: int, scale: float
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        begins_of_queries: Tensor,
+        begins: Tensor,
+        longest_of_queries: int,
+        longest: int,
+        scale: float,
     ) -> Tensor:
-        assert begins.dtype == torch.int32
-        counts = begins.diff().tolist()
-        assert max(counts) <= longest
-        assert sum(counts) == len(query)
-        seen.append(counts)
-        texts = zip(*(torch.split(tensor, counts) for tensor in (query, key, value)), strict=True)
-        return torch.cat([attention_of(parts, scale) for parts in texts])
+        seen.append(begins.diff().tolist())
+        texts = zip(
+            parts(query, begins_of_queries, longest_of_queries),
+            parts(key, begins, longest),
+            parts(value, begins, longest),
+            strict=True,
+        )
+        return torch.cat([attention_of(each, scale) for each in texts])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", attend)
     monkeypatch.setattr(unpadded, "uses_flash", lambda _: True)
     return seen
+
+
+def parts(tensor: Tensor, begins: Tensor, longest: int) -> tuple[Tensor, ...]:
+    """The part of each text, as flash attention finds it."""
+    assert begins.dtype == torch.int32
+    counts = begins.diff().tolist()
+    assert max(counts) <= longest
+    assert sum(counts) == len(tensor)
+    return torch.split(tensor, counts)
 
 
 def attention_of(parts: Sequence[Tensor], scale: float) -> Tensor:
@@ -97,7 +115,7 @@ def test_outputs_are_those_of_the_padded_batch(
 ) -> None:
     ids, mask = torch.randint(5, 100, (3, 7)), mask_of(kind)
     other = copy.deepcopy(model).train(mode=False)
-    remove_padding(other)
+    remove_padding(other, EXAMPLE)
     model.train(mode=False)
     with torch.inference_mode():
         expected, found = (each(input_ids=ids, attention_mask=mask).logits for each in (model, other))
@@ -113,7 +131,7 @@ def test_a_text_without_a_token_has_the_output_of_one_place_of_padding(
     model: PreTrainedModel, attention: list[list[int]] | None
 ) -> None:
     other = copy.deepcopy(model).train(mode=False)
-    remove_padding(other)
+    remove_padding(other, EXAMPLE)
     model.train(mode=False)
     ids, mask = torch.randint(5, 100, (2, 7)), torch.zeros(2, 7, dtype=torch.int64)
     ids[0] = 0
@@ -142,12 +160,12 @@ def test_a_text_without_a_token_has_the_output_of_one_place_of_padding(
 )
 def test_other_models_are_refused(model: torch.nn.Module, message: str) -> None:
     with pytest.raises(EngineError, match=message):
-        remove_padding(model)
+        remove_padding(model, EXAMPLE)
 
 
 def test_what_this_attention_does_not_know_is_refused(lengths: list[list[int]]) -> None:
     model = copy.deepcopy(BERT)
-    remove_padding(model)
+    remove_padding(model, EXAMPLE)
     ids = torch.ones(1, 4, dtype=torch.int64)
     with pytest.raises(EngineError, match="cannot compute attention with sliding_window"):
         model.bert(input_ids=ids, sliding_window=2)
