@@ -76,8 +76,11 @@ class Executor(Generic[T, R]):
         name: str,
         device: int = 0,
         before_batch: Callable[[], object] | None = None,
+        rank: int = 0,
     ) -> None:
         self._before_batch = before_batch
+        self.rank = rank
+        """Of the executors of a device: one of a lower rank, if it is idle, runs a batch rather than this one."""
         self.device = device
         """The index of the device that its batches run on."""
         self._run_batch = run_batch

@@ -64,7 +64,7 @@ class Executors(Generic[T, R]):
         self._name = name
         timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         self._executors: list[Executor[T, R]] = [
-            Executor(run, timeout_s, f"{name} {device * max_in_flight + i}", device, before)
+            Executor(run, timeout_s, f"{name} {device * max_in_flight + i}", device, before, rank=i)
             for device, (run, before) in enumerate(zip(devices, before_batch or [None] * len(devices), strict=True))
             for i in range(max_in_flight)
         ]

@@ -2,8 +2,8 @@
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import Generator
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -55,15 +55,19 @@ def wake(future: Future[None]) -> None:
 
 
 class Sleepers:
-    """Tasks that sleep until there is something to do. One event wakes one task, the one that has slept longest."""
+    """Tasks that sleep until there is something to do.
+
+    One event wakes one task: that of the lowest rank, and among these the one that has slept longest.
+    """
 
     def __init__(self) -> None:
-        self._sleeping: deque[anyio.Event] = deque()
+        self._sleeping: list[tuple[int, anyio.Event]] = []
 
-    async def sleep_until(self, wake_s: float) -> None:
+    async def sleep_until(self, wake_s: float, rank: int) -> None:
         """Sleep until woken, at most until `wake_s` on the event loop's clock."""
         woken = anyio.Event()
-        self._sleeping.append(woken)
+        sleeping = rank, woken
+        self._sleeping.append(sleeping)
         try:
             if math.isinf(wake_s) and wake_s > 0:
                 await woken.wait()
@@ -72,12 +76,14 @@ class Sleepers:
                     await woken.wait()
         finally:
             if not woken.is_set():
-                self._sleeping.remove(woken)
+                self._sleeping.remove(sleeping)
 
     def wake_one(self) -> None:
-        """Wake the task that has slept longest, if there is one."""
+        """Wake one task, if one sleeps."""
         if self._sleeping:
-            self._sleeping.popleft().set()
+            first = min(self._sleeping, key=itemgetter(0))
+            self._sleeping.remove(first)
+            first[1].set()
 
     def wake_all(self) -> None:
         """Wake all tasks that sleep."""

@@ -4,10 +4,12 @@ import copy
 import importlib.util
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from modalkit.pipelines.cpu_threads import cpu_threads
 from modalkit.pipelines.engines.packed import pack_linears
 from modalkit.pipelines.engines.settings import DTYPES, Candidate, DTypeName
 from modalkit.pipelines.errors import EngineError
@@ -58,6 +60,8 @@ def torch_run(module: nn.Module, candidate: Candidate, example: Mapping[str, Ten
     device = device_of(module)
     own: Callable[..., object] = module
 
+    watched = cpu_threads().watched if device.type == "cpu" else nullcontext
+
     def placed(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
             name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
@@ -78,7 +82,7 @@ def torch_run(module: nn.Module, candidate: Candidate, example: Mapping[str, Ten
         own = torch.compile(own, dynamic=True)
 
     def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with torch.inference_mode():
+        with torch.inference_mode(), watched():
             return named_outputs(own(**placed(inputs)))
 
     return run

@@ -5,12 +5,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import anyio
 import pytest
 import torch
 
-from modalkit.pipelines.cpu_threads import MAX_IN_FLIGHT, cpu_threads
+from modalkit.pipelines.cpu_threads import MAX_IN_FLIGHT, MAX_PAUSE, MIN_PAUSE, CpuThreads, cpu_threads
 from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest, SentimentResponse
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
@@ -49,10 +50,57 @@ def threads_in_a_new_thread() -> int:
 
 
 @pytest.mark.usefixtures("four_threads")
+def test_only_the_first_thread_that_computes_alone_has_all_threads() -> None:
+    threads = CpuThreads()
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        assert first.submit(part_of, threads, 1).result() == 4
+        assert second.submit(part_of, threads, 1).result() == 2
+        assert second.submit(part_of, threads, 4).result() == 1
+        assert first.submit(part_of, threads, 1).result() == 4
+    with ThreadPoolExecutor(1) as next_one:  # in place of one that has ended
+        assert next_one.submit(part_of, threads, 1).result() == 4
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_lone_batches_have_one_thread_while_another_process_needs_the_cores() -> None:
+    now_s = used_s = 0.0
+    threads = CpuThreads(lambda: now_s, lambda: used_s)
+
+    def run(share: float) -> int:
+        """Compute a lone batch of a second, which has this share of the cores. Returns its threads."""
+        nonlocal now_s, used_s
+        part = part_of(threads, 1)
+        with threads.watched():
+            now_s, used_s = now_s + 1, used_s + 4 * share
+        return part
+
+    with ThreadPoolExecutor(1) as batch:
+
+        def runs(share: float, count: int) -> list[int]:
+            return [batch.submit(run, share).result() for _ in range(count)]
+
+        assert runs(0.9, 50) == [4] * 50
+        assert runs(0.6, 1) + runs(0.9, 20) == [4] * 21  # one such batch says nothing
+        disturbed = runs(0.6, 20 * MAX_PAUSE)
+        assert disturbed.index(1) < 6
+        tries = [i for i, part in enumerate(disturbed) if part == 4][-10:]
+        assert {later - earlier for earlier, later in pairwise(tries)} == {MAX_PAUSE + 1}
+        undisturbed = runs(0.95, 3 * MAX_PAUSE)
+        assert undisturbed[-MAX_PAUSE:] == [4] * MAX_PAUSE
+        assert runs(0.3, 4 * MIN_PAUSE).count(1) >= MIN_PAUSE  # and tries follow soon again
+
+
+def part_of(threads: CpuThreads, in_flight: int) -> int:
+    threads.share(in_flight)
+    return torch.get_num_threads()
+
+
+@pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize(("in_flight", "part"), [(1, 4), (2, 2), (3, 1), (4, 1), (9, 1)])
 def test_a_thread_has_its_part_and_all_others_have_what_they_had(in_flight: int, part: int) -> None:
+    threads = CpuThreads()
     with ThreadPoolExecutor(1) as batch:
-        batch.submit(cpu_threads().share, in_flight).result()
+        batch.submit(threads.share, in_flight).result()
         assert batch.submit(torch.get_num_threads).result() == part
         assert torch.get_num_threads() == 4
         assert threads_in_a_new_thread() == 4
