@@ -36,9 +36,8 @@ from modalkit.service.web.options import (
 from modalkit.service.web.prediction_stream import PredictionStream
 from modalkit.service.web.problems import (
     KNOWN_ERRORS,
-    error_json,
     error_response,
-    outcomes_json,
+    list_json,
     unexpected_error_response,
 )
 from modalkit.service.web.submissions import Submitter
@@ -165,8 +164,7 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
         caller.take_items(len(items))
         run = partial(model.predict_many, **options)
         outcomes = await run_valid(items, lambda valid: while_connected(request, run(valid)))
-        slots = await admission.map(partial(outcomes_json, error_json=error_json), outcomes)
-        return DirectResponse(b"[" + b",".join(slots) + b"]")
+        return DirectResponse(b"[" + b",".join(await admission.map(list_json, outcomes)) + b"]")
 
     @route(
         "/async/predict",
