@@ -21,6 +21,7 @@ INITIAL_COUNT_LIMIT = 8  # requests in a batch before anything was measured
 COUNT_LIMIT_FACTOR = 4  # times the most requests that ever ran together
 SIMILARITY_OFFSET = 16  # added to both sizes before they are compared, so that small sizes may differ more
 MAX_SIZE_RATIO = 1.5  # to the anchor's size, where no prediction is trusted
+OVERHEAD_S = 0.0001  # that the scheduler takes to form and to end a batch, which no measured time has
 
 
 class BatchFormer(Generic[RequestT]):
@@ -49,6 +50,7 @@ class BatchFormer(Generic[RequestT]):
         self.failure_limit: int | None = None
         """Requests in a batch while failures are frequent, because a small batch loses less; None for no limit."""
         self._learnt = cost_model if isinstance(cost_model, MeasuredCostModel) else None
+        self._overhead_s = 0.0 if self._learnt is None else OVERHEAD_S  # other costs may be in any unit
 
     @property
     def count_limit(self) -> int:
@@ -115,7 +117,7 @@ class BatchFormer(Generic[RequestT]):
         """Seconds per request of this size in the best batch of requests of this size."""
         limit = self.count_limit
         counts = [*(1 << i for i in range((limit - 1).bit_length())), limit]
-        return min(self.cost_model.predict_s(count, size, count * size) / count for count in counts)
+        return min([(self._overhead_s + self.cost_model.predict_s(n, size, n * size)) / n for n in counts])
 
     def form_full(self, anchor: RequestT) -> Batch[RequestT]:
         """The anchor with the requests of the most similar sizes, as many as the limits allow."""
@@ -178,8 +180,9 @@ class BatchFormer(Generic[RequestT]):
                         all_s.append(math.inf)
                         break
                     all_s.append(batch_s)
-                if least_s[start] + batch_s <= best_s * ROUNDING_MARGIN:
-                    best_s, best_start, best_batch_s = least_s[start] + batch_s, start, batch_s
+                sum_s = least_s[start] + self._overhead_s + batch_s
+                if sum_s <= best_s * ROUNDING_MARGIN:
+                    best_s, best_start, best_batch_s = sum_s, start, batch_s
             least_s.append(best_s)
             starts.append(best_start)
             seconds.append(best_batch_s)
@@ -201,8 +204,9 @@ class BatchFormer(Generic[RequestT]):
         if count > self.count_limit:
             return None
         seconds = [self.cost_model.predict_s(n, size, n * size) for n in range(1, count + 1)]
-        least_s = min([batch_s / n for n, batch_s in enumerate(seconds, start=1)])
-        if seconds[-1] / count > least_s * ROUNDING_MARGIN or not self.is_allowed(count, size, seconds[-1]):
+        least_s = min([(self._overhead_s + batch_s) / n for n, batch_s in enumerate(seconds, start=1)])
+        mean_s = (self._overhead_s + seconds[-1]) / count
+        if mean_s > least_s * ROUNDING_MARGIN or not self.is_allowed(count, size, seconds[-1]):
             return None
         reason = self._reason(count, size, count * size, count)
         return Batch([anchor, *others], anchor.priority, reason, size, count * size, seconds[-1])
@@ -278,7 +282,7 @@ class BatchFormer(Generic[RequestT]):
         """
         predict_s = self.cost_model.predict_s
         room = self.count_limit - count
-        best, best_ratio, over_budget = None, batch_s / apart_s + ROUNDING, False
+        best, best_ratio, over_budget = None, (self._overhead_s + batch_s) / apart_s + ROUNDING, False
         for side in sides:
             if not (sizes := side.sizes(room)):
                 continue
@@ -289,12 +293,14 @@ class BatchFormer(Generic[RequestT]):
                 new_longest, new_total = max(longest, *run), total + sum(run)
                 predicted_s = predict_s(count + added, new_longest, new_total)
                 new_apart_s = apart_s + (new_total - total) * seconds_per_size
-                ratio = predicted_s / new_apart_s
+                ratio = (self._overhead_s + predicted_s) / new_apart_s
                 if not self.is_allowed(count + added, new_longest, predicted_s):
                     over_budget = over_budget or ratio < best_ratio
                 elif ratio < best_ratio:
                     best = side, added, new_longest, new_total, predicted_s, new_apart_s
                     best_ratio = ratio - ROUNDING
+                    if ratio <= 1:  # no batch takes less than the best batches of its sizes
+                        return best, over_budget
                 added = _fewer(count, added)
         return best, over_budget
 
