@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-MIN_OVERLAP_SHARE = 0.1  # of a batch's time outside its second stage: the most that overlapping can save
-MIN_OVERLAP_S = 0.0005  # the same in seconds: overlapping costs two more visits to threads, about 50 microseconds each
+MIN_OVERLAP_SHARE = 0.1  # of a batch's time outside its second stage
+MIN_OVERLAP_S = 0.0005  # that it saves: overlapping costs two more visits to threads, about 50 microseconds each
 # Of the batches that share a visit to the thread. With more, the visit's share of an item is small already, and to form
 # them would hold the event loop for long.
 MAX_VISIT_BATCHES, MAX_VISIT_ITEMS = 8, 1024
-MAX_VISIT_S = 0.0002  # that these may be expected to take: about what a visit costs
+MAX_VISIT_S = 0.0005  # that these may be expected to take: a visit costs up to 0.3 ms
 PREFETCH_MARGIN = 2.0  # the next batch is formed this many expected first stages before the end of the second stage
 MAX_FAULTS_IN_A_ROW = 3
 BROKEN = "the scheduler is broken and runs nothing any more; the log says why; restart the process"
@@ -235,7 +235,7 @@ class Dispatcher(Generic[T, R]):
         return (
             executor.stages is not None
             and shares.outside >= MIN_OVERLAP_SHARE
-            and shares.outside_s >= MIN_OVERLAP_S
+            and shares.saved_s >= MIN_OVERLAP_S
             and (executor.is_busy or len(self._planner.queue) > 0)
         )
 

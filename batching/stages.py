@@ -56,9 +56,9 @@ class StageShares:
         self.preprocess = 0.0
         """The share of the first stage."""
         self.outside = 0.0
-        """The share of the first and the last stage together: the most that overlapping can save."""
-        self.outside_s = 0.0
-        """The same in seconds."""
+        """The share of the first and the last stage together."""
+        self.saved_s = 0.0
+        """Seconds that overlapping can save at most: those of the second stage, or of the others if these are fewer."""
         self.total_s = math.inf
         """Seconds of all stages; infinite before the first batch."""
         self._smoothing = 1.0
@@ -72,5 +72,5 @@ class StageShares:
             outside_s = seconds.preprocess_s + seconds.postprocess_s
             self.preprocess += self._smoothing * (seconds.preprocess_s / seconds.total_s - self.preprocess)
             self.outside += self._smoothing * (outside_s / seconds.total_s - self.outside)
-            self.outside_s += self._smoothing * (outside_s - self.outside_s)
+            self.saved_s += self._smoothing * (min(outside_s, seconds.predict_s) - self.saved_s)
             self._smoothing = SMOOTHING
