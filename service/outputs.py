@@ -1,12 +1,11 @@
 """The outputs of pipelines as JSON."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel
-from pydantic_core import SchemaSerializer, from_json, to_json
-from pydantic_core.core_schema import any_schema, list_schema
+from pydantic_core import from_json, to_json
 
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.errors import OutputNotJsonError
@@ -21,7 +20,6 @@ MAX_DIGITS = 4300
 T = TypeVar("T")
 
 _DUMP_JSON = BaseModel.model_dump_json
-_LIST = SchemaSerializer(list_schema(any_schema()))
 _SAMPLE_STEP = 64
 _LONG_DIGITS = re.compile(rb"[0-9]{%d}" % (MAX_DIGITS // _SAMPLE_STEP))
 
@@ -51,22 +49,6 @@ def outputs_json(outputs: Iterable[InferenceOutputModel]) -> list[bytes | Output
             for content in contents
         ]
     return contents
-
-
-def joined_json(outputs: Sequence[InferenceOutputModel]) -> bytes | None:
-    """What `output_json` returns for each output, with commas between; None where that is not known in one step.
-
-    That step takes half of the time.
-    """
-    kinds: set[type[InferenceOutputModel]] = {*map(type, outputs)}
-    kind = kinds.pop()
-    if kinds or kind.model_dump_json is not _DUMP_JSON:
-        return None
-    try:
-        content = _LIST.to_json(outputs, by_alias=kind.model_config.get("serialize_by_alias"), fallback=_plain)
-    except Exception:  # noqa: BLE001  # a model's own serializers may raise anything
-        return None
-    return None if may_be_refused(content) or _may_hold_constants(content) else content[1:-1]
 
 
 def _or_error(function: Callable[[T], bytes], value: T) -> bytes | OutputNotJsonError:

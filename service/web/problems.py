@@ -48,15 +48,13 @@ from modalkit.service.errors import (
 from modalkit.service.jobs import IdempotencyKeyReusedError, JobStoreBusyError, JobStoreError, JobStoreFullError
 from modalkit.service.jobs.queue_rules import QueueNotAllowedError
 from modalkit.service.loading import LoadError
-from modalkit.service.outputs import joined_json, outputs_json
+from modalkit.service.outputs import outputs_json
 from modalkit.service.queue_backends import QueueNameError
 from modalkit.service.settings import SettingsError
 from modalkit.service.validation import field_errors, summary
 from modalkit.service.web.answers import PROBLEM_JSON
 
 RETRY_AFTER_S = 1
-WRITTEN_TOGETHER = 32
-"""Outputs of a list that are written in one step: few enough that an odd one costs little."""
 
 _ERRORS: dict[HTTPStatus, tuple[type[Exception], ...]] = {
     HTTPStatus.NOT_FOUND: (UnknownBatchError, UnknownJobError, UnknownModelError),
@@ -220,17 +218,6 @@ def outcomes_json(
     contents = iter(outputs_json([outcome.value for outcome in outcomes if isinstance(outcome, Success)]))
     found = [outcome.error if isinstance(outcome, Failure) else next(contents) for outcome in outcomes]
     return [content if isinstance(content, bytes) else error_json(content) for content in found]
-
-
-def list_json(outcomes: Sequence[Outcome[InferenceOutputModel]]) -> list[bytes]:
-    """The answers to the items of a list, in JSON: some texts, which commas are to join."""
-    texts = list[bytes]()
-    for start in range(0, len(outcomes), WRITTEN_TOGETHER):
-        some = outcomes[start : start + WRITTEN_TOGETHER]
-        outputs = [outcome.value for outcome in some if isinstance(outcome, Success)]
-        joined = joined_json(outputs) if len(outputs) == len(some) else None
-        texts += outcomes_json(some, error_json) if joined is None else [joined]
-    return texts
 
 
 def install_problem_handlers(app: FastAPI) -> None:

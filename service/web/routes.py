@@ -36,8 +36,9 @@ from modalkit.service.web.options import (
 from modalkit.service.web.prediction_stream import PredictionStream
 from modalkit.service.web.problems import (
     KNOWN_ERRORS,
+    error_json,
     error_response,
-    list_json,
+    outcomes_json,
     unexpected_error_response,
 )
 from modalkit.service.web.submissions import Submitter
@@ -164,7 +165,8 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
         caller.take_items(len(items))
         run = partial(model.predict_many, **options)
         outcomes = await run_valid(items, lambda valid: while_connected(request, run(valid)))
-        return DirectResponse(b"[" + b",".join(await admission.map(list_json, outcomes)) + b"]")
+        slots = await admission.map(partial(outcomes_json, error_json=error_json), outcomes)
+        return DirectResponse(b"[" + b",".join(slots) + b"]")
 
     @route(
         "/async/predict",

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ConfigDict, Field, field_serializer
+from pydantic import ConfigDict, field_serializer
 
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.errors import (
@@ -15,7 +15,7 @@ from modalkit.service.errors import (
     ServiceError,
     describe_error,
 )
-from modalkit.service.outputs import joined_json, output_json, output_object, outputs_json
+from modalkit.service.outputs import output_json, output_object, outputs_json
 from tests.support.odd_model import MuteError
 
 
@@ -63,28 +63,6 @@ def test_each_of_many_outputs_is_written_as_it_is_alone() -> None:
     assert isinstance(error, OutputNotJsonError)
     assert "LookupError" in str(error)
     assert outputs_json([]) == []
-
-
-class Named(InferenceOutputModel):
-    model_config = ConfigDict(serialize_by_alias=True)
-    score: float = Field(default=0.5, serialization_alias="confidence")
-
-
-class Plain(InferenceOutputModel):
-    score: Any = 0.5
-
-
-def test_outputs_of_one_class_are_written_together_as_each_is_alone() -> None:
-    """By the names that its class says."""
-    for outputs in ([Named(), Named(score=1)], [Plain(), Plain(score=np.float32(0.25)), Plain(score="none")]):
-        assert joined_json(outputs) == b",".join(map(output_json, outputs))
-
-
-@pytest.mark.parametrize("odd", [Named(), Plain(score=object()), Plain(score=[[[]]] * 99)])
-def test_outputs_beside_an_odd_one_are_not_written_together(odd: InferenceOutputModel) -> None:
-    """One of another class, one that is no JSON, one that may be nested too deep; and constants that JSON lacks."""
-    assert joined_json([Plain(), odd]) is None
-    assert joined_json([Constants(score=float("nan"))]) is None
 
 
 class Scores(InferenceOutputModel):
