@@ -180,7 +180,7 @@ class Dispatcher(Generic[T, R]):
                 return decision.batch
             if not self.is_open and not self.runner.running:  # a batch that runs may requeue some of its requests
                 return None
-            await self.sleepers.sleep_until(decision.wake_s, executor.rank)
+            await self.sleepers.sleep_until(decision.wake_s, (executor.is_busy, executor.rank))
         return None
 
     def _decide(self, device: int) -> Decision[Pending[T, R]]:

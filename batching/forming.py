@@ -299,8 +299,6 @@ class BatchFormer(Generic[RequestT]):
                 elif ratio < best_ratio:
                     best = side, added, new_longest, new_total, predicted_s, new_apart_s
                     best_ratio = ratio - ROUNDING
-                    if ratio <= 1:  # no batch takes less than the best batches of its sizes
-                        return best, over_budget
                 added = _fewer(count, added)
         return best, over_budget
 

@@ -61,9 +61,9 @@ class Sleepers:
     """
 
     def __init__(self) -> None:
-        self._sleeping: list[tuple[int, anyio.Event]] = []
+        self._sleeping: list[tuple[tuple[bool, int], anyio.Event]] = []
 
-    async def sleep_until(self, wake_s: float, rank: int) -> None:
+    async def sleep_until(self, wake_s: float, rank: tuple[bool, int]) -> None:
         """Sleep until woken, at most until `wake_s` on the event loop's clock."""
         woken = anyio.Event()
         sleeping = rank, woken

@@ -30,6 +30,9 @@ SMOOTHING = 0.25
 MIN_PAUSE, MAX_PAUSE = 8, 1024
 """Lone batches with one thread after disturbed ones, before all threads are tried again."""
 
+MOVE_AFTER = 8
+"""Lone batches in a row in other threads, after which that of the last one is theirs."""
+
 
 class CpuThreads:
     """The threads of this process for torch: `total` when no more than one batch runs.
@@ -44,6 +47,7 @@ class CpuThreads:
         self._clock = clock
         self._used_s = used_s
         self._lone: threading.Thread | None = None
+        self._elsewhere = 0  # lone batches in other threads since the last one there
         self._share = 1.0  # of lone batches
         self._pause = MIN_PAUSE
         self._left = 0  # lone batches with one thread before all are tried again
@@ -66,11 +70,12 @@ class CpuThreads:
     def share(self, in_flight: int) -> None:
         """Let this thread's next operations use its part of the threads while `in_flight` batches run.
 
-        A lone batch gets all of them in the first thread that computes one, unless such batches were disturbed lately.
+        A lone batch gets all of them in the thread that computes most of these, unless they were disturbed lately.
         """
         part = max(1, self.total // in_flight)
         if in_flight == 1:
-            if self._lone is None or not self._lone.is_alive():
+            self._elsewhere = 0 if self._lone is threading.current_thread() else self._elsewhere + 1
+            if self._lone is None or not self._lone.is_alive() or self._elsewhere == MOVE_AFTER:
                 self._lone = threading.current_thread()
             if self._lone is not threading.current_thread():
                 part = max(1, self.total // 2)
@@ -86,7 +91,7 @@ class CpuThreads:
     @contextmanager
     def watched(self) -> Generator[None]:
         """Find whether batches that torch computes in the block, with all threads, are disturbed by other processes."""
-        if not 1 < self.total == torch.get_num_threads():
+        if self._lone is not threading.current_thread() or not 1 < self.total == torch.get_num_threads():
             yield
             return
         started_s, used_s = self._clock(), self._used_s()
@@ -96,7 +101,7 @@ class CpuThreads:
         if self._share < UNDISTURBED_SHARE:
             self._left, self._pause = self._pause, min(2 * self._pause, MAX_PAUSE)
         else:
-            self._pause = MIN_PAUSE
+            self._left, self._pause = 0, MIN_PAUSE
 
 
 @cache

@@ -59,7 +59,6 @@ def torch_run(module: nn.Module, candidate: Candidate, example: Mapping[str, Ten
     dtype: torch.dtype = getattr(torch, candidate.dtype)
     device = device_of(module)
     own: Callable[..., object] = module
-
     watched = cpu_threads().watched if device.type == "cpu" else nullcontext
 
     def placed(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from transformers.masking_utils import flash_attention_mask
 from modalkit.pipelines.engines.encoder import (
     FirstTokensLayer,
     KeysAndValues,
+    compute_first_tokens_only,
     needs_first_tokens_only,
     place_of_encoder,
 )
@@ -84,17 +85,13 @@ class Places:
 class UnpaddedEncoder(nn.Module):
     """Runs an encoder on the tokens of a batch that are no padding; what it does not compute is 0 in its outputs.
 
-    With `first_only`, its last layer computes but the first token of each text.
+    Where its last layer is a `FirstTokensLayer`, that is all but the first token of each text.
     """
 
-    def __init__(self, encoder: nn.Module, heads: int, *, first_only: bool) -> None:
+    def __init__(self, encoder: Any, heads: int) -> None:
         super().__init__()
         self.encoder = encoder
         self._heads = heads
-        self._first_only = first_only
-        if first_only:
-            layers: Any = encoder.layer
-            layers[-1] = FirstTokensLayer(layers[-1])
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Any:
         """What the encoder returns; `attention_mask` (texts, length) is true where there is a token.
@@ -107,8 +104,9 @@ class UnpaddedEncoder(nn.Module):
         attention_mask = attention_mask.clone()
         attention_mask[:, 0] |= ~attention_mask.any(dim=1)
         tokens = hidden_states[attention_mask]
-        computed = attention_mask & (attention_mask.cumsum(dim=1) == 1) if self._first_only else attention_mask
-        count = texts if self._first_only else len(tokens)
+        first_only = isinstance(self.encoder.layer[-1], FirstTokensLayer)
+        computed = attention_mask & (attention_mask.cumsum(dim=1) == 1) if first_only else attention_mask
+        count = texts if first_only else len(tokens)
         lengths = attention_mask.sum(dim=1, dtype=torch.int32)
         begins = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         where: dict[str, Any] = {"cu_seq_lens_q": begins, "max_length_q": length}
@@ -154,7 +152,9 @@ def remove_padding(module: nn.Module, example: Mapping[str, Tensor]) -> None:
     if not place.attend_by(IMPLEMENTATION):
         raise EngineError(f"{type(place.model).__name__} has its own attention, so torch-unpadded cannot compute it")
     heads = getattr(getattr(place.parent, "config", place.model.config), "num_attention_heads", 0)
-    setattr(place.parent, place.name, UnpaddedEncoder(encoder, heads, first_only=first_only))
+    setattr(place.parent, place.name, UnpaddedEncoder(encoder, heads))
+    if first_only:
+        compute_first_tokens_only(module, encoder, example)
 
 
 def _attend(

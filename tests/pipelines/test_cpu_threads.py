@@ -11,7 +11,7 @@ import anyio
 import pytest
 import torch
 
-from modalkit.pipelines.cpu_threads import MAX_IN_FLIGHT, MAX_PAUSE, MIN_PAUSE, CpuThreads, cpu_threads
+from modalkit.pipelines.cpu_threads import MAX_IN_FLIGHT, MAX_PAUSE, MIN_PAUSE, MOVE_AFTER, CpuThreads, cpu_threads
 from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest, SentimentResponse
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
@@ -50,13 +50,16 @@ def threads_in_a_new_thread() -> int:
 
 
 @pytest.mark.usefixtures("four_threads")
-def test_only_the_first_thread_that_computes_alone_has_all_threads() -> None:
+def test_only_the_thread_of_lone_batches_has_all_threads() -> None:
     threads = CpuThreads()
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
         assert first.submit(part_of, threads, 1).result() == 4
         assert second.submit(part_of, threads, 1).result() == 2
         assert second.submit(part_of, threads, 4).result() == 1
         assert first.submit(part_of, threads, 1).result() == 4
+        parts = [second.submit(part_of, threads, 1).result() for _ in range(MOVE_AFTER)]
+        assert parts == [2] * (MOVE_AFTER - 1) + [4]  # the first one computes no lone batches any more
+        assert first.submit(part_of, threads, 1).result() == 2
     with ThreadPoolExecutor(1) as next_one:  # in place of one that has ended
         assert next_one.submit(part_of, threads, 1).result() == 4
 
@@ -85,6 +88,8 @@ def test_lone_batches_have_one_thread_while_another_process_needs_the_cores() ->
         assert disturbed.index(1) < 6
         tries = [i for i, part in enumerate(disturbed) if part == 4][-10:]
         assert {later - earlier for earlier, later in pairwise(tries)} == {MAX_PAUSE + 1}
+        with threads.watched():  # a batch in a thread of others says nothing
+            now_s += 1000
         undisturbed = runs(0.95, 3 * MAX_PAUSE)
         assert undisturbed[-MAX_PAUSE:] == [4] * MAX_PAUSE
         assert runs(0.3, 4 * MIN_PAUSE).count(1) >= MIN_PAUSE  # and tries follow soon again

@@ -105,8 +105,10 @@ def test_a_classifier_computes_the_first_tokens_and_its_outputs_stay(model: nn.M
         Wrapped(lambda states, mask: states.masked_fill(mask == 0, -100).amax(dim=1)),
         Wrapped(lambda states, _: (states[:, 0], states[:, 1:].argmax(dim=-1) * 0 + states[:, :1, 0].long())),
         Wrapped(lambda states, mask: states.detach()[:, 0] * mask[:, 0]),
+        Wrapped(lambda states, mask: (states * mask).sum(dim=1).sign()),
+        Wrapped(lambda states, mask: states[:, 0] + (states * mask).sum(dim=1).detach()),
     ],
-    ids=["of each token", "states", "mean", "maximum", "labels", "no gradient"],
+    ids=["of each token", "states", "mean", "maximum", "labels", "no gradient", "signs", "hidden"],
 )
 def test_all_tokens_are_computed_where_outputs_may_depend_on_them(module: nn.Module, change: Change) -> None:
     module.train(mode=False)

@@ -116,6 +116,8 @@ def test_outputs_are_those_of_the_padded_batch(
     ids, mask = torch.randint(5, 100, (3, 7)), mask_of(kind)
     other = copy.deepcopy(model).train(mode=False)
     remove_padding(other, EXAMPLE)
+    if attention is not None:
+        attention.clear()
     model.train(mode=False)
     with torch.inference_mode():
         expected, found = (each(input_ids=ids, attention_mask=mask).logits for each in (model, other))
@@ -132,6 +134,8 @@ def test_a_text_without_a_token_has_the_output_of_one_place_of_padding(
 ) -> None:
     other = copy.deepcopy(model).train(mode=False)
     remove_padding(other, EXAMPLE)
+    if attention is not None:
+        attention.clear()
     model.train(mode=False)
     ids, mask = torch.randint(5, 100, (2, 7)), torch.zeros(2, 7, dtype=torch.int64)
     ids[0] = 0
@@ -166,6 +170,7 @@ def test_other_models_are_refused(model: torch.nn.Module, message: str) -> None:
 def test_what_this_attention_does_not_know_is_refused(lengths: list[list[int]]) -> None:
     model = copy.deepcopy(BERT)
     remove_padding(model, EXAMPLE)
+    lengths.clear()
     ids = torch.ones(1, 4, dtype=torch.int64)
     with pytest.raises(EngineError, match="cannot compute attention with sliding_window"):
         model.bert(input_ids=ids, sliding_window=2)
