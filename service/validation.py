@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
@@ -32,9 +32,11 @@ async def run_valid(
     items: Sequence[Item | Failure], run: Callable[[list[Item]], Awaitable[Sequence[Outcome[Result]]]]
 ) -> list[Outcome[Result]]:
     """The outcomes of items, in their order: of the valid ones those that `run` returns, of the others their own."""
-    if Failure not in {*map(type, items)}:
-        return list(await run(cast("list[Item]", items)))
-    others = iter(await run([item for item in items if not isinstance(item, Failure)]))
+    valid = [item for item in items if not isinstance(item, Failure)]
+    outcomes = await run(valid)
+    if len(valid) == len(items):
+        return list(outcomes)
+    others = iter(outcomes)
     return [item if isinstance(item, Failure) else next(others) for item in items]
 
 

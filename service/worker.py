@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from functools import partial
-from typing import Any, Self, Unpack, cast
+from typing import Any, Self, Unpack
 
 import anyio
 import anyio.to_thread
@@ -257,8 +257,6 @@ class InferenceWorker(AsyncContextManagerMixin):
         Raises `QueueFullError` if there is no room for all of them, and `SchedulerClosedError`; then none is queued.
         """
         run = partial(self._scheduler.submit_many, tag=current_traceparent(), **options)
-        if all(issubclass(kind, BaseModel) for kind in {*map(type, items)}):
-            return await run(cast("Sequence[BaseModel]", items))
         return await run_valid([self._checked(item) for item in items], run)
 
     async def predict_stream(
