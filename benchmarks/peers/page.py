@@ -6,9 +6,9 @@ from typing import Any
 from modalkit.benchmarks.bench.charts import Chart, Series
 from modalkit.benchmarks.bench.page import html_page, section
 from modalkit.benchmarks.bench.svg import drawn
-from modalkit.benchmarks.peers.contenders import CONTENDERS, OURS
+from modalkit.benchmarks.peers.contenders import OURS, contender
 from modalkit.benchmarks.peers.run import FEW
-from modalkit.benchmarks.peers.tables import rate, tables_of
+from modalkit.benchmarks.peers.tables import documented_rates_of, rates_of, tables_of
 from modalkit.benchmarks.tables import html_table, markdown_table
 
 TITLE = "modalkit beside other servers"
@@ -37,23 +37,22 @@ def as_html(document: Mapping[str, Any]) -> str:
 def throughput_chart(document: Mapping[str, Any]) -> Chart:
     """The items per second of each server, at the best of a sweep and at its documented settings, ours being both."""
     steps = document["steps"]
-    best = {one: found for one in CONTENDERS if (found := rate(steps, one.name)) is not None}
-    documented = {
-        one: steps[f"documented/{one.name}"][f"clients_{FEW}"]["per_s"]
-        for one in best
-        if f"clients_{FEW}" in steps.get(f"documented/{one.name}", {})
-    }
-    documented |= {one: found for one, found in best.items() if one.name == OURS}
+    best, documented = rates_of(steps), documented_rates_of(steps)
+    if OURS in best:
+        documented[OURS] = best[OURS]
     shown = {"at the best of a sweep": best, "as its documentation recommends": documented}
-    places = {one: index for index, one in enumerate(best)}
+    places = {name: index for index, name in enumerate(best)}
     return Chart(
         name="throughput",
         title=f"items/s with {FEW} clients, float32",
         note="",
         x_label="",
         y_label="items/s",
-        series=[Series(name, [(places[one], found) for one, found in rates.items()]) for name, rates in shown.items()],
-        bars=[one.title.partition(",")[0] for one in best],
+        series=[
+            Series(name, [(places[of], found) for of, found in rates.items() if of in places])
+            for name, rates in shown.items()
+        ],
+        bars=[contender(name).title.partition(",")[0] for name in best],
     )
 
 
