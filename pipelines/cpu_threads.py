@@ -15,8 +15,9 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -102,6 +103,15 @@ class CpuThreads:
             self._left, self._pause = self._pause, min(2 * self._pause, MAX_PAUSE)
         else:
             self._left, self._pause = 0, MIN_PAUSE
+
+
+def waited_s() -> float:
+    """The seconds that all threads of this process could run and had no core; 0 where the kernel does not tell."""
+    total_ns = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError):  # the thread has ended
+            total_ns += int(file.read_text(encoding="ascii").split()[1])
+    return total_ns / 1e9
 
 
 @cache

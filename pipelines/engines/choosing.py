@@ -6,8 +6,10 @@ import time
 from collections.abc import Mapping
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
+from modalkit.pipelines.cpu_threads import cpu_threads
 from modalkit.pipelines.engines.exported import Converted, dtypes_of
 from modalkit.pipelines.engines.kept import Kept
 from modalkit.pipelines.engines.measuring import Race
@@ -158,7 +160,9 @@ class Chooser:
             return None
 
     def _measured_engine(self, candidates: list[Candidate]) -> Chosen:
-        race = Race(torch_run(self._module, REFERENCE, self._batches[0]), self._batches)
+        race = Race(
+            torch_run(self._module, REFERENCE, self._batches[0]), self._batches, fewer_threads=self._fewer_threads
+        )
         refused, unfinished = self._race(race, candidates)
         for name, why in refused.items():
             logger.warning("Engine %s cannot run this model: %s", name, why)
@@ -194,10 +198,12 @@ class Chooser:
         later = [each for each in converted if each.engine == "onnx" and not waits_for_onnx]
         conversions = self._start_conversions([each for each in converted if each not in later])
         try:
+            self._fewer_threads()  # conversions need the cores
             for candidate in candidates:
                 if candidate not in converted:  # the others are converted meanwhile
                     race.enter(candidate, self._open)
             refused = self._finish(conversions)
+            self._all_threads()
             ready = [each for each in converted if self._kept.is_converted(each.engine)]
             for candidate in ready:
                 race.enter(candidate, self._open)
@@ -209,6 +215,15 @@ class Chooser:
             each.engine for each in converted if each not in ready and each.engine not in refused
         )
         return refused | race.errors(), tuple(unfinished)
+
+    def _fewer_threads(self) -> None:
+        """Give torch, in this thread, what one of several batches at once has."""
+        if self._device.type == "cpu":
+            cpu_threads().share(cpu_threads().max_in_flight)
+
+    def _all_threads(self) -> None:
+        if self._device.type == "cpu":
+            torch.set_num_threads(cpu_threads().total)
 
     def _start_conversions(self, candidates: list[Candidate]) -> list[Conversion]:
         """Start a conversion for each engine that has none yet; one that cannot start is logged."""

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from torch import Tensor
 from torch.cuda import synchronize
 
+from modalkit.pipelines.cpu_threads import waited_s
 from modalkit.pipelines.engines.sameness import Outputs, Same
 from modalkit.pipelines.engines.settings import REFERENCE, Candidate, EngineChoice
 from modalkit.pipelines.engines.torch_engine import Run
@@ -20,6 +21,7 @@ JUDGED_AFTER = 5  # batches after which hopeless candidates are left out
 HOPELESS = 1.3  # times slower than the fastest
 PAUSE_S = 0.005  # in which the threads of the engine that ran before stop spinning
 MIN_SAMPLES = 32  # to compare; fewer only where there are no more
+DISTURBED = 0.6  # seconds, in each one of a batch, that threads wait for a core; measured: up to 0.5, or more than 0.7
 
 
 @dataclass
@@ -34,7 +36,13 @@ class Contender:
 
 
 class Race:
-    """All candidates on the same batches: the smallest one first, then large and small ones in turn."""
+    """All candidates on the same batches: the smallest one first, then large and small ones in turn.
+
+    Candidates begin with all threads of torch. Where other processes need cores, the kernel may leave several of these
+    threads on one core, and each layer then waits until all of them had their turn: a batch takes up to 100 times as
+    long. After the first such batch the race calls `fewer_threads`, once, and times that batch anew.
+    `waited_s` tells the seconds that the threads of this process have waited for a core.
+    """
 
     def __init__(
         self,
@@ -42,15 +50,19 @@ class Race:
         batches: Sequence[Mapping[str, Tensor]],
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], object] = time.sleep,
+        fewer_threads: Callable[[], object] | None = None,
+        waited_s: Callable[[], float] = waited_s,
     ) -> None:
         self._reference = Contender(REFERENCE, reference)
         self._contenders: list[Contender] = []
-        by_size = sorted(batches, key=_elements)
+        by_size = sorted(batches, key=lambda batch: (_elements(batch), -_rows(batch)))  # many samples early
         half = -(-len(by_size) // 2)
         pairs = zip_longest(by_size[:half], by_size[half:])
         self._batches = [batch for pair in pairs for batch in pair if batch is not None]
         self._clock = clock
         self._sleep = sleep
+        self._fewer_threads = fewer_threads  # None once it was called
+        self._waited_s = waited_s
 
     def enter(self, candidate: Candidate, load: Callable[[Candidate], Run]) -> None:
         """Let a candidate take part. Torch float32 runs already; others are loaded, which may raise anything."""
@@ -76,18 +88,19 @@ class Race:
         racing = [self._reference, *(c for c in self._contenders if c is not self._reference and c.error is None)]
         for contender in racing:
             self._attempt(contender, self._batches[0])  # what the first call prepares is not timed
+        rounds_s: list[float] = []
         for index, batch in enumerate(self._batches):
             round_started_s = self._clock()
             racing = [c for c in racing if c.error is None]
             turn = index % len(racing)
-            for contender in racing[turn:] + racing[:turn]:
-                self._time(contender, batch)
+            self._run_round(racing[turn:] + racing[:turn], batch)
             if index + 1 >= JUDGED_AFTER:
                 fastest = max(self.speed(c) for c in racing)
                 racing = [
                     c for c in racing if c is self._reference or len(racing) <= 2 or self.speed(c) * HOPELESS >= fastest
                 ]
-            if 2 * self._clock() - round_started_s > deadline_s:  # the next round may take as long
+            rounds_s.append(self._clock() - round_started_s)
+            if self._clock() + rounds_s[-2:][0] > deadline_s:  # the next batch is about as large as the last but one
                 break
 
     def speed(self, contender: Contender) -> float:
@@ -132,17 +145,30 @@ class Race:
             is_tentative=is_tentative,
         )
 
-    def _time(self, contender: Contender, batch: Mapping[str, Tensor]) -> None:
+    def _run_round(self, racing: Sequence[Contender], batch: Mapping[str, Tensor]) -> None:
+        """Time a batch; from the beginning if there are fewer threads from one of its runs on."""
+        fewer_threads = self._fewer_threads
+        timed = []
+        for contender in racing:
+            outputs, seconds = self._time(contender, batch)
+            if self._fewer_threads is not fewer_threads:
+                self._run_round([c for c in racing if c.error is None], batch)
+                return
+            if outputs is not None:
+                timed.append((contender, outputs, seconds))
+        for contender, outputs, seconds in timed:
+            contender.seconds.append(max(seconds, 1e-9))
+            contender.outputs.append(outputs)
+
+    def _time(self, contender: Contender, batch: Mapping[str, Tensor]) -> tuple[Outputs | None, float]:
         self._sleep(PAUSE_S)
         outputs, seconds = self._attempt(contender, batch)
         if outputs is not None and seconds < SHORT_S:
             seconds = min(seconds, self._attempt(contender, batch)[1])
-        if outputs is not None:
-            contender.seconds.append(max(seconds, 1e-9))
-            contender.outputs.append(outputs)
+        return outputs, seconds
 
     def _attempt(self, contender: Contender, batch: Mapping[str, Tensor]) -> tuple[Outputs | None, float]:
-        started_s = self._clock()
+        waited_s, started_s = self._waited_s(), self._clock()
         try:
             outputs = contender.run(batch)
             if any(tensor.is_cuda for tensor in outputs.values()):
@@ -152,7 +178,11 @@ class Race:
                 raise
             contender.error = describe(error)
             return None, 0.0
-        return outputs, self._clock() - started_s
+        seconds = self._clock() - started_s
+        if self._fewer_threads and seconds >= SHORT_S and self._waited_s() - waited_s >= DISTURBED * seconds:
+            self._fewer_threads()
+            self._fewer_threads = None
+        return outputs, seconds
 
 
 def _speed_beside(other: Contender, contender: Contender) -> float:
@@ -166,3 +196,7 @@ def _samples(batches: Sequence[Outputs]) -> int:
 
 def _elements(batch: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in batch.values())
+
+
+def _rows(batch: Mapping[str, Tensor]) -> int:
+    return max((tensor.shape[0] for tensor in batch.values() if tensor.dim()), default=0)

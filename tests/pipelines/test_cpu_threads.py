@@ -1,7 +1,9 @@
 """Torch's threads on a CPU are divided between the batches that run at once."""
 
+import hashlib
 import multiprocessing
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,15 @@ import anyio
 import pytest
 import torch
 
-from modalkit.pipelines.cpu_threads import MAX_IN_FLIGHT, MAX_PAUSE, MIN_PAUSE, MOVE_AFTER, CpuThreads, cpu_threads
+from modalkit.pipelines.cpu_threads import (
+    MAX_IN_FLIGHT,
+    MAX_PAUSE,
+    MIN_PAUSE,
+    MOVE_AFTER,
+    CpuThreads,
+    cpu_threads,
+    waited_s,
+)
 from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest, SentimentResponse
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
@@ -146,3 +156,22 @@ async def test_the_bundled_model_gives_each_caller_its_own_result_with_batches_a
         assert isinstance(wanted, SentimentResponse)
         assert found.sentiment == wanted.sentiment
         assert found.confidence == pytest.approx(wanted.confidence, abs=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs two threads on one core: Linux only")
+def test_threads_that_share_a_core_wait_for_it() -> None:
+    core = {min(os.sched_getaffinity(0))}
+    both = threading.Barrier(2)
+    data = bytes(50_000_000)
+
+    def compute() -> float:
+        os.sched_setaffinity(0, core)  # of this thread
+        both.wait()
+        waited_before_s = waited_s()
+        hashlib.sha256(data)  # without the lock of the interpreter
+        both.wait()
+        return waited_s() - waited_before_s
+
+    with ThreadPoolExecutor(2) as pool:
+        waits_s = [task.result() for task in [pool.submit(compute), pool.submit(compute)]]
+    assert all(wait_s > 0 for wait_s in waits_s)

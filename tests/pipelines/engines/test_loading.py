@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from modalkit.pipelines import EngineError, EngineSettings, load_engine
+from modalkit.pipelines.cpu_threads import cpu_threads
 from modalkit.pipelines.engines import choosing, exported, measuring, probe
 from modalkit.pipelines.engines.exported import Converted
 from modalkit.pipelines.engines.loading import Engine
 from modalkit.pipelines.engines.measuring import Race
-from modalkit.pipelines.engines.settings import REFERENCE
+from modalkit.pipelines.engines.settings import CONVERTED, REFERENCE, Candidate
+from modalkit.pipelines.engines.torch_engine import Run
 from tests.pipelines.engines.conftest import Batch, batch
 
 EXPLICIT = [
@@ -224,6 +226,29 @@ def test_a_start_that_could_compare_too_few_samples_keeps_the_earlier_choice_and
         assert load_engine(module, batches, elsewhere).choice.is_tentative
     later = load_engine(module, batches, with_(elsewhere, measure_seconds=settings.measure_seconds)).choice
     assert not later.is_tentative
+
+
+def test_engines_are_loaded_with_a_part_of_the_threads_and_timed_with_all(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, timed = set(), set()
+
+    class Watched(Race):
+        def enter(self, candidate: Candidate, load: Callable[[Candidate], Run]) -> None:
+            if candidate.engine not in CONVERTED:
+                loaded.add(torch.get_num_threads())
+            super().enter(candidate, load)
+
+        def run(self, deadline_s: float) -> None:
+            timed.add(torch.get_num_threads())
+            super().run(deadline_s)
+
+    monkeypatch.setattr(choosing, "Race", Watched)
+    load_engine(module, batches, settings)
+    threads = cpu_threads()
+    assert loaded == {threads.total // threads.max_in_flight}
+    assert timed == {threads.total}
+    assert torch.get_num_threads() == threads.total
 
 
 def test_an_export_that_no_start_waits_for_comes_after_it(

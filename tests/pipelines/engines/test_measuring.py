@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from modalkit.pipelines.engines import Candidate, Sameness, same_labels, same_vectors
-from modalkit.pipelines.engines.measuring import JUDGED_AFTER, Race
+from modalkit.pipelines.engines.measuring import JUDGED_AFTER, MIN_SAMPLES, Race
 from modalkit.pipelines.engines.settings import REFERENCE
 from modalkit.pipelines.engines.torch_engine import Run
+from modalkit.pipelines.text_samples import SAMPLE_SHAPES
 
 BFLOAT16 = Candidate("torch", "bfloat16")
 OPENVINO = Candidate("openvino", "float32")
@@ -27,7 +28,7 @@ class Clock:
 
 
 def sample_batches(count: int = 8) -> list[Mapping[str, Tensor]]:
-    return [{"x": torch.full((8, 2), float(i + 1))} for i in range(count)]
+    return [{"scale": torch.tensor(1.0), "x": torch.full((8, 2), float(i + 1))} for i in range(count)]
 
 
 def logits(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -114,6 +115,70 @@ def test_no_round_begins_that_would_end_after_the_deadline() -> None:
     race.enter(BFLOAT16, lambda _: Timed(clock, 1.0))
     race.run(5.5)  # two calls to warm up, and two in a round
     assert reference.calls == 2
+
+
+class Machine:
+    """Two cores, and from some second on a process that needs one of them."""
+
+    def __init__(self, clock: Clock, busy_from_s: float) -> None:
+        self.threads, self.waited_s = 2, 0.0
+        self._clock, self._busy_from_s = clock, busy_from_s
+
+    def torch(self, seconds: float) -> Run:
+        """Takes so many seconds with two threads, and 100 times as long where they have one core."""
+
+        def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            is_disturbed = self.threads > 1 and self._clock.now_s >= self._busy_from_s
+            took_s = seconds * (100 if is_disturbed else 2 / self.threads)
+            self._clock.now_s += took_s
+            self.waited_s += took_s if is_disturbed else 0.1 * took_s
+            return {"logits": logits(inputs)}
+
+        return run
+
+    def use_one_thread(self) -> None:
+        self.threads = 1
+
+
+@pytest.mark.parametrize("busy_from_s", [0, 0.05, 0.1, 0.15, 0.2, 1000])
+def test_processes_that_need_the_cores_change_neither_the_winner_nor_its_speed(busy_from_s: float) -> None:
+    clock = Clock()
+    machine = Machine(clock, busy_from_s)
+    race = Race(
+        machine.torch(0.004),
+        sample_batches(),
+        clock,
+        clock.sleep,
+        fewer_threads=machine.use_one_thread,
+        waited_s=lambda: machine.waited_s,
+    )
+    race.enter(BFLOAT16, lambda _: machine.torch(0.002))
+    race.enter(OPENVINO, lambda _: machine.torch(0.003))
+    race.run(1.2)
+    choice = race.choose(same_labels(), REFERENCE)
+    assert choice.candidate == BFLOAT16
+    assert choice.speeds == pytest.approx({"torch float32": 1, "torch bfloat16": 2, "openvino float32": 1.333}, 0.01)
+    assert choice.samples == 64
+    assert not choice.is_tentative
+    assert machine.threads == (2 if busy_from_s == 1000 else 1)
+
+
+def test_a_long_batch_that_has_its_cores_keeps_all_threads() -> None:
+    clock = Clock()
+    machine = Machine(clock, 1000)
+    race = Race(
+        machine.torch(0.2), sample_batches(), clock, clock.sleep, machine.use_one_thread, lambda: machine.waited_s
+    )
+    race.run(1000)
+    assert machine.threads == 2
+
+
+def test_two_rounds_compare_enough_samples() -> None:
+    clock = Clock()
+    race = Race(Timed(clock, 0.2), [{"x": torch.ones(shape)} for shape in SAMPLE_SHAPES], clock, clock.sleep)
+    race.run(0.7)
+    choice = race.choose(same_labels(), REFERENCE)
+    assert MIN_SAMPLES <= choice.samples < sum(count for count, _ in SAMPLE_SHAPES)
 
 
 def test_a_candidate_that_raises_takes_no_part() -> None:
