@@ -20,7 +20,7 @@ from modalkit.service.backoff import SteadyClock
 from modalkit.service.errors import NotReadyError, Readiness
 from modalkit.service.jobs.batches import JobBatches
 from modalkit.service.jobs.delivery import Deliverer
-from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreError
+from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import new_job
 from modalkit.service.jobs.model import (
     ALL_JOBS,
@@ -34,7 +34,7 @@ from modalkit.service.jobs.model import (
     new_job_id,
 )
 from modalkit.service.jobs.queue_rules import QueueRules
-from modalkit.service.jobs.store import JobStore
+from modalkit.service.jobs.store import Added, JobStore
 from modalkit.service.jobs.telemetry import record_end
 from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.queue_backends.sending import close_backend
@@ -60,7 +60,7 @@ class JobFeed(Protocol):
     def wake(self) -> None:
         """Jobs in the store were queued again."""
 
-    async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
+    async def add(self, jobs: Sequence[Job]) -> Added:
         """Store new jobs, as `JobStore.add` does, and run them."""
 
     def abandon(self, job_id: str) -> None:

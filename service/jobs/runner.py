@@ -1,28 +1,34 @@
 """Feeds the stored jobs of one model to its scheduler, a limited number at a time, and stores how they end."""
 
+import asyncio
 import logging
 import math
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, Self
 
 import anyio
 from anyio import AsyncContextManagerMixin
+from anyio.abc import TaskGroup
+from anyio.lowlevel import current_token
 from pydantic import BaseModel
 
 from modalkit.batching import Failure, Outcome, QueueFullError, SchedulerClosedError
 from modalkit.batching.pending import Withdraw
 from modalkit.batching.task_groups import plain_task_group
+from modalkit.batching.wakeup import Future, asyncio_loop, make_future, wake
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.jobs.backlog import Backlog
 from modalkit.service.jobs.collector import STORE_RETRY_S, Collector, store_until_closing
-from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreError
+from modalkit.service.jobs.errors import JobStoreClosedError, JobStoreError
 from modalkit.service.jobs.life import JobTimeoutError, deadline_of, end_of, retry_of
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.model import Job, JobEnd, JobRetry, JobStatus
+from modalkit.service.jobs.store import Added
 from modalkit.service.jobs.telemetry import record_end
 from modalkit.service.jobs.window import Window
 
@@ -60,6 +66,15 @@ class JobEngine(Protocol):
 
         Raises what the batch raises, including `BatchTimeoutError`.
         """
+
+
+@dataclass(slots=True, eq=False)
+class _Addition:
+    """New jobs of one caller, who awaits `done`; then `added` is what `JobStore.add` returned or raised."""
+
+    jobs: Sequence[Job]
+    done: Future[None]
+    added: Added | Exception = field(default_factory=list)
 
 
 class JobRunner(AsyncContextManagerMixin):
@@ -113,12 +128,17 @@ class JobRunner(AsyncContextManagerMixin):
         self._change = anyio.Event()  # wakes the feeding task
         self._closing = anyio.Event()
         self._engine_closed = False
+        self._additions: list[_Addition] = []  # to be stored, which have come in this pass of the event loop
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task_group: TaskGroup | None = None
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
-        self._manager.attach(self._model_name, self)
+        self._loop = asyncio_loop(current_token())
         try:
             async with plain_task_group() as task_group:
+                self._task_group = task_group
+                self._manager.attach(self._model_name, self)
                 task_group.start_soon(self._feed)
                 task_group.start_soon(self._store_ends)
                 try:
@@ -126,6 +146,7 @@ class JobRunner(AsyncContextManagerMixin):
                 finally:
                     self.close()
         finally:
+            self._task_group = None
             self._running.withdraw_all()
             self._manager.detach(self._model_name)
 
@@ -139,35 +160,64 @@ class JobRunner(AsyncContextManagerMixin):
         self._queued.add()
         self._change.set()
 
-    async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
+    async def add(self, jobs: Sequence[Job]) -> Added:
         """Store new jobs as `JobStore.add` does, and start those that the window has room for.
 
-        When cancelled, those that were stored are queued.
+        Those that come in one pass of the event loop are stored together. When cancelled, they may be stored, and run.
+        Once the runner has been left, they are only stored.
         """
-        is_taking = self._takes_new and not self._closing.is_set() and not self._engine_closed
-        entering = jobs[: max(0, self._wanted(math.inf) - self._queued.at_most)] if is_taking else ()
-        for job in entering:
-            job.status, job.started_at = JobStatus.RUNNING, job.created_at
-        size_bytes = sum(job.size_bytes for job in entering)
-        self._unstored += len(entering)
+        if self._task_group is None:
+            return await self._manager.store.add(jobs)
+        addition = _Addition(jobs, make_future(self._loop))
+        self._additions.append(addition)
+        if len(self._additions) == 1:
+            self._task_group.start_soon(self._store_additions)
+        await addition.done
+        if isinstance(addition.added, Exception):
+            raise addition.added
+        return addition.added
+
+    async def _store_additions(self) -> None:
+        """Store what has come, wake the callers, and start the jobs that the window has room for."""
+        additions, self._additions = self._additions, []
+        jobs = [job for addition in additions for job in addition.jobs]
+        entering, size_bytes = self._let_enter(jobs)
+        self._unstored += entering
         self._adding_bytes += size_bytes
+        results: Sequence[Added | Exception] = [JobStoreClosedError()] * len(additions)
         try:
-            added = await self._manager.store.add(jobs)
-        except anyio.get_cancelled_exc_class():  # they may have been stored
-            for job in entering:
-                self._add_end(job.job_id)
-            raise
+            results = await self._manager.store.add_each([addition.jobs for addition in additions])
+        except JobStoreError as error:
+            results = [error] * len(additions)
         finally:
-            self._unstored -= len(entering)
+            self._unstored -= entering
             self._adding_bytes -= size_bytes
-            self._queued.add(len(jobs) - len(entering))
+            self._queued.add(len(jobs) - entering)
             self._change.set()
-        for job, job_id in zip(entering, added, strict=False):
-            if job_id == job.job_id:  # else its idempotency key is that of an earlier job
-                self._enter(job)
-                self._waiting.append(job)
+            for addition, added in zip(additions, results, strict=True):
+                addition.added = added
+                wake(addition.done)
+        for addition in additions:
+            if not isinstance(addition.added, Exception):
+                for job, job_id in zip(addition.jobs, addition.added, strict=True):
+                    # Another id is that of an earlier job with the same idempotency key.
+                    if job.status is JobStatus.RUNNING and job_id == job.job_id:
+                        self._enter(job)
+                        self._waiting.append(job)
         self._start_waiting()
-        return added
+
+    def _let_enter(self, jobs: Sequence[Job]) -> tuple[int, int]:
+        """Mark the first of these new jobs, those that the window has room for; returns how many, and their bytes."""
+        entering = size_bytes = 0
+        if self._takes_new and not self._closing.is_set() and not self._engine_closed:
+            size_limit = MAX_WINDOW_BYTES - self._running.size_bytes - self._adding_bytes
+            for job in jobs[: max(0, self._wanted(math.inf) - self._queued.at_most)]:
+                if size_bytes >= size_limit:
+                    break
+                job.status, job.started_at = JobStatus.RUNNING, job.created_at
+                entering += 1
+                size_bytes += job.size_bytes
+        return entering, size_bytes
 
     def close(self) -> None:
         """Claim no more jobs, and give those that have not begun back to a durable store. Idempotent."""

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial, wraps
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -36,17 +37,8 @@ Operation = Callable[[JobTable], Any]
 """Changes jobs, and returns the result for its caller."""
 
 
-class Add:
-    """The operation that stores new jobs."""
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs = jobs
-        self.is_plain = all(job.idempotency_key is None for job in jobs)
-        """Whether each job is added or the operation fails: none has an idempotency key."""
-
-    def __call__(self, table: JobTable) -> list[str | IdempotencyKeyReusedError]:
-        """Store the jobs."""
-        return table.add(self.jobs)
+Added = list[str | IdempotencyKeyReusedError]
+"""The ids of new jobs; see `JobStore.add`."""
 
 
 def _operation(
@@ -108,14 +100,30 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     async def _read(self, function: Callable[[sqlite3.Connection], T]) -> T:
         """Read what was committed."""
 
-    async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
+    async def add(self, jobs: Sequence[Job]) -> Added:
         """Store new jobs, queued or running: all or, when it raises, none. Returns the id of each, in the same order.
 
         A job whose idempotency key is stored already is not added: its place has the id of the job with that key or,
         if that job asked for something else, an error. Raises `DuplicateJobError` for an id that is stored already or
         comes twice, and `JobStoreFullError` when the store would hold more than its limit, ended jobs included.
         """
-        return await self._perform(Add(jobs))
+        (added,) = await self.add_each([jobs])
+        if isinstance(added, Exception):
+            raise added
+        return added
+
+    async def add_each(self, lists: Sequence[Sequence[Job]]) -> list[Added | Exception]:
+        """Store the jobs of each list as `add` does; returns what that returns or raises for each, in their order."""
+        return await self._perform(lambda _: self._add_each(lists))
+
+    def _add_each(self, lists: Sequence[Sequence[Job]]) -> list[Added | Exception]:
+        if len(lists) > 1:  # all by one statement, unless one of them fails
+            jobs = list(chain.from_iterable(lists))
+            together = self._run_alone(lambda table: table.add(jobs))
+            if not isinstance(together, Exception):
+                added = iter(together)
+                return [list(islice(added, len(jobs))) for jobs in lists]
+        return [self._run_alone(partial(JobTable.add, jobs=jobs)) for jobs in lists]
 
     claim = _operation(JobTable.claim)
     claim_quarantined = _operation(JobTable.claim_quarantined)
@@ -229,7 +237,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         counts_before = self._table.counts.copy()
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            results = self._run(operations)
+            results = list(map(self._run_alone, operations))
             if self._table.counts != counts_before:
                 self._table.store_counts(counts_before)
             self._database.execute("COMMIT")
@@ -242,27 +250,13 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         self.commits += 1
         if self._table.has_removed and self.durable:
             self._give_space_back()
-        return [
-            self._unavailable(result) if isinstance(result, sqlite3.Error | MemoryError) else result
-            for result in results
-        ]
-
-    def _run(self, operations: Sequence[Operation]) -> list[Any]:
-        """Run operations, each of which fails alone; returns the result or the error of each, in the same order.
-
-        The jobs that several of them add are written together. Raises `sqlite3.Error` if the whole transaction failed.
-        """
-        additions = [operation for operation in operations if isinstance(operation, Add) and operation.is_plain]
-        together = Add([job for addition in additions for job in addition.jobs])
-        added = len(additions) > 1 and not isinstance(self._run_alone(together), Exception)
-        return [
-            [job.job_id for job in operation.jobs]
-            if added and isinstance(operation, Add) and operation.is_plain
-            else self._run_alone(operation)
-            for operation in operations
-        ]
+        return results
 
     def _run_alone(self, operation: Operation) -> Any:
+        """Run an operation that fails alone; returns its result or its error.
+
+        Raises `sqlite3.Error` if the whole transaction failed.
+        """
         counts_before = self._table.counts.copy()
         self._database.execute("SAVEPOINT operation")
         try:
@@ -273,7 +267,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
                 raise
             self._database.execute("ROLLBACK TO operation")
             self._table.counts = counts_before
-            result = error
+            result = self._unavailable(error) if isinstance(error, sqlite3.Error | MemoryError) else error
         self._database.execute("RELEASE operation")
         return result
 

@@ -7,6 +7,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+from anyio.abc import TaskGroup
 
 from modalkit.batching import BatchTimeoutError, Failure, Priority, QueueFullError, SchedulerClosedError, Success
 from modalkit.batching.pending import Withdraw
@@ -14,7 +15,6 @@ from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import NotReadyError
 from modalkit.service.jobs import (
-    IdempotencyKeyReusedError,
     Job,
     JobEnd,
     JobFilter,
@@ -22,10 +22,13 @@ from modalkit.service.jobs import (
     JobStatus,
     JobStore,
     JobStoreError,
+    JobStoreFullError,
     MemoryJobStore,
 )
+from modalkit.service.jobs.life import new_job
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.runner import FIRST_JOB_RETRY_S, JobOutcome, JobRunner
+from modalkit.service.jobs.store import Added
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import AsyncConfig
 from modalkit.testing import FakeClock
@@ -228,13 +231,13 @@ async def test_a_new_job_that_the_window_has_room_for_is_not_read_from_the_store
 
 
 async def test_a_job_whose_submission_was_cancelled_runs_if_it_was_stored() -> None:
-    stored = anyio.Event()
+    stored, released = anyio.Event(), anyio.Event()
 
     class Slow(MemoryJobStore):
-        async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
-            added = await super().add(jobs)
+        async def add_each(self, lists: Sequence[Sequence[Job]]) -> list[Added | Exception]:
+            added = await super().add_each(lists)
             stored.set()
-            await anyio.sleep_forever()
+            await released.wait()
             return added
 
     engine = Engine()
@@ -244,6 +247,7 @@ async def test_a_job_whose_submission_was_cancelled_runs_if_it_was_stored() -> N
             submitting.start_soon(submit, manager)
             await stored.wait()
             submitting.cancel_scope.cancel()
+        released.set()
         await engine.until_started(1)
         await ended(manager, engine.started[0].job_id)
 
@@ -257,12 +261,12 @@ class Held(MemoryJobStore):
         self.released = anyio.Event()
         self.fails = False
 
-    async def add(self, jobs: Sequence[Job]) -> list[str | IdempotencyKeyReusedError]:
-        self.adding += 1
+    async def add_each(self, lists: Sequence[Sequence[Job]]) -> list[Added | Exception]:
+        self.adding += len(lists)
         await self.released.wait()
         if self.fails:
             raise JobStoreError("the disk is full")
-        return await super().add(jobs)
+        return await super().add_each(lists)
 
 
 async def test_a_runner_closes_while_a_job_is_submitted_that_cannot_be_stored() -> None:
@@ -276,14 +280,65 @@ async def test_a_runner_closes_while_a_job_is_submitted_that_cannot_be_stored() 
             submitting.start_soon(_release_when_idle, store)
 
 
-async def _submit_in_vain(manager: JobManager) -> None:
-    with pytest.raises(JobStoreError, match="full"):
+async def _submit_in_vain(manager: JobManager, why: str = "full") -> None:
+    with pytest.raises(JobStoreError, match=why):
         await submit(manager)
 
 
 async def _release_when_idle(store: Held) -> None:
     await anyio.wait_all_tasks_blocked()
     store.released.set()
+
+
+async def test_jobs_that_are_submitted_together_are_stored_in_one_step_and_fail_alone() -> None:
+    lists = list[int]()
+
+    class Counting(MemoryJobStore):
+        async def add_each(self, lists_of_jobs: Sequence[Sequence[Job]]) -> list[Added | Exception]:
+            lists.append(len(lists_of_jobs))
+            return await super().add_each(lists_of_jobs)
+
+    outcomes = list[str]()
+
+    async def submit_one(manager: JobManager) -> None:
+        try:
+            outcomes.append(await submit(manager))
+        except JobStoreFullError:
+            outcomes.append("full")
+
+    engine = Engine()
+    async with JobManager(Counting(max_jobs=3)) as manager, JobRunner(manager, "m", engine, window=9):
+        await anyio.wait_all_tasks_blocked()
+        async with anyio.create_task_group() as submitting:
+            for _ in range(5):
+                submitting.start_soon(submit_one, manager)
+        await engine.until_started(3)
+    assert lists == [5]
+    assert outcomes.count("full") == 2
+
+
+async def test_jobs_of_a_list_whose_making_outlasts_the_runner_are_stored() -> None:
+    async with JobManager(MemoryJobStore()) as manager:
+        async with JobRunner(manager, "m", Engine(), window=3) as runner:
+            pass
+        job = new_job(AsyncInputModel(message={}), job_id="a", model_name="m", message={}, now=1.0, delivers=False)
+        assert await runner.add([job]) == ["a"]
+        stored = await manager.get("a")
+        assert stored is not None
+        assert stored.status is JobStatus.QUEUED
+
+
+async def test_submissions_fail_where_an_exception_leaves_the_runner() -> None:
+    async def run(manager: JobManager, submitting: TaskGroup) -> None:
+        async with JobRunner(manager, "m", Engine(), window=3):
+            await anyio.wait_all_tasks_blocked()
+            submitting.start_soon(_submit_in_vain, manager, "not open")
+            await anyio.wait_all_tasks_blocked()
+            raise ZeroDivisionError
+
+    async with JobManager(Held()) as manager, anyio.create_task_group() as submitting:
+        with pytest.raises(ZeroDivisionError):
+            await run(manager, submitting)
 
 
 async def test_large_jobs_that_are_submitted_together_fill_the_window_as_others_do(

@@ -121,6 +121,17 @@ async def test_a_job_whose_time_came_while_it_ran_expires_after_the_crash(store:
     assert await store.expire(9, 22.0) == ["a"]
 
 
+async def test_each_of_several_lists_is_added_or_fails_alone(kind: str, tmp_path: Path) -> None:
+    async with make_store(kind, tmp_path, max_jobs=4) as store:
+        same: dict[str, Any] = {"idempotency_key": "k", "message_json": "{}"}
+        await store.add([new_job("a", **same)])
+        lists = [[new_job("b"), new_job("c", **same)], [new_job("a")], [], [new_job("d"), new_job("d")]]
+        added = await store.add_each([*lists, [new_job("e")], [new_job("f"), new_job("g")], [new_job("h")]])
+        ids = [["b", "a"], DuplicateJobError, [], DuplicateJobError, ["e"], JobStoreFullError, ["h"]]
+        assert [type(each) if isinstance(each, Exception) else each for each in added] == ids
+        assert (await store.counts()).statuses[JobStatus.QUEUED] == 4
+
+
 async def test_a_full_store_refuses_until_ended_jobs_are_removed(kind: str, tmp_path: Path) -> None:
     async with make_store(kind, tmp_path, max_jobs=3) as store:
         await store.add([new_job("a"), new_job("b")])
