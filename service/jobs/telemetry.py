@@ -1,5 +1,6 @@
 """What metrics and traces are told of jobs: their ends, and the attempts to deliver their results."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,9 @@ class Sending:
 
     def end(self, records: Sequence[DeliveryRecord], now: float) -> None:
         """Record what became of each message."""
+        for status, attempts in Counter([record.status for record in records]).items():
+            delivery_attempts(status).inc(attempts)
         for job, span, record in zip(self._jobs, self._spans, records, strict=True):
-            delivery_attempts(record.status).inc()
             if record.status is not DeliveryStatus.PENDING:
                 ended_at = now if job.finished_at is None else job.finished_at
                 delivery_seconds(job.model_name, record.status).observe(max(0.0, now - ended_at))

@@ -16,6 +16,7 @@ SPARE_DEADLINES = 10_000
 @dataclass(slots=True)
 class _Entry:
     job: Job
+    size_bytes: int
     withdraw: Withdraw | None = None
     """Withdraws it from the scheduler, once it was given to it."""
 
@@ -39,9 +40,9 @@ class Window:
 
     def add(self, job: Job, deadline: float) -> None:
         """Add a claimed job."""
-        self._entries[job.job_id] = _Entry(job)
+        entry = self._entries[job.job_id] = _Entry(job, job.size_bytes)
         self.bulk += job.priority is Priority.BULK
-        self.size_bytes += job.size_bytes
+        self.size_bytes += entry.size_bytes
         heapq.heappush(self._deadlines, (deadline, job.job_id))
 
     def start(self, job: Job, withdraw: Withdraw) -> None:
@@ -56,7 +57,7 @@ class Window:
         if entry.withdraw is not None:
             entry.withdraw()
         self.bulk -= entry.job.priority is Priority.BULK
-        self.size_bytes -= entry.job.size_bytes
+        self.size_bytes -= entry.size_bytes
         return entry.job
 
     def remove_unstarted(self) -> Iterator[Job]:

@@ -1,7 +1,7 @@
 """``POST /async/predict``: one job, a list of them, or a stream of any length."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from http import HTTPStatus
 
@@ -48,11 +48,12 @@ class Submitter:
 
     async def answer(self, request: Request) -> Response:
         """Submit what the body of the request asks for, and answer once it is stored."""
-        if takes_lines(request):
+        is_stream = takes_lines(request)
+        if is_stream:
             self._refuse_key()
         # A model that takes no jobs now fails the request before it is read, not each line.
         self._jobs.check_accepting(self._target.model.name)
-        if takes_lines(request):
+        if is_stream:
             return LineStream(self._answer_lines, self._parser.limits.max_line_bytes)
         self._caller.take_items(0)  # a caller that is over its limit is refused before its body is read
         body = await read_body(request)
@@ -79,7 +80,7 @@ class Submitter:
     async def _answer_one(self, request: Request, job: AsyncInputModel) -> Response:
         keyed = self._with_key(job)
         self._caller.take_items(1)
-        (outcome,) = await self._submit([keyed])
+        (outcome,) = await self._submit_valid([keyed], self._batch_of([keyed], [1]))
         if isinstance(outcome, Failure):
             raise outcome.error
         location = f"{request.scope.get('root_path', '')}/jobs/{outcome.value}"
@@ -123,15 +124,18 @@ class Submitter:
         target: Target | None = None,
     ) -> list[Outcome[str]]:
         """Submit jobs, which have these `numbers` (from 1) in the request; returns the outcome of each."""
-        return await run_valid(
-            asked,
-            partial(
-                self._jobs.submit,
-                model_name=(target or self._target).model.name,
-                priority=self._options.priority,
-                owner=self._caller.owner,
-                batch=self._batch_of(asked, numbers or range(1, len(asked) + 1)),
-            ),
+        batch = self._batch_of(asked, numbers or range(1, len(asked) + 1))
+        return await run_valid(asked, partial(self._submit_valid, batch=batch, target=target))
+
+    def _submit_valid(
+        self, jobs: Sequence[AsyncInputModel], batch: JobBatchLines | None, target: Target | None = None
+    ) -> Awaitable[list[Outcome[str]]]:
+        return self._jobs.submit(
+            jobs,
+            model_name=(target or self._target).model.name,
+            priority=self._options.priority,
+            owner=self._caller.owner,
+            batch=batch,
         )
 
     def _batch_of(self, asked: Sequence[AsyncInputModel | Failure], numbers: Iterable[int]) -> JobBatchLines | None:
