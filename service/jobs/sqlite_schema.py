@@ -10,6 +10,12 @@ APPLICATION_ID = 0x6D6F646B
 
 CACHE_BYTES = 16 * 2**20
 
+CHECKPOINT_PAGES = 4000
+"""Pages in the write-ahead log after which they are copied to the database: four times SQLite's default.
+
+A page is copied once, however often it was written, and each copying waits for the disk.
+"""
+
 VERSION = 7
 """The version of the tables. A database of another one is refused."""
 
@@ -98,6 +104,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
         database.execute("PRAGMA fullfsync = ON")  # on macOS, where a plain one leaves the data in the drive's cache
+        database.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         database.execute("PRAGMA busy_timeout = 5000")
         database.execute(f"PRAGMA cache_size = -{CACHE_BYTES // 1024}")
         if is_new:
