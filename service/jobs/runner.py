@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 ROOM_POLL_INTERVAL_S = 0.05
 """Seconds between two attempts to start a job while the scheduler's queue is full."""
+CLOCK_INTERVAL_S = 1.0
+"""Seconds after which the clock is asked again: one of a test may go faster than time passes."""
 BULK_WINDOW_DIVISOR = 10
 """Bulk jobs get at least one in N places of the window."""
 MAX_WINDOW_BYTES = 64 * 2**20
@@ -381,7 +383,7 @@ class JobRunner(AsyncContextManagerMixin):
         until = self._running.next_deadline
         if may_claim:
             until = min(until, self._next_retry_at)
-        return None if math.isinf(until) else max(0.0, until - self._manager.clock())
+        return None if math.isinf(until) else min(CLOCK_INTERVAL_S, max(0.0, until - self._manager.clock()))
 
     # Ending.
 

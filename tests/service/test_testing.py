@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import anyio
 import pytest
 from pydantic import BaseModel
 
@@ -141,6 +142,7 @@ async def test_jobs_take_the_time_from_the_clock() -> None:
         assert job.created_at == clock.now
         pipeline.gate.clear()
         late = await worker.submit(AsyncInputModel(message={"text": "four"}, failure_queue="bad", expires_in=60))
+        await anyio.wait_all_tasks_blocked()
         clock.advance(61)
         assert late in await queue.receive("bad")
         expired = await worker.job(late)
