@@ -33,7 +33,6 @@ MIN_OVERLAP_S = 0.0005  # that it saves: overlapping costs two more visits to th
 # them would hold the event loop for long.
 MAX_VISIT_BATCHES, MAX_VISIT_ITEMS = 8, 1024
 MAX_VISIT_S = 0.0005  # that these may be expected to take: a visit costs up to 0.3 ms
-AHEAD_S = 0.002  # before a batch ends the next one is formed: the event loop takes 1 ms for both, more while it is busy
 PREFETCH_MARGIN = 2.0  # the next batch is formed this many expected first stages before the end of the second stage
 MAX_FAULTS_IN_A_ROW = 3
 BROKEN = "the scheduler is broken and runs nothing any more; the log says why; restart the process"
@@ -155,8 +154,6 @@ class Dispatcher(Generic[T, R]):
                 while (batch := await self._next_batch(executor)) is not None:
                     if self._should_overlap(executor):
                         await self._start_overlapped(batch, executor, overlapped)
-                    elif self._may_start_next(executor) and self._expected_s(batch) >= MAX_VISIT_S:
-                        await self._start_before_next(batch, executor, overlapped)
                     else:
                         await self._run(self._for_one_visit(batch, executor), executor)
                         if executor.is_async or len(self._planner.queue) < self._planner.policy.max_batch_size:
@@ -250,48 +247,13 @@ class Dispatcher(Generic[T, R]):
         That is when this batch is in its second stage, and just early enough for the first stage of the next one. Until
         then requests may arrive that suit the next batch better.
         """
-        shares = self.runner.shares
-        progress = Progress(partial(self._planner.should_preempt, batch), overlaps=True)
-        wait_s = batch.predicted_s * (1 - shares.outside - PREFETCH_MARGIN * shares.preprocess)
-        await self._start(batch, executor, task_group, progress, wait_s)
-        if not self._planner.should_form_early(batch, saved_share=shares.outside):
-            await self._wait_for_callers(progress)
-
-    def _may_start_next(self, executor: Executor[T, R]) -> bool:
-        """Whether the next batch may be given to the thread before the one there ends: no other could run it sooner.
-
-        It is full, so more requests would not help.
-        """
-        is_full = len(self._planner.queue) >= self._planner.policy.max_batch_size
-        return is_full and len(self.executors) == 1 and executor.takes_next
-
-    async def _start_before_next(
-        self, batch: Batch[Pending[T, R]], executor: Executor[T, R], task_group: TaskGroup
-    ) -> None:
-        """Start a batch, and return shortly before it ends, so that its thread has the next one by then."""
-        progress = Progress(partial(self._planner.should_preempt, batch), overlaps=False)
-        await self._start(batch, executor, task_group, progress, batch.predicted_s - AHEAD_S)
-        if not self._may_start_next(executor):
-            await self._wait_for_callers(progress)
-
-    async def _wait_for_callers(self, progress: Progress) -> None:
-        """Wait until a batch has ended, and its callers may have sent requests for the next one."""
-        await progress.ended.wait()
-        await checkpoint()
-
-    async def _start(
-        self,
-        batch: Batch[Pending[T, R]],
-        executor: Executor[T, R],
-        task_group: TaskGroup,
-        progress: Progress,
-        wait_s: float,
-    ) -> None:
-        """Start a batch beside others, and return `wait_s` after it has started, or once it is computed."""
+        progress = Progress(partial(self._planner.should_preempt, batch))
         task_group.start_soon(self._run, [batch], executor, progress)
-        await progress.started.wait()
+        await progress.predict_started.wait()
+        shares = self.runner.shares
+        wait_s = batch.predicted_s * (1 - shares.outside - PREFETCH_MARGIN * shares.preprocess)
         with anyio.move_on_after(wait_s):
-            await progress.computed.wait()
+            await progress.predict_ended.wait()
 
     async def _run(
         self, batches: list[Batch[Pending[T, R]]], executor: Executor[T, R], progress: Progress | None = None
@@ -307,7 +269,7 @@ class Dispatcher(Generic[T, R]):
                 for run in left:
                     self.runner.requeue(run)
                 self.sleepers.wake_one()  # another worker may run them, while the items of a failed batch are searched
-            count, overlapped = len(results), progress is not None and progress.overlaps
+            count, overlapped = len(results), progress is not None
             for run, (outputs, seconds) in zip(runs, results, strict=False):
                 try:
                     await self.runner.end(run, outputs, seconds, executor, batches=count, overlapped=overlapped)

@@ -4,7 +4,7 @@ import inspect
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from operator import is_
@@ -22,7 +22,7 @@ from modalkit.batching.errors import (
 )
 from modalkit.batching.stages import RunBatch, Stages, StageSeconds
 from modalkit.batching.task_groups import without_foreign_cancellation
-from modalkit.batching.threads import Call, DedicatedThread
+from modalkit.batching.threads import DedicatedThread
 
 logger = logging.getLogger(__name__)
 
@@ -42,38 +42,17 @@ class BatchPreemptedError(Exception):
 
 
 class Progress:
-    """How far a batch has come beside which the next one may start.
+    """How far an overlapped batch has come. If `should_preempt` is true before its second stage, it is preempted."""
 
-    If `should_preempt` is true when it would begin, it is preempted; one that `overlaps`, when its second stage would.
-    """
-
-    def __init__(self, should_preempt: Callable[[], bool], *, overlaps: bool) -> None:
-        self._should_preempt = should_preempt
-        self._is_preempted = False
-        self.overlaps = overlaps
-        """Whether its stages overlap with those of the batches before and after it."""
-        self.started = anyio.Event()
-        """Set when it has begun, or its second stage."""
-        self.computed = anyio.Event()
-        """Set when its second stage has ended."""
-        self.ended = anyio.Event()
-        """Set when it has ended, and its callers have their outcomes."""
-
-    @property
-    def is_preempted(self) -> bool:
-        """Whether it must not begin: asked in its thread, when that would begin it."""
-        return self._is_preempted or self._should_preempt()
-
-    def start(self) -> None:
-        """Record that it has its turn. What the event loop takes out of the queue from now on preempts it no more."""
-        self._is_preempted = self.is_preempted
-        self.started.set()
+    def __init__(self, should_preempt: Callable[[], bool]) -> None:
+        self.should_preempt = should_preempt
+        self.predict_started = anyio.Event()
+        self.predict_ended = anyio.Event()
 
     def end(self) -> None:
         """Record that the batch has ended, successfully or not."""
-        self.started.set()
-        self.computed.set()
-        self.ended.set()
+        self.predict_started.set()
+        self.predict_ended.set()
 
 
 class Executor(Generic[T, R]):
@@ -115,10 +94,9 @@ class Executor(Generic[T, R]):
         self._timeout_s = timeout_s
         self._main = DedicatedThread(name)
         self._side = DedicatedThread(f"{name} stages")
-        # Only batches that start while others run ever wait for these locks. They are fair: first come, first served.
+        # Only overlapped batches ever wait for these locks. They are fair: first come, first served.
         self._main_lock = anyio.Lock(fast_acquire=True)
         self._side_lock = anyio.Lock(fast_acquire=True)
-        self._overlapped = 0  # batches under way
         self._is_closed = False
         self.is_retired = False
         """Whether it is to begin no more batches, because others have taken its place."""
@@ -129,17 +107,6 @@ class Executor(Generic[T, R]):
     def is_busy(self) -> bool:
         """Whether a batch runs, or waits to run."""
         return self._main_lock.locked() or self._side_lock.locked()
-
-    @property
-    def takes_next(self) -> bool:
-        """Whether a batch can be given to the thread while one runs there: nothing else waits for its turn."""
-        return not (
-            self.is_async
-            or self._before_batch is not None
-            or self._overlapped
-            or self._side_lock.statistics().tasks_waiting
-            or self._main_lock.statistics().tasks_waiting
-        )
 
     @property
     def stuck_threads(self) -> int:
@@ -162,7 +129,7 @@ class Executor(Generic[T, R]):
         """Run one batch, in a block of `paused`; raises what it raises."""
         self._ensure_open()
         ended: list[Ended[R]] = []
-        await self._run_in_time(_Visit(self._run_batch, [payloads]), ended)
+        await self._run_in_time([payloads], ended)
         return ended[0][0]
 
     async def run_while_paused(self, function: Callable[[], S], timeout_s: float | None) -> S:
@@ -188,54 +155,45 @@ class Executor(Generic[T, R]):
 
         Synchronous batches run in one visit to the thread, in which the time limit is for all of them together. It ends
         early once they have taken `LONG_VISIT_S`: those that are left have no result. With a `progress`, there is one
-        batch, which the thread begins as soon as the one before has ended, if it `takes_next`; or each stage of it, if
-        it overlaps. The time that it waits for other batches does not count towards the time limit.
+        batch, and each stage of it runs as soon as the batch before has left it. Then only the time in the stages
+        counts towards the time limit, not the time that the batch waits for other batches.
         """
         ended: list[Ended[R]] = []
         try:
             await self.prepare()
-            if progress is not None and progress.overlaps and self.stages is not None:
+            if progress is not None and self.stages is not None:
                 [payloads] = batches
-                self._overlapped += 1
-                try:
-                    ended.append(await self._run_overlapped(payloads, self.stages, progress))
-                finally:
-                    self._overlapped -= 1
+                ended.append(await self._run_overlapped(payloads, self.stages, progress))
             else:
-                await self._run_in_turn(batches, ended, progress)
+                # All stages run at once, so no other batch may be in any of them.
+                async with nullcontext() if self.stages is None else self._side_lock, self._main_lock:
+                    await self._run_in_time(batches, ended)
         except Exception as error:  # noqa: BLE001  # user code may raise anything; the items get it as their error
             # It is returned, so that no frame of its traceback refers to the requests that will refer to it.
             return [*ended, (error, None)]
         return [*ended]
 
-    async def _run_in_turn(self, batches: Sequence[list[T]], ended: list[Ended[R]], progress: Progress | None) -> None:
-        """As `_run_in_time`, once the batch before has ended; in the thread, without waiting for the event loop."""
-        visit = _Visit(self._run_batch, batches, progress)
-        call = self._main.start(visit) if progress is not None and self.takes_next else None
-        try:
-            # All stages run at once, so no other batch may be in any of them.
-            async with nullcontext() if self.stages is None else self._side_lock, self._main_lock:
-                if progress is not None:
-                    progress.start()
-                await self._run_in_time(visit, ended, call)
-        finally:
-            visit.stop()
-
-    async def _run_in_time(self, visit: "_Visit[T, R]", ended: list[Ended[R]], call: Call[None] | None = None) -> None:
+    async def _run_in_time(self, batches: Sequence[list[T]], ended: list[Ended[R]]) -> None:
         """Run batches, and add those that have ended to `ended`; raises what the first that fails raises."""
+        waiting, done = iter(batches), list[Ended[R]]()
         try:
             with nullcontext() if math.isinf(self._timeout_s) else anyio.move_on_after(self._timeout_s):
-                if self.is_async:
-                    for payloads in visit.waiting:
-                        outputs, seconds = await self._run_in_loop(payloads)
-                        visit.ended.append((checked_outputs(outputs, len(payloads)), seconds))
-                else:
-                    await self._main.result_of(call or self._main.start(visit))
+                await self._run_at_once(waiting, done)
                 return
         finally:
-            ended += visit.stop()
-        if (count := len(ended)) < len(visit.batches):
-            raise BatchTimeoutError(self._timeout_s, len(visit.batches[count]))
+            deque(waiting, maxlen=0)  # an abandoned thread begins no further batch
+            ended += done  # and what it may still add to `done` is dropped
+        if (count := len(ended)) < len(batches):
+            raise BatchTimeoutError(self._timeout_s, len(batches[count]))
+
+    async def _run_at_once(self, batches: Iterator[list[T]], ended: list[Ended[R]]) -> None:
+        """As `_run_in_time`, without a time limit."""
+        if self.is_async:
+            for payloads in batches:
+                outputs, seconds = await self._run_in_loop(payloads)
+                ended.append((checked_outputs(outputs, len(payloads)), seconds))
+        else:
+            await self._main.run(partial(_run_synchronously, self._run_batch, batches, ended))
 
     async def _run_in_loop(self, payloads: list[T]) -> tuple[Any, StageSeconds]:
         """Call the function, or all stages in a row, of which some are asynchronous."""
@@ -252,33 +210,22 @@ class Executor(Generic[T, R]):
         async with self._side_lock:
             prepared, preprocess_s = await self._run_stage(self._side, left_s, stages.preprocess, payloads)
         left_s -= preprocess_s
-        predict: Call[tuple[Any, float]] | None = None
-        if not _is_async(stages.predict) and not self._main_lock.statistics().tasks_waiting:
-            # The thread begins it as soon as the batch before has left it, without waiting for the event loop.
-            predict = self._main.start(partial(_timed_unless_preempted, progress, stages.predict, payloads, prepared))
         async with self._main_lock:
-            progress.start()
-            if predict is None and progress.is_preempted:
+            if progress.should_preempt():
                 raise BatchPreemptedError
-            raw, predict_s = await self._run_stage(self._main, left_s, stages.predict, payloads, prepared, call=predict)
-        progress.computed.set()
+            progress.predict_started.set()
+            raw, predict_s = await self._run_stage(self._main, left_s, stages.predict, payloads, prepared)
+        progress.predict_ended.set()
         left_s -= predict_s
         async with self._side_lock:
             outputs, postprocess_s = await self._run_stage(self._side, left_s, stages.postprocess, payloads, raw)
         return checked_outputs(outputs, len(payloads)), StageSeconds(preprocess_s, predict_s, postprocess_s)
 
     async def _run_stage(
-        self,
-        thread: DedicatedThread,
-        left_s: float,
-        stage: Callable[..., S],
-        payloads: list[T],
-        *more: Any,
-        call: Call[tuple[S, float]] | None = None,
+        self, thread: DedicatedThread, left_s: float, stage: Callable[..., S], payloads: list[T], *more: Any
     ) -> tuple[S, float]:
-        """Run a stage within `left_s`, or wait for the `call` of it that was started."""
         with anyio.move_on_after(max(0.0, left_s)):
-            return await (_call(thread, stage, payloads, *more) if call is None else thread.result_of(call))
+            return await _call(thread, stage, payloads, *more)
         raise BatchTimeoutError(self._timeout_s, len(payloads))
 
 
@@ -302,32 +249,13 @@ async def _call(thread: DedicatedThread, stage: Callable[..., Any], payloads: li
     return result, perf_counter() - started_s
 
 
-class _Visit(Generic[T, R]):
-    """Batches that run one after the other in one visit to the thread, up to the first that fails."""
-
-    def __init__(self, run_batch: RunBatch[T, R], batches: Sequence[list[T]], progress: Progress | None = None) -> None:
-        self.batches = batches
-        self.waiting = iter(batches)
-        self.ended: list[Ended[R]] = []
-        self._run_batch = run_batch
-        self._progress = progress
-
-    def __call__(self) -> None:
-        """What the thread does. Raises `BatchPreemptedError`, and what a batch raises."""
-        if self._progress is not None and self._progress.is_preempted:
-            raise BatchPreemptedError
-        long_s = perf_counter() + LONG_VISIT_S
-        for payloads in self.waiting:
-            outputs, seconds = _run_stages(self._run_batch, payloads)
-            self.ended.append((checked_outputs(outputs, len(payloads)), seconds))
-            if perf_counter() >= long_s:
-                return
-
-    def stop(self) -> list[Ended[R]]:
-        """Let an abandoned thread begin no further batch; returns those that have ended, once."""
-        deque(self.waiting, maxlen=0)
-        ended, self.ended = self.ended, []  # what the thread may still add is dropped
-        return ended
+def _run_synchronously(run_batch: RunBatch[T, R], batches: Iterator[list[T]], ended: list[Ended[R]]) -> None:
+    long_s = perf_counter() + LONG_VISIT_S
+    for payloads in batches:
+        outputs, seconds = _run_stages(run_batch, payloads)
+        ended.append((checked_outputs(outputs, len(payloads)), seconds))
+        if perf_counter() >= long_s:
+            return
 
 
 def _run_stages(run_batch: RunBatch[T, R], payloads: list[T]) -> tuple[Any, StageSeconds]:
@@ -347,13 +275,6 @@ def _timed(stage: Callable[..., S], payloads: list[T], *more: Any) -> tuple[S, f
     result = stage(given, *more)
     ensure_order(payloads, given)
     return result, perf_counter() - started_s
-
-
-def _timed_unless_preempted(progress: Progress, stage: Callable[..., S], *args: Any) -> tuple[S, float]:
-    """As `_timed`; raises `BatchPreemptedError`."""
-    if progress.is_preempted:
-        raise BatchPreemptedError
-    return _timed(stage, *args)
 
 
 def ensure_order(payloads: list[T], given: list[T]) -> None:

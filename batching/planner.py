@@ -182,21 +182,6 @@ class BatchPlanner(Generic[RequestT]):
             and self._bulk_deficit_s <= 0
         )
 
-    def should_form_early(self, batch: Batch[RequestT], saved_share: float) -> bool:
-        """Whether the next batch should be formed while `batch` runs, which saves this share of its time.
-
-        If not, it will hold more requests where the callers of `batch` send the next ones once they have their results.
-        So it should, if it is full already, or if more requests would shorten its time for each by less.
-        """
-        former, count, waiting = self.devices[batch.device].former, len(batch.requests), max(1, len(self.queue))
-        if waiting >= former.count_limit:
-            return True
-        more = min(waiting + count, former.count_limit)
-        now_s, later_s = (
-            former.cost_model.predict_s(n, batch.longest, round(n * batch.total / count)) / n for n in (waiting, more)
-        )
-        return now_s * (1 - saved_share) <= later_s
-
     def _own_s(self, size: int) -> float:
         try:
             return self.devices[0].former.own_s(size)

@@ -2,8 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from anyio.lowlevel import EventLoopToken, current_token
@@ -14,8 +13,8 @@ from modalkit.batching.wakeup import Future, asyncio_loop, make_future, wake
 T = TypeVar("T")
 
 
-class Call(Generic[T]):
-    """One function call that a thread is to make."""
+class _Call(Generic[T]):
+    """One function call that the thread is to make."""
 
     def __init__(self, function: Callable[[], T], token: EventLoopToken) -> None:
         self.function = function
@@ -24,8 +23,6 @@ class Call(Generic[T]):
         self.done: Future[None] = make_future(self._loop)
         self.result: T
         self.error: BaseException | None = None
-        self.is_dropped = False
-        """Whether the thread was abandoned before it began the call."""
 
     def run(self) -> None:
         """Call the function and wake the caller; raises `RuntimeError` if the event loop has ended meanwhile."""
@@ -51,7 +48,7 @@ class DedicatedThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._calls: SimpleQueue[Call[object] | None] | None = None
+        self._calls: SimpleQueue[_Call[object] | None] | None = None
         self._abandoned: list[threading.Thread] = []
         self._thread: threading.Thread | None = None
         self._token: EventLoopToken
@@ -62,20 +59,9 @@ class DedicatedThread:
         When cancelled, it returns at once, and the function's outcome is dropped. An error that is no `Exception`, such
         as `SystemExit`, is raised as a `RuntimeError`, because it must not end the event loop's thread.
         """
-        return await self.result_of(self.start(function))
-
-    def start(self, function: Callable[[], T]) -> Call[T]:
-        """Let the thread call `function` as soon as the calls before it have ended; returns at once."""
         calls = self._running_queue()
-        call = Call(function, self._token)
+        call = _Call(function, self._token)
         calls.put(call)  # type: ignore[arg-type]  # the thread does not use the result
-        return call
-
-    async def result_of(self, call: Call[T]) -> T:
-        """The result of a call that was started, as by `run`; if a call before it was abandoned, it begins now."""
-        if call.is_dropped:
-            call.is_dropped = False
-            self._running_queue().put(call)  # type: ignore[arg-type]  # as above
         try:
             await call.done
         except BaseException:
@@ -94,18 +80,12 @@ class DedicatedThread:
             del error
 
     def close(self, *, abandon: bool = False) -> None:
-        """End the thread after the calls that were started. Idempotent.
-
-        With `abandon`, it counts as stuck until its current call has ended, and begins none of the others.
-        """
+        """End the thread after its current call; with `abandon`, count it as stuck until then. Idempotent."""
         if self._calls is None or self._thread is None:
             return
+        self._calls.put(None)
         if abandon:
             self._abandoned.append(self._thread)
-            with suppress(Empty):
-                while (call := self._calls.get_nowait()) is not None:
-                    call.is_dropped = True
-        self._calls.put(None)
         self._calls = self._thread = None
 
     @property
@@ -115,12 +95,7 @@ class DedicatedThread:
             self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
         return len(self._abandoned)
 
-    @property
-    def waiting(self) -> int:
-        """How many calls were started and have not begun."""
-        return 0 if self._calls is None else self._calls.qsize()
-
-    def _running_queue(self) -> "SimpleQueue[Call[object] | None]":
+    def _running_queue(self) -> "SimpleQueue[_Call[object] | None]":
         if self._calls is None:
             self._calls = SimpleQueue()
             self._token = current_token()
@@ -129,7 +104,7 @@ class DedicatedThread:
         return self._calls
 
 
-def _serve(calls: "SimpleQueue[Call[object] | None]") -> None:
+def _serve(calls: "SimpleQueue[_Call[object] | None]") -> None:
     while (call := calls.get()) is not None:
         try:
             call.run()

@@ -459,29 +459,3 @@ def test_a_request_whose_deadline_has_come_is_never_run() -> None:
 def test_a_limit_out_of_range_is_refused_by_name_and_value(limit: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{limit} must be .*, got {value}"):
         planner(**{limit: value})
-
-
-@pytest.mark.parametrize(
-    ("fixed_s", "waiting", "saved_share", "early"),
-    [
-        (1.0, 8, 0.2, False),  # all cost is for the batch: wait for the 16 that run to come back
-        (1.0, 32, 0.2, True),  # it is full
-        (1.0, 16, 0.6, True),  # what is saved is more than half of the time
-        (0.0, 8, 0.2, True),  # all cost is for the items
-        (1.0, 0, 0.2, False),
-        (0.0, 0, 0.2, True),
-    ],
-)
-def test_the_next_batch_is_formed_early_where_more_requests_would_save_less(
-    fixed_s: float, waiting: int, saved_share: float, early: bool
-) -> None:
-    plan: BatchPlanner[Request[int]] = BatchPlanner(
-        BatchPolicy(max_batch_size=32), PaddedCostModel(fixed_s, 0.0 if fixed_s else 0.01)
-    )
-    for number in range(16):
-        plan.push(Request(number, 1))
-    running = plan.decide(0.0).batch
-    assert running is not None
-    for number in range(waiting):
-        plan.push(Request(number, 1))
-    assert plan.should_form_early(running, saved_share) is early

@@ -16,7 +16,6 @@ from modalkit.batching import (
     Failure,
     Outcome,
     OutputCountError,
-    PaddedCostModel,
     Priority,
     Stages,
     StageSeconds,
@@ -135,36 +134,6 @@ async def test_a_prepared_batch_of_jobs_is_requeued_when_an_interactive_request_
     assert outcomes == [Success(6), Success(2), Success(4)]
     assert [items for name, items in model.events if name == "predict"] == [[1], [3], [2]]
     assert statistics.batches == 4, "a preempted batch is no batch that ran"
-
-
-async def test_a_prepared_batch_predicts_while_the_event_loop_is_busy_with_the_one_before() -> None:
-    model = Model()
-    async with BatchScheduler(model.stages(), policy=ONE) as scheduler, anyio.create_task_group() as group:
-        await make_overlap_pay(model, scheduler)
-        gate = model.close("predict", 1)
-        group.start_soon(scheduler.submit_many, [1, 2])
-        await model.until_entered("predict")
-        with anyio.fail_after(LONG_S):
-            while not scheduler._dispatcher.executors.first_of(0)._main.waiting:  # noqa: SLF001  # until [2] is prepared
-                await anyio.lowlevel.checkpoint()
-        gate.set()
-        assert model.entered["predict"].acquire(timeout=LONG_S), "this blocks the event loop"
-
-
-async def test_few_callers_get_full_batches_where_a_batch_takes_as_long_however_many_it_holds() -> None:
-    model, records = Model(preprocess_s=0.002, predict_s=0.010), list[BatchRecord]()
-    policy, costs = BatchPolicy(max_batch_size=8), PaddedCostModel(fixed_s=0.012, token_s=0.0)
-    async with BatchScheduler(model.stages(), policy=policy, cost_model=costs, on_batch=records.append) as scheduler:
-        await make_overlap_pay(model, scheduler)
-
-        async def call() -> None:
-            for number in range(20):
-                await scheduler.submit(number)
-
-        async with anyio.create_task_group() as group:
-            for _ in range(10):
-                group.start_soon(call)
-    assert [record.count for record in records[1:16]] == [8] * 15, "not 8 and 2 in turn"
 
 
 @pytest.mark.parametrize("max_partial_in_flight", [None, 1])
