@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
+import torch
 from torch import Tensor
 from torch.cuda import synchronize
 
@@ -21,7 +22,7 @@ JUDGED_AFTER = 5  # batches after which hopeless candidates are left out
 HOPELESS = 1.3  # times slower than the fastest
 PAUSE_S = 0.005  # in which the threads of the engine that ran before stop spinning
 MIN_SAMPLES = 32  # to compare; fewer only where there are no more
-DISTURBED = 0.6  # seconds, in each one of a batch, that threads wait for a core; measured: up to 0.5, or more than 0.7
+DISTURBED = 0.3  # of a batch's time, that its threads wait for a core; measured with two: up to 0.26, or 0.37 and more
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Race:
     Candidates begin with all threads of torch. Where other processes need cores, the kernel may leave several of these
     threads on one core, and each layer then waits until all of them had their turn: a batch takes up to 100 times as
     long. After the first such batch the race calls `fewer_threads`, once, and times that batch anew.
-    `waited_s` tells the seconds that the threads of this process have waited for a core.
+    `waited_s` tells the seconds that the threads of this process have waited for a core; torch has `threads` of them.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Race:
         sleep: Callable[[float], object] = time.sleep,
         fewer_threads: Callable[[], object] | None = None,
         waited_s: Callable[[], float] = waited_s,
+        threads: int | None = None,
     ) -> None:
         self._reference = Contender(REFERENCE, reference)
         self._contenders: list[Contender] = []
@@ -63,6 +65,7 @@ class Race:
         self._sleep = sleep
         self._fewer_threads = fewer_threads  # None once it was called
         self._waited_s = waited_s
+        self._threads = threads or torch.get_num_threads()
 
     def enter(self, candidate: Candidate, load: Callable[[Candidate], Run]) -> None:
         """Let a candidate take part. Torch float32 runs already; others are loaded, which may raise anything."""
@@ -179,7 +182,8 @@ class Race:
             contender.error = describe(error)
             return None, 0.0
         seconds = self._clock() - started_s
-        if self._fewer_threads and seconds >= SHORT_S and self._waited_s() - waited_s >= DISTURBED * seconds:
+        share = (self._waited_s() - waited_s) / (self._threads * max(seconds, 1e-9))
+        if self._fewer_threads and seconds >= SHORT_S and share >= DISTURBED:
             self._fewer_threads()
             self._fewer_threads = None
         return outputs, seconds

@@ -132,7 +132,7 @@ class JobRunner(AsyncContextManagerMixin):
         self._engine_closed = False
         self._additions: list[_Addition] = []  # to be stored, which have come in this pass of the event loop
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task_group: TaskGroup | None = None
+        self._task_group: TaskGroup | None = None  # while new jobs are taken
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
@@ -148,7 +148,7 @@ class JobRunner(AsyncContextManagerMixin):
                 finally:
                     self.close()
         finally:
-            self._task_group = None
+            self._task_group = None  # also where an exception has left the block
             self._running.withdraw_all()
             self._manager.detach(self._model_name)
 
@@ -176,7 +176,7 @@ class JobRunner(AsyncContextManagerMixin):
             self._task_group.start_soon(self._store_additions)
         await addition.done
         if isinstance(addition.added, Exception):
-            raise addition.added
+            raise addition.added.with_traceback(None)  # others raise it, too
         return addition.added
 
     async def _store_additions(self) -> None:
@@ -188,8 +188,9 @@ class JobRunner(AsyncContextManagerMixin):
         self._adding_bytes += size_bytes
         results: Sequence[Added | Exception] = [JobStoreClosedError()] * len(additions)
         try:
-            results = await self._manager.store.add_each([addition.jobs for addition in additions])
-        except JobStoreError as error:
+            with anyio.CancelScope(shield=True):  # else callers would not know what was stored
+                results = await self._manager.store.add_each([addition.jobs for addition in additions])
+        except Exception as error:  # noqa: BLE001  # the callers raise it
             results = [error] * len(additions)
         finally:
             self._unstored -= entering
@@ -244,6 +245,7 @@ class JobRunner(AsyncContextManagerMixin):
         while await self._run_quarantined():
             await self._run_queued(self._group_limit)
         await self._run_queued()
+        self._task_group = None
         self._ends.close()
 
     async def _run_quarantined(self) -> bool:
@@ -313,7 +315,8 @@ class JobRunner(AsyncContextManagerMixin):
             self._start_waiting()
             if claimed:
                 continue
-            if not self._running and not self._unstored and (is_closing or not math.isinf(limit)):
+            has_ended = not self._running and not self._unstored and not self._additions
+            if has_ended and (is_closing or not math.isinf(limit)):
                 return
             with anyio.move_on_after(self._sleep_s(may_claim=room > 0 and not is_closing)):
                 await self._change.wait()

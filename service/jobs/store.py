@@ -38,7 +38,7 @@ Operation = Callable[[JobTable], Any]
 
 
 Added = list[str | IdempotencyKeyReusedError]
-"""The ids of new jobs; see `JobStore.add`."""
+"""The id of each new job, or its error; see `JobStore.add`."""
 
 
 def _operation(
@@ -118,8 +118,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
 
     def _add_each(self, lists: Sequence[Sequence[Job]]) -> list[Added | Exception]:
         if len(lists) > 1:  # all by one statement, unless one of them fails
-            jobs = list(chain.from_iterable(lists))
-            together = self._run_alone(lambda table: table.add(jobs))
+            together = self._run_alone(partial(JobTable.add, jobs=list(chain.from_iterable(lists))))
             if not isinstance(together, Exception):
                 added = iter(together)
                 return [list(islice(added, len(jobs))) for jobs in lists]

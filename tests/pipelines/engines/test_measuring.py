@@ -151,6 +151,7 @@ def test_processes_that_need_the_cores_change_neither_the_winner_nor_its_speed(b
         clock.sleep,
         fewer_threads=machine.use_one_thread,
         waited_s=lambda: machine.waited_s,
+        threads=2,
     )
     race.enter(BFLOAT16, lambda _: machine.torch(0.002))
     race.enter(OPENVINO, lambda _: machine.torch(0.003))
@@ -167,7 +168,7 @@ def test_a_long_batch_that_has_its_cores_keeps_all_threads() -> None:
     clock = Clock()
     machine = Machine(clock, 1000)
     race = Race(
-        machine.torch(0.2), sample_batches(), clock, clock.sleep, machine.use_one_thread, lambda: machine.waited_s
+        machine.torch(0.2), sample_batches(), clock, clock.sleep, machine.use_one_thread, lambda: machine.waited_s, 2
     )
     race.run(1000)
     assert machine.threads == 2

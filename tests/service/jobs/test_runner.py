@@ -7,7 +7,6 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
-from anyio.abc import TaskGroup
 
 from modalkit.batching import BatchTimeoutError, Failure, Priority, QueueFullError, SchedulerClosedError, Success
 from modalkit.batching.pending import Withdraw
@@ -280,8 +279,8 @@ async def test_a_runner_closes_while_a_job_is_submitted_that_cannot_be_stored() 
             submitting.start_soon(_release_when_idle, store)
 
 
-async def _submit_in_vain(manager: JobManager, why: str = "full") -> None:
-    with pytest.raises(JobStoreError, match=why):
+async def _submit_in_vain(manager: JobManager) -> None:
+    with pytest.raises(JobStoreError, match="full"):
         await submit(manager)
 
 
@@ -328,17 +327,29 @@ async def test_jobs_of_a_list_whose_making_outlasts_the_runner_are_stored() -> N
         assert stored.status is JobStatus.QUEUED
 
 
-async def test_submissions_fail_where_an_exception_leaves_the_runner() -> None:
-    async def run(manager: JobManager, submitting: TaskGroup) -> None:
+async def test_a_job_that_is_being_stored_when_an_exception_leaves_the_runner_is_told_to_its_caller() -> None:
+    store, ids = Held(), list[str]()
+
+    async def submit_one() -> None:
+        ids.append(await submit(manager))
+
+    async def release() -> None:
+        await anyio.wait_all_tasks_blocked()
+        store.released.set()
+
+    async def run() -> None:
         async with JobRunner(manager, "m", Engine(), window=3):
             await anyio.wait_all_tasks_blocked()
-            submitting.start_soon(_submit_in_vain, manager, "not open")
+            group.start_soon(submit_one)
             await anyio.wait_all_tasks_blocked()
+            group.start_soon(release)
             raise ZeroDivisionError
 
-    async with JobManager(Held()) as manager, anyio.create_task_group() as submitting:
+    async with JobManager(store) as manager, anyio.create_task_group() as group:
         with pytest.raises(ZeroDivisionError):
-            await run(manager, submitting)
+            await run()
+    async with store:
+        assert await store.get(ids[0]) is not None
 
 
 async def test_large_jobs_that_are_submitted_together_fill_the_window_as_others_do(
@@ -937,3 +948,32 @@ async def test_callers_that_wait_are_answered_when_waiting_is_over(manager: JobM
     job = await manager.get(job_id, 1e9)
     assert job is not None
     assert job.status is JobStatus.QUEUED
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # which runs tasks in their order
+async def test_a_job_that_comes_as_the_runner_of_a_memory_store_is_left_still_runs() -> None:
+    engine, ids = Engine(), list[str]()
+
+    async def submit_late() -> None:
+        ids.append(await submit(manager))
+
+    async with JobManager(MemoryJobStore()) as manager:
+        async with anyio.create_task_group() as group, JobRunner(manager, "m", engine, window=3):
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(submit_late)  # it runs after the block
+        job = await manager.get(ids[0])
+    assert job is not None
+    assert job.status is JobStatus.SUCCEEDED
+
+
+async def test_an_error_of_no_kind_of_the_store_reaches_its_callers_and_the_runner_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, store = Engine(), MemoryJobStore()
+    async with JobManager(store) as manager, JobRunner(manager, "m", engine, window=3):
+        await anyio.wait_all_tasks_blocked()
+        with monkeypatch.context() as broken:
+            broken.setattr(store, "_perform", None)  # which cannot be called
+            with pytest.raises(TypeError):
+                await submit(manager)
+        assert await submit(manager)
