@@ -330,24 +330,24 @@ async def test_jobs_of_a_list_whose_making_outlasts_the_runner_are_stored() -> N
 async def test_a_job_that_is_being_stored_when_an_exception_leaves_the_runner_is_told_to_its_caller() -> None:
     store, ids = Held(), list[str]()
 
-    async def submit_one() -> None:
+    async def submit_one(manager: JobManager) -> None:
         ids.append(await submit(manager))
 
     async def release() -> None:
         await anyio.wait_all_tasks_blocked()
         store.released.set()
 
-    async def run() -> None:
+    async def run(manager: JobManager) -> None:
         async with JobRunner(manager, "m", Engine(), window=3):
             await anyio.wait_all_tasks_blocked()
-            group.start_soon(submit_one)
+            group.start_soon(submit_one, manager)
             await anyio.wait_all_tasks_blocked()
             group.start_soon(release)
             raise ZeroDivisionError
 
     async with JobManager(store) as manager, anyio.create_task_group() as group:
         with pytest.raises(ZeroDivisionError):
-            await run()
+            await run(manager)
     async with store:
         assert await store.get(ids[0]) is not None
 
@@ -954,13 +954,13 @@ async def test_callers_that_wait_are_answered_when_waiting_is_over(manager: JobM
 async def test_a_job_that_comes_as_the_runner_of_a_memory_store_is_left_still_runs() -> None:
     engine, ids = Engine(), list[str]()
 
-    async def submit_late() -> None:
+    async def submit_late(manager: JobManager) -> None:
         ids.append(await submit(manager))
 
     async with JobManager(MemoryJobStore()) as manager:
         async with anyio.create_task_group() as group, JobRunner(manager, "m", engine, window=3):
             await anyio.wait_all_tasks_blocked()
-            group.start_soon(submit_late)  # it runs after the block
+            group.start_soon(submit_late, manager)  # it runs after the block
         job = await manager.get(ids[0])
     assert job is not None
     assert job.status is JobStatus.SUCCEEDED
