@@ -182,8 +182,8 @@ class Race:
             contender.error = describe(error)
             return None, 0.0
         seconds = self._clock() - started_s
-        share = (self._waited_s() - waited_s) / (self._threads * max(seconds, 1e-9))
-        if self._fewer_threads and seconds >= SHORT_S and share >= DISTURBED:
+        is_disturbed = self._waited_s() - waited_s >= DISTURBED * self._threads * seconds
+        if self._fewer_threads and seconds >= SHORT_S and is_disturbed:
             self._fewer_threads()
             self._fewer_threads = None
         return outputs, seconds

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, Self
 
@@ -19,12 +19,12 @@ from pydantic import BaseModel
 from modalkit.batching import Failure, Outcome, QueueFullError, SchedulerClosedError
 from modalkit.batching.pending import Withdraw
 from modalkit.batching.task_groups import plain_task_group
-from modalkit.batching.wakeup import Future, asyncio_loop, make_future, wake
+from modalkit.batching.wakeup import Future, asyncio_loop, make_future
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.jobs.backlog import Backlog
 from modalkit.service.jobs.collector import STORE_RETRY_S, Collector, store_until_closing
-from modalkit.service.jobs.errors import JobStoreClosedError, JobStoreError
+from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.life import JobTimeoutError, deadline_of, end_of, retry_of
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.jobs.model import Job, JobEnd, JobRetry, JobStatus
@@ -72,11 +72,10 @@ class JobEngine(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Addition:
-    """New jobs of one caller, who awaits `done`; then `added` is what `JobStore.add` returned or raised."""
+    """New jobs of one caller, who awaits what `JobStore.add` returns or raises for them."""
 
     jobs: Sequence[Job]
-    done: Future[None]
-    added: Added | Exception = field(default_factory=list)
+    added: Future[Added | Exception]
 
 
 class JobRunner(AsyncContextManagerMixin):
@@ -132,7 +131,7 @@ class JobRunner(AsyncContextManagerMixin):
         self._engine_closed = False
         self._additions: list[_Addition] = []  # to be stored, which have come in this pass of the event loop
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task_group: TaskGroup | None = None  # while new jobs are taken
+        self._task_group: TaskGroup | None = None  # until the feeding task has ended
 
     @asynccontextmanager
     async def __asynccontextmanager__(self) -> AsyncGenerator[Self]:
@@ -174,10 +173,10 @@ class JobRunner(AsyncContextManagerMixin):
         self._additions.append(addition)
         if len(self._additions) == 1:
             self._task_group.start_soon(self._store_additions)
-        await addition.done
-        if isinstance(addition.added, Exception):
-            raise addition.added.with_traceback(None)  # others raise it, too
-        return addition.added
+        added = await addition.added
+        if isinstance(added, Exception):
+            raise added.with_traceback(None)  # others raise it, too
+        return added
 
     async def _store_additions(self) -> None:
         """Store what has come, wake the callers, and start the jobs that the window has room for."""
@@ -186,27 +185,26 @@ class JobRunner(AsyncContextManagerMixin):
         entering, size_bytes = self._let_enter(jobs)
         self._unstored += entering
         self._adding_bytes += size_bytes
-        results: Sequence[Added | Exception] = [JobStoreClosedError()] * len(additions)
+        results: Sequence[Added | Exception]
         try:
             with anyio.CancelScope(shield=True):  # else callers would not know what was stored
                 results = await self._manager.store.add_each([addition.jobs for addition in additions])
         except Exception as error:  # noqa: BLE001  # the callers raise it
             results = [error] * len(additions)
-        finally:
-            self._unstored -= entering
-            self._adding_bytes -= size_bytes
-            self._queued.add(len(jobs) - entering)
-            self._change.set()
-            for addition, added in zip(additions, results, strict=True):
-                addition.added = added
-                wake(addition.done)
-        for addition in additions:
-            if not isinstance(addition.added, Exception):
-                for job, job_id in zip(addition.jobs, addition.added, strict=True):
-                    # Another id is that of an earlier job with the same idempotency key.
-                    if job.status is JobStatus.RUNNING and job_id == job.job_id:
-                        self._enter(job)
-                        self._waiting.append(job)
+        self._unstored -= entering
+        self._adding_bytes -= size_bytes
+        self._queued.add(len(jobs) - entering)
+        self._change.set()
+        for addition, added in zip(additions, results, strict=True):
+            if not addition.added.done():  # else its caller was cancelled
+                addition.added.set_result(added)
+            if isinstance(added, Exception):
+                continue
+            for job, job_id in zip(addition.jobs, added, strict=True):
+                # Another id is that of an earlier job with the same idempotency key.
+                if job.status is JobStatus.RUNNING and job_id == job.job_id:
+                    self._enter(job)
+                    self._waiting.append(job)
         self._start_waiting()
 
     def _let_enter(self, jobs: Sequence[Job]) -> tuple[int, int]:
