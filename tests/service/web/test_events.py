@@ -227,10 +227,11 @@ async def test_a_job_tells_its_states_its_pieces_and_at_last_its_result(
     spelling.gate.clear()
     job_id = await submit(client, "spelling", "ab")
     async with listening(client, "GET", f"/jobs/{job_id}/events") as received:
+        first = await anext(received)
         await until(lambda: spelling.batches == [["ab"]])
         spelling.gate.set()
         found = [event async for event in received]
-    assert found[0].name == "status"
+    assert first.name == "status"
     pieces = [event.data for event in found if event.name == "piece"]
     assert pieces[-1] == {"job_id": job_id, "piece": {"status": "success", "error": None, "meta": {}, "text": "ab"}}
     last = found[-1]
