@@ -99,7 +99,7 @@ def new_job(
         message_json=_message_json(message),
         success_queue=request.success_queue if delivers else None,
         failure_queue=request.failure_queue if delivers else None,
-        meta_json=json_text(request.meta),
+        meta_json=json_text(request.meta) if request.meta else "{}",
         priority=priority,
         created_at=now,
         expires_at=None if request.expires_in is None else now + request.expires_in,
@@ -110,8 +110,7 @@ def new_job(
     if place is not None:
         job.batch_id, job.line = place
         job.idempotency_key = job.idempotency_key or f"{job.batch_id}:{job.line}"
-    names = (job.job_id, model_name, job.success_queue, job.failure_queue, job.idempotency_key)
-    if "".join(filter(None, names)).isprintable():
+    if f"{job_id}{model_name}{job.success_queue}{job.failure_queue}{job.idempotency_key}".isprintable():
         return job
     for field in _NAME_FIELDS:
         name = getattr(job, field) or ""

@@ -4,7 +4,6 @@ import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from functools import partial
 from itertools import repeat
 from typing import Protocol, Self, Unpack
 
@@ -31,7 +30,7 @@ from modalkit.service.jobs.model import (
     JobPiece,
     JobRetry,
     JobStatus,
-    new_job_id,
+    new_job_ids,
 )
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.store import Added, JobStore
@@ -203,24 +202,37 @@ class JobManager(AsyncContextManagerMixin):
         When cancelled, jobs may have been stored.
         """
         feed = self._feed_of(model_name)
-        make = partial(
-            new_job,
-            model_name=model_name,
-            now=self.clock(),
-            traceparent=current_traceparent(),
-            delivers=self._deliverer is not None,
-            **options,
-        )
+        now, traceparent, delivers = self.clock(), current_traceparent(), self._deliverer is not None
+
+        def make(request: AsyncInputModel, job_id: str, place: tuple[str, int] | None) -> Job | Exception:
+            """A job that is not stored yet, or what is wrong with the request."""
+            try:
+                message = request.message
+                item = message if isinstance(message, BaseModel) else validated(feed.input_model, message)
+                self._queue_rules.check(request.success_queue, request.failure_queue)
+                job = new_job(
+                    request,
+                    job_id=job_id,
+                    model_name=model_name,
+                    message=item,
+                    now=now,
+                    delivers=delivers,
+                    traceparent=traceparent,
+                    place=place,
+                    **options,
+                )
+                job.item = item
+            except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything
+                return error
+            return job
+
         places = repeat(None) if batch is None else zip(repeat(batch.batch_id), batch.lines)
         entries: list[Job | Exception] = []
         for start in range(0, len(requests), NEW_JOBS_AT_ONCE):
             if start:
                 await checkpoint()
             some = requests[start : start + NEW_JOBS_AT_ONCE]
-            entries += [
-                self._new_job(request, feed.input_model, make, place)
-                for request, place in zip(some, places, strict=False)
-            ]
+            entries += map(make, some, new_job_ids(len(some)), places)
         jobs = [entry for entry in entries if isinstance(entry, Job)]
         added = iter(await feed.add(jobs) if jobs else ())
         outcomes: list[Outcome[str]] = []
@@ -240,24 +252,6 @@ class JobManager(AsyncContextManagerMixin):
         if feed is None:
             raise NotReadyError(model_name, Readiness.LOADING)
         return feed
-
-    def _new_job(
-        self,
-        request: AsyncInputModel,
-        input_model: type[BaseModel],
-        make: Callable[..., Job],
-        place: tuple[str, int] | None,
-    ) -> Job | Exception:
-        """A job that is not stored yet, or what is wrong with the request."""
-        try:
-            message = request.message
-            item = message if isinstance(message, BaseModel) else validated(input_model, message)
-            self._queue_rules.check(request.success_queue, request.failure_queue)
-            job = make(request, job_id=new_job_id(), message=item, place=place)
-            job.item = item
-        except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything
-            return error
-        return job
 
     async def get(self, job_id: str, wait_s: float = 0.0) -> Job | None:
         """The job, or None if there is none; waits up to `wait_s` seconds for it to end, until `stop_waiting`."""

@@ -52,23 +52,31 @@ class DeliveryStatus(StrEnum):
     """Given up after too many attempts; kept until it is replayed or purged."""
 
 
+_VARIANT = {digit: "89ab"[int(digit, 16) % 4] for digit in "0123456789abcdef"}
 _random_parts = list[str]()
 os.register_at_fork(after_in_child=_random_parts.clear)
 
 
 def new_job_id() -> str:
-    """A new UUID of version 7 (RFC 9562).
+    """One of `new_job_ids`."""
+    (job_id,) = new_job_ids(1)
+    return job_id
 
-    Its text sorts by the time it was made, so that a store writes jobs of the same time next to each other.
+
+def new_job_ids(count: int) -> list[str]:
+    """New UUIDs of version 7 (RFC 9562).
+
+    Their texts sort by the time they were made, so that a store writes jobs of the same time next to each other.
     """
-    if not _random_parts:
+    while len(_random_parts) < count:
         # Many at a time, because each call of the system releases the interpreter's lock, which takes long to get back.
         more = os.urandom(10 * IDS_PER_READ).hex()
         parts = (more[start : start + 20] for start in range(0, len(more), 20))
         # The version is 7. Of the digit that has the variant, two bits are random.
-        _random_parts.extend(f"-7{part[:3]}-{'89ab'[int(part[3], 16) % 4]}{part[4:7]}-{part[8:]}" for part in parts)
+        _random_parts.extend(f"-7{part[:3]}-{_VARIANT[part[3]]}{part[4:7]}-{part[8:]}" for part in parts)
     time_ms = f"{time.time_ns() // 1_000_000:012x}"
-    return f"{time_ms[:8]}-{time_ms[8:]}{_random_parts.pop()}"
+    prefix = f"{time_ms[:8]}-{time_ms[8:]}"
+    return [prefix + _random_parts.pop() for _ in range(count)]
 
 
 def json_text(value: JsonObject) -> str:

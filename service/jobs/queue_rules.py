@@ -25,12 +25,14 @@ class QueueRules:
     def __init__(self, allowed_queues: Sequence[str], backend: QueueBackend | None) -> None:
         self._allowed_queues = allowed_queues
         self._backend = backend
-        self._known_queues: set[str] = set()
+        self._known_queues: set[str | None] = {None}
 
     def check(self, success_queue: str | None, failure_queue: str | None) -> None:
         """Raise `QueueNotAllowedError` or `QueueNameError` for a queue that may not or cannot be sent to."""
+        if success_queue in self._known_queues and failure_queue in self._known_queues:
+            return
         for field, queue_name in (("success_queue", success_queue), ("failure_queue", failure_queue)):
-            if queue_name is None or queue_name in self._known_queues:
+            if queue_name is None:
                 continue
             if not any(fnmatch.fnmatchcase(queue_name, pattern) for pattern in self._allowed_queues):
                 raise QueueNotAllowedError(field, queue_name, self._allowed_queues)

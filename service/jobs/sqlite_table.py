@@ -96,7 +96,9 @@ class JobTable:
             duplicate = jobs[0].job_id if len(jobs) == 1 else self._first_duplicate([job.job_id for job in jobs])
             raise DuplicateJobError(duplicate) from None
         self._has_owners = self._has_owners or any(job.owner for job in jobs)
-        self.counts.update(job.status for job in jobs)
+        running = [job.status for job in jobs].count(JobStatus.RUNNING)  # to count by hashes of states takes longer
+        self.counts[JobStatus.RUNNING] += running
+        self.counts[JobStatus.QUEUED] += inserted - running
         self.counts[DeliveryStatus.NONE] += inserted
 
     def _first_duplicate(self, job_ids: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from anyio.lowlevel import checkpoint
 from fastapi import Request
 from pydantic import BaseModel, RootModel, TypeAdapter, ValidationError
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from modalkit.batching import Failure
 from modalkit.pipelines import AsyncInputModel, SyncInputModel
@@ -263,8 +263,9 @@ def _parse_lines(
     validate = model.__pydantic_validator__.validate_json
     try:
         found = [validate(line) for line in lines]
-        objects = b",".join([line for line in lines if line.count(b":") > 1])  # as in `check_keys`
-        _JSON.decode(f"[{objects.decode()}]")  # in one step, which takes a third of the time
+        objects = b"[%b]" % b",".join(lines)
+        if _may_repeat_keys(objects):
+            _JSON.decode(objects.decode())
     except Exception:  # noqa: BLE001  # one by one, each gets its own error; validators may raise anything
         return [_or_failure(partial(parse, line), Exception) for line in lines]
     return found
@@ -294,9 +295,23 @@ _STRICT_JSON = json.JSONEncoder(allow_nan=False)
 _JSON = json.JSONDecoder(object_pairs_hook=_check_object, parse_int=str, parse_float=str)
 
 
+def _may_repeat_keys(content: bytes) -> bool:
+    """Whether an object may have a key twice; takes half the time of looking at each."""
+    colons = content.count(b":")
+    if colons < 2:
+        return False
+    if b"\\u" in content:  # may be a colon
+        return True
+    try:
+        # Of a key that comes twice, one value is read: its other colon is missing then.
+        return to_json(from_json(content)).count(b":") < colons
+    except ValueError:
+        return True
+
+
 def check_keys(body: bytes, what: str = "body") -> None:
     """Raise `ProblemError` for a key that one object has twice."""
-    if body.count(b":") < 2:
+    if not _may_repeat_keys(body):
         return
     try:
         _JSON.decode(body.decode())

@@ -4,12 +4,12 @@ import os
 import time
 from uuid import RFC_4122, UUID
 
-from modalkit.service.jobs.model import IDS_PER_READ, new_job_id
+from modalkit.service.jobs.model import IDS_PER_READ, new_job_id, new_job_ids
 
 
 def test_ids_differ_and_sort_by_the_time_they_were_made() -> None:
     started_ms = time.time_ns() // 1_000_000
-    ids = [UUID(new_job_id()) for _ in range(3 * IDS_PER_READ)]
+    ids = [UUID(each) for count in (1, 2, IDS_PER_READ, 2 * IDS_PER_READ) for each in new_job_ids(count)]
     assert len(set(ids)) == len(ids)
     assert {(each.version, each.variant) for each in ids} == {(7, RFC_4122)}
     times_ms = [each.int >> 80 for each in ids]
