@@ -61,14 +61,15 @@ class Run:
         everyone = [*self._peers, *self._ours]
         for found in everyone:
             self._step(f"float32/{found.name}", partial(self._everything, found))
-        if self._ours and (rival := self.best_peer()) is not None:
-            self._rival(rival)
+        self._rivals("float32", self._best)
         for found in reversed(everyone):
             self._step(f"again/{found.name}", partial(self._throughput, found, self._best(found)))
         for found in self._ours:
             self._step("engines", partial(self._choose_engine, found))
         for found in everyone:
-            self._best_types(found)
+            for index, settings in enumerate(self._of_types(found)):
+                self._step(f"types/{found.name}/{index}", partial(self._throughput, found, settings))
+        self._rivals("types", self._best_of_types)
         for found in everyone:
             if found.name in ROUTES:
                 self._step(
@@ -76,13 +77,10 @@ class Run:
                     partial(kill_with_jobs, found, self._best(found), self._texts),
                 )
 
-    def best_peer(self) -> str | None:
-        """The batching peer with the highest throughput."""
-        rates = {
-            peer.name: _rate(self._steps.get(f"float32/{peer.name}", {}))
-            for peer in self._peers
-            if peer.name != UNBATCHED
-        }
+    def best_peer(self, kind: str = "float32") -> str | None:
+        """The batching peer with the highest throughput, in float32 or with the best engines and types."""
+        peers = [peer.name for peer in self._peers if peer.name != UNBATCHED]
+        rates = {name: max(map(_rate, steps_of(self._steps, kind, name)), default=0.0) for name in peers}
         return max(rates, key=rates.__getitem__) if any(rates.values()) else None
 
     def _step(self, key: str, measure: Callable[[], Step]) -> Step:
@@ -135,21 +133,28 @@ class Run:
                 told["poisoned"] = poisoned(server, self._texts)
         return told
 
-    def _rival(self, rival: str) -> None:
+    def _rivals(self, kind: str, settings_of: Callable[[Contender], Settings]) -> None:
         """Latencies of the best batching peer and of ours at 60 % of that peer's capacity, in turn."""
-        measured = self._steps[f"float32/{rival}"]
-        per_second = RIVAL_LOAD * max(measured[f"clients_{count}"]["per_s"] for count in (FEW, MANY))
+        rival = self.best_peer(kind)
+        if rival is None or not self._ours:
+            return
+        per_second = RIVAL_LOAD * max(
+            step[f"clients_{count}"]["per_s"]
+            for step in steps_of(self._steps, kind, rival)
+            for count in (FEW, MANY)
+            if f"clients_{count}" in step
+        )
         longer = replace(self._durations, open_loop_s=2 * self._durations.open_loop_s)
 
         def measure(name: str) -> Step:
             found = contender(name)
-            with serving(found, self._best(found)) as server:
+            with serving(found, settings_of(found)) as server:
                 closed_loop(server, self._texts, FEW, replace(self._durations, throughput_s=1))
                 return open_loop(server, self._texts, per_second, longer)
 
         for turn in range(1 if self._durations.is_quick else RIVAL_ROUNDS):
             for name in (rival, OURS):
-                self._step(f"rival/{turn}/{name}", partial(measure, name))
+                self._step(f"rival of {kind}/{name}/{turn}", partial(measure, name))
 
     def _choose_engine(self, found: Contender) -> Step:
         """Start once, and let the conversions end that go on after the start: the choice is kept for all."""
@@ -157,10 +162,20 @@ class Run:
             time.sleep(0 if self._durations.is_quick else CONVERSIONS_S)
             return {"started_in_s": server.started_in_s}
 
-    def _best_types(self, found: Contender) -> None:
-        for index, settings in enumerate(self.ranked(found)[: 1 if self._durations.is_quick else 2]):
-            changed = with_best_types(settings, found.name)
-            self._step(f"types/{found.name}/{index}", partial(self._throughput, found, changed))
+    def _of_types(self, found: Contender) -> list[Settings]:
+        """The settings that were tried, with the best engines and types."""
+        ranked = self.ranked(found)[: 1 if self._durations.is_quick else None]
+        return [with_best_types(settings, found.name) for settings in ranked]
+
+    def _best_of_types(self, found: Contender) -> Settings:
+        rates = [_rate(self._steps[f"types/{found.name}/{index}"]) for index in range(len(self._of_types(found)))]
+        return self._of_types(found)[rates.index(max(rates))]
+
+
+def steps_of(steps: Mapping[str, Step], kind: str, name: str) -> list[Step]:
+    """The steps of one kind of a server, those that failed left out."""
+    keys = [f"{kind}/{name}", *(key for key in steps if key.startswith(f"{kind}/{name}/"))]
+    return [step for key in keys if "failed" not in (step := steps.get(key, {"failed": ""}))]
 
 
 def _rate(step: Step) -> float:

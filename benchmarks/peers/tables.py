@@ -8,11 +8,13 @@ from typing import Any
 from modalkit.benchmarks.peers.contenders import CONTENDERS, OURS, UNBATCHED, contender
 from modalkit.benchmarks.peers.jobs import JOBS, ROUTES
 from modalkit.benchmarks.peers.measures import LOADS
-from modalkit.benchmarks.peers.run import FEW, MANY, RIVAL_LOAD, RIVAL_ROUNDS
+from modalkit.benchmarks.peers.run import FEW, MANY, RIVAL_LOAD, steps_of
 
 NOTHING = "-"
 DOCUMENTED = "others as their documentation recommends"
 BEST = "others at the best of a sweep"
+KINDS = {"float32": "float32", "types": "the best engines and types"}
+"""The kinds of steps whose latencies are compared at the same rate, as they are told."""
 Step = Mapping[str, Any]
 Steps = Mapping[str, Step]
 
@@ -81,10 +83,12 @@ def targets_of(steps: Steps) -> list[Target]:
         add(what, {name: per_s for name, per_s in found.items() if name != UNBATCHED}, 2.6, beside=best)
         unbatched = {name: per_s for name, per_s in found.items() if name in (OURS, UNBATCHED)}
         add(what, unbatched, 2.0, beside="FastAPI without batching")
-    add(f"items/s, {FEW} clients, the best engines and types", types, 3.0, beside=best)
-    p99 = _rival_p99(steps)
-    both = ", ".join(f"{'ours' if name == OURS else _title(name) + ':'} {ms:.0f} ms" for name, ms in p99.items())
-    add(f"p99 at {RIVAL_LOAD:.0%} of {best}'s capacity", p99, 0.5, is_least=False, beside="that peer", detail=both)
+    add(f"items/s, {FEW} clients, {KINDS['types']}", types, 3.0, beside=best)
+    for kind, told in KINDS.items():
+        p99 = _rival_p99(steps, kind)
+        both = ", ".join(f"{'ours' if name == OURS else _title(name) + ':'} {ms:.0f} ms" for name, ms in p99.items())
+        what = f"p99 at {RIVAL_LOAD:.0%} of {best}'s capacity, {told}"
+        add(what, p99, 0.5, is_least=False, beside="that peer", detail=both)
     measured = {name: step for name in names if (step := steps.get(f"float32/{name}", {})).get("idle")}
     latency = {name: step["idle"]["p50_ms"] for name, step in measured.items() if step["idle"]["p50_ms"]}
     memory = {name: step["memory_mib"] for name, step in measured.items()}
@@ -148,7 +152,7 @@ def _latencies(steps: Steps) -> Table:
         [_title(name), *(f"{step[key]['rate']:.0f}/s: {_milliseconds(step[key])}" for key in _load_keys())]
         for name, step in _each(steps, "float32")
     ]
-    rival = _rival_p99(steps)
+    rival = _rival_p99(steps, "float32")
     note = "Requests arrive at random; rate, and p50 / p99 in ms, counted from when a request was due."
     if rival:
         parts = ", ".join(f"{_title(name)} {p99:.0f} ms" for name, p99 in rival.items())
@@ -160,13 +164,12 @@ def _latencies(steps: Steps) -> Table:
 def _best_types(steps: Steps) -> Table:
     rows = []
     for one in CONTENDERS:
-        tried = [step for index in range(2) if f"clients_{FEW}" in (step := steps.get(f"types/{one.name}/{index}", {}))]
-        if tried:
+        if tried := steps_of(steps, "types", one.name):
             best = max(tried, key=lambda step: float(step[f"clients_{FEW}"]["per_s"]))
             settings = best["told"] if one.name != OURS else "its defaults"
             rows.append([one.title, settings, f"{best[f'clients_{FEW}']['per_s']:.0f}", _errors(best)])
     return Table(
-        "The best engines and number formats, each at the better of its two best settings",
+        "The best engines and number formats, each at the best of the same sweep",
         "All but Infinity run the same pipeline, which takes the fastest engine whose outputs are the same; Infinity "
         "has torch in bfloat16.",
         ["server", "settings", f"items/s, {FEW} clients", "errors"],
@@ -277,17 +280,15 @@ def documented_rates_of(steps: Steps) -> dict[str, float]:
 
 
 def _types_rate(steps: Steps, name: str) -> float | None:
-    tried = (steps.get(f"types/{name}/{index}", {}).get(f"clients_{FEW}") for index in range(2))
-    return max((step["per_s"] for step in tried if step), default=None)
+    return max((step[f"clients_{FEW}"]["per_s"] for step in steps_of(steps, "types", name)), default=None)
 
 
-def _rival_p99(steps: Steps) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for one in CONTENDERS:
-        for turn in range(RIVAL_ROUNDS):
-            if (step := steps.get(f"rival/{turn}/{one.name}", {})).get("p99_ms") is not None:
-                found.setdefault(one.name, []).append(step["p99_ms"])
-    return {name: statistics.mean(values) for name, values in found.items()}
+def _rival_p99(steps: Steps, kind: str) -> dict[str, float]:
+    found = {
+        one.name: [step["p99_ms"] for step in steps_of(steps, f"rival of {kind}", one.name) if step["p99_ms"]]
+        for one in CONTENDERS
+    }
+    return {name: statistics.mean(values) for name, values in found.items() if values}
 
 
 def _both(steps: Steps, name: str, clients: int) -> str:
