@@ -343,6 +343,11 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         return self._dispatcher.executors.stuck_threads
 
     @property
+    def is_open(self) -> bool:
+        """Whether requests are accepted: inside the `async with` block, unless the scheduler is broken."""
+        return self._dispatcher.is_open
+
+    @property
     def is_broken(self) -> bool:
         """Whether the scheduler has stopped for good, because its own code failed three times in a row."""
         return self._dispatcher.broken.is_set()

@@ -26,6 +26,11 @@ class JobsInScheduler:
         self.input_model = input_model
         self._on_piece = on_piece
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the scheduler takes no more requests."""
+        return not self._scheduler.is_open
+
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Withdraw:
         """Run a job in some batch."""
         item: Payload = (

@@ -55,6 +55,10 @@ class JobEngine(Protocol):
     def input_model(self) -> type[BaseModel]:
         """The class of the items."""
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more jobs; those that it does not end fail with a `SchedulerClosedError`."""
+
     def start(self, job: Job, on_outcome: Callable[[JobOutcome], None]) -> Withdraw:
         """Run a job in some batch and call `on_outcome` in the event loop with its outcome.
 
@@ -277,11 +281,11 @@ class JobRunner(AsyncContextManagerMixin):
             return
         try:
             outcomes = await self._engine.run_as_one_batch(jobs)
-        except SchedulerClosedError as error:
+        except Exception as error:  # noqa: BLE001  # the scheduler finds the item that raises or hangs
+            if not self._has_closed(error):
+                self._waiting += jobs
+                return
             outcomes = [Failure(error)] * len(jobs)
-        except Exception:  # noqa: BLE001  # the scheduler finds the item that raises or hangs
-            self._waiting += jobs
-            return
         for job, outcome in zip(jobs, outcomes, strict=True):
             self._end(job, outcome)
 
@@ -392,11 +396,13 @@ class JobRunner(AsyncContextManagerMixin):
         """End a job, or have it run again later; called in the event loop with its outcome."""
         if self._running.remove(job.job_id) is None:
             return
-        if isinstance(outcome, Failure) and isinstance(outcome.error, SchedulerClosedError):
-            self._engine_closed = True  # what has not ended runs again after the next start
-        else:
-            now, retry = self._manager.clock(), None
-            if isinstance(outcome, Failure) and not self._empties_the_store():
+        self._change.set()
+        now, retry = self._manager.clock(), None
+        if isinstance(outcome, Failure):
+            if self._has_closed(outcome.error):
+                self._engine_closed = True  # what has not ended runs again after the next start
+                return
+            if not self._empties_the_store():
                 retry = retry_of(
                     job,
                     outcome,
@@ -405,8 +411,11 @@ class JobRunner(AsyncContextManagerMixin):
                     now=now,
                     backoff_s=self._backoff_s,
                 )
-            self._add_end(retry or self._make_end(job, outcome, now))
-        self._change.set()
+        self._add_end(retry or self._make_end(job, outcome, now))
+
+    def _has_closed(self, error: Exception) -> bool:
+        """Whether an error is that of the closed engine; a pipeline with a scheduler of its own may raise such, too."""
+        return isinstance(error, SchedulerClosedError) and self._engine.is_closed
 
     def _make_end(self, job: Job, outcome: JobOutcome, now: float) -> JobEnd:
         """How the job ends; the job is changed to match, so that its message can be sent without being read again."""
@@ -439,7 +448,7 @@ class JobRunner(AsyncContextManagerMixin):
                 what = f"The ends of {len(finished)} jobs"
                 await store_until_closing(what, partial(self._manager.finish, finished), self._closing)
             if retries:
-                what = f"The ends of {len(retries)} jobs"
+                what = f"The retries of {len(retries)} jobs"
                 logger.warning(
                     "%s: %d jobs failed and run again later; the last one, job %s: %s",
                     *(self._model_name, len(retries), retries[-1].job_id, retries[-1].error),

@@ -17,6 +17,7 @@ SPARE_DEADLINES = 10_000
 class _Entry:
     job: Job
     size_bytes: int
+    deadline: float
     withdraw: Withdraw | None = None
     """Withdraws it from the scheduler, once it was given to it."""
 
@@ -40,7 +41,7 @@ class Window:
 
     def add(self, job: Job, deadline: float) -> None:
         """Add a claimed job."""
-        entry = self._entries[job.job_id] = _Entry(job, job.size_bytes)
+        entry = self._entries[job.job_id] = _Entry(job, job.size_bytes, deadline)
         self.bulk += job.priority is Priority.BULK
         self.size_bytes += entry.size_bytes
         heapq.heappush(self._deadlines, (deadline, job.job_id))
@@ -75,9 +76,11 @@ class Window:
             self._deadlines = [entry for entry in self._deadlines if entry[1] in self._entries]
             heapq.heapify(self._deadlines)
         while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][1] not in self._entries):
-            _, job_id = heapq.heappop(self._deadlines)
-            if (job := self.remove(job_id)) is not None:
-                yield job
+            deadline, job_id = heapq.heappop(self._deadlines)
+            entry = self._entries.get(job_id)
+            if entry is not None and entry.deadline == deadline:  # else it was an earlier run's
+                self.remove(job_id)
+                yield entry.job
 
     @property
     def next_deadline(self) -> float:

@@ -56,6 +56,7 @@ class Engine:
     def __init__(self, *, is_open: bool = True) -> None:
         self.input_model = AnyInput
         self.is_open = is_open
+        self.is_closed = False
         self.refusals = 0
         self.started: list[Job] = []
         self.groups: list[list[str]] = []
@@ -516,9 +517,21 @@ async def test_a_job_whose_scheduler_closed_stays_for_the_next_start(manager: Jo
     async with JobRunner(manager, "m", engine, window=3):
         job_id = await submit(manager)
         await engine.until_started(1)
+        engine.is_closed = True
         engine.answer(job_id, Failure(SchedulerClosedError("closing")))
     assert (await ended_or_not(manager, job_id)).status is JobStatus.RUNNING
     assert (await manager.store.recover(1.0)).requeued == 1
+
+
+async def test_a_pipeline_whose_own_scheduler_is_closed_fails_its_job_and_no_other(manager: JobManager) -> None:
+    engine = Engine(is_open=False)
+    async with JobRunner(manager, "m", engine, window=1):
+        job_id, after = await submit(manager), await submit(manager)
+        await engine.until_started(1)
+        engine.answer(job_id, Failure(SchedulerClosedError("one inside the pipeline is not open")))
+        engine.open()
+        assert (await ended(manager, job_id)).status is JobStatus.FAILED
+        assert (await ended(manager, after)).status is JobStatus.SUCCEEDED
 
 
 async def test_a_running_job_can_be_cancelled(manager: JobManager) -> None:
