@@ -172,13 +172,13 @@ class Run:
         return self._of_types(found)[rates.index(max(rates))]
 
 
-def steps_of(steps: Mapping[str, Step], kind: str, name: str) -> list[Step]:
+def steps_of(steps: Mapping[str, Mapping[str, Any]], kind: str, name: str) -> list[Mapping[str, Any]]:
     """The steps of one kind of a server, those that failed left out."""
     keys = [f"{kind}/{name}", *(key for key in steps if key.startswith(f"{kind}/{name}/"))]
     return [step for key in keys if "failed" not in (step := steps.get(key, {"failed": ""}))]
 
 
-def _rate(step: Step) -> float:
+def _rate(step: Mapping[str, Any]) -> float:
     """Items per second with 64 clients; 0 if it failed, or if more than one in a hundred did."""
     found = step.get(f"clients_{FEW}")
     if found is None or sum(found["errors"].values()) > ERRORS_ALLOWED * (found["answered"] + 1):
