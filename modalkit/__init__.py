@@ -15,28 +15,45 @@ if TYPE_CHECKING:
         BatchScheduler,
         BatchTimeoutError,
         DeadlineExceededError,
+        DeadlineUnreachableError,
         Failure,
+        InputsMovedError,
         Outcome,
+        OutputCountError,
         Priority,
         QueueFullError,
         RequestTooLargeError,
+        SchedulerClosedError,
         Stages,
         Success,
     )
     from modalkit.pipelines import (
         AsyncInputModel,
         AsyncOutputModel,
+        BatchTooLargeError,
         DelayedFailureOutputModel,
         InferenceOutputModel,
         InferencePipeline,
+        ModelLoadError,
         PipelineError,
         RejectItem,
         SyncInputModel,
     )
-    from modalkit.service.errors import InvalidItemError, NotReadyError, ServiceError
+    from modalkit.service.errors import InvalidItemError, NotReadyError, ReloadError, ServiceError, UnknownModelError
+    from modalkit.service.jobs import (
+        DeliveryStatus,
+        IdempotencyKeyReusedError,
+        Job,
+        JobStatus,
+        JobStoreBusyError,
+        JobStoreError,
+        JobStoreFullError,
+    )
+    from modalkit.service.jobs.queue_rules import QueueNotAllowedError
+    from modalkit.service.loading import LoadError
     from modalkit.service.local_gateway import LocalGateway
     from modalkit.service.queue_backends import InMemoryBackend, QueueBackend
-    from modalkit.service.settings import Settings
+    from modalkit.service.settings import Settings, SettingsError
     from modalkit.service.tracing import enable_tracing
     from modalkit.service.web import create_app, lifespan_of
     from modalkit.service.worker import InferenceWorker
@@ -48,58 +65,91 @@ __all__ = [
     "BatchRecord",
     "BatchScheduler",
     "BatchTimeoutError",
+    "BatchTooLargeError",
     "BatchingError",
     "DeadlineExceededError",
+    "DeadlineUnreachableError",
     "DelayedFailureOutputModel",
+    "DeliveryStatus",
     "Failure",
+    "IdempotencyKeyReusedError",
     "InMemoryBackend",
     "InferenceOutputModel",
     "InferencePipeline",
     "InferenceWorker",
+    "InputsMovedError",
     "InvalidItemError",
+    "Job",
+    "JobStatus",
+    "JobStoreBusyError",
+    "JobStoreError",
+    "JobStoreFullError",
+    "LoadError",
     "LocalGateway",
+    "ModelLoadError",
     "NotReadyError",
     "Outcome",
+    "OutputCountError",
     "PipelineError",
     "Priority",
     "QueueBackend",
     "QueueFullError",
+    "QueueNotAllowedError",
     "RejectItem",
+    "ReloadError",
     "RequestTooLargeError",
+    "SchedulerClosedError",
     "ServiceError",
     "Settings",
+    "SettingsError",
     "Stages",
     "Success",
     "SyncInputModel",
+    "UnknownModelError",
     "create_app",
     "enable_tracing",
     "lifespan_of",
 ]
 
 _DEFINED_IN = {
-    "InferenceWorker": "service.worker",
-    "LocalGateway": "service.local_gateway",
-    "InvalidItemError": "service.errors",
-    "NotReadyError": "service.errors",
-    "ServiceError": "service.errors",
-    "Settings": "service.settings",
-    "create_app": "service.web",
-    "enable_tracing": "service.tracing",
-    "lifespan_of": "service.web",
-    **dict.fromkeys(("InMemoryBackend", "QueueBackend"), "service.queue_backends"),
     **dict.fromkeys(
         (
             "AsyncInputModel",
             "AsyncOutputModel",
+            "BatchTooLargeError",
             "DelayedFailureOutputModel",
             "InferenceOutputModel",
             "InferencePipeline",
+            "ModelLoadError",
             "PipelineError",
             "RejectItem",
             "SyncInputModel",
         ),
         "pipelines",
     ),
+    **dict.fromkeys(
+        ("InvalidItemError", "NotReadyError", "ReloadError", "ServiceError", "UnknownModelError"), "service.errors"
+    ),
+    **dict.fromkeys(
+        (
+            "DeliveryStatus",
+            "IdempotencyKeyReusedError",
+            "Job",
+            "JobStatus",
+            "JobStoreBusyError",
+            "JobStoreError",
+            "JobStoreFullError",
+        ),
+        "service.jobs",
+    ),
+    "QueueNotAllowedError": "service.jobs.queue_rules",
+    "LoadError": "service.loading",
+    "LocalGateway": "service.local_gateway",
+    **dict.fromkeys(("InMemoryBackend", "QueueBackend"), "service.queue_backends"),
+    **dict.fromkeys(("Settings", "SettingsError"), "service.settings"),
+    "enable_tracing": "service.tracing",
+    **dict.fromkeys(("create_app", "lifespan_of"), "service.web"),
+    "InferenceWorker": "service.worker",
 }
 """The module of each name below `modalkit`; names that are not here are in ``batching``."""
 

@@ -1,5 +1,7 @@
 """The documentation as a site: it builds, and each of its links leads somewhere."""
 
+import builtins
+import inspect
 import re
 import subprocess
 import sys
@@ -64,6 +66,31 @@ def test_every_guide_is_in_the_navigation_and_in_the_readme() -> None:
     navigation = re.findall(r'= "(\S+\.md)"', (ROOT / "zensical.toml").read_text())
     assert sorted(navigation) == sorted({"index.md"} | GUIDES)
     assert set(re.findall(r"\]\(docs/([^)#]+\.md)", (ROOT / "README.md").read_text())) == GUIDES
+
+
+def in_the_reference() -> set[str]:
+    """The names in the reference, without their modules."""
+    named = re.findall(r"^::: (\S+)", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    return {name.rpartition(".")[2] for name in named}
+
+
+def test_the_reference_has_the_errors_that_public_names_raise() -> None:
+    values = [getattr(modalkit, name) for name in modalkit.__all__]
+    members = [member for value in values if inspect.isclass(value) for member in inspect.getmembers(value)]
+    methods = [method for name, method in members if not name.startswith("_")]
+    ours = [value for value in (*values, *methods) if str(getattr(value, "__module__", "")).startswith("modalkit")]
+    raised = set(re.findall(r"`(\w+Error)`", "".join(filter(None, map(inspect.getdoc, ours)))))
+    assert "QueueFullError" in raised
+    assert raised - vars(builtins).keys() - in_the_reference() == set()
+
+
+def test_the_reference_has_what_the_guides_import() -> None:
+    imported = set[str]()
+    for path in (ROOT / "docs").glob("*.md"):
+        for names in re.findall(r"^from modalkit\S* import ([^(\n#]+)", path.read_text(), re.MULTILINE):
+            imported |= set(names.strip().split(", "))
+    assert "InferenceWorker" in imported
+    assert imported - in_the_reference() == set()
 
 
 def test_the_reference_has_each_public_name() -> None:

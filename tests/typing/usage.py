@@ -1,7 +1,7 @@
 """How users call modalkit: checked by mypy in `make check`, never run."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +14,9 @@ from modalkit import (
     BatchScheduler,
     Failure,
     InferenceWorker,
+    Job,
+    JobStatus,
+    JobStoreFullError,
     LocalGateway,
     Priority,
     QueueFullError,
@@ -103,10 +106,11 @@ async def run_a_worker() -> InferenceOutputModel:
     backend: QueueBackend = Printer()
     async with InferenceWorker(Lengths("lengths", ".", {}), settings=Settings(), queue_backend=backend) as worker:
         job_id: str = await worker.submit(AsyncInputModel(message={"text": "a"}, success_queue="results"))
-        await worker.submit({"message": {"text": "a"}})
+        with suppress(JobStoreFullError):
+            await worker.submit({"message": {"text": "a"}})
         answer = AsyncOutputModel(job_id=job_id)
-        job = await worker.job(answer.job_id, wait_s=1.0)
-        if job is not None and job.status.has_ended:
+        job: Job | None = await worker.job(answer.job_id, wait_s=1.0)
+        if job is not None and job.status is not JobStatus.FAILED and job.status.has_ended:
             await worker.cancel(job.job_id)
         await worker.predict_many([Request(text="a"), {"text": "b"}])
         return await worker.predict(SyncInputModel(message=Request(text="a")).message)
