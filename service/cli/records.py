@@ -7,6 +7,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import chain, islice
@@ -101,13 +102,14 @@ def open_input(
 ) -> tuple[Iterator[Record], int | None]:
     """The items of a file, or of standard input for ``-``, and their number where it is known before they are read.
 
-    The first item of a file is read at once, so that a file without the column is refused before anything is done.
+    The first item is read at once, so that an input without the column is refused before anything is done.
     Raises `InputError` and ``OSError``.
     """
     if str(path) == "-":
-        return _read_standard_input(given, fields, column), None
-    records = read_file(path, given, fields, column)
-    return chain(list(islice(records, 1)), records), _rows_of(path, given)
+        records, count = _read_standard_input(given, fields, column), None
+    else:
+        records, count = read_file(path, given, fields, column), _rows_of(path, given)
+    return chain(list(islice(records, 1)), records), count
 
 
 def read_file(
@@ -137,7 +139,21 @@ def _read_standard_input(given: FileFormat | None, fields: Sequence[str], column
     if given is FileFormat.PARQUET:
         raise InputError("Parquet cannot be read from standard input: give the name of a file")
     with open(sys.stdin.fileno(), "rb", closefd=False) as file:  # a descriptor has no path
-        yield from _text_records(file, "standard input", given or FileFormat.TXT, fields, column)
+        for record in _text_records(file, "standard input", given or FileFormat.TXT, fields, column):
+            if given is None and record.line == 1 and _is_json_object(record.item):
+                raise InputError(
+                    "the first line of standard input is a JSON object: say --format jsonl to read its fields, or "
+                    "--format txt to run the line itself as a text"
+                )
+            yield record
+
+
+def _is_json_object(item: Mapping[str, str] | None) -> bool:
+    """Whether the text of an item is one."""
+    (text,) = (item or {"": ""}).values()
+    with suppress(ValueError):
+        return isinstance(from_json(text), dict)
+    return False
 
 
 def _rows_of(path: Path, given: FileFormat | None) -> int | None:

@@ -138,6 +138,16 @@ def test_a_dash_means_standard_input(modalkit: Modalkit, arguments: tuple[str, .
     assert '"length": 8' in done.stdout
 
 
+def test_standard_input_that_begins_with_a_json_object_is_read_as_told_only(modalkit: Modalkit) -> None:
+    line = '{"text": "four"}\n'
+    done = modalkit("predict", "-", stdin=line)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is a JSON object: say --format jsonl to read its fields, or --format txt to run the line" in done.stderr
+    assert done.stderr.count("\n") == 1
+    lengths = [results(modalkit("predict", "-f", name, stdin=line).stdout)[0]["length"] for name in ("jsonl", "txt")]
+    assert lengths == [4, len(line) - 1]
+
+
 def test_a_configuration_without_a_model_is_exit_code_2(modalkit: Modalkit, folder: Path) -> None:
     (folder / "none.yaml").write_text("model_settings: {model_entries: {}}")
     done = modalkit("predict", "a text", "-c", "none.yaml")
