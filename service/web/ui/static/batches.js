@@ -22,7 +22,7 @@ const paddingOf = (batch) => 1 - batch.real_tokens / batch.padded_tokens;
 
 export const took = (batch) => batch.measured_s || batch.total_s;
 
-/** The requests of a batch as `[class, size, waited]`; for one that was told in short, of equal sizes. */
+/** The requests of a batch as `[lane, size, waited]`; for one that was told in short, of equal sizes. */
 function requestsOf(batch) {
   if (batch.requests) return batch.requests;
   const size = batch.real_tokens / batch.count;
@@ -231,7 +231,7 @@ export function batchDetails(batch, isMine) {
           h(
             "tr",
             {},
-            ["Class", "Size", "", "Waited"].map((name) => (name ? h("th", { scope: "col" }, name) : h("td"))),
+            ["Lane", "Size", "", "Waited"].map((name) => (name ? h("th", { scope: "col" }, name) : h("td"))),
           ),
         ),
         h(
