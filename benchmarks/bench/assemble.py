@@ -89,6 +89,11 @@ class Options:
     def _has_path(self) -> bool:
         return self.is_url and self.kind is None and urlsplit(self.target).path not in ("", "/")
 
+    @property
+    def _is_called(self) -> bool:
+        """Whether the target is called without HTTP."""
+        return self.target == WORKER or self.target.startswith("modal:")
+
     def all_headers(self) -> dict[str, str]:
         """The headers of each request. Raises `OptionError`."""
         headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
@@ -111,9 +116,16 @@ class Options:
             raise OptionError(f"--as {self.kind!r}: give one of {', '.join(PRESETS)}, or --body for any other server")
         if self.mode in ("ndjson", "async") and not self.is_ours:
             raise OptionError(f"--mode {self.mode} is for modalkit servers")
-        if self.target == WORKER and self.mode != "sync":
-            raise OptionError("a worker is called with one item at a time: leave out --mode")
-        if self.label is not None and (self.target == WORKER or self.target.startswith("modal:")):
+        if self._is_called and self.mode != "sync":
+            raise OptionError("a worker and a class on Modal are called with one item at a time: leave out --mode")
+        if self.mode == "async" and self.target != SERVE and not self.is_url:
+            raise OptionError(
+                "--mode async measures what serve starts, or a URL: no container is given the queue that bench reads. "
+                "Start it with queue_config.backend taskiq and a broker_url, and give its URL and --queue REDIS_URL"
+            )
+        if self.sweep and self.model is None and self.target not in (SERVE, WORKER) and not self.is_url:
+            raise OptionError("--sweep of what is not configured here needs --model, as sentiment for the bundled one")
+        if self.label is not None and self._is_called:
             raise OptionError("--label compares answers over HTTP: leave out the target, or give a URL")
         if self.label is not None and self.input_path is None:
             raise OptionError("--label names a column of --input FILE")
@@ -212,9 +224,9 @@ def _target(options: Options, receiver: Receiver | None) -> tuple[Target, str]:
         variables = None if receiver is None else receiver.variables
         return ServeTarget(model, tuple(options.config or ()), variables), model
     if kind == "docker" and rest:
-        return DockerTarget(rest, options.model or "sentiment", options.port, options.docker_argument or ()), ""
+        return DockerTarget(rest, options.model or "", options.port, options.docker_argument or ()), ""
     if kind == "compose" or options.target.endswith((".yaml", ".yml")):
-        return ComposeTarget(rest or options.target, options.model or "sentiment", options.port), ""
+        return ComposeTarget(rest or options.target, options.model or "", options.port), ""
     raise OptionError(
         f"{options.target!r} is no target: give a URL, serve, worker, docker:IMAGE, compose:FILE or modal:APP/CLASS"
     )

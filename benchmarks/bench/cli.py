@@ -47,7 +47,13 @@ def bench(
     ] = None,
     answer: Annotated[str | None, typer.Option(help="The path of the label in an answer, as data.0.label.")] = None,
     header: Annotated[list[str] | None, typer.Option(help="A header, NAME: VALUE; may be repeated.")] = None,
-    key: Annotated[str | None, typer.Option(envvar="MODALKIT_API_KEY", help="The API key of that service.")] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MODALKIT_API_KEY",
+            help="The API key, sent as Authorization: Bearer; for another auth_header, give --header.",
+        ),
+    ] = None,
     mode: Annotated[str, typer.Option(metavar="|".join(MODES), help="How items are sent.")] = "sync",
     list_length: Annotated[
         int | None, typer.Option(help="Items of a request: 32 in mode batch, 1000 in ndjson, else 1.", **whole(1))
@@ -102,7 +108,7 @@ def bench(
     model: ModelOption = None,
     port: Annotated[int, typer.Option(help="The port that the container serves.", **whole(1, 65535))] = 8000,
     docker_argument: Annotated[
-        list[str] | None, typer.Option(help="Argument of docker run, as --gpus=all; may be repeated.")
+        list[str] | None, typer.Option(help="Argument of docker create, as --gpus=all; may be repeated.")
     ] = None,
     price_per_hour: Annotated[
         float | None, typer.Option(help="Of the machine, for the cost of a million items.", **POSITIVE)
@@ -229,7 +235,7 @@ def _failures(results: Results, verdicts: list[Verdict]) -> Iterator[str]:
         yield f"the load generator was the limit ({line}); give it more --processes, or another machine"
     for cell in results.cells:
         if not cell.answered:
-            yield f"{cell.load}: nothing was answered within --seconds"
+            yield f"{cell.load}: nothing was answered within --seconds; give more, or a lower --list-length"
         if cell.delivery is not None and cell.delivery["lost"]:
             yield f"{cell.load}: {cell.delivery['lost']} accepted jobs were not delivered to --queue"
     for found in verdicts:

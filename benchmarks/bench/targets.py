@@ -1,5 +1,6 @@
 """What is measured: a server at a URL, one that is started here, or a model in a process of the load generator."""
 
+import json
 import math
 import os
 import re
@@ -11,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import quote
@@ -37,6 +37,9 @@ STOP_S = 10.0
 START_CHECK_S = 0.2
 MAX_SHOWN = 500
 """Characters of an answer that a message shows."""
+MAX_LOG_LINES = 20
+WITHOUT_KEY = {"MODALKIT_APP_SETTINGS__AUTH_CONFIG__INSECURE": "true"}
+"""The variable by which a modalkit server without a key listens on an address that others might reach."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ class Running:
     """Its address; None for a target without HTTP."""
     started_s: float | None = None
     """When its start began, by `time.perf_counter`; None if it ran already."""
+    check: Callable[[], object] = lambda: None
+    """Raises `BenchError` with its log where it has ended; called until the first answer."""
 
 
 class Target(Protocol):
@@ -68,10 +73,9 @@ def variables_of(variant: Variant, model: str) -> dict[str, str]:
     for key, value in variant.items():
         if key == "device":
             names["MODEL_SETTINGS__COMMON__DEVICE"] = value
-        elif key in ENTRY_KEYS:
-            names[f"MODEL_SETTINGS__MODEL_ENTRIES__{model}__{key.upper()}"] = value
-        else:
-            names[f"APP_SETTINGS__BATCH_CONFIG__{key.upper()}"] = value
+        else:  # limits too: those of the model's entry count, where it has some
+            level = "" if key in ENTRY_KEYS else "BATCH_CONFIG__"
+            names[f"MODEL_SETTINGS__MODEL_ENTRIES__{model}__{level}{key.upper()}"] = value
     return {f"MODALKIT_{name}": value for name, value in names.items()}
 
 
@@ -196,20 +200,32 @@ class DockerTarget:
     port: int = 8000
     """The port that the container listens on."""
     arguments: Sequence[str] = ()
-    """Of ``docker run``, as ``--gpus all``."""
+    """Of ``docker create``, as ``--gpus=all``."""
 
     @contextmanager
     def started(self, variant: Variant) -> Iterator[Running]:
-        """Raises `BenchError` where docker is missing or fails."""
-        variables = [f"--env={name}={value}" for name, value in variables_of(variant, self.model).items()]
-        started_s = time.perf_counter()
+        """Raises `BenchError` where docker is missing or fails, or the container ends at once.
+
+        A modalkit server in it needs no API key, because its port is published on 127.0.0.1 alone.
+        """
+        given = WITHOUT_KEY | variables_of(variant, self.model)
+        variables = [f"--env={name}={value}" for name, value in given.items()]
         publish = f"--publish=127.0.0.1::{self.port}"
-        container = docker("run", "--detach", "--rm", publish, *variables, *self.arguments, self.name).split()[-1]
+        container = docker("create", publish, *variables, *self.arguments, self.name).split()[-1]
+
+        def check() -> None:
+            if docker("inspect", "--format={{.State.Running}}", container).strip() != "true":
+                raise BenchError(f"the container of {self.name} ended: {_log('logs', container)}")
+
         try:
+            started_s = time.perf_counter()
+            docker("start", container)
+            check()
             address = docker("port", container, f"{self.port}/tcp").split()[0]
-            yield Running(f"http://{address}", started_s)
+            yield Running(f"http://{address}", started_s, check)
         finally:
             docker("stop", container)
+            docker("rm", "--volumes", container)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,45 +239,73 @@ class ComposeTarget:
 
     @contextmanager
     def started(self, variant: Variant) -> Iterator[Running]:
-        """The file passes the variables of a variant on to its service. Raises as `DockerTarget` does."""
-        environment = {**os.environ, **variables_of(variant, self.model)}
-        compose = partial(docker, "compose", "--file", self.name, environment=environment)
-        started_s = time.perf_counter()
-        try:
-            compose("up", "--detach")
-        except BenchError:
-            with suppress(BenchError):  # what came up
-                compose("down")
-            raise
-        try:
-            yield Running(f"http://127.0.0.1:{self.port}", started_s)
-        finally:
-            compose("down")
+        """The service that publishes the port gets the variables of the variant. Raises as `DockerTarget` does.
+
+        Who can reach the port is up to the file, so its service asks for a key where it would without `bench`.
+        """
+        service = self._service()
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as further:
+            json.dump({"services": {service: {"environment": variables_of(variant, self.model)}}}, further)
+            further.flush()
+            compose = ("compose", "--file", self.name, "--file", further.name)
+
+            def check() -> None:
+                if not docker(*compose, "ps", "--quiet", "--status=running", service).strip():
+                    raise BenchError(f"{service} of {self.name} ended: {_log(*compose, 'logs', service)}")
+
+            started_s = time.perf_counter()
+            try:
+                docker(*compose, "up", "--detach")
+            except BenchError:
+                with suppress(BenchError):  # what came up
+                    docker(*compose, "down")
+                raise
+            try:
+                yield Running(f"http://127.0.0.1:{self.port}", started_s, check)
+            finally:
+                docker(*compose, "down")
+
+    def _service(self) -> str:
+        """The service that publishes the port."""
+        services = json.loads(docker("compose", "--file", self.name, "config", "--format=json"))["services"]
+        for name, service in services.items():
+            if any(str(port.get("published")) == str(self.port) for port in service.get("ports", ())):
+                return str(name)
+        raise BenchError(f"no service of {self.name} publishes port {self.port}: give --port")
 
 
-def docker(*arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """What a docker command prints. Raises `BenchError` with what it says where it fails."""
+def _log(*command: str) -> str:
+    """The end of what a container printed, by the command that shows it."""
+    *before, name = command
+    return docker(*before, f"--tail={MAX_LOG_LINES}", name, stderr=subprocess.STDOUT).strip()
+
+
+def docker(*arguments: str, stderr: int = subprocess.PIPE) -> str:
+    """What a docker command prints, with its errors where they go to ``STDOUT``.
+
+    Raises `BenchError` with what it says where it fails.
+    """
     try:
         done = subprocess.run(
             ["docker", *arguments],  # noqa: S607  # the user's own docker
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             check=False,
-            env=environment,
         )
     except FileNotFoundError:
         raise BenchError(
             "there is no program docker: install it, or start the server yourself and give its URL"
         ) from None
     if done.returncode:
-        raise BenchError(f"docker {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
+        raise BenchError(f"docker {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
 def first_answer_s(running: Running, endpoint: Endpoint, items: Sequence[Item], timeout_s: float) -> float | None:
     """Wait until a request is answered; the seconds since the start began, or None if it ran already.
 
-    Raises `BenchError` where none is answered in time, or one is refused, with what the server says.
+    Raises `BenchError` where none is answered in time, one is refused, or the server ended, with what it says.
     """
     deadline_s = time.perf_counter() + (timeout_s if running.started_s is not None else 0.0)
     body = endpoint.content(endpoint.items_of(items, 0))
@@ -276,6 +320,7 @@ def first_answer_s(running: Running, endpoint: Endpoint, items: Sequence[Item], 
                 problem, is_final = f"HTTP {answer.status_code}: {answer.text[:MAX_SHOWN]}", answer.is_client_error
             except httpx.HTTPError as error:
                 problem = describe_error(error)
+                running.check()
             if is_final or time.perf_counter() > deadline_s:
                 raise BenchError(f"{endpoint.url}: the first request failed: {problem}")
             time.sleep(START_CHECK_S)

@@ -151,7 +151,10 @@ def test_jobs_are_followed_to_their_delivery(bench: Bench, results: ResultsOf, q
         (["http://127.0.0.1:1", "--arrivals", "burst"], "--arrivals: [Errno 2]"),
         (["worker", "--length-mix", "0:1"], "--length-mix '0:1'"),
         (["worker", "--label", "y"], "--label compares answers over HTTP"),
-        (["worker", "--mode", "batch"], "a worker is called with one item"),
+        (["worker", "--mode", "batch"], "called with one item at a time"),
+        (["modal:app/Model", "--mode", "async"], "called with one item at a time"),
+        (["docker:image", "--mode", "async"], "no container is given the queue that bench reads. Start it with"),
+        (["docker:image", "--sweep", "engine=onnx"], "needs --model"),
         (["--mode", "async", "--queue", "sqs"], "--queue 'sqs'"),
         (
             ["--mode", "async", "--queue", "redis://127.0.0.1:99999"],
