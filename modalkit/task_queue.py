@@ -2,6 +2,7 @@
 
 from modalkit.service.queue_backends import (
     InMemoryBackend,
+    NotSentError,
     QueueBackend,
     QueueBackendError,
     QueueEmptyError,
@@ -19,6 +20,7 @@ from modalkit.service.queue_backends import (
 
 __all__ = [
     "InMemoryBackend",
+    "NotSentError",
     "QueueBackend",
     "QueueBackendError",
     "QueueEmptyError",

@@ -290,7 +290,7 @@ class Deliverer(AsyncContextManagerMixin):
         with anyio.move_on_after(self._send_timeout_s):
             errors = await send_all(self._backend, sending.messages)
         now = self._clock()
-        stays = keeps_in_process(self._backend, _queue_of(jobs[0]))  # a call is for one queue
+        stays = None in errors and keeps_in_process(self._backend, _queue_of(jobs[0]))  # a call is for one queue
         records = [
             after_delivery_attempt(
                 job,

@@ -29,7 +29,7 @@ from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import OutputNotJsonError, RetryableError, ServiceError, describe_error
 from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobEnd, JobRetry, JobStatus, json_text
 from modalkit.service.outputs import may_be_refused, output_json
-from modalkit.service.queue_backends import UndeliverableError
+from modalkit.service.queue_backends import NotSentError, UndeliverableError
 
 LARGEST_RESULT_BYTES = 100 * 2**20
 """Bytes of UTF-8 that the JSON of a result may have."""
@@ -276,16 +276,19 @@ def after_delivery_attempt(
     """What the next attempt to deliver means: `delivered` without an `error`, else due again or undelivered.
 
     A message is undelivered if its error is an `UndeliverableError`, if this was attempt number `max_attempts`, or if
-    the attempt `is_last` for another reason.
+    the attempt `is_last` for another reason. After a `NotSentError` it was no attempt.
     """
-    attempt = job.delivery_attempts + 1
+    was_sent = not isinstance(error, NotSentError)
+    attempts = job.delivery_attempts + was_sent
     if error is None:
-        return DeliveryRecord(job_id=job.job_id, status=delivered, attempts=attempt)
+        return DeliveryRecord(job_id=job.job_id, status=delivered, attempts=attempts)
     text = describe_error(error)
-    if is_last or attempt >= max_attempts or isinstance(error, UndeliverableError):
-        return DeliveryRecord(job_id=job.job_id, status=DeliveryStatus.UNDELIVERED, attempts=attempt, error=text)
-    due_at = now + backoff_s(attempt)
-    return DeliveryRecord(job_id=job.job_id, status=DeliveryStatus.PENDING, attempts=attempt, error=text, due_at=due_at)
+    if is_last or isinstance(error, UndeliverableError) or (was_sent and attempts >= max_attempts):
+        return DeliveryRecord(job_id=job.job_id, status=DeliveryStatus.UNDELIVERED, attempts=attempts, error=text)
+    due_at = now + backoff_s(job.delivery_attempts + 1)
+    return DeliveryRecord(
+        job_id=job.job_id, status=DeliveryStatus.PENDING, attempts=attempts, error=text, due_at=due_at
+    )
 
 
 def record_delivery(job: Job, record: DeliveryRecord) -> Job | None:

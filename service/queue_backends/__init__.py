@@ -4,6 +4,7 @@ from modalkit.service.queue_backends.memory import InMemoryBackend, QueueEmptyEr
 from modalkit.service.queue_backends.protocol import (
     BatchQueueBackend,
     NamedQueueBackend,
+    NotSentError,
     QueueBackend,
     QueueBackendError,
     QueueMessage,
@@ -19,6 +20,7 @@ __all__ = [
     "BatchQueueBackend",
     "InMemoryBackend",
     "NamedQueueBackend",
+    "NotSentError",
     "QueueBackend",
     "QueueBackendError",
     "QueueEmptyError",

@@ -1,6 +1,7 @@
 """The interface of queue backends: what each must have, and what delivery also uses where it is there."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +9,15 @@ from typing import Protocol, runtime_checkable
 
 from modalkit.service.errors import ServiceError
 
+logger = logging.getLogger(__name__)
+
 
 class QueueBackendError(ServiceError):
     """The root of the errors of modalkit's queue backends."""
+
+
+class NotSentError(QueueBackendError):
+    """Raised when a message was not sent at all, because others took too long: it is sent later, and no attempt."""
 
 
 class UndeliverableError(QueueBackendError):
@@ -51,8 +58,8 @@ class QueueBackend(Protocol):
     async def send_message(self, queue_name: str, message: str) -> bool:
         """Send a JSON text. After False or an exception it is sent again later, unless that is `UndeliverableError`.
 
-        Called concurrently, and cancelled after a time limit. After a crash a message may be sent a second time, with
-        the same ``job_id`` in it.
+        `NotSentError` makes it no attempt. Called concurrently, and cancelled after a time limit. After a crash a
+        message may be sent a second time, with the same ``job_id`` in it.
         """
         ...
 
@@ -82,10 +89,15 @@ class NamedQueueBackend(QueueBackend, Protocol):
 def keeps_in_process(backend: QueueBackend, queue_name: str) -> bool:
     """Whether messages to this queue stay in the memory of the process, by the backend's optional method of this name.
 
-    Then a delivery counts as `memory` instead of `delivered`.
+    Then a delivery counts as `memory` instead of `delivered`. What that method raises is logged, and means that they
+    do not.
     """
     asked = getattr(backend, "keeps_in_process", None)
-    return asked is not None and bool(asked(queue_name))
+    try:
+        return asked is not None and bool(asked(queue_name))
+    except (Exception, SystemExit):
+        logger.exception("%s.keeps_in_process failed; the result counts as delivered", type(backend).__name__)
+        return False
 
 
 _SAFE = re.compile(r"[A-Za-z0-9_-]{1,128}")

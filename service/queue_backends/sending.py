@@ -14,6 +14,7 @@ from modalkit.batching.task_groups import without_foreign_cancellation
 from modalkit.service.errors import describe_error, describe_value
 from modalkit.service.queue_backends.protocol import (
     BatchQueueBackend,
+    NotSentError,
     QueueBackend,
     QueueBackendError,
     QueueMessage,
@@ -41,7 +42,7 @@ class _Connection:
     async def get(self) -> Any:
         async with self._lock:
             if self._closed:
-                raise QueueBackendError("the backend was closed while the message waited to be sent")
+                raise NotSentError("the backend was closed while the message waited to be sent")
             if self._opened is None:
                 self._stack = AsyncExitStack()
                 self._opened = await self._connect(self._stack)
@@ -173,14 +174,14 @@ async def outcomes_of(
 
 @asynccontextmanager
 async def hold(limiter: anyio.CapacityLimiter, wait_s: float, problem: str) -> AsyncIterator[None]:
-    """Hold a token of `limiter`; raises `QueueBackendError` with the text `problem` after `wait_s` seconds without."""
+    """Hold a token of `limiter`; raises `NotSentError` with the text `problem` after `wait_s` seconds without."""
     try:
         limiter.acquire_nowait()
     except anyio.WouldBlock:
         with anyio.move_on_after(wait_s) as waiting:
             await limiter.acquire()
         if waiting.cancelled_caught:
-            raise QueueBackendError(problem) from None
+            raise NotSentError(problem) from None
     try:
         yield
     finally:

@@ -52,7 +52,7 @@ class WebhookBackend(ConnectedBackend):
     the address that was checked. Redirects are not followed and proxies not used. `allow_private_addresses` allows
     private addresses and plain http, for receivers in your own network. At most 32 requests run at a time for each
     host, and each takes at most `timeout_s`; a message that waits longer than 25 seconds less `timeout_s` for its turn
-    fails unsent. `resolve` replaces the system's look-up of names, `ssl_context` the trusted certificates.
+    raises `NotSentError`. `resolve` replaces the system's look-up of names, `ssl_context` the trusted certificates.
 
     Runs on asyncio and trio, in one event loop until `aclose`. Raises `ValueError` for invalid hosts and secrets.
     """

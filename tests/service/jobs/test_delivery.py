@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Sequence
+from threading import Event
 from typing import Any
 
 import anyio
@@ -23,7 +24,14 @@ from modalkit.service.jobs import (
     MemoryJobStore,
 )
 from modalkit.service.jobs.delivery import Deliverer
-from modalkit.service.queue_backends import InMemoryBackend, QueueMessage, RoutingBackend, UndeliverableError
+from modalkit.service.queue_backends import (
+    InMemoryBackend,
+    QueueMessage,
+    RoutingBackend,
+    UndeliverableError,
+    WebhookBackend,
+)
+from tests.support.webhook_receiver import WebhookReceiver
 
 pytestmark = pytest.mark.anyio
 
@@ -126,6 +134,60 @@ async def test_a_message_that_can_never_be_sent_is_undelivered_at_once(store: Me
         await until_delivered_or_not(store)
     assert await delivery_of(store, "b") == (DeliveryStatus.UNDELIVERED, 1, "too large")
     assert {(await delivery_of(store, job_id))[0] for job_id in "ac"} == {DeliveryStatus.DELIVERED}
+
+
+async def test_a_result_for_a_queue_that_no_route_matches_any_more_is_undelivered_and_stops_no_other(
+    store: MemoryJobStore,
+) -> None:
+    queue = InMemoryBackend()
+    await finish_jobs(store, "old", queue="reports")
+    async with Deliverer(RoutingBackend({"ml_*": queue}), store):
+        await until_delivered_or_not(store)
+        await finish_jobs(store, "new", queue="ml_results")
+        await queue.receive("ml_results")
+    status, attempts, error = await delivery_of(store, "old")
+    assert (status, attempts) == (DeliveryStatus.UNDELIVERED, 1)
+    assert "queue 'reports': matches no route" in str(error)
+
+
+async def test_a_backend_that_cannot_say_whether_it_keeps_messages_in_the_process_delivers(
+    store: MemoryJobStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unsure(InMemoryBackend):
+        def keeps_in_process(self, queue_name: str) -> bool:
+            raise KeyError(queue_name)
+
+    await finish_jobs(store, "job")
+    async with Deliverer(Unsure(), store):
+        await until_delivered_or_not(store)
+    assert await delivery_of(store) == (DeliveryStatus.DELIVERED, 1, None)
+    assert "Unsure.keeps_in_process failed" in caplog.text
+
+
+async def test_a_message_that_got_no_turn_at_a_busy_receiver_was_not_sent_and_keeps_its_attempts(
+    store: MemoryJobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modalkit.service.queue_backends.webhook.MAX_REQUESTS_PER_HOST", 1)
+    receiver = WebhookReceiver()
+    receiver.silent = Event()
+    receiver.start()
+    host = f"127.0.0.1:{receiver.port}"
+    backend = WebhookBackend(allowed_hosts=[host], allow_private_addresses=True, timeout_s=24.99)
+    try:
+        for job_id in "ab":
+            await finish_jobs(store, job_id, queue=f"http://{host}/{job_id}")  # a call for each
+        async with Deliverer(backend, store, max_attempts=1, backoff_s=lambda _: 0.0):
+            while not any(errors := [(await delivery_of(store, job_id))[2] for job_id in "ab"]):
+                await anyio.lowlevel.checkpoint()
+            receiver.silent.set()
+            await until_delivered_or_not(store)
+        assert f"http://{host}: too many messages wait for this host" in str(errors)
+        assert [await delivery_of(store, job_id) for job_id in "ab"] == [(DeliveryStatus.DELIVERED, 1, None)] * 2
+        assert len(receiver.received) == 2
+    finally:
+        receiver.silent.set()
+        await backend.aclose()
+        receiver.stop()
 
 
 async def running_job(store: MemoryJobStore, job_id: str = "job", queue: str = "ok") -> JobEnd:

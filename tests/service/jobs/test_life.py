@@ -27,7 +27,7 @@ from modalkit.service.jobs import (
     SqliteJobStore,
     life,
 )
-from modalkit.service.queue_backends import UndeliverableError
+from modalkit.service.queue_backends import NotSentError, UndeliverableError
 from tests.support import store_rules
 
 SYSTEMIC = Failure(ConnectionError("the database is down"), is_systemic=True)
@@ -97,7 +97,7 @@ def test_quarantined_groups_get_smaller_with_each_crash() -> None:
 OUTCOMES = st.sampled_from(
     [Success(InferenceOutputModel()), Failure(ValueError("no")), Failure(DeadlineExceededError(1.0)), SYSTEMIC]
 )
-ERRORS = st.sampled_from([None, ConnectionError("down"), UndeliverableError("too large")])
+ERRORS = st.sampled_from([None, ConnectionError("down"), NotSentError("busy"), UndeliverableError("too large")])
 QUEUES = st.sampled_from([None, "x", "y"])
 SECONDS = st.integers(0, 20).map(float)
 

@@ -11,6 +11,7 @@ import pytest
 from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
 
 from modalkit.service.queue_backends import (
+    NotSentError,
     QueueBackendError,
     QueueMessage,
     QueueNameError,
@@ -164,7 +165,7 @@ async def test_what_waits_too_long_for_a_connection_is_not_sent_and_says_why(
             task_group.start_soon(backend.send_message, "waiting", "1")
             while "SendMessage" not in slow.requests:
                 await anyio.sleep(0.01)
-            with pytest.raises(QueueBackendError, match="'waiting': too many messages wait to be sent to SQS"):
+            with pytest.raises(NotSentError, match="'waiting': too many messages wait to be sent to SQS"):
                 await backend.send_message("waiting", "2")
             answer.set()
     finally:

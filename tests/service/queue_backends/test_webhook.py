@@ -14,6 +14,7 @@ import anyio.to_thread
 import pytest
 
 from modalkit.service.queue_backends import (
+    NotSentError,
     QueueBackendError,
     QueueMessage,
     QueueNameError,
@@ -223,8 +224,8 @@ async def test_what_gets_no_place_at_its_host_is_not_sent_and_says_why(receiver:
         task_group.start_soon(send_one_more, task_group)
     receiver.silent.set()
     await backend.aclose()
-    assert [str(outcome) for outcome in outcomes] == [
-        f"http://127.0.0.1:{receiver.port}: too many messages wait for this host"
+    assert [(type(outcome), str(outcome)) for outcome in outcomes] == [
+        (NotSentError, f"http://127.0.0.1:{receiver.port}: too many messages wait for this host")
     ]
     assert len(receiver.received) == 32
 
