@@ -37,9 +37,9 @@ _CLAIMABLE = "status = 'queued' AND crashes = 0 AND retry_at IS NULL AND model_n
 CLAIMABLE = f"SELECT seq FROM jobs WHERE {_CLAIMABLE} AND owner = ?3 ORDER BY seq LIMIT ?4"  # noqa: S608  # as above
 OWNERS = f"""
     WITH RECURSIVE owners (owner) AS (
-        SELECT min(owner) FROM jobs WHERE {_CLAIMABLE}
+        SELECT min(owner) FROM jobs WHERE {_CLAIMABLE} AND {{which}}
         UNION ALL
-        SELECT (SELECT min(owner) FROM jobs WHERE {_CLAIMABLE} AND owner > owners.owner)
+        SELECT (SELECT min(owner) FROM jobs WHERE {_CLAIMABLE} AND {{which}} AND owner > owners.owner)
         FROM owners WHERE owner IS NOT NULL LIMIT ?3
     ) SELECT owner FROM owners WHERE owner IS NOT NULL
 """  # noqa: S608  # as above
@@ -82,14 +82,22 @@ COUNT_PENDING = """
 EXPIRED = "SELECT job_id FROM jobs WHERE status = 'queued' AND expires_at <= ? ORDER BY expires_at LIMIT ?"
 REQUEUE_CRASHED = "UPDATE jobs SET status = 'queued', crashes = crashes + 1 WHERE status = 'running'"
 CRASHED = "SELECT job_id FROM jobs WHERE status = 'queued' AND crashes > 0 AND crashes >= ?"
-NEXT_QUEUE = """
-    SELECT delivery_queue FROM jobs WHERE due_at IS NOT NULL AND delivery_crashes = 0 AND delivery_queue > ?
+_NEXT_QUEUE = """
+    SELECT delivery_queue FROM jobs WHERE due_at IS NOT NULL AND delivery_crashes = 0 AND delivery_queue > {after}
     ORDER BY delivery_queue LIMIT 1
 """
-DUE = """
-    SELECT seq FROM jobs WHERE due_at BETWEEN 0 AND ? AND delivery_crashes = 0 AND delivery_queue = ?
-    ORDER BY due_at, seq LIMIT ?
-"""
+NEXT_QUEUE = _NEXT_QUEUE.format(after="?")
+_DUE = "due_at BETWEEN 0 AND ?1 AND delivery_crashes = 0 AND delivery_queue"
+# The last row has the first queue where something is due; or, after ?3 queues, one where nothing may be; or NULL.
+NEXT_DUE_QUEUE = f"""
+    WITH RECURSIVE visited (queue, number) AS (
+        SELECT ({_NEXT_QUEUE.format(after="?2")}), 1
+        UNION ALL
+        SELECT ({_NEXT_QUEUE.format(after="visited.queue")}), number + 1 FROM visited
+        WHERE queue IS NOT NULL AND number < ?3 AND NOT EXISTS (SELECT 1 FROM jobs WHERE {_DUE} = visited.queue)
+    ) SELECT queue, max(number) FROM visited
+"""  # noqa: S608  # as above
+DUE = f"SELECT seq FROM jobs WHERE {_DUE} = ?2 ORDER BY due_at, seq LIMIT ?3"  # noqa: S608  # as above
 FEWEST_DELIVERY_CRASHES = """
     SELECT delivery_crashes FROM jobs WHERE due_at IS NOT NULL AND due_at >= 0 AND delivery_crashes > 0
     ORDER BY delivery_crashes LIMIT 1

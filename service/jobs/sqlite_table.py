@@ -25,8 +25,10 @@ from modalkit.service.jobs.sqlite_rows import (
 )
 
 Row = tuple[Any, ...]
+QueuePlace = tuple[str, bool]
+"""The last queue that was visited, and whether that was after the last name, from the first one on again."""
 
-QUEUES_PER_VISIT = 1000
+QUEUES_PER_STEP = 1000
 OWNERS_PER_CLAIM = 1000
 
 _STATUS, _CREATED_AT, _STARTED_AT = map(COLUMNS.index, ("status", "created_at", "started_at"))
@@ -124,8 +126,10 @@ class JobTable:
     def _claim_fairly(self, now: float, model_name: str, priority: Priority, limit: int) -> list[Job]:
         if not self._has_owners:
             return self._claim(sql.CLAIMABLE, now, model_name, priority, "", limit)
-        rows = self._database.execute(sql.OWNERS, (model_name, priority, OWNERS_PER_CLAIM))
-        owners = sorted((owner for (owner,) in rows), key=lambda owner: (owner <= self._last_owner, owner))
+        owners = list[str]()
+        for which in ("owner > ?4", "owner <= ?4"):  # those after the last one come first
+            values = (model_name, priority, OWNERS_PER_CLAIM - len(owners), self._last_owner)
+            owners += [owner for (owner,) in self._database.execute(sql.OWNERS.format(which=which), values)]
         claimed, size_bytes = list[Job](), 0
         while owners and limit > 0 and size_bytes <= sql.BYTES_PER_READ:
             share, turns, owners = -(-limit // len(owners)), owners, []
@@ -242,34 +246,33 @@ class JobTable:
         return [end.job_id for end in ends]
 
     def claim_deliveries(
-        self, limit: int, now: float, *, queue_limits: Mapping[str, int], queue_limit: int
-    ) -> Sequence[Job]:
-        """Claim up to `limit` deliveries that are due, and return their jobs; they are not due until recorded.
+        self, limit: int, now: float, queue_limits: Mapping[str, int], queue_limit: int, place: QueuePlace | None
+    ) -> tuple[list[Job], QueuePlace | None]:
+        """A step of `JobStore.claim_deliveries`: visit some queues, after `place` or from where the last claim stopped.
 
-        At most `queue_limit` of them go to the same queue; `queue_limits` has the limits of queues that differ. Queues
-        come in turns, in the order of their names, from where the last call stopped; of one queue, the deliveries that
-        became due first are claimed. Quarantined ones are skipped.
+        Returns what was claimed, and where a next step goes on; None where all queues were visited.
         """
-        claimed, size_bytes = list[Job](), 0
-        first, queue, wrapped = self._last_queue, self._last_queue, False
-        for _ in range(QUEUES_PER_VISIT):
-            if len(claimed) == limit or size_bytes > sql.BYTES_PER_READ:
-                break
-            row = self._database.execute(sql.NEXT_QUEUE, (queue,)).fetchone()
-            if row is None and not wrapped:
+        claimed, size_bytes, left = list[Job](), 0, QUEUES_PER_STEP
+        first = self._last_queue  # and where the round ends
+        queue, wrapped = place or (first, False)
+        while left > 0 and len(claimed) < limit and size_bytes <= sql.BYTES_PER_READ:
+            values = (microseconds(now), queue, left)
+            found, visited = self._database.execute(sql.NEXT_DUE_QUEUE, values).fetchone()
+            left -= visited
+            if found is None and not wrapped:
                 queue, wrapped = "", True
                 continue
-            if row is None or (wrapped and row[0] > first):
-                break
-            queue = cast("str", row[0])
+            if found is None or (wrapped and found > first):
+                return claimed, None
+            queue = cast("str", found)
             room = min(queue_limits.get(queue, queue_limit), limit - len(claimed))
             if room > 0:
                 rows = self._read(sql.DUE, (microseconds(now), queue, room), sql.CLAIM_DELIVERIES)
                 jobs = [job_from_row(row) for row in rows]
                 claimed += jobs
                 size_bytes += sum(job.size_bytes for job in jobs)
-        self._last_queue = queue
-        return claimed
+                self._last_queue = queue if jobs else self._last_queue
+        return claimed, (queue, wrapped)
 
     def claim_quarantined_deliveries(self, limit: int) -> list[Job]:
         """Claim a group of quarantined deliveries, and return their jobs.

@@ -3,13 +3,14 @@
 import logging
 import sqlite3
 from abc import abstractmethod
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial, wraps
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from anyio.lowlevel import checkpoint
 from pydantic_core import to_json
 
 from modalkit.service.jobs import sqlite_batches as batches
@@ -19,7 +20,7 @@ from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreUnav
 from modalkit.service.jobs.model import Job, JobFilter
 from modalkit.service.jobs.sqlite_many import ROWS_PER_STEP
 from modalkit.service.jobs.sqlite_rows import condition_of, counts_of_jobs, find_job, microseconds, page_of_jobs
-from modalkit.service.jobs.sqlite_table import JobTable
+from modalkit.service.jobs.sqlite_table import JobTable, QueuePlace
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +133,28 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     finish = _operation(JobTable.finish)
     cancel = _operation(JobTable.cancel)
     expire = _operation(JobTable.expire)
-    claim_deliveries = _operation(JobTable.claim_deliveries)
     claim_quarantined_deliveries = _operation(JobTable.claim_quarantined_deliveries)
     record_deliveries = _operation(JobTable.record_deliveries)
     recover = _operation(JobTable.recover)
+
+    async def claim_deliveries(
+        self, limit: int, now: float, *, queue_limits: Mapping[str, int], queue_limit: int
+    ) -> list[Job]:
+        """Claim up to `limit` deliveries that are due, and return their jobs; they are not due until recorded.
+
+        At most `queue_limit` of them go to the same queue; `queue_limits` has the limits of queues that differ. Queues
+        come in turns, in the order of their names, from where the last call stopped; of one queue, the deliveries that
+        became due first are claimed. Quarantined ones are skipped. It may claim fewer than are due, but none only where
+        none is, or there is no room for it. Many queues with nothing due are passed in several steps, so that other
+        calls go on between them.
+        """
+        place: QueuePlace | None = None
+        while True:
+            step = partial(JobTable.claim_deliveries, limit=limit, now=now, queue_limits=queue_limits)
+            claimed, place = await self._perform(partial(step, queue_limit=queue_limit, place=place))
+            if claimed or place is None:
+                return claimed
+            await checkpoint()  # a step in memory does not wait
 
     async def replay(self, job_ids: Sequence[str] | None, now: float, owner: str | None = None) -> int:
         """Make the deliveries due of those of these jobs, or of all, that are undelivered; returns how many.
@@ -167,6 +186,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         while some := await self._perform(partial(change_some, after=sequence)):
             changed += [job_id for _, job_id in some]
             sequence = max(sequence for sequence, _ in some)
+            await checkpoint()  # as above
         return changed
 
     async def cancel_some(self, which: JobFilter, now: float) -> list[Job]:
@@ -199,6 +219,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         removed = 0
         while some := await self._perform(remove):
             removed += some
+            await checkpoint()  # as above
         return removed
 
     async def check(self) -> None:

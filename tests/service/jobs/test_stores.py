@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from modalkit.batching import Priority
@@ -27,6 +28,8 @@ from modalkit.service.jobs import (
     MemoryJobStore,
     Recovery,
     SqliteJobStore,
+    sqlite_many,
+    sqlite_table,
 )
 
 pytestmark = pytest.mark.anyio
@@ -254,6 +257,19 @@ async def test_queues_come_in_turns_and_keep_to_their_limits(store: JobStore) ->
     assert sorted(job_id for job_ids in claimed for job_id in job_ids) == ["x1", "x2", "x3", "y1", "y2", "y3", "z3"]
     turns = [job_ids[0][0] for job_ids in claimed]
     assert all(first != second for first, second in itertools.pairwise(turns[:5]))
+
+
+async def test_many_queues_that_wait_for_a_retry_hide_no_delivery_that_is_due(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_table, "QUEUES_PER_STEP", 5)
+    for number in range(23):
+        await finish_with_deliveries(store, {f"later-{number}": 100.0}, f"https://host/{number:02}")
+    for queue in ("a", "https://host/13b", "z"):  # before, between and after them
+        await finish_with_deliveries(store, {queue: 3.0}, queue)
+    claimed = [await claim_due(store, limit=1) for _ in range(4)]
+    assert claimed == [["a"], ["https://host/13b"], ["z"], []]
+    assert len(await claim_due(store, now=100.0)) > 0
 
 
 async def test_deliveries_are_noted_and_failed_ones_are_due_when_they_say(store: JobStore) -> None:
@@ -578,6 +594,30 @@ async def test_many_are_removed_at_once(kind: str, tmp_path: Path) -> None:
         assert sum((await store.counts()).statuses.values()) == 0
 
 
+async def test_changes_of_many_jobs_in_memory_let_other_tasks_run_between_their_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sqlite_many, "ROWS_PER_STEP", 2)
+    seen = set[int]()
+
+    async def count_failed() -> None:
+        while True:
+            seen.add((await store.counts()).statuses[JobStatus.FAILED])
+            await anyio.lowlevel.checkpoint()
+
+    async with MemoryJobStore() as store, anyio.create_task_group() as task_group:
+        task_group.start_soon(count_failed)
+        await store.add([new_job(f"{n}") for n in range(20)])
+        for change in (store.retry(None, JobFilter(), 4.0), store.remove_finished(9.0)):
+            await store.claim("m", 20, 2.0)
+            await store.finish([failure(f"{n}") for n in range(20)])
+            seen.clear()
+            await change
+            assert seen & set(range(1, 20))
+            assert (await store.counts()).statuses[JobStatus.FAILED] == 0
+        task_group.cancel_scope.cancel()
+
+
 async def test_counts_follow_every_change(store: JobStore) -> None:
     await store.add([new_job(f"{n}") for n in range(6)])
     await store.claim("m", 4, 2.0)
@@ -651,6 +691,13 @@ async def test_owners_take_turns_where_each_claim_is_for_one_job(store: JobStore
     claimed = [(await store.claim("m", 1, 2.0))[0].owner for _ in range(9)]
     assert [sorted(claimed[n : n + 3]) for n in (0, 3, 6)] == [["", "a", "b"]] * 3
     assert await store.claim("m", 1, 2.0) == []
+
+
+async def test_an_owner_behind_many_others_gets_its_turn(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_table, "OWNERS_PER_CLAIM", 2)
+    await store.add([new_job(f"{owner}{n}", owner=owner) for n in range(9) for owner in "abcde"])
+    claimed = [job.job_id for _ in range(10) for job in await store.claim("m", 1, 2.0)]
+    assert claimed == ["a0", "b0", "c0", "d0", "e0", "a1", "b1", "c1", "d1", "e1"]
 
 
 async def test_a_key_stands_for_a_job_of_each_owner(store: JobStore) -> None:
