@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from modalkit.service.jobs.errors import JobStoreError
 from modalkit.service.jobs.model import JobBatch, JobBatchResult, JobFilter
@@ -38,15 +39,18 @@ class JobBatches:
         return await self._store.has_batch(batch_id, owner)
 
     async def cancel(self, batch_id: str, owner: str | None = None) -> int:
-        """Cancel all jobs of a batch that have not ended; returns how many."""
+        """Cancel all jobs of a batch that have not ended, in several steps; returns how many."""
         cancelled = 0
-        while jobs := await self._store.cancel_some(
-            JobFilter(batch_id=batch_id, owner=owner), now := self._jobs.clock()
-        ):
+        while True:
+            now = self._jobs.clock()
+            with anyio.CancelScope(shield=True):  # as in `JobManager.cancel`
+                jobs = await self._store.cancel_some(JobFilter(batch_id=batch_id, owner=owner), now)
+            if not jobs:
+                return cancelled
             for job in jobs:
                 self._jobs.tell_cancelled(job, now)
             cancelled += len(jobs)
-        return cancelled
+            await checkpoint()  # so that other tasks run between two steps of a store in memory
 
     async def results_by_line(
         self, batch_id: str, owner: str | None = None, *, after: int = 0, wait: bool = True

@@ -35,7 +35,7 @@ from modalkit.service.jobs.model import (
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.store import Added, JobStore
 from modalkit.service.jobs.telemetry import record_end
-from modalkit.service.queue_backends import QueueBackend
+from modalkit.service.queue_backends import QueueBackend, UndeliverableError
 from modalkit.service.queue_backends.sending import close_backend
 from modalkit.service.tracing import current_traceparent
 from modalkit.service.validation import validated
@@ -89,14 +89,23 @@ class _Watch:
         return changed
 
 
+class _NoBackend:
+    """Refuses the messages that an earlier configuration left: they are kept as undelivered."""
+
+    async def send_message(self, queue_name: str, message: str) -> bool:  # noqa: ARG002  # as the protocol has it
+        raise UndeliverableError(
+            "there is no queue backend: configure one (app_settings.queue_config.backend), and replay the result"
+        )
+
+
 class JobManager(AsyncContextManagerMixin):
     """Owns an open job store and the deliveries from it; several workers, one per model, may share it.
 
     An async context manager. On entering, jobs that an earlier process left running are queued again, and deliveries
-    that it left pending are sent. Without a `queue_backend`, results are sent nowhere. `result_ttl_s` seconds after its
-    end, a job is removed. Every `sweep_interval_s` seconds, jobs expire whose time has come, and old ones are removed.
-    `clock` gives wall-clock Unix seconds, by default those of a `SteadyClock`. A backend that the manager `owns` is
-    closed with it.
+    that it left pending are sent. Without a `queue_backend`, results are sent nowhere, and pending ones become
+    undelivered. `result_ttl_s` seconds after its end, a job is removed. Every `sweep_interval_s` seconds, jobs expire
+    whose time has come, and old ones are removed. `clock` gives wall-clock Unix seconds, by default those of a
+    `SteadyClock`. A backend that the manager `owns` is closed with it.
     """
 
     def __init__(
@@ -127,10 +136,11 @@ class JobManager(AsyncContextManagerMixin):
         self._queue_rules = QueueRules(allowed_queues, queue_backend)
         self._result_ttl_s = result_ttl_s
         self._sweep_interval_s = sweep_interval_s
-        self._deliverer = (
-            None
-            if queue_backend is None
-            else Deliverer(queue_backend, store, max_attempts=max_delivery_attempts, clock=clock)
+        self._deliverer = Deliverer(
+            _NoBackend() if queue_backend is None else queue_backend,
+            store,
+            max_attempts=max_delivery_attempts,
+            clock=clock,
         )
         # All mutable state: the feeds by model name, the watches of each job that is watched, and `may_wait`.
         self.quarantine_lock = anyio.Lock()
@@ -147,8 +157,7 @@ class JobManager(AsyncContextManagerMixin):
                 stack.push_async_callback(close_backend, self._backend)
             await stack.enter_async_context(self.store)
             await self._recover()
-            if self._deliverer is not None:
-                await stack.enter_async_context(self._deliverer)
+            await stack.enter_async_context(self._deliverer)
             background = await stack.enter_async_context(plain_task_group())
             stack.callback(background.cancel_scope.cancel)
             background.start_soon(self._sweep)
@@ -181,9 +190,10 @@ class JobManager(AsyncContextManagerMixin):
         """Accept jobs for this model from now on, and tell `feed` of them."""
         self._feeds[model_name] = feed
 
-    def detach(self, model_name: str) -> None:
-        """Accept no more jobs for this model."""
-        self._feeds.pop(model_name, None)
+    def detach(self, model_name: str, feed: JobFeed) -> None:
+        """Accept no more jobs for this model, unless another feed was attached meanwhile."""
+        if self._feeds.get(model_name) is feed:
+            del self._feeds[model_name]
 
     async def submit(
         self,
@@ -202,7 +212,7 @@ class JobManager(AsyncContextManagerMixin):
         When cancelled, jobs may have been stored.
         """
         feed = self._feed_of(model_name)
-        now, traceparent, delivers = self.clock(), current_traceparent(), self._deliverer is not None
+        now, traceparent, delivers = self.clock(), current_traceparent(), self._backend is not None
 
         def make(request: AsyncInputModel, job_id: str, place: tuple[str, int] | None) -> Job | Exception:
             """A job that is not stored yet, or what is wrong with the request."""
@@ -335,7 +345,8 @@ class JobManager(AsyncContextManagerMixin):
     async def cancel(self, job_id: str) -> Job | None:
         """Cancel a job that has not ended, and return it as it then is; None if there is none."""
         now = self.clock()
-        job = await self.store.cancel(job_id, now)
+        with anyio.CancelScope(shield=True):  # else its watches might not be told, and it would stay in its feed
+            job = await self.store.cancel(job_id, now)
         if job is not None and job.status is JobStatus.CANCELLED:
             self.tell_cancelled(job, now, is_new=job.finished_at == now)
         return job
@@ -360,7 +371,7 @@ class JobManager(AsyncContextManagerMixin):
 
     async def finish(self, ends: Sequence[JobEnd]) -> None:
         """Store how jobs ended, wake callers that wait for them and have messages delivered. Raises `JobStoreError`."""
-        self.tell_change(await (self._deliverer or self.store).finish(ends))
+        self.tell_change(await self._deliverer.finish(ends))
 
     async def requeue(self, retries: Sequence[JobRetry]) -> None:
         """Store that jobs run again later. Raises `JobStoreError`."""
@@ -370,12 +381,8 @@ class JobManager(AsyncContextManagerMixin):
     async def replay(self, job_ids: Sequence[str] | None = None, *, owner: str | None = None) -> int:
         """Send undelivered results, of these jobs or of all (of that `owner`), once more; returns how many."""
         replayed = await self.store.replay(job_ids, self.clock(), owner)
-        self._wake_deliverer()
+        self._deliverer.wake()
         return replayed
-
-    def _wake_deliverer(self) -> None:
-        if self._deliverer is not None:
-            self._deliverer.wake()
 
     async def _sweep(self) -> None:
         while True:
@@ -384,7 +391,8 @@ class JobManager(AsyncContextManagerMixin):
                     await self.store.check()
                 while expired := await self.store.expire(EXPIRED_PER_CALL, self.clock()):
                     self.tell_change(expired)
-                    self._wake_deliverer()
+                    self._deliverer.wake()
+                    await checkpoint()  # so that other tasks run between two steps of a store in memory
                 await self.store.remove_finished(self.clock() - self._result_ttl_s)
                 await self.store.remove_old_documents(self.clock() - self._result_ttl_s - DOCUMENT_GRACE_S)
             except JobStoreError:

@@ -153,7 +153,7 @@ class JobRunner(AsyncContextManagerMixin):
         finally:
             self._task_group = None  # also where an exception has left the block
             self._running.withdraw_all()
-            self._manager.detach(self._model_name)
+            self._manager.detach(self._model_name, self)
 
     @property
     def running(self) -> int:

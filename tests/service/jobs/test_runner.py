@@ -1,12 +1,16 @@
 """Jobs move from the store into the scheduler a window at a time, and every end of theirs is stored."""
 
 import math
+import threading
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
+from anyio.abc import TaskStatus
 
 from modalkit.batching import BatchTimeoutError, Failure, Priority, QueueFullError, SchedulerClosedError, Success
 from modalkit.batching.pending import Withdraw
@@ -14,6 +18,7 @@ from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import NotReadyError
 from modalkit.service.jobs import (
+    DeliveryStatus,
     Job,
     JobEnd,
     JobFilter,
@@ -23,11 +28,13 @@ from modalkit.service.jobs import (
     JobStoreError,
     JobStoreFullError,
     MemoryJobStore,
+    SqliteJobStore,
 )
 from modalkit.service.jobs.life import new_job
 from modalkit.service.jobs.manager import JobManager
+from modalkit.service.jobs.model import JobBatchLines
 from modalkit.service.jobs.runner import FIRST_JOB_RETRY_S, JobOutcome, JobRunner
-from modalkit.service.jobs.store import Added
+from modalkit.service.jobs.store import Added, Operation
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import AsyncConfig
 from modalkit.testing import FakeClock
@@ -977,6 +984,118 @@ async def test_a_job_that_comes_as_the_runner_of_a_memory_store_is_left_still_ru
         job = await manager.get(ids[0])
     assert job is not None
     assert job.status is JobStatus.SUCCEEDED
+
+
+async def test_results_that_an_earlier_configuration_left_are_undelivered_where_there_is_no_queue_backend() -> None:
+    store = MemoryJobStore()
+    async with store:
+        await store.add([Job(job_id="a", model_name="m", message_json="{}", success_queue="reports", created_at=1.0)])
+        await store.claim("m", 1, 2.0)
+        await store.finish([JobEnd(job_id="a", status=JobStatus.SUCCEEDED, result_json="{}", finished_at=3.0)])
+    async with JobManager(store, clock=lambda: 4.0) as manager:
+        for _ in range(2):
+            while (job := await ended_or_not(manager, "a")).delivery is DeliveryStatus.PENDING:
+                await anyio.lowlevel.checkpoint()
+            assert job.delivery is DeliveryStatus.UNDELIVERED
+            assert "there is no queue backend: configure one" in str(job.delivery_error)
+            assert await manager.replay() == 1
+        while (await ended_or_not(manager, "a")).delivery is DeliveryStatus.PENDING:
+            await anyio.lowlevel.checkpoint()
+        assert await manager.purge(JobFilter()) == 1
+
+
+class SlowDisk(SqliteJobStore):
+    """Writes nothing between `hold` and `released`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.writing, self.released = threading.Event(), threading.Event()
+        self.released.set()
+
+    def hold(self) -> None:
+        self.released.clear()
+        self.writing.clear()
+
+    def _transaction(self, operations: list[Operation]) -> list[Any]:
+        self.writing.set()
+        self.released.wait(60)
+        return super()._transaction(operations)
+
+
+@pytest.mark.parametrize("in_batch", [False, True])
+async def test_a_cancellation_whose_caller_is_cancelled_is_told_to_all_and_frees_the_window(
+    tmp_path: Path, in_batch: bool
+) -> None:
+    engine, store, seen = Engine(is_open=False), SlowDisk(tmp_path / "jobs.db"), list[JobStatus]()
+
+    async def watch(manager: JobManager, *, task_status: TaskStatus[None]) -> None:
+        async for job in manager.watch([job_id]):
+            assert isinstance(job, Job)
+            seen.append(job.status)
+            if len(seen) == 1:
+                task_status.started()
+
+    async with JobManager(store) as manager, JobRunner(manager, "m", engine, window=3) as runner:
+        lines = JobBatchLines("batch", [1])
+        (added,) = await manager.submit([AsyncInputModel(message={})], model_name="m", batch=lines)
+        assert isinstance(added, Success)
+        job_id = added.value
+        await engine.until_started(1)
+        async with anyio.create_task_group() as watching:
+            await watching.start(watch, manager)
+            store.hold()
+            async with anyio.create_task_group() as cancelling:
+                if in_batch:
+                    cancelling.start_soon(manager.batches.cancel, "batch")
+                else:
+                    cancelling.start_soon(manager.cancel, job_id)
+                await anyio.to_thread.run_sync(store.writing.wait)
+                cancelling.cancel_scope.cancel()
+                store.released.set()
+            with anyio.fail_after(10):
+                await manager.get(job_id, wait_s=60)
+                while seen[-1] is not JobStatus.CANCELLED:
+                    await anyio.lowlevel.checkpoint()
+        assert runner.running == 0
+
+
+async def test_cancelling_a_batch_in_memory_lets_other_tasks_run_between_its_steps(
+    manager: JobManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modalkit.service.jobs.sqlite_many.ROWS_PER_STEP", 2)
+    seen = set[int]()
+
+    async def count_cancelled() -> None:
+        while True:
+            seen.add((await manager.counts()).statuses[JobStatus.CANCELLED])
+            await anyio.lowlevel.checkpoint()
+
+    lines = JobBatchLines("batch", range(20))
+    await manager.submit([AsyncInputModel(message={})] * 20, model_name="m", batch=lines)
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(count_cancelled)
+        assert await manager.batches.cancel("batch") == 20
+        task_group.cancel_scope.cancel()
+    assert seen & set(range(1, 20))
+
+
+async def test_a_runner_that_is_left_detaches_no_later_one_of_its_model(manager: JobManager) -> None:
+    leave, has_left = anyio.Event(), anyio.Event()
+
+    async def run_earlier(*, task_status: TaskStatus[None]) -> None:
+        async with JobRunner(manager, "m", Engine(), window=3):
+            task_status.started()
+            await leave.wait()
+        has_left.set()
+
+    async with anyio.create_task_group() as task_group:
+        await task_group.start(run_earlier)
+        async with JobRunner(manager, "m", Engine(), window=3):
+            leave.set()
+            await has_left.wait()
+            assert (await ended(manager, await submit(manager))).status is JobStatus.SUCCEEDED
+    with pytest.raises(NotReadyError):
+        await submit(manager)
 
 
 async def test_an_error_of_no_kind_of_the_store_reaches_its_callers_and_the_runner_goes_on(
