@@ -1,8 +1,9 @@
 """What metrics and traces are told of jobs: their ends, and the attempts to deliver their results."""
 
+import logging
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from modalkit.service.jobs.messages import result_message, utc_timestamp
 from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobStatus
@@ -13,13 +14,18 @@ from modalkit.service.tracing import active_tracing
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 def record_end(job: Job, status: JobStatus, now: float) -> None:
     """Record that a job ended, at the wall-clock time `now`."""
     job_age_seconds(job.model_name, status).observe(max(0.0, now - job.created_at))
     if (tracing := active_tracing()) is not None:
         attributes = {"modalkit.model": job.model_name, "modalkit.job_id": job.job_id, "modalkit.job.status": status}
-        tracing.record_job(job.traceparent, attributes, job.created_at, now)
+        _call(tracing.record_job, job.traceparent, attributes, job.created_at, now)
 
 
 class Sending:
@@ -41,16 +47,24 @@ class Sending:
                 ended_at = now if job.finished_at is None else job.finished_at
                 delivery_seconds(job.model_name, record.status).observe(max(0.0, now - ended_at))
             if self._tracing is not None and span is not None:
-                self._tracing.end_delivery(span, record.error)
+                _call(self._tracing.end_delivery, span, record.error)
 
     def _start_span(self, job: Job) -> "Span | None":
         if self._tracing is None:
             return None
-        return self._tracing.start_delivery(
-            job.traceparent, {"modalkit.model": job.model_name, "modalkit.job_id": job.job_id}
-        )
+        attributes = {"modalkit.model": job.model_name, "modalkit.job_id": job.job_id}
+        return _call(self._tracing.start_delivery, job.traceparent, attributes)
 
     def _message(self, job: Job, span: "Span | None", timestamp: str) -> QueueMessage:
         traceparent = job.traceparent if self._tracing is None or span is None else self._tracing.traceparent(span)
         body = result_message(job, timestamp, traceparent)
         return QueueMessage(job.delivery_queue or "", body, job.job_id, traceparent)
+
+
+def _call(trace: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """Call a method of the tracing; if it raises, as a user's span processor may, log that and return None."""
+    try:
+        return trace(*args, **kwargs)
+    except (Exception, SystemExit):
+        logger.exception("A span is incomplete: a span processor or sampler of OpenTelemetry raised")
+        return None

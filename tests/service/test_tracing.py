@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
@@ -16,7 +16,7 @@ from modalkit import enable_tracing
 from modalkit.pipelines import AsyncInputModel
 from modalkit.pipelines.extras import install_command
 from modalkit.service import tracing
-from modalkit.service.jobs import SqliteJobStore
+from modalkit.service.jobs import JobStatus, SqliteJobStore
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
@@ -153,6 +153,31 @@ async def test_a_job_takes_its_trace_to_its_message(
     assert ran.attributes["modalkit.job_id"] == message["job_id"] == job_id
     (batch,) = spans(exporter, "batch lengths")
     assert [f"{link.context.span_id:016x}" for link in batch.links] == [id_of(request)]
+
+
+@pytest.mark.parametrize("moment", ["on_start", "on_end"])
+async def test_a_span_processor_that_raises_ends_no_job_and_no_delivery(
+    moment: str, queue: InMemoryBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(SpanProcessor):
+        pass
+
+    def fail(*_: object) -> None:
+        raise ValueError("no collector")
+
+    setattr(Broken, moment, fail)
+    monkeypatch.setattr(tracing, "_tracing", None)
+    provider = TracerProvider()
+    provider.add_span_processor(Broken())
+    enable_tracing(provider)
+    async with InferenceWorker(LengthPipeline(), queue_backend=queue, calibrate=False) as worker:
+        for _ in range(2):
+            job_id = await worker.submit(AsyncInputModel(message={"text": "four"}, success_queue="results"))
+            stored = await worker.job(job_id, wait_s=30)
+            assert stored is not None
+            assert stored.status is JobStatus.SUCCEEDED
+            assert json.loads(await queue.receive("results"))["job_id"] == job_id
+    assert "A span is incomplete" in caplog.text
 
 
 async def test_the_span_of_a_program_is_the_parent_of_what_it_asks_a_worker(exporter: InMemorySpanExporter) -> None:
