@@ -48,7 +48,6 @@ TOO_MANY_DELIVERY_CRASHES = (
     f"the process died {CRASHES_ALONE} times while this message alone was being sent, so it is not sent again; "
     "replay it once the queue backend no longer ends the process"
 )
-EXPIRES_IN_PASSED = "the job did not end within its expires_in"
 
 _REQUEST_FIELDS = ("model_name", "message_json", "success_queue", "failure_queue", "meta_json")
 _NAME_FIELDS = ("job_id", "model_name", "success_queue", "failure_queue", "idempotency_key")
@@ -58,7 +57,7 @@ class JobTimeoutError(ServiceError):
     """Raised for a job that runs longer than the timeout of its runner."""
 
     def __init__(self, timeout_s: float) -> None:
-        super().__init__(f"the job did not finish within its timeout of {timeout_s:g} s")
+        super().__init__(f"the job did not finish within its timeout of {timeout_s:g} s (async_config.timeout)")
         self.timeout_s = timeout_s
 
 
@@ -66,7 +65,10 @@ class ResultTooLargeError(ServiceError):
     """Raised for a result that is too large to be stored."""
 
     def __init__(self, size_bytes: int) -> None:
-        super().__init__(f"the result has {size_bytes} bytes, more than the {LARGEST_RESULT_BYTES} that are stored")
+        super().__init__(
+            f"the result has {size_bytes} bytes, more than the {LARGEST_RESULT_BYTES} that are stored; have the "
+            "pipeline store what is large elsewhere, and return where it is"
+        )
 
 
 # Beginning.
@@ -196,10 +198,16 @@ def end_of(job: Job, outcome: Outcome[InferenceOutputModel], now: float) -> JobE
     if isinstance(result, str):
         return JobEnd(job_id=job.job_id, status=JobStatus.SUCCEEDED, result_json=result, finished_at=now)
     if isinstance(result, JobTimeoutError | DeadlineExceededError):
-        is_past_own_time = job.expires_at is not None and job.expires_at <= now
-        error = EXPIRES_IN_PASSED if is_past_own_time else describe_error(result)
+        error = describe_error(result)
+        if job.expires_at is not None and job.expires_at <= now:
+            error = expires_in_passed(job.expires_at - job.created_at)
         return JobEnd(job_id=job.job_id, status=JobStatus.EXPIRED, error=error, finished_at=now)
     return JobEnd(job_id=job.job_id, status=JobStatus.FAILED, error=describe_error(result), finished_at=now)
+
+
+def expires_in_passed(expires_in_s: float) -> str:
+    """The error of a job that has not ended so many seconds after it was accepted, as it asked."""
+    return f"the job did not end within its expires_in of {round(expires_in_s, 6):g} s"
 
 
 def _result_of(outcome: Outcome[InferenceOutputModel]) -> str | Exception:

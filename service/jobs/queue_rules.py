@@ -14,7 +14,10 @@ class QueueNotAllowedError(ServiceError):
     """Raised when a job names a queue that ``allowed_queues`` does not cover."""
 
     def __init__(self, field: str, queue_name: str, allowed: Sequence[str]) -> None:
-        super().__init__(f"{field}: queue {queue_name!r} is not allowed; allowed are: {', '.join(allowed) or 'none'}")
+        super().__init__(
+            f"{field}: queue {queue_name!r} is not allowed; allowed are: {', '.join(allowed) or 'none'} "
+            "(queue_config.allowed_queues)"
+        )
         self.field = field
         self.queue_name = queue_name
 

@@ -79,7 +79,10 @@ END = f"""
 COUNT_PENDING = """
     SELECT count(*) FROM jobs WHERE delivery = 'pending' AND job_id IN (SELECT value FROM json_each(?))
 """
-EXPIRED = "SELECT job_id FROM jobs WHERE status = 'queued' AND expires_at <= ? ORDER BY expires_at LIMIT ?"
+EXPIRED = """
+    SELECT job_id, expires_at - created_at FROM jobs WHERE status = 'queued' AND expires_at <= ?
+    ORDER BY expires_at LIMIT ?
+"""
 REQUEUE_CRASHED = "UPDATE jobs SET status = 'queued', crashes = crashes + 1 WHERE status = 'running'"
 CRASHED = "SELECT job_id FROM jobs WHERE status = 'queued' AND crashes > 0 AND crashes >= ?"
 _NEXT_QUEUE = """

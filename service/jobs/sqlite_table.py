@@ -238,10 +238,12 @@ class JobTable:
     def expire(self, limit: int, now: float) -> list[str]:
         """End up to `limit` queued jobs whose `expires_at` has come, as `finish` does; returns their ids."""
         rows = self._database.execute(sql.EXPIRED, (microseconds(now), limit))
-        return self._end_queued(rows, JobStatus.EXPIRED, life.EXPIRES_IN_PASSED, now)
+        errors = [(job_id, life.expires_in_passed(expires_in_us / 1_000_000)) for job_id, expires_in_us in rows]
+        return self._end_queued(errors, JobStatus.EXPIRED, now)
 
-    def _end_queued(self, rows: Iterable[Row], status: JobStatus, error: str, now: float) -> list[str]:
-        ends = [JobEnd(job_id=job_id, status=status, error=error, finished_at=now) for (job_id,) in rows]
+    def _end_queued(self, errors: Iterable[tuple[str, str]], status: JobStatus, now: float) -> list[str]:
+        """End queued jobs, each by its id and with its error; returns their ids."""
+        ends = [JobEnd(job_id=job_id, status=status, error=error, finished_at=now) for job_id, error in errors]
         self._end(JobStatus.QUEUED, ends)
         return [end.job_id for end in ends]
 
@@ -307,7 +309,8 @@ class JobTable:
         requeued = self._database.execute(sql.REQUEUE_CRASHED).rowcount
         self._move(JobStatus.RUNNING, JobStatus.QUEUED, requeued)
         rows = self._database.execute(sql.CRASHED, (life.MAX_CRASHES,))
-        failed = self._end_queued(rows, JobStatus.FAILED, life.TOO_MANY_CRASHES, now)
+        errors = [(job_id, life.TOO_MANY_CRASHES) for (job_id,) in rows]
+        failed = self._end_queued(errors, JobStatus.FAILED, now)
         return Recovery(requeued - len(failed), failed, undelivered)
 
     def _recover_deliveries(self, now_us: int) -> list[str]:

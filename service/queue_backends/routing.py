@@ -89,7 +89,10 @@ class RoutingBackend:
         for pattern, backend in self._routes.items():
             if fnmatchcase(queue_name, pattern):
                 return backend
-        raise QueueNameError(shown_queue_name(queue_name), f"matches no route; there are: {', '.join(self._routes)}")
+        routes = ", ".join(self._routes)
+        raise QueueNameError(
+            shown_queue_name(queue_name), f"matches no route; add one to queue_config.routes, which has: {routes}"
+        )
 
 
 def _check_backend(pattern: str, backend: object) -> None:

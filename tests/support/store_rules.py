@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 from modalkit.service.jobs.life import (
-    EXPIRES_IN_PASSED,
     TOO_MANY_CRASHES,
     TOO_MANY_DELIVERY_CRASHES,
     end_job,
+    expires_in_passed,
     has_crashed_too_often,
 )
 from modalkit.service.jobs.model import DeliveryStatus, Job, JobEnd, JobRetry, JobStatus
@@ -38,7 +38,8 @@ def expire_job(job: Job, now: float) -> Job | None:
     """This queued job, expired, if its `expires_at` has come."""
     if job.status is not JobStatus.QUEUED or job.expires_at is None or job.expires_at > now:
         return None
-    return end_job(job, JobEnd(job_id=job.job_id, status=JobStatus.EXPIRED, error=EXPIRES_IN_PASSED, finished_at=now))
+    error = expires_in_passed(job.expires_at - job.created_at)
+    return end_job(job, JobEnd(job_id=job.job_id, status=JobStatus.EXPIRED, error=error, finished_at=now))
 
 
 def recover_job(job: Job, now: float) -> Job | None:

@@ -14,7 +14,7 @@ from modalkit.service.calls import jobs as calls_jobs
 from modalkit.service.calls.engine import CallResult, CallState
 from modalkit.service.calls.jobs import CallGateway
 from modalkit.service.errors import ContainerFaultError, RemoteItemError, RemoteTimeoutError, ServiceError
-from modalkit.service.jobs.life import EXPIRES_IN_PASSED
+from modalkit.service.jobs.life import expires_in_passed
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import AuthConfig
 from modalkit.service.web import create_app
@@ -261,7 +261,7 @@ async def test_a_job_that_expired_and_a_result_that_did_are_told_apart(
     assert (await found(client, kept, 0.05))["status"] == "queued"  # meanwhile the time of the other one runs out
     pipeline.gate.set()
     expired = await found(client, late, 30)
-    assert (expired["status"], expired["error"]) == ("expired", EXPIRES_IN_PASSED)
+    assert (expired["status"], expired["error"]) == ("expired", expires_in_passed(0.001))
     assert (await found(client, kept))["status"] == "succeeded"
     stand.carrier.forget_results()
     forgotten = await found(client, kept)

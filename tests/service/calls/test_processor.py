@@ -342,7 +342,7 @@ async def test_a_job_that_has_expired_is_not_run(
 ) -> None:
     entries = [job("late", expires_in=10), job("in time", expires_in=30)]
     late, in_time = await processor.process(entries, a_call(accepted_at=NOW - 20))
-    assert (late["status"], late["error"]) == ("expired", "the job did not end within its expires_in")
+    assert (late["status"], late["error"]) == ("expired", "the job did not end within its expires_in of 10 s")
     assert in_time["status"] == "succeeded"
     assert pipeline.batches == [["in time"]]
     (message,) = sent(queue, "bad")
@@ -360,7 +360,7 @@ async def test_a_job_that_expires_while_it_waits_is_not_run(
         await entered(pipeline)
         (outcome,) = await processor.process([job("waits", expires_in=0.01)], a_call())
         pipeline.gate.set()
-    assert (outcome["status"], outcome["error"]) == ("expired", "the job did not end within its expires_in")
+    assert (outcome["status"], outcome["error"]) == ("expired", "the job did not end within its expires_in of 0.01 s")
     assert pipeline.batches == [["runs"]]
 
 

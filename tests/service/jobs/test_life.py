@@ -56,7 +56,7 @@ def test_each_outcome_is_an_end() -> None:
         assert result_of(Failure(late)) == (JobStatus.EXPIRED, str(late))
         assert result_of(Failure(late), 11.0, expires_in=10.0) == (
             JobStatus.EXPIRED,
-            "the job did not end within its expires_in",
+            "the job did not end within its expires_in of 10 s",
         )
 
 
@@ -66,6 +66,7 @@ def test_the_limit_of_a_result_counts_bytes_and_not_characters(monkeypatch: pyte
     status, error = result_of(Success(InferenceOutputModel(text="é" * 600)))
     assert status is JobStatus.FAILED
     assert str(error).startswith("the result has 12")
+    assert "store what is large elsewhere" in str(error)
 
 
 def test_a_repetition_asks_for_the_same_and_has_the_same_digest() -> None:

@@ -32,5 +32,7 @@ def test_a_backends_own_refusal_is_passed_on_and_comes_after_ours() -> None:
     rules = QueueRules(["a*"], Raises(QueueNameError("a", "is too short")))
     with pytest.raises(QueueNameError, match="failure_queue: queue 'a': is too short"):
         rules.check(None, "a")
-    with pytest.raises(QueueNotAllowedError, match="'b' is not allowed"):
+    with pytest.raises(
+        QueueNotAllowedError, match=r"'b' is not allowed; allowed are: a\* \(queue_config.allowed_queues\)"
+    ):
         rules.check(None, "b")

@@ -465,7 +465,7 @@ async def test_the_timeout_counts_from_the_first_dispatch(manager: JobManager, c
         runner.wake()
         job = await ended(manager, waited)
     assert job.status is JobStatus.EXPIRED
-    assert job.error == "the job did not finish within its timeout of 100 s"
+    assert job.error == "the job did not finish within its timeout of 100 s (async_config.timeout)"
     assert not engine.waiting
 
 
@@ -478,7 +478,7 @@ async def test_a_job_expires_by_its_own_time_queued_or_running(manager: JobManag
         runner.wake()
         jobs = [await ended(manager, job_id) for job_id in job_ids]
     assert [(job.status, job.error) for job in jobs] == [
-        (JobStatus.EXPIRED, "the job did not end within its expires_in")
+        (JobStatus.EXPIRED, "the job did not end within its expires_in of 10 s")
     ] * 2
     assert len(engine.started) == 1
 
@@ -693,7 +693,10 @@ async def test_a_job_that_is_cancelled_in_its_group_stays_cancelled_and_a_late_o
         assert engine.groups == [[cancelled]]
         engine.open()
         job = await ended(manager, late)
-    assert (job.status, job.error) == (JobStatus.EXPIRED, "the job did not finish within its timeout of 30 s")
+    assert (job.status, job.error) == (
+        JobStatus.EXPIRED,
+        "the job did not finish within its timeout of 30 s (async_config.timeout)",
+    )
     assert (await ended(manager, cancelled)).status is JobStatus.CANCELLED
     assert engine.groups == [[cancelled]]
 

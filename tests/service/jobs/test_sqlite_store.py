@@ -306,7 +306,8 @@ def listed(**fields: Any) -> str:
     ("statement", "index"),
     [
         (sql.CLAIMABLE, "queued_jobs"),
-        (sql.OWNERS, "queued_jobs"),
+        (sql.OWNERS.format(which="owner > ?4"), "queued_jobs"),
+        (sql.OWNERS.format(which="owner <= ?4"), "queued_jobs"),
         (sql.FEWEST_CRASHES, "suspect_jobs"),
         (sql.QUARANTINED, "suspect_jobs"),
         (sql.REQUEUE.format(rows="(1, 1, 1)"), "sqlite_autoindex_jobs_1"),
@@ -316,6 +317,7 @@ def listed(**fields: Any) -> str:
         (sql.REQUEUE_CRASHED, "running_jobs"),
         (sql.CRASHED, "suspect_jobs"),
         (sql.NEXT_QUEUE, "deliveries"),
+        (sql.NEXT_DUE_QUEUE, "deliveries"),
         (sql.DUE, "deliveries"),
         (sql.FEWEST_DELIVERY_CRASHES, "suspect_deliveries"),
         (sql.QUARANTINED_DELIVERIES, "suspect_deliveries"),

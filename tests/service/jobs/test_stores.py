@@ -337,7 +337,7 @@ async def test_queued_jobs_expire_when_their_time_has_come(store: JobStore) -> N
     assert await store.expire(9, 12.5) == []
     job = await existing(store, "2")
     assert (job.status, job.delivery, job.finished_at) == (JobStatus.EXPIRED, DeliveryStatus.PENDING, 12.5)
-    assert job.error == "the job did not end within its expires_in"
+    assert job.error == "the job did not end within its expires_in of 10.5 s"
     assert (await existing(store, "1")).status is JobStatus.RUNNING
     assert await claim_due(store, now=12.5) == ["2"]
     assert [job.job_id for job in await store.claim("m", 9, 13.0)] == ["3", "never"]

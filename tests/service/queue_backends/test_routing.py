@@ -58,7 +58,9 @@ async def test_a_name_without_a_route_is_refused_and_the_others_are_sent() -> No
     outcomes = await backend.send_messages([QueueMessage(name, "x", "1") for name in ("ml_a", "other", "hook_b")])
     assert outcomes[0] is outcomes[2] is None
     assert isinstance(outcomes[1], QueueNameError)
-    assert str(outcomes[1]) == "queue 'other': matches no route; there are: ml_*, hook_*"
+    assert str(outcomes[1]) == (
+        "queue 'other': matches no route; add one to queue_config.routes, which has: ml_*, hook_*"
+    )
     assert queues.queue_names() == ["hook_b", "ml_a"]
     with pytest.raises(QueueNameError, match="matches no route"):
         await backend.send_message("other", "x")
