@@ -162,7 +162,7 @@ async def test_a_span_processor_that_raises_ends_no_job_and_no_delivery(
     class Broken(SpanProcessor):
         pass
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ValueError("no collector")
 
     setattr(Broken, moment, fail)
