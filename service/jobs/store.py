@@ -139,7 +139,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
 
     async def claim_deliveries(
         self, limit: int, now: float, *, queue_limits: Mapping[str, int], queue_limit: int
-    ) -> list[Job]:
+    ) -> Sequence[Job]:
         """Claim up to `limit` deliveries that are due, and return their jobs; they are not due until recorded.
 
         At most `queue_limit` of them go to the same queue; `queue_limits` has the limits of queues that differ. Queues

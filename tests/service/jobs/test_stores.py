@@ -602,19 +602,19 @@ async def test_changes_of_many_jobs_in_memory_let_other_tasks_run_between_their_
 
     async def count_failed() -> None:
         while True:
-            seen.add((await store.counts()).statuses[JobStatus.FAILED])
+            seen.add((await in_memory.counts()).statuses[JobStatus.FAILED])
             await anyio.lowlevel.checkpoint()
 
-    async with MemoryJobStore() as store, anyio.create_task_group() as task_group:
+    async with MemoryJobStore() as in_memory, anyio.create_task_group() as task_group:
         task_group.start_soon(count_failed)
-        await store.add([new_job(f"{n}") for n in range(20)])
-        for change in (store.retry(None, JobFilter(), 4.0), store.remove_finished(9.0)):
-            await store.claim("m", 20, 2.0)
-            await store.finish([failure(f"{n}") for n in range(20)])
+        await in_memory.add([new_job(f"{n}") for n in range(20)])
+        for change in (in_memory.retry(None, JobFilter(), 4.0), in_memory.remove_finished(9.0)):
+            await in_memory.claim("m", 20, 2.0)
+            await in_memory.finish([failure(f"{n}") for n in range(20)])
             seen.clear()
             await change
             assert seen & set(range(1, 20))
-            assert (await store.counts()).statuses[JobStatus.FAILED] == 0
+            assert (await in_memory.counts()).statuses[JobStatus.FAILED] == 0
         task_group.cancel_scope.cancel()
 
 
