@@ -19,6 +19,7 @@ RESULTS_INTERVAL_S = 0.05
 """Seconds between two reads for a caller that has read all there is."""
 MAX_WAIT_S = 5.0
 """Maximum seconds between two lists for a caller that waits."""
+MAX_SEQUENCE = 2**63 - 1
 OVERLAP_US = 2_000_000
 """Microseconds before the last end that was seen which are read again: ends may be stored in another order."""
 
@@ -60,10 +61,11 @@ class JobBatches:
         Without `wait`, it ends at the first line whose job has not ended. It ends early when the service stops. While
         there is no result, it yields an empty list every few seconds.
         """
+        place = (after, MAX_SEQUENCE)
         while True:
-            results, unfinished = await self._store.results_in_order(batch_id, owner, after)
+            results, unfinished = await self._store.results_in_order(batch_id, owner, *place)
             if results:
-                after = results[-1].line
+                place = (results[-1].line, results[-1].sequence)
                 yield results
             if unfinished is not None:
                 if not (wait and self._jobs.may_wait):

@@ -316,8 +316,8 @@ class JobBatchResult:
     result_json: str | None
     error: str | None
     meta_json: str
-    finished_us: int
-    """When it ended, in microseconds since 1970."""
+    sequence: int
+    """The job's number in the store; the order of jobs of the same line."""
 
 
 @dataclass(frozen=True, slots=True)

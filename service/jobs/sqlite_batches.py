@@ -21,7 +21,7 @@ ENDS_PER_READ = 20_000
 
 _SIZE = " + ".join(f"coalesce(length(CAST({column} AS BLOB)), 0)" for column in ("result", "error", "meta"))
 _RESULTS = f"""
-    SELECT json_group_array(json_array(line, job_id, status, result, error, meta, finished_at)) FROM (
+    SELECT json_group_array(json_array(line, job_id, status, result, error, meta, seq)) FROM (
         SELECT *, row_number() OVER rows AS number, sum({_SIZE}) OVER rows AS size,
             sum(finished_at IS NULL) OVER rows AS unfinished
         FROM (SELECT * FROM jobs WHERE {{which}} LIMIT {RESULTS_PER_READ})
@@ -68,12 +68,15 @@ def find_batch(database: sqlite3.Connection, batch_id: str, owner: str | None, n
 
 
 def results_in_order(
-    database: sqlite3.Connection, batch_id: str, owner: str | None, after: int
+    database: sqlite3.Connection, batch_id: str, owner: str | None, line: int, sequence: int
 ) -> tuple[list[JobBatchResult], str | None]:
-    """Some results of the lines after `after` up to the first that has not ended, and the id of the job of that."""
+    """Some results, up to the first that has not ended, and the id of the job of that.
+
+    They come in the order of `line` and `seq`, beginning after these two values: several jobs may have the same line.
+    """
     which, values = _condition(batch_id, owner)
-    which += " AND line > ? ORDER BY line"
-    rows = _read(database, _RESULTS.format(which=which, order="line"), [*values, after])
+    which += " AND (line, seq) > (?, ?) ORDER BY line, seq"
+    rows = _read(database, _RESULTS.format(which=which, order="line, seq"), [*values, line, sequence])
     if rows and not rows[-1].status.has_ended:
         return rows[:-1], rows[-1].job_id
     return rows, None
@@ -105,6 +108,6 @@ def results_of(database: sqlite3.Connection, sequences: Sequence[int]) -> list[J
 def _read(database: sqlite3.Connection, statement: str, values: list[Any]) -> list[JobBatchResult]:
     (text,) = database.execute(statement, values).fetchone()
     return [
-        JobBatchResult(line, job_id, JobStatus(status), result, error, meta, finished_us)
-        for line, job_id, status, result, error, meta, finished_us in from_json(text)
+        JobBatchResult(line, job_id, JobStatus(status), result, error, meta, sequence)
+        for line, job_id, status, result, error, meta, sequence in from_json(text)
     ]

@@ -177,7 +177,7 @@ def _place(request: Request) -> tuple[str | None, int]:
         raise _problem(
             f"batch_id: must be 1 to 100 letters, digits, dots, hyphens or underscores, got {batch_id!r:.200}"
         )
-    if not (first.isascii() and first.isdecimal() and 1 <= int(first[:20]) <= MAX_LINE):
+    if not (first.isascii() and first.isdecimal() and len(first) <= 16 and 1 <= int(first) <= MAX_LINE):
         raise _problem(f"first_line: must be a number from 1, got {first!r:.100}")
     return batch_id, int(first)
 

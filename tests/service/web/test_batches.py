@@ -9,6 +9,7 @@ import anyio.lowlevel
 import httpx
 import pytest
 
+from modalkit.service.jobs.sqlite_batches import RESULTS_PER_READ
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import Settings
 from modalkit.service.web import create_app
@@ -141,9 +142,27 @@ async def test_another_key_finds_no_batch_and_may_use_the_same_id(settings: Sett
         assert (await client.get("/batches/b")).json()["jobs"] == 3
 
 
+async def test_no_result_is_lost_where_jobs_have_the_same_line(settings: Settings) -> None:
+    """As those of several keys with one id have, which an admin reads together, in several pages."""
+    async with serving_keys(settings) as client:
+        for headers in (SHOP, BLOG, BOSS):
+            await submit(client, ["four"] * (RESULTS_PER_READ // 2), headers=headers)
+        client.headers.update(BOSS)
+        found = await results(client)
+        assert [line["line"] for line in found] == sorted(3 * list(range(1, RESULTS_PER_READ // 2 + 1)))
+        assert len({line["job_id"] for line in found}) == len(found)
+        assert len(await results(client, after=RESULTS_PER_READ // 2 - 1)) == 3
+
+
 @pytest.mark.parametrize(
     ("query", "said"),
-    [("batch_id=a/b", "batch_id: must be"), ("batch_id=b&first_line=0", "first_line: must be"), ("batch=b", "no such")],
+    [
+        ("batch_id=a/b", "batch_id: must be"),
+        ("batch_id=b&first_line=0", "first_line: must be"),
+        (f"batch_id=b&first_line={'0' * 19}1{'9' * 19}", "first_line: must be"),
+        (f"batch_id=b&first_line={'0' * 19}1{'9' * 5000}", "first_line: must be"),
+        ("batch=b", "no such"),
+    ],
 )
 async def test_a_wrong_place_is_refused(client: httpx.AsyncClient, query: str, said: str) -> None:
     assert said in assert_problem(await client.post(f"/async/predict?{query}", json=job("a")), 422)["detail"]
