@@ -75,7 +75,8 @@ class WrongKeys:
     def add(self, address: str) -> float:
         """Count a wrong key; returns the seconds for which the address may send no more, 0 if it may."""
         with suppress(ValueError):  # for what is no address of IPv6
-            address = str(ipaddress.IPv6Network((address, 64), strict=False))
+            mapped = ipaddress.IPv6Address(address).ipv4_mapped
+            address = str(mapped or ipaddress.IPv6Network((address, 64), strict=False))
         now = self._clock()
         if now >= self._until_s:
             self._counts.clear()

@@ -259,6 +259,8 @@ def test_wrong_keys_are_counted_by_the_minute_for_a_bounded_number_of_addresses(
     assert [wrong.add(f"10.0.1.{number}") for number in range(3)] == [0, 40, 40], "these are counted together"
     now[0] += 40
     assert [wrong.add("10.0.0.1"), wrong.add("10.0.1.2"), wrong.add("10.0.1.2")] == [0, 0, 60]
+    mapped = WrongKeys(1, lambda: now[0])  # as on a socket for both versions of IP
+    assert [mapped.add(f"::ffff:10.0.0.{number}") for number in (1, 2, 1)] == [0, 0, 60]
     unlimited = WrongKeys(None)
     assert [unlimited.add("") for _ in range(100)] == [0] * 100
 
