@@ -4,11 +4,13 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from http import HTTPStatus
 from typing import ParamSpec, TypeVar
 
 import anyio
 from fastapi import Request
+from starlette.types import Scope
 
 from modalkit.batching import QueueFullError
 from modalkit.service.settings import RequestConfig
@@ -88,26 +90,48 @@ class Admission:
         return results
 
 
-class Reception:
-    """What one request holds: made when it comes, and released when it has been answered."""
+class Reception(AbstractContextManager["Reception"]):
+    """The bytes that one body, or a part of a stream, holds, without the first `FREE_BYTES`; none after the context."""
 
     __slots__ = ("_admission", "_held_bytes")
 
-    def __init__(self, admission: Admission, request: Request) -> None:
+    def __init__(self, admission: Admission, scope: Scope | None = None) -> None:
+        """Hold nothing; with the `scope` of a request, be what `reception_of` finds for it."""
         self._admission = admission
         self._held_bytes = 0
-        request.scope[_RECEPTION] = self
+        if scope is not None:
+            scope[_RECEPTION] = self
+
+    def __exit__(self, *_: object) -> None:
+        self.hold(0)
 
     @property
     def limits(self) -> RequestConfig:
         """The limits that hold for it."""
         return self._admission.limits
 
-    def release(self) -> None:
-        """Hold nothing any more."""
-        if self._held_bytes:
-            self._admission.held_bytes -= self._held_bytes
-            self._held_bytes = 0
+    @property
+    def is_full(self) -> bool:
+        """Whether all requests together hold as much as they may."""
+        return self._admission.held_bytes >= self._admission.limits.max_pending_bytes
+
+    def hold(self, size_bytes: int) -> None:
+        """Hold so many bytes, instead of those held before; `check_room` says whether they may be held."""
+        held_bytes = max(0, size_bytes - FREE_BYTES)
+        self._admission.held_bytes += held_bytes - self._held_bytes
+        self._held_bytes = held_bytes
+
+    def check_room(self, size_bytes: int) -> None:
+        """Raise `ProblemError` where all requests together would hold too much, if this one held so many bytes."""
+        more_bytes = size_bytes - FREE_BYTES - self._held_bytes
+        limit = self._admission.limits.max_pending_bytes
+        if size_bytes > FREE_BYTES and self._admission.held_bytes + more_bytes > limit:
+            raise _refused(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                f"the service holds as many bytes of other requests as it may ({limit}, "
+                "request_config.max_pending_bytes): retry later",
+                **{"Retry-After": "1"},
+            )
 
     async def read(self, request: Request) -> bytes:
         """The whole body; see `read_body`."""
@@ -126,9 +150,7 @@ class Reception:
             chunk, more = message.get("body", b""), message.get("more_body", False)
             size_bytes += len(chunk)
             self._check(size_bytes)
-            if size_bytes > FREE_BYTES:
-                self._admission.held_bytes += size_bytes - FREE_BYTES - self._held_bytes
-                self._held_bytes = size_bytes - FREE_BYTES
+            self.hold(size_bytes)
             chunks.append(chunk)
         if size_bytes <= FREE_BYTES:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -144,31 +166,22 @@ class Reception:
                 f"the body is larger than {limits.max_body_bytes} bytes (request_config.max_body_bytes): send several "
                 "smaller requests",
             )
-        if size_bytes <= FREE_BYTES:
-            return
-        if self._admission.held_bytes + size_bytes - FREE_BYTES - self._held_bytes > limits.max_pending_bytes:
-            raise _refused(
-                HTTPStatus.SERVICE_UNAVAILABLE,
-                f"the service holds as many bytes of other requests as it may ({limits.max_pending_bytes}, "
-                "request_config.max_pending_bytes): retry later",
-                **{"Retry-After": "1"},
-            )
+        self.check_room(size_bytes)
+
+
+def reception_of(request: Request) -> Reception:
+    """The reception of a request's body, which `DirectRoutes` makes."""
+    reception: Reception = request.scope[_RECEPTION]
+    return reception
 
 
 def read_body(request: Request) -> Awaitable[bytes]:
-    """Read the whole body. Without a `Reception`, its bytes count towards no `Admission`.
+    """Read the whole body.
 
     Raises `ProblemError` for a body that is too large, alone or together with those of other requests, and if the
     client leaves before its end.
     """
-    reception: Reception = request.scope.get(_RECEPTION) or Reception(Admission(), request)
-    return reception.read(request)
-
-
-def limits_of(request: Request) -> RequestConfig:
-    """The limits that hold for a request."""
-    reception: Reception | None = request.scope.get(_RECEPTION)
-    return RequestConfig() if reception is None else reception.limits
+    return reception_of(request).read(request)
 
 
 def _refused(status: HTTPStatus, detail: str, **headers: str) -> ProblemError:

@@ -109,7 +109,7 @@ def create_app(
         add_vllm_routes(routes, gateway.models)
     if "openai" in adapters:
         app.include_router(make_models_router(gateway.models), dependencies=keys.requires(KeyScope.PREDICT))
-        app.include_router(make_batches_router(gateway, admission.limits), dependencies=keys.requires(KeyScope.JOBS))
+        app.include_router(make_batches_router(gateway, admission), dependencies=keys.requires(KeyScope.JOBS))
     app.add_middleware(_Entrance, start=start)  # around the routes: none answers before the start
     app.add_middleware(RequestObserver, routes=app.routes)  # the outermost one: it measures everything
     put_outside(app, (DirectRoutes, _Entrance, RequestObserver))
@@ -186,7 +186,8 @@ class _Entrance:
         if not self._start.is_logged:
             self._start.is_logged = True
             logger.error("Requests are refused: %s", NOT_STARTED)
-        return error_response(ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, NOT_STARTED))(scope, receive, send)
+        problem = ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, NOT_STARTED, headers={"Retry-After": "1"})
+        return error_response(problem)(scope, receive, send)
 
 
 def _complete_schema(app: FastAPI, by_name: Mapping[str, Model]) -> None:

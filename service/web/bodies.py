@@ -21,7 +21,7 @@ from pydantic_core import from_json, to_json
 from modalkit.batching import Failure
 from modalkit.pipelines import AsyncInputModel, SyncInputModel
 from modalkit.service.settings import RequestConfig
-from modalkit.service.web.admission import Admission, limits_of, read_body
+from modalkit.service.web.admission import Admission, read_body, reception_of
 from modalkit.service.web.problems import ProblemError, invalid
 
 SLICE_BYTES = 2**16
@@ -71,11 +71,6 @@ class BodyParser:
         self._job = AsyncInputModel[input_model]  # type: ignore[valid-type]  # as above
         self._items: TypeAdapter[list[BaseModel]] = TypeAdapter(list[input_model])  # type: ignore[valid-type]  # as above
         self._jobs: TypeAdapter[list[AsyncInputModel]] = TypeAdapter(list[self._job])  # type: ignore[name-defined]  # as above
-
-    @property
-    def limits(self) -> RequestConfig:
-        """The limits of what it parses."""
-        return self._admission.limits
 
     def item(self, body: bytes, what: str = "body") -> BaseModel:
         """The one item of a body, or of another part of the request."""
@@ -166,8 +161,9 @@ class BodyParser:
 
 async def read_as(model: type[Model], request: Request) -> Model:
     """The whole body as an instance of `model`; it may be as large as one item. Raises `ProblemError`."""
+    check_encoding(request)
     body = await read_body(request)
-    _check_item(body, limits_of(request))
+    _check_item(body, reception_of(request).limits)
     parsed = _parse(model, body)
     await _pause_after(body)
     return parsed

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from modalkit.batching import Failure
 from modalkit.batching.task_groups import plain_task_group
+from modalkit.service.web.admission import Admission, Reception
 from modalkit.service.web.answers import NDJSON
 from modalkit.service.web.problems import ProblemError
 
@@ -34,10 +35,10 @@ T = TypeVar("T")
 
 
 class Line(NamedTuple):
-    """A line that is not empty. `number` counts all lines from 1; `content` is None where it is too large."""
+    """A line that is not empty. `number` counts all lines from 1; `content` says why where it was dropped."""
 
     number: int
-    content: bytes | None
+    content: bytes | ProblemError
 
 
 Lines = AsyncIterator[list[Line]]
@@ -45,56 +46,82 @@ Answer = Callable[[Lines, Callable[[bytes], None]], Awaitable[None]]
 """Takes lines, and answers them by a function that writes bytes. It is cancelled when the client disconnects."""
 
 
-async def lines_of(chunks: AsyncIterable[bytes], max_bytes: int) -> Lines:
+async def lines_of(chunks: AsyncIterable[bytes], max_bytes: int, unfinished: Reception | None = None) -> Lines:
     """The lines of a body, in lists of up to `LINES_AT_ONCE` of those that arrived together.
 
-    The content of a line that is too large is dropped, so that memory is bounded.
+    The content of a line that is too large is dropped, so that memory is bounded; so is that of an unfinished one for
+    which `unfinished`, which holds it, has no room.
     """
     number = 0
-    rest: bytes | None = b""
-    async for chunk in chunks:
-        first, *others = chunk.split(b"\n")
-        rest = None if rest is None or len(rest) + len(first) > max_bytes else rest + first
-        *ended, rest = rest, *[part if len(part) <= max_bytes else None for part in others]
-        lines = [Line(place, part) for place, part in enumerate(ended, number + 1) if part is None or part.strip()]
-        number += len(ended)
-        for start in range(0, len(lines), LINES_AT_ONCE):
-            yield lines[start : start + LINES_AT_ONCE]
-            await checkpoint()
-    if rest is None or rest.strip():
-        yield [Line(number + 1, rest)]
-
-
-async def parsed(
-    lines: Sequence[Line], parse: Callable[[Sequence[bytes]], Awaitable[Sequence[T | Failure]]], max_bytes: int
-) -> Sequence[T | Failure]:
-    """What `parse` makes of the content of each line; one that was larger than `max_bytes` has a `Failure`."""
-    contents = [line.content for line in lines if line.content is not None]
-    found = await parse(contents)
-    if len(contents) == len(lines):
-        return found
+    rest: bytes | ProblemError = b""
     too_large = ProblemError(
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         f"the line is larger than {max_bytes} bytes: send it as a request of its own, or raise "
         "request_config.max_line_bytes",
     )
+    async for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        if isinstance(rest, bytes):
+            rest = rest + first if len(rest) + len(first) <= max_bytes else too_large
+        *ended, rest = rest, *[part if len(part) <= max_bytes else too_large for part in others]
+        if unfinished is not None:
+            rest = _held(rest, unfinished)
+        lines = [
+            Line(place, part)
+            for place, part in enumerate(ended, number + 1)
+            if isinstance(part, ProblemError) or part.strip()
+        ]
+        number += len(ended)
+        for start in range(0, len(lines), LINES_AT_ONCE):
+            yield lines[start : start + LINES_AT_ONCE]
+            await checkpoint()
+    if isinstance(rest, ProblemError) or rest.strip():
+        yield [Line(number + 1, rest)]
+
+
+def _held(rest: bytes | ProblemError, reception: Reception) -> bytes | ProblemError:
+    """The beginning of a line, which the reception then holds, or why there is no room for it."""
+    size_bytes = len(rest) if isinstance(rest, bytes) else 0
+    try:
+        reception.check_room(size_bytes)
+    except ProblemError as error:
+        reception.hold(0)
+        return error.with_traceback(None)
+    reception.hold(size_bytes)
+    return rest
+
+
+async def parsed(
+    lines: Sequence[Line], parse: Callable[[Sequence[bytes]], Awaitable[Sequence[T | Failure]]]
+) -> Sequence[T | Failure]:
+    """What `parse` makes of the content of each line; one whose content was dropped has a `Failure`."""
+    contents = [line.content for line in lines if isinstance(line.content, bytes)]
+    found = await parse(contents)
+    if len(contents) == len(lines):
+        return found
     others = iter(found)
-    return [Failure(too_large) if line.content is None else next(others) for line in lines]
+    return [next(others) if isinstance(line.content, bytes) else Failure(line.content) for line in lines]
 
 
 class Spool(AbstractContextManager["Spool"]):
     """A pipe of bytes whose writer may go on for a while without a reader: `memory_bytes` in memory, more in a file.
 
     It has one writer and one reader. The writer, if it waits for room before each write, adds about `max_bytes` before
-    the reader has read all; less, where all spools of the process hold much.
+    the reader has read all; less, where all spools of the process hold much, or all requests by its `reception`.
     """
 
     size_of_all: ClassVar[int] = 0
     """Bytes that all spools of this process hold."""
 
-    def __init__(self, max_bytes: int = MAX_UNREAD_BYTES, memory_bytes: int = SPOOL_MEMORY_BYTES) -> None:
+    def __init__(
+        self,
+        max_bytes: int = MAX_UNREAD_BYTES,
+        memory_bytes: int = SPOOL_MEMORY_BYTES,
+        reception: Reception | None = None,
+    ) -> None:
         self._max_bytes = max_bytes
         self._memory_bytes = memory_bytes
+        self._reception = reception
         self._size = 0
         self._file: IO[bytes] | None = None
         self._read_bytes = 0  # of the file
@@ -111,6 +138,8 @@ class Spool(AbstractContextManager["Spool"]):
     def _resize(self, size: int) -> None:
         Spool.size_of_all += size - self._size
         self._size = size
+        if self._reception is not None:
+            self._reception.hold(size)
 
     def write(self, data: bytes) -> None:
         """Add bytes at the end."""
@@ -126,8 +155,8 @@ class Spool(AbstractContextManager["Spool"]):
 
     async def wait_for_room(self) -> None:
         """Where it is full, wait until the reader has read all."""
-        limit = self._max_bytes if Spool.size_of_all < MAX_UNREAD_BYTES_IN_ALL else MIN_UNREAD_BYTES
-        if self._size >= limit:
+        is_full = Spool.size_of_all >= MAX_UNREAD_BYTES_IN_ALL or (self._reception and self._reception.is_full)
+        if self._size >= (MIN_UNREAD_BYTES if is_full else self._max_bytes):
             while self._size:
                 self._change = anyio.Event()
                 await self._change.wait()
@@ -178,15 +207,16 @@ class LineStream(Response):
     everything before they read anything. Once it has `MAX_UNREAD_BYTES` to read, its body is not read any further.
     """
 
-    def __init__(self, answer: Answer, max_line_bytes: int) -> None:
+    def __init__(self, answer: Answer, admission: Admission) -> None:
         super().__init__(media_type=NDJSON)
         del self.headers["content-length"]
         self._answer = answer
-        self._max_line_bytes = max_line_bytes
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's signature
         """Answer, as an ASGI application does."""
-        with Spool(READ_AHEAD_BYTES, READ_AHEAD_BYTES * 4) as body, Spool() as answers:
+        read_ahead, unfinished = Reception(self._admission), Reception(self._admission)
+        with Spool(READ_AHEAD_BYTES, READ_AHEAD_BYTES * 4, read_ahead) as body, Spool() as answers, unfinished:
             async with plain_task_group() as task_group:
 
                 async def receive_body() -> None:
@@ -210,7 +240,8 @@ class LineStream(Response):
 
                 task_group.start_soon(receive_body)
                 task_group.start_soon(send_answers)
-                await self._answer(_paced(lines_of(body.chunks(), self._max_line_bytes), answers), answers.write)
+                lines = lines_of(body.chunks(), self._admission.limits.max_line_bytes, unfinished)
+                await self._answer(_paced(lines, answers), answers.write)
                 answers.close()
 
 

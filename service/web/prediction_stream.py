@@ -75,9 +75,8 @@ class PredictionStream:
     async def _run(self, lines: Sequence[Line]) -> None:
         """Start the items of lines, as many as there is room for in this stream and in the model's queue."""
         await self._caller.wait_for_items(len(lines))
-        sizes = [len(line.content or b"") for line in lines]
-        max_bytes = self._target.parser.limits.max_line_bytes
-        items, targets = await parse_lines(lines, BodyParser.item_lines, self._target, self._find, max_bytes)
+        sizes = [len(line.content) if isinstance(line.content, bytes) else 0 for line in lines]
+        items, targets = await parse_lines(lines, BodyParser.item_lines, self._target, self._find)
         asked = list(zip(items, sizes, targets, strict=True))
         together = _of_one_model(asked)
         while asked:

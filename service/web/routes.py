@@ -159,7 +159,7 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
         model, options = find_model(gateway.models, asked.model_name), asked.for_owner(caller.owner)
         if takes_lines(request):
             await model.predict_many([])  # a model that takes nothing now fails the request, not each line
-            return LineStream(PredictionStream(find, asked, caller).answer, admission.limits.max_line_bytes)
+            return LineStream(PredictionStream(find, asked, caller).answer, admission)
         await check_room(model, caller, options)
         items = await parser(model.input_model).items(await read_body(request))
         caller.take_items(len(items))
@@ -197,7 +197,7 @@ def _labelled(kinds: Mapping[str, type[BaseModel]]) -> Any:
 
 
 class DirectRoutes:
-    """ASGI middleware that answers POST requests by `endpoints`, and passes on all others.
+    """ASGI middleware that answers POST requests by `endpoints`, and passes on all others, each with its `Reception`.
 
     There is an endpoint for each path, with the scope that a key needs for it. FastAPI only documents these routes: its
     routing, parameters and middleware take longer than all other work for a request. An error that is none of
@@ -215,32 +215,33 @@ class DirectRoutes:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application does."""
         root_path = scope.setdefault("root_path", "")  # servers may leave it out, and `fastapi_offline` needs it
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         found = None
-        if scope["type"] == "http" and scope["method"] == "POST":
+        if scope["method"] == "POST":
             path: str = scope["path"]
             # As Starlette does: a root path counts only where a slash follows.
             if root_path and path.startswith(f"{root_path}/"):
                 path = path.removeprefix(root_path)
             found = self._endpoints.get(path)
         try:
-            if found is None:
-                await self._app(scope, receive, send)
-                return
-            endpoint, key_scope = found
-            request = DirectRequest(scope, receive, send)
-            reception = Reception(self._admission, request)
-            try:
-                if self._keys.are_asked_for:
-                    await self._keys.check(request, key_scope)
-                check_encoding(request)
-                response = await endpoint(request)
-            except KNOWN_ERRORS as error:
-                response = error_response(error)
-            except Exception as error:
-                await unexpected_error_response(error)(scope, receive, send)
-                raise
-            finally:
-                reception.release()
+            with Reception(self._admission, scope):
+                if found is None:
+                    await self._app(scope, receive, send)
+                    return
+                endpoint, key_scope = found
+                request = DirectRequest(scope, receive, send)
+                try:
+                    if self._keys.are_asked_for:
+                        await self._keys.check(request, key_scope)
+                    check_encoding(request)
+                    response = await endpoint(request)
+                except KNOWN_ERRORS as error:
+                    response = error_response(error)
+                except Exception as error:
+                    await unexpected_error_response(error)(scope, receive, send)
+                    raise
             await response(scope, receive, send)
         finally:
             end_request(scope)

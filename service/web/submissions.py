@@ -54,7 +54,7 @@ class Submitter:
         # A model that takes no jobs now fails the request before it is read, not each line.
         self._jobs.check_accepting(self._target.model.name)
         if is_stream:
-            return LineStream(self._answer_lines, self._parser.limits.max_line_bytes)
+            return LineStream(self._answer_lines, self._admission)
         self._caller.take_items(0)  # a caller that is over its limit is refused before its body is read
         body = await read_body(request)
         if body.lstrip()[:1] == b"[":
@@ -98,8 +98,7 @@ class Submitter:
 
     async def _answer_some(self, lines: Sequence[Line]) -> bytes:
         await self._caller.wait_for_items(len(lines))
-        max_bytes = self._parser.limits.max_line_bytes
-        asked, targets = await parse_lines(lines, BodyParser.job_lines, self._target, self._find, max_bytes)
+        asked, targets = await parse_lines(lines, BodyParser.job_lines, self._target, self._find)
         answers = dict[int, bytes]()
         for target in dict.fromkeys(targets):
             chosen = [

@@ -2,15 +2,16 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from http import HTTPStatus
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartParser
 
 from modalkit.service.gateway import Gateway, Model, find_model
-from modalkit.service.settings import RequestConfig
 from modalkit.service.web.adapters.openai_kept import BATCH, FILE, KeptBatches
 from modalkit.service.web.adapters.openai_shapes import (
     BatchList,
@@ -22,9 +23,10 @@ from modalkit.service.web.adapters.openai_shapes import (
     ModelList,
     NewBatch,
 )
+from modalkit.service.web.admission import Admission, reception_of
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS
 from modalkit.service.web.auth import caller_of
-from modalkit.service.web.bodies import read_as
+from modalkit.service.web.bodies import BodyParser, check_encoding, read_as
 from modalkit.service.web.job_routes import CANNOT_LIST, administration_of, refuse_unknown_query
 from modalkit.service.web.problems import ProblemError
 
@@ -59,12 +61,15 @@ def make_models_router(models: Mapping[str, Model]) -> APIRouter:
     return router
 
 
-def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
+def make_batches_router(gateway: Gateway, admission: Admission) -> APIRouter:
     """The routes over the jobs of `gateway`."""
     router = APIRouter(tags=["OpenAI"], dependencies=[Depends(refuse_unknown_query)], responses=PROBLEM_ANSWERS)
 
+    limits, parser_of = admission.limits, cache(partial(BodyParser, admission=admission))
+
     def kept(request: Request) -> KeptBatches:
-        return KeptBatches(administration_of(gateway.jobs, CANNOT_LIST), gateway, limits, caller_of(request))
+        administration = administration_of(gateway.jobs, CANNOT_LIST)
+        return KeptBatches(administration, gateway, caller_of(request), limits, parser_of)
 
     uploading_bytes = 0
 
@@ -80,6 +85,10 @@ def make_batches_router(gateway: Gateway, limits: RequestConfig) -> APIRouter:
         if (size := int(length)) > limits.max_file_bytes:
             detail = f"the file is larger than {limits.max_file_bytes} bytes (request_config.max_file_bytes)"
             raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{detail}: send several smaller ones")
+        check_encoding(request)
+        reception, in_memory_bytes = reception_of(request), min(size, MultiPartParser.spool_max_size)
+        reception.check_room(in_memory_bytes)
+        reception.hold(in_memory_bytes)
         nonlocal uploading_bytes
         own = kept(request)
         uploading_bytes += size

@@ -7,7 +7,7 @@ A line of an input file names an endpoint of ours: ``/sync/predict``, whose body
 import sqlite3
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import closing
 from http import HTTPStatus
 from typing import Any, Literal
@@ -72,9 +72,17 @@ class _Request(BaseModel):
 class KeptBatches:
     """The files and batches that one caller sees, and those it makes."""
 
-    def __init__(self, administration: JobManager, gateway: Gateway, limits: RequestConfig, caller: Caller) -> None:
+    def __init__(
+        self,
+        administration: JobManager,
+        gateway: Gateway,
+        caller: Caller,
+        limits: RequestConfig,
+        parser_of: Callable[[type[BaseModel]], BodyParser],
+    ) -> None:
         self.documents, self.visible_owner = administration.documents, caller.visible_owner
-        self._batches, self._gateway, self._limits, self._caller = administration.batches, gateway, limits, caller
+        self._batches, self._gateway, self._caller = administration.batches, gateway, caller
+        self._limits, self._parser_of = limits, parser_of
 
     async def check_room(self, more_bytes: int) -> None:
         """Raise `ProblemError` where the files would be larger in all than they may, with so many more bytes."""
@@ -176,7 +184,7 @@ class KeptBatches:
                 for line in lines:
                     record.total += 1
                     try:
-                        custom_id = _request(line, new.endpoint, self._limits).custom_id
+                        custom_id = _request(line, new.endpoint).custom_id
                     except ProblemError as error:
                         problem = error.detail
                     else:
@@ -271,7 +279,7 @@ class KeptBatches:
         errors = dict[str, Exception]()
         names = dict[int, str]()
         for line in lines:
-            asked = _request(line, endpoint, self._limits)
+            asked = _request(line, endpoint)
             names[line.number] = asked.custom_id
             try:
                 model, message = self._item_of(asked)
@@ -296,13 +304,15 @@ class KeptBatches:
         """The model of a request, and its item. Raises `ProblemError` and `UnknownModelError`."""
         item = dict(asked.body)
         name = item.pop("model", None)
+        if name is not None and not isinstance(name, str):
+            raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "model: must be the name of a model, a JSON string")
         models = EMBEDDING.models_of(self._gateway.models) if asked.url == EMBEDDINGS else self._gateway.models
         if asked.url == EMBEDDINGS:
             if not isinstance(item.get("input"), str):
                 raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "input: must be one text; give each its own line")
             item = {"text": item["input"]}
         model = find_model(models, name)
-        return model, BodyParser(model.input_model).item(to_json(item))
+        return model, self._parser_of(model.input_model).item(to_json(item))
 
     def _lines(self, file_id: str) -> AsyncIterator[list[Line]]:
         return lines_of(self.content(file_id), self._limits.max_line_bytes)
@@ -321,11 +331,10 @@ class KeptBatches:
         await self.documents.put_document(document_id, part, self._caller.owner, content, time.time())
 
 
-def _request(line: Line, endpoint: str, limits: RequestConfig) -> _Request:
+def _request(line: Line, endpoint: str) -> _Request:
     """What a line asks for. Raises `ProblemError`."""
-    if line.content is None:
-        detail = f"the line is larger than {limits.max_line_bytes} bytes (request_config.max_line_bytes)"
-        raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
+    if isinstance(line.content, ProblemError):
+        raise line.content
     try:
         asked = _Request.model_validate(from_json(line.content))
     except ValueError:

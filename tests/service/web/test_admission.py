@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -186,10 +187,13 @@ def test_what_is_no_json_is_not_taken_in_parts_either(text: str, slice_bytes: in
 # Bytes.
 
 
-async def send_part(client: httpx.AsyncClient, size_bytes: int) -> anyio.abc.SocketStream:
-    """A connection that sends so many bytes of a body of a million, and then nothing."""
+async def send_part(
+    client: httpx.AsyncClient, size_bytes: int, path: str = "/sync/predict", content_type: str = "text/plain"
+) -> anyio.abc.SocketStream:
+    """A connection that sends so many bytes of a body of a hundred thousand, and then nothing."""
     stream = await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0)
-    await stream.send(b"POST /sync/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * size_bytes)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\nContent-Length: 100000\r\n\r\n"
+    await stream.send(head.encode() + b"x" * size_bytes)
     return stream
 
 
@@ -199,15 +203,24 @@ async def until_metric(client: httpx.AsyncClient, line: str) -> None:
             await checkpoint()
 
 
+@pytest.mark.parametrize(
+    ("path", "content_type", "sent_bytes", "held_bytes"),
+    [
+        ("/sync/predict", "application/json", 99_999, 99_999),
+        ("/batch/predict", "application/x-ndjson", 99_999, 99_999),
+        ("/v1/batches", "application/json", 99_999, 99_999),
+        ("/v1/files", "multipart/form-data; boundary=a", 0, 100_000),  # as much as is declared
+    ],
+)
 async def test_bodies_that_stall_hold_a_bounded_number_of_bytes_and_small_ones_are_served(
-    limited: tuple[httpx.AsyncClient, LocalGateway],
+    limited: tuple[httpx.AsyncClient, LocalGateway], path: str, content_type: str, sent_bytes: int, held_bytes: int
 ) -> None:
     client, _ = limited
-    held = 100_000 - 1 - FREE_BYTES
+    held = held_bytes - FREE_BYTES
     count = LARGE // held
     async with AsyncExitStack() as stalled:
         for _ in range(count):
-            await stalled.enter_async_context(await send_part(client, 100_000 - 1))
+            await stalled.enter_async_context(await send_part(client, sent_bytes, path, content_type))
         await until_metric(client, f"modalkit_held_body_bytes {float(count * held)}")
         refused = await client.post("/batch/predict", content=list_of(990))
         assert "request_config.max_pending_bytes" in assert_problem(refused, 503)["detail"]
@@ -215,6 +228,33 @@ async def test_bodies_that_stall_hold_a_bounded_number_of_bytes_and_small_ones_a
         assert (await client.post("/sync/predict", json={"text": "small"})).status_code == 200
     await until_metric(client, "modalkit_held_body_bytes 0.0")
     assert (await client.post("/batch/predict", content=list_of(990))).status_code == 413, "the queue holds 100"
+
+
+async def test_a_line_for_which_there_is_no_room_is_refused_alone(
+    limited: tuple[httpx.AsyncClient, LocalGateway],
+) -> None:
+    """Of a stream whose line comes in parts, which are held until the line is complete."""
+    client, held = limited[0], LARGE // 2
+    head = b"POST /batch/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-ndjson\r\n"
+    line = b'{"text": "four"}\n'
+    size_bytes = held + FREE_BYTES
+    async with AsyncExitStack() as streams:
+        for number in (1, 2, 3):
+            stream = await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0)
+            await streams.enter_async_context(stream)
+            length = size_bytes + 1 + len(line)
+            await stream.send(head + b"Content-Length: %d\r\n\r\n" % length + b" " * size_bytes)
+            await until_metric(client, f"modalkit_held_body_bytes {float(min(number * held, LARGE))}")
+        await stream.send(b"\n" + line)
+        received = b""
+        with anyio.fail_after(30):
+            while b"\r\n0\r\n" not in received:
+                received += await stream.receive()
+    first, second = re.findall(rb"^{.*}$", received, re.MULTILINE)
+    problem = json.loads(first)["problem"]
+    assert (problem["status"], problem["type"]) == (503, "urn:problem-type:modalkit:service-unavailable")
+    assert json.loads(second)["length"] == 4
+    await until_metric(client, "modalkit_held_body_bytes 0.0")
 
 
 async def test_a_body_that_is_declared_too_large_is_refused_before_it_comes(
@@ -280,6 +320,8 @@ async def test_a_full_queue_refuses_before_the_body_is_read(settings: Settings, 
         model_settings={"model_entries": {"slow": {"pipeline": f"{__name__}:Slow"}}},
     )
     gateway = LocalGateway(settings)
+    (unstarted, *_) = await ask_without_body(create_app(gateway), path)
+    assert (unstarted["status"], dict(unstarted["headers"])[b"retry-after"]) == (503, b"1")
     app = create_app(gateway, owns_gateway=False)
     (loading, *_) = await ask_without_body(app, path)
     assert loading["status"] == 503

@@ -127,7 +127,7 @@ async def test_a_huge_number_in_meta_is_returned_unchanged_or_refused(
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate, gzip", "zstd", "x" * 1000])
-@pytest.mark.parametrize("path", ROUTES)
+@pytest.mark.parametrize("path", [*ROUTES, "/v1/batches", "/v1/files"])
 async def test_a_compressed_body_is_refused(shared_client: httpx.AsyncClient, path: str, encoding: str) -> None:
     headers = {"Content-Encoding": encoding, "Content-Type": "application/x-ndjson"}
     response = await shared_client.post(path, content=gzip.compress(bytes(2**20)), headers=headers)

@@ -22,6 +22,11 @@ async def lines_in(chunks: list[bytes], largest_bytes: int = 8) -> list[Line]:
     return [line for lines in [found async for found in lines_of(come(), largest_bytes)] for line in lines]
 
 
+def shown(lines: list[Line]) -> list[tuple[int, bytes | None]]:
+    """Lines as they can be compared: without the reason why their content was dropped."""
+    return [(line.number, line.content if isinstance(line.content, bytes) else None) for line in lines]
+
+
 @pytest.mark.anyio
 async def test_lines_are_numbered_and_empty_ones_left_out() -> None:
     assert await lines_in([b"a\n\n b\r\n", b"c"]) == [Line(1, b"a"), Line(3, b" b\r"), Line(4, b"c")]
@@ -31,9 +36,9 @@ async def test_lines_are_numbered_and_empty_ones_left_out() -> None:
 
 @pytest.mark.anyio
 async def test_a_line_that_is_too_large_is_dropped_alone_however_it_comes() -> None:
-    assert await lines_in([b"12345678\n123456789\nok"]) == [Line(1, b"12345678"), Line(2, None), Line(3, b"ok")]
-    assert await lines_in([b"1234", b"5678", b"9", b"0", b"\nok\n"]) == [Line(1, None), Line(2, b"ok")]
-    assert await lines_in([b"1234", b"56789"]) == [Line(1, None)]
+    assert shown(await lines_in([b"12345678\n123456789\nok"])) == [(1, b"12345678"), (2, None), (3, b"ok")]
+    assert shown(await lines_in([b"1234", b"5678", b"9", b"0", b"\nok\n"])) == [(1, None), (2, b"ok")]
+    assert shown(await lines_in([b"1234", b"56789"])) == [(1, None)]
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ def test_the_pieces_make_no_difference(lines: list[bytes], data: st.DataObject) 
     body = b"\n".join(lines)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(body)), max_size=5)))
     pieces = [body[start:end] for start, end in zip([0, *cuts], [*cuts, len(body)], strict=True)]
-    assert anyio.run(lines_in, pieces) == anyio.run(lines_in, [body])
+    assert shown(anyio.run(lines_in, pieces)) == shown(anyio.run(lines_in, [body]))
 
 
 class Odd(BaseModel):

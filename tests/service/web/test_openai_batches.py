@@ -15,6 +15,7 @@ from modalkit.service.jobs import JobStore, JobStoreError
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import RequestConfig, Settings
 from modalkit.service.web import create_app
+from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.lines import LINES_AT_ONCE
 from modalkit.service.web.problems import ProblemError
 from tests.service.web.test_adapters import ENTRIES, make_settings
@@ -78,16 +79,18 @@ async def test_a_file_becomes_a_batch_with_results_and_errors_by_custom_id(clien
             request("b", text=POISON, model="lengths"),
             request("c", text=7),
             request("d", text="x", model="none"),
+            request("e", text="x", model=["lengths"]),
         )
         batch = await ran(ask, file_id)
         assert (batch.status, batch.metadata) == ("completed", {"of": "a test"})
         counts = batch.request_counts
-        assert (counts.total, counts.completed, counts.failed) == (4, 1, 3)
+        assert (counts.total, counts.completed, counts.failed) == (5, 1, 4)
         assert (await content_of(ask, batch.output_file_id))["a"]["response"]["body"]["length"] == 4
         errors = await content_of(ask, batch.error_file_id)
         assert errors["b"]["error"] == {"code": "failed", "message": "ValueError: this batch is poisoned"}
         assert errors["c"]["response"]["status_code"] == 422
         assert errors["d"]["response"]["status_code"] == 404
+        assert errors["e"]["response"]["status_code"] == 422
         assert (await ask.files.retrieve(batch.output_file_id)).purpose == "batch_output"
         assert [each.id for each in (await ask.batches.list()).data] == [batch.id]
         with pytest.raises(openai.NotFoundError):
@@ -324,3 +327,31 @@ async def test_an_upload_that_is_no_file_or_too_large_is_refused(gateway: LocalG
         problem = assert_problem(await client.post("/v1/files", files={"file": b"x" * 2000}), 413)
         assert "request_config.max_file_bytes" in problem["detail"]
         assert_problem(await client.post("/v1/batches", content=b" " * (RequestConfig().max_item_bytes + 1)), 413)
+
+
+async def test_the_limits_of_requests_hold_for_batches_and_their_lines(gateway: LocalGateway) -> None:
+    limits = RequestConfig(max_body_bytes=2000, max_item_bytes=500)
+    async with serving(create_app(gateway, limits=limits, owns_gateway=False)) as client, client_of(client) as ask:
+        problem = assert_problem(await client.post("/v1/batches", content=b" " * 5000), 413)
+        assert "request_config.max_body_bytes" in problem["detail"]
+        lines = [request("a", text="x" * 400, model="lengths"), request("b", text="x" * 600, model="lengths")]
+        batch = await ran(ask, await uploaded(ask, *lines))
+        assert list(await content_of(ask, batch.output_file_id)) == ["a"]
+        assert (await content_of(ask, batch.error_file_id))["b"]["response"]["status_code"] == 413
+
+
+async def test_the_lines_of_a_batch_share_the_parser_of_their_model(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To make one takes ten times as long as to parse a line, and the event loop does nothing else meanwhile."""
+    make, made = BodyParser.__init__, list[BodyParser]()
+
+    def counted(parser: BodyParser, *args: Any, **options: Any) -> None:
+        made.append(parser)
+        make(parser, *args, **options)
+
+    monkeypatch.setattr(BodyParser, "__init__", counted)
+    async with client_of(client) as ask:
+        lines = [request(str(n), text="x", model="lengths") for n in range(20)]
+        assert (await ran(ask, await uploaded(ask, *lines))).request_counts.completed == 20
+    assert len(made) == 1

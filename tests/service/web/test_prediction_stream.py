@@ -171,7 +171,7 @@ async def test_a_client_that_reads_no_answers_is_not_read_any_more(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, path: bytes
 ) -> None:
     """And once it reads, it gets all of them."""
-    monkeypatch.setattr(lines.Spool.__init__, "__defaults__", (100_000, lines.SPOOL_MEMORY_BYTES))
+    monkeypatch.setattr(lines.Spool.__init__, "__defaults__", (100_000, lines.SPOOL_MEMORY_BYTES, None))
     is_full = anyio.Event()
     wait_for_room, largest = lines.Spool.wait_for_room, 0
 

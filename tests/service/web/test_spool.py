@@ -3,6 +3,8 @@
 import anyio
 import pytest
 
+from modalkit.service.settings import RequestConfig
+from modalkit.service.web.admission import FREE_BYTES, Admission, Reception
 from modalkit.service.web.lines import SPOOL_CHUNK_BYTES, SPOOL_MEMORY_BYTES, Spool
 
 pytestmark = pytest.mark.anyio
@@ -52,3 +54,24 @@ async def test_more_than_fits_in_memory_is_kept_on_disk() -> None:
         spool.close()
         assert len(b"".join(parts)) > SPOOL_MEMORY_BYTES
         assert await read_all(spool) == b"".join(parts)
+
+
+async def test_what_is_read_ahead_is_held_and_is_less_where_requests_hold_much() -> None:
+    admission = Admission(RequestConfig(max_pending_bytes=FREE_BYTES))
+    with Spool(10 * FREE_BYTES, 20 * FREE_BYTES, Reception(admission)) as spool:
+        spool.write(bytes(FREE_BYTES + 1))
+        assert admission.held_bytes == 1
+        await spool.wait_for_room()
+        Reception(admission).hold(2 * FREE_BYTES)  # another request
+        has_room = anyio.Event()
+
+        async def wait_for_room() -> None:
+            await spool.wait_for_room()
+            has_room.set()
+
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(wait_for_room)
+            await anyio.wait_all_tasks_blocked()
+            assert not has_room.is_set()
+            assert len(await spool.read()) == FREE_BYTES + 1
+    assert admission.held_bytes == FREE_BYTES
