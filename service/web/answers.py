@@ -126,6 +126,9 @@ class SubmittedLine(Submitted):
     """The answer for one line of a stream of jobs."""
 
     line: int = Field(description="The number of the line, from 1.")
+    problem: Problem | None = Field(
+        default=None, description="What a request with this line alone is answered with, where it was refused."
+    )
 
 
 class FailedSlot(BaseModel):

@@ -95,10 +95,12 @@ _TYPE_OF_STATUS = {
     HTTPStatus.METHOD_NOT_ALLOWED: "method-not-allowed",
     HTTPStatus.REQUEST_TIMEOUT: "request-timeout",
     HTTPStatus.CONFLICT: "conflict",
+    HTTPStatus.LENGTH_REQUIRED: "length-required",
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "content-too-large",
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE: "unsupported-media-type",
     HTTPStatus.UNPROCESSABLE_ENTITY: "invalid-request",
     HTTPStatus.TOO_MANY_REQUESTS: "too-many-requests",
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "headers-too-large",
     HTTPStatus.INTERNAL_SERVER_ERROR: "internal-error",
     HTTPStatus.NOT_IMPLEMENTED: "not-available",
     HTTPStatus.SERVICE_UNAVAILABLE: "service-unavailable",
@@ -201,9 +203,13 @@ def error_slot(error: Exception) -> dict[str, str]:
 
 
 def unexpected_error_response(error: Exception) -> Response:
-    """The answer to a request that failed by an internal error; the log has the reason."""
+    """The answer to a request that failed by an internal error; the log has the reason.
+
+    The error is raised once this is sent, and the server then closes the connection.
+    """
     detail = f"an unexpected {type(error).__name__}; the service's log tells more"
-    return error_response(ProblemError(HTTPStatus.INTERNAL_SERVER_ERROR, detail))
+    headers = {"Connection": "close"}
+    return error_response(ProblemError(HTTPStatus.INTERNAL_SERVER_ERROR, detail, headers=headers))
 
 
 def error_json(error: Exception) -> bytes:

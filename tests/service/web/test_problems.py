@@ -1,23 +1,35 @@
 """Kinds of errors as URIs, and the page that explains them."""
 
+import json
 import re
+from http import HTTPStatus
 from pathlib import Path
 
 import httpx
 import pytest
 
-from modalkit.service.web.problems import PROBLEM_TYPES, TYPE_PREFIX
+from modalkit.service.web.problems import PROBLEM_TYPES, TYPE_PREFIX, ProblemError, problem_json
 from tests.support.http_client import assert_problem
 from tests.support.length_model import POISON, REJECTED
 
 pytestmark = pytest.mark.anyio
 
-PAGE = Path(__file__).parents[3] / "docs" / "problems.md"
+ROOT = Path(__file__).parents[3]
+PAGE, WEB = ROOT / "docs" / "problems.md", ROOT / "service" / "web"
 
 
 def test_the_page_explains_each_type_of_problem_and_no_other() -> None:
     explained = re.findall(r"^\| `([a-z-]+)` \|", PAGE.read_text(), flags=re.MULTILINE)
     assert sorted(explained) == sorted(PROBLEM_TYPES)
+
+
+def test_each_status_that_the_service_answers_with_has_a_type() -> None:
+    sources = [path for path in WEB.rglob("*.py") if path.name != "problems.py"]
+    names = {name for path in sources for name in re.findall(r"HTTPStatus\.([A-Z_]+)", path.read_text())}
+    statuses = [status for status in map(HTTPStatus.__getitem__, names) if status >= HTTPStatus.BAD_REQUEST]
+    types = {status: json.loads(problem_json(ProblemError(status, "why")))["type"] for status in statuses}
+    assert HTTPStatus.LENGTH_REQUIRED in types
+    assert [status for status, kind in types.items() if not kind.startswith(TYPE_PREFIX)] == []
 
 
 @pytest.mark.parametrize(

@@ -96,8 +96,13 @@ async def test_users_middleware_sees_predictions_and_errors_are_problems(
             assert answer.json()["length"] == 4
             assert answer.headers.get("access-control-allow-origin") == ("*" if has_cors else None)
             monkeypatch.setattr(gateway.jobs, "submit", unexpected)
-            problem = assert_problem(await client.post("/async/predict", json={"message": {"text": "four"}}), 500)
-            assert "unexpected KeyError" in problem["detail"]
+            monkeypatch.setattr(gateway.jobs, "get", unexpected)
+            for answer in (
+                await client.post("/async/predict", json={"message": {"text": "four"}}),
+                await client.get("/jobs/x"),
+            ):
+                assert "unexpected KeyError" in assert_problem(answer, 500)["detail"]
+                assert answer.headers["connection"] == "close", "the server closes it, as the error is raised"
 
 
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])

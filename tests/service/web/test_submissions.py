@@ -12,6 +12,7 @@ from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import RequestConfig, Settings
 from modalkit.service.web import create_app
+from modalkit.service.web.answers import SubmittedLine
 from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import POISON
@@ -68,6 +69,7 @@ async def test_each_line_of_a_stream_is_answered_with_a_line(client: httpx.Async
     assert [line["line"] for line in lines] == [1, 3, 4, 5, 6]
     assert [line.get("status") for line in lines] == [None, "error", "error", "error", None]
     assert lines[1]["error"].startswith("the line is not JSON: EOF")
+    assert lines[1].keys() == SubmittedLine.model_fields.keys() - {"job_id"}
     assert (await ended(client, lines[4]["job_id"]))["result"]["length"] == 5
 
 
