@@ -234,18 +234,28 @@ async def test_a_line_for_which_there_is_no_room_is_refused_alone(
     limited: tuple[httpx.AsyncClient, LocalGateway],
 ) -> None:
     """Of a stream whose line comes in parts, which are held until the line is complete."""
-    client, held = limited[0], LARGE // 2
+    client, _ = limited
     head = b"POST /batch/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-ndjson\r\n"
-    line = b'{"text": "four"}\n'
-    size_bytes = held + FREE_BYTES
     async with AsyncExitStack() as streams:
-        for number in (1, 2, 3):
+
+        async def send_line(held_bytes: int) -> anyio.abc.SocketStream:
+            """A stream whose first line, of which so much is held, does not end."""
             stream = await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0)
             await streams.enter_async_context(stream)
-            length = size_bytes + 1 + len(line)
-            await stream.send(head + b"Content-Length: %d\r\n\r\n" % length + b" " * size_bytes)
-            await until_metric(client, f"modalkit_held_body_bytes {float(min(number * held, LARGE))}")
-        await stream.send(b"\n" + line)
+            await stream.send(head + b"Transfer-Encoding: chunked\r\n\r\n")
+            await send_chunk(stream, b" " * (FREE_BYTES + held_bytes))
+            return stream
+
+        async def send_chunk(stream: anyio.abc.SocketStream, content: bytes) -> None:
+            await stream.send(b"%x\r\n%b\r\n" % (len(content), content))
+
+        await send_line(LARGE - 1000)
+        stream = await send_line(1000)
+        await until_metric(client, f"modalkit_held_body_bytes {float(LARGE)}")
+        await send_chunk(stream, b" ")
+        await until_metric(client, f"modalkit_held_body_bytes {float(LARGE - 1000)}")
+        await send_chunk(stream, b'\n{"text": "four"}\n')
+        await stream.send(b"0\r\n\r\n")
         received = b""
         with anyio.fail_after(30):
             while b"\r\n0\r\n" not in received:
