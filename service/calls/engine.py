@@ -102,7 +102,10 @@ class KeyValueStore(Protocol):
         ...
 
     async def put(self, key: str, value: Any, *, skip_if_exists: bool = False) -> bool:
-        """Write a value; returns whether it was written, which `skip_if_exists` may prevent."""
+        """Write a value; returns whether it was written, which `skip_if_exists` may prevent.
+
+        A write whose answer was lost may be repeated, so the value that prevents it may be the same one.
+        """
         ...
 
     async def remove(self, key: str) -> None:

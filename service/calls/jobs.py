@@ -14,11 +14,12 @@ from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
 from modalkit.batching import BatchScheduler, Failure, Outcome, Priority, QueueOptions, Success
+from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.calls.engine import CallOptions, CallQueue, CallState
 from modalkit.service.calls.predictor import COST_OF_A_CALL, MAX_PARTIAL_CALLS_IN_FLIGHT, call_policy
 from modalkit.service.calls.published_metrics import PublishedMetrics
-from modalkit.service.calls.records import CallRecords
+from modalkit.service.calls.records import CallRecords, Reservation
 from modalkit.service.calls.wire_format import json_form, make_job_id, parse_job_id, read_job
 from modalkit.service.errors import NotAvailableError, ServiceError, describe_error
 from modalkit.service.gateway import Model, find_model
@@ -217,23 +218,27 @@ class CallJobs(AsyncContextManagerMixin):
         lock = self._locks_of_keys.setdefault((submission.owner, request.idempotency_key), anyio.Lock())
         async with lock:
             with anyio.CancelScope(shield=True):
-                job_id = await self._submit_once(request.idempotency_key, request_digest(job), model.name, submission)
+                reservation = Reservation(request.idempotency_key, request_digest(job), submission.owner)
+                job_id = await self._submit_once(reservation, model.name, submission)
         return job_id
 
-    async def _submit_once(self, key: str, digest: str, model_name: str, submission: _Submission) -> str:
-        known = await self._records.reserve(key, digest, submission.owner)
+    async def _submit_once(self, reservation: Reservation, model_name: str, submission: _Submission) -> str:
+        known = await self._records.reserve(reservation)
         if known is not None:
             return known
         try:
-            job_id = await self._send(model_name, submission)
+            async with plain_task_group() as renewing:
+                renewing.start_soon(self._records.renew, reservation)
+                job_id = await self._send(model_name, submission)
+                renewing.cancel_scope.cancel()
         except Exception:
             try:
-                await self._records.release(key, submission.owner)
+                await self._records.release(reservation)
             except Exception:
                 logger.exception("The idempotency key of a job that was not accepted is still reserved")
             raise
         try:
-            await self._records.keep(key, digest, job_id, submission.owner)
+            await self._records.keep(reservation, job_id)
         except JobStoreError:
             # The job is accepted; after an error its caller would submit it again.
             logger.exception("The idempotency key of job %s could not be recorded", job_id)

@@ -4,9 +4,13 @@ An engine knows calls, each of which carries many jobs. Kept here for each call:
 were cancelled, which were running when a worker died, and which job an idempotency key stands for.
 """
 
+import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from secrets import token_hex
+from typing import Any, Never
 
 import anyio
 
@@ -15,8 +19,28 @@ from modalkit.service.calls.wire_format import job_object, read_job
 from modalkit.service.jobs import IdempotencyKeyReusedError, JobStoreError
 from modalkit.service.jobs.model import Job
 
+logger = logging.getLogger(__name__)
+
 RESERVATION_S = 60.0
-"""Seconds for which a request holds an idempotency key before another request may take it over."""
+"""Seconds after which another request may take over an idempotency key that was reserved and not renewed."""
+RENEWAL_INTERVAL_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a request reserves an owner's idempotency key by, to make its job. `digest` stands for what is asked for."""
+
+    key: str
+    digest: str
+    owner: str = ""
+    token: str = field(default_factory=token_hex)
+    """Tells this request's reservation from those of others."""
+
+    @property
+    def name(self) -> str:
+        """The key in the store."""
+        # Keys are printable, so no key without an owner is one with an owner.
+        return f"key/{self.owner}\n{self.key}" if self.owner else f"key/{self.key}"
 
 
 class CallRecords:
@@ -79,15 +103,14 @@ class CallRecords:
         await self._store.put(f"{call_id}/closed", True, skip_if_exists=True)
         return await self.cancelled(call_id, count)
 
-    async def crashes(self, call_id: str) -> dict[int, int]:
+    async def crashes(self, call_id: str) -> Counter[int]:
         """How often a run of the call ended early while a job was running, by the jobs' indexes; none is 0."""
         run: dict[str, Any] = await self._store.get(f"{call_id}/run") or {"running": (), "crashes": ()}
-        crashes: dict[int, int] = dict(run["crashes"])
-        for index in run["running"]:
-            crashes[index] = crashes.get(index, 0) + 1
+        crashes: Counter[int] = Counter(dict(run["crashes"]))
+        crashes.update(run["running"])
         return crashes
 
-    async def start_run(self, call_id: str, running: Sequence[int], crashes: dict[int, int]) -> None:
+    async def start_run(self, call_id: str, running: Sequence[int], crashes: Mapping[int, int]) -> None:
         """Keep which jobs of a call run from now on, and what `crashes` returned."""
         pairs = [[index, count] for index, count in crashes.items()]
         await self._store.put(f"{call_id}/run", {"running": list(running), "crashes": pairs})
@@ -98,19 +121,20 @@ class CallRecords:
         await self._store.put(f"{call_id}/faults", count)
         return count
 
-    async def reserve(self, key: str, digest: str, owner: str = "") -> str | None:
-        """The id of the job that was made with an owner's idempotency key; None where the caller may make it now.
+    async def reserve(self, reservation: Reservation) -> str | None:
+        """The id of the job that was made with the key; None where the caller may make it now.
 
-        `digest` stands for what is asked for. Raises `IdempotencyKeyReusedError` where that was something else, and
-        `JobStoreError` while another request holds the key.
+        Raises `IdempotencyKeyReusedError` where another thing was asked for with the key, and `JobStoreError` while
+        another request holds it.
         """
-        name = _name_of(key, owner)
-        own: dict[str, Any] = {"digest": digest, "reserved_at": self._clock()}
+        key, name, own = reservation.key, reservation.name, self._reserved(reservation)
         if await self._store.put(name, own, skip_if_exists=True):
             return None
-        known: dict[str, Any] = await self._store.get(name) or own
+        known: dict[str, Any] = await self._store.get(name) or {"reserved_at": self._clock()}  # released meanwhile
+        if known == own:
+            return None  # the store repeats a write whose answer was lost
         if "job_id" in known:
-            if known["digest"] != digest:
+            if known["digest"] != reservation.digest:
                 raise IdempotencyKeyReusedError(key, known["job_id"])
             return str(known["job_id"])
         if self._clock() - known["reserved_at"] < RESERVATION_S:
@@ -118,15 +142,29 @@ class CallRecords:
         await self._store.put(name, own)
         return None
 
-    async def keep(self, key: str, digest: str, job_id: str, owner: str = "") -> None:
+    async def renew(self, reservation: Reservation) -> Never:
+        """Renew a reservation again and again until cancelled, as long as no other request has taken the key over."""
+        while True:
+            await anyio.sleep(RENEWAL_INTERVAL_S)
+            with anyio.CancelScope(shield=True):  # else a write under way might undo a later one
+                try:
+                    if await self._is_held(reservation):
+                        await self._store.put(reservation.name, self._reserved(reservation))
+                except Exception:
+                    logger.exception("The reservation of an idempotency key could not be renewed")
+
+    async def keep(self, reservation: Reservation, job_id: str) -> None:
         """Keep which job was made with a key that was reserved."""
-        await self._store.put(_name_of(key, owner), {"digest": digest, "job_id": job_id})
+        await self._store.put(reservation.name, {"digest": reservation.digest, "job_id": job_id})
 
-    async def release(self, key: str, owner: str = "") -> None:
-        """Let another request make the job of a key that was reserved."""
-        await self._store.remove(_name_of(key, owner))
+    async def release(self, reservation: Reservation) -> None:
+        """Let another request make the job of a key, unless another one has taken the key over."""
+        if await self._is_held(reservation):
+            await self._store.remove(reservation.name)
 
+    async def _is_held(self, reservation: Reservation) -> bool:
+        known: dict[str, Any] = await self._store.get(reservation.name) or {}
+        return known.get("token") == reservation.token
 
-def _name_of(key: str, owner: str) -> str:
-    # Keys are printable, so no key without an owner is one with an owner.
-    return f"key/{owner}\n{key}" if owner else f"key/{key}"
+    def _reserved(self, reservation: Reservation) -> dict[str, Any]:
+        return {"digest": reservation.digest, "reserved_at": self._clock(), "token": reservation.token}

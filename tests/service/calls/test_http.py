@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from modalkit.service.calls import jobs as calls_jobs
 from modalkit.service.calls.engine import CallResult, CallState
 from modalkit.service.calls.jobs import CallGateway
+from modalkit.service.calls.records import Reservation
 from modalkit.service.errors import ContainerFaultError, RemoteItemError, RemoteTimeoutError, ServiceError
 from modalkit.service.jobs.life import expires_in_passed
 from modalkit.service.queue_backends import InMemoryBackend
@@ -414,7 +415,7 @@ async def test_a_repetition_while_the_first_request_is_under_way_gets_the_same_j
 async def test_a_repetition_while_another_container_has_the_first_request_may_come_again(
     client: httpx.AsyncClient, stand: Stand
 ) -> None:
-    await stand.records.reserve("order-7", "asked for elsewhere")
+    await stand.records.reserve(Reservation("order-7", "asked for elsewhere"))
     again = await client.post("/async/predict", json=job("four"), headers={"Idempotency-Key": "order-7"})
     assert "is under way; retry in a moment" in problem(again, 503)
     assert again.headers["retry-after"]

@@ -8,12 +8,14 @@ from anyio.lowlevel import checkpoint
 
 from modalkit.batching import Failure, Priority, Success
 from modalkit.pipelines import AsyncInputModel
+from modalkit.service.calls import records as records_module
 from modalkit.service.calls.engine import CallState, KeyValueStore
 from modalkit.service.calls.jobs import CallJobs
 from modalkit.service.calls.predictor import MAX_PARTIAL_CALLS_IN_FLIGHT
-from modalkit.service.calls.records import CallRecords
+from modalkit.service.calls.records import RESERVATION_S, CallRecords
 from modalkit.service.errors import UnknownModelError
 from modalkit.service.jobs import JobStatus, JobStoreError
+from modalkit.testing import FakeClock
 from tests.service.calls.conftest import MODEL, Stand
 from tests.support.length_model import Text
 
@@ -106,6 +108,78 @@ async def test_a_job_whose_key_could_not_be_recorded_is_accepted_all_the_same(
         job_id = await accepted(jobs, asked("four", idempotency_key="order-7"))
     assert await stand.jobs().get(job_id, 30) is not None
     assert f"The idempotency key of job {job_id} could not be recorded" in caplog.text
+
+
+async def test_a_job_whose_key_was_written_though_no_answer_came_is_accepted(stand: Stand) -> None:
+    class LosesAnswers(Failing):
+        async def put(self, key: str, value: Any, *, skip_if_exists: bool = False) -> bool:
+            await self._put(key, value, skip_if_exists=skip_if_exists)
+            return await self._put(key, value, skip_if_exists=skip_if_exists)
+
+    async with stand.jobs(records=CallRecords(LosesAnswers(stand.store, ""))) as jobs:
+        job_ids = [await accepted(jobs, asked("four", idempotency_key="k")) for _ in range(2)]
+    assert job_ids[0] == job_ids[1]
+    assert len(stand.kept_calls) == 1
+
+
+async def test_a_request_holds_its_key_for_as_long_as_it_waits(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its repetition at another frontend would become a second job."""
+    clock, job_ids, request = FakeClock(), list[str](), asked("four", idempotency_key="k")
+
+    async def submit(jobs: CallJobs) -> None:
+        job_ids.append(await accepted(jobs, request))
+
+    async def renewed() -> None:
+        with anyio.fail_after(10):
+            while (await stand.store.get("key/k") or {}).get("reserved_at") != clock():
+                await anyio.sleep(0.001)
+
+    monkeypatch.setattr(records_module, "RENEWAL_INTERVAL_S", 0.001, raising=False)
+    first, second = (stand.jobs(records=CallRecords(stand.store, clock=clock)) for _ in range(2))
+    stand.carrier.hold()
+    async with first, second, anyio.create_task_group() as task_group:
+        task_group.start_soon(submit, first)
+        try:
+            await renewed()
+            for _ in range(2):
+                clock.advance(RESERVATION_S - 1)
+                await renewed()
+            with pytest.raises(JobStoreError, match="'k' is under way; retry in a moment"):
+                await accepted(second, request)
+        finally:
+            stand.carrier.release()
+    async with stand.jobs() as third:
+        await submit(third)
+    assert job_ids[0] == job_ids[1]
+
+
+async def test_a_request_that_fails_late_releases_no_key_that_another_one_has_taken_over(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, sending, may_fail, enqueue = FakeClock(), anyio.Event(), anyio.Event(), stand.engine.enqueue
+    request, failed = asked("four", idempotency_key="k"), anyio.Event()
+
+    async def fail_late(*_: object) -> str:
+        monkeypatch.setattr(stand.engine, "enqueue", enqueue)
+        sending.set()
+        await may_fail.wait()
+        raise JobStoreError("the engine is gone")
+
+    async def submit(jobs: CallJobs) -> None:
+        with pytest.raises(JobStoreError, match="the engine is gone"):
+            await accepted(jobs, request)
+        failed.set()
+
+    monkeypatch.setattr(stand.engine, "enqueue", fail_late)
+    first, second = (stand.jobs(records=CallRecords(stand.store, clock=clock)) for _ in range(2))
+    async with first, second, anyio.create_task_group() as task_group:
+        task_group.start_soon(submit, first)
+        await sending.wait()
+        clock.advance(RESERVATION_S)  # as where its renewals failed
+        job_id = await accepted(second, request)
+        may_fail.set()
+        await failed.wait()
+        assert await accepted(second, request) == job_id
 
 
 async def test_an_id_of_another_store_names_no_job(stand: Stand) -> None:
@@ -211,7 +285,7 @@ async def test_a_key_that_cannot_be_released_does_not_hide_why_the_job_was_refus
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stuck(CallRecords):
-        async def release(self, key: str, owner: str = "") -> None:
+        async def release(self, *_: object) -> None:
             raise JobStoreError("the store is gone")
 
     async def refuse(*_: object) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from modalkit.batching import Priority
 from modalkit.service.calls.engine import KeyValueStore, MemoryKeyValueStore
-from modalkit.service.calls.records import RESERVATION_S, CallRecords
+from modalkit.service.calls.records import RESERVATION_S, CallRecords, Reservation
 from modalkit.service.jobs import IdempotencyKeyReusedError, Job, JobStoreError
 from modalkit.service.on_modal.engine import ModalKeyValueStore
 from modalkit.testing import FakeClock
@@ -153,24 +153,24 @@ async def test_broken_devices_are_counted_for_each_call(records: CallRecords, ot
 async def test_the_same_request_gets_the_same_job_and_another_is_refused(
     records: CallRecords, other: CallRecords
 ) -> None:
-    assert await records.reserve("key", "one") is None
-    await records.keep("key", "one", "fc-1.0")
-    assert await other.reserve("key", "one") == "fc-1.0"
+    assert await records.reserve(Reservation("key", "one")) is None
+    await records.keep(Reservation("key", "one"), "fc-1.0")
+    assert await other.reserve(Reservation("key", "one")) == "fc-1.0"
     with pytest.raises(IdempotencyKeyReusedError, match=r"'key' belongs to job fc-1\.0"):
-        await other.reserve("key", "two")
-    assert await other.reserve("other key", "two") is None
+        await other.reserve(Reservation("key", "two"))
+    assert await other.reserve(Reservation("other key", "two")) is None
 
 
 async def test_a_repetition_is_refused_while_the_first_request_is_under_way(
     records: CallRecords, other: CallRecords, clock: FakeClock
 ) -> None:
-    assert await records.reserve("key", "one") is None
+    assert await records.reserve(Reservation("key", "one")) is None
     clock.advance(RESERVATION_S - 1)
     for digest in ("one", "two"):
         with pytest.raises(JobStoreError, match="'key' is under way; retry in a moment"):
-            await other.reserve("key", digest)
-    await records.keep("key", "one", "fc-1.0")
-    assert await other.reserve("key", "one") == "fc-1.0"
+            await other.reserve(Reservation("key", digest))
+    await records.keep(Reservation("key", "one"), "fc-1.0")
+    assert await other.reserve(Reservation("key", "one")) == "fc-1.0"
 
 
 async def test_of_many_that_reserve_at_once_one_may(records: CallRecords, other: CallRecords) -> None:
@@ -178,7 +178,7 @@ async def test_of_many_that_reserve_at_once_one_may(records: CallRecords, other:
 
     async def reserve(records: CallRecords) -> None:
         with suppress(JobStoreError):
-            reservations.append(await records.reserve("key", "one"))
+            reservations.append(await records.reserve(Reservation("key", "one")))
 
     async with anyio.create_task_group() as task_group:
         for of in (records, other) * 5:
@@ -189,17 +189,18 @@ async def test_of_many_that_reserve_at_once_one_may(records: CallRecords, other:
 async def test_what_a_dead_process_reserved_is_taken_over_after_a_minute(
     records: CallRecords, other: CallRecords, clock: FakeClock
 ) -> None:
-    await records.reserve("key", "one")
+    await records.reserve(Reservation("key", "one"))
     clock.advance(RESERVATION_S)
-    assert await other.reserve("key", "two") is None
+    assert await other.reserve(Reservation("key", "two")) is None
     with pytest.raises(JobStoreError, match="under way"):
-        await records.reserve("key", "two")
+        await records.reserve(Reservation("key", "two"))
 
 
 async def test_what_is_given_back_can_be_reserved_at_once(records: CallRecords, other: CallRecords) -> None:
-    assert await records.reserve("key", "one") is None
-    await records.release("key")
-    assert await other.reserve("key", "two") is None
+    reservation = Reservation("key", "one")
+    assert await records.reserve(reservation) is None
+    await records.release(reservation)
+    assert await other.reserve(Reservation("key", "two")) is None
 
 
 async def test_one_mark_that_cannot_be_read_is_an_error_and_no_group_of_them() -> None:
