@@ -341,6 +341,11 @@ class InferenceWorker(AsyncContextManagerMixin):
         return self._costs[0].model
 
     @property
+    def is_open(self) -> bool:
+        """Whether items are accepted: inside the `async with` block, unless the scheduler is broken."""
+        return self._scheduler.is_open
+
+    @property
     def is_broken(self) -> bool:
         """Whether this process should be replaced, unless another pipeline helps: see `problem`."""
         return self.problem is not None

@@ -12,14 +12,21 @@ import anyio
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
-from modalkit.batching import DeadlineExceededError, Failure, Outcome, Priority, QueueFullError
+from modalkit.batching import (
+    DeadlineExceededError,
+    Failure,
+    Outcome,
+    Priority,
+    QueueFullError,
+    SchedulerClosedError,
+)
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, RejectItem
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.calls.delivery import send_results
 from modalkit.service.calls.engine import CallOptions
 from modalkit.service.calls.records import CallRecords
 from modalkit.service.calls.wire_format import job_object, make_job_id, outcome_object, read_entry
-from modalkit.service.errors import ContainerFaultError, DeviceFaultError, RetryableError, describe_error
+from modalkit.service.errors import ContainerFaultError, DeviceFaultError, describe_error
 from modalkit.service.jobs import life
 from modalkit.service.jobs.model import Job
 from modalkit.service.jobs.queue_rules import QueueRules
@@ -98,8 +105,8 @@ class CallProcessor:
         """Run a call; returns the outcome of each entry, in their order, as `wire_format` says.
 
         An entry that is invalid or fails disturbs no other. Raises `ValueError` for another number of `timeouts_s`,
-        `owners` or `traceparents` than entries, `JobStoreError`, and of all errors of items only `DeviceFaultError`:
-        then nothing has been sent. When cancelled, results of jobs may have been sent.
+        `owners` or `traceparents` than entries, `JobStoreError`, and where an item failed by a fault of the worker
+        `ContainerFaultError`: then nothing has been sent. When cancelled, results of jobs may have been sent.
         """
         for name in ("timeouts_s", "owners", "traceparents"):
             values = getattr(call.options, name)
@@ -112,9 +119,11 @@ class CallProcessor:
         else:
             await self._run(items)
         errors = [item.outcome.error for item in items if isinstance(item.outcome, Failure)]
-        fault = next(filter(is_device_fault, errors), None)
+        fault = next(filter(self._is_fault_of_worker, errors), None)
         if fault is not None and not await self._is_last_run(items, call):
-            raise DeviceFaultError(describe_error(fault)) from fault
+            if is_device_fault(fault):
+                raise DeviceFaultError(describe_error(fault)) from fault
+            raise ContainerFaultError(f"the worker of this container has ended: {describe_error(fault)}") from fault
         return await self._outcomes(items, call)
 
     async def refuse(self, entries: Sequence[object], call: Call, error: ContainerFaultError) -> list[dict[str, Any]]:
@@ -214,8 +223,8 @@ class CallProcessor:
             return
         async with self._quarantine:
             while waiting:
-                fewest = min(crashes.get(index, 0) for index in waiting)
-                group = [index for index in waiting if crashes.get(index, 0) == fewest]
+                fewest = min(crashes[index] for index in waiting)
+                group = [index for index in waiting if crashes[index] == fewest]
                 group = group[: life.quarantine_group_size(fewest, len(items))]
                 if life.has_crashed_too_often(fewest):
                     for index in group:
@@ -238,16 +247,33 @@ class CallProcessor:
                 task_group.start_soon(self._run_alike, group)
 
     async def _run_alike(self, items: Sequence[_Item]) -> None:
-        """Run items; jobs that fail by a transient error again, as long as there are attempts and time."""
-        attempt, until_s = 1, math.inf if items[0].until_s is None else items[0].until_s
+        """Run items; jobs again that failed by no fault of theirs, as long as there are attempts and time."""
+        attempt = 1
         while True:
             await self._run_once(items)
-            items = [item for item in items if item.job is not None and _failed_by_a_transient_error(item)]
             pause_s = backoff_with_jitter(attempt, first_s=FIRST_JOB_RETRY_S)
-            if not items or attempt >= self._config.max_attempts or anyio.current_time() + pause_s >= until_s:
+            retried = [(item, job) for item in items if (job := self._job_to_retry(item, pause_s)) is not None]
+            if not retried:
                 return
+            for _, job in retried:
+                job.attempts += 1
+            items = [item for item, _ in retried]
             await anyio.sleep(pause_s)
             attempt += 1
+
+    def _job_to_retry(self, item: _Item, pause_s: float) -> Job | None:
+        """The job of an item that is to run again in `pause_s` seconds, because of how it failed."""
+        if item.job is None or not isinstance(item.outcome, Failure) or self._is_fault_of_worker(item.outcome.error):
+            return None
+        retry = life.retry_of(
+            item.job,
+            item.outcome,
+            max_attempts=self._config.max_attempts,
+            deadline=math.inf if item.until_s is None else item.until_s,
+            now=anyio.current_time(),
+            backoff_s=lambda _: pause_s,
+        )
+        return None if retry is None else item.job
 
     async def _run_once(self, items: Sequence[_Item]) -> None:
         first = items[0]
@@ -272,6 +298,11 @@ class CallProcessor:
             is_late = isinstance(outcome, Failure) and isinstance(outcome.error, DeadlineExceededError)
             item.outcome = Failure(DeadlineExceededError(item.timeout_s or 0.0)) if is_late else outcome
 
+    def _is_fault_of_worker(self, error: Exception) -> bool:
+        """Whether an item failed because this worker can run nothing any more; another one may run it."""
+        # A pipeline may have a scheduler of its own, whose error says nothing of the worker.
+        return is_device_fault(error) or (isinstance(error, SchedulerClosedError) and not self._worker.is_open)
+
     async def _is_last_run(self, items: Sequence[_Item], call: Call) -> bool:
         """Whether the engine does not run a faulty call again, so that the queues of its jobs have to be told now."""
         return call.is_kept and _have_jobs(items) and await self._records.count_fault(call.call_id) > self._retries
@@ -285,24 +316,26 @@ class CallProcessor:
         now = self._clock()
         if call.is_kept:
             _cancel(items, await self._records.close(call.call_id, len(items)), now)
-        for item in items:
-            if item.job is not None and item.outcome is not None:
-                item.job = life.end_job(item.job, life.end_of(item.job, item.outcome, now)) or item.job
-                record_end(item.job, item.job.status, now)
+        with_jobs = [(item, item.job) for item in items if item.job is not None]
+        jobs = [_ended(job, item.outcome, now) for item, job in with_jobs]
         if self._responses is not None:
-            sent = await send_results(
+            jobs = await send_results(
                 self._responses,
-                [item.job for item in items if item.job is not None],
+                jobs,
                 call.until_s,
                 max_attempts=self._config.max_delivery_attempts,
                 clock=self._clock,
             )
-            for item, job in zip((item for item in items if item.job is not None), sent, strict=True):
-                item.job = job
+        for (item, _), job in zip(with_jobs, jobs, strict=True):
+            item.job = job
 
 
-def _failed_by_a_transient_error(item: _Item) -> bool:
-    return isinstance(item.outcome, Failure) and isinstance(item.outcome.error, RetryableError)
+def _ended(job: Job, outcome: Outcome[InferenceOutputModel] | None, now: float) -> Job:
+    if outcome is None:
+        return job
+    job = life.end_job(job, life.end_of(job, outcome, now)) or job
+    record_end(job, job.status, now)
+    return job
 
 
 def _is_to_run(item: _Item) -> bool:

@@ -1,7 +1,7 @@
 """Calls of items and jobs, run by a real worker and sent to real queues in memory."""
 
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,7 +10,7 @@ import anyio.lowlevel
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from modalkit.batching import Outcome, Priority, QueueFullError
+from modalkit.batching import Outcome, Priority, QueueFullError, SchedulerClosedError
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, SyncInputModel
 from modalkit.service.calls import processor as processor_module
 from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
@@ -181,8 +181,46 @@ async def test_jobs_run_again_after_a_transient_error_and_other_entries_are_told
     monkeypatch.setattr(pipeline, "postprocess", fail)
     (told,) = await processor.process([item("four")], a_call())
     assert (told["error_type"], told["error"]) == ("RetryableError", "ConnectionError: the database is down")
-    await processor.process([job("four")], a_call("fc-2", accepted_at=NOW))
+    (outcome,) = await processor.process([job("four")], a_call("fc-2", accepted_at=NOW))
+    assert (outcome["status"], outcome["attempts"]) == ("succeeded", 2)
     assert [message["result"]["length"] for message in sent(queue, "ok")] == [4]
+
+
+class Counted:
+    """Counts the lists that a worker runs; before the second, `recover` is called."""
+
+    def __init__(self, worker: InferenceWorker, recover: Callable[[], object] = lambda: None) -> None:
+        self._predict_many = worker.predict_many
+        self._recover = recover
+        self.lists = 0
+
+    async def predict_many(self, items: Sequence[BaseModel], **options: Any) -> list[Outcome[InferenceOutputModel]]:
+        self.lists += 1
+        if self.lists == 2:
+            self._recover()
+        return await self._predict_many(items, **options)
+
+
+async def test_jobs_run_again_after_a_failure_of_all(
+    processor: CallProcessor, worker: InferenceWorker, pipeline: Fragile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `max_attempts` says: the database was down, and no job is at fault."""
+    is_down, predict = True, pipeline.predict
+
+    def fail(input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        if is_down:
+            raise ConnectionError("the database is down")
+        return predict(input_list, preprocessed_data)
+
+    def recover() -> None:
+        nonlocal is_down
+        is_down = False
+
+    monkeypatch.setattr(processor_module, "FIRST_JOB_RETRY_S", 0.0)
+    monkeypatch.setattr(pipeline, "predict", fail)
+    monkeypatch.setattr(worker, "predict_many", Counted(worker, recover).predict_many)
+    outcomes = await processor.process([job(f"{n}") for n in range(64)], a_call(is_kept=True))
+    assert {(outcome["status"], outcome["attempts"]) for outcome in outcomes} == {("succeeded", 2)}
 
 
 async def test_a_time_for_each_entry_is_asked_for(processor: CallProcessor) -> None:
@@ -541,6 +579,85 @@ async def test_the_last_run_of_a_call_with_jobs_tells_their_queues_of_the_fault(
     assert [message["job_id"] for message in sent(queue, "bad")] == ["fc-1.0"]
     with pytest.raises(DeviceFaultError):
         await processor.process([job(FAULT)], a_call("fc-2", is_kept=True))
+
+
+async def test_jobs_do_not_run_again_where_the_device_is_broken(
+    processor: CallProcessor, worker: InferenceWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though all fail: another container runs them sooner than this one gives up."""
+    counted = Counted(worker)
+    monkeypatch.setattr(processor_module, "FIRST_JOB_RETRY_S", 0.0)
+    monkeypatch.setattr(worker, "predict_many", counted.predict_many)
+    with pytest.raises(DeviceFaultError):
+        await processor.process([job(FAULT)] * 64, a_call())
+    assert counted.lists == 1
+
+
+async def test_a_call_whose_worker_breaks_runs_elsewhere_and_its_last_run_tells_the_queues(
+    worker: InferenceWorker,
+    records: CallRecords,
+    queue: InMemoryBackend,
+    pipeline: Fragile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> float:
+        raise ZeroDivisionError
+
+    async def break_when_queued() -> None:
+        while not any(worker.statistics().queued.values()):
+            await anyio.lowlevel.checkpoint()
+        monkeypatch.setattr(type(worker.costs), "predict_s", fail)
+        pipeline.gate.set()
+
+    processor, jobs = make_processor(worker, records, queue, retries=1), [job(f"{n}") for n in range(8)]
+    pipeline.gate.clear()
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(worker.predict, Text(text="runs"))
+        await entered(pipeline)
+        task_group.start_soon(break_when_queued)
+        with pytest.raises(ContainerFaultError, match=r"the worker of this container has ended: .* broken"):
+            await processor.process(jobs, a_call(is_kept=True))
+    assert worker.is_broken
+    assert queue.queue_names() == []
+    outcomes = await processor.process(jobs, a_call(is_kept=True))
+    assert {(outcome["status"], outcome["delivery"]) for outcome in outcomes} == {("failed", "delivered")}
+
+
+async def test_a_call_whose_worker_is_aborted_runs_elsewhere(
+    pipeline: Fragile, records: CallRecords, queue: InMemoryBackend
+) -> None:
+    raised: list[ContainerFaultError] = []
+
+    async def call(processor: CallProcessor) -> None:
+        try:
+            await processor.process([job("a")], a_call(is_kept=True))
+        except ContainerFaultError as error:
+            raised.append(error)
+        finally:
+            pipeline.gate.set()
+
+    async with anyio.create_task_group() as task_group:
+        with anyio.CancelScope() as scope:
+            async with InferenceWorker(pipeline, calibrate=False) as worker:
+                await entered(pipeline)  # the warm-up
+                pipeline.gate.clear()
+                task_group.start_soon(call, make_processor(worker, records, queue, retries=1))
+                await entered(pipeline)
+                scope.cancel()
+                await anyio.sleep_forever()
+    assert ["aborted" in str(error) for error in raised] == [True]
+    assert queue.queue_names() == []
+
+
+async def test_the_error_of_a_pipelines_own_scheduler_is_that_of_its_job(
+    processor: CallProcessor, pipeline: Fragile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> list[InferenceOutputModel]:
+        raise SchedulerClosedError("one inside the pipeline")
+
+    monkeypatch.setattr(pipeline, "postprocess", fail)
+    (outcome,) = await processor.process([job("a")], a_call(is_kept=True))
+    assert (outcome["status"], outcome["error"]) == ("failed", "one inside the pipeline")
 
 
 class ContainerDied(BaseException):

@@ -527,8 +527,13 @@ async def test_work_that_does_not_end_is_cut_short_after_the_grace(
     async with make(make_config()) as service:
         pipeline = pipeline_of(service)
         pipeline.gate.clear()
+
+        async def call() -> None:
+            with pytest.raises(ContainerFaultError, match="aborted before this request finished"):
+                await process(service, [item("hangs")])
+
         async with anyio.create_task_group() as task_group:
-            task_group.start_soon(process, service, [item("hangs")])
+            task_group.start_soon(call)
             await anyio.to_thread.run_sync(pipeline.entered.acquire)
             await service.__aexit__(None, None, None)
             pipeline.gate.set()
