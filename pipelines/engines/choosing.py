@@ -123,9 +123,8 @@ class Chooser:
             return [self._own_dtype]
         sensible = list(DTYPES)
         if self._device.type == "cpu":  # which does not compute quickly in float16
-            sensible = ["float32", "bfloat16"]
-            if self._settings.engine == "auto" and "bfloat16" in packable_dtypes():  # packed, it is never slower
-                sensible = ["float32"]
+            # A CPU that computes quickly in bfloat16 has it packed, which is never slower; on others it is the slowest.
+            sensible = ["float32"] if self._settings.engine == "auto" else ["float32", "bfloat16"]
         return [self._own_dtype, *(dtype for dtype in sensible if dtype != self._own_dtype)]
 
     def _load(self, candidate: Candidate, reason: str) -> Chosen:

@@ -89,6 +89,16 @@ def test_auto_takes_what_is_fastest_and_the_next_start_measures_nothing(
     assert torch.allclose(again(**batch(5, 5))["logits"], logits_of(module, batch(5, 5)), atol=0.02)
 
 
+def test_torch_in_bfloat16_is_measured_on_a_cpu_only_where_torch_was_asked_for(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings
+) -> None:
+    assert set(load_engine(module, batches, with_(settings, engine="torch")).choice.speeds) == {
+        "torch float32",
+        "torch bfloat16",
+    }
+    assert "torch bfloat16" not in load_engine(module, batches, settings).choice.speeds
+
+
 def test_other_weights_are_measured_again(
     module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
