@@ -29,7 +29,10 @@ class CommonSettings(BaseModel):
         description=f"a group of settings of engines ({', '.join(EngineOptions.model_fields)})",
     )
     threads: int | None = Field(
-        default=None, ge=1, strict=True, description="a positive whole number of CPU threads, or null for torch's own"
+        default=None,
+        ge=1,
+        strict=True,
+        description="a positive whole number of CPU threads, or null for torch's own, within the container's quota",
     )
 
 

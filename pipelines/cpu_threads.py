@@ -8,8 +8,12 @@ OpenMP keeps threads for each thread that computes. While they are no more than 
 else they sleep, and a lone text takes 1.3 times as long. So lone batches should be computed by one thread of a process,
 which has all of OpenMP's. Where another process needs a core, threads that spin wait for one that does not run: a lone
 text takes up to 4 times as long, and then it has one thread, which waits for none.
+
+A container may have a quota of CPU time. Threads that spin use it up at the begin of each period, and then all of them
+stop until the next one. So torch has no more threads than the cores that the quota is worth.
 """
 
+import math
 import os
 import threading
 import time
@@ -33,6 +37,7 @@ MIN_PAUSE, MAX_PAUSE = 8, 1024
 
 MOVE_AFTER = 8
 """Lone batches in a row in other threads, after which that of the last one is theirs."""
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class CpuThreads:
@@ -67,6 +72,11 @@ class CpuThreads:
         """Use `total` threads, from this call on."""
         self.total = total
         torch.set_num_threads(total)
+
+    def limit_to_quota(self, cgroup: Path = _CGROUP) -> None:
+        """Use no more threads than the cores whose time the container may use."""
+        if (cores := _quota_cores(cgroup)) is not None and cores < self.total:
+            self.set_total(cores)
 
     def share(self, in_flight: int) -> None:
         """Let this thread's next operations use its part of the threads while `in_flight` batches run.
@@ -114,7 +124,23 @@ def waited_s() -> float:
     return total_ns / 1e9
 
 
+def _quota_cores(cgroup: Path) -> int | None:
+    with suppress(OSError, ValueError):  # "max" is no limit
+        quota, period = (cgroup / "cpu.max").read_text(encoding="ascii").split()
+        return math.ceil(int(quota) / int(period))
+    with suppress(OSError, ValueError):  # version 1 of control groups, where -1 is no limit
+        files = (cgroup / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
+        quota, period = (file.read_text(encoding="ascii") for file in files)
+        return math.ceil(int(quota) / int(period)) if int(quota) > 0 else None
+    return None
+
+
 @cache
 def cpu_threads() -> CpuThreads:
-    """The one of this process. The first call must come before any number of threads was set for one thread only."""
-    return CpuThreads()
+    """The one of this process. The first call must come before any number of threads was set for one thread only.
+
+    Torch keeps more threads than the quota is worth in a thread that has used it before.
+    """
+    threads = CpuThreads()
+    threads.limit_to_quota()
+    return threads

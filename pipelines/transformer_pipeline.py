@@ -53,8 +53,9 @@ class TransformerPipeline(InferencePipeline, Generic[EntryT]):
         super().__init__(model_name, all_model_data_folder, common_settings, **model_entry)
         entry_model = cast("type[EntryT]", self.entry_model)
         common, self.entry = parse_settings(model_name, common_settings, model_entry, entry_model)
+        threads = cpu_threads()  # before the checkpoint is loaded by torch
         if common.threads is not None:
-            cpu_threads().set_total(common.threads)
+            threads.set_total(common.threads)
         self._engine_settings = engine_settings(common, self.entry)
         self.device = choose_device(common.device)
         self.checkpoint = load_checkpoint(self.entry, Path(all_model_data_folder), self.device, self.task)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import anyio
 import pytest
@@ -119,6 +120,29 @@ def test_a_thread_has_its_part_and_all_others_have_what_they_had(in_flight: int,
         assert batch.submit(torch.get_num_threads).result() == part
         assert torch.get_num_threads() == 4
         assert threads_in_a_new_thread() == 4
+
+
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize(
+    ("files", "total"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "1600000 100000\n"}, 4),
+        ({"cpu.max": "max 100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({}, 4),
+    ],
+)
+def test_there_are_no_more_threads_than_a_container_may_use_cores(
+    files: dict[str, str], total: int, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    threads = CpuThreads()
+    threads.limit_to_quota(tmp_path)
+    assert (threads.total, torch.get_num_threads(), threads_in_a_new_thread()) == (total,) * 3
 
 
 @pytest.mark.parametrize(("total", "in_flight"), [(1, 1), (2, 2), (64, MAX_IN_FLIGHT)])
