@@ -153,7 +153,7 @@ def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
             try:
                 model.restore(table["costs"])
             except (KeyError, ValueError) as error:
-                logger.warning("%s: the costs of %s are damaged (%s): measuring again", path, key.model, error)
+                logger.warning("%s: the costs of %s cannot be used (%s)", path, key.model, error)
                 return False
             return True
     others = [table["key"].get("device") for table in tables if {**table["key"], "device": key.device} == asdict(key)]

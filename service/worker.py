@@ -205,10 +205,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         pipeline = pipelines[0]
         if len(pipelines) != len(self.pipelines):
             raise ReloadError(self.model_name, f"it had {len(self.pipelines)} devices before; restart the service")
-        if has_own(pipeline, "predict_stream") != self._streams or pipeline.cost_feature != self.pipeline.cost_feature:
-            raise ReloadError(
-                self.model_name, "predict_stream or cost_feature of its class has changed; restart the service"
-            )
+        if has_own(pipeline, "predict_stream") != self._streams:
+            raise ReloadError(self.model_name, "predict_stream of its class has changed; restart the service")
 
     async def set_limits(self, limits: BatchConfig) -> None:
         """Form the next batches within these limits; what waits is kept."""

@@ -60,6 +60,10 @@ class Other(Versioned):
     input_model = BaseModel
 
 
+class Unpadded(Versioned):
+    cost_feature = "total"
+
+
 def configure(folder: Path, *, pipeline: str = "Versioned", more: str = "", **entry: Any) -> Path:
     path = folder / "modalkit.yaml"
     path.write_text(
@@ -148,6 +152,13 @@ async def test_a_version_that_cannot_take_over_leaves_the_old_one_and_says_why(
         await gateway.reload("m")
     assert await version(gateway.models["m"]) == 1
     assert gateway.models["m"].readiness is Readiness.READY
+
+
+async def test_a_version_whose_batches_cost_something_else_takes_over(gateway: LocalGateway, tmp_path: Path) -> None:
+    """The engine decides it, and a race of engines may have another winner. The costs are learnt from batches."""
+    configure(tmp_path, version=2, pipeline="Unpadded")
+    await gateway.reload("m")
+    assert await version(gateway.models["m"]) == 2
 
 
 async def test_a_version_for_which_there_is_no_memory_is_not_loaded(
