@@ -93,6 +93,10 @@ class CpuThreads:
             elif self._left > 0:
                 self._left -= 1
                 part = 1
+        self.use(part)
+
+    def use(self, part: int) -> None:
+        """Let this thread's next operations use so many threads."""
         if torch.get_num_threads() != part:
             torch.set_num_threads(part)
             # That was for this thread, and for all threads that use torch for the first time from now on. A call in

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
 from modalkit.pipelines.cpu_threads import cpu_threads
@@ -196,20 +195,18 @@ class Chooser:
         waits_for_onnx = CONVERSION_SHARE * self._settings.measure_seconds >= ONNX_EXPORT_S
         later = [each for each in converted if each.engine == "onnx" and not waits_for_onnx]
         conversions = self._start_conversions([each for each in converted if each not in later])
-        threads = torch.get_num_threads()
         try:
             self._fewer_threads()  # conversions need the cores
             for candidate in candidates:
                 if candidate not in converted:  # the others are converted meanwhile
                     race.enter(candidate, self._open)
             refused = self._finish(conversions)
-            torch.set_num_threads(threads)
+            cpu_threads().use(cpu_threads().total)
             ready = [each for each in converted if self._kept.is_converted(each.engine)]
             for candidate in ready:
                 race.enter(candidate, self._open)
             race.run(self._started_s + self._settings.measure_seconds)
         finally:
-            torch.set_num_threads(threads)
             for conversion in (*conversions, *self._start_conversions(later)):
                 conversion.go_on()
         unfinished = dict.fromkeys(
@@ -218,9 +215,9 @@ class Chooser:
         return refused | race.errors(), tuple(unfinished)
 
     def _fewer_threads(self) -> None:
-        """Give torch what one of several batches at once has."""
+        """Give torch what one of several batches at once has; in this thread only, which ends with the choice."""
         if self._device.type == "cpu":
-            torch.set_num_threads(max(1, torch.get_num_threads() // cpu_threads().max_in_flight))
+            cpu_threads().use(cpu_threads().total // cpu_threads().max_in_flight)
 
     def _start_conversions(self, candidates: list[Candidate]) -> list[Conversion]:
         """Start a conversion for each engine that has none yet; one that cannot start is logged."""
