@@ -14,6 +14,7 @@ import anyio
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.threads import DedicatedThread
 from modalkit.pipelines import InferencePipeline
+from modalkit.pipelines.memory import free_bytes, private_bytes
 from modalkit.service.device_process import load_on_devices
 from modalkit.service.errors import (
     InvalidItemError,
@@ -24,7 +25,6 @@ from modalkit.service.errors import (
     describe_error,
 )
 from modalkit.service.loading import ModelSource
-from modalkit.service.memory import free_bytes, private_bytes
 from modalkit.service.settings import BatchConfig
 from modalkit.service.validation import summary, validated
 from modalkit.service.worker import InferenceWorker

@@ -27,6 +27,7 @@ from modalkit.pipelines.engines.settings import (
 )
 from modalkit.pipelines.engines.torch_engine import Run, device_of, dtype_of, example_of, torch_run, weight_bytes
 from modalkit.pipelines.errors import EngineError, describe
+from modalkit.pipelines.memory import free_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,10 @@ class Chooser:
             return kept
         if asked.measure_seconds == 0:
             return self._load(default, "not measured, because measure_seconds is 0")
+        copied_bytes, free = (len(candidates) - 1) * self._bytes, free_bytes()
+        if self._device.type == "cpu" and free is not None and free < copied_bytes:
+            sizes = f"its copies need {copied_bytes / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB of memory are free"
+            return self._load(default, f"not measured, because {sizes}")
         return self._measured_engine(candidates)
 
     def _candidates(self) -> list[Candidate]:

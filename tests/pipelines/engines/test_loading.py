@@ -214,6 +214,17 @@ def test_a_large_model_is_not_loaded_twice_nor_read_and_it_says_so(
     assert not (settings.cache_folder or Path()).exists()
 
 
+def test_a_model_whose_copies_there_is_no_memory_for_is_not_copied_and_it_says_so(
+    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choosing, "free_bytes", lambda: 100)
+    engine = load_engine(module, batches, settings)
+    assert str(engine.choice).startswith(
+        "torch float32, not measured, because its copies need 0 MiB, and 0 MiB of memory"
+    )
+    assert engine(**batches[0])
+
+
 def test_a_conversion_that_takes_longer_than_the_start_may_goes_on_for_a_later_one(
     module: nn.Module, batches: list[Batch], settings: EngineSettings
 ) -> None:

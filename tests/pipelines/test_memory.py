@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from modalkit.service import memory
+from modalkit.pipelines import memory
 
 
 def test_memory_that_a_process_takes_is_counted_as_its_own() -> None:
