@@ -8,8 +8,8 @@ from traceback import TracebackException, walk_tb
 
 from modalkit.batching import BatchingError, BatchRecord
 from modalkit.pipelines import RejectItem
+from modalkit.service import pipeline_batches
 from modalkit.service.errors import MAX_ERROR_BYTES, ServiceError, cut_text, describe_error
-from modalkit.service.pipeline_batches import run_batch_of
 
 logger = logging.getLogger(__name__)
 
@@ -18,8 +18,6 @@ PERIOD_S = 60.0
 MAX_ERRORS_PER_PERIOD = 10
 MAX_FRAMES = 30
 """Frames of one traceback, the innermost."""
-
-_CALLS_PIPELINES = run_batch_of.__code__.co_filename
 
 
 class FailureLog:
@@ -88,6 +86,6 @@ def _cut_frames(described: TracebackException) -> None:
     chain = [described]
     while chain:
         error = chain.pop()
-        calls = [number for number, frame in enumerate(error.stack, start=1) if frame.filename == _CALLS_PIPELINES]
+        calls = [i for i, frame in enumerate(error.stack, start=1) if frame.filename == pipeline_batches.__file__]
         del error.stack[: max(0, len(error.stack) - MAX_FRAMES, *calls[-1:])]
         chain += filter(None, (error.__cause__, error.__context__))

@@ -23,7 +23,13 @@ TEXTS = [
 
 POSITIONS = 128
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 150,
+}
 
 
 def save_tokenizer(folder: Path, padding_side: str) -> None:
@@ -31,7 +37,7 @@ def save_tokenizer(folder: Path, padding_side: str) -> None:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=150, special_tokens=SPECIAL, show_progress=False)
+    trainer = trainers.WordPieceTrainer(vocab_size=SIZES["vocab_size"], special_tokens=SPECIAL, show_progress=False)
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -58,7 +64,7 @@ def save_model(
 ) -> Path:
     """A model with random weights that are large enough for outputs that differ, and the tokenizer."""
     torch.manual_seed(7)
-    sizes = {**SIZES, "vocab_size": 150, "max_position_embeddings": POSITIONS, "initializer_range": 0.5}
+    sizes = {**SIZES, "max_position_embeddings": POSITIONS, "initializer_range": 0.5}
     model: Any = model_class(config_class(**sizes, **config))
     model.save_pretrained(folder)
     save_tokenizer(folder, padding_side)

@@ -31,14 +31,8 @@ from modalkit.pipelines.engines.exported import Converted, convert
 from modalkit.pipelines.engines.settings import Candidate
 from modalkit.pipelines.engines.torch_engine import changing_dimensions, named_outputs
 from modalkit.pipelines.engines.unpadded import remove_padding
+from tests.support.tiny_models import SIZES
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "intermediate_size": 48,
-    "vocab_size": 100,
-}
 BERT = BertForSequenceClassification(BertConfig(**SIZES))
 CLASSIFIERS: list[PreTrainedModel] = [
     BERT,

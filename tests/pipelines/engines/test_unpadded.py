@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -28,14 +27,8 @@ from modalkit.pipelines.engines.packed import packable_dtypes
 from modalkit.pipelines.engines.settings import DTypeName
 from modalkit.pipelines.engines.unpadded import remove_padding, unpaddable_dtypes
 from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest
+from tests.support.tiny_models import SIZES
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "intermediate_size": 48,
-    "vocab_size": 100,
-}
 BERT = BertForSequenceClassification(BertConfig(**SIZES))
 ROBERTA = RobertaForTokenClassification(RobertaConfig(**SIZES, pad_token_id=1))
 DISTILBERT = DistilBertForSequenceClassification(
