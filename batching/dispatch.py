@@ -79,7 +79,7 @@ class Dispatcher(Generic[T, R]):
         self.is_open = True
         self._task_group = task_group
         for executor in self.executors:
-            task_group.start_soon(self._serve, executor)
+            task_group.start_soon(self._serve, executor, ())
 
     @asynccontextmanager
     async def paused(self) -> AsyncGenerator[Executors[T, R]]:
@@ -89,11 +89,12 @@ class Dispatcher(Generic[T, R]):
 
     @asynccontextmanager
     async def replacing(
-        self, executors: Executors[T, R], warm_up: Sequence[Callable[[], object]]
+        self, executors: Executors[T, R], warm_up: Sequence[Callable[[], object]], *, in_turn: bool
     ) -> AsyncGenerator[None]:
         """Let these executors run the next batches, from the end of the block on, which is entered once they are warm.
 
-        If anything raises, their threads are ended, and those before them go on.
+        With `in_turn`, those of a device begin once the ones before them have ended. If anything raises, their threads
+        are ended, and those before them go on.
         """
         if executors.devices != self.executors.devices:
             raise ValueError(f"there must be {self.executors.devices} devices as before, got {executors.devices}")
@@ -101,12 +102,12 @@ class Dispatcher(Generic[T, R]):
             await executors.warm_up(warm_up)
             async with self._replacing:
                 yield
-                self._replace(executors)
+                self._replace(executors, in_turn=in_turn)
         except BaseException:
             executors.end_threads()
             raise
 
-    def _replace(self, executors: Executors[T, R]) -> None:
+    def _replace(self, executors: Executors[T, R], *, in_turn: bool) -> None:
         """Start these executors; those before them end with the batches that they run, and are closed once all have."""
         if executors.on_close is None:
             executors.on_close, self.executors.on_close = self.executors.on_close, None
@@ -114,10 +115,12 @@ class Dispatcher(Generic[T, R]):
             executor.is_retired = True
         self._retired = [*self._retired, *self.executors]
         self._task_group.start_soon(self._close_retired, self._retired, self.executors)
+        before = self.executors if in_turn else ()
+        for executor in executors:
+            predecessors = [each for each in before if each.device == executor.device]
+            self._task_group.start_soon(self._serve, executor, predecessors)
         self.executors = executors
         self.runner.shares = StageShares()
-        for executor in executors:
-            self._task_group.start_soon(self._serve, executor)
         self.sleepers.wake_all()
 
     async def _close_retired(self, retired: Sequence[Executor[T, R]], last: Executors[T, R]) -> None:
@@ -144,12 +147,15 @@ class Dispatcher(Generic[T, R]):
         for request in unfinished:
             self.runner.fail(request, failure)
 
-    async def _serve(self, executor: Executor[T, R]) -> None:
+    async def _serve(self, executor: Executor[T, R], predecessors: Sequence[Executor[T, R]]) -> None:
         """Run one batch after the other, until the scheduler is closed and nothing waits, or is broken.
 
-        An executor that is retired runs none after the present one.
+        The first one begins when the predecessors have ended. An executor that is retired runs none after the present
+        one.
         """
         try:
+            for predecessor in predecessors:
+                await predecessor.has_ended.wait()
             async with anyio.create_task_group() as overlapped:
                 while (batch := await self._next_batch(executor)) is not None:
                     if self._should_overlap(executor):

@@ -263,18 +263,20 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         policy: BatchPolicy,
         item_size: Callable[[T], int] | None = None,
         warm_up: Sequence[Callable[[], object]] = (),
+        in_turn: bool = False,
         **options: Unpack[RunOptions],
     ) -> None:
         """Run the next batches by other functions, within other limits. The arguments are those of the constructor.
 
         Requests that wait are kept, with their sizes, and batches that run end by the function that they began with,
-        except that one whose failing items are searched for is requeued. `warm_up`, one for each device, is called
-        before, in a thread of the device, while batches go on; it may return an awaitable. What it raises is raised,
-        and changes nothing. With an `on_close`, the one before is called once the old batches have ended. Also raises
-        `SchedulerClosedError`, and `ValueError` for another number of devices.
+        except that one whose failing items are searched for is requeued. With `in_turn`, the next batch of a device
+        waits for those: both are of one model. `warm_up`, one for each device, is called before, in a thread of the
+        device, while batches go on; it may return an awaitable. What it raises is raised, and changes nothing. With an
+        `on_close`, the one before is called once the old batches have ended. Also raises `SchedulerClosedError`, and
+        `ValueError` for another number of devices.
         """
         executors = Executors(run_batch, self.name, **options)
-        async with self._dispatcher.replacing(executors, warm_up):
+        async with self._dispatcher.replacing(executors, warm_up, in_turn=in_turn):
             self._ensure_open()
             self.policy = policy
             self._planner.set_policy(policy, executors.max_in_flight)

@@ -209,13 +209,14 @@ class InferenceWorker(AsyncContextManagerMixin):
             raise ReloadError(self.model_name, "predict_stream of its class has changed; restart the service")
 
     async def set_limits(self, limits: BatchConfig) -> None:
-        """Form the next batches within these limits; what waits is kept."""
+        """Form the next batches within these limits, once those that run have ended; what waits is kept."""
         await self._run_as(self.pipelines, limits, is_new=False)
 
     async def _run_as(self, pipelines: Sequence[InferencePipeline], limits: BatchConfig, *, is_new: bool) -> None:
         await self._scheduler.replace(
             **self._how_to_run(pipelines, limits),
             warm_up=[pipeline.warm_up for pipeline in pipelines] if is_new else [],
+            in_turn=not is_new,
             on_close=self._close_of(pipelines) if is_new else None,
         )
         self.pipelines, self.pipeline, self.limits = list(pipelines), pipelines[0], limits

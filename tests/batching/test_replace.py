@@ -141,6 +141,35 @@ async def test_items_of_a_batch_that_hung_run_by_the_new_function_instead_of_alo
     assert [answer.value[:3] for answer in answers if isinstance(answer, Success)] == ["new"] * (4 - len(hung))
 
 
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+async def test_in_turn_a_function_runs_no_more_batches_at_once_than_before(max_in_flight: int) -> None:
+    function = Tagged("a", is_open=False)
+    async with BatchScheduler(function, policy=POLICY, max_in_flight=max_in_flight) as scheduler:
+        async with anyio.create_task_group() as task_group:
+            for payload in range(max_in_flight):
+                task_group.start_soon(scheduler.submit, payload)
+                await function.until_entered()
+            for _ in range(2):
+                await scheduler.replace(function, policy=POLICY, max_in_flight=max_in_flight, in_turn=True)
+            task_group.start_soon(scheduler.submit, 8)
+            await anyio.wait_all_tasks_blocked()
+            statistics = scheduler.statistics()
+            assert (statistics.running, statistics.queue_depth) == (max_in_flight, 1)
+            function.gate.set()
+        assert await scheduler.submit(9) == "a9"
+
+
+async def test_in_turn_a_batch_that_hangs_delays_the_next_ones_for_the_batch_timeout_only() -> None:
+    hanging, other = Tagged("hanging", is_open=False), Tagged("other")
+    async with BatchScheduler(hanging, policy=POLICY, batch_timeout_s=0.05) as scheduler:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(scheduler.submit_many, [0])
+            await hanging.until_entered()
+            await scheduler.replace(other, policy=POLICY, in_turn=True)
+            assert await scheduler.submit(1) == "other1"
+        hanging.gate.set()
+
+
 async def test_a_scheduler_that_closed_is_not_changed() -> None:
     async with BatchScheduler(Tagged("old"), policy=POLICY) as scheduler:
         pass

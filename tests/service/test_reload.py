@@ -230,6 +230,21 @@ async def test_limits_are_changed_live_and_by_a_reload(gateway: LocalGateway, tm
     assert model.worker.limits.max_batch_size == 4
 
 
+async def test_under_other_limits_the_next_batch_waits_for_the_one_that_runs(gateway: LocalGateway) -> None:
+    model, (pipeline,) = gateway.models["m"], Versioned.instances
+    pipeline.gate.clear()
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(version, model)
+        await anyio.to_thread.run_sync(pipeline.entered.acquire)
+        await model.set_limits({"max_batch_size": 2})
+        task_group.start_soon(version, model)
+        await anyio.wait_all_tasks_blocked()
+        statistics = model.statistics()
+        assert statistics is not None
+        assert (statistics.running, statistics.queue_depth) == (1, 1)
+        pipeline.gate.set()
+
+
 async def test_a_model_that_hangs_is_not_ready_is_loaded_anew_and_goes_on(tmp_path: Path) -> None:
     Versioned.instances.clear()
     Versioned.may_load.set()
