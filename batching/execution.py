@@ -21,7 +21,7 @@ from modalkit.batching.errors import (
     text_of,
 )
 from modalkit.batching.stages import RunBatch, Stages, StageSeconds
-from modalkit.batching.task_groups import without_foreign_cancellation
+from modalkit.batching.task_groups import is_cancellation, without_foreign_cancellation
 from modalkit.batching.threads import DedicatedThread
 
 logger = logging.getLogger(__name__)
@@ -243,7 +243,9 @@ async def _call(thread: DedicatedThread, stage: Callable[..., Any], payloads: li
     given = list(payloads)
     try:
         result = await without_foreign_cancellation(stage(given, *more))
-    except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+    except BaseException as error:
+        if isinstance(error, Exception) or is_cancellation(error):
+            raise
         raise RuntimeError(f"the batch raised {text_of(error)}") from error
     ensure_order(payloads, given)
     return result, perf_counter() - started_s

@@ -120,7 +120,7 @@ class ItemSizes(Generic[T]):
         """The size of a payload, from 1 to `LARGEST_SIZE`."""
         try:
             size = math.ceil(self._item_size(payload))
-        except (Exception, SystemExit) as error:  # noqa: BLE001  # user code; an item without a size still runs
+        except BaseException as error:  # noqa: BLE001  # user code; an item without a size still runs
             self._warn(f"raised {text_of(error)}; the item counts as 1")
             return 1
         if 1 <= size <= LARGEST_SIZE:

@@ -46,3 +46,10 @@ async def without_foreign_cancellation(awaitable: Awaitable[T]) -> T:
         if task is None or task.cancelling():
             raise
         raise BatchingError("it was cancelled by something inside it") from error
+
+
+def is_cancellation(error: BaseException) -> bool:
+    """Whether an error is the cancellation of a task, or a group that has one: it must go on to the scope's owner."""
+    cancelled = anyio.get_cancelled_exc_class()
+    in_group = isinstance(error, BaseExceptionGroup) and error.subgroup(cancelled) is not None
+    return in_group or isinstance(error, cancelled)

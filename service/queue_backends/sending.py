@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import anyio
 from anyio.lowlevel import current_token
 
-from modalkit.batching.task_groups import without_foreign_cancellation
+from modalkit.batching.task_groups import is_cancellation, without_foreign_cancellation
 from modalkit.service.errors import describe_error, describe_value
 from modalkit.service.queue_backends.protocol import (
     BatchQueueBackend,
@@ -104,9 +104,7 @@ async def await_backend(awaitable: Awaitable[T]) -> T:
     try:
         return await without_foreign_cancellation(awaitable)
     except BaseException as error:
-        cancelled = anyio.get_cancelled_exc_class()
-        in_group = isinstance(error, BaseExceptionGroup) and error.subgroup(cancelled) is not None
-        if isinstance(error, Exception | cancelled) or in_group:
+        if isinstance(error, Exception) or is_cancellation(error):
             raise
         raise QueueBackendError(f"the backend raised {describe_error(error)}, which is no ordinary error") from error
 

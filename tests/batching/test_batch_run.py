@@ -193,7 +193,11 @@ async def test_parts_that_succeed_teach_what_they_cost() -> None:
     assert learnt == [(4, 4), (1, 1), (2, 2)]
 
 
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+class Panic(BaseException):
+    """As libraries written in Rust raise it (`pyo3_runtime.PanicException`)."""
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, Panic])
 @pytest.mark.parametrize("in_thread", [True, False])
 async def test_whatever_a_batch_raises_is_the_error_of_its_item(kind: type[BaseException], in_thread: bool) -> None:
     def run_in_thread(items: list[int]) -> list[int]:
@@ -228,7 +232,7 @@ class SpeechlessExit(SystemExit):
     __str__ = __repr__ = SpeechlessError.__str__
 
 
-@pytest.mark.parametrize("kind", [SpeechlessError, SpeechlessExit])
+@pytest.mark.parametrize("kind", [SpeechlessError, SpeechlessExit, Panic])
 async def test_an_error_without_a_message_does_no_harm(kind: type[BaseException]) -> None:
     def run(items: list[int]) -> list[int]:
         if 1 in items:

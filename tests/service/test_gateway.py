@@ -102,6 +102,26 @@ async def test_the_models_that_load_settle_beside_those_that_do_not(tmp_path: Pa
         assert readiness(gateway) == {"bad": Readiness.FAILED, "good": Readiness.READY}
 
 
+class Panic(BaseException):
+    """As libraries written in Rust raise it."""
+
+
+class Panicking(LengthPipeline):
+    """Panics in the event loop."""
+
+    async def warm_up(self) -> None:  # type: ignore[override]  # as users may
+        raise Panic("index out of bounds")
+
+
+async def test_a_model_that_fails_by_no_ordinary_error_stops_no_other(tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, good="tests.support.length_model:LengthPipeline", bad=f"{__name__}:Panicking")
+    async with LocalGateway(settings) as gateway:
+        await gateway.wait_until_settled()
+        assert readiness(gateway) == {"good": Readiness.READY, "bad": Readiness.FAILED}
+        assert "Panic: index out of bounds" in str(gateway.models["bad"].problem)
+        await gateway.models["good"].predict(Text(text="a"))
+
+
 async def test_a_shutdown_answers_callers_that_wait_for_a_job(tmp_path: Path) -> None:
     Loading.may_end.clear()
     async with LocalGateway(settings_of(tmp_path, slow=f"{__name__}:Loading")) as gateway:
