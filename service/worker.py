@@ -192,7 +192,11 @@ class InferenceWorker(AsyncContextManagerMixin):
         """
         try:
             self._check_alike(pipelines)
-            await self._run_as(pipelines, limits, is_new=True)
+            await self._scheduler.replace(
+                **self._how_to_run(pipelines, limits),
+                warm_up=[pipeline.warm_up for pipeline in pipelines],
+                on_close=self._close_of(pipelines),
+            )
         except BaseException as error:
             with anyio.CancelScope(shield=True):
                 if (close := self._close_of(pipelines)) is not None:
@@ -200,6 +204,7 @@ class InferenceWorker(AsyncContextManagerMixin):
             if not isinstance(error, Exception) or isinstance(error, (ServiceError, BatchingError)):
                 raise
             raise self._warm_up_error(pipelines[0], error) from error
+        await self._follow(pipelines, limits)
 
     def _check_alike(self, pipelines: Sequence[InferencePipeline]) -> None:
         pipeline = pipelines[0]
@@ -210,15 +215,11 @@ class InferenceWorker(AsyncContextManagerMixin):
 
     async def set_limits(self, limits: BatchConfig) -> None:
         """Form the next batches within these limits, once those that run have ended; what waits is kept."""
-        await self._run_as(self.pipelines, limits, is_new=False)
+        await self._scheduler.replace(**self._how_to_run(self.pipelines, limits), in_turn=True)
+        await self._follow(self.pipelines, limits)
 
-    async def _run_as(self, pipelines: Sequence[InferencePipeline], limits: BatchConfig, *, is_new: bool) -> None:
-        await self._scheduler.replace(
-            **self._how_to_run(pipelines, limits),
-            warm_up=[pipeline.warm_up for pipeline in pipelines] if is_new else [],
-            in_turn=not is_new,
-            on_close=self._close_of(pipelines) if is_new else None,
-        )
+    async def _follow(self, pipelines: Sequence[InferencePipeline], limits: BatchConfig) -> None:
+        """Take up what the scheduler runs from now on."""
         self.pipelines, self.pipeline, self.limits = list(pipelines), pipelines[0], limits
         self._runner.set_limits(_job_window(limits), limits.max_batch_size)
         for costs, pipeline in zip(self._costs, pipelines, strict=True):

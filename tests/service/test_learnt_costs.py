@@ -1,5 +1,6 @@
 """What batches cost is measured at start, kept between starts, and never worth failing for."""
 
+import fcntl
 import json
 import logging
 import threading
@@ -80,6 +81,32 @@ async def test_models_that_write_their_costs_at_the_same_time_lose_none(path: Pa
             task_group.start_soon(anyio.to_thread.run_sync, save_costs, path, key, MeasuredCostModel())
     assert len(json.loads(path.read_text())["tables"]) == 20
     assert sorted(file.name for file in path.parent.iterdir()) == ["batches.json", "batches.json.lock"]
+
+
+class Closed(LengthPipeline):
+    """Remembers that it was closed."""
+
+    is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+async def test_a_pipeline_that_has_taken_over_stays_open_where_its_worker_is_cancelled_while_costs_are_written(
+    path: Path,
+) -> None:
+    async with InferenceWorker(LengthPipeline(), settings=settings(path)) as worker:
+        new = Closed()
+        async with anyio.create_task_group() as task_group:
+            with path.with_name(f"{path.name}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # as another process that writes its costs
+                task_group.start_soon(worker.replace, [new], worker.limits)
+                while worker.pipeline is not new:
+                    await anyio.sleep(0.001)
+                task_group.cancel_scope.cancel()
+        assert not new.is_closed
+        assert await worker.predict(Text(text="four")) == Length(length=4)
+    assert new.is_closed
 
 
 async def test_a_pipeline_that_takes_over_starts_from_the_costs_before_it_and_is_measured_at_the_next_start(
