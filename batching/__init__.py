@@ -13,6 +13,7 @@ from modalkit.batching.errors import (
     RequestTooLargeError,
     SchedulerClosedError,
 )
+from modalkit.batching.execution import Preparation
 from modalkit.batching.measured_cost import CostFeature, MeasuredCostModel
 from modalkit.batching.planner import BatchPlanner
 from modalkit.batching.policy import Batch, BatchPolicy, Decision, DispatchReason
@@ -42,6 +43,7 @@ __all__ = [
     "Outcome",
     "OutputCountError",
     "PaddedCostModel",
+    "Preparation",
     "Priority",
     "QueueFullError",
     "QueueOptions",

@@ -27,6 +27,8 @@ R = TypeVar("R")
 S = TypeVar("S")
 P = ParamSpec("P")
 
+MAX_PREPARE_S = 300.0
+"""Seconds that the items of a failed batch wait for their device; then other devices may run them."""
 CANCELLED = Failure(BatchingError("its caller was cancelled"))
 """The outcome of a request whose caller no longer waits."""
 
@@ -146,7 +148,7 @@ class BatchRunner(Generic[T, R]):
                 "%s: %s; such a batch runs again in parts, so nothing is gained by batches", self._name, error
             )
         self._record_failure(test, wanted, error, executor.device)
-        while not executor.is_retired and (part := test.next_part()):
+        while not executor.is_retired and (part := test.next_part()) and await self._is_prepared(executor):
             [(outputs, seconds)] = await executor.attempt([[request.payload for request in part]])
             if isinstance(outputs, Exception):
                 self._record_failure(test, part, outputs, executor.device)
@@ -171,6 +173,21 @@ class BatchRunner(Generic[T, R]):
         requeued = [request for request in wanted if request.outcome is None]
         self._planner.queue.requeue(requeued)
         return errors, len(requeued)
+
+    async def _is_prepared(self, executor: Executor[T, R]) -> bool:
+        """Whether the device can run a part of a batch, if need be after it was prepared.
+
+        All items wait for that, because one of them may be what the device needs it for, and would break others too.
+        """
+        if executor.must_prepare:
+            try:
+                await executor.prepare(MAX_PREPARE_S)
+            except Exception:
+                logger.exception(
+                    "%s: device %d cannot run the rest of a batch; it is requeued", self._name, executor.device
+                )
+                return False
+        return True
 
     def _record_failure(
         self, test: GroupTest[Pending[T, R]], part: list[Pending[T, R]], error: Exception, device: int

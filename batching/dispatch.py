@@ -170,15 +170,13 @@ class Dispatcher(Generic[T, R]):
 
     async def _next_batch(self, executor: Executor[T, R]) -> Batch[Pending[T, R]] | None:
         while not (self.broken.is_set() or executor.is_retired):
-            try:
-                await executor.prepare()
-            except Exception:
-                logger.exception("%s: device %d cannot run batches; trying again", self._name, executor.device)
-                if self.is_open or len(self._planner.queue):
-                    continue
-                return None
-            if executor.is_retired:
-                return None
+            if executor.must_prepare and (self.is_open or len(self._planner.queue)):
+                self.sleepers.wake_one()  # what woke this worker should not wait for the device
+                try:
+                    await executor.prepare()
+                except Exception:
+                    logger.exception("%s: device %d cannot run batches; trying again", self._name, executor.device)
+                continue
             decision = self._decide(executor.device)
             if decision.batch is not None:
                 if len(self._planner.queue):

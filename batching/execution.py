@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from operator import is_
 from time import perf_counter
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import anyio
 
@@ -55,6 +55,16 @@ class Progress:
         self.predict_ended.set()
 
 
+class Preparation(NamedTuple):
+    """How a device gets ready to run batches, where it may cease to be."""
+
+    is_needed: Callable[[], bool]
+    """Asked in the event loop before each batch."""
+    run: Callable[[], object]
+    """Called in a thread where it is needed, without a time limit, while other devices run the batches. It is called
+    again if it raises, so it should wait a while first."""
+
+
 class Executor(Generic[T, R]):
     """Runs one batch at a time, or different stages of consecutive batches at the same time.
 
@@ -75,10 +85,10 @@ class Executor(Generic[T, R]):
         timeout_s: float,
         name: str,
         device: int = 0,
-        before_batch: Callable[[], object] | None = None,
+        preparation: Preparation | None = None,
         rank: int = 0,
     ) -> None:
-        self._before_batch = before_batch
+        self._preparation = preparation
         self.rank = rank
         """Of the executors of a device: one of a lower rank, if it is idle, runs a batch rather than this one."""
         self.device = device
@@ -142,11 +152,17 @@ class Executor(Generic[T, R]):
         if self._is_closed:
             raise SchedulerClosedError("the scheduler closed before this could run")
 
-    async def prepare(self) -> None:
-        """Call `before_batch` in the main thread, without a time limit. Raises what it raises."""
-        if self._before_batch is not None:
-            async with self._main_lock:
-                await self._main.run(self._before_batch)
+    @property
+    def must_prepare(self) -> bool:
+        """Whether the device has to be prepared before it can run a batch."""
+        return self._preparation is not None and self._preparation.is_needed()
+
+    async def prepare(self, timeout_s: float | None = None) -> None:
+        """Prepare the device in the main thread. Raises what that raises, and `TimeoutError` after `timeout_s`."""
+        if self._preparation is not None:
+            with anyio.fail_after(timeout_s):
+                async with self._main_lock:
+                    await self._main.run(self._preparation.run)
 
     async def attempt(
         self, batches: Sequence[list[T]], progress: "Progress | None" = None
@@ -160,7 +176,6 @@ class Executor(Generic[T, R]):
         """
         ended: list[Ended[R]] = []
         try:
-            await self.prepare()
             if progress is not None and self.stages is not None:
                 [payloads] = batches
                 ended.append(await self._run_overlapped(payloads, self.stages, progress))

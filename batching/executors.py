@@ -9,7 +9,7 @@ from typing import Generic, TypedDict, TypeVar
 
 import anyio
 
-from modalkit.batching.execution import Executor
+from modalkit.batching.execution import Executor, Preparation
 from modalkit.batching.stages import RunBatch
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,8 @@ class RunOptions(TypedDict, total=False):
     batch_timeout_s: float | None
     """Seconds that a batch may take. One that takes longer runs again item by item, and an item that takes as long
     alone fails with `BatchTimeoutError`. A synchronous function goes on in its thread, and its result is dropped."""
-    before_batch: Sequence[Callable[[], object] | None]
-    """For each device a function that is called in a thread before each batch, without a time limit: it may start the
-    device again, while the other devices run the batches."""
+    preparations: Sequence[Preparation | None]
+    """How each device gets ready to run batches, such as by a new start of its process; None for always ready."""
     on_close: Callable[[], object] | None
     """Called once, after the last batch and in its thread, and awaited if it is asynchronous; its errors are logged."""
 
@@ -49,7 +48,7 @@ class Executors(Generic[T, R]):
         *,
         max_in_flight: int = 1,
         batch_timeout_s: float | None = None,
-        before_batch: Sequence[Callable[[], object] | None] | None = None,
+        preparations: Sequence[Preparation | None] | None = None,
         on_close: Callable[[], object] | None = None,
     ) -> None:
         if max_in_flight < 1:
@@ -64,8 +63,10 @@ class Executors(Generic[T, R]):
         self._name = name
         timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         self._executors: list[Executor[T, R]] = [
-            Executor(run, timeout_s, f"{name} {device * max_in_flight + i}", device, before, rank=i)
-            for device, (run, before) in enumerate(zip(devices, before_batch or [None] * len(devices), strict=True))
+            Executor(run, timeout_s, f"{name} {device * max_in_flight + i}", device, preparation, rank=i)
+            for device, (run, preparation) in enumerate(
+                zip(devices, preparations or [None] * len(devices), strict=True)
+            )
             for i in range(max_in_flight)
         ]
 

@@ -47,9 +47,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     three `Stages` of either kind, which overlap with those of the next batch, in a second thread, where that pays.
     A list of these is for as many devices, which take batches from one queue; `cost_model` is then a list, too.
 
-    `options` (see `RunOptions`) say how many batches run at once, how long each may take, and what is called before
-    each and after the last one. While `max_partial_in_flight` batches run, only full ones are added: for a `run_batch`
-    that costs by the call and not by the item, such as a remote call.
+    `options` (see `RunOptions`) say how many batches run at once, how long each may take, how a device gets ready for
+    them, and what is called after the last one. While `max_partial_in_flight` batches run, only full ones are added:
+    for a `run_batch` that costs by the call and not by the item, such as a remote call.
 
     `item_size` gives the size of a payload for which `submit` gets no size. It runs in the event loop for each request,
     so it has to be fast. If it fails or returns an invalid size, the nearest valid size counts (1 after a failure), and

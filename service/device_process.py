@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from modalkit.batching import BatchTimeoutError
+from modalkit.batching import BatchTimeoutError, Preparation
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.inference_pipeline import has_own
 from modalkit.service.device_server import Description, Kept, serve
@@ -51,6 +51,8 @@ class _Process:
         self._answers: dict[int, SimpleQueue[tuple[str, Any]]] = {0: SimpleQueue()}
         self._end: tuple[str, Any] | None = None
         """The answer to all calls once the process has ended."""
+        self.has_ended = False
+        """Whether it answers no more calls."""
         self._connection, theirs = Pipe()
         with theirs:
             # Not by `multiprocessing`, which would run the main module of this program once more.
@@ -67,11 +69,6 @@ class _Process:
         """Wait until the pipeline is loaded. Raises what its constructor raised, and `DeviceProcessError`."""
         description: Description = self._result(0, None)
         return description
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it answers no more calls."""
-        return self._child.poll() is not None
 
     def call(self, timeout_s: float | None, method: str, *arguments: Any) -> Any:
         """Call a method of the pipeline there, and return its result or raise its error.
@@ -108,8 +105,13 @@ class _Process:
         try:
             self._child.wait(CLOSE_S)
         except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+            self.kill()
+
+    def kill(self) -> None:
+        """End the process at once. Calls that run raise `DeviceProcessError`."""
+        self.has_ended = True
+        self._child.kill()
+        self._child.wait()
 
     def _send(self, method: str, arguments: tuple[Any, ...]) -> int:
         with self._lock:
@@ -140,8 +142,7 @@ class _Process:
         try:
             return self._answers[number].get(timeout=timeout_s)
         except Empty:
-            self._child.kill()
-            self._child.wait()
+            self.kill()
             return "error", TimeoutError()
 
     def _read(self) -> None:
@@ -150,6 +151,7 @@ class _Process:
                 number, kind, value = pickle.loads(self._connection.recv_bytes())  # noqa: S301  # of our own process
                 if (answers := self._answers.get(number)) is not None:
                     answers.put((kind, value))
+        self.has_ended = True
         code = self._child.wait()
         how = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         self._end = "error", DeviceProcessError(self._device, how)
@@ -160,7 +162,7 @@ class _Process:
 class DevicePipeline(InferencePipeline):
     """A pipeline on another device, in a process of its own.
 
-    A process that ends is started again by `ensure_running`. One whose batch takes longer than `batch_timeout_s` is
+    A process that ends is started again by `preparation`. One whose batch takes longer than `batch_timeout_s` is
     ended, so that a batch that hangs does not keep its device. `close` ends it.
     """
 
@@ -171,7 +173,8 @@ class DevicePipeline(InferencePipeline):
         self._batch_timeout_s = batch_timeout_s
         self._lock = threading.Lock()
         self._pause_s = FIRST_PAUSE_S
-        self._is_closed = False
+        self._closed = threading.Event()
+        self._is_ready = False  # it has loaded, and after the first time also warmed up
         self._process = _Process(source, device)
 
     def wait_until_loaded(self, first: InferencePipeline) -> None:
@@ -183,6 +186,7 @@ class DevicePipeline(InferencePipeline):
             self._description = self._process.wait_until_ready()
         except Exception as error:
             raise LoadError(f"{key}: {describe_error(error)}") from error
+        self._is_ready = True
         self.engine_choice = self._description.engine_choice
         self.max_in_flight = self._description.max_in_flight
         self.model_entry = first.model_entry
@@ -205,7 +209,7 @@ class DevicePipeline(InferencePipeline):
         self._process.call(None, "on_volume_reload")
 
     def close(self) -> None:  # noqa: D102  # as above
-        self._is_closed = True
+        self._closed.set()
         self._process.end()
 
     def _call(self, method: str, items: list[BaseModel], *data: Any) -> Any:
@@ -229,21 +233,35 @@ class DevicePipeline(InferencePipeline):
         except TimeoutError:
             raise BatchTimeoutError(self._batch_timeout_s, len(items)) from None
 
-    def ensure_running(self) -> None:
-        """Start the process again if it has ended, and wait until it has loaded and warmed up, after a pause.
+    @property
+    def preparation(self) -> Preparation:
+        """What starts the process again if it has ended."""
+        return Preparation(self._must_start, self._start)
+
+    def _must_start(self) -> bool:
+        return (self._process.has_ended or not self._is_ready) and not self._closed.is_set()
+
+    def _start(self) -> None:
+        """Start the process again, if it still has to be, and wait until it has loaded and warmed up, after a pause.
 
         Each failure doubles the pause. Raises what the constructor and the warm-up raise, and `DeviceProcessError`.
         """
         with self._lock:
-            if not self._process.has_ended or self._is_closed:
+            if not self._must_start():
                 return
+            self._is_ready = False
             logger.warning("The process of device %s has ended; starting it again", self._device)
-            time.sleep(self._pause_s)
+            if self._closed.wait(self._pause_s):
+                return
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             self._process = _Process(self._source, self._device)
-            self._process.wait_until_ready()
-            self._process.call(None, "warm_up")
-            self._pause_s = FIRST_PAUSE_S
+            try:
+                self._process.wait_until_ready()
+                self._process.call(None, "warm_up")
+            except BaseException:
+                self._process.kill()
+                raise
+            self._pause_s, self._is_ready = FIRST_PAUSE_S, True
 
 
 class _InStages(DevicePipeline):

@@ -160,7 +160,7 @@ class InferenceWorker(AsyncContextManagerMixin):
             "item_size": size_of_item,
             "max_in_flight": max_in_flight,
             "batch_timeout_s": limits.batch_timeout_seconds,
-            "before_batch": [each.ensure_running if isinstance(each, DevicePipeline) else None for each in pipelines],
+            "preparations": [each.preparation if isinstance(each, DevicePipeline) else None for each in pipelines],
         }
 
     async def _warm_up(self, device: int) -> None:

@@ -7,7 +7,17 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from modalkit.batching import BatchPlanner, BatchPolicy, BatchScheduler, MeasuredCostModel, Request, RunBatch, Success
+from modalkit.batching import (
+    BatchPlanner,
+    BatchPolicy,
+    BatchScheduler,
+    MeasuredCostModel,
+    Preparation,
+    Request,
+    RunBatch,
+    Success,
+    batch_run,
+)
 from modalkit.batching.measured_cost import CostFeature
 
 
@@ -72,7 +82,7 @@ async def test_devices_run_at_once_and_a_slow_one_delays_only_its_own_batch() ->
 async def test_a_device_that_cannot_run_takes_no_batches_and_one_that_recovers_does() -> None:
     is_usable, ran = threading.Event(), threading.Event()
 
-    def before() -> None:
+    def prepare() -> None:
         if not is_usable.wait(0.01):
             raise RuntimeError("no device")
 
@@ -86,12 +96,64 @@ async def test_a_device_that_cannot_run_takes_no_batches_and_one_that_recovers_d
 
     policy = BatchPolicy(max_batch_size=1)
     devices: list[RunBatch[int, int]] = [first, second]
-    async with BatchScheduler(devices, policy=policy, before_batch=[None, before]) as scheduler:
+    preparations = [None, Preparation(lambda: not is_usable.is_set(), prepare)]
+    async with BatchScheduler(devices, policy=policy, preparations=preparations) as scheduler:
         assert await scheduler.submit_many(range(20)) == [Success(number) for number in range(20)]
         assert not ran.is_set()
         is_usable.set()
         while not ran.is_set():
             await scheduler.submit_many(range(20))
+
+
+@pytest.mark.anyio
+async def test_no_request_waits_for_a_device_that_is_prepared() -> None:
+    is_down, may_end = threading.Event(), threading.Event()
+
+    def prepare() -> None:
+        may_end.wait(10)
+        is_down.clear()
+
+    devices = [lambda numbers: ["first"] * len(numbers), lambda numbers: ["second"] * len(numbers)]
+    async with BatchScheduler(devices, preparations=[None, Preparation(is_down.is_set, prepare)]) as scheduler:
+        for number in range(2):
+            await anyio.wait_all_tasks_blocked()
+            await scheduler.submit(number)
+        is_down.set()
+        with anyio.fail_after(5):
+            assert [await scheduler.submit(number) for number in range(4)] == ["first"] * 4
+        may_end.set()
+        while await scheduler.submit(0) == "first":
+            await anyio.wait_all_tasks_blocked()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_the_items_of_a_batch_whose_device_cannot_be_prepared_run_on_another_one(
+    hangs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_run, "MAX_PREPARE_S", 0.05)
+    is_down, may_end = threading.Event(), threading.Event()
+
+    def first(numbers: list[int]) -> list[int]:
+        is_down.wait(10)
+        return numbers
+
+    def second(numbers: list[int]) -> list[int]:
+        is_down.set()
+        raise ConnectionError("the process of the device ended")
+
+    def prepare() -> None:
+        may_end.wait(10 if hangs else 0.01)
+        raise RuntimeError("no device")
+
+    async with BatchScheduler(
+        [first, second],
+        policy=BatchPolicy(max_batch_size=4),
+        preparations=[None, Preparation(is_down.is_set, prepare)],
+    ) as scheduler:
+        with anyio.fail_after(5):
+            assert await scheduler.submit_many(range(16)) == [Success(number) for number in range(16)]
+        may_end.set()
 
 
 @pytest.mark.anyio

@@ -16,6 +16,7 @@ from modalkit.batching import (
     Failure,
     Outcome,
     OutputCountError,
+    Preparation,
     Priority,
     Stages,
     StageSeconds,
@@ -89,14 +90,17 @@ async def test_a_lone_request_visits_one_thread_once() -> None:
     assert set(model.threads) == {"model 0"}
 
 
-async def test_the_next_batch_is_preprocessed_while_one_predicts_but_no_more_than_one_ahead() -> None:
+@pytest.mark.parametrize("preparation", [None, Preparation(lambda: False, lambda: None)])
+async def test_the_next_batch_is_preprocessed_while_one_predicts_but_no_more_than_one_ahead(
+    preparation: Preparation | None,
+) -> None:
     model = Model()
     outcomes: list[Outcome[int]] = []
 
     async def call() -> None:
         outcomes.extend(await scheduler.submit_many([1, 2, 3]))
 
-    async with BatchScheduler(model.stages(), policy=ONE, name="model") as scheduler:
+    async with BatchScheduler(model.stages(), policy=ONE, name="model", preparations=[preparation]) as scheduler:
         await make_overlap_pay(model, scheduler)
         gate = model.close("predict", 1)
         async with anyio.create_task_group() as group:

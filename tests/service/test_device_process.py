@@ -120,6 +120,23 @@ async def test_a_process_that_is_killed_in_a_batch_is_started_again_and_no_calle
         assert after.process not in {before.process, outputs[0].process}
 
 
+async def test_a_process_that_could_not_be_started_again_gets_no_batch_until_it_is() -> None:
+    async with worker_of(source_of("BreakablePipeline"), first=1) as worker:
+        (before,) = await outputs_of(worker, "before")
+        Path("broken").touch()
+        os.kill(before.process, signal.SIGKILL)
+        await wait_until_gone(before.process)
+        (pipeline,) = worker.pipelines
+        assert isinstance(pipeline, DevicePipeline)
+        for _ in range(2):
+            with pytest.raises(LoadError, match="the device is broken"):
+                await anyio.to_thread.run_sync(pipeline.preparation.run)
+            assert pipeline.preparation.is_needed()
+        Path("broken").unlink()
+        (after,) = await outputs_of(worker, "after")
+        assert after.text == "after"
+
+
 async def test_a_batch_that_hangs_does_not_keep_its_device() -> None:
     async with worker_of(source_of("WherePipeline", timeout_s=0.5), first=1) as worker:
         good, hanging = await outputs_of(worker, "good", "hang")

@@ -71,6 +71,14 @@ class OnlyHerePipeline(WherePipeline):
             raise RuntimeError("there is no device b")
 
 
+class BreakablePipeline(WherePipeline):
+    """Cannot be constructed while there is a file of the name `broken`."""
+
+    def __init__(self) -> None:
+        if Path("broken").exists():
+            raise RuntimeError("the device is broken")
+
+
 class AsOnePipeline(InferencePipeline):
     """Runs as one stage."""
 
