@@ -22,7 +22,7 @@ from modalkit.pipelines.inference_pipeline import has_own
 from modalkit.service.device_server import Description, Kept, serve
 from modalkit.service.errors import ServiceError, describe_error
 from modalkit.service.loading import LoadError, ModelSource
-from modalkit.service.pipeline_batches import is_asynchronous_pipeline
+from modalkit.service.pipeline_batches import is_asynchronous_pipeline, is_device_fault
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ CLOSE_S = 4.0
 
 
 class DeviceProcessError(ServiceError):
-    """Raised for a batch whose process ended, or could not be started again."""
+    """Raised for a batch whose process ended, or was ended because its device is lost."""
 
     def __init__(self, device: str, what: str) -> None:
         super().__init__(f"the process of device {device} {what}")
@@ -163,7 +163,7 @@ class DevicePipeline(InferencePipeline):
     """A pipeline on another device, in a process of its own.
 
     A process that ends is started again by `preparation`. One whose batch takes longer than `batch_timeout_s` is
-    ended, so that a batch that hangs does not keep its device. `close` ends it.
+    ended, so that a batch that hangs does not keep its device; so is one whose device is lost. `close` ends it.
     """
 
     def __init__(self, source: ModelSource, device: str, batch_timeout_s: float) -> None:
@@ -216,7 +216,7 @@ class DevicePipeline(InferencePipeline):
         """Run a stage. Raises `BatchTimeoutError` and ends the process when the batch takes too long."""
         spent_s = sum(each.spent_s for each in data if isinstance(each, Kept))
         process, started_s = self._process, time.monotonic()
-        with self._in_time(items):
+        with self._ending(process, items):
             result = process.call(self._limit_s - spent_s, method, items, *data)
         if isinstance(result, Kept):
             return result._replace(spent_s=spent_s + time.monotonic() - started_s)
@@ -227,11 +227,18 @@ class DevicePipeline(InferencePipeline):
         return TIMEOUT_SHARE * self._batch_timeout_s
 
     @contextmanager
-    def _in_time(self, items: list[BaseModel]) -> Iterator[None]:
+    def _ending(self, process: _Process, items: list[BaseModel]) -> Iterator[None]:
+        """A block that runs a batch: ends the process where it can run no other one, and says why the batch failed."""
         try:
             yield
         except TimeoutError:
             raise BatchTimeoutError(self._batch_timeout_s, len(items)) from None
+        except Exception as error:
+            if not is_device_fault(error):
+                raise
+            process.kill()
+            why = f"was ended, because its device is lost ({describe_error(error)})"
+            raise DeviceProcessError(self._device, why) from error
 
     @property
     def preparation(self) -> Preparation:
@@ -284,8 +291,9 @@ class _AsOne(DevicePipeline):
 
 class _InPieces(DevicePipeline):
     def predict_stream(self, input_list: list[BaseModel]) -> Iterator[Sequence[InferenceOutputModel | None]]:
-        with self._in_time(input_list):
-            yield from self._process.stream(self._limit_s, "predict_stream", input_list)
+        process = self._process
+        with self._ending(process, input_list):
+            yield from process.stream(self._limit_s, "predict_stream", input_list)
 
 
 def load_on_devices(source: ModelSource) -> list[InferencePipeline]:

@@ -23,6 +23,8 @@ class Health:
 
     def __call__(self, record: BatchRecord) -> None:
         """Take a batch into account."""
+        if record.device:
+            return  # it ran in another process, which is started again where its device is lost
         if record.failed < record.count - record.requeued:
             self._device_faults = 0
         elif (fault := next(filter(is_device_fault, record.errors), None)) is not None:

@@ -2,11 +2,14 @@
 
 import pickle
 
+import anyio
 import pytest
 import torch
 
+from modalkit.batching import BatchRecord, BatchScheduler
 from modalkit.pipelines import BatchTooLargeError
 from modalkit.service.errors import ContainerFaultError, DeviceFaultError
+from modalkit.service.health import Health
 from modalkit.service.pipeline_batches import is_device_fault
 
 FAULTS = [
@@ -80,6 +83,24 @@ def test_real_errors_of_torch_on_a_cpu_are_the_batchs() -> None:
         torch.empty(1 << 60)
     for raised in (wrong_shape, wrong_index, too_large):
         assert not is_device_fault(raised.value)
+
+
+@pytest.mark.anyio
+async def test_the_first_device_is_lost_though_batches_succeed_on_others() -> None:
+    def lost(_: list[int]) -> list[int]:
+        raise RuntimeError(FAULTS[0])
+
+    records = dict[int, BatchRecord]()
+    async with BatchScheduler(
+        [lost, lambda items: items], on_batch=lambda record: records.update({record.device: record})
+    ) as scheduler:
+        while len(records) < 2:
+            await anyio.wait_all_tasks_blocked()
+            await scheduler.submit_many([1])
+    health = Health(scheduler)
+    for device in (0, 1, 0):
+        health(records[device])
+    assert "its device is broken: RuntimeError: CUDA error: device-side assert" in str(health.problem)
 
 
 def test_the_error_survives_the_way_to_its_caller() -> None:

@@ -108,11 +108,12 @@ async def test_in_another_process_a_bad_item_fails_alone_as_it_does_in_this_one(
     assert isinstance(odd, ValueError)
 
 
-async def test_a_process_that_is_killed_in_a_batch_is_started_again_and_no_caller_notices() -> None:
+@pytest.mark.parametrize("how", ["kill", "lose"])
+async def test_a_process_that_is_killed_or_loses_its_device_is_started_again_and_no_caller_notices(how: str) -> None:
     async with worker_of(source_of("WherePipeline"), first=1) as worker:
         (before,) = await outputs_of(worker, "before")
-        outputs = await outputs_of(worker, "one", "kill", "two")
-        assert [output.text for output in outputs] == ["one", "kill", "two"]
+        outputs = await outputs_of(worker, "one", how, "two")
+        assert [output.text for output in outputs] == ["one", how, "two"]
         assert {output.process for output in outputs}.isdisjoint({before.process, os.getpid()})
         os.kill(outputs[0].process, signal.SIGKILL)
         await wait_until_gone(outputs[0].process)

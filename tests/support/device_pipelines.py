@@ -26,10 +26,11 @@ class Output(InferenceOutputModel):
 
 
 class WherePipeline(InferencePipeline):
-    """Answers with its process; some texts reject, fail, hang or kill."""
+    """Answers with its process; some texts reject, fail, hang, kill, or lose the device."""
 
     input_model = Item
     output_model = Output
+    is_lost = False
 
     def preprocess(self, input_list: list[Item]) -> dict[str, Any]:  # type: ignore[override]
         for index, item in enumerate(input_list):
@@ -48,6 +49,11 @@ class WherePipeline(InferencePipeline):
             raise ArithmeticError("cannot compute this")
         if "hang" in texts:
             time.sleep(60)
+        if "lose" in texts and not Path("lost").exists():
+            Path("lost").touch()
+            self.is_lost = True
+        if self.is_lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if "kill" in texts and not Path("killed").exists():
             Path("killed").touch()
             os.kill(os.getpid(), 9)
