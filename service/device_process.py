@@ -81,12 +81,16 @@ class _Process:
         finally:
             del self._answers[number]
 
-    def stream(self, timeout_s: float | None, method: str, *arguments: Any) -> Iterator[Any]:
-        """As `call`, for a generator: yields what it yields. Closing it closes the generator there."""
+    def stream(self, timeout_s: float, method: str, *arguments: Any) -> Iterator[Any]:
+        """As `call`, for a generator: yields what it yields, all within `timeout_s`.
+
+        Closing it closes the generator there.
+        """
+        ends_s = time.monotonic() + timeout_s
         number, has_ended = self._send(method, arguments), False
         try:
             while True:
-                kind, value = self._next(number, timeout_s)
+                kind, value = self._next(number, ends_s - time.monotonic())
                 if kind == "piece":
                     yield value
                     continue
@@ -139,11 +143,11 @@ class _Process:
         return value
 
     def _next(self, number: int, timeout_s: float | None) -> tuple[str, Any]:
-        try:
-            return self._answers[number].get(timeout=timeout_s)
-        except Empty:
-            self.kill()
-            return "error", TimeoutError()
+        if timeout_s is None or timeout_s > 0:
+            with suppress(Empty):
+                return self._answers[number].get(timeout=timeout_s)
+        self.kill()
+        return "error", TimeoutError()
 
     def _read(self) -> None:
         with suppress(EOFError, OSError):

@@ -162,6 +162,15 @@ async def test_pieces_come_from_another_process_one_by_one_and_can_be_stopped() 
         assert [outcome.text for outcome in await outputs_of(worker, "ab")] == ["ab"]
 
 
+async def test_all_pieces_of_a_batch_come_within_the_batch_timeout_or_its_process_is_ended() -> None:
+    async with worker_of(source_of("PiecesPipeline", timeout_s=2.0), first=1) as worker:
+        (before,) = await outputs_of(worker, "before")
+        (endless,) = await outputs_of(worker, "")
+        (after,) = await outputs_of(worker, "after")
+    assert isinstance(endless, BatchTimeoutError)
+    assert (after.text, after.process != before.process) == ("after", True)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
