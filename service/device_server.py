@@ -20,8 +20,9 @@ from modalkit.service.loading import ModelSource
 
 KEPT = ("preprocess", "predict")
 """What these return stays in the process of the device."""
-KEPT_RESULTS = 32
-"""Results of stages that are kept there; older ones belong to batches that were given up."""
+KEPT_RESULTS_PER_THREAD = 4
+"""Results of stages that are kept there for each thread that calls. Each has two batches between stages at most, so
+older results belong to batches that were given up."""
 
 
 class Kept(NamedTuple):
@@ -109,7 +110,7 @@ class _Server:
     def _keep(self, number: int, result: Any) -> Kept:
         with self._lock:
             self._kept[number] = result
-            while len(self._kept) > KEPT_RESULTS:
+            while len(self._kept) > KEPT_RESULTS_PER_THREAD * len(self._threads):
                 self._kept.popitem(last=False)
         return Kept(number)
 

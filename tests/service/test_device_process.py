@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from modalkit.service.device_process import DevicePipeline, DeviceProcessError, 
 from modalkit.service.loading import LoadError, ModelSource
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
+from tests.support.device_pipelines import Item
 
 pytestmark = pytest.mark.anyio
 
@@ -92,6 +94,27 @@ async def test_a_call_that_begins_after_its_process_has_ended_is_told_so_at_once
             await anyio.to_thread.run_sync(reader.join)
     with anyio.fail_after(60), pytest.raises(DeviceProcessError, match="process of device b ended"):
         await anyio.to_thread.run_sync(process.call, None, "device_name", abandon_on_cancel=True)
+
+
+async def test_the_results_of_stages_are_kept_for_as_many_batches_as_run_at_once() -> None:
+    process, count = _Process(source_of("WherePipeline"), "b"), 40
+    all_are_preprocessed, items = threading.Barrier(count), [Item(text="a")]
+
+    def run(_: int) -> str:
+        kept = process.call(None, "preprocess", items)
+        all_are_preprocessed.wait(60)
+        kept = process.call(None, "predict", items, kept)
+        return str(process.call(None, "postprocess", items, kept)[0].text)
+
+    def run_all() -> list[str]:
+        process.wait_until_ready()
+        try:
+            with ThreadPoolExecutor(count) as threads:
+                return list(threads.map(run, range(count)))
+        finally:
+            process.end()
+
+    assert await anyio.to_thread.run_sync(run_all) == ["a"] * count
 
 
 async def test_in_another_process_a_bad_item_fails_alone_as_it_does_in_this_one() -> None:
