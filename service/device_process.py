@@ -197,6 +197,7 @@ class DevicePipeline(InferencePipeline):
         self.input_model = first.input_model  # type: ignore[misc]  # of the class elsewhere, here of each instance
         self.output_model = first.output_model  # type: ignore[misc]
         self.cost_feature = first.cost_feature
+        self.retryable_errors = first.retryable_errors  # type: ignore[misc]
         self.item_size = first.item_size  # type: ignore[method-assign]
         self.sample_items = first.sample_items  # type: ignore[method-assign]
 

@@ -129,14 +129,10 @@ class Supervisor:
 
     @asynccontextmanager
     async def _one_change(self) -> AsyncGenerator[None]:
-        try:
-            self._changing.acquire_nowait()
-        except anyio.WouldBlock:
-            raise ReloadError(self._name, "it is being reloaded already; try again later") from None
-        try:
+        if self._changing.locked():
+            raise ReloadError(self._name, "it is being reloaded already; try again later")
+        async with self._changing:
             yield
-        finally:
-            self._changing.release()
 
     async def _replace(
         self, worker: InferenceWorker, source: ModelSource, limits: BatchConfig, stopping: anyio.Event

@@ -30,6 +30,7 @@ class WherePipeline(InferencePipeline):
 
     input_model = Item
     output_model = Output
+    retryable_errors = ConnectionError
     is_lost = False
 
     def preprocess(self, input_list: list[Item]) -> dict[str, Any]:  # type: ignore[override]
@@ -45,6 +46,8 @@ class WherePipeline(InferencePipeline):
     def predict(self, input_list: list[Item], preprocessed_data: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
         assert preprocessed_data["local"]() is None
         texts = preprocessed_data["texts"]
+        if "busy" in texts:
+            raise ConnectionResetError("busy")
         if "fail" in texts:
             raise ArithmeticError("cannot compute this")
         if "hang" in texts:
