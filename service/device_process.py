@@ -40,6 +40,10 @@ class DeviceProcessError(ServiceError):
         super().__init__(f"the process of device {device} {what}")
 
 
+class _OverdueError(Exception):
+    """Raised for a call that took longer than its time limit; its process was ended."""
+
+
 class _Process:
     """A process that has loaded a pipeline. Any number of threads may call its methods at once."""
 
@@ -73,7 +77,7 @@ class _Process:
     def call(self, timeout_s: float | None, method: str, *arguments: Any) -> Any:
         """Call a method of the pipeline there, and return its result or raise its error.
 
-        Raises `TimeoutError` after `timeout_s`, when it ends the process, and `DeviceProcessError`.
+        Raises `_OverdueError` after `timeout_s`, when it ends the process, and `DeviceProcessError`.
         """
         number = self._send(method, arguments)
         try:
@@ -147,7 +151,7 @@ class _Process:
             with suppress(Empty):
                 return self._answers[number].get(timeout=timeout_s)
         self.kill()
-        return "error", TimeoutError()
+        return "error", _OverdueError()
 
     def _read(self) -> None:
         with suppress(EOFError, OSError):
@@ -236,7 +240,7 @@ class DevicePipeline(InferencePipeline):
         """A block that runs a batch: ends the process where it can run no other one, and says why the batch failed."""
         try:
             yield
-        except TimeoutError:
+        except _OverdueError:
             raise BatchTimeoutError(self._batch_timeout_s, len(items)) from None
         except Exception as error:
             if not is_device_fault(error):

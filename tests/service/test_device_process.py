@@ -120,8 +120,8 @@ async def test_the_results_of_stages_are_kept_for_as_many_batches_as_run_at_once
 
 async def test_in_another_process_a_bad_item_fails_alone_as_it_does_in_this_one() -> None:
     async with worker_of(source_of("WherePipeline"), first=1) as worker:
-        good, rejected, failed, busy, odd, moved, other = await outputs_of(
-            worker, "good", "reject", "fail", "busy", "odd", "remove", "other"
+        good, rejected, failed, busy, late, odd, moved, other = await outputs_of(
+            worker, "good", "reject", "fail", "busy", "late", "odd", "remove", "other"
         )
     assert (good.text, other.text, moved.text) == ("good", "other", "remove")
     assert good.process == other.process != os.getpid()
@@ -130,6 +130,7 @@ async def test_in_another_process_a_bad_item_fails_alone_as_it_does_in_this_one(
     assert isinstance(failed, ArithmeticError)
     assert "tests/support/device_pipelines.py" in "".join(failed.__notes__)
     assert isinstance(busy, RetryableError)
+    assert isinstance(late, TimeoutError)
     assert isinstance(odd, ValueError)
 
 

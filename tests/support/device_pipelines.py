@@ -48,6 +48,8 @@ class WherePipeline(InferencePipeline):
         texts = preprocessed_data["texts"]
         if "busy" in texts:
             raise ConnectionResetError("busy")
+        if "late" in texts:
+            raise TimeoutError("no answer")
         if "fail" in texts:
             raise ArithmeticError("cannot compute this")
         if "hang" in texts:
