@@ -109,7 +109,7 @@ class Panic(BaseException):
 class Panicking(LengthPipeline):
     """Panics in the event loop."""
 
-    async def warm_up(self) -> None:  # type: ignore[override]  # as users may
+    async def warm_up(self) -> None:
         raise Panic("index out of bounds")
 
 
