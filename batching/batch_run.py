@@ -142,16 +142,17 @@ class BatchRunner(Generic[T, R]):
     ) -> tuple[list[Exception], int]:
         """Run parts of a batch that failed; returns the errors of requests, and how many were requeued."""
         test, errors = GroupTest(wanted, self._history, self._is_wanted), list[Exception]()
+        too_large: list[list[Pending[T, R]]] = []
         if isinstance(error, OutputCountError) and len(wanted) > 1 and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "%s: %s; such a batch runs again in parts, so nothing is gained by batches", self._name, error
             )
-        self._record_failure(test, wanted, error, executor.device)
+        self._record_failure(test, wanted, error, too_large)
         while not executor.is_retired and (part := test.next_part()) and await self._is_prepared(executor):
             [(outputs, seconds)] = await executor.attempt([[request.payload for request in part]])
             if isinstance(outputs, Exception):
-                self._record_failure(test, part, outputs, executor.device)
+                self._record_failure(test, part, outputs, too_large)
             else:
                 errors += self._succeed(part, outputs)
                 test.record_success()
@@ -168,8 +169,12 @@ class BatchRunner(Generic[T, R]):
         if isinstance(error, BatchTimeoutError) and not any(
             isinstance(own, BatchTimeoutError) for _, own in test.failing
         ):
-            sizes = [request.size for request in wanted]
-            self._planner.record_too_large(sizes, executor.device)  # no item hangs alone: together they took too long
+            too_large.append(wanted)  # no item hangs alone: together they took too long
+        # An item that is too large alone explains each failure of a part with it, which then says nothing about others.
+        alone = {id(part[0]) for part in too_large if len(part) == 1}
+        for part in too_large:
+            if alone.isdisjoint(map(id, part)):
+                self._planner.record_too_large([request.size for request in part], executor.device)
         requeued = [request for request in wanted if request.outcome is None]
         self._planner.queue.requeue(requeued)
         return errors, len(requeued)
@@ -190,14 +195,19 @@ class BatchRunner(Generic[T, R]):
         return True
 
     def _record_failure(
-        self, test: GroupTest[Pending[T, R]], part: list[Pending[T, R]], error: Exception, device: int
+        self,
+        test: GroupTest[Pending[T, R]],
+        part: list[Pending[T, R]],
+        error: Exception,
+        too_large: list[list[Pending[T, R]]],
     ) -> None:
+        """Tell the search how a part failed; one that was too large for the device is added to `too_large`."""
         if isinstance(error, BatchTimeoutError):
             test.record_timeout(error)
         elif self._is_too_large is not None and self._call(
             "is_too_large failed; the error is treated as any other error", self._is_too_large, error
         ):
-            self._planner.record_too_large([request.size for request in part], device)
+            too_large.append(part)
             _clear_frames(error)
             test.record_too_large(error)
         else:

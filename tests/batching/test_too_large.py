@@ -79,6 +79,35 @@ async def test_an_item_that_is_too_large_alone_gets_that_error_and_the_others_th
     assert str(failure.error) == "500 tokens do not fit"
 
 
+async def test_an_item_that_is_too_large_alone_makes_no_later_batch_smaller() -> None:
+    """Its declared size may say nothing, such as that of an image without `item_size`."""
+
+    def run(items: Sequence[str]) -> Sequence[str]:
+        if "huge" in items:
+            raise MemoryError("a huge image")
+        return items
+
+    records = list[BatchRecord]()
+    async with BatchScheduler(
+        run, cost_model=PaddedCostModel(), is_too_large=is_memory_error, on_batch=records.append
+    ) as scheduler:
+        outcomes = await scheduler.submit_many(["huge", *["small"] * 31])
+        assert outcomes[1:] == [Success("small")] * 31
+        with pytest.raises(MemoryError):
+            await scheduler.submit("huge")
+        await scheduler.submit_many(["small"] * 64)
+    assert [record.count for record in records] == [32, 1, 32, 32]
+
+
+async def test_a_device_that_is_too_small_is_noticed_beside_an_item_that_is_too_large_alone() -> None:
+    device = Device(room=80)
+    async with scheduler_on(device) as scheduler:
+        await scheduler.submit_many([500, *[10] * 31])
+        refused = len(device.refused)
+        assert await scheduler.submit_many([10] * 31) == [Success(20)] * 31
+    assert len(device.refused) == refused
+
+
 class TranslatingDevice(Device):
     """Raises an error of its own out of the allocator's."""
 
