@@ -12,7 +12,7 @@ MAX_RETRY_BATCHES = 1024
 NEAR_LIMIT_SHARE = 0.8  # a batch of at least this share of the token limit is near it
 
 MAX_EXPLORATION_SHARE = 0.02  # of the running time that trials may lose
-MAX_CREDIT_BATCHES = 1024  # the credit for trials is limited to that of so many batches
+MAX_CREDIT_BATCHES = 1024  # the credit for trials is limited to that of so many batches, or to the cost of a trial
 MIN_TRIAL_INTERVAL = 8  # batches between two trials
 MAX_TRIAL_INTERVAL = 1024
 
@@ -128,22 +128,28 @@ class Exploration:
 
     def __init__(self) -> None:
         self._credit_s = 0.0
+        self._refused_s = 0.0  # the predicted loss of the trial that was refused last
         self._interval = MIN_TRIAL_INTERVAL
         self._batches_to_trial = MIN_TRIAL_INTERVAL
 
     def is_due(self, predicted_loss_s: float = -math.inf) -> bool:
         """Whether a trial with this predicted loss is allowed now; without one, whether any is."""
-        return self._batches_to_trial <= 0 and predicted_loss_s <= self._credit_s
+        if self._batches_to_trial > 0:
+            return False
+        if predicted_loss_s > self._credit_s:
+            self._refused_s = predicted_loss_s
+        return predicted_loss_s <= self._credit_s
 
     def record_batch(self, elapsed_s: float) -> None:
         """Take a batch into account that was no trial."""
         self._batches_to_trial -= 1
         share_s = MAX_EXPLORATION_SHARE * elapsed_s
-        self._credit_s = min(self._credit_s + share_s, MAX_CREDIT_BATCHES * share_s)
+        self._credit_s = min(self._credit_s + share_s, max(MAX_CREDIT_BATCHES * share_s, self._refused_s))
 
     def record_trial(self, loss_s: float) -> None:
         """Take a trial into account that lost `loss_s` seconds; a negative loss is a gain."""
         self._credit_s -= max(0.0, loss_s)
+        self._refused_s = 0.0
         self._interval = min(2 * self._interval, MAX_TRIAL_INTERVAL) if loss_s > 0 else MIN_TRIAL_INTERVAL
         self._batches_to_trial = self._interval
 

@@ -35,6 +35,8 @@ class Measurement:
     longest: int
     total: int
     seconds: float
+    is_repeated: bool = True
+    """Whether it ran more than once; a lone first run may have taken longer, because something was compiled for it."""
 
 
 def undisturbed(measurements: Sequence[Measurement]) -> list[Measurement]:
@@ -53,6 +55,23 @@ def undisturbed(measurements: Sequence[Measurement]) -> list[Measurement]:
         return replace(shape, seconds=longest_s) if shape.seconds > DISTURBED_FACTOR * longest_s else shape
 
     return [corrected(shape) for shape in measurements]
+
+
+def credible(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """The measurements without those of shapes that ran only once and took longer than the same requests in parts.
+
+    Parts are batches of a smaller measured shape. Such a time, which is probably that of a first run, would keep
+    batches small, so that no batch would ever correct it.
+    """
+
+    def is_credible(shape: Measurement) -> bool:
+        return shape.is_repeated or not any(
+            shape.seconds > math.ceil(shape.count / other.count) * other.seconds
+            for other in measurements
+            if other.count < shape.count and other.longest == shape.longest
+        )
+
+    return list(filter(is_credible, measurements))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +111,8 @@ class Calibration(Generic[T]):
     No shape is started that is expected to end later than `max_s` seconds (and a tenth) after the start. The expected
     time follows from the shapes that ran: in proportion to the tokens, less if a fixed cost was seen, and more if the
     time grew faster than the tokens. A shape runs up to `rounds` times, and the lower median counts; so with two rounds
-    the first one is only a warm-up. A shape that takes much of the time left runs once. `clock` returns seconds.
+    the first one is only a warm-up. A shape that takes much of the time left runs once (see `credible`). `clock`
+    returns seconds.
     """
 
     run: Callable[[list[T]], object]
@@ -137,14 +157,15 @@ class Calibration(Generic[T]):
             try:
                 items = self._samples(shape)
                 sizes = [self._size(item) for item in items]
-                seconds = self._seconds_of(items)
+                runs_s = self._runs_s(items)
             except Exception as error:
                 if not self._known:
                     raise
                 shapes = self._without(shape, error, shapes)
                 continue
+            seconds = median_low(runs_s)
             self._known.add(shape, seconds)
-            self.measurements.append(Measurement(shape.count, max(sizes), sum(sizes), seconds))
+            self.measurements.append(Measurement(shape.count, max(sizes), sum(sizes), seconds, len(runs_s) > 1))
             yield self.measurements[-1]
         self.is_complete = True
 
@@ -234,7 +255,7 @@ class Calibration(Generic[T]):
 
     # How long it takes.
 
-    def _seconds_of(self, items: list[T]) -> float:
+    def _runs_s(self, items: list[T]) -> list[float]:
         runs_s = [self._timed(items)]
         while len(runs_s) < self.rounds:
             is_second = len(runs_s) == 1
@@ -245,7 +266,7 @@ class Calibration(Generic[T]):
             runs_s.append(self._timed(items))
             if is_second:
                 self._first_run_extras_s.append(max(0.0, runs_s[0] - runs_s[1]))
-        return median_low(runs_s)
+        return runs_s
 
     def _first_run_extra_s(self) -> float:
         """Seconds that a first run takes more than a second one: many if something is compiled for each shape."""

@@ -63,10 +63,11 @@ class MeasuredCostModel:
     of tokens correct it (`Deviations`).
 
     The costs minimise the squared *relative* errors, so a short batch counts as much as a long one. An outlier counts
-    less (Huber's weights, on the logarithm). Several outliers in a row on the same side mean that the device has become
-    slower or faster, and scale all costs. Older batches fade exponentially. Calibrated shapes keep a small weight, for
-    sizes that no recent batch had. Before the first observation the predictions are those of `PaddedCostModel`, which
-    have no influence later. The model does no I/O and is not thread-safe.
+    less (Huber's weights, on the logarithm). In each process the first batch of a number of requests does not count if
+    it is such an outlier, because something may have been compiled for it. Several outliers in a row on the same side
+    mean that the device has become slower or faster, and scale all costs. Older batches fade exponentially. Calibrated
+    shapes keep a small weight, for sizes that no recent batch had. Before the first observation the predictions are
+    those of `PaddedCostModel`, which have no influence later. The model does no I/O and is not thread-safe.
     """
 
     def __init__(self, feature: CostFeature = CostFeature.PADDED) -> None:
@@ -83,6 +84,7 @@ class MeasuredCostModel:
         self._newest_weight = 1.0
         self._since_fit = 0
         self._outliers: list[float] = []  # the deviations of the last batches, outliers on the same side
+        self._counts: set[int] = set()  # numbers of requests that ran in this process
         self._error = self._time_to_learn_s = 0.0
         self._deviations = Deviations()
         self._use(self._assumed_costs())
@@ -112,6 +114,10 @@ class MeasuredCostModel:
         if not 0 < elapsed_s < math.inf or not self._is_worth_learning(elapsed_s):
             return
         deviation = math.log(elapsed_s / self.predict_s(count, longest, total)) if self.observed else 0.0
+        is_first = count not in self._counts
+        self._counts.add(count)
+        if is_first and deviation >= OUTLIER_LOG_RATIO:
+            return
         self._error += ERROR_SMOOTHING * (min(abs(deviation), MAX_ERROR) - self._error)
         if self.observed >= SETTLED_AFTER:
             tokens = count * longest if self._is_padded else total
@@ -144,6 +150,7 @@ class MeasuredCostModel:
         """
         if not 0 < elapsed_s < math.inf:
             raise ValueError(f"elapsed_s must be a positive time, got {elapsed_s!r}")
+        self._counts.add(count)
         features = self._features(count, longest, total)
         self._kept.add(features, elapsed_s, KEPT_WEIGHT)
         self._recent.add(features, elapsed_s, (1 - KEPT_WEIGHT) * self._newest_weight)
@@ -202,7 +209,7 @@ class MeasuredCostModel:
             raise ValueError(f"newest_weight must be a finite number, 1 or more, got {newest_weight!r}")
         self.observed, self._newest_weight, self._kept, self._recent = observed, newest_weight, kept, recent
         self.largest_count, self._error, self._deviations = largest_count, mean_error, deviations
-        self._outliers, self._time_to_learn_s = [], 0.0
+        self._outliers, self._counts, self._time_to_learn_s = [], set(), 0.0
         if observed:
             self._fit()
         else:

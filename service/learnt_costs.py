@@ -14,7 +14,7 @@ from typing import Any
 from anyio import CancelScope, to_thread
 
 from modalkit.batching import BatchScheduler, CostFeature, MeasuredCostModel
-from modalkit.batching.calibration import Calibration, undisturbed
+from modalkit.batching.calibration import Calibration, credible, undisturbed
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.files import replacing
 from modalkit.service.errors import describe_error
@@ -134,7 +134,7 @@ class LearntCosts:
             self._warn(
                 f"the costs of items of size {failure.size} and more are not known, because one failed", failure.error
             )
-        for shape in undisturbed(calibration.measurements):
+        for shape in undisturbed(credible(calibration.measurements)):
             if shape.seconds > 0:
                 self.model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
 

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,6 +87,17 @@ def test_trials_become_rarer_while_they_lose_and_never_stop() -> None:
             gap += 1
     assert gaps == sorted(gaps)
     assert gaps[-1] == MAX_TRIAL_INTERVAL
+
+
+def test_a_trial_that_would_lose_much_is_made_after_a_long_time() -> None:
+    """It is predicted to lose as much as 100 batches take, and that may be wrong."""
+    exploration, batches = Exploration(), 0
+    while not exploration.is_due(100.0) and batches < 10_000:
+        exploration.record_batch(1.0)
+        batches += 1
+    assert batches == pytest.approx(100 / MAX_EXPLORATION_SHARE, abs=1)
+    exploration.record_trial(100.0)
+    assert not exploration.is_due()
 
 
 def test_a_trial_that_gained_time_is_repeated_soon() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modalkit.batching.calibration import Calibration, Measurement, undisturbed
+from modalkit.batching.calibration import Calibration, Measurement, credible, undisturbed
 
 Costs = Callable[[int, int], float]
 """Seconds of a batch of so many requests, the largest of that size."""
@@ -147,6 +147,28 @@ def test_a_second_run_of_a_slow_batch_is_made_where_it_takes_little_of_the_time(
     assert [m.seconds for m in measured] == pytest.approx([0.01] * len(measured))
     assert len(measured) > 5
     assert device.now <= 3.3
+
+
+def test_a_slow_first_run_that_could_not_be_repeated_is_not_believed() -> None:
+    """The first batch of several requests takes 1.1 s, because something is compiled, and later ones 20 ms."""
+    device = Device()
+    seen = {1}
+
+    def compiled(count: int, _size: int) -> float:
+        is_new = count not in seen
+        seen.add(count)
+        return 1.1 if is_new else 0.02
+
+    device.costs = compiled
+    measured = list(device.calibration(max_count=32, max_s=3.0).measure())
+    assert max(m.seconds for m in measured) == pytest.approx(1.1)
+    assert max(m.seconds for m in credible(measured)) == pytest.approx(0.02)
+
+
+def test_batches_of_a_second_are_believed_though_each_ran_once() -> None:
+    measured = list(Device(fixed).calibration(max_count=32, max_s=3.0).measure())
+    assert len(measured) == 3
+    assert credible(measured) == measured
 
 
 def test_a_batch_out_of_memory_leaves_out_those_as_large_and_no_others() -> None:

@@ -51,6 +51,22 @@ def test_batches_of_a_second_whatever_is_in_them_become_full_ones_at_once() -> N
         assert len(counts) <= most, counts
 
 
+def test_batches_become_full_ones_where_the_first_of_each_number_of_requests_is_slow() -> None:
+    """A compiler that takes a second for each number of requests, which has run for one request at the start."""
+    costs, compiled, counts = MeasuredCostModel(), {1}, list[int]()
+    costs.calibrate(1, 20, 20, 0.02)
+    plan = BatchPlanner[Request[int]](BatchPolicy(), costs)
+    for now in range(100):
+        push(plan, [20] * (48 - len(plan.queue)), now=now)
+        batch = next_batch(plan, now)
+        count = len(batch.requests)
+        plan.end_batch(batch, 0.02 + 0.0003 * count + (0.0 if count in compiled else 1.1))
+        compiled.add(count)
+        counts.append(count)
+    assert counts[:4] == [8, 8, 32, 32]
+    assert counts[10:] == [32] * 90
+
+
 def test_what_was_never_run_is_approached_in_steps() -> None:
     plan = BatchPlanner[Request[int]](BatchPolicy(max_batch_size=1000), MeasuredCostModel())
     assert work_off(plan, 0.01, 2_000)[:4] == [8, 32, 128, 512]

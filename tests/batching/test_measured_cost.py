@@ -58,6 +58,16 @@ def test_batches_that_took_twenty_times_as_long_hardly_change_it(truth: Seconds)
     assert errors(taught(truth, outliers=0.05), truth)[100] < 0.15
 
 
+def test_a_slow_batch_teaches_nothing_if_it_is_the_first_of_its_number_of_requests() -> None:
+    model = taught(gpu, noise=0.0)
+    before_s = model.predict_s(24, 64, 1536)
+    model.observe(24, 64, 1536, 1.0)
+    assert model.predict_s(24, 64, 1536) == before_s
+    for _ in range(8):
+        model.observe(24, 64, 1536, 1.0)
+    assert model.predict_s(24, 64, 1536) > 10 * before_s, "later ones do"
+
+
 def test_it_follows_a_device_that_becomes_five_times_as_slow() -> None:
     model = taught(cpu, 300)
     for count, size in batches(50, seed=3):
@@ -114,7 +124,7 @@ def test_it_forgets_nothing_by_way_of_its_state() -> None:
     assert restored.observed == model.observed
     for one in (model, restored):
         for count, size in batches(50, seed=5):
-            one.observe(count, size, count * size, gpu(count, size))
+            one.observe(count, size, count * size, cpu(count, size) / 3)
     assert restored.costs == pytest.approx(model.costs)
 
 
