@@ -137,10 +137,10 @@ class BatchPlanner(Generic[RequestT]):
         self._bulk_in_flight -= is_bulk
         self._interactive_share += SHARE_SMOOTHING * (1 - _bulk_part(batch) - self._interactive_share)
         if batch.contended:
-            deficit_s = self._bulk_deficit_s + elapsed_s * (self.policy.bulk_share - _bulk_part(batch))
-            # Bulk companions of interactive batches reduce the deficit to 0 at most. Below 0, bulk would wait for
-            # hours.
-            self._bulk_deficit_s = deficit_s if is_bulk else max(deficit_s, min(0.0, self._bulk_deficit_s))
+            share = self.policy.bulk_share
+            # Companions use half of the share at most, because a bulk request of another size is never one of them.
+            used = 1.0 if is_bulk else min(_bulk_part(batch), share / 2)
+            self._bulk_deficit_s += elapsed_s * (share - used)
         exploration = self.devices[batch.device].exploration
         if batch.baseline_s is None:
             exploration.record_batch(elapsed_s)

@@ -185,6 +185,22 @@ def test_bulk_gets_its_share_of_the_time_when_interactive_requests_never_stop() 
     assert bulk_s / now >= 0.095
 
 
+def test_a_large_bulk_request_does_not_starve_while_small_ones_go_along_with_interactive_ones() -> None:
+    costs, large = PaddedCostModel(fixed_s=0.05, token_s=2e-6), Request(0, 500, BULK)
+    plan = BatchPlanner[Request[int]](BatchPolicy(), costs)
+    plan.push(large)
+    now = arrived = 0.0
+    while large in plan.queue and now < 60:
+        while arrived <= now:
+            push(plan, [25, 40], INTERACTIVE, arrived)
+            arrived += 0.01
+        push(plan, [20] * (200 - plan.queue.waiting(BULK)), BULK, now)
+        batch = next_batch(plan, now)
+        now += batch.predicted_s
+        plan.end_batch(batch, batch.predicted_s)
+    assert now < 2
+
+
 def test_classes_are_not_mixed_where_that_is_not_wanted() -> None:
     plan = BatchPlanner[Request[int]](BatchPolicy(mixes_lanes=False), GPU)
     push(plan, [20] * 100, BULK)
