@@ -102,18 +102,18 @@ class BatchRunner(Generic[T, R]):
             self.requeue(run)
             return
         batch, wanted, ran_s = run.batch, run.wanted, self.now()
-        errors, requeued = list[Exception](), 0
+        errors, requeued, is_typical = list[Exception](), 0, False
         try:
             if isinstance(outputs, Exception):
                 errors, requeued = await self._find_failing(wanted, executor, outputs)
             else:
-                errors = self._succeed(wanted, outputs)
+                errors, is_typical = self._succeed(wanted, outputs)
                 self._history.record_success(len(wanted))
         finally:
             total_s = (ran_s - run.formed_s) / batches + self.now() - ran_s
             if len(wanted) < len(batch.requests):
                 seconds = None
-            elapsed_s, succeeded = (total_s, False) if seconds is None else (seconds.total_s, True)
+            elapsed_s, succeeded = (total_s, False) if seconds is None else (seconds.total_s, is_typical)
             failed = "the cost model could not learn from a batch"
             self._call(failed, self._planner.end_batch, batch, elapsed_s, succeeded=succeeded)
         self._planner.limit_count(self._history.count_limit(self._planner.policy.max_batch_size))
@@ -154,9 +154,10 @@ class BatchRunner(Generic[T, R]):
             if isinstance(outputs, Exception):
                 self._record_failure(test, part, outputs, too_large)
             else:
-                errors += self._succeed(part, outputs)
+                part_errors, is_typical = self._succeed(part, outputs)
+                errors += part_errors
                 test.record_success()
-                if seconds is not None:
+                if seconds is not None and is_typical:
                     sizes = [request.size for request in part]
                     failed = "the cost model could not learn from a part of a batch"
                     self._call(failed, self._planner.record_run, sizes, seconds.total_s, executor.device)
@@ -221,8 +222,12 @@ class BatchRunner(Generic[T, R]):
 
     # Outcomes.
 
-    def _succeed(self, requests: list[Pending[T, R]], outputs: Sequence[R | Exception]) -> list[Exception]:
-        """Give the requests their outputs; returns those that are errors."""
+    def _succeed(self, requests: list[Pending[T, R]], outputs: Sequence[R | Exception]) -> tuple[list[Exception], bool]:
+        """Give the requests their outputs; returns those that are errors, and whether the run was a typical one.
+
+        In a typical run at least half of the requests got a result. Others, such as those of invalid items, or of
+        streams whose callers left, may take next to no time, and say nothing about costs.
+        """
         errors, succeeded = list[Exception](), 0
         for request, output in zip(requests, outputs, strict=True):
             if isinstance(output, Exception):
@@ -236,7 +241,7 @@ class BatchRunner(Generic[T, R]):
                 except InvalidStateError:
                     pass
         self.telemetry.succeeded += succeeded
-        return errors
+        return errors, 2 * succeeded >= len(requests)
 
     # Calls of users' code, and records.
 

@@ -123,7 +123,7 @@ class MeasuredCostModel:
             tokens = count * longest if self._is_padded else total
             self._deviations.add((count, _tokens_key(tokens)), deviation, self._error)
         self._detect_change(deviation)
-        weight = 1.0 if self.observed < REFIT_EVERY else min(1.0, OUTLIER_LOG_RATIO / max(abs(deviation), 1e-9))
+        weight = 1.0 if self.observed < REFIT_EVERY else _weight_of(deviation)
         # Instead of reducing the weight of all old batches, increase that of the new one: less to compute.
         self._newest_weight *= 1 + 1 / MEMORY_BATCHES
         self._recent.add(self._features(count, longest, total), elapsed_s, weight * self._newest_weight)
@@ -262,6 +262,12 @@ class MeasuredCostModel:
         by_tokens, by_count = beyond[: len(KNEES)], beyond[len(KNEES) :]
         self._beyond_s = [(knee, cost) for knee, cost in zip(KNEES, by_tokens, strict=True) if cost]
         self._beyond_count_s = [(knee, cost) for knee, cost in zip(COUNT_KNEES, by_count, strict=True) if cost]
+
+
+def _weight_of(deviation: float) -> float:
+    """The weight of a batch in the fit, by ``log(measured / predicted)``."""
+    # That of a fast one is lower still: its relative error, by its own short time, may be a thousand.
+    return min(1.0, OUTLIER_LOG_RATIO / max(abs(deviation), 1e-9)) * math.exp(2 * min(0.0, deviation))
 
 
 def _tokens_key(tokens: int) -> int:

@@ -131,7 +131,8 @@ class BatchPlanner(Generic[RequestT]):
     def end_batch(self, batch: Batch[RequestT], elapsed_s: float, *, succeeded: bool = True) -> None:
         """Account for a batch of `decide` that ran for `elapsed_s` seconds.
 
-        The cost model learns from it only if it `succeeded` as a whole, in one run.
+        The cost model learns from it only if it `succeeded` as a whole, in one run, with results for half of the
+        requests at least.
         """
         is_bulk = batch.priority is Priority.BULK
         self._bulk_in_flight -= is_bulk

@@ -193,6 +193,30 @@ async def test_parts_that_succeed_teach_what_they_cost() -> None:
     assert learnt == [(4, 4), (1, 1), (2, 2)]
 
 
+async def test_a_batch_of_which_most_items_get_an_error_teaches_nothing() -> None:
+    """Invalid items take next to no time."""
+    learnt: list[int] = []
+
+    class Pupil(PaddedCostModel):
+        def observe(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
+            learnt.append(count)
+
+    async def run(items: list[int]) -> list[int | Exception]:
+        if len(items) > 8:
+            raise ValueError("too many")
+        return [ValueError("negative") if item < 0 else item for item in items]
+
+    async with BatchScheduler(run, cost_model=Pupil()) as scheduler:
+        await scheduler.submit_many([1, -1, -1, -1])
+        assert learnt == []
+        await scheduler.submit_many([*[-1] * 8, *range(8)])
+        assert 8 not in learnt, "the first half, which ran again by itself"
+        assert 4 in learnt, "a part of the other half"
+        learnt.clear()
+        await scheduler.submit_many([1, 2, -1, -1])
+    assert learnt == [4]
+
+
 class Panic(BaseException):
     """As libraries written in Rust raise it (`pyo3_runtime.PanicException`)."""
 

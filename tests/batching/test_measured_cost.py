@@ -34,11 +34,13 @@ def errors(model: MeasuredCostModel, truth: Seconds) -> list[float]:
     return sorted(abs(model.predict_s(n, size, n * size) / truth(n, size) - 1) for n, size in batches(200, seed=1))
 
 
-def taught(truth: Seconds, number: int = 100, noise: float = 0.1, outliers: float = 0.0) -> MeasuredCostModel:
+def taught(
+    truth: Seconds, number: int = 100, noise: float = 0.1, outliers: float = 0.0, factor: float = 20.0
+) -> MeasuredCostModel:
     model, chance = MeasuredCostModel(), random.Random(2)
     for count, size in batches(number):
         seconds = truth(count, size) * chance.lognormvariate(0, noise)
-        model.observe(count, size, count * size, seconds * (20 if chance.random() < outliers else 1))
+        model.observe(count, size, count * size, seconds * (factor if chance.random() < outliers else 1))
     return model
 
 
@@ -56,6 +58,13 @@ def test_a_hundred_noisy_batches_are_enough_for_a_median_error_below_a_tenth(tru
 @pytest.mark.parametrize("truth", [cpu, gpu])
 def test_batches_that_took_twenty_times_as_long_hardly_change_it(truth: Seconds) -> None:
     assert errors(taught(truth, outliers=0.05), truth)[100] < 0.15
+
+
+@pytest.mark.parametrize("truth", [cpu, gpu])
+def test_batches_that_took_next_to_no_time_hardly_change_it(truth: Seconds) -> None:
+    model = taught(truth, 1000, outliers=0.02, factor=0.001)
+    assert errors(model, truth)[100] < 0.15
+    assert errors(model, truth)[190] < 0.4
 
 
 def test_a_slow_batch_teaches_nothing_if_it_is_the_first_of_its_number_of_requests() -> None:
