@@ -27,10 +27,11 @@ INTERACTIVE_RECENT_S = 2.0  # bulk batches stay short for so long after an inter
 class BatchPlanner(Generic[RequestT]):
     """Forms batches from a queue, within the limits of a policy, by predicted cost; `BatchFormer` has the details.
 
-    The oldest request of a lane is the anchor of the next batch of that lane; this is stricter than `max_age_s`
-    demands. The interactive lane goes first. Bulk requests keep `bulk_share` of the running time, and also run as
-    companions in interactive batches where they add almost no time. While interactive requests arrive, bulk batches are
-    short, because the next interactive request waits for the batch that runs.
+    The oldest request of a lane (of several owners: that of the owner whose turn it is) is the anchor of the next batch
+    of that lane; this is stricter than `max_age_s` demands. The interactive lane goes first. Bulk requests keep
+    `bulk_share` of the running time, and also run as companions in interactive batches where they add almost no time.
+    While interactive requests arrive, bulk batches are short, because the next interactive request waits for the batch
+    that runs.
 
     There is a cost model for each device, because devices may differ; a device is named by its index. All of them serve
     the one queue.

@@ -33,7 +33,8 @@ class BatchPolicy:
     max_queue_s: float | None = 600.0
     """Predicted seconds of what waits before a new request, for callers that ask `BatchScheduler.check_room`."""
     max_age_s: float = 2.0
-    """Age at which a request is overdue: no younger one of its lane then runs before it, except as a companion."""
+    """Age at which a request is overdue: no later one of its owner and lane then runs before it, except as a companion,
+    and its batch waits for no more requests. Other owners keep their turns."""
     bulk_share: float = 0.1
     """The share of the running time that bulk requests get while interactive ones wait as well."""
     max_bulk_batch_s: float | None = None

@@ -6,8 +6,9 @@ the first is O(number of buckets), which is a few dozen for each owner however m
 clock, does no I/O and is not thread-safe.
 
 Sequence numbers share a lane between owners, as self-clocked fair queueing does: the number of a request is the last
-one of its owner plus its size, and an owner of whom nothing waits starts at the number that the lane has reached. So
-the requests of one owner are in order of arrival, and those of several take turns, by size.
+one of its owner plus its size, and an owner of whom nothing waits starts at the number that the lane has reached, or
+that of its last request that ran. So the requests of one owner are in order of arrival, and those of several take
+turns, by size.
 
 It also knows how many seconds the requests of each lane take, as a function of their sizes predicts: the sum changes
 with each request, so that to ask for it is O(1) too.
@@ -88,13 +89,17 @@ class _Lane(Generic[RequestT]):
 
 
 class _Owner(Generic[RequestT]):
-    """The waiting requests of one owner in a lane; `last` is the last sequence number that was given."""
+    """The waiting requests of one owner in a lane."""
 
-    __slots__ = ("buckets", "last")
+    __slots__ = ("buckets", "count", "last", "taken")
 
     def __init__(self) -> None:
         self.buckets: dict[int, deque[RequestT]] = {}
+        self.count = 0
         self.last = 0
+        """The last sequence number that was given; once nothing waits, the highest one that was taken."""
+        self.taken = 0
+        """The highest sequence number that was taken to run: withdrawn requests cost their owner nothing."""
 
     def rebuild(self, index: int, added: Iterable[RequestT] = ()) -> None:
         """Remove stale requests from a bucket, and add some, in their order."""
@@ -188,6 +193,7 @@ class RequestQueue(Generic[RequestT]):
             if request.deadline_s < _NEVER:
                 heapq.heappush(self._deadlines, (request.deadline_s, id(request), request))
         owner.last = last
+        owner.count += len(requests)
         lane.seconds = seconds
         lane.count += len(requests)
         self._length += len(requests)
@@ -201,25 +207,34 @@ class RequestQueue(Generic[RequestT]):
         """Requests that the queue may hold after an owner has added some."""
         if not name:
             return self.max_items
-        owners = [lane.owners[name] for lane in self._lanes.values() if name in lane.owners]
-        held = sum(len(bucket) for owner in owners for bucket in owner.buckets.values())
+        held = sum(lane.owners[name].count for lane in self._lanes.values() if name in lane.owners)
         return self.max_items if held + added <= self._reserved else self._unreserved
 
     def discard(self, request: RequestT) -> bool:
         """Remove a request, if it waits; returns whether it did."""
         if request.sequence <= 0:
             return False
-        self.take([request])
+        self._remove([request], to_run=False)
         return True
 
     def take(self, requests: list[RequestT]) -> None:
-        """Remove requests, all of which wait."""
+        """Remove requests, all of which wait, to run them."""
+        self._remove(requests, to_run=True)
+
+    def _remove(self, requests: list[RequestT], *, to_run: bool) -> None:
         for priority, lane in self._lanes.items():
             if not lane.count:
                 continue
             taken = [request for request in requests if request.priority is priority]
+            owners = lane.owners
             for request in taken:
-                request.sequence = -request.sequence
+                sequence, owner = request.sequence, owners[request.owner]
+                request.sequence = -sequence
+                owner.count -= 1
+                if to_run and sequence > owner.taken:
+                    owner.taken = sequence
+                if not owner.count:
+                    owner.last = owner.taken
             # By size, because most of a batch have few different ones.
             for size, count in Counter([request.size for request in taken]).items():
                 index = size_bucket(size)
@@ -227,9 +242,8 @@ class RequestQueue(Generic[RequestT]):
                 lane.seconds -= count * self._seconds_of[index]
             lane.count -= len(taken)
             lane.stale += len(taken)
-        self._length -= len(requests)
-        for lane in self._lanes.values():
             lane.sweep()
+        self._length -= len(requests)
         if len(self._deadlines) > 2 * self._length + _STALE_LIMIT:
             waiting = {id(entry[2]): entry for entry in self._deadlines if entry[2].sequence > 0}
             self._deadlines = list(waiting.values())  # a requeued request has several entries
@@ -244,7 +258,9 @@ class RequestQueue(Generic[RequestT]):
             lane.count += 1
             lane.counts[index] += 1
             lane.seconds += self._predict(index)
-            buckets[lane.owner(request.owner), index].append(request)
+            owner = lane.owner(request.owner)
+            owner.count += 1
+            buckets[owner, index].append(request)
             if request.deadline_s < math.inf:
                 heapq.heappush(self._deadlines, (request.deadline_s, id(request), request))
         for (owner, index), added in buckets.items():

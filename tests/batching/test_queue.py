@@ -177,6 +177,30 @@ def test_an_owner_who_was_away_has_no_claim_to_the_time_that_others_used() -> No
     assert first.count("b") in (10, 11)
 
 
+@pytest.mark.parametrize("taken", [0, 50])
+def test_withdrawn_requests_cost_their_owner_nothing(taken: int) -> None:
+    queue: RequestQueue[Request[str]] = RequestQueue(1000)
+    withdrawn = requests_of("a", 300)
+    queue.push_all(withdrawn)
+    for _ in range(taken):
+        queue.take([first for first in [queue.oldest(Priority.INTERACTIVE)] if first is not None])
+    for request in withdrawn:
+        queue.discard(request)
+    queue.push_all(requests_of("b", 300))
+    queue.push_all(requests_of("a", 1))
+    assert "a" in drained(queue)[:2]
+
+
+def test_withdrawn_requests_take_no_room_of_the_last_tenth() -> None:
+    queue: RequestQueue[Request[str]] = RequestQueue(100)
+    withdrawn = requests_of("a", 30)
+    queue.push_all(withdrawn)
+    for request in withdrawn:
+        queue.discard(request)
+    queue.push_all(requests_of("b", 90))
+    queue.push_all(requests_of("a", 10))
+
+
 def test_no_owner_fills_the_last_tenth_of_the_queue_for_the_others() -> None:
     queue: RequestQueue[Request[str]] = RequestQueue(100)
     queue.push_all(requests_of("a", 90))
