@@ -33,6 +33,7 @@ KEPT_WEIGHT = 0.1  # of a calibrated shape, which does not fade: a part of each 
 REFIT_EVERY = 32  # batches, once so many have run; before, after each. A fit takes 0.2 ms
 CHANGE_AFTER = 4  # outliers in a row on the same side of the prediction
 OUTLIER_LOG_RATIO = 0.4  # an outlier took more than e^0.4 = 1.5 times the prediction, or less than 1/1.5
+FIRST_RUN_LOG_RATIO = 1.4  # the first batch of its count is ignored if it took e^1.4 = 4 times the prediction
 SETTLED_AFTER = 6  # batches; before, a deviation is caused by the fit rather than by the kind of batch
 
 LEARNING_S = 25e-6  # seconds that it takes to learn from a batch
@@ -64,10 +65,11 @@ class MeasuredCostModel:
 
     The costs minimise the squared *relative* errors, so a short batch counts as much as a long one. An outlier counts
     less (Huber's weights, on the logarithm). In each process the first batch of a number of requests does not count if
-    it is such an outlier, because something may have been compiled for it. Several outliers in a row on the same side
-    mean that the device has become slower or faster, and scale all costs. Older batches fade exponentially. Calibrated
-    shapes keep a small weight, for sizes that no recent batch had. Before the first observation the predictions are
-    those of `PaddedCostModel`, which have no influence later. The model does no I/O and is not thread-safe.
+    it took four times the prediction, because something may have been compiled for it. Several outliers in a row on the
+    same side mean that the device has become slower or faster, and scale all costs. Older batches fade exponentially.
+    Calibrated shapes keep a small weight, for sizes that no recent batch had. Before the first observation the
+    predictions are those of `PaddedCostModel`, which have no influence later. The model does no I/O and is not
+    thread-safe.
     """
 
     def __init__(self, feature: CostFeature = CostFeature.PADDED) -> None:
@@ -116,7 +118,7 @@ class MeasuredCostModel:
         deviation = math.log(elapsed_s / self.predict_s(count, longest, total)) if self.observed else 0.0
         is_first = count not in self._counts
         self._counts.add(count)
-        if is_first and deviation >= OUTLIER_LOG_RATIO:
+        if is_first and deviation >= FIRST_RUN_LOG_RATIO:
             return
         self._error += ERROR_SMOOTHING * (min(abs(deviation), MAX_ERROR) - self._error)
         if self.observed >= SETTLED_AFTER:

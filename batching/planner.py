@@ -19,6 +19,7 @@ from modalkit.batching.request import Priority
 # may lengthen the batch by COMPANIONS_FACTOR.
 COMPANIONS_LIMITS, COMPANIONS_LIMITS_PER_SHARE = 0.6, 1.5
 COMPANIONS_FACTOR = 1.1
+MAX_COMPANIONS_SHARE = 0.8  # of `bulk_share` that companions use; the rest is for bulk requests that never can be one
 SHARE_SMOOTHING = 1 / 64  # of a batch
 INTERACTIVE = Priority.INTERACTIVE  # a local name, because an attribute of an enum is slow to look up
 INTERACTIVE_RECENT_S = 2.0  # bulk batches stay short for so long after an interactive request
@@ -140,8 +141,7 @@ class BatchPlanner(Generic[RequestT]):
         self._interactive_share += SHARE_SMOOTHING * (1 - _bulk_part(batch) - self._interactive_share)
         if batch.contended:
             share = self.policy.bulk_share
-            # Companions use half of the share at most, because a bulk request of another size is never one of them.
-            used = 1.0 if is_bulk else min(_bulk_part(batch), share / 2)
+            used = 1.0 if is_bulk else min(_bulk_part(batch), MAX_COMPANIONS_SHARE * share)
             self._bulk_deficit_s += elapsed_s * (share - used)
         exploration = self.devices[batch.device].exploration
         if batch.baseline_s is None:
