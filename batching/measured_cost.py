@@ -33,7 +33,7 @@ KEPT_WEIGHT = 0.1  # of a calibrated shape, which does not fade: a part of each 
 REFIT_EVERY = 32  # batches, once so many have run; before, after each. A fit takes 0.2 ms
 CHANGE_AFTER = 4  # outliers in a row on the same side of the prediction
 OUTLIER_LOG_RATIO = 0.4  # an outlier took more than e^0.4 = 1.5 times the prediction, or less than 1/1.5
-FIRST_RUN_LOG_RATIO = 1.4  # the first batch of its count is ignored if it took e^1.4 = 4 times the prediction
+FIRST_RUN_LOG_RATIO = 1.8  # the first batch of its count is ignored if it took e^1.8 = 6 times the prediction
 SETTLED_AFTER = 6  # batches; before, a deviation is caused by the fit rather than by the kind of batch
 
 LEARNING_S = 25e-6  # seconds that it takes to learn from a batch
@@ -65,7 +65,7 @@ class MeasuredCostModel:
 
     The costs minimise the squared *relative* errors, so a short batch counts as much as a long one. An outlier counts
     less (Huber's weights, on the logarithm). In each process the first batch of a number of requests does not count if
-    it took four times the prediction, because something may have been compiled for it. Several outliers in a row on the
+    it took six times the prediction, because something may have been compiled for it. Several outliers in a row on the
     same side mean that the device has become slower or faster, and scale all costs. Older batches fade exponentially.
     Calibrated shapes keep a small weight, for sizes that no recent batch had. Before the first observation the
     predictions are those of `PaddedCostModel`, which have no influence later. The model does no I/O and is not
