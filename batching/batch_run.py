@@ -193,7 +193,7 @@ class BatchRunner(Generic[T, R]):
                     "%s: device %d cannot run the rest of a batch; it is requeued", self._name, executor.device
                 )
                 return False
-        return True
+        return not executor.is_retired
 
     def _record_failure(
         self,
@@ -225,12 +225,13 @@ class BatchRunner(Generic[T, R]):
     def _succeed(self, requests: list[Pending[T, R]], outputs: Sequence[R | Exception]) -> tuple[list[Exception], bool]:
         """Give the requests their outputs; returns those that are errors, and whether the run was a typical one.
 
-        In a typical run at least half of the requests got a result. Others, such as those of invalid items, or of
-        streams whose callers left, may take next to no time, and say nothing about costs.
+        In a typical run at most half of the outputs are errors, whether or not their callers still wait. Others, such
+        as those of invalid items, may take next to no time, and say nothing about costs.
         """
-        errors, succeeded = list[Exception](), 0
+        errors, succeeded, failed = list[Exception](), 0, 0
         for request, output in zip(requests, outputs, strict=True):
             if isinstance(output, Exception):
+                failed += 1
                 if self.fail(request, Failure(output)):
                     errors.append(output)
             elif request.outcome is None:
@@ -241,7 +242,7 @@ class BatchRunner(Generic[T, R]):
                 except InvalidStateError:
                     pass
         self.telemetry.succeeded += succeeded
-        return errors, 2 * succeeded >= len(requests)
+        return errors, 2 * failed <= len(requests)
 
     # Calls of users' code, and records.
 

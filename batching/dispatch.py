@@ -84,8 +84,11 @@ class Dispatcher(Generic[T, R]):
     @asynccontextmanager
     async def paused(self) -> AsyncGenerator[Executors[T, R]]:
         """Wait until no batch is in any stage, and let none start in the block; yields the executors."""
-        async with self._replacing, self.executors.paused():
-            yield self.executors
+        async with self._replacing:
+            for executor in self._retired:  # which may be of the same model
+                await executor.has_ended.wait()
+            async with self.executors.paused():
+                yield self.executors
 
     @asynccontextmanager
     async def replacing(

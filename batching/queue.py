@@ -99,7 +99,7 @@ class _Owner(Generic[RequestT]):
         self.last = 0
         """The last sequence number that was given; once nothing waits, the highest one that was taken."""
         self.taken = 0
-        """The highest sequence number that was taken to run: withdrawn requests cost their owner nothing."""
+        """The highest sequence number that was taken to run."""
 
     def rebuild(self, index: int, added: Iterable[RequestT] = ()) -> None:
         """Remove stale requests from a bucket, and add some, in their order."""

@@ -109,8 +109,16 @@ class StreamRun:
         return any(map(self._is_wanted, self._places))
 
     def outputs(self) -> list[Output]:
-        """The last piece, or the error, of each item."""
-        return [NoPieceError() if output is None else output for output in self._outputs]
+        """The last piece, or the error, of each item; an error, too, where a caller left, and the run may be cut short.
+
+        So no costs are learnt from a run that most callers left.
+        """
+        return [
+            output
+            if output is not None and (isinstance(output, Exception) or self._is_wanted(place))
+            else NoPieceError()
+            for place, output in enumerate(self._outputs)
+        ]
 
     @contextmanager
     def errors(self) -> Generator[None]:

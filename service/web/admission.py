@@ -4,9 +4,8 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from http import HTTPStatus
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 import anyio
 from fastapi import Request
@@ -90,7 +89,7 @@ class Admission:
         return results
 
 
-class Reception(AbstractContextManager["Reception"]):
+class Reception:
     """The bytes that one body, or a part of a stream, holds, without the first `FREE_BYTES`; none after the context."""
 
     __slots__ = ("_admission", "_held_bytes")
@@ -102,8 +101,12 @@ class Reception(AbstractContextManager["Reception"]):
         if scope is not None:
             scope[_RECEPTION] = self
 
+    def __enter__(self) -> Self:
+        return self
+
     def __exit__(self, *_: object) -> None:
-        self.hold(0)
+        if self._held_bytes:
+            self.hold(0)
 
     @property
     def limits(self) -> RequestConfig:

@@ -259,7 +259,7 @@ def _parse_lines(
     validate = model.__pydantic_validator__.validate_json
     try:
         found = [validate(line) for line in lines]
-        objects = b"[%b]" % b",".join(lines)
+        objects = b"[%b]" % b",".join([line for line in lines if line.count(b":") > 1])
         if _may_repeat_keys(objects):
             _JSON.decode(objects.decode())
     except Exception:  # noqa: BLE001  # one by one, each gets its own error; validators may raise anything

@@ -217,6 +217,29 @@ async def test_a_batch_of_which_most_items_get_an_error_teaches_nothing() -> Non
     assert learnt == [4]
 
 
+async def test_a_batch_whose_callers_all_left_teaches_what_it_costs() -> None:
+    """Otherwise batches that take longer than callers wait would stay as large."""
+    learnt: list[int] = []
+    entered, gate = anyio.Event(), anyio.Event()
+
+    class Pupil(PaddedCostModel):
+        def observe(self, count: int, longest: int, total: int, elapsed_s: float) -> None:
+            learnt.append(count)
+
+    async def run(items: list[int]) -> list[int]:
+        entered.set()
+        await gate.wait()
+        return items
+
+    async with BatchScheduler(run, cost_model=Pupil()) as scheduler:
+        async with anyio.create_task_group() as task_group:
+            task_group.start_soon(scheduler.submit_many, range(4))
+            await entered.wait()
+            task_group.cancel_scope.cancel()
+        gate.set()
+    assert learnt == [4]
+
+
 class Panic(BaseException):
     """As libraries written in Rust raise it (`pyo3_runtime.PanicException`)."""
 

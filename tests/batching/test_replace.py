@@ -159,6 +159,25 @@ async def test_in_turn_a_function_runs_no_more_batches_at_once_than_before(max_i
         assert await scheduler.submit(9) == "a9"
 
 
+async def test_a_batch_of_its_own_waits_for_those_that_run_by_the_function_before() -> None:
+    function, begun = Tagged("a", is_open=False), list[bool]()
+
+    def other(payloads: list[int]) -> list[str]:
+        begun.append(function.gate.is_set())
+        return ["other" for _ in payloads]
+
+    async with BatchScheduler(function, policy=POLICY) as scheduler, anyio.create_task_group() as task_group:
+        task_group.start_soon(scheduler.submit, 0)
+        await function.until_entered()
+        await scheduler.replace(other, policy=POLICY, in_turn=True)
+        task_group.start_soon(scheduler.run_as_one_batch, [1])
+        with anyio.move_on_after(0.1):
+            while not begun:
+                await anyio.sleep(0.001)
+        function.gate.set()
+    assert begun == [True]
+
+
 async def test_in_turn_a_batch_that_hangs_delays_the_next_ones_for_the_batch_timeout_only() -> None:
     hanging, other = Tagged("hanging", is_open=False), Tagged("other")
     async with BatchScheduler(hanging, policy=POLICY, batch_timeout_s=0.05) as scheduler:
