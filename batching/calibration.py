@@ -39,6 +39,11 @@ class Measurement:
     """Whether it ran more than once; a lone first run may have taken longer, because something was compiled for it."""
 
 
+def believed_measurements(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """The measurements that costs follow from: those that are `credible`, as they are `undisturbed`."""
+    return undisturbed(credible(measurements))
+
+
 def undisturbed(measurements: Sequence[Measurement]) -> list[Measurement]:
     """The measurements in the same order; disturbed ones get the seconds of the fastest shape that is not smaller.
 

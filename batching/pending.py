@@ -120,6 +120,8 @@ class ItemSizes(Generic[T]):
         """The size of a payload, from 1 to `LARGEST_SIZE`."""
         try:
             size = math.ceil(self._item_size(payload))
+        except KeyboardInterrupt:
+            raise
         except BaseException as error:  # noqa: BLE001  # user code; an item without a size still runs
             self._warn(f"raised {text_of(error)}; the item counts as 1")
             return 1

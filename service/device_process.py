@@ -271,6 +271,9 @@ class DevicePipeline(InferencePipeline):
                 return
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             self._process = _Process(self._source, self._device)
+            if self._closed.is_set():  # `close` may have ended the one before it
+                self._process.kill()
+                return
             try:
                 self._process.wait_until_ready()
                 self._process.call(None, "warm_up")

@@ -14,7 +14,7 @@ from typing import Any
 from anyio import CancelScope, to_thread
 
 from modalkit.batching import BatchScheduler, CostFeature, MeasuredCostModel
-from modalkit.batching.calibration import Calibration, credible, undisturbed
+from modalkit.batching.calibration import Calibration, believed_measurements
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.files import replacing
 from modalkit.service.errors import describe_error
@@ -134,7 +134,7 @@ class LearntCosts:
             self._warn(
                 f"the costs of items of size {failure.size} and more are not known, because one failed", failure.error
             )
-        for shape in undisturbed(credible(calibration.measurements)):
+        for shape in believed_measurements(calibration.measurements):
             if shape.seconds > 0:
                 self.model.calibrate(shape.count, shape.longest, shape.total, shape.seconds)
 
@@ -145,7 +145,7 @@ class LearntCosts:
 def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
     """Load the costs for `key` from the file at `path` into `model`; returns whether there are any.
 
-    A file that cannot be read, or a table of another device, causes a warning and is not used.
+    A file or a table that cannot be read, or a table of another device, causes a warning and is not used.
     """
     tables = _read(path)
     for table in tables:
@@ -153,7 +153,7 @@ def load_costs(path: Path, key: CostKey, model: MeasuredCostModel) -> bool:
             try:
                 model.restore(table["costs"])
             except (KeyError, ValueError) as error:
-                logger.warning("%s: the costs of %s cannot be used (%s)", path, key.model, error)
+                logger.warning("%s: the costs of %s are damaged (%s): measuring again", path, key.model, error)
                 return False
             return True
     others = [table["key"].get("device") for table in tables if {**table["key"], "device": key.device} == asdict(key)]

@@ -133,7 +133,7 @@ class LocalModel:
                 self.settled.set()
                 await self._supervisor.watch(worker)
         except BaseException as error:
-            if is_cancellation(error):
+            if is_cancellation(error) or isinstance(error, KeyboardInterrupt):
                 raise
             # A failed model must not stop the others: its readiness says so, and so does each request for it.
             self.error = error if isinstance(error, Exception) else RuntimeError(describe_error(error))

@@ -13,10 +13,10 @@ from modalkit.service.jobs.model import DeliveryStatus, Job
 from modalkit.service.jobs.telemetry import Sending
 from modalkit.service.queue_backends import QueueBackend, QueueMessage
 from modalkit.service.queue_backends.protocol import keeps_in_process
-from modalkit.service.queue_backends.sending import send_all
+from modalkit.service.queue_backends.sending import SEND_TIMEOUT_S, send_all
 
-SEND_TIMEOUT_S = 30.0
-"""Seconds after which an attempt has failed; fewer where its call has less time left."""
+MAX_CALLS = 100
+"""Calls of the backend that are under way at once."""
 
 
 async def send_results(
@@ -32,22 +32,25 @@ async def send_results(
 
     `until_s`, by the event loop's clock, is when to stop; what is not delivered by then is undelivered, and a call that
     runs again delivers again. Each queue has attempts of its own, so that one that hangs holds up no message for
-    another one. `clock` gives wall-clock Unix seconds. Raises nothing that the backend raises. When cancelled, any of
-    the messages may have been sent.
+    another one; only more than `MAX_CALLS` queues wait for each other. `clock` gives wall-clock Unix seconds. Raises
+    nothing that the backend raises. When cancelled, any of the messages may have been sent.
     """
     done = list(jobs)
     pending_by_queue: defaultdict[str, list[int]] = defaultdict(list)
     for index, job in enumerate(jobs):
         if job.delivery is DeliveryStatus.PENDING:
             pending_by_queue[job.delivery_queue or ""].append(index)
+    attempts_at_once = anyio.CapacityLimiter(MAX_CALLS)
+    max_concurrent = max(1, MAX_CALLS // max(1, len(pending_by_queue)))  # calls of one attempt
 
     async def send_to(queue: str, pending: list[int]) -> None:
         delivered = DeliveryStatus.MEMORY if keeps_in_process(backend, queue) else DeliveryStatus.DELIVERED
         attempt = 0
         while pending:
             attempt += 1
-            sending = Sending([done[index] for index in pending], clock())
-            errors = await _attempt(backend, sending.messages, until_s)
+            async with attempts_at_once:
+                sending = Sending([done[index] for index in pending], clock())
+                errors = await _attempt(backend, sending.messages, until_s, max_concurrent)
             pause_s, now = backoff_s(attempt), clock()
             is_last = anyio.current_time() + pause_s >= until_s
             records = [
@@ -77,9 +80,9 @@ async def send_results(
 
 
 async def _attempt(
-    backend: QueueBackend, messages: Sequence[QueueMessage], until_s: float
+    backend: QueueBackend, messages: Sequence[QueueMessage], until_s: float, max_concurrent: int
 ) -> Sequence[Exception | None]:
     timeout_s = max(0.0, min(SEND_TIMEOUT_S, until_s - anyio.current_time()))
     with anyio.move_on_after(timeout_s):
-        return await send_all(backend, messages)
+        return await send_all(backend, messages, max_concurrent=max_concurrent)
     return [TimeoutError(f"no answer within {timeout_s:.3g} s")] * len(messages)

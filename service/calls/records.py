@@ -116,7 +116,7 @@ class CallRecords:
         await self._store.put(f"{call_id}/run", {"running": list(running), "crashes": pairs})
 
     async def count_fault(self, call_id: str) -> int:
-        """Count a device that broke under a call; returns how many there were."""
+        """Count a device that broke, or a worker that ended, under a call; returns how many there were."""
         count = 1 + (await self._store.get(f"{call_id}/faults") or 0)
         await self._store.put(f"{call_id}/faults", count)
         return count

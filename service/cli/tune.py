@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from modalkit.batching import MeasuredCostModel
-from modalkit.batching.calibration import Calibration, Measurement, undisturbed
+from modalkit.batching.calibration import Calibration, Measurement, believed_measurements
 from modalkit.pipelines import InferencePipeline
 from modalkit.pipelines.files import replacing
 from modalkit.service.cli.common import POSITIVE, AsJson, ConfigFiles, ModelOption, model_source, notices
@@ -189,7 +189,7 @@ class _Tuning:
                 progress.update(task, description=what, completed=progress.tasks[0].elapsed or 0.0)
 
             self._measured = measure(pipeline, self._config, max_s, samples=samples, on_shape=show)
-        self.shapes = undisturbed(self._measured.measurements)
+        self.shapes = believed_measurements(self._measured.measurements)
         self.costs = fitted_costs(pipeline, self.shapes)
         self._bench = Bench(pipeline, settings, self.costs, samples)
         _show_measurements(self._output, self._measured, self.shapes, self._max_in_flight)
@@ -263,15 +263,21 @@ class _Tuning:
 
 
 def _show_measurements(
-    output: Console, measured: Calibration[Any], corrected: Sequence[Measurement], max_in_flight: int
+    output: Console, measured: Calibration[Any], believed: Sequence[Measurement], max_in_flight: int
 ) -> None:
-    """Show the time of each measured batch, how many were `corrected`, and which were left out and why."""
+    """Show the time of each measured batch, how many are not `believed`, and which were left out and why."""
     shapes = measured.measurements
     title = "Milliseconds of a batch" + (f", {max_in_flight} at once" if max_in_flight > 1 else "")
     _show_by_count_and_size(output, shapes, title, lambda shape: shape.seconds * 1000)
     rate_of = lambda shape: max_in_flight * shape.count / max(shape.seconds, 1e-9)  # noqa: E731
     _show_by_count_and_size(output, shapes, "Items a second", rate_of)
-    disturbed = sum(before != after for before, after in zip(shapes, corrected, strict=True))
+    slow_once = len(shapes) - len(believed)
+    disturbed = sum(shape not in believed for shape in shapes) - slow_once
+    if slow_once:
+        output.print(
+            f"{slow_once} of these ran once and took longer than the same items in smaller batches, as a first run "
+            "may. Below, they are left out: --max-seconds gives time for more runs."
+        )
     if disturbed:
         output.print(
             f"{disturbed} of these took far longer than larger ones, because other programs used the device. Below, "

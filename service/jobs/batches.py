@@ -20,6 +20,7 @@ RESULTS_INTERVAL_S = 0.05
 MAX_WAIT_S = 5.0
 """Maximum seconds between two lists for a caller that waits."""
 MAX_SEQUENCE = 2**63 - 1
+"""No job has a larger sequence number, so a read after it begins with the next line."""
 OVERLAP_US = 2_000_000
 """Microseconds before the last end that was seen which are read again: ends may be stored in another order."""
 

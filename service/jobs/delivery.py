@@ -24,7 +24,7 @@ from modalkit.service.jobs.store import JobStore
 from modalkit.service.jobs.telemetry import Sending
 from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend
 from modalkit.service.queue_backends.protocol import keeps_in_process
-from modalkit.service.queue_backends.sending import send_all
+from modalkit.service.queue_backends.sending import SEND_TIMEOUT_S, send_all
 from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Deliverer(AsyncContextManagerMixin):
         store: JobStore,
         *,
         max_attempts: int = 8,
-        send_timeout_s: float = 30.0,
+        send_timeout_s: float = SEND_TIMEOUT_S,
         backoff_s: Callable[[int], float] = backoff_with_jitter,
         clock: Callable[[], float] | None = None,
     ) -> None:

@@ -40,6 +40,8 @@ CRASHES_ALONE = 3
 """Crashes of the process while a quarantined job runs alone after which the job has failed."""
 MAX_CRASHES = CRASHES_TOGETHER + CRASHES_ALONE
 SMALLER_GROUP_DIVISOR = 8
+NOT_SENT_PAUSE_S = 5.0
+"""Seconds after which a message that was not sent, because its backend was busy, is due again."""
 TOO_MANY_CRASHES = (
     f"the process died {CRASHES_ALONE} times while this job ran alone, so it is not run again; "
     "if something else stopped the process, submit the job once more"
@@ -284,7 +286,8 @@ def after_delivery_attempt(
     """What the next attempt to deliver means: `delivered` without an `error`, else due again or undelivered.
 
     A message is undelivered if its error is an `UndeliverableError`, if this was attempt number `max_attempts`, or if
-    the attempt `is_last` for another reason. After a `NotSentError` it was no attempt.
+    the attempt `is_last` for another reason. After a `NotSentError` it was no attempt, and it is due again
+    after `NOT_SENT_PAUSE_S`.
     """
     was_sent = not isinstance(error, NotSentError)
     attempts = job.delivery_attempts + was_sent
@@ -293,7 +296,7 @@ def after_delivery_attempt(
     text = describe_error(error)
     if is_last or isinstance(error, UndeliverableError) or (was_sent and attempts >= max_attempts):
         return DeliveryRecord(job_id=job.job_id, status=DeliveryStatus.UNDELIVERED, attempts=attempts, error=text)
-    due_at = now + backoff_s(job.delivery_attempts + 1)
+    due_at = now + (backoff_s(attempts) if was_sent else NOT_SENT_PAUSE_S)
     return DeliveryRecord(
         job_id=job.job_id, status=DeliveryStatus.PENDING, attempts=attempts, error=text, due_at=due_at
     )

@@ -148,6 +148,8 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         none is, or there is no room for it. Many queues with nothing due are passed in several steps, so that other
         calls go on between them.
         """
+        if limit <= 0:
+            return []
         place: QueuePlace | None = None
         while True:
             step = partial(JobTable.claim_deliveries, limit=limit, now=now, queue_limits=queue_limits)

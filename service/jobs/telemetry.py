@@ -40,7 +40,12 @@ class Sending:
 
     def end(self, records: Sequence[DeliveryRecord], now: float) -> None:
         """Record what became of each message."""
-        for status, attempts in Counter([record.status for record in records]).items():
+        attempted = [
+            record.status
+            for job, record in zip(self._jobs, records, strict=True)
+            if record.attempts > job.delivery_attempts
+        ]
+        for status, attempts in Counter(attempted).items():
             delivery_attempts(status).inc(attempts)
         for job, span, record in zip(self._jobs, self._spans, records, strict=True):
             if record.status is not DeliveryStatus.PENDING:

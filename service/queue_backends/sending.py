@@ -23,7 +23,9 @@ from modalkit.service.queue_backends.protocol import (
 
 logger = logging.getLogger(__name__)
 
-ATTEMPT_S = 25.0  # less than a delivery waits, so that the outcomes beside a message that hangs are not lost
+SEND_TIMEOUT_S = 30.0
+"""Seconds after which an attempt to deliver messages has failed."""
+ATTEMPT_S = 25.0  # less than that, so that the outcomes beside a message that hangs are not lost
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modalkit.batching.calibration import Calibration, Measurement, credible, undisturbed
+from modalkit.batching.calibration import Calibration, Measurement, believed_measurements, credible, undisturbed
 
 Costs = Callable[[int, int], float]
 """Seconds of a batch of so many requests, the largest of that size."""
@@ -252,6 +252,12 @@ def test_a_batch_takes_no_longer_than_a_larger_one() -> None:
     measured = [Measurement(1, 8, 8, 5.0), Measurement(2, 8, 16, 0.11), Measurement(4, 8, 32, 0.1)]
     other_size = Measurement(1, 9, 9, 7.0)
     assert undisturbed([*measured, other_size]) == [Measurement(1, 8, 8, 0.1), *measured[1:], other_size]
+
+
+def test_a_first_run_that_is_not_believed_makes_no_smaller_batch_seem_disturbed() -> None:
+    slow_once = Measurement(4, 8, 32, 9.0, is_repeated=False)
+    others = [Measurement(1, 8, 8, 5.0), Measurement(2, 8, 16, 0.11), Measurement(8, 8, 64, 0.2)]
+    assert believed_measurements([*others, slow_once]) == [Measurement(1, 8, 8, 0.11), *others[1:]]
 
 
 @given(seconds=st.lists(st.floats(1e-6, 100), min_size=1, max_size=8))

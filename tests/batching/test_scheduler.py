@@ -32,6 +32,7 @@ from modalkit.batching import (
     SchedulerClosedError,
     Success,
 )
+from modalkit.batching.pending import ItemSizes
 from modalkit.batching.statistics import RECENT_BATCHES
 
 pytestmark = pytest.mark.anyio
@@ -416,6 +417,15 @@ async def test_an_item_whose_size_is_unknown_runs_all_the_same_with_one_warning(
         assert await scheduler.submit_many(["x", "y"]) == [Success("x"), Success("y")]
     [warning] = caplog.messages
     assert f"model: item_size {message}" in warning
+
+
+def test_an_interrupt_while_an_item_is_measured_is_passed_on() -> None:
+    def interrupted(item: str) -> int:
+        raise KeyboardInterrupt
+
+    sizes = ItemSizes(interrupted, "model")
+    with pytest.raises(KeyboardInterrupt):
+        sizes.of("x")
 
 
 async def test_a_size_with_a_fraction_is_rounded_up() -> None:

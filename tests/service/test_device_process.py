@@ -164,6 +164,27 @@ async def test_a_process_that_could_not_be_started_again_gets_no_batch_until_it_
         assert after.text == "after"
 
 
+async def test_no_process_outlives_a_pipeline_that_is_closed_while_it_starts_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, pipeline = await anyio.to_thread.run_sync(load_on_devices, source_of("WherePipeline"))
+    assert isinstance(pipeline, DevicePipeline)
+    started: list[_Process] = []
+
+    def close_and_start(source: ModelSource, device: str) -> _Process:
+        pipeline.close()
+        started.append(_Process(source, device))
+        return started[0]
+
+    pipeline._process.kill()  # noqa: SLF001  # as a crash does
+    monkeypatch.setattr(device_process, "_Process", close_and_start)
+    try:
+        await anyio.to_thread.run_sync(pipeline.preparation.run)
+        assert started[0].has_ended
+    finally:
+        started[0].kill()
+
+
 async def test_a_batch_that_hangs_does_not_keep_its_device() -> None:
     async with worker_of(source_of("WherePipeline", timeout_s=0.5), first=1) as worker:
         good, hanging = await outputs_of(worker, "good", "hang")

@@ -122,6 +122,24 @@ async def test_a_model_that_fails_by_no_ordinary_error_stops_no_other(tmp_path: 
         await gateway.models["good"].predict(Text(text="a"))
 
 
+class Interrupted(LengthPipeline):
+    """Is interrupted, as by Ctrl-C, while it warms up in the event loop."""
+
+    async def warm_up(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_a_model_loads_ends_the_service(tmp_path: Path, anyio_backend_name: str) -> None:
+    async def serve() -> None:
+        async with LocalGateway(settings_of(tmp_path, model=f"{__name__}:Interrupted")) as gateway:
+            await gateway.wait_until_settled()
+
+    with pytest.raises(BaseException) as raised:  # noqa: PT011  # in groups, on trio
+        anyio.run(serve, backend=anyio_backend_name)
+    group = BaseExceptionGroup("", [raised.value])
+    assert group.subgroup(KeyboardInterrupt) is not None
+
+
 async def test_a_shutdown_answers_callers_that_wait_for_a_job(tmp_path: Path) -> None:
     Loading.may_end.clear()
     async with LocalGateway(settings_of(tmp_path, slow=f"{__name__}:Loading")) as gateway:

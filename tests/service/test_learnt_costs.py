@@ -236,7 +236,7 @@ async def test_damaged_costs_are_measured_anew(
     pipeline = LengthPipeline()
     async with InferenceWorker(pipeline, settings=settings(path)):
         assert len(pipeline.batches) > 5
-    assert "cannot be used" in caplog.text
+    assert "are damaged" in caplog.text
 
 
 async def test_a_place_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

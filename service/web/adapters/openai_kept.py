@@ -334,7 +334,7 @@ class KeptBatches:
 def _request(line: Line, endpoint: str) -> _Request:
     """What a line asks for. Raises `ProblemError`."""
     if isinstance(line.content, ProblemError):
-        raise line.content
+        raise line.content.with_traceback(None)  # many lines may share one error
     try:
         asked = _Request.model_validate(from_json(line.content))
     except ValueError:

@@ -11,9 +11,16 @@ import pytest
 from modalkit.batching import Priority
 from modalkit.service.calls import delivery
 from modalkit.service.calls.delivery import send_results
-from modalkit.service.jobs.life import end_job, start_job
+from modalkit.service.jobs.life import after_delivery_attempt, end_job, start_job
 from modalkit.service.jobs.model import DeliveryStatus, Job, JobEnd, JobStatus
-from modalkit.service.queue_backends import InMemoryBackend, QueueBackend, QueueMessage, UndeliverableError
+from modalkit.service.metrics import REGISTRY
+from modalkit.service.queue_backends import (
+    InMemoryBackend,
+    NotSentError,
+    QueueBackend,
+    QueueMessage,
+    UndeliverableError,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -111,6 +118,21 @@ async def test_what_can_never_be_sent_is_tried_once() -> None:
     assert backend.attempts == ["q"]
 
 
+async def test_what_was_not_sent_counts_as_no_attempt() -> None:
+    def failed() -> float:
+        return REGISTRY.get_sample_value("modalkit_delivery_attempts_total", {"outcome": "pending"}) or 0.0
+
+    before = failed()
+    (job,) = await send(Unsteady({"q": [NotSentError("busy"), ConnectionError("down")]}), [ended("q")], later())
+    assert (job.delivery, job.delivery_attempts) == (DeliveryStatus.DELIVERED, 2)
+    assert failed() - before == 1
+
+
+def test_what_was_not_sent_is_due_again_some_seconds_later() -> None:
+    record = after_delivery_attempt(ended("q"), NotSentError("busy"), max_attempts=1, now=10.0)
+    assert (record.status, record.attempts, record.due_at) == (DeliveryStatus.PENDING, 0, 15.0)
+
+
 async def test_a_backend_that_hangs_has_until_the_call_ends() -> None:
     class Hanging:
         async def send_message(self, queue_name: str, message: str) -> bool:
@@ -119,7 +141,7 @@ async def test_a_backend_that_hangs_has_until_the_call_ends() -> None:
 
     (job,) = await send(Hanging(), [ended("q")], anyio.current_time() + 0.01)
     assert (job.delivery, job.delivery_attempts) == (DeliveryStatus.UNDELIVERED, 1)
-    assert (job.delivery_error or "").startswith("TimeoutError: no answer within 0.0")
+    assert (job.delivery_error or "").startswith("TimeoutError: no answer within")
 
 
 async def test_a_backend_that_hangs_once_at_one_queue_delivers_all_results(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,13 +161,31 @@ async def test_a_backend_that_hangs_once_at_one_queue_delivers_all_results(monke
                 taken.append(message.job_id)
             return [None] * len(messages)
 
-    monkeypatch.setattr(delivery, "SEND_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(delivery, "SEND_TIMEOUT_S", 1.0)
     jobs = [ended("fine", "0"), ended("hangs", "1"), ended("fine too", "2")]
     sent = await send(HangsOnce(), jobs, later())
     assert [(str(job.delivery), job.delivery_attempts) for job in sent] == [
         *(("delivered", 1), ("delivered", 2), ("delivered", 1))
     ]
     assert sorted(taken) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("queues", [3, 1000])
+async def test_calls_to_any_number_of_queues_are_limited_together(queues: int) -> None:
+    class Counting:
+        under_way = most = 0
+
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            self.under_way += 1
+            self.most = max(self.most, self.under_way)
+            await anyio.wait_all_tasks_blocked()
+            self.under_way -= 1
+            return True
+
+    backend = Counting()
+    sent = await send(backend, [ended(f"q{n % queues}", str(n)) for n in range(1000)], later())
+    assert {str(job.delivery) for job in sent} == {"delivered"}
+    assert 90 <= backend.most <= 100
 
 
 async def test_what_stays_in_the_memory_of_the_container_does_not_count_as_delivered() -> None:

@@ -134,7 +134,7 @@ async def test_a_request_holds_its_key_for_as_long_as_it_waits(stand: Stand, mon
             while (await stand.store.get("key/k") or {}).get("reserved_at") != clock():
                 await anyio.sleep(0.001)
 
-    monkeypatch.setattr(records_module, "RENEWAL_INTERVAL_S", 0.001, raising=False)
+    monkeypatch.setattr(records_module, "RENEWAL_INTERVAL_S", 0.001)
     first, second = (stand.jobs(records=CallRecords(stand.store, clock=clock)) for _ in range(2))
     stand.carrier.hold()
     async with first, second, anyio.create_task_group() as task_group:

@@ -7,10 +7,13 @@ import pytest
 from rich.console import Console
 
 from modalkit.batching import MeasuredCostModel
+from modalkit.batching.calibration import Calibration, Measurement
 from modalkit.service.cli.tune import _show_trial, _Tuning
 from modalkit.service.settings import Settings
+from modalkit.service.tuning.samples import MadeUpSamples
 from modalkit.service.tuning.trial import Trial, TrialPlan
 from tests.support.command_line import CONFIGURATION, Modalkit
+from tests.support.length_model import LengthPipeline
 
 QUICK = ("tune", "--max-seconds", "3")
 
@@ -189,6 +192,24 @@ def test_drawing_takes_no_time_from_measuring(monkeypatch: pytest.MonkeyPatch) -
     tuning.shapes, tuning.costs, tuning.deadline_s = [], MeasuredCostModel(), 160.0
     tuning.draw(Path("costs.png"), "a model")
     assert tuning.deadline_s == 167.0
+
+
+def test_a_slow_first_run_that_was_not_repeated_is_shown_and_not_believed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    believed = [Measurement(1, 8, 8, 0.1), Measurement(2, 8, 16, 0.11)]
+    slow_once = Measurement(4, 8, 32, 9.0, is_repeated=False)
+    pipeline = LengthPipeline()
+    measured = Calibration(
+        run=pipeline.run_inference, sample_items=pipeline.sample_items, item_size=pipeline.item_size, max_count=4
+    )
+    measured.measurements.extend([*believed, slow_once])
+    monkeypatch.setattr("modalkit.service.cli.tune.measure", lambda *_, **__: measured)
+    tuning = _Tuning(pipeline, Settings(), MadeUpSamples(pipeline), 60.0, is_quiet=False)
+    assert tuning.shapes == believed
+    shown = capsys.readouterr().out
+    assert "9,000" in shown
+    assert "1 of these ran once" in shown
 
 
 def test_rates_are_written_without_an_exponent(capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,6 +168,7 @@ async def test_a_message_that_got_no_turn_at_a_busy_receiver_was_not_sent_and_ke
     store: MemoryJobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("modalkit.service.queue_backends.webhook.MAX_REQUESTS_PER_HOST", 1)
+    monkeypatch.setattr("modalkit.service.jobs.life.NOT_SENT_PAUSE_S", 0.0)
     receiver = WebhookReceiver()
     receiver.silent = Event()
     receiver.start()

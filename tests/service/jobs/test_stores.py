@@ -226,6 +226,8 @@ async def finish_with_deliveries(store: JobStore, ends: dict[str, float], queue:
 async def test_due_deliveries_are_claimed_once_in_the_order_in_which_they_became_due(store: JobStore) -> None:
     await finish_with_deliveries(store, {"a": 4.0, "b": 3.0, "c": 5.0, "d": 7.0})
     assert await claim_due(store, now=2.9) == []
+    with anyio.fail_after(5):
+        assert await claim_due(store, limit=0) == []
     assert sorted(await claim_due(store, now=5.0, limit=2)) == ["a", "b"]
     assert await claim_due(store, now=5.0) == ["c"]
     assert await claim_due(store, now=6.0) == []

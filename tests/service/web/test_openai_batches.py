@@ -15,8 +15,9 @@ from modalkit.service.jobs import JobStore, JobStoreError
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import RequestConfig, Settings
 from modalkit.service.web import create_app
+from modalkit.service.web.adapters.openai_kept import _request
 from modalkit.service.web.bodies import BodyParser
-from modalkit.service.web.lines import LINES_AT_ONCE
+from modalkit.service.web.lines import LINES_AT_ONCE, Line
 from modalkit.service.web.problems import ProblemError
 from tests.service.web.test_adapters import ENTRIES, make_settings
 from tests.service.web.test_keys import serving_keys
@@ -355,3 +356,11 @@ async def test_the_lines_of_a_batch_share_the_parser_of_their_model(
         lines = [request(str(n), text="x", model="lengths") for n in range(20)]
         assert (await ran(ask, await uploaded(ask, *lines))).request_counts.completed == 20
     assert len(made) == 1
+
+
+def test_an_error_that_many_lines_share_does_not_grow() -> None:
+    line = Line(1, ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "the line is too large"))
+    for _ in range(3):
+        with pytest.raises(ProblemError) as raised:
+            _request(line, "/v1/embeddings")
+        assert len(raised.traceback) == 2
