@@ -219,7 +219,7 @@ def test_the_whole_traceback_is_shown_on_demand(modalkit: Modalkit, folder: Path
 
 def test_a_warm_up_that_fails_is_one_message_of_predict_and_serve_too(modalkit: Modalkit, folder: Path) -> None:
     configure(folder, "Cold")
-    predicted = modalkit("predict", "--input", "-", stdin='{"stars": 1}\n')
+    predicted = modalkit("predict", "--input", "-", "--format", "jsonl", stdin='{"stars": 1}\n')
     assert predicted.returncode == 2
     assert predicted.stderr.startswith(
         "modalkit: error: model 'cold': warming up Cold failed: RuntimeError: no driver ("

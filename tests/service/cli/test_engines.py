@@ -35,10 +35,11 @@ def test_check_names_the_engine_or_says_why_it_cannot_run(
 
 
 def test_tune_measures_engines_and_keeps_the_choice_beside_the_learnt_costs(modalkit: Modalkit, folder: Path) -> None:
-    (folder / "modalkit.yaml").write_text(CONFIGURATION.replace("ENGINE", "torch-packed"))
+    # Every CPU has several of these; of an engine that is named, one without bfloat16 has a single one.
+    (folder / "modalkit.yaml").write_text(CONFIGURATION.replace("ENGINE", "auto"))
     done = modalkit("tune", "--engines", "--max-seconds", "2", MODALKIT_MODEL_SETTINGS__COMMON__DEVICE="cpu")
     assert done.returncode == 0, done.stderr
-    assert "sentiment: engine torch-packed " in done.stdout
+    assert "sentiment: engine " in done.stdout
     assert list((folder / "kept" / "engines").glob("*/choice-*.json"))
 
 
