@@ -188,7 +188,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         while some := await self._perform(partial(change_some, after=sequence)):
             changed += [job_id for _, job_id in some]
             sequence = max(sequence for sequence, _ in some)
-            await checkpoint()  # as above
+            await checkpoint()  # a step in memory does not wait
         return changed
 
     async def cancel_some(self, which: JobFilter, now: float) -> list[Job]:
@@ -221,7 +221,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         removed = 0
         while some := await self._perform(remove):
             removed += some
-            await checkpoint()  # as above
+            await checkpoint()  # a step in memory does not wait
         return removed
 
     async def check(self) -> None:
