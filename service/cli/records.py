@@ -140,7 +140,7 @@ def _read_standard_input(given: FileFormat | None, fields: Sequence[str], column
         raise InputError("Parquet cannot be read from standard input: give the name of a file")
     with open(sys.stdin.fileno(), "rb", closefd=False) as file:  # a descriptor has no path
         for record in _text_records(file, "standard input", given or FileFormat.TXT, fields, column):
-            if given is None and record.line == 1 and _is_json_object(record.item):
+            if given is None and record.line == 1 and any(map(_is_json_object, (record.item or {}).values())):
                 raise InputError(
                     "the first line of standard input is a JSON object: say --format jsonl to read its fields, or "
                     "--format txt to run the line itself as a text"
@@ -148,9 +148,7 @@ def _read_standard_input(given: FileFormat | None, fields: Sequence[str], column
             yield record
 
 
-def _is_json_object(item: Mapping[str, str] | None) -> bool:
-    """Whether the text of an item is one."""
-    (text,) = (item or {"": ""}).values()
+def _is_json_object(text: str) -> bool:
     with suppress(ValueError):
         return isinstance(from_json(text), dict)
     return False
