@@ -16,6 +16,7 @@ class Verdict:
     """One figure beside the older one."""
 
     what: str
+    """The load, with the engines where they differ."""
     figure: str
     before: float
     now: float
@@ -43,14 +44,16 @@ def _verdicts(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: floa
             new_figure, old_figure = _figure(cell, name), _figure(old, name)
             if new_figure and old_figure:
                 verdict = verdict_of(new_figure, old_figure, tolerance, higher=name in HIGHER_IS_BETTER)
-                yield Verdict(name_of(cell), name, old_figure["mean"], new_figure["mean"], verdict)
+                what = name_of(cell) + _change(_engine(cell), _engine(old))
+                yield Verdict(what, name, old_figure["mean"], new_figure["mean"], verdict)
     old_searches = {_search_name(search): search for search in before["searches"]}
     for search in now["searches"]:
         other = old_searches.get(_search_name(search))
         if other and other["items_per_s"] and search["items_per_s"] is not None:
             new_figure, old_figure = {"mean": search["items_per_s"]}, {"mean": other["items_per_s"]}
             verdict = verdict_of(new_figure, old_figure, tolerance, higher=True)
-            yield Verdict(_search_name(search), "items_per_s", old_figure["mean"], new_figure["mean"], verdict)
+            what = _search_name(search) + _change(search.get("engine"), other.get("engine"))
+            yield Verdict(what, "items_per_s", old_figure["mean"], new_figure["mean"], verdict)
 
 
 def verdict_of(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: float, *, higher: bool) -> str:
@@ -72,6 +75,15 @@ def _figure(cell: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
         return None if cell[name] is None else {"mean": cell[name]}
     found: Mapping[str, Any] | None = cell["figures"].get(name)
     return found
+
+
+def _engine(cell: Mapping[str, Any]) -> str | None:
+    return (cell["server"] or {}).get("engine")
+
+
+def _change(now: str | None, before: str | None) -> str:
+    """The engines, where they differ; nothing where one is not known."""
+    return f" ({now}, before {before})" if now and before and now != before else ""
 
 
 def _search_name(search: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from modalkit.batching import BatchRecord
+from modalkit.benchmarks.bench.server_side import Setup
 from modalkit.benchmarks.bench.targets import Running, Variant, variables_of
 from modalkit.benchmarks.load.client import Outcome
 from modalkit.benchmarks.load.loops import Call
@@ -60,7 +61,7 @@ class WorkerTarget:
             input_model=source.input_model,
             on_batch=call.add_batch,
         ) as worker:
-            call.predict = worker.predict
+            call.predict, call.setup = worker.predict, Setup.of(worker)
             yield call
 
 
@@ -72,6 +73,8 @@ class ItemCall:
     predict: Any = None
     kept: list[tuple[float, BatchRecord]] = field(default_factory=list)
     """The records of batches, each with the time of its end, by `time.perf_counter`."""
+    setup: Setup | None = None
+    """What runs them; None where it is elsewhere."""
 
     def add_batch(self, record: BatchRecord) -> None:
         """Keep a record, without its errors, whose classes another process may not know."""

@@ -39,14 +39,15 @@ def _spread(half: float | None) -> str:
 
 def load_table(document: Mapping[str, Any]) -> tuple[Sequence[str], Rows]:
     """The columns and rows of the table of all loads. Columns without any value are left out."""
-    headings = ["settings", "mode", "load", "items/s", "p50 ms", "p95 ms", "p99 ms", "failed", "queue ms", "batch"]
-    headings += ["padding", "busy", "accuracy", "per million", "delivered/s", "delivery p99 ms", "lost"]
+    headings = ["settings", "engine", "mode", "load", "items/s", "p50 ms", "p95 ms", "p99 ms", "failed", "queue ms"]
+    headings += ["batch", "padding", "busy", "accuracy", "per million", "delivered/s", "delivery p99 ms", "lost"]
     rows = []
     for cell in document["cells"]:
         server, delivery = cell["server"] or {}, cell["delivery"]
         rows.append(
             [
                 variant_name(cell["variant"]) if cell["variant"] else "",
+                server.get("engine") or "",
                 cell["mode"],
                 cell["load"] + (" (!)" if cell["limited"] else ""),
                 *(figure(cell, name) for name in ("items_per_s", "p50_ms", "p95_ms", "p99_ms")),

@@ -180,16 +180,18 @@ def curve_of(runs: Sequence[Measured]) -> list[tuple[float, float]]:
     return list(zip(CURVE_SHARES, (1000 * np.quantile(latencies_s, CURVE_SHARES)).tolist(), strict=True))
 
 
-def timeline_of(run: Measured, items_per_request: int) -> list[tuple[float, float, float, float]]:
-    """How a run went, in at most 60 parts of equal time, of half a second or more."""
+def timeline_of(run: Measured) -> list[tuple[float, float, float, float]]:
+    """How a run went, in at most 60 parts of equal time, of half a second or more, by what ended in each."""
     points = max(1, min(TIMELINE_POINTS, int(run.elapsed_s / TIMELINE_STEP_S)))
     width_s = run.elapsed_s / points
-    places = np.minimum((run.ended_s / width_s).astype(int), points - 1)
+    ended_s, latencies_s, items = run.ended
+    places = np.minimum((ended_s / width_s).astype(int), points - 1)
     rows = []
     for point in range(points):
-        found = 1000 * run.latencies_s[places == point]
-        p50, p99 = np.quantile(found, (0.5, 0.99)).tolist() if len(found) else (float("nan"),) * 2
-        rows.append(((point + 1) * width_s, items_per_request * len(found) / width_s, p50, p99))
+        is_here = places == point
+        found_ms = 1000 * latencies_s[is_here]
+        p50, p99 = np.quantile(found_ms, (0.5, 0.99)).tolist() if len(found_ms) else (float("nan"),) * 2
+        rows.append(((point + 1) * width_s, float(items[is_here].sum()) / width_s, p50, p99))
     return rows
 
 

@@ -39,6 +39,7 @@ def find_capacity(measure: Measure, load: Load, list_length: int = 1) -> tuple[l
         "variant": cells[0].variant,
         "items_per_s": 0.0 if best is None else _rate(best),
         "load": "" if best is None else best.load,
+        "engine": _engine(best),
         "list_length": list_length,
     }
     return cells, found
@@ -70,6 +71,7 @@ def find_rate(
         "variant": cells[0].variant if cells else {},
         "items_per_s": None if kept is None else kept.rate_per_s,
         "p99_ms": None if kept is None else kept.figures["p99_ms"].mean,
+        "engine": _engine(kept),
         "capacity_items_per_s": capacity_items_per_s,
     }
 
@@ -81,6 +83,11 @@ def keeps(cell: Cell, p99_ms: float) -> bool:
     answered, failed = cell.answered, sum(cell.errors.values())
     is_shed = failed > MAX_SHED_SHARE * (answered + failed)
     return not is_shed and _rate(cell) > 0.9 * cell.rate_per_s and cell.figures["p99_ms"].mean <= p99_ms
+
+
+def _engine(cell: Cell | None) -> str | None:
+    """What computed the model, where that is known."""
+    return None if cell is None or cell.server is None else cell.server.engine
 
 
 def _rate(cell: Cell) -> float:

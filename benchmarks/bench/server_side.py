@@ -2,23 +2,48 @@
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from modalkit.batching import BatchRecord
+from modalkit.service.pipeline_batches import max_in_flight_of
 
-Samples = Mapping[tuple[str, str], float]
-"""Values by the name of a sample and its bucket, summed over all other labels."""
+if TYPE_CHECKING:
+    from modalkit.service.worker import InferenceWorker
+
+Samples = Sequence[Sample]
+_Sums = Mapping[tuple[str, str], float]
+"""Values by the name of a sample and its bucket or stage, summed over all other labels."""
 
 GPU_SAMPLE_S = 0.2
 _QUEUE = ("modalkit_queue_wait_seconds", "te_request_queue_duration")
 _SIZE = ("modalkit_batch_size", "te_batch_next_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What runs the batches of a model."""
+
+    engine: str | None
+    """What computes it, as ``torch/float32``; None where its pipeline does not tell."""
+    slots: int
+    """Batches that may run at once, on all of its devices."""
+
+    @classmethod
+    def of(cls, worker: "InferenceWorker") -> "Setup":
+        """That of a worker."""
+        choice = worker.engine_choice
+        return cls(
+            None if choice is None else f"{choice.engine}/{choice.dtype}",
+            len(worker.pipelines) * max_in_flight_of(worker.pipeline, worker.limits),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,31 +63,54 @@ class ServerSide:
     paddings: Mapping[str, float] = field(default_factory=dict)
     """How many batches had at most such a share of padding, and more than the share before."""
     utilisation: float | None = None
-    """Share of the time in which a batch ran."""
+    """Share, from 0 to 1, of the time in which batches ran: the mean of all that may run at once."""
+    engine: str | None = None
+    """What computed the model, as ``torch/float32``."""
 
 
-def scrape(url: str, headers: Mapping[str, str], model: str | None = None) -> Samples | None:
-    """The metrics of a server; of one model where they have that label. None where it has none."""
+def scrape(url: str, headers: Mapping[str, str]) -> Samples | None:
+    """The metrics of a server; None where it has none."""
     try:
         answer = httpx.get(f"{url}/metrics", headers=dict(headers), timeout=5)
         if answer.status_code != 200:
             return None
-        found: defaultdict[tuple[str, str], float] = defaultdict(float)
-        for family in text_string_to_metric_families(answer.text):
-            for sample in family.samples:
-                if model is None or sample.labels.get("model", model) == model:
-                    key = sample.labels.get("le", "") or sample.labels.get("stage", "")
-                    found[sample.name, key] += sample.value
+        return [sample for family in text_string_to_metric_families(answer.text) for sample in family.samples]
     except (httpx.HTTPError, ValueError):
         return None
-    return found
 
 
 def server_side(before: Samples | None, after: Samples | None, mean_s: float) -> ServerSide | None:
-    """What happened between two scrapes; None where the server counts no batches."""
+    """What the models that ran batches between two scrapes did; None where the server counts no batches."""
     if before is None or after is None:
         return None
+    batches_before, batches_after = _batches_of_models(before), _batches_of_models(after)
+    models = {model for model, count in batches_after.items() if count > batches_before[model]} | {""}
+    engines = {
+        f"{sample.labels['engine']}/{sample.labels['dtype']}"
+        for sample in after
+        if sample.name == "modalkit_engine_info" and sample.labels["model"] in models
+    }
+    found = _difference(_sums(before, models), _sums(after, models), mean_s)
+    return None if found is None else replace(found, engine=", ".join(sorted(engines)) or None)
 
+
+def _batches_of_models(samples: Samples) -> Counter[str]:
+    counted = Counter[str]()
+    for sample in samples:
+        if sample.name.removesuffix("_count") in _SIZE:
+            counted[sample.labels.get("model", "")] += int(sample.value)
+    return counted
+
+
+def _sums(samples: Samples, models: Collection[str]) -> _Sums:
+    found: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for sample in samples:
+        if sample.labels.get("model", "") in models:
+            found[sample.name, sample.labels.get("le", "") or sample.labels.get("stage", "")] += sample.value
+    return found
+
+
+def _difference(before: _Sums, after: _Sums, mean_s: float) -> ServerSide | None:
     def grown(name: str, key: str = "") -> float:
         return after.get((name, key), 0.0) - before.get((name, key), 0.0)
 
@@ -86,11 +134,16 @@ def server_side(before: Samples | None, after: Samples | None, mean_s: float) ->
         batch_sizes=_buckets(before, after, f"{size}_bucket"),
         padding_share=1 - grown("modalkit_real_tokens_total") / padded if padded else None,
         paddings=_buckets(before, after, "modalkit_padding_share_bucket"),
-        utilisation=grown("modalkit_busy_seconds_total") / open_s if open_s else None,
+        utilisation=_share(grown("modalkit_busy_seconds_total"), open_s) if open_s else None,
     )
 
 
-def _buckets(before: Samples, after: Samples, name: str) -> dict[str, float]:
+def _share(busy_s: float, open_s: float) -> float:
+    # A batch counts when it ends, with the time before the first scrape, and two whose stages overlap count both.
+    return min(1.0, busy_s / open_s)
+
+
+def _buckets(before: _Sums, after: _Sums, name: str) -> dict[str, float]:
     edges = sorted((float(key), key) for found, key in after if found == name and key)
     counts = [after[name, key] - before.get((name, key), 0.0) for _, key in edges]
     own = np.diff([0.0, *counts])
@@ -101,7 +154,7 @@ def _buckets(before: Samples, after: Samples, name: str) -> dict[str, float]:
     }
 
 
-def of_records(records: Sequence[BatchRecord], elapsed_s: float, mean_s: float) -> ServerSide | None:
+def of_records(records: Sequence[BatchRecord], setup: Setup, elapsed_s: float, mean_s: float) -> ServerSide | None:
     """The same from the records of a worker's batches."""
     if not records:
         return None
@@ -123,7 +176,8 @@ def of_records(records: Sequence[BatchRecord], elapsed_s: float, mean_s: float) 
             f"{share:g}": float(n)
             for share, n in sorted(Counter(round(record.padding_share, 1) for record in records).items())
         },
-        utilisation=sum(record.total_s for record in records) / elapsed_s,
+        utilisation=_share(sum(record.total_s for record in records), setup.slots * elapsed_s),
+        engine=setup.engine,
     )
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx
 
-from modalkit.batching import BatchRecord
 from modalkit.benchmarks.bench.delivery import Delivery, Receiver, jobs_endpoint, require_delivery, wait_for_deliveries
 from modalkit.benchmarks.bench.in_process import ModalTarget, WorkerTarget
 from modalkit.benchmarks.bench.inputs import Inputs
@@ -108,9 +107,12 @@ class OpenSession:
     def _run(self, load: Load, name: str) -> tuple[Measured, ServerSide | None]:
         if self.running.url is None:
             measured = self._send(load, name)
-            records = [record for at_s, record in _records(measured) if at_s >= measured.begin_s]
-            return measured, of_records(records, measured.elapsed_s, measured.mean_s)
-        scrapes = _Scrapes(self.running.url, self.session.headers, self.session.model, load.warm_up_s)
+            if measured.setup is None:
+                return measured, None
+            end_s = measured.begin_s + measured.elapsed_s
+            records = [record for at_s, record in measured.kept if measured.begin_s <= at_s <= end_s]
+            return measured, of_records(records, measured.setup, measured.elapsed_s, measured.mean_s)
+        scrapes = _Scrapes(self.running.url, self.session.headers, load.warm_up_s)
         measured = self._send(load, name, scrapes.on_progress)
         return measured, server_side(scrapes.before, scrapes.scrape(), measured.mean_s)
 
@@ -171,15 +173,15 @@ def cell_of(
         gpus=gpus,
         cost_per_million=None if price_per_hour is None or not rate else price_per_hour / 3600 / rate * 1e6,
         latency_curve=curve_of(runs),
-        timeline=timeline_of(runs[-1], length),
+        timeline=timeline_of(runs[-1]),
     )
 
 
 class _Scrapes:
     """The metrics of a server when the warm-up is over."""
 
-    def __init__(self, url: str, headers: Mapping[str, str], model: str | None, warm_up_s: float) -> None:
-        self._arguments = url, headers, model
+    def __init__(self, url: str, headers: Mapping[str, str], warm_up_s: float) -> None:
+        self._arguments = url, headers
         self._warm_up_s = warm_up_s
         self.before: Any = None
         self._has_begun = False
@@ -191,10 +193,6 @@ class _Scrapes:
         if not self._has_begun and elapsed_s >= self._warm_up_s:
             self._has_begun = True
             self.before = self.scrape()
-
-
-def _records(measured: Measured) -> list[tuple[float, BatchRecord]]:
-    return [entry for entry in measured.kept if isinstance(entry[-1], BatchRecord)]
 
 
 def _counts(deliveries: Sequence[Delivery]) -> dict[str, int]:

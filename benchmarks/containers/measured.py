@@ -6,6 +6,7 @@ from dataclasses import replace
 import modal
 
 from modalkit.batching import BatchRecord
+from modalkit.benchmarks.bench.server_side import Setup
 from modalkit.service.on_modal.service import ModalService
 
 KEPT_RECORDS = 10_000
@@ -27,7 +28,8 @@ class MeasuredService(ModalService):
         super().on_batch(record)
 
     @modal.method()
-    async def batch_report(self) -> tuple[str, list[BatchRecord]]:
-        """The container's device, and the records of its latest batches, which are then forgotten."""
+    async def batch_report(self) -> tuple[str, Setup, list[BatchRecord]]:
+        """The container's device, what runs batches, and the records of its latest ones, which are then forgotten."""
         records, self._records = self._records or (), None
-        return self.running().worker.pipeline.device_name(), list(records)
+        worker = self.running().worker
+        return worker.pipeline.device_name(), Setup.of(worker), list(records)

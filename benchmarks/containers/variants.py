@@ -11,7 +11,7 @@ import anyio
 from modalkit.batching import BatchRecord
 from modalkit.benchmarks.bench.in_process import MODAL_MODEL, calling
 from modalkit.benchmarks.bench.results import Cell, Figure
-from modalkit.benchmarks.bench.server_side import of_records
+from modalkit.benchmarks.bench.server_side import Setup, of_records
 from modalkit.benchmarks.bench.session import cell_of
 from modalkit.benchmarks.containers.measured import KEPT_RECORDS
 from modalkit.benchmarks.load import BenchError, Load, Measured, OptionError
@@ -82,7 +82,7 @@ class Target(Protocol):
         """What calls it."""
         ...  # a protocol method has no body
 
-    async def report(self) -> tuple[str, Sequence[BatchRecord]]:
+    async def report(self) -> tuple[str, Setup, Sequence[BatchRecord]]:
         """What `MeasuredService.batch_report` returns."""
         ...
 
@@ -141,11 +141,11 @@ async def _cell(target: Target, variant: Variant, load: Load, items: Sequence[It
                 await measure_here(call, replace(load, seconds=load.warm_up_s))
                 await target.report()
                 measured = await measure_here(call, load)
-            device, records = await target.report()
+            device, setup, records = await target.report()
         _check(measured, records)
     except Exception as error:  # noqa: BLE001  # the other cells are measured all the same
         return failed_cell(variant, str(load), error)
-    side = of_records(records, measured.elapsed_s, measured.mean_s)
+    side = of_records(records, setup, measured.elapsed_s, measured.mean_s)
     cell = cell_of(load, [measured], variant=variant.settings(), mode=MODE, sides=[side], gpus=[{"name": device}])
     return replace(cell, records=records if matrix.keeps_records else ())
 

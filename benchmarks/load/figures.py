@@ -31,8 +31,9 @@ class Measured:
     elapsed_s: float
     latencies_s: npt.NDArray[np.float64]
     """Of successful requests, in the order in which they ended; NaN in all figures where there is none."""
-    ended_s: npt.NDArray[np.float64]
-    """The seconds from the begin of the measured time at which they ended."""
+    ended: npt.NDArray[np.float64]
+    """Of the successful requests that ended in the measured time, a row each for the seconds since its begin, the
+    latencies and the items."""
     cpu_share: float
     """Of one core, that the busiest process of the generator used."""
     late_p99_s: float
@@ -43,6 +44,8 @@ class Measured:
     accuracy: float | None = None
     kept: Sequence[Any] = field(default=(), repr=False)
     """What the calls kept, see `PartResult`."""
+    setup: Any = None
+    """What the model runs by, where that is the process of the generator itself."""
     begin_s: float = 0.0
     """The begin of the measured time, by `time.perf_counter`."""
 
@@ -83,8 +86,8 @@ def measured_of(results: Sequence[PartResult], load: Load, *, begin_s: float, en
         reasons.update(result.reasons[-1 - code] for code in result.answered[failed].tolist())
     is_good = answered >= 0
     elapsed_s = max(end_s - begin_s, 1e-9)
-    order = np.argsort(ended_s[is_sample & is_good])
-    latencies_s = (ended_s - due_s)[is_sample & is_good][order]
+    order = np.argsort(ended_s)
+    latencies_s = (ended_s - due_s)[order][(is_sample & is_good)[order]]
     late_s = (sent_s - due_s)[is_sample]
     cpu_share = max(result.cpu_share for result in results)
     late_p99_s = float(np.quantile(late_s, 0.99)) if len(late_s) else 0.0
@@ -96,12 +99,13 @@ def measured_of(results: Sequence[PartResult], load: Load, *, begin_s: float, en
         errors=dict(reasons),
         elapsed_s=elapsed_s,
         latencies_s=latencies_s,
-        ended_s=ended_s[is_sample & is_good][order] - begin_s,
+        ended=np.stack((ended_s - begin_s, ended_s - due_s, answered))[:, is_counted & is_good],
         cpu_share=cpu_share,
         late_p99_s=late_p99_s,
         processes=len(results),
         limited=tuple(_limits(cpu_share, late_p99_s, latencies_s)),
         kept=[entry for result in results for entry in result.kept],
+        setup=results[0].setup,
         begin_s=begin_s,
     )
 

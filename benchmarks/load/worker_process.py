@@ -62,6 +62,8 @@ class PartResult:
     """Of one core, that the process used while it sent."""
     kept: Sequence[Any] = ()
     """What the call kept: `HttpCaller` the bodies of answers, `ItemCall` the records of batches."""
+    setup: Any = None
+    """What runs the model of an `ItemCall`."""
 
 
 def run_part(pipe: Connection) -> None:
@@ -100,7 +102,8 @@ async def _run(part: Part, pipe: Connection) -> None:
         cpu_share = (time.process_time() - cpu_s) / (time.perf_counter() - began_s)
         telling.cancel()
         times_s, answered, reasons = samples.columns()
-        pipe.send(PartResult(times_s, answered, reasons, cpu_share, getattr(call, "kept", ())))
+        kept, setup = getattr(call, "kept", ()), getattr(call, "setup", None)
+        pipe.send(PartResult(times_s, answered, reasons, cpu_share, kept, setup))
 
 
 async def _send(part: Part, call: Call, samples: Samples, stop: asyncio.Event) -> None:

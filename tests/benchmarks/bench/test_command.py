@@ -118,6 +118,7 @@ def test_a_worker_is_measured_without_http(bench: Bench, results: ResultsOf) -> 
     (cell,) = results()["cells"]
     assert cell["answered"] > 0
     assert cell["server"]["mean_batch_size"] >= 1
+    assert 0 < cell["server"]["utilisation"] <= 1
     assert cell["limited"] == []
 
 

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from prometheus_client.samples import Sample
 from scipy import stats
 
+from modalkit.batching import BatchRecord, DispatchReason, Priority
 from modalkit.benchmarks.bench.charts import charts_of
 from modalkit.benchmarks.bench.compare import compared, verdict_of
 from modalkit.benchmarks.bench.page import page
 from modalkit.benchmarks.bench.plots import write_plots
 from modalkit.benchmarks.bench.report import findings, load_table, number
 from modalkit.benchmarks.bench.results import Cell, Figure, Results, read_document, timeline_of
-from modalkit.benchmarks.bench.server_side import gpu_use, server_side
+from modalkit.benchmarks.bench.server_side import ServerSide, Setup, gpu_use, of_records, server_side
 from modalkit.benchmarks.load import BenchError, Measured
 from tests.benchmarks.bench.conftest import cell_of
 
@@ -65,6 +67,24 @@ def test_a_longer_latency_is_worse(document: dict[str, Any]) -> None:
     assert verdicts["max_batch_size 8, sync, 8 clients", "p99_ms"] == "worse"
     assert verdicts["max_batch_size 8, sync, 8 clients", "items_per_s"] == "same"
     assert verdicts["capacity", "items_per_s"] == "same"
+
+
+def test_a_verdict_says_when_another_engine_ran() -> None:
+    def measured(engine: str | None) -> dict[str, Any]:
+        results = Results(
+            target="x", settings={}, cells=[cell_of("8 clients", {}, 100.0, server=ServerSide(engine=engine))]
+        )
+        results.searches = [
+            {"search": "capacity", "variant": {}, "items_per_s": 200.0, "load": "8 clients", "engine": engine}
+        ]
+        return results.document()
+
+    now, before = measured("openvino/bfloat16"), measured("torch/float32")
+    change = "(openvino/bfloat16, before torch/float32)"
+    assert {found.what for found in compared(now, before)} == {f"sync, 8 clients {change}", f"capacity {change}"}
+    for other in (measured("openvino/bfloat16"), measured(None)):
+        assert {found.what for found in compared(now, other)} == {"sync, 8 clients", "capacity"}
+    assert "openvino/bfloat16" in load_table(now)[1][0]
 
 
 def read(document: dict[str, Any]) -> dict[str, Any]:
@@ -116,23 +136,38 @@ def test_another_file_is_no_older_result(tmp_path: Path) -> None:
         read_document(tmp_path / "x.json")
 
 
-def test_the_server_is_told_by_how_its_metrics_grew() -> None:
-    before = {("modalkit_queue_wait_seconds_sum", ""): 1.0, ("modalkit_queue_wait_seconds_count", ""): 10.0}
-    after = {
-        ("modalkit_queue_wait_seconds_sum", ""): 1.6,
-        ("modalkit_queue_wait_seconds_count", ""): 16.0,
-        ("modalkit_batch_size_sum", ""): 6.0,
-        ("modalkit_batch_size_count", ""): 3.0,
-        ("modalkit_batch_size_bucket", "1.0"): 1.0,
-        ("modalkit_batch_size_bucket", "4.0"): 3.0,
-        ("modalkit_batch_size_bucket", "+Inf"): 3.0,
-        ("modalkit_stage_seconds_sum", "predict"): 0.3,
-        ("modalkit_stage_seconds_count", "predict"): 3.0,
-        ("modalkit_busy_seconds_total", ""): 1.0,
-        ("modalkit_open_seconds_total", ""): 4.0,
-        ("modalkit_real_tokens_total", ""): 8.0,
-        ("modalkit_padded_tokens_total", ""): 10.0,
-    }
+def samples(model: str, values: dict[str, float], engine: str = "torch") -> list[Sample]:
+    """Samples of a model; a name may be followed by a label and its value, as ``batch_size_bucket le 4.0``."""
+    made = [Sample("modalkit_engine_info", {"model": model, "engine": engine, "dtype": "float32"}, 1.0)]
+    for name, value in values.items():
+        metric, *label = name.split()
+        labels = {"model": model} | ({label[0]: label[1]} if label else {})
+        made.append(Sample(f"modalkit_{metric}", labels, value))
+    return made
+
+
+IDLE = {"batch_size_count": 7.0, "busy_seconds_total": 3.0, "open_seconds_total": 9.0}
+
+
+def test_the_server_is_told_by_how_the_metrics_of_the_models_that_ran_grew() -> None:
+    before = samples("busy", {"queue_wait_seconds_sum": 1.0, "queue_wait_seconds_count": 10.0})
+    after = samples("busy", {
+        "queue_wait_seconds_sum": 1.6,
+        "queue_wait_seconds_count": 16.0,
+        "batch_size_sum": 6.0,
+        "batch_size_count": 3.0,
+        "batch_size_bucket le 1.0": 1.0,
+        "batch_size_bucket le 4.0": 3.0,
+        "batch_size_bucket le +Inf": 3.0,
+        "stage_seconds_sum stage predict": 0.3,
+        "stage_seconds_count stage predict": 3.0,
+        "busy_seconds_total": 1.0,
+        "open_seconds_total": 4.0,
+        "real_tokens_total": 8.0,
+        "padded_tokens_total": 10.0,
+    })  # fmt: skip
+    before += samples("idle", IDLE, "openvino")
+    after += samples("idle", {**IDLE, "open_seconds_total": 13.0}, "openvino")
     found = server_side(before, after, mean_s=0.25)
     assert found is not None
     assert found.queue_s == pytest.approx(0.1)
@@ -140,17 +175,40 @@ def test_the_server_is_told_by_how_its_metrics_grew() -> None:
     assert found.rest_s == pytest.approx(0.05)
     assert (found.mean_batch_size, found.batch_sizes) == (2, {"1": 1, "4": 2})
     assert found.padding_share == pytest.approx(0.2)
-    assert found.utilisation == 0.25
-    assert server_side({}, {}, 0.1) is None
+    assert (found.utilisation, found.engine) == (0.25, "torch/float32")
+    assert server_side([], [], 0.1) is None
     assert server_side(None, after, 0.1) is None
 
 
-def test_a_timeline_has_what_ended_in_each_part() -> None:
-    run = Measured(
-        items_per_s=10, requests_per_s=10, answered=20, errors={}, elapsed_s=1.0, cpu_share=0, late_p99_s=0,
-        processes=1, latencies_s=np.full(20, 0.1), ended_s=np.linspace(0, 0.99, 20),
+def test_a_model_that_counts_batches_from_before_is_at_most_busy_all_the_time() -> None:
+    ran = {"batch_size_sum": 1.0, "batch_size_count": 1.0, "busy_seconds_total": 5.0, "open_seconds_total": 4.0}
+    found = server_side([], samples("busy", ran), mean_s=0.1)
+    assert found is not None
+    assert found.utilisation == 1
+
+
+def test_a_worker_is_busy_by_the_batches_that_may_run_at_once() -> None:
+    record = BatchRecord(
+        count=4, failed=0, priority=Priority.INTERACTIVE, reason=DispatchReason.FULL, real_tokens=8, padded_tokens=10,
+        waits_s={Priority.INTERACTIVE: [0.1] * 4}, preprocess_s=0.1, predict_s=0.6, postprocess_s=0.1, total_s=1.0,
+        predicted_s=0.8, overlapped=False,
     )  # fmt: skip
-    assert [(row[0], row[1]) for row in timeline_of(run, 1)] == [(0.5, 20.0), (1.0, 20.0)]
+    found = of_records([record, record, record], Setup("torch/float32", slots=2), elapsed_s=2.0, mean_s=1.2)
+    assert found is not None
+    assert (found.utilisation, found.engine) == (0.75, "torch/float32")
+
+
+def timeline_run(ended_s: list[float], items: float) -> Measured:
+    rows = [ended_s, [0.1] * len(ended_s), [items] * len(ended_s)]
+    return Measured(
+        items_per_s=10, requests_per_s=10, answered=20, errors={}, elapsed_s=1.0, cpu_share=0, late_p99_s=0,
+        processes=1, latencies_s=np.array([]), ended=np.array(rows),
+    )  # fmt: skip
+
+
+def test_a_timeline_has_what_ended_in_each_part() -> None:
+    run = timeline_run(np.linspace(0, 0.99, 20).tolist(), items=2)
+    assert [row[:3] for row in timeline_of(run)] == [(0.5, 40.0, 100.0), (1.0, 40.0, 100.0)]
 
 
 @pytest.mark.parametrize(("value", "text"), [(1234.5, "1,234"), (56.78, "56.8"), (1.234, "1.23"), (None, "-")])

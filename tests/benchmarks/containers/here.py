@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from modalkit.batching import BatchRecord
+from modalkit.benchmarks.bench.server_side import Setup
 from modalkit.benchmarks.containers.measured import MeasuredService
 from modalkit.benchmarks.containers.variants import OpenTarget, Target, Variant
 from modalkit.service.calls.engine import CallOptions
@@ -30,9 +31,9 @@ class TargetHere:
             raise RemoteCallError(f"the call failed: {describe_error(error)}") from error
         return outcomes
 
-    async def report(self) -> tuple[str, Sequence[BatchRecord]]:
+    async def report(self) -> tuple[str, Setup, Sequence[BatchRecord]]:
         """The report of the container."""
-        report: tuple[str, Sequence[BatchRecord]] = await self._batch_report()
+        report: tuple[str, Setup, Sequence[BatchRecord]] = await self._batch_report()
         return report
 
 

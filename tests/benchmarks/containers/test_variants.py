@@ -13,6 +13,7 @@ from rich.console import Console
 from modalkit.batching import BatchRecord
 from modalkit.benchmarks.bench.report import show, write_files
 from modalkit.benchmarks.bench.results import Cell, Results
+from modalkit.benchmarks.bench.server_side import Setup
 from modalkit.benchmarks.containers import variants
 from modalkit.benchmarks.containers.variants import (
     BATCH_LIMIT_VARIABLE,
@@ -72,6 +73,8 @@ def test_a_real_model_on_texts_of_mixed_lengths_pads_and_predicts() -> None:
     assert cell.server is not None
     assert 0 < (cell.server.padding_share or 0) < 1
     assert cell.server.stages_s["predict"] > 0
+    assert str(cell.server.engine).count("/") == 1
+    assert 0 < (cell.server.utilisation or 0) <= 1
     assert not cell.records
 
 
@@ -109,8 +112,8 @@ class FakeContainer:
         await anyio.lowlevel.checkpoint()
         return [{"status": "success"} for _ in entries]
 
-    async def report(self) -> tuple[str, Sequence[BatchRecord]]:
-        return "made up", []
+    async def report(self) -> tuple[str, Setup, Sequence[BatchRecord]]:
+        return "made up", Setup(None, 1), []
 
 
 def errors_of(container: FakeContainer) -> list[str]:

@@ -27,7 +27,7 @@ def load_on(url: str, **options: object) -> Measured:
 def test_every_request_is_answered_and_counted(server: str) -> None:
     found = load_on(server + "/close")
     assert (found.answered, found.errors) == (12, {})
-    assert len(found.latencies_s) == len(found.ended_s) == 12
+    assert len(found.latencies_s) == len(found.ended[0]) == 12
     assert 0 < found.p50_s <= found.p99_s <= found.latency_s(1)
 
 
@@ -51,7 +51,7 @@ def test_the_processes_share_the_requests_and_the_clients(server: str) -> None:
 def test_a_load_of_some_seconds_leaves_out_the_warm_up(server: str) -> None:
     found = load_on(server + "/echo", requests=None, seconds=0.3, warm_up_s=0.1)
     assert found.answered > 0
-    assert found.ended_s.min() >= 0
+    assert found.ended[0].min() >= 0
     assert 0.3 <= found.elapsed_s < 5
 
 
@@ -126,6 +126,10 @@ def test_figures_are_of_the_measured_time() -> None:
     assert found.latencies_s.tolist() == pytest.approx([0.4])
     open_loop = measured_of([part], Load(rate_per_s=1), begin_s=1.0, end_s=3.0)
     assert open_loop.latencies_s.tolist() == pytest.approx([0.4, 0.5]), "what was due counts, even if it ended later"
+    late = measured_of(
+        [result([0.0, 1.0, 2.9], [1.5, 2.5, 3.4], [2, 2, 2])], Load(rate_per_s=1), begin_s=1.0, end_s=3.0
+    )
+    assert late.ended.T.tolist() == [pytest.approx([0.5, 1.5, 2]), pytest.approx([1.5, 1.5, 2])], "what ended, in time"
 
 
 def test_a_generator_that_is_late_or_busy_was_the_limit() -> None:
