@@ -36,7 +36,7 @@ from modalkit.benchmarks.bench.targets import (
     variables_of,
 )
 from modalkit.benchmarks.load import PRESETS, Endpoint, Load, OptionError, preset
-from modalkit.benchmarks.load.arrivals import Arrivals, read_trace
+from modalkit.benchmarks.load.arrivals import Arrivals, arrival_times
 from modalkit.benchmarks.load.endpoint import LINES, model_query
 from modalkit.benchmarks.load.plan import values_of
 from modalkit.service.cli.common import model_source
@@ -90,7 +90,7 @@ class Options:
         return self.is_url and self.kind is None and urlsplit(self.target).path not in ("", "/")
 
     @property
-    def _is_called(self) -> bool:
+    def is_called(self) -> bool:
         """Whether the target is called without HTTP."""
         return self.target == WORKER or self.target.startswith("modal:")
 
@@ -116,7 +116,7 @@ class Options:
             raise OptionError(f"--as {self.kind!r}: give one of {', '.join(PRESETS)}, or --body for any other server")
         if self.mode in ("ndjson", "async") and not self.is_ours:
             raise OptionError(f"--mode {self.mode} is for modalkit servers")
-        if self._is_called and self.mode != "sync":
+        if self.is_called and self.mode != "sync":
             raise OptionError("a worker and a class on Modal are called with one item at a time: leave out --mode")
         if self.mode == "async" and self.target != SERVE and not self.is_url:
             raise OptionError(
@@ -125,8 +125,10 @@ class Options:
             )
         if self.sweep and self.model is None and self.target not in (SERVE, WORKER) and not self.is_url:
             raise OptionError("--sweep of what is not configured here needs --model, as sentiment for the bundled one")
-        if self.label is not None and self._is_called:
+        if self.label is not None and self.is_called:
             raise OptionError("--label compares answers over HTTP: leave out the target, or give a URL")
+        if self.label is not None and self.mode == "async":
+            raise OptionError("--label compares answers, and --mode async gets none: leave one of them out")
         if self.label is not None and self.input_path is None:
             raise OptionError("--label names a column of --input FILE")
         self.variants()
@@ -145,7 +147,7 @@ class Options:
             if key not in known:
                 raise OptionError(f"--sweep {sweep!r}: {key!r} is no setting; give one of {', '.join(known)}")
             settings.append([_settings(key, value.strip()) for value in values.split(",")])
-        return [dict(itertools.chain(*chosen)) for chosen in itertools.product(*settings)]
+        return [_variant(list(itertools.chain(*chosen))) for chosen in itertools.product(*settings)]
 
     def endpoint(self, url: str) -> Endpoint:
         """The endpoint of the target at its address. Raises `OptionError`."""
@@ -251,24 +253,50 @@ def _inputs(options: Options, model: str) -> Inputs:
 
 def loads_of(base: Load, clients: str, rates: str | None, arrivals: str) -> list[Load]:
     """A load for each number of clients, or for each rate; or one for a trace. Raises `OptionError`."""
-    if arrivals not in list(Arrivals):
-        try:
-            read_trace(Path(arrivals))
-        except (OSError, ValueError) as error:
-            raise OptionError(f"--arrivals: {error}; else give one of {', '.join(Arrivals)}") from error
+    with_arrivals = replace(base, arrivals=arrivals)
     if rates is not None:
-        return [
-            replace(base, rate_per_s=rate, arrivals=arrivals) for rate in values_of(rates, float, "--rate", "20,60")
-        ]
-    with_trace = replace(base, arrivals=arrivals)
-    if with_trace.is_open:
-        return [with_trace]
-    return [replace(base, clients=count) for count in values_of(clients, int, "--clients", "1,64")]
+        loads = [replace(with_arrivals, rate_per_s=rate) for rate in values_of(rates, float, "--rate", "20,60")]
+    elif with_arrivals.is_open:
+        loads = [with_arrivals]
+    elif arrivals != Arrivals.POISSON:
+        raise OptionError(f"--arrivals {arrivals} is of an open loop: give its --rate")
+    else:
+        return [replace(base, clients=count) for count in values_of(clients, int, "--clients", "1,64")]
+    if arrivals not in list(Arrivals):
+        for load in loads:
+            _check_trace(load)
+    return loads
+
+
+def _check_trace(load: Load) -> None:
+    try:
+        *_, last_s = arrival_times(load.arrivals, load.rate_per_s)
+    except (OSError, ValueError) as error:
+        raise OptionError(f"--arrivals: {error}; else give one of {', '.join(Arrivals)}") from error
+    if last_s <= load.warm_up_s:
+        raise OptionError(f"--arrivals {load}: its {last_s:.3g} s are over within the warm-up; give a lower --warm-up")
+
+
+def search_load(base: Load, rates: str | None, arrivals: str) -> Load:
+    """The load whose rate is searched. Raises `OptionError`."""
+    if rates is not None:
+        raise OptionError("--capacity and --p99-ms search the load: leave out --rate")
+    if arrivals not in list(Arrivals):
+        raise OptionError(f"--arrivals {arrivals!r}: a search takes {', '.join(Arrivals)}")
+    return replace(base, arrivals=arrivals)
 
 
 def _settings(key: str, value: str) -> list[tuple[str, str]]:
     engine, slash, dtype = value.partition("/")
     return [(key, engine), ("dtype", dtype)] if key == "engine" and slash else [(key, value)]
+
+
+def _variant(settings: Sequence[tuple[str, str]]) -> Variant:
+    variant = dict(settings)
+    if len(variant) < len(settings):
+        keys = ", ".join(key for key, _ in settings)
+        raise OptionError(f"--sweep sets {keys}: give all values of a setting in one --sweep, as max_batch_size=8,32")
+    return variant
 
 
 def as_settings(options: Options, **others: Any) -> Mapping[str, Any]:

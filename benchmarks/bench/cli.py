@@ -1,6 +1,6 @@
 """The command ``modalkit bench``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -11,12 +11,12 @@ from pydantic_core import to_json
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from modalkit.benchmarks.bench.assemble import Options, as_settings, loads_of, session_of
+from modalkit.benchmarks.bench.assemble import Options, as_settings, loads_of, search_load, session_of
 from modalkit.benchmarks.bench.compare import TOLERANCE, Verdict, compared
-from modalkit.benchmarks.bench.cross_check import TOOLS, cross_check
+from modalkit.benchmarks.bench.cross_check import TOOLS, cross_check, wrk_program
 from modalkit.benchmarks.bench.plots import require_matplotlib
 from modalkit.benchmarks.bench.report import number, show, write_files
-from modalkit.benchmarks.bench.results import Cell, Results, read_document, variant_name
+from modalkit.benchmarks.bench.results import Cell, Results, name_of, read_document, variant_name
 from modalkit.benchmarks.bench.search import find_capacity, find_rate
 from modalkit.benchmarks.bench.session import MODES, OnRun, OpenSession
 from modalkit.benchmarks.load import PRESETS, Load, OptionError, own_capacity
@@ -136,8 +136,8 @@ def bench(
     item, and {"$each": ...} for the list of all items of a request. The results are in --output: results.json,
     results.md, results.html and a PNG of each plot.
 
-    The exit code is 1 when the load generator itself was the limit in a run, when a figure is worse than in --compare,
-    when jobs were lost, or when nothing was answered.
+    The exit code is 1 when the load generator itself was the limit in a run, when a figure is worse than in --compare
+    or none of its loads was measured, when jobs were lost, or when nothing was answered.
 
     [bold]Examples[/bold]
 
@@ -157,11 +157,12 @@ def bench(
         require_matplotlib("--png")
     before = None if compare is None else read_document(compare)
     base = Load(seconds=seconds, warm_up_s=warm_up, until_steady=until_steady, timeout_s=timeout, processes=processes)
-    loads = [] if capacity or p99_ms is not None else loads_of(base, clients, rate, arrivals)
-    if tool is not None and tool not in TOOLS:
-        raise OptionError(f"--tool {tool!r}: give one of {', '.join(TOOLS)}")
-    if tool is not None and any(load.is_open for load in loads):
-        raise OptionError("--tool drives a closed loop: give --clients, not --rate")
+    if is_search := capacity or p99_ms is not None:
+        loads, searched = [], search_load(base, rate, arrivals)
+    else:
+        loads, searched = loads_of(base, clients, rate, arrivals), base
+    if tool is not None:
+        _check_tool(tool, options, loads)
     with _progress() as on_run, session_of(options, on_run) as session:
         settings = as_settings(options, seconds=seconds, warm_up=warm_up, items=session.inputs.source)
         results = Results(target=session.target.name, settings=settings)
@@ -174,8 +175,8 @@ def bench(
                     results.cold_start_s[variant_name(variant)] = opened.cold_start_s
                 for load in loads:
                     _keep(results, [_measured(opened, load, results)], output)
-                if capacity or p99_ms is not None:
-                    _search(opened, base, p99_ms, results, output)
+                if is_search:
+                    _search(opened, searched, p99_ms, results, output)
                 if tool is not None:
                     own = [cell for cell in results.cells if not cell.open][-1]
                     results.cross_check = cross_check(tool, opened.endpoint, session.inputs.items, base, own, repeats)
@@ -185,10 +186,25 @@ def bench(
     show(document, verdicts, console if console.is_terminal else Console(width=PIPED_WIDTH))
     paths = write_files(document, verdicts, output, with_png=png is not False)
     notices.print(f"The results are in {', '.join(map(str, paths))}", markup=False)
-    if failures := list(_failures(results, verdicts)):
+    failures = list(_failures(results, verdicts))
+    if before is not None and not verdicts:
+        failures.append(f"--compare {compare} has none of these loads: give the settings, mode and clients of then")
+    if failures:
         for failure in failures:
             notices.print(f"modalkit bench: {failure}", markup=False)
         raise typer.Exit(1)
+
+
+def _check_tool(tool: str, options: Options, loads: Sequence[Load]) -> None:
+    """Raise `BenchError` where the tool cannot check these loads: before anything is measured, which takes time."""
+    if tool not in TOOLS:
+        raise OptionError(f"--tool {tool!r}: give one of {', '.join(TOOLS)}")
+    if any(load.is_open for load in loads):
+        raise OptionError("--tool drives a closed loop: give --clients, not --rate")
+    if options.is_called:
+        raise OptionError("--tool sends HTTP requests, which a worker and a class on Modal do not take: leave it out")
+    if tool == "wrk":
+        wrk_program()
 
 
 def _own_capacity(opened: OpenSession, processes: int | None, seconds: float) -> dict[str, float]:
@@ -235,7 +251,10 @@ def _failures(results: Results, verdicts: list[Verdict]) -> Iterator[str]:
         yield f"the load generator was the limit ({line}); give it more --processes, or another machine"
     for cell in results.cells:
         if not cell.answered:
-            yield f"{cell.load}: nothing was answered within --seconds; give more, or a lower --list-length"
+            why = next(
+                (f": {reason}" for reason in cell.errors), " within --seconds; give more, or a lower --list-length"
+            )
+            yield f"{name_of(cell)}: nothing was answered{why}"
         if cell.delivery is not None and cell.delivery["lost"]:
             yield f"{cell.load}: {cell.delivery['lost']} accepted jobs were not delivered to --queue"
     for found in verdicts:

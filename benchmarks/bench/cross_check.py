@@ -34,6 +34,14 @@ end
 """
 
 
+def wrk_program() -> str:
+    """Raises `BenchError` where it is not installed."""
+    program = shutil.which("wrk")
+    if program is None:
+        raise BenchError("there is no program wrk: install it (apt-get install wrk, or brew install wrk)")
+    return program
+
+
 def cross_check(
     tool: str, endpoint: Endpoint, items: Sequence[Any], load: Load, own: Cell, repeats: int = 1
 ) -> dict[str, Any]:
@@ -65,9 +73,6 @@ def cross_check(
 
 
 def _wrk(endpoint: Endpoint, items: Sequence[Any], load: Load, folder: Path) -> dict[str, float]:
-    program = shutil.which("wrk")
-    if program is None:
-        raise BenchError("there is no program wrk: install it (apt-get install wrk, or brew install wrk)")
     bodies = _bodies(endpoint, items)
     headers = {"Content-Type": endpoint.content_type, **endpoint.headers}
     script = folder / "load.lua"
@@ -75,7 +80,7 @@ def _wrk(endpoint: Endpoint, items: Sequence[Any], load: Load, folder: Path) -> 
     script.write_text(_LUA % (",".join(map(_lua, bodies)), lines))
     connections = f"-c{load.clients}"
     said = _output(
-        [program, "-t1", connections, f"-d{max(1, round(load.warm_up_s + load.seconds))}s", "--latency",
+        [wrk_program(), "-t1", connections, f"-d{max(1, round(load.warm_up_s + load.seconds))}s", "--latency",
          f"--timeout={load.timeout_s:g}s", "-s", str(script), endpoint.url]
     )  # fmt: skip
     failed = re.search(r"Non-2xx or 3xx responses: (\d+)", said)

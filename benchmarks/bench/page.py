@@ -77,7 +77,7 @@ def _tiles(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _tile(value: str, unit: str, what: str) -> str:
-    return f'<div class="tile"><b>{value}<small>{unit}</small></b><span>{escape(what)}</span></div>'
+    return f'<div class="tile"><b>{value} <small>{unit}</small></b><span>{escape(what)}</span></div>'
 
 
 def _list(lines: Sequence[str]) -> str:

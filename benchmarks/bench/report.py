@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic_core import to_json
@@ -40,7 +41,7 @@ def _spread(half: float | None) -> str:
 def load_table(document: Mapping[str, Any]) -> tuple[Sequence[str], Rows]:
     """The columns and rows of the table of all loads. Columns without any value are left out."""
     headings = ["settings", "engine", "mode", "load", "items/s", "p50 ms", "p95 ms", "p99 ms", "failed", "queue ms"]
-    headings += ["batch", "padding", "busy", "accuracy", "per million", "delivered/s", "delivery p99 ms", "lost"]
+    headings += ["batch", "padding", "busy", "gpu", "accuracy", "per million", "delivered/s", "delivery p99 ms", "lost"]
     rows = []
     for cell in document["cells"]:
         server, delivery = cell["server"] or {}, cell["delivery"]
@@ -56,6 +57,7 @@ def load_table(document: Mapping[str, Any]) -> tuple[Sequence[str], Rows]:
                 number(server.get("mean_batch_size")),
                 _percent(server.get("padding_share")),
                 _percent(server.get("utilisation")),
+                _percent(_mean([gpu["utilisation"] for gpu in cell["gpus"] if "utilisation" in gpu])),
                 _percent(cell["accuracy"]),
                 number(cell["cost_per_million"]),
                 figure(cell, "delivered_per_s"),
@@ -90,6 +92,10 @@ def _ms(seconds: float | None) -> str:
 
 def _percent(share: float | None) -> str:
     return NONE if share is None else f"{share:.1%}"
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
 
 
 def findings(document: Mapping[str, Any]) -> Iterator[str]:

@@ -60,7 +60,7 @@ class Cell:
     open: bool
     clients: int | None
     rate_per_s: float | None
-    """Items per second that were due, of an open loop."""
+    """Items per second that were asked for, of an open loop."""
     figures: Mapping[str, Figure]
     """``items_per_s``, latencies of requests as ``p50_ms``, and of jobs ``delivered_per_s`` and ``delivery_p99_ms``."""
     answered: int
@@ -70,6 +70,8 @@ class Cell:
     """Why the generator was the limit."""
     client: Mapping[str, float]
     """Of the generator: its processes, the share of a core of the busiest one, and how late requests were sent."""
+    due_per_s: float | None = None
+    """Items per second that came due, of an open loop: by chance more or fewer than were asked for."""
     server: ServerSide | None = None
     delivery: Mapping[str, int] | None = None
     gpus: Sequence[Mapping[str, Any]] = ()

@@ -78,11 +78,11 @@ def find_rate(
 
 def keeps(cell: Cell, p99_ms: float) -> bool:
     """Whether an open loop's requests keep the limit."""
-    if "p99_ms" not in cell.figures or cell.rate_per_s is None:
+    if "p99_ms" not in cell.figures or cell.due_per_s is None:
         return False
     answered, failed = cell.answered, sum(cell.errors.values())
     is_shed = failed > MAX_SHED_SHARE * (answered + failed)
-    return not is_shed and _rate(cell) > 0.9 * cell.rate_per_s and cell.figures["p99_ms"].mean <= p99_ms
+    return not is_shed and _rate(cell) > 0.9 * cell.due_per_s and cell.figures["p99_ms"].mean <= p99_ms
 
 
 def _engine(cell: Cell | None) -> str | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import httpx
@@ -62,7 +63,11 @@ class OpenSession:
         if self.running.url is not None:
             session = self.session
             self.cold_start_s = first_answer_s(
-                self.running, self.endpoint, session.inputs.items, session.start_timeout_s
+                self.running,
+                self.endpoint,
+                session.inputs.items,
+                session.start_timeout_s,
+                needs_label=session.inputs.labels is not None,
             )
             if session.receiver is not None:
                 require_delivery(self.running.url, self.endpoint, session.inputs.items, session.receiver)
@@ -112,7 +117,7 @@ class OpenSession:
             end_s = measured.begin_s + measured.elapsed_s
             records = [record for at_s, record in measured.kept if measured.begin_s <= at_s <= end_s]
             return measured, of_records(records, measured.setup, measured.elapsed_s, measured.mean_s)
-        scrapes = _Scrapes(self.running.url, self.session.headers, load.warm_up_s)
+        scrapes = Scrapes(self.running.url, self.session.headers, load.warm_up_s)
         measured = self._send(load, name, scrapes.on_progress)
         return measured, server_side(scrapes.before, scrapes.scrape(), measured.mean_s)
 
@@ -130,7 +135,7 @@ class OpenSession:
             self.endpoint,
             session.inputs.items,
             load,
-            labels=None if session.receiver is not None else session.inputs.labels,
+            labels=session.inputs.labels,
             keeps_bodies=session.receiver is not None,
             on_progress=tell,
         )
@@ -158,6 +163,7 @@ def cell_of(
         open=load.is_open,
         clients=None if load.is_open else load.clients,
         rate_per_s=None if load.rate_per_s is None else load.rate_per_s * length,
+        due_per_s=fmean(run.due_per_s for run in runs) * length if load.is_open else None,
         figures=figures,
         answered=sum(run.answered for run in runs),
         errors=errors_of(runs),
@@ -177,21 +183,24 @@ def cell_of(
     )
 
 
-class _Scrapes:
+class Scrapes:
     """The metrics of a server when the warm-up is over."""
 
     def __init__(self, url: str, headers: Mapping[str, str], warm_up_s: float) -> None:
         self._arguments = url, headers
         self._warm_up_s = warm_up_s
         self.before: Any = None
-        self._has_begun = False
+        self._last_s = -1.0
 
     def scrape(self) -> Any:
+        """The metrics now."""
         return scrape(*self._arguments)
 
     def on_progress(self, elapsed_s: float) -> None:
-        if not self._has_begun and elapsed_s >= self._warm_up_s:
-            self._has_begun = True
+        """Keep the metrics once the warm-up is over, so many seconds after the begin."""
+        last_s, self._last_s = self._last_s, elapsed_s
+        begins_anew = elapsed_s < last_s  # with more processes
+        if elapsed_s >= self._warm_up_s and (begins_anew or last_s < self._warm_up_s):
             self.before = self.scrape()
 
 

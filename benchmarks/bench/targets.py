@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import httpx
 
-from modalkit.benchmarks.load import BenchError, Endpoint
+from modalkit.benchmarks.load import BenchError, Endpoint, OptionError
 from modalkit.benchmarks.load.endpoint import Item
 from modalkit.service.errors import describe_error
 from modalkit.service.settings import BatchConfig
@@ -100,10 +100,9 @@ class UrlTarget:
                 before = client.get(path).raise_for_status().json()["batch_config"] or {}
                 client.patch(path, json=dict(variant)).raise_for_status()
             except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-                detail = f" {error.response.text[:300]}" if isinstance(error, httpx.HTTPStatusError) else ""
                 raise BenchError(
-                    f"{self.name}: the settings cannot be changed while it runs: {describe_error(error)}{detail}; a "
-                    "modalkit server needs --key for this, and takes keys of batch_config"
+                    f"{self.name}: the settings cannot be changed while it runs: {_problem(error)}; a modalkit server "
+                    "needs --key for this, and takes keys of batch_config"
                 ) from error
             try:
                 yield Running(self.name)
@@ -302,10 +301,19 @@ def docker(*arguments: str, stderr: int = subprocess.PIPE) -> str:
     return done.stdout
 
 
-def first_answer_s(running: Running, endpoint: Endpoint, items: Sequence[Item], timeout_s: float) -> float | None:
+def _problem(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"HTTP {error.response.status_code}: {error.response.text[:MAX_SHOWN]}"
+    return describe_error(error)
+
+
+def first_answer_s(
+    running: Running, endpoint: Endpoint, items: Sequence[Item], timeout_s: float, *, needs_label: bool = False
+) -> float | None:
     """Wait until a request is answered; the seconds since the start began, or None if it ran already.
 
-    Raises `BenchError` where none is answered in time, one is refused, or the server ended, with what it says.
+    Raises `BenchError` where none is answered in time, one is refused, the server ended, or the answer has no label
+    though it `needs_label`, with what it says.
     """
     deadline_s = time.perf_counter() + (timeout_s if running.started_s is not None else 0.0)
     body = endpoint.content(endpoint.items_of(items, 0))
@@ -315,12 +323,17 @@ def first_answer_s(running: Running, endpoint: Endpoint, items: Sequence[Item], 
             is_final = False
             try:
                 answer = client.post(endpoint.url, content=body, headers=headers)
-                if answer.is_success:
-                    return None if running.started_s is None else time.perf_counter() - running.started_s
-                problem, is_final = f"HTTP {answer.status_code}: {answer.text[:MAX_SHOWN]}", answer.is_client_error
+                answer.raise_for_status()
+            except httpx.HTTPStatusError as error:
+                problem, is_final = _problem(error), error.response.is_client_error
             except httpx.HTTPError as error:
-                problem = describe_error(error)
+                problem = _problem(error)
                 running.check()
+            else:
+                if needs_label and not any(endpoint.labels(answer.content)):
+                    shown = f"{endpoint.url} answers {answer.text[:MAX_SHOWN]}"
+                    raise OptionError(f"--answer {endpoint.answer!r} is the path of no label: {shown}")
+                return None if running.started_s is None else time.perf_counter() - running.started_s
             if is_final or time.perf_counter() > deadline_s:
                 raise BenchError(f"{endpoint.url}: the first request failed: {problem}")
             time.sleep(START_CHECK_S)

@@ -29,6 +29,8 @@ class Measured:
     errors: Mapping[str, int]
     """Requests without an answer, by the reason."""
     elapsed_s: float
+    due_per_s: float
+    """Requests that came due; those of a closed loop, that ended."""
     latencies_s: npt.NDArray[np.float64]
     """Of successful requests, in the order in which they ended; NaN in all figures where there is none."""
     ended: npt.NDArray[np.float64]
@@ -98,6 +100,7 @@ def measured_of(results: Sequence[PartResult], load: Load, *, begin_s: float, en
         answered=items,
         errors=dict(reasons),
         elapsed_s=elapsed_s,
+        due_per_s=int(is_sample.sum()) / elapsed_s,
         latencies_s=latencies_s,
         ended=np.stack((ended_s - begin_s, ended_s - due_s, answered))[:, is_counted & is_good],
         cpu_share=cpu_share,

@@ -63,8 +63,10 @@ class Load:
         """As in tables: ``64 clients``, ``30/s poisson``."""
         if not self.is_open:
             return f"{self.clients} client{'s' if self.clients > 1 else ''}"
-        rate = "" if self.rate_per_s is None else f"{self.rate_per_s:.3g}/s "
-        return f"{rate}{self.arrivals}"
+        if self.rate_per_s is None:
+            return self.arrivals
+        rate = f"{self.rate_per_s:.3g}" if self.rate_per_s < 1000 else f"{self.rate_per_s:.0f}"
+        return f"{rate}/s {self.arrivals}"
 
 
 def values_of(text: str, read: Callable[[str], T], option: str, example: str) -> list[T]:

@@ -89,6 +89,7 @@ def test_a_request_that_is_refused_shows_the_answer(bench: Bench, service: str) 
 def test_settings_that_cannot_be_changed_say_why(bench: Bench, service: str) -> None:
     done = bench(service, "--key", "secret", "--sweep", "max_batch_size=-1")
     assert isinstance(done.exception, BenchError)
+    assert "while it runs: HTTP 422: {" in str(done.exception)
     assert "max_batch_size" in str(done.exception)
 
 
@@ -111,6 +112,32 @@ def test_an_open_loop_with_a_label_gives_rate_and_accuracy(
     (cell,) = results()["cells"]
     assert (cell["open"], cell["rate_per_s"]) == (True, 40)
     assert 0 < cell["accuracy"] < 1
+
+
+def test_an_answer_without_a_label_at_its_path_is_refused_before_any_load(
+    bench: Bench, service: str, folder: Path
+) -> None:
+    (folder / "labelled.csv").write_text("text,size\nfour,4\n")
+    done = bench(service, "--key", "secret", "-i", "labelled.csv", "--label", "size", "--answer", "data.length")
+    assert isinstance(done.exception, BenchError)
+    assert "--answer 'data.length' is the path of no label" in str(done.exception)
+    assert '"length":4' in str(done.exception), "the answer is shown"
+
+
+def test_older_results_of_other_loads_are_no_silent_pass(bench: Bench, folder: Path) -> None:
+    older = Results(target="", settings={}, cells=[cell_of("3 clients", {}, items_per_s=1.0)])
+    (folder / "old.json").write_text(json.dumps(older.document()))
+    done = bench("worker", "--length-mix", "3", "--compare", "old.json")
+    assert done.exit_code == 1
+    assert "--compare old.json has none of these loads" in done.output
+
+
+def test_items_that_all_fail_are_told_by_their_error(bench: Bench, folder: Path) -> None:
+    (folder / "bad.jsonl").write_text('{"foo": 1}\n')
+    done = bench("worker", "-i", "bad.jsonl")
+    assert done.exit_code == 1
+    assert "sync, 2 clients: nothing was answered: text: is missing" in done.output
+    assert "--list-length" not in done.output
 
 
 def test_a_worker_is_measured_without_http(bench: Bench, results: ResultsOf) -> None:
@@ -152,6 +179,15 @@ def test_jobs_are_followed_to_their_delivery(bench: Bench, results: ResultsOf, q
         (["http://127.0.0.1:1", "--arrivals", "burst"], "--arrivals: [Errno 2]"),
         (["worker", "--length-mix", "0:1"], "--length-mix '0:1'"),
         (["worker", "--label", "y"], "--label compares answers over HTTP"),
+        (["--mode", "async", "--label", "y"], "--mode async gets none"),
+        (["worker", "--tool", "wrk"], "--tool sends HTTP requests"),
+        (["http://127.0.0.1:1", "--arrivals", "bursty"], "--arrivals bursty is of an open loop: give its --rate"),
+        (["--capacity", "--rate", "5"], "leave out --rate"),
+        (["--p99-ms", "5", "--arrivals", "t.txt"], "a search takes poisson, constant, bursty"),
+        (
+            ["--sweep", "engine=torch/float32", "--sweep", "dtype=bfloat16"],
+            "--sweep sets engine, dtype, dtype: give all values of a setting in one --sweep",
+        ),
         (["worker", "--mode", "batch"], "called with one item at a time"),
         (["modal:app/Model", "--mode", "async"], "called with one item at a time"),
         (["docker:image", "--mode", "async"], "no container is given the queue that bench reads. Start it with"),
@@ -170,6 +206,14 @@ def test_what_cannot_be_measured_is_said_with_the_remedy(bench: Bench, arguments
     done = bench(*arguments)
     assert isinstance(done.exception, BenchError), done.exception
     assert message in str(done.exception)
+
+
+def test_a_trace_that_is_over_within_the_warm_up_is_refused(bench: Bench, folder: Path) -> None:
+    (folder / "short.txt").write_text("0\n0.5\n")
+    done = bench("worker", "--arrivals", "short.txt", "--warm-up", "1")
+    assert "--arrivals short.txt: its 0.5 s are over within the warm-up" in str(done.exception)
+    done = bench("worker", "--arrivals", "short.txt", "--rate", "4", "--warm-up", "1")
+    assert "--arrivals 4/s short.txt: its 0.5 s are over" in str(done.exception)
 
 
 @pytest.mark.parametrize("option", ["--seconds", "--timeout", "--p99-ms", "--price-per-hour"])

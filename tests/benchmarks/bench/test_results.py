@@ -12,6 +12,7 @@ from prometheus_client.samples import Sample
 from scipy import stats
 
 from modalkit.batching import BatchRecord, DispatchReason, Priority
+from modalkit.benchmarks.bench import session
 from modalkit.benchmarks.bench.charts import charts_of
 from modalkit.benchmarks.bench.compare import compared, verdict_of
 from modalkit.benchmarks.bench.page import page
@@ -201,8 +202,8 @@ def test_a_worker_is_busy_by_the_batches_that_may_run_at_once() -> None:
 def timeline_run(ended_s: list[float], items: float) -> Measured:
     rows = [ended_s, [0.1] * len(ended_s), [items] * len(ended_s)]
     return Measured(
-        items_per_s=10, requests_per_s=10, answered=20, errors={}, elapsed_s=1.0, cpu_share=0, late_p99_s=0,
-        processes=1, latencies_s=np.array([]), ended=np.array(rows),
+        items_per_s=10, requests_per_s=10, answered=20, errors={}, elapsed_s=1.0, due_per_s=20, cpu_share=0,
+        late_p99_s=0, processes=1, latencies_s=np.array([]), ended=np.array(rows),
     )  # fmt: skip
 
 
@@ -237,6 +238,24 @@ def test_the_gpus_are_sampled_where_there_is_nvml(monkeypatch: pytest.MonkeyPatc
     with gpu_use() as use:
         assert sampled.wait(60)
     assert use.summary() == [{"name": "H200", "utilisation": 0.5, "memory_bytes": 2**30}]
+
+
+def test_the_utilisation_of_the_gpus_is_in_the_table() -> None:
+    gpus = [{"name": "H200", "utilisation": 0.5, "memory_bytes": 1}, {"name": "H200", "utilisation": 0.75}]
+    results = Results(target="x", settings={}, cells=[cell_of("8 clients", {}, 100.0, gpus=gpus)])
+    headings, (row,) = load_table(results.document())
+    assert dict(zip(headings, row, strict=True))["gpu"] == "62.5%"
+
+
+def test_a_load_that_begins_anew_with_more_processes_is_told_from_its_own_begin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scraped = iter(range(9))
+    monkeypatch.setattr(session, "scrape", lambda *_: next(scraped))
+    found = session.Scrapes("http://x", {}, warm_up_s=2.0)
+    for elapsed_s, before in ((0.1, None), (2.1, 0), (3.0, 0), (0.1, 0), (2.0, 1), (2.5, 1)):
+        found.on_progress(elapsed_s)
+        assert found.before == before
 
 
 def test_a_machine_without_nvml_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

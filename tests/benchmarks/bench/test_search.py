@@ -1,9 +1,11 @@
 """The searches, on a server that is a formula."""
 
+from dataclasses import replace
+
 import pytest
 
 from modalkit.benchmarks.bench.results import Cell, Figure
-from modalkit.benchmarks.bench.search import find_capacity, find_rate
+from modalkit.benchmarks.bench.search import find_capacity, find_rate, keeps
 from modalkit.benchmarks.load import Load
 
 CAPACITY = 400.0
@@ -16,7 +18,7 @@ def measure(load: Load) -> Cell:
     figures = {"items_per_s": Figure(min(rate, CAPACITY)), "p99_ms": Figure(p99_ms)}
     return Cell(
         variant={}, load=str(load), mode="sync", open=load.is_open, clients=load.clients, rate_per_s=load.rate_per_s,
-        figures=figures, answered=1000, errors={}, accuracy=None, limited=[], client={},
+        due_per_s=load.rate_per_s, figures=figures, answered=1000, errors={}, accuracy=None, limited=[], client={},
     )  # fmt: skip
 
 
@@ -37,3 +39,14 @@ def test_the_highest_rate_that_keeps_a_limit_is_found() -> None:
 def test_a_limit_that_no_rate_keeps_is_told() -> None:
     _, found = find_rate(measure, Load(), 0.1, CAPACITY)
     assert found["items_per_s"] is None
+
+
+def test_a_rate_is_kept_up_with_where_what_came_due_by_chance_was_answered() -> None:
+    by_chance = replace(measure(Load(rate_per_s=100)), figures={"items_per_s": Figure(80), "p99_ms": Figure(5)})
+    assert keeps(replace(by_chance, due_per_s=80.0), p99_ms=10)
+    assert not keeps(replace(by_chance, due_per_s=100.0), p99_ms=10)
+
+
+def test_a_rate_is_searched_with_the_arrivals_that_were_asked_for() -> None:
+    cells, _ = find_rate(measure, Load(arrivals="bursty"), 10.0, CAPACITY)
+    assert {cell.load.split()[1] for cell in cells} == {"bursty"}

@@ -132,6 +132,11 @@ def test_figures_are_of_the_measured_time() -> None:
     assert late.ended.T.tolist() == [pytest.approx([0.5, 1.5, 2]), pytest.approx([1.5, 1.5, 2])], "what ended, in time"
 
 
+@pytest.mark.parametrize(("rate", "name"), [(0.5, "0.5"), (12.345, "12.3"), (1234.5, "1234"), (20_000, "20000")])
+def test_a_load_is_named_by_its_rate(rate: float, name: str) -> None:
+    assert str(Load(rate_per_s=rate)) == f"{name}/s poisson"
+
+
 def test_a_generator_that_is_late_or_busy_was_the_limit() -> None:
     times_s = np.array([[1.0, 2.0], [1.1, 2.1], [1.2, 2.2]])
     part = PartResult(times_s, np.array([1, 1]), [], 0.99)
