@@ -230,7 +230,8 @@ def _target(options: Options, receiver: Receiver | None) -> tuple[Target, str]:
     if kind == "compose" or options.target.endswith((".yaml", ".yml")):
         return ComposeTarget(rest or options.target, options.model or "", options.port), ""
     raise OptionError(
-        f"{options.target!r} is no target: give a URL, serve, worker, docker:IMAGE, compose:FILE or modal:APP/CLASS"
+        f"{options.target!r} is no target: give a URL (http://HOST:8000), serve, worker, docker:IMAGE, compose:FILE or "
+        "modal:APP/CLASS"
     )
 
 

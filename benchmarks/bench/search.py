@@ -1,4 +1,7 @@
-"""Searches: the capacity of a target, and the highest rate whose 99th percentile keeps a limit."""
+"""Searches: the capacity of a target, and the highest rate whose 99th percentile keeps a limit.
+
+Of jobs, the capacity is what is delivered, and the percentile that of the time until the delivery.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -70,19 +73,20 @@ def find_rate(
         "p99_limit_ms": p99_ms,
         "variant": cells[0].variant if cells else {},
         "items_per_s": None if kept is None else kept.rate_per_s,
-        "p99_ms": None if kept is None else kept.figures["p99_ms"].mean,
+        "p99_ms": None if kept is None else _p99_ms(kept),
         "engine": _engine(kept),
         "capacity_items_per_s": capacity_items_per_s,
     }
 
 
-def keeps(cell: Cell, p99_ms: float) -> bool:
+def keeps(cell: Cell, limit_ms: float) -> bool:
     """Whether an open loop's requests keep the limit."""
-    if "p99_ms" not in cell.figures or cell.due_per_s is None:
+    p99_ms = _p99_ms(cell)
+    if p99_ms is None or cell.due_per_s is None:
         return False
     answered, failed = cell.answered, sum(cell.errors.values())
     is_shed = failed > MAX_SHED_SHARE * (answered + failed)
-    return not is_shed and _rate(cell) > 0.9 * cell.due_per_s and cell.figures["p99_ms"].mean <= p99_ms
+    return not is_shed and _rate(cell) > 0.9 * cell.due_per_s and p99_ms <= limit_ms
 
 
 def _engine(cell: Cell | None) -> str | None:
@@ -91,4 +95,9 @@ def _engine(cell: Cell | None) -> str | None:
 
 
 def _rate(cell: Cell) -> float:
-    return cell.figures["items_per_s"].mean
+    return cell.figures.get("delivered_per_s", cell.figures["items_per_s"]).mean
+
+
+def _p99_ms(cell: Cell) -> float | None:
+    found = cell.figures.get("p99_ms" if cell.delivery is None else "delivery_p99_ms")
+    return None if found is None else found.mean

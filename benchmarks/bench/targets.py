@@ -297,7 +297,10 @@ def docker(*arguments: str, stderr: int = subprocess.PIPE) -> str:
             "there is no program docker: install it, or start the server yourself and give its URL"
         ) from None
     if done.returncode:
-        raise BenchError(f"docker {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}")
+        said = (done.stderr or done.stdout).strip()
+        if said.startswith("unknown flag: --file"):
+            raise BenchError("docker has no plugin compose here: install it (apt-get install docker-compose-v2)")
+        raise BenchError(f"docker {' '.join(arguments)}: {said}")
     return done.stdout
 
 

@@ -135,7 +135,9 @@ class HttpCaller:
         async with self._may_send:
             try:
                 connection = await self._connected()
-            except OSError as error:  # TimeoutError is one too
+            except TimeoutError:
+                return f"{NO_CONNECTION} within {self._target.timeout_s:g} s"
+            except OSError as error:
                 return f"{NO_CONNECTION}: {type(error).__name__}: {error.strerror or error}"
             self._busy.add(connection)
             try:

@@ -70,11 +70,11 @@ class Load:
 
 
 def values_of(text: str, read: Callable[[str], T], option: str, example: str) -> list[T]:
-    """The numbers of an option that has several, with commas. Raises `OptionError`."""
+    """The numbers of an option that has several, with commas, each once. Raises `OptionError`."""
     try:
         values = [read(part) for part in text.split(",")]
     except ValueError:
         values = []
     if not values or not all(0 < value < math.inf for value in values):
         raise OptionError(f"{option} {text!r}: give numbers above 0, as {example}")
-    return values
+    return list(dict.fromkeys(values))

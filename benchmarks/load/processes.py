@@ -24,6 +24,8 @@ from modalkit.benchmarks.load.worker_process import GO, STOP, CallTarget, Part, 
 OnProgress = Callable[[float, int, int], object]
 """Called with the seconds since the begin, the items answered and the requests that failed."""
 
+END_S = 10.0
+"""That the processes have, beyond the time of their requests, to send what they measured."""
 STEADY_WINDOW_S = 1.0
 STEADY_WINDOWS = 6
 STEADY_WITHIN = 0.02
@@ -132,8 +134,8 @@ def _results(
                 for pipe in open_pipes:
                     with suppress(BrokenPipeError):
                         pipe.send(STOP)
-        elif time.perf_counter() > stopped_s + 2 * load.timeout_s:
-            raise BenchError(f"the last requests did not end within {2 * load.timeout_s:g} s")
+        elif time.perf_counter() > stopped_s + 2 * load.timeout_s + END_S:
+            raise BenchError(f"the last requests did not end within {2 * load.timeout_s + END_S:g} s")
     return results, stopped_s if stopped_s is not None else time.perf_counter()
 
 

@@ -31,6 +31,8 @@ match arguments:
         print("without an API key nothing is served", file=sys.stderr)
     case ["port", *_]:
         print("127.0.0.1:4321\\n[::1]:4321")
+    case ["compose", "--file", "without.yaml", *_]:
+        sys.exit("unknown flag: --file\\n\\nUsage:  docker [OPTIONS] COMMAND [ARG...]")
     case ["compose", "--file", _, "config", *_]:
         print('{{"services": {{"db": {{}}, "web": {{"ports": [{{"target": 8000, "published": "81"}}]}}}}}}')
     case ["compose", "--file", "bad.yaml", _, _, command, *_]:
@@ -94,6 +96,8 @@ def test_what_docker_says_is_told() -> None:
         pass
     with pytest.raises(BenchError, match="up failed"), ComposeTarget("bad.yaml", "m", 81).started({}):
         pass
+    with pytest.raises(BenchError, match="docker has no plugin compose here: install it"):
+        ComposeTarget("without.yaml", "m", 81).started({}).__enter__()
     with pytest.raises(BenchError, match=r"no service of c\.yaml publishes port 82"):
         ComposeTarget("c.yaml", "m", 82).started({}).__enter__()
 

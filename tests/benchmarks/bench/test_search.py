@@ -43,10 +43,29 @@ def test_a_limit_that_no_rate_keeps_is_told() -> None:
 
 def test_a_rate_is_kept_up_with_where_what_came_due_by_chance_was_answered() -> None:
     by_chance = replace(measure(Load(rate_per_s=100)), figures={"items_per_s": Figure(80), "p99_ms": Figure(5)})
-    assert keeps(replace(by_chance, due_per_s=80.0), p99_ms=10)
-    assert not keeps(replace(by_chance, due_per_s=100.0), p99_ms=10)
+    assert keeps(replace(by_chance, due_per_s=80.0), limit_ms=10)
+    assert not keeps(replace(by_chance, due_per_s=100.0), limit_ms=10)
 
 
 def test_a_rate_is_searched_with_the_arrivals_that_were_asked_for() -> None:
     cells, _ = find_rate(measure, Load(arrivals="bursty"), 10.0, CAPACITY)
     assert {cell.load.split()[1] for cell in cells} == {"bursty"}
+
+
+def test_of_jobs_the_deliveries_are_searched() -> None:
+    def measure_jobs(load: Load) -> Cell:
+        """All jobs are accepted at once, and delivered as by `measure`."""
+        cell = measure(load)
+        figures = {
+            "items_per_s": Figure(load.rate_per_s or 1000.0 * load.clients),
+            "p99_ms": Figure(1.0),
+            "delivered_per_s": cell.figures["items_per_s"],
+            "delivery_p99_ms": cell.figures["p99_ms"],
+        }
+        return replace(cell, figures=figures, delivery={"accepted": 1, "delivered": 1, "duplicates": 0, "lost": 0})
+
+    _, found = find_capacity(measure_jobs, Load())
+    assert found["items_per_s"] == CAPACITY
+    _, found = find_rate(measure_jobs, Load(), 10.0, CAPACITY)
+    assert found["items_per_s"] == pytest.approx(300, rel=0.03)
+    assert 1 < found["p99_ms"] <= 10

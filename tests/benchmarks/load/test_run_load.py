@@ -48,6 +48,12 @@ def test_the_processes_share_the_requests_and_the_clients(server: str) -> None:
     assert (found.answered, found.processes) == (7, 2)
 
 
+def test_a_short_limit_for_answers_leaves_the_processes_time_to_end(server: str) -> None:
+    found = load_on(server + "/hang", requests=None, seconds=0.2, warm_up_s=0, timeout_s=0.001)
+    assert found.answered == 0
+    assert set(found.errors) <= {"no answer within 0.001 s", "no connection within 0.001 s"}
+
+
 def test_a_load_of_some_seconds_leaves_out_the_warm_up(server: str) -> None:
     found = load_on(server + "/echo", requests=None, seconds=0.3, warm_up_s=0.1)
     assert found.answered > 0
