@@ -1,13 +1,15 @@
 """What the plots of a run show, for the page and for the PNG files."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log10
 from typing import Any
 
 from modalkit.benchmarks.bench.results import name_of, variant_name
 
 MAX_SERIES = 8
+BY_LOAD = "throughput"
+"""The plot in which a load is a point, not a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,20 @@ class Chart:
 
 
 def charts_of(document: Mapping[str, Any]) -> list[Chart]:
-    """The plots for which a document has figures."""
-    return [chart for chart in _all(document["cells"]) if any(series.points for series in chart.series)]
+    """The plots for which a document has figures; all but the first show `MAX_SERIES` loads at most, and say so."""
+    charts = [chart for chart in _all(document["cells"]) if any(series.points for series in chart.series)]
+    is_cut = len(document["cells"]) > MAX_SERIES
+    return [
+        replace(chart, note=f"{chart.note} The first {MAX_SERIES} loads.")
+        if is_cut and chart.name != BY_LOAD
+        else chart
+        for chart in charts
+    ]
 
 
 def _all(cells: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     yield Chart(
-        name="throughput",
+        name=BY_LOAD,
         title="Throughput against latency",
         note="Each point is a load. To the right and down is better; where a line rises, requests only wait longer.",
         x_label="items per second",

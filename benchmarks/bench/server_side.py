@@ -1,5 +1,6 @@
 """What the server tells of itself: the parts of the latency, its batches, their padding, and the GPU."""
 
+import math
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -138,6 +139,10 @@ def _difference(before: _Sums, after: _Sums, mean_s: float) -> ServerSide | None
     )
 
 
+def _tenth_above(share: float) -> float:
+    return math.ceil(round(10 * share, 6)) / 10
+
+
 def _share(busy_s: float, open_s: float) -> float:
     # A batch counts when it ends, with the time before the first scrape, and two whose stages overlap count both.
     return min(1.0, busy_s / open_s)
@@ -174,7 +179,7 @@ def of_records(records: Sequence[BatchRecord], setup: Setup, elapsed_s: float, m
         - sum(record.real_tokens for record in records) / sum(record.padded_tokens for record in records),
         paddings={
             f"{share:g}": float(n)
-            for share, n in sorted(Counter(round(record.padding_share, 1) for record in records).items())
+            for share, n in sorted(Counter(_tenth_above(record.padding_share) for record in records).items())
         },
         utilisation=_share(sum(record.total_s for record in records), setup.slots * elapsed_s),
         engine=setup.engine,

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,12 @@ def test_the_page_and_the_plots_show_all_charts(document: dict[str, Any], tmp_pa
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plots_that_leave_loads_out_say_so() -> None:
+    results = Results(target="x", settings={}, cells=[cell_of(f"{n} clients", {}, 100.0) for n in range(1, 10)])
+    for chart in charts_of(results.document()):
+        assert ("The first 8 loads." in chart.note) is (chart.name != "throughput")
+
+
 def test_results_without_any_answer_are_shown_too() -> None:
     results = Results(target="http://x", settings={})
     results.cells = [
@@ -197,6 +204,11 @@ def test_a_worker_is_busy_by_the_batches_that_may_run_at_once() -> None:
     found = of_records([record, record, record], Setup("torch/float32", slots=2), elapsed_s=2.0, mean_s=1.2)
     assert found is not None
     assert (found.utilisation, found.engine) == (0.75, "torch/float32")
+    assert found.paddings == {"0.2": 3}
+    nearly = replace(record, real_tokens=96, padded_tokens=100)
+    found = of_records([nearly], Setup(None, slots=1), elapsed_s=1.0, mean_s=1.2)
+    assert found is not None
+    assert found.paddings == {"0.1": 1}, "at most, not about"
 
 
 def timeline_run(ended_s: list[float], items: float) -> Measured:
