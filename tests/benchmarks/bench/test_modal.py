@@ -33,7 +33,7 @@ async def test_a_deployed_class_is_called_as_the_web_function_calls_it(
     async with serve_modal(tmp_path, monkeypatch, engine) as server, engine, Model() as service:
         engine.attach("lengths", as_modal_runs_it(service))
         server.deploy_class("Model", max_concurrent_inputs=16)
-        done = await anyio.to_thread.run_sync(partial(bench, "modal:app/Model", "--length-mix", "3"))
+        done = await anyio.to_thread.run_sync(partial(bench, "modal:app/Model", "--length-mix", "3", "--seconds", "2"))
         assert done.exit_code == 0, done.output
         document = results()
         missing = await anyio.to_thread.run_sync(partial(bench, "modal:app/Other", "--length-mix", "3"))
