@@ -1,8 +1,10 @@
 """The command ``modalkit`` and what all its subcommands share: configuration, errors as messages, exit codes."""
 
+import io
 import os
 import sys
 import warnings
+from contextlib import suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,11 +85,31 @@ def _modalkit(
     """
 
 
+class _Stderr(io.TextIOWrapper):
+    """Standard error that drops what cannot be written: on a full disk, or where its reader is gone, all else goes on.
+
+    `print`, `flush` and Python's own flush at exit would raise. What is dropped no one could have read.
+    """
+
+    def write(self, text: str, /) -> int:
+        """Write what can be written."""
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be written."""
+        with suppress(OSError):
+            super().flush()
+
+
 def main() -> None:
     """Run the command line. Each error of modalkit becomes one message on standard error."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed before the start
             setattr(sys, name, Path(os.devnull).open("r+"))  # noqa: SIM115  # until the process ends
+    stderr = sys.stderr
+    sys.stderr = _Stderr(stderr.buffer, stderr.encoding, stderr.errors, line_buffering=True)
     configure_logging(LogFormat.TEXT)
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"modalkit: warning: {message}\n"
     # At the end, so that a folder with the name of an installed package does not hide the package.

@@ -7,6 +7,8 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -20,7 +22,9 @@ from modalkit.service.cli.serve import _things_to_try
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.serving import AddressError, listening
 from modalkit.service.settings import Settings
-from tests.support.command_line import Modalkit, Process, forked, serving, started
+from tests.support.command_line import MODALKIT, Modalkit, Process, forked, serving, started
+from tests.support.http_client import NO_TLS
+from tests.support.ports import free_port
 from tests.support.processes import ForkedPython
 
 TWO_MODELS = """
@@ -78,6 +82,23 @@ class Numbers(InferencePipeline):
 
     def sample_items(self, n, size):
         return [Number(number=3, unit="'")] * n
+"""
+NOTED = """
+from pathlib import Path
+from tests.support.length_model import LengthPipeline
+
+class Noted(LengthPipeline):
+    def __init__(self, *args, **entry):
+        super().__init__(*args, **entry)
+        with Path("loads").open("a") as file:
+            file.write("l")
+
+    def predict(self, input_list, preprocessed_data):
+        with Path("runs").open("a") as file:
+            file.write("r" * len(input_list))
+        if "hold" in preprocessed_data["texts"]:
+            Path("gate").read_text()  # a pipe: it waits for the test to write
+        return super().predict(input_list, preprocessed_data)
 """
 NEVER_LOADED = """
 import sys, threading
@@ -318,6 +339,58 @@ def test_what_does_not_end_within_the_grace_is_left(folder: Path, environment: d
     assert process.returncode == 1
     assert "Stopped at the end of the grace of 0.1 s. 1 job had not ended: kept, and run after the next start." in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_a_standard_error_that_cannot_be_written_ends_nothing_and_loses_no_job(
+    folder: Path, environment: dict[str, str], is_full: bool
+) -> None:
+    """It is on a full disk, or a pipe whose reader is gone."""
+    (folder / "my_model.py").write_text(NOTED)
+    in_memory = TWO_MODELS.replace("Hanging", "Noted").replace("store_path: jobs.db", "store: memory")
+    (folder / "modalkit.yaml").write_text(in_memory)
+    os.mkfifo(folder / "gate")
+    reader, stderr = os.pipe()
+    os.close(reader)
+    if is_full:
+        os.close(stderr)
+        stderr = os.open("/dev/full", os.O_WRONLY)
+    arguments = [sys.executable, *MODALKIT, "serve", "--port", str(port := free_port()), "--log-level", "info"]
+    with subprocess.Popen(arguments, cwd=folder, env=environment, stderr=stderr) as process:
+        os.close(stderr)
+        try:
+            _use_and_stop(folder, process, port)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert (folder / "runs").read_text().endswith("r" * 4)
+
+
+def _use_and_stop(folder: Path, process: subprocess.Popen[bytes], port: int) -> None:
+    """Wait for it, reload its models, and stop it while one of four jobs runs."""
+
+    def until(reached: Callable[[], bool]) -> None:
+        while not reached():
+            assert process.poll() is None
+            time.sleep(0.02)
+
+    def is_ready() -> bool:
+        with suppress(httpx.TransportError):
+            return client.get("/health/ready").status_code == 200
+        return False
+
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", verify=NO_TLS) as client:
+        until(is_ready)
+        loads = (folder / "loads").stat().st_size
+        process.send_signal(signal.SIGHUP)
+        until(lambda: (folder / "loads").stat().st_size > loads)
+        jobs = [{"message": {"text": "hold"}}, *({"message": {"text": "x" * n}} for n in (1, 2, 3))]
+        assert client.post("/async/predict?model_name=good", json=jobs).status_code == 202
+        until((folder / "runs").exists)
+        process.send_signal(signal.SIGTERM)
+        until_it_accepts_nothing(client)
+    (folder / "gate").write_text("go on")
+    process.wait(timeout=60)
 
 
 def test_without_a_model_that_is_ready_it_shows_the_page_alone(folder: Path) -> None:
