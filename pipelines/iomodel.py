@@ -31,9 +31,8 @@ def _check_printable(name: str) -> str:
     return name
 
 
-QueueName = Annotated[str, Field(min_length=1), AfterValidator(_check_printable)]
-"""The name of a queue: one or more printable characters, because not all queues and stores accept others."""
-
+QueueName = Annotated[str, Field(min_length=1, max_length=2048), AfterValidator(_check_printable)]
+"""The name of a queue, or its URL: printable characters, because not all queues and stores accept others."""
 
 IdempotencyKey = Annotated[str, Field(min_length=1, max_length=255), AfterValidator(_check_printable)]
 """A key that all repetitions of one request share: one or more printable characters."""

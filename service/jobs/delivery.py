@@ -336,7 +336,7 @@ def log_failed_attempts(records: Sequence[tuple[str, DeliveryRecord]]) -> None:
         record, is_last = last[queue, status], status is DeliveryStatus.UNDELIVERED
         logger.log(
             logging.ERROR if is_last else logging.WARNING,
-            "%s for %r %s; the last one, of job %s, after attempt %d: %s",
+            "%s for %.80r %s; the last one, of job %s, after attempt %d: %s",
             *("1 result" if messages == 1 else f"{messages} results", shown_queue_name(queue)),
             _STATES_OF_RESULTS[status, messages > 1],
             *(record.job_id, record.attempts, record.error),

@@ -7,7 +7,7 @@ from modalkit.service.errors import ServiceError, describe_error
 from modalkit.service.queue_backends import NamedQueueBackend, QueueBackend, QueueNameError
 from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 
-MAX_KNOWN_QUEUES = 10_000
+MAX_KNOWN_QUEUES = 1000
 
 
 class QueueNotAllowedError(ServiceError):

@@ -64,7 +64,7 @@ class InMemoryBackend:
             self._take(queue)
             if queue_name not in self._dropping:
                 self._dropping.add(queue_name)
-                logger.warning("Queue %r in memory is full: from now on its oldest messages are dropped", queue_name)
+                logger.warning("Queue %.80r in memory is full: from now on its oldest messages are dropped", queue_name)
         self._drop_bytes()
         if len(self._queues) > self._max_queues:
             dropped, messages = self._queues.popitem(last=False)

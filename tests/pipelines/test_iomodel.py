@@ -87,6 +87,12 @@ def test_a_queue_name_that_cannot_be_printed_is_refused(name: str) -> None:
         AsyncInputModel(message={}, failure_queue=name)
 
 
+def test_a_queue_name_may_be_as_long_as_urls_are_and_no_longer() -> None:
+    assert AsyncInputModel(message={}, success_queue="q" * 2048)
+    with pytest.raises(ValidationError, match=r"success_queue\n.*at most 2048 characters"):
+        AsyncInputModel(message={}, success_queue="q" * 2049)
+
+
 def test_a_message_may_be_any_object_or_a_model() -> None:
     plain = AsyncInputModel(message={"text": "a"})
     none = dict.fromkeys(("success_queue", "failure_queue", "idempotency_key", "expires_in"))

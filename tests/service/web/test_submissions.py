@@ -175,6 +175,27 @@ async def test_a_bad_key_or_time_is_refused_with_its_name(
     assert detail in assert_problem(await client.post("/async/predict", json=body, headers=headers), 422)["detail"]
 
 
+async def test_a_queue_name_that_is_too_long_is_refused_with_its_field(client: httpx.AsyncClient) -> None:
+    """Also where only one job of a list or of a stream names it."""
+    named, detail = job("four", failure_queue="q" * 2049), "failure_queue: String should have at most 2048 characters"
+    assert detail in assert_problem(await client.post("/async/predict", json=named), 422)["detail"]
+    for slots in (
+        (await client.post("/async/predict", json=[job("four"), named])).json(),
+        lines_of(
+            await client.post(
+                "/async/predict", content="\n".join(map(json.dumps, [job("four"), named])), headers=NDJSON
+            )
+        ),
+    ):
+        assert "job_id" in slots[0]
+        assert detail in json.dumps(slots[1])
+    limits = (await client.get("/openapi.json")).json()["components"]["schemas"]
+    assert any(
+        '"maxLength": 2048' in json.dumps(schema.get("properties", {}).get("failure_queue"))
+        for schema in limits.values()
+    )
+
+
 async def test_a_stream_for_an_unknown_model_is_refused_whole(client: httpx.AsyncClient) -> None:
     assert_problem(await client.post("/async/predict?model_name=no", content=b"{}", headers=NDJSON), 404)
 
