@@ -137,8 +137,12 @@ class WebhookBackend(ConnectedBackend):
         if self._key is not None:
             headers.append((SIGNATURE_HEADER, sign(self._key, message_id, timestamp, body)))
         async with AsyncExitStack() as stack:
+            # The pool takes the time to connect from here, which a host's addresses share.
+            limits = {"timeout": {"connect": self._timeout_s}}
             with anyio.fail_after(self._timeout_s):
-                response = await stack.enter_async_context(pool.stream("POST", target, headers=headers, content=body))
+                response = await stack.enter_async_context(
+                    pool.stream("POST", target, headers=headers, content=body, extensions=limits)
+                )
             # Only the status counts; the body is read so that the connection can be used again.
             if _body_size(response) <= _READ_BODY_BYTES:
                 with anyio.move_on_after(_READ_BODY_S), suppress(httpcore.NetworkError, httpcore.ProtocolError):

@@ -1,5 +1,6 @@
 """Webhooks, to real servers of this machine."""
 
+import contextlib
 import gc
 import logging
 import socket
@@ -313,6 +314,26 @@ async def test_an_address_that_does_not_answer_leaves_the_others(receiver: Webho
         allowed_hosts=[f"hooks.example:{receiver.port}"], allow_private_addresses=True, resolve=names
     )
     assert await backend.send_message(url_of(receiver, "hooks.example"), "{}")
+    await backend.aclose()
+
+
+async def test_an_address_that_swallows_packets_leaves_time_for_the_others(receiver: WebhookReceiver) -> None:
+    backend = WebhookBackend(
+        allowed_hosts=[f"hooks.example:{receiver.port}"],
+        allow_private_addresses=True,
+        timeout_s=2,
+        resolve=Names(["127.0.0.2", "127.0.0.1"]),
+    )
+    with contextlib.ExitStack() as sockets:
+        # Its backlog is full, so the system answers no further connection.
+        full = sockets.enter_context(socket.socket())
+        full.bind(("127.0.0.2", receiver.port))
+        full.listen(0)
+        for _ in range(3):
+            waiting = sockets.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.2", receiver.port))
+        assert await backend.send_message(url_of(receiver, "hooks.example"), "{}")
     await backend.aclose()
 
 
