@@ -35,6 +35,8 @@ MAX_BATCH_CALLS = 32
 MAX_SINGLE_CALLS = 64
 """Calls of a backend that takes one message in a call, under way at once."""
 MAX_QUARANTINE_GROUP = 100
+APART_S = 1.0
+"""Seconds that a group of the quarantine waits for messages under way, and then is sent while nothing else is."""
 MAX_BYTES_UNDER_WAY = 256 * 2**20
 """Bytes of the jobs under way beyond which no more are claimed; for the jobs of one queue it is half of that."""
 POLL_INTERVAL_S = 1.0
@@ -92,8 +94,10 @@ class Deliverer(AsyncContextManagerMixin):
     a store that is not durable, all that is due is sent once more before leaving.
 
     Quarantined deliveries, which were claimed when a process died, are sent at the start: in groups (see
-    `quarantine_group_size`) while nothing else is sent, so that a message whose backend ends the process is found and
-    not sent again. Between two groups, others are sent.
+    `quarantine_group_size`), one after the other, so that a message whose backend ends the process is found and not
+    sent again. Nothing else is sent in the first second of a group, in which such a backend probably ends the process.
+    Later, and between two groups, others are sent. Where the process ends meanwhile, these are the first group at the
+    next start, and leave the quarantine.
     """
 
     def __init__(
@@ -118,7 +122,8 @@ class Deliverer(AsyncContextManagerMixin):
         self._room = _Room(MESSAGES_PER_CALL * MAX_BATCH_CALLS if sends_many else MAX_SINGLE_CALLS)
         self._due = Backlog()  # deliveries that may be due in the store
         self._next_poll_at = -math.inf  # when to poll the store without being woken, by the event loop's clock
-        self._takes_ends = False  # whether messages may be sent without waiting in the store
+        self._group = set[str]()  # the ids of the quarantined jobs whose messages are under way
+        self._has_quarantine = True  # whether there may be more of them in the store
         self._attempted: Collector[tuple[Job, DeliveryRecord]] = Collector()  # results that are not recorded yet
         self._change = anyio.Event()  # wakes the task that polls
         self._closing = anyio.Event()
@@ -171,7 +176,7 @@ class Deliverer(AsyncContextManagerMixin):
 
     def _claim_ended(self, ended: Sequence[Job]) -> list[Job]:
         """The jobs among these whose messages there is room for; they count as under way from now on."""
-        if not self._takes_ends or self._closing.is_set():
+        if self._has_quarantine or self._closing.is_set():
             return []
         claimed = list[Job]()
         for queue, jobs in _by_queue(ended).items():
@@ -182,21 +187,20 @@ class Deliverer(AsyncContextManagerMixin):
 
     async def _deliver(self) -> None:
         """Claim what is due and send it, until closed."""
-        while not self._must_stop() and await self._deliver_quarantined():
-            self._send(await self._claim())
-        self._takes_ends = True
         while not self._must_stop():
+            if self._has_room_for_a_group():
+                self._has_quarantine = await self._send_quarantined()
             self._change = anyio.Event()
             is_closing = self._closing.is_set()
             claimed = await self._claim() if self._sleep_s() <= 0 else []
             self._send(claimed)
-            if claimed:
+            if claimed or self._has_room_for_a_group():
                 continue
             if is_closing and not self._room.messages:
                 break
             with anyio.move_on_after(max(0.0, self._sleep_s())):
                 await self._change.wait()
-        await self._until_nothing_is_under_way()
+        await self._wait_while(lambda: self._room.messages)
         self._attempted.close()
         if not self._store.durable:
             await self._log_lost()
@@ -219,16 +223,23 @@ class Deliverer(AsyncContextManagerMixin):
             return math.inf
         return 0.0 if self._due.at_most else self._next_poll_at - anyio.current_time()
 
-    async def _deliver_quarantined(self) -> bool:
-        """Deliver a group of the quarantine while nothing else is sent; returns whether there may be more."""
-        await self._until_nothing_is_under_way()
+    def _has_room_for_a_group(self) -> bool:
+        return self._has_quarantine and not self._group and self._room.free > 1
+
+    async def _send_quarantined(self) -> bool:
+        """Send a group of the quarantine, a while apart from others; returns whether there may be more."""
+        with anyio.move_on_after(APART_S):
+            await self._wait_while(lambda: self._room.messages)
         try:
-            group = await self._store.claim_quarantined_deliveries(min(MAX_QUARANTINE_GROUP, self._room.queue_limit))
+            # Half of the room stays for others, whatever queues the group is for.
+            group = await self._store.claim_quarantined_deliveries(min(MAX_QUARANTINE_GROUP, self._room.free // 2))
         except JobStoreError as error:
             await self._wait_for_the_store(error)
             return not self._closing.is_set()
+        self._group.update(job.job_id for job in group)
         self._send(group)
-        await self._until_nothing_is_under_way()
+        with anyio.move_on_after(APART_S):
+            await self._wait_while(lambda: self._group)
         return bool(group)
 
     async def _wait_for_the_store(self, error: JobStoreError) -> None:
@@ -236,8 +247,8 @@ class Deliverer(AsyncContextManagerMixin):
         with anyio.move_on_after(POLL_INTERVAL_S):
             await self._closing.wait()
 
-    async def _until_nothing_is_under_way(self) -> None:
-        while self._room.messages:
+    async def _wait_while(self, is_under_way: Callable[[], object]) -> None:
+        while is_under_way():
             self._change = anyio.Event()
             await self._change.wait()
 
@@ -266,6 +277,8 @@ class Deliverer(AsyncContextManagerMixin):
             if self._room.free_of(queue) <= 0:
                 self.wake()
             self._room.count(queue, own, -1)
+        if self._group:
+            self._group.difference_update([job.job_id for job in jobs])
         self._change.set()
 
     def _send(self, claimed: Sequence[Job]) -> None:

@@ -469,6 +469,48 @@ async def test_quarantined_deliveries_are_sent_in_groups_with_others_between_the
     assert seen.index("other") == 32
 
 
+async def test_quarantined_messages_to_a_queue_that_hangs_hold_up_no_other_queue(
+    store: MemoryJobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do ordinary ones to it, which are under way when the next group begins."""
+    monkeypatch.setattr("modalkit.service.jobs.delivery.APART_S", 0.01)
+    queue, hanging, first_group_ends = InMemoryBackend(), set[str](), anyio.Event()
+
+    class Hangs:
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            job_id: str = json.loads(message)["job_id"]
+            if queue_name != "hangs":
+                return await queue.send_message(queue_name, message)
+            hanging.add(job_id)
+            await (first_group_ends.wait() if job_id < "quarantined-32" else anyio.sleep_forever())
+            return True
+
+    await finish_jobs(store, *(f"quarantined-{n:02}" for n in range(40)), queue="hangs")
+    await store.claim_deliveries(99, 9.0, queue_limits={}, queue_limit=99)
+    await store.recover(9.0)
+    await finish_jobs(store, *(f"usual-{n}" for n in range(40)), queue="hangs")
+    async with anyio.create_task_group() as task_group:
+        with anyio.fail_after(10):
+            deliverer = Deliverer(Hangs(), store, send_timeout_s=3600)
+            await task_group.start(_deliver_until_cancelled, deliverer)
+            await finish_jobs(store, "other")
+            await queue.receive("ok")
+            assert len(hanging) == 32
+            first_group_ends.set()
+            while len([job_id for job_id in hanging if job_id.startswith("quarantined")]) < 40:
+                await anyio.sleep(0.01)
+            await finish_jobs(store, "late")
+            deliverer.wake()
+            await queue.receive("ok")
+        task_group.cancel_scope.cancel()
+
+
+async def _deliver_until_cancelled(deliverer: Deliverer, *, task_status: TaskStatus[None]) -> None:
+    async with deliverer:
+        task_status.started()
+        await anyio.sleep_forever()
+
+
 async def test_a_backend_that_ends_the_process_in_one_message_delivers_the_others(store: MemoryJobStore) -> None:
     queue = InMemoryBackend()
 
