@@ -164,7 +164,11 @@ class CallProcessor:
     def _make_job(
         self, item: _Item, request: AsyncInputModel, call: Call, index: int, now: float, left_s: float
     ) -> None:
-        """Make an item a job. Raises `QueueNotAllowedError` and `QueueNameError`; the job then names no queue."""
+        """Make an item a job.
+
+        Raises `QueueNotAllowedError` and `QueueNameError`; then the job names no queue but a `failure_queue` that
+        passes, to which the error is sent.
+        """
         options = call.options
         item.priority = Priority(options.priority or Priority.BULK)
         queued = life.new_job(
@@ -182,9 +186,12 @@ class CallProcessor:
         item.timeout_s = min(left_s, life.deadline_of(job, timeout_s=self._config.timeout, now=now) - now)
         if item.timeout_s <= 0:
             item.outcome = Failure(DeadlineExceededError(0.0))
-        self._queue_rules.check(request.success_queue, request.failure_queue)
+        self._queue_rules.check(None, request.failure_queue)
         if self._responses is not None:
-            item.job = replace(job, success_queue=request.success_queue, failure_queue=request.failure_queue)
+            item.job = job = replace(job, failure_queue=request.failure_queue)
+        self._queue_rules.check(request.success_queue, None)
+        if self._responses is not None:
+            item.job = replace(job, success_queue=request.success_queue)
 
     def _validated(self, message: Any, input_model: str | None) -> BaseModel:
         if isinstance(message, BaseModel):

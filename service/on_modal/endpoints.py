@@ -16,7 +16,7 @@ from modalkit.service.calls.jobs import CallGateway, CallJobs
 from modalkit.service.calls.predictor import CallModel
 from modalkit.service.gateway import Gateway
 from modalkit.service.jobs.queue_rules import QueueRules
-from modalkit.service.loading import LoadError, ModelSource
+from modalkit.service.loading import LoadError, ModelSource, load_queue_backend
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.container import set_up_logs_and_traces
@@ -29,6 +29,7 @@ from modalkit.service.on_modal.engine import (
     takes_one_input_at_a_time,
 )
 from modalkit.service.on_modal.hosting import HostedService, default_model_name, model_source, responses_of
+from modalkit.service.queue_backends import QueueBackend
 from modalkit.service.web.app import configured_app
 from modalkit.service.web.metrics import own_exposition
 
@@ -126,7 +127,10 @@ def _gateway_to(
         engine,
         open_records(config),
         call_models,
-        queue_rules=QueueRules(config.app_settings.queue_config.allowed_queues, None),
+        queue_rules=QueueRules(
+            config.app_settings.queue_config.allowed_queues,
+            _known_backend(app_cls, config, given_parameters[0]),
+        ),
         config=config.app_settings.batch_config,
         input_model_path=path,
     )
@@ -171,6 +175,22 @@ def _implementation(app_cls: Any) -> type[InferencePipeline] | None:
     implementation = getattr(app_cls, "inference_implementation", None)
     is_pipeline = inspect.isclass(implementation) and issubclass(implementation, InferencePipeline)
     return implementation if is_pipeline else None
+
+
+def _known_backend(app_cls: Any, config: ModalConfig, parameters: Mapping[str, str]) -> QueueBackend | None:
+    """The backend by which the containers check names of queues; None where that is not known here."""
+    try:
+        backend: QueueBackend | None = app_cls(**parameters).queue_backend
+    except (AttributeError, modal.exception.NotFoundError):
+        return None  # of a class that was looked up, only methods are known
+    queue_config = config.app_settings.queue_config
+    if backend is not None or any(":" in name for name in (queue_config.backend, *queue_config.routes.values())):
+        return backend  # a configured class of the user's may need what only the containers have
+    try:
+        return load_queue_backend(queue_config)
+    except LoadError as error:
+        logger.info("This web container leaves it to the others to check the names of queues: %s", error)
+        return None
 
 
 def _name_of(app_cls: Any, config: ModalConfig, parameters: Mapping[str, str]) -> str:

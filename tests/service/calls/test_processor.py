@@ -356,15 +356,17 @@ async def test_jobs_of_a_list_are_submitted_together_and_are_bulk(
     assert submitted == [(1, Priority.BULK), (1, Priority.BULK)]
 
 
-async def test_a_queue_that_is_not_allowed_fails_its_job_alone(
+async def test_a_queue_that_is_not_allowed_fails_its_job_alone_and_is_told_to_a_failure_queue_that_is(
     processor: CallProcessor, queue: InMemoryBackend, pipeline: Fragile
 ) -> None:
     entries = [job("a"), job("b", success_queue="elsewhere"), job("c", failure_queue="elsewhere"), job("d")]
     outcomes = await processor.process(entries, a_call())
     assert [outcome["status"] for outcome in outcomes] == ["succeeded", "failed", "failed", "succeeded"]
     assert "'elsewhere' is not allowed" in outcomes[1]["error"]
-    assert (outcomes[1]["success_queue"], outcomes[1]["failure_queue"]) == (None, None)
-    assert queue.queue_names() == ["ok"]
+    queues = [(outcome["success_queue"], outcome["failure_queue"], outcome["delivery"]) for outcome in outcomes[1:3]]
+    assert queues == [(None, "bad", "delivered"), (None, None, "none")]
+    assert [(told["job_id"], told["error"]) for told in sent(queue, "bad")] == [("fc-1.1", outcomes[1]["error"])]
+    assert "elsewhere" not in queue.queue_names()
     assert sorted(text for batch in pipeline.batches for text in batch) == ["a", "d"]
 
 

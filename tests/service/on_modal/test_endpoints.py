@@ -20,7 +20,7 @@ from modalkit.service.loading import LoadError
 from modalkit.service.on_modal.config import LISTS_AT_A_CONTAINER, ModalConfig
 from modalkit.service.on_modal.endpoints import import_path
 from modalkit.service.on_modal.engine import connection
-from modalkit.service.queue_backends import InMemoryBackend
+from modalkit.service.queue_backends import InMemoryBackend, QueueNameError
 from tests.service.on_modal.conftest import MakeConfig
 from tests.support.http_server import serving
 from tests.support.length_model import Length, LengthPipeline, Text
@@ -156,6 +156,35 @@ def test_a_parameter_without_a_default_needs_names(config: ModalConfig) -> None:
     with pytest.raises(LoadError, match=r"missing a required argument: 'model_name'; .* models=\['sentiment'\]"):
         create_web_endpoints(app_cls)
     create_web_endpoints(app_cls, models=["lengths"])
+
+
+WEBHOOKS = {"backend": "webhook", "webhook": {"allowed_hosts": ["hooks.example.com"]}}
+
+
+class Strict(InMemoryBackend):
+    """Refuses all names of queues."""
+
+    def check_queue_name(self, queue_name: str) -> None:
+        raise QueueNameError(queue_name, "is not mine")
+
+
+@pytest.mark.parametrize(("injected", "problem"), [(None, "is no URL of a host"), (Strict(), "is not mine")])
+async def test_a_queue_name_that_the_containers_would_refuse_is_refused_by_the_endpoints(
+    make_config: MakeConfig, injected: Any, problem: str
+) -> None:
+    """Whether the backend is configured or injected."""
+
+    class Injecting(Lengths):
+        modal_utils = make_config(queue_config=WEBHOOKS)
+
+        def __init__(self) -> None:
+            super().__init__(queue_backend=injected)
+
+    app_cls = modal.App("lengths").cls(serialized=True)(Injecting)
+    async with opened(create_web_endpoints(app_cls)) as client:
+        job = {"message": {"text": "four"}, "success_queue": "results"}
+        answer = await client.post("/async/predict", json=job)
+    assert (answer.status_code, problem in answer.json()["detail"]) == (422, True), answer.text
 
 
 async def test_each_model_is_called_with_its_name(config: ModalConfig) -> None:
