@@ -279,12 +279,16 @@ def _make_built_in_backend(config: QueueConfig, name: str) -> QueueBackend:
 
 
 def make_job_manager(
-    settings: Settings | None, queue_backend: QueueBackend | None, job_store: JobStore | None
+    settings: Settings | None,
+    queue_backend: QueueBackend | None,
+    job_store: JobStore | None,
+    *,
+    owns_backend: bool = False,
 ) -> JobManager:
     """A `JobManager` that is not open yet; `queue_backend` and `job_store` are used in place of the configured ones.
 
-    Without settings, jobs are kept in memory and there is no queue. Raises `LoadError` for a backend that cannot be
-    built.
+    It closes the configured backend at its end, and the given one if it `owns_backend`. Without settings, jobs are kept
+    in memory and there is no queue. Raises `LoadError` for a backend that cannot be built.
     """
     if settings is None:
         return JobManager(MemoryJobStore() if job_store is None else job_store, queue_backend)
@@ -296,7 +300,7 @@ def make_job_manager(
     return JobManager(
         job_store,
         load_queue_backend(queue_config) if queue_backend is None else queue_backend,
-        owns_backend=queue_backend is None,
+        owns_backend=owns_backend or queue_backend is None,
         allowed_queues=queue_config.allowed_queues,
         result_ttl_s=async_config.result_ttl,
         max_delivery_attempts=async_config.max_delivery_attempts,

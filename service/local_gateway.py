@@ -166,7 +166,8 @@ class LocalModel:
 class LocalGateway(AsyncContextManagerMixin):
     """Serves models from this process: one `InferenceWorker` each, jobs and deliveries shared.
 
-    The models are those of the configuration, unless `sources` says which.
+    The models are those of the configuration, unless `sources` says which. A `queue_backend` in place of the configured
+    one is closed at the end if the gateway `owns_backend`.
 
     Constructing it imports the classes that the configuration names and raises `LoadError` where that fails, and
     `SettingsError` for keys that their constructors do not take; entering it opens the job store and starts to load the
@@ -180,6 +181,7 @@ class LocalGateway(AsyncContextManagerMixin):
         settings: Settings,
         *,
         queue_backend: QueueBackend | None = None,
+        owns_backend: bool = False,
         job_store: JobStore | None = None,
         sources: Sequence[ModelSource] | None = None,
     ) -> None:
@@ -192,7 +194,7 @@ class LocalGateway(AsyncContextManagerMixin):
         self.models = {source.model_name: LocalModel(source, self._state) for source in sources}
         if not self.models:
             raise LoadError(NO_MODELS)
-        self.jobs = make_job_manager(settings, queue_backend, job_store)
+        self.jobs = make_job_manager(settings, queue_backend, job_store, owns_backend=owns_backend)
         self.jobs.check_ready = self._check_ready
 
     @asynccontextmanager

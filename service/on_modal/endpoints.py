@@ -168,7 +168,13 @@ def _gateway_here(
         source.input_model = input_model or source.input_model
         source.output_model = output_model or source.output_model
     first = services[0]
-    return LocalGateway(first.configuration().settings, queue_backend=responses_of(first), sources=sources)
+    owns_backend = first.make_backend()
+    return LocalGateway(
+        first.configuration().settings,
+        queue_backend=responses_of(first),
+        owns_backend=owns_backend,
+        sources=sources,
+    )
 
 
 def _implementation(app_cls: Any) -> type[InferencePipeline] | None:

@@ -17,7 +17,8 @@ from modalkit.pipelines.inference_pipeline import awaited, has_own
 from modalkit.service.loading import NO_MODELS, LoadError, ModelSource, load_queue_backend
 from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.container import Container, only_service_errors, set_up_logs_and_traces
-from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend
+from modalkit.service.queue_backends import BatchQueueBackend, NamedQueueBackend, QueueBackend
+from modalkit.service.queue_backends.protocol import keeps_in_process
 from modalkit.service.queue_backends.sending import close_backend
 
 logger = logging.getLogger(__name__)
@@ -143,9 +144,7 @@ class HostedService(Constructible):
             pipeline = await to_thread.run_sync(source.load)
         elif not config.app_settings.deployment_config.gpu_snapshot:
             await to_thread.run_sync(pipeline.move_to, source.devices()[0])
-        if self.queue_backend is None:
-            self.queue_backend = load_queue_backend(config.app_settings.queue_config)
-            self._owns_backend = True
+        self.make_backend()
         container = Container(
             config,
             source,
@@ -158,7 +157,7 @@ class HostedService(Constructible):
         try:
             await container.start()
         except BaseException:
-            await self._close_own_backend()
+            await self.close_own_backend()
             raise
         return container
 
@@ -168,9 +167,17 @@ class HostedService(Constructible):
             if container is not None:
                 await container.stop(used_s)
         finally:
-            await self._close_own_backend()
+            await self.close_own_backend()
 
-    async def _close_own_backend(self) -> None:
+    def make_backend(self) -> bool:
+        """Make the configured queue backend if there is no other one; returns whether it did. Raises `LoadError`."""
+        if self.queue_backend is None:
+            self.queue_backend = load_queue_backend(self.configuration().app_settings.queue_config)
+            self._owns_backend = True
+        return self._owns_backend
+
+    async def close_own_backend(self) -> None:
+        """Close the queue backend that `make_backend` made."""
         if self._owns_backend:
             backend, self.queue_backend, self._owns_backend = self.queue_backend, None, False
             await close_backend(backend)
@@ -217,17 +224,18 @@ def default_model_name(config: ModalConfig, implementation: type[InferencePipeli
 
 def responses_of(service: HostedService) -> QueueBackend | None:
     """What results of a service's jobs are sent by: its methods where they are overridden, else its backend."""
-    is_overridden = any(
-        getattr(type(service), name) is not getattr(HostedService, name)
-        for name in ("send_async_response", "_send_to_queue")
-    )
+    is_overridden = any(_overrides(service, name) for name in ("send_async_response", "_send_to_queue"))
     if isinstance(service.queue_backend, BatchQueueBackend) and not is_overridden:
         return service.queue_backend
     return _ByMethods(service) if is_overridden or service.queue_backend is not None else None
 
 
+def _overrides(service: HostedService, name: str) -> bool:
+    return getattr(type(service), name) is not getattr(HostedService, name)
+
+
 class _ByMethods:
-    """A backend that sends by the overridable methods of a service."""
+    """A backend that sends by the overridable methods of a service; for the rest it is the service's own backend."""
 
     def __init__(self, service: HostedService) -> None:
         self._service = service
@@ -235,6 +243,20 @@ class _ByMethods:
     async def send_message(self, queue_name: str, message: str) -> bool:
         """Send a message; returns whether it was taken. A method that returns nothing has sent it."""
         return await self._service.send_async_response(queue_name, message) is not False
+
+    def check_queue_name(self, queue_name: str) -> None:
+        """Raise `QueueNameError` for a name that the service's backend refuses."""
+        if isinstance(self._service.queue_backend, NamedQueueBackend):
+            self._service.queue_backend.check_queue_name(queue_name)
+
+    def keeps_in_process(self, queue_name: str) -> bool:
+        """Whether the service's backend gets the messages, and keeps them in memory."""
+        backend = None if _overrides(self._service, "_send_to_queue") else self._service.queue_backend
+        return backend is not None and keeps_in_process(backend, queue_name)
+
+    async def aclose(self) -> None:
+        """Close the service's backend, if the configuration made it."""
+        await self._service.close_own_backend()
 
 
 async def _load_for_snapshot(self: HostedService) -> None:

@@ -1,7 +1,7 @@
 """What tests of the Modal service share."""
 
 import copy
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pytest
 
 from modalkit.service.calls.in_process import InProcessEngine
 from modalkit.service.on_modal.config import ModalConfig
+from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
 from tests.support.modal_server import ModalServer, serve_modal
 
@@ -38,3 +39,27 @@ async def modal_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Async
     """A server of this test's, which Modal's client takes for Modal's."""
     async with InProcessEngine() as engine, serve_modal(tmp_path, monkeypatch, engine) as server:
         yield server
+
+
+class Closable(InMemoryBackend):
+    """A backend as a configuration names it."""
+
+    made: list["Closable"] = []  # noqa: RUF012  # of the class, on purpose
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = 0
+        self.made.append(self)
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+
+@pytest.fixture
+def configured_backends() -> Iterator[list[Closable]]:
+    Closable.made.clear()
+    yield Closable.made
+    Closable.made.clear()
+
+
+CLOSABLE = {"backend": "tests.service.on_modal.conftest:Closable"}

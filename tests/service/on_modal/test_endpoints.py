@@ -21,7 +21,7 @@ from modalkit.service.on_modal.config import LISTS_AT_A_CONTAINER, ModalConfig
 from modalkit.service.on_modal.endpoints import import_path
 from modalkit.service.on_modal.engine import connection
 from modalkit.service.queue_backends import InMemoryBackend, QueueNameError
-from tests.service.on_modal.conftest import MakeConfig
+from tests.service.on_modal.conftest import CLOSABLE, Closable, MakeConfig
 from tests.support.http_server import serving
 from tests.support.length_model import Length, LengthPipeline, Text
 from tests.support.modal_objects import called_instance, concurrency
@@ -296,6 +296,58 @@ async def test_results_of_a_class_that_is_not_registered_go_through_its_own_meth
             pass
         await client.post("/async/predict", json={"message": {"text": "four"}, "success_queue": "ok"})
         assert '"length":4' in (await sent.receive("mine/ok")).replace(" ", "")
+
+
+@pytest.mark.parametrize("name", ["send_async_response", "_send_to_queue"])
+async def test_results_reach_the_configured_backend_through_an_overridden_method(
+    make_config: MakeConfig, configured_backends: list[Closable], name: str
+) -> None:
+    class Here(Lengths):
+        modal_utils = make_config(queue_config=CLOSABLE)
+
+    async def send(self: Here, queue_name: str, message: str) -> Any:
+        return await getattr(Lengths, name)(self, f"mine/{queue_name}", message)
+
+    setattr(Here, name, send)
+    async with opened(create_web_endpoints(Here)) as client:
+        while (await client.get("/health/ready")).status_code != 200:
+            pass
+        await client.post("/async/predict", json={"message": {"text": "four"}, "success_queue": "ok"})
+        [backend] = configured_backends
+        assert '"length":4' in (await backend.receive("mine/ok")).replace(" ", "")
+    assert backend.closed == 1
+
+
+async def test_a_class_that_is_not_registered_refuses_names_and_keeps_messages_as_its_backend_does(
+    make_config: MakeConfig,
+) -> None:
+    """Also where the backend takes one message at a time."""
+
+    class Single:
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            return True
+
+        def check_queue_name(self, queue_name: str) -> None:
+            if queue_name != "ok":
+                raise QueueNameError(queue_name, "is not mine")
+
+        def keeps_in_process(self, queue_name: str) -> bool:
+            return True
+
+    class Here(Lengths):
+        modal_utils = make_config()
+        queue_backend = Single()
+
+    async with opened(create_web_endpoints(Here)) as client:
+        while (await client.get("/health/ready")).status_code != 200:
+            pass
+        jobs = [{"message": {"text": "four"}, "success_queue": name} for name in ("ok", "other")]
+        answer = await client.post("/async/predict", json=jobs[1])
+        assert (answer.status_code, "is not mine" in answer.json()["detail"]) == (422, True)
+        job_id = (await client.post("/async/predict", json=jobs[0])).json()["job_id"]
+        while (job := (await client.get(f"/jobs/{job_id}?wait=30")).json())["delivery"] == "pending":
+            pass
+        assert job["delivery"] == "memory"
 
 
 async def test_who_may_call_is_up_to_the_configuration(make_config: MakeConfig) -> None:

@@ -26,13 +26,13 @@ from modalkit.service.on_modal import container as container_module
 from modalkit.service.on_modal.container import Container, set_up_logs_and_traces
 from modalkit.service.on_modal.hosting import Constructible, HostedService, responses_of
 from modalkit.service.queue_backends import InMemoryBackend
+from tests.service.on_modal.conftest import CLOSABLE, Closable, MakeConfig
 from tests.support.length_model import POISON, LengthPipeline, Text
 from tests.support.modal_container import an_input, as_modal_runs_it, in_a_container, run_hooks
 from tests.support.modal_objects import class_spec
 
 pytestmark = pytest.mark.anyio
 
-MakeConfig = Callable[..., ModalConfig]
 FAULT = "fault"
 ENTRIES: dict[str, Any] = {
     "first": {"pipeline": "tests.support.length_model:LengthPipeline", "colour": "red"},
@@ -104,30 +104,6 @@ def job(text: str) -> dict[str, Any]:
 
 def pipeline_of(service: ModalService) -> Any:
     return service.running().worker.pipeline
-
-
-class Closable(InMemoryBackend):
-    """A backend as a configuration names it."""
-
-    made: list["Closable"] = []  # noqa: RUF012  # of the class, on purpose
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.closed = 0
-        self.made.append(self)
-
-    async def aclose(self) -> None:
-        self.closed += 1
-
-
-@pytest.fixture
-def configured_backends() -> Iterator[list[Closable]]:
-    Closable.made.clear()
-    yield Closable.made
-    Closable.made.clear()
-
-
-CLOSABLE = {"backend": "tests.service.on_modal.test_hosting:Closable"}
 
 
 async def test_a_service_runs_lists_inside_async_with(make_config: MakeConfig) -> None:
