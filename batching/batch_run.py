@@ -11,7 +11,7 @@ from typing import Generic, ParamSpec, TypeVar
 import anyio
 
 from modalkit.batching.errors import BatchingError, BatchTimeoutError, DeadlineExceededError, OutputCountError
-from modalkit.batching.execution import BatchPreemptedError, Executor
+from modalkit.batching.execution import BatchDeferredError, BatchDisturbedError, Executor
 from modalkit.batching.group_testing import FailureHistory, GroupTest
 from modalkit.batching.pending import Pending
 from modalkit.batching.planner import BatchPlanner
@@ -93,12 +93,12 @@ class BatchRunner(Generic[T, R]):
         batches: int,
         overlapped: bool,
     ) -> None:
-        """Use the outputs of a batch, or find its failing items. A batch that was preempted is requeued whole.
+        """Use the outputs of a batch, or find its failing items. A batch that was deferred is requeued whole.
 
         `batches` ran in the same visit to the thread, this one included: each took its part of that time. When
         cancelled, it leaves the batch in `running`, and requests without an outcome.
         """
-        if isinstance(outputs, BatchPreemptedError):
+        if isinstance(outputs, BatchDeferredError):
             self.requeue(run)
             return
         batch, wanted, ran_s = run.batch, run.wanted, self.now()
@@ -143,14 +143,23 @@ class BatchRunner(Generic[T, R]):
         """Run parts of a batch that failed; returns the errors of requests, and how many were requeued."""
         test, errors = GroupTest(wanted, self._history, self._is_wanted), list[Exception]()
         too_large: list[list[Pending[T, R]]] = []
+        is_disturbed = isinstance(error, BatchDisturbedError)
+        if isinstance(error, BatchDisturbedError):
+            error = error.error
         if isinstance(error, OutputCountError) and len(wanted) > 1 and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "%s: %s; such a batch runs again in parts, so nothing is gained by batches", self._name, error
             )
-        self._record_failure(test, wanted, error, too_large)
-        while not executor.is_retired and (part := test.next_part()) and await self._is_prepared(executor):
-            [(outputs, seconds)] = await executor.attempt([[request.payload for request in part]])
+        if is_disturbed and len(wanted) == 1:
+            test.record_nothing()
+        else:
+            self._record_failure(test, wanted, error, too_large)
+        # All items of a batch wait for a device that was not ready: one of them may be the cause, and harm others too.
+        while not executor.is_retired and (part := test.next_part()):
+            outputs, seconds = await executor.attempt_alone([request.payload for request in part], MAX_PREPARE_S)
+            if isinstance(outputs, BatchDeferredError):
+                break
             if isinstance(outputs, Exception):
                 self._record_failure(test, part, outputs, too_large)
             else:
@@ -167,9 +176,8 @@ class BatchRunner(Generic[T, R]):
         for request in test.unresolved:
             if self.fail(request, Failure(error, is_systemic=True)):
                 errors.append(error)
-        if isinstance(error, BatchTimeoutError) and not any(
-            isinstance(own, BatchTimeoutError) for _, own in test.failing
-        ):
+        hangs_alone = any(isinstance(own, BatchTimeoutError) for _, own in test.failing)
+        if isinstance(error, BatchTimeoutError) and not hangs_alone and not is_disturbed:
             too_large.append(wanted)  # no item hangs alone: together they took too long
         # An item that is too large alone explains each failure of a part with it, which then says nothing about others.
         alone = {id(part[0]) for part in too_large if len(part) == 1}
@@ -179,21 +187,6 @@ class BatchRunner(Generic[T, R]):
         requeued = [request for request in wanted if request.outcome is None]
         self._planner.queue.requeue(requeued)
         return errors, len(requeued)
-
-    async def _is_prepared(self, executor: Executor[T, R]) -> bool:
-        """Whether the device can run a part of a batch, if need be after it was prepared.
-
-        All items wait for that, because one of them may be what the device needs it for, and would break others too.
-        """
-        if executor.must_prepare:
-            try:
-                await executor.prepare(MAX_PREPARE_S)
-            except Exception:
-                logger.exception(
-                    "%s: device %d cannot run the rest of a batch; it is requeued", self._name, executor.device
-                )
-                return False
-        return not executor.is_retired
 
     def _record_failure(
         self,

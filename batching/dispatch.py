@@ -175,10 +175,7 @@ class Dispatcher(Generic[T, R]):
         while not (self.broken.is_set() or executor.is_retired):
             if executor.must_prepare and (self.is_open or len(self._planner.queue)):
                 self.sleepers.wake_one()  # what woke this worker should not wait for the device
-                try:
-                    await executor.prepare()
-                except Exception:
-                    logger.exception("%s: device %d cannot run batches; trying again", self._name, executor.device)
+                await executor.prepare()
                 continue
             decision = self._decide(executor.device)
             if decision.batch is not None:

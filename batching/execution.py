@@ -5,7 +5,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from functools import partial
 from operator import is_
 from time import perf_counter
@@ -37,8 +37,19 @@ Ended = tuple[Sequence[R | Exception], StageSeconds]
 """The outputs of a batch, and its seconds."""
 
 
-class BatchPreemptedError(Exception):
-    """Raised for an overlapped batch before its second stage, because another batch should run first."""
+class BatchDeferredError(Exception):
+    """Raised for a batch that did not run: another one should run first, or its device is not ready."""
+
+
+class BatchDisturbedError(Exception):
+    """Raised for a batch that failed when its device ceased to be ready, while others ran there: one may be the cause.
+
+    Its `error` is what the batch raised.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 class Progress:
@@ -65,6 +76,42 @@ class Preparation(NamedTuple):
     again if it raises, so it should wait a while first."""
 
 
+class DeviceUse:
+    """Who uses a device that can cease to be ready: batches at once, or one alone, which no other one can then harm.
+
+    Whoever comes first goes first: a batch that comes after one that waits to be alone waits for it.
+    """
+
+    def __init__(self, preparation: Preparation) -> None:
+        self.preparation = preparation
+        self._entrance = anyio.Lock(fast_acquire=True)
+        self._users = self._entered = 0
+        self._is_free = anyio.Event()
+
+    @asynccontextmanager
+    async def shared(self) -> AsyncGenerator[Callable[[], bool]]:
+        """Use the device beside others; yields what says whether no other one has used it since then."""
+        async with self._entrance:
+            self._users += 1
+            self._entered += 1
+            was_free, entered = self._users == 1, self._entered
+        try:
+            yield lambda: was_free and self._entered == entered
+        finally:
+            self._users -= 1
+            if not self._users:
+                self._is_free.set()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncGenerator[None]:
+        """Use the device while no other one does."""
+        async with self._entrance:
+            if self._users:
+                self._is_free = anyio.Event()
+                await self._is_free.wait()
+            yield
+
+
 class Executor(Generic[T, R]):
     """Runs one batch at a time, or different stages of consecutive batches at the same time.
 
@@ -85,10 +132,11 @@ class Executor(Generic[T, R]):
         timeout_s: float,
         name: str,
         device: int = 0,
-        preparation: Preparation | None = None,
+        use: DeviceUse | None = None,
         rank: int = 0,
     ) -> None:
-        self._preparation = preparation
+        self._name = name
+        self._use = use
         self.rank = rank
         """Of the executors of a device: one of a lower rank, if it is idle, runs a batch rather than this one."""
         self.device = device
@@ -155,14 +203,29 @@ class Executor(Generic[T, R]):
     @property
     def must_prepare(self) -> bool:
         """Whether the device has to be prepared before it can run a batch."""
-        return self._preparation is not None and self._preparation.is_needed()
+        return self._use is not None and self._use.preparation.is_needed()
 
-    async def prepare(self, timeout_s: float | None = None) -> None:
-        """Prepare the device in the main thread. Raises what that raises, and `TimeoutError` after `timeout_s`."""
-        if self._preparation is not None:
-            with anyio.fail_after(timeout_s):
-                async with self._main_lock:
-                    await self._main.run(self._preparation.run)
+    async def prepare(self) -> None:
+        """Prepare the device, unless it is ready. An error is logged."""
+        if self._use is not None:
+            async with self._alone(self._use, None):
+                pass
+
+    @asynccontextmanager
+    async def _alone(self, use: DeviceUse, timeout_s: float | None) -> AsyncGenerator[bool]:
+        """Use the device while no other one does, once it is prepared; yields whether it is ready in that time."""
+        async with AsyncExitStack() as used:
+            is_ready = True
+            try:
+                with anyio.fail_after(timeout_s):
+                    await used.enter_async_context(use.alone())
+                    if self.must_prepare:
+                        async with self._main_lock:
+                            await self._main.run(use.preparation.run)
+            except Exception:
+                logger.exception("%s: device %d cannot run batches now; trying again later", self._name, self.device)
+                is_ready = False
+            yield is_ready
 
     async def attempt(
         self, batches: Sequence[list[T]], progress: "Progress | None" = None
@@ -173,7 +236,38 @@ class Executor(Generic[T, R]):
         early once they have taken `LONG_VISIT_S`: those that are left have no result. With a `progress`, there is one
         batch, and each stage of it runs as soon as the batch before has left it. Then only the time in the stages
         counts towards the time limit, not the time that the batch waits for other batches.
+
+        The error is a `BatchDeferredError` for a batch that did not run, and a `BatchDisturbedError` for one that may
+        have failed because of another one on its device.
         """
+        if self._use is None:
+            return await self._attempt(batches, progress)
+        async with self._use.shared() as was_alone:
+            if self.must_prepare:
+                return [(BatchDeferredError(), None)]
+            results = await self._attempt(batches, progress)
+            outputs, _ = results[-1]
+            is_deferred = isinstance(outputs, BatchDeferredError)
+            if isinstance(outputs, Exception) and not is_deferred and self.must_prepare and not was_alone():
+                results[-1] = BatchDisturbedError(outputs), None
+            return results
+
+    async def attempt_alone(self, payloads: list[T], max_prepare_s: float) -> Ended[R] | tuple[Exception, None]:
+        """Run one batch while no other one uses its device, which is prepared if need be; returns as `attempt`.
+
+        The error is a `BatchDeferredError` if the device is not ready after `max_prepare_s`, or this executor is
+        retired by then.
+        """
+        async with nullcontext(True) if self._use is None else self._alone(self._use, max_prepare_s) as is_ready:
+            if not is_ready or self.is_retired:
+                return BatchDeferredError(), None
+            [result] = await self._attempt([payloads], None)
+            return result
+
+    async def _attempt(
+        self, batches: Sequence[list[T]], progress: "Progress | None"
+    ) -> list[Ended[R] | tuple[Exception, None]]:
+        """As `attempt`, whoever else uses the device."""
         ended: list[Ended[R]] = []
         try:
             if progress is not None and self.stages is not None:
@@ -227,7 +321,7 @@ class Executor(Generic[T, R]):
         left_s -= preprocess_s
         async with self._main_lock:
             if progress.should_preempt():
-                raise BatchPreemptedError
+                raise BatchDeferredError
             progress.predict_started.set()
             raw, predict_s = await self._run_stage(self._main, left_s, stages.predict, payloads, prepared)
         progress.predict_ended.set()

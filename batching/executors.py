@@ -9,7 +9,7 @@ from typing import Generic, TypedDict, TypeVar
 
 import anyio
 
-from modalkit.batching.execution import Executor, Preparation
+from modalkit.batching.execution import DeviceUse, Executor, Preparation
 from modalkit.batching.stages import RunBatch
 
 logger = logging.getLogger(__name__)
@@ -62,11 +62,10 @@ class Executors(Generic[T, R]):
         self.on_close = on_close
         self._name = name
         timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
+        uses = [None if each is None else DeviceUse(each) for each in preparations or [None] * len(devices)]
         self._executors: list[Executor[T, R]] = [
-            Executor(run, timeout_s, f"{name} {device * max_in_flight + i}", device, preparation, rank=i)
-            for device, (run, preparation) in enumerate(
-                zip(devices, preparations or [None] * len(devices), strict=True)
-            )
+            Executor(run, timeout_s, f"{name} {device * max_in_flight + i}", device, use, rank=i)
+            for device, (run, use) in enumerate(zip(devices, uses, strict=True))
             for i in range(max_in_flight)
         ]
 

@@ -164,6 +164,11 @@ class GroupTest(Generic[T]):
         else:
             self._group = part
 
+    def record_nothing(self) -> None:
+        """Record that it is unknown how the part ended, so that it runs again."""
+        self.untested = [*self._rest_of_group, *self.untested]
+        self._parts.appendleft(self._running)
+
     def record_too_large(self, error: Exception) -> None:
         """Record that the part was too large for the device."""
         part, middle = self._running, len(self._running) // 2

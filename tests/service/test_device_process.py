@@ -26,7 +26,11 @@ pytestmark = pytest.mark.anyio
 
 CONFIGURATION = """
 app_settings:
-  batch_config: {{max_batch_size: 4, batch_timeout_seconds: {timeout_s}, calibration: {{enabled: false}}}}
+  batch_config:
+    max_batch_size: 4
+    max_in_flight: {in_flight}
+    batch_timeout_seconds: {timeout_s}
+    calibration: {{enabled: false}}
 model_settings:
   model_entries:
     where: {{pipeline: "tests.support.device_pipelines:{kind}", devices: [{devices}]}}
@@ -44,8 +48,9 @@ def _fast_restarts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def source_of(kind: str, devices: str = "a, b", timeout_s: float = 30.0) -> ModelSource:
-    Path("modalkit.yaml").write_text(CONFIGURATION.format(kind=kind, devices=devices, timeout_s=timeout_s))
+def source_of(kind: str, devices: str = "a, b", timeout_s: float = 30.0, in_flight: int = 1) -> ModelSource:
+    text = CONFIGURATION.format(kind=kind, devices=devices, timeout_s=timeout_s, in_flight=in_flight)
+    Path("modalkit.yaml").write_text(text)
     return ModelSource(Settings.load(environ={}), "where")
 
 
@@ -145,6 +150,15 @@ async def test_a_process_that_is_killed_or_loses_its_device_is_started_again_and
         await wait_until_gone(outputs[0].process)
         (after,) = await outputs_of(worker, "after")
         assert after.process not in {before.process, outputs[0].process}
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+async def test_an_item_that_kills_each_process_fails_alone_though_other_batches_run_there(in_flight: int) -> None:
+    texts = ["a", "b", "c", "d", "e", "die", "g", "h", "i", "j", "k", "l"]
+    async with worker_of(source_of("WherePipeline", in_flight=in_flight), first=1) as worker:
+        outputs = await outputs_of(worker, *texts)
+    assert [getattr(output, "text", "die") for output in outputs] == texts
+    assert [isinstance(output, DeviceProcessError) for output in outputs] == [text == "die" for text in texts]
 
 
 async def test_a_process_that_could_not_be_started_again_gets_no_batch_until_it_is() -> None:

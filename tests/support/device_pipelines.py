@@ -62,6 +62,8 @@ class WherePipeline(InferencePipeline):
         if "kill" in texts and not Path("killed").exists():
             Path("killed").touch()
             os.kill(os.getpid(), 9)
+        if "die" in texts:
+            os.kill(os.getpid(), 9)
         return {"texts": texts}
 
     def postprocess(self, input_list: list[Item], raw_output: dict[str, Any]) -> list[Any]:  # type: ignore[override]
