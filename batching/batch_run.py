@@ -10,7 +10,13 @@ from typing import Generic, ParamSpec, TypeVar
 
 import anyio
 
-from modalkit.batching.errors import BatchingError, BatchTimeoutError, DeadlineExceededError, OutputCountError
+from modalkit.batching.errors import (
+    BatchingError,
+    BatchTimeoutError,
+    DeadlineExceededError,
+    OutputCountError,
+    users_error,
+)
 from modalkit.batching.execution import BatchDeferredError, BatchDisturbedError, Executor
 from modalkit.batching.group_testing import FailureHistory, GroupTest
 from modalkit.batching.pending import Pending
@@ -243,8 +249,8 @@ class BatchRunner(Generic[T, R]):
         """Call a function that must not end a worker; if it raises, log what has `failed` and return None."""
         try:
             return function(*args, **kwargs)
-        except (Exception, SystemExit):
-            logger.exception("%s: %s", self._name, failed)
+        except BaseException as error:
+            logger.exception("%s: %s", self._name, failed, exc_info=users_error(error))
             return None
 
     def _report(

@@ -12,7 +12,7 @@ from anyio.abc import TaskGroup
 from anyio.lowlevel import checkpoint
 
 from modalkit.batching.batch_run import BatchRunner
-from modalkit.batching.errors import DeadlineExceededError, SchedulerClosedError, text_of
+from modalkit.batching.errors import DeadlineExceededError, SchedulerClosedError, users_error
 from modalkit.batching.execution import Executor, Progress
 from modalkit.batching.executors import Executors
 from modalkit.batching.pending import Pending
@@ -36,9 +36,6 @@ MAX_VISIT_S = 0.0005  # that these may be expected to take: a visit costs up to 
 PREFETCH_MARGIN = 2.0  # the next batch is formed this many expected first stages before the end of the second stage
 MAX_FAULTS_IN_A_ROW = 3
 BROKEN = "the scheduler is broken and runs nothing any more; the log says why; restart the process"
-
-_FAULTS = (Exception, SystemExit)
-"""Exceptions of a cost model, or of a bug, that must not end a worker's task."""
 
 
 class Dispatcher(Generic[T, R]):
@@ -192,12 +189,13 @@ class Dispatcher(Generic[T, R]):
             return Decision()
         try:
             decision = self._planner.decide(self.runner.now(), device=device, draining=not self.is_open)
-        except _FAULTS as error:
+        except BaseException as error:  # noqa: BLE001  # of a cost model, or of a bug: it must not end the worker's task
+            fault = users_error(error)
             # One of these would have been the anchor. Without them the next decision may succeed.
             oldest = list(filter(None, map(self._planner.queue.oldest, Priority)))
             for request in oldest:
                 self._planner.queue.discard(request)
-            self._handle_fault(error, oldest)
+            self._handle_fault(fault, oldest)
             return Decision(wake_s=-math.inf)
         for request in decision.expired:
             self.runner.fail(request, Failure(DeadlineExceededError(request.deadline_s - request.arrival_s)))
@@ -277,9 +275,10 @@ class Dispatcher(Generic[T, R]):
             for run, (outputs, seconds) in zip(runs, results, strict=False):
                 try:
                     await self.runner.end(run, outputs, seconds, executor, batches=count, overlapped=overlapped)
-                except _FAULTS as error:
+                except BaseException as error:  # noqa: BLE001  # as in `_decide`
+                    fault = users_error(error)
                     self.runner.running.pop(id(run.batch), None)
-                    self._handle_fault(error, run.batch.requests)
+                    self._handle_fault(fault, run.batch.requests)
                 else:
                     self._faults_in_a_row = 0
         if progress is not None:
@@ -289,7 +288,7 @@ class Dispatcher(Generic[T, R]):
         elif progress is not None:
             self.sleepers.wake_one()  # a worker may wait until fewer batches run
 
-    def _handle_fault(self, error: BaseException, requests: Iterable[Pending[T, R]]) -> None:
+    def _handle_fault(self, error: Exception, requests: Iterable[Pending[T, R]]) -> None:
         """Log a fault and fail these requests; after too many faults in a row, stop for good."""
         self._faults_in_a_row += 1
         logger.error(
@@ -297,7 +296,7 @@ class Dispatcher(Generic[T, R]):
             self._name,
             exc_info=error,
         )
-        failure = Failure(error if isinstance(error, Exception) else RuntimeError(text_of(error)))
+        failure = Failure(error)
         for request in requests:
             if request not in self._planner.queue:
                 self.runner.fail(request, failure)

@@ -1,4 +1,7 @@
-"""The errors that the scheduler raises; all derive from `BatchingError`."""
+"""The errors that the scheduler raises, all from the root `BatchingError`, and the rule for those of users' code."""
+
+import sys
+from asyncio import CancelledError
 
 
 class BatchingError(Exception):
@@ -103,6 +106,29 @@ class InputsMovedError(BatchingError):
             "a batch removed inputs from its list or changed their order, so that its outputs may be those of other "
             "inputs; let it work on a copy of the list, and return one output for each input, in their order"
         )
+
+
+def users_error(error: BaseException) -> Exception:
+    """The rule for what users' code raises: the error `as_exception`, for the item or whatever the code was called for.
+
+    Nothing else ends by it, be it `SystemExit` or the panic of a library written in Rust, which is no `Exception`. Only
+    `KeyboardInterrupt` and the cancellation of a task, also in groups, must go on: those are raised.
+    """
+    if not isinstance(error, Exception):
+        going_on = (KeyboardInterrupt, CancelledError, getattr(sys.modules.get("trio"), "Cancelled", CancelledError))
+        in_group = isinstance(error, BaseExceptionGroup) and error.subgroup(going_on) is not None
+        if in_group or isinstance(error, going_on):
+            raise error
+    return as_exception(error)
+
+
+def as_exception(error: BaseException) -> Exception:
+    """The error itself, or a `RuntimeError` in place of one that is no `Exception`, with that as its cause."""
+    if isinstance(error, Exception):
+        return error
+    replacement = RuntimeError(f"users' code raised {text_of(error)}")
+    replacement.__cause__ = error
+    return replacement
 
 
 def text_of(error: BaseException) -> str:

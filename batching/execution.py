@@ -18,10 +18,9 @@ from modalkit.batching.errors import (
     InputsMovedError,
     OutputCountError,
     SchedulerClosedError,
-    text_of,
 )
 from modalkit.batching.stages import RunBatch, Stages, StageSeconds
-from modalkit.batching.task_groups import is_cancellation, without_foreign_cancellation
+from modalkit.batching.task_groups import await_users_code
 from modalkit.batching.threads import DedicatedThread
 
 logger = logging.getLogger(__name__)
@@ -350,12 +349,7 @@ async def _call(thread: DedicatedThread, stage: Callable[..., Any], payloads: li
         return await thread.run(partial(_timed, stage, payloads, *more))
     started_s = perf_counter()  # the event loop's clock may have a resolution of milliseconds only
     given = list(payloads)
-    try:
-        result = await without_foreign_cancellation(stage(given, *more))
-    except BaseException as error:
-        if isinstance(error, Exception) or is_cancellation(error):
-            raise
-        raise RuntimeError(f"the batch raised {text_of(error)}") from error
+    result = await await_users_code(stage(given, *more))
     ensure_order(payloads, given)
     return result, perf_counter() - started_s
 

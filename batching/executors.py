@@ -11,6 +11,7 @@ import anyio
 
 from modalkit.batching.execution import DeviceUse, Executor, Preparation
 from modalkit.batching.stages import RunBatch
+from modalkit.batching.task_groups import await_users_code
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Executors(Generic[T, R]):
         for device, function in enumerate(functions):
             result = await self.first_of(device).run_while_paused(function, None)
             if isinstance(result, Awaitable):
-                await result
+                await await_users_code(result)
 
     @asynccontextmanager
     async def paused(self) -> AsyncGenerator[None]:
@@ -108,7 +109,7 @@ class Executors(Generic[T, R]):
                     async with first.paused():
                         result = await first.run_while_paused(self.on_close, None)
                     if inspect.isawaitable(result):
-                        await result
+                        await await_users_code(result)
         except Exception:
             logger.exception("%s: closing failed; what it holds may not be free", self._name)
         finally:

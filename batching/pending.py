@@ -6,7 +6,7 @@ from asyncio import InvalidStateError
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
-from modalkit.batching.errors import number_text, text_of
+from modalkit.batching.errors import number_text, text_of, users_error
 from modalkit.batching.request import LARGEST_SIZE, Outcome, Priority, Request
 from modalkit.batching.wakeup import Future, wake
 
@@ -59,8 +59,9 @@ class Listener(Generic[R]):
             return
         try:
             self._on_outcome(outcome)
-        except Exception:
-            logger.exception("A function that was called with the outcome of a request failed")
+        except BaseException as error:
+            failed = "A function that was called with the outcome of a request failed"
+            logger.exception(failed, exc_info=users_error(error))
 
 
 class Withdraw(Protocol):
@@ -120,10 +121,8 @@ class ItemSizes(Generic[T]):
         """The size of a payload, from 1 to `LARGEST_SIZE`."""
         try:
             size = math.ceil(self._item_size(payload))
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:  # noqa: BLE001  # user code; an item without a size still runs
-            self._warn(f"raised {text_of(error)}; the item counts as 1")
+            self._warn(f"raised {text_of(users_error(error))}; the item counts as 1")
             return 1
         if 1 <= size <= LARGEST_SIZE:
             return size

@@ -7,7 +7,7 @@ from typing import Generic
 
 from modalkit.batching.adaptive import Arrivals, BulkTimeLimit, DrainRate, Exploration, TokenLimit
 from modalkit.batching.cost import CostModel
-from modalkit.batching.errors import DeadlineUnreachableError, QueueFullError, QueueSlowError
+from modalkit.batching.errors import DeadlineUnreachableError, QueueFullError, QueueSlowError, users_error
 from modalkit.batching.forming import BatchFormer
 from modalkit.batching.policy import Batch, BatchPolicy, Decision, DispatchReason
 from modalkit.batching.queue import RequestQueue, RequestT
@@ -187,7 +187,8 @@ class BatchPlanner(Generic[RequestT]):
     def _own_s(self, size: int) -> float:
         try:
             return self.devices[0].former.own_s(size)
-        except (Exception, SystemExit):  # noqa: BLE001  # of a custom cost model; forming a batch handles it
+        except BaseException as error:  # noqa: BLE001  # of a custom cost model; forming a batch handles it
+            users_error(error)
             return 0.0
 
     # Which lane is next.

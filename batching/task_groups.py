@@ -8,7 +8,7 @@ from typing import TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
-from modalkit.batching.errors import BatchingError
+from modalkit.batching.errors import BatchingError, users_error
 
 T = TypeVar("T")
 
@@ -33,23 +33,20 @@ async def plain_task_group() -> AsyncIterator[TaskGroup]:
         raise
 
 
-async def without_foreign_cancellation(awaitable: Awaitable[T]) -> T:
-    """Await a user's code; raise a `BatchingError` if it is cancelled though this task is not.
+async def await_users_code(awaitable: Awaitable[T]) -> T:
+    """Await users' code. All that it raises is an `Exception`, by the rule of `users_error`.
 
-    Code that awaits an asyncio task which other code cancelled raises `CancelledError`. That would end our own task
-    without a message.
+    Also a cancellation that is not that of this task, as where the code awaits a task that other code cancelled. It
+    would end our own task without a message.
     """
     try:
         return await awaitable
+    except Exception:
+        raise
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
         raise BatchingError("it was cancelled by something inside it") from error
-
-
-def is_cancellation(error: BaseException) -> bool:
-    """Whether an error is the cancellation of a task, or a group that has one: it must go on to the scope's owner."""
-    cancelled = anyio.get_cancelled_exc_class()
-    in_group = isinstance(error, BaseExceptionGroup) and error.subgroup(cancelled) is not None
-    return in_group or isinstance(error, cancelled)
+    except BaseException as error:
+        raise users_error(error) from error

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from anyio.lowlevel import EventLoopToken, current_token
 
-from modalkit.batching.errors import text_of
+from modalkit.batching.errors import as_exception
 from modalkit.batching.wakeup import Future, asyncio_loop, make_future, wake
 
 T = TypeVar("T")
@@ -73,9 +73,7 @@ class DedicatedThread:
         # the next garbage collection. So here and in the thread's frame only the call refers to it.
         error, call.error = call.error, None
         try:
-            if isinstance(error, Exception):
-                raise error
-            raise RuntimeError(f"a call in this thread raised {text_of(error)}") from error
+            raise as_exception(error)
         finally:
             del error
 

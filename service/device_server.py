@@ -12,6 +12,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from modalkit.batching.errors import as_exception
 from modalkit.batching.execution import ensure_order
 from modalkit.pipelines.engines.settings import EngineChoice
 from modalkit.pipelines.inference_pipeline import awaited
@@ -62,8 +63,8 @@ class _Server:
             self._pipeline = source.load(device)
             pipeline = self._pipeline
             description = Description(pipeline.device_name(), pipeline.max_in_flight, pipeline.engine_choice)
-        except Exception as error:  # noqa: BLE001  # the other process raises it
-            self._answer(0, "error", error)
+        except BaseException as error:  # noqa: BLE001  # the other process raises it
+            self._answer(0, "error", as_exception(error))
             return
         self._answer(0, "result", description)
         with suppress(EOFError, OSError):

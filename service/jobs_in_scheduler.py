@@ -6,6 +6,7 @@ from functools import partial
 from pydantic import BaseModel
 
 from modalkit.batching import BatchScheduler, Failure, Success
+from modalkit.batching.errors import users_error
 from modalkit.batching.pending import Withdraw
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.jobs import Job
@@ -51,8 +52,8 @@ class JobsInScheduler:
         for job in jobs:
             try:
                 items[job.job_id] = self.input_model.model_validate_json(job.message_json)
-            except Exception as error:  # noqa: BLE001  # an item that is not valid any more fails alone
-                outcomes[job.job_id] = Failure(error)
+            except BaseException as error:  # noqa: BLE001  # an item that is not valid any more fails alone
+                outcomes[job.job_id] = Failure(users_error(error))
         if items:
             outputs = await self._scheduler.run_as_one_batch(list(items.values()))
             for job_id, output in zip(items, outputs, strict=True):

@@ -15,6 +15,7 @@ from anyio import CancelScope, to_thread
 
 from modalkit.batching import BatchScheduler, CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, believed_measurements
+from modalkit.batching.errors import users_error
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.files import replacing
 from modalkit.service.errors import describe_error
@@ -99,8 +100,8 @@ class LearntCosts:
         if (path := self._config.path) is not None:
             try:
                 self._key = CostKey.of(self._pipeline, self._batch_config)
-            except Exception as error:  # noqa: BLE001  # user code may raise anything, and no request depends on it
-                self._warn("device_name failed, so its costs are not kept", error)
+            except BaseException as error:  # noqa: BLE001  # user code may raise anything, and no request depends on it
+                self._warn("device_name failed, so its costs are not kept", users_error(error))
             else:
                 self._is_complete |= await to_thread.run_sync(load_costs, path, self._key, self.model)
 

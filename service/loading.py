@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from modalkit.batching.errors import users_error
 from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.inference_pipeline import TRANSFORMERS_LOADING, has_own
 from modalkit.service.construction import Constructor
@@ -97,7 +98,8 @@ def import_object(path: str, key: str) -> Any:
             f"{key}: there is no module {error.name!r} (for {path!r}); check the spelling, or start from the folder "
             "that holds it"
         ) from error
-    except Exception as error:
+    except BaseException as error:
+        users_error(error)
         raise LoadError(f"{key}: importing {module_name!r} failed: {describe_with_line(error)}") from error
     try:
         return getattr(module, attribute)
@@ -208,7 +210,8 @@ class ModelSource:
         has_turn = self._may_use_transformers and TRANSFORMERS_LOADING.acquire(timeout=LOADING_TURN_S)
         try:
             pipeline = self._constructor.make(arguments, self._arguments)
-        except Exception as error:
+        except BaseException as error:
+            users_error(error)
             name = self.pipeline_class.__name__
             raise LoadError(f"{self.key}: {name} cannot be loaded: {describe_with_line(error)}") from error
         finally:
@@ -249,8 +252,8 @@ def _make_queue_backend(config: QueueConfig, name: str, key: str) -> QueueBacken
         backend = make()
     except ValueError as error:
         raise LoadError(f"{key}: {name} cannot be built: {error_text(error)}") from error
-    except Exception as error:
-        raise LoadError(f"{key}: {name} cannot be built: {describe_error(error)}") from error
+    except BaseException as error:
+        raise LoadError(f"{key}: {name} cannot be built: {describe_error(users_error(error))}") from error
     if not (isinstance(backend, QueueBackend) and inspect.iscoroutinefunction(backend.send_message)):
         raise LoadError(f"{key}: {name} has no method 'async send_message(queue_name, message) -> bool'")
     return backend

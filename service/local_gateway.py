@@ -18,7 +18,8 @@ from modalkit.batching import (
     SchedulerStatistics,
     Success,
 )
-from modalkit.batching.task_groups import is_cancellation, plain_task_group
+from modalkit.batching.errors import users_error
+from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import EngineChoice, InferenceOutputModel
 from modalkit.service.errors import (
     NotReadyError,
@@ -133,10 +134,8 @@ class LocalModel:
                 self.settled.set()
                 await self._supervisor.watch(worker)
         except BaseException as error:
-            if is_cancellation(error) or isinstance(error, KeyboardInterrupt):
-                raise
             # A failed model must not stop the others: its readiness says so, and so does each request for it.
-            self.error = error if isinstance(error, Exception) else RuntimeError(describe_error(error))
+            self.error = users_error(error)
             # Our own errors say everything, the line of the user's code included.
             explained = isinstance(error, ServiceError)
             logger.log(logging.ERROR, "Model %r failed: %s", self.name, error, exc_info=None if explained else error)

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
+from modalkit.batching.errors import users_error
 from modalkit.service.errors import ServiceError, describe_error
 from modalkit.service.validation import field_errors, summary
 
@@ -54,8 +55,8 @@ def make_up_items(model: type[BaseModel], n: int) -> MadeUpItems:
     """
     try:
         schema: Mapping[str, Any] = model.model_json_schema()
-    except Exception as error:
-        raise NoItemsError(f"{model.__name__} has no JSON schema: {describe_error(error)}") from error
+    except BaseException as error:
+        raise NoItemsError(f"{model.__name__} has no JSON schema: {describe_error(users_error(error))}") from error
     maker = _Maker(schema.get("$defs", {}))
     schema = maker.resolved(schema)
     has_fields = bool(_examples(schema) or schema.get("properties")) or schema.get("additionalProperties") is not True
@@ -71,8 +72,8 @@ def _validated(model: type[BaseModel], value: object) -> BaseModel:
         return model.model_validate_json(content)
     except ValidationError as error:
         reason = summary(field_errors(error.errors(include_url=False), model))
-    except Exception as error:  # noqa: BLE001  # a model's own validators may raise anything
-        reason = describe_error(error)
+    except BaseException as error:  # noqa: BLE001  # a model's own validators may raise anything
+        reason = describe_error(users_error(error))
     raise NoItemsError(f"{model.__name__} refuses the item made from its schema, {content.decode()}: {reason}")
 
 

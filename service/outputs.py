@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 
+from modalkit.batching.errors import users_error
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.errors import OutputNotJsonError
 
@@ -35,9 +36,9 @@ def output_json(output: InferenceOutputModel) -> bytes:
     try:
         content = _written(output)
         return _with_nulls(content) if _may_hold_constants(content) else content
-    except Exception as error:
+    except BaseException as error:
         # A model's own serializers may raise anything.
-        raise OutputNotJsonError(error) from error
+        raise OutputNotJsonError(users_error(error)) from error
 
 
 def outputs_json(outputs: Iterable[InferenceOutputModel]) -> list[bytes | OutputNotJsonError]:
@@ -54,8 +55,8 @@ def outputs_json(outputs: Iterable[InferenceOutputModel]) -> list[bytes | Output
 def _or_error(function: Callable[[T], bytes], value: T) -> bytes | OutputNotJsonError:
     try:
         return function(value)
-    except Exception as error:  # noqa: BLE001  # a model's own serializers may raise anything
-        return OutputNotJsonError(error)
+    except BaseException as error:  # noqa: BLE001  # a model's own serializers may raise anything
+        return OutputNotJsonError(users_error(error))
 
 
 def _written(output: InferenceOutputModel) -> bytes:

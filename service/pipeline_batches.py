@@ -14,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 from pydantic import BaseModel
 
 from modalkit.batching import BatchPolicy, RunBatch, Stages
+from modalkit.batching.errors import as_exception, users_error
 from modalkit.batching.execution import checked_outputs, ensure_order
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline, RejectItem
 from modalkit.pipelines.inference_pipeline import STAGES, has_own, is_asynchronous
@@ -250,8 +251,8 @@ def at_full_load(pipeline: InferencePipeline, max_in_flight: int) -> Callable[[l
             try:
                 pipeline.before_predict(max_in_flight)
                 pipeline.run_inference(list(items))
-            except Exception as error:  # noqa: BLE001  # raised below, in the thread of the caller
-                errors.append(error)
+            except BaseException as error:  # noqa: BLE001  # raised below, in the thread of the caller
+                errors.append(as_exception(error))
 
         others = [Thread(target=run_one, daemon=True) for _ in range(max_in_flight - 1)]
         for thread in others:
@@ -303,8 +304,8 @@ def _converted(output: InferenceOutputModel, model: type[InferenceOutputModel]) 
     """An output of another class as one of `model`, if its fields fit."""
     try:
         return validated(model, dict(output))
-    except Exception as error:  # noqa: BLE001  # a model's own validators may raise anything
-        return PipelineOutputError(output, model, describe_error(error))
+    except BaseException as error:  # noqa: BLE001  # a model's own validators may raise anything
+        return PipelineOutputError(output, model, describe_error(users_error(error)))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from anyio.lowlevel import current_token
 from pydantic import BaseModel
 
 from modalkit.batching import DeadlineExceededError, Failure, Outcome, Success
+from modalkit.batching.errors import users_error
 from modalkit.batching.execution import checked_outputs
 from modalkit.batching.wakeup import asyncio_loop
 from modalkit.pipelines import InferenceOutputModel, RejectItem
@@ -125,7 +126,8 @@ class StreamRun:
         """A block that runs the pipeline: keeps an error as that of the items of which pieces were sent."""
         try:
             yield
-        except Exception as error:
+        except BaseException as raised:
+            error = users_error(raised)
             if isinstance(error, RejectItem) and len(self._places) == 1:
                 self._outputs[self._places[0]] = error.with_traceback(None)
                 return

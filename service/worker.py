@@ -23,6 +23,7 @@ from modalkit.batching import (
     SchedulerStatistics,
     Success,
 )
+from modalkit.batching.errors import users_error
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.inference_pipeline import awaited, has_own
 from modalkit.service.device_process import DevicePipeline
@@ -167,8 +168,8 @@ class InferenceWorker(AsyncContextManagerMixin):
         pipeline = self.pipelines[device]
         try:
             await awaited(await self._scheduler.run_in_thread(pipeline.warm_up, device=device))
-        except Exception as error:
-            raise self._warm_up_error(pipeline, error) from error
+        except BaseException as error:
+            raise self._warm_up_error(pipeline, users_error(error)) from error
 
     def _warm_up_error(self, pipeline: InferencePipeline, error: Exception) -> LoadError:
         name = type(pipeline).__name__
@@ -376,8 +377,8 @@ class InferenceWorker(AsyncContextManagerMixin):
     def _checked(self, item: BaseModel | Mapping[str, Any]) -> BaseModel | Failure:
         try:
             return self._validated(item)
-        except Exception as error:  # noqa: BLE001  # a model's own validators may raise anything
-            return Failure(error)
+        except BaseException as error:  # noqa: BLE001  # a model's own validators may raise anything
+            return Failure(users_error(error))
 
 
 def _job_window(limits: BatchConfig) -> int:

@@ -14,6 +14,7 @@ from anyio import AsyncContextManagerMixin
 from pydantic import BaseModel
 
 from modalkit.batching import BatchScheduler, Failure, Outcome, Priority, QueueOptions, Success
+from modalkit.batching.errors import users_error
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.calls.engine import CallOptions, CallQueue, CallState
@@ -127,8 +128,8 @@ class CallJobs(AsyncContextManagerMixin):
         async def submit(index: int) -> None:
             try:
                 outcomes[index] = Success(await self._submit(model, requests[index], options))
-            except Exception as error:  # noqa: BLE001  # the error of this job
-                outcomes[index] = Failure(error)
+            except BaseException as error:  # noqa: BLE001  # a user's own validators may raise anything
+                outcomes[index] = Failure(users_error(error))
 
         for start in range(0, len(requests), SUBMITTED_AT_ONCE):
             async with anyio.create_task_group() as task_group:

@@ -20,6 +20,7 @@ from modalkit.batching import (
     QueueFullError,
     SchedulerClosedError,
 )
+from modalkit.batching.errors import users_error
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, RejectItem
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.calls.delivery import send_results
@@ -157,8 +158,8 @@ class CallProcessor:
             item.message = self._validated(request.message, options.input_model)
         except ValidationError as error:
             item.outcome = Failure(RejectItem(summary(field_errors(error.errors(include_url=False)))))
-        except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything; it is this entry's error
-            item.outcome = Failure(error)
+        except BaseException as error:  # noqa: BLE001  # a user's own validators may raise anything
+            item.outcome = Failure(users_error(error))
         return item
 
     def _make_job(

@@ -13,6 +13,7 @@ from anyio.lowlevel import checkpoint
 from pydantic import BaseModel
 
 from modalkit.batching import Failure, Outcome, QueueOptions, Success
+from modalkit.batching.errors import users_error
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import SteadyClock
@@ -232,8 +233,8 @@ class JobManager(AsyncContextManagerMixin):
                     **options,
                 )
                 job.item = item
-            except Exception as error:  # noqa: BLE001  # a user's own validators may raise anything
-                return error
+            except BaseException as error:  # noqa: BLE001  # a user's own validators may raise anything
+                return users_error(error)
             return job
 
         places = repeat(None) if batch is None else zip(repeat(batch.batch_id), batch.lines)

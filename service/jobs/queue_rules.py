@@ -3,6 +3,7 @@
 import fnmatch
 from collections.abc import Sequence
 
+from modalkit.batching.errors import users_error
 from modalkit.service.errors import ServiceError, describe_error
 from modalkit.service.queue_backends import NamedQueueBackend, QueueBackend, QueueNameError
 from modalkit.service.queue_backends.webhook_urls import shown_queue_name
@@ -50,7 +51,8 @@ def _check_by(backend: NamedQueueBackend, field: str, queue_name: str) -> None:
         backend.check_queue_name(queue_name)
     except QueueNameError as error:
         raise QueueNameError(error.queue_name, error.problem, field=field) from error
-    except BaseException as error:  # a user's code, which must not end the server by a SystemExit
+    except BaseException as error:
+        reason = describe_error(users_error(error))
         raise QueueNameError(
-            shown_queue_name(queue_name), f"its backend cannot check the name: {describe_error(error)}", field=field
+            shown_queue_name(queue_name), f"its backend cannot check the name: {reason}", field=field
         ) from error

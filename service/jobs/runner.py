@@ -17,6 +17,7 @@ from anyio.lowlevel import current_token
 from pydantic import BaseModel
 
 from modalkit.batching import Failure, Outcome, QueueFullError, SchedulerClosedError
+from modalkit.batching.errors import users_error
 from modalkit.batching.pending import Withdraw
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.wakeup import Future, asyncio_loop, make_future
@@ -377,8 +378,8 @@ class JobRunner(AsyncContextManagerMixin):
                     self._running.start(job, self._engine.start(job, partial(self._end, job)))
                 except QueueFullError:
                     return
-                except Exception as error:  # noqa: BLE001  # an item that is not valid any more fails alone
-                    self._end(job, Failure(error))
+                except BaseException as error:  # noqa: BLE001  # an item that is not valid any more fails alone
+                    self._end(job, Failure(users_error(error)))
             self._waiting.popleft()
 
     def _sleep_s(self, *, may_claim: bool) -> float | None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from modalkit.batching.errors import users_error
 from modalkit.service.jobs.messages import result_message, utc_timestamp
 from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobStatus
 from modalkit.service.metrics import delivery_attempts, delivery_seconds, job_age_seconds
@@ -70,6 +71,7 @@ def _call(trace: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
     """Call a method of the tracing; if it raises, as a user's span processor may, log that and return None."""
     try:
         return trace(*args, **kwargs)
-    except (Exception, SystemExit):
-        logger.exception("A span is incomplete: a span processor or sampler of OpenTelemetry raised")
+    except BaseException as error:
+        failed = "A span is incomplete: a span processor or sampler of OpenTelemetry raised"
+        logger.exception(failed, exc_info=users_error(error))
         return None

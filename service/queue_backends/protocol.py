@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from modalkit.batching.errors import users_error
 from modalkit.service.errors import ServiceError
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,9 @@ def keeps_in_process(backend: QueueBackend, queue_name: str) -> bool:
     asked = getattr(backend, "keeps_in_process", None)
     try:
         return asked is not None and bool(asked(queue_name))
-    except (Exception, SystemExit):
-        logger.exception("%s.keeps_in_process failed; the result counts as delivered", type(backend).__name__)
+    except BaseException as error:
+        failed = "%s.keeps_in_process failed; the result counts as delivered"
+        logger.exception(failed, type(backend).__name__, exc_info=users_error(error))
         return False
 
 

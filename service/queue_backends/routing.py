@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 import anyio
 
+from modalkit.batching.task_groups import await_users_code
 from modalkit.service.queue_backends.protocol import (
     NamedQueueBackend,
     QueueBackend,
@@ -14,7 +15,7 @@ from modalkit.service.queue_backends.protocol import (
     QueueNameError,
     keeps_in_process,
 )
-from modalkit.service.queue_backends.sending import ATTEMPT_S, await_backend, send_all
+from modalkit.service.queue_backends.sending import ATTEMPT_S, send_all
 from modalkit.service.queue_backends.webhook_urls import shown_queue_name
 
 
@@ -79,7 +80,7 @@ class RoutingBackend:
         for backend in self._backends.values():
             if hasattr(backend, "aclose"):
                 try:
-                    await await_backend(backend.aclose())
+                    await await_users_code(backend.aclose())
                 except Exception as error:  # noqa: BLE001  # raised below, once the others are closed
                     errors.append(error)
         if errors:

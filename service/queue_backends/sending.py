@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import anyio
 from anyio.lowlevel import current_token
 
-from modalkit.batching.task_groups import is_cancellation, without_foreign_cancellation
-from modalkit.service.errors import describe_error, describe_value
+from modalkit.batching.task_groups import await_users_code
+from modalkit.service.errors import describe_value
 from modalkit.service.queue_backends.protocol import (
     BatchQueueBackend,
     NotSentError,
@@ -98,19 +98,6 @@ class ConnectedBackend(ABC):
         return self._current
 
 
-async def await_backend(awaitable: Awaitable[T]) -> T:
-    """Await a backend's code. Everything that it raises is an `Exception`, unless the caller is cancelled.
-
-    `SystemExit` and the like become a `QueueBackendError`, because a message must not end the server.
-    """
-    try:
-        return await without_foreign_cancellation(awaitable)
-    except BaseException as error:
-        if isinstance(error, Exception) or is_cancellation(error):
-            raise
-        raise QueueBackendError(f"the backend raised {describe_error(error)}, which is no ordinary error") from error
-
-
 async def send_all(
     backend: QueueBackend,
     messages: Sequence[QueueMessage],
@@ -138,7 +125,7 @@ async def send_all(
         return _checked(backend, messages, await backend.send_messages(messages))
 
     try:
-        return await await_backend(send_together())
+        return await await_users_code(send_together())
     except Exception as error:  # noqa: BLE001  # a backend may raise anything; the caller logs and retries
         return [error] * len(messages)
 
@@ -159,7 +146,7 @@ async def outcomes_of(
         async with limiter:
             with anyio.move_on_after(timeout_s) as scope:
                 try:
-                    await await_backend(send(message))
+                    await await_users_code(send(message))
                     outcomes[position] = None
                 except Exception as error:  # noqa: BLE001  # one message's failure is no other's
                     outcomes[position] = error
@@ -208,6 +195,6 @@ async def close_backend(backend: QueueBackend | None) -> None:
     aclose = getattr(backend, "aclose", None)
     if aclose is not None:
         try:
-            await await_backend(aclose())
+            await await_users_code(aclose())
         except Exception:
             logger.exception("The queue backend could not be closed")

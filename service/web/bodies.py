@@ -19,6 +19,7 @@ from pydantic import BaseModel, RootModel, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from modalkit.batching import Failure
+from modalkit.batching.errors import users_error
 from modalkit.pipelines import AsyncInputModel, SyncInputModel
 from modalkit.service.settings import RequestConfig
 from modalkit.service.web.admission import Admission, read_body, reception_of
@@ -262,15 +263,17 @@ def _parse_lines(
         objects = b"[%b]" % b",".join([line for line in lines if line.count(b":") > 1])
         if _may_repeat_keys(objects):
             _JSON.decode(objects.decode())
-    except Exception:  # noqa: BLE001  # one by one, each gets its own error; validators may raise anything
-        return [_or_failure(partial(parse, line), Exception) for line in lines]
+    except BaseException as error:  # noqa: BLE001  # one by one, each gets its own error; validators may raise anything
+        users_error(error)
+        return [_or_failure(partial(parse, line), BaseException) for line in lines]
     return found
 
 
-def _or_failure(parse: Callable[[], Model], errors: type[Exception] = ProblemError) -> Model | Failure:
+def _or_failure(parse: Callable[[], Model], errors: type[BaseException] = ProblemError) -> Model | Failure:
     try:
         return parse()
-    except errors as error:
+    except errors as raised:
+        error = users_error(raised)
         # What it was raised from refers to all that is wrong with the item.
         error.__cause__ = error.__context__ = None
         return Failure(error.with_traceback(None))

@@ -21,6 +21,7 @@ from modalkit.batching import (
     Priority,
     Success,
 )
+from tests.support.panic import Panic
 
 pytestmark = pytest.mark.anyio
 
@@ -240,12 +241,13 @@ async def test_a_batch_whose_callers_all_left_teaches_what_it_costs() -> None:
     assert learnt == [4]
 
 
-class Panic(BaseException):
-    """As libraries written in Rust raise it (`pyo3_runtime.PanicException`)."""
-
-
-@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, Panic])
-@pytest.mark.parametrize("in_thread", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "in_thread"),
+    [
+        (KeyboardInterrupt, True),  # in the event loop it is Ctrl-C
+        *((kind, in_thread) for kind in (SystemExit, GeneratorExit, Panic) for in_thread in (True, False)),
+    ],
+)
 async def test_whatever_a_batch_raises_is_the_error_of_its_item(kind: type[BaseException], in_thread: bool) -> None:
     def run_in_thread(items: list[int]) -> list[int]:
         if 3 in items:

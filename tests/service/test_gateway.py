@@ -16,6 +16,7 @@ from modalkit.service.jobs import Job, JobStatus, SqliteJobStore
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import Settings
 from tests.support.length_model import LengthPipeline, Text
+from tests.support.panic import Panic
 
 pytestmark = pytest.mark.anyio
 
@@ -100,10 +101,6 @@ async def test_the_models_that_load_settle_beside_those_that_do_not(tmp_path: Pa
     async with LocalGateway(settings) as gateway:
         await gateway.wait_until_settled()
         assert readiness(gateway) == {"bad": Readiness.FAILED, "good": Readiness.READY}
-
-
-class Panic(BaseException):
-    """As libraries written in Rust raise it."""
 
 
 class Panicking(LengthPipeline):

@@ -17,6 +17,7 @@ from modalkit.service.learnt_costs import CostKey, save_costs
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import Length, LengthPipeline, Text
+from tests.support.panic import Panic
 
 pytestmark = pytest.mark.anyio
 
@@ -130,11 +131,17 @@ async def test_a_secret_in_the_entry_of_a_model_is_not_written(path: Path) -> No
 
 
 class Nameless(LengthPipeline):
+    error: BaseException = OSError("no such device")
+
     def device_name(self) -> str:
-        raise OSError("no such device")
+        raise self.error
 
 
-async def test_a_device_without_a_name_costs_only_the_file(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [OSError("no such device"), Panic()])
+async def test_a_device_without_a_name_costs_only_the_file(
+    path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Nameless, "error", error)
     async with InferenceWorker(Nameless(), settings=settings(path)) as worker:
         assert await worker.predict(Text(text="four")) == Length(length=4)
     assert not path.exists()

@@ -20,6 +20,7 @@ from modalkit.service.loading import LoadError
 from modalkit.service.local_gateway import LocalGateway, LocalModel
 from modalkit.service.settings import Settings, SettingsError
 from tests.support.length_model import Length, LengthPipeline, Text
+from tests.support.panic import Panic
 
 pytestmark = pytest.mark.anyio
 
@@ -37,6 +38,8 @@ class Versioned(LengthPipeline):
         self.may_load.wait(timeout=60)
         if version < 0:
             raise RuntimeError("the weights are damaged")
+        if version == 14:
+            raise Panic("fourteen")
         self.version = version
         self.instances.append(self)
         self.hangs = len(self.instances) <= hang_until
@@ -58,6 +61,11 @@ class Versioned(LengthPipeline):
 
 class Other(Versioned):
     input_model = BaseModel
+
+
+class WarmingElsewhere(Versioned):
+    async def warm_up(self) -> None:  # type: ignore[override]  # it may be of either kind
+        raise Panic("fifteen")
 
 
 class Unpadded(Versioned):
@@ -139,6 +147,8 @@ async def test_a_model_that_was_replaced_leaves_the_memory(gateway: LocalGateway
     [
         ({"version": -1}, LoadError, "m: Versioned cannot be loaded: RuntimeError: the weights are damaged"),
         ({"version": 13}, LoadError, "warming up Versioned failed: RuntimeError: thirteen"),
+        ({"version": 14}, LoadError, "m: Versioned cannot be loaded: Panic: fourteen"),
+        ({"version": 2, "pipeline": "WarmingElsewhere"}, LoadError, "warming up WarmingElsewhere failed: .*fifteen"),
         ({"version": 2, "pipeline": "Other"}, ReloadError, "its input_model or output_model has changed; restart"),
         ({"version": 2, "max_in_flight": 0}, SettingsError, "max_in_flight"),
         ({"version": 2, "unknown": 1, "pipeline": "Missing"}, LoadError, "has no 'Missing'"),

@@ -19,6 +19,7 @@ from modalkit.service.settings import Settings
 from modalkit.service.streams import MAX_UNREAD_PIECES, NoPieceError
 from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import Length, LengthPipeline, Text
+from tests.support.panic import Panic
 
 pytestmark = pytest.mark.anyio
 
@@ -30,10 +31,11 @@ class Piece(InferenceOutputModel):
 class Spelling(InferencePipeline):
     """Spells texts: in each step one more letter of each. Waits before each step while `gate` is cleared.
 
-    The letter ``!`` raises, ``?`` rejects its item in its place.
+    The letter ``!`` raises `error`, ``?`` rejects its item in its place.
     """
 
     input_model = Text
+    error: BaseException = ConnectionError("the model broke")
 
     def __init__(self) -> None:
         super().__init__("spelling", ".", {})
@@ -46,7 +48,7 @@ class Spelling(InferencePipeline):
     def pieces(self, texts: Sequence[str], length: int) -> list[Any]:
         self.steps += 1
         if any(text[length - 1 : length] == "!" for text in texts):
-            raise ConnectionError("the model broke")
+            raise self.error
         return [
             None
             if length > len(text)
@@ -178,9 +180,11 @@ async def test_an_error_in_an_items_place_ends_that_item_alone(kind: Kind) -> No
 
 
 @BOTH
-async def test_after_an_error_in_mid_stream_no_piece_comes_twice(kind: Kind) -> None:
+@pytest.mark.parametrize("error", [ConnectionError("broke"), Panic("broke")])
+async def test_after_an_error_in_mid_stream_no_piece_comes_twice(kind: Kind, error: BaseException) -> None:
     """Those who got a piece get the error, the others their results."""
     pipeline = kind()
+    pipeline.error = error
     found: dict[str, list[str]] = {}
     predicted: list[InferenceOutputModel] = []
 
@@ -195,8 +199,9 @@ async def test_after_an_error_in_mid_stream_no_piece_comes_twice(kind: Kind) -> 
         task_group.start_soon(stream, "abcdef")
         task_group.start_soon(predict)
     assert sorted(pipeline.batches[0]) == ["abc!", "abcdef", "abcdef"]
-    cut = ["a", "ab", "abc", "ConnectionError: the model broke"]
-    assert found == {"abc!": cut, "abcdef": cut}
+    for pieces in found.values():
+        assert pieces[:-1] == ["a", "ab", "abc"]
+        assert f"{type(error).__name__}: broke" in pieces[-1]
     assert predicted == [Piece(text="abcdef")]
 
 

@@ -26,6 +26,7 @@ from modalkit.service.worker import InferenceWorker
 from tests.support.http_client import ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import POISON, LengthPipeline
+from tests.support.panic import Panic
 
 pytestmark = pytest.mark.anyio
 
@@ -156,14 +157,19 @@ async def test_a_job_takes_its_trace_to_its_message(
 
 
 @pytest.mark.parametrize("moment", ["on_start", "on_end"])
+@pytest.mark.parametrize("error", [ValueError("no collector"), Panic()])
 async def test_a_span_processor_that_raises_ends_no_job_and_no_delivery(
-    moment: str, queue: InMemoryBackend, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    moment: str,
+    error: BaseException,
+    queue: InMemoryBackend,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Broken(SpanProcessor):
         pass
 
     def fail(*_: object, **__: object) -> None:
-        raise ValueError("no collector")
+        raise error
 
     setattr(Broken, moment, fail)
     monkeypatch.setattr(tracing, "_tracing", None)

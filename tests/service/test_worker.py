@@ -9,7 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 from modalkit.batching import (
     BatchRecord,
@@ -38,6 +38,7 @@ from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
 from tests.support.length_model import POISON, REJECTED, Length, LengthPipeline, Text
 from tests.support.odd_model import MUTE, NAN, OBJECT, SURROGATE, OddPipeline
+from tests.support.panic import Panic
 
 pytestmark = pytest.mark.anyio
 
@@ -463,3 +464,25 @@ async def test_a_job_may_be_a_mapping(worker: InferenceWorker, queue: InMemoryBa
     assert isinstance(first, Failure)
     assert str(first.error) == "succes_queue: unknown field; did you mean 'success_queue'?"
     assert isinstance(second, Success)
+
+
+class Fragile(Text):
+    @field_validator("text")
+    @classmethod
+    def check(cls, text: str) -> str:
+        if text == "odd":
+            raise Panic("out of bounds")
+        return text
+
+
+async def test_a_panic_of_a_validator_refuses_that_item_or_job_alone() -> None:
+    async with InferenceWorker(LengthPipeline(), input_model=Fragile) as worker:
+        items = [{"text": "a"}, {"text": "odd"}]
+        found = [
+            await worker.predict_many(items),
+            await worker.submit_many([AsyncInputModel(message=item) for item in items]),
+        ]
+    for good, bad in found:
+        assert isinstance(good, Success)
+        assert isinstance(bad, Failure)
+        assert "Panic: out of bounds" in str(bad.error)

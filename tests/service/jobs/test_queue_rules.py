@@ -19,11 +19,11 @@ class Raises:
         raise self.error
 
 
-@pytest.mark.parametrize("error", [ValueError("odd"), SystemExit("odd"), KeyboardInterrupt("odd")])
+@pytest.mark.parametrize("error", [ValueError("odd"), SystemExit("odd")])
 def test_whatever_a_backend_raises_for_a_name_refuses_that_name(error: BaseException) -> None:
     with pytest.raises(
         QueueNameError,
-        match=f"success_queue: queue 'a': its backend cannot check the name: {type(error).__name__}: odd",
+        match=f"success_queue: queue 'a': its backend cannot check the name: .*{type(error).__name__}: odd",
     ):
         QueueRules(["*"], Raises(error)).check("a", None)
 

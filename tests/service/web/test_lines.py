@@ -12,6 +12,7 @@ from modalkit.batching import Failure
 from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.lines import Line, lines_of
 from modalkit.service.web.problems import ProblemError
+from tests.support.panic import Panic
 
 
 async def lines_in(chunks: list[bytes], largest_bytes: int = 8) -> list[Line]:
@@ -63,16 +64,26 @@ class Odd(BaseModel):
     def fail(cls, text: str) -> str:
         if text == "odd":
             raise LookupError("a validator's own error")
+        if text == "panic":
+            raise Panic("out of bounds")
         return text
 
 
 @pytest.mark.anyio
 async def test_each_line_has_its_own_error_whatever_it_is() -> None:
     """Lines that are JSON only together, as the second and the third, are none."""
-    lines = ['{"text": "a"}', '{"a": [{"b": 1}', '{"c": 2}]}', '{"text": "b"},{"text": "c"}', '{"text": "odd"}', "[1]"]
+    lines = [
+        '{"text": "a"}',
+        '{"a": [{"b": 1}',
+        '{"c": 2}]}',
+        '{"text": "b"},{"text": "c"}',
+        '{"text": "odd"}',
+        '{"text": "panic"}',
+        "[1]",
+    ]
     found = await BodyParser(Odd).item_lines([*(line.encode() for line in lines), b'{"text": "a", "text": "b"}'])
     assert found[0] == Odd(text="a")
     errors = [each.error for each in found[1:] if isinstance(each, Failure)]
-    assert [type(error) for error in errors] == [*[ProblemError] * 3, LookupError, *[ProblemError] * 2]
+    assert [type(error) for error in errors] == [*[ProblemError] * 3, LookupError, RuntimeError, *[ProblemError] * 2]
     assert "not JSON" in str(errors[0])
     assert "twice" in str(errors[-1])
