@@ -148,7 +148,6 @@ class BatchRunner(Generic[T, R]):
     ) -> tuple[list[Exception], int]:
         """Run parts of a batch that failed; returns the errors of requests, and how many were requeued."""
         test, errors = GroupTest(wanted, self._history, self._is_wanted), list[Exception]()
-        too_large: list[list[Pending[T, R]]] = []
         is_disturbed = isinstance(error, BatchDisturbedError)
         if isinstance(error, BatchDisturbedError):
             error = error.error
@@ -157,17 +156,17 @@ class BatchRunner(Generic[T, R]):
             logger.warning(
                 "%s: %s; such a batch runs again in parts, so nothing is gained by batches", self._name, error
             )
-        if is_disturbed and len(wanted) == 1:
-            test.record_nothing()
+        if is_disturbed:
+            test.record_disturbed(error)
         else:
-            self._record_failure(test, wanted, error, too_large)
+            self._record_failure(test, error)
         # All items of a batch wait for a device that was not ready: one of them may be the cause, and harm others too.
         while not executor.is_retired and (part := test.next_part()):
             outputs, seconds = await executor.attempt_alone([request.payload for request in part], MAX_PREPARE_S)
             if isinstance(outputs, BatchDeferredError):
                 break
             if isinstance(outputs, Exception):
-                self._record_failure(test, part, outputs, too_large)
+                self._record_failure(test, outputs)
             else:
                 part_errors, is_typical = self._succeed(part, outputs)
                 errors += part_errors
@@ -176,38 +175,30 @@ class BatchRunner(Generic[T, R]):
                     sizes = [request.size for request in part]
                     failed = "the cost model could not learn from a part of a batch"
                     self._call(failed, self._planner.record_run, sizes, seconds.total_s, executor.device)
+            self._record_too_large(test, executor)
+        self._record_too_large(test, executor)
         for request, own_error in test.failing:
             if self.fail(request, Failure(own_error, is_systemic=test.is_systemic)):
                 errors.append(own_error)
         for request in test.unresolved:
             if self.fail(request, Failure(error, is_systemic=True)):
                 errors.append(error)
-        hangs_alone = any(isinstance(own, BatchTimeoutError) for _, own in test.failing)
-        if isinstance(error, BatchTimeoutError) and not hangs_alone and not is_disturbed:
-            too_large.append(wanted)  # no item hangs alone: together they took too long
-        # An item that is too large alone explains each failure of a part with it, which then says nothing about others.
-        alone = {id(part[0]) for part in too_large if len(part) == 1}
-        for part in too_large:
-            if alone.isdisjoint(map(id, part)):
-                self._planner.record_too_large([request.size for request in part], executor.device)
         requeued = [request for request in wanted if request.outcome is None]
         self._planner.queue.requeue(requeued)
         return errors, len(requeued)
 
-    def _record_failure(
-        self,
-        test: GroupTest[Pending[T, R]],
-        part: list[Pending[T, R]],
-        error: Exception,
-        too_large: list[list[Pending[T, R]]],
-    ) -> None:
-        """Tell the search how a part failed; one that was too large for the device is added to `too_large`."""
+    def _record_too_large(self, test: GroupTest[Pending[T, R]], executor: Executor[T, R]) -> None:
+        """Let batches that are formed from now on be smaller than the parts that are known to have been too large."""
+        for part in test.take_too_large():
+            self._planner.record_too_large([request.size for request in part], executor.device)
+
+    def _record_failure(self, test: GroupTest[Pending[T, R]], error: Exception) -> None:
+        """Tell the search how a part failed."""
         if isinstance(error, BatchTimeoutError):
             test.record_timeout(error)
         elif self._is_too_large is not None and self._call(
             "is_too_large failed; the error is treated as any other error", self._is_too_large, error
         ):
-            too_large.append(part)
             _clear_frames(error)
             test.record_too_large(error)
         else:

@@ -115,6 +115,11 @@ class GroupTest(Generic[T]):
         self._group_count = 0
         self._group: list[T] = []  # the failing group that is searched next
         self._parts: deque[list[T]] = deque()  # to be run as they are
+        # The parts that were too large, or took too long, and whose cause is not known yet; the `id()` of each item that
+        # was so alone, and of each that is no cause.
+        self._too_large: list[list[T]] = []
+        self._too_large_alone, self._fitting = set[int](), set[int]()
+        self._is_over = False
         self._has_succeeded = False
         self._singles = self._timeouts = 0  # items of this batch that failed alone, and that timed out alone
 
@@ -140,7 +145,22 @@ class GroupTest(Generic[T]):
             self._running = self._parts.popleft()
         elif self.untested and not self._has_succeeded:
             self._running = self._sample()
+        self._is_over = not self._running
         return self._running
+
+    def take_too_large(self) -> list[list[T]]:
+        """The parts that were too large, or took too long, through no single item of theirs; each is returned once.
+
+        That is known when each item has run in a smaller part, or when the search is over. An item that is too large
+        even alone explains the failures of all parts with it, which then say nothing about others.
+        """
+        known, waiting = list[list[T]](), list[list[T]]()
+        for part in self._too_large:
+            items = set(map(id, part))
+            if items.isdisjoint(self._too_large_alone):
+                (known if self._is_over or items <= self._fitting else waiting).append(part)
+        self._too_large = waiting
+        return known
 
     def record_success(self) -> None:
         """Record that the part ran without an error."""
@@ -148,12 +168,14 @@ class GroupTest(Generic[T]):
         self._timeouts = 0
         # If the part was the whole group, its earlier failure was not caused by its items, so nothing is learnt.
         group_count = self._group_count if self._rest_of_group else 0
+        self._fitting.update(map(id, self._running))
         self._history.record_success(len(self._running), group_count)
         self._group = self._rest_of_group
 
     def record_failure(self, error: Exception) -> None:
         """Record that the part raised an error."""
         part = self._running
+        self._fitting.update(map(id, part))
         self._history.record_failure(len(part), self._group_count, self._count)
         self.untested = [*self._rest_of_group, *self.untested]
         if len(part) == 1:
@@ -164,15 +186,17 @@ class GroupTest(Generic[T]):
         else:
             self._group = part
 
-    def record_nothing(self) -> None:
-        """Record that it is unknown how the part ended, so that it runs again."""
-        self.untested = [*self._rest_of_group, *self.untested]
-        self._parts.appendleft(self._running)
+    def record_disturbed(self, error: Exception) -> None:
+        """Record that the batch failed beside others, so that an item alone may not be the cause and runs again."""
+        if len(self._running) > 1:
+            self.record_failure(error)
+        else:
+            self._parts.append(self._running)
 
     def record_too_large(self, error: Exception) -> None:
         """Record that the part was too large for the device."""
         part, middle = self._running, len(self._running) // 2
-        self.untested = [*self._rest_of_group, *self.untested]
+        self._add_too_large(part)
         if middle:
             self._parts.extendleft((part[middle:], part[:middle]))
         else:
@@ -181,13 +205,20 @@ class GroupTest(Generic[T]):
     def record_timeout(self, error: Exception) -> None:
         """Record that the part ran into the time limit."""
         part = self._running
-        self.untested = [*self._rest_of_group, *self.untested]
+        self._add_too_large(part)
         if len(part) > 1:
             self._parts.extend([item] for item in _spread_out(part))
             return
         self._history.timeouts += 1
         self._timeouts += 1
         self.failing.append((part[0], error))
+
+    def _add_too_large(self, part: list[T]) -> None:
+        self.untested = [*self._rest_of_group, *self.untested]
+        if len(part) > 1:
+            self._too_large.append(part)
+        else:
+            self._too_large_alone.add(id(part[0]))
 
     @property
     def _times_out_systemically(self) -> bool:

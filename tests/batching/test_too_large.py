@@ -4,6 +4,8 @@ import gc
 import weakref
 from collections.abc import Sequence
 
+import anyio
+import anyio.lowlevel
 import pytest
 
 from modalkit.batching import BatchPolicy, BatchRecord, BatchScheduler, Failure, PaddedCostModel, Success
@@ -126,6 +128,34 @@ async def test_what_a_failed_call_held_is_free_before_the_next_one(kind: type[De
         gc.collect()
         await scheduler.submit_many([10] * 64)
     assert set(device.alive_at_call) == {0}
+
+
+async def test_the_limit_is_known_before_the_search_has_ended() -> None:
+    device, records, known = Device(room=80), list[BatchRecord](), anyio.Event()
+
+    async def run(items: list[int]) -> list[int]:
+        await anyio.lowlevel.checkpoint()
+        try:
+            return device.run(items)
+        finally:
+            if len(device.ran) == 2:
+                known.set()
+
+    async with BatchScheduler(
+        run,
+        policy=BatchPolicy(max_batch_size=256),
+        cost_model=PaddedCostModel(),
+        item_size=int,
+        is_too_large=is_memory_error,
+        on_batch=records.append,
+        max_in_flight=2,
+    ) as scheduler:
+        async with anyio.create_task_group() as callers:
+            callers.start_soon(scheduler.submit_many, [10] * 256)
+            await known.wait()
+            assert not records
+            callers.start_soon(scheduler.submit_many, [10] * 64)
+    assert sorted(record.count for record in records) == [*[8] * 8, 256]
 
 
 async def test_a_batch_that_was_split_is_recorded_once_and_its_parts_teach_what_they_cost() -> None:
