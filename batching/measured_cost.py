@@ -64,8 +64,9 @@ class MeasuredCostModel:
     of tokens correct it (`Deviations`).
 
     The costs minimise the squared *relative* errors, so a short batch counts as much as a long one. An outlier counts
-    less (Huber's weights, on the logarithm), and a fast one less still. In each process the first batch of a number of
-    requests does not count if it took six times the prediction: something may have been compiled for it. Several
+    less (Huber's weights, on the logarithm), and a fast one less still. The first batch of a number of requests, in
+    each process and after `expect_first_runs`, does not count if it took six times the prediction: something may have
+    been compiled for it. Several
     outliers in a row on the same side mean that the device has become slower or faster, and scale all costs. Older
     batches fade exponentially. Calibrated shapes keep a small weight, for sizes that no recent batch had. Before the
     first observation the predictions are those of `PaddedCostModel`, which have no influence later. The model does no
@@ -86,7 +87,7 @@ class MeasuredCostModel:
         self._newest_weight = 1.0
         self._since_fit = 0
         self._outliers: list[float] = []  # the deviations of the last batches, outliers on the same side
-        self._counts: set[int] = set()  # numbers of requests that ran in this process
+        self._counts: set[int] = set()  # numbers of requests that have run
         self._error = self._time_to_learn_s = 0.0
         self._deviations = Deviations()
         self._use(self._assumed_costs())
@@ -134,6 +135,11 @@ class MeasuredCostModel:
         self._since_fit += 1
         if self.observed <= REFIT_EVERY or self._since_fit >= REFIT_EVERY:
             self._fit()
+
+    def expect_first_runs(self) -> None:
+        """Let first batches be slow again, because another pipeline runs them, which may compile something for each."""
+        self._counts.clear()
+        self._outliers.clear()
 
     def _is_worth_learning(self, elapsed_s: float) -> bool:
         """Whether learning stays within its share of the time. Of very short batches, only some are learnt from."""

@@ -90,6 +90,8 @@ class LearntCosts:
         Its costs are those of the file, if it was measured before. Otherwise they stay as they are, and are not written
         to the file, so that the next start measures them.
         """
+        if pipeline is not self._pipeline:
+            self.model.expect_first_runs()
         await self.keep()
         self._pipeline, self._batch_config, self._config = pipeline, batch_config, batch_config.calibration
         self._key, self._is_complete = None, not self._measures

@@ -124,6 +124,23 @@ async def test_a_pipeline_that_takes_over_starts_from_the_costs_before_it_and_is
     assert len(json.loads(path.read_text())["tables"]) == 1
 
 
+async def test_the_first_runs_of_a_pipeline_that_takes_over_may_be_slow_and_change_no_costs() -> None:
+    """It may compile something for each number of requests, as the one before it did."""
+    counts = (1, 2, 3, 4)
+    async with InferenceWorker(LengthPipeline(), calibrate=False) as worker:
+        for count in counts * 10:
+            worker.costs.observe(count, 4, 4 * count, 0.001 * count)
+        expected_s = [worker.costs.predict_s(count, 4, 4 * count) for count in counts]
+        await worker.replace([LengthPipeline()], worker.limits)
+        for count in counts:
+            worker.costs.observe(count, 4, 4 * count, 10.0)
+        assert [worker.costs.predict_s(count, 4, 4 * count) for count in counts] == expected_s
+        await worker.set_limits(worker.limits)  # it is the same pipeline that goes on
+        for count in counts:
+            worker.costs.observe(count, 4, 4 * count, 10.0)
+        assert worker.costs.predict_s(1, 4, 4) > 100 * expected_s[0]
+
+
 async def test_a_secret_in_the_entry_of_a_model_is_not_written(path: Path) -> None:
     async with InferenceWorker(LengthPipeline(token="hf_secret"), settings=settings(path)):
         pass
