@@ -132,13 +132,19 @@ class Exploration:
         self._interval = MIN_TRIAL_INTERVAL
         self._batches_to_trial = MIN_TRIAL_INTERVAL
 
-    def is_due(self, predicted_loss_s: float = -math.inf) -> bool:
-        """Whether a trial with this predicted loss is allowed now; without one, whether any is."""
-        if self._batches_to_trial > 0:
+    @property
+    def is_due(self) -> bool:
+        """Whether enough batches have passed since the last trial."""
+        return self._batches_to_trial <= 0
+
+    def allow(self, predicted_loss_s: float) -> bool:
+        """Allow or refuse a trial with this predicted loss. After a refusal, the credit may grow up to that loss."""
+        if not self.is_due:
             return False
         if predicted_loss_s > self._credit_s:
             self._refused_s = predicted_loss_s
-        return predicted_loss_s <= self._credit_s
+            return False
+        return True
 
     def record_batch(self, elapsed_s: float) -> None:
         """Take a batch into account that was no trial."""

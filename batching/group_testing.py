@@ -115,7 +115,7 @@ class GroupTest(Generic[T]):
         self._group_count = 0
         self._group: list[T] = []  # the failing group that is searched next
         self._parts: deque[list[T]] = deque()  # to be run as they are
-        # The parts that were too large, or took too long, and whose cause is not known yet; the `id()` of each item that
+        # The parts that were too large, or took too long, and why is not known yet; the `id()` of each item that
         # was so alone, and of each that is no cause.
         self._too_large: list[list[T]] = []
         self._too_large_alone, self._fitting = set[int](), set[int]()

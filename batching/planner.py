@@ -267,7 +267,7 @@ class BatchPlanner(Generic[RequestT]):
         """The batch, or now and then a full one in its place, to see whether that is as slow as predicted."""
         limit = device.former.count_limit
         if (
-            not device.exploration.is_due()
+            not device.exploration.is_due
             or 2 * len(batch.requests) > limit
             or self.queue.waiting(batch.priority) < limit
         ):
@@ -276,7 +276,7 @@ class BatchPlanner(Generic[RequestT]):
         baseline_s = batch.predicted_s / batch.total * full.total
         loss_s = full.predicted_s - baseline_s
         is_acceptable = batch.priority is Priority.BULK or loss_s <= batch.predicted_s
-        if 2 * len(full.requests) > limit and is_acceptable and device.exploration.is_due(loss_s):
+        if 2 * len(full.requests) > limit and is_acceptable and device.exploration.allow(loss_s):
             return replace(full, baseline_s=baseline_s)
         return batch
 

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from modalkit.pipelines.memory import CGROUP
+
 MAX_IN_FLIGHT = 4
 """Most batches that run at once on a CPU; more would divide the requests that wait into ever smaller batches."""
 UNDISTURBED_SHARE = 0.75
@@ -37,7 +39,6 @@ MIN_PAUSE, MAX_PAUSE = 8, 1024
 
 MOVE_AFTER = 8
 """Lone batches in a row in other threads, after which that of the last one is theirs."""
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class CpuThreads:
@@ -73,7 +74,7 @@ class CpuThreads:
         self.total = total
         torch.set_num_threads(total)
 
-    def limit_to_quota(self, cgroup: Path = _CGROUP) -> None:
+    def limit_to_quota(self, cgroup: Path = CGROUP) -> None:
         """Use no more threads than the cores whose time the container may use."""
         if (cores := _quota_cores(cgroup)) is not None and cores < self.total:
             self.set_total(cores)

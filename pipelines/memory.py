@@ -4,7 +4,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-_CGROUP = Path("/sys/fs/cgroup")
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells the limits of the container."""
 
 
 def private_bytes() -> int:
@@ -16,8 +17,8 @@ def free_bytes() -> int | None:
     """Bytes that may still be used: of the machine or, where that is less, of the container; None where not known."""
     free = [_kibibytes(Path("/proc/meminfo"), "MemAvailable")]
     with suppress(OSError, ValueError):  # "max" is no limit
-        limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        cached = re.search(r"^inactive_file (\d+)", (_CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = re.search(r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
         free.append(limit - used + (int(cached[1]) if cached else 0))
     return min((each for each in free if each is not None), default=None)
 

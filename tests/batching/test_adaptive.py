@@ -66,7 +66,7 @@ def test_a_device_with_a_fixed_limit_is_seldom_asked_for_more(limit: int) -> Non
 def test_all_trials_lose_no_more_than_their_share_of_the_time(batches: list[tuple[float, float]]) -> None:
     exploration, running_s, lost_s = Exploration(), 0.0, 0.0
     for elapsed_s, loss_s in batches:
-        if exploration.is_due(loss_s):
+        if exploration.allow(loss_s):
             exploration.record_trial(loss_s)
             lost_s += loss_s
         else:
@@ -78,7 +78,7 @@ def test_all_trials_lose_no_more_than_their_share_of_the_time(batches: list[tupl
 def test_trials_become_rarer_while_they_lose_and_never_stop() -> None:
     exploration, gaps, gap = Exploration(), [], 0
     for _ in range(5_000):
-        if exploration.is_due(0.001):
+        if exploration.allow(0.001):
             exploration.record_trial(0.001)
             gaps.append(gap)
             gap = 0
@@ -92,23 +92,23 @@ def test_trials_become_rarer_while_they_lose_and_never_stop() -> None:
 def test_a_trial_that_would_lose_much_is_made_after_a_long_time() -> None:
     """It is predicted to lose as much as 100 batches take, and that may be wrong."""
     exploration, batches = Exploration(), 0
-    while not exploration.is_due(100.0) and batches < 10_000:
+    while not exploration.allow(100.0) and batches < 10_000:
         exploration.record_batch(1.0)
         batches += 1
     assert batches == pytest.approx(100 / MAX_EXPLORATION_SHARE, abs=1)
     exploration.record_trial(100.0)
-    assert not exploration.is_due()
+    assert not exploration.is_due
 
 
 def test_a_trial_that_gained_time_is_repeated_soon() -> None:
     exploration = Exploration()
     for _ in range(8):
         exploration.record_batch(1.0)
-    assert exploration.is_due(0.0)
+    assert exploration.allow(0.0)
     exploration.record_trial(-1.0)
     for _ in range(8):
         exploration.record_batch(1.0)
-    assert exploration.is_due(0.0)
+    assert exploration.allow(0.0)
 
 
 def test_bulk_batches_do_not_become_ever_shorter_where_there_is_nothing_to_shorten() -> None:

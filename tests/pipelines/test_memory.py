@@ -19,7 +19,7 @@ def test_the_limit_of_a_container_counts_without_what_it_could_give_back(
     of_machine = memory.free_bytes()
     assert of_machine is not None
     assert of_machine > 0
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("800000\n")
     (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 300000\n")
