@@ -179,7 +179,8 @@ class Dispatcher(Generic[T, R]):
                 if len(self._planner.queue):
                     self.sleepers.wake_one()
                 return decision.batch
-            if not self.is_open and not self.runner.running:  # a batch that runs may requeue some of its requests
+            # A batch that runs may requeue some of its requests, and after a fault others still wait.
+            if not (self.is_open or self.runner.running or len(self._planner.queue)):
                 return None
             await self.sleepers.sleep_until(decision.wake_s, (executor.is_busy, executor.rank))
         return None

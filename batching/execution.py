@@ -254,10 +254,12 @@ class Executor(Generic[T, R]):
     async def attempt_alone(self, payloads: list[T], max_prepare_s: float) -> Ended[R] | tuple[Exception, None]:
         """Run one batch while no other one uses its device, which is prepared if need be; returns as `attempt`.
 
-        The error is a `BatchDeferredError` if the device is not ready after `max_prepare_s`, or this executor is
-        retired by then.
+        The error is a `BatchDeferredError` if the device is not ready within `max_prepare_s` and the time that another
+        batch may take, or this executor is retired by then.
         """
-        async with nullcontext(True) if self._use is None else self._alone(self._use, max_prepare_s) as is_ready:
+        # Others that use the device may take as long as a batch may.
+        wait_s = max_prepare_s + (0.0 if math.isinf(self._timeout_s) else self._timeout_s)
+        async with nullcontext(True) if self._use is None else self._alone(self._use, wait_s) as is_ready:
             if not is_ready or self.is_retired:
                 return BatchDeferredError(), None
             [result] = await self._attempt([payloads], None)

@@ -66,11 +66,10 @@ class MeasuredCostModel:
     The costs minimise the squared *relative* errors, so a short batch counts as much as a long one. An outlier counts
     less (Huber's weights, on the logarithm), and a fast one less still. The first batch of a number of requests, in
     each process and after `expect_first_runs`, does not count if it took six times the prediction: something may have
-    been compiled for it. Several
-    outliers in a row on the same side mean that the device has become slower or faster, and scale all costs. Older
-    batches fade exponentially. Calibrated shapes keep a small weight, for sizes that no recent batch had. Before the
-    first observation the predictions are those of `PaddedCostModel`, which have no influence later. The model does no
-    I/O and is not thread-safe.
+    been compiled for it. Several outliers in a row on the same side mean that the device has become slower or faster,
+    and scale all costs. Older batches fade exponentially. Calibrated shapes keep a small weight, for sizes that no
+    recent batch had. Before the first observation the predictions are those of `PaddedCostModel`, which have no
+    influence later. The model does no I/O and is not thread-safe.
     """
 
     def __init__(self, feature: CostFeature = CostFeature.PADDED) -> None:

@@ -10,6 +10,7 @@ from modalkit.batching import (
     BatchRecord,
     BatchScheduler,
     Failure,
+    Outcome,
     Priority,
     SchedulerClosedError,
     Success,
@@ -47,6 +48,15 @@ async def test_a_cost_model_that_fails_costs_one_request_an_error_and_the_next_o
         assert not scheduler.is_broken
         assert scheduler.statistics().failed == 5
     assert "could not be formed or run" in caplog.text
+
+
+async def test_a_cost_model_that_fails_while_the_scheduler_closes_costs_no_other_request_its_result() -> None:
+    outcomes: dict[int, Outcome[int]] = {}
+    model = CostModelOfOurs(ZeroDivisionError("what"))
+    async with BatchScheduler(lambda items: items, item_size=int, cost_model=model) as scheduler:
+        scheduler.submit_many_nowait([13, 4, 5], outcomes.__setitem__)
+    assert isinstance(outcomes[0], Failure)
+    assert [outcomes[1], outcomes[2]] == [Success(4), Success(5)]
 
 
 async def test_a_cost_model_that_always_fails_breaks_the_scheduler_which_answers_all_and_says_so() -> None:
