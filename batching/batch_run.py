@@ -148,18 +148,16 @@ class BatchRunner(Generic[T, R]):
     ) -> tuple[list[Exception], int]:
         """Run parts of a batch that failed; returns the errors of requests, and how many were requeued."""
         test, errors = GroupTest(wanted, self._history, self._is_wanted), list[Exception]()
-        is_disturbed = isinstance(error, BatchDisturbedError)
         if isinstance(error, BatchDisturbedError):
             error = error.error
+            test.record_disturbed(error)
+        else:
+            self._record_failure(test, error)
         if isinstance(error, OutputCountError) and len(wanted) > 1 and not self._has_warned:
             self._has_warned = True
             logger.warning(
                 "%s: %s; such a batch runs again in parts, so nothing is gained by batches", self._name, error
             )
-        if is_disturbed:
-            test.record_disturbed(error)
-        else:
-            self._record_failure(test, error)
         # All items of a batch wait for a device that was not ready: one of them may be the cause, and harm others too.
         while not executor.is_retired and (part := test.next_part()):
             outputs, seconds = await executor.attempt_alone([request.payload for request in part], MAX_PREPARE_S)

@@ -15,6 +15,7 @@ from modalkit.batching import (
     Failure,
     PaddedCostModel,
     Preparation,
+    RunBatch,
     Stages,
     Success,
 )
@@ -83,8 +84,9 @@ def scheduler_on(
 
         return Stages(before, predict, after)
 
+    runs: list[RunBatch[int, int]] = [stages(process) if overlaps else process.run for process in processes]
     return BatchScheduler(
-        [stages(process) if overlaps else process.run for process in processes],
+        runs,
         policy=BatchPolicy(max_batch_size=max_batch_size),
         cost_model=[PaddedCostModel() for _ in processes],
         max_in_flight=max_in_flight,

@@ -51,9 +51,12 @@ async def test_a_cost_model_that_fails_costs_one_request_an_error_and_the_next_o
 
 
 async def test_a_cost_model_that_fails_while_the_scheduler_closes_costs_no_other_request_its_result() -> None:
+    def run(items: list[int]) -> list[int]:
+        return items
+
     outcomes: dict[int, Outcome[int]] = {}
     model = CostModelOfOurs(ZeroDivisionError("what"))
-    async with BatchScheduler(lambda items: items, item_size=int, cost_model=model) as scheduler:
+    async with BatchScheduler(run, item_size=int, cost_model=model) as scheduler:
         scheduler.submit_many_nowait([13, 4, 5], outcomes.__setitem__)
     assert isinstance(outcomes[0], Failure)
     assert [outcomes[1], outcomes[2]] == [Success(4), Success(5)]
