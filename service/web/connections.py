@@ -6,6 +6,7 @@ it waited for the last time.
 
 import asyncio
 import logging
+import re
 import socket
 import struct
 from enum import Enum, auto
@@ -31,6 +32,7 @@ MAX_HEAD_BYTES = 64 * 2**10
 MAX_HEADERS = 100
 MAX_PIPELINED = 1000
 """Most requests of a connection that wait for those before them to be answered."""
+_UPGRADE = re.compile(rb"(?<=\n)upgrade(?=:)", re.IGNORECASE)
 
 
 class Waiting(Enum):
@@ -122,6 +124,8 @@ class LimitedProtocol(HttpToolsProtocol):
         """Read a part of a request; nothing more of a connection that is refused."""
         if self._waiting is not Waiting.FOR_END:
             self._received_bytes += len(data)
+            if (self.cycle is None or not self.cycle.more_body) and _UPGRADE.search(data):
+                data = _without_upgrade(data)
             super().data_received(data)
         # The parser itself keeps a header, or a trailer, of any size.
         if self._received_bytes > self._parsed_bytes + MAX_HEAD_BYTES and self._waiting is not Waiting.FOR_END:
@@ -141,6 +145,13 @@ class LimitedProtocol(HttpToolsProtocol):
             if head_bytes > MAX_HEAD_BYTES:
                 self._refuse_headers()
                 raise _RefusedError
+        if self.parser.should_upgrade():  # the parser would leave out the body, and take it for the next request
+            self._refuse(
+                HTTPStatus.BAD_REQUEST,
+                "the request asks for another protocol (by its header Upgrade, or as CONNECT), and HTTP/1.1 alone is "
+                "spoken here; send it without",
+            )
+            raise _RefusedError
         self._parsed_bytes = self._received_bytes
         super().on_headers_complete()
         self.cycle.__class__ = OneWriteCycle  # uvicorn makes it, and asks for no class
@@ -309,3 +320,12 @@ class LimitedProtocol(HttpToolsProtocol):
 def _is_stream(headers: list[tuple[bytes, bytes]]) -> bool:
     """Whether the body is a stream of lines, whose client may have nothing to send for a while."""
     return any(name == b"content-type" and are_lines(value.decode("latin-1")) for name, value in headers)
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """The first part of a request whose header Upgrade, which a server may ignore (RFC 9110, 7.8), has another name.
+
+    Clients that speak HTTP/2 offer it so, as Java's and ``curl --http2``.
+    """
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"ignored", head) + end + rest

@@ -118,3 +118,66 @@ async def test_a_connection_with_too_many_pipelined_requests_is_cut_and_logs_no_
                     await connection.receive()
         assert (await client.get("/")).text == "four"
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with the path and the body."""
+    body, more = b"", True
+    while more:
+        part = await receive()
+        body, more = body + part.get("body", b""), part.get("more_body", False)
+    content = scope["path"].encode() + b" " + body
+    length = (b"content-length", b"%d" % len(content))
+    await send({"type": "http.response.start", "status": 200, "headers": [length]})
+    await send({"type": "http.response.body", "body": content})
+
+
+OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+BODY = b"POST /smuggled HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n\nUpgrade: a"
+
+
+async def answers_to(client: httpx.AsyncClient, *parts: bytes) -> bytes:
+    """All that a connection answers to these parts, until it is closed."""
+    received = b""
+    async with await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0) as connection:
+        for part in parts:
+            await connection.send(part)
+            await anyio.wait_all_tasks_blocked()
+        with suppress(anyio.EndOfStream):
+            while True:
+                received += await connection.receive()
+    return received
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3])
+async def test_an_offer_of_another_protocol_is_ignored_and_its_body_stays_a_body(cut: int) -> None:
+    head = b"POST /first HTTP/1.1\r\nHost: a\r\n" + OFFER + b"Content-Length: %d\r\n\r\n" % len(BODY)
+    chunked = b"POST /second HTTP/1.1\r\nHost: a\r\n" + OFFER + b"Transfer-Encoding: chunked\r\n\r\n"
+    last = b"GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    async with served(echo) as client:
+        split = len(head) + cut
+        request = head + BODY
+        answers = await answers_to(client, request[:split], request[split:], chunked, b"2\r\nab\r\n0\r\n\r\n", last)
+    assert answers.count(b"HTTP/1.1 200 OK") == 3
+    assert b"/first " + BODY in answers
+    assert b"/second ab" in answers
+    assert answers.endswith(b"/last ")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [
+            b"POST /a HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUp",
+            b"grade: h2c\r\nContent-Length: 70\r\n\r\n",
+            BODY,
+        ],
+        [b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\nContent-Length: 70\r\n\r\n", BODY],
+    ],
+)
+async def test_what_the_parser_takes_for_another_protocol_is_refused_with_its_body(parts: list[bytes]) -> None:
+    async with served(echo) as client:
+        answers = await answers_to(client, *parts)
+    assert answers.startswith(b"HTTP/1.1 400 ")
+    assert b"smuggled" not in answers
+    assert b"Upgrade" in answers
