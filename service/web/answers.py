@@ -84,7 +84,7 @@ class JobView(BaseModel):
 class JobDetails(JobView):
     """A single job, with what was asked for."""
 
-    message: dict[str, Any]
+    message: Any
     success_queue: str | None
     failure_queue: str | None
     idempotency_key: str | None

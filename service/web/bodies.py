@@ -8,14 +8,14 @@ import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from anyio.lowlevel import checkpoint
 from fastapi import Request
-from pydantic import BaseModel, RootModel, TypeAdapter, ValidationError
+from pydantic import AliasChoices, AliasPath, BaseModel, RootModel, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from modalkit.batching import Failure
@@ -41,6 +41,24 @@ Model = TypeVar("Model", bound=BaseModel)
 _ENVELOPE = re.compile(rb'\s*\{\s*"message"\s*:')
 
 
+def _keys_of(model: type[BaseModel]) -> set[str] | None:
+    """The keys that an item of this model may have, by its fields and their aliases; None where it may have any."""
+    if model.model_config.get("extra") == "allow":
+        return None
+    if issubclass(model, RootModel):
+        root = model.model_fields["root"].annotation
+        root = get_origin(root) or root
+        if not isinstance(root, type) or issubclass(root, Mapping) or root is object:
+            return None
+        return _keys_of(root) if issubclass(root, BaseModel) else set()
+    keys = set(model.model_fields)
+    for name, field in model.model_fields.items():
+        alias = field.validation_alias or name
+        for choice in alias.choices if isinstance(alias, AliasChoices) else [alias]:
+            keys.add(str(choice.path[0] if isinstance(choice, AliasPath) else choice))
+    return keys
+
+
 def check_encoding(request: Request) -> None:
     """Raise `ProblemError` for a compressed body: a small one may become larger than all memory."""
     encoding = request.headers.get("content-encoding")
@@ -63,9 +81,9 @@ class BodyParser:
 
     def __init__(self, input_model: type[BaseModel], admission: Admission | None = None) -> None:
         self._admission = admission or Admission()
-        takes_any = input_model.model_config.get("extra") == "allow"
-        self._takes_envelope = not takes_any and "message" not in input_model.model_fields
-        self.may_name_model = not takes_any and "model_name" not in input_model.model_fields
+        keys = _keys_of(input_model)
+        self._takes_envelope = keys is not None and "message" not in keys
+        self.may_name_model = keys is not None and "model_name" not in keys
         """Whether the key `model_name` of a bare item can name its model, because it is no field of the item."""
         self._item = input_model
         self._envelope = SyncInputModel[input_model]  # type: ignore[valid-type]  # a class known at run time
@@ -79,7 +97,7 @@ class BodyParser:
 
     async def items(self, body: bytes) -> Sequence[BaseModel | Failure]:
         """The items of a list. Raises `ProblemError` if it is no list."""
-        return await self._list(self._items, self._item_of, body)
+        return await self._list(self._items, self._item_of, body, one_by_one=self._may_have_envelopes(body))
 
     def job(self, body: bytes, what: str = "body") -> AsyncInputModel:
         """The job that a body, or another part of the request, asks for."""
@@ -92,7 +110,10 @@ class BodyParser:
     async def item_lines(self, lines: Sequence[bytes]) -> Sequence[BaseModel | Failure]:
         """The item of each line of a stream, or what is wrong with the line."""
         async with self._admission.turn:
-            return _parse_lines(self._item, partial(self.item, what="line"), lines)
+            parse = partial(self.item, what="line")
+            if self._may_have_envelopes(*lines):
+                return [_or_failure(partial(parse, line), Exception) for line in lines]
+            return _parse_lines(self._item, parse, lines)
 
     async def job_lines(self, lines: Sequence[bytes]) -> Sequence[AsyncInputModel | Failure]:
         """The job that each line of a stream asks for, or what is wrong with the line."""
@@ -113,17 +134,29 @@ class BodyParser:
             raise job.error
         return job
 
+    def _may_have_envelopes(self, *contents: bytes) -> bool:
+        """Whether items may come in envelopes, which would pass as items whose fields all have defaults."""
+        return self._takes_envelope and any(b'"message"' in content for content in contents)
+
     async def _list(
-        self, adapter: TypeAdapter[list[Model]], parse: Callable[..., Model], body: bytes
+        self,
+        adapter: TypeAdapter[list[Model]],
+        parse: Callable[..., Model],
+        body: bytes,
+        *,
+        one_by_one: bool = False,
     ) -> Sequence[Model | Failure]:
-        """The valid items of a list, and what is wrong with the others; `parse` parses one of them."""
+        """The valid items of a list, and what is wrong with the others; `parse` parses one of them.
+
+        They are validated together where that is possible, unless `one_by_one`.
+        """
         limits = self._admission.limits
         is_short = len(body) <= min(SLICE_BYTES, limits.max_item_bytes, limits.max_item_values)
-        if is_short:
+        if is_short and not one_by_one:
             check_keys(body)
             try:
                 valid = adapter.validate_json(body)
-            except ValidationError:
+            except Exception:  # noqa: BLE001, S110  # one by one, each gets its own error; validators may raise anything
                 pass
             else:
                 _check_count(len(valid), limits)
@@ -133,7 +166,7 @@ class BodyParser:
         def parse_one(value: object) -> Model | Failure:
             nonlocal room_bytes
             content = to_json(value, inf_nan_mode="constants")
-            entry = _or_failure(partial(parse, content, explain=room_bytes > 0))
+            entry = _or_failure(partial(parse, content, explain=room_bytes > 0), Exception)
             if isinstance(entry, Failure):
                 room_bytes -= len(str(entry.error))
             return entry
@@ -144,11 +177,13 @@ class BodyParser:
                 part = next(parts, None)
                 if part is None:
                     return found
-                if not part:
+                if not part and not is_short:
                     continue
                 try:
-                    valid = adapter.validate_json(part)
-                except ValidationError:
+                    valid = None if one_by_one else adapter.validate_json(part)
+                except Exception:  # noqa: BLE001  # as above
+                    valid = None
+                if valid is None:
                     await _pause_after(part)
                     values = _parse(RootModel[list[Any]], part).root
                 else:

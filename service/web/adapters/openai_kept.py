@@ -19,7 +19,6 @@ from starlette.datastructures import UploadFile
 
 from modalkit.batching import Failure
 from modalkit.pipelines import AsyncInputModel
-from modalkit.service.errors import ServiceError
 from modalkit.service.gateway import Gateway, Model, find_model
 from modalkit.service.jobs import JobBatchLines, JobBatchResult, JobStatus
 from modalkit.service.jobs.manager import JobManager
@@ -283,7 +282,7 @@ class KeptBatches:
             names[line.number] = asked.custom_id
             try:
                 model, message = self._item_of(asked)
-            except (ProblemError, ServiceError) as error:
+            except Exception as error:  # noqa: BLE001  # the line's own; a user's validators may raise anything
                 errors[asked.custom_id] = error
                 continue
             job = AsyncInputModel(message=message, meta={"custom_id": asked.custom_id}, expires_in=WINDOW_S)

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import AliasChoices, AliasPath, BaseModel, Field, RootModel, field_validator
 
-from modalkit.service.web.bodies import check_keys
+from modalkit.batching import Failure
+from modalkit.service.web.bodies import BodyParser, check_keys
 from modalkit.service.web.problems import ProblemError
 
 KEYS = st.text(alphabet='ab:"\\é', max_size=3)
@@ -57,3 +59,70 @@ def test_a_key_that_comes_twice_in_an_object_is_refused_and_nothing_else(
             check_keys(body)
     else:
         check_keys(body)
+
+
+class Optional(BaseModel):
+    text: str = "none given"
+
+    @field_validator("text")
+    @classmethod
+    def fails(cls, text: str) -> str:
+        if text == "poison":
+            raise KeyError(text)
+        return text
+
+
+class Aliased(BaseModel):
+    content: str = Field(validation_alias=AliasChoices("text", AliasPath("message", "text")))
+
+
+class Dictionary(RootModel[dict[str, Any]]):
+    pass
+
+
+class Text(RootModel[str]):
+    pass
+
+
+async def three_ways(model: type[BaseModel], item: Any) -> list[Any]:
+    """What an item is in a body of its own, in a list, in a long list and in a line."""
+    parser, content = BodyParser(model), json.dumps(item).encode()
+    (in_list,) = await parser.items(b"[%b]" % content)
+    in_long_list = (await parser.items(b"[%b]" % b",".join([content] * 5000)))[-1]
+    (in_line,) = await parser.item_lines([content])
+    return [parser.item(content), in_list, in_long_list, in_line]
+
+
+@pytest.mark.parametrize(
+    ("model", "item", "expected"),
+    [
+        (Optional, {"message": {"text": "a"}}, Optional(text="a")),
+        (Optional, {"text": '"message"'}, Optional(text='"message"')),
+        (Aliased, {"message": {"text": "a"}}, Aliased.model_construct(content="a")),
+        (Dictionary, {"message": {"a": 1}}, Dictionary({"message": {"a": 1}})),
+        (Text, {"message": "a"}, Text("a")),
+        (Text, "a", Text("a")),
+    ],
+)
+@pytest.mark.anyio
+async def test_an_item_is_the_same_alone_in_a_list_and_in_a_line(
+    model: type[BaseModel], item: Any, expected: BaseModel
+) -> None:
+    assert await three_ways(model, item) == [expected] * 4
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("count", [2, 5000])
+async def test_an_item_whose_validator_raises_anything_fails_alone(count: int) -> None:
+    items = [{"text": "a"}] * (count - 1) + [{"text": "poison"}]
+    *others, failed = await BodyParser(Optional).items(json.dumps(items).encode())
+    assert others == [Optional(text="a")] * (count - 1)
+    assert isinstance(failed, Failure)
+    assert isinstance(failed.error, KeyError)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("body", [b"", b" "])
+async def test_an_empty_body_is_no_list(body: bytes) -> None:
+    with pytest.raises(ProblemError, match="JSON"):
+        await BodyParser(Optional).items(body)

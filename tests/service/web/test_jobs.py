@@ -7,16 +7,18 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from pydantic import RootModel
 
 from modalkit.pipelines import EngineChoice
 from modalkit.service.jobs import JobStoreError
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.local_gateway import LocalGateway
-from modalkit.service.settings import AuthConfig, Settings
+from modalkit.service.queue_backends import InMemoryBackend
+from modalkit.service.settings import AuthConfig, ModelEntry, Settings
 from modalkit.service.web import create_app
 from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
-from tests.support.length_model import POISON, LengthPipeline
+from tests.support.length_model import POISON, Length, LengthPipeline
 from tests.support.odd_model import NAN
 
 pytestmark = pytest.mark.anyio
@@ -197,3 +199,40 @@ async def test_a_client_that_leaves_in_the_middle_of_a_body_is_no_error_of_the_s
         await stream.send(f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 10\r\n\r\n[{{}}".encode())
     await ended(client, await submit(client, "x"))  # the server has gone on
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+class Words(RootModel[list[str]]):
+    pass
+
+
+class CountPipeline(LengthPipeline):
+    input_model = Words
+
+    def sample_items(self, n: int, size: int) -> list[Any]:
+        return []
+
+    def item_size(self, item: Any) -> int:
+        return len(item.root)
+
+    def preprocess(self, input_list: list[Any]) -> Any:
+        return None
+
+    def predict(self, input_list: list[Any], preprocessed_data: Any) -> Any:
+        return [Length(length=len(words.root)) for words in input_list]
+
+    def postprocess(self, input_list: list[Any], raw_output: Any) -> Any:
+        return raw_output
+
+
+async def test_a_job_tells_an_item_that_is_no_object(settings: Settings) -> None:
+    entry = {"pipeline": "tests.service.web.test_jobs:CountPipeline"}
+    models = settings.model_settings.model_copy(update={"model_entries": {"words": ModelEntry.model_validate(entry)}})
+    settings = settings.model_copy(update={"model_settings": models})
+    async with LocalGateway(settings, queue_backend=InMemoryBackend()) as gateway:
+        await gateway.wait_until_ready()
+        async with serving(create_app(gateway, owns_gateway=False)) as client:
+            job_id = (await client.post("/async/predict", json={"message": ["a", "b"]})).json()["job_id"]
+            found = await client.get(f"/jobs/{job_id}", params={"wait": 30})
+            assert found.json()["message"] == ["a", "b"]
+            assert found.json()["result"]["length"] == 2
+            assert (await client.delete(f"/jobs/{job_id}")).status_code < 500
