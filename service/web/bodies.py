@@ -112,7 +112,7 @@ class BodyParser:
         async with self._admission.turn:
             parse = partial(self.item, what="line")
             if self._may_have_envelopes(*lines):
-                return [_or_failure(partial(parse, line), Exception) for line in lines]
+                return [_or_failure(partial(parse, line)) for line in lines]
             return _parse_lines(self._item, parse, lines)
 
     async def job_lines(self, lines: Sequence[bytes]) -> Sequence[AsyncInputModel | Failure]:
@@ -156,8 +156,8 @@ class BodyParser:
             check_keys(body)
             try:
                 valid = adapter.validate_json(body)
-            except Exception:  # noqa: BLE001, S110  # one by one, each gets its own error; validators may raise anything
-                pass
+            except BaseException as error:  # noqa: BLE001  # one by one, each gets its own; validators may raise anything
+                users_error(error)
             else:
                 _check_count(len(valid), limits)
                 return valid
@@ -166,7 +166,7 @@ class BodyParser:
         def parse_one(value: object) -> Model | Failure:
             nonlocal room_bytes
             content = to_json(value, inf_nan_mode="constants")
-            entry = _or_failure(partial(parse, content, explain=room_bytes > 0), Exception)
+            entry = _or_failure(partial(parse, content, explain=room_bytes > 0))
             if isinstance(entry, Failure):
                 room_bytes -= len(str(entry.error))
             return entry
@@ -181,7 +181,8 @@ class BodyParser:
                     continue
                 try:
                     valid = None if one_by_one else adapter.validate_json(part)
-                except Exception:  # noqa: BLE001  # as above
+                except BaseException as error:  # noqa: BLE001  # as above
+                    users_error(error)
                     valid = None
                 if valid is None:
                     await _pause_after(part)
@@ -300,14 +301,14 @@ def _parse_lines(
             _JSON.decode(objects.decode())
     except BaseException as error:  # noqa: BLE001  # one by one, each gets its own error; validators may raise anything
         users_error(error)
-        return [_or_failure(partial(parse, line), BaseException) for line in lines]
+        return [_or_failure(partial(parse, line)) for line in lines]
     return found
 
 
-def _or_failure(parse: Callable[[], Model], errors: type[BaseException] = ProblemError) -> Model | Failure:
+def _or_failure(parse: Callable[[], Model]) -> Model | Failure:
     try:
         return parse()
-    except errors as raised:
+    except BaseException as raised:  # noqa: BLE001  # as above
         error = users_error(raised)
         # What it was raised from refers to all that is wrong with the item.
         error.__cause__ = error.__context__ = None

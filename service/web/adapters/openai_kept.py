@@ -18,6 +18,7 @@ from pydantic_core import from_json, to_json
 from starlette.datastructures import UploadFile
 
 from modalkit.batching import Failure
+from modalkit.batching.errors import users_error
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.gateway import Gateway, Model, find_model
 from modalkit.service.jobs import JobBatchLines, JobBatchResult, JobStatus
@@ -282,8 +283,8 @@ class KeptBatches:
             names[line.number] = asked.custom_id
             try:
                 model, message = self._item_of(asked)
-            except Exception as error:  # noqa: BLE001  # the line's own; a user's validators may raise anything
-                errors[asked.custom_id] = error
+            except BaseException as error:  # noqa: BLE001  # the line's own; a user's validators may raise anything
+                errors[asked.custom_id] = users_error(error)
                 continue
             job = AsyncInputModel(message=message, meta={"custom_id": asked.custom_id}, expires_in=WINDOW_S)
             jobs.setdefault(model.name, []).append((line.number, job))
