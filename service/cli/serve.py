@@ -27,7 +27,7 @@ from modalkit.service.logs import LogFormat, LogLevel, configure_logging
 from modalkit.service.made_up_items import MadeUpItems, NoItemsError, make_up_items
 from modalkit.service.serving import Server, inherited_listeners, listening, listening_on_path, tune_interpreter
 from modalkit.service.settings import ServerConfig, Settings
-from modalkit.service.settings.layers import CONFIG_VARIABLE, DEFAULT_FILE
+from modalkit.service.settings.layers import CONFIG_VARIABLE, DEFAULT_FILE, LOG_FORMAT_VARIABLE
 from modalkit.service.tracing import enable_tracing_from_environment
 from modalkit.service.version import VERSION
 from modalkit.service.web.app import configured_app
@@ -51,7 +51,7 @@ def serve(
     log_format: Annotated[
         LogFormat,
         typer.Option(
-            **one_of(LogFormat), envvar="MODALKIT_LOG_FORMAT", help="auto is text at a terminal, and JSON elsewhere."
+            **one_of(LogFormat), envvar=LOG_FORMAT_VARIABLE, help="auto is text at a terminal, and JSON elsewhere."
         ),
     ] = LogFormat.AUTO,
     unix_socket: Annotated[

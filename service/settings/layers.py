@@ -21,11 +21,12 @@ logger = logging.getLogger(__name__)
 API_KEY_VARIABLE = "MODALKIT_API_KEY"
 CONFIG_VARIABLE = "MODALKIT_CONFIG"
 DEFAULT_FILE = Path("modalkit.yaml")
+LOG_FORMAT_VARIABLE = "MODALKIT_LOG_FORMAT"
 POSTFIX_VARIABLE = "MODALKIT_APP_POSTFIX"
 PREFIX = "MODALKIT_"
-RESERVED_VARIABLES = frozenset({CONFIG_VARIABLE, API_KEY_VARIABLE, POSTFIX_VARIABLE})
-"""Variables with our prefix that are no settings: the files to read, the key that ``modalkit jobs`` sends, and the
-second part of the Modal app's name."""
+RESERVED_VARIABLES = frozenset({CONFIG_VARIABLE, API_KEY_VARIABLE, LOG_FORMAT_VARIABLE, POSTFIX_VARIABLE})
+"""Variables with our prefix that are no settings: the files to read, the key that ``modalkit jobs`` sends, the format
+of the log of ``modalkit serve``, and the second part of the Modal app's name."""
 
 _NULLS = frozenset({"null", "Null", "NULL"})
 

@@ -185,6 +185,16 @@ def test_it_accepts_curls_default_content_type(folder: Path, environment: dict[s
         assert answer.json()["length"] == 4
 
 
+def test_a_variable_chooses_the_format_of_its_log(folder: Path, environment: dict[str, str]) -> None:
+    variables = {"MODALKIT_LOG_FORMAT": "text", "MODALKIT_APP_SETTINGS__SERVER_CONFIG__ACCESS_LOG": "true"}
+    with serving(folder, environment | variables) as (process, client):
+        client.get("/health/live")
+        process.send_signal(signal.SIGTERM)
+        said = finish(process)
+    assert "GET /health/live" in said
+    assert '{"timestamp"' not in said
+
+
 def test_accepted_jobs_are_still_there_after_a_kill(folder: Path, environment: dict[str, str]) -> None:
     with serving(folder, environment) as (process, client):
         job_ids = [
