@@ -178,13 +178,19 @@ def header_bytes(key: str) -> bytes:
     return key.encode()
 
 
-_DIGEST = re.compile(r"sha256:([0-9A-Fa-f]{64})")
+_DIGEST_PREFIX = "sha256:"
+_DIGEST = re.compile(_DIGEST_PREFIX + r"([0-9A-Fa-f]{64})")
 
 
 def key_digest(key: str) -> bytes:
     """The SHA-256 of a key as a header carries it, or the one that a text ``sha256:<64 digits>`` gives in its place.
 
-    Raises `ValueError`, as `header_bytes` does.
+    Raises `ValueError`, which does not show the key, as `header_bytes` does, and for ``sha256:`` before no hash.
     """
     given = _DIGEST.fullmatch(key.strip())
+    if given is None and key.strip().startswith(_DIGEST_PREFIX):
+        raise ValueError(
+            f"it begins with {_DIGEST_PREFIX} and is no hash: give the 64 hexadecimal digits after it that "
+            '`printf %s "$KEY" | sha256sum` prints, or a key that begins otherwise'
+        )
     return bytes.fromhex(given[1]) if given else hashlib.sha256(header_bytes(key)).digest()
