@@ -24,7 +24,11 @@ P = ParamSpec("P")
 FREE_BYTES = 2**16
 """Bytes of a body that do not count as held, so that small requests are served while others stall with large ones."""
 SLICE_ITEMS = 256
-"""Items that are processed without a pause; after each slice of them, other requests have their turn."""
+"""Maximum items that are processed without a pause; after each slice of them, other requests have their turn."""
+SLICE_S = 0.005
+"""Seconds after which a slice of fewer items ends, because they are large."""
+STEP_ITEMS = 8
+"""Items of a slice between two looks at the clock."""
 REFUSALS_PER_S = 100
 """Refusals a second that are answered at once; more of them would take the time of accepted requests."""
 MAX_REFUSAL_DELAY_S = 1.0
@@ -79,14 +83,21 @@ class Admission:
         check_room(*args, **kwargs)
 
     async def map(self, function: Callable[[Sequence[T]], Iterable[R]], items: Sequence[T]) -> list[R]:
-        """What a function makes of all items, which it is given in slices. Between two slices, other tasks run."""
-        if len(items) <= SLICE_ITEMS:
-            return list(function(items))
+        """What a function makes of all items, one result of each, in slices. Between two slices, other tasks run."""
         results = list[R]()
-        for start in range(0, len(items), SLICE_ITEMS):
+        if len(items) <= SLICE_ITEMS:
+            self._add_slice(results, function, items)
+        while len(results) < len(items):
             async with self.turn:
-                results += function(items[start : start + SLICE_ITEMS])
+                self._add_slice(results, function, items)
         return results
+
+    def _add_slice(self, results: list[R], function: Callable[[Sequence[T]], Iterable[R]], items: Sequence[T]) -> None:
+        first, end_s = len(results), self._now() + SLICE_S
+        for start in range(first, min(first + SLICE_ITEMS, len(items)), STEP_ITEMS):
+            results += function(items[start : start + STEP_ITEMS])
+            if self._now() >= end_s:
+                return
 
 
 class Reception:

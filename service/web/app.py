@@ -104,7 +104,7 @@ def create_app(
     routes = PostRoutes(app, keys, admission)
     add_prediction_routes(routes, gateway, admission)
     if "tei" in adapters:
-        add_tei_routes(routes, gateway.models)
+        add_tei_routes(routes, gateway.models, admission)
     if "vllm" in adapters:
         add_vllm_routes(routes, gateway.models)
     if "openai" in adapters:

@@ -1,11 +1,12 @@
 """A short way for requests that come by the thousand, past FastAPI's middleware."""
 
 import asyncio
-from collections.abc import Awaitable, Collection
+from collections.abc import Awaitable, Collection, Sequence
 from functools import cache
 from http import HTTPStatus
 from typing import Any, TypeVar
 
+from anyio.lowlevel import checkpoint
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.datastructures import Headers
@@ -16,6 +17,8 @@ from modalkit.service.web.problems import ProblemError
 
 T = TypeVar("T")
 
+PART_BYTES = 2**20
+"""Minimum bytes of a part of a long list; others have their turn after each."""
 WATCH_INTERVAL_S = 0.1
 """Seconds between two looks at the requests that wait; at the second one, a connection is watched."""
 
@@ -92,6 +95,31 @@ class DirectResponse(Response):
         """Answer, as an ASGI application does."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body})
+
+
+def list_response(items: Sequence[bytes]) -> DirectResponse:
+    """An answer that is a list in JSON, of these items in JSON. A long one is sent in parts."""
+    size_bytes = sum(map(len, items)) + max(1, len(items)) + 1
+    return DirectResponse(b"[%b]" % b",".join(items)) if size_bytes < PART_BYTES else _LongList(items, size_bytes)
+
+
+class _LongList(DirectResponse):
+    def __init__(self, items: Sequence[bytes], size_bytes: int) -> None:
+        super().__init__(b"")
+        self.raw_headers = [_CONTENT_TYPE, (b"content-length", b"%d" % size_bytes)]
+        self._items = items
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's signature
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        part, size_bytes, before = list[bytes](), 0, b"["
+        for item in self._items:
+            part += before, item
+            size_bytes, before = size_bytes + len(item), b","
+            if size_bytes >= PART_BYTES:
+                await send({"type": "http.response.body", "body": b"".join(part), "more_body": True})
+                await checkpoint()  # servers wait only for a client that reads slowly
+                part, size_bytes = [], 0
+        await send({"type": "http.response.body", "body": b"".join([*part, b"]"])})
 
 
 class _Call:

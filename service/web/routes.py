@@ -20,7 +20,7 @@ from modalkit.service.web.admission import Admission, Reception, read_body
 from modalkit.service.web.answers import JOB_LINKS, PROBLEM_ANSWERS, FailedItem, Submitted
 from modalkit.service.web.auth import ApiKeys, Caller, caller_of, end_request
 from modalkit.service.web.bodies import BodyParser, check_encoding
-from modalkit.service.web.direct import DirectRequest, DirectResponse, while_connected
+from modalkit.service.web.direct import DirectRequest, DirectResponse, list_response, while_connected
 from modalkit.service.web.events import EventStream, prediction_events
 from modalkit.service.web.line_models import Target
 from modalkit.service.web.lines import LineStream
@@ -166,7 +166,7 @@ def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admis
         run = partial(model.predict_many, **options)
         outcomes = await run_valid(items, lambda valid: while_connected(request, run(valid)))
         slots = await admission.map(partial(outcomes_json, error_json=error_json), outcomes)
-        return DirectResponse(b"[" + b",".join(slots) + b"]")
+        return list_response(slots)
 
     @route(
         "/async/predict",

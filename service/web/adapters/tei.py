@@ -5,6 +5,7 @@ A body of ``/predict`` with `parameters` is that of Hugging Face's Inference API
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -17,8 +18,9 @@ from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.gateway import Model
 from modalkit.service.settings import KeyScope
 from modalkit.service.web.adapters.tasks import CLASSIFICATION, EMBEDDING, MAX_TEXTS, RERANKING, Task
-from modalkit.service.web.answers import JSON
+from modalkit.service.web.admission import Admission
 from modalkit.service.web.bodies import read_as
+from modalkit.service.web.direct import DirectResponse, list_response
 from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.problems import ProblemError
 from modalkit.service.web.routes import Endpoint, PostRoutes
@@ -97,7 +99,7 @@ class Rank(BaseModel):
     text: str | None = None
 
 
-def add_tei_routes(routes: PostRoutes, models: Mapping[str, Model]) -> None:
+def add_tei_routes(routes: PostRoutes, models: Mapping[str, Model], admission: Admission) -> None:
     """Add the routes for which there is a model, and ``POST /``, which is the first of them."""
 
     async def tei_predict(request: Request) -> Response:
@@ -107,17 +109,25 @@ def add_tei_routes(routes: PostRoutes, models: Mapping[str, Model]) -> None:
         _, outputs = await CLASSIFICATION.run(request, models, items)
         _check_length(asked, outputs)
         top_k = None if asked.parameters is None else asked.parameters.top_k
-        answers = [_sorted_labels(getattr(output, CLASSIFICATION.gives))[:top_k] for output in outputs]
+
+        def write(output: InferenceOutputModel) -> bytes:
+            return to_json(_sorted_labels(getattr(output, CLASSIFICATION.gives))[:top_k])
+
+        answers = await admission.map(partial(map, write), outputs)
         is_single = asked.parameters is None and isinstance(texts[0], str)
-        return _json(answers[0] if is_single else answers)
+        return DirectResponse(answers[0]) if is_single else list_response(answers)
 
     async def tei_embed(request: Request) -> Response:
         asked = await read_as(EmbedRequest, request)
         texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
         _, outputs = await EMBEDDING.run(request, models, ({"text": text} for text in texts))
         _check_length(asked, outputs)
-        vectors: list[list[float]] = [getattr(output, EMBEDDING.gives) for output in outputs]
-        return _json([_normalized(vector) for vector in vectors] if asked.normalize else vectors)
+
+        def write(output: InferenceOutputModel) -> bytes:
+            vector: list[float] = getattr(output, EMBEDDING.gives)
+            return to_json(_normalized(vector) if asked.normalize else vector)
+
+        return list_response(await admission.map(partial(map, write), outputs))
 
     async def tei_rerank(request: Request) -> Response:
         asked = await read_as(RerankRequest, request)
@@ -129,7 +139,7 @@ def add_tei_routes(routes: PostRoutes, models: Mapping[str, Model]) -> None:
             | ({"text": asked.texts[index]} if asked.return_text else {})
             for index, output in enumerate(outputs)
         ]
-        return _json(sorted(ranks, key=lambda rank: rank["score"], reverse=True))
+        return DirectResponse(to_json(sorted(ranks, key=lambda rank: rank["score"], reverse=True)))
 
     known: list[tuple[Task, str, type[BaseModel], Any, Endpoint]] = [
         (CLASSIFICATION, "/predict", PredictRequest, list[Prediction] | list[list[Prediction]], tei_predict),
@@ -161,7 +171,3 @@ def _sorted_labels(scores: Mapping[str, float]) -> list[dict[str, Any]]:
 def _normalized(vector: Sequence[float]) -> list[float]:
     length = math.hypot(*vector) or 1.0
     return [value / length for value in vector]
-
-
-def _json(content: Any) -> Response:
-    return Response(to_json(content), media_type=JSON)

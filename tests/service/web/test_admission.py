@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -21,7 +21,7 @@ from modalkit.batching import DeadlineUnreachableError, Failure, QueueFullError
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, RequestConfig, Settings
 from modalkit.service.web import bodies, create_app
-from modalkit.service.web.admission import FREE_BYTES, Admission, RefusalPace
+from modalkit.service.web.admission import FREE_BYTES, STEP_ITEMS, Admission, RefusalPace
 from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.problems import ProblemError, error_json, error_response
 from tests.support.http_client import assert_problem, job
@@ -92,6 +92,28 @@ async def test_others_have_their_turn_while_a_large_list_is_parsed() -> None:
             task_group.cancel_scope.cancel()
         assert turns > len(content) // bodies.SLICE_BYTES
         assert turns > 10 or content.startswith(b'[{"text": "x')
+
+
+async def test_others_have_their_turn_after_each_large_item_of_a_short_list() -> None:
+    now_s, turns = 0.0, 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await checkpoint()
+
+    def take_a_second(items: Sequence[int]) -> list[int]:
+        nonlocal now_s
+        now_s += 1
+        return [-item for item in items]
+
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(count_turns)
+        found = await Admission(now=lambda: now_s).map(take_a_second, range(10 * STEP_ITEMS))
+        task_group.cancel_scope.cancel()
+    assert found == [-item for item in range(10 * STEP_ITEMS)]
+    assert turns >= 9
 
 
 @pytest.mark.parametrize("parse", [BodyParser.item_lines, BodyParser.job_lines])

@@ -1,13 +1,14 @@
 """Requests on the short way: what happens to one whose client leaves."""
 
 import asyncio
+import json
 
 import anyio
 import pytest
 from fastapi import Request
 from starlette.types import Message
 
-from modalkit.service.web.direct import while_connected
+from modalkit.service.web.direct import PART_BYTES, list_response, while_connected
 from modalkit.service.web.problems import ProblemError
 
 pytestmark = pytest.mark.anyio
@@ -37,6 +38,23 @@ async def test_only_the_call_of_a_client_that_leaves_is_cancelled() -> None:
         await call
     answer.set()
     assert await asyncio.gather(*others) == [True, True]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+async def test_a_long_list_is_sent_in_parts_between_which_others_have_their_turn(count: int) -> None:
+    items, sent, turns = [json.dumps("x" * PART_BYTES).encode()] * count, list[Message](), list[int]()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        asyncio.get_running_loop().call_soon(turns.append, len(sent))
+
+    await list_response(items)({"type": "http"}, Client().request.receive, send)
+    start, *parts = sent
+    body = b"".join(part["body"] for part in parts)
+    assert json.loads(body) == list(map(json.loads, items))
+    assert dict(start["headers"])[b"content-length"] == str(len(body)).encode()
+    assert [part.get("more_body", False) for part in parts] == [True] * count + [False]
+    assert len(turns) >= count
 
 
 async def test_a_call_that_something_else_cancels_is_cancelled() -> None:
