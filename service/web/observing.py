@@ -12,10 +12,13 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import STRUCTLOG_KEY_PREFIX
 
+from modalkit.batching import SchedulerClosedError
 from modalkit.service.metrics import request_seconds
 from modalkit.service.tracing import active_tracing, checked_traceparent, given_traceparent
+from modalkit.service.web.problems import error_response
 
 MAX_ID_CHARACTERS = 128
+CANCELLED = "the service stops, and its grace ended before this request did; retry at another instance, or later"
 OTHER_ROUTE = "other"
 """The label of requests that match no route."""
 
@@ -29,6 +32,7 @@ _REQUEST_ID: ContextVar[str] = ContextVar(f"{STRUCTLOG_KEY_PREFIX}request_id")
 class RequestObserver:
     """ASGI middleware: measures each request, binds its id for log lines, and traces it where tracing is enabled.
 
+    A request that the server cancels before its answer has begun is answered with 503.
     The id is the request's ``X-Request-ID``, if that is visible ASCII of at most 128 characters, or else a new one. The
     answer has it in the same header. `routes` are those of the application, which may grow until the first request.
     """
@@ -80,6 +84,8 @@ class RequestObserver:
             unanswered = "disconnected"
         except asyncio.CancelledError:
             unanswered = "disconnected"
+            if not status:
+                await error_response(SchedulerClosedError(CANCELLED))(scope, receive, observe)
             raise
         finally:
             outcome = outcome_of(status) if status else unanswered

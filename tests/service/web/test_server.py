@@ -7,6 +7,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from anyio.lowlevel import checkpoint
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -15,8 +16,9 @@ from modalkit.service.serving import listening
 from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.connections import MAX_PIPELINED
-from modalkit.service.web.server import server_of
+from modalkit.service.web.server import LimitedServer, server_of
 from tests.support.http_client import NO_TLS, assert_problem
+from tests.support.length_model import LengthPipeline
 
 pytestmark = pytest.mark.anyio
 
@@ -25,9 +27,14 @@ Headers = list[tuple[bytes, bytes]]
 
 @asynccontextmanager
 async def served(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
+    async with served_by(server_of(app, ServerConfig(), access_log=False)) as client:
+        yield client
+
+
+@asynccontextmanager
+async def served_by(server: LimitedServer) -> AsyncIterator[httpx.AsyncClient]:
+    server.config.lifespan = "off"
     with listening("127.0.0.1", 0) as listener:
-        server = server_of(app, ServerConfig(), access_log=False)
-        server.config.lifespan = "off"
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(server.serve, [listener])
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -106,6 +113,32 @@ async def test_users_middleware_sees_predictions_and_errors_are_problems(
 
 
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])
+async def test_what_waits_at_the_end_of_the_grace_is_told_to_retry(settings: Settings) -> None:
+    async with LocalGateway(settings) as gateway:
+        await gateway.wait_until_ready()
+        pipeline = gateway.models["lengths"].ready_worker().pipeline
+        assert isinstance(pipeline, LengthPipeline)
+        pipeline.gate.clear()
+        server = server_of(create_app(gateway, owns_gateway=False), ServerConfig(grace_seconds=0.01), access_log=False)
+        answers = list[httpx.Response]()
+        async with served_by(server) as client, anyio.create_task_group() as task_group:
+            accepted = (await client.post("/async/predict", json={"message": {"text": "four"}})).json()
+
+            async def ask(method: str, path: str, content: Any = None) -> None:
+                answers.append(await client.request(method, path, json=content))
+
+            task_group.start_soon(ask, "POST", "/sync/predict", {"text": "four"})
+            task_group.start_soon(ask, "GET", f"/jobs/{accepted['job_id']}?wait=60")
+            while len(server.server_state.tasks) < 2:
+                await checkpoint()
+            server.should_exit = True
+        pipeline.gate.set()
+    for answer in answers:
+        assert assert_problem(answer, 503)["type"].endswith(":scheduler-closed")
+        assert answer.headers["retry-after"] == "1"
+    assert len(answers) == 2
+
+
 async def test_a_connection_with_too_many_pipelined_requests_is_cut_and_logs_no_error(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
