@@ -1,5 +1,6 @@
 """Server-sent events: the response class, and the events of predictions and jobs."""
 
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
@@ -12,11 +13,14 @@ from starlette.types import Receive, Scope, Send
 
 from modalkit.batching import RequestOptions, Success
 from modalkit.batching.task_groups import plain_task_group
+from modalkit.service.errors import OutputNotJsonError
 from modalkit.service.gateway import Jobs, Model
 from modalkit.service.jobs import JobPiece, JobStatus
 from modalkit.service.outputs import output_json
 from modalkit.service.web.answers import EVENT_STREAM, JobView
 from modalkit.service.web.problems import KNOWN_ERRORS, as_problem, error_response, problem_json
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 15.0
 """Seconds without an event after which a comment is sent, so that no proxy closes the connection."""
@@ -118,9 +122,12 @@ class JobEvents:
         async with aclosing(self._jobs.watch(left)) as changes:
             async for change in changes:
                 if isinstance(change, JobPiece):
-                    yield sse_event(
-                        "piece", b'{"job_id":%s,"piece":%s}' % (to_json(change.job_id), output_json(change.output))
-                    )
+                    try:
+                        piece = output_json(change.output)
+                    except OutputNotJsonError as error:  # the job goes on, and its result may be written
+                        logger.debug("A piece of job %s is left out: %s", change.job_id, error)
+                        continue
+                    yield sse_event("piece", b'{"job_id":%s,"piece":%s}' % (to_json(change.job_id), piece))
                     continue
                 place, letter = self._places[change.job_id], _LETTERS[change.status]
                 if self._seen[place] == letter:

@@ -15,7 +15,7 @@ from modalkit.service.jobs import JobStore
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import Settings
 from modalkit.service.web import create_app, events
-from tests.service.test_streams import Spelling
+from tests.service.test_streams import Piece, Spelling
 from tests.support.http_client import assert_problem, job
 from tests.support.http_server import limit_buffers, serving
 from tests.support.length_model import POISON, LengthPipeline
@@ -236,6 +236,26 @@ async def test_a_job_tells_its_states_its_pieces_and_at_last_its_result(
     assert pieces[-1] == {"job_id": job_id, "piece": {"status": "success", "error": None, "meta": {}, "text": "ab"}}
     last = found[-1]
     assert (last.name, last.id, last.data["job_id"], last.data["result"]["text"]) == ("result", "s", job_id, "ab")
+
+
+async def test_a_piece_that_is_no_json_is_left_out_and_the_result_follows(
+    client: httpx.AsyncClient, spelling: Spelling
+) -> None:
+    spelling.gate.clear()
+    make = spelling.pieces
+
+    def first_is_no_json(texts: Any, length: int) -> list[Any]:
+        made = make(texts, length)
+        return [Piece(text="\ud800") for _ in made] if length == 1 else made
+
+    spelling.pieces = first_is_no_json  # type: ignore[method-assign]  # in place of a class of its own
+    job_id = await submit(client, "spelling", "ab")
+    async with listening(client, "GET", f"/jobs/{job_id}/events") as received:
+        await anext(received)
+        spelling.gate.set()
+        found = [event async for event in received]
+    assert [event.data["piece"]["text"] for event in found if event.name == "piece"] == ["ab"]
+    assert (found[-1].name, found[-1].data["result"]["text"]) == ("result", "ab")
 
 
 async def test_several_jobs_are_watched_together_and_an_ended_one_is_told_at_once(
