@@ -264,4 +264,6 @@ def _allowed_methods(app: FastAPI, request: Request) -> str:
         return any(route.matches(scope)[0] is Match.FULL for route in app.routes)
 
     methods = list(filter(is_allowed, ("GET", "POST", "PUT", "PATCH", "DELETE")))
+    if not methods:  # at files, which are an application of their own
+        methods = ["GET"]
     return ", ".join(["GET", "HEAD", *methods[1:]] if methods[0] == "GET" else methods)

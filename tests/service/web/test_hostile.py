@@ -278,6 +278,7 @@ async def test_a_method_that_a_route_does_not_have_is_405(
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
+        ("/static-offline-docs/swagger-ui-bundle.js", "GET, HEAD"),
         ("/jobs", "GET, HEAD, DELETE"),
         ("/jobs/none", "GET, HEAD, DELETE"),
         ("/sync/predict", "POST"),
