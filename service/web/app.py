@@ -179,15 +179,21 @@ class _Entrance:
         self._start = start
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        if scope["type"] == "http" and scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}  # a copy: the server needs the original method
         if not self._start.is_needed or scope["type"] != "http":
-            return self._app(scope, receive, send)
+            is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+            return (self._answer_head if is_head else self._app)(scope, receive, send)
         if not self._start.is_logged:
             self._start.is_logged = True
             logger.error("Requests are refused: %s", NOT_STARTED)
         problem = ProblemError(HTTPStatus.SERVICE_UNAVAILABLE, NOT_STARTED, headers={"Retry-After": "1"})
         return error_response(problem)(scope, receive, send)
+
+    async def _answer_head(self, scope: Scope, receive: Receive, send: Send) -> None:
+        as_get = {**scope, "method": "GET"}  # a copy: the server needs the original method
+        try:
+            await self._app(as_get, receive, send)
+        finally:
+            scope["route"] = as_get.get("route")  # for the metrics
 
 
 def _complete_schema(app: FastAPI, by_name: Mapping[str, Model]) -> None:

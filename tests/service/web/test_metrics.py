@@ -47,6 +47,7 @@ async def test_requests_are_measured_by_route_and_outcome(client: httpx.AsyncCli
         ("POST", "/batch/predict", [{"text": "four"}] * 101, "/batch/predict", "invalid"),
         ("GET", "/jobs/some", None, "/jobs/{job_id}", "invalid"),
         ("GET", "/jobs", None, "/jobs", "succeeded"),
+        ("HEAD", "/jobs/some/events", None, "/jobs/{job_id}/events", "invalid"),
         ("PUT", "/jobs", None, "/jobs", "invalid"),
         ("GET", "/health/ready", None, "/health/ready", "succeeded"),
     ]
