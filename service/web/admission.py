@@ -160,7 +160,7 @@ class Reception:
                 logger.debug(
                     "%s: the client disconnected after %d bytes of the body", request.scope["path"], size_bytes
                 )
-                raise ProblemError(HTTPStatus.BAD_REQUEST, "the client disconnected before the end of the body")
+                raise ProblemError(HTTPStatus.REQUEST_TIMEOUT, "the client disconnected before the end of the body")
             chunk, more = message.get("body", b""), message.get("more_body", False)
             size_bytes += len(chunk)
             self._check(size_bytes)

@@ -302,10 +302,17 @@ async def test_a_body_that_is_declared_too_large_is_refused_before_it_comes(
 async def test_a_body_that_its_client_cuts_is_a_debug_line_and_a_count(
     limited: tuple[httpx.AsyncClient, LocalGateway], caplog: pytest.LogCaptureFixture
 ) -> None:
+    async def disconnected() -> float:
+        text = (await limited[0].get("/metrics")).text
+        label = 'modalkit_request_seconds_count{outcome="disconnected",route="/sync/predict"} '
+        return sum(float(line.removeprefix(label)) for line in text.splitlines() if line.startswith(label))
+
+    before = await disconnected()
     with caplog.at_level(logging.DEBUG):
         stream = await send_part(limited[0], 7)
         await stream.aclose()
         await until_metric(limited[0], "modalkit_cut_bodies_total 1.0")
+        assert await disconnected() == before + 1
     (line,) = [record for record in caplog.records if record.name.startswith("modalkit")]
     assert (line.levelname, line.exc_info) == ("DEBUG", None)
     assert line.getMessage() == "/sync/predict: the client disconnected after 7 bytes of the body"
