@@ -4,6 +4,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from http import HTTPStatus
+from urllib.parse import quote
 
 from anyio.lowlevel import checkpoint
 from fastapi import Request
@@ -83,10 +84,8 @@ class Submitter:
         (outcome,) = await self._submit_valid([keyed], self._batch_of([keyed], [1]))
         if isinstance(outcome, Failure):
             raise outcome.error
-        location = f"{request.scope.get('root_path', '')}/jobs/{outcome.value}"
-        return DirectResponse(
-            to_json(_answer(outcome)), HTTPStatus.ACCEPTED, [(b"location", location.encode("latin-1"))]
-        )
+        location = quote(f"{request.scope.get('root_path', '')}/jobs/{outcome.value}")
+        return DirectResponse(to_json(_answer(outcome)), HTTPStatus.ACCEPTED, [(b"location", location.encode())])
 
     async def _answer_lines(self, lines: Lines, write: Callable[[bytes], None]) -> None:
         """Submit the jobs of all lines, and answer each with its `job_id` or its error once the job is stored.

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -36,6 +37,21 @@ async def test_a_mounted_application_is_started_and_ended_by_the_outer_one(setti
         assert (await client.get(f"/models/{script}")).status_code == 200
         assert_problem(await client.get("/models/nothing"), 404)
     assert gateway.models["lengths"].readiness is Readiness.DRAINING
+
+
+@pytest.mark.parametrize("path", ["/模型", "/my models"])
+async def test_a_job_has_its_address_below_any_path(settings: Settings, path: str) -> None:
+    gateway = LocalGateway(settings)
+    models = create_app(gateway)
+    app = FastAPI(lifespan=lifespan_of(models))
+    app.mount(path, models)
+    async with client_of(app) as client:
+        await gateway.wait_until_ready()
+        accepted = await client.post(f"{path}/async/predict", json={"message": {"text": "four"}})
+        assert accepted.status_code == 202
+        location = accepted.headers["location"]
+        assert location == quote(f"{path}/jobs/{accepted.json()['job_id']}")
+        assert (await client.get(location)).json()["job_id"] == accepted.json()["job_id"]
 
 
 async def test_several_are_started_in_order_and_ended_in_the_opposite_one() -> None:
