@@ -3,7 +3,7 @@
 import time
 from functools import partial
 from http import HTTPStatus
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
@@ -200,8 +200,11 @@ def administration_of(jobs: Jobs, reason: str) -> JobManager:
 
 
 async def refuse_unknown_query(request: Request) -> None:
-    """Raise `ProblemError` for a query parameter that the route does not have."""
-    check_query(request, {parameter.alias for parameter in request.scope["route"].dependant.query_params})
+    """Raise `ProblemError` for a query parameter that the route does not have, or that is given twice."""
+    annotations = {
+        parameter.alias: parameter.field_info.annotation for parameter in request.scope["route"].dependant.query_params
+    }
+    check_query(request, annotations, [name for name, kind in annotations.items() if get_origin(kind) is list])
 
 
 def _details(job_id: str, job: Job | None) -> JobDetails:

@@ -127,15 +127,19 @@ def prefers_async(request: Request) -> bool:
     return any(preference.partition(";")[0].strip().lower() == RESPOND_ASYNC for preference in preferences)
 
 
-def check_query(request: Request, known: Collection[str]) -> None:
+def check_query(request: Request, known: Collection[str], repeatable: Collection[str] = ()) -> None:
     """Refuse a query parameter that the route does not have: a misspelt filter would change what is asked for.
 
-    Raises `ProblemError`.
+    So is one that is given twice, unless it is `repeatable`. Raises `ProblemError`.
     """
-    for name in request.query_params:
+    seen = set[str]()
+    for name, _ in request.query_params.multi_items():
         if name not in known:
             listed = ", ".join(sorted(known)) or "none"
             raise _problem(f"{name!r:.100}: there is no such query parameter; this route has: {listed}")
+        if name in seen and name not in repeatable:
+            raise _problem(f"{name}: is given twice; remove one of the two")
+        seen.add(name)
 
 
 def takes_events(request: Request) -> bool:
@@ -157,22 +161,14 @@ def _model_name(request: Request, *others: str) -> str | None:
     if not request.scope["query_string"]:
         return None
     check_query(request, ("model_name", *others))
-    return _only(request, "model_name")
-
-
-def _only(request: Request, name: str) -> str | None:
-    """The value of a query parameter, or None where it is not given. Raises `ProblemError` where it is given twice."""
-    values = request.query_params.getlist(name)
-    if len(values) > 1:
-        raise _problem(f"{name}: is given twice; remove one of the two")
-    return values[0] if values else None
+    return request.query_params.get("model_name")
 
 
 def _place(request: Request) -> tuple[str | None, int]:
     """The batch of a request, and the line of its first job there."""
     if not request.scope["query_string"]:
         return None, 1
-    batch_id, first = _only(request, "batch_id"), _only(request, "first_line") or "1"
+    batch_id, first = request.query_params.get("batch_id"), request.query_params.get("first_line") or "1"
     if batch_id is not None and not re.fullmatch(BATCH_ID_PATTERN, batch_id):
         raise _problem(
             f"batch_id: must be 1 to 100 letters, digits, dots, hyphens or underscores, got {batch_id!r:.200}"

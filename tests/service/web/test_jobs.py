@@ -172,6 +172,25 @@ async def test_all_that_concerns_jobs_needs_the_key(settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "name"),
     [
+        ("GET", "/jobs/some?wait=0&wait=1", "wait"),
+        ("GET", "/jobs?limit=1&limit=2", "limit"),
+        ("DELETE", "/jobs?older_than=1&older_than=2", "older_than"),
+        ("POST", "/sync/predict?model_name=odd&model_name=odd", "model_name"),
+        ("POST", "/batch/predict?ordered=true&ordered=false", "ordered"),
+        ("POST", "/async/predict?batch_id=a&batch_id=b", "batch_id"),
+    ],
+)
+async def test_a_query_parameter_that_is_given_twice_is_refused(
+    client: httpx.AsyncClient, method: str, path: str, name: str
+) -> None:
+    answer = await client.request(method, path, json={"text": "four"} if method == "POST" else None)
+    assert assert_problem(answer, 422)["detail"] == f"{name}: is given twice; remove one of the two"
+    assert (await client.get("/jobs?status=failed&status=queued")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "name"),
+    [
         ("DELETE", "/jobs?status=succeeded&older_then=604800", "older_then"),
         ("GET", "/jobs?statu=failed", "statu"),
         ("POST", "/async/predict?modelname=odd", "modelname"),
