@@ -75,6 +75,8 @@ class SqliteJobStore(JobStore):
     @contextmanager
     def _open_for_writing(self) -> Iterator[None]:
         with self._errors_translated(), ExitStack() as opened:
+            if self.path.is_dir():
+                raise JobStoreUnavailableError(self.path, "it is a folder", f"give a file, as {self.path / 'jobs.db'}")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Of what a symlink leads to, because two paths may lead to one database.
             lock = os.open(f"{self.path.resolve()}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -2,7 +2,7 @@
 
 import re
 from ipaddress import ip_network
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
@@ -10,6 +10,15 @@ from pydantic_core import PydanticCustomError
 
 BUILT_IN_BACKENDS = ("none", "memory", "sqs", "taskiq", "webhook", "routing")
 
+MAX_LIFETIME_S = 3_153_600_000
+"""A hundred years: the store keeps times as whole microseconds."""
+MIN_PER_SECOND = 1e-6
+"""One in eleven days: the seconds that one takes must be a number."""
+
+_TAKEN_HEADER = (
+    "accept|connection|content-.*|cookie|expect|host|idempotency-key|keep-alive|last-event-id|prefer|te|traceparent|"
+    "trailer|transfer-encoding|upgrade|x-forwarded-.*|x-priority|x-request-.*"
+)
 _UNMOUNTABLE = ("/", "/root", "/tmp")  # noqa: S108  # names that are refused
 _DOTTED_NAME = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _CLASS_PATH = f"{_DOTTED_NAME}:{_DOTTED_NAME}"
@@ -60,6 +69,18 @@ def _check_proxy(value: str) -> str:
     return value
 
 
+def _check_header(value: str) -> str:
+    if re.fullmatch(_TAKEN_HEADER, value, re.IGNORECASE):
+        raise refusal(f"{value} has another use: name a header that only carries the key, as x-api-key")
+    return value
+
+
+def _check_store_path(value: Any) -> Any:
+    if value == "" or (isinstance(value, str) and value.startswith((":memory:", "file:"))):
+        raise refusal(f"must be the path of a file, not {value!r}; for jobs in memory set store: memory")
+    return value
+
+
 def _refuse_bool(value: Any) -> Any:
     # In Python, and so in pydantic, true is 1: `max_batch_size: yes` would mean batches of one.
     if isinstance(value, bool):
@@ -87,6 +108,8 @@ _Number = BeforeValidator(_refuse_bool)
 Count = Annotated[int, _Number, Field(ge=1)]
 CountOrZero = Annotated[int, _Number, Field(ge=0)]
 Duration = Annotated[float, _Number, Field(gt=0)]
+Lifetime = Annotated[Duration, Field(le=MAX_LIFETIME_S)]
+PerSecond = Annotated[float, _Number, Field(ge=MIN_PER_SECOND)]
 Wait = Annotated[float, _Number, Field(ge=0)]
 NonEmpty = Annotated[str, Field(min_length=1)]
 DevicesOfModel = Annotated[list[str], BeforeValidator(_check_devices)]
@@ -108,6 +131,7 @@ AppPrefix = Annotated[
 HeaderName = Annotated[
     str,
     _matching("[!#$%&'*+.^_`|~0-9A-Za-z-]+", "must be the name of an HTTP header, as in authorization or x-api-key"),
+    AfterValidator(_check_header),
 ]
 RootPath = Annotated[
     str, _matching("(/[A-Za-z0-9._~-]+)*", "must be empty, or a path without a slash at its end, as in /models")
@@ -118,5 +142,6 @@ KeyName = Annotated[
 ]
 ContainerFolder = Annotated[str, AfterValidator(_check_container_folder)]
 MountPath = Annotated[ContainerFolder, AfterValidator(_check_mount_path)]
+StorePath = Annotated[Path, BeforeValidator(_check_store_path)]
 Host = Annotated[str, AfterValidator(_check_host)]
 Secret = Annotated[SecretStr, Field(min_length=1)]

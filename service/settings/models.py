@@ -19,8 +19,11 @@ from modalkit.service.settings.fields import (
     HeaderName,
     Host,
     KeyName,
+    Lifetime,
     NonEmpty,
+    PerSecond,
     Secret,
+    StorePath,
     Wait,
     refusal,
 )
@@ -57,9 +60,9 @@ class KeyConfig(Section):
     """Name of the AWS SSM parameter that holds the key, in place of `api_key`."""
     scopes: Annotated[list[KeyScope], Field(min_length=1)] = [KeyScope.PREDICT, KeyScope.JOBS]
     """What the key may be used for: predict, jobs, metrics; admin includes all of them."""
-    max_requests_per_second: Duration | None = None
+    max_requests_per_second: PerSecond | None = None
     """Requests per second, with bursts of one second; further ones are refused (HTTP 429); null sets no limit."""
-    max_items_per_second: Duration | None = None
+    max_items_per_second: PerSecond | None = None
     """Items and jobs per second, likewise; streams are read no faster."""
     max_requests_in_flight: Count | None = None
     """Requests of the key that are answered at a time; further ones are refused (HTTP 429); null sets no limit."""
@@ -236,15 +239,15 @@ class QueueConfig(Section):
 class AsyncConfig(Section):
     """Asynchronous jobs: how long they live and where they are kept."""
 
-    timeout: Duration = 3600
+    timeout: Lifetime = 3600
     """Seconds that a job may take after it first ran; then it expires."""
     max_attempts: Count = 5
     """Attempts for a job whose whole batch fails, or that fails by a retryable error; 5 take 85 s or more."""
-    result_ttl: Duration = 86_400
+    result_ttl: Lifetime = 86_400
     """Seconds for which a finished job is kept; one whose result is not delivered yet is kept longer."""
     store: Literal["memory", "sqlite"] = "sqlite"
     """sqlite keeps accepted jobs through a crash; memory is faster and loses them."""
-    store_path: Path = Path("modalkit.db")
+    store_path: StorePath = Path("modalkit.db")
     """The SQLite file; one process owns it at a time."""
     max_stored_jobs: Count = 10_000_000
     """Maximum stored jobs, finished ones included; further ones are refused (HTTP 429)."""

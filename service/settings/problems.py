@@ -20,6 +20,7 @@ _DEMANDS = {
     "enum": "must be {expected}",
     "greater_than": "must be more than {gt}",
     "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
     "list_type": "must be a list, as in [one, two]",
     "literal_error": "must be {expected}",
     "path_type": "must be a path",

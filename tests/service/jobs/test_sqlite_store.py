@@ -28,7 +28,6 @@ from modalkit.service.jobs import (
     JobStatus,
     JobStoreBusyError,
     JobStoreClosedError,
-    JobStoreError,
     JobStoreFullError,
     JobStoreLockedError,
     JobStoreSchemaError,
@@ -254,9 +253,10 @@ async def test_a_path_that_cannot_be_written_is_refused_with_a_remedy(tmp_path: 
         async with SqliteJobStore(tmp_path / "file" / "jobs.db"):
             pass
     (tmp_path / "folder.db").mkdir()
-    with pytest.raises(JobStoreError, match=r"folder\.db"):
+    with pytest.raises(JobStoreUnavailableError, match=r"folder\.db cannot be used: it is a folder; give a file, as "):
         async with SqliteJobStore(tmp_path / "folder.db"):
             pass
+    assert {entry.name for entry in tmp_path.iterdir()} == {"file", "folder.db"}
 
 
 async def test_the_file_is_safe_to_read_meanwhile_and_shrinks_when_jobs_are_removed(path: Path) -> None:
