@@ -41,6 +41,7 @@ IdempotencyKey = Annotated[str, Field(min_length=1, max_length=255), AfterValida
 class AnyInput(BaseModel):
     """An item of a pipeline without its own `input_model`: any JSON object, with its fields as attributes.
 
+    A field with the name of a method of pydantic that begins with ``model_`` is in `model_extra` alone.
     Reading a field that it does not have raises a `RejectItem` that names it, unless the pipeline uses ``getattr`` with
     a default, or ``hasattr``.
     """
@@ -54,6 +55,18 @@ class AnyInput(BaseModel):
             if name.startswith("_"):
                 raise
             raise MissingFieldError(f"{name}: is missing: add it") from None
+
+
+class _NoMethod:
+    """In place of a method that pydantic keeps for its first version: an item may have a field of that name."""
+
+    def __get__(self, instance: object, owner: type) -> Any:
+        raise AttributeError  # so `__getattr__` is asked
+
+
+for _name in dir(BaseModel):
+    if not _name.startswith(("_", "model_")):
+        setattr(AnyInput, _name, _NoMethod())
 
 
 class SyncInputModel(BaseModel, Generic[MessageT]):

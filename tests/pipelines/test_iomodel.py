@@ -1,12 +1,16 @@
 """The models that users build on, used as the documentation uses them."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from modalkit.pipelines.errors import MissingFieldError
 from modalkit.pipelines.inference_pipeline import InferencePipeline
 from modalkit.pipelines.iomodel import (
+    AnyInput,
     AsyncInputModel,
     AsyncOutputModel,
     DelayedFailureOutputModel,
@@ -114,3 +118,22 @@ def test_a_failure_carries_what_was_asked_for() -> None:
     )
     assert failure.model_dump()["original_message"]["failure_queue"] == "bad"
     assert AsyncOutputModel(job_id="7").model_dump() == {"job_id": "7"}
+
+
+def test_an_item_without_an_input_model_may_have_fields_with_the_names_of_old_methods_of_pydantic() -> None:
+    item = AnyInput.model_validate({"copy": 1, "json": "{}", "schema": None, "dict": {"a": 1}})
+    values: Any = item
+    assert (values.copy, values.json, values.schema, values.dict) == (1, "{}", None, {"a": 1})
+    assert getattr(item, "validate", "none") == "none"
+    with pytest.raises(MissingFieldError, match="construct: is missing: add it"):
+        _ = values.construct
+    assert item.model_copy(update={"copy": 2}).model_dump() == {**item.model_dump(), "copy": 2}
+    assert pickle.loads(pickle.dumps(item)) == copy.deepcopy(item) == item  # noqa: S301  # its own bytes
+
+
+def test_a_subclass_may_declare_such_a_field() -> None:
+    class Declared(AnyInput):
+        copy: int  # type: ignore[assignment]
+
+    item = Declared.model_validate({"copy": 3, "json": 4})
+    assert (item.copy, getattr(item, "json", None)) == (3, 4)
