@@ -27,7 +27,7 @@ SLICE_ITEMS = 256
 """Maximum items that are processed without a pause; after each slice of them, other requests have their turn."""
 SLICE_S = 0.005
 """Seconds after which a slice of fewer items ends, because they are large."""
-STEP_ITEMS = 8
+STEP_ITEMS = 16
 """Items of a slice between two looks at the clock."""
 REFUSALS_PER_S = 100
 """Refusals a second that are answered at once; more of them would take the time of accepted requests."""
