@@ -179,18 +179,17 @@ class BodyParser:
                     return found
                 if not part and not is_short:
                     continue
-                try:
-                    valid = None if one_by_one else adapter.validate_json(part)
-                except BaseException as error:  # noqa: BLE001  # as above
-                    users_error(error)
-                    valid = None
-                if valid is None:
-                    await _pause_after(part)
-                    values = _parse(RootModel[list[Any]], part).root
-                else:
-                    check_keys(part)
-                    found += valid
-                    continue
+                if not one_by_one:
+                    try:
+                        valid = adapter.validate_json(part)
+                    except BaseException as error:  # noqa: BLE001  # as above
+                        users_error(error)
+                        await _pause_after(part)
+                    else:
+                        check_keys(part)
+                        found += valid
+                        continue
+                values = _parse(RootModel[list[Any]], part).root
                 _check_count(len(values), limits)
             await _pause_after(part)
             found += await self._admission.map(partial(map, parse_one), values)

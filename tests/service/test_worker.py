@@ -478,11 +478,9 @@ class Fragile(Text):
 async def test_a_panic_of_a_validator_refuses_that_item_or_job_alone() -> None:
     async with InferenceWorker(LengthPipeline(), input_model=Fragile) as worker:
         items = [{"text": "a"}, {"text": "odd"}]
-        found = [
-            await worker.predict_many(items),
-            await worker.submit_many([AsyncInputModel(message=item) for item in items]),
-        ]
-    for good, bad in found:
+        predicted = await worker.predict_many(items)
+        submitted = await worker.submit_many([AsyncInputModel(message=item) for item in items])
+    for good, bad in (predicted, submitted):
         assert isinstance(good, Success)
         assert isinstance(bad, Failure)
         assert "Panic: out of bounds" in str(bad.error)
