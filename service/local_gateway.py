@@ -29,7 +29,7 @@ from modalkit.service.errors import (
     describe_error,
 )
 from modalkit.service.gateway import find_model
-from modalkit.service.jobs import JobStore
+from modalkit.service.jobs import JobStore, JobStoreError
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.loading import NO_MODELS, LoadError, ModelSource, make_job_manager
 from modalkit.service.queue_backends import QueueBackend
@@ -201,11 +201,26 @@ class LocalGateway(AsyncContextManagerMixin):
         async with self.jobs, plain_task_group() as self._task_group:
             for model in self.models.values():
                 self._task_group.start_soon(self._serve, model)
+            self._task_group.start_soon(self._tell_of_jobs_without_model)
             try:
                 yield self
             finally:
                 self._state.draining.set()
                 self._state.closing.set()
+
+    async def _tell_of_jobs_without_model(self) -> None:
+        try:
+            queued = await self.jobs.store.queued_by_model()
+        except JobStoreError:
+            logger.exception("It could not be found whether jobs wait for models that are not configured")
+            return
+        for name in sorted(queued.keys() - self.models.keys()):
+            logger.error(
+                "%d jobs wait for the model %.80r, which is not configured, and do not run: configure it again, or "
+                "cancel them (DELETE /jobs/{job_id})",
+                queued[name],
+                name,
+            )
 
     def drain(self) -> None:
         """Before the gateway is left: end reloads, answer callers that wait for jobs, start no more. Idempotent."""

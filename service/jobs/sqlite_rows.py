@@ -181,6 +181,11 @@ def counts_of_jobs(database: sqlite3.Connection) -> JobCounts:
     )
 
 
+def queued_by_model(database: sqlite3.Connection) -> dict[str, int]:
+    """How many jobs of each model are queued, or wait for another attempt."""
+    return dict(database.execute("SELECT model_name, count(*) FROM jobs WHERE status = 'queued' GROUP BY model_name"))
+
+
 def _oldest_queued_at(database: sqlite3.Connection) -> dict[str, float]:
     """When the first claimable job of each model was added, by one step in the index for each model and priority."""
     oldest_us = dict[str, int]()

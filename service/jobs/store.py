@@ -19,7 +19,14 @@ from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreUnavailableError
 from modalkit.service.jobs.model import Job, JobFilter
 from modalkit.service.jobs.sqlite_many import ROWS_PER_STEP
-from modalkit.service.jobs.sqlite_rows import condition_of, counts_of_jobs, find_job, microseconds, page_of_jobs
+from modalkit.service.jobs.sqlite_rows import (
+    condition_of,
+    counts_of_jobs,
+    find_job,
+    microseconds,
+    page_of_jobs,
+    queued_by_model,
+)
 from modalkit.service.jobs.sqlite_table import JobTable, QueuePlace
 
 logger = logging.getLogger(__name__)
@@ -233,6 +240,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     get = _reading(find_job)
     page = _reading(page_of_jobs)
     counts = _reading(counts_of_jobs)
+    queued_by_model = _reading(queued_by_model)
     batch = _reading(batches.find_batch)
     has_batch = _reading(batches.has_batch)
     results_in_order = _reading(batches.results_in_order)

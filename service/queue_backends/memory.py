@@ -88,7 +88,11 @@ class InMemoryBackend:
         queue = self._queues.get(queue_name)
         if not queue:
             raise QueueEmptyError(f"queue {queue_name!r} is empty")
-        return self._take(queue)
+        message = self._take(queue)
+        if not queue:  # else it would take the place of one with messages
+            del self._queues[queue_name]
+            self._dropping.discard(queue_name)
+        return message
 
     async def receive(self, queue_name: str) -> str:
         """Wait for a message, then remove and return the oldest one. A cancelled call removes none."""
@@ -133,7 +137,6 @@ class InMemoryBackend:
             if not self._drops_bytes:
                 self._drops_bytes = True
                 logger.warning("The queues in memory hold %d bytes: old messages are dropped now", self._max_bytes)
-            if queue:
-                self._take(queue)
-            else:
+            self._take(queue)
+            if not queue:
                 del self._queues[name]

@@ -196,8 +196,8 @@ def _chunks(entries: list[_Entry]) -> list[list[_Entry]]:
 
 
 def _failure(queue_name: str, failed: dict[str, Any]) -> QueueBackendError:
-    code = failed["Code"].rpartition(".")[2]
-    kind = UndeliverableError if failed["SenderFault"] and code in _MESSAGE_IS_REFUSED else QueueBackendError
+    code = failed.get("Code", "an error without a code").rpartition(".")[2]
+    kind = UndeliverableError if failed.get("SenderFault") and code in _MESSAGE_IS_REFUSED else QueueBackendError
     return kind(f"queue {queue_name!r}: SQS answers {code}: {failed.get('Message', '')}")
 
 

@@ -155,6 +155,19 @@ async def test_jobs_of_a_model_that_is_not_configured_are_refused_by_its_name(tm
             await gateway.jobs.submit([AsyncInputModel(message={"text": "a"})], model_name="other")
 
 
+async def test_jobs_that_wait_for_a_model_that_is_not_configured_are_told_at_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Loading.may_end.clear()
+    async with LocalGateway(settings_of(tmp_path, slow=f"{__name__}:Loading")) as gateway:
+        await to_thread.run_sync(Loading.begun.acquire)
+        await stored_before(gateway)
+    Loading.may_end.set()
+    async with LocalGateway(settings_of(tmp_path, a="tests.support.length_model:LengthPipeline")) as gateway:
+        await gateway.wait_until_ready()
+    assert "1 jobs wait for the model 'slow', which is not configured" in caplog.text
+
+
 async def test_each_model_has_the_limits_of_its_entry(tmp_path: Path) -> None:
     pipeline = "tests.support.length_model:LengthPipeline"
     settings = Settings(

@@ -49,6 +49,15 @@ async def test_one_queue_too_many_drops_the_one_not_sent_to_for_longest(caplog: 
         InMemoryBackend(max_queues=0)
 
 
+async def test_queues_that_were_read_to_their_end_take_no_place_of_others() -> None:
+    backend = InMemoryBackend(max_queues=2)
+    await backend.send_message("kept", "x")
+    for n in range(5):
+        await backend.send_message(f"reply-{n}", "x")
+        assert backend.receive_nowait(f"reply-{n}") == "x"
+    assert backend.messages("kept") == ["x"]
+
+
 async def test_all_messages_together_take_a_bounded_number_of_bytes(caplog: pytest.LogCaptureFixture) -> None:
     """Those of the queue that was not sent to for longest are dropped first, and never the newest one."""
     size = sys.getsizeof("x" * 1000)
