@@ -97,9 +97,9 @@ def _run(target: CallTarget, load: Load, processes: int, on_progress: OnProgress
             pipe.send(Part(target, load, place, processes))
         for pipe in pipes:
             _received(pipe)  # it is ready
+        began_s = time.perf_counter()  # before the word go: on a busy machine, all may be answered by the next line
         for pipe in pipes:
             pipe.send(GO)
-        began_s = time.perf_counter()
         results, stopped_s = _results(pipes, load, began_s, on_progress)
     warm_s = 0.0 if load.requests is not None else load.warm_up_s
     return measured_of(results, load, begin_s=began_s + warm_s, end_s=stopped_s)

@@ -5,15 +5,20 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from modalkit.benchmarks.load import BenchError, Endpoint, Load, Measured, run_load
+from modalkit.benchmarks.load import BenchError, Endpoint, Load, Measured, processes, run_load
 from modalkit.benchmarks.load.figures import measured_of
 from modalkit.benchmarks.load.processes import is_steady
-from modalkit.benchmarks.load.worker_process import PartResult
+from modalkit.benchmarks.load.spawned import spawned
+from modalkit.benchmarks.load.worker_process import GO, PartResult
 from tests.support.guides import blocks, guide
 
 ITEMS = [{"text": "a"}, {"text": "b"}, {"text": "c"}]
@@ -29,6 +34,29 @@ def test_every_request_is_answered_and_counted(server: str) -> None:
     assert (found.answered, found.errors) == (12, {})
     assert len(found.latencies_s) == len(found.ended[0]) == 12
     assert 0 < found.p50_s <= found.p99_s <= found.latency_s(1)
+
+
+def test_requests_that_end_before_this_process_has_its_next_turn_are_counted(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow:
+        """A pipe that says go and returns once there is an answer."""
+
+        def __init__(self, pipe: Connection) -> None:
+            self.fileno, self.recv, self._pipe = pipe.fileno, pipe.recv, pipe
+
+        def send(self, message: object) -> None:
+            self._pipe.send(message)
+            if message == GO:
+                self._pipe.poll(60)
+
+    @contextmanager
+    def slow(*arguments: Any) -> Iterator[list[Slow]]:
+        with spawned(*arguments) as pipes:
+            yield [Slow(pipe) for pipe in pipes]
+
+    monkeypatch.setattr(processes, "spawned", slow)
+    assert load_on(server + "/echo").answered == 12
 
 
 def test_what_fails_is_counted_by_its_reason(server: str) -> None:
