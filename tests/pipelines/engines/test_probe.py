@@ -117,12 +117,22 @@ def test_a_program_ends_while_a_conversion_pauses(tmp_path: Path) -> None:
 def test_conversions_go_on_after_a_start_that_failed(
     module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """They are stopped while the engines race, and end here once they can read."""
+    reader, writer = os.pipe()
+    others = multiprocessing.active_children()
+
     def fail(*_: object) -> None:
         raise ValueError("no such layer")
 
+    monkeypatch.setattr(probe, "convert", lambda *_: os.read(reader, 1))
     monkeypatch.setattr(measuring.Race, "run", fail)
     with pytest.raises(ValueError, match="no such layer"):
         load_engine(module, batches, settings.model_copy(update={"measure_seconds": 0.001}))
-    for process in multiprocessing.active_children():
+    conversions = set(multiprocessing.active_children()) - set(others)
+    assert conversions
+    os.write(writer, b"x" * len(conversions))
+    for process in conversions:
         process.join(60)
         assert process.exitcode is not None
+    os.close(reader)
+    os.close(writer)
