@@ -6,11 +6,13 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
+gc.disable()  # while the tests are imported, whose objects stay anyway; each process would collect for 4 s
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch at its import; each core has a worker already
 
 # A busy machine is no reason to fail. The second one is for `pytest --hypothesis-profile=thorough`.
-settings.register_profile("modalkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("modalkit", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("modalkit")
 settings.register_profile("thorough", max_examples=2000)
 
@@ -19,6 +21,10 @@ settings.register_profile("thorough", max_examples=2000)
 def pytest_xdist_auto_num_workers() -> int:
     """One process more than there are cores, because tests wait about as long as they compute; 8 at most."""
     return min((os.cpu_count() or 1) + 1, 8)
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 @pytest.fixture(params=["asyncio", "trio"])

@@ -19,12 +19,16 @@ from modalkit.benchmarks.report import as_json, figures_table, read_baseline, re
 UNCALIBRATED = {"calibration": {"enabled": False}}  # which would take seconds for each worker
 
 
-@pytest.mark.parametrize("study", [OverheadStudy(items=2_000), GrowthStudy(depths=(40, 80), items=200), HttpStudy(20)])
-def test_a_study_measures_every_figure_in_every_round(study: Study) -> None:
+@pytest.mark.parametrize(
+    ("study", "rounds"),
+    [(OverheadStudy(items=2_000), 2), (GrowthStudy(depths=(40, 80), items=200), 2), (HttpStudy(20), 1)],
+)
+def test_a_study_measures_every_figure_in_every_round(study: Study, rounds: int) -> None:
     told: list[str] = []
-    figures = run_study(study, 2, told.append)
-    assert all(len(figure.rounds) == 2 and figure.value > 0 for figure in figures)
-    assert told == [f"{study.name}: {stage}" for stage in ("warming up", "round 1 of 2", "round 2 of 2")]
+    figures = run_study(study, rounds, told.append)
+    assert all(len(figure.rounds) == rounds and figure.value > 0 for figure in figures)
+    stages = ["warming up", *(f"round {number} of {rounds}" for number in range(1, rounds + 1))]
+    assert told == [f"{study.name}: {stage}" for stage in stages]
 
 
 def test_the_end_to_end_study_measures_all_that_few_texts_allow(bundled_pipeline: BundledPipeline) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ def test_it_weighs_at_most_25_megabytes() -> None:
     assert sum(file.stat().st_size for file in BUNDLED_FOLDER.iterdir()) <= 25_000_000
 
 
-def test_it_is_as_accurate_as_its_card_says(bundled: SentimentPipeline, held_out: list[Sentence]) -> None:
-    figures = evaluate(bundled, held_out)
+def test_it_is_as_accurate_as_its_card_says(held_out: list[Sentence]) -> None:
+    """By the engine that takes the least time for so many texts."""
+    model = SentimentPipeline("sentiment", "models", {"device": "cpu"}, engine="torch-unpadded", dtype="float32")
+    figures = evaluate(model, held_out)
     assert figures["all"].count == len(held_out) == 2414
     assert figures["all"].three_way >= 0.73
     assert figures["all"].polarity >= 0.84
@@ -36,17 +39,26 @@ def test_it_is_as_accurate_as_its_card_says(bundled: SentimentPipeline, held_out
         assert float(polarity) == pytest.approx(found.polarity, abs=0.003)
 
 
+@pytest.fixture(scope="module")
+def items(held_out: list[Sentence]) -> list[BaseModel]:
+    return [SentimentRequest(text=sentence.text) for sentence in held_out[:100]]
+
+
+@pytest.fixture(scope="module")
+def expected(bundled: SentimentPipeline, items: list[BaseModel]) -> list[Any]:
+    return [answer.model_dump() for answer in bundled.run_inference(items)]
+
+
 @pytest.mark.parametrize(
     ("engine", "dtype"),
     [("torch", "bfloat16"), ("torch-packed", "float32"), ("openvino", "float32"), ("onnx", "float32")],
 )
 def test_every_engine_gives_its_labels(
-    bundled: SentimentPipeline, held_out: list[Sentence], tmp_path: Path, engine: str, dtype: str
+    items: list[BaseModel], expected: list[Any], engines_folder: Path, engine: str, dtype: str
 ) -> None:
-    common = {"device": "cpu", "engines": {"cache_folder": tmp_path}}
+    common = {"device": "cpu", "engines": {"cache_folder": engines_folder}}
     pipeline = SentimentPipeline("sentiment", "models", common, engine=engine, dtype=dtype)
-    items: list[BaseModel] = [SentimentRequest(text=sentence.text) for sentence in held_out[:100]]
-    expected, found = ([answer.model_dump() for answer in p.run_inference(items)] for p in (bundled, pipeline))
+    found = [answer.model_dump() for answer in pipeline.run_inference(items)]
     agree = sum(a["sentiment"] == b["sentiment"] for a, b in zip(expected, found, strict=True))
     assert agree >= 0.99 * len(items)
     assert f"{engine} {dtype}" in pipeline.device_name()
@@ -56,15 +68,14 @@ def test_every_engine_gives_its_labels(
 
 
 def test_by_default_it_runs_by_what_is_fastest_with_its_labels(
-    bundled: SentimentPipeline, held_out: list[Sentence], tmp_path: Path
+    items: list[BaseModel], expected: list[Any], engines_folder: Path
 ) -> None:
-    common = {"device": "cpu", "engines": {"cache_folder": tmp_path, "measure_seconds": 2}}
+    common = {"device": "cpu", "engines": {"cache_folder": engines_folder, "measure_seconds": 2}}
     pipeline = SentimentPipeline("sentiment", "models", common)
     assert pipeline.engine_choice is not None
     assert pipeline.engine_choice.speeds["torch float32"] == 1
-    items: list[BaseModel] = [SentimentRequest(text=sentence.text) for sentence in held_out[:100]]
-    pairs = zip(bundled.run_inference(items), pipeline.run_inference(items), strict=True)
-    assert sum(a.model_dump()["sentiment"] == b.model_dump()["sentiment"] for a, b in pairs) >= 99
+    pairs = zip(expected, pipeline.run_inference(items), strict=True)
+    assert sum(a["sentiment"] == b.model_dump()["sentiment"] for a, b in pairs) >= 99
 
 
 def test_torch_in_float32_computes_what_the_model_itself_does(bundled: SentimentPipeline) -> None:
@@ -81,10 +92,11 @@ def test_the_test_data_is_the_held_out_tenth(held_out: list[Sentence]) -> None:
     assert not Sentence("tweets", 1.0, "a sentence that falls on the other side").held_out
 
 
-def test_loading_and_running_it_prints_nothing() -> None:
+def test_loading_and_running_it_prints_nothing(engines_folder: Path) -> None:
     program = (
         "from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest;"
-        "SentimentPipeline('s', '.', {}).run_inference([SentimentRequest(text='word ' * 2000)])"
+        f"common = {{'engines': {{'cache_folder': {str(engines_folder)!r}, 'measure_seconds': 2}}}};"
+        "SentimentPipeline('s', '.', common).run_inference([SentimentRequest(text='word ' * 2000)])"
     )
     done = subprocess.run(
         [sys.executable, "-W", "default", "-c", program], check=True, cwd=ROOT, capture_output=True, text=True

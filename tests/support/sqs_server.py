@@ -5,14 +5,17 @@ The same server speaks AWS's other protocols, SSM's among them.
 
 import socket
 from contextlib import suppress
+from functools import cache
 from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
+from botocore.loaders import JSONFileLoader
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import BaseWSGIServer, make_server
 
 REGION = "us-east-1"
+_LOAD_FILE = JSONFileLoader.load_file
 
 
 def forget_aws_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +29,13 @@ def forget_aws_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, "/dev/null")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(JSONFileLoader, "load_file", lambda _, path: _load_file(path))
+
+
+@cache
+def _load_file(path: str) -> Any:
+    """The contents of a file of botocore's: each test has a session of its own, which reads them for 0.1 s."""
+    return _LOAD_FILE(JSONFileLoader(), path)
 
 
 class SqsServer:

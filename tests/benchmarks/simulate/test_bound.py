@@ -41,9 +41,9 @@ def test_where_batches_save_nothing_work_adds_up() -> None:
 @pytest.mark.parametrize("load_share", [0.05, 0.4, 0.9])
 def test_no_rule_gets_below_it(name: str, kind: ArrivalKind, load_share: float) -> None:
     device = make_device(name, noise=0)
-    source = device.open_loop(kind, load_share * device.capacity, 1_000, seed=3)
+    source = device.open_loop(kind, load_share * device.capacity, 300, seed=3)
     least_s = least_p99_s(device.table, source, MAX_BATCH_SIZE)
     for rule in device.rules.values():
-        run = simulate(rule(), device.open_loop(kind, load_share * device.capacity, 1_000, seed=3), device.table, 0, 0)
+        run = simulate(rule(), device.open_loop(kind, load_share * device.capacity, 300, seed=3), device.table, 0, 0)
         latencies_s = np.nan_to_num(run.finished_s - run.arrivals_s, nan=np.inf)
-        assert np.quantile(latencies_s, 0.99, method="lower") >= least_s
+        assert np.quantile(latencies_s, 0.99, method="lower") >= least_s * (1 - 1e-9)

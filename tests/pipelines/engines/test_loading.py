@@ -45,10 +45,10 @@ def logits_of(module: nn.Module, inputs: Batch) -> Tensor:
 
 @pytest.mark.parametrize(("engine", "dtype"), EXPLICIT)
 def test_an_engine_takes_batches_of_any_size(
-    module: nn.Module, batches: list[Batch], settings: EngineSettings, engine: str, dtype: str
+    module: nn.Module, batches: list[Batch], converted: EngineSettings, engine: str, dtype: str
 ) -> None:
     expected = logits_of(module, batch(7, 23))
-    loaded = load_engine(module, batches, with_(settings, engine=engine, dtype=dtype))
+    loaded = load_engine(module, batches, with_(converted, engine=engine, dtype=dtype))
     assert (loaded.choice.engine, loaded.choice.dtype) == (engine, dtype)
     found = loaded(**batch(7, 23))["logits"]
     assert found.dtype is torch.float32
@@ -78,26 +78,26 @@ def test_outputs_have_names(outputs: Callable[[Tensor], object], names: list[str
 
 
 def test_auto_takes_what_is_fastest_and_the_next_start_measures_nothing(
-    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+    module: nn.Module, batches: list[Batch], converted: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = load_engine(module, batches, settings).choice
+    first = load_engine(module, batches, converted).choice
     assert set(first.speeds) >= {"torch float32", "torch-packed float32", "openvino float32", "onnx float32"}
     assert first.samples == 60
     assert "outputs compared on 60 samples" in str(first)
     monkeypatch.setattr("modalkit.pipelines.engines.choosing.Race", None)
-    again = load_engine(module, batches, settings)
+    again = load_engine(module, batches, converted)
     assert again.choice == first
     assert torch.allclose(again(**batch(5, 5))["logits"], logits_of(module, batch(5, 5)), atol=0.02)
 
 
 def test_torch_in_bfloat16_is_measured_on_a_cpu_only_where_torch_was_asked_for(
-    module: nn.Module, batches: list[Batch], settings: EngineSettings
+    module: nn.Module, batches: list[Batch], converted: EngineSettings
 ) -> None:
-    assert set(load_engine(module, batches, with_(settings, engine="torch")).choice.speeds) == {
+    assert set(load_engine(module, batches, with_(converted, engine="torch")).choice.speeds) == {
         "torch float32",
         "torch bfloat16",
     }
-    assert "torch bfloat16" not in load_engine(module, batches, settings).choice.speeds
+    assert "torch bfloat16" not in load_engine(module, batches, converted).choice.speeds
 
 
 def test_other_weights_are_measured_again(
@@ -191,7 +191,7 @@ def test_an_installation_that_is_broken_is_a_warning(
 
 
 def test_wrong_numbers_are_refused(
-    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+    module: nn.Module, batches: list[Batch], converted: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = {len(inputs["ids"]): -logits_of(module, inputs) for inputs in batches}
 
@@ -200,7 +200,7 @@ def test_wrong_numbers_are_refused(
             return {"logits": answers[len(inputs["ids"])]}
 
     monkeypatch.setattr(choosing, "Converted", Wrong)
-    choice = load_engine(module, batches, with_(settings, dtype="float32")).choice
+    choice = load_engine(module, batches, with_(converted, dtype="float32")).choice
     assert choice.engine in ("torch", "torch-packed")
     assert "labels agree on" in choice.refused["openvino float32"]
 
@@ -239,19 +239,20 @@ def test_a_conversion_that_takes_longer_than_the_start_may_goes_on_for_a_later_o
 def test_a_start_that_could_compare_too_few_samples_keeps_the_earlier_choice_and_is_not_final(
     module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    good = load_engine(module, batches, settings).choice
+    only_torch = with_(settings, engine="torch")
+    good = load_engine(module, batches, only_torch).choice
     with monkeypatch.context() as busy:
         busy.setattr(measuring, "MIN_SAMPLES", 10_000)
-        again = load_engine(module, batches, with_(settings, use_kept_choice=False, measure_seconds=0.001)).choice
+        again = load_engine(module, batches, with_(only_torch, use_kept_choice=False, measure_seconds=0.001)).choice
         assert (again.candidate, again.samples) == (good.candidate, good.samples)
-        elsewhere = with_(settings, cache_folder=(settings.cache_folder or Path()) / "new", measure_seconds=0.001)
+        elsewhere = with_(only_torch, cache_folder=(settings.cache_folder or Path()) / "new", measure_seconds=0.001)
         assert load_engine(module, batches, elsewhere).choice.is_tentative
     later = load_engine(module, batches, with_(elsewhere, measure_seconds=settings.measure_seconds)).choice
     assert not later.is_tentative
 
 
 def test_engines_are_loaded_with_a_part_of_the_threads_and_timed_with_all_and_other_threads_keep_theirs(
-    module: nn.Module, batches: list[Batch], settings: EngineSettings, monkeypatch: pytest.MonkeyPatch
+    module: nn.Module, batches: list[Batch], converted: EngineSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, timed, elsewhere = set(), set(), set()
 
@@ -268,7 +269,7 @@ def test_engines_are_loaded_with_a_part_of_the_threads_and_timed_with_all_and_ot
             super().run(deadline_s)
 
     monkeypatch.setattr(choosing, "Race", Watched)
-    load_engine(module, batches, settings)
+    load_engine(module, batches, converted)
     threads = cpu_threads()
     assert loaded == {threads.total // threads.max_in_flight}
     assert timed == elsewhere == {threads.total}
@@ -355,15 +356,11 @@ def test_a_folder_that_cannot_be_looked_into_stops_no_start(
     assert "Engine openvino cannot be tried: OSError" in caplog.text
 
 
-def test_what_is_kept_may_be_read_by_other_users(
-    module: nn.Module, batches: list[Batch], settings: EngineSettings
-) -> None:
+def test_what_is_kept_may_be_read_by_other_users(kept: Path) -> None:
     """An image is made by root, and another user runs in it."""
-    load_engine(module, batches, settings)
-    assert settings.cache_folder is not None
-    kept = list(settings.cache_folder.glob("*/*"))
-    assert {path.name.partition("-")[0] for path in kept} == {"choice", "openvino", "onnx"}
-    for path in [*kept, *settings.cache_folder.glob("*/*/*")]:
+    files = list(kept.glob("*/*"))
+    assert {path.name.partition("-")[0] for path in files} == {"choice", "openvino", "onnx"}
+    for path in [*files, *kept.glob("*/*/*")]:
         assert path.stat().st_mode & 0o044 == 0o044, path
 
 

@@ -43,17 +43,27 @@ def started(modalkit: Modalkit, tmp_path: Path) -> Started:
 
 
 def run_pytest(folder: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", *options]
-    return subprocess.run(command, check=False, cwd=folder, env=environment, text=True, capture_output=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "-p", "anyio", *options]
+    own = environment | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # a user does not have those of our tests
+    return subprocess.run(command, check=False, cwd=folder, env=own, text=True, capture_output=True)
+
+
+def without_measuring(folder: Path) -> None:
+    """Have the model of a configuration run by torch in float32."""
+    configuration = folder / "modalkit.yaml"
+    text = configuration.read_text()
+    for key, value in EXACT.items():
+        text, count = re.subn(rf"# {key}: auto ", f"{key}: {value} ", text)
+        assert count == 1
+    configuration.write_text(text)
 
 
 @pytest.mark.parametrize("task", [Task.EMPTY, Task.SENTIMENT])
-def test_its_tests_pass_and_it_serves(started: Started, environment: dict[str, str], task: Task) -> None:
+def test_what_it_writes_serves(started: Started, environment: dict[str, str], task: Task) -> None:
     folder = started(task)
     assert {path.name for path in folder.iterdir()} == FILES[task]
-    done = run_pytest(folder, environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    if task is not Task.EMPTY:
+        without_measuring(folder)
     with serving(folder, environment) as (_, client):
         assert client.post("/sync/predict", json=ITEMS[task]).json()["status"] == "success"
 
@@ -65,27 +75,24 @@ def test_what_it_writes_for_a_model_passes_its_own_tests_and_check(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With small random models, by torch in float32: engines are not measured."""
+    """With small random models beside the bundled one, by torch in float32: engines are not measured."""
     models: dict[Task, tuple[type[PreTrainedModel], dict[str, Any]]] = {
         Task.EMBEDDING: (BertModel, {}),
         Task.RERANK: (BertForSequenceClassification, {"num_labels": 1}),
         Task.TOKEN_CLASSIFICATION: (BertForTokenClassification, {"id2label": {0: "O", 1: "B-CAT"}}),
         Task.ZERO_SHOT: (BertForSequenceClassification, {"id2label": {0: "contradiction", 1: "entailment"}}),
     }
-    assert {Task.EMPTY, Task.SENTIMENT, *models} == set(Task)
+    tasks = [Task.SENTIMENT, *models]
+    assert {Task.EMPTY, *tasks} == set(Task)
+    without_measuring(started(Task.SENTIMENT, Task.SENTIMENT))
     for task, (model, config) in models.items():
         save_model(model, tmp_path / "models" / f"my-{task}", **config)
-        configuration = started(task, task, "--model", f"my-{task}") / "modalkit.yaml"
-        text = configuration.read_text()
-        for key, value in EXACT.items():
-            text, count = re.subn(rf"# {key}: auto ", f"{key}: {value} ", text)
-            assert count == 1
-        configuration.write_text(text)
-    done = run_pytest(tmp_path, environment, "--import-mode=importlib", *models)
-    assert f"{len(models)} passed" in done.stdout, done.stdout + done.stderr
+        without_measuring(started(task, task, "--model", f"my-{task}"))
+    done = run_pytest(tmp_path, environment, "--import-mode=importlib", *tasks)
+    assert f"{len(tasks)} passed" in done.stdout, done.stdout + done.stderr
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    for task in models:
+    for task in tasks:
         check([tmp_path / task / "modalkit.yaml"])
         said = capsys.readouterr()
         assert re.search(rf"{task} .* 4 items in", said.out)
