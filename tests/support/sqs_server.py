@@ -10,7 +10,7 @@ from threading import Thread
 from typing import Any, ClassVar
 
 import pytest
-from botocore.loaders import JSONFileLoader
+from botocore.loaders import JSONFileLoader  # type: ignore[import-untyped]  # ships no types
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import BaseWSGIServer, make_server
 
