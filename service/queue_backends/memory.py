@@ -110,7 +110,7 @@ class InMemoryBackend:
         return list(self._queues.get(queue_name, ()))
 
     def queue_names(self) -> list[str]:
-        """The names of the queues, in alphabetical order."""
+        """The names of the queues that hold messages, in alphabetical order."""
         return sorted(self._queues)
 
     def depth(self, queue_name: str) -> int:

@@ -219,7 +219,7 @@ async def test_a_job_is_run_kept_and_delivered(worker: InferenceWorker, queue: I
     assert job is not None
     assert job.status is JobStatus.SUCCEEDED
     assert job.result == message["result"]
-    assert queue.queue_names() == ["ok"]
+    assert queue.queue_names() == []
 
 
 @pytest.mark.parametrize(("text", "error"), [(POISON, "ValueError: this batch is poisoned"), (REJECTED, "rejected by")])
