@@ -1,7 +1,7 @@
 """The errors that the scheduler raises, all from the root `BatchingError`, and the rule for those of users' code."""
 
+import asyncio
 import sys
-from asyncio import CancelledError
 
 
 class BatchingError(Exception):
@@ -112,21 +112,39 @@ def users_error(error: BaseException) -> Exception:
     """The rule for what users' code raises: the error `as_exception`, for the item or whatever the code was called for.
 
     Nothing else ends by it, be it `SystemExit` or the panic of a library written in Rust, which is no `Exception`. Only
-    `KeyboardInterrupt` and the cancellation of a task, also in groups, must go on: those are raised.
+    `KeyboardInterrupt`, `GeneratorExit` and the cancellation of this task, also in groups, must go on: those are
+    raised. A cancellation that is not that of this task, as of a future that other code cancelled, is an error.
     """
-    if not isinstance(error, Exception):
-        going_on = (KeyboardInterrupt, CancelledError, getattr(sys.modules.get("trio"), "Cancelled", CancelledError))
-        in_group = isinstance(error, BaseExceptionGroup) and error.subgroup(going_on) is not None
-        if in_group or isinstance(error, going_on):
-            raise error
+    if isinstance(error, Exception):
+        return error
+    going_on: tuple[type[BaseException], ...] = (KeyboardInterrupt, GeneratorExit)
+    if (trio := sys.modules.get("trio")) is not None:
+        going_on += (trio.Cancelled,)
+    if _is_being_cancelled():
+        going_on += (asyncio.CancelledError,)
+    in_group = isinstance(error, BaseExceptionGroup) and error.subgroup(going_on) is not None
+    if in_group or isinstance(error, going_on):
+        raise error
     return as_exception(error)
 
 
+def _is_being_cancelled() -> bool:
+    """Whether the current task is one of asyncio, and is cancelled."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # there is none in this thread, or on trio
+        return False
+    return task is not None and task.cancelling() > 0
+
+
 def as_exception(error: BaseException) -> Exception:
-    """The error itself, or a `RuntimeError` in place of one that is no `Exception`, with that as its cause."""
+    """The error itself; in place of one that is no `Exception`, another one with that as its cause."""
     if isinstance(error, Exception):
         return error
-    replacement = RuntimeError(f"users' code raised {text_of(error)}")
+    if isinstance(error, asyncio.CancelledError):
+        replacement: Exception = BatchingError("it was cancelled by something inside it")
+    else:
+        replacement = RuntimeError(f"users' code raised {text_of(error)}")
     replacement.__cause__ = error
     return replacement
 

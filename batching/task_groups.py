@@ -1,6 +1,5 @@
 """Keeps exceptions and cancellation of one task apart from those of other tasks."""
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -8,7 +7,7 @@ from typing import TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
-from modalkit.batching.errors import BatchingError, users_error
+from modalkit.batching.errors import users_error
 
 T = TypeVar("T")
 
@@ -34,19 +33,10 @@ async def plain_task_group() -> AsyncIterator[TaskGroup]:
 
 
 async def await_users_code(awaitable: Awaitable[T]) -> T:
-    """Await users' code. All that it raises is an `Exception`, by the rule of `users_error`.
-
-    Also a cancellation that is not that of this task, as where the code awaits a task that other code cancelled. It
-    would end our own task without a message.
-    """
+    """Await users' code. All that it raises is an `Exception`, by the rule of `users_error`."""
     try:
         return await awaitable
     except Exception:
         raise
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        raise BatchingError("it was cancelled by something inside it") from error
     except BaseException as error:
         raise users_error(error) from error

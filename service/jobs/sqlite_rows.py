@@ -183,7 +183,9 @@ def counts_of_jobs(database: sqlite3.Connection) -> JobCounts:
 
 def queued_by_model(database: sqlite3.Connection) -> dict[str, int]:
     """How many jobs of each model are queued, or wait for another attempt."""
-    return dict(database.execute("SELECT model_name, count(*) FROM jobs WHERE status = 'queued' GROUP BY model_name"))
+    parts = ("crashes = 0 AND retry_at IS NULL", "retry_at IS NOT NULL", "crashes > 0 AND retry_at IS NULL")
+    queued = " UNION ALL ".join(f"SELECT model_name FROM jobs WHERE status = 'queued' AND {part}" for part in parts)  # noqa: S608  # each part has an index
+    return dict(database.execute(f"SELECT model_name, count(*) FROM ({queued}) GROUP BY model_name"))  # noqa: S608  # as above
 
 
 def _oldest_queued_at(database: sqlite3.Connection) -> dict[str, float]:

@@ -140,3 +140,4 @@ class InMemoryBackend:
             self._take(queue)
             if not queue:
                 del self._queues[name]
+                self._dropping.discard(name)

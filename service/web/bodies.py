@@ -8,7 +8,7 @@ import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from http import HTTPStatus
 from typing import Any, TypeVar, get_origin
@@ -41,16 +41,18 @@ Model = TypeVar("Model", bound=BaseModel)
 _ENVELOPE = re.compile(rb'\s*\{\s*"message"\s*:')
 
 
+_NO_OBJECTS = (str, bytes, bool, int, float, list, tuple, set)
+
+
 def _keys_of(model: type[BaseModel]) -> set[str] | None:
     """The keys that an item of this model may have, by its fields and their aliases; None where it may have any."""
     if model.model_config.get("extra") == "allow":
         return None
     if issubclass(model, RootModel):
         root = model.model_fields["root"].annotation
-        root = get_origin(root) or root
-        if not isinstance(root, type) or issubclass(root, Mapping) or root is object:
-            return None
-        return _keys_of(root) if issubclass(root, BaseModel) else set()
+        if isinstance(root, type) and issubclass(root, BaseModel):
+            return _keys_of(root)
+        return set() if (get_origin(root) or root) in _NO_OBJECTS else None
     keys = set(model.model_fields)
     for name, field in model.model_fields.items():
         alias = field.validation_alias or name

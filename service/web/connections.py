@@ -32,7 +32,7 @@ MAX_HEAD_BYTES = 64 * 2**10
 MAX_HEADERS = 100
 MAX_PIPELINED = 1000
 """Most requests of a connection that wait for those before them to be answered."""
-_UPGRADE = re.compile(rb"(?<=\n)upgrade(?=:)", re.IGNORECASE)
+_UPGRADE = re.compile(rb"(?:^|(?<=\n))upgrade(?=:)", re.IGNORECASE)
 
 
 class Waiting(Enum):
@@ -124,7 +124,7 @@ class LimitedProtocol(HttpToolsProtocol):
         """Read a part of a request; nothing more of a connection that is refused."""
         if self._waiting is not Waiting.FOR_END:
             self._received_bytes += len(data)
-            if (self.cycle is None or not self.cycle.more_body) and _UPGRADE.search(data):
+            if self.cycle is None or not self.cycle.more_body:
                 data = _without_upgrade(data)
             super().data_received(data)
         # The parser itself keeps a header, or a trailer, of any size.
@@ -327,5 +327,9 @@ def _without_upgrade(data: bytes) -> bytes:
 
     Clients that speak HTTP/2 offer it so, as Java's and ``curl --http2``.
     """
-    head, end, rest = data.partition(b"\r\n\r\n")
-    return _UPGRADE.sub(b"ignored", head) + end + rest
+    if data[:1] in (b"\r", b"\n"):  # of the end of a head, after which there is a body
+        return data
+    end = data.find(b"\r\n\r\n")
+    if end < 0:
+        end = len(data)
+    return data if _UPGRADE.search(data, 0, end) is None else _UPGRADE.sub(b"ignored", data[:end]) + data[end:]

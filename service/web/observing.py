@@ -84,7 +84,7 @@ class RequestObserver:
             unanswered = "disconnected"
         except asyncio.CancelledError:
             unanswered = "disconnected"
-            if not status:
+            if not status and (task := asyncio.current_task()) is not None and task.cancelling():
                 await error_response(SchedulerClosedError(CANCELLED))(scope, receive, observe)
             raise
         finally:

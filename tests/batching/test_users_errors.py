@@ -27,7 +27,7 @@ def raising(error: BaseException) -> Exception:
     raise AssertionError
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), Panic("no"), GeneratorExit(), BaseExceptionGroup("", [Panic()])])
+@pytest.mark.parametrize("error", [SystemExit(3), Panic("no"), BaseExceptionGroup("", [Panic()])])
 def test_an_error_that_is_no_exception_becomes_one_that_has_it_as_its_cause(error: BaseException) -> None:
     made = raising(error)
     assert isinstance(made, RuntimeError)
@@ -40,8 +40,8 @@ def test_an_exception_stays_as_it_is() -> None:
     assert raising(error) is error
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, asyncio.CancelledError])
-def test_an_interrupt_and_a_cancellation_go_on_also_in_groups_and_threads(kind: type[BaseException]) -> None:
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, GeneratorExit])
+def test_an_interrupt_goes_on_also_in_groups_and_threads(kind: type[BaseException]) -> None:
     passed = list[BaseException]()
 
     def check() -> None:
@@ -131,3 +131,23 @@ async def test_a_panic_in_any_function_of_a_user_ends_nothing_else() -> None:
         await heard.wait()
         assert await scheduler.submit_many([1, 2]) == [Success(1), Success(2)]
         assert not scheduler.is_broken
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("raised", [asyncio.CancelledError(), BaseExceptionGroup("", [asyncio.CancelledError()])])
+async def test_a_cancellation_that_is_not_that_of_the_task_is_an_error(raised: BaseException) -> None:
+    assert isinstance(users_error(raised), Exception)
+
+
+@pytest.mark.anyio
+async def test_code_that_is_closed_or_cancelled_goes_on_to_its_end() -> None:
+    with pytest.raises(GeneratorExit):
+        users_error(GeneratorExit())
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await anyio.sleep(1)
+        except BaseException as error:
+            with pytest.raises(type(error)):
+                users_error(error)
+            raise

@@ -84,6 +84,10 @@ class Text(RootModel[str]):
     pass
 
 
+class DictionaryOrNone(RootModel[dict[str, Any] | None]):
+    pass
+
+
 async def three_ways(model: type[BaseModel], item: Any) -> list[Any]:
     """What an item is in a body of its own, in a list, in a long list and in a line."""
     parser, content = BodyParser(model), json.dumps(item).encode()
@@ -100,6 +104,7 @@ async def three_ways(model: type[BaseModel], item: Any) -> list[Any]:
         (Optional, {"text": '"message"'}, Optional(text='"message"')),
         (Aliased, {"message": {"text": "a"}}, Aliased.model_construct(content="a")),
         (Dictionary, {"message": {"a": 1}}, Dictionary({"message": {"a": 1}})),
+        (DictionaryOrNone, {"message": {"a": 1}}, DictionaryOrNone({"message": {"a": 1}})),
         (Text, {"message": "a"}, Text("a")),
         (Text, "a", Text("a")),
     ],
