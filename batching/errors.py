@@ -112,12 +112,12 @@ def users_error(error: BaseException) -> Exception:
     """The rule for what users' code raises: the error `as_exception`, for the item or whatever the code was called for.
 
     Nothing else ends by it, be it `SystemExit` or the panic of a library written in Rust, which is no `Exception`. Only
-    `KeyboardInterrupt`, `GeneratorExit` and the cancellation of this task, also in groups, must go on: those are
-    raised. A cancellation that is not that of this task, as of a future that other code cancelled, is an error.
+    `KeyboardInterrupt` and the cancellation of this task, also in groups, must go on: those are raised. A cancellation
+    that is not that of this task, as of a future that other code cancelled, is an error.
     """
     if isinstance(error, Exception):
         return error
-    going_on: tuple[type[BaseException], ...] = (KeyboardInterrupt, GeneratorExit)
+    going_on: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
     if (trio := sys.modules.get("trio")) is not None:
         going_on += (trio.Cancelled,)
     if _is_being_cancelled():
