@@ -6,13 +6,13 @@ it waited for the last time.
 
 import asyncio
 import logging
-import re
 import socket
 import struct
 from enum import Enum, auto
 from http import HTTPStatus
 from typing import Any
 
+import httptools
 from uvicorn._types import ASGI3Application, ASGISendEvent, HTTPResponseStartEvent
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -32,7 +32,6 @@ MAX_HEAD_BYTES = 64 * 2**10
 MAX_HEADERS = 100
 MAX_PIPELINED = 1000
 """Most requests of a connection that wait for those before them to be answered."""
-_UPGRADE = re.compile(rb"(?:^|(?<=\n))upgrade(?=:)", re.IGNORECASE)
 
 
 class Waiting(Enum):
@@ -124,12 +123,36 @@ class LimitedProtocol(HttpToolsProtocol):
         """Read a part of a request; nothing more of a connection that is refused."""
         if self._waiting is not Waiting.FOR_END:
             self._received_bytes += len(data)
-            if self.cycle is None or not self.cycle.more_body:
-                data = _without_upgrade(data)
-            super().data_received(data)
+            self._parse(data)
         # The parser itself keeps a header, or a trailer, of any size.
         if self._received_bytes > self._parsed_bytes + MAX_HEAD_BYTES and self._waiting is not Waiting.FOR_END:
             self._refuse_headers()
+
+    def _parse(self, data: bytes) -> None:
+        """Have what came parsed. An offer to upgrade to another protocol is ignored (RFC 9110, 7.8).
+
+        The parser skips the body of a request with such an offer, and would take it for the next request. Its head is
+        therefore parsed once more without the offer, and then what follows it.
+        """
+        rest = memoryview(data)
+        while self._waiting is not Waiting.FOR_END:
+            try:
+                self.parser.feed_data(rest)
+            except httptools.HttpParserUpgrade as upgrade:
+                rest = rest[upgrade.args[0] :]
+                head = self._head_without_upgrade()
+                self.parser = httptools.HttpRequestParser(self)  # the other one may have ended with the request
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+                self._parse(head)
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+            else:
+                return
+
+    def _head_without_upgrade(self) -> bytes:
+        first = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        headers = [b"%b: %b" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join((first, *headers, b"", b""))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header, or a trailer, of which there may be as many."""
@@ -139,19 +162,17 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Begin the request."""
+        """Begin the request; one that offers an upgrade begins once its head is parsed without the offer."""
+        if self.parser.get_method() == b"CONNECT":  # what follows is no body to the parser either
+            self._refuse(HTTPStatus.BAD_REQUEST, "CONNECT: the service is no proxy; use another method")
+            raise _RefusedError
+        if self.parser.should_upgrade():
+            return
         if self._received_bytes > self._parsed_bytes + MAX_HEAD_BYTES:  # which may hold a part of the body
             head_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if head_bytes > MAX_HEAD_BYTES:
                 self._refuse_headers()
                 raise _RefusedError
-        if self.parser.should_upgrade():  # the parser would leave out the body, and take it for the next request
-            self._refuse(
-                HTTPStatus.BAD_REQUEST,
-                "the request asks for another protocol (by its header Upgrade, or as CONNECT), and HTTP/1.1 alone is "
-                "spoken here; send it without",
-            )
-            raise _RefusedError
         self._parsed_bytes = self._received_bytes
         super().on_headers_complete()
         self.cycle.__class__ = OneWriteCycle  # uvicorn makes it, and asks for no class
@@ -167,6 +188,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End the request."""
+        if self.parser.should_upgrade():
+            return
         self._parsed_bytes = self._received_bytes
         self.cycle.more_body = False  # also where it has been answered: then uvicorn leaves it
         super().on_message_complete()
@@ -320,16 +343,3 @@ class LimitedProtocol(HttpToolsProtocol):
 def _is_stream(headers: list[tuple[bytes, bytes]]) -> bool:
     """Whether the body is a stream of lines, whose client may have nothing to send for a while."""
     return any(name == b"content-type" and are_lines(value.decode("latin-1")) for name, value in headers)
-
-
-def _without_upgrade(data: bytes) -> bytes:
-    """The first part of a request whose header Upgrade, which a server may ignore (RFC 9110, 7.8), has another name.
-
-    Clients that speak HTTP/2 offer it so, as Java's and ``curl --http2``.
-    """
-    if data[:1] in (b"\r", b"\n"):  # of the end of a head, after which there is a body
-        return data
-    end = data.find(b"\r\n\r\n")
-    if end < 0:
-        end = len(data)
-    return data if _UPGRADE.search(data, 0, end) is None else _UPGRADE.sub(b"ignored", data[:end]) + data[end:]
