@@ -212,3 +212,10 @@ async def test_connect_is_refused_and_what_follows_is_no_request() -> None:
     assert answers.startswith(b"HTTP/1.1 400 ")
     assert b"smuggled" not in answers
     assert b"CONNECT" in answers
+
+
+async def test_a_body_that_looks_like_an_offer_is_left_as_it_is_wherever_the_head_is_cut() -> None:
+    body = b"\nUpgrade: a"
+    head = b"POST /a HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+    async with served(echo) as client:
+        assert (await answers_to(client, head[:-1], head[-1:] + body)).endswith(b"/a " + body)
