@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from http import HTTPStatus
-from typing import Any, TypeVar, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from anyio.lowlevel import checkpoint
 from fastapi import Request
@@ -39,26 +40,34 @@ MAX_SHOWN = 100
 Model = TypeVar("Model", bound=BaseModel)
 
 _ENVELOPE = re.compile(rb'\s*\{\s*"message"\s*:')
+_NO_OBJECTS = (str, bytes, int, float, NoneType, list, tuple, set, frozenset)
+"""Types that no JSON object can be."""
 
 
-_NO_OBJECTS = (str, bytes, bool, int, float, list, tuple, set)
-
-
-def _keys_of(model: type[BaseModel]) -> set[str] | None:
-    """The keys that an item of this model may have, by its fields and their aliases; None where it may have any."""
-    if model.model_config.get("extra") == "allow":
-        return None
-    if issubclass(model, RootModel):
-        root = model.model_fields["root"].annotation
-        if isinstance(root, type) and issubclass(root, BaseModel):
-            return _keys_of(root)
-        return set() if (get_origin(root) or root) in _NO_OBJECTS else None
-    keys = set(model.model_fields)
-    for name, field in model.model_fields.items():
-        alias = field.validation_alias or name
-        for choice in alias.choices if isinstance(alias, AliasChoices) else [alias]:
-            keys.add(str(choice.path[0] if isinstance(choice, AliasPath) else choice))
-    return keys
+def _may_have_key(kind: Any, key: str) -> bool:
+    """Whether an object that is validated as this type may have the key; also where that is not known."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return _may_have_key(get_args(kind)[0], key)
+    if origin in (Union, UnionType):
+        return any(_may_have_key(each, key) for each in get_args(kind))
+    plain = origin or kind
+    if not (isinstance(plain, type) and issubclass(plain, (BaseModel, *_NO_OBJECTS))):
+        return True
+    if issubclass(plain, RootModel):
+        return _may_have_key(plain.model_fields["root"].annotation, key)
+    if not issubclass(plain, BaseModel):
+        return False
+    config = plain.model_config
+    by_name = config.get("validate_by_name") or config.get("populate_by_name")
+    names = set[str | int]()
+    for name, field in plain.model_fields.items():
+        alias = field.validation_alias
+        if alias is None or by_name:
+            names.add(name)
+        choices = alias.choices if isinstance(alias, AliasChoices) else [] if alias is None else [alias]
+        names.update(choice.path[0] if isinstance(choice, AliasPath) else choice for choice in choices)
+    return config.get("extra") == "allow" or key in names
 
 
 def check_encoding(request: Request) -> None:
@@ -83,9 +92,8 @@ class BodyParser:
 
     def __init__(self, input_model: type[BaseModel], admission: Admission | None = None) -> None:
         self._admission = admission or Admission()
-        keys = _keys_of(input_model)
-        self._takes_envelope = keys is not None and "message" not in keys
-        self.may_name_model = keys is not None and "model_name" not in keys
+        self._takes_envelope = not _may_have_key(input_model, "message")
+        self.may_name_model = not _may_have_key(input_model, "model_name")
         """Whether the key `model_name` of a bare item can name its model, because it is no field of the item."""
         self._item = input_model
         self._envelope = SyncInputModel[input_model]  # type: ignore[valid-type]  # a class known at run time

@@ -80,6 +80,18 @@ class Dictionary(RootModel[dict[str, Any]]):
     pass
 
 
+class Anything(RootModel[Any]):
+    pass
+
+
+class DictionaryOrNumber(RootModel[dict[str, Any] | int]):
+    pass
+
+
+class TextsOrNone(RootModel[list[str] | None]):
+    pass
+
+
 class Text(RootModel[str]):
     pass
 
@@ -104,7 +116,9 @@ async def three_ways(model: type[BaseModel], item: Any) -> list[Any]:
         (Optional, {"text": '"message"'}, Optional(text='"message"')),
         (Aliased, {"message": {"text": "a"}}, Aliased.model_construct(content="a")),
         (Dictionary, {"message": {"a": 1}}, Dictionary({"message": {"a": 1}})),
-        (DictionaryOrNone, {"message": {"a": 1}}, DictionaryOrNone({"message": {"a": 1}})),
+        (Anything, {"message": {"a": 1}}, Anything({"message": {"a": 1}})),
+        (DictionaryOrNumber, {"message": {"a": 1}}, DictionaryOrNumber({"message": {"a": 1}})),
+        (TextsOrNone, {"message": ["a"]}, TextsOrNone(["a"])),
         (Text, {"message": "a"}, Text("a")),
         (Text, "a", Text("a")),
     ],
@@ -131,3 +145,8 @@ async def test_an_item_whose_validator_raises_anything_fails_alone(count: int) -
 async def test_an_empty_body_is_no_list(body: bytes) -> None:
     with pytest.raises(ProblemError, match="JSON"):
         await BodyParser(Optional).items(body)
+
+
+@pytest.mark.parametrize(("model", "may_name"), [(Text, True), (DictionaryOrNumber, False), (Anything, False)])
+def test_a_line_names_its_model_unless_its_item_may_have_that_key(model: type[BaseModel], may_name: bool) -> None:
+    assert BodyParser(model).may_name_model == may_name
