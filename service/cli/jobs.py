@@ -357,7 +357,7 @@ def _value_text(value: Any, indentation: int) -> str:
         return "-"
     if isinstance(value, datetime):
         return value.isoformat()
-    if isinstance(value, dict):
+    if isinstance(value, dict | list):
         value = to_json(value, indent=2).decode().replace("\n", "\n" + " " * indentation)
     return "\n".join(_printable(line) for line in str(value).splitlines())
 

@@ -20,7 +20,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from modalkit.service.cli import app
-from modalkit.service.cli.jobs import duration_text, seconds_of
+from modalkit.service.cli.jobs import _value_text, duration_text, seconds_of
 from modalkit.service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
@@ -428,3 +428,7 @@ def test_an_unknown_state_is_refused_with_those_there_are(modalkit: Modalkit) ->
     assert done.returncode == 2
     assert "must be one of queued, running, succeeded, failed, cancelled, expired, not 'done'" in told
     assert "Value error" not in told
+
+
+def test_an_item_that_is_a_list_is_shown_as_json() -> None:
+    assert _value_text(["a", None], 2) == '[\n    "a",\n    null\n  ]'
