@@ -96,10 +96,6 @@ class Text(RootModel[str]):
     pass
 
 
-class DictionaryOrNone(RootModel[dict[str, Any] | None]):
-    pass
-
-
 async def three_ways(model: type[BaseModel], item: Any) -> list[Any]:
     """What an item is in a body of its own, in a list, in a long list and in a line."""
     parser, content = BodyParser(model), json.dumps(item).encode()
