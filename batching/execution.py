@@ -69,10 +69,10 @@ class Preparation(NamedTuple):
     """How a device gets ready to run batches, where it may cease to be."""
 
     is_needed: Callable[[], bool]
-    """Asked in the event loop before each batch."""
+    """Asked in the event loop before each batch, and after one that failed."""
     run: Callable[[], object]
-    """Called in a thread where it is needed, without a time limit, while other devices run the batches. It is called
-    again if it raises, so it should wait a while first."""
+    """Called in a thread where it is needed, while other devices run the batches. It is called again if it raises, so
+    it should wait a while first."""
 
 
 class DeviceUse:

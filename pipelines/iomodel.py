@@ -41,11 +41,11 @@ IdempotencyKey = Annotated[str, Field(min_length=1, max_length=255), AfterValida
 class AnyInput(BaseModel):
     """An item of a pipeline without its own `input_model`: any JSON object, with its fields as attributes.
 
-    A field with the name of a method of pydantic that begins with ``model_`` is in `model_extra` alone.
     Reading a field that it does not have raises a `RejectItem` that names it, unless the pipeline uses ``getattr`` with
     a default, or ``hasattr``.
     """
 
+    # A field with the name of a method of pydantic that begins with `model_` is in `model_extra` alone.
     model_config = ConfigDict(extra="allow")
 
     def __getattr__(self, name: str) -> Any:

@@ -245,9 +245,10 @@ class _ByMethods:
         return await self._service.send_async_response(queue_name, message) is not False
 
     def check_queue_name(self, queue_name: str) -> None:
-        """Raise `QueueNameError` for a name that the service's backend refuses."""
-        if isinstance(self._service.queue_backend, NamedQueueBackend):
-            self._service.queue_backend.check_queue_name(queue_name)
+        """Raise `QueueNameError` for a name that the service's backend refuses, where that gets it as it is."""
+        backend = None if _overrides(self._service, "_send_to_queue") else self._service.queue_backend
+        if isinstance(backend, NamedQueueBackend):
+            backend.check_queue_name(queue_name)
 
     def keeps_in_process(self, queue_name: str) -> bool:
         """Whether the service's backend gets the messages, and keeps them in memory."""
