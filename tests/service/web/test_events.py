@@ -333,8 +333,9 @@ async def test_the_store_is_read_only_after_changes(
             await anyio.sleep(0.01)
     monkeypatch.setattr(JobStore, "get", counted)
     async with listening(client, "GET", f"/jobs/{job_id}/events", with_comments=True) as received:
-        assert (await anext(received)).name == "comment"
-        assert (await anext(received)).data["status"] == "running"
+        while (found := await anext(received)).name == "comment":
+            pass  # on a busy machine, several come before the first state
+        assert found.data["status"] == "running"
         for _ in range(5):
             assert (await anext(received)).name == "comment"
         assert reads == 2  # by the check that there is such a job, and at the start of the watch
