@@ -64,7 +64,7 @@ class Sending:
     def _message(self, job: Job, span: "Span | None", timestamp: str) -> QueueMessage:
         traceparent = job.traceparent if self._tracing is None or span is None else self._tracing.traceparent(span)
         body = result_message(job, timestamp, traceparent)
-        return QueueMessage(job.delivery_queue or "", body, job.job_id, traceparent)
+        return QueueMessage(job.delivery_queue or "", body, job.job_id, traceparent, job.finished_at)
 
 
 def _call(trace: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:

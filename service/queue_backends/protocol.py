@@ -45,6 +45,8 @@ class QueueMessage:
     """The same at each attempt, so that a queue or a receiver can drop duplicates."""
     traceparent: str | None = None
     """The trace that the message belongs to, as W3C's header has it."""
+    ended_at: float | None = None
+    """When the job ended, in Unix seconds. One that runs once more ends again, and sends a second message."""
 
 
 @runtime_checkable

@@ -49,9 +49,9 @@ class SQSBackend(ConnectedBackend):
 
     Credentials, and the region where `region` is None, come from where AWS's tools look for them. `endpoint_url` is
     the address of another server that speaks SQS. A queue that does not exist is created if `create_missing_queues`,
-    else its messages fail. Messages to a queue whose name ends in ``.fifo`` carry the job's id for de-duplication (SQS
-    drops a repetition within five minutes) and `message_group_id` as their group; where that is None, each message is
-    its own group: full throughput, no order.
+    else its messages fail. Messages to a queue whose name ends in ``.fifo`` carry the job's id and the time of its end
+    for de-duplication (SQS drops a repetition within five minutes) and `message_group_id` as their group; where that is
+    None, each job is its own group: full throughput, no order.
 
     The first message opens the client, `aclose` closes it, and the next message opens another. In between it belongs
     to one event loop. A call of `send_messages` ends within 25 seconds. Raises `QueueBackendError` if aiobotocore is
@@ -167,8 +167,10 @@ class SQSBackend(ConnectedBackend):
             )
         fields = {"MessageBody": body}
         if queue_name.endswith(".fifo"):
-            job_id = safe_id(message.job_id)
-            fields |= {"MessageDeduplicationId": job_id, "MessageGroupId": self._message_group_id or job_id}
+            # The store keeps the time to the microsecond, and so a repetition after a crash has the same id.
+            end = "" if message.ended_at is None else f"-{round(message.ended_at * 1_000_000)}"
+            fields["MessageDeduplicationId"] = safe_id(message.job_id + end)
+            fields["MessageGroupId"] = self._message_group_id or safe_id(message.job_id)
         return _Entry(position, fields, size_bytes)
 
     async def _find_queue(self, client: Any, queue_name: str) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from threading import Barrier, Event
 from typing import Any
 
@@ -245,6 +246,44 @@ async def test_a_fifo_queue_drops_what_comes_again(server: SqsServer, client: An
     sha256 = received.pop("without a job")[0]
     assert len(sha256) == 64
     assert received == {f"{n + 1}": (f"job-{n}", group_id or f"job-{n}") for n in range(3)}
+
+
+async def test_a_fifo_queue_takes_the_second_end_of_a_job_that_ran_again(server: SqsServer, client: Any) -> None:
+    """The same end that is sent twice comes once."""
+    queue_url = await create(client, "twice.fifo", FifoQueue="true")
+    backend = SQSBackend(region=REGION, endpoint_url=server.url)
+    for body, ended_at in (("failed", 1.0000001), ("failed", 1.0), ("succeeded", 2.0)):
+        assert await backend.send_messages([QueueMessage("twice.fifo", body, "job", ended_at=ended_at)]) == [None]
+    await backend.aclose()
+    assert await receive(client, queue_url, 2) == ["failed", "succeeded"]
+
+
+@pytest.mark.parametrize(
+    "failed", [{"Id": "1"}, {"Id": "1", "Code": "InternalError"}, {"Id": "1", "SenderFault": True, "Message": "no"}]
+)
+async def test_an_incomplete_answer_for_one_message_is_an_error_of_that_alone(
+    monkeypatch: pytest.MonkeyPatch, failed: dict[str, Any]
+) -> None:
+    """Other servers than AWS's leave parts out; what they took is not sent again."""
+
+    class Client:
+        async def get_queue_url(self, **_: str) -> dict[str, str]:
+            return {"QueueUrl": "url"}
+
+        async def send_message_batch(self, **_: Any) -> dict[str, Any]:
+            return {"Successful": [{"Id": "0"}], "Failed": [failed]}
+
+    @asynccontextmanager
+    async def create_client() -> AsyncIterator[Client]:
+        yield Client()
+
+    backend = SQSBackend(region=REGION)
+    monkeypatch.setattr(backend, "_create_client", create_client)
+    taken, error = await backend.send_messages(messages_for("q", ["1", "2"]))
+    await backend.aclose()
+    assert taken is None
+    assert type(error) is QueueBackendError
+    assert str(error).startswith("queue 'q': SQS answers ")
 
 
 @pytest.mark.parametrize(
