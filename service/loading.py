@@ -26,6 +26,7 @@ from modalkit.service.queue_backends import (
     TaskIQBackend,
     WebhookBackend,
 )
+from modalkit.service.queue_backends.protocol import check_backend
 from modalkit.service.settings import QueueConfig, Settings, SettingsError
 from modalkit.service.settings.problems import Problem
 
@@ -254,8 +255,10 @@ def _make_queue_backend(config: QueueConfig, name: str, key: str) -> QueueBacken
         raise LoadError(f"{key}: {name} cannot be built: {error_text(error)}") from error
     except BaseException as error:
         raise LoadError(f"{key}: {name} cannot be built: {describe_error(users_error(error))}") from error
-    if not (isinstance(backend, QueueBackend) and inspect.iscoroutinefunction(backend.send_message)):
-        raise LoadError(f"{key}: {name} has no method 'async send_message(queue_name, message) -> bool'")
+    try:
+        check_backend(name, backend)
+    except TypeError as error:
+        raise LoadError(f"{key}: {error}") from None
     return backend
 
 

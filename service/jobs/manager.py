@@ -37,6 +37,7 @@ from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.jobs.store import Added, JobStore
 from modalkit.service.jobs.telemetry import record_end
 from modalkit.service.queue_backends import QueueBackend, UndeliverableError
+from modalkit.service.queue_backends.protocol import check_backend
 from modalkit.service.queue_backends.sending import close_backend
 from modalkit.service.tracing import current_traceparent
 from modalkit.service.validation import validated
@@ -121,10 +122,8 @@ class JobManager(AsyncContextManagerMixin):
         sweep_interval_s: float = 1.0,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        if queue_backend is not None and not isinstance(queue_backend, QueueBackend):
-            raise TypeError(
-                f"queue_backend must have an 'async send_message(queue_name, message) -> bool', got {queue_backend!r}"
-            )
+        if queue_backend is not None:
+            check_backend("queue_backend", queue_backend)
         self.store = store
         # The parts of `administration` that only the store does.
         self.page, self.purge, self.counts, self.documents = store.page, store.purge, store.counts, store

@@ -1,6 +1,7 @@
 """The interface of queue backends: what each must have, and what delivery also uses where it is there."""
 
 import hashlib
+import inspect
 import logging
 import re
 from collections.abc import Sequence
@@ -87,6 +88,16 @@ class NamedQueueBackend(QueueBackend, Protocol):
     def check_queue_name(self, queue_name: str) -> None:
         """Raise `QueueNameError` for a name that this backend can never send to; called before a job is accepted."""
         ...
+
+
+def check_backend(name: str, backend: object) -> None:
+    """Raise `TypeError` for what is no backend, such as a class or one whose `send_message` is synchronous."""
+    is_class = isinstance(backend, type)  # which has the method too, as a function
+    if is_class or not (isinstance(backend, QueueBackend) and inspect.iscoroutinefunction(backend.send_message)):
+        given = f"the class {backend.__name__}" if isinstance(backend, type) else f"a {type(backend).__name__}"
+        raise TypeError(
+            f"{name} must be a backend with a method 'async send_message(queue_name, message) -> bool', not {given}"
+        )
 
 
 def keeps_in_process(backend: QueueBackend, queue_name: str) -> bool:

@@ -1,6 +1,5 @@
 """Sends the results for different queues through different backends."""
 
-import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -13,6 +12,7 @@ from modalkit.service.queue_backends.protocol import (
     QueueBackend,
     QueueMessage,
     QueueNameError,
+    check_backend,
     keeps_in_process,
 )
 from modalkit.service.queue_backends.sending import ATTEMPT_S, send_all
@@ -32,7 +32,7 @@ class RoutingBackend:
         if not routes:
             raise ValueError('routes must have at least one entry, as in {"ml_*": backend}')
         for pattern, backend in routes.items():
-            _check_backend(pattern, backend)
+            check_backend(f"routes[{pattern!r}]", backend)
         if not send_timeout_s > 0:
             raise ValueError(f"send_timeout_s must be above 0, got {send_timeout_s!r}")
         self._routes = dict(routes)
@@ -93,14 +93,4 @@ class RoutingBackend:
         routes = ", ".join(self._routes)
         raise QueueNameError(
             shown_queue_name(queue_name), f"matches no route; add one to queue_config.routes, which has: {routes}"
-        )
-
-
-def _check_backend(pattern: str, backend: object) -> None:
-    is_class = isinstance(backend, type)  # which has the method too, as a function
-    if is_class or not (isinstance(backend, QueueBackend) and inspect.iscoroutinefunction(backend.send_message)):
-        given = f"the class {backend.__name__}" if isinstance(backend, type) else f"a {type(backend).__name__}"
-        raise TypeError(
-            f"routes[{pattern!r}] must be a backend with a method 'async send_message(queue_name, message) -> bool', "
-            f"not {given}"
         )

@@ -116,7 +116,13 @@ async def send_all(
     if not isinstance(backend, BatchQueueBackend):
 
         async def send(message: QueueMessage) -> None:
-            if not await backend.send_message(message.queue_name, message.body):
+            taken = await backend.send_message(message.queue_name, message.body)
+            if taken is None:
+                name = type(backend).__name__
+                raise QueueBackendError(
+                    f"{name}.send_message returned None; it must return True for a message that it took, else False"
+                )
+            if not taken:
                 raise QueueBackendError("the backend did not take the message")
 
         return await outcomes_of(send, messages, anyio.CapacityLimiter(max_concurrent), timeout_s)

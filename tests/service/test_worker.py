@@ -446,9 +446,18 @@ async def test_a_backend_that_the_configuration_made_is_closed_once_and_an_injec
     assert injected.closed == 0
 
 
-def test_an_object_that_cannot_send_is_refused_at_once(pipeline: LengthPipeline) -> None:
-    with pytest.raises(TypeError, match="async send_message"):
-        InferenceWorker(pipeline, queue_backend=object())  # type: ignore[arg-type]  # that is the point
+class Synchronous:
+    def send_message(self, queue_name: str, message: str) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("backend", "given"),
+    [(object(), "a object"), (Synchronous(), "a Synchronous"), (InMemoryBackend, "the class InMemoryBackend")],
+)
+def test_an_object_that_cannot_send_is_refused_at_once(pipeline: LengthPipeline, backend: Any, given: str) -> None:
+    with pytest.raises(TypeError, match=f"^queue_backend must be a backend .*async send_message.*, not {given}$"):
+        InferenceWorker(pipeline, queue_backend=backend)
 
 
 async def test_a_job_may_be_a_mapping(worker: InferenceWorker, queue: InMemoryBackend) -> None:

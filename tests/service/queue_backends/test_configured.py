@@ -66,7 +66,7 @@ async def test_routes_share_the_backends_they_lead_to() -> None:
         ({"backend": "sqs"}, "sqs cannot be built: SQSBackend: no region of SQS is configured"),
         (
             {"backend": "routing", "routes": {"a*": "json:JSONDecoder"}},
-            "queue_config.routes.a*: json:JSONDecoder has no",
+            "queue_config.routes.a*: json:JSONDecoder must be a backend with a method",
         ),
     ],
 )

@@ -60,6 +60,17 @@ async def test_one_by_one_each_message_has_its_own_outcome() -> None:
     assert sorted(backend.taken) == ["a", "b"]
 
 
+async def test_a_forgotten_return_is_an_error_that_says_what_to_return() -> None:
+    class Forgetful:
+        async def send_message(self, queue_name: str, message: str) -> bool:
+            return None  # type: ignore[return-value]  # that is the point
+
+    (outcome,) = await send_all(Forgetful(), messages_for(["a"]))
+    assert str(outcome) == (
+        "Forgetful.send_message returned None; it must return True for a message that it took, else False"
+    )
+
+
 async def test_one_by_one_is_several_at_once_but_not_all() -> None:
     backend = OneByOne()
     assert await send_all(backend, messages_for([f"{n}" for n in range(20)]), max_concurrent=7) == [None] * 20
