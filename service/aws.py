@@ -32,19 +32,32 @@ def aws_clients(
         from aiobotocore.config import AioConfig  # type: ignore[import-untyped]  # ships no types
         from aiobotocore.session import get_session  # type: ignore[import-untyped]  # ships no types
         from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]  # ships no types
+        from botocore.utils import (  # type: ignore[import-untyped]  # ships no types
+            is_valid_endpoint_url,
+            is_valid_ipv6_endpoint_url,
+            validate_region_name,
+        )
     except ImportError as error:
         raise error_class(f"{needed_by} needs aiobotocore ({error}): {install_command(extra)}") from error
     session = get_session()
     try:
         # botocore reads AWS_DEFAULT_REGION. AWS_REGION is what AWS's other SDKs and Modal's form for credentials use.
         region_name = region or session.get_config_variable("region") or os.environ.get("AWS_REGION")
+        validate_region_name(region_name)  # else the first request would fail
     except BotoCoreError as error:
-        raise error_class(f"{needed_by}: the region of {service.upper()} cannot be found: {error}") from error
+        raise error_class(
+            f"{needed_by}: the region of {service.upper()} cannot be used: {error}; set {setting}"
+        ) from error
     if not region_name:
         raise error_class(
             f"{needed_by}: no region of {service.upper()} is configured: set {setting} or the variable AWS_REGION or "
             "AWS_DEFAULT_REGION"
         )
+    if endpoint_url is not None and not (
+        endpoint_url.startswith(("http://", "https://"))
+        and (is_valid_endpoint_url(endpoint_url) or is_valid_ipv6_endpoint_url(endpoint_url))
+    ):
+        raise error_class(f"{needed_by}: endpoint_url must be a URL, as in http://localhost:4566, not {endpoint_url!r}")
     config = AioConfig(
         connect_timeout=3,
         read_timeout=read_timeout_s,

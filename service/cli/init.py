@@ -1,6 +1,7 @@
 """``modalkit init``: the files of a new service."""
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from modalkit.service.cli.config import defaults_yaml
 from modalkit.service.errors import UsageError
 from modalkit.service.settings import ModelEntry
 
-MAX_PREFIX_CHARACTERS = 63
+MAX_PREFIX_CHARACTERS = 48
 """Limit of `app_settings.app_prefix`, which a new service has from its folder."""
 
 _PREFIX_LINE = re.compile(r"(?<=  app_prefix: )\S+")
@@ -106,11 +107,13 @@ def init(
         raise typer.BadParameter(
             "--model needs a --task: with a pipeline of your own, modalkit.yaml says what it loads"
         )
+    if model is not None and not model.strip():
+        raise typer.BadParameter("--model is empty: give the name of a model on a hub, or a folder")
     template = TEMPLATES[task]
     app_prefix = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name)[:MAX_PREFIX_CHARACTERS].strip("-")
     files = _files_of(task, template, model, app_prefix or task)
     for name in files:
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):  # a link that leads nowhere too
             raise InitError(f"{folder / name} exists already, and nothing is overwritten: choose an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic_core import from_json, to_json
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -128,6 +129,7 @@ class ResultBroker(RedisStreamBroker):
         for name, seconds in (("idle_timeout_s", idle_timeout_s), ("timeout_s", timeout_s)):
             if not 0 < seconds < math.inf:
                 raise ValueError(f"{name} must be a number of seconds above 0, got {seconds!r}")
+        _check_url(url)
         self.queue_names = tuple(dict.fromkeys(queue_names))
         self.task_name = task_name
         self.task_pattern = re.compile(re.escape(task_name).replace(re.escape(QUEUE_NAME), "(.+)", 1), re.DOTALL)
@@ -304,3 +306,27 @@ class ResultBroker(RedisStreamBroker):
         except Exception:  # noqa: BLE001  # whatever the formatter raises means the same
             return "is no message of TaskIQ's"
         return None if self.find_task(task_name) else f"is for the task {task_name!r}, which this worker does not have"
+
+
+def _check_url(url: str) -> None:
+    """Raise `ValueError`, without the password, for a URL with which no connection can be made."""
+    if problem := _problem_of_url(url):
+        shown = re.sub(r"^(\w+://)?.*@", r"\1***@", url, flags=re.DOTALL).partition("?")[0]
+        raise ValueError(f"broker_url {shown!r}: {problem}; an example is redis://localhost:6379/0")
+
+
+def _problem_of_url(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:  # whose text may have a part of the password
+        return "the port must be a number, and in a password / ? # and @ must be written as %2F %3F %23 and %40"
+    if parts.scheme not in ("redis", "rediss"):
+        return "it must begin with redis:// or rediss://"
+    if not re.fullmatch(r"/?[0-9]*/?", parts.path):
+        return "after the host, it may have the number of a database only"
+    try:
+        BlockingConnectionPool.from_url(url).make_connection()  # it is opened later
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None

@@ -126,7 +126,9 @@ Backend = Annotated[
     ),
 ]
 AppPrefix = Annotated[
-    str, _matching("[A-Za-z0-9._-]{1,63}", "must be 1 to 63 letters, digits, dots, dashes or underscores")
+    str,
+    # Modal's names have up to 64; the longest one ends in the postfix of the app and in "-metrics".
+    _matching("[A-Za-z0-9._-]{1,48}", "must be 1 to 48 letters, digits, dots, dashes or underscores"),
 ]
 HeaderName = Annotated[
     str,

@@ -158,6 +158,19 @@ def test_nothing_is_overwritten_and_nothing_written_beside_it(modalkit: Modalkit
     assert (folder / "new" / "Dockerfile").read_text() == "mine"
 
 
+def test_a_link_that_leads_nowhere_is_in_the_way_too(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "new").mkdir()
+    (folder / "new" / "Dockerfile").symlink_to("nowhere")
+    done = modalkit("init", "new")
+    assert done.stderr.startswith("modalkit: error: new/Dockerfile exists already")
+    assert [path.name for path in (folder / "new").iterdir()] == ["Dockerfile"]
+
+
+def test_a_long_folder_gives_a_prefix_that_the_configuration_takes(started: Started) -> None:
+    settings = Settings.load([started(Task.EMPTY, "a" * 70) / "modalkit.yaml"], {})
+    assert settings.app_settings.app_prefix == "a" * 48
+
+
 def test_an_unknown_task_is_refused_with_those_that_there_are(modalkit: Modalkit) -> None:
     done = modalkit("init", "new", "--task", "translation")
     assert done.returncode == 2
@@ -168,6 +181,12 @@ def test_a_model_without_a_task_is_refused(modalkit: Modalkit) -> None:
     done = modalkit("init", "new", "--model", "mine")
     assert done.returncode == 2
     assert "--model needs a --task" in done.stderr
+
+
+def test_an_empty_model_is_refused(modalkit: Modalkit) -> None:
+    done = modalkit("init", "new", "--task", "embedding", "--model", "")
+    assert done.returncode == 2
+    assert "--model is empty" in done.stderr
 
 
 class TestDockerfile:

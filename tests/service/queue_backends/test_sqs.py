@@ -306,11 +306,25 @@ def test_without_a_region_the_error_comes_at_once_and_says_so(monkeypatch: pytes
     with pytest.raises(QueueBackendError, match=r"set app_settings\.queue_config\.sqs\.region .* AWS_DEFAULT_REGION"):
         SQSBackend()
     monkeypatch.setenv("AWS_PROFILE", "missing")
-    with pytest.raises(QueueBackendError, match=r"region of SQS cannot be found: .*\(missing\)"):
+    with pytest.raises(QueueBackendError, match=r"region of SQS cannot be used: .*\(missing\)"):
         SQSBackend()
     monkeypatch.delenv("AWS_PROFILE")
     monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
     SQSBackend()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"region": "us east 1"}, r"region of SQS cannot be used: .*'us east 1'.*; set app_settings\."),
+        ({"endpoint_url": "localhost:4566"}, "endpoint_url must be a URL, .* not 'localhost:4566'$"),
+        ({"endpoint_url": "http://a b"}, "endpoint_url must be a URL"),
+    ],
+)
+def test_an_address_or_a_region_that_cannot_be_used_is_refused_at_once(given: dict[str, str], problem: str) -> None:
+    with pytest.raises(QueueBackendError, match=problem):
+        SQSBackend(**{"region": REGION, **given})  # type: ignore[arg-type]  # both are texts
+    SQSBackend(region=REGION, endpoint_url="http://[::1]:4566")
 
 
 async def test_the_region_may_come_from_the_variable_of_awss_other_sdks(

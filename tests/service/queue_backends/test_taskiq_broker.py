@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from functools import partial
@@ -500,3 +501,28 @@ def test_nothing_unread_or_pending_is_ever_trimmed_and_the_rest_is(
         await broker.shutdown()
 
     anyio.run(check)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "problem"),
+    [
+        ("localhost:6379", "localhost:6379", "must begin with redis://"),
+        ("amqp://me:secret@host", "amqp://***@host", "must begin with redis://"),
+        ("redis://me:secret@host/abc", "redis://***@host/abc", "the number of a database"),
+        ("redis://me:secret@host?foo=1", "redis://***@host", "'foo'"),
+        ("redis://host?db=x", "redis://host", "Invalid value for 'db'"),
+        ("redis://me:secret#?/@host", "redis://***@host", "must be written as %2F"),
+        ("redis://host:99999", "redis://host:99999", "the port must be a number"),
+    ],
+)
+def test_a_url_with_which_no_connection_can_be_made_is_refused_at_once_without_its_password(
+    url: str, shown: str, problem: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^broker_url {re.escape(repr(shown))}: .*{problem}") as raised:
+        make_taskiq_broker(url)
+    assert "secret" not in str(raised.value)
+
+
+def test_urls_of_redis_are_taken() -> None:
+    for url in ("redis://", "redis://me:pa%2Fss@host:1/2?socket_timeout=3", "rediss://host/0?ssl_cert_reqs=none"):
+        make_taskiq_broker(url)
