@@ -39,10 +39,9 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             listener.listen(BACKLOG)
-        except OSError as error:
-            raise AddressError(
-                f"cannot listen on {host}:{port}: {error.strerror or error}; {_remedy(error)}"
-            ) from error
+        except (OSError, UnicodeError) as error:  # the latter for a name with an empty or a long part
+            problem = getattr(error, "strerror", None) or error
+            raise AddressError(f"cannot listen on {host}:{port}: {problem}; {_remedy(error)}") from error
         yield listener
 
 
@@ -81,8 +80,8 @@ def inherited_listeners() -> list[socket.socket]:
     return listeners
 
 
-def _remedy(error: OSError) -> str:
-    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+def _remedy(error: OSError | UnicodeError) -> str:
+    if isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL:
         return "give an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
     if error.errno in (errno.EACCES, errno.EPERM):
         return "choose a port above 1023, or run it with the right to this one"

@@ -44,7 +44,7 @@ JobId = Annotated[str, Path(description="As given by /async/predict.")]
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for the job's end before answering.")]
 Statuses = Annotated[list[JobStatus], Query(alias="status", description="Only jobs in one of these states.")]
 Retryable = Annotated[
-    list[Literal[JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED]],
+    list[Literal["failed", "expired", "cancelled"]],  # texts, because errors show members of an enumeration as code
     Query(alias="status", description="Only jobs in one of these states."),
 ]
 Deliveries = Annotated[list[DeliveryStatus], Query(alias="delivery", description="Only jobs with such a delivery.")]
@@ -125,12 +125,13 @@ def make_job_router(jobs: Jobs) -> APIRouter:
     @router.post("/jobs/retry", summary="Run all jobs that failed once more")
     async def retry_jobs(
         request: Request,
-        status: Retryable = [JobStatus.FAILED],  # noqa: B006  # as above
+        status: Retryable = ["failed"],  # noqa: B006  # as above
         model_name: OfModel = None,
         batch_id: OfBatch = None,
     ) -> Retried:
         owner = caller_of(request).visible_owner
-        which = JobFilter(statuses=status, model_name=model_name, batch_id=batch_id, owner=owner)
+        statuses = list(map(JobStatus, status))
+        which = JobFilter(statuses=statuses, model_name=model_name, batch_id=batch_id, owner=owner)
         return Retried(retried=await administration(CANNOT_LIST).retry(None, which))
 
     @router.get("/jobs/events", summary="What happens to several jobs, as server-sent events", **EVENTS)

@@ -242,6 +242,9 @@ def test_retry_queues_failed_jobs_once_more_and_refuses_others(jobs: Jobs) -> No
     assert "there is no job 'unknown'" in done.stderr
     assert json.loads(jobs("show", FAILED, "--json").stdout)["status"] == "queued"
     assert jobs("retry", "--all").stdout == "There are no such jobs.\n"
+    refused = str(jobs("retry", "--all", "--status", "succeeded").exception)
+    assert "'failed', 'expired' or 'cancelled'" in refused
+    assert "JobStatus" not in refused
     assert jobs("retry").exit_code == jobs("retry", FAILED, "--batch", "b").exit_code == 2
 
 

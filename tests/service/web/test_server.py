@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.service.local_gateway import LocalGateway
-from modalkit.service.serving import listening
+from modalkit.service.serving import AddressError, listening
 from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.connections import MAX_PIPELINED
@@ -219,3 +219,10 @@ async def test_a_body_that_looks_like_an_offer_is_left_as_it_is_wherever_the_hea
     head = b"POST /a HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     async with served(echo) as client:
         assert (await answers_to(client, head[:-1], head[-1:] + body)).endswith(b"/a " + body)
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64])
+def test_a_name_that_no_host_has_is_an_error_of_the_address(host: str) -> None:
+    with pytest.raises(AddressError, match=f"^cannot listen on {host}:0: .*; give an address of this machine"):
+        with listening(host, 0):
+            pass
