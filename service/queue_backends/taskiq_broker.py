@@ -326,7 +326,7 @@ def _problem_of_url(url: str) -> str | None:
     if not re.fullmatch(r"/?[0-9]*/?", parts.path):
         return "after the host, it may have the number of a database only"
     try:
-        BlockingConnectionPool.from_url(url).make_connection()  # it is opened later
+        BlockingConnectionPool.from_url(url).make_connection()  # type: ignore[no-untyped-call]  # opened later
     except (TypeError, ValueError) as error:
         return str(error)
     return None
