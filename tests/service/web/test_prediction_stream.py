@@ -125,7 +125,7 @@ async def test_an_error_is_told_as_problem_details_and_leaves_the_others_alone(c
     assert all(problem["title"] and problem["detail"] == found[n]["error"] for n, problem in enumerate(problems, 1))
     assert problems[2]["errors"][0]["field"] == "text"
     assert problems[3]["detail"].startswith("the line is not JSON")
-    assert problems[4]["detail"].startswith("the line has the key 'text' twice")
+    assert problems[4]["detail"].startswith('the line has the key "text" twice')
 
 
 async def test_answers_come_while_the_stream_goes_on(client: httpx.AsyncClient) -> None:
