@@ -34,8 +34,7 @@ def output_json(output: InferenceOutputModel) -> bytes:
     than 196 levels, or with an integer of more than 4,300 digits.
     """
     try:
-        content = _written(output)
-        return _with_nulls(content) if _may_hold_constants(content) else content
+        return with_nulls(_written(output))
     except BaseException as error:
         # A model's own serializers may raise anything.
         raise OutputNotJsonError(users_error(error)) from error
@@ -45,10 +44,7 @@ def outputs_json(outputs: Iterable[InferenceOutputModel]) -> list[bytes | Output
     """What `output_json` returns or raises for each output; all are searched for constants at once, which is faster."""
     contents = [_or_error(_written, output) for output in outputs]
     if _may_hold_constants(b"".join([content for content in contents if isinstance(content, bytes)])):
-        contents = [
-            _or_error(_with_nulls, content) if isinstance(content, bytes) and _may_hold_constants(content) else content
-            for content in contents
-        ]
+        contents = [_or_error(with_nulls, content) if isinstance(content, bytes) else content for content in contents]
     return contents
 
 
@@ -73,9 +69,9 @@ def _may_hold_constants(content: bytes) -> bool:
     return content.find(b"NaN") >= 0 or content.find(b"Infinity") >= 0  # twice as fast as `in`
 
 
-def _with_nulls(content: bytes) -> bytes:
-    """JSON without the constants that a model may be configured to write."""
-    return to_json(from_json(content), inf_nan_mode="null")
+def with_nulls(content: bytes) -> bytes:
+    """JSON with null in place of the constants that it may not have, though models can be configured to write them."""
+    return to_json(from_json(content), inf_nan_mode="null") if _may_hold_constants(content) else content
 
 
 def _plain(value: object) -> object:

@@ -1,12 +1,14 @@
 """The answers of routes, except the outputs of models."""
 
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from modalkit.batching import Priority
-from modalkit.service.jobs import DeliveryStatus, JobStatus
+from modalkit.service.jobs import DeliveryStatus, Job, JobStatus
+from modalkit.service.outputs import with_nulls
 
 JSON = "application/json"
 NDJSON = "application/x-ndjson"
@@ -88,6 +90,20 @@ class JobDetails(JobView):
     success_queue: str | None
     failure_queue: str | None
     idempotency_key: str | None
+
+
+def job_json(job: Job, view: type[JobView] = JobView) -> bytes:
+    """What `view` shows of a job, in JSON. What is stored as JSON is copied, not read: it may be large."""
+    content = view.model_validate(replace(job, message_json="null", meta_json="{}", result_json=None)).model_dump_json()
+    # The last field first, so that what was put in is not searched.
+    for empty, text in (('"message":null', job.message_json), ('"meta":{}', job.meta_json)):
+        content = _put_in(content, empty, with_nulls(text.encode()).decode())
+    return _put_in(content, '"result":null', job.result_json or "null").encode()
+
+
+def _put_in(content: str, empty: str, value: str) -> str:
+    """An object in JSON with `value` as that of the field whose empty one is `empty`, where it has that."""
+    return content.replace(empty, f"{empty[: empty.index(':')]}:{value}", 1)
 
 
 class JobPageView(BaseModel):

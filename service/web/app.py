@@ -33,7 +33,7 @@ from modalkit.service.web.job_routes import make_job_router
 from modalkit.service.web.metrics import CONTENT_TYPE, exposition
 from modalkit.service.web.observing import RequestObserver
 from modalkit.service.web.problems import ProblemError, error_response, install_problem_handlers
-from modalkit.service.web.routes import DirectRoutes, PostRoutes, add_prediction_routes
+from modalkit.service.web.routes import DirectRoutes, RouteTable, add_prediction_routes
 from modalkit.service.web.ui import add_page
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False},  # `RequestObserver` does all of it
     )
     admission = Admission(limits)
-    routes = PostRoutes(app, keys, admission)
+    routes = RouteTable(app, keys, admission)
     add_prediction_routes(routes, gateway, admission)
     if "tei" in adapters:
         add_tei_routes(routes, gateway.models, admission)
@@ -113,8 +113,8 @@ def create_app(
     app.add_middleware(_Entrance, start=start)  # around the routes: none answers before the start
     app.add_middleware(RequestObserver, routes=app.routes)  # the outermost one: it measures everything
     put_outside(app, (DirectRoutes, _Entrance, RequestObserver))
-    for router in (make_job_router(gateway.jobs), make_batch_router(gateway.jobs)):
-        app.include_router(router, dependencies=keys.requires(KeyScope.JOBS))
+    routes.add_jobs(make_job_router(gateway.jobs))
+    app.include_router(make_batch_router(gateway.jobs), dependencies=keys.requires(KeyScope.JOBS))
     _add_metrics(app, gateway, admission, [] if auth.open_metrics else keys.requires(KeyScope.METRICS))
     app.include_router(make_admin_router(gateway, keys.requires(KeyScope.ADMIN)))
     _add_health(app, gateway, require_all_models=require_all_models)

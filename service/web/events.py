@@ -17,7 +17,7 @@ from modalkit.service.errors import OutputNotJsonError
 from modalkit.service.gateway import Jobs, Model
 from modalkit.service.jobs import JobPiece, JobStatus
 from modalkit.service.outputs import output_json
-from modalkit.service.web.answers import EVENT_STREAM, JobView
+from modalkit.service.web.answers import EVENT_STREAM, job_json
 from modalkit.service.web.problems import KNOWN_ERRORS, as_problem, error_response, problem_json
 
 logger = logging.getLogger(__name__)
@@ -134,8 +134,7 @@ class JobEvents:
                     continue
                 self._seen[place] = letter
                 name = "result" if change.status.has_ended else "status"
-                content = JobView.model_validate(change).model_dump_json().encode()
-                yield sse_event(name, content, "".join(self._seen))
+                yield sse_event(name, job_json(change), "".join(self._seen))
 
 
 def sse_event(name: str, content: bytes, event_id: str | None = None) -> bytes:

@@ -8,19 +8,21 @@ from typing import Annotated, Any, Literal, get_origin
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
 from pydantic import PositiveFloat
+from pydantic_core import to_json
 
 from modalkit.pipelines.iomodel import MAX_EXPIRES_IN_S
 from modalkit.service.errors import UnknownJobError
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
 from modalkit.service.jobs.manager import JobManager
-from modalkit.service.web.answers import PROBLEM_ANSWERS, JobDetails, JobPageView, JobView, Purged, Replayed, Retried
+from modalkit.service.web.answers import PROBLEM_ANSWERS, JobDetails, JobPageView, Purged, Replayed, Retried, job_json
 from modalkit.service.web.auth import caller_of
-from modalkit.service.web.direct import while_connected
+from modalkit.service.web.direct import DirectResponse, while_connected
 from modalkit.service.web.events import EventStream, JobEvents
 from modalkit.service.web.options import check_query
 from modalkit.service.web.problems import ProblemError
 
+JOB_PATH = "/jobs/{job_id}"
 MAX_WAIT_S = 300.0
 MAX_WATCHED_JOBS = 100
 
@@ -76,7 +78,7 @@ def make_job_router(jobs: Jobs) -> APIRouter:
             if job is None or not caller.sees(job):
                 raise UnknownJobError(job_id)
 
-    @router.get("/jobs", summary="List jobs, the newest first")
+    @router.get("/jobs", summary="List jobs, the newest first", response_model=JobPageView)
     async def list_jobs(
         request: Request,
         status: Statuses = [],  # noqa: B006  # FastAPI copies it
@@ -85,11 +87,13 @@ def make_job_router(jobs: Jobs) -> APIRouter:
         batch_id: OfBatch = None,
         limit: Limit = 100,
         cursor: Cursor = None,
-    ) -> JobPageView:
+    ) -> Response:
         owner = caller_of(request).visible_owner
         which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name, batch_id=batch_id, owner=owner)
         page = await administration(CANNOT_LIST).page(limit, which, cursor)
-        return JobPageView(jobs=[JobView.model_validate(job) for job in page.jobs], next_cursor=page.next_cursor)
+        return DirectResponse(
+            b'{"jobs":[%b],"next_cursor":%b}' % (b",".join(map(job_json, page.jobs)), to_json(page.next_cursor))
+        )
 
     @router.delete("/jobs", summary="Remove jobs that have ended, with their results")
     async def purge_jobs(
@@ -152,24 +156,25 @@ def make_job_router(jobs: Jobs) -> APIRouter:
             return Response(status_code=HTTPStatus.NO_CONTENT)  # so that a browser does not connect again
         return EventStream(events.make())
 
-    @router.get("/jobs/{job_id}", summary="What became of a job")
-    async def get_job(request: Request, job_id: JobId, wait: Wait = 0.0) -> JobDetails:
+    @router.get(JOB_PATH, summary="What became of a job", response_model=JobDetails)
+    async def get_job(request: Request, job_id: JobId, wait: Wait = 0.0) -> Response:
         if wait:
             await check_owner(request, job_id)
         job = await while_connected(request, jobs.get(job_id, wait))
         return _details(job_id, job if job is not None and caller_of(request).sees(job) else None)
 
     @router.delete(
-        "/jobs/{job_id}",
+        JOB_PATH,
         summary="Cancel a job that has not ended",
+        response_model=JobDetails,
         description="A job that has ended stays as it is. The `status` of the answer says whether it was cancelled.",
     )
-    async def cancel_job(request: Request, job_id: JobId) -> JobDetails:
+    async def cancel_job(request: Request, job_id: JobId) -> Response:
         await check_owner(request, job_id)
         return _details(job_id, await jobs.cancel(job_id))
 
-    @router.post("/jobs/{job_id}/replay", summary="Send an undelivered result once more")
-    async def replay_job(request: Request, job_id: JobId) -> JobDetails:
+    @router.post("/jobs/{job_id}/replay", summary="Send an undelivered result once more", response_model=JobDetails)
+    async def replay_job(request: Request, job_id: JobId) -> Response:
         await check_owner(request, job_id)
         replayed = await administration(CANNOT_REPLAY).replay([job_id])
         job = await jobs.get(job_id)
@@ -180,8 +185,8 @@ def make_job_router(jobs: Jobs) -> APIRouter:
             )
         return _details(job_id, job)
 
-    @router.post("/jobs/{job_id}/retry", summary="Run a job that failed once more")
-    async def retry_job(request: Request, job_id: JobId) -> JobDetails:
+    @router.post("/jobs/{job_id}/retry", summary="Run a job that failed once more", response_model=JobDetails)
+    async def retry_job(request: Request, job_id: JobId) -> Response:
         await check_owner(request, job_id)
         retried = await administration(CANNOT_LIST).retry([job_id])
         job = await jobs.get(job_id)
@@ -208,8 +213,8 @@ async def refuse_unknown_query(request: Request) -> None:
     check_query(request, annotations, [name for name, kind in annotations.items() if get_origin(kind) is list])
 
 
-def _details(job_id: str, job: Job | None) -> JobDetails:
-    return JobDetails.model_validate(_found(job_id, job))
+def _details(job_id: str, job: Job | None) -> Response:
+    return DirectResponse(job_json(_found(job_id, job), JobDetails))
 
 
 def _found(job_id: str, job: Job | None) -> Job:

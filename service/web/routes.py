@@ -1,12 +1,14 @@
-"""The routes that predict, at once or as jobs."""
+"""The routes that predict, at once or as jobs, and the short way past FastAPI for what comes by the thousand."""
 
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cache, partial
 from http import HTTPStatus
 from typing import Annotated, Any, Union
 
-from fastapi import Body, Depends, FastAPI, Request
+from fastapi import APIRouter, Body, Depends, FastAPI, Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -22,6 +24,7 @@ from modalkit.service.web.auth import ApiKeys, Caller, caller_of, end_request
 from modalkit.service.web.bodies import BodyParser, check_encoding
 from modalkit.service.web.direct import DirectRequest, DirectResponse, list_response, while_connected
 from modalkit.service.web.events import EventStream, prediction_events
+from modalkit.service.web.job_routes import JOB_PATH
 from modalkit.service.web.line_models import Target
 from modalkit.service.web.lines import LineStream
 from modalkit.service.web.options import (
@@ -46,15 +49,30 @@ from modalkit.service.web.submissions import Submitter
 Endpoint = Callable[[Request], Awaitable[Response]]
 Responses = dict[int | str, dict[str, Any]]
 
+_STORED_JOB = re.compile("/jobs/[0-9a-f-]{36}")
+"""The path of a job whose id is a UUID."""
 
-class PostRoutes:
-    """POST routes of an application: FastAPI documents them, and `DirectRoutes` answers them."""
+
+class RouteTable:
+    """Routes of an application that FastAPI documents, and `DirectRoutes` answers."""
 
     def __init__(self, app: FastAPI, keys: ApiKeys, admission: Admission) -> None:
         self._app = app
         self._keys = keys
-        self._endpoints: dict[str, tuple[Endpoint, KeyScope]] = {}
+        self._endpoints: dict[tuple[str, str], tuple[Endpoint, KeyScope]] = {}
         app.add_middleware(DirectRoutes, endpoints=self._endpoints, keys=keys, admission=admission)
+
+    def add_jobs(self, router: APIRouter) -> None:
+        """Include the routes of jobs. A request that only asks for one job is answered by `DirectRoutes`."""
+        self._app.include_router(router, dependencies=self._keys.requires(KeyScope.JOBS))
+        (route,) = (route for route in router.routes if isinstance(route, APIRoute) and route.name == "get_job")
+
+        def get_job(request: Request) -> Awaitable[Response]:
+            request.scope["route"] = route  # whose path is a label of metrics
+            answer: Awaitable[Response] = route.endpoint(request, request.scope["path"].rpartition("/")[2])
+            return answer
+
+        self._endpoints["GET", JOB_PATH] = get_job, KeyScope.JOBS
 
     def add(
         self,
@@ -66,7 +84,7 @@ class PostRoutes:
         responses: Responses | None = None,
         **more: Any,
     ) -> Callable[[Endpoint], None]:
-        """A decorator that makes a function the endpoint of requests to `path`, for keys with `key_scope`.
+        """A decorator that makes a function the endpoint of POST requests to `path`, for keys with `key_scope`.
 
         `taken`, `options` and `answer` are the types of what it takes and answers, `responses` its other answers: for
         the documentation only, as `more` is.
@@ -75,7 +93,7 @@ class PostRoutes:
         def documented_body(body: Annotated[taken, Body()]) -> None: ...
 
         def add(endpoint: Endpoint) -> None:
-            self._endpoints[path] = endpoint, key_scope
+            self._endpoints["POST", path] = endpoint, key_scope
             self._app.router.add_api_route(
                 path,
                 endpoint,
@@ -90,7 +108,7 @@ class PostRoutes:
         return add
 
 
-def add_prediction_routes(routes: PostRoutes, gateway: Gateway, admission: Admission) -> None:
+def add_prediction_routes(routes: RouteTable, gateway: Gateway, admission: Admission) -> None:
     """Add the routes over `gateway` that predict, at once or as jobs."""
     route, models = routes.add, gateway.models.values()
     item: Any = _labelled({model.name: model.input_model for model in models})
@@ -197,15 +215,20 @@ def _labelled(kinds: Mapping[str, type[BaseModel]]) -> Any:
 
 
 class DirectRoutes:
-    """ASGI middleware that answers POST requests by `endpoints`, and passes on all others, each with its `Reception`.
+    """ASGI middleware that answers requests by `endpoints`, and passes on all others, each with its `Reception`.
 
-    There is an endpoint for each path, with the scope that a key needs for it. FastAPI only documents these routes: its
-    routing, parameters and middleware take longer than all other work for a request. An error that is none of
-    `KNOWN_ERRORS` is answered with 500 and raised, so that the server logs it.
+    There is an endpoint for each method and path, with the scope that a key needs for it. That of ``/jobs/{job_id}``
+    answers requests without a query for jobs whose id is a UUID. FastAPI only documents these routes: its routing,
+    parameters and middleware take longer than all other work for a request. An error that is none of `KNOWN_ERRORS` is
+    answered with 500 and raised, so that the server logs it.
     """
 
     def __init__(
-        self, app: ASGIApp, endpoints: Mapping[str, tuple[Endpoint, KeyScope]], keys: ApiKeys, admission: Admission
+        self,
+        app: ASGIApp,
+        endpoints: Mapping[tuple[str, str], tuple[Endpoint, KeyScope]],
+        keys: ApiKeys,
+        admission: Admission,
     ) -> None:
         self._app = app
         self._endpoints = endpoints
@@ -218,13 +241,15 @@ class DirectRoutes:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path: str = scope["path"]
+        # As Starlette does: a root path counts only where a slash follows.
+        if root_path and path.startswith(f"{root_path}/"):
+            path = path.removeprefix(root_path)
         found = None
         if scope["method"] == "POST":
-            path: str = scope["path"]
-            # As Starlette does: a root path counts only where a slash follows.
-            if root_path and path.startswith(f"{root_path}/"):
-                path = path.removeprefix(root_path)
-            found = self._endpoints.get(path)
+            found = self._endpoints.get(("POST", path))
+        elif scope["method"] == "GET" and not scope["query_string"] and _STORED_JOB.fullmatch(path):
+            found = self._endpoints.get(("GET", JOB_PATH))
         try:
             with Reception(self._admission, scope):
                 if found is None:

@@ -23,7 +23,7 @@ from modalkit.service.web.bodies import read_as
 from modalkit.service.web.direct import DirectResponse, list_response
 from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.problems import ProblemError
-from modalkit.service.web.routes import Endpoint, PostRoutes
+from modalkit.service.web.routes import Endpoint, RouteTable
 
 Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_TEXTS)]
 
@@ -99,7 +99,7 @@ class Rank(BaseModel):
     text: str | None = None
 
 
-def add_tei_routes(routes: PostRoutes, models: Mapping[str, Model], admission: Admission) -> None:
+def add_tei_routes(routes: RouteTable, models: Mapping[str, Model], admission: Admission) -> None:
     """Add the routes for which there is a model, and ``POST /``, which is the first of them."""
 
     async def tei_predict(request: Request) -> Response:

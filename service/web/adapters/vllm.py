@@ -16,7 +16,7 @@ from modalkit.service.web.adapters.tasks import CLASSIFICATION, MAX_TEXTS
 from modalkit.service.web.answers import JSON
 from modalkit.service.web.bodies import read_as
 from modalkit.service.web.options import PredictionOptions
-from modalkit.service.web.routes import PostRoutes
+from modalkit.service.web.routes import RouteTable
 
 
 class ClassificationRequest(BaseModel):
@@ -58,7 +58,7 @@ class ClassificationResponse(BaseModel):
     usage: UsageInfo = UsageInfo()
 
 
-def add_vllm_routes(routes: PostRoutes, models: Mapping[str, Model]) -> None:
+def add_vllm_routes(routes: RouteTable, models: Mapping[str, Model]) -> None:
     """Add the route, if there is a classifier."""
     if not CLASSIFICATION.models_of(models):
         return

@@ -1,5 +1,6 @@
 """The routes that list, replay and remove jobs, and the metrics, over a real HTTP server."""
 
+import json
 import logging
 import re
 from typing import Any
@@ -7,15 +8,18 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import RootModel
 
 from modalkit.pipelines import EngineChoice
-from modalkit.service.jobs import JobStoreError
+from modalkit.service.jobs import Job, JobStoreError
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import AuthConfig, ModelEntry, Settings
 from modalkit.service.web import create_app
+from modalkit.service.web.answers import JobDetails, JobView, job_json
 from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import POISON, Length, LengthPipeline
@@ -61,6 +65,50 @@ async def test_a_number_that_json_does_not_have_is_shown_as_null(client: httpx.A
     accepted = await client.post("/async/predict?model_name=odd", json=job(NAN))
     found = await ended(client, accepted.json()["job_id"])
     assert (found["status"], found["result"]["score"]) == ("succeeded", None)
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.floats(allow_nan=False) | st.text(alphabet='a":\\{}né') | st.just("NaN"),
+    lambda each: (
+        st.lists(each, max_size=3)
+        | st.dictionaries(st.sampled_from(["message", "meta", "result", "a"]), each, max_size=3)
+    ),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(st.sampled_from(["message", "meta", "result", "a"]), JSON, max_size=3)
+
+
+@given(st.text(alphabet='a":\\{}é'), OBJECTS, OBJECTS, st.none() | OBJECTS)
+def test_a_job_is_shown_with_what_is_stored_whatever_that_looks_like(
+    name: str, message: Any, meta: Any, result: Any
+) -> None:
+    texts = {"message_json": json.dumps(message), "meta_json": json.dumps(meta)}
+    stored = Job(job_id=name, model_name=name, error='"result":null', created_at=0.0, **texts)
+    stored.result_json = None if result is None else json.dumps(result)
+    for view in (JobView, JobDetails):
+        assert json.loads(job_json(stored, view)) == view.model_validate(stored).model_dump(mode="json")
+
+
+def test_what_json_does_not_have_is_shown_as_null() -> None:
+    stored = Job(job_id="a", model_name="a", created_at=0.0, message_json='{"a": [NaN, -Infinity, "NaN"]}')
+    assert json.loads(job_json(stored, JobDetails))["message"] == {"a": [None, None, "NaN"]}
+
+
+async def test_a_job_is_answered_the_same_with_and_without_a_query(client: httpx.AsyncClient) -> None:
+    """What only asks for a job does not pass through FastAPI."""
+    job_id = await submit(client, "four", meta={"result": None})
+    shown = await ended(client, job_id)
+    answer, head = await client.get(f"/jobs/{job_id}"), await client.head(f"/jobs/{job_id}")
+    assert (answer.json(), answer.headers["content-type"]) == (shown, "application/json")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == answer.headers["content-length"]
+    unknown = job_id.translate(str.maketrans("0123456789abcdef", "123456789abcdef0"))
+    problems = [assert_problem(await client.get(path), 404) for path in (f"/jobs/{unknown}", f"/jobs/{unknown}?wait=0")]
+    assert problems[0] == problems[1]
+    assert_problem(await client.post(f"/jobs/{job_id}"), 405)
+    metrics = (await client.get("/metrics")).text
+    for outcome in ("succeeded", "invalid"):
+        assert f'modalkit_request_seconds_count{{outcome="{outcome}",route="/jobs/{{job_id}}"}}' in metrics
 
 
 async def test_an_undelivered_result_is_seen_and_replayed(settings: Settings) -> None:

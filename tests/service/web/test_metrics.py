@@ -45,7 +45,7 @@ async def test_requests_are_measured_by_route_and_outcome(client: httpx.AsyncCli
         ("POST", "/sync/predict", {"text": POISON}, "/sync/predict", "failed"),
         ("POST", "/batch/predict", [{"text": POISON}], "/batch/predict", "succeeded"),
         ("POST", "/batch/predict", [{"text": "four"}] * 101, "/batch/predict", "invalid"),
-        ("GET", "/jobs/some", None, "/jobs/{job_id}", "invalid"),
+        ("GET", f"/jobs/{new_job_id()}", None, "/jobs/{job_id}", "invalid"),
         ("GET", "/jobs", None, "/jobs", "succeeded"),
         ("HEAD", "/jobs/some/events", None, "/jobs/{job_id}/events", "invalid"),
         ("PUT", "/jobs", None, "/jobs", "invalid"),
