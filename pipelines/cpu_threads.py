@@ -4,10 +4,14 @@ A model's layers are short, and at the end of each one torch's threads wait for 
 with fewer threads wait less. Measured on 2 cores with the bundled model: two batches with one thread each do 1.2 to 1.4
 times as many items per second as one batch with two threads.
 
-OpenMP keeps threads for each thread that computes. While they are no more than the cores, they spin between two layers,
-else they sleep, and a lone text takes 1.3 times as long. So lone batches should be computed by one thread of a process,
-which has all of OpenMP's. Where another process needs a core, threads that spin wait for one that does not run: a lone
-text takes up to 4 times as long, and then it has one thread, which waits for none.
+A lone batch may have all threads: with two it took 0.69 of the time with one, on an idle machine. OpenMP keeps threads
+for each thread that computes. While they are no more than the cores, they spin between two layers, else they sleep, and
+a lone text takes 1.3 times as long. So lone batches should be computed by one thread of a process, which has all of
+OpenMP's. Threads that spin wait for one that does not run, where another process, or a batch that has begun meanwhile,
+needs its core: then a lone batch takes up to 4 times as long. With as few threads as batches at once have, it waits for
+none. Measured at 110 texts per second, half of what 2 cores can do: the 99th percentile of the latencies is 76 ms with
+two threads for a batch that begins alone, and 47 ms with one. Which is better changes with the load, so it is found by
+trials (`_Trials`).
 
 A container may have a quota of CPU time. Threads that spin use it up at the begin of each period, and then all of them
 stop until the next one. So torch has no more threads than the cores that the quota is worth.
@@ -17,7 +21,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -29,35 +33,96 @@ from modalkit.pipelines.memory import CGROUP
 
 MAX_IN_FLIGHT = 4
 """Most batches that run at once on a CPU; more would divide the requests that wait into ever smaller batches."""
-UNDISTURBED_SHARE = 0.75
-"""Of the seconds of all their threads: what lone batches have of the cores, on average, where nothing else needs them.
-
-Measured on 2 cores: 0.85 to 0.97, beside a process that is always busy 0.56 to 0.68."""
-SMOOTHING = 0.25
+TRIAL = 8
+"""Batches of a trial."""
+MAX_LOSS = TRIAL / 2
+"""Batches whose time a trial may lose; then it ends."""
 MIN_PAUSE, MAX_PAUSE = 8, 1024
-"""Lone batches with one thread after disturbed ones, before all threads are tried again."""
+"""Lone batches from one trial to the next: twice as many after each one that changes nothing."""
+ALL_BELOW = 0.85
+"""Share of the seconds with a part of the threads below which lone batches get all of them.
+
+A batch that begins meanwhile takes longer then, so a small gain is none."""
+PART_BELOW = 1.1
+"""Share of the seconds with all threads below which lone batches get a part of them."""
+RATE_SMOOTHING, DRIFT_SMOOTHING, NOISE_SMOOTHING = 1 / 8, 1 / 4, 1 / 64
+MIN_NOISE = 0.25
+MAX_DRIFT = 1.5
+"""Of the mean logarithm of seconds to those before, as a multiple of its mean distance from 0: more is no noise."""
 
 MOVE_AFTER = 8
 """Lone batches in a row in other threads, after which that of the last one is theirs."""
 
 
-class CpuThreads:
-    """The threads of this process for torch: `total` when no more than one batch runs.
+class _Trials:
+    """Whether lone batches get all threads or a part of them, and the trials of the other way.
 
-    `clock` and `used_s` tell the time, and the seconds of cores that this process has used.
+    A trial runs some batches the other way. Its seconds are compared with what batches of the same engine and about the
+    same size have taken lately. Trials become rare, until the seconds of batches change.
     """
 
-    def __init__(
-        self, clock: Callable[[], float] = time.perf_counter, used_s: Callable[[], float] = time.process_time
-    ) -> None:
+    def __init__(self) -> None:
+        self.uses_all = True
+        self._rates: dict[tuple[object, int], float] = {}  # seconds per element of inputs, by engine and power of 2
+        self._noise = MIN_NOISE
+        self._begin()
+
+    def _begin(self) -> None:
+        """Forget what was measured; the next trial follows soon."""
+        self._rates.clear()
+        self._drift = 0.0
+        self._pause = MIN_PAUSE
+        self._begin_pause()
+
+    def _begin_pause(self) -> None:
+        self._until_trial, self._left = self._pause, TRIAL
+        self._seconds, self._expected_s, self._compared = 0.0, 0.0, 0  # of the batches of the next trial
+
+    def next_uses_all(self) -> bool:
+        """Whether the next lone batch should have all threads."""
+        return self.uses_all is (self._until_trial > 0)
+
+    def record(self, engine: object, elements: int, seconds: float, *, used_all: bool) -> None:
+        """Learn from a lone batch, which took more than 0 seconds."""
+        key, rate = (engine, elements.bit_length()), seconds / elements
+        known = self._rates.get(key)
+        if used_all is self.uses_all:
+            self._until_trial = max(0, self._until_trial - 1)
+            self._rates[key] = rate if known is None else known + RATE_SMOOTHING * (rate - known)
+            change = math.log(rate / (known or rate))
+            self._drift += DRIFT_SMOOTHING * (change - self._drift)
+            if abs(self._drift) > MAX_DRIFT * max(MIN_NOISE, self._noise):
+                self._begin()
+            self._noise += NOISE_SMOOTHING * (abs(change) - self._noise)
+            return
+        self._left -= 1
+        if known is not None:
+            self._seconds += seconds
+            self._expected_s += known * elements
+            self._compared += 1
+        lost_s = self._seconds - self._expected_s
+        if self._left == 0 or lost_s * self._compared > MAX_LOSS * self._expected_s:
+            self._end_trial()
+
+    def _end_trial(self) -> None:
+        if self._seconds < (PART_BELOW if self.uses_all else ALL_BELOW) * self._expected_s:
+            self.uses_all = not self.uses_all
+            self._begin()
+        else:
+            self._pause = min(2 * self._pause, MAX_PAUSE)
+            self._begin_pause()
+
+
+class CpuThreads:
+    """The threads of this process for torch: `total` when no more than one batch runs. `clock` tells the time."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.total = torch.get_num_threads()
         self._clock = clock
-        self._used_s = used_s
+        self._trials = _Trials()
         self._lone: threading.Thread | None = None
+        self._is_lone = False  # whether the batch in that thread began alone
         self._elsewhere = 0  # lone batches in other threads since the last one there
-        self._share = 1.0  # of lone batches
-        self._pause = MIN_PAUSE
-        self._left = 0  # lone batches with one thread before all are tried again
         self._make_restorer()
         os.register_at_fork(after_in_child=self._make_restorer)  # a fork has no other threads than the one that forked
 
@@ -82,18 +147,19 @@ class CpuThreads:
     def share(self, in_flight: int) -> None:
         """Let this thread's next operations use its part of the threads while `in_flight` batches run.
 
-        A lone batch gets all of them in the thread that computes most of these, unless they were disturbed lately.
+        A lone batch gets all of them in the thread that computes most of these, if that is faster.
         """
-        part = max(1, self.total // in_flight)
+        part, thread = max(1, self.total // in_flight), threading.current_thread()
         if in_flight == 1:
-            self._elsewhere = 0 if self._lone is threading.current_thread() else self._elsewhere + 1
+            self._elsewhere = 0 if self._lone is thread else self._elsewhere + 1
             if self._lone is None or not self._lone.is_alive() or self._elsewhere == MOVE_AFTER:
-                self._lone = threading.current_thread()
-            if self._lone is not threading.current_thread():
+                self._lone = thread
+            if self._lone is not thread:
                 part = max(1, self.total // 2)
-            elif self._left > 0:
-                self._left -= 1
-                part = 1
+            elif not self._trials.next_uses_all():
+                part = self.total // self.max_in_flight
+        if self._lone is thread:
+            self._is_lone = in_flight == 1
         self.use(part)
 
     def use(self, part: int) -> None:
@@ -105,19 +171,19 @@ class CpuThreads:
             self._restorer.submit(torch.set_num_threads, self.total).result()
 
     @contextmanager
-    def watched(self) -> Generator[None]:
-        """Find whether batches that torch computes in the block, with all threads, are disturbed by other processes."""
-        if self._lone is not threading.current_thread() or not 1 < self.total == torch.get_num_threads():
+    def timed(self, engine: object, inputs: Mapping[str, torch.Tensor]) -> Generator[None]:
+        """Learn from the seconds of a batch that is computed in the block, if it began alone.
+
+        `engine` stands for what computes it: seconds are compared between batches of the same one.
+        """
+        if not (self._is_lone and self._lone is threading.current_thread()):
             yield
             return
-        started_s, used_s = self._clock(), self._used_s()
+        used_all, started_s = torch.get_num_threads() == self.total, self._clock()
         yield
+        elements = sum(tensor.numel() for tensor in inputs.values())
         if (elapsed_s := self._clock() - started_s) > 0:
-            self._share += SMOOTHING * ((self._used_s() - used_s) / (self.total * elapsed_s) - self._share)
-        if self._share < UNDISTURBED_SHARE:
-            self._left, self._pause = self._pause, min(2 * self._pause, MAX_PAUSE)
-        else:
-            self._left, self._pause = 0, MIN_PAUSE
+            self._trials.record(engine, max(1, elements), elapsed_s, used_all=used_all)
 
 
 def waited_s() -> float:

@@ -6,6 +6,7 @@ import json
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ class Converted:
         self._in_flight = cpu_threads().max_in_flight if device.type == "cpu" else 1
         self._load = partial(_openvino if candidate.engine == "openvino" else _onnx, candidate, folder, device)
         self._alone = self._beside_others = self._load(self._threads, 1)
+        self._timed = partial(cpu_threads().timed, object()) if device.type == "cpu" else nullcontext
 
     def prepare(self) -> None:
         """Load a second instance for batches that run at once, so that they do not wait for each other.
@@ -106,7 +108,8 @@ class Converted:
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute a batch."""
         compute = self._alone if torch.get_num_threads() >= self._threads else self._beside_others
-        found = compute({name: tensor.numpy(force=True) for name, tensor in inputs.items()})
+        with self._timed(inputs):
+            found = compute({name: tensor.numpy(force=True) for name, tensor in inputs.items()})
         # OpenVINO reuses the memory of its outputs in the next call.
         tensors = {n: torch.from_numpy(a.copy()).to(self._device) for n, a in zip(self._names, found, strict=True)}
         return named_outputs(tensors)

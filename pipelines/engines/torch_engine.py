@@ -5,6 +5,7 @@ import importlib.util
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def torch_run(module: nn.Module, candidate: Candidate, example: Mapping[str, Ten
     dtype: torch.dtype = getattr(torch, candidate.dtype)
     device = device_of(module)
     own: Callable[..., object] = module
-    watched = cpu_threads().watched if device.type == "cpu" else nullcontext
+    timed = partial(cpu_threads().timed, object()) if device.type == "cpu" else nullcontext
 
     def placed(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -81,7 +82,7 @@ def torch_run(module: nn.Module, candidate: Candidate, example: Mapping[str, Ten
         own = torch.compile(own, dynamic=True)
 
     def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        with torch.inference_mode(), watched():
+        with torch.inference_mode(), timed(inputs):
             return named_outputs(own(**placed(inputs)))
 
     return run

@@ -3,11 +3,11 @@
 import hashlib
 import multiprocessing
 import os
+import random
 import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import anyio
@@ -19,6 +19,7 @@ from modalkit.pipelines.cpu_threads import (
     MAX_PAUSE,
     MIN_PAUSE,
     MOVE_AFTER,
+    TRIAL,
     CpuThreads,
     cpu_threads,
     waited_s,
@@ -75,35 +76,76 @@ def test_only_the_thread_of_lone_batches_has_all_threads() -> None:
         assert next_one.submit(part_of, threads, 1).result() == 4
 
 
-@pytest.mark.usefixtures("four_threads")
-def test_lone_batches_have_one_thread_while_another_process_needs_the_cores() -> None:
-    now_s = used_s = 0.0
-    threads = CpuThreads(lambda: now_s, lambda: used_s)
+class Machine:
+    """Computes lone batches of two engines, in no real time; with one thread they take `ratio` times as long."""
 
-    def run(share: float) -> int:
-        """Compute a lone batch of a second, which has this share of the cores. Returns its threads."""
-        nonlocal now_s, used_s
+    def __init__(self, ratio: float) -> None:
+        self.ratio, self.scale = ratio, 1.0
+        self._now_s = 0.0
+        self._random = random.Random(1)
+        self.threads = CpuThreads(lambda: self._now_s)
+
+    def run(self) -> int:
+        """Compute a lone batch. Returns its threads."""
+        engine, size = self._random.choice([(1, 1.0), (2, 30.0)]), self._random.randint(10, 300)
+        part = part_of(self.threads, 1)
+        with self.threads.timed(engine[0], {"ids": torch.empty(size)}):
+            seconds = self.scale * engine[1] * (20 + size) * self._random.lognormvariate(0, 0.2)
+            self._now_s += seconds * (self.ratio if part == 1 else 1)
+        return part
+
+    def parts(self, count: int) -> list[int]:
+        """The threads of some lone batches in one thread."""
+        with ThreadPoolExecutor(1) as batch:
+            return [batch.submit(self.run).result() for _ in range(count)]
+
+
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize(("ratio", "part"), [(1.5, 4), (1.25, 4), (0.95, 1), (0.5, 1), (0.25, 1)])
+def test_lone_batches_have_the_threads_with_which_they_take_less_time(ratio: float, part: int) -> None:
+    machine = Machine(ratio)
+    machine.parts(1000)
+    parts = machine.parts(4000)
+    assert parts.count(part) > 0.95 * len(parts)
+    assert parts.count(5 - part) > 0  # in trials
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_lone_batches_get_other_threads_once_that_is_better() -> None:
+    machine = Machine(1.5)
+    machine.parts(1000)
+    for ratio, scale, part in ((0.4, 2.5, 1), (1.5, 1.0, 4)):  # another process needs the cores; it has ended
+        machine.ratio, machine.scale = ratio, scale
+        assert machine.parts(100)[-MIN_PAUSE:].count(part) > 0  # soon, where the seconds change
+        parts = machine.parts(1000)
+        assert parts.count(part) > 0.95 * len(parts)
+    machine.ratio = 0.4  # without a change of the seconds with all threads
+    machine.parts(2 * MAX_PAUSE)
+    assert machine.parts(1000).count(1) > 0.95 * 1000
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_trials_that_take_much_longer_end_at_once() -> None:
+    machine = Machine(0.05)
+    parts = machine.parts(4000)
+    assert parts.count(4) < MIN_PAUSE + TRIAL + 20
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_batches_that_did_not_begin_alone_say_nothing() -> None:
+    now_s = 0.0
+    threads = CpuThreads(lambda: now_s)
+
+    def run() -> int:
+        nonlocal now_s
         part = part_of(threads, 1)
-        with threads.watched():
-            now_s, used_s = now_s + 1, used_s + 4 * share
+        threads.share(2)
+        with threads.timed(1, {"ids": torch.empty(1)}):
+            now_s += 1
         return part
 
     with ThreadPoolExecutor(1) as batch:
-
-        def runs(share: float, count: int) -> list[int]:
-            return [batch.submit(run, share).result() for _ in range(count)]
-
-        assert runs(0.9, 50) == [4] * 50
-        assert runs(0.6, 1) + runs(0.9, 20) == [4] * 21  # one such batch says nothing
-        disturbed = runs(0.6, 20 * MAX_PAUSE)
-        assert disturbed.index(1) < 6
-        tries = [i for i, part in enumerate(disturbed) if part == 4][-10:]
-        assert {later - earlier for earlier, later in pairwise(tries)} == {MAX_PAUSE + 1}
-        with threads.watched():  # a batch in a thread of others says nothing
-            now_s += 1000
-        undisturbed = runs(0.95, 3 * MAX_PAUSE)
-        assert undisturbed[-MAX_PAUSE:] == [4] * MAX_PAUSE
-        assert runs(0.3, 4 * MIN_PAUSE).count(1) >= MIN_PAUSE  # and tries follow soon again
+        assert {batch.submit(run).result() for _ in range(10 * MIN_PAUSE)} == {4}  # no trial
 
 
 def part_of(threads: CpuThreads, in_flight: int) -> int:
