@@ -1,5 +1,6 @@
 """``modalkit serve`` as a process: it starts, answers, stops gently, and keeps accepted jobs."""
 
+import ctypes
 import gc
 import json
 import os
@@ -422,3 +423,19 @@ def test_a_socket_that_cannot_listen_is_closed() -> None:
         with listening("127.0.0.1", taken.getsockname()[1]):
             pass
     gc.collect()  # pytest turns the warning of a socket that was left open into an error
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="what glibc does")
+def test_memory_that_the_start_has_freed_is_given_back() -> None:
+    """In a process of its own, because it changes that of the tests for good."""
+    program = """
+from modalkit.pipelines.memory import private_bytes
+from modalkit.service.serving import tune_interpreter
+used = [bytes(1000) for _ in range(100_000)]
+del used[:-1]  # the last one keeps glibc from giving back the others
+before = private_bytes()
+tune_interpreter()
+print(before - private_bytes())
+"""
+    given_back = int(subprocess.check_output([sys.executable, "-c", program]))
+    assert given_back > 50_000_000
