@@ -82,8 +82,8 @@ OBJECTS = st.dictionaries(st.sampled_from(["message", "meta", "result", "a"]), J
 def test_a_job_is_shown_with_what_is_stored_whatever_that_looks_like(
     name: str, message: Any, meta: Any, result: Any
 ) -> None:
-    texts = {"message_json": json.dumps(message), "meta_json": json.dumps(meta)}
-    stored = Job(job_id=name, model_name=name, error='"result":null', created_at=0.0, **texts)
+    stored = Job(job_id=name, model_name=name, message_json=json.dumps(message), created_at=0.0)
+    stored.error, stored.meta_json = '"result":null', json.dumps(meta)
     stored.result_json = None if result is None else json.dumps(result)
     for view in (JobView, JobDetails):
         assert json.loads(job_json(stored, view)) == view.model_validate(stored).model_dump(mode="json")
