@@ -107,7 +107,8 @@ class Spool(AbstractContextManager["Spool"]):
     """A pipe of bytes whose writer may go on for a while without a reader: `memory_bytes` in memory, more in a file.
 
     It has one writer and one reader. The writer, if it waits for room before each write, adds about `max_bytes` before
-    the reader has read all; less, where all spools of the process hold much, or all requests by its `reception`.
+    the reader has read all; less, where all spools of the process hold much, or all requests by its `reception`. Where
+    the file cannot be written, because the disk is full, the reader gets the error.
     """
 
     size_of_all: ClassVar[int] = 0
@@ -128,6 +129,7 @@ class Spool(AbstractContextManager["Spool"]):
         self._parts: list[bytes] = []  # what comes after the file
         self._parts_bytes = 0
         self._closed = False
+        self._failure: OSError | None = None  # of the file
         self._change = anyio.Event()
 
     def __exit__(self, *_: object) -> None:
@@ -147,10 +149,10 @@ class Spool(AbstractContextManager["Spool"]):
         self._parts_bytes += len(data)
         self._resize(self._size + len(data))
         if self._parts_bytes > self._memory_bytes:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # closed by __exit__
-            self._file.seek(0, SEEK_END)
-            self._file.write(self._take_parts())
+            try:
+                self._write_file(memoryview(self._take_parts()))
+            except OSError as error:
+                self._failure = error
         self._change.set()
 
     async def wait_for_room(self) -> None:
@@ -167,15 +169,24 @@ class Spool(AbstractContextManager["Spool"]):
         self._change.set()
 
     async def read(self) -> bytes:
-        """Wait for bytes and return some of them; empty at the end."""
+        """Wait for bytes and return some of them; empty at the end. Raises `OSError` where the file was not written."""
         while not self._size and not self._closed:
             self._change = anyio.Event()
             await self._change.wait()
+        if self._failure is not None:
+            raise self._failure
         data = self._read_file() or self._take_parts()
         if not self._parts and not self._read_bytes:
             self._resize(0)
             self._change.set()
         return data
+
+    def _write_file(self, data: memoryview) -> None:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # closed by __exit__
+        self._file.seek(0, SEEK_END)
+        while data:  # a disk that is almost full takes a part
+            data = data[self._file.write(data) :]
 
     def _read_file(self) -> bytes:
         if self._file is None:

@@ -1,11 +1,16 @@
 """What is written comes out in order, and mostly lies on disk."""
 
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import anyio
 import pytest
+from starlette.types import Message
 
 from modalkit.service.settings import RequestConfig
 from modalkit.service.web.admission import FREE_BYTES, Admission, Reception
-from modalkit.service.web.lines import SPOOL_CHUNK_BYTES, SPOOL_MEMORY_BYTES, Spool
+from modalkit.service.web.lines import SPOOL_CHUNK_BYTES, SPOOL_MEMORY_BYTES, Lines, LineStream, Spool
 
 pytestmark = pytest.mark.anyio
 
@@ -75,3 +80,46 @@ async def test_what_is_read_ahead_is_held_and_is_less_where_requests_hold_much()
             assert not has_room.is_set()
             assert len(await spool.read()) == FREE_BYTES + 1
     assert admission.held_bytes == FREE_BYTES
+
+
+@contextmanager
+def small_files(size_bytes: int) -> Iterator[None]:
+    """No file grows beyond this size, as where the disk is full: what fits is still written."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_reader_gets_an_error_where_the_disk_is_full_and_never_less_than_was_written() -> None:
+    part = bytes(SPOOL_MEMORY_BYTES + 1)
+    with Spool() as spool:
+        with small_files(len(part) + 100):
+            spool.write(part)
+            spool.write(part)
+        spool.close()
+        with pytest.raises(OSError, match="too large"):
+            await read_all(spool)
+
+
+async def test_answers_that_the_disk_has_no_room_for_end_the_connection() -> None:
+    sent: list[Message] = []
+    never = anyio.Event()
+
+    async def receive() -> Message:
+        await never.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def answer(lines: Lines, write: Callable[[bytes], None]) -> None:  # as `Answer` has it
+        with small_files(100):
+            write(bytes(SPOOL_MEMORY_BYTES + 1))
+
+    with pytest.raises(BaseExceptionGroup) as raised:
+        await LineStream(answer, Admission())({"type": "http"}, receive, send)
+    assert raised.group_contains(OSError, match="too large")
+    assert sent == []
