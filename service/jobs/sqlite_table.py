@@ -47,7 +47,8 @@ class JobTable:
     def __init__(self, database: sqlite3.Connection, max_jobs: int) -> None:
         self._database = database
         self._max_jobs = max_jobs
-        self._last_queue = self._last_owner = ""
+        self._last_queue = ""
+        self._last_owners: dict[tuple[str, Priority], str] = {}  # whose turn was last in each model and priority
         self._has_owners = bool(database.execute("SELECT EXISTS (SELECT 1 FROM jobs WHERE owner <> '')").fetchone()[0])
         self.has_removed = False
         """Whether jobs were removed, so that there may be free pages; set to False by the owner of the transaction."""
@@ -126,9 +127,9 @@ class JobTable:
     def _claim_fairly(self, now: float, model_name: str, priority: Priority, limit: int) -> list[Job]:
         if not self._has_owners:
             return self._claim(sql.CLAIMABLE, now, model_name, priority, "", limit)
-        owners = list[str]()
+        owners, last_owner = list[str](), self._last_owners.get((model_name, priority), "")
         for which in ("owner > ?4", "owner <= ?4"):  # those after the last one come first
-            values = (model_name, priority, OWNERS_PER_CLAIM - len(owners), self._last_owner)
+            values = (model_name, priority, OWNERS_PER_CLAIM - len(owners), last_owner)
             owners += [owner for (owner,) in self._database.execute(sql.OWNERS.format(which=which), values)]
         claimed, size_bytes = list[Job](), 0
         while owners and limit > 0 and size_bytes <= sql.BYTES_PER_READ:
@@ -139,7 +140,7 @@ class JobTable:
                 if len(some) == share:
                     owners.append(owner)  # which may have more
                 if limit <= 0 or size_bytes > sql.BYTES_PER_READ:
-                    self._last_owner = owner
+                    self._last_owners[model_name, priority] = owner
                     break
         return claimed
 

@@ -695,6 +695,16 @@ async def test_owners_take_turns_where_each_claim_is_for_one_job(store: JobStore
     assert await store.claim("m", 1, 2.0) == []
 
 
+async def test_owners_take_turns_in_each_model_and_priority_whatever_is_claimed_of_others(store: JobStore) -> None:
+    kinds = [(model, priority) for model in ("m", "n") for priority in Priority]
+    for (model, priority), owner, n in itertools.product(kinds, ("a", "b"), range(4)):
+        await store.add([new_job(f"{model}{priority}{owner}{n}", model_name=model, priority=priority, owner=owner)])
+    claims = [await store.claim(model, 2, 2.0, bulk_limit=1) for _ in range(4) for model in ("m", "n")]
+    for model, priority in kinds:
+        of_kind = [job.owner for jobs in claims for job in jobs if (job.model_name, job.priority) == (model, priority)]
+        assert sorted(of_kind[:2]) == sorted(of_kind[2:4]) == ["a", "b"]
+
+
 async def test_an_owner_behind_many_others_gets_its_turn(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite_table, "OWNERS_PER_CLAIM", 2)
     await store.add([new_job(f"{owner}{n}", owner=owner) for n in range(9) for owner in "abcde"])
