@@ -90,11 +90,11 @@ def ends_after(
     (text,) = database.execute(
         f"""
         SELECT json_group_array(json_array(finished_at, seq)) FROM (
-            SELECT finished_at, seq FROM jobs WHERE {which} AND (finished_at, seq) > (?, ?)
+            SELECT finished_at, seq FROM jobs WHERE {which} AND finished_at >= ? AND (finished_at, seq) > (?, ?)
             ORDER BY finished_at, seq LIMIT {ENDS_PER_READ}
         )
         """,  # noqa: S608  # as above
-        [*values, finished_us, sequence],
+        [*values, finished_us, finished_us, sequence],
     ).fetchone()
     return [(at, seq) for at, seq in from_json(text)]
 

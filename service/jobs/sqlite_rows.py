@@ -100,11 +100,11 @@ def _seconds(microseconds: int | None) -> float | None:
 
 
 NEXT_OLDEST = """
-    SELECT model_name, priority, created_at FROM jobs
-    WHERE status = 'queued' AND crashes = 0 AND retry_at IS NULL AND (model_name, priority) > (?, ?)
-    ORDER BY model_name, priority, seq LIMIT 1
+    SELECT model_name, priority, owner, created_at FROM jobs
+    WHERE status = 'queued' AND crashes = 0 AND retry_at IS NULL AND (model_name, priority, owner) > (?, ?, ?)
+    ORDER BY model_name, priority, owner, seq LIMIT 1
 """
-"""The oldest claimable job of the next model and priority after these."""
+"""The oldest claimable job of the next model, priority and owner after these."""
 
 SELECT = f"SELECT {READ_COLUMNS} FROM jobs"  # noqa: S608  # names of our own, no input
 
@@ -189,10 +189,10 @@ def queued_by_model(database: sqlite3.Connection) -> dict[str, int]:
 
 
 def _oldest_queued_at(database: sqlite3.Connection) -> dict[str, float]:
-    """When the first claimable job of each model was added, by one step in the index for each model and priority."""
+    """When the first claimable job of each model was added: a step in the index for each model, priority and owner."""
     oldest_us = dict[str, int]()
-    model, priority = "", ""
-    while row := database.execute(NEXT_OLDEST, (model, priority)).fetchone():
-        model, priority, created_us = row
+    model = priority = owner = ""
+    while row := database.execute(NEXT_OLDEST, (model, priority, owner)).fetchone():
+        model, priority, owner, created_us = row
         oldest_us[model] = min(created_us, oldest_us.get(model, created_us))
     return {model: created_us / 1_000_000 for model, created_us in oldest_us.items()}

@@ -36,7 +36,7 @@ from modalkit.service.jobs import (
     SqliteJobStore,
 )
 from modalkit.service.jobs import sqlite_statements as sql
-from modalkit.service.jobs.sqlite_rows import SELECT, condition_of
+from modalkit.service.jobs.sqlite_rows import NEXT_OLDEST, SELECT, condition_of
 from modalkit.service.jobs.sqlite_schema import APPLICATION_ID, TABLES, VERSION
 from modalkit.service.jobs.sqlite_table import JobTable
 
@@ -333,6 +333,7 @@ def listed(**fields: Any) -> str:
         (f"{SELECT} WHERE idempotency_key = ? AND owner = ?", "idempotency_keys"),
         (listed(owner="a"), "owned_jobs"),
         (sql.KNOWN_KEYS, "idempotency_keys"),
+        (NEXT_OLDEST, "queued_jobs"),
         ("SELECT status, count(*) FROM jobs WHERE batch_id = ? AND owner = ? GROUP BY status", "batch_states"),
         ("SELECT count(*) FROM jobs WHERE batch_id = ? AND finished_at > ?", "batch_ends"),
         ("SELECT * FROM jobs WHERE batch_id = ? AND line > ? ORDER BY line LIMIT 500", "batch_lines"),
@@ -351,6 +352,17 @@ async def test_what_is_done_again_and_again_costs_the_same_however_many_jobs_the
         assert any(f"INDEX {index}" in step for step in steps), steps
         assert not any(step.startswith("SCAN jobs") and "INDEX" not in step for step in steps), steps
         assert not any("TEMP B-TREE" in step for step in steps), steps
+
+
+@pytest.mark.parametrize("owner", [None, "a"])
+async def test_the_next_ends_of_a_batch_are_read_from_an_index_alone(path: Path, owner: str | None) -> None:
+    async with SqliteJobStore(path) as store:
+        statements: list[str] = []
+        store._reader.set_trace_callback(statements.append)  # noqa: SLF001
+        await store.ends_after("b", owner, 5, 7)
+        store._reader.set_trace_callback(None)  # noqa: SLF001
+        plan = store._database.execute(f"EXPLAIN QUERY PLAN {statements[0]}").fetchall()  # noqa: SLF001
+        assert any("COVERING INDEX batch_ends (batch_id=? AND finished_at>?)" in str(step[3]) for step in plan), plan
 
 
 def test_a_transaction_that_asyncio_cancelled_is_finished_before_the_store_closes(path: Path) -> None:
