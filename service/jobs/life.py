@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from pydantic_core import to_json, to_jsonable_python
 
 from modalkit.batching import DeadlineExceededError, Failure, Outcome, Priority
+from modalkit.batching.errors import users_error
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import OutputNotJsonError, RetryableError, ServiceError, describe_error
@@ -139,6 +140,19 @@ def is_same_request(one: Job, other: Job) -> bool:
     Priority and `expires_at` are not compared.
     """
     return all(getattr(one, name) == getattr(other, name) for name in _REQUEST_FIELDS)
+
+
+def is_repetition(job: Job, earlier: Job, input_model: type[BaseModel]) -> bool:
+    """Whether a new job asks for the same as an earlier one, whose message was valid by another `input_model`.
+
+    The earlier message is compared as this model reads it: a field that was added since has its default there, too.
+    """
+    try:
+        message = _message_json(input_model.model_validate_json(earlier.message_json))
+    except BaseException as error:  # noqa: BLE001  # a user's own validators may raise anything
+        users_error(error)
+        return False
+    return is_same_request(job, replace(earlier, message_json=message))
 
 
 def request_digest(job: Job) -> str:

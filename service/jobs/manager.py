@@ -3,7 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from itertools import repeat
 from typing import Protocol, Self, Unpack
 
@@ -20,8 +20,8 @@ from modalkit.service.backoff import SteadyClock
 from modalkit.service.errors import NotReadyError, Readiness
 from modalkit.service.jobs.batches import JobBatches
 from modalkit.service.jobs.delivery import Deliverer
-from modalkit.service.jobs.errors import JobStoreError
-from modalkit.service.jobs.life import new_job
+from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreError
+from modalkit.service.jobs.life import is_repetition, new_job
 from modalkit.service.jobs.model import (
     ALL_JOBS,
     Job,
@@ -248,8 +248,21 @@ class JobManager(AsyncContextManagerMixin):
         outcomes: list[Outcome[str]] = []
         for entry in entries:
             result = next(added) if isinstance(entry, Job) else entry
+            if isinstance(entry, Job) and isinstance(result, IdempotencyKeyReusedError):
+                result = await self._id_if_repeated(entry, result, feed.input_model)
             outcomes.append(Success(result) if isinstance(result, str) else Failure(result))
         return outcomes
+
+    async def _id_if_repeated(
+        self, job: Job, error: IdempotencyKeyReusedError, input_model: type[BaseModel]
+    ) -> str | IdempotencyKeyReusedError:
+        """The id of the job that has the key of this one, if it asks for the same by today's model; else the error."""
+        await checkpoint()  # a list may have many, and a store in memory does not wait
+        with suppress(JobStoreError):  # the other jobs are stored
+            earlier = await self.store.get(error.job_id)
+            if earlier is not None and is_repetition(job, earlier, input_model):
+                return earlier.job_id
+        return error
 
     def check_accepting(self, model_name: str) -> None:
         """Raise what `submit` would raise for any job now: `NotReadyError`, and what `check_ready` raises."""

@@ -11,6 +11,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 from anyio.abc import TaskStatus
+from pydantic import BaseModel
 
 from modalkit.batching import BatchTimeoutError, Failure, Priority, QueueFullError, SchedulerClosedError, Success
 from modalkit.batching.pending import Withdraw
@@ -19,6 +20,7 @@ from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import NotReadyError
 from modalkit.service.jobs import (
     DeliveryStatus,
+    IdempotencyKeyReusedError,
     Job,
     JobEnd,
     JobFilter,
@@ -146,10 +148,9 @@ async def manager(store: Flaky, clock: FakeClock) -> AsyncIterator[JobManager]:
 class NoFeed:
     """Lets jobs be submitted before a runner is there for them."""
 
-    input_model = AnyInput
-
-    def __init__(self, store: JobStore) -> None:
+    def __init__(self, store: JobStore, input_model: type[BaseModel] = AnyInput) -> None:
         self.add = store.add
+        self.input_model = input_model
 
     def wake(self) -> None: ...
 
@@ -433,6 +434,37 @@ async def test_a_repetition_with_the_same_idempotency_key_does_not_run(manager: 
         await ended(manager, job_ids[0])
         assert runner.running == 0
     assert len(engine.started) == len(set(job_ids)) == 1
+
+
+class Text(BaseModel):
+    text: str
+
+
+class TextWithLanguage(Text):
+    language: str | None = None
+
+
+class TextOfLanguage(Text):
+    language: str
+
+
+async def test_a_repetition_is_known_after_the_input_model_has_got_an_optional_field(
+    manager: JobManager, store: Flaky
+) -> None:
+    feed = NoFeed(store, Text)
+    manager.attach("m", feed)
+    first = await submit(manager, {"text": "a"}, idempotency_key="k")
+    feed.input_model = TextWithLanguage
+    assert await submit(manager, {"text": "a"}, idempotency_key="k") == first
+
+    async def is_refused(message: dict[str, Any]) -> bool:
+        (added,) = await manager.submit([AsyncInputModel(message=message, idempotency_key="k")], model_name="m")
+        return isinstance(added, Failure) and isinstance(added.error, IdempotencyKeyReusedError)
+
+    assert await is_refused({"text": "b"})
+    assert await is_refused({"text": "a", "language": "en"})
+    feed.input_model = TextOfLanguage  # by which the first message is not valid
+    assert await is_refused({"text": "a", "language": "en"})
 
 
 async def test_each_end_is_stored_as_it_was(manager: JobManager) -> None:
