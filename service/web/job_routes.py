@@ -1,6 +1,5 @@
 """The routes that show, cancel, replay and remove jobs."""
 
-import time
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, Literal, get_origin
@@ -110,7 +109,8 @@ def make_job_router(jobs: Jobs) -> APIRouter:
                 "say which jobs to remove: by status, as in ?status=failed, by delivery, by batch_id, or by older_than "
                 "(in seconds)",
             )
-        ended_before = None if older_than is None else time.time() - older_than
+        manager = administration(CANNOT_PURGE)
+        ended_before = None if older_than is None else manager.clock() - older_than
         which = JobFilter(
             statuses=status,
             deliveries=delivery,
@@ -119,7 +119,7 @@ def make_job_router(jobs: Jobs) -> APIRouter:
             ended_before=ended_before,
             owner=caller_of(request).visible_owner,
         )
-        return Purged(purged=await administration(CANNOT_PURGE).purge(which))
+        return Purged(purged=await manager.purge(which))
 
     @router.post("/jobs/replay", summary="Send all undelivered results once more")
     async def replay_jobs(request: Request) -> Replayed:

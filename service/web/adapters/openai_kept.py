@@ -5,7 +5,6 @@ A line of an input file names an endpoint of ours: ``/sync/predict``, whose body
 """
 
 import sqlite3
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import closing
@@ -83,6 +82,7 @@ class KeptBatches:
         self.documents, self.visible_owner = administration.documents, caller.visible_owner
         self._batches, self._gateway, self._caller = administration.batches, gateway, caller
         self._limits, self._parser_of = limits, parser_of
+        self._clock = administration.clock  # which removes documents
 
     async def check_room(self, more_bytes: int) -> None:
         """Raise `ProblemError` where the files would be larger in all than they may, with so many more bytes."""
@@ -101,7 +101,7 @@ class KeptBatches:
                 number, size = number + 1, size + len(part)
                 await self._put(file_id, part, number)
             added = FileObject(
-                id=file_id, bytes=size, created_at=int(time.time()), filename=file.filename or "requests.jsonl"
+                id=file_id, bytes=size, created_at=int(self._clock()), filename=file.filename or "requests.jsonl"
             )
             await self._put(file_id, to_json(added))
         except BaseException:
@@ -177,7 +177,7 @@ class KeptBatches:
         if new.endpoint == EMBEDDINGS and not EMBEDDING.models_of(self._gateway.models):
             raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, "endpoint: there is no model for embeddings")
         batch_id = f"{BATCH}{uuid.uuid4().hex}"
-        record = _Record(new=new, created_at=int(time.time()))
+        record = _Record(new=new, created_at=int(self._clock()))
         with closing(sqlite3.connect("")) as seen:  # in a temporary file, because there may be millions
             seen.execute("CREATE TABLE ids (custom_id TEXT PRIMARY KEY) WITHOUT ROWID")
             async for lines in self._lines(new.input_file_id):
@@ -258,7 +258,7 @@ class KeptBatches:
         """Cancel what has not ended. Raises `ProblemError`."""
         record = await self._record(batch_id)
         if (await self.batch(batch_id)).status == "in_progress":
-            await self._put(batch_id, to_json(record.model_copy(update={"cancelled_at": int(time.time())})))
+            await self._put(batch_id, to_json(record.model_copy(update={"cancelled_at": int(self._clock())})))
             await self._batches.cancel(batch_id, self.visible_owner)
         return await self.batch(batch_id)
 
@@ -328,7 +328,7 @@ class KeptBatches:
         raise ProblemError(HTTPStatus.NOT_FOUND, f"there is no {document_id!r:.100}: it is wrong, or was removed")
 
     async def _put(self, document_id: str, content: bytes, part: int = 0) -> None:
-        await self.documents.put_document(document_id, part, self._caller.owner, content, time.time())
+        await self.documents.put_document(document_id, part, self._caller.owner, content, self._clock())
 
 
 def _request(line: Line, endpoint: str) -> _Request:

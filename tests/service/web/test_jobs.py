@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import time
 from typing import Any
 
 import anyio
@@ -147,6 +148,15 @@ async def test_ended_jobs_are_purged_as_asked_for(client: httpx.AsyncClient) -> 
     assert [found["job_id"] for found in (await client.get("/jobs")).json()["jobs"]] == [good]
     for bad in ("-1", "1e13"):
         assert "older_than" in assert_problem(await client.delete(f"/jobs?older_than={bad}"), 422)["detail"]
+
+
+async def test_the_age_of_an_end_is_told_by_the_clock_that_the_end_was_told_by(settings: Settings) -> None:
+    async with LocalGateway(settings) as gateway:
+        await gateway.wait_until_ready()
+        gateway.jobs.clock = lambda: time.time() - 7200  # the machine's was set forward after the start
+        async with serving(create_app(gateway, owns_gateway=False)) as client:
+            await ended(client, await submit(client, "four"))
+            assert (await client.delete("/jobs?older_than=3600")).json() == {"purged": 0}
 
 
 async def test_metrics_tell_of_models_batches_and_jobs(

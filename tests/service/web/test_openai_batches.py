@@ -249,6 +249,18 @@ async def test_a_batch_whose_results_were_removed_keeps_its_counts(client: httpx
     assert [error.code for error in unseen.errors.data] == ["results_removed"]
 
 
+async def test_files_and_batches_have_the_times_of_the_clock_by_which_they_are_removed(
+    client: httpx.AsyncClient, gateway: LocalGateway
+) -> None:
+    gateway.jobs.clock = lambda: 4_000_000_000.0  # the machine's was set back after the start
+    async with client_of(client) as ask:
+        file_id = await uploaded(ask, request("a", text="four", model="lengths"))
+        batch = await ran(ask, file_id)
+        times = (await ask.files.retrieve(file_id)).created_at, batch.created_at, batch.completed_at
+        assert times == (4_000_000_000,) * 3
+        assert [each.id for each in (await ask.files.list()).data] == [file_id]
+
+
 async def test_stored_files_have_a_limit_in_all(gateway: LocalGateway) -> None:
     limits = RequestConfig(max_stored_file_bytes=2000)
     async with serving(create_app(gateway, limits=limits, owns_gateway=False)) as client, client_of(client) as ask:
