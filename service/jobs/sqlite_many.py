@@ -7,7 +7,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Sequence
 
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.model import DeliveryStatus, Job, JobStatus
@@ -16,6 +16,8 @@ from modalkit.service.jobs.sqlite_rows import PAGE_COLUMNS, job_from_row, micros
 Counts = Counter[JobStatus | DeliveryStatus]
 
 ROWS_PER_STEP = 1000
+ROWS_PER_SEARCH = 100_000
+"""Jobs that are found by one search, which may have to look at all jobs."""
 
 
 def cancel_some(
@@ -62,9 +64,28 @@ def replay_some(
     return replayed
 
 
-def remove_some(database: sqlite3.Connection, counts: Counts, which: str, values: Sequence[object]) -> int:
-    """Remove ended jobs that match the condition `which`; returns how many."""
-    removed = database.execute(sql.REMOVE.format(which=which), (*values, ROWS_PER_STEP)).fetchall()
+def find_purgeable(database: sqlite3.Connection, which: str, values: Sequence[object], last: int) -> list[int]:
+    """Sequence numbers of jobs to `purge` that match the condition `which`, in their order: the first behind `last`."""
+    chosen = f"SELECT seq FROM jobs WHERE {sql.PURGEABLE} AND {which} AND seq > ? ORDER BY seq LIMIT ?"  # noqa: S608  # as above
+    values = (*values, last, ROWS_PER_SEARCH)
+    (text,) = database.execute(f"SELECT json_group_array(seq) FROM ({chosen})", values).fetchone()  # noqa: S608  # as above
+    return list(from_json(text))
+
+
+def purge(
+    database: sqlite3.Connection, counts: Counts, sequences: Sequence[int], which: str, values: Sequence[object]
+) -> int:
+    """Remove those of these jobs that have ended, are not about to be delivered and match `which`; returns how many."""
+    return _remove(database, counts, sql.PURGE.format(which=which), [to_json(sequences).decode(), *values])
+
+
+def remove_old(database: sqlite3.Connection, counts: Counts, before: float) -> int:
+    """Remove jobs that ended before that time and have nothing left to deliver; returns how many."""
+    return _remove(database, counts, sql.REMOVE, [microseconds(before), ROWS_PER_STEP])
+
+
+def _remove(database: sqlite3.Connection, counts: Counts, statement: str, values: Sequence[object]) -> int:
+    removed = database.execute(statement, values).fetchall()
     for status, delivery in removed:
         counts.subtract((JobStatus(status), DeliveryStatus(delivery)))
     return len(removed)

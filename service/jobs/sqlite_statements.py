@@ -129,10 +129,15 @@ REPLAY = """
 """
 REMOVE = """
     DELETE FROM jobs WHERE seq IN (
-        SELECT seq FROM jobs WHERE finished_at IS NOT NULL AND {which} LIMIT ?
+        SELECT seq FROM jobs
+        WHERE finished_at IS NOT NULL AND finished_at < ? AND delivery IN ('none', 'delivered', 'memory') LIMIT ?
     ) RETURNING status, delivery
 """
-REMOVABLE = "finished_at < ? AND delivery IN ('none', 'delivered', 'memory')"
+PURGEABLE = "finished_at IS NOT NULL AND delivery <> 'pending'"
+PURGE = f"""
+    DELETE FROM jobs NOT INDEXED WHERE seq IN (SELECT value FROM json_each(?)) AND {PURGEABLE} AND {{which}}
+    RETURNING status, delivery
+"""  # noqa: S608  # as above
 RETRYABLE = "status IN ('failed', 'expired', 'cancelled') AND delivery <> 'pending'"
 RETRY = """
     UPDATE jobs SET status = 'queued', error = NULL, created_at = ?1, started_at = NULL, finished_at = NULL,

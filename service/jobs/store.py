@@ -15,7 +15,6 @@ from pydantic_core import to_json
 
 from modalkit.service.jobs import sqlite_batches as batches
 from modalkit.service.jobs import sqlite_many as many
-from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreUnavailableError
 from modalkit.service.jobs.model import Job, JobFilter
 from modalkit.service.jobs.sqlite_many import ROWS_PER_STEP
@@ -209,26 +208,36 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         Undelivered ones stay. Many are removed in several steps, so that other calls go on between them; when
         cancelled, some are left.
         """
-        return await self._remove(sql.REMOVABLE, [microseconds(before)])
+        removed = 0
+        while some := await self._remove(partial(many.remove_old, before=before)):
+            removed += some
+        return removed
 
     async def purge(self, which: JobFilter) -> int:
         """Remove ended jobs that match `which`, undelivered ones included, pending ones not; returns how many.
 
-        In several steps, as `remove_finished` does.
+        In several steps, as `remove_finished` does. To find them, all jobs may have to be looked at: that is done by
+        reading, for which no other change waits.
         """
         condition, values = condition_of(which)
-        return await self._remove(f"delivery <> 'pending' AND {condition}", values)
+        removed = last = 0
+        while found := await self._read(partial(many.find_purgeable, which=condition, values=values, last=last)):
+            for start in range(0, len(found), many.ROWS_PER_STEP):
+                some = found[start : start + many.ROWS_PER_STEP]
+                removed += await self._remove(partial(many.purge, sequences=some, which=condition, values=values))
+            last = found[-1]
+        return removed
 
-    async def _remove(self, which: str, values: Sequence[Any]) -> int:
-        def remove(table: JobTable) -> int:
-            removed = many.remove_some(self._database, table.counts, which, values)
+    async def _remove(self, remove: Callable[[sqlite3.Connection, many.Counts], int]) -> int:
+        """Do a step of a removal; returns how many jobs it removed."""
+
+        def remove_some(table: JobTable) -> int:
+            removed = remove(self._database, table.counts)
             table.has_removed |= removed > 0
             return removed
 
-        removed = 0
-        while some := await self._perform(remove):
-            removed += some
-            await checkpoint()  # a step in memory does not wait
+        removed = await self._perform(remove_some)
+        await checkpoint()  # a step in memory does not wait
         return removed
 
     async def check(self) -> None:

@@ -328,7 +328,7 @@ def listed(**fields: Any) -> str:
         (sql.COUNT_PENDING, "sqlite_autoindex_jobs_1"),
         (sql.RECORD_DELIVERIES.format(rows="(1, 1, 1, 1, 1)"), "sqlite_autoindex_jobs_1"),
         (sql.REPLAY.format(which="seq > ?"), "undelivered_jobs"),
-        (sql.REMOVE.format(which=sql.REMOVABLE), "removable_jobs"),
+        (sql.REMOVE, "removable_jobs"),
         (sql.REPLAY.format(which="seq > ? AND owner = ?"), "undelivered_jobs"),
         (f"{SELECT} WHERE idempotency_key = ? AND owner = ?", "idempotency_keys"),
         (listed(owner="a"), "owned_jobs"),
@@ -352,6 +352,30 @@ async def test_what_is_done_again_and_again_costs_the_same_however_many_jobs_the
         assert any(f"INDEX {index}" in step for step in steps), steps
         assert not any(step.startswith("SCAN jobs") and "INDEX" not in step for step in steps), steps
         assert not any("TEMP B-TREE" in step for step in steps), steps
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        JobFilter(ended_before=5.0),
+        JobFilter(statuses=[JobStatus.SUCCEEDED]),
+        JobFilter(deliveries=[DeliveryStatus.NONE], model_name="m"),
+        JobFilter(batch_id="b", owner=""),
+    ],
+)
+async def test_other_changes_wait_for_no_search_of_a_purge(path: Path, which: JobFilter) -> None:
+    async with SqliteJobStore(path) as store:
+        await store.add([replace(new_job(job_id), success_queue=None, batch_id="b", line=1) for job_id in ("a", "b")])
+        await store.claim("m", 1, 2.0)
+        await store.finish([JobEnd(job_id="a", status=JobStatus.SUCCEEDED, result_json="{}", finished_at=3.0)])
+        statements: list[str] = []
+        store._database.set_trace_callback(statements.append)  # noqa: SLF001
+        assert await store.purge(which) == 1
+        store._database.set_trace_callback(None)  # noqa: SLF001
+        removals = [statement for statement in statements if "DELETE" in statement]
+        plans = [store._database.execute(f"EXPLAIN QUERY PLAN {removal}").fetchall() for removal in removals]  # noqa: SLF001
+        assert [str(plan[0][3]) for plan in plans] == ["SEARCH jobs USING INTEGER PRIMARY KEY (rowid=?)"]
+        assert not any("jobs" in str(step[3]) for plan in plans for step in plan[1:]), plans
 
 
 @pytest.mark.parametrize("owner", [None, "a"])
