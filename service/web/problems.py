@@ -153,10 +153,11 @@ def _kind_of(error: Exception) -> type[Exception] | None:
     return next((kind for kind in type(error).__mro__ if kind in _STATUS_OF), None)
 
 
-def error_response(error: Exception) -> Response:
-    """The answer to a request that failed, of the media type ``application/problem+json``."""
+def error_response(error: Exception, **more: str) -> Response:
+    """The answer to a request that failed, of the media type ``application/problem+json``, with `more` members."""
     problem = as_problem(error)
-    return Response(to_json(_content(problem), inf_nan_mode="null"), problem.status, problem.headers, PROBLEM_JSON)
+    content = to_json(_content(problem) | more, inf_nan_mode="null")
+    return Response(content, problem.status, problem.headers, PROBLEM_JSON)
 
 
 def problem_json(error: Exception) -> bytes:

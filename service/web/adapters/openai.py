@@ -1,13 +1,15 @@
 """OpenAI's routes: ``/v1/models``, ``/v1/files`` and ``/v1/batches``."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import cache, partial
 from http import HTTPStatus
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import StreamingResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartParser
 
@@ -28,7 +30,7 @@ from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS
 from modalkit.service.web.auth import caller_of
 from modalkit.service.web.bodies import BodyParser, check_encoding, read_as
 from modalkit.service.web.job_routes import CANNOT_LIST, administration_of, refuse_unknown_query
-from modalkit.service.web.problems import ProblemError
+from modalkit.service.web.problems import KNOWN_ERRORS, ProblemError, as_problem, error_response, invalid
 
 _UPLOAD_SCHEMA = {
     "type": "object",
@@ -45,9 +47,27 @@ Limit = Annotated[int, Query(ge=1, le=100, description="How many at most.")]
 After = Annotated[str | None, Query(description="The id of the last one that was seen.")]
 
 
+class _Route(APIRoute):
+    """Repeats the detail of a problem as `message`, which is all that OpenAI's client shows of it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                problem = invalid(error.errors())
+            except KNOWN_ERRORS as error:
+                problem = as_problem(error)
+            return error_response(problem, message=problem.detail)
+
+        return answer
+
+
 def make_models_router(models: Mapping[str, Model]) -> APIRouter:
     """The routes that show `models`."""
-    router = APIRouter(tags=["OpenAI"], responses=PROBLEM_ANSWERS)
+    router = APIRouter(tags=["OpenAI"], route_class=_Route, responses=PROBLEM_ANSWERS)
     created = int(time.time())
 
     @router.get("/v1/models", summary="List the models")
@@ -63,7 +83,12 @@ def make_models_router(models: Mapping[str, Model]) -> APIRouter:
 
 def make_batches_router(gateway: Gateway, admission: Admission) -> APIRouter:
     """The routes over the jobs of `gateway`."""
-    router = APIRouter(tags=["OpenAI"], dependencies=[Depends(refuse_unknown_query)], responses=PROBLEM_ANSWERS)
+    router = APIRouter(
+        tags=["OpenAI"],
+        route_class=_Route,
+        dependencies=[Depends(refuse_unknown_query)],
+        responses=PROBLEM_ANSWERS,
+    )
 
     limits, parser_of = admission.limits, cache(partial(BodyParser, admission=admission))
 

@@ -137,6 +137,18 @@ async def test_a_file_with_a_wrong_line_runs_nothing(client: httpx.AsyncClient) 
     assert (await client.get("/jobs")).json()["jobs"] == []
 
 
+async def test_the_client_shows_why_a_request_fails(client: httpx.AsyncClient) -> None:
+    async with client_of(client) as ask:
+        with pytest.raises(openai.NotFoundError, match="there is no 'file-none': it is wrong, or was removed"):
+            await ask.files.retrieve("file-none")
+        with pytest.raises(openai.UnprocessableEntityError, match="limit: Input should be less than or equal to 100"):
+            await ask.batches.list(limit=1000)
+        with pytest.raises(openai.UnprocessableEntityError, match="endpoint: "):
+            await ran(ask, "file-none", "/v1/responses")
+        with pytest.raises(openai.NotFoundError, match="'none'"):
+            await ask.models.retrieve("none")
+
+
 async def test_a_batch_is_cancelled(client: httpx.AsyncClient, gateway: LocalGateway) -> None:
     worker = gateway.models["lengths"].worker
     assert worker is not None
@@ -203,9 +215,16 @@ async def test_a_batch_that_cannot_be_submitted_whole_runs_nothing(
 
 
 async def test_files_and_batches_belong_to_the_key_that_made_them(settings: Settings) -> None:
-    async with serving_keys(settings) as client, client_of(client, "s") as shop, client_of(client, "b") as blog:
+    async with (
+        serving_keys(settings) as client,
+        client_of(client, "s") as shop,
+        client_of(client, "b") as blog,
+        client_of(client, "wrong") as wrong,
+    ):
         file_id = await uploaded(shop, request("a", text="x"))
         batch = await ran(shop, file_id)
+        with pytest.raises(openai.AuthenticationError, match="API key"):
+            await wrong.batches.list()
         for ask in (blog.files.retrieve(file_id), blog.batches.retrieve(batch.id), blog.files.content(file_id)):
             with pytest.raises(openai.NotFoundError):
                 await ask
