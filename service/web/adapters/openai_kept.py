@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 import anyio
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 from starlette.datastructures import UploadFile
 
@@ -35,7 +35,7 @@ from modalkit.service.web.adapters.tasks import EMBEDDING
 from modalkit.service.web.auth import Caller
 from modalkit.service.web.bodies import BodyParser
 from modalkit.service.web.lines import Line, lines_of
-from modalkit.service.web.problems import ProblemError, as_problem
+from modalkit.service.web.problems import ProblemError, as_problem, invalid
 
 PART_BYTES = 2**20
 WINDOW_S = 86_400
@@ -116,7 +116,7 @@ class KeptBatches:
         if batch is None:
             return FileObject.model_validate_json(await self._read(FILE, file_id))
         size = sum([len(part) async for part in self.content(file_id)])
-        created_at = batch.completed_at or batch.created_at
+        created_at = batch.completed_at or batch.expired_at or batch.created_at
         name = f"{file_id}.jsonl"
         return FileObject(id=file_id, bytes=size, created_at=created_at, filename=name, purpose="batch_output")
 
@@ -134,7 +134,10 @@ class KeptBatches:
         return None
 
     async def remove_file(self, file_id: str) -> None:
-        """Remove an uploaded file; those of results go with their jobs."""
+        """Remove an uploaded file; those of results go with their jobs. Raises `ProblemError`."""
+        if (batch := await self._batch_of(file_id)) is not None:
+            detail = f"{file_id} is made of the results of a batch: remove these by DELETE /batches/{batch.id}"
+            raise ProblemError(HTTPStatus.CONFLICT, detail)
         await self._read(FILE, file_id)
         await self.documents.remove_document(file_id)
 
@@ -241,8 +244,10 @@ class KeptBatches:
         changes["error_file_id"] = f"{ERRORS}{ending}" if failed or counts.get(JobStatus.CANCELLED) else None
         if counts.get(JobStatus.CANCELLED):
             changes |= {"status": "cancelled", "cancelled_at": ended_at}
+        elif expired:
+            changes |= {"status": "expired", "expired_at": ended_at}
         else:
-            changes |= {"status": "expired" if expired else "completed", "completed_at": ended_at}
+            changes |= {"status": "completed", "completed_at": ended_at}
         if removed and record.ended is not None:
             files = {name: changes[name] for name in ("output_file_id", "error_file_id")}
             return record.ended.model_copy(update=files)
@@ -337,9 +342,10 @@ def _request(line: Line, endpoint: str) -> _Request:
         raise line.content.with_traceback(None)  # many lines may share one error
     try:
         asked = _Request.model_validate(from_json(line.content))
-    except ValueError:
-        detail = f"must be a JSON object with custom_id, method (POST), url ({endpoint}) and body (an object)"
-        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail) from None
+    except ValidationError as error:
+        raise invalid(error.errors(include_url=False), _Request) from None
+    except ValueError as error:
+        raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"is not JSON: {error}; correct it there") from None
     if asked.url != endpoint:
         raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"url: must be that of the batch, {endpoint}")
     return asked

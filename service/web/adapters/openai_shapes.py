@@ -88,6 +88,7 @@ class BatchObject(NewBatch):
     in_progress_at: int | None = None
     expires_at: int
     completed_at: int | None = None
+    expired_at: int | None = None
     failed_at: int | None = None
     cancelling_at: int | None = None
     cancelled_at: int | None = None

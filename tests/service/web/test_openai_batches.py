@@ -137,6 +137,25 @@ async def test_a_file_with_a_wrong_line_runs_nothing(client: httpx.AsyncClient) 
     assert (await client.get("/jobs")).json()["jobs"] == []
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            b'\xef\xbb\xbf{"custom_id": "a", "url": "/sync/predict", "body": {}}',
+            "is not JSON: expected value at line 1 column 1",
+        ),
+        (b'{"custom_id": 1, "url": "/sync/predict", "body": {}}', "custom_id: must be a text, a JSON string"),
+        (b'{"url": "/sync/predict", "body": []}', "custom_id: is missing: add it; body: must be a JSON object"),
+        (b'{"custom_id": "a", "url": "/predict", "body": {}}', "url: must be that of the batch, /sync/predict"),
+    ],
+)
+async def test_an_error_tells_what_is_wrong_with_its_line(client: httpx.AsyncClient, line: bytes, message: str) -> None:
+    async with client_of(client) as ask:
+        file = await ask.files.create(file=("requests.jsonl", line), purpose="batch")
+        (error,) = (await ran(ask, file.id)).errors.data
+        assert error.message.startswith(message)
+
+
 async def test_the_client_shows_why_a_request_fails(client: httpx.AsyncClient) -> None:
     async with client_of(client) as ask:
         with pytest.raises(openai.NotFoundError, match="there is no 'file-none': it is wrong, or was removed"):
@@ -147,6 +166,33 @@ async def test_the_client_shows_why_a_request_fails(client: httpx.AsyncClient) -
             await ran(ask, "file-none", "/v1/responses")
         with pytest.raises(openai.NotFoundError, match="'none'"):
             await ask.models.retrieve("none")
+
+
+async def test_files_of_results_go_with_the_jobs_of_their_batch(client: httpx.AsyncClient) -> None:
+    async with client_of(client) as ask:
+        batch = await ran(ask, await uploaded(ask, request("a", text="four", model="lengths"), request("b", text=7)))
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            with pytest.raises(openai.ConflictError, match=f"remove these by DELETE /batches/{batch.id}"):
+                await ask.files.delete(file_id)
+
+
+async def test_a_batch_whose_requests_expired_says_when(client: httpx.AsyncClient, gateway: LocalGateway) -> None:
+    worker = gateway.models["lengths"].worker
+    assert worker is not None
+    assert isinstance(worker.pipeline, LengthPipeline)
+    worker.pipeline.gate.clear()
+    async with client_of(client) as ask:
+        file_id = await uploaded(ask, request("a", text="x", model="lengths"))
+        batch = await ask.batches.create(input_file_id=file_id, endpoint="/sync/predict", completion_window="24h")  # type: ignore[arg-type]  # an endpoint of ours
+        ended_at = batch.created_at + 90_000
+        gateway.jobs.clock = lambda: float(ended_at)
+        with anyio.fail_after(60):
+            while batch.status == "in_progress":
+                await anyio.sleep(0.01)
+                batch = await ask.batches.retrieve(batch.id)
+        assert (batch.status, batch.expired_at, batch.completed_at) == ("expired", ended_at, None)
+        assert (await content_of(ask, batch.error_file_id))["a"]["error"]["code"] == "expired"
+    worker.pipeline.gate.set()
 
 
 async def test_a_batch_is_cancelled(client: httpx.AsyncClient, gateway: LocalGateway) -> None:
