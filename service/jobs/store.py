@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 _REMEDIES = {
     "SQLITE_TOOBIG": "submit smaller items",
-    "SQLITE_FULL": "free some space on its disk",
+    "SQLITE_FULL": "free some space on its disk, at least 32 MiB",  # to copy a log of 16 MiB
     "SQLITE_BUSY": "close the other program that has it open for writing",
     "SQLITE_READONLY": "make the file and its folder writable",
 }
