@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from time import time
 
 from prometheus_client import PlatformCollector, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
@@ -39,7 +38,7 @@ async def own_exposition(gateway: Gateway, admission: Admission | None = None) -
     if (administration := gateway.jobs.administration) is not None:
         is_up = GaugeMetricFamily("modalkit_job_store_up", "0 where the job store cannot be read.")
         try:
-            metrics += _of_jobs(await administration.counts())
+            metrics += _of_jobs(await administration.counts(), administration.clock())
             is_up.add_metric([], 1)
         except JobStoreError:
             is_up.add_metric([], 0)
@@ -137,7 +136,7 @@ def _of_bodies(admission: Admission) -> Iterator[Metric]:
     )
 
 
-def _of_jobs(counts: JobCounts) -> Iterator[Metric]:
+def _of_jobs(counts: JobCounts, now: float) -> Iterator[Metric]:
     jobs = GaugeMetricFamily("modalkit_jobs", "Stored jobs by state.", labels=["status"])
     for status, count in counts.statuses.items():
         jobs.add_metric([status], count)
@@ -148,5 +147,5 @@ def _of_jobs(counts: JobCounts) -> Iterator[Metric]:
         "modalkit_oldest_queued_job_seconds", "Seconds since the oldest queued job was accepted.", labels=["model"]
     )
     for model, created_at in counts.oldest_queued_at.items():
-        oldest.add_metric([model], max(0.0, time() - created_at))
+        oldest.add_metric([model], max(0.0, now - created_at))
     yield from (jobs, deliveries, oldest)

@@ -16,6 +16,7 @@ from modalkit.service.jobs.model import new_job_id
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import Settings
 from modalkit.service.web import create_app
+from modalkit.service.web.metrics import own_exposition
 from tests.support.http_client import ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import POISON, LengthPipeline
@@ -144,6 +145,13 @@ async def test_the_age_of_the_oldest_queued_job_is_told_by_model() -> None:
         assert (await store.counts()).oldest_queued_at == {"a": 50.0, "b": 70.0}, "the first of each, in their order"
         await store.claim("b", 10, 80.0)
         assert (await store.counts()).oldest_queued_at == {"a": 50.0}
+
+
+async def test_the_age_of_the_oldest_queued_job_is_told_by_the_clock_of_jobs(settings: Settings) -> None:
+    async with LocalGateway(settings) as gateway:
+        gateway.jobs.clock = lambda: 1050.0
+        await gateway.jobs.store.add([Job(job_id="a", model_name="none", message_json="{}", created_at=1000.0)])
+        assert 'modalkit_oldest_queued_job_seconds{model="none"} 50.0' in await own_exposition(gateway)
 
 
 async def test_ended_jobs_and_deliveries_are_measured(client: httpx.AsyncClient) -> None:
