@@ -16,6 +16,8 @@ from modalkit.service.jobs.sqlite_rows import PAGE_COLUMNS, job_from_row, micros
 Counts = Counter[JobStatus | DeliveryStatus]
 
 ROWS_PER_STEP = 1000
+PARTS_PER_STEP = 4
+"""Parts of documents, mostly of a MiB, that are removed in one step, which may write all their pages."""
 ROWS_PER_SEARCH = 100_000
 """Jobs that are found by one search, which may have to look at all jobs."""
 
@@ -104,9 +106,11 @@ def put_document(
     )
 
 
-def remove_documents(database: sqlite3.Connection, which: str, values: Sequence[object]) -> int:
-    """Remove the documents that match the condition `which`; returns how many parts."""
-    return database.execute(f"DELETE FROM documents WHERE {which}", values).rowcount  # noqa: S608  # as above
+def remove_parts(database: sqlite3.Connection, which: str, values: Sequence[object]) -> int:
+    """Remove some parts of the documents that match the condition `which`, their first ones first; returns how many."""
+    chosen = f"SELECT document_id, part FROM documents WHERE {which} ORDER BY part LIMIT ?"  # noqa: S608  # as above
+    removal = f"DELETE FROM documents WHERE (document_id, part) IN ({chosen})"  # noqa: S608  # as above
+    return database.execute(removal, (*values, PARTS_PER_STEP)).rowcount
 
 
 def document_part(database: sqlite3.Connection, document_id: str, part: int, owner: str | None) -> bytes | None:

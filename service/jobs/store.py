@@ -264,12 +264,16 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         await self._perform(lambda _: many.put_document(self._database, document_id, part, owner, content, now))
 
     async def remove_document(self, document_id: str) -> None:
-        """Remove a document with all its parts."""
-        await self._perform(lambda _: many.remove_documents(self._database, "document_id = ?", [document_id]))
+        """Remove a document with all its parts, the first one first, in several steps."""
+        await self._remove_parts("document_id = ?", [document_id])
 
     async def remove_old_documents(self, before: float) -> None:
-        """Remove documents of which a part was stored before that time."""
-        await self._perform(lambda _: many.remove_documents(self._database, "created_at < ?", [microseconds(before)]))
+        """Remove documents of which a part was stored before that time, in several steps."""
+        await self._remove_parts("created_at < ?", [microseconds(before)])
+
+    async def _remove_parts(self, which: str, values: Sequence[Any]) -> None:
+        while await self._perform(lambda _: many.remove_parts(self._database, which, values)):
+            await checkpoint()  # a step in memory does not wait
 
     def _transaction(self, operations: list[Operation]) -> list[Any]:
         """Run the operations in one transaction; returns each one's result or error, or the commit's for all."""

@@ -747,6 +747,21 @@ async def test_a_document_keeps_its_owner_and_its_age_when_another_changes_it(st
     assert await store.document_part("d", 0, None) is None
 
 
+@pytest.mark.parametrize("is_old", [False, True])
+async def test_a_document_of_many_parts_is_removed_in_steps(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, is_old: bool
+) -> None:
+    """Else jobs would wait for seconds while a file of 200 MiB is removed."""
+    monkeypatch.setattr(sqlite_many, "PARTS_PER_STEP", 2)
+    for part in range(5):
+        await store.put_document("d", part, "", b"x", 1.0)
+    await store.put_document("other", 0, "", b"x", 3.0)
+    commits = store.commits
+    await (store.remove_old_documents(2.0) if is_old else store.remove_document("d"))
+    assert store.commits == commits + 4, "two parts, two, one, none"
+    assert (await store.documents_bytes(), await store.document_ids("", None)) == (1, ["other"])
+
+
 async def test_a_job_has_as_long_to_its_end_at_each_retry(store: JobStore) -> None:
     await store.add([new_job("a", created_at=1.0, expires_at=11.0)])
     for now in (100.0, 200.0):
