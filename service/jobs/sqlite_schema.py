@@ -105,6 +105,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA synchronous = FULL")
         database.execute("PRAGMA fullfsync = ON")  # on macOS, where a plain one leaves the data in the drive's cache
         database.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        database.execute("PRAGMA secure_delete = FAST")  # Debian's default writes all that is removed once more
         database.execute("PRAGMA busy_timeout = 5000")
         database.execute(f"PRAGMA cache_size = -{CACHE_BYTES // 1024}")
         if is_new:

@@ -273,6 +273,16 @@ async def test_the_file_is_safe_to_read_meanwhile_and_shrinks_when_jobs_are_remo
         reader.close()
 
 
+async def test_what_is_removed_is_not_written_once_more(path: Path) -> None:
+    """As SQLite does where it was compiled to overwrite it: other changes would wait for seconds."""
+    async with SqliteJobStore(path) as store:
+        await store.add([new_job("a", "x" * 2**23)])
+        await store.cancel("a", 2.0)
+        store._database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # noqa: SLF001
+        assert await store.remove_finished(3.0) == 1
+        assert Path(f"{path}-wal").stat().st_size < 2**20
+
+
 async def test_jobs_are_removed_also_where_their_space_cannot_be_given_back(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
