@@ -16,6 +16,9 @@ CHECKPOINT_PAGES = 4000
 A page is copied once, however often it was written, and each copying waits for the disk.
 """
 
+LOG_BYTES = 64 * 2**20
+"""Bytes of the disk that the write-ahead log keeps: a long reading, as for a backup, makes it larger for a while."""
+
 VERSION = 7
 """The version of the tables. A database of another one is refused."""
 
@@ -106,6 +109,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA fullfsync = ON")  # on macOS, where a plain one leaves the data in the drive's cache
         database.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         database.execute("PRAGMA secure_delete = FAST")  # Debian's default writes all that is removed once more
+        database.execute(f"PRAGMA journal_size_limit = {LOG_BYTES}")
         database.execute("PRAGMA busy_timeout = 5000")
         database.execute(f"PRAGMA cache_size = -{CACHE_BYTES // 1024}")
         if is_new:

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from modalkit.service.jobs import (
     JobStoreUnavailableError,
     Recovery,
     SqliteJobStore,
+    sqlite_schema,
 )
 from modalkit.service.jobs import sqlite_statements as sql
 from modalkit.service.jobs.sqlite_rows import NEXT_OLDEST, SELECT, condition_of
@@ -271,6 +273,24 @@ async def test_the_file_is_safe_to_read_meanwhile_and_shrinks_when_jobs_are_remo
         assert await store.remove_finished(4.0) == 3000
         assert reader.execute("PRAGMA page_count").fetchone()[0] < pages / 4
         reader.close()
+
+
+async def test_the_log_that_a_long_reading_has_made_large_gets_small_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite_schema, "CHECKPOINT_PAGES", 100)
+    monkeypatch.setattr(sqlite_schema, "LOG_BYTES", 2**20)
+    log = Path(f"{path}-wal")
+    async with SqliteJobStore(path) as store:
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN")
+            other.execute("SELECT count(*) FROM jobs").fetchone()
+            for n in range(5):
+                await store.add([new_job(f"{n}", "x" * 2**20)])
+            assert log.stat().st_size > 5 * 2**20
+        for n in range(5, 8):
+            await store.add([new_job(f"{n}")])
+        assert log.stat().st_size <= 2**20
 
 
 async def test_what_is_removed_is_not_written_once_more(path: Path) -> None:
