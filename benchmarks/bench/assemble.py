@@ -132,6 +132,8 @@ class Options:
         if self.label is not None and self.input_path is None:
             raise OptionError("--label names a column of --input FILE")
         self.variants()
+        if not self.is_called:
+            self.endpoint(self.target if self.is_url else "http://127.0.0.1")
 
     def variants(self) -> list[Variant]:
         """Each combination of the values of each sweep, as ``max_batch_size=8,32``. Raises `OptionError`.

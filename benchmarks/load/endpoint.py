@@ -16,12 +16,12 @@ LINES = "application/x-ndjson"
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A URL that takes items by POST requests."""
+    """A URL that takes items by POST requests. Raises `OptionError` for a template of one item where lists are sent."""
 
     url: str
     body: Any = "$item"
     """A JSON template. ``$item`` is the item, ``$NAME`` its field NAME, ``$count`` the number of items, and
-    ``{"$each": part}`` the list of the parts of all items."""
+    ``{"$each": part}`` the list of the parts of all items. Lists need one of these."""
     answer: str | None = None
     """The path of an item's label in the answer, as ``data.0.label``; ``*`` stands for each item of a list."""
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -30,6 +30,14 @@ class Endpoint:
     content_type: str = "application/json"
     error_mark: bytes = b""
     """What the answer to a list has once for each item that failed."""
+
+    def __post_init__(self) -> None:
+        if self.list_length > 1 and self.content_type != LINES and not _has_each(self.body):
+            example = '{"inputs": {"$each": "$text"}}'
+            raise OptionError(
+                f"this --body sends one item, not the {self.list_length} of a request: name the list of all, as "
+                f"{example}, or give --list-length 1"
+            )
 
     def requests(self, items: Sequence[Item]) -> list[bytes]:
         """The HTTP requests for the items, in lists of `list_length` that begin again where the items end."""
@@ -74,6 +82,12 @@ class Endpoint:
         except ValueError:
             return [None] * self.list_length
         return [_text(label) for label in value] if isinstance(value, list) else [_text(value)]
+
+
+def _has_each(template: Any) -> bool:
+    if isinstance(template, Mapping):
+        return set(template) == {"$each"} or any(map(_has_each, template.values()))
+    return isinstance(template, list) and any(map(_has_each, template))
 
 
 def filled(template: Any, items: Sequence[Item]) -> Any:

@@ -169,6 +169,8 @@ def test_jobs_are_followed_to_their_delivery(bench: Bench, results: ResultsOf, q
         (["--as", "torchserve"], "--as 'torchserve'"),
         (["--mode", "telepathy"], "--mode 'telepathy'"),
         (["http://127.0.0.1:1", "--body", "{text}"], "--body is not JSON"),
+        (["http://127.0.0.1:1/x", "--mode", "batch"], "this --body sends one item, not the 32 of a request"),
+        (["http://127.0.0.1:1", "--body", '"$item"', "--list-length", "8"], "sends one item, not the 8"),
         (["http://127.0.0.1:1", "--header", "x"], "--header 'x': give NAME: VALUE"),
         (["http://127.0.0.1:1"], "the first request failed: ConnectError"),
         (["http://127.0.0.1:1", "--clients", "many"], "--clients 'many'"),

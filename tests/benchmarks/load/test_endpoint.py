@@ -37,6 +37,11 @@ def test_a_field_that_an_item_has_not_is_named() -> None:
         Endpoint("http://h/", {"inputs": "$prompt"}).requests(ITEMS)
 
 
+def test_a_template_of_one_item_is_refused_for_lists() -> None:
+    with pytest.raises(BenchError, match="sends one item, not the 3 of a request"):
+        Endpoint("http://h/", {"inputs": "$text"}, list_length=3)
+
+
 @pytest.mark.parametrize(
     ("kind", "length", "path", "body", "answer", "labels"),
     [
