@@ -65,6 +65,7 @@ class Cell:
     """``items_per_s``, latencies of requests as ``p50_ms``, and of jobs ``delivered_per_s`` and ``delivery_p99_ms``."""
     answered: int
     errors: Mapping[str, int]
+    """Items without a result, by the reason."""
     accuracy: float | None
     limited: list[str]
     """Why the generator was the limit."""

@@ -13,6 +13,8 @@ from modalkit.benchmarks.load.worker_process import PartResult
 
 BUSY_CPU_SHARE = 0.9
 """A process of the generator that uses more of its core may have been what limited the throughput."""
+ITEM_FAILED = "an error in place of the result"
+"""The reason of items that failed in a list that was answered."""
 MAX_LATE_S = 0.005
 MAX_LATE_SHARE = 0.1
 """Requests of an open loop may be late by 5 ms, or by a tenth of the latency, in 99 of 100 cases."""
@@ -27,7 +29,7 @@ class Measured:
     answered: int
     """Items."""
     errors: Mapping[str, int]
-    """Requests without an answer, by the reason."""
+    """Items without a result, by the reason; all of a request that failed."""
     elapsed_s: float
     due_per_s: float
     """Requests that came due; those of a closed loop, that ended."""
@@ -84,8 +86,11 @@ def measured_of(results: Sequence[PartResult], load: Load, *, begin_s: float, en
     for result in results:
         part_due_s, _, part_ended_s = result.times_s
         at_s = part_due_s if load.is_open else part_ended_s
-        failed = (result.answered < 0) & (begin_s <= at_s) & (at_s <= end_s)
-        reasons.update(result.reasons[-1 - code] for code in result.answered[failed].tolist())
+        answered_here = result.answered[(begin_s <= at_s) & (at_s <= end_s)]
+        for code, requests in zip(*np.unique(answered_here, return_counts=True), strict=True):
+            missing = int(requests) * (result.list_length if code < 0 else result.list_length - int(code))
+            if missing > 0:
+                reasons[result.reasons[-1 - code] if code < 0 else ITEM_FAILED] += missing
     is_good = answered >= 0
     elapsed_s = max(end_s - begin_s, 1e-9)
     order = np.argsort(ended_s)
@@ -98,7 +103,7 @@ def measured_of(results: Sequence[PartResult], load: Load, *, begin_s: float, en
         items_per_s=items / elapsed_s,
         requests_per_s=int((is_counted & is_good).sum()) / elapsed_s,
         answered=items,
-        errors=dict(reasons),
+        errors=dict(reasons.most_common()),
         elapsed_s=elapsed_s,
         due_per_s=int(is_sample.sum()) / elapsed_s,
         latencies_s=latencies_s,

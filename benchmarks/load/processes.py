@@ -22,7 +22,7 @@ from modalkit.benchmarks.load.spawned import spawned
 from modalkit.benchmarks.load.worker_process import GO, STOP, CallTarget, Part, PartResult, run_part
 
 OnProgress = Callable[[float, int, int], object]
-"""Called with the seconds since the begin, the items answered and the requests that failed."""
+"""Called with the seconds since the begin, the items answered and those that failed."""
 
 END_S = 10.0
 """That the processes have, beyond the time of their requests, to send what they measured."""

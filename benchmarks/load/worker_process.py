@@ -60,6 +60,8 @@ class PartResult:
     reasons: list[str]
     cpu_share: float
     """Of one core, that the process used while it sent."""
+    list_length: int = 1
+    """Items of a request."""
     kept: Sequence[Any] = ()
     """What the call kept: `HttpCaller` the bodies of answers, `ItemCall` the records of batches."""
     setup: Any = None
@@ -96,14 +98,15 @@ async def _run(part: Part, pipe: Connection) -> None:
         await go.wait()
         gc.collect()
         gc.freeze()
-        telling = asyncio.create_task(_tell(samples, pipe))
+        list_length = getattr(part.target, "list_length", 1)  # what is not HTTP takes single items
+        telling = asyncio.create_task(_tell(samples, list_length, pipe))
         began_s, cpu_s = time.perf_counter(), time.process_time()
         await _send(part, call, samples, stop)
         cpu_share = (time.process_time() - cpu_s) / (time.perf_counter() - began_s)
         telling.cancel()
         times_s, answered, reasons = samples.columns()
         kept, setup = getattr(call, "kept", ()), getattr(call, "setup", None)
-        pipe.send(PartResult(times_s, answered, reasons, cpu_share, kept, setup))
+        pipe.send(PartResult(times_s, answered, reasons, cpu_share, list_length, kept, setup))
 
 
 async def _send(part: Part, call: Call, samples: Samples, stop: asyncio.Event) -> None:
@@ -115,15 +118,15 @@ async def _send(part: Part, call: Call, samples: Samples, stop: asyncio.Event) -
         await closed_loop(call, iter(part.indices()), part.clients(), samples, stop)
 
 
-async def _tell(samples: Samples, pipe: Connection) -> None:
-    """Tell now and then how many items were answered and how many requests failed, for ever."""
+async def _tell(samples: Samples, list_length: int, pipe: Connection) -> None:
+    """Tell now and then how many items were answered and how many failed, for ever."""
     counted = answered = failed = 0
     while True:
         await asyncio.sleep(TELL_EVERY_S)
         new: Any = samples.answered[counted:]
         counted += len(new)
-        answered += sum(count for count in new if count >= 0)
-        failed += sum(count < 0 for count in new)
+        answered += (found := sum(count for count in new if count >= 0))
+        failed += list_length * len(new) - found
         pipe.send((answered, failed))
 
 

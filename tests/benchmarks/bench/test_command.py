@@ -62,6 +62,16 @@ def test_a_stream_is_counted_by_its_items(bench: Bench, service: str, results: R
     assert cell["answered"] % 5 == 0
 
 
+def test_items_that_fail_in_a_list_are_counted_and_told(
+    bench: Bench, service: str, results: ResultsOf, folder: Path
+) -> None:
+    (folder / "some.jsonl").write_text('{"text": "good"}\n{"text": "poison"}\n{"text": "fine"}\n')
+    done = bench(service, "--key", "secret", "--mode", "batch", "--list-length", "3", "-i", "some.jsonl")
+    (cell,) = results()["cells"]
+    assert cell["answered"] == 2 * cell["errors"]["an error in place of the result"] > 0
+    assert "x an error in place of the result" in done.output
+
+
 def test_settings_are_changed_while_a_service_runs_and_changed_back(
     bench: Bench, service: str, results: ResultsOf
 ) -> None:

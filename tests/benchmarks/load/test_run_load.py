@@ -98,7 +98,13 @@ def test_labels_show_a_server_that_answers_wrong(server: str) -> None:
 def test_items_that_fail_in_a_list_are_no_answers(server: str) -> None:
     endpoint = Endpoint(f"{server}/echo", {"$each": "$item"}, list_length=3, error_mark=b'"b"')
     found = run_load(endpoint, ITEMS, Load(clients=1, requests=2, processes=1))
-    assert found.answered == 4
+    assert (found.answered, found.errors) == (4, {"an error in place of the result": 2})
+    assert found.requests_per_s * found.elapsed_s == pytest.approx(2)
+
+
+def test_all_items_of_a_list_fail_with_its_request(server: str) -> None:
+    endpoint = Endpoint(f"{server}/503", {"$each": "$item"}, list_length=3)
+    assert run_load(endpoint, ITEMS, Load(clients=1, requests=2, processes=1)).errors == {"HTTP 503": 6}
 
 
 def test_an_address_without_a_server_is_no_measurement() -> None:
