@@ -86,8 +86,10 @@ def measured_of(results: Sequence[PartResult], load: Load, *, begin_s: float, en
     for result in results:
         part_due_s, _, part_ended_s = result.times_s
         at_s = part_due_s if load.is_open else part_ended_s
-        answered_here = result.answered[(begin_s <= at_s) & (at_s <= end_s)]
-        for code, requests in zip(*np.unique(answered_here, return_counts=True), strict=True):
+        is_here = (begin_s <= at_s) & (at_s <= end_s)
+        if not load.is_open:  # what failed later was under way in that time
+            is_here |= (result.answered < 0) & (part_due_s <= end_s) & (part_ended_s > end_s)
+        for code, requests in zip(*np.unique(result.answered[is_here], return_counts=True), strict=True):
             missing = int(requests) * (result.list_length if code < 0 else result.list_length - int(code))
             if missing > 0:
                 reasons[result.reasons[-1 - code] if code < 0 else ITEM_FAILED] += missing
