@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modalkit.benchmarks.bench.results import name_of
+from modalkit.benchmarks.bench.results import MAX_FAILED_SHARE, failed_share, name_of
 
-LOWER_IS_BETTER = ("mean_ms", "p50_ms", "p99_ms", "delivery_p99_ms", "cost_per_million")
+LOWER_IS_BETTER = ("mean_ms", "p50_ms", "p95_ms", "p99_ms", "delivery_p50_ms", "delivery_p99_ms", "cost_per_million")
 HIGHER_IS_BETTER = ("items_per_s", "delivered_per_s", "accuracy")
 TOLERANCE = 0.1
 
@@ -40,12 +40,17 @@ def _verdicts(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: floa
         old = old_cells.get(name_of(cell))
         if old is None:
             continue
+        what = name_of(cell) + _change(_engine(cell), _engine(old))
         for name in (*HIGHER_IS_BETTER, *LOWER_IS_BETTER):
             new_figure, old_figure = _figure(cell, name), _figure(old, name)
             if new_figure and old_figure:
                 verdict = verdict_of(new_figure, old_figure, tolerance, higher=name in HIGHER_IS_BETTER)
-                what = name_of(cell) + _change(_engine(cell), _engine(old))
                 yield Verdict(what, name, old_figure["mean"], new_figure["mean"], verdict)
+        before_share, share = failed_share(old), failed_share(cell)
+        if before_share or share:
+            is_same = abs(share - before_share) <= MAX_FAILED_SHARE
+            verdict = "same" if is_same else "worse" if share > before_share else "better"
+            yield Verdict(what, "share of items that failed", before_share, share, verdict)
     old_searches = {_search_name(search): search for search in before["searches"]}
     for search in now["searches"]:
         other = old_searches.get(_search_name(search))

@@ -26,6 +26,8 @@ FORMAT = 1
 CURVE_SHARES = (0, 0.01, 0.05, *(round(0.1 * step, 1) for step in range(1, 10)), 0.95, 0.98, 0.99, 0.995, 0.999, 1)
 TIMELINE_POINTS = 60
 TIMELINE_STEP_S = 0.5
+MAX_FAILED_SHARE = 0.01
+"""Items that may fail where a latency, or a rate that is kept up with, counts."""
 PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "uvicorn", "uvloop", "numpy")
 # Quantiles of Student's t for 95 %, by the number of runs less one; beyond, that of the normal distribution.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
@@ -152,6 +154,13 @@ def name_of(cell: Cell | Mapping[str, Any]) -> str:
     found = cell if isinstance(cell, Mapping) else {name: getattr(cell, name) for name in ("variant", "load", "mode")}
     variant = variant_name(found["variant"])
     return f"{variant + ', ' if found['variant'] else ''}{found['mode']}, {found['load']}"
+
+
+def failed_share(cell: Mapping[str, Any]) -> float:
+    """The share of items without a result; 0 where nothing was sent."""
+    answered: int = cell["answered"]
+    failed: int = sum(cell["errors"].values())
+    return failed / max(1, answered + failed)
 
 
 def variant_name(variant: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from modalkit.benchmarks.bench.results import Cell
+from modalkit.benchmarks.bench.results import MAX_FAILED_SHARE, Cell
 from modalkit.benchmarks.load import Load
 
 FIRST_CLIENTS = 8
@@ -17,8 +17,6 @@ MIN_GAIN = 1.05
 RATE_STEPS = 6
 LOWEST_SHARE = 0.02
 """Of the capacity; a lower rate is not tried."""
-MAX_SHED_SHARE = 0.01
-"""Requests that may fail at a rate that counts as kept."""
 
 Measure = Callable[[Load], Cell]
 
@@ -85,7 +83,7 @@ def keeps(cell: Cell, limit_ms: float) -> bool:
     if p99_ms is None or cell.due_per_s is None:
         return False
     answered, failed = cell.answered, sum(cell.errors.values())
-    is_shed = failed > MAX_SHED_SHARE * (answered + failed)
+    is_shed = failed > MAX_FAILED_SHARE * (answered + failed)
     return not is_shed and _rate(cell) > 0.9 * cell.due_per_s and p99_ms <= limit_ms
 
 

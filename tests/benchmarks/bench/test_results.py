@@ -71,6 +71,23 @@ def test_a_longer_latency_is_worse(document: dict[str, Any]) -> None:
     assert verdicts["capacity", "items_per_s"] == "same"
 
 
+def test_more_failures_are_worse_though_the_rest_is_the_same() -> None:
+    def measured(failed: int) -> dict[str, Any]:
+        errors = {"HTTP 503": failed} if failed else {}
+        cells = [cell_of("8 clients", {}, 100.0, answered=1000, errors=errors)]
+        return Results(target="x", settings={}, cells=cells).document()
+
+    def verdict(now: int, before: int) -> list[str]:
+        found = compared(measured(now), measured(before))
+        assert {one.verdict for one in found if "failed" not in one.figure} == {"same"}
+        return [one.verdict for one in found if one.figure == "share of items that failed"]
+
+    assert verdict(50, 0) == ["worse"]
+    assert verdict(0, 50) == ["better"]
+    assert verdict(5, 0) == ["same"]
+    assert verdict(0, 0) == []
+
+
 def test_a_verdict_says_when_another_engine_ran() -> None:
     def measured(engine: str | None) -> dict[str, Any]:
         results = Results(
