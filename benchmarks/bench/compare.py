@@ -54,11 +54,13 @@ def _verdicts(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: floa
     old_searches = {_search_name(search): search for search in before["searches"]}
     for search in now["searches"]:
         other = old_searches.get(_search_name(search))
-        if other and other["items_per_s"] and search["items_per_s"] is not None:
-            new_figure, old_figure = {"mean": search["items_per_s"]}, {"mean": other["items_per_s"]}
-            verdict = verdict_of(new_figure, old_figure, tolerance, higher=True)
+        if other is None:
+            continue
+        rate, old_rate = (found["items_per_s"] or 0.0 for found in (search, other))  # None: no rate keeps the limit
+        if rate or old_rate:
+            verdict = verdict_of({"mean": rate}, {"mean": old_rate}, tolerance, higher=True)
             what = _search_name(search) + _change(search.get("engine"), other.get("engine"))
-            yield Verdict(what, "items_per_s", old_figure["mean"], new_figure["mean"], verdict)
+            yield Verdict(what, "items_per_s", old_rate, rate, verdict)
 
 
 def verdict_of(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: float, *, higher: bool) -> str:

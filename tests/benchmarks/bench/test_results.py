@@ -88,6 +88,18 @@ def test_more_failures_are_worse_though_the_rest_is_the_same() -> None:
     assert verdict(0, 0) == []
 
 
+def test_a_limit_that_no_rate_keeps_any_more_is_worse() -> None:
+    def searched(items_per_s: float | None) -> dict[str, Any]:
+        found = {"search": "rate", "p99_limit_ms": 50.0, "variant": {}, "items_per_s": items_per_s, "p99_ms": 40.0}
+        return Results(target="x", settings={}, searches=[found]).document()
+
+    (worse,) = compared(searched(None), searched(300.0))
+    assert (worse.verdict, worse.before, worse.now) == ("worse", 300.0, 0.0)
+    (better,) = compared(searched(300.0), searched(None))
+    assert better.verdict == "better"
+    assert compared(searched(None), searched(None)) == []
+
+
 def test_a_verdict_says_when_another_engine_ran() -> None:
     def measured(engine: str | None) -> dict[str, Any]:
         results = Results(
