@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from modalkit.benchmarks.bench.assemble import Options, as_settings, loads_of, search_load, session_of
-from modalkit.benchmarks.bench.compare import TOLERANCE, Verdict, compared
+from modalkit.benchmarks.bench.compare import TOLERANCE, Verdict, compared, differences
 from modalkit.benchmarks.bench.cross_check import TOOLS, cross_check, wrk_program
 from modalkit.benchmarks.bench.plots import require_matplotlib
 from modalkit.benchmarks.bench.report import number, show, write_files
@@ -181,7 +181,10 @@ def bench(
                     own = [cell for cell in results.cells if not cell.open][-1]
                     results.cross_check = cross_check(tool, opened.endpoint, session.inputs.items, base, own, repeats)
     document = results.document()
-    verdicts = [] if before is None else compared(document, before, tolerance)
+    verdicts = []
+    if before is not None:
+        verdicts = compared(document, before, tolerance)
+        document["differences"] = differences(document, before)
     console = Console()
     show(document, verdicts, console if console.is_terminal else Console(width=PIPED_WIDTH))
     paths = write_files(document, verdicts, output, with_png=png is not False)

@@ -34,6 +34,22 @@ def compared(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: float
     return list(_verdicts(now, before, tolerance))
 
 
+def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """A sentence for each thing that differs and is not what is compared: then the verdicts tell little."""
+    facts = {
+        "another target:": lambda document: document["target"],
+        "another machine:": lambda document: f"{document['machine']['cpu']}, {document['machine']['cores']} cores",
+        "other items:": lambda document: document["settings"].get("items"),
+        "another price per hour:": lambda document: document["settings"].get("price_per_hour"),
+    }
+    found = ((what, fact(now), fact(before)) for what, fact in facts.items())
+    return [
+        f"The older results are of {what} {then}; here {here}."
+        for what, here, then in found
+        if here != then and None not in (here, then)
+    ]
+
+
 def _verdicts(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: float) -> Iterator[Verdict]:
     old_cells = {name_of(cell): cell for cell in before["cells"]}
     for cell in now["cells"]:

@@ -100,6 +100,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def findings(document: Mapping[str, Any]) -> Iterator[str]:
     """A sentence for each finding: searches, best settings, cross-check, errors, and what limits the figures."""
+    yield from document.get("differences", ())
     for search in document["searches"]:
         settings = f" with {variant_name(search['variant'])}" if search["variant"] else ""
         if search["search"] == "capacity":

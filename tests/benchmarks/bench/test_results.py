@@ -15,7 +15,7 @@ from scipy import stats
 from modalkit.batching import BatchRecord, DispatchReason, Priority
 from modalkit.benchmarks.bench import session
 from modalkit.benchmarks.bench.charts import charts_of
-from modalkit.benchmarks.bench.compare import compared, verdict_of
+from modalkit.benchmarks.bench.compare import compared, differences, verdict_of
 from modalkit.benchmarks.bench.page import page
 from modalkit.benchmarks.bench.plots import write_plots
 from modalkit.benchmarks.bench.report import findings, load_table, number
@@ -123,6 +123,19 @@ def read(document: dict[str, Any]) -> dict[str, Any]:
 
     copy: dict[str, Any] = json.loads(json.dumps(document))
     return copy
+
+
+def test_results_of_another_machine_or_of_other_items_are_named() -> None:
+    now = Results(target="x", settings={"items": "a.csv", "price_per_hour": 1.0}).document()
+    assert differences(now, now) == []
+    before = read(now)
+    before["machine"]["cores"] = 96
+    before["settings"] = {"items": "b.csv"}
+    machine, items = differences(now, before)
+    assert machine.startswith("The older results are of another machine: ")
+    assert "96 cores" in machine
+    assert items == "The older results are of other items: b.csv; here a.csv."
+    assert items in findings({**now, "differences": [items]})
 
 
 def test_the_findings_say_what_wins_and_what_to_doubt(document: dict[str, Any]) -> None:
