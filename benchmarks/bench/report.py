@@ -116,6 +116,7 @@ def findings(document: Mapping[str, Any]) -> Iterator[str]:
                 f"p99 stays below {search['p99_limit_ms']:g} ms{settings} up to {number(rate)} items/s, where it is "
                 f"{number(search['p99_ms'])} ms; that is {share:.0%} of the capacity."
             )
+    yield from search_winners(document["searches"])
     yield from winners(document["cells"])
     if check := document["cross_check"]:
         verdict = "agree within 5 %" if check["agrees"] else "do not agree within 5 %"
@@ -146,6 +147,19 @@ def winners(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             for best, doubt in _best([cell for cell in rivals if name in cell["figures"]], name)
         ]
         yield f"{mode}, {load}: {'; '.join(wins)}."
+
+
+def search_winners(searches: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Which settings win a search that several were put through."""
+    rivals: dict[str, list[Mapping[str, Any]]] = {}
+    for search in searches:
+        is_rate = search["search"] == "rate"
+        what = f"Highest rate with p99 below {search['p99_limit_ms']:g} ms" if is_rate else "Highest capacity"
+        rivals.setdefault(what, []).append(search)
+    for what, found in rivals.items():
+        best = max(found, key=lambda search: search["items_per_s"] or 0.0)
+        if len(found) > 1 and best["items_per_s"]:
+            yield f"{what}: {number(best['items_per_s'])} items/s, with {variant_name(best['variant'])}."
 
 
 def _best(cells: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[Mapping[str, Any], str]]:

@@ -148,6 +148,19 @@ def test_the_findings_say_what_wins_and_what_to_doubt(document: dict[str, Any]) 
     assert load_table(document)[0] == ["settings", "load", "items/s", "p50 ms", "p99 ms", "failed", "queue ms"]
 
 
+def test_the_settings_that_win_a_search_are_named() -> None:
+    def rate(size: str, items_per_s: float | None) -> dict[str, Any]:
+        return {
+            "search": "rate", "p99_limit_ms": 50.0, "variant": {"max_batch_size": size}, "items_per_s": items_per_s,
+            "p99_ms": 40.0, "capacity_items_per_s": 400.0,
+        }  # fmt: skip
+
+    results = Results(target="x", settings={}, searches=[rate("8", None), rate("32", 300.0), rate("128", 200.0)])
+    assert "Highest rate with p99 below 50 ms: 300 items/s, with max_batch_size 32." in findings(results.document())
+    results.searches = [rate("8", 300.0)]
+    assert not any(line.startswith("Highest") for line in findings(results.document()))
+
+
 def test_the_page_and_the_plots_show_all_charts(document: dict[str, Any], tmp_path: Path) -> None:
     names = [chart.name for chart in charts_of(document)]
     assert names == ["throughput", "latency", "parts", "batch-sizes", "timeline-throughput", "timeline-p99"]
