@@ -9,7 +9,7 @@ from pydantic_core import to_json
 from rich.console import Console
 
 from modalkit.benchmarks.bench.compare import Verdict, overlap
-from modalkit.benchmarks.bench.results import name_of, variant_name
+from modalkit.benchmarks.bench.results import MAX_FAILED_SHARE, failed_share, name_of, variant_name
 from modalkit.benchmarks.tables import Rows, markdown_table, terminal_table
 
 NONE = "-"
@@ -144,7 +144,7 @@ def winners(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         wins = [
             f"{what} with {variant_name(best['variant'])} ({figure(best, name)}{doubt})"
             for name, what in MORE.items()
-            for best, doubt in _best([cell for cell in rivals if name in cell["figures"]], name)
+            for best, doubt in _best([cell for cell in rivals if may_win(cell, name)], name)
         ]
         yield f"{mode}, {load}: {'; '.join(wins)}."
 
@@ -162,12 +162,19 @@ def search_winners(searches: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"{what}: {number(best['items_per_s'])} items/s, with {variant_name(best['variant'])}."
 
 
+def may_win(cell: Mapping[str, Any], name: str) -> bool:
+    """Whether a figure may win: the latencies of a server that refuses many requests are short."""
+    return bool(name in cell["figures"]) and (name == "items_per_s" or failed_share(cell) <= MAX_FAILED_SHARE)
+
+
 def _best(cells: Sequence[Mapping[str, Any]], name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The best one of a figure, and a word where the second is as good for all that is known."""
+    """The best one of a figure, its accuracy, and a word where the second is as good for all that is known."""
     ranked = sorted(cells, key=lambda cell: cell["figures"][name]["mean"], reverse=name == "items_per_s")
     if ranked:
         is_close = len(ranked) > 1 and overlap(ranked[0]["figures"][name], ranked[1]["figures"][name])
-        yield ranked[0], f", no clear difference to {variant_name(ranked[1]['variant'])}" if is_close else ""
+        told = [] if ranked[0]["accuracy"] is None else [f"accuracy {_percent(ranked[0]['accuracy'])}"]
+        told += [f"no clear difference to {variant_name(ranked[1]['variant'])}"] if is_close else []
+        yield ranked[0], "".join(f", {word}" for word in told)
 
 
 def items_line(document: Mapping[str, Any]) -> str:

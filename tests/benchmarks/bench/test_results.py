@@ -161,6 +161,18 @@ def test_the_settings_that_win_a_search_are_named() -> None:
     assert not any(line.startswith("Highest") for line in findings(results.document()))
 
 
+def test_settings_that_refuse_requests_win_no_latency_and_a_winner_has_its_accuracy() -> None:
+    results = Results(target="x", settings={})
+    results.cells = [
+        cell_of("8 clients", {"engine": "fast"}, 300.0, errors={"HTTP 429": 9}, accuracy=0.5),
+        cell_of("8 clients", {"engine": "right"}, 100.0, accuracy=1.0),
+    ]
+    (line,) = [line for line in findings(results.document()) if line.startswith("sync, 8 clients: most")]
+    assert "most items/s with engine fast (300, accuracy 50.0%)" in line
+    assert "lowest p99 with engine right (100, accuracy 100.0%)" in line
+    assert "lowest p99, with engine right, sync, 8 clients" in page(results.document())
+
+
 def test_the_page_and_the_plots_show_all_charts(document: dict[str, Any], tmp_path: Path) -> None:
     names = [chart.name for chart in charts_of(document)]
     assert names == ["throughput", "latency", "parts", "batch-sizes", "timeline-throughput", "timeline-p99"]
