@@ -45,6 +45,8 @@ from modalkit.service.settings import Settings
 
 OURS = "ours"
 SERVE, WORKER = "serve", "worker"
+CLIENTS = "1,8,64"
+"""Those of a closed loop by default."""
 LIST_LENGTHS = {"sync": 1, "batch": 32, "ndjson": 1000, "async": 1}
 
 
@@ -60,7 +62,7 @@ class Options:
     key: str | None
     mode: str
     list_length: int | None
-    queue: str
+    queue: str | None
     input_path: Path | None
     file_format: FileFormat | None
     column: str | None
@@ -131,9 +133,31 @@ class Options:
             raise OptionError("--label compares answers, and --mode async gets none: leave one of them out")
         if self.label is not None and self.input_path is None:
             raise OptionError("--label names a column of --input FILE")
+        self._check_what_counts()
         self.variants()
         if not self.is_called:
             self.endpoint(self.target if self.is_url else "http://127.0.0.1")
+
+    def _check_what_counts(self) -> None:
+        """Raise `OptionError` for an option that would change nothing beside the others."""
+        if self.input_path is not None and (self.samples or self.length_mix is not None):
+            raise OptionError("--input gives the items: leave out --samples and --length-mix")
+        if self.samples and self.length_mix is not None:
+            raise OptionError("--length-mix and --samples both make items: leave one of them out")
+        if self.input_path is None and (self.column is not None or self.file_format is not None):
+            raise OptionError("--column and --format are of --input FILE")
+        if self.samples and not (self.target in (SERVE, WORKER) or (self.is_url and self.is_ours)):
+            raise OptionError("--samples needs a model of this folder or a modalkit server at a URL: give --input")
+        if self.kind is not None and self.body is not None:
+            raise OptionError("--body is for servers that --as does not know: leave one of them out")
+        if self.sweep and (self.kind or OURS) != OURS:
+            raise OptionError(f"--sweep sets what a modalkit server reads, and --as {self.kind} is none")
+        if self.list_length is not None and self.is_called:
+            raise OptionError("a worker and a class on Modal are called with one item at a time: no --list-length")
+        if self.queue is not None and self.mode != "async":
+            raise OptionError("--queue is of --mode async")
+        if self.config and self.target not in (SERVE, WORKER):
+            raise OptionError("--config is of what bench starts from this folder: serve, or worker")
 
     def variants(self) -> list[Variant]:
         """Each combination of the values of each sweep, as ``max_batch_size=8,32``. Raises `OptionError`.
@@ -186,7 +210,7 @@ class Options:
 def session_of(options: Options, on_run: OnRun) -> Iterator[Session]:
     """The session that the options describe; the queue is read while the block runs. Raises `BenchError`."""
     options.check()
-    reading = receiving(options.queue) if options.mode == "async" else nullcontext()
+    reading = receiving(options.queue or "webhook") if options.mode == "async" else nullcontext()
     with reading as receiver:
         target, model = _target(options, receiver)
         yield Session(
@@ -244,7 +268,11 @@ def _inputs(options: Options, model: str) -> Inputs:
         schema = None
         if options.is_url and options.is_ours:
             schema = published_schema(options.target.rstrip("/"), options.all_headers(), options.model)
+        if schema is None and options.samples:
+            raise OptionError(f"{options.target} publishes no schema for --samples: give --input")
         if schema is not None and (options.samples or not takes_text_alone(schema)):
+            if options.length_mix is not None:
+                raise OptionError("--length-mix makes texts, and this model takes more than a text: give --input")
             return schema_inputs(described_model(schema))
         return mixed_inputs(options.length_mix) if options.length_mix is not None else corpus_inputs()
     source = model_source(Settings.load(options.config or None), model)
@@ -254,18 +282,20 @@ def _inputs(options: Options, model: str) -> Inputs:
     return corpus_inputs() if takes_text and not options.samples else sample_inputs(source.load())
 
 
-def loads_of(base: Load, clients: str, rates: str | None, arrivals: str) -> list[Load]:
+def loads_of(base: Load, clients: str | None, rates: str | None, arrivals: str | None) -> list[Load]:
     """A load for each number of clients, or for each rate; or one for a trace. Raises `OptionError`."""
-    with_arrivals = replace(base, arrivals=arrivals)
+    with_arrivals = replace(base, arrivals=arrivals or Arrivals.POISSON)
     if rates is not None:
         loads = [replace(with_arrivals, rate_per_s=rate) for rate in values_of(rates, float, "--rate", "20,60")]
     elif with_arrivals.is_open:
         loads = [with_arrivals]
-    elif arrivals != Arrivals.POISSON:
+    elif arrivals is not None:
         raise OptionError(f"--arrivals {arrivals} is of an open loop: give its --rate")
     else:
-        return [replace(base, clients=count) for count in values_of(clients, int, "--clients", "1,64")]
-    if arrivals not in list(Arrivals):
+        return [replace(base, clients=count) for count in values_of(clients or CLIENTS, int, "--clients", "1,64")]
+    if clients is not None:
+        raise OptionError("--clients is of closed loops: leave it out, or --rate and the trace of --arrivals")
+    if with_arrivals.arrivals not in list(Arrivals):
         for load in loads:
             _check_trace(load)
     return loads
@@ -280,10 +310,16 @@ def _check_trace(load: Load) -> None:
         raise OptionError(f"--arrivals {load}: its {last_s:.3g} s are over within the warm-up; give a lower --warm-up")
 
 
-def search_load(base: Load, rates: str | None, arrivals: str) -> Load:
+def search_load(base: Load, clients: str | None, rates: str | None, arrivals: str | None, *, has_limit: bool) -> Load:
     """The load whose rate is searched. Raises `OptionError`."""
     if rates is not None:
         raise OptionError("--capacity and --p99-ms search the load: leave out --rate")
+    if clients is not None:
+        raise OptionError("--capacity and --p99-ms search the number of clients: leave out --clients")
+    if arrivals is None:
+        return base
+    if not has_limit:
+        raise OptionError("--capacity is searched by closed loops: leave out --arrivals, or give --p99-ms")
     if arrivals not in list(Arrivals):
         raise OptionError(f"--arrivals {arrivals!r}: a search takes {', '.join(Arrivals)}")
     return replace(base, arrivals=arrivals)

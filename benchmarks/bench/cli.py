@@ -11,7 +11,7 @@ from pydantic_core import to_json
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from modalkit.benchmarks.bench.assemble import Options, as_settings, loads_of, search_load, session_of
+from modalkit.benchmarks.bench.assemble import CLIENTS, WORKER, Options, as_settings, loads_of, search_load, session_of
 from modalkit.benchmarks.bench.compare import TOLERANCE, Verdict, compared, differences
 from modalkit.benchmarks.bench.cross_check import TOOLS, cross_check, wrk_program
 from modalkit.benchmarks.bench.plots import require_matplotlib
@@ -59,17 +59,20 @@ def bench(
         int | None, typer.Option(help="Items of a request: 32 in mode batch, 1000 in ndjson, else 1.", **whole(1))
     ] = None,
     queue: Annotated[
-        str, typer.Option(help="What results of jobs are read from: webhook, redis, or the URL of a Redis.")
-    ] = "webhook",
+        str | None,
+        typer.Option(help="What results of jobs are read from: webhook (the default), redis, or the URL of a Redis."),
+    ] = None,
     clients: Annotated[
-        str, typer.Option(help="Clients of a closed loop; several numbers are several loads.")
-    ] = "1,8,64",
+        str | None,
+        typer.Option(help=f"Clients of a closed loop; several numbers are several loads, by default {CLIENTS}."),
+    ] = None,
     rate: Annotated[
         str | None, typer.Option(help="Requests per second of an open loop, in place of clients; may be several.")
     ] = None,
     arrivals: Annotated[
-        str, typer.Option(help="Pattern of an open loop: poisson, constant, bursty, or a file of times.")
-    ] = "poisson",
+        str | None,
+        typer.Option(help="Pattern of an open loop: poisson (the default), constant, bursty, or a file of times."),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Measured seconds of each run.", **POSITIVE)] = 10.0,
     warm_up: Annotated[float, typer.Option(help="Seconds before that, not counted.", **NOT_NEGATIVE)] = 2.0,
     until_steady: Annotated[
@@ -158,11 +161,13 @@ def bench(
     before = None if compare is None else read_document(compare)
     base = Load(seconds=seconds, warm_up_s=warm_up, until_steady=until_steady, timeout_s=timeout, processes=processes)
     if is_search := capacity or p99_ms is not None:
-        loads, searched = [], search_load(base, rate, arrivals)
+        loads, searched = [], search_load(base, clients, rate, arrivals, has_limit=p99_ms is not None)
     else:
         loads, searched = loads_of(base, clients, rate, arrivals), base
     if tool is not None:
         _check_tool(tool, options, loads)
+    if processes is not None and target == WORKER:
+        raise OptionError("a worker runs in the one process that sends: leave out --processes")
     with _progress() as on_run, session_of(options, on_run) as session:
         settings = as_settings(options, seconds=seconds, warm_up=warm_up, items=session.inputs.source)
         results = Results(target=session.target.name, settings=settings)
@@ -206,6 +211,8 @@ def _check_tool(tool: str, options: Options, loads: Sequence[Load]) -> None:
         raise OptionError("--tool drives a closed loop: give --clients, not --rate")
     if options.is_called:
         raise OptionError("--tool sends HTTP requests, which a worker and a class on Modal do not take: leave it out")
+    if len(options.variants()) > 1:
+        raise OptionError("--tool checks one setting at a time: leave out --sweep")
     if tool == "wrk":
         wrk_program()
 

@@ -14,7 +14,9 @@ from modalkit.benchmarks.bench.server_side import ServerSide
 from tests.support.command_line import CONFIGURATION, serving
 from tests.support.processes import ROOT
 
-QUICK = ["--seconds", "0.3", "--warm-up", "0.1", "--repeats", "1", "--clients", "2", "--no-png"]
+QUICK = ["--seconds", "0.3", "--warm-up", "0.1", "--repeats", "1", "--no-png"]
+CLIENTS = ["--clients", "2"]
+NOT_OF_CLIENTS = {"--rate", "--arrivals", "--capacity", "--p99-ms"}
 
 MEASURE_ITSELF = "itself"
 
@@ -38,10 +40,11 @@ def bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """
 
     def run(*arguments: str) -> Result:
+        quick = QUICK if NOT_OF_CLIENTS & set(arguments) else [*QUICK, *CLIENTS]
         if arguments[0] == MEASURE_ITSELF:
-            return CliRunner().invoke(app, [*QUICK, *arguments[1:]])
+            return CliRunner().invoke(app, [*quick, *arguments[1:]])
         monkeypatch.setattr(cli, "_own_capacity", lambda *_: {"requests_per_s": 1e6, "processes": 1})
-        return CliRunner().invoke(app, [*QUICK, *arguments])
+        return CliRunner().invoke(app, [*quick, *arguments])
 
     return run
 

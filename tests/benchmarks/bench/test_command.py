@@ -220,6 +220,34 @@ def test_what_cannot_be_measured_is_said_with_the_remedy(bench: Bench, arguments
     assert message in str(done.exception)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["worker", "--rate", "5", "--clients", "2"], "--clients is of closed loops"),
+        (["worker", "--capacity", "--clients", "2"], "search the number of clients: leave out --clients"),
+        (["worker", "--p99-ms", "5", "--clients", "2"], "search the number of clients: leave out --clients"),
+        (["worker", "--capacity", "--arrivals", "bursty"], "leave out --arrivals, or give --p99-ms"),
+        (["worker", "--list-length", "8"], "called with one item at a time"),
+        (["worker", "--processes", "2"], "leave out --processes"),
+        (["worker", "--queue", "redis"], "--queue is of --mode async"),
+        (["worker", "--column", "text"], "--column and --format are of --input FILE"),
+        (["worker", "--samples", "--length-mix", "3"], "leave one of them out"),
+        (["worker", "-i", "modalkit.yaml", "--samples"], "--input gives the items"),
+        (["worker", "-i", "modalkit.yaml", "--length-mix", "3"], "--input gives the items"),
+        (["http://127.0.0.1:1", "--as", "tei", "--samples"], "--samples needs a model of this folder"),
+        (["http://127.0.0.1:1", "--samples"], "publishes no schema for --samples"),
+        (["http://127.0.0.1:1", "--as", "tei", "--body", "1"], "--body is for servers that --as does not know"),
+        (["http://127.0.0.1:1", "--config", "modalkit.yaml"], "--config is of what bench starts from this folder"),
+        (["docker:x", "--as", "tei", "--model", "m", "--sweep", "max_batch_size=1,2"], "and --as tei is none"),
+        (["--tool", "wrk", "--sweep", "max_batch_size=1,2"], "--tool checks one setting at a time"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(bench: Bench, arguments: list[str], message: str) -> None:
+    done = bench(*arguments)
+    assert isinstance(done.exception, BenchError), done.exception
+    assert message in str(done.exception)
+
+
 def test_a_trace_that_is_over_within_the_warm_up_is_refused(bench: Bench, folder: Path) -> None:
     (folder / "short.txt").write_text("0\n0.5\n")
     done = bench("worker", "--arrivals", "short.txt", "--warm-up", "1")
