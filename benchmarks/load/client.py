@@ -1,6 +1,7 @@
 """An HTTP/1.1 client with little overhead, so that mostly the server is measured."""
 
 import asyncio
+import errno
 import ssl
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -17,6 +18,10 @@ CHECKS_PER_TIMEOUT = 10
 
 NO_CONNECTION = "no connection"
 """The begin of the reason where the server was not reached."""
+
+NO_SOCKET = "the load generator may open no more connections"
+"""The begin of the reason where it is not the server that is the limit."""
+_NO_SOCKET_ERRORS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)
 
 ANSWERED = "HTTP"
 """The begin of the reason where the answer was no success."""
@@ -138,6 +143,8 @@ class HttpCaller:
             except TimeoutError:
                 return f"{NO_CONNECTION} within {self._target.timeout_s:g} s"
             except OSError as error:
+                if error.errno in _NO_SOCKET_ERRORS:
+                    return f"{NO_SOCKET}: {error.strerror}"
                 return f"{NO_CONNECTION}: {type(error).__name__}: {error.strerror or error}"
             self._busy.add(connection)
             try:

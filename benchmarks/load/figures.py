@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from modalkit.benchmarks.load.client import NO_SOCKET
 from modalkit.benchmarks.load.plan import Load
 from modalkit.benchmarks.load.worker_process import PartResult
 
@@ -113,7 +114,10 @@ def measured_of(results: Sequence[PartResult], load: Load, *, begin_s: float, en
         cpu_share=cpu_share,
         late_p99_s=late_p99_s,
         processes=len(results),
-        limited=tuple(_limits(cpu_share, late_p99_s, latencies_s)),
+        limited=(
+            *_limits(cpu_share, late_p99_s, latencies_s),
+            *(reason for reason in reasons if reason.startswith(NO_SOCKET)),
+        ),
         kept=[entry for result in results for entry in result.kept],
         setup=results[0].setup,
         begin_s=begin_s,

@@ -44,7 +44,7 @@ class Load:
     timeout_s: float = 30.0
     """After which a request counts as failed."""
     max_connections: int = 2000
-    """Of an open loop in all processes; requests beyond them wait, which counts as latency."""
+    """Of an open loop, in each process; requests beyond them wait, which counts as latency."""
 
     def __post_init__(self) -> None:
         for name in ("seconds", "timeout_s", "clients", "max_connections", "processes", "requests", "rate_per_s"):

@@ -50,7 +50,7 @@ def run_load(
         list_length=endpoint.list_length,
         error_mark=endpoint.error_mark,
         timeout_s=load.timeout_s,
-        max_connections=load.max_connections,
+        max_connections=load.max_connections if load.is_open else load.clients,
         keeps_bodies=keeps_bodies or labels is not None,
     )
     measured = run_target(target, load, on_progress=on_progress)
@@ -73,8 +73,7 @@ def run_target(
         return replace(_run(target, load, 1, on_progress), limited=())
     processes, most = load.processes or 1, load.processes or max(1, (os.cpu_count() or 1) // 2)
     while True:
-        shared = replace(load, max_connections=max(1, load.max_connections // processes))
-        measured = _run(target, shared, min(processes, load.clients) if not load.is_open else processes, on_progress)
+        measured = _run(target, load, min(processes, load.clients) if not load.is_open else processes, on_progress)
         if processes >= most or measured.cpu_share < BUSY_CPU_SHARE:
             return measured
         processes = min(2 * processes, most)

@@ -8,10 +8,14 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 _RUN = """
-import sys
+import resource, sys
+from contextlib import suppress
 from importlib import import_module
 from multiprocessing.connection import Connection
 sys.path.append("")  # at the end, as the command line has it
+_, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+with suppress(OSError, ValueError):  # where the system has a lower limit, too
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # each connection is one
 module, function, pipe = sys.argv[1:]
 getattr(import_module(module), function)(Connection(int(pipe)))
 """
@@ -20,6 +24,8 @@ getattr(import_module(module), function)(Connection(int(pipe)))
 @contextmanager
 def spawned(module: str, function: str, count: int = 1) -> Iterator[list[Connection]]:
     """So many processes that call ``module.function`` with their end of a pipe; ours are the value.
+
+    They may open as many files as the system allows.
 
     The processes are killed at the end of the block. One that ends before closes its pipe, so that reading raises
     `EOFError`.

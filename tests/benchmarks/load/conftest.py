@@ -1,6 +1,6 @@
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Event, Thread
+from threading import Barrier, Event, Thread
 
 import pytest
 
@@ -10,12 +10,16 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     hanging = Event()
+    together = Barrier(5)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         match self.path:
             case "/hang":
                 self.hanging.wait(20)
+            case "/together":  # answers none before five are under way
+                self.together.wait(20)
+                self._answer(200)
             case "/cut":
                 self.close_connection = True
             case "/rubbish":

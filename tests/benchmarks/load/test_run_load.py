@@ -119,6 +119,26 @@ def test_an_address_without_a_server_is_no_measurement() -> None:
         load_on(f"http://127.0.0.1:{port}/")
 
 
+@pytest.mark.parametrize(("limit", "answered"), [("-Sn", True), ("-n", False)])
+def test_clients_beyond_the_limit_of_open_files_are_no_fault_of_the_server(limit: str, answered: bool) -> None:
+    program = (
+        "from modalkit.benchmarks.load import *\n"
+        "found = own_capacity(Endpoint('http://h'), [{}], clients=100, seconds=0.3)\n"
+        "print(len(found.errors), *found.limited)\n"
+    )
+    command = ["bash", "-c", f'ulimit {limit} 60 && exec "$0" -c "$1"', sys.executable, program]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if answered:
+        assert said.startswith("0"), "the limit that it may raise is raised"
+    else:
+        assert said.endswith("the load generator may open no more connections: Too many open files")
+
+
+def test_each_client_has_a_connection(server: str) -> None:
+    found = load_on(server + "/together", clients=5, requests=5, max_connections=2)
+    assert (found.answered, found.errors) == (5, {})
+
+
 def test_a_load_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(BenchError, match="seconds must be above 0"):
         Load(seconds=0)
