@@ -2,9 +2,10 @@
 
 import math
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -191,16 +192,20 @@ class GpuUse:
     """Samples of each GPU, taken while a block runs."""
 
     names: list[str] = field(default_factory=list)
-    utilisation: list[list[float]] = field(default_factory=list)
-    memory_bytes: list[list[float]] = field(default_factory=list)
+    samples: list[list[tuple[float, float, float]]] = field(default_factory=list)
+    """Of each GPU: the time by `time.perf_counter`, the utilisation, and the bytes of memory that are in use."""
 
-    def summary(self) -> list[dict[str, Any]]:
-        """The mean utilisation and the most memory of each GPU."""
-        return [
-            {"name": name, "utilisation": float(np.mean(used)), "memory_bytes": max(held)}
-            for name, used, held in zip(self.names, self.utilisation, self.memory_bytes, strict=True)
-            if used
-        ]
+    def summary(self, windows: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
+        """The mean utilisation and the most memory of each GPU in these times, each from a begin to an end."""
+        found: list[dict[str, Any]] = []
+        for name, samples in zip(self.names, self.samples, strict=True):
+            kept = [row for row in samples if any(begin_s <= row[0] <= end_s for begin_s, end_s in windows)]
+            if kept:
+                _, utilisation, memory_bytes = zip(*kept, strict=True)
+                found.append(
+                    {"name": name, "utilisation": float(np.mean(utilisation)), "memory_bytes": max(memory_bytes)}
+                )
+        return found
 
 
 @contextmanager
@@ -219,14 +224,16 @@ def gpu_use() -> Iterator[GpuUse]:
         return
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     use.names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
-    use.utilisation, use.memory_bytes = [[] for _ in handles], [[] for _ in handles]
+    use.samples = [[] for _ in handles]
     stopped = threading.Event()
 
     def sample() -> None:
         while not stopped.wait(GPU_SAMPLE_S):
             for index, handle in enumerate(handles):
-                use.utilisation[index].append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
-                use.memory_bytes[index].append(float(pynvml.nvmlDeviceGetMemoryInfo(handle).used))
+                with suppress(pynvml.NVMLError):  # as for the utilisation of a part of a GPU (MIG)
+                    utilisation = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+                    used = float(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+                    use.samples[index].append((time.perf_counter(), utilisation, used))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()

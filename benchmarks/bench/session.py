@@ -105,7 +105,7 @@ class OpenSession:
             length=1 if self.running.url is None else self.endpoint.list_length,
             sides=sides,
             deliveries=deliveries,
-            gpus=gpus.summary(),
+            gpus=gpus.summary([(run.begin_s, run.begin_s + run.elapsed_s) for run in runs]),
             price_per_hour=self.session.price_per_hour,
         )
 

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -314,9 +315,13 @@ def test_the_gpus_are_sampled_where_there_is_nvml(monkeypatch: pytest.MonkeyPatc
         nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=2**30),
     )
     monkeypatch.setitem(sys.modules, "pynvml", stand_in)
+    before_s = time.perf_counter()
     with gpu_use() as use:
         assert sampled.wait(60)
-    assert use.summary() == [{"name": "H200", "utilisation": 0.5, "memory_bytes": 2**30}]
+    assert use.summary([(before_s, time.perf_counter())]) == [
+        {"name": "H200", "utilisation": 0.5, "memory_bytes": 2**30}
+    ]
+    assert use.summary([(0.0, before_s)]) == [], "what is not measured does not count"
 
 
 def test_the_utilisation_of_the_gpus_is_in_the_table() -> None:
@@ -341,4 +346,4 @@ def test_a_machine_without_nvml_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with gpu_use() as use:
         pass
-    assert use.summary() == []
+    assert use.summary([(0.0, time.perf_counter())]) == []
