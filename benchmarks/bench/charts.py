@@ -119,7 +119,7 @@ def _parts(cells: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     """Where the time of a request goes, by the server's account."""
     told = [cell for cell in cells if cell["server"] and cell["server"]["queue_s"] is not None][:MAX_SERIES]
     stages = dict.fromkeys(stage for cell in told for stage in cell["server"]["stages_s"])
-    parts = ["queue", *stages, "rest"]
+    parts = ["queue", *stages, *(["rest"] if any(cell["server"]["rest_s"] is not None for cell in told) else [])]
 
     def ms_of(cell: Mapping[str, Any], part: str) -> float:
         server = cell["server"]
@@ -129,7 +129,8 @@ def _parts(cells: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
     yield Chart(
         name="parts",
         title="Where the time goes",
-        note="Means, by the server: of a request in the queue, of a batch in each stage, and the rest (HTTP).",
+        note="Means, by the server: of a request in the queue, and of a batch in each stage. The rest of the latency "
+        "is HTTP, and that more requests are in the longer batches; of lists and jobs it is not told.",
         x_label="",
         y_label="ms",
         bars=parts,

@@ -57,7 +57,7 @@ class ServerSide:
     stages_s: Mapping[str, float] = field(default_factory=dict)
     """Mean seconds of a batch in each stage."""
     rest_s: float | None = None
-    """What remains of the mean latency: HTTP, and the way there and back."""
+    """What remains of the mean latency: HTTP, the way there and back, and that more requests are in longer batches."""
     mean_batch_size: float | None = None
     batch_sizes: Mapping[str, float] = field(default_factory=dict)
     """How many batches had at most so many requests, and more than the size before."""
@@ -81,8 +81,11 @@ def scrape(url: str, headers: Mapping[str, str]) -> Samples | None:
         return None
 
 
-def server_side(before: Samples | None, after: Samples | None, mean_s: float) -> ServerSide | None:
-    """What the models that ran batches between two scrapes did; None where the server counts no batches."""
+def server_side(before: Samples | None, after: Samples | None, mean_s: float | None) -> ServerSide | None:
+    """What the models that ran batches between two scrapes did; None where the server counts no batches.
+
+    `mean_s` is the mean latency of requests of one item; None where requests are others.
+    """
     if before is None or after is None:
         return None
     batches_before, batches_after = _batches_of_models(before), _batches_of_models(after)
@@ -112,7 +115,7 @@ def _sums(samples: Samples, models: Collection[str]) -> _Sums:
     return found
 
 
-def _difference(before: _Sums, after: _Sums, mean_s: float) -> ServerSide | None:
+def _difference(before: _Sums, after: _Sums, mean_s: float | None) -> ServerSide | None:
     def grown(name: str, key: str = "") -> float:
         return after.get((name, key), 0.0) - before.get((name, key), 0.0)
 
@@ -131,7 +134,9 @@ def _difference(before: _Sums, after: _Sums, mean_s: float) -> ServerSide | None
     return ServerSide(
         queue_s=queue_s,
         stages_s=stages_s,
-        rest_s=None if queue_s is None or not stages_s else max(0.0, mean_s - queue_s - sum(stages_s.values())),
+        rest_s=None
+        if mean_s is None or queue_s is None or not stages_s
+        else max(0.0, mean_s - queue_s - sum(stages_s.values())),
         mean_batch_size=grown(f"{size}_sum") / batches if batches else None,
         batch_sizes=_buckets(before, after, f"{size}_bucket"),
         padding_share=1 - grown("modalkit_real_tokens_total") / padded if padded else None,

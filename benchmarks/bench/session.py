@@ -119,7 +119,9 @@ class OpenSession:
             return measured, of_records(records, measured.setup, measured.elapsed_s, measured.mean_s)
         scrapes = Scrapes(self.running.url, self.session.headers, load.warm_up_s)
         measured = self._send(load, name, scrapes.on_progress)
-        return measured, server_side(scrapes.before, scrapes.scrape(), measured.mean_s)
+        is_one_prediction = self.session.receiver is None and self.endpoint.list_length == 1
+        mean_s = measured.mean_s if is_one_prediction else None
+        return measured, server_side(scrapes.before, scrapes.scrape(), mean_s)
 
     def _send(self, load: Load, name: str, on_progress: Callable[[float], object] = lambda _: None) -> Measured:
         session = self.session

@@ -41,6 +41,7 @@ def test_a_service_is_measured_and_shown(bench: Bench, service: str, results: Re
     assert figures["items_per_s"]["low"] < figures["items_per_s"]["mean"] < figures["items_per_s"]["high"]
     assert figures["p50_ms"]["mean"] <= figures["p99_ms"]["mean"]
     assert cell["server"]["queue_s"] >= 0
+    assert cell["server"]["rest_s"] >= 0
     assert sum(cell["server"]["batch_sizes"].values()) > 0
     assert cell["cost_per_million"] == pytest.approx(0.5 / 3600 / figures["items_per_s"]["mean"] * 1e6)
     assert document["own_capacity"]["requests_per_s"] > 0
@@ -60,6 +61,7 @@ def test_a_stream_is_counted_by_its_items(bench: Bench, service: str, results: R
     assert cell["mode"] == "ndjson of 5"
     assert cell["answered"] > 0
     assert cell["answered"] % 5 == 0
+    assert cell["server"]["rest_s"] is None, "several batches answer a request"
 
 
 def test_items_that_fail_in_a_list_are_counted_and_told(
