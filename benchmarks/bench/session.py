@@ -92,7 +92,8 @@ class OpenSession:
         with gpu_use() as gpus:
             for number in range(wanted):
                 name = f"run {number + 1} of {wanted}" if wanted > 1 else "run"
-                measured, side = self._run(load, name)
+                # Each run has random times of its own, so that the intervals hold their chance, too.
+                measured, side = self._run(replace(load, seed=number + 1), name)
                 runs.append(measured)
                 sides += [] if side is None else [side]
                 if self.session.receiver is not None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 BURST = 10
 """Requests that a burst has on average."""
-SEED = 1
 
 
 class Arrivals(StrEnum):
@@ -20,12 +19,15 @@ class Arrivals(StrEnum):
     BURSTY = "bursty"
 
 
-def arrival_times(pattern: str, rate_per_s: float | None, part: int = 0, parts: int = 1) -> Iterator[float]:
+def arrival_times(
+    pattern: str, rate_per_s: float | None, part: int = 0, parts: int = 1, seed: int = 1
+) -> Iterator[float]:
     """The seconds from the begin at which requests are due; those of one of several processes.
 
     ``poisson``: independent ones. ``constant``: in equal distances. ``bursty``: bursts of 10 on average at once, at
-    times of a Poisson process. Else the path of a trace: a time in seconds on each line, alone or as ``timestamp`` of a
-    JSON object, where the first one is the begin; with `rate_per_s` the trace is stretched to that mean rate. It ends.
+    times of a Poisson process. These times are the same for the same `seed`. Else the path of a trace: a time in
+    seconds on each line, alone or as ``timestamp`` of a JSON object, where the first one is the begin; with
+    `rate_per_s` the trace is stretched to that mean rate. It ends.
 
     Raises ``OSError`` and ``ValueError`` for a trace that cannot be read.
     """
@@ -39,7 +41,7 @@ def arrival_times(pattern: str, rate_per_s: float | None, part: int = 0, parts: 
         raise ValueError(f"{pattern} arrivals need a rate")
     if pattern == Arrivals.CONSTANT:
         return ((part + parts * index) / rate_per_s for index in count())
-    dice = random.Random(SEED + part)  # noqa: S311  # a repeatable load
+    dice = random.Random(f"{seed} {part}")  # noqa: S311  # a repeatable load
     own_rate = rate_per_s / parts
     return _poisson(dice, own_rate) if pattern == Arrivals.POISSON else _bursty(dice, own_rate)
 

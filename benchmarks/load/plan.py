@@ -45,6 +45,8 @@ class Load:
     """After which a request counts as failed."""
     max_connections: int = 2000
     """Of an open loop, in each process; requests beyond them wait, which counts as latency."""
+    seed: int = 1
+    """Of the random times of an open loop."""
 
     def __post_init__(self) -> None:
         for name in ("seconds", "timeout_s", "clients", "max_connections", "processes", "requests", "rate_per_s"):

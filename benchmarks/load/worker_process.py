@@ -112,7 +112,7 @@ async def _run(part: Part, pipe: Connection) -> None:
 async def _send(part: Part, call: Call, samples: Samples, stop: asyncio.Event) -> None:
     load = part.load
     if load.is_open:
-        times_s = arrival_times(load.arrivals, load.rate_per_s, part.place, part.of)
+        times_s = arrival_times(load.arrivals, load.rate_per_s, part.place, part.of, load.seed)
         await open_loop(call, iter(part.indices()), times_s, samples, stop, load.timeout_s)
     else:
         await closed_loop(call, iter(part.indices()), part.clients(), samples, stop)

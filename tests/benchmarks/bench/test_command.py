@@ -4,7 +4,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import httpx
 import pytest
 from typer.main import get_command
 
+from modalkit.benchmarks.bench import cli
 from modalkit.benchmarks.bench.cli import app
 from modalkit.benchmarks.bench.results import Results
+from modalkit.benchmarks.bench.session import OnRun
 from modalkit.benchmarks.load import BenchError
 from tests.benchmarks.bench.conftest import MEASURE_ITSELF, Bench, cell_of
 from tests.support.guides import guide
@@ -124,6 +127,18 @@ def test_an_open_loop_with_a_label_gives_rate_and_accuracy(
     (cell,) = results()["cells"]
     assert (cell["open"], cell["rate_per_s"]) == (True, 40)
     assert 0 < cell["accuracy"] < 1
+
+
+def test_each_run_of_an_open_loop_has_random_times_of_its_own(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: set[int] = set()
+
+    @contextmanager
+    def progress() -> Iterator[OnRun]:
+        yield lambda _, load, *__: seeds.add(load.seed)
+
+    monkeypatch.setattr(cli, "_progress", progress)
+    assert bench("worker", "--rate", "20", "--repeats", "2", "--length-mix", "3").exit_code == 0
+    assert seeds == {1, 2}
 
 
 def test_an_answer_without_a_label_at_its_path_is_refused_before_any_load(

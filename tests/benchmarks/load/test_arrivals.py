@@ -15,6 +15,13 @@ def test_a_pattern_has_the_rate_that_was_asked_for(pattern: str) -> None:
     assert len(times_s) / times_s[-1] == pytest.approx(200, rel=0.05)
 
 
+def test_random_times_are_those_of_their_seed() -> None:
+    def times(seed: int) -> list[float]:
+        return list(islice(arrival_times("poisson", 100, seed=seed), 20))
+
+    assert times(1) == times(1) != times(2)
+
+
 def test_bursts_come_at_once() -> None:
     times_s = list(islice(arrival_times("bursty", 100), 1000))
     assert len(set(times_s)) < 200
