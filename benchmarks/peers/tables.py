@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from modalkit.benchmarks.peers.contenders import CONTENDERS, OURS, UNBATCHED, contender
@@ -11,6 +11,7 @@ from modalkit.benchmarks.peers.measures import LOADS
 from modalkit.benchmarks.peers.run import FEW, MANY, RIVAL_LOAD, steps_of
 
 NOTHING = "-"
+DOUBT = "(!)"
 DOCUMENTED = "others as their documentation recommends"
 BEST = "others at the best of a sweep"
 KINDS = {"float32": "float32", "types": "the best engines and types"}
@@ -51,7 +52,15 @@ def tables_of(document: Mapping[str, Any]) -> list[Table]:
     targets = targets_of(steps)
     found = [_targets(targets), _float32(steps), _latencies(steps), _best_types(steps), _documented(steps)]
     found += [_poison(steps), _killed(steps), _overhead(document), _batches(document)]
-    return [table for table in found if table.rows]
+    return [_marked(table) for table in found if table.rows]
+
+
+def _marked(table: Table) -> Table:
+    """The table, which says what its marks are where it has one."""
+    has_mark = any(DOUBT in cell for row in table.rows for cell in row)
+    return (
+        replace(table, note=f"{table.note} {DOUBT}: the load generator was the limit.".strip()) if has_mark else table
+    )
 
 
 def targets_of(steps: Steps) -> list[Target]:
@@ -170,7 +179,7 @@ def _best_types(steps: Steps) -> Table:
         if tried := _types_steps(steps, one.name):
             best = max(tried, key=lambda step: float(step[f"clients_{FEW}"]["per_s"]))
             settings = best["told"] if one.name != OURS else "its defaults"
-            rows.append([one.title, settings, f"{best[f'clients_{FEW}']['per_s']:.0f}", _errors(best)])
+            rows.append([one.title, settings, _per_s(best[f"clients_{FEW}"]), _errors(best)])
     return Table(
         "The best engines and number formats, each at the best of the same sweep",
         "All but Infinity run the same pipeline, which takes the fastest engine whose outputs are the same; Infinity "
@@ -186,8 +195,8 @@ def _documented(steps: Steps) -> Table:
             _title(name),
             step["told"],
             contender(name).source,
-            f"{step[f'clients_{FEW}']['per_s']:.0f}",
-            f"{step[f'clients_{MANY}']['per_s']:.0f}",
+            _per_s(step[f"clients_{FEW}"]),
+            _per_s(step[f"clients_{MANY}"]),
             _errors(step),
         ]
         for name, step in _each(steps, "documented")
@@ -261,15 +270,15 @@ def _title(name: str) -> str:
     return contender(name).title
 
 
-def _rounds(steps: Steps, name: str, clients: int) -> list[float]:
+def _rounds(steps: Steps, name: str, clients: int) -> list[Step]:
     found = (steps.get(f"{kind}/{name}", {}).get(f"clients_{clients}") for kind in ("float32", "again"))
-    return [step["per_s"] for step in found if step]
+    return [step for step in found if step]
 
 
 def rate(steps: Steps, name: str) -> float | None:
     """Items per second at the best of the sweep in float32: the mean of both rounds."""
     rounds = _rounds(steps, name, FEW)
-    return statistics.mean(rounds) if rounds else None
+    return statistics.mean(step["per_s"] for step in rounds) if rounds else None
 
 
 def rates_of(steps: Steps) -> dict[str, float]:
@@ -301,11 +310,20 @@ def _rival_p99(steps: Steps, kind: str) -> dict[str, float]:
 
 
 def _both(steps: Steps, name: str, clients: int) -> str:
-    return ", ".join(f"{per_s:.0f}" for per_s in _rounds(steps, name, clients))
+    return ", ".join(map(_per_s, _rounds(steps, name, clients)))
+
+
+def _per_s(step: Step) -> str:
+    return f"{step['per_s']:.0f}{_doubt(step)}"
 
 
 def _milliseconds(step: Step) -> str:
-    return NOTHING if step["p50_ms"] is None else f"{step['p50_ms']:.1f} / {step['p99_ms']:.1f}"
+    return NOTHING if step["p50_ms"] is None else f"{step['p50_ms']:.1f} / {step['p99_ms']:.1f}{_doubt(step)}"
+
+
+def _doubt(step: Step) -> str:
+    """A mark where the load generator was the limit."""
+    return f" {DOUBT}" if step.get("generator_was_the_limit") else ""
 
 
 def _errors(step: Step) -> str:

@@ -132,3 +132,11 @@ def test_both_pages_show_the_servers_their_errors_and_what_was_lost(document: di
     assert "<strong>missed</strong>" in page
     assert "a &lt;machine&gt;" in page
     assert "<title>modalkit, at the best of a sweep: 320</title>" in page
+
+
+def test_figures_that_the_load_generator_limited_are_marked(document: dict[str, Any]) -> None:
+    assert "(!)" not in as_markdown(document)
+    document["steps"]["float32/mosec"]["load_80%"]["generator_was_the_limit"] = ["requests were sent up to 9 ms late"]
+    markdown = as_markdown(document)
+    assert "| mosec | 30/s: 1.0 / 2.0 | 30/s: 1.0 / 2.0 | 30/s: 1.0 / 2.0 (!) |" in markdown
+    assert markdown.count("(!): the load generator was the limit.") == 1
