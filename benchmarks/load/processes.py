@@ -15,7 +15,7 @@ import numpy as np
 
 from modalkit.benchmarks.load.client import NO_CONNECTION, HttpTarget
 from modalkit.benchmarks.load.endpoint import Endpoint, Item
-from modalkit.benchmarks.load.figures import BUSY_CPU_SHARE, Measured, measured_of
+from modalkit.benchmarks.load.figures import Measured, measured_of
 from modalkit.benchmarks.load.loops import Call, Samples, closed_loop
 from modalkit.benchmarks.load.plan import BenchError, Load
 from modalkit.benchmarks.load.spawned import spawned
@@ -74,7 +74,7 @@ def run_target(
     processes, most = load.processes or 1, load.processes or max(1, (os.cpu_count() or 1) // 2)
     while True:
         measured = _run(target, load, min(processes, load.clients) if not load.is_open else processes, on_progress)
-        if processes >= most or measured.cpu_share < BUSY_CPU_SHARE:
+        if processes >= most or not measured.limited:
             return measured
         processes = min(2 * processes, most)
 

@@ -205,8 +205,10 @@ def test_a_load_is_named_by_its_rate(rate: float, name: str) -> None:
 def test_a_generator_that_is_late_or_busy_was_the_limit() -> None:
     times_s = np.array([[1.0, 2.0], [1.1, 2.1], [1.2, 2.2]])
     part = PartResult(times_s, np.array([1, 1]), [], 0.99)
-    found = measured_of([part], Load(rate_per_s=1), begin_s=0, end_s=3)
-    assert [reason.partition(" ")[0] for reason in found.limited] == ["a", "requests"]
+    busy = measured_of([part], Load(), begin_s=0, end_s=3)
+    late = measured_of([part], Load(rate_per_s=1), begin_s=0, end_s=3)
+    assert busy.limited[0] == "a process of the load generator used 99% of a core"
+    assert late.limited == ("requests were sent up to 100 ms late",), "it is busy while it waits, too"
 
 
 def test_a_level_throughput_is_steady() -> None:
