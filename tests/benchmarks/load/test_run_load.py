@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from modalkit.benchmarks.load import BenchError, Endpoint, Load, Measured, processes, run_load
+from modalkit.benchmarks.load.capacity import instant_server
 from modalkit.benchmarks.load.figures import measured_of
 from modalkit.benchmarks.load.processes import is_steady
 from modalkit.benchmarks.load.spawned import spawned
@@ -69,6 +70,14 @@ def test_an_open_loop_counts_from_when_a_request_was_due(server: str) -> None:
     found = load_on(server + "/echo", requests=30, rate_per_s=300, arrivals="bursty")
     assert found.answered == 30
     assert (found.latencies_s >= 0).all()
+
+
+def test_a_rate_that_cannot_be_sent_ends_in_time_and_is_marked() -> None:
+    load = Load(rate_per_s=1e6, arrivals="constant", seconds=0.2, warm_up_s=0, timeout_s=1, processes=1)
+    with instant_server() as url:
+        found = run_load(Endpoint(url), ITEMS, load)
+    assert found.answered > 0
+    assert found.limited[0].startswith("requests were sent up to")
 
 
 def test_the_processes_share_the_requests_and_the_clients(server: str) -> None:
