@@ -100,21 +100,21 @@ def require_delivery(url: str, endpoint: Endpoint, items: Sequence[Item], receiv
 def wait_for_deliveries(measured: Measured, receiver: Receiver) -> Delivery:
     """Wait until all accepted jobs were delivered, or nothing more comes, and count."""
     accepted_s = {job_id: at_s for _, at_s, body in measured.kept for job_id in _SLOT.findall(body)}
+    begin_s, end_s = (choose(accepted_s.values(), default=0.0) for choose in (min, max))
+    missing, first_s, seen = set(accepted_s), dict[bytes, float](), Counter[bytes]()
+    place, last_s = 0, 0.0
     while True:
-        arrivals = list(receiver.arrivals)
-        seen = Counter(job_id for job_id, _ in arrivals)
-        last_s = max((at_s for _, at_s in arrivals), default=0.0)
-        if (
-            accepted_s.keys() <= seen.keys()
-            or time.perf_counter() > max(last_s, max(accepted_s.values(), default=0.0)) + QUIET_S
-        ):
+        # Each message is looked at once: its receiver is a thread of this process, and the looking takes its time.
+        for job_id, at_s in (new := receiver.arrivals[place:]):
+            seen[job_id] += 1
+            first_s.setdefault(job_id, at_s)
+            missing.discard(job_id)
+            last_s = max(last_s, at_s)
+        place += len(new)
+        if not missing or time.perf_counter() > max(last_s, end_s) + QUIET_S:
             break
         time.sleep(0.05)
-    first_s: dict[bytes, float] = {}
-    for job_id, at_s in arrivals:
-        first_s.setdefault(job_id, at_s)
     delays_s = [max(0.0, first_s[job_id] - at_s) for job_id, at_s in accepted_s.items() if job_id in first_s]
-    begin_s = min(accepted_s.values(), default=0.0)
     p50_s, p99_s = np.quantile(delays_s, (0.5, 0.99)).tolist() if delays_s else (float("nan"),) * 2
     return Delivery(
         accepted=len(accepted_s),

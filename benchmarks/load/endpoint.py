@@ -76,7 +76,7 @@ class Endpoint:
         """The label of each item in an answer; None where there is none."""
         try:
             if self.content_type == LINES:
-                rows = sorted(map(json.loads, body.splitlines()), key=lambda row: row.get("line", 0))
+                rows = sorted(map(json.loads, body.splitlines()), key=lambda row: row.get("index", 0))
                 return [_text(found(row, self.answer or "")) for row in rows]
             value = found(json.loads(body), self.answer or "")
         except ValueError:

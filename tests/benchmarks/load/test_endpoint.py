@@ -82,8 +82,8 @@ def test_lists_for_a_server_that_takes_none_are_refused() -> None:
         preset("litserve", "http://host", list_length=2)
 
 
-def test_lines_are_in_the_order_of_their_numbers() -> None:
+def test_lines_are_in_the_order_of_their_items() -> None:
     endpoint = Endpoint("http://h/", answer="l", list_length=2, content_type="application/x-ndjson")
     assert endpoint.content(ITEMS[:2]).count(b"\n") == 2
-    assert endpoint.labels(b'{"line":2,"l":"b"}\n{"line":1,"l":"a"}\n') == ["a", "b"]
+    assert endpoint.labels(b'{"index":1,"l":"b"}\n{"index":0,"l":"a"}\n') == ["a", "b"]
     assert endpoint.labels(b"no json") == [None, None]
