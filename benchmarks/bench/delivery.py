@@ -100,7 +100,7 @@ def require_delivery(url: str, endpoint: Endpoint, items: Sequence[Item], receiv
 def wait_for_deliveries(measured: Measured, receiver: Receiver) -> Delivery:
     """Wait until all accepted jobs were delivered, or nothing more comes, and count."""
     accepted_s = {job_id: at_s for _, at_s, body in measured.kept for job_id in _SLOT.findall(body)}
-    begin_s, end_s = (choose(accepted_s.values(), default=0.0) for choose in (min, max))
+    begin_s, end_s = min(accepted_s.values(), default=0.0), max(accepted_s.values(), default=0.0)
     missing, first_s, seen = set(accepted_s), dict[bytes, float](), Counter[bytes]()
     place, last_s = 0, 0.0
     while True:
