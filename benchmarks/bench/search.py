@@ -14,7 +14,14 @@ FIRST_CLIENTS = 8
 MAX_CLIENTS = 1024
 MIN_GAIN = 1.05
 """More clients must raise the throughput at least so much."""
+CONFIRMATIONS = 2
+"""Steps that may not do so before the search ends: one of them may be by chance."""
+HIGHEST_SHARE = 1.2
+"""Of the capacity; a higher rate is not tried. Closed loops may find too low a capacity."""
 RATE_STEPS = 6
+FIRST_SHARE = 0.7
+KEPT_UP_SHARE = 0.95
+"""Of what is due, that is answered in the measured time where a rate is kept up with."""
 LOWEST_SHARE = 0.02
 """Of the capacity; a lower rate is not tried."""
 
@@ -22,17 +29,18 @@ Measure = Callable[[Load], Cell]
 
 
 def find_capacity(measure: Measure, load: Load, list_length: int = 1) -> tuple[list[Cell], dict[str, Any]]:
-    """Double the clients until the throughput no longer grows. Returns all that was measured, and the finding."""
+    """Double the clients until the throughput no longer grows in two steps. Returns all cells, and the finding."""
     cells: list[Cell] = []
-    clients = FIRST_CLIENTS
+    clients, level_steps = FIRST_CLIENTS, 0
     best: Cell | None = None
     while clients <= MAX_CLIENTS:
         cell = measure(replace(load, clients=clients, rate_per_s=None, arrivals="poisson"))
         cells.append(cell)
         grows = best is None or _rate(cell) > MIN_GAIN * _rate(best)
+        level_steps = 0 if grows else level_steps + 1
         if best is None or _rate(cell) > _rate(best):
             best = cell
-        if not grows or cell.limited:
+        if level_steps == CONFIRMATIONS or cell.limited:
             break
         clients *= 2
     found = {
@@ -49,14 +57,14 @@ def find_capacity(measure: Measure, load: Load, list_length: int = 1) -> tuple[l
 def find_rate(
     measure: Measure, load: Load, p99_ms: float, capacity_items_per_s: float, list_length: int = 1
 ) -> tuple[list[Cell], dict[str, Any]]:
-    """The highest rate of an open loop with the 99th percentile below the limit, by bisection below the capacity.
+    """The highest rate of an open loop with the 99th percentile below the limit, by bisection up to 1.2 x the capacity.
 
-    A rate at which a hundredth of the requests fail, or a tenth of what was due was not answered, is too high.
+    A rate at which a hundredth of the requests fail, or a twentieth of what was due was not answered, is too high.
     """
     cells: list[Cell] = []
-    low, high = 0.0, capacity_items_per_s
+    low, high = 0.0, HIGHEST_SHARE * capacity_items_per_s
     kept: Cell | None = None
-    rate = 0.7 * high
+    rate = FIRST_SHARE * capacity_items_per_s
     while len(cells) < RATE_STEPS and rate >= LOWEST_SHARE * capacity_items_per_s > 0:
         cell = measure(replace(load, rate_per_s=rate / list_length))
         cells.append(cell)
@@ -84,7 +92,7 @@ def keeps(cell: Cell, limit_ms: float) -> bool:
         return False
     answered, failed = cell.answered, sum(cell.errors.values())
     is_shed = failed > MAX_FAILED_SHARE * (answered + failed)
-    return not is_shed and _rate(cell) > 0.9 * cell.due_per_s and p99_ms <= limit_ms
+    return not is_shed and _rate(cell) > KEPT_UP_SHARE * cell.due_per_s and p99_ms <= limit_ms
 
 
 def _engine(cell: Cell | None) -> str | None:

@@ -24,8 +24,23 @@ def measure(load: Load) -> Cell:
 
 def test_the_capacity_is_where_more_clients_bring_no_more() -> None:
     cells, found = find_capacity(measure, Load())
-    assert [cell.clients for cell in cells] == [8, 16, 32, 64]
+    assert [cell.clients for cell in cells] == [8, 16, 32, 64, 128]
     assert (found["items_per_s"], found["load"]) == (CAPACITY, "32 clients")
+
+
+def test_one_slow_step_ends_no_search_of_the_capacity() -> None:
+    rates = {8: 100.0, 16: 70.0, 32: 150.0, 64: 151.0, 128: 152.0}
+
+    def measure_by_chance(load: Load) -> Cell:
+        return replace(measure(load), figures={"items_per_s": Figure(rates[load.clients])})
+
+    _, found = find_capacity(measure_by_chance, Load())
+    assert (found["items_per_s"], found["load"]) == (152.0, "128 clients")
+
+
+def test_a_rate_above_the_capacity_that_was_found_is_tried() -> None:
+    _, found = find_rate(measure, Load(), 10.0, 270.0)
+    assert found["items_per_s"] == pytest.approx(300, rel=0.03), "closed loops found too low a capacity"
 
 
 def test_the_highest_rate_that_keeps_a_limit_is_found() -> None:
@@ -45,6 +60,7 @@ def test_a_rate_is_kept_up_with_where_what_came_due_by_chance_was_answered() -> 
     by_chance = replace(measure(Load(rate_per_s=100)), figures={"items_per_s": Figure(80), "p99_ms": Figure(5)})
     assert keeps(replace(by_chance, due_per_s=80.0), limit_ms=10)
     assert not keeps(replace(by_chance, due_per_s=100.0), limit_ms=10)
+    assert not keeps(replace(by_chance, due_per_s=87.0), limit_ms=10), "more and more would wait"
 
 
 def test_a_rate_is_searched_with_the_arrivals_that_were_asked_for() -> None:
