@@ -7,7 +7,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -97,8 +97,13 @@ def require_delivery(url: str, endpoint: Endpoint, items: Sequence[Item], receiv
         )
 
 
-def wait_for_deliveries(measured: Measured, receiver: Receiver) -> Delivery:
-    """Wait until all accepted jobs were delivered, or nothing more comes, and count."""
+def wait_for_deliveries(
+    measured: Measured, receiver: Receiver, on_wait: Callable[[int], object] = lambda _: None
+) -> Delivery:
+    """Wait until all accepted jobs were delivered, or nothing more comes, and count.
+
+    `on_wait` is told again and again how many were delivered.
+    """
     accepted_s = {job_id: at_s for _, at_s, body in measured.kept for job_id in _SLOT.findall(body)}
     begin_s, end_s = min(accepted_s.values(), default=0.0), max(accepted_s.values(), default=0.0)
     missing, first_s, seen = set(accepted_s), dict[bytes, float](), Counter[bytes]()
@@ -111,6 +116,7 @@ def wait_for_deliveries(measured: Measured, receiver: Receiver) -> Delivery:
             missing.discard(job_id)
             last_s = max(last_s, at_s)
         place += len(new)
+        on_wait(len(accepted_s) - len(missing))
         if not missing or time.perf_counter() > max(last_s, end_s) + QUIET_S:
             break
         time.sleep(0.05)

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
+from time import perf_counter
 from typing import Any
 
 import httpx
@@ -97,7 +99,8 @@ class OpenSession:
                 runs.append(measured)
                 sides += [] if side is None else [side]
                 if self.session.receiver is not None:
-                    deliveries.append(wait_for_deliveries(measured, self.session.receiver))
+                    on_wait = partial(self._tell_deliveries, load, name, measured.begin_s - load.warm_up_s)
+                    deliveries.append(wait_for_deliveries(measured, self.session.receiver, on_wait))
         return cell_of(
             load,
             runs,
@@ -109,6 +112,9 @@ class OpenSession:
             gpus=gpus.summary([(run.begin_s, run.begin_s + run.elapsed_s) for run in runs]),
             price_per_hour=self.session.price_per_hour,
         )
+
+    def _tell_deliveries(self, load: Load, name: str, began_s: float, delivered: int) -> None:
+        self.session.on_run(f"{name}, deliveries", load, perf_counter() - began_s, delivered, 0)
 
     def _run(self, load: Load, name: str) -> tuple[Measured, ServerSide | None]:
         if self.running.url is None:

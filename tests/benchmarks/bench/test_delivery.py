@@ -35,8 +35,10 @@ def test_each_message_is_looked_at_once_while_others_are_waited_for(monkeypatch:
     messages = Messages([(JOBS[0], now_s + 1), (JOBS[0], now_s + 2), (b"another", now_s)])
     later = iter(JOBS[1:])
     monkeypatch.setattr(time, "sleep", lambda _: messages.append((next(later), now_s + 3)))
-    found = wait_for_deliveries(measured, Receiver("queue", {}, messages))
+    told: list[int] = []
+    found = wait_for_deliveries(measured, Receiver("queue", {}, messages), told.append)
     assert (found.accepted, found.delivered, found.duplicates, found.lost) == (50, 50, 1, 0)
     assert found.p50_s == pytest.approx(3)
     assert found.delivered_per_s == pytest.approx(50 / 3)
     assert Messages.looked_at == len(messages)
+    assert told == list(range(1, 51))
