@@ -127,7 +127,7 @@ class ServeTarget:
         with tempfile.TemporaryDirectory() as folder:
             # Its jobs are in a store of its own, which is synchronised as the configured one.
             store = {"MODALKIT_APP_SETTINGS__ASYNC_CONFIG__STORE_PATH": str(Path(folder, "jobs.db"))}
-            given = {**store, **os.environ, **(self.variables or {}), **variables_of(variant, self.model)}
+            given = {**os.environ, **store, **(self.variables or {}), **variables_of(variant, self.model)}
             started_s = time.perf_counter()
             with process(command, given, is_serving) as served:
                 yield Running(served.url, started_s)

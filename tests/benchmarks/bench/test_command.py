@@ -176,6 +176,14 @@ def test_a_worker_is_measured_without_http(bench: Bench, results: ResultsOf) -> 
     assert cell["limited"] == []
 
 
+def test_what_bench_serves_leaves_the_jobs_of_the_service_alone(
+    bench: Bench, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODALKIT_APP_SETTINGS__ASYNC_CONFIG__STORE_PATH", str(folder / "mine.db"))
+    assert bench("serve", "--length-mix", "3").exit_code == 0
+    assert not list(folder.glob("*.db")), "neither the store of the variable nor that of the file"
+
+
 @pytest.mark.parametrize("queue", ["webhook", "redis"])
 def test_jobs_are_followed_to_their_delivery(bench: Bench, results: ResultsOf, queue: str) -> None:
     bench("serve", "--mode", "async", "--queue", queue, "--list-length", "10", "--length-mix", "3")
