@@ -237,15 +237,17 @@ def _search(opened: OpenSession, base: Load, p99_ms: float | None, results: Resu
     length = 1 if opened.running.url is None else opened.endpoint.list_length
 
     def measure(load: Load) -> Cell:
-        return _measured(opened, load, results)
+        cell = _measured(opened, load, results)
+        _keep(results, [cell], output)
+        return cell
 
-    cells, found = find_capacity(measure, base, length)
+    _, found = find_capacity(measure, base, length)
     results.searches.append(found)
-    _keep(results, cells, output)
     if p99_ms is not None:
-        cells, found = find_rate(measure, base, p99_ms, found["items_per_s"], length)
+        before = len(results.cells)
+        results.cells[before:], found = find_rate(measure, base, p99_ms, found["items_per_s"], length)
         results.searches.append(found)
-        _keep(results, cells, output)
+    _keep(results, [], output)
 
 
 def _keep(results: Results, cells: list[Cell], output: Path) -> None:

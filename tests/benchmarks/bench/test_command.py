@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from modalkit.benchmarks.bench import cli
 from modalkit.benchmarks.bench.cli import app
-from modalkit.benchmarks.bench.results import Results
+from modalkit.benchmarks.bench.results import Cell, Results
 from modalkit.benchmarks.bench.session import OnRun
 from modalkit.benchmarks.load import BenchError
 from tests.benchmarks.bench.conftest import MEASURE_ITSELF, Bench, cell_of
@@ -149,6 +149,21 @@ def test_an_answer_without_a_label_at_its_path_is_refused_before_any_load(
     assert isinstance(done.exception, BenchError)
     assert "--answer 'data.length' is the path of no label" in str(done.exception)
     assert '"length":4' in str(done.exception), "the answer is shown"
+
+
+def test_a_search_that_is_interrupted_keeps_what_it_measured(
+    bench: Bench, results: ResultsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = [cell_of("8 clients", {}, 100.0), cell_of("16 clients", {}, 200.0)]
+
+    def measure(*_: object) -> Cell:
+        if not measured:
+            raise KeyboardInterrupt
+        return measured.pop(0)
+
+    monkeypatch.setattr(cli, "_measured", measure)
+    assert bench("worker", "--p99-ms", "50", "--length-mix", "3").exit_code != 0
+    assert [cell["load"] for cell in results()["cells"]] == ["8 clients", "16 clients"]
 
 
 def test_older_results_of_other_loads_are_no_silent_pass(bench: Bench, folder: Path) -> None:
