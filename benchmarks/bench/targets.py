@@ -107,7 +107,15 @@ class UrlTarget:
             try:
                 yield Running(self.name)
             finally:
-                client.patch(path, json={key: before[key] for key in variant if key in before})
+                old = {key: before[key] for key in variant if key in before}
+                try:
+                    client.patch(path, json=old).raise_for_status()
+                except httpx.HTTPError as error:
+                    shown = ", ".join(f"{key} {value}" for key, value in old.items())
+                    raise BenchError(
+                        f"{self.name} still has the settings of the sweep, because changing them back failed: "
+                        f"{_problem(error)}; set {shown} by PATCH {path}"
+                    ) from error
 
 
 @dataclass(frozen=True, slots=True)
