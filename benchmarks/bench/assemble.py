@@ -73,6 +73,7 @@ class Options:
     model: str | None
     port: int
     docker_argument: Sequence[str] | None
+    start_timeout: float
     repeats: int
     price_per_hour: float | None
     sweep: Sequence[str] | None
@@ -223,6 +224,7 @@ def session_of(options: Options, on_run: OnRun) -> Iterator[Session]:
             receiver=receiver,
             repeats=options.repeats,
             price_per_hour=options.price_per_hour,
+            start_timeout_s=options.start_timeout,
             on_run=on_run,
         )
 

@@ -39,7 +39,7 @@ class Session:
     """What reads the queue, in the mode ``async``."""
     repeats: int = 3
     price_per_hour: float | None = None
-    start_timeout_s: float = 300.0
+    start_timeout_s: float
     on_run: OnRun = lambda *_: None
 
     @contextmanager

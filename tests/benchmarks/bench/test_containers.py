@@ -10,6 +10,7 @@ import pytest
 from modalkit.benchmarks.bench.targets import ComposeTarget, DockerTarget, docker, first_answer_s, variables_of
 from modalkit.benchmarks.load import BenchError, preset
 from modalkit.service.settings import Settings
+from tests.benchmarks.bench.conftest import Bench
 
 STAND_IN = """#!{python}
 import sys
@@ -74,6 +75,13 @@ def test_a_container_is_started_with_the_settings_and_removed(log: Path) -> None
         "stop image:1",
         "rm --volumes image:1",
     ]
+
+
+def test_a_container_that_never_answers_is_given_up_in_time_and_removed(log: Path, bench: Bench) -> None:
+    done = bench("docker:image:1", "--start-timeout", "0.1")
+    assert isinstance(done.exception, BenchError)
+    assert "http://127.0.0.1:4321/sync/predict: the first request failed" in str(done.exception)
+    assert log.read_text().splitlines()[-2:] == ["stop image:1", "rm --volumes image:1"]
 
 
 def test_a_compose_file_is_brought_up_with_the_settings_and_down(log: Path) -> None:
