@@ -128,6 +128,8 @@ def findings(document: Mapping[str, Any]) -> Iterator[str]:
     for cell in document["cells"]:
         for reason, count in list(cell["errors"].items())[:3]:
             yield f"{name_of(cell)}: {count} x {reason}"
+        if unsteady := cell.get("unsteady_runs"):
+            yield f"{name_of(cell)}: the throughput was not steady within --seconds, in {unsteady} of the runs."
         if cell["limited"]:
             reasons = ", ".join(cell["limited"])
             yield f"{name_of(cell)} (!): the load generator was the limit, and the server can do more: {reasons}."

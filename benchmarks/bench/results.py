@@ -83,6 +83,8 @@ class Cell:
     """Pairs of a share of the requests and the milliseconds that it did not exceed."""
     timeline: Sequence[tuple[float, float, float, float]] = ()
     """Seconds, and in the time before: items per second, median and 99th percentile in milliseconds."""
+    unsteady_runs: int = 0
+    """Runs until the throughput is steady in which it never was."""
     records: Sequence[BatchRecord] = ()
     """Those of the batches, where they were asked for."""
 

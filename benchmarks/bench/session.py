@@ -189,6 +189,7 @@ def cell_of(
         cost_per_million=None if price_per_hour is None or not rate else price_per_hour / 3600 / rate * 1e6,
         latency_curve=curve_of(runs),
         timeline=timeline_of(runs[-1]),
+        unsteady_runs=sum(not run.was_steady for run in runs) if load.until_steady else 0,
     )
 
 

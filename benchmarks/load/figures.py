@@ -53,6 +53,8 @@ class Measured:
     """What the model runs by, where that is the process of the generator itself."""
     begin_s: float = 0.0
     """The begin of the measured time, by `time.perf_counter`."""
+    was_steady: bool = False
+    """Whether it ended because the throughput no longer changed."""
 
     def latency_s(self, share: float) -> float:
         """The latency that this share of the requests does not exceed."""

@@ -99,20 +99,21 @@ def _run(target: CallTarget, load: Load, processes: int, on_progress: OnProgress
         began_s = time.perf_counter()  # before the word go: on a busy machine, all may be answered by the next line
         for pipe in pipes:
             pipe.send(GO)
-        results, stopped_s = _results(pipes, load, began_s, on_progress)
+        results, stopped_s, was_steady = _results(pipes, load, began_s, on_progress)
     warm_s = 0.0 if load.requests is not None else load.warm_up_s
-    return measured_of(results, load, begin_s=began_s + warm_s, end_s=stopped_s)
+    return replace(measured_of(results, load, begin_s=began_s + warm_s, end_s=stopped_s), was_steady=was_steady)
 
 
 def _results(
     pipes: Sequence[Connection], load: Load, began_s: float, on_progress: OnProgress
-) -> tuple[list[PartResult], float]:
-    """What all processes measured, and when they were told to stop, or ended by themselves."""
+) -> tuple[list[PartResult], float, bool]:
+    """What all processes measured, when they were told to stop or ended, and whether because all was steady."""
     results: list[PartResult] = []
     progress = dict.fromkeys(pipes, (0, 0))
     open_pipes = list(pipes)
     longest_s = load.warm_up_s + load.seconds if load.requests is None else None
     stopped_s = None
+    was_steady = False
     timeline: list[tuple[float, int]] = []
     while open_pipes:
         for pipe in wait(open_pipes, timeout=0.05):
@@ -128,14 +129,15 @@ def _results(
             on_progress(elapsed_s, answered, failed)
             timeline.append((elapsed_s, answered))
             is_over = longest_s is not None and elapsed_s >= longest_s
-            if is_over or (load.until_steady and is_steady(timeline, load.warm_up_s)):
+            was_steady = load.until_steady and is_steady(timeline, load.warm_up_s)
+            if is_over or was_steady:
                 stopped_s = time.perf_counter()
                 for pipe in open_pipes:
                     with suppress(BrokenPipeError):
                         pipe.send(STOP)
         elif time.perf_counter() > stopped_s + 2 * load.timeout_s + END_S:
             raise BenchError(f"the last requests did not end within {2 * load.timeout_s + END_S:g} s")
-    return results, stopped_s if stopped_s is not None else time.perf_counter()
+    return results, stopped_s if stopped_s is not None else time.perf_counter(), was_steady
 
 
 def is_steady(timeline: Sequence[tuple[float, int]], warm_up_s: float) -> bool:

@@ -182,6 +182,12 @@ def test_items_that_all_fail_are_told_by_their_error(bench: Bench, folder: Path)
     assert "--list-length" not in done.output
 
 
+def test_a_throughput_that_is_not_steady_in_time_is_told(bench: Bench) -> None:
+    told = "sync, 2 clients: the throughput was not steady within --seconds, in 1 of the runs."
+    assert told in bench("worker", "--length-mix", "3", "--until-steady").output
+    assert told not in bench("worker", "--length-mix", "3").output
+
+
 def test_a_worker_is_measured_without_http(bench: Bench, results: ResultsOf) -> None:
     bench("worker", "--length-mix", "3,5")
     (cell,) = results()["cells"]
