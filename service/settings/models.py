@@ -173,7 +173,7 @@ class RequestConfig(Section):
     max_item_values: Count = 100_000
     """Maximum brackets and commas of one item: many small values cost more than one long text (HTTP 413)."""
     max_pending_bytes: Count = 256 * 2**20
-    """Maximum bytes of all bodies that arrive or wait, the first 64 KiB of each not counted; beyond, HTTP 503."""
+    """Maximum bytes of bodies that arrive or wait and answers that are sent, beyond 64 KiB each; beyond, HTTP 503."""
 
 
 class SqsConfig(Section):

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from http import HTTPStatus
 from typing import ParamSpec, Self, TypeVar
 
@@ -22,7 +23,8 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 FREE_BYTES = 2**16
-"""Bytes of a body that do not count as held, so that small requests are served while others stall with large ones."""
+"""Bytes of a body, or of an answer, that do not count as held, so that small requests are served while others stall
+with large ones."""
 SLICE_ITEMS = 256
 """Maximum items that are processed without a pause; after each slice of them, other requests have their turn."""
 SLICE_S = 0.005
@@ -58,7 +60,7 @@ class Admission:
     def __init__(self, limits: RequestConfig | None = None, now: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits or RequestConfig()
         self.held_bytes = 0
-        """Bytes of bodies that arrive or wait, without the first `FREE_BYTES` of each."""
+        """Bytes of bodies that arrive or wait, and of answers that are sent, without the first `FREE_BYTES` of each."""
         self.cut_bodies = 0
         """How many bodies were cut by their clients."""
         self.turn = anyio.Lock()
@@ -101,7 +103,9 @@ class Admission:
 
 
 class Reception:
-    """The bytes that one body, or a part of a stream, holds, without the first `FREE_BYTES`; none after the context."""
+    """The bytes that one body, a part of a stream, or an answer holds, without the first `FREE_BYTES`; none after the
+    context.
+    """
 
     __slots__ = ("_admission", "_held_bytes")
 
@@ -147,6 +151,21 @@ class Reception:
                 **{"Retry-After": "1"},
             )
 
+    def answer(self, size_bytes: int, *, may_be_refused: bool = True) -> AbstractContextManager[None]:
+        """Hold so many bytes of the answer too while the context is open, which is until the client has taken them.
+
+        Entering it raises `ProblemError` where all requests together would hold too much; a lone answer may be larger.
+        """
+        return nullcontext() if size_bytes <= FREE_BYTES else self._hold_answer(size_bytes, may_be_refused)
+
+    @contextmanager
+    def _hold_answer(self, size_bytes: int, may_be_refused: bool) -> Generator[None]:
+        with Reception(self._admission) as held:
+            if may_be_refused and self._admission.held_bytes > self._held_bytes:
+                held.check_room(size_bytes)
+            held.hold(size_bytes)
+            yield
+
     async def read(self, request: Request) -> bytes:
         """The whole body; see `read_body`."""
         declared = request.headers.get("content-length", "0")
@@ -183,10 +202,10 @@ class Reception:
         self.check_room(size_bytes)
 
 
-def reception_of(request: Request) -> Reception:
-    """The reception of a request's body, which `DirectRoutes` makes."""
-    reception: Reception = request.scope[_RECEPTION]
-    return reception
+def reception_of(scope: Scope) -> Reception:
+    """The reception of a request, which `DirectRoutes` makes; one of its own in an application without them."""
+    reception: Reception | None = scope.get(_RECEPTION)
+    return Reception(Admission()) if reception is None else reception
 
 
 def read_body(request: Request) -> Awaitable[bytes]:
@@ -195,7 +214,7 @@ def read_body(request: Request) -> Awaitable[bytes]:
     Raises `ProblemError` for a body that is too large, alone or together with those of other requests, and if the
     client leaves before its end.
     """
-    return reception_of(request).read(request)
+    return reception_of(request.scope).read(request)
 
 
 def _refused(status: HTTPStatus, detail: str, **headers: str) -> ProblemError:

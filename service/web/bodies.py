@@ -209,7 +209,7 @@ async def read_as(model: type[Model], request: Request) -> Model:
     """The whole body as an instance of `model`; it may be as large as one item. Raises `ProblemError`."""
     check_encoding(request)
     body = await read_body(request)
-    _check_item(body, reception_of(request).limits)
+    _check_item(body, reception_of(request.scope).limits)
     parsed = _parse(model, body)
     await _pause_after(body)
     return parsed

@@ -34,6 +34,10 @@ MAX_PIPELINED = 1000
 """Most requests of a connection that wait for those before them to be answered."""
 
 
+MAX_WRITE_BYTES = 2**18
+"""Bytes of an answer that a connection is given at once."""
+
+
 class Waiting(Enum):
     """What a connection is waiting for."""
 
@@ -52,7 +56,11 @@ class _RefusedError(Exception):
 
 
 class OneWriteCycle(RequestResponseCycle):
-    """Sends the head of an answer of known length together with its body: one system call instead of two."""
+    """Sends the head of an answer of known length together with its body: one system call instead of two.
+
+    A large body is sent in parts, each once the client has taken those before it: so `send` returns when the client has
+    all but the last part, and a request ends, and what it holds counts, no earlier.
+    """
 
     _head: HTTPResponseStartEvent | None = None
     _headers: dict[bytes, bytes]
@@ -66,16 +74,26 @@ class OneWriteCycle(RequestResponseCycle):
             if has_length and not (self.response_started or self.access_log or self.scope["method"] == "HEAD"):
                 self._head = message
                 return
-        elif message["type"] == "http.response.body" and head is not None:
-            if not message.get("more_body") and self._send_all(head, message.get("body", b"")):
+        elif message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            if head is not None:
+                if not message.get("more_body") and self._send_all(head, body):
+                    return
+                await super().send(head)
+            if len(body) > MAX_WRITE_BYTES:
+                await self._send_parts(body, more_body=message.get("more_body", False))
                 return
-            await super().send(head)
         await super().send(message)
+
+    async def _send_parts(self, body: bytes, *, more_body: bool) -> None:
+        for start in range(0, len(body), MAX_WRITE_BYTES):
+            part, has_more = body[start : start + MAX_WRITE_BYTES], start + MAX_WRITE_BYTES < len(body)
+            await super().send({"type": "http.response.body", "body": part, "more_body": has_more or more_body})
 
     def _send_all(self, head: HTTPResponseStartEvent, body: bytes) -> bool:
         """Send a whole answer; returns whether that was possible."""
         has_length = self._headers[b"content-length"] == b"%d" % len(body)
-        if self.disconnected or self.flow.write_paused or not has_length:
+        if self.disconnected or self.flow.write_paused or not has_length or len(body) > MAX_WRITE_BYTES:
             return False
         lines = [b"%b: %b\r\n" % header for header in (*self.default_headers, *head["headers"])]
         content = b"".join(lines)

@@ -12,8 +12,9 @@ from fastapi.responses import Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from modalkit.service.web.admission import FREE_BYTES, reception_of
 from modalkit.service.web.answers import JSON
-from modalkit.service.web.problems import ProblemError
+from modalkit.service.web.problems import ProblemError, error_response
 
 T = TypeVar("T")
 
@@ -91,10 +92,24 @@ class DirectResponse(Response):
         self.background = None
         self.raw_headers = [_CONTENT_TYPE, (b"content-length", b"%d" % len(content)), *headers]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's signature
-        """Answer, as an ASGI application does."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, as an ASGI application does. Where there is no room for a large answer, 503 takes its place."""
+        if len(self.body) > FREE_BYTES:
+            await self._send_held(len(self.body), scope, receive, send)
+        else:
+            await self._send(send)
+
+    async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body})
+
+    async def _send_held(self, size_bytes: int, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            # Of what was accepted, the client has to know.
+            with reception_of(scope).answer(size_bytes, may_be_refused=self.status_code != HTTPStatus.ACCEPTED):
+                await self._send(send)
+        except ProblemError as error:
+            await error_response(error)(scope, receive, send)
 
 
 def list_response(items: Sequence[bytes]) -> DirectResponse:
@@ -108,8 +123,12 @@ class _LongList(DirectResponse):
         super().__init__(b"")
         self.raw_headers = [_CONTENT_TYPE, (b"content-length", b"%d" % size_bytes)]
         self._items = items
+        self._size_bytes = size_bytes
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's signature
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._send_held(self._size_bytes, scope, receive, send)
+
+    async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         part, size_bytes, before = list[bytes](), 0, b"["
         for item in self._items:

@@ -17,6 +17,7 @@ from modalkit.service.errors import OutputNotJsonError
 from modalkit.service.gateway import Jobs, Model
 from modalkit.service.jobs import JobPiece, JobStatus
 from modalkit.service.outputs import output_json
+from modalkit.service.web.admission import reception_of
 from modalkit.service.web.answers import EVENT_STREAM, job_json
 from modalkit.service.web.problems import KNOWN_ERRORS, as_problem, error_response, problem_json
 
@@ -45,6 +46,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application does."""
+        reception = reception_of(scope)
         made, events = anyio.create_memory_object_stream[bytes | Exception]()
         async with plain_task_group() as task_group, events:
 
@@ -52,7 +54,8 @@ class EventStream(Response):
                 async with made, aclosing(self._events):
                     try:
                         async for event in self._events:
-                            await made.send(event)
+                            with reception.answer(len(event)):
+                                await made.send(event)
                     except KNOWN_ERRORS as error:
                         await made.send(error)
 
@@ -80,7 +83,8 @@ class EventStream(Response):
                 if not has_started:
                     has_started = True
                     await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                with reception.answer(len(event), may_be_refused=False):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
             task_group.cancel_scope.cancel()
 

@@ -132,7 +132,9 @@ def _of_models(models: Iterable[Model]) -> Iterator[Metric]:
 def _of_bodies(admission: Admission) -> Iterator[Metric]:
     yield CounterMetricFamily("modalkit_cut_bodies", "Bodies that their clients cut.", value=admission.cut_bodies)
     yield GaugeMetricFamily(
-        "modalkit_held_body_bytes", "Bytes of large bodies that arrive or wait.", value=admission.held_bytes
+        "modalkit_held_body_bytes",
+        "Bytes of large bodies that wait, and of large answers that are sent.",
+        value=admission.held_bytes,
     )
 
 

@@ -111,7 +111,7 @@ def make_batches_router(gateway: Gateway, admission: Admission) -> APIRouter:
             detail = f"the file is larger than {limits.max_file_bytes} bytes (request_config.max_file_bytes)"
             raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{detail}: send several smaller ones")
         check_encoding(request)
-        reception, in_memory_bytes = reception_of(request), min(size, MultiPartParser.spool_max_size)
+        reception, in_memory_bytes = reception_of(request.scope), min(size, MultiPartParser.spool_max_size)
         reception.check_room(in_memory_bytes)
         reception.hold(in_memory_bytes)
         nonlocal uploading_bytes

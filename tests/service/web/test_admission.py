@@ -3,8 +3,10 @@
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 import anyio
@@ -13,17 +15,20 @@ import pytest
 from anyio import to_thread
 from anyio.lowlevel import checkpoint
 from fastapi import FastAPI
+from fastapi.responses import Response
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.types import Message
+from starlette.types import Message, Scope
 
 from modalkit.batching import DeadlineUnreachableError, Failure, QueueFullError
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, RequestConfig, Settings
 from modalkit.service.web import bodies, create_app
-from modalkit.service.web.admission import FREE_BYTES, STEP_ITEMS, Admission, RefusalPace
+from modalkit.service.web.admission import FREE_BYTES, STEP_ITEMS, Admission, Reception, RefusalPace
 from modalkit.service.web.bodies import BodyParser
-from modalkit.service.web.problems import ProblemError, error_json, error_response
+from modalkit.service.web.direct import DirectResponse, list_response
+from modalkit.service.web.events import EventStream
+from modalkit.service.web.problems import TYPE_PREFIX, ProblemError, error_json, error_response
 from tests.support.http_client import assert_problem, job
 from tests.support.http_server import serving
 from tests.support.length_model import LengthPipeline, Text
@@ -250,6 +255,49 @@ async def test_bodies_that_stall_hold_a_bounded_number_of_bytes_and_small_ones_a
         assert (await client.post("/sync/predict", json={"text": "small"})).status_code == 200
     await until_metric(client, "modalkit_held_body_bytes 0.0")
     assert (await client.post("/batch/predict", content=list_of(990))).status_code == 413, "the queue holds 100"
+
+
+@pytest.mark.parametrize("make", [DirectResponse, lambda content: list_response([content[1:-1]] * 8)])
+async def test_answers_that_no_client_takes_hold_a_bounded_number_of_bytes(
+    make: Callable[[bytes], DirectResponse],
+) -> None:
+    """Where they are full, a large answer is a problem, also instead of the first event of a stream."""
+    admission, content = Admission(RequestConfig(max_pending_bytes=LARGE)), b"1" * LARGE
+    is_taken = anyio.Event()
+
+    async def ask(answer: Response, *, waits: bool = False) -> list[Message]:
+        sent = list[Message]()
+
+        async def receive() -> Message:
+            await anyio.sleep_forever()
+            raise AssertionError
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+            if waits and "body" in message:
+                await is_taken.wait()
+
+        scope: Scope = {"type": "http"}
+        with Reception(admission, scope):
+            await answer(scope, receive, send)
+        return sent
+
+    async def events(event: bytes) -> AsyncGenerator[bytes]:
+        yield event
+
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(partial(ask, make(content), waits=True))  # alone, it may be larger than the limit
+        await anyio.wait_all_tasks_blocked()
+        assert admission.held_bytes >= LARGE - FREE_BYTES
+        for large in (make(content), EventStream(events(content))):
+            start, body = await ask(large)
+            assert (start["status"], json.loads(body["body"])["type"]) == (503, f"{TYPE_PREFIX}service-unavailable")
+        assert (await ask(DirectResponse(content, HTTPStatus.ACCEPTED)))[0]["status"] == 202
+        for small in (DirectResponse(b"1" * FREE_BYTES), EventStream(events(b"data: 1\n\n"))):
+            assert (await ask(small))[0]["status"] == 200
+        is_taken.set()
+    assert admission.held_bytes == 0
+    assert (await ask(make(content)))[0]["status"] == 200
 
 
 async def test_a_line_for_which_there_is_no_room_is_refused_alone(

@@ -6,8 +6,9 @@ import json
 import anyio
 import pytest
 from fastapi import Request
-from starlette.types import Message
+from starlette.types import Message, Scope
 
+from modalkit.service.web.admission import Admission, Reception
 from modalkit.service.web.direct import PART_BYTES, list_response, while_connected
 from modalkit.service.web.problems import ProblemError
 
@@ -48,7 +49,9 @@ async def test_a_long_list_is_sent_in_parts_between_which_others_have_their_turn
         sent.append(message)
         asyncio.get_running_loop().call_soon(turns.append, len(sent))
 
-    await list_response(items)({"type": "http"}, Client().request.receive, send)
+    scope: Scope = {"type": "http"}
+    with Reception(Admission(), scope):
+        await list_response(items)(scope, Client().request.receive, send)
     start, *parts = sent
     body = b"".join(part["body"] for part in parts)
     assert json.loads(body) == list(map(json.loads, items))

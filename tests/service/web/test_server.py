@@ -15,9 +15,10 @@ from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.serving import AddressError, listening
 from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.web import create_app
-from modalkit.service.web.connections import MAX_PIPELINED
+from modalkit.service.web.connections import MAX_PIPELINED, MAX_WRITE_BYTES
 from modalkit.service.web.server import LimitedServer, server_of
 from tests.support.http_client import NO_TLS, assert_problem
+from tests.support.http_server import limit_buffers
 from tests.support.length_model import LengthPipeline
 
 pytestmark = pytest.mark.anyio
@@ -26,15 +27,17 @@ Headers = list[tuple[bytes, bytes]]
 
 
 @asynccontextmanager
-async def served(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
-    async with served_by(server_of(app, ServerConfig(), access_log=False)) as client:
+async def served(app: ASGIApp, socket_buffer_bytes: int | None = None) -> AsyncIterator[httpx.AsyncClient]:
+    async with served_by(server_of(app, ServerConfig(), access_log=False), socket_buffer_bytes) as client:
         yield client
 
 
 @asynccontextmanager
-async def served_by(server: LimitedServer) -> AsyncIterator[httpx.AsyncClient]:
+async def served_by(server: LimitedServer, socket_buffer_bytes: int | None = None) -> AsyncIterator[httpx.AsyncClient]:
     server.config.lifespan = "off"
     with listening("127.0.0.1", 0) as listener:
+        if socket_buffer_bytes is not None:
+            limit_buffers(listener, socket_buffer_bytes)
         async with anyio.create_task_group() as task_group:
             task_group.start_soon(server.serve, [listener])
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -70,6 +73,30 @@ async def test_an_answer_arrives_whole_however_it_is_sent(headers: Headers, part
             assert (answer.status_code, answer.text, answer.headers["x-a"]) == (200, "four", "1")
         head = await client.head("/")
         assert head.text == ""
+
+
+async def test_a_large_answer_is_not_sent_before_the_client_has_taken_all_but_its_end() -> None:
+    """So that what it holds counts as long as it is held; `answered` is set when the application has ended."""
+    part, answered = b"x" * MAX_WRITE_BYTES, anyio.Event()
+    body = b"".join([part] * 40 + [b"end"])
+    sent_bytes = 0
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await answering([(b"content-length", b"%d" % len(body))], body)(scope, receive, send)
+        answered.set()
+
+    async with served(app, socket_buffer_bytes=2**16) as client:
+        async with client.stream("GET", "/") as answer:
+            async for received in answer.aiter_raw(2**16):
+                sent_bytes += len(received)
+                if sent_bytes == 2**16:
+                    for _ in range(100):  # the server has sent what the system buffers
+                        await checkpoint()
+                    assert not answered.is_set()
+        assert sent_bytes == len(body)
+        await answered.wait()
+        assert (await client.get("/")).content == body
+        assert (await client.head("/")).content == b""
 
 
 @pytest.mark.parametrize("headers", [[LENGTH, (b"x-a", b"1\r\nx-b: 2")], [LENGTH, (b"x-a", b"\0")]])
