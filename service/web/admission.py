@@ -166,6 +166,17 @@ class Reception:
             held.hold(size_bytes)
             yield
 
+    async def write(self, size_bytes: int, make: Callable[[], bytes]) -> bytes:
+        """What `make` returns, which takes long where it has many bytes, about `size_bytes`.
+
+        Such answers, and parts of large bodies, are made one in each pass of the event loop. Raises as `answer` does.
+        """
+        if size_bytes <= FREE_BYTES:
+            return make()
+        with self.answer(size_bytes):
+            async with self._admission.turn:
+                return make()
+
     async def read(self, request: Request) -> bytes:
         """The whole body; see `read_body`."""
         declared = request.headers.get("content-length", "0")

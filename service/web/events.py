@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 
 import anyio
 from fastapi.responses import Response
@@ -15,9 +16,9 @@ from modalkit.batching import RequestOptions, Success
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.service.errors import OutputNotJsonError
 from modalkit.service.gateway import Jobs, Model
-from modalkit.service.jobs import JobPiece, JobStatus
+from modalkit.service.jobs import Job, JobPiece, JobStatus
 from modalkit.service.outputs import output_json
-from modalkit.service.web.admission import reception_of
+from modalkit.service.web.admission import Reception, reception_of
 from modalkit.service.web.answers import EVENT_STREAM, job_json
 from modalkit.service.web.problems import KNOWN_ERRORS, as_problem, error_response, problem_json
 
@@ -108,8 +109,9 @@ class JobEvents:
     The id of an event has a letter for each job, in their order: the first of the last status that was sent, or ``-``.
     """
 
-    def __init__(self, jobs: Jobs, job_ids: Sequence[str], last_event_id: str | None) -> None:
+    def __init__(self, jobs: Jobs, job_ids: Sequence[str], last_event_id: str | None, reception: Reception) -> None:
         self._jobs = jobs
+        self._reception = reception
         self._places = {job_id: place for place, job_id in enumerate(job_ids)}
         is_ours = last_event_id is not None and len(last_event_id) == len(self._places)
         self._seen = list(last_event_id or "") if is_ours else ["-"] * len(self._places)
@@ -138,7 +140,12 @@ class JobEvents:
                     continue
                 self._seen[place] = letter
                 name = "result" if change.status.has_ended else "status"
-                yield sse_event(name, job_json(change), "".join(self._seen))
+                make = partial(_job_event, name, change, "".join(self._seen))
+                yield await self._reception.write(change.size_bytes, make)
+
+
+def _job_event(name: str, job: Job, event_id: str) -> bytes:
+    return sse_event(name, job_json(job), event_id)
 
 
 def sse_event(name: str, content: bytes, event_id: str | None = None) -> bytes:

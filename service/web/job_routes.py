@@ -14,6 +14,7 @@ from modalkit.service.errors import UnknownJobError
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
 from modalkit.service.jobs.manager import JobManager
+from modalkit.service.web.admission import reception_of
 from modalkit.service.web.answers import PROBLEM_ANSWERS, JobDetails, JobPageView, Purged, Replayed, Retried, job_json
 from modalkit.service.web.auth import caller_of
 from modalkit.service.web.direct import DirectResponse, while_connected
@@ -151,7 +152,7 @@ def make_job_router(jobs: Jobs) -> APIRouter:
         for job_id in job_ids:
             job = await jobs.get(job_id)
             _found(job_id, job if job is not None and caller.sees(job) else None)
-        events = JobEvents(jobs, job_ids, last_event_id)
+        events = JobEvents(jobs, job_ids, last_event_id, reception_of(request.scope))
         if events.are_all_seen:
             return Response(status_code=HTTPStatus.NO_CONTENT)  # so that a browser does not connect again
         return EventStream(events.make())
@@ -161,7 +162,7 @@ def make_job_router(jobs: Jobs) -> APIRouter:
         if wait:
             await check_owner(request, job_id)
         job = await while_connected(request, jobs.get(job_id, wait))
-        return _details(job_id, job if job is not None and caller_of(request).sees(job) else None)
+        return await _details(request, job_id, job if job is not None and caller_of(request).sees(job) else None)
 
     @router.delete(
         JOB_PATH,
@@ -171,7 +172,7 @@ def make_job_router(jobs: Jobs) -> APIRouter:
     )
     async def cancel_job(request: Request, job_id: JobId) -> Response:
         await check_owner(request, job_id)
-        return _details(job_id, await jobs.cancel(job_id))
+        return await _details(request, job_id, await jobs.cancel(job_id))
 
     @router.post("/jobs/{job_id}/replay", summary="Send an undelivered result once more", response_model=JobDetails)
     async def replay_job(request: Request, job_id: JobId) -> Response:
@@ -183,7 +184,7 @@ def make_job_router(jobs: Jobs) -> APIRouter:
                 HTTPStatus.CONFLICT,
                 f"the delivery of job {job_id} is {job.delivery}; only an undelivered result can be sent once more",
             )
-        return _details(job_id, job)
+        return await _details(request, job_id, job)
 
     @router.post("/jobs/{job_id}/retry", summary="Run a job that failed once more", response_model=JobDetails)
     async def retry_job(request: Request, job_id: JobId) -> Response:
@@ -193,7 +194,7 @@ def make_job_router(jobs: Jobs) -> APIRouter:
         if job is not None and not retried:
             state = f"{job.status}, and its delivery {job.delivery}"
             raise ProblemError(HTTPStatus.CONFLICT, f"job {job_id} is {state}; {CANNOT_RETRY}")
-        return _details(job_id, job)
+        return await _details(request, job_id, job)
 
     return router
 
@@ -213,8 +214,11 @@ async def refuse_unknown_query(request: Request) -> None:
     check_query(request, annotations, [name for name, kind in annotations.items() if get_origin(kind) is list])
 
 
-def _details(job_id: str, job: Job | None) -> Response:
-    return DirectResponse(job_json(_found(job_id, job), JobDetails))
+async def _details(request: Request, job_id: str, job: Job | None) -> Response:
+    found = _found(job_id, job)
+    return DirectResponse(
+        await reception_of(request.scope).write(found.size_bytes, partial(job_json, found, JobDetails))
+    )
 
 
 def _found(job_id: str, job: Job | None) -> Job:

@@ -263,6 +263,15 @@ async def unread_answers(connection: SocketStream) -> None:
         await connection.send(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
 
 
+async def unread_job(connection: SocketStream) -> None:
+    """Ask for a large job, the same for all connections, and read nothing of it."""
+    body = times({"message": {"text": "x"}, "meta": {"a": "x" * (4 * MIB)}, "idempotency_key": "large"}, 1)
+    await connection.send(head("/async/predict", len(body)) + body)
+    job_id = json.loads((await connection.receive()).partition(b"\r\n\r\n")[2])["job_id"]
+    await connection.send(b"GET /jobs/%b HTTP/1.1\r\nHost: x\r\n\r\n" % job_id.encode())
+    await anyio.sleep(5)
+
+
 async def flood_of_headers(connection: SocketStream) -> None:
     """Send headers without end, as fast as possible."""
     await connection.send(b"GET / HTTP/1.1\r\n")
@@ -295,8 +304,8 @@ async def nothing(connection: SocketStream) -> None:
 
 BOMB = gzip.compress(bytes(64 * MIB))
 KINDS = [
-    *(slow_headers, slow_body, endless_chunks, endless_lines, stalled_body, unread_answers, flood_of_headers),
-    *(compressed_bomb, large_list, cut_body, nothing),
+    *(slow_headers, slow_body, endless_chunks, endless_lines, stalled_body, unread_answers, unread_job),
+    *(flood_of_headers, compressed_bomb, large_list, cut_body, nothing),
 ]
 
 
@@ -305,7 +314,7 @@ async def attack(port: int, connections: int) -> None:
 
     async def repeat(kind: Callable[[SocketStream], Awaitable[None]]) -> None:
         while True:
-            with suppress(OSError, anyio.BrokenResourceError, anyio.EndOfStream):
+            with suppress(OSError, anyio.BrokenResourceError, anyio.EndOfStream, KeyError, ValueError):
                 async with await anyio.connect_tcp("127.0.0.1", port) as connection:
                     await kind(connection)
             await anyio.sleep(0.1)

@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Message, Scope
 
-from modalkit.batching import DeadlineUnreachableError, Failure, QueueFullError
+from modalkit.batching import DeadlineUnreachableError, Failure, QueueFullError, Success
+from modalkit.pipelines import AsyncInputModel
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, RequestConfig, Settings
 from modalkit.service.web import bodies, create_app
@@ -298,6 +299,71 @@ async def test_answers_that_no_client_takes_hold_a_bounded_number_of_bytes(
         is_taken.set()
     assert admission.held_bytes == 0
     assert (await ask(make(content)))[0]["status"] == 200
+
+
+async def test_large_jobs_that_no_client_takes_hold_a_bounded_number_of_bytes(settings: Settings) -> None:
+    gateway, is_taken = LocalGateway(settings), anyio.Event()
+    async with gateway:
+        await gateway.wait_until_ready()
+        app = create_app(gateway, limits=RequestConfig(max_pending_bytes=LARGE), owns_gateway=False)
+        jobs = [AsyncInputModel(message={"text": "a"}, meta={"a": "x" * size}) for size in (LARGE, 1)]
+        large, small = [
+            outcome.value if isinstance(outcome, Success) else ""
+            for outcome in await gateway.jobs.submit(jobs, model_name="lengths")
+        ]
+        for job_id in (large, small):
+            await gateway.jobs.get(job_id, 30)
+
+        async def ask(path: str, *, waits: bool = False) -> list[Message]:
+            sent = list[Message]()
+
+            async def receive() -> Message:
+                await anyio.sleep_forever()
+                raise AssertionError
+
+            async def send(message: Message) -> None:
+                sent.append(message)
+                if waits and "body" in message:
+                    is_waiting.set()
+                    await is_taken.wait()
+
+            await app(
+                {"type": "http", "method": "GET", "path": path, "query_string": b"", "headers": []}, receive, send
+            )
+            return sent
+
+        async with anyio.create_task_group() as task_group:
+            is_waiting = anyio.Event()
+            task_group.start_soon(partial(ask, f"/jobs/{large}", waits=True))
+            await is_waiting.wait()
+            assert [(await ask(f"/jobs/{job_id}"))[0]["status"] for job_id in (large, small)] == [503, 200]
+            told = b"".join(message.get("body", b"") for message in await ask(f"/jobs/{large}/events"))
+            assert b"event: error" in told
+            assert b"request_config.max_pending_bytes" in told
+            is_taken.set()
+        assert (await ask(f"/jobs/{large}"))[0]["status"] == 200
+        told = b"".join(message.get("body", b"") for message in await ask(f"/jobs/{large}/events"))
+        assert b"event: result" in told
+
+
+async def test_of_many_large_answers_one_is_made_in_a_pass_of_the_event_loop() -> None:
+    reception, made, turns = Reception(Admission()), list[int](), 0
+
+    def make() -> bytes:
+        made.append(turns)
+        return b""
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while len(made) < 20:
+            turns += 1
+            await checkpoint()
+
+    async with anyio.create_task_group() as task_group:
+        for _ in range(20):
+            task_group.start_soon(reception.write, LARGE, make)
+        task_group.start_soon(count_turns)
+    assert len(set(made)) == 20
 
 
 async def test_a_line_for_which_there_is_no_room_is_refused_alone(
