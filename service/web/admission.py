@@ -68,6 +68,13 @@ class Admission:
         self._pace = RefusalPace()
         self._now = now
 
+    def count_cut_body(self, path: str) -> ProblemError:
+        """Count a body that its client has cut; returns the problem of its request."""
+        self.cut_bodies += 1
+        detail = "the client disconnected before the end of the body"
+        logger.debug("%s: %s", path, detail)
+        return ProblemError(HTTPStatus.REQUEST_TIMEOUT, detail)
+
     async def check(self, check_room: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Call `check_room`, which raises what a request is refused with.
 
@@ -186,11 +193,7 @@ class Reception:
         while more:
             message = await request.receive()
             if message["type"] == "http.disconnect":
-                self._admission.cut_bodies += 1
-                logger.debug(
-                    "%s: the client disconnected after %d bytes of the body", request.scope["path"], size_bytes
-                )
-                raise ProblemError(HTTPStatus.REQUEST_TIMEOUT, "the client disconnected before the end of the body")
+                raise self._admission.count_cut_body(request.scope["path"])
             chunk, more = message.get("body", b""), message.get("more_body", False)
             size_bytes += len(chunk)
             self._check(size_bytes)

@@ -224,7 +224,7 @@ class LineStream(Response):
         self._answer = answer
         self._admission = admission
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI's signature
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application does."""
         read_ahead, unfinished = Reception(self._admission), Reception(self._admission)
         with Spool(READ_AHEAD_BYTES, READ_AHEAD_BYTES * 4, read_ahead) as body, Spool() as answers, unfinished:
@@ -232,12 +232,15 @@ class LineStream(Response):
 
                 async def receive_body() -> None:
                     """Receive until the client disconnects, which cancels everything."""
+                    more = True
                     while (message := await receive())["type"] != "http.disconnect":
                         body.write(message.get("body", b""))
-                        if message.get("more_body", False):
+                        if more := message.get("more_body", False):
                             await body.wait_for_room()
                         else:
                             body.close()
+                    if more:
+                        self._admission.count_cut_body(scope["path"])
                     task_group.cancel_scope.cancel()
 
                 async def send_answers() -> None:

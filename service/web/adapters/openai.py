@@ -12,6 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from modalkit.service.gateway import Gateway, Model, find_model
 from modalkit.service.web.adapters.openai_kept import BATCH, FILE, KeptBatches
@@ -126,6 +127,8 @@ def make_batches_router(gateway: Gateway, admission: Admission) -> APIRouter:
                     detail = "send a form (multipart/form-data) with a `file`, and `purpose`, which must be `batch`"
                     raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, detail)
                 return await own.add_file(file)
+        except ClientDisconnect:
+            raise admission.count_cut_body(request.scope["path"]) from None
         finally:
             uploading_bytes -= size
 

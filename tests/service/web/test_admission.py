@@ -413,23 +413,37 @@ async def test_a_body_that_is_declared_too_large_is_refused_before_it_comes(
             assert (await stream.receive()).startswith(b"HTTP/1.1 413 ")
 
 
+@pytest.mark.parametrize(
+    ("path", "content_type", "outcome"),
+    [
+        ("/sync/predict", "application/json", "disconnected"),
+        ("/v1/batches", "application/json", "disconnected"),
+        ("/v1/files", "multipart/form-data; boundary=a", "disconnected"),
+        ("/batch/predict", "application/x-ndjson", None),  # as many lines as came are answered
+        ("/async/predict", "application/x-ndjson", None),
+    ],
+)
 async def test_a_body_that_its_client_cuts_is_a_debug_line_and_a_count(
-    limited: tuple[httpx.AsyncClient, LocalGateway], caplog: pytest.LogCaptureFixture
+    limited: tuple[httpx.AsyncClient, LocalGateway],
+    path: str,
+    content_type: str,
+    outcome: str | None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def disconnected() -> float:
         text = (await limited[0].get("/metrics")).text
-        label = 'modalkit_request_seconds_count{outcome="disconnected",route="/sync/predict"} '
+        label = f'modalkit_request_seconds_count{{outcome="{outcome}",route="{path}"}} '
         return sum(float(line.removeprefix(label)) for line in text.splitlines() if line.startswith(label))
 
     before = await disconnected()
     with caplog.at_level(logging.DEBUG):
-        stream = await send_part(limited[0], 7)
+        stream = await send_part(limited[0], 0 if "multipart" in content_type else 7, path, content_type)
         await stream.aclose()
         await until_metric(limited[0], "modalkit_cut_bodies_total 1.0")
-        assert await disconnected() == before + 1
+        assert outcome is None or await disconnected() == before + 1
     (line,) = [record for record in caplog.records if record.name.startswith("modalkit")]
     assert (line.levelname, line.exc_info) == ("DEBUG", None)
-    assert line.getMessage() == "/sync/predict: the client disconnected after 7 bytes of the body"
+    assert line.getMessage() == f"{path}: the client disconnected before the end of the body"
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
