@@ -106,7 +106,7 @@ def create_app(
     if "tei" in adapters:
         add_tei_routes(routes, gateway.models, admission)
     if "vllm" in adapters:
-        add_vllm_routes(routes, gateway.models)
+        add_vllm_routes(routes, gateway.models, admission)
     if "openai" in adapters:
         app.include_router(make_models_router(gateway.models), dependencies=keys.requires(KeyScope.PREDICT))
         app.include_router(make_batches_router(gateway, admission), dependencies=keys.requires(KeyScope.JOBS))

@@ -169,7 +169,7 @@ class BodyParser:
             except BaseException as error:  # noqa: BLE001  # one by one, each gets its own; validators may raise anything
                 users_error(error)
             else:
-                _check_count(len(valid), limits)
+                check_count(len(valid), limits)
                 return valid
         found, room_bytes = list[Model | Failure](), MAX_EXPLAINED_BYTES
 
@@ -200,7 +200,7 @@ class BodyParser:
                         found += valid
                         continue
                 values = _parse(RootModel[list[Any]], part).root
-                _check_count(len(values), limits)
+                check_count(len(values), limits)
             await _pause_after(part)
             found += await self._admission.map(partial(map, parse_one), values)
 
@@ -256,7 +256,7 @@ def _parts_of(body: bytes, limits: RequestConfig) -> Iterator[bytes]:
         if depth == 0 or (depth == 1 and mark == b","):
             count += 1
             if count > limits.max_items:
-                _check_count(count, limits)
+                check_count(count, limits)
             item, marks = end, 0
             if depth == 0 or end - start > SLICE_BYTES:
                 part = body[start : end - 1]
@@ -286,7 +286,8 @@ def _check_size(size_bytes: int, marks: int, limits: RequestConfig) -> None:
             )
 
 
-def _check_count(count: int, limits: RequestConfig) -> None:
+def check_count(count: int, limits: RequestConfig) -> None:
+    """Raise `ProblemError` for more items than one request may have."""
     if count > limits.max_items:
         raise ProblemError(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,

@@ -11,7 +11,9 @@ from modalkit.batching import Failure
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.gateway import Model, find_model
 from modalkit.service.validation import validated
+from modalkit.service.web.admission import Admission, reception_of
 from modalkit.service.web.auth import caller_of
+from modalkit.service.web.bodies import check_count
 from modalkit.service.web.direct import while_connected
 from modalkit.service.web.options import PredictionOptions
 from modalkit.service.web.problems import ProblemError
@@ -39,6 +41,27 @@ class Task:
             if self.takes <= model.input_model.model_fields.keys() and self.gives in model.output_model.model_fields
         }
 
+    async def check_room(self, request: Request, models: Mapping[str, Model], admission: Admission) -> None:
+        """Raise what a request should be refused with before its body is read, as far as that is known.
+
+        Raises `ProblemError`, and what `Model.check_room` raises for the model that the query names, or the first that
+        fits.
+        """
+        options, caller = PredictionOptions.of(request), caller_of(request)
+        model = self._find(models, options.model_name)
+        caller.take_items(0)
+        await admission.check(model.check_room, **options.for_owner(caller.owner))
+
+    def _find(self, models: Mapping[str, Model], name: str | None) -> Model:
+        fitting = self.models_of(models)
+        model = find_model(fitting if name is None else models, name)
+        if model.name not in fitting:
+            raise ProblemError(
+                HTTPStatus.UNPROCESSABLE_ENTITY,
+                f"model {model.name!r} does not fit {self.name}; those that do: {', '.join(fitting)}",
+            )
+        return model
+
     async def run(
         self,
         request: Request,
@@ -51,18 +74,12 @@ class Task:
         Returns the model's name and the outputs. Raises `ProblemError` for a model that does not fit, and the first
         error of an item.
         """
-        options, fitting = PredictionOptions.of(request), self.models_of(models)
-        name = model_name or options.model_name
-        model = find_model(fitting if name is None else models, name)
-        if model.name not in fitting:
-            raise ProblemError(
-                HTTPStatus.UNPROCESSABLE_ENTITY,
-                f"model {model.name!r} does not fit {self.name}; those that do: {', '.join(fitting)}",
-            )
-        caller = caller_of(request)
+        options, caller = PredictionOptions.of(request), caller_of(request)
+        model = self._find(models, model_name or options.model_name)
         caller.take_items(0)
         model.check_room(**options.for_owner(caller.owner))
         valid = [validated(model.input_model, item) for item in items]
+        check_count(len(valid), reception_of(request.scope).limits)
         caller.take_items(len(valid))
         call = model.predict_many(valid, **options.for_owner(caller.owner))
         outputs = []

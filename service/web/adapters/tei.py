@@ -103,6 +103,7 @@ def add_tei_routes(routes: RouteTable, models: Mapping[str, Model], admission: A
     """Add the routes for which there is a model, and ``POST /``, which is the first of them."""
 
     async def tei_predict(request: Request) -> Response:
+        await CLASSIFICATION.check_room(request, models, admission)
         asked = await read_as(PredictRequest, request)
         texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
         items = ({"text": text if isinstance(text, str) else text[0], "scores": True} for text in texts)
@@ -118,6 +119,7 @@ def add_tei_routes(routes: RouteTable, models: Mapping[str, Model], admission: A
         return DirectResponse(answers[0]) if is_single else list_response(answers)
 
     async def tei_embed(request: Request) -> Response:
+        await EMBEDDING.check_room(request, models, admission)
         asked = await read_as(EmbedRequest, request)
         texts = [asked.inputs] if isinstance(asked.inputs, str) else asked.inputs
         _, outputs = await EMBEDDING.run(request, models, ({"text": text} for text in texts))
@@ -130,6 +132,7 @@ def add_tei_routes(routes: RouteTable, models: Mapping[str, Model], admission: A
         return list_response(await admission.map(partial(map, write), outputs))
 
     async def tei_rerank(request: Request) -> Response:
+        await RERANKING.check_room(request, models, admission)
         asked = await read_as(RerankRequest, request)
         items = ({"query": asked.query, "text": text} for text in asked.texts)
         _, outputs = await RERANKING.run(request, models, items)

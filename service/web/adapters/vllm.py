@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from modalkit.service.gateway import Model
 from modalkit.service.settings import KeyScope
 from modalkit.service.web.adapters.tasks import CLASSIFICATION, MAX_TEXTS
+from modalkit.service.web.admission import Admission
 from modalkit.service.web.answers import JSON
 from modalkit.service.web.bodies import read_as
 from modalkit.service.web.options import PredictionOptions
@@ -58,7 +59,7 @@ class ClassificationResponse(BaseModel):
     usage: UsageInfo = UsageInfo()
 
 
-def add_vllm_routes(routes: RouteTable, models: Mapping[str, Model]) -> None:
+def add_vllm_routes(routes: RouteTable, models: Mapping[str, Model], admission: Admission) -> None:
     """Add the route, if there is a classifier."""
     if not CLASSIFICATION.models_of(models):
         return
@@ -72,6 +73,8 @@ def add_vllm_routes(routes: RouteTable, models: Mapping[str, Model]) -> None:
         summary="Classify texts, as vLLM does",
     )
     async def classify(request: Request) -> Response:
+        if len(CLASSIFICATION.models_of(models)) == 1:  # else the body may name another
+            await CLASSIFICATION.check_room(request, models, admission)
         asked = await read_as(ClassificationRequest, request)
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         items = ({"text": text, "scores": True} for text in texts)

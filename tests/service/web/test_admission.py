@@ -24,6 +24,7 @@ from modalkit.batching import DeadlineUnreachableError, Failure, QueueFullError,
 from modalkit.pipelines import AsyncInputModel
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, RequestConfig, Settings
+from modalkit.service.settings.settings import ModelSettings
 from modalkit.service.web import bodies, create_app
 from modalkit.service.web.admission import FREE_BYTES, STEP_ITEMS, Admission, Reception, RefusalPace
 from modalkit.service.web.bodies import BodyParser
@@ -510,6 +511,36 @@ async def test_a_full_queue_refuses_before_the_body_is_read(settings: Settings, 
             pipeline.gate.set()
     (draining, *_) = await ask_without_body(app, path)
     assert draining["status"] == 503
+
+
+TEXTS = {
+    "/predict": {"inputs": [["a"]] * 3},
+    "/embed": {"inputs": ["a"] * 3},
+    "/rerank": {"query": "a", "texts": ["a"] * 3},
+    "/classify": {"input": ["a"] * 3},
+}
+
+
+async def test_requests_of_clients_of_other_servers_are_refused_by_the_same_rules(settings: Settings) -> None:
+    """Before the body is read where the model is known by then, and with 413 where they have too many texts."""
+    entry = {"pipeline": "tests.support.task_pipelines:AllTasksPipeline"}
+
+    def gateway_of(*names: str) -> LocalGateway:
+        models = ModelSettings.model_validate({"model_entries": dict.fromkeys(names, entry)})
+        return LocalGateway(settings.model_copy(update={"model_settings": models}))
+
+    for path in (*TEXTS, "/"):
+        (loading, *_) = await ask_without_body(create_app(gateway_of("all"), owns_gateway=False), path)
+        assert loading["status"] == 503
+    with pytest.raises(AssertionError, match="the body is read"):  # it may name the other one
+        await ask_without_body(create_app(gateway_of("one", "two"), owns_gateway=False), "/classify")
+    gateway = gateway_of("all")
+    app = create_app(gateway, limits=RequestConfig(max_items=2), owns_gateway=False)
+    async with gateway, serving(app) as client:
+        await gateway.wait_until_ready()
+        for path, body in TEXTS.items():
+            refused = assert_problem(await client.post(path, json=body), 413)
+            assert "more than 2 items" in refused["detail"]
 
 
 async def test_a_key_over_its_limits_is_refused_before_its_body_is_read(settings: Settings) -> None:
