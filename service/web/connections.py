@@ -9,11 +9,19 @@ import logging
 import socket
 import struct
 from enum import Enum, auto
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import httptools
-from uvicorn._types import ASGI3Application, ASGISendEvent, HTTPResponseStartEvent
+from uvicorn._types import (
+    ASGI3Application,
+    ASGIReceiveCallable,
+    ASGISendCallable,
+    ASGISendEvent,
+    HTTPResponseStartEvent,
+    Scope,
+)
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from modalkit.service.settings import ServerConfig
@@ -32,8 +40,6 @@ MAX_HEAD_BYTES = 64 * 2**10
 MAX_HEADERS = 100
 MAX_PIPELINED = 1000
 """Most requests of a connection that wait for those before them to be answered."""
-
-
 MAX_WRITE_BYTES = 2**18
 """Bytes of an answer that a connection is given at once."""
 
@@ -224,7 +230,7 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running_cycle = cycle
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, partial(_run, app, cycle))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Run no more requests; uvicorn tells only the last one that its client has gone."""
@@ -356,6 +362,22 @@ class LimitedProtocol(HttpToolsProtocol):
         """Refuse what is no request; uvicorn calls it."""
         if self._waiting is not Waiting.FOR_END:
             self._refuse(HTTPStatus.BAD_REQUEST, f"{msg.rstrip('.')}: it does not follow HTTP/1.1")
+
+
+async def _run(
+    app: ASGI3Application,
+    cycle: RequestResponseCycle,
+    scope: Scope,
+    receive: ASGIReceiveCallable,
+    send: ASGISendCallable,
+) -> None:
+    """Run the application. Cut an answer that is cancelled at the end of the grace, of which the server logs a line."""
+    try:
+        await app(scope, receive, send)
+    except asyncio.CancelledError:
+        if not cycle.response_complete:
+            cycle.disconnected = True
+            cycle.transport.abort()
 
 
 def _is_stream(headers: list[tuple[bytes, bytes]]) -> bool:

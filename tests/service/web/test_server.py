@@ -140,7 +140,10 @@ async def test_users_middleware_sees_predictions_and_errors_are_problems(
 
 
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])
-async def test_what_waits_at_the_end_of_the_grace_is_told_to_retry(settings: Settings) -> None:
+async def test_what_waits_at_the_end_of_the_grace_is_told_to_retry(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What has begun is cut. The server logs a line for all of it."""
     async with LocalGateway(settings) as gateway:
         await gateway.wait_until_ready()
         pipeline = gateway.models["lengths"].ready_worker().pipeline
@@ -156,10 +159,16 @@ async def test_what_waits_at_the_end_of_the_grace_is_told_to_retry(settings: Set
 
             task_group.start_soon(ask, "POST", "/sync/predict", {"text": "four"})
             task_group.start_soon(ask, "GET", f"/jobs/{accepted['job_id']}?wait=60")
-            while len(server.server_state.tasks) < 2:
-                await checkpoint()
-            server.should_exit = True
+            async with client.stream("GET", f"/jobs/{accepted['job_id']}/events") as answer:
+                assert answer.status_code == 200
+                while len(server.server_state.tasks) < 3:
+                    await checkpoint()
+                server.should_exit = True
+                with pytest.raises(httpx.HTTPError):
+                    await answer.aread()
         pipeline.gate.set()
+    (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert (line.exc_info, line.getMessage()) == (None, "Cancel 3 running task(s), timeout graceful shutdown exceeded")
     for answer in answers:
         assert assert_problem(answer, 503)["type"].endswith(":scheduler-closed")
         assert answer.headers["retry-after"] == "1"
