@@ -29,9 +29,9 @@ class ServerConfig(Section):
     grace_seconds: Duration = 30
     """Seconds that open requests may take after the signal to stop."""
     max_connections: Count = 10_000
-    """Maximum open connections; further ones are refused (HTTP 503)."""
+    """Maximum open connections; further ones are refused (HTTP 503), or by TLS closed."""
     header_timeout_seconds: Duration = 10
-    """Seconds within which the headers of a request must be complete."""
+    """Seconds within which the headers of a request must be complete, and before them a TLS handshake."""
     body_timeout_seconds: Duration = 30
     """Seconds within which the next part of a body must come: 1 KiB, or the end; of a stream of lines 1 byte."""
     answer_timeout_seconds: Duration = 60

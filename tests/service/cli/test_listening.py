@@ -8,6 +8,8 @@ import socket
 import ssl
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -69,15 +71,57 @@ def certificate(folder: Path) -> Path:
     return folder / "certificate.pem"
 
 
-def test_it_serves_by_tls(folder: Path, environment: dict[str, str], certificate: Path) -> None:
-    password = {"MODALKIT_APP_SETTINGS__SERVER_CONFIG__TLS_KEY_PASSWORD": PASSWORD}
+@contextmanager
+def serving_by_tls(folder: Path, environment: dict[str, str], **settings: str) -> Iterator[int]:
+    """The port of a service that has the `certificate`."""
+    settings["TLS_KEY_PASSWORD"] = PASSWORD
+    variables = {f"MODALKIT_APP_SETTINGS__SERVER_CONFIG__{name}": value for name, value in settings.items()}
     options = ["--port", "0", "--tls-certificate", "certificate.pem", "--tls-key", "key.pem"]
-    with forked(["serve", *options], folder, environment | password) as process:
+    with forked(["serve", *options], folder, environment | variables) as process:
         found = re.search(r"https://127.0.0.1:(\d+)", said_until_ready(process))
         assert found
-        trusted = ssl.create_default_context(cafile=certificate)
-        answer = httpx.post(f"https://localhost:{found[1]}/sync/predict", json={"text": "four"}, verify=trusted)
-        assert answer.json()["length"] == 4
+        yield int(found[1])
+
+
+def assert_serves_by_tls(port: int, certificate: Path) -> None:
+    trusted = ssl.create_default_context(cafile=certificate)
+    answer = httpx.post(f"https://localhost:{port}/sync/predict", json={"text": "four"}, verify=trusted)
+    assert answer.json()["length"] == 4
+
+
+def assert_is_closed(connection: socket.socket) -> None:
+    with suppress(ConnectionResetError):
+        assert connection.recv(1) == b""
+
+
+def test_it_serves_by_tls(folder: Path, environment: dict[str, str], certificate: Path) -> None:
+    with serving_by_tls(folder, environment) as port:
+        assert_serves_by_tls(port, certificate)
+
+
+def test_what_is_no_tls_is_closed_and_so_are_handshakes_that_do_not_go_on(
+    folder: Path, environment: dict[str, str], certificate: Path
+) -> None:
+    """After the time for headers: the event loop alone would wait for a minute."""
+    with serving_by_tls(folder, environment, HEADER_TIMEOUT_SECONDS="0.3") as port:
+        for sent in (b"", b"\x16\x03\x01\x02\x00\x01", b"GET / HTTP/1.1\r\n\r\n"):
+            with closing(socket.create_connection(("127.0.0.1", port), timeout=30)) as connection:
+                connection.sendall(sent)
+                assert_is_closed(connection)
+        assert_serves_by_tls(port, certificate)
+
+
+def test_handshakes_count_as_connections(folder: Path, environment: dict[str, str], certificate: Path) -> None:
+    with serving_by_tls(folder, environment, HEADER_TIMEOUT_SECONDS="600", MAX_CONNECTIONS="3") as port:
+        with ExitStack() as opened:
+            for _ in range(3):
+                opened.enter_context(closing(socket.create_connection(("127.0.0.1", port))))
+            with closing(socket.create_connection(("127.0.0.1", port), timeout=30)) as connection:
+                assert_is_closed(connection)
+        while True:
+            with suppress(httpx.TransportError):  # the server has not noticed yet that they were closed
+                assert_serves_by_tls(port, certificate)
+                break
 
 
 @pytest.mark.parametrize("name", ["certificate.pem", "missing.pem"])
