@@ -6,7 +6,7 @@ from contextlib import closing
 from typing import Any
 
 from modalkit.batching import Priority
-from modalkit.service.jobs.model import DeliveryStatus, Job, JobCounts, JobFilter, JobPage, JobStatus
+from modalkit.service.jobs.model import DeliveryStatus, Job, JobCounts, JobFilter, JobStatus
 
 NEW_JOB_COLUMNS = (
     *("job_id", "model_name", "status", "message", "success_queue", "failure_queue", "meta", "priority", "created_at"),
@@ -18,8 +18,8 @@ COLUMNS = (
     *("delivery_attempts", "delivery_error", "delivery_crashes"),
 )
 LATEST_US = 2**62
-PAGE_BYTES = 2**20
-"""Bytes of text that a page of jobs may have; a page of one job may have more. It is read and written in one go."""
+ROWS_PER_READ = 20_000
+"""Jobs that are looked at for a page without a pause: other reads have their turn before the next ones."""
 TEXT_COLUMNS = ("job_id", "message", "success_queue", "failure_queue", "meta", "idempotency_key", "result")
 """The columns that may be long, besides the errors."""
 READ_COLUMNS = ", ".join(COLUMNS)
@@ -115,29 +115,32 @@ def find_job(database: sqlite3.Connection, job_id: str) -> Job | None:
     return None if row is None else job_from_row(row)
 
 
-def page_of_jobs(database: sqlite3.Connection, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
-    """Up to `limit` jobs that match `which`, the newest first, starting at the `next_cursor` of another page.
+def part_of_page(
+    database: sqlite3.Connection, limit: int, which: JobFilter, before: int | None, room_bytes: int
+) -> tuple[list[tuple[int, Job]], int | None]:
+    """Up to `limit` jobs that match `which`, each with its `seq`, the newest first, and where the next part begins.
 
-    Their messages are not read: `message_json` is an empty object. A page that would have more than `PAGE_BYTES` has
-    fewer jobs; `next_cursor`, the `seq` of the last one, tells whether more follow.
+    They are among the `ROWS_PER_READ` jobs whose `seq` is below `before`, None for the newest ones; jobs of a batch are
+    among all. Their messages are not read: `message_json` is an empty object. The part ends with the first job for
+    which there is no room. None for the next part says that no jobs are left.
     """
     condition, values = condition_of(which)
-    if cursor is not None:
-        condition, values = f"{condition} AND seq < ?", [*values, cursor]
+    end: int = 1 + database.execute("SELECT coalesce(max(seq), 0) FROM jobs").fetchone()[0]
+    before = end if before is None else min(before, end)
+    first = 0 if which.batch_id is not None else max(0, before - ROWS_PER_READ)
     rows = database.execute(
-        f"SELECT seq, {PAGE_COLUMNS} FROM jobs WHERE {condition} ORDER BY seq DESC LIMIT ?",  # noqa: S608  # values are bound
-        (*values, limit + 1),
+        f"SELECT seq, {PAGE_COLUMNS} FROM jobs WHERE {condition} AND seq < ? AND seq >= ? ORDER BY seq DESC LIMIT ?",  # noqa: S608  # values are bound
+        (*values, before, first, limit),
     )
-    page, last_sequence, size_bytes = list[Job](), 0, 0
-    with closing(rows):  # read one by one: a page ends where it has too many bytes
+    part = list[tuple[int, Job]]()
+    with closing(rows):  # read one by one
         for sequence, *row in rows:
             job = job_from_row(row)
-            size_bytes += job.size_bytes
-            if page and (len(page) == limit or size_bytes > PAGE_BYTES):
-                return JobPage(page, last_sequence)
-            page.append(job)
-            last_sequence = sequence
-    return JobPage(page, None)
+            part.append((sequence, job))
+            room_bytes -= job.size_bytes
+            if room_bytes < 0:
+                return part, sequence
+    return part, first or None
 
 
 def condition_of(which: JobFilter) -> tuple[str, list[Any]]:

@@ -16,14 +16,14 @@ from pydantic_core import to_json
 from modalkit.service.jobs import sqlite_batches as batches
 from modalkit.service.jobs import sqlite_many as many
 from modalkit.service.jobs.errors import IdempotencyKeyReusedError, JobStoreUnavailableError
-from modalkit.service.jobs.model import Job, JobFilter
+from modalkit.service.jobs.model import Job, JobFilter, JobPage
 from modalkit.service.jobs.sqlite_many import ROWS_PER_STEP
 from modalkit.service.jobs.sqlite_rows import (
     condition_of,
     counts_of_jobs,
     find_job,
     microseconds,
-    page_of_jobs,
+    part_of_page,
     queued_by_model,
 )
 from modalkit.service.jobs.sqlite_table import JobTable, QueuePlace
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+PAGE_BYTES = 2**20
+"""Bytes of text that a page of jobs may have; a page of one job may have more. It is written in one go."""
 
 _REMEDIES = {
     "SQLITE_TOOBIG": "submit smaller items",
@@ -247,7 +250,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
         self.failure = None
 
     get = _reading(find_job)
-    page = _reading(page_of_jobs)
+    _part_of_page = _reading(part_of_page)
     counts = _reading(counts_of_jobs)
     queued_by_model = _reading(queued_by_model)
     batch = _reading(batches.find_batch)
@@ -258,6 +261,26 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     document_part = _reading(many.document_part)
     documents_bytes = _reading(many.documents_bytes)
     document_ids = _reading(many.document_ids)
+
+    async def page(self, limit: int, which: JobFilter, cursor: int | None = None) -> JobPage:
+        """Up to `limit` jobs that match `which`, the newest first, starting at the `next_cursor` of another page.
+
+        Their messages are not read: `message_json` is an empty object. A page that would have more than `PAGE_BYTES`
+        has fewer jobs; `next_cursor`, the `seq` of the last one, tells whether more follow. Many jobs that do not match
+        are passed in several reads, so that others go on between them.
+        """
+        page, last_sequence, size_bytes = list[Job](), 0, 0
+        while True:
+            part, cursor = await self._part_of_page(limit + 1 - len(page), which, cursor, PAGE_BYTES - size_bytes)
+            for sequence, job in part:
+                size_bytes += job.size_bytes
+                if page and (len(page) == limit or size_bytes > PAGE_BYTES):
+                    return JobPage(page, last_sequence)
+                page.append(job)
+                last_sequence = sequence
+            if cursor is None:
+                return JobPage(page, None)
+            await checkpoint()  # a read in memory does not wait
 
     async def put_document(self, document_id: str, part: int, owner: str, content: bytes, now: float) -> None:
         """Store a part of a document; one that is there gets the content, and keeps its owner and its age."""

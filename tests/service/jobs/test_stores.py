@@ -547,7 +547,7 @@ async def test_jobs_that_wait_to_run_again_can_be_cancelled_expire_and_leave_the
 
 
 async def test_a_page_ends_where_it_has_too_many_bytes(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modalkit.service.jobs.sqlite_rows.PAGE_BYTES", 2500)
+    monkeypatch.setattr("modalkit.service.jobs.store.PAGE_BYTES", 2500)
     await store.add([new_job(f"{n}", meta_json=f'{{"text":"{"é" * (3000 if n == 2 else 400)}"}}') for n in range(6)])
     pages, cursor = list[list[str]](), None
     while not pages or cursor is not None:
@@ -555,6 +555,39 @@ async def test_a_page_ends_where_it_has_too_many_bytes(store: JobStore, monkeypa
         pages.append([job.job_id for job in page.jobs])
         cursor = page.next_cursor
     assert pages == [["5", "4", "3"], ["2"], ["1", "0"]]
+
+
+async def test_jobs_that_are_no_part_of_a_page_are_passed_in_steps_between_which_others_have_their_turn(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modalkit.service.jobs.sqlite_rows.ROWS_PER_READ", 3)
+    await store.add([new_job(f"{n}", model_name="rare" if n in (0, 2, 9) else "m") for n in range(20)])
+    turns, is_over = 0, anyio.Event()
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while not is_over.is_set():
+            await store.get("0")
+            turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async def pages(limit: int, **which: Any) -> list[list[str]]:
+        found, cursor = list[list[str]](), 2**62
+        while True:
+            page = await store.page(limit, JobFilter(**which), cursor)
+            found.append([job.job_id for job in page.jobs])
+            if page.next_cursor is None:
+                return found
+            cursor = page.next_cursor
+
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(count_turns)
+        assert await pages(2, model_name="rare") == [["9", "2"], ["0"]]
+        assert await pages(3, model_name="rare") == [["9", "2", "0"]]
+        turns = 0
+        assert await pages(3, model_name="none") == [[]]
+        assert turns >= 20 // 3 - 1
+        is_over.set()
 
 
 async def test_a_page_of_jobs_with_large_messages_does_not_read_them(store: JobStore) -> None:
