@@ -402,8 +402,10 @@ class JobManager(AsyncContextManagerMixin):
             try:
                 if self.store.failure is not None:
                     await self.store.check()
-                while expired := await self.store.expire(EXPIRED_PER_CALL, self.clock()):
-                    self.tell_change(expired)
+                while expired := await self.store.expire(EXPIRED_PER_CALL, now := self.clock()):
+                    for job in expired:
+                        record_end(job, JobStatus.EXPIRED, now)
+                    self.tell_change([job.job_id for job in expired])
                     self._deliverer.wake()
                     await checkpoint()  # so that other tasks run between two steps of a store in memory
                 await self.store.remove_finished(self.clock() - self._result_ttl_s)

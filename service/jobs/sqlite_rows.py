@@ -25,6 +25,8 @@ TEXT_COLUMNS = ("job_id", "message", "success_queue", "failure_queue", "meta", "
 READ_COLUMNS = ", ".join(COLUMNS)
 PAGE_COLUMNS = READ_COLUMNS.replace(" message,", " '{}',", 1)
 """The same for a page of jobs, which tells no messages: they may be large, and are not read."""
+SHORT_COLUMNS = PAGE_COLUMNS.replace(" meta,", " '{}',", 1)
+"""The same without what else a caller may have made large."""
 
 # Looked up, because to call an enumeration takes several times as long.
 _PRIORITIES = {priority.value: priority for priority in Priority}

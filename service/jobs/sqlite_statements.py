@@ -1,7 +1,7 @@
 """The SQL statements of the job store."""
 
 from modalkit.service.errors import MAX_ERROR_BYTES
-from modalkit.service.jobs.sqlite_rows import NEW_JOB_COLUMNS, READ_COLUMNS, TEXT_COLUMNS
+from modalkit.service.jobs.sqlite_rows import NEW_JOB_COLUMNS, READ_COLUMNS, SHORT_COLUMNS, TEXT_COLUMNS
 
 BYTES_PER_READ = 64 * 2**20
 """Bytes that are read at once, unless one job has more: SQLite and memory have limits."""
@@ -79,10 +79,9 @@ END = f"""
 COUNT_PENDING = """
     SELECT count(*) FROM jobs WHERE delivery = 'pending' AND job_id IN (SELECT value FROM json_each(?))
 """
-EXPIRED = """
-    SELECT job_id, expires_at - created_at FROM jobs WHERE status = 'queued' AND expires_at <= ?
-    ORDER BY expires_at LIMIT ?
-"""
+EXPIRED = f"""
+    SELECT {SHORT_COLUMNS} FROM jobs WHERE status = 'queued' AND expires_at <= ? ORDER BY expires_at LIMIT ?
+"""  # noqa: S608  # as above
 REQUEUE_CRASHED = "UPDATE jobs SET status = 'queued', crashes = crashes + 1 WHERE status = 'running'"
 CRASHED = "SELECT job_id FROM jobs WHERE status = 'queued' AND crashes > 0 AND crashes >= ?"
 _NEXT_QUEUE = """

@@ -236,11 +236,15 @@ class JobTable:
         self._move(job.status, JobStatus.CANCELLED, 1)
         return cancelled
 
-    def expire(self, limit: int, now: float) -> list[str]:
-        """End up to `limit` queued jobs whose `expires_at` has come, as `finish` does; returns their ids."""
-        rows = self._database.execute(sql.EXPIRED, (microseconds(now), limit))
-        errors = [(job_id, life.expires_in_passed(expires_in_us / 1_000_000)) for job_id, expires_in_us in rows]
-        return self._end_queued(errors, JobStatus.EXPIRED, now)
+    def expire(self, limit: int, now: float) -> list[Job]:
+        """End up to `limit` queued jobs whose `expires_at` has come, as `finish` does.
+
+        Returns them as before, without their messages and their `meta`.
+        """
+        jobs = list(map(job_from_row, self._database.execute(sql.EXPIRED, (microseconds(now), limit))))
+        errors = [(job.job_id, life.expires_in_passed((job.expires_at or now) - job.created_at)) for job in jobs]
+        self._end_queued(errors, JobStatus.EXPIRED, now)
+        return jobs
 
     def _end_queued(self, errors: Iterable[tuple[str, str]], status: JobStatus, now: float) -> list[str]:
         """End queued jobs, each by its id and with its error; returns their ids."""

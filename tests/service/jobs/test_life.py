@@ -364,7 +364,9 @@ class StoreFollowsLife(RuleBasedStateMachine):
     def expire(self) -> None:
         expired = self.runner.run(self.store.expire(99, self.now))
         jobs = list(self.jobs.values())
-        assert set(expired) == {job.job_id for job in jobs if self.change(store_rules.expire_job(job, self.now))}
+        assert {job.job_id for job in expired} == {
+            job.job_id for job in jobs if self.change(store_rules.expire_job(job, self.now))
+        }
 
     @rule()
     def claim_deliveries(self) -> None:

@@ -121,7 +121,7 @@ async def test_a_job_whose_time_came_while_it_ran_expires_after_the_crash(store:
     await store.claim("m", 1, 2.0)
     assert await store.expire(9, 20.0) == []
     await store.recover(21.0)
-    assert await store.expire(9, 22.0) == ["a"]
+    assert [job.job_id for job in await store.expire(9, 22.0)] == ["a"]
 
 
 async def test_each_of_several_lists_is_added_or_fails_alone(kind: str, tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ async def test_queued_jobs_expire_when_their_time_has_come(store: JobStore) -> N
     await store.cancel("0", 2.0)
     await store.claim("m", 1, 2.0)
     assert await store.expire(9, 9.9) == []
-    assert await store.expire(1, 12.5) == ["2"]
+    assert [job.job_id for job in await store.expire(1, 12.5)] == ["2"]
     assert await store.expire(9, 12.5) == []
     job = await existing(store, "2")
     assert (job.status, job.delivery, job.finished_at) == (JobStatus.EXPIRED, DeliveryStatus.PENDING, 12.5)
@@ -539,7 +539,7 @@ async def test_jobs_that_wait_to_run_again_can_be_cancelled_expire_and_leave_the
     assert cancelled is not None
     assert (cancelled.status, cancelled.retry_at) == (JobStatus.CANCELLED, None)
     assert await existing(store, "a") == cancelled
-    assert await store.expire(9, 11.0) == ["b"]
+    assert [job.job_id for job in await store.expire(9, 11.0)] == ["b"]
     assert (await existing(store, "b")).retry_at is None
     assert await store.recover(12.0) == Recovery(0, [])
     assert await store.release_retries("m", 21.0) is None

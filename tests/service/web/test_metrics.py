@@ -172,6 +172,17 @@ async def test_ended_jobs_and_deliveries_are_measured(client: httpx.AsyncClient)
     assert growth(before, after, "modalkit_delivery_attempts_total", outcome="delivered") == 2
 
 
+async def test_the_age_of_a_job_that_expired_before_it_ran_is_measured(settings: Settings) -> None:
+    gateway = LocalGateway(settings)
+    late = Job(job_id="late", model_name="none", message_json="{}", created_at=0.0, expires_at=1.0)
+    async with serving(create_app(gateway)) as client:
+        before = after = await samples(client)
+        await gateway.jobs.store.add([late])
+        while not growth(before, after, "modalkit_job_age_seconds_count", model="none", status="expired"):
+            after = await samples(client)
+        assert (await ended(client, "late"))["status"] == "expired"
+
+
 async def test_every_answer_has_the_id_of_its_request(client: httpx.AsyncClient) -> None:
     own = [(await client.get(path)).headers["x-request-id"] for path in ("/health/live", "/none", "/metrics")]
     assert len(set(own)) == 3
