@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import anyio
 import modal
-import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
@@ -17,7 +16,9 @@ from modalkit.service.on_modal.container import Lifetime
 from modalkit.service.on_modal.endpoints import create_web_endpoints, web_app_here
 from modalkit.service.on_modal.engine import connection
 from modalkit.service.on_modal.hosting import Constructible, HostedService
-from modalkit.service.serving import Server, listening
+from modalkit.service.serving import listening
+from modalkit.service.settings import ServerConfig
+from modalkit.service.web.server import server_of
 
 GRACE_S = 20.0
 """Seconds that open requests may go on after the server was told to stop."""
@@ -121,8 +122,8 @@ async def serving(app: FastAPI, host: str, port: int) -> AsyncGenerator[None]:
 
     Raises `AddressError`, and what the application's start does.
     """
-    config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=int(GRACE_S))
-    server = Server(config)
+    server = server_of(app, ServerConfig(grace_seconds=GRACE_S), access_log=True)
+    server.config.lifespan = "off"
     # Both here, because uvicorn ends the process where the address is taken, or the application cannot start.
     with listening(host, port) as listener:
         async with app.router.lifespan_context(app), plain_task_group() as task_group:

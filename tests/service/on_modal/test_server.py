@@ -22,6 +22,7 @@ from modalkit.service.on_modal import container as container_module
 from modalkit.service.on_modal import server as server_module
 from modalkit.service.on_modal.engine import takes_one_input_at_a_time
 from modalkit.service.serving import AddressError
+from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
 from tests.support.length_model import Length, LengthPipeline, Text
 from tests.support.modal_container import as_modal_runs_it, in_a_container
@@ -76,6 +77,13 @@ async def test_it_answers_http_while_it_is_open(make_config: MakeConfig) -> None
     async with client_of(server) as client:
         with pytest.raises(httpx.ConnectError):
             await client.get("/health/live")
+
+
+async def test_its_connections_have_the_limits_of_modalkit_serve(make_config: MakeConfig) -> None:
+    server = make(make_config())
+    async with server, client_of(server) as client:
+        refused = await client.get("/health/live", headers={f"x-{number}": "1" for number in range(101)})
+        assert_problem(refused, 431)
 
 
 async def test_a_server_without_a_model_serves_the_endpoints_of_its_class(make_config: MakeConfig) -> None:
