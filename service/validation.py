@@ -63,10 +63,11 @@ def _field_error(finding: Mapping[str, Any], model: type[BaseModel] | None) -> d
     if kind == "missing":
         return {"field": field, "message": "is missing: add it"}
     message = str(finding["msg"])
+    raised = finding.get("ctx", {}).get("error")
     if kind == "string_type":
         message = "must be a text, a JSON string"
-    elif kind in ("value_error", "assertion_error"):
-        message = str(finding["ctx"]["error"])  # without "Value error, "
+    elif kind in ("value_error", "assertion_error") and isinstance(raised, Exception):  # others chose that kind
+        message = str(raised)  # without "Value error, "
     elif kind == "list_type":
         message = "must be a JSON list, as in [1, 2]"
     elif kind in ("model_type", "model_attributes_type", "dict_type"):

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import AliasChoices, AliasPath, BaseModel, Field, RootModel, field_validator
+from pydantic_core import PydanticCustomError
 
 from modalkit.batching import Failure
 from modalkit.service.web.bodies import BodyParser, check_keys
@@ -72,6 +73,17 @@ class Optional(BaseModel):
         return text
 
 
+class Address(BaseModel):
+    mail: str
+
+    @field_validator("mail")
+    @classmethod
+    def is_an_address(cls, mail: str) -> str:
+        if "@" not in mail:
+            raise PydanticCustomError("value_error", "is no address: {reason}", {"reason": "there is no @"})
+        return mail
+
+
 class Aliased(BaseModel):
     content: str = Field(validation_alias=AliasChoices("text", AliasPath("message", "text")))
 
@@ -134,6 +146,13 @@ async def test_an_item_whose_validator_raises_anything_fails_alone(count: int) -
     assert others == [Optional(text="a")] * (count - 1)
     assert isinstance(failed, Failure)
     assert isinstance(failed.error, KeyError)
+
+
+def test_a_value_that_pydantics_own_types_refuse_is_told_with_their_reason() -> None:
+    """Some of them, as `EmailStr`, raise errors of the kind that a ValueError of a validator has."""
+    with pytest.raises(ProblemError, match="mail: is no address: there is no @") as refused:
+        BodyParser(Address).item(b'{"mail": "a"}')
+    assert refused.value.errors == [{"field": "mail", "message": "is no address: there is no @", "value": "a"}]
 
 
 @pytest.mark.anyio
