@@ -175,7 +175,7 @@ def bench(
         settings = as_settings(options, seconds=seconds, warm_up=warm_up, items=session.inputs.source)
         results = Results(target=session.target.name, settings=settings)
         for variant in options.variants():
-            notices.print(f"{target}: {variant_name(variant)}", markup=False)
+            notices.print(f"{target}: {variant_name(variant)}")
             with session.opened(variant) as opened:
                 if opened.running.url is not None and results.own_capacity is None:
                     results.own_capacity = _own_capacity(opened, processes, min(OWN_CAPACITY_S, seconds))
@@ -196,13 +196,13 @@ def bench(
     console = Console()
     show(document, verdicts, console if console.is_terminal else Console(width=PIPED_WIDTH))
     paths = write_files(document, verdicts, output, with_png=png is not False)
-    notices.print(f"The results are in {', '.join(map(str, paths))}", markup=False)
+    notices.print(f"The results are in {', '.join(map(str, paths))}")
     failures = list(_failures(results, verdicts))
     if before is not None and not verdicts:
         failures.append(f"--compare {compare} has none of these loads: give the settings, mode and clients of then")
     if failures:
         for failure in failures:
-            notices.print(f"modalkit bench: {failure}", markup=False)
+            notices.print(f"modalkit bench: {failure}")
         raise typer.Exit(1)
 
 

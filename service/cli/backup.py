@@ -51,4 +51,4 @@ def backup(
             database.backup(copy)  # in one transaction
     except sqlite3.Error as error:
         raise BackupError(f"{source} could not be copied to {file}: {error}") from error
-    notices.print(f"The jobs are in {file}", markup=False)
+    notices.print(f"The jobs are in {file}")

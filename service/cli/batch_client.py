@@ -299,7 +299,7 @@ class BatchRun:
         if error is not None:
             self.failed += 1
             if self.failed <= SHOWN_ERRORS:
-                notices.print(f"{record.place}: {error}", markup=False)
+                notices.print(f"{record.place}: {error}")
         self._show_progress()
 
     def _show_progress(self) -> None:
@@ -318,7 +318,7 @@ class BatchRun:
             raise error
         if self._away_at is not None:
             waited_s, self._away_at = time.monotonic() - self._away_at, None
-            notices.print(f"{self.client.name} answers again, after {waited_s:.0f} s", markup=False)
+            notices.print(f"{self.client.name} answers again, after {waited_s:.0f} s")
         rest = b""
         async for chunk in response.aiter_bytes():
             *lines, rest = (rest + chunk).split(b"\n")
@@ -341,7 +341,6 @@ class BatchRun:
                     self._away_at = failed_at
                     notices.print(
                         f"{self.client.name}: {what}: {reason}; trying again for {self.patience_s:g} s (--patience)",
-                        markup=False,
                     )
                 wait_s = getattr(error, "wait_s", None)
                 pause_s = backoff_with_jitter(attempts, first_s=0.1, longest_s=LONGEST_WAIT_S, factor=2)

@@ -87,12 +87,11 @@ def check(
         if report.not_tried is not None:
             notices.print(
                 f"modalkit: warning: {source.model_name}: NOTHING WAS TRIED: {report.not_tried}; {HOW_TO_GIVE_SAMPLES}",
-                markup=False,
             )
         if report.error is not None:
-            notices.print(f"modalkit: error: {report.error}", markup=False)
+            notices.print(f"modalkit: error: {report.error}")
             if show_traceback:
-                notices.print("".join(format_exception(report.error.__cause__ or report.error)), markup=False)
+                notices.print("".join(format_exception(report.error.__cause__ or report.error)))
     service = _service(settings, "none" if backend is None else type(backend).__name__)
     if as_json:
         models = [_as_json(source, report) for source, report in zip(sources, reports, strict=True)]
@@ -123,11 +122,11 @@ def _print_tables(sources: Sequence[ModelSource], reports: Sequence[_Report], se
     settings = Table("setting", "value", title="Service", title_justify="left")
     for name, value in service.items():
         settings.add_row(name, value)
-    output = Console(soft_wrap=True, highlight=False)
+    output = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     output.print(models)
     for source, report in zip(sources, reports, strict=True):
         if report.engine is not None:
-            output.print(f"{source.model_name}: engine {report.engine}", markup=False)
+            output.print(f"{source.model_name}: engine {report.engine}")
     output.print(settings)
 
 

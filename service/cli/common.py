@@ -32,8 +32,8 @@ EXIT_AWAY = 5
 """The exit code where the service cannot be reached: the same command may succeed later."""
 SHOWN_ERRORS = 20
 """Errors of lines that a command prints; of more, it tells only the number."""
-notices = Console(stderr=True, soft_wrap=True, highlight=False)
-"""Messages for people, on standard error; standard output is for results."""
+notices = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+"""Messages for people, on standard error, as they are; standard output is for results."""
 
 
 def one_of(kind: type[StrEnum]) -> dict[str, Any]:

@@ -73,14 +73,14 @@ def deploy(
             os.environ.update(environ)
             found = vars(_import_app(app, module)).values()
             modal_config = next((value for value in found if isinstance(value, ModalConfig)), modal_config)
-            notices.print(f"modalkit: note: {NOT_SHOWN.format(app=app)}", markup=False)
+            notices.print(f"modalkit: note: {NOT_SHOWN.format(app=app)}")
         described = describe_deployment(modal_config)
         if as_json:
             typer.echo(to_json(described))
         else:
             typer.echo(dump_yaml(described), nl=False)
         for gap in image_gaps(modal_config.plan_image(), modal_config.settings, Path.cwd()):
-            notices.print(f"modalkit: warning: {gap}", markup=False)
+            notices.print(f"modalkit: warning: {gap}")
         return
     Settings.load(environ=environ)  # an error is one message here; Modal's command would print a traceback
     options = [f"--{option}={value}" for option, value in {"name": name, "env": env, "tag": tag}.items() if value]

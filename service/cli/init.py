@@ -119,14 +119,13 @@ def init(
     for name, text in files.items():
         with (folder / name).open("x", encoding="utf-8") as file:
             file.write(text)
-    notices.print(f"Wrote {', '.join(files)} into {folder.resolve()}. There, try:", markup=False)
+    notices.print(f"Wrote {', '.join(files)} into {folder.resolve()}. There, try:")
     item = shlex.quote(json.dumps(template.item))
     notices.print(
         "  pytest                      (pip install pytest)",
         "  modalkit serve",
         f"  curl http://127.0.0.1:8000/sync/predict -d {item}",
         sep="\n",
-        markup=False,
     )
 
 

@@ -112,7 +112,7 @@ def list_jobs(
             if cursor is None:
                 break
     if not as_json:
-        output = Console(highlight=False, markup=False)
+        output = Console(highlight=False, markup=False, emoji=False)
         output.print(job_table(shown, output.width) if shown else "There are no such jobs.")
     if cursor is not None:
         notices.print(f"There are more: --cursor {cursor} lists the next ones, --all all of them.")
@@ -302,7 +302,7 @@ def _ask_about(client: JobsClient, job_id: str, method: str, path: str = "") -> 
     try:
         return client.ask(JobDetails, method, path, job_id=job_id)
     except JobRefusedError as error:
-        notices.print(f"modalkit: error: {error}", markup=False)
+        notices.print(f"modalkit: error: {error}")
         return None
 
 

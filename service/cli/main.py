@@ -125,6 +125,6 @@ def main() -> None:
         if isinstance(error, OSError) and error.filename is not None:
             remedy = "free some space" if error.errno in NO_SPACE else "correct the path, or its permissions"
             text = f"cannot use {error.filename}: {error.strerror}; {remedy}"
-        notices.print(f"modalkit: error: {text}", markup=False)
+        notices.print(f"modalkit: error: {text}")
         is_usage = isinstance(error, UsageError | LoadError | SettingsError)
         sys.exit(EXIT_USAGE if is_usage else EXIT_AWAY if isinstance(error, AwayError) else EXIT_FAILURE)

@@ -186,7 +186,7 @@ class _Run:
             if result["status"] == "error":
                 self.failed += 1
                 if self.failed <= SHOWN_ERRORS:
-                    self.progress.console.print(f"{record.place}: {result['error']}", markup=False)
+                    self.progress.console.print(f"{record.place}: {result['error']}")
 
     def _show_progress(self, batch: BatchRecord) -> None:
         self.progress.advance(self.progress.task_ids[0], batch.count - batch.requeued)

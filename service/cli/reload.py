@@ -42,7 +42,7 @@ def reload(
             try:
                 model = client.send(ModelView, "POST", f"/admin/models/{quote(name, safe='')}/reload")
             except JobsError as error:
-                notices.print(f"modalkit: error: {error}", markup=False)
+                notices.print(f"modalkit: error: {error}")
                 failed = True
             else:
                 typer.echo(model.model_dump_json() if as_json else f"{name} was reloaded.")

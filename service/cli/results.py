@@ -188,7 +188,7 @@ def result_file(
             with suppress(OSError):  # the disk is full: what fits is there
                 stream.flush()
             if writer.done or writer.written or writer.is_begun:
-                notices.print(f"What was written is in {partial}: --resume goes on with it", markup=False)
+                notices.print(f"What was written is in {partial}: --resume goes on with it")
             else:
                 partial.unlink()
             raise

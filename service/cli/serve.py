@@ -198,7 +198,7 @@ async def _announce(
         return
     for model in gateway.models.values():
         if model.engine_choice is not None:
-            notices.print(f"{model.name}: engine {model.engine_choice}", markup=False)
+            notices.print(f"{model.name}: engine {model.engine_choice}")
     without = f", without {', '.join(failed)} (see the errors above)" if failed else ""
     notices.print(
         f"Ready after {time.perf_counter() - started_s:.1f} s{without}. Ctrl-C stops.",

@@ -69,7 +69,7 @@ class Stop:
                     explained = isinstance(error, ServiceError)
                     logger.log(logging.ERROR, "Not reloaded: %s", error, exc_info=None if explained else error)
                 else:
-                    notices.print(f"{name} was reloaded.", markup=False)
+                    notices.print(f"{name} was reloaded.")
 
     def begin(self, background: TaskGroup) -> None:
         """Accept no more connections, and start no more jobs; stop at once after the grace."""

@@ -131,7 +131,7 @@ def tune(
     if write is not None:
         with replacing(write.resolve()) as new:
             new.write_text(text_with_limits(write, chosen.values, section), encoding="utf-8")
-        notices.print(f"The limits are in {write}", markup=False)
+        notices.print(f"The limits are in {write}")
     if as_json:
         typer.echo(
             to_json({"model": pipeline.model_name, "device": key.device, **run.figures(chosen)}, inf_nan_mode="null")
@@ -174,7 +174,7 @@ class _Tuning:
         self, pipeline: InferencePipeline, settings: Settings, samples: Samples, max_s: float, *, is_quiet: bool
     ) -> None:
         width = None if Console().is_terminal else PIPED_WIDTH
-        self._output = Console(highlight=False, markup=False, width=width, quiet=is_quiet)
+        self._output = Console(highlight=False, markup=False, emoji=False, width=width, quiet=is_quiet)
         self._config = settings.app_settings.batch_config
         self._max_in_flight = max_in_flight_of(pipeline, self._config)
         self._max_s = max_s
@@ -199,7 +199,7 @@ class _Tuning:
         """Draw the costs into a file; this does not count as time for measuring."""
         started_s = monotonic()
         draw_costs(path, title, self.shapes, self.costs)
-        notices.print(f"The plot is in {path}", markup=False)
+        notices.print(f"The plot is in {path}")
         self.deadline_s += monotonic() - started_s
 
     def choose(self, objective_s: float | None) -> ChosenLimits:

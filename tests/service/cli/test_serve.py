@@ -79,10 +79,10 @@ class Numbers(InferencePipeline):
     input_model = Number
 
     def run_inference(self, input_list):
-        return [InferenceOutputModel(half=item.number / 2) for item in input_list]
+        return [InferenceOutputModel(half=item.number / 2, unit=item.unit) for item in input_list]
 
     def sample_items(self, n, size):
-        return [Number(number=3, unit="'")] * n
+        return [Number(number=3, unit="' [red] :smile: [/INST]")] * n
 """
 NOTED = """
 from pathlib import Path
@@ -149,7 +149,7 @@ def test_the_commands_that_it_shows_work_for_a_model_with_an_input_model_of_its_
         shown = takewhile(lambda line: "/docs" not in line, iter(process.stderr.readline, ""))
         sync, batch, job, result = (line.strip() for line in shown if line.startswith("  curl "))
         answers = [json.loads(run(command)) for command in (sync, batch, job)]
-        assert answers[0]["half"] == 1.5
+        assert (answers[0]["half"], answers[0]["unit"]) == (1.5, "' [red] :smile: [/INST]")
         assert [slot["half"] for slot in answers[1]] == [1.5, 1.5]
         found = json.loads(run(result.replace("<the job_id>", answers[2]["job_id"])))
         assert found["result"]["half"] == 1.5
