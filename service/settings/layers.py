@@ -1,6 +1,7 @@
 """Layers of settings: YAML files, then `MODALKIT_…` variables over them, merged before anything is validated."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ RESERVED_VARIABLES = frozenset({CONFIG_VARIABLE, API_KEY_VARIABLE, LOG_FORMAT_VA
 """Variables with our prefix that are no settings: the files to read, the key that ``modalkit jobs`` sends, the format
 of the log of ``modalkit serve``, and the second part of the Modal app's name."""
 
+_SERVICE_HOST = re.compile(r"(MODALKIT(?:_[A-Z0-9]+)*)_SERVICE_HOST")
 _NULLS = frozenset({"null", "Null", "NULL"})
 
 
@@ -156,14 +158,17 @@ def _is_mistaken(file: Path) -> bool:
 def read_variables(root: type[Section], environ: Mapping[str, str]) -> Layer:
     """The layer of all `MODALKIT_…` variables. A variable for one key wins over one for the whole section.
 
+    Those by which Kubernetes tells all containers of a Service named modalkit, or modalkit-…, are left out.
     Names of settings match in any case. Below a mapping with free keys (names of models, `build_config.env`) a name
     keeps its case; in `common` and in the arguments of a model entry, a name in capitals is converted to lower case.
     """
     values: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
     problems: list[Problem] = []
+    services = [found[1] for found in map(_SERVICE_HOST.fullmatch, environ) if found is not None]
+    of_services = tuple(f"{service}_{what}" for service in services for what in ("SERVICE_", "PORT"))
     for name in sorted(environ, key=lambda name: (name.count("__"), name)):
-        if not name.upper().startswith(PREFIX) or name in RESERVED_VARIABLES:
+        if not name.upper().startswith(PREFIX) or name in RESERVED_VARIABLES or name.startswith(of_services):
             continue
         parts = name[len(PREFIX) :].split("__")
         path, annotation = _resolve(root, parts)

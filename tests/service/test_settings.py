@@ -247,6 +247,24 @@ def test_variables_hold_plain_values_null_lists_and_mappings() -> None:
     }
 
 
+def test_variables_of_a_kubernetes_service_are_no_settings_and_others_of_such_names_are_refused() -> None:
+    of_service = {
+        "SERVICE_HOST": "10.0.0.7",
+        "SERVICE_PORT": "80",
+        "SERVICE_PORT_HTTP": "80",
+        "PORT": "tcp://10.0.0.7:80",
+        "PORT_80_TCP": "tcp://10.0.0.7:80",
+        "PORT_80_TCP_PROTO": "tcp",
+        "PORT_80_TCP_PORT": "80",
+        "PORT_80_TCP_ADDR": "10.0.0.7",
+    }
+    beside = {f"GPU_{name}": value for name, value in of_service.items()}
+    given = {"APP_SETTINGS__BUILD_CONFIG__ENV__MY_SERVICE_HOST": "example.com"}
+    settings = load("", **of_service, **beside, **given)
+    assert settings == load("", **given) != load("")
+    assert "port: unknown key" in refused("", PORT="9000")
+
+
 def test_model_names_keep_their_case_and_further_keys_are_the_pipelines() -> None:
     settings = load(
         "model_settings: {model_entries: {My-Model: {pipeline: 'm:C', model_path: ./x, options: {a: [1]}}}}",
