@@ -9,7 +9,7 @@ from pydantic import RootModel
 
 from modalkit.service.cli.common import EXIT_FAILURE, AsJson, ConfigFiles, notices
 from modalkit.service.cli.jobs import Key, Url
-from modalkit.service.cli.jobs_client import JobsClient, JobsError
+from modalkit.service.cli.jobs_client import AwayError, JobsClient, JobsError
 from modalkit.service.settings import Settings
 from modalkit.service.web.answers import ModelView
 
@@ -41,6 +41,8 @@ def reload(
         for name in models or [model.name for model in client.send(_Models, "GET", "/admin/models").root]:
             try:
                 model = client.send(ModelView, "POST", f"/admin/models/{quote(name, safe='')}/reload")
+            except AwayError:
+                raise
             except JobsError as error:
                 notices.print(f"modalkit: error: {error}")
                 failed = True

@@ -82,7 +82,9 @@ def test_without_a_key_the_command_says_what_to_do(
         refused = modalkit("reload", f"--url={client.base_url}")
     assert refused.returncode == 1
     assert "send the process the signal SIGHUP" in refused.stderr
-    assert "cannot be reached" in modalkit("reload", "--url=http://127.0.0.1:9").stderr
+    for models in ((), ("lengths", "other")):
+        away = modalkit("reload", *models, "--url=http://127.0.0.1:9")
+        assert (away.returncode, away.stderr.count("cannot be reached")) == (5, 1)
 
 
 def test_a_model_that_goes_on_hanging_after_a_restart_ends_the_process_with_its_exit_code(
