@@ -241,7 +241,7 @@ class BatchRun:
                     raise self._removed()
                 async for content in self._lines_of(response):
                     result = from_json(content)
-                    if not self._lines or result["line"] > self._lines[-1].number:
+                    if not self._lines or (result["line"] > self._lines[-1].number and not self._all_sent):
                         return after  # of a line that a run before has sent, and this one has not read yet
                     after = result["line"]
                     self._write_result(result)
@@ -262,9 +262,11 @@ class BatchRun:
         )
 
     def _write_result(self, result: Mapping[str, Any]) -> None:
-        while self._lines[0].number < result["line"]:
+        while self._lines and self._lines[0].number < result["line"]:
             error = self._lines[0].error or "the result is not there any more: the job was removed"
             self._write({"status": "error", "error": error})
+        if not self._lines or self._lines[0].number > result["line"]:
+            return  # of a line that others have added to the batch, or that this file has no more
         if result["status"] == "succeeded":
             self._write(result["result"])
         else:

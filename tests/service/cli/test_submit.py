@@ -240,6 +240,27 @@ async def test_the_removal_of_jobs_whose_results_are_waited_for_ends_the_command
             await run.run(iter([Record(1, {"text": "a"})]))
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # as the command has it
+async def test_results_of_lines_that_the_file_does_not_have_are_not_taken_for_those_of_others() -> None:
+    """Others have submitted lines 2 and 4 of this batch, or the file was changed; and the job of line 3 was removed."""
+
+    async def answer(request: httpx.Request) -> httpx.Response:
+        if request.method == "POST":
+            return httpx.Response(200, text='{"line":1,"job_id":"a"}\n{"line":3,"job_id":"c"}\n')
+        await anyio.lowlevel.checkpoint()  # as a connection would
+        done = {"status": "succeeded", "result": {"status": "success"}}
+        return httpx.Response(200, text="".join(json.dumps({"line": line, **done}) + "\n" for line in (1, 2, 4)))
+
+    written = StringIO()
+    client = JobsClient.of_service(httpx.URL("http://service"), None, "authorization")
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://service") as http:
+        run = BatchRun(client, http, "b", ["text"], {}, {}, {}, ResultWriter(written), None, patience_s=0)
+        with anyio.fail_after(60):
+            await run.run(iter([Record(line, {"text": "a"}) for line in (1, 3)]))
+    assert [json.loads(line)["status"] for line in written.getvalue().splitlines()] == ["success", "error"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
