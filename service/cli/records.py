@@ -26,6 +26,8 @@ from modalkit.service.validation import field_errors, summary
 KEEP_BAD_BYTES = "surrogateescape"
 """Bytes that are no UTF-8 become characters that `_record` refuses, so that only their line has an error."""
 GZIP_MAGIC = b"\x1f\x8b"
+MAX_CELL_CHARACTERS = 16 * 2**20
+"""Limit of a cell of CSV: the default of `request_config.max_item_bytes`."""
 ROWS_PER_READ = 1000
 
 _BAD_BYTE = re.compile("[\udc80-\udcff]")
@@ -240,25 +242,30 @@ def _columns_of_fields(
 
 
 def _csv_records(lines: Iterable[str], fields: Sequence[str] | None, column: str | None) -> Iterator[Record]:
-    reader = csv.reader(lines)
-    header = next(reader, [])
+    csv.field_size_limit(MAX_CELL_CHARACTERS)
+    rows = _csv_rows(lines)
+    _, header = next(rows, (1, []))
     if not header:
         raise InputError("the CSV has no header: its first line must name the columns")
     columns = _columns_of_fields("CSV header", header, fields, column)
-    while True:
-        first_line = reader.line_num + 1
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Record(first_line, None, f"not CSV: {error}")
-            continue
+    for line, row in rows:
         if row:
             values = dict(zip(header, row, strict=False))  # a row may be short; cells beyond the header are left out
-            yield _record(
-                first_line, {field: values[name] for field, name in columns.items() if name in values}, values
-            )
+            yield _record(line, {field: values[name] for field, name in columns.items() if name in values}, values)
+
+
+def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """The rows, each with its first line. Raises `InputError`: after an error, it is not known where a row begins."""
+    reader = csv.reader(lines)
+    first_line = 1
+    try:
+        for row in reader:
+            yield first_line, row
+            first_line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(
+            f"line {first_line} is not CSV: {error}; close its quotes, or give such long texts as JSON lines"
+        ) from error
 
 
 def _parquet_records(path: Path, fields: Sequence[str] | None, column: str | None) -> Iterator[Record]:

@@ -85,6 +85,15 @@ def test_a_csv_file_gives_its_column_and_a_csv_output_has_columns(modalkit: Moda
     assert [line.split(":")[0] for line in done.stderr.splitlines()[:2]] == ["line 5", "line 6"]
 
 
+def test_a_long_text_of_several_lines_is_one_cell_of_a_csv_file(modalkit: Modalkit, folder: Path) -> None:
+    lines = [f"line {number} of the document" for number in range(10_000)]
+    with (folder / "in.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "document"], ["four", "\n".join(lines)], ["seventy", "a"]])
+    done = modalkit("predict", "-i", "in.csv", "--keep-columns")
+    written = [(slot["length"], slot["document"]) for slot in results(done.stdout)]
+    assert written == [(4, "\n".join(lines)), (7, "a")]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -93,6 +102,7 @@ def test_a_csv_file_gives_its_column_and_a_csv_output_has_columns(modalkit: Moda
             "the CSV header has no column 'text'; it has ['id', 'review']: name the text's with --column",
         ),
         (("-i", "empty.csv"), "the CSV has no header: its first line must name the columns"),
+        (("-i", "open.csv", "--column", "a"), "line 2 is not CSV: field larger than field limit (16777216); close its"),
         (("-i", "in.xlsx"), "cannot tell the format of in.xlsx by its name; say --format txt, jsonl, csv or parquet"),
         (("-i", "in.parquet"), "in.parquet is no Parquet file"),
         (("-i", "cut.jsonl.gz"), "cut.jsonl.gz is damaged"),
@@ -109,6 +119,7 @@ def test_an_input_or_output_that_cannot_be_used_is_one_message_and_exit_code_2(
     (folder / "in.csv").write_text("id,review\n1,a\n")
     for name in ("in.xlsx", "empty.csv"):
         (folder / name).write_text("")
+    (folder / "open.csv").write_text('a\n"' + "text\n" * 2**22)
     (folder / "in.parquet").write_text("no Parquet")
     (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'"four"')[:-9])
     done = modalkit("predict", *arguments)
