@@ -57,9 +57,9 @@ def _or_error(function: Callable[[T], bytes], value: T) -> bytes | OutputNotJson
 
 def _written(output: InferenceOutputModel) -> bytes:
     if type(output).model_dump_json is _DUMP_JSON:
-        content = output.__pydantic_serializer__.to_json(output, fallback=_plain)  # what it does, in half the time
+        content = output.__pydantic_serializer__.to_json(output, fallback=plain_value)  # what it does, in half the time
     else:
-        content = output.model_dump_json(fallback=_plain).encode()
+        content = output.model_dump_json(fallback=plain_value).encode()
     if may_be_refused(content):
         from_json(b"[" * MAX_WRAPPERS + content + b"]" * MAX_WRAPPERS)
     return content
@@ -74,7 +74,7 @@ def with_nulls(content: bytes) -> bytes:
     return to_json(from_json(content), inf_nan_mode="null") if _may_hold_constants(content) else content
 
 
-def _plain(value: object) -> object:
+def plain_value(value: object) -> object:
     """What an array or a scalar of NumPy or torch holds, in Python's types. Raises `TypeError` for anything else."""
     if hasattr(value, "dtype") and hasattr(value, "tolist"):
         return value.tolist()

@@ -15,7 +15,7 @@ from modalkit.batching import Failure, Outcome, Success
 from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, RejectItem, SyncInputModel
 from modalkit.service.errors import RemoteItemError, describe_error
 from modalkit.service.jobs.model import Job, json_text, read_object
-from modalkit.service.outputs import output_object
+from modalkit.service.outputs import output_object, plain_value
 
 InputEntry = Mapping[str, Any] | SyncInputModel | AsyncInputModel
 
@@ -37,7 +37,7 @@ def parse_job_id(job_id: str) -> tuple[str, int] | None:
 
 def json_form(model: BaseModel) -> Any:
     """A model in the form that travels: JSON values, under the names that its caller uses."""
-    return model.model_dump(mode="json", by_alias=True, round_trip=True)
+    return model.model_dump(mode="json", by_alias=True, round_trip=True, fallback=plain_value)
 
 
 def read_entry(entry: object) -> SyncInputModel | AsyncInputModel:

@@ -25,6 +25,7 @@ from modalkit.service.loading import LoadError
 from modalkit.service.local_gateway import LocalGateway, LocalModel
 from modalkit.service.logs import LogFormat, LogLevel, configure_logging
 from modalkit.service.made_up_items import MadeUpItems, NoItemsError, make_up_items
+from modalkit.service.outputs import plain_value
 from modalkit.service.serving import Server, inherited_listeners, listening, listening_on_path, tune_interpreter
 from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.settings.layers import CONFIG_VARIABLE, DEFAULT_FILE, LOG_FORMAT_VARIABLE
@@ -239,7 +240,10 @@ def _items_to_try(model: LocalModel) -> list[str]:
     try:
         if made_up.are_guessed:
             found = model.ready_worker().pipeline.sample_items(2, SAMPLE_SIZE)
-        items = [item.model_dump_json(exclude_unset=True, by_alias=True) for item in (found or made_up.items)]
+        items = [
+            item.model_dump_json(exclude_unset=True, by_alias=True, fallback=plain_value)
+            for item in (found or made_up.items)
+        ]
         for item in items:
             model.input_model.model_validate_json(item)
     except Exception:  # noqa: BLE001  # of the user's pipeline or model: then there is nothing to show

@@ -29,7 +29,7 @@ from modalkit.pipelines import AsyncInputModel, InferenceOutputModel
 from modalkit.service.backoff import backoff_with_jitter
 from modalkit.service.errors import OutputNotJsonError, RetryableError, ServiceError, describe_error
 from modalkit.service.jobs.model import DeliveryRecord, DeliveryStatus, Job, JobEnd, JobRetry, JobStatus, json_text
-from modalkit.service.outputs import may_be_refused, output_json
+from modalkit.service.outputs import may_be_refused, output_json, plain_value
 from modalkit.service.queue_backends import NotSentError, UndeliverableError
 
 LARGEST_RESULT_BYTES = 100 * 2**20
@@ -125,12 +125,15 @@ def new_job(
 
 
 def _message_json(message: BaseModel | Mapping[str, Any]) -> str:
-    """A message as JSON; NaN and Infinity are kept. Raises `ValueError`, and what the model's own serializers raise."""
+    """A message as JSON; NaN and Infinity are kept, and arrays are lists.
+
+    Raises `ValueError`, and what the model's own serializers raise.
+    """
     if not isinstance(message, BaseModel):
         return json_text(to_jsonable_python(message, by_alias=True, round_trip=True))
-    content = message.__pydantic_serializer__.to_json(message, by_alias=True, round_trip=True)
+    content = message.__pydantic_serializer__.to_json(message, by_alias=True, round_trip=True, fallback=plain_value)
     if b"null" in content or may_be_refused(content):  # null may stand for NaN here
-        return json_text(message.model_dump(mode="json", by_alias=True, round_trip=True))
+        return json_text(message.model_dump(mode="json", by_alias=True, round_trip=True, fallback=plain_value))
     return content.decode()
 
 

@@ -5,15 +5,18 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from modalkit.batching import DeadlineExceededError, Failure, Outcome, Priority, Success
 from modalkit.pipelines import AnyInput, AsyncInputModel, InferenceOutputModel
+from modalkit.service.calls.wire_format import json_form
 from modalkit.service.jobs import (
     DeliveryRecord,
     DeliveryStatus,
@@ -88,6 +91,23 @@ def test_a_new_job_names_queues_only_where_results_are_sent_and_no_unprintable_c
     assert (job.success_queue, job.message_json, job.expires_at) == (None, '{"a":NaN}', 6.0)
     with pytest.raises(ValueError, match="model_name must not hold unprintable characters"):
         life.new_job(request, job_id="a", model_name="m\x00", **given)
+
+
+class Signal(BaseModel):
+    """An item that its own validator makes of a list of numbers."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    signal: Annotated[np.ndarray[Any, Any], BeforeValidator(np.asarray)]
+    noise: float | None = None
+
+
+def test_an_item_with_an_array_is_stored_as_a_list_and_read_again_and_so_it_travels() -> None:
+    item = Signal.model_validate({"signal": [1, 2.5]})
+    given: dict[str, Any] = {"message": item, "now": 1.0, "delivers": False}
+    job = life.new_job(AsyncInputModel(message={}), job_id="a", model_name="m", **given)
+    assert job.message == json_form(item) == {"signal": [1.0, 2.5], "noise": None}
+    assert Signal.model_validate(job.message).signal.tolist() == [1.0, 2.5]
 
 
 def test_quarantined_groups_get_smaller_with_each_crash() -> None:
