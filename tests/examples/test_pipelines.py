@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, get_args
 
+import anyio
 import pytest
 from anyio import to_thread
 from PIL import Image
@@ -20,7 +21,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from transformers import AutoTokenizer, BertForTokenClassification, BertModel, GPT2Config, GPT2LMHeadModel
 
 from modalkit.batching import Failure, Success
-from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline, RejectItem
+from modalkit.pipelines import AsyncInputModel, BatchTooLargeError, InferenceOutputModel, InferencePipeline, RejectItem
 from modalkit.service.loading import LoadError
 from modalkit.service.settings import Settings
 from modalkit.testing import client_of, worker_of
@@ -188,6 +189,15 @@ async def test_a_remote_api_is_asked_for_a_whole_batch_with_the_key(folder: Path
         outcomes = await worker.predict_many([{"text": "a"}, {"text": "bcd"}])
     vectors = [outcome.value.model_dump()["vector"] for outcome in outcomes if isinstance(outcome, Success)]
     assert vectors == [[1, "Bearer k"], [3, "Bearer k"]]
+
+
+async def test_a_lone_job_waits_for_a_remote_api_that_is_away(folder: Path) -> None:
+    async with worker_of(import_module("remote").Remote, url="http://127.0.0.1:9/embed") as worker:
+        job_id = await worker.submit(AsyncInputModel(message={"text": "a"}))
+        with anyio.fail_after(60):
+            while (job := await worker.job(job_id)) is not None and job.retry_at is None:
+                assert not job.status.has_ended, job.error
+                await anyio.lowlevel.checkpoint()
 
 
 def test_the_key_of_the_api_can_be_a_variable(folder: Path) -> None:
