@@ -23,6 +23,7 @@ PAGE_SIZE = 200
 MAX_AGE_S = 100 * 365 * 86_400
 ID_WIDTH = 36
 OTHER_COLUMNS_WIDTH = 68  # columns of a line for id, states and age, gaps included
+MAX_PORT = 65_535
 MIN_MODEL_WIDTH = 12
 UNITS_S = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 
@@ -45,7 +46,8 @@ def _url(text: str) -> httpx.URL:
         url = httpx.URL(text)
     except httpx.InvalidURL:
         url = httpx.URL()
-    if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+    is_port = url.port is None or 0 < url.port <= MAX_PORT
+    if url.scheme not in ("http", "https") or not url.host or not is_port or url.query or url.fragment:
         raise typer.BadParameter(f"it must be an address such as http://127.0.0.1:8000, not {text!r}")
     return url
 

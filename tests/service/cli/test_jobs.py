@@ -311,6 +311,7 @@ def test_purge_asks_at_a_terminal(
         (["replay", UNDELIVERED, ""], "it must not be empty"),
         (["list", "--url", "localhost:8000"], "such as http://127.0.0.1:8000, not 'localhost:8000'"),
         (["list", "--url", "http://[::"], "such as http://127.0.0.1:8000, not 'http://[::'"),
+        (["list", "--url", "http://127.0.0.1:99999"], "such as http://127.0.0.1:8000, not 'http://127.0.0.1:99999'"),
         (["list", "--status", "done"], "'done'"),
     ],
 )
