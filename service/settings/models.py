@@ -69,7 +69,8 @@ class KeyConfig(Section):
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        if sum(place is not None for place in (self.api_key, self.file, self.ssm_key)) != 1:
+        # Without any, the service does not start; others that read its settings need not have its secrets.
+        if sum(place is not None for place in (self.api_key, self.file, self.ssm_key)) > 1:
             raise refusal("give the key in one of api_key, file and ssm_key")
         return self
 

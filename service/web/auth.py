@@ -273,8 +273,8 @@ class ApiKeys:
 def configured_keys(config: AuthConfig) -> ApiKeys:
     """The configured keys.
 
-    Raises `LoadError` for a key that no header can carry or that two names have, for a file that cannot be read, and
-    where aiobotocore or the region for AWS SSM is missing.
+    Raises `LoadError` for a name without a key, for a key that no header can carry or that two names have, for a file
+    that cannot be read, and where aiobotocore or the region for AWS SSM is missing.
     """
     keys = dict(config.keys)
     if config.api_key is not None or config.ssm_key is not None:
@@ -287,6 +287,9 @@ def configured_keys(config: AuthConfig) -> ApiKeys:
             setting, region, refresh_s = f"{section}.ssm_key", config.ssm_region, config.ssm_refresh_seconds
             in_ssm.append((SsmKey(key.ssm_key, setting=setting, region=region, refresh_s=refresh_s), caller))
             continue
+        if key.file is None and key.api_key is None:
+            variable = f"MODALKIT_APP_SETTINGS__AUTH_CONFIG__KEYS__{name}__API_KEY"
+            raise LoadError(f"{section}: has no key: give it in one of api_key (or {variable}), file and ssm_key")
         setting = f"{section}.{'api_key' if key.file is None else 'file'}"
         try:
             digest = key_digest(Path(key.file).read_text("utf-8") if key.file else _text_of(key.api_key))

@@ -157,7 +157,8 @@ async def test_a_client_of_a_configuration_file_finds_its_models_ready(
 ) -> None:
     monkeypatch.setenv("MODALKIT_NONSENSE", "1")
     file, queue = tmp_path / "service.yaml", InMemoryBackend()
-    file.write_text(CONFIGURATION.replace("app_settings:", "app_settings:\n  auth_config: {api_key: s3cret}"))
+    keys = "app_settings:\n  auth_config: {api_key: s3cret, keys: {of-a-variable: {}}}"
+    file.write_text(CONFIGURATION.replace("app_settings:", keys))
     async with client_of(file, queue_backend=queue) as client:
         assert (await client.post("/sync/predict", json={"text": "four"})).json()["length"] == 4
         job = {"message": {"text": "four"}, "success_queue": "ok"}

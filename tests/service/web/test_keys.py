@@ -315,6 +315,7 @@ def test_only_hashes_of_keys_are_kept() -> None:
         ({"a": {"api_key": "two\nlines"}}, r"keys\.a\.api_key: it has a line break"),
         ({"a": {"api_key": "sha256:two"}}, r"keys\.a\.api_key: it begins with sha256: and is no hash: give the 64 "),
         ({"a": {"api_key": f"sha256:{'2' * 63}"}}, r"keys\.a\.api_key: it begins with sha256: and is no hash"),
+        ({"a": {}}, r"keys\.a: has no key: give it in one of api_key \(or MODALKIT_\w+__KEYS__a__API_KEY\), file and"),
         ({"a": {"file": "/nowhere/key"}}, r"keys\.a\.file: /nowhere/key cannot be read: No such file"),
     ],
 )
