@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import anyio
 import httpx
 from anyio import to_thread
-from pydantic import ValidationError
-from pydantic_core import PydanticSerializationError, from_json, to_json
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError, to_json
 
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import AsyncInputModel
@@ -41,6 +41,7 @@ COUNTING_PAUSE_FACTOR = 20
 """The pause after an answer is so many times as long as that took: to count a million jobs takes the store a second."""
 TRANSIENT = AWAY | {HTTPStatus.TOO_MANY_REQUESTS}
 
+_LINE = TypeAdapter(dict[str, Any])
 _JOB_KEYS = AsyncInputModel.model_fields.keys() | {"model_name"}
 
 
@@ -186,8 +187,7 @@ class BatchRun:
         sending = self.http.stream("POST", "/async/predict", params=query, headers=headers, content=bytes(body))
         with self._begun():
             async with sending as response:
-                async for content in self._lines_of(response):
-                    answer = from_json(content)
+                async for answer in self._lines_of(response):
                     line = unanswered[answer["line"]]
                     if answer.get("status") == "error" and answer.get("problem", {}).get("status") in TRANSIENT:
                         reason, wait_s = answer["error"], 1.0
@@ -239,8 +239,7 @@ class BatchRun:
             async with self.http.stream("GET", path, params={"after": after}) as response:
                 if response.status_code == HTTPStatus.NOT_FOUND:
                     raise self._removed()
-                async for content in self._lines_of(response):
-                    result = from_json(content)
+                async for result in self._lines_of(response):
                     if not self._lines or (result["line"] > self._lines[-1].number and not self._all_sent):
                         return after  # of a line that a run before has sent, and this one has not read yet
                     after = result["line"]
@@ -309,7 +308,7 @@ class BatchRun:
             lines = self.sent if self.writer is None else self.written
             self.on_progress(completed=max(self.done + lines, self._ended))
 
-    async def _lines_of(self, response: httpx.Response) -> AsyncIterator[bytes]:
+    async def _lines_of(self, response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
         """The lines of an answer. Raises `_TryAgainError`, and `JobsError` for a refusal."""
         if response.status_code != HTTPStatus.OK:
             await response.aread()
@@ -325,7 +324,11 @@ class BatchRun:
         async for chunk in response.aiter_bytes():
             *lines, rest = (rest + chunk).split(b"\n")
             for line in filter(None, lines):  # an empty one is sent in pauses
-                yield line
+                try:
+                    answer = _LINE.validate_json(line)
+                except ValidationError as error:  # as of a proxy that shows a page in place of the service
+                    raise _TryAgainError("it answers as no modalkit of this version does") from error
+                yield answer
 
     async def _persist(self, what: str, attempt: Callable[[T], Awaitable[R]], argument: T) -> R:
         """Await an attempt until it succeeds. Raises `AwayError` once it has failed for `patience_s` seconds."""

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from modalkit.service.cli.batch_client import BatchRun
-from modalkit.service.cli.jobs_client import JobsClient, JobsError
+from modalkit.service.cli.jobs_client import AwayError, JobsClient, JobsError
 from modalkit.service.cli.records import Record
 from modalkit.service.cli.results import ResultWriter
 from tests.support.command_line import Modalkit, forked, serving
@@ -238,6 +238,19 @@ async def test_the_removal_of_jobs_whose_results_are_waited_for_ends_the_command
         run = BatchRun(client, http, "b", ["text"], {}, {}, {}, ResultWriter(StringIO()), None, patience_s=0)
         with pytest.raises(JobsError, match="no jobs of batch b from line 1 on any more: they were removed"):
             await run.run(iter([Record(1, {"text": "a"})]))
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # as the command has it
+async def test_an_answer_of_something_else_counts_as_a_service_that_is_away() -> None:
+    client = JobsClient.of_service(httpx.URL("http://service"), None, "authorization")
+    page = httpx.MockTransport(lambda _: httpx.Response(200, text="<html>\nWe are back soon.\n</html>\n"))
+    async with httpx.AsyncClient(transport=page, base_url="http://service") as http:
+        writer = ResultWriter(StringIO())
+        run = BatchRun(client, http, "b", ["text"], {}, {}, {}, writer, None, patience_s=0)
+        with pytest.raises(AwayError, match="lines could not be sent for 0 s: it answers as no modalkit of this vers"):
+            await run.run(iter([Record(1, {"text": "a"})]))
+    assert writer.is_begun
 
 
 @pytest.mark.anyio
