@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic_core import from_json, to_json
 
 from modalkit.batching import Failure, Outcome
@@ -82,8 +82,14 @@ def _known_fields(path: Sequence[int | str], model: type[BaseModel] | None) -> s
         model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
     if model is None:
         return "remove it or correct its name"
-    names = [field.alias or name for name, field in model.model_fields.items()]
-    return _names_like(str(path[-1])[:_COMPARED_CHARACTERS], *names)
+    return _names_like(str(path[-1])[:_COMPARED_CHARACTERS], *field_keys(model))
+
+
+def field_keys(model: type[BaseModel]) -> list[str]:
+    """The key of each field in an item: its alias, the first of several, or its name."""
+    aliases = [(name, field.validation_alias) for name, field in model.model_fields.items()]
+    firsts = [(name, alias.choices[0] if isinstance(alias, AliasChoices) else alias) for name, alias in aliases]
+    return [alias if isinstance(alias, str) else name for name, alias in firsts]
 
 
 @lru_cache(maxsize=1024)  # many items may have the same wrong field, and to compare names takes long

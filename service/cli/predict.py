@@ -48,6 +48,7 @@ from modalkit.service.cli.results import (
 from modalkit.service.errors import OutputNotJsonError, describe_error
 from modalkit.service.outputs import output_object
 from modalkit.service.settings import Settings
+from modalkit.service.validation import field_keys
 from modalkit.service.worker import InferenceWorker, short_lived_worker
 
 MAX_CHUNK_ITEMS = 4096
@@ -96,7 +97,7 @@ def predict(
     require_file(path, "--input")
     settings = Settings.load(config)
     source = model_source(settings, model)
-    input_fields = list(source.input_model.model_fields)
+    input_fields = field_keys(source.input_model)
     total: int | None = len(texts or ())
     if texts:
         records = read_records(texts, FileFormat.TXT, input_fields, None)

@@ -35,6 +35,7 @@ from modalkit.service.tuning.measuring import MEASURING_SHARE, fitted_costs, mea
 from modalkit.service.tuning.plots import draw_costs, require_drawable
 from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples, Samples
 from modalkit.service.tuning.trial import Bench, Trial, TrialPlan, require_complete
+from modalkit.service.validation import field_keys
 
 LOADS = (0.7, 0.5, 0.35, 0.25)  # shares of the predicted capacity, tried in this order until one keeps the objective
 MAX_SENT_PER_S = 1000.0  # the same process sends requests and runs the model
@@ -153,7 +154,7 @@ def _read_samples(
     path: Path, file_format: FileFormat | None, input_model: type[BaseModel], column: str | None
 ) -> list[BaseModel]:
     """The items of the file. Raises `TuningError` for lines that are no items, and for a file without items."""
-    read = read_file(path, file_format, list(input_model.model_fields), column)
+    read = read_file(path, file_format, field_keys(input_model), column)
     records = list(validated(islice(read, MAX_SAMPLES), input_model))
     errors = [f"{record.place}: {record.error}" for record in records if record.item is None]
     if errors:

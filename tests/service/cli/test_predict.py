@@ -189,6 +189,25 @@ class WordCount(InferencePipeline):
 """
 
 
+ALIASED = """
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from modalkit import InferenceOutputModel, InferencePipeline
+
+
+class Review(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    text: str = Field(validation_alias=AliasChoices("review", "comment"))
+
+
+class Words(InferencePipeline):
+    input_model = Review
+
+    def run_inference(self, input_list):
+        return [InferenceOutputModel(words=len(item.text.split())) for item in input_list]
+"""
+
+
 def csv_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -207,6 +226,19 @@ def test_a_csv_output_has_the_fields_of_a_pipeline_without_an_output_model(modal
 def test_a_csv_output_without_any_result_has_a_header(modalkit: Modalkit, folder: Path) -> None:
     assert modalkit("predict", "-o", "out.csv", stdin="").returncode == 0
     assert (folder / "out.csv").read_text() == "status,error,meta,length\n"
+
+
+def test_texts_and_columns_are_those_of_the_alias_of_a_field(modalkit: Modalkit, folder: Path) -> None:
+    (folder / "my_module.py").write_text(ALIASED)
+    (folder / "modalkit.yaml").write_text("model_settings: {model_entries: {words: {pipeline: 'my_module:Words'}}}")
+    (folder / "in.csv").write_text("id,review\n1,one two\n")
+    (folder / "in.jsonl").write_text('"one two"\n{"comment": "one two"}\n{"reveiw": "one two"}\n')
+    of_arguments, of_csv = modalkit("predict", "one two"), modalkit("predict", "-i", "in.csv")
+    assert results(of_arguments.stdout) == results(of_csv.stdout)
+    assert results(of_csv.stdout)[0]["words"] == 2
+    *others, misspelt = results(modalkit("predict", "-i", "in.jsonl").stdout)
+    assert [slot["words"] for slot in others] == [2, 2]
+    assert "reveiw: unknown field; did you mean 'review'?" in misspelt["error"]
 
 
 def test_columns_of_the_input_can_be_kept(modalkit: Modalkit, folder: Path) -> None:
