@@ -113,7 +113,8 @@ def main() -> None:
     configure_logging(LogFormat.TEXT)
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"modalkit: warning: {message}\n"
     # At the end, so that a folder with the name of an installed package does not hide the package.
-    sys.path.append(str(Path.cwd()))
+    with suppress(FileNotFoundError):  # it was removed
+        sys.path.append(str(Path.cwd()))
     try:
         app()
     except BrokenPipeError:

@@ -45,6 +45,22 @@ def test_closed_standard_streams_are_no_error(environment: dict[str, str], folde
     assert (folder / "out.jsonl").read_text().count("\n") == 1
 
 
+def test_a_folder_that_was_removed_is_no_folder_with_a_configuration(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    command = [sys.executable, *MODALKIT, "config"]
+    done = subprocess.run(
+        ["/bin/sh", "-c", 'mkdir gone && cd gone && rmdir ../gone && exec "$@"', "sh", *command],
+        cwd=tmp_path,
+        env=environment | {"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    assert "app_prefix: sentiment" in done.stdout
+
+
 def test_an_interrupt_while_modules_are_imported_shows_no_traceback(environment: dict[str, str]) -> None:
     program = (
         "import sys, modalkit.__main__ as command\n"
