@@ -105,7 +105,11 @@ def import_object(path: str, key: str) -> Any:
     try:
         return getattr(module, attribute)
     except AttributeError:
-        raise LoadError(f"{key}: module {module_name!r} has no {attribute!r}; check the spelling and case") from None
+        file = getattr(module, "__file__", None) or "a part of Python"
+        raise LoadError(
+            f"{key}: module {module_name!r} ({file}) has no {attribute!r}; check the spelling and case, or rename your "
+            "module if this is another one"
+        ) from None
 
 
 def import_class(path: str, key: str, base: type[T]) -> type[T]:

@@ -96,7 +96,10 @@ def test_check_says_what_would_be_served(installed_modalkit: Modalkit) -> None:
         ("app_settings: {batch_config: {max_batch_size: many}}", "app_settings.batch_config.max_batch_size"),
         ("app_settings: [", "modalkit.yaml"),
         ("model_settings: {model_entries: {a: {pipeline: 'nowhere:Model'}}}", "there is no module 'nowhere'"),
-        ("model_settings: {model_entries: {a: {pipeline: 'json:Model'}}}", "module 'json' has no 'Model'"),
+        (
+            "model_settings: {model_entries: {a: {pipeline: 'json:Model'}}}",
+            "json/__init__.py) has no 'Model'",
+        ),
         ("model_settings: {model_entries: {a: {pipeline: 'json:JSONDecoder'}}}", "subclass of InferencePipeline"),
         (
             "app_settings: {queue_config: {backend: webhook, webhook: {allowed_hosts: [a.example], secret: short}}}",
