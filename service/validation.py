@@ -2,13 +2,14 @@
 
 import difflib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, TypeVar
 
-from pydantic import AliasChoices, BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, RootModel, ValidationError, create_model
 from pydantic_core import from_json, to_json
 
 from modalkit.batching import Failure, Outcome
+from modalkit.batching.errors import users_error
 from modalkit.service.errors import InvalidItemError, describe_value
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -113,3 +114,22 @@ def _shown(value: object) -> object:
             if len(text) <= _SHOWN_CHARACTERS:
                 return from_json(text)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
+
+
+@cache
+def documented_model(model: type[BaseModel]) -> type[BaseModel]:
+    """The model as it is documented: where it has no JSON schema, one with the same keys that may hold anything."""
+    try:
+        model.model_json_schema()
+        model.model_json_schema(mode="serialization")
+    except BaseException as error:  # noqa: BLE001  # a model's own types may raise anything
+        users_error(error)
+    else:
+        return model
+    if issubclass(model, RootModel):
+        return create_model(model.__name__, __base__=RootModel[Any])
+    fields: dict[str, Any] = {
+        name: (Any, Field(... if field.is_required() else None, alias=key, description=field.description))
+        for key, (name, field) in zip(field_keys(model), model.model_fields.items(), strict=True)
+    }
+    return create_model(model.__name__, __config__=ConfigDict(protected_namespaces=()), **fields)

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from modalkit.service.errors import Readiness, describe_error
 from modalkit.service.gateway import Gateway, Model
 from modalkit.service.settings import ADAPTERS, Adapter, AppSettings, AuthConfig, KeyScope, RequestConfig
+from modalkit.service.validation import documented_model
 from modalkit.service.version import VERSION
 from modalkit.service.web.adapters.openai import make_batches_router, make_models_router
 from modalkit.service.web.adapters.tei import add_tei_routes
@@ -231,7 +232,10 @@ def _complete_schema(app: FastAPI, by_name: Mapping[str, Model]) -> None:
         line = refs[SubmittedLine, "serialization"]
         submit["responses"]["200"] = {"description": "To a stream", "content": {NDJSON: {"schema": line}}}
         schema["x-models"] = {
-            name: {"input": model.input_model.model_json_schema(), "output": model.output_model.model_json_schema()}
+            name: {
+                "input": documented_model(model.input_model).model_json_schema(),
+                "output": documented_model(model.output_model).model_json_schema(),
+            }
             for name, model in by_name.items()
         }
         return schema

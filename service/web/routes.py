@@ -17,7 +17,7 @@ from modalkit.pipelines import AsyncInputModel, AsyncOutputModel
 from modalkit.service.gateway import Gateway, Model, find_model
 from modalkit.service.outputs import output_json
 from modalkit.service.settings import KeyScope
-from modalkit.service.validation import run_valid
+from modalkit.service.validation import documented_model, run_valid
 from modalkit.service.web.admission import Admission, Reception, read_body
 from modalkit.service.web.answers import JOB_LINKS, PROBLEM_ANSWERS, FailedItem, Submitted
 from modalkit.service.web.auth import ApiKeys, Caller, caller_of, end_request
@@ -111,9 +111,10 @@ class RouteTable:
 def add_prediction_routes(routes: RouteTable, gateway: Gateway, admission: Admission) -> None:
     """Add the routes over `gateway` that predict, at once or as jobs."""
     route, models = routes.add, gateway.models.values()
-    item: Any = _labelled({model.name: model.input_model for model in models})
-    job: Any = _labelled({model.name: AsyncInputModel[model.input_model] for model in models})  # type: ignore[name-defined]  # a class known at run time
-    output: Any = _labelled({model.name: model.output_model for model in models})
+    items = {model.name: documented_model(model.input_model) for model in models}
+    item: Any = _labelled(items)
+    job: Any = _labelled({name: AsyncInputModel[kind] for name, kind in items.items()})  # type: ignore[valid-type]  # a class known at run time
+    output: Any = _labelled({model.name: documented_model(model.output_model) for model in models})
     parser = cache(partial(BodyParser, admission=admission))
 
     @cache

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from modalkit.service.gateway import Gateway
 from modalkit.service.settings import KeyScope
+from modalkit.service.validation import documented_model
 from modalkit.service.version import VERSION
 from modalkit.service.web.auth import ApiKeys
 from modalkit.service.web.events import EventStream
@@ -52,7 +53,7 @@ def add_page(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> None:
                 "key_header": keys.header if keys.are_asked_for else None,
                 "can_retry": gateway.jobs.administration is not None,
                 "models": [
-                    {"name": name, "schema": model.input_model.model_json_schema()}
+                    {"name": name, "schema": documented_model(model.input_model).model_json_schema()}
                     for name, model in gateway.models.items()
                 ],
             }

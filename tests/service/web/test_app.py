@@ -3,21 +3,24 @@
 import inspect
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import httpx
+import numpy as np
 import pytest
 from anyio import to_thread
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.types import Message
 
 from modalkit.batching import MeasuredCostModel, SchedulerStatistics
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.service.loading import LoadError
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import AuthConfig, KeyScope, Settings
 from modalkit.service.web import create_app, lifespan_of
 from modalkit.service.web.auth import configured_keys
+from modalkit.testing import client_of
 from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
 from tests.support.length_model import POISON, LengthPipeline
@@ -382,6 +385,47 @@ async def test_the_schema_documents_bodies_and_answers(client: httpx.AsyncClient
             assert "422" not in operation["responses"], path
             takes_requests = path.startswith(("/sync", "/batch", "/async", "/jobs", "/admin", "/v1"))
             assert ("default" in operation["responses"]) == takes_requests, path
+
+
+class Signal(BaseModel):
+    """An item with a type for which pydantic has no JSON schema."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    signal: Annotated[np.ndarray[Any, Any], BeforeValidator(np.asarray)] = Field(alias="values")
+    unit: str = "V"
+
+
+class Doubled(InferenceOutputModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    doubled: np.ndarray[Any, Any]
+
+
+class Doubling(InferencePipeline):
+    input_model, output_model = Signal, Doubled
+
+    def run_inference(self, input_list: list[Any]) -> list[InferenceOutputModel]:
+        return [Doubled(doubled=2 * item.signal) for item in input_list]
+
+
+async def test_types_without_a_json_schema_are_documented_by_their_keys(tmp_path: Path) -> None:
+    (tmp_path / "service.yaml").write_text(
+        "model_settings:\n"
+        "  model_entries:\n"
+        f"    doubling: {{pipeline: '{__name__}:Doubling'}}\n"
+        "    lengths: {pipeline: 'tests.support.length_model:LengthPipeline'}\n"
+    )
+    async with client_of(tmp_path / "service.yaml") as client:
+        answer = await client.post("/sync/predict", json={"values": [1, 2]})
+        described = (await client.get("/openapi.json")).json()["x-models"]
+        page = (await client.get("/ui/service")).json()
+    assert answer.json()["doubled"] == [2, 4]
+    assert list(described["doubling"]["input"]["properties"]) == ["values", "unit"]
+    assert described["doubling"]["input"]["required"] == ["values"]
+    assert list(described["doubling"]["output"]["properties"]) == ["status", "error", "meta", "doubled"]
+    assert described["lengths"]["input"]["properties"]["text"]["type"] == "string"
+    assert [model["name"] for model in page["models"]] == ["doubling", "lengths"]
 
 
 async def test_neither_texts_nor_keys_are_logged(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
