@@ -193,6 +193,8 @@ def read_variables(root: type[Section], environ: Mapping[str, str]) -> Layer:
 def _read_file(root: type[Section], file: Path, named: str) -> Layer:
     try:
         values, lines = parse_yaml(file.expanduser().read_bytes())
+    except RuntimeError:
+        raise _file_error(file, f"begins with a user that does not exist{named}: correct its name") from None
     except FileNotFoundError:
         raise _file_error(file, f"no such file{named}: create it or correct its name (from {Path.cwd()})") from None
     except OSError as error:

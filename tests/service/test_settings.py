@@ -102,6 +102,11 @@ def test_a_file_that_is_named_but_missing_is_an_error(name: str) -> None:
         Settings.load(["missing.yaml"], {})
 
 
+def test_a_file_of_a_user_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(SettingsError, match=r"~no-such-user/a\.yaml: begins with a user that does not exist, named in"):
+        Settings.load(environ={"MODALKIT_CONFIG": "~no-such-user/a.yaml"})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
