@@ -42,6 +42,7 @@ from modalkit.benchmarks.load.plan import values_of
 from modalkit.service.cli.common import model_source
 from modalkit.service.cli.records import FileFormat
 from modalkit.service.settings import Settings
+from modalkit.service.validation import documented_model
 
 OURS = "ours"
 SERVE, WORKER = "serve", "worker"
@@ -278,7 +279,7 @@ def _inputs(options: Options, model: str) -> Inputs:
             return schema_inputs(described_model(schema))
         return mixed_inputs(options.length_mix) if options.length_mix is not None else corpus_inputs()
     source = model_source(Settings.load(options.config or None), model)
-    takes_text = takes_text_alone(source.input_model.model_json_schema())
+    takes_text = takes_text_alone(documented_model(source.input_model).model_json_schema())
     if options.length_mix is not None:
         return mixed_inputs(options.length_mix, sized_items(source.load()))
     return corpus_inputs() if takes_text and not options.samples else sample_inputs(source.load())

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from modalkit.benchmarks.corpus import mixed_length_texts
 from modalkit.benchmarks.load import OptionError
 from modalkit.pipelines import InferencePipeline
+from modalkit.service.calls.wire_format import json_form
 from modalkit.service.cli.records import FileFormat, InputError, read_file
 from modalkit.service.made_up_items import make_up_items
 
@@ -88,7 +89,7 @@ def sized_items(pipeline: InferencePipeline) -> Callable[[int, int], Sequence[Ma
         items = pipeline.sample_items(count, size)
         if not items:
             raise OptionError(f"{type(pipeline).__name__} has no sample_items that make items of a size; give --input")
-        return [item.model_dump(mode="json") for item in items]
+        return [json_form(item) for item in items]
 
     return make
 
@@ -98,14 +99,14 @@ def sample_inputs(pipeline: InferencePipeline) -> Inputs:
     samples = [item for size in SAMPLE_SIZES for item in pipeline.sample_items(SAMPLES_OF_A_SIZE, size)]
     if samples:
         random.Random(1).shuffle(samples)  # noqa: S311  # repeatable
-        return Inputs([item.model_dump(mode="json") for item in samples], "sample_items of the model")
+        return Inputs([json_form(item) for item in samples], "sample_items of the model")
     return schema_inputs(pipeline.input_model)
 
 
 def schema_inputs(model: type[BaseModel]) -> Inputs:
     """Items by the examples, defaults and types of a schema. Raises `NoItemsError`."""
     made = make_up_items(model, SAMPLES_OF_A_SIZE)
-    return Inputs([item.model_dump(mode="json") for item in made.items], "made up by the schema of the model")
+    return Inputs([json_form(item) for item in made.items], "made up by the schema of the model")
 
 
 def takes_text_alone(schema: Mapping[str, Any]) -> bool:

@@ -2,8 +2,11 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Annotated, Any
 
+import numpy as np
 import pytest
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from modalkit.benchmarks.bench.inputs import (
     corpus_inputs,
@@ -16,6 +19,7 @@ from modalkit.benchmarks.bench.inputs import (
     takes_text_alone,
 )
 from modalkit.benchmarks.bench.session import item_schema
+from modalkit.pipelines import InferenceOutputModel, InferencePipeline
 from modalkit.service.cli.records import InputError
 from tests.support.length_model import LengthPipeline
 
@@ -65,6 +69,27 @@ def test_a_models_own_items_are_sent() -> None:
     made = sized_items(pipeline)(2, 7)
     assert len(made) == 2
     assert sample_inputs(pipeline).source == "sample_items of the model"
+
+
+class Signal(BaseModel):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    signal: Annotated[np.ndarray[Any, Any], BeforeValidator(np.asarray)] = Field(alias="values")
+
+
+class Signals(InferencePipeline):
+    input_model = Signal
+
+    def run_inference(self, input_list: list[Any]) -> list[InferenceOutputModel]:
+        return [InferenceOutputModel(total=item.signal.sum()) for item in input_list]
+
+    def sample_items(self, n: int, size: int) -> list[BaseModel]:
+        return [Signal.model_validate({"values": [1.0] * size})] * n
+
+
+def test_a_models_own_items_are_sent_under_their_aliases_with_arrays_as_lists() -> None:
+    assert sized_items(Signals())(1, 2) == [{"values": [1.0, 1.0]}]
+    assert Signal.model_validate(sample_inputs(Signals()).items[0]).signal[0] == 1.0
 
 
 def test_a_published_schema_gives_items_for_any_model() -> None:
