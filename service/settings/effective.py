@@ -77,7 +77,9 @@ def _is_hidden(path: KeyPath, value: Any) -> bool:
 
 
 def _is_named_secret(name: str, value: Any) -> bool:
-    """Whether a value is a secret by its name, or a list in which one is."""
+    """Whether a value is a secret by its name, or a list in which one is. A number of tokens is none."""
+    if isinstance(value, int) and name.lower().endswith("tokens"):
+        return False
     parts = value if isinstance(value, list) else []
     inner = [item for part in parts if isinstance(part, dict) for item in part.items()]
     return bool(_SECRET_NAME.search(name)) or any(_is_named_secret(key, each) for key, each in inner)

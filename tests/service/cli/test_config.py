@@ -86,6 +86,14 @@ def test_arguments_of_a_pipeline_that_are_secrets_are_hidden(modalkit: Modalkit,
     assert "s3cret" not in done.stdout
 
 
+def test_a_number_of_tokens_is_no_secret(modalkit: Modalkit, folder: Path) -> None:
+    line = "max_new_tokens: 4\n      tokens: [s3cret]"
+    (folder / "modalkit.yaml").write_text(CONFIGURATION.replace("tokenizer: words", line))
+    done = modalkit("config")
+    assert "max_new_tokens: 4  #" in done.stdout, done.stderr
+    assert "s3cret" not in done.stdout
+
+
 def test_secrets_of_the_image_are_hidden(modalkit: Modalkit, folder: Path) -> None:
     (folder / "modalkit.yaml").write_text(
         "app_settings: {build_config: {env: {PGPASSWORD: s3cret}, "
