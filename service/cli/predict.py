@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -96,7 +97,8 @@ def predict(
     path = input_path or Path("-")
     require_file(path, "--input")
     settings = Settings.load(config)
-    source = model_source(settings, model)
+    with redirect_stdout(sys.stderr):  # what a pipeline prints is no result
+        source = model_source(settings, model)
     input_fields = field_keys(source.input_model)
     total: int | None = len(texts or ())
     if texts:
@@ -112,7 +114,8 @@ def predict(
         "--keep-columns": keep_columns,
         "--model": source.model_name,
     }
-    with result_file(output_path, fields=fields, run=begun_by, resume=resume, force=force) as writer:
+    writing = result_file(output_path, fields=fields, run=begun_by, resume=resume, force=force)
+    with writing as writer, redirect_stdout(sys.stderr):
         with notices.status(f"Loading {source.model_name} ..."):
             pipeline = source.load()
         with progress_of_lines() as progress:

@@ -228,6 +228,16 @@ def test_a_csv_output_without_any_result_has_a_header(modalkit: Modalkit, folder
     assert (folder / "out.csv").read_text() == "status,error,meta,length\n"
 
 
+def test_what_a_pipeline_prints_is_not_among_the_results(modalkit: Modalkit, folder: Path) -> None:
+    printing = COUNTING.replace("    def predict(", "    def __init__(self): print('loaded')\n\n    def predict(")
+    printing = printing.replace("        return {", "        print('called')\n        return {")
+    (folder / "my_module.py").write_text(f"print('imported'){printing}")
+    (folder / "modalkit.yaml").write_text("model_settings: {model_entries: {words: {pipeline: 'my_module:WordCount'}}}")
+    done = modalkit("predict", "one two")
+    assert [slot["words"] for slot in results(done.stdout)] == [2]
+    assert done.stderr.split()[:3] == ["imported", "loaded", "called"]
+
+
 def test_texts_and_columns_are_those_of_the_alias_of_a_field(modalkit: Modalkit, folder: Path) -> None:
     (folder / "my_module.py").write_text(ALIASED)
     (folder / "modalkit.yaml").write_text("model_settings: {model_entries: {words: {pipeline: 'my_module:Words'}}}")
