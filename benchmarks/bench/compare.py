@@ -1,6 +1,6 @@
 """Compares results with older ones: a verdict for each figure."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ def compared(now: Mapping[str, Any], before: Mapping[str, Any], tolerance: float
 
 def differences(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """A sentence for each thing that differs and is not what is compared: then the verdicts tell little."""
-    facts = {
+    facts: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "another target:": lambda document: document["target"],
         "another machine:": lambda document: f"{document['machine']['cpu']}, {document['machine']['cores']} cores",
         "other items:": lambda document: document["settings"].get("items"),

@@ -69,7 +69,11 @@ async def test_a_number_that_json_does_not_have_is_shown_as_null(client: httpx.A
 
 
 JSON = st.recursive(
-    st.none() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(alphabet='a":\\{}né') | st.just("NaN"),
+    st.none()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(alphabet='a":\\{}né')
+    | st.just("NaN"),
     lambda each: (
         st.lists(each, max_size=3)
         | st.dictionaries(st.sampled_from(["message", "meta", "result", "a"]), each, max_size=3)
