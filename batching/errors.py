@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from typing import NoReturn
 
 
 class BatchingError(Exception):
@@ -156,6 +157,22 @@ def text_of(error: BaseException) -> str:
     except BaseException:  # noqa: BLE001  # __str__ of a user's class may raise anything
         text = "(its message cannot be shown: __str__ raises)"
     return f"{type(error).__name__}: {text}"
+
+
+def raise_anew(error: Exception) -> NoReturn:
+    """Raise an error without what earlier raises by this function have added to its traceback.
+
+    A pipeline may return one error for many items: it would come to hold the frames of all their callers.
+    """
+    first = entry = error.__traceback__
+    while entry is not None:
+        if entry.tb_frame.f_code is raise_anew.__code__:
+            first = entry.tb_next
+        entry = entry.tb_next
+    try:
+        raise error.with_traceback(first)
+    finally:
+        del error, first  # else the error and this frame refer to each other until garbage collection
 
 
 def number_text(number: int) -> str:

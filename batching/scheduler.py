@@ -19,6 +19,7 @@ from modalkit.batching.errors import (
     QueueFullError,
     RequestTooLargeError,
     SchedulerClosedError,
+    raise_anew,
 )
 from modalkit.batching.executors import Executors, RunOptions
 from modalkit.batching.measured_cost import MeasuredCostModel
@@ -156,7 +157,7 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
             return outcome.value
         try:
             if isinstance(outcome, Failure):
-                raise outcome.error
+                raise_anew(outcome.error)
             raise AssertionError("a request was left without an outcome: this is a bug in modalkit")
         finally:
             del request, outcome, future  # else the error and its frames refer to each other until garbage collection

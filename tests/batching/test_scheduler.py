@@ -9,6 +9,7 @@ from collections import UserList
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from traceback import walk_tb
 from typing import Any
 
 import anyio
@@ -236,6 +237,23 @@ async def test_an_error_leaves_no_cycle_that_keeps_what_its_batch_had_in_hand() 
             assert len(tensors) <= 1
         finally:
             gc.enable()
+
+
+async def test_an_error_that_is_returned_for_many_items_holds_the_frames_of_one_caller_at_most() -> None:
+    """Such as a constant of the pipeline: else each caller would leave its frames there, with all that they hold."""
+    error = ValueError("not this one")
+
+    def frames() -> list[str]:
+        return [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
+
+    async with BatchScheduler(lambda items: [error for _ in items]) as scheduler:
+        with pytest.raises(ValueError, match="not this one"):
+            await scheduler.submit(1)
+        first = frames()
+        for _ in range(10):
+            with pytest.raises(ValueError, match="not this one"):
+                await scheduler.submit(1)
+        assert frames() == first
 
 
 async def test_a_callback_that_fails_disturbs_no_batch(caplog: pytest.LogCaptureFixture) -> None:

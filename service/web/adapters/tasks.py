@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Request
 
 from modalkit.batching import Failure
+from modalkit.batching.errors import raise_anew
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.gateway import Model, find_model
 from modalkit.service.validation import validated
@@ -85,7 +86,7 @@ class Task:
         outputs = []
         for outcome in await while_connected(request, call):
             if isinstance(outcome, Failure):
-                raise outcome.error
+                raise_anew(outcome.error)
             outputs.append(outcome.value)
         return model.name, outputs
 
