@@ -90,6 +90,7 @@ class _Server:
             result = function(*given)
             if method == "predict_stream":
                 for piece in result:
+                    ensure_order(items, given[0])
                     self._answer(number, "piece", piece)
                     if number in self._stopped:
                         break

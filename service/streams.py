@@ -10,8 +10,8 @@ from anyio.lowlevel import current_token
 from pydantic import BaseModel
 
 from modalkit.batching import DeadlineExceededError, Failure, Outcome, Success
-from modalkit.batching.errors import users_error
-from modalkit.batching.execution import checked_outputs
+from modalkit.batching.errors import raise_anew, users_error
+from modalkit.batching.execution import checked_outputs, ensure_order
 from modalkit.batching.wakeup import asyncio_loop
 from modalkit.pipelines import InferenceOutputModel, RejectItem
 from modalkit.service.errors import ServiceError
@@ -90,14 +90,16 @@ class StreamRun:
                     self._outputs[place] = payload.error or StreamCutError()
                 payload.run = self
         self._places = [place for place, output in enumerate(self._outputs) if output is None]
-
-    @property
-    def items(self) -> list[BaseModel]:
-        """The items to run; those of which pieces were sent in an earlier run are left out."""
-        return [item_of(self._payloads[place]) for place in self._places]
+        self._items = [item_of(payloads[place]) for place in self._places]
+        self.items = list(self._items)
+        """The items to run, for the pipeline; those of which pieces were sent in an earlier run are left out."""
 
     def take(self, step: object) -> bool:
-        """Take what the pipeline yielded for these items; returns whether more is wanted. Raises `OutputCountError`."""
+        """Take what the pipeline yielded for these items; returns whether more is wanted.
+
+        Raises `OutputCountError`, and `InputsMovedError` once the pipeline has removed or moved `items`.
+        """
+        ensure_order(self._items, self.items)
         pieces = list[tuple[StreamedItem, InferenceOutputModel]]()
         for place, piece in zip(self._places, checked_outputs(step, len(self._places)), strict=True):
             if piece is None or isinstance(self._outputs[place], Exception):
@@ -188,7 +190,7 @@ async def pieces_of(
             while received:
                 piece = received.popleft()
                 if isinstance(piece, Failure):
-                    raise piece.error
+                    raise_anew(piece.error)
                 yield piece
                 if isinstance(piece, Success):
                     return

@@ -223,6 +223,19 @@ async def test_pieces_come_from_another_process_one_by_one_and_can_be_stopped() 
         assert [outcome.text for outcome in await outputs_of(worker, "ab")] == ["ab"]
 
 
+async def test_no_caller_gets_the_pieces_of_another_where_a_list_is_sorted_in_another_process() -> None:
+    found: dict[str, list[str]] = {}
+
+    async def stream(text: str, worker: InferenceWorker) -> None:
+        found[text] = [getattr(piece, "text", "") async for piece in worker.predict_stream({"text": text})]
+
+    async with worker_of(source_of("SortingPipeline"), first=1) as worker, anyio.create_task_group() as callers:
+        for text in ("first", "abc", "de", "f"):
+            callers.start_soon(stream, text, worker)
+    assert {text: pieces[-1] for text, pieces in found.items()} == {text: text for text in found}
+    assert all(text.startswith(piece) for text, pieces in found.items() for piece in pieces)
+
+
 async def test_all_pieces_of_a_batch_come_within_the_batch_timeout_or_its_process_is_ended() -> None:
     async with worker_of(source_of("PiecesPipeline", timeout_s=2.0), first=1) as worker:
         (before,) = await outputs_of(worker, "before")

@@ -326,3 +326,26 @@ async def test_run_inference_gives_the_last_pieces(kind: Kind) -> None:
     items: list[BaseModel] = [Text(text="abc"), Text(text="d")]
     outputs = kind().run_inference(items)
     assert (outputs if isinstance(outputs, list) else await outputs) == [Piece(text="abc"), Piece(text="d")]
+
+
+class Sorting(Spelling):
+    """Sorts the list that it is given, as a generator does that pads little, and answers in that order."""
+
+    def start(self, input_list: list[BaseModel]) -> list[str]:
+        input_list.sort(key=lambda item: len(str(item)))
+        return super().start(input_list)
+
+
+class SortingElsewhere(Sorting, SpellingElsewhere):
+    """The same, asynchronously."""
+
+
+@pytest.mark.parametrize("kind", [Sorting, SortingElsewhere])
+async def test_no_caller_gets_the_pieces_of_another_where_the_pipeline_changes_the_order_of_its_list(
+    kind: Kind,
+) -> None:
+    async with InferenceWorker(kind()) as worker:
+        texts = ["abc", "de", "f"]
+        outcomes = await worker.predict_many([{"text": text} for text in texts])
+        assert outcomes == [Success(Piece(text=text)) for text in texts]
+        assert (await all_spelled(worker, texts))["abc"] == ["a", "ab", "abc"]

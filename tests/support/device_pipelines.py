@@ -113,6 +113,14 @@ class PiecesPipeline(InferencePipeline):
             yield [Output(text=item.text[:length], process=os.getpid()) for item in input_list]
 
 
+class SortingPipeline(PiecesPipeline):
+    """Sorts its list."""
+
+    def predict_stream(self, input_list: list[Item]) -> Iterator[list[Output]]:  # type: ignore[override]
+        input_list.sort(key=lambda item: len(item.text))
+        yield from super().predict_stream(input_list)
+
+
 class AsynchronousPipeline(InferencePipeline):
     """Has no device."""
 
