@@ -52,8 +52,8 @@ class _Process:
         self._device = device
         self._lock = threading.Lock()
         self._number = 0
-        self._answers: dict[int, SimpleQueue[tuple[str, Any]]] = {0: SimpleQueue()}
-        self._end: tuple[str, Any] | None = None
+        self._answers: dict[int, SimpleQueue[tuple[str, bytes]]] = {0: SimpleQueue()}
+        self._end: tuple[str, bytes] | None = None
         """The answer to all calls once the process has ended."""
         self.has_ended = False
         """Whether it answers no more calls."""
@@ -136,9 +136,10 @@ class _Process:
         return number
 
     def _write(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
-        message = pickle.dumps((number, threading.get_ident(), method, arguments))  # raises what the items raise
+        pickled = pickle.dumps(arguments)  # raises what the items raise
         with self._lock, suppress(OSError):  # it has ended: `_read` says so to all that wait
-            self._connection.send_bytes(message)
+            self._connection.send_bytes(pickle.dumps((number, threading.get_ident(), method)))
+            self._connection.send_bytes(pickled)
 
     def _result(self, number: int, timeout_s: float | None) -> Any:
         kind, value = self._next(number, timeout_s)
@@ -149,20 +150,22 @@ class _Process:
     def _next(self, number: int, timeout_s: float | None) -> tuple[str, Any]:
         if timeout_s is None or timeout_s > 0:
             with suppress(Empty):
-                return self._answers[number].get(timeout=timeout_s)
+                kind, pickled = self._answers[number].get(timeout=timeout_s)
+                return kind, pickle.loads(pickled)  # noqa: S301  # of our own process
         self.kill()
         return "error", _OverdueError()
 
     def _read(self) -> None:
         with suppress(EOFError, OSError):
             while True:
-                number, kind, value = pickle.loads(self._connection.recv_bytes())  # noqa: S301  # of our own process
+                number, kind = pickle.loads(self._connection.recv_bytes())  # noqa: S301  # as above
+                pickled = self._connection.recv_bytes()
                 if (answers := self._answers.get(number)) is not None:
-                    answers.put((kind, value))
+                    answers.put((kind, pickled))
         self.has_ended = True
         code = self._child.wait()
         how = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        self._end = "error", DeviceProcessError(self._device, how)
+        self._end = "error", pickle.dumps(DeviceProcessError(self._device, how))
         for answers in list(self._answers.values()):
             answers.put(self._end)
 

@@ -9,6 +9,7 @@ import traceback
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from io import BytesIO
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from modalkit.batching.errors import as_exception
 from modalkit.batching.execution import ensure_order
 from modalkit.pipelines.engines.settings import EngineChoice
 from modalkit.pipelines.inference_pipeline import awaited
-from modalkit.service.errors import describe_error
+from modalkit.service.errors import describe_error, error_text, restored
 from modalkit.service.loading import ModelSource
 
 KEPT = ("preprocess", "predict")
@@ -64,12 +65,13 @@ class _Server:
             pipeline = self._pipeline
             description = Description(pipeline.device_name(), pipeline.max_in_flight, pipeline.engine_choice)
         except BaseException as error:  # noqa: BLE001  # the other process raises it
-            self._answer(0, "error", as_exception(error))
+            self._answer_error(0, as_exception(error))
             return
         self._answer(0, "result", description)
         with suppress(EOFError, OSError):
             while True:
-                number, thread, method, arguments = pickle.loads(self._connection.recv_bytes())  # noqa: S301  # as above
+                number, thread, method = pickle.loads(self._connection.recv_bytes())  # noqa: S301  # as above
+                pickled = self._connection.recv_bytes()
                 if method == "end":
                     asyncio.run(awaited(self._pipeline.close()))
                     break
@@ -78,14 +80,14 @@ class _Server:
                     continue
                 if thread not in self._threads:
                     self._threads[thread] = ThreadPoolExecutor(1, f"{source.model_name} {len(self._threads)}")
-                self._threads[thread].submit(self._run, number, method, arguments)
+                self._threads[thread].submit(self._run, number, method, pickled)
         sys.stdout.flush()
         os._exit(0)  # a call that hangs must not keep the process
 
-    def _run(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
+    def _run(self, number: int, method: str, pickled: bytes) -> None:
         try:
             function = getattr(self._pipeline, method)
-            given = [self._taken(argument) for argument in arguments]
+            given = [self._taken(argument) for argument in pickle.loads(pickled)]  # noqa: S301  # as above
             items = list(given[0]) if given and isinstance(given[0], list) else []
             result = function(*given)
             if method == "predict_stream":
@@ -102,10 +104,9 @@ class _Server:
             elif method == "warm_up":
                 asyncio.run(awaited(result))
                 result = None
-        except BaseException as error:  # noqa: BLE001  # whatever it is, the other process raises it
-            self._answer(number, "error", error)
-        else:
             self._answer(number, "result", result)
+        except BaseException as error:  # noqa: BLE001  # whatever it is, the other process raises it
+            self._answer_error(number, error)
         finally:
             self._stopped.discard(number)
 
@@ -122,16 +123,40 @@ class _Server:
         with self._lock:
             return self._kept.pop(argument.number)
 
+    def _answer_error(self, number: int, error: BaseException) -> None:
+        error.add_note("".join(["in another process:\n", *traceback.format_exception(error)]))
+        self._answer(number, "error", error)
+
     def _answer(self, number: int, kind: str, value: Any) -> None:
-        if isinstance(value, BaseException):
-            value.add_note("".join(["in another process:\n", *traceback.format_exception(value)]))
+        """Raises `RuntimeError` for a value that cannot be written."""
+        written = BytesIO()
         try:
-            message = pickle.dumps((number, kind, value))
-            if kind == "error":
-                pickle.loads(message)  # noqa: S301  # some exceptions can be written, but not read
-        except Exception as error:  # noqa: BLE001  # objects of a user may raise anything
-            what = f"{type(value).__name__} cannot go to another process: {error}"
-            text = describe_error(value) if isinstance(value, Exception) else what
-            message = pickle.dumps((number, "error", RuntimeError(text)))
+            _Pickler(written).dump(value)
+        except Exception as error:  # objects of a user may raise anything
+            raise RuntimeError(f"{type(value).__name__} cannot go to another process: {error}") from error
         with self._lock, suppress(OSError):  # the other process may have ended
-            self._connection.send_bytes(message)
+            self._connection.send_bytes(pickle.dumps((number, kind)))
+            self._connection.send_bytes(written.getbuffer())
+
+
+class _Pickler(pickle.Pickler):
+    """Writes exceptions so that they can be read, also where their constructors take other arguments than `args`."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, BaseException) or _can_be_read(obj):
+            return NotImplemented
+        args = obj.args if _can_be_read(obj.args) else (error_text(obj),)
+        reduced = type(obj), args, {name: value for name, value in vars(obj).items() if _can_be_read(value)}
+        with suppress(Exception):  # a class that is local to a function, a `__new__` that needs arguments
+            restored(*reduced)
+            if _can_be_read(reduced):
+                return restored, reduced
+        return RuntimeError, (describe_error(obj),)
+
+
+def _can_be_read(value: object) -> bool:
+    try:
+        pickle.loads(pickle.dumps(value))  # noqa: S301  # of our own process
+    except Exception:  # noqa: BLE001  # objects of a user may raise anything
+        return False
+    return True

@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from sysconfig import get_path
 from traceback import extract_tb
-from typing import Any
+from typing import Any, TypeVar
 
 from modalkit.batching import BatchingError
 from modalkit.pipelines import InferenceOutputModel, PipelineError
@@ -21,16 +21,19 @@ MAX_CODE_CHARACTERS = 200
 _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _FOLDERS_OF_OTHERS = (f"{Path(__file__).parents[1]}/", f"{get_path('stdlib')}/")
 
+ErrorT = TypeVar("ErrorT", bound=BaseException)
+
 
 class ServiceError(Exception):
     """The root of all errors of this package. It can be pickled: it may travel from a container to its caller."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By default, unpickling calls the constructor with the message; the constructors here take other arguments.
-        return _restored, (type(self), self.args, self.__dict__)
+        return restored, (type(self), self.args, self.__dict__)
 
 
-def _restored(kind: type[ServiceError], args: tuple[Any, ...], state: dict[str, Any]) -> ServiceError:
+def restored(kind: type[ErrorT], args: tuple[Any, ...], state: dict[str, Any]) -> ErrorT:
+    """An error without a call of its constructor."""
     error = kind.__new__(kind)
     error.args = args
     error.__dict__.update(state)

@@ -20,7 +20,7 @@ from modalkit.service.errors import RetryableError
 from modalkit.service.loading import LoadError, ModelSource
 from modalkit.service.settings import Settings
 from modalkit.service.worker import InferenceWorker
-from tests.support.device_pipelines import Item
+from tests.support.device_pipelines import Item, TooLongError
 
 pytestmark = pytest.mark.anyio
 
@@ -137,6 +137,20 @@ async def test_in_another_process_a_bad_item_fails_alone_as_it_does_in_this_one(
     assert isinstance(busy, RetryableError)
     assert isinstance(late, TimeoutError)
     assert isinstance(odd, ValueError)
+
+
+async def test_errors_come_from_another_process_as_they_are_and_what_cannot_come_fails_alone() -> None:
+    """Whatever arguments their constructors take."""
+    async with worker_of(source_of("WherePipeline"), first=1) as worker:
+        good, raised, returned, unreadable, unwritable, other = await outputs_of(
+            worker, "good", "too long", "long", "unreadable", "lambda", "other"
+        )
+    assert (good.text, other.text) == ("good", "other")
+    assert [type(raised), str(raised), raised.length] == [TooLongError, "8 letters, at most 4", 8]
+    assert [type(returned), str(returned), returned.length] == [TooLongError, "4 letters, at most 3", 4]
+    assert isinstance(unreadable, ValueError)
+    assert "no number" in str(unreadable)
+    assert "cannot go to another process" in str(unwritable)
 
 
 @pytest.mark.parametrize("how", ["kill", "lose"])

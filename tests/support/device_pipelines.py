@@ -1,6 +1,7 @@
 """Pipelines whose results tell in which process and on which device they were made."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,22 @@ class Output(InferenceOutputModel):
     text: str = ""
     process: int = 0
     device: str = ""
+
+
+class TooLongError(RejectItem):
+    """Its constructor takes other arguments than its message."""
+
+    def __init__(self, length: int, limit: int) -> None:
+        super().__init__(f"{length} letters, at most {limit}")
+        self.length = length
+        self.lock = threading.Lock()  # which cannot go to another process
+
+
+class Unreadable:
+    """Can be pickled, but not read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
 
 
 class WherePipeline(InferencePipeline):
@@ -52,6 +69,8 @@ class WherePipeline(InferencePipeline):
             raise TimeoutError("no answer")
         if "fail" in texts:
             raise ArithmeticError("cannot compute this")
+        if "too long" in texts:
+            raise TooLongError(8, 4)
         if "hang" in texts:
             time.sleep(60)
         if "lose" in texts and not Path("lost").exists():
@@ -67,8 +86,14 @@ class WherePipeline(InferencePipeline):
         return {"texts": texts}
 
     def postprocess(self, input_list: list[Item], raw_output: dict[str, Any]) -> list[Any]:  # type: ignore[override]
+        instead = {
+            "odd": ValueError("odd"),
+            "long": TooLongError(4, 3),
+            "unreadable": Output(meta={"object": Unreadable()}),
+            "lambda": Output(meta={"object": lambda: None}),
+        }
         return [
-            ValueError("odd") if text == "odd" else Output(text=text, process=os.getpid(), device=self.device_name())
+            instead.get(text, Output(text=text, process=os.getpid(), device=self.device_name()))
             for text in raw_output["texts"]
         ]
 
