@@ -3,10 +3,10 @@
 import gc
 import logging
 import math
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import anyio
@@ -15,7 +15,7 @@ from modalkit.batching.task_groups import plain_task_group
 from modalkit.batching.threads import DedicatedThread
 from modalkit.pipelines import InferencePipeline
 from modalkit.pipelines.memory import free_bytes, private_bytes
-from modalkit.service.device_process import load_on_devices
+from modalkit.service.device_process import DevicePipeline, load_on_devices
 from modalkit.service.errors import (
     InvalidItemError,
     NotReadyError,
@@ -155,14 +155,28 @@ class Supervisor:
         self.source = source
 
     async def _load(self, source: ModelSource) -> list[InferencePipeline]:
-        """The pipeline, loaded on each of its devices. When cancelled, what is being loaded is abandoned."""
+        """The pipeline, loaded on each of its devices. When cancelled, what is being loaded is abandoned.
+
+        The processes of devices end then, too, once they have loaded.
+        """
         state = self._state
         is_alone, state.loading = not state.loading, state.loading + 1
         state.loads += 1
         load, used = state.loads, private_bytes()
-        thread = DedicatedThread(f"load {self._name}")
+        thread, is_abandoned = DedicatedThread(f"load {self._name}"), threading.Event()
+
+        def load_unless_abandoned() -> list[InferencePipeline]:
+            pipelines = load_on_devices(source)
+            for pipeline in pipelines:
+                if is_abandoned.is_set() and isinstance(pipeline, DevicePipeline):
+                    pipeline.close()
+            return pipelines
+
         try:
-            pipelines = await thread.run(partial(load_on_devices, source))
+            pipelines = await thread.run(load_unless_abandoned)
+        except BaseException:
+            is_abandoned.set()
+            raise
         finally:
             thread.close()
             state.loading -= 1

@@ -19,8 +19,9 @@ from modalkit.service.device_process import DevicePipeline, DeviceProcessError, 
 from modalkit.service.errors import RetryableError
 from modalkit.service.loading import LoadError, ModelSource
 from modalkit.service.settings import Settings
+from modalkit.service.supervision import GatewayState, Supervisor
 from modalkit.service.worker import InferenceWorker
-from tests.support.device_pipelines import Item, TooLongError
+from tests.support.device_pipelines import HeldPipeline, Item, TooLongError
 
 pytestmark = pytest.mark.anyio
 
@@ -211,6 +212,25 @@ async def test_no_process_outlives_a_pipeline_that_is_closed_while_it_starts_aga
         assert started[0].has_ended
     finally:
         started[0].kill()
+
+
+async def test_no_process_outlives_a_load_that_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[_Process] = []
+
+    def start(source: ModelSource, device: str) -> _Process:
+        started.append(_Process(source, device))
+        return started[0]
+
+    monkeypatch.setattr(device_process, "_Process", start)
+    supervisor = Supervisor(source_of("HeldPipeline"), GatewayState())
+    async with anyio.create_task_group() as task_group:
+        task_group.start_soon(supervisor.load)
+        await anyio.to_thread.run_sync(HeldPipeline.began.wait)
+        task_group.cancel_scope.cancel()
+    HeldPipeline.may_end.set()
+    with anyio.fail_after(60):
+        while not started[0].has_ended:
+            await anyio.sleep(0.01)
 
 
 async def test_a_batch_that_hangs_does_not_keep_its_device() -> None:

@@ -117,6 +117,17 @@ class BreakablePipeline(WherePipeline):
             raise RuntimeError("the device is broken")
 
 
+class HeldPipeline(WherePipeline):
+    """Its constructor waits on device a."""
+
+    began, may_end = threading.Event(), threading.Event()
+
+    def __init__(self, common_settings: dict[str, Any]) -> None:
+        if common_settings["device"] == "a":
+            self.began.set()
+            self.may_end.wait(60)
+
+
 class AsOnePipeline(InferencePipeline):
     """Runs as one stage."""
 
