@@ -73,6 +73,8 @@ class Preparation(NamedTuple):
     run: Callable[[], object]
     """Called in a thread where it is needed, while other devices run the batches. It is called again if it raises, so
     it should wait a while first."""
+    on_ready: Callable[[], object] = lambda: None
+    """Called in the event loop after each `run` that succeeded: the first batches on the device may be slow again."""
 
 
 class DeviceUse:
@@ -221,6 +223,7 @@ class Executor(Generic[T, R]):
                     if self.must_prepare:
                         async with self._main_lock:
                             await self._main.run(use.preparation.run)
+                        use.preparation.on_ready()
             except Exception:
                 logger.exception("%s: device %d cannot run batches now; trying again later", self._name, self.device)
                 is_ready = False

@@ -161,7 +161,13 @@ class InferenceWorker(AsyncContextManagerMixin):
             "item_size": size_of_item,
             "max_in_flight": max_in_flight,
             "batch_timeout_s": limits.batch_timeout_seconds,
-            "preparations": [each.preparation if isinstance(each, DevicePipeline) else None for each in pipelines],
+            "preparations": [
+                # A process that was started again may compile something for its first batches.
+                each.preparation._replace(on_ready=costs.model.expect_first_runs)
+                if isinstance(each, DevicePipeline)
+                else None
+                for each, costs in zip(pipelines, self._costs, strict=True)
+            ],
         }
 
     async def _warm_up(self, device: int) -> None:

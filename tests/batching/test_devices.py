@@ -127,6 +127,24 @@ async def test_no_request_waits_for_a_device_that_is_prepared() -> None:
 
 
 @pytest.mark.anyio
+async def test_after_each_preparation_the_event_loop_is_told_that_a_device_is_ready() -> None:
+    is_down, told = threading.Event(), list[int]()
+
+    def on_ready() -> None:
+        assert not is_down.is_set()
+        told.append(threading.get_ident())
+
+    preparation = Preparation(is_down.is_set, is_down.clear, on_ready)
+    async with BatchScheduler([lambda numbers: numbers], preparations=[preparation]) as scheduler:
+        assert await scheduler.submit(1) == 1
+        assert told == []
+        for _ in range(2):
+            is_down.set()
+            assert await scheduler.submit(2) == 2
+    assert told == [threading.get_ident()] * 2
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("hangs", [False, True])
 async def test_the_items_of_a_batch_whose_device_cannot_be_prepared_run_on_another_one(
     hangs: bool, monkeypatch: pytest.MonkeyPatch

@@ -176,6 +176,22 @@ async def test_an_item_that_kills_each_process_fails_alone_though_other_batches_
     assert [isinstance(output, DeviceProcessError) for output in outputs] == [text == "die" for text in texts]
 
 
+async def test_the_first_batches_of_a_process_that_was_started_again_may_be_slow_and_change_no_costs() -> None:
+    """It may compile something for each number of requests, as the one before it did."""
+    counts = (2, 3, 4)
+    async with worker_of(source_of("WherePipeline"), first=1) as worker:
+        (before,) = await outputs_of(worker, "before")
+        os.kill(before.process, signal.SIGKILL)
+        await wait_until_gone(before.process)
+        for count in counts * 10:
+            worker.costs.observe(count, 1, count, 0.001 * count)
+        await outputs_of(worker, "after")
+        expected_s = [worker.costs.predict_s(count, 1, count) for count in counts]
+        for count in counts:
+            worker.costs.observe(count, 1, count, 10.0)
+        assert [worker.costs.predict_s(count, 1, count) for count in counts] == expected_s
+
+
 async def test_a_process_that_could_not_be_started_again_gets_no_batch_until_it_is() -> None:
     async with worker_of(source_of("BreakablePipeline"), first=1) as worker:
         (before,) = await outputs_of(worker, "before")
