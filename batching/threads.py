@@ -83,7 +83,7 @@ class DedicatedThread:
             return
         self._calls.put(None)
         if abandon:
-            self._abandoned.append(self._thread)
+            self._abandoned = [*filter(threading.Thread.is_alive, self._abandoned), self._thread]
         self._calls = self._thread = None
 
     @property
@@ -95,10 +95,10 @@ class DedicatedThread:
 
     def _running_queue(self) -> "SimpleQueue[_Call[object] | None]":
         if self._calls is None:
-            self._calls = SimpleQueue()
-            self._token = current_token()
-            self._thread = threading.Thread(target=_serve, args=(self._calls,), name=self._name, daemon=True)
-            self._thread.start()
+            calls: SimpleQueue[_Call[object] | None] = SimpleQueue()
+            thread = threading.Thread(target=_serve, args=(calls,), name=self._name, daemon=True)
+            thread.start()  # raises where there may be no more threads: then the next call tries it again
+            self._calls, self._thread, self._token = calls, thread, current_token()
         return self._calls
 
 

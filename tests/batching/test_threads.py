@@ -79,3 +79,19 @@ def test_a_call_that_outlives_its_event_loop_ends_quietly() -> None:
     release.set()
     hung.join(timeout=30)
     assert not hung.is_alive()
+
+
+async def test_where_no_thread_can_be_started_one_call_fails_and_the_next_one_tries_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    thread = DedicatedThread("worker")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)  # a limit of the system holds for root nowhere
+        with pytest.raises(RuntimeError, match="can't start"):
+            await thread.run(threading.get_ident)
+    with anyio.fail_after(5):
+        assert await thread.run(lambda: 42) == 42
+    thread.close()
