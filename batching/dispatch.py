@@ -124,10 +124,12 @@ class Dispatcher(Generic[T, R]):
         self.sleepers.wake_all()
 
     async def _close_retired(self, retired: Sequence[Executor[T, R]], last: Executors[T, R]) -> None:
-        for executor in retired:
-            await executor.has_ended.wait()
-        self._retired = [executor for executor in self._retired if not executor.has_ended.is_set()]
-        await last.close()
+        try:
+            for executor in retired:
+                await executor.has_ended.wait()
+            self._retired = [executor for executor in self._retired if not executor.has_ended.is_set()]
+        finally:  # also where the scheduler is aborted before
+            await last.close()
 
     def close(self) -> None:
         """Let the workers end once the queue is empty."""

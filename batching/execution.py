@@ -172,6 +172,11 @@ class Executor(Generic[T, R]):
         """How many calls ran past the time limit and have not returned."""
         return self._main.stuck + self._side.stuck
 
+    def wait_for_stuck(self, until_s: float) -> None:
+        """Wait, in any thread, until no call that was given up runs any more, or until `until_s` (`time.monotonic`)."""
+        self._main.wait_for_stuck(until_s)
+        self._side.wait_for_stuck(until_s)
+
     def close(self) -> None:
         """End the threads after their current calls."""
         self._is_closed = True

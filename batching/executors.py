@@ -3,8 +3,10 @@
 import inspect
 import logging
 import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Generic, TypedDict, TypeVar
 
 import anyio
@@ -17,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 MAX_CLOSE_S = 10.0
 """Seconds that `on_close` may take; then it goes on in its thread."""
+STUCK_SHARE = 0.5
+"""Of that time: how long batches that were given up are waited for before, because they may still run."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -33,7 +37,8 @@ class RunOptions(TypedDict, total=False):
     preparations: Sequence[Preparation | None]
     """How each device gets ready to run batches, such as by a new start of its process; None for always ready."""
     on_close: Callable[[], object] | None
-    """Called once, after the last batch and in its thread, and awaited if it is asynchronous; its errors are logged."""
+    """Called once, after the last batch and in its thread, and awaited if it is asynchronous; its errors are logged.
+    A batch that was given up, and still runs, is waited for, but not for long."""
 
 
 class Executors(Generic[T, R]):
@@ -103,17 +108,25 @@ class Executors(Generic[T, R]):
     async def close(self) -> None:
         """Call `on_close` in a thread, await what it returns, and end the threads. An error is logged."""
         try:
-            if self.on_close is not None:
+            if (on_close := self.on_close) is not None:
                 with anyio.fail_after(MAX_CLOSE_S, shield=True):
-                    first = self.first_of(0)
-                    async with first.paused():
-                        result = await first.run_while_paused(self.on_close, None)
+                    async with self.paused():
+                        result = await self.first_of(0).run_while_paused(
+                            partial(self._close_after_stuck, on_close), None
+                        )
                     if inspect.isawaitable(result):
                         await await_users_code(result)
         except Exception:
             logger.exception("%s: closing failed; what it holds may not be free", self._name)
         finally:
             self.end_threads()
+
+    def _close_after_stuck(self, on_close: Callable[[], object]) -> object:
+        """Call `on_close` once the batches that were given up have ended; those that hang are not waited for long."""
+        until_s = time.monotonic() + STUCK_SHARE * MAX_CLOSE_S
+        for executor in self:
+            executor.wait_for_stuck(until_s)
+        return on_close()
 
     def end_threads(self) -> None:
         """End the threads after their current calls."""

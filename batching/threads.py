@@ -1,6 +1,7 @@
 """Runs synchronous functions for an event loop, one at a time, in a thread that is kept."""
 
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Generic, TypeVar
@@ -92,6 +93,11 @@ class DedicatedThread:
         if self._abandoned:
             self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
         return len(self._abandoned)
+
+    def wait_for_stuck(self, until_s: float) -> None:
+        """Wait, in any thread, until no abandoned call runs any more, or until `until_s` of the monotonic clock."""
+        for thread in self._abandoned:
+            thread.join(max(0.0, until_s - time.monotonic()))
 
     def _running_queue(self) -> "SimpleQueue[_Call[object] | None]":
         if self._calls is None:

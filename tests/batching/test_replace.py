@@ -214,6 +214,18 @@ async def test_what_ran_before_is_closed_once_its_batches_have_ended_and_stays_o
     assert closed == ["old", "new"]
 
 
+async def test_what_ran_before_is_closed_where_the_scheduler_is_aborted_while_its_last_batch_runs() -> None:
+    old, closed = Tagged("old", is_open=False), list[str]()
+    with anyio.CancelScope() as scope:
+        async with BatchScheduler(old, policy=POLICY, on_close=lambda: closed.append("old")) as scheduler:
+            scheduler.submit_nowait(0, lambda _: None)
+            await old.until_entered()
+            await scheduler.replace(Tagged("new"), policy=POLICY, on_close=lambda: closed.append("new"))
+            old.gate.set()
+            scope.cancel()
+    assert closed == ["old", "new"]
+
+
 async def test_another_number_of_devices_cannot_take_over() -> None:
     async with BatchScheduler([Tagged("a"), Tagged("b")], policy=POLICY) as scheduler:
         with pytest.raises(ValueError, match="there must be 2 devices as before, got 1"):

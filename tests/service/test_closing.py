@@ -3,9 +3,10 @@
 import threading
 from typing import Any
 
+import anyio
 import pytest
 
-from modalkit.batching import executors
+from modalkit.batching import SchedulerClosedError, executors
 from modalkit.pipelines import EngineError, InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.sentiment import SentimentPipeline, SentimentRequest
 from modalkit.service.loading import LoadError
@@ -77,6 +78,49 @@ async def test_it_is_closed_where_the_warm_up_or_the_owner_fails() -> None:
         async with InferenceWorker(held):
             raise LookupError
     assert [name for name, _ in cold.calls + held.calls] == ["close", "close"]
+
+
+class Lingering(Held):
+    """Runs a batch until it is closed, but for a tenth of a second at most, or as long as it `hangs`."""
+
+    def __init__(self, *, hangs: bool) -> None:
+        super().__init__()
+        self.began, self.is_closed, self.may_end = threading.Event(), threading.Event(), threading.Event()
+        self.hangs = hangs
+
+    def run_inference(self, input_list: list[Any]) -> list[InferenceOutputModel]:
+        outputs = super().run_inference(input_list)
+        self.began.set()
+        self.is_closed.wait(0.1)
+        if self.hangs:
+            self.may_end.wait(60)
+        self.note("end")
+        return outputs
+
+    def close(self) -> None:
+        super().close()
+        self.is_closed.set()
+
+
+@pytest.mark.parametrize(("hangs", "calls"), [(False, ["run", "end", "close"]), (True, ["run", "close"])])
+async def test_a_batch_that_runs_where_the_owner_is_cancelled_ends_before_it_is_closed_unless_it_hangs(
+    hangs: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executors, "MAX_CLOSE_S", 2.0)
+    pipeline = Lingering(hangs=hangs)
+
+    async def call(worker: InferenceWorker) -> None:
+        with pytest.raises(SchedulerClosedError):
+            await worker.predict({})
+
+    async with anyio.create_task_group() as callers:
+        with anyio.CancelScope() as scope:
+            async with InferenceWorker(pipeline) as worker:
+                callers.start_soon(call, worker)
+                await anyio.to_thread.run_sync(pipeline.began.wait)
+                scope.cancel()
+    assert [name for name, _ in pipeline.calls] == calls
+    pipeline.may_end.set()
 
 
 async def test_an_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
