@@ -39,6 +39,8 @@ class FailureHistory:
         """Runs that failed since the last success."""
         self.timeouts = 0
         """Items that timed out alone since the last success."""
+        self.too_large = 0
+        """Items that were too large alone since the last success."""
         self._singles = 0
         self._singles_needed = MIN_SINGLE_FAILURES
         self._belief_before = self.rate.belief
@@ -46,8 +48,8 @@ class FailureHistory:
 
     def record_success(self, count: int, group_count: int = 0) -> None:
         """Learn that `count` items ran without an error; for `group_count` see `FailureRate`."""
-        if self.failures or self.timeouts:
-            self.failures = self.timeouts = self._singles = 0
+        if self.failures or self.timeouts or self.too_large:
+            self.failures = self.timeouts = self.too_large = self._singles = 0
             self.is_systemic = False
         self.rate.record_success(count, group_count)
 
@@ -126,7 +128,8 @@ class GroupTest(Generic[T]):
     @property
     def is_systemic(self) -> bool:
         """Whether nothing of the batch succeeded and the failure is systemic, so that no item is the cause."""
-        return not self._has_succeeded and (self._history.is_systemic or self._times_out_systemically)
+        is_full = self._history.too_large >= MIN_SINGLE_FAILURES
+        return not self._has_succeeded and (self._history.is_systemic or self._times_out_systemically or is_full)
 
     def next_part(self) -> list[T]:
         """The items to run next; empty when the search is over."""
@@ -200,6 +203,7 @@ class GroupTest(Generic[T]):
         if middle:
             self._parts.extendleft((part[middle:], part[:middle]))
         else:
+            self._history.too_large += 1
             self.failing.append((part[0], error))
 
     def record_timeout(self, error: Exception) -> None:

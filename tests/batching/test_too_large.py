@@ -110,6 +110,20 @@ async def test_a_device_that_is_too_small_is_noticed_beside_an_item_that_is_too_
     assert len(device.refused) == refused
 
 
+async def test_where_nothing_fits_any_more_no_item_is_the_cause_until_one_fits_again() -> None:
+    """As when another process takes the memory of the device: jobs then run again later."""
+    device = Device(room=0)
+    async with scheduler_on(device, max_batch_size=16) as scheduler:
+        failures = [outcome for outcome in await scheduler.submit_many([10] * 16) if isinstance(outcome, Failure)]
+        assert [failure.is_systemic for failure in failures] == [True] * 16
+        device.room = 100
+        assert await scheduler.submit_many([10]) == [Success(20)]
+        failed, succeeded = await scheduler.submit_many([500, 10])
+    assert isinstance(failed, Failure)
+    assert not failed.is_systemic
+    assert succeeded == Success(20)
+
+
 class TranslatingDevice(Device):
     """Raises an error of its own out of the allocator's."""
 
