@@ -244,7 +244,9 @@ class RequestQueue(Generic[RequestT]):
             lane.stale += len(taken)
             lane.sweep()
         self._length -= len(requests)
-        if len(self._deadlines) > 2 * self._length + _STALE_LIMIT:
+        if not self._length:
+            self._deadlines.clear()  # else it would hold requests that have ended until the next ones come
+        elif len(self._deadlines) > 2 * self._length + _STALE_LIMIT:
             waiting = {id(entry[2]): entry for entry in self._deadlines if entry[2].sequence > 0}
             self._deadlines = list(waiting.values())  # a requeued request has several entries
             heapq.heapify(self._deadlines)

@@ -1,6 +1,7 @@
 """The queue keeps count, order and deadlines right through any sequence of changes."""
 
 import math
+import weakref
 
 import pytest
 from hypothesis import given
@@ -125,6 +126,22 @@ def test_cancelled_requests_with_deadlines_leave_no_memory_behind() -> None:
         queue.push_all([request])
         queue.discard(request)
     assert len(queue._deadlines) < 100  # noqa: SLF001  # no public view of what a leak would fill
+
+
+class Image:
+    """A payload that may be large."""
+
+
+def test_an_empty_queue_holds_no_request_that_has_ended() -> None:
+    """Its payload and its result may be large, and the next request may come late."""
+    queue: RequestQueue[Request[Image]] = RequestQueue(10)
+    requests = [Request(Image(), deadline_s=60.0) for _ in range(10)]
+    images = weakref.WeakSet(request.payload for request in requests)
+    queue.push_all(requests)
+    queue.take(requests)
+    requests.clear()
+    assert queue.oldest(Priority.INTERACTIVE) is None
+    assert not images
 
 
 def test_a_full_queue_says_how_deep_it_is_and_what_to_do() -> None:
