@@ -69,6 +69,10 @@ class BatchFormer(Generic[RequestT]):
 
     def form(self, anchor: RequestT) -> Batch[RequestT]:
         """The batch around `anchor`."""
+        if self.policy.max_batch_s is not None and (count := self._count_to_repeat(anchor, self.policy.max_batch_s)):
+            batch = self.form_full(anchor, count)
+            if len(batch.requests) == count:
+                return batch
         if not self.is_trusted:
             return self.form_full(anchor)
         if 1 < self.queue.waiting(anchor.priority) <= MAX_PARTITIONED:
@@ -119,9 +123,22 @@ class BatchFormer(Generic[RequestT]):
         counts = [*(1 << i for i in range((limit - 1).bit_length())), limit]
         return min([(self._overhead_s + self.cost_model.predict_s(n, size, n * size)) / n for n in counts])
 
-    def form_full(self, anchor: RequestT) -> Batch[RequestT]:
-        """The anchor with the requests of the most similar sizes, as many as the limits allow."""
-        limit, requests, longest, total = self.count_limit, [anchor], anchor.size, anchor.size
+    def _count_to_repeat(self, anchor: RequestT, max_s: float) -> int:
+        """The requests of the first batch of all, if so many wait and its time alone forbids more such batches; else 0.
+
+        It may have been slow because it was the first one, which only another one can tell.
+        """
+        count = 0 if self._learnt is None else self._learnt.unsure_count
+        if not 1 < count <= min(self.count_limit, self.queue.waiting(anchor.priority)):
+            return 0
+        return count if self.cost_model.predict_s(count, anchor.size, count * anchor.size) > max_s else 0
+
+    def form_full(self, anchor: RequestT, count: int | None = None) -> Batch[RequestT]:
+        """The anchor with the requests of the most similar sizes, as many as the limits allow.
+
+        With a `count`, at most so many, whatever time they are predicted to take.
+        """
+        limit, requests, longest, total = count or self.count_limit, [anchor], anchor.size, anchor.size
         sides = self._neighbours(anchor, limit - 1)
         reason, was_refused = DispatchReason.FULL, False
         while len(requests) < limit:
@@ -131,7 +148,7 @@ class BatchFormer(Generic[RequestT]):
                 side, sizes = runs[i]
                 if not _are_similar(anchor.size, sizes[0]):  # sizes in a run differ by less than a twentieth
                     continue
-                added = self._allowed(len(requests), longest, total, sizes)
+                added = self._allowed(len(requests), longest, total, sizes, is_timed=count is None)
                 was_refused = was_refused or not added
                 if added:
                     requests += side.take(added)
@@ -143,12 +160,12 @@ class BatchFormer(Generic[RequestT]):
         batch_s = self.cost_model.predict_s(len(requests), longest, total)
         return Batch(requests, anchor.priority, reason, longest, total, batch_s)
 
-    def _allowed(self, count: int, longest: int, total: int, sizes: list[int]) -> int:
+    def _allowed(self, count: int, longest: int, total: int, sizes: list[int], *, is_timed: bool) -> int:
         """How many of these requests may join a batch, in this order: all, else half of them, and so on, else 0."""
         added = len(sizes)
         while added:
             new_longest, new_total = max(longest, *sizes[:added]), total + sum(sizes[:added])
-            predicted_s = self.cost_model.predict_s(count + added, new_longest, new_total)
+            predicted_s = self.cost_model.predict_s(count + added, new_longest, new_total) if is_timed else 0.0
             if self.is_allowed(count + added, new_longest, predicted_s):
                 return added
             added //= 2

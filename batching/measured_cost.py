@@ -35,6 +35,7 @@ CHANGE_AFTER = 4  # outliers in a row on the same side of the prediction
 OUTLIER_LOG_RATIO = 0.4  # an outlier took more than e^0.4 = 1.5 times the prediction, or less than 1/1.5
 FIRST_RUN_LOG_RATIO = 1.8  # the first batch of its count is ignored if it took e^1.8 = 6 times the prediction
 SETTLED_AFTER = 6  # batches; before, a deviation is caused by the fit rather than by the kind of batch
+SLOW_STARTS = 3  # batches of all, the first ones, that may be slow for that reason
 
 LEARNING_S = 25e-6  # seconds that it takes to learn from a batch
 LEARNING_SHARE = 0.05  # of the time of batches that learning may take
@@ -79,6 +80,7 @@ class MeasuredCostModel:
         """Batches that were observed, calibrated shapes included."""
         self.largest_count = 0
         """The largest number of requests in a batch that was observed."""
+        self._first_count = self._first_runs = 0  # requests of the first batch of all, and batches of at least as many
         # All mutable state: the normal equations of observations that are kept and of those that fade, the costs that
         # solve their sum, the deviations from these, and the mean error of recent predictions.
         self._kept = NormalEquations(FEATURES)
@@ -115,6 +117,9 @@ class MeasuredCostModel:
         """Learn that such a batch took `elapsed_s` seconds; a time that is not positive is ignored."""
         if not 0 < elapsed_s < math.inf or not self._is_worth_learning(elapsed_s):
             return
+        if not self.observed:
+            self._first_count = count
+        self._first_runs += count >= self._first_count
         deviation = math.log(elapsed_s / self.predict_s(count, longest, total)) if self.observed else 0.0
         is_first = count not in self._counts
         self._counts.add(count)
@@ -134,6 +139,11 @@ class MeasuredCostModel:
         self._since_fit += 1
         if self.observed <= REFIT_EVERY or self._since_fit >= REFIT_EVERY:
             self._fit()
+
+    @property
+    def unsure_count(self) -> int:
+        """The requests of the first batch of all, until it is known whether it was slow for being the first; else 0."""
+        return self._first_count if self._first_runs <= SLOW_STARTS else 0
 
     def expect_first_runs(self) -> None:
         """Let first batches be slow again, because another pipeline runs them, which may compile something for each."""
@@ -158,6 +168,7 @@ class MeasuredCostModel:
         if not 0 < elapsed_s < math.inf:
             raise ValueError(f"elapsed_s must be a positive time, got {elapsed_s!r}")
         self._counts.add(count)
+        self._first_count = 0
         features = self._features(count, longest, total)
         self._kept.add(features, elapsed_s, KEPT_WEIGHT)
         self._recent.add(features, elapsed_s, (1 - KEPT_WEIGHT) * self._newest_weight)
@@ -184,6 +195,7 @@ class MeasuredCostModel:
             "feature": self.feature.value,
             "observed": self.observed,
             "largest_count": self.largest_count,
+            "first": [self._first_count, self._first_runs],
             "kept": self._kept.state(),
             "recent": self._recent.state(),
             "newest_weight": self._newest_weight,
@@ -201,6 +213,7 @@ class MeasuredCostModel:
                 raise ValueError(f"of version {state['version']!r} and feature {state['feature']!r}")
             observed, newest_weight = int(state["observed"]), float(state["newest_weight"])
             largest_count, mean_error = int(state["largest_count"]), float(state["error"])
+            first_count, first_runs = map(int, state.get("first", (0, 0)))
             kept = NormalEquations.from_state(state["kept"], FEATURES)
             recent = NormalEquations.from_state(state["recent"], FEATURES)
             deviations = Deviations.from_state(state["deviations"])
@@ -216,6 +229,7 @@ class MeasuredCostModel:
             raise ValueError(f"newest_weight must be a finite number, 1 or more, got {newest_weight!r}")
         self.observed, self._newest_weight, self._kept, self._recent = observed, newest_weight, kept, recent
         self.largest_count, self._error, self._deviations = largest_count, mean_error, deviations
+        self._first_count, self._first_runs = first_count, first_runs
         self._outliers, self._counts, self._time_to_learn_s = [], set(), 0.0
         if observed:
             self._fit()

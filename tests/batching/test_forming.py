@@ -67,6 +67,33 @@ def test_batches_become_full_ones_where_the_first_of_each_number_of_requests_is_
     assert counts[10:] == [32] * 90
 
 
+def test_batches_that_were_slow_because_they_were_the_first_do_not_keep_later_ones_small() -> None:
+    """Where nothing was measured before and their time is above `max_batch_s`: such a batch would never run again."""
+    for slow in (1, 3):
+        plan = BatchPlanner[Request[int]](BatchPolicy(max_batch_s=0.5), MeasuredCostModel())
+        push(plan, [20] * 1000, BULK)
+        counts, now = [], 0.0
+        while (batch := plan.decide(now).batch) is not None:
+            seconds = 5.0 if len(counts) < slow else 0.02
+            now += seconds
+            plan.end_batch(batch, seconds)
+            counts.append(len(batch.requests))
+        assert counts[-2] == 32, "the last one has what was left"
+        assert len(counts) <= 1000 / 32 + slow + 4, counts
+
+
+def test_batches_that_are_slow_exceed_their_time_only_until_that_is_known() -> None:
+    plan = BatchPlanner[Request[int]](BatchPolicy(max_batch_s=0.5), MeasuredCostModel())
+    push(plan, [20] * 1000, BULK)
+    too_long, now = 0, 0.0
+    while (batch := plan.decide(now).batch) is not None:
+        seconds = 0.2 * len(batch.requests)
+        now += seconds
+        plan.end_batch(batch, seconds)
+        too_long += seconds > 0.5
+    assert too_long <= 4
+
+
 def test_what_was_never_run_is_approached_in_steps() -> None:
     plan = BatchPlanner[Request[int]](BatchPolicy(max_batch_size=1000), MeasuredCostModel())
     assert work_off(plan, 0.01, 2_000)[:4] == [8, 32, 128, 512]
