@@ -189,8 +189,8 @@ class BulkTimeLimit:
         """Take a batch into account, and `short`, the part of it that runs in its place."""
         if math.isinf(self.seconds):
             self.seconds = batch.predicted_s
-        if len(batch.requests) == 1:
-            return  # it cannot be shortened, so it says nothing
+        if len(batch.requests) == 1 or not batch.predicted_s:
+            return  # it cannot be shortened, or not be quicker, so it says nothing
         self._measured += 1
         cost = (short.predicted_s / short.total) / (batch.predicted_s / batch.total) - 1
         self._cost += BULK_SMOOTHING * (cost - self._cost)

@@ -127,6 +127,8 @@ def test_batches_that_cost_nothing_are_full() -> None:
     plan = BatchPlanner[Request[int]](BatchPolicy(), PaddedCostModel(fixed_s=0, token_s=0))
     push(plan, list(range(1, 101)), BULK)
     assert len(next_batch(plan).requests) == 32
+    push(plan, [50])
+    assert [len(next_batch(plan).requests) for _ in range(3)] == [19, 32, 18], "also beside an interactive request"
 
 
 def test_an_interactive_batch_takes_bulk_companions_of_its_size_that_are_nearly_free() -> None:
