@@ -28,7 +28,13 @@ T = TypeVar("T")
 
 Outputs = Sequence[InferenceOutputModel | Exception]
 
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|can.t allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+    r"|failed to allocate memory|OOM when allocating",  # ONNX Runtime, TensorFlow
+    re.IGNORECASE,  # JAX begins a sentence with it
+)
+_FRAMEWORKS = ("onnxruntime.", "tensorflow.")
+"""Where errors are defined that are no ``RuntimeError``."""
 _DEVICE_FAULT = re.compile(
     r"CUDA error|HIP error|device-side assert|an illegal memory access|unspecified launch failure"
     r"|CUBLAS_STATUS_(EXECUTION_FAILED|INTERNAL_ERROR|NOT_INITIALIZED)"
@@ -269,7 +275,8 @@ def at_full_load(pipeline: InferencePipeline, max_in_flight: int) -> Callable[[l
 def is_too_large(error: Exception) -> bool:
     """Whether a batch failed for lack of memory, so that its parts may succeed.
 
-    torch raises an error of its own for a GPU; its CPU allocator and cuBLAS raise a plain ``RuntimeError``.
+    torch raises an error of its own for a GPU; its CPU allocator, cuBLAS and JAX raise a ``RuntimeError``. ONNX Runtime
+    and TensorFlow have errors of their own for all that fails at run time.
     """
     if isinstance(error, MemoryError | BatchTooLargeError):
         return True
@@ -277,7 +284,8 @@ def is_too_large(error: Exception) -> bool:
     out_of_memory: tuple[()] | type[Exception] = getattr(sys.modules.get("torch"), "OutOfMemoryError", ())
     if isinstance(error, out_of_memory):
         return True
-    return isinstance(error, RuntimeError) and any(sign in error_text(error) for sign in _OUT_OF_MEMORY)
+    is_framework_error = isinstance(error, RuntimeError) or type(error).__module__.startswith(_FRAMEWORKS)
+    return is_framework_error and _OUT_OF_MEMORY.search(error_text(error)) is not None
 
 
 def _checked_all(pipeline: InferencePipeline, outputs: Any) -> Outputs:

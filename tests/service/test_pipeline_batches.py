@@ -5,6 +5,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import anyio
+import numpy as np
+import onnx.helper
+import onnxruntime
 import pytest
 import torch
 from pydantic import BaseModel
@@ -158,6 +161,7 @@ async def test_every_item_of_a_batch_that_is_out_of_memory_gets_its_result_and_a
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:118] data. DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7406166528 bytes."),  # JAX
     ],
 )
 def test_what_says_that_memory_ran_out_means_that_the_batch_was_too_large(error: Exception) -> None:
@@ -169,6 +173,18 @@ def test_what_says_that_memory_ran_out_means_that_the_batch_was_too_large(error:
 )
 def test_other_errors_do_not(error: Exception) -> None:
     assert not is_too_large(error)
+
+
+def test_what_onnx_runtime_says_when_it_is_out_of_memory_is_known() -> None:
+    """Its errors are no `RuntimeError`."""
+    sizes = [onnx.helper.make_tensor_value_info("size", onnx.TensorProto.INT64, [1])]
+    values = [onnx.helper.make_tensor_value_info("values", onnx.TensorProto.FLOAT, [None])]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("ConstantOfShape", ["size"], ["values"])], "g", sizes, values)
+    model = onnx.helper.make_model(graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 13)])
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    with pytest.raises(Exception, match="requested buffer of size") as caught:
+        session.run(None, {"size": np.array([2**50])})
+    assert is_too_large(caught.value)
 
 
 def test_what_torch_says_when_a_cpu_is_out_of_memory_is_known() -> None:
