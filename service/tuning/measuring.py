@@ -1,5 +1,7 @@
 """Measures how long a pipeline's batches take, more thoroughly than a worker does at start."""
 
+import asyncio
+import inspect
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
@@ -8,6 +10,7 @@ from pydantic import BaseModel
 from modalkit.batching import CostFeature, MeasuredCostModel
 from modalkit.batching.calibration import Calibration, Measurement
 from modalkit.pipelines import InferencePipeline
+from modalkit.pipelines.inference_pipeline import awaited
 from modalkit.service.errors import describe_with_line
 from modalkit.service.pipeline_batches import at_full_load, is_asynchronous_pipeline, is_too_large, max_in_flight_of
 from modalkit.service.settings import BatchConfig
@@ -58,7 +61,8 @@ def measure(
     )
     measurements = calibration.measurements
     try:
-        pipeline.warm_up()
+        if inspect.isawaitable(warming_up := pipeline.warm_up()):
+            asyncio.run(awaited(warming_up))
         if samples.sizes is not None:  # the pipeline may make up no items, and then cannot warm up by itself
             pipeline.run_inference(samples.of_size(1, samples.sizes[0]))
         calibration.max_s = MEASURING_SHARE * max_s - (clock() - started_s)

@@ -1,5 +1,6 @@
 """How thoroughly a pipeline is measured, and what ends it."""
 
+import asyncio
 from itertools import count
 from statistics import median
 from typing import Any
@@ -152,3 +153,21 @@ def test_the_costs_are_fitted_to_all_the_measurements() -> None:
     costs = fitted_costs(LengthPipeline(), shapes)
     assert costs.observed == len(shapes)
     assert median(abs(costs.predict_s(s.count, s.longest, s.total) / s.seconds - 1) for s in shapes) < 1
+
+
+class LoadsLater(LengthPipeline):
+    """Loads its model from a network when it warms up."""
+
+    is_loaded = False
+
+    async def warm_up(self) -> None:
+        await asyncio.sleep(0)
+        self.is_loaded = True
+
+    def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
+        assert self.is_loaded
+        return super().predict(input_list, preprocessed_data)
+
+
+def test_an_asynchronous_warm_up_is_awaited() -> None:
+    assert measure(LoadsLater(), BatchConfig(), 60).is_complete
