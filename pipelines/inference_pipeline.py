@@ -78,13 +78,15 @@ class InferencePipeline:
     def __new__(cls, *_args: Any, **_options: Any) -> Self:
         """Make an instance that has the attributes of the constructor before it is called, or where it is not.
 
-        Raises `TypeError` for a class that lacks a stage, and has nothing in place of them, and for a `predict_stream`
-        that is an ``async def`` without ``yield``.
+        Raises `TypeError` for a class that lacks a stage, and has nothing in place of them, for a `predict_stream` that
+        is an ``async def`` without ``yield``, and for `retryable_errors` in a list.
         """
         if inspect.iscoroutinefunction(cls.predict_stream):
             raise TypeError(
                 f"{cls.__name__}.predict_stream must yield a list with a piece for each item, not return it"
             )
+        if isinstance(cls.retryable_errors, list | set | frozenset):
+            raise TypeError(f"{cls.__name__}.retryable_errors must be a class of errors, or a tuple of them")
         missing = [name for name in STAGES if not has_own(cls, name)]
         if missing and not any(has_own(cls, name) for name in IN_PLACE_OF_STAGES):
             raise TypeError(f"{cls.__name__} must define {', '.join(missing)}; or {' or '.join(IN_PLACE_OF_STAGES)}")

@@ -137,3 +137,14 @@ def test_a_subclass_may_declare_such_a_field() -> None:
 
     item = Declared.model_validate({"copy": 3, "json": 4})
     assert (item.copy, getattr(item, "json", None)) == (3, 4)
+
+
+def test_transient_errors_in_a_list_are_refused_before_one_of_them_is_raised() -> None:
+    class Listed(InferencePipeline):
+        retryable_errors = [ConnectionError]  # type: ignore[assignment]  # noqa: RUF012  # a mistake of users
+
+        def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
+            raise ConnectionError(len(input_list))
+
+    with pytest.raises(TypeError, match=r"Listed\.retryable_errors must be a class of errors, or a tuple of them"):
+        Listed()
