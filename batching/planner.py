@@ -276,7 +276,9 @@ class BatchPlanner(Generic[RequestT]):
         baseline_s = batch.predicted_s / batch.total * full.total
         loss_s = full.predicted_s - baseline_s
         is_acceptable = batch.priority is Priority.BULK or loss_s <= batch.predicted_s
-        if 2 * len(full.requests) > limit and is_acceptable and device.exploration.allow(loss_s):
+        # Where its time or tokens are limited, one that is twice as large as usual has to do.
+        is_large = 2 * len(full.requests) > limit or len(full.requests) >= 2 * len(batch.requests)
+        if is_large and is_acceptable and device.exploration.allow(loss_s):
             return replace(full, baseline_s=baseline_s)
         return batch
 

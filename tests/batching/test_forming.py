@@ -2,6 +2,7 @@
 
 import math
 import random
+from statistics import median
 
 import pytest
 
@@ -92,6 +93,27 @@ def test_batches_that_are_slow_exceed_their_time_only_until_that_is_known() -> N
         plan.end_batch(batch, seconds)
         too_long += seconds > 0.5
     assert too_long <= 4
+
+
+def test_measurements_that_were_disturbed_do_not_keep_batches_small_where_their_time_is_limited() -> None:
+    """No full batch is allowed by what was measured, so larger ones are tried in steps."""
+
+    def seconds(count: int) -> float:
+        return 0.005 + 0.0005 * count
+
+    costs = MeasuredCostModel()
+    for count in (1, 4, 16, 32):
+        costs.calibrate(count, 20, 20 * count, seconds(count) * (4 if count >= 16 else 1))
+    plan = BatchPlanner[Request[int]](BatchPolicy(max_batch_s=0.04, max_queue_items=100_000), costs)
+    push(plan, [20] * 20_000, BULK)
+    counts, now = [], 0.0
+    while (batch := plan.decide(now).batch) is not None:
+        now += seconds(len(batch.requests))
+        plan.end_batch(batch, seconds(len(batch.requests)))
+        counts.append(len(batch.requests))
+    assert counts[0] == 4
+    assert median(counts[-50:]) >= 24
+    assert now < 1.2 * 20_000 / 32 * seconds(32)
 
 
 def test_what_was_never_run_is_approached_in_steps() -> None:
