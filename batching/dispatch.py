@@ -109,8 +109,7 @@ class Dispatcher(Generic[T, R]):
 
     def _replace(self, executors: Executors[T, R], *, in_turn: bool) -> None:
         """Start these executors; those before them end with the batches that they run, and are closed once all have."""
-        if executors.on_close is None:
-            executors.on_close, self.executors.on_close = self.executors.on_close, None
+        executors.take_over(self.executors)
         for executor in self.executors:
             executor.is_retired = True
         self._retired = [*self._retired, *self.executors]

@@ -66,6 +66,7 @@ class Executors(Generic[T, R]):
         """The number of devices."""
         self.max_in_flight = max_in_flight
         self.on_close = on_close
+        self._before: list[Executor[T, R]] = []  # of the same pipeline, whose batches may still run
         self._name = name
         timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         uses = [None if each is None else DeviceUse(each) for each in preparations or [None] * len(devices)]
@@ -105,6 +106,13 @@ class Executors(Generic[T, R]):
                 await paused.enter_async_context(executor.paused())
             yield
 
+    def take_over(self, before: "Executors[T, R]") -> None:
+        """Call the `on_close` of those before, unless these have one: both run the same pipeline then."""
+        if self.on_close is None:
+            self.on_close, before.on_close = before.on_close, None
+            earlier = (*before._before, *before)  # noqa: SLF001  # of its own class
+            self._before = [each for each in earlier if each.stuck_threads or not each.has_ended.is_set()]
+
     async def close(self) -> None:
         """Call `on_close` in a thread, await what it returns, and end the threads. An error is logged."""
         try:
@@ -124,7 +132,7 @@ class Executors(Generic[T, R]):
     def _close_after_stuck(self, on_close: Callable[[], object]) -> object:
         """Call `on_close` once the batches that were given up have ended; those that hang are not waited for long."""
         until_s = time.monotonic() + STUCK_SHARE * MAX_CLOSE_S
-        for executor in self:
+        for executor in (*self._before, *self):
             executor.wait_for_stuck(until_s)
         return on_close()
 

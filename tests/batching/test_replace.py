@@ -10,6 +10,7 @@ import pytest
 from modalkit.batching import (
     BatchPolicy,
     BatchScheduler,
+    BatchTimeoutError,
     Failure,
     Outcome,
     QueueFullError,
@@ -224,6 +225,29 @@ async def test_what_ran_before_is_closed_where_the_scheduler_is_aborted_while_it
             old.gate.set()
             scope.cancel()
     assert closed == ["old", "new"]
+
+
+async def test_a_batch_that_was_given_up_before_limits_changed_has_ended_when_what_ran_it_is_closed() -> None:
+    calls, gate, is_closed = list[str](), threading.Event(), threading.Event()
+
+    def run(payloads: list[int]) -> list[int]:
+        gate.wait(60)
+        is_closed.wait(0.1)
+        calls.append("end")
+        return payloads
+
+    def close() -> None:
+        calls.append("close")
+        is_closed.set()
+
+    async with BatchScheduler(run, policy=POLICY, batch_timeout_s=0.01, on_close=close) as scheduler:
+        with pytest.raises(BatchTimeoutError):
+            await scheduler.submit(0)
+        for _ in range(2):
+            await scheduler.replace(run, policy=POLICY, in_turn=True)
+            assert scheduler.stuck_threads == 0, "those of the present ones"
+        gate.set()
+    assert calls == ["end", "close"]
 
 
 async def test_another_number_of_devices_cannot_take_over() -> None:
