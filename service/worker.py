@@ -1,5 +1,6 @@
 """The worker: one pipeline, its scheduler and its jobs. It knows neither HTTP nor Modal."""
 
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from functools import partial
@@ -24,6 +25,7 @@ from modalkit.batching import (
     Success,
 )
 from modalkit.batching.errors import users_error
+from modalkit.batching.executors import MAX_CLOSE_S
 from modalkit.pipelines import AsyncInputModel, EngineChoice, InferenceOutputModel, InferencePipeline
 from modalkit.pipelines.inference_pipeline import awaited, has_own
 from modalkit.service.device_process import DevicePipeline
@@ -53,6 +55,8 @@ from modalkit.service.settings import AppSettings, BatchConfig, Settings
 from modalkit.service.streams import Payload, item_of, pieces_of
 from modalkit.service.tracing import active_tracing, current_traceparent
 from modalkit.service.validation import run_valid, validated
+
+logger = logging.getLogger(__name__)
 
 BATCHES_IN_THE_JOB_WINDOW = 16
 
@@ -205,13 +209,24 @@ class InferenceWorker(AsyncContextManagerMixin):
                 on_close=self._close_of(pipelines),
             )
         except BaseException as error:
-            with anyio.CancelScope(shield=True):
-                if (close := self._close_of(pipelines)) is not None:
-                    await awaited(await anyio.to_thread.run_sync(close))
+            await self._close_refused(pipelines)
             if not isinstance(error, Exception) or isinstance(error, (ServiceError, BatchingError)):
                 raise
             raise self._warm_up_error(pipelines[0], error) from error
         await self._follow(pipelines, limits)
+
+    async def _close_refused(self, pipelines: Sequence[InferencePipeline]) -> None:
+        """Close pipelines that will not take over; an error is logged."""
+        if (close := self._close_of(pipelines)) is None:
+            return
+        try:
+            with anyio.fail_after(MAX_CLOSE_S, shield=True):
+                # In a tuple, because trio refuses a function that returns a coroutine.
+                (result,) = await anyio.to_thread.run_sync(lambda: (close(),), abandon_on_cancel=True)
+                await awaited(result)
+        except BaseException as error:
+            refused = "%s: closing the pipeline that was refused failed; what it holds may not be free"
+            logger.exception(refused, self.model_name, exc_info=users_error(error))
 
     def _check_alike(self, pipelines: Sequence[InferencePipeline]) -> None:
         pipeline = pipelines[0]

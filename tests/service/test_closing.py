@@ -156,3 +156,21 @@ async def test_the_engine_of_a_model_is_freed() -> None:
         await worker.predict(item)
     with pytest.raises(EngineError, match="closed"):
         worker.pipeline.run_inference([item])
+
+
+class ColdAndStubborn(Cold):
+    async def close(self) -> None:  # type: ignore[override]  # as users may
+        self.note("close")
+        raise OSError("never connected")
+
+
+async def test_one_that_is_refused_is_closed_and_the_reason_is_told_whatever_closing_raises(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    refused = ColdAndStubborn()
+    async with InferenceWorker(Held()) as worker:
+        with pytest.raises(LoadError, match="no driver"):
+            await worker.replace([refused], worker.limits)
+        await worker.predict({})
+    assert [name for name, _ in refused.calls] == ["close"]
+    assert "never connected" in caplog.text
