@@ -186,11 +186,20 @@ class OutputNotJsonError(ServiceError):
         )
 
 
+def lone_error(error: BaseException) -> BaseException:
+    """The only error in a group, as of a task group of which one task failed; any other error itself."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
 def describe_error(error: BaseException) -> str:
     """The error as text for callers: its message, after the name of its class unless it is an error of modalkit.
 
-    Never raises, whatever the error is. The text can be written as UTF-8, in at most `MAX_ERROR_BYTES`.
+    Of a group with one error, it is that one. Never raises, whatever the error is. The text can be written as UTF-8, in
+    at most `MAX_ERROR_BYTES`.
     """
+    error = lone_error(error)
     kind, text = type(error), error_text(error)
     if not issubclass(kind, ServiceError | BatchingError | PipelineError):
         text = f"{_class_name(kind)}: {text}"

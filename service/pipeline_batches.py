@@ -18,7 +18,14 @@ from modalkit.batching.errors import as_exception, users_error
 from modalkit.batching.execution import checked_outputs, ensure_order
 from modalkit.pipelines import BatchTooLargeError, InferenceOutputModel, InferencePipeline, RejectItem
 from modalkit.pipelines.inference_pipeline import STAGES, has_own, is_asynchronous
-from modalkit.service.errors import NotAwaitedError, PipelineOutputError, RetryableError, describe_error, error_text
+from modalkit.service.errors import (
+    NotAwaitedError,
+    PipelineOutputError,
+    RetryableError,
+    describe_error,
+    error_text,
+    lone_error,
+)
 from modalkit.service.settings import BatchConfig
 from modalkit.service.streams import Payload, StreamRun
 from modalkit.service.validation import validated
@@ -188,12 +195,11 @@ class _Accepted:
                 result = method(given, *data)
                 if isinstance(result, CoroutineType) and inspect.iscoroutinefunction(method):
                     result = await result
-            except RejectItem as error:
-                self._reject(error, by_index=repeats)
-            except Exception as error:  # as `_transient_errors`, without the cost of a context manager
-                if _is_transient(self._pipeline, error):
-                    raise RetryableError(error) from error
-                raise
+            except Exception as raised:  # as `_transient_errors`, without the cost of a context manager
+                if not self._rejects(raised, by_index=repeats):
+                    if _is_transient(self._pipeline, raised):
+                        raise RetryableError(raised) from raised
+                    raise
             else:
                 ensure_order(sent, given)
                 _ensure_awaited(name, result)
@@ -208,15 +214,19 @@ class _Accepted:
         found = self._rejected | dict(zip(self._places, _checked_all(self._pipeline, accepted), strict=True))
         return [found[place] for place in range(self._count)]
 
-    def _reject(self, error: RejectItem, *, by_index: bool) -> None:
-        """Reject an item: the only one, or the one that `error` names. Raises `error` if it is not known which one."""
+    def _rejects(self, raised: Exception, *, by_index: bool) -> bool:
+        """Whether an error rejects an item, and it is known which one: the only one, or the one that it names."""
+        error = lone_error(raised)
+        if not isinstance(error, RejectItem):
+            return False
         index = 0
         if len(self._places) > 1:
             if not by_index or error.index is None or not 0 <= error.index < len(self._places):
-                raise error
+                return False
             index = error.index
         self._rejected[self._places[index]] = error.with_traceback(None)  # its frames refer to this object
         self._places = [place for place in self._places if place not in self._rejected]
+        return True
 
 
 def _counted(
@@ -272,12 +282,13 @@ def at_full_load(pipeline: InferencePipeline, max_in_flight: int) -> Callable[[l
     return run
 
 
-def is_too_large(error: Exception) -> bool:
+def is_too_large(error: BaseException) -> bool:
     """Whether a batch failed for lack of memory, so that its parts may succeed.
 
     torch raises an error of its own for a GPU; its CPU allocator, cuBLAS and JAX raise a ``RuntimeError``. ONNX Runtime
     and TensorFlow have errors of their own for all that fails at run time.
     """
+    error = lone_error(error)
     if isinstance(error, MemoryError | BatchTooLargeError):
         return True
     # torch is not imported here: a pipeline may not need it. While another thread imports it, the module is incomplete.
@@ -327,8 +338,9 @@ def _transient_errors(pipeline: InferencePipeline) -> Iterator[None]:
         raise
 
 
-def _is_transient(pipeline: InferencePipeline, error: Exception) -> bool:
+def _is_transient(pipeline: InferencePipeline, error: BaseException) -> bool:
     """Whether the pipeline declares an error transient that is none of those which are treated in their own way."""
+    error = lone_error(error)
     return (
         isinstance(error, pipeline.retryable_errors)
         and not isinstance(error, RejectItem)
@@ -350,8 +362,9 @@ def _ensure_awaited(source: str, result: Any) -> None:
             raise NotAwaitedError(source, first)
 
 
-def is_device_fault(error: Exception) -> bool:
+def is_device_fault(error: BaseException) -> bool:
     """Whether no later batch of this process can succeed, because its CUDA context is lost; not for lack of memory."""
+    error = lone_error(error)
     # torch has an error of its own for it since 2.8.
     accelerator_error: tuple[()] | type[Exception] = getattr(sys.modules.get("torch"), "AcceleratorError", ())
     text = error_text(error)

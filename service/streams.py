@@ -14,7 +14,7 @@ from modalkit.batching.errors import raise_anew, users_error
 from modalkit.batching.execution import checked_outputs, ensure_order
 from modalkit.batching.wakeup import asyncio_loop
 from modalkit.pipelines import InferenceOutputModel, RejectItem
-from modalkit.service.errors import ServiceError
+from modalkit.service.errors import ServiceError, lone_error
 
 Output = InferenceOutputModel | Exception
 OnPiece = Callable[[InferenceOutputModel], None]
@@ -130,11 +130,13 @@ class StreamRun:
             yield
         except BaseException as raised:
             error = users_error(raised)
-            if isinstance(error, RejectItem) and len(self._places) == 1:
-                self._outputs[self._places[0]] = error.with_traceback(None)
+            lone = lone_error(error)
+            if isinstance(lone, RejectItem) and len(self._places) == 1:
+                self._outputs[self._places[0]] = lone.with_traceback(None)
                 return
             for payload in self._sent:
                 payload.error = error
+            del error, lone  # else they and this frame refer to each other until garbage collection
             raise
 
     def _is_wanted(self, place: int) -> bool:

@@ -1,7 +1,7 @@
 """Pipelines that wait for another server: they run in the event loop, several batches at once."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import anyio
@@ -10,8 +10,8 @@ from anyio.lowlevel import checkpoint
 from pydantic import BaseModel
 
 from modalkit.batching import BatchTimeoutError, Failure, Success
-from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline
-from modalkit.service.errors import NotAwaitedError
+from modalkit.pipelines import AsyncInputModel, InferenceOutputModel, InferencePipeline, RejectItem
+from modalkit.service.errors import NotAwaitedError, RetryableError, describe_error
 from modalkit.service.jobs import JobStatus, MemoryJobStore
 from modalkit.service.settings import Settings
 from modalkit.service.tuning import TuningError
@@ -269,3 +269,44 @@ async def test_a_forgotten_await_in_an_asynchronous_method_is_an_error_that_says
     async with InferenceWorker(Forgetting()) as worker:
         with pytest.raises(NotAwaitedError, match="not awaited"):
             await worker.predict(Text(text="abc"))
+
+
+class InTasks(LengthPipeline):
+    """Asks for each item in a task of its own; some texts are the name of what is raised."""
+
+    retryable_errors = ConnectionError
+    raised = {"reject": RejectItem("not this one"), "down": ConnectionError("down"), "bad": ValueError("bad")}  # noqa: RUF012
+
+    async def ask(self, text: str, outputs: dict[str, InferenceOutputModel]) -> None:
+        await checkpoint()
+        if text in self.raised:
+            raise self.raised[text]
+        outputs[text] = Length(length=len(text))
+
+    async def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
+        outputs: dict[str, InferenceOutputModel] = {}
+        async with anyio.create_task_group() as task_group:
+            for text in texts_of(input_list):
+                task_group.start_soon(self.ask, text, outputs)
+        return [outputs[text] for text in texts_of(input_list)]
+
+
+class InTasksByPieces(InTasks):
+    async def predict_stream(self, input_list: list[BaseModel]) -> AsyncIterator[list[InferenceOutputModel]]:  # type: ignore[override]  # as users may
+        yield await self.run_inference(input_list)
+
+
+@pytest.mark.parametrize("kind", [InTasks, InTasksByPieces])
+async def test_the_error_of_one_task_of_a_group_counts_as_if_it_was_raised_alone(kind: type[InTasks]) -> None:
+    async with InferenceWorker(kind(), calibrate=False) as worker:
+        texts = ["reject", "good", "down", "bad"]
+        outcomes = await worker.predict_many([Text(text=text) for text in texts])
+    assert outcomes[1] == Success(Length(length=4))
+    rejected, down, bad = (outcome.error for outcome in outcomes if isinstance(outcome, Failure))
+    assert isinstance(rejected, RejectItem)
+    assert isinstance(down, RetryableError)
+    assert [describe_error(error) for error in (rejected, down, bad)] == [
+        "not this one",
+        "ConnectionError: down",
+        "ValueError: bad",
+    ]
