@@ -227,7 +227,8 @@ class InferencePipeline:
         """Free what the model holds: connections, files, memory of a device. Does nothing by default.
 
         Called once, when its worker closes, after the last batch and in the thread of the batches; no batch runs any
-        more. It may be an ``async def``. Errors are logged, and it is not waited for longer than 10 seconds.
+        more, except one that hangs. It may be an ``async def``. Errors are logged, and it is not waited for longer than
+        10 seconds.
         """
         return None
 
