@@ -8,10 +8,10 @@ A lone batch may have all threads: with two it took 0.69 of the time with one, o
 for each thread that computes. While they are no more than the cores, they spin between two layers, else they sleep, and
 a lone text takes 1.3 times as long. So lone batches should be computed by one thread of a process, which has all of
 OpenMP's. Threads that spin wait for one that does not run, where another process, or a batch that has begun meanwhile,
-needs its core: then a lone batch takes up to 4 times as long. With as few threads as batches at once have, it waits for
-none. Measured at 110 texts per second, half of what 2 cores can do: the 99th percentile of the latencies is 76 ms with
-two threads for a batch that begins alone, and 47 ms with one. Which is better changes with the load, so it is found by
-trials (`_Trials`).
+needs its core: such a lone batch took 4 times as long on average, and now and then 0.3 s. With as few threads as batches
+at once have, it waits for none. Measured at 110 texts per second, half of what 2 cores can do: the 99th percentile of
+the latencies is 63 to 77 ms with two threads for a batch that begins alone, and 45 to 50 ms with one. Which is better
+changes with the load, so it is found by trials (`_Trials`).
 
 A container may have a quota of CPU time. Threads that spin use it up at the begin of each period, and then all of them
 stop until the next one. So torch has no more threads than the cores that the quota is worth.
@@ -35,10 +35,12 @@ MAX_IN_FLIGHT = 4
 """Most batches that run at once on a CPU; more would divide the requests that wait into ever smaller batches."""
 TRIAL = 8
 """Batches of a trial."""
-MAX_LOSS = TRIAL / 2
+MAX_TRIAL_LOSS = TRIAL / 2
 """Batches whose time a trial may lose; then it ends."""
-MIN_PAUSE, MAX_PAUSE = 8, 1024
+MIN_PAUSE, MAX_PAUSE = 8, 8192
 """Lone batches from one trial to the next: twice as many after each one that changes nothing."""
+LOSS_SHARE = 0.01
+"""Share of the time of lone batches that those with all threads may lose in trials. One may take 100 times as long."""
 ALL_BELOW = 0.85
 """Share of the seconds with a part of the threads below which lone batches get all of them.
 
@@ -47,7 +49,7 @@ PART_BELOW = 1.1
 """Share of the seconds with all threads below which lone batches get a part of them."""
 RATE_SMOOTHING, DRIFT_SMOOTHING, NOISE_SMOOTHING = 1 / 8, 1 / 4, 1 / 64
 MIN_NOISE = 0.25
-MAX_DRIFT = 1.5
+MAX_DRIFT = 2.0
 """Of the mean logarithm of seconds to those before, as a multiple of its mean distance from 0: more is no noise."""
 
 MOVE_AFTER = 8
@@ -55,26 +57,31 @@ MOVE_AFTER = 8
 
 
 class _Trials:
-    """Whether lone batches get all threads or a part of them, and the trials of the other way.
+    """Whether lone batches get all threads or, at first, a part of them; and the trials of the other way.
 
     A trial runs some batches the other way. Its seconds are compared with what batches of the same engine and about the
-    same size have taken lately. Trials become rare, until the seconds of batches change.
+    same size have taken lately. Where batches with all threads begin to take longer, they get a part at once.
     """
 
     def __init__(self) -> None:
-        self.uses_all = True
+        self.uses_all = False
         self._rates: dict[tuple[object, int], float] = {}  # seconds per element of inputs, by engine and power of 2
+        self._mean_s = 0.0  # of lone batches
         self._noise = MIN_NOISE
-        self._begin()
+        self._use(all_threads=False)
 
-    def _begin(self) -> None:
-        """Forget what was measured; the next trial follows soon."""
+    def _use(self, *, all_threads: bool, lost_s: float = 0.0) -> None:
+        self.uses_all = all_threads
         self._rates.clear()
         self._drift = 0.0
         self._pause = MIN_PAUSE
-        self._begin_pause()
+        self._begin_pause(lost_s)
 
-    def _begin_pause(self) -> None:
+    def _begin_pause(self, lost_s: float) -> None:
+        """Wait for the next trial: until what was lost by all threads is a small share of the time."""
+        if lost_s > 0:
+            self._pause = max(self._pause, math.ceil(lost_s / (LOSS_SHARE * self._mean_s)))
+        self._pause = min(self._pause, MAX_PAUSE)
         self._until_trial, self._left = self._pause, TRIAL
         self._seconds, self._expected_s, self._compared = 0.0, 0.0, 0  # of the batches of the next trial
 
@@ -86,31 +93,33 @@ class _Trials:
         """Learn from a lone batch, which took more than 0 seconds."""
         key, rate = (engine, elements.bit_length()), seconds / elements
         known = self._rates.get(key)
-        if used_all is self.uses_all:
-            self._until_trial = max(0, self._until_trial - 1)
-            self._rates[key] = rate if known is None else known + RATE_SMOOTHING * (rate - known)
-            change = math.log(rate / (known or rate))
-            self._drift += DRIFT_SMOOTHING * (change - self._drift)
-            if abs(self._drift) > MAX_DRIFT * max(MIN_NOISE, self._noise):
-                self._begin()
-            self._noise += NOISE_SMOOTHING * (abs(change) - self._noise)
+        if used_all is not self.uses_all:
+            self._record_trial(seconds, None if known is None else known * elements)
             return
+        self._until_trial = max(0, self._until_trial - 1)
+        self._rates[key] = rate if known is None else known + RATE_SMOOTHING * (rate - known)
+        change = 0.0 if known is None else math.log(rate / known)
+        self._drift += DRIFT_SMOOTHING * (change - self._drift)
+        if used_all and known is not None and self._drift > MAX_DRIFT * self._noise:
+            self._use(all_threads=False, lost_s=seconds - known * elements)
+        else:
+            self._mean_s += (seconds - self._mean_s) * (NOISE_SMOOTHING if self._mean_s else 1)
+        self._noise = max(MIN_NOISE, self._noise + NOISE_SMOOTHING * (abs(change) - self._noise))
+
+    def _record_trial(self, seconds: float, expected_s: float | None) -> None:
         self._left -= 1
-        if known is not None:
+        if expected_s is not None:
             self._seconds += seconds
-            self._expected_s += known * elements
+            self._expected_s += expected_s
             self._compared += 1
         lost_s = self._seconds - self._expected_s
-        if self._left == 0 or lost_s * self._compared > MAX_LOSS * self._expected_s:
-            self._end_trial()
-
-    def _end_trial(self) -> None:
+        if self._left and lost_s * self._compared <= MAX_TRIAL_LOSS * self._expected_s:
+            return
         if self._seconds < (PART_BELOW if self.uses_all else ALL_BELOW) * self._expected_s:
-            self.uses_all = not self.uses_all
-            self._begin()
+            self._use(all_threads=not self.uses_all)
         else:
-            self._pause = min(2 * self._pause, MAX_PAUSE)
-            self._begin_pause()
+            self._pause *= 2
+            self._begin_pause(0.0 if self.uses_all else lost_s)
 
 
 class CpuThreads:

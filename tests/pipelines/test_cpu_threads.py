@@ -19,7 +19,6 @@ from modalkit.pipelines.cpu_threads import (
     MAX_PAUSE,
     MIN_PAUSE,
     MOVE_AFTER,
-    TRIAL,
     CpuThreads,
     cpu_threads,
     waited_s,
@@ -63,9 +62,11 @@ def threads_in_a_new_thread() -> int:
 
 @pytest.mark.usefixtures("four_threads")
 def test_only_the_thread_of_lone_batches_has_all_threads() -> None:
-    threads = CpuThreads()
+    machine = Machine(1.5)
+    threads = machine.threads
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
-        assert first.submit(part_of, threads, 1).result() == 4
+        while first.submit(machine.run).result() != 4:
+            pass
         assert second.submit(part_of, threads, 1).result() == 2
         assert second.submit(part_of, threads, 4).result() == 1
         assert first.submit(part_of, threads, 1).result() == 4
@@ -81,9 +82,9 @@ class Machine:
 
     def __init__(self, ratio: float) -> None:
         self.ratio, self.scale = ratio, 1.0
-        self._now_s = 0.0
+        self.now_s = self.best_s = 0.0
         self._random = random.Random(1)
-        self.threads = CpuThreads(lambda: self._now_s)
+        self.threads = CpuThreads(lambda: self.now_s)
 
     def run(self) -> int:
         """Compute a lone batch. Returns its threads."""
@@ -91,7 +92,8 @@ class Machine:
         part = part_of(self.threads, 1)
         with self.threads.timed(engine[0], {"ids": torch.empty(size)}):
             seconds = self.scale * engine[1] * (20 + size) * self._random.lognormvariate(0, 0.2)
-            self._now_s += seconds * (self.ratio if part == 1 else 1)
+            self.now_s += seconds * (self.ratio if part == 1 else 1)
+            self.best_s += seconds * min(1, self.ratio)
         return part
 
     def parts(self, count: int) -> list[int]:
@@ -101,34 +103,34 @@ class Machine:
 
 
 @pytest.mark.usefixtures("four_threads")
-@pytest.mark.parametrize(("ratio", "part"), [(1.5, 4), (1.25, 4), (0.95, 1), (0.5, 1), (0.25, 1)])
+@pytest.mark.parametrize(("ratio", "part"), [(1.5, 4), (1.25, 4), (0.95, 1), (0.5, 1), (0.01, 1)])
 def test_lone_batches_have_the_threads_with_which_they_take_less_time(ratio: float, part: int) -> None:
     machine = Machine(ratio)
-    machine.parts(1000)
+    machine.parts(200)
     parts = machine.parts(4000)
-    assert parts.count(part) > 0.95 * len(parts)
-    assert parts.count(5 - part) > 0  # in trials
+    assert parts.count(part) > 0.85 * len(parts)
 
 
 @pytest.mark.usefixtures("four_threads")
-def test_lone_batches_get_other_threads_once_that_is_better() -> None:
+def test_lone_batches_get_a_part_of_the_threads_at_once_where_all_of_them_take_longer() -> None:
     machine = Machine(1.5)
-    machine.parts(1000)
-    for ratio, scale, part in ((0.4, 2.5, 1), (1.5, 1.0, 4)):  # another process needs the cores; it has ended
-        machine.ratio, machine.scale = ratio, scale
-        assert machine.parts(100)[-MIN_PAUSE:].count(part) > 0  # soon, where the seconds change
-        parts = machine.parts(1000)
-        assert parts.count(part) > 0.95 * len(parts)
-    machine.ratio = 0.4  # without a change of the seconds with all threads
-    machine.parts(2 * MAX_PAUSE)
-    assert machine.parts(1000).count(1) > 0.95 * 1000
+    machine.parts(200)
+    while machine.parts(1) != [4]:
+        pass
+    machine.ratio, machine.scale = 0.02, 50  # another process needs the cores
+    assert machine.parts(10).count(4) < 3
+    machine.ratio, machine.scale = 1.5, 1.0  # it has ended
+    assert machine.parts(MAX_PAUSE + 1000).count(4) > 0.8 * 1000
 
 
 @pytest.mark.usefixtures("four_threads")
-def test_trials_that_take_much_longer_end_at_once() -> None:
-    machine = Machine(0.05)
-    parts = machine.parts(4000)
-    assert parts.count(4) < MIN_PAUSE + TRIAL + 20
+def test_trials_of_all_threads_lose_little_where_a_batch_takes_a_hundred_times_as_long() -> None:
+    machine = Machine(0.01)
+    machine.parts(4000)
+    took_s = machine.now_s
+    machine.parts(40_000)
+    best_s, took_s = machine.best_s * 10 / 11, machine.now_s - took_s
+    assert best_s < took_s < 1.05 * best_s
 
 
 @pytest.mark.usefixtures("four_threads")
@@ -145,7 +147,7 @@ def test_batches_that_did_not_begin_alone_say_nothing() -> None:
         return part
 
     with ThreadPoolExecutor(1) as batch:
-        assert {batch.submit(run).result() for _ in range(10 * MIN_PAUSE)} == {4}  # no trial
+        assert {batch.submit(run).result() for _ in range(10 * MIN_PAUSE)} == {1}  # no trial
 
 
 def part_of(threads: CpuThreads, in_flight: int) -> int:
@@ -154,7 +156,7 @@ def part_of(threads: CpuThreads, in_flight: int) -> int:
 
 
 @pytest.mark.usefixtures("four_threads")
-@pytest.mark.parametrize(("in_flight", "part"), [(1, 4), (2, 2), (3, 1), (4, 1), (9, 1)])
+@pytest.mark.parametrize(("in_flight", "part"), [(1, 1), (2, 2), (3, 1), (4, 1), (9, 1)])
 def test_a_thread_has_its_part_and_all_others_have_what_they_had(in_flight: int, part: int) -> None:
     threads = CpuThreads()
     with ThreadPoolExecutor(1) as batch:
