@@ -8,9 +8,9 @@ A lone batch may have all threads: with two it took 0.69 of the time with one, o
 for each thread that computes. While they are no more than the cores, they spin between two layers, else they sleep, and
 a lone text takes 1.3 times as long. So lone batches should be computed by one thread of a process, which has all of
 OpenMP's. Threads that spin wait for one that does not run, where another process, or a batch that has begun meanwhile,
-needs its core: such a lone batch took 4 times as long on average, and now and then 0.3 s. With as few threads as batches
-at once have, it waits for none. Measured at 110 texts per second, half of what 2 cores can do: the 99th percentile of
-the latencies is 63 to 77 ms with two threads for a batch that begins alone, and 45 to 50 ms with one. Which is better
+needs its core: such a batch took 4 times as long on average, and now and then 0.3 s. With as few threads as batches at
+once have, it waits for none. Measured at 110 texts per second, half of what 2 cores can do: the 99th percentile of the
+latencies is 47 to 77 ms with two threads for a batch that begins alone, and 42 to 50 ms with one. Which is better
 changes with the load, so it is found by trials (`_Trials`).
 
 A container may have a quota of CPU time. Threads that spin use it up at the begin of each period, and then all of them

@@ -73,7 +73,7 @@ def test_batches_that_were_slow_because_they_were_the_first_do_not_keep_later_on
     for slow in (1, 3):
         plan = BatchPlanner[Request[int]](BatchPolicy(max_batch_s=0.5), MeasuredCostModel())
         push(plan, [20] * 1000, BULK)
-        counts, now = [], 0.0
+        counts, now = list[int](), 0.0
         while (batch := plan.decide(now).batch) is not None:
             seconds = 5.0 if len(counts) < slow else 0.02
             now += seconds

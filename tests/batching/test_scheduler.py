@@ -246,7 +246,7 @@ async def test_an_error_that_is_returned_for_many_items_holds_the_frames_of_one_
     def frames() -> list[str]:
         return [frame.f_code.co_name for frame, _ in walk_tb(error.__traceback__)]
 
-    async with BatchScheduler(lambda items: [error for _ in items]) as scheduler:
+    async with BatchScheduler[int, int](lambda items: [error for _ in items]) as scheduler:
         with pytest.raises(ValueError, match="not this one"):
             await scheduler.submit(1)
         first = frames()

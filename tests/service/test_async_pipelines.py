@@ -292,7 +292,7 @@ class InTasks(LengthPipeline):
 
 
 class InTasksByPieces(InTasks):
-    async def predict_stream(self, input_list: list[BaseModel]) -> AsyncIterator[list[InferenceOutputModel]]:  # type: ignore[override]  # as users may
+    async def predict_stream(self, input_list: list[BaseModel]) -> AsyncIterator[list[InferenceOutputModel]]:
         yield await self.run_inference(input_list)
 
 
