@@ -48,6 +48,7 @@ def test_the_image_has_each_package_in_the_version_of_the_constraints_with_hashe
     constraints = pins(ROOT / "constraints.txt")
     assert {name: version for name, version in pinned.items() if constraints.get(name, version) != version} == {}
     assert needed_by("modalkit", EXTRAS_OF_IMAGE, set()) - set(pinned) == set()
+    assert [name for name in pinned if name.startswith(("cuda-", "nvidia-", "triton"))] == [], "of torch for CUDA alone"
     entries = re.split(r"\n(?=\S)", (DEPLOY / "requirements.txt").read_text().strip())
     assert [entry for entry in entries if "--hash=sha256:" not in entry] == []
 
