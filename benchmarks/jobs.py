@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+import httpx
 import typer
 
 from modalkit.benchmarks.bench.targets import SERVE, is_serving, process
@@ -29,6 +31,7 @@ from modalkit.benchmarks.redis_server import RedisServer
 from modalkit.pipelines.extras import install_command
 
 TEXT = "The room was clean and the staff could not have been kinder to us."
+ITEM = json.dumps({"text": TEXT}).encode()
 JOB = json.dumps(
     {
         "message": {"text": TEXT},
@@ -101,6 +104,12 @@ def rate(url: str, bodies: list[bytes], clients: int, jobs: int) -> float:
     return jobs / _sent(Endpoint(url), bodies, clients).elapsed_s
 
 
+def read_rate(url: str, job_id: str, clients: int, reads: int) -> float:
+    """Answers per second to requests for a job."""
+    request = f"GET /jobs/{job_id} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n\r\n".encode()
+    return reads / _answered(HttpTarget(url=url, requests=[request], timeout_s=600), clients, reads).elapsed_s
+
+
 def _sent(endpoint: Endpoint, bodies: list[bytes], clients: int) -> Measured:
     """Send each body once. Raises `RuntimeError` where one is refused."""
     target = HttpTarget(
@@ -110,9 +119,14 @@ def _sent(endpoint: Endpoint, bodies: list[bytes], clients: int) -> Measured:
         error_mark=endpoint.error_mark,
         timeout_s=600,
     )
-    sent = run_target(target, Load(clients=clients, requests=len(bodies), processes=1, timeout_s=600))
+    return _answered(target, clients, len(bodies))
+
+
+def _answered(target: HttpTarget, clients: int, requests: int) -> Measured:
+    """Send so many requests. Raises `RuntimeError` where one is refused."""
+    sent = run_target(target, Load(clients=clients, requests=requests, processes=1, timeout_s=600))
     if sent.errors:
-        raise RuntimeError(f"{endpoint.url} answered {dict(sent.errors)}")
+        raise RuntimeError(f"{target.url} answered {dict(sent.errors)}")
     return sent
 
 
@@ -141,7 +155,7 @@ class HttpStudy:
     name = "http"
 
     def __init__(self, items: int = 12_000) -> None:
-        self._bodies = [json.dumps({"text": TEXT}).encode()] * items
+        self._bodies = [ITEM] * items
         self._rates: list[tuple[float, float]] = []
 
     def warm_up(self) -> None:
@@ -179,6 +193,20 @@ def singles(rounds: int, jobs: int) -> None:
     print(told(f"single submissions, {CLIENTS} clients, beside a route that stores nothing", ratios))
 
 
+def reads(rounds: int, count: int) -> None:
+    """A job that has ended, which is asked for by its id, next to a route that validates and answers."""
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder, bare() as plain, served(Path(folder)) as url:
+        job_id = httpx.post(f"{url}/async/predict", content=JOB).raise_for_status().json()["job_id"]
+        httpx.get(f"{url}/jobs/{job_id}", params={"wait": 60}, timeout=90).raise_for_status()
+        for _ in range(rounds):
+            reference = rate(f"{plain}/echo", [ITEM] * count, CLIENTS, count)
+            ours = read_rate(url, job_id, CLIENTS, count)
+            ratios.append(ours / reference)
+            print(f"  bare {reference:.0f}/s, reads {ours:.0f}/s")
+    print(told(f"reads of a job that has ended, {CLIENTS} clients, beside a route that validates and answers", ratios))
+
+
 def many(rounds: int, jobs: int) -> None:
     """Durable submissions as lists."""
     for length, clients in LISTS.items():
@@ -190,7 +218,7 @@ def many(rounds: int, jobs: int) -> None:
 
 def streams(rounds: int, items: int) -> None:
     """Items in a stream (NDJSON) to a pipeline that does nothing, alone and beside others."""
-    line = json.dumps({"text": TEXT}).encode() + b"\n"
+    line = ITEM + b"\n"
     with tempfile.TemporaryDirectory() as folder, served(Path(folder)) as url:
         for count in (1, STREAMS):
             endpoint = Endpoint(
@@ -251,12 +279,13 @@ def backlog(jobs: int) -> None:
 
 
 def main(
-    only: Annotated[str | None, typer.Option(help="single, lists, streams, redis or backlog.")] = None,
+    only: Annotated[str | None, typer.Option(help="single, reads, lists, streams, redis or backlog.")] = None,
     rounds: Annotated[int, typer.Option(help="How often each pair is measured, in turns.")] = 5,
 ) -> None:
     """Print what requests and durable jobs cost."""
     parts: dict[str, Callable[[], None]] = {
         "single": lambda: singles(rounds, 6000),
+        "reads": lambda: reads(rounds, 12_000),
         "lists": lambda: many(rounds, 40_000),
         "streams": lambda: streams(rounds, 100_000),
         "redis": lambda: through_redis(rounds, 40_000),
