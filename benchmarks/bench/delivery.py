@@ -49,6 +49,8 @@ class Delivery:
     delivered: int
     delivered_per_s: float
     """From the begin of the load until the last delivery."""
+    in_time_per_s: float
+    """What was delivered in the measured time alone."""
     duplicates: int
     """Messages beyond the first of each job."""
     lost: int
@@ -121,11 +123,13 @@ def wait_for_deliveries(
             break
         time.sleep(0.05)
     delays_s = [max(0.0, first_s[job_id] - at_s) for job_id, at_s in accepted_s.items() if job_id in first_s]
+    since_begin_s = [first_s[job_id] - measured.begin_s for job_id in accepted_s if job_id in first_s]
     p50_s, p99_s = np.quantile(delays_s, (0.5, 0.99)).tolist() if delays_s else (float("nan"),) * 2
     return Delivery(
         accepted=len(accepted_s),
         delivered=len(delays_s),
         delivered_per_s=len(delays_s) / max(1e-9, last_s - begin_s),
+        in_time_per_s=sum(0 <= at_s <= measured.elapsed_s for at_s in since_begin_s) / measured.elapsed_s,
         duplicates=sum(seen[job_id] - 1 for job_id in accepted_s if job_id in seen),
         lost=len(accepted_s) - len(delays_s),
         p50_s=p50_s,

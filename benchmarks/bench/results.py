@@ -180,6 +180,7 @@ def figures_of(runs: Sequence[Measured], deliveries: Sequence[Delivery] = ()) ->
     }
     if deliveries:
         values["delivered_per_s"] = [delivery.delivered_per_s for delivery in deliveries]
+        values["delivered_in_time_per_s"] = [delivery.in_time_per_s for delivery in deliveries]
         values["delivery_p50_ms"] = [1000 * delivery.p50_s for delivery in deliveries]
         values["delivery_p99_ms"] = [1000 * delivery.p99_s for delivery in deliveries]
     known = {name: [value for value in found if not math.isnan(value)] for name, found in values.items()}

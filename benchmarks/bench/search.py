@@ -92,7 +92,9 @@ def keeps(cell: Cell, limit_ms: float) -> bool:
         return False
     answered, failed = cell.answered, sum(cell.errors.values())
     is_shed = failed > MAX_FAILED_SHARE * (answered + failed)
-    return not is_shed and _rate(cell) > KEPT_UP_SHARE * cell.due_per_s and p99_ms <= limit_ms
+    # Until their last delivery, jobs take longer than the load, which is no sign that more and more wait.
+    in_time = cell.figures.get("delivered_in_time_per_s", cell.figures["items_per_s"])
+    return not is_shed and in_time.mean > KEPT_UP_SHARE * cell.due_per_s and p99_ms <= limit_ms
 
 
 def _engine(cell: Cell | None) -> str | None:

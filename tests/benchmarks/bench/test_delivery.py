@@ -42,3 +42,14 @@ def test_each_message_is_looked_at_once_while_others_are_waited_for(monkeypatch:
     assert found.delivered_per_s == pytest.approx(50 / 3)
     assert Messages.looked_at == len(messages)
     assert told == list(range(1, 51))
+
+
+def test_what_is_delivered_in_the_measured_time_is_counted_apart() -> None:
+    begin_s = time.perf_counter()
+    job_ids = [b"job-%d" % number for number in range(150)]
+    accepted = [(0, begin_s + number / 100, b'{"job_id":"%s"}' % job) for number, job in enumerate(job_ids)]
+    messages = [(job, begin_s + number / 100 + 0.5) for number, job in enumerate(job_ids)]
+    measured = replace(timeline_run([0.1], items=1), kept=accepted, begin_s=begin_s + 0.505, elapsed_s=0.99)
+    found = wait_for_deliveries(measured, Receiver("queue", {}, messages))
+    assert found.delivered_per_s == pytest.approx(150 / 1.99)
+    assert found.in_time_per_s == pytest.approx(100)

@@ -76,6 +76,7 @@ def test_of_jobs_the_deliveries_are_searched() -> None:
             "items_per_s": Figure(load.rate_per_s or 1000.0 * load.clients),
             "p99_ms": Figure(1.0),
             "delivered_per_s": cell.figures["items_per_s"],
+            "delivered_in_time_per_s": cell.figures["items_per_s"],
             "delivery_p99_ms": cell.figures["p99_ms"],
         }
         return replace(cell, figures=figures, delivery={"accepted": 1, "delivered": 1, "duplicates": 0, "lost": 0})
@@ -85,3 +86,14 @@ def test_of_jobs_the_deliveries_are_searched() -> None:
     _, found = find_rate(measure_jobs, Load(), 10.0, CAPACITY)
     assert found["items_per_s"] == pytest.approx(300, rel=0.03)
     assert 1 < found["p99_ms"] <= 10
+
+
+def test_jobs_that_each_take_a_second_are_kept_up_with() -> None:
+    figures = {"items_per_s": 100, "delivered_per_s": 92, "delivered_in_time_per_s": 100, "delivery_p99_ms": 1000}
+    cell = replace(
+        measure(Load(rate_per_s=100)),
+        figures={name: Figure(value) for name, value in figures.items()},
+        delivery={"accepted": 1, "delivered": 1, "duplicates": 0, "lost": 0},
+    )
+    assert keeps(cell, limit_ms=1500)
+    assert not keeps(replace(cell, figures={**cell.figures, "delivered_in_time_per_s": Figure(90)}), limit_ms=1500)
