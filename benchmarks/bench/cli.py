@@ -114,7 +114,7 @@ def bench(
         list[str] | None, typer.Option(help="Argument of docker create, as --gpus=all; may be repeated.")
     ] = None,
     start_timeout: Annotated[
-        float, typer.Option(help="Seconds until the first answer of what is started, downloads included.", **POSITIVE)
+        float, typer.Option(help="Seconds until the first answer of a container, downloads included.", **POSITIVE)
     ] = 300.0,
     price_per_hour: Annotated[
         float | None, typer.Option(help="Of the machine, for the cost of a million items.", **POSITIVE)
