@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import ssl
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -117,6 +118,37 @@ class HttpTarget:
             caller.close()
 
 
+class Places:
+    """So many blocks run at once, and others wait. Unlike `asyncio.Semaphore`, to cancel one searches none of them."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._turns: deque[asyncio.Future[None]] = deque()
+
+    async def __aenter__(self) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._turns.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it had its turn
+                self._pass_on()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._turns:
+            if not (turn := self._turns.popleft()).done():  # else it was cancelled
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
 class HttpCaller:
     """Sends requests by their index over connections that are kept, as many as are under way at once."""
 
@@ -130,14 +162,14 @@ class HttpCaller:
         )
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
-        self._may_send = asyncio.Semaphore(target.max_connections)
+        self._places = Places(target.max_connections)
         self.kept: list[tuple[int, float, bytes]] = []
         """The index, the time and the body of each successful answer, where they are kept."""
 
     async def __call__(self, index: int) -> Outcome:
         """Send a request; the indices begin again where the requests end."""
         index %= len(self._target.requests)
-        async with self._may_send:
+        async with self._places:
             try:
                 connection = await self._connected()
             except TimeoutError:

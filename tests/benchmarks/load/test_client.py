@@ -1,8 +1,10 @@
 """The HTTP client, on a real server with all its faults."""
 
+import asyncio
+
 import pytest
 
-from modalkit.benchmarks.load.client import HttpTarget, Outcome
+from modalkit.benchmarks.load.client import HttpTarget, Outcome, Places
 from modalkit.benchmarks.load.endpoint import Endpoint
 
 pytestmark = pytest.mark.anyio
@@ -54,3 +56,15 @@ async def test_bodies_are_kept_where_they_are_wanted(server: str) -> None:
         for index in range(3):
             await call(index)
     assert [(index, body) for index, _, body in call.kept] == [(0, b'{"a":1}'), (1, b'{"a":2}'), (0, b'{"a":1}')]
+
+
+async def test_one_that_is_cancelled_as_its_turn_comes_passes_it_on() -> None:
+    places = Places(1)
+    await places.__aenter__()
+    first, second = (asyncio.ensure_future(places.__aenter__()) for _ in range(2))
+    await asyncio.sleep(0)
+    await places.__aexit__()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    await second

@@ -80,6 +80,16 @@ def test_a_rate_that_cannot_be_sent_ends_in_time_and_is_marked() -> None:
     assert found.limited[0].startswith("requests were sent up to")
 
 
+def test_requests_that_wait_for_a_connection_at_the_end_are_given_up_at_once(
+    server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "END_S", 4.0)
+    load = Load(rate_per_s=1e6, arrivals="constant", seconds=1.5, warm_up_s=0, timeout_s=1, max_connections=2)
+    found = run_load(Endpoint(f"{server}/hang"), ITEMS, load)
+    assert found.answered == 0
+    assert found.errors["no answer 1 s after the end"] > 1000
+
+
 def test_the_processes_share_the_requests_and_the_clients(server: str) -> None:
     found = load_on(server + "/echo", processes=2, requests=7)
     assert (found.answered, found.processes) == (7, 2)
