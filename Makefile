@@ -51,10 +51,13 @@ format: $(VENV)/.installed-dev  ## Put the code into its standard form
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# What torch needs for CUDA alone comes with torch, where the image is for CUDA.
 lock: $(VENV)/.installed-dev  ## Write the packages of the container image, with their hashes, into deploy/requirements.txt
 	@$(BIN)/uv pip compile pyproject.toml --extra otel --extra sqs --extra taskiq --constraint constraints.txt \
 		--no-emit-package torch --generate-hashes --python-version 3.11 --no-annotate --quiet --no-header \
 		--output-file deploy/requirements.txt
+	@awk '/^[a-z]/ {cuda = /^(cuda-|nvidia-|triton==)/} !cuda' deploy/requirements.txt >deploy/requirements.new
+	@mv deploy/requirements.new deploy/requirements.txt
 
 train: $(VENV)/.installed  ## Train the bundled model anew (about 15 minutes on 2 cores)
 	@$(BIN)/python -m modalkit.pipelines.training train
