@@ -142,7 +142,9 @@ def part_of_page(
             room_bytes -= job.size_bytes
             if room_bytes < 0:
                 return part, sequence
-    return part, first or None
+    # Of most sequence numbers the jobs have been removed.
+    (next_before,) = database.execute("SELECT max(seq) + 1 FROM jobs WHERE seq < ?", (first,)).fetchone()
+    return part, next_before
 
 
 def condition_of(which: JobFilter) -> tuple[str, list[Any]]:

@@ -38,7 +38,7 @@ from modalkit.service.jobs import (
     sqlite_schema,
 )
 from modalkit.service.jobs import sqlite_statements as sql
-from modalkit.service.jobs.sqlite_rows import NEXT_OLDEST, SELECT, condition_of
+from modalkit.service.jobs.sqlite_rows import NEXT_OLDEST, SELECT, condition_of, part_of_page
 from modalkit.service.jobs.sqlite_schema import APPLICATION_ID, TABLES, VERSION
 from modalkit.service.jobs.sqlite_table import JobTable
 
@@ -490,6 +490,18 @@ async def test_more_operations_than_may_wait_are_refused(path: Path, monkeypatch
                 task_group.start_soon(add, store, n)
         assert (await store.counts()).statuses[JobStatus.QUEUED] == 100 - len(refusals)
     assert set(refusals) == {"10 operations wait for the job store already; retry later"}
+
+
+async def test_a_page_takes_no_longer_for_the_jobs_that_were_removed(path: Path) -> None:
+    async with SqliteJobStore(path) as store:
+        await store.add([new_job(f"{n}") for n in range(3)])
+    found, before = list[list[str]](), None
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("UPDATE jobs SET seq = seq * seq * 1000000000000")
+        for _ in range(3):
+            part, before = part_of_page(database, 9, JobFilter(), before, 2**20)
+            found.append([job.job_id for _, job in part])
+    assert (found, before) == ([["2"], ["1"], ["0"]], None)
 
 
 async def test_a_cancelled_purge_leaves_the_store_working(path: Path) -> None:
