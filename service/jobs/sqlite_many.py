@@ -10,16 +10,15 @@ from collections.abc import Sequence
 from pydantic_core import from_json, to_json
 
 from modalkit.service.jobs import sqlite_statements as sql
-from modalkit.service.jobs.model import DeliveryStatus, Job, JobStatus
-from modalkit.service.jobs.sqlite_rows import PAGE_COLUMNS, job_from_row, microseconds
+from modalkit.service.jobs.model import DeliveryStatus, Job, JobFilter, JobStatus
+from modalkit.service.jobs.sqlite_rows import PAGE_COLUMNS, ROWS_PER_READ, condition_of, job_from_row, microseconds
 
 Counts = Counter[JobStatus | DeliveryStatus]
 
 ROWS_PER_STEP = 1000
 PARTS_PER_STEP = 4
 """Parts of documents, mostly of a MiB, that are removed in one step, which may write all their pages."""
-ROWS_PER_SEARCH = 100_000
-"""Jobs that are found by one search, which may have to look at all jobs."""
+MAX_SEQUENCE = 2**63 - 1
 
 
 def cancel_some(
@@ -66,12 +65,18 @@ def replay_some(
     return replayed
 
 
-def find_purgeable(database: sqlite3.Connection, which: str, values: Sequence[object], last: int) -> list[int]:
-    """Sequence numbers of jobs to `purge` that match the condition `which`, in their order: the first behind `last`."""
-    chosen = f"SELECT seq FROM jobs WHERE {sql.PURGEABLE} AND {which} AND seq > ? ORDER BY seq LIMIT ?"  # noqa: S608  # as above
-    values = (*values, last, ROWS_PER_SEARCH)
-    (text,) = database.execute(f"SELECT json_group_array(seq) FROM ({chosen})", values).fetchone()  # noqa: S608  # as above
-    return list(from_json(text))
+def find_purgeable(database: sqlite3.Connection, which: JobFilter, first: int) -> tuple[list[int], int | None]:
+    """Sequence numbers of jobs to `purge` that match `which`, and where the next search begins.
+
+    They are among the `ROWS_PER_READ` jobs whose `seq` is at least `first`; jobs of a batch are among all. None for the
+    next search says that no jobs are left.
+    """
+    condition, values = condition_of(which)
+    end = MAX_SEQUENCE if which.batch_id is not None else first + ROWS_PER_READ
+    chosen = f"SELECT seq FROM jobs WHERE {sql.PURGEABLE} AND {condition} AND seq >= ? AND seq < ?"  # noqa: S608  # as above
+    (text,) = database.execute(f"SELECT json_group_array(seq) FROM ({chosen})", (*values, first, end)).fetchone()  # noqa: S608  # as above
+    (next_first,) = database.execute("SELECT min(seq) FROM jobs WHERE seq >= ?", (end,)).fetchone()
+    return list(from_json(text)), next_first
 
 
 def purge(

@@ -219,16 +219,18 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
     async def purge(self, which: JobFilter) -> int:
         """Remove ended jobs that match `which`, undelivered ones included, pending ones not; returns how many.
 
-        In several steps, as `remove_finished` does. To find them, all jobs may have to be looked at: that is done by
-        reading, for which no other change waits.
+        In several steps, as `remove_finished` does. To find them, all jobs may have to be looked at: that is done in
+        several reads, for which no other call waits long.
         """
         condition, values = condition_of(which)
-        removed = last = 0
-        while found := await self._read(partial(many.find_purgeable, which=condition, values=values, last=last)):
+        removed = 0
+        first: int | None = 0
+        while first is not None:
+            found, first = await self._find_purgeable(which, first)
             for start in range(0, len(found), many.ROWS_PER_STEP):
                 some = found[start : start + many.ROWS_PER_STEP]
                 removed += await self._remove(partial(many.purge, sequences=some, which=condition, values=values))
-            last = found[-1]
+            await checkpoint()  # a read in memory does not wait
         return removed
 
     async def _remove(self, remove: Callable[[sqlite3.Connection, many.Counts], int]) -> int:
@@ -251,6 +253,7 @@ class JobStore(AbstractAsyncContextManager["JobStore"]):
 
     get = _reading(find_job)
     _part_of_page = _reading(part_of_page)
+    _find_purgeable = _reading(many.find_purgeable)
     counts = _reading(counts_of_jobs)
     queued_by_model = _reading(queued_by_model)
     batch = _reading(batches.find_batch)

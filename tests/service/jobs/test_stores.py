@@ -557,10 +557,11 @@ async def test_a_page_ends_where_it_has_too_many_bytes(store: JobStore, monkeypa
     assert pages == [["5", "4", "3"], ["2"], ["1", "0"]]
 
 
-async def test_jobs_that_are_no_part_of_a_page_are_passed_in_steps_between_which_others_have_their_turn(
+async def test_jobs_that_a_page_or_a_purge_passes_over_are_passed_in_steps_between_which_others_have_their_turn(
     store: JobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modalkit.service.jobs.sqlite_rows.ROWS_PER_READ", 3)
+    for module in ("sqlite_rows", "sqlite_many"):
+        monkeypatch.setattr(f"modalkit.service.jobs.{module}.ROWS_PER_READ", 3)
     await store.add([new_job(f"{n}", model_name="rare" if n in (0, 2, 9) else "m") for n in range(20)])
     turns, is_over = 0, anyio.Event()
 
@@ -586,6 +587,9 @@ async def test_jobs_that_are_no_part_of_a_page_are_passed_in_steps_between_which
         assert await pages(3, model_name="rare") == [["9", "2", "0"]]
         turns = 0
         assert await pages(3, model_name="none") == [[]]
+        assert turns >= 20 // 3 - 1
+        turns = 0
+        assert await store.purge(JobFilter(model_name="m")) == 0
         assert turns >= 20 // 3 - 1
         is_over.set()
 
@@ -621,7 +625,7 @@ async def test_old_ends_are_removed_unless_something_is_left_to_deliver(store: J
 
 
 async def test_many_are_removed_at_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite_many, "ROWS_PER_SEARCH", 2000)
+    monkeypatch.setattr(sqlite_many, "ROWS_PER_READ", 2000)
     async with make_store(kind, tmp_path, 10_000) as store:
         await store.add([new_job(f"{n}") for n in range(5001)])
         await store.claim("m", 5000, 2.0)
