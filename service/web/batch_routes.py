@@ -5,12 +5,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import StreamingResponse
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 
 from modalkit.service.errors import UnknownBatchError
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import JobBatchResult, JobFilter
 from modalkit.service.jobs.batches import JobBatches
+from modalkit.service.outputs import with_nulls
 from modalkit.service.web.answers import NDJSON, PROBLEM_ANSWERS, BatchView, Cancelled, Purged
 from modalkit.service.web.auth import caller_of
 from modalkit.service.web.job_routes import CANNOT_LIST, administration_of, refuse_unknown_query
@@ -82,14 +83,11 @@ def make_batch_router(jobs: Jobs) -> APIRouter:
 
 def _line_of(result: JobBatchResult) -> bytes:
     """A line of the stream, joined from JSON texts as they are stored: `BatchLine` has its fields."""
-    meta = result.meta_json.encode()
-    if b"NaN" in meta or b"Infinity" in meta:
-        meta = to_json(from_json(meta), inf_nan_mode="null")
     return b'{"line":%d,"job_id":%s,"status":"%s","result":%s,"error":%s,"meta":%s}\n' % (
         result.line,
         to_json(result.job_id),
         result.status.value.encode(),
         b"null" if result.result_json is None else result.result_json.encode(),
         to_json(result.error),
-        meta,
+        with_nulls(result.meta_json.encode()),
     )
