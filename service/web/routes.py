@@ -10,6 +10,7 @@ from fastapi import APIRouter, Body, Depends, FastAPI, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, Field
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from modalkit.batching import RequestOptions
@@ -47,6 +48,8 @@ from modalkit.service.web.problems import (
 from modalkit.service.web.submissions import Submitter
 
 Endpoint = Callable[[Request], Awaitable[Response]]
+DirectRoute = tuple[Endpoint, KeyScope, BaseRoute | None]
+"""An endpoint, the scope that a key needs for it, and its route where the path has parameters: metrics name that."""
 Responses = dict[int | str, dict[str, Any]]
 
 _STORED_JOB = re.compile("/jobs/[0-9a-f-]{36}")
@@ -59,7 +62,7 @@ class RouteTable:
     def __init__(self, app: FastAPI, keys: ApiKeys, admission: Admission) -> None:
         self._app = app
         self._keys = keys
-        self._endpoints: dict[tuple[str, str], tuple[Endpoint, KeyScope]] = {}
+        self._endpoints: dict[tuple[str, str], DirectRoute] = {}
         app.add_middleware(DirectRoutes, endpoints=self._endpoints, keys=keys, admission=admission)
 
     def add_jobs(self, router: APIRouter) -> None:
@@ -68,11 +71,10 @@ class RouteTable:
         (route,) = (route for route in router.routes if isinstance(route, APIRoute) and route.name == "get_job")
 
         def get_job(request: Request) -> Awaitable[Response]:
-            request.scope["route"] = route  # whose path is a label of metrics
             answer: Awaitable[Response] = route.endpoint(request, request.scope["path"].rpartition("/")[2])
             return answer
 
-        self._endpoints["GET", JOB_PATH] = get_job, KeyScope.JOBS
+        self._endpoints["GET", JOB_PATH] = get_job, KeyScope.JOBS, route
 
     def add(
         self,
@@ -93,7 +95,7 @@ class RouteTable:
         def documented_body(body: Annotated[taken, Body()]) -> None: ...
 
         def add(endpoint: Endpoint) -> None:
-            self._endpoints["POST", path] = endpoint, key_scope
+            self._endpoints["POST", path] = endpoint, key_scope, None
             self._app.router.add_api_route(
                 path,
                 endpoint,
@@ -227,7 +229,7 @@ class DirectRoutes:
     def __init__(
         self,
         app: ASGIApp,
-        endpoints: Mapping[tuple[str, str], tuple[Endpoint, KeyScope]],
+        endpoints: Mapping[tuple[str, str], DirectRoute],
         keys: ApiKeys,
         admission: Admission,
     ) -> None:
@@ -256,7 +258,9 @@ class DirectRoutes:
                 if found is None:
                     await self._app(scope, receive, send)
                     return
-                endpoint, key_scope = found
+                endpoint, key_scope, route = found
+                if route is not None:
+                    scope["route"] = route
                 request = DirectRequest(scope, receive, send)
                 try:
                     if self._keys.are_asked_for:

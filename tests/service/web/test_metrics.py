@@ -14,7 +14,7 @@ from modalkit.batching import Priority
 from modalkit.service.jobs import Job, MemoryJobStore
 from modalkit.service.jobs.model import new_job_id
 from modalkit.service.local_gateway import LocalGateway
-from modalkit.service.settings import Settings
+from modalkit.service.settings import AuthConfig, Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.metrics import own_exposition
 from tests.support.http_client import ended, job
@@ -60,6 +60,14 @@ async def test_requests_are_measured_by_route_and_outcome(client: httpx.AsyncCli
         assert growth(before, after, name, route=route, outcome=outcome) == 1
     name = "modalkit_request_seconds_sum"
     assert 0 < growth(before, after, name, route="/sync/predict", outcome="succeeded") < 60
+
+
+async def test_a_read_of_a_job_that_is_refused_is_measured_by_its_route(settings: Settings) -> None:
+    async with serving(create_app(LocalGateway(settings), auth=AuthConfig(api_key="s3cret"))) as client:
+        before = await samples(client)
+        assert (await client.get(f"/jobs/{new_job_id()}")).status_code == 401
+        after = await samples(client)
+    assert growth(before, after, "modalkit_request_seconds_count", route="/jobs/{job_id}", outcome="invalid") == 1
 
 
 async def test_callers_cannot_add_series(client: httpx.AsyncClient) -> None:
