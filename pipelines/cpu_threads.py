@@ -33,14 +33,13 @@ from modalkit.pipelines.memory import CGROUP
 
 MAX_IN_FLIGHT = 4
 """Most batches that run at once on a CPU; more would divide the requests that wait into ever smaller batches."""
-TRIAL = 8
-"""Batches of a trial."""
-MAX_TRIAL_LOSS = TRIAL / 2
+TRIAL_BATCHES = 8
+MAX_LOST_BATCHES = TRIAL_BATCHES / 2
 """Batches whose time a trial may lose; then it ends."""
 MIN_PAUSE, MAX_PAUSE = 8, 8192
 """Lone batches from one trial to the next: twice as many after each one that changes nothing."""
-LOSS_SHARE = 0.01
-"""Share of the time of lone batches that those with all threads may lose in trials. One may take 100 times as long."""
+MAX_LOST_SHARE = 0.01
+"""Share of the time of lone batches that trials of all threads may lose. One batch may take 100 times as long."""
 ALL_BELOW = 0.85
 """Share of the seconds with a part of the threads below which lone batches get all of them.
 
@@ -80,9 +79,9 @@ class _Trials:
     def _begin_pause(self, lost_s: float) -> None:
         """Wait for the next trial: until what was lost by all threads is a small share of the time."""
         if lost_s > 0:
-            self._pause = max(self._pause, math.ceil(lost_s / (LOSS_SHARE * self._mean_s)))
+            self._pause = max(self._pause, math.ceil(lost_s / (MAX_LOST_SHARE * self._mean_s)))
         self._pause = min(self._pause, MAX_PAUSE)
-        self._until_trial, self._left = self._pause, TRIAL
+        self._until_trial, self._left = self._pause, TRIAL_BATCHES
         self._seconds, self._expected_s, self._compared = 0.0, 0.0, 0  # of the batches of the next trial
 
     def next_uses_all(self) -> bool:
@@ -113,7 +112,7 @@ class _Trials:
             self._expected_s += expected_s
             self._compared += 1
         lost_s = self._seconds - self._expected_s
-        if self._left and lost_s * self._compared <= MAX_TRIAL_LOSS * self._expected_s:
+        if self._left and lost_s * self._compared <= MAX_LOST_BATCHES * self._expected_s:
             return
         if self._seconds < (PART_BELOW if self.uses_all else ALL_BELOW) * self._expected_s:
             self._use(all_threads=not self.uses_all)
