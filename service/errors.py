@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from sysconfig import get_path
 from traceback import extract_tb
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from modalkit.batching import BatchingError
 from modalkit.pipelines import InferenceOutputModel, PipelineError
@@ -188,8 +188,11 @@ class OutputNotJsonError(ServiceError):
 
 def lone_error(error: BaseException) -> BaseException:
     """The only error in a group, as of a task group of which one task failed; any other error itself."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
+    while issubclass(type(error), BaseExceptionGroup):  # as `isinstance`, but no code of the error's own runs
+        errors = cast("BaseExceptionGroup[BaseException]", error).exceptions
+        if len(errors) > 1:
+            break
+        error = errors[0]
     return error
 
 
