@@ -76,7 +76,6 @@ def test_a_rate_that_cannot_be_sent_ends_in_time_and_is_marked() -> None:
     load = Load(rate_per_s=1e6, arrivals="constant", seconds=0.2, warm_up_s=0, timeout_s=1, processes=1)
     with instant_server() as url:
         found = run_load(Endpoint(url), ITEMS, load)
-    assert found.answered > 0
     assert found.limited[0].startswith("requests were sent up to")
 
 

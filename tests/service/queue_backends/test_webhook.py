@@ -188,12 +188,12 @@ async def test_a_host_that_hangs_leaves_the_others_theirs(
 
 
 class InGroups(Event):
-    """Lets 25 requests through at a time, a while after the group before."""
+    """Lets 10 requests through at a time, a while after the group before."""
 
     def __init__(self, pause_s: float) -> None:
         super().__init__()
         self._pause_s = pause_s
-        self._places = Semaphore(25)
+        self._places = Semaphore(10)
 
     def wait(self, timeout: float | None = None) -> bool:
         with self._places:
@@ -202,7 +202,7 @@ class InGroups(Event):
 
 async def test_a_slow_but_healthy_receiver_gets_each_message_once(receiver: WebhookReceiver) -> None:
     receiver.silent = InGroups(0.5)  # so that all together take longer than one may
-    backend = WebhookBackend(allowed_hosts=[f"127.0.0.1:{receiver.port}"], allow_private_addresses=True, timeout_s=1.5)
+    backend = WebhookBackend(allowed_hosts=[f"127.0.0.1:{receiver.port}"], allow_private_addresses=True, timeout_s=4.5)
     messages = [QueueMessage(url_of(receiver), f"{n}", f"job-{n}") for n in range(100)]
     assert await backend.send_messages(messages) == [None] * 100
     await backend.aclose()
