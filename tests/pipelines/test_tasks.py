@@ -169,7 +169,7 @@ def test_entities_are_those_of_the_transformers_pipeline(tagger: Path, aggregati
     answers: list[TokenClassificationResponse] = load(
         TokenClassificationPipeline, tagger, aggregation=aggregation
     ).run_inference(texts(*TEXTS))
-    assert sum(len(a.entities) for a in answers) > 20
+    assert sum(len(a.entities) for a in answers) > 5, "next to nothing is compared"
     for text, answer, entities in zip(TEXTS, answers, expected, strict=True):
         assert [(e.entity_group, e.start, e.end) for e in answer.entities] == [
             (e["entity_group"], e["start"], e["end"]) for e in entities

@@ -1,10 +1,11 @@
 """Models of transformers with random weights, small enough to be made in a moment, and a tokenizer for them."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 EXACT: dict[str, Any] = {"engine": "torch", "dtype": "float32"}
@@ -34,11 +35,15 @@ SIZES: dict[str, Any] = {
 
 def save_tokenizer(folder: Path, padding_side: str) -> None:
     """A tokenizer like BERT's, of few words, so that many have several tokens."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=SIZES["vocab_size"], special_tokens=SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words = [word for text in TEXTS for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]
+    letters = sorted({*"".join(words)})
+    pairs = Counter(word[i : i + 2] for word in words for i in range(1, len(word) - 1))
+    common = sorted(pairs, key=lambda pair: (-pairs[pair], pair))
+    parts = [f"##{part}" for part in (*letters, *common)]
+    tokens = dict.fromkeys([*SPECIAL, *letters, *sorted(words)[::20], *parts][: SIZES["vocab_size"]])
+    tokenizer = Tokenizer(models.WordPiece({token: n for n, token in enumerate(tokens)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
