@@ -24,8 +24,8 @@ from modalkit.service.calls.records import CallRecords, Reservation
 from modalkit.service.calls.wire_format import json_form, make_job_id, parse_job_id, read_job
 from modalkit.service.errors import NotAvailableError, ServiceError, describe_error
 from modalkit.service.gateway import Model, find_model
-from modalkit.service.jobs import Job, JobBatchLines, JobPiece, JobStatus, JobStoreError
-from modalkit.service.jobs.life import new_job, request_digest
+from modalkit.service.jobs import IdempotencyKeyReusedError, Job, JobBatchLines, JobPiece, JobStatus, JobStoreError
+from modalkit.service.jobs.life import is_repetition, new_job, request_digest
 from modalkit.service.jobs.queue_rules import QueueRules
 from modalkit.service.settings import BatchConfig
 from modalkit.service.tracing import current_traceparent
@@ -220,8 +220,18 @@ class CallJobs(AsyncContextManagerMixin):
         async with lock:
             with anyio.CancelScope(shield=True):
                 reservation = Reservation(request.idempotency_key, request_digest(job), submission.owner)
-                job_id = await self._submit_once(reservation, model.name, submission)
+                try:
+                    job_id = await self._submit_once(reservation, model.name, submission)
+                except IdempotencyKeyReusedError as error:
+                    job_id = error.job_id
+                    if not await self._is_repetition(job, job_id, model.input_model):
+                        raise
         return job_id
+
+    async def _is_repetition(self, job: Job, earlier_id: str, input_model: type[BaseModel]) -> bool:
+        found = parse_job_id(earlier_id)
+        recorded = None if found is None else await self._records.jobs(found[0])
+        return found is not None and recorded is not None and is_repetition(job, recorded[found[1]], input_model)
 
     async def _submit_once(self, reservation: Reservation, model_name: str, submission: _Submission) -> str:
         known = await self._records.reserve(reservation)

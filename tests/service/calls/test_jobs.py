@@ -14,7 +14,7 @@ from modalkit.service.calls.jobs import CallJobs
 from modalkit.service.calls.predictor import MAX_PARTIAL_CALLS_IN_FLIGHT
 from modalkit.service.calls.records import RESERVATION_S, CallRecords
 from modalkit.service.errors import UnknownModelError
-from modalkit.service.jobs import JobStatus, JobStoreError
+from modalkit.service.jobs import IdempotencyKeyReusedError, JobStatus, JobStoreError
 from modalkit.testing import FakeClock
 from tests.service.calls.conftest import MODEL, Stand
 from tests.support.length_model import Text
@@ -119,6 +119,21 @@ async def test_a_job_whose_key_was_written_though_no_answer_came_is_accepted(sta
     async with stand.jobs(records=CallRecords(LosesAnswers(stand.store, ""))) as jobs:
         job_ids = [await accepted(jobs, asked("four", idempotency_key="k")) for _ in range(2)]
     assert job_ids[0] == job_ids[1]
+    assert len(stand.kept_calls) == 1
+
+
+class TextWithLanguage(Text):
+    language: str | None = None
+
+
+async def test_a_repetition_is_known_after_the_input_model_has_got_an_optional_field(stand: Stand) -> None:
+    async with stand.jobs() as jobs:
+        first = await accepted(jobs, asked("four", idempotency_key="k"))
+    async with stand.jobs(stand.model(TextWithLanguage)) as jobs:
+        assert await accepted(jobs, asked("four", idempotency_key="k")) == first
+        for message in ({"text": "five"}, {"text": "four", "language": "en"}):
+            with pytest.raises(IdempotencyKeyReusedError):
+                await accepted(jobs, AsyncInputModel(message=message, idempotency_key="k"))
     assert len(stand.kept_calls) == 1
 
 
