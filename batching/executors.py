@@ -66,7 +66,7 @@ class Executors(Generic[T, R]):
         """The number of devices."""
         self.max_in_flight = max_in_flight
         self.on_close = on_close
-        self._before: list[Executor[T, R]] = []  # of the same pipeline, whose batches may still run
+        self._before: list[Executor[T, R]] = []  # of the same pipeline, whose calls may still run
         self._name = name
         timeout_s = math.inf if batch_timeout_s is None else batch_timeout_s
         uses = [None if each is None else DeviceUse(each) for each in preparations or [None] * len(devices)]
@@ -85,7 +85,7 @@ class Executors(Generic[T, R]):
     @property
     def stuck_threads(self) -> int:
         """Calls that ran past the batch timeout and have not returned; each holds a thread."""
-        return sum(executor.stuck_threads for executor in self)
+        return sum(executor.stuck_threads for executor in (*self._before, *self))
 
     def first_of(self, device: int) -> Executor[T, R]:
         """The first executor of a device."""

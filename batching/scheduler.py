@@ -273,8 +273,8 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
         except that one whose failing items are searched for is requeued. With `in_turn`, the next batch of a device
         waits for those: both are of one model. `warm_up`, one for each device, is called before, in a thread of the
         device, while batches go on; it may return an awaitable. What it raises is raised, and changes nothing. With an
-        `on_close`, the one before is called once the old batches have ended. Also raises `SchedulerClosedError`, and
-        `ValueError` for another number of devices.
+        `on_close`, the one before is called once the old batches have ended, and calls of the old functions that hang
+        are `stuck_threads` no more. Also raises `SchedulerClosedError`, and `ValueError` for another number of devices.
         """
         executors = Executors(run_batch, self.name, **options)
         async with self._dispatcher.replacing(executors, warm_up, in_turn=in_turn):

@@ -186,6 +186,7 @@ async def test_a_hanging_batch_fails_and_the_next_one_runs(pipeline: LengthPipel
             await worker.predict(Text(text="hangs"))
         assert not worker.is_broken
         for _ in range(2):
+            await worker.set_limits(worker.limits)  # what hangs, hangs on
             with pytest.raises(BatchTimeoutError):
                 await worker.predict(Text(text="hangs"))
         assert worker.is_broken
