@@ -226,8 +226,13 @@ def _things_to_try(options: str, url: str, gateway: LocalGateway, settings: Sett
             curl("/async/predict", f'{{"message": {items[0]}}}'),
             f"  curl{options}{key} '{url}/jobs/<the job_id>?wait=10'",
         ]
-    page = f"  {url} in a browser shows what happens, {url}/docs all routes"
-    return "\n".join([*lines, page if settings.app_settings.ui else f"  {url}/docs in a browser"])
+    if options:  # no browser opens a Unix socket
+        page = f"  curl{options} {url}/openapi.json"
+    elif settings.app_settings.ui:
+        page = f"  {url} in a browser shows what happens, {url}/docs all routes"
+    else:
+        page = f"  {url}/docs in a browser"
+    return "\n".join([*lines, page])
 
 
 def _items_to_try(model: LocalModel) -> list[str]:

@@ -411,6 +411,12 @@ def test_without_a_model_that_is_ready_it_shows_the_page_alone(folder: Path) -> 
     assert said == "\nTry:\n  http://h in a browser shows what happens, http://h/docs all routes"
 
 
+def test_for_a_unix_socket_it_shows_no_page_because_no_browser_opens_one(folder: Path) -> None:
+    settings = Settings.load([folder / "modalkit.yaml"])
+    said = _things_to_try(" --unix-socket a.sock", "http://localhost", LocalGateway(settings), settings)
+    assert said == "\nTry:\n  curl --unix-socket a.sock http://localhost/openapi.json"
+
+
 @pytest.mark.parametrize("host", ["nohost.invalid", "192.0.2.1"])
 def test_an_address_that_is_not_of_this_machine_is_told_as_such(host: str) -> None:
     with pytest.raises(AddressError, match=rf"cannot listen on {host}:0: .*; give an address of this machine"):
