@@ -31,6 +31,7 @@ from modalkit.service.cli.records import (
     FileFormat,
     FormatOption,
     Record,
+    fields_of,
     kept_columns,
     open_input,
     read_records,
@@ -49,7 +50,7 @@ from modalkit.service.cli.results import (
 from modalkit.service.errors import OutputNotJsonError, describe_error
 from modalkit.service.outputs import output_object
 from modalkit.service.settings import Settings
-from modalkit.service.validation import field_keys
+from modalkit.service.validation import documented_model
 from modalkit.service.worker import InferenceWorker, short_lived_worker
 
 MAX_CHUNK_ITEMS = 4096
@@ -99,7 +100,7 @@ def predict(
     settings = Settings.load(config)
     with redirect_stdout(sys.stderr):  # what a pipeline prints is no result
         source = model_source(settings, model)
-    input_fields = field_keys(source.input_model)
+    input_fields = fields_of(documented_model(source.input_model).model_json_schema())
     total: int | None = len(texts or ())
     if texts:
         records = read_records(texts, FileFormat.TXT, input_fields, None)

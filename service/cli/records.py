@@ -15,21 +15,27 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TextIO, cast
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 
+from modalkit.batching.errors import users_error
 from modalkit.pipelines.extras import install_command
+from modalkit.service import validation
 from modalkit.service.cli.common import one_of
-from modalkit.service.errors import UsageError
-from modalkit.service.validation import field_errors, summary
+from modalkit.service.errors import UsageError, describe_error
 
 KEEP_BAD_BYTES = "surrogateescape"
-"""Bytes that are no UTF-8 become characters that `_record` refuses, so that only their line has an error."""
+"""Bytes that are no UTF-8 become characters that `_record_of` refuses, so that only their line has an error."""
 GZIP_MAGIC = b"\x1f\x8b"
+DEFAULT_FIELD = "text"
+ITSELF = ""
+"""The only field of a model whose items are no objects, as those of a `RootModel` of texts: the text is the item."""
 MAX_CELL_CHARACTERS = 16 * 2**20
 """Limit of a cell of CSV: the default of `request_config.max_item_bytes`."""
 ROWS_PER_READ = 1000
 
+_TEXTS = ("string", "integer", "number", "boolean")
+"""Types of a JSON schema that a text can be validated as."""
 _BAD_BYTE = re.compile("[\udc80-\udcff]")
 
 
@@ -81,10 +87,18 @@ def validated(records: Iterable[Record], input_model: type[BaseModel]) -> Iterat
             yield record
             continue
         try:
-            yield replace(record, item=input_model.model_validate(record.item))
-        except ValidationError as error:
-            text = summary(field_errors(error.errors(include_url=False), input_model))
-            yield replace(record, item=None, error=text)
+            checked = replace(record, item=validation.validated(input_model, record.item))
+        except BaseException as error:  # noqa: BLE001  # a user's own validators may raise anything
+            checked = replace(record, item=None, error=describe_error(users_error(error)))
+        yield checked
+
+
+def fields_of(schema: Mapping[str, Any]) -> list[str]:
+    """The keys of a model's items by its JSON schema; `ITSELF` where the items are texts or numbers."""
+    definition = schema.get("$ref", "").removeprefix("#/$defs/")  # as of a model that has fields of its own kind
+    schema = schema.get("$defs", {}).get(definition, schema)
+    takes_texts = any(each.get("type") in _TEXTS for each in (schema, *schema.get("anyOf", ())))
+    return [*schema.get("properties", [ITSELF] if takes_texts else ())]
 
 
 def format_of(path: Path) -> FileFormat:
@@ -142,7 +156,8 @@ def _read_standard_input(given: FileFormat | None, fields: Sequence[str], column
         raise InputError("Parquet cannot be read from standard input: give the name of a file")
     with open(sys.stdin.fileno(), "rb", closefd=False) as file:  # a descriptor has no path
         for record in _text_records(file, "standard input", given or FileFormat.TXT, fields, column):
-            if given is None and record.line == 1 and any(map(_is_json_object, (record.item or {}).values())):
+            texts = record.item.values() if isinstance(record.item, dict) else [record.item or ""]
+            if given is None and record.line == 1 and any(map(_is_json_object, texts)):
                 raise InputError(
                     "the first line of standard input is a JSON object: say --format jsonl to read its fields, or "
                     "--format txt to run the line itself as a text"
@@ -196,7 +211,7 @@ def read_records(
         return
     for line, text in enumerate((text.rstrip("\r\n") for text in lines), start=1):
         if file_format is FileFormat.TXT:
-            yield _record(line, {text_field: text})
+            yield _record_of(line, {text_field: text})
             continue
         if not text.strip():
             continue
@@ -206,25 +221,28 @@ def read_records(
             yield Record(line, None, f"not JSON: {error}")
             continue
         if isinstance(value, str):
-            yield _record(line, {text_field: value})
+            yield _record_of(line, {text_field: value})
         elif column is not None and isinstance(value, dict):
-            yield _record(line, {text_field: value[column]} if column in value else {}, value)
+            yield _record_of(line, {text_field: value[column]} if column in value else {}, value)
         else:
-            yield _record(line, value)
+            yield Record(line, value, columns=value if isinstance(value, dict) else {})
 
 
 def _text_field(fields: Sequence[str] | None) -> str:
-    return fields[0] if fields is not None and len(fields) == 1 else "text"
+    return fields[0] if fields is not None and len(fields) == 1 else DEFAULT_FIELD
 
 
-def _record(line: int, value: Any, columns: Any = None, unit: str = "line") -> Record:
-    """The record of an item; `columns` has what its line holds, where that is more than the item."""
-    columns = value if columns is None else columns
-    columns = columns if isinstance(columns, dict) else {}
-    for name, text in value.items() if isinstance(value, dict) else ():
+def _record_of(
+    line: int, fields: Mapping[str, Any], columns: Mapping[str, Any] | None = None, unit: str = "line"
+) -> Record:
+    """The record of an item with these fields; `columns` has what its line holds, where that is more."""
+    if columns is None:
+        columns = {name or DEFAULT_FIELD: text for name, text in fields.items()}
+    for name, text in fields.items():
         if isinstance(text, str) and _BAD_BYTE.search(text):
-            return Record(line, None, f"{name}: is not UTF-8; convert the input to UTF-8", columns, unit)
-    return Record(line, value, columns=columns, unit=unit)
+            error = f"{name or DEFAULT_FIELD}: is not UTF-8; convert the input to UTF-8"
+            return Record(line, None, error, columns, unit)
+    return Record(line, fields[ITSELF] if [*fields] == [ITSELF] else fields, columns=columns, unit=unit)
 
 
 def _columns_of_fields(
@@ -234,9 +252,10 @@ def _columns_of_fields(
     if fields is None:
         return {name: name for name in header}
     wanted = [_text_field(fields)] if column is not None else [*fields] or [_text_field(fields)]
-    columns = {field: column or field for field in wanted if (column or field) in header}
+    named_columns = {field: column or field or DEFAULT_FIELD for field in wanted}
+    columns = {field: name for field, name in named_columns.items() if name in header}
     if not columns:
-        named = " or ".join(repr(column or field) for field in wanted)
+        named = " or ".join(map(repr, named_columns.values()))
         raise InputError(f"the {what} has no column {named}; it has {[*header]}: name the text's with --column")
     return columns
 
@@ -251,7 +270,7 @@ def _csv_records(lines: Iterable[str], fields: Sequence[str] | None, column: str
     for line, row in rows:
         if row:
             values = dict(zip(header, row, strict=False))  # a row may be short; cells beyond the header are left out
-            yield _record(line, {field: values[name] for field, name in columns.items() if name in values}, values)
+            yield _record_of(line, {field: values[name] for field, name in columns.items() if name in values}, values)
 
 
 def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
@@ -279,7 +298,7 @@ def _parquet_records(path: Path, fields: Sequence[str] | None, column: str | Non
                 for row in batch.to_pylist():
                     line += 1
                     given = {field: row[name] for field, name in columns.items() if row[name] is not None}
-                    yield _record(line, given, row, "row")
+                    yield _record_of(line, given, row, "row")
         except pa.ArrowException as error:
             raise InputError(f"{path} is damaged: {error}") from error
 

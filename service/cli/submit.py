@@ -18,7 +18,7 @@ from modalkit.service.cli.batch_client import BatchRun
 from modalkit.service.cli.common import EXIT_LINES_FAILED, NOT_NEGATIVE, ConfigFiles, notices, one_of, progress_of_lines
 from modalkit.service.cli.jobs import Key, Url
 from modalkit.service.cli.jobs_client import JobsClient
-from modalkit.service.cli.records import ColumnOption, FormatOption, open_input, require_file
+from modalkit.service.cli.records import ColumnOption, FormatOption, fields_of, open_input, require_file
 from modalkit.service.cli.reload import DEFAULT_URL
 from modalkit.service.cli.results import (
     ForceOption,
@@ -35,13 +35,9 @@ from modalkit.service.settings import Settings
 from modalkit.service.web.options import BATCH_ID_PATTERN
 
 
-class _Schema(BaseModel):
-    properties: dict[str, Any] = {}
-
-
 class _ModelSchemas(BaseModel):
-    input: _Schema
-    output: _Schema
+    input: dict[str, Any]
+    output: dict[str, Any]
 
 
 class _Description(BaseModel):
@@ -114,7 +110,7 @@ def submit(
     client = JobsClient.of_service(url or DEFAULT_URL, key, header)
     query = {} if model is None else {"model_name": model}
     schemas = _schemas_of(JobsClient.of_service(url or DEFAULT_URL, key, header), model)
-    fields, results = list(schemas.input.properties), list(schemas.output.properties)
+    fields, results = fields_of(schemas.input), fields_of(schemas.output)
     records, total = open_input(path, file_format, fields, column)
     queues = {"success_queue": success_queue, "failure_queue": failure_queue}
     started_s = time.perf_counter()
@@ -150,7 +146,7 @@ def submit(
 
 
 def _schemas_of(client: JobsClient, model: str | None) -> _ModelSchemas:
-    """The fields of the items and the results of a model. Raises `JobsError`, and `UsageError` for an unknown model."""
+    """The schemas of a model's items and results. Raises `JobsError`, and `UsageError` for an unknown model."""
     with client.opened():
         models = client.send(_Description, "GET", "/openapi.json").models
     if model is None:

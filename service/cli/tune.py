@@ -23,7 +23,7 @@ from modalkit.batching.calibration import Calibration, Measurement, believed_mea
 from modalkit.pipelines import InferencePipeline
 from modalkit.pipelines.files import replacing
 from modalkit.service.cli.common import POSITIVE, AsJson, ConfigFiles, ModelOption, model_source, notices
-from modalkit.service.cli.records import ColumnOption, FileFormat, FormatOption, read_file, validated
+from modalkit.service.cli.records import ColumnOption, FileFormat, FormatOption, fields_of, read_file, validated
 from modalkit.service.errors import describe_error
 from modalkit.service.learnt_costs import CostKey, save_costs
 from modalkit.service.pipeline_batches import batch_policy, max_in_flight_of
@@ -35,7 +35,7 @@ from modalkit.service.tuning.measuring import MEASURING_SHARE, fitted_costs, mea
 from modalkit.service.tuning.plots import draw_costs, require_drawable
 from modalkit.service.tuning.samples import MadeUpSamples, OwnSamples, Samples
 from modalkit.service.tuning.trial import Bench, Trial, TrialPlan, require_complete
-from modalkit.service.validation import field_keys
+from modalkit.service.validation import documented_model
 
 LOADS = (0.7, 0.5, 0.35, 0.25)  # shares of the predicted capacity, tried in this order until one keeps the objective
 MAX_SENT_PER_S = 1000.0  # the same process sends requests and runs the model
@@ -154,7 +154,7 @@ def _read_samples(
     path: Path, file_format: FileFormat | None, input_model: type[BaseModel], column: str | None
 ) -> list[BaseModel]:
     """The items of the file. Raises `TuningError` for lines that are no items, and for a file without items."""
-    read = read_file(path, file_format, field_keys(input_model), column)
+    read = read_file(path, file_format, fields_of(documented_model(input_model).model_json_schema()), column)
     records = list(validated(islice(read, MAX_SAMPLES), input_model))
     errors = [f"{record.place}: {record.error}" for record in records if record.item is None]
     if errors:

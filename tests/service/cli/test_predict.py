@@ -14,11 +14,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import BaseModel, Field, RootModel
 from rich.progress import Progress
 
+from modalkit.pipelines import AnyInput
 from modalkit.pipelines.files import replacing
 from modalkit.service.cli.predict import _Run
-from modalkit.service.cli.records import FileFormat, InputError, Record, read_records, validated
+from modalkit.service.cli.records import ITSELF, FileFormat, InputError, Record, fields_of, read_records, validated
 from modalkit.service.cli.results import ResultWriter, identity_of, interrupted_run, result_file
 from modalkit.service.settings import Settings
 from tests.support.command_line import Modalkit
@@ -236,6 +238,27 @@ def test_what_a_pipeline_prints_is_not_among_the_results(modalkit: Modalkit, fol
     done = modalkit("predict", "one two")
     assert [slot["words"] for slot in results(done.stdout)] == [2]
     assert done.stderr.split()[:3] == ["imported", "loaded", "called"]
+
+
+class Comment(BaseModel):
+    text: str = Field(alias="comment")
+    answers: list["Comment"] = []
+
+
+@pytest.mark.parametrize(
+    ("model", "fields"),
+    [
+        (Comment, ["comment", "answers"]),
+        (RootModel[Comment], ["comment", "answers"]),
+        (RootModel[str], [ITSELF]),
+        (RootModel[list[str] | str], [ITSELF]),
+        (RootModel[float], [ITSELF]),
+        (RootModel[dict[str, str]], []),
+        (AnyInput, []),
+    ],
+)
+def test_the_fields_of_a_model_are_those_of_its_schema(model: type[BaseModel], fields: list[str]) -> None:
+    assert fields_of(model.model_json_schema()) == fields
 
 
 def test_texts_and_columns_are_those_of_the_alias_of_a_field(modalkit: Modalkit, folder: Path) -> None:

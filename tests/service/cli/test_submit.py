@@ -34,6 +34,24 @@ model_settings:
 """
 
 
+BARE_TEXTS = """
+from pydantic import RootModel, field_validator
+from modalkit import InferenceOutputModel, InferencePipeline
+
+class Text(RootModel[str]):
+    @field_validator("root")
+    @classmethod
+    def known(cls, text):
+        return 1 / 0 if text == "boom" else text
+
+class Pipeline(InferencePipeline):
+    input_model = Text
+
+    def run_inference(self, input_list):
+        return [InferenceOutputModel(meta={"text": item.root}) for item in input_list]
+"""
+
+
 def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -148,6 +166,27 @@ def test_files_of_all_formats_give_the_same_results_with_errors_in_their_places(
         assert "4 lines done" in piped.stderr
         job = client.get("/jobs?limit=1").json()["jobs"][0]
         assert job["meta"] == {"k": 1}
+
+
+@pytest.mark.parametrize("command", ["predict", "submit"])
+def test_texts_are_items_of_a_model_that_takes_bare_texts(
+    folder: Path, environment: dict[str, str], modalkit: Modalkit, command: str
+) -> None:
+    """A validator of the user's may raise anything: that line fails alone."""
+    (folder / "my_module.py").write_text(BARE_TEXTS)
+    (folder / "modalkit.yaml").write_text("model_settings: {model_entries: {bare: {pipeline: 'my_module:Pipeline'}}}")
+    pq.write_table(pa.table({"text": ["one", "boom"], "id": [1, 2]}), folder / "in.parquet")
+    (folder / "in.csv").write_text("id,text\n1,one\n2,boom\n")
+    (folder / "in.txt").write_text("one\nboom\n")
+    (folder / "in.jsonl").write_text('"one"\n"boom"\n')
+    with serving(folder, environment) as (_, client):
+        for name in ("in.parquet", "in.csv", "in.txt", "in.jsonl"):
+            arguments = ("-i", name) if command == "predict" else (name, "--url", str(client.base_url), "--wait")
+            done = modalkit(command, *arguments, "-o", "out.jsonl", "--force")
+            assert done.returncode == 4, done.stderr
+            good, bad = lines_of(folder / "out.jsonl")
+            assert (good["status"], good["meta"], bad["status"]) == ("success", {"text": "one"}, "error"), name
+            assert "division by zero" in bad["error"], name
 
 
 def test_a_batch_that_was_sent_is_collected_by_its_id(
