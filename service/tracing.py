@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NS_PER_S = 1_000_000_000
+EXPORTER = "OTEL_TRACES_EXPORTER"
 EXPORTER_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 _VALID = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -143,20 +144,21 @@ def enable_tracing_from_environment() -> None:
 
     A tracer provider that the program has set is kept.
     """
-    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or not any(map(os.environ.get, EXPORTER_VARIABLES)):
+    is_off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get(EXPORTER) == "none"
+    if is_off or not any(map(os.environ.get, EXPORTER_VARIABLES)):
         return
     try:
         from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ModuleNotFoundError as error:
         logger.warning("Nothing is traced, because %s is not installed: %s", error.name, install_command("otel"))
         return
     if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        name = os.environ.get("OTEL_SERVICE_NAME") or "modalkit"
-        provider = TracerProvider(resource=Resource.create({"service.name": name, "service.version": VERSION}))
+        resource = Resource.create({"service.name": "modalkit", "service.version": VERSION})
+        provider = TracerProvider(resource=resource.merge(OTELResourceDetector().detect()))  # the user's go first
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         trace.set_tracer_provider(provider)  # its spans are sent when the process ends, too
     enable_tracing()

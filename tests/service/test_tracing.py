@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from opentelemetry import trace
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -21,6 +22,7 @@ from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
 from modalkit.service.tracing import checked_traceparent, enable_tracing_from_environment
+from modalkit.service.version import VERSION
 from modalkit.service.web import create_app
 from modalkit.service.worker import InferenceWorker
 from tests.support.http_client import ended, job
@@ -242,9 +244,35 @@ def test_nothing_is_traced_unless_a_collector_is_named(monkeypatch: pytest.Monke
     enable_tracing_from_environment()
     assert tracing.active_tracing() is None
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:1")
-    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    for name, value in (("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "none")):
+        with monkeypatch.context() as variables:
+            variables.setenv(name, value)
+            enable_tracing_from_environment()
+        assert tracing.active_tracing() is None, name
+
+
+@pytest.mark.parametrize(
+    ("variables", "name", "version"),
+    [
+        ({}, "modalkit", VERSION),
+        ({"OTEL_SERVICE_NAME": "reviews"}, "reviews", VERSION),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=reviews,service.version=7"}, "reviews", "7"),
+    ],
+)
+def test_the_service_is_called_as_opentelemetrys_variables_say(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], name: str, version: str
+) -> None:
+    providers: list[TracerProvider] = []
+    monkeypatch.setattr(trace, "get_tracer_provider", trace.ProxyTracerProvider)  # the test's own, for the process
+    monkeypatch.setattr(trace, "set_tracer_provider", providers.append)
+    monkeypatch.setattr(tracing, "_tracing", None)
+    monkeypatch.delenv("OTEL_SERVICE_NAME", raising=False)
+    for key, value in {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:1", **variables}.items():
+        monkeypatch.setenv(key, value)
     enable_tracing_from_environment()
-    assert tracing.active_tracing() is None
+    attributes = providers[0].resource.attributes
+    providers[0].shutdown()
+    assert (attributes["service.name"], attributes["service.version"]) == (name, version)
 
 
 def test_a_missing_extra_is_told_and_leaves_the_service_alone(
