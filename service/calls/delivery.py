@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import anyio
 
 from modalkit.service.backoff import backoff_with_jitter
-from modalkit.service.jobs.delivery import log_failed_attempts
+from modalkit.service.jobs.delivery import MAX_BATCH_CALLS, MESSAGES_PER_CALL, log_failed_attempts
 from modalkit.service.jobs.life import after_delivery_attempt, record_delivery
 from modalkit.service.jobs.model import DeliveryStatus, Job
 from modalkit.service.jobs.telemetry import Sending
-from modalkit.service.queue_backends import QueueBackend, QueueMessage
+from modalkit.service.queue_backends import BatchQueueBackend, QueueBackend, QueueMessage
 from modalkit.service.queue_backends.protocol import keeps_in_process
 from modalkit.service.queue_backends.sending import SEND_TIMEOUT_S, send_all
 
@@ -83,6 +83,17 @@ async def _attempt(
     backend: QueueBackend, messages: Sequence[QueueMessage], until_s: float, max_concurrent: int
 ) -> Sequence[Exception | None]:
     timeout_s = max(0.0, min(SEND_TIMEOUT_S, until_s - anyio.current_time()))
+    errors: list[Exception | None] = [TimeoutError(f"no answer within {timeout_s:.3g} s")] * len(messages)
+    in_a_call = MESSAGES_PER_CALL if isinstance(backend, BatchQueueBackend) else len(messages)
+    calls = anyio.CapacityLimiter(min(MAX_BATCH_CALLS, max_concurrent))
+
+    async def send(start: int) -> None:
+        async with calls:
+            some = messages[start : start + in_a_call]
+            errors[start : start + in_a_call] = await send_all(backend, some, max_concurrent=max_concurrent)
+
     with anyio.move_on_after(timeout_s):
-        return await send_all(backend, messages, max_concurrent=max_concurrent)
-    return [TimeoutError(f"no answer within {timeout_s:.3g} s")] * len(messages)
+        async with anyio.create_task_group() as task_group:
+            for start in range(0, len(messages), in_a_call):
+                task_group.start_soon(send, start)
+    return errors

@@ -232,6 +232,22 @@ async def test_a_backend_that_takes_many_gets_those_of_a_queue_together_and_agai
     ]
 
 
+async def test_a_backend_that_takes_many_gets_up_to_a_hundred_in_a_call() -> None:
+    """A call carries as many jobs as its caller likes."""
+    sizes: list[int] = []
+
+    class Batches(InMemoryBackend):
+        async def send_messages(self, messages: Sequence[QueueMessage]) -> list[None]:
+            sizes.append(len(messages))
+            if messages[0].job_id == "100":
+                raise ConnectionError("this hundred")
+            return await super().send_messages(messages)
+
+    sent = await send(Batches(), [ended("q", str(n)) for n in range(250)], later(), max_attempts=1)
+    assert sorted(sizes) == [50, 100, 100]
+    assert [job.delivery is DeliveryStatus.DELIVERED for job in sent] == [not 100 <= n < 200 for n in range(250)]
+
+
 async def test_secrets_of_a_webhooks_address_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     queue = "https://user:password@example.com/hook?token=secret"
     await send(Unsteady({queue: [False]}), [ended(queue)], later())
