@@ -51,8 +51,9 @@ class WebhookBackend(ConnectedBackend):
     The host's name is looked up once for each connection, all its addresses must be public, and the connection uses
     the address that was checked. Redirects are not followed and proxies not used. `allow_private_addresses` allows
     private addresses and plain http, for receivers in your own network. At most 32 requests run at a time for each
-    host, and each takes at most `timeout_s`; a message that waits longer than 25 seconds less `timeout_s` for its turn
-    raises `NotSentError`. `resolve` replaces the system's look-up of names, `ssl_context` the trusted certificates.
+    host and 256 in all, and each takes at most `timeout_s`; a message that waits longer than 25 seconds less
+    `timeout_s` for its turn raises `NotSentError`. `resolve` replaces the system's look-up of names, `ssl_context` the
+    trusted certificates.
 
     Runs on asyncio and trio, in one event loop until `aclose`. Raises `ValueError` for invalid hosts and secrets.
     """
@@ -87,11 +88,13 @@ class WebhookBackend(ConnectedBackend):
 
     async def send_messages(self, messages: Sequence[QueueMessage]) -> list[Exception | None]:
         """Post messages, a request each, several at a time; returns the outcome of each."""
-        pool: httpcore.AsyncConnectionPool = await self._connection().get()
-        no_limit = anyio.CapacityLimiter(math.inf)  # each waits for its own host only
-        return await outcomes_of(lambda message: self._deliver(pool, message), messages, no_limit, math.inf)
+        pool, connections = await self._connection().get()
+        no_limit = anyio.CapacityLimiter(math.inf)  # each waits for its own host, and for a connection
+        return await outcomes_of(
+            lambda message: self._deliver(pool, connections, message), messages, no_limit, math.inf
+        )
 
-    async def _connect(self, stack: AsyncExitStack) -> httpcore.AsyncConnectionPool:
+    async def _connect(self, stack: AsyncExitStack) -> tuple[httpcore.AsyncConnectionPool, anyio.CapacityLimiter]:
         # httpx's own client would log the whole URL of each request, and cannot be told how to connect.
         pool = httpcore.AsyncConnectionPool(
             ssl_context=self._ssl_context or httpx.create_ssl_context(trust_env=False),
@@ -99,9 +102,12 @@ class WebhookBackend(ConnectedBackend):
             max_connections=MAX_CONNECTIONS,
             keepalive_expiry=KEEPALIVE_S,
         )
-        return await stack.enter_async_context(pool)
+        # As many tokens as connections: the timeout of a request starts when it has one.
+        return await stack.enter_async_context(pool), anyio.CapacityLimiter(MAX_CONNECTIONS)
 
-    async def _deliver(self, pool: httpcore.AsyncConnectionPool, message: QueueMessage) -> None:
+    async def _deliver(
+        self, pool: httpcore.AsyncConnectionPool, connections: anyio.CapacityLimiter, message: QueueMessage
+    ) -> None:
         url = self._urls.parse(message.queue_name)
         shown = shown_queue_name(message.queue_name)
         try:
@@ -109,8 +115,12 @@ class WebhookBackend(ConnectedBackend):
         except UnicodeEncodeError as error:
             raise UndeliverableError(f"{shown}: the message is no Unicode text: {error.reason}") from None
         limiter = self._limiters.setdefault(url.netloc, anyio.CapacityLimiter(MAX_REQUESTS_PER_HOST))
+        until_s = anyio.current_time() + ATTEMPT_S - self._timeout_s
         try:
-            async with hold(limiter, ATTEMPT_S - self._timeout_s, f"{shown}: too many messages wait for this host"):
+            async with (
+                hold(limiter, until_s - anyio.current_time(), f"{shown}: too many messages wait for this host"),
+                hold(connections, until_s - anyio.current_time(), f"{shown}: too many messages wait for other hosts"),
+            ):
                 status = await self._post(pool, url, message, body)
         except TimeoutError:
             raise QueueBackendError(f"{shown}: no answer within {self._timeout_s:g} s") from None

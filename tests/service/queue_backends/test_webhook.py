@@ -187,6 +187,26 @@ async def test_a_host_that_hangs_leaves_the_others_theirs(
     assert len(hanging.received) == 100
 
 
+async def test_hosts_that_take_all_connections_cost_the_others_no_attempt(
+    receiver: WebhookReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook, "MAX_CONNECTIONS", 1)
+    hanging = WebhookReceiver()
+    hanging.silent = Event()
+    hanging.start()
+    hosts = [f"127.0.0.1:{port}" for port in (receiver.port, hanging.port)]
+    backend = WebhookBackend(allowed_hosts=hosts, allow_private_addresses=True, timeout_s=2)
+    messages = [QueueMessage(url_of(each), "{}", "job") for each in (hanging, receiver, receiver)]
+    try:
+        first, *others = await backend.send_messages(messages)
+    finally:
+        hanging.silent.set()
+        await backend.aclose()
+        hanging.stop()
+    assert "no answer within 2 s" in str(first)
+    assert others == [None, None]
+
+
 class InGroups(Event):
     """Lets 10 requests through at a time, a while after the group before."""
 
