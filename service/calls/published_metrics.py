@@ -45,13 +45,15 @@ class PublishedMetrics:
         found: dict[str, str] = {}
         try:
             with anyio.fail_after(READ_TIMEOUT_S):
-                for process_id, (published_at, published) in (await self._store.items()).items():
-                    if published_at < self._clock() - STALE_S:
-                        await self._store.remove(process_id)
-                    else:
-                        found[process_id] = published
+                items = await self._store.items()
+                stale_before = self._clock() - STALE_S
+                found = {
+                    key: published for key, (published_at, published) in items.items() if published_at >= stale_before
+                }
+                for process_id in items.keys() - found.keys():
+                    await self._store.remove(process_id)
         except (JobStoreError, TimeoutError) as error:
-            logger.warning("The metrics of other processes could not be read: %s", error)
+            logger.warning("The metrics of other processes could not all be read, or forgotten: %s", error)
         return {**found, self.process_id: text}
 
     @asynccontextmanager

@@ -54,6 +54,19 @@ async def test_a_process_that_has_ended_is_forgotten(store: KeyValueStore) -> No
     assert await store.items() == {}
 
 
+async def test_processes_that_have_ended_cost_the_others_nothing_where_they_cannot_be_forgotten() -> None:
+    class KeepsAll(MemoryKeyValueStore):
+        async def remove(self, key: str) -> None:
+            raise JobStoreError("the store is busy")
+
+    clock, store = FakeClock(), KeepsAll()
+    ended, other, own = (PublishedMetrics(store, process_id=name, clock=clock) for name in ("ended", "other", "own"))
+    await ended.publish("a")
+    clock.now += STALE_S + 1
+    await other.publish("b")
+    assert await own.with_own("c") == {"other": "b", "own": "c"}
+
+
 async def test_a_process_publishes_when_it_begins_and_when_it_ends() -> None:
     store, texts = MemoryKeyValueStore(), iter(["first", "last"])
     published = PublishedMetrics(store, process_id="1")
