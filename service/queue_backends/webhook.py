@@ -25,6 +25,7 @@ MAX_REQUESTS_PER_HOST = 32  # at a time, so that a host that hangs does not bloc
 KEEPALIVE_S = 15.0
 
 _TRIED_AGAIN = {408, 425, 429}  # the 4xx answers that may differ for a later attempt
+_BROKEN_CONNECTION = (httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError)  # by a server's alert, too
 _READ_BODY_BYTES = 16_384
 _READ_BODY_S = 1.0
 
@@ -124,7 +125,7 @@ class WebhookBackend(ConnectedBackend):
                 status = await self._post(pool, url, message, body)
         except TimeoutError:
             raise QueueBackendError(f"{shown}: no answer within {self._timeout_s:g} s") from None
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+        except (*_BROKEN_CONNECTION, httpcore.TimeoutException) as error:
             raise QueueBackendError(f"{shown}: {type(error).__name__}: {error}") from error
         if not 200 <= status < 300:
             is_final = 400 <= status < 500 and status not in _TRIED_AGAIN
@@ -155,7 +156,7 @@ class WebhookBackend(ConnectedBackend):
                 )
             # Only the status counts; the body is read so that the connection can be used again.
             if _body_size(response) <= _READ_BODY_BYTES:
-                with anyio.move_on_after(_READ_BODY_S), suppress(httpcore.NetworkError, httpcore.ProtocolError):
+                with anyio.move_on_after(_READ_BODY_S), suppress(*_BROKEN_CONNECTION):
                     await response.aread()
             return response.status
 

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from threading import Event, Semaphore
@@ -436,6 +437,26 @@ async def test_certificates_are_checked_against_the_name_and_not_the_address(tmp
         await backend.aclose()
     assert len(receiver.received) == 1
     receiver.stop()
+
+
+async def test_a_server_that_refuses_the_connection_after_the_handshake_is_named(tmp_path: Path) -> None:
+    """As one that asks for a client's certificate: by TLS 1.3, the refusal comes in place of the answer."""
+    server_tls, client_tls = certificate_for("hooks.example", tmp_path)
+    server_tls.verify_mode = ssl.CERT_REQUIRED
+    receiver = WebhookReceiver(server_tls)
+    receiver.start()
+    backend = WebhookBackend(
+        allowed_hosts=[f"hooks.example:{receiver.port}"],
+        allow_private_addresses=True,
+        resolve=Names(["127.0.0.1"]),
+        ssl_context=client_tls,
+    )
+    try:
+        with pytest.raises(QueueBackendError, match=rf"https://hooks.example:{receiver.port}: .*Error"):
+            await backend.send_message(url_of(receiver, "hooks.example", "https"), "{}")
+    finally:
+        await backend.aclose()
+        receiver.stop()
 
 
 async def test_proxies_of_the_environment_are_not_used(
