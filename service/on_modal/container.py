@@ -11,6 +11,7 @@ import modal
 from anyio import to_thread
 
 from modalkit.batching import BatchRecord
+from modalkit.batching.errors import users_error
 from modalkit.batching.task_groups import plain_task_group
 from modalkit.pipelines import InferencePipeline
 from modalkit.service.calls.engine import CallOptions, MemoryKeyValueStore
@@ -219,8 +220,10 @@ async def keep_volumes_fresh(config: ModalConfig, pipeline: InferencePipeline, i
         try:
             if await to_thread.run_sync(config.reload_volumes):
                 await to_thread.run_sync(pipeline.on_volume_reload)
-        except Exception:
-            logger.exception("The pipeline could not take up what is new on the volumes")
+        except BaseException as error:
+            # The hook is a user's, and may raise anything.
+            failed = "The pipeline could not take up what is new on the volumes"
+            logger.exception(failed, exc_info=users_error(error))
 
 
 class Lifetime:

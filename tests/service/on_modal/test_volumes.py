@@ -11,6 +11,7 @@ from modalkit.service.on_modal.config import ModalConfig
 from modalkit.service.on_modal.container import keep_volumes_fresh
 from modalkit.service.settings import Settings
 from tests.support.length_model import LengthPipeline
+from tests.support.panic import Panic
 
 pytestmark = pytest.mark.anyio
 
@@ -45,7 +46,7 @@ class Refreshed(LengthPipeline):
         if len(self.refreshed) >= 3:
             self.enough.set()
         if len(self.refreshed) <= self.failures:
-            raise FileNotFoundError(str(Path("weights")))
+            raise FileNotFoundError(str(Path("weights"))) if len(self.refreshed) > 1 else Panic("out of bounds")
 
 
 async def refresh_three_times(config: ModalConfig, pipeline: Refreshed) -> None:
@@ -71,6 +72,7 @@ async def test_what_fails_is_logged_and_tried_again(caplog: pytest.LogCaptureFix
     await refresh_three_times(Reloadable(ConnectionError("Modal is away")), Refreshed(failures=2))
     assert caplog.text.count("could not take up what is new on the volumes") == 3
     assert "Modal is away" in caplog.text
+    assert "Panic: out of bounds" in caplog.text
     assert "FileNotFoundError: weights" in caplog.text
 
 
