@@ -119,9 +119,9 @@ request_seconds = _REQUEST.of
 job_age_seconds = _JOB_AGE.of
 """The histogram of a model and a status."""
 delivery_seconds = _DELIVERY.of
-"""The histogram of a model and an outcome, `delivered` or `undelivered`."""
+"""The histogram of a model and an outcome: `delivered`, `memory` or `undelivered`."""
 delivery_attempts = cache(_ATTEMPTS.labels)  # to find a counter by its labels takes longer than to add to it
-"""The counter of an outcome: `delivered`, `undelivered`, or `pending` for an attempt that is repeated."""
+"""The counter of an outcome: `delivered`, `memory`, `undelivered`, or `pending` for an attempt that is repeated."""
 
 
 class BatchMetrics:
