@@ -17,9 +17,9 @@ from modalkit.batching.failure_rate import FailureRate
 T = TypeVar("T")
 
 MIN_SINGLE_FAILURES = 8  # items that fail alone, without a success in between, before the failure is systemic
-MAX_SINGLE_FAILURES = 64  # the same, where most items have failed before
+MAX_SINGLE_FAILURES = 64  # the same, where most items have failed before; from then on batches are given up
 MAX_CHANCE = 1e-5  # a row of failures more likely than this, at the share of failing items before, is not systemic
-SINGLES_WHILE_SYSTEMIC = 2  # items of a batch that run alone while a systemic failure lasts
+SINGLES_OF_GIVEN_UP = 2  # items of a batch that run alone before the others are given up
 TIMEOUTS_UNTIL_SYSTEMIC = 3  # items that time out alone, without a success in between
 GOLDEN_SECTION = 0.618  # repeated steps of this share of a list visit all its regions
 
@@ -30,6 +30,9 @@ class FailureHistory:
     A failure is systemic when the last 2·⌈log2 n⌉ runs of a batch of n have failed, and eight items have failed alone.
     If most items failed before, it takes more than eight, so that a row of failures is hardly a coincidence. Any
     success ends a systemic failure.
+
+    That others fail does not prove that an item would. So in a systemic failure each item runs alone, until 64 in a row
+    have failed. From then on batches are given up after two: where everything fails, nothing is gained by more runs.
     """
 
     def __init__(self) -> None:
@@ -68,6 +71,11 @@ class FailureHistory:
         else:
             self.rate.record_failure(count, group_count)
 
+    @property
+    def gives_up(self) -> bool:
+        """Whether so many items failed alone that the others of a batch fail without a run of their own."""
+        return self.is_systemic and self._singles >= MAX_SINGLE_FAILURES
+
     def has_tried_enough(self, batch_count: int) -> bool:
         """Whether so many runs failed that only runs of single items can give more information."""
         return self.failures >= 2 * (batch_count - 1).bit_length()
@@ -96,9 +104,9 @@ class GroupTest(Generic[T]):
     """The search in one batch that failed. It says which items run next, and its callers record how each run ended.
 
     First record how the batch itself failed, then how each part of `next_part` ended. The search ends when a failing
-    item was found and something has succeeded, when all items have run, or when the failure is systemic. Then `failing`
+    item was found and something has succeeded, when all items have run, or when the batch is given up. Then `failing`
     are the items that failed alone, each with its error. `unresolved` are items that may be failing or not, and do not
-    run again because the failure is systemic. `untested` items may run again in another batch.
+    run again because the batch is given up. `untested` items may run again in another batch.
 
     A run that was too large says nothing about its items: its halves run one after the other. After a run that timed
     out each of its items runs alone. An item that is not `is_wanted` any more is dropped.
@@ -231,8 +239,8 @@ class GroupTest(Generic[T]):
     def _should_stop(self) -> bool:
         if self._times_out_systemically:
             return True
-        has_enough = self._singles >= min(SINGLES_WHILE_SYSTEMIC, self._count)
-        return self._history.is_systemic and not self._has_succeeded and has_enough
+        has_enough = self._singles >= min(SINGLES_OF_GIVEN_UP, self._count)
+        return self._history.gives_up and not self._has_succeeded and has_enough
 
     def _sample(self) -> list[T]:
         """Take some untested items, each time from another region; one item if larger groups failed often enough."""

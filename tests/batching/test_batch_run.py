@@ -110,14 +110,14 @@ async def test_when_everything_fails_all_get_an_error_that_may_be_no_fault_of_th
     model = Model()
     model.is_down = True
     async with BatchScheduler(model.run, cost_model=PaddedCostModel()) as scheduler:
-        first = await scheduler.submit_many(range(32))
-        assert len(model.runs) <= 2 * math.ceil(math.log2(32)) + 10
+        first = await scheduler.submit_many(range(64))
+        assert len(model.runs) <= 64 + 2 * math.ceil(math.log2(32)), "each alone, and few in larger parts"
         model.runs.clear()
         second = await scheduler.submit_many(range(320))
         assert len(model.runs) <= 3 * 10
         model.is_down = False
         assert await scheduler.submit_many(range(320)) == [Success(-item) for item in range(320)]
-        assert scheduler.statistics().failed == 352
+        assert scheduler.statistics().failed == 384
     for outcome in (*first, *second):
         assert isinstance(outcome, Failure)
         assert isinstance(outcome.error, ConnectionError)

@@ -1,6 +1,7 @@
 """What finding failing items costs, and that it finds exactly them, in one batch after the other."""
 
 import math
+import random
 from collections import deque
 from collections.abc import Callable
 
@@ -93,23 +94,35 @@ def test_one_failing_item_is_found_at_logarithmic_cost(case: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 32, 100, 256])
-def test_where_everything_fails_a_batch_is_given_up_soon_and_later_ones_at_once(most: int) -> None:
-    outcomes = Outcomes(20 * most, most, lambda _: True).run_all()
+def test_where_everything_fails_batches_are_given_up_after_64_items_alone(most: int) -> None:
+    outcomes = Outcomes(100 * most, most, lambda _: True).run_all()
     assert not outcomes.succeeded
-    assert outcomes.runs_of_batches[0] <= 2 * math.ceil(math.log2(most)) + 10
-    systemic_from = next(
-        index for index in range(len(outcomes.runs_of_batches)) if sum(outcomes.runs_of_batches[: index + 1]) >= 8
+    alone = [len(part) == 1 for part in outcomes.runs]
+    until_64 = next(index for index in range(len(alone)) if sum(alone[: index + 1]) == 64)
+    assert until_64 <= 64 + 2 * math.ceil(math.log2(most)) + 64 / most, "little more than one run for each of these"
+    given_up_from = next(
+        index for index in range(len(outcomes.runs_of_batches)) if sum(outcomes.runs_of_batches[: index + 1]) > until_64
     )
-    assert all(runs <= 3 for runs in outcomes.runs_of_batches[max(8, systemic_from) :])
+    assert all(runs <= 3 for runs in outcomes.runs_of_batches[given_up_from + 1 :])
     if most >= 8:
         assert not outcomes.failed, "whatever failed meanwhile may run again"
-        assert len(outcomes.runs_of_batches) == 20, "batches are whole again"
+        assert len(outcomes.runs_of_batches) == 100, "batches are whole again"
 
 
-def test_eight_items_of_a_systemic_failure_come_from_different_places() -> None:
+@pytest.mark.parametrize("most", [8, 32, 256])
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.8])
+def test_no_item_is_failed_by_others_however_many_fail_in_the_very_first_batch(share: float, most: int) -> None:
+    for seed in range(30):
+        chance = random.Random(seed)
+        failing = {item for item in range(most) if chance.random() < share}
+        outcomes = Outcomes(most, most, failing.__contains__).run_all()
+        assert sorted(outcomes.succeeded) == sorted(set(range(most)) - failing)
+        assert len(outcomes.runs) <= most + 2 * math.ceil(math.log2(most)) + 8
+
+
+def test_the_first_items_of_a_systemic_failure_come_from_different_places() -> None:
     outcomes = Outcomes(64, 64, lambda _: True).run_all()
-    alone = sorted(part[0] for part in outcomes.runs if len(part) == 1)
-    assert len(alone) == 8
+    alone = sorted([part[0] for part in outcomes.runs if len(part) == 1][:8])
     assert max(later - earlier for earlier, later in zip([*alone], [*alone[1:], 64], strict=True)) < 20
 
 
