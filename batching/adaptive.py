@@ -15,6 +15,8 @@ MAX_EXPLORATION_SHARE = 0.02  # of the running time that trials may lose
 MAX_CREDIT_BATCHES = 1024  # the credit for trials is limited to that of so many batches, or to the cost of a trial
 MIN_TRIAL_INTERVAL = 8  # batches between two trials
 MAX_TRIAL_INTERVAL = 1024
+TRIAL_FACTORS = (2.0, 1.5, math.inf)  # of the usual number of requests, in turn
+MIN_TRIAL_FACTOR = 1.25  # a smaller batch is no trial
 
 MAX_BULK_COST = 0.03  # of the bulk throughput that short batches may cost
 BULK_SMOOTHING = 1 / 32
@@ -119,7 +121,10 @@ class TokenLimit:
 
 
 class Exploration:
-    """Decides when a full batch is tried although smaller ones are predicted to be cheaper: costs may be wrong.
+    """Decides when a larger batch is tried although smaller ones are predicted to be cheaper: costs may be wrong.
+
+    Twice as many requests as usual, half as many more, and a full batch are tried in turn. Costs may have a cliff
+    anywhere between the usual number and the next larger one that ever ran; in between they are only interpolated.
 
     Every batch adds a share of its time to a credit. A trial is allowed once the credit covers its predicted loss, and
     its real loss is subtracted. After a trial that lost time, twice as many batches pass before the next one. So trials
@@ -131,6 +136,11 @@ class Exploration:
         self._refused_s = 0.0  # the predicted loss of the trial that was refused last
         self._interval = MIN_TRIAL_INTERVAL
         self._batches_to_trial = MIN_TRIAL_INTERVAL
+        self._trials = 0
+
+    def count(self, usual: int, limit: int) -> int:
+        """The requests of the next trial in place of a batch of `usual`, if batches may hold `limit`."""
+        return int(min(limit, usual * TRIAL_FACTORS[self._trials % len(TRIAL_FACTORS)]))
 
     @property
     def is_due(self) -> bool:
@@ -154,6 +164,7 @@ class Exploration:
 
     def record_trial(self, loss_s: float) -> None:
         """Take a trial into account that lost `loss_s` seconds; a negative loss is a gain."""
+        self._trials += loss_s > 0
         self._credit_s -= max(0.0, loss_s)
         self._refused_s = 0.0
         self._interval = min(2 * self._interval, MAX_TRIAL_INTERVAL) if loss_s > 0 else MIN_TRIAL_INTERVAL

@@ -70,7 +70,7 @@ class BatchFormer(Generic[RequestT]):
     def form(self, anchor: RequestT) -> Batch[RequestT]:
         """The batch around `anchor`."""
         if self.policy.max_batch_s is not None and (count := self._count_to_repeat(anchor, self.policy.max_batch_s)):
-            batch = self.form_full(anchor, count)
+            batch = self.form_full(anchor, count, is_timed=False)
             if len(batch.requests) == count:
                 return batch
         if not self.is_trusted:
@@ -133,10 +133,10 @@ class BatchFormer(Generic[RequestT]):
             return 0
         return count if self.cost_model.predict_s(count, anchor.size, count * anchor.size) > max_s else 0
 
-    def form_full(self, anchor: RequestT, count: int | None = None) -> Batch[RequestT]:
-        """The anchor with the requests of the most similar sizes, as many as the limits allow.
+    def form_full(self, anchor: RequestT, count: int | None = None, *, is_timed: bool = True) -> Batch[RequestT]:
+        """The anchor with the requests of the most similar sizes, as many as the limits allow, and at most `count`.
 
-        With a `count`, at most so many, whatever time they are predicted to take.
+        Unless it `is_timed`, they may be predicted to take any time.
         """
         limit, requests, longest, total = count or self.count_limit, [anchor], anchor.size, anchor.size
         sides = self._neighbours(anchor, limit - 1)
@@ -148,7 +148,7 @@ class BatchFormer(Generic[RequestT]):
                 side, sizes = runs[i]
                 if not _are_similar(anchor.size, sizes[0]):  # sizes in a run differ by less than a twentieth
                     continue
-                added = self._allowed(len(requests), longest, total, sizes, is_timed=count is None)
+                added = self._allowed(len(requests), longest, total, sizes, is_timed=is_timed)
                 was_refused = was_refused or not added
                 if added:
                     requests += side.take(added)

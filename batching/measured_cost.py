@@ -68,9 +68,10 @@ class MeasuredCostModel:
     less (Huber's weights, on the logarithm), and a fast one less still. The first batch of a number of requests, in
     each process and after `expect_first_runs`, does not count if it took six times the prediction: something may have
     been compiled for it. Several outliers in a row on the same side mean that the device has become slower or faster,
-    and scale all costs. Older batches fade exponentially. Calibrated shapes keep a small weight, for sizes that no
-    recent batch had. Before the first observation the predictions are those of `PaddedCostModel`, which have no
-    influence later. The model does no I/O and is not thread-safe.
+    and scale all costs; those of a number of requests that never took the predicted time do not count there, because
+    only the costs of that number may be wrong. Older batches fade exponentially. Calibrated shapes keep a small weight,
+    for sizes that no recent batch had. Before the first observation the predictions are those of `PaddedCostModel`,
+    which have no influence later. The model does no I/O and is not thread-safe.
     """
 
     def __init__(self, feature: CostFeature = CostFeature.PADDED) -> None:
@@ -89,6 +90,7 @@ class MeasuredCostModel:
         self._since_fit = 0
         self._outliers: list[float] = []  # the deviations of the last batches, outliers on the same side
         self._counts: set[int] = set()  # numbers of requests that have run
+        self._predictable: set[int] = set()  # those of batches that took about as long as predicted
         self._error = self._time_to_learn_s = 0.0
         self._deviations = Deviations()
         self._use(self._assumed_costs())
@@ -129,7 +131,10 @@ class MeasuredCostModel:
         if self.observed >= SETTLED_AFTER:
             tokens = count * longest if self._is_padded else total
             self._deviations.add((count, _tokens_key(tokens)), deviation, self._error)
-        self._detect_change(deviation)
+        if abs(deviation) < OUTLIER_LOG_RATIO:
+            self._predictable.add(count)
+        if count in self._predictable:
+            self._detect_change(deviation)
         weight = 1.0 if self.observed < REFIT_EVERY else _weight_of(deviation)
         # Instead of reducing the weight of all old batches, increase that of the new one: less to compute.
         self._newest_weight *= 1 + 1 / MEMORY_BATCHES
@@ -168,6 +173,7 @@ class MeasuredCostModel:
         if not 0 < elapsed_s < math.inf:
             raise ValueError(f"elapsed_s must be a positive time, got {elapsed_s!r}")
         self._counts.add(count)
+        self._predictable.add(count)
         self._first_count = 0
         features = self._features(count, longest, total)
         self._kept.add(features, elapsed_s, KEPT_WEIGHT)
@@ -198,6 +204,7 @@ class MeasuredCostModel:
             "first": [self._first_count, self._first_runs],
             "kept": self._kept.state(),
             "recent": self._recent.state(),
+            "predictable": sorted(self._predictable),
             "newest_weight": self._newest_weight,
             "error": self._error,
             "deviations": self._deviations.state(),
@@ -214,6 +221,7 @@ class MeasuredCostModel:
             observed, newest_weight = int(state["observed"]), float(state["newest_weight"])
             largest_count, mean_error = int(state["largest_count"]), float(state["error"])
             first_count, first_runs = map(int, state.get("first", (0, 0)))
+            predictable = set(map(int, state.get("predictable", ())))
             kept = NormalEquations.from_state(state["kept"], FEATURES)
             recent = NormalEquations.from_state(state["recent"], FEATURES)
             deviations = Deviations.from_state(state["deviations"])
@@ -230,7 +238,7 @@ class MeasuredCostModel:
         self.observed, self._newest_weight, self._kept, self._recent = observed, newest_weight, kept, recent
         self.largest_count, self._error, self._deviations = largest_count, mean_error, deviations
         self._first_count, self._first_runs = first_count, first_runs
-        self._outliers, self._counts, self._time_to_learn_s = [], set(), 0.0
+        self._outliers, self._counts, self._predictable, self._time_to_learn_s = [], set(), predictable, 0.0
         if observed:
             self._fit()
         else:

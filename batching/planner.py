@@ -5,7 +5,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Generic
 
-from modalkit.batching.adaptive import Arrivals, BulkTimeLimit, DrainRate, Exploration, TokenLimit
+from modalkit.batching.adaptive import (
+    MIN_TRIAL_FACTOR,
+    Arrivals,
+    BulkTimeLimit,
+    DrainRate,
+    Exploration,
+    TokenLimit,
+)
 from modalkit.batching.cost import CostModel
 from modalkit.batching.errors import DeadlineUnreachableError, QueueFullError, QueueSlowError, users_error
 from modalkit.batching.forming import BatchFormer
@@ -264,22 +271,20 @@ class BatchPlanner(Generic[RequestT]):
         return short
 
     def _trial_if_due(self, batch: Batch[RequestT], device: "_Device[RequestT]") -> Batch[RequestT]:
-        """The batch, or now and then a full one in its place, to see whether that is as slow as predicted."""
-        limit = device.former.count_limit
-        if (
-            not device.exploration.is_due
-            or 2 * len(batch.requests) > limit
-            or self.queue.waiting(batch.priority) < limit
-        ):
+        """The batch, or now and then a larger one in its place, to see whether that is as slow as predicted."""
+        usual, limit, exploration = len(batch.requests), device.former.count_limit, device.exploration
+        if not exploration.is_due:
             return batch
-        full = device.former.form_full(batch.requests[0])
-        baseline_s = batch.predicted_s / batch.total * full.total
-        loss_s = full.predicted_s - baseline_s
+        count = exploration.count(usual, limit)
+        if not MIN_TRIAL_FACTOR * usual <= count <= self.queue.waiting(batch.priority):
+            return batch
+        larger = device.former.form_full(batch.requests[0], count)
+        baseline_s = batch.predicted_s / batch.total * larger.total
+        loss_s = larger.predicted_s - baseline_s
+        is_large = len(larger.requests) >= MIN_TRIAL_FACTOR * usual  # else too few of similar sizes wait
         is_acceptable = batch.priority is Priority.BULK or loss_s <= batch.predicted_s
-        # Where its time or tokens are limited, one that is twice as large as usual has to do.
-        is_large = 2 * len(full.requests) > limit or len(full.requests) >= 2 * len(batch.requests)
-        if is_large and is_acceptable and device.exploration.allow(loss_s):
-            return replace(full, baseline_s=baseline_s)
+        if is_large and is_acceptable and exploration.allow(loss_s):
+            return replace(larger, baseline_s=baseline_s)
         return batch
 
     def _take(self, batch: Batch[RequestT], device: int) -> Batch[RequestT]:

@@ -111,6 +111,15 @@ def test_a_trial_that_gained_time_is_repeated_soon() -> None:
     assert exploration.allow(0.0)
 
 
+def test_twice_the_usual_number_half_as_many_more_and_a_full_batch_are_tried_in_turn() -> None:
+    exploration, counts = Exploration(), list[int]()
+    for loss_s in (1.0, -1.0, 1.0, 1.0, 1.0):
+        counts.append(exploration.count(32, 256))
+        exploration.record_trial(loss_s)
+    assert counts == [64, 48, 48, 256, 64], "what gained time is tried once more"
+    assert exploration.count(200, 256) == 256
+
+
 def test_bulk_batches_do_not_become_ever_shorter_where_there_is_nothing_to_shorten() -> None:
     limit = BulkTimeLimit()
     lone = Batch([Request(0, 100, BULK)], BULK, DispatchReason.IDLE, 100, 100, 0.1)

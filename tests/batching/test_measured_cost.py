@@ -84,6 +84,23 @@ def test_it_follows_a_device_that_becomes_five_times_as_slow() -> None:
     assert errors(model, lambda n, size: 5 * cpu(n, size))[100] < 0.15
 
 
+def test_numbers_of_requests_that_were_never_as_predicted_say_nothing_about_the_device() -> None:
+    """Beyond a cliff the costs are wrong; those below it are not, and the scheduler would leave that size for good."""
+    model = taught(cpu)
+    before_s = model.predict_s(8, 32, 256)
+    for count in (100, 100, 90, 90, 110, 110, 120, 120):
+        model.observe(count, 32, count * 32, 3 * model.predict_s(count, 32, count * 32))
+    assert model.predict_s(8, 32, 256) == pytest.approx(before_s, rel=0.3)
+
+
+def test_a_device_that_is_slower_than_when_the_costs_were_learnt_is_followed() -> None:
+    model, restored = taught(cpu), MeasuredCostModel()
+    restored.restore(json.loads(json.dumps(model.state())))
+    for count, size in batches(20, seed=3):
+        restored.observe(count, size, count * size, 5 * cpu(count, size))
+    assert errors(restored, lambda n, size: 5 * cpu(n, size))[100] < 0.15
+
+
 def test_calibrated_shapes_are_remembered_for_sizes_that_no_batch_has_lately_had() -> None:
     model = MeasuredCostModel()
     for count, size in [(1, 8), (1, 64), (1, 256), (8, 8), (8, 64), (8, 256), (32, 64)]:

@@ -3,11 +3,21 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
+from modalkit.batching import BatchPlanner, BatchPolicy, MeasuredCostModel
 from modalkit.benchmarks.simulate.devices import make_device
 from modalkit.benchmarks.simulate.mix import mix
-from modalkit.benchmarks.simulate.regret import ALL_ITEMS, FIRST_ITEMS, backlog_share, cases, mean_regret, regret
+from modalkit.benchmarks.simulate.regret import (
+    ALL_ITEMS,
+    FIRST_ITEMS,
+    backlog_s,
+    backlog_share,
+    cases,
+    mean_regret,
+    regret,
+)
 from modalkit.benchmarks.simulate.structures import Structure, fixed_s, linear
 from modalkit.benchmarks.simulate.tables import CPU
 
@@ -55,6 +65,20 @@ def test_structures_that_nothing_was_tuned_on_do_as_well(seconds: Callable[[int,
 def test_a_sudden_cliff_costs_less_than_half() -> None:
     structure = Structure("cliff", _ten_times_at_a_thousand)
     assert backlog_share(structure, "texts", ALL_ITEMS, 1)[0] >= 0.5
+
+
+@pytest.mark.parametrize("beyond", [64, 100])
+@pytest.mark.parametrize("factor", [2, 4])
+def test_the_number_below_a_cliff_is_found_where_batches_may_hold_many_more(beyond: int, factor: int) -> None:
+    """Batches grew from 8 to 32 and 128, so none ran between the last two."""
+
+    def seconds(count: int, longest: int, total: int) -> float:
+        return (0.01 + 0.001 * count) * (factor if count > beyond else 1)
+
+    items = 20_000
+    planner = BatchPlanner(BatchPolicy(max_batch_size=256, max_queue_items=items), MeasuredCostModel())
+    ours_s, _ = backlog_s(planner, Structure("cliff", seconds), np.ones(items, dtype=np.int64), 1)
+    assert items / beyond * seconds(beyond, 1, beyond) / ours_s >= 0.9
 
 
 def test_jobs_and_interactive_requests_share_the_measured_cpu() -> None:
