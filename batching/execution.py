@@ -1,5 +1,6 @@
 """Runs batches for the scheduler: in threads, within the time limit, with stages that may overlap."""
 
+import asyncio
 import inspect
 import logging
 import math
@@ -18,6 +19,8 @@ from modalkit.batching.errors import (
     InputsMovedError,
     OutputCountError,
     SchedulerClosedError,
+    as_exception,
+    users_error,
 )
 from modalkit.batching.stages import RunBatch, Stages, StageSeconds
 from modalkit.batching.task_groups import await_users_code
@@ -289,6 +292,14 @@ class Executor(Generic[T, R]):
         except Exception as error:  # noqa: BLE001  # user code may raise anything; the items get it as their error
             # It is returned, so that no frame of its traceback refers to the requests that will refer to it.
             return [*ended, (error, None)]
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or not self.is_async or anyio.current_effective_deadline() == -math.inf:
+                raise
+            # No cancel scope cancelled this task, so it was users' code that ran in it.
+            while task.uncancel():
+                pass
+            return [*ended, (as_exception(error), None)]
         return [*ended]
 
     async def _run_in_time(self, batches: Sequence[list[T]], ended: list[Ended[R]]) -> None:
@@ -410,7 +421,12 @@ def checked_outputs(outputs: Any, count: int) -> list[Any]:
     """The outputs as a list. Raises `OutputCountError` unless they are a sequence of `count`."""
     if not isinstance(outputs, Sequence) or isinstance(outputs, str | bytes):
         raise OutputCountError(count, f"an object of type {type(outputs).__name__}")
-    listed = list(outputs)  # a user's sequence may be lazy or report a wrong length
+    try:
+        listed = list(outputs)  # a user's sequence may be lazy or report a wrong length
+    except Exception:
+        raise
+    except BaseException as error:
+        raise users_error(error) from error
     if len(listed) != count:
         raise OutputCountError(count, f"{len(listed)} outputs")
     return listed

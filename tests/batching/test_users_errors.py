@@ -2,13 +2,15 @@
 
 import asyncio
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import anyio
 import pytest
 import trio
 from anyio import sleep_forever
 
-from modalkit.batching import BatchRecord, BatchScheduler, Outcome, PaddedCostModel, Success
+from modalkit.batching import BatchRecord, BatchScheduler, Failure, Outcome, PaddedCostModel, Success
 from modalkit.batching.errors import users_error
 from modalkit.batching.task_groups import await_users_code
 from tests.support.panic import Panic
@@ -131,6 +133,54 @@ async def test_a_panic_in_any_function_of_a_user_ends_nothing_else() -> None:
         await heard.wait()
         assert await scheduler.submit_many([1, 2]) == [Success(1), Success(2)]
         assert not scheduler.is_broken
+
+
+class Lazy(Sequence[int]):
+    """Outputs that are computed when they are read."""
+
+    def __init__(self, items: list[int]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self.items[index] == 5:
+            raise Panic("cannot compute")
+        return self.items[index]
+
+
+@pytest.mark.anyio
+async def test_a_panic_where_outputs_are_read_in_the_event_loop_fails_their_item_alone() -> None:
+    async def run(items: list[int]) -> Lazy:
+        return Lazy(items)
+
+    async with BatchScheduler(run) as scheduler:
+        outcomes = await scheduler.submit_many(range(4, 8))
+        assert await scheduler.submit(1) == 1
+    assert [type(outcome) for outcome in outcomes] == [Success, Failure, Success, Success]
+
+
+def test_a_batch_that_cancels_its_own_task_fails_and_ends_nothing_else() -> None:
+    """As libraries do that bring their own time limits: they cancel the task that they run in."""
+
+    async def run(items: list[int]) -> list[int]:
+        if 5 in items:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(0)
+        return items
+
+    async def main() -> list[Outcome[int]]:
+        async with BatchScheduler(run, batch_timeout_s=60) as scheduler:
+            outcomes = await scheduler.submit_many(range(4, 8))
+            assert await scheduler.submit(1) == 1
+            return outcomes
+        raise AssertionError("the block was left without an error")
+
+    outcomes = asyncio.run(main())
+    assert [type(outcome) for outcome in outcomes] == [Success, Failure, Success, Success]
 
 
 @pytest.mark.anyio
