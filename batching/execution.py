@@ -222,20 +222,30 @@ class Executor(Generic[T, R]):
 
     @asynccontextmanager
     async def _alone(self, use: DeviceUse, timeout_s: float | None) -> AsyncGenerator[bool]:
-        """Use the device while no other one does, once it is prepared; yields whether it is ready in that time."""
+        """Use the device while no other one does, once it is prepared; yields whether it is ready in that time.
+
+        Without a time it is prepared once, else until it is ready or this executor is retired.
+        """
         async with AsyncExitStack() as used:
-            is_ready = True
-            try:
-                with anyio.fail_after(timeout_s):
-                    await used.enter_async_context(use.alone())
-                    if self.must_prepare:
-                        async with self._main_lock:
-                            await self._main.run(use.preparation.run)
-                        use.preparation.on_ready()
-            except Exception:
-                logger.exception("%s: device %d cannot run batches now; trying again later", self._name, self.device)
-                is_ready = False
+            is_ready = False
+            with anyio.move_on_after(timeout_s):
+                await used.enter_async_context(use.alone())
+                is_ready = await self._has_prepared(use)
+                while not is_ready and timeout_s is not None and not self.is_retired:
+                    is_ready = await self._has_prepared(use)
             yield is_ready
+
+    async def _has_prepared(self, use: DeviceUse) -> bool:
+        """Prepare the device, unless it is ready; returns whether it is. An error is logged."""
+        try:
+            if self.must_prepare:
+                async with self._main_lock:
+                    await self._main.run(use.preparation.run)
+                use.preparation.on_ready()
+        except Exception:
+            logger.exception("%s: device %d cannot run batches now; trying again later", self._name, self.device)
+            return False
+        return True
 
     async def attempt(
         self, batches: Sequence[list[T]], progress: "Progress | None" = None

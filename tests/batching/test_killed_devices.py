@@ -13,6 +13,7 @@ from modalkit.batching import (
     BatchScheduler,
     BatchTimeoutError,
     Failure,
+    Outcome,
     PaddedCostModel,
     Preparation,
     RunBatch,
@@ -169,3 +170,28 @@ async def test_an_item_that_kills_its_process_alone_is_not_tried_again() -> None
         with pytest.raises(ConnectionError):
             await scheduler.submit(7)
     assert process.kills == [[7]]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("max_in_flight", "killers"), [(1, set(range(48))), (2, {0, 17, 30, 31})])
+async def test_items_that_kill_their_process_fail_where_it_starts_only_at_the_third_attempt(
+    max_in_flight: int, killers: set[int]
+) -> None:
+    """As where its memory is not free at once: a batch that waited for one attempt only would run whole for ever."""
+
+    class Slow(Process):
+        attempts = 0
+
+        def start(self) -> None:
+            self.attempts += 1
+            if self.attempts % 3:
+                raise OSError("the memory of the device is not free yet")
+            super().start()
+
+    process = Slow(killers)
+    outcomes = list[Outcome[int]]()
+    with anyio.move_on_after(10):
+        async with scheduler_on(process, max_in_flight=max_in_flight, max_batch_size=4) as scheduler:
+            outcomes += await scheduler.submit_many(range(48))
+    assert len(outcomes) == 48, "it came to an end"
+    assert {item for item, outcome in enumerate(outcomes) if isinstance(outcome, Failure)} == killers
