@@ -35,6 +35,8 @@ P = ParamSpec("P")
 
 MAX_PREPARE_S = 300.0
 """Seconds that the items of a failed batch wait for their device; then other devices may run them."""
+MAX_SYSTEMIC_SEARCH_S = 60.0
+"""Seconds that the failing items of a batch are searched for where nothing succeeds; then it is given up."""
 CANCELLED = Failure(BatchingError("its caller was cancelled"))
 """The outcome of a request whose caller no longer waits."""
 
@@ -158,8 +160,9 @@ class BatchRunner(Generic[T, R]):
             logger.warning(
                 "%s: %s; such a batch runs again in parts, so nothing is gained by batches", self._name, error
             )
+        late_s = self.now() + MAX_SYSTEMIC_SEARCH_S
         # All items of a batch wait for a device that was not ready: one of them may be the cause, and harm others too.
-        while not executor.is_retired and (part := test.next_part()):
+        while not executor.is_retired and (part := test.next_part(is_late=self.now() >= late_s)):
             outputs, seconds = await executor.attempt_alone([request.payload for request in part], MAX_PREPARE_S)
             if isinstance(outputs, BatchDeferredError):
                 break

@@ -33,6 +33,7 @@ class FailureHistory:
 
     That others fail does not prove that an item would. So in a systemic failure each item runs alone, until 64 in a row
     have failed. From then on batches are given up after two: where everything fails, nothing is gained by more runs.
+    A search that takes long is given up before, because to fail may be slow, or end the process of a device.
     """
 
     def __init__(self) -> None:
@@ -129,7 +130,7 @@ class GroupTest(Generic[T]):
         # was so alone, and of each that is no cause.
         self._too_large: list[list[T]] = []
         self._too_large_alone, self._fitting = set[int](), set[int]()
-        self._is_over = False
+        self._is_over = self._is_late = False
         self._has_succeeded = False
         self._singles = self._timeouts = 0  # items of this batch that failed alone, and that timed out alone
 
@@ -139,8 +140,12 @@ class GroupTest(Generic[T]):
         is_full = self._history.too_large >= MIN_SINGLE_FAILURES
         return not self._has_succeeded and (self._history.is_systemic or self._times_out_systemically or is_full)
 
-    def next_part(self) -> list[T]:
-        """The items to run next; empty when the search is over."""
+    def next_part(self, *, is_late: bool = False) -> list[T]:
+        """The items to run next; empty when the search is over.
+
+        A search that `is_late` is given up in any systemic failure, be it before 64 items have failed alone.
+        """
+        self._is_late = is_late
         self._drop_unwanted()
         self._running, self._rest_of_group, self._group_count = [], [], len(self._group)
         if self._should_stop():
@@ -239,8 +244,9 @@ class GroupTest(Generic[T]):
     def _should_stop(self) -> bool:
         if self._times_out_systemically:
             return True
+        gives_up = self._history.gives_up or (self._is_late and self._history.is_systemic)
         has_enough = self._singles >= min(SINGLES_OF_GIVEN_UP, self._count)
-        return self._history.gives_up and not self._has_succeeded and has_enough
+        return gives_up and not self._has_succeeded and has_enough
 
     def _sample(self) -> list[T]:
         """Take some untested items, each time from another region; one item if larger groups failed often enough."""

@@ -57,9 +57,9 @@ class BatchScheduler(AsyncContextManagerMixin, Generic[T, R]):
     one warning is logged. Batches are formed by `cost_model`, by default a `MeasuredCostModel`.
 
     If a batch fails, its failing items are searched for and fail alone; the other items run again in later batches.
-    Where nothing succeeds any more, the `Failure` of each item `is_systemic`, and once 64 items in a row have failed
-    alone, batches are given up after three runs. A batch whose error `is_too_large` accepts is halved until its parts
-    fit, and later batches stay below that size for a while.
+    Where nothing succeeds any more, the `Failure` of each item `is_systemic`. Once 64 items in a row have failed alone,
+    batches are given up after three runs; before, after a minute in which eight have. A batch whose error
+    `is_too_large` accepts is halved until its parts fit, and later batches stay below that size for a while.
     `on_batch` gets the record of each batch, in the event loop; an exception that it raises is logged.
 
     Each accepted request gets exactly one outcome: a result, its own error, or cancellation. An exception of

@@ -20,6 +20,7 @@ from modalkit.batching import (
     PaddedCostModel,
     Priority,
     Success,
+    batch_run,
 )
 from tests.support.panic import Panic
 
@@ -122,6 +123,18 @@ async def test_when_everything_fails_all_get_an_error_that_may_be_no_fault_of_th
         assert isinstance(outcome, Failure)
         assert isinstance(outcome.error, ConnectionError)
         assert outcome.is_systemic
+
+
+async def test_where_everything_fails_slowly_a_batch_is_given_up_after_eight_items_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batch_run, "MAX_SYSTEMIC_SEARCH_S", 0.0)
+    model = Model()
+    model.is_down = True
+    async with BatchScheduler(model.run, cost_model=PaddedCostModel()) as scheduler:
+        outcomes = await scheduler.submit_many(range(32))
+    assert len(model.runs) <= 8 + 2 * math.ceil(math.log2(32))
+    assert all(isinstance(outcome, Failure) and outcome.is_systemic for outcome in outcomes)
 
 
 async def test_one_that_hangs_among_many_costs_one_error() -> None:
