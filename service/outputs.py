@@ -40,6 +40,16 @@ def output_json(output: InferenceOutputModel) -> bytes:
         raise OutputNotJsonError(users_error(error)) from error
 
 
+def part_json(part: object) -> bytes:
+    """A value that an output holds as JSON, as `output_json` writes it. Raises `OutputNotJsonError`."""
+    try:
+        content = to_json(part, inf_nan_mode="null", fallback=plain_value)
+        _check_readable(content)
+    except BaseException as error:
+        raise OutputNotJsonError(users_error(error)) from error
+    return content
+
+
 def outputs_json(outputs: Iterable[InferenceOutputModel]) -> list[bytes | OutputNotJsonError]:
     """What `output_json` returns or raises for each output; all are searched for constants at once, which is faster."""
     contents = [_or_error(_written, output) for output in outputs]
@@ -60,9 +70,14 @@ def _written(output: InferenceOutputModel) -> bytes:
         content = output.__pydantic_serializer__.to_json(output, fallback=plain_value)  # what it does, in half the time
     else:
         content = output.model_dump_json(fallback=plain_value).encode()
+    _check_readable(content)
+    return content
+
+
+def _check_readable(content: bytes) -> None:
+    """Raise `ValueError` for JSON that readers refuse."""
     if may_be_refused(content):
         from_json(b"[" * MAX_WRAPPERS + content + b"]" * MAX_WRAPPERS)
-    return content
 
 
 def _may_hold_constants(content: bytes) -> bool:

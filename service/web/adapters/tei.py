@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
-from pydantic_core import to_json
 
 from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.gateway import Model
+from modalkit.service.outputs import part_json
 from modalkit.service.settings import KeyScope
 from modalkit.service.web.adapters.tasks import CLASSIFICATION, EMBEDDING, MAX_TEXTS, RERANKING, Task
 from modalkit.service.web.admission import Admission
@@ -112,7 +112,7 @@ def add_tei_routes(routes: RouteTable, models: Mapping[str, Model], admission: A
         top_k = None if asked.parameters is None else asked.parameters.top_k
 
         def write(output: InferenceOutputModel) -> bytes:
-            return to_json(_sorted_labels(getattr(output, CLASSIFICATION.gives))[:top_k])
+            return part_json(_sorted_labels(getattr(output, CLASSIFICATION.gives))[:top_k])
 
         answers = await admission.map(partial(map, write), outputs)
         is_single = asked.parameters is None and isinstance(texts[0], str)
@@ -127,7 +127,7 @@ def add_tei_routes(routes: RouteTable, models: Mapping[str, Model], admission: A
 
         def write(output: InferenceOutputModel) -> bytes:
             vector: list[float] = getattr(output, EMBEDDING.gives)
-            return to_json(_normalized(vector) if asked.normalize else vector)
+            return part_json(_normalized(vector) if asked.normalize else vector)
 
         return list_response(await admission.map(partial(map, write), outputs))
 
@@ -142,7 +142,7 @@ def add_tei_routes(routes: RouteTable, models: Mapping[str, Model], admission: A
             | ({"text": asked.texts[index]} if asked.return_text else {})
             for index, output in enumerate(outputs)
         ]
-        return DirectResponse(to_json(sorted(ranks, key=lambda rank: rank["score"], reverse=True)))
+        return DirectResponse(part_json(sorted(ranks, key=lambda rank: rank["score"], reverse=True)))
 
     known: list[tuple[Task, str, type[BaseModel], Any, Endpoint]] = [
         (CLASSIFICATION, "/predict", PredictRequest, list[Prediction] | list[list[Prediction]], tei_predict),

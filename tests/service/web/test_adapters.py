@@ -2,20 +2,24 @@
 
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
+import numpy as np
 import pytest
 from anyio import to_thread
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
+from pydantic import BaseModel
 
+from modalkit.pipelines import InferenceOutputModel
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.settings import ADAPTERS, Adapter, Settings
 from modalkit.service.web import create_app
+from modalkit.testing import client_of
 from tests.support.http_client import assert_problem
 from tests.support.http_server import serving
-from tests.support.task_pipelines import LIMIT
+from tests.support.task_pipelines import LIMIT, AllTasksPipeline
 
 pytestmark = pytest.mark.anyio
 
@@ -31,6 +35,27 @@ def make_settings(**entries: Any) -> Settings:
         app_settings={"async_config": {"store": "memory"}, "batch_config": {"calibration": {"enabled": False}}},
         model_settings={"model_entries": entries},
     )
+
+
+class LooseAnswer(InferenceOutputModel):
+    scores: Any
+    embedding: Any
+    score: Any
+
+
+class NumbersPipeline(AllTasksPipeline):
+    """Answers with numbers of NumPy, of which JSON lacks one, and the text ``object`` with what is no JSON."""
+
+    output_model: ClassVar[type[InferenceOutputModel]] = LooseAnswer
+
+    def run_inference(self, input_list: list[BaseModel]) -> list[InferenceOutputModel]:
+        half, nan = np.float32(0.5), np.float32("nan")
+        return [
+            LooseAnswer(scores={"a": object()}, embedding=[object()], score=object())
+            if getattr(item, "text", "") == "object"
+            else LooseAnswer(scores={"a": half, "b": nan}, embedding=np.array([half, nan]), score=nan)
+            for item in input_list
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +197,33 @@ async def test_of_many_wrong_texts_the_first_is_explained(
     many = {key: value * 4 if isinstance(value, list) else value for key, value in body.items()}
     explained = assert_problem(await client.post(path, json=many), 422)["errors"]
     assert [error["field"] for error in explained] == [error["field"] for error in one["errors"]]
+
+
+async def test_outputs_are_written_for_clients_of_other_servers_as_for_ours() -> None:
+    """NumPy's numbers as those of JSON, what JSON lacks as null, and what is no JSON is the pipeline's error."""
+    asked: list[tuple[str, dict[str, Any], Any]] = [
+        (
+            "/predict",
+            {"inputs": "a", "parameters": {}},
+            [[{"label": "a", "score": 0.5}, {"label": "b", "score": None}]],
+        ),
+        ("/embed", {"inputs": "a"}, [[0.5, None]]),
+        ("/embed", {"inputs": "a", "normalize": True}, [[None, None]]),
+        ("/rerank", {"query": "a", "texts": ["a"]}, [{"index": 0, "score": None}]),
+    ]
+    failing: list[tuple[str, dict[str, Any]]] = [
+        ("/predict", {"inputs": "object"}),
+        ("/embed", {"inputs": "object"}),
+        ("/rerank", {"query": "a", "texts": ["object"]}),
+    ]
+    entry = {"pipeline": f"{__name__}:NumbersPipeline"}
+    async with client_of(LocalGateway(make_settings(numbers=entry))) as client:
+        for path, body, answer in asked:
+            response = await client.post(path, json=body)
+            assert (response.status_code, response.json()) == (200, answer), path
+        for path, body in failing:
+            problem = assert_problem(await client.post(path, json=body), 500)
+            assert problem["type"] == "urn:problem-type:modalkit:output-not-json", path
 
 
 async def test_an_adapter_has_no_routes_without_a_model_that_fits_and_none_when_it_is_switched_off() -> None:
