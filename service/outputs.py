@@ -30,8 +30,8 @@ def output_json(output: InferenceOutputModel) -> bytes:
 
     NumPy's scalars and arrays and torch's tensors become numbers and lists.
 
-    Raises `OutputNotJsonError` for an output that cannot be written, or that readers of JSON refuse: one nested deeper
-    than 196 levels, or with an integer of more than 4,300 digits.
+    Raises `OutputNotJsonError` for an output that cannot be written, or is no object, or that readers of JSON refuse:
+    one nested deeper than 196 levels, or with an integer of more than 4,300 digits.
     """
     try:
         return with_nulls(_written(output))
@@ -69,7 +69,10 @@ def _written(output: InferenceOutputModel) -> bytes:
     if type(output).model_dump_json is _DUMP_JSON:
         content = output.__pydantic_serializer__.to_json(output, fallback=plain_value)  # what it does, in half the time
     else:
-        content = output.model_dump_json(fallback=plain_value).encode()
+        # Anew, because lines of streams hold it beside other fields: it must be one object, without line breaks.
+        content = to_json(from_json(output.model_dump_json(fallback=plain_value)))
+    if content[:1] != b"{":
+        raise TypeError("an output must be an object")
     _check_readable(content)
     return content
 

@@ -170,7 +170,7 @@ class PredictionStream:
         while (indices := self._ready()) and size_bytes <= WRITE_BYTES:
             outcomes = [self._done.pop(index) for index in indices]
             slots = outcomes_json(outcomes, slot_json)
-            answers += [b'{"index":%d,%s\n' % (index, slot[1:]) for index, slot in zip(indices, slots, strict=True)]
+            answers += map(_line, indices, slots)
             size_bytes += sum(map(len, slots))
             self._next += len(indices)
         if answers:
@@ -185,6 +185,10 @@ class PredictionStream:
         if self._options.ordered:
             return list(takewhile(self._done.__contains__, range(self._next, self._next + WRITE_ITEMS)))
         return list(islice(self._done, WRITE_ITEMS))
+
+
+def _line(index: int, slot: bytes) -> bytes:
+    return b'{"index":%d%b%b\n' % (index, b"" if slot == b"{}" else b",", slot[1:])
 
 
 def _of_one_model(asked: Sequence[_Asked]) -> int:

@@ -65,6 +65,24 @@ def test_each_of_many_outputs_is_written_as_it_is_alone() -> None:
     assert outputs_json([]) == []
 
 
+class Own(InferenceOutputModel):
+    """Writes itself as the text that it is made of."""
+
+    text: str
+
+    def model_dump_json(self, **_: Any) -> str:
+        return self.text
+
+
+def test_what_a_models_own_method_writes_is_one_object_on_one_line() -> None:
+    """Else it would break the lines of streams, which hold it beside other fields."""
+    assert output_json(Own(text=' {\n "x": "a\\nb",\r\n "y": NaN }\n')) == b'{"x":"a\\nb","y":null}'
+    assert output_json(Own(text="{ }")) == b"{}"
+    for text in ("[1, 2]", "1", '"{}"', "", "{} {}", '{"x": 1'):
+        with pytest.raises(OutputNotJsonError):
+            output_json(Own(text=text))
+
+
 class Scores(InferenceOutputModel):
     best: float
     count: int

@@ -11,6 +11,7 @@ OBJECT = "object"
 NAN = "nan"
 SURROGATE = "surrogate"
 MUTE = "mute"
+BARE = "bare"
 
 
 class MuteError(Exception):
@@ -20,8 +21,17 @@ class MuteError(Exception):
         raise RuntimeError("not even this")
 
 
+class Bare(Length):
+    """An output without what was not given."""
+
+    length: int = 0
+
+    def model_dump_json(self, **options: Any) -> str:
+        return super().model_dump_json(**options | {"exclude_unset": True})
+
+
 class OddPipeline(LengthPipeline):
-    """Answers these four texts with what JSON cannot hold, or an error without a text, and all others as usual."""
+    """Answers these texts with what JSON cannot hold, an error without a text or an empty object, others as usual."""
 
     def predict(self, input_list: list[BaseModel], preprocessed_data: dict[str, Any]) -> dict[str, Any]:
         if MUTE in preprocessed_data["texts"]:
@@ -33,6 +43,8 @@ class OddPipeline(LengthPipeline):
         return [
             Length.model_construct(score=odd[text])  # type: ignore[call-arg]  # without its length, on purpose
             if text in odd
+            else Bare()
+            if text == BARE
             else Length(length=len(text))
             for text in raw_output["texts"]
         ]

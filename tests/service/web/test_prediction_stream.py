@@ -17,6 +17,7 @@ from modalkit.service.web import create_app, lines, prediction_stream
 from tests.support.http_client import assert_problem
 from tests.support.http_server import limit_buffers, serving
 from tests.support.length_model import POISON, REJECTED, LengthPipeline
+from tests.support.odd_model import BARE
 
 pytestmark = pytest.mark.anyio
 
@@ -98,6 +99,11 @@ async def test_each_item_is_answered_with_its_index(client: httpx.AsyncClient) -
         (1, "success", 3),
         (2, "success", 4),
     ]
+
+
+async def test_an_output_without_fields_is_answered_with_its_index(client: httpx.AsyncClient) -> None:
+    answer = await client.post("/batch/predict?model_name=odd", content=body_of(BARE), headers=NDJSON)
+    assert read(answer) == [{"index": 0}]
 
 
 @pytest.mark.parametrize("ordered", [True, False])
