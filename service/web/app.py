@@ -14,7 +14,7 @@ from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
 from pydantic_core import to_json
 from starlette.applications import Starlette
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modalkit.service.errors import Readiness, describe_error
 from modalkit.service.gateway import Gateway, Model
@@ -173,7 +173,7 @@ class _Start:
 
 
 class _Entrance:
-    """Refuses requests until the application was started, and passes HEAD on as GET; the server drops the body."""
+    """Refuses requests until the application was started, and passes HEAD on as GET."""
 
     def __init__(self, app: ASGIApp, start: _Start) -> None:
         self._app = app
@@ -190,9 +190,16 @@ class _Entrance:
         return error_response(problem)(scope, receive, send)
 
     async def _answer_head(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer without the body, which may have no end: `receive` says that the client left once the head is sent."""
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body", "body": b""})
+
         as_get = {**scope, "method": "GET"}  # a copy: the server needs the original method
         try:
-            await self._app(as_get, receive, send)
+            await self._app(as_get, receive, send_head)
         finally:
             scope["route"] = as_get.get("route")  # for the metrics
 
