@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel
@@ -242,14 +243,19 @@ def install_problem_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> Response:
-        status, detail = HTTPStatus(error.status_code), error.detail
-        if status is HTTPStatus.NOT_FOUND:
-            detail = "there is nothing at this address; /docs lists what there is"
-        elif status is HTTPStatus.METHOD_NOT_ALLOWED:
-            allowed = _allowed_methods(app, request)
-            detail = f"{request.url.path} takes {allowed}, not {request.method}; /docs lists what there is"
-            return error_response(ProblemError(status, detail, headers={"Allow": allowed}))
-        return error_response(ProblemError(status, detail, headers=error.headers))
+        try:
+            status = HTTPStatus(error.status_code)
+        except ValueError:  # of a user's own route, as 499
+            return await http_exception_handler(request, error)
+        detail, headers = error.detail, error.headers
+        if detail == status.phrase:  # Starlette's own, where there is no route
+            if status is HTTPStatus.NOT_FOUND:
+                detail = "there is nothing at this address; /docs lists what there is"
+            elif status is HTTPStatus.METHOD_NOT_ALLOWED:
+                allowed = _allowed_methods(app, request)
+                detail = f"{request.url.path} takes {allowed}, not {request.method}; /docs lists what there is"
+                headers = {"Allow": allowed}
+        return error_response(ProblemError(status, detail, headers=headers))
 
     @app.exception_handler(Exception)
     async def on_unexpected_error(_: Request, error: Exception) -> Response:

@@ -8,6 +8,7 @@ import anyio
 import httpx
 import pytest
 from anyio.lowlevel import checkpoint
+from fastapi import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -137,6 +138,19 @@ async def test_users_middleware_sees_predictions_and_errors_are_problems(
             ):
                 assert "unexpected KeyError" in assert_problem(answer, 500)["detail"]
                 assert answer.headers["connection"] == "close", "the server closes it, as the error is raised"
+
+
+@pytest.mark.parametrize("status", [404, 405, 409, 418, 499])
+async def test_errors_of_users_own_routes_keep_their_status_and_detail(settings: Settings, status: int) -> None:
+    app = create_app(LocalGateway(settings), owns_gateway=False)
+
+    @app.get("/customers/{name}")
+    async def customer(name: str) -> None:
+        raise HTTPException(status, f"there is no {name}", {"x-a": "1"})
+
+    async with served(app) as client:
+        answer = await client.get("/customers/ann")
+    assert (answer.status_code, answer.json()["detail"], answer.headers["x-a"]) == (status, "there is no ann", "1")
 
 
 @pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop": True})], ids=["uvloop"])
