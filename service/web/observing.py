@@ -56,9 +56,7 @@ class RequestObserver:
                 traceparent = checked_traceparent(value.decode("latin-1"))
         request_id = given_id or f"{_PREFIX}-{next(_NUMBERS):x}"
         id_header = (b"x-request-id", request_id.encode())
-        path, root_path = scope["path"], scope.get("root_path", "")  # mounted applications change the scope
-        if root_path:
-            path = path.removeprefix(root_path)
+        path = path_of(scope)  # now, because mounted applications change the scope
         status = 0
 
         def observe(message: Message) -> Awaitable[None]:
@@ -98,6 +96,13 @@ class RequestObserver:
             paths = [getattr(route, "path", "{") for route in self._routes]
             self._fixed_paths = frozenset(path for path in paths if "{" not in path)
         return path if path in self._fixed_paths else getattr(scope.get("route"), "path", OTHER_ROUTE)
+
+
+def path_of(scope: Scope) -> str:
+    """The path of a request below the root path, which counts only where a slash follows, as in Starlette."""
+    path: str = scope["path"]
+    root_path = scope.get("root_path", "")
+    return path.removeprefix(root_path) if root_path and path.startswith(f"{root_path}/") else path
 
 
 @cache

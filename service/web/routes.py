@@ -28,6 +28,7 @@ from modalkit.service.web.events import EventStream, prediction_events
 from modalkit.service.web.job_routes import JOB_PATH
 from modalkit.service.web.line_models import Target
 from modalkit.service.web.lines import LineStream
+from modalkit.service.web.observing import path_of
 from modalkit.service.web.options import (
     PredictionOptions,
     StreamOptions,
@@ -240,15 +241,11 @@ class DirectRoutes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as an ASGI application does."""
-        root_path = scope.setdefault("root_path", "")  # servers may leave it out, and `fastapi_offline` needs it
+        scope.setdefault("root_path", "")  # servers may leave it out, and `fastapi_offline` needs it
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path: str = scope["path"]
-        # As Starlette does: a root path counts only where a slash follows.
-        if root_path and path.startswith(f"{root_path}/"):
-            path = path.removeprefix(root_path)
-        found = None
+        path, found = path_of(scope), None
         if scope["method"] == "POST":
             found = self._endpoints.get(("POST", path))
         elif scope["method"] == "GET" and not scope["query_string"] and _STORED_JOB.fullmatch(path):
@@ -265,7 +262,8 @@ class DirectRoutes:
                 try:
                     if self._keys.are_asked_for:
                         await self._keys.check(request, key_scope)
-                    check_encoding(request)
+                    if scope["method"] == "POST":
+                        check_encoding(request)
                     response = await endpoint(request)
                 except KNOWN_ERRORS as error:
                     response = error_response(error)

@@ -107,6 +107,9 @@ async def test_a_job_is_answered_the_same_with_and_without_a_query(client: httpx
     assert (answer.json(), answer.headers["content-type"]) == (shown, "application/json")
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-length"] == answer.headers["content-length"]
+    for query in ("", "?", "?wait=0"):
+        again = await client.get(f"/jobs/{job_id}{query}", headers={"Content-Encoding": "gzip"})
+        assert (again.status_code, again.content) == (200, answer.content), "it has no body that could be compressed"
     unknown = job_id.translate(str.maketrans("0123456789abcdef", "123456789abcdef0"))
     problems = [assert_problem(await client.get(path), 404) for path in (f"/jobs/{unknown}", f"/jobs/{unknown}?wait=0")]
     assert problems[0] == problems[1]

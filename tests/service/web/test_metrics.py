@@ -70,6 +70,16 @@ async def test_a_read_of_a_job_that_is_refused_is_measured_by_its_route(settings
     assert growth(before, after, "modalkit_request_seconds_count", route="/jobs/{job_id}", outcome="invalid") == 1
 
 
+async def test_a_request_is_measured_by_its_route_though_that_begins_as_the_root_path_does(settings: Settings) -> None:
+    """Of a server that removes the root path itself."""
+    transport = httpx.ASGITransport(create_app(LocalGateway(settings), owns_gateway=False), root_path="/s")
+    async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+        before = await samples(client)
+        assert (await client.post("/sync/predict", json={"text": "four"})).status_code == 503
+        after = await samples(client)
+    assert growth(before, after, "modalkit_request_seconds_count", route="/sync/predict", outcome="refused") == 1
+
+
 async def test_callers_cannot_add_series(client: httpx.AsyncClient) -> None:
     await client.get("/none")
     await samples(client)
