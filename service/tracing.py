@@ -47,14 +47,24 @@ class Tracing:
     def request(self, method: str, parent: str | None, attributes: Mapping[str, Any]) -> "Iterator[Span]":
         """The current span is one of a request, for as long as the context is open.
 
-        Its parent is the current span, as of an instrumented application that mounts this one, or else `parent`.
+        Its parent is the current span, as of an instrumented application that mounts this one, or else `parent`. An
+        exception that leaves the context makes it an error, without the text, which may be confidential.
         """
         is_inner = self._api.get_current_span().get_span_context().is_valid
         context = None if is_inner else self._context(parent)
         with self._tracer.start_as_current_span(
-            method, context, self._api.SpanKind.SERVER, attributes, record_exception=False
+            method,
+            context,
+            self._api.SpanKind.SERVER,
+            attributes,
+            record_exception=False,
+            set_status_on_exception=False,
         ) as span:
-            yield span
+            try:
+                yield span
+            except Exception:
+                span.set_status(self._api.StatusCode.ERROR)
+                raise
 
     def end_request(self, span: "Span", method: str, route: str, status: int) -> None:
         """Name the span of a request, before its context is left; `status` is 0 where nothing was answered."""

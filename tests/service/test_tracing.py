@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,6 +19,8 @@ from modalkit.pipelines import AsyncInputModel
 from modalkit.pipelines.extras import install_command
 from modalkit.service import tracing
 from modalkit.service.jobs import JobStatus, SqliteJobStore
+from modalkit.service.jobs.manager import JobManager
+from modalkit.service.jobs.model import new_job_id
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import Settings
@@ -136,6 +139,22 @@ async def test_what_fails_is_an_error_in_its_spans_without_the_text(
     everything = "".join(span.to_json() for span in exporter.get_finished_spans())
     assert POISON not in everything.replace("poisoned", "")
     assert "a secret" not in everything
+
+
+@pytest.mark.parametrize("path", ["/jobs/x", f"/jobs/{new_job_id()}"])
+async def test_the_text_of_an_unexpected_error_is_in_no_span(
+    exporter: InMemorySpanExporter, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    async def fail(*_: Any) -> None:
+        raise LookupError("a secret")
+
+    monkeypatch.setattr(JobManager, "get", fail)
+    assert (await client.get(path)).status_code == 500
+    (request,) = spans(exporter, "GET /jobs/{job_id}")
+    assert request.status.status_code is StatusCode.ERROR
+    assert request.attributes is not None
+    assert request.attributes["http.response.status_code"] == 500
+    assert "a secret" not in request.to_json()
 
 
 async def test_a_job_takes_its_trace_to_its_message(
