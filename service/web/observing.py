@@ -3,10 +3,12 @@
 import asyncio
 import os
 from collections.abc import Awaitable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from itertools import count
 from time import perf_counter
+from typing import Any
 
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,7 +17,7 @@ from structlog.contextvars import STRUCTLOG_KEY_PREFIX
 from modalkit.batching import SchedulerClosedError
 from modalkit.service.metrics import request_seconds
 from modalkit.service.tracing import active_tracing, checked_traceparent, given_traceparent
-from modalkit.service.web.problems import error_response
+from modalkit.service.web.problems import error_response, unexpected_error_response
 
 MAX_ID_CHARACTERS = 128
 CANCELLED = "the service stops, and its grace ended before this request did; retry at another instance, or later"
@@ -32,7 +34,8 @@ _REQUEST_ID: ContextVar[str] = ContextVar(f"{STRUCTLOG_KEY_PREFIX}request_id")
 class RequestObserver:
     """ASGI middleware: measures each request, binds its id for log lines, and traces it where tracing is enabled.
 
-    A request that the server cancels before its answer has begun is answered with 503.
+    A request that the server cancels before its answer has begun is answered with 503; one that fails by then with 500,
+    and the error is raised, so that the server logs it.
     The id is the request's ``X-Request-ID``, if that is visible ASCII of at most 128 characters, or else a new one. The
     answer has it in the same header. `routes` are those of the application, which may grow until the first request.
     """
@@ -66,29 +69,32 @@ class RequestObserver:
                 message["headers"] = [*message.get("headers", ()), id_header]
             return send(message)
 
-        bound = _REQUEST_ID.set(request_id)
+        bound, given = _REQUEST_ID.set(request_id), given_traceparent.set(traceparent)
         unanswered = "failed"
-        try:
-            if (tracing := active_tracing()) is None:
-                given = given_traceparent.set(traceparent)
+        traced: AbstractContextManager[Any] = nullcontext()
+        if (tracing := active_tracing()) is not None:
+            traced = tracing.request(scope["method"], traceparent, {"modalkit.request_id": request_id})
+        with traced as span:
+            try:
                 await self._app(scope, receive, observe)
-                given_traceparent.reset(given)
-            else:
-                with tracing.request(scope["method"], traceparent, {"modalkit.request_id": request_id}) as span:
-                    try:
-                        await self._app(scope, receive, observe)
-                    finally:
-                        tracing.end_request(span, scope["method"], self._route(scope, path), status)
-            unanswered = "disconnected"
-        except asyncio.CancelledError:
-            unanswered = "disconnected"
-            if not status and (task := asyncio.current_task()) is not None and task.cancelling():
-                await error_response(SchedulerClosedError(CANCELLED))(scope, receive, observe)
-            raise
-        finally:
-            outcome = outcome_of(status) if status else unanswered
-            request_seconds(self._route(scope, path), outcome).observe(perf_counter() - started_s)
+                unanswered = "disconnected"
+            except asyncio.CancelledError:
+                unanswered = "disconnected"
+                if not status and (task := asyncio.current_task()) is not None and task.cancelling():
+                    await error_response(SchedulerClosedError(CANCELLED))(scope, receive, observe)
+                raise
+            except Exception as error:
+                if not status:
+                    await unexpected_error_response(error)(scope, receive, observe)
+                raise
+            finally:
+                route = self._route(scope, path)
+                if tracing is not None:
+                    tracing.end_request(span, scope["method"], route, status)
+                outcome = outcome_of(status) if status else unanswered
+                request_seconds(route, outcome).observe(perf_counter() - started_s)
         _REQUEST_ID.reset(bound)  # not after an exception: the server logs it after this
+        given_traceparent.reset(given)
 
     def _route(self, scope: Scope, path: str) -> str:
         """The path of the route that a request led to, with the names of its parameters in place of their values."""

@@ -44,7 +44,6 @@ from modalkit.service.web.problems import (
     error_json,
     error_response,
     outcomes_json,
-    unexpected_error_response,
 )
 from modalkit.service.web.submissions import Submitter
 
@@ -223,8 +222,7 @@ class DirectRoutes:
 
     There is an endpoint for each method and path, with the scope that a key needs for it. That of ``/jobs/{job_id}``
     answers requests without a query for jobs whose id is a UUID. FastAPI only documents these routes: its routing,
-    parameters and middleware take longer than all other work for a request. An error that is none of `KNOWN_ERRORS` is
-    answered with 500 and raised, so that the server logs it.
+    parameters and middleware take longer than all other work for a request.
     """
 
     def __init__(
@@ -267,9 +265,6 @@ class DirectRoutes:
                     response = await endpoint(request)
                 except KNOWN_ERRORS as error:
                     response = error_response(error)
-                except Exception as error:
-                    await unexpected_error_response(error)(scope, receive, send)
-                    raise
             await response(scope, receive, send)
         finally:
             end_request(scope)

@@ -17,6 +17,7 @@ from modalkit.service.serving import AddressError, listening
 from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.connections import MAX_PIPELINED, MAX_WRITE_BYTES
+from modalkit.service.web.prediction_stream import PredictionStream
 from modalkit.service.web.server import LimitedServer, server_of
 from tests.support.http_client import NO_TLS, assert_problem
 from tests.support.http_server import limit_buffers
@@ -132,11 +133,15 @@ async def test_users_middleware_sees_predictions_and_errors_are_problems(
             assert answer.headers.get("access-control-allow-origin") == ("*" if has_cors else None)
             monkeypatch.setattr(gateway.jobs, "submit", unexpected)
             monkeypatch.setattr(gateway.jobs, "get", unexpected)
+            monkeypatch.setattr(PredictionStream, "answer", unexpected)
+            lines = {"content-type": "application/x-ndjson"}
             for answer in (
-                await client.post("/async/predict", json={"message": {"text": "four"}}),
-                await client.get("/jobs/x"),
+                await client.post("/async/predict", json={"message": {"text": "four"}}, headers=origin),
+                await client.post("/batch/predict", content=b'{"text": "four"}', headers=origin | lines),
+                await client.get("/jobs/x", headers=origin),
             ):
                 assert "unexpected KeyError" in assert_problem(answer, 500)["detail"]
+                assert answer.headers["x-request-id"]
                 assert answer.headers["connection"] == "close", "the server closes it, as the error is raised"
 
 
