@@ -26,7 +26,7 @@ from modalkit.service.web.adapters.openai_shapes import (
     ModelList,
     NewBatch,
 )
-from modalkit.service.web.admission import Admission, reception_of
+from modalkit.service.web.admission import Admission, declared_bytes, reception_of
 from modalkit.service.web.answers import JSON, PROBLEM_ANSWERS
 from modalkit.service.web.auth import caller_of
 from modalkit.service.web.bodies import BodyParser, check_encoding, read_as
@@ -105,10 +105,9 @@ def make_batches_router(gateway: Gateway, admission: Admission) -> APIRouter:
         openapi_extra={"requestBody": UPLOAD},
     )
     async def openai_upload_file(request: Request) -> FileObject:
-        length = request.headers.get("content-length", "")
-        if not length.isdecimal():
+        if (size := declared_bytes(request)) is None:
             raise ProblemError(HTTPStatus.LENGTH_REQUIRED, "Content-Length: is missing; send it")
-        if (size := int(length)) > limits.max_file_bytes:
+        if size > limits.max_file_bytes:
             detail = f"the file is larger than {limits.max_file_bytes} bytes (request_config.max_file_bytes)"
             raise ProblemError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{detail}: send several smaller ones")
         check_encoding(request)

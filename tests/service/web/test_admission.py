@@ -404,12 +404,14 @@ async def test_a_line_for_which_there_is_no_room_is_refused_alone(
     await until_metric(client, "modalkit_held_body_bytes 0.0")
 
 
+@pytest.mark.parametrize("declared", [b"99999999999", b"0" * 5000 + b"99999999999"])
+@pytest.mark.parametrize("path", [b"/sync/predict", b"/v1/files"])
 async def test_a_body_that_is_declared_too_large_is_refused_before_it_comes(
-    limited: tuple[httpx.AsyncClient, LocalGateway],
+    limited: tuple[httpx.AsyncClient, LocalGateway], path: bytes, declared: bytes
 ) -> None:
     stream = await anyio.connect_tcp("127.0.0.1", limited[0].base_url.port or 0)
     async with stream:
-        await stream.send(b"POST /sync/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n")
+        await stream.send(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %b\r\n\r\n" % (path, declared))
         with anyio.fail_after(30):
             assert (await stream.receive()).startswith(b"HTTP/1.1 413 ")
 
