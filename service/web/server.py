@@ -61,10 +61,11 @@ class TlsListener:
                 continue
             if len(self._connections) + len(self._handshakes) >= self._limits.max_connections:
                 connection.close()
-                continue
-            handshake = self._loop.create_task(self._shake_hands(connection))
-            self._handshakes.add(handshake)
-            handshake.add_done_callback(self._handshakes.discard)
+            else:
+                handshake = self._loop.create_task(self._shake_hands(connection))
+                self._handshakes.add(handshake)
+                handshake.add_done_callback(self._handshakes.discard)
+            await asyncio.sleep(0)  # `sock_accept` does not wait where another one is there already
 
     async def _shake_hands(self, connection: socket.socket) -> None:
         try:

@@ -1,7 +1,10 @@
 """The server with applications that answer in unusual ways, and middleware of users around the routes."""
 
+import asyncio
+import socket
+import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import anyio
@@ -18,7 +21,7 @@ from modalkit.service.settings import ServerConfig, Settings
 from modalkit.service.web import create_app
 from modalkit.service.web.connections import MAX_PIPELINED, MAX_WRITE_BYTES
 from modalkit.service.web.prediction_stream import PredictionStream
-from modalkit.service.web.server import LimitedServer, server_of
+from modalkit.service.web.server import LimitedServer, TlsListener, server_of
 from tests.support.http_client import NO_TLS, assert_problem
 from tests.support.http_server import limit_buffers
 from tests.support.length_model import LengthPipeline
@@ -274,6 +277,26 @@ async def test_a_body_that_looks_like_an_offer_is_left_as_it_is_wherever_the_hea
     head = b"POST /a HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     async with served(echo) as client:
         assert (await answers_to(client, head[:-1], head[-1:] + body)).endswith(b"/a " + body)
+
+
+@pytest.mark.parametrize("max_connections", [1, 1000])
+async def test_others_have_their_turn_while_many_connections_come_by_tls(max_connections: int) -> None:
+    """Also while all but one are refused."""
+    context, limits = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ServerConfig(max_connections=max_connections)
+    count, left, turns = 50, 0, 5
+    with ExitStack() as opened, listening("127.0.0.1", 0) as listener:
+        for _ in range(count):
+            opened.enter_context(socket.create_connection(listener.getsockname()))
+        accepting = TlsListener(listener, context, asyncio.Protocol, (), limits)
+        for _ in range(turns):
+            await checkpoint()
+        accepting.close()
+        await accepting.wait_closed()
+        with suppress(BlockingIOError):
+            while True:
+                opened.enter_context(listener.accept()[0])
+                left += 1
+    assert left >= count - turns
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64])
