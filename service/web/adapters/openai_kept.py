@@ -33,7 +33,7 @@ from modalkit.service.web.adapters.openai_shapes import (
 )
 from modalkit.service.web.adapters.tasks import EMBEDDING
 from modalkit.service.web.auth import Caller
-from modalkit.service.web.bodies import BodyParser
+from modalkit.service.web.bodies import BodyParser, check_keys
 from modalkit.service.web.lines import Line, lines_of
 from modalkit.service.web.problems import ProblemError, as_problem, invalid
 
@@ -100,9 +100,8 @@ class KeptBatches:
             while part := await file.read(PART_BYTES):
                 number, size = number + 1, size + len(part)
                 await self._put(file_id, part, number)
-            added = FileObject(
-                id=file_id, bytes=size, created_at=int(self._clock()), filename=file.filename or "requests.jsonl"
-            )
+            name = (file.filename or "requests.jsonl").encode(errors="replace").decode()  # JSON holds no half of a pair
+            added = FileObject(id=file_id, bytes=size, created_at=int(self._clock()), filename=name)
             await self._put(file_id, to_json(added))
         except BaseException:
             with anyio.CancelScope(shield=True):  # else its parts would count, and could not be removed
@@ -346,6 +345,7 @@ def _request(line: Line, endpoint: str) -> _Request:
         raise invalid(error.errors(include_url=False), _Request) from None
     except ValueError as error:
         raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"is not JSON: {error}; correct it there") from None
+    check_keys(line.content, "line")
     if asked.url != endpoint:
         raise ProblemError(HTTPStatus.UNPROCESSABLE_ENTITY, f"url: must be that of the batch, {endpoint}")
     return asked

@@ -146,6 +146,10 @@ async def test_a_file_with_a_wrong_line_runs_nothing(client: httpx.AsyncClient) 
         ),
         (b'{"custom_id": 1, "url": "/sync/predict", "body": {}}', "custom_id: must be a text, a JSON string"),
         (b'{"url": "/sync/predict", "body": []}', "custom_id: is missing: add it; body: must be a JSON object"),
+        (
+            b'{"custom_id": "a", "url": "/sync/predict", "body": {"text": "a", "text": "b"}}',
+            'the line has the key "text" twice in one object',
+        ),
         (b'{"custom_id": "a", "url": "/predict", "body": {}}', "url: must be that of the batch, /sync/predict"),
     ],
 )
@@ -405,6 +409,21 @@ async def test_an_upload_that_is_no_file_or_too_large_is_refused(gateway: LocalG
         problem = assert_problem(await client.post("/v1/files", files={"file": b"x" * 2000}), 413)
         assert "request_config.max_file_bytes" in problem["detail"]
         assert_problem(await client.post("/v1/batches", content=b" " * (RequestConfig().max_item_bytes + 1)), 413)
+
+
+@pytest.mark.parametrize(
+    ("charset", "name"), [("utf-8", b"\xff"), ("utf-7", b"+2AA-"), ("none", b"\xff"), ("idna", b"\xff")]
+)
+async def test_a_file_may_have_any_name(client: httpx.AsyncClient, charset: str, name: bytes) -> None:
+    """Also half of a surrogate pair, which JSON cannot hold."""
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="%b.jsonl"\r\n\r\n{}\r\n--x--\r\n' % name
+    )
+    headers = {"Content-Type": f"multipart/form-data; boundary=x; charset={charset}"}
+    answer = await client.post("/v1/files", content=form, headers=headers)
+    assert answer.status_code == 200
+    assert (await client.get(f"/v1/files/{answer.json()['id']}")).json()["filename"].endswith(".jsonl")
 
 
 async def test_the_limits_of_requests_hold_for_batches_and_their_lines(gateway: LocalGateway) -> None:
