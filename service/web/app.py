@@ -220,11 +220,10 @@ def _complete_schema(app: FastAPI, by_name: Mapping[str, Model]) -> None:
         schema["components"]["schemas"] |= added["$defs"]
         for operations in schema["paths"].values():
             for operation in operations.values():
+                tags = operation.get("tags", ())  # a user's own route may have none
                 for parameter in operation.get("parameters", ()):
                     _complete_parameter(parameter)
-                    # A filter of jobs may name a model that is configured no more.
-                    chooses = parameter["name"] == "model_name" and "predictions" in operation["tags"]
-                    if parameter["name"] == "name" or chooses:
+                    if any((tag, parameter["name"]) in _NAMES_OF_MODELS for tag in tags):
                         parameter["schema"]["enum"] = list(by_name)
         sync, batch, submit = (schema["paths"][f"/{path}/predict"]["post"] for path in ("sync", "batch", "async"))
         for streams in (sync, *(schema["paths"][path]["get"] for path in ("/jobs/events", "/jobs/{job_id}/events"))):
@@ -261,6 +260,8 @@ def _complete_schema(app: FastAPI, by_name: Mapping[str, Model]) -> None:
     app.add_route(str(app.openapi_url), answer, include_in_schema=False)
 
 
+_NAMES_OF_MODELS = {("predictions", "model_name"), ("administration", "name")}
+"""The tag and the name of each parameter that must name a model. A filter of jobs may name one that was removed."""
 _EVENT = {
     "type": "object",
     "description": "An event: its name, its data, which is JSON, and its id where a stream can go on after it.",

@@ -326,6 +326,25 @@ async def test_the_documentation_needs_no_other_server(client: httpx.AsyncClient
         assert (await client.get(f"/{asset}")).status_code == 200
 
 
+async def test_users_own_routes_are_documented_as_they_are(settings: Settings) -> None:
+    """Also where their parameters have the names of ours."""
+    app = create_app(LocalGateway(settings), owns_gateway=False)
+
+    @app.get("/customers/{name}")
+    async def customer(name: str, model_name: str) -> str:
+        return name + model_name
+
+    async with client_of(app) as client:
+        paths = (await client.get("/openapi.json")).json()["paths"]
+    parameters = paths["/customers/{name}"]["get"]["parameters"]
+    assert {parameter["name"]: "enum" in parameter["schema"] for parameter in parameters} == {
+        "name": False,
+        "model_name": False,
+    }
+    ours = paths["/admin/models/{name}"]["get"]["parameters"] + paths["/sync/predict"]["post"]["parameters"]
+    assert {parameter["name"] for parameter in ours if "enum" in parameter["schema"]} >= {"name", "model_name"}
+
+
 async def test_the_documentation_works_on_a_server_that_leaves_root_path_out(settings: Settings) -> None:
     app = create_app(LocalGateway(settings))
     sent: list[Message] = []
