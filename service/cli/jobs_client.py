@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from modalkit.service.errors import ServiceError, UsageError
 from modalkit.service.jobs import JobStoreLockedError, SqliteJobStore
 from modalkit.service.jobs.manager import JobManager
+from modalkit.service.web.admission import Admission
 from modalkit.service.web.answers import Problem
 from modalkit.service.web.auth import scheme_of
 from modalkit.service.web.job_routes import make_job_router
@@ -171,7 +172,7 @@ async def _serving_file(path: Path) -> AsyncGenerator[httpx.AsyncClient]:
         async with SqliteJobStore(path) as store:
             app = FastAPI()
             # The manager is not entered: that would recover the jobs of a crash, as only the start of a service should.
-            app.include_router(make_job_router(JobManager(store)))
+            app.include_router(make_job_router(JobManager(store), Admission()))
             install_problem_handlers(app)
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://file") as client:
                 yield client

@@ -114,7 +114,7 @@ def create_app(
     app.add_middleware(_Entrance, start=start)  # around the routes: none answers before the start
     app.add_middleware(RequestObserver, routes=app.routes)  # the outermost one: it measures everything
     put_outside(app, (DirectRoutes, _Entrance, RequestObserver))
-    routes.add_jobs(make_job_router(gateway.jobs))
+    routes.add_jobs(make_job_router(gateway.jobs, admission))
     app.include_router(make_batch_router(gateway.jobs), dependencies=keys.requires(KeyScope.JOBS))
     _add_metrics(app, gateway, admission, [] if auth.open_metrics else keys.requires(KeyScope.METRICS))
     app.include_router(make_admin_router(gateway, keys.requires(KeyScope.ADMIN)))

@@ -14,7 +14,7 @@ from modalkit.service.errors import UnknownJobError
 from modalkit.service.gateway import Jobs
 from modalkit.service.jobs import DeliveryStatus, Job, JobFilter, JobStatus
 from modalkit.service.jobs.manager import JobManager
-from modalkit.service.web.admission import reception_of
+from modalkit.service.web.admission import Admission, reception_of
 from modalkit.service.web.answers import PROBLEM_ANSWERS, JobDetails, JobPageView, Purged, Replayed, Retried, job_json
 from modalkit.service.web.auth import caller_of
 from modalkit.service.web.direct import DirectResponse, while_connected
@@ -65,7 +65,7 @@ OlderThan = Annotated[
 ]
 
 
-def make_job_router(jobs: Jobs) -> APIRouter:
+def make_job_router(jobs: Jobs, admission: Admission) -> APIRouter:
     """The routes over `jobs`."""
     router = APIRouter(tags=["jobs"], dependencies=[Depends(refuse_unknown_query)], responses=PROBLEM_ANSWERS)
     administration = partial(administration_of, jobs)
@@ -91,9 +91,8 @@ def make_job_router(jobs: Jobs) -> APIRouter:
         owner = caller_of(request).visible_owner
         which = JobFilter(statuses=status, deliveries=delivery, model_name=model_name, batch_id=batch_id, owner=owner)
         page = await administration(CANNOT_LIST).page(limit, which, cursor)
-        return DirectResponse(
-            b'{"jobs":[%b],"next_cursor":%b}' % (b",".join(map(job_json, page.jobs)), to_json(page.next_cursor))
-        )
+        shown = await admission.map(partial(map, job_json), page.jobs)
+        return DirectResponse(b'{"jobs":[%b],"next_cursor":%b}' % (b",".join(shown), to_json(page.next_cursor)))
 
     @router.delete("/jobs", summary="Remove jobs that have ended, with their results")
     async def purge_jobs(

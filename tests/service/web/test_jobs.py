@@ -9,18 +9,21 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from anyio.lowlevel import checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import RootModel
 
-from modalkit.pipelines import EngineChoice
+from modalkit.pipelines import AsyncInputModel, EngineChoice
 from modalkit.service.jobs import Job, JobStoreError
 from modalkit.service.jobs.manager import JobManager
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.queue_backends import InMemoryBackend
 from modalkit.service.settings import AuthConfig, ModelEntry, Settings
-from modalkit.service.web import create_app
+from modalkit.service.web import create_app, job_routes
+from modalkit.service.web.admission import SLICE_ITEMS
 from modalkit.service.web.answers import JobDetails, JobView, job_json
+from modalkit.testing import client_of
 from tests.support.http_client import assert_problem, ended, job
 from tests.support.http_server import serving
 from tests.support.length_model import POISON, Length, LengthPipeline
@@ -97,6 +100,31 @@ def test_a_job_is_shown_with_what_is_stored_whatever_that_looks_like(
 def test_what_json_does_not_have_is_shown_as_null() -> None:
     stored = Job(job_id="a", model_name="a", created_at=0.0, message_json='{"a": [NaN, -Infinity, "NaN"]}')
     assert json.loads(job_json(stored, JobDetails))["message"] == {"a": [None, None, "NaN"]}
+
+
+async def test_others_have_their_turn_while_many_jobs_are_listed(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, turns, seen = SLICE_ITEMS + 1, 0, set[int]()
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await checkpoint()
+
+    def written(job: Job) -> bytes:
+        seen.add(turns)
+        return job_json(job)
+
+    monkeypatch.setattr(job_routes, "job_json", written)
+    gateway = LocalGateway(settings)
+    async with client_of(gateway) as client, anyio.create_task_group() as task_group:
+        await gateway.jobs.submit([AsyncInputModel(message={"text": "a"})] * count, model_name="lengths")
+        task_group.start_soon(count_turns)
+        assert len((await client.get("/jobs?limit=1000")).json()["jobs"]) == count
+        task_group.cancel_scope.cancel()
+    assert len(seen) > 1
 
 
 async def test_a_job_is_answered_the_same_with_and_without_a_query(client: httpx.AsyncClient) -> None:
