@@ -50,6 +50,7 @@ class PredictionStream:
         self._next = 0  # the index of the next answer
         self._will_flush = False  # whether a call that writes answers is due
         self._change = anyio.Event()  # wakes the task that takes lines
+        self._beginning = anyio.Event()  # wakes the task that ends items whose time is over
         self._write: Callable[[bytes], None]
 
     async def answer(self, lines: Lines, write: Callable[[bytes], None]) -> None:
@@ -111,6 +112,7 @@ class PredictionStream:
             else:
                 self._running[index] = size_bytes, now_s, handle
                 self._bytes += size_bytes
+        self._beginning.set()
 
     def _queue(
         self, target: Target, items: Sequence[BaseModel], indices: Sequence[int]
@@ -142,7 +144,8 @@ class PredictionStream:
         while True:
             oldest = next(iter(self._running.items()), None)
             if oldest is None:
-                await anyio.sleep(timeout_s)
+                self._beginning = anyio.Event()
+                await self._beginning.wait()
                 continue
             index, (_, started_s, withdraw) = oldest
             left_s = started_s + timeout_s - anyio.current_time()

@@ -255,6 +255,27 @@ async def test_an_item_that_takes_too_long_is_told_so_at_once(
     assert len(found) == 200
 
 
+async def test_a_stream_whose_items_have_little_time_does_nothing_while_none_runs(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had looked a thousand times a second whether one had begun."""
+    sleep, slept, timeout_s = anyio.sleep, list[float](), 1e-9
+
+    async def noted(delay_s: float) -> None:
+        slept.append(delay_s)
+        await sleep(delay_s)
+
+    monkeypatch.setattr(anyio, "sleep", noted)
+    async with await anyio.connect_tcp("127.0.0.1", client.base_url.port or 0) as stream:
+        host = b"Host: x\r\n"
+        await stream.send((HEAD % b"/batch/predict").replace(host, host + b"X-Request-Timeout: %g\r\n" % timeout_s))
+        await client.post("/batch/predict", content=body_of(*"abc"), headers=NDJSON)
+        assert timeout_s not in slept
+        for _ in range(2):
+            await send_chunk(stream, body_of("a"))
+            await receive_until(stream, b'"index":')
+
+
 async def test_a_model_that_takes_nothing_refuses_the_stream_as_a_whole(settings: Settings) -> None:
     async with serving(create_app(LocalGateway(settings), owns_gateway=False)) as client:
         answer = await client.post("/batch/predict", content=body_of("a"), headers=NDJSON)
