@@ -1,17 +1,20 @@
 """The routes of the page. Its files need no key, as the documentation needs none; all that they show does."""
 
 import hashlib
+from functools import cache
 from http import HTTPStatus
 from pathlib import Path as File
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
+from pydantic_core import to_json
 
 from modalkit.service.gateway import Gateway
 from modalkit.service.settings import KeyScope
 from modalkit.service.validation import documented_model
 from modalkit.service.version import VERSION
+from modalkit.service.web.answers import JSON
 from modalkit.service.web.auth import ApiKeys
 from modalkit.service.web.events import EventStream
 from modalkit.service.web.problems import ProblemError
@@ -46,8 +49,9 @@ def add_page(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> None:
     async def page(request: Request) -> Response:
         return await file(request)
 
-    async def service() -> JSONResponse:
-        return JSONResponse(
+    @cache
+    def described() -> bytes:
+        return to_json(
             {
                 "version": VERSION,
                 "key_header": keys.header if keys.are_asked_for else None,
@@ -58,6 +62,9 @@ def add_page(app: FastAPI, gateway: Gateway, keys: ApiKeys) -> None:
                 ],
             }
         )
+
+    async def service() -> Response:
+        return Response(described(), media_type=JSON)
 
     async def events() -> Response:
         return EventStream(sampler.watch())

@@ -73,6 +73,24 @@ async def test_the_page_runs_its_own_files_only_and_needs_nothing_from_elsewhere
             assert_problem(await client.get(f"/ui/{name}"), 404)
 
 
+async def test_the_schemas_of_models_are_made_once_however_often_they_are_asked_for(
+    gateway: LocalGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This needs no key, and one takes a millisecond or more."""
+    input_model, made = gateway.models["lengths"].input_model, list[dict[str, Any]]()
+    make = input_model.model_json_schema
+
+    def counted() -> dict[str, Any]:
+        made.append(make())
+        return made[-1]
+
+    async with serving(create_app(gateway, owns_gateway=False)) as client:
+        monkeypatch.setattr(input_model, "model_json_schema", counted)
+        answers = [(await client.get("/ui/service")).json()["models"] for _ in range(3)]
+    assert answers == [[{"name": "lengths", "schema": made[0]}]] * 3
+    assert len(made) == 1
+
+
 async def test_the_page_can_be_switched_off(gateway: LocalGateway) -> None:
     async with serving(create_app(gateway, owns_gateway=False, ui=False)) as client:
         assert (await client.get("/")).headers["location"] == "docs"
