@@ -6,6 +6,7 @@ import inspect
 import logging
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,7 +104,7 @@ def import_object(path: str, key: str) -> Any:
         users_error(error)
         raise LoadError(f"{key}: importing {module_name!r} failed: {describe_with_line(error)}") from error
     try:
-        return getattr(module, attribute)
+        return attrgetter(attribute)(module)
     except AttributeError:
         file = getattr(module, "__file__", None) or "a part of Python"
         raise LoadError(

@@ -23,6 +23,16 @@ def test_a_module_of_the_users_goes_before_ours(tmp_path: Path, monkeypatch: pyt
     assert current_name("benchmarks.jobs") == "modalkit.benchmarks.jobs"
 
 
+class Outer:
+    class Inner: ...
+
+
+def test_a_class_may_be_inside_another() -> None:
+    assert import_object(f"{__name__}:Outer.Inner", "key") is Outer.Inner
+    with pytest.raises(LoadError, match=r"has no 'Outer\.Other'"):
+        import_object(f"{__name__}:Outer.Other", "key")
+
+
 def test_what_neither_has_is_named_as_configured() -> None:
     with pytest.raises(LoadError, match=r"there is no module 'service\.wordcount'"):
         import_object("service.wordcount:WordCount", "key")
