@@ -6,18 +6,21 @@ from collections.abc import Awaitable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import cache
+from http import HTTPStatus
 from itertools import count
 from time import perf_counter
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import STRUCTLOG_KEY_PREFIX
 
 from modalkit.batching import SchedulerClosedError
+from modalkit.service.errors import lone_error
 from modalkit.service.metrics import request_seconds
 from modalkit.service.tracing import active_tracing, checked_traceparent, given_traceparent
-from modalkit.service.web.problems import error_response, unexpected_error_response
+from modalkit.service.web.problems import ProblemError, error_response, unexpected_error_response
 
 MAX_ID_CHARACTERS = 128
 CANCELLED = "the service stops, and its grace ended before this request did; retry at another instance, or later"
@@ -84,9 +87,15 @@ class RequestObserver:
                     await error_response(SchedulerClosedError(CANCELLED))(scope, receive, observe)
                 raise
             except Exception as error:
-                if not status:
+                if status:
+                    raise
+                lone = lone_error(error)  # streams have tasks of their own
+                if not isinstance(lone, HTTPException):
                     await unexpected_error_response(error)(scope, receive, observe)
-                raise
+                    raise
+                # Of an application around this one: FastAPI's limit of bodies raises it where they are read.
+                problem = ProblemError(HTTPStatus(lone.status_code), lone.detail, headers=lone.headers)
+                await error_response(problem)(scope, receive, observe)
             finally:
                 route = self._route(scope, path)
                 if tracing is not None:

@@ -13,7 +13,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 from fastapi import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modalkit.service.local_gateway import LocalGateway
 from modalkit.service.serving import AddressError, listening
@@ -146,6 +146,29 @@ async def test_users_middleware_sees_predictions_and_errors_are_problems(
                 assert "unexpected KeyError" in assert_problem(answer, 500)["detail"]
                 assert answer.headers["x-request-id"]
                 assert answer.headers["connection"] == "close", "the server closes it, as the error is raised"
+
+
+@pytest.mark.parametrize("path", ["/sync/predict", "/batch/predict", "/async/predict", "/v1/batches"])
+@pytest.mark.parametrize("content_type", ["application/json", "application/x-ndjson"])
+async def test_a_limit_of_an_application_around_it_is_answered_as_it_says(
+    settings: Settings, caplog: pytest.LogCaptureFixture, path: str, content_type: str
+) -> None:
+    """FastAPI's `max_body_size` raises such an error where the body is read."""
+
+    async def receive_too_much() -> Message:
+        raise HTTPException(413, "too much for the application around it")
+
+    async with LocalGateway(settings) as gateway:
+        await gateway.wait_until_ready()
+        app = create_app(gateway, owns_gateway=False)
+
+        async def outer(scope: Scope, receive: Receive, send: Send) -> None:
+            await app(scope, receive_too_much, send)
+
+        async with served(outer) as client:
+            answer = await client.post(path, content=b"{}", headers={"Content-Type": content_type})
+    assert assert_problem(answer, 413)["detail"] == "too much for the application around it"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 @pytest.mark.parametrize("status", [404, 405, 409, 418, 499])
